@@ -1,0 +1,145 @@
+"""Every way llmtune refuses: one problem, its place and the fix, and one exit code for each kind.
+
+An error is written for the person who reads it in a terminal: what is wrong (with the value in it), where it stands, and what to do.
+An error may carry several problems of the same kind, so that everything wrong with an input is said at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "LlmtuneError",
+    "MachineError",
+    "ModelError",
+    "Problem",
+    "RankLostError",
+    "StoppedBySignal",
+    "TokenizerError",
+    "UsageError",
+]
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong, where it stands (`file:line`, a flag, a folder) and what to do about it."""
+
+    problem: str
+    where: str | None = None
+    fix: str | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        fix = f"\n  fix: {self.fix}" if self.fix else ""
+        return f"{place}{self.problem}{fix}"
+
+
+class LlmtuneError(Exception):
+    """A refusal: what is wrong, where, and the fix.
+
+    >>> error = LlmtuneError("unknown key `lerning_rate`", where="dev.yaml:14", fix="did you mean `training.learning_rate`?")
+    >>> print(error)
+    dev.yaml:14: unknown key `lerning_rate`
+      fix: did you mean `training.learning_rate`?
+    """
+
+    exit_code = 1
+    kind = "error"
+
+    def __init__(self, problem: str, where: str | None = None, fix: str | None = None) -> None:
+        self.problems: tuple[Problem, ...] = (Problem(problem, where, fix),)
+        super().__init__(str(self.problems[0]))
+
+    @classmethod
+    def all(cls, problems: Iterable[Problem]) -> LlmtuneError:
+        """Make one error of this kind that says all `problems` at once; there must be at least one."""
+        found = tuple(problems)
+        assert found, "an error needs at least one problem"
+        error = cls(*found[0])
+        error.problems = found
+        error.args = ("\n".join(str(one) for one in found),)
+        return error
+
+
+class UsageError(LlmtuneError):
+    """The command line asks for something that does not exist or contradicts itself."""
+
+    exit_code = 2
+    kind = "usage"
+
+
+class ConfigError(LlmtuneError):
+    """A config value is unknown, of the wrong type, out of range, or contradicts another."""
+
+    exit_code = 2
+    kind = "config"
+
+
+class DataError(LlmtuneError):
+    """A data file or row cannot be used as it is."""
+
+    exit_code = 3
+    kind = "data"
+
+
+class ModelError(LlmtuneError):
+    """A model cannot be found, read, trusted or built."""
+
+    exit_code = 4
+    kind = "model"
+
+
+class TokenizerError(ModelError):
+    """A tokenizer or its chat template cannot be found, read or used."""
+
+    kind = "tokenizer"
+
+
+class AdapterError(ModelError):
+    """An adapter cannot be read, trusted, or does not belong to this base model."""
+
+    kind = "adapter"
+
+
+class CheckpointError(LlmtuneError):
+    """No checkpoint can be used, or a verification found a difference."""
+
+    exit_code = 5
+    kind = "checkpoint"
+
+
+class MachineError(LlmtuneError):
+    """The machine refuses: disk, memory, device or network."""
+
+    exit_code = 6
+    kind = "machine"
+
+
+class DivergedError(LlmtuneError):
+    """Losses or gradients stopped being finite and the budget for skipping such steps is spent."""
+
+    exit_code = 7
+    kind = "diverged"
+
+
+class RankLostError(LlmtuneError):
+    """Another process of the same training died or stopped answering."""
+
+    exit_code = 8
+    kind = "rank"
+
+
+class StoppedBySignal(LlmtuneError):
+    """A signal asked the run to stop, and it stopped after saving. The exit code is 128 + the signal's number."""
+
+    kind = "stopped"
+
+    def __init__(self, signal_number: int, problem: str, where: str | None = None, fix: str | None = None) -> None:
+        super().__init__(problem, where, fix)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
