@@ -325,6 +325,9 @@ class EvaluationConfig:
     max_new_tokens: int = 128
     """Longest answer to a prompt, in tokens."""
 
+    exact_match: bool = False
+    """Before and after training, answer the held-out prompts greedily and count the answers that equal the reference exactly."""
+
     batch_size: int | None = None
     """Sequences evaluated at once; `training.batch_size` when not given. The result does not depend on it."""
 
