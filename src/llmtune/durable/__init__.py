@@ -1,0 +1,44 @@
+"""The only place that writes, syncs, renames, links or deletes files; what it commits is whole or not there (P1).
+
+`write_bytes`, `write_text`, `write_json`, `write_tensors` put one file in place; `commit_folder` a whole folder with its manifest;
+`AppendLog` is a file that grows line by line; `remove_tree`, `remove_file`, `rename`, `make_folder`, `link_or_copy` are the rest;
+`sweep_litter` cleans up after a killed process; `verify_manifest` says whether a folder is still what was committed. `use_backend`
+replaces the operating system underneath, for tests.
+
+Not safe against a rename that a file system itself tears apart, nor against a disk that claims to have synced and has not.
+"""
+
+from llmtune.durable.files import json_text, link_or_copy, make_folder, rename, write_bytes, write_json, write_stream, write_text
+from llmtune.durable.folders import MANIFEST, commit_folder, read_manifest, remove_file, remove_tree, sweep_litter, verify_manifest
+from llmtune.durable.log import AppendLog, read_lines
+from llmtune.durable.system import Backend, SystemBackend, asking_the_system, errno_of, machine_error, printable, use_backend
+from llmtune.durable.tensors import read_tensors, write_tensors
+
+__all__ = [
+    "MANIFEST",
+    "AppendLog",
+    "Backend",
+    "SystemBackend",
+    "asking_the_system",
+    "commit_folder",
+    "errno_of",
+    "json_text",
+    "link_or_copy",
+    "machine_error",
+    "make_folder",
+    "printable",
+    "read_lines",
+    "read_manifest",
+    "read_tensors",
+    "remove_file",
+    "remove_tree",
+    "rename",
+    "sweep_litter",
+    "use_backend",
+    "verify_manifest",
+    "write_bytes",
+    "write_json",
+    "write_stream",
+    "write_tensors",
+    "write_text",
+]

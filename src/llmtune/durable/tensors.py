@@ -1,0 +1,165 @@
+"""Tensors in the safetensors format, streamed: written without a second copy in memory, read while their digest is taken.
+
+The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header, little-endian; the header, JSON,
+padded with spaces to a multiple of 8; the tensors' bytes, row-major, little-endian, without gaps. The library's own save neither syncs
+nor follows the umask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.durable.files import json_text, write_stream
+from llmtune.durable.system import asking_the_system, printable
+from llmtune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["read_tensors", "write_tensors"]
+
+_NAMES: dict[str, str] = {  # torch's name of a type -> the format's
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "complex64": "C64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+_TYPES = {short: name for name, short in _NAMES.items()}
+_LARGEST_HEADER_BYTES = 100_000_000  # the library refuses more
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
+    """Write torch or NumPy tensors as a safetensors file, whole or not at all (see `write_stream`).
+
+    Any shape and any of the format's types, bfloat16 among them; tensors on a device are copied to the CPU one at a time. Tensors that
+    share memory are written once each. Raises MachineError; TypeError for a type the format does not have.
+    """
+    described = [(name, *_describe(name, tensor)) for name, tensor in tensors.items()]
+    described.sort(key=lambda one: (-one[3], one[0]))  # wide types first keeps every tensor aligned
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, short, shape, item_bytes in described:
+        end = offset + math.prod(shape) * item_bytes
+        header[name] = {"dtype": short, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json_text(header, compact=True).encode("utf-8", "backslashreplace")
+    text += b" " * (-len(text) % 8)
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for name, *_ in described:
+            if data := _raw(tensors[name]):
+                yield data
+
+    write_stream(path, chunks())
+
+
+def _describe(name: str, tensor: Any) -> tuple[str, list[int], int]:
+    """Return the format's type, the shape and the bytes of one item."""
+    type_name = str(tensor.dtype).removeprefix("torch.")
+    if type_name not in _NAMES:
+        raise TypeError(f"tensor `{name}` has type {type_name}, which safetensors cannot hold")
+    return _NAMES[type_name], list(tensor.shape), tensor.dtype.itemsize
+
+
+def _raw(tensor: Any) -> memoryview:
+    """Return the bytes of a tensor, row-major; without a copy where it lies like that in the CPU's memory."""
+    import numpy as np
+
+    if isinstance(tensor, np.ndarray):
+        return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+    import torch
+
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_tensors(path: Path | str, *, sha256: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a safetensors file into CPU tensors and return them with the file's metadata.
+
+    The very bytes that fill the tensors are digested: with `sha256` given, a tensor that differs from what was written is never returned.
+    Raises CheckpointError when the digest or the format does not fit, MachineError when the file cannot be read.
+    """
+    path = Path(path)
+    digest = hashlib.sha256()
+    with asking_the_system("read", path), path.open("rb", buffering=0) as file:
+        try:
+            entries, metadata = _read_header(file, os.fstat(file.fileno()).st_size, digest)
+            tensors = dict(_read_one(file, name, entry, digest) for name, entry in entries)
+        except ValueError as error:
+            raise CheckpointError(f"not a whole safetensors file: {error}", printable(path), "use another copy of this file") from error
+    if sha256 is not None and digest.hexdigest() != sha256:
+        raise CheckpointError("the file was changed: its sha256 does not fit the manifest", printable(path), "use another checkpoint")
+    return tensors, metadata
+
+
+def _read_header(file: FileIO, file_bytes: int, digest: Any) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
+    """Return the entries in the order of their bytes, and the metadata; raises ValueError."""
+    prefix = _exactly(file, 8)
+    header_bytes = int.from_bytes(prefix, "little")
+    if header_bytes > min(_LARGEST_HEADER_BYTES, file_bytes - 8):
+        raise ValueError(f"its header claims {header_bytes} bytes of a file of {file_bytes}")
+    text = _exactly(file, header_bytes)
+    digest.update(prefix)
+    digest.update(text)
+    header = json.loads(text)
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    offset = 0
+    for name, entry in entries:
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] not in _TYPES or begin != offset or end < begin:
+            raise ValueError(f"tensor `{name}` has a type or a place that cannot be")
+        offset = end
+    if offset != file_bytes - 8 - header_bytes:
+        raise ValueError(f"its tensors take {offset} bytes of {file_bytes - 8 - header_bytes}")
+    return entries, metadata
+
+
+def _read_one(file: FileIO, name: str, entry: dict[str, Any], digest: Any) -> tuple[str, torch.Tensor]:
+    import torch
+
+    tensor: torch.Tensor = torch.empty(entry["shape"], dtype=getattr(torch, _TYPES[entry["dtype"]]))
+    begin, end = entry["data_offsets"]
+    if tensor.nbytes != end - begin:
+        raise ValueError(f"tensor `{name}` has {end - begin} bytes instead of {tensor.nbytes}")
+    if tensor.nbytes:
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done : done + (64 << 20)])
+            if not count:
+                raise ValueError(f"it ends inside tensor `{name}`")
+            digest.update(view[done : done + count])
+            done += count
+    return name, tensor
+
+
+def _exactly(file: FileIO, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        part = file.read(count - len(data))
+        if not part:
+            raise ValueError(f"it ends after {len(data)} of {count} bytes of its header")
+        data += part
+    return bytes(data)
