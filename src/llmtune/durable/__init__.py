@@ -9,7 +9,17 @@ Not safe against a rename that a file system itself tears apart, nor against a d
 """
 
 from llmtune.durable.files import json_text, link_or_copy, make_folder, rename, write_bytes, write_json, write_stream, write_text
-from llmtune.durable.folders import MANIFEST, commit_folder, read_manifest, remove_file, remove_tree, sweep_litter, verify_manifest
+from llmtune.durable.folders import (
+    MANIFEST,
+    commit_folder,
+    has_digest,
+    read_manifest,
+    remove_file,
+    remove_tree,
+    sweep_litter,
+    verify_manifest,
+)
+from llmtune.durable.lock import FileLock, is_locked
 from llmtune.durable.log import AppendLog, read_lines
 from llmtune.durable.system import Backend, SystemBackend, asking_the_system, errno_of, machine_error, printable, use_backend
 from llmtune.durable.tensors import read_tensors, write_tensors
@@ -18,10 +28,13 @@ __all__ = [
     "MANIFEST",
     "AppendLog",
     "Backend",
+    "FileLock",
     "SystemBackend",
     "asking_the_system",
     "commit_folder",
     "errno_of",
+    "has_digest",
+    "is_locked",
     "json_text",
     "link_or_copy",
     "machine_error",

@@ -28,7 +28,7 @@ from llmtune.durable.files import (
 from llmtune.durable.system import asking_the_system, call, printable, sync_file, sync_folder
 from llmtune.errors import Problem
 
-__all__ = ["MANIFEST", "commit_folder", "read_manifest", "remove_file", "remove_tree", "sweep_litter", "verify_manifest"]
+__all__ = ["MANIFEST", "commit_folder", "has_digest", "read_manifest", "remove_file", "remove_tree", "sweep_litter", "verify_manifest"]
 
 MANIFEST = "manifest.json"
 OLD_PREFIX = ".llmtune-old-"
@@ -36,14 +36,16 @@ _SEAL = "manifest_sha256"
 
 
 @contextlib.contextmanager
-def commit_folder(target: Path | str, *, manifest: Mapping[str, Any] | None = None, sealed: bool = True) -> Iterator[Path]:
+def commit_folder(
+    target: Path | str, *, manifest: Mapping[str, Any] | None = None, sealed: bool = True, replace: bool = True
+) -> Iterator[Path]:
     """Yield an empty folder to fill; at the end of the body it becomes `target`, whole or not at all (P1).
 
     Every file in it is synced and gets the mode the umask gives; `manifest.json` (each file's bytes and sha256, and what `manifest` adds)
     is written last; the folders are synced; one rename; the parent is synced. An existing `target` is moved aside first and deleted
     afterwards, so that a crash at any moment leaves the old or the new one, where it belongs or where `sweep_litter` finds it.
-    `sealed=False` leaves the manifest out. When the body or the commit fails nothing of it is left and the old `target` stands. Raises
-    MachineError.
+    `sealed=False` leaves the manifest out; `replace=False` refuses a `target` that is there. When the body or the commit fails nothing of
+    it is left and the old `target` stands. Raises MachineError.
     """
     target = Path(target).absolute()
     staging = Staging(target.parent / part_name())
@@ -55,7 +57,7 @@ def commit_folder(target: Path | str, *, manifest: Mapping[str, Any] | None = No
             yield staging.folder
             _complete(staging, dict(manifest or {}) if sealed else None)
             stagings.remove(staging)
-            _put_in_place(staging.folder, target)
+            _put_in_place(staging.folder, target, replace=replace)
     except BaseException:
         if staging in stagings:
             stagings.remove(staging)
@@ -91,10 +93,10 @@ def _complete(staging: Staging, manifest: dict[str, Any] | None) -> None:
         sync_folder(one)
 
 
-def _put_in_place(folder: Path, target: Path) -> None:
+def _put_in_place(folder: Path, target: Path, *, replace: bool) -> None:
     """Rename the complete `folder` to `target`, moving away what stands there."""
     old = target.parent / f"{OLD_PREFIX}{target.name}"
-    replaces = os.path.lexists(target)
+    replaces = replace and os.path.lexists(target)
     if replaces:
         if os.path.lexists(old):
             _remove(old)
@@ -116,7 +118,8 @@ def _put_in_place(folder: Path, target: Path) -> None:
 def remove_tree(path: Path | str) -> None:
     """Delete a file or a folder with all it holds; nothing happens where there is none. Links are deleted, not followed.
 
-    A folder loses its name first, so that a crash in between leaves litter and never half a folder with a final name. Raises MachineError.
+    A folder loses its name first, so that a crash in between leaves litter and never half a folder with a final name. Raises
+    MachineError.
     """
     path = Path(path).absolute()
     if os.path.lexists(path):
@@ -205,6 +208,11 @@ def _measure(path: Path) -> tuple[int, str]:
         digest.update(chunk)
         size += len(chunk)
     return size, digest.hexdigest()
+
+
+def has_digest(data: bytes, sha256: str) -> bool:
+    """Say whether `data` are the bytes with this sha256 (in hex)."""
+    return hashlib.sha256(data).hexdigest() == sha256
 
 
 def _sealed(manifest: dict[str, Any]) -> str:

@@ -25,25 +25,26 @@ if TYPE_CHECKING:
 
 __all__ = ["read_tensors", "write_tensors"]
 
-_NAMES: dict[str, str] = {  # torch's name of a type -> the format's
+_NAMES: dict[str, str] = {  # torch's name of a type -> the format's, in the order the library lays tensors out
+    "uint64": "U64",
+    "int64": "I64",
     "float64": "F64",
+    "complex64": "C64",
     "float32": "F32",
-    "float16": "F16",
+    "uint32": "U32",
+    "int32": "I32",
     "bfloat16": "BF16",
+    "float16": "F16",
+    "uint16": "U16",
+    "int16": "I16",
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
-    "complex64": "C64",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
     "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
     "uint8": "U8",
     "bool": "BOOL",
 }
 _TYPES = {short: name for name, short in _NAMES.items()}
+_ORDER = {short: place for place, short in enumerate(_TYPES)}
 _LARGEST_HEADER_BYTES = 100_000_000  # the library refuses more
 
 
@@ -54,7 +55,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mappin
     share memory are written once each. Raises MachineError; TypeError for a type the format does not have.
     """
     described = [(name, *_describe(name, tensor)) for name, tensor in tensors.items()]
-    described.sort(key=lambda one: (-one[3], one[0]))  # wide types first keeps every tensor aligned
+    described.sort(key=lambda one: (_ORDER[one[1]], one[0]))  # wide types first keeps every tensor aligned
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, short, shape, item_bytes in described:

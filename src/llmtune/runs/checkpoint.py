@@ -1,0 +1,217 @@
+"""Checkpoints: everything needed to go on with a run, bit for bit; committed whole (P1), verified before use (P5), without pickle (P4).
+
+checkpoints/step-000100/
+    *.safetensors, ...      the weights, written by the caller
+    optimizer.safetensors   one file for each group of tensors of the snapshot
+    state.json              the counters and plain numbers of the snapshot
+    manifest.json           bytes and sha256 of each file, step, run_id, versions, threads, world size, digests
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from llmtune import durable
+from llmtune.errors import CheckpointError, MachineError, Problem
+from llmtune.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "CheckpointFolder",
+    "SnapshotLike",
+    "all_checkpoints",
+    "checkpoint_of",
+    "load",
+    "newest_valid",
+    "save_checkpoint",
+    "save_folder",
+    "verify",
+]
+
+STATE_FILE = "state.json"
+DAMAGED_SUFFIX = ".damaged"
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+class SnapshotLike(Protocol):
+    """State of a training at a step boundary: tensors by group and name, and JSON-able numbers."""
+
+    @property
+    def tensors(self) -> Mapping[str, Mapping[str, Any]]:
+        """Group (`optimizer`, `rng`, ...) -> name -> tensor."""
+
+    @property
+    def state(self) -> Mapping[str, Any]:
+        """What goes into state.json."""
+
+
+class CheckpointFolder(NamedTuple):
+    """One committed checkpoint: its step, which its folder is named after, and its place."""
+
+    step: int
+    path: Path
+
+
+class LoadedCheckpoint(NamedTuple):
+    """What a checkpoint holds besides its weights, which stay in `path` for the model's own loader."""
+
+    step: int
+    path: Path
+    tensors: dict[str, dict[str, torch.Tensor]]
+    state: dict[str, Any]
+    manifest: dict[str, Any]
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint of `step`.
+
+    >>> checkpoint_name(100)
+    'step-000100'
+    """
+    return f"step-{step:06d}"
+
+
+def save_checkpoint(
+    run: RunFolder,
+    step: int,
+    write_weights: Callable[[Path], None],
+    snapshot: SnapshotLike,
+    manifest_extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Commit the checkpoint of `step` and return its folder; on return it survives a power loss.
+
+    `write_weights` writes files of its own choice into the folder it is given, `snapshot` becomes one safetensors file for each group and
+    state.json. `manifest_extra` (versions, threads, world_size, digests) goes into the manifest. An older checkpoint of the same step is
+    replaced. Raises MachineError, and then every earlier checkpoint stands untouched.
+    """
+    durable.make_folder(run.checkpoints)
+    target = run.checkpoints / checkpoint_name(step)
+    reserved = {durable.MANIFEST, STATE_FILE, *(f"{group}.safetensors" for group in snapshot.tensors)}
+    manifest = {**(manifest_extra or {}), "format": _FORMAT, "step": step, "run_id": run.run_id, "groups": sorted(snapshot.tensors)}
+    with durable.commit_folder(target, manifest=manifest) as staging:
+        write_weights(staging)
+        taken = reserved & {one.name for one in staging.iterdir()}
+        assert not taken, f"the weights may not be called {taken}"
+        for group, tensors in snapshot.tensors.items():
+            durable.write_tensors(staging / f"{group}.safetensors", tensors)
+        durable.write_json(staging / STATE_FILE, snapshot.state)
+    return target
+
+
+def save_folder(target: Path, write: Callable[[Path], None], manifest_extra: Mapping[str, Any] | None = None) -> Path:
+    """Commit what `write` puts into the folder it is given as `target` (best/, final/), replacing it whole. Raises MachineError."""
+    durable.make_folder(target.parent)
+    with durable.commit_folder(target, manifest=manifest_extra) as staging:
+        write(staging)
+    return target
+
+
+def all_checkpoints(run: RunFolder) -> list[CheckpointFolder]:
+    """Return the run's checkpoints by step, the newest last, valid or not; times of files play no part. Raises MachineError."""
+    if not run.checkpoints.is_dir():
+        return []
+    with durable.asking_the_system("list", run.checkpoints):
+        found = [CheckpointFolder(int(match[1]), one) for one in run.checkpoints.iterdir() if (match := _NAME.fullmatch(one.name))]
+    return sorted(found)
+
+
+def checkpoint_of(run: RunFolder, step: int) -> CheckpointFolder:
+    """Return the checkpoint of `step`. Raises CheckpointError, which says which steps there are."""
+    steps = [one.step for one in all_checkpoints(run)]
+    if step not in steps:
+        raise CheckpointError(f"no checkpoint of step {step}", durable.printable(run.checkpoints), f"choose one of: {steps}")
+    return CheckpointFolder(step, run.checkpoints / checkpoint_name(step))
+
+
+def verify(checkpoint: CheckpointFolder, *, run_id: str | None = None) -> list[Problem]:
+    """Re-read every byte of a checkpoint and return what is wrong with it; an empty list means it is what was saved (P5).
+
+    Besides every change of a file, a whole checkpoint in another one's place is found: by its step, and by `run_id`.
+    """
+    problems = durable.verify_manifest(checkpoint.path)
+    if problems:
+        return problems
+    manifest = durable.read_manifest(checkpoint.path)
+    where = durable.printable(checkpoint.path)
+    fix = "use another checkpoint, or put the right folder back"
+    if manifest.get("step") != checkpoint.step:
+        problems.append(Problem(f"this is the checkpoint of step {manifest.get('step')}", where, fix))
+    if run_id is not None and manifest.get("run_id") != run_id:
+        problems.append(Problem("this checkpoint belongs to another run", where, fix))
+    if manifest.get("format") != _FORMAT:
+        problems.append(
+            Problem(f"checkpoint format {manifest.get('format')!r}; this version reads {_FORMAT}", where, "use the version that wrote it")
+        )
+    return problems
+
+
+def newest_valid(run: RunFolder) -> tuple[CheckpointFolder | None, list[Problem]]:
+    """Return the valid checkpoint with the highest step, and what was wrong with newer ones, which are set aside as `NAME.damaged`.
+
+    None, and no problems, mean that the run has never saved. Raises CheckpointError (exit 5) when there are checkpoints and none is
+    valid; nothing is renamed or deleted then. A checkpoint that cannot be set aside (a read-only disk) is reported all the same.
+    """
+    problems: list[Problem] = []
+    bad: list[CheckpointFolder] = []
+    for checkpoint in reversed(all_checkpoints(run)):
+        found = verify(checkpoint, run_id=run.run_id)
+        if not found:
+            return checkpoint, [*problems, *_set_aside(bad)]
+        problems += found
+        bad.append(checkpoint)
+    damaged = sorted(one.name for one in run.checkpoints.glob(f"step-*{DAMAGED_SUFFIX}*")) if run.checkpoints.is_dir() else []
+    problems += [Problem("set aside earlier", durable.printable(run.checkpoints / name)) for name in damaged]
+    if not problems:
+        return None, []
+    summary = Problem(
+        f"none of the {len(bad) + len(damaged)} checkpoints of this run can be used; nothing was deleted",
+        durable.printable(run.checkpoints),
+        "restore one of them from a backup, or start a new run with `llmtune train`",
+    )
+    raise CheckpointError.all([summary, *problems])
+
+
+def _set_aside(bad: list[CheckpointFolder]) -> Iterator[Problem]:
+    """Rename damaged checkpoints so that no one takes them for whole ones; yields what happened."""
+    for checkpoint in bad:
+        aside = next(path for path in _aside_names(checkpoint.path) if not path.exists())
+        try:
+            durable.rename(checkpoint.path, aside)
+            yield Problem(f"damaged; set aside as {aside.name}", durable.printable(checkpoint.path))
+        except MachineError as error:
+            yield error.problems[0]
+
+
+def _aside_names(path: Path) -> Iterator[Path]:
+    yield path.with_name(f"{path.name}{DAMAGED_SUFFIX}")
+    number = 2
+    while True:
+        yield path.with_name(f"{path.name}{DAMAGED_SUFFIX}-{number}")
+        number += 1
+
+
+def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
+    """Read the snapshot of a verified checkpoint; each file's digest is compared with the manifest once more while it is read.
+
+    Raises CheckpointError when anything differs from what was saved, MachineError when it cannot be read.
+    """
+    where = durable.printable(checkpoint.path)
+    with durable.asking_the_system("read", checkpoint.path):
+        try:
+            manifest = durable.read_manifest(checkpoint.path)
+            groups = {group: f"{group}.safetensors" for group in manifest["groups"]}
+            digests = {name: manifest["files"][name]["sha256"] for name in (*groups.values(), STATE_FILE)}
+            raw = (checkpoint.path / STATE_FILE).read_bytes()
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"not a checkpoint: {error}", where, "use another checkpoint") from error
+    if not durable.has_digest(raw, digests[STATE_FILE]):
+        raise CheckpointError("state.json was changed: its sha256 does not fit the manifest", where, "use another checkpoint")
+    tensors = {group: durable.read_tensors(checkpoint.path / name, sha256=digests[name])[0] for group, name in groups.items()}
+    return LoadedCheckpoint(checkpoint.step, checkpoint.path, tensors, json.loads(raw), manifest)

@@ -1,0 +1,291 @@
+"""The folder of a run: its name, its identity in run.json, its lock, and how a run is found again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import unicodedata
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+
+from llmtune import durable
+from llmtune.errors import CheckpointError, MachineError, UsageError
+from llmtune.runs.secrets import redacted
+
+__all__ = [
+    "RunFolder",
+    "RunState",
+    "RunSummary",
+    "checked_name",
+    "clean_name_part",
+    "create_run",
+    "find_newest_unfinished",
+    "list_runs",
+    "resolve_run",
+]
+
+RunState = Literal["running", "stopped", "finished", "failed", "diverged"]
+RESUMABLE: tuple[RunState, ...] = ("running", "stopped", "failed")
+
+RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+_LONGEST_NAME_BYTES = 200  # leaves room for a suffix and for the names a commit works with
+_MOST_SUFFIXES = 10_000
+
+
+class RunFolder:
+    """A run of which this process is the only writer, until `close`."""
+
+    def __init__(self, path: Path, lock: durable.FileLock, *, swept: tuple[str, ...] = ()) -> None:
+        self.path = path
+        self.swept = swept
+        """What was cleaned up after a killed process, one line each."""
+        self._lock = lock
+        self._info = read_run_file(path)
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """Lock an existing run and clean up what a killed process left in it.
+
+        Raises MachineError when another process has it, CheckpointError when there is no run.
+        """
+        path = Path(path).absolute()
+        read_run_file(path)  # before a lock file is made in a folder that is no run
+        lock = _lock(path)
+        try:
+            swept = durable.sweep_litter(path, everything=True)
+            if (path / "checkpoints").is_dir():
+                swept += durable.sweep_litter(path / "checkpoints", everything=True)
+            return cls(path, lock, swept=tuple(swept))
+        except BaseException:
+            lock.release()
+            raise
+
+    @property
+    def name(self) -> str:
+        """Name of the run, which is the name of its folder."""
+        return self.path.name
+
+    @property
+    def run_id(self) -> str:
+        """What tells this run from every other, wherever its folder is moved."""
+        return str(self._info["run_id"])
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What run.json says."""
+        return dict(self._info)
+
+    @property
+    def state(self) -> RunState:
+        """State of the run as run.json says it."""
+        return self._info["state"]
+
+    def update(self, **fields: Any) -> None:
+        """Replace fields of run.json, durably and without secrets. Raises MachineError."""
+        info = {**self._info, **redacted(fields)}
+        durable.write_json(self.path / RUN_FILE, info)
+        self._info = info
+
+    def close(self) -> None:
+        """Let another process have the run."""
+        self._lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _lock(folder: Path) -> durable.FileLock:
+    return durable.FileLock(folder / LOCK_FILE, "the run")
+
+
+def create_run(output_dir: Path | str, name: str, *, identity: Mapping[str, Any] | None = None) -> RunFolder:
+    """Make the folder of a new run under `output_dir`, with its run.json, and lock it.
+
+    When the name is taken the run is called NAME-2, NAME-3 and so on; several processes may do this at once. `identity` goes into
+    run.json, its secrets hidden. The folder appears under its name whole or not at all. Raises UsageError for a name that cannot be one,
+    MachineError.
+    """
+    checked_name(name)
+    output_dir = Path(output_dir).absolute()
+    durable.make_folder(output_dir)
+    durable.sweep_litter(output_dir)
+    for number in range(1, _MOST_SUFFIXES):
+        path = output_dir / (name if number == 1 else f"{name}-{number}")
+        if os.path.lexists(path):
+            continue
+        info = {
+            "run_id": uuid.uuid4().hex,
+            "name": path.name,
+            "state": "running",
+            "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+            **redacted(dict(identity or {})),
+        }
+        lock: durable.FileLock | None = None
+        try:
+            with durable.commit_folder(path, sealed=False, replace=False) as staging:
+                durable.write_json(staging / RUN_FILE, info)
+                durable.make_folder(staging / "checkpoints")
+                lock = _lock(staging)
+        except BaseException as error:
+            if lock is not None:
+                lock.release()
+            if isinstance(error, MachineError) and durable.errno_of(error) in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                continue  # another process took the name in this moment
+            raise
+        assert lock is not None
+        return RunFolder(path, lock)
+    raise UsageError(f"{_MOST_SUFFIXES} runs are called {name!r}", durable.printable(output_dir), "choose another run.name")
+
+
+def checked_name(name: str) -> str:
+    """Return `name` if it can be the name of a run's folder; raises UsageError that says why it cannot.
+
+    Anything that is only a name is one, whatever a shell would make of it. What could leave the output folder, hide, or disturb a
+    terminal is refused.
+
+    >>> checked_name("a; touch x $(id) && '`")
+    "a; touch x $(id) && '`"
+    """
+    reasons = {
+        "it is empty": not name.strip(),
+        "it contains a path separator": "/" in name or "\\" in name,
+        "it starts with a dot": name.startswith("."),
+        "it starts with a dash": name.startswith("-"),
+        "it starts or ends with a space": name != name.strip(),
+        "it contains a control character": any(_disturbs_a_terminal(char) for char in name),
+        f"it is longer than {_LONGEST_NAME_BYTES} bytes": len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME_BYTES,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            shown = durable.printable(name if len(name) <= 80 else f"{name[:77]}...")
+            raise UsageError(
+                f"`{shown}` cannot be the name of a run: {reason}", where="run.name", fix="choose a plain name, such as my-run-1"
+            )
+    return name
+
+
+def _disturbs_a_terminal(char: str) -> bool:
+    """Say whether `char` is a control, a direction mark, half a surrogate pair or a line separator (an emoji's joiner is none of these)."""
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char != "\u200d"
+
+
+def clean_name_part(text: str) -> str:
+    """Return `text` (a model id, a config's name) as a part of a run's name: the last part of a path, without what a name may not have.
+
+    >>> clean_name_part("HuggingFaceTB/SmolLM2-135M-Instruct")
+    'SmolLM2-135M-Instruct'
+    """
+    last = text.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    kept = "".join(char for char in last if not _disturbs_a_terminal(char))
+    return kept.strip(" .-")[:80].strip() or "model"
+
+
+def read_run_file(folder: Path) -> dict[str, Any]:
+    """Return what run.json in `folder` says. Raises CheckpointError when there is none or it cannot be read as one."""
+    path = folder / RUN_FILE
+    fix = "give the folder of a run, or its name; `llmtune runs` lists them"
+    if not path.is_file():
+        raise CheckpointError("no run here: run.json is missing", where=durable.printable(folder), fix=fix)
+    with durable.asking_the_system("read", path):
+        raw = path.read_bytes()
+    try:
+        info = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"run.json is not JSON: {error}", durable.printable(path), "restore it from a backup") from error
+    if (
+        not isinstance(info, dict)
+        or not isinstance(info.get("run_id"), str)
+        or info.get("state") not in (*RESUMABLE, "finished", "diverged")
+    ):
+        raise CheckpointError("run.json does not describe a run", durable.printable(path), "restore it from a backup")
+    return info
+
+
+class RunSummary(NamedTuple):
+    """One line of `llmtune runs`."""
+
+    path: Path
+    name: str
+    state: str
+    """As in run.json; `interrupted` where it says running and no process has the run."""
+    created: str
+    """UTC time at which the run was made, ISO 8601."""
+    step: int | None
+    total_steps: int | None
+    train_mean_nll: float | None
+    """Nats per trained token at the last logged step."""
+    eval_mean_nll: float | None
+    """Nats per trained token on held-out rows at the last evaluation."""
+
+
+def list_runs(output_dir: Path | str) -> list[RunSummary]:
+    """Return the runs in `output_dir`, the newest last; folders that are no runs are left out. Raises MachineError."""
+    output_dir = Path(output_dir)
+    if not output_dir.is_dir():
+        return []
+    with durable.asking_the_system("list", output_dir):
+        folders = [one for one in output_dir.iterdir() if not one.name.startswith(".") and (one / RUN_FILE).is_file()]
+    runs = []
+    for folder in folders:
+        with contextlib.suppress(CheckpointError):
+            runs.append(_summary(folder, read_run_file(folder)))
+    return sorted(runs, key=lambda run: (run.created, run.name))
+
+
+def _summary(folder: Path, info: dict[str, Any]) -> RunSummary:
+    lines = durable.read_lines(folder / "metrics.jsonl")
+    state = "interrupted" if info["state"] == "running" and not durable.is_locked(folder / LOCK_FILE) else info["state"]
+    last: dict[str, Any] = {}
+    for line in lines:
+        last.update(line)
+    return RunSummary(
+        path=folder,
+        name=folder.name,
+        state=state,
+        created=str(info.get("created", "")),
+        step=last.get("step"),
+        total_steps=info.get("total_steps"),
+        train_mean_nll=last.get("train_mean_nll"),
+        eval_mean_nll=last.get("eval_mean_nll"),
+    )
+
+
+def find_newest_unfinished(output_dir: Path | str) -> Path:
+    """Return the folder of the run made last among those that can go on and that no process has. Raises CheckpointError."""
+    unfinished = [
+        run for run in list_runs(output_dir) if run.state in (*RESUMABLE, "interrupted") and not durable.is_locked(run.path / LOCK_FILE)
+    ]
+    if not unfinished:
+        raise CheckpointError(
+            "there is no unfinished run to go on with",
+            where=durable.printable(output_dir),
+            fix="`llmtune runs` lists what is there; name a run, or another folder with run.output_dir=DIR",
+        )
+    return unfinished[-1].path
+
+
+def resolve_run(run: str | None, output_dir: Path | str) -> Path:
+    """Return the folder meant by RUN: a folder, a name in `output_dir`, or nothing for the newest unfinished run (or CheckpointError)."""
+    if run is None:
+        return find_newest_unfinished(output_dir)
+    for candidate in (Path(run), Path(output_dir) / run):
+        if (candidate / RUN_FILE).is_file():
+            return candidate.absolute()
+    names = [one.name for one in list_runs(output_dir)]
+    shown = f"the runs there: {', '.join(names[-5:])}" if names else "there are no runs there"
+    raise CheckpointError(f"no run `{durable.printable(run)}`, neither as a folder nor in {durable.printable(output_dir)}", fix=shown)
