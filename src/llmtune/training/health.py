@@ -1,0 +1,47 @@
+"""What is not finite, and which rows it came from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from llmtune.errors import DivergedError
+
+__all__ = ["describe_rows", "non_finite_parameters", "rows_of_non_finite_losses", "too_many_skipped"]
+
+ROWS_NAMED = 8
+"""Rows that a message names before it only counts."""
+
+
+def rows_of_non_finite_losses(losses: Sequence[torch.Tensor], sources: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """Give the rows of the micro-batches whose loss is not finite, in order; `losses[i]` belongs to `sources[i]`. Waits for the device."""
+    return tuple(name for loss, names in zip(losses, sources, strict=True) if not math.isfinite(float(loss)) for name in names)
+
+
+def describe_rows(rows: Sequence[str]) -> str:
+    """Name rows for a message.
+
+    >>> describe_rows(["a.jsonl:3", "a.jsonl:9"])
+    'a.jsonl:3, a.jsonl:9'
+    """
+    named = ", ".join(rows[:ROWS_NAMED])
+    return f"{named} and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else named
+
+
+def too_many_skipped(reason: str, rows: Sequence[str], *, step: int, skipped: int, budget: int) -> DivergedError:
+    """Make the error for a training whose budget of skipped windows is spent; `step` counts the updates applied."""
+    return DivergedError(
+        f"{reason} in the window after step {step}: {skipped} windows skipped, {budget} allowed; rows {describe_rows(rows)}",
+        where=f"step {step + 1}",
+        fix="look at these rows, lower `training.learning_rate` or lengthen the warm-up; the weights were not touched by these windows",
+    )
+
+
+def non_finite_parameters(parameters: Mapping[str, torch.Tensor]) -> list[str]:
+    """Give the names of parameters that hold a value that is not finite. One wait for the device in all."""
+    if not parameters:
+        return []
+    good = torch.stack([torch.isfinite(value).all() for value in parameters.values()]).tolist()
+    return [name for name, finite in zip(parameters, good, strict=True) if not finite]

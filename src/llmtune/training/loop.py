@@ -1,0 +1,189 @@
+"""The training loop.
+
+The invariant to hold on to: **a yield is a step boundary**. Gradients are clear, `state` counts exactly the updates applied and the windows
+consumed, and saving there loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from llmtune.data.batches import MicroBatch, Window
+from llmtune.training.devices import Devices, peak_memory_bytes
+from llmtune.training.health import rows_of_non_finite_losses, too_many_skipped
+from llmtune.training.precision import Precision
+from llmtune.training.state import TrainingState
+
+__all__ = ["StepResult", "train_steps"]
+
+
+class Stepper(Protocol):
+    """What the loop needs of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> object:
+        """Apply the gradients."""
+        ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one window did: an update, or (`skipped`) nothing but being consumed and named."""
+
+    step: int
+    """Updates applied so far."""
+    epoch: float
+    """Epochs consumed."""
+    progress: float
+    """Part of the planned windows consumed, in (0, 1]; step / total steps when none was skipped."""
+    train_mean_nll: float
+    """Nats per trained token over the whole window and all devices, before the update."""
+    learning_rate: float
+    """Rate of this update; of the update that was not made, when skipped."""
+    grad_norm: float
+    """Norm of the window's gradient over all devices, before clipping."""
+    num_tokens: int
+    """Real tokens of the window, over all devices."""
+    num_loss_tokens: float
+    """Sum of weights of the window, over all devices."""
+    num_sequences: int
+    """Examples of the window, over all devices."""
+    step_seconds: float
+    """From the end of the step before (or the return from its yield) to this one's."""
+    memory_bytes: int
+    """Most memory held so far (see `peak_memory_bytes`)."""
+    skipped: bool = False
+    """The loss or the gradients were not finite: nothing was applied."""
+    reason: str | None = None
+    """Why the window was skipped."""
+    sources: tuple[str, ...] = ()
+    """Rows of a skipped window: those of the micro-batches whose loss is not finite, or else all."""
+    mfu: float | None = None
+    """Part of the device's peak arithmetic rate that the model's own work took, where the peak is known."""
+
+    def metrics(self) -> dict[str, Any]:
+        """Give the line that goes to trackers; values that are not finite are None, and only a skipped window says so."""
+        line: dict[str, Any] = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "progress": self.progress,
+            "train_mean_nll": _finite_or_none(self.train_mean_nll),
+            "learning_rate": self.learning_rate,
+            "grad_norm": _finite_or_none(self.grad_norm),
+            "num_tokens": self.num_tokens,
+            "num_loss_tokens": self.num_loss_tokens,
+            "num_sequences": self.num_sequences,
+            "tokens_per_second": self.num_tokens / self.step_seconds,
+            "loss_tokens_per_second": self.num_loss_tokens / self.step_seconds,
+            "step_seconds": self.step_seconds,
+            "memory_bytes": self.memory_bytes,
+        }
+        if self.mfu is not None:
+            line["mfu"] = self.mfu
+        if self.skipped:
+            line |= {"skipped": True, "reason": self.reason, "sources": list(self.sources)}
+        return line
+
+
+def train_steps(
+    *,
+    nll_sum: Callable[[MicroBatch], torch.Tensor],
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: Stepper,
+    windows: Iterable[Window],
+    learning_rate: Callable[[int], float],
+    precision: Precision,
+    state: TrainingState,
+    max_grad_norm: float | None,
+    devices: Devices,
+    max_skipped_steps: int,
+) -> Iterator[StepResult]:
+    """Train on each window and yield its result; every yield is a safe place to stop.
+
+    `nll_sum(batch)`: sum of weighted nats of a micro-batch, shape []. `parameters`: the trained ones, the same in the same order on
+    every process. `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after `state.windows`.
+    A window whose loss or gradient norm is not finite is consumed but never applied: it is yielded as skipped, with its rows. Beyond
+    `max_skipped_steps` of them raises DivergedError; overflows that are only the fp16 scale's doing are not counted.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    started = time.perf_counter()
+    for window in windows:
+        weight, tokens, sequences = devices.sum(window.loss_weight, window.num_tokens, window.num_sequences)
+        divisor = weight or 1.0  # a window without trained tokens has no nats to divide
+        losses: list[torch.Tensor] = []
+        rows: list[tuple[str, ...]] = []
+        for batch in window.micro_batches:
+            with precision.autocast():
+                batch_nats = nll_sum(batch)
+            precision.backward(batch_nats / divisor)
+            losses.append(batch_nats.detach())  # .item() here would wait for the device on every micro-batch
+            rows.append(batch.sources)
+
+        devices.sync_gradients(parameters)
+        norm = precision.clip(parameters, max_grad_norm)
+        nats, grad_norm = _read(losses, norm, devices)
+        rate = learning_rate(state.step)
+        reason = _why_not(nats / divisor, grad_norm)  # the same answer on every process, before the optimizer moves
+        named: tuple[str, ...] = ()
+        if reason is None:
+            _set_learning_rate(optimizer, rate)
+            optimizer.step()
+        else:
+            named = rows_of_non_finite_losses(losses, rows) or window.sources
+        optimizer.zero_grad(set_to_none=True)
+        overflow = precision.advance(applied=reason is None, loss_is_finite=math.isfinite(nats))
+        state.advance(window.epoch, tokens, weight, sequences, applied=reason is None, overflow=overflow)
+        if state.skipped_steps > max_skipped_steps:
+            raise too_many_skipped(reason or "", named, step=state.step, skipped=state.skipped_steps, budget=max_skipped_steps)
+
+        yield StepResult(
+            step=state.step,
+            epoch=window.epoch,
+            progress=window.progress,
+            train_mean_nll=nats / divisor,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            num_tokens=int(tokens),
+            num_loss_tokens=weight,
+            num_sequences=int(sequences),
+            step_seconds=time.perf_counter() - started,
+            memory_bytes=peak_memory_bytes(devices.device),
+            skipped=reason is not None,
+            reason=reason,
+            sources=named,
+        )
+        started = time.perf_counter()
+
+
+def _read(losses: list[torch.Tensor], norm: torch.Tensor, devices: Devices) -> tuple[float, float]:
+    """Give the nats of the window over all devices and the gradient norm; the one wait for the device in a step."""
+    mine = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=devices.device)
+    nats, grad_norm = torch.stack([devices.sum_tensor(mine), norm.double()]).tolist()
+    return nats, grad_norm
+
+
+def _why_not(mean_nll: float, grad_norm: float) -> str | None:
+    """Say why a window must not be applied, or None."""
+    if not math.isfinite(mean_nll):
+        return f"train_mean_nll is {mean_nll}"
+    return None if math.isfinite(grad_norm) else f"grad_norm is {grad_norm}"
+
+
+def _set_learning_rate(optimizer: Stepper, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
