@@ -204,7 +204,7 @@ class DataConfig:
     min_length: int | None = None
     """Drop (and count) text rows shorter than this many tokens."""
 
-    test_size: float = 0
+    test_size: float = 0.0
     """Held-out rows taken from the training rows: a number of rows (1 or more) or a fraction (below 1)."""
 
     shuffle_seed: int | None = 42
@@ -248,7 +248,7 @@ class DataConfig:
 class TrainingConfig:
     """How weights are updated."""
 
-    epochs: float = 3
+    epochs: float = 3.0
     """Passes over the training rows; a fraction is allowed."""
 
     max_steps: int | None = None

@@ -1,0 +1,99 @@
+"""`llmtune config ...`: show, compare, check and describe configs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from llmtune.cli.failure import say
+from llmtune.config.convert import LEAVES
+from llmtune.config.dump import config_to_dict, config_to_yaml
+from llmtune.config.layers import ResolvedConfig, load_config
+from llmtune.errors import ConfigError, Problem
+
+__all__ = ["diff", "schema", "show", "validate"]
+
+ConfigName = Annotated[str | None, typer.Option("--config", "-c", help="A preset (test, development, production) or a YAML or JSON file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that override the config, by dotted key.")]
+
+
+def show(
+    overrides: Overrides = None,
+    config: ConfigName = None,
+    origin: Annotated[bool, typer.Option("--origin", help="Print each key with its value and where it comes from.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    commented: Annotated[bool, typer.Option("--commented", help="Print what each key means above it.")] = False,
+) -> None:
+    """Print the config that a run with these arguments would have."""
+    resolved = load_config(config, overrides=overrides or ())
+    for note in resolved.notes:
+        say(note)
+    if as_json:
+        values: object = config_to_dict(resolved.config)
+        if origin:
+            values = {key: {"value": value_of(resolved, key), "origin": str(resolved.origins[key])} for key in LEAVES}
+        print(json.dumps(values, indent=2, ensure_ascii=False))
+    elif origin:
+        print_origins(resolved)
+    else:
+        print(config_to_yaml(resolved.config, commented=commented), end="")
+
+
+def value_of(resolved: ResolvedConfig, key: str) -> object:
+    """Return the value of a dotted key as plain data."""
+    value: object = config_to_dict(resolved.config)
+    for name in key.split("."):
+        assert isinstance(value, dict)
+        value = value[name]
+    return value
+
+
+def print_origins(resolved: ResolvedConfig) -> None:
+    """Print one line a key: its name, its value, and where that came from."""
+    rows = [(key, json.dumps(value_of(resolved, key), ensure_ascii=False), str(resolved.origins[key])) for key in LEAVES]
+    widths = [min(max(len(row[column]) for row in rows), limit) for column, limit in ((0, 44), (1, 60))]
+    for key, value, place in rows:
+        print(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {place}")
+
+
+def diff(
+    first: Annotated[str, typer.Argument(metavar="A", help="A preset, a file, or a run's folder.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="A preset, a file, or a run's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the keys in which two configs differ, with both values and their origins."""
+    one, two = (load_config(name, environ={}) for name in (first, second))
+    rows = [(key, value_of(one, key), value_of(two, key)) for key in LEAVES if value_of(one, key) != value_of(two, key)]
+    if as_json:
+        print(json.dumps({key: {"a": a, "b": b} for key, a, b in rows}, indent=2, ensure_ascii=False))
+        return
+    for key, a, b in rows:
+        print(key)
+        print(f"  - {json.dumps(a, ensure_ascii=False)}  ({one.origins[key]})")
+        print(f"  + {json.dumps(b, ensure_ascii=False)}  ({two.origins[key]})")
+    say(f"{len(rows)} of {len(LEAVES)} keys differ" if rows else "the two configs are equal")
+
+
+def schema() -> None:
+    """Print a JSON Schema (draft 2020-12) of the config file."""
+    from llmtune.config.json_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+def validate(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Presets or YAML or JSON files.")]) -> None:
+    """Check config files and print every problem of all of them."""
+    problems: list[Problem] = []
+    for name in files:
+        try:
+            resolved = load_config(name, environ={})
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        for note in resolved.notes:
+            say(note)
+        print(f"{name}: ok")
+    if problems:
+        raise ConfigError.all(dict.fromkeys(problems))

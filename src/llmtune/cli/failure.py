@@ -1,0 +1,104 @@
+"""How an error looks in a terminal: one message of what, where and the fix; a crash goes to a file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llmtune import __version__
+from llmtune.errors import LlmtuneError
+
+__all__ = ["message", "redact", "report_crash", "report_error"]
+
+_SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
+_SECRET_TEXT = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}|[0-9a-f]{40})\b")
+_SECRET_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+
+
+def message(error: LlmtuneError) -> str:
+    """Return an error as plain text: one paragraph for one problem, a numbered line and its fix for each of several."""
+    problems = error.problems
+    if len(problems) == 1:
+        only = problems[0]
+        lines = [f"error: {only.problem}"]
+        lines += [f"  where: {only.where}"] if only.where else []
+        lines += [f"  fix: {only.fix}"] if only.fix else []
+        return "\n".join(lines)
+    lines = [f"error: {len(problems)} problems"]
+    for each in problems:
+        lines.append(f"  {each.where}: {each.problem}" if each.where else f"  {each.problem}")
+        lines += [f"    fix: {each.fix}"] if each.fix else []
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    """Write a line of talk to stderr; a terminal that cannot show a character gets its escape, a closed one nothing."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError):
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+
+
+def report_error(error: LlmtuneError, *, debug: bool = False) -> int:
+    """Print a refusal and return its exit code."""
+    if debug:
+        say(redact("".join(traceback.format_exception(error)), os.environ))
+    say(message(error))
+    return error.exit_code
+
+
+def report_crash(error: BaseException, arguments: Sequence[str], *, debug: bool = False) -> int:
+    """Keep the traceback of a bug of ours in a file, say so in one line, and return 1."""
+    text = redact(crash_text(error, arguments), os.environ)
+    summary = redact("".join(traceback.format_exception_only(error)).strip().splitlines()[-1], os.environ)
+    place = _write_crash(text)
+    if debug:
+        say(text)
+    where = f"\n  where: {place}" if place else "\n  where: no folder could take a crash file; run again with --debug"
+    say(f"error: this is a bug in llmtune: {summary}{where}\n  fix: report it with that file; it holds no secrets, but read it first")
+    return 1
+
+
+def crash_text(error: BaseException, arguments: Sequence[str]) -> str:
+    """Return what a crash file holds: versions, the command and the traceback, but no variables."""
+    head = [
+        f"llmtune {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"time: {time.strftime('%Y-%m-%dT%H:%M:%S%z')}",
+        f"command: llmtune {' '.join(arguments)}",
+        "",
+    ]
+    return "\n".join(head) + "\n" + "".join(traceback.format_exception(error))
+
+
+def redact(text: str, environ: Mapping[str, str]) -> str:
+    """Return `text` without the values of secret-looking environment variables, known token shapes and passwords in URLs."""
+    for name, value in environ.items():
+        if _SECRET_NAME.search(name) and len(value) >= 6:
+            text = text.replace(value, "***")
+    return _SECRET_URL.sub("***", _SECRET_TEXT.sub("***", text))
+
+
+def _state_folder() -> Path:
+    home = os.environ.get("HOME", "")
+    return Path(os.environ.get("XDG_STATE_HOME") or (f"{home}/.local/state" if home else tempfile.gettempdir())) / "llmtune"
+
+
+def _write_crash(text: str) -> Path | None:
+    from llmtune import durable
+
+    name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for folder in (_state_folder(), Path(tempfile.gettempdir())):
+        try:
+            durable.make_folder(folder)
+            durable.write_text(folder / name, text)
+        except (OSError, LlmtuneError):
+            continue
+        return folder / name
+    return None

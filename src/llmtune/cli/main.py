@@ -1,0 +1,223 @@
+"""`llmtune`: a table of commands, each imported only when it is asked for, and one place where errors become messages and exit codes.
+
+To add a command, write a function with Typer parameters in a module of `llmtune.cli` (heavy imports inside the function) and add its row to
+`COMMANDS`. The help line stands in the row, so that `llmtune --help` imports none of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import typer
+from typer.core import TyperGroup
+
+from llmtune import __version__
+from llmtune.cli.failure import report_crash, report_error
+from llmtune.cli.offline import allow_no_telemetry, go_offline
+from llmtune.errors import LlmtuneError, UsageError
+
+__all__ = ["COMMANDS", "Command", "build", "main"]
+
+
+class Command(NamedTuple):
+    """One command: what people type, where its function is, and its line in the help."""
+
+    words: str
+    """`train`, or `config show` for a command of a group."""
+
+    target: str
+    """`module:function` under `llmtune.cli`."""
+
+    help: str
+    panel: str
+    """Heading under which the help lists it."""
+
+
+GROUPS: dict[str, str] = {
+    "config": "Show, compare, check and describe configs.",
+    "data": "Look at rows, tokens and weights before training.",
+    "tokenizer": "Train a tokenizer.",
+    "verify": "Prove a claim of llmtune on this machine.",
+}
+
+COMMANDS: tuple[Command, ...] = (
+    Command("config show", "config:show", "Print the resolved config; --origin says where each value comes from.", "Configs"),
+    Command("config diff", "config:diff", "Print the keys in which two configs or runs differ.", "Configs"),
+    Command("config schema", "config:schema", "Print a JSON Schema that editors can use.", "Configs"),
+    Command("config validate", "config:validate", "Check config files; every problem at once.", "Configs"),
+)
+
+
+class LazyGroup(TyperGroup):
+    """A group that knows its commands from the table and imports one when it is called."""
+
+    rows: tuple[Command, ...] = ()
+    prefix = ""
+
+    def names(self) -> list[str]:
+        """Return the words that may follow, in the order of the table."""
+        return list(dict.fromkeys(row.words.removeprefix(self.prefix).split()[0] for row in self.rows))
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+        """Return the names of the commands, in the order of the table."""
+        return self.names()
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+        """Return the command of that name, importing its module; None where there is none."""
+        words = self.prefix + cmd_name
+        for row in self.rows:
+            if row.words == words:
+                return _load(row)
+        inner = tuple(row for row in self.rows if row.words.startswith(words + " "))
+        return _group(words, inner) if inner else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command the arguments begin with.
+
+        Raises:
+            UsageError: there is none; names the nearest.
+        """
+        name = args[0]
+        if not name.startswith("-") and name not in self.names():
+            raise unknown_command(self.prefix, name, self.names())
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+        """Write the help lines from the table, under their headings."""
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name in self.names():
+            words = self.prefix + name
+            row = next(row for row in self.rows if row.words == words or row.words.startswith(words + " "))
+            panels.setdefault(row.panel, []).append((name, row.help if row.words == words else GROUPS[words]))
+        for panel, lines in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(lines)
+
+
+def unknown_command(prefix: str, name: str, known: Sequence[str]) -> UsageError:
+    """Return the error for a command that does not exist, with the nearest one."""
+    everywhere = [row.words for row in COMMANDS]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    elsewhere = [words for words in everywhere if words.split()[-1] == name]
+    if near:
+        fix = f"did you mean `llmtune {prefix}{near[0]}`?"
+    elif elsewhere:
+        fix = f"did you mean `llmtune {elsewhere[0]}`?"
+    else:
+        fix = f"`llmtune {prefix}--help` lists the commands" if prefix else "`llmtune --help` lists the commands"
+    return UsageError(f"unknown command `{prefix}{name}`", "command line", fix)
+
+
+def _group(words: str, rows: tuple[Command, ...]) -> Any:
+    help_text = GROUPS[words] if words else "Fine-tune a language model from one config, with training that can be checked."
+    group_class = type("Group", (LazyGroup,), {"rows": rows, "prefix": f"{words} " if words else ""})
+    app = typer.Typer(
+        cls=group_class, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_CONTEXT
+    )
+    callback = _top if not words else _inner
+    app.callback(help=help_text, no_args_is_help=True)(callback)
+    return typer.main.get_command(app)
+
+
+def _load(row: Command) -> Any:
+    module_name, _, function_name = row.target.partition(":")
+    function = getattr(importlib.import_module(f"llmtune.cli.{module_name}"), function_name)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(name=row.words.split()[-1], context_settings=_CONTEXT)(function)
+    command = typer.main.get_command(app)
+    names = {option for parameter in command.params for option in parameter.opts}
+    for parameter in _switches_everywhere():
+        if not names & set(parameter.opts):
+            command.params.append(parameter)
+    return command
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+_OFFLINE = "Make no connection; use only what is on this machine."
+_DEBUG = "Show the traceback of an error."
+
+
+def _switches_everywhere() -> list[Any]:
+    """The options every command takes; `main` acts on them before parsing, so no function sees them."""
+
+    def switches(
+        offline: bool = typer.Option(False, "--offline", help=_OFFLINE), debug: bool = typer.Option(False, "--debug", help=_DEBUG)
+    ) -> None:
+        pass
+
+    app = typer.Typer(add_completion=False)
+    app.command()(switches)
+    parameters: list[Any] = typer.main.get_command(app).params
+    for parameter in parameters:
+        parameter.expose_value = False
+    return parameters
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"llmtune {__version__}")
+        raise typer.Exit
+
+
+def _top(
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_show_version, is_eager=True),
+    offline: bool = typer.Option(False, "--offline", help=_OFFLINE),
+    debug: bool = typer.Option(False, "--debug", help=_DEBUG),
+) -> None:
+    """Both switches are acted on before anything is parsed; they stand here for the help."""
+
+
+def _inner() -> None:
+    """Groups have no options of their own."""
+
+
+def build(commands: tuple[Command, ...] = COMMANDS) -> Any:
+    """Return the program as a command object."""
+    assert all(words.split()[0] in GROUPS for words in (row.words for row in commands) if " " in words), "a group needs its line in GROUPS"
+    return _group("", commands)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run llmtune; always ends in `SystemExit` with one of the documented exit codes."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    before_dashes = given[: given.index("--")] if "--" in given else given
+    allow_no_telemetry()
+    if "--offline" in before_dashes:
+        go_offline()
+    sys.exit(run(given, debug="--debug" in before_dashes))
+
+
+def run(arguments: list[str], *, debug: bool = False) -> int:
+    """Run one command line and return its exit code; every failure becomes one message on stderr."""
+    click_error = typer.BadParameter.__mro__[2]
+    try:
+        outcome = build()(args=arguments, prog_name="llmtune", standalone_mode=False)
+        sys.stdout.flush()
+        return outcome if isinstance(outcome, int) and not isinstance(outcome, bool) else 0
+    except LlmtuneError as error:
+        return report_error(error, debug=debug)
+    except typer.Abort:
+        print("stopped", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`llmtune ... | head`); nothing may be written to it any more, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except Exception as error:  # noqa: BLE001 - the one place where anything becomes a message and an exit code
+        if isinstance(error, click_error):
+            return report_error(_usage(error), debug=debug)
+        return report_crash(error, arguments, debug=debug)
+
+
+def _usage(error: Any) -> UsageError:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "llmtune"
+    return UsageError(error.format_message().rstrip("."), "command line", f"`{path} --help` shows what it takes")

@@ -1,0 +1,322 @@
+"""What a config may not say although every single value has the right type: ranges, and keys that contradict each other."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune.config.origin import Origin
+from llmtune.config.schema import Config, SourceConfig
+from llmtune.errors import Problem
+
+__all__ = ["CONTRADICTIONS", "NAME_FIELDS", "RANGES", "SOURCE_RANGES", "Contradiction", "Range", "contradictions", "range_problem"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number; `None` bounds nothing."""
+
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` lies within the bounds."""
+        return (
+            (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        low = f"at least {self.minimum:g}" if self.minimum is not None else f"above {self.above:g}" if self.above is not None else ""
+        high = f"at most {self.maximum:g}" if self.maximum is not None else f"below {self.below:g}" if self.below is not None else ""
+        return " and ".join(part for part in (low, high) if part)
+
+
+_COUNT = Range(minimum=1)
+_FRACTION = Range(minimum=0, below=1)
+_SHARE = Range(minimum=0, maximum=1)
+
+SOURCE_RANGES: dict[str, Range] = {"weight": Range(above=0), "max_samples": _COUNT}
+
+RANGES: dict[str, Range] = {
+    "run.seed": Range(minimum=0, maximum=2**32 - 1),
+    "model.architecture.d_model": _COUNT,
+    "model.architecture.n_heads": _COUNT,
+    "model.architecture.n_kv_heads": _COUNT,
+    "model.architecture.n_layers": _COUNT,
+    "model.architecture.d_ff": _COUNT,
+    "model.architecture.max_seq_len": Range(minimum=2),
+    "model.architecture.dropout": _FRACTION,
+    "model.architecture.attention_dropout": _FRACTION,
+    "model.architecture.vocab_size": Range(minimum=257),
+    "adapter.r": _COUNT,
+    "adapter.alpha": Range(above=0),
+    "adapter.dropout": _FRACTION,
+    "data.min_length": _COUNT,
+    "data.test_size": Range(minimum=0),
+    "data.shuffle_seed": Range(minimum=0, maximum=2**63 - 1),
+    "data.max_length": Range(minimum=2),
+    "data.max_samples": _COUNT,
+    "data.num_workers": Range(minimum=0),
+    "training.epochs": Range(above=0),
+    "training.max_steps": _COUNT,
+    "training.max_minutes": Range(above=0),
+    "training.batch_size": _COUNT,
+    "training.gradient_accumulation_steps": _COUNT,
+    "training.learning_rate": Range(above=0),
+    "training.weight_decay": Range(minimum=0),
+    "training.betas": _FRACTION,
+    "training.eps": Range(above=0),
+    "training.warmup_steps": Range(minimum=0),
+    "training.warmup_ratio": _SHARE,
+    "training.min_lr_ratio": _SHARE,
+    "training.max_grad_norm": Range(above=0),
+    "training.neftune_alpha": Range(above=0),
+    "training.max_skipped_steps": Range(minimum=0),
+    "evaluation.every_steps": _COUNT,
+    "evaluation.max_new_tokens": _COUNT,
+    "evaluation.batch_size": _COUNT,
+    "evaluation.early_stopping_patience": _COUNT,
+    "evaluation.early_stopping_threshold": Range(minimum=0),
+    "checkpoint.every_steps": _COUNT,
+    "checkpoint.keep_last": Range(minimum=0),
+    "tracking.every_steps": _COUNT,
+    "distributed.timeout_s": Range(above=0),
+}
+
+NAME_FIELDS = ("model", "config", "timestamp", "seed")
+"""What may stand in braces in `run.name`."""
+
+
+def range_problem(key: str, value: Any) -> str | None:
+    """Say what is wrong with a value of the right type ("must be at least 1"), or None."""
+    special = _SPECIAL.get(key)
+    if special is not None and (wrong := special(value)) is not None:
+        return wrong
+    bounds = RANGES.get(key)
+    if bounds is not None:
+        items = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(item, int | float) and not isinstance(item, bool) and not bounds.holds(item) for item in items):
+            return f"must be {bounds}"
+    return None
+
+
+def _sources(value: tuple[SourceConfig, ...]) -> str | None:
+    for source in value:
+        if not source.path:
+            return "must not hold an empty path"
+        for name, bounds in SOURCE_RANGES.items():
+            number = getattr(source, name)
+            if number is not None and not bounds.holds(number):
+                return f"must have `{name}` {bounds}"
+    return None
+
+
+def _test_size(value: float) -> str | None:
+    return "must be a whole number of rows, or a fraction below 1" if value > 1 and value != int(value) else None
+
+
+def _run_name(value: str) -> str | None:
+    try:
+        parts = list(string.Formatter().parse(value))
+    except ValueError:
+        return "must have matching braces"
+    for _, name, form, conversion in parts:
+        if name is not None and (name not in NAME_FIELDS or form or conversion):
+            return "may name only " + ", ".join(f"{{{field}}}" for field in NAME_FIELDS)
+    return _not_empty(value)
+
+
+def _not_empty(value: Any) -> str | None:
+    return "must not be empty" if value in ("", ()) or (isinstance(value, str) and not value.strip()) else None
+
+
+def _distinct(value: tuple[str, ...]) -> str | None:
+    return "must name each only once" if len(set(value)) != len(value) else None
+
+
+_SPECIAL: dict[str, Callable[[Any], str | None]] = {
+    "run.name": _run_name,
+    "run.output_dir": _not_empty,
+    "model.name": _not_empty,
+    "adapter.target_modules": _not_empty,
+    "data.train": _sources,
+    "data.eval": _sources,
+    "data.test_size": _test_size,
+    "tracking.trackers": _distinct,
+}
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Keys that cannot say these things together; `when` is asked with the whole config and the origins."""
+
+    keys: tuple[str, ...]
+    when: Callable[[Config, Mapping[str, Origin]], bool]
+    problem: str
+    fix: str
+
+
+def contradictions(config: Config, origins: Mapping[str, Origin], failed: Collection[str] = ()) -> list[Problem]:
+    """Return every contradiction between keys that could be read; each names the places of what was asked for."""
+    found = []
+    for row in CONTRADICTIONS:
+        if not any(key in failed for key in row.keys) and row.when(config, origins):
+            places = dict.fromkeys(origins[key].place for key in row.keys if origins[key].kind != "default")
+            values = ", ".join(f"`{key}: {_value(config, key)}`" for key in row.keys if origins[key].kind != "default")
+            found.append(Problem(f"{row.problem} ({values})" if values else row.problem, " and ".join(places) or None, row.fix))
+    return found
+
+
+def _value(config: Config, key: str) -> str:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, tuple):
+        return "[" + ", ".join(item.path if isinstance(item, SourceConfig) else str(item) for item in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_given(origins: Mapping[str, Origin], key: str) -> bool:
+    return origins[key].kind != "default"
+
+
+def _has_held_out(config: Config) -> bool:
+    return bool(config.data.eval) or config.data.test_size > 0
+
+
+def _does_not_divide(part: int | None, whole: int | None) -> bool:
+    return part is not None and whole is not None and whole % part != 0
+
+
+_LORA_KEYS = ("r", "alpha", "dropout", "target_modules", "rslora", "dora", "modules_to_save", "train_tokens")
+
+CONTRADICTIONS: tuple[Contradiction, ...] = (
+    Contradiction(
+        ("model.quantization", "adapter.method"),
+        lambda c, _: c.model.quantization != "none" and c.adapter.method == "none",
+        "a quantized base is frozen, so it needs an adapter to train",
+        "set `adapter.method: lora`, or `model.quantization: none`",
+    ),
+    *(
+        Contradiction(
+            (f"adapter.{name}", "adapter.method"),
+            lambda _, origins, name=name: _is_given(origins, f"adapter.{name}") and not _is_given(origins, "adapter.method"),  # type: ignore[misc]
+            "this adapter setting does nothing without an adapter",
+            "set `adapter.method: lora` (or `none` to say that every weight is trained)",
+        )
+        for name in _LORA_KEYS
+    ),
+    Contradiction(
+        ("training.warmup_steps", "training.warmup_ratio"),
+        lambda c, _: c.training.warmup_steps is not None and c.training.warmup_ratio is not None,
+        "warm-up is given both in steps and as a ratio",
+        "set one of them to null",
+    ),
+    Contradiction(
+        ("training.lr_schedule", "training.warmup_steps", "training.warmup_ratio"),
+        lambda c, _: c.training.lr_schedule == "constant" and bool(c.training.warmup_steps or c.training.warmup_ratio),
+        "the schedule `constant` has no warm-up",
+        "set `training.lr_schedule: constant_with_warmup`, or the warm-up to null",
+    ),
+    Contradiction(
+        ("training.min_lr_ratio", "training.lr_schedule"),
+        lambda c, _: c.training.min_lr_ratio > 0 and c.training.lr_schedule.startswith("constant"),
+        "a constant schedule has no lower end",
+        "set `training.min_lr_ratio: 0`, or another `training.lr_schedule`",
+    ),
+    Contradiction(
+        ("training.warmup_steps", "training.max_steps"),
+        lambda c, _: (
+            c.training.warmup_steps is not None and c.training.max_steps is not None and c.training.warmup_steps > c.training.max_steps
+        ),
+        "the warm-up is longer than the training",
+        "lower `training.warmup_steps`",
+    ),
+    Contradiction(
+        ("training.precision", "model.dtype", "adapter.method"),
+        lambda c, _: c.training.precision == "fp16" and c.model.dtype == "float16" and c.adapter.method == "none",
+        "fp16 arithmetic cannot scale the gradients of weights that are float16 themselves",
+        "set `model.dtype: auto`",
+    ),
+    Contradiction(
+        ("evaluation.early_stopping_patience", "data.test_size", "data.eval"),
+        lambda c, _: c.evaluation.early_stopping_patience is not None and not _has_held_out(c),
+        "early stopping watches the held-out loss, but no rows are held out",
+        "set `data.test_size` or `data.eval`, or the patience to null",
+    ),
+    Contradiction(
+        ("evaluation.early_stopping_patience", "evaluation.every_steps"),
+        lambda c, _: c.evaluation.early_stopping_patience is not None and c.evaluation.every_steps is None,
+        "early stopping needs evaluations during training",
+        "set `evaluation.every_steps`",
+    ),
+    Contradiction(
+        ("evaluation.early_stopping_threshold", "evaluation.early_stopping_patience"),
+        lambda c, _: c.evaluation.early_stopping_threshold > 0 and c.evaluation.early_stopping_patience is None,
+        "the threshold of early stopping does nothing without a patience",
+        "set `evaluation.early_stopping_patience`",
+    ),
+    Contradiction(
+        ("evaluation.every_steps", "data.test_size", "data.eval", "evaluation.prompts"),
+        lambda c, _: c.evaluation.every_steps is not None and not _has_held_out(c) and not c.evaluation.prompts,
+        "there is nothing to evaluate: no held-out rows and no prompts",
+        "set `data.test_size` or `data.eval` or `evaluation.prompts`, or `evaluation.every_steps: null`",
+    ),
+    Contradiction(
+        ("data.min_length", "data.max_length"),
+        lambda c, _: c.data.min_length is not None and c.data.min_length > c.data.max_length,
+        "no row can be that long and that short",
+        "lower `data.min_length`, or raise `data.max_length`",
+    ),
+    Contradiction(
+        ("data.text_column", "data.format"),
+        lambda c, _: c.data.text_column is not None and c.data.format not in ("auto", "text"),
+        "only text rows have a text column",
+        "set `data.format: text`, or remove `data.text_column`",
+    ),
+    Contradiction(
+        ("data.max_length", "model.architecture.max_seq_len"),
+        lambda c, _: c.model.architecture.max_seq_len is not None and c.data.max_length > c.model.architecture.max_seq_len,
+        "examples may be longer than the model can see",
+        "lower `data.max_length`, or raise `model.architecture.max_seq_len`",
+    ),
+    Contradiction(
+        ("model.architecture.d_model", "model.architecture.n_heads"),
+        lambda c, _: _does_not_divide(c.model.architecture.n_heads, c.model.architecture.d_model),
+        "the heads must divide the width evenly",
+        "make `d_model` a multiple of `n_heads`",
+    ),
+    Contradiction(
+        ("model.architecture.n_heads", "model.architecture.n_kv_heads"),
+        lambda c, _: _does_not_divide(c.model.architecture.n_kv_heads, c.model.architecture.n_heads),
+        "the key/value heads must divide the heads evenly",
+        "make `n_heads` a multiple of `n_kv_heads`",
+    ),
+    Contradiction(
+        ("tracking.wandb_mode", "tracking.trackers"),
+        lambda c, _: c.tracking.wandb_mode is not None and "wandb" not in c.tracking.trackers,
+        "a mode for wandb does nothing while wandb is not a tracker",
+        "add `wandb` to `tracking.trackers`, or remove the mode",
+    ),
+    Contradiction(
+        ("tracking.watch", "tracking.trackers"),
+        lambda c, _: bool(c.tracking.watch) and not {"tensorboard", "wandb"} & set(c.tracking.trackers),
+        "no tracker takes histograms",
+        "add `tensorboard` or `wandb` to `tracking.trackers`, or set `tracking.watch: false`",
+    ),
+    Contradiction(
+        ("distributed.deepspeed_config", "distributed.strategy"),
+        lambda c, _: c.distributed.deepspeed_config is not None and c.distributed.strategy in ("ddp", "fsdp"),
+        "a DeepSpeed file is given, but the strategy is another",
+        "set `distributed.strategy: deepspeed`, or remove the file",
+    ),
+)

@@ -1,0 +1,283 @@
+"""One layer's tree -> settings by dotted key, with every problem and every note of that layer."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llmtune.config import aliases, convert
+from llmtune.config.checks import range_problem
+from llmtune.config.document import Entry, Listing, Node, Scalar, Table, shown
+from llmtune.config.origin import Origin, printable
+from llmtune.errors import Problem
+
+__all__ = ["Findings", "Setting", "collect", "nearest_key"]
+
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b")
+_BETA = re.compile(r"training\.betas\[([01])\]")
+_FIX_SECRET = "remove it; log in with the tool's own login, or set its environment variable"  # noqa: S105 - advice, not a secret
+
+
+@dataclass
+class Setting:
+    """What one layer says about one key."""
+
+    value: Any
+    origin: Origin
+    written: str
+    weak: bool = False
+
+
+@dataclass
+class Findings:
+    """What reading found besides values; `failed` holds the keys whose value could not be used."""
+
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failed: set[str] = field(default_factory=set)
+
+    def problem(self, problem: str, where: str | None, fix: str | None = None) -> None:
+        """Add one problem, once."""
+        found = Problem(problem, where, fix)
+        if found not in self.problems:
+            self.problems.append(found)
+
+    def note(self, note: str) -> None:
+        """Add one note, once."""
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+def collect(table: Table, findings: Findings) -> dict[str, Setting]:
+    """Read one layer: every known key with its converted value; everything else becomes a problem in `findings`."""
+    reader = _Reader(findings)
+    reader.walk(table, "")
+    reader.join_betas()
+    return reader.settings
+
+
+class _Reader:
+    """Walks one tree and keeps what it says."""
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
+        self.settings: dict[str, Setting] = {}
+        self.betas: dict[int, Setting] = {}
+
+    def walk(self, table: Table, prefix: str) -> None:
+        for entry in table.entries:
+            key = f"{prefix}.{entry.key}" if prefix else entry.key
+            if key == "extends" or (not prefix and entry.key.startswith("x-")):
+                continue
+            self.entry(key, entry)
+
+    def entry(self, key: str, entry: Entry) -> None:
+        value, origin = entry.value, entry.origin
+        leaf = key.rpartition(".")[2]
+        if key in convert.LEAVES:
+            self.settle(key, key, value, origin)
+        elif key in convert.SECTIONS:
+            self.section(key, value, origin)
+        elif aliases.SECRET.search(key) and not _is_known_elsewhere(key):
+            self.findings.problem(f"`{printable(key)}` would keep a secret in a config", origin.place, _FIX_SECRET)
+        elif leaf in aliases.NOT_HERE:
+            reason, fix = aliases.NOT_HERE[leaf]
+            self.findings.problem(f"`{printable(key)}` (`{shown(value)}`) is not a config key: {reason}", origin.place, fix)
+        elif isinstance(value, Table) and (inner := _foreign_section(key)) is not None:
+            self.walk(value, inner)
+        elif (name := _alias_name(key)) is not None:
+            self.alias(key, name, value, origin)
+        else:
+            self.unknown(key, value, origin)
+
+    def section(self, key: str, value: Node, origin: Origin) -> None:
+        if isinstance(value, Table):
+            self.walk(value, key)
+        elif isinstance(value, Scalar) and value.is_null:
+            return
+        elif key in aliases.SECTION_VALUES and (isinstance(value, Scalar) or key == "data"):
+            self.apply(key, aliases.SECTION_VALUES[key], value, origin)
+        else:
+            keys = ", ".join(name.rpartition(".")[2] for name in convert.LEAVES if name.rpartition(".")[0] == key)
+            self.findings.problem(f"`{key}` is a section, not a value (`{shown(value)}`)", origin.place, f"its keys are {keys}")
+
+    def alias(self, written: str, name: str, value: Node, origin: Origin) -> None:
+        translation = aliases.TRANSLATED.get(name)
+        if translation is None:
+            target = aliases.NAMES[name]
+            translation = lambda node: [aliases.Change(target, node)]  # noqa: E731 - a row of the other table in the form of this one
+        self.apply(written, translation, value, origin)
+
+    def apply(self, written: str, translation: aliases.Translation, value: Node, origin: Origin) -> None:
+        try:
+            changes = translation(value)
+        except convert.Mismatch as mismatch:
+            self.findings.problem(
+                f"`{printable(written)}` must be {mismatch.expected}, not `{shown(mismatch.node)}`", origin.place, mismatch.fix
+            )
+            return
+        for change in changes:
+            if beta := _BETA.fullmatch(change.key):
+                self.betas[int(beta.group(1))] = Setting(change.value, origin, written)
+                self.findings.note(f"{origin.place}: `{written}` is `training.betas` here")
+                continue
+            self.settle(change.key, written, change.value, origin, change.weak)
+        strong = [change for change in changes if not change.weak and not _BETA.fullmatch(change.key)]
+        if len(strong) == 1 and strong[0].value is value:
+            self.findings.note(f"{origin.place}: `{printable(written)}` is called `{strong[0].key}` here")
+        elif changes and not any(_BETA.fullmatch(change.key) for change in changes):
+            said = " and ".join(f"`{change.key}: {shown(change.value)}`" for change in (strong or changes))
+            self.findings.note(f"{origin.place}: `{printable(written)}: {shown(value)}` is {said} here")
+        elif not changes:
+            self.findings.note(f"{origin.place}: `{printable(written)}: {shown(value)}` asks for what happens here anyway")
+
+    def settle(self, key: str, written: str, value: Node, origin: Origin, weak: bool = False) -> None:
+        """Convert one value and keep it, unless the same layer already says something else about that key."""
+        spelling = aliases.VALUES.get(key, {}).get(value.text.lower()) if isinstance(value, Scalar) else None
+        if spelling is not None:
+            self.findings.note(f"{origin.place}: `{key}: {shown(value)}` is written `{spelling}` here")
+            value = Scalar(spelling, False, value.origin)
+        if _holds_secret(value):
+            self.findings.problem(f"the value of `{printable(written)}` looks like a secret", origin.place, _FIX_SECRET)
+            self.findings.failed.add(key)
+            return
+        try:
+            converted = convert.convert(value, convert.LEAVES[key])
+        except convert.Mismatch as mismatch:
+            self.findings.failed.add(key)
+            self.findings.problem(*_mismatch_problem(key, written, value, mismatch, origin))
+            return
+        wrong = range_problem(key, converted)
+        if wrong is not None:
+            self.findings.failed.add(key)
+            self.findings.problem(f"`{printable(written)}` {wrong}, not `{shown(value)}`", origin.place)
+            return
+        self.keep(key, Setting(converted, _value_origin(origin, value), written, weak))
+
+    def keep(self, key: str, setting: Setting) -> None:
+        before = self.settings.get(key)
+        if before is None or (before.weak and not setting.weak):
+            self.settings[key] = setting
+        elif setting.weak or before.value == setting.value:
+            return
+        else:
+            self.findings.failed.add(key)
+            self.findings.problem(
+                f"`{printable(before.written)}` ({before.origin}) and `{printable(setting.written)}` both set `{key}`, to different values",
+                setting.origin.place,
+                f"keep `{key}` alone",
+            )
+
+    def join_betas(self) -> None:
+        """Adam's betas may come one by one; the one that is not given keeps its default."""
+        if not self.betas:
+            return
+        origin = next(iter(self.betas.values())).origin
+        items = [
+            self.betas[index].value if index in self.betas else Scalar(str(default), True, origin)
+            for index, default in enumerate(convert.default_of("training.betas"))
+        ]
+        self.settle("training.betas", "adam_beta1, adam_beta2", Listing(tuple(items), origin), origin)
+
+    def unknown(self, key: str, value: Node, origin: Origin) -> None:
+        if isinstance(value, Table) and "." not in key:
+            near = difflib.get_close_matches(key.lower(), convert.SECTIONS, n=1, cutoff=0.6)
+            fix = (
+                f"did you mean `{near[0]}`?"
+                if near
+                else "the sections are " + ", ".join(name for name in convert.SECTIONS if "." not in name)
+            )
+            self.findings.problem(f"unknown section `{printable(key)}`", origin.place, fix)
+            return
+        self.findings.problem(f"unknown key `{printable(key)}` (`{shown(value)}`)", origin.place, nearest_key(key))
+
+
+def _value_origin(origin: Origin, value: Node) -> Origin:
+    """The line of the value where it is a scalar on another line than its key (a folded text); the key's line otherwise."""
+    return replace(origin) if isinstance(value, Scalar) else origin
+
+
+def _is_known_elsewhere(key: str) -> bool:
+    return _alias_name(key) is not None
+
+
+def _holds_secret(value: Node) -> bool:
+    if isinstance(value, Scalar):
+        return bool(_SECRET_VALUE.search(value.text))
+    inner = value.items if isinstance(value, Listing) else tuple(entry.value for entry in value.entries)
+    return any(_holds_secret(item) for item in inner)
+
+
+def _foreign_section(key: str) -> str | None:
+    """The prefix under which the content of another toolkit's section is read, or None where it is not one."""
+    if key in aliases.FLAT_SECTIONS:
+        return ""
+    if any(name.startswith(f"{key}.") for name in (*aliases.NAMES, *aliases.TRANSLATED)):
+        return key
+    return None
+
+
+def _alias_name(key: str) -> str | None:
+    """The row of the alias tables that answers this key: by its whole name, or by its last part inside the right section."""
+    for name in (key, key.lower()):
+        if name in aliases.TRANSLATED or name in aliases.NAMES:
+            return name
+    section, _, leaf = key.rpartition(".")
+    if section in aliases.FLAT_SECTIONS and (leaf in aliases.TRANSLATED or leaf in aliases.NAMES):
+        return leaf
+    if section in convert.SECTIONS and leaf in aliases.NAMES and aliases.NAMES[leaf].startswith(f"{section}."):
+        return leaf
+    if section in convert.SECTIONS and any(leaf in aliases.other_names(own) for own in convert.LEAVES if own.startswith(f"{section}.")):
+        return leaf
+    return None
+
+
+def nearest_key(key: str) -> str:
+    """Say which of our keys was probably meant by an unknown one.
+
+    >>> nearest_key("training.lerning_rate")
+    'did you mean `training.learning_rate`?'
+    >>> nearest_key("model.learning_rate")
+    '`learning_rate` stands in another section: write `training.learning_rate`'
+    """
+    section, _, leaf = key.lower().replace("-", "_").rpartition(".")
+    elsewhere = [name for name in convert.LEAVES if name.rpartition(".")[2] == leaf]
+    if len(elsewhere) == 1:
+        return f"`{leaf}` stands in another section: write `{elsewhere[0]}`"
+    if elsewhere:
+        return f"`{leaf}` stands in other sections: write " + " or ".join(f"`{name}`" for name in elsewhere)
+    known = aliases.NAMES.get(leaf)
+    if known:
+        return f"write `{known}`"
+    best = max(convert.LEAVES, key=lambda name: _likeness(section, leaf, name))
+    if _likeness(section, leaf, best) >= 0.62:
+        return f"did you mean `{best}`?"
+    other = difflib.get_close_matches(leaf, aliases.NAMES, n=1, cutoff=0.75)
+    if other:
+        return f"did you mean `{aliases.NAMES[other[0]]}`?"
+    inside = [name.rpartition(".")[2] for name in convert.LEAVES if name.rpartition(".")[0] == section]
+    return f"the keys of `{section}` are {', '.join(inside)}" if inside else "`llmtune config schema` lists every key"
+
+
+def _likeness(section: str, leaf: str, name: str) -> float:
+    own_section, _, own_leaf = name.rpartition(".")
+    likeness = difflib.SequenceMatcher(None, leaf, own_leaf).ratio()
+    if section and section == own_section:
+        likeness += 0.15
+    elif section:
+        likeness += 0.1 * difflib.SequenceMatcher(None, section, own_section).ratio()
+    return likeness
+
+
+def _mismatch_problem(key: str, written: str, value: Node, mismatch: convert.Mismatch, origin: Origin) -> tuple[str, str, str | None]:
+    place = mismatch.node.origin.place
+    subject = f"`{printable(written)}`" if written == key else f"`{printable(written)}` (`{key}` here)"
+    fix = mismatch.fix
+    choices = re.findall(r"`([^`]+)`", mismatch.expected)
+    if fix is None and isinstance(mismatch.node, Scalar) and choices:
+        near = difflib.get_close_matches(mismatch.node.text.lower(), choices, n=1, cutoff=0.5)
+        fix = f"did you mean `{near[0]}`?" if near else None
+    inside = f" (in `{shown(value)}`)" if mismatch.node is not value else ""
+    return f"{subject} must be {mismatch.expected}, not `{shown(mismatch.node)}`{inside}", place or origin.place, fix

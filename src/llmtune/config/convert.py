@@ -1,0 +1,208 @@
+"""A written value -> a value of the type its key declares, or the reason why not."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from llmtune.config.document import Listing, Node, Scalar, shown
+from llmtune.config.schema import Config, SourceConfig
+
+__all__ = ["LEAVES", "SECTIONS", "SOURCE_FIELDS", "Mismatch", "convert", "default_of", "expected", "field_types"]
+
+_WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
+_NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]+)*\.?([0-9]+(_[0-9]+)*)?|\.[0-9]+(_[0-9]+)*)([eE][+-]?[0-9]{1,5})?")
+_TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_LARGEST = 2**63 - 1
+
+
+class Mismatch(Exception):  # noqa: N818 - raised and caught inside config/ only; never an error people see
+    """A value that is not of the declared type; `expected` says what it must be, `fix` how to write it."""
+
+    def __init__(self, expected_text: str, node: Node, fix: str | None = None) -> None:
+        self.expected = expected_text
+        self.node = node
+        self.fix = fix
+        super().__init__(f"must be {expected_text}, not `{shown(node)}`")
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Return the declared type of every field of a schema dataclass, in order."""
+    hints = get_type_hints(cls)
+    return {each.name: hints[each.name] for each in fields(cls)}
+
+
+def _walk(cls: type, prefix: str = "") -> tuple[dict[str, Any], dict[str, type]]:
+    leaves: dict[str, Any] = {}
+    sections: dict[str, type] = {}
+    for name, declared in field_types(cls).items():
+        key = prefix + name
+        if isinstance(declared, type) and is_dataclass(declared):
+            sections[key] = declared
+            inner_leaves, inner_sections = _walk(declared, key + ".")
+            leaves |= inner_leaves
+            sections |= inner_sections
+        else:
+            leaves[key] = declared
+    return leaves, sections
+
+
+LEAVES, SECTIONS = _walk(Config)
+"""Every key by its dotted name with its declared type, and every section with its dataclass."""
+
+SOURCE_FIELDS = field_types(SourceConfig)
+
+
+@cache
+def default_of(key: str) -> Any:
+    """Return the default of the key with this dotted name."""
+    *sections, name = key.split(".")
+    cls = SECTIONS[".".join(sections)] if sections else Config
+    field = next(each for each in fields(cls) if each.name == name)
+    return field.default if field.default is not MISSING else None
+
+
+def expected(declared: Any) -> str:
+    """Say in words what a value of this declared type looks like.
+
+    >>> expected(int | Literal["auto"])
+    'a whole number or `auto`'
+    """
+    if declared in _SCALARS:
+        return _SCALARS[declared][1]
+    if declared is SourceConfig:
+        return "a path or a mapping with `path`"
+    if declared is NoneType:
+        return "null"
+    arguments = get_args(declared)
+    kind = get_origin(declared)
+    if kind is Literal:
+        words = [f"`{str(each).lower() if isinstance(each, bool) else each}`" for each in arguments]
+        return words[0] if len(words) == 1 else "one of " + ", ".join(words)
+    if kind in (Union, UnionType):
+        return " or ".join(expected(each) for each in arguments)
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return f"a list, each {expected(arguments[0])}"
+    return f"a list of {len(arguments)}, each {expected(arguments[0])}"
+
+
+def convert(node: Node, declared: Any) -> Any:
+    """Turn a written value into the declared type, without loss.
+
+    Quotes matter for text alone (`"null"` is text, `null` is nothing); a single value may stand for a list of one.
+
+    Raises:
+        Mismatch: it is not of that type.
+    """
+    if declared in _SCALARS:
+        return _SCALARS[declared][0](node)
+    if declared is SourceConfig:
+        return _source(node)
+    kind, arguments = get_origin(declared), get_args(declared)
+    if kind is Literal:
+        return _choice(node, declared)
+    if kind in (Union, UnionType):
+        return _union(node, declared)
+    assert kind is tuple, f"no conversion to {declared}"
+    return _list(node, declared, arguments)
+
+
+def _union(node: Node, declared: Any) -> Any:
+    options = get_args(declared)
+    if NoneType in options and isinstance(node, Scalar) and node.is_null:
+        return None
+    fix = None
+    for option in options:
+        if option is NoneType:
+            continue
+        try:
+            return convert(node, option)
+        except Mismatch as mismatch:
+            fix = fix or mismatch.fix
+    raise Mismatch(expected(declared), node, fix)
+
+
+def _choice(node: Node, declared: Any) -> Any:
+    for choice in get_args(declared):
+        if isinstance(node, Scalar) and (node.text == choice or (isinstance(choice, bool) and _TRUTHS.get(node.text.lower()) is choice)):
+            return choice
+    raise Mismatch(expected(declared), node)
+
+
+def _list(node: Node, declared: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    is_open = len(arguments) == 2 and arguments[1] is Ellipsis
+    if isinstance(node, Scalar) and node.is_null and is_open:
+        return ()
+    items = node.items if isinstance(node, Listing) else (node,)
+    if is_open:
+        return tuple(convert(item, arguments[0]) for item in items)
+    if len(items) != len(arguments):
+        raise Mismatch(expected(declared), node)
+    return tuple(convert(item, declared_item) for item, declared_item in zip(items, arguments, strict=True))
+
+
+def _source(node: Node) -> SourceConfig:
+    if isinstance(node, Scalar):
+        return SourceConfig(path=_text(node))
+    if isinstance(node, Listing):
+        raise Mismatch(expected(SourceConfig), node)
+    values: dict[str, Any] = {}
+    for entry in node.entries:
+        if entry.key not in SOURCE_FIELDS:
+            raise Mismatch("a mapping of " + ", ".join(f"`{name}`" for name in SOURCE_FIELDS), Scalar(entry.key, True, entry.origin))
+        values[entry.key] = convert(entry.value, SOURCE_FIELDS[entry.key])
+    if not values.get("path"):
+        raise Mismatch("a mapping with `path`", node)
+    return SourceConfig(**values)
+
+
+def _text(node: Node) -> str:
+    if not isinstance(node, Scalar) or node.is_null:
+        raise Mismatch("text", node)
+    if any(0xD800 <= ord(char) <= 0xDFFF for char in node.text):
+        raise Mismatch("valid Unicode text", node)
+    return node.text
+
+
+def _truth(node: Node) -> bool:
+    if not isinstance(node, Scalar) or node.text.lower() not in _TRUTHS:
+        raise Mismatch("true or false", node)
+    return _TRUTHS[node.text.lower()]
+
+
+def _number(node: Node) -> float:
+    text = node.text if isinstance(node, Scalar) else ""
+    if text.endswith("%") and _NUMBER.fullmatch(text[:-1]):
+        raise Mismatch("a number", node, f"write the fraction: {float(text[:-1]) / 100:g}")
+    if not _NUMBER.fullmatch(text):
+        raise Mismatch("a number", node)
+    value = float(text.replace("_", ""))
+    if not math.isfinite(value):
+        raise Mismatch("a finite number", node)
+    return value
+
+
+def _whole(node: Node) -> int:
+    text = node.text if isinstance(node, Scalar) else ""
+    if _WHOLE.fullmatch(text) and len(text) < 40:
+        value = int(text.replace("_", ""))
+    elif _NUMBER.fullmatch(text) and abs(exact := float(text.replace("_", ""))) < 2**53 and exact == int(exact):
+        value = int(exact)
+    else:
+        raise Mismatch("a whole number", node)
+    if abs(value) > _LARGEST:
+        raise Mismatch(f"a whole number of at most {_LARGEST}", node)
+    return value
+
+
+_SCALARS: dict[Any, tuple[Any, str]] = {
+    str: (_text, "text"),
+    bool: (_truth, "true or false"),
+    int: (_whole, "a whole number"),
+    float: (_number, "a number"),
+}

@@ -1,0 +1,302 @@
+"""YAML layers -> one config with the origin of every value, or all problems at once.
+
+Later layers win key by key: defaults < the `extends` chain < the named file < environment < flags < KEY=VALUE. Lists are replaced.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmtune.config import convert
+from llmtune.config.checks import contradictions
+from llmtune.config.collect import Findings, Setting, collect
+from llmtune.config.document import Entry, Listing, Node, Scalar, Table, Unreadable, from_python, parse_yaml, read_text, shown
+from llmtune.config.json_document import parse_json
+from llmtune.config.origin import DEFAULT, Origin, printable
+from llmtune.config.schema import Config
+from llmtune.config.shipped import shipped_path, shipped_presets
+from llmtune.errors import ConfigError
+
+__all__ = ["ResolvedConfig", "find_config", "load_config", "parse_config"]
+
+FLAGS = {
+    "model.name": "--model",
+    "data.max_samples": "--samples",
+    "tracking.project": "--project",
+    "run.output_dir": "--output-dir",
+    "run.name": "--name",
+}
+SUFFIXES = (".yaml", ".yml", ".json")
+ENVIRONMENT_PREFIX = "LLMTUNE_"
+MAX_FILES = 50
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A config with the story of every value."""
+
+    config: Config
+    origins: Mapping[str, Origin]
+    """Where each key's value came from, by dotted key; every key is there."""
+
+    notes: tuple[str, ...]
+    """One line for each name of another toolkit that was read as one of ours."""
+
+    name: str
+    """The preset's name or the file's stem; fills `{config}` in `run.name`."""
+
+
+def load_config(
+    name_or_path: str | None,
+    *,
+    flags: Mapping[str, object] | None = None,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> ResolvedConfig:
+    """Resolve a preset or file and everything laid over it.
+
+    `flags` maps dotted keys to values (None: not given); `overrides` are `KEY=VALUE` texts; `environ` is the process environment when not given.
+    Relative paths *in* a config (data files, output folders) are relative to the working folder, not to the file.
+
+    Raises:
+        ConfigError: with every problem of every layer at once, each with its place.
+    """
+    findings = Findings()
+    layers: list[dict[str, Setting]] = []
+    if name_or_path is not None:
+        path = _find_or_report(name_or_path, None, "--config", findings, [])
+        if path is not None:
+            layers += _Files(findings).layers(path, [])
+    layers.append(_environment_layer(os.environ if environ is None else environ, findings))
+    layers.append(_flag_layer(flags or {}, findings))
+    layers.append(_override_layer(overrides, findings))
+    return _resolve(layers, findings, _config_name(name_or_path))
+
+
+def parse_config(text: str, place: str = "config.yaml", *, is_json: bool = False) -> ResolvedConfig:
+    """Resolve the text of one config file alone: no environment, no flags.
+
+    Raises:
+        ConfigError: with every problem at once; places are `place:line`.
+    """
+    findings = Findings()
+    table = _read_table(text, place, is_json, findings)
+    layers = [] if table is None else [collect(table, findings)]
+    return _resolve(layers, findings, Path(place).stem)
+
+
+def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: str) -> ResolvedConfig:
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(convert.LEAVES, DEFAULT)
+    for layer in layers:
+        for key, setting in layer.items():
+            values[key] = setting.value
+            origins[key] = setting.origin
+    config = _build(values)
+    problems = findings.problems + contradictions(config, origins, findings.failed)
+    if problems:
+        raise ConfigError.all(problems)
+    return ResolvedConfig(config, origins, tuple(findings.notes), name)
+
+
+def _build(values: Mapping[str, Any]) -> Config:
+    config: Any = Config()
+    for key, value in values.items():
+        config = _with(config, key.split("."), value)
+    built: Config = config
+    return built
+
+
+def _with(section: Any, names: list[str], value: Any) -> Any:
+    head, *rest = names
+    return replace(section, **{head: _with(getattr(section, head), rest, value) if rest else value})
+
+
+def _config_name(name_or_path: str | None) -> str:
+    if name_or_path is None:
+        return "default"
+    path = Path(name_or_path)
+    return path.stem if path.suffix in SUFFIXES else path.name or "default"
+
+
+# --- files
+
+
+def find_config(name: str, *, beside: Path | None = None, skip: Path | None = None) -> Path | None:
+    """Find a preset or file by name: as given, then in `configs/` under the working folder, then among the shipped presets.
+
+    In `extends`, the folder of the extending file (`beside`) comes first, and that file itself (`skip`) is passed over, so that a
+    `configs/test.yaml` of one's own may extend the shipped `test`. A run folder stands for its `config.yaml`.
+    """
+    folders = [Path(), Path("configs"), shipped_path("configs")]
+    if beside is not None:
+        folders.insert(0, beside)
+    for folder in folders:
+        try:
+            for candidate in _spellings(folder / name):
+                if candidate.is_file() and not (skip is not None and candidate.samefile(skip)):
+                    return candidate
+        except (OSError, ValueError):
+            continue
+    given = Path(name)
+    if ("/" in name or os.sep in name) and "\0" not in name and given.exists() and not given.is_dir():
+        return given
+    return None
+
+
+def _spellings(path: Path) -> list[Path]:
+    if path.suffix in SUFFIXES:
+        return [path]
+    return (
+        [path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES), path / "config.yaml"] if path.name else [path / "config.yaml"]
+    )
+
+
+def _find_or_report(name: str, beside: Path | None, place: str, findings: Findings, chain: list[Path]) -> Path | None:
+    path = find_config(name, beside=beside, skip=chain[-1] if chain else None)
+    if path is None:
+        known = {*shipped_presets(), *(each.stem for each in Path("configs").glob("*.y*ml"))} - {"schema"}
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        fix = f"did you mean `{near[0]}`? " if near else ""
+        listed = ", ".join(sorted(known))
+        findings.problem(
+            f"no preset or file `{printable(name)}`", place, f"{fix}the presets are {listed}" if known else "name a YAML or JSON file"
+        )
+    return path
+
+
+class _Files:
+    """Reads a file and the chain it extends, bases first; every file is read once."""
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
+        self.tables: dict[Path, Table | None] = {}
+        self.count = 0
+
+    def layers(self, path: Path, chain: list[Path]) -> list[dict[str, Setting]]:
+        place = show_path(path)
+        table = self.table(path, place)
+        if table is None:
+            return []
+        found: list[dict[str, Setting]] = []
+        for entry in table.entries:
+            if entry.key == "extends":
+                for base in _bases(entry, self.findings):
+                    found += self.base(base, path, [*chain, path])
+        found.append(collect(table, self.findings))
+        return found
+
+    def base(self, name: Scalar, path: Path, chain: list[Path]) -> list[dict[str, Setting]]:
+        where = name.origin.place
+        base = _find_or_report(name.text, path.parent, where, self.findings, chain)
+        if base is None:
+            return []
+        self.count += 1
+        if any(base.samefile(each) for each in chain):
+            self.findings.problem(f"`extends: {printable(name.text)}` comes back to this file", where, "remove it")
+            return []
+        if self.count > MAX_FILES:
+            self.findings.problem(f"more than {MAX_FILES} files are extended", where, "extend fewer")
+            return []
+        return self.layers(base, chain)
+
+    def table(self, path: Path, place: str) -> Table | None:
+        if path not in self.tables:
+            try:
+                self.tables[path] = _read_table(read_text(path, place), place, path.suffix == ".json", self.findings)
+            except Unreadable as unreadable:
+                self.findings.problem(*unreadable.problem)
+                self.tables[path] = None
+        return self.tables[path]
+
+
+def _bases(entry: Entry, findings: Findings) -> list[Scalar]:
+    items = entry.value.items if isinstance(entry.value, Listing) else (entry.value,)
+    bases = []
+    for item in items:
+        if isinstance(item, Scalar) and item.text and not item.is_null:
+            bases.append(item)
+        else:
+            findings.problem(f"`extends` must be a preset, a path or a list of them, not `{shown(item)}`", item.origin.place)
+    return bases
+
+
+def _read_table(text: str, place: str, is_json: bool, findings: Findings) -> Table | None:
+    origin_of: Callable[[int], Origin] = lambda line: Origin("file", f"{place}:{line}")  # noqa: E731 - a parameter for two readers
+    try:
+        root = (parse_json if is_json else parse_yaml)(text, origin_of, findings.problems)
+    except Unreadable as unreadable:
+        findings.problem(*unreadable.problem)
+        return None
+    if isinstance(root, Scalar) and root.is_null:
+        return Table((), root.origin)
+    if not isinstance(root, Table):
+        findings.problem(
+            f"a config is a mapping of sections, not `{shown(root)}`", root.origin.place, "begin with a section, for example `data:`"
+        )
+        return None
+    return root
+
+
+def show_path(path: Path) -> str:
+    """Return a path as short as it can be said: `preset NAME` for a shipped one, relative under the working folder, else as it is."""
+    if path.parent == shipped_path("configs"):
+        return f"preset {path.stem}"
+    try:
+        return printable(str(path.resolve().relative_to(Path.cwd().resolve())), 200)
+    except (ValueError, OSError):
+        return printable(str(path), 200)
+
+
+# --- environment, flags, command line
+
+
+def _environment_layer(environ: Mapping[str, str], findings: Findings) -> dict[str, Setting]:
+    entries = []
+    for name, text in sorted(environ.items()):
+        key = name.removeprefix(ENVIRONMENT_PREFIX)
+        if key == name or "__" not in key:
+            continue
+        origin = Origin("env", f"env {printable(name)}")
+        entries.append(Entry(key.lower().replace("__", "."), _argument(text, origin, findings), origin))
+    return collect(Table(tuple(entries), DEFAULT), findings)
+
+
+def _flag_layer(flags: Mapping[str, object], findings: Findings) -> dict[str, Setting]:
+    entries = []
+    for key, value in flags.items():
+        if value is not None:
+            origin = Origin("flag", FLAGS.get(key, "--" + key.rpartition(".")[2].replace("_", "-")))
+            entries.append(Entry(key, from_python(value, origin), origin))
+    return collect(Table(tuple(entries), DEFAULT), findings)
+
+
+def _override_layer(overrides: Sequence[str], findings: Findings) -> dict[str, Setting]:
+    origin = Origin("override", "command line")
+    entries: dict[str, Entry] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z0-9_.\-]+", key.strip()):
+            findings.problem(f"`{printable(text)}` is not KEY=VALUE", origin.place, "write for example `training.batch_size=4`")
+            continue
+        # The last of two overrides of one key wins, as with any command line.
+        entries[key.strip()] = Entry(key.strip(), _argument(value, origin, findings), origin)
+    return collect(Table(tuple(entries.values()), DEFAULT), findings)
+
+
+def _argument(text: str, origin: Origin, findings: Findings) -> Node:
+    """Read a value from the command line or the environment: lists, mappings and quotes as in YAML, anything else as it stands."""
+    text = text.strip()
+    if text[:1] in ("[", "{", '"', "'"):
+        try:
+            return parse_yaml(text, lambda _: origin, findings.problems)
+        except Unreadable as unreadable:
+            findings.problem(*unreadable.problem)
+            return Listing((), origin)
+    return Scalar(text, True, origin)
