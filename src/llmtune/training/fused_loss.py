@@ -1,0 +1,156 @@
+"""The loss from hidden states: only trained rows, in chunks, without ever holding the logits of a whole micro-batch.
+
+For a vocabulary of 50,000 the logits of 2,048 tokens are 400 MB in float32, more than everything else of a small model's step; here one
+chunk of rows is alive at a time, its gradient is computed while its probabilities are at hand, and what is kept is the gradient of the
+hidden states.
+
+Shapes: N trained rows, E width of the model, V vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["Head", "find_head", "head_nll_sum", "trained_rows"]
+
+CHUNK_ROWS = 128
+"""Rows of a chunk with a frozen head: small enough that a chunk of logits stays in the processor's cache."""
+
+TRAINED_CHUNK_ROWS = 1024
+"""Rows of a chunk when the head is trained: each chunk also updates a gradient as large as the head."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head of a model and what it does to its logits: multiplied by `scale`, then bent to `cap * tanh(logits / cap)`."""
+
+    module: nn.Module
+    scale: float = 1.0
+    cap: float | None = None
+
+
+def find_head(model: Any) -> Head | None:
+    """Read a transformers model's head and the rules its config names for logits; None when it has no output head."""
+    module = model.get_output_embeddings()
+    if module is None:
+        return None
+    text = model.config.get_text_config()
+    scale, cap = 1.0, None
+    for key, rule in LOGIT_RULES.items():
+        value = getattr(text, key, None)
+        if value is not None:
+            factor, found = rule(float(value))
+            scale, cap = scale * factor, found if found is not None else cap
+    return Head(module, scale, cap)
+
+
+def trained_rows(weights: Tensor) -> Tensor:
+    """Return int64 [N]: the places in a flat row from which a trained token is predicted (one before it). weights: float32 [1, T]."""
+    return weights[0, 1:].nonzero().squeeze(1)
+
+
+def head_nll_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    """Sum of weighted negative log-likelihoods, in nats, of `targets_N` predicted from `hidden_NE`.
+
+    hidden_NE: [N, E]; targets_N: int64 [N]; weights_N: float32 [N]. Returns a 0-d float32 tensor; 0 for no rows, still joined to the
+    graph. Logits are computed in the type of the hidden states (or autocast's), everything after them in float32.
+    """
+    if hidden_NE.shape[0] == 0:
+        return hidden_NE.float().sum()
+    module = head.module
+    if type(module) is not nn.Linear:
+        return _checkpointed_sum(head, hidden_NE, targets_N, weights_N)
+    kind = hidden_NE.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NE.dtype
+    bias = None if module.bias is None else module.bias.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        return _HeadLoss.apply(hidden_NE.to(dtype), module.weight.to(dtype), bias, targets_N, weights_N, head.scale, head.cap)
+
+
+def _bend(logits: Tensor, head_scale: float, cap: float | None) -> Tensor:
+    if head_scale != 1.0:
+        logits = logits * head_scale
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _checkpointed_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+    """Any head at all (adapters on it, quantized, wrapped): called on chunks of rows and recomputed in the backward pass."""
+
+    def chunk_sum(hidden_CE: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
+        logits_CV = _bend(head.module(hidden_CE).float(), head.scale, head.cap)
+        return (functional.cross_entropy(logits_CV, targets_C, reduction="none") * weights_C).sum()
+
+    total = hidden_NE.new_zeros((), dtype=torch.float32)
+    for start in range(0, hidden_NE.shape[0], TRAINED_CHUNK_ROWS):
+        rows = slice(start, start + TRAINED_CHUNK_ROWS)
+        total = total + checkpoint(chunk_sum, hidden_NE[rows], targets_N[rows], weights_N[rows], use_reentrant=False)
+    return total
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Loss of a linear head; gradients are made chunk by chunk in the forward pass and scaled in the backward one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NE: Tensor,
+        weight_VE: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        scale: float,
+        cap: float | None,
+    ) -> Tensor:
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden_NE) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight_VE, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        chunk = TRAINED_CHUNK_ROWS if wants_weight else CHUNK_ROWS
+        sums = []
+        for start in range(0, hidden_NE.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            hidden_CE, targets_C1, weights_C = hidden_NE[rows], targets_N[rows].unsqueeze(1), weights_N[rows]
+            logits_CV = functional.linear(hidden_CE, weight_VE, bias_V).float()
+            if scale != 1.0:
+                logits_CV.mul_(scale)
+            bent_CV = None if cap is None else torch.tanh(logits_CV / cap)
+            if bent_CV is not None and cap is not None:
+                logits_CV = bent_CV * cap
+            log_sum_C = torch.logsumexp(logits_CV, dim=1)
+            sums.append(((log_sum_C - logits_CV.gather(1, targets_C1).squeeze(1)) * weights_C).sum())
+            if grad_hidden is None and grad_weight is None and grad_bias is None:
+                continue
+            grad_CV = logits_CV.sub_(log_sum_C.unsqueeze(1)).exp_()
+            grad_CV.scatter_add_(1, targets_C1, grad_CV.new_full(targets_C1.shape, -1.0))
+            grad_CV.mul_((weights_C * scale).unsqueeze(1))
+            if bent_CV is not None:
+                grad_CV.mul_(1 - bent_CV.square_())
+            typed_CV = grad_CV.to(hidden_NE.dtype)
+            if grad_hidden is not None:
+                torch.mm(typed_CV, weight_VE, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight += typed_CV.t() @ hidden_CE
+            if grad_bias is not None:
+                grad_bias += grad_CV.sum(dim=0)
+        typed = [None if grad is None else grad.to(hidden_NE.dtype) for grad in (grad_hidden, grad_weight, grad_bias)]
+        ctx.save_for_backward(*typed)
+        return torch.stack(sums).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        scaled = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors]
+        return (*scaled, None, None, None, None)
+
+
+LOGIT_RULES = {
+    "final_logit_softcapping": lambda value: (1.0, value),
+    "logits_scaling": lambda value: (1.0 / value, None),
+    "logit_scale": lambda value: (value, None),
+}
+"""Config keys of models that change logits after the head: (factor, cap). Rules not listed here show up in the engine's probe."""
