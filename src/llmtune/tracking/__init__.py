@@ -1,0 +1,8 @@
+"""Who is told about a run: the terminal, metrics.jsonl, TensorBoard, wandb."""
+
+from llmtune.tracking.choose import TRACKERS, choose_trackers, keeps_record
+from llmtune.tracking.jsonl import RunRecord
+from llmtune.tracking.queue import LaneReport, TrackerQueue
+from llmtune.tracking.tracker import Histogram, RunInfo, Tracker
+
+__all__ = ["TRACKERS", "Histogram", "LaneReport", "RunInfo", "RunRecord", "Tracker", "TrackerQueue", "choose_trackers", "keeps_record"]

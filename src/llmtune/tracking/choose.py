@@ -1,0 +1,90 @@
+"""Which trackers a run gets: the table of all of them, and the choice among them."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from llmtune.config.schema import TrackingConfig
+from llmtune.decisions import Decision
+from llmtune.errors import ConfigError, MachineError, Problem
+from llmtune.tracking.console import ConsoleTracker
+from llmtune.tracking.tensorboard import TensorBoardTracker
+from llmtune.tracking.tracker import Tracker
+from llmtune.tracking.wandb import WandbTracker
+
+__all__ = ["TRACKERS", "TrackerKind", "choose_trackers", "keeps_record"]
+
+
+@dataclass(frozen=True)
+class TrackerKind:
+    """One row of `TRACKERS`.
+
+    make: returns the tracker, or None for the run's own record, which does not stand behind the queue (see `jsonl`).
+    package: what must be importable; extra: the extra of llmtune that brings it.
+    """
+
+    make: Callable[[TrackingConfig], Tracker | None]
+    package: str | None = None
+    extra: str | None = None
+
+
+def choose_trackers(
+    config: TrackingConfig, *, explicit: bool, environ: Mapping[str, str] = os.environ
+) -> tuple[list[Tracker], list[Decision]]:
+    """Return the trackers that stand behind the queue, and what was decided on the way.
+
+    explicit: the user asked for `tracking.trackers`; then one that cannot be had is refused, otherwise it is left out and that is said.
+
+    Raises ConfigError for a name that is no tracker, MachineError for a package that is asked for and not installed; all of them at once.
+    """
+    unknown = [name for name in config.trackers if name not in TRACKERS]
+    if unknown:
+        known = ", ".join(TRACKERS)
+        raise ConfigError.all(Problem(f"unknown tracker `{name}`", "tracking.trackers", f"use one of {known}") for name in unknown)
+    missing = [name for name in dict.fromkeys(config.trackers) if not _is_installed(TRACKERS[name])]
+    if missing and explicit:
+        raise MachineError.all(
+            Problem(f"tracker `{name}` is not installed", "tracking.trackers", _how_to_install(name)) for name in missing
+        )
+    decisions = [Decision("tracking.trackers", f"without {name}", f"it is not installed; {_how_to_install(name)}") for name in missing]
+    config, project = _with_project(config, environ)
+    wanted = [name for name in dict.fromkeys(config.trackers) if name not in missing]
+    made = [TRACKERS[name].make(config) for name in wanted]
+    return [tracker for tracker in made if tracker is not None], decisions + (project if "wandb" in wanted else [])
+
+
+def keeps_record(config: TrackingConfig) -> bool:
+    """Return whether the run writes metrics.jsonl."""
+    return "jsonl" in config.trackers
+
+
+def _is_installed(kind: TrackerKind) -> bool:
+    return kind.package is None or importlib.util.find_spec(kind.package) is not None
+
+
+def _how_to_install(name: str) -> str:
+    return f"pip install 'llmtune[{TRACKERS[name].extra}]'"
+
+
+def _with_project(config: TrackingConfig, environ: Mapping[str, str]) -> tuple[TrackingConfig, list[Decision]]:
+    import dataclasses
+
+    project = environ.get("WANDB_PROJECT")
+    if not project or config.project != TrackingConfig().project or project == config.project:
+        return config, []
+    reason = "WANDB_PROJECT is set and the config names no project"
+    return dataclasses.replace(config, project=project), [Decision("tracking.project", project, reason)]
+
+
+TRACKERS: dict[str, TrackerKind] = {
+    "console": TrackerKind(lambda _: ConsoleTracker()),
+    "jsonl": TrackerKind(lambda _: None),
+    "tensorboard": TrackerKind(lambda _: TensorBoardTracker(), package="tensorboard", extra="tensorboard"),
+    "wandb": TrackerKind(
+        lambda config: WandbTracker(config.project, tags=config.tags, mode=config.wandb_mode), package="wandb", extra="wandb"
+    ),
+}
+"""Name in `tracking.trackers` -> how to make it. A new tracker is one row here."""

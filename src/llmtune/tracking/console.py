@@ -1,0 +1,166 @@
+"""The terminal as a tracker: a progress bar where there is a terminal, plain lines where there is none.
+
+A plain line is a Python dict with the names people grep for: `{'loss': 2.451, 'learning_rate': 0.0002, 'epoch': 0.01}`. Its `loss` is
+`train_mean_nll`, in nats per trained token over the whole window. All of it goes to stderr; stdout is for data.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+# Imported here and not when a run starts: importing rich draws from Python's global random numbers, which belong to the training by then.
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TaskProgressColumn, TextColumn
+
+from llmtune.tracking.tracker import Histogram, RunInfo
+
+__all__ = ["ConsoleTracker", "clean", "eval_line", "train_line"]
+
+NARROW_COLUMNS = 60
+"""Below this width the bar itself is left out and only the numbers stay."""
+
+SECONDS_BETWEEN_DRAWINGS = 0.2
+
+SHOWN_CHARACTERS = 300
+"""Characters of a prompt or an answer that are shown; samples.jsonl has the rest."""
+
+
+class ConsoleTracker:
+    """Shows a run on `stream` (stderr when not given)."""
+
+    name = "console"
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
+        self._console: Console | None = None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._info: RunInfo | None = None
+        self._started_at = 0.0
+        self._drawn_at = 0.0
+
+    def start(self, info: RunInfo) -> None:
+        """Open the bar, or nothing where lines are printed."""
+        self._info = info
+        self._started_at = time.monotonic()
+        console = Console(file=self._stream or sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._console = console
+        if not console.is_terminal or console.is_dumb_terminal:
+            return
+        self._progress = _make_progress(console)
+        self._task = self._progress.add_task("", total=max(info.total_steps, 1), completed=info.start_step, numbers="", left="")
+        self._progress.start()
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Move the bar, or print a line; an evaluation is printed in both cases."""
+        is_evaluation = any(key.startswith("eval_") for key in metrics)
+        if is_evaluation:
+            self._print(eval_line(metrics))
+        if self._progress is None:
+            if not is_evaluation:
+                self._print(train_line(metrics))
+            return
+        if not is_evaluation:
+            self._move(step, metrics)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print each prompt with its answer, one line each, without control characters."""
+        for row in rows:
+            self._print(f"[step {step}] {clean(str(row.get('prompt', '')))} -> {clean(str(row.get('text', '')))}")
+
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Show nothing."""
+
+    def finish(self, state: str) -> None:  # noqa: ARG002 - whoever started the run says how it ended
+        """Draw the bar a last time and leave it standing."""
+        if self._progress is not None:
+            self._progress.refresh()
+            self._progress.stop()
+
+    def _print(self, line: str) -> None:
+        assert self._console is not None, "start comes first"
+        self._console.print(line)
+
+    def _move(self, step: int, metrics: Mapping[str, Any]) -> None:
+        assert self._progress is not None
+        assert self._task is not None
+        assert self._info is not None
+        made = step - self._info.start_step
+        left_s = (time.monotonic() - self._started_at) / max(made, 1) * max(self._info.total_steps - step, 0)
+        numbers = f"loss {_short(metrics.get('train_mean_nll'))} {_rate(metrics.get('tokens_per_second'))}".rstrip()
+        self._progress.update(self._task, completed=step, numbers=numbers, left=f"ETA {_clock(left_s)}")
+        now = time.monotonic()
+        if now - self._drawn_at >= SECONDS_BETWEEN_DRAWINGS or step >= self._info.total_steps:
+            self._drawn_at = now
+            self._progress.refresh()
+
+
+def train_line(metrics: Mapping[str, Any]) -> str:
+    """Return a training line as people know it.
+
+    >>> train_line({"step": 3, "train_mean_nll": 2.45123, "learning_rate": 2e-4, "epoch": 0.0123, "grad_norm": 1.0})
+    "{'loss': 2.4512, 'learning_rate': 0.0002, 'epoch': 0.01}"
+    """
+    shown = {"loss": _rounded(metrics, "train_mean_nll", 5), "learning_rate": _rounded(metrics, "learning_rate", 4)}
+    return str(shown | {"epoch": _epoch(metrics)})
+
+
+def eval_line(metrics: Mapping[str, Any]) -> str:
+    """Return an evaluation line.
+
+    >>> eval_line({"eval_mean_nll": 1.5, "eval_perplexity": 4.481689, "epoch": 1.0})
+    "{'eval_loss': 1.5, 'eval_perplexity': 4.4817, 'epoch': 1.0}"
+    """
+    names = {"eval_loss": "eval_mean_nll", "eval_perplexity": "eval_perplexity", "eval_bits_per_byte": "eval_bits_per_byte"}
+    shown = {name: _rounded(metrics, key, 5) for name, key in names.items() if metrics.get(key) is not None}
+    return str(shown | {"epoch": _epoch(metrics)})
+
+
+def clean(text: str) -> str:
+    r"""Return `text` on one line, cut, and without characters that steer a terminal.
+
+    >>> clean("two\nlines \x1b[31mred")
+    'two\\nlines \\x1b[31mred'
+    """
+    cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
+
+
+def _make_progress(console: Console) -> Progress:
+    columns: list[ProgressColumn] = [TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[numbers]}", markup=False)]
+    if console.width >= NARROW_COLUMNS:
+        columns = [BarColumn(bar_width=None), TaskProgressColumn(), *columns, TextColumn("{task.fields[left]}", markup=False)]
+    return Progress(*columns, console=console, auto_refresh=False, expand=False, redirect_stdout=sys.stdout.isatty(), redirect_stderr=True)
+
+
+def _rounded(metrics: Mapping[str, Any], key: str, digits: int) -> Any:
+    value = metrics.get(key)
+    return float(f"{value:.{digits}g}") if isinstance(value, (int, float)) else value
+
+
+def _epoch(metrics: Mapping[str, Any]) -> Any:
+    value = metrics.get("epoch")
+    return round(float(value), 2) if isinstance(value, (int, float)) else value
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else "-"
+
+
+def _rate(tokens_per_second: Any) -> str:
+    if not isinstance(tokens_per_second, (int, float)):
+        return ""
+    return f"{tokens_per_second / 1000:.1f}k tok/s" if tokens_per_second >= 1000 else f"{tokens_per_second:.0f} tok/s"
+
+
+def _clock(seconds: float) -> str:
+    """Return h:mm:ss.
+
+    >>> _clock(3725.4)
+    '1:02:05'
+    """
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
