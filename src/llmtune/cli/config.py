@@ -16,7 +16,7 @@ from llmtune.errors import ConfigError, Problem
 __all__ = ["diff", "schema", "show", "validate"]
 
 ConfigName = Annotated[str | None, typer.Option("--config", "-c", help="A preset (test, development, production) or a YAML or JSON file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that override the config, by dotted key.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")]
 
 
 def show(

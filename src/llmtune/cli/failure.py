@@ -5,22 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import re
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmtune import __version__
 from llmtune.errors import LlmtuneError
+from llmtune.runs.secrets import redacted, redacted_command
 
-__all__ = ["message", "redact", "report_crash", "report_error"]
-
-_SECRET_NAME = re.compile(r"key|token|secret|passw|credential|auth", re.IGNORECASE)
-_SECRET_TEXT = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16}|[0-9a-f]{40})\b")
-_SECRET_URL = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+__all__ = ["message", "report_crash", "report_error", "say"]
 
 
 def message(error: LlmtuneError) -> str:
@@ -49,15 +45,15 @@ def say(text: str) -> None:
 def report_error(error: LlmtuneError, *, debug: bool = False) -> int:
     """Print a refusal and return its exit code."""
     if debug:
-        say(redact("".join(traceback.format_exception(error)), os.environ))
+        say(redacted("".join(traceback.format_exception(error))))
     say(message(error))
     return error.exit_code
 
 
 def report_crash(error: BaseException, arguments: Sequence[str], *, debug: bool = False) -> int:
     """Keep the traceback of a bug of ours in a file, say so in one line, and return 1."""
-    text = redact(crash_text(error, arguments), os.environ)
-    summary = redact("".join(traceback.format_exception_only(error)).strip().splitlines()[-1], os.environ)
+    text = redacted(crash_text(error, arguments))
+    summary = redacted("".join(traceback.format_exception_only(error)).strip().splitlines()[-1])
     place = _write_crash(text)
     if debug:
         say(text)
@@ -71,18 +67,10 @@ def crash_text(error: BaseException, arguments: Sequence[str]) -> str:
     head = [
         f"llmtune {__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"time: {time.strftime('%Y-%m-%dT%H:%M:%S%z')}",
-        f"command: llmtune {' '.join(arguments)}",
+        f"command: llmtune {' '.join(redacted_command(arguments))}",
         "",
     ]
     return "\n".join(head) + "\n" + "".join(traceback.format_exception(error))
-
-
-def redact(text: str, environ: Mapping[str, str]) -> str:
-    """Return `text` without the values of secret-looking environment variables, known token shapes and passwords in URLs."""
-    for name, value in environ.items():
-        if _SECRET_NAME.search(name) and len(value) >= 6:
-            text = text.replace(value, "***")
-    return _SECRET_URL.sub("***", _SECRET_TEXT.sub("***", text))
 
 
 def _state_folder() -> Path:

@@ -76,6 +76,11 @@ class LazyGroup(TyperGroup):
         inner = tuple(row for row in self.rows if row.words.startswith(words + " "))
         return _group(words, inner) if inner else None
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Answer a bare `llmtune` or `llmtune config` with its help."""
+        rest: list[str] = super().parse_args(ctx, args or ["--help"])
+        return rest
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command the arguments begin with.
 
@@ -120,7 +125,7 @@ def _group(words: str, rows: tuple[Command, ...]) -> Any:
         cls=group_class, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_CONTEXT
     )
     callback = _top if not words else _inner
-    app.callback(help=help_text, no_args_is_help=True)(callback)
+    app.callback(help=help_text)(callback)
     return typer.main.get_command(app)
 
 

@@ -1,6 +1,6 @@
 """Other toolkits' names for our keys: rows of tables, each accepted with one line that says the name used here.
 
-Three tables: `NAMES` (another name, same value; in `names.py`), `TRANSLATED` (another way to say it) and `NOT_HERE` (refused, with the reason).
+Three tables: `NAMES` (another name, same value; in `names.py`), `TRANSLATED` (another way to say it) and `NOT_HERE` (refused, and why).
 A name with a dot stands in a section of that name. `FLAT_SECTIONS` are sections whose content is read as if it stood at the top.
 """
 

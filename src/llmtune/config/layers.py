@@ -61,7 +61,7 @@ def load_config(
 ) -> ResolvedConfig:
     """Resolve a preset or file and everything laid over it.
 
-    `flags` maps dotted keys to values (None: not given); `overrides` are `KEY=VALUE` texts; `environ` is the process environment when not given.
+    `flags` maps dotted keys to values (None: not given); `overrides` are `KEY=VALUE` texts; `environ` is the process's when not given.
     Relative paths *in* a config (data files, output folders) are relative to the working folder, not to the file.
 
     Raises:

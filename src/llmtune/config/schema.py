@@ -1,7 +1,7 @@
 """The frozen dataclasses of a run: the only place where a default is written.
 
-The string under a field describes it, once: it is the `--help` text, the line in the reference page and the comment in a commented YAML file.
-Units stand in the names (`every_steps`, `timeout_s`). `None` means "not asked for": either nothing happens, or llmtune chooses and says what and why.
+The string under a field describes it, once: it is the line in the reference page, in an editor and in a commented YAML file.
+Units stand in the names (`every_steps`, `timeout_s`). `None` means "not asked for": nothing happens, or llmtune chooses and says so.
 """
 
 from __future__ import annotations
