@@ -106,7 +106,7 @@ def test_gradient_checkpointing_changes_no_bit(
     engine = engine_of(model, arithmetic(), Config(model=ModelConfig(gradient_checkpointing=True), training=training))
     found = loss_and_gradients(model, lambda: engine.nll_sum(batch))
     expected = loss_and_gradients(stored, lambda: engine_of(stored, arithmetic(), Config(training=training)).nll_sum(batch))
-    assert model.is_gradient_checkpointing
+    assert [module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")].count(True) >= 2
     assert found[0] == expected[0]
     assert difference(found[1], expected[1]) == 0
 
@@ -147,7 +147,7 @@ def test_sharded_models_get_the_plain_engine(build_model: Build, arithmetic: Bui
 
 
 def test_a_model_that_bends_its_logits_in_an_unknown_way_is_found_out(build_model: Build, arithmetic: Build) -> None:
-    """The probe is the mutant test of the engine: a rule of the head that the fast path does not know costs it the job, with the numbers."""
+    """The probe is the mutant test of the engine: a rule of the head that the fast path does not know costs it the job."""
     model = build_model("llama")
     model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits * 1.5)
     engine = engine_of(model, arithmetic())
