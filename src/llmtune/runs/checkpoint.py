@@ -13,18 +13,17 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmtune import durable
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    import torch
+    from llmtune.training.state import Snapshot
 
 __all__ = [
     "CheckpointFolder",
-    "SnapshotLike",
     "all_checkpoints",
     "checkpoint_of",
     "load",
@@ -40,18 +39,6 @@ _FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
 
 
-class SnapshotLike(Protocol):
-    """State of a training at a step boundary: tensors by group and name, and JSON-able numbers."""
-
-    @property
-    def tensors(self) -> Mapping[str, Mapping[str, Any]]:
-        """Group (`optimizer`, `rng`, ...) -> name -> tensor."""
-
-    @property
-    def state(self) -> Mapping[str, Any]:
-        """What goes into state.json."""
-
-
 class CheckpointFolder(NamedTuple):
     """One committed checkpoint: its step, which its folder is named after, and its place."""
 
@@ -64,8 +51,7 @@ class LoadedCheckpoint(NamedTuple):
 
     step: int
     path: Path
-    tensors: dict[str, dict[str, torch.Tensor]]
-    state: dict[str, Any]
+    snapshot: Snapshot
     manifest: dict[str, Any]
 
 
@@ -82,7 +68,7 @@ def save_checkpoint(
     run: RunFolder,
     step: int,
     write_weights: Callable[[Path], None],
-    snapshot: SnapshotLike,
+    snapshot: Snapshot,
     manifest_extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Commit the checkpoint of `step` and return its folder; on return it survives a power loss.
@@ -202,6 +188,8 @@ def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
 
     Raises CheckpointError when anything differs from what was saved, MachineError when it cannot be read.
     """
+    from llmtune.training.state import Snapshot
+
     where = durable.printable(checkpoint.path)
     with durable.asking_the_system("read", checkpoint.path):
         try:
@@ -214,4 +202,4 @@ def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
     if not durable.has_digest(raw, digests[STATE_FILE]):
         raise CheckpointError("state.json was changed: its sha256 does not fit the manifest", where, "use another checkpoint")
     tensors = {group: durable.read_tensors(checkpoint.path / name, sha256=digests[name])[0] for group, name in groups.items()}
-    return LoadedCheckpoint(checkpoint.step, checkpoint.path, tensors, json.loads(raw), manifest)
+    return LoadedCheckpoint(checkpoint.step, checkpoint.path, Snapshot(tensors, json.loads(raw)), manifest)

@@ -1,0 +1,43 @@
+"""`llmtune runs`: what is in a folder of runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from llmtune.cli.failure import say
+from llmtune.durable import printable
+from llmtune.runs.folder import RunSummary, list_runs
+
+__all__ = ["runs"]
+
+
+def runs(
+    output_dir: Annotated[str, typer.Argument(metavar="[DIR]", help="Folder in which the runs are.")] = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+) -> None:
+    """Print the runs of a folder, the newest last: state, step, loss."""
+    found = list_runs(output_dir)
+    if as_json:
+        for run in found:
+            print(json.dumps({**run._asdict(), "path": printable(run.path)}, ensure_ascii=False))
+        return
+    if not found:
+        say(f"no runs in {printable(output_dir)}")
+        return
+    rows = [("RUN", "STATE", "STEP", "TRAIN LOSS", "EVAL LOSS", "CREATED (UTC)"), *(_row(run) for run in found)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _row(run: RunSummary) -> tuple[str, ...]:
+    step = "-" if run.step is None else str(run.step) if run.total_steps is None else f"{run.step}/{run.total_steps}"
+    created = run.created.replace("T", " ")[:16]
+    return printable(run.name), run.state, step, _loss(run.train_mean_nll), _loss(run.eval_mean_nll), created
+
+
+def _loss(nats_per_token: float | None) -> str:
+    return "-" if nats_per_token is None else f"{float(nats_per_token):.4f}"
