@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Annotated
 
@@ -9,8 +10,9 @@ import typer
 
 from llmtune.cli.failure import say
 from llmtune.config.convert import LEAVES
-from llmtune.config.dump import config_to_dict, config_to_yaml
+from llmtune.config.dump import config_to_dict, config_to_yaml, plain
 from llmtune.config.layers import ResolvedConfig, load_config
+from llmtune.config.render import value_text
 from llmtune.errors import ConfigError, Problem
 
 __all__ = ["diff", "schema", "show", "validate"]
@@ -33,7 +35,7 @@ def show(
     if as_json:
         values: object = config_to_dict(resolved.config)
         if origin:
-            values = {key: {"value": value_of(resolved, key), "origin": str(resolved.origins[key])} for key in LEAVES}
+            values = {key: {"value": plain(value_of(resolved, key)), "origin": str(resolved.origins[key])} for key in LEAVES}
         print(json.dumps(values, indent=2, ensure_ascii=False))
     elif origin:
         print_origins(resolved)
@@ -42,17 +44,13 @@ def show(
 
 
 def value_of(resolved: ResolvedConfig, key: str) -> object:
-    """Return the value of a dotted key as plain data."""
-    value: object = config_to_dict(resolved.config)
-    for name in key.split("."):
-        assert isinstance(value, dict)
-        value = value[name]
-    return value
+    """Return the value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), resolved.config)
 
 
 def print_origins(resolved: ResolvedConfig) -> None:
     """Print one line a key: its name, its value, and where that came from."""
-    rows = [(key, json.dumps(value_of(resolved, key), ensure_ascii=False), str(resolved.origins[key])) for key in LEAVES]
+    rows = [(key, value_text(value_of(resolved, key)), str(resolved.origins[key])) for key in LEAVES]
     widths = [min(max(len(row[column]) for row in rows), limit) for column, limit in ((0, 44), (1, 60))]
     for key, value, place in rows:
         print(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {place}")
@@ -67,12 +65,12 @@ def diff(
     one, two = (load_config(name, environ={}) for name in (first, second))
     rows = [(key, value_of(one, key), value_of(two, key)) for key in LEAVES if value_of(one, key) != value_of(two, key)]
     if as_json:
-        print(json.dumps({key: {"a": a, "b": b} for key, a, b in rows}, indent=2, ensure_ascii=False))
+        print(json.dumps({key: {"a": plain(a), "b": plain(b)} for key, a, b in rows}, indent=2, ensure_ascii=False))
         return
     for key, a, b in rows:
         print(key)
-        print(f"  - {json.dumps(a, ensure_ascii=False)}  ({one.origins[key]})")
-        print(f"  + {json.dumps(b, ensure_ascii=False)}  ({two.origins[key]})")
+        print(f"  - {value_text(a)}  ({one.origins[key]})")
+        print(f"  + {value_text(b)}  ({two.origins[key]})")
     say(f"{len(rows)} of {len(LEAVES)} keys differ" if rows else "the two configs are equal")
 
 

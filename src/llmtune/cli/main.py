@@ -1,7 +1,7 @@
 """`llmtune`: a table of commands, each imported only when it is asked for, and one place where errors become messages and exit codes.
 
 To add a command, write a function with Typer parameters in a module of `llmtune.cli` (heavy imports inside the function) and add its row to
-`COMMANDS`. The help line stands in the row, so that `llmtune --help` imports none of them.
+`COMMANDS`. The help line stands in the row, so that `llmtune --help` imports none of them. A command returns nothing, or its exit code.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ class Command(NamedTuple):
 
     help: str
     panel: str
-    """Heading under which the help lists it."""
+    """Heading under which the help lists it; one of `PANELS`."""
 
+
+PANELS = ("Train", "Before a run", "Watch", "Use the result", "Check")
 
 GROUPS: dict[str, str] = {
     "config": "Show, compare, check and describe configs.",
@@ -46,10 +48,10 @@ GROUPS: dict[str, str] = {
 }
 
 COMMANDS: tuple[Command, ...] = (
-    Command("config show", "config:show", "Print the resolved config; --origin says where each value comes from.", "Configs"),
-    Command("config diff", "config:diff", "Print the keys in which two configs or runs differ.", "Configs"),
-    Command("config schema", "config:schema", "Print a JSON Schema that editors can use.", "Configs"),
-    Command("config validate", "config:validate", "Check config files; every problem at once.", "Configs"),
+    Command("config show", "config:show", "Print the resolved config; --origin says where each value comes from.", "Before a run"),
+    Command("config diff", "config:diff", "Print the keys in which two configs or runs differ.", "Before a run"),
+    Command("config schema", "config:schema", "Print a JSON Schema that editors can use.", "Before a run"),
+    Command("config validate", "config:validate", "Check config files; every problem at once.", "Before a run"),
 )
 
 
@@ -94,12 +96,14 @@ class LazyGroup(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
         """Write the help lines from the table, under their headings."""
-        panels: dict[str, list[tuple[str, str]]] = {}
+        panels: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
         for name in self.names():
             words = self.prefix + name
             row = next(row for row in self.rows if row.words == words or row.words.startswith(words + " "))
-            panels.setdefault(row.panel, []).append((name, row.help if row.words == words else GROUPS[words]))
+            panels[row.panel].append((name, row.help if row.words == words else GROUPS[words]))
         for panel, lines in panels.items():
+            if not lines:
+                continue
             with formatter.section(panel):
                 formatter.write_dl(lines)
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmtune.config.origin import Origin
+from llmtune.config.origin import Origin, printable
+from llmtune.config.render import value_text
 from llmtune.config.schema import Config, SourceConfig
 from llmtune.errors import Problem
 
@@ -33,9 +34,8 @@ class Range:
         )
 
     def __str__(self) -> str:
-        low = f"at least {self.minimum:g}" if self.minimum is not None else f"above {self.above:g}" if self.above is not None else ""
-        high = f"at most {self.maximum:g}" if self.maximum is not None else f"below {self.below:g}" if self.below is not None else ""
-        return " and ".join(part for part in (low, high) if part)
+        words = (("at least", self.minimum), ("above", self.above), ("at most", self.maximum), ("below", self.below))
+        return " and ".join(f"{word} {bound}" for word, bound in words if bound is not None)
 
 
 _COUNT = Range(minimum=1)
@@ -178,11 +178,7 @@ def _value(config: Config, key: str) -> str:
     value: Any = config
     for name in key.split("."):
         value = getattr(value, name)
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    if isinstance(value, tuple):
-        return "[" + ", ".join(item.path if isinstance(item, SourceConfig) else str(item) for item in value) + "]"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return printable(value_text(value))
 
 
 def _is_given(origins: Mapping[str, Origin], key: str) -> bool:

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from llmtune.config.describe import descriptions
 from llmtune.config.layers import parse_config
+from llmtune.config.render import source_text, value_text
 from llmtune.config.schema import Config, SourceConfig
 
-__all__ = ["config_from_dict", "config_to_dict", "config_to_yaml"]
-
-_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./+@=-]*")
-_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n", "~", ".inf", ".nan"}
-_NUMBER_LIKE = re.compile(r"\.?[0-9].*|0[xob].*|.*[0-9]:[0-9].*", re.IGNORECASE)
+__all__ = ["config_from_dict", "config_to_dict", "config_to_yaml", "plain"]
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Return a config as nested dicts of plain values, every key present; JSON can hold it."""
-    plain: dict[str, Any] = _plain(config)
-    return plain
+    values: dict[str, Any] = plain(config)
+    return values
 
 
 def config_from_dict(values: Mapping[str, Any], place: str = "config") -> Config:
@@ -45,11 +41,12 @@ def config_to_yaml(config: Config, *, commented: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value of any declared type as data that JSON can hold."""
     if is_dataclass(value):
-        return {each.name: _plain(getattr(value, each.name)) for each in fields(value)}
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -69,43 +66,6 @@ def _write_section(section: Any, prefix: str, depth: int, lines: list[str], comm
         elif isinstance(value, tuple) and value and isinstance(value[0], SourceConfig):
             lines.append(f"{indent}{each.name}:")
             for source in value:
-                lines.append(f"{indent}  - {_source(source)}")
+                lines.append(f"{indent}  - {source_text(source)}")
         else:
-            lines.append(f"{indent}{each.name}: {_value(value)}")
-
-
-def _source(source: SourceConfig) -> str:
-    given = {
-        each.name: getattr(source, each.name)
-        for each in fields(source)
-        if each.default is MISSING or getattr(source, each.name) != each.default
-    }
-    if set(given) == {"path"}:
-        return _value(source.path)
-    return "{" + ", ".join(f"{name}: {_value(value)}" for name, value in given.items()) + "}"
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        # YAML 1.1 readers take `1e-05` for text; with a point every reader takes it for a number.
-        mantissa, exponent, power = repr(value).partition("e")
-        return f"{mantissa}{'' if '.' in mantissa or not exponent else '.0'}{exponent}{power}"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_value(item) for item in value) + "]"
-    return _text(value) if isinstance(value, str) else str(value)
-
-
-def _text(value: str) -> str:
-    if _PLAIN.fullmatch(value) and value.lower() not in _WORDS and not _NUMBER_LIKE.fullmatch(value):
-        return value
-    quoted = json.dumps(value, ensure_ascii=False)
-    return "".join(char if char.isprintable() else _escape(char) for char in quoted)
-
-
-def _escape(char: str) -> str:
-    code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+            lines.append(f"{indent}{each.name}: {value_text(value)}")

@@ -1,0 +1,115 @@
+"""The reference page of every config key, made from the schema: `python -m llmtune.config.reference > docs/config.md`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from llmtune.config import convert
+from llmtune.config.aliases import NOT_HERE, other_names
+from llmtune.config.checks import CONTRADICTIONS, RANGES, SOURCE_RANGES, Range
+from llmtune.config.describe import descriptions, source_descriptions
+from llmtune.config.render import value_text
+from llmtune.config.schema import SourceConfig
+
+__all__ = ["reference_page"]
+
+_HEAD = """\
+# Config
+
+One YAML (or JSON) file describes a run. This page is made from the schema by `python -m llmtune.config.reference`;
+`llmtune config schema` prints the same as a JSON Schema, and a first line `# yaml-language-server: $schema=schema.json`
+makes an editor complete and check the file.
+
+## Layers
+
+Later layers win, key by key. Lists are replaced, never joined.
+
+1. **Defaults**: the tables below.
+2. **`extends: production`**: a preset, a path, or a list of them (the last wins), looked for beside the file first.
+3. **The named file**, `--config dev.yaml`: a path as given, then `configs/` under the working folder, then the presets that
+   come with llmtune. A run folder stands for the `config.yaml` in it.
+4. **Environment**: `LLMTUNE_TRAINING__LEARNING_RATE=1e-4`.
+5. **Flags** of the command: `--samples 50`.
+6. **Command line**: `training.batch_size=4 'data.train=[a.jsonl,b.jsonl]'`.
+
+`llmtune config show --origin` prints each value with the file and line, variable or flag it came from;
+`llmtune config diff A B` compares two configs or runs; `llmtune config validate FILE...` checks files.
+
+## Values
+
+- A value is read as the type its key declares, not as YAML guesses it: `1e-5` is a number, `010` is ten, `no` is the
+  text "no" where text is declared. Quotes matter for text alone: `"null"` is the word, `null` is nothing.
+- A single value may stand where a list is declared. A data source is a path, or a mapping with `path` and more.
+- **Relative paths are relative to the working folder**, wherever the config file lies.
+- An unknown key, a key that stands twice, a value of the wrong type or out of range, and keys that contradict each other
+  are refused, all at once, each with its line.
+- A file has at most 1 MB. Tags such as `!!python/...` are refused; anchors and merge keys (`<<`) work. Top-level keys that
+  begin with `x-` are ignored: a place for anchors.
+- Secrets never stand in a config. `trust_remote_code` is a flag of the command line only.
+- The column "also read as" holds the names other toolkits use; each is accepted with one line that says ours.
+"""
+
+
+def reference_page() -> str:
+    """Return the whole page as Markdown."""
+    sections = [_section(name) for name in convert.SECTIONS if "." not in name]
+    return "\n".join([_HEAD, *sections, _sources(), _contradictions(), _refused()])
+
+
+def _section(section: str) -> str:
+    lines = [
+        f"## `{section}`",
+        "",
+        _cell(descriptions()[section]),
+        "",
+        "| key | value | default | meaning | also read as |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for key, declared in convert.LEAVES.items():
+        if key.startswith(f"{section}."):
+            names = ", ".join(f"`{name}`" for name in other_names(key))
+            default = f"`{value_text(convert.default_of(key))}`"
+            lines.append(f"| `{key}` | {_type(declared, RANGES.get(key))} | {default} | {_cell(descriptions()[key])} | {names} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sources() -> str:
+    lines = ["## A data source", "", "Each entry of `data.train` and `data.eval` is a path, or a mapping of these keys.", ""]
+    lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    default = SourceConfig()
+    for name, declared in convert.SOURCE_FIELDS.items():
+        shown = "required" if name == "path" else f"`{value_text(getattr(default, name))}`"
+        lines.append(f"| `{name}` | {_type(declared, SOURCE_RANGES.get(name))} | {shown} | {_cell(source_descriptions()[name])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _contradictions() -> str:
+    lines = ["## What contradicts itself", "", "| keys | problem | fix |", "| --- | --- | --- |"]
+    joined: dict[tuple[str, str], list[str]] = {}
+    for row in CONTRADICTIONS:
+        keys = joined.setdefault((row.problem, row.fix), [])
+        keys += [key for key in row.keys if key not in keys]
+    lines += [f"| {', '.join(f'`{key}`' for key in keys)} | {_cell(problem)} | {_cell(fix)} |" for (problem, fix), keys in joined.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _refused() -> str:
+    lines = ["## Names of other toolkits that are refused", "", "| name | because | instead |", "| --- | --- | --- |"]
+    lines += [f"| `{name}` | {_cell(reason)} | {_cell(fix)} |" for name, (reason, fix) in NOT_HERE.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _type(declared: Any, bounds: Range | None) -> str:
+    words = convert.expected(declared).replace("one of ", "")
+    words = re.sub(r" or null$", "", words)
+    return _cell(f"{words}, {bounds}" if bounds else words)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference_page())
