@@ -1,0 +1,238 @@
+"""Text of known origin -> token ids, so that content never becomes a control token (promise Q6).
+
+A *control token* is an added token of the tokenizer, special or not, unless it is nothing but whitespace. Where content does not spell
+one, the ids are those of the tokenizer's own `encode`, one call over the whole text: nothing can differ. Where content does spell one
+(alone, over two fields, or together with the template's text), the text is encoded by a twin of the tokenizer in which every control
+token answers to an unguessable name: the template's own control tokens are written under those names, and whatever the content spells is
+only letters.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import json
+import secrets
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tokenizers import Tokenizer
+
+from llmtune.data.traced import TEMPLATE, Run
+from llmtune.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Control", "Encoded", "SafeEncoder"]
+
+
+class Control(NamedTuple):
+    """A control token in an encoded text: its place among the tokens, its characters [start, stop), its id."""
+
+    place: int
+    start: int
+    stop: int
+    token_id: int
+
+
+class Encoded(NamedTuple):
+    """An encoded text of T tokens.
+
+    ids: T token ids. starts, stops: the characters [start, stop) of each token; starts never fall. controls: the control tokens, in order.
+    hostile: the control strings that content spelled and that were encoded as plain text.
+    """
+
+    ids: list[int]
+    starts: list[int]
+    stops: list[int]
+    controls: list[Control]
+    hostile: tuple[str, ...]
+
+
+class SafeEncoder:
+    """Encodes text of known origin with a fast tokenizer.
+
+    Raises `TokenizerError` when the tokenizer has no `tokenizers` backend, or produces a control token from plain text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, parse_control_tokens: bool = False) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise TokenizerError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer, so the place of its tokens in the text is unknown",
+                where="model.tokenizer",
+                fix="use a folder with a tokenizer.json",
+            )
+        if backend.truncation is not None or backend.padding is not None or backend.encode_special_tokens:
+            backend = Tokenizer.from_str(backend.to_str())
+            backend.no_truncation()
+            backend.no_padding()
+        self._backend = backend
+        self._parse_control_tokens = parse_control_tokens
+        self.control_tokens: dict[int, str] = {
+            token_id: token.content
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.content.replace("\u2581", " ").strip()
+        }
+        """Text of every control token by its id."""
+
+    @functools.cached_property
+    def definition(self) -> str:
+        """The tokenizer as JSON text, as saved in tokenizer.json."""
+        return self._backend.to_str()
+
+    def encode(self, text: str, runs: Sequence[Run]) -> Encoded:
+        """Encode `text`, whose characters come from where `runs` say, without adding special tokens."""
+        text = str.__str__(text)  # the bare characters: `Traced` is for the runs
+        first = self._backend.encode(text, add_special_tokens=False)
+        starts, stops = _split_offsets(first.offsets)
+        controls = self._controls(text, first.ids, starts, stops)
+        if self._parse_control_tokens:
+            return Encoded(first.ids, starts, stops, controls, ())
+        content = _ContentMap(runs)
+        hostile = tuple(self.control_tokens[one.token_id] for one in controls if content.overlaps(one.start, one.stop))
+        if not hostile:
+            return Encoded(first.ids, starts, stops, controls, ())
+        return self._encode_hostile(text, content, hostile)
+
+    def _controls(self, text: str, ids: Sequence[int], starts: Sequence[int], stops: Sequence[int]) -> list[Control]:
+        found = []
+        control_tokens = self.control_tokens
+        for place, token_id in enumerate(ids):
+            if token_id in control_tokens:
+                covered = text[starts[place] : stops[place]]
+                # Tokens with lstrip or rstrip cover whitespace around them that may be content.
+                lead = covered.find(control_tokens[token_id])
+                width = len(control_tokens[token_id])
+                if lead < 0:
+                    lead, width = len(covered) - len(covered.lstrip()), len(covered.strip())
+                found.append(Control(place, starts[place] + lead, starts[place] + lead + width, token_id))
+        return found
+
+    def _encode_hostile(self, text: str, content: _ContentMap, hostile: tuple[str, ...]) -> Encoded:
+        harmless = content.masked(text, self._harmless_letter, self._harmless_mark)
+        probe = self._backend.encode(harmless, add_special_tokens=False)
+        own = [
+            one for one in self._controls(harmless, probe.ids, *_split_offsets(probe.offsets)) if not content.overlaps(one.start, one.stop)
+        ]
+        twin, names = self._twin
+        pieces: list[str] = []
+        anchors: list[tuple[int, int]] = [(0, 0)]
+        twin_length = place = 0
+        for one in own:
+            for piece, origin_end in ((text[place : one.start], one.start), (names[one.token_id], one.stop)):
+                pieces.append(piece)
+                twin_length += len(piece)
+                anchors.append((twin_length, origin_end))
+            place = one.stop
+        pieces.append(text[place:])
+        encoding = twin.encode("".join(pieces), add_special_tokens=False)
+        back = _Map(anchors)
+        starts, stops = _split_offsets([(back.to_origin(start), back.to_origin(stop)) for start, stop in encoding.offsets])
+        controls = self._controls(text, encoding.ids, starts, stops)
+        if len(controls) != len(own):
+            raise TokenizerError(
+                f"the tokenizer makes control tokens out of plain text ({hostile[0]!r} in a row)",
+                where="model.tokenizer",
+                fix="remove such rows, or set `data.parse_control_tokens: true` if they are meant to be control tokens",
+            )
+        return Encoded(encoding.ids, starts, stops, controls, hostile)
+
+    @functools.cached_property
+    def _harmless_letter(self) -> str:
+        return self._unused("\u4e00\u3042\u0416\u03a9\u05d0\u0e01\uac00")
+
+    @functools.cached_property
+    def _harmless_mark(self) -> str:
+        return self._unused("\u00a7\u00b6\u2020\u2030\u203b\u00a4\u00ac")
+
+    def _unused(self, candidates: str) -> str:
+        used = "".join(self.control_tokens.values())
+        return next(character for character in candidates if character not in used)
+
+    @functools.cached_property
+    def _twin(self) -> tuple[Tokenizer, dict[int, str]]:
+        """The tokenizer with every control token renamed to something no data can contain, and the new names by id."""
+        nonce = secrets.token_hex(16)
+        names = {token_id: f"zq{nonce}{place:06d}zq" for place, token_id in enumerate(self.control_tokens)}
+        new_name = {self.control_tokens[token_id]: name for token_id, name in names.items()}
+        definition = json.loads(self.definition)
+        for token in definition["added_tokens"]:
+            token["content"] = new_name.get(token["content"], token["content"])
+        _rename_in_model(definition["model"], new_name)
+        twin = Tokenizer.from_str(json.dumps(definition))
+        for token_id, name in names.items():
+            if twin.token_to_id(name) != token_id:
+                raise TokenizerError(
+                    f"the control token {self.control_tokens[token_id]!r} cannot be told apart from text in this tokenizer",
+                    where="model.tokenizer",
+                    fix="load and save the tokenizer with transformers first, so that its added tokens are numbered as in its files",
+                )
+        return twin, names
+
+
+class _ContentMap:
+    """Which characters are content, for quick questions."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+        place = 0
+        for length, origin in runs:
+            if origin != TEMPLATE:
+                self._starts.append(place)
+                self._stops.append(place + length)
+            place += length
+
+    def overlaps(self, start: int, stop: int) -> bool:
+        place = bisect.bisect_left(self._starts, stop) - 1
+        return place >= 0 and self._stops[place] > start
+
+    def masked(self, text: str, letter: str, mark: str) -> str:
+        """Put harmless characters of the same kind in the place of content: letters, marks, whitespace."""
+        pieces = []
+        place = 0
+        for start, stop in zip(self._starts, self._stops, strict=True):
+            pieces.append(text[place:start])
+            pieces.extend(one if one.isspace() else letter if one.isalnum() or one == "_" else mark for one in text[start:stop])
+            place = stop
+        pieces.append(text[place:])
+        return "".join(pieces)
+
+
+class _Map:
+    """Characters of the twin's text -> characters of the original, given (twin, original) pairs at piece borders."""
+
+    def __init__(self, anchors: Sequence[tuple[int, int]]) -> None:
+        self._twin = [twin for twin, _ in anchors]
+        self._origin = [origin for _, origin in anchors]
+
+    def to_origin(self, place: int) -> int:
+        low = bisect.bisect_right(self._twin, place) - 1
+        origin = self._origin[low] + place - self._twin[low]
+        return min(origin, self._origin[low + 1]) if low + 1 < len(self._origin) else origin
+
+
+def _split_offsets(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    starts: list[int] = []
+    stops: list[int] = []
+    latest = 0
+    for start, stop in offsets:
+        latest = max(latest, start)
+        starts.append(latest)
+        stops.append(max(latest, stop))
+    return starts, stops
+
+
+def _rename_in_model(model: dict[str, Any], new_name: dict[str, str]) -> None:
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {new_name.get(piece, piece): token_id for piece, token_id in vocabulary.items()}
+    else:
+        model["vocab"] = [[new_name.get(piece, piece), score] for piece, score in vocabulary]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = new_name.get(model["unk_token"], model["unk_token"])
+    if model.get("merges"):
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [[left, right] for left, right in pairs if not {left, right, left + right} & new_name.keys()]

@@ -1,0 +1,377 @@
+"""Chat templates rendered as transformers renders them, in a sandbox, with limits, and with the origin of every character.
+
+A chat template is a program that came with a model: it runs in jinja2's immutable sandbox with exactly the globals and filters that
+transformers gives it, and, which the sandbox alone does not do, within a time limit, a size limit and a limit on absurd numbers. Every
+loop turn and call passes through a budget, so the limits hold in any thread and process, with no signals.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+from jinja2.compiler import CodeGenerator, Frame
+
+from llmtune.data.traced import PRECISE_METHODS, Traced, concat, holds_traced, label, lift
+from llmtune.errors import TokenizerError
+
+__all__ = ["ChatTemplate", "Limits", "TemplateRefusal"]
+
+LARGEST_NUMBER = 1_000_000
+"""Largest integer a template may hand to a function or filter, or multiply a text with."""
+
+PRECISE_FILTERS = frozenset({"attr", "capitalize", "d", "default", "first", "join", "last", "list", "lower", "replace", "trim", "upper"})
+"""Filters whose text results carry right origins by themselves; the results of all others are checked by `lift`."""
+
+RENDER_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class TemplateRefusal(Exception):  # noqa: N818 - a refusal, not always an error
+    """The template refuses or fails on one conversation; the message says how.
+
+    `is_limit` marks a template that asked for too much time or space.
+    """
+
+    def __init__(self, problem: str, *, is_limit: bool = False) -> None:
+        super().__init__(problem)
+        self.is_limit = is_limit
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one rendering may use: seconds, and characters of any one text (raised with the size of the conversation)."""
+
+    seconds: float = 10.0
+    characters: int = 16_000_000
+
+
+class _Budget:
+    def __init__(self, limits: Limits, input_characters: int) -> None:
+        self.deadline = time.monotonic() + limits.seconds
+        self.seconds = limits.seconds
+        self.characters = limits.characters + 16 * input_characters
+        self.turns = 0
+
+    def spend(self) -> None:
+        self.turns += 1
+        if self.turns % 256 == 0 and time.monotonic() > self.deadline:
+            raise TemplateRefusal(f"the chat template ran longer than {self.seconds:g} s", is_limit=True)
+
+    def check_size(self, size: int) -> None:
+        if size > self.characters:
+            raise TemplateRefusal(f"the chat template made more than {self.characters:,} characters", is_limit=True)
+
+
+class _Ticking:
+    """An iterable whose every turn is paid for. It keeps its length so that `loop.length` and `loop.last` work as before."""
+
+    def __init__(self, items: Any, budget: _Budget) -> None:
+        self._items = items
+        self._budget = budget
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._items:
+            self._budget.spend()
+            yield item
+
+
+class _SizedTicking(_Ticking):
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+class _TracingCode(CodeGenerator):
+    """Compiles output and `~` so that origins survive; everything else as jinja2 does."""
+
+    def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:  # noqa: N802 - the name jinja2 looks for
+        self.write("environment.concat((")
+        for part in node.nodes:
+            self.write("environment.as_text(")
+            self.visit(part, frame)
+            self.write("), ")
+        self.write("))")
+
+    def _output_child_pre(self, *_: Any) -> None:
+        self.write("environment.as_text(")
+
+    def _output_child_post(self, *_: Any) -> None:
+        self.write(")")
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` blocks of newer templates: rendered, and otherwise ignored; masks do not need them."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it this way
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.CallBlock:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        block = jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body)
+        block.set_lineno(line)
+        return block
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox of transformers' chat templates, with origins and a budget."""
+
+    code_generator_class = _TracingCode
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, now: datetime) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
+        self._local = threading.local()
+        self.filters = {name: self._guarded_filter(name, function) for name, function in self.filters.items()}
+        self.filters["tojson"] = self._guarded_filter("tojson", _tojson)
+        self.filters["join"] = self._guarded_filter("join", self._join_filter)
+        self.filters["replace"] = self._guarded_filter("replace", _replace_filter)
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = now.strftime
+        self.globals["dict"] = _DictMaker()
+        self.globals["namespace"] = _Namespace
+        del self.globals["lipsum"]
+
+    @property
+    def budget(self) -> _Budget:
+        return self._local.budget
+
+    @budget.setter
+    def budget(self, budget: _Budget) -> None:
+        self._local.budget = budget
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in list(tree.find_all(jinja2.nodes.For)):
+            line = loop.iter.lineno
+            ticking = jinja2.nodes.EnvironmentAttribute("ticking", lineno=line)
+            loop.iter = jinja2.nodes.Call(ticking, [loop.iter], [], None, None, lineno=line)
+        tree.set_environment(self)
+        return tree
+
+    def ticking(self, items: Any) -> Any:
+        """Wrap what a loop runs over, so that its turns are counted."""
+        self.budget.spend()
+        if isinstance(items, jinja2.Undefined) or items is None:
+            return items
+        return _SizedTicking(items, self.budget) if hasattr(items, "__len__") else _Ticking(items, self.budget)
+
+    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+        """Join output pieces, keeping origins, within the size limit."""
+        parts: list[str] = []
+        size = 0
+        for piece in pieces:
+            size += len(piece)
+            self.budget.check_size(size)
+            parts.append(piece)
+        return concat(parts)
+
+    def as_text(self, value: Any) -> str:
+        """Turn an output value into text as jinja2 does; a printed list or mapping of the row is content."""
+        if isinstance(value, str):
+            return value
+        text = str(value)
+        return label(text, value) if holds_traced(value) else text
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """Run `+ * ** %` within the limits and with origins."""
+        if operator == "**" or (operator == "*" and not (isinstance(left, (int, float)) and isinstance(right, (int, float)))):
+            self._check_numbers((left, right))
+        if operator == "*" and any(isinstance(side, (str, list, tuple)) for side in (left, right)):
+            self.budget.check_size(max(len(left), 1) * right if isinstance(right, int) else max(len(right), 1) * left)
+        if operator == "%" and isinstance(left, str):
+            _check_widths(left)
+            return lift(lambda form, given: form % (tuple(given) if isinstance(given, tuple) else given), (left, right), {})
+        result = super().call_binop(context, operator, left, right)
+        if isinstance(result, (str, list, tuple)):
+            self.budget.check_size(len(result))
+        return result
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """Sandbox `str.format` as jinja2 does, and keep the origins of what is filled in."""
+        plain = super().wrap_str_format(value)
+        if plain is None:
+            return None
+        form = value.__self__
+
+        def formatted(*args: Any, **kwargs: Any) -> str:
+            _check_widths(form)
+            if isinstance(form, Traced):
+                return label(str.__str__(plain(*args, **kwargs)), (form, args, kwargs))
+            return lift(plain, args, kwargs)
+
+        return formatted
+
+    def call(self, context: jinja2.runtime.Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call from the template: paid for, with sane numbers, and with origins kept by methods of texts."""
+        self.budget.spend()
+        self._check_numbers(args)
+        owner = getattr(function, "__self__", None)
+        name = getattr(function, "__name__", "")
+        if not isinstance(owner, str) or not isinstance(function, (types.BuiltinMethodType, types.MethodType)):
+            return super().call(context, function, *args, **kwargs)
+        if not isinstance(owner, Traced) and name in PRECISE_METHODS and holds_traced((args, kwargs)):
+            function = getattr(Traced(owner, [(len(owner), -1)]), name)
+        if name == "replace" and len(args) > 1:
+            self.budget.check_size(len(owner) * max(1, len(args[1])) if len(args[1]) > 16 else len(owner))
+        result = super().call(context, function, *args, **kwargs)
+        if isinstance(result, str):
+            self.budget.check_size(len(result))
+            if name not in PRECISE_METHODS and holds_traced((owner, args, kwargs)):
+                return label(str.__str__(result), (owner, args, kwargs))
+        return result
+
+    def _guarded_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self.budget.spend()
+            self._check_numbers((*args, *kwargs.values()))
+            if name not in PRECISE_FILTERS and holds_traced((args, kwargs)):
+                result = lift(function, args, kwargs)
+            else:
+                result = function(*args, **kwargs)
+            if isinstance(result, str):
+                self.budget.check_size(len(result))
+            return result
+
+        return guarded
+
+    def _join_filter(self, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+        if attribute is not None:
+            value = map(jinja2.filters.make_attrgetter(self, attribute), value)
+        return Traced(d, ((len(d), -1),) if not isinstance(d, Traced) else d._runs).join(self.as_text(item) for item in value)
+
+    def _check_numbers(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if type(value) is int and abs(value) > LARGEST_NUMBER:
+                raise TemplateRefusal(f"the chat template asks for {value:,} of something", is_limit=True)
+
+
+class _DictMaker:
+    """`dict(...)` for templates, without access to the class itself (as in transformers)."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args, **kwargs)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace(...)` for templates, refusing underscore names (as in transformers)."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, args = args[0], args[1:]
+        values = dict(*args, **kwargs)
+        for name in values:
+            _refuse_private(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        jinja2.utils.Namespace.__setitem__(self, name, value)
+
+
+def _refuse_private(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a chat template may not store the private name {name!r}")
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateRefusal(str(message))
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _replace_filter(text: Any, old: str, new: str, count: int | None = None) -> str:
+    text = text if isinstance(text, Traced) else Traced(str(text), ((len(str(text)), -1),))
+    return text.replace(str(old), str(new), -1 if count is None else count)
+
+
+def _check_widths(form: str) -> None:
+    digits = 0
+    for character in form:
+        digits = digits + 1 if character.isdigit() else 0
+        if digits > 6:
+            raise TemplateRefusal("the chat template asks for a field of more than a million characters", is_limit=True)
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Raises `TokenizerError` where the text is not a template at all.
+    """
+
+    def __init__(self, source: str, *, variables: Mapping[str, str], now: datetime, limits: Limits = Limits()) -> None:
+        self.source = source
+        self._variables = dict(variables)
+        self._limits = limits
+        self._environment = _Environment(now)
+        try:
+            self._template = self._environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TokenizerError(
+                f"the chat template does not compile: {error.message} (line {error.lineno})",
+                where="model.chat_template",
+                fix="give a working template with `model.chat_template=FILE`",
+            ) from error
+        except (RecursionError, SyntaxError, MemoryError, OverflowError, ValueError, TypeError) as error:
+            raise TokenizerError(
+                f"the chat template does not compile: {type(error).__name__}: {error}",
+                where="model.chat_template",
+                fix="give a working template with `model.chat_template=FILE`",
+            ) from error
+
+    @property
+    def uses_the_date(self) -> bool:
+        """Whether the text rendered depends on the day it is rendered."""
+        return "strftime_now" in self.source
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, *, add_generation_prompt: bool
+    ) -> str:
+        """Render messages; the result is `Traced` where messages or tools hold traced strings.
+
+        Raises `TemplateRefusal` when the template refuses the conversation, fails on it, or goes over a limit.
+        """
+        size = sum(len(str(message.get("content", ""))) for message in messages)
+        self._environment.budget = _Budget(self._limits, size)
+        try:
+            return self._template.render(
+                messages=list(messages),
+                tools=list(tools) if tools else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._variables,
+            )
+        except RecursionError as error:
+            raise TemplateRefusal("the chat template calls itself without end", is_limit=True) from error
+        except RENDER_ERRORS as error:
+            raise TemplateRefusal(f"the chat template fails: {type(error).__name__}: {error}") from error
