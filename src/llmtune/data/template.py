@@ -190,8 +190,6 @@ class Renderer:
         """Return the tokens [low, high) of a span.
 
         A token that also holds part of a header is trained only if it says something of the answer.
-        """Return the tokens [low, high) of a span; a token that also holds part of a header is trained only if it says something of the
-        answer.
         """
         encoded = whole.encoded
         low = bisect.bisect_left(encoded.starts, span.start)
@@ -328,8 +326,6 @@ class Renderer:
         """Every token that ends an answer: those the template closes turns with, and the tokenizer's end token.
 
         `generation_config` must list them all, so that a tuned model stops by itself.
-        """Every token that ends an answer: those the template closes turns with, and the tokenizer's end token. `generation_config` must
-        list them all.
         """
         found = set() if isinstance(self._shape, TemplateRefusal) else set(self._shape.end_ids)
         if self._eos_id is not None:
@@ -341,8 +337,6 @@ class Renderer:
         """sha256 over all that decides what a row becomes.
 
         Tokenizer, templates, rule, version of this code, and the date where a template writes it.
-        """sha256 over all that decides what a row becomes: tokenizer, templates, rule, version of this code, and the date where a
-        template writes it.
         """
         parts = {
             "version": RENDER_VERSION,
