@@ -1,0 +1,105 @@
+"""bitsandbytes, kept quiet, off the network and exact: 4-bit NF4 and 8-bit frozen weights, and its optimizers.
+
+bitsandbytes 0.50 tries to fetch a CPU kernel from a hub when it is imported, and in evaluation on CPUs with AVX512-BF16 it repacks its
+4-bit weights in place, after which they neither train nor give the same numbers as in training. Both are switched off here; nothing else
+may import it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from llmtune.errors import MachineError
+
+__all__ = ["bnb_optimizer", "dequantized_weight", "import_bitsandbytes", "is_quantized_linear", "keep_exact", "quantization_config"]
+
+_ABSENT = object()
+
+
+def import_bitsandbytes() -> Any:
+    """The bitsandbytes module, imported without its look at a hub and without its log line. Raises MachineError where it cannot work."""
+    if "bitsandbytes" in sys.modules:
+        return sys.modules["bitsandbytes"]
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    before = sys.modules.get("kernels", _ABSENT)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # the import of a hub's code then fails at once, without a connection
+    logger.setLevel(logging.CRITICAL)
+    try:
+        return importlib.import_module("bitsandbytes")
+    except (ImportError, RuntimeError, OSError) as error:
+        raise MachineError(
+            f"bitsandbytes cannot be used here: {error}",
+            where="model.quantization / training.optimizer",
+            fix="pip install 'bitsandbytes>=0.49', or use model.quantization=none and training.optimizer=adamw",
+        ) from error
+    finally:
+        logger.setLevel(level)
+        if before is _ABSENT:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = before  # type: ignore[assignment]
+
+
+def quantization_config(kind: Literal["4bit", "8bit"], compute_dtype: Any) -> Any:
+    """The config that loads every linear layer but the head in NF4 with double quantization (arXiv:2305.14314), or in 8 bit."""
+    import_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype
+    )
+
+
+def keep_exact(model: Any) -> int:
+    """Switch off the in-place repacking of 4-bit weights in evaluation on CPU; returns how many layers are 4-bit."""
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    for module in layers:
+        module.support_avx512bf16_for_cpu = False
+    return len(layers)
+
+
+def is_quantized_linear(module: Any) -> bool:
+    """Whether this layer holds its weight in 4 or 8 bit."""
+    return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def dequantized_weight(module: Any) -> Any:
+    """The weight of a 4-bit or 8-bit layer as the layer's arithmetic sees it, float32 [out, in]; what a merge folds an adapter into."""
+    import torch
+
+    bitsandbytes = import_bitsandbytes()
+    weight = module.weight
+    if type(module).__name__ == "Linear4bit":
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)
+    codes, scales = (module.state.CB, module.state.SCB) if module.state.CB is not None else (weight.CB, weight.SCB)
+    return codes.to(torch.float32) * (scales.to(torch.float32).unsqueeze(1) / 127.0)
+
+
+def bnb_optimizer(
+    name: Literal["adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion"],
+    groups: Iterable[dict[str, Any]],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+) -> Any:
+    """An optimizer of bitsandbytes over parameter groups; decay is decoupled, and a group's own `weight_decay` wins.
+
+    8-bit states are kept blockwise for tensors of 4096 entries or more (arXiv:2110.02861). Raises MachineError when it cannot work here.
+    """
+    bitsandbytes = import_bitsandbytes()
+    make = getattr(bitsandbytes.optim, _OPTIMIZERS[name])
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+    if name != "lion":
+        options["eps"] = eps
+    return make(list(groups), **options)
+
+
+_OPTIMIZERS = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit", "lion": "Lion"}

@@ -1,0 +1,136 @@
+"""Write what a user takes away: a model or an adapter with its tokenizer, chat template, generation settings and model card.
+
+Everything is written into a staging folder that the caller commits (see `durable.commit_folder`), in formats of transformers and peft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune import durable
+from llmtune.models.adapter_scan import BASE_RECORD
+from llmtune.models.adapters import adapter_files, trained_parameters
+from llmtune.models.silence import quiet_libraries
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["restore_weights", "write_adapter", "write_model", "write_tokenizer", "write_weights"]
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def write_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    stop_token_ids: Sequence[int] = (),
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a full model as transformers and vLLM read it: config, safetensors (in shards), tokenizer, generation config.
+
+    dtype: type the weights are rounded to, once; as they are when None. stop_token_ids: every token that ends an answer.
+    Raises MachineError when the disk refuses.
+    """
+    state = {
+        name: tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype) for name, tensor in model.state_dict().items()
+    }
+    config = model.config
+    before = config.dtype
+    config.dtype = dtype or next(model.parameters()).dtype
+    _set_generation(model, tokenizer, stop_token_ids)
+    try:
+        with quiet_libraries(), durable.asking_the_system("save", folder):
+            model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_bytes)
+    finally:
+        config.dtype = before
+    write_tokenizer(tokenizer, folder)
+
+
+def write_adapter(
+    model: Any,
+    folder: Path,
+    *,
+    tokenizer: Any = None,
+    stop_token_ids: Sequence[int] = (),
+    base_digest: str | None = None,
+    base_name: str | None = None,
+    base_revision: str | None = None,
+) -> None:
+    """Write an adapter as `peft.PeftModel.from_pretrained` reads it, with a record of its base beside it, and the tokenizer when given."""
+    tensors, config = adapter_files(model)
+    if base_name is not None:
+        config["base_model_name_or_path"] = base_name
+    if base_revision is not None:
+        config["revision"] = base_revision
+    durable.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    durable.write_json(folder / "adapter_config.json", config)
+    durable.write_json(
+        folder / BASE_RECORD, {"base_digest": base_digest, "base_name": config["base_model_name_or_path"], "base_revision": base_revision}
+    )
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, folder)
+        _set_generation(model.get_base_model(), tokenizer, stop_token_ids)
+        durable.write_text(folder / "generation_config.json", model.get_base_model().generation_config.to_json_string())
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer and its chat template as `AutoTokenizer.from_pretrained` reads them; traces of how it was opened are left out."""
+    with quiet_libraries(), durable.asking_the_system("save", folder):
+        tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    from llmtune.models.scan import read_json_file
+
+    config = {key: value for key, value in read_json_file(path).items() if key not in ("is_local", "local_files_only", "name_or_path")}
+    durable.write_json(path, config)
+
+
+def write_weights(model: Any, path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write the trained weights of a run, bit for bit, by parameter name: what a checkpoint needs beside the base it started from."""
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()}
+    durable.write_tensors(path, tensors, dict(metadata or {}))
+
+
+def restore_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put trained weights back, bit for bit; names, shapes and types must be exactly those of this model's trained weights.
+
+    Raises CheckpointError otherwise.
+    """
+    import torch
+
+    from llmtune.errors import CheckpointError, Problem
+
+    parameters = trained_parameters(model)
+    problems = [Problem(f"the weight `{name}` is missing in the checkpoint") for name in sorted(parameters.keys() - tensors.keys())[:3]]
+    problems += [
+        Problem(f"the checkpoint has a weight `{name}` that is not trained here") for name in sorted(tensors.keys() - parameters.keys())[:3]
+    ]
+    for name in sorted(parameters.keys() & tensors.keys()):
+        here, there = parameters[name], tensors[name]
+        if here.shape != there.shape or here.dtype != there.dtype:
+            problems.append(
+                Problem(f"`{name}` is {there.dtype} {tuple(there.shape)} in the checkpoint, {here.dtype} {tuple(here.shape)} here")
+            )
+    if problems:
+        raise CheckpointError.all(problem._replace(fix="resume with the config the run was started with") for problem in problems[:6])
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _rounded(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _set_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
+    """Say in the generation config where an answer ends, so that every program that loads the folder stops there."""
+    generation = model.generation_config
+    known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    ids = list(dict.fromkeys(one for one in (*stop_token_ids, *known, tokenizer.eos_token_id) if one is not None))
+    generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+    generation.pad_token_id = tokenizer.pad_token_id
+    generation.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else generation.bos_token_id

@@ -1,0 +1,133 @@
+"""What a model folder may hold: read before any library is allowed to look at it.
+
+A folder of weights is data from a stranger. Its JSON files can name code (`auto_map`), repositories (`_attn_implementation`) and files
+outside the folder (a shard index); its weight files can be pickles, which run code when opened. That is found here, by plain reading.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmtune.errors import ModelError, Problem
+
+__all__ = ["read_json_file", "refuse_unsafe_folder", "scan_json_files", "weight_files"]
+
+MAX_JSON_BYTES = 64 * 2**20
+"""A config or shard index larger than this is no config. (Tokenizer files are read by the tokenizer library, not here.)"""
+
+_TRUST_FIX = "use a copy without it, or, if you have read and trust that code, pass --trust-remote-code on the command line"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".mdl", ".msgpack", ".h5")
+_INDEX = "model.safetensors.index.json"
+
+
+def refuse_unsafe_folder(folder: Path, *, trust_remote_code: bool = False, ignore_auto_map: bool = False) -> None:
+    """Raise ModelError with everything in the folder's JSON files that names code or another repository.
+
+    `ignore_auto_map` is for models known to load with the library's own code although they also ship theirs; nothing of theirs is run.
+    """
+    if trust_remote_code:
+        return
+    problems = list(scan_json_files(folder, ignore_auto_map=ignore_auto_map))
+    if problems:
+        raise ModelError.all(problems)
+
+
+def scan_json_files(folder: Path, *, ignore_auto_map: bool = False) -> Iterator[Problem]:
+    """Every place in the folder's config files that would make a library run or fetch code."""
+    for name in _CONFIG_FILES:
+        path = folder / name
+        if path.is_file():
+            for key, problem in _suspicious(read_json_file(path), ""):
+                if not (ignore_auto_map and key.rsplit(".", 1)[-1] == "auto_map"):
+                    yield Problem(problem, f"{path}: {key}", _TRUST_FIX)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the order of their names; the shard index is checked against them.
+
+    Raises ModelError when the weights are pickles, are missing, or when the index points outside the folder or to a file that is not there.
+    """
+    index = folder / _INDEX
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return _indexed_files(folder, index)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES and not path.name.startswith("training_args"))
+    if pickles:
+        raise ModelError(
+            f"the weights in {folder} are only there as {', '.join(pickles[:3])}, a format that can run code when it is opened",
+            where=str(folder),
+            fix="use a revision with safetensors, or convert a copy you trust: https://huggingface.co/docs/safetensors/convert-weights",
+        )
+    raise ModelError(f"{folder} holds no model.safetensors", where=str(folder), fix="name a folder saved with `save_pretrained`")
+
+
+def read_json_file(path: Path) -> Any:
+    """The value in a JSON file of at most 64 MiB. Raises ModelError when it is larger or not JSON."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path.name} has {path.stat().st_size:,} bytes", where=str(path), fix="a config file is smaller than 64 MiB")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} is not JSON: {error}", where=str(path), fix="fetch the file again") from error
+    except OSError as error:
+        fix = "check the file and its permissions"
+        raise ModelError(f"{path.name} cannot be read: {error.strerror}", where=str(path), fix=fix) from error
+
+
+def _indexed_files(folder: Path, index: Path) -> list[Path]:
+    table = read_json_file(index)
+    weight_map = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError("the shard index has no `weight_map` of file names", where=str(index), fix="fetch the file again")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name)]
+    if outside:
+        problem = f"the shard index names `{outside[0]}`, which is not a plain file name in its folder"
+        raise ModelError(problem, where=str(index), fix=_TRUST_NONE)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        problem = f"{len(missing)} of {len(names)} shards are missing, first {missing[0]}"
+        raise ModelError(problem, where=str(index), fix="fetch the model again")
+    return [folder / name for name in names]
+
+
+def _suspicious(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, problem) for each entry that names code; walks mappings and lists."""
+    if isinstance(value, list):
+        for position, item in enumerate(value):
+            yield from _suspicious(item, f"{key}[{position}]")
+    if not isinstance(value, dict):
+        return
+    for name, item in value.items():
+        here = f"{key}.{name}" if key else str(name)
+        if name == "auto_map" and item:
+            yield here, f"`auto_map` names code that comes with the model: {_shown(item)}"
+        elif name == "trust_remote_code" and item:
+            yield here, "`trust_remote_code` is asked for by the model's own files"
+        elif name in ("custom_pipelines", "custom_generate") and item:
+            yield here, f"`{name}` names code that comes with the model: {_shown(item)}"
+        elif str(name).lstrip("_").startswith(("attn_implementation", "experts_implementation")) and _names_repository(item):
+            yield here, f"`{name}` names a repository to fetch code from: {_shown(item)}"
+        else:
+            yield from _suspicious(item, here)
+
+
+def _names_repository(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_names_repository(item) for item in value.values())
+    return value is not None and not (isinstance(value, str) and re.fullmatch(r"[a-z0-9_]*", value))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+_TRUST_NONE = "do not use this model: a well-made index never points elsewhere"
+_CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")

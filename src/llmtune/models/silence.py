@@ -1,0 +1,38 @@
+"""Keep the libraries' progress bars, advice and log lines off the user's screen; what matters we say ourselves."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["quiet_libraries"]
+
+_LOGGERS = ("transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub", "tokenizers", "gguf")
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """While inside: no progress bars, no log lines below ERROR and no Python warnings from the model libraries. All is put back after."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    bar_was_on = transformers_logging.is_progress_bar_enabled()
+    hub_bar_was_off = are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if bar_was_on:
+            transformers_logging.enable_progress_bar()
+        if not hub_bar_was_off:
+            enable_progress_bars()

@@ -1,0 +1,217 @@
+"""Load a tokenizer with everything training needs: a chat template, a pad token, and a digest to know it by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from llmtune.config.schema import ModelConfig
+from llmtune.decisions import Decision
+from llmtune.errors import TokenizerError
+from llmtune.models.catalog import ModelSource, resolve
+from llmtune.models.scan import refuse_unsafe_folder
+from llmtune.models.silence import quiet_libraries
+from llmtune.models.store import local_folder, may_ignore_auto_map
+from llmtune.models.tokenizer_training import train_tokenizer
+
+__all__ = [
+    "LoadedTokenizer",
+    "load_tokenizer",
+    "load_tokenizer_folder",
+    "shipped_chat_templates",
+    "tokenizer_digest",
+    "train_tokenizer",
+    "train_tokenizer_for",
+]
+
+_PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
+"""Tokens that other models reserve for padding, the most telling first."""
+
+_NEEDED_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
+"""Control tokens a shipped template writes; without them in the vocabulary they would be spelled out in pieces."""
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A fast tokenizer, what was chosen for it, and the sha256 over its vocabulary, rules, special tokens and chat template."""
+
+    tokenizer: Any
+    digest: str
+    decisions: tuple[Decision, ...] = ()
+
+
+def load_tokenizer(
+    source: ModelSource, model_config: ModelConfig, *, trust_remote_code: bool = False, new_tokens: Sequence[str] = ()
+) -> LoadedTokenizer:
+    """Load the tokenizer that `model.tokenizer` names, or the model's own.
+
+    new_tokens are added as special tokens where the vocabulary lacks them (`adapter.train_tokens`). Raises TokenizerError when there is
+    none, when it is not a fast tokenizer, or when the chat template cannot be used with it.
+    """
+    folder, where, ignore_auto_map = _tokenizer_folder(source, model_config, trust_remote_code)
+    refuse_unsafe_folder(folder, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
+    tokenizer = _read(folder, where, trust_remote_code=trust_remote_code)
+    decisions: list[Decision] = []
+    missing = [one for one in dict.fromkeys(new_tokens) if one not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+        decisions.append(Decision("adapter.train_tokens", ", ".join(missing), "not in the vocabulary, so added to it"))
+    decisions += _choose_template(tokenizer, source, model_config)
+    decisions += _choose_pad(tokenizer)
+    tokenizer.clean_up_tokenization_spaces = False  # decoding must give the text back, not a prettier one (Q6)
+    return LoadedTokenizer(tokenizer, tokenizer_digest(tokenizer), tuple(decisions))
+
+
+def load_tokenizer_folder(folder: Path, model_config: ModelConfig | None = None) -> LoadedTokenizer:
+    """Load a tokenizer that was saved with a run, a checkpoint or a model, as it is there: nothing is chosen again but a missing pad token.
+
+    model_config is accepted for the symmetry of callers; a run's own tokenizer already carries the chat template it was trained with.
+    """
+    del model_config
+    refuse_unsafe_folder(folder)
+    tokenizer = _read(folder, str(folder), trust_remote_code=False)
+    decisions = _choose_pad(tokenizer)
+    tokenizer.clean_up_tokenization_spaces = False
+    return LoadedTokenizer(tokenizer, tokenizer_digest(tokenizer), tuple(decisions))
+
+
+def train_tokenizer_for(source: ModelSource, model_config: ModelConfig, texts: Iterable[str]) -> LoadedTokenizer:
+    """Train the tokenizer of a from-scratch model on the run's own texts, with the vocabulary its shape asks for.
+
+    Raises ConfigError for a vocabulary too small, TokenizerError when there is no text or the chat template cannot be used.
+    """
+    assert source.entry is not None
+    assert source.entry.shape is not None
+    architecture = model_config.architecture
+    wanted = architecture.vocab_size or source.entry.shape.vocab_size
+    context = architecture.max_seq_len or source.entry.shape.max_seq_len
+    tokenizer = train_tokenizer(texts, wanted, chat_template=None, max_length=context)
+    template = model_config.chat_template or "chatml"
+    shipped = shipped_chat_templates()
+    tokenizer.chat_template = shipped[template] if template in shipped else _template_file(template, shipped)
+    why = f"`{source.name}` is built from scratch and no tokenizer is named: byte-level BPE trained on this run's rows"
+    decision = Decision("model.tokenizer", f"{len(tokenizer):,} of {wanted:,} entries", why)
+    return LoadedTokenizer(tokenizer, tokenizer_digest(tokenizer), (decision,))
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """sha256 over what decides ids: vocabulary, merges, normalisation, special tokens, chat template; not padding, not truncation."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules.pop("padding", None)
+    rules.pop("truncation", None)
+    special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
+    whole = json.dumps([rules, special, tokenizer.chat_template], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(whole.encode("ascii")).hexdigest()
+
+
+def shipped_chat_templates() -> dict[str, str]:
+    """The chat templates that come with llmtune, by the name `model.chat_template` takes."""
+    folder = resources.files("llmtune.models") / "templates"
+    return {one.name.removesuffix(".jinja"): one.read_text("utf-8") for one in folder.iterdir() if one.name.endswith(".jinja")}
+
+
+def _tokenizer_folder(source: ModelSource, model_config: ModelConfig, trust_remote_code: bool) -> tuple[Path, str, bool]:
+    """(folder, what named it, whether its auto_map is known to be unneeded)."""
+    if model_config.tokenizer is not None:
+        own = Path(model_config.tokenizer).expanduser()
+        if own.is_file():
+            own = own.parent
+        if own.is_dir():
+            return own, "model.tokenizer", False
+        source = resolve(model_config.tokenizer, offline=source.offline)
+    if source.kind == "scratch":
+        raise TokenizerError(
+            f"`{source.name}` is built from scratch and has no tokenizer of its own",
+            where="model.tokenizer",
+            fix="name a tokenizer folder, or make one: `llmtune tokenizer train --config CONFIG --output FOLDER`",
+        )
+    return local_folder(source, weights=False, code=trust_remote_code), "model.name", may_ignore_auto_map(source)
+
+
+def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        raise TokenizerError(f"{folder} holds no tokenizer", where=where, fix="name a tokenizer folder in model.tokenizer")
+    try:
+        with quiet_libraries():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizer library raises bare Exception for a damaged file
+        first = str(error).strip().splitlines()
+        raise TokenizerError(
+            f"the tokenizer in {folder} cannot be read: {first[0] if first else type(error).__name__}",
+            where=where,
+            fix="fetch it again, or name another one in model.tokenizer",
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise TokenizerError(
+            f"the tokenizer in {folder} has no fast form ({type(tokenizer).__name__})",
+            where=where,
+            fix="save it once with a tokenizer.json, or name another tokenizer in model.tokenizer",
+        )
+    return tokenizer
+
+
+def _choose_template(tokenizer: Any, source: ModelSource, model_config: ModelConfig) -> list[Decision]:
+    shipped = shipped_chat_templates()
+    wanted = model_config.chat_template
+    if wanted is not None:
+        tokenizer.chat_template = shipped[wanted] if wanted in shipped else _template_file(wanted, shipped)
+        missing = [one for one in _NEEDED_TOKENS.get(wanted, ()) if one not in tokenizer.get_vocab()]
+        if missing:
+            raise TokenizerError(
+                f"the chat template `{wanted}` writes {' and '.join(missing)}, and this tokenizer has no such token",
+                where="model.chat_template",
+                fix=f"add them: 'adapter.train_tokens=[{','.join(missing)}]', or use model.chat_template=turns, which needs none",
+            )
+        return []
+    if isinstance(tokenizer.chat_template, dict):
+        named = tokenizer.chat_template
+        choice = "default" if "default" in named else min(named)
+        tokenizer.chat_template = named[choice]
+        return [Decision("model.chat_template", choice, f"the tokenizer has {len(named)}: {', '.join(sorted(named))}")]
+    if tokenizer.chat_template:
+        return []
+    own = source.entry.chat_template if source.entry else None
+    choice = own or ("chatml" if all(one in tokenizer.get_vocab() for one in _NEEDED_TOKENS["chatml"]) else "turns")
+    if choice not in shipped:
+        tokenizer.chat_template = _template_file(choice, shipped)
+    elif choice == "turns" and tokenizer.eos_token is None:
+        return []  # text can still be trained on; a conversation will be refused by name
+    else:
+        tokenizer.chat_template = shipped[choice]
+    return [Decision("model.chat_template", choice, "the tokenizer has none; used for conversations only")]
+
+
+def _template_file(wanted: str, shipped: dict[str, str]) -> str:
+    path = Path(wanted).expanduser()
+    try:
+        if path.stat().st_size > 2**20:
+            raise TokenizerError(f"`{wanted}` has more than a million bytes", where="model.chat_template", fix="name a Jinja chat template")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        near = get_close_matches(wanted, shipped, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        raise TokenizerError(
+            f"`{wanted}` is no readable file and no shipped chat template",
+            where="model.chat_template",
+            fix=f"{hint}the shipped ones are {', '.join(sorted(shipped))}",
+        ) from error
+
+
+def _choose_pad(tokenizer: Any) -> list[Decision]:
+    """Padding never carries loss here (masks go by position), so any token does; one that means nothing else is kindest to other tools."""
+    if tokenizer.pad_token is not None:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    choice = next((one for one in _PAD_NAMES if one in vocabulary), None) or tokenizer.unk_token or tokenizer.eos_token
+    if choice is None:
+        choice = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.pad_token = choice
+    return [Decision("pad token", choice, "the tokenizer names none; padding is masked by position, so this changes no loss")]

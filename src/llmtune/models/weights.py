@@ -1,0 +1,106 @@
+"""One pass over a model's weight files: what is in them, that every value is a number, and their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmtune.errors import ModelError, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["WeightsReport", "digest_tensors", "inspect_weights"]
+
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What weight files hold."""
+
+    digest: str
+    """sha256 over (name, type, shape, bytes) of every tensor in the order of names: how tensors are cut into files makes no difference."""
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: frozenset[str]
+    largest: float
+    """Greatest absolute value in any floating-point tensor."""
+
+
+def inspect_weights(files: Sequence[Path]) -> WeightsReport:
+    """Read every tensor once, memory-mapped.
+
+    Raises ModelError for a file that is not safetensors, a name in two files, or values that are not finite (each tensor named).
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: set[str] = set()
+    bad: list[Problem] = []
+    largest = 0.0
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal largest
+        for name, path, tensor in _tensors_by_name(files):
+            shapes[name] = tuple(tensor.shape)
+            dtypes.add(str(tensor.dtype).removeprefix("torch."))
+            peak = _largest_value(tensor)
+            if not math.isfinite(peak):
+                bad.append(Problem(f"the weight `{name}` has values that are not numbers (NaN or infinite)", str(path), _NON_FINITE_FIX))
+            largest = max(largest, peak)
+            yield name, tensor
+
+    digest = digest_tensors(tensors())
+    if bad:
+        more = [Problem(f"and {len(bad) - _MOST_NAMED} more tensors")] if len(bad) > _MOST_NAMED else []
+        raise ModelError.all(bad[:_MOST_NAMED] + more)
+    return WeightsReport(digest, shapes, frozenset(dtypes), largest)
+
+
+def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 over (name, type, shape, bytes) of each tensor in the order given; give them in the order of their names."""
+    import torch
+
+    total = hashlib.sha256()
+    for name, tensor in tensors:
+        total.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if flat.numel():
+            total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _tensors_by_name(files: Sequence[Path]) -> Iterator[tuple[str, Path, torch.Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    places: dict[str, Path] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                names = list(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path.name} cannot be read as safetensors: {error}", where=str(path), fix="fetch the file again") from error
+        for name in names:
+            if name in places:
+                raise ModelError(f"the tensor `{name}` is in two files", where=f"{places[name]} and {path}", fix="fetch the model again")
+            places[name] = path
+    handles = {path: safe_open(path, framework="pt") for path in files}
+    for name in sorted(places):
+        path = places[name]
+        yield name, path, handles[path].get_tensor(name)
+
+
+def _largest_value(tensor: torch.Tensor) -> float:
+    """Greatest absolute value, NaN when any is NaN; 0 for whole numbers, empty tensors and 8-bit floats (which quantizers write)."""
+    import torch
+
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.element_size() < 2:
+        return 0.0
+    low, high = torch.aminmax(tensor)
+    peak = max(abs(float(low)), abs(float(high)))
+    return math.nan if math.isnan(float(low)) or math.isnan(float(high)) else peak
+
+
+_NON_FINITE_FIX = "these weights are damaged or from a run that diverged; use an earlier checkpoint or fetch the model again"
