@@ -3,7 +3,6 @@
 import json
 
 from llmtune.tracking import RunRecord
-from llmtune.tracking.jsonl import read_lines
 
 
 def write(record, steps):
@@ -45,9 +44,3 @@ def test_a_line_is_strict_json_even_when_a_loss_is_not_a_number(tmp_path):
 
 def pytest_fail(name):
     raise AssertionError(f"{name} is not JSON")
-
-
-def test_a_line_cut_off_by_a_kill_is_left_out_when_read(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2')
-    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
-    assert read_lines(tmp_path / "none.jsonl") == []

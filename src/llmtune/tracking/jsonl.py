@@ -7,14 +7,13 @@ part of every checkpoint.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmtune import durable
 
-__all__ = ["RunRecord", "read_lines"]
+__all__ = ["RunRecord"]
 
 
 class RunRecord:
@@ -53,12 +52,3 @@ class RunRecord:
         """Sync and close both files."""
         self._metrics.close()
         self._samples.close()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a jsonl file; a last line cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    *whole, last = path.read_text(encoding="utf-8").split("\n")
-    del last  # what follows the last newline is empty, or was cut off
-    return [json.loads(line) for line in whole if line]

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmtune.runs.secrets import redacted
 from llmtune.tracking.tracker import Histogram, RunInfo, grouped_name
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class TensorBoardTracker:
 
         purge_step = info.start_step + 1 if info.start_step else None
         self._writer = SummaryWriter(log_dir=str(info.folder / "tensorboard"), purge_step=purge_step, flush_secs=SECONDS_BETWEEN_FLUSHES)
-        for title, values in (("config", info.config), ("parameters", info.parameters), ("architecture", info.architecture)):
+        for title, values in (("config", redacted(info.config)), ("parameters", info.parameters), ("architecture", info.architecture)):
             if values:
                 self._writer.add_text(title, _as_markdown_table(values), global_step=info.start_step)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from llmtune import durable
 from llmtune.errors import MachineError
+from llmtune.runs.secrets import redacted
 from llmtune.tracking.queue import say_on_stderr
 from llmtune.tracking.tracker import Histogram, RunInfo, grouped_name
 
@@ -63,7 +64,7 @@ class WandbTracker:
                 dir=str(info.folder),
                 tags=_tags(info, self._tags),
                 notes=info.notes,
-                config={**info.config, "parameters": dict(info.parameters), "architecture": dict(info.architecture)},
+                config={**redacted(info.config), "parameters": dict(info.parameters), "architecture": dict(info.architecture)},
                 mode=self._mode,  # type: ignore[arg-type]
                 settings=_settings(wandb),
             )

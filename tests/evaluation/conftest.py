@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+import torch
+
+from llmtune.data.example import Example, ExampleList
+from llmtune.data.template import Renderer
+
+
+@pytest.fixture
+def tiny_model(tiny_model_folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+
+
+@pytest.fixture(scope="session")
+def renderer(tiny_tokenizer):
+    return Renderer(tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def held_out():
+    """Six examples of ragged lengths with weights 0, 1 and 0.5."""
+    draw = np.random.default_rng(0)
+    examples = []
+    for number in range(6):
+        length = 5 + 3 * number
+        weights = draw.choice([0.0, 0.5, 1.0], size=length).astype(np.float32)
+        weights[0] = 0
+        weights[-1] = 1
+        examples.append(Example(f"held-out:{number}", draw.integers(3, 400, length).astype(np.int32), weights))
+    return ExampleList(examples)
+
+
+def states_of(model):
+    """Return everything an observer could change: modes, gradients, weights, torch's random state."""
+    modes = [module.training for module in model.modules()]
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()]
+    return modes, weights, gradients, torch.get_rng_state(), model.generation_config.to_dict()
+
+
+@pytest.fixture
+def states():
+    return states_of
