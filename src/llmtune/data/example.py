@@ -5,14 +5,15 @@ Shapes: T tokens of one example.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Conversation", "Example", "ExampleList", "ExampleSet", "Message", "Row"]
+__all__ = ["Conversation", "Example", "ExampleList", "ExampleSet", "Message", "Row", "example_digest", "set_digest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +121,20 @@ class ExampleList:
     @property
     def digest(self) -> str:
         """sha256 over all ids, weights and sources in order."""
-        import hashlib
+        return set_digest((one.source, example_digest(one.input_ids, one.weights)) for one in self._examples)
 
-        digest = hashlib.sha256()
-        for example in self._examples:
-            digest.update(example.source.encode("utf-8", "surrogatepass"))
-            digest.update(example.input_ids.tobytes())
-            digest.update(example.weights.tobytes())
-        return digest.hexdigest()
+
+def example_digest(input_ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32]) -> bytes:
+    """16 bytes that stand for one example's ids and weights, wherever they are kept."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(input_ids.astype("<i4", copy=False).tobytes())
+    digest.update(weights.astype("<f4", copy=False).tobytes())
+    return digest.digest()
+
+
+def set_digest(examples: Iterable[tuple[str, bytes]]) -> str:
+    """sha256 in hex over the sources and `example_digest`s of examples in order: the digest of every kind of `ExampleSet`."""
+    digest = hashlib.sha256()
+    for source, one in examples:
+        digest.update(source.encode("utf-8", "surrogatepass") + b"\0" + one)
+    return digest.hexdigest()

@@ -1,0 +1,146 @@
+"""The tokenized rows of one side of a run, kept so that they are made once: folders named by everything that decides what is in them.
+
+The key covers the bytes of the files, the renderer (tokenizer, template, mask rule), the rules about rows, and the code of this room;
+nothing else, so moving a file or changing the learning rate costs nothing. A folder is committed whole, and verified before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmtune import durable
+from llmtune.data.notes import Note
+from llmtune.data.outcomes import Outcome, Reason
+from llmtune.data.places import DataFile
+from llmtune.data.store import EXAMPLE, ROW, RowStore, StoreBuilder
+from llmtune.decisions import Decision
+from llmtune.errors import MachineError
+
+__all__ = ["cache_key", "code_digest", "default_cache_dir", "open_or_build"]
+
+_LIBRARIES = ("tokenizers", "transformers", "jinja2", "pyarrow", "datasets")
+
+
+def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The user's cache folder: `LLMTUNE_CACHE_DIR`, or `llmtune` in `XDG_CACHE_HOME`, or in `~/.cache`; None where there is no home.
+
+    >>> default_cache_dir({"XDG_CACHE_HOME": "/var/cache/me"}).as_posix()
+    '/var/cache/me/llmtune'
+    """
+    if environ.get("LLMTUNE_CACHE_DIR"):
+        return Path(environ["LLMTUNE_CACHE_DIR"])
+    if environ.get("XDG_CACHE_HOME"):
+        return Path(environ["XDG_CACHE_HOME"]) / "llmtune"
+    try:
+        return Path.home() / ".cache" / "llmtune"
+    except RuntimeError:
+        return None
+
+
+@cache
+def code_digest() -> str:
+    """sha256 over the code of this room and the versions of the libraries that read and tokenize."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    digest.update(" ".join(version(name) for name in _LIBRARIES).encode())
+    return digest.hexdigest()
+
+
+def cache_key(files: Sequence[DataFile], digests: Sequence[str], facts: Mapping[str, Any]) -> str:
+    """sha256 in hex over the files' bytes and kinds, what the config says about their sources, `facts` and the code; not over names."""
+    sources = {file.source_index: (file.source.weight, file.source.max_samples) for file in files}
+    known = [[digest, file.kind, file.source_index] for file, digest in zip(files, digests, strict=True)]
+    everything = {"files": known, "sources": [[key, *value] for key, value in sources.items()], "facts": dict(facts), "code": code_digest()}
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def open_or_build(
+    folder: Path | None,
+    key: str,
+    files: Sequence[DataFile],
+    outcomes: Callable[[], Iterable[Outcome]],
+    *,
+    must_be_cached: bool,
+) -> tuple[RowStore, list[Decision]]:
+    """Return the store of `key` below `folder`, made from `outcomes()` if it is not there.
+
+    What was changed on disk since it was made is made again. Without a folder, or where it cannot be written and `must_be_cached` is
+    false, the store is in memory and a decision says so. Raises MachineError, and whatever `outcomes` raises.
+    """
+    decisions: list[Decision] = []
+    if folder is not None:
+        target = folder / "rows" / key[:40]
+        try:
+            if target.is_dir():
+                problems = durable.verify_manifest(target)
+                if not problems:
+                    return _open(target, files), [
+                        Decision("data.cache_dir", str(target), "the rows were tokenized before; nothing has changed")
+                    ]
+                decisions.append(Decision("data.cache_dir", "made again", f"the cached rows are damaged: {problems[0].problem}"))
+            durable.make_folder(target.parent)
+            durable.sweep_litter(target.parent)
+            _build(target, key, outcomes())
+            return _open(target, files), decisions
+        except (MachineError, PermissionError) as error:
+            if must_be_cached:
+                raise
+            what = str(error).splitlines()[0]
+            decisions.append(Decision("data.cache_dir", "in memory", f"the cache folder cannot be used: {what}"))
+    else:
+        decisions.append(Decision("data.cache_dir", "in memory", "there is no home folder to keep tokenized rows in"))
+    builder = StoreBuilder()
+    words = b"".join(builder.add(outcome) for outcome in outcomes())
+    tables = builder.tables()
+    about = json.loads(json.dumps(builder.about()))
+    return _store(tables["rows"], tables["examples"], np.frombuffer(words, dtype="<i4"), about, files, None), decisions
+
+
+def _build(target: Path, key: str, outcomes: Iterable[Outcome]) -> None:
+    builder = StoreBuilder()
+    with durable.commit_folder(target, manifest={"kind": "tokenized rows", "key": key}) as staging:
+        durable.write_stream(staging / "words.i32", _words(builder, outcomes))
+        for name, table in builder.tables().items():
+            durable.write_bytes(staging / f"{name}.table", table)
+        durable.write_json(staging / "about.json", builder.about())
+
+
+def _words(builder: StoreBuilder, outcomes: Iterable[Outcome]) -> Iterator[bytes]:
+    """The words of all outcomes in pieces of about a megabyte."""
+    pending = bytearray()
+    for outcome in outcomes:
+        pending += builder.add(outcome)
+        if len(pending) >= 2**20:
+            yield bytes(pending)
+            pending.clear()
+    yield bytes(pending)
+
+
+def _open(folder: Path, files: Sequence[DataFile]) -> RowStore:
+    words = folder / "words.i32"
+    mapped = np.memmap(words, dtype="<i4", mode="r") if words.stat().st_size else np.zeros(0, dtype="<i4")
+    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    return _store((folder / "rows.table").read_bytes(), (folder / "examples.table").read_bytes(), mapped, about, files, folder)
+
+
+def _store(rows: bytes, examples: bytes, words: Any, about: dict[str, Any], files: Sequence[DataFile], folder: Path | None) -> RowStore:
+    return RowStore(
+        labels=tuple(file.label for file in files),
+        numberings=tuple(file.numbering for file in files),
+        rows=np.frombuffer(rows, dtype=ROW),
+        examples=np.frombuffer(examples, dtype=EXAMPLE),
+        words=words,
+        reasons=tuple(Reason(*one) for one in about["reasons"]),
+        notes=tuple(tuple(Note(*note) for note in one) for one in about["notes"]),
+        folder=folder,
+    )
