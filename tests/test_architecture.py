@@ -18,11 +18,16 @@ RANKS = {
     "data": 2,
     "models": 2,
     "training": 3,
+    "assembly": 4,
     "runs": 4,
     "tracking": 5,
     "evaluation": 5,
-    "preparation": 5,
+    "preparation": 3,
     "plan": 5,
+    "model_card": 1,
+    "keeping": 5.5,
+    "observation": 5.5,
+    "reporting": 5.5,
     "pipeline": 6,
     "deploy": 6,
     "watch": 6,
@@ -55,7 +60,12 @@ def modules():
 
 def imported(tree):
     """Every (dotted name, line) a module imports, wherever the import stands, type-checking blocks excepted."""
-    guarded = {id(node) for block in ast.walk(tree) if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test) for node in ast.walk(block)}
+    guarded = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for node in ast.walk(block)
+    }
     for node in ast.walk(tree):
         if id(node) in guarded:
             continue
@@ -126,14 +136,29 @@ def test_p4_nothing_unpickles_evaluates_or_goes_through_a_shell():
 
 def test_only_the_durable_room_renames_or_deletes():
     wrong = []
-    calls = {"os.rename", "os.replace", "os.unlink", "os.remove", "os.rmdir", "shutil.rmtree", "shutil.move", "os.link", "os.symlink", "os.fsync"}
+    calls = {
+        "os.rename",
+        "os.replace",
+        "os.unlink",
+        "os.remove",
+        "os.rmdir",
+        "shutil.rmtree",
+        "shutil.move",
+        "os.link",
+        "os.symlink",
+        "os.fsync",
+    }
     for room, path, tree in modules():
         if room == "durable":
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and dotted(node.func) in calls:
                 wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} calls {dotted(node.func)}")
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in {"write_text", "write_bytes", "unlink", "rmdir"}:
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in {"write_text", "write_bytes", "unlink", "rmdir"}
+            ):
                 base = dotted(node.func.value) or ""
                 if base != "durable":
                     wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} calls .{node.func.attr} outside durable")

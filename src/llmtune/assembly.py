@@ -1,0 +1,186 @@
+"""Everything a training needs that holds weights: model, adapter, engine, optimizer, put together from a prepared run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmtune.config.schema import Config, TrainingConfig
+from llmtune.data.batches import BatchPlan, MicroBatch
+from llmtune.decisions import Decision
+from llmtune.models import adapters
+from llmtune.models.load import load_model
+from llmtune.preparation import Options, Prepared
+from llmtune.training.devices import Devices, choose_device
+from llmtune.training.engine import Engine, build_engine
+from llmtune.training.neftune import Neftune
+from llmtune.training.optim import Optimizer, build_optimizer, matrices_of_blocks
+from llmtune.training.precision import Precision, choose_precision
+from llmtune.training.schedule import learning_rate_at, warmup_length
+
+__all__ = ["Assembled", "Counts", "assemble", "choose_rates", "open_devices"]
+
+FULL_LEARNING_RATE = 2e-5
+LORA_LEARNING_RATE = 2e-4
+SCRATCH_LEARNING_RATES = ((20_000_000, 1e-3), (100_000_000, 6e-4), (300_000_000, 3e-4))
+"""(parameters up to, peak rate): smaller models take larger steps; the last rate holds for all larger ones."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters, tied ones counted once."""
+
+    total: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A model that is ready to be trained."""
+
+    model: Any
+    """The transformers causal LM, inside peft's wrapper when an adapter is trained."""
+    engine: Engine
+    nll_sum: Callable[[MicroBatch], torch.Tensor]
+    """The engine's loss, with the noise that training asks for; evaluation uses the engine's own."""
+    parameters: dict[str, torch.nn.Parameter]
+    """The trained ones, by name."""
+    optimizer: Optimizer
+    precision: Precision
+    learning_rate: Callable[[int], float]
+    devices: Devices
+    batches: BatchPlan
+    base_digest: str
+    is_adapted: bool
+    """Only an adapter is trained; `model` is peft's wrapper."""
+    counts: Counts
+    config: Config
+    """The config with every rate that was chosen filled in."""
+    decisions: tuple[Decision, ...]
+
+
+def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decision]]:
+    """The device(s) of this process: one alone, or its place among the processes that a launcher started."""
+    devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=config.distributed.timeout_s)
+    _, decision = choose_device(no_cuda=options.no_cuda)
+    return devices, [decision]
+
+
+def choose_rates(training: TrainingConfig, *, scratch: bool, adapter: bool, parameters: int) -> tuple[TrainingConfig, list[Decision]]:
+    """Fill in learning rate and weight decay where the config leaves them open, and say why these.
+
+    >>> choose_rates(TrainingConfig(), scratch=False, adapter=True, parameters=135_000_000)[0].learning_rate
+    0.0002
+    """
+    decisions = []
+    if training.learning_rate is None:
+        if scratch:
+            rate = next((rate for limit, rate in SCRATCH_LEARNING_RATES if parameters <= limit), SCRATCH_LEARNING_RATES[-1][1])
+            why = f"usual for a model of {parameters / 1e6:.0f} M parameters trained from scratch"
+        else:
+            rate, why = (
+                (LORA_LEARNING_RATE, "usual for LoRA") if adapter else (FULL_LEARNING_RATE, "usual for full tuning of a pretrained model")
+            )
+        training = replace(training, learning_rate=rate)
+        decisions.append(Decision("training.learning_rate", rate, why))
+    if training.weight_decay is None:
+        decay, why = (0.1, "usual from scratch") if scratch else (0.0, "usual for LoRA") if adapter else (0.01, "usual for full tuning")
+        training = replace(training, weight_decay=decay)
+        decisions.append(Decision("training.weight_decay", decay, why))
+    return training, decisions
+
+
+def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assembled:
+    """Load the model, attach what is trained, choose engine and precision, build the optimizer; weights are those before step 1.
+
+    The random generators are seeded here, once, from `run.seed`. Raises ModelError, AdapterError, ConfigError or MachineError.
+    """
+    config = prepared.config
+    _seed_everything(config.run.seed + devices.rank)
+    decisions: list[Decision] = []
+    precision_name = config.training.precision
+    if precision_name == "auto":
+        choice = choose_precision(devices.device)
+        decisions.append(choice)
+        precision_name = choice.value  # type: ignore[assignment]
+    precision = Precision(precision_name, devices.device)  # type: ignore[arg-type]
+
+    adapter = config.adapter.method != "none"
+    loaded = load_model(
+        prepared.source,
+        config.model,
+        tokenizer=prepared.tokenizer.tokenizer,
+        device=devices.device,
+        trained="adapter" if adapter else "full",
+        precision=precision_name,
+        seed=config.run.seed,
+        trust_remote_code=options.trust_remote_code,
+    )
+    model: Any = loaded.model
+    decisions += loaded.decisions
+    if adapter:
+        model, more = adapters.attach_adapter(model, config.adapter, seed=config.run.seed, tokenizer=prepared.tokenizer.tokenizer)
+        decisions += more
+    parameters = adapters.trained_parameters(model)
+    devices.broadcast(parameters.values())
+    counts = Counts(total=adapters.count_parameters(model), trained=sum(one.numel() for one in parameters.values()))
+
+    training, more = choose_rates(config.training, scratch=prepared.source.kind == "scratch", adapter=adapter, parameters=counts.total)
+    decisions += more
+    config = replace(config, training=training)
+    engine = build_engine(model, config=config, device=devices.device, precision=precision)
+    decisions += engine.decisions
+    nll_sum: Callable[[MicroBatch], torch.Tensor] = engine.nll_sum
+    if training.neftune_alpha is not None:
+        nll_sum = Neftune(engine.nll_sum, model.get_input_embeddings(), training.neftune_alpha)
+    assert training.learning_rate is not None
+    assert training.weight_decay is not None
+    optimizer, more = build_optimizer(
+        training.optimizer,
+        parameters,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        betas=training.betas,
+        eps=training.eps,
+        device=devices.device,
+        orthogonal=matrices_of_blocks(model, parameters),
+    )
+    decisions += more
+    batches = prepared.batch_plan(
+        layout=engine.layout, max_group_tokens=engine.max_group_tokens, rank=devices.rank, world_size=devices.world_size
+    )
+    learning_rate = learning_rate_at(
+        training.lr_schedule,
+        peak=training.learning_rate,
+        total_steps=batches.total_steps,
+        warmup_steps=warmup_length(batches.total_steps, training.warmup_steps, training.warmup_ratio),
+        min_lr_ratio=training.min_lr_ratio,
+    )
+    return Assembled(
+        model=model,
+        engine=engine,
+        nll_sum=nll_sum,
+        parameters=parameters,
+        optimizer=optimizer,
+        precision=precision,
+        learning_rate=learning_rate,
+        devices=devices,
+        batches=batches,
+        base_digest=loaded.base_digest,
+        is_adapted=adapter,
+        counts=counts,
+        config=config,
+        decisions=tuple(decisions),
+    )
+
+
+def _seed_everything(seed: int) -> None:
+    """Seed the generators that training draws from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

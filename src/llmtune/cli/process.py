@@ -1,0 +1,19 @@
+"""What a process that will compute sets up before torch is imported."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["is_offline", "prepare_process"]
+
+
+def is_offline() -> bool:
+    """Whether this process was told to open no connection (`--offline`, or the libraries' own switch)."""
+    return os.environ.get("LLMTUNE_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1"
+
+
+def prepare_process() -> None:
+    """Quiet the libraries' progress bars and advice; llmtune says itself what it does."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

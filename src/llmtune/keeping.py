@@ -1,0 +1,263 @@
+"""What of a run is kept on disk: its folder and identity, its checkpoints, the best model and the final one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtune import durable
+from llmtune.assembly import Assembled
+from llmtune.config.dump import config_to_dict, config_to_yaml
+from llmtune.config.layers import ResolvedConfig
+from llmtune.errors import CheckpointError, Problem
+from llmtune.model_card import model_card
+from llmtune.models import adapters, save
+from llmtune.preparation import Prepared
+from llmtune.runs import checkpoint as checkpoints
+from llmtune.runs import identity, retention
+from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
+from llmtune.runs.disk import DiskForecast, SaveAttempts, forecast_disk
+from llmtune.runs.folder import RunFolder, clean_name_part, create_run
+from llmtune.tracking.tracker import RunInfo
+from llmtune.training.state import Snapshot
+
+__all__ = [
+    "CONFIG_FILE",
+    "TOKENIZER_FOLDER",
+    "Keeper",
+    "create",
+    "find_checkpoint",
+    "identity_of",
+    "restore_weights",
+    "run_info",
+    "run_name",
+]
+
+CONFIG_FILE = "config.yaml"
+ORIGINS_FILE = "origins.json"
+LEDGER_FILE = "ledger.jsonl"
+TOKENIZER_FOLDER = "tokenizer"
+BEST, FINAL = "best", "final"
+
+OPTIMIZER_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "lion": 4, "muon": 4, "sgd": 4}
+"""Bytes of optimizer state a trained parameter, for the forecast of disk and memory."""
+
+
+def run_name(template: str, *, model: str, config: str, seed: int) -> str:
+    """Fill in `run.name`.
+
+    >>> run_name("{model}-{config}-{seed}", model="org/Model", config="test", seed=7)
+    'Model-test-7'
+    """
+    values = {"model": clean_name_part(model), "config": clean_name_part(config), "timestamp": time.strftime("%Y%m%d-%H%M%S"), "seed": seed}
+    for key, value in values.items():
+        template = template.replace("{" + key + "}", str(value))
+    return template
+
+
+def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled) -> RunFolder:
+    """Make the folder of a new run with everything that is known before step 1; nothing is left behind when that fails.
+
+    Raises MachineError when the disk is too small for the whole run, UsageError for a name that cannot be one.
+    """
+    config = prepared.config
+    name = run_name(config.run.name, model=prepared.source.short_name, config=resolved.name, seed=config.run.seed)
+    forecast = forecast_for(prepared, assembled)
+    run = create_run(
+        config.run.output_dir,
+        name,
+        identity={
+            "config_name": resolved.name,
+            "seed": config.run.seed,
+            "tags": list(config.run.tags),
+            "notes": config.run.notes,
+            "identity": identity_of(prepared, assembled),
+            "decisions": [
+                {"key": one.key, "value": str(one.value), "reason": one.reason} for one in (*prepared.decisions, *assembled.decisions)
+            ],
+            "data": prepared.data.ledger.summary(),
+            "parameters": {"total": assembled.counts.total, "trained": assembled.counts.trained},
+            "disk_forecast_bytes": forecast.needed_bytes,
+            **identity.describe_machine(),
+        },
+    )
+    try:
+        durable.write_text(run.path / CONFIG_FILE, config_to_yaml(resolved.config))
+        durable.write_json(run.path / ORIGINS_FILE, {key: str(origin) for key, origin in resolved.origins.items()})
+        with durable.AppendLog(run.path / LEDGER_FILE) as log:
+            for entry in prepared.data.ledger.entries:
+                log.append(entry)
+        if prepared.tokenizer_is_new:
+            checkpoints.save_folder(run.path / TOKENIZER_FOLDER, lambda folder: save.write_tokenizer(prepared.tokenizer.tokenizer, folder))
+    except BaseException:
+        run.close()
+        durable.remove_tree(run.path)
+        raise
+    return run
+
+
+def identity_of(prepared: Prepared, assembled: Assembled) -> dict[str, Any]:
+    """Everything that decides the numbers of this run; compared key by key when it goes on."""
+    heldout = prepared.data.eval
+    return {
+        "config": config_to_dict(prepared.config),
+        "digests": {
+            "base": assembled.base_digest,
+            "tokenizer": prepared.tokenizer.digest,
+            "renderer": prepared.renderer.digest,
+            "train": prepared.data.train.digest,
+            "heldout": heldout.digest if heldout is not None else None,
+            "batches": assembled.batches.digest,
+        },
+        "versions": identity.describe_machine()["versions"],
+        "processor": identity.describe_machine()["processor"],
+        "device": str(assembled.devices.device),
+        "engine": assembled.engine.layout,
+        "threads": torch.get_num_threads(),
+        "world_size": assembled.devices.world_size,
+    }
+
+
+def run_info(run: RunFolder, config_name: str, prepared: Prepared, assembled: Assembled, start_step: int) -> RunInfo:
+    """What trackers may know of the run."""
+    shape = assembled.model.config.to_dict()
+    keys = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "vocab_size")
+    return RunInfo(
+        name=run.name,
+        folder=run.path,
+        total_steps=assembled.batches.total_steps,
+        start_step=start_step,
+        model=prepared.config.model.name,
+        config_name=config_name,
+        tags=prepared.config.run.tags,
+        notes=prepared.config.run.notes,
+        config=config_to_dict(assembled.config),
+        parameters={"total": assembled.counts.total, "trained": assembled.counts.trained},
+        architecture={key: shape[key] for key in keys if key in shape},
+    )
+
+
+def find_checkpoint(run: RunFolder, wanted: Path | None) -> tuple[LoadedCheckpoint | None, list[Problem]]:
+    """The checkpoint to go on from: the one named, or the newest that is whole; None where the run never saved.
+
+    Raises CheckpointError when the one named is damaged, or all are.
+    """
+    if wanted is None:
+        found, problems = checkpoints.newest_valid(run)
+        return (checkpoints.load(found) if found is not None else None), problems
+    step = wanted.name.removeprefix("step-")
+    if not step.isdigit():
+        raise CheckpointError(
+            f"`{wanted.name}` is not the name of a checkpoint", str(wanted), "name a folder such as checkpoints/step-000100"
+        )
+    chosen: CheckpointFolder = checkpoints.checkpoint_of(run, int(step))
+    problems = checkpoints.verify(chosen, run_id=run.run_id)
+    if problems:
+        raise CheckpointError.all(problems)
+    return checkpoints.load(chosen), []
+
+
+def restore_weights(assembled: Assembled, folder: Path) -> None:
+    """Put the trained weights of a verified checkpoint into the model, bit for bit."""
+    if assembled.is_adapted:
+        adapters.fill_adapter(assembled.model, folder)
+    else:
+        tensors, _ = durable.read_tensors(folder / "model.safetensors")
+        save.restore_weights(assembled.model, tensors)
+
+
+def forecast_for(prepared: Prepared, assembled: Assembled) -> DiskForecast:
+    """What the run's disk must hold at the worst moment; raises MachineError when it does not fit."""
+    config = assembled.config
+    weights = sum(one.numel() * one.element_size() for one in assembled.parameters.values())
+    optimizer = round(assembled.counts.trained * OPTIMIZER_BYTES[config.training.optimizer])
+    batches = assembled.batches
+    every = config.checkpoint.every_steps or batches.steps_per_epoch
+    return forecast_disk(
+        config.run.output_dir,
+        checkpoint_bytes=weights + optimizer,
+        saves=-(-batches.total_steps // every),
+        keep_last=config.checkpoint.keep_last,
+        best_bytes=weights if config.checkpoint.keep_best and prepared.data.eval is not None else 0,
+        final_bytes=weights,
+    )
+
+
+class Keeper:
+    """Writes the run's checkpoints, its best and its final model, and keeps as many as the config says."""
+
+    def __init__(self, run: RunFolder, prepared: Prepared, assembled: Assembled, say: Callable[[str], None]) -> None:
+        self._run, self._prepared, self._assembled, self._say = run, prepared, assembled, say
+        self._attempts = SaveAttempts(lambda: durable.sweep_litter(run.checkpoints))
+        self._manifest = {"threads": torch.get_num_threads(), "world_size": assembled.devices.world_size, "process": os.getpid()}
+        self._resumed_from: int | None = None
+
+    def protect(self, step: int) -> None:
+        """Never delete the checkpoint of `step`: this process goes on from it."""
+        self._resumed_from = step
+
+    def save(self, step: int, snapshot: Snapshot) -> None:
+        """Commit the checkpoint of `step`, then delete what is no longer wanted; a save that fails is said and the run goes on."""
+        saved = self._attempts.save(
+            lambda: checkpoints.save_checkpoint(self._run, step, self._write_weights, snapshot, manifest_extra=self._manifest)
+        )
+        if saved is None:
+            self._say(f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}")
+            return
+        protected = {self._resumed_from} if self._resumed_from is not None else set()
+        for warning in retention.apply(self._run, self._prepared.config.checkpoint.keep_last, protected_steps=protected):
+            self._say(f"warning: {warning}")
+
+    def keep_best(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Replace `best/` by the model as it is now."""
+        self._attempts.save(lambda: checkpoints.save_folder(self._run.checkpoints / BEST, self._write_result(metrics, step)))
+
+    def write_final(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write what the user takes away: adapter or model, tokenizer, chat template, generation config, model card."""
+        self._attempts.save(lambda: checkpoints.save_folder(self._run.checkpoints / FINAL, self._write_result(metrics, step)))
+
+    def be_sure(self) -> None:
+        """Raise MachineError (exit 6) when the last save never worked."""
+        self._attempts.finish()
+
+    def _write_weights(self, folder: Path) -> None:
+        """The trained weights as a checkpoint holds them: an adapter in peft's files, a whole model by parameter name beside its config."""
+        if self._assembled.is_adapted:
+            save.write_adapter(self._assembled.model, folder, **self._base())
+        else:
+            save.write_weights(self._assembled.model, folder / "model.safetensors", metadata={"format": "pt"})
+            durable.write_json(folder / "config.json", self._assembled.model.config.to_dict())
+
+    def _base(self) -> dict[str, Any]:
+        source = self._prepared.source
+        name = self._prepared.config.model.name if source.kind in ("hub", "gguf") else source.location
+        return {"base_digest": self._assembled.base_digest, "base_name": name, "base_revision": source.revision}
+
+    def _write_result(self, metrics: Mapping[str, Any], step: int) -> Callable[[Path], None]:
+        tokenizer, stops = self._prepared.tokenizer.tokenizer, self._prepared.renderer.stop_token_ids
+
+        def write(folder: Path) -> None:
+            if self._assembled.is_adapted:
+                save.write_adapter(self._assembled.model, folder, tokenizer=tokenizer, stop_token_ids=stops, **self._base())
+            else:
+                save.write_model(self._assembled.model, tokenizer, folder, stop_token_ids=stops)
+            durable.write_text(folder / "README.md", self._card(metrics, step))
+
+        return write
+
+    def _card(self, metrics: Mapping[str, Any], step: int) -> str:
+        return model_card(
+            run=self._run.name,
+            base=self._prepared.config.model.name,
+            method="LoRA" if self._assembled.is_adapted else "full",
+            step=step,
+            total_steps=self._assembled.batches.total_steps,
+            metrics=metrics,
+            data=self._prepared.data.ledger.summary(),
+            config=config_to_yaml(self._assembled.config),
+        )
