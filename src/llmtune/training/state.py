@@ -90,12 +90,12 @@ def restore(
 def _capture_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """Give the optimizer's tensors as `parameter//key`, and by parameter its other values and where each tensor lived."""
+    """Give the optimizer's tensors as `parameter//key`, and by parameter its rule, its other values and where each tensor lived."""
     parts = dict(optimizer.part_of())
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
-        entry: dict[str, Any] = {"values": {}, "places": {}}
+        entry: dict[str, Any] = {"rule": type(parts[parameter]).__name__, "values": {}, "places": {}}
         for key, value in parts[parameter].state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 entry["places"][key] = _place_of(value, parameter)
@@ -134,6 +134,14 @@ def _restore_optimizer(
         odd = sorted(expected ^ tensors.keys())
         raise CheckpointError(f"optimizer tensors and their list disagree on {len(odd)}: {', '.join(odd[:3])}")
     parts = dict(optimizer.part_of())
+    for name, parameter in parameters.items():
+        before, now = entries[name]["rule"], type(parts[parameter]).__name__
+        if before != now:
+            raise CheckpointError(
+                f"the checkpoint's optimizer moved `{name}` by {before}, this run's by {now}",
+                where="training.optimizer",
+                fix="resume with the optimizer the run was started with",
+            )
     for name, parameter in parameters.items():
         part = parts[parameter]
         state: dict[str, Any] = dict(entries[name]["values"])
