@@ -58,12 +58,12 @@ def _says(node: Node, text: str) -> Scalar:
     return Scalar(text, False, node.origin)
 
 
-def _switch(key: str, on: str, off: str) -> Translation:
-    """`true` asks for `on`; `false` asks for `off`, unless the same file asks for something else."""
+def _switch(key: str, on: str, off: str, *, is_vague: bool = False) -> Translation:
+    """`true` asks for `on`; `false` asks for `off`, unless the same file asks for something else; a vague `true` gives way likewise."""
 
     def translate(node: Node) -> list[Change]:
         is_on = _is_on(node)
-        return [Change(key, _says(node, on if is_on else off), weak=not is_on)]
+        return [Change(key, _says(node, on if is_on else off), weak=is_vague or not is_on)]
 
     return translate
 
@@ -177,11 +177,7 @@ TRANSLATED: dict[str, Translation] = {
     "use_peft": _switch("adapter.method", "lora", "none"),
     "finetuning_type": _adapter,
     "adapter": _adapter,
-    **{
-        name: _implies_lora(target)
-        for name, target in NAMES.items()
-        if name.startswith("lora_") and target.startswith("adapter.") and "." not in name
-    },
+    **{name: _implies_lora(target) for name, target in NAMES.items() if target.startswith("adapter.") and "." not in name},
     **{name: _implies_lora(target) for name, target in NAMES.items() if name.split(".")[0] in LORA_SECTIONS},
     **{
         f"{section}.{name}": _implies_lora(NAMES[name])
@@ -194,7 +190,7 @@ TRANSLATED: dict[str, Translation] = {
     "quantization_bit": _words("model.quantization", {"4": "4bit", "8": "8bit"}),
     "bf16": _switch("training.precision", "bf16", "fp32"),
     "fp16": _switch("training.precision", "fp16", "fp32"),
-    "use_amp": _switch("training.precision", "auto", "fp32"),
+    "use_amp": _switch("training.precision", "auto", "fp32", is_vague=True),
     "amp_dtype": _words("training.precision", _PRECISIONS),
     "mixed_precision": _words("training.precision", _PRECISIONS),
     "torch_dtype": _words("model.dtype", _DTYPES),
@@ -214,12 +210,16 @@ TRANSLATED: dict[str, Translation] = {
     "assistant_only_loss": _switch("data.train_on", "all_assistant_messages", "all_tokens"),
     "packing": _words("data.packing", {"true": "best_fit", "false": "none"}),
     "sample_packing": _switch("data.packing", "best_fit", "none"),
-    "pack_sequences": _switch("data.packing", "greedy", "none"),
+    "pack_sequences": _switch("data.packing", "greedy", "none", is_vague=True),
     "report_to": _report_to,
     "use_wandb": _use_wandb,
     "use_deepspeed": _switch("distributed.strategy", "deepspeed", "auto"),
     "adam_beta1": _beta(0),
     "adam_beta2": _beta(1),
+    "dataset_config": lambda node: [Change("data.train[].config", node)],
+    "dataset_config_name": lambda node: [Change("data.train[].config", node)],
+    "dataset_split": lambda node: [Change("data.train[].split", node)],
+    "validation_split": lambda node: [Change("data.eval[].split", node)],
     "bnb_4bit_quant_type": _only("nf4", "4 bit is always NF4 here"),
     "bnb_4bit_use_double_quant": _only("true", "4 bit always quantizes its constants too"),
     "bnb_4bit_compute_dtype": _words("training.precision", _PRECISIONS),

@@ -16,7 +16,6 @@ from llmtune.errors import Problem
 __all__ = ["Findings", "Setting", "collect", "nearest_key"]
 
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b")
-_BETA = re.compile(r"training\.betas\[([01])\]")
 _FIX_SECRET = "remove it; log in with the tool's own login, or set its environment variable"  # noqa: S105 - advice, not a secret
 
 
@@ -55,6 +54,7 @@ def collect(table: Table, findings: Findings) -> dict[str, Setting]:
     reader = _Reader(findings)
     reader.walk(table, "")
     reader.join_betas()
+    reader.join_sources()
     return reader.settings
 
 
@@ -64,7 +64,7 @@ class _Reader:
     def __init__(self, findings: Findings) -> None:
         self.findings = findings
         self.settings: dict[str, Setting] = {}
-        self.betas: dict[int, Setting] = {}
+        self.parts: dict[str, Setting] = {}
 
     def walk(self, table: Table, prefix: str) -> None:
         for entry in table.entries:
@@ -119,15 +119,15 @@ class _Reader:
             )
             return
         for change in changes:
-            if beta := _BETA.fullmatch(change.key):
-                self.betas[int(beta.group(1))] = Setting(change.value, origin, written)
-                self.findings.note(f"{origin.place}: `{written}` is `training.betas` here")
+            if "[" in change.key:
+                self.parts[change.key] = Setting(change.value, origin, written)
+                self.findings.note(f"{origin.place}: `{printable(written)}` is a part of `{change.key.partition('[')[0]}` here")
                 continue
             self.settle(change.key, written, change.value, origin, change.weak)
-        strong = [change for change in changes if not change.weak and not _BETA.fullmatch(change.key)]
+        strong = [change for change in changes if not change.weak and "[" not in change.key]
         if len(strong) == 1 and strong[0].value is value:
             self.findings.note(f"{origin.place}: `{printable(written)}` is called `{strong[0].key}` here")
-        elif changes and not any(_BETA.fullmatch(change.key) for change in changes):
+        elif changes and not any("[" in change.key for change in changes):
             said = " and ".join(f"`{change.key}: {shown(change.value)}`" for change in (strong or changes))
             self.findings.note(f"{origin.place}: `{printable(written)}: {shown(value)}` is {said} here")
         elif not changes:
@@ -172,14 +172,35 @@ class _Reader:
 
     def join_betas(self) -> None:
         """Adam's betas may come one by one; the one that is not given keeps its default."""
-        if not self.betas:
+        given = [self.parts.get(f"training.betas[{index}]") for index in (0, 1)]
+        first = next((each for each in given if each is not None), None)
+        if first is None:
             return
-        origin = next(iter(self.betas.values())).origin
-        items = [
-            self.betas[index].value if index in self.betas else Scalar(str(default), True, origin)
-            for index, default in enumerate(convert.default_of("training.betas"))
-        ]
-        self.settle("training.betas", "adam_beta1, adam_beta2", Listing(tuple(items), origin), origin)
+        defaults = convert.default_of("training.betas")
+        items = [each.value if each else Scalar(str(default), True, first.origin) for each, default in zip(given, defaults, strict=True)]
+        written = " and ".join(each.written for each in given if each)
+        self.settle("training.betas", written, Listing(tuple(items), first.origin), first.origin)
+
+    def join_sources(self) -> None:
+        """A configuration and splits given beside one dataset become parts of that source; a split for evaluation makes a second source."""
+        for key, part in self.parts.items():
+            target, _, name = key.partition("[].")
+            if not name:
+                continue
+            train = self.settings.get("data.train")
+            if train is None or len(train.value) != 1 or "data.train" in self.findings.failed:
+                fix = "write `data.train: [{path: ..., " + name + ": ...}]`"
+                self.findings.problem(f"`{part.written}` needs one training source beside it", part.origin.place, fix)
+                continue
+            try:
+                changed = replace(train.value[0], **{name: convert.convert(part.value, str | None)})
+            except convert.Mismatch as mismatch:
+                self.findings.problem(*_mismatch_problem(part.written, part.written, part.value, mismatch, part.origin))
+                continue
+            if target == "data.train":
+                train.value = (changed,)
+            else:
+                self.keep("data.eval", Setting((changed,), part.origin, part.written))
 
     def unknown(self, key: str, value: Node, origin: Origin) -> None:
         if isinstance(value, Table) and "." not in key:

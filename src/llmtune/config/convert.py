@@ -20,7 +20,7 @@ _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "
 _LARGEST = 2**63 - 1
 
 
-class Mismatch(Exception):  # noqa: N818 - raised and caught inside config/ only; never an error people see
+class Mismatch(Exception):
     """A value that is not of the declared type; `expected` says what it must be, `fix` how to write it."""
 
     def __init__(self, expected_text: str, node: Node, fix: str | None = None) -> None:
@@ -116,10 +116,11 @@ def _union(node: Node, declared: Any) -> Any:
     options = get_args(declared)
     if NoneType in options and isinstance(node, Scalar) and node.is_null:
         return None
+    wanted = [option for option in options if option is not NoneType]
+    if len(wanted) == 1:
+        return convert(node, wanted[0])
     fix = None
-    for option in options:
-        if option is NoneType:
-            continue
+    for option in wanted:
         try:
             return convert(node, option)
         except Mismatch as mismatch:

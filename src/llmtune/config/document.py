@@ -27,7 +27,7 @@ CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bo
 NULLS = {"", "~", "null", "Null", "NULL"}
 
 
-class Unreadable(Exception):  # noqa: N818 - raised and caught inside config/ only; never an error people see
+class Unreadable(Exception):
     """A file or a value that cannot be read at all; carries the one problem to report."""
 
     def __init__(self, problem: str, where: str | None = None, fix: str | None = None) -> None:
@@ -130,13 +130,11 @@ def parse_yaml(text: str, origin_of: Callable[[int], Origin], problems: list[Pro
         return composer.document(yaml.parse(text, Loader=loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        reason = " ".join(part for part in (error.context, error.problem) if part)
-        fix = (
-            "indent with spaces, not tabs"
-            if "\\t" in reason or "tab" in reason
-            else "check the indentation, quotes and brackets here and one line above"
-        )
-        raise Unreadable(f"not valid YAML: {reason}", origin_of(mark.line + 1 if mark else 1).place, fix) from error
+        reason = error.problem or error.context or "it cannot be read"
+        line = mark.line if mark else 0
+        has_tab = line <= text.count("\n") and "\t" in text.split("\n")[line]
+        fix = "indent with spaces, not tabs" if has_tab else "check the indentation, quotes and brackets here and one line above"
+        raise Unreadable(f"not valid YAML: {reason}", origin_of(line + 1).place, fix) from error
     except yaml.YAMLError as error:
         position = getattr(error, "position", 0) or 0
         line = text.count("\n", 0, position) + 1 if isinstance(position, int) else 1

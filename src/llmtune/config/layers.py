@@ -145,7 +145,7 @@ def find_config(name: str, *, beside: Path | None = None, skip: Path | None = No
         except (OSError, ValueError):
             continue
     given = Path(name)
-    if ("/" in name or os.sep in name) and "\0" not in name and given.exists() and not given.is_dir():
+    if ("/" in name or os.sep in name) and "\0" not in name and given.exists() and not given.is_dir() and not given.is_file():
         return given
     return None
 
@@ -160,7 +160,9 @@ def _spellings(path: Path) -> list[Path]:
 
 def _find_or_report(name: str, beside: Path | None, place: str, findings: Findings, chain: list[Path]) -> Path | None:
     path = find_config(name, beside=beside, skip=chain[-1] if chain else None)
-    if path is None:
+    if path is None and chain and find_config(name, beside=beside) is not None:
+        findings.problem(f"`extends: {printable(name)}` names this file itself", place, "remove it")
+    elif path is None:
         known = {*shipped_presets(), *(each.stem for each in Path("configs").glob("*.y*ml"))} - {"schema"}
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         fix = f"did you mean `{near[0]}`? " if near else ""

@@ -1,0 +1,184 @@
+"""Other toolkits' names are read, each with one line that says ours; no row of the tables is dead."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmtune.config import aliases, convert
+from llmtune.config.layers import parse_config
+from llmtune.config.schema import SourceConfig
+from llmtune.errors import ConfigError
+
+
+def value_of(resolved, key):
+    value = resolved.config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+# text -> {our key: the value it must have}
+READ = {
+    "num_train_epochs: 2": {"training.epochs": 2.0},
+    "num_epochs: 2": {"training.epochs": 2.0},
+    "per_device_train_batch_size: 2": {"training.batch_size": 2},
+    "train_batch_size: 2": {"training.batch_size": 2},
+    "batch_size: 2": {"training.batch_size": 2},
+    "max_seq_length: 512": {"data.max_length": 512},
+    "max_seq_len: 512": {"data.max_length": 512},
+    "max_length: 512": {"data.max_length": 512},
+    "lr_scheduler_type: cosine": {"training.lr_schedule": "cosine"},
+    "lr_scheduler: cosine": {"training.lr_schedule": "cosine"},
+    "save_steps: 10": {"checkpoint.every_steps": 10},
+    "save_every: 10": {"checkpoint.every_steps": 10},
+    "eval_steps: 10\ndata: {test_size: 5}": {"evaluation.every_steps": 10},
+    "eval_every: 10\ndata: {test_size: 5}": {"evaluation.every_steps": 10},
+    "save_total_limit: 2": {"checkpoint.keep_last": 2},
+    "log_path: out": {"run.output_dir": "out"},
+    "checkpoint_dir: out": {"run.output_dir": "out"},
+    "bf16: true": {"training.precision": "bf16"},
+    "fp16: true": {"training.precision": "fp16"},
+    "bf16: false\nfp16: true": {"training.precision": "fp16"},
+    "fp16: true\nbf16: false": {"training.precision": "fp16"},
+    "bf16: false\nfp16: false": {"training.precision": "fp32"},
+    "use_amp: true\namp_dtype: float16": {"training.precision": "fp16"},
+    "amp_dtype: bfloat16": {"training.precision": "bf16"},
+    "use_amp: false": {"training.precision": "fp32"},
+    "lora_rank: 8": {"adapter.r": 8, "adapter.method": "lora"},
+    "lora_r: 8\nlora_alpha: 16\nlora_dropout: 0.05": {
+        "adapter.r": 8,
+        "adapter.alpha": 16.0,
+        "adapter.dropout": 0.05,
+        "adapter.method": "lora",
+    },
+    "use_lora: true": {"adapter.method": "lora"},
+    "use_lora: false": {"adapter.method": "none"},
+    "use_lora: true\nload_in_4bit: true": {"model.quantization": "4bit", "adapter.method": "lora"},
+    "use_lora: true\nload_in_8bit: True": {"model.quantization": "8bit"},
+    "load_in_4bit: false\nload_in_8bit: false": {"model.quantization": "none"},
+    "load_in_4bit: true\nload_in_8bit: false\nadapter: lora": {"model.quantization": "4bit", "adapter.method": "lora"},
+    "adapter: qlora": {"model.quantization": "4bit", "adapter.method": "lora"},
+    "finetuning_type: full": {"adapter.method": "none"},
+    "report_to: wandb": {"tracking.trackers": ("console", "jsonl", "wandb")},
+    "report_to: [tensorboard, wandb]": {"tracking.trackers": ("console", "jsonl", "tensorboard", "wandb")},
+    "report_to: none": {"tracking.trackers": ("console", "jsonl")},
+    "report_to: []": {"tracking.trackers": ("console", "jsonl")},
+    "use_wandb: true\nwandb_project: p\nwandb_name: n": {
+        "tracking.trackers": ("console", "jsonl", "tensorboard", "wandb"),
+        "tracking.project": "p",
+        "run.name": "n",
+    },
+    "packing: true": {"data.packing": "best_fit"},
+    "sample_packing: true": {"data.packing": "best_fit"},
+    "data: {packing: true}": {"data.packing": "best_fit"},
+    "pack_sequences: true\npacking_strategy: first_fit": {"data.packing": "first_fit"},
+    "pack_sequences: true": {"data.packing": "greedy"},
+    "train_on_what: all_tokens": {"data.train_on": "all_tokens"},
+    "train_on_inputs: true": {"data.train_on": "all_tokens"},
+    "optim: adamw_torch_fused": {"training.optimizer": "adamw"},
+    "optim: paged_adamw_8bit": {"training.optimizer": "paged_adamw_8bit"},
+    "adam_beta2: 0.95": {"training.betas": (0.9, 0.95)},
+    "adam_beta1: 0.8\nadam_beta2: 0.95": {"training.betas": (0.8, 0.95)},
+    "torch_dtype: bf16": {"model.dtype": "bfloat16"},
+    "attn_implementation: flash_attention_2": {"model.attention": "flash"},
+    "flash_attention: true": {"model.attention": "flash"},
+    "model_name_or_path: gpt2": {"model.name": "gpt2"},
+    "base_model: gpt2": {"model.name": "gpt2"},
+    "model: gpt2": {"model.name": "gpt2"},
+    "data: rows.jsonl": {"data.train": (SourceConfig("rows.jsonl"),)},
+    "data: [a.jsonl, b.jsonl]": {"data.train": (SourceConfig("a.jsonl"), SourceConfig("b.jsonl"))},
+    "datasets:\n  - path: a.jsonl\n    split: train": {"data.train": (SourceConfig("a.jsonl", split="train"),)},
+    "train_file: a.jsonl\neval_file: b.jsonl": {"data.train": (SourceConfig("a.jsonl"),), "data.eval": (SourceConfig("b.jsonl"),)},
+    "dataset_name: wikitext\ndataset_config: raw\ndataset_split: train": {"data.train": (SourceConfig("wikitext", "raw", "train"),)},
+    "gradient_checkpointing: true": {"model.gradient_checkpointing": True},
+    "lora_config: {r: 4, lora_alpha: 8, bias: none, task_type: CAUSAL_LM}": {
+        "adapter.r": 4,
+        "adapter.alpha": 8.0,
+        "adapter.method": "lora",
+    },
+    "peft: {rank: 4, target_modules: [q_proj]}": {"adapter.r": 4, "adapter.target_modules": ("q_proj",), "adapter.method": "lora"},
+    "training_args: {num_train_epochs: 1, bf16: true, output_dir: o}": {
+        "training.epochs": 1.0,
+        "training.precision": "bf16",
+        "run.output_dir": "o",
+    },
+    "training: {num_train_epochs: 1, bf16: true}": {"training.epochs": 1.0, "training.precision": "bf16"},
+    "adapter: {lora_r: 4, lora_alpha: 8}": {"adapter.r": 4, "adapter.method": "lora"},
+    "optimizer: {lr: 1e-4, weight_decay: 0.1}": {"training.learning_rate": 1e-4, "training.weight_decay": 0.1},
+    "optimizer: adamw": {"training.optimizer": "adamw"},
+    "model_config: {d_model: 64, n_heads: 4}": {"model.architecture.d_model": 64, "model.architecture.n_heads": 4},
+    "use_deepspeed: true\ndeepspeed_config: ds.json": {"distributed.strategy": "deepspeed", "distributed.deepspeed_config": "ds.json"},
+    "logging_steps: 10": {"tracking.every_steps": 10},
+    "seed: 7": {"run.seed": 7},
+    "neftune_noise_alpha: 5": {"training.neftune_alpha": 5.0},
+    "val_set_size: 0.1": {"data.test_size": 0.1},
+    "training: {precision: bfloat16}": {"training.precision": "bf16"},
+    "model: {dtype: bf16}": {"model.dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("text", READ)
+def test_another_toolkits_name_is_read_with_a_line_that_says_ours(text):
+    resolved = parse_config(text, "their.yaml")
+    assert {key: value_of(resolved, key) for key in READ[text]} == READ[text]
+    told = " ".join(resolved.notes)
+    for key in READ[text]:
+        if resolved.origins[key].kind != "default" and f"{key.split('.')[0]}: {{{key.split('.')[1]}" not in text:
+            assert key in told or "here" in told
+    assert all((note.startswith("their.yaml:") and note.endswith(" here")) or "anyway" in note for note in resolved.notes)
+    assert resolved.notes
+
+
+def test_our_own_names_say_nothing():
+    assert parse_config("training: {epochs: 1, precision: bf16}\n").notes == ()
+
+
+def test_every_other_name_stands_for_a_key_we_have():
+    assert set(aliases.NAMES.values()) <= set(convert.LEAVES)
+    assert len(aliases.NAMES) > 150
+
+
+def test_no_other_name_hides_one_of_our_keys_or_sections():
+    ours = {*convert.LEAVES, *convert.SECTIONS} - set(aliases.SECTION_VALUES)
+    assert not ours & {*aliases.NAMES, *aliases.TRANSLATED}
+
+
+@pytest.mark.parametrize("name", [name for name in aliases.NAMES if "." not in name])
+def test_every_plain_name_reaches_its_key(name):
+    """A row that nothing could reach, or whose value another row takes, would be dead."""
+    target = aliases.NAMES[name]
+    given = SAMPLES.get(target, SAMPLES_BY_TYPE.get(convert.LEAVES[target], "1"))
+    try:
+        resolved = parse_config(f"{name}: {given}\n{EXTRA.get(target, '')}")
+    except ConfigError as error:
+        raise AssertionError(str(error)) from error
+    assert str(resolved.origins[target]) == "config.yaml:1"
+
+
+SAMPLES_BY_TYPE = {str: "word", str | None: "word", bool: "true"}
+SAMPLES = {
+    "data.format": "text",
+    "data.packing": "greedy",
+    "data.train_on": "all_tokens",
+    "training.lr_schedule": "cosine",
+    "training.compile": "true",
+    "training.betas": "[0.9, 0.99]",
+    "training.min_lr_ratio": "0.1",
+    "data.max_length": "64",
+    "data.train": "word",
+    "model.gradient_checkpointing": "true",
+    "adapter.dropout": "0.1",
+    "adapter.target_modules": "q_proj",
+    "tracking.wandb_mode": "offline",
+    "tracking.watch": "all",
+}
+EXTRA = {
+    "evaluation.every_steps": "evaluation: {prompts: [a]}\n",
+    "evaluation.early_stopping_patience": "evaluation: {every_steps: 1}\ndata: {test_size: 1}\n",
+    "evaluation.early_stopping_threshold": "evaluation: {every_steps: 1, early_stopping_patience: 1}\ndata: {test_size: 1}\n",
+    "tracking.wandb_mode": "tracking: {trackers: [wandb]}\n",
+}
+
+
+def test_remote_code_is_no_other_name_for_anything():
+    assert not [name for name in (*aliases.NAMES, *aliases.TRANSLATED) if "remote_code" in name]

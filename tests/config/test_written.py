@@ -1,0 +1,205 @@
+"""What is made from the schema: YAML that reads back, the JSON Schema, the reference page, the shipped presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmtune.config import convert
+from llmtune.config.checks import CONTRADICTIONS, RANGES, SOURCE_RANGES, range_problem
+from llmtune.config.describe import descriptions
+from llmtune.config.dump import config_from_dict, config_to_dict, config_to_yaml
+from llmtune.config.json_schema import json_schema
+from llmtune.config.layers import load_config, parse_config
+from llmtune.config.origin import DEFAULT, Origin
+from llmtune.config.reference import reference_page
+from llmtune.config.schema import Config, SourceConfig
+from llmtune.config.shipped import shipped_path, shipped_presets
+from llmtune.errors import ConfigError
+
+TEXTS = st.text(max_size=12) | st.sampled_from(
+    ["null", "no", "010", "1e-5", "~", "", " a ", "a: b", "# c", "{x}", "-", "a\nb", "\x85\u2028\ufeff\x00", "😀", "12:30"]
+)
+
+
+def values_of(declared, bounds=None):
+    """A strategy for values of a declared type within bounds."""
+    kind, arguments = typing.get_origin(declared), typing.get_args(declared)
+    if declared is str:
+        return TEXTS
+    if declared is bool:
+        return st.booleans()
+    if declared is types.NoneType:
+        return st.none()
+    if declared is int:
+        low = int(bounds.minimum) if bounds and bounds.minimum is not None else 1 if bounds else -(2**40)
+        return st.integers(low, int(bounds.maximum) if bounds and bounds.maximum is not None else 2**40)
+    if declared is float:
+        return st.floats(allow_nan=False, allow_infinity=False).filter(lambda value: bounds is None or bounds.holds(value))
+    if declared is SourceConfig:
+        return st.builds(
+            SourceConfig,
+            path=TEXTS.filter(bool),
+            config=st.none() | TEXTS,
+            split=st.none() | TEXTS,
+            weight=values_of(float, SOURCE_RANGES["weight"]),
+            max_samples=st.none() | values_of(int, SOURCE_RANGES["max_samples"]),
+        )
+    if kind is typing.Literal:
+        return st.sampled_from(arguments)
+    if kind in (typing.Union, types.UnionType):
+        return st.one_of(*(values_of(each, bounds) for each in arguments))
+    if arguments[1] is Ellipsis:
+        return st.lists(values_of(arguments[0], bounds), max_size=3).map(tuple)
+    return st.tuples(*(values_of(each, bounds) for each in arguments))
+
+
+def sections(cls, prefix=""):
+    parts = {}
+    for name, declared in convert.field_types(cls).items():
+        key = prefix + name
+        if key in convert.SECTIONS:
+            parts[name] = sections(declared, key + ".")
+        else:
+            parts[name] = values_of(declared, RANGES.get(key)).filter(lambda value, key=key: range_problem(key, value) is None)
+    return st.builds(cls, **parts)
+
+
+def is_consistent(config):
+    """Whether no keys contradict each other when every key was given, as in a dumped file."""
+    given_everywhere = dict.fromkeys(convert.LEAVES, Origin("file", "x"))
+    return not any(row.when(config, given_everywhere) for row in CONTRADICTIONS)
+
+
+def made_consistent(config):
+    """The nearest config without contradictions: the parts that contradict go back to their defaults."""
+    for row in CONTRADICTIONS:
+        if row.when(config, dict.fromkeys(convert.LEAVES, Origin("file", "x"))):
+            for key in row.keys:
+                config = replaced(config, key.split("."), convert.default_of(key))
+    return config
+
+
+def replaced(section, names, value):
+    head, *rest = names
+    return dataclasses.replace(section, **{head: replaced(getattr(section, head), rest, value) if rest else value})
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+)
+@given(config=sections(Config).map(made_consistent).filter(is_consistent))
+def test_a_config_written_as_yaml_reads_back_equal(config):
+    """Q3: config.yaml of a run loads to the config of the run, every float to its last bit."""
+    text = config_to_yaml(config)
+    assert parse_config(text).config == config
+    assert config_from_dict(config_to_dict(config)) == config
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+)
+@given(config=sections(Config))
+def test_other_yaml_readers_read_the_same_values(config):
+    """A YAML 1.1 reader must not see text where a number stands, or the other way round."""
+    read = yaml.safe_load(config_to_yaml(config))
+    for section in ("run", "adapter", "training", "tracking"):
+        for name, value in config_to_dict(config)[section].items():
+            assert read[section][name] == value
+            assert type(read[section][name]) is type(value)
+
+
+def test_comments_change_nothing_and_explain_every_key():
+    commented = config_to_yaml(Config(), commented=True)
+    assert parse_config(commented).config == Config()
+    assert commented.count("\n  # ") >= len(convert.LEAVES) - 15
+    assert "# Peak learning rate" in commented
+
+
+def test_a_dict_with_an_unknown_key_is_refused():
+    with pytest.raises(ConfigError, match=r"run\.sed"):
+        config_from_dict({"run": {"sed": 1}})
+
+
+def test_every_key_is_described_once_under_itself():
+    assert set(descriptions()) == {*convert.LEAVES, *convert.SECTIONS}
+    assert all(text.endswith(".") and len(text) >= 4 for text in descriptions().values())
+
+
+def test_every_number_has_bounds():
+    """A key that takes a number says which numbers make sense."""
+    numbers = {key for key, declared in convert.LEAVES.items() if {int, float} & {declared, *typing.get_args(declared)}}
+    assert numbers == set(RANGES)
+
+
+def test_every_default_is_within_its_bounds_and_of_its_type():
+    assert all(range_problem(key, convert.default_of(key)) is None for key in convert.LEAVES)
+    assert parse_config(config_to_yaml(Config())).config == Config()
+    assert all(type(convert.default_of(key)) is float for key, declared in convert.LEAVES.items() if declared is float)
+
+
+def test_no_contradiction_speaks_of_a_key_that_does_not_exist():
+    assert {key for row in CONTRADICTIONS for key in row.keys} <= set(convert.LEAVES)
+    assert not any(row.when(Config(), dict.fromkeys(convert.LEAVES, DEFAULT)) for row in CONTRADICTIONS)
+
+
+def test_every_shipped_yaml_resolves():
+    presets = shipped_presets()
+    assert sorted(presets) == ["base", "development", "production", "quickstart", "test"]
+    for path in presets.values():
+        resolved = load_config(str(path), environ={})
+        assert resolved.notes == ()
+        assert resolved.config.data.train
+        assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch_size", "max_samples"), [("test", 1.0, 2, 100), ("development", 2.0, 4, 1000), ("production", 3.0, 8, None)]
+)
+def test_the_presets_say_what_the_design_says(name, epochs, batch_size, max_samples):
+    config = load_config(name, environ={}).config
+    assert (config.training.epochs, config.training.batch_size, config.data.max_samples) == (epochs, batch_size, max_samples)
+    assert config.data.train == (SourceConfig("example:conversations"),)
+    assert config.data.test_size > 0
+
+
+def test_the_json_schema_beside_the_presets_is_current():
+    """Made by `llmtune config schema > configs/schema.json`."""
+    assert json.loads(shipped_path("configs/schema.json").read_text()) == json_schema()
+
+
+def test_the_json_schema_describes_every_key_and_no_other():
+    schema = json_schema()
+    found = {}
+
+    def walk(section, prefix):
+        assert section["additionalProperties"] is False
+        for name, value in section["properties"].items():
+            if "properties" in value:
+                walk(value, f"{prefix}{name}.")
+            else:
+                found[prefix + name] = value
+
+    walk(schema, "")
+    assert set(found) - {"extends"} == set(convert.LEAVES)
+    assert all(value["description"] for value in found.values())
+    assert found["training.batch_size"]["anyOf"] == [{"type": "integer", "minimum": 1}, {"enum": ["auto"]}]
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+
+
+def test_the_reference_page_is_current():
+    """Made by `python -m llmtune.config.reference > docs/config.md`."""
+    assert shipped_path("docs/config.md").read_text() == reference_page()
+
+
+def test_the_reference_page_names_every_key():
+    page = reference_page()
+    assert all(f"| `{key}` |" in page for key in convert.LEAVES)
