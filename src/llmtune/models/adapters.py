@@ -28,6 +28,7 @@ __all__ = [
     "adapter_files",
     "attach_adapter",
     "count_parameters",
+    "fill_adapter",
     "load_adapter",
     "load_adapter_tensors",
     "trained_parameters",
@@ -111,6 +112,14 @@ def load_adapter(base_model: Any, folder: Path, *, base_digest: str | None = Non
     _fill(adapted, tensors, str(folder))
     adapted.eval()
     return adapted
+
+
+def fill_adapter(model: Any, folder: Path) -> None:
+    """Put the adapter weights saved in `folder` into a model that `attach_adapter` made, bit for bit.
+
+    Raises AdapterError when names or shapes are not exactly those of this adapter.
+    """
+    _fill(model, load_adapter_tensors(folder), str(folder))
 
 
 def load_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -73,6 +73,7 @@ def load_model(
         decisions += more
         decisions += resize_for_tokenizer(model, tokenizer)
     _keep_quantized_exact(model)
+    model.name_or_path = source.location if source.kind == "hub" else str(folder)  # what an adapter's config will name as its base
     model.eval()
     return LoadedModel(model, digest, tuple(decisions))
 

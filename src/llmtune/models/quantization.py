@@ -24,11 +24,9 @@ def import_bitsandbytes() -> Any:
     """The bitsandbytes module, imported without its look at a hub and without its log line. Raises MachineError where it cannot work."""
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # for good: it would repeat its advice at every layer of every step
     before = sys.modules.get("kernels", _ABSENT)
     sys.modules["kernels"] = None  # type: ignore[assignment]  # the import of a hub's code then fails at once, without a connection
-    logger.setLevel(logging.CRITICAL)
     try:
         return importlib.import_module("bitsandbytes")
     except (ImportError, RuntimeError, OSError) as error:
@@ -38,7 +36,6 @@ def import_bitsandbytes() -> Any:
             fix="pip install 'bitsandbytes>=0.49', or use model.quantization=none and training.optimizer=adamw",
         ) from error
     finally:
-        logger.setLevel(level)
         if before is _ABSENT:
             del sys.modules["kernels"]
         else:

@@ -61,17 +61,18 @@ def write_adapter(
     base_name: str | None = None,
     base_revision: str | None = None,
 ) -> None:
-    """Write an adapter as `peft.PeftModel.from_pretrained` reads it, with a record of its base beside it, and the tokenizer when given."""
+    """Write an adapter as `peft.PeftModel.from_pretrained` reads it, with a record of its base beside it, and the tokenizer when given.
+
+    The config names the base as transformers can load it (a hub id or a folder); base_name, base_digest and base_revision go to the record.
+    """
     tensors, config = adapter_files(model)
-    if base_name is not None:
-        config["base_model_name_or_path"] = base_name
     if base_revision is not None:
         config["revision"] = base_revision
     durable.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     durable.write_json(folder / "adapter_config.json", config)
-    durable.write_json(
-        folder / BASE_RECORD, {"base_digest": base_digest, "base_name": config["base_model_name_or_path"], "base_revision": base_revision}
-    )
+    record = {"base_digest": base_digest, "base_name": base_name, "base_path": config["base_model_name_or_path"]}
+    record |= {"base_revision": base_revision, **_how_the_base_is_held(model.get_base_model().config)}
+    durable.write_json(folder / BASE_RECORD, record)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
         _set_generation(model.get_base_model(), tokenizer, stop_token_ids)
@@ -124,6 +125,13 @@ def restore_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
 
 def _rounded(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _how_the_base_is_held(config: Any) -> dict[str, str | None]:
+    """The quantization and the type of the base the adapter was trained beside: a merge needs the very same numbers."""
+    stored = getattr(config, "quantization_config", None)
+    kind = None if stored is None else "4bit" if getattr(stored, "load_in_4bit", False) else "8bit"
+    return {"quantization": kind, "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch.")}
 
 
 def _set_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 __all__ = ["quiet_libraries"]
 
-_LOGGERS = ("transformers", "peft", "bitsandbytes", "accelerate", "huggingface_hub", "tokenizers", "gguf")
+_LOGGERS = ("transformers", "peft", "accelerate", "huggingface_hub", "tokenizers", "gguf")
 
 
 @contextmanager

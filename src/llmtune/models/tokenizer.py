@@ -22,6 +22,7 @@ from llmtune.models.tokenizer_training import train_tokenizer
 
 __all__ = [
     "LoadedTokenizer",
+    "find_chat_template",
     "load_tokenizer",
     "load_tokenizer_folder",
     "shipped_chat_templates",
@@ -92,9 +93,7 @@ def train_tokenizer_for(source: ModelSource, model_config: ModelConfig, texts: I
     wanted = architecture.vocab_size or source.entry.shape.vocab_size
     context = architecture.max_seq_len or source.entry.shape.max_seq_len
     tokenizer = train_tokenizer(texts, wanted, chat_template=None, max_length=context)
-    template = model_config.chat_template or "chatml"
-    shipped = shipped_chat_templates()
-    tokenizer.chat_template = shipped[template] if template in shipped else _template_file(template, shipped)
+    tokenizer.chat_template = find_chat_template(model_config.chat_template or "chatml")
     why = f"`{source.name}` is built from scratch and no tokenizer is named: byte-level BPE trained on this run's rows"
     decision = Decision("model.tokenizer", f"{len(tokenizer):,} of {wanted:,} entries", why)
     return LoadedTokenizer(tokenizer, tokenizer_digest(tokenizer), (decision,))
@@ -114,6 +113,12 @@ def shipped_chat_templates() -> dict[str, str]:
     """The chat templates that come with llmtune, by the name `model.chat_template` takes."""
     folder = resources.files("llmtune.models") / "templates"
     return {one.name.removesuffix(".jinja"): one.read_text("utf-8") for one in folder.iterdir() if one.name.endswith(".jinja")}
+
+
+def find_chat_template(name_or_path: str) -> str:
+    """The text of a shipped chat template, or of a file. Raises TokenizerError when it is neither."""
+    shipped = shipped_chat_templates()
+    return shipped[name_or_path] if name_or_path in shipped else _template_file(name_or_path, shipped)
 
 
 def _tokenizer_folder(source: ModelSource, model_config: ModelConfig, trust_remote_code: bool) -> tuple[Path, str, bool]:
@@ -159,10 +164,9 @@ def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
 
 
 def _choose_template(tokenizer: Any, source: ModelSource, model_config: ModelConfig) -> list[Decision]:
-    shipped = shipped_chat_templates()
     wanted = model_config.chat_template
     if wanted is not None:
-        tokenizer.chat_template = shipped[wanted] if wanted in shipped else _template_file(wanted, shipped)
+        tokenizer.chat_template = find_chat_template(wanted)
         missing = [one for one in _NEEDED_TOKENS.get(wanted, ()) if one not in tokenizer.get_vocab()]
         if missing:
             raise TokenizerError(
@@ -180,12 +184,9 @@ def _choose_template(tokenizer: Any, source: ModelSource, model_config: ModelCon
         return []
     own = source.entry.chat_template if source.entry else None
     choice = own or ("chatml" if all(one in tokenizer.get_vocab() for one in _NEEDED_TOKENS["chatml"]) else "turns")
-    if choice not in shipped:
-        tokenizer.chat_template = _template_file(choice, shipped)
-    elif choice == "turns" and tokenizer.eos_token is None:
+    if choice == "turns" and tokenizer.eos_token is None:
         return []  # text can still be trained on; a conversation will be refused by name
-    else:
-        tokenizer.chat_template = shipped[choice]
+    tokenizer.chat_template = find_chat_template(choice)
     return [Decision("model.chat_template", choice, "the tokenizer has none; used for conversations only")]
 
 

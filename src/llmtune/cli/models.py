@@ -1,0 +1,79 @@
+"""`llmtune list-models`: the models that have a name, and what of them is on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmtune.cli.failure import say
+
+__all__ = ["list_models"]
+
+
+def list_models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Count from-scratch models with this tokenizer's vocabulary.")
+    ] = None,
+) -> None:
+    """List the models that have a name; any hub id, folder or .gguf file works as model.name too."""
+    from llmtune.models.catalog import availability, catalog
+
+    rows = []
+    for entry in catalog().values():
+        parameters, source = entry.parameters, entry.source
+        if entry.shape:
+            vocabulary = _vocabulary(tokenizer) if tokenizer else entry.shape.vocab_size
+            parameters, source = _scratch(entry, vocabulary)
+        rows.append((entry, parameters, source, availability(entry)))
+    if as_json:
+        for entry, parameters, source, here in rows:
+            fields: dict[str, Any] = {"name": entry.name, "parameters": parameters, "context": entry.context, "source": source}
+            fields |= {"licence": entry.licence, "gated": entry.gated, "available": here, "method": entry.method, "hub_id": entry.hub_id}
+            print(json.dumps(fields | {"shape": asdict(entry.shape) if entry.shape else None}))
+        return
+    table = [("name", "parameters", "context", "source", "licence", "here", "method")]
+    for entry, parameters, source, here in rows:
+        count = f"{parameters:,}" if parameters else "?"
+        table.append((entry.name, count, f"{entry.context:,}" if entry.context else "?", source, entry.licence, here, entry.method))
+    _print_table(table, right=(1, 2))
+    say("also works as model.name: any hub id, a folder saved with save_pretrained, a .gguf file; add your own in models.yaml")
+
+
+def _scratch(entry: Any, vocabulary: int) -> tuple[int, str]:
+    """(parameters, shape in words) of a from-scratch model with that many vocabulary entries."""
+    from llmtune.config.schema import ArchitectureConfig
+    from llmtune.models.scratch import choose_architecture, parameter_count
+
+    shape = choose_architecture(entry, ArchitectureConfig(vocab_size=vocabulary), vocabulary)
+    return parameter_count(shape), f"from scratch, {shape.n_layers} x {shape.d_model}, {vocabulary:,} entries"
+
+
+def _vocabulary(folder: Path) -> int:
+    """Ids of the tokenizer in this folder (its largest id + 1), read from tokenizer.json. Raises TokenizerError."""
+    from llmtune.errors import ModelError, TokenizerError
+    from llmtune.models.scan import read_json_file
+
+    path = folder / "tokenizer.json" if folder.is_dir() else folder
+    try:
+        content = read_json_file(path)
+        vocabulary = content["model"]["vocab"]
+        ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))]
+        return int(max([*ids, *(token["id"] for token in content["added_tokens"])])) + 1
+    except (ModelError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{path} is no tokenizer file", where="--tokenizer", fix="name a folder with tokenizer.json") from error
+
+
+def _print_table(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())

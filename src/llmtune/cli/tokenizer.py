@@ -1,0 +1,78 @@
+"""`llmtune tokenizer train`: learn a byte-level BPE tokenizer from the rows a config names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmtune.cli.failure import say
+
+__all__ = ["train"]
+
+
+def train(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")
+    ] = None,
+    config: Annotated[str | None, typer.Option("--config", "-c", help="A preset, or a YAML or JSON file; its data.train is read.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")] = Path("tokenizer"),
+    vocab_size: Annotated[
+        int | None, typer.Option("--vocab-size", help="Entries; model.architecture.vocab_size or 16,384 when left out.")
+    ] = None,
+    special_token: Annotated[list[str] | None, typer.Option("--special-token", help="A further special token; may be repeated.")] = None,
+    chat_template: Annotated[str | None, typer.Option("--chat-template", help="A shipped name or a Jinja file.")] = None,
+    min_frequency: Annotated[int, typer.Option("--min-frequency", help="Times a pair must be seen to become an entry.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on the config's data and save it as a tokenizer folder."""
+    from llmtune import durable
+    from llmtune.config.layers import load_config
+    from llmtune.data.prepare import iter_texts
+    from llmtune.errors import ConfigError, UsageError
+    from llmtune.models.save import write_tokenizer
+    from llmtune.models.tokenizer import find_chat_template, train_tokenizer
+    from llmtune.models.tokenizer_training import measure_tokenizer
+
+    resolved = load_config(config, overrides=overrides or ())
+    settings = resolved.config
+    if not settings.data.train:
+        raise ConfigError("no training data is named", where="data.train", fix="name a file: `data.train=rows.jsonl`")
+    if output.exists():
+        raise UsageError(f"`{output}` exists already", where="--output", fix="name a folder that does not exist yet, or delete it first")
+    for note in resolved.notes:
+        say(note)
+    architecture = settings.model.architecture
+    tokenizer = train_tokenizer(
+        _told(iter_texts(settings.data)),
+        vocab_size or architecture.vocab_size or 16_384,
+        chat_template=find_chat_template(chat_template or settings.model.chat_template or "chatml"),
+        special_tokens=special_token or (),
+        min_frequency=min_frequency,
+        max_length=architecture.max_seq_len or 2048,
+    )
+    report = measure_tokenizer(tokenizer, iter_texts(settings.data))
+    durable.make_folder(output.absolute().parent)
+    with durable.commit_folder(output, sealed=False) as folder:
+        write_tokenizer(tokenizer, folder)
+    if as_json:
+        print(json.dumps({"folder": str(output), **asdict(report)}))
+        return
+    print(f"{output}: {report.vocab_size:,} entries from {report.texts:,} texts ({report.num_bytes:,} bytes)")
+    print(f"  {report.bytes_per_token:.3f} bytes per token; {report.unused_share:.1%} of the entries are unused in these texts")
+    failures = report.round_trip_failures
+    print(f"  round trip: {report.texts - failures:,} of {report.texts:,} texts come back exactly")
+
+
+def _told(texts: Iterator[str], every: int = 10_000) -> Iterator[str]:
+    """Pass texts through and say now and then how many were read, on a terminal."""
+    wide = shutil.get_terminal_size().columns
+    for count, text in enumerate(texts, 1):
+        if count % every == 0:
+            say(f"{count:,} texts read"[:wide])
+        yield text
