@@ -5,6 +5,7 @@ Legend: N examples, P packs.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from typing import Literal
 
@@ -42,7 +43,7 @@ def plan_packs(lengths: npt.NDArray[np.int64], max_length: int, strategy: Packin
     - `none`: one example in each pack.
     - `greedy`: fill a pack in order, close it at the first example that does not fit.
     - `first_fit`: longest example first, each into the oldest pack with room for it (first-fit decreasing).
-    - `best_fit`: longest example first, each into the pack it leaves the least room in (best-fit decreasing).
+    - `best_fit`: longest example first, each into the pack it leaves the least room in, the oldest of equals (best-fit decreasing).
 
     The "decreasing" rules need at most 11/9 of the fewest packs possible, and a constant (D. S. Johnson, "Near-optimal bin packing
     algorithms", 1973). On long-tailed lengths they waste under 1 %.
@@ -165,7 +166,7 @@ def _best_fit(lengths: Indices, max_length: int) -> Indices:
             if fitting:
                 room = length + (fitting & -fitting).bit_length() - 1
                 same_room = packs_with_room[room]
-                pack = same_room.pop()
+                pack = heapq.heappop(same_room)
                 if not same_room:
                     filed ^= 1 << room
             else:
@@ -177,7 +178,7 @@ def _best_fit(lengths: Indices, max_length: int) -> Indices:
             takes.append(take)
             room -= take * length
             if room >= shortest:
-                packs_with_room.setdefault(room, []).append(pack)
+                heapq.heappush(packs_with_room.setdefault(room, []), pack)
                 filed |= 1 << room
         pack_of[by_length[begin:end]] = np.repeat(targets, takes)
     return pack_of
