@@ -6,9 +6,12 @@ To add a command, write a function with Typer parameters in a module of `llmtune
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,9 +20,9 @@ import typer
 from typer.core import TyperGroup
 
 from llmtune import __version__
-from llmtune.cli.failure import report_crash, report_error
+from llmtune.cli.failure import report_crash, report_error, say
 from llmtune.cli.offline import allow_no_telemetry, go_offline
-from llmtune.errors import LlmtuneError, UsageError
+from llmtune.errors import LlmtuneError, MachineError, UsageError
 
 __all__ = ["COMMANDS", "Command", "build", "main"]
 
@@ -48,10 +51,16 @@ GROUPS: dict[str, str] = {
 }
 
 COMMANDS: tuple[Command, ...] = (
+    Command("train", "train:train", "Train a model from a preset or a config file.", "Train"),
+    Command("resume", "resume:resume", "Go on with a run, bit for bit, from its newest valid checkpoint.", "Train"),
+    Command("list-models", "models:list_models", "List the models that have a name, and which are on this machine.", "Before a run"),
     Command("config show", "config:show", "Print the resolved config; --origin says where each value comes from.", "Before a run"),
     Command("config diff", "config:diff", "Print the keys in which two configs or runs differ.", "Before a run"),
     Command("config schema", "config:schema", "Print a JSON Schema that editors can use.", "Before a run"),
     Command("config validate", "config:validate", "Check config files; every problem at once.", "Before a run"),
+    Command("data report", "data:report", "Show what becomes of every row.", "Before a run"),
+    Command("tokenizer train", "tokenizer:train", "Train a byte-level BPE tokenizer on the config's data.", "Before a run"),
+    Command("runs", "runs:runs", "List the runs of a folder: state, step, loss.", "Watch"),
 )
 
 
@@ -110,15 +119,10 @@ class LazyGroup(TyperGroup):
 
 def unknown_command(prefix: str, name: str, known: Sequence[str]) -> UsageError:
     """Return the error for a command that does not exist, with the nearest one."""
-    everywhere = [row.words for row in COMMANDS]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    elsewhere = [words for words in everywhere if words.split()[-1] == name]
-    if near:
-        fix = f"did you mean `llmtune {prefix}{near[0]}`?"
-    elif elsewhere:
-        fix = f"did you mean `llmtune {elsewhere[0]}`?"
-    else:
-        fix = f"`llmtune {prefix}--help` lists the commands" if prefix else "`llmtune --help` lists the commands"
+    elsewhere = [row.words for row in COMMANDS if row.words.split()[-1] == name]
+    near = [prefix + each for each in difflib.get_close_matches(name, known, n=1, cutoff=0.6)]
+    found = elsewhere or near
+    fix = f"did you mean `llmtune {found[0]}`?" if found else f"`llmtune {prefix}--help` lists the commands"
     return UsageError(f"unknown command `{prefix}{name}`", "command line", fix)
 
 
@@ -203,27 +207,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command line and return its exit code; every failure becomes one message on stderr."""
-    click_error = typer.BadParameter.__mro__[2]
     try:
-        outcome = build()(args=arguments, prog_name="llmtune", standalone_mode=False)
-        sys.stdout.flush()
-        return outcome if isinstance(outcome, int) and not isinstance(outcome, bool) else 0
+        code = _invoke(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except LlmtuneError as error:
-        return report_error(error, debug=debug)
-    except typer.Abort:
-        print("stopped", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        code = report_error(error, debug=debug)
+    except (KeyboardInterrupt, typer.Abort):
+        say("stopped")
+        code = 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader of our output has gone (`llmtune ... | head`); nothing may be written to it any more, not even at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+        # The reader of our output has gone (`llmtune ... | head`).
+        _forget_output()
+        code = 128 + signal.SIGPIPE
     except Exception as error:  # noqa: BLE001 - the one place where anything becomes a message and an exit code
-        if isinstance(error, click_error):
-            return report_error(_usage(error), debug=debug)
-        return report_crash(error, arguments, debug=debug)
+        if isinstance(error, _CLICK_ERROR):
+            code = report_error(_usage(error), debug=debug)
+        elif isinstance(error, MemoryError) or getattr(error, "errno", None) in _MACHINE_ERRORS:
+            _forget_output()
+            code = report_error(_machine(error), debug=debug)
+        else:
+            code = report_crash(error, arguments, debug=debug)
+    return code
+
+
+def _invoke(arguments: list[str]) -> int:
+    """Call the command without click's own handling of errors, which prints and exits in ways of its own."""
+    program = build()
+    try:
+        with program.make_context("llmtune", list(arguments)) as context:
+            outcome = program.invoke(context)
+    except typer.Exit as end:
+        outcome = end.exit_code
+    return outcome if isinstance(outcome, int) and not isinstance(outcome, bool) else 0
+
+
+_CLICK_ERROR = typer.BadParameter.__mro__[2]
+assert _CLICK_ERROR.__name__ == "ClickException"
+_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+def _forget_output() -> None:
+    """Point stdout at nothing, so that what is still buffered cannot fail again when Python exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _machine(error: Exception) -> LlmtuneError:
+    if isinstance(error, OSError):
+        where = str(error.filename) if error.filename else "standard output"
+        return MachineError(
+            f"the machine refuses: {error.strerror}", where, "make room or choose another place, then run the same command again"
+        )
+    return MachineError("the memory is used up", "this machine", "`llmtune plan` says what a run needs and what to change")
 
 
 def _usage(error: Any) -> UsageError:
