@@ -39,8 +39,8 @@ class Failing:
     error: half of the data is written and the count returned; what does not write passes.
     """
 
-    def __init__(self, at: int, number: int | None, *, for_ever: bool = False) -> None:
-        self._below = SystemBackend()
+    def __init__(self, at: int, number: int | None, *, for_ever: bool = False, below: Backend | None = None) -> None:
+        self._below = below or SystemBackend()
         self._at = at
         self._number = number
         self._for_ever = for_ever
@@ -84,8 +84,8 @@ class Killing:
     more, whatever clean-up still runs.
     """
 
-    def __init__(self, at: int, *, for_real: bool = False) -> None:
-        self._below = SystemBackend()
+    def __init__(self, at: int, *, for_real: bool = False, below: Backend | None = None) -> None:
+        self._below = below or SystemBackend()
         self._at = at
         self._for_real = for_real
         self.count = 0
@@ -115,8 +115,8 @@ class Operation(NamedTuple):
 class Tracing:
     """Performs everything and keeps a list of it, from which `durable.powerloss` derives the states a power loss could leave."""
 
-    def __init__(self) -> None:
-        self._below = SystemBackend()
+    def __init__(self, below: Backend | None = None) -> None:
+        self._below = below or SystemBackend()
         self._paths: dict[int, tuple[str, int]] = {}
         self.operations: list[Operation] = []
 

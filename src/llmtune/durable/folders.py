@@ -258,7 +258,10 @@ def verify_manifest(folder: Path | str) -> list[Problem]:
             if stat.S_ISDIR(status.st_mode):
                 if not any(one.startswith(f"{name}/") for one in expected):
                     problems.append(f"`{printable(name)}` does not belong here")
-            elif name != MANIFEST:
+            elif name == MANIFEST:
+                if not stat.S_ISREG(status.st_mode):
+                    problems.append(f"`{MANIFEST}` is not a plain file")
+            else:
                 found.add(name)
                 problems.extend(_compare(path, status, expected.get(name), name))
     except OSError as error:

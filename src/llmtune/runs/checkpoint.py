@@ -124,9 +124,12 @@ def verify(checkpoint: CheckpointFolder, *, run_id: str | None = None) -> list[P
     problems = durable.verify_manifest(checkpoint.path)
     if problems:
         return problems
-    manifest = durable.read_manifest(checkpoint.path)
     where = durable.printable(checkpoint.path)
     fix = "use another checkpoint, or put the right folder back"
+    try:
+        manifest = durable.read_manifest(checkpoint.path)
+    except (ValueError, OSError) as error:
+        return [Problem(str(error), where, fix)]
     if manifest.get("step") != checkpoint.step:
         problems.append(Problem(f"this is the checkpoint of step {manifest.get('step')}", where, fix))
     if run_id is not None and manifest.get("run_id") != run_id:

@@ -1,0 +1,47 @@
+"""Every operation of a save, a retention, a change of best and a log, one by one: killed, failed, cut off from power.
+
+This is the method of the promises; the laws themselves stand in `Scene` (conftest.py), and `test_mutants.py` shows that each one bites.
+"""
+
+import pytest
+
+FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+def test_a_run_killed_at_any_operation_of_a_save_goes_on_and_ends_the_same(scene):
+    """P1, P2, P6."""
+    assert scene.kill_everywhere() > 50
+
+
+@FORKS
+def test_a_process_that_really_dies_leaves_what_the_simulated_kill_leaves(scene):
+    """P1: SIGKILL in a forked child, at every ninth operation here and at each one in the campaign."""
+    assert scene.kill_for_real(every=9) > 5
+
+
+@FORKS
+@pytest.mark.campaign
+def test_a_process_that_really_dies_at_any_operation_leaves_the_old_or_the_new(scene):
+    """P1."""
+    assert scene.kill_for_real(every=1) > 50
+
+
+@pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for ever"])
+@pytest.mark.parametrize("fault", ["ENOSPC", "EIO", "EROFS"])
+def test_a_disk_that_fails_at_any_operation_leaves_the_old_or_the_new(scene, fault, for_ever):
+    """P7: the refusal says what, where, why and the fix; what stood stands; the run goes on when the disk is well again."""
+    fired, refused = scene.fail_everywhere(fault, for_ever=for_ever)
+    assert fired >= refused > 30
+
+
+@pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for ever"])
+def test_short_writes_are_written_on_and_change_nothing(scene, for_ever):
+    """P7."""
+    fired, refused = scene.fail_everywhere("short write", for_ever=for_ever)
+    assert fired > 5
+    assert refused == 0
+
+
+def test_a_power_loss_at_any_moment_leaves_the_old_or_the_new_never_neither(scene):
+    """P1: the disk states that the trace allows, with unsynced data and names dropped, torn and reordered."""
+    assert scene.lose_power_everywhere() > 500
