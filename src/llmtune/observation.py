@@ -73,7 +73,7 @@ class Observer:
         every = self._config.evaluation.every_steps
         return self.outlook.last_step != step and (last or (every is not None and step % every == 0))
 
-    def look(self, step: int, *, full: bool) -> tuple[bool, dict[str, Any]]:
+    def look(self, step: int, epoch: float, *, full: bool) -> tuple[bool, dict[str, Any]]:
         """Evaluate after `step` steps; `full` adds exact match. Returns whether this is the best so far, and the metrics."""
         metrics: dict[str, Any] = {}
         self.outlook.last_step = step
@@ -84,7 +84,7 @@ class Observer:
             if full and self._config.evaluation.exact_match:
                 metrics |= self._exact_answers()
         if metrics:
-            self._write(step, metrics)
+            self._write(step, {"epoch": epoch, **metrics})
         if self._config.evaluation.prompts:
             self._samples(step)
         return improved, metrics

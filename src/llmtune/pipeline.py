@@ -90,9 +90,7 @@ def resume(
     options = options or Options()
     with StopRequest() as stop:
         with stop.interrupting():
-            folder = (
-                checkpoint.parent.parent if checkpoint else resolve_run(name, load_config(None, overrides=overrides).config.run.output_dir)
-            )
+            folder = checkpoint.parent.parent if checkpoint else resolve_run(name, _output_dir(overrides))
             resolved = load_config(str(folder / keeping.CONFIG_FILE), overrides=overrides)
             run = RunFolder.open(folder)
             try:
@@ -109,9 +107,14 @@ def resume(
                 run.close()
                 raise
         session = _Session(resolved, prepared, assembled, run, stop, say)
-        if loaded is not None:
-            session.restore(loaded)
+        session.restore(loaded)
         return session.go()
+
+
+def _output_dir(overrides: Sequence[str]) -> str:
+    """Where runs are looked for by name: `run.output_dir` as overridden or by default; other overrides are for the run that is found."""
+    only = [one for one in overrides if one.startswith("run.output_dir=")]
+    return load_config(None, overrides=only).config.run.output_dir
 
 
 def preflight_again(resolved: ResolvedConfig, options: Options, tokenizer_folder: Path | None, say: Say) -> tuple[Prepared, Devices]:
@@ -145,8 +148,12 @@ class _Session:
         self.keeper = Keeper(run, prepared, assembled, say) if run is not None else None
         self.config_name = resolved.name
 
-    def restore(self, loaded: checkpoints.LoadedCheckpoint) -> None:
-        """Put everything back as it was at the checkpoint's step boundary."""
+    def restore(self, loaded: checkpoints.LoadedCheckpoint | None) -> None:
+        """Put everything back as it was at the checkpoint's step boundary, or as it was before step 1 where nothing was saved."""
+        if loaded is None:
+            if self.record is not None:
+                self.record.rewind({"metrics": 0, "samples": 0})
+            return
         keeping.restore_weights(self.assembled, loaded.path)
         extra = loaded.snapshot.state["pipeline"]
         restore(
@@ -248,7 +255,7 @@ class _Session:
 
     def _look(self, *, full: bool) -> None:
         """Evaluate now; a new best is kept at once."""
-        improved, metrics = self.observer.look(self.state.step, full=full)
+        improved, metrics = self.observer.look(self.state.step, self.state.epoch, full=full)
         self.metrics |= metrics
         if improved and self.state.step and self.keeper is not None and self.config.checkpoint.keep_best:
             self.keeper.keep_best(metrics, self.state.step)

@@ -1,0 +1,175 @@
+"""P2, P3, P5, P8, N13: a run that was stopped, in any way, ends as the run that never was."""
+
+import json
+import shutil
+import signal
+
+import pytest
+
+from llmtune import pipeline
+from llmtune.errors import CheckpointError, StoppedBySignal
+from pipeline_helpers import KINDS, LORA, in_child, line_count, lines_of, weights_of
+
+
+@pytest.fixture
+def unbroken(config_of):
+    """Train a run that nobody stops, and return its folder."""
+
+    def train(*overrides):
+        return pipeline.train(config_of(*overrides, name="unbroken")).folder
+
+    return train
+
+
+def assert_same_run(one, other):
+    assert lines_of(one) == lines_of(other)
+    assert weights_of(one) == weights_of(other)
+    assert (one / "ledger.jsonl").read_bytes() == (other / "ledger.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_p2_a_killed_run_resumes_to_the_same_bytes(kind, config_of, unbroken, tmp_path):
+    whole = unbroken(*KINDS[kind])
+    stopped = tmp_path / "runs" / "stopped"
+    enough = line_count(whole / "metrics.jsonl") * 2 // 3
+    code = in_child(
+        lambda: pipeline.train(config_of(*KINDS[kind], name="stopped")), kill_when=lambda: line_count(stopped / "metrics.jsonl") >= enough
+    )
+    assert code == -signal.SIGKILL
+    assert not (stopped / "checkpoints" / "final").exists()
+    result = pipeline.resume(str(stopped))
+    assert result.state == "finished"
+    assert_same_run(whole, stopped)
+
+
+def test_p2_a_run_killed_before_its_first_checkpoint_starts_again_and_ends_the_same(config_of, unbroken, tmp_path):
+    whole = unbroken(*LORA)
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(lambda: pipeline.train(config_of(*LORA, name="stopped")), kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 2)
+    assert list((stopped / "checkpoints").glob("step-*")) == []
+    pipeline.resume(str(stopped))
+    assert_same_run(whole, stopped)
+
+
+def test_n14_ten_kills_in_one_run_change_nothing(config_of, unbroken, tmp_path):
+    whole = unbroken(*LORA, "checkpoint.every_steps=1")
+    stopped = tmp_path / "runs" / "stopped"
+    metrics = stopped / "metrics.jsonl"
+    start = lambda: pipeline.train(config_of(*LORA, "checkpoint.every_steps=1", name="stopped"))  # noqa: E731
+    for kill in range(10):
+        in_child(start, kill_when=lambda kill=kill: line_count(metrics) >= 2 + kill)
+        start = lambda: pipeline.resume(str(stopped))  # noqa: E731
+    pipeline.resume(str(stopped))
+    assert_same_run(whole, stopped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_p8_a_signal_finishes_the_step_saves_and_exits_with_128_plus_its_number(number, config_of, tmp_path):
+    stopped = tmp_path / "runs" / "stopped"
+    code = in_child(
+        lambda: pipeline.train(config_of(*LORA, "checkpoint.every_steps=1000", "training.epochs=50", name="stopped")),
+        kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 4,
+        signal_number=number,
+    )
+    assert code == 128 + number
+    info = json.loads((stopped / "run.json").read_text())
+    assert info["state"] == "stopped"
+    saved = list((stopped / "checkpoints").glob("step-*"))
+    assert [one.name for one in saved] == [f"step-{info['step']:06d}"]
+
+
+def test_p8_a_run_stopped_by_a_signal_resumes_to_the_same_bytes(config_of, unbroken, tmp_path):
+    whole = unbroken(*LORA)
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(
+        lambda: pipeline.train(config_of(*LORA, name="stopped")),
+        kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 5,
+        signal_number=signal.SIGTERM,
+    )
+    pipeline.resume(None, overrides=[f"run.output_dir={tmp_path / 'runs'}"])
+    assert_same_run(whole, stopped)
+
+
+def test_p5_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(config_of, unbroken, tmp_path):
+    whole = unbroken(*LORA, "checkpoint.every_steps=2")
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(
+        lambda: pipeline.train(config_of(*LORA, "checkpoint.every_steps=2", name="stopped")),
+        kill_when=lambda: (stopped / "checkpoints" / "step-000006").is_dir(),
+    )
+    newest = max((stopped / "checkpoints").glob("step-??????"))
+    tensors = newest / "optimizer.safetensors"
+    bytes_ = bytearray(tensors.read_bytes())
+    bytes_[len(bytes_) // 2] ^= 1
+    tensors.write_bytes(bytes_)
+    said = []
+    pipeline.resume(str(stopped), say=said.append)
+    assert any("damaged" in line and newest.name in line for line in said)
+    assert_same_run(whole, stopped)
+
+
+def test_p5_when_all_checkpoints_are_damaged_nothing_starts_from_zero(config_of, tmp_path):
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(lambda: pipeline.train(config_of(name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir())
+    for manifest in (stopped / "checkpoints").glob("step-*/state.json"):
+        manifest.write_text("{}")
+    before = sorted(path.name for path in (stopped / "checkpoints").iterdir())
+    with pytest.raises(CheckpointError) as refusal:
+        pipeline.resume(str(stopped))
+    assert refusal.value.exit_code == 5
+    assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == before
+
+
+def test_another_training_needs_a_flag_and_another_shape_is_refused(config_of, tmp_path, rows_file):
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(lambda: pipeline.train(config_of(*LORA, name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir())
+    with pytest.raises(CheckpointError, match=r"another training.*learning_rate"):
+        pipeline.resume(str(stopped), overrides=["training.learning_rate=0.5"])
+    with pytest.raises(CheckpointError, match=r"no longer fits.*adapter\.r"):
+        pipeline.resume(str(stopped), overrides=["adapter.r=8"], allow_changes=True)
+    result = pipeline.resume(str(stopped), overrides=["training.learning_rate=0.005"], allow_changes=True)
+    assert result.state == "finished"
+
+
+def test_n13_the_same_command_twice_gives_the_same_bytes(config_of):
+    one = pipeline.train(config_of(*LORA, name="one")).folder
+    two = pipeline.train(config_of(*LORA, name="two")).folder
+    assert_same_run(one, two)
+
+
+def test_n12_observers_change_no_byte_of_the_final_weights(config_of):
+    watched = pipeline.train(config_of(*LORA, "evaluation.prompts=[hello there]", "evaluation.max_new_tokens=4", name="watched")).folder
+    alone = pipeline.train(
+        config_of(
+            *LORA,
+            "evaluation.every_steps=null",
+            "evaluation.before_training=false",
+            "tracking.every_steps=5",
+            "tracking.trackers=[console]",
+            "checkpoint.every_steps=1000",
+            name="alone",
+        )
+    ).folder
+    assert weights_of(watched) == weights_of(alone)
+
+
+def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(config_of):
+    run = pipeline.train(config_of(*LORA)).folder
+    before = (weights_of(run), (run / "metrics.jsonl").read_bytes())
+    assert pipeline.resume(str(run)).state == "finished"
+    assert before == (weights_of(run), (run / "metrics.jsonl").read_bytes())
+
+
+def test_a_stop_request_is_an_error_of_its_own_kind():
+    assert StoppedBySignal(15, "x").exit_code == 143
+
+
+def test_a_moved_run_folder_resumes(config_of, unbroken, tmp_path):
+    whole = unbroken(*LORA)
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(lambda: pipeline.train(config_of(*LORA, name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000006").is_dir())
+    moved = tmp_path / "elsewhere" / "stopped"
+    moved.parent.mkdir()
+    shutil.move(stopped, moved)
+    pipeline.resume(str(moved))
+    assert_same_run(whole, moved)
