@@ -137,6 +137,7 @@ def _store(rows: bytes, examples: bytes, words: Any, about: dict[str, Any], file
     return RowStore(
         labels=tuple(file.label for file in files),
         numberings=tuple(file.numbering for file in files),
+        source_paths=tuple(file.source.path for file in files),
         rows=np.frombuffer(rows, dtype=ROW),
         examples=np.frombuffer(examples, dtype=EXAMPLE),
         words=words,

@@ -5,8 +5,9 @@ Each row has exactly one fate. Where several would fit, the first of these count
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ REASONS_SHOWN = 20
 """Different reasons listed in a summary; the rest are counted together."""
 
 _OTHER_REASONS = "other reasons"
+_INDEX = re.compile(r"\[\d+\]")
 
 
 @dataclass
@@ -89,6 +91,15 @@ class LedgerPart:
         noted[list(self.notes)] = True
         yield from (int(row) for row in np.flatnonzero(noted | (self.fates != FATES.index("used"))))
 
+    def rows_at(self, place: str) -> list[int]:
+        """Numbers of the rows at `file:line` or `file[index]`, where `file` may be the end of a longer path."""
+        rows: list[int] = []
+        for index, (label, numbering) in enumerate(zip(self.store.labels, self.store.numberings, strict=True)):
+            name, _, number = place.removesuffix("]").rpartition(":" if numbering == "line" else "[")
+            if number.isdecimal() and name and (label == name or label.endswith(f"/{name}")):
+                rows += np.flatnonzero((self.store.rows["file"] == index) & (self.store.rows["number"] == int(number))).tolist()
+        return rows
+
     def balance(self) -> dict[str, int]:
         """Rows by fate, and `input`, which is counted by itself."""
         counts = np.bincount(self.fates, minlength=len(FATES))
@@ -104,7 +115,8 @@ class LedgerPart:
             notes.update({note.code for note in self.notes_of(row)})
             if reason is not None and fate != "used":
                 counter = reasons.setdefault(fate, Counter())
-                counter[reason.what if reason.what in counter or len(counter) < REASONS_SHOWN else _OTHER_REASONS] += 1
+                what = f"{_INDEX.sub('[]', reason.field)}: {reason.what}" if reason.field else reason.what
+                counter[what if what in counter or len(counter) < REASONS_SHOWN else _OTHER_REASONS] += 1
             if fate == "cut":
                 lost += int(self.store.rows["tokens_lost"][row])
         kept = np.isin(self.store.examples["row"], self.rows_that_are("used", "cut"))
@@ -134,16 +146,3 @@ class Ledger:
     def summary(self) -> dict[str, Any]:
         """For each part the balance (`input` and the fates), reasons, notes and tokens."""
         return {part.name: part.summary() for part in self.parts}
-
-    def fate_of(self, source: str) -> list[Mapping[str, Any]]:
-        """Entries of the rows at a place: `file:line` or `file[index]`, where `file` may be the end of a longer path."""
-        return [part.entry(row) for part in self.parts for row in _rows_at(part.store, source)]
-
-
-def _rows_at(store: RowStore, source: str) -> list[int]:
-    rows = []
-    for index, (label, numbering) in enumerate(zip(store.labels, store.numberings, strict=True)):
-        name, _, number = source.removesuffix("]").rpartition(":" if numbering == "line" else "[")
-        if number.isdecimal() and name and (label == name or label.endswith(f"/{name}")):
-            rows += np.flatnonzero((store.rows["file"] == index) & (store.rows["number"] == int(number))).tolist()
-    return rows

@@ -32,6 +32,7 @@ _SPLITS = {
     "heldout": "validation",
     "test": "test",
 }
+_SAVED = ("dataset_info.json", "dataset_dict.json")
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SUFFIXES = ".jsonl, .json, .csv, .tsv, .parquet or .txt, each also with .gz or .zst"
 
@@ -103,13 +104,20 @@ def find_files(sources: Sequence[SourceConfig], purpose: Purpose) -> list[DataFi
 
 def find_held_out_files(sources: Sequence[SourceConfig]) -> list[DataFile]:
     """Files that stand in the training folders under the name of a held-out split, where the config names no split."""
-    files = []
+    files: list[DataFile] = []
     for index, source in enumerate(sources):
-        if source.split is None:
+        whole = replace(source, max_samples=None)
+        for split in ("validation", "test") if source.split is None and _is_folder(source) else ():
             with contextlib.suppress(_NotFoundError):
-                found = _files_of(replace(source, max_samples=None), index, "eval")
-                files += [file for file in found if file.path is not None and split_of_name(Path(file.label)) in ("validation", "test")]
+                files += _files_of(replace(whole, split=split), index, "eval")
+                break
     return files
+
+
+def _is_folder(source: SourceConfig) -> bool:
+    name = source.path.removeprefix("example:")
+    path = shipped_path("example-data") / name if name != source.path else Path(name).expanduser()
+    return path.is_dir() and not any((path / info).is_file() for info in _SAVED)
 
 
 def _files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[DataFile]:
@@ -122,7 +130,7 @@ def _files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[DataFi
     path = Path(source.path).expanduser()
     try:
         if path.is_dir():
-            if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            if any((path / info).is_file() for info in _SAVED):
                 return [_saved_dataset(path, source, index, purpose)]
             return [_data_file(place, source, index) for place in _folder(path, source.path, source.split, purpose)]
         if path.exists():

@@ -100,6 +100,8 @@ class RowStore:
 
     labels: tuple[str, ...]
     numberings: tuple[Numbering, ...]
+    source_paths: tuple[str, ...]
+    """What the config calls the source each file belongs to."""
     rows: np.ndarray[Any, Any]
     """`ROW` table [R]."""
     examples: np.ndarray[Any, Any]

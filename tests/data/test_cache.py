@@ -1,0 +1,198 @@
+"""Tokenized rows are kept under a name that covers exactly what decides about them, and are checked before they are used (P1, P5)."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmtune import durable
+from llmtune.config.schema import SourceConfig
+from llmtune.data import cache
+from llmtune.data.prepare import prepare_data
+from llmtune.data.template import Renderer
+from llmtune.errors import MachineError
+
+
+def chat(question, answer="yes"):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+ROWS = [chat(f"q{index}", "answer " * index + "x") for index in range(12)]
+
+
+def was_cached(prepared):
+    return any(decision.key == "data.cache_dir" and "tokenized before" in decision.reason for decision in prepared.decisions)
+
+
+def folders(tmp_path):
+    return sorted((tmp_path / "cache" / "rows").iterdir())
+
+
+def test_a_second_start_reads_the_same_examples_and_ledger_from_the_cache(write, config, renderer):
+    given = config(write("a.jsonl", [*ROWS, b"nope"]), on_bad_row="skip", max_length=40, overlong="split", test_size=2)
+    first, second = prepare_data(given, renderer), prepare_data(given, renderer)
+    assert (was_cached(first), was_cached(second)) == (False, True)
+    assert first.train.digest == second.train.digest
+    assert first.eval.digest == second.eval.digest
+    assert list(first.ledger.entries) == list(second.ledger.entries)
+    for one, other in zip(first.train, second.train, strict=True):
+        assert np.array_equal(one.input_ids, other.input_ids)
+        assert np.array_equal(one.weights, other.weights)
+    assert isinstance(second.train.store.words, np.memmap)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"test_size": 3}, {"shuffle_seed": 7}, {"on_duplicate": "drop"}, {"on_overlap": "error"}, {"num_workers": 2}, {"packing": "greedy"}],
+    ids=str,
+)
+def test_what_does_not_decide_about_a_row_alone_still_hits(write, config, renderer, change):
+    given = config(write("a.jsonl", ROWS))
+    prepare_data(given, renderer)
+    assert was_cached(prepare_data(replace(given, **change), renderer))
+
+
+def test_a_moved_file_hits_and_its_rows_go_by_their_new_name(write, config, renderer, tmp_path):
+    path = write("a.jsonl", [*ROWS, b"nope"])
+    prepare_data(config(path, on_bad_row="skip"), renderer)
+    moved = path.rename(tmp_path / "moved.jsonl")
+    prepared = prepare_data(config(moved, on_bad_row="skip"), renderer)
+    assert was_cached(prepared)
+    assert prepared.train[3].source == f"{moved}:4"
+    assert [entry["source"] for entry in prepared.ledger.entries] == [f"{moved}:13"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 255},
+        {"overlong": "drop"},
+        {"min_length": 3},
+        {"max_samples": 11},
+        {"text_column": "text"},
+        {"train_on": "all_messages"},
+    ],
+    ids=str,
+)
+def test_every_rule_about_a_row_is_in_the_key(write, config, renderer, change):
+    given = config(write("a.jsonl", [*ROWS, {"text": "a"}]), on_bad_row="skip")
+    prepare_data(given, renderer)
+    assert not was_cached(prepare_data(replace(given, **change), renderer))
+
+
+def test_every_byte_of_a_file_and_its_weight_are_in_the_key(write, config, renderer):
+    path = write("a.jsonl", ROWS)
+    prepare_data(config(path), renderer)
+    assert not was_cached(prepare_data(config(SourceConfig(str(path), weight=0.5)), renderer))
+    assert not was_cached(prepare_data(config(SourceConfig(str(path), max_samples=3)), renderer))
+    status = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"q7", b"q8"))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert not was_cached(prepare_data(config(path), renderer))
+
+
+def test_tokenizer_template_and_mask_rule_are_in_the_key(write, config, renderer, tiny_tokenizer):
+    given = config(write("a.jsonl", ROWS))
+    prepare_data(given, renderer)
+    others = [
+        Renderer(tiny_tokenizer, train_on="all_messages"),
+        Renderer(tiny_tokenizer, chat_template=tiny_tokenizer.chat_template.replace("assistant\n", "assistant\n ")),
+        Renderer(tiny_tokenizer, parse_control_tokens=True),
+    ]
+    for other in others:
+        assert not was_cached(prepare_data(given, other))
+        assert was_cached(prepare_data(given, other))
+
+
+def test_changed_code_makes_the_rows_again(write, config, renderer, monkeypatch):
+    given = config(write("a.jsonl", ROWS))
+    prepare_data(given, renderer)
+    monkeypatch.setattr(cache, "code_digest", lambda: "other code")
+    assert not was_cached(prepare_data(given, renderer))
+
+
+@pytest.mark.parametrize("name", ["words.i32", "rows.table", "examples.table", "about.json", "manifest.json"])
+def test_a_flipped_bit_in_the_cache_is_found_and_the_rows_are_made_again(write, config, renderer, tmp_path, name):
+    """P5."""
+    given = config(write("a.jsonl", ROWS))
+    expected = prepare_data(given, renderer).train.digest
+    (folder,) = folders(tmp_path)
+    data = bytearray((folder / name).read_bytes())
+    data[len(data) // 2] ^= 4
+    (folder / name).write_bytes(data)
+    again = prepare_data(given, renderer)
+    assert again.train.digest == expected
+    assert any("the cached rows are damaged" in decision.reason for decision in again.decisions)
+    assert durable.verify_manifest(folder) == []
+
+
+def test_a_cache_folder_that_cannot_be_written_means_memory_unless_it_was_asked_for(write, config, renderer, tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    path = write("a.jsonl", ROWS)
+    monkeypatch.setenv("LLMTUNE_CACHE_DIR", str(blocked / "below"))
+    prepared = prepare_data(config(path, cache_dir=None), renderer)
+    assert prepared.train.digest == prepare_data(config(path), renderer).train.digest
+    assert any(decision.value == "in memory" for decision in prepared.decisions)
+    with pytest.raises(MachineError):
+        prepare_data(config(path, cache_dir=str(blocked / "below")), renderer)
+
+
+def test_the_cache_is_where_the_user_keeps_caches():
+    assert cache.default_cache_dir({"LLMTUNE_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
+    assert cache.default_cache_dir({"XDG_CACHE_HOME": "/b"}) == Path("/b/llmtune")
+    assert cache.default_cache_dir({}) == Path.home() / ".cache" / "llmtune"
+
+
+KILLED = """
+import sys
+from transformers import PreTrainedTokenizerFast
+from llmtune.config.schema import DataConfig, SourceConfig
+from llmtune.data import workers
+from llmtune.data.prepare import prepare_data
+from llmtune.data.template import Renderer
+workers.BATCHES_IN_PROCESS = 1
+folder, rows, cache = sys.argv[1:]
+config = DataConfig(train=(SourceConfig(rows),), max_length=512, num_workers=2, cache_dir=cache)
+prepare_data(config, Renderer(PreTrainedTokenizerFast.from_pretrained(folder)), progress=lambda done, total, rate: print(done, flush=True))
+"""
+
+
+def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(write, config, renderer, tiny_tokenizer, tmp_path):
+    """P1: a killed process leaves nothing that counts; its workers end with it."""
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = write("a.jsonl", [chat(f"question {index}", "word " * (index % 60) + "end") for index in range(1500)])
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "tokenizer"), str(path), str(tmp_path / "cache")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    while int(process.stdout.readline()) <= 256:
+        pass
+    workers = [int(one) for one in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert len(workers) == 2
+    (litter,) = folders(tmp_path)
+    assert litter.name.startswith(".")
+    deadline = time.monotonic() + 20
+    while any(_alive(one) for one in workers):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.05)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    (folder,) = folders(tmp_path)
+    given = config(path, max_length=512, cache_dir=str(tmp_path / "clean"))
+    prepare_data(given, renderer)
+    (clean,) = (tmp_path / "clean" / "rows").iterdir()
+    for one in sorted(clean.iterdir()):
+        assert one.name == "manifest.json" or (folder / one.name).read_bytes() == one.read_bytes()
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
