@@ -1,0 +1,217 @@
+"""N8: the merged model is the tuned one, on every shape of adapter and base."""
+
+import json
+import warnings
+
+import pytest
+import torch
+
+from llmtune.deploy.merge import merge_lora
+from llmtune.errors import AdapterError, UsageError
+
+LINEAR = {
+    "lora": {},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "one layer by pattern": {"target_modules": r"model\.layers\.1\.mlp\.down_proj"},
+    "embedding": {"target_modules": ("embed_tokens", "q_proj")},
+    "norm": {"target_modules": ("q_proj",), "modules_to_save": ("input_layernorm",)},
+    "whole head": {"target_modules": ("q_proj",), "modules_to_save": ("lm_head",)},
+    "whole embedding": {"target_modules": ("q_proj",), "modules_to_save": ("embed_tokens",)},
+    "rows of tokens": {"target_modules": ("q_proj",), "train_tokens": ("<|im_end|>",)},
+    "new tokens": {"target_modules": ("q_proj",), "train_tokens": ("<|new|>", "<|newer|>", "<|im_start|>")},
+}
+
+
+def independent_logits(folder, ids, adapter=None):
+    """Load with transformers and peft alone; llmtune has no part in it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        old, rows = model.get_input_embeddings().weight.shape[0], len(AutoTokenizer.from_pretrained(adapter))
+        if rows > old:
+            model.resize_token_embeddings(rows, mean_resizing=False)
+            for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+                layer.weight.data[old:] = layer.weight.data[:old].mean(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name it has deprecated
+            model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+def everything(rows=400):
+    """Every token of the vocabulary once, 100 (or 67) to a row."""
+    return torch.arange(rows).view(-1, 100 if rows % 100 == 0 else 67)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("shape", LINEAR)
+def test_the_merged_model_has_the_logits_of_base_and_adapter(make, shape, tied):
+    base = make.base(tied=tied)
+    adapter = make.adapter(base, **LINEAR[shape])
+    report = merge_lora(adapter, make.path("merged"), dtype="float32")
+    assert report.difference.max_abs_logit <= 1e-5
+    merged = make.folder / f"merged-{make.count}"
+    rows = 402 if shape == "new tokens" else 400
+    theirs = independent_logits(base, everything(rows), adapter)
+    ours = independent_logits(merged, everything(rows))
+    assert float((theirs - ours).abs().max()) <= 1e-5
+    assert report.weights_changed > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"target_modules": ("c_attn", "wte")}], ids=["lora", "dora", "embedding"])
+def test_a_model_whose_weights_are_stored_the_other_way_round_merges_too(make, options):
+    """GPT-2's Conv1D keeps [in, out]."""
+    base = make.base(kind="gpt2")
+    adapter = make.adapter(base, **options)
+    merged = make.path("merged")
+    merge_lora(adapter, merged, dtype="float32")
+    assert float((independent_logits(base, everything(), adapter) - independent_logits(merged, everything())).abs().max()) <= 1e-5
+
+
+def test_files_that_name_weights_without_the_models_prefix_merge_too(make):
+    from safetensors.torch import load_file, save_file
+
+    base = make.base(kind="gpt2")
+    tensors = load_file(base / "model.safetensors")
+    save_file({name.removeprefix("transformer."): one for name, one in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    adapter = make.adapter(base)
+    merged = make.path("merged")
+    merge_lora(adapter, merged, dtype="float32")
+    assert float((independent_logits(base, everything(), adapter) - independent_logits(merged, everything())).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_merge_rounded_to_sixteen_bits_stays_within_a_thousandth_of_a_nat(make, dtype):
+    adapter = make.adapter(make.base())
+    merged = make.path("merged")
+    report = merge_lora(adapter, merged, dtype=dtype)
+    assert 0 < report.difference.mean_kl <= 1e-3
+    assert json.loads((merged / "config.json").read_text())["dtype"] == dtype
+
+
+def test_each_weight_keeps_its_stored_type_when_none_is_asked_for(make):
+    from safetensors.torch import load_file
+
+    base = make.base(dtype=torch.bfloat16)
+    merged = make.path("merged")
+    merge_lora(make.adapter(base), merged)
+    assert {one.dtype for one in load_file(merged / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_adapter_of_a_4bit_base_merges_into_that_base_dequantized(make, kind, precision):
+    """The very 4-bit model, loaded as in training, is the judge: its own arithmetic differs from float32 by its compute type only."""
+    from llmtune.config.schema import ModelConfig
+    from llmtune.models.adapters import load_adapter
+    from llmtune.models.catalog import resolve
+    from llmtune.models.load import load_model
+
+    base = make.base(kind=kind)
+    adapter = make.adapter(base, quantization="4bit", precision=precision)
+    merged = make.path("merged")
+    report = merge_lora(adapter, merged, dtype="float32")
+    assert report.difference.max_abs_logit <= 1e-5
+    assert report.merged_into == "the 4bit base it was trained on, dequantized"
+    config = ModelConfig(name=str(base), quantization="4bit")
+    loaded = load_model(
+        resolve(str(base)), config, tokenizer=make.tokenizer, device=torch.device("cpu"), trained="adapter", precision=precision, seed=0
+    )
+    trained = load_adapter(loaded.model, adapter)
+    with torch.no_grad():
+        theirs = trained.eval()(input_ids=everything()).logits.float()
+    ours = independent_logits(merged, everything())
+    tolerance = 1e-4 if precision == "fp32" else 0.1
+    assert float((theirs - ours).abs().max()) <= tolerance
+    assert float((independent_logits(base, everything(), adapter) - ours).abs().max()) > 2 * float((theirs - ours).abs().max())
+
+
+def test_an_adapter_of_a_4bit_base_merges_into_the_unquantized_one_when_named_and_both_are_compared(make):
+    base = make.base()
+    adapter = make.adapter(base, quantization="4bit")
+    merged = make.path("merged")
+    report = merge_lora(adapter, merged, base=str(base), dtype="float32")
+    assert report.merged_into == "the base"
+    assert float((independent_logits(base, everything(), adapter) - independent_logits(merged, everything())).abs().max()) <= 1e-5
+    assert report.difference.max_abs_logit <= 1e-5
+    assert report.other_base is not None
+    assert report.other_base.max_abs_logit > 1e-3
+
+
+def test_an_adapter_of_an_8bit_base_merges_into_that_base_dequantized(make):
+    report = merge_lora(make.adapter(make.base(), quantization="8bit"), make.path("merged"), dtype="float32")
+    assert report.difference.max_abs_logit <= 1e-5
+    assert report.other_base is not None
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_is_written(make):
+    adapter = make.adapter(make.base())
+    other = make.base(seed=7)
+    merged = make.path("merged")
+    with pytest.raises(AdapterError, match="trained on other weights"):
+        merge_lora(adapter, merged, base=str(other))
+    assert not merged.exists()
+
+
+def test_an_adapter_of_another_shape_is_refused_by_name(make):
+    adapter = make.adapter(make.base())
+    (adapter / "adapter_base.json").unlink()
+    with pytest.raises(AdapterError, match="has no place in this base|needs"):
+        merge_lora(adapter, make.path("merged"), base=str(make.base(kind="gpt2")))
+
+
+def test_an_output_that_exists_is_left_alone(make):
+    adapter = make.adapter(make.base())
+    taken = make.path("merged")
+    taken.mkdir()
+    with pytest.raises(UsageError, match="already exists"):
+        merge_lora(adapter, taken)
+    assert list(taken.iterdir()) == []
+
+
+def test_a_folder_without_an_adapter_is_explained(make):
+    base = make.base()
+    with pytest.raises(AdapterError, match="is a whole model"):
+        merge_lora(base, make.path("merged"))
+    with pytest.raises(AdapterError, match="there is no folder"):
+        merge_lora(make.folder / "nowhere", make.path("merged"))
+
+
+def test_the_output_holds_all_that_is_needed_to_use_it(make):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    merged = make.path("merged")
+    report = merge_lora(make.adapter(make.base(), train_tokens=("<|new|>",)), merged)
+    assert {path.name for path in merged.iterdir()} >= {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md", "merge_report.json", "manifest.json",
+    }  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert tokenizer.chat_template
+    assert "<|new|>" in tokenizer.get_vocab()
+    assert GenerationConfig.from_pretrained(merged).eos_token_id == 2
+    written = json.loads((merged / "merge_report.json").read_text())
+    assert written["difference"]["max_abs_logit"] == report.difference.max_abs_logit
+    assert written["entries_unchanged_by_rounding"] <= written["entries_changed"]
+
+
+def test_a_run_is_merged_from_what_it_produced(make):
+    adapter = make.adapter(make.base())
+    run = make.path("run")
+    (run / "checkpoints").mkdir(parents=True)
+    adapter.rename(run / "checkpoints" / "final")
+    assert merge_lora(run, make.path("merged")).adapter.endswith("final")
+
+
+def test_shards_are_cut_at_the_given_size_and_load_together(make, monkeypatch):
+    from llmtune.deploy import write
+
+    monkeypatch.setattr(write.write_merged, "__kwdefaults__", {"max_shard_bytes": 30_000})
+    base = make.base(tied=False)
+    adapter, merged = make.adapter(base), make.path("merged")
+    merge_lora(adapter, merged, dtype="float32")
+    assert len(list(merged.glob("model-*-of-*.safetensors"))) > 2
+    assert float((independent_logits(base, everything(), adapter) - independent_logits(merged, everything())).abs().max()) <= 1e-5
