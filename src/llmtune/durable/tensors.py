@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmtune.durable.files import json_text, write_stream
 from llmtune.durable.system import asking_the_system, printable
@@ -45,6 +45,10 @@ _NAMES: dict[str, str] = {  # torch's name of a type -> the format's, in the ord
 }
 _TYPES = {short: name for name, short in _NAMES.items()}
 _ORDER = {short: place for place, short in enumerate(_TYPES)}
+_ONE_BYTE = ("BOOL", "F8_E4M3", "F8_E5M2")
+_ITEM_BYTES = {short: 1 if short in _ONE_BYTE else int(short.lstrip("BCFIU")) // 8 for short in _TYPES}
+_LARGEST_SIZE = 1 << 48
+_MOST_DIMENSIONS = 64  # torch's limit
 _LARGEST_HEADER_BYTES = 100_000_000  # the library refuses more
 
 
@@ -104,7 +108,7 @@ def read_tensors(path: Path | str, *, sha256: str | None = None) -> tuple[dict[s
     with asking_the_system("read", path), path.open("rb", buffering=0) as file:
         try:
             entries, metadata = _read_header(file, os.fstat(file.fileno()).st_size, digest)
-            tensors = dict(_read_one(file, name, entry, digest) for name, entry in entries)
+            tensors = dict(_read_one(file, entry, digest) for entry in entries)
         except ValueError as error:
             raise CheckpointError(f"not a whole safetensors file: {error}", printable(path), "use another copy of this file") from error
     if sha256 is not None and digest.hexdigest() != sha256:
@@ -112,7 +116,7 @@ def read_tensors(path: Path | str, *, sha256: str | None = None) -> tuple[dict[s
     return tensors, metadata
 
 
-def _read_header(file: FileIO, file_bytes: int, digest: Any) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, str]]:
+def _read_header(file: FileIO, file_bytes: int, digest: Any) -> tuple[list[_Entry], dict[str, str]]:
     """Return the entries in the order of their bytes, and the metadata; raises ValueError."""
     prefix = _exactly(file, 8)
     header_bytes = int.from_bytes(prefix, "little")
@@ -121,39 +125,60 @@ def _read_header(file: FileIO, file_bytes: int, digest: Any) -> tuple[list[tuple
     text = _exactly(file, header_bytes)
     digest.update(prefix)
     digest.update(text)
-    header = json.loads(text)
+    try:
+        header = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its header is nested without end") from error
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
-    entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not texts by name")
+    entries = sorted((_Entry.checked(name, entry) for name, entry in header.items()), key=lambda one: (one.begin, one.end))
     offset = 0
-    for name, entry in entries:
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in _TYPES or begin != offset or end < begin:
-            raise ValueError(f"tensor `{name}` has a type or a place that cannot be")
-        offset = end
+    for entry in entries:
+        if entry.begin != offset:
+            raise ValueError(f"tensor {entry.name!r} begins at byte {entry.begin} instead of {offset}")
+        offset = entry.end
     if offset != file_bytes - 8 - header_bytes:
         raise ValueError(f"its tensors take {offset} bytes of {file_bytes - 8 - header_bytes}")
     return entries, metadata
 
 
-def _read_one(file: FileIO, name: str, entry: dict[str, Any], digest: Any) -> tuple[str, torch.Tensor]:
+class _Entry(NamedTuple):
+    """What a header says of one tensor."""
+
+    name: str
+    short: str
+    shape: list[int]
+    begin: int
+    end: int
+
+    @classmethod
+    def checked(cls, name: str, entry: Any) -> _Entry:
+        """Return the entry if it can be true; raises ValueError."""
+        match entry:
+            case {"dtype": str(short), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if len(entry) == 3:
+                is_shape = all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in shape) and len(shape) <= _MOST_DIMENSIONS
+                if short in _TYPES and is_shape and 0 <= begin <= end == begin + math.prod(shape) * _ITEM_BYTES[short]:
+                    return cls(name, short, shape, begin, end)
+        raise ValueError(f"tensor {name!r} has a type, shape or place that cannot be")
+
+
+def _read_one(file: FileIO, entry: _Entry, digest: Any) -> tuple[str, torch.Tensor]:
     import torch
 
-    tensor: torch.Tensor = torch.empty(entry["shape"], dtype=getattr(torch, _TYPES[entry["dtype"]]))
-    begin, end = entry["data_offsets"]
-    if tensor.nbytes != end - begin:
-        raise ValueError(f"tensor `{name}` has {end - begin} bytes instead of {tensor.nbytes}")
+    tensor: torch.Tensor = torch.empty(entry.shape, dtype=getattr(torch, _TYPES[entry.short]))
     if tensor.nbytes:
         view = tensor.reshape(-1).view(torch.uint8).numpy().data
         done = 0
         while done < len(view):
             count = file.readinto(view[done : done + (64 << 20)])
             if not count:
-                raise ValueError(f"it ends inside tensor `{name}`")
+                raise ValueError(f"it ends inside tensor {entry.name!r}")
             digest.update(view[done : done + count])
             done += count
-    return name, tensor
+    return entry.name, tensor
 
 
 def _exactly(file: FileIO, count: int) -> bytes:

@@ -123,7 +123,9 @@ def create_run(output_dir: Path | str, name: str, *, identity: Mapping[str, Any]
     checked_name(name)
     output_dir = Path(output_dir).absolute()
     durable.make_folder(output_dir)
-    durable.sweep_litter(output_dir)
+    swept: list[str] = []
+    with contextlib.suppress(MachineError):  # another user's litter is not in the way
+        swept = durable.sweep_litter(output_dir)
     for number in range(1, _MOST_SUFFIXES):
         path = output_dir / (name if number == 1 else f"{name}-{number}")
         if os.path.lexists(path):
@@ -148,7 +150,7 @@ def create_run(output_dir: Path | str, name: str, *, identity: Mapping[str, Any]
                 continue  # another process took the name in this moment
             raise
         assert lock is not None
-        return RunFolder(path, lock)
+        return RunFolder(path, lock, swept=tuple(swept))
     raise UsageError(f"{_MOST_SUFFIXES} runs are called {name!r}", durable.printable(output_dir), "choose another run.name")
 
 
