@@ -29,6 +29,9 @@ class Setting:
     weak: bool = False
 
 
+MAX_PROBLEMS = 100
+
+
 @dataclass
 class Findings:
     """What reading found besides values; `failed` holds the keys whose value could not be used."""
@@ -36,16 +39,25 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
+    untold: int = 0
+    """Problems beyond the first hundred; they are counted, not shown."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a further problem would only be counted."""
+        return len(self.problems) >= MAX_PROBLEMS
 
     def problem(self, problem: str, where: str | None, fix: str | None = None) -> None:
         """Add one problem, once."""
         found = Problem(problem, where, fix)
-        if found not in self.problems:
+        if self.is_full:
+            self.untold += 1
+        elif found not in self.problems:
             self.problems.append(found)
 
     def note(self, note: str) -> None:
         """Add one note, once."""
-        if note not in self.notes:
+        if len(self.notes) < MAX_PROBLEMS and note not in self.notes:
             self.notes.append(note)
 
 
@@ -80,6 +92,8 @@ class _Reader:
             self.settle(key, key, value, origin)
         elif key in convert.SECTIONS:
             self.section(key, value, origin)
+        elif self.findings.is_full:
+            self.findings.untold += 1
         elif aliases.SECRET.search(key) and not _is_known_elsewhere(key):
             self.findings.problem(f"`{printable(key)}` would keep a secret in a config", origin.place, _FIX_SECRET)
         elif leaf in aliases.NOT_HERE:

@@ -20,6 +20,7 @@ __all__ = ["Entry", "Listing", "Node", "Scalar", "Table", "Unreadable", "from_py
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
+MAX_VALUES = 100_000
 MAX_EXPANDED = 4_000_000
 """Characters and nodes a file may stand for once its aliases are followed."""
 
@@ -150,6 +151,7 @@ class _Composer:
         self.problems = problems
         self.anchors: dict[str, Node] = {}
         self.open_anchors: set[str] = set()
+        self.values = 0
 
     def document(self, events: Iterable[yaml.Event]) -> Node:
         stream = iter(events)
@@ -171,6 +173,9 @@ class _Composer:
             raise Unreadable(f"nested more than {MAX_DEPTH} levels deep", origin.place)
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event.anchor or "", origin)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise Unreadable(f"more than {MAX_VALUES:,} values", origin.place, "is this a data file? Name it with `data.train`")
         tag = getattr(event, "tag", None)
         self._check_tag(tag, origin)
         anchor = getattr(event, "anchor", None)

@@ -21,7 +21,7 @@ from llmtune.config.json_document import parse_json
 from llmtune.config.origin import DEFAULT, Origin, printable
 from llmtune.config.schema import Config
 from llmtune.config.shipped import shipped_path, shipped_presets
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, Problem
 
 __all__ = ["ResolvedConfig", "find_config", "load_config", "parse_config"]
 
@@ -100,6 +100,8 @@ def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: 
             origins[key] = setting.origin
     config = _build(values)
     problems = findings.problems + contradictions(config, origins, findings.failed)
+    if findings.untold:
+        problems.append(Problem(f"and {findings.untold} more problems", None, "is this a config? It may be a data file"))
     if problems:
         raise ConfigError.all(problems)
     return ResolvedConfig(config, origins, tuple(findings.notes), name)
