@@ -243,6 +243,30 @@ class Scene:
             self.assert_survived(path)
         return total
 
+    def kill_twice(self, every):
+        """Kill a save, then its recovery at each of that one's operations; return how many recoveries were killed."""
+        killed = 0
+        for first in range(1, self.count_operations() + 1, every):
+            path = self.copy()
+            with durable.use_backend(Killing(first, below=Unsynced())), pytest.raises(Killed):
+                self.tell(path)
+            second = 1
+            while self.is_killed_recovering(path, second):
+                killed += 1
+                second += 1
+            self.assert_survived(path)
+        return killed
+
+    @staticmethod
+    def is_killed_recovering(path, at):
+        with durable.use_backend(Killing(at, below=Unsynced())):
+            try:
+                with RunFolder.open(path) as run:
+                    checkpoint.newest_valid(run)
+            except Killed:
+                return True
+        return False
+
     def kill_for_real(self, every):
         kills = 0
         for at in range(1, self.count_operations() + 1, every):

@@ -112,14 +112,14 @@ MUTANTS = {
         write_short,
     ),
     "no sync of single files": (files, "_write_new", write_file_without_sync, lose_power),
-    "the manifest not checked": (durable, "verify_manifest", lambda folder: [], corrupt),
+    "the manifest not checked": (durable, "verify_manifest", lambda folder, **_: [], corrupt),
     "the seal of the manifest not checked": (
         (folders, durable),
         "read_manifest",
         read_unsealed,
         corrupt,
     ),
-    "step and run not checked": (checkpoint, "verify", lambda one, run_id=None: durable.verify_manifest(one.path), exchange),
+    "step and run not checked": (checkpoint, "verify", lambda one, **_: durable.verify_manifest(one.path), exchange),
 }
 
 

@@ -52,7 +52,7 @@ def test_a_damaged_successor_deletes_nothing(run, story):
 
 
 def test_a_damaged_successor_is_deleted_for_by_a_mutant_that_does_not_re_read(run, story, monkeypatch):
-    monkeypatch.setattr(checkpoint, "verify", lambda one, run_id=None: [])
+    monkeypatch.setattr(checkpoint, "verify", lambda one, **_: [])
     with pytest.raises(AssertionError):
         test_a_damaged_successor_deletes_nothing(run, story)
 

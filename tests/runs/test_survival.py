@@ -5,12 +5,37 @@ This is the method of the promises; the laws themselves stand in `Scene` (confte
 
 import pytest
 
+from llmtune import durable
+from llmtune.durable.faults import Killed, Killing, Unsynced
+from llmtune.runs.folder import RunFolder, create_run, list_runs
+
 FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 
 def test_a_run_killed_at_any_operation_of_a_save_goes_on_and_ends_the_same(scene):
     """P1, P2, P6."""
     assert scene.kill_everywhere() > 50
+
+
+def test_a_recovery_that_is_killed_itself_can_be_recovered_from(scene):
+    """P1: the sweep and the setting aside, at each of their operations, after a save killed at every fifth."""
+    assert scene.kill_twice(every=5) > 50
+
+
+def test_a_run_whose_making_is_killed_exists_whole_or_not_at_all(scene):
+    """P1."""
+    for at in range(1, 30):
+        place = scene.fresh_path()
+        try:
+            with durable.use_backend(Killing(at, below=Unsynced())), create_run(place, "a"):
+                break
+        except Killed:
+            for run in list_runs(place):
+                RunFolder.open(run.path).close()
+            with create_run(place, "b") as run:
+                assert run.state == "running"
+            assert [one.name for one in place.iterdir() if one.name.startswith(".")] == []
+    assert at > 10
 
 
 @FORKS

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -168,9 +169,11 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
             write_stream(target, read_chunks(source))
 
 
-def read_chunks(path: Path, chunk_bytes: int = 4 << 20) -> Iterator[bytes]:
-    """Yield the content of `path` in chunks. Raises OSError."""
+def read_chunks(path: Path, chunk_bytes: int = 4 << 20, *, past_cache: bool = False) -> Iterator[bytes]:
+    """Yield the content of `path` in chunks, `past_cache` from the disk itself where the system can be asked to. Raises OSError."""
     with path.open("rb", buffering=0) as file:
+        if past_cache and sys.platform == "linux":
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(chunk_bytes):
             yield chunk
 

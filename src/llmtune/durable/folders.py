@@ -202,9 +202,9 @@ def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
             yield from _walk(path)
 
 
-def _measure(path: Path) -> tuple[int, str]:
+def _measure(path: Path, *, past_cache: bool = False) -> tuple[int, str]:
     digest, size = hashlib.sha256(), 0
-    for chunk in read_chunks(path):
+    for chunk in read_chunks(path, past_cache=past_cache):
         digest.update(chunk)
         size += len(chunk)
     return size, digest.hexdigest()
@@ -236,10 +236,11 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     return manifest
 
 
-def verify_manifest(folder: Path | str) -> list[Problem]:
+def verify_manifest(folder: Path | str, *, past_cache: bool = False) -> list[Problem]:
     """Compare every file of a committed folder with its manifest and return what is wrong; an empty list means: as committed (P5).
 
-    Found are: a changed byte, a cut, a missing, added or exchanged file, a link in place of a file, an edited manifest.
+    Found are: a changed byte, a cut, a missing, added or exchanged file, a link in place of a file, an edited manifest. `past_cache` asks
+    the system to read from the disk what it may still hold in memory.
     """
     folder = Path(folder)
     fix = "use another checkpoint or copy, or restore this folder from a backup"
@@ -263,14 +264,14 @@ def verify_manifest(folder: Path | str) -> list[Problem]:
                     problems.append(f"`{MANIFEST}` is not a plain file")
             else:
                 found.add(name)
-                problems.extend(_compare(path, status, expected.get(name), name))
+                problems.extend(_compare(path, status, expected.get(name), name, past_cache=past_cache))
     except OSError as error:
         problems.append(f"cannot read: {error.strerror}")
     problems.extend(f"`{printable(name)}` is missing" for name in expected if name not in found)
     return [Problem(one, printable(folder), fix) for one in problems]
 
 
-def _compare(path: Path, status: os.stat_result, expected: dict[str, Any] | None, name: str) -> Iterator[str]:
+def _compare(path: Path, status: os.stat_result, expected: dict[str, Any] | None, name: str, *, past_cache: bool) -> Iterator[str]:
     """Yield what is wrong with one file."""
     if expected is None:
         yield f"`{printable(name)}` does not belong here"
@@ -278,5 +279,5 @@ def _compare(path: Path, status: os.stat_result, expected: dict[str, Any] | None
         yield f"`{printable(name)}` is not a plain file"
     elif status.st_size != expected["size"]:
         yield f"`{printable(name)}` has {status.st_size} bytes instead of {expected['size']}"
-    elif _measure(path)[1] != expected["sha256"]:
+    elif _measure(path, past_cache=past_cache)[1] != expected["sha256"]:
         yield f"`{printable(name)}` was changed: its sha256 does not fit"

@@ -116,12 +116,13 @@ def checkpoint_of(run: RunFolder, step: int) -> CheckpointFolder:
     return CheckpointFolder(step, run.checkpoints / checkpoint_name(step))
 
 
-def verify(checkpoint: CheckpointFolder, *, run_id: str | None = None) -> list[Problem]:
+def verify(checkpoint: CheckpointFolder, *, run_id: str | None = None, past_cache: bool = False) -> list[Problem]:
     """Re-read every byte of a checkpoint and return what is wrong with it; an empty list means it is what was saved (P5).
 
-    Besides every change of a file, a whole checkpoint in another one's place is found: by its step, and by `run_id`.
+    Besides every change of a file, a whole checkpoint in another one's place is found: by its step, and by `run_id`. `past_cache` asks
+    for what the disk holds, not what the system remembers of it.
     """
-    problems = durable.verify_manifest(checkpoint.path)
+    problems = durable.verify_manifest(checkpoint.path, past_cache=past_cache)
     if problems:
         return problems
     where = durable.printable(checkpoint.path)

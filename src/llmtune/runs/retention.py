@@ -15,8 +15,8 @@ __all__ = ["apply"]
 def apply(run: RunFolder, keep_last: int, *, protected_steps: Collection[int] = ()) -> list[str]:
     """Delete all but the `keep_last` checkpoints of the highest steps and those of `protected_steps`; return warnings, one line each.
 
-    `keep_last` 0 keeps all. Nothing is deleted before the newest checkpoint has been re-read and found whole; a damaged one does not
-    count among the kept. What cannot be deleted is a warning, never an error. Never by time: a clock set back changes nothing.
+    `keep_last` 0 keeps all. Nothing is deleted before the newest checkpoint has been re-read from the disk and found whole; a damaged one
+    does not count among the kept. What cannot be deleted is a warning, never an error. Never by time: a clock set back changes nothing.
     """
     if keep_last == 0:
         return []
@@ -25,7 +25,7 @@ def apply(run: RunFolder, keep_last: int, *, protected_steps: Collection[int] = 
     if not doomed:
         return []
     newest = found[-1]
-    problems = checkpoints.verify(newest, run_id=run.run_id)
+    problems = checkpoints.verify(newest, run_id=run.run_id, past_cache=True)
     if problems:
         return [f"kept {len(doomed)} older checkpoints, because the newest one is damaged: {problems[0].problem} ({newest.path.name})"]
     warnings = []
