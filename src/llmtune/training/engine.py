@@ -22,6 +22,7 @@ from llmtune.data.example import Example
 from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, ModelError
 from llmtune.models.attention import segment_mask, use_attention, use_segment_attention
+from llmtune.models.fused_adapter import fuse_adapters, unfuse_adapters
 from llmtune.training.fused_loss import Head, find_head, head_nll_sum, trained_rows
 from llmtune.training.loss import plain_nll_sum
 
@@ -72,9 +73,11 @@ def build_engine(model: Any, *, config: Config, device: torch.device, precision:
     tried: list[str] = [] if refusal is None else [refusal]
     if refusal is None:
         for backend in _backends(asked, device, precision):
+            fused = fuse_adapters(_base_model(model))
             reason = _try_flat(model, backend, device, precision)
             if reason is None:
-                return _flat_engine(model, backend, device, asked, checkpointing)
+                return _flat_engine(model, backend, device, asked, _adapter_decision(fused) + checkpointing)
+            unfuse_adapters(_base_model(model))
             tried.append(f"{backend}: {reason}")
     return _plain_engine(model, asked, "; ".join(tried), checkpointing)
 
@@ -89,6 +92,14 @@ def _refusal(model: Any, config: Config) -> str | None:
     if find_head(base) is None or base.get_decoder() is base:
         return f"{type(base).__name__} has no decoder and output head that can be called apart"
     return None
+
+
+def _adapter_decision(layers: int) -> tuple[Decision, ...]:
+    if not layers:
+        return ()
+    return (
+        Decision("adapter.engine", "fused", f"{layers} LoRA layers add their update inside the frozen product and keep only their input"),
+    )
 
 
 def _checkpoint_blocks(base: Any) -> tuple[Decision, ...]:

@@ -1,0 +1,214 @@
+"""LoRA layers as one step of the graph: frozen product and low-rank update together, keeping only what the backward pass needs.
+
+peft's own layer computes the update beside the frozen product: it casts the input to float32, keeps that copy, the low-rank product and
+their sum for the backward pass, and every layer that shares an input adds its own gradient to it. Here one function serves all layers
+that share an input (query, key and value; gate and up): it keeps the input and the low-rank product in the type of the arithmetic, and
+adds the input's gradients inside the products that make them. Masters A and B stay float32 in peft's own modules, so files and names do
+not change.
+
+A layer is taken over by giving its instance a subclass of peft's class; whatever the fused function does not know (dropout, DoRA, several
+adapters, merged or disabled ones) is left to peft's forward, layer by layer.
+
+Shapes: T tokens, K inputs, N outputs, R rank; update = scale * (x A^T) B^T with A [R, K] and B [N, R].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llmtune.models.quantization import import_bitsandbytes
+
+__all__ = ["fuse_adapters", "unfuse_adapters"]
+
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Children that transformers' attention and feed-forward modules call with one input, in this order."""
+
+
+class _LoraGroup(torch.autograd.Function):
+    """Outputs of frozen layers with LoRA for one input [T, K]; A and B of each layer follow in pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layers: tuple[_Frozen, ...], scales: tuple[float, ...], *masters: Tensor) -> tuple[Tensor, ...]:
+        down = torch.cat(masters[0::2]).to(x.dtype)
+        low = x @ down.t()
+        outputs, start = [], 0
+        for layer, scale, a, b in zip(layers, scales, masters[0::2], masters[1::2], strict=True):
+            output = functional.linear(x, layer.weight(x.dtype), layer.bias(x.dtype))
+            outputs.append(output.addmm_(low[:, start : start + a.shape[0]], (b * scale).to(x.dtype).t()))
+            start += a.shape[0]
+        ctx.save_for_backward(x, low, *masters)
+        ctx.layers, ctx.scales = layers, scales
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, low, *masters = ctx.saved_tensors
+        grad_low = torch.empty_like(low)
+        grad_up, start = [], 0
+        for grad, scale, a, b in zip(grads, ctx.scales, masters[0::2], masters[1::2], strict=True):
+            part = slice(start, start + a.shape[0])
+            grad_low[:, part] = grad @ (b * scale).to(x.dtype)
+            grad_up.append((grad.t() @ low[:, part]).to(b.dtype).mul_(scale))
+            start += a.shape[0]
+        grad_down = (grad_low.t() @ x).to(masters[0].dtype).split([a.shape[0] for a in masters[0::2]])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_low @ torch.cat(masters[0::2]).to(x.dtype)
+            for layer, grad in zip(ctx.layers, grads, strict=True):
+                grad_x.addmm_(grad, layer.weight(x.dtype))
+        pairs = [one for pair in zip(grad_down, grad_up, strict=True) for one in pair]
+        return (grad_x, None, None, *pairs)
+
+
+class _Frozen:
+    """A frozen layer as a source of its weight [N, K] and bias [N] in the type asked for; made anew at each use where held in 4 bit."""
+
+    def __init__(self, layer: nn.Module, read: Callable[[nn.Module], Tensor]) -> None:
+        self.layer = layer
+        self._read = read
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight [N, K]."""
+        return self._read(self.layer).detach().to(dtype)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the bias [N], if there is one."""
+        bias = self.layer.bias
+        return None if bias is None else bias.detach().to(dtype)  # type: ignore[operator, union-attr]
+
+
+class _Group:
+    """Layers that are called one after the other with the same input: the first call computes all, the others pick up their output."""
+
+    def __init__(self, members: Sequence[_FusedLora]) -> None:
+        self.members = tuple(members)
+        self._input: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def output(self, member: _FusedLora, x: Tensor) -> Tensor:
+        """Return the member's output for `x`."""
+        if self._input is x and id(member) in self._waiting:
+            output = self._waiting.pop(id(member))
+            if not self._waiting:
+                self._input = None
+            return output
+        self._input, self._waiting = None, {}
+        together = self.members if all(one.is_simple() for one in self.members) else (member,)
+        for one, output in zip(together, _run(together, x), strict=True):
+            self._waiting[id(one)] = output
+        output = self._waiting.pop(id(member))
+        if self._waiting:
+            self._input = x
+        return output
+
+
+def _run(members: Sequence[_FusedLora], x: Tensor) -> list[Tensor]:
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else getattr(members[0].get_base_layer(), "compute_dtype", None) or x.dtype
+    layers = tuple(one.frozen() for one in members)
+    names = [one.active_adapters[0] for one in members]
+    masters = [matrix for one, name in zip(members, names, strict=True) for matrix in (one.lora_A[name].weight, one.lora_B[name].weight)]
+    scales = tuple(float(one.scaling[name]) for one, name in zip(members, names, strict=True))
+    with torch.autocast(kind, enabled=False):
+        outputs = _LoraGroup.apply(x.reshape(-1, x.shape[-1]).to(dtype), layers, scales, *masters)
+    return [output.view(*x.shape[:-1], -1).to(dtype if autocast else x.dtype) for output in outputs]
+
+
+class _FusedLora:
+    """What is put before peft's LoRA layer: the fused forward where that is the same arithmetic, else peft's own."""
+
+    _group: _Group
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+    training: bool
+    lora_A: nn.ModuleDict  # noqa: N815 - peft's names
+    lora_B: nn.ModuleDict  # noqa: N815
+    lora_dropout: nn.ModuleDict
+    lora_variant: dict[str, Any]
+    lora_bias: dict[str, bool]
+    scaling: dict[str, float]
+    get_base_layer: Callable[[], nn.Module]
+
+    def is_simple(self) -> bool:
+        """Whether this layer now is frozen weight plus exactly one plain LoRA without dropout."""
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return False
+        name = self.active_adapters[0]
+        return (
+            name in self.lora_A
+            and name not in self.lora_variant
+            and not self.lora_bias[name]
+            and (not self.training or isinstance(self.lora_dropout[name], nn.Identity))
+        )
+
+    def frozen(self) -> _Frozen:
+        """Return the layer underneath."""
+        layer = self.get_base_layer()
+        return _Frozen(layer, FROZEN_WEIGHTS[type(layer).__name__])
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the layer's output, [..., K] -> [..., N]."""
+        if args or kwargs or not self.is_simple():
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        return self._group.output(self, x)
+
+
+def fuse_adapters(model: nn.Module) -> int:
+    """Give every plain LoRA layer of a peft model its fused forward; returns how many there are. Undo with `unfuse_adapters`."""
+    fused = [module for module in model.modules() if _can_fuse(module)]
+    for module in fused:
+        module.__class__ = _fused_class(type(module))  # type: ignore[arg-type]
+        module.__dict__["_group"] = _Group([module])  # type: ignore[list-item]
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        for names in SHARED_INPUTS:
+            members = [children[name] for name in names if isinstance(children.get(name), _FusedLora)]
+            if len(members) > 1:
+                group = _Group(members)  # type: ignore[arg-type]
+                for member in members:
+                    member.__dict__["_group"] = group
+    return len(fused)
+
+
+def unfuse_adapters(model: nn.Module) -> None:
+    """Give every layer back peft's own forward."""
+    for module in model.modules():
+        if isinstance(module, _FusedLora):
+            module.__class__ = type(module).__mro__[2]
+            module.__dict__.pop("_group")
+
+
+@cache
+def _fused_class(peft_class: Any) -> Any:
+    return type(f"Fused{peft_class.__name__}", (_FusedLora, peft_class), {"__doc__": _FusedLora.__doc__})
+
+
+def _can_fuse(module: nn.Module) -> bool:
+    if type(module).__name__ not in ("Linear", "Linear4bit") or not type(module).__module__.startswith("peft.tuners.lora"):
+        return False
+    base = module.get_base_layer()  # type: ignore[operator]
+    trained = any(parameter.requires_grad for parameter in base.parameters())
+    plain = all(name not in module.lora_variant for name in module.lora_A)  # type: ignore[operator, union-attr]
+    still = all(isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values())  # type: ignore[operator, union-attr]
+    return type(base).__name__ in FROZEN_WEIGHTS and not trained and plain and still
+
+
+def _dequantized(layer: Any) -> Tensor:
+    weight: Tensor = import_bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return weight
+
+
+FROZEN_WEIGHTS: dict[str, Callable[[Any], Tensor]] = {
+    "Linear": lambda layer: layer.weight,
+    "Conv1D": lambda layer: layer.weight.t(),
+    "Linear4bit": _dequantized,
+}
+"""Layers whose frozen weight can be read as [N, K]. Reading 4-bit weights costs 2 % of the product, so they are not kept."""
