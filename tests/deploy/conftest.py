@@ -17,11 +17,12 @@ def make_base(folder, tokenizer, *, kind="llama", tied=True, dtype=torch.float32
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if kind == "gpt2":
-            config = GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=2)
+            config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=2)
             model = GPT2LMHeadModel(config)
         else:
             config = LlamaConfig(
-                vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                vocab_size=len(tokenizer), hidden_size=32,
+                intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                 max_position_embeddings=128, bos_token_id=None, eos_token_id=2, pad_token_id=0, tie_word_embeddings=tied,
             )  # fmt: skip
             model = LlamaForCausalLM(config)

@@ -172,6 +172,6 @@ def _same(embedding: list[WeightUpdate], head: list[WeightUpdate], tensors: Mapp
     """Whether both weights end up equal: nothing, the same rows, or the same values."""
     if [update for update in embedding if update.kind != "rows"] == [update for update in head if update.kind != "rows"] == []:
         return True
-    if {update.kind for update in (*embedding, *head)} != {"replace"}:
+    if [update.kind for update in embedding] != ["replace"] or [update.kind for update in head] != ["replace"]:
         return False
     return torch.equal(tensors[embedding[-1].tensors["value"]], tensors[head[-1].tensors["value"]])
