@@ -1,5 +1,6 @@
-"""`python -m llmtune` is `llmtune`, also where no console script is on the path."""
+"""`python -m llmtune` is `llmtune`."""
 
 from llmtune.cli.main import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -135,6 +135,7 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
     config = replace(config, training=training)
     engine = build_engine(model, config=config, device=devices.device, precision=precision)
     decisions += engine.decisions
+    model.train()  # dropout and noise are on from here; evaluation switches them off for itself
     nll_sum: Callable[[MicroBatch], torch.Tensor] = engine.nll_sum
     if training.neftune_alpha is not None:
         nll_sum = Neftune(engine.nll_sum, model.get_input_embeddings(), training.neftune_alpha)

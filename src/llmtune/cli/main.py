@@ -58,8 +58,15 @@ COMMANDS: tuple[Command, ...] = (
     Command("config diff", "config:diff", "Print the keys in which two configs or runs differ.", "Before a run"),
     Command("config schema", "config:schema", "Print a JSON Schema that editors can use.", "Before a run"),
     Command("config validate", "config:validate", "Check config files; every problem at once.", "Before a run"),
+    Command("data preview", "preview:preview", "Show rows as the model will see them, trained tokens coloured.", "Before a run"),
     Command("data report", "data:report", "Show what becomes of every row.", "Before a run"),
     Command("tokenizer train", "tokenizer:train", "Train a byte-level BPE tokenizer on the config's data.", "Before a run"),
+    Command("verify resume", "verify:resume", "Kill a run, resume it, compare it byte for byte with one nobody stopped.", "Check"),
+    Command("verify crash", "verify:crash", "Kill a run in the middle of its file operations, resume it, compare.", "Check"),
+    Command("verify batching", "verify:batching", "Loss and gradients do not depend on how a step is cut.", "Check"),
+    Command("verify packing", "verify:packing", "Packed rows train as rows alone and see no neighbour.", "Check"),
+    Command("verify merge", "verify:merge", "A merge gives the logits of base plus adapter.", "Check"),
+    Command("verify checkpoint", "verify:checkpoint", "Every byte of a run's checkpoints is what was saved.", "Check"),
     Command("runs", "runs:runs", "List the runs of a folder: state, step, loss.", "Watch"),
 )
 

@@ -1,0 +1,112 @@
+"""`llmtune verify ...`: each claim of llmtune as a command that proves it on this machine, or shows the first difference."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmtune.cli.failure import say
+from llmtune.cli.process import is_offline, prepare_process
+from llmtune.config.layers import ResolvedConfig, load_config
+
+if TYPE_CHECKING:
+    from llmtune.verify.verdict import Verdict
+
+__all__ = ["batching", "checkpoint", "crash", "merge", "packing", "resume"]
+
+ConfigName = Annotated[
+    str | None, typer.Option("--config", "-c", help="A preset or a file; the test preset with custom-nano when not given.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")]
+Steps = Annotated[int, typer.Option("--steps", min=2, help="Steps of the training that is tried.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")]
+
+DEFAULT = ("test", ["model.name=custom-nano", "data.max_samples=24"])
+
+
+def resume(
+    overrides: Overrides = None,
+    config: ConfigName = None,
+    steps: Steps = 8,
+    kills: Annotated[int, typer.Option("--kills", min=1, help="How often the run is killed with SIGKILL.")] = 2,
+) -> None:
+    """Kill a run with SIGKILL, resume it, and compare it byte for byte with the run nobody stopped."""
+    prepare_process()
+    from llmtune.verify.resume import verify_resume
+
+    name, given = _config(config, overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        _end(verify_resume(name, given, Path(folder), steps=steps, kills=kills, say=say))
+
+
+def crash(
+    overrides: Overrides = None,
+    config: ConfigName = None,
+    steps: Steps = 4,
+    kills: Annotated[int, typer.Option("--kills", min=1, help="How many file operations are chosen.")] = 12,
+) -> None:
+    """Kill a run in the middle of its file operations, resume it, and compare it byte for byte."""
+    prepare_process()
+    from llmtune.verify.crash import verify_crash
+
+    name, given = _config(config, overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        _end(verify_crash(name, given, Path(folder), steps=steps, kills=kills, say=say))
+
+
+def batching(overrides: Overrides = None, config: ConfigName = None) -> None:
+    """Compare loss and gradients of one window, cut into micro-batches in several ways."""
+    resolved = _resolved(config, overrides)
+    prepare_process()
+    from llmtune.preparation import Options
+    from llmtune.verify.numbers import verify_batching
+
+    _end(verify_batching(resolved, Options(offline=is_offline()), say=say))
+
+
+def packing(overrides: Overrides = None, config: ConfigName = None) -> None:
+    """Compare packed rows with rows alone, and change one row to see whether a neighbour moves."""
+    resolved = _resolved(config, overrides)
+    prepare_process()
+    from llmtune.preparation import Options
+    from llmtune.verify.numbers import verify_packing
+
+    _end(verify_packing(resolved, Options(offline=is_offline()), say=say))
+
+
+def checkpoint(run: Run) -> None:
+    """Re-read every byte of a run's checkpoints, and show that damage to a copy is found."""
+    prepare_process()
+    from llmtune.runs.folder import resolve_run
+    from llmtune.verify.files import verify_checkpoint
+
+    _end(verify_checkpoint(resolve_run(run, "runs"), say=say))
+
+
+def merge(run: Run) -> None:
+    """Merge a run's adapter into a scratch folder and compare its logits with base plus adapter."""
+    prepare_process()
+    from llmtune.runs.folder import resolve_run
+    from llmtune.verify.files import verify_merge
+
+    _end(verify_merge(resolve_run(run, "runs"), offline=is_offline(), say=say))
+
+
+def _config(config: str | None, overrides: list[str] | None) -> tuple[str, list[str]]:
+    return (config, overrides or []) if config else (DEFAULT[0], [*DEFAULT[1], *(overrides or [])])
+
+
+def _resolved(config: str | None, overrides: list[str] | None) -> ResolvedConfig:
+    name, given = _config(config, overrides)
+    return load_config(name, overrides=given)
+
+
+def _end(verdict: Verdict) -> None:
+    """Print the verdict; exit code 5 where a claim does not hold."""
+    for line in verdict.lines():
+        print(line)
+    if not verdict.passed:
+        raise typer.Exit(5)

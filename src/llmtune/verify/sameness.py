@@ -1,0 +1,55 @@
+"""Are two runs the same run? Weights, optimizer state and every logged number but the times, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmtune.durable import read_lines
+from llmtune.verify.verdict import Verdict
+
+__all__ = ["TIMES", "compare_runs", "numbers_of"]
+
+TIMES = ("step_seconds", "tokens_per_second", "loss_tokens_per_second", "memory_bytes", "mfu")
+"""Metrics that a clock or a meter decides."""
+
+
+def numbers_of(run: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without times."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_lines(run / "metrics.jsonl")]
+
+
+def compare_runs(whole: Path, other: Path, verdict: Verdict) -> None:
+    """Add a finding for the final weights, the last checkpoint's optimizer state and random generators, and the logged numbers."""
+    verdict.note(
+        "final weights are byte-identical", *_files(whole / "checkpoints" / "final", other / "checkpoints" / "final", "*.safetensors")
+    )
+    last = max(path.name for path in (whole / "checkpoints").glob("step-??????"))
+    verdict.note(
+        f"optimizer, random generators and weights of {last} are byte-identical",
+        *_files(whole / "checkpoints" / last, other / "checkpoints" / last, "*.safetensors"),
+    )
+    one, two = numbers_of(whole), numbers_of(other)
+    first = next((index for index, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
+    if first is not None:
+        key = next(key for key in {**one[first], **two[first]} if one[first].get(key) != two[first].get(key))
+        place = f"line {first + 1}, {key}: {one[first].get(key)!r} and {two[first].get(key)!r}"
+        verdict.note("every logged number is equal", place, False)
+    elif len(one) != len(two):
+        verdict.note("every logged number is equal", f"{len(one)} lines and {len(two)} lines", False)
+    else:
+        verdict.note("every logged number is equal", f"{len(one)} lines, {sum(map(len, one))} numbers", bool(one))
+
+
+def _files(whole: Path, other: Path, pattern: str) -> tuple[str, bool]:
+    names = sorted(path.name for path in whole.glob(pattern))
+    total = 0
+    for name in names:
+        if not (other / name).is_file():
+            return f"{name} is missing in {other}", False
+        one, two = (whole / name).read_bytes(), (other / name).read_bytes()
+        if one != two:
+            at = next((index for index, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+            return f"{name} differs first at byte {at:,} of {len(one):,} and {len(two):,}", False
+        total += len(one)
+    return f"{len(names)} files, {total:,} bytes, no difference", bool(names)

@@ -1,0 +1,57 @@
+"""Runs of the tiny model, in this process and in forked ones that can be killed."""
+
+import json
+
+import pytest
+import torch
+
+from llmtune.config.layers import load_config
+
+WORDS = ["the", "user", "asks", "and", "the", "assistant", "answers", "a", "small", "system", "of", "words", "and", "numbers"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A forked child may use torch only where the parent has no worker threads; one thread also fixes the order of every sum."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory):
+    """24 conversations of different lengths, no two alike."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(24):
+            question = " ".join(WORDS[(index * 3 + place) % len(WORDS)] for place in range(2 + index % 7)) + f" {index}"
+            answer = " ".join(WORDS[(index * 5 + place) % len(WORDS)] for place in range(1 + index % 9))
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+@pytest.fixture
+def config_of(tiny_model_folder, rows_file, tmp_path):
+    """Resolve a config of the tiny model on the 24 rows; further KEY=VALUE on top."""
+
+    def resolve(*overrides, name="run"):
+        basis = [
+            f"model.name={tiny_model_folder}",
+            f"data.train={rows_file}",
+            f"run.output_dir={tmp_path / 'runs'}",
+            f"run.name={name}",
+            "data.test_size=4",
+            "training.epochs=2",
+            "training.batch_size=2",
+            "training.gradient_accumulation_steps=2",
+            "training.learning_rate=0.01",
+            "training.precision=fp32",
+            "checkpoint.every_steps=3",
+            "evaluation.every_steps=4",
+            "tracking.trackers=[jsonl]",
+        ]
+        return load_config(None, overrides=[*basis, *overrides], environ={})
+
+    return resolve
