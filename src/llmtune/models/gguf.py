@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import struct
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -73,7 +74,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             options = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
             model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **options)
-    except (ValueError, KeyError, OSError, RuntimeError, TypeError, AttributeError, NotImplementedError, IndexError) as error:
+    except _UNREADABLE as error:
         first = str(error).strip().splitlines()
         raise ModelError(
             f"{gguf.name} cannot be read as a model: {first[0] if first else type(error).__name__}",
@@ -95,15 +96,41 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _restore_digit_splitting(gguf: Path, tokenizer: Any) -> None:
     """Put back the digit-by-digit step that some byte-level tokenizers have; without it "  7" becomes other tokens than in pretraining."""
-    from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
-    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
-    if field is None or field.contents() not in _DIGIT_BY_DIGIT:
+    if _metadata_text(gguf, "tokenizer.ggml.pre") not in _DIGIT_BY_DIGIT:
         return
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     )
+
+
+def _metadata_text(gguf: Path, wanted: str) -> str | None:
+    """One text value of a GGUF file's metadata; None when there is none of that name.
+
+    The layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, numbers of tensors and of entries, the entries.
+    The gguf package reads every value of the file for this, which takes seconds.
+    """
+    with gguf.open("rb") as file:
+
+        def number(code: str) -> Any:
+            return struct.unpack(f"<{code}", file.read(struct.calcsize(code)))[0]
+
+        def value(kind: int) -> Any:
+            if kind in _NUMBERS:
+                return number(_NUMBERS[kind])
+            if kind == _TEXT:
+                return file.read(number("Q"))
+            inner, count = number("I"), number("Q")
+            return [value(inner) for _ in range(count)]
+
+        file.seek(16)  # magic, version, number of tensors
+        for _ in range(number("Q")):
+            key, kind = file.read(number("Q")), number("I")
+            found = value(kind)
+            if key == wanted.encode():
+                return bytes(found).decode("utf-8") if kind == _TEXT else None
+    return None
 
 
 def _file_digest(path: Path) -> str:
@@ -115,3 +142,18 @@ def _file_digest(path: Path) -> str:
 
 
 _DIGEST_FILE = "weights.sha256"
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT = 8
+_UNREADABLE = (
+    ValueError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    struct.error,
+)
+"""What the readers of this format raise for a file that is damaged or of another kind; they check little themselves."""

@@ -73,6 +73,7 @@ def load_model(
         decisions += more
         decisions += resize_for_tokenizer(model, tokenizer)
     _keep_quantized_exact(model)
+    _train_every_row(model)
     model.name_or_path = source.location if source.kind == "hub" else str(folder)  # what an adapter's config will name as its base
     model.eval()
     return LoadedModel(model, digest, tuple(decisions))
@@ -126,6 +127,7 @@ def _from_scratch(source: ModelSource, model_config: ModelConfig, *, tokenizer: 
     model = build_model(build_config(source.entry or source.name, model_config.architecture, tokenizer), seed=seed)
     digest = digest_tensors(sorted(model.named_parameters()))
     set_attention(model, model_config.attention)
+    _train_every_row(model)
     model.to(device=device, dtype=_DTYPES()[model_config.dtype] if model_config.dtype != "auto" else None)
     model.eval()
     count = sum(one.numel() for one in model.parameters())
@@ -190,6 +192,16 @@ def set_attention(model: Any, attention: str) -> None:
     if attention in _ATTENTION:
         with quiet_libraries():
             model.set_attn_implementation(_ATTENTION[attention])
+
+
+def _train_every_row(model: Any) -> None:
+    """Let the embedding of the padding token be trained: where it is also the end-of-turn token its row would silently stay as it was.
+
+    Padding itself gets no gradient either way: it is masked by position.
+    """
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "padding_idx", None) is not None:
+        embedding.padding_idx = None
 
 
 def _keep_quantized_exact(model: Any) -> None:

@@ -5,6 +5,7 @@ Everything is written into a staging folder that the caller commits (see `durabl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune import durable
 from llmtune.models.adapter_scan import BASE_RECORD
 from llmtune.models.adapters import adapter_files, trained_parameters
+from llmtune.models.scan import read_json_file
 from llmtune.models.silence import quiet_libraries
 
 if TYPE_CHECKING:
@@ -36,18 +38,15 @@ def write_model(
     dtype: type the weights are rounded to, once; as they are when None. stop_token_ids: every token that ends an answer.
     Raises MachineError when the disk refuses.
     """
-    state = {
-        name: tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype) for name, tensor in model.state_dict().items()
-    }
-    config = model.config
-    before = config.dtype
-    config.dtype = dtype or next(model.parameters()).dtype
-    _set_generation(model, tokenizer, stop_token_ids)
-    try:
-        with quiet_libraries(), durable.asking_the_system("save", folder):
-            model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_bytes)
-    finally:
-        config.dtype = before
+    state = {name: _rounded(tensor, dtype) for name, tensor in model.state_dict().items()}
+    before = model.config.dtype
+    with quiet_libraries(), durable.asking_the_system("save", folder):
+        model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_bytes)
+    model.config.dtype = before  # the library leaves its name there instead; writing changes nothing (N12)
+    _write_generation(model, tokenizer, stop_token_ids, folder)
+    if dtype is not None:  # the library writes the type of the model at hand
+        config = read_json_file(folder / "config.json")
+        durable.write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
     write_tokenizer(tokenizer, folder)
 
 
@@ -75,8 +74,7 @@ def write_adapter(
     durable.write_json(folder / BASE_RECORD, record)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
-        _set_generation(model.get_base_model(), tokenizer, stop_token_ids)
-        durable.write_text(folder / "generation_config.json", model.get_base_model().generation_config.to_json_string())
+        _write_generation(model.get_base_model(), tokenizer, stop_token_ids, folder)
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -84,8 +82,6 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     with quiet_libraries(), durable.asking_the_system("save", folder):
         tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
-    from llmtune.models.scan import read_json_file
-
     config = {key: value for key, value in read_json_file(path).items() if key not in ("is_local", "local_files_only", "name_or_path")}
     durable.write_json(path, config)
 
@@ -134,11 +130,12 @@ def _how_the_base_is_held(config: Any) -> dict[str, str | None]:
     return {"quantization": kind, "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch.")}
 
 
-def _set_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
-    """Say in the generation config where an answer ends, so that every program that loads the folder stops there."""
-    generation = model.generation_config
+def _write_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int], folder: Path) -> None:
+    """Say in generation_config.json where an answer ends, so that every program that loads the folder stops there."""
+    generation = copy.deepcopy(model.generation_config)
     known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     ids = list(dict.fromkeys(one for one in (*stop_token_ids, *known, tokenizer.eos_token_id) if one is not None))
     generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
     generation.pad_token_id = tokenizer.pad_token_id
     generation.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else generation.bos_token_id
+    durable.write_text(folder / "generation_config.json", generation.to_json_string())

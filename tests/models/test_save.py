@@ -1,0 +1,101 @@
+"""What a user takes away: folders that transformers and peft read without us."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from llmtune import durable
+from llmtune.errors import CheckpointError
+from llmtune.models.adapters import attach_adapter, trained_parameters
+from llmtune.models.save import restore_weights, write_adapter, write_model, write_weights
+
+IDS_BT = torch.arange(4, 28).reshape(2, 12)
+
+
+def test_a_written_model_loads_in_plain_transformers_with_equal_logits(tiny_model_folder, tiny_tokenizer, load, tmp_path):
+    model = load(tiny_model_folder, trained="full").model
+    write_model(model, tiny_tokenizer, tmp_path, stop_token_ids=[2, 0])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(theirs(input_ids=IDS_BT).logits, model(input_ids=IDS_BT).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tiny_tokenizer.chat_template
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [2, 0]
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_large_models_are_cut_into_shards_and_nothing_is_lost(tiny_model_folder, tiny_tokenizer, load, tmp_path):
+    model = load(tiny_model_folder, trained="full").model
+    write_model(model, tiny_tokenizer, tmp_path, max_shard_bytes=40_000)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) >= 3
+    assert load(tmp_path).base_digest == load(tiny_model_folder).base_digest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_are_rounded_once_and_the_model_at_hand_keeps_its_own(tiny_model_folder, tiny_tokenizer, load, tmp_path, dtype):
+    model = load(tiny_model_folder, trained="full").model
+    write_model(model, tiny_tokenizer, tmp_path, dtype=dtype)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(theirs[name], weight.to(dtype)) for name, weight in model.state_dict().items())
+    assert {one.dtype for one in model.parameters()} == {torch.float32}
+    assert model.config.dtype == torch.float32
+
+
+def test_a_committed_model_has_the_modes_the_umask_gives(tiny_model_folder, tiny_tokenizer, load, tmp_path):
+    with durable.commit_folder(tmp_path / "final") as staging:
+        write_model(load(tiny_model_folder, trained="full").model, tiny_tokenizer, staging)
+    (tmp_path / "plain").write_text("")
+    modes = {path.stat().st_mode for path in (tmp_path / "final").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+    assert durable.verify_manifest(tmp_path / "final") == []
+
+
+def test_an_adapter_folder_holds_all_that_generation_needs_and_a_record_of_its_base(
+    tiny_model_folder, tiny_tokenizer, load, lora, tmp_path
+):
+    model, _ = attach_adapter(load(tiny_model_folder).model, lora(), seed=0)
+    write_adapter(model, tmp_path, tokenizer=tiny_tokenizer, stop_token_ids=[2, 0], base_digest="abc", base_name="my-model")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    record = json.loads((tmp_path / "adapter_base.json").read_text())
+    assert (record["base_digest"], record["base_name"], record["base_path"]) == ("abc", "my-model", str(tiny_model_folder))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model_folder)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [2, 0]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_p2_trained_weights_come_back_bit_for_bit(tiny_model_folder, load, lora, tmp_path, adapter):
+    def fresh():
+        model = load(tiny_model_folder, trained="full").model
+        return attach_adapter(model, lora(), seed=0)[0] if adapter else model
+
+    model, other = fresh(), fresh()
+    with torch.no_grad():
+        for parameter in trained_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter))
+    write_weights(model, tmp_path / "model.safetensors")
+    tensors, _ = durable.read_tensors(tmp_path / "model.safetensors")
+    restore_weights(other, tensors)
+    wanted, found = trained_parameters(model), trained_parameters(other)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w, name: w.pop(name), "is missing in the checkpoint"),
+        (lambda w, name: w.update({"more": torch.zeros(1)}), "not trained here"),
+        (lambda w, name: w.update({name: w[name][:1].clone()}), "in the checkpoint"),
+        (lambda w, name: w.update({name: w[name].to(torch.bfloat16)}), "torch.bfloat16"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed(tiny_model_folder, load, change, words):
+    model = load(tiny_model_folder, trained="full").model
+    weights = {name: one.detach().clone() + 1 for name, one in trained_parameters(model).items()}
+    before = {name: one.detach().clone() for name, one in trained_parameters(model).items()}
+    change(weights, "model.norm.weight")
+    with pytest.raises(CheckpointError, match=words):
+        restore_weights(model, weights)
+    assert all(torch.equal(one, before[name]) for name, one in trained_parameters(model).items())
