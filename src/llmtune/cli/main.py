@@ -68,6 +68,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("verify merge", "verify:merge", "A merge gives the logits of base plus adapter.", "Check"),
     Command("verify checkpoint", "verify:checkpoint", "Every byte of a run's checkpoints is what was saved.", "Check"),
     Command("runs", "runs:runs", "List the runs of a folder: state, step, loss.", "Watch"),
+    Command("explain", "explain:explain", "Say what an exit code or a kind of error means, and the way out.", "Check"),
 )
 
 

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtune.errors import AdapterError, LlmtuneError, ModelError
-from llmtune.models.adapter_scan import read_adapter_config, read_base_record
+from llmtune.errors import AdapterError, ModelError
+from llmtune.models.adapter_base import base_name_of, find_adapter, find_base
+from llmtune.models.adapter_scan import read_base_record
 from llmtune.models.catalog import ModelSource, resolve
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
 from llmtune.models.store import local_folder, may_ignore_auto_map
 from llmtune.models.tokenizer import load_tokenizer_folder
 
-__all__ = ["Origin", "find_adapter", "find_origin"]
+__all__ = ["Origin", "find_origin"]
 
 
 @dataclass(frozen=True)
@@ -33,34 +34,14 @@ class Origin:
     tokenizer: Any
 
 
-def find_adapter(source: Path) -> Path:
-    """Return the adapter's folder: `source` itself, or what its run produced (final, else best, else the newest checkpoint).
-
-    Raises AdapterError when there is none.
-    """
-    if not source.is_dir():
-        raise AdapterError(f"there is no folder `{source}`", where="RUN|ADAPTER", fix="give the folder of a run or of an adapter")
-    steps = sorted(source.glob("checkpoints/step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
-    candidates = [source, source / "checkpoints" / "final", source / "final", source / "checkpoints" / "best", *steps]
-    found = next((folder for folder in candidates if (folder / "adapter_config.json").is_file()), None)
-    if found is not None:
-        return found
-    whole = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
-    if whole is not None:
-        raise AdapterError(f"`{whole}` is a whole model: there is nothing to merge", where=str(source), fix="use it as it is")
-    raise AdapterError(
-        "there is no adapter here", where=str(source), fix="give the folder of a run that trained an adapter, or an adapter's folder"
-    )
-
-
 def find_origin(source: Path, base: str | None, *, offline: bool = False) -> Origin:
     """Find the adapter in `source` and its base: the one named, or the one its record names.
 
     Raises AdapterError or ModelError, with what to give as --base, when either cannot be found or may not be loaded.
     """
     adapter = find_adapter(source)
-    options, record = read_adapter_config(adapter), read_base_record(adapter)
-    base_source = _resolve_base(adapter, base, options, record, offline=offline)
+    record = read_base_record(adapter)
+    base_source = resolve(base, offline=offline) if base is not None else find_base(adapter, offline=offline)
     if base_source.kind == "scratch":
         fix = "name the folder of the trained model with --base"
         raise AdapterError(f"the base `{base_source.name}` is built from scratch and stored nowhere", where=str(adapter), fix=fix)
@@ -75,27 +56,9 @@ def find_origin(source: Path, base: str | None, *, offline: bool = False) -> Ori
         adapter=adapter,
         base=base_source,
         base_folder=folder,
-        base_name=base or record.get("base_name") or options.get("base_model_name_or_path") or str(folder),
+        base_name=base or base_name_of(adapter) or str(folder),
         recorded_digest=record.get("base_digest"),
         quantization=record.get("quantization"),
         held_dtype=record.get("dtype"),
         tokenizer=load_tokenizer_folder(adapter if own else folder).tokenizer,
     )
-
-
-def _resolve_base(adapter: Path, base: str | None, options: Any, record: Any, *, offline: bool) -> ModelSource:
-    """Try what was asked for; else the names on record, from the most exact on."""
-    if base is not None:
-        return resolve(base, offline=offline)
-    revision = record.get("base_revision") or options.get("revision")
-    names = [name for name in (record.get("base_name"), record.get("base_path"), options.get("base_model_name_or_path")) if name]
-    refusal: LlmtuneError | None = None
-    for name in dict.fromkeys(names):
-        try:
-            return resolve(name, revision, offline=offline)
-        except ModelError as error:
-            refusal = error
-    known = f"`{names[0]}`" if names else "no base at all"
-    raise AdapterError(
-        f"the adapter names {known}, which is not to be found", where=str(adapter), fix="name its base with --base"
-    ) from refusal

@@ -1,0 +1,100 @@
+"""`llmtune evaluate`: the loss of a run or a model on held-out rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmtune.cli.failure import say
+from llmtune.cli.generate import Model, NoCuda, open_subject
+from llmtune.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from llmtune.config.schema import Config
+    from llmtune.data.example import ExampleSet
+    from llmtune.evaluation.subject import Subject
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[list[str] | None, typer.Option("--data", help="Rows to evaluate on, all of them; may be given again.")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="Config whose held-out rows are used; the run's own when not given.")
+    ] = None,
+    exact_match: Annotated[bool, typer.Option("--exact-match", help="Also count the answers given character by character.")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows at once; the result does not depend on it.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer of --exact-match, in tokens.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    no_cuda: NoCuda = False,
+) -> None:
+    """Measure loss, perplexity and bits per byte on held-out rows."""
+    if data and config:
+        raise UsageError("--data and --config both name rows", "command line", "give one of them")
+    from llmtune.cli.process import prepare_process
+
+    prepare_process()
+    subject = open_subject(model, no_cuda=no_cuda)
+    rows, settings = _held_out(subject, data, config)
+    say(f"{len(rows)} held-out rows")
+    metrics = _measure(subject, settings, rows, batch_size)
+    if exact_match:
+        from llmtune.evaluation.exact_match import count_exact_answers
+
+        pad = subject.tokenizer.pad_token_id or 0
+        stops = subject.renderer.stop_token_ids
+        count = count_exact_answers(
+            subject.model, subject.tokenizer, rows, stop_token_ids=stops, pad_id=pad, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+        metrics |= {"eval_exact_answers": count.exact, "eval_num_answers": count.answers}
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    for name, value in metrics.items():
+        print(f"{name:22} {value:.6g}" if isinstance(value, float) else f"{name:22} {value}")
+    if exact_match:
+        print(f"exactly right: {metrics['eval_exact_answers']} of {metrics['eval_num_answers']}")
+
+
+def _held_out(subject: Subject, data: list[str] | None, config: str | None) -> tuple[ExampleSet, Config]:
+    """Return the rows to evaluate on, and the config they were prepared by."""
+    from llmtune.config.layers import load_config
+    from llmtune.config.schema import Config, SourceConfig
+    from llmtune.data.prepare import prepare_data
+
+    settings = load_config(config).config if config is not None else subject.config or Config()
+    if data:
+        sources = tuple(SourceConfig(path=path) for path in data)
+        rows = replace(settings.data, train=sources, eval=(), test_size=0, max_samples=None, shuffle_seed=None)
+        return prepare_data(rows, subject.renderer).train, settings
+    if not settings.data.train:
+        raise UsageError("no rows are named", "command line", "name a file with --data, or a config with --config")
+    held_out = prepare_data(settings.data, subject.renderer).eval
+    if held_out is None or not len(held_out):
+        raise DataError("the config holds out no rows", "data.eval / data.test_size", "name a file with --data, or set data.test_size")
+    return held_out, settings
+
+
+def _measure(subject: Subject, settings: Config, rows: ExampleSet, batch_size: int) -> dict[str, float]:
+    from llmtune.data.batches import eval_batches
+    from llmtune.evaluation.heldout import evaluate as measure
+    from llmtune.evaluation.heldout import trained_bytes
+    from llmtune.training.engine import build_engine
+    from llmtune.training.precision import Precision
+
+    device = next(subject.model.parameters()).device
+    precision = Precision("fp32", device)
+    engine = build_engine(subject.model, config=settings, device=device, precision=precision)
+    batches = eval_batches(
+        rows,
+        batch_size=batch_size,
+        layout=engine.layout,
+        pad_id=subject.tokenizer.pad_token_id or 0,
+        max_group_tokens=engine.max_group_tokens,
+    )
+    with precision.autocast():
+        return measure(engine.nll_sum, batches, model=subject.model, total_bytes=trained_bytes(rows, subject.tokenizer))

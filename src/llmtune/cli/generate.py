@@ -1,0 +1,148 @@
+"""`llmtune generate` and `llmtune chat`: ask a run or a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmtune.cli.failure import say
+from llmtune.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmtune.data.example import Message
+    from llmtune.evaluation.generate import Answer
+    from llmtune.evaluation.subject import Subject
+
+__all__ = ["chat", "generate", "open_subject", "read_prompts"]
+
+SUBJECT_HELP = "A run (folder or name), an adapter, a model's folder, a name of list-models, a hub id, a .gguf file."
+Model = Annotated[str, typer.Argument(metavar="RUN|MODEL", help=SUBJECT_HELP)]
+System = Annotated[str | None, typer.Option("--system", help="System message before each prompt.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0, help="0 takes the most likely token; above 0 tokens are drawn.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw from the smallest set of tokens that holds this probability.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of drawn answers.")]
+NoCuda = Annotated[bool, typer.Option("--no-cuda", help="Use the CPU even where there is a CUDA device.")]
+
+
+def generate(
+    model: Model,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts; read from stdin when there is none.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="File with one prompt a line.")] = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    text: Annotated[bool, typer.Option("--text", help="Continue the prompt as plain text, without a chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")] = False,
+    no_cuda: NoCuda = False,
+) -> None:
+    """Answer prompts, rendered exactly as in training."""
+    asked = read_prompts(prompts or [], prompt_file)
+    subject = open_subject(model, no_cuda=no_cuda)
+    from llmtune.evaluation.generate import TextPrompt
+    from llmtune.evaluation.generate import generate as answer_all
+
+    as_text = text or (subject.answers_text and system is None)
+    answers = answer_all(
+        subject.model,
+        subject.tokenizer,
+        subject.renderer,
+        [TextPrompt(prompt) if as_text else prompt for prompt in asked],
+        max_new_tokens=max_new_tokens,
+        system=system,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    for answer in answers:
+        print(json.dumps(_as_dict(answer), ensure_ascii=False) if as_json else answer.text, flush=True)
+        if answer.stopped_by != "stop_token" and not as_json:
+            say(f"(cut off by {'--max-new-tokens' if answer.stopped_by == 'max_new_tokens' else 'the end of the model context'})")
+
+
+def chat(
+    model: Model,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    no_cuda: NoCuda = False,
+) -> None:
+    """Talk with a model; /reset forgets what was said, /exit ends."""
+    subject = open_subject(model, no_cuda=no_cuda)
+    from llmtune.data.example import Message
+    from llmtune.evaluation.generate import generate as answer_all
+
+    start = [Message("system", system)] if system is not None else []
+    said: list[Message] = list(start)
+    say("/reset forgets what was said, /exit ends")
+    while (line := _read_line()) is not None and line != "/exit":
+        if line == "/reset":
+            said = list(start)
+            say("forgotten")
+            continue
+        if not line:
+            continue
+        said.append(Message("user", line))
+        (answer,) = answer_all(
+            subject.model,
+            subject.tokenizer,
+            subject.renderer,
+            [said],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed + len(said),
+        )
+        said.append(Message("assistant", answer.text))
+        print(answer.text, flush=True)
+
+
+def open_subject(name: str, *, no_cuda: bool = False) -> Subject:
+    """Load what the command names, and say what it is."""
+    from llmtune.cli.process import is_offline, prepare_process
+
+    prepare_process()
+    from llmtune.evaluation.subject import load_subject
+
+    subject = load_subject(name, offline=is_offline(), no_cuda=no_cuda)
+    say(subject.description)
+    return subject
+
+
+def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
+    """Return the prompts of the command line, of a file (one a line), or all of stdin as one.
+
+    Raises UsageError where there is none.
+    """
+    given = list(prompts)
+    if prompt_file is not None:
+        try:
+            given += [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the prompts cannot be read: {error}", "--prompt-file", "name a UTF-8 file with one prompt a line") from error
+    if not given and sys.stdin is not None and not sys.stdin.isatty():
+        piped = sys.stdin.read().strip("\n")
+        given = [piped] if piped.strip() else []
+    if not given:
+        raise UsageError("there is no prompt", "command line", "write it behind the model, name a --prompt-file, or pipe it in")
+    return given
+
+
+def _read_line() -> str | None:
+    """Return the next line the user types, without its end; None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _as_dict(answer: Answer) -> dict[str, object]:
+    return {"prompt": answer.prompt, "text": answer.text, "num_tokens": answer.num_tokens, "stopped_by": answer.stopped_by}

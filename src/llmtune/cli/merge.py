@@ -1,0 +1,51 @@
+"""`llmtune merge-lora`: fold an adapter into its base."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmtune.cli.failure import say
+
+__all__ = ["merge_lora"]
+
+
+class Dtype(StrEnum):
+    """Types a merged model can be written in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def merge_lora(
+    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="Folder of a run that trained an adapter, or of an adapter.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make; it must not exist.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Where its base is; a base trained in 4 or 8 bit is then taken unquantized.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Type of the written weights; as in the base when not given.")] = None,
+) -> None:
+    """Merge an adapter into its base, weight by weight; the result is reloaded and compared before it gets its name."""
+    from llmtune.cli.process import is_offline, prepare_process
+
+    prepare_process()
+    from llmtune.deploy.merge import merge_lora as merge
+
+    report = merge(source, output, base=base, dtype=dtype.value if dtype is not None else None, offline=is_offline(), say=say)
+    for note in report.notes:
+        say(note)
+    say(f"merged into {report.merged_into}; {report.weights_changed} weights changed")
+    say(
+        f"{report.entries_unchanged_by_rounding:,} of {report.entries_changed:,} changed entries are too small a change for the written type"
+    )
+    found = report.difference
+    say(
+        f"against base + adapter: largest logit difference {found.max_abs_logit:.3g}, mean KL {found.mean_kl:.3g} nats ({report.tolerance})"
+    )
+    if report.other_base is not None:
+        say(f"against the adapter on the other form of its base: mean KL {report.other_base.mean_kl:.3g} nats")
+    print(output)
