@@ -40,7 +40,8 @@ class Encoded(NamedTuple):
     """An encoded text of T tokens.
 
     ids: T token ids. starts, stops: the characters [start, stop) of each token; starts never fall. controls: the control tokens, in order.
-    hostile: the control strings that content spelled and that were encoded as plain text.
+    hostile: the control strings that content spelled and that were encoded as plain text. unknown: tokens that stand for characters the tokenizer
+    does not know.
     """
 
     ids: list[int]
@@ -48,6 +49,7 @@ class Encoded(NamedTuple):
     stops: list[int]
     controls: list[Control]
     hostile: tuple[str, ...]
+    unknown: int = 0
 
 
 class SafeEncoder:
@@ -70,6 +72,7 @@ class SafeEncoder:
             backend.no_padding()
         self._backend = backend
         self._parse_control_tokens = parse_control_tokens
+        self._unknown_id: int | None = tokenizer.unk_token_id
         self.control_tokens: dict[int, str] = {
             token_id: token.content
             for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -88,12 +91,13 @@ class SafeEncoder:
         first = self._backend.encode(text, add_special_tokens=False)
         starts, stops = _split_offsets(first.offsets)
         controls = self._controls(text, first.ids, starts, stops)
+        unknown = self._count_unknown(first.ids, controls)
         if self._parse_control_tokens:
-            return Encoded(first.ids, starts, stops, controls, ())
+            return Encoded(first.ids, starts, stops, controls, (), unknown)
         content = _ContentMap(runs)
         hostile = tuple(self.control_tokens[one.token_id] for one in controls if content.overlaps(one.start, one.stop))
         if not hostile:
-            return Encoded(first.ids, starts, stops, controls, ())
+            return Encoded(first.ids, starts, stops, controls, (), unknown)
         return self._encode_hostile(text, content, hostile)
 
     def _controls(self, text: str, ids: Sequence[int], starts: Sequence[int], stops: Sequence[int]) -> list[Control]:
@@ -105,10 +109,17 @@ class SafeEncoder:
                 # Tokens with lstrip or rstrip cover whitespace around them that may be content.
                 lead = covered.find(control_tokens[token_id])
                 width = len(control_tokens[token_id])
+                if lead < 0 and token_id == self._unknown_id:
+                    continue  # a character the tokenizer does not know, not the text of a control token
                 if lead < 0:
                     lead, width = len(covered) - len(covered.lstrip()), len(covered.strip())
                 found.append(Control(place, starts[place] + lead, starts[place] + lead + width, token_id))
         return found
+
+    def _count_unknown(self, ids: Sequence[int], controls: Sequence[Control]) -> int:
+        if self._unknown_id is None or self._unknown_id not in ids:
+            return 0
+        return ids.count(self._unknown_id) - sum(one.token_id == self._unknown_id for one in controls)
 
     def _encode_hostile(self, text: str, content: _ContentMap, hostile: tuple[str, ...]) -> Encoded:
         harmless = content.masked(text, self._harmless_letter, self._harmless_mark)
@@ -137,7 +148,7 @@ class SafeEncoder:
                 where="model.tokenizer",
                 fix="remove such rows, or set `data.parse_control_tokens: true` if they are meant to be control tokens",
             )
-        return Encoded(encoding.ids, starts, stops, controls, hostile)
+        return Encoded(encoding.ids, starts, stops, controls, hostile, self._count_unknown(encoding.ids, controls))
 
     @functools.cached_property
     def _harmless_letter(self) -> str:

@@ -34,8 +34,8 @@ def text_notes(encoded: Encoded, eos_id: int | None, tokenizer: PreTrainedTokeni
     bos = tokenizer.bos_token_id
     if bos is not None and bos != eos_id and encoded.ids[:2] == [bos, bos]:
         notes.append(Note("doubled-bos", "begins with two begin-of-text tokens"))
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in encoded.ids:
-        notes.append(Note("unknown-characters", "holds characters the tokenizer does not know"))
+    if encoded.unknown:
+        notes.append(Note("unknown-characters", f"holds characters the tokenizer does not know ({encoded.unknown} tokens)"))
     return notes
 
 

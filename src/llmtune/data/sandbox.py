@@ -25,7 +25,7 @@ import jinja2.runtime
 import jinja2.sandbox
 from jinja2.compiler import CodeGenerator, Frame
 
-from llmtune.data.traced import PRECISE_METHODS, Traced, concat, holds_traced, label, lift
+from llmtune.data.traced import PRECISE_METHODS, TEMPLATE, Traced, concat, holds_traced, label, lift
 from llmtune.errors import TokenizerError
 
 __all__ = ["ChatTemplate", "Limits", "TemplateRefusal"]
@@ -48,7 +48,7 @@ RENDER_ERRORS = (
 )
 
 
-class TemplateRefusal(Exception):  # noqa: N818 - a refusal, not always an error
+class TemplateRefusal(Exception):
     """The template refuses or fails on one conversation; the message says how.
 
     `is_limit` marks a template that asked for too much time or space.
@@ -148,7 +148,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters = {name: self._guarded_filter(name, function) for name, function in self.filters.items()}
         self.filters["tojson"] = self._guarded_filter("tojson", _tojson)
         self.filters["join"] = self._guarded_filter("join", self._join_filter)
-        self.filters["replace"] = self._guarded_filter("replace", _replace_filter)
+        self.filters["replace"] = self._guarded_filter("replace", self._replace_filter)
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = now.strftime
         self.globals["dict"] = _DictMaker()
@@ -198,7 +198,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         """Run `+ * ** %` within the limits and with origins."""
-        if operator == "**" or (operator == "*" and not (isinstance(left, (int, float)) and isinstance(right, (int, float)))):
+        if operator in ("*", "**"):
             self._check_numbers((left, right))
         if operator == "*" and any(isinstance(side, (str, list, tuple)) for side in (left, right)):
             self.budget.check_size(max(len(left), 1) * right if isinstance(right, int) else max(len(right), 1) * left)
@@ -234,9 +234,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if not isinstance(owner, str) or not isinstance(function, (types.BuiltinMethodType, types.MethodType)):
             return super().call(context, function, *args, **kwargs)
         if not isinstance(owner, Traced) and name in PRECISE_METHODS and holds_traced((args, kwargs)):
-            function = getattr(Traced(owner, [(len(owner), -1)]), name)
+            function = getattr(Traced(owner, [(len(owner), TEMPLATE)]), name)
         if name == "replace" and len(args) > 1:
-            self.budget.check_size(len(owner) * max(1, len(args[1])) if len(args[1]) > 16 else len(owner))
+            self._check_replacement(owner, *args[:2])
+        if name == "join" and args:
+            args = (list(args[0]),)
+            self.budget.check_size(sum(len(item) + len(owner) for item in args[0] if isinstance(item, str)))
         result = super().call(context, function, *args, **kwargs)
         if isinstance(result, str):
             self.budget.check_size(len(result))
@@ -262,7 +265,18 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _join_filter(self, value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
         if attribute is not None:
             value = map(jinja2.filters.make_attrgetter(self, attribute), value)
-        return Traced(d, ((len(d), -1),) if not isinstance(d, Traced) else d._runs).join(self.as_text(item) for item in value)
+        glue = d if isinstance(d, Traced) else Traced(d, ((len(d), TEMPLATE),))
+        return glue.join([self.as_text(item) for item in value])
+
+    def _replace_filter(self, text: Any, old: str, new: str, count: int | None = None) -> str:
+        text, old, new = self.as_text(text), self.as_text(old), self.as_text(new)
+        self._check_replacement(text, old, new)
+        source = text if isinstance(text, Traced) else Traced(text, ((len(text), TEMPLATE),))
+        return source.replace(old, new, -1 if count is None else count)
+
+    def _check_replacement(self, text: str, old: Any, new: Any) -> None:
+        if isinstance(old, str) and isinstance(new, str):
+            self.budget.check_size(len(text) + text.count(old) * len(new))
 
     def _check_numbers(self, values: Iterable[Any]) -> None:
         for value in values:
@@ -308,11 +322,6 @@ def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _replace_filter(text: Any, old: str, new: str, count: int | None = None) -> str:
-    text = text if isinstance(text, Traced) else Traced(str(text), ((len(str(text)), -1),))
-    return text.replace(str(old), str(new), -1 if count is None else count)
 
 
 def _check_widths(form: str) -> None:

@@ -101,6 +101,8 @@ def _close(whole: Rendering, index: int, start: int, content_stop: int, shape: T
     if adjacent and (len(run) == 1 or run[1].token_id not in shape.end_ids):
         return Span(start, run[0].stop, True)  # the common case, clear without another rendering
     bound = _own_bound(whole, index, limit)
+    if bound < content_stop:
+        bound = limit  # the message reads differently when it stands last, so that rendering says nothing about its end here
     run = [one for place, one in enumerate(run) if one.stop <= bound or (place == 0 and adjacent)]
     if not run:
         return Span(start, content_stop, False)
@@ -194,25 +196,27 @@ def learn_turn_shape(
         return TurnShape(frozenset(), "", "")
     final = [one for one in encoded.controls if one.start >= last]
     at_end = _contiguous(final) if final else []
-    end_ids = {one.token_id for one in at_end}
+    end_ids = [one.token_id for one in at_end]
     if count == 4 and at_end:
-        end_ids |= _middle_end_ids(whole)
+        middle = _middle_end_ids(whole)
+        # A token that only closes the whole conversation, after the one that closes every turn, is no end of a turn.
+        end_ids = middle if middle and end_ids[: len(middle)] == middle else end_ids + middle
     gap = whole.text[len(prompt) : first] if whole.text.startswith(prompt) else ""
     header = gap if prompt == bare and gap.strip() else ""
     opening = header or (prompt[len(bare) :] if prompt.startswith(bare) else prompt[-40:])
     return TurnShape(frozenset(end_ids), header, opening)
 
 
-def _middle_end_ids(whole: Rendering) -> set[int]:
-    """Control tokens that end the first answer, which another question follows."""
+def _middle_end_ids(whole: Rendering) -> list[int]:
+    """Control tokens, in order, that end the first answer, which another question follows."""
     _, stop = _extent(whole.runs, 1)
     following, _ = _extent(whole.runs, 2)
     after = [one for one in whole.encoded.controls if one.start >= stop and one.stop <= (following or 0)]
     if not after:
-        return set()
+        return []
     run = _contiguous(after)
     bound = _own_bound(whole, 1, stop)
     own = [one for one in run if one.stop <= bound]
     if not own and whole.text[stop : run[0].start].strip() == "":
         own = run[:1]
-    return {one.token_id for one in own}
+    return [one.token_id for one in own]

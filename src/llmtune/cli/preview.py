@@ -1,0 +1,81 @@
+"""`llmtune data preview`: rows as the model will see them, before anything is trained."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from llmtune.cli.failure import say
+from llmtune.config.layers import load_config
+
+if TYPE_CHECKING:
+    from llmtune.config.schema import DataConfig
+    from llmtune.data.example import ExampleSet
+    from llmtune.data.preview import Group
+
+__all__ = ["preview"]
+
+
+def preview(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="A preset (test, development, production) or a YAML or JSON file.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Rows (or packs) to show.")] = 5,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every row.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a row: source, input_ids, weights, text.")] = False,
+    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page instead.")] = None,
+    color: Annotated[Literal["auto", "always", "never"], typer.Option("--color", help="Colour the text.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")] = False,
+) -> None:
+    """Show rows as the model will see them: tokens, what is trained, packs; exit code 3 if training would refuse the data."""
+    resolved = load_config(config, overrides=overrides or ())
+
+    from llmtune.cli.process import is_offline
+    from llmtune.data.prepare import refuse_problems, survey_data
+    from llmtune.data.preview import html_page, json_line, legend, terminal_text
+    from llmtune.durable import write_text
+    from llmtune.preparation import Options, find_model, open_renderer, open_tokenizer
+    from llmtune.reporting import tokenizing_progress
+
+    options = Options(offline=is_offline(), trust_remote_code=trust_remote_code)
+    loaded = open_tokenizer(resolved.config, find_model(resolved.config, options), options)
+    renderer = open_renderer(resolved.config, loaded)
+    prepared = survey_data(resolved.config.data, renderer, progress=tokenizing_progress(say))
+    for decision in (*renderer.decisions, *prepared.decisions):
+        say(str(decision))
+    shown = None if show_all else count
+    if as_json:
+        for place in range(len(prepared.train) if shown is None else min(shown, len(prepared.train))):
+            print(json_line(prepared.train[place], loaded.tokenizer))
+    elif page is not None:
+        groups = itertools.islice(_groups(prepared.train, resolved.config.data), shown)
+        write_text(page, html_page(groups, loaded.tokenizer, title=f"{resolved.name}: rows as the model sees them"))
+        say(f"wrote {page}")
+    else:
+        coloured = color == "always" or (color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+        say(legend(color=coloured))
+        for group in itertools.islice(_groups(prepared.train, resolved.config.data), shown):
+            for line in terminal_text(group, loaded.tokenizer, color=coloured):
+                print(line)
+    refuse_problems(prepared)
+
+
+def _groups(examples: ExampleSet, data: DataConfig) -> Iterator[Group]:
+    """Yield what is shown together: packs where the config packs, single rows in their order otherwise."""
+    from llmtune.data.packing import plan_packs
+    from llmtune.data.preview import Group
+
+    if data.packing == "none":
+        yield from (Group([examples[place]]) for place in range(len(examples)))
+        return
+    for number, pack in enumerate(plan_packs(examples.lengths, data.max_length, data.packing, data.shuffle_seed or 0), 1):
+        yield Group([examples[int(place)] for place in pack], number, data.max_length)

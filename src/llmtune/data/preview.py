@@ -1,0 +1,182 @@
+"""Rows as the model will see them, for people (coloured text, a page) and for programs (JSON).
+
+Everything here is a pure function of examples and a tokenizer. What stands in the data cannot reach the terminal or the page as anything
+but text: control characters are written out, and the page escapes everything and runs nothing.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from llmtune.data.example import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Group", "Stretch", "html_page", "json_line", "legend", "stretches", "terminal_text"]
+
+
+class Stretch(NamedTuple):
+    """Neighbouring tokens of one kind: their text, their weight, and whether they are control tokens."""
+
+    text: str
+    weight: float
+    is_control: bool
+
+
+class Group(NamedTuple):
+    """Examples shown together: one alone, or those of a pack of at most `capacity` tokens, numbered from 1."""
+
+    examples: Sequence[Example]
+    number: int | None = None
+    capacity: int | None = None
+
+
+def json_line(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return `{"source", "input_ids", "weights", "text"}` as one line; `weights[i]` is the weight of predicting `input_ids[i]`."""
+    ids = example.input_ids.tolist()
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return json.dumps({"source": example.source, "input_ids": ids, "weights": example.weights.tolist(), "text": text}, ensure_ascii=False)
+
+
+def stretches(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Stretch]:
+    """Yield an example's text in stretches of one weight and kind; together they are the text of all its tokens."""
+    control_ids = {token for token, one in tokenizer.added_tokens_decoder.items() if one.content.replace("\u2581", " ").strip()}
+    pending: list[str] = []
+    kind: tuple[float, bool] | None = None
+    for text, weight, token in _token_texts(example, tokenizer):
+        if kind != (weight, token in control_ids):
+            if kind is not None:
+                yield Stretch("".join(pending), *kind)
+            pending, kind = [], (weight, token in control_ids)
+        pending.append(text)
+    if kind is not None:
+        yield Stretch("".join(pending), *kind)
+
+
+def _token_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, float, int]]:
+    """Yield (text, weight, id) of every token; a character made of several tokens is the text of its last, at the weight they share."""
+
+    def decode(ids: list[int]) -> str:
+        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    ids, weights = example.input_ids.tolist(), example.weights.tolist()
+    before: list[int] = []
+    pending: list[int] = []
+    for place, (token, weight) in enumerate(zip(ids, weights, strict=True)):
+        pending.append(token)
+        # A decoder may drop a leading space, so a token is decoded after the one before it.
+        text = decode([*before, *pending])[len(decode(before)) :]
+        ends = place + 1 == len(ids) or weights[place + 1] != weight or len(pending) > 8
+        if text.endswith("\ufffd") and not ends:
+            continue
+        yield text, weight, token
+        before, pending = [token] if len(pending) == 1 else pending, []
+
+
+# --- terminal ---------------------------------------------------------------------------------------------------------------------------
+
+GREEN, BOLD_GREEN, CYAN, DIM, RESET = "\x1b[32m", "\x1b[1;32m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
+OPEN, CLOSE = "⟦", "⟧"
+
+
+def legend(*, color: bool) -> str:
+    """Say what the colours (or, without them, the brackets) of `terminal_text` mean."""
+    if color:
+        return (
+            f"{GREEN}trained{RESET}, {BOLD_GREEN}trained control token{RESET}, {CYAN}control token{RESET}, not trained; ↵ is a line's end"
+        )
+    return f"{OPEN}trained{CLOSE}, the rest is not trained; ↵ is a line's end"
+
+
+def terminal_text(group: Group, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> Iterator[str]:
+    """Yield the lines of a group: a heading for each row, its text with what is trained marked, and the borders of a pack."""
+    paint: Callable[[str, str], str] = (lambda code, text: f"{code}{text}{RESET}") if color else (lambda _, text: text)
+    if group.number is not None:
+        yield f"╭── {_pack_line(group)}"
+    for example in group.examples:
+        edge = "├── " if group.number is not None else ""
+        yield edge + paint(DIM, row_line(example))
+        body = "".join(_marked(one, color=color) for one in stretches(example, tokenizer))
+        for line in body.split("\n"):
+            yield ("│ " if group.number is not None else "") + line
+    if group.number is not None:
+        yield "╰──"
+
+
+def row_line(example: Example) -> str:
+    """Return `file:line: 12 tokens, 5 trained` (and the sum of weights where they are not all 1)."""
+    trained = int((example.weights > 0).sum())
+    total = float(example.weights.sum(dtype="float64"))
+    by_weight = "" if total == trained else f" ({total:g} by weight)"
+    return f"{_printable(example.source)}: {len(example):,} tokens, {trained:,} trained{by_weight}"
+
+
+def _pack_line(group: Group) -> str:
+    used = sum(len(example) for example in group.examples)
+    of = f" of {group.capacity:,}" if group.capacity else ""
+    rows = f"{len(group.examples)} row{'s' if len(group.examples) != 1 else ''}"
+    return f"pack {group.number}: {rows}, {used:,}{of} tokens; they cannot see each other"
+
+
+def _marked(stretch: Stretch, *, color: bool) -> str:
+    text = _printable(stretch.text).replace("\n", "↵\n")
+    note = f"×{stretch.weight:g} " if stretch.weight not in (0, 1) else ""
+    if not color:
+        return f"{OPEN}{note}{text}{CLOSE}" if stretch.weight > 0 else text
+    code = (BOLD_GREEN if stretch.is_control else GREEN) if stretch.weight > 0 else CYAN if stretch.is_control else ""
+    # Colour is set anew on each line, so that a pager shows every line alike.
+    return "\n".join(f"{code}{line}{RESET}" if code and line else line for line in (note + text).split("\n"))
+
+
+def _printable(text: str) -> str:
+    return "".join(one if one == "\n" or one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+# --- a page -----------------------------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace;
+  padding: .75rem; border: 1px solid #8886;
+border-radius: .4rem; margin: .25rem 0 1rem; } section { border-left: 4px solid #8888; padding-left: 1rem; margin: 1.5rem 0; } .t {
+background: #2da44e40; } .c { color: #0969da; } .t.c { color: inherit; font-weight: 700; } @media (prefers-color-scheme: dark) { .c {
+color: #6cb6ff; } } """
+
+
+def html_page(groups: Iterable[Group], tokenizer: PreTrainedTokenizerBase, *, title: str) -> str:
+    """Return one self-contained HTML page, without scripts and without links to anything."""
+    body = "\n".join(part for group in groups for part in _html_group(group, tokenizer))
+    name = html.escape(title)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f'<meta name="viewport" content="width=device-width"><title>{name}</title><style>{STYLE}</style></head><body>\n'
+        f'<h1>{name}</h1>\n<p><span class="t">trained</span>, <span class="t c">trained control token</span>, '
+        '<span class="c">control token</span>, not trained. Weights other than 0 and 1 are in the tooltip.</p>\n'
+        f"{body}\n</body></html>\n"
+    )
+
+
+def _html_group(group: Group, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    if group.number is not None:
+        yield f"<section><h2>{html.escape(_pack_line(group))}</h2>"
+    for example in group.examples:
+        yield f"<h3>{html.escape(row_line(example))}</h3>"
+        yield f"<pre>{''.join(_html_stretch(one) for one in stretches(example, tokenizer))}</pre>"
+    if group.number is not None:
+        yield "</section>"
+
+
+def _html_stretch(stretch: Stretch) -> str:
+    classes = " ".join(name for name, is_so in (("t", stretch.weight > 0), ("c", stretch.is_control)) if is_so)
+    text = html.escape(_printable(stretch.text))
+    if not classes:
+        return text
+    tip = f' title="weight {stretch.weight:g}"' if stretch.weight not in (0, 1) else ""
+    return f'<span class="{classes}"{tip}>{text}</span>'
