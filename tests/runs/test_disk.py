@@ -67,7 +67,7 @@ def test_a_save_that_never_works_keeps_the_old_goes_on_and_is_exit_6_at_the_end(
     with durable.use_backend(Failing(3, number, for_ever=True)):
         assert attempts.save(lambda: story.save(2)) is None
     assert checkpoint.newest_valid(run) == (checkpoint.checkpoint_of(run, 1), [])
-    with pytest.raises(MachineError, match=r"the last save failed, .*; the checkpoint before it stands") as caught:
+    with pytest.raises(MachineError, match=r"the last save of the checkpoint failed, .*; the one before it stands") as caught:
         attempts.finish()
     assert caught.value.exit_code == 6
     assert durable.errno_of(caught.value) == number
@@ -81,6 +81,17 @@ def test_a_later_save_that_works_makes_the_run_safe_again(run, story):
     assert attempts.save(lambda: story.save(2)) is not None
     attempts.finish()
     assert [one.name for one in run.checkpoints.iterdir()] == ["step-000002"]
+
+
+def test_a_best_model_that_is_saved_does_not_make_up_for_a_checkpoint_that_is_not(run, story):
+    """P7."""
+    attempts = SaveAttempts(sweeper(run))
+    with durable.use_backend(Failing(1, errno.ENOSPC, for_ever=True)):
+        attempts.save(lambda: story.save(1))
+    attempts.save(lambda: story.save_best(1), what="best model")
+    assert attempts.failure is None
+    with pytest.raises(MachineError, match="the last save of the checkpoint failed"):
+        attempts.finish()
 
 
 def test_what_no_disk_recovers_from_is_raised_at_once(run, story):

@@ -59,6 +59,19 @@ def test_a_key_that_is_new_needs_the_users_word():
     assert difference == ("invented", None, 1, Effect.SCHEDULE)
 
 
+@pytest.mark.parametrize("key", ["world_size", "config.training.batch_size", "config.training.gradient_accumulation_steps"])
+def test_another_cut_of_a_step_is_harmless_only_where_the_whole_step_is_known_to_be_the_same(key):
+    """P9."""
+    parts = key.split(".")
+    was, now = ({}, {})
+    for one, value in ((was, 1), (now, 2)):
+        for part in parts[:-1]:
+            one = one.setdefault(part, {})
+        one[parts[-1]] = value
+    assert [one.effect for one in compare(was, now)] == [Effect.SCHEDULE]
+    assert [one.effect for one in compare({**was, "global_batch_size": 4}, {**now, "global_batch_size": 4})] == [Effect.ROUNDING]
+
+
 def test_harmless_and_rounding_changes_go_on_and_are_said():
     differences = changed("threads", 1)
     assert refuse_changes(differences, where="run") == differences

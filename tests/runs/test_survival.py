@@ -22,16 +22,21 @@ def test_a_recovery_that_is_killed_itself_can_be_recovered_from(scene):
     assert scene.kill_twice(every=5) > 50
 
 
+def write_config(folder):
+    durable.write_text(folder / "config.yaml", "all of it")
+
+
 def test_a_run_whose_making_is_killed_exists_whole_or_not_at_all(scene):
     """P1."""
     for at in range(1, 30):
         place = scene.fresh_path()
         try:
-            with durable.use_backend(Killing(at, below=Unsynced())), create_run(place, "a"):
+            with durable.use_backend(Killing(at, below=Unsynced())), create_run(place, "a", fill=write_config):
                 break
         except Killed:
             for run in list_runs(place):
                 RunFolder.open(run.path).close()
+                assert (run.path / "config.yaml").read_text() == "all of it"
             with create_run(place, "b") as run:
                 assert run.state == "running"
             assert [one.name for one in place.iterdir() if one.name.startswith(".")] == []

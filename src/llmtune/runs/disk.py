@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from llmtune import durable
-from llmtune.errors import MachineError
+from llmtune.errors import MachineError, Problem
 
 __all__ = ["DiskForecast", "SaveAttempts", "forecast_disk", "free_bytes_at"]
 
@@ -97,13 +97,15 @@ class SaveAttempts:
         """`sweep` clears what a failed save could not remove; each save is tried `attempts` times."""
         self._sweep = sweep
         self._attempts = attempts
+        self._failures: dict[str, MachineError] = {}
         self.failure: MachineError | None = None
-        """Why the last save failed; None when it worked, or when none was tried."""
+        """Why the save tried last failed; None when it worked, or when none was tried."""
 
-    def save(self, save: Callable[[], _T]) -> _T | None:
+    def save(self, save: Callable[[], _T], *, what: str = "checkpoint") -> _T | None:
         """Call `save` and return its result, or None when the machine refused every attempt (`failure` says why).
 
         Only what a disk may recover from is tried again or passed over (full, input/output error, read-only); any other error is raised.
+        A later success makes up only for failures of the same `what`.
         """
         for _ in range(self._attempts):
             try:
@@ -111,24 +113,24 @@ class SaveAttempts:
             except MachineError as error:
                 if durable.errno_of(error) not in _TRANSIENT:
                     raise
-                self.failure = error
-                self._clear()
+                self.failure = self._failures[what] = error
+                self._clear(error)
             else:
                 self.failure = None
+                self._failures.pop(what, None)
                 return result
         return None
 
-    def _clear(self) -> None:
+    def _clear(self, failure: MachineError) -> None:
         try:
             self._sweep()
         except MachineError as error:
-            assert self.failure is not None
-            self.failure.add_note(str(error))
+            failure.add_note(str(error))
 
     def finish(self) -> None:
-        """Raise the MachineError (exit 6) of the last save if it never worked afterwards."""
-        if self.failure is not None:
-            first = self.failure.problems[0]
-            raise MachineError(
-                f"the last save failed, {first.problem}; the checkpoint before it stands", first.where, first.fix
-            ) from self.failure
+        """Raise one MachineError (exit 6) for every kind of save whose last attempt failed."""
+        if self._failures:
+            raise MachineError.all(
+                Problem(f"the last save of the {what} failed, {one.problems[0].problem}; the one before it stands", *one.problems[0][1:])
+                for what, one in self._failures.items()
+            ) from next(iter(self._failures.values()))

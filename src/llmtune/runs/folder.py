@@ -8,7 +8,7 @@ import json
 import os
 import unicodedata
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -113,12 +113,18 @@ def _lock(folder: Path) -> durable.FileLock:
     return durable.FileLock(folder / LOCK_FILE, "the run")
 
 
-def create_run(output_dir: Path | str, name: str, *, identity: Mapping[str, Any] | None = None) -> RunFolder:
+def create_run(
+    output_dir: Path | str,
+    name: str,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    fill: Callable[[Path], None] | None = None,
+) -> RunFolder:
     """Make the folder of a new run under `output_dir`, with its run.json, and lock it.
 
     When the name is taken the run is called NAME-2, NAME-3 and so on; several processes may do this at once. `identity` goes into
-    run.json, its secrets hidden. The folder appears under its name whole or not at all. Raises UsageError for a name that cannot be one,
-    MachineError.
+    run.json, its secrets hidden; `fill` writes what else a run must have from its first moment (its config). The folder appears under its
+    name whole or not at all. Raises UsageError for a name that cannot be one, MachineError.
     """
     checked_name(name)
     output_dir = Path(output_dir).absolute()
@@ -142,6 +148,8 @@ def create_run(output_dir: Path | str, name: str, *, identity: Mapping[str, Any]
             with durable.commit_folder(path, sealed=False, replace=False) as staging:
                 durable.write_json(staging / RUN_FILE, info)
                 durable.make_folder(staging / "checkpoints")
+                if fill is not None:
+                    fill(staging)
                 lock = _lock(staging)
         except BaseException as error:
             if lock is not None:

@@ -45,6 +45,9 @@ class Difference(NamedTuple):
         return f"{self.key} was {self.was!r}, is now {self.now!r}"
 
 
+GLOBAL_BATCH = "global_batch_size"
+_CUTS_OF_A_STEP = ("world_size", "config.training.batch_size", "config.training.gradient_accumulation_steps")
+
 # The first pattern that fits a key decides; a key without one needs the user's word, so that a new key is never passed over.
 EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("run_id", Effect.SHAPES),
@@ -56,7 +59,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("device*", Effect.ROUNDING),
     ("processor", Effect.ROUNDING),
     ("engine*", Effect.ROUNDING),
-    ("global_batch_size", Effect.SCHEDULE),
+    (GLOBAL_BATCH, Effect.SCHEDULE),
     ("world_size", Effect.ROUNDING),
     ("config.training.batch_size", Effect.ROUNDING),
     ("config.training.gradient_accumulation_steps", Effect.ROUNDING),
@@ -111,10 +114,13 @@ def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
     value.
     """
     flat_was, flat_now = dict(_flat(was)), dict(_flat(now))
+    is_elastic = GLOBAL_BATCH in flat_was and GLOBAL_BATCH in flat_now
     keys = sorted(flat_was.keys() | flat_now.keys())
-    found = [
-        Difference(key, flat_was.get(key), flat_now.get(key), effect_of(key)) for key in keys if flat_was.get(key) != flat_now.get(key)
-    ]
+    found = []
+    for key in keys:
+        if flat_was.get(key) != flat_now.get(key):
+            effect = Effect.SCHEDULE if key in _CUTS_OF_A_STEP and not is_elastic else effect_of(key)
+            found.append(Difference(key, flat_was.get(key), flat_now.get(key), effect))
     return sorted(found, key=lambda one: -one.effect)
 
 

@@ -1,0 +1,63 @@
+"""What a checkpoint costs: seconds of a save with sync and digests, of its verification and loading, and the memory it takes.
+
+    python benchmarks/save_cost.py [megabytes] [folder]
+
+Prints one JSON object. Compare with the seconds of a step of your own run (`step_seconds` in metrics.jsonl).
+"""
+
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from llmtune import durable
+from llmtune.durable.faults import Unsynced
+from llmtune.runs import checkpoint
+from llmtune.runs.folder import create_run
+from llmtune.training.state import Snapshot
+
+
+def peak_megabytes() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+def main() -> None:
+    """Save, verify and load once each."""
+    megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 512
+    count = megabytes * 250_000 // 3
+    weights = {"w": torch.randn(count)}
+    snapshot = Snapshot({"optimizer": {"m": torch.randn(count), "v": torch.randn(count)}}, {"step": 1})
+    figures: dict[str, float] = {"megabytes": megabytes}
+    with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as folder, create_run(folder, "cost") as run:
+
+        def save(step: int) -> float:
+            begin = time.perf_counter()
+            checkpoint.save_checkpoint(run, step, lambda place: durable.write_tensors(place / "model.safetensors", weights), snapshot)
+            return time.perf_counter() - begin
+
+        before = peak_megabytes()
+        save(1)
+        figures["more_memory_megabytes"] = peak_megabytes() - before
+        figures["save_seconds"] = save(2)
+        with durable.use_backend(Unsynced()):
+            figures["save_without_sync_seconds"] = save(3)
+        saved = checkpoint.CheckpointFolder(2, Path(run.checkpoints / "step-000002"))
+        begin = time.perf_counter()
+        assert checkpoint.verify(saved) == []
+        figures["verify_seconds"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        assert checkpoint.verify(saved, past_cache=True) == []
+        figures["verify_from_disk_seconds"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        checkpoint.load(saved)
+        figures["load_snapshot_seconds"] = time.perf_counter() - begin
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+
+
+if __name__ == "__main__":
+    main()
