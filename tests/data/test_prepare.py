@@ -81,6 +81,11 @@ def test_each_row_has_one_fate_and_its_reason(write, config, renderer):
     summary = prepared.ledger.summary()["train"]
     assert summary["notes"] == {"turns-in-a-row": 1, "control-string": 1}
     assert summary["tokens_cut"] == next(one["tokens_lost"] for one in prepared.ledger.entries if one["fate"] == "cut") > 0
+    lost = {int(one["source"].rpartition(":")[2]): (one["tokens"], one["tokens_lost"]) for one in prepared.ledger.entries}
+    assert lost[3][0] == lost[3][1] > 0, "a dropped row loses all its tokens"
+    assert lost[4][0] == lost[4][1] > 0, "and so does a duplicate"
+    assert lost[5] == (lost[5][0], lost[5][0] - 256)
+    assert lost[8] == (lost[8][0], 0)
     assert len(prepared.train) == 4
     json.dumps(summary)
 

@@ -289,17 +289,41 @@ def test_everything_that_cannot_be_found_is_said_at_once(tmp_path):
     (tmp_path / "near.jsonl").write_text("")
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.xls").write_text("")
-    names = ["neat.jsonl", "*.csv", "empty", "rows.xls"]
-    paths = [str(tmp_path / name) for name in names] + ["example:nothing", "example:../configs", "", "no-such/data-set", "a\0b"]
+    names = ["neat.jsonl", "*.csv", "empty", "rows.xls", "x" * 300 + ".jsonl"]
+    paths = [str(tmp_path / name) for name in names] + [
+        "example:nothing",
+        "example:../configs",
+        "",
+        "no-such/data-set",
+        "a\0b",
+        "~no-such-user/a.jsonl",
+    ]
     with pytest.raises(DataError) as caught:
         find_files(sources(*paths), "train")
     said = [str(problem) for problem in caught.value.problems]
     assert len(said) == len(paths)
-    expected = ["did you mean", "no file matches", "holds no file", "not a kind of file", "no example", "no example", "no path"]
-    expected += ["neither a file here nor a data set", "not a path"]
+    expected = [
+        "did you mean",
+        "no file matches",
+        "holds no file",
+        "not a kind of file",
+        "File name too long",
+        "no example",
+        "no example",
+        "no path",
+    ]
+    expected += ["neither a file here nor a data set", "not a path", "there is no file"]
     for index, (text, part) in enumerate(zip(said, expected, strict=True)):
         assert part in text
         assert text.startswith(f"data.train[{index}]: ")
+
+
+def test_a_file_name_of_any_characters_gives_places_that_can_be_printed(tmp_path):
+    path = tmp_path / "a b'\n\u2028\udcff🌱.jsonl"
+    path.write_bytes(jsonl(ROWS[:1]) + b"nope")
+    for row in read(path):
+        assert row.source.isprintable()
+        assert row.source.encode()
 
 
 def test_split_names_are_words_of_a_file_name():

@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple
 from llmtune.config.schema import SourceConfig
 from llmtune.config.shipped import shipped_path
 from llmtune.data.readers import COMPRESSIONS, READERS, DamagedFileError, Numbering, compression_errors, is_json_lines, open_bytes
+from llmtune.durable import printable
 from llmtune.errors import DataError, LlmtuneError, Problem
 
-__all__ = ["DataFile", "Purpose", "digest_files", "find_files", "find_held_out_files", "folder_splits", "split_of_name"]
+__all__ = ["DataFile", "Purpose", "digest_files", "find_files", "find_held_out_files", "folder_splits", "home_expanded", "split_of_name"]
 
 Purpose = Literal["train", "eval"]
 
@@ -116,7 +117,7 @@ def find_held_out_files(sources: Sequence[SourceConfig]) -> list[DataFile]:
 
 def _is_folder(source: SourceConfig) -> bool:
     name = source.path.removeprefix("example:")
-    path = shipped_path("example-data") / name if name != source.path else Path(name).expanduser()
+    path = shipped_path("example-data") / name if name != source.path else home_expanded(name)
     return path.is_dir() and not any((path / info).is_file() for info in _SAVED)
 
 
@@ -127,7 +128,7 @@ def _files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[DataFi
         raise _NotFoundError(f"{source.path!r} is not a path", "take the NUL character out")
     if source.path.startswith("example:"):
         return [_data_file(place, source, index) for place in _example(source, purpose)]
-    path = Path(source.path).expanduser()
+    path = home_expanded(source.path)
     try:
         if path.is_dir():
             if any((path / info).is_file() for info in _SAVED):
@@ -148,6 +149,13 @@ def _files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[DataFi
     return [_hub_dataset(source, index, purpose)]
 
 
+def home_expanded(path: str) -> Path:
+    """The path with a leading `~` filled in; left as it is where there is no such home folder."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
+
+
 def _data_file(place: _Place, source: SourceConfig, index: int) -> DataFile:
     kind = _kind(place.path)
     if kind is None:
@@ -166,7 +174,7 @@ def _data_file(place: _Place, source: SourceConfig, index: int) -> DataFile:
             raise _NotFoundError(f"cannot read {place.label!r}: {error.strerror}", "check its permissions") from None
     except compression_errors():
         pass  # likewise
-    return DataFile(place.label, kind, source, index, path=place.path)
+    return DataFile(printable(place.label), kind, source, index, path=place.path)
 
 
 def _kind(path: Path) -> str | None:

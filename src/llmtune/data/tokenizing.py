@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from llmtune.config.schema import DataConfig
 from llmtune.data.cache import cache_key, default_cache_dir, open_or_build
@@ -13,7 +12,7 @@ from llmtune.data.example import Row
 from llmtune.data.formats import DETECTION_ROWS, detect_format
 from llmtune.data.ledger import LedgerPart
 from llmtune.data.outcomes import Outcome, RowRules
-from llmtune.data.places import DataFile, Purpose
+from llmtune.data.places import DataFile, Purpose, home_expanded
 from llmtune.data.readers import Record
 from llmtune.data.sources import BadRow, parse_record, read_records
 from llmtune.data.template import Renderer
@@ -71,7 +70,7 @@ def tokenize_side(
     rules = row_rules(config)
     limit = config.max_samples if purpose == "train" else None
     facts = {"renderer": renderer.digest, "formats": formats, "rules": rules._asdict(), "max_samples": limit}
-    folder = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
+    folder = home_expanded(config.cache_dir) if config.cache_dir else default_cache_dir()
     job = Job(tuple(files), tuple(formats), renderer, rules)
     workers = config.num_workers or available_cores()
     store, said = open_or_build(
