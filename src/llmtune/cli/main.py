@@ -69,6 +69,11 @@ COMMANDS: tuple[Command, ...] = (
     Command("verify checkpoint", "verify:checkpoint", "Every byte of a run's checkpoints is what was saved.", "Check"),
     Command("runs", "runs:runs", "List the runs of a folder: state, step, loss.", "Watch"),
     Command("explain", "explain:explain", "Say what an exit code or a kind of error means, and the way out.", "Check"),
+    Command("merge-lora", "merge:merge_lora", "Fold an adapter into its base, and check the result.", "Use the result"),
+    Command("evaluate", "evaluate:evaluate", "Measure loss, perplexity and bits per byte on held-out rows.", "Use the result"),
+    Command("generate", "generate:generate", "Answer prompts, rendered exactly as in training.", "Use the result"),
+    Command("chat", "generate:chat", "Talk with a model.", "Use the result"),
+    Command("compare", "compare:compare", "Show base and tuned model side by side on the same prompts.", "Use the result"),
 )
 
 

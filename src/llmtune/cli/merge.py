@@ -39,9 +39,8 @@ def merge_lora(
     for note in report.notes:
         say(note)
     say(f"merged into {report.merged_into}; {report.weights_changed} weights changed")
-    say(
-        f"{report.entries_unchanged_by_rounding:,} of {report.entries_changed:,} changed entries are too small a change for the written type"
-    )
+    lost = f"{report.entries_unchanged_by_rounding:,} of {report.entries_changed:,}"
+    say(f"{lost} changed entries change by less than the written type can express")
     found = report.difference
     say(
         f"against base + adapter: largest logit difference {found.max_abs_logit:.3g}, mean KL {found.mean_kl:.3g} nats ({report.tolerance})"
