@@ -22,6 +22,36 @@ def load_bench():
     return module
 
 
+def resume_is_exact(bench, devices):
+    """P2 with dropout, each rank drawing from generators of its own: stopped after 3 steps and gone on with, nothing differs."""
+    from llmtune.training.state import capture, restore
+
+    def start():
+        model = bench.make_model(attention_dropout=0.2)
+        plan = bench.make_plan(
+            bench.make_examples(13), batch_size=2, accumulation=1, epochs=2, world_size=devices.world_size, rank=devices.rank
+        )
+        torch.manual_seed(100 + devices.rank)
+        return bench.Training(model, plan, devices=devices)
+
+    whole = start()
+    losses = [result.train_mean_nll for result in whole.run()]
+    first = start()
+    steps = first.steps()
+    for _ in range(3):
+        next(steps)
+    parts = {"parameters": first.parameters, "optimizer": first.optimizer, "precision": first.precision, "state": first.state}
+    snapshot = capture(**parts, devices=devices)
+    assert len(snapshot.tensors["rng"]["torch"]) == devices.world_size
+    second = start()
+    torch.manual_seed(0)
+    second.model.load_state_dict(first.model.state_dict())
+    parts = {"parameters": second.parameters, "optimizer": second.optimizer, "precision": second.precision, "state": second.state}
+    restore(snapshot, **parts, devices=devices)
+    assert [result.train_mean_nll for result in second.run()] == losses[3:]
+    assert bench.same_bits(second.weights(), whole.weights())
+
+
 def main(output):
     """Train 13 sequences an epoch in windows of 4: the last window of an epoch has a single row, so one of two ranks gets none."""
     from llmtune.training.devices import Devices
@@ -53,6 +83,7 @@ def main(output):
             for r in results
         ]
         Path(f"{output}/{name}.json").write_text(json.dumps({"lines": lines, "shares": shares}))
+    resume_is_exact(bench, devices)
     ranks = devices.gather_rows(torch.tensor([devices.rank, 7]))
     assert ranks.tolist() == [[rank, 7] for rank in range(devices.world_size)]
     assert devices.sum(1.0, float(devices.rank)) == (devices.world_size, sum(range(devices.world_size)))

@@ -31,9 +31,13 @@ def outputs(tmp_path_factory):
         port = probe.getsockname()[1]
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     processes = [start(output), *(start(output, **together, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2))]
-    for process in processes:
-        errors = process.communicate(timeout=120)[1]
-        assert process.returncode == 0, errors
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(errors)
     return output
 
 

@@ -6,19 +6,19 @@ back to the same bits.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import numpy as np
 import torch
 
 from llmtune.errors import CheckpointError
+from llmtune.training.devices import Devices
 from llmtune.training.optim import Optimizer
 from llmtune.training.precision import Precision
+from llmtune.training.randomness import capture_rng, restore_rng
 
-__all__ = ["Snapshot", "TrainingState", "capture", "capture_rng", "restore", "restore_rng"]
+__all__ = ["Snapshot", "TrainingState", "capture", "restore"]
 
 
 @dataclass
@@ -58,13 +58,27 @@ class Snapshot:
     state: dict[str, Any] = field(default_factory=dict)
 
 
-def capture(*, parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer, precision: Precision, state: TrainingState) -> Snapshot:
-    """Copy optimizer, loss scale, random generators and counters. `parameters`: the trained ones by name."""
+def capture(
+    *,
+    parameters: Mapping[str, torch.nn.Parameter],
+    optimizer: Optimizer,
+    precision: Precision,
+    state: TrainingState,
+    devices: Devices | None = None,
+) -> Snapshot:
+    """Copy optimizer, loss scale, counters, and the random generators of every process (one row each).
+
+    `parameters`: the trained ones by name. With several processes each must call it: the generators are gathered, the rest is the same on
+    all.
+    """
+    devices = devices or Devices(precision.device)
     tensors, scalars = _capture_optimizer(parameters, optimizer)
-    rng_tensors, rng_scalars = capture_rng(precision.device)
     return Snapshot(
-        tensors={"optimizer": tensors, "rng": rng_tensors},
-        state={"training": asdict(state), "precision": precision.state_dict(), "optimizer": scalars, "rng": rng_scalars},
+        tensors={
+            "optimizer": tensors,
+            "rng": {name: devices.gather_rows(value) for name, value in capture_rng(precision.device).items()},
+        },
+        state={"training": asdict(state), "precision": precision.state_dict(), "optimizer": scalars},
     )
 
 
@@ -75,16 +89,24 @@ def restore(
     optimizer: Optimizer,
     precision: Precision,
     state: TrainingState,
+    devices: Devices | None = None,
 ) -> None:
     """Put a snapshot back, bit for bit, into objects built as those it was taken from.
 
+    Each process takes its own random generators. On another number of processes than before there is no such thing: a process beyond them
+    goes on from the first one's, at a point of its own.
     Raises CheckpointError when it belongs to another optimizer or to other parameters; nothing has been changed then.
     """
+    rank = devices.rank if devices else 0
     _restore_optimizer(snapshot.tensors["optimizer"], snapshot.state["optimizer"], parameters, optimizer)
     precision.load_state_dict(snapshot.state["precision"])
     for one in fields(TrainingState):
         setattr(state, one.name, snapshot.state["training"][one.name])
-    restore_rng(snapshot.tensors["rng"], snapshot.state["rng"], precision.device)
+    rows = snapshot.tensors["rng"]
+    known = rank < len(rows["torch"])
+    restore_rng({name: row[rank if known else 0] for name, row in rows.items()}, precision.device)
+    if not known:
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)
 
 
 def _capture_optimizer(
@@ -155,32 +177,3 @@ def _restore_optimizer(
         part.state.pop(parameter, None)
         if state:
             part.state[parameter] = state
-
-
-def capture_rng(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Copy the state of every global random generator: Python's, NumPy's, torch's on the CPU and on `device`."""
-    version, words, python_gauss = random.getstate()
-    kind, keys, position, has_gauss, numpy_gauss = np.random.get_state(legacy=True)
-    tensors = {
-        "python": torch.tensor(words, dtype=torch.int64),
-        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        tensors["cuda"] = torch.cuda.get_rng_state(device)
-    scalars = {
-        "python": {"version": version, "gauss": python_gauss},
-        "numpy": {"kind": str(kind), "position": int(position), "has_gauss": int(has_gauss), "gauss": float(numpy_gauss)},
-    }
-    return tensors, scalars
-
-
-def restore_rng(tensors: Mapping[str, torch.Tensor], scalars: Mapping[str, Any], device: torch.device) -> None:
-    """Set every global random generator to a captured state; a GPU's only where one was captured."""
-    python, numpy = scalars["python"], scalars["numpy"]
-    random.setstate((python["version"], tuple(tensors["python"].tolist()), python["gauss"]))
-    keys = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state((numpy["kind"], keys, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
-    torch.set_rng_state(tensors["torch"].to(torch.uint8))
-    if device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"].to(torch.uint8), device)
