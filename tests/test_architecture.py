@@ -28,6 +28,7 @@ RANKS = {
     "keeping": 5.5,
     "observation": 5.5,
     "reporting": 5.7,
+    "session": 5.8,
     "pipeline": 6,
     "deploy": 6,
     "watch": 6,

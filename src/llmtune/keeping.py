@@ -68,9 +68,20 @@ def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled) -
     config = prepared.config
     name = run_name(config.run.name, model=prepared.source.short_name, config=resolved.name, seed=config.run.seed)
     forecast = forecast_for(prepared, assembled)
-    run = create_run(
+
+    def fill(folder: Path) -> None:
+        durable.write_text(folder / CONFIG_FILE, config_to_yaml(resolved.config))
+        durable.write_json(folder / ORIGINS_FILE, {key: str(origin) for key, origin in resolved.origins.items()})
+        with durable.AppendLog(folder / LEDGER_FILE) as log:
+            for entry in prepared.data.ledger.entries:
+                log.append(entry)
+        if prepared.tokenizer_is_new:
+            checkpoints.save_folder(folder / TOKENIZER_FOLDER, lambda place: save.write_tokenizer(prepared.tokenizer.tokenizer, place))
+
+    return create_run(
         config.run.output_dir,
         name,
+        fill=fill,
         identity={
             "config_name": resolved.name,
             "seed": config.run.seed,
@@ -86,19 +97,6 @@ def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled) -
             **identity.describe_machine(),
         },
     )
-    try:
-        durable.write_text(run.path / CONFIG_FILE, config_to_yaml(resolved.config))
-        durable.write_json(run.path / ORIGINS_FILE, {key: str(origin) for key, origin in resolved.origins.items()})
-        with durable.AppendLog(run.path / LEDGER_FILE) as log:
-            for entry in prepared.data.ledger.entries:
-                log.append(entry)
-        if prepared.tokenizer_is_new:
-            checkpoints.save_folder(run.path / TOKENIZER_FOLDER, lambda folder: save.write_tokenizer(prepared.tokenizer.tokenizer, folder))
-    except BaseException:
-        run.close()
-        durable.remove_tree(run.path)
-        raise
-    return run
 
 
 def identity_of(prepared: Prepared, assembled: Assembled) -> dict[str, Any]:
@@ -201,25 +199,33 @@ class Keeper:
         """Never delete the checkpoint of `step`: this process goes on from it."""
         self._resumed_from = step
 
-    def save(self, step: int, snapshot: Snapshot) -> None:
-        """Commit the checkpoint of `step`, then delete what is no longer wanted; a save that fails is said and the run goes on."""
+    def save(self, step: int, snapshot: Snapshot) -> bool:
+        """Commit the checkpoint of `step`, then delete what is no longer wanted; a save that fails is said and the run goes on.
+
+        Returns whether it was saved.
+        """
         saved = self._attempts.save(
             lambda: checkpoints.save_checkpoint(self._run, step, self._write_weights, snapshot, manifest_extra=self._manifest)
         )
         if saved is None:
             self._say(f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}")
-            return
+            return False
         protected = {self._resumed_from} if self._resumed_from is not None else set()
         for warning in retention.apply(self._run, self._prepared.config.checkpoint.keep_last, protected_steps=protected):
             self._say(f"warning: {warning}")
+        return True
 
     def keep_best(self, metrics: Mapping[str, Any], step: int) -> None:
         """Replace `best/` by the model as it is now."""
-        self._attempts.save(lambda: checkpoints.save_folder(self._run.checkpoints / BEST, self._write_result(metrics, step)))
+        self._attempts.save(
+            lambda: checkpoints.save_folder(self._run.checkpoints / BEST, self._write_result(metrics, step)), what="best model"
+        )
 
     def write_final(self, metrics: Mapping[str, Any], step: int) -> None:
         """Write what the user takes away: adapter or model, tokenizer, chat template, generation config, model card."""
-        self._attempts.save(lambda: checkpoints.save_folder(self._run.checkpoints / FINAL, self._write_result(metrics, step)))
+        self._attempts.save(
+            lambda: checkpoints.save_folder(self._run.checkpoints / FINAL, self._write_result(metrics, step)), what="final model"
+        )
 
     def be_sure(self) -> None:
         """Raise MachineError (exit 6) when the last save never worked."""

@@ -85,6 +85,8 @@ def train(
 
 def show_result(result: Result) -> None:
     """Say how the run ended and where everything is; the folder goes to stdout."""
+    if result.folder is None:
+        return
     from llmtune.reporting import summary_lines
 
     say(f"{result.state} after step {result.step}")

@@ -1,0 +1,250 @@
+"""A run while it trains: what one process holds between two steps, and what is decided at each step boundary.
+
+The loop yields after every optimizer update and `Session` decides, in a plain `for`, what happens then. Every yield is a step boundary, so
+whatever is done there (evaluate, save, stop) loses nothing and changes nothing (promises N12, P2).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmtune import keeping
+from llmtune.assembly import Assembled
+from llmtune.config.layers import ResolvedConfig
+from llmtune.errors import DivergedError, StoppedBySignal
+from llmtune.keeping import Keeper
+from llmtune.observation import Observer, Outlook
+from llmtune.preparation import Prepared
+from llmtune.runs.checkpoint import LoadedCheckpoint
+from llmtune.runs.folder import RunFolder
+from llmtune.runs.signals import StopRequest
+from llmtune.tracking.choose import keeps_record
+from llmtune.tracking.jsonl import RunRecord
+from llmtune.tracking.queue import TrackerQueue
+from llmtune.tracking.tracker import Tracker
+from llmtune.training.loop import StepResult, train_steps
+from llmtune.training.state import TrainingState, capture, restore
+
+__all__ = ["Result", "Session"]
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training left behind."""
+
+    folder: Path | None
+    """The run folder; None in processes that write nothing."""
+    state: str
+    """`finished`, or `stopped` (saved, to be resumed)."""
+    step: int
+    """Updates applied."""
+    metrics: dict[str, Any]
+    """The last training line, and the newest value of every evaluation metric."""
+    outlook: Outlook
+    model: Any
+    tokenizer: Any
+
+
+class Session:
+    """One process's share of a run."""
+
+    def __init__(
+        self,
+        resolved: ResolvedConfig,
+        prepared: Prepared,
+        assembled: Assembled,
+        run: RunFolder | None,
+        trackers: list[Tracker],
+        stop: StopRequest,
+        say: Say,
+    ) -> None:
+        self.prepared, self.assembled, self.run, self.stop, self.say = prepared, assembled, run, stop, say
+        self.config = assembled.config
+        self.learning_rate = assembled.learning_rate
+        """Rate as a function of the updates made; may be replaced between two steps."""
+        self.state = TrainingState()
+        self.metrics: dict[str, Any] = {}
+        self.outcome = "running"
+        self.record = RunRecord(run.path) if run is not None and keeps_record(self.config.tracking) else None
+        self.trackers = TrackerQueue(trackers if run is not None else [], say=say)
+        self.observer = Observer(prepared, assembled, self.record, self.trackers)
+        self.keeper = Keeper(run, prepared, assembled, say) if run is not None else None
+        self._config_name = resolved.name
+        self._saved_windows = -1
+
+    def restore(self, loaded: LoadedCheckpoint | None) -> None:
+        """Put everything back as it was at the checkpoint's step boundary, or as it was before step 1 where nothing was saved."""
+        if loaded is None:
+            if self.record is not None:
+                self.record.rewind({"metrics": 0, "samples": 0})
+            return
+        keeping.restore_weights(self.assembled, loaded.path)
+        extra = loaded.snapshot.state["pipeline"]
+        restore(
+            loaded.snapshot,
+            parameters=self.assembled.parameters,
+            optimizer=self.assembled.optimizer,
+            precision=self.assembled.precision,
+            state=self.state,
+            devices=self.assembled.devices,
+        )
+        self.observer.restore(extra["outlook"])
+        self.metrics = dict(extra["metrics"])
+        if self.record is not None:
+            self.record.rewind(extra["record"])
+        if self.keeper is not None:
+            self.keeper.protect(loaded.step)
+        self._saved_windows = self.state.windows
+
+    def go(self) -> Result:
+        """Train to the end or to a stop."""
+        for _ in self.steps():
+            pass
+        return self.result()
+
+    def steps(self) -> Iterator[StepResult]:
+        """Train, and yield each step after what was due at it (evaluation, checkpoint) was done.
+
+        Whatever happens, run.json says how it ended and trackers are let go; a caller who leaves the loop leaves a saved, resumable run.
+        Raises DivergedError, StoppedBySignal (saved), MachineError.
+        """
+        self.outcome = "failed"
+        try:
+            self._begin()
+            self.outcome = yield from self._train()
+            self._finish()
+        except DivergedError:
+            self.outcome = "diverged"
+            raise
+        except StoppedBySignal:
+            self.outcome = "stopped"
+            raise
+        except GeneratorExit:
+            self.save()
+            self.outcome = "stopped"
+            raise
+        finally:
+            self._let_go()
+
+    def result(self) -> Result:
+        """What the training left behind so far."""
+        return Result(
+            folder=self.run.path if self.run is not None else None,
+            state=self.outcome,
+            step=self.state.step,
+            metrics=self.metrics,
+            outlook=self.observer.outlook,
+            model=self.assembled.model,
+            tokenizer=self.prepared.tokenizer.tokenizer,
+        )
+
+    def evaluate(self, *, full: bool = False) -> dict[str, Any]:
+        """Evaluate now, record it, and keep a new best at once; `full` counts exact answers where the config asks for them."""
+        improved, metrics = self.observer.look(self.state.step, self.state.epoch, full=full)
+        self.metrics |= metrics
+        if improved and self.state.step and self.keeper is not None and self.config.checkpoint.keep_best:
+            self.keeper.keep_best(metrics, self.state.step)
+        return metrics
+
+    def save(self) -> None:
+        """Commit a checkpoint of this step boundary; a disk that refuses costs the save, never the run (P7)."""
+        if self._saved_windows == self.state.windows:
+            return
+        if self.record is not None:
+            self.record.sync()
+        snapshot = capture(
+            parameters=self.assembled.parameters,
+            optimizer=self.assembled.optimizer,
+            precision=self.assembled.precision,
+            state=self.state,
+            devices=self.assembled.devices,
+        )
+        extra: Mapping[str, Any] = {
+            "outlook": self.observer.state(),
+            "metrics": self.metrics,
+            "record": self.record.position() if self.record is not None else {"metrics": 0, "samples": 0},
+        }
+        if self.keeper is not None:
+            saved = self.keeper.save(self.state.step, replace(snapshot, state={**snapshot.state, "pipeline": extra}))
+            self._saved_windows = self.state.windows if saved else -1
+        self.assembled.devices.barrier()
+
+    def _begin(self) -> None:
+        """Tell everyone, and look at the untouched model."""
+        if self.run is not None:
+            self.run.update(state="running", total_steps=self.assembled.batches.total_steps)
+            self.trackers.start(keeping.run_info(self.run, self._config_name, self.prepared, self.assembled, self.state.step))
+        if self.state.windows == 0 and self.config.evaluation.before_training:
+            self.evaluate(full=True)
+
+    def _train(self) -> Generator[StepResult, None, str]:
+        """The loop, and what is decided after each step. Returns `finished` or `stopped`."""
+        assembled, config = self.assembled, self.config
+        deadline = time.monotonic() + 60 * config.training.max_minutes if config.training.max_minutes else None
+        if self.observer.should_stop_early:
+            return "finished"
+        for result in train_steps(
+            nll_sum=assembled.nll_sum,
+            parameters=list(assembled.parameters.values()),
+            optimizer=assembled.optimizer,
+            windows=assembled.batches.windows(self.state.windows),
+            learning_rate=self._rate,
+            precision=assembled.precision,
+            state=self.state,
+            max_grad_norm=config.training.max_grad_norm,
+            devices=assembled.devices,
+            max_skipped_steps=config.training.max_skipped_steps,
+        ):
+            self._note(result)
+            last = self.state.windows == assembled.batches.total_steps
+            if self.observer.is_due(result.step, last=last) and not result.skipped:
+                self.evaluate(full=last)
+            early = not last and self.observer.should_stop_early
+            late = deadline is not None and time.monotonic() > deadline and not last
+            if early or late or last or self.stop.is_requested or self._save_is_due(result):
+                self.save()
+            self.stop.refuse_to_go_on(saved=f"saved after step {result.step}")
+            yield result
+            if early:
+                self.say(f"stopped early: no improvement in {config.evaluation.early_stopping_patience} evaluations")
+                return "finished"
+            if late:
+                self.say(f"stopped after {config.training.max_minutes} minutes; `llmtune resume` goes on")
+                return "stopped"
+        return "finished"
+
+    def _rate(self, step: int) -> float:
+        return self.learning_rate(step)  # looked up at each step, because it may be replaced between two
+
+    def _note(self, result: StepResult) -> None:
+        self.metrics |= result.metrics()
+        self.observer.note(result)
+        if result.skipped:
+            self.say(f"step {result.step + 1} skipped: {result.reason}; rows: {', '.join(result.sources)}")
+
+    def _save_is_due(self, result: StepResult) -> bool:
+        every = self.config.checkpoint.every_steps or self.assembled.batches.steps_per_epoch
+        return result.step % every == 0 and not result.skipped
+
+    def _finish(self) -> None:
+        """Write what the user takes away, and be honest about a disk that never took the last save."""
+        if self.keeper is None:
+            return
+        if self.outcome == "finished":
+            self.keeper.write_final(self.metrics, self.state.step)
+        self.keeper.be_sure()
+
+    def _let_go(self) -> None:
+        self.trackers.finish(self.outcome)
+        if self.record is not None:
+            self.record.close()
+        if self.run is not None:
+            self.run.update(state=self.outcome, step=self.state.step)
+            self.run.close()
+        self.assembled.devices.close()
