@@ -1,8 +1,8 @@
-"""Causal attention by explicit matrix products over tiles, with probabilities recomputed in the backward pass.
+"""Causal attention by explicit matrix products over tiles, keeping memory linear in the tokens.
 
 On a CPU, plain batched products reach several times the rate of the fused attention kernel. A tile is a run of queries (part of one
 document, or several short documents together) and the keys they may see; its scores are one product, its output another. Query heads that
-share a key head are stacked into one product, so keys are never repeated. Only query, key and value are kept for the backward pass.
+share a key head are stacked into one product, so keys are never repeated.
 
 Shapes: T tokens of the row, H query heads, G key/value heads (H = G x R), D head width; a tile has N queries and M keys.
 """
@@ -18,11 +18,16 @@ from torch import Tensor
 
 __all__ = ["TILE_TOKENS", "Tile", "plan_tiles", "tiled_attention"]
 
-TILE_TOKENS = 256
+TILE_TOKENS = 128
 """Queries of a tile: fewer waste time between products, more waste products above the diagonal."""
 
 JOINED_TOKENS = 128
 """Short documents share a tile up to this many tokens: what they compute for nothing costs less than another round of calls."""
+
+
+KEPT_TOKENS = 1024
+"""Rows whose documents are all this short keep their probabilities for the backward pass (at most this many numbers a token and head);
+longer ones compute them again, so that memory grows with the tokens and not with their square."""
 
 
 class Tile(NamedTuple):
@@ -98,49 +103,61 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiles: tuple[Tile, ...], scale: float, softcap: float | None
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiles: tuple[Tile, ...], scale: float, softcap: float | None, keep: bool
     ) -> Tensor:
         heads, total, width = query.shape
         groups = key.shape[0]
         repeats = heads // groups
         output = query.new_empty(total, groups, repeats, width)
-        query_g = query.unflatten(0, (groups, repeats))
+        kept = []
         for tile in tiles:
             rows, keys = slice(tile.start, tile.stop), slice(tile.key_start, tile.stop)
-            scaled = (query_g[:, :, rows] * scale).reshape(groups, -1, width)
+            scaled = _tile_queries(query, rows, groups, scale)
             weights, _ = _probabilities(scaled, key[:, keys], tile, repeats, softcap)
             result = torch.bmm(weights, value[:, keys])
             output[rows] = result.view(groups, repeats, -1, width).permute(2, 0, 1, 3)
-        ctx.save_for_backward(query, key, value)
+            if keep:
+                kept.append(weights)
+        ctx.save_for_backward(query, key, value, *kept)
         ctx.tiles, ctx.scale, ctx.softcap = tiles, scale, softcap
         return output.view(total, heads, width)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        query, key, value = ctx.saved_tensors
+        query, key, value, *kept = ctx.saved_tensors
         heads, total, width = query.shape
         groups = key.shape[0]
         repeats = heads // groups
         grad_query = query.new_empty(total, groups, repeats, width)
         grad_key = torch.zeros(groups, total, width, dtype=torch.float32, device=key.device)
         grad_value = torch.zeros_like(grad_key)
-        query_g = query.unflatten(0, (groups, repeats))
-        grad_g = grad_output.view(total, groups, repeats, width).permute(1, 2, 0, 3)
-        for tile in ctx.tiles:
+        grad_output_HTD = grad_output.transpose(0, 1)
+        for number, tile in enumerate(ctx.tiles):
             rows, keys = slice(tile.start, tile.stop), slice(tile.key_start, tile.stop)
-            scaled = (query_g[:, :, rows] * ctx.scale).reshape(groups, -1, width)
-            grad_rows = grad_g[:, :, rows].reshape(groups, -1, width)
-            weights, capped = _probabilities(scaled, key[:, keys], tile, repeats, ctx.softcap)
+            scaled = _tile_queries(query, rows, groups, ctx.scale)
+            grad_rows = _tile_queries(grad_output_HTD, rows, groups, None)
+            weights, capped = (kept[number], None) if kept else _probabilities(scaled, key[:, keys], tile, repeats, ctx.softcap)
             grad_value[:, keys] += torch.bmm(weights.transpose(1, 2), grad_rows)
             grad_weights = torch.bmm(grad_rows, value[:, keys].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             if capped is not None:
                 grad_scores = grad_scores * (1 - capped.square())
             grad_key[:, keys] += torch.bmm(grad_scores.transpose(1, 2), scaled)
-            grad_tile = torch.bmm(grad_scores, key[:, keys]).mul_(ctx.scale)
-            grad_query[rows] = grad_tile.view(groups, repeats, -1, width).permute(2, 0, 1, 3)
+            grad_tile = torch.bmm(grad_scores, key[:, keys]).view(groups, repeats, -1, width)
+            torch.mul(grad_tile.permute(2, 0, 1, 3), ctx.scale, out=grad_query[rows])
         grad_query_HTD = grad_query.view(total, heads, width).transpose(0, 1)
-        return grad_query_HTD, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
+        return grad_query_HTD, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None, None
+
+
+def _tile_queries(query: Tensor, rows: slice, groups: int, scale: float | None) -> Tensor:
+    """Lay the queries of a tile out as [G, R*N, D], times `scale`, in one pass over them."""
+    part = query[:, rows].unflatten(0, (groups, -1))
+    laid_out = torch.empty(part.shape, dtype=part.dtype, device=part.device)
+    if scale is None:
+        laid_out.copy_(part)
+    else:
+        torch.mul(part, scale, out=laid_out)
+    return laid_out.view(groups, -1, query.shape[-1])
 
 
 def tiled_attention(
@@ -162,5 +179,7 @@ def tiled_attention(
     """
     assert query.shape[0] == 1, "a flat micro-batch is one row"
     tiles = plan_tiles(boundaries, window, tile, query.dtype, query.device)
+    longest = max(stop - start for start, stop in pairwise(boundaries))
+    keep = longest <= KEPT_TOKENS and softcap is None and torch.is_grad_enabled()
     with torch.autocast(query.device.type, enabled=False):
-        return _TiledAttention.apply(query[0], key[0], value[0], tiles, scale, softcap).unsqueeze(0)
+        return _TiledAttention.apply(query[0], key[0], value[0], tiles, scale, softcap, keep).unsqueeze(0)

@@ -23,6 +23,7 @@ from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, ModelError
 from llmtune.models.attention import segment_mask, use_attention, use_segment_attention
 from llmtune.models.fused_adapter import fuse_adapters, unfuse_adapters
+from llmtune.models.fused_norm import fuse_norms, unfuse_norms
 from llmtune.training.fused_loss import Head, find_head, head_nll_sum, trained_rows
 from llmtune.training.loss import plain_nll_sum
 
@@ -74,10 +75,13 @@ def build_engine(model: Any, *, config: Config, device: torch.device, precision:
     if refusal is None:
         for backend in _backends(asked, device, precision):
             fused = fuse_adapters(_base_model(model))
+            if device.type == "cpu":
+                fuse_norms(_base_model(model))
             reason = _try_flat(model, backend, device, precision)
             if reason is None:
                 return _flat_engine(model, backend, device, asked, _adapter_decision(fused) + checkpointing)
             unfuse_adapters(_base_model(model))
+            unfuse_norms(_base_model(model))
             tried.append(f"{backend}: {reason}")
     return _plain_engine(model, asked, "; ".join(tried), checkpointing)
 

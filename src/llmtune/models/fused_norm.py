@@ -1,0 +1,77 @@
+"""RMS normalisation as one step of the graph, keeping its input and one number a token.
+
+The library's version, in single operations, keeps three tensors as large as its input, one of them in float32, and passes over them a
+dozen times.
+
+Shapes: [..., E], E the width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["fuse_norms", "unfuse_norms"]
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = w * round(x / rms(x)), rms in float32; arXiv:1910.07467."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        width = x.shape[-1]
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        inverse = squares.mul_(1 / width).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, inverse, weight)
+        return weight * (x.float() * inverse).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x, inverse, weight = ctx.saved_tensors
+        width = x.shape[-1]
+        # layer normalisation about a mean of 0 differs from this in one term, the mean of w * grad: its fused kernel does all the rest
+        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            grad.to(x.dtype).contiguous(), x, [width], torch.zeros_like(inverse), inverse, weight.float(), None, [True, False, False]
+        )
+        mean = (grad @ weight.to(grad.dtype)).unsqueeze(-1).float() / width
+        grad_x.add_((mean * inverse).to(x.dtype))
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            normal = (x.float() * inverse).to(x.dtype)
+            grad_weight = (grad.float() * normal).flatten(0, -2).sum(dim=0).to(weight.dtype)
+        return grad_x, grad_weight, None
+
+
+class _FusedNorm:
+    """What is put before a model's RMS norm: the same arithmetic in one step."""
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        output: Tensor = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+        return output
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Give every RMS norm that computes exactly this its fused forward; returns how many. Undo with `unfuse_norms`."""
+    norms = [module for module in model.modules() if type(module).__name__ in NORMS]
+    for module in norms:
+        module.__class__ = type(f"Fused{type(module).__name__}", (_FusedNorm, type(module)), {"__doc__": _FusedNorm.__doc__})
+    return len(norms)
+
+
+def unfuse_norms(model: nn.Module) -> None:
+    """Give every norm back its own forward."""
+    for module in model.modules():
+        if isinstance(module, _FusedNorm):
+            module.__class__ = type(module).__mro__[2]
+
+
+NORMS = frozenset(
+    f"{family}RMSNorm" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite", "SmolLM3", "Mixtral", "Qwen3Moe")
+)
+"""Classes of transformers whose arithmetic is that of `_RmsNorm`: scaled by w after rounding, w as it is (Gemma's 1 + w is another)."""
