@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmtune import durable
@@ -37,8 +38,10 @@ def test_weights_are_rounded_once_and_the_model_at_hand_keeps_its_own(tiny_model
     model = load(tiny_model_folder, trained="full").model
     write_model(model, tiny_tokenizer, tmp_path, dtype=dtype)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(theirs[name], weight.to(dtype)) for name, weight in model.state_dict().items())
+    written = load_file(tmp_path / "model.safetensors")
+    assert written.keys() == {name for name, _ in model.named_parameters()}
+    assert all(torch.equal(written[name], weight.to(dtype)) for name, weight in model.named_parameters())
+    assert {one.dtype for one in AutoModelForCausalLM.from_pretrained(tmp_path).parameters()} == {dtype}
     assert {one.dtype for one in model.parameters()} == {torch.float32}
     assert model.config.dtype == torch.float32
 

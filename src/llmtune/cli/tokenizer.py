@@ -48,9 +48,10 @@ def train(
     for note in resolved.notes:
         say(note)
     architecture = settings.model.architecture
+    wanted = vocab_size or architecture.vocab_size or 16_384
     tokenizer = train_tokenizer(
         _told(iter_texts(settings.data)),
-        vocab_size or architecture.vocab_size or 16_384,
+        wanted,
         chat_template=find_chat_template(chat_template or settings.model.chat_template or "chatml"),
         special_tokens=special_token or (),
         min_frequency=min_frequency,
@@ -63,6 +64,8 @@ def train(
     if as_json:
         print(json.dumps({"folder": str(output), **asdict(report)}))
         return
+    if report.vocab_size < wanted:
+        say(f"{wanted:,} entries were asked for; these texts hold no more pairs that are seen {min_frequency} times")
     print(f"{output}: {report.vocab_size:,} entries from {report.texts:,} texts ({report.num_bytes:,} bytes)")
     print(f"  {report.bytes_per_token:.3f} bytes per token; {report.unused_share:.1%} of the entries are unused in these texts")
     failures = report.round_trip_failures
