@@ -113,6 +113,7 @@ class Training:
     max_grad_norm: float | None = 1.0
     max_skipped_steps: int = 3
     nll_sum: Any = None
+    mfu: Any = None
     train_steps: Any = loop.train_steps
     optimizer: Any = None
     devices: Devices = field(default_factory=lambda: Devices(CPU))
@@ -153,6 +154,7 @@ class Training:
             max_grad_norm=self.max_grad_norm,
             devices=self.devices,
             max_skipped_steps=self.max_skipped_steps,
+            mfu=self.mfu,
         )
 
     def run(self):

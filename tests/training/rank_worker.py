@@ -94,3 +94,5 @@ def main(output):
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
     main(sys.argv[1])
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort a process while its interpreter is shutting down

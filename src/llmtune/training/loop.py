@@ -63,14 +63,17 @@ class StepResult:
     """From the end of the step before (or the return from its yield) to this one's."""
     memory_bytes: int
     """Most memory held so far (see `peak_memory_bytes`)."""
-    skipped: bool = False
-    """The loss or the gradients were not finite: nothing was applied."""
     reason: str | None = None
-    """Why the window was skipped."""
+    """Why nothing was applied: the loss or the gradients were not finite."""
     sources: tuple[str, ...] = ()
     """Rows of a skipped window: those of the micro-batches whose loss is not finite, or else all."""
     mfu: float | None = None
     """Part of the device's peak arithmetic rate that the model's own work took, where the peak is known."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the window was consumed and nothing applied."""
+        return self.reason is not None
 
     def metrics(self) -> dict[str, Any]:
         """Give the line that goes to trackers; values that are not finite are None, and only a skipped window says so."""
@@ -108,19 +111,20 @@ def train_steps(
     max_grad_norm: float | None,
     devices: Devices,
     max_skipped_steps: int,
+    mfu: Callable[[float], float] | None = None,
 ) -> Iterator[StepResult]:
     """Train on each window and yield its result; every yield is a safe place to stop.
 
-    `nll_sum(batch)`: sum of weighted nats of a micro-batch, shape []. `parameters`: the trained ones, the same in the same order on
-    every process. `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after `state.windows`.
+    `nll_sum(batch)`: weighted nats of a micro-batch, summed, shape []. `parameters`: the trained ones, in one order on every process.
+    `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after `state.windows`. `mfu`: see `utilization`.
     A window whose loss or gradient norm is not finite is consumed but never applied: it is yielded as skipped, with its rows. Beyond
     `max_skipped_steps` of them raises DivergedError; overflows that are only the fp16 scale's doing are not counted.
     """
     optimizer.zero_grad(set_to_none=True)
     started = time.perf_counter()
     for window in windows:
-        weight, tokens, sequences = devices.sum(window.loss_weight, window.num_tokens, window.num_sequences)
-        divisor = weight or 1.0  # a window without trained tokens has no nats to divide
+        totals = devices.sum(window.loss_weight, window.num_tokens, window.num_sequences)
+        divisor = totals[0] or 1.0  # a window without trained tokens has no nats to divide
         losses: list[torch.Tensor] = []
         rows: list[tuple[str, ...]] = []
         for batch in window.micro_batches:
@@ -135,35 +139,48 @@ def train_steps(
         nats, grad_norm = _read(losses, norm, devices)
         rate = learning_rate(state.step)
         reason = _why_not(nats / divisor, grad_norm)  # the same answer on every process, before the optimizer moves
-        named: tuple[str, ...] = ()
+        named = () if reason is None else rows_of_non_finite_losses(losses, rows) or window.sources
         if reason is None:
             _set_learning_rate(optimizer, rate)
             optimizer.step()
-        else:
-            named = rows_of_non_finite_losses(losses, rows) or window.sources
         optimizer.zero_grad(set_to_none=True)
         overflow = precision.advance(applied=reason is None, loss_is_finite=math.isfinite(nats))
-        state.advance(window.epoch, tokens, weight, sequences, applied=reason is None, overflow=overflow)
+        state.advance(window.epoch, *totals, applied=reason is None, overflow=overflow)
         if state.skipped_steps > max_skipped_steps:
             raise too_many_skipped(reason or "", named, step=state.step, skipped=state.skipped_steps, budget=max_skipped_steps)
 
         yield StepResult(
-            step=state.step,
-            epoch=window.epoch,
-            progress=window.progress,
             train_mean_nll=nats / divisor,
             learning_rate=rate,
             grad_norm=grad_norm,
-            num_tokens=int(tokens),
-            num_loss_tokens=weight,
-            num_sequences=int(sequences),
-            step_seconds=time.perf_counter() - started,
-            memory_bytes=peak_memory_bytes(devices.device),
-            skipped=reason is not None,
             reason=reason,
             sources=named,
+            **_measure(window, totals, state, time.perf_counter() - started, devices, mfu),
         )
         started = time.perf_counter()
+
+
+def _measure(
+    window: Window,
+    totals: tuple[float, ...],
+    state: TrainingState,
+    seconds: float,
+    devices: Devices,
+    mfu: Callable[[float], float] | None,
+) -> dict[str, Any]:
+    """Give the fields of a result that count and measure; `totals` as `devices.sum` gave them."""
+    loss_weight, tokens, sequences = totals
+    return {
+        "step": state.step,
+        "epoch": window.epoch,
+        "progress": window.progress,
+        "num_tokens": int(tokens),
+        "num_loss_tokens": loss_weight,
+        "num_sequences": int(sequences),
+        "step_seconds": seconds,
+        "memory_bytes": peak_memory_bytes(devices.device),
+        "mfu": mfu(tokens / seconds) if mfu else None,
+    }
 
 
 def _read(losses: list[torch.Tensor], norm: torch.Tensor, devices: Devices) -> tuple[float, float]:

@@ -37,7 +37,7 @@ class TrainingState:
     """Windows not applied because the fp16 loss scale was too large; the scale was halved."""
 
     def advance(
-        self, epoch: float, num_tokens: float, num_loss_tokens: float, num_sequences: float, *, applied: bool, overflow: bool
+        self, epoch: float, num_loss_tokens: float, num_tokens: float, num_sequences: float, *, applied: bool, overflow: bool
     ) -> None:
         """Count one consumed window; `epoch` is where it ends, the numbers are those of the window over all devices."""
         self.windows += 1
