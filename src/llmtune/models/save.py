@@ -38,7 +38,7 @@ def write_model(
     dtype: type the weights are rounded to, once; as they are when None. stop_token_ids: every token that ends an answer.
     Raises MachineError when the disk refuses.
     """
-    state = {name: _rounded(tensor, dtype) for name, tensor in model.state_dict().items()}
+    state = _rounded(model.state_dict(), dtype)
     before = model.config.dtype
     with quiet_libraries(), durable.asking_the_system("save", folder):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_bytes)
@@ -119,15 +119,16 @@ def restore_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
-def _rounded(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-
-
-def _how_the_base_is_held(config: Any) -> dict[str, str | None]:
-    """The quantization and the type of the base the adapter was trained beside: a merge needs the very same numbers."""
-    stored = getattr(config, "quantization_config", None)
-    kind = None if stored is None else "4bit" if getattr(stored, "load_in_4bit", False) else "8bit"
-    return {"quantization": kind, "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch.")}
+def _rounded(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The tensors in `dtype`; tensors that were one in memory (a tied head) stay one, so that they are written once."""
+    if dtype is None:
+        return dict(state)
+    done: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    for tensor in state.values():
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in done:
+            done[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {name: done[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
 
 def _write_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int], folder: Path) -> None:
