@@ -131,6 +131,13 @@ def _rounded(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> di
     return {name: done[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
 
+def _how_the_base_is_held(config: Any) -> dict[str, str | None]:
+    """The quantization and the type of the base the adapter was trained beside: a merge needs the very same numbers."""
+    stored = getattr(config, "quantization_config", None)
+    kind = None if stored is None else "4bit" if getattr(stored, "load_in_4bit", False) else "8bit"
+    return {"quantization": kind, "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch.")}
+
+
 def _write_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int], folder: Path) -> None:
     """Say in generation_config.json where an answer ends, so that every program that loads the folder stops there."""
     generation = copy.deepcopy(model.generation_config)
