@@ -13,7 +13,7 @@ __all__ = ["base_name_of", "find_adapter", "find_base", "results_of"]
 
 
 def results_of(source: Path) -> Iterator[Path]:
-    """Yield where `source` (a run, a model or an adapter) may hold what can be used: itself, final, best, checkpoints from the newest on."""
+    """Yield where `source` (a run, a model, an adapter) may hold what can be used: itself, final, best, checkpoints from the newest."""
     yield source
     yield source / "checkpoints" / "final"
     yield source / "final"
