@@ -259,7 +259,8 @@ class Keeper:
     def _card(self, metrics: Mapping[str, Any], step: int) -> str:
         return model_card(
             run=self._run.name,
-            base=self._prepared.config.model.name,
+            base=self._prepared.source.name,
+            base_path=None if self._prepared.source.kind == "scratch" else self._assembled.model.config._name_or_path,
             method="LoRA" if self._assembled.is_adapted else "full",
             step=step,
             total_steps=self._assembled.batches.total_steps,

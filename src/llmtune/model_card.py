@@ -16,6 +16,7 @@ def model_card(
     *,
     run: str,
     base: str,
+    base_path: str | None,
     method: str,
     step: int,
     total_steps: int,
@@ -23,19 +24,23 @@ def model_card(
     data: Mapping[str, Any],
     config: str,
 ) -> str:
-    """A model card in Markdown with the front matter that hubs read. `metrics` as in metrics.jsonl; `data` is the ledger's summary."""
+    """A model card in Markdown with the front matter that hubs read.
+
+    base: name of the base model; base_path: the folder or hub id that transformers loads it from, None for a model made from scratch.
+    metrics: as in metrics.jsonl. data: the ledger's summary.
+    """
     rows = "\n".join(f"| `{name}` | {metrics[name]:.6g} |" for name in _METRICS if isinstance(metrics.get(name), (int, float)))
-    counts = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in data.items() if isinstance(value, int))
+    counts = "; ".join(f"{part}: {fates['input']:,} rows, {fates['used']:,} used" for part, fates in data.items())
     kind = "adapter" if method == "LoRA" else "model"
     load = (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "THIS_FOLDER")'
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base_path}"), "THIS_FOLDER")'
         if method == "LoRA"
         else 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
     )
+    origin = f"base_model: {base_path}\n" if base_path else ""
     return f"""---
-base_model: {base}
-library_name: {"peft" if method == "LoRA" else "transformers"}
+{origin}library_name: {"peft" if method == "LoRA" else "transformers"}
 pipeline_tag: text-generation
 tags: [llmtune, {method.lower()}]
 ---
@@ -48,7 +53,7 @@ This {kind} is `{base}` after {step} of {total_steps} steps of {method} tuning w
 | --- | --- |
 {rows}
 
-Loss is in nats per trained token. Rows: {counts}.
+Loss is in nats per trained token. Data: {counts}.
 
 ```python
 {load}
