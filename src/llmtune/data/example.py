@@ -30,7 +30,7 @@ class Row:
 class Message:
     """One turn of a conversation.
 
-    `weight` is None unless the row gives one: 0 takes the message out of the loss under every `train_on` rule, and `customized` uses it as it is.
+    `weight` is None unless the row gives one: 0 takes the message out of the loss under every `train_on` rule, `customized` uses it as is.
     `extra` holds what a chat template may read beside role and content (`reasoning_content`, `tool_calls`, `tool_call_id`, `name`).
     """
 

@@ -60,7 +60,9 @@ def verify_packing(resolved: ResolvedConfig, options: Options, *, say: Callable[
     packed = [make_micro_batch(examples, "flat", pad)]
     alone = [make_micro_batch([example], "padded", pad) for example in examples]
     plain = _gradients(assembled, lambda batch: plain_nll_sum(assembled.model, batch), alone)
-    _compare(verdict, f"{len(examples)} packed rows = each alone", plain, _gradients(assembled, assembled.engine.nll_sum, packed), PATH_BOUND)
+    _compare(
+        verdict, f"{len(examples)} packed rows = each alone", plain, _gradients(assembled, assembled.engine.nll_sum, packed), PATH_BOUND
+    )
     verdict.note(*_isolation(assembled, examples, pad))
     return verdict
 
