@@ -1,0 +1,41 @@
+"""Memory that goes back to the program, not to the system: allocator settings made once at the start of a training process.
+
+A step allocates and frees the same large blocks over and over. glibc gives blocks above 32 MB back to the system at once, so each is
+made of fresh pages that the kernel must clear when they are first touched: about 2 GB/s, against 20 GB/s for memory already held.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+from llmtune.decisions import Decision
+
+__all__ = ["tune_allocator"]
+
+M_TRIM_THRESHOLD = -1
+M_MMAP_THRESHOLD = -3
+M_MMAP_MAX = -4
+"""Names and numbers of mallopt(3)."""
+
+LARGEST_BLOCK = 1 << 30
+"""Bytes up to which blocks come from memory already held; larger ones are rare and still go straight to the system."""
+
+KEPT = (1 << 31) - 1
+"""Bytes of free memory that are kept at the end of the heap."""
+
+
+def tune_allocator() -> Decision:
+    """Make glibc's allocator keep freed memory for the next step. Call it before torch is imported; a second call changes nothing.
+
+    Safe: it changes when memory returns to the system, never what a program computes. Elsewhere than on glibc nothing is done, and said.
+    """
+    key = "process.allocator"
+    if platform.libc_ver()[0] != "glibc":
+        return Decision(key, "unchanged", "only glibc's allocator is known to need it")
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    if not mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK) and not mallopt(M_MMAP_MAX, 0):  # the first is refused before glibc 2.35
+        return Decision(key, "unchanged", "this allocator takes no settings")
+    mallopt(M_TRIM_THRESHOLD, KEPT)
+    return Decision(key, "keeps freed memory", "memory already held is ten times faster to reuse than fresh pages")
