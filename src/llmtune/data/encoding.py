@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import json
 import secrets
 from collections.abc import Sequence
@@ -40,8 +41,8 @@ class Encoded(NamedTuple):
     """An encoded text of T tokens.
 
     ids: T token ids. starts, stops: the characters [start, stop) of each token; starts never fall. controls: the control tokens, in order.
-    hostile: the control strings that content spelled and that were encoded as plain text. unknown: tokens that stand for characters the tokenizer
-    does not know.
+    hostile: the control strings that content spelled and that were encoded as plain text. unknown: tokens that stand for characters the
+    tokenizer does not know.
     """
 
     ids: list[int]
@@ -88,32 +89,33 @@ class SafeEncoder:
     def encode(self, text: str, runs: Sequence[Run]) -> Encoded:
         """Encode `text`, whose characters come from where `runs` say, without adding special tokens."""
         text = str.__str__(text)  # the bare characters: `Traced` is for the runs
-        first = self._backend.encode(text, add_special_tokens=False)
-        starts, stops = _split_offsets(first.offsets)
-        controls = self._controls(text, first.ids, starts, stops)
-        unknown = self._count_unknown(first.ids, controls)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids = encoding.ids
+        starts, stops = _split_offsets(encoding.offsets)
+        controls = self._controls(text, ids, starts, stops)
+        unknown = self._count_unknown(ids, controls)
         if self._parse_control_tokens:
-            return Encoded(first.ids, starts, stops, controls, (), unknown)
+            return Encoded(ids, starts, stops, controls, (), unknown)
         content = _ContentMap(runs)
         hostile = tuple(self.control_tokens[one.token_id] for one in controls if content.overlaps(one.start, one.stop))
         if not hostile:
-            return Encoded(first.ids, starts, stops, controls, (), unknown)
+            return Encoded(ids, starts, stops, controls, (), unknown)
         return self._encode_hostile(text, content, hostile)
 
     def _controls(self, text: str, ids: Sequence[int], starts: Sequence[int], stops: Sequence[int]) -> list[Control]:
         found = []
         control_tokens = self.control_tokens
-        for place, token_id in enumerate(ids):
-            if token_id in control_tokens:
-                covered = text[starts[place] : stops[place]]
-                # Tokens with lstrip or rstrip cover whitespace around them that may be content.
-                lead = covered.find(control_tokens[token_id])
-                width = len(control_tokens[token_id])
-                if lead < 0 and token_id == self._unknown_id:
-                    continue  # a character the tokenizer does not know, not the text of a control token
-                if lead < 0:
-                    lead, width = len(covered) - len(covered.lstrip()), len(covered.strip())
-                found.append(Control(place, starts[place] + lead, starts[place] + lead + width, token_id))
+        for place in [place for place, token_id in enumerate(ids) if token_id in control_tokens]:
+            token_id, start = ids[place], starts[place]
+            covered = text[start : stops[place]]
+            # Tokens with lstrip or rstrip cover whitespace around them that may be content.
+            lead = covered.find(control_tokens[token_id])
+            width = len(control_tokens[token_id])
+            if lead < 0 and token_id == self._unknown_id:
+                continue  # a character the tokenizer does not know, not the text of a control token
+            if lead < 0:
+                lead, width = len(covered) - len(covered.lstrip()), len(covered.strip())
+            found.append(Control(place, start + lead, start + lead + width, token_id))
         return found
 
     def _count_unknown(self, ids: Sequence[int], controls: Sequence[Control]) -> int:
@@ -226,13 +228,11 @@ class _Map:
 
 
 def _split_offsets(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    starts: list[int] = []
-    stops: list[int] = []
-    latest = 0
-    for start, stop in offsets:
-        latest = max(latest, start)
-        starts.append(latest)
-        stops.append(max(latest, stop))
+    starts = [start for start, _ in offsets]
+    stops = [stop for _, stop in offsets]
+    if starts != sorted(starts):
+        starts = list(itertools.accumulate(starts, max))
+        stops = [max(start, stop) for start, stop in zip(starts, stops, strict=True)]
     return starts, stops
 
 

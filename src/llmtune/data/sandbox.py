@@ -157,6 +157,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     @property
     def budget(self) -> _Budget:
+        """What is left of the limits for the rendering of this thread."""
         return self._local.budget
 
     @budget.setter
@@ -182,10 +183,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
         """Join output pieces, keeping origins, within the size limit."""
         parts: list[str] = []
+        budget = self.budget
         size = 0
         for piece in pieces:
             size += len(piece)
-            self.budget.check_size(size)
+            if size > budget.characters:
+                budget.check_size(size)
             parts.append(piece)
         return concat(parts)
 
@@ -198,6 +201,10 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         """Run `+ * ** %` within the limits and with origins."""
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            if len(left) + len(right) > 65536:  # what is smaller is counted when it is put out
+                self.budget.check_size(len(left) + len(right))
+            return left + right
         if operator in ("*", "**"):
             self._check_numbers((left, right))
         if operator == "*" and any(isinstance(side, (str, list, tuple)) for side in (left, right)):
