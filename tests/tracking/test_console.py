@@ -75,6 +75,12 @@ def test_an_evaluation_is_a_line_of_its_own_names():
     ]
 
 
+def test_exact_answers_are_shown_where_they_were_counted():
+    assert lines_of((0, {"eval_mean_nll": 1.25, "eval_exact_answers": 58, "eval_num_answers": 60})) == [
+        "{'eval_loss': 1.25, 'eval_exact': '58 of 60'}"
+    ]
+
+
 def test_a_loss_that_is_not_a_number_is_shown_as_it_is():
     assert lines_of((1, {"train_mean_nll": float("nan"), "learning_rate": 0.0, "epoch": 0.5})) == [
         "{'loss': nan, 'learning_rate': 0.0, 'epoch': 0.5}"

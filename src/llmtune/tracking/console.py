@@ -116,7 +116,9 @@ def eval_line(metrics: Mapping[str, Any]) -> str:
     """
     names = {"eval_loss": "eval_mean_nll", "eval_perplexity": "eval_perplexity", "eval_bits_per_byte": "eval_bits_per_byte"}
     shown = {name: _rounded(metrics, key, 5) for name, key in names.items() if metrics.get(key) is not None}
-    return str(shown | {"epoch": _epoch(metrics)})
+    if "eval_exact_answers" in metrics:
+        shown["eval_exact"] = f"{metrics['eval_exact_answers']} of {metrics.get('eval_num_answers', '?')}"
+    return str(shown | ({"epoch": _epoch(metrics)} if "epoch" in metrics else {}))
 
 
 def clean(text: str) -> str:

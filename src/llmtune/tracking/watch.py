@@ -1,0 +1,81 @@
+"""Histograms of gradients and weights for trackers that take them (`tracking.watch`), read at the one moment gradients are whole.
+
+Between the backward passes of a step a gradient is a part of itself, and after the step it is gone. The optimizer's own hook before a step
+sees it once, clipped and summed over all processes. The hook only reads, and only in steps that will be logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llmtune.tracking.tracker import Histogram
+
+__all__ = ["HistogramWatch", "histogram_of"]
+
+BINS = 64
+
+
+class HistogramWatch:
+    """Counts histograms in every `every_steps`-th step, starting after `start_step`; `take` hands them out once.
+
+    optimizer: where several step together, the first of them: every gradient is whole by then, and no weight has moved.
+    kind: `gradients`, or `all` for gradients and weights (as they are before the step). `close` removes the hook.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, Tensor],
+        kind: Literal["gradients", "all"],
+        *,
+        every_steps: int,
+        start_step: int = 0,
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._kind = kind
+        self._every_steps = every_steps
+        self._step = start_step
+        self._histograms: dict[str, Histogram] = {}
+        self._hook = optimizer.register_step_pre_hook(self._look)
+
+    def take(self) -> dict[str, Histogram]:
+        """Return what was counted in the last step, and forget it; empty when that step was not looked at."""
+        taken, self._histograms = self._histograms, {}
+        return taken
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._hook.remove()
+
+    def _look(self, optimizer: Any, arguments: Any, keywords: Any) -> None:
+        del optimizer, arguments, keywords
+        self._step += 1
+        if self._step % self._every_steps:
+            return
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self._histograms[f"gradients/{name}"] = histogram_of(parameter.grad)
+            if self._kind == "all":
+                self._histograms[f"weights/{name}"] = histogram_of(parameter)
+
+
+def histogram_of(values: Tensor) -> Histogram:
+    """Return `BINS` counts of the finite values between the smallest and the largest of them.
+
+    >>> sum(histogram_of(torch.tensor([0.0, 1.0, 2.0, float("inf")])).counts)
+    3
+    """
+    finite = values.detach().float().flatten()
+    finite = finite[torch.isfinite(finite)]
+    if finite.numel() == 0:
+        return Histogram((0,) * BINS, tuple(float(edge) for edge in range(BINS + 1)))
+    low, high = (float(bound) for bound in torch.aminmax(finite))
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    counts = torch.histc(finite, bins=BINS, min=low, max=high)
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+    return Histogram(tuple(int(count) for count in counts.tolist()), tuple(edges.tolist()))

@@ -1,0 +1,147 @@
+"""The commands that use a result, through the real program."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from llmtune.cli.main import main
+from llmtune.config.schema import AdapterConfig, ModelConfig
+from llmtune.models import adapters, save
+from llmtune.models.catalog import resolve
+from llmtune.models.load import load_model
+
+
+@pytest.fixture
+def adapter(tmp_path, tiny_model_folder, tiny_tokenizer):
+    """An adapter with random weights, as a run writes it."""
+    loaded = load_model(
+        resolve(str(tiny_model_folder)), ModelConfig(name=str(tiny_model_folder)), tokenizer=tiny_tokenizer,
+        device=torch.device("cpu"), trained="adapter", precision="fp32", seed=0,
+    )  # fmt: skip
+    adapted, _ = adapters.attach_adapter(loaded.model, AdapterConfig(method="lora", r=4), seed=0)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in adapters.trained_parameters(adapted).values():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save.write_adapter(
+        adapted, folder, tokenizer=tiny_tokenizer, stop_token_ids=(2,), base_digest=loaded.base_digest, base_name=str(tiny_model_folder)
+    )
+    return folder
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run one command line; return (exit code, stdout, stderr)."""
+
+    def run_one(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return run_one
+
+
+def answers(out):
+    return [json.loads(line)["text"] for line in out.splitlines()]
+
+
+def test_generate_answers_each_prompt_with_one_json_line(run, tiny_model_folder):
+    code, out, err = run("generate", tiny_model_folder, "hello", "a", "--max-new-tokens", "5", "--json")
+    assert code == 0, err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["hello", "a"]
+    assert all(set(line) == {"prompt", "text", "num_tokens", "stopped_by"} for line in lines)
+
+
+def test_an_adapter_and_the_model_merged_from_it_give_the_same_answers(run, adapter, tiny_model_folder, tmp_path):
+    arguments = ("hello", "the user asks", "--max-new-tokens", "12", "--json")
+    code, _, err = run("merge-lora", adapter, "--output", tmp_path / "merged", "--dtype", "float32")
+    assert code == 0, err
+    tuned = answers(run("generate", adapter, *arguments)[1])
+    assert answers(run("generate", tmp_path / "merged", *arguments)[1]) == tuned
+    assert answers(run("generate", tiny_model_folder, *arguments)[1]) != tuned
+
+
+def test_compare_shows_base_and_tuned_of_each_prompt(run, adapter, tiny_model_folder):
+    _, out, _ = run("compare", adapter, "hello", "--max-new-tokens", "8", "--json")
+    (line,) = [json.loads(line) for line in out.splitlines()]
+    base = answers(run("generate", tiny_model_folder, "hello", "--max-new-tokens", "8", "--json")[1])
+    tuned = answers(run("generate", adapter, "hello", "--max-new-tokens", "8", "--json")[1])
+    assert (line["base"], line["tuned"]) == (base[0], tuned[0])
+
+
+def test_evaluate_measures_every_row_of_a_file(run, adapter, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": "the user asks"}, {"role": "assistant", "content": text}]}) + "\n"
+            for text in ("a", "system of words", "0123456789")
+        )
+    )
+    code, out, err = run("evaluate", adapter, "--data", rows, "--json", "--exact-match", "--batch-size", "2")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["eval_num_answers"] == 3
+    assert found["eval_exact_answers"] == 0
+    assert 3 < found["eval_mean_nll"] < 12
+    assert found["eval_bits_per_byte"] > 0
+    again = json.loads(run("evaluate", adapter, "--data", rows, "--json", "--batch-size", "1")[1])
+    assert again["eval_mean_nll"] == pytest.approx(found["eval_mean_nll"], rel=1e-6)
+
+
+def test_a_chat_keeps_what_was_said_until_reset(run, adapter, monkeypatch):
+    lines = iter(["hello", "hello", "/reset", "hello", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    code, out, err = run("chat", adapter, "--max-new-tokens", "6")
+    assert code == 0, err
+    first, _, third = out.splitlines()
+    assert first == third
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (("generate", "nowhere-at-all", "hi"), 4, "is no name of `llmtune list-models`"),
+        (("merge-lora", "nowhere-at-all", "--output", "x"), 4, "there is no folder `nowhere-at-all`"),
+        (("evaluate", "custom-nano", "--data", "a", "--config", "b"), 2, "both name rows"),
+        (("generate", "nowhere-at-all", "--prompt-file", "no-such-file"), 2, "the prompts cannot be read"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_its_code_and_one_message(run, arguments, code, problem):
+    found, out, err = run(*arguments)
+    assert found == code
+    assert out == ""
+    assert problem in err
+    assert "Traceback" not in err
+
+
+def test_an_adapter_of_another_base_ends_with_code_4_and_leaves_nothing(run, adapter, tmp_path, tiny_model_folder):
+    record = json.loads((adapter / "adapter_base.json").read_text())
+    (adapter / "adapter_base.json").write_text(json.dumps({**record, "base_digest": "0" * 64}))
+    code, _, err = run("merge-lora", adapter, "--output", tmp_path / "merged")
+    assert code == 4
+    assert "trained on other weights" in err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_tuned_model_of_a_whole_run_is_found_and_described(adapter, tmp_path):
+    from llmtune.config.dump import config_to_yaml
+    from llmtune.config.schema import Config
+    from llmtune.evaluation.subject import load_subject
+
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    adapter.rename(folder / "checkpoints" / "final")
+    config = dataclasses.replace(Config(), model=ModelConfig(name="smollm2-135m-instruct"))
+    (folder / "config.yaml").write_text(config_to_yaml(config))
+    (folder / "run.json").write_text(json.dumps({"run_id": "1", "state": "finished"}))
+    subject = load_subject(str(folder))
+    assert subject.is_adapted
+    assert subject.config is not None
+    assert not subject.answers_text
+    assert "final" in subject.description
