@@ -102,6 +102,10 @@ def _fit(
     if conversation.text is not None and rules.min_length is not None and tokens < rules.min_length:
         return lost._replace(reason=Reason(f"shorter than `data.min_length` of {rules.min_length} tokens"))
     if not weights.any():
+        unstable = next((note.text for note in bare.notes if note.code == "unstable"), None)
+        if unstable is not None:
+            fix = "give a template that renders answers after the prompt it gives: `model.chat_template=FILE`"
+            return lost._replace(reason=Reason(f"the row has no trained token: {unstable}", None, fix))
         fix = f"check its weights, and that `data.train_on` ({rules.train_on}) is the rule you want"
         return lost._replace(reason=Reason("the row has no trained token", None, fix))
     if tokens <= rules.max_length:
