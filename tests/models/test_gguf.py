@@ -84,6 +84,31 @@ def test_the_converted_folder_is_a_plain_committed_model(source):
 
 
 @needs_the_package
+def test_nothing_beside_the_file_is_read(source, monkeypatch, tmp_path):
+    """A folder of downloads may hold anything: an adapter or a config that names code beside the GGUF file is left alone."""
+    import shutil
+
+    from llmtune.models import gguf
+
+    (tmp_path / "work").mkdir()
+    shutil.copyfile(source.location, tmp_path / "model.gguf")
+    for name in ("adapter_config.json", "tokenizer_config.json", "config.json"):
+        (tmp_path / name).write_text("damaged")
+    seen = []
+
+    def stop(file, tokenizer):
+        seen.append(len(tokenizer))
+        raise ModelError("far enough")
+
+    monkeypatch.setattr(gguf, "_restore_digit_splitting", stop)
+    read = "transformers.AutoModelForCausalLM.from_pretrained"
+    monkeypatch.setattr(read, lambda folder, **options: seen.append(list(Path(folder).iterdir())))
+    with pytest.raises(ModelError, match="far enough"):
+        gguf._convert(tmp_path / "model.gguf", tmp_path / "work")
+    assert seen == [[], 49_152]
+
+
+@needs_the_package
 def test_digits_are_split_as_in_pretraining(source):
     """The file says `smollm`: digits one by one, so spaces before a number stay together; the naive conversion cuts them otherwise."""
     tokenizer = load_tokenizer(source, ModelConfig(name=NAME)).tokenizer

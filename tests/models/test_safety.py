@@ -208,6 +208,18 @@ def test_no_canary_fires_whatever_is_read_and_whatever_is_wrong(model_folder, lo
     assert not mark.exists()
 
 
+def test_an_adapter_beside_a_model_is_not_joined_to_it_unasked(model_folder, load, tmp_path, monkeypatch):
+    (tmp_path / "canary_library.py").write_text(CANARY.format(mark=str(tmp_path / "mark")))
+    monkeypatch.syspath_prepend(tmp_path)
+    mapping = {"parent_library": "canary_library", "base_model_class": "X"}
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], "auto_mapping": mapping}
+    (model_folder / "adapter_config.json").write_text(json.dumps(config))
+    for trust in (False, True):
+        with pytest.raises(ModelError, match="holds a model and an adapter"):
+            load(model_folder, trust_remote_code=trust)
+    assert not (tmp_path / "mark").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

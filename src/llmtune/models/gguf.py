@@ -65,15 +65,16 @@ def converted_weights_digest(folder: Path) -> str | None:
 
 def _convert(gguf: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from llmtune.models.weights import inspect_weights
 
     try:
         with quiet_libraries(), redirect_stderr(io.StringIO()):  # this progress bar knows no other way to be quiet
-            options = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **options)
-            model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.float32, **options)
+            # The empty folder stands for the model, so that nothing beside the GGUF file (an adapter, a config that names code) is read.
+            options: dict[str, Any] = {"gguf_file": str(gguf.resolve()), "local_files_only": True}
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
+            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False, **options)
     except _UNREADABLE as error:
         first = str(error).strip().splitlines()
         raise ModelError(

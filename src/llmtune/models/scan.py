@@ -25,10 +25,16 @@ _INDEX = "model.safetensors.index.json"
 
 
 def refuse_unsafe_folder(folder: Path, *, trust_remote_code: bool = False, ignore_auto_map: bool = False) -> None:
-    """Raise ModelError with everything in the folder's JSON files that names code or another repository.
+    """Raise ModelError with everything in the folder's JSON files that names code or another repository, or for an adapter beside a model.
 
     `ignore_auto_map` is for models known to load with the library's own code although they also ship theirs; nothing of theirs is run.
     """
+    if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
+        raise ModelError(
+            "the folder holds a model and an adapter; a library would join them unasked, and import what the adapter's config names",
+            where=str(folder),
+            fix="move the adapter (adapter_config.json, adapter_model.safetensors) to a folder of its own",
+        )
     if trust_remote_code:
         return
     problems = list(scan_json_files(folder, ignore_auto_map=ignore_auto_map))
