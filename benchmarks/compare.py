@@ -1,0 +1,133 @@
+"""Train the same rows with llmtune and with what else is installed, in turn, and write a table of ratios.
+
+    python benchmarks/compare.py --workload lora|full|qlora|scratch|short|long [--steps 12] [--rounds 1] [--allocator tcmalloc.so]
+    python benchmarks/compare.py --device cuda --workload gpu-8b|gpu-1b|gpu-8b-qlora
+
+Each contestant runs in a process of its own; a round runs each once. The first step of a run is left out of its rate (it is the time to
+first step). Losses must agree with the first contestant's within 1e-2, or the table says so and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from workloads import WORKLOADS, find_conversations, prepare, scaled
+
+HERE = Path(__file__).resolve().parent
+LOSS_TOLERANCE = 1e-2
+
+
+def contestants(workload: str) -> list[str]:
+    """Who can take part here."""
+    names = ["llmtune", "trainer-best", "trainer-best-bf16", "trainer", "llmtune-plain"]
+    if importlib.util.find_spec("trl") is not None:
+        names += ["trl-best", "trl"]
+    if workload in ("full", "scratch"):
+        names.remove("trainer-best-bf16")  # weights that are trained stay in float32
+    if workload == "long":
+        names = [name for name in names if name not in ("trainer", "trl")]  # a micro-batch of one row is all there is
+    return names
+
+
+def run(name: str, folder: Path, device: str, allocator: str | None) -> dict[str, Any] | str:
+    """Run one contestant; returns its figures, or why there are none."""
+    environment = {**os.environ, **({"LD_PRELOAD": allocator} if allocator and not name.startswith("llmtune") else {})}
+    command = [sys.executable, str(HERE / "contestant.py"), name, str(folder), device]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, env=environment)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+    figures: dict[str, Any] = json.loads(lines[-1])
+    return figures
+
+
+def summary(figures: dict[str, Any]) -> dict[str, float]:
+    """Rates of one run over all steps but the first; `fastest`: its best step, the one that other work on the machine disturbs least."""
+    seconds, tokens = (figures[key][1:] or figures[key] for key in ("seconds", "step_tokens"))
+    rate = sum(tokens) / sum(seconds)
+    return {
+        "tokens": rate,
+        "trained": rate * figures["trained_tokens"] / figures["tokens"],
+        "fastest": max(count / took for count, took in zip(tokens, seconds, strict=True)),
+        "peak": figures["peak_bytes"] / 1e6,
+        "first": figures["first_step_s"],
+        "rate": figures["matrix_rate"] / 1e9,
+        "mfu": rate * figures["needed_operations"] / figures["tokens"] / figures["matrix_rate"],
+        "loss": statistics.fmean(figures["losses"]),
+    }
+
+
+def table(rounds: dict[str, list[dict[str, Any]]], failures: dict[str, str]) -> tuple[str, bool]:
+    """Write the table (Markdown); the second answer says whether all losses agree."""
+    head = (
+        "| | useful tokens/s | best step | of llmtune | trained tokens/s | peak MB | first step s | needed / matrix rate | mean loss |\n"
+        + "| --- " * 9
+        + "|\n"
+    )
+    best = {name: max((summary(one) for one in runs), key=lambda s: s["tokens"]) for name, runs in rounds.items()}
+    mine = best.get("llmtune") or next(iter(best.values()))
+    lines, agree = [], True
+    for name, figures in best.items():
+        others = [summary(one)["tokens"] for one in rounds[name]]
+        spread = f" ({min(others):.0f}-{max(others):.0f})" if len(others) > 1 else ""
+        apart = max(abs(a - b) for a, b in zip(rounds[name][0]["losses"], next(iter(rounds.values()))[0]["losses"], strict=False))
+        agree = agree and apart <= LOSS_TOLERANCE
+        lines.append(
+            f"| {name} | {figures['tokens']:.0f}{spread} | {figures['fastest']:.0f} | {figures['tokens'] / mine['tokens']:.2f} "
+            f"| {figures['trained']:.0f} | {figures['peak']:.0f} | {figures['first']:.1f} | {figures['mfu']:.0%} of {figures['rate']:.0f} GFLOP/s "
+            f"| {figures['loss']:.4f} ({'within' if apart <= LOSS_TOLERANCE else 'APART BY'} {apart:.1e}) |"
+        )
+    lines += [f"| {name} | not run: {why} |" for name, why in failures.items()]
+    return head + "\n".join(lines), agree
+
+
+def main() -> int:
+    """Parse, run in turn, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=sorted(WORKLOADS), default="lora")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", nargs="*", help="run these contestants only")
+    parser.add_argument("--rows-a-step", type=int)
+    parser.add_argument("--conversations", type=Path, default=find_conversations(), help="a ShareGPT file; lengths are drawn without one")
+    parser.add_argument("--allocator", help="library preloaded for the other contestants, for example libtcmalloc.so")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    options = parser.parse_args()
+    workload = scaled(WORKLOADS[options.workload], options.rows_a_step)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "llmtune"))
+    machine = f"{options.device}, {os.cpu_count()} cores, {platform.machine()}"
+    print(f"{workload.name}: {options.steps} steps of {workload.rows_a_step} rows; {machine}; {versions}")
+    rounds: dict[str, list[dict[str, Any]]] = {}
+    failures: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(workload, folder, options.steps, options.conversations)
+        for number in range(options.rounds):
+            for name in options.only or contestants(workload.name):
+                figures = run(name, folder, options.device, options.allocator)
+                if isinstance(figures, str):
+                    failures[name] = figures
+                    continue
+                rounds.setdefault(name, []).append(figures)
+                print(f"  round {number + 1}: {name} {summary(figures)['tokens']:.0f} tokens/s", file=sys.stderr, flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rounds, indent=1), encoding="utf-8")
+    text, agree = table(rounds, failures)
+    print(text)
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

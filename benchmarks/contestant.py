@@ -1,0 +1,304 @@
+"""One contestant's training in a process of its own: `python benchmarks/contestant.py NAME FOLDER STEPS DEVICE`; prints one JSON object.
+
+Every contestant trains the same rows in the same order, with AdamW, a constant rate, clipping at 1 and no decay.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+from workloads import SCRATCH_VOCABULARY, SHAPES, Workload, needed_operations, read
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+warnings.simplefilter("ignore")
+
+Rows = list[tuple[np.ndarray, np.ndarray]]
+Step = tuple[float, float]
+"""Seconds and mean loss (nats per trained token) of one step."""
+
+
+def ours(
+    workload: Workload, rows: Rows, device: str, engine: str = "auto", group_tokens: int | None = None
+) -> Iterator[Step | dict[str, Any]]:
+    """Drive the rooms that the pipeline drives: load, attach, engine, windows, loop."""
+    from llmtune.config.schema import Config, ModelConfig, TrainingConfig
+    from llmtune.data.batches import BatchPlan
+    from llmtune.data.example import Example, ExampleList
+    from llmtune.data.packing import plan_packs
+    from llmtune.models.adapters import trained_parameters
+    from llmtune.training.devices import Devices
+    from llmtune.training.engine import build_engine
+    from llmtune.training.loop import train_steps
+    from llmtune.training.memory import tune_allocator
+    from llmtune.training.optim import build_optimizer
+    from llmtune.training.precision import Precision
+    from llmtune.training.state import TrainingState
+
+    tune_allocator()
+    import torch
+
+    place = torch.device(device)
+    precision = Precision("bf16", place)
+    model = load(workload, device)
+    parameters = trained_parameters(model)
+    config = Config(training=TrainingConfig(engine=engine), model=ModelConfig(gradient_checkpointing=workload.checkpointing))  # type: ignore[arg-type]
+    built = build_engine(model, config=config, device=place, precision=precision)
+    yield {"decisions": [str(one) for one in built.decisions], "config": model.config}
+    model.train()
+    rate = workload.learning_rate
+    optimizer, _ = build_optimizer("adamw", parameters, learning_rate=rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, device=place)
+    examples = ExampleList([Example(str(number), ids, zero_first(weights)) for number, (ids, weights) in enumerate(rows)])
+    lengths = np.array([len(ids) for ids, _ in rows])
+    packs = plan_packs(lengths, workload.pack or int(lengths.max()), "none" if workload.pack is None else "best_fit", None)
+    windows = BatchPlan(
+        examples,
+        packs,
+        batch_size=workload.rows_a_step,
+        accumulation=1,
+        epochs=1,
+        max_steps=None,
+        shuffle_seed=None,
+        layout=built.layout,
+        max_group_tokens=group_tokens or built.max_group_tokens,
+    )
+    steps = train_steps(
+        nll_sum=built.nll_sum,
+        parameters=list(parameters.values()),
+        optimizer=optimizer,
+        windows=windows.windows(),
+        learning_rate=lambda _step: rate,
+        precision=precision,
+        state=TrainingState(),
+        max_grad_norm=1.0,
+        devices=Devices(place),
+        max_skipped_steps=0,
+    )
+    for result in steps:
+        yield result.step_seconds, result.train_mean_nll
+
+
+def trainer(workload: Workload, rows: Rows, device: str, micro_batch: int, base_dtype: str = "float32", sft: bool = False) -> Iterator[Any]:
+    """The Trainer of transformers with peft's model, or TRL's SFTTrainer, bf16 autocast, on padded batches."""
+    import torch
+    import transformers
+
+    model = load(workload, device, base_dtype)
+    yield {"decisions": [], "config": model.config}
+    results: list[Step] = []
+    if sft:
+        import trl
+
+        family, arguments_class, more = (
+            trl.SFTTrainer,
+            trl.SFTConfig,
+            {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}},
+        )
+    else:
+        family, arguments_class, more = transformers.Trainer, transformers.TrainingArguments, {}
+
+    class InOrder(family):  # type: ignore[misc, valid-type]
+        def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_args: Any, **_kwargs: Any) -> None:
+            self.took = time.perf_counter() - self.began
+
+        def on_log(self, *_args: Any, logs: dict[str, float] | None = None, **_kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                results.append((self.took, float(logs["loss"])))
+
+    arguments = arguments_class(
+        output_dir="unused",
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=workload.rows_a_step // micro_batch,
+        learning_rate=workload.learning_rate,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        num_train_epochs=1,
+        bf16=True,
+        use_cpu=device == "cpu",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        gradient_checkpointing=workload.checkpointing,
+        **more,
+    )
+    data = [{"input_ids": ids.tolist(), "labels": np.where(zero_first(w) > 0, ids, -100).tolist()} for ids, w in rows]
+
+    def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in batch)
+        padded = {key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in batch]) for key, fill in FILLS.items()}
+        padded["attention_mask"] = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in batch])
+        return padded
+
+    if sft:
+        import datasets
+
+        data = datasets.Dataset.from_list(data)
+    runner = InOrder(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[Clock()])
+    runner.train()
+    yield from results
+
+
+FILLS = {"input_ids": 0, "labels": -100}
+
+
+def load(workload: Workload, device: str, base_dtype: str = "auto") -> Any:
+    """Load the workload's model, with its adapter attached, exactly as a run would; every contestant starts from these weights."""
+    import torch
+    import transformers
+
+    from llmtune.config.schema import AdapterConfig, ArchitectureConfig, ModelConfig
+    from llmtune.models import adapters, scratch
+    from llmtune.models.catalog import resolve
+    from llmtune.models.load import load_model
+    from llmtune.models.tokenizer import load_tokenizer
+
+    torch.manual_seed(0)
+    with_adapter = workload.method in ("lora", "qlora")
+    if workload.shape is not None:
+        model = random_model(workload, device)
+    elif workload.method == "scratch":
+        words = {str(number): number for number in range(SCRATCH_VOCABULARY)}
+        tokenizer = SimpleNamespace(get_vocab=lambda: words, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+        model = scratch.build_model(scratch.build_config(workload.model, ArchitectureConfig(), tokenizer), seed=0)
+    else:
+        quantization = "4bit" if workload.method == "qlora" else "none"
+        wanted = ModelConfig(name=workload.model, quantization=quantization, dtype=base_dtype)  # type: ignore[arg-type]
+        source = resolve(workload.model, offline=True)
+        tokenizer = load_tokenizer(source, wanted).tokenizer
+        trained = "adapter" if with_adapter else "full"
+        place = torch.device(device)
+        model = load_model(source, wanted, tokenizer=tokenizer, device=place, trained=trained, precision="bf16", seed=0).model  # type: ignore[arg-type]
+    model.config.use_cache = False
+    if with_adapter:
+        model, _ = adapters.attach_adapter(model, AdapterConfig(method="lora", r=workload.rank, alpha=2.0 * workload.rank), seed=0)
+    assert isinstance(model, torch.nn.Module)
+    transformers.set_seed(0)
+    return model.to(device)
+
+
+def random_model(workload: Workload, device: str) -> Any:
+    """Build a model of a published shape with random weights, in bf16, in NF4 for QLoRA."""
+    import torch
+    import transformers
+
+    assert workload.shape is not None
+    config = transformers.LlamaConfig(**SHAPES[workload.shape], max_position_embeddings=131072, rope_theta=500000.0)
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        torch.set_default_dtype(torch.float32)
+    if workload.method == "qlora":
+        from llmtune.models.quantization import import_bitsandbytes
+
+        nn4 = import_bitsandbytes().nn
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, torch.nn.Linear) and name != "lm_head":
+                    made = nn4.Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+                    made.weight = nn4.Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+                    setattr(parent, name, made.to(device))
+    return model
+
+
+def zero_first(weights: np.ndarray) -> np.ndarray:
+    """The same weights with none on the first token, which nothing predicts."""
+    return np.concatenate([np.zeros(1, dtype=np.float32), weights[1:]])
+
+
+def step_tokens(workload: Workload, lengths: np.ndarray, steps: int) -> list[int]:
+    """Real tokens of each step; an even share where rows are packed first."""
+    if workload.pack is not None:
+        return [int(lengths.sum() / steps)] * steps
+    return [int(part.sum()) for part in np.split(lengths, range(workload.rows_a_step, len(lengths), workload.rows_a_step))]
+
+
+def matrix_rate(device: str) -> float:
+    """Best rate of a bf16 product of the model's size, in operations a second."""
+    import torch
+
+    size = (2048, 576, 1536) if device == "cpu" else (8192, 8192, 8192)
+    a, b = (torch.randn(*shape, dtype=torch.bfloat16, device=device) for shape in (size[:2], (size[2], size[1])))
+    best = float("inf")
+    for _ in range(20):
+        started = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size[0] * size[1] * size[2] / best
+
+
+def main() -> None:
+    """Run one contestant and print its figures."""
+    name, folder, device = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    workload, rows = read(folder)
+    run = CONTESTANTS[name](workload, rows, device)
+    about: dict[str, Any] = next(run)
+    first = 0.0
+    steps: list[Step] = []
+    for step in run:
+        first = first or time.time() - psutil.Process().create_time()
+        steps.append(step)
+    import torch
+
+    lengths = np.array([len(ids) for ids, _ in rows])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device == "cpu" else torch.cuda.max_memory_allocated()
+    trained = float(sum((zero_first(weights) > 0).sum() for _, weights in rows))
+    print(
+        json.dumps(
+            {
+                "name": name,
+                "seconds": [seconds for seconds, _ in steps],
+                "losses": [loss for _, loss in steps],
+                "step_tokens": step_tokens(workload, lengths, len(steps)),
+                "tokens": int(lengths.sum()),
+                "trained_tokens": trained,
+                "needed_operations": needed_operations(workload, about["config"], lengths, trained).total,
+                "matrix_rate": matrix_rate(device),
+                "first_step_s": first,
+                "peak_bytes": peak,
+                "decisions": about["decisions"],
+                "threads": torch.get_num_threads(),
+            }
+        )
+    )
+
+
+CONTESTANTS: dict[str, Callable[[Workload, Rows, str], Iterator[Any]]] = {
+    "llmtune": ours,
+    "llmtune-plain": lambda w, r, d: ours(w, r, d, engine="plain"),
+    "llmtune-4096": lambda w, r, d: ours(w, r, d, group_tokens=4096),
+    "trainer": lambda w, r, d: trainer(w, r, d, w.rows_a_step),
+    "trainer-best": lambda w, r, d: trainer(w, r, d, 1),
+    "trainer-best-bf16": lambda w, r, d: trainer(w, r, d, 1, base_dtype="bfloat16"),
+    "trl": lambda w, r, d: trainer(w, r, d, w.rows_a_step, sft=True),
+    "trl-best": lambda w, r, d: trainer(w, r, d, 1, sft=True),
+}
+"""`-best` is a micro-batch of one row, accumulated: the setting that wastes nothing on padding, which few users find."""
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Where a step's time goes, by part, and what of it is needed work: `python benchmarks/profile_step.py --workload lora [--steps 3]`.
+
+Every operation's own time is given to one part: by the fused function it runs in, by its shape (products with the adapter's rank), or by
+its name. The parts and the time between operations add up to the step; the last line says how nearly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import contestant
+import numpy as np
+from workloads import WORKLOADS, find_conversations, needed_operations, prepare, read, scaled
+
+PARTS = ("linear", "adapter", "attention", "norm", "loss", "optimizer", "data", "other")
+OWNERS = (
+    ("_TiledAttention", "attention"),
+    ("scaled_dot_product", "attention"),
+    ("_RmsNorm", "norm"),
+    ("layer_norm", "norm"),
+    ("rms_norm", "norm"),
+    ("_HeadLoss", "loss"),
+    ("cross_entropy", "loss"),
+    ("log_softmax", "loss"),
+    ("Optimizer.step", "optimizer"),
+    ("clip", "optimizer"),
+    ("part: ", ""),
+)
+"""Names of operations (parts of them) that own everything that runs inside, first match wins; `part: x` names its part itself."""
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "MmBackward", "AddmmBackward")
+
+
+def part_of(event: Any, rank: int) -> str:
+    """Say to which part an operation's own time belongs."""
+    inside, one = False, event
+    while one is not None:
+        for name, part in OWNERS:
+            if name in one.name:
+                return part or one.name.removeprefix("part: ")
+        inside = inside or "_LoraGroup" in one.name
+        one = one.cpu_parent
+    if event.name in PRODUCTS or any(name in event.name for name in PRODUCTS):
+        sizes = {size for shape in event.input_shapes or () if isinstance(shape, (list, tuple)) for size in shape if isinstance(size, int)}
+        return "adapter" if inside and sizes & {rank, 2 * rank, 3 * rank} else "linear"
+    return "adapter" if inside else "other"
+
+
+def profiled(folder: Path, device: str, skipped: int) -> tuple[Counter[str], float, Any]:
+    """Train the rows of `folder` under the profiler; seconds by part, seconds of all steps, and the model's config."""
+    workload, rows = read(folder)
+    import torch
+
+    run = contestant.ours(workload, rows, device)
+    about = next(run)
+    for _ in range(skipped):
+        next(run)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        began = time.perf_counter()
+        for _ in run:
+            pass
+        seconds = time.perf_counter() - began
+    found: Counter[str] = Counter()
+    for event in profiler.events():
+        found[part_of(event, workload.rank)] += event.self_cpu_time_total / 1e6
+    return found, seconds, about["config"]
+
+
+def main() -> None:
+    """Parse, train, print the parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=sorted(WORKLOADS), default="lora")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rows-a-step", type=int)
+    parser.add_argument("--conversations", type=Path, default=find_conversations())
+    parser.add_argument("--device", choices=("cpu",), default="cpu", help="operations are timed on the host: a GPU needs its own profiler")
+    options = parser.parse_args()
+    workload = scaled(WORKLOADS[options.workload], options.rows_a_step)
+    with tempfile.TemporaryDirectory() as temporary:
+        prepare(workload, Path(temporary), options.steps + 1, options.conversations)
+        _, rows = read(Path(temporary))
+        found, seconds, config = profiled(Path(temporary), options.device, skipped=1)
+    rows = rows[workload.rows_a_step :]
+    lengths = np.array([len(ids) for ids, _ in rows])
+    trained = float(sum((contestant.zero_first(weights) > 0).sum() for _, weights in rows))
+    needs = needed_operations(workload, config, lengths, trained)
+    rate = contestant.matrix_rate(options.device)
+    floors = {"linear": needs.linear, "adapter": needs.adapter, "attention": needs.attention, "loss": needs.head}
+    print(f"{workload.name}: {lengths.sum()} tokens in {options.steps} steps, {seconds:.2f} s; matrix rate {rate / 1e9:.0f} GFLOP/s")
+    print(f"{'part':12} {'seconds':>8} {'share':>6} {'floor s':>8}")
+    for part in PARTS:
+        floor = f"{floors[part] / rate:8.2f}" if part in floors else " " * 8
+        print(f"{part:12} {found[part]:8.2f} {found[part] / seconds:6.1%} {floor}")
+    print(f"{'sum':12} {sum(found.values()):8.2f} {sum(found.values()) / seconds:6.1%} {needs.total / rate:8.2f}")
+
+
+if __name__ == "__main__":
+    main()
