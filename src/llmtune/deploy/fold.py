@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["Folded", "fold_bias", "fold_low_rank", "round_once"]
 
-CHUNK_ENTRIES = 4_000_000
+CHUNK_ENTRIES = 2_000_000
 """Entries worked on at once: bounds what float64 costs to about 100 MB, however large the matrix."""
 
 
@@ -71,7 +71,7 @@ def fold_bias(bias: Tensor, delta: Tensor, *, scaling: float, dtype: torch.dtype
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return float64 `values` in `dtype`, each rounded to the nearest exactly once.
+    """Return `values` in `dtype`, each rounded to the nearest exactly once.
 
     torch turns float64 into a 16-bit type by way of float32, which rounds twice and can end on the wrong side. Rounding to *odd* on the way
     (Boldo and Melquiond, 2008) keeps what the second rounding needs to know.
@@ -80,7 +80,7 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     >>> just_above_the_middle.to(torch.bfloat16).item(), round_once(just_above_the_middle, torch.bfloat16).item()
     (1.0, 1.0078125)
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if values.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
         return values.to(dtype)
     nearest = values.float()
     back = nearest.double()

@@ -125,7 +125,7 @@ def _merged_weight(plan: MergePlan, name: str, written: Written) -> Tensor:
     dtype = plan.dtype if plan.dtype is not None and base.is_floating_point() else plan.base.dtype(plan.sources[name])
     updates = plan.updates.get(name, ())
     if not updates:
-        result = base if base.dtype == dtype else round_once(base.double(), dtype)
+        result = round_once(base, dtype)
     else:
         written.weights_changed += 1
         result = base
@@ -174,27 +174,21 @@ def _apply_bias(weight: Tensor, update: WeightUpdate, tensors: Mapping[str, Tens
 
 
 def _apply_rows(weight: Tensor, update: WeightUpdate, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Folded:
-    result = weight.clone() if weight.dtype == dtype else round_once(weight.double(), dtype)
     rows = torch.tensor(update.rows)
-    before = result[rows]
-    result[rows] = round_once(tensors[update.tensors["value"]].double(), dtype)
-    return Folded(
-        result,
-        int((tensors[update.tensors["value"]].double() != weight[rows].double()).sum()),
-        _same_count(before, result[rows], tensors[update.tensors["value"]], weight[rows]),
-    )
+    replaced = _replaced(weight[rows], tensors[update.tensors["value"]], dtype)
+    result = round_once(weight, dtype)
+    result = result.clone() if result is weight else result
+    result[rows] = replaced.weight
+    return Folded(result, replaced.changed, replaced.unchanged_by_rounding)
 
 
 def _apply_replace(weight: Tensor, update: WeightUpdate, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Folded:
-    value = tensors[update.tensors["value"]]
-    result = round_once(value.double(), dtype)
-    return Folded(
-        result, int((value.double() != weight.double()).sum()), _same_count(round_once(weight.double(), dtype), result, value, weight)
-    )
+    return _replaced(weight, tensors[update.tensors["value"]], dtype)
 
 
-def _same_count(before: Tensor, after: Tensor, value: Tensor, base: Tensor) -> int:
-    return int(((before == after) & (value.double() != base.double())).sum())
+def _replaced(base: Tensor, value: Tensor, dtype: torch.dtype) -> Folded:
+    rounded, changed = round_once(value, dtype), value != base
+    return Folded(rounded, int(changed.sum()), int((changed & (rounded == round_once(base, dtype))).sum()))
 
 
 APPLY = {"low_rank": _apply_low_rank, "bias": _apply_bias, "rows": _apply_rows, "replace": _apply_replace}
