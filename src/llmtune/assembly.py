@@ -13,6 +13,7 @@ import torch
 from llmtune.config.schema import Config, TrainingConfig
 from llmtune.data.batches import BatchPlan, MicroBatch
 from llmtune.decisions import Decision
+from llmtune.errors import ConfigError, Problem
 from llmtune.models import adapters
 from llmtune.models.load import load_model
 from llmtune.preparation import Options, Prepared
@@ -32,6 +33,15 @@ SCRATCH_LEARNING_RATES = ((20_000_000, 1e-3), (100_000_000, 6e-4), (300_000_000,
 
 
 @dataclass(frozen=True)
+STRATEGIES = ("auto", "ddp")
+"""Ways to share a training between processes that exist: one process alone, or the whole model in each and gradients summed."""
+
+WHAT_WORKS = (
+    "use `auto` or `ddp` and start with `torchrun --nproc-per-node N -m llmtune train ...`; "
+    "a model too large for one device may fit with `adapter.method: lora` and `model.quantization: 4bit`"
+)
+
+
 class Counts:
     """Parameters, tied ones counted once."""
 
@@ -65,10 +75,27 @@ class Assembled:
 
 
 def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decision]]:
-    """The device(s) of this process: one alone, or its place among the processes that a launcher started."""
-    devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=config.distributed.timeout_s)
+    """The device(s) of this process: one alone, or its place among the processes that a launcher started.
+
+    Raises ConfigError, before any process is waited for, for a way to share a training that this version does not have.
+    """
+    wanted = config.distributed
+    problems = []
+    if wanted.strategy not in STRATEGIES:
+        what = f"strategy `{wanted.strategy}` does not exist in this version: every process holds the whole model"
+        problems.append(Problem(what, "distributed.strategy", WHAT_WORKS))
+    if wanted.deepspeed_config is not None:
+        what = f"nothing in this version reads the DeepSpeed file `{wanted.deepspeed_config}`"
+        problems.append(Problem(what, "distributed.deepspeed_config", "remove the key"))
+    if problems:
+        raise ConfigError.all(problems)
+    devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=wanted.timeout_s)
     _, decision = choose_device(no_cuda=options.no_cuda)
-    return devices, [decision]
+    decisions = [decision]
+    if wanted.strategy == "ddp" or devices.world_size > 1:
+        count = "1 process: no launcher started more" if devices.world_size == 1 else f"{devices.world_size} processes"
+        decisions.append(Decision("distributed.strategy", "ddp", f"{count}; each holds the whole model"))
+    return devices, decisions
 
 
 def choose_rates(training: TrainingConfig, *, scratch: bool, adapter: bool, parameters: int) -> tuple[TrainingConfig, list[Decision]]:

@@ -18,6 +18,7 @@ from llmtune.evaluation.heldout import evaluate, trained_bytes
 from llmtune.preparation import Prepared
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import TrackerQueue
+from llmtune.tracking.watch import HistogramWatch
 from llmtune.training.loop import StepResult
 
 __all__ = ["Observer", "Outlook"]
@@ -51,7 +52,20 @@ class Observer:
         self._trackers = trackers
         self._config = prepared.config
         self._heldout_bytes: float | None = None
+        self._watch: HistogramWatch | None = None
         self.outlook = Outlook()
+
+    def begin(self, step: int) -> None:
+        """Start to watch gradients where the config asks for it; `step` updates were made before."""
+        kind = self._config.tracking.watch
+        if kind:
+            first, every = self._assembled.optimizer.parts[0], self._config.tracking.every_steps
+            self._watch = HistogramWatch(first, self._assembled.parameters, kind, every_steps=every, start_step=step)
+
+    def end(self) -> None:
+        """Stop to watch gradients."""
+        if self._watch is not None:
+            self._watch.close()
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put back what `state()` gave."""
@@ -63,10 +77,13 @@ class Observer:
 
     def note(self, result: StepResult) -> None:
         """Record one training step; trackers hear of every `tracking.every_steps`-th and of every skipped one."""
+        histograms = self._watch.take() if self._watch is not None else {}
         if result.step % self._config.tracking.every_steps and not result.skipped and result.progress < 1:
             return
         line = result.metrics()
         self._write(result.step, line)
+        if histograms:
+            self._trackers.histograms(result.step, histograms)
 
     def is_due(self, step: int, *, last: bool) -> bool:
         """Whether step `step` ends with an evaluation; the end of the training always does, once."""

@@ -178,6 +178,7 @@ class Session:
     def _begin(self) -> None:
         """Tell everyone, and look at the untouched model."""
         if self.run is not None:
+            self.observer.begin(self.state.step)
             self.run.update(state="running", total_steps=self.assembled.batches.total_steps)
             self.trackers.start(keeping.run_info(self.run, self._config_name, self.prepared, self.assembled, self.state.step))
         if self.state.windows == 0 and self.config.evaluation.before_training:
