@@ -165,13 +165,14 @@ class BatchPlan:
         self._batch_size = batch_size
         self._world_size = world_size
         self._rank = rank
-        self._global_batch = batch_size * accumulation * world_size
+        self.global_batch = batch_size * accumulation * world_size
+        """Sequences of a whole window, over all processes."""
         self._shuffle_seed = shuffle_seed
         self._layout: Layout = layout
         self._max_group_tokens = max_group_tokens
         self._build = functools.partial(_build, examples, layout, pad_id)
         self._epoch_order = functools.lru_cache(maxsize=2)(self._make_epoch_order)
-        self.steps_per_epoch = -(-len(packs) // self._global_batch)
+        self.steps_per_epoch = -(-len(packs) // self.global_batch)
         """Windows in a whole epoch."""
         self.total_steps = _total_steps(self.steps_per_epoch, epochs, max_steps)
         """Windows in the whole training; steps, when none is skipped."""
@@ -187,7 +188,7 @@ class BatchPlan:
 
         Number of processes, micro-batch size, layout and length of the training have no part in it.
         """
-        digest = hashlib.sha256(f"{self._examples.digest} {self._global_batch} {self._shuffle_seed}".encode())
+        digest = hashlib.sha256(f"{self._examples.digest} {self.global_batch} {self._shuffle_seed}".encode())
         digest.update(self._members.astype("<i8").tobytes())
         digest.update(self._ends.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -196,8 +197,7 @@ class BatchPlan:
         """Give the window that makes step number `step`, from 1 to `total_steps`."""
         assert 1 <= step <= self.total_steps, f"step {step} is not in 1..{self.total_steps}"
         place = self._place(step)
-        packs = self._epoch_order(place.epoch)[place.begin : place.end]
-        groups = [group for batch in self._micro_batches(self._deal(packs)) for group in self._split(batch)]
+        packs, groups = self._packs_and_groups(place)
         mine = np.concatenate([np.empty(0, dtype=np.int64), *groups])
         return Window(
             step=step,
@@ -209,6 +209,14 @@ class BatchPlan:
             num_sequences=len(mine),
             row_names=lambda: tuple(self._examples[int(index)].source for index in self._examples_of(packs)),
         )
+
+    def groups(self, step: int) -> list[Indices]:
+        """Give the examples of each micro-batch of this process at step number `step`, as indices, without reading a token."""
+        return self._packs_and_groups(self._place(step))[1]
+
+    def _packs_and_groups(self, place: _Place) -> tuple[Indices, list[Indices]]:
+        packs = self._epoch_order(place.epoch)[place.begin : place.end]
+        return packs, [group for batch in self._micro_batches(self._deal(packs)) for group in self._split(batch)]
 
     def windows(self, start_step: int = 0) -> Iterator[Window]:
         """Give the windows after the first `start_step`, in order."""
@@ -226,8 +234,8 @@ class BatchPlan:
 
     def _place(self, step: int) -> _Place:
         epoch, window = divmod(step - 1, self.steps_per_epoch)
-        begin = window * self._global_batch
-        return _Place(epoch, begin, min(begin + self._global_batch, self.num_packs))
+        begin = window * self.global_batch
+        return _Place(epoch, begin, min(begin + self.global_batch, self.num_packs))
 
     def _examples_of(self, packs: Indices) -> Indices:
         spans = zip(self._begins[packs], self._ends[packs], strict=True)

@@ -27,7 +27,7 @@ from llmtune.models.fused_norm import fuse_norms, unfuse_norms
 from llmtune.training.fused_loss import Head, find_head, head_nll_sum, trained_rows
 from llmtune.training.loss import plain_nll_sum
 
-__all__ = ["Engine", "build_engine", "flat_nll_sum"]
+__all__ = ["Engine", "build_engine", "checkpoint_blocks", "flat_nll_sum"]
 
 GROUP_TOKENS = 2048
 """Tokens that a flat micro-batch is cut to on a CPU (whole documents; a longer one goes alone): more gains little and costs memory."""
@@ -69,7 +69,7 @@ def build_engine(model: Any, *, config: Config, device: torch.device, precision:
             f"model.attention is `{asked}`, which trains only on a CUDA device, not on `{device.type}`",
             fix="use model.attention: auto",
         )
-    checkpointing = _checkpoint_blocks(_base_model(model)) if config.model.gradient_checkpointing is True else ()
+    checkpointing = checkpoint_blocks(_base_model(model)) if config.model.gradient_checkpointing is True else ()
     refusal = _refusal(model, config)
     tried: list[str] = [] if refusal is None else [refusal]
     if refusal is None:
@@ -106,7 +106,7 @@ def _adapter_decision(layers: int) -> tuple[Decision, ...]:
     )
 
 
-def _checkpoint_blocks(base: Any) -> tuple[Decision, ...]:
+def checkpoint_blocks(base: Any) -> tuple[Decision, ...]:
     """Recompute each decoder block in the backward pass. Raises ModelError when the model has no such blocks."""
     if not base.supports_gradient_checkpointing:
         raise ModelError(f"{type(base).__name__} cannot recompute its blocks", fix="set model.gradient_checkpointing: false")

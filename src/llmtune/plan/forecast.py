@@ -1,0 +1,227 @@
+"""From a prepared run to its plan: the largest micro-batch is found exactly, traced once, and added up for a device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import llmtune.models
+import llmtune.training
+from llmtune import __version__
+from llmtune.config.schema import Config
+from llmtune.data.batches import BatchPlan, Layout
+from llmtune.plan.devices import Target, precision_on
+from llmtune.plan.memory import MemoryPlan, add_up
+from llmtune.plan.process import process_bytes
+from llmtune.plan.skeleton import Counted, Shape, build, count, open_shape, weight_dtype
+from llmtune.plan.store import read_entry, write_entry
+from llmtune.plan.trace import MicroBatchShape, Peaks, extrapolate, trace
+from llmtune.preparation import Options, Prepared
+from llmtune.training.engine import GROUP_TOKENS
+from llmtune.training.precision import DTYPES as COMPUTE
+
+__all__ = ["Forecaster", "Steps"]
+
+WINDOWS_LOOKED_AT = 4000
+"""Of a longer run, so many windows evenly spread; all are looked at in a shorter one."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How long a training is, exactly."""
+
+    total_steps: int
+    steps_per_epoch: int
+    sequences: int
+    """Sequences (packs) an epoch."""
+    tokens: int
+    """Real tokens an epoch."""
+    trained_tokens: float
+    """Sum of loss weights an epoch."""
+    run_tokens: int
+    """Real tokens of the whole training."""
+    padding_share: float
+    """Part of the computed positions that is padding, over the windows looked at; 0 where rows are laid end to end."""
+
+
+@dataclass
+class Forecaster:
+    """Plans variants of one prepared run for one device; what was traced once is not traced again, not even by the next process."""
+
+    prepared: Prepared
+    options: Options
+    target: Target
+    world_size: int = 1
+    rank: int = 0
+    _peaks: dict[str, Peaks] = field(default_factory=dict)
+    _counted: dict[str, Counted] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Config:
+        """The config that is planned."""
+        return self.prepared.config
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The model's shape."""
+        return open_shape(self.prepared, self.options)
+
+    @cached_property
+    def precision(self) -> str:
+        """The arithmetic there: fp32, bf16 or fp16."""
+        return precision_on(self.target, self.config.training)
+
+    @cached_property
+    def process(self) -> int:
+        """Bytes of this process without a model, measured once."""
+        return process_bytes(COMPUTE[self.precision]) if self.target.kind == "cpu" else 0
+
+    @property
+    def layout(self) -> Layout:
+        """How the engine lays micro-batches out, as far as that is known before the model is loaded."""
+        config = self.config
+        plain = config.training.engine == "plain" or config.distributed.strategy in ("fsdp", "deepspeed")
+        return "padded" if plain else "flat"
+
+    def batches(self, config: Config) -> BatchPlan:
+        """The windows of a variant of the run; its rows are those of the run."""
+        prepared = replace(self.prepared, config=config)
+        cap = GROUP_TOKENS if self.target.kind == "cpu" and self.layout == "flat" else None
+        return prepared.batch_plan(layout=self.layout, max_group_tokens=cap, rank=self.rank, world_size=self.world_size)
+
+    def steps(self) -> Steps:
+        """Count steps and tokens."""
+        batches, data = self.batches(self.config), self.prepared.data.train
+        lengths = np.asarray(data.lengths, dtype=np.int64)
+        tokens = int(lengths.sum())
+        epochs, rest = divmod(batches.total_steps, batches.steps_per_epoch)
+        tail = range(epochs * batches.steps_per_epoch + 1, epochs * batches.steps_per_epoch + rest + 1)
+        run_tokens = epochs * tokens + self.world_size * sum(int(lengths[group].sum()) for step in tail for group in batches.groups(step))
+        real = positions = 0
+        for group in _groups(batches):
+            real += int(lengths[group].sum())
+            positions += int(lengths[group].max()) * len(group) if self.layout == "padded" else int(lengths[group].sum())
+        return Steps(
+            total_steps=batches.total_steps,
+            steps_per_epoch=batches.steps_per_epoch,
+            sequences=batches.num_packs,
+            tokens=tokens,
+            trained_tokens=float(np.asarray(data.loss_weights, dtype=np.float64).sum()),
+            run_tokens=run_tokens,
+            padding_share=1 - real / positions,
+        )
+
+    def largest(self, config: Config) -> tuple[MicroBatchShape, bool]:
+        """The micro-batch that takes most positions, and whether any window has more than one.
+
+        A lower `data.max_length` than the run's cuts its rows as `overlong: truncate_right` would.
+        """
+        data = self.prepared.data.train
+        lengths = np.minimum(np.asarray(data.lengths, dtype=np.int64), config.data.max_length)
+        weights = np.asarray(data.loss_weights, dtype=np.float64)
+        batches = self.batches(config)
+        worst, several = None, False
+        for step in _steps_looked_at(batches):
+            groups = batches.groups(step)
+            several |= len(groups) > 1
+            for group in groups:
+                shape = MicroBatchShape(tuple(int(one) for one in lengths[group]), round(weights[group].sum()), self.layout)
+                if worst is None or (shape.tokens, shape.trained_tokens) > (worst.tokens, worst.trained_tokens):
+                    worst = shape
+        assert worst is not None
+        return worst, several
+
+    def memory(self, config: Config | None = None) -> MemoryPlan:
+        """Memory by part of the run, or of a variant of it."""
+        config = config or self.config
+        batch, several = self.largest(config)
+        return add_up(
+            self.count(config),
+            self.peaks(config, batch, gradients_held=several),
+            batch,
+            kind=self.target.kind,
+            optimizer=config.training.optimizer,
+            gradients_held=several,
+            process=self.process,
+            file_bytes=self.shape.file_bytes,
+        )
+
+    def count(self, config: Config) -> Counted:
+        """Exact sizes of model and adapter."""
+        key = json.dumps([asdict(config.adapter), config.model.quantization, config.model.dtype])
+        if key not in self._counted:
+            kept = self._key("count", config, None)
+            entry = read_entry(kept)
+            if entry is None:
+                counted = count(self._build(config), config)
+                write_entry(kept, asdict(counted))
+            else:
+                counted = Counted(**entry)
+            self._counted[key] = counted
+        return self._counted[key]
+
+    def peaks(self, config: Config, batch: MicroBatchShape, *, gradients_held: bool) -> Peaks:
+        """What a micro-batch of that shape holds beside the weights."""
+        key = self._key("peaks", config, [asdict(batch), gradients_held])
+        if key not in self._peaks:
+            entry = read_entry(key)
+            peaks = Peaks(entry["phases"], entry["kept"]) if entry is not None else self._trace(config, batch, gradients_held)
+            if entry is None:
+                write_entry(key, asdict(peaks))
+            self._peaks[key] = peaks
+        return self._peaks[key]
+
+    def _trace(self, config: Config, batch: MicroBatchShape, gradients_held: bool) -> Peaks:
+        one, two = (
+            trace(
+                self._build(config, blocks=blocks),
+                batch,
+                device_type=self.target.kind,
+                compute=COMPUTE[self.precision],
+                checkpointing=config.model.gradient_checkpointing is True,
+                gradients_held=gradients_held,
+            )
+            for blocks in (1, 2)
+        )
+        return extrapolate(one, two, self.shape.blocks)
+
+    def _build(self, config: Config, blocks: int | None = None) -> Any:
+        trained = config.adapter.method == "none"
+        scratch = self.prepared.source.kind == "scratch"
+        dtype = weight_dtype(config.model, trained=trained, precision=self.precision, scratch=scratch)
+        return build(self.shape, config, self.prepared.tokenizer.tokenizer, dtype=dtype, blocks=blocks)
+
+    def _key(self, kind: str, config: Config, more: Any) -> str:
+        """Digest of everything that decides a number: shape, adapter, arithmetic, engine, code and library versions."""
+        facts = [
+            kind, self.shape.config.to_dict(), asdict(config.adapter), asdict(config.model), self.precision, self.target.kind,
+            self.prepared.source.kind, self.prepared.tokenizer.digest, more, __version__, _code_digest(),
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _steps_looked_at(batches: BatchPlan) -> Iterator[int]:
+    stride = -(-batches.total_steps // WINDOWS_LOOKED_AT)
+    yield from range(1, batches.total_steps + 1, stride)
+
+
+def _groups(batches: BatchPlan) -> Iterator[Any]:
+    for step in _steps_looked_at(batches):
+        yield from batches.groups(step)
+
+
+def _code_digest() -> str:
+    digest = hashlib.sha256(torch.__version__.encode())
+    rooms = (Path(__file__).parent, *(Path(path) for package in (llmtune.models, llmtune.training) for path in package.__path__))
+    for room in rooms:
+        for path in sorted(room.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""Memory of a training by part, at the worst moment of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmtune.plan.skeleton import Counted
+from llmtune.plan.trace import MicroBatchShape, Peaks
+
+__all__ = ["OPTIMIZER_BYTES", "MemoryPlan", "add_up", "optimizer_bytes"]
+
+ALLOCATOR_SHARE = {"cpu": 0.15, "cuda": 0.05}
+"""What the allocator holds beside live tensors of changing sizes, as a part of them: gaps that no tensor fits into."""
+
+CUDA_CONTEXT_BYTES = 600 << 20
+"""What the driver and its libraries take of a GPU before the first tensor; measured figures lie between 450 and 700 MiB."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a training holds at its worst moment; the parts add up to `peak_bytes`."""
+
+    parts: dict[str, int]
+    """Bytes by part: process, weights, adapter, gradients, optimizer, activations, loss, workspace, allocator."""
+    moment: str
+    """When that is: loading, a phase of the micro-batch, the update, or saving."""
+    batch: MicroBatchShape
+    """The largest micro-batch of the run."""
+    counted: Counted
+
+    @property
+    def peak_bytes(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+
+def optimizer_bytes(name: str, counted: Counted) -> int:
+    """Bytes of the optimizer's state: by the trained weights' own type for AdamW and SGD, by entry for those of bitsandbytes."""
+    return round(OPTIMIZER_BYTES[name](counted))
+
+
+def add_up(
+    counted: Counted,
+    peaks: Peaks,
+    batch: MicroBatchShape,
+    *,
+    kind: str,
+    optimizer: str,
+    gradients_held: bool,
+    process: int,
+    file_bytes: int,
+) -> MemoryPlan:
+    """Put the parts of every moment together and give the worst one. kind: `cpu` or `cuda`; sizes in bytes."""
+    state = optimizer_bytes(optimizer, counted)
+    base = {"process": process if kind == "cpu" else CUDA_CONTEXT_BYTES, "weights": counted.base_bytes, "adapter": counted.adapter_bytes}
+    held = counted.gradient_bytes if gradients_held else 0
+    late = peaks.phase in ("first block", "end") and not gradients_held
+    inside = min(peaks.bytes, counted.gradient_bytes) if late else 0  # gradients that this micro-batch itself has made by then
+    activations = min(peaks.kept, peaks.bytes - inside)
+    rest = peaks.bytes - inside - activations
+    in_loss = peaks.phase == "loss"
+    moments = {
+        peaks.phase: {
+            "gradients": held + inside,
+            "optimizer": state,
+            "activations": activations,
+            "loss": rest if in_loss else 0,
+            "workspace": (0 if in_loss else rest) + counted.largest_linear_bytes,
+            "allocator": round(ALLOCATOR_SHARE[kind] * peaks.bytes),
+        },
+        "update": {"gradients": counted.gradient_bytes, "optimizer": state},
+    }
+    if kind == "cpu":
+        moments["loading"] = {"workspace": file_bytes}
+        moments["saving"] = {"optimizer": state, "workspace": state}  # a snapshot is a copy
+    moment = max(moments, key=lambda one: sum(moments[one].values()))
+    parts = dict.fromkeys(PARTS, 0) | base | moments[moment]
+    return MemoryPlan(parts, moment, batch, counted)
+
+
+PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator")
+
+OPTIMIZER_BYTES: dict[str, Callable[[Counted], float]] = {
+    "adamw": lambda counted: 2 * counted.gradient_bytes,
+    "paged_adamw": lambda counted: 8 * counted.trained,
+    "adamw_8bit": lambda counted: 2.1 * counted.trained,
+    "paged_adamw_8bit": lambda counted: 2.1 * counted.trained,
+    "lion": lambda counted: 4 * counted.trained,
+    "muon": lambda counted: 2 * counted.gradient_bytes,
+    "sgd": lambda counted: counted.gradient_bytes,
+}
+"""Bytes of state an optimizer keeps; for `muon`, whose matrices need half of it, what AdamW would need."""

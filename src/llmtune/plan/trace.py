@@ -1,0 +1,236 @@
+"""What one micro-batch holds in memory, found by running it on stand-in tensors and counting every live byte.
+
+The real engine runs - its fused functions, its chunks, its tiles, its backward pass - on tensors that have shape and type and no
+numbers, so nothing is guessed about what autograd keeps. A skeleton of one block and one of two are traced; blocks are alike, so what more blocks
+hold follows on a straight line, phase by phase.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llmtune.models.attention import segment_mask, use_segment_attention
+from llmtune.models.fused_adapter import fuse_adapters
+from llmtune.models.fused_norm import fuse_norms
+from llmtune.plan.skeleton import base_of, blocks_of, give_stand_ins
+from llmtune.training.engine import checkpoint_blocks
+from llmtune.training.fused_loss import find_head, head_nll_sum
+from llmtune.training.loss import weighted_nll_sum
+
+__all__ = ["MicroBatchShape", "Peaks", "extrapolate", "trace"]
+
+PHASES = ("forward", "loss", "last block", "first block", "end")
+"""Of one micro-batch: forward through the blocks; head and loss, both ways; backward through the last and the first block; the rest."""
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """How a micro-batch lies in memory."""
+
+    lengths: tuple[int, ...]
+    """Tokens of its examples, in order."""
+    trained_tokens: int
+    """Tokens that carry loss."""
+    layout: str
+    """`flat` or `padded`."""
+
+    @property
+    def tokens(self) -> int:
+        """Positions computed, padding included."""
+        return sum(self.lengths) if self.layout == "flat" else len(self.lengths) * max(self.lengths)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Most bytes alive beside weights (and beside gradients that were there before), by phase; and what the forward pass left behind."""
+
+    phases: dict[str, int]
+    kept: int
+    """Bytes alive after the forward pass through the blocks: the activations."""
+
+    @property
+    def bytes(self) -> int:
+        """The most of all phases."""
+        return max(self.phases.values())
+
+    @property
+    def phase(self) -> str:
+        """The phase with the most."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of every storage that is alive, once each."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self.now = 0
+        self.phase = PHASES[0]
+        self.phases = dict.fromkeys(PHASES, 0)
+        for tensor in known:
+            self._note(tensor)
+        self.before = self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._note(leaf)
+        return result
+
+    def enter(self, phase: str) -> None:
+        """From here on peaks belong to `phase`."""
+        self.phase = phase
+        self._see()
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        weakref.finalize(storage, self._drop, key)
+        self._see()
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    def _see(self) -> None:
+        self.phases[self.phase] = max(self.phases[self.phase], self.now)
+
+
+def trace(
+    model: Any,
+    batch: MicroBatchShape,
+    *,
+    device_type: str,
+    compute: torch.dtype | None,
+    checkpointing: bool,
+    gradients_held: bool,
+) -> Peaks:
+    """Run `model` (a skeleton on the meta device; it is used up) on a micro-batch of that shape, forward and backward, and count.
+
+    device_type: `cpu` or `cuda`, whose engine is traced (on CUDA variable-length attention, which keeps what flash attention keeps).
+    compute: autocast's type, None for float32 arithmetic. gradients_held: an earlier micro-batch of the window left its gradients.
+    Raises what the model raises on stand-ins.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    give_stand_ins(model, mode)
+    base = base_of(model)
+    if checkpointing:
+        checkpoint_blocks(base)
+    if batch.layout == "flat":
+        fuse_adapters(base)
+        if device_type == "cpu":
+            fuse_norms(base)
+        use_segment_attention(base, "tiles" if device_type == "cpu" else "sdpa")
+    model.train()
+    known = [*model.parameters(), *model.buffers()]
+    if gradients_held:
+        with mode:
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight.grad = torch.empty_like(weight)
+                    known.append(weight.grad)
+    live = _Live(known)
+    _mark_blocks(blocks_of(model), live)
+    autocast: AbstractContextManager[Any] = torch.autocast("cpu", dtype=compute) if compute is not None else nullcontext()
+    run = _flat if batch.layout == "flat" else _padded
+    inputs = _inputs(batch, mode)
+    with live:
+        with autocast:
+            loss, kept = run(model, batch, inputs, live)
+        loss.backward()
+    return Peaks({phase: max(0, peak - live.before) for phase, peak in live.phases.items()}, max(0, kept - live.before))
+
+
+def extrapolate(one: Peaks, two: Peaks, blocks: int) -> Peaks:
+    """What `blocks` blocks hold, from what one and two hold: each phase on its own straight line."""
+    only = {**one.phases, "last block": one.phases["first block"]}
+
+    def line(first: int, second: int) -> int:
+        return max(0, first + (blocks - 1) * (second - first))
+
+    return Peaks({phase: line(only[phase], two.phases[phase]) for phase in PHASES}, line(one.kept, two.kept))
+
+
+def _mark_blocks(blocks: Sequence[torch.nn.Module], live: _Live) -> None:
+    """Have the backward pass say when it comes to the last block, the first block, and the end."""
+
+    def output_of(phase: str) -> Callable[..., None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: live.enter(phase))
+
+        return hook
+
+    def input_of(_module: Any, inputs: Any) -> None:
+        if inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].requires_grad:
+            inputs[0].register_hook(lambda _: live.enter("end"))
+
+    blocks[0].register_forward_pre_hook(input_of)
+    blocks[0].register_forward_hook(output_of("first block"))
+    if len(blocks) > 1:
+        blocks[-1].register_forward_hook(output_of("last block"))
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Stand-ins for a micro-batch; the document boundaries are real, because the engine reads them as numbers."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    weights: torch.Tensor
+    rows: torch.Tensor
+    targets: torch.Tensor
+    segments: torch.Tensor
+
+
+def _inputs(batch: MicroBatchShape, mode: FakeTensorMode) -> _Inputs:
+    rows = min(batch.trained_tokens, batch.tokens - 1)
+    shape = (1, batch.tokens) if batch.layout == "flat" else (len(batch.lengths), max(batch.lengths))
+    with mode:
+        ids, rows_N = torch.zeros(shape, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+        weights, targets = torch.ones(shape), torch.zeros(rows, dtype=torch.int64)
+    ends = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return _Inputs(ids, ids, weights, rows_N, targets, ends)
+
+
+def _flat(model: Any, batch: MicroBatchShape, inputs: _Inputs, live: _Live) -> tuple[torch.Tensor, int]:
+    """The flat engine's forward, step by step as in `training.engine`."""
+    base = base_of(model)
+    head = find_head(base)
+    assert head is not None
+    mask = segment_mask(inputs.segments, max(batch.lengths), torch.device("cpu"))
+    decoder: Any = base.get_decoder()
+    hidden = decoder(input_ids=inputs.ids, position_ids=inputs.positions, attention_mask=mask, use_cache=False).last_hidden_state
+    trained = hidden[0, inputs.rows]
+    kept = live.now
+    live.enter("loss")
+    return head_nll_sum(head, trained, inputs.targets, inputs.weights[0, : len(inputs.targets)]), kept
+
+
+def _padded(model: Any, _batch: MicroBatchShape, inputs: _Inputs, live: _Live) -> tuple[torch.Tensor, int]:
+    """The plain engine's forward; without its padding mask, whose values a stand-in does not have."""
+    kept = 0
+
+    def at_head(_module: Any, _inputs: Any) -> None:
+        nonlocal kept
+        kept = live.now
+        live.enter("loss")
+
+    base_of(model).get_output_embeddings().register_forward_pre_hook(at_head)
+    logits = model(input_ids=inputs.ids, use_cache=False).logits
+    return weighted_nll_sum(logits, inputs.ids, inputs.weights), kept
