@@ -85,7 +85,8 @@ def table(rounds: dict[str, list[dict[str, Any]]], failures: dict[str, str]) -> 
         agree = agree and apart <= LOSS_TOLERANCE
         lines.append(
             f"| {name} | {figures['tokens']:.0f}{spread} | {figures['fastest']:.0f} | {figures['tokens'] / mine['tokens']:.2f} "
-            f"| {figures['trained']:.0f} | {figures['peak']:.0f} | {figures['first']:.1f} | {figures['mfu']:.0%} of {figures['rate']:.0f} GFLOP/s "
+            f"| {figures['trained']:.0f} | {figures['peak']:.0f} | {figures['first']:.1f} "
+            f"| {figures['mfu']:.0%} of {figures['rate']:.0f} GFLOP/s "
             f"| {figures['loss']:.4f} ({'within' if apart <= LOSS_TOLERANCE else 'APART BY'} {apart:.1e}) |"
         )
     lines += [f"| {name} | not run: {why} |" for name, why in failures.items()]
