@@ -23,6 +23,7 @@ from llmtune.training.neftune import Neftune
 from llmtune.training.optim import Optimizer, build_optimizer, matrices_of_blocks
 from llmtune.training.precision import Precision, choose_precision
 from llmtune.training.schedule import learning_rate_at, warmup_length
+from llmtune.training.utilization import utilization
 
 __all__ = ["Assembled", "Counts", "assemble", "choose_rates", "open_devices"]
 
@@ -32,7 +33,6 @@ SCRATCH_LEARNING_RATES = ((20_000_000, 1e-3), (100_000_000, 6e-4), (300_000_000,
 """(parameters up to, peak rate): smaller models take larger steps; the last rate holds for all larger ones."""
 
 
-@dataclass(frozen=True)
 STRATEGIES = ("auto", "ddp")
 """Ways to share a training between processes that exist: one process alone, or the whole model in each and gradients summed."""
 
@@ -42,6 +42,7 @@ WHAT_WORKS = (
 )
 
 
+@dataclass(frozen=True)
 class Counts:
     """Parameters, tied ones counted once."""
 
@@ -63,6 +64,8 @@ class Assembled:
     optimizer: Optimizer
     precision: Precision
     learning_rate: Callable[[int], float]
+    mfu: Callable[[float], float] | None
+    """From tokens per second to the part of the device's peak rate in use; None where the peak is not known."""
     devices: Devices
     batches: BatchPlan
     base_digest: str
@@ -197,6 +200,7 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
         optimizer=optimizer,
         precision=precision,
         learning_rate=learning_rate,
+        mfu=utilization(devices, precision.name, total=counts.total, trained=counts.trained),
         devices=devices,
         batches=batches,
         base_digest=loaded.base_digest,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from llmtune.runs import identity, retention
 from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import DiskForecast, SaveAttempts, forecast_disk
 from llmtune.runs.folder import RunFolder, clean_name_part, create_run
+from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.state import Snapshot
 
@@ -42,6 +42,7 @@ CONFIG_FILE = "config.yaml"
 ORIGINS_FILE = "origins.json"
 LEDGER_FILE = "ledger.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
+WEIGHTS_FILE = "model.safetensors"
 BEST, FINAL = "best", "final"
 
 OPTIMIZER_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "lion": 4, "muon": 4, "sgd": 4}
@@ -114,6 +115,7 @@ def identity_of(prepared: Prepared, assembled: Assembled) -> dict[str, Any]:
         },
         "versions": identity.describe_machine()["versions"],
         "processor": identity.describe_machine()["processor"],
+        "global_batch_size": assembled.batches.global_batch,
         "device": str(assembled.devices.device),
         "engine": assembled.engine.layout,
         "threads": torch.get_num_threads(),
@@ -160,12 +162,12 @@ def find_checkpoint(run: RunFolder, wanted: Path | None) -> tuple[LoadedCheckpoi
     return checkpoints.load(chosen), []
 
 
-def restore_weights(assembled: Assembled, folder: Path) -> None:
+def restore_weights(assembled: Assembled, loaded: LoadedCheckpoint) -> None:
     """Put the trained weights of a verified checkpoint into the model, bit for bit."""
     if assembled.is_adapted:
-        adapters.fill_adapter(assembled.model, folder)
+        adapters.fill_adapter(assembled.model, loaded.path)
     else:
-        tensors, _ = durable.read_tensors(folder / "model.safetensors")
+        tensors, _ = durable.read_tensors(loaded.path / WEIGHTS_FILE, sha256=loaded.manifest["files"][WEIGHTS_FILE]["sha256"])
         save.restore_weights(assembled.model, tensors)
 
 
@@ -192,21 +194,25 @@ class Keeper:
     def __init__(self, run: RunFolder, prepared: Prepared, assembled: Assembled, say: Callable[[str], None]) -> None:
         self._run, self._prepared, self._assembled, self._say = run, prepared, assembled, say
         self._attempts = SaveAttempts(lambda: durable.sweep_litter(run.checkpoints))
-        self._manifest = {"threads": torch.get_num_threads(), "world_size": assembled.devices.world_size, "process": os.getpid()}
+        self._manifest = {"threads": torch.get_num_threads(), "world_size": assembled.devices.world_size}
         self._resumed_from: int | None = None
 
     def protect(self, step: int) -> None:
         """Never delete the checkpoint of `step`: this process goes on from it."""
         self._resumed_from = step
 
-    def save(self, step: int, snapshot: Snapshot) -> bool:
+    def save(self, step: int, snapshot: Snapshot, record: RunRecord | None) -> bool:
         """Commit the checkpoint of `step`, then delete what is no longer wanted; a save that fails is said and the run goes on.
 
-        Returns whether it was saved.
+        The lines of `record`, which the checkpoint counts on, are on the disk before it. Returns whether it was saved.
         """
-        saved = self._attempts.save(
-            lambda: checkpoints.save_checkpoint(self._run, step, self._write_weights, snapshot, manifest_extra=self._manifest)
-        )
+
+        def commit() -> Path:
+            if record is not None:
+                record.sync()
+            return checkpoints.save_checkpoint(self._run, step, self._write_weights, snapshot, manifest_extra=self._manifest)
+
+        saved = self._attempts.save(commit)
         if saved is None:
             self._say(f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}")
             return False
@@ -236,7 +242,7 @@ class Keeper:
         if self._assembled.is_adapted:
             save.write_adapter(self._assembled.model, folder, **self._base())
         else:
-            save.write_weights(self._assembled.model, folder / "model.safetensors", metadata={"format": "pt"})
+            save.write_weights(self._assembled.model, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             durable.write_json(folder / "config.json", self._assembled.model.config.to_dict())
 
     def _base(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from llmtune.tracking.choose import choose_trackers
 from llmtune.tracking.tracker import Tracker
 from llmtune.training.devices import Devices
 
-__all__ = ["Result", "preflight", "resume", "start", "train"]
+__all__ = ["Result", "preflight", "reopen", "resume", "start", "train"]
 
 Say = Callable[[str], None]
 
@@ -59,34 +59,51 @@ def resume(
     checkpoint: Path | None = None,
     say: Say = reporting.silent,
 ) -> Result:
-    """Go on with a run (a folder, a name, or None for the newest unfinished one) from its newest valid checkpoint.
+    """Go on with a run (a folder, a name, or None for the newest unfinished one) from its newest valid checkpoint, to its end or a stop.
+
+    Raises what `reopen` raises, and what the rooms raise.
+    """
+    with StopRequest() as stop:
+        chosen = options or Options()
+        return reopen(name, chosen, stop, overrides=overrides, allow_changes=allow_changes, checkpoint=checkpoint, say=say).go()
+
+
+def reopen(
+    name: str | None,
+    options: Options,
+    stop: StopRequest,
+    *,
+    overrides: Sequence[str] = (),
+    allow_changes: bool = False,
+    checkpoint: Path | None = None,
+    say: Say,
+) -> Session:
+    """Open a stopped run at its newest valid checkpoint; nothing is trained yet.
 
     What differs from the stopped run is said before the first step, and refused where it would make it another training (unless
     `allow_changes`) or where the checkpoint no longer fits. Raises CheckpointError when nothing can be used.
     """
-    options = options or Options()
-    with StopRequest() as stop:
-        with stop.interrupting():
-            folder = checkpoint.parent.parent if checkpoint else resolve_run(name, _output_dir(overrides))
-            resolved = load_config(str(folder / keeping.CONFIG_FILE), overrides=overrides)
-            run = RunFolder.open(folder)
-            try:
-                trackers, _ = _trackers(resolved)
-                loaded, problems = keeping.find_checkpoint(run, checkpoint)
-                reporting.say_resume(run, loaded, problems, say)
-                tokenizer_folder = run.path / keeping.TOKENIZER_FOLDER
-                prepared, devices = preflight_again(resolved, options, tokenizer_folder if tokenizer_folder.is_dir() else None, say)
-                assembled = assemble(prepared, options, devices)
-                now = keeping.identity_of(prepared, assembled)
-                differences = identity.compare(run.info["identity"], now)
-                for one in identity.refuse_changes(differences, where=str(run.path), allow_changes=allow_changes):
-                    reporting.say_difference(one, say)
-            except BaseException:
-                run.close()
-                raise
-        session = Session(resolved, prepared, assembled, run, trackers, stop, say)
-        session.restore(loaded)
-        return session.go()
+    with stop.interrupting():
+        folder = checkpoint.parent.parent if checkpoint else resolve_run(name, _output_dir(overrides))
+        resolved = load_config(str(folder / keeping.CONFIG_FILE), overrides=overrides, environ={})
+        run = RunFolder.open(folder)
+        try:
+            trackers, _ = _trackers(resolved)
+            loaded, problems = keeping.find_checkpoint(run, checkpoint)
+            reporting.say_resume(run, loaded, problems, say)
+            tokenizer_folder = run.path / keeping.TOKENIZER_FOLDER
+            prepared, devices = preflight_again(resolved, options, tokenizer_folder if tokenizer_folder.is_dir() else None, say)
+            assembled = assemble(prepared, options, devices)
+            now = keeping.identity_of(prepared, assembled)
+            differences = identity.compare(run.info["identity"], now)
+            for one in identity.refuse_changes(differences, where=str(run.path), allow_changes=allow_changes):
+                reporting.say_difference(one, say)
+        except BaseException:
+            run.close()
+            raise
+    session = Session(resolved, prepared, assembled, run, trackers, stop, say)
+    session.restore(loaded)
+    return session
 
 
 def _output_dir(overrides: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from llmtune import keeping
 from llmtune.assembly import Assembled
 from llmtune.config.layers import ResolvedConfig
-from llmtune.errors import DivergedError, StoppedBySignal
+from llmtune.errors import DivergedError, MachineError, StoppedBySignal
 from llmtune.keeping import Keeper
 from llmtune.observation import Observer, Outlook
 from llmtune.preparation import Prepared
@@ -68,6 +68,8 @@ class Session:
         self.config = assembled.config
         self.learning_rate = assembled.learning_rate
         """Rate as a function of the updates made; may be replaced between two steps."""
+        self.measure: Callable[[StepResult], Mapping[str, Any]] | None = None
+        """Further values of a step, for its line (the Python API's metrics); plain numbers, and never able to raise."""
         self.state = TrainingState()
         self.metrics: dict[str, Any] = {}
         self.outcome = "running"
@@ -84,7 +86,7 @@ class Session:
             if self.record is not None:
                 self.record.rewind({"metrics": 0, "samples": 0})
             return
-        keeping.restore_weights(self.assembled, loaded.path)
+        keeping.restore_weights(self.assembled, loaded)
         extra = loaded.snapshot.state["pipeline"]
         restore(
             loaded.snapshot,
@@ -156,8 +158,6 @@ class Session:
         """Commit a checkpoint of this step boundary; a disk that refuses costs the save, never the run (P7)."""
         if self._saved_windows == self.state.windows:
             return
-        if self.record is not None:
-            self.record.sync()
         snapshot = capture(
             parameters=self.assembled.parameters,
             optimizer=self.assembled.optimizer,
@@ -171,16 +171,16 @@ class Session:
             "record": self.record.position() if self.record is not None else {"metrics": 0, "samples": 0},
         }
         if self.keeper is not None:
-            saved = self.keeper.save(self.state.step, replace(snapshot, state={**snapshot.state, "pipeline": extra}))
+            saved = self.keeper.save(self.state.step, replace(snapshot, state={**snapshot.state, "pipeline": extra}), self.record)
             self._saved_windows = self.state.windows if saved else -1
         self.assembled.devices.barrier()
 
     def _begin(self) -> None:
         """Tell everyone, and look at the untouched model."""
         if self.run is not None:
-            self.observer.begin(self.state.step)
             self.run.update(state="running", total_steps=self.assembled.batches.total_steps)
             self.trackers.start(keeping.run_info(self.run, self._config_name, self.prepared, self.assembled, self.state.step))
+            self.observer.begin(self.state.step)
         if self.state.windows == 0 and self.config.evaluation.before_training:
             self.evaluate(full=True)
 
@@ -201,6 +201,7 @@ class Session:
             max_grad_norm=config.training.max_grad_norm,
             devices=assembled.devices,
             max_skipped_steps=config.training.max_skipped_steps,
+            mfu=assembled.mfu,
         ):
             self._note(result)
             last = self.state.windows == assembled.batches.total_steps
@@ -224,8 +225,9 @@ class Session:
         return self.learning_rate(step)  # looked up at each step, because it may be replaced between two
 
     def _note(self, result: StepResult) -> None:
-        self.metrics |= result.metrics()
-        self.observer.note(result)
+        further = self.measure(result) if self.measure is not None else {}
+        self.metrics |= {**further, **result.metrics()}
+        self.observer.note(result, further)
         if result.skipped:
             self.say(f"step {result.step + 1} skipped: {result.reason}; rows: {', '.join(result.sources)}")
 
@@ -242,10 +244,22 @@ class Session:
         self.keeper.be_sure()
 
     def _let_go(self) -> None:
+        """Let trackers, files and the run go. A disk that refuses is said, and is the run's outcome only where nothing worse happened."""
         self.trackers.finish(self.outcome)
+        refusals: list[MachineError] = []
+        run, closing = self.run, []
         if self.record is not None:
-            self.record.close()
-        if self.run is not None:
-            self.run.update(state=self.outcome, step=self.state.step)
-            self.run.close()
+            closing.append(self.record.close)
+        if run is not None:
+            closing.append(lambda: run.update(state=self.outcome, step=self.state.step))
+        for close in closing:
+            try:
+                close()
+            except MachineError as error:
+                self.say(f"warning: {error}")
+                refusals.append(error)
+        if run is not None:
+            run.close()
         self.assembled.devices.close()
+        if refusals and self.outcome == "finished":
+            raise refusals[0]

@@ -7,11 +7,14 @@ part of every checkpoint.
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmtune import durable
+from llmtune.errors import MachineError
 
 __all__ = ["RunRecord"]
 
@@ -20,18 +23,19 @@ class RunRecord:
     """The two files, open for appending.
 
     A checkpoint stores `position()` and a resumed run hands it back to `rewind`, which drops the lines of steps that will be made again.
+    A full disk does not end a run here: refused lines wait in memory, in order, and `sync` and `close` say so if they still do (P7).
     """
 
     def __init__(self, folder: Path) -> None:
-        self._metrics = durable.AppendLog(folder / "metrics.jsonl")
-        self._samples = durable.AppendLog(folder / "samples.jsonl")
+        self._metrics = _PatientLog(folder / "metrics.jsonl")
+        self._samples = _PatientLog(folder / "samples.jsonl")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line of metrics. Raises MachineError when the disk refuses."""
+        """Append one line of metrics."""
         self._metrics.append({"step": step, **metrics})
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append one line for each answer. Raises MachineError when the disk refuses."""
+        """Append one line for each answer."""
         for row in rows:
             self._samples.append({"step": step, **row})
 
@@ -49,6 +53,43 @@ class RunRecord:
         self._samples.sync()
 
     def close(self) -> None:
-        """Sync and close both files."""
-        self._metrics.close()
-        self._samples.close()
+        """Sync and close both files. Raises MachineError when lines are still refused."""
+        try:
+            self.sync()
+        finally:
+            self._metrics.close()
+            self._samples.close()
+
+
+class _PatientLog:
+    """A durable log whose refused lines wait for their turn."""
+
+    def __init__(self, path: Path) -> None:
+        self._log = durable.AppendLog(path)
+        self._waiting: deque[Mapping[str, Any]] = deque()
+
+    @property
+    def lines(self) -> int:
+        """Lines written, and those that wait."""
+        return self._log.lines + len(self._waiting)
+
+    def append(self, value: Mapping[str, Any]) -> None:
+        self._waiting.append(value)
+        with contextlib.suppress(MachineError):  # asked again at the next line, and for good at `sync`
+            self._write()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._log.append(self._waiting[0])
+            self._waiting.popleft()
+
+    def sync(self) -> None:
+        self._write()
+        self._log.sync()
+
+    def truncate_to(self, lines: int) -> int:
+        self._write()
+        return self._log.truncate_to(lines)
+
+    def close(self) -> None:
+        self._log.close()
