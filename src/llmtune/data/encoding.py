@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tokenizers import Tokenizer
 
 from llmtune.data.traced import TEMPLATE, Run
-from llmtune.errors import TokenizerError
+from llmtune.errors import DataError, TokenizerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,11 +87,12 @@ class SafeEncoder:
         return self._backend.to_str()
 
     def encode(self, text: str, runs: Sequence[Run]) -> Encoded:
-        """Encode `text`, whose characters come from where `runs` say, without adding special tokens."""
+        """Encode `text`, whose characters come from where `runs` say, without adding special tokens.
+
+        Raises DataError for a text with half a character (a lone surrogate), which no tokenizer can encode.
+        """
         text = str.__str__(text)  # the bare characters: `Traced` is for the runs
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        ids = encoding.ids
-        starts, stops = _split_offsets(encoding.offsets)
+        ids, starts, stops = _tokens(self._backend, text)
         controls = self._controls(text, ids, starts, stops)
         unknown = self._count_unknown(ids, controls)
         if self._parse_control_tokens:
@@ -125,10 +126,7 @@ class SafeEncoder:
 
     def _encode_hostile(self, text: str, content: _ContentMap, hostile: tuple[str, ...]) -> Encoded:
         harmless = content.masked(text, self._harmless_letter, self._harmless_mark)
-        probe = self._backend.encode(harmless, add_special_tokens=False)
-        own = [
-            one for one in self._controls(harmless, probe.ids, *_split_offsets(probe.offsets)) if not content.overlaps(one.start, one.stop)
-        ]
+        own = [one for one in self._controls(harmless, *_tokens(self._backend, harmless)) if not content.overlaps(one.start, one.stop)]
         twin, names = self._twin
         pieces: list[str] = []
         anchors: list[tuple[int, int]] = [(0, 0)]
@@ -225,6 +223,18 @@ class _Map:
         low = bisect.bisect_right(self._twin, place) - 1
         origin = self._origin[low] + place - self._twin[low]
         return min(origin, self._origin[low + 1]) if low + 1 < len(self._origin) else origin
+
+
+def _tokens(backend: Tokenizer, text: str) -> tuple[list[int], list[int], list[int]]:
+    """Return ids, starts and stops; the library's own far larger record of them is let go at once."""
+    try:
+        encoding = backend.encode(text, add_special_tokens=False)
+    except TypeError as error:
+        half = next((one for one in text if "\ud800" <= one <= "\udfff"), None)
+        if half is None:
+            raise
+        raise DataError(f"the text holds half a character (the surrogate U+{ord(half):04X})", fix="write the text as UTF-8") from error
+    return (encoding.ids, *_split_offsets(encoding.offsets))
 
 
 def _split_offsets(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:

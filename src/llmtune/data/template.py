@@ -19,12 +19,13 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from llmtune.config.schema import TrainOn
-from llmtune.data.encoding import Encoded, SafeEncoder
+from llmtune.data.encoding import SafeEncoder
 from llmtune.data.example import Conversation, Message
 from llmtune.data.messages import SELECTIONS, message_fields, traced_fields
 from llmtune.data.notes import Note, lost_notes, text_notes
 from llmtune.data.sandbox import ChatTemplate, Limits, TemplateRefusal
 from llmtune.data.spans import Rendering, Span, TurnShape, find_span, learn_turn_shape
+from llmtune.data.text_rows import TextRows
 from llmtune.data.traced import DATA, Traced, runs_of, trace
 from llmtune.decisions import Decision
 from llmtune.errors import DataError, TokenizerError
@@ -96,6 +97,7 @@ class Renderer:
         }
         self._has_own_template = chat_template is not None or bool(tokenizer.chat_template)
         self._eos_id: int | None = tokenizer.eos_token_id
+        self._texts = TextRows(tokenizer, self._encoder, train_on)
         self._tails: dict[str, list[int]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -110,9 +112,9 @@ class Renderer:
         if not math.isfinite(conversation.loss_weight) or conversation.loss_weight < 0:
             raise DataError(f"the weight {conversation.loss_weight} is not a weight", where=conversation.source, fix="use 0 or more")
         if conversation.text is not None:
-            ids, weights, notes = self._text_row(conversation.text)
+            ids, weights, notes = self._texts.text_row(conversation.text)
         elif conversation.prompt_is_text:
-            ids, weights, notes = self._completion_row(conversation)
+            ids, weights, notes = self._texts.completion_row(conversation)
         else:
             ids, weights, notes = self._chat_row(conversation)
         if weights:
@@ -220,59 +222,6 @@ class Renderer:
                 self._tails[tail] = expected
         return encoded.ids[first:low] == expected
 
-    # ---- rows of plain text ----
-
-    def _text_row(self, text: str) -> tuple[list[int], list[float], list[Note]]:
-        encoded = self._encoder.encode(text, ((len(text), DATA),) if text else ())
-        before, after = self._frame
-        ids = [*before, *encoded.ids, *after]
-        return ids, [1.0] * len(ids), text_notes(encoded, None, self.tokenizer)
-
-    def _completion_row(self, conversation: Conversation) -> tuple[list[int], list[float], list[Note]]:
-        if len(conversation.messages) != 2:
-            raise DataError(
-                "a prompt-completion row is one prompt and one completion", where=conversation.source, fix="use `messages` for more"
-            )
-        prompt, completion = conversation.messages
-        head = self._encode_data(prompt.content)
-        both = self._encode_data(prompt.content + completion.content)
-        notes = text_notes(both, None, self.tokenizer)
-        ids = both.ids
-        cut = len(head.ids)
-        if ids[:cut] != head.ids:
-            # The prompt's last token and the completion's first would melt together; keep the prompt as generation will see it.
-            rest = self._encode_data(completion.content)
-            apart = [*head.ids, *rest.ids]
-            if self.tokenizer.decode(apart) == self.tokenizer.decode(ids):
-                ids = apart
-            else:
-                cut = bisect.bisect_left(both.starts, len(prompt.content))
-                notes.append(Note("joined-token", "prompt and completion share a token: the prompt's own last token differs from training"))
-        before, after = self._frame
-        weight_of = {"customized": completion.weight or 0.0}.get(self.train_on, 0.0 if completion.weight == 0 else 1.0)
-        prompt_weight = 1.0 if self.train_on in ("all_tokens", "all_messages") and prompt.weight != 0 else 0.0
-        if self.train_on == "all_user_and_system_messages":
-            weight_of, prompt_weight = 0.0, 0.0 if prompt.weight == 0 else 1.0
-        elif self.train_on == "customized":
-            prompt_weight = prompt.weight or 0.0
-        lengths = (len(before), cut, len(ids) - cut + len(after))
-        weights = [prompt_weight] * (lengths[0] + lengths[1]) + [weight_of] * lengths[2]
-        return [*before, *ids, *after], weights, notes
-
-    def _encode_data(self, text: str) -> Encoded:
-        return self._encoder.encode(text, ((len(text), DATA),) if text else ())
-
-    @functools.cached_property
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """Ids the tokenizer puts before a text, and ids that end a document: its own closing ids, with the end token among them."""
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        framed = self.tokenizer("a", add_special_tokens=True)["input_ids"]
-        place = next((at for at in range(len(framed) - len(bare) + 1) if framed[at : at + len(bare)] == bare), 0)
-        before, after = list(framed[:place]), list(framed[place + len(bare) :])
-        if self._eos_id is not None and self._eos_id not in after:
-            after.append(self._eos_id)
-        return before, after
-
     # ---- prompts ----
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
@@ -291,7 +240,7 @@ class Renderer:
 
     def text_prompt_ids(self, text: str) -> list[int]:
         """Return the ids of a text to be continued, begun as text rows are."""
-        return [*self._frame[0], *self._encode_data(text).ids]
+        return self._texts.prompt_ids(text)
 
     # ---- what is known of the template ----
 
@@ -327,10 +276,27 @@ class Renderer:
 
         `generation_config` must list them all, so that a tuned model stops by itself.
         """
-        found = set() if isinstance(self._shape, TemplateRefusal) else set(self._shape.end_ids)
+        found = set() if isinstance(self._shape, TemplateRefusal) else {*self._shape.end_ids, *self._tool_call_end_ids(self._shape)}
         if self._eos_id is not None:
             found.add(self._eos_id)
         return tuple(sorted(found))
+
+    def _tool_call_end_ids(self, shape: TurnShape) -> set[int]:
+        """Ids of the tokens that end an answer which calls a tool, where the template writes such calls and ends them in their own way."""
+        call = {"type": "function", "id": "call00001", "function": {"name": "Kupuka", "arguments": {"Lomina": "Tarevo"}}}
+        talk = (Message("user", "Sidaru"), Message("assistant", "", extra={"tool_calls": [call]}))
+        tool = {
+            "type": "function",
+            "function": {"name": "Kupuka", "description": "Sidaru", "parameters": {"type": "object", "properties": {}}},
+        }
+        try:
+            whole = self._rendering(Conversation("tool call", talk, tools=(tool,)))
+        except (DataError, TokenizerError):
+            return set()
+        span = find_span(whole, 1, shape)
+        if span.problem is not None or not span.ended or "Tarevo" not in whole.text[span.start : span.stop]:
+            return set()
+        return {one.token_id for one in whole.encoded.controls if one.stop == span.stop}
 
     @functools.cached_property
     def digest(self) -> str:

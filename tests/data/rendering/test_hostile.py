@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llmtune.data.example import Conversation, Message
 from llmtune.data.template import Renderer, message_fields
+from llmtune.errors import DataError
 
 NOW = datetime.now()
 SPLITTING = {"qwen3", "thinker", "deepseek_r1"}
@@ -184,6 +185,11 @@ def test_control_strings_that_no_template_shows_do_no_harm(tokenizer_for):
         row([Message("user", "a", extra={"unused": "<|im_end|>"}), Message("assistant", "b")])
     )
     assert not rendered.notes
+
+
+def test_half_a_character_is_named(tokenizer_for):
+    with pytest.raises(DataError, match=r"surrogate U\+D83D"):
+        renderer(tokenizer_for("chatml")).prompt_ids([Message("user", "a\ud83d")])
 
 
 def test_the_masks_of_a_hostile_row_are_those_of_its_template(tokenizer_for):

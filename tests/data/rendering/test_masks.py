@@ -224,7 +224,9 @@ def test_the_stop_tokens_are_those_that_end_turns_and_the_end_token(tokenizer_fo
         return set(tokenizer.convert_ids_to_tokens(list(renderer(tokenizer).stop_token_ids)))
 
     assert stops("gemma") == {"<end_of_turn>", "<eos>"}
-    assert stops("harmony") == {"<|end|>", "<|return|>"}
+    assert stops("harmony") == {"<|end|>", "<|return|>", "<|call|>"}
+    assert stops("qwen3") == {"<|im_end|>"}
+    assert stops("mistral3") == {"</s>"}
     assert stops("phi4mini") == {"<|end|>", "<|endoftext|>"}
     assert stops("doubled_end") == {"<|im_end|>", "<|endoftext|>"}
     assert stops("llama3") == {"<|eot_id|>"}

@@ -55,6 +55,23 @@ def test_a_completion_is_trained_and_its_prompt_is_its_prefix(tokenizer_for):
         assert tokenizer.decode(rendered.input_ids) == prompt + completion + "<|endoftext|>"
 
 
+@pytest.mark.parametrize(
+    ("rule", "trained"),
+    [
+        ("all_assistant_messages", "4<|endoftext|>"),
+        ("last_assistant_turn", "4<|endoftext|>"),
+        ("all_messages", "2+2=4<|endoftext|>"),
+        ("all_user_and_system_messages", "2+2="),
+        ("customized", ""),
+    ],
+)
+def test_a_rule_trains_of_a_completion_row_what_it_says(rule, trained, tokenizer_for):
+    tokenizer = with_bos(tokenizer_for("mistral3"))
+    rendered = Renderer(tokenizer, train_on=rule).render(completion_row("2+2=", "4"))
+    ids = [one for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight]
+    assert tokenizer.decode(ids) == trained.replace("<|endoftext|>", "</s>")
+
+
 def without_template(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     copy.chat_template = None
