@@ -75,12 +75,16 @@ class Observer:
         """The outlook as plain numbers."""
         return asdict(self.outlook)
 
-    def note(self, result: StepResult) -> None:
-        """Record one training step; trackers hear of every `tracking.every_steps`-th and of every skipped one."""
+    def close(self) -> None:
+        """Record and tell nothing from here on: the run is let go, its model may still be looked at."""
+        self._record, self._trackers = None, TrackerQueue([])
+
+    def note(self, result: StepResult, further: Mapping[str, Any] | None = None) -> None:
+        """Record one training step, `further` values in its line; trackers hear of every `tracking.every_steps`-th and of skipped ones."""
         histograms = self._watch.take() if self._watch is not None else {}
         if result.step % self._config.tracking.every_steps and not result.skipped and result.progress < 1:
             return
-        line = result.metrics()
+        line = {**(further or {}), **result.metrics()}
         self._write(result.step, line)
         if histograms:
             self._trackers.histograms(result.step, histograms)

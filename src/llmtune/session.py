@@ -134,6 +134,15 @@ class Session:
         finally:
             self._let_go()
 
+    def leave(self) -> None:
+        """Save and let go of a run none of whose steps was asked for."""
+        try:
+            if self.state.windows:
+                self.save()
+            self.outcome = "stopped"
+        finally:
+            self._let_go()
+
     def result(self) -> Result:
         """What the training left behind so far."""
         return Result(
@@ -245,6 +254,7 @@ class Session:
 
     def _let_go(self) -> None:
         """Let trackers, files and the run go. A disk that refuses is said, and is the run's outcome only where nothing worse happened."""
+        self.observer.end()
         self.trackers.finish(self.outcome)
         refusals: list[MachineError] = []
         run, closing = self.run, []

@@ -56,12 +56,13 @@ def load_config(
     name_or_path: str | None,
     *,
     flags: Mapping[str, object] | None = None,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | Mapping[str, object] = (),
     environ: Mapping[str, str] | None = None,
 ) -> ResolvedConfig:
     """Resolve a preset or file and everything laid over it.
 
-    `flags` maps dotted keys to values (None: not given); `overrides` are `KEY=VALUE` texts; `environ` is the process's when not given.
+    `flags` maps dotted keys to values (None: not given); `overrides` are `KEY=VALUE` texts, or a mapping of
+    dotted keys to values; `environ` is the process's when not given.
     Relative paths *in* a config (data files, output folders) are relative to the working folder, not to the file.
 
     Raises:
@@ -281,7 +282,10 @@ def _flag_layer(flags: Mapping[str, object], findings: Findings) -> dict[str, Se
     return collect(Table(tuple(entries), DEFAULT), findings)
 
 
-def _override_layer(overrides: Sequence[str], findings: Findings) -> dict[str, Setting]:
+def _override_layer(overrides: Sequence[str] | Mapping[str, object], findings: Findings) -> dict[str, Setting]:
+    if isinstance(overrides, Mapping):
+        place = Origin("override", "overrides")
+        return collect(Table(tuple(Entry(str(key), from_python(value, place), place) for key, value in overrides.items()), place), findings)
     origin = Origin("override", "command line")
     entries: dict[str, Entry] = {}
     for text in overrides:

@@ -1,0 +1,13 @@
+"""The toolkit from Python: the same code that the command line calls, with the loop in the caller's hands.
+
+>>> from llmtune import load_config
+>>> load_config("production", overrides={"model.name": "custom-small"}).config.model.name
+'custom-small'
+"""
+
+from llmtune.api.curve import Curve
+from llmtune.api.metrics import Stop
+from llmtune.api.trainer import Trainer, train, train_single_model
+from llmtune.session import Result
+
+__all__ = ["Curve", "Result", "Stop", "Trainer", "train", "train_single_model"]

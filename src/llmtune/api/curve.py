@@ -1,0 +1,99 @@
+"""The loss of a run as a picture that a notebook shows by itself: inline SVG, nothing to install."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmtune.errors import DataError
+
+__all__ = ["Curve"]
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 240, 48, 24, 12
+MAX_POINTS = 600
+Points = Sequence[tuple[int, float]]
+
+
+@dataclass
+class Curve:
+    """Training and held-out loss over steps, nats per trained token.
+
+    >>> curve = Curve([(1, 5.0), (2, 4.0)], [(0, 5.5), (2, 4.2)])
+    >>> curve._repr_html_().startswith("<svg")
+    True
+    """
+
+    train: list[tuple[int, float]] = field(default_factory=list)
+    """(step, loss of its window)."""
+
+    heldout: list[tuple[int, float]] = field(default_factory=list)
+    """(step, held-out loss after it)."""
+
+    title: str = ""
+
+    @classmethod
+    def of_run(cls, folder: str | Path) -> Curve:
+        """Read the curve of a run from its metrics.jsonl, also while it trains. Raises DataError where there is none."""
+        path = Path(folder) / "metrics.jsonl"
+        curve = cls(title=Path(folder).name)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise DataError("there is no record of this run", where=str(path), fix="name a run's folder") from error
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # the line that is being written
+            for points, key in ((curve.train, "train_mean_nll"), (curve.heldout, "eval_mean_nll")):
+                if entry.get(key) is not None:
+                    points.append((entry["step"], entry[key]))
+        return curve
+
+    def _repr_html_(self) -> str:
+        """Give the SVG a notebook shows."""
+        shown = [point for point in (*self.train, *self.heldout) if math.isfinite(point[1])]
+        if not shown:
+            return f"<p>{html.escape(self.title)}: no step yet</p>"
+        first, last = min(step for step, _ in shown), max(step for step, _ in shown)
+        low, high = min(loss for _, loss in shown), max(loss for _, loss in shown)
+
+        def place(step: int, loss: float) -> str:
+            x = LEFT + (WIDTH - LEFT - 8) * (step - first) / max(last - first, 1)
+            y = TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / max(high - low, 1e-9)
+            return f"{x:.1f},{y:.1f}"
+
+        def line(points: Points, colour: str) -> str:
+            path = " ".join(place(*point) for point in _thinned(points) if math.isfinite(point[1]))
+            return f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{path}"/>'
+
+        dots = "".join(
+            '<circle r="3" fill="#c2410c" cx="{}" cy="{}"/>'.format(*place(*point).split(","))
+            for point in _thinned(self.heldout)
+            if math.isfinite(point[1])
+        )
+        style = 'font-family="sans-serif" font-size="11" fill="currentColor"'
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '
+            f'aria-label="loss over steps">'
+            f"{line(self.train, '#2563eb')}{line(self.heldout, '#c2410c')}{dots}<g {style}>"
+            f'<text x="4" y="{TOP + 8}">{high:.3f}</text><text x="4" y="{HEIGHT - BOTTOM}">{low:.3f}</text>'
+            f'<text x="{LEFT}" y="{HEIGHT - 6}">step {first}</text>'
+            f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {last}</text>'
+            f'<text x="{WIDTH / 2}" y="{TOP + 8}" text-anchor="middle">{html.escape(self.title)}: nats per token, '
+            f'<tspan fill="#2563eb">training</tspan>, <tspan fill="#c2410c">held out</tspan></text></g></svg>'
+        )
+
+
+def _thinned(points: Points) -> Points:
+    """Keep at most `MAX_POINTS` points, the last one among them.
+
+    >>> len(_thinned([(step, 1.0) for step in range(5000)])) <= MAX_POINTS + 1
+    True
+    """
+    every = -(-len(points) // MAX_POINTS) or 1
+    return [*points[:-1:every], points[-1]] if points else points

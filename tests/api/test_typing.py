@@ -1,0 +1,49 @@
+"""Issue 6: the package is typed, and importing it costs nothing."""
+
+import subprocess
+import sys
+
+from mypy import api as mypy
+
+PROGRAM = """
+from collections.abc import Mapping
+from llmtune import Curve, Result, Stop, Trainer, load_config, train, train_single_model
+from llmtune.training.loop import StepResult
+
+config = load_config("production", overrides={"model.name": "custom-small", "training.max_steps": 10})
+
+def perplexity(step: StepResult) -> Mapping[str, float] | Stop | None:
+    return Stop("low enough") if step.train_mean_nll < 1 else {"train_perplexity": 2.718281828 ** step.train_mean_nll}
+
+class Mine(Trainer):
+    def on_step(self, step: StepResult) -> Mapping[str, float] | None:
+        return {"double": 2.0 * step.step}
+
+with Mine(config, metrics=[perplexity]) as trainer:
+    for step in trainer.steps():
+        reveal_type(step)
+        trainer.learning_rate = trainer.learning_rate / 2
+        trainer.learning_rate = lambda done: 1e-3 / (1 + done)
+        answer: str = trainer.generate("hello")[0].text
+        loss: float = trainer.evaluate()["eval_mean_nll"]
+result: Result = train(config)
+reveal_type(result.metrics)
+other, metrics = train_single_model(model_name="custom-tiny", config_type="test", max_samples=50, project_name="notebook-experiment")
+reveal_type(other)
+picture: Curve = other.curve
+"""
+
+
+def test_a_users_program_passes_the_type_checker_in_strict_mode(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    # What the package imports is followed but not judged again: `mypy` over src does that.
+    options = ["--strict", "--ignore-missing-imports", "--follow-imports=silent", "--no-warn-unused-ignores", "--config-file="]
+    out, errors, code = mypy.run([*options, "--cache-dir", str(tmp_path), str(tmp_path / "program.py")])
+    assert (code, errors) == (0, ""), out
+    revealed = [line.partition('"')[2].rstrip('"') for line in out.splitlines() if "Revealed type" in line]
+    assert revealed == ["llmtune.training.loop.StepResult", "dict[str, Any]", "llmtune.api.trainer.Trainer"]
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, llmtune; from llmtune import load_config; sys.exit(bool({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
