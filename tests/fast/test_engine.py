@@ -111,6 +111,25 @@ def test_gradient_checkpointing_changes_no_bit(
     assert difference(found[1], expected[1]) == 0
 
 
+@pytest.mark.campaign
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_compiled_blocks_repeat_the_plain_loss_and_gradients(
+    layout: Any, build_model: Build, arithmetic: Build, make_examples: Callable[..., list[Example]], padded: MicroBatch
+) -> None:
+    """N15 for compiled blocks, over two lengths; needs a C++ compiler on a CPU."""
+    plain, model = build_model("llama"), build_model("llama")
+    training = TrainingConfig(compile=True, engine="auto" if layout == "flat" else "plain")
+    engine = engine_of(model, arithmetic(), Config(training=training))
+    assert engine.layout == layout
+    for lengths in ((23, 5, 40), (61, 9)):
+        examples = make_examples(lengths)
+        expected = loss_and_gradients(plain, lambda: plain_nll_sum(plain, make_micro_batch(examples, "padded", 0)))  # noqa: B023
+        found = loss_and_gradients(model, lambda: engine.nll_sum(make_micro_batch(examples, layout, 0)))  # noqa: B023
+        assert found[0] == pytest.approx(expected[0], rel=1e-6)
+        assert difference(found[1], expected[1]) < 1e-5
+
+
 def test_a_micro_batch_without_trained_tokens_adds_nothing(
     build_model: Build, arithmetic: Build, make_examples: Callable[..., list[Example]]
 ) -> None:

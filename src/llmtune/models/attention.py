@@ -198,6 +198,7 @@ Backend = Callable[[Tensor, Tensor, Tensor, Segments, Rule], Tensor]
 def _attention_function(backend: Backend) -> Callable[..., Any]:
     """Make the function that transformers calls in every attention layer from one that knows flat rows only."""
 
+    @torch.compiler.disable
     def attend(
         module: Any,
         query: Tensor,

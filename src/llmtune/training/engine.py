@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.config.schema import Config
 from llmtune.data.batches import Layout, MicroBatch, make_micro_batch
@@ -69,21 +70,24 @@ def build_engine(model: Any, *, config: Config, device: torch.device, precision:
             f"model.attention is `{asked}`, which trains only on a CUDA device, not on `{device.type}`",
             fix="use model.attention: auto",
         )
-    checkpointing = checkpoint_blocks(_base_model(model)) if config.model.gradient_checkpointing is True else ()
+    compiled = config.training.compile
+    more = checkpoint_blocks(_base_model(model)) if config.model.gradient_checkpointing is True else ()
     refusal = _refusal(model, config)
     tried: list[str] = [] if refusal is None else [refusal]
     if refusal is None:
         for backend in _backends(asked, device, precision):
-            fused = fuse_adapters(_base_model(model))
-            if device.type == "cpu":
+            fused = 0 if compiled else fuse_adapters(_base_model(model))  # the compiler fuses what is left to it
+            if device.type == "cpu" and not compiled:
                 fuse_norms(_base_model(model))
             reason = _try_flat(model, backend, device, precision)
             if reason is None:
-                return _flat_engine(model, backend, device, asked, _adapter_decision(fused) + checkpointing)
+                more = _adapter_decision(fused) + more + (compile_blocks(_base_model(model)) if compiled else ())
+                return _flat_engine(model, backend, device, asked, more)
             unfuse_adapters(_base_model(model))
             unfuse_norms(_base_model(model))
             tried.append(f"{backend}: {reason}")
-    return _plain_engine(model, asked, "; ".join(tried), checkpointing)
+    more += compile_blocks(_base_model(model)) if compiled else ()
+    return _plain_engine(model, asked, "; ".join(tried), more)
 
 
 def _refusal(model: Any, config: Config) -> str | None:
@@ -115,6 +119,16 @@ def checkpoint_blocks(base: Any) -> tuple[Decision, ...]:
     enable()
     base.disable_input_require_grads()  # only re-entrant checkpoints need a gradient at the first input, and it costs the first block twice
     return (Decision("model.gradient_checkpointing", True, "asked for: each block is computed again in the backward pass"),)
+
+
+def compile_blocks(base: Any) -> tuple[Decision, ...]:
+    """Compile each decoder block for any length; attention by segments stays outside. Raises ModelError when it has no such blocks."""
+    blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ModelError(f"{type(base).__name__} has no blocks to compile one by one", fix="set training.compile: false")
+    for block in blocks:
+        block.compile(dynamic=True)
+    return (Decision("training.compile", True, f"asked for: {len(blocks)} blocks, compiled once for all lengths at their first use"),)
 
 
 def _base_model(model: Any) -> Any:
