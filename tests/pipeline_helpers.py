@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 TIMES = ("step_seconds", "tokens_per_second", "loss_tokens_per_second", "memory_bytes")
@@ -31,7 +32,9 @@ def in_child(function, *, kill_when=None, signal_number=signal.SIGKILL, timeout_
 
     Returns its exit code, or minus the signal's number where that ended it.
     """
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; those here do not touch what the child uses
+        child = os.fork()
     if child == 0:
         code = 70
         try:

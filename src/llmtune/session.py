@@ -218,9 +218,11 @@ class Session:
                 self.evaluate(full=last)
             early = not last and self.observer.should_stop_early
             late = deadline is not None and time.monotonic() > deadline and not last
-            if early or late or last or self.stop.is_requested or self._save_is_due(result):
+            asked = self.stop.is_requested  # read once: a signal that arrives during this save is answered after the next step
+            if early or late or last or asked or self._save_is_due(result):
                 self.save()
-            self.stop.refuse_to_go_on(saved=f"saved after step {result.step}")
+            if asked:
+                self.stop.refuse_to_go_on(saved=f"saved after step {result.step}")
             yield result
             if early:
                 self.say(f"stopped early: no improvement in {config.evaluation.early_stopping_patience} evaluations")

@@ -73,7 +73,7 @@ def test_n8_a_qlora_run_falls_in_loss_and_merges_within_the_bound(config_of, tmp
     result = pipeline.train(config_of(*FOUR_BIT, "training.epochs=8", "training.learning_rate=0.03", "adapter.dropout=0"))
     losses = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     train = [line["train_mean_nll"] for line in losses if "train_mean_nll" in line]
-    assert sum(train[-3:]) < 0.95 * sum(train[:3])
+    assert sum(train[-3:]) < sum(train[:3]) - 0.2
     report = merge_lora(result.folder, tmp_path / "merged", offline=True)
     assert report.merged_digest
     assert (tmp_path / "merged" / "model.safetensors").is_file()

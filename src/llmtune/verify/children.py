@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 
 from llmtune.errors import LlmtuneError, MachineError
@@ -16,7 +17,9 @@ def in_child(function: Callable[[], object], *, timeout_s: float = 600.0) -> int
 
     A refusal gives its own exit code, any other exception 1. Output goes nowhere. Raises MachineError when it takes too long.
     """
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; importing started none that holds a lock
+        child = os.fork()
     if child == 0:
         code = 1
         try:
