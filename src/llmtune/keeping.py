@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from llmtune import durable
 from llmtune.assembly import Assembled
 from llmtune.config.dump import config_to_dict, config_to_yaml
 from llmtune.config.layers import ResolvedConfig
-from llmtune.errors import CheckpointError, Problem
+from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.model_card import model_card
 from llmtune.models import adapters, save
 from llmtune.preparation import Prepared
@@ -228,10 +229,16 @@ class Keeper:
         )
 
     def write_final(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Write what the user takes away: adapter or model, tokenizer, chat template, generation config, model card."""
-        self._attempts.save(
+        """Write what the user takes away: adapter or model, tokenizer, chat template, generation config, model card.
+
+        It lies in `checkpoints/final/`; `final` in the run folder is a short way there, where the file system knows such ways.
+        """
+        saved = self._attempts.save(
             lambda: checkpoints.save_folder(self._run.checkpoints / FINAL, self._write_result(metrics, step)), what="final model"
         )
+        if saved is not None:
+            with contextlib.suppress(MachineError):
+                durable.point_to(self._run.path / FINAL, f"{self._run.checkpoints.name}/{FINAL}")
 
     def be_sure(self) -> None:
         """Raise MachineError (exit 6) when the last save never worked."""

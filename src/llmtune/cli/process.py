@@ -13,7 +13,10 @@ def is_offline() -> bool:
 
 
 def prepare_process() -> None:
-    """Quiet the libraries' progress bars and advice; llmtune says itself what it does."""
+    """Quiet the libraries' progress bars and advice (llmtune says itself what it does), and have freed memory kept for the next step."""
+    from llmtune.training.memory import tune_allocator
+
+    tune_allocator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

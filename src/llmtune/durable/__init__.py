@@ -8,7 +8,7 @@ replaces the operating system underneath, for tests.
 Not safe against a rename that a file system itself tears apart, nor against a disk that claims to have synced and has not.
 """
 
-from llmtune.durable.files import json_text, link_or_copy, make_folder, rename, write_bytes, write_json, write_stream, write_text
+from llmtune.durable.files import json_text, link_or_copy, make_folder, point_to, rename, write_bytes, write_json, write_stream, write_text
 from llmtune.durable.folders import (
     MANIFEST,
     commit_folder,
@@ -39,6 +39,7 @@ __all__ = [
     "link_or_copy",
     "machine_error",
     "make_folder",
+    "point_to",
     "printable",
     "read_lines",
     "read_manifest",

@@ -169,6 +169,16 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
             write_stream(target, read_chunks(source))
 
 
+def point_to(link: Path | str, target: str) -> None:
+    """Make `link` a symbolic link to `target`, a path relative to its folder, replacing one of that name whole. Raises MachineError."""
+    link = Path(link).absolute()
+    part = link.with_name(part_name())
+    with asking_the_system("link", link):
+        call("symlink", target, os.fspath(part))
+        call("rename", os.fspath(part), os.fspath(link))
+        sync_folder(link.parent)
+
+
 def read_chunks(path: Path, chunk_bytes: int = 4 << 20, *, past_cache: bool = False) -> Iterator[bytes]:
     """Yield the content of `path` in chunks, `past_cache` from the disk itself where the system can be asked to. Raises OSError."""
     with path.open("rb", buffering=0) as file:

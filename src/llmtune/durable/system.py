@@ -43,6 +43,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "chmod": os.chmod,
     "rename": os.rename,
     "link": os.link,
+    "symlink": os.symlink,
     "unlink": os.unlink,
     "mkdir": os.mkdir,
     "rmdir": os.rmdir,
