@@ -9,6 +9,10 @@ from llmtune import keeping, reporting
 from llmtune.assembly import assemble, open_devices
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.decisions import Decision
+from llmtune.plan import settle
+from llmtune.plan.devices import open_target
+from llmtune.plan.forecast import Forecaster
+from llmtune.plan.report import Plan, make_plan
 from llmtune.preparation import Options, Prepared, prepare
 from llmtune.runs import identity
 from llmtune.runs.folder import RunFolder, resolve_run
@@ -23,14 +27,26 @@ __all__ = ["Result", "preflight", "reopen", "resume", "start", "train"]
 Say = Callable[[str], None]
 
 
-def preflight(resolved: ResolvedConfig, options: Options, *, say: Say) -> tuple[Prepared, Devices]:
-    """Everything that can go wrong before a model is loaded, first; says what was read, found and chosen."""
+def preflight(resolved: ResolvedConfig, options: Options, *, say: Say) -> tuple[Prepared, Devices, Plan]:
+    """Everything that can go wrong before a model is loaded, first; says what was read, found, chosen and planned."""
     for note in resolved.notes:
         say(note)
     devices, decisions = open_devices(resolved.config, options)
     prepared = prepare(resolved, options, progress=reporting.tokenizing_progress(say))
+    forecaster = forecaster_for(prepared, options, devices)
+    if settle.is_open(prepared.config):
+        prepared = settle.settle_together(forecaster, devices)
+        forecaster = forecaster_for(prepared, options, devices)
+    plan = make_plan(forecaster)
     reporting.say_preflight(prepared, decisions, say)
-    return prepared, devices
+    reporting.say_plan(plan, say)
+    return prepared, devices, plan
+
+
+def forecaster_for(prepared: Prepared, options: Options, devices: Devices) -> Forecaster:
+    """Who plans this run for the device of this process."""
+    target = open_target(None, no_cuda=options.no_cuda)
+    return Forecaster(prepared, options, target, world_size=devices.world_size, rank=devices.rank)
 
 
 def train(resolved: ResolvedConfig, options: Options | None = None, *, say: Say = reporting.silent) -> Result:
@@ -43,11 +59,11 @@ def start(resolved: ResolvedConfig, options: Options, stop: StopRequest, *, say:
     """Check, prepare and assemble a new run and make its folder; nothing is trained yet, and nothing is left behind by a failure."""
     with stop.interrupting():
         trackers, decisions = _trackers(resolved)
-        prepared, devices = preflight(resolved, options, say=say)
+        prepared, devices, plan = preflight(resolved, options, say=say)
         assembled = assemble(prepared, options, devices)
         reporting.say_assembled(assembled, decisions, say)
         run = keeping.create(resolved, prepared, assembled) if devices.is_main else None
-    return Session(resolved, prepared, assembled, run, trackers, stop, say)
+    return Session(resolved, prepared, assembled, run, trackers, stop, say, plan=plan)
 
 
 def resume(
@@ -93,6 +109,7 @@ def reopen(
             reporting.say_resume(run, loaded, problems, say)
             tokenizer_folder = run.path / keeping.TOKENIZER_FOLDER
             prepared, devices = preflight_again(resolved, options, tokenizer_folder if tokenizer_folder.is_dir() else None, say)
+            prepared = settle.as_before(prepared, run.info["identity"]["config"])
             assembled = assemble(prepared, options, devices)
             now = keeping.identity_of(prepared, assembled)
             differences = identity.compare(run.info["identity"], now)

@@ -10,6 +10,7 @@ from llmtune.assembly import Assembled
 from llmtune.decisions import Decision
 from llmtune.errors import Problem
 from llmtune.observation import Outlook
+from llmtune.plan.report import Plan, short_lines
 from llmtune.preparation import Prepared
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.folder import RunFolder
@@ -20,6 +21,7 @@ __all__ = [
     "say_assembled",
     "say_decisions",
     "say_difference",
+    "say_plan",
     "say_preflight",
     "say_resume",
     "silent",
@@ -72,6 +74,12 @@ def say_preflight(prepared: Prepared, device_decisions: Iterable[Decision], say:
         )
     say("chosen for you:")
     say_decisions([*device_decisions, *prepared.decisions], say)
+
+
+def say_plan(plan: Plan, say: Say) -> None:
+    """Say what the run will need."""
+    for line in short_lines(plan):
+        say(line)
 
 
 FATES = ("used", "cut", "dropped", "duplicate", "held_out", "bad")

@@ -18,6 +18,7 @@ from llmtune.config.layers import ResolvedConfig
 from llmtune.errors import DivergedError, MachineError, StoppedBySignal
 from llmtune.keeping import Keeper
 from llmtune.observation import Observer, Outlook
+from llmtune.plan.report import Plan
 from llmtune.preparation import Prepared
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.folder import RunFolder
@@ -26,6 +27,7 @@ from llmtune.tracking.choose import keeps_record
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.tracker import Tracker
+from llmtune.training.devices import peak_memory_bytes
 from llmtune.training.loop import StepResult, train_steps
 from llmtune.training.state import TrainingState, capture, restore
 
@@ -49,6 +51,14 @@ class Result:
     outlook: Outlook
     model: Any
     tokenizer: Any
+    plan: Plan | None = None
+    """What was planned for this run; None for one that went on."""
+    seconds: float = 0.0
+    """Time spent in steps."""
+    tokens: int = 0
+    """Real tokens trained on."""
+    memory_bytes: int = 0
+    """Most memory held (see `peak_memory_bytes`)."""
 
 
 class Session:
@@ -63,7 +73,10 @@ class Session:
         trackers: list[Tracker],
         stop: StopRequest,
         say: Say,
+        *,
+        plan: Plan | None = None,
     ) -> None:
+        self.plan, self._seconds, self._tokens = plan, 0.0, 0
         self.prepared, self.assembled, self.run, self.stop, self.say = prepared, assembled, run, stop, say
         self.config = assembled.config
         self.learning_rate = assembled.learning_rate
@@ -153,6 +166,10 @@ class Session:
             outlook=self.observer.outlook,
             model=self.assembled.model,
             tokenizer=self.prepared.tokenizer.tokenizer,
+            plan=self.plan,
+            seconds=self._seconds,
+            tokens=self._tokens,
+            memory_bytes=peak_memory_bytes(self.assembled.devices.device),
         )
 
     def evaluate(self, *, full: bool = False) -> dict[str, Any]:
@@ -236,6 +253,7 @@ class Session:
         return self.learning_rate(step)  # looked up at each step, because it may be replaced between two
 
     def _note(self, result: StepResult) -> None:
+        self._seconds, self._tokens = self._seconds + result.step_seconds, self._tokens + result.num_tokens
         further = self.measure(result) if self.measure is not None else {}
         self.metrics |= {**further, **result.metrics()}
         self.observer.note(result, further)

@@ -61,6 +61,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("data preview", "preview:preview", "Show rows as the model will see them, trained tokens coloured.", "Before a run"),
     Command("data report", "data:report", "Show what becomes of every row.", "Before a run"),
     Command("tokenizer train", "tokenizer:train", "Train a byte-level BPE tokenizer on the config's data.", "Before a run"),
+    Command("plan", "plan:plan", "Steps, memory by part, time and disk of a run; whether it fits, and what to change.", "Before a run"),
     Command("verify resume", "verify:resume", "Kill a run, resume it, compare it byte for byte with one nobody stopped.", "Check"),
     Command("verify crash", "verify:crash", "Kill a run in the middle of its file operations, resume it, compare.", "Check"),
     Command("verify batching", "verify:batching", "Loss and gradients do not depend on how a step is cut.", "Check"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -178,6 +179,11 @@ class Forecaster:
                 write_entry(key, asdict(peaks))
             self._peaks[key] = peaks
         return self._peaks[key]
+
+    def rate_key(self) -> str:
+        """Name under which the measured speed of this run's shape is kept."""
+        facts = [asdict(self.config.training), torch.get_num_threads(), platform.machine(), platform.node()]
+        return self._key("rate", self.config, [*facts, self.prepared.data.train.digest])
 
     def _trace(self, config: Config, batch: MicroBatchShape, gradients_held: bool) -> Peaks:
         one, two = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llmtune.plan.skeleton import Counted
 from llmtune.plan.trace import MicroBatchShape, Peaks
 
-__all__ = ["OPTIMIZER_BYTES", "MemoryPlan", "add_up", "optimizer_bytes"]
+__all__ = ["MemoryPlan", "add_up", "gigabytes", "optimizer_bytes"]
 
 ALLOCATOR_SHARE = {"cpu": 0.15, "cuda": 0.05}
 """What the allocator holds beside live tensors of changing sizes, as a part of them: gaps that no tensor fits into."""
@@ -35,9 +35,18 @@ class MemoryPlan:
         return sum(self.parts.values())
 
 
-def optimizer_bytes(name: str, counted: Counted) -> int:
-    """Bytes of the optimizer's state: by the trained weights' own type for AdamW and SGD, by entry for those of bitsandbytes."""
-    return round(OPTIMIZER_BYTES[name](counted))
+def optimizer_bytes(name: str, *, entries: int, entry_bytes: int) -> int:
+    """Bytes of an optimizer's state for `entries` trained weights that take `entry_bytes` in all."""
+    return round(OPTIMIZER_BYTES[name](entries, entry_bytes))
+
+
+def gigabytes(count: int) -> str:
+    """Bytes as people read them, in units of 10^9 and 10^6.
+
+    >>> gigabytes(1_234_000_000), gigabytes(56_700_000)
+    ('1.23 GB', '57 MB')
+    """
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def add_up(
@@ -52,7 +61,7 @@ def add_up(
     file_bytes: int,
 ) -> MemoryPlan:
     """Put the parts of every moment together and give the worst one. kind: `cpu` or `cuda`; sizes in bytes."""
-    state = optimizer_bytes(optimizer, counted)
+    state = optimizer_bytes(optimizer, entries=counted.trained, entry_bytes=counted.gradient_bytes)
     base = {"process": process if kind == "cpu" else CUDA_CONTEXT_BYTES, "weights": counted.base_bytes, "adapter": counted.adapter_bytes}
     held = counted.gradient_bytes if gradients_held else 0
     late = peaks.phase in ("first block", "end") and not gradients_held
@@ -81,13 +90,13 @@ def add_up(
 
 PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator")
 
-OPTIMIZER_BYTES: dict[str, Callable[[Counted], float]] = {
-    "adamw": lambda counted: 2 * counted.gradient_bytes,
-    "paged_adamw": lambda counted: 8 * counted.trained,
-    "adamw_8bit": lambda counted: 2.1 * counted.trained,
-    "paged_adamw_8bit": lambda counted: 2.1 * counted.trained,
-    "lion": lambda counted: 4 * counted.trained,
-    "muon": lambda counted: 2 * counted.gradient_bytes,
-    "sgd": lambda counted: counted.gradient_bytes,
+OPTIMIZER_BYTES: dict[str, Callable[[int, int], float]] = {
+    "adamw": lambda _entries, entry_bytes: 2 * entry_bytes,
+    "paged_adamw": lambda entries, _bytes: 8 * entries,
+    "adamw_8bit": lambda entries, _bytes: 2.1 * entries,
+    "paged_adamw_8bit": lambda entries, _bytes: 2.1 * entries,
+    "lion": lambda entries, _bytes: 4 * entries,
+    "muon": lambda _entries, entry_bytes: 2 * entry_bytes,
+    "sgd": lambda _entries, entry_bytes: entry_bytes,
 }
-"""Bytes of state an optimizer keeps; for `muon`, whose matrices need half of it, what AdamW would need."""
+"""Bytes of state from (trained entries, their bytes); for `muon`, whose matrices need half of it, what AdamW would need."""

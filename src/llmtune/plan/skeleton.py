@@ -127,7 +127,7 @@ def count(model: Any, config: Config) -> Counted:
     """Count a skeleton of all blocks exactly; 4-bit and 8-bit weights by the formula of how bitsandbytes holds them."""
     quantized = _quantized_weights(model) if config.model.quantization != "none" else {}
     held: Counter[str] = Counter()
-    for name, weight in model.named_parameters():
+    for weight in model.parameters():
         part = "adapter" if weight.requires_grad and config.adapter.method != "none" else "base"
         held[part] += quantized_bytes(weight.shape, config.model.quantization) if id(weight) in quantized else _bytes(weight)
     held["base"] += sum(_bytes(buffer) for buffer in model.buffers())

@@ -1,8 +1,8 @@
 """What one micro-batch holds in memory, found by running it on stand-in tensors and counting every live byte.
 
 The real engine runs - its fused functions, its chunks, its tiles, its backward pass - on tensors that have shape and type and no
-numbers, so nothing is guessed about what autograd keeps. A skeleton of one block and one of two are traced; blocks are alike, so what more blocks
-hold follows on a straight line, phase by phase.
+numbers, so nothing is guessed about what autograd keeps. A skeleton of one block and one of two are traced; blocks are alike, so what
+more blocks hold follows on a straight line, phase by phase.
 """
 
 from __future__ import annotations

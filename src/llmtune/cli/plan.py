@@ -1,0 +1,73 @@
+"""`llmtune plan`: what a run will need, before it starts."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from llmtune.cli.failure import say
+from llmtune.config.layers import load_config
+from llmtune.errors import UsageError
+
+__all__ = ["plan"]
+
+
+def plan(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="A preset (test, development, production) or a YAML or JSON file.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Plan for another device: a size such as 24GB, rtx3090, rtx4090, l4, t4, a100-80, h100.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Train a few steps (nothing is kept) to measure the time.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; sizes in bytes, times in seconds.")] = False,
+    no_cuda: Annotated[bool, typer.Option("--no-cuda", help="Plan for the CPU even where there is a CUDA device.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")] = False,
+) -> None:
+    """Print exact steps and tokens, memory by part, time and disk; whether it fits, and what to change if not."""
+    if measure and device is not None:
+        raise UsageError("--measure trains here, and --device plans for elsewhere", "command line", "give one of the two")
+    resolved = load_config(config, overrides=overrides or ())
+
+    from llmtune.cli.process import is_offline, prepare_process
+
+    prepare_process()
+    from llmtune.assembly import open_devices
+    from llmtune.plan.devices import open_target
+    from llmtune.plan.forecast import Forecaster
+    from llmtune.plan.report import as_dict, lines, make_plan
+    from llmtune.plan.settle import settle
+    from llmtune.preparation import Options, prepare
+    from llmtune.reporting import tokenizing_progress
+
+    options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
+    target = open_target(device, no_cuda=no_cuda)
+    forecaster = Forecaster(prepare(resolved, options, progress=tokenizing_progress(say)), options, target)
+    prepared, decisions = settle(forecaster)
+    for decision in decisions:
+        say(str(decision))
+    forecaster = Forecaster(prepared, options, target)
+    measured_bytes = None
+    planned = make_plan(forecaster, full=True)  # before anything real is in memory
+    if measure:
+        from dataclasses import replace
+
+        from llmtune.plan.rates import measure as calibrate
+
+        devices, _ = open_devices(prepared.config, options)
+        rate, measured_bytes = calibrate(forecaster, devices)
+        planned = replace(planned, tokens_per_second=rate)
+    if as_json:
+        print(json.dumps(as_dict(planned) | {"measured_peak_bytes": measured_bytes}, ensure_ascii=False))
+        return
+    for line in lines(planned):
+        print(line)
+    if measured_bytes is not None:
+        from llmtune.plan.memory import gigabytes
+
+        print(f"measured   {gigabytes(measured_bytes)} at most in a few steps")

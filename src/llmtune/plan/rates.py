@@ -1,0 +1,58 @@
+"""How fast a shape trains on this machine: measured by a few real steps or by a run, and kept for the next plan."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from itertools import islice
+
+from llmtune.assembly import Assembled, assemble
+from llmtune.plan.forecast import Forecaster
+from llmtune.plan.store import read_entry, write_entry
+from llmtune.training.devices import Devices
+from llmtune.training.loop import StepResult, train_steps
+from llmtune.training.state import TrainingState
+
+__all__ = ["keep_rate", "kept_rate", "measure"]
+
+STEPS = 4
+"""Steps of a calibration; the first warms up and is not counted."""
+
+
+def measure(forecaster: Forecaster, devices: Devices) -> tuple[float, int]:
+    """Train a few real steps, keep their rate, and return (tokens per second, most memory held in bytes). Nothing is written but the rate.
+
+    Raises what assembling and training raise.
+    """
+    assembled = assemble(forecaster.prepared, forecaster.options, devices)
+    results = list(islice(_steps(assembled), STEPS))
+    counted = results[1:] or results
+    rate = statistics.median(one.num_tokens / one.step_seconds for one in counted)
+    keep_rate(forecaster, rate)
+    return rate, results[-1].memory_bytes
+
+
+def keep_rate(forecaster: Forecaster, tokens_per_second: float) -> None:
+    """Keep a measured rate for the next plan of this shape on this machine."""
+    write_entry(forecaster.rate_key(), {"tokens_per_second": tokens_per_second})
+
+
+def kept_rate(forecaster: Forecaster) -> float | None:
+    """The rate kept for this shape, tokens per second; None when it was never measured here."""
+    entry = read_entry(forecaster.rate_key())
+    return float(entry["tokens_per_second"]) if entry is not None else None
+
+
+def _steps(assembled: Assembled) -> Iterator[StepResult]:
+    return train_steps(
+        nll_sum=assembled.nll_sum,
+        parameters=list(assembled.parameters.values()),
+        optimizer=assembled.optimizer,
+        windows=assembled.batches.windows(),
+        learning_rate=assembled.learning_rate,
+        precision=assembled.precision,
+        state=TrainingState(),
+        max_grad_norm=assembled.config.training.max_grad_norm,
+        devices=assembled.devices,
+        max_skipped_steps=STEPS,
+    )
