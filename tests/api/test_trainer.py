@@ -199,7 +199,7 @@ def test_overrides_are_a_mapping_or_key_value_texts_and_problems_name_them():
     one = load_config("test", overrides={"training.batch_size": 4, "data.train": ["a.jsonl"], "run": {"seed": 8}})
     two = load_config("test", overrides=["training.batch_size=4", "data.train=[a.jsonl]", "run.seed=8"])
     assert one.config == two.config
-    with pytest.raises(ConfigError, match=r"(?s)lerning_rate.*overrides"):
+    with pytest.raises(ConfigError, match=r"(?s)overrides.*lerning_rate"):
         load_config("test", overrides={"training.lerning_rate": 1})
 
 

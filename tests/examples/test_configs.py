@@ -1,0 +1,95 @@
+"""Issue 6, must show 6: every shipped and example config resolves, and plans: rows to examples to packs to exact steps.
+
+The data of most situations lives on a hub. What is planned here is each config as it is written, on stand-in rows with the fields of its
+data set and on the tiny model's tokenizer: everything but the numbers of rows and tokens is the config's own.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmtune.config.layers import load_config
+from llmtune.config.shipped import shipped_path
+from llmtune.pipeline import preflight
+from llmtune.preparation import Options, prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
+SHIPPED = sorted(one for one in shipped_path("configs").glob("*.yaml"))
+LOCAL = {"laptop-without-gpu", "from-scratch-stories"}
+
+TEXT = "the user asks and the assistant answers a small system of words and numbers"
+ROWS = {
+    "auto": {"messages": [{"role": "user", "content": "the user asks {n}"}, {"role": "assistant", "content": "a small system {n}"}]},
+    "alpaca": {"instruction": "the user asks {n}", "input": "", "output": "a small system {n}", "prompt": "not used"},
+    "sharegpt": {
+        "system": "a small system",
+        "conversations": [
+            {"from": "user", "value": "the user asks {n}"},
+            {"from": "assistant", "value": "<think>words</think> numbers {n}"},
+        ],
+    },
+    "text": {"text": TEXT + " {n} " + TEXT},
+}
+
+
+def rows_like(folder, row_format, count=40):
+    """Write `count` different rows with the fields of that format."""
+    path = folder / f"{row_format}.jsonl"
+    path.write_text("".join(json.dumps(ROWS[row_format]).replace("{n}", str(n)) + "\n" for n in range(count)))
+    return path
+
+
+def test_all_configs_are_here():
+    assert len(EXAMPLES) == 9
+    assert len(SHIPPED) >= 5
+
+
+@pytest.mark.parametrize("path", [*SHIPPED, *EXAMPLES], ids=lambda path: path.stem)
+def test_a_config_resolves_without_a_name_of_another_toolkit(path):
+    resolved = load_config(str(path), environ={})
+    assert resolved.notes == ()
+    assert resolved.name == path.stem
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_a_situation_plans_as_it_is_written(path, tmp_path, tiny_model_folder):
+    config = load_config(str(path), environ={}).config
+    rows = rows_like(tmp_path, config.data.format)
+    scratch = config.model.name.startswith("custom-")
+    overrides = {
+        "data.train": [str(rows)],
+        "data.eval": [],
+        "data.test_size": 4,
+        "data.cache_dir": str(tmp_path),
+        "data.num_workers": 1,
+        **({"model.architecture.vocab_size": 400} if scratch else {"model.name": str(tiny_model_folder)}),
+    }
+    prepared = prepare(load_config(str(path), overrides=overrides, environ={}), Options(no_cuda=True, offline=True))
+    used = prepared.data.ledger.summary()["train"]
+    assert used["used"] == 36
+    assert len(prepared.packs) < 36  # every situation packs
+    assert len(prepared.data.eval) == 4
+    plan = prepared.batch_plan()
+    training = config.training
+    per_step = training.batch_size * training.gradient_accumulation_steps
+    assert plan.steps_per_epoch == -(-len(prepared.packs) // per_step)
+    assert plan.total_steps == plan.steps_per_epoch * training.epochs
+
+
+@pytest.mark.parametrize("name", ["test", "development", "production", str(ROOT / "examples" / "configs" / "from-scratch-stories.yaml")])
+def test_a_config_whose_data_is_shipped_dry_runs(name, tmp_path):
+    said = []
+    small = {"model.name": "custom-nano", "data.max_samples": 30, "data.cache_dir": str(tmp_path), "data.num_workers": 1}
+    resolved = load_config(name, overrides=small | {"model.architecture.vocab_size": 400}, environ={})
+    preflight(resolved, Options(no_cuda=True, offline=True), say=said.append)
+    assert any(line.startswith("plan ") and "steps" in line for line in said)
+
+
+def test_the_laptops_rows_are_shipped(tmp_path, tiny_model_folder):
+    path = next(one for one in EXAMPLES if one.stem == "laptop-without-gpu")
+    small = {"model.name": str(tiny_model_folder), "data.cache_dir": str(tmp_path), "data.max_samples": 50, "data.max_length": 2048}
+    prepared = prepare(load_config(str(path), overrides=small, environ={}), Options(no_cuda=True, offline=True))
+    assert prepared.data.ledger.summary()["train"]["used"] == 50
+    assert len(prepared.data.eval) > 0
