@@ -22,7 +22,7 @@ from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs import identity, retention
 from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import DiskForecast, SaveAttempts, forecast_disk
-from llmtune.runs.folder import RunFolder, clean_name_part, create_run
+from llmtune.runs.folder import RunFolder, clean_name_part, create_run, read_run_file
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.state import Snapshot
@@ -31,6 +31,7 @@ __all__ = [
     "CONFIG_FILE",
     "TOKENIZER_FOLDER",
     "Keeper",
+    "config_file_of",
     "create",
     "find_checkpoint",
     "identity_of",
@@ -141,6 +142,15 @@ def run_info(run: RunFolder, config_name: str, prepared: Prepared, assembled: As
         parameters={"total": assembled.counts.total, "trained": assembled.counts.trained},
         architecture={key: shape[key] for key in keys if key in shape},
     )
+
+
+def config_file_of(folder: Path) -> Path:
+    """The config a run was started with. Raises CheckpointError when the folder is no run or its config is gone."""
+    read_run_file(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        fix = "restore it from a backup, or start a new run with `llmtune train`"
+        raise CheckpointError(f"{CONFIG_FILE} is missing", where=durable.printable(folder), fix=fix)
+    return folder / CONFIG_FILE
 
 
 def find_checkpoint(run: RunFolder, wanted: Path | None) -> tuple[LoadedCheckpoint | None, list[Problem]]:

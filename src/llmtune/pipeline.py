@@ -101,7 +101,7 @@ def reopen(
     """
     with stop.interrupting():
         folder = checkpoint.parent.parent if checkpoint else resolve_run(name, _output_dir(overrides))
-        resolved = load_config(str(folder / keeping.CONFIG_FILE), overrides=overrides, environ={})
+        resolved = load_config(str(keeping.config_file_of(folder)), overrides=overrides, environ={})
         run = RunFolder.open(folder)
         try:
             trackers, _ = _trackers(resolved)

@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmtune import __version__
-from llmtune.errors import LlmtuneError
+from llmtune.errors import LlmtuneError, Problem
 from llmtune.runs.secrets import redacted, redacted_command
 
 __all__ = ["message", "report_crash", "report_error", "say"]
 
 
 def message(error: LlmtuneError) -> str:
-    """Return an error as plain text: one paragraph for one problem, a numbered line and its fix for each of several."""
-    problems = error.problems
+    """Return an error as plain text: one paragraph for one problem, a line and its fix for each of several.
+
+    What an error quotes (an argument, a row, a file's name) cannot steer the terminal: control characters are shown as escapes.
+    """
+    problems = [Problem(_harmless(one.problem) or "", _harmless(one.where), _harmless(one.fix)) for one in error.problems]
     if len(problems) == 1:
         only = problems[0]
         lines = [f"error: {only.problem}"]
@@ -33,6 +36,13 @@ def message(error: LlmtuneError) -> str:
         lines.append(f"  {each.where}: {each.problem}" if each.where else f"  {each.problem}")
         lines += [f"    fix: {each.fix}"] if each.fix else []
     return "\n".join(lines)
+
+
+def _harmless(text: str | None) -> str | None:
+    if text is None or text.isprintable():
+        return text
+    kept = ("\n", "\t")
+    return "".join(char if char in kept or char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def say(text: str) -> None:

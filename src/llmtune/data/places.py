@@ -188,7 +188,7 @@ def _neighbour(path: Path) -> str:
     import difflib
 
     try:
-        names = [one.name for one in path.parent.iterdir()]
+        names = [one.name for one in path.parent.iterdir() if one.name != path.name]
     except OSError:
         return ""
     near = difflib.get_close_matches(path.name, names, n=1)

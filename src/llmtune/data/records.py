@@ -113,7 +113,9 @@ def json_value_problem(source: str, record: bytes, *, cut_off: bool = False) -> 
     except json.JSONDecodeError as error:
         if cut_off and error.pos >= len(text.rstrip()) - 1:
             return BadRow(source, None, "the last row is cut off in the middle", "write the file again, or delete its last line")
-        what = f"not JSON: {error.msg[0].lower()}{error.msg[1:]} at character {error.pos + 1}: {_excerpt(text, error.pos)}"
+        what = (
+            f"not JSON: {error.msg[0].lower()}{error.msg[1:].removesuffix(' at')} at character {error.pos + 1}: {_excerpt(text, error.pos)}"
+        )
         return BadRow(source, None, what, _json_fix(text, cut_off))
     except _RefusedError as refused:
         return BadRow(source, refused.field, refused.what, refused.fix)

@@ -126,7 +126,7 @@ def load_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of `adapter_model.safetensors`, checked to be finite. Raises AdapterError, also for a `.bin`-only adapter."""
     from safetensors.torch import load_file
 
-    from llmtune.models.weights import inspect_weights
+    from llmtune.models.weights import inspect_weights, refuse_changed_weights
 
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -143,6 +143,7 @@ def load_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
         )
         raise AdapterError(f"the adapter in {folder} {what}", where=str(folder), fix=fix)
     try:
+        refuse_changed_weights(folder)
         inspect_weights([path])
     except ModelError as error:
         raise AdapterError.all(error.problems) from error

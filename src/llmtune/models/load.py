@@ -136,8 +136,9 @@ def _from_scratch(source: ModelSource, model_config: ModelConfig, *, tokenizer: 
 
 def _checked_weights(folder: Path) -> tuple[str, float]:
     """(digest, largest absolute value) of the weights on disk, every value checked."""
-    from llmtune.models.weights import inspect_weights
+    from llmtune.models.weights import inspect_weights, refuse_changed_weights
 
+    refuse_changed_weights(folder)
     report = inspect_weights(weight_files(folder))
     return report.digest, report.largest
 
@@ -171,7 +172,7 @@ def _read(folder: Path, device: torch.device, attention: str, options: dict[str,
             read: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
             model, info = read(
                 where, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,
-                attn_implementation=_ATTENTION.get(attention), **options,
+                attn_implementation=_ATTENTION.get(attention), ignore_mismatched_sizes=True, **options,  # refused below, by name
             )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, ImportError, SafetensorError) as error:
         if type(error).__name__ == "OutOfMemoryError":

@@ -47,7 +47,10 @@ def scan_json_files(folder: Path, *, ignore_auto_map: bool = False) -> Iterator[
     for name in _CONFIG_FILES:
         path = folder / name
         if path.is_file():
-            for key, problem in _suspicious(read_json_file(path), ""):
+            content = read_json_file(path)
+            if not isinstance(content, dict):
+                raise ModelError(f"{name} holds no mapping", where=str(path), fix="fetch the file again")
+            for key, problem in _suspicious(content, ""):
                 if not (ignore_auto_map and key.rsplit(".", 1)[-1] == "auto_map"):
                     yield Problem(problem, f"{path}: {key}", _TRUST_FIX)
 

@@ -125,7 +125,7 @@ def _tokenizer_folder(source: ModelSource, model_config: ModelConfig, trust_remo
     """(folder, what named it, whether its auto_map is known to be unneeded)."""
     if model_config.tokenizer is not None:
         own = Path(model_config.tokenizer).expanduser()
-        if own.is_file():
+        if own.is_file() and own.suffix == ".json":
             own = own.parent
         if own.is_dir():
             return own, "model.tokenizer", False
@@ -143,7 +143,7 @@ def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
-        raise TokenizerError(f"{folder} holds no tokenizer", where=where, fix="name a tokenizer folder in model.tokenizer")
+        raise TokenizerError(f"`{folder}` holds no tokenizer", where=where, fix="name a tokenizer folder in model.tokenizer")
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
@@ -159,6 +159,14 @@ def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
             f"the tokenizer in {folder} has no fast form ({type(tokenizer).__name__})",
             where=where,
             fix="save it once with a tokenizer.json, or name another tokenizer in model.tokenizer",
+        )
+    template = tokenizer.chat_template
+    texts = template.values() if isinstance(template, dict) else [template]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise TokenizerError(
+            f"the chat template of the tokenizer in {folder} is not text",
+            where=str(folder / "tokenizer_config.json"),
+            fix="take `chat_template` out of it, and give one with model.chat_template=FILE",
         )
     return tokenizer
 
@@ -195,7 +203,10 @@ def _template_file(wanted: str, shipped: dict[str, str]) -> str:
     try:
         if path.stat().st_size > 2**20:
             raise TokenizerError(f"`{wanted}` has more than a million bytes", where="model.chat_template", fix="name a Jinja chat template")
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        if not text.strip():
+            raise TokenizerError(f"`{wanted}` is empty", where="model.chat_template", fix="name a Jinja chat template")
+        return text
     except (OSError, ValueError) as error:
         near = get_close_matches(wanted, shipped, n=1)
         hint = f"did you mean `{near[0]}`? " if near else ""

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmtune import durable
 from llmtune.errors import ModelError, Problem
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WeightsReport", "digest_tensors", "inspect_weights"]
+__all__ = ["WeightsReport", "digest_tensors", "inspect_weights", "refuse_changed_weights"]
 
 _MOST_NAMED = 5
 
@@ -57,6 +58,17 @@ def inspect_weights(files: Sequence[Path]) -> WeightsReport:
         more = [Problem(f"and {len(bad) - _MOST_NAMED} more tensors")] if len(bad) > _MOST_NAMED else []
         raise ModelError.all(bad[:_MOST_NAMED] + more)
     return WeightsReport(digest, shapes, frozenset(dtypes), largest)
+
+
+def refuse_changed_weights(folder: Path) -> None:
+    """Where a manifest stands beside the weights (a result of ours), compare each weight file with it (P5).
+
+    Other files may be edited, a model card for example. Raises ModelError that names each weight file that is not as it was written.
+    """
+    if (folder / durable.MANIFEST).is_file():
+        changed = [one for one in durable.verify_manifest(folder) if ".safetensors`" in one.problem]
+        if changed:
+            raise ModelError.all(changed)
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

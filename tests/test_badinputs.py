@@ -1,0 +1,89 @@
+"""Q8: every bad input ends with its exit code and one message of what, where and the fix; no traceback, nothing half-made.
+
+The corpus is data: one table a kind in `badinputs/`. A case lays out a working folder, runs one command line and states the answer.
+"""
+
+import os
+import re
+import tempfile
+from collections import Counter
+
+import pytest
+
+import badinputs_runner as runner
+from llmtune.data.sandbox import Limits
+from llmtune.data.template import Renderer
+from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+
+CASES = runner.cases()
+KINDS = {"adapters", "checkpoints", "commands", "configs", "data", "environments", "models", "templates", "tokenizers"}
+
+
+@pytest.fixture(scope="session")
+def places(tiny_model_folder, rows_file, tmp_path_factory):  # noqa: F811
+    """A model, rows, a run of four steps that kept each checkpoint, and its adapter; cases copy what they spoil."""
+    from llmtune import pipeline
+    from llmtune.config.layers import load_config
+
+    keys = {
+        "model.name": tiny_model_folder, "data.train": rows_file, "run.output_dir": tmp_path_factory.mktemp("runs"), "run.name": "run",
+        "data.max_samples": 16, "training.epochs": 1, "training.batch_size": 4, "training.precision": "fp32",
+        "training.learning_rate": 0.01,
+        "adapter.method": "lora", "adapter.r": 2, "checkpoint.every_steps": 2, "tracking.trackers": "[jsonl]",
+    }  # fmt: skip
+    resolved = load_config(None, overrides=[f"{key}={value}" for key, value in keys.items()], environ={})
+    run = pipeline.train(resolved).folder
+    return {"long": "a" * 300, "model": tiny_model_folder, "rows": rows_file, "run": run, "adapter": run / "checkpoints" / "final"}
+
+
+@pytest.fixture
+def try_case(places, tmp_path, monkeypatch, capsys):
+    """Lay a case out, run it, and return its outcome."""
+
+    def attempt(case):
+        here = runner.lay_out(case, tmp_path / "top", places)
+        temporary, home = tmp_path / "temporary", tmp_path / "home"
+        temporary.mkdir()
+        home.mkdir()
+        for name in [name for name in os.environ if name.startswith(("LLMTUNE_", "WANDB_")) and name != "LLMTUNE_CACHE_DIR"]:
+            monkeypatch.delenv(name)
+        environ = {"HOME": home, "TMPDIR": temporary, "XDG_STATE_HOME": home / "state", "HF_HUB_OFFLINE": 1, "COLUMNS": 80, **case.environ}
+        for name, value in environ.items():
+            monkeypatch.setenv(name, runner.filled(str(value), here, places))
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        monkeypatch.setitem(Renderer.__init__.__kwdefaults__, "limits", Limits(seconds=0.5))
+        monkeypatch.chdir(here)
+        before = runner.seen(here, temporary, home)
+        capsys.readouterr()
+        code, out, err = runner.start(case, here, places) if case.child else runner.run_here(case, here, places, capsys, monkeypatch)
+        new = runner.changes(before, runner.seen(here, temporary, home), case, here)
+        return runner.Outcome(code, out, err, new)
+
+    return attempt
+
+
+def assert_answered(case, outcome):
+    """The law: its code, one message that says what and where or the fix, and nothing left behind."""
+    text = runner.one_line(outcome.err)
+    assert outcome.code == case.code, outcome.err
+    assert "Traceback" not in outcome.out + outcome.err
+    if case.code:
+        assert len(re.findall("^error: ", outcome.err, re.MULTILINE)) == 1, outcome.err
+        assert re.search(r"fix: |where: |^stopped", text), f"neither place nor fix: {outcome.err}"
+    for part in case.says.split(" & "):
+        assert re.search(part, text), f"{part!r} is not in: {outcome.err}"
+    assert outcome.new == [], f"left behind: {outcome.new}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+def test_q8_a_bad_input_ends_with_its_code_and_one_message(case, try_case):
+    assert_answered(case, try_case(case))
+
+
+def test_q8_the_corpus_is_whole():
+    assert {case.kind for case in CASES} == KINDS
+    assert len(CASES) >= 150
+    assert [one for one, times in Counter(case.id for case in CASES).items() if times > 1] == []
+    bad = [case for case in CASES if case.code]
+    assert len(bad) >= 150
+    assert {case.code for case in bad} >= {2, 3, 4, 5, 6}
