@@ -25,7 +25,10 @@ class Change:
 
 
 def changes(forecaster: Forecaster) -> list[Change]:
-    """Every change that applies and needs less than the run as it is, each by itself, then all that keep the result together."""
+    """Every change that applies and needs less than the run as it is, each by itself; those that keep the result also together.
+
+    Together they are named only where that is better still: cutting a step into more micro-batches keeps its gradients in memory longer.
+    """
     now = forecaster.memory().peak_bytes
     config = forecaster.config
     tried: list[tuple[str, Config]] = []
@@ -40,10 +43,11 @@ def changes(forecaster: Forecaster) -> list[Change]:
             again = change(together, forecaster)
             assert again is not None
             together, texts = again[1], [*texts, again[0]]
-    if len(texts) > 1:
-        tried.append((" ".join(texts), together))
     budget = forecaster.target.budget_bytes
     effects = [Change(text, forecaster.memory(wanted).peak_bytes, False) for text, wanted in tried]
+    if len(texts) > 1:
+        both = Change(" ".join(texts), forecaster.memory(together).peak_bytes, False)
+        effects += [both] if all(both.peak_bytes < one.peak_bytes for one in effects if one.overrides in texts) else []
     return [replace(one, fits=one.peak_bytes <= budget) for one in effects if one.peak_bytes < now]
 
 

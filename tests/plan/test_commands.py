@@ -1,0 +1,71 @@
+"""`llmtune plan` and `llmtune doctor` as commands, and the plan's lines in a training (Q7)."""
+
+import json
+import sys
+
+from llmtune import pipeline
+from llmtune.cli import doctor
+from llmtune.cli.main import run
+from llmtune.plan.report import compared_lines
+from llmtune.preparation import Options
+from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+
+
+def test_q7_plan_prints_one_json_object(tiny_model_folder, rows_file, capsys):  # noqa: F811
+    arguments = [
+        "plan",
+        f"model.name={tiny_model_folder}",
+        f"data.train={rows_file}",
+        "training.precision=fp32",
+        "--json",
+        "--device",
+        "24GB",
+    ]
+    assert run(arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["steps"]["total_steps"] == 9
+    assert plan["fits"] is True
+    assert plan["memory"]["peak_bytes"] == sum(plan["memory"]["parts"].values())
+
+
+def test_plan_refuses_to_measure_elsewhere(capsys):
+    assert run(["plan", "--measure", "--device", "24GB"]) == 2
+    assert "--measure trains here" in capsys.readouterr().err
+
+
+def test_q7_measured_steps_give_the_plan_its_time(tiny_model_folder, rows_file, capsys):  # noqa: F811
+    arguments = ["plan", f"model.name={tiny_model_folder}", f"data.train={rows_file}", "--no-cuda", "--json"]
+    assert run([*arguments, "--measure"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["tokens_per_second"] > 0
+    assert measured["measured_peak_bytes"] > 0
+    assert run(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_per_second"] == measured["tokens_per_second"]
+
+
+def test_q7_a_training_says_its_plan_first_and_compares_it_at_the_end(config_of):  # noqa: F811
+    said = []
+    resolved = config_of("training.batch_size=auto", "training.gradient_accumulation_steps=1", "training.max_steps=2")
+    result = pipeline.train(resolved, Options(no_cuda=True, offline=True), say=said.append)
+    talk = "\n".join(said)
+    assert "memory  " in talk
+    assert "training.batch_size" in talk
+    lines = compared_lines(result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes)
+    assert lines[0] == "steps   2 planned, 2 made"
+    assert "measured" in lines[1]
+    assert result.seconds > 0
+
+
+def test_doctor_is_content_with_a_machine_on_which_the_tests_run(capsys):
+    assert run(["doctor", "--json"]) == 0
+    findings = {one["what"]: one for one in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert {"torch", "transformers", "peft", "jinja2", "cpu", "precision", "bitsandbytes", "disk", "cache", "network"} <= set(findings)
+    assert all(one["fix"] for one in findings.values() if one["state"] != "ok")
+
+
+def test_doctor_exits_6_where_a_version_is_too_old(monkeypatch, capsys):
+    monkeypatch.setitem(doctor.FLOORS, "torch", "99.0")
+    assert run(["doctor"]) == 6
+    out = capsys.readouterr().out
+    assert "pip install 'torch>=99.0'" in out
+    assert sys.version.split()[0] in out
