@@ -232,7 +232,7 @@ def test_data_num_workers_is_used(here, resolve, monkeypatch):
         return real([sys.executable, "-S", "-c", ""], **keywords)
 
     monkeypatch.setattr(subprocess, "Popen", stand_in)
-    for workers, expected in (("1", 0), (FLIPS["data.num_workers"]["flip"], 3)):
+    for workers, expected in (("0", 0), ("1", 0), (FLIPS["data.num_workers"]["flip"], 3)):
         started.clear()
         config = resolve("data.train=[many.jsonl]", f"data.num_workers={workers}", f"data.cache_dir=cache-{workers}")
         assert len(prepare(config, Options()).data.train) == 5 * 256 + 1

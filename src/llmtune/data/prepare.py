@@ -130,7 +130,7 @@ def _check(config: DataConfig) -> None:
     if not (0 <= config.test_size < 1 or config.test_size == int(config.test_size) >= 1):
         fix = "give a fraction below 1, or a whole number of rows"
         problems.append(Problem(f"{config.test_size} is neither a fraction nor a number of rows", "data.test_size", fix))
-    for name, least in (("max_samples", 1), ("num_workers", 1), ("min_length", 0)):
+    for name, least in (("max_samples", 1), ("num_workers", 0), ("min_length", 0)):
         value = getattr(config, name)
         if value is not None and value < least:
             problems.append(Problem(f"{value} is too small", f"data.{name}", f"give at least {least}"))

@@ -72,7 +72,7 @@ def tokenize_side(
     facts = {"renderer": renderer.digest, "formats": formats, "rules": rules._asdict(), "max_samples": limit}
     folder = home_expanded(config.cache_dir) if config.cache_dir else default_cache_dir()
     job = Job(tuple(files), tuple(formats), renderer, rules)
-    workers = config.num_workers or available_cores()
+    workers = available_cores() if config.num_workers is None else config.num_workers
     store, said = open_or_build(
         folder,
         cache_key(files, digests, facts),
