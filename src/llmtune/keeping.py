@@ -23,6 +23,7 @@ from llmtune.runs import identity, retention
 from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import DiskForecast, SaveAttempts, forecast_disk
 from llmtune.runs.folder import RunFolder, clean_name_part, create_run, read_run_file
+from llmtune.runs.secrets import redacted
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.state import Snapshot
@@ -289,5 +290,5 @@ class Keeper:
             total_steps=self._assembled.batches.total_steps,
             metrics=metrics,
             data=self._prepared.data.ledger.summary(),
-            config=config_to_yaml(self._assembled.config),
+            config=redacted(config_to_yaml(self._assembled.config)),
         )
