@@ -1,4 +1,4 @@
-"""Issue 6: what docs/python.md and docs/from-scratch.md show at a prompt is what happens."""
+"""Issue 6: what docs/python.md shows at a prompt is what happens, and docs/from-scratch.md tells true shapes."""
 
 import doctest
 from pathlib import Path
@@ -15,6 +15,25 @@ def test_the_prompts_of_a_page_give_what_it_says(page, at_least, tmp_path, monke
     failed, tried = doctest.testfile(str(DOCS / page), module_relative=False, optionflags=flags)
     assert failed == 0
     assert tried >= at_least
+
+
+def test_the_table_of_shapes_is_the_catalogs():
+    from llmtune.models.catalog import CATALOG
+
+    page = (DOCS / "from-scratch.md").read_text(encoding="utf-8")
+    rows = [(one.name, one.shape) for one in CATALOG if one.shape]
+    assert len(rows) == 5
+    for name, shape in rows:
+        assert f"| {name} | {shape.n_layers} x {shape.d_model} | {shape.n_heads} | {shape.vocab_size:,} |" in page
+
+
+def test_the_configs_on_the_page_resolve():
+    from llmtune.config.layers import parse_config
+
+    blocks = (DOCS / "from-scratch.md").read_text(encoding="utf-8").split("```yaml\n")[1:]
+    assert len(blocks) == 2
+    for block in blocks:
+        assert parse_config(block.partition("```")[0]).config.model.name == "custom-nano"
 
 
 def test_verify_can_be_used_alone(tmp_path, tiny_model_folder):
