@@ -46,7 +46,7 @@ WORKLOADS = {
         Workload("qlora", "qlora", 64, 1024, 8, 2e-4),
         Workload("scratch", "scratch", 256, 256, 16, 1e-3, model="custom-tiny"),
         Workload("short", "lora", 20, 80, 32, 2e-4, median=45),
-        Workload("long", "lora", 8192, 8192, 1, 2e-4, median=8192),
+        Workload("long", "lora", 8192, 8192, 1, 2e-4, median=8192, checkpointing=True),
         Workload("gpu-8b", "lora", 256, 4096, 16, 2e-4, median=900, pack=4096, shape="llama-3-8b"),
         Workload("gpu-1b", "lora", 256, 4096, 16, 2e-4, median=900, pack=4096, shape="llama-3.2-1b"),
         Workload("gpu-8b-qlora", "qlora", 256, 4096, 8, 2e-4, median=900, pack=4096, shape="llama-3-8b", checkpointing=True),
