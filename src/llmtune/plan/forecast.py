@@ -7,7 +7,7 @@ import json
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +207,10 @@ class Forecaster:
 
     def _key(self, kind: str, config: Config, more: Any) -> str:
         """Digest of everything that decides a number: shape, adapter, arithmetic, engine, code and library versions."""
-        facts = [
-            kind, self.shape.config.to_dict(), asdict(config.adapter), asdict(config.model), self.precision, self.target.kind,
-            self.prepared.source.kind, self.prepared.tokenizer.digest, more, __version__, _code_digest(),
-        ]  # fmt: skip
+        model = config.model
+        shape = {key: value for key, value in self.shape.config.to_dict().items() if key != "_name_or_path"}
+        held = [model.dtype, model.quantization, model.gradient_checkpointing, self.prepared.source.kind, asdict(config.adapter)]
+        facts = [kind, shape, held, self.precision, self.target.kind, self.prepared.tokenizer.digest, more, __version__, _code_digest()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -224,6 +224,7 @@ def _groups(batches: BatchPlan) -> Iterator[Any]:
         yield from batches.groups(step)
 
 
+@cache
 def _code_digest() -> str:
     digest = hashlib.sha256(torch.__version__.encode())
     rooms = (Path(__file__).parent, *(Path(path) for package in (llmtune.models, llmtune.training) for path in package.__path__))
