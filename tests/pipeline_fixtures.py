@@ -13,10 +13,7 @@ WORDS = ["the", "user", "asks", "and", "the", "assistant", "answers", "a", "smal
 @pytest.fixture(autouse=True)
 def _one_thread():
     """A forked child may use torch only where the parent has no worker threads; one thread also fixes the order of every sum."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    assert torch.get_num_threads() == 1
 
 
 @pytest.fixture(scope="session")

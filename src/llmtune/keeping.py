@@ -17,6 +17,7 @@ from llmtune.config.layers import ResolvedConfig
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.model_card import model_card
 from llmtune.models import adapters, save
+from llmtune.plan.memory import optimizer_bytes
 from llmtune.preparation import Prepared
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs import identity, retention
@@ -47,9 +48,6 @@ LEDGER_FILE = "ledger.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
 WEIGHTS_FILE = "model.safetensors"
 BEST, FINAL = "best", "final"
-
-OPTIMIZER_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "lion": 4, "muon": 4, "sgd": 4}
-"""Bytes of optimizer state a trained parameter, for the forecast of disk and memory."""
 
 
 def run_name(template: str, *, model: str, config: str, seed: int) -> str:
@@ -187,7 +185,7 @@ def forecast_for(prepared: Prepared, assembled: Assembled) -> DiskForecast:
     """What the run's disk must hold at the worst moment; raises MachineError when it does not fit."""
     config = assembled.config
     weights = sum(one.numel() * one.element_size() for one in assembled.parameters.values())
-    optimizer = round(assembled.counts.trained * OPTIMIZER_BYTES[config.training.optimizer])
+    optimizer = optimizer_bytes(config.training.optimizer, entries=assembled.counts.trained, entry_bytes=weights)
     batches = assembled.batches
     every = config.checkpoint.every_steps or batches.steps_per_epoch
     return forecast_disk(

@@ -29,6 +29,7 @@ from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.tracker import Tracker
 from llmtune.training.devices import peak_memory_bytes
 from llmtune.training.loop import StepResult, train_steps
+from llmtune.training.memory import release_free_memory
 from llmtune.training.state import TrainingState, capture, restore
 
 __all__ = ["Result", "Session"]
@@ -174,7 +175,9 @@ class Session:
 
     def evaluate(self, *, full: bool = False) -> dict[str, Any]:
         """Evaluate now, record it, and keep a new best at once; `full` counts exact answers where the config asks for them."""
+        release_free_memory()
         improved, metrics = self.observer.look(self.state.step, self.state.epoch, full=full)
+        release_free_memory()
         self.metrics |= metrics
         if improved and self.state.step and self.keeper is not None and self.config.checkpoint.keep_best:
             self.keeper.keep_best(metrics, self.state.step)

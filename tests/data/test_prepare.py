@@ -254,7 +254,7 @@ def test_nothing_left_to_train_on_is_refused_with_the_sum(write, config, rendere
         ({"test_size": -1}, "data.test_size"),
         ({"max_length": 1}, "data.max_length"),
         ({"max_samples": 0}, "data.max_samples"),
-        ({"num_workers": 0}, "data.num_workers"),
+        ({"num_workers": -1}, "data.num_workers"),
     ],
 )
 def test_values_that_mean_nothing_are_refused_before_anything_is_read(config, renderer, more, key):

@@ -210,10 +210,7 @@ def bench():
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Sums of floats depend on the number of threads; the tests use one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    assert torch.get_num_threads() == 1
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
 from llmtune import durable, pipeline
 from llmtune.config.layers import load_config
@@ -75,7 +74,6 @@ def test_p2_verify_resume_kills_through_the_real_command_line_and_passes(tiny_mo
 
 
 def test_p1_verify_crash_kills_inside_file_operations_and_passes(tiny_model_folder, rows_file, tmp_path):
-    torch.set_num_threads(1)
     given = [f"model.name={tiny_model_folder}", f"data.train={rows_file}", *LORA, "training.batch_size=2"]
     verdict = verify_crash(None, given, tmp_path, steps=3, kills=4, say=silent)
     assert verdict.passed, verdict.lines()

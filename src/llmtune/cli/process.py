@@ -12,11 +12,15 @@ def is_offline() -> bool:
     return os.environ.get("LLMTUNE_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1"
 
 
-def prepare_process() -> None:
-    """Quiet the libraries' progress bars and advice (llmtune says itself what it does), and have freed memory kept for the next step."""
-    from llmtune.training.memory import tune_allocator
+def prepare_process(*, trains: bool = False) -> None:
+    """Quiet the libraries' progress bars and advice; llmtune says itself what it does.
 
-    tune_allocator()
+    trains: the process takes many equal steps, so freed memory is kept for the next one. Not for a merge, whose peak is promised.
+    """
+    if trains:
+        from llmtune.training.memory import tune_allocator
+
+        tune_allocator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -44,7 +44,7 @@ def go_on(
     """Resume `run` (or the run of `checkpoint`) and show how it ended."""
     from llmtune.cli.process import prepare_process
 
-    prepare_process()
+    prepare_process(trains=True)
     from llmtune import pipeline
     from llmtune.cli.process import is_offline
     from llmtune.cli.train import show_result

@@ -71,7 +71,7 @@ def train(
 
     from llmtune.cli.process import prepare_process
 
-    prepare_process()
+    prepare_process(trains=True)
     from llmtune.pipeline import preflight
     from llmtune.pipeline import train as run_training
     from llmtune.preparation import Options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -49,6 +50,7 @@ def crash(
     kills: Annotated[int, typer.Option("--kills", min=1, help="How many file operations are chosen.")] = 12,
 ) -> None:
     """Kill a run in the middle of its file operations, resume it, and compare it byte for byte."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # forked processes compute with one thread
     prepare_process()
     from llmtune.verify.crash import verify_crash
 

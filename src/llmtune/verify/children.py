@@ -6,17 +6,28 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 from llmtune.errors import LlmtuneError, MachineError
 
-__all__ = ["in_child"]
+__all__ = ["ChildEnd", "in_child"]
+
+_LONGEST_MESSAGE = 4000
 
 
-def in_child(function: Callable[[], object], *, timeout_s: float = 600.0) -> int:
-    """Run `function` in a forked process and return its exit code, or minus the number of the signal that ended it.
+class ChildEnd(NamedTuple):
+    """How a child ended: its exit code, or minus the number of the signal that ended it, and the error it ended with."""
 
-    A refusal gives its own exit code, any other exception 1. Output goes nowhere. Raises MachineError when it takes too long.
+    code: int
+    error: str
+
+
+def in_child(function: Callable[[], object], *, timeout_s: float = 600.0) -> ChildEnd:
+    """Run `function` in a forked process; a refusal gives its own exit code, any other exception 1. Output goes nowhere.
+
+    Raises MachineError when it takes too long.
     """
+    reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; importing started none that holds a lock
         child = os.fork()
@@ -30,14 +41,18 @@ def in_child(function: Callable[[], object], *, timeout_s: float = 600.0) -> int
             code = 0
         except LlmtuneError as error:
             code = error.exit_code
+            os.write(writer, str(error).encode("utf-8", "replace")[:_LONGEST_MESSAGE])
         finally:
             os._exit(code)
+    os.close(writer)
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            with os.fdopen(reader, "rb") as said:
+                return ChildEnd(os.waitstatus_to_exitcode(status), said.read().decode("utf-8", "replace"))
         time.sleep(0.002)
     os.kill(child, 9)
     os.waitpid(child, 0)
+    os.close(reader)
     raise MachineError(f"a child process did not end within {timeout_s:.0f} s")

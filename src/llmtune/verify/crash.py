@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from llmtune import durable, pipeline
 from llmtune.config.layers import load_config
 from llmtune.durable.faults import Counting, Killing
@@ -26,9 +24,9 @@ def verify_crash(
     """Kill a training of `steps` steps at `kills` file operations, evenly spread over all it makes, and resume it each time.
 
     Every kill must leave a run that `resume` finishes with no repair by hand, byte-identical to the run nobody stopped. The processes
-    are forked, and compute with one thread. Raises CheckpointError when the run that nobody stopped does not end well.
+    are forked, so this one must not have computed anything, nor set torch's number of threads (each thread of a child would then set it
+    again, and torch's pool does not survive that after a fork). Raises CheckpointError when the run that nobody stopped does not end well.
     """
-    torch.set_num_threads(1)
     shared = [*overrides, f"training.max_steps={steps}", f"run.output_dir={folder}", "tracking.trackers=[jsonl]"]
     shared += [f"checkpoint.every_steps={max(1, steps // 4)}", "checkpoint.keep_last=1", "evaluation.prompts=[]"]
 
@@ -45,10 +43,11 @@ def verify_crash(
 
     durable.make_folder(folder)
     # The first training fills the caches, so that the second makes just the operations that the killed ones make.
-    if (code := in_child(lambda: train("whole")) or in_child(count)) != 0:
-        raise CheckpointError(
-            f"the training that nobody stopped ended with exit code {code}", fix="try `llmtune train` with the same config"
-        )
+    for function in (lambda: train("whole"), count):
+        end = in_child(function)
+        if end.code != 0:
+            what = f"the training that nobody stopped ended with exit code {end.code}: {end.error}"
+            raise CheckpointError(what, fix="try `llmtune train` with the same config")
     operations = json.loads(count_file.read_bytes())
     verdict = Verdict("crash")
     outcomes: Counter[str] = Counter()
@@ -73,14 +72,15 @@ def _kill_and_resume(train: Callable[[str], None], folder: Path, place: int, who
         with durable.use_backend(Killing(place, for_real=True)):
             train(name)
 
-    code = in_child(killed)
-    if code != -9:
-        verdict.note(f"the kill at operation {place} happened", f"the training ended with exit code {code}", False)
+    end = in_child(killed)
+    if end.code != -9:
+        verdict.note(f"the kill at operation {place} happened", f"the training ended with exit code {end.code}: {end.error}", False)
         return "not killed"
     if not (stopped / "run.json").is_file():
         return "before the run existed"
-    if (code := in_child(lambda: pipeline.resume(str(stopped)))) != 0:
-        verdict.note(f"the run killed at operation {place} resumes", f"exit code {code}", False)
+    end = in_child(lambda: pipeline.resume(str(stopped)))
+    if end.code != 0:
+        verdict.note(f"the run killed at operation {place} resumes", f"exit code {end.code}: {end.error}", False)
         return "not resumed"
     one = Verdict(name)
     compare_runs(whole, stopped, one)
