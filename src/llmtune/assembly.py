@@ -132,14 +132,7 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
     """
     config = prepared.config
     _seed_everything(config.run.seed + devices.rank)
-    decisions: list[Decision] = []
-    precision_name = config.training.precision
-    if precision_name == "auto":
-        choice = choose_precision(devices.device)
-        decisions.append(choice)
-        precision_name = choice.value  # type: ignore[assignment]
-    precision = Precision(precision_name, devices.device)  # type: ignore[arg-type]
-
+    precision, decisions = _open_precision(config.training, devices)
     adapter = config.adapter.method != "none"
     loaded = load_model(
         prepared.source,
@@ -147,7 +140,7 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
         tokenizer=prepared.tokenizer.tokenizer,
         device=devices.device,
         trained="adapter" if adapter else "full",
-        precision=precision_name,
+        precision=precision.name,
         seed=config.run.seed,
         trust_remote_code=options.trust_remote_code,
     )
@@ -169,9 +162,43 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
     nll_sum: Callable[[MicroBatch], torch.Tensor] = engine.nll_sum
     if training.neftune_alpha is not None:
         nll_sum = Neftune(engine.nll_sum, model.get_input_embeddings(), training.neftune_alpha)
+    optimizer, more = _make_optimizer(model, parameters, training, devices)
+    decisions += more
+    batches = prepared.batch_plan(
+        layout=engine.layout, max_group_tokens=engine.max_group_tokens, rank=devices.rank, world_size=devices.world_size
+    )
+    return Assembled(
+        model=model,
+        engine=engine,
+        nll_sum=nll_sum,
+        parameters=parameters,
+        optimizer=optimizer,
+        precision=precision,
+        learning_rate=_make_schedule(training, batches.total_steps),
+        mfu=utilization(devices, precision.name, total=counts.total, trained=counts.trained),
+        devices=devices,
+        batches=batches,
+        base_digest=loaded.base_digest,
+        is_adapted=adapter,
+        counts=counts,
+        config=config,
+        decisions=tuple(decisions),
+    )
+
+
+def _open_precision(training: TrainingConfig, devices: Devices) -> tuple[Precision, list[Decision]]:
+    if training.precision != "auto":
+        return Precision(training.precision, devices.device), []
+    choice = choose_precision(devices.device)
+    return Precision(choice.value, devices.device), [choice]  # type: ignore[arg-type]
+
+
+def _make_optimizer(
+    model: Any, parameters: dict[str, torch.nn.Parameter], training: TrainingConfig, devices: Devices
+) -> tuple[Optimizer, list[Decision]]:
     assert training.learning_rate is not None
     assert training.weight_decay is not None
-    optimizer, more = build_optimizer(
+    return build_optimizer(
         training.optimizer,
         parameters,
         learning_rate=training.learning_rate,
@@ -181,33 +208,16 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
         device=devices.device,
         orthogonal=matrices_of_blocks(model, parameters),
     )
-    decisions += more
-    batches = prepared.batch_plan(
-        layout=engine.layout, max_group_tokens=engine.max_group_tokens, rank=devices.rank, world_size=devices.world_size
-    )
-    learning_rate = learning_rate_at(
+
+
+def _make_schedule(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:
+    assert training.learning_rate is not None
+    return learning_rate_at(
         training.lr_schedule,
         peak=training.learning_rate,
-        total_steps=batches.total_steps,
-        warmup_steps=warmup_length(batches.total_steps, training.warmup_steps, training.warmup_ratio),
+        total_steps=total_steps,
+        warmup_steps=warmup_length(total_steps, training.warmup_steps, training.warmup_ratio),
         min_lr_ratio=training.min_lr_ratio,
-    )
-    return Assembled(
-        model=model,
-        engine=engine,
-        nll_sum=nll_sum,
-        parameters=parameters,
-        optimizer=optimizer,
-        precision=precision,
-        learning_rate=learning_rate,
-        mfu=utilization(devices, precision.name, total=counts.total, trained=counts.trained),
-        devices=devices,
-        batches=batches,
-        base_digest=loaded.base_digest,
-        is_adapted=adapter,
-        counts=counts,
-        config=config,
-        decisions=tuple(decisions),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import say
+from llmtune.cli.options import ConfigName, Overrides
 from llmtune.config.convert import LEAVES
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain
 from llmtune.config.layers import ResolvedConfig, load_config
@@ -16,9 +17,6 @@ from llmtune.config.render import value_text
 from llmtune.errors import ConfigError, Problem
 
 __all__ = ["diff", "schema", "show", "validate"]
-
-ConfigName = Annotated[str | None, typer.Option("--config", "-c", help="A preset (test, development, production) or a YAML or JSON file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")]
 
 
 def show(

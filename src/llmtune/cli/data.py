@@ -8,18 +8,15 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import say
+from llmtune.cli.options import ConfigName, Overrides
 from llmtune.config.layers import load_config
 
 __all__ = ["report"]
 
 
 def report(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", help="A preset (test, development, production) or a YAML or JSON file.")
-    ] = None,
+    overrides: Overrides = None,
+    config: ConfigName = None,
     row: Annotated[str | None, typer.Option("--row", metavar="FILE:LINE", help="Show the fate of this one row.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")] = False,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import say
+from llmtune.cli.options import ConfigName, Overrides
 from llmtune.config.layers import load_config
 from llmtune.errors import UsageError
 
@@ -15,12 +16,8 @@ __all__ = ["plan"]
 
 
 def plan(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", help="A preset (test, development, production) or a YAML or JSON file.")
-    ] = None,
+    overrides: Overrides = None,
+    config: ConfigName = None,
     device: Annotated[
         str | None, typer.Option("--device", help="Plan for another device: a size such as 24GB, rtx3090, rtx4090, l4, t4, a100-80, h100.")
     ] = None,

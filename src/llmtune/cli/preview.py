@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llmtune.cli.failure import say
+from llmtune.cli.options import ConfigName, Overrides
 from llmtune.config.layers import load_config
 
 if TYPE_CHECKING:
@@ -23,12 +24,8 @@ __all__ = ["preview"]
 
 
 def preview(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", help="A preset (test, development, production) or a YAML or JSON file.")
-    ] = None,
+    overrides: Overrides = None,
+    config: ConfigName = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Rows (or packs) to show.")] = 5,
     show_all: Annotated[bool, typer.Option("--all", help="Show every row.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a row: source, input_ids, weights, text.")] = False,

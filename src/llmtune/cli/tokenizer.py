@@ -12,14 +12,13 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import say
+from llmtune.cli.options import Overrides
 
 __all__ = ["train"]
 
 
 def train(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")
-    ] = None,
+    overrides: Overrides = None,
     config: Annotated[str | None, typer.Option("--config", "-c", help="A preset, or a YAML or JSON file; its data.train is read.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")] = Path("tokenizer"),
     vocab_size: Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.failure import say
+from llmtune.cli.options import ConfigName, Overrides
 from llmtune.config.layers import load_config
 from llmtune.errors import UsageError
 
@@ -18,12 +19,8 @@ __all__ = ["show_result", "train"]
 
 
 def train(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", help="A preset (test, development, production, quickstart) or a YAML or JSON file.")
-    ] = None,
+    overrides: Overrides = None,
+    config: ConfigName = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="A name of `llmtune list-models`, a folder, a .gguf file, a hub id.")
     ] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.failure import say
+from llmtune.cli.options import Overrides
 from llmtune.cli.process import is_offline, prepare_process
 from llmtune.config.layers import ResolvedConfig, load_config
 
@@ -21,7 +22,6 @@ __all__ = ["batching", "checkpoint", "crash", "merge", "packing", "resume"]
 ConfigName = Annotated[
     str | None, typer.Option("--config", "-c", help="A preset or a file; the test preset with custom-nano when not given.")
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")]
 Steps = Annotated[int, typer.Option("--steps", min=2, help="Steps of the training that is tried.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")]
 
