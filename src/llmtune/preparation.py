@@ -6,7 +6,7 @@ The commands that only look (`data preview`, `data report`, `plan`, `--dry-run`)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmtune.config.layers import ResolvedConfig
@@ -121,12 +121,6 @@ def prepare(
     packs = plan_packs(data.train.lengths, config.data.max_length, config.data.packing, config.data.shuffle_seed or 0)
     decisions = (*source.decisions, *loaded.decisions, *renderer.decisions, *data.decisions)
     return Prepared(config, source, loaded, renderer, data, packs, trains_tokenizer(config, source), decisions)
-
-
-def with_batch_size(prepared: Prepared, batch_size: int, accumulation: int) -> Prepared:
-    """The same run with another cut of the same global batch."""
-    training = replace(prepared.config.training, batch_size=batch_size, gradient_accumulation_steps=accumulation)
-    return replace(prepared, config=replace(prepared.config, training=training))
 
 
 def _texts(config: Config) -> Iterator[str]:

@@ -28,6 +28,7 @@ from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.tracker import Tracker
 from llmtune.training.devices import peak_memory_bytes
+from llmtune.training.health import non_finite_parameters
 from llmtune.training.loop import StepResult, train_steps
 from llmtune.training.memory import release_free_memory
 from llmtune.training.state import TrainingState, capture, restore
@@ -180,6 +181,7 @@ class Session:
         release_free_memory()
         self.metrics |= metrics
         if improved and self.state.step and self.keeper is not None and self.config.checkpoint.keep_best:
+            self._refuse_non_finite_weights()
             self.keeper.keep_best(metrics, self.state.step)
         return metrics
 
@@ -187,6 +189,7 @@ class Session:
         """Commit a checkpoint of this step boundary; a disk that refuses costs the save, never the run (P7)."""
         if self._saved_windows == self.state.windows:
             return
+        self._refuse_non_finite_weights()
         snapshot = capture(
             parameters=self.assembled.parameters,
             optimizer=self.assembled.optimizer,
@@ -262,6 +265,16 @@ class Session:
         self.observer.note(result, further)
         if result.skipped:
             self.say(f"step {result.step + 1} skipped: {result.reason}; rows: {', '.join(result.sources)}")
+
+    def _refuse_non_finite_weights(self) -> None:
+        """Raise DivergedError where an update has made a weight infinite or NaN: it never becomes best or resumable (P10)."""
+        broken = non_finite_parameters(self.assembled.parameters)
+        if broken:
+            raise DivergedError(
+                f"{len(broken)} weights are no longer finite after step {self.state.step}, {broken[0]} first; this step is not saved",
+                where=str(self.run.path) if self.run is not None else None,
+                fix="the checkpoint before stands; start again with a lower training.learning_rate",
+            )
 
     def _save_is_due(self, result: StepResult) -> bool:
         every = self.config.checkpoint.every_steps or self.assembled.batches.steps_per_epoch

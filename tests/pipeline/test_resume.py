@@ -7,7 +7,9 @@ import signal
 import pytest
 
 from llmtune import pipeline
-from llmtune.errors import CheckpointError, StoppedBySignal
+from llmtune.errors import CheckpointError, DivergedError, StoppedBySignal
+from llmtune.preparation import Options
+from llmtune.runs.signals import StopRequest
 from pipeline_helpers import KINDS, LORA, in_child, line_count, lines_of, weights_of
 
 
@@ -173,3 +175,13 @@ def test_a_moved_run_folder_resumes(config_of, unbroken, tmp_path):
     shutil.move(stopped, moved)
     pipeline.resume(str(moved))
     assert_same_run(whole, moved)
+
+
+def test_p10_weights_that_are_not_finite_are_never_saved(config_of, tmp_path):
+    session = pipeline.start(config_of(*LORA, name="broken"), Options(), StopRequest(), say=lambda line: None)
+    steps = session.steps()
+    next(steps)
+    next(iter(session.assembled.parameters.values())).data[0, 0] = float("inf")
+    with pytest.raises(DivergedError, match="no longer finite after step 1"):
+        steps.close()
+    assert list((tmp_path / "runs" / "broken" / "checkpoints").glob("step-*")) == []
