@@ -9,7 +9,6 @@ from llmtune import durable, pipeline
 from llmtune.config.layers import load_config
 from llmtune.preparation import Options
 from llmtune.training import engine
-from llmtune.verify.crash import verify_crash
 from llmtune.verify.files import verify_checkpoint, verify_merge
 from llmtune.verify.numbers import verify_batching, verify_packing
 from llmtune.verify.resume import verify_resume
@@ -70,12 +69,6 @@ def test_n5_verify_packing_fails_when_packed_rows_see_each_other(resolved, monke
 def test_p2_verify_resume_kills_through_the_real_command_line_and_passes(tiny_model_folder, rows_file, tmp_path):
     given = [f"model.name={tiny_model_folder}", f"data.train={rows_file}", *LORA, "training.batch_size=2"]
     verdict = verify_resume(None, given, tmp_path, steps=6, kills=1, say=silent)
-    assert verdict.passed, verdict.lines()
-
-
-def test_p1_verify_crash_kills_inside_file_operations_and_passes(tiny_model_folder, rows_file, tmp_path):
-    given = [f"model.name={tiny_model_folder}", f"data.train={rows_file}", *LORA, "training.batch_size=2"]
-    verdict = verify_crash(None, given, tmp_path, steps=3, kills=4, say=silent)
     assert verdict.passed, verdict.lines()
 
 

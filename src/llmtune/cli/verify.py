@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -47,16 +48,28 @@ def crash(
     overrides: Overrides = None,
     config: ConfigName = None,
     steps: Steps = 4,
-    kills: Annotated[int, typer.Option("--kills", min=1, help="How many file operations are chosen.")] = 12,
+    kills: Annotated[int, typer.Option("--kills", min=1, help="How often a process is killed with SIGKILL.")] = 12,
+    seed: Annotated[int, typer.Option("--seed", help="Decides the moments of the kills.")] = 0,
+    through_commands: Annotated[
+        bool, typer.Option("--through-commands", help="Kill the real `llmtune train` and `llmtune resume`, at random times (slower).")
+    ] = False,
+    record: Annotated[Path | None, typer.Option("--record", help="Add one JSON line for each kill to this file.")] = None,
+    keep: Annotated[
+        Path | None, typer.Option("--keep", help="Work in this folder and leave there what differs, instead of a temporary one.")
+    ] = None,
 ) -> None:
-    """Kill a run in the middle of its file operations, resume it, and compare it byte for byte."""
+    """Kill runs at random moments and in the middle of file operations, resume them, and compare them byte for byte."""
     os.environ["OMP_NUM_THREADS"] = "1"  # forked processes compute with one thread
     prepare_process()
     from llmtune.verify.crash import verify_crash
 
     name, given = _config(config, overrides)
-    with tempfile.TemporaryDirectory() as folder:
-        _end(verify_crash(name, given, Path(folder), steps=steps, kills=kills, say=say))
+    with contextlib.nullcontext(str(keep)) if keep is not None else tempfile.TemporaryDirectory() as folder:
+        _end(
+            verify_crash(
+                name, given, Path(folder), steps=steps, kills=kills, say=say, seed=seed, through_commands=through_commands, record=record
+            )
+        )
 
 
 def batching(overrides: Overrides = None, config: ConfigName = None) -> None:

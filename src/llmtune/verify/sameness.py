@@ -20,15 +20,22 @@ def numbers_of(run: Path) -> list[dict[str, Any]]:
 
 
 def compare_runs(whole: Path, other: Path, verdict: Verdict) -> None:
-    """Add a finding for the final weights, the last checkpoint's optimizer state and random generators, and the logged numbers."""
-    verdict.note(
-        "final weights are byte-identical", *_files(whole / "checkpoints" / "final", other / "checkpoints" / "final", "*.safetensors")
-    )
-    last = max(path.name for path in (whole / "checkpoints").glob("step-??????"))
-    verdict.note(
-        f"optimizer, random generators and weights of {last} are byte-identical",
-        *_files(whole / "checkpoints" / last, other / "checkpoints" / last, "*.safetensors"),
-    )
+    """Add a finding for the final weights, the checkpoints and the best model, the logged numbers, and the samples.
+
+    The other run may keep more checkpoints: the one it went on from is never deleted.
+    """
+    kept, others = whole / "checkpoints", other / "checkpoints"
+    verdict.note("final weights are byte-identical", *_files(kept / "final", others / "final", "*.safetensors"))
+    for folder in sorted([*kept.glob("step-??????"), *kept.glob("best")]):
+        claim = (
+            "weights of best are byte-identical"
+            if folder.name == "best"
+            else f"weights, optimizer and random generators of {folder.name} are byte-identical"
+        )
+        verdict.note(claim, *_files(folder, others / folder.name, "*.safetensors"))
+    if (whole / "samples.jsonl").exists() or (other / "samples.jsonl").exists():
+        texts, other_texts = read_lines(whole / "samples.jsonl"), read_lines(other / "samples.jsonl")
+        verdict.note("every sample is equal", f"{len(texts)} and {len(other_texts)} answers", texts == other_texts)
     one, two = numbers_of(whole), numbers_of(other)
     first = next((index for index, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
     if first is not None:

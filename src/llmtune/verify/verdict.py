@@ -22,6 +22,8 @@ class Verdict:
 
     name: str
     findings: list[Finding] = field(default_factory=list)
+    table: list[str] = field(default_factory=list)
+    """Figures that are shown above the claims."""
 
     def note(self, claim: str, measured: str, holds: bool) -> None:
         """Add one finding."""
@@ -43,4 +45,4 @@ class Verdict:
         """
         lines = [f"{'ok  ' if one.holds else 'FAIL'}  {one.claim}: {one.measured}" for one in self.findings]
         holding = sum(one.holds for one in self.findings)
-        return [*lines, f"{'PASS' if self.passed else 'FAIL'}  {self.name}: {holding} of {len(self.findings)} claims hold"]
+        return [*self.table, *lines, f"{'PASS' if self.passed else 'FAIL'}  {self.name}: {holding} of {len(self.findings)} claims hold"]
