@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -23,6 +23,7 @@ from llmtune import __version__
 from llmtune.cli.failure import report_crash, report_error, say
 from llmtune.cli.offline import allow_no_telemetry, go_offline
 from llmtune.errors import LlmtuneError, MachineError, UsageError
+from llmtune.runs.signals import ending_in_order
 
 __all__ = ["COMMANDS", "Command", "build", "main"]
 
@@ -217,13 +218,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     allow_no_telemetry()
     if "--offline" in before_dashes:
         go_offline()
-    sys.exit(run(given, debug="--debug" in before_dashes))
+    code = run(given, debug="--debug" in before_dashes)
+    _let_go_of_output()
+    sys.exit(code)
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command line and return its exit code; every failure becomes one message on stderr."""
     try:
-        code = _invoke(arguments)
+        with ending_in_order():
+            code = _invoke(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()
     except LlmtuneError as error:
@@ -262,10 +266,20 @@ assert _CLICK_ERROR.__name__ == "ClickException"
 _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
-def _forget_output() -> None:
-    """Point stdout at nothing, so that what is still buffered cannot fail again when Python exits."""
+def _let_go_of_output() -> None:
+    """Flush what was said; where the terminal or the reader has gone, forget it, or Python would exit with a code of its own (120)."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            _forget_output(stream)
+
+
+def _forget_output(stream: TextIO | None = None) -> None:
+    """Point stdout (or another stream) at nothing, so that what is still buffered cannot fail again when Python exits."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 
 
 def _machine(error: Exception) -> LlmtuneError:

@@ -14,7 +14,7 @@ from typing import Any
 
 from llmtune.errors import StoppedBySignal
 
-__all__ = ["SIGNALS", "StopRequest"]
+__all__ = ["SIGNALS", "StopRequest", "ending_in_order"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -27,8 +27,9 @@ class StopRequest:
     """A context in which SIGTERM, SIGINT, SIGHUP and SIGUSR1 become a request that the pipeline reads between steps.
 
     The first one is noted and announced. A second one ends the process at once with 128 + its number: commits are atomic, so nothing is
-    half there. SIGHUP never counts as the second, because a closing terminal sends it more than once. Outside the main thread nothing is
-    installed (Python allows signal handlers only there) and `request` is the only way to ask.
+    half there. SIGHUP never counts as the second, because a closing terminal sends it more than once, and where it was ignored from the
+    start (`nohup`) it stays ignored. Outside the main thread nothing is installed (Python allows signal handlers only there) and
+    `request` is the only way to ask.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {one: signal.signal(one, self._handle) for one in SIGNALS}
+            self._previous = {one: signal.signal(one, self._handle) for one in SIGNALS if not _is_of_no_concern(one)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -93,6 +94,40 @@ class StopRequest:
             _say(f"\nllmtune: {_name(number)}: finishing this step and saving; once more to leave at once\n")
         elif number != signal.SIGHUP and time.monotonic() - self._asked_at_s >= _ONE_REQUEST_S:
             leave_at_once(number)
+
+
+def _is_of_no_concern(number: signal.Signals) -> bool:
+    """Whether whoever started this process wants it to outlive its terminal."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
+@contextlib.contextmanager
+def ending_in_order() -> Iterator[None]:
+    """While the body runs, SIGTERM, SIGHUP and SIGUSR1 raise StoppedBySignal, so that what was begun is cleared away; a second one kills.
+
+    For everything that has no step to finish: a merge, a report, the imports before a training, which then has its own StopRequest.
+    SIGINT stays Python's KeyboardInterrupt. Nothing happens outside the main thread.
+    """
+    asked: list[StoppedBySignal] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        asked.append(StoppedBySignal(number, f"stopped by {_name(number)}: there was nothing to save"))
+        raise asked[0]
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    wanted = [one for one in SIGNALS if one != signal.SIGINT and not _is_of_no_concern(one)]
+    previous: dict[signal.Signals, Any] = {one: signal.signal(one, stop) for one in wanted}
+    try:
+        yield
+    finally:
+        for one, handler in previous.items():
+            signal.signal(one, handler if handler is not None else signal.SIG_DFL)
+    if asked:
+        raise asked[0]  # a library swallowed it
 
 
 def leave_at_once(number: int) -> None:

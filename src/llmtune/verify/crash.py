@@ -7,7 +7,7 @@ finishes. Then the run must be byte for byte the one that nobody stopped.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from llmtune.verify.verdict import Verdict
 __all__ = ["verify_crash"]
 
 _KILLS_IN_A_LIFE = 2
-_FRUITLESS_LIVES = 20
+_FRUITLESS_LIVES = 50
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class _Campaign:
         self._starter, self._folder, self._steps, self._chance = starter, folder, steps, chance
         self._whole = folder / "whole"
         self._ways: Counter[str] = Counter()
+        self._speeds: deque[float] = deque([1.0], maxlen=5)  # of processes nobody killed: seconds lived for each second expected
         self.findings = Verdict("differences")
         """What does not hold of a run that was resumed."""
 
@@ -141,18 +142,26 @@ class _Campaign:
 
     def _go_on(self, run: Path, kill: Kill) -> End:
         """What a user does after a crash, and no more: the same command again where there is no run yet, otherwise `resume`."""
-        return self._starter.resume(run, kill) if (run / "run.json").is_file() else self._starter.train(run.name, kill)
+        expected_s, _ = self._expected(run)
+        end = self._starter.resume(run, kill) if (run / "run.json").is_file() else self._starter.train(run.name, kill)
+        if not end.was_killed:
+            self._speeds.append(end.seconds / expected_s)
+        return end
+
+    def _expected(self, run: Path) -> tuple[float, int]:
+        """Seconds and operations that the next process of `run` is expected to live and to make."""
+        if not (run / "run.json").is_file():
+            return self._new.seconds, self._new.calls
+        saved = max((int(one.name[5:]) for one in (run / "checkpoints").glob("step-??????")), default=0)
+        left = (self._steps - saved) / self._steps
+        rest_s = max(0.0, self._new.seconds - self._resumed.seconds)
+        return self._resumed.seconds + left * rest_s, self._resumed.calls + round(left * self._new.calls)
 
     def _draw(self, how: str, run: Path) -> Kill:
         """Choose a moment in the life that the next process of `run` is expected to have."""
-        exists = (run / "run.json").is_file()
-        saved = max((int(one.name[5:]) for one in (run / "checkpoints").glob("step-??????")), default=0) if exists else 0
-        left = (self._steps - saved) / self._steps
-        base = self._resumed if exists else self._new
+        seconds, calls = self._expected(run)
         if how == "time":
-            rest_s = max(0.0, self._new.seconds - self._resumed.seconds)
-            return Kill(after_s=float(self._chance.uniform(0, base.seconds + (left * rest_s if exists else 0))))
-        calls = self._resumed.calls + round(left * self._new.calls) if exists else self._new.calls
+            return Kill(after_s=float(self._chance.uniform(0, seconds * float(np.median(self._speeds)))))
         return Kill(at_call=int(self._chance.integers(1, calls + 1)))
 
     def _judge(self, run: Path, end: End) -> str:

@@ -1,0 +1,254 @@
+"""P8: a signal in every phase of a run, a terminal or a pipe that closes, two signals, ten signals; then `resume` ends as if nothing was.
+
+Each run is a forked child that sends itself the signal when it enters a phase.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import peft  # noqa: F401 - once here, not in every child
+import pytest
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+from fault_helpers import in_memory, litter_in, undisturbed
+from llmtune import durable, pipeline
+from llmtune.config.layers import load_config
+from llmtune.durable.faults import Unsynced
+from llmtune.runs.folder import read_run_file
+from llmtune.verify.children import in_child
+from llmtune.verify.phases import Marker, watched
+from llmtune.verify.sameness import compare_runs
+from llmtune.verify.verdict import Verdict
+from pipeline_helpers import LORA, line_count
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+BEFORE_THE_RUN = ("data", "loading", "creating")
+SAVED = ("training", "evaluation", "generation", "saving", "retention")
+
+
+class Sends(Marker):
+    """Sends this process signals on its `nth` entry into a phase."""
+
+    def __init__(self, phase, signals, *, nth=1, pause_s=0.0):
+        super().__init__()
+        self._aim, self._left, self._signals, self._pause_s = phase, nth, signals, pause_s
+
+    def enter(self, phase):
+        before = super().enter(phase)
+        if phase == self._aim:
+            self._left -= 1
+            if self._left == 0:
+                for number in self._signals:
+                    os.kill(os.getpid(), number)
+                    time.sleep(self._pause_s)
+        return before
+
+
+class Place:
+    def __init__(self, folder, model, rows):
+        self.folder = folder
+        self.given = [
+            f"model.name={model}",
+            f"data.train={rows}",
+            *LORA,
+            "data.test_size=4",
+            "training.max_steps=5",
+            "training.batch_size=2",
+            "training.gradient_accumulation_steps=2",
+            "training.precision=fp32",
+            "checkpoint.every_steps=2",
+            "checkpoint.keep_last=1",
+            "evaluation.every_steps=2",
+            "evaluation.prompts=[the user asks]",
+            "evaluation.max_new_tokens=2",
+            "tracking.trackers=[jsonl]",
+            f"run.output_dir={folder}",
+        ]
+        undisturbed(lambda: self.train("whole"))
+
+    def train(self, name):
+        pipeline.train(load_config(None, overrides=[*self.given, f"run.name={name}"], environ={}))
+
+    def stopped(self, name, marker, story=None):
+        """Run the story (a training) with the marker in a child; returns how it ended."""
+
+        def run():
+            with durable.use_backend(Unsynced()):
+                (story or (lambda: self.train(name)))()
+
+        return in_child(watched(run, marker))
+
+    def assert_resumes(self, name):
+        run = self.folder / name
+        undisturbed(lambda: pipeline.resume(str(run)))
+        self.assert_whole(name)
+
+    def assert_whole(self, name):
+        run = self.folder / name
+        verdict = Verdict("resume")
+        compare_runs(self.folder / "whole", run, verdict)
+        assert verdict.passed, verdict.lines()
+        assert litter_in(self.folder) == []
+        assert read_run_file(run)["state"] == "finished"
+        shutil.rmtree(run)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_model_folder, rows_file):
+    with in_memory(tmp_path_factory.mktemp("place")) as folder:
+        yield Place(folder, tiny_model_folder, rows_file)
+
+
+@pytest.mark.parametrize("phase", BEFORE_THE_RUN)
+def test_p8_a_signal_before_the_run_exists_leaves_nothing(place, phase):
+    end = place.stopped("early", Sends(phase, [signal.SIGTERM]))
+    assert end.code == 128 + signal.SIGTERM, end
+    assert "stopped by SIGTERM: there was nothing to save yet" in end.error
+    assert sorted(one.name for one in place.folder.iterdir()) == ["whole"]
+
+
+@pytest.mark.parametrize("phase", SAVED)
+def test_p8_a_signal_in_a_phase_is_answered_after_the_step_and_saved(place, phase):
+    number = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)[SAVED.index(phase) % 4]
+    end = place.stopped("stopped", Sends(phase, [number]))
+    assert end.code == 128 + number, end
+    assert f"stopped by {number.name}: saved after step" in end.error
+    info = read_run_file(place.folder / "stopped")
+    assert info["state"] == "stopped"
+    assert (place.folder / "stopped" / "checkpoints" / f"step-{info['step']:06d}").is_dir()
+    place.assert_resumes("stopped")
+
+
+def test_p8_a_signal_in_the_middle_of_an_accumulation_is_answered_after_its_step(place):
+    """After the first of the two micro-batches of the second step: gradients are half there, and nothing of them is saved."""
+
+    def train():
+        from llmtune.training.precision import Precision
+
+        backward, calls = Precision.backward, []
+
+        def counted(precision, loss):
+            backward(precision, loss)
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Precision.backward = counted
+        place.train("middle")
+
+    end = place.stopped("middle", Marker(), train)
+    assert end.code == 128 + signal.SIGTERM, end
+    assert "saved after step 2" in end.error
+    place.assert_resumes("middle")
+
+
+def test_p8_a_signal_while_the_finished_run_is_put_away_changes_nothing(place):
+    end = place.stopped("late", Sends("finishing", [signal.SIGTERM]))
+    assert end.code == 0, end
+    place.assert_whole("late")
+
+
+def test_p8_a_signal_while_resuming_leaves_the_run_as_it_was(place):
+    assert place.stopped("again", Sends("saving", [signal.SIGTERM])).code == 143
+    before = sorted(one.name for one in (place.folder / "again" / "checkpoints").iterdir())
+    end = place.stopped("again", Sends("resuming", [signal.SIGTERM], nth=2), lambda: pipeline.resume(str(place.folder / "again")))
+    assert end.code == 143, end
+    assert sorted(one.name for one in (place.folder / "again" / "checkpoints").iterdir()) == before
+    place.assert_resumes("again")
+
+
+def test_p8_ten_signals_at_once_are_one_request(place):
+    end = place.stopped("ten", Sends("evaluation", [signal.SIGTERM] * 10))
+    assert end.code == 143, end
+    assert "saved after step" in end.error
+    place.assert_resumes("ten")
+
+
+def test_p8_a_second_signal_leaves_in_the_middle_of_a_save_and_nothing_is_half_committed(place):
+    end = place.stopped("twice", Sends("retention", [signal.SIGTERM, signal.SIGINT], nth=2, pause_s=0.3))
+    assert end.code == 128 + signal.SIGINT, end
+    run = place.folder / "twice"
+    assert all(durable.verify_manifest(one) == [] for one in (run / "checkpoints").glob("step-??????"))
+    place.assert_resumes("twice")
+
+
+# --- through the real command -------------------------------------------------------------------------------------------------------------
+
+
+def command(place, name, *more):
+    return [sys.executable, "-m", "llmtune", "train", *place.given, f"run.name={name}", *more]
+
+
+def wait_for(condition, process, timeout_s=120):
+    deadline = time.monotonic() + timeout_s
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline, "it never came so far"
+        time.sleep(0.01)
+
+
+def test_p8_a_closed_terminal_stops_the_run_saved(place):
+    """The terminal goes away: SIGHUP, and from then on every write to it fails."""
+    ours, theirs = pty.openpty()
+
+    def own_the_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    words = command(place, "terminal", "tracking.trackers=[console,jsonl]", "training.max_steps=5000", "training.epochs=5000")
+    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_the_terminal)
+    os.close(theirs)
+    run = place.folder / "terminal"
+    os.set_blocking(ours, False)
+
+    def has_trained():
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 65536)
+        return line_count(run / "metrics.jsonl") >= 3
+
+    wait_for(has_trained, process)
+    os.close(ours)
+    assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    info = json.loads((run / "run.json").read_text())
+    assert info["state"] == "stopped"
+    assert (run / "checkpoints" / f"step-{info['step']:06d}" / "manifest.json").is_file()
+    shutil.rmtree(run)
+
+
+def test_p8_a_closed_pipe_costs_the_talk_and_never_the_run(place):
+    """`llmtune train ... 2>&1 | head -1`: the reader goes away after the first line."""
+    process = subprocess.Popen(command(place, "pipe"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=120) in (0, 128 + signal.SIGPIPE)
+    place.assert_whole("pipe")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_p8_a_signal_while_the_libraries_are_imported_ends_the_command_in_one_line(place, number):
+    words = [sys.executable, "-X", "importtime", *command(place, "import")[1:]]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    with process:
+        said = []
+        for line in process.stderr:
+            if "import time:" not in line:
+                said.append(line)
+            elif "torch.nn" in line:
+                process.send_signal(number)
+                break
+        said += [line for line in process.stderr if "import time:" not in line]
+        assert process.wait(timeout=60) == 128 + number
+    assert "Traceback" not in "".join(said)
+    assert "stopped" in "".join(said)
+    assert not (place.folder / "import").exists()
