@@ -5,11 +5,13 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from llmtune import durable
 from llmtune.durable.faults import Counting, Failing, Killing, Unsynced
 from llmtune.verify.children import in_child
+from llmtune.verify.phases import Marker
 
 FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EROFS": errno.EROFS, "short write": None}
 EVERY_FAULT = [(fault, for_ever) for fault in FAULTS for for_ever in (False, True)]
@@ -25,6 +27,24 @@ def in_memory(otherwise):
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+class Sends(Marker):
+    """The marker of a watched child that sends itself signals on its `nth` entry into a phase."""
+
+    def __init__(self, phase, signals, *, nth=1, pause_s=0.0):
+        super().__init__()
+        self._aim, self._left, self._signals, self._pause_s = phase, nth, signals, pause_s
+
+    def enter(self, phase):
+        before = super().enter(phase)
+        if phase == self._aim:
+            self._left -= 1
+            if self._left == 0:
+                for number in self._signals:
+                    os.kill(os.getpid(), number)
+                    time.sleep(self._pause_s)
+        return before
 
 
 def count_operations(story, scratch):

@@ -19,7 +19,7 @@ import peft  # noqa: F401 - once here, not in every child
 import pytest
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from fault_helpers import in_memory, litter_in, undisturbed
+from fault_helpers import Sends, in_memory, litter_in, undisturbed
 from llmtune import durable, pipeline
 from llmtune.config.layers import load_config
 from llmtune.durable.faults import Unsynced
@@ -34,24 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 BEFORE_THE_RUN = ("data", "loading", "creating")
 SAVED = ("training", "evaluation", "generation", "saving", "retention")
-
-
-class Sends(Marker):
-    """Sends this process signals on its `nth` entry into a phase."""
-
-    def __init__(self, phase, signals, *, nth=1, pause_s=0.0):
-        super().__init__()
-        self._aim, self._left, self._signals, self._pause_s = phase, nth, signals, pause_s
-
-    def enter(self, phase):
-        before = super().enter(phase)
-        if phase == self._aim:
-            self._left -= 1
-            if self._left == 0:
-                for number in self._signals:
-                    os.kill(os.getpid(), number)
-                    time.sleep(self._pause_s)
-        return before
 
 
 class Place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,11 @@ def compare_runs(whole: Path, other: Path, verdict: Verdict) -> None:
             else f"weights, optimizer and random generators of {folder.name} are byte-identical"
         )
         verdict.note(claim, *_files(folder, others / folder.name, "*.safetensors"))
+        if folder.name != "best":
+            one_state, other_state = _state_of(folder), _state_of(others / folder.name)
+            verdict.note(
+                f"every counter of {folder.name} is equal", f"{len(one_state)} groups", bool(one_state) and one_state == other_state
+            )
     if (whole / "samples.jsonl").exists() or (other / "samples.jsonl").exists():
         texts, other_texts = read_lines(whole / "samples.jsonl"), read_lines(other / "samples.jsonl")
         verdict.note("every sample is equal", f"{len(texts)} and {len(other_texts)} answers", texts == other_texts)
@@ -46,6 +52,15 @@ def compare_runs(whole: Path, other: Path, verdict: Verdict) -> None:
         verdict.note("every logged number is equal", f"{len(one)} lines and {len(two)} lines", False)
     else:
         verdict.note("every logged number is equal", f"{len(one)} lines, {sum(map(len, one))} numbers", bool(one))
+
+
+def _state_of(checkpoint: Path) -> dict[str, Any]:
+    """Counters and plain numbers of a checkpoint, without times; empty where there is none."""
+    place = checkpoint / "state.json"
+    state: dict[str, Any] = json.loads(place.read_bytes()) if place.is_file() else {}
+    for key in TIMES:
+        state.get("pipeline", {}).get("metrics", {}).pop(key, None)
+    return state
 
 
 def _files(whole: Path, other: Path, pattern: str) -> tuple[str, bool]:
