@@ -73,6 +73,9 @@ COMMANDS: tuple[Command, ...] = (
     Command("doctor", "doctor:doctor", "Versions, devices, what works here and what does not, with the fix.", "Check"),
     Command("explain", "explain:explain", "Say what an exit code or a kind of error means, and the way out.", "Check"),
     Command("merge-lora", "merge:merge_lora", "Fold an adapter into its base, and check the result.", "Use the result"),
+    Command(
+        "export", "export:export", "Write a model for transformers and vLLM, or as GGUF for llama.cpp, and check it.", "Use the result"
+    ),
     Command("evaluate", "evaluate:evaluate", "Measure loss, perplexity and bits per byte on held-out rows.", "Use the result"),
     Command("generate", "generate:generate", "Answer prompts, rendered exactly as in training.", "Use the result"),
     Command("chat", "generate:chat", "Talk with a model.", "Use the result"),

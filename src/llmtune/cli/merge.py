@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llmtune.cli.failure import say
+from llmtune.cli.options import Dtype
 
 __all__ = ["merge_lora"]
-
-
-class Dtype(StrEnum):
-    """Types a merged model can be written in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def merge_lora(

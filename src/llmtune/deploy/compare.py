@@ -1,16 +1,36 @@
-"""Is a merged model the tuned one? Logits of both on the same prompts, computed in float32."""
+"""Is a written model the one it was made from? Logits of both on the same prompts, computed in float32."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Difference", "logits_of", "probe_prompts", "tell_apart"]
+from llmtune.errors import CheckpointError
+from llmtune.models.silence import quiet_libraries
+
+__all__ = [
+    "FP32_TOLERANCE",
+    "KL_TOLERANCE",
+    "Difference",
+    "limit_for",
+    "logits_of",
+    "probe_prompts",
+    "refuse_if_different",
+    "reloaded_logits",
+    "tell_apart",
+]
+
+FP32_TOLERANCE = 1e-5
+"""Largest difference of a logit, in units of the largest logit where that is above 1: float32 carries 24 bits, and no more can agree."""
+
+KL_TOLERANCE = 1e-3
+"""Largest mean divergence of a result rounded to 16 bits, nats."""
 
 PROBES = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -66,6 +86,39 @@ def tell_apart(tuned: Sequence[Tensor], merged: Sequence[Tensor]) -> Difference:
         agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
         positions += len(one)
     return Difference(largest, max(divergence, 0.0) / positions, agreeing / positions)
+
+
+def limit_for(logits: Sequence[Tensor], *, is_float32: bool) -> str:
+    """Say how close a result must be to the model with these logits: `measure <= limit`, the measure a field of `Difference`.
+
+    >>> limit_for([torch.tensor([[0.5, 38.0]])], is_float32=True), limit_for([], is_float32=False)
+    ('max_abs_logit <= 0.00038', 'mean_kl <= 0.001')
+    """
+    if not is_float32:
+        return f"mean_kl <= {KL_TOLERANCE:g}"
+    scale = max(1.0, *(float(one.abs().max()) for one in logits))
+    return f"max_abs_logit <= {FP32_TOLERANCE * scale:.3g}"
+
+
+def refuse_if_different(found: Difference, limit: str, *, problem: str, where: str, fix: str) -> None:
+    """Raise CheckpointError, beginning with `problem`, for a result that is further away than `limit` (see `limit_for`)."""
+    measure, _, most = limit.partition(" <= ")
+    value = getattr(found, measure)
+    if not value <= float(most):
+        raise CheckpointError(f"{problem}: {measure} is {value:.3g}, and {most} is allowed; nothing was written", where=where, fix=fix)
+
+
+def reloaded_logits(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Reload what was written with plain transformers, in float32; raises CheckpointError for a missing or unexpected weight."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_libraries():
+        read: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+        model, info = read(str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True)
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise CheckpointError(f"the written model does not load as it was written: `{wrong[0]}`", where=str(folder), fix="report this")
+    return logits_of(model.eval(), prompts)
 
 
 def _or_inf(value: float) -> float:

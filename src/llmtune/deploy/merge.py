@@ -10,29 +10,29 @@ import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llmtune import durable
-from llmtune.deploy.compare import Difference, logits_of, probe_prompts, tell_apart
+from llmtune.deploy.compare import (
+    Difference,
+    limit_for,
+    logits_of,
+    probe_prompts,
+    refuse_if_different,
+    reloaded_logits,
+    tell_apart,
+)
 from llmtune.deploy.origin import Origin, find_origin
 from llmtune.deploy.plan import MergePlan, plan_merge
 from llmtune.deploy.write import Written, write_merged
-from llmtune.errors import AdapterError, CheckpointError, UsageError
+from llmtune.errors import AdapterError, UsageError
 from llmtune.models.adapters import load_adapter
 from llmtune.models.dequantize import through_quantization
 from llmtune.models.load import load_model, resize_for_tokenizer
-from llmtune.models.silence import quiet_libraries
 from llmtune.models.weights import digest_tensors
 
-__all__ = ["FP32_TOLERANCE", "KL_TOLERANCE", "MergeReport", "merge_lora"]
-
-FP32_TOLERANCE = 1e-5
-"""Largest difference of a logit, in units of the largest logit where that is above 1: float32 carries 24 bits, and no more can agree."""
-
-KL_TOLERANCE = 1e-3
-"""Largest mean divergence of a result rounded to 16 bits, nats."""
+__all__ = ["DTYPES", "MergeReport", "merge_lora"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -94,7 +94,13 @@ def merge_lora(
         written = write_merged(plan, origin, staging)
         say(f"comparing the result with base + adapter on {len(_prompts(origin, plan))} prompts")
         report = _report(origin, plan, written, staging, digest, dtype)
-        _refuse_if_different(report)
+        refuse_if_different(
+            report.difference,
+            report.tolerance,
+            problem="the merged model is not the tuned one",
+            where=report.adapter,
+            fix="merge with --dtype float32, or use the adapter on its base",
+        )
         durable.write_json(staging / "merge_report.json", asdict(report))
     return report
 
@@ -113,14 +119,12 @@ def _checked_digest(origin: Origin, plan: MergePlan) -> str:
 
 def _report(origin: Origin, plan: MergePlan, written: Written, staging: Path, digest: str, dtype: str | None) -> MergeReport:
     prompts = _prompts(origin, plan)
-    merged = _merged_logits(staging, prompts)
+    merged = reloaded_logits(staging, prompts)
     tuned = _tuned_logits(origin, plan, prompts, dequantized=plan.quantization is not None)
     other = None
     if origin.quantization is not None:
         other = tell_apart(_tuned_logits(origin, plan, prompts, dequantized=plan.quantization is None), merged)
-    scale = max(1.0, *(float(logits.abs().max()) for logits in tuned))
-    is_float32 = written.dtypes == {torch.float32}
-    limit = f"max_abs_logit <= {FP32_TOLERANCE * scale:.3g}" if is_float32 else f"mean_kl <= {KL_TOLERANCE:g}"
+    limit = limit_for(tuned, is_float32=written.dtypes == {torch.float32})
     return MergeReport(
         adapter=str(origin.adapter),
         base=origin.base_name,
@@ -140,32 +144,8 @@ def _report(origin: Origin, plan: MergePlan, written: Written, staging: Path, di
     )
 
 
-def _refuse_if_different(report: MergeReport) -> None:
-    measure, limit = report.tolerance.split(" <= ")
-    found = getattr(report.difference, measure)
-    if not found <= float(limit):
-        raise CheckpointError(
-            f"the merged model is not the tuned one: {measure} is {found:.3g}, and {limit} is allowed; nothing was written",
-            where=report.adapter,
-            fix="merge with --dtype float32, or use the adapter on its base",
-        )
-
-
 def _prompts(origin: Origin, plan: MergePlan) -> list[list[int]]:
     return probe_prompts(origin.tokenizer, plan.rows, sorted({row for update in plan.all_updates for row in update.rows}))
-
-
-def _merged_logits(folder: Path, prompts: list[list[int]]) -> list[torch.Tensor]:
-    """Reload what was written with plain transformers; a missing or unexpected weight is refused."""
-    from transformers import AutoModelForCausalLM
-
-    with quiet_libraries():
-        read: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
-        model, info = read(str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True)
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:
-        raise CheckpointError(f"the merged model does not load as it was written: `{wrong[0]}`", where=str(folder), fix="report this")
-    return logits_of(model.eval(), prompts)
 
 
 def _tuned_logits(origin: Origin, plan: MergePlan, prompts: list[list[int]], *, dequantized: bool) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from llmtune.models.adapter_layout import WeightUpdate
 from llmtune.models.dequantize import through_quantization
 from llmtune.models.save import write_tokenizer
 
-__all__ = ["Written", "write_merged"]
+__all__ = ["Written", "copy_generation_config", "write_merged", "write_shards"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -55,12 +55,26 @@ def write_merged(plan: MergePlan, origin: Origin, folder: Path, *, max_shard_byt
         return tensor
 
     described = {name: _description(plan, name) for name in plan.sources}
+    written.digest = write_shards(folder, described, merged, max_shard_bytes)
+    written.dtypes = {one.dtype for one in described.values() if one.is_floating_point()}
+    _write_rest(plan, origin, folder, written)
+    return written
+
+
+def write_shards(
+    folder: Path, described: Mapping[str, Tensor], compute: Callable[[str], Tensor], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> str:
+    """Write weights as safetensors, in several files with an index where one would be too large; returns sha256 over the files in order.
+
+    described: name -> shape and type, without memory. compute(name): the tensor, asked for in the moment it is written.
+    Raises MachineError.
+    """
     shards = _shards(described, max_shard_bytes)
     digest = hashlib.sha256()
     places = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        durable.write_tensors(folder / file, _Lazy({name: described[name] for name in names}, merged), {"format": "pt"})
+        durable.write_tensors(folder / file, _Lazy({name: described[name] for name in names}, compute), {"format": "pt"})
         places.update(dict.fromkeys(names, file))
         with (folder / file).open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -69,10 +83,7 @@ def write_merged(plan: MergePlan, origin: Origin, folder: Path, *, max_shard_byt
         durable.write_json(
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         )
-    written.dtypes = {one.dtype for one in described.values() if one.is_floating_point()}
-    written.digest = digest.hexdigest()
-    _write_rest(plan, origin, folder, written)
-    return written
+    return digest.hexdigest()
 
 
 class _Lazy(Mapping[str, Tensor]):
@@ -201,11 +212,16 @@ def _write_rest(plan: MergePlan, origin: Origin, folder: Path, written: Written)
     if len(written.dtypes) == 1:
         config["dtype"] = str(next(iter(written.dtypes))).removeprefix("torch.")
     durable.write_json(folder / "config.json", config)
-    generation = next((one for one in (origin.adapter, origin.base_folder) if (one / "generation_config.json").is_file()), None)
-    if generation is not None:
-        durable.write_bytes(folder / "generation_config.json", (generation / "generation_config.json").read_bytes())
+    copy_generation_config((origin.adapter, origin.base_folder), folder)
     write_tokenizer(origin.tokenizer, folder)
     durable.write_text(folder / "README.md", _card(origin))
+
+
+def copy_generation_config(sources: Sequence[Path], folder: Path) -> None:
+    """Copy generation_config.json, which says where an answer ends, from the first of `sources` that has one."""
+    found = next((one for one in sources if (one / "generation_config.json").is_file()), None)
+    if found is not None:
+        durable.write_bytes(folder / "generation_config.json", (found / "generation_config.json").read_bytes())
 
 
 def _card(origin: Origin) -> str:

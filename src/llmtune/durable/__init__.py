@@ -1,9 +1,9 @@
 """The only place that writes, syncs, renames, links or deletes files; what it commits is whole or not there (P1).
 
-`write_bytes`, `write_text`, `write_json`, `write_tensors` put one file in place; `commit_folder` a whole folder with its manifest;
-`AppendLog` is a file that grows line by line; `remove_tree`, `remove_file`, `rename`, `make_folder`, `link_or_copy` are the rest;
-`sweep_litter` cleans up after a killed process; `verify_manifest` says whether a folder is still what was committed. `use_backend`
-replaces the operating system underneath, for tests.
+`write_bytes`, `write_text`, `write_json`, `write_tensors` put one file in place, `commit_file` one that a library writes;
+`commit_folder` a whole folder with its manifest; `AppendLog` is a file that grows line by line; `remove_tree`, `remove_file`, `rename`,
+`make_folder`, `link_or_copy` are the rest; `sweep_litter` cleans up after a killed process; `verify_manifest` says whether a folder is
+still what was committed. `use_backend` replaces the operating system underneath, for tests.
 
 Not safe against a rename that a file system itself tears apart, nor against a disk that claims to have synced and has not.
 """
@@ -11,6 +11,7 @@ Not safe against a rename that a file system itself tears apart, nor against a d
 from llmtune.durable.files import json_text, link_or_copy, make_folder, point_to, rename, write_bytes, write_json, write_stream, write_text
 from llmtune.durable.folders import (
     MANIFEST,
+    commit_file,
     commit_folder,
     has_digest,
     read_manifest,
@@ -19,7 +20,7 @@ from llmtune.durable.folders import (
     sweep_litter,
     verify_manifest,
 )
-from llmtune.durable.lock import FileLock, is_locked
+from llmtune.durable.lock import FileLock, ReadHold, delete_unless_held, is_locked
 from llmtune.durable.log import AppendLog, read_lines
 from llmtune.durable.system import Backend, SystemBackend, asking_the_system, errno_of, machine_error, printable, use_backend
 from llmtune.durable.tensors import read_tensors, write_tensors
@@ -29,9 +30,12 @@ __all__ = [
     "AppendLog",
     "Backend",
     "FileLock",
+    "ReadHold",
     "SystemBackend",
     "asking_the_system",
+    "commit_file",
     "commit_folder",
+    "delete_unless_held",
     "errno_of",
     "has_digest",
     "is_locked",

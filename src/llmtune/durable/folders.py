@@ -28,7 +28,17 @@ from llmtune.durable.files import (
 from llmtune.durable.system import asking_the_system, call, printable, sync_file, sync_folder
 from llmtune.errors import Problem
 
-__all__ = ["MANIFEST", "commit_folder", "has_digest", "read_manifest", "remove_file", "remove_tree", "sweep_litter", "verify_manifest"]
+__all__ = [
+    "MANIFEST",
+    "commit_file",
+    "commit_folder",
+    "has_digest",
+    "read_manifest",
+    "remove_file",
+    "remove_tree",
+    "sweep_litter",
+    "verify_manifest",
+]
 
 MANIFEST = "manifest.json"
 OLD_PREFIX = ".llmtune-old-"
@@ -65,6 +75,29 @@ def commit_folder(
         raise
     finally:
         live_parts.discard(staging.folder.name)
+
+
+@contextlib.contextmanager
+def commit_file(target: Path | str) -> Iterator[Path]:
+    """Yield a path of the same name, in a folder of its own beside `target`, for a library to fill; at the end it becomes `target`.
+
+    It is synced and renamed, and the folder synced, so that a file of that name is whole or does not exist. Whatever else lies in that
+    folder is scratch; when the body or the commit fails nothing is left and an old `target` stands. Raises MachineError.
+    """
+    target = Path(target).absolute()
+    folder = target.parent / part_name()
+    live_parts.add(folder.name)
+    try:
+        with asking_the_system("save", target):
+            call("mkdir", os.fspath(folder), 0o777)
+            yield folder / target.name
+            sync_file(folder / target.name)
+            call("rename", os.fspath(folder / target.name), os.fspath(target))
+            sync_folder(target.parent)
+    finally:
+        if folder.is_dir():
+            best_effort(_remove, folder)
+        live_parts.discard(folder.name)
 
 
 def _complete(staging: Staging, manifest: dict[str, Any] | None) -> None:

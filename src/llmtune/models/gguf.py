@@ -19,7 +19,7 @@ from llmtune import durable
 from llmtune.errors import ModelError
 from llmtune.models.silence import quiet_libraries
 
-__all__ = ["converted_folder", "converted_weights_digest", "model_cache_folder"]
+__all__ = ["converted_folder", "converted_weights_digest", "model_cache_folder", "read_gguf"]
 
 _FORMAT = 1
 """Raised when a change here makes a different folder from the same file."""
@@ -63,18 +63,20 @@ def converted_weights_digest(folder: Path) -> str | None:
     return path.read_text(encoding="ascii").strip() if path.is_file() else None
 
 
-def _convert(gguf: Path, folder: Path) -> None:
+def read_gguf(gguf: Path, empty_folder: Path) -> tuple[Any, Any]:
+    """Return (model in float32, tokenizer) as transformers reads them from the file alone; its splitting of digits is put right.
+
+    The empty folder stands for the model, so that nothing beside the file (an adapter, a config that names code) is read.
+    Raises ModelError when the file cannot be read as a model.
+    """
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    from llmtune.models.weights import inspect_weights
-
     try:
         with quiet_libraries(), redirect_stderr(io.StringIO()):  # this progress bar knows no other way to be quiet
-            # The empty folder stands for the model, so that nothing beside the GGUF file (an adapter, a config that names code) is read.
             options: dict[str, Any] = {"gguf_file": str(gguf.resolve()), "local_files_only": True}
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), **options)
-            model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=False, **options)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(empty_folder), **options)
+            model = AutoModelForCausalLM.from_pretrained(str(empty_folder), dtype=torch.float32, trust_remote_code=False, **options)
     except _UNREADABLE as error:
         first = str(error).strip().splitlines()
         raise ModelError(
@@ -83,6 +85,13 @@ def _convert(gguf: Path, folder: Path) -> None:
             fix="check the file (a GGUF of a language model), or use the model's own safetensors folder",
         ) from error
     _restore_digit_splitting(gguf, tokenizer)
+    return model, tokenizer
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    from llmtune.models.weights import inspect_weights
+
+    model, tokenizer = read_gguf(gguf, folder)
     # What is written is a plain model: the trace of its origin would keep transformers from saving it and from loading it as safetensors.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,0 +1,237 @@
+"""Write a whole model as one GGUF file, which llama.cpp and the programs built on it run.
+
+Each architecture is a row of `ARCHITECTURES`: what llama.cpp calls it, and what it must not have, because llama.cpp computes it otherwise
+or the file cannot say it. Names of tensors come from the gguf package. Vectors are written in float32, as llama.cpp wants them; matrices in
+the type asked for.
+
+Legend: H heads, D width of a head, I inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmtune.deploy.gguf_vocabulary import Vocabulary, gguf_vocabulary
+from llmtune.deploy.whole import Whole
+from llmtune.errors import ModelError
+
+__all__ = ["ARCHITECTURES", "refuse_unwritable", "split_pairs", "write_gguf"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a `model_type` of transformers is written."""
+
+    name: str
+    """llama.cpp's name of it."""
+    splits_pairs: bool
+    """llama.cpp rotates neighbouring entries of a head, transformers entries half a head apart: rows of q and k change places."""
+    obstacles: Callable[[Any], Iterator[str]]
+    """What a config has that llama.cpp would compute otherwise."""
+
+
+def refuse_unwritable(config: Any) -> Architecture:
+    """Return how this model is written. Raises ModelError with everything that stands against it."""
+    found = ARCHITECTURES.get(config.model_type)
+    if found is None:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise _refused(f"the architecture `{config.model_type}` is not written as GGUF; these are: {known}")
+    obstacles = [*_common_obstacles(config), *found.obstacles(config)]
+    if obstacles:
+        raise _refused(f"llama.cpp has no place for {'; '.join(obstacles)}")
+    return found
+
+
+def write_gguf(whole: Whole, path: Path, *, dtype: torch.dtype | None, name: str) -> Vocabulary:
+    """Write the model and its tokenizer as the GGUF file `path`, one weight in memory at a time; returns the vocabulary written.
+
+    dtype: float32, bfloat16 or float16, of all matrices; as each is stored when None. name: what programs show.
+    Raises ModelError, TokenizerError for what a GGUF file cannot say; OSError when the disk refuses.
+    """
+    import gguf
+
+    architecture = refuse_unwritable(whole.config)
+    vocabulary = gguf_vocabulary(whole.tokenizer, whole.rows)
+    main_type = _main_type(whole, dtype)
+    logging.getLogger("gguf").setLevel(logging.WARNING)
+    writer = gguf.GGUFWriter(path, architecture.name)
+    places = _places(whole, architecture)
+    types = {weight: _TYPES[_type_of(whole, weight, dtype)] for weight in whole.names}
+    _describe(writer, whole.config, name)
+    writer.add_file_type(_FILE_TYPES[main_type])
+    _describe_vocabulary(writer, vocabulary, whole)
+    for weight in whole.names:
+        shape = whole.weights.shape(weight)
+        kind = types[weight]
+        size = int(np.prod(shape)) * kind.itemsize
+        writer.add_tensor_info(places[weight], shape, np.dtype(kind.numpy), size, raw_dtype=gguf.GGMLQuantizationType[kind.name])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for weight in whole.names:
+            tensor = whole.rounded(weight, types[weight].torch)
+            if architecture.splits_pairs and weight.endswith(("q_proj.weight", "k_proj.weight")):
+                tensor = split_pairs(tensor, _heads_of(weight, whole.config))
+            writer.write_tensor_data(_as_numpy(tensor, types[weight]))
+    finally:
+        writer.close()
+    return vocabulary
+
+
+def split_pairs(weight: Tensor, heads: int) -> Tensor:
+    """Put the rows of a query or key matrix [H D, I] in llama.cpp's order: 0, D/2, 1, D/2 + 1, ... within each head.
+
+    >>> split_pairs(torch.arange(8).unsqueeze(1), heads=2).flatten().tolist()
+    [0, 2, 1, 3, 4, 6, 5, 7]
+    """
+    return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _heads_of(weight: str, config: Any) -> int:
+    return int(config.num_attention_heads if weight.endswith("q_proj.weight") else config.num_key_value_heads)
+
+
+@dataclass(frozen=True)
+class _Type:
+    """One of GGUF's types: its name, the torch type of its values and the numpy type of its bytes."""
+
+    name: str
+    torch: torch.dtype
+    numpy: type
+    itemsize: int
+
+
+_TYPES = {
+    torch.float32: _Type("F32", torch.float32, np.float32, 4),
+    torch.float16: _Type("F16", torch.float16, np.float16, 2),
+    torch.bfloat16: _Type("BF16", torch.bfloat16, np.int16, 2),
+}
+_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
+"""`general.file_type`: the type of most weights, as llama.cpp numbers them."""
+
+
+def _type_of(whole: Whole, weight: str, asked: torch.dtype | None) -> torch.dtype:
+    return torch.float32 if len(whole.weights.shape(weight)) == 1 else whole.dtype(weight, asked)
+
+
+def _main_type(whole: Whole, asked: torch.dtype | None) -> torch.dtype:
+    found = {_type_of(whole, weight, asked) for weight in whole.names if len(whole.weights.shape(weight)) > 1}
+    if len(found) > 1 or not found <= _TYPES.keys():
+        kinds = ", ".join(sorted(str(one).removeprefix("torch.") for one in found))
+        raise ModelError(f"the weights are stored as {kinds}", where="--format gguf", fix="say which type to write, with --dtype")
+    return found.pop()
+
+
+def _as_numpy(tensor: Tensor, kind: _Type) -> Any:
+    values = tensor.to(kind.torch).contiguous()
+    return (values.view(torch.int16) if kind.torch == torch.bfloat16 else values).numpy()
+
+
+def _places(whole: Whole, architecture: Architecture) -> dict[str, str]:
+    """Name in the model -> name in the file; every weight has one, or ModelError."""
+    import gguf
+
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
+    names = gguf.get_tensor_name_map(number, whole.config.num_hidden_layers)
+    places = {weight: names.get_name(weight, try_suffixes=(".weight", ".bias")) for weight in whole.names}
+    homeless = [weight for weight, place in places.items() if place is None]
+    if homeless:
+        raise _refused(f"llama.cpp has no place for the weight `{homeless[0]}`")
+    return {weight: str(place) for weight, place in places.items()}
+
+
+def _describe(writer: Any, config: Any, name: str) -> None:
+    """Write the shape."""
+    width = _head_width(config)
+    writer.add_name(name)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_rope_dimension_count(width)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
+
+
+def _describe_vocabulary(writer: Any, vocabulary: Vocabulary, whole: Whole) -> None:
+    """Write the tokenizer, the special ids and the chat template."""
+    tokenizer = whole.tokenizer
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.kinds)
+    writer.add_token_merges(vocabulary.merges)
+    for add, index in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+        (writer.add_eot_token_id, next((one for one in whole.stop_token_ids if one != tokenizer.eos_token_id), None)),
+    ):
+        if index is not None:
+            add(index)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    template = tokenizer.chat_template
+    if template:
+        named = template.items() if isinstance(template, dict) else ()
+        writer.add_chat_template([{"name": name, "template": text} for name, text in named] if named else template)
+
+
+def _head_width(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _common_obstacles(config: Any) -> Iterator[str]:
+    rope = config.rope_parameters
+    if rope.get("rope_type", "default") != "default":
+        yield f"rotary positions of type `{rope['rope_type']}` (as this writes them)"
+    if config.hidden_act != "silu":
+        yield f"a feed-forward activated by `{config.hidden_act}` in this architecture"
+    if getattr(config, "mlp_bias", False):
+        yield "biases in the feed-forward"
+
+
+def _no_attention_bias(config: Any) -> Iterator[str]:
+    if getattr(config, "attention_bias", False):
+        yield "biases in the attention"
+
+
+def _no_window(config: Any) -> Iterator[str]:
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        config.model_type == "mistral" and config.sliding_window is not None
+    ):
+        yield "a sliding window of attention"
+
+
+def _qwen3(config: Any) -> Iterator[str]:
+    yield from _no_attention_bias(config)
+    yield from _no_window(config)
+    if _head_width(config) != 128:
+        yield f"heads of a width of {_head_width(config)} that transformers could check (it reads 128 from a file)"
+
+
+def _refused(problem: str) -> ModelError:
+    return ModelError(problem, where="--format gguf", fix="export as safetensors, which keeps every model")
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("llama", True, _no_attention_bias),
+    "mistral": Architecture("llama", True, _no_window),
+    "qwen2": Architecture("qwen2", False, _no_window),
+    "qwen3": Architecture("qwen3", False, _qwen3),
+}

@@ -1,0 +1,135 @@
+"""A byte-level BPE tokenizer in the words of a GGUF file.
+
+A GGUF file holds the entries, the merges and the kind of each token, but not how text is split before the merges: for that it names one of
+the ways llama.cpp knows (`tokenizer.ggml.pre`). A tokenizer whose way has no name there cannot be written, and is refused.
+The keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune.errors import TokenizerError
+
+__all__ = ["HOSTILE_TEXTS", "Vocabulary", "gguf_vocabulary", "refuse_other_ids"]
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Kinds of a token, as `tokenizer.ggml.token_type` numbers them."""
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_BYTE_LEVEL = ("ByteLevel", True)
+
+SPLITS: dict[tuple[Any, ...], tuple[str, bool]] = {
+    (_BYTE_LEVEL,): ("gpt-2", False),
+    (("Digits", True), _BYTE_LEVEL): ("smollm", False),
+    (("Split", _LLAMA3), ("ByteLevel", False)): ("llama-bpe", True),
+    (("Split", _QWEN2), ("ByteLevel", False)): ("qwen2", False),
+}
+"""The steps before the merges -> llama.cpp's name for them, and whether it looks a whole word up before merging (`ignore_merges`)."""
+
+HOSTILE_TEXTS = (
+    "",
+    " ",
+    "   three spaces before, two after  ",
+    "1234567890 12 3.14 2024-11-21 ½ ² ٣ १२",
+    "don't I'll WE'RE they'D 'tis",
+    "tabs\tand\r\nwindows\n\n\nlines\n \n",
+    "naïve café Ångström – “quotes” … €",
+    "日本語のテキスト 中文 한국어 ไทย العربية עברית हिन्दी",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈 \u200b\u200d\ufeff\u00ad",
+    "<|im_start|>system\n<|im_end|> <s></s> <|endoftext|> [INST] <think>",
+    'def f(x):\n    return {"a": [x ** 2, -1e-5]}  # ok?',
+    "a" * 300 + " " * 40 + "_" * 17 + "!?!?",
+    "\x00\x01\x7f\x85\u2028\u3000",
+)
+"""Texts on which a tokenizer that was written must give the very ids of its source."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What goes into the file; `tokens[i]` and `kinds[i]` belong to id i."""
+
+    tokens: list[str]
+    kinds: list[int]
+    merges: list[str]
+    pre: str
+    adds_bos: bool
+    adds_eos: bool
+    normalizes: bool
+    """Its text is brought into composed form (NFC) first, which a GGUF file cannot say."""
+
+
+def gguf_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
+    """Read a transformers fast tokenizer; `rows` of the embedding get a token each, spare ones a name of their own.
+
+    Raises TokenizerError for one that is not byte-level BPE or splits text in a way llama.cpp has no name for.
+    """
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, normalizer = rules["model"], rules.get("normalizer")
+    plain = not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
+    if model["type"] != "BPE" or not plain or (normalizer is not None and normalizer["type"] != "NFC"):
+        raise _refused(tokenizer, f"is {model['type']} with its own rules, and only byte-level BPE is written")
+    steps = tuple(_step(one) for one in (rules["pre_tokenizer"] or {}).get("pretokenizers", [rules["pre_tokenizer"]]))
+    name, looks_up = SPLITS.get(steps, ("", False))
+    if not name or looks_up != bool(model.get("ignore_merges")):
+        raise _refused(tokenizer, "splits text in a way that llama.cpp has no name for")
+    if max(tokenizer.get_vocab().values()) >= rows:
+        raise _refused(tokenizer, f"has ids beyond the {rows:,} rows of the model's embedding")
+    tokens = [f"[PAD{index}]" for index in range(rows)]
+    kinds = [UNUSED] * rows
+    for piece, index in model["vocab"].items():
+        tokens[index], kinds[index] = piece, NORMAL
+    for added in rules["added_tokens"]:
+        tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return Vocabulary(
+        tokens=tokens,
+        kinds=kinds,
+        merges=merges,
+        pre=name,
+        adds_bos=tokenizer.bos_token_id is not None and framed[0] == tokenizer.bos_token_id,
+        adds_eos=tokenizer.eos_token_id is not None and framed[-1] == tokenizer.eos_token_id,
+        normalizes=normalizer is not None,
+    )
+
+
+def refuse_other_ids(source: Any, written: Any, *, normalizes: bool, texts: Sequence[str] = HOSTILE_TEXTS) -> None:
+    """Raise TokenizerError where the tokenizer read back from the file gives other ids, special ids or another chat template.
+
+    normalizes: compare on composed text (NFC), because that is what the source makes of every text.
+    """
+    added = [one.content for one in source.added_tokens_decoder.values()]
+    for text in (*texts, *(f"a{one} b" for one in added)):
+        shown = unicodedata.normalize("NFC", text) if normalizes else text
+        ids = [one.backend_tokenizer.encode(shown, add_special_tokens=False).ids for one in (source, written)]
+        if ids[0] != ids[1]:
+            raise _refused(source, f"does not survive in the file: {shown!r} has other ids there")
+    for what in ("eos_token_id", "bos_token_id", "pad_token_id", "chat_template"):
+        if getattr(source, what) != getattr(written, what):
+            raise _refused(source, f"does not survive in the file: its {what} is another one there")
+
+
+def _step(rule: dict[str, Any] | None) -> tuple[Any, ...]:
+    """One step before the merges, reduced to what decides how it splits; what no row of `SPLITS` has stays itself."""
+    kind = (rule or {}).get("type")
+    if rule is not None and kind == "ByteLevel" and not rule["add_prefix_space"]:
+        return kind, bool(rule["use_regex"])
+    if rule is not None and kind == "Digits":
+        return kind, bool(rule["individual_digits"])
+    if rule is not None and kind == "Split" and rule["behavior"] == "Isolated" and not rule["invert"]:
+        return kind, rule["pattern"].get("Regex")
+    return kind, json.dumps(rule)
+
+
+def _refused(tokenizer: Any, what: str) -> TokenizerError:
+    problem = f"the tokenizer ({type(tokenizer).__name__}) {what}"
+    return TokenizerError(problem, where="--format gguf", fix="export as safetensors, which keeps every tokenizer")
