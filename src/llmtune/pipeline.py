@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llmtune import keeping, reporting
-from llmtune.assembly import assemble, open_devices
+from llmtune.assembly import Assembled, assemble, open_devices
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.decisions import Decision
 from llmtune.plan import settle
 from llmtune.plan.devices import open_target
+from llmtune.plan.exhausted import MEMORY_ERRORS, is_out_of_memory, out_of_memory
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.report import Plan, make_plan
 from llmtune.preparation import Options, Prepared, prepare
@@ -49,6 +50,18 @@ def forecaster_for(prepared: Prepared, options: Options, devices: Devices) -> Fo
     return Forecaster(prepared, options, target, world_size=devices.world_size, rank=devices.rank)
 
 
+def assembled_in_memory(prepared: Prepared, options: Options, devices: Devices) -> Assembled:
+    """Load and assemble; where the memory is used up by that, refuse with the numbers and what to change. Raises what `assemble` raises."""
+    try:
+        return assemble(prepared, options, devices)
+    except MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+        forecaster = forecaster_for(prepared, options, devices)
+        doing = "while the model was loaded"
+        raise out_of_memory(error, forecaster, doing=doing, where=prepared.config.model.name, saved=None) from error
+
+
 def train(resolved: ResolvedConfig, options: Options | None = None, *, say: Say = reporting.silent) -> Result:
     """Train a new run from its first step to its end, or to the signal that stops it; raises what the rooms raise."""
     with StopRequest() as stop:
@@ -60,10 +73,10 @@ def start(resolved: ResolvedConfig, options: Options, stop: StopRequest, *, say:
     with stop.interrupting():
         trackers, decisions = _trackers(resolved)
         prepared, devices, plan = preflight(resolved, options, say=say)
-        assembled = assemble(prepared, options, devices)
+        assembled = assembled_in_memory(prepared, options, devices)
         reporting.say_assembled(assembled, decisions, say)
         run = keeping.create(resolved, prepared, assembled) if devices.is_main else None
-    return Session(resolved, prepared, assembled, run, trackers, stop, say, plan=plan)
+    return Session(resolved, prepared, assembled, run, trackers, stop, say, plan=plan, options=options)
 
 
 def resume(
@@ -110,7 +123,7 @@ def reopen(
             tokenizer_folder = run.path / keeping.TOKENIZER_FOLDER
             prepared, devices = preflight_again(resolved, options, tokenizer_folder if tokenizer_folder.is_dir() else None, say)
             prepared = settle.as_before(prepared, run.info["identity"]["config"])
-            assembled = assemble(prepared, options, devices)
+            assembled = assembled_in_memory(prepared, options, devices)
             now = keeping.identity_of(prepared, assembled)
             differences = identity.compare(run.info["identity"], now)
             for one in identity.refuse_changes(differences, where=str(run.path), allow_changes=allow_changes):
@@ -118,7 +131,7 @@ def reopen(
         except BaseException:
             run.close()
             raise
-    session = Session(resolved, prepared, assembled, run, trackers, stop, say)
+    session = Session(resolved, prepared, assembled, run, trackers, stop, say, options=options)
     session.restore(loaded)
     return session
 

@@ -18,8 +18,12 @@ from llmtune.config.layers import ResolvedConfig
 from llmtune.errors import DivergedError, MachineError, StoppedBySignal
 from llmtune.keeping import Keeper
 from llmtune.observation import Observer, Outlook
+from llmtune.plan.devices import open_target
+from llmtune.plan.exhausted import MEMORY_ERRORS, is_out_of_memory, open_reserve, out_of_memory
+from llmtune.plan.forecast import Forecaster
 from llmtune.plan.report import Plan
-from llmtune.preparation import Prepared
+from llmtune.preparation import Options, Prepared
+from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.folder import RunFolder
 from llmtune.runs.signals import StopRequest
@@ -77,7 +81,9 @@ class Session:
         say: Say,
         *,
         plan: Plan | None = None,
+        options: Options | None = None,
     ) -> None:
+        self._options, self._reserve = options or Options(), open_reserve()
         self.plan, self._seconds, self._tokens = plan, 0.0, 0
         self.prepared, self.assembled, self.run, self.stop, self.say = prepared, assembled, run, stop, say
         self.config = assembled.config
@@ -136,15 +142,18 @@ class Session:
             self._begin()
             self.outcome = yield from self._train()
             self._finish()
-        except DivergedError:
+        except MEMORY_ERRORS as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(error) from error
+        except DivergedError as error:
             self.outcome = "diverged"
-            raise
+            raise self._naming_what_stands(error) from error
         except StoppedBySignal:
             self.outcome = "stopped"
             raise
         except GeneratorExit:
-            self.save()
-            self.outcome = "stopped"
+            self._save_before_leaving()
             raise
         finally:
             self._let_go()
@@ -152,11 +161,26 @@ class Session:
     def leave(self) -> None:
         """Save and let go of a run none of whose steps was asked for."""
         try:
-            if self.state.windows:
-                self.save()
-            self.outcome = "stopped"
+            self._save_before_leaving()
         finally:
             self._let_go()
+
+    def _save_before_leaving(self) -> None:
+        """Save a run that its caller leaves; weights that are not finite end it as diverged, as they do everywhere (P10)."""
+        self.outcome = "stopped"
+        try:
+            if self.state.windows:
+                self.save()
+        except DivergedError as error:
+            self.outcome = "diverged"
+            raise self._naming_what_stands(error) from error
+
+    def _naming_what_stands(self, error: DivergedError) -> DivergedError:
+        """The same refusal with the last good checkpoint in it."""
+        saved = checkpoints.all_checkpoints(self.run) if self.run is not None else []
+        stands = f"the last good checkpoint is {saved[-1].path}" if saved else "no checkpoint was saved before"
+        first = error.problems[0]
+        return DivergedError(first.problem, first.where, f"{first.fix}; {stands}")
 
     def result(self) -> Result:
         """What the training left behind so far."""
@@ -255,6 +279,23 @@ class Session:
                 return "stopped"
         return "finished"
 
+    def _out_of_memory(self, error: BaseException) -> MachineError:
+        """The refusal for memory that is used up, after letting go of the gradients; the newest checkpoint stands."""
+        if self._reserve is not None:
+            self._reserve.close()
+        self.assembled.optimizer.zero_grad(set_to_none=True)
+        devices = self.assembled.devices
+        target = open_target(None, no_cuda=devices.device.type == "cpu")
+        forecaster = Forecaster(self.prepared, self._options, target, world_size=devices.world_size, rank=devices.rank)
+        saved = checkpoints.all_checkpoints(self.run) if self.run is not None else []
+        return out_of_memory(
+            error,
+            forecaster,
+            doing=f"in step {self.state.step + 1}",
+            where=str(self.run.path) if self.run is not None else None,
+            saved=saved[-1].path.name if saved else None,
+        )
+
     def _rate(self, step: int) -> float:
         return self.learning_rate(step)  # looked up at each step, because it may be replaced between two
 
@@ -273,7 +314,7 @@ class Session:
             raise DivergedError(
                 f"{len(broken)} weights are no longer finite after step {self.state.step}, {broken[0]} first; this step is not saved",
                 where=str(self.run.path) if self.run is not None else None,
-                fix="the checkpoint before stands; start again with a lower training.learning_rate",
+                fix="start again with a lower training.learning_rate",
             )
 
     def _save_is_due(self, result: StepResult) -> bool:
@@ -290,6 +331,8 @@ class Session:
 
     def _let_go(self) -> None:
         """Let trackers, files and the run go. A disk that refuses is said, and is the run's outcome only where nothing worse happened."""
+        if self._reserve is not None:
+            self._reserve.close()
         self.observer.end()
         self.trackers.finish(self.outcome)
         refusals: list[MachineError] = []

@@ -135,16 +135,18 @@ def test_one_broken_element_of_a_json_list_does_not_take_the_others_with_it(tmp_
         ("a.parquet", b"not parquet", "not a readable parquet file"),
         ("a.csv", b"text,text\na,b\n", "names the column 'text' twice"),
         ("a.csv", b"text,\na,b\n", "a column without a name"),
+        ("a.csv", b'"text"s,more\na,b\nc,d\n', "the header is not a table row"),
     ],
 )
 def test_a_damaged_file_is_named_and_never_silently_shorter(tmp_path, name, data, what):
     path = tmp_path / name
     path.write_bytes(data)
-    last = read(path)[-1]
+    *whole, last = read(path)
     assert isinstance(last, BadRow)
     assert last.whole_file
     assert what in last.what
     assert last.source.startswith(str(path))
+    assert last.source not in {one.source for one in whole}
 
 
 @pytest.mark.parametrize(

@@ -215,27 +215,23 @@ def _split_json(stream: IO[bytes]) -> Iterator[Record]:
 
 
 def _elements(scanner: ListScanner, name: str | None) -> Iterator[Record]:
-    number = 0
+    count = 0
     try:
-        for number, element in enumerate(scanner):
-            yield Record(number, element)
+        for count, element in enumerate(scanner, start=1):
+            yield Record(count - 1, element)
     except DamagedListError as damage:
-        raise DamagedFileError(
-            number, f"{damage}, after about {number + 1} rows", "write the file again; it was cut off or edited"
-        ) from None
+        raise DamagedFileError(count, f"{damage}, after about {count} rows", "write the file again; it was cut off or edited") from None
     rest = scanner.rest(_HEAD_BYTES)
     if name is None:
         if rest.strip():
-            raise DamagedFileError(number, "something follows the end of the list", "keep one list in the file")
+            raise DamagedFileError(count, "something follows the end of the list", "keep one list in the file")
         return
     after = json_value_problem("", b'{"":0' + rest)
     if isinstance(after, BadRow):
-        raise DamagedFileError(number, f"what follows the list `{name}` is {after.what}", "write the file again; it was cut off or edited")
+        raise DamagedFileError(count, f"what follows the list `{name}` is {after.what}", "write the file again; it was cut off or edited")
     others = [key for key, value in after[0].items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if others:
-        raise DamagedFileError(
-            number, f"the object holds more than one list of rows: `{name}`, `{others[0]}`", "keep one list in each file"
-        )
+        raise DamagedFileError(count, f"the object holds more than one list of rows: `{name}`, `{others[0]}`", "keep one list in each file")
 
 
 def _list_inside(head: bytes) -> tuple[str | None, int]:
@@ -288,28 +284,32 @@ def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
         try:
             cells = next(table, None)
         except csv.Error as error:
+            if names is None:
+                what = f"the header is not a table row: {error}"
+                raise DamagedFileError(start, what, "name each column once in the first line") from None
             yield Record(start, f"not a table row: {error}")
             continue
         line = table.line_num
         if cells is None:
             return
         long_lines = [lines.too_long.pop(number) for number in range(start, line + 1) if number in lines.too_long]
-        if long_lines:
+        if long_lines and names is not None:
             yield Record(start, long_lines[0])
         elif names is None:
-            names = cells
-            _check_header(names)
+            if cells:  # an empty line is no header
+                names = cells
+                _check_header(names, start)
         elif len(cells) == len(names):
             yield Record(start, dict(zip(names, cells, strict=True)))
         elif cells:
             yield Record(start, f"the row has {len(cells)} cells, the header {len(names)}")
 
 
-def _check_header(names: list[str]) -> None:
+def _check_header(names: list[str], line: int) -> None:
     for name in names:
         if not name.strip() or names.count(name) > 1:
             what = f"the header names the column {name!r} twice" if name.strip() else "the header has a column without a name"
-            raise DamagedFileError(1, what, "give each column its own name in the first line")
+            raise DamagedFileError(line, what, "give each column its own name in the first line")
 
 
 def _parse_cells(source: str, record: Record, loss_weight: float) -> Row | BadRow:
@@ -353,7 +353,7 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
             for fields in batch.to_pylist():
                 number += 1
                 yield Record(number, fields)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: text that is not UTF-8; Overflow: odd dates
         what = f"not a readable parquet file: {str(error).splitlines()[0]}"
         raise DamagedFileError(
             number + 1 if number >= 0 else None, what, "write the file again; it was cut off or is something else"

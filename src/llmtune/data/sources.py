@@ -55,7 +55,7 @@ def _records_of(file: DataFile, *limits: int | None) -> Iterator[Record | BadRow
 
 
 def _split(file: DataFile) -> Iterator[Record | BadRow]:
-    last = None
+    reached = None
     try:
         if file.path is None:
             yield from _dataset_records(file)
@@ -63,14 +63,14 @@ def _split(file: DataFile) -> Iterator[Record | BadRow]:
         with open_bytes(file.path) as stream:
             for record in READERS[file.kind].split(stream):
                 yield record
-                last = record.number
+                reached = record.number + 1
     except DamagedFileError as damage:
         yield _damaged(file, damage.number, damage.what, damage.fix)
     except compression_errors() as error:
         what = f"the compressed file is damaged or cut off: {error}"
-        yield _damaged(file, last, what, "write or download it again; nothing after this place can be read")
+        yield _damaged(file, reached, what, "write or download it again; nothing after this place can be read")
     except OSError as error:
-        yield _damaged(file, last, f"the file cannot be read: {error.strerror or error}", "check the file, its permissions and its disk")
+        yield _damaged(file, reached, f"the file cannot be read: {error.strerror or error}", "check the file, its permissions and its disk")
 
 
 def _damaged(file: DataFile, number: int | None, what: str, fix: str) -> BadRow:

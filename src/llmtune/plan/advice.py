@@ -9,7 +9,7 @@ from llmtune.config.schema import Config
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.memory import MemoryPlan
 
-__all__ = ["Change", "changes", "largest_batch"]
+__all__ = ["KEEPING_OVERRIDES", "Change", "changes", "largest_batch"]
 
 MOST_SEQUENCES = 4096
 
@@ -137,3 +137,6 @@ CHANGES: tuple[Callable[[Config, Forecaster], tuple[str, Config] | None], ...] =
 )
 KEEPING = (_recompute, _smaller_batch)
 """Changes that keep the result as it was, but for rounding."""
+
+KEEPING_OVERRIDES = ("model.gradient_checkpointing=", "training.batch_size=")
+"""How the overrides of those begin."""

@@ -1,20 +1,59 @@
-"""TensorBoard as a tracker: event files in the run folder's `tensorboard/`, written by torch.utils.tensorboard."""
+"""TensorBoard as a tracker: an event file in the run folder's `tensorboard/`, written on the tracker's own thread.
+
+TensorBoard's usual writer has a queue and a thread of its own, which prints a traceback when the disk refuses. A tracker here has both
+already, so its records are written directly: what the disk says is then said once, as for every tracker (P11).
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
+import platform
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmtune import durable
 from llmtune.runs.secrets import redacted
 from llmtune.tracking.tracker import Histogram, RunInfo, grouped_name
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from pathlib import Path
+
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
 __all__ = ["TensorBoardTracker"]
 
-SECONDS_BETWEEN_FLUSHES = 10
+
+class _EventFile:
+    """One event file; every `flush` leaves it whole for a reader.
+
+    purge_step: what earlier files of the folder logged from this step on is taken from view. Raises OSError when the disk refuses.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.tensorflow_stub.io.gfile import GFile
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        durable.make_folder(folder)
+        self._event = Event
+        now = time.time()
+        name = f"events.out.tfevents.{now:.0f}.{platform.node()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._records = RecordWriter(GFile(str(folder / name), "wb"))
+        self._write(Event(wall_time=now, file_version="brain.Event:2"))
+        if purge_step is not None:
+            self._write(Event(wall_time=now, step=purge_step, file_version="brain.Event:2"))
+            self._write(Event(wall_time=now, step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, summary: Summary, step: int) -> None:
+        self._write(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self._records.close()
 
 
 class TensorBoardTracker:
@@ -23,55 +62,62 @@ class TensorBoardTracker:
     name = "tensorboard"
 
     def __init__(self) -> None:
-        self._writer: SummaryWriter | None = None
+        self._events: _EventFile | None = None
 
     def start(self, info: RunInfo) -> None:
         """Open the event file and write the config and the architecture as text."""
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import text
 
-        purge_step = info.start_step + 1 if info.start_step else None
-        self._writer = SummaryWriter(log_dir=str(info.folder / "tensorboard"), purge_step=purge_step, flush_secs=SECONDS_BETWEEN_FLUSHES)
+        self._events = _EventFile(info.folder / "tensorboard", info.start_step + 1 if info.start_step else None)
         for title, values in (("config", redacted(info.config)), ("parameters", info.parameters), ("architecture", info.architecture)):
             if values:
-                self._writer.add_text(title, _as_markdown_table(values), global_step=info.start_step)
+                self._events.add(text(title, _as_markdown_table(values)), info.start_step)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Write every number as a scalar; the step is the axis and not a curve of its own."""
-        assert self._writer is not None, "start comes first"
+        from torch.utils.tensorboard.summary import scalar
+
+        assert self._events is not None, "start comes first"
         for key, value in metrics.items():
             if key != "step" and isinstance(value, (int, float)):
-                self._writer.add_scalar(grouped_name(key), value, global_step=step)
+                self._events.add(scalar(grouped_name(key), value), step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write each answer as text under its prompt's number."""
-        assert self._writer is not None, "start comes first"
+        from torch.utils.tensorboard.summary import text
+
+        assert self._events is not None, "start comes first"
         for number, row in enumerate(rows):
-            self._writer.add_text(
-                f"samples/{number}", _as_code(row.get("prompt", "")) + "\n\n" + _as_code(row.get("text", "")), global_step=step
-            )
+            self._events.add(text(f"samples/{number}", _as_code(row.get("prompt", "")) + "\n\n" + _as_code(row.get("text", ""))), step)
 
     def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Write histograms as they were counted."""
-        assert self._writer is not None, "start comes first"
+        from torch.utils.tensorboard.summary import histogram_raw
+
+        assert self._events is not None, "start comes first"
         for name, (counts, edges) in histograms.items():
             middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
-            self._writer.add_histogram_raw(
-                name,
-                min=edges[0],
-                max=edges[-1],
-                num=sum(counts),
-                sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
-                sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
-                bucket_limits=list(edges[1:]),
-                bucket_counts=list(counts),
-                global_step=step,
+            self._events.add(
+                histogram_raw(
+                    name,
+                    min=edges[0],
+                    max=edges[-1],
+                    num=sum(counts),
+                    sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+                    sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
+                    bucket_limits=list(edges[1:]),
+                    bucket_counts=list(counts),
+                ),
+                step,
             )
 
     def finish(self, state: str) -> None:
-        """Write what is pending and close the file."""
-        assert self._writer is not None, "start comes first"
-        self._writer.add_text("state", state)
-        self._writer.close()
+        """Write the run's state and close the file."""
+        from torch.utils.tensorboard.summary import text
+
+        assert self._events is not None, "start comes first"
+        self._events.add(text("state", state), 0)
+        self._events.close()
 
 
 def _as_code(text: object) -> str:

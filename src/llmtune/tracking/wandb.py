@@ -2,17 +2,23 @@
 
 wandb is held at arm's length, because a tracker may not change a run (promise P11): it does not capture the console, does not read the git
 repository or the code, does not report its own crashes to its makers, does not ask for a key in the middle of a run, and its "stop" button
-does not reach the training. Whatever it costs to log in and to upload happens on the tracker's thread, in bounded time.
+does not reach the training. Whatever it costs to log in and to upload happens on the tracker's thread, in bounded time, and the end of the
+process waits for none of it.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import logging
 import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from llmtune import durable
 from llmtune.errors import MachineError
@@ -24,6 +30,7 @@ __all__ = ["WandbTracker"]
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 20.0
+SERVICE_MODULE = "wandb.sdk.lib.service.service_connection"
 
 
 class WandbTracker:
@@ -44,6 +51,7 @@ class WandbTracker:
         self._say = say
         self._run: Any = None
         self._samples: list[list[Any]] = []
+        self._service: list[psutil.Process] = []
 
     def start(self, info: RunInfo) -> None:
         """Open the run: its name, project, tags, config, parameter counts and architecture.
@@ -53,7 +61,10 @@ class WandbTracker:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported: no crash reports to third parties
         import wandb
 
-        exit_function, hook = sys.exit, sys.excepthook
+        exit_function, hook, complains = sys.exit, sys.excepthook, logging.raiseExceptions
+        before = _wandb_processes()
+        atexit.register(self._end_service)
+        logging.raiseExceptions = False  # wandb opens a log file of its own, whose every line would print a traceback on a full disk
         try:
             self._log_in(wandb)
             self._run = wandb.init(
@@ -70,7 +81,10 @@ class WandbTracker:
             )
         finally:
             # wandb puts its own functions in their place; a run that ends with an error must end as it would without a tracker.
-            sys.exit, sys.excepthook = exit_function, hook
+            sys.exit, sys.excepthook, logging.raiseExceptions = exit_function, hook, complains
+            atexit.unregister(_OfModule(SERVICE_MODULE))
+            _quiet_log()
+            self._service = [one for one in _wandb_processes() if one not in before]
         self._run.define_metric("*", step_metric="step")
         self._run.summary.update({f"parameters/{name}": count for name, count in info.parameters.items()})
         self._say_where()
@@ -95,9 +109,17 @@ class WandbTracker:
         self._run.log({"step": step, **made})
 
     def finish(self, state: str) -> None:
-        """Note the run's state and let wandb upload what is pending, in bounded time."""
+        """Note the run's state, let wandb upload what is pending in bounded time, and end the process it started for that."""
         self._run.summary["state"] = state
         self._run.finish(exit_code=0 if state in ("finished", "stopped") else 1)
+        self._end_service()
+
+    def _end_service(self) -> None:
+        """End the process that wandb started for this tracker, if it is still there; wandb itself would wait for it without a limit."""
+        for process in self._service:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        self._service = []
 
     def _log_in(self, wandb: Any) -> None:
         mode = self._mode or wandb.setup().settings.mode
@@ -124,6 +146,44 @@ def _settings(wandb: Any) -> Any:
         login_timeout=1,
         stop_fn=_ignore_the_stop_button,
     )
+
+
+class _OfModule:
+    """Equal to every function of a module: `atexit.unregister` takes out what is equal to its argument.
+
+    wandb's own function there waits without a limit for its process, and prints a traceback when that is gone.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __eq__(self, other: object) -> bool:
+        return getattr(other, "__module__", None) == self._module
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self) -> None:
+        """Functions that end with the process are called so; this one only stands for others."""
+
+
+def _wandb_processes() -> list[psutil.Process]:
+    """Processes of wandb's that this one started."""
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if any("wandb" in word for word in process.cmdline()[:1]):
+                found.append(process)
+    return found
+
+
+def _quiet_log() -> None:
+    """Let wandb's own log file go on to fail in silence."""
+    for handler in logging.getLogger("wandb").handlers:
+        handler.handleError = _ignore_the_record  # type: ignore[method-assign]
+
+
+def _ignore_the_record(record: logging.LogRecord) -> None:
+    """Do nothing about a line that could not be written."""
 
 
 def _ignore_the_stop_button() -> None:
