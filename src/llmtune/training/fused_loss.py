@@ -22,6 +22,9 @@ __all__ = ["Head", "find_head", "head_nll_sum", "trained_rows"]
 CHUNK_ROWS = 256
 """Rows of a chunk with a frozen head: fewer read the head too often, more gain nothing."""
 
+SLICE_ROWS = 32
+"""Rows of a chunk that are in float32 at a time: they stay in the processor's cache, so a chunk never exists in float32."""
+
 TRAINED_CHUNK_ROWS = 1024
 """Rows of a chunk when the head is trained: each chunk also updates a gradient as large as the head."""
 
@@ -93,6 +96,36 @@ def _checkpointed_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_
     return total
 
 
+def _nll(logits_CV: Tensor, targets_C1: Tensor, scale: float, cap: float | None, *, with_gradient: bool) -> Tensor:
+    """Return the negative log-likelihoods of a chunk's rows, float32 [C]; on request overwrite the logits with their gradient."""
+    rows = logits_CV.shape[0]
+    step = SLICE_ROWS if logits_CV.device.type == "cpu" else rows
+    slices = [slice(start, start + step) for start in range(0, rows, step)]
+    return torch.cat([_nll_of_slice(logits_CV[part], targets_C1[part], scale, cap, with_gradient) for part in slices])
+
+
+def _nll_of_slice(logits_SV: Tensor, targets_S1: Tensor, scale: float, cap: float | None, with_gradient: bool) -> Tensor:
+    """Negative log-likelihoods of a few rows, in float32 throughout; only the gradient (without the factor `scale`) is rounded."""
+    values_SV = logits_SV.float()
+    bent_SV = None
+    if scale != 1.0:
+        values_SV = values_SV * scale
+    if cap is not None:
+        bent_SV = torch.tanh(values_SV / cap)
+        values_SV = bent_SV * cap
+    picked_S = values_SV.gather(1, targets_S1).squeeze(1)
+    highest_S = values_SV.amax(dim=1)
+    probabilities_SV = torch.softmax(values_SV, dim=1)
+    # the largest probability is 1 / sum(exp(logit - largest logit)): this saves a pass of exponentials
+    nll_S = highest_S - probabilities_SV.amax(dim=1).log() - picked_S
+    if with_gradient:
+        grad_SV = probabilities_SV.scatter_add_(1, targets_S1, probabilities_SV.new_full(targets_S1.shape, -1.0))
+        if bent_SV is not None:
+            grad_SV.mul_(1 - bent_SV.square_())
+        logits_SV.copy_(grad_SV)
+    return nll_S
+
+
 class _HeadLoss(torch.autograd.Function):
     """Loss of a linear head; gradients are made chunk by chunk in the forward pass and scaled in the backward one."""
 
@@ -117,30 +150,16 @@ class _HeadLoss(torch.autograd.Function):
             rows = slice(start, start + chunk)
             hidden_CE, targets_C1, weights_C = hidden_NE[rows], targets_N[rows].unsqueeze(1), weights_N[rows]
             logits_CV = functional.linear(hidden_CE, weight_VE, bias_V)
-            bent_CV = None
-            if scale != 1.0 or cap is not None:
-                logits_CV = logits_CV.float() * scale
-            if cap is not None:
-                bent_CV = torch.tanh(logits_CV / cap)
-                logits_CV = bent_CV * cap
-            probabilities_CV = torch.softmax(logits_CV, dim=1, dtype=torch.float32)
-            # the largest probability is 1 / sum(exp(logit - largest logit)): this saves a pass of exponentials over the chunk
-            log_sum_C = logits_CV.amax(dim=1).float() - probabilities_CV.amax(dim=1).log()
-            picked_C = logits_CV.gather(1, targets_C1).squeeze(1).float()
-            sums.append(((log_sum_C - picked_C) * weights_C).sum())
-            if grad_hidden is None and grad_weight is None and grad_bias is None:
-                continue
-            grad_CV = probabilities_CV.scatter_add_(1, targets_C1, weights_C.new_full(targets_C1.shape, -1.0))
-            if bent_CV is not None:
-                grad_CV.mul_(1 - bent_CV.square_())
-            typed_CV = grad_CV.to(hidden_NE.dtype)
+            nll_C = _nll(logits_CV, targets_C1, scale, cap, with_gradient=any(ctx.needs_input_grad))
+            sums.append((nll_C * weights_C).sum())
+            grad_CV = logits_CV  # overwritten where a gradient is wanted
             factor_C1 = (weights_C * scale).unsqueeze(1)  # put on the narrow side of each product, not on the chunk
             if grad_hidden is not None:
-                grad_hidden[rows] = (typed_CV @ weight_VE) * factor_C1
+                grad_hidden[rows] = (grad_CV @ weight_VE) * factor_C1
             if grad_weight is not None:
-                grad_weight += typed_CV.t() @ (hidden_CE * factor_C1).to(hidden_NE.dtype)
+                grad_weight += grad_CV.t() @ (hidden_CE * factor_C1).to(hidden_NE.dtype)
             if grad_bias is not None:
-                grad_bias += (grad_CV * factor_C1).sum(dim=0)
+                grad_bias += (grad_CV.float() * factor_C1).sum(dim=0)
         typed = [None if grad is None else grad.to(hidden_NE.dtype) for grad in (grad_hidden, grad_weight, grad_bias)]
         ctx.save_for_backward(*typed)
         return torch.stack(sums).sum()
