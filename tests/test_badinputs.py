@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+import badinputs_explained as explained
 import badinputs_runner as runner
 from llmtune.data.sandbox import Limits
 from llmtune.data.template import Renderer
@@ -76,8 +77,21 @@ def assert_answered(case, outcome):
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
-def test_q8_a_bad_input_ends_with_its_code_and_one_message(case, try_case):
-    assert_answered(case, try_case(case))
+def test_q8_a_bad_input_ends_with_its_code_and_one_message(case, try_case, places, tmp_path):
+    outcome = try_case(case)
+    assert_answered(case, outcome)
+    if case in explained.CHOSEN:
+        shown = explained.entry(case, outcome, tmp_path / "top" / case.folder, places)
+        if os.environ.get("WRITE_EXPLAINED"):
+            explained.write(shown)
+        assert shown in explained.entries(), "what `llmtune explain` shows is old: see badinputs_explained.py"
+
+
+def test_what_explain_shows_is_of_this_corpus_and_nothing_else():
+    shown = explained.entries()
+    assert {one["id"] for one in shown} == {case.id for case in explained.CHOSEN}
+    assert set(explained.KINDS.values()) | {"machine"} == {one["kind"] for one in shown}
+    assert {one["kind"]: one["of"] for one in shown} == explained.counts()
 
 
 def test_q8_the_corpus_is_whole():

@@ -23,6 +23,14 @@ def test_every_code_and_kind_is_explained(code, capsys):
     assert len(capsys.readouterr().out) > 20
 
 
+@pytest.mark.parametrize("kind", ["usage", "config", "data", "model", "tokenizer", "adapter", "checkpoint", "machine"])
+def test_a_page_shows_bad_inputs_of_its_kind_with_their_answers(kind, capsys):
+    assert run(["explain", kind]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n  llmtune ") >= 3
+    assert out.count("    error: ") == out.count("\n  llmtune ")
+
+
 def test_the_list_names_every_kind(capsys):
     assert run(["explain"]) == 0
     out = capsys.readouterr().out

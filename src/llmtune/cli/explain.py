@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
-from typing import Annotated, NamedTuple
+from importlib import resources
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -141,4 +143,16 @@ def _text(page: Page) -> str:
         "",
         "what to do:",
     ]
-    return "\n".join([*lines, *(f"  - {step}" for step in page.next_steps)])
+    lines += [f"  - {step}" for step in page.next_steps]
+    tried = _tried(page.kind.kind)
+    if tried:
+        lines += ["", f"some of the {tried[0]['of']} bad inputs that are tried before each release, and their answers:"]
+    for one in tried:
+        lines += ["", f"  {one['command']}", *(f"    {line}" for line in one["answer"].splitlines())]
+    return "\n".join(lines)
+
+
+def _tried(kind: str) -> list[dict[str, Any]]:
+    """Cases of the corpus of bad inputs with the answers they get; the tests hold the file to both."""
+    shown = json.loads((resources.files("llmtune.cli") / "explained.json").read_text(encoding="utf-8"))
+    return [one for one in shown if one["kind"] == kind]
