@@ -25,7 +25,7 @@ from llmtune.training.precision import Precision, choose_precision
 from llmtune.training.schedule import learning_rate_at, warmup_length
 from llmtune.training.utilization import utilization
 
-__all__ = ["Assembled", "Counts", "assemble", "choose_rates", "open_devices"]
+__all__ = ["Assembled", "Counts", "assemble", "check_distribution", "choose_rates", "open_devices"]
 
 FULL_LEARNING_RATE = 2e-5
 LORA_LEARNING_RATE = 2e-4
@@ -77,11 +77,8 @@ class Assembled:
     decisions: tuple[Decision, ...]
 
 
-def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decision]]:
-    """The device(s) of this process: one alone, or its place among the processes that a launcher started.
-
-    Raises ConfigError, before any process is waited for, for a way to share a training that this version does not have.
-    """
+def check_distribution(config: Config) -> None:
+    """Raise ConfigError for a way to share a training that this version does not have."""
     wanted = config.distributed
     problems = []
     if wanted.strategy not in STRATEGIES:
@@ -92,6 +89,15 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
         problems.append(Problem(what, "distributed.deepspeed_config", "remove the key"))
     if problems:
         raise ConfigError.all(problems)
+
+
+def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decision]]:
+    """The device(s) of this process: one alone, or its place among the processes that a launcher started.
+
+    Raises ConfigError, before any process is waited for, for a way to share a training that this version does not have.
+    """
+    check_distribution(config)
+    wanted = config.distributed
     devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=wanted.timeout_s)
     _, decision = choose_device(no_cuda=options.no_cuda)
     decisions = [decision]

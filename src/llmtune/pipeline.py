@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from llmtune import keeping, reporting
-from llmtune.assembly import Assembled, assemble, open_devices
+from llmtune.assembly import Assembled, assemble, check_distribution, open_devices
 from llmtune.config.layers import ResolvedConfig, load_config
+from llmtune.config.schema import DistributedConfig
 from llmtune.decisions import Decision
+from llmtune.errors import ConfigError
 from llmtune.plan import settle
 from llmtune.plan.devices import open_target
 from llmtune.plan.exhausted import MEMORY_ERRORS, is_out_of_memory, out_of_memory
@@ -23,7 +26,7 @@ from llmtune.tracking.choose import choose_trackers
 from llmtune.tracking.tracker import Tracker
 from llmtune.training.devices import Devices
 
-__all__ = ["Result", "preflight", "reopen", "resume", "start", "train"]
+__all__ = ["Result", "dry_run", "preflight", "reopen", "resume", "start", "train"]
 
 Say = Callable[[str], None]
 
@@ -42,6 +45,23 @@ def preflight(resolved: ResolvedConfig, options: Options, *, say: Say) -> tuple[
     reporting.say_preflight(prepared, decisions, say)
     reporting.say_plan(plan, say)
     return prepared, devices, plan
+
+
+def dry_run(resolved: ResolvedConfig, options: Options, *, say: Say) -> None:
+    """Do everything that comes before a model is loaded, and say it; what this version cannot share between devices is planned all the same.
+
+    Raises what `preflight` raises; ConfigError for that after the plan was said.
+    """
+    refusal = None
+    try:
+        check_distribution(resolved.config)
+    except ConfigError as error:
+        refusal = error
+        resolved = replace(resolved, config=replace(resolved.config, distributed=DistributedConfig()))
+        say(f"planned as one process that holds the whole model: {error.problems[0].problem}")
+    preflight(resolved, options, say=say)
+    if refusal is not None:
+        raise refusal
 
 
 def forecaster_for(prepared: Prepared, options: Options, devices: Devices) -> Forecaster:

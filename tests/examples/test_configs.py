@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from llmtune.cli.main import run as command
 from llmtune.config.layers import load_config
 from llmtune.config.shipped import shipped_path
-from llmtune.pipeline import preflight
 from llmtune.preparation import Options, prepare
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,8 +43,9 @@ def rows_like(folder, row_format, count=40):
 
 
 def test_all_configs_are_here():
-    assert len(EXAMPLES) == 9
-    assert len(SHIPPED) >= 5
+    assert len(EXAMPLES) == 12
+    assert len(SHIPPED) == 5
+    assert len([*EXAMPLES, *SHIPPED]) >= 16
 
 
 @pytest.mark.parametrize("path", [*SHIPPED, *EXAMPLES], ids=lambda path: path.stem)
@@ -78,13 +80,50 @@ def test_a_situation_plans_as_it_is_written(path, tmp_path, tiny_model_folder):
     assert plan.total_steps == plan.steps_per_epoch * training.epochs
 
 
-@pytest.mark.parametrize("name", ["test", "development", "production", str(ROOT / "examples" / "configs" / "from-scratch-stories.yaml")])
-def test_a_config_whose_data_is_shipped_dry_runs(name, tmp_path):
-    said = []
-    small = {"model.name": "custom-nano", "data.max_samples": 30, "data.cache_dir": str(tmp_path), "data.num_workers": 1}
-    resolved = load_config(name, overrides=small | {"model.architecture.vocab_size": 400}, environ={})
-    preflight(resolved, Options(no_cuda=True, offline=True), say=said.append)
-    assert any(line.startswith("plan ") and "steps" in line for line in said)
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory, tiny_tokenizer):
+    """Random models of 2 layers x 32 in the architectures that the configs name, with a context that holds their longest rows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folders = {}
+    for kind in ("llama", "qwen3"):
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        config = AutoConfig.for_model(kind, **shape, vocab_size=len(tiny_tokenizer), max_position_embeddings=8192, bos_token_id=None)
+        with torch.random.fork_rng():
+            AutoModelForCausalLM.from_config(config).save_pretrained(folders[kind])
+        tiny_tokenizer.save_pretrained(folders[kind])
+    return folders
+
+
+def stand_ins(path, tmp_path, tiny_models):
+    """Overrides for what does not lie on this machine: the model, by one of its architecture, and rows, by some with the same fields."""
+    config = load_config(str(path), environ={}).config
+    small = [f"data.cache_dir={tmp_path}", "data.num_workers=1"]
+    if config.model.name.startswith("custom-"):
+        small.append("model.architecture.vocab_size=400")
+    else:
+        small.append(f"model.name={tiny_models['qwen3' if config.model.name.startswith('qwen3') else 'llama']}")
+    if not config.data.train or not config.data.train[0].path.startswith("example:"):
+        small += [f"data.train=[{rows_like(tmp_path, config.data.format)}]", "data.eval=[]", "data.test_size=4"]
+    return [*small, "data.max_samples=40"]
+
+
+@pytest.mark.parametrize("path", [*SHIPPED, *EXAMPLES], ids=lambda path: path.stem)
+def test_every_config_dry_runs_as_a_user_types_it(path, tmp_path, tiny_models, capsys, monkeypatch):
+    """All of the config is its own, but for the model's size and, where its data is on a hub, the rows."""
+    monkeypatch.chdir(tmp_path)
+    small = stand_ins(path, tmp_path, tiny_models)
+    code = command(["train", "--config", str(path), "--dry-run", "--no-cuda", "--offline", *small])
+    out, err = capsys.readouterr()
+    assert any(line.startswith("plan ") and "steps" in line for line in out.splitlines()), err
+    assert not (tmp_path / "runs").exists()
+    if load_config(str(path), environ={}).config.distributed.strategy == "fsdp":
+        assert code == 2
+        assert "planned as one process that holds the whole model: strategy `fsdp` does not exist in this version" in out
+        assert "use `auto` or `ddp`" in err
+    else:
+        assert (code, err) == (0, "")
 
 
 def test_the_laptops_rows_are_shipped(tmp_path, tiny_model_folder):

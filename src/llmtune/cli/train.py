@@ -69,13 +69,13 @@ def train(
     from llmtune.cli.process import prepare_process
 
     prepare_process(trains=True)
-    from llmtune.pipeline import preflight
+    from llmtune.pipeline import dry_run as run_dry
     from llmtune.pipeline import train as run_training
     from llmtune.preparation import Options
 
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
     if dry_run:
-        preflight(resolved, options, say=print)
+        run_dry(resolved, options, say=print)
         return
     show_result(run_training(resolved, options, say=say))
 
