@@ -196,3 +196,48 @@ def _alive(pid):
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_the_cache_keeps_the_sets_used_last_and_says_what_it_deletes(write, config, renderer, tmp_path, monkeypatch):
+    """Never one that is in use; bounded in number and in bytes; one line."""
+    monkeypatch.setattr(cache, "SETS_KEPT", 2)
+    path = write("a.jsonl", ROWS)
+    held = prepare_data(config(path, max_length=100), renderer)
+    os.utime(held.train.store.folder, (1, 1))
+    made = {}
+    for length in (101, 102, 103):
+        before = set(folders(tmp_path)) if (tmp_path / "cache").exists() else set()
+        prepared = prepare_data(config(path, max_length=length), renderer)
+        (made[length],) = set(folders(tmp_path)) - before
+        os.utime(made[length], (length, length))
+        said = [str(one.value) for one in prepared.decisions if "deleted" in str(one.value)]
+        del prepared
+    assert {made[101], made[102]} & set(folders(tmp_path)) == {made[102]}
+    assert held.train.store.folder in folders(tmp_path)
+    assert [line.split(" (")[0] for line in said] == ["1 older set of rows deleted"]
+    assert np.array_equal(held.train[3].input_ids, prepare_data(config(path, max_length=100), renderer).train[3].input_ids)
+
+
+def test_the_cache_is_bounded_in_bytes_and_keeps_what_was_just_made(write, config, renderer, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "BYTES_KEPT", 1)
+    path = write("a.jsonl", ROWS)
+    for length in (101, 102):
+        store = prepare_data(config(path, max_length=length), renderer).train.store.folder
+    assert folders(tmp_path) == [store]
+
+
+def test_a_set_that_another_process_reads_is_not_deleted(write, config, renderer, tmp_path, monkeypatch):
+    path = write("a.jsonl", ROWS)
+    prepare_data(config(path, max_length=100), renderer)
+    (folder,) = folders(tmp_path)
+    code = "import sys; from llmtune import durable; hold = durable.ReadHold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+    reader = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / durable.MANIFEST)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert reader.stdout.readline() == "held\n"
+    monkeypatch.setattr(cache, "BYTES_KEPT", 1)
+    prepare_data(config(path, max_length=101), renderer)
+    assert folder in folders(tmp_path)
+    reader.communicate("")
+    prepare_data(config(path, max_length=102), renderer)
+    assert folder not in folders(tmp_path)

@@ -73,6 +73,24 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(folder, tmp_path):
     assert not {"is_local", "local_files_only", "name_or_path"} & json.loads((target / "tokenizer_config.json").read_text()).keys()
 
 
+def test_of_several_templates_the_default_and_the_one_for_tools_are_kept_and_saved(folder, tmp_path):
+    """Rows with tools get what `apply_chat_template` takes for them; the final tokenizer carries both."""
+    template = "{% for m in messages %}{{ m.content }}{{ 'T' if tools }}<|im_end|>{% endfor %}"
+    several = [{"name": name, "template": name + template} for name in ("default", "rag", "tool_use")]
+    change(folder, drop_template=True, chat_template=several)
+    loaded = open_it(folder)
+    assert set(loaded.tokenizer.chat_template) == {"default", "tool_use"}
+    assert "tool_use" in str(loaded.decisions[0])
+    target = tmp_path / "saved"
+    target.mkdir()
+    write_tokenizer(loaded.tokenizer, target)
+    again = load_tokenizer_folder(target)
+    assert again.digest == loaded.digest
+    talk, tool = [{"role": "user", "content": "a"}], {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+    assert again.tokenizer.apply_chat_template(talk, tokenize=False) == "defaulta<|im_end|>"
+    assert again.tokenizer.apply_chat_template(talk, tools=[tool], tokenize=False) == "tool_useaT<|im_end|>"
+
+
 def test_a_shipped_template_is_taken_by_name_and_any_other_from_a_file(folder, tmp_path):
     assert set(shipped_chat_templates()) == {"chatml", "turns", "dialogpt"}
     assert open_it(folder, chat_template="turns").tokenizer.chat_template == shipped_chat_templates()["turns"]

@@ -6,10 +6,12 @@ nothing else, so moving a file or changing the learning rate costs nothing. A fo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,12 @@ from llmtune.decisions import Decision
 from llmtune.errors import MachineError
 
 __all__ = ["cache_key", "code_digest", "default_cache_dir", "open_or_build"]
+
+SETS_KEPT = 24
+"""Tokenized sets of rows that the cache keeps at most: those used last."""
+
+BYTES_KEPT = 32 * 10**9
+"""Bytes that the kept sets have together at most; the set just made is kept whatever its size."""
 
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "pyarrow", "datasets")
 
@@ -81,17 +89,20 @@ def open_or_build(
     if folder is not None:
         target = folder / "rows" / key[:40]
         try:
-            if target.is_dir():
+            hold = _hold(target)
+            if hold is not None:
                 problems = durable.verify_manifest(target)
                 if not problems:
-                    return _open(target, files), [
+                    _note_use(target)
+                    return _open(target, files, hold), [
                         Decision("data.cache_dir", str(target), "the rows were tokenized before; nothing has changed")
                     ]
                 decisions.append(Decision("data.cache_dir", "made again", f"the cached rows are damaged: {problems[0].problem}"))
             durable.make_folder(target.parent)
             durable.sweep_litter(target.parent)
             _build(target, key, outcomes())
-            return _open(target, files), decisions
+            store = _open(target, files, _hold(target))
+            return store, [*decisions, *_prune(target.parent)]
         except (MachineError, PermissionError) as error:
             if must_be_cached:
                 raise
@@ -103,7 +114,42 @@ def open_or_build(
     words = b"".join(builder.add(outcome) for outcome in outcomes())
     tables = builder.tables()
     about = json.loads(json.dumps(builder.about()))
-    return _store(tables["rows"], tables["examples"], np.frombuffer(words, dtype="<i4"), about, files, None), decisions
+    return _store(tables["rows"], tables["examples"], np.frombuffer(words, dtype="<i4"), about, files), decisions
+
+
+def _hold(target: Path) -> durable.ReadHold | None:
+    """Keep the folder from being deleted; None where there is nothing to keep (also: a folder without its manifest)."""
+    try:
+        return durable.ReadHold(target / durable.MANIFEST)
+    except PermissionError:
+        raise
+    except OSError:
+        return None
+
+
+def _note_use(target: Path) -> None:
+    with contextlib.suppress(OSError):  # somebody else's cache, which is only read
+        os.utime(target)
+
+
+def _prune(folder: Path) -> list[Decision]:
+    """Delete the sets of rows that were used longest ago, until no more than `SETS_KEPT` and `BYTES_KEPT` are left; none that is in use."""
+    try:
+        places = [one for one in folder.iterdir() if not one.name.startswith(".")]
+        sets = sorted(((one.stat().st_mtime, sum(file.stat().st_size for file in one.iterdir()), one) for one in places), reverse=True)
+    except OSError:  # another process is at it
+        return []
+    room, deleted, freed = BYTES_KEPT, 0, 0
+    for place, (_, size, one) in enumerate(sets):
+        room -= size
+        if place >= SETS_KEPT or (room < 0 and place > 0):
+            with contextlib.suppress(MachineError):
+                if durable.delete_unless_held(one, durable.MANIFEST):
+                    deleted, freed = deleted + 1, freed + size
+    if not deleted:
+        return []
+    what = f"{deleted} older set{'s' * (deleted > 1)} of rows deleted ({freed / 1e6:,.0f} MB)"
+    return [Decision("data.cache_dir", what, f"the {SETS_KEPT} used last are kept, of at most {BYTES_KEPT / 1e9:,.0f} GB together")]
 
 
 def _build(target: Path, key: str, outcomes: Iterable[Outcome]) -> None:
@@ -126,14 +172,15 @@ def _words(builder: StoreBuilder, outcomes: Iterable[Outcome]) -> Iterator[bytes
     yield bytes(pending)
 
 
-def _open(folder: Path, files: Sequence[DataFile]) -> RowStore:
+def _open(folder: Path, files: Sequence[DataFile], hold: durable.ReadHold | None) -> RowStore:
     words = folder / "words.i32"
     mapped = np.memmap(words, dtype="<i4", mode="r") if words.stat().st_size else np.zeros(0, dtype="<i4")
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    return _store((folder / "rows.table").read_bytes(), (folder / "examples.table").read_bytes(), mapped, about, files, folder)
+    rows, examples = ((folder / f"{name}.table").read_bytes() for name in ("rows", "examples"))
+    return replace(_store(rows, examples, mapped, about, files), folder=folder, hold=hold)
 
 
-def _store(rows: bytes, examples: bytes, words: Any, about: dict[str, Any], files: Sequence[DataFile], folder: Path | None) -> RowStore:
+def _store(rows: bytes, examples: bytes, words: Any, about: dict[str, Any], files: Sequence[DataFile]) -> RowStore:
     return RowStore(
         labels=tuple(file.label for file in files),
         numberings=tuple(file.numbering for file in files),
@@ -143,5 +190,4 @@ def _store(rows: bytes, examples: bytes, words: Any, about: dict[str, Any], file
         words=words,
         reasons=tuple(Reason(*one) for one in about["reasons"]),
         notes=tuple(tuple(Note(*note) for note in one) for one in about["notes"]),
-        folder=folder,
     )

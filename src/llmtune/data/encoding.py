@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import bisect
 import functools
-import itertools
 import json
 import secrets
+from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from llmtune.data.traced import TEMPLATE, Run
-from llmtune.errors import DataError, TokenizerError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from llmtune.data.pieces import located_tokens
+from llmtune.data.traced import DATA, TEMPLATE, Run
+from llmtune.data.vocabulary import Vocabulary
+from llmtune.errors import TokenizerError
 
 __all__ = ["Control", "Encoded", "SafeEncoder"]
+
+_EDGE = 8
+"""Characters of each end of a content that stand for it where only the template's own control tokens are looked for."""
 
 
 class Control(NamedTuple):
@@ -46,8 +48,8 @@ class Encoded(NamedTuple):
     """
 
     ids: list[int]
-    starts: list[int]
-    stops: list[int]
+    starts: Sequence[int]
+    stops: Sequence[int]
     controls: list[Control]
     hostile: tuple[str, ...]
     unknown: int = 0
@@ -56,29 +58,14 @@ class Encoded(NamedTuple):
 class SafeEncoder:
     """Encodes text of known origin with a fast tokenizer.
 
-    Raises `TokenizerError` when the tokenizer has no `tokenizers` backend, or produces a control token from plain text.
+    Raises `TokenizerError` when the tokenizer produces a control token from plain text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, parse_control_tokens: bool = False) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if not isinstance(backend, Tokenizer):
-            raise TokenizerError(
-                f"{type(tokenizer).__name__} is not a fast tokenizer, so the place of its tokens in the text is unknown",
-                where="model.tokenizer",
-                fix="use a folder with a tokenizer.json",
-            )
-        if backend.truncation is not None or backend.padding is not None or backend.encode_special_tokens:
-            backend = Tokenizer.from_str(backend.to_str())
-            backend.no_truncation()
-            backend.no_padding()
-        self._backend = backend
+    def __init__(self, vocabulary: Vocabulary, *, parse_control_tokens: bool = False) -> None:
+        self._backend = vocabulary.backend
         self._parse_control_tokens = parse_control_tokens
-        self._unknown_id: int | None = tokenizer.unk_token_id
-        self.control_tokens: dict[int, str] = {
-            token_id: token.content
-            for token_id, token in tokenizer.added_tokens_decoder.items()
-            if token.content.replace("\u2581", " ").strip()
-        }
+        self._unknown_id = vocabulary.unknown_id
+        self.control_tokens = vocabulary.control_tokens
         """Text of every control token by its id."""
 
     @functools.cached_property
@@ -92,7 +79,7 @@ class SafeEncoder:
         Raises DataError for a text with half a character (a lone surrogate), which no tokenizer can encode.
         """
         text = str.__str__(text)  # the bare characters: `Traced` is for the runs
-        ids, starts, stops = _tokens(self._backend, text)
+        ids, starts, stops = located_tokens(self._backend, text)
         controls = self._controls(text, ids, starts, stops)
         unknown = self._count_unknown(ids, controls)
         if self._parse_control_tokens:
@@ -101,6 +88,7 @@ class SafeEncoder:
         hostile = tuple(self.control_tokens[one.token_id] for one in controls if content.overlaps(one.start, one.stop))
         if not hostile:
             return Encoded(ids, starts, stops, controls, (), unknown)
+        del ids, starts, stops, controls  # a long row is not to be in memory twice
         return self._encode_hostile(text, content, hostile)
 
     def _controls(self, text: str, ids: Sequence[int], starts: Sequence[int], stops: Sequence[int]) -> list[Control]:
@@ -125,8 +113,7 @@ class SafeEncoder:
         return ids.count(self._unknown_id) - sum(one.token_id == self._unknown_id for one in controls)
 
     def _encode_hostile(self, text: str, content: _ContentMap, hostile: tuple[str, ...]) -> Encoded:
-        harmless = content.masked(text, self._harmless_letter, self._harmless_mark)
-        own = [one for one in self._controls(harmless, *_tokens(self._backend, harmless)) if not content.overlaps(one.start, one.stop)]
+        own = self._own_controls(text, content)
         twin, names = self._twin
         pieces: list[str] = []
         anchors: list[tuple[int, int]] = [(0, 0)]
@@ -138,17 +125,29 @@ class SafeEncoder:
                 anchors.append((twin_length, origin_end))
             place = one.stop
         pieces.append(text[place:])
-        encoding = twin.encode("".join(pieces), add_special_tokens=False)
+        ids, twin_starts, twin_stops = located_tokens(twin, "".join(pieces))
         back = _Map(anchors)
-        starts, stops = _split_offsets([(back.to_origin(start), back.to_origin(stop)) for start, stop in encoding.offsets])
-        controls = self._controls(text, encoding.ids, starts, stops)
+        starts, stops = array("l", map(back.to_origin, twin_starts)), array("l", map(back.to_origin, twin_stops))
+        controls = self._controls(text, ids, starts, stops)
         if len(controls) != len(own):
             raise TokenizerError(
                 f"the tokenizer makes control tokens out of plain text ({hostile[0]!r} in a row)",
                 where="model.tokenizer",
                 fix="remove such rows, or set `data.parse_control_tokens: true` if they are meant to be control tokens",
             )
-        return Encoded(encoding.ids, starts, stops, controls, hostile, self._count_unknown(encoding.ids, controls))
+        return Encoded(ids, starts, stops, controls, hostile, self._count_unknown(ids, controls))
+
+    def _own_controls(self, text: str, content: _ContentMap) -> list[Control]:
+        """The control tokens that the template itself wrote, found with content that is harmless, and only its edges of it."""
+        harmless, masked, anchors = content.masked(text, self._harmless_letter, self._harmless_mark)
+        back = _Map(anchors)
+        found = self._controls(harmless, *located_tokens(self._backend, harmless))
+        return [
+            Control(one.place, start, start + one.stop - one.start, one.token_id)
+            for one in found
+            if not masked.overlaps(one.start, one.stop)
+            for start in (back.to_origin(one.start),)
+        ]
 
     @functools.cached_property
     def _harmless_letter(self) -> str:
@@ -200,16 +199,27 @@ class _ContentMap:
         place = bisect.bisect_left(self._starts, stop) - 1
         return place >= 0 and self._stops[place] > start
 
-    def masked(self, text: str, letter: str, mark: str) -> str:
-        """Put harmless characters of the same kind in the place of content: letters, marks, whitespace."""
-        pieces = []
-        place = 0
+    def masked(self, text: str, letter: str, mark: str) -> tuple[str, _ContentMap, list[tuple[int, int]]]:
+        """Put harmless characters of the same kind (letter, mark, whitespace) in the place of content, of long content only its edges.
+
+        Returns that text, which of it is content, and (character of it, character of `text`) pairs for `_Map`.
+        """
+        pieces: list[str] = []
+        runs: list[Run] = []
+        anchors = [(0, 0)]
+        length = place = 0
         for start, stop in zip(self._starts, self._stops, strict=True):
-            pieces.append(text[place:start])
-            pieces.extend(one if one.isspace() else letter if one.isalnum() or one == "_" else mark for one in text[start:stop])
+            shown = text[start:stop] if stop - start <= 2 * _EDGE else text[start : start + _EDGE] + text[stop - _EDGE : stop]
+            harmless = "".join(one if one.isspace() else letter if one.isalnum() or one == "_" else mark for one in shown)
+            pieces += [text[place:start], harmless]
+            runs += [(start - place, TEMPLATE), (len(harmless), DATA)]
+            length += start - place
+            anchors.append((length, start))
+            length += len(harmless)
+            anchors.append((length, stop))
             place = stop
         pieces.append(text[place:])
-        return "".join(pieces)
+        return "".join(pieces), _ContentMap(runs), anchors
 
 
 class _Map:
@@ -223,27 +233,6 @@ class _Map:
         low = bisect.bisect_right(self._twin, place) - 1
         origin = self._origin[low] + place - self._twin[low]
         return min(origin, self._origin[low + 1]) if low + 1 < len(self._origin) else origin
-
-
-def _tokens(backend: Tokenizer, text: str) -> tuple[list[int], list[int], list[int]]:
-    """Return ids, starts and stops; the library's own far larger record of them is let go at once."""
-    try:
-        encoding = backend.encode(text, add_special_tokens=False)
-    except TypeError as error:
-        half = next((one for one in text if "\ud800" <= one <= "\udfff"), None)
-        if half is None:
-            raise
-        raise DataError(f"the text holds half a character (the surrogate U+{ord(half):04X})", fix="write the text as UTF-8") from error
-    return (encoding.ids, *_split_offsets(encoding.offsets))
-
-
-def _split_offsets(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    starts = [start for start, _ in offsets]
-    stops = [stop for _, stop in offsets]
-    if starts != sorted(starts):
-        starts = list(itertools.accumulate(starts, max))
-        stops = [max(start, stop) for start, stop in zip(starts, stops, strict=True)]
-    return starts, stops
 
 
 def _rename_in_model(model: dict[str, Any], new_name: dict[str, str]) -> None:

@@ -81,6 +81,10 @@ def outcome_of(file_index: int, file: DataFile, record: Record | BadRow, format_
     except DataError as error:
         problem = error.problems[0]
         return Outcome(file_index, record.number, "bad", Reason(problem.problem, None, problem.fix))
+    lost = next((note for note in rendered.notes if note.code == "not-rendered"), None)
+    if lost is not None:
+        fix = "set `model.chat_template` to a template that renders it, or take it out of the row"
+        return Outcome(file_index, record.number, "bad", Reason(lost.text, "messages", fix))
     ids = np.asarray(rendered.input_ids, dtype=np.int32)
     weights = np.asarray(rendered.weights, dtype=np.float32)
     notes = (*(note for note in rendered.notes if note.code != "no-trained-token"), *_conversation_notes(conversation))
@@ -119,7 +123,7 @@ def _fit(
         max_length=rules.max_length,
         policy=rules.overlong,
         end_token_ids=renderer.stop_token_ids,
-        bos_token_id=renderer.tokenizer.bos_token_id,
+        bos_token_id=renderer.vocabulary.bos_id,
     )
     if not cut.pieces:
         return lost._replace(reason=Reason(f"{too_long.what}, and nothing trained is left after {rules.overlong}"))

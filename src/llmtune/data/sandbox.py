@@ -10,12 +10,10 @@ from __future__ import annotations
 import functools
 import json
 import threading
-import time
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -25,10 +23,12 @@ import jinja2.runtime
 import jinja2.sandbox
 from jinja2.compiler import CodeGenerator, Frame
 
+from llmtune.data.budget import DEFAULT_LIMITS, Budget, Limits, SizedTicking, TemplateRefusal, Ticking, Walking
 from llmtune.data.traced import PRECISE_METHODS, TEMPLATE, Traced, concat, holds_traced, label, lift
+from llmtune.data.walks import Walk, find_walk
 from llmtune.errors import TokenizerError
 
-__all__ = ["ChatTemplate", "Limits", "TemplateRefusal"]
+__all__ = ["Beginning", "ChatTemplate", "Limits", "TemplateRefusal"]
 
 LARGEST_NUMBER = 1_000_000
 """Largest integer a template may hand to a function or filter, or multiply a text with."""
@@ -46,60 +46,6 @@ RENDER_ERRORS = (
     TypeError,
     ValueError,
 )
-
-
-class TemplateRefusal(Exception):
-    """The template refuses or fails on one conversation; the message says how.
-
-    `is_limit` marks a template that asked for too much time or space.
-    """
-
-    def __init__(self, problem: str, *, is_limit: bool = False) -> None:
-        super().__init__(problem)
-        self.is_limit = is_limit
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one rendering may use: seconds, and characters of any one text (raised with the size of the conversation)."""
-
-    seconds: float = 10.0
-    characters: int = 16_000_000
-
-
-class _Budget:
-    def __init__(self, limits: Limits, input_characters: int) -> None:
-        self.deadline = time.monotonic() + limits.seconds
-        self.seconds = limits.seconds
-        self.characters = limits.characters + 16 * input_characters
-        self.turns = 0
-
-    def spend(self) -> None:
-        self.turns += 1
-        if self.turns % 256 == 0 and time.monotonic() > self.deadline:
-            raise TemplateRefusal(f"the chat template ran longer than {self.seconds:g} s", is_limit=True)
-
-    def check_size(self, size: int) -> None:
-        if size > self.characters:
-            raise TemplateRefusal(f"the chat template made more than {self.characters:,} characters", is_limit=True)
-
-
-class _Ticking:
-    """An iterable whose every turn is paid for. It keeps its length so that `loop.length` and `loop.last` work as before."""
-
-    def __init__(self, items: Any, budget: _Budget) -> None:
-        self._items = items
-        self._budget = budget
-
-    def __iter__(self) -> Iterator[Any]:
-        for item in self._items:
-            self._budget.spend()
-            yield item
-
-
-class _SizedTicking(_Ticking):
-    def __len__(self) -> int:
-        return len(self._items)
 
 
 class _TracingCode(CodeGenerator):
@@ -142,9 +88,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     code_generator_class = _TracingCode
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self, now: datetime) -> None:
+    def __init__(self, now: datetime, constants: Iterable[str]) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
         self._local = threading.local()
+        self._constants = frozenset({*constants, "strftime_now"})
+        self.walk: Walk | None = None
+        """The walk of the template compiled last."""
         self.filters = {name: self._guarded_filter(name, function) for name, function in self.filters.items()}
         self.filters["tojson"] = self._guarded_filter("tojson", _tojson)
         self.filters["join"] = self._guarded_filter("join", self._join_filter)
@@ -156,19 +105,21 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     @property
-    def budget(self) -> _Budget:
+    def budget(self) -> Budget:
         """What is left of the limits for the rendering of this thread."""
         return self._local.budget
 
     @budget.setter
-    def budget(self, budget: _Budget) -> None:
+    def budget(self, budget: Budget) -> None:
         self._local.budget = budget
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         tree = super()._parse(source, name, filename)
+        self.walk = find_walk(tree, self._constants)
         for loop in list(tree.find_all(jinja2.nodes.For)):
             line = loop.iter.lineno
-            ticking = jinja2.nodes.EnvironmentAttribute("ticking", lineno=line)
+            kind = "walking" if self.walk is not None and loop is self.walk.loop else "ticking"
+            ticking = jinja2.nodes.EnvironmentAttribute(kind, lineno=line)
             loop.iter = jinja2.nodes.Call(ticking, [loop.iter], [], None, None, lineno=line)
         tree.set_environment(self)
         return tree
@@ -178,7 +129,21 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.budget.spend()
         if isinstance(items, jinja2.Undefined) or items is None:
             return items
-        return _SizedTicking(items, self.budget) if hasattr(items, "__len__") else _Ticking(items, self.budget)
+        return SizedTicking(items, self.budget) if hasattr(items, "__len__") else Ticking(items, self.budget)
+
+    def walking(self, items: Any) -> Any:
+        """Wrap the loop over the messages of a template that only walks through them."""
+        return Walking(items, self.budget) if isinstance(items, list) else self.ticking(items)
+
+    def written(self, pieces: Iterable[str]) -> str:
+        """Join what the template itself writes, keeping origins, within the size limit, and count it as it comes."""
+        parts: list[str] = []
+        budget = self.budget
+        for piece in pieces:
+            budget.written += len(piece)
+            budget.check_size(budget.written)
+            parts.append(piece)
+        return concat(parts)
 
     def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
         """Join output pieces, keeping origins, within the size limit."""
@@ -339,17 +304,25 @@ def _check_widths(form: str) -> None:
             raise TemplateRefusal("the chat template asks for a field of more than a million characters", is_limit=True)
 
 
+class Beginning(NamedTuple):
+    """What a template makes of the first messages of a conversation: the whole text up to `length`, and then `tail`."""
+
+    length: int
+    tail: str
+
+
 class ChatTemplate:
     """A compiled chat template.
 
     Raises `TokenizerError` where the text is not a template at all.
     """
 
-    def __init__(self, source: str, *, variables: Mapping[str, str], now: datetime, limits: Limits = Limits()) -> None:
+    def __init__(self, source: str, *, variables: Mapping[str, str], now: datetime, limits: Limits = DEFAULT_LIMITS) -> None:
         self.source = source
         self._variables = dict(variables)
         self._limits = limits
-        self._environment = _Environment(now)
+        self._prompt_tail: str | None = None
+        self._environment = _Environment(now, variables)
         try:
             self._template = self._environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -377,16 +350,45 @@ class ChatTemplate:
 
         Raises `TemplateRefusal` when the template refuses the conversation, fails on it, or goes over a limit.
         """
+        return self._render(messages, tools, add_generation_prompt)[0]
+
+    def render_walked(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[str, dict[tuple[int, bool], Beginning]]:
+        """Render messages without the generation prompt, as `render` does, and tell what it has written of each beginning of them.
+
+        The second part maps (first messages, `add_generation_prompt`) to what `render` would give for those; it holds those that are known
+        without rendering again, and is empty for a template that may look ahead.
+        """
+        text, budget = self._render(messages, tools, False)
+        walk, marks = self._environment.walk, budget.marks
+        if walk is None or len(messages) not in marks or len(messages) < walk.needs:
+            return text, {}
+        end = marks[len(messages)]
+        if self._prompt_tail is None:
+            prompt, again = self._render(messages, tools, True)
+            self._prompt_tail = prompt[again.marks[len(messages)] :]
+        tails = {False: text[end:], True: self._prompt_tail}
+        counts = [count for count in marks if count >= walk.needs]
+        return text, {(count, generate): Beginning(marks[count], tail) for count in counts for generate, tail in tails.items()}
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, add_generation_prompt: bool
+    ) -> tuple[str, Budget]:
         size = sum(len(str(message.get("content", ""))) for message in messages)
-        self._environment.budget = _Budget(self._limits, size)
-        try:
-            return self._template.render(
-                messages=list(messages),
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+        budget = self._environment.budget = Budget(self._limits, size)
+        budget.messages = given = list(messages)
+        context = self._template.new_context(
+            {
+                "messages": given,
+                "tools": list(tools) if tools else None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
                 **self._variables,
-            )
+            }
+        )
+        try:
+            return self._environment.written(self._template.root_render_func(context)), budget
         except RecursionError as error:
             raise TemplateRefusal("the chat template calls itself without end", is_limit=True) from error
         except RENDER_ERRORS as error:

@@ -14,11 +14,15 @@ Other messages (for the rules that train them) go from their first character thr
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from llmtune.data.encoding import Control, Encoded
-from llmtune.data.sandbox import TemplateRefusal
+from llmtune.data.sandbox import Beginning, TemplateRefusal
 from llmtune.data.traced import Run, runs_of, trace
 
 __all__ = ["Rendering", "Span", "TurnShape", "find_span", "learn_turn_shape"]
@@ -51,33 +55,67 @@ class Span(NamedTuple):
     problem: str | None = None
 
 
-class Rendering(NamedTuple):
-    """A rendered and encoded conversation: its text, runs, tokens, and its messages as the template sees them.
-
-    `render(count, add_generation_prompt)` renders the first `count` messages as plain text.
-    """
+@dataclass(frozen=True)
+class Rendering:
+    """A rendered and encoded conversation: its text, runs, tokens, and its messages as the template sees them."""
 
     text: str
     runs: tuple[Run, ...]
     encoded: Encoded
     roles: tuple[str, ...]
     render: Callable[[int, bool], str]
+    """`render(count, add_generation_prompt)` renders the first `count` messages as plain text."""
+    beginnings: Mapping[tuple[int, bool], Beginning] = field(default_factory=dict)
+    """What `render` would give, where that is known from the whole."""
+
+    @functools.cached_property
+    def extents(self) -> dict[int, tuple[int, int]]:
+        """The first and one past the last character of each origin that shows."""
+        found: dict[int, tuple[int, int]] = {}
+        place = 0
+        for length, owner in self.runs:
+            found[owner] = (found.get(owner, (place, 0))[0], place + length)
+            place += length
+        return found
+
+    @functools.cached_property
+    def _of_messages(self) -> tuple[list[int], list[int], list[int]]:
+        """Starts, stops and messages of the runs that belong to one."""
+        stops = list(itertools.accumulate(length for length, _ in self.runs))
+        kept = [(stop - length, stop, owner) for stop, (length, owner) in zip(stops, self.runs, strict=True) if owner >= 0]
+        return [one[0] for one in kept], [one[1] for one in kept], [one[2] for one in kept]
+
+    def next_foreign(self, index: int, start: int) -> int:
+        """The first character at or after `start` that belongs to another message, or the end of the text."""
+        starts, stops, owners = self._of_messages
+        for place in range(bisect.bisect_right(stops, start), len(owners)):
+            if owners[place] != index:
+                return max(starts[place], start)
+        return len(self.text)
+
+    def controls_between(self, start: int, stop: int) -> list[Control]:
+        """The control tokens that lie within these characters."""
+        controls = self.encoded.controls
+        first = bisect.bisect_left(controls, start, key=lambda one: one.start)
+        return list(itertools.takewhile(lambda one: one.stop <= stop, controls[first:]))
 
 
 def find_span(whole: Rendering, index: int, shape: TurnShape) -> Span:
     """Find the trained part of message `index`; never a guess: where the template gives no clear answer, `problem` says why."""
-    first, last = _extent(whole.runs, index)
+    first, last = whole.extents.get(index, (None, 0))
     if whole.roles[index] != "assistant":
         if first is None:
             return Span(0, 0, False, "the template does not render it")
         return _close(whole, index, first, last, shape)
-    try:
-        prompt = whole.render(index, True)
-    except TemplateRefusal as refusal:
-        return Span(0, 0, False, f"the template gives no prompt for it ({refusal})")
-    if not whole.text.startswith(prompt):
-        return Span(0, 0, False, _divergence(prompt, whole.text))
-    start = len(prompt)
+    start = _known_prompt_end(whole, index)
+    if start is None:
+        try:
+            prompt = whole.render(index, True)
+        except TemplateRefusal as refusal:
+            return Span(0, 0, False, f"the template gives no prompt for it ({refusal})")
+        if not whole.text.startswith(prompt):
+            return Span(0, 0, False, _divergence(prompt, whole.text))
+        start = len(prompt)
     if shape.header:
         if not whole.text.startswith(shape.header, start):
             return Span(0, 0, False, f"the template does not begin it with {shape.header!r}")
@@ -87,11 +125,17 @@ def find_span(whole: Rendering, index: int, shape: TurnShape) -> Span:
     return _close(whole, index, start, max(last, start), shape)
 
 
+def _known_prompt_end(whole: Rendering, index: int) -> int | None:
+    """Where the prompt of message `index` ends, if that can be told from the whole, and the prompt is its beginning."""
+    known = whole.beginnings.get((index, True))
+    return known.length + len(known.tail) if known is not None and whole.text.startswith(known.tail, known.length) else None
+
+
 def _close(whole: Rendering, index: int, start: int, content_stop: int, shape: TurnShape) -> Span:
     """Extend a message from its last own character through its end-of-turn tokens."""
-    limit = _next_foreign(whole.runs, index, content_stop)
-    after = [one for one in whole.encoded.controls if one.start >= content_stop and one.stop <= limit]
-    intruder = _next_foreign(whole.runs, index, start)
+    limit = whole.next_foreign(index, content_stop)
+    after = whole.controls_between(content_stop, limit)
+    intruder = whole.next_foreign(index, start)
     if intruder < content_stop:
         return Span(0, 0, False, "the template puts other text of the row inside it")
     if not after:
@@ -120,6 +164,9 @@ def _own_bound(whole: Rendering, index: int, limit: int) -> int:
     """Where the text of message `index` ends at the latest: what its rendering as the last message shares with the whole."""
     if index == len(whole.roles) - 1:
         return len(whole.text)
+    known = whole.beginnings.get((index + 1, False))
+    if known is not None:
+        return known.length + _shared(known.tail, whole.text[known.length : known.length + len(known.tail)])
     try:
         alone = whole.render(index + 1, False)
     except TemplateRefusal:
@@ -134,26 +181,6 @@ def _contiguous(controls: Sequence[Control]) -> list[Control]:
             break
         run.append(one)
     return run
-
-
-def _extent(runs: Sequence[Run], origin: int) -> tuple[int | None, int]:
-    """Return the first and one past the last character of an origin; (None, 0) when it has none."""
-    first, last, place = None, 0, 0
-    for length, owner in runs:
-        if owner == origin:
-            first, last = (place if first is None else first), place + length
-        place += length
-    return first, last
-
-
-def _next_foreign(runs: Sequence[Run], index: int, start: int) -> int:
-    """Return the first character at or after `start` that belongs to another message, or the end of the text."""
-    place = 0
-    for length, owner in runs:
-        if owner >= 0 and owner != index and place + length > start:
-            return max(place, start)
-        place += length
-    return place
 
 
 def _shared(left: str, right: str) -> int:
@@ -191,7 +218,7 @@ def learn_turn_shape(
     encoded = encode(text, runs_of(text))
     roles = tuple(message["role"] for message in plain[:count])
     whole = Rendering(str.__str__(text), runs_of(text), encoded, roles, lambda n, generate: render(plain[:n], generate))
-    first, last = _extent(whole.runs, count - 1)
+    first, last = whole.extents.get(count - 1, (None, 0))
     if first is None:
         return TurnShape(frozenset(), "", "")
     final = [one for one in encoded.controls if one.start >= last]
@@ -209,9 +236,9 @@ def learn_turn_shape(
 
 def _middle_end_ids(whole: Rendering) -> list[int]:
     """Control tokens, in order, that end the first answer, which another question follows."""
-    _, stop = _extent(whole.runs, 1)
-    following, _ = _extent(whole.runs, 2)
-    after = [one for one in whole.encoded.controls if one.start >= stop and one.stop <= (following or 0)]
+    _, stop = whole.extents.get(1, (0, 0))
+    following, _ = whole.extents.get(2, (0, 0))
+    after = whole.controls_between(stop, following)
     if not after:
         return []
     run = _contiguous(after)

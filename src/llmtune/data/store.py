@@ -111,6 +111,8 @@ class RowStore:
     notes: tuple[tuple[Note, ...], ...]
     folder: Path | None = None
     """Where it is cached; None: in memory."""
+    hold: object = None
+    """Keeps the cached files from being deleted as long as this store lives."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -179,10 +181,10 @@ class MappedExamples:
         """sha256 over all ids, weights and sources in order."""
         return set_digest(self.digests())
 
-    def digests(self) -> Iterator[tuple[str, bytes]]:
-        """Source and `example_digest` of every example, in order."""
+    def digests(self) -> Iterator[bytes]:
+        """`example_digest` of every example, in order."""
         digests = self.store.examples["digest"]
-        return ((self.store.source_of_example(int(one)), digests[one].tobytes()) for one in self.selection)
+        return (digests[one].tobytes() for one in self.selection)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from llmtune.data.sandbox import ChatTemplate, Limits, TemplateRefusal
 from llmtune.data.spans import Rendering, Span, TurnShape, find_span, learn_turn_shape
 from llmtune.data.text_rows import TextRows
 from llmtune.data.traced import DATA, Traced, runs_of, trace
+from llmtune.data.vocabulary import Vocabulary
 from llmtune.decisions import Decision
 from llmtune.errors import DataError, TokenizerError
 
@@ -49,6 +50,12 @@ PLAIN_TEMPLATE = (
 )
 """The template for tokenizers that have none: one line a message, answers closed by the end token. It needs no new token."""
 
+EXAMPLE_TOOL: Mapping[str, Any] = {
+    "type": "function",
+    "function": {"name": "Kupuka", "description": "Sidaru", "parameters": {"type": "object", "properties": {}}},
+}
+"""A tool that templates are tried with."""
+
 
 class Rendered(NamedTuple):
     """A row as the model sees it: T ids, T weights, and what there is to say about it."""
@@ -69,7 +76,7 @@ class Renderer:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | Vocabulary,
         *,
         train_on: TrainOn = "all_assistant_messages",
         parse_control_tokens: bool = False,
@@ -87,21 +94,22 @@ class Renderer:
             "limits": limits,
         }
         self.tokenizer = tokenizer
+        self.vocabulary = vocabulary = tokenizer if isinstance(tokenizer, Vocabulary) else Vocabulary.of(tokenizer)
         self.train_on: TrainOn = train_on
         self._now = now
-        self._encoder = SafeEncoder(tokenizer, parse_control_tokens=parse_control_tokens)
-        self._sources = _template_sources(tokenizer, chat_template)
-        variables = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+        self._encoder = SafeEncoder(vocabulary, parse_control_tokens=parse_control_tokens)
+        self._sources = _template_sources(vocabulary, chat_template)
+        variables = {key: str(value) for key, value in vocabulary.special_tokens.items() if isinstance(value, str)}
         self._templates = {
             name: ChatTemplate(source, variables=variables, now=now, limits=limits) for name, source in self._sources.items()
         }
-        self._has_own_template = chat_template is not None or bool(tokenizer.chat_template)
-        self._eos_id: int | None = tokenizer.eos_token_id
-        self._texts = TextRows(tokenizer, self._encoder, train_on)
+        self._has_own_template = chat_template is not None or bool(vocabulary.chat_template)
+        self._eos_id: int | None = vocabulary.eos_id
+        self._texts = TextRows(vocabulary, self._encoder, train_on)
         self._tails: dict[str, list[int]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(Renderer, **self._arguments), (self.tokenizer,)
+        return functools.partial(Renderer, **self._arguments), (self.vocabulary,)
 
     def render(self, conversation: Conversation) -> Rendered:
         """Render one row.
@@ -121,17 +129,19 @@ class Renderer:
             weights[0] = 0.0
         if not any(weights):
             notes.append(Note("no-trained-token", f"`data.train_on: {self.train_on}` trains nothing in this row"))
-        return Rendered(ids, [weight * conversation.loss_weight for weight in weights], tuple(notes))
+        if conversation.loss_weight != 1:
+            weights = [weight * conversation.loss_weight for weight in weights]
+        return Rendered(ids, weights, tuple(notes))
 
     # ---- conversations ----
 
     def _chat_row(self, conversation: Conversation) -> tuple[list[int], list[float], list[Note]]:
         if not conversation.messages:
             raise DataError("the conversation has no messages", where=conversation.source, fix="remove the row")
-        shape = self._shape_or_raise(conversation.source)
+        shape = self._shape_or_raise(conversation.source, conversation.tools)
         whole = self._rendering(conversation)
         ids = whole.encoded.ids
-        notes = text_notes(whole.encoded, self._eos_id, self.tokenizer)
+        notes = text_notes(whole.encoded, self._eos_id, self.vocabulary.bos_id)
         weights = [1.0 if self.train_on == "all_tokens" else 0.0] * len(ids)
         for index, weight in self._message_weights(conversation, notes):
             span = find_span(whole, index, shape)
@@ -158,7 +168,7 @@ class Renderer:
 
         try:
             text = template.render(traced_messages, trace(tools, DATA), add_generation_prompt=False)
-            plain = render(len(fields), False)
+            plain, beginnings = template.render_walked(fields, tools)
         except TemplateRefusal as refusal:
             raise _refused(refusal, conversation.source) from refusal
         if plain != str.__str__(text):
@@ -169,7 +179,7 @@ class Renderer:
             )
         runs = runs_of(text)
         roles = tuple(message.role for message in conversation.messages)
-        return Rendering(plain, runs, self._encoder.encode(plain, runs), roles, render)
+        return Rendering(plain, runs, self._encoder.encode(plain, runs), roles, render, beginnings)
 
     def _message_weights(self, conversation: Conversation, notes: list[Note]) -> list[tuple[int, float]]:
         """Return (message, weight) for every message whose tokens the mask rule speaks about."""
@@ -229,7 +239,7 @@ class Renderer:
 
         Raises `DataError` when the template refuses the messages.
         """
-        shape = self._shape_or_raise("prompt")
+        shape = self._shape_or_raise("prompt", tools)
         traced = [traced_fields(message_fields(message), index) for index, message in enumerate(messages)]
         try:
             text = self._template_for(tools).render(traced, trace(list(tools), DATA) or None, add_generation_prompt=True)
@@ -245,30 +255,37 @@ class Renderer:
     # ---- what is known of the template ----
 
     def _template_for(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        return self._templates[name]
+        return self._templates[self._name_for(tools)]
+
+    def _name_for(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        return "tool_use" if tools and "tool_use" in self._templates else "default"
 
     @functools.cached_property
-    def _shape(self) -> TurnShape | TemplateRefusal:
-        template = self._templates["default"]
+    def _shapes(self) -> dict[str, TurnShape | TemplateRefusal]:
+        """The turns of each template; that for rows with tools is asked with one."""
+        return {name: self._learn(template, [EXAMPLE_TOOL] if name == "tool_use" else None) for name, template in self._templates.items()}
+
+    def _learn(self, template: ChatTemplate, tools: Sequence[Mapping[str, Any]] | None) -> TurnShape | TemplateRefusal:
         return learn_turn_shape(
-            lambda messages, generate: template.render(messages, None, add_generation_prompt=generate), self._encoder.encode
+            lambda messages, generate: template.render(messages, tools, add_generation_prompt=generate), self._encoder.encode
         )
 
-    def _shape_or_raise(self, source: str) -> TurnShape:
+    def _shape_or_raise(self, source: str, tools: Sequence[Mapping[str, Any]]) -> TurnShape:
         if not self._has_own_template and self._eos_id is None:
             raise TokenizerError(
                 "the tokenizer has neither a chat template nor an end token, so answers could not be ended",
                 where=source,
                 fix="set `model.chat_template`, or use a tokenizer with an eos_token",
             )
-        if isinstance(self._shape, TemplateRefusal):
+        shape = self._shapes[self._name_for(tools)]
+        if isinstance(shape, TemplateRefusal):
+            which = " for rows with tools" if self._name_for(tools) == "tool_use" else ""
             raise TokenizerError(
-                f"the chat template cannot render a question and an answer: {self._shape}",
+                f"the chat template{which} cannot render a question and an answer: {shape}",
                 where="model.chat_template",
                 fix="give a working template with `model.chat_template=FILE`",
             )
-        return self._shape
+        return shape
 
     @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -276,21 +293,21 @@ class Renderer:
 
         `generation_config` must list them all, so that a tuned model stops by itself.
         """
-        found = set() if isinstance(self._shape, TemplateRefusal) else {*self._shape.end_ids, *self._tool_call_end_ids(self._shape)}
-        if self._eos_id is not None:
-            found.add(self._eos_id)
-        return tuple(sorted(found))
+        found: set[int] = set() if self._eos_id is None else {self._eos_id}
+        for shape in self._shapes.values():
+            if not isinstance(shape, TemplateRefusal):
+                found |= shape.end_ids
+        return tuple(sorted(found | self._tool_call_end_ids()))
 
-    def _tool_call_end_ids(self, shape: TurnShape) -> set[int]:
+    def _tool_call_end_ids(self) -> set[int]:
         """Ids of the tokens that end an answer which calls a tool, where the template writes such calls and ends them in their own way."""
+        shape = self._shapes[self._name_for([EXAMPLE_TOOL])]
         call = {"type": "function", "id": "call00001", "function": {"name": "Kupuka", "arguments": {"Lomina": "Tarevo"}}}
         talk = (Message("user", "Sidaru"), Message("assistant", "", extra={"tool_calls": [call]}))
-        tool = {
-            "type": "function",
-            "function": {"name": "Kupuka", "description": "Sidaru", "parameters": {"type": "object", "properties": {}}},
-        }
+        if isinstance(shape, TemplateRefusal):
+            return set()
         try:
-            whole = self._rendering(Conversation("tool call", talk, tools=(tool,)))
+            whole = self._rendering(Conversation("tool call", talk, tools=(EXAMPLE_TOOL,)))
         except (DataError, TokenizerError):
             return set()
         span = find_span(whole, 1, shape)
@@ -307,7 +324,7 @@ class Renderer:
         parts = {
             "version": RENDER_VERSION,
             "tokenizer": hashlib.sha256(self._encoder.definition.encode()).hexdigest(),
-            "special_tokens": {key: str(value) for key, value in self.tokenizer.special_tokens_map.items()},
+            "special_tokens": {key: str(value) for key, value in self.vocabulary.special_tokens.items()},
             "templates": self._sources,
             "train_on": self.train_on,
             "parse_control_tokens": self._arguments["parse_control_tokens"],
@@ -333,12 +350,13 @@ class Renderer:
                     "the template writes the date, and a run must not change overnight",
                 )
             )
-        if not isinstance(self._shape, TemplateRefusal):
-            if self._shape.header:
+        shape = self._shapes["default"]
+        if not isinstance(shape, TemplateRefusal):
+            if shape.header:
                 made.append(
-                    Decision("model.chat_template", f"prompts end with {self._shape.header!r}", "the template knows no generation prompt")
+                    Decision("model.chat_template", f"prompts end with {shape.header!r}", "the template knows no generation prompt")
                 )
-            if not self._shape.end_ids:
+            if not shape.end_ids:
                 made.append(
                     Decision(
                         "model.chat_template",
@@ -349,8 +367,8 @@ class Renderer:
         return tuple(made)
 
 
-def _template_sources(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> dict[str, str]:
-    found: Any = chat_template if chat_template is not None else tokenizer.chat_template
+def _template_sources(vocabulary: Vocabulary, chat_template: str | None) -> dict[str, str]:
+    found: Any = chat_template if chat_template is not None else vocabulary.chat_template
     if not found:
         return {"default": PLAIN_TEMPLATE}
     if isinstance(found, str):

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import bisect
-import functools
-from typing import TYPE_CHECKING
 
 from llmtune.config.schema import TrainOn
 from llmtune.data.encoding import Encoded, SafeEncoder
 from llmtune.data.example import Conversation, Message
 from llmtune.data.notes import Note, text_notes
 from llmtune.data.traced import DATA
+from llmtune.data.vocabulary import Vocabulary
 from llmtune.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TextRows"]
 
@@ -22,17 +18,17 @@ __all__ = ["TextRows"]
 class TextRows:
     """Makes ids, weights and notes of rows without a template. All of such a row is content: it cannot match a control token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoder: SafeEncoder, train_on: TrainOn) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, vocabulary: Vocabulary, encoder: SafeEncoder, train_on: TrainOn) -> None:
+        self._vocabulary = vocabulary
         self._encoder = encoder
         self._train_on = train_on
 
     def text_row(self, text: str) -> tuple[list[int], list[float], list[Note]]:
         """Return a text row: all of it is trained, and the end token after it."""
         encoded = self._encode(text)
-        before, after = self._frame
+        before, after = self._vocabulary.before, self._vocabulary.after
         ids = [*before, *encoded.ids, *after]
-        return ids, [1.0] * len(ids), text_notes(encoded, None, self._tokenizer)
+        return ids, [1.0] * len(ids), text_notes(encoded, None, self._vocabulary.bos_id)
 
     def completion_row(self, conversation: Conversation) -> tuple[list[int], list[float], list[Note]]:
         """Return a prompt-completion row; its first ids are exactly those of `prompt_ids` of its prompt.
@@ -45,23 +41,23 @@ class TextRows:
             )
         prompt, completion = conversation.messages
         head, both = self._encode(prompt.content), self._encode(prompt.content + completion.content)
-        notes = text_notes(both, None, self._tokenizer)
+        notes = text_notes(both, None, self._vocabulary.bos_id)
         ids, cut = both.ids, len(head.ids)
         if ids[:cut] != head.ids:
             # The prompt's last token and the completion's first would melt together; keep the prompt as generation will see it.
             apart = [*head.ids, *self._encode(completion.content).ids]
-            if self._tokenizer.decode(apart) == self._tokenizer.decode(ids):
+            if self._vocabulary.decode(apart) == self._vocabulary.decode(ids):
                 ids = apart
             else:
                 cut = bisect.bisect_left(both.starts, len(prompt.content))
                 notes.append(Note("joined-token", "prompt and completion share a token: the prompt's own last token differs from training"))
-        before, after = self._frame
+        before, after = self._vocabulary.before, self._vocabulary.after
         weights = [self._weight(prompt)] * (len(before) + cut) + [self._weight(completion)] * (len(ids) - cut + len(after))
         return [*before, *ids, *after], weights, notes
 
     def prompt_ids(self, text: str) -> list[int]:
         """Return the ids of a text to be continued."""
-        return [*self._frame[0], *self._encode(text).ids]
+        return [*self._vocabulary.before, *self._encode(text).ids]
 
     def _weight(self, message: Message) -> float:
         if self._train_on == "customized":
@@ -73,15 +69,3 @@ class TextRows:
 
     def _encode(self, text: str) -> Encoded:
         return self._encoder.encode(text, ((len(text), DATA),) if text else ())
-
-    @functools.cached_property
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """Ids the tokenizer puts before a text, and ids that end a document: its own closing ids, with the end token among them."""
-        bare = self._tokenizer("a", add_special_tokens=False)["input_ids"]
-        framed = self._tokenizer("a", add_special_tokens=True)["input_ids"]
-        place = next((at for at in range(len(framed) - len(bare) + 1) if framed[at : at + len(bare)] == bare), 0)
-        before, after = list(framed[:place]), list(framed[place + len(bare) :])
-        end_id = self._tokenizer.eos_token_id
-        if end_id is not None and end_id not in after:
-            after.append(end_id)
-        return before, after

@@ -7,6 +7,7 @@ gone, however that went, because the socket closes. A worker that dies costs its
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import subprocess
@@ -29,7 +30,7 @@ Batch = list[tuple[int, Record | BadRow]]
 """Records with the index of their file."""
 
 BATCHES_IN_PROCESS = 4
-"""Batches worked on here before others are asked: starting a worker takes about a second."""
+"""Batches for which no other process is asked: starting one takes about a second."""
 
 
 class Job(NamedTuple):
@@ -51,25 +52,21 @@ def available_cores() -> int:
 
 
 def tokenize_batches(job: Job, batches: Iterable[Batch], workers: int) -> Iterator[list[Outcome]]:
-    """Yield the outcomes of every batch, in order, using `workers` processes once it is clear that there is enough to do."""
+    """Yield the outcomes of every batch, in order, using `workers` processes where there is enough to do."""
     remaining = iter(batches)
-    for _, batch in zip(range(BATCHES_IN_PROCESS), remaining, strict=False):
-        yield job.run(batch)
-    if workers <= 1:
-        yield from map(job.run, remaining)
-        return
-    first = next(remaining, None)
-    if first is not None:
-        yield from run_batches(job, _chain(first, remaining), workers)
-
-
-def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
-    yield first
-    yield from rest
+    first = list(itertools.islice(remaining, BATCHES_IN_PROCESS + 1))
+    everything = itertools.chain(first, remaining)
+    if workers <= 1 or len(first) <= BATCHES_IN_PROCESS:
+        yield from map(job.run, everything)
+    else:
+        yield from run_batches(job, everything, workers)
 
 
 def run_batches(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[list[Outcome]]:
-    """Yield the outcomes of every batch, in order, from `workers` processes. They are gone when the generator is."""
+    """Yield the outcomes of every batch, in order, from `workers` processes. They are gone when the generator is.
+
+    Until the first of them answers, which takes it about a second, this process works too.
+    """
     with contextlib.ExitStack() as stack:
         started = [stack.enter_context(_worker()) for _ in range(workers)]
         bare = job._replace(files=tuple(replace(file, dataset=None) for file in job.files))
@@ -77,6 +74,7 @@ def run_batches(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[li
         busy: dict[Connection, tuple[int, Batch]] = {}
         finished: dict[int, list[Outcome]] = {}
         given = taken = 0
+        someone_answered = False
         while True:
             while idle and given - taken < 4 * workers:
                 batch = next(batches, None)
@@ -97,7 +95,14 @@ def run_batches(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[li
                 yield finished.pop(taken)
                 taken += 1
                 continue
-            for one in wait(list(busy)):
+            answers = wait(list(busy), None if someone_answered or given - taken >= 4 * workers else 0)
+            someone_answered = someone_answered or bool(answers)
+            if not answers and (batch := next(batches, None)) is not None:
+                finished[given] = job.run(batch)
+                given += 1
+            elif not answers:
+                someone_answered = True  # nothing is left to do here: wait for them
+            for one in answers:
                 assert isinstance(one, Connection)
                 number, batch = busy.pop(one)
                 try:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import time
+import weakref
 from pathlib import Path
 from socket import gethostname
 from typing import Any
 
+from llmtune.durable.folders import remove_tree
 from llmtune.durable.system import asking_the_system, call, printable, write_fully
 from llmtune.errors import MachineError
 
-__all__ = ["FileLock", "is_locked"]
+__all__ = ["FileLock", "ReadHold", "delete_unless_held", "is_locked"]
 
 _PATIENCE_S = 0.5  # `is_locked` in another process holds the lock for a moment
 _held: set[int] = set()
@@ -65,6 +68,49 @@ def is_locked(path: Path | str) -> bool:
         return False
     try:
         return not _take(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+class ReadHold:
+    """Says that a folder is being read, by a lock that many may share on one of its files, until the end of the holder's life.
+
+    Raises FileNotFoundError when the file is not there, or goes while it is taken.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks: then nobody can ask either
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                raise FileNotFoundError(errno.ENOENT, "it was just deleted", os.fspath(path))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        _held.add(descriptor)
+        weakref.finalize(self, _let_go, descriptor)
+
+
+def _let_go(descriptor: int) -> None:
+    if descriptor in _held:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def delete_unless_held(folder: Path, name: str) -> bool:
+    """Delete `folder` unless a living process (this one counts) holds its file `name`; says whether it did. Raises MachineError."""
+    try:
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        if not _take(descriptor, 0):
+            return False
+        remove_tree(folder)
+        return True
+    except OSError:
+        return False
     finally:
         os.close(descriptor)
 

@@ -185,6 +185,13 @@ def _choose_template(tokenizer: Any, source: ModelSource, model_config: ModelCon
         return []
     if isinstance(tokenizer.chat_template, dict):
         named = tokenizer.chat_template
+        if {"default", "tool_use"} <= named.keys():
+            tokenizer.chat_template = {name: named[name] for name in ("default", "tool_use")}
+            return [
+                Decision(
+                    "model.chat_template", "default, and tool_use for rows with tools", f"the tokenizer has {', '.join(sorted(named))}"
+                )
+            ]
         choice = "default" if "default" in named else min(named)
         tokenizer.chat_template = named[choice]
         return [Decision("model.chat_template", choice, f"the tokenizer has {len(named)}: {', '.join(sorted(named))}")]

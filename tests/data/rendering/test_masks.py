@@ -190,7 +190,7 @@ def test_a_turn_whose_prompt_is_no_prefix_of_the_whole_is_named_and_not_trained(
 
 def test_a_template_that_drops_what_its_prompt_opens_trains_nothing_and_says_why(tokenizer_for):
     rendered = renderer(tokenizer_for("deepseek_r1")).render(row([Message("user", "a"), Message("assistant", "<think>x</think>yes")]))
-    assert [note.code for note in rendered.notes] == ["unstable", "no-trained-token"]
+    assert [note.code for note in rendered.notes] == ["unstable", "reasoning-dropped", "no-trained-token"]
 
 
 def test_a_token_shared_with_the_header_is_named_and_not_trained_when_it_is_only_whitespace(tokenizer_for):

@@ -164,3 +164,18 @@ def test_the_digest_changes_with_all_that_decides_the_tokens(tokenizer_for, fami
         Renderer(tokenizer_for("smol"), chat_template=families["chatml"].template).digest,
     }
     assert len(digests) == 5
+
+
+def test_rows_with_tools_end_their_answers_as_the_template_for_tools_does(tokenizer_for, families, tool_talk):
+    """Each of two templates has its own turns: the masks of rows with tools, and the stop tokens, know both."""
+    turns, tools = tool_talk
+    tokenizer = without_template(tokenizer_for("qwen25"))
+    ending = families["qwen25"].template.replace("<|im_end|>", "<|endoftext|>")
+    tokenizer.chat_template = {"default": families["chatml"].template, "tool_use": ending}
+    renderer = Renderer(tokenizer)
+    rendered = renderer.render(Conversation("r:1", tuple(Message(role, said, extra=extra) for role, said, extra in turns), tools=tools))
+    trained = tokenizer.decode([one for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight])
+    assert trained.endswith("You are welcome.<|endoftext|>")
+    assert trained.count("<|endoftext|>") == 3
+    assert not {note.code for note in rendered.notes} & {"unstable", "no-end-of-turn"}
+    assert set(tokenizer.convert_ids_to_tokens(list(renderer.stop_token_ids))) == {"<|im_end|>", "<|endoftext|>"}
