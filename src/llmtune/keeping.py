@@ -47,6 +47,7 @@ ORIGINS_FILE = "origins.json"
 LEDGER_FILE = "ledger.jsonl"
 TOKENIZER_FOLDER = "tokenizer"
 WEIGHTS_FILE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 BEST, FINAL = "best", "final"
 
 
@@ -173,11 +174,15 @@ def find_checkpoint(run: RunFolder, wanted: Path | None) -> tuple[LoadedCheckpoi
 
 
 def restore_weights(assembled: Assembled, loaded: LoadedCheckpoint) -> None:
-    """Put the trained weights of a verified checkpoint into the model, bit for bit."""
+    """Put the trained weights of a verified checkpoint into the model, bit for bit; the very bytes that do are compared with the manifest.
+
+    Raises CheckpointError when they were changed since the checkpoint was verified.
+    """
+    name = ADAPTER_FILE if assembled.is_adapted else WEIGHTS_FILE
+    tensors, _ = durable.read_tensors(loaded.path / name, sha256=loaded.manifest["files"][name]["sha256"])
     if assembled.is_adapted:
-        adapters.fill_adapter(assembled.model, loaded.path)
+        adapters.fill_adapter(assembled.model, loaded.path, tensors)
     else:
-        tensors, _ = durable.read_tensors(loaded.path / WEIGHTS_FILE, sha256=loaded.manifest["files"][WEIGHTS_FILE]["sha256"])
         save.restore_weights(assembled.model, tensors)
 
 

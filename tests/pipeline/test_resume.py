@@ -6,9 +6,10 @@ import signal
 
 import pytest
 
-from llmtune import pipeline
+from llmtune import keeping, pipeline
 from llmtune.errors import CheckpointError, DivergedError, StoppedBySignal
 from llmtune.preparation import Options
+from llmtune.runs.folder import RunFolder
 from llmtune.runs.signals import StopRequest
 from pipeline_helpers import KINDS, LORA, in_child, line_count, lines_of, weights_of
 
@@ -177,11 +178,45 @@ def test_a_moved_run_folder_resumes(config_of, unbroken, tmp_path):
     assert_same_run(whole, moved)
 
 
-def test_p10_weights_that_are_not_finite_are_never_saved(config_of, tmp_path):
-    session = pipeline.start(config_of(*LORA, name="broken"), Options(), StopRequest(), say=lambda line: None)
+def break_a_weight(session):
+    next(iter(session.assembled.parameters.values())).data[0, 0] = float("inf")
+
+
+@pytest.mark.parametrize("saved", [[], ["step-000003"]], ids=["never saved", "saved at step 3"])
+@pytest.mark.parametrize("way", ["the caller leaves", "a signal", "it goes on"])
+def test_p10_weights_that_are_not_finite_are_never_saved_and_end_the_run_as_diverged(way, saved, config_of, tmp_path):
+    """Exit 7, state `diverged`, and the last good checkpoint named, whoever asked for the save (or nobody: then the budget ends it)."""
+    stop = StopRequest()
+    session = pipeline.start(config_of(*LORA, name="broken"), Options(), stop, say=lambda line: None)
+    steps = session.steps()
+    for _ in range(4 if saved else 1):
+        next(steps)
+    break_a_weight(session)
+    if way == "a signal":
+        stop.request()
+    with pytest.raises(DivergedError, match=r"weights are no longer finite after step \d|windows skipped") as caught:
+        steps.close() if way == "the caller leaves" else [*steps]
+    run = tmp_path / "runs" / "broken"
+    named = f"the last good checkpoint is {run / 'checkpoints' / 'step-000003'}" if saved else "no checkpoint was saved before"
+    assert named in str(caught.value)
+    assert caught.value.exit_code == 7
+    assert json.loads((run / "run.json").read_text())["state"] == "diverged"
+    assert sorted(one.name for one in (run / "checkpoints").glob("step-*")) == saved
+    if saved:
+        assert pipeline.resume(str(run)).state == "finished"
+
+
+@pytest.mark.parametrize("kind", [LORA, ()], ids=["adapter", "full"])
+def test_p5_weights_changed_after_they_were_verified_never_reach_the_model(kind, config_of, tmp_path):
+    session = pipeline.start(config_of(*kind, name="run"), Options(), StopRequest(), say=lambda line: None)
     steps = session.steps()
     next(steps)
-    next(iter(session.assembled.parameters.values())).data[0, 0] = float("inf")
-    with pytest.raises(DivergedError, match="no longer finite after step 1"):
-        steps.close()
-    assert list((tmp_path / "runs" / "broken" / "checkpoints").glob("step-*")) == []
+    steps.close()
+    with RunFolder.open(tmp_path / "runs" / "run") as run:
+        loaded, _ = keeping.find_checkpoint(run, None)
+        (weights,) = (one for one in loaded.path.glob("*model.safetensors"))
+        changed = bytearray(weights.read_bytes())
+        changed[-1] ^= 1
+        weights.write_bytes(changed)
+        with pytest.raises(CheckpointError, match="sha256 does not fit"):
+            keeping.restore_weights(session.assembled, loaded)

@@ -89,7 +89,7 @@ class ExampleSet(Protocol):
 
     @property
     def digest(self) -> str:
-        """sha256 over all ids, weights and sources in order: two sets with one digest train alike."""
+        """sha256 over all ids and weights in order: two sets with one digest train alike."""
         ...
 
 
@@ -120,8 +120,8 @@ class ExampleList:
 
     @property
     def digest(self) -> str:
-        """sha256 over all ids, weights and sources in order."""
-        return set_digest((one.source, example_digest(one.input_ids, one.weights)) for one in self._examples)
+        """sha256 over all ids and weights in order."""
+        return set_digest(example_digest(one.input_ids, one.weights) for one in self._examples)
 
 
 def example_digest(input_ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32]) -> bytes:
@@ -132,9 +132,12 @@ def example_digest(input_ids: npt.NDArray[np.int32], weights: npt.NDArray[np.flo
     return digest.digest()
 
 
-def set_digest(examples: Iterable[tuple[str, bytes]]) -> str:
-    """sha256 in hex over the sources and `example_digest`s of examples in order: the digest of every kind of `ExampleSet`."""
+def set_digest(examples: Iterable[bytes]) -> str:
+    """sha256 in hex over the `example_digest`s of examples in order: the digest of every kind of `ExampleSet`.
+
+    Where the rows came from plays no part: a file that was moved or renamed is the same data.
+    """
     digest = hashlib.sha256()
-    for source, one in examples:
-        digest.update(source.encode("utf-8", "surrogatepass") + b"\0" + one)
+    for one in examples:
+        digest.update(one)
     return digest.hexdigest()

@@ -114,12 +114,13 @@ def load_adapter(base_model: Any, folder: Path, *, base_digest: str | None = Non
     return adapted
 
 
-def fill_adapter(model: Any, folder: Path) -> None:
+def fill_adapter(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
     """Put the adapter weights saved in `folder` into a model that `attach_adapter` made, bit for bit.
 
-    Raises AdapterError when names or shapes are not exactly those of this adapter.
+    `tensors`: what its file holds, where that was read and checked already. Raises AdapterError when names or shapes are not exactly those
+    of this adapter.
     """
-    _fill(model, load_adapter_tensors(folder), str(folder))
+    _fill(model, load_adapter_tensors(folder) if tensors is None else dict(tensors), str(folder))
 
 
 def load_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,97 @@
+"""What keeping and watching a run costs beside its steps: saving (syncs, digests, re-reading and retention with it), and trackers.
+
+    python benchmarks/overhead.py [KEY=VALUE ...]
+
+Trains the test preset, with its three trackers, in a temporary folder of the current disk, and prints one JSON object. Shares are of the
+seconds spent in steps. Of trackers two things are counted: what the training thread spends on telling them, and the processor time of
+their own threads, which can only slow the training where no core is free.
+"""
+
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from llmtune import pipeline
+from llmtune.config.layers import load_config
+from llmtune.keeping import Keeper
+from llmtune.tracking import queue
+from llmtune.tracking.jsonl import RunRecord
+
+WATCHED = (
+    (Keeper, "save", "save"),
+    (Keeper, "keep_best", "best"),
+    (Keeper, "write_final", "final"),
+    (RunRecord, "log", "record"),
+    (RunRecord, "samples", "record"),
+    (queue.TrackerQueue, "start", "trackers"),
+    (queue.TrackerQueue, "log", "trackers"),
+    (queue.TrackerQueue, "samples", "trackers"),
+    (queue.TrackerQueue, "histograms", "trackers"),
+)
+
+
+class Stopwatch:
+    """Adds up the seconds and calls of functions, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add one call."""
+        with self._lock:
+            self.seconds[name] += seconds
+            self.calls[name] += 1
+
+    def put_around(self, owner: type, function: str, name: str, clock=time.perf_counter) -> None:
+        """Time every call of `owner.function` under `name`."""
+        original = getattr(owner, function)
+
+        def timed(*given, **named):
+            begin = clock()
+            try:
+                return original(*given, **named)
+            finally:
+                self.add(name, clock() - begin)
+
+        setattr(owner, function, timed)
+
+
+def main() -> None:
+    """Train once and print."""
+    watch = Stopwatch()
+    for owner, function, name in WATCHED:
+        watch.put_around(owner, function, name)
+    watch.put_around(queue._Lane, "_work", "tracker threads", clock=time.thread_time)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd()))
+        said = stack.enter_context((Path(folder) / "said").open("w"))
+        stack.enter_context(redirect_stderr(said))
+        stack.enter_context(redirect_stdout(said))
+        resolved = load_config("test", overrides=[*sys.argv[1:], f"run.output_dir={folder}/runs"])
+        result = pipeline.train(resolved)
+    steps = result.seconds
+    figures = {
+        "model": resolved.config.model.name,
+        "steps": result.step,
+        "seconds_in_steps": round(steps, 3),
+        "saves": watch.calls["save"],
+        "save_share": round(watch.seconds["save"] / steps, 4),
+        "save_and_best_share": round((watch.seconds["save"] + watch.seconds["best"]) / steps, 4),
+        "final_seconds": round(watch.seconds["final"], 3),
+        "record_share": round(watch.seconds["record"] / steps, 5),
+        "tracker_calls": watch.calls["trackers"],
+        "trackers_in_the_training_thread_share": round(watch.seconds["trackers"] / steps, 5),
+        "tracker_threads_processor_share": round(watch.seconds["tracker threads"] / steps, 4),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""P4, P5: a file in a run's folders that would run code if it were opened as what it claims to be is found, and never run."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmtune import durable, pipeline
+from llmtune.durable.faults import Unsynced
+from llmtune.errors import CheckpointError
+from llmtune.preparation import Options
+from llmtune.runs.signals import StopRequest
+from pipeline_helpers import LORA, weights_of
+
+PICKLES = ("pytorch_model.bin", "adapter_model.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng.pkl", "net.mdl")
+SCRIPTS = ("modeling_x.py", "tokenization_x.py", "sitecustomize.py", "custom_generate.py", "__init__.py", "conftest.py")
+
+
+class Canary:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def plant(folder, mark):
+    for name in PICKLES:
+        (folder / name).write_bytes(pickle.dumps(Canary(mark)))
+    for name in SCRIPTS:
+        (folder / name).write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
+
+
+@pytest.fixture
+def stopped(config_of):
+    """A run with checkpoints of steps 1 and 2, of three."""
+    given = (*LORA, "checkpoint.every_steps=1", "training.max_steps=3")
+    with durable.use_backend(Unsynced()):
+        session = pipeline.start(config_of(*given, name="stopped"), Options(), StopRequest(), say=lambda line: None)
+        steps = session.steps()
+        next(steps)
+        next(steps)
+        steps.close()
+    return session.run.path
+
+
+def test_a_canary_leaves_its_mark_when_it_is_run(tmp_path):
+    plant(tmp_path, tmp_path / "mark")
+    pickle.loads((tmp_path / "optimizer.pt").read_bytes())
+    assert (tmp_path / "mark").exists()
+
+
+def test_p4_no_canary_in_a_runs_folders_fires_on_resume(stopped, config_of, tmp_path):
+    """The real command, with the planted checkpoint as its working folder: it is set aside, the one before is used, the end is the same."""
+    with durable.use_backend(Unsynced()):
+        whole = pipeline.train(config_of(*LORA, "checkpoint.every_steps=1", "training.max_steps=3", name="whole")).folder
+    mark = tmp_path / "mark"
+    newest = stopped / "checkpoints" / "step-000002"
+    for folder in (stopped, stopped / "checkpoints", newest):
+        plant(folder, mark)
+    command = [str(Path(sys.executable).parent / "llmtune"), "resume", str(stopped)]
+    environ = {**os.environ, "PYTHONSTARTUP": str(newest / "modeling_x.py")}
+    done = subprocess.run(command, cwd=newest, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "does not belong here" in done.stderr
+    assert "set aside as step-000002.damaged" in done.stderr
+    assert not mark.exists()
+    assert weights_of(stopped) == weights_of(whole)
+
+
+def test_p5_where_every_checkpoint_is_planted_nothing_is_used_and_nothing_runs(stopped, tmp_path):
+    mark = tmp_path / "mark"
+    for folder in (stopped / "checkpoints").glob("step-??????"):
+        plant(folder, mark)
+    with pytest.raises(CheckpointError, match="does not belong here") as caught:
+        pipeline.resume(str(stopped))
+    assert caught.value.exit_code == 5
+    assert not mark.exists()
