@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from llmtune.assembly import Assembled, assemble, check_distribution, open_devic
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.schema import DistributedConfig
 from llmtune.decisions import Decision
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, Problem
 from llmtune.plan import settle
 from llmtune.plan.devices import open_target
 from llmtune.plan.exhausted import MEMORY_ERRORS, is_out_of_memory, out_of_memory
@@ -20,6 +21,7 @@ from llmtune.plan.report import Plan, make_plan
 from llmtune.preparation import Options, Prepared, prepare
 from llmtune.runs import identity
 from llmtune.runs.folder import RunFolder, resolve_run
+from llmtune.runs.secrets import looks_secret
 from llmtune.runs.signals import StopRequest
 from llmtune.session import Result, Session
 from llmtune.tracking.choose import choose_trackers
@@ -48,7 +50,7 @@ def preflight(resolved: ResolvedConfig, options: Options, *, say: Say) -> tuple[
 
 
 def dry_run(resolved: ResolvedConfig, options: Options, *, say: Say) -> None:
-    """Do everything that comes before a model is loaded, and say it; what this version cannot share between devices is planned all the same.
+    """Do everything that comes before a model is loaded, and say it; what cannot be shared between devices yet is planned too.
 
     Raises what `preflight` raises; ConfigError for that after the plan was said.
     """
@@ -68,6 +70,15 @@ def forecaster_for(prepared: Prepared, options: Options, devices: Devices) -> Fo
     """Who plans this run for the device of this process."""
     target = open_target(None, no_cuda=options.no_cuda)
     return Forecaster(prepared, options, target, world_size=devices.world_size, rank=devices.rank)
+
+
+def refuse_secrets(resolved: ResolvedConfig) -> None:
+    """Raise ConfigError for values that look like a secret: the config of a run is written beside it. The values are not in the message."""
+    values = {key: functools.reduce(getattr, key.split("."), resolved.config) for key in resolved.origins}
+    found = [key for key, value in values.items() if looks_secret(value)]
+    if found:
+        fix = "take it out; keys come from the environment (HF_TOKEN, WANDB_API_KEY) or from the login command of their service"
+        raise ConfigError.all(Problem(f"`{key}` holds what looks like a secret", str(resolved.origins[key]), fix) for key in found)
 
 
 def assembled_in_memory(prepared: Prepared, options: Options, devices: Devices) -> Assembled:
@@ -91,6 +102,7 @@ def train(resolved: ResolvedConfig, options: Options | None = None, *, say: Say 
 def start(resolved: ResolvedConfig, options: Options, stop: StopRequest, *, say: Say) -> Session:
     """Check, prepare and assemble a new run and make its folder; nothing is trained yet, and nothing is left behind by a failure."""
     with stop.interrupting():
+        refuse_secrets(resolved)
         trackers, decisions = _trackers(resolved)
         prepared, devices, plan = preflight(resolved, options, say=say)
         assembled = assembled_in_memory(prepared, options, devices)

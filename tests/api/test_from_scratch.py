@@ -18,7 +18,7 @@ from pipeline_helpers import in_child, line_count
 OPTIONS = Options(no_cuda=True, offline=True)
 
 
-def test_custom_nano_from_nothing_is_trained_killed_resumed_evaluated_and_stops_by_itself(tmp_path, monkeypatch, capfd):
+def test_custom_nano_from_nothing_is_trained_killed_resumed_evaluated_stops_by_itself_and_is_exported(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     overrides = {
         "model.name": "custom-nano",
@@ -56,8 +56,15 @@ def test_custom_nano_from_nothing_is_trained_killed_resumed_evaluated_and_stops_
     said = json.loads(capfd.readouterr().out)
     assert (said["text"], said["stopped_by"]) == (answer["content"], "stop_token")
 
+    assert command(["export", "nano", "--output", "exported"]) == 0
+    assert command(["export", "nano", "--output", "exported.gguf"]) == 0
+    assert command(["generate", "exported.gguf", asked["content"], *system, "--json", "--no-cuda"]) == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1])["text"] == answer["content"]
+
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    assert command(["generate", "exported", asked["content"], *system, "--json", "--no-cuda"]) == 0
+    assert json.loads(capfd.readouterr().out)["text"] == answer["content"]
     final = result.folder / "checkpoints" / "final"
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
     ids = tokenizer("Why does bread rise?", return_tensors="pt").input_ids
