@@ -108,12 +108,12 @@ def test_another_tokenizer_is_refused_whatever_is_said(stopped, tiny_model_folde
         resume(stopped, f"model.name={copy}", allow_changes=True)
 
 
-def test_another_chat_template_needs_the_users_word(stopped, tiny_tokenizer, tmp_path):
-    """One given in the config; the model's own is part of its tokenizer."""
+def test_another_chat_template_is_another_tokenizer_and_refused(stopped, tiny_tokenizer, tmp_path):
+    """Every row would read otherwise, and so would every prompt of the finished model."""
     template = tmp_path / "template.jinja"
     template.write_text(tiny_tokenizer.chat_template.replace("['role'] }}", "['role'] }}:").replace("assistant\n", "assistant:\n"))
-    with pytest.raises(CheckpointError, match=r"another training: config\.model\.chat_template"):
-        resume(stopped, f"model.chat_template={template}")
+    with pytest.raises(CheckpointError, match=r"no longer fits: digests\.tokenizer was"):
+        resume(stopped, f"model.chat_template={template}", allow_changes=True)
 
 
 @pytest.mark.parametrize(("keys", "value"), [(("versions", "torch"), "2.0"), (("threads",), 64), (("processor",), "another")])

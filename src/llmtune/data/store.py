@@ -111,6 +111,8 @@ class RowStore:
     notes: tuple[tuple[Note, ...], ...]
     folder: Path | None = None
     """Where it is cached; None: in memory."""
+    hold: object = None
+    """Keeps the cached files from being deleted as long as this store lives."""
 
     def __len__(self) -> int:
         return len(self.rows)
