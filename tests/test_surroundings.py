@@ -124,7 +124,9 @@ def test_p4_no_canary_fires_and_no_secret_is_written(tiny_model_folder, rows_fil
         plant(folder, mark)
     notes = f"run.notes=logged in with {secrets['WANDB_API_KEY']}"
     words = ("data.train=rows.jsonl", "training.max_steps=2", "training.batch_size=4", "adapter.method=lora", "tracking.trackers=[jsonl]")
-    assert run("train", "model.name=./model", "--name", "r", *words, notes) == 0
+    assert run("train", "model.name=./model", "--name", "r", *words, notes) == 2  # a secret in a config is refused, and not repeated
+    assert not (here / "runs").exists()
+    assert run("train", "model.name=./model", "--name", "r", *words) == 0
     final = here / "runs" / "r" / "checkpoints" / "final"
     taken = here / "taken"
     shutil.copytree(final, taken)
@@ -138,5 +140,4 @@ def test_p4_no_canary_fires_and_no_secret_is_written(tiny_model_folder, rows_fil
     assert len(written) > 10
     for secret in secrets.values():
         assert secret not in out + err
-        found = {path.relative_to(here / "runs" / "r").as_posix() for path, raw in written.items() if secret.encode() in raw}
-        assert found <= {"config.yaml"}, "only the run's own config keeps what a user wrote into it"
+        assert [path for path, raw in written.items() if secret.encode() in raw] == []

@@ -86,7 +86,7 @@ def validate(files: Annotated[list[str], typer.Argument(metavar="FILE...", help=
         try:
             resolved = load_config(name, environ={})
         except ConfigError as error:
-            problems += error.problems
+            problems += (one._replace(where="command line") if one.where == "--config" else one for one in error.problems)
             continue
         for note in resolved.notes:
             say(note)

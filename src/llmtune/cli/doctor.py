@@ -9,7 +9,7 @@ import platform
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +20,21 @@ from llmtune.errors import LlmtuneError
 
 __all__ = ["doctor"]
 
-FLOORS = {"torch": "2.10", "transformers": "5.3", "peft": "0.20", "jinja2": "3.1.6"}
-"""Oldest versions that llmtune is held to work with."""
+HELD = ("torch", "transformers", "peft", "jinja2")
+"""Libraries whose oldest version is looked at; the versions stand in the package's own requirements and nowhere else."""
+
+
+def _floors() -> dict[str, str]:
+    try:
+        declared = [re.match(r"([\w.-]+)[^;]*?>=([\d.]+)", one) for one in requires("llmtune") or ()]
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return {}
+    found = {one[1].lower(): one[2] for one in declared if one}
+    return {name: found[name] for name in HELD}
+
+
+FLOORS = _floors()
+"""The oldest version of each of `HELD` that this llmtune works with, as its requirements say."""
 
 EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "liger_kernel": "gpu"}
 """Optional modules and the extra that installs each."""

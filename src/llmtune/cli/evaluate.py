@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from llmtune.cli.failure import say
 from llmtune.cli.generate import Model, NoCuda, open_subject
-from llmtune.errors import DataError, UsageError
+from llmtune.errors import DataError, Problem, UsageError
 
 if TYPE_CHECKING:
     from llmtune.config.schema import Config
@@ -70,13 +71,22 @@ def _held_out(subject: Subject, data: list[str] | None, config: str | None) -> t
     if data:
         sources = tuple(SourceConfig(path=path) for path in data)
         rows = replace(settings.data, train=sources, eval=(), test_size=0, max_samples=None, shuffle_seed=None)
-        return prepare_data(rows, subject.renderer).train, settings
+        try:
+            return prepare_data(rows, subject.renderer).train, settings
+        except DataError as error:
+            raise DataError.all(_as_typed(one) for one in error.problems) from error
     if not settings.data.train:
         raise UsageError("no rows are named", "command line", "name a file with --data, or a config with --config")
     held_out = prepare_data(settings.data, subject.renderer).eval
     if held_out is None or not len(held_out):
         raise DataError("the config holds out no rows", "data.eval / data.test_size", "name a file with --data, or set data.test_size")
     return held_out, settings
+
+
+def _as_typed(problem: Problem) -> Problem:
+    """The problem with the option that named the rows in the place of the config key they were put under."""
+    where = re.sub(r"data\.train(\[\d+\])?", "--data", problem.where) if problem.where else "--data"
+    return problem._replace(where=where)
 
 
 def _measure(subject: Subject, settings: Config, rows: ExampleSet, batch_size: int) -> dict[str, float]:

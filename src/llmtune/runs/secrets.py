@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["HIDDEN", "redacted", "redacted_command"]
+__all__ = ["HIDDEN", "looks_secret", "redacted", "redacted_command"]
 
 HIDDEN = "***"
 
@@ -41,6 +41,16 @@ def redacted(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
     {'token': '***', 'max_new_tokens': 8, 'url': 'https://***@host/x'}
     """
     return _redacted(value, _environment_secrets(os.environ if environ is None else environ))
+
+
+def looks_secret(value: Any) -> bool:
+    """Whether a value holds something in the shape of a well-known service's key, or the value of a secret environment variable.
+
+    >>> looks_secret("hf_abcdefghijklmnopqrstuv"), looks_secret(["a", 3])
+    (True, False)
+    """
+    plain = list(value) if isinstance(value, tuple) else value
+    return bool(redacted(plain) != plain)
 
 
 def _redacted(value: Any, known: Sequence[str]) -> Any:
