@@ -34,6 +34,11 @@ def ours(
     workload: Workload, rows: Rows, device: str, engine: str = "auto", group_tokens: int | None = None
 ) -> Iterator[Step | dict[str, Any]]:
     """Drive the rooms that the pipeline drives: load, attach, engine, windows, loop."""
+    from llmtune.cli.process import prepare_process
+
+    prepare_process(trains=True)  # before torch, as the commands do
+    import torch
+
     from llmtune.config.schema import Config, ModelConfig, TrainingConfig
     from llmtune.data.batches import BatchPlan
     from llmtune.data.example import Example, ExampleList
@@ -42,13 +47,9 @@ def ours(
     from llmtune.training.devices import Devices
     from llmtune.training.engine import build_engine
     from llmtune.training.loop import train_steps
-    from llmtune.training.memory import tune_allocator
     from llmtune.training.optim import build_optimizer
     from llmtune.training.precision import Precision
     from llmtune.training.state import TrainingState
-
-    tune_allocator()
-    import torch
 
     place = torch.device(device)
     precision = Precision("bf16", place)

@@ -1,4 +1,4 @@
-"""The allocator settings are taken by this system and keep a block that is used again and again."""
+"""The settings of memory are taken by this system: a block is used again and again, and kernels do not pile up."""
 
 from __future__ import annotations
 
@@ -32,3 +32,42 @@ def test_a_large_block_is_made_of_fresh_pages_once_and_not_at_every_use() -> Non
     }
     assert faults["plain"] > 5 * 8_000
     assert faults["tuned"] < 1_000
+
+
+KERNELS = """
+import ctypes, sys
+from llmtune.training.memory import bound_kernel_caches
+if sys.argv[1] == "bounded":
+    bound_kernel_caches()
+assert "torch" not in sys.modules
+import torch
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "a", "b", "c", "mapped", "d", "e", "used", "free", "top")]
+
+read = ctypes.CDLL(None).mallinfo2
+read.restype = Heap
+weight = torch.ones(1536, 576, dtype=torch.bfloat16)
+
+def used_after(lengths):
+    for length in lengths:
+        torch.nn.functional.linear(torch.ones(length, 576, dtype=torch.bfloat16), weight)
+    return read().used + read().mapped
+
+before = used_after(range(100, 500))
+print(used_after(range(500, 800)) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from glibc's allocator")
+def test_ever_new_lengths_of_rows_use_no_more_memory() -> None:
+    """Q7: a longer run needs no more memory. 300 new lengths of one product keep 80 MB without the bound."""
+    import torch
+
+    grown = {
+        kind: int(subprocess.run([sys.executable, "-c", KERNELS, kind], capture_output=True, text=True, check=True).stdout)
+        for kind in ("bounded", "free")
+    }
+    assert grown["bounded"] < 10e6
+    if torch.cpu.get_capabilities().get("avx512_bf16"):  # elsewhere the kernels may be others, and smaller
+        assert grown["free"] > 4 * max(grown["bounded"], 5e6)

@@ -17,9 +17,10 @@ def prepare_process(*, trains: bool = False) -> None:
 
     trains: the process takes many equal steps, so freed memory is kept for the next one. Not for a merge, whose peak is promised.
     """
-    if trains:
-        from llmtune.training.memory import tune_allocator
+    from llmtune.training.memory import bound_kernel_caches, tune_allocator
 
+    bound_kernel_caches()
+    if trains:
         tune_allocator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
