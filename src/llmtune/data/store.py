@@ -178,7 +178,7 @@ class MappedExamples:
 
     @property
     def digest(self) -> str:
-        """sha256 over all ids, weights and sources in order."""
+        """sha256 over all ids and weights in order."""
         return set_digest(self.digests())
 
     def digests(self) -> Iterator[bytes]:
@@ -222,5 +222,5 @@ class JoinedExamples:
 
     @property
     def digest(self) -> str:
-        """sha256 over all ids, weights and sources in order."""
+        """sha256 over all ids and weights in order."""
         return set_digest(one for part in self.parts for one in part.digests())
