@@ -6,7 +6,6 @@ The answers stand in `src/llmtune/cli/explained.json`; each is compared with the
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import badinputs_runner as runner
@@ -28,13 +27,11 @@ def kind_of(case):
     return kind if kind is not None and CODES[kind] == case.code else None
 
 
-def counts():
-    """Kind -> how many cases of the corpus end in it."""
-    return dict(Counter(kind_of(case) for case in runner.cases() if kind_of(case)))
-
-
 def chosen():
-    """Of each kind, `SHOWN` cases spread over all of it that run in this process."""
+    """The cases the file shows; without a file, of each kind `SHOWN` cases spread over all of it that run in this process."""
+    shown = {one["id"] for one in entries()}
+    if shown:
+        return [case for case in runner.cases() if case.id in shown]
     found = []
     for kind in dict.fromkeys(CODES):
         fitting = [case for case in runner.cases() if kind_of(case) == kind and not case.child and len(case.command) < 120]
@@ -49,7 +46,7 @@ def entry(case, outcome, here, places):
     for place in sorted(names, key=len, reverse=True):
         text = text.replace(place, names[place])
     command = re.sub(r"\{(\w+)\}", lambda found: "FOLDER" if found[1] == "here" else found[1].upper(), case.command)
-    return {"kind": kind_of(case), "of": counts()[kind_of(case)], "id": case.id, "command": f"llmtune {command}", "answer": text}
+    return {"kind": kind_of(case), "id": case.id, "command": f"llmtune {command}", "answer": text}
 
 
 def entries():
