@@ -95,8 +95,9 @@ def prepare_part(arguments: argparse.Namespace) -> dict[str, Any]:
 def bare_part(arguments: argparse.Namespace) -> dict[str, Any]:
     """The tokenizer alone, over the texts of all rows."""
     from llmtune.data.formats import UnusableRowError, conversation_of
+    from llmtune.data.places import find_files
     from llmtune.data.sources import BadRow, read_rows
-    from llmtune.data.tokenizing import detect_formats, find_files
+    from llmtune.data.tokenizing import detect_formats
     from llmtune.preparation import Options, find_model, open_renderer, open_tokenizer
 
     resolved = resolved_config(arguments.model, arguments.rows, arguments.cache, arguments.workers)
@@ -170,7 +171,9 @@ def start(part: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
     answer = process.stdout.read()
     if process.returncode:
         raise SystemExit(process.returncode)
-    return {**json.loads(answer), "process_seconds": seconds, "peak_megabytes": peak / 2**20}
+    figures = {**json.loads(answer), "process_seconds": seconds, "peak_megabytes": peak / 2**20}
+    print(part, figures, file=sys.stderr, flush=True)
+    return figures
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
