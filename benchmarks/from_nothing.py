@@ -19,10 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-EPOCHS, KILL_AFTER = 1, 25
+EPOCHS, KILL_AFTER = 3, 25
 TRAINING = [
     *("data.train=[example:stories]", "data.format=text", "data.test_size=0.05", "data.max_length=256", "data.packing=greedy"),
-    *(f"training.epochs={EPOCHS}", "training.batch_size=8", "checkpoint.every_steps=10", "evaluation.before_training=false"),
+    *(f"training.epochs={EPOCHS}", "training.batch_size=4", "checkpoint.every_steps=10", "evaluation.before_training=false"),
     *("evaluation.prompts=[]", "tracking.trackers=[jsonl]"),
 ]
 
@@ -64,7 +64,7 @@ def main() -> int:
     )
     run(["resume", "nano", "--no-cuda"], folder)
     run(["evaluate", "nano", "--no-cuda"], folder)
-    said = json.loads(run(["generate", "nano", "Once", "--max-new-tokens", "400", "--json", "--no-cuda"], folder).splitlines()[-1])
+    said = json.loads(run(["generate", "nano", "An old", "--max-new-tokens", "400", "--json", "--no-cuda"], folder).splitlines()[-1])
     run(["export", "nano", "--output", "exported"], folder)
     run(["export", "nano", "--output", "exported.gguf"], folder)
     end = spent()

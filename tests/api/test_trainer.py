@@ -56,11 +56,12 @@ def test_leaving_the_loop_saves_the_run_and_it_goes_on_to_the_same_weights(confi
 
 def test_looking_saving_and_generating_between_steps_change_nothing_n12(config_of, whole):
     trainer = Trainer(config_of(name="looked"), say=quiet)
-    for _ in trainer.steps():
+    for step in trainer.steps():
         assert trainer.evaluate()["eval_mean_nll"] > 0
         (answer,) = trainer.generate("the user asks", max_new_tokens=4, temperature=1.0)
         assert answer.num_tokens <= 4
         trainer.save()
+        assert (trainer.session.run.checkpoints / f"step-{step.step:06}").is_dir()
     assert weights_of(trainer.result().folder) == weights_of(whole.folder)
 
 
