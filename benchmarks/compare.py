@@ -62,6 +62,7 @@ def summary(figures: dict[str, Any]) -> dict[str, float]:
         "fastest": max(count / took for count, took in zip(tokens, seconds, strict=True)),
         "peak": figures["peak_bytes"] / 1e6,
         "first": figures["first_step_s"],
+        "waiting": figures["data_seconds"] / sum(figures["seconds"]),
         "rate": figures["matrix_rate"] / 1e9,
         "mfu": rate * figures["needed_operations"] / figures["tokens"] / figures["matrix_rate"],
         "loss": statistics.fmean(figures["losses"]),
@@ -90,6 +91,7 @@ def table(rounds: dict[str, list[dict[str, Any]]], failures: dict[str, str]) -> 
             f"| {figures['loss']:.4f} ({'within' if apart <= LOSS_TOLERANCE else 'APART BY'} {apart:.1e}) |"
         )
     lines += [f"| {name} | not run: {why} |" for name, why in failures.items()]
+    lines += [f"\nllmtune waited for data {mine['waiting']:.2%} of its step time."] if "llmtune" in best else []
     return head + "\n".join(lines), agree
 
 

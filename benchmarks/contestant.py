@@ -11,7 +11,8 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,7 +80,7 @@ def ours(
         nll_sum=built.nll_sum,
         parameters=list(parameters.values()),
         optimizer=optimizer,
-        windows=windows.windows(),
+        windows=watched(windows.windows()),
         learning_rate=lambda _step: rate,
         precision=precision,
         state=TrainingState(),
@@ -91,28 +92,46 @@ def ours(
         yield result.step_seconds, result.train_mean_nll
 
 
-def trainer(workload: Workload, rows: Rows, device: str, micro_batch: int, base_dtype: str = "float32", sft: bool = False) -> Iterator[Any]:
-    """The Trainer of transformers with peft's model, or TRL's SFTTrainer, bf16 autocast, on padded batches."""
+class Watched:
+    """Micro-batches whose making is counted: `seconds` waited for data in all, and a part of its own in a profile."""
+
+    seconds = 0.0
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[Any]:
+        import torch
+
+        for number in range(len(self.parts)):
+            began = time.perf_counter()
+            with torch.profiler.record_function("part: data"):
+                part = self.parts[number]
+            Watched.seconds += time.perf_counter() - began
+            yield part
+
+
+def watched(windows: Iterator[Any]) -> Iterator[Any]:
+    """Count the making of windows and of their micro-batches as data."""
     import torch
+
+    while True:
+        began = time.perf_counter()
+        with torch.profiler.record_function("part: data"):
+            window = next(windows, None)
+        Watched.seconds += time.perf_counter() - began
+        if window is None:
+            return
+        yield replace(window, micro_batches=Watched(window.micro_batches))
+
+
+def trainer(workload: Workload, rows: Rows, device: str, micro_batch: int, base_dtype: str = "float32", sft: bool = False) -> Iterator[Any]:
+    """Train with the Trainer of transformers and peft's model, or with TRL's SFTTrainer: bf16 autocast, padded batches."""
     import transformers
 
     model = load(workload, device, base_dtype)
     yield {"decisions": [], "config": model.config}
     results: list[Step] = []
-    if sft:
-        import trl
-
-        family, arguments_class, more = (
-            trl.SFTTrainer,
-            trl.SFTConfig,
-            {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}},
-        )
-    else:
-        family, arguments_class, more = transformers.Trainer, transformers.TrainingArguments, {}
-
-    class InOrder(family):  # type: ignore[misc, valid-type]
-        def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *_args: Any, **_kwargs: Any) -> None:
@@ -125,9 +144,33 @@ def trainer(workload: Workload, rows: Rows, device: str, micro_batch: int, base_
             if logs and "loss" in logs:
                 results.append((self.took, float(logs["loss"])))
 
+    make_trainer(workload, model, rows, device, micro_batch, sft=sft, callbacks=[Clock()]).train()
+    yield from results
+
+
+def make_trainer(
+    workload: Workload, model: Any, rows: Rows, device: str, micro_batch: int, *, sft: bool, callbacks: Sequence[Any] = ()
+) -> Any:
+    """Build the Trainer of transformers, or TRL's, that takes the rows in their order with the workload's settings."""
+    import torch
+    import transformers
+
+    if sft:
+        import trl
+
+        more: dict[str, Any] = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+        family, arguments_class = trl.SFTTrainer, trl.SFTConfig
+    else:
+        family, arguments_class, more = transformers.Trainer, transformers.TrainingArguments, {}
+
+    class InOrder(family):  # type: ignore[misc, valid-type]
+        def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
     arguments = arguments_class(
         output_dir="unused",
         per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
         gradient_accumulation_steps=workload.rows_a_step // micro_batch,
         learning_rate=workload.learning_rate,
         lr_scheduler_type="constant",
@@ -144,9 +187,10 @@ def trainer(workload: Workload, rows: Rows, device: str, micro_batch: int, base_
         disable_tqdm=True,
         remove_unused_columns=False,
         gradient_checkpointing=workload.checkpointing,
+        prediction_loss_only=True,
         **more,
     )
-    data = [{"input_ids": ids.tolist(), "labels": np.where(zero_first(w) > 0, ids, -100).tolist()} for ids, w in rows]
+    data: Any = [{"input_ids": ids.tolist(), "labels": np.where(zero_first(w) > 0, ids, -100).tolist()} for ids, w in rows]
 
     def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in batch)
@@ -158,9 +202,7 @@ def trainer(workload: Workload, rows: Rows, device: str, micro_batch: int, base_
         import datasets
 
         data = datasets.Dataset.from_list(data)
-    runner = InOrder(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[Clock()])
-    runner.train()
-    yield from results
+    return InOrder(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=list(callbacks))
 
 
 FILLS = {"input_ids": 0, "labels": -100}
@@ -281,6 +323,7 @@ def main() -> None:
                 "needed_operations": needed_operations(workload, about["config"], lengths, trained).total,
                 "matrix_rate": matrix_rate(device),
                 "first_step_s": first,
+                "data_seconds": Watched.seconds,
                 "peak_bytes": peak,
                 "decisions": about["decisions"],
                 "threads": torch.get_num_threads(),
