@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmtune.runs.secrets import redacted, redacted_command
+from llmtune.runs.secrets import looks_secret, redacted, redacted_command
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,46 @@ def test_a_command_line_is_shown_without_its_secrets(command):
     shown = redacted_command(["llmtune", *command], environ={})
     assert "canary" not in str(shown)
     assert len(shown) == len(command) + 1
+
+
+ENVIRONMENT = {
+    "PASSWORD": "training", "HUB_TOKEN": "production", "GOOGLE_CREDENTIALS": "/tmp/keys/one2three4five.json",
+    "STOP_TOKEN": "<|reserved_0x4a5b_token|>", "AUTH": "https://host/v1/a2b3c4d5e6f7", "PIN_SECRET": "20261121",
+    "DB_PASSWORD": "training-run-number-7", "API_KEY": "Meta-Llama-3.1-8B-Instruct",
+}  # fmt: skip
+"""Variables with a secret's name whose values are words, places, numbers and names."""
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *ENVIRONMENT.values(), "a training run", "data/production/rows.jsonl", ("production", "training"), "custom-nano",
+        "HuggingFaceTB/SmolLM2-135M", "runs/task-classification-of-sentences-0123456789abcdef", "sk-wikipedia-2024-instructions-large",
+        "hf_instructiondatasets/rows.jsonl", "the Bearer of bad news", "9f22fe25957bf29eaa3b25b6ea47ba7151ace024", "https://host:8080/a@b",
+        ("q_proj", "v_proj"), 16, None,
+    ],
+)  # fmt: skip
+def test_a_run_is_not_refused_for_words_names_and_places(value):
+    assert not looks_secret(value, environ=ENVIRONMENT)
+
+
+@pytest.mark.parametrize("value", [value for name, value in ENVIRONMENT.items() if name not in {"DB_PASSWORD", "API_KEY"}])
+def test_words_numbers_and_places_are_not_hidden_either(value):
+    assert redacted({"notes": f"a {value} b"}, environ=ENVIRONMENT) == {"notes": f"a {value} b"}
+
+
+@pytest.mark.parametrize(
+    "value", ["0f1e2d3c4b5a69788796a5b4c3d2e1f0", "canary5ecret0wandb0key", "3f2a9c1e-77b0-4d1c-9e52-0a1b2c3d4e5f", "dQ3/x9Kf+72mZp0LrT4w"]
+)
+@pytest.mark.parametrize("shown", ["{}", "logged in with {}!", "x{}y"])
+def test_a_run_is_refused_for_a_random_secret_of_the_environment(value, shown):
+    text = shown.format(value)
+    assert looks_secret(text, environ={"WANDB_API_KEY": value})
+    assert looks_secret((1, text), environ={"WANDB_API_KEY": value})
+    assert not looks_secret(text, environ={"WANDB_API_KEY": "", "NAME": value})
+
+
+def test_a_short_password_is_hidden_as_a_whole_word_only():
+    environ = {"DB_PASSWORD": "hunter22"}
+    assert redacted("hunter22, x=hunter22 and hunter22000", environ=environ) == "***, x=*** and hunter22000"
+    assert not looks_secret("hunter22", environ=environ)

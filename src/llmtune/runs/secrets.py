@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 __all__ = ["HIDDEN", "looks_secret", "redacted", "redacted_command"]
@@ -16,26 +17,44 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 # What well-known services hand out; each is recognised wherever it stands.
+# `task-...` and `sk-wikipedia-...` are names, so a key must not go on to the left and must hold a long run of letters and digits.
 _SECRET_SHAPES = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|sk-[A-Za-z0-9_\-]{20,}|xox[abprs]-[\w\-]{10,}|AKIA[A-Z0-9]{16}"
-    r"|wandb_v1_\w{20,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=Bearer )\S+"
+    r"(?<![A-Za-z0-9])(?:hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{16,}|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|sk-(?=[\w-]*\d)(?=[\w-]*[A-Za-z0-9]{16})[\w-]{20,}|xox[abprs]-(?=[\w-]*\d)[\w-]{10,}|AKIA[A-Z0-9]{16}|wandb_v1_\w{20,})"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=Authorization: Bearer )\S+|(?<=Bearer )(?=\S*\d)\S{16,}"
 )
-_SHORTEST_SECRET_CHARACTERS = 8
+_SHORTEST_HIDDEN_CHARACTERS = 8
+_SHORTEST_SURE_CHARACTERS = 16
+_LEAST_TURNS = 4
 
 
 def _environment_secrets(environ: Mapping[str, str]) -> list[str]:
-    return sorted(
-        (value for name, value in environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET_CHARACTERS),
-        key=len,
-        reverse=True,
-    )
+    """The values of variables with a secret's name, the longest first; not what is a plain word, a number, a place or a control token."""
+    values = {value for name, value in environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_HIDDEN_CHARACTERS}
+    return sorted((value for value in values if not _is_ordinary(value)), key=lambda value: (-len(value), value))
+
+
+def _is_ordinary(value: str) -> bool:
+    if re.fullmatch(r"[A-Za-z]+|[0-9.]+|<.*>|\w+://[^@]*", value):
+        return True
+    return value.startswith(("./", "../", "~/")) or (value.startswith("/") and Path(*Path(value).parts[:2]).exists())
+
+
+def _is_sure(secret: str) -> bool:
+    """Whether nobody would choose this as a name: long, and letters and digits take turns within its words, as chance makes them.
+
+    >>> _is_sure("canary5ecret0wandb0key"), _is_sure("Meta-Llama-3.1-8B-Instruct")
+    (True, False)
+    """
+    turns = re.findall(r"[A-Za-z](?=[0-9])|[0-9](?=[A-Za-z])", secret)
+    return len(secret) >= _SHORTEST_SURE_CHARACTERS and len(turns) >= _LEAST_TURNS
 
 
 def redacted(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
     """Return a copy of a JSON-like value in which every secret is replaced by `***`.
 
     Secrets are: what stands under a name such as `api_key` or `token`; anything in the shape of a well-known service's key; a name and
-    password in a URL; the value of an environment variable with such a name.
+    password in a URL; the value of an environment variable with such a name, unless it is a plain word, a number, a place or `<...>`.
 
     >>> redacted({"token": "abc", "max_new_tokens": 8, "url": "https://me:pw@host/x"}, environ={})
     {'token': '***', 'max_new_tokens': 8, 'url': 'https://***@host/x'}
@@ -43,14 +62,17 @@ def redacted(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
     return _redacted(value, _environment_secrets(os.environ if environ is None else environ))
 
 
-def looks_secret(value: Any) -> bool:
-    """Whether a value holds something in the shape of a well-known service's key, or the value of a secret environment variable.
+def looks_secret(value: Any, *, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether a value holds something in the shape of a well-known service's key, or a random value of a secret environment variable.
 
-    >>> looks_secret("hf_abcdefghijklmnopqrstuv"), looks_secret(["a", 3])
+    Stricter than `redacted`, for a run is refused for it: a password that could be a name (`training-run-7`) is hidden, not refused.
+
+    >>> looks_secret("hf_abcdefghijklmnop4567"), looks_secret(["a", 3])
     (True, False)
     """
     plain = list(value) if isinstance(value, tuple) else value
-    return bool(redacted(plain) != plain)
+    known = [one for one in _environment_secrets(os.environ if environ is None else environ) if _is_sure(one)]
+    return bool(_redacted(plain, known) != plain)
 
 
 def _redacted(value: Any, known: Sequence[str]) -> Any:
@@ -60,7 +82,9 @@ def _redacted(value: Any, known: Sequence[str]) -> Any:
         return [_redacted(one, known) for one in value]
     if isinstance(value, str):
         for secret in known:
-            value = value.replace(secret, HIDDEN)
+            if secret in value:
+                whole = re.escape(secret) if _is_sure(secret) else rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])"
+                value = re.sub(whole, HIDDEN, value)
         return _SECRET_SHAPES.sub(HIDDEN, value)
     return value
 
