@@ -23,7 +23,7 @@ from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs import identity, retention
 from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import DiskForecast, SaveAttempts, forecast_disk
-from llmtune.runs.folder import RunFolder, clean_name_part, create_run, read_run_file
+from llmtune.runs.folder import RunFolder, checked_name, clean_name_part, create_run, read_run_file
 from llmtune.runs.secrets import redacted
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.tracker import RunInfo
@@ -33,6 +33,7 @@ __all__ = [
     "CONFIG_FILE",
     "TOKENIZER_FOLDER",
     "Keeper",
+    "check_name",
     "config_file_of",
     "create",
     "find_checkpoint",
@@ -61,6 +62,12 @@ def run_name(template: str, *, model: str, config: str, seed: int) -> str:
     for key, value in values.items():
         template = template.replace("{" + key + "}", str(value))
     return template
+
+
+def check_name(resolved: ResolvedConfig) -> None:
+    """Raise UsageError when `run.name` cannot be the name of a run, while nothing is loaded yet; `create` asks again, of the final name."""
+    config = resolved.config
+    checked_name(run_name(config.run.name, model=config.model.name, config=resolved.name, seed=config.run.seed))
 
 
 def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled) -> RunFolder:

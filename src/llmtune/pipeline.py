@@ -37,6 +37,7 @@ def preflight(resolved: ResolvedConfig, options: Options, *, say: Say) -> tuple[
     """Everything that can go wrong before a model is loaded, first; says what was read, found, chosen and planned."""
     for note in resolved.notes:
         say(note)
+    keeping.check_name(resolved)
     devices, decisions = open_devices(resolved.config, options)
     prepared = prepare(resolved, options, progress=reporting.tokenizing_progress(say))
     forecaster = forecaster_for(prepared, options, devices)

@@ -42,6 +42,22 @@ def test_a_tokenizer_is_trained_saved_reported_and_loads_in_plain_transformers(r
     assert {path.name for path in rows.iterdir()} == {"rows.jsonl", "tok"}
 
 
+def test_p1_what_a_killed_training_left_is_swept_by_the_next(rows):
+    code = (
+        "import os, signal; from llmtune import durable; from llmtune.models import save; from llmtune.cli.main import main\n"
+        "save.write_tokenizer = lambda tokenizer, folder: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "main(['tokenizer', 'train', 'data.train=rows.jsonl', '--vocab-size', '265', '-o', 'tok'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=rows, capture_output=True, check=False).returncode == -9
+    left = [path.name for path in rows.iterdir() if path.name != "rows.jsonl"]
+    assert len(left) == 1
+    assert left[0].startswith(".llmtune")
+    done = run("tokenizer", "train", "data.train=rows.jsonl", "--vocab-size", "265", "-o", "tok", cwd=rows)
+    assert done.returncode == 0, done.stderr
+    assert left[0] in done.stderr
+    assert {path.name for path in rows.iterdir()} == {"rows.jsonl", "tok"}
+
+
 def test_a_folder_that_exists_is_not_overwritten(rows):
     (rows / "tok").mkdir()
     done = run("tokenizer", "train", "data.train=rows.jsonl", "-o", "tok", cwd=rows)

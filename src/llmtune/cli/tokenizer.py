@@ -58,7 +58,9 @@ def train(
     )
     report = measure_tokenizer(tokenizer, iter_texts(settings.data))
     durable.make_folder(output.absolute().parent)
-    with durable.commit_folder(output, sealed=False) as folder:
+    for line in durable.sweep_litter(output.absolute().parent):  # of a training that was killed
+        say(line)
+    with durable.commit_folder(output, sealed=False, replace=False) as folder:
         write_tokenizer(tokenizer, folder)
     if as_json:
         print(json.dumps({"folder": str(output), **asdict(report)}))

@@ -115,6 +115,9 @@ def _write_safetensors(wanted: _Wanted, adapter: Path | None) -> ExportReport:
         merged = wanted.merge(adapter, wanted.output)
         return ExportReport(wanted.source, "safetensors", merged.dtype, merged.difference, merged.tolerance, list(merged.notes))
     whole = open_whole(resolve(wanted.source, offline=wanted.offline))
+    durable.make_folder(wanted.output.absolute().parent)
+    for line in durable.sweep_litter(wanted.output.absolute().parent):  # of an export that was killed
+        wanted.say(line)
     with durable.commit_folder(wanted.output, replace=False) as staging:
         wanted.say(f"writing the model in {whole.folder}")
         write_whole(whole, staging, dtype=wanted.type)

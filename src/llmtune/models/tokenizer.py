@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -13,7 +14,7 @@ from typing import Any
 
 from llmtune.config.schema import ModelConfig
 from llmtune.decisions import Decision
-from llmtune.errors import TokenizerError
+from llmtune.errors import MachineError, ModelError, Problem, TokenizerError
 from llmtune.models.catalog import ModelSource, resolve
 from llmtune.models.scan import refuse_unsafe_folder
 from llmtune.models.silence import quiet_libraries
@@ -129,14 +130,33 @@ def _tokenizer_folder(source: ModelSource, model_config: ModelConfig, trust_remo
             own = own.parent
         if own.is_dir():
             return own, "model.tokenizer", False
-        source = resolve(model_config.tokenizer, offline=source.offline)
+        if own.is_file() and own.suffix.lower() != ".gguf":
+            problem = f"`{model_config.tokenizer}` is a file, and neither a tokenizer.json nor a .gguf file"
+            raise TokenizerError(problem, where="model.tokenizer", fix="name the folder that holds tokenizer.json")
+        with _blaming("model.tokenizer"):
+            source = resolve(model_config.tokenizer, offline=source.offline)
     if source.kind == "scratch":
         raise TokenizerError(
             f"`{source.name}` is built from scratch and has no tokenizer of its own",
             where="model.tokenizer",
             fix="name a tokenizer folder, or make one: `llmtune tokenizer train --config CONFIG --output FOLDER`",
         )
-    return local_folder(source, weights=False, code=trust_remote_code), "model.name", may_ignore_auto_map(source)
+    where = "model.name" if model_config.tokenizer is None else "model.tokenizer"
+    with _blaming(where):
+        return local_folder(source, weights=False, code=trust_remote_code), where, may_ignore_auto_map(source)
+
+
+@contextlib.contextmanager
+def _blaming(key: str) -> Iterator[None]:
+    """Let an error say that the value of `key` is wrong where it says so of model.name."""
+    try:
+        yield
+    except (ModelError, MachineError) as error:
+        problems = [
+            Problem(one.problem, key if one.where == "model.name" else one.where, one.fix and one.fix.replace("model.name", key))
+            for one in error.problems
+        ]
+        raise type(error).all(problems) from error
 
 
 def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
@@ -148,9 +168,9 @@ def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizer library raises bare Exception for a damaged file
-        first = str(error).strip().splitlines()
+        _refuse_config(folder, trust_remote_code=trust_remote_code)  # it reads that too
         raise TokenizerError(
-            f"the tokenizer in {folder} cannot be read: {first[0] if first else type(error).__name__}",
+            f"the tokenizer in {folder} cannot be read: {_in_one_line(error)}",
             where=where,
             fix="fetch it again, or name another one in model.tokenizer",
         ) from error
@@ -169,6 +189,27 @@ def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
             fix="take `chat_template` out of it, and give one with model.chat_template=FILE",
         )
     return tokenizer
+
+
+def _refuse_config(folder: Path, *, trust_remote_code: bool) -> None:
+    """Raise ModelError when the model's config.json beside a tokenizer is what the library cannot read."""
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    try:
+        with quiet_libraries():
+            AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as bare as above
+        problem = f"config.json describes no model that can be built: {_in_one_line(error)}"
+        raise ModelError(problem, where=str(path), fix="fetch the file again, or correct that value") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """The first line of what a library says, with the one below it where the first only announces it."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _choose_template(tokenizer: Any, source: ModelSource, model_config: ModelConfig) -> list[Decision]:
