@@ -5,16 +5,16 @@ import os
 import signal
 import socket
 
-for _number, _answer in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-    if signal.getsignal(_number) == signal.SIG_IGN:  # as under nohup or in the background of a script: children would inherit it
-        signal.signal(_number, _answer)
-
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # sums then have one order, and a forked child finds no pool of threads that is not its own
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+for _number, _answer in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(_number) == signal.SIG_IGN:  # as under nohup or in the background of a script: children would inherit it
+        signal.signal(_number, _answer)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
