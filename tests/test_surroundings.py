@@ -3,14 +3,13 @@
 import errno
 import json
 import os
-import pickle
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
+from canaries import plant
 from llmtune import durable, pipeline
 from llmtune.cli.main import main
 from llmtune.durable.faults import Counting
@@ -81,29 +80,6 @@ def test_p8_a_signal_before_the_first_step_leaves_no_run_behind(words, config_of
     with pytest.raises(StoppedBySignal, match="nothing to save yet"):
         pipeline.train(config_of(*LORA), say=say)
     assert not (tmp_path / "runs").exists() or list((tmp_path / "runs").iterdir()) == []
-
-
-class Canary:
-    """Leaves a mark when it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.touch, (self.mark,)
-
-
-def plant(folder, mark):
-    for name in ("pytorch_model.bin", "adapter_model.bin", "optimizer.pt", "rng.pkl", "net.mdl", "training_args.bin"):
-        (folder / name).write_bytes(pickle.dumps(Canary(mark)))
-    for name in ("modeling_x.py", "tokenization_x.py", "sitecustomize.py", "custom_generate.py"):
-        (folder / name).write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
-
-
-def test_a_canary_leaves_its_mark_when_it_is_run(tmp_path):
-    plant(tmp_path, tmp_path / "mark")
-    pickle.loads((tmp_path / "rng.pkl").read_bytes())
-    assert (tmp_path / "mark").exists()
 
 
 def run(*words):

@@ -1,37 +1,19 @@
 """P4, P5: a file in a run's folders that would run code if it were opened as what it claims to be is found, and never run."""
 
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from canaries import plant
 from llmtune import durable, pipeline
 from llmtune.durable.faults import Unsynced
 from llmtune.errors import CheckpointError
 from llmtune.preparation import Options
 from llmtune.runs.signals import StopRequest
 from pipeline_helpers import LORA, weights_of
-
-PICKLES = ("pytorch_model.bin", "adapter_model.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng.pkl", "net.mdl")
-SCRIPTS = ("modeling_x.py", "tokenization_x.py", "sitecustomize.py", "custom_generate.py", "__init__.py", "conftest.py")
-
-
-class Canary:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return Path.touch, (self.mark,)
-
-
-def plant(folder, mark):
-    for name in PICKLES:
-        (folder / name).write_bytes(pickle.dumps(Canary(mark)))
-    for name in SCRIPTS:
-        (folder / name).write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n")
 
 
 @pytest.fixture
@@ -45,12 +27,6 @@ def stopped(config_of):
         next(steps)
         steps.close()
     return session.run.path
-
-
-def test_a_canary_leaves_its_mark_when_it_is_run(tmp_path):
-    plant(tmp_path, tmp_path / "mark")
-    pickle.loads((tmp_path / "optimizer.pt").read_bytes())
-    assert (tmp_path / "mark").exists()
 
 
 def test_p4_no_canary_in_a_runs_folders_fires_on_resume(stopped, config_of, tmp_path):

@@ -9,6 +9,7 @@ from llmtune.models.silence import quiet_libraries
 
 __all__ = ["fetch_snapshot"]
 
+_HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "LICENSE*", "README.md"]
 
 
@@ -47,6 +48,10 @@ def fetch_snapshot(hub_id: str, revision: str | None, *, weights: bool, offline:
             raise ModelError(f"`{hub_id}` is not in the hub cache, and the run is offline", where=where, fix=fix) from error
         raise _unreachable(hub_id, error) from error
     except (HfHubHTTPError, OSError) as error:
+        raise _unreachable(hub_id, error) from error
+    except Exception as error:  # the hub's library lets what its HTTP library raises through, and has changed that library
+        if type(error).__module__.partition(".")[0] not in _HTTP_LIBRARIES:
+            raise
         raise _unreachable(hub_id, error) from error
     return Path(str(found))
 
