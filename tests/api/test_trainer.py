@@ -52,11 +52,14 @@ def test_leaving_the_loop_saves_the_run_and_it_goes_on_to_the_same_weights(confi
     assert [step.step for step in again.steps()] == [5, 6, 7, 8, 9, 10]
     assert weights_of(result.folder) == weights_of(whole.folder)
     assert lines_of(result.folder) == lines_of(whole.folder)
+    drawn, record = again.curve, Curve.of_run(whole.folder)
+    assert (drawn.train, drawn.heldout) == (record.train, record.heldout)  # the picture of a resumed run shows the whole run
 
 
 def test_looking_saving_and_generating_between_steps_change_nothing_n12(config_of, whole):
     trainer = Trainer(config_of(name="looked"), say=quiet)
     for step in trainer.steps():
+        assert not (trainer.session.run.checkpoints / f"step-{step.step:06}").is_dir() or step.step in (3, 6, 9, 10)
         assert trainer.evaluate()["eval_mean_nll"] > 0
         (answer,) = trainer.generate("the user asks", max_new_tokens=4, temperature=1.0)
         assert answer.num_tokens <= 4
@@ -163,6 +166,33 @@ def test_a_metric_ends_the_run_only_by_saying_so_and_leaves_it_resumable(config_
     assert trainer.result().state == "stopped"
     assert "stopped: enough; `llmtune resume` goes on" in said
     assert weights_of(Trainer.resume(trainer.result().folder, say=quiet).train().folder) == weights_of(whole.folder)
+
+
+@pytest.mark.parametrize("returned", [None, True, False, {}, "Stop", {"stop": True}, StopIteration, Stop])
+def test_a_metric_that_does_not_return_stop_itself_does_not_end_the_run(config_of, returned):
+    """Issue 6: "never able to change or stop the run unless it returns so". Words, truths and the class itself do not say so."""
+    trainer = Trainer(config_of("training.max_steps=2", name="unmoved"), metrics=[lambda step: returned], say=quiet)
+    assert [step.step for step in trainer.steps()] == [1, 2]
+    assert trainer.result().state == "finished"
+
+
+def test_a_rate_that_is_set_is_the_rate_the_next_update_takes(config_of):
+    """A rate of 0 leaves every weight as it is; the config's own rate does not."""
+
+    def moved(name, rate):
+        trainer = Trainer(config_of("training.max_steps=2", name=name), say=quiet)
+        steps = trainer.steps()
+        next(steps)
+        before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+        if rate is not None:
+            trainer.learning_rate = rate
+        step = next(steps)
+        trainer.close()
+        assert rate is None or step.learning_rate == rate
+        return any(not torch.equal(weight, before[name]) for name, weight in trainer.model.named_parameters())
+
+    assert moved("given", None)
+    assert not moved("nothing", 0.0)
 
 
 def test_what_is_no_metric_is_refused(config_of):

@@ -1,31 +1,38 @@
-"""Issue 6, must show 5: the notebooks run from top to bottom, here with small settings, each in a process of its own.
+"""Issue 6, must show 5: the notebooks run headless from top to bottom, in a kernel of their own, here with small settings."""
 
-A notebook's cells become a script, in order; a cell's last expression is shown as a kernel shows it (`_repr_html_`, else `repr`).
-"""
-
-import ast
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.ipynb"))
-SHOW = "def _show(value):\n    page = getattr(value, '_repr_html_', None)\n    print('SHOWN', page() if page else repr(value))\n"
 
 
-def script_of(notebook):
-    """The code cells in order, each one's last expression shown."""
-    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
-    parts = [SHOW]
-    for cell in cells:
-        tree = ast.parse("".join(cell["source"]))
-        if tree.body and isinstance(tree.body[-1], ast.Expr):
-            tree.body[-1].value = ast.Call(ast.Name("_show", ast.Load()), [tree.body[-1].value], [])
-        parts.append(ast.unparse(ast.fix_missing_locations(tree)))
-    return "\n".join(parts) + "\n", len(cells)
+class ThisPython(AsyncKernelManager):
+    """A kernel of the Python that runs the tests, whatever kernels the machine has registered."""
+
+    @property
+    def kernel_spec(self):
+        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python")
+
+
+def executed(path, folder):
+    """Run all cells; raises CellExecutionError with the cell and its traceback where one fails."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=240,
+        kernel_manager_class=ThisPython,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    client.execute()
+    nbformat.validate(notebook)
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs], client
 
 
 def test_there_are_three_and_they_are_kept_without_outputs():
@@ -36,24 +43,17 @@ def test_there_are_three_and_they_are_kept_without_outputs():
         assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook["cells"])
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(notebook, tmp_path, tiny_model_folder):
-    text, cells = script_of(notebook)
-    script = tmp_path / "cells.py"
-    script.write_text(text)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_headless_and_draws_its_progress_and_curve(path, tmp_path, tiny_model_folder, monkeypatch):
     small = {"EXAMPLE_STEPS": "4", "EXAMPLE_MODEL": str(tiny_model_folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(script)],
-        cwd=tmp_path,
-        env=os.environ | small,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert cells >= 6
-    assert "<svg" in done.stdout  # the curve
-    assert "finished" in done.stdout
+    for name, value in {**small, "IPYTHONDIR": str(tmp_path / "ipython")}.items():
+        monkeypatch.setenv(name, value)
+    outputs, _ = executed(path, tmp_path)
+    live = [one.data["text/html"] for one in outputs if one.output_type == "display_data" and "text/html" in one.data]
+    assert live
+    assert "finished, step 4 of 4" in live[-1]  # one output, drawn anew until the end
+    assert live[-1].count("<svg") == live[-1].count("</svg>") == 1
+    assert not [one.text for one in outputs if one.output_type == "stream" and one.name == "stderr" and "llmtune:" in one.text]
+    assert "parameters" in "".join(one.text for one in outputs if one.output_type == "stream" and one.name == "stdout")
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "checkpoints" / "final").is_dir()

@@ -13,7 +13,7 @@ from llmtune.errors import DataError
 
 __all__ = ["Curve"]
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 240, 48, 24, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 260, 48, 24, 30
 MAX_POINTS = 600
 Points = Sequence[tuple[int, float]]
 
@@ -36,8 +36,8 @@ class Curve:
     title: str = ""
 
     @classmethod
-    def of_run(cls, folder: str | Path) -> Curve:
-        """Read the curve of a run from its metrics.jsonl, also while it trains. Raises DataError where there is none."""
+    def of_run(cls, folder: str | Path, *, last_step: int | None = None) -> Curve:
+        """Read the curve of a run from its metrics.jsonl, up to `last_step`, also while it trains. Raises DataError where there is none."""
         path = Path(folder) / "metrics.jsonl"
         curve = cls(title=Path(folder).name)
         try:
@@ -50,7 +50,7 @@ class Curve:
             except ValueError:
                 continue  # the line that is being written
             for points, key in ((curve.train, "train_mean_nll"), (curve.heldout, "eval_mean_nll")):
-                if entry.get(key) is not None:
+                if entry.get(key) is not None and (last_step is None or entry["step"] <= last_step):
                     points.append((entry["step"], entry[key]))
         return curve
 
@@ -77,14 +77,17 @@ class Curve:
             if math.isfinite(point[1])
         )
         style = 'font-family="sans-serif" font-size="11" fill="currentColor"'
+        frame = f"{LEFT - 4},{TOP - 4} {LEFT - 4},{HEIGHT - BOTTOM + 4} {WIDTH - 4},{HEIGHT - BOTTOM + 4}"
+        name = f"{html.escape(self.title)}: " if self.title else ""
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '
             f'aria-label="loss over steps">'
+            f'<polyline fill="none" stroke="currentColor" stroke-opacity="0.35" points="{frame}"/>'
             f"{line(self.train, '#2563eb')}{line(self.heldout, '#c2410c')}{dots}<g {style}>"
-            f'<text x="4" y="{TOP + 8}">{high:.3f}</text><text x="4" y="{HEIGHT - BOTTOM}">{low:.3f}</text>'
+            f'<text x="4" y="{TOP + 4}">{high:.3f}</text><text x="4" y="{HEIGHT - BOTTOM + 4}">{low:.3f}</text>'
             f'<text x="{LEFT}" y="{HEIGHT - 6}">step {first}</text>'
             f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {last}</text>'
-            f'<text x="{WIDTH / 2}" y="{TOP + 8}" text-anchor="middle">{html.escape(self.title)}: nats per token, '
+            f'<text x="{WIDTH / 2}" y="14" text-anchor="middle">{name}nats per token, '
             f'<tspan fill="#2563eb">training</tspan>, <tspan fill="#c2410c">held out</tspan></text></g></svg>'
         )
 

@@ -1,4 +1,4 @@
-"""Progress inside a notebook: one output that is drawn anew, at most twice a second; nothing anywhere else."""
+"""Progress and lines inside a notebook: one output that is drawn anew, at most twice a second; lines as plain output, not as errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Display", "progress_html"]
+from llmtune.tracking.queue import say_on_stderr
+
+__all__ = ["Display", "progress_html", "say"]
 
 EVERY_S = 0.5
 
@@ -41,6 +43,14 @@ def _notebook() -> Any:
     if current is None or not hasattr(current, "kernel"):
         return None
     return sys.modules.get("IPython.display")
+
+
+def say(line: str) -> None:
+    """Print a line on stderr; in a notebook, where stderr looks like a failure, as the cell's plain output."""
+    if _notebook() is None:
+        say_on_stderr(line)
+    else:
+        sys.stdout.write(line + "\n")  # a kernel sends it on by itself
 
 
 def progress_html(name: str, state: str, step: int, total_steps: int | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Self
 from llmtune import pipeline
 from llmtune.api.curve import Curve
 from llmtune.api.display import Display, progress_html
+from llmtune.api.display import say as say_here
 from llmtune.api.metrics import Measures, Metric, Stop, Values
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.errors import UsageError
@@ -20,7 +21,6 @@ from llmtune.evaluation.generate import Answer, Prompt, generate
 from llmtune.preparation import Options
 from llmtune.runs.signals import StopRequest
 from llmtune.session import Result, Session
-from llmtune.tracking.queue import say_on_stderr
 from llmtune.training.loop import StepResult
 
 __all__ = ["Trainer", "train", "train_single_model"]
@@ -34,7 +34,7 @@ class Trainer:
     metrics: functions of a step, or objects with `on_step(step)`, whose values stand beside ours in the step's line (see
     `llmtune.api.metrics`); a subclass's own `on_step` is one more. They cannot change the run, and end it only by returning `Stop(reason)`.
     no_cuda, offline, trust_remote_code: as the flags of `llmtune train`; offline follows HF_HUB_OFFLINE and LLMTUNE_OFFLINE when not given.
-    say: receives one line for each thing worth saying; stderr when not given.
+    say: receives one line for each thing worth saying; when not given it goes to stderr, in a notebook to the cell's output.
 
     Used in a `with` block, the run is let go, saved, at its end, whatever happens inside.
     """
@@ -47,7 +47,7 @@ class Trainer:
         no_cuda: bool = False,
         offline: bool | None = None,
         trust_remote_code: bool = False,
-        say: Say = say_on_stderr,
+        say: Say = say_here,
     ) -> None:
         if offline is None:
             offline = "1" in (os.environ.get("HF_HUB_OFFLINE"), os.environ.get("LLMTUNE_OFFLINE"))
@@ -159,6 +159,7 @@ class Trainer:
             self._measures = Measures(metrics, device=self._session.assembled.devices.device, say=self._say)
             if metrics:
                 self._session.measure = self._measures
+            self.curve = self._curve_so_far(self._session)
         return self._session
 
     @property
@@ -217,6 +218,12 @@ class Trainer:
         self._note_heldout()
         self.session.observer.close()
         self._ended = True
+
+    def _curve_so_far(self, session: Session) -> Curve:
+        """Begin where a resumed run's record ends, so that the picture shows the whole run."""
+        if session.run is None or not (session.run.path / "metrics.jsonl").is_file():
+            return self.curve
+        return Curve.of_run(session.run.path, last_step=session.state.step)
 
     def _note_heldout(self) -> None:
         outlook = self.session.observer.outlook
