@@ -6,6 +6,7 @@ Harmless: the run goes on. Rounding: said before the first step. Another schedul
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -23,15 +24,22 @@ def _unsynced():
         yield
 
 
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory):
+    """Where the one run of this file that was stopped lies, to be copied; empty until the first test needs it."""
+    return tmp_path_factory.mktemp("stopped-once")
+
+
 @pytest.fixture
-def stopped(config_of):
-    """A run that was stopped after its first step of two."""
-    stop = StopRequest()
-    session = pipeline.start(config_of(*LORA, "training.max_steps=2", name="stopped"), Options(), stop, say=lambda line: None)
-    steps = session.steps()
-    next(steps)
-    steps.close()
-    return session.run.path
+def stopped(config_of, stopped_once, tmp_path):
+    """A copy of its own of a run that was stopped after its first step of two."""
+    if not (stopped_once / "stopped").exists():
+        config = config_of(*LORA, "training.max_steps=2", f"run.output_dir={stopped_once}", name="stopped")
+        session = pipeline.start(config, Options(), StopRequest(), say=lambda line: None)
+        steps = session.steps()
+        next(steps)
+        steps.close()
+    return Path(shutil.copytree(stopped_once / "stopped", tmp_path / "runs" / "stopped"))
 
 
 def resume(run, *overrides, allow_changes=False):
