@@ -14,6 +14,8 @@ import pytest
 
 pytest.importorskip("wandb", reason="wandb is not installed")
 
+from llmtune.tracking import wandb as llmtune_wandb
+
 SCRIPT = """
 import json, random, sys, time
 from pathlib import Path
@@ -212,3 +214,15 @@ def test_a_server_that_never_answers_does_not_hold_up_a_run(tmp_path):
     assert found["failure"] is not None
     assert found["steps_s"] < 0.5
     assert took < 30
+
+
+def test_a_thread_of_wandb_s_that_fails_prints_nothing_and_any_other_still_does(monkeypatch):
+    """P11."""
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: printed.append(arguments.thread.name))
+    llmtune_wandb._quiet_threads()
+    for name in ("wandb-ServiceFinalizer", "mine"):
+        thread = threading.Thread(target=lambda: 1 / 0, name=name)
+        thread.start()
+        thread.join()
+    assert printed == ["mine"]

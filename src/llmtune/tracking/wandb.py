@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ class WandbTracker:
             sys.exit, sys.excepthook, logging.raiseExceptions = exit_function, hook, complains
             atexit.unregister(_OfModule(SERVICE_MODULE))
             _quiet_log()
+            _quiet_threads()
             self._service = [one for one in _wandb_processes() if one not in before]
         self._run.define_metric("*", step_metric="step")
         self._run.summary.update({f"parameters/{name}": count for name, count in info.parameters.items()})
@@ -180,6 +182,17 @@ def _quiet_log() -> None:
     """Let wandb's own log file go on to fail in silence."""
     for handler in logging.getLogger("wandb").handlers:
         handler.handleError = _ignore_the_record  # type: ignore[method-assign]
+
+
+def _quiet_threads() -> None:
+    """Let a thread of wandb's that fails, as one does when its process is gone at the end, do so without a traceback on the screen."""
+    usual = threading.excepthook
+
+    def of_others(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.thread is None or not arguments.thread.name.startswith("wandb-"):
+            usual(arguments)
+
+    threading.excepthook = of_others
 
 
 def _ignore_the_record(record: logging.LogRecord) -> None:
