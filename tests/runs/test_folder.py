@@ -134,7 +134,7 @@ def test_run_json_holds_the_identity_without_secrets(tmp_path, monkeypatch):
     identity = {
         "versions": {"torch": "2"},
         "note": "canary-in-the-environment",
-        "command": ["x", "hf_canarycanarycanary"],
+        "command": ["x", "hf_canary4canaryCanary"],
         "token": "canary",
     }
     with create_run(tmp_path, "a", identity=identity) as run:

@@ -19,7 +19,7 @@ _SECRET_NAME = re.compile(
 # What well-known services hand out; each is recognised wherever it stands.
 # `task-...` and `sk-wikipedia-...` are names, so a key must not go on to the left and must hold a long run of letters and digits.
 _SECRET_SHAPES = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{16,}|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"(?<![A-Za-z0-9])(?:hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{16,}|[a-z]{30,})|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|sk-(?=[\w-]*\d)(?=[\w-]*[A-Za-z0-9]{16})[\w-]{20,}|xox[abprs]-(?=[\w-]*\d)[\w-]{10,}|AKIA[A-Z0-9]{16}|wandb_v1_\w{20,})"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=Authorization: Bearer )\S+|(?<=Bearer )(?=\S*\d)\S{16,}"
 )
