@@ -14,14 +14,13 @@ from llmtune.config.schema import DistributedConfig
 from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, Problem
 from llmtune.plan import settle
-from llmtune.plan.devices import open_target
 from llmtune.plan.exhausted import MEMORY_ERRORS, is_out_of_memory, out_of_memory
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.report import Plan, make_plan
 from llmtune.preparation import Options, Prepared, prepare
 from llmtune.runs import identity
 from llmtune.runs.folder import RunFolder, resolve_run
-from llmtune.runs.secrets import looks_secret
+from llmtune.runs.secrets import find_secrets
 from llmtune.runs.signals import StopRequest
 from llmtune.session import Result, Session
 from llmtune.tracking.choose import choose_trackers
@@ -40,10 +39,10 @@ def preflight(resolved: ResolvedConfig, options: Options, *, say: Say) -> tuple[
     keeping.check_name(resolved)
     devices, decisions = open_devices(resolved.config, options)
     prepared = prepare(resolved, options, progress=reporting.tokenizing_progress(say))
-    forecaster = forecaster_for(prepared, options, devices)
+    forecaster = Forecaster.here(prepared, options, devices)
     if settle.is_open(prepared.config):
         prepared = settle.settle_together(forecaster, devices)
-        forecaster = forecaster_for(prepared, options, devices)
+        forecaster = Forecaster.here(prepared, options, devices)
     plan = make_plan(forecaster)
     reporting.say_preflight(prepared, decisions, say)
     reporting.say_plan(plan, say)
@@ -67,16 +66,10 @@ def dry_run(resolved: ResolvedConfig, options: Options, *, say: Say) -> None:
         raise refusal
 
 
-def forecaster_for(prepared: Prepared, options: Options, devices: Devices) -> Forecaster:
-    """Who plans this run for the device of this process."""
-    target = open_target(None, no_cuda=options.no_cuda)
-    return Forecaster(prepared, options, target, world_size=devices.world_size, rank=devices.rank)
-
-
 def refuse_secrets(resolved: ResolvedConfig) -> None:
     """Raise ConfigError for values that look like a secret: the config of a run is written beside it. The values are not in the message."""
     values = {key: functools.reduce(getattr, key.split("."), resolved.config) for key in resolved.origins}
-    found = [key for key, value in values.items() if looks_secret(value)]
+    found = find_secrets(values)
     if found:
         fix = "take it out; keys come from the environment (HF_TOKEN, WANDB_API_KEY) or from the login command of their service"
         raise ConfigError.all(Problem(f"`{key}` holds what looks like a secret", str(resolved.origins[key]), fix) for key in found)
@@ -89,7 +82,7 @@ def assembled_in_memory(prepared: Prepared, options: Options, devices: Devices) 
     except MEMORY_ERRORS as error:
         if not is_out_of_memory(error):
             raise
-        forecaster = forecaster_for(prepared, options, devices)
+        forecaster = Forecaster.here(prepared, options, devices)
         doing = "while the model was loaded"
         raise out_of_memory(error, forecaster, doing=doing, where=prepared.config.model.name, saved=None) from error
 

@@ -18,7 +18,6 @@ from llmtune.config.layers import ResolvedConfig
 from llmtune.errors import DivergedError, MachineError, StoppedBySignal
 from llmtune.keeping import Keeper
 from llmtune.observation import Observer, Outlook
-from llmtune.plan.devices import open_target
 from llmtune.plan.exhausted import MEMORY_ERRORS, is_out_of_memory, open_reserve, out_of_memory
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.report import Plan
@@ -177,10 +176,15 @@ class Session:
 
     def _naming_what_stands(self, error: DivergedError) -> DivergedError:
         """The same refusal with the last good checkpoint in it."""
-        saved = checkpoints.all_checkpoints(self.run) if self.run is not None else []
-        stands = f"the last good checkpoint is {saved[-1].path}" if saved else "no checkpoint was saved before"
+        saved = self._newest_saved()
+        stands = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
         first = error.problems[0]
         return DivergedError(first.problem, first.where, f"{first.fix}; {stands}")
+
+    def _newest_saved(self) -> Path | None:
+        """The folder of the last checkpoint by step; None before the first, and in processes that write nothing."""
+        saved = checkpoints.all_checkpoints(self.run) if self.run is not None else []
+        return saved[-1].path if saved else None
 
     def result(self) -> Result:
         """What the training left behind so far."""
@@ -284,16 +288,13 @@ class Session:
         if self._reserve is not None:
             self._reserve.close()
         self.assembled.optimizer.zero_grad(set_to_none=True)
-        devices = self.assembled.devices
-        target = open_target(None, no_cuda=devices.device.type == "cpu")
-        forecaster = Forecaster(self.prepared, self._options, target, world_size=devices.world_size, rank=devices.rank)
-        saved = checkpoints.all_checkpoints(self.run) if self.run is not None else []
+        saved = self._newest_saved()
         return out_of_memory(
             error,
-            forecaster,
+            Forecaster.here(self.prepared, self._options, self.assembled.devices),
             doing=f"in step {self.state.step + 1}",
             where=str(self.run.path) if self.run is not None else None,
-            saved=saved[-1].path.name if saved else None,
+            saved=saved.name if saved else None,
         )
 
     def _rate(self, step: int) -> float:

@@ -1,6 +1,7 @@
 """N8 for exports: what other programs take is the model it was made from, in a folder or in one GGUF file, or it does not exist."""
 
 import json
+import os
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmtune.deploy import export as exporting
 from llmtune.deploy.export import export
 from llmtune.deploy.gguf_vocabulary import HOSTILE_TEXTS
+from llmtune.durable.files import part_name
 from llmtune.errors import CheckpointError, ModelError, TokenizerError, UsageError
 from llmtune.models.gguf import read_gguf
 from llmtune.models.tokenizer import train_tokenizer
@@ -29,6 +31,17 @@ def logits(folder, ids, **options):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     with torch.no_grad():
         return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("output", ["out", "out.gguf"])
+def test_what_a_killed_export_left_is_swept_and_said(trained, tmp_path, output):
+    dead = tmp_path / part_name().replace(f"-{os.getpid()}-", "-999999999-")
+    dead.mkdir()
+    (dead / "model.safetensors").write_bytes(b"half")
+    said = []
+    export(str(trained.base()), tmp_path / output, say=said.append)
+    assert not dead.exists()
+    assert f"removed what an interrupted save left: {dead}" in said
 
 
 def everything(rows):

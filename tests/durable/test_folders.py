@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from llmtune import durable
+from llmtune.durable import folders
 from llmtune.durable.faults import Failing, Killed, Killing, Tracing
 from llmtune.errors import MachineError
 
@@ -173,6 +174,42 @@ def test_a_manifest_that_is_none_is_a_problem_and_no_crash(tmp_path, content):
     (tmp_path / "x" / "manifest.json").write_bytes(content)
     (problem,) = durable.verify_manifest(tmp_path / "x")
     assert "manifest.json" in problem.problem
+
+
+def test_only_the_files_asked_for_are_compared_and_read(tmp_path, monkeypatch):
+    """P5: an edited card is not what is asked about; a changed, a missing, an added or an exchanged weight is, at any depth."""
+    names = ["model-1.safetensors", "model-2.safetensors", "deep/model-3.safetensors", "README.md"]
+    with durable.commit_folder(tmp_path / "x") as staging:
+        durable.make_folder(staging / "deep")
+        for name in names:
+            durable.write_text(staging / name, "weights")
+    (tmp_path / "x" / "README.md").write_text("edited")
+    (tmp_path / "x" / "notes").mkdir()
+    read, read_chunks = [], folders.read_chunks
+    monkeypatch.setattr(folders, "read_chunks", lambda path, **how: read.append(path.name) or read_chunks(path, **how))
+    assert durable.verify_manifest(tmp_path / "x", only="*.safetensors") == []
+    assert sorted(read) == ["model-1.safetensors", "model-2.safetensors", "model-3.safetensors"]
+    assert len(durable.verify_manifest(tmp_path / "x")) == 2
+    (tmp_path / "x" / "deep" / "model-3.safetensors").write_text("Weights")
+    (tmp_path / "x" / "model-2.safetensors").unlink()
+    (tmp_path / "x" / "model-1.safetensors").unlink()
+    (tmp_path / "x" / "model-1.safetensors").symlink_to(tmp_path / "x" / "README.md")
+    (tmp_path / "x" / "model-4.safetensors").mkdir()
+    problems = "\n".join(one.problem for one in durable.verify_manifest(tmp_path / "x", only="*.safetensors"))
+    wrong = ("deep/model-3.safetensors` was changed", "`model-2.safetensors` is missing", "`model-1.safetensors` is not a plain file")
+    assert all(one in problems for one in (*wrong, "`model-4.safetensors` does not belong here")), problems
+    assert problems.count("\n") == 3
+
+
+def test_the_way_is_made_and_cleared_before_a_commit(tmp_path):
+    said = []
+    durable.make_way(tmp_path / "new" / "out", said.append)
+    assert (names_in(tmp_path), said) == (["new"], [])
+    dead = tmp_path / "new" / durable.files.part_name().replace(f"-{os.getpid()}-", "-999999999-")
+    dead.mkdir()
+    durable.make_way(tmp_path / "new" / "out", said.append)
+    assert names_in(tmp_path / "new") == []
+    assert said == [f"removed what an interrupted save left: {dead}"]
 
 
 def test_a_folder_without_a_manifest_was_never_committed(tmp_path):

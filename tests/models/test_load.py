@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmtune import durable
 from llmtune.errors import ConfigError, ModelError
 from llmtune.models.load import context_length, resize_for_tokenizer
-from llmtune.models.weights import digest_tensors, inspect_weights
+from llmtune.models.weights import digest_tensors, inspect_weights, refuse_changed_weights
 
 
 def test_the_weights_are_those_on_disk_bit_for_bit(tiny_model_folder, load):
@@ -75,6 +76,37 @@ def test_the_digest_is_sha256_over_name_type_shape_and_bytes():
         b"a\0float32\0(2,)\0" + bytes.fromhex("0000803f00000040") + b"b\0int64\0()\0" + bytes([5] + [0] * 7)
     ).hexdigest()
     assert digest_tensors([("a", torch.tensor([1.0, 2.0])), ("b", torch.tensor(5))]) == expected
+
+
+def committed(folder):
+    """Two weight files and a card, as a result of ours is written."""
+    with durable.commit_folder(folder) as staging:
+        durable.write_tensors(staging / "model-1.safetensors", {"a": torch.zeros(3)})
+        durable.write_tensors(staging / "model-2.safetensors", {"b": torch.ones(3)})
+        durable.write_text(staging / "README.md", "a card")
+    return folder
+
+
+def test_weights_that_are_not_as_they_were_committed_are_refused_by_name(tmp_path):
+    """P5: a bit that safetensors reads without complaint; a card may be edited."""
+    folder = committed(tmp_path / "final")
+    (folder / "README.md").write_text("edited")
+    refuse_changed_weights(folder)
+    weights = bytearray((folder / "model-2.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model-2.safetensors").write_bytes(weights)
+    with pytest.raises(ModelError, match=r"`model-2.safetensors` was changed: its sha256 does not fit"):
+        refuse_changed_weights(folder)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(ModelError) as caught:
+        refuse_changed_weights(folder)
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize("content", ["{}", '{"name": "an app"}', "[]", "no JSON"])
+def test_another_programs_manifest_says_nothing_about_weights(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    refuse_changed_weights(tmp_path)
 
 
 def test_a_name_in_two_shards_is_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmtune.runs.secrets import looks_secret, redacted, redacted_command
+from llmtune.runs.secrets import find_secrets, redacted, redacted_command
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ ENVIRONMENT = {
     ],
 )  # fmt: skip
 def test_a_run_is_not_refused_for_words_names_and_places(value):
-    assert not looks_secret(value, environ=ENVIRONMENT)
+    assert find_secrets({"key": value}, environ=ENVIRONMENT) == []
 
 
 @pytest.mark.parametrize("value", [value for name, value in ENVIRONMENT.items() if name not in {"DB_PASSWORD", "API_KEY"}])
@@ -70,12 +70,12 @@ def test_words_numbers_and_places_are_not_hidden_either(value):
 @pytest.mark.parametrize("shown", ["{}", "logged in with {}!", "x{}y"])
 def test_a_run_is_refused_for_a_random_secret_of_the_environment(value, shown):
     text = shown.format(value)
-    assert looks_secret(text, environ={"WANDB_API_KEY": value})
-    assert looks_secret((1, text), environ={"WANDB_API_KEY": value})
-    assert not looks_secret(text, environ={"WANDB_API_KEY": "", "NAME": value})
+    values = {"notes": text, "seed": 1, "tags": (1, text), "name": "a training run"}
+    assert find_secrets(values, environ={"WANDB_API_KEY": value}) == ["notes", "tags"]
+    assert find_secrets(values, environ={"WANDB_API_KEY": "", "NAME": value}) == []
 
 
 def test_a_short_password_is_hidden_as_a_whole_word_only():
     environ = {"DB_PASSWORD": "hunter22"}
     assert redacted("hunter22, x=hunter22 and hunter22000", environ=environ) == "***, x=*** and hunter22000"
-    assert not looks_secret("hunter22", environ=environ)
+    assert find_secrets({"key": "hunter22"}, environ=environ) == []

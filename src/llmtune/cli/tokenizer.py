@@ -57,9 +57,7 @@ def train(
         max_length=architecture.max_seq_len or 2048,
     )
     report = measure_tokenizer(tokenizer, iter_texts(settings.data))
-    durable.make_folder(output.absolute().parent)
-    for line in durable.sweep_litter(output.absolute().parent):  # of a training that was killed
-        say(line)
+    durable.make_way(output, say)
     with durable.commit_folder(output, sealed=False, replace=False) as folder:
         write_tokenizer(tokenizer, folder)
     if as_json:

@@ -65,7 +65,7 @@ def export(
     is_adapter = found is not None and (found / "adapter_config.json").is_file()
     if base is not None and not is_adapter:
         raise UsageError("--base is for adapters, and this is a whole model", where="--base", fix="leave it out")
-    durable.make_folder(output.absolute().parent)
+    durable.make_way(output, say)  # an export that was killed leaves a folder as large as the model
     write = _write_gguf if chosen == "gguf" else _write_safetensors
     wanted = _Wanted(str(found or source), output, dtype, base, offline, say)
     return write(wanted, found if is_adapter else None)
@@ -115,9 +115,6 @@ def _write_safetensors(wanted: _Wanted, adapter: Path | None) -> ExportReport:
         merged = wanted.merge(adapter, wanted.output)
         return ExportReport(wanted.source, "safetensors", merged.dtype, merged.difference, merged.tolerance, list(merged.notes))
     whole = open_whole(resolve(wanted.source, offline=wanted.offline))
-    durable.make_folder(wanted.output.absolute().parent)
-    for line in durable.sweep_litter(wanted.output.absolute().parent):  # of an export that was killed
-        wanted.say(line)
     with durable.commit_folder(wanted.output, replace=False) as staging:
         wanted.say(f"writing the model in {whole.folder}")
         write_whole(whole, staging, dtype=wanted.type)

@@ -87,9 +87,7 @@ def merge_lora(
     say(f"merging {origin.adapter} into {origin.base_name}")
     plan = plan_merge(origin, dtype=None if dtype is None else DTYPES[dtype], dequantize=base is None)
     digest = _checked_digest(origin, plan)
-    durable.make_folder(output.parent)
-    for line in durable.sweep_litter(output.parent):  # of a merge that was killed
-        say(line)
+    durable.make_way(output, say)
     with durable.commit_folder(output, replace=False) as staging:
         written = write_merged(plan, origin, staging)
         say(f"comparing the result with base + adapter on {len(_prompts(origin, plan))} prompts")

@@ -2,8 +2,8 @@
 
 `write_bytes`, `write_text`, `write_json`, `write_tensors` put one file in place, `commit_file` one that a library writes;
 `commit_folder` a whole folder with its manifest; `AppendLog` is a file that grows line by line; `remove_tree`, `remove_file`, `rename`,
-`make_folder`, `link_or_copy` are the rest; `sweep_litter` cleans up after a killed process; `verify_manifest` says whether a folder is
-still what was committed. `use_backend` replaces the operating system underneath, for tests.
+`make_folder`, `link_or_copy` are the rest; `sweep_litter` cleans up after a killed process, and `make_way` before a commit;
+`verify_manifest` says whether a folder is still what was committed. `use_backend` replaces the operating system underneath, for tests.
 
 Not safe against a rename that a file system itself tears apart, nor against a disk that claims to have synced and has not.
 """
@@ -14,6 +14,7 @@ from llmtune.durable.folders import (
     commit_file,
     commit_folder,
     has_digest,
+    make_way,
     read_manifest,
     remove_file,
     remove_tree,
@@ -43,6 +44,7 @@ __all__ = [
     "link_or_copy",
     "machine_error",
     "make_folder",
+    "make_way",
     "point_to",
     "printable",
     "read_lines",

@@ -8,7 +8,8 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from socket import gethostname
 from typing import Any
@@ -19,6 +20,7 @@ from llmtune.durable.files import (
     best_effort,
     json_text,
     live_parts,
+    make_folder,
     part_name,
     read_chunks,
     stagings,
@@ -33,6 +35,7 @@ __all__ = [
     "commit_file",
     "commit_folder",
     "has_digest",
+    "make_way",
     "read_manifest",
     "remove_file",
     "remove_tree",
@@ -199,6 +202,14 @@ def sweep_litter(folder: Path | str, *, everything: bool = False) -> list[str]:
     return done
 
 
+def make_way(target: Path | str, say: Callable[[str], None]) -> None:
+    """Make the folder that `target` will stand in, and sweep what killed processes left there, saying each. Raises MachineError."""
+    parent = Path(target).absolute().parent
+    make_folder(parent)
+    for line in sweep_litter(parent):
+        say(line)
+
+
 def _settle(folder: Path, name: str) -> str:
     old, target = folder / name, folder / name.removeprefix(OLD_PREFIX)
     if os.path.lexists(target):
@@ -269,11 +280,12 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     return manifest
 
 
-def verify_manifest(folder: Path | str, *, past_cache: bool = False) -> list[Problem]:
+def verify_manifest(folder: Path | str, *, only: str = "*", past_cache: bool = False) -> list[Problem]:
     """Compare every file of a committed folder with its manifest and return what is wrong; an empty list means: as committed (P5).
 
-    Found are: a changed byte, a cut, a missing, added or exchanged file, a link in place of a file, an edited manifest. `past_cache` asks
-    the system to read from the disk what it may still hold in memory.
+    Found are: a changed byte, a cut, a missing, added or exchanged file, a link in place of a file, an edited manifest. `only` is a pattern
+    (`*.safetensors`) for the names looked at, relative to `folder` and at any depth; files of other names are not read. `past_cache`
+    asks the system to read from the disk what it may still hold in memory.
     """
     folder = Path(folder)
     fix = "use another checkpoint or copy, or restore this folder from a backup"
@@ -283,18 +295,21 @@ def verify_manifest(folder: Path | str, *, past_cache: bool = False) -> list[Pro
         return [Problem("manifest.json is missing: the folder was never committed, or was taken apart", printable(folder), fix)]
     except (ValueError, OSError) as error:
         return [Problem(str(error), printable(folder / MANIFEST), fix)]
-    expected: dict[str, dict[str, Any]] = manifest["files"]
+    expected: dict[str, dict[str, Any]] = {name: entry for name, entry in manifest["files"].items() if fnmatchcase(name, only)}
+    inhabited = {parent.as_posix() for name in manifest["files"] for parent in Path(name).parents}
     problems: list[str] = []
     found: set[str] = set()
     try:
         for path, status in _walk(folder):
             name = path.relative_to(folder).as_posix()
-            if stat.S_ISDIR(status.st_mode):
-                if not any(one.startswith(f"{name}/") for one in expected):
-                    problems.append(f"`{printable(name)}` does not belong here")
-            elif name == MANIFEST:
+            if name == MANIFEST:
                 if not stat.S_ISREG(status.st_mode):
                     problems.append(f"`{MANIFEST}` is not a plain file")
+            elif not fnmatchcase(name, only):
+                continue
+            elif stat.S_ISDIR(status.st_mode):
+                if name not in inhabited:
+                    problems.append(f"`{printable(name)}` does not belong here")
             else:
                 found.add(name)
                 problems.extend(_compare(path, status, expected.get(name), name, past_cache=past_cache))

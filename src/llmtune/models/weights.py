@@ -61,14 +61,17 @@ def inspect_weights(files: Sequence[Path]) -> WeightsReport:
 
 
 def refuse_changed_weights(folder: Path) -> None:
-    """Where a manifest stands beside the weights (a result of ours), compare each weight file with it (P5).
+    """Where a manifest of ours stands beside the weights, compare each weight file with it (P5).
 
     Other files may be edited, a model card for example. Raises ModelError that names each weight file that is not as it was written.
     """
-    if (folder / durable.MANIFEST).is_file():
-        changed = [one for one in durable.verify_manifest(folder) if ".safetensors`" in one.problem]
-        if changed:
-            raise ModelError.all(changed)
+    try:
+        durable.read_manifest(folder)
+    except (OSError, ValueError):
+        return  # no manifest, or a file of that name that another program wrote
+    changed = durable.verify_manifest(folder, only="*.safetensors")
+    if changed:
+        raise ModelError.all(changed)
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

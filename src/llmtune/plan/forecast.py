@@ -19,13 +19,14 @@ import llmtune.training
 from llmtune import __version__
 from llmtune.config.schema import Config
 from llmtune.data.batches import BatchPlan, Layout
-from llmtune.plan.devices import Target, precision_on
+from llmtune.plan.devices import Target, open_target, precision_on
 from llmtune.plan.memory import MemoryPlan, add_up
 from llmtune.plan.process import process_bytes
 from llmtune.plan.skeleton import Counted, Shape, build, count, open_shape, weight_dtype
 from llmtune.plan.store import read_entry, write_entry
 from llmtune.plan.trace import MicroBatchShape, Peaks, extrapolate, trace
 from llmtune.preparation import Options, Prepared
+from llmtune.training.devices import Devices
 from llmtune.training.engine import GROUP_TOKENS
 from llmtune.training.precision import DTYPES as COMPUTE
 
@@ -64,6 +65,12 @@ class Forecaster:
     rank: int = 0
     _peaks: dict[str, Peaks] = field(default_factory=dict)
     _counted: dict[str, Counted] = field(default_factory=dict)
+
+    @classmethod
+    def here(cls, prepared: Prepared, options: Options, devices: Devices) -> Forecaster:
+        """Plans for the device of this process, and for its place among the processes that share the run."""
+        target = open_target(None, no_cuda=devices.device.type == "cpu")
+        return cls(prepared, options, target, world_size=devices.world_size, rank=devices.rank)
 
     @property
     def config(self) -> Config:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HIDDEN", "looks_secret", "redacted", "redacted_command"]
+__all__ = ["HIDDEN", "find_secrets", "redacted", "redacted_command"]
 
 HIDDEN = "***"
 
@@ -62,17 +62,18 @@ def redacted(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
     return _redacted(value, _environment_secrets(os.environ if environ is None else environ))
 
 
-def looks_secret(value: Any, *, environ: Mapping[str, str] | None = None) -> bool:
-    """Whether a value holds something in the shape of a well-known service's key, or a random value of a secret environment variable.
+def find_secrets(values: Mapping[str, Any], *, environ: Mapping[str, str] | None = None) -> list[str]:
+    """The keys whose value holds something in the shape of a well-known service's key, or a random value of a secret environment variable.
 
-    Stricter than `redacted`, for a run is refused for it: a password that could be a name (`training-run-7`) is hidden, not refused.
+    Stricter than `redacted`, for a run is refused for it: a password that could be a name (`training-run-7`) is hidden, not refused; and
+    the name a value stands under does not matter.
 
-    >>> looks_secret("hf_abcdefghijklmnop4567"), looks_secret(["a", 3])
-    (True, False)
+    >>> find_secrets({"notes": "hf_abcdefghijklmnop4567", "tags": ["a", 3]}, environ={})
+    ['notes']
     """
-    plain = list(value) if isinstance(value, tuple) else value
     known = [one for one in _environment_secrets(os.environ if environ is None else environ) if _is_sure(one)]
-    return bool(_redacted(plain, known) != plain)
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return [key for key, value in plain.items() if _redacted(value, known) != value]
 
 
 def _redacted(value: Any, known: Sequence[str]) -> Any:

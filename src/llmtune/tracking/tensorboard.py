@@ -26,7 +26,7 @@ __all__ = ["TensorBoardTracker"]
 
 
 class _EventFile:
-    """One event file; every `flush` leaves it whole for a reader.
+    """One event file; when `add` returns its record is in the file, whole for a reader, though not yet synced to the disk.
 
     purge_step: what earlier files of the folder logged from this step on is taken from view. Raises OSError when the disk refuses.
     """
