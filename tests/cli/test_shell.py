@@ -246,7 +246,7 @@ def test_offline_is_set_before_anything_is_imported(broken, empty):
 
 @pytest.mark.parametrize(
     "environ",
-    [{"TERM": "dumb"}, {"COLUMNS": "20"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"HOME": ""}, {"NO_COLOR": "1"}],
+    [{"TERM": "dumb"}, {"COLUMNS": "20"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"HOME": ""}, {"NO_COLOR": "1"}],
     ids=lambda environ: next(iter(environ)),
 )
 def test_a_poor_terminal_gets_the_same_plain_message(environ, empty):

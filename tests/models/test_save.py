@@ -1,6 +1,8 @@
 """What a user takes away: folders that transformers and peft read without us."""
 
+import errno
 import json
+import resource
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmtune import durable
-from llmtune.errors import CheckpointError
+from llmtune.errors import CheckpointError, MachineError
 from llmtune.models.adapters import attach_adapter, trained_parameters
-from llmtune.models.save import restore_weights, write_adapter, write_model, write_weights
+from llmtune.models.save import restore_weights, write_adapter, write_model, write_tokenizer, write_weights
+from llmtune.models.silence import saving_by_library
+from pipeline_helpers import in_child
 
 IDS_BT = torch.arange(4, 28).reshape(2, 12)
 
@@ -102,3 +106,30 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed(tiny_model_f
     with pytest.raises(CheckpointError, match=words):
         restore_weights(model, weights)
     assert all(torch.equal(one, before[name]) for name, one in trained_parameters(model).items())
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_p7_what_the_system_refuses_a_library_is_said_as_what_it_refuses_us(what, tiny_model_folder, tiny_tokenizer, load, tmp_path):
+    """safetensors and tokenizers raise kinds of their own; a disk that fills while a library writes must cost a save, not the run."""
+    model = load(tiny_model_folder, trained="full").model
+    (tmp_path / "out").mkdir()
+
+    def refused():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        try:
+            write_model(model, tiny_tokenizer, tmp_path / "out") if what == "model" else write_tokenizer(tiny_tokenizer, tmp_path / "out")
+        except MachineError as error:
+            (tmp_path / "told").write_text(f"{durable.errno_of(error)} {error}"[:4000])
+            raise
+
+    assert in_child(refused) == 6
+    told = (tmp_path / "told").read_text()
+    assert told.startswith(f"{errno.EFBIG} {tmp_path / 'out'}: cannot save: File too large (EFBIG)"), told
+
+
+def test_p7_an_error_of_a_library_that_is_not_the_system_s_stays_what_it_is(tmp_path):
+    with pytest.raises(KeyError, match="weight"), saving_by_library(tmp_path):
+        raise KeyError("weight")
+    with pytest.raises(MachineError, match="ENOSPC") as caught, saving_by_library(tmp_path):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert durable.errno_of(caught.value) == errno.ENOSPC  # one of those that `SaveAttempts` tries again and then passes over

@@ -24,7 +24,9 @@ def report(
     """Show what became of every row: the balance, lengths, padding, packing, each source; exit code 3 if training would refuse them."""
     resolved = load_config(config, overrides=overrides or ())
 
-    from llmtune.cli.process import is_offline
+    from llmtune.cli.process import check_working_folder, is_offline
+
+    check_working_folder()
     from llmtune.data.prepare import refuse_problems, survey_data
     from llmtune.data.report import data_report, report_lines, row_line, row_report
     from llmtune.preparation import Options, find_model, open_renderer, open_tokenizer

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from llmtune import __version__
+from llmtune.cli.process import check_working_folder
 from llmtune.errors import LlmtuneError
 
 __all__ = ["doctor"]
@@ -57,6 +58,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line: what, state, found, fix.")] = False,
 ) -> int:
     """Look at versions, devices and folders; exit code 0 when everything needed works, 6 otherwise."""
+    check_working_folder()
     findings = [finding for check in CHECKS for finding in check()]
     for one in findings:
         if as_json:

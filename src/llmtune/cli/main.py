@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from llmtune import __version__
 from llmtune.cli.failure import report_crash, report_error, say
 from llmtune.cli.offline import allow_no_telemetry, go_offline
+from llmtune.cli.process import check_arguments
 from llmtune.errors import LlmtuneError, MachineError, UsageError
 from llmtune.runs.signals import ending_in_order
 
@@ -229,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command line and return its exit code; every failure becomes one message on stderr."""
     try:
+        check_arguments(arguments)
         with ending_in_order():
             code = _invoke(arguments)
         if sys.stdout is not None:

@@ -36,7 +36,9 @@ def preview(
     """Show rows as the model will see them: tokens, what is trained, packs; exit code 3 if training would refuse the data."""
     resolved = load_config(config, overrides=overrides or ())
 
-    from llmtune.cli.process import is_offline
+    from llmtune.cli.process import check_working_folder, is_offline
+
+    check_working_folder()
     from llmtune.data.prepare import refuse_problems, survey_data
     from llmtune.data.preview import html_page, json_line, legend, terminal_text
     from llmtune.durable import write_text

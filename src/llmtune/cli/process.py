@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-__all__ = ["is_offline", "prepare_process"]
+from llmtune.config.origin import is_text, printable
+from llmtune.errors import MachineError, UsageError
+
+__all__ = ["check_arguments", "check_surroundings", "check_working_folder", "is_offline", "prepare_process"]
 
 
 def is_offline() -> bool:
@@ -16,7 +22,9 @@ def prepare_process(*, trains: bool = False) -> None:
     """Quiet the libraries' progress bars and advice; llmtune says itself what it does.
 
     trains: the process takes many equal steps, so freed memory is kept for the next one. Not for a merge, whose peak is promised.
+    Raises what `check_surroundings` raises.
     """
+    check_surroundings()
     from llmtune.training.memory import bound_kernel_caches, tune_allocator
 
     bound_kernel_caches()
@@ -25,3 +33,40 @@ def prepare_process(*, trains: bool = False) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise UsageError for an argument that holds bytes which are no text here: no config, prompt or report could repeat it."""
+    for word in arguments:
+        if not is_text(word):
+            raise UsageError(f"`{printable(word)}` holds bytes that are not {_encoding()}", "command line", _encoding_fix())
+
+
+def check_surroundings() -> None:
+    """Raise MachineError where the libraries we compute with cannot work, before one of them ends the process in its own way."""
+    check_working_folder()
+    if sys.flags.optimize > 1:
+        problem = "Python was told to drop docstrings (-OO, PYTHONOPTIMIZE=2), and transformers cannot work without its own"
+        raise MachineError(problem, "this process", "start it without; -O and PYTHONOPTIMIZE=1 are fine")
+
+
+def check_working_folder() -> None:
+    """Raise MachineError for a working folder that was deleted (torch could not be loaded), or whose name is no text here."""
+    try:
+        here = Path.cwd()
+    except OSError as error:
+        fix = "go to a folder that exists (`cd`), then run the same command again"
+        raise MachineError(f"the working folder cannot be entered: {error.strerror}", "this process", fix) from error
+    if not is_text(str(here)):
+        problem = f"the name of the working folder holds bytes that are not {_encoding()}"
+        raise MachineError(problem, printable(str(here), 4096), _encoding_fix())
+
+
+def _encoding() -> str:
+    return sys.getfilesystemencoding().upper()
+
+
+def _encoding_fix() -> str:
+    if _encoding() == "UTF-8":
+        return "give the file or folder a name in UTF-8"
+    return "set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8"

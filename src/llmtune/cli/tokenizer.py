@@ -31,6 +31,7 @@ def train(
 ) -> None:
     """Train a byte-level BPE tokenizer on the config's data and save it as a tokenizer folder."""
     from llmtune import durable
+    from llmtune.cli.process import check_working_folder
     from llmtune.config.layers import load_config
     from llmtune.data.prepare import iter_texts
     from llmtune.errors import ConfigError, UsageError
@@ -38,6 +39,7 @@ def train(
     from llmtune.models.tokenizer import find_chat_template, train_tokenizer
     from llmtune.models.tokenizer_training import measure_tokenizer
 
+    check_working_folder()
     resolved = load_config(config, overrides=overrides or ())
     settings = resolved.config
     if not settings.data.train:

@@ -18,7 +18,7 @@ from llmtune.config.checks import contradictions
 from llmtune.config.collect import Findings, Setting, collect
 from llmtune.config.document import Entry, Listing, Node, Scalar, Table, Unreadable, from_python, parse_yaml, read_text, shown
 from llmtune.config.json_document import parse_json
-from llmtune.config.origin import DEFAULT, Origin, printable
+from llmtune.config.origin import DEFAULT, Origin, is_text, printable
 from llmtune.config.schema import Config
 from llmtune.config.shipped import shipped_path, shipped_presets
 from llmtune.errors import ConfigError, Problem
@@ -301,7 +301,7 @@ def _override_layer(overrides: Sequence[str] | Mapping[str, object], findings: F
 def _argument(text: str, origin: Origin, findings: Findings) -> Node:
     """Read a value from the command line or the environment: lists, mappings and quotes as in YAML, anything else as it stands."""
     text = text.strip()
-    if text[:1] in ("[", "{", '"', "'"):
+    if text[:1] in ("[", "{", '"', "'") and is_text(text):
         try:
             return parse_yaml(text, lambda _: origin, findings.problems)
         except Unreadable as unreadable:

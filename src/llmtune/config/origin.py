@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DEFAULT", "Origin", "printable"]
+__all__ = ["DEFAULT", "Origin", "is_text", "printable"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,15 @@ class Origin:
 
 
 DEFAULT = Origin("default", "default")
+
+
+def is_text(text: str) -> bool:
+    r"""Say whether the text can be written down: not where a byte that could not be read, or half a character, stands in it.
+
+    >>> is_text("Größe"), is_text("Gr\udcc3")
+    (True, False)
+    """
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def printable(text: str, limit: int = 60) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from llmtune import durable
 from llmtune.errors import ModelError
-from llmtune.models.silence import quiet_libraries
+from llmtune.models.silence import quiet_libraries, saving_by_library
 
 __all__ = ["converted_folder", "converted_weights_digest", "model_cache_folder", "read_gguf"]
 
@@ -97,7 +97,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         del model.config.quantization_config
     setattr(model, "hf_quantizer", None)  # noqa: B010 - not a module or tensor, as the type checker believes
     model.config.architectures = [type(model).__name__]
-    with quiet_libraries():
+    with saving_by_library(folder):
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
     report = inspect_weights(sorted(folder.glob("*.safetensors")))

@@ -14,7 +14,7 @@ from llmtune import durable
 from llmtune.models.adapter_scan import BASE_RECORD
 from llmtune.models.adapters import adapter_files, trained_parameters
 from llmtune.models.scan import read_json_file
-from llmtune.models.silence import quiet_libraries
+from llmtune.models.silence import saving_by_library
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ def write_model(
     """
     state = _rounded(model.state_dict(), dtype)
     before = model.config.dtype
-    with quiet_libraries(), durable.asking_the_system("save", folder):
+    with saving_by_library(folder):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_bytes)
     model.config.dtype = before  # the library leaves its name there instead; writing changes nothing (N12)
     _write_generation(model, tokenizer, stop_token_ids, folder)
@@ -79,7 +79,7 @@ def write_adapter(
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write the tokenizer and its chat template as `AutoTokenizer.from_pretrained` reads them; traces of how it was opened are left out."""
-    with quiet_libraries(), durable.asking_the_system("save", folder):
+    with saving_by_library(folder):
         tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
     config = {key: value for key, value in read_json_file(path).items() if key not in ("is_local", "local_files_only", "name_or_path")}

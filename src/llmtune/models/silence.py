@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-__all__ = ["quiet_libraries"]
+from llmtune import durable
 
+__all__ = ["quiet_libraries", "saving_by_library"]
+
+_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
 _LOGGERS = ("transformers", "peft", "accelerate", "huggingface_hub", "tokenizers", "gguf")
 
 
@@ -36,3 +42,20 @@ def quiet_libraries() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if not hub_bar_was_off:
             enable_progress_bars()
+
+
+@contextmanager
+def saving_by_library(folder: Path) -> Iterator[None]:
+    """While inside, a library writes into `folder`, quietly; what the system refuses it is a MachineError, as if we had asked ourselves.
+
+    safetensors and tokenizers raise kinds of their own for that, with the number of the system's error in their words.
+    """
+    with quiet_libraries(), durable.asking_the_system("save", folder):
+        try:
+            yield
+        except Exception as error:  # tokenizers raises bare Exception
+            refused = _ERROR_NUMBER.search(str(error))
+            if refused is None:
+                raise
+            number = int(refused[1])
+            raise OSError(number, os.strerror(number)) from error

@@ -16,7 +16,7 @@ __all__ = ["read_entry", "write_entry"]
 def read_entry(key: str) -> dict[str, Any] | None:
     """The entry of that name; None when there is none, or none that can be read."""
     path = _path(key)
-    if path is None or not path.is_file():
+    if path is None:
         return None
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
