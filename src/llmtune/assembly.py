@@ -19,6 +19,7 @@ from llmtune.models.load import load_model
 from llmtune.preparation import Options, Prepared
 from llmtune.training.devices import Devices, choose_device
 from llmtune.training.engine import Engine, build_engine
+from llmtune.training.memory import bound_kernel_caches
 from llmtune.training.neftune import Neftune
 from llmtune.training.optim import Optimizer, build_optimizer, matrices_of_blocks
 from llmtune.training.precision import Precision, choose_precision
@@ -134,8 +135,10 @@ def choose_rates(training: TrainingConfig, *, scratch: bool, adapter: bool, para
 def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assembled:
     """Load the model, attach what is trained, choose engine and precision, build the optimizer; weights are those before step 1.
 
-    The random generators are seeded here, once, from `run.seed`. Raises ModelError, AdapterError, ConfigError or MachineError.
+    The random generators are seeded here, once, from `run.seed`; the kernels that torch keeps are bounded. Raises ModelError,
+    AdapterError, ConfigError or MachineError.
     """
+    bound_kernel_caches()  # also for a program that came here by the Python API
     config = prepared.config
     _seed_everything(config.run.seed + devices.rank)
     precision, decisions = _open_precision(config.training, devices)

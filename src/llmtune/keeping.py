@@ -14,6 +14,7 @@ from llmtune import durable
 from llmtune.assembly import Assembled
 from llmtune.config.dump import config_to_dict, config_to_yaml
 from llmtune.config.layers import ResolvedConfig
+from llmtune.config.schema import ModelConfig
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.model_card import model_card
 from llmtune.models import adapters, save
@@ -31,13 +32,13 @@ from llmtune.training.state import Snapshot
 
 __all__ = [
     "CONFIG_FILE",
-    "TOKENIZER_FOLDER",
     "Keeper",
     "check_name",
     "config_file_of",
     "create",
     "find_checkpoint",
     "identity_of",
+    "own_tokenizer",
     "restore_weights",
     "run_info",
     "run_name",
@@ -68,6 +69,17 @@ def check_name(resolved: ResolvedConfig) -> None:
     """Raise UsageError when `run.name` cannot be the name of a run, while nothing is loaded yet; `create` asks again, of the final name."""
     config = resolved.config
     checked_name(run_name(config.run.name, model=config.model.name, config=resolved.name, seed=config.run.seed))
+
+
+def own_tokenizer(run: RunFolder, asked: ModelConfig) -> Path | None:
+    """The folder of the tokenizer that the run trained for itself; None where it has none, or where something else is asked for.
+
+    Another tokenizer or chat template than when the run began is to be opened as in a new run: its digest says whether the run can go on.
+    """
+    folder = run.path / TOKENIZER_FOLDER
+    was = run.info["identity"]["config"]["model"]
+    is_as_it_was = (asked.tokenizer, asked.chat_template) == (was["tokenizer"], was["chat_template"])
+    return folder if folder.is_dir() and is_as_it_was else None
 
 
 def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled) -> RunFolder:

@@ -146,8 +146,7 @@ def reopen(
             trackers, _ = _trackers(resolved)
             loaded, problems = keeping.find_checkpoint(run, checkpoint)
             reporting.say_resume(run, loaded, problems, say)
-            tokenizer_folder = run.path / keeping.TOKENIZER_FOLDER
-            prepared, devices = preflight_again(resolved, options, tokenizer_folder if tokenizer_folder.is_dir() else None, say)
+            prepared, devices = preflight_again(resolved, options, keeping.own_tokenizer(run, resolved.config.model), say)
             prepared = settle.as_before(prepared, run.info["identity"]["config"])
             assembled = assembled_in_memory(prepared, options, devices)
             now = keeping.identity_of(prepared, assembled)

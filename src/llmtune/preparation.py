@@ -89,7 +89,7 @@ def trains_tokenizer(config: Config, source: ModelSource) -> bool:
 def open_tokenizer(config: Config, source: ModelSource, options: Options, *, folder: Path | None = None) -> LoadedTokenizer:
     """The run's tokenizer: from `folder` (a run's own), the model's, the one named, or, from scratch, trained on the run's own rows."""
     if folder is not None:
-        return load_tokenizer_folder(folder, config.model)
+        return load_tokenizer_folder(folder)
     if trains_tokenizer(config, source):
         return train_tokenizer_for(source, config.model, _texts(config))
     return load_tokenizer(source, config.model, trust_remote_code=options.trust_remote_code, new_tokens=config.adapter.train_tokens)

@@ -201,6 +201,20 @@ def test_only_the_files_asked_for_are_compared_and_read(tmp_path, monkeypatch):
     assert problems.count("\n") == 3
 
 
+def test_of_files_that_are_left_to_their_reader_presence_and_size_are_looked_at(tmp_path):
+    with durable.commit_folder(tmp_path / "x") as staging:
+        durable.write_text(staging / "model.safetensors", "weights")
+        durable.write_text(staging / "config.json", "{}")
+    (tmp_path / "x" / "model.safetensors").write_text("Weights")
+    assert durable.verify_manifest(tmp_path / "x", unread="*.safetensors") == []
+    assert len(durable.verify_manifest(tmp_path / "x")) == 1
+    (tmp_path / "x" / "model.safetensors").write_text("Weight")
+    assert "has 6 bytes instead of 7" in str(durable.verify_manifest(tmp_path / "x", unread="*.safetensors"))
+    (tmp_path / "x" / "model.safetensors").unlink()
+    (tmp_path / "x" / "config.json").write_text("[]")
+    assert len(durable.verify_manifest(tmp_path / "x", unread="*.safetensors")) == 2
+
+
 def test_the_way_is_made_and_cleared_before_a_commit(tmp_path):
     said = []
     durable.make_way(tmp_path / "new" / "out", said.append)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from llmtune.training.memory import KERNEL_CACHES
+from llmtune.training.memory import KERNEL_CACHES, bound_kernel_caches
+from pipeline_fixtures import rows_file  # noqa: F401
+from pipeline_helpers import small_run
 
 FAULTS = """
 import resource, sys
@@ -39,11 +42,15 @@ def test_a_large_block_is_made_of_fresh_pages_once_and_not_at_every_use() -> Non
 
 KERNELS = """
 import ctypes, sys
-from llmtune.training.memory import bound_kernel_caches
-if sys.argv[1] == "bounded":
-    bound_kernel_caches()
-assert "torch" not in sys.modules
 import torch
+if sys.argv[1] == "bounded":
+    from llmtune.training.memory import bound_kernel_caches
+    bound_kernel_caches()
+if sys.argv[1] == "api":
+    from llmtune.api import Trainer
+    from llmtune.config.layers import load_config
+    trainer = Trainer(load_config(None, overrides=sys.argv[2:], environ={}), no_cuda=True, say=lambda line: None)
+    assert trainer.session.state.step == 0
 
 class Heap(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "a", "b", "c", "mapped", "d", "e", "used", "free", "top")]
@@ -63,15 +70,28 @@ print(used_after(range(500, 800)) - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from glibc's allocator")
-def test_ever_new_lengths_of_rows_use_no_more_memory() -> None:
-    """Q7: a longer run needs no more memory. 300 new lengths of one product keep 80 MB without the bound."""
+def test_ever_new_lengths_of_rows_use_no_more_memory(tiny_model_folder: Path, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Q7: a longer run needs no more memory, by the command or the API. 300 new lengths of one product keep 80 MB without the bound."""
     import torch
 
     unbounded = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
+    run = small_run(tiny_model_folder, rows_file, tmp_path)
     grown = {
-        kind: int(subprocess.run([sys.executable, "-c", KERNELS, kind], capture_output=True, text=True, check=True, env=unbounded).stdout)
-        for kind in ("bounded", "free")
+        kind: int(subprocess.run([sys.executable, "-c", KERNELS, *words], capture_output=True, text=True, check=True, env=unbounded).stdout)
+        for kind, *words in (("bounded", "bounded"), ("api", "api", *run), ("free", "free"))
     }
     assert grown["bounded"] < 10e6
+    assert grown["api"] < 10e6
     if torch.cpu.get_capabilities().get("avx512_bf16"):  # elsewhere the kernels may be others, and smaller
         assert grown["free"] > 4 * max(grown["bounded"], 5e6)
+
+
+def test_a_limit_that_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KERNEL_CACHES:
+        monkeypatch.delenv(name, raising=False)
+    bound_kernel_caches()
+    assert {name: os.environ[name] for name in KERNEL_CACHES} == KERNEL_CACHES
+    first = next(iter(KERNEL_CACHES))
+    monkeypatch.setenv(first, "7")
+    bound_kernel_caches()
+    assert os.environ[first] == "7"

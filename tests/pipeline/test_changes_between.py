@@ -124,6 +124,12 @@ def test_another_chat_template_is_another_tokenizer_and_refused(stopped, tiny_to
         resume(stopped, f"model.chat_template={template}", allow_changes=True)
 
 
+def test_a_template_file_that_was_moved_is_the_same_template(stopped, tiny_tokenizer, tmp_path):
+    template = tmp_path / "moved.jinja"
+    template.write_text(tiny_tokenizer.chat_template)
+    resume(stopped, f"model.chat_template={template}")
+
+
 @pytest.mark.parametrize(("keys", "value"), [(("versions", "torch"), "2.0"), (("threads",), 64), (("processor",), "another")])
 def test_another_version_thread_count_or_processor_is_said_and_the_run_goes_on(stopped, keys, value):
     edit_json(stopped / "run.json", "identity", *keys, to=value)
@@ -170,15 +176,32 @@ def test_a_config_file_that_was_edited_by_hand_is_a_changed_config(stopped):
         resume(stopped)
 
 
-def test_the_tokenizer_that_a_run_trained_for_itself_is_part_of_it(config_of):
+@pytest.fixture
+def scratch_run(config_of):
+    """A run, stopped after its first step of two, of a model from scratch that trained its own tokenizer."""
     small = ["d_model=32", "n_layers=1", "n_heads=2", "d_ff=64", "vocab_size=300"]
     scratch = ["model.name=custom-nano", *(f"model.architecture.{one}" for one in small), "training.max_steps=2"]
     session = pipeline.start(config_of(*scratch, name="scratch"), Options(), StopRequest(), say=lambda line: None)
     steps = session.steps()
     next(steps)
     steps.close()
-    run = session.run.path
+    return session.run.path
+
+
+def test_the_tokenizer_that_a_run_trained_for_itself_is_part_of_it(scratch_run):
+    run = scratch_run
     vocabulary = json.loads((run / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
     edit_json(run / "tokenizer" / "tokenizer.json", "model", "vocab", to={**vocabulary, "a": vocabulary["b"], "b": vocabulary["a"]})
     with pytest.raises(CheckpointError, match=r"digests\.tokenizer|was changed"):
         resume(run, allow_changes=True)
+
+
+def test_another_template_or_tokenizer_than_the_one_a_run_trained_is_refused_and_not_passed_over(scratch_run, tmp_path):
+    """Q2: neither is taken for the run's own, silently, because that lies in its folder."""
+    other = shutil.copytree(scratch_run / "tokenizer", tmp_path / "other")
+    vocabulary = json.loads((other / "tokenizer.json").read_text())["model"]["vocab"]
+    edit_json(other / "tokenizer.json", "model", "vocab", to={**vocabulary, "a": vocabulary["b"], "b": vocabulary["a"]})
+    for override in ("model.chat_template=turns", f"model.tokenizer={other}"):
+        with pytest.raises(CheckpointError, match=r"no longer fits: digests\.tokenizer was"):
+            resume(scratch_run, override, allow_changes=True)
+    resume(scratch_run, "model.chat_template=chatml")

@@ -16,6 +16,7 @@ from llmtune.errors import AdapterError
 from llmtune.models.adapter_layout import WeightUpdate, adapter_layout
 from llmtune.models.adapters import load_adapter_tensors
 from llmtune.models.dequantize import quantized_layers
+from llmtune.models.reading import read_config
 from llmtune.models.scan import weight_files
 from llmtune.models.silence import quiet_libraries
 from llmtune.models.weights import digest_tensors
@@ -72,10 +73,7 @@ def plan_merge(origin: Origin, *, dtype: torch.dtype | None, dequantize: bool) -
 
     dequantize: an adapter trained on a quantized base goes into that base, dequantized. Raises AdapterError when the adapter does not fit.
     """
-    from transformers import AutoConfig
-
-    with quiet_libraries():
-        config = AutoConfig.from_pretrained(str(origin.base_folder), local_files_only=True)
+    config = read_config(origin.base_folder)
     text = config.get_text_config()
     stored_rows = int(text.vocab_size)
     text.vocab_size = rows = max(stored_rows, max(origin.tokenizer.get_vocab().values()) + 1)

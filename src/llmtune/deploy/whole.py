@@ -19,6 +19,7 @@ from llmtune.deploy.write import MAX_SHARD_BYTES, copy_generation_config, write_
 from llmtune.errors import ModelError
 from llmtune.models.catalog import ModelSource
 from llmtune.models.load import load_model
+from llmtune.models.reading import read_config
 from llmtune.models.save import write_tokenizer
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
 from llmtune.models.silence import quiet_libraries
@@ -81,7 +82,7 @@ def open_whole(source: ModelSource, tokenizer: Any | None = None) -> Whole:
 
     Raises ModelError where there are no weights to write: one that is only built from scratch, or is published quantized.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if source.kind == "scratch":
         fix = "name the run that trained it, or its folder"
@@ -91,8 +92,8 @@ def open_whole(source: ModelSource, tokenizer: Any | None = None) -> Whole:
     if read_json_file(folder / "config.json").get("quantization_config"):
         fix = "name the unquantized model"
         raise ModelError("the model is published quantized, and its weights cannot be written back exactly", where=str(folder), fix=fix)
+    config = read_config(folder)
     with quiet_libraries(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         meta = AutoModelForCausalLM.from_config(config)
     weights = open_base_weights(weight_files(folder), meta)
     own = tokenizer if tokenizer is not None else load_tokenizer(source, ModelConfig(name=source.name)).tokenizer

@@ -11,6 +11,7 @@ from llmtune.config.schema import ModelConfig
 from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, ModelError, Problem
 from llmtune.models.catalog import ModelSource
+from llmtune.models.reading import read_config
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
 from llmtune.models.silence import quiet_libraries
 from llmtune.models.store import local_folder, may_ignore_auto_map
@@ -160,15 +161,14 @@ def _choose_dtype(model_config: ModelConfig, trained: str, precision: str, large
 
 def _read(folder: Path, device: torch.device, attention: str, options: dict[str, Any]) -> tuple[Any, list[Decision]]:
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     where = str(folder)
     if "quantization_config" in options or device.type != "cpu":
         options["device_map"] = {"": device}
+    config = read_config(folder, trust_remote_code=options["trust_remote_code"])
     try:
         with quiet_libraries():
-            trust = options["trust_remote_code"]
-            config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=trust)
             read: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
             model, info = read(
                 where, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,

@@ -16,8 +16,8 @@ from llmtune.config.schema import ModelConfig
 from llmtune.decisions import Decision
 from llmtune.errors import MachineError, ModelError, Problem, TokenizerError
 from llmtune.models.catalog import ModelSource, resolve
+from llmtune.models.reading import read_fast_tokenizer
 from llmtune.models.scan import refuse_unsafe_folder
-from llmtune.models.silence import quiet_libraries
 from llmtune.models.store import local_folder, may_ignore_auto_map
 from llmtune.models.tokenizer_training import train_tokenizer
 
@@ -70,12 +70,11 @@ def load_tokenizer(
     return LoadedTokenizer(tokenizer, tokenizer_digest(tokenizer), tuple(decisions))
 
 
-def load_tokenizer_folder(folder: Path, model_config: ModelConfig | None = None) -> LoadedTokenizer:
+def load_tokenizer_folder(folder: Path) -> LoadedTokenizer:
     """Load a tokenizer that was saved with a run, a checkpoint or a model, as it is there: nothing is chosen again but a missing pad token.
 
-    model_config is accepted for the symmetry of callers; a run's own tokenizer already carries the chat template it was trained with.
+    So it has the chat template that was trained with. Raises TokenizerError.
     """
-    del model_config
     refuse_unsafe_folder(folder)
     tokenizer = _read(folder, str(folder), trust_remote_code=False)
     decisions = _choose_pad(tokenizer)
@@ -160,26 +159,9 @@ def _blaming(key: str) -> Iterator[None]:
 
 
 def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
         raise TokenizerError(f"`{folder}` holds no tokenizer", where=where, fix="name a tokenizer folder in model.tokenizer")
-    try:
-        with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizer library raises bare Exception for a damaged file
-        _refuse_config(folder, trust_remote_code=trust_remote_code)  # it reads that too
-        raise TokenizerError(
-            f"the tokenizer in {folder} cannot be read: {_in_one_line(error)}",
-            where=where,
-            fix="fetch it again, or name another one in model.tokenizer",
-        ) from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise TokenizerError(
-            f"the tokenizer in {folder} has no fast form ({type(tokenizer).__name__})",
-            where=where,
-            fix="save it once with a tokenizer.json, or name another tokenizer in model.tokenizer",
-        )
+    tokenizer = read_fast_tokenizer(folder, where, trust_remote_code=trust_remote_code)
     template = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template]
     if not all(text is None or isinstance(text, str) for text in texts):
@@ -189,27 +171,6 @@ def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
             fix="take `chat_template` out of it, and give one with model.chat_template=FILE",
         )
     return tokenizer
-
-
-def _refuse_config(folder: Path, *, trust_remote_code: bool) -> None:
-    """Raise ModelError when the model's config.json beside a tokenizer is what the library cannot read."""
-    from transformers import AutoConfig
-
-    path = folder / "config.json"
-    if not path.is_file():
-        return
-    try:
-        with quiet_libraries():
-            AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # as bare as above
-        problem = f"config.json describes no model that can be built: {_in_one_line(error)}"
-        raise ModelError(problem, where=str(path), fix="fetch the file again, or correct that value") from error
-
-
-def _in_one_line(error: Exception) -> str:
-    """The first line of what a library says, with the one below it where the first only announces it."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _choose_template(tokenizer: Any, source: ModelSource, model_config: ModelConfig) -> list[Decision]:

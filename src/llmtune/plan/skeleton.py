@@ -15,9 +15,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtune.config.schema import Config, ModelConfig
-from llmtune.errors import LlmtuneError
+from llmtune.errors import LlmtuneError, ModelError
 from llmtune.models import adapters
 from llmtune.models.load import refuse_foreign_quantization
+from llmtune.models.reading import in_one_line, read_config
 from llmtune.models.scan import refuse_unsafe_folder, weight_files
 from llmtune.models.scratch import build_config
 from llmtune.models.silence import quiet_libraries
@@ -68,14 +69,11 @@ def open_shape(prepared: Prepared, options: Options) -> Shape:
     config, source, tokenizer = prepared.config, prepared.source, prepared.tokenizer.tokenizer
     if source.kind == "scratch":
         return Shape(build_config(source.entry or source.name, config.model.architecture, tokenizer), 0)
-    from transformers import AutoConfig
-
     trust = options.trust_remote_code
     folder = local_folder(source, weights=False, code=trust)
     refuse_unsafe_folder(folder, trust_remote_code=trust, ignore_auto_map=may_ignore_auto_map(source))
     refuse_foreign_quantization(folder, "adapter" if config.adapter.method != "none" else "full")
-    with quiet_libraries():
-        shape: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust)
+    shape = read_config(folder, trust_remote_code=trust)
     text = shape.get_text_config()
     text.vocab_size = max(text.vocab_size, max(tokenizer.get_vocab().values()) + 1)
     try:
@@ -95,7 +93,10 @@ def weight_dtype(model: ModelConfig, *, trained: bool, precision: str, scratch: 
 
 
 def build(shape: Shape, config: Config, tokenizer: Any, *, dtype: torch.dtype, blocks: int | None = None) -> Any:
-    """The model of that shape on the meta device, with the adapter of `config`; only the first `blocks` blocks when given."""
+    """The model of that shape on the meta device, with the adapter of `config`; only the first `blocks` blocks when given.
+
+    Raises ModelError for a shape that no model can have, AdapterError for an adapter that does not fit it.
+    """
     from transformers import AutoModelForCausalLM
 
     wanted = copy.deepcopy(shape.config)
@@ -106,7 +107,11 @@ def build(shape: Shape, config: Config, tokenizer: Any, *, dtype: torch.dtype, b
             if getattr(text, key, None):
                 setattr(text, key, getattr(text, key)[:blocks])
     with quiet_libraries(), torch.device("meta"), torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(wanted, dtype=dtype, trust_remote_code=shape.trust_remote_code)
+        try:
+            model = AutoModelForCausalLM.from_config(wanted, dtype=dtype, trust_remote_code=shape.trust_remote_code)
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError) as error:
+            problem = f"the model that its config.json describes cannot be built: {in_one_line(error)}"
+            raise ModelError(problem, where=config.model.name, fix="fetch the file again, or name another model") from error
         if config.adapter.method != "none":
             model, _ = adapters.attach_adapter(model, config.adapter, seed=0, tokenizer=tokenizer)
     return model

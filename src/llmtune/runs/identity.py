@@ -70,10 +70,10 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("config.training.optimizer", Effect.SHAPES),
     ("config.model.attention", Effect.ROUNDING),
     ("config.model.gradient_checkpointing", Effect.ROUNDING),
-    ("config.model.chat_template", Effect.SCHEDULE),
     ("config.model.name", Effect.HARMLESS),  # the digest of the base decides: a moved folder is the same model
     ("config.model.revision", Effect.HARMLESS),
-    ("config.model.tokenizer", Effect.HARMLESS),
+    ("config.model.tokenizer", Effect.HARMLESS),  # the digest of the tokenizer decides, which covers its template
+    ("config.model.chat_template", Effect.HARMLESS),
     ("config.model.*", Effect.SHAPES),
     ("config.adapter.alpha", Effect.SCHEDULE),
     ("config.adapter.dropout", Effect.SCHEDULE),

@@ -34,7 +34,8 @@ micro-batch's are used in every layer, so these hold them, and the 1,024 of each
 def bound_kernel_caches() -> None:
     """Keep the library of CPU kernels from collecting one for every length that ever occurred: a longer run needs no more memory.
 
-    Call it before torch is imported. A limit that the environment sets already is left alone. Values never change: a kernel is made again.
+    Each cache reads its limit once, with the first kernel it keeps: after torch is imported is early enough, after the first product of its
+    kind is too late. A limit that the environment sets already is left alone. Values never change: a kernel is made again.
     """
     for name, value in KERNEL_CACHES.items():
         os.environ.setdefault(name, value)
