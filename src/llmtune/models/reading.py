@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llmtune.errors import ModelError, TokenizerError
 from llmtune.models.silence import quiet_libraries
 
-__all__ = ["in_one_line", "read_config", "read_fast_tokenizer"]
+__all__ = ["collector_paused", "in_one_line", "read_config", "read_fast_tokenizer"]
 
 _COMPLAINTS = (
     ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError, ImportError,
@@ -19,6 +21,22 @@ _COMPLAINTS = (
 
 class _Unreadable(Exception):
     """A library could not make sense of a file; its message is one line."""
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """While inside, Python looks for no cycles of garbage; what is no cycle is freed as ever.
+
+    Importing the libraries and reading a vocabulary makes a million objects that stay, and each round of the collector would walk them all:
+    half a second of processor time of every command that reads a tokenizer.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:

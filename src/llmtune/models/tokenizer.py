@@ -16,7 +16,7 @@ from llmtune.config.schema import ModelConfig
 from llmtune.decisions import Decision
 from llmtune.errors import MachineError, ModelError, Problem, TokenizerError
 from llmtune.models.catalog import ModelSource, resolve
-from llmtune.models.reading import read_fast_tokenizer
+from llmtune.models.reading import collector_paused, read_fast_tokenizer
 from llmtune.models.scan import refuse_unsafe_folder
 from llmtune.models.store import local_folder, may_ignore_auto_map
 from llmtune.models.tokenizer_training import train_tokenizer
@@ -48,6 +48,7 @@ class LoadedTokenizer:
     decisions: tuple[Decision, ...] = ()
 
 
+@collector_paused()
 def load_tokenizer(
     source: ModelSource, model_config: ModelConfig, *, trust_remote_code: bool = False, new_tokens: Sequence[str] = ()
 ) -> LoadedTokenizer:
@@ -70,6 +71,7 @@ def load_tokenizer(
     return LoadedTokenizer(tokenizer, tokenizer_digest(tokenizer), tuple(decisions))
 
 
+@collector_paused()
 def load_tokenizer_folder(folder: Path) -> LoadedTokenizer:
     """Load a tokenizer that was saved with a run, a checkpoint or a model, as it is there: nothing is chosen again but a missing pad token.
 
