@@ -37,16 +37,18 @@ def model_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(cache) / "llmtune" / "models"
 
 
-def converted_folder(gguf: Path, *, environ: Mapping[str, str] = os.environ) -> Path:
+def converted_folder(gguf: Path, *, weights: bool = True, environ: Mapping[str, str] = os.environ) -> Path:
     """The folder with the converted model of this GGUF file: config, safetensors, tokenizer and chat template.
 
-    Made on first use; on later uses every byte is compared with the manifest first, and a folder that does not fit is made anew.
+    Made on first use; on later uses every byte is compared with the manifest first, and a folder that does not fit is made anew. With
+    weights=False only the small files are wanted, and the bytes of the weights are compared when somebody asks for those.
+
     Raises ModelError when the file cannot be read as a model, MachineError when the cache cannot be written.
     """
     digest = _file_digest(gguf)
     folder = model_cache_folder(environ) / f"gguf-{digest[:32]}-v{_FORMAT}"
     if folder.is_dir():
-        if not durable.verify_manifest(folder):
+        if not durable.verify_manifest(folder, unread="" if weights else "*.safetensors"):
             return folder
         durable.remove_tree(folder)
     durable.make_folder(folder.parent)

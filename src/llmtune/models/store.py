@@ -16,14 +16,14 @@ _NATIVE_DESPITE_AUTO_MAP = frozenset({"microsoft/Phi-4-mini-instruct"})
 def local_folder(source: ModelSource, *, weights: bool = True, code: bool = False) -> Path:
     """The folder that holds the model: itself, its conversion in the cache (GGUF), or its snapshot in the hub cache, fetched when missing.
 
-    weights=False fetches only the small files. A from-scratch model has no folder: ModelError.
+    weights=False fetches and compares only the small files. A from-scratch model has no folder: ModelError.
     """
     if source.kind == "folder":
         return Path(source.location)
     if source.kind == "gguf":
         from llmtune.models.gguf import converted_folder
 
-        return converted_folder(Path(source.location))
+        return converted_folder(Path(source.location), weights=weights)
     if source.kind == "hub":
         from llmtune.models.hub import fetch_snapshot
 
