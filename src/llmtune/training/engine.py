@@ -30,7 +30,7 @@ from llmtune.training.loss import plain_nll_sum
 
 __all__ = ["Engine", "build_engine", "checkpoint_blocks", "flat_nll_sum"]
 
-GROUP_TOKENS = 2048
+GROUP_TOKENS = 1536
 """Tokens that a flat micro-batch is cut to on a CPU (whole documents; a longer one goes alone): more gains little and costs memory."""
 
 
