@@ -79,6 +79,7 @@ class _Reader:
         self.parts: dict[str, Setting] = {}
 
     def walk(self, table: Table, prefix: str) -> None:
+        """Take every key of a table; `prefix` is the dotted name of its section."""
         for entry in table.entries:
             key = f"{prefix}.{entry.key}" if prefix else entry.key
             if key == "extends" or (not prefix and entry.key.startswith("x-")):
@@ -86,6 +87,7 @@ class _Reader:
             self.entry(key, entry)
 
     def entry(self, key: str, entry: Entry) -> None:
+        """Take one key by what it is: ours, a section, a secret, another toolkit's, or unknown. Nothing is raised: problems are found."""
         value, origin = entry.value, entry.origin
         leaf = key.rpartition(".")[2]
         if key in convert.LEAVES:
@@ -107,6 +109,7 @@ class _Reader:
             self.unknown(key, value, origin)
 
     def section(self, key: str, value: Node, origin: Origin) -> None:
+        """Take what stands under a section's name: a table, nothing, or a value that another toolkit writes there."""
         if isinstance(value, Table):
             self.walk(value, key)
         elif isinstance(value, Scalar) and value.is_null:
@@ -118,6 +121,7 @@ class _Reader:
             self.findings.problem(f"`{key}` is a section, not a value (`{shown(value)}`)", origin.place, f"its keys are {keys}")
 
     def alias(self, written: str, name: str, value: Node, origin: Origin) -> None:
+        """Take a key by another toolkit's name, in the words used here."""
         translation = aliases.TRANSLATED.get(name)
         if translation is None:
             target = aliases.NAMES[name]
@@ -125,6 +129,7 @@ class _Reader:
         self.apply(written, translation, value, origin)
 
     def apply(self, written: str, translation: aliases.Translation, value: Node, origin: Origin) -> None:
+        """Take what a translation makes of a value, or find the problem that it cannot be translated."""
         try:
             changes = translation(value)
         except convert.Mismatch as mismatch:
@@ -171,6 +176,7 @@ class _Reader:
         self.keep(key, Setting(converted, _value_origin(origin, value), written, weak))
 
     def keep(self, key: str, setting: Setting) -> None:
+        """Keep a setting; a weak one gives way, and two that differ are a problem."""
         before = self.settings.get(key)
         if before is None or (before.weak and not setting.weak):
             self.settings[key] = setting
@@ -217,6 +223,7 @@ class _Reader:
                 self.keep("data.eval", Setting((changed,), part.origin, part.written))
 
     def unknown(self, key: str, value: Node, origin: Origin) -> None:
+        """Find the problem of a key that nobody knows, with the nearest name."""
         if isinstance(value, Table) and "." not in key:
             near = difflib.get_close_matches(key.lower(), convert.SECTIONS, n=1, cutoff=0.6)
             fix = (

@@ -45,18 +45,22 @@ class _Reader:
         self.problems = problems
 
     def origin(self, position: int) -> Origin:
+        """The line that a position (in characters from 0) stands in."""
         return self.origin_of(bisect_right(self.line_starts, position))
 
     def wrong(self, reason: str, position: int) -> Unreadable:
+        """The error to raise for what stands at a position; it shows the next 20 characters."""
         found = printable(self.text[position : position + 20], 20) or "the end of the file"
         return Unreadable(f"not valid JSON: {reason}, found `{found}`", self.origin(position).place)
 
     def skip(self, position: int) -> int:
+        """The next position that is not blank."""
         match = _BLANK.match(self.text, position)
         assert match
         return match.end()
 
     def value(self, position: int, depth: int) -> tuple[Node, int]:
+        """Any value; `depth` counts the brackets around it. Raises Unreadable beyond MAX_DEPTH and for what is no JSON, as all below do."""
         origin = self.origin(position)
         if depth > MAX_DEPTH:
             raise Unreadable(f"nested more than {MAX_DEPTH} levels deep", origin.place)
@@ -74,12 +78,14 @@ class _Reader:
         return Scalar(word.group(), True, origin), word.end()
 
     def string(self, position: int) -> tuple[str, int]:
+        """The text of a string whose opening quote stands here, escapes resolved."""
         try:
             return scanstring(self.text, position + 1, True)
         except JSONDecodeError as error:
             raise self.wrong(error.msg.lower(), error.pos) from error
 
     def listing(self, position: int, depth: int) -> tuple[Node, int]:
+        """A list whose bracket stands here."""
         origin, items = self.origin(position), []
         at = self.skip(position + 1)
         if self.text[at : at + 1] == "]":
@@ -93,6 +99,7 @@ class _Reader:
             at = self.comma(at)
 
     def table(self, position: int, depth: int) -> tuple[Node, int]:
+        """An object whose brace stands here. A key that stands twice is noted as a problem and keeps its first value."""
         origin, entries = self.origin(position), dict[str, Entry]()
         at = self.skip(position + 1)
         if self.text[at : at + 1] == "}":
@@ -123,6 +130,7 @@ class _Reader:
             at = self.comma(at)
 
     def comma(self, position: int) -> int:
+        """The position behind a comma, and behind the blanks after it."""
         if self.text[position : position + 1] != ",":
             raise self.wrong("`,` or a closing bracket is missing", position)
         return self.skip(position + 1)

@@ -185,6 +185,7 @@ class _Files:
         self.count = 0
 
     def layers(self, path: Path, chain: list[Path]) -> list[dict[str, Setting]]:
+        """The settings of the file's bases in their order, then its own; `chain` are the files that led here, the first one first."""
         place = show_path(path)
         table = self.table(path, place)
         if table is None:
@@ -198,6 +199,7 @@ class _Files:
         return found
 
     def base(self, name: Scalar, path: Path, chain: list[Path]) -> list[dict[str, Setting]]:
+        """The layers of one file named in an `extends`; none, and a problem found, where it is missing, comes back or is one too many."""
         where = name.origin.place
         base = _find_or_report(name.text, path.parent, where, self.findings, chain)
         if base is None:
@@ -212,6 +214,7 @@ class _Files:
         return self.layers(base, chain)
 
     def table(self, path: Path, place: str) -> Table | None:
+        """What is in the file; None where it cannot be read, which is found once."""
         if path not in self.tables:
             try:
                 self.tables[path] = _read_table(read_text(path, place), place, path.suffix == ".json", self.findings)

@@ -196,6 +196,7 @@ class _ContentMap:
             place += length
 
     def overlaps(self, start: int, stop: int) -> bool:
+        """Whether any character in [start, stop) is content."""
         place = bisect.bisect_left(self._starts, stop) - 1
         return place >= 0 and self._stops[place] > start
 
@@ -230,6 +231,7 @@ class _Map:
         self._origin = [origin for _, origin in anchors]
 
     def to_origin(self, place: int) -> int:
+        """The place in the original of a place in the twin, both in characters; within replaced content never beyond its end."""
         low = bisect.bisect_right(self._twin, place) - 1
         origin = self._origin[low] + place - self._twin[low]
         return min(origin, self._origin[low + 1]) if low + 1 < len(self._origin) else origin

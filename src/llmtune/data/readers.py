@@ -101,6 +101,7 @@ class _ZstdStream(io.RawIOBase):
         return True
 
     def readinto(self, target: Any) -> int:
+        """Fill `target` and return how many bytes, 0 at the end. Raises EOFError for a file that was cut off."""
         while not self._ready:
             data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
             data = data or self._file.read(CHUNK_BYTES // 8)

@@ -52,6 +52,7 @@ class _TracingCode(CodeGenerator):
     """Compiles output and `~` so that origins survive; everything else as jinja2 does."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat, frame: Frame) -> None:  # noqa: N802 - the name jinja2 looks for
+        """Write the code of `a ~ b`: each part as a text that knows its origin."""
         self.write("environment.concat((")
         for part in node.nodes:
             self.write("environment.as_text(")
@@ -72,6 +73,7 @@ class _GenerationTag(jinja2.ext.Extension):
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it this way
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.CallBlock:
+        """Read the block and keep its body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         block = jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body)

@@ -56,6 +56,7 @@ class _Disk:
         self.content: dict[int, bytes] = {}
 
     def copy(self) -> _Disk:
+        """Another disk with the same content."""
         other = _Disk()
         other.names = {inode: dict(names) for inode, names in self.names.items()}
         other.content = dict(self.content)
@@ -86,6 +87,7 @@ class _Disk:
             self.content[change.inode] = self.content.get(change.inode, b"")[: change.offset].ljust(change.offset, b"\0")
 
     def find(self, parts: Sequence[str]) -> int | None:
+        """The inode of a path given in its parts; None where there is none."""
         inode = 0
         for part in parts:
             below = self.names.get(inode, {}).get(part)
@@ -95,6 +97,7 @@ class _Disk:
         return inode
 
     def tree(self, inode: int = 0, prefix: str = "") -> Iterator[tuple[str, bytes | None]]:
+        """(path, content) of everything below a folder, by name; the content of a folder is None."""
         for name, below in sorted(self.names[inode].items()):
             if below in self.names:
                 yield f"{prefix}{name}", None

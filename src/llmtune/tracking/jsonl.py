@@ -74,6 +74,7 @@ class _PatientLog:
         return self._log.lines + len(self._waiting)
 
     def append(self, value: Mapping[str, Any]) -> None:
+        """Write a line after those that wait, or let it wait with them where the disk refuses."""
         self._waiting.append(value)
         with contextlib.suppress(MachineError):  # asked again at the next line, and for good at `sync`
             self._write()
@@ -84,10 +85,12 @@ class _PatientLog:
             self._waiting.popleft()
 
     def sync(self) -> None:
+        """Write what waits and sync it to the disk. Raises MachineError where it is still refused."""
         self._write()
         self._log.sync()
 
     def truncate_to(self, lines: int) -> int:
+        """Keep the first `lines` lines and return how many were cut. Raises MachineError."""
         self._write()
         return self._log.truncate_to(lines)
 

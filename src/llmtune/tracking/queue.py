@@ -107,10 +107,12 @@ class _Lane:
         self._finish_is_queued = False
 
     def begin(self, call: Call) -> None:
+        """Start the thread with its first call."""
         self._calls.put_nowait((call, False))
         self._thread.start()
 
     def offer(self, call: Call) -> None:
+        """Queue a call without waiting; it is counted as dropped where the queue is full or the tracker is switched off."""
         if self._failure is None and self._is_hanging():
             self._switch_off(f"did not come back within {self._hang_after_s:g} s")
         if self._failure is not None:
@@ -124,6 +126,7 @@ class _Lane:
                 self._say(f"tracker {self._tracker.name} is too slow: entries it has no room for are dropped")
 
     def ask_to_finish(self, call: Call, wait_s: float) -> None:
+        """Queue the last call, once; waits at most `wait_s` seconds for room and goes on without."""
         if self._finish_is_queued or self._failure is not None:
             return
         try:
@@ -133,6 +136,7 @@ class _Lane:
         self._finish_is_queued = True
 
     def wait(self, call: Call, deadline: float, timeout_s: float) -> LaneReport:
+        """Wait for the thread until `deadline` (of the monotonic clock, in seconds) and say what this tracker never saw."""
         if self._failure is None and self._thread.ident is not None:
             self.ask_to_finish(call, wait_s=max(deadline - time.monotonic(), 0.01))
             self._thread.join(timeout=max(deadline - time.monotonic(), 0.01))
