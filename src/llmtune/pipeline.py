@@ -14,7 +14,7 @@ from llmtune.config.schema import DistributedConfig
 from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, Problem
 from llmtune.plan import settle
-from llmtune.plan.exhausted import MEMORY_ERRORS, is_out_of_memory, out_of_memory
+from llmtune.plan.exhausted import MEMORY_ERRORS, is_out_of_memory, open_reserve, out_of_memory
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.report import Plan, make_plan
 from llmtune.preparation import Options, Prepared, prepare
@@ -77,11 +77,14 @@ def refuse_secrets(resolved: ResolvedConfig) -> None:
 
 def assembled_in_memory(prepared: Prepared, options: Options, devices: Devices) -> Assembled:
     """Load and assemble; where the memory is used up by that, refuse with the numbers and what to change. Raises what `assemble` raises."""
+    reserve = open_reserve()
     try:
         return assemble(prepared, options, devices)
     except MEMORY_ERRORS as error:
         if not is_out_of_memory(error):
             raise
+        if reserve is not None:
+            reserve.close()
         forecaster = Forecaster.here(prepared, options, devices)
         doing = "while the model was loaded"
         raise out_of_memory(error, forecaster, doing=doing, where=prepared.config.model.name, saved=None) from error

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtune import durable, pipeline
 from llmtune.cli.failure import message
 from llmtune.errors import MachineError
-from llmtune.plan.exhausted import asked_bytes, is_out_of_memory
+from llmtune.models.memory_errors import is_out_of_memory
+from llmtune.plan.exhausted import RESERVE_BYTES, asked_bytes
 from llmtune.preparation import Options
 from llmtune.reporting import silent
 from llmtune.runs.signals import StopRequest
@@ -37,16 +39,19 @@ def rows_file(tmp_path):
     return path
 
 
-def limit_memory():
+def mapped_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def limit_memory(left_mib=LEFT_MIB):
     """Refuse this process more memory than it has, but for some MiB; returns what fills the gaps of its heap meanwhile."""
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + LEFT_MIB * MIB, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes() + left_mib * MIB, resource.RLIM_INFINITY))
     ballast = []
     try:
         while True:
             ballast.append(torch.empty(MIB, dtype=torch.uint8))
     except RuntimeError:
-        return ballast[: len(ballast) - LEFT_MIB]
+        return ballast[: len(ballast) - left_mib]
 
 
 def train_and_tell(config, told, *, limit_after):
@@ -78,6 +83,80 @@ def test_q8_memory_that_runs_out_in_a_step_is_one_message_and_the_checkpoint_sta
     pipeline.resume(str(run))
     assert weights_of(run) == weights_of(whole)
     assert lines_of(run) == lines_of(whole)
+
+
+def load_and_tell(config, told, *, left_mib, of_the_heap=False):
+    """Train, with little memory from the moment at which everything but the model is there; write down how it ended."""
+    held = []
+
+    def say(text):
+        if not text.startswith("memory "):  # the plan, which is the last thing said before the model is loaded
+            return
+        if of_the_heap:
+            held.extend(limit_memory(left_mib))
+        else:
+            limit = mapped_bytes() + RESERVE_BYTES + left_mib * MIB
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+    try:
+        pipeline.train(config, say=say)
+    except MachineError as error:
+        told.write_text(message(error))
+        raise
+
+
+def assert_told(said, doing):
+    assert said.count("error: ") == 1
+    numbers = r"(?:[\d.]+ [MG]B more were|more was) asked for, [\d.]+ [MG]B were held and this process could hold [\d.]+ [MG]B here"
+    assert re.search(rf"the memory is used up {doing}: {numbers}.*; the plan was [\d.]+ [MG]B; nothing is saved yet", said)
+    return re.findall(r"(\S+=\S+(?: \S+=\S+)*) \([\d.]+ [MG]B planned\)", said)
+
+
+def test_q8_memory_that_runs_out_while_a_model_is_built_is_one_message_with_three_edits_and_leaves_no_run(config_of, tmp_path):  # noqa: F811
+    told = tmp_path / "told"
+    config = config_of(*LARGE, "model.name=custom-small", "model.architecture.n_layers=48")  # 600 MB
+    assert in_child(lambda: load_and_tell(config, told, left_mib=LEFT_MIB)) == 6
+    assert len(assert_told(told.read_text(), "while the model was loaded")) == 3, told.read_text()
+    assert list((tmp_path / "runs").glob("*")) == []
+
+
+@pytest.fixture(scope="module")
+def half_folder(tmp_path_factory, tiny_tokenizer):
+    """A model of 43 MB in bfloat16, which takes twice that where it is trained."""
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, tie_word_embeddings=True, bos_token_id=None, **shape)).bfloat16()
+    folder = tmp_path_factory.mktemp("half")
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("left_mib", "heap"), [(8, False), (48, False), (80, False), (160, True)])
+def test_q8_memory_that_runs_out_while_weights_are_read_is_not_blamed_on_the_model(config_of, half_folder, tmp_path, left_mib, heap):  # noqa: F811
+    """Exit 6, not 4: while the file is opened, while its tensors are read, and while they become float32."""
+    told = tmp_path / "told"
+    config = config_of(*LARGE, f"model.name={half_folder}")
+    assert in_child(lambda: load_and_tell(config, told, left_mib=left_mib, of_the_heap=heap)) == 6
+    assert_told(told.read_text(), "(?:while the model was loaded|in step 1)")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_q8_a_cuda_device_that_is_full_is_one_message_with_the_device_and_three_edits(config_of, tmp_path):  # noqa: F811
+    """A micro-batch of 65,536 rows of this model needs more than any device has."""
+    rows = tmp_path / "many.jsonl"
+    talk = {"messages": [{"role": "user", "content": "words"}, {"role": "assistant", "content": " ".join(["90"] * 80)}]}
+    rows.write_text((json.dumps(talk) + "\n") * 65536)
+    huge = ("model.name=custom-large", f"data.train={rows}", "training.batch_size=65536", "data.test_size=0", "training.precision=bf16")
+    with pytest.raises(MachineError) as full:
+        pipeline.train(config_of(*LARGE, *huge))
+    assert full.value.exit_code == 6
+    said = message(full.value)
+    assert re.search(
+        r"the memory is used up in step 1: [\d.]+ [MG]B more were asked for, [\d.]+ [MG]B were held and .* has [\d.]+ GB", said
+    ), said
+    assert len(re.findall(r"\([\d.]+ [MG]B planned\)", said)) == 3, said
+    assert torch.ones(2, device="cuda").sum().item() == 2  # the device goes on
 
 
 def test_an_edit_that_is_named_needs_less_and_gives_the_same_result(config_of, tmp_path):  # noqa: F811

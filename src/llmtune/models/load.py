@@ -163,6 +163,8 @@ def _read(folder: Path, device: torch.device, attention: str, options: dict[str,
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from llmtune.models.memory_errors import is_out_of_memory
+
     where = str(folder)
     if "quantization_config" in options or device.type != "cpu":
         options["device_map"] = {"": device}
@@ -175,7 +177,7 @@ def _read(folder: Path, device: torch.device, attention: str, options: dict[str,
                 attn_implementation=_ATTENTION.get(attention), ignore_mismatched_sizes=True, **options,  # refused below, by name
             )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, ImportError, SafetensorError) as error:
-        if type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             raise
         raise ModelError(f"the model cannot be loaded: {_first_line(error)}", where=where, fix=_LOAD_FIX) from error
     problems = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import re
 import resource
@@ -11,6 +10,7 @@ import traceback
 import torch
 
 from llmtune.errors import LlmtuneError, MachineError
+from llmtune.models.memory_errors import MEMORY_ERRORS, is_out_of_memory
 from llmtune.plan.advice import KEEPING_OVERRIDES, Change, changes
 from llmtune.plan.devices import memory_for_us, resident_bytes
 from llmtune.plan.forecast import Forecaster
@@ -19,15 +19,11 @@ from llmtune.training.memory import release_free_memory
 
 __all__ = ["MEMORY_ERRORS", "asked_bytes", "is_out_of_memory", "open_reserve", "out_of_memory"]
 
-MEMORY_ERRORS = (MemoryError, RuntimeError, OSError)
-"""What Python and torch raise when memory is refused, among other things: ask `is_out_of_memory`."""
-
 MOST_EDITS = 3
 
 RESERVE_BYTES = 256 << 20
 """Address space kept for the moment when there is no other: Python itself goes wrong without any. Nothing of it is ever touched."""
 
-_CPU_REFUSAL = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc|Cannot allocate memory|could not create a memory object")
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?", re.IGNORECASE)
 _UNITS = {None: 1, "bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -38,15 +34,6 @@ def open_reserve() -> mmap.mmap | None:
         return mmap.mmap(-1, RESERVE_BYTES)
     except OSError:
         return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that this machine or its device had no memory to give."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and bool(_CPU_REFUSAL.search(str(error)))
 
 
 def asked_bytes(error: BaseException) -> int | None:
