@@ -33,10 +33,12 @@ def contestants(workload: str) -> list[str]:
     names = ["llmtune", "trainer-best", "trainer-best-bf16", "trainer", "llmtune-plain"]
     if importlib.util.find_spec("trl") is not None:
         names += ["trl-best", "trl"]
+    if importlib.util.find_spec("litgpt") is not None and workload in ("lora", "full", "short", "long"):
+        names += ["litgpt-best", "litgpt"]
     if workload in ("full", "scratch"):
         names.remove("trainer-best-bf16")  # weights that are trained stay in float32
     if workload == "long":
-        names = [name for name in names if name not in ("trainer", "trl")]  # a micro-batch of one row is all there is
+        names = [name for name in names if name not in ("trainer", "trl", "litgpt")]  # a micro-batch of one row is all there is
     return names
 
 
@@ -109,7 +111,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
     workload = scaled(WORKLOADS[options.workload], options.rows_a_step)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "llmtune"))
+    versions = ", ".join(
+        f"{name} {version(name)}"
+        for name in ("torch", "transformers", "peft", "trl", "litgpt", "llmtune")
+        if importlib.util.find_spec(name)
+    )
     machine = f"{options.device}, {os.cpu_count()} cores, {platform.machine()}"
     print(f"{workload.name}: {options.steps} steps of {workload.rows_a_step} rows; {machine}; {versions}")
     rounds: dict[str, list[dict[str, Any]]] = {}

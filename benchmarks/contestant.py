@@ -148,6 +148,17 @@ def trainer(workload: Workload, rows: Rows, device: str, micro_batch: int, base_
     yield from results
 
 
+def in_order(family: Any) -> Any:
+    """Make a Trainer class that takes its rows in their order."""
+    import torch
+
+    class InOrder(family):  # type: ignore[misc]
+        def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    return InOrder
+
+
 def make_trainer(
     workload: Workload, model: Any, rows: Rows, device: str, micro_batch: int, *, sft: bool, callbacks: Sequence[Any] = ()
 ) -> Any:
@@ -162,10 +173,6 @@ def make_trainer(
         family, arguments_class = trl.SFTTrainer, trl.SFTConfig
     else:
         family, arguments_class, more = transformers.Trainer, transformers.TrainingArguments, {}
-
-    class InOrder(family):  # type: ignore[misc, valid-type]
-        def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
 
     arguments = arguments_class(
         output_dir="unused",
@@ -202,7 +209,7 @@ def make_trainer(
         import datasets
 
         data = datasets.Dataset.from_list(data)
-    return InOrder(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=list(callbacks))
+    return in_order(family)(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=list(callbacks))
 
 
 FILLS = {"input_ids": 0, "labels": -100}
@@ -332,6 +339,13 @@ def main() -> None:
     )
 
 
+def litgpt(workload: Workload, rows: Rows, device: str, micro_batch: int) -> Iterator[Any]:
+    """Train with litgpt, which has a module of its own."""
+    from litgpt_contestant import litgpt as train
+
+    return train(workload, rows, device, micro_batch)
+
+
 CONTESTANTS: dict[str, Callable[[Workload, Rows, str], Iterator[Any]]] = {
     "llmtune": ours,
     "llmtune-plain": lambda w, r, d: ours(w, r, d, engine="plain"),
@@ -341,6 +355,8 @@ CONTESTANTS: dict[str, Callable[[Workload, Rows, str], Iterator[Any]]] = {
     "trainer-best-bf16": lambda w, r, d: trainer(w, r, d, 1, base_dtype="bfloat16"),
     "trl": lambda w, r, d: trainer(w, r, d, w.rows_a_step, sft=True),
     "trl-best": lambda w, r, d: trainer(w, r, d, 1, sft=True),
+    "litgpt": lambda w, r, d: litgpt(w, r, d, w.rows_a_step),
+    "litgpt-best": lambda w, r, d: litgpt(w, r, d, 1),
 }
 """`-best` is a micro-batch of one row, accumulated: the setting that wastes nothing on padding, which few users find."""
 

@@ -30,6 +30,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from contestant import in_order
+
 TOLERANCE = 1e-3
 """Largest difference of held-out nats per token and of bits per byte."""
 
@@ -173,10 +175,6 @@ def theirs(folder: Path) -> dict[str, Any]:
     seconds: list[float] = []
     processor: list[float] = []
 
-    class InOrder(transformers.Trainer):
-        def _get_train_sampler(self, *_args: Any, **_kwargs: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
     class Clock(transformers.TrainerCallback):
         def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
             self.last = time.perf_counter(), time.process_time()
@@ -210,7 +208,9 @@ def theirs(folder: Path) -> dict[str, Any]:
         remove_unused_columns=False,
     )
     data = read_batches(folder / "steps.npz")
-    InOrder(model=model, args=arguments, train_dataset=data, data_collator=lambda one: one[0], callbacks=[Clock()]).train()
+    in_order(transformers.Trainer)(
+        model=model, args=arguments, train_dataset=data, data_collator=lambda one: one[0], callbacks=[Clock()]
+    ).train()
     nats, count = held_out_nats(model, read_batches(folder / "tested.npz"))
     return {
         "losses": losses,

@@ -20,33 +20,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+from workloads import records
 
 TEXTS_IN_A_BATCH = 1000
 
 
-def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole row of a file of JSON lines, or of one JSON list whose end may be missing."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    decoder = json.JSONDecoder()
-    place = text.find("[") + 1 if text.lstrip()[:1] == "[" else 0
-    while True:
-        while place < len(text) and text[place] in " \t\r\n,":
-            place += 1
-        try:
-            row, place = decoder.raw_decode(text, place)
-        except ValueError:
-            return
-        yield row
-
-
 def write_rows(source: Path, target: Path, megabytes: float) -> int:
     """Write conversations until there are enough bytes, each round with its number in every first message; returns how many rows."""
-    rows = [row for row in rows_of(source) if row.get("conversations") or row.get("messages")]
+    rows = [row for row in records(source) if row.get("conversations") or row.get("messages")]
     written = count = 0
     with target.open("w", encoding="utf-8") as file:
         for turn in range(10**6):

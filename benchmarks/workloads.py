@@ -141,7 +141,7 @@ def _conversation_rows(workload: Workload, path: Path) -> Iterator[tuple[np.ndar
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
 
     newline = encode("\n")
-    for record in _records(path):
+    for record in records(path):
         turns = [(roles.get(turn["from"]), turn["value"]) for turn in record["conversations"]]
         if any(role is None for role, _ in turns) or sum(len(text) for _, text in turns) > 8 * workload.longest:
             continue
@@ -155,10 +155,10 @@ def _conversation_rows(workload: Workload, path: Path) -> Iterator[tuple[np.ndar
             yield np.array(ids, dtype=np.int32), np.array(weights, dtype=np.float32)
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON list, one after the other, up to where the file may be cut off."""
-    text, decoder = path.read_text(encoding="utf-8"), json.JSONDecoder()
-    place = text.index("[") + 1
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a file of JSON lines, or of one JSON list, one after the other, up to where the file may be cut off."""
+    text, decoder = path.read_text(encoding="utf-8", errors="replace"), json.JSONDecoder()
+    place = text.find("[") + 1 if text.lstrip()[:1] == "[" else 0
     while True:
         while place < len(text) and text[place] in " \n\r\t,":
             place += 1

@@ -19,7 +19,9 @@ WORDS = ["the", "user", "asks", "and", "assistant", "answers", "a", "small", "sy
 def benchmark():
     spec = importlib.util.spec_from_file_location("scratch_vs_trainer", PROGRAM)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PROGRAM.parent)  # as python does for a program
+        spec.loader.exec_module(module)
     return module
 
 
