@@ -11,7 +11,7 @@ from llmtune import durable
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ModelError
 from llmtune.models.catalog import resolve
-from llmtune.models.gguf import converted_folder, converted_weights_digest, model_cache_folder
+from llmtune.models.gguf import _is_whole, converted_folder, converted_weights_digest, model_cache_folder
 from llmtune.models.load import load_model
 from llmtune.models.tokenizer import load_tokenizer
 
@@ -117,6 +117,24 @@ def test_digits_are_split_as_in_pretraining(source):
 
 
 @needs_the_package
+def test_p5_a_process_reads_every_byte_once_and_again_after_a_change(source, tmp_path, monkeypatch):
+    """A command asks for the tokenizer, the shape and the weights: half a gigabyte is digested once, not three times."""
+    monkeypatch.setattr("llmtune.models.gguf._convert", lambda _gguf, folder: (folder / "model.safetensors").write_bytes(b"weights"))
+    environ = {"LLMTUNE_CACHE_DIR": str(tmp_path)}
+    folder = converted_folder(Path(source.location), environ=environ)
+    read = []
+    verify = durable.verify_manifest
+    monkeypatch.setattr(durable, "verify_manifest", lambda place, **how: read.append(place) or verify(place, **how))
+    for _ in range(3):
+        converted_folder(Path(source.location), environ=environ)
+    assert read == [folder]
+    (folder / "model.safetensors").write_bytes(b"longer than before")
+    converted_folder(Path(source.location), environ=environ)
+    assert read == [folder, folder]
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+@needs_the_package
 def test_p5_a_flipped_bit_in_the_cache_is_found_and_the_folder_made_anew(source, tmp_path, monkeypatch):
     made = []
 
@@ -130,6 +148,7 @@ def test_p5_a_flipped_bit_in_the_cache_is_found_and_the_folder_made_anew(source,
     assert converted_folder(Path(source.location), environ=environ) == folder
     assert len(made) == 1
     (folder / "model.safetensors").write_bytes(b"weightz")
+    _is_whole.cache_clear()  # as in a process of its own
     converted_folder(Path(source.location), weights=False, environ=environ)
     assert len(made) == 1, "whoever wants the tokenizer does not wait for the weights to be read"
     converted_folder(Path(source.location), environ=environ)

@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Mapping
 from contextlib import redirect_stderr
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,14 @@ def model_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 def converted_folder(gguf: Path, *, weights: bool = True, environ: Mapping[str, str] = os.environ) -> Path:
     """The folder with the converted model of this GGUF file: config, safetensors, tokenizer and chat template.
 
-    Made on first use; on later uses every byte is compared with the manifest first, and a folder that does not fit is made anew. With
-    weights=False only the small files are wanted, and the bytes of the weights are compared when somebody asks for those.
-
-    Raises ModelError when the file cannot be read as a model, MachineError when the cache cannot be written.
+    Made on first use; a process compares every byte with the manifest before its first use, and again when a file has changed since, and
+    a folder that does not fit is made anew. With weights=False only the small files are wanted, and the bytes of the weights are compared
+    when somebody asks for those. Raises ModelError when the file cannot be read as a model, MachineError when the cache cannot be written.
     """
-    digest = _file_digest(gguf)
+    digest = _file_digest(gguf, _stamp(gguf))
     folder = model_cache_folder(environ) / f"gguf-{digest[:32]}-v{_FORMAT}"
     if folder.is_dir():
-        if not durable.verify_manifest(folder, unread="" if weights else "*.safetensors"):
+        if _is_whole(folder, "" if weights else "*.safetensors", tuple(_stamp(file) for file in sorted(folder.rglob("*")))):
             return folder
         durable.remove_tree(folder)
     durable.make_folder(folder.parent)
@@ -145,7 +145,26 @@ def _metadata_text(gguf: Path, wanted: str) -> str | None:
     return None
 
 
-def _file_digest(path: Path) -> str:
+def _stamp(path: Path) -> tuple[str, int, int, int]:
+    """What changes with a file: name, bytes, time of its last change (ns), number on the disk. Raises ModelError when there is no file."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", where=str(path), fix="check the file and its permissions") from error
+    return path.name, found.st_size, found.st_mtime_ns, found.st_ino
+
+
+@lru_cache(maxsize=8)
+def _is_whole(folder: Path, unread: str, _stamps: tuple[Any, ...]) -> bool:
+    """Whether every byte of the folder fits its manifest, those of files named like `unread` excepted.
+
+    One command asks for tokenizer, shape and weights, which are read once.
+    """
+    return not durable.verify_manifest(folder, unread=unread)
+
+
+@lru_cache(maxsize=8)
+def _file_digest(path: Path, _stamp: tuple[Any, ...]) -> str:
     try:
         with path.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
