@@ -26,11 +26,15 @@ from workloads import WORKLOADS, find_conversations, prepare, scaled
 
 HERE = Path(__file__).resolve().parent
 LOSS_TOLERANCE = 1e-2
+AIDED = "+allocator"
+"""Ending of a contestant of ours that gets the preloaded allocator too; the others get it whenever there is one."""
 
 
-def contestants(workload: str) -> list[str]:
+def contestants(workload: str, allocator: str | None) -> list[str]:
     """Who can take part here."""
     names = ["llmtune", "trainer-best", "trainer-best-bf16", "trainer", "llmtune-plain"]
+    if allocator:
+        names.insert(1, f"llmtune{AIDED}")
     if importlib.util.find_spec("trl") is not None:
         names += ["trl-best", "trl"]
     if importlib.util.find_spec("litgpt") is not None and workload in ("lora", "full", "short", "long"):
@@ -44,8 +48,9 @@ def contestants(workload: str) -> list[str]:
 
 def run(name: str, folder: Path, device: str, allocator: str | None) -> dict[str, Any] | str:
     """Run one contestant; returns its figures, or why there are none."""
-    environment = {**os.environ, **({"LD_PRELOAD": allocator} if allocator and not name.startswith("llmtune") else {})}
-    command = [sys.executable, str(HERE / "contestant.py"), name, str(folder), device]
+    unaided = name.startswith("llmtune") and not name.endswith(AIDED)
+    environment = {**os.environ, **({"LD_PRELOAD": allocator} if allocator and not unaided else {})}
+    command = [sys.executable, str(HERE / "contestant.py"), name.removesuffix(AIDED), str(folder), device]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, env=environment)
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
@@ -107,7 +112,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="run these contestants only")
     parser.add_argument("--rows-a-step", type=int)
     parser.add_argument("--conversations", type=Path, default=find_conversations(), help="a ShareGPT file; lengths are drawn without one")
-    parser.add_argument("--allocator", help="library preloaded for the other contestants, for example libtcmalloc.so")
+    parser.add_argument("--allocator", help="library preloaded for all but `llmtune`, for example libtcmalloc.so")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
     workload = scaled(WORKLOADS[options.workload], options.rows_a_step)
@@ -124,7 +129,7 @@ def main() -> int:
         folder = Path(temporary)
         prepare(workload, folder, options.steps, options.conversations)
         for number in range(options.rounds):
-            for name in options.only or contestants(workload.name):
+            for name in options.only or contestants(workload.name, options.allocator):
                 figures = run(name, folder, options.device, options.allocator)
                 if isinstance(figures, str):
                     failures[name] = figures
