@@ -28,6 +28,7 @@ from llmtune.plan.trace import MicroBatchShape, Peaks, extrapolate, trace
 from llmtune.preparation import Options, Prepared
 from llmtune.training.devices import Devices
 from llmtune.training.engine import GROUP_TOKENS
+from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES
 from llmtune.training.precision import DTYPES as COMPUTE
 
 __all__ = ["Forecaster", "Steps"]
@@ -89,11 +90,12 @@ class Forecaster:
 
     @cached_property
     def process(self) -> int:
-        """Bytes of this process without a model, measured once."""
+        """Bytes of this process without a model, measured once, and of the kernels that it will collect."""
         if self.target.kind != "cpu":
             return 0
         self._build(self.config, blocks=1)  # brings in the libraries that loading will, also where every number comes from the cache
-        return process_bytes(COMPUTE[self.precision])
+        compute = COMPUTE[self.precision]
+        return process_bytes(compute) + (FULL_KERNEL_CACHES_BYTES if compute is not None else 0)
 
     @property
     def layout(self) -> Layout:

@@ -10,7 +10,7 @@ from llmtune.plan.trace import MicroBatchShape, Peaks
 
 __all__ = ["MemoryPlan", "add_up", "gigabytes", "optimizer_bytes"]
 
-ALLOCATOR_SHARE = {"cpu": 0.6, "cuda": 0.05}
+ALLOCATOR_SHARE = {"cpu": 0.35, "cuda": 0.05}
 """What the allocator holds beside live tensors of changing sizes, as a part of them: gaps that no tensor fits into."""
 
 CUDA_CONTEXT_BYTES = 600 << 20
