@@ -19,7 +19,7 @@ from llmtune.models.load import load_model
 from llmtune.preparation import Options, Prepared
 from llmtune.training.devices import Devices, choose_device
 from llmtune.training.engine import Engine, build_engine
-from llmtune.training.memory import bound_kernel_caches
+from llmtune.training.memory import LEAN_LARGEST_BLOCK, bound_kernel_caches, tune_allocator
 from llmtune.training.neftune import Neftune
 from llmtune.training.optim import Optimizer, build_optimizer, matrices_of_blocks
 from llmtune.training.precision import Precision, choose_precision
@@ -142,6 +142,8 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
     config = prepared.config
     _seed_everything(config.run.seed + devices.rank)
     precision, decisions = _open_precision(config.training, devices)
+    if config.model.gradient_checkpointing is True and devices.device.type == "cpu":
+        decisions += [tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
     adapter = config.adapter.method != "none"
     loaded = load_model(
         prepared.source,

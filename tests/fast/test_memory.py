@@ -15,13 +15,15 @@ from pipeline_helpers import small_run
 
 FAULTS = """
 import resource, sys
-from llmtune.training.memory import tune_allocator
-if sys.argv[1] == "tuned":
+from llmtune.training.memory import LEAN_LARGEST_BLOCK, tune_allocator
+if sys.argv[1] != "plain":
     assert tune_allocator().value == "keeps freed memory"
+if sys.argv[1] == "lean":
+    assert tune_allocator(largest_block=LEAN_LARGEST_BLOCK).value == "keeps freed blocks up to 32 MiB"
 assert "torch" not in sys.modules
 block = bytes(1)
 def touch():
-    bytearray(64 << 20)[:: 4096]
+    bytearray(int(sys.argv[2]) << 20)[:: 4096]
 touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
@@ -30,14 +32,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+def faults(kind: str, mebibytes: int) -> int:
+    """Pages that five uses of a block needed anew."""
+    command = [sys.executable, "-c", FAULTS, kind, str(mebibytes)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
 def test_a_large_block_is_made_of_fresh_pages_once_and_not_at_every_use() -> None:
-    faults = {
-        kind: int(subprocess.run([sys.executable, "-c", FAULTS, kind], capture_output=True, text=True, check=True).stdout)
-        for kind in ("tuned", "plain")
-    }
-    assert faults["plain"] > 5 * 8_000
-    assert faults["tuned"] < 1_000
+    assert faults("plain", 64) > 5 * 8_000
+    assert faults("tuned", 64) < 1_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
+def test_a_run_that_recomputes_its_blocks_returns_large_blocks_and_keeps_the_others() -> None:
+    assert faults("lean", 64) > 5 * 8_000
+    assert faults("lean", 30) < 1_000
 
 
 KERNELS = """

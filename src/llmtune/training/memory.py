@@ -12,7 +12,7 @@ import platform
 
 from llmtune.decisions import Decision
 
-__all__ = ["FULL_KERNEL_CACHES_BYTES", "bound_kernel_caches", "release_free_memory", "tune_allocator"]
+__all__ = ["FULL_KERNEL_CACHES_BYTES", "LEAN_LARGEST_BLOCK", "bound_kernel_caches", "release_free_memory", "tune_allocator"]
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -21,6 +21,11 @@ M_MMAP_MAX = -4
 
 LARGEST_BLOCK = 1 << 30
 """Bytes up to which blocks come from memory already held; larger ones are rare and still go straight to the system."""
+
+LEAN_LARGEST_BLOCK = 1 << 25
+"""The same for a run that recomputes its blocks to save memory. Where all weights are trained, an embedding's gradient and a head's logits
+(50 to 110 MB) leave gaps in the heap that grew by 350 MB a step; such blocks returned to the system, it stays flat. Without recomputing
+that made a step 18 % longer, with it no difference was seen."""
 
 KEPT = (1 << 31) - 1
 """Bytes of free memory that are kept at the end of the heap."""
@@ -44,8 +49,8 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(name, value)
 
 
-def tune_allocator() -> Decision:
-    """Make glibc's allocator keep freed memory for the next step. Call it before torch is imported; a second call changes nothing.
+def tune_allocator(*, largest_block: int = LARGEST_BLOCK) -> Decision:
+    """Make glibc's allocator keep freed memory for the next step, blocks up to `largest_block` bytes. Best before torch is imported.
 
     Safe: it changes when memory returns to the system, never what a program computes. Elsewhere than on glibc nothing is done, and said.
     """
@@ -54,9 +59,13 @@ def tune_allocator() -> Decision:
         return Decision(key, "unchanged", "only glibc's allocator is known to need it")
     mallopt = ctypes.CDLL(None).mallopt
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-    if not mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK) and not mallopt(M_MMAP_MAX, 0):  # the first is refused before glibc 2.35
+    if not mallopt(M_MMAP_THRESHOLD, largest_block) and not mallopt(M_MMAP_MAX, 0):  # the first is refused before glibc 2.35
         return Decision(key, "unchanged", "this allocator takes no settings")
     mallopt(M_TRIM_THRESHOLD, KEPT)
+    if largest_block < LARGEST_BLOCK:
+        return Decision(
+            key, f"keeps freed blocks up to {largest_block >> 20} MiB", "larger ones would leave gaps that grow, and memory is short"
+        )
     return Decision(key, "keeps freed memory", "memory already held is ten times faster to reuse than fresh pages")
 
 
