@@ -130,6 +130,8 @@ def test_a_row_of_another_format_is_named_as_such():
             "not text",
         ),
         ("messages", {"messages": [{"role": "user", "content": "a", "weight": -1}]}, "messages[0].weight", "-1 is not a weight"),
+        ("messages", {"messages": [{"role": "user", "content": "a", "weight": -(10**400)}]}, "messages[0].weight", "is not a weight"),
+        ("messages", {"messages": [{"role": "user", "content": "a", "weight": float("nan")}]}, "messages[0].weight", "nan is not a weight"),
         ("messages", {"messages": [{"role": "user", "content": "a", "weight": True}]}, "messages[0].weight", "the truth value true"),
         ("messages", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]", "names no function"),
         ("messages", {"messages": [{"role": "user", "content": "a"}], "tools": "nope"}, "tools", "is not JSON"),

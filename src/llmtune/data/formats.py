@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -146,8 +145,8 @@ def _weight(value: Any, field: str) -> float | None:
         raise UnusableRowError(
             field, f"must be a number, this is {describe_value(value)}", "write 0 to leave the message out of the loss, 1 to keep it"
         )
-    if not math.isfinite(value) or not 0 <= value <= 1e6:
-        raise UnusableRowError(field, f"{value} is not a weight", "a weight is a number from 0 (not trained) upwards")
+    if not 0 <= value <= 1e6:  # holds neither for NaN nor for a whole number beyond every float
+        raise UnusableRowError(field, f"{str(value)[:40]} is not a weight", "a weight is a number from 0 (not trained) upwards")
     return float(value)
 
 
