@@ -1,4 +1,4 @@
-"""One contestant's training in a process of its own: `python benchmarks/contestant.py NAME FOLDER STEPS DEVICE`; prints one JSON object.
+"""One contestant's training in a process of its own: `python benchmarks/contestant.py NAME FOLDER DEVICE`; prints one JSON object.
 
 Every contestant trains the same rows in the same order, with AdamW, a constant rate, clipping at 1 and no decay.
 """

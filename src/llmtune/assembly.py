@@ -138,12 +138,10 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
     The random generators are seeded here, once, from `run.seed`; the kernels that torch keeps are bounded. Raises ModelError,
     AdapterError, ConfigError or MachineError.
     """
-    bound_kernel_caches()  # also for a program that came here by the Python API
     config = prepared.config
-    _seed_everything(config.run.seed + devices.rank)
-    precision, decisions = _open_precision(config.training, devices)
-    if config.model.gradient_checkpointing is True and devices.device.type == "cpu":
-        decisions += [tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
+    decisions = _set_up_process(config, devices)
+    precision, more = _open_precision(config.training, devices)
+    decisions += more
     adapter = config.adapter.method != "none"
     loaded = load_model(
         prepared.source,
@@ -195,6 +193,15 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
         config=config,
         decisions=tuple(decisions),
     )
+
+
+def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
+    """Seed it, and bound the memory it collects; here, because a program that came by the Python API passes nowhere else."""
+    bound_kernel_caches()
+    _seed_everything(config.run.seed + devices.rank)
+    if config.model.gradient_checkpointing is True and devices.device.type == "cpu":
+        return [tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
+    return []
 
 
 def _open_precision(training: TrainingConfig, devices: Devices) -> tuple[Precision, list[Decision]]:

@@ -13,8 +13,9 @@ from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.schema import DistributedConfig
 from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, Problem
+from llmtune.models.memory_errors import MEMORY_ERRORS, is_out_of_memory
 from llmtune.plan import settle
-from llmtune.plan.exhausted import MEMORY_ERRORS, is_out_of_memory, open_reserve, out_of_memory
+from llmtune.plan.exhausted import open_reserve, out_of_memory
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.report import Plan, make_plan
 from llmtune.preparation import Options, Prepared, prepare

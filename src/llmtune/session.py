@@ -17,8 +17,9 @@ from llmtune.assembly import Assembled
 from llmtune.config.layers import ResolvedConfig
 from llmtune.errors import DivergedError, MachineError, StoppedBySignal
 from llmtune.keeping import Keeper
+from llmtune.models.memory_errors import MEMORY_ERRORS, is_out_of_memory
 from llmtune.observation import Observer, Outlook
-from llmtune.plan.exhausted import MEMORY_ERRORS, is_out_of_memory, open_reserve, out_of_memory
+from llmtune.plan.exhausted import open_reserve, out_of_memory
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.report import Plan
 from llmtune.preparation import Options, Prepared

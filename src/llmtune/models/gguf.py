@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from llmtune import durable
+from llmtune.durable.files import stamp_of
 from llmtune.errors import ModelError
+from llmtune.models.reading import in_one_line
 from llmtune.models.silence import quiet_libraries, saving_by_library
 
 __all__ = ["converted_folder", "converted_weights_digest", "model_cache_folder", "read_gguf"]
@@ -80,9 +82,8 @@ def read_gguf(gguf: Path, empty_folder: Path) -> tuple[Any, Any]:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(empty_folder), **options)
             model = AutoModelForCausalLM.from_pretrained(str(empty_folder), dtype=torch.float32, trust_remote_code=False, **options)
     except _UNREADABLE as error:
-        first = str(error).strip().splitlines()
         raise ModelError(
-            f"{gguf.name} cannot be read as a model: {first[0] if first else type(error).__name__}",
+            f"{gguf.name} cannot be read as a model: {in_one_line(error)}",
             where=str(gguf),
             fix="check the file (a GGUF of a language model), or use the model's own safetensors folder",
         ) from error
@@ -145,13 +146,12 @@ def _metadata_text(gguf: Path, wanted: str) -> str | None:
     return None
 
 
-def _stamp(path: Path) -> tuple[str, int, int, int]:
-    """What changes with a file: name, bytes, time of its last change (ns), number on the disk. Raises ModelError when there is no file."""
+def _stamp(path: Path) -> tuple[str, tuple[int, int, int]]:
+    """What changes with a file, its name included. Raises ModelError when there is no file."""
     try:
-        found = path.stat()
+        return path.name, stamp_of(path.stat())
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}", where=str(path), fix="check the file and its permissions") from error
-    return path.name, found.st_size, found.st_mtime_ns, found.st_ino
+        raise _not_there(path, error) from error
 
 
 @lru_cache(maxsize=8)
@@ -169,7 +169,11 @@ def _file_digest(path: Path, _stamp: tuple[Any, ...]) -> str:
         with path.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}", where=str(path), fix="check the file and its permissions") from error
+        raise _not_there(path, error) from error
+
+
+def _not_there(path: Path, error: OSError) -> ModelError:
+    return ModelError(f"{path} cannot be read: {error.strerror}", where=str(path), fix="check the file and its permissions")
 
 
 _DIGEST_FILE = "weights.sha256"

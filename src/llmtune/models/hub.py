@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmtune.errors import MachineError, ModelError
+from llmtune.models.reading import in_one_line
 from llmtune.models.silence import quiet_libraries
 
 __all__ = ["fetch_snapshot"]
@@ -57,9 +58,8 @@ def fetch_snapshot(hub_id: str, revision: str | None, *, weights: bool, offline:
 
 
 def _unreachable(hub_id: str, error: Exception) -> MachineError:
-    reason = str(error).strip().splitlines()
     return MachineError(
-        f"`{hub_id}` could not be fetched: {reason[0] if reason else type(error).__name__}",
+        f"`{hub_id}` could not be fetched: {in_one_line(error)}",
         where="model.name",
         fix="check the connection, or use what is here: `llmtune list-models` shows it (smollm2-135m-instruct needs no hub)",
     )

@@ -11,7 +11,7 @@ from llmtune.config.schema import ModelConfig
 from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, ModelError, Problem
 from llmtune.models.catalog import ModelSource
-from llmtune.models.reading import read_config
+from llmtune.models.reading import in_one_line, read_config
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
 from llmtune.models.silence import quiet_libraries
 from llmtune.models.store import local_folder, may_ignore_auto_map
@@ -179,7 +179,7 @@ def _read(folder: Path, device: torch.device, attention: str, options: dict[str,
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, ImportError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
-        raise ModelError(f"the model cannot be loaded: {_first_line(error)}", where=where, fix=_LOAD_FIX) from error
+        raise ModelError(f"the model cannot be loaded: {in_one_line(error)}", where=where, fix=_LOAD_FIX) from error
     problems = [
         *_listed("is missing in the files", info["missing_keys"], where),
         *_listed("is in the files, and the model has no place for it", info["unexpected_keys"], where),
@@ -220,11 +220,6 @@ def _listed(what: str, names: Any, where: str) -> list[Problem]:
         return []
     more = f" (and {len(shown) - 1} more)" if len(shown) > 1 else ""
     return [Problem(f"the weight `{shown[0]}`{more} {what}", where, "fetch the model again; nothing is filled in with random numbers")]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _DTYPES() -> dict[str, Any]:  # noqa: N802 - a table that needs torch

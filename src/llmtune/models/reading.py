@@ -43,17 +43,19 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of the model in `folder`. Raises ModelError that names its config.json."""
     from transformers import AutoConfig
 
-    path = folder / "config.json"
     try:
         config = _ask(lambda: AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code))
     except _Unreadable as error:
-        problem = f"config.json describes no model that can be built: {error}"
-        raise ModelError(problem, where=str(path), fix="fetch the file again, or correct that value") from error
+        raise _no_model(folder, str(error)) from error
     for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
         if getattr(config.get_text_config(), name, None) == 0:
-            problem = f"config.json describes no model that can be built: {name} is 0"
-            raise ModelError(problem, where=str(path), fix="fetch the file again, or correct that value")
+            raise _no_model(folder, f"{name} is 0")
     return config
+
+
+def _no_model(folder: Path, reason: str) -> ModelError:
+    fix = "fetch the file again, or correct that value"
+    return ModelError(f"config.json describes no model that can be built: {reason}", where=str(folder / "config.json"), fix=fix)
 
 
 def read_fast_tokenizer(folder: Path, where: str, *, trust_remote_code: bool = False) -> Any:

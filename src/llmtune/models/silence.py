@@ -1,4 +1,4 @@
-"""Keep the libraries' progress bars, advice and log lines off the user's screen; what matters we say ourselves."""
+"""The libraries kept quiet (their bars, advice and log lines), and what the system refuses them said as ours."""
 
 from __future__ import annotations
 

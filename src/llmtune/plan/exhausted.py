@@ -10,14 +10,13 @@ import traceback
 import torch
 
 from llmtune.errors import LlmtuneError, MachineError
-from llmtune.models.memory_errors import MEMORY_ERRORS, is_out_of_memory
 from llmtune.plan.advice import KEEPING_OVERRIDES, Change, changes
 from llmtune.plan.devices import memory_for_us, resident_bytes
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.memory import gigabytes
 from llmtune.training.memory import release_free_memory
 
-__all__ = ["MEMORY_ERRORS", "asked_bytes", "is_out_of_memory", "open_reserve", "out_of_memory"]
+__all__ = ["asked_bytes", "open_reserve", "out_of_memory"]
 
 MOST_EDITS = 3
 
@@ -49,7 +48,7 @@ def asked_bytes(error: BaseException) -> int | None:
 
 
 def out_of_memory(error: BaseException, forecaster: Forecaster, *, doing: str, where: str | None, saved: str | None) -> MachineError:
-    """Turn an error for which `is_out_of_memory` holds into a refusal with the numbers, and up to three edits with their planned memory.
+    """Turn an error that `models.memory_errors` knows into a refusal with the numbers, and up to three edits with their planned memory.
 
     doing: `in step 7`, `while the model was loaded`. saved: the newest checkpoint, None where there is none. Lets go of what the
     failed step held, because looking for edits takes some memory too.

@@ -32,7 +32,7 @@ KEPT = (1 << 31) - 1
 
 
 KERNEL_CACHES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
-"""Kernels that torch's CPU library keeps, for each of its two caches. Each shape of a product has a kernel of its own (about 0.3 MB); a
+"""Kernels that torch's CPU library keeps, for each of its two caches. Each shape of a product has a kernel of its own (0.5 MB); a
 micro-batch's are used in every layer, so these hold them, and the 1,024 of each that it would keep grow by 35 MB with every new length."""
 
 FULL_KERNEL_CACHES_BYTES = 208 << 20
