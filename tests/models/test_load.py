@@ -103,10 +103,50 @@ def test_weights_that_are_not_as_they_were_committed_are_refused_by_name(tmp_pat
     assert len(caught.value.problems) == 2
 
 
-@pytest.mark.parametrize("content", ["{}", '{"name": "an app"}', "[]", "no JSON"])
+def test_a_damaged_manifest_of_ours_is_refused_whichever_bit_or_cut_it_was(tmp_path):
+    """P5: it says no more what the weights were, so they are not taken for good."""
+    folder = committed(tmp_path / "final")
+    whole = (folder / "manifest.json").read_bytes()
+    flipped = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
+    cut = [whole[:length] for length in range(len(whole))]
+    without_seal = [b"".join(line for line in whole.splitlines(keepends=True) if b"manifest_sha256" not in line)]
+    for content in flipped + cut + without_seal:
+        (folder / "manifest.json").write_bytes(content)
+        with pytest.raises(ModelError, match=r"manifest\.json (is not JSON|is not a manifest|was changed)"):
+            refuse_changed_weights(folder)
+    (folder / "manifest.json").write_bytes(whole)
+    refuse_changed_weights(folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"name": "an app"}', '{\n "name": "an app"\n}\n', "[]", "no JSON", '{"files": {"a": {"sha256": "00"}}}', "[" * 9_999]
+)
 def test_another_programs_manifest_says_nothing_about_weights(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     refuse_changed_weights(tmp_path)
+
+
+def test_a_manifest_that_cannot_be_read_or_is_nested_beyond_reason_is_refused(tmp_path):
+    """P5: neither a disk that does not give it back nor one built to exhaust its reader lets weights pass."""
+    (tmp_path / "manifest.json").write_text('{"files": {}, "manifest_sha256": "", "a": ' + '{"a": ' * 600 + "1" + "}" * 601)
+    with pytest.raises(ModelError, match=r"manifest\.json (is not|was)"):
+        refuse_changed_weights(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "manifest.json").symlink_to("manifest.json")
+    with pytest.raises(ModelError, match="Too many levels of symbolic links"):
+        refuse_changed_weights(tmp_path)
+
+
+def test_weights_behind_links_as_a_hub_cache_keeps_them_are_compared_too(tmp_path):
+    """P5: a model of ours that was published and fetched again."""
+    folder = committed(tmp_path / "snapshot")
+    for path in list(folder.iterdir()):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    refuse_changed_weights(folder)
+    save_file({"a": torch.ones(3)}, tmp_path / "model-1.safetensors")
+    with pytest.raises(ModelError, match=r"`model-1.safetensors` (was changed|has \d+ bytes)"):
+        refuse_changed_weights(folder)
 
 
 def test_a_name_in_two_shards_is_refused(tmp_path):

@@ -11,6 +11,7 @@ Not safe against a rename that a file system itself tears apart, nor against a d
 from llmtune.durable.files import json_text, link_or_copy, make_folder, point_to, rename, write_bytes, write_json, write_stream, write_text
 from llmtune.durable.folders import (
     MANIFEST,
+    BrokenSealError,
     commit_file,
     commit_folder,
     has_digest,
@@ -30,6 +31,7 @@ __all__ = [
     "MANIFEST",
     "AppendLog",
     "Backend",
+    "BrokenSealError",
     "FileLock",
     "ReadHold",
     "SystemBackend",

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import stat
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from llmtune.errors import Problem
 
 __all__ = [
     "MANIFEST",
+    "BrokenSealError",
     "commit_file",
     "commit_folder",
     "has_digest",
@@ -46,6 +48,15 @@ __all__ = [
 MANIFEST = "manifest.json"
 OLD_PREFIX = ".llmtune-old-"
 _SEAL = "manifest_sha256"
+_HEAD = b'{\n "'
+"""How each manifest begins, by which one that was cut short is known."""
+
+_MARKS = re.compile(rb'"manifest_sha256"|\n   "sha256": "[0-9a-f]{64}"')
+"""Two things that only a manifest of ours has, the second on the lines of each file: no one damaged byte takes both away."""
+
+
+class BrokenSealError(ValueError):
+    """A manifest of ours is damaged, or was edited; a file of that name from another program is a plain ValueError."""
 
 
 @contextlib.contextmanager
@@ -267,26 +278,38 @@ def _sealed(manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any]:
-    """Return the manifest of a committed folder, its seal checked. Raises ValueError (what is wrong with it) or OSError."""
+    """Return the manifest of a committed folder, its seal checked.
+
+    Raises ValueError (what is wrong with it), BrokenSealError where it was one of ours, or OSError.
+    """
     raw = (Path(folder) / MANIFEST).read_bytes()
+    ours = _MARKS.search(raw) is not None
     try:
         manifest = json.loads(raw)
+        whole = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) and _SEAL in manifest
+        unchanged = whole and _sealed(manifest).encode("utf-8", "backslashreplace") == raw
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"manifest.json is not JSON: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or _SEAL not in manifest:
-        raise ValueError("manifest.json is not a manifest")
-    if _sealed(manifest).encode("utf-8", "backslashreplace") != raw:
-        raise ValueError("manifest.json was changed: its seal does not fit its content")
+        raise _invalid(f"is not JSON: {error}", ours=ours or raw.startswith(_HEAD[: len(raw)])) from error
+    if not whole:
+        raise _invalid("is not a manifest", ours=ours)
+    if not unchanged:
+        raise _invalid("was changed: its seal does not fit its content", ours=True)
     return manifest
 
 
-def verify_manifest(folder: Path | str, *, only: str = "*", unread: str = "", past_cache: bool = False) -> list[Problem]:
+def _invalid(what: str, *, ours: bool) -> ValueError:
+    return (BrokenSealError if ours else ValueError)(f"manifest.json {what}")
+
+
+def verify_manifest(
+    folder: Path | str, *, only: str = "*", unread: str = "", past_cache: bool = False, links: bool = False
+) -> list[Problem]:
     """Compare every file of a committed folder with its manifest and return what is wrong; an empty list means: as committed (P5).
 
     Found are: a changed byte, a cut, a missing, added or exchanged file, a link in place of a file, an edited manifest. `only` is a pattern
     (`*.safetensors`) for the names looked at, relative to `folder` and at any depth; files of other names are not read. Of files
     named like `unread`, which whoever opens them will compare, only presence and size are looked at. `past_cache` asks the system to read
-    from the disk what it may still hold in memory.
+    from the disk what it may still hold in memory. With `links` a link is what it points to.
     """
     folder = Path(folder)
     fix = "use another checkpoint or copy, or restore this folder from a backup"
@@ -303,11 +326,13 @@ def verify_manifest(folder: Path | str, *, only: str = "*", unread: str = "", pa
     try:
         for path, status in _walk(folder):
             name = path.relative_to(folder).as_posix()
+            if name != MANIFEST and not fnmatchcase(name, only):
+                continue
+            if links:
+                status = path.stat()
             if name == MANIFEST:
                 if not stat.S_ISREG(status.st_mode):
                     problems.append(f"`{MANIFEST}` is not a plain file")
-            elif not fnmatchcase(name, only):
-                continue
             elif stat.S_ISDIR(status.st_mode):
                 if name not in inhabited:
                     problems.append(f"`{printable(name)}` does not belong here")

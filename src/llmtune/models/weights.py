@@ -63,13 +63,18 @@ def inspect_weights(files: Sequence[Path]) -> WeightsReport:
 def refuse_changed_weights(folder: Path) -> None:
     """Where a manifest of ours stands beside the weights, compare each weight file with it (P5).
 
-    Other files may be edited, a model card for example. Raises ModelError that names each weight file that is not as it was written.
+    Other files may be edited, a model card for example, and links stand for what they point to: a hub's cache is made of them. Raises
+    ModelError that names each weight file that is not as it was written, or the manifest where that is damaged.
     """
     try:
         durable.read_manifest(folder)
-    except (OSError, ValueError):
-        return  # no manifest, or a file of that name that another program wrote
-    changed = durable.verify_manifest(folder, only="*.safetensors")
+    except (FileNotFoundError, IsADirectoryError):
+        return
+    except (durable.BrokenSealError, OSError):
+        pass  # what is wrong with it is said below
+    except ValueError:
+        return  # a file of that name that another program wrote
+    changed = durable.verify_manifest(folder, only="*.safetensors", links=True)
     if changed:
         raise ModelError.all(changed)
 
