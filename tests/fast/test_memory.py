@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from llmtune.assembly import assemble, open_devices
+from llmtune.config.layers import ResolvedConfig
+from llmtune.preparation import Options, prepare
 from llmtune.training.memory import KERNEL_CACHES, bound_kernel_caches
-from pipeline_fixtures import rows_file  # noqa: F401
-from pipeline_helpers import small_run
+from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from pipeline_helpers import in_child, small_run
 
 FAULTS = """
 import resource, sys
@@ -48,6 +53,26 @@ def test_a_large_block_is_made_of_fresh_pages_once_and_not_at_every_use() -> Non
 def test_a_run_that_recomputes_its_blocks_returns_large_blocks_and_keeps_the_others() -> None:
     assert faults("lean", 64) > 5 * 8_000
     assert faults("lean", 30) < 1_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
+@pytest.mark.parametrize(("recompute", "said"), [("true", ["keeps freed blocks up to 32 MiB"]), ("false", [])])
+def test_a_run_whose_blocks_are_computed_again_says_which_freed_blocks_it_keeps(
+    config_of: Callable[..., ResolvedConfig],  # noqa: F811
+    tmp_path: Path,
+    recompute: str,
+    said: list[str],
+) -> None:
+    """Q8. In a child, because the setting stays with the process."""
+    options = Options(no_cuda=True, offline=True)
+    prepared = prepare(config_of(f"model.gradient_checkpointing={recompute}"), options)
+
+    def write_what_is_said() -> None:
+        decisions = assemble(prepared, options, open_devices(prepared.config, options)[0]).decisions
+        (tmp_path / "said").write_text(json.dumps([one.value for one in decisions if one.key == "process.allocator"]))
+
+    assert in_child(write_what_is_said) == 0
+    assert json.loads((tmp_path / "said").read_text()) == said
 
 
 KERNELS = """

@@ -13,11 +13,13 @@ from llmtune.plan.advice import changes, largest_batch
 from llmtune.plan.devices import Target, open_target
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.memory import optimizer_bytes
+from llmtune.plan.process import process_bytes
 from llmtune.plan.rates import steps_from_the_start
 from llmtune.plan.report import as_dict, lines, make_plan
 from llmtune.plan.skeleton import build, weight_dtype
 from llmtune.plan.trace import MicroBatchShape, extrapolate, trace
 from llmtune.preparation import Options, prepare
+from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES
 from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from pipeline_helpers import LORA
 
@@ -105,6 +107,16 @@ def test_q7_the_parts_add_up_to_the_peak(forecaster_of):
     assert set(memory.parts) == {
         "process", "weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator",
     }  # fmt: skip
+
+
+def test_q7_the_process_counts_the_kernels_that_a_run_in_bf16_collects_and_none_in_fp32(forecaster_of):
+    """Their share is fixed, since both caches are full after a while; the rest is what the process holds at this moment."""
+    plain, half = forecaster_of("training.precision=fp32"), forecaster_of("training.precision=bf16")
+    for forecaster in (plain, half):
+        assert forecaster.process > 0
+    assert plain.process == pytest.approx(process_bytes(None), abs=16 << 20)
+    assert half.process - FULL_KERNEL_CACHES_BYTES == pytest.approx(process_bytes(torch.bfloat16), abs=16 << 20)
+    assert forecaster_of(target=Target("a card elsewhere", "cuda", 1 << 40)).process == 0
 
 
 def traced(forecaster, lengths, *, blocks=None, checkpointing=False):
