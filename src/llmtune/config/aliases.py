@@ -112,6 +112,16 @@ def _adapter(node: Node) -> list[Change]:
     return [Change("adapter.method", _says(node, "none" if text in ("", "full", "null") else text))]
 
 
+def _recomputed(node: Node) -> list[Change]:
+    """A plain `true` gives way to a request for offloading, which other toolkits write beside it."""
+    is_plain = isinstance(node, Scalar) and node.text.lower() in _YES
+    return [Change("model.gradient_checkpointing", node, weak=is_plain)]
+
+
+def _offloaded(node: Node) -> list[Change]:
+    return [Change("model.gradient_checkpointing", _says(node, "offload"))] if _is_on(node) else []
+
+
 def _only(word: str, reason: str) -> Translation:
     """A key of which one value describes what happens here anyway; any other value is refused."""
 
@@ -185,6 +195,9 @@ TRANSLATED: dict[str, Translation] = {
         for name in NAMES
         if NAMES[name].startswith("adapter.") and "." not in name
     },
+    **{name: _recomputed for name, target in NAMES.items() if target == "model.gradient_checkpointing"},
+    "activation_offloading": _offloaded,
+    "enable_activation_offloading": _offloaded,
     "load_in_4bit": _switch("model.quantization", "4bit", "none"),
     "load_in_8bit": _switch("model.quantization", "8bit", "none"),
     "quantization_bit": _words("model.quantization", {"4": "4bit", "8": "8bit"}),
@@ -249,6 +262,7 @@ VALUES: dict[str, dict[str, str]] = {
     "training.optimizer": _OPTIMIZERS,
     "model.dtype": _DTYPES,
     "model.attention": _ATTENTION,
+    "model.gradient_checkpointing": {"unsloth": "offload"},
     "data.train_on": {"trainonwhat.all_assistant_messages": "all_assistant_messages"},
 }
 """Other spellings of a choice under our own key."""
@@ -283,6 +297,7 @@ def other_names(key: str) -> list[str]:
 
 _TRANSLATED_TO: dict[str, list[str]] = {
     "adapter.method": ["use_lora", "use_peft", "finetuning_type"],
+    "model.gradient_checkpointing": ["activation_offloading", "enable_activation_offloading"],
     "model.quantization": ["load_in_4bit", "load_in_8bit", "quantization_bit"],
     "training.precision": ["bf16", "fp16", "use_amp", "amp_dtype", "mixed_precision"],
     "model.dtype": ["torch_dtype", "dtype", "model_dtype"],

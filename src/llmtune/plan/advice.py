@@ -33,7 +33,7 @@ def changes(forecaster: Forecaster) -> list[Change]:
     config = forecaster.config
     tried: list[tuple[str, Config]] = []
     together = config
-    texts: list[str] = []
+    texts: dict[str, str] = {}  # by the key that each begins with: a later one about the same key replaces it
     for change in CHANGES:
         found = change(config, forecaster)
         if found is None:
@@ -41,13 +41,13 @@ def changes(forecaster: Forecaster) -> list[Change]:
         tried.append(found)
         if change in KEEPING:
             again = change(together, forecaster)
-            assert again is not None
-            together, texts = again[1], [*texts, again[0]]
+            if again is not None:
+                together, texts = again[1], {**texts, again[0].partition("=")[0]: again[0]}
     budget = forecaster.target.budget_bytes
     effects = [Change(text, forecaster.memory(wanted).peak_bytes, False) for text, wanted in tried]
     if len(texts) > 1:
-        both = Change(" ".join(texts), forecaster.memory(together).peak_bytes, False)
-        effects += [both] if all(both.peak_bytes < one.peak_bytes for one in effects if one.overrides in texts) else []
+        both = Change(" ".join(texts.values()), forecaster.memory(together).peak_bytes, False)
+        effects += [both] if all(both.peak_bytes < one.peak_bytes for one in effects if one.overrides in texts.values()) else []
     return [replace(one, fits=one.peak_bytes <= budget) for one in effects if one.peak_bytes < now]
 
 
@@ -87,9 +87,19 @@ def _sized(config: Config, sequences: int) -> Config:
 
 
 def _recompute(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
-    if config.model.gradient_checkpointing is True:
+    if config.model.gradient_checkpointing in (True, "offload"):
         return None
     return "model.gradient_checkpointing=true", replace(config, model=replace(config.model, gradient_checkpointing=True))
+
+
+def _offload(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
+    """Only where recomputing alone is not enough: it takes the same work and more."""
+    if config.model.gradient_checkpointing == "offload" or config.training.compile or forecaster.target.kind != "cuda":
+        return None
+    recomputed = replace(config, model=replace(config.model, gradient_checkpointing=True))
+    if forecaster.memory(recomputed).peak_bytes <= forecaster.target.budget_bytes:
+        return None
+    return "model.gradient_checkpointing=offload", replace(config, model=replace(config.model, gradient_checkpointing="offload"))
 
 
 def _smaller_batch(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
@@ -129,13 +139,14 @@ def _shorter(config: Config, forecaster: Forecaster) -> tuple[str, Config] | Non
 
 CHANGES: tuple[Callable[[Config, Forecaster], tuple[str, Config] | None], ...] = (
     _recompute,
+    _offload,
     _smaller_batch,
     _quantize,
     _small_optimizer,
     _adapter,
     _shorter,
 )
-KEEPING = (_recompute, _smaller_batch)
+KEEPING = (_recompute, _offload, _smaller_batch)
 """Changes that keep the result as it was, but for rounding."""
 
 KEEPING_OVERRIDES = ("model.gradient_checkpointing=", "training.batch_size=")

@@ -186,7 +186,7 @@ class Forecaster:
         key = self._key("peaks", config, [asdict(batch), gradients_held])
         if key not in self._peaks:
             entry = read_entry(key)
-            peaks = Peaks(entry["phases"], entry["kept"]) if entry is not None else self._trace(config, batch, gradients_held)
+            peaks = Peaks(**entry) if entry is not None else self._trace(config, batch, gradients_held)
             if entry is None:
                 write_entry(key, asdict(peaks))
             self._peaks[key] = peaks
@@ -198,18 +198,20 @@ class Forecaster:
         return self._key("rate", self.config, [*facts, self.prepared.data.train.digest])
 
     def _trace(self, config: Config, batch: MicroBatchShape, gradients_held: bool) -> Peaks:
-        one, two = (
+        recompute = config.model.gradient_checkpointing
+        traced = 2 if recompute == "offload" else 1  # with one block there is no other whose input could be on its way
+        fewer, more = (
             trace(
                 self._build(config, blocks=blocks),
                 batch,
                 device_type=self.target.kind,
                 compute=COMPUTE[self.precision],
-                checkpointing=config.model.gradient_checkpointing is True,
+                checkpointing=recompute in (True, "offload") and recompute,
                 gradients_held=gradients_held,
             )
-            for blocks in (1, 2)
+            for blocks in (traced, traced + 1)
         )
-        return extrapolate(one, two, self.shape.blocks)
+        return extrapolate(fewer, more, self.shape.blocks, traced=traced)
 
     def _build(self, config: Config, blocks: int | None = None) -> Any:
         trained = config.adapter.method == "none"

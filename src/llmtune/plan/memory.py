@@ -28,6 +28,8 @@ class MemoryPlan:
     batch: MicroBatchShape
     """The largest micro-batch of the run."""
     counted: Counted
+    host_bytes: int = 0
+    """Page-locked memory of the host, beside the parts, in which inputs of blocks wait for the backward pass."""
 
     @property
     def peak_bytes(self) -> int:
@@ -85,7 +87,7 @@ def add_up(
         moments["saving"] = {"optimizer": state, "workspace": state}  # a snapshot is a copy
     moment = max(moments, key=lambda one: sum(moments[one].values()))
     parts = dict.fromkeys(PARTS, 0) | base | moments[moment]
-    return MemoryPlan(parts, moment, batch, counted)
+    return MemoryPlan(parts, moment, batch, counted, peaks.host)
 
 
 PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator")

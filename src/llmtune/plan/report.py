@@ -104,6 +104,8 @@ def short_lines(plan: Plan) -> list[str]:
         return [f"memory  not planned: {plan.missing}"]
     parts = ", ".join(f"{name} {gigabytes(count)}" for name, count in memory.parts.items() if count)
     found = [f"memory  {gigabytes(memory.peak_bytes)} planned of {gigabytes(plan.budget_bytes)} on {plan.device} ({parts})"]
+    if memory.host_bytes:
+        found.append(f"host    {gigabytes(memory.host_bytes)} of page-locked memory for the inputs of blocks")
     if not plan.fits:
         found.append("warning: by the plan this does not fit; `llmtune plan` says what to change")
     if plan.seconds is not None:
@@ -125,6 +127,8 @@ def lines(plan: Plan) -> list[str]:
         may = f"{plan.device} may fill {gigabytes(plan.budget_bytes)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
         found.append(f"memory     {gigabytes(memory.peak_bytes)} at most ({memory.moment}); {may}")
         found += [f"  {name:<13}{gigabytes(count):>10}" for name, count in memory.parts.items() if count]
+        if memory.host_bytes:
+            found.append(f"  and {gigabytes(memory.host_bytes)} of page-locked memory of the host, for the inputs of blocks")
         found.append(f"  largest micro-batch: {memory.batch.tokens:,} tokens in {len(memory.batch.lengths)} rows")
         found.append(f"  {memory.counted.trained:,} of {memory.counted.parameters:,} parameters are trained")
     if plan.largest_batch is not None:
@@ -168,6 +172,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             "peak_bytes": memory.peak_bytes,
             "moment": memory.moment,
             "parts": memory.parts,
+            "host_bytes": memory.host_bytes,
             "largest_micro_batch": {"tokens": memory.batch.tokens, "rows": len(memory.batch.lengths)},
             "parameters": memory.counted.parameters,
             "trained": memory.counted.trained,

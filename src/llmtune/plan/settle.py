@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from llmtune.config.schema import Config, TrainingConfig
 from llmtune.decisions import Decision
@@ -19,6 +19,11 @@ SEQUENCES = TrainingConfig().batch_size
 """Sequences of a micro-batch when the config does not say; times `gradient_accumulation_steps` they are the global batch `auto` keeps."""
 
 
+Recompute = bool | Literal["offload"]
+LEVELS: tuple[Recompute, ...] = (False, True, "offload")
+"""What `model.gradient_checkpointing: auto` may become, least work first; the last only on a CUDA device, and not with compiled blocks."""
+
+
 def is_open(config: Config) -> bool:
     """Whether the plan has something to choose."""
     return config.training.batch_size == "auto" or config.model.gradient_checkpointing == "auto"
@@ -28,12 +33,13 @@ def settle(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
     """Choose what the config leaves to the plan; the global batch on each device stays as asked for, so the result does too.
 
     `training.batch_size: auto` stands for 8 sequences times `gradient_accumulation_steps`; that product is cut into the largest equal
-    micro-batches that fit. Blocks are recomputed only where nothing fits without.
+    micro-batches that fit. Blocks are recomputed only where nothing fits without, their inputs offloaded only where that is not enough.
     """
     config = forecaster.config
     if not is_open(config):
         return forecaster.prepared, []
-    checkpointing = [False, True] if config.model.gradient_checkpointing == "auto" else [bool(config.model.gradient_checkpointing)]
+    levels = LEVELS if forecaster.target.kind == "cuda" and not config.training.compile else LEVELS[:2]
+    checkpointing = levels if config.model.gradient_checkpointing == "auto" else (config.model.gradient_checkpointing,)
     sizes = micro_batches(config.training)
     budget = forecaster.target.budget_bytes
     for recompute in checkpointing:
@@ -60,7 +66,7 @@ def micro_batches(training: TrainingConfig) -> list[tuple[int, int]]:
     return [(size, total // size) for size in range(1, total + 1) if total % size == 0]
 
 
-def variant(config: Config, size: tuple[int, int], recompute: bool) -> Config:
+def variant(config: Config, size: tuple[int, int], recompute: Recompute) -> Config:
     """The config with this cut of the global batch, and blocks recomputed or not."""
     training = replace(config.training, batch_size=size[0], gradient_accumulation_steps=size[1])
     return replace(config, training=training, model=replace(config.model, gradient_checkpointing=recompute))
@@ -71,9 +77,11 @@ def settle_together(forecaster: Forecaster, devices: Devices) -> Prepared:
     prepared, _ = settle(forecaster)
     config = prepared.config
     assert isinstance(config.training.batch_size, int)
-    mine = (config.training.batch_size, config.training.gradient_accumulation_steps, int(config.model.gradient_checkpointing is True))
-    size, count, recompute = (int(one) for one in devices.sum(*(float(one) if devices.is_main else 0.0 for one in mine)))
-    return replace(prepared, config=variant(config, (size, count), bool(recompute)))
+    recompute = config.model.gradient_checkpointing
+    assert recompute != "auto"
+    mine = (config.training.batch_size, config.training.gradient_accumulation_steps, LEVELS.index(recompute))
+    size, count, level = (int(one) for one in devices.sum(*(float(one) if devices.is_main else 0.0 for one in mine)))
+    return replace(prepared, config=variant(config, (size, count), LEVELS[level]))
 
 
 def as_before(prepared: Prepared, config: Mapping[str, Any]) -> Prepared:
@@ -89,7 +97,7 @@ def as_before(prepared: Prepared, config: Mapping[str, Any]) -> Prepared:
 
 
 def _largest_that_fits(
-    forecaster: Forecaster, recompute: bool, sizes: list[tuple[int, int]], budget: int
+    forecaster: Forecaster, recompute: Recompute, sizes: list[tuple[int, int]], budget: int
 ) -> tuple[Config, MemoryPlan] | None:
     """Try the largest first, because on a machine with room it is the only one tried; then halve the rest (memory grows with the size)."""
     best = None

@@ -8,8 +8,8 @@ more blocks hold follows on a straight line, phase by phase.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from llmtune.plan.skeleton import base_of, blocks_of, give_stand_ins
 from llmtune.training.engine import checkpoint_blocks
 from llmtune.training.fused_loss import find_head, head_nll_sum
 from llmtune.training.loss import weighted_nll_sum
+from llmtune.training.offload import PAGE_BYTES, HostStore, keep_inputs_in, run_in_tiles
 
 __all__ = ["MicroBatchShape", "Peaks", "extrapolate", "trace"]
 
@@ -56,6 +57,8 @@ class Peaks:
     phases: dict[str, int]
     kept: int
     """Bytes alive after the forward pass through the blocks: the activations."""
+    host: int = 0
+    """Bytes that wait in host memory for the backward pass."""
 
     @property
     def bytes(self) -> int:
@@ -77,6 +80,8 @@ class _Live(TorchDispatchMode):
         self.now = 0
         self.phase = PHASES[0]
         self.phases = dict.fromkeys(PHASES, 0)
+        self.elsewhere = 0
+        self._is_elsewhere = False
         for tensor in known:
             self._note(tensor)
         self.before = self.now
@@ -93,13 +98,21 @@ class _Live(TorchDispatchMode):
         self.phase = phase
         self._see()
 
+    @contextmanager
+    def in_other_memory(self) -> Iterator[None]:
+        """Count what is made here apart: it is not on the device."""
+        self._is_elsewhere = True
+        yield
+        self._is_elsewhere = False
+
     def _note(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
             return
-        self._sizes[key] = storage.nbytes()
-        self.now += storage.nbytes()
+        self._sizes[key] = 0 if self._is_elsewhere else storage.nbytes()
+        self.elsewhere += storage.nbytes() if self._is_elsewhere else 0
+        self.now += self._sizes[key]
         weakref.finalize(storage, self._drop, key)
         self._see()
 
@@ -116,13 +129,14 @@ def trace(
     *,
     device_type: str,
     compute: torch.dtype | None,
-    checkpointing: bool,
+    checkpointing: bool | str,
     gradients_held: bool,
 ) -> Peaks:
     """Run `model` (a skeleton on the meta device; it is used up) on a micro-batch of that shape, forward and backward, and count.
 
     device_type: `cpu` or `cuda`, whose engine is traced (on CUDA variable-length attention, which keeps what flash attention keeps).
-    compute: autocast's type, None for float32 arithmetic. gradients_held: an earlier micro-batch of the window left its gradients.
+    compute: autocast's type, None for float32 arithmetic. checkpointing: as `model.gradient_checkpointing`, settled. gradients_held: an
+    earlier micro-batch of the window left its gradients.
     Raises what the model raises on stand-ins.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -135,6 +149,8 @@ def trace(
         if device_type == "cpu":
             fuse_norms(base)
         use_segment_attention(base, "tiles" if device_type == "cpu" else "sdpa")
+    if checkpointing == "offload":
+        run_in_tiles(base, proven=True)
     model.train()
     known = [*model.parameters(), *model.buffers()]
     if gradients_held:
@@ -144,6 +160,8 @@ def trace(
                     weight.grad = torch.empty_like(weight)
                     known.append(weight.grad)
     live = _Live(known)
+    if checkpointing == "offload" and device_type == "cuda":
+        keep_inputs_in(_store_elsewhere(live, mode), base)
     _mark_blocks(blocks_of(model), live)
     autocast: AbstractContextManager[Any] = torch.autocast("cpu", dtype=compute) if compute is not None else nullcontext()
     run = _flat if batch.layout == "flat" else _padded
@@ -152,17 +170,29 @@ def trace(
         with autocast:
             loss, kept = run(model, batch, inputs, live)
         loss.backward()
-    return Peaks({phase: max(0, peak - live.before) for phase, peak in live.phases.items()}, max(0, kept - live.before))
+    phases = {phase: max(0, peak - live.before) for phase, peak in live.phases.items()}
+    return Peaks(phases, max(0, kept - live.before), live.elsewhere)
 
 
-def extrapolate(one: Peaks, two: Peaks, blocks: int) -> Peaks:
-    """What `blocks` blocks hold, from what one and two hold: each phase on its own straight line."""
-    only = {**one.phases, "last block": one.phases["first block"]}
+def extrapolate(fewer: Peaks, more: Peaks, blocks: int, *, traced: int = 1) -> Peaks:
+    """What `blocks` blocks hold, from what `traced` and one more hold: each phase on its own straight line."""
+    before = {**fewer.phases, "last block": fewer.phases["first block"]} if traced == 1 else fewer.phases
 
     def line(first: int, second: int) -> int:
-        return max(0, first + (blocks - 1) * (second - first))
+        return max(0, first + (blocks - traced) * (second - first))
 
-    return Peaks({phase: line(only[phase], two.phases[phase]) for phase in PHASES}, line(one.kept, two.kept))
+    phases = {phase: line(before[phase], more.phases[phase]) for phase in PHASES}
+    return Peaks(phases, line(fewer.kept, more.kept), line(fewer.host, more.host))
+
+
+def _store_elsewhere(live: _Live, mode: FakeTensorMode) -> HostStore:
+    """A store whose pages are stand-ins that are counted apart."""
+
+    def new_page() -> torch.Tensor:
+        with live.in_other_memory(), mode:
+            return torch.empty(PAGE_BYTES, dtype=torch.uint8)
+
+    return HostStore(torch.device("cpu"), new_page)
 
 
 def _mark_blocks(blocks: Sequence[torch.nn.Module], live: _Live) -> None:

@@ -27,6 +27,7 @@ from llmtune.models.fused_adapter import fuse_adapters, unfuse_adapters
 from llmtune.models.fused_norm import fuse_norms, unfuse_norms
 from llmtune.training.fused_loss import Head, find_head, head_nll_sum, trained_rows
 from llmtune.training.loss import plain_nll_sum
+from llmtune.training.offload import offload_inputs, run_in_tiles
 
 __all__ = ["Engine", "build_engine", "checkpoint_blocks", "flat_nll_sum"]
 
@@ -64,6 +65,13 @@ def build_engine(model: Any, *, config: Config, device: torch.device, precision:
 
     Raises ConfigError when `model.attention` asks for something this device does not have, ModelError when the model refuses it.
     """
+    engine = _choose(model, config, device, precision)
+    if config.model.gradient_checkpointing != "offload":
+        return engine
+    return replace(engine, decisions=(*engine.decisions, run_in_tiles(_base_model(model))))
+
+
+def _choose(model: Any, config: Config, device: torch.device, precision: Arithmetic) -> Engine:
     asked = config.model.attention
     if asked in ("flash", "flex") and device.type != "cuda":
         raise ConfigError(
@@ -71,7 +79,7 @@ def build_engine(model: Any, *, config: Config, device: torch.device, precision:
             fix="use model.attention: auto",
         )
     compiled = config.training.compile
-    more = checkpoint_blocks(_base_model(model)) if config.model.gradient_checkpointing is True else ()
+    more = _recompute(_base_model(model), config.model.gradient_checkpointing, device)
     refusal = _refusal(model, config)
     tried: list[str] = [] if refusal is None else [refusal]
     if refusal is None:
@@ -119,6 +127,13 @@ def checkpoint_blocks(base: Any) -> tuple[Decision, ...]:
     enable()
     base.disable_input_require_grads()  # only re-entrant checkpoints need a gradient at the first input, and it costs the first block twice
     return (Decision("model.gradient_checkpointing", True, "asked for: each block is computed again in the backward pass"),)
+
+
+def _recompute(base: Any, asked: bool | str, device: torch.device) -> tuple[Decision, ...]:
+    if asked == "offload":
+        checkpoint_blocks(base)
+        return (offload_inputs(base, device),)
+    return checkpoint_blocks(base) if asked is True else ()
 
 
 def compile_blocks(base: Any) -> tuple[Decision, ...]:
