@@ -51,6 +51,7 @@ def ours(
     from llmtune.training.optim import build_optimizer
     from llmtune.training.precision import Precision
     from llmtune.training.state import TrainingState
+    from llmtune.training.update import AfterBackward
 
     place = torch.device(device)
     precision = Precision("bf16", place)
@@ -76,16 +77,15 @@ def ours(
         layout=built.layout,
         max_group_tokens=group_tokens or built.max_group_tokens,
     )
+    devices = Devices(place)
     steps = train_steps(
         nll_sum=built.nll_sum,
-        parameters=list(parameters.values()),
-        optimizer=optimizer,
+        update=AfterBackward(list(parameters.values()), optimizer, precision, devices, max_grad_norm=1.0),
         windows=watched(windows.windows()),
         learning_rate=lambda _step: rate,
         precision=precision,
         state=TrainingState(),
-        max_grad_norm=1.0,
-        devices=Devices(place),
+        devices=devices,
         max_skipped_steps=0,
     )
     for result in steps:
@@ -99,6 +99,9 @@ class Watched:
 
     def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = parts
+
+    def __len__(self) -> int:
+        return len(self.parts)
 
     def __iter__(self) -> Iterator[Any]:
         import torch

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ from llmtune.training.neftune import Neftune
 from llmtune.training.optim import Optimizer, build_optimizer, matrices_of_blocks
 from llmtune.training.precision import Precision, choose_precision
 from llmtune.training.schedule import learning_rate_at, warmup_length
+from llmtune.training.step_in_backward import StepInBackward
+from llmtune.training.update import AfterBackward, Update
 from llmtune.training.utilization import utilization
 
 __all__ = ["Assembled", "Counts", "assemble", "check_distribution", "choose_rates", "open_devices"]
@@ -63,6 +66,8 @@ class Assembled:
     parameters: dict[str, torch.nn.Parameter]
     """The trained ones, by name."""
     optimizer: Optimizer
+    update: Update
+    """How the gradients of a window become one step of the optimizer."""
     precision: Precision
     learning_rate: Callable[[int], float]
     mfu: Callable[[float], float] | None
@@ -92,12 +97,21 @@ def check_distribution(config: Config) -> None:
         raise ConfigError.all(problems)
 
 
+def check_processes(config: Config, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError for several processes where weights move before the gradients of all could be summed."""
+    count = environ.get("WORLD_SIZE", "1")
+    if config.training.step_in_backward and count != "1":
+        what = f"{count} processes were started, and weights that move in the backward pass cannot wait for the gradients of all"
+        raise ConfigError(what, where="training.step_in_backward", fix="set it to false, or start one process (without `torchrun`)")
+
+
 def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decision]]:
     """The device(s) of this process: one alone, or its place among the processes that a launcher started.
 
     Raises ConfigError, before any process is waited for, for a way to share a training that this version does not have.
     """
     check_distribution(config)
+    check_processes(config)
     wanted = config.distributed
     devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=wanted.timeout_s)
     _, decision = choose_device(no_cuda=options.no_cuda)
@@ -173,6 +187,8 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
         nll_sum = Neftune(engine.nll_sum, model.get_input_embeddings(), training.neftune_alpha)
     optimizer, more = _make_optimizer(model, parameters, training, devices)
     decisions += more
+    update, more = _make_update(list(parameters.values()), optimizer, training, precision, devices)
+    decisions += more
     batches = prepared.batch_plan(
         layout=engine.layout, max_group_tokens=engine.max_group_tokens, rank=devices.rank, world_size=devices.world_size
     )
@@ -182,6 +198,7 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
         nll_sum=nll_sum,
         parameters=parameters,
         optimizer=optimizer,
+        update=update,
         precision=precision,
         learning_rate=_make_schedule(training, batches.total_steps),
         mfu=utilization(devices, precision.name, total=counts.total, trained=counts.trained),
@@ -199,7 +216,7 @@ def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
     """Seed it, and bound the memory it collects; here, because a program that came by the Python API passes nowhere else."""
     bound_kernel_caches()
     _seed_everything(config.run.seed + devices.rank)
-    if config.model.gradient_checkpointing in (True, "offload") and devices.device.type == "cpu":
+    if config.model.gradient_checkpointing is True and devices.device.type == "cpu":
         return [tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
     return []
 
@@ -226,6 +243,16 @@ def _make_optimizer(
         device=devices.device,
         orthogonal=matrices_of_blocks(model, parameters),
     )
+
+
+def _make_update(
+    parameters: list[torch.nn.Parameter], optimizer: Optimizer, training: TrainingConfig, precision: Precision, devices: Devices
+) -> tuple[Update, list[Decision]]:
+    if not training.step_in_backward:
+        return AfterBackward(parameters, optimizer, precision, devices, max_grad_norm=training.max_grad_norm), []
+    sizes = [one.numel() * one.element_size() for one in parameters]
+    reason = f"asked for: a gradient goes once it is complete; all are {sum(sizes) / 1e6:.1f} MB, the largest {max(sizes) / 1e6:.1f} MB"
+    return StepInBackward(parameters, optimizer), [Decision("training.step_in_backward", True, reason)]
 
 
 def _make_schedule(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:

@@ -253,13 +253,11 @@ class Session:
             return "finished"
         for result in train_steps(
             nll_sum=assembled.nll_sum,
-            parameters=list(assembled.parameters.values()),
-            optimizer=assembled.optimizer,
+            update=assembled.update,
             windows=assembled.batches.windows(self.state.windows),
             learning_rate=self._rate,
             precision=assembled.precision,
             state=self.state,
-            max_grad_norm=config.training.max_grad_norm,
             devices=assembled.devices,
             max_skipped_steps=config.training.max_skipped_steps,
             mfu=assembled.mfu,

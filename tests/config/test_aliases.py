@@ -91,11 +91,6 @@ READ = {
     "train_file: a.jsonl\neval_file: b.jsonl": {"data.train": (SourceConfig("a.jsonl"),), "data.eval": (SourceConfig("b.jsonl"),)},
     "dataset_name: wikitext\ndataset_config: raw\ndataset_split: train": {"data.train": (SourceConfig("wikitext", "raw", "train"),)},
     "gradient_checkpointing: true": {"model.gradient_checkpointing": True},
-    "gradient_checkpointing: offload": {"model.gradient_checkpointing": "offload"},
-    "use_gradient_checkpointing: unsloth": {"model.gradient_checkpointing": "offload"},
-    "enable_activation_checkpointing: true\nenable_activation_offloading: true": {"model.gradient_checkpointing": "offload"},
-    "activation_offloading: true\ngradient_checkpointing: true": {"model.gradient_checkpointing": "offload"},
-    "enable_activation_offloading: false\nenable_activation_checkpointing: true": {"model.gradient_checkpointing": True},
     "lora_config: {r: 4, lora_alpha: 8, bias: none, task_type: CAUSAL_LM}": {
         "adapter.r": 4,
         "adapter.alpha": 8.0,
@@ -110,6 +105,7 @@ READ = {
     "training: {num_train_epochs: 1, bf16: true}": {"training.epochs": 1.0, "training.precision": "bf16"},
     "adapter: {lora_r: 4, lora_alpha: 8}": {"adapter.r": 4, "adapter.method": "lora"},
     "optimizer: {lr: 1e-4, weight_decay: 0.1}": {"training.learning_rate": 1e-4, "training.weight_decay": 0.1},
+    "optimizer: {early_step_in_backward: true}\nmax_grad_norm: null": {"training.step_in_backward": True, "training.max_grad_norm": None},
     "optimizer: adamw": {"training.optimizer": "adamw"},
     "model_config: {d_model: 64, n_heads: 4}": {"model.architecture.d_model": 64, "model.architecture.n_heads": 4},
     "use_deepspeed: true\ndeepspeed_config: ds.json": {"distributed.strategy": "deepspeed", "distributed.deepspeed_config": "ds.json"},
@@ -182,6 +178,7 @@ EXTRA = {
     "evaluation.early_stopping_patience": "evaluation: {every_steps: 1}\ndata: {test_size: 1}\n",
     "evaluation.early_stopping_threshold": "evaluation: {every_steps: 1, early_stopping_patience: 1}\ndata: {test_size: 1}\n",
     "tracking.wandb_mode": "tracking: {trackers: [wandb]}\n",
+    "training.step_in_backward": "training: {max_grad_norm: null}\n",
 }
 
 

@@ -104,10 +104,6 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
         "training:\n  lr_schedule: constant\n  warmup_steps: 5\n",
         [(2, ("`constant` has no warm-up", "constant_with_warmup"))],
     ),
-    "compiled blocks whose inputs wait elsewhere": (
-        "training:\n  compile: true\nmodel:\n  gradient_checkpointing: offload\n",
-        [(2, ("cannot be compiled", "`training.compile: true`", "or `model.gradient_checkpointing: true`"))],
-    ),
     "early stopping without held-out rows": (
         "evaluation:\n  early_stopping_patience: 2\n  every_steps: 5\n  prompts: [a]\n",
         [(2, ("no rows are held out", "`data.test_size`"))],
@@ -124,6 +120,14 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
     "warm-up beyond the end": ("training:\n  warmup_steps: 50\n  max_steps: 10\n", [(2, ("longer than the training",))]),
     "mode of an absent tracker": ("tracking:\n  wandb_mode: offline\n", [(2, ("wandb is not a tracker",))]),
     "fp16 gradients": ("model: {dtype: float16}\ntraining: {precision: fp16}\n", [(2, ("fp16 arithmetic", "`model.dtype: auto`"))]),
+    "clipped in the backward pass": (
+        "training:\n  step_in_backward: true\n",
+        [(2, ("cannot be clipped", "`training.step_in_backward: true`", "set `training.max_grad_norm: null`"))],
+    ),
+    "all that needs every gradient at once": (
+        "tracking: {watch: gradients}\ntraining:\n  step_in_backward: true\n  max_grad_norm: 0.5\n  precision: fp16\n",
+        [(3, ("`training.max_grad_norm: 0.5`",)), (3, ("fp16's loss scale", "bf16")), (3, ("histograms", "`tracking.watch: false`"))],
+    ),
     # the file itself
     "the same key twice": (
         "training:\n  epochs: 1\n  batch_size: 2\n  epochs: 5\n",

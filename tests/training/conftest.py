@@ -21,6 +21,8 @@ from llmtune.training.optim import build_optimizer
 from llmtune.training.precision import Precision
 from llmtune.training.schedule import learning_rate_at
 from llmtune.training.state import Snapshot, TrainingState, capture, restore
+from llmtune.training.step_in_backward import StepInBackward
+from llmtune.training.update import AfterBackward
 
 CPU = torch.device("cpu")
 VOCABULARY = 64
@@ -111,6 +113,7 @@ class Training:
     schedule: str = "linear"
     warmup_steps: int = 1
     max_grad_norm: float | None = 1.0
+    step_in_backward: bool = False
     max_skipped_steps: int = 3
     nll_sum: Any = None
     mfu: Any = None
@@ -145,17 +148,23 @@ class Training:
         """The real loop, from where the state stands."""
         return self.train_steps(
             nll_sum=self.nll_sum,
-            parameters=list(self.parameters.values()),
-            optimizer=self.optimizer,
+            update=self.update(),
             windows=self.plan.windows(self.state.windows) if windows is None else windows,
             learning_rate=self.rate,
             precision=self.precision,
             state=self.state,
-            max_grad_norm=self.max_grad_norm,
             devices=self.devices,
             max_skipped_steps=self.max_skipped_steps,
             mfu=self.mfu,
         )
+
+    def update(self):
+        """As a pipeline would choose it."""
+        parameters = list(self.parameters.values())
+        if self.step_in_backward:
+            assert self.max_grad_norm is None
+            return StepInBackward(parameters, self.optimizer)
+        return AfterBackward(parameters, self.optimizer, self.precision, self.devices, max_grad_norm=self.max_grad_norm)
 
     def run(self):
         """All steps."""

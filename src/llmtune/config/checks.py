@@ -244,10 +244,22 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `model.dtype: auto`",
     ),
     Contradiction(
-        ("training.compile", "model.gradient_checkpointing"),
-        lambda c, _: c.training.compile and c.model.gradient_checkpointing == "offload",
-        "blocks whose inputs wait in host memory cannot be compiled",
-        "set `training.compile: false`, or `model.gradient_checkpointing: true`",
+        ("training.step_in_backward", "training.max_grad_norm"),
+        lambda c, _: c.training.step_in_backward and c.training.max_grad_norm is not None,
+        "weights that move in the backward pass cannot be clipped by a norm that is known only after it",
+        "set `training.max_grad_norm: null` to train without clipping, or `training.step_in_backward: false`",
+    ),
+    Contradiction(
+        ("training.step_in_backward", "training.precision"),
+        lambda c, _: c.training.step_in_backward and c.training.precision == "fp16",
+        "fp16's loss scale skips steps whose gradients overflow, and weights that move in the backward pass have moved by then",
+        "set `training.precision: bf16` (or fp32), or `training.step_in_backward: false`",
+    ),
+    Contradiction(
+        ("training.step_in_backward", "tracking.watch"),
+        lambda c, _: c.training.step_in_backward and bool(c.tracking.watch),
+        "histograms are taken while all gradients are there, and weights that move in the backward pass leave no such moment",
+        "set `tracking.watch: false`, or `training.step_in_backward: false`",
     ),
     Contradiction(
         ("evaluation.early_stopping_patience", "data.test_size", "data.eval"),

@@ -49,7 +49,6 @@ NAMES: dict[str, str] = {
     "gradient_checkpointing": "model.gradient_checkpointing",
     "activation_checkpointing": "model.gradient_checkpointing",
     "enable_activation_checkpointing": "model.gradient_checkpointing",
-    "use_gradient_checkpointing": "model.gradient_checkpointing",
     # adapter
     "lora_r": "adapter.r",
     "lora_rank": "adapter.r",
@@ -137,6 +136,7 @@ NAMES: dict[str, str] = {
     "torch_compile": "training.compile",
     "compile": "training.compile",
     "neftune_noise_alpha": "training.neftune_alpha",
+    "optimizer_in_bwd": "training.step_in_backward",
     # evaluation
     "eval_every": "evaluation.every_steps",
     "eval_steps": "evaluation.every_steps",
@@ -172,6 +172,7 @@ NAMES: dict[str, str] = {
     "optimizer.weight_decay": "training.weight_decay",
     "optimizer.betas": "training.betas",
     "optimizer.eps": "training.eps",
+    "optimizer.early_step_in_backward": "training.step_in_backward",
     "lr_scheduler.num_warmup_steps": "training.warmup_steps",
     "tokenizer.path": "model.tokenizer",
     **{f"architecture.{name.rpartition('.')[2]}": name for name in LEAVES if name.startswith("model.architecture.")},

@@ -126,9 +126,8 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "flash", "flex", "eager"] = "auto"
     """Attention implementation; `auto` takes the fastest exact one for this device and says which."""
 
-    gradient_checkpointing: bool | Literal["auto", "offload"] = False
-    """Recompute activations in the backward pass: less memory, about a third more work. `offload` is for very long rows: also keeps what
-    blocks need for it in host memory, and runs feed-forward layers over tiles of tokens. `auto` decides by the plan."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute activations in the backward pass: less memory, about a third more work. `auto` decides by the plan."""
 
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     """Shape of a from-scratch model."""
@@ -293,6 +292,10 @@ class TrainingConfig:
 
     max_grad_norm: float | None = 1.0
     """Clip the gradient of a whole window to this norm; null does not clip, the norm is reported all the same."""
+
+    step_in_backward: bool = False
+    """Move each weight as soon as its gradient is complete, and drop that gradient: full tuning then never holds all gradients (the window
+    must be one micro-batch for that). Not with clipping (`max_grad_norm: null`), fp16, `tracking.watch` or several processes."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the arithmetic in forward and backward; `auto` takes bf16 where the hardware multiplies it natively."""

@@ -47,13 +47,11 @@ def steps_from_the_start(assembled: Assembled) -> Iterator[StepResult]:
     """Train a new model, and do nothing between two steps: no evaluation, no checkpoint, no record. Raises what the loop raises."""
     return train_steps(
         nll_sum=assembled.nll_sum,
-        parameters=list(assembled.parameters.values()),
-        optimizer=assembled.optimizer,
+        update=assembled.update,
         windows=assembled.batches.windows(),
         learning_rate=assembled.learning_rate,
         precision=assembled.precision,
         state=TrainingState(),
-        max_grad_norm=assembled.config.training.max_grad_norm,
         devices=assembled.devices,
         max_skipped_steps=STEPS,
     )

@@ -9,7 +9,7 @@ import torch
 
 from llmtune.errors import DivergedError
 
-__all__ = ["describe_rows", "non_finite_parameters", "rows_of_non_finite_losses", "too_many_skipped"]
+__all__ = ["describe_rows", "half_updated", "non_finite_parameters", "rows_of_non_finite_losses", "too_many_skipped"]
 
 ROWS_NAMED = 8
 """Rows that a message names before it only counts."""
@@ -36,6 +36,15 @@ def too_many_skipped(reason: str, rows: Sequence[str], *, step: int, skipped: in
         f"{reason} in the window after step {step}: {skipped} windows skipped, {budget} allowed; rows {describe_rows(rows)}",
         where=f"step {step + 1}",
         fix="look at these rows, lower `training.learning_rate` or lengthen the warm-up; the weights were not touched by these windows",
+    )
+
+
+def half_updated(reason: str, rows: Sequence[str], *, step: int) -> DivergedError:
+    """Make the error for a window that moved some weights before its gradient was seen not to be finite; `step` counts whole updates."""
+    return DivergedError(
+        f"{reason} in the window after step {step}, whose loss is finite: weights have moved by then; rows {describe_rows(rows)}",
+        where=f"step {step + 1}",
+        fix="look at these rows or lower `training.learning_rate`; with `training.step_in_backward: false` such a window is skipped",
     )
 
 

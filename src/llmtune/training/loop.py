@@ -8,33 +8,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from llmtune.data.batches import MicroBatch, Window
 from llmtune.training.devices import Devices, peak_memory_bytes
-from llmtune.training.health import rows_of_non_finite_losses, too_many_skipped
+from llmtune.training.health import half_updated, rows_of_non_finite_losses, too_many_skipped
 from llmtune.training.precision import Precision
 from llmtune.training.state import TrainingState
+from llmtune.training.update import Update
 
 __all__ = ["StepResult", "train_steps"]
-
-
-class Stepper(Protocol):
-    """What the loop needs of an optimizer."""
-
-    param_groups: list[dict[str, Any]]
-
-    def step(self) -> object:
-        """Apply the gradients."""
-        ...
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -102,48 +89,48 @@ class StepResult:
 def train_steps(
     *,
     nll_sum: Callable[[MicroBatch], torch.Tensor],
-    parameters: Sequence[torch.nn.Parameter],
-    optimizer: Stepper,
+    update: Update,
     windows: Iterable[Window],
     learning_rate: Callable[[int], float],
     precision: Precision,
     state: TrainingState,
-    max_grad_norm: float | None,
     devices: Devices,
     max_skipped_steps: int,
     mfu: Callable[[float], float] | None = None,
 ) -> Iterator[StepResult]:
     """Train on each window and yield its result; every yield is a safe place to stop.
 
-    `nll_sum(batch)`: weighted nats of a micro-batch, summed, shape []. `parameters`: the trained ones, in one order on every process.
+    `nll_sum(batch)`: weighted nats of a micro-batch, summed, shape []. `update`: how gradients become an update, and of which parameters.
     `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after `state.windows`. `mfu`: see `utilization`.
     A window whose loss or gradient norm is not finite is consumed but never applied: it is yielded as skipped, with its rows. Beyond
-    `max_skipped_steps` of them raises DivergedError; overflows that are only the fp16 scale's doing are not counted.
+    `max_skipped_steps` of them raises DivergedError; overflows that are only the fp16 scale's doing are not counted. A gradient that is not
+    finite raises it at once where the update has begun by then (`StepInBackward`): there is no step boundary to go back to.
     """
-    optimizer.zero_grad(set_to_none=True)
+    update.clear()
     started = time.perf_counter()
     for window in windows:
         totals = devices.sum(window.loss_weight, window.num_tokens, window.num_sequences)
         divisor = totals[0] or 1.0  # a window without trained tokens has no nats to divide
+        rate = learning_rate(state.step)
         losses: list[torch.Tensor] = []
         rows: list[tuple[str, ...]] = []
         for batch in window.micro_batches:
             with precision.autocast():
                 batch_nats = nll_sum(batch)
-            precision.backward(batch_nats / divisor)
             losses.append(batch_nats.detach())  # .item() here would wait for the device on every micro-batch
             rows.append(batch.sources)
+            if len(losses) == len(window.micro_batches):
+                update.before_last_backward(losses, rate)
+            precision.backward(batch_nats / divisor)
 
-        devices.sync_gradients(parameters)
-        norm = precision.clip(parameters, max_grad_norm)
-        nats, grad_norm = _read(losses, norm, devices)
-        rate = learning_rate(state.step)
+        nats, grad_norm = _read(losses, update.grad_norm(), devices)
         reason = _why_not(nats / divisor, grad_norm)  # the same answer on every process, before the optimizer moves
         named = () if reason is None else rows_of_non_finite_losses(losses, rows) or window.sources
         if reason is None:
-            _set_learning_rate(optimizer, rate)
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            update.apply(rate)
+        elif update.has_begun:
+            raise half_updated(reason, named, step=state.step)
+        update.clear()
         overflow = precision.advance(applied=reason is None, loss_is_finite=math.isfinite(nats))
         state.advance(window.epoch, *totals, applied=reason is None, overflow=overflow)
         if state.skipped_steps > max_skipped_steps:
@@ -195,11 +182,6 @@ def _why_not(mean_nll: float, grad_norm: float) -> str | None:
     if not math.isfinite(mean_nll):
         return f"train_mean_nll is {mean_nll}"
     return None if math.isfinite(grad_norm) else f"grad_norm is {grad_norm}"
-
-
-def _set_learning_rate(optimizer: Stepper, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 def _finite_or_none(value: float) -> float | None:
