@@ -216,7 +216,7 @@ def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
     """Seed it, and bound the memory it collects; here, because a program that came by the Python API passes nowhere else."""
     bound_kernel_caches()
     _seed_everything(config.run.seed + devices.rank)
-    if config.model.gradient_checkpointing is True and devices.device.type == "cpu":
+    if config.model.gradient_checkpointing in (True, "offload") and devices.device.type == "cpu":
         return [tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
     return []
 

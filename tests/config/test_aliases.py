@@ -91,6 +91,11 @@ READ = {
     "train_file: a.jsonl\neval_file: b.jsonl": {"data.train": (SourceConfig("a.jsonl"),), "data.eval": (SourceConfig("b.jsonl"),)},
     "dataset_name: wikitext\ndataset_config: raw\ndataset_split: train": {"data.train": (SourceConfig("wikitext", "raw", "train"),)},
     "gradient_checkpointing: true": {"model.gradient_checkpointing": True},
+    "gradient_checkpointing: offload": {"model.gradient_checkpointing": "offload"},
+    "use_gradient_checkpointing: unsloth": {"model.gradient_checkpointing": "offload"},
+    "enable_activation_checkpointing: true\nenable_activation_offloading: true": {"model.gradient_checkpointing": "offload"},
+    "activation_offloading: true\ngradient_checkpointing: true": {"model.gradient_checkpointing": "offload"},
+    "enable_activation_offloading: false\nenable_activation_checkpointing: true": {"model.gradient_checkpointing": True},
     "lora_config: {r: 4, lora_alpha: 8, bias: none, task_type: CAUSAL_LM}": {
         "adapter.r": 4,
         "adapter.alpha": 8.0,

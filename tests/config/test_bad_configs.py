@@ -104,6 +104,10 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
         "training:\n  lr_schedule: constant\n  warmup_steps: 5\n",
         [(2, ("`constant` has no warm-up", "constant_with_warmup"))],
     ),
+    "compiled blocks whose inputs wait elsewhere": (
+        "training:\n  compile: true\nmodel:\n  gradient_checkpointing: offload\n",
+        [(2, ("cannot be compiled", "`training.compile: true`", "or `model.gradient_checkpointing: true`"))],
+    ),
     "early stopping without held-out rows": (
         "evaluation:\n  early_stopping_patience: 2\n  every_steps: 5\n  prompts: [a]\n",
         [(2, ("no rows are held out", "`data.test_size`"))],

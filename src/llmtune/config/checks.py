@@ -262,6 +262,12 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `tracking.watch: false`, or `training.step_in_backward: false`",
     ),
     Contradiction(
+        ("training.compile", "model.gradient_checkpointing"),
+        lambda c, _: c.training.compile and c.model.gradient_checkpointing == "offload",
+        "blocks whose inputs wait in host memory cannot be compiled",
+        "set `training.compile: false`, or `model.gradient_checkpointing: true`",
+    ),
+    Contradiction(
         ("evaluation.early_stopping_patience", "data.test_size", "data.eval"),
         lambda c, _: c.evaluation.early_stopping_patience is not None and not _has_held_out(c),
         "early stopping watches the held-out loss, but no rows are held out",

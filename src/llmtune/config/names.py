@@ -49,6 +49,7 @@ NAMES: dict[str, str] = {
     "gradient_checkpointing": "model.gradient_checkpointing",
     "activation_checkpointing": "model.gradient_checkpointing",
     "enable_activation_checkpointing": "model.gradient_checkpointing",
+    "use_gradient_checkpointing": "model.gradient_checkpointing",
     # adapter
     "lora_r": "adapter.r",
     "lora_rank": "adapter.r",

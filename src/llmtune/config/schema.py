@@ -126,8 +126,9 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "flash", "flex", "eager"] = "auto"
     """Attention implementation; `auto` takes the fastest exact one for this device and says which."""
 
-    gradient_checkpointing: bool | Literal["auto"] = False
-    """Recompute activations in the backward pass: less memory, about a third more work. `auto` decides by the plan."""
+    gradient_checkpointing: bool | Literal["auto", "offload"] = False
+    """Recompute activations in the backward pass: less memory, about a third more work. `offload` is for very long rows: also keeps what
+    blocks need for it in host memory, and runs feed-forward layers over tiles of tokens. `auto` decides by the plan."""
 
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     """Shape of a from-scratch model."""
