@@ -23,7 +23,11 @@ __all__ = [
     "StoppedBySignal",
     "TokenizerError",
     "UsageError",
+    "in_one_line",
 ]
+
+_LONGEST_LINE = 300
+"""Characters of another program's message that a person still reads."""
 
 
 class Problem(NamedTuple):
@@ -143,3 +147,14 @@ class StoppedBySignal(LlmtuneError):
         super().__init__(problem, where, fix)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+def in_one_line(error: BaseException) -> str:
+    r"""The first line of what a library says, with the one below it where the first only announces it; its kind where it is silent.
+
+    >>> in_one_line(ValueError("2 values are missing:\n  width\n  height")), in_one_line(KeyboardInterrupt())
+    ('2 values are missing: width', 'KeyboardInterrupt')
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return said if len(said) <= _LONGEST_LINE else f"{said[:_LONGEST_LINE]}..."

@@ -17,7 +17,7 @@ import typer
 
 from llmtune import __version__
 from llmtune.cli.process import check_working_folder
-from llmtune.errors import LlmtuneError
+from llmtune.errors import LlmtuneError, in_one_line
 
 __all__ = ["doctor"]
 
@@ -141,8 +141,8 @@ def _bitsandbytes() -> list[Finding]:
         packed, state = functional.quantize_4bit(torch.linspace(-1, 1, 4096).reshape(64, 64), quant_type="nf4")
         error = float((functional.dequantize_4bit(packed, state) - torch.linspace(-1, 1, 4096).reshape(64, 64)).abs().max())
     except (LlmtuneError, ImportError, RuntimeError, OSError, AttributeError, NotImplementedError) as problem:
-        first = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-        return [Finding("bitsandbytes", "warn", f"does not work: {first}", "pip install 'bitsandbytes>=0.49'; only 4/8 bit need it")]
+        what = f"does not work: {in_one_line(problem)}"
+        return [Finding("bitsandbytes", "warn", what, "pip install 'bitsandbytes>=0.49'; only 4/8 bit need it")]
     return [Finding("bitsandbytes", "ok", f"{version('bitsandbytes')}, 4-bit NF4 works (largest error {error:.2f} in -1..1)")]
 
 

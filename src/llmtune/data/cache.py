@@ -25,7 +25,7 @@ from llmtune.data.outcomes import Outcome, Reason
 from llmtune.data.places import DataFile
 from llmtune.data.store import EXAMPLE, ROW, RowStore, StoreBuilder
 from llmtune.decisions import Decision
-from llmtune.errors import MachineError
+from llmtune.errors import MachineError, in_one_line
 
 __all__ = ["cache_key", "code_digest", "default_cache_dir", "open_or_build"]
 
@@ -106,8 +106,7 @@ def open_or_build(
         except (MachineError, PermissionError) as error:
             if must_be_cached:
                 raise
-            what = str(error).splitlines()[0]
-            decisions.append(Decision("data.cache_dir", "in memory", f"the cache folder cannot be used: {what}"))
+            decisions.append(Decision("data.cache_dir", "in memory", f"the cache folder cannot be used: {in_one_line(error)}"))
     else:
         decisions.append(Decision("data.cache_dir", "in memory", "there is no home folder to keep tokenized rows in"))
     builder = StoreBuilder()

@@ -16,7 +16,7 @@ from llmtune.config.schema import SourceConfig
 from llmtune.config.shipped import shipped_path
 from llmtune.data.readers import COMPRESSIONS, READERS, DamagedFileError, Numbering, compression_errors, is_json_lines, open_bytes
 from llmtune.durable import printable
-from llmtune.errors import DataError, LlmtuneError, Problem
+from llmtune.errors import DataError, LlmtuneError, Problem, in_one_line
 
 __all__ = ["DataFile", "Purpose", "digest_files", "find_files", "find_held_out_files", "folder_splits", "home_expanded", "split_of_name"]
 
@@ -271,7 +271,7 @@ def _saved_dataset(path: Path, source: SourceConfig, index: int, purpose: Purpos
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _NotFoundError(
-            f"{source.path!r} is not a readable saved data set: {_first_line(error)}", "save it again with save_to_disk"
+            f"{source.path!r} is not a readable saved data set: {in_one_line(error)}", "save it again with save_to_disk"
         ) from None
     return _dataset_file(loaded, source.path, source, index, purpose)
 
@@ -283,7 +283,7 @@ def _hub_dataset(source: SourceConfig, index: int, purpose: Purpose) -> DataFile
     try:
         loaded = datasets.load_dataset(source.path, source.config)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        what = f"{source.path!r} is neither a file here nor a data set that can be had: {_first_line(error)}"
+        what = f"{source.path!r} is neither a file here nor a data set that can be had: {in_one_line(error)}"
         raise _NotFoundError(what, "check the name, or download the data once with a network and name the file") from None
     label = "/".join(one for one in (source.path, source.config) if one)
     return _dataset_file(loaded, label, source, index, purpose)
@@ -303,10 +303,6 @@ def _dataset_file(loaded: Any, label: str, source: SourceConfig, index: int, pur
         # Reading such a column would open what its rows point to.
         loaded = loaded.remove_columns(media)
     return DataFile(label, "dataset", source, index, dataset=loaded)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------------------

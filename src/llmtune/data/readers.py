@@ -25,6 +25,7 @@ from llmtune.data.records import (
     parse_json_record,
     parse_record_fields,
 )
+from llmtune.errors import in_one_line
 
 __all__ = [
     "COMPRESSIONS",
@@ -355,7 +356,7 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
                 number += 1
                 yield Record(number, fields)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: text that is not UTF-8; Overflow: odd dates
-        what = f"not a readable parquet file: {str(error).splitlines()[0]}"
+        what = f"not a readable parquet file: {in_one_line(error)}"
         raise DamagedFileError(
             number + 1 if number >= 0 else None, what, "write the file again; it was cut off or is something else"
         ) from None

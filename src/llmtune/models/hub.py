@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmtune.errors import MachineError, ModelError
-from llmtune.models.reading import in_one_line
+from llmtune.errors import MachineError, ModelError, in_one_line
 from llmtune.models.silence import quiet_libraries
 
 __all__ = ["fetch_snapshot"]

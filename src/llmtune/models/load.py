@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmtune.config.schema import ModelConfig
 from llmtune.decisions import Decision
-from llmtune.errors import ConfigError, ModelError, Problem
+from llmtune.errors import ConfigError, ModelError, Problem, in_one_line
 from llmtune.models.catalog import ModelSource
-from llmtune.models.reading import in_one_line, read_config
+from llmtune.models.reading import read_config
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
 from llmtune.models.silence import quiet_libraries
 from llmtune.models.store import local_folder, may_ignore_auto_map

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmtune.errors import ModelError, TokenizerError
+from llmtune.errors import ModelError, TokenizerError, in_one_line
 from llmtune.models.silence import quiet_libraries
 
-__all__ = ["collector_paused", "in_one_line", "read_config", "read_fast_tokenizer"]
+__all__ = ["collector_paused", "read_config", "read_fast_tokenizer"]
 
 _COMPLAINTS = (
     ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError, ImportError,
@@ -91,9 +91,3 @@ def _ask(read: Callable[[], Any]) -> Any:
         if type(error) is not Exception:  # the tokenizers library, which is not Python, raises that bare class and no other
             raise
         raise _Unreadable(in_one_line(error)) from error
-
-
-def in_one_line(error: Exception) -> str:
-    """The first line of what a library says, with the one below it where the first only announces it."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -15,10 +15,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtune.config.schema import Config, ModelConfig
-from llmtune.errors import LlmtuneError, ModelError
+from llmtune.errors import LlmtuneError, ModelError, in_one_line
 from llmtune.models import adapters
 from llmtune.models.load import refuse_foreign_quantization
-from llmtune.models.reading import in_one_line, read_config
+from llmtune.models.reading import read_config
 from llmtune.models.scan import refuse_unsafe_folder, weight_files
 from llmtune.models.scratch import build_config
 from llmtune.models.silence import quiet_libraries
@@ -60,6 +60,8 @@ class Counted:
     """Bytes of what an adapter adds."""
     gradient_bytes: int
     """Bytes of one gradient for each trained weight, in its type."""
+    largest_gradient_bytes: int
+    """Bytes of the largest of these."""
     largest_linear_bytes: int
     """Bytes of the largest quantized weight, unpacked in the type of the arithmetic; 0 when none is quantized."""
 
@@ -143,6 +145,7 @@ def count(model: Any, config: Config) -> Counted:
         base_bytes=held["base"],
         adapter_bytes=held["adapter"],
         gradient_bytes=sum(_bytes(weight) for weight in trained),
+        largest_gradient_bytes=max((_bytes(weight) for weight in trained), default=0),
         largest_linear_bytes=max((_bytes(weight) for weight in quantized.values()), default=0),
     )
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmtune.errors import in_one_line
 from llmtune.tracking.tracker import Histogram, RunInfo, Tracker
 
 __all__ = ["LaneReport", "TrackerQueue", "say_on_stderr"]
@@ -163,10 +164,5 @@ class _Lane:
                 call(self._tracker)
             except BaseException as error:  # noqa: BLE001 - whatever a tracker does, even SystemExit, stays on its own thread
                 if self._failure is None:
-                    self._switch_off(f"failed with {type(error).__name__}: {_first_line(error)}")
+                    self._switch_off(f"failed with {type(error).__name__}: {in_one_line(error)}")
             self._busy_since = None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else "no message"
