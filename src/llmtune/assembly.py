@@ -25,7 +25,7 @@ from llmtune.training.neftune import Neftune
 from llmtune.training.optim import Optimizer, build_optimizer, matrices_of_blocks
 from llmtune.training.precision import Precision, choose_precision
 from llmtune.training.schedule import learning_rate_at, warmup_length
-from llmtune.training.step_in_backward import StepInBackward
+from llmtune.training.step_in_backward import StepInBackward, saves_uncut
 from llmtune.training.update import AfterBackward, Update
 from llmtune.training.utilization import utilization
 
@@ -189,9 +189,8 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
     decisions += more
     update, more = _make_update(list(parameters.values()), optimizer, training, precision, devices)
     decisions += more
-    batches = prepared.batch_plan(
-        layout=engine.layout, max_group_tokens=engine.max_group_tokens, rank=devices.rank, world_size=devices.world_size
-    )
+    batches, more = _make_windows(prepared, config, engine, model, parameters, devices)
+    decisions += more
     return Assembled(
         model=model,
         engine=engine,
@@ -253,6 +252,27 @@ def _make_update(
     sizes = [one.numel() * one.element_size() for one in parameters]
     reason = f"asked for: a gradient goes once it is complete; all are {sum(sizes) / 1e6:.1f} MB, the largest {max(sizes) / 1e6:.1f} MB"
     return StepInBackward(parameters, optimizer), [Decision("training.step_in_backward", True, reason)]
+
+
+def _make_windows(
+    prepared: Prepared, config: Config, engine: Engine, model: Any, parameters: dict[str, torch.nn.Parameter], devices: Devices
+) -> tuple[BatchPlan, list[Decision]]:
+    """The windows, cut as the engine likes them, unless all gradients would exist only because of that."""
+    limit = engine.max_group_tokens
+    batches = prepared.batch_plan(layout=engine.layout, max_group_tokens=limit, rank=devices.rank, world_size=devices.world_size)
+    if not config.training.step_in_backward:
+        return batches, []
+    key, count, tokens = "training.step_in_backward.windows", config.training.gradient_accumulation_steps, batches.most_window_tokens
+    if count > 1:
+        return batches, [Decision(key, "cut", f"{count} micro-batches each, whose gradients are summed: all exist together")]
+    if limit is None or tokens <= limit:
+        return batches, [Decision(key, "whole", "one micro-batch each, so gradients never exist together")]
+    held = sum(one.numel() * one.element_size() for one in parameters.values())
+    if saves_uncut(config, window_tokens=tokens, shape=model.config, gradient_bytes=held):
+        whole = prepared.batch_plan(layout=engine.layout, rank=devices.rank, world_size=devices.world_size)
+        return whole, [Decision(key, "whole", f"what blocks keep of up to {tokens:,} tokens is less than the gradients that cutting holds")]
+    reason = f"up to {tokens:,} tokens each are run {limit:,} at a time, so all gradients exist together: whole they would take more"
+    return batches, [Decision(key, "cut", reason)]
 
 
 def _make_schedule(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:

@@ -8,8 +8,10 @@ import torch
 
 from llmtune.errors import DivergedError
 from llmtune.training import state, step_in_backward
+from llmtune.training.devices import Devices
 from llmtune.training.engine import checkpoint_blocks
 from llmtune.training.neftune import Neftune
+from llmtune.training.precision import Precision
 
 OPTIMIZERS = ["adamw", "adamw_8bit", "lion", "muon", "sgd"]
 
@@ -237,3 +239,53 @@ def test_leaving_one_thing_out_is_caught(bench, mutant, monkeypatch, before, aft
         except (AssertionError, DivergedError):
             failures += 1
     assert failures
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon"])
+def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
+    """N15 in bf16 arithmetic on CUDA: losses, norms and weights up to the order of sums, and the gradients' share of the peak gone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmtune.training.optim import build_optimizer, matrices_of_blocks
+    from llmtune.training.step_in_backward import StepInBackward
+    from llmtune.training.update import AfterBackward
+
+    device = torch.device("cuda")
+    shape = LlamaConfig(vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
+
+    def train(early):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(shape).to(device)
+        parameters = dict(model.named_parameters())
+        rule = {"learning_rate": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "device": device}
+        built, _ = build_optimizer(optimizer, parameters, orthogonal=matrices_of_blocks(model, parameters), **rule)
+        weights = list(parameters.values())
+        precision = Precision("bf16", device)
+        update = StepInBackward(weights, built) if early else AfterBackward(weights, built, precision, Devices(device), max_grad_norm=None)
+        ids = torch.randint(512, (4, 2, 32), generator=torch.Generator().manual_seed(1)).to(device)
+        losses, norms = [], []
+        for step, batch in enumerate(ids):
+            if step == 1:
+                torch.cuda.reset_peak_memory_stats()  # the first step makes the optimizer's state
+            with precision.autocast():
+                loss = model(batch, labels=batch).loss
+            update.before_last_backward([loss.detach()], 1e-3)
+            precision.backward(loss)
+            norms.append(float(update.grad_norm()))
+            update.apply(1e-3)
+            update.clear()
+            losses.append(float(loss))
+        return losses, norms, {name: one.detach().cpu() for name, one in parameters.items()}, torch.cuda.max_memory_allocated()
+
+    ours, theirs = train(True), train(False)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-3)
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-2)
+    for name, weight in theirs[2].items():
+        assert (ours[2][name] - weight).norm() <= 1e-2 * weight.norm(), name
+    gradients = sum(weight.nbytes for weight in theirs[2].values())
+    assert theirs[3] - ours[3] > 0.5 * gradients

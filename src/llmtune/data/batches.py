@@ -182,6 +182,11 @@ class BatchPlan:
         """Sequences in an epoch."""
         return len(self._ends)
 
+    @property
+    def most_window_tokens(self) -> int:
+        """Tokens that a window can have at most: those of its number of longest sequences, in whatever order an epoch takes them."""
+        return int(np.sort(self._pack_tokens)[-self.global_batch :].sum())
+
     @functools.cached_property
     def digest(self) -> str:
         """sha256 of what decides the rows of every step: examples, packs, global batch and shuffle seed.

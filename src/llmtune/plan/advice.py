@@ -129,6 +129,17 @@ def _small_optimizer(config: Config, _forecaster: Forecaster) -> tuple[str, Conf
     return "training.optimizer=adamw_8bit", replace(config, training=replace(config.training, optimizer="adamw_8bit"))
 
 
+def _step_in_backward(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
+    """Drop each gradient once its weight has moved; where windows are one micro-batch that leaves one gradient instead of all."""
+    training = config.training
+    allowed = forecaster.world_size == 1 and forecaster.precision != "fp16" and not config.tracking.watch
+    if training.step_in_backward or config.adapter.method != "none" or not allowed:
+        return None
+    unclipped = " training.max_grad_norm=null" if training.max_grad_norm is not None else ""
+    changed = replace(training, step_in_backward=True, max_grad_norm=None)
+    return f"training.step_in_backward=true{unclipped}", replace(config, training=changed)
+
+
 def _shorter(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
     longest = min(int(max(forecaster.prepared.data.train.lengths)), config.data.max_length)
     if longest < 2:
@@ -143,6 +154,7 @@ CHANGES: tuple[Callable[[Config, Forecaster], tuple[str, Config] | None], ...] =
     _smaller_batch,
     _quantize,
     _small_optimizer,
+    _step_in_backward,
     _adapter,
     _shorter,
 )

@@ -30,6 +30,7 @@ from llmtune.training.devices import Devices
 from llmtune.training.engine import GROUP_TOKENS
 from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES
 from llmtune.training.precision import DTYPES as COMPUTE
+from llmtune.training.step_in_backward import saves_uncut
 
 __all__ = ["Forecaster", "Steps"]
 
@@ -108,7 +109,12 @@ class Forecaster:
         """The windows of a variant of the run; its rows are those of the run."""
         prepared = replace(self.prepared, config=config)
         cap = GROUP_TOKENS if self.target.kind == "cpu" and self.layout == "flat" else None
-        return prepared.batch_plan(layout=self.layout, max_group_tokens=cap, rank=self.rank, world_size=self.world_size)
+        batches = prepared.batch_plan(layout=self.layout, max_group_tokens=cap, rank=self.rank, world_size=self.world_size)
+        if cap is not None and config.training.step_in_backward:
+            sizes = {"window_tokens": batches.most_window_tokens, "gradient_bytes": self.count(config).gradient_bytes}
+            if saves_uncut(config, shape=self.shape.config, **sizes):
+                return prepared.batch_plan(layout=self.layout, rank=self.rank, world_size=self.world_size)
+        return batches
 
     def steps(self) -> Steps:
         """Count steps and tokens."""
@@ -156,13 +162,15 @@ class Forecaster:
         """Memory by part of the run, or of a variant of it."""
         config = config or self.config
         batch, several = self.largest(config)
+        dropped = config.training.step_in_backward and not several
         return add_up(
             self.count(config),
-            self.peaks(config, batch, gradients_held=several),
+            self.peaks(config, batch, gradients_held=several, gradients_dropped=dropped),
             batch,
             kind=self.target.kind,
             optimizer=config.training.optimizer,
             gradients_held=several,
+            gradients_dropped=dropped,
             process=self.process,
             file_bytes=self.shape.file_bytes,
         )
@@ -181,12 +189,12 @@ class Forecaster:
             self._counted[key] = counted
         return self._counted[key]
 
-    def peaks(self, config: Config, batch: MicroBatchShape, *, gradients_held: bool) -> Peaks:
+    def peaks(self, config: Config, batch: MicroBatchShape, *, gradients_held: bool, gradients_dropped: bool = False) -> Peaks:
         """What a micro-batch of that shape holds beside the weights."""
-        key = self._key("peaks", config, [asdict(batch), gradients_held])
+        key = self._key("peaks", config, [asdict(batch), gradients_held, gradients_dropped])
         if key not in self._peaks:
             entry = read_entry(key)
-            peaks = Peaks(**entry) if entry is not None else self._trace(config, batch, gradients_held)
+            peaks = Peaks(**entry) if entry is not None else self._trace(config, batch, gradients_held, gradients_dropped)
             if entry is None:
                 write_entry(key, asdict(peaks))
             self._peaks[key] = peaks
@@ -197,7 +205,7 @@ class Forecaster:
         facts = [asdict(self.config.training), torch.get_num_threads(), platform.machine(), platform.node()]
         return self._key("rate", self.config, [*facts, self.prepared.data.train.digest])
 
-    def _trace(self, config: Config, batch: MicroBatchShape, gradients_held: bool) -> Peaks:
+    def _trace(self, config: Config, batch: MicroBatchShape, gradients_held: bool, gradients_dropped: bool) -> Peaks:
         recompute = config.model.gradient_checkpointing
         traced = 2 if recompute == "offload" else 1  # with one block there is no other whose input could be on its way
         fewer, more = (
@@ -208,6 +216,7 @@ class Forecaster:
                 compute=COMPUTE[self.precision],
                 checkpointing=recompute in (True, "offload") and recompute,
                 gradients_held=gradients_held,
+                gradients_dropped=gradients_dropped,
             )
             for blocks in (traced, traced + 1)
         )

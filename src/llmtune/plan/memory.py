@@ -59,15 +59,22 @@ def add_up(
     kind: str,
     optimizer: str,
     gradients_held: bool,
+    gradients_dropped: bool,
     process: int,
     file_bytes: int,
 ) -> MemoryPlan:
-    """Put the parts of every moment together and give the worst one. kind: `cpu` or `cuda`; sizes in bytes."""
+    """Put the parts of every moment together and give the worst one. kind: `cpu` or `cuda`; sizes in bytes.
+
+    gradients_held: the window has several micro-batches, so all gradients exist before the last one. gradients_dropped: a window is one
+    micro-batch, and each gradient goes when its weight has moved; the largest is then named `gradients`, whatever phase it is in.
+    """
     state = optimizer_bytes(optimizer, entries=counted.trained, entry_bytes=counted.gradient_bytes)
     base = {"process": process if kind == "cpu" else CUDA_CONTEXT_BYTES, "weights": counted.base_bytes, "adapter": counted.adapter_bytes}
     held = counted.gradient_bytes if gradients_held else 0
     late = peaks.phase in ("first block", "end") and not gradients_held
     inside = min(peaks.bytes, counted.gradient_bytes) if late else 0  # gradients that this micro-batch itself has made by then
+    if gradients_dropped:
+        inside = min(max(0, peaks.bytes - peaks.kept), counted.largest_gradient_bytes) if peaks.phase != "forward" else 0
     activations = min(peaks.kept, peaks.bytes - inside)
     rest = peaks.bytes - inside - activations
     in_loss = peaks.phase == "loss"
@@ -80,7 +87,7 @@ def add_up(
             "workspace": (0 if in_loss else rest) + counted.largest_linear_bytes,
             "allocator": round(ALLOCATOR_SHARE[kind] * peaks.bytes),
         },
-        "update": {"gradients": counted.gradient_bytes, "optimizer": state},
+        "update": {"gradients": counted.largest_gradient_bytes if gradients_dropped else counted.gradient_bytes, "optimizer": state},
     }
     if kind == "cpu":
         moments["loading"] = {"workspace": file_bytes}

@@ -131,12 +131,13 @@ def trace(
     compute: torch.dtype | None,
     checkpointing: bool | str,
     gradients_held: bool,
+    gradients_dropped: bool = False,
 ) -> Peaks:
     """Run `model` (a skeleton on the meta device; it is used up) on a micro-batch of that shape, forward and backward, and count.
 
     device_type: `cpu` or `cuda`, whose engine is traced (on CUDA variable-length attention, which keeps what flash attention keeps).
     compute: autocast's type, None for float32 arithmetic. checkpointing: as `model.gradient_checkpointing`, settled. gradients_held: an
-    earlier micro-batch of the window left its gradients.
+    earlier micro-batch of the window left its gradients. gradients_dropped: each goes once it is complete (`training.step_in_backward`).
     Raises what the model raises on stand-ins.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -159,6 +160,10 @@ def trace(
                 if weight.requires_grad:
                     weight.grad = torch.empty_like(weight)
                     known.append(weight.grad)
+    if gradients_dropped:
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(_drop)
     live = _Live(known)
     if checkpointing == "offload" and device_type == "cuda":
         keep_inputs_in(_store_elsewhere(live, mode), base)
@@ -172,6 +177,10 @@ def trace(
         loss.backward()
     phases = {phase: max(0, peak - live.before) for phase, peak in live.phases.items()}
     return Peaks(phases, max(0, kept - live.before), live.elsewhere)
+
+
+def _drop(weight: torch.Tensor) -> None:
+    weight.grad = None
 
 
 def extrapolate(fewer: Peaks, more: Peaks, blocks: int, *, traced: int = 1) -> Peaks:

@@ -10,13 +10,31 @@ does need all gradients before the first weight moves is refused: clipping, fp16
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from llmtune.config.schema import Config
 from llmtune.training.optim import Optimizer
 from llmtune.training.update import set_learning_rate
 
-__all__ = ["StepInBackward"]
+__all__ = ["StepInBackward", "saves_uncut"]
+
+HELD_OF_A_BLOCK = 1.5
+"""Bytes that a recomputed block's input takes, as a multiple of the tensor's own: by the plan, gaps of the allocator included."""
+
+
+def saves_uncut(config: Config, *, window_tokens: int, shape: Any, gradient_bytes: int) -> bool:
+    """Whether windows take less memory whole than cut into micro-batches, whose summed gradients exist from the first one on.
+
+    Only where a window is one micro-batch by the config and blocks are recomputed, so that a token keeps one float32 vector a block.
+    Without that it keeps twelve times as much, and cutting saves more than all gradients take. `shape`: the model's transformers config.
+    """
+    recomputes = config.model.gradient_checkpointing in (True, "offload")
+    if not (config.training.step_in_backward and recomputes and config.training.gradient_accumulation_steps == 1):
+        return False
+    text = shape.get_text_config()
+    return bool(HELD_OF_A_BLOCK * window_tokens * text.num_hidden_layers * text.hidden_size * 4 <= gradient_bytes)
 
 
 class StepInBackward:
