@@ -41,6 +41,7 @@ def test_the_mode_follows_the_umask_also_for_files_a_library_wrote_with_its_own(
     before = os.umask(mask)
     try:
         durable.write_bytes(tmp_path / "a", b"")
+        durable.FileLock(tmp_path / "lock", "the test").release()
         with durable.commit_folder(tmp_path / "folder") as staging:
             (staging / "library").write_bytes(b"x")
             (staging / "library").chmod(0o600)
@@ -48,7 +49,7 @@ def test_the_mode_follows_the_umask_also_for_files_a_library_wrote_with_its_own(
     finally:
         os.umask(before)
     expected = 0o666 & ~mask
-    for path in (tmp_path / "a", *(tmp_path / "folder").iterdir()):
+    for path in (tmp_path / "a", tmp_path / "lock", *(tmp_path / "folder").iterdir()):
         assert stat.S_IMODE(path.stat().st_mode) == expected, path
 
 
