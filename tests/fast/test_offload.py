@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +145,54 @@ def test_on_a_cpu_inputs_stay_where_they_are_and_that_is_said(build_model: Build
 def test_a_model_without_blocks_that_can_be_recomputed_is_refused() -> None:
     with pytest.raises(ModelError, match="the inputs of Linear's blocks cannot be kept elsewhere"):
         keep_inputs_in(HostStore(CPU), torch.nn.Linear(2, 2))
+
+
+# ---- the benchmark ----
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.parametrize("limit", [0, 4095, 4096, 5000, 78_475, 342_733, 1 << 20, 1 << 21])
+def test_the_benchmark_finds_the_longest_row_within_two_percent(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    longest = importlib.import_module("longest_row").longest
+    tried: list[int] = []
+
+    def fits(tokens: int) -> bool:
+        tried.append(tokens)
+        return tokens <= limit
+
+    found = longest(fits, least=4096, most=1 << 20, within=0.02)
+    assert len(tried) <= 15
+    if limit < 4096:
+        assert found is None
+    else:
+        assert found in tried
+        assert min(limit, 1 << 20) / 1.02 - 1 <= found <= limit
+
+
+@pytest.mark.campaign
+def test_the_benchmark_runs_on_a_cpu() -> None:
+    """Real tries, each in a process of its own: 1,024 tokens of the tiny shape fit in 4 GB, nothing fits in 10 MB."""
+    command = [
+        sys.executable,
+        "longest_row.py",
+        "--device",
+        "cpu",
+        "--shape",
+        "tiny",
+        "--gb",
+        "4",
+        "0.01",
+        "--least",
+        "512",
+        "--most",
+        "1024",
+    ]
+    done = subprocess.run(command, cwd=BENCHMARKS, check=True, capture_output=True, text=True)
+    rows = done.stdout.splitlines()
+    assert rows[2].startswith("| 4 GB | offload | 1,024 (not tried longer) | ")
+    assert rows[3].startswith("| 0.01 GB | offload | less than 512 |")
 
 
 # ---- on a GPU ----

@@ -121,6 +121,23 @@ def test_in_bf16_tiles_are_as_close_to_float32_as_whole_rows(
     assert difference(found[1], truth[1]) < 1.2 * difference(expected[1], truth[1])
 
 
+def test_a_tile_is_computed_again_in_the_type_it_was_computed_in() -> None:
+    """The backward pass runs outside autocast; a tile's does not."""
+    layer, seen = nn.Linear(8, 8), []
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = layer(x)
+        seen.append(output.dtype)
+        return output
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = tiled_forward(run, torch.randn(1, 20, 8), 10, list(layer.parameters())).float().sum()
+    total.backward()
+    assert seen == [torch.bfloat16] * 4
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_tiles_repeat_a_model_held_in_four_bit(arithmetic: Build, make_examples: Callable[..., list[Example]], tmp_path: Any) -> None:
     """N15 for QLoRA in float32 arithmetic."""

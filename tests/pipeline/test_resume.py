@@ -8,6 +8,7 @@ import pytest
 
 from llmtune import keeping, pipeline
 from llmtune.errors import CheckpointError, DivergedError, StoppedBySignal
+from llmtune.models import tiles
 from llmtune.preparation import Options
 from llmtune.runs.folder import RunFolder
 from llmtune.runs.signals import StopRequest
@@ -43,6 +44,20 @@ def test_p2_a_killed_run_resumes_to_the_same_bytes(kind, config_of, unbroken, tm
     result = pipeline.resume(str(stopped))
     assert result.state == "finished"
     assert_same_run(whole, stopped)
+
+
+def test_p2_a_run_in_tiles_stopped_and_resumed_ends_the_same(config_of, unbroken, tmp_path, monkeypatch):
+    """Dropout inside tiles of 16 tokens is drawn again as it was."""
+    monkeypatch.setattr(tiles, "tile_tokens", lambda _width: 16)
+    settings = (*LORA, "model.gradient_checkpointing=offload")
+    whole = unbroken(*settings)
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(lambda: pipeline.train(config_of(*settings, name="stopped")), kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 5)
+    assert not (stopped / "checkpoints" / "final").exists()
+    pipeline.resume(str(stopped))
+    assert_same_run(whole, stopped)
+    said = [one for one in json.loads((whole / "run.json").read_text())["decisions"] if "training.tiles" in str(one)]
+    assert "16 tokens" in str(said)
 
 
 def test_p2_a_run_killed_before_its_first_checkpoint_starts_again_and_ends_the_same(config_of, unbroken, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from llmtune.assembly import assemble, open_devices
 from llmtune.config.layers import load_config
 from llmtune.errors import UsageError
+from llmtune.models import tiles
 from llmtune.plan import settle
 from llmtune.plan.advice import changes, largest_batch
 from llmtune.plan.devices import Target, open_target
@@ -19,7 +20,9 @@ from llmtune.plan.report import as_dict, lines, make_plan
 from llmtune.plan.skeleton import build, weight_dtype
 from llmtune.plan.trace import MicroBatchShape, extrapolate, trace
 from llmtune.preparation import Options, prepare
+from llmtune.training import offload
 from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES
+from llmtune.training.offload import PAGE_BYTES
 from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from pipeline_helpers import LORA
 
@@ -119,12 +122,12 @@ def test_q7_the_process_counts_the_kernels_that_a_run_in_bf16_collects_and_none_
     assert forecaster_of(target=Target("a card elsewhere", "cuda", 1 << 40)).process == 0
 
 
-def traced(forecaster, lengths, *, blocks=None, checkpointing=False):
+def traced(forecaster, lengths, *, blocks=None, checkpointing=False, device_type="cpu"):
     config = forecaster.config
     dtype = weight_dtype(config.model, trained=config.adapter.method == "none", precision="fp32", scratch=False)
     model = build(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=dtype, blocks=blocks)
     batch = MicroBatchShape(lengths, sum(lengths) // 2, "flat")
-    return trace(model, batch, device_type="cpu", compute=None, checkpointing=checkpointing, gradients_held=False)
+    return trace(model, batch, device_type=device_type, compute=None, checkpointing=checkpointing, gradients_held=False)
 
 
 def test_q7_activations_grow_in_proportion_to_the_tokens(forecaster_of):
@@ -146,6 +149,31 @@ def test_q7_more_blocks_follow_from_one_and_two(forecaster_of):
 def test_q7_recomputed_blocks_keep_less(forecaster_of):
     forecaster = forecaster_of(*LORA[:2])
     assert traced(forecaster, (100, 100), checkpointing=True).kept < 0.5 * traced(forecaster, (100, 100)).kept
+
+
+def test_q7_offloaded_blocks_leave_as_much_on_a_gpu_however_many_they_are(forecaster_of):
+    """Two blocks' inputs are in flight; the others' wait in pages of the host, counted apart. A CPU keeps them, like `true`."""
+    forecaster = forecaster_of(*LORA[:2])
+    forecaster.shape.config.num_hidden_layers = 5
+    offloaded = {"checkpointing": "offload", "device_type": "cuda"}
+    two, three, five = (traced(forecaster, (900,), blocks=blocks, **offloaded) for blocks in (2, 3, 5))
+    assert three.kept == two.kept
+    assert three.phases["last block"] == pytest.approx(two.phases["last block"], rel=0.02)
+    assert [one.host for one in (two, three, five)] == [blocks * PAGE_BYTES for blocks in (2, 3, 5)]
+    assert extrapolate(two, three, 5, traced=2) == five
+    _masks, here, recomputed = (traced(forecaster, (900,), blocks=3, checkpointing=kind) for kind in (True, "offload", True))
+    assert here.host == 0
+    assert here.kept == recomputed.kept > three.kept
+
+
+def test_q7_tiles_bound_what_feed_forward_layers_hold(forecaster_of, monkeypatch):
+    """Of 1,200 tokens the products of 100 are alive at a time."""
+    monkeypatch.setattr(tiles, "LEAST_TOKENS", 100)
+    forecaster = forecaster_of(*LORA[:2])
+    forecaster.shape.config.intermediate_size = 4096
+    whole, tiled = (traced(forecaster, (1200,), checkpointing=kind, device_type="cuda").bytes for kind in (True, "offload"))
+    assert whole > 3 * 1200 * 4096 * 4
+    assert tiled < 0.4 * whole
 
 
 def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
@@ -201,6 +229,46 @@ def test_auto_checkpointing_recomputes_only_where_nothing_fits_without(forecaste
     prepared, decisions = settle.settle(tight)
     assert prepared.config.model.gradient_checkpointing is True
     assert [one.key for one in decisions] == ["model.gradient_checkpointing"]
+
+
+def gpu_too_small_for(forecaster, than):
+    """A GPU that holds the offloaded run and not the one recomputed as `than` says."""
+    offloaded, other = (forecaster.memory(settle.variant(forecaster.config, (8, 2), one)).peak_bytes for one in ("offload", than))
+    assert offloaded < other
+    return Target("a small GPU", "cuda", int((offloaded + other) / 2 / 0.95))
+
+
+@pytest.fixture
+def long_rows(monkeypatch):
+    """Rows that are much longer than a tile and a page."""
+    monkeypatch.setattr(tiles, "LEAST_TOKENS", 64)
+    monkeypatch.setattr(offload, "PAGE_BYTES", 1 << 12)
+    return (*LORA[:2], "training.batch_size=8")
+
+
+def test_auto_checkpointing_offloads_only_on_a_gpu_that_recomputing_alone_does_not_fit(forecaster_of, long_rows):
+    auto = (*long_rows, "model.gradient_checkpointing=auto")
+    forecaster = forecaster_of(*auto, target=Target("a GPU", "cuda", 1 << 40))
+    small = gpu_too_small_for(forecaster, True)
+    prepared, decisions = settle.settle(forecaster_of(*auto, target=small))
+    assert prepared.config.model.gradient_checkpointing == "offload"
+    assert [one.value for one in decisions] == ["offload"]
+    compiled = settle.settle(forecaster_of(*auto, "training.compile=true", target=small))[0].config
+    on_a_cpu = settle.settle(forecaster_of(*auto, target=Target("a tiny CPU", "cpu", 1)))[0].config
+    assert compiled.model.gradient_checkpointing is on_a_cpu.model.gradient_checkpointing is True
+
+
+def test_offloading_is_advised_where_recomputing_is_not_enough(forecaster_of, long_rows):
+    recomputed = (*long_rows, "model.gradient_checkpointing=true")
+    small = gpu_too_small_for(forecaster_of(*recomputed, target=Target("a GPU", "cuda", 1 << 40)), True)
+    advised = {one.overrides: one.fits for one in changes(forecaster_of(*recomputed, target=small))}
+    assert advised["model.gradient_checkpointing=offload"]
+    enough = changes(forecaster_of(*long_rows, target=Target("a GPU", "cuda", 1 << 40)))
+    assert not any("offload" in one.overrides for one in enough)
+    offloaded = make_plan(forecaster_of(*long_rows, "model.gradient_checkpointing=offload", target=small))
+    assert offloaded.fits
+    assert "of page-locked memory of the host, for the inputs of blocks" in "\n".join(lines(offloaded))
+    assert as_dict(offloaded)["memory"]["host_bytes"] == offloaded.memory.host_bytes > 0
 
 
 def test_a_run_that_went_on_keeps_what_it_chose(forecaster_of):
