@@ -1,4 +1,4 @@
-"""Planned beside measured peak memory, for eight shapes of training, each by the real command in a process of its own.
+"""Planned beside measured peak memory, for nine shapes of training, each by the real command in a process of its own.
 
     python benchmarks/plan_memory.py [--steps 8] [--only NAME ...]
 
@@ -38,6 +38,7 @@ class Shape:
 
 LORA, QLORA, FULL = ("adapter.method=lora",), ("adapter.method=lora", "model.quantization=4bit"), ("adapter.method=none",)
 AGAIN = ("model.gradient_checkpointing=true",)
+EARLY = ("training.step_in_backward=true", "training.max_grad_norm=null")
 SHAPES = (
     Shape("LoRA, short rows", 32, (10, 40), LORA),
     Shape("LoRA, conversations", 8, (30, 450), LORA),
@@ -46,6 +47,7 @@ SHAPES = (
     Shape("QLoRA, long rows", 1, (1400, 1800), QLORA),
     Shape("full, short rows", 32, (10, 40), FULL),
     Shape("full, conversations, recomputed", 8, (30, 450), (*FULL, *AGAIN)),
+    Shape("full, conversations, recomputed, step in backward", 8, (30, 450), (*FULL, *AGAIN, *EARLY)),
     Shape("custom-small from scratch, packed 1,024", 8, (100, 900), ("model.name=custom-small", *FULL, "data.packing=best_fit")),
 )
 
