@@ -201,7 +201,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 WIDE = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
 
 
-def wide_model(recompute: Any, tokens: int) -> tuple[Any, Callable[[], torch.Tensor], Precision]:
+def wide_model(recompute: Any, tokens: int) -> tuple[Any, Callable[[], torch.Tensor]]:
     """A LoRA of a Llama shape on the GPU, and its loss of one row."""
     torch.manual_seed(0)
     device = torch.device("cuda")
@@ -223,25 +223,32 @@ def wide_model(recompute: Any, tokens: int) -> tuple[Any, Callable[[], torch.Ten
         with precision.autocast():
             return engine.nll_sum(batch)
 
-    return model.train(), loss, precision
+    return model.train(), loss
 
 
 @pytest.mark.gpu
 @needs_cuda
 def test_on_a_gpu_offloaded_blocks_repeat_recomputed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """N15 on CUDA, bf16: the same bits where a row is one tile; with tiles loss within 1e-3 and gradients within 2e-2."""
+    """N15 on CUDA, bf16, three times over: the same loss bits where a row is one tile; with tiles loss within 1e-3, gradients within 2e-2.
+
+    Gradients are compared with a bound throughout, because flash attention's backward pass adds in no fixed order.
+    """
     monkeypatch.setattr(offload, "PAGE_BYTES", 1 << 20)
-    results = {}
-    for recompute, least in ((True, 8192), ("offload", 8192), ("tiles", 1024)):
+
+    def results(recompute: Any, least: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
         monkeypatch.setattr(tiles, "LEAST_TOKENS", least)
-        model, loss, _ = wide_model(True if recompute is True else "offload", 8192)
-        results[recompute] = [loss_and_gradients(model, loss) for _ in range(3)]
-    assert [one[0] for one in results["offload"]] == [one[0] for one in results[True]]
-    expected, found = results[True][0], results["tiles"][0]
-    assert found[0] == pytest.approx(expected[0], rel=1e-3)
-    apart = sum(float((found[1][name] - expected[1][name]).double().square().sum()) for name in expected[1])
-    assert (apart / sum(float(g.double().square().sum()) for g in expected[1].values())) ** 0.5 < 2e-2
-    assert all(same_bits(one[1], results["tiles"][0][1]) or one[0] == found[0] for one in results["tiles"])
+        model, loss = wide_model(recompute, 8192)
+        return [loss_and_gradients(model, loss) for _ in range(3)]
+
+    def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+        total = sum(float((found[name] - expected[name]).double().square().sum()) for name in expected)
+        return float((total / sum(float(g.double().square().sum()) for g in expected.values())) ** 0.5)
+
+    expected, one_tile, tiled = results(True, 8192)[0], results("offload", 8192), results("offload", 1024)
+    assert {loss for loss, _ in one_tile} == {expected[0]}
+    assert max(apart(gradients, expected[1]) for _, gradients in one_tile) < 1e-2
+    assert [loss for loss, _ in tiled] == [pytest.approx(expected[0], rel=1e-3)] * 3
+    assert max(apart(gradients, expected[1]) for _, gradients in tiled) < 2e-2
 
 
 @pytest.mark.gpu
@@ -249,7 +256,7 @@ def test_on_a_gpu_offloaded_blocks_repeat_recomputed_ones(monkeypatch: pytest.Mo
 def test_on_a_gpu_the_peak_falls_and_the_host_is_locked_once() -> None:
     peaks, pages = {}, 0
     for recompute in (True, "offload"):
-        model, loss, _ = wide_model(recompute, 32768)
+        model, loss = wide_model(recompute, 32768)
         for _ in range(2):
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
