@@ -37,8 +37,9 @@ def gradients(loss: torch.Tensor, module: nn.Linear, hidden: torch.Tensor) -> li
 def test_the_chunked_loss_equals_the_whole_one(
     kind: type[nn.Linear], bias: bool, frozen: bool, scale: float, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """N15: loss 1e-6, gradients 1e-5 relative; several chunks, the last one partial."""
+    """N15: loss 1e-6, gradients 1e-5 relative; several chunks of several slices, the last ones partial."""
     monkeypatch.setattr(fused_loss, "TRAINED_CHUNK_ROWS", 128)
+    monkeypatch.setattr(fused_loss, "SLICE_NUMBERS", 50 * 61)
     module, hidden, targets, weights = problem(kind, bias, frozen)
     found = head_nll_sum(Head(module, scale, cap), hidden, targets, weights)
     logits = module(hidden) * scale

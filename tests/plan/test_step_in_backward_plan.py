@@ -65,8 +65,8 @@ def test_moving_weights_in_the_backward_pass_is_proposed_where_it_helps_and_is_a
 
 def test_windows_stay_whole_where_that_takes_less_and_the_plan_knows(forecaster_of, monkeypatch):
     """On a CPU windows are cut between documents; with recomputed blocks and few tokens that would only keep all gradients alive."""
-    monkeypatch.setattr("llmtune.plan.forecast.GROUP_TOKENS", 40)
-    monkeypatch.setattr("llmtune.training.engine.GROUP_TOKENS", 40)
+    monkeypatch.setattr("llmtune.plan.forecast.group_tokens", lambda _width: 40)
+    monkeypatch.setattr("llmtune.training.engine.group_tokens", lambda _width: 40)
     found = {}
     for recompute in ("false", "true"):
         forecaster = forecaster_of(*ONE_MICRO_BATCH, *EARLY, f"model.gradient_checkpointing={recompute}")

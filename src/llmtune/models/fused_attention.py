@@ -16,10 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["TILE_TOKENS", "Tile", "plan_tiles", "tiled_attention"]
+__all__ = ["Tile", "plan_tiles", "tiled_attention"]
 
 TILE_TOKENS = 128
-"""Queries of a tile: fewer waste time between products, more waste products above the diagonal."""
+"""Queries of a tile, at least: fewer waste time between products, more waste products above the diagonal."""
+
+TILE_ROWS = 256
+"""Rows of a tile's products, at least: query heads that have a key head each stack no rows, and take more queries instead."""
 
 JOINED_TOKENS = 128
 """Short documents share a tile up to this many tokens: what they compute for nothing costs less than another round of calls."""
@@ -169,15 +172,18 @@ def tiled_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    tile: int = TILE_TOKENS,
+    tile: int | None = None,
 ) -> Tensor:
     """Causal attention of each document of one flat row over itself.
 
     query: [1, H, T, D]; key, value: [1, G, T, D], one dtype. boundaries: cumulative document lengths. scale multiplies the scores;
-    window: tokens a query sees, itself included; softcap c replaces a score s by c tanh(s / c). Returns [1, T, H, D]. In bf16 scores and
-    probabilities are rounded to bf16 (as in the library's eager attention); the softmax itself and the sums over queries are float32.
+    window: tokens a query sees, itself included; softcap c replaces a score s by c tanh(s / c); tile: queries of a tile. Returns
+    [1, T, H, D]. In bf16 scores and probabilities are rounded to bf16 (as in the library's eager attention); the softmax itself and the
+    sums over queries are float32.
     """
     assert query.shape[0] == 1, "a flat micro-batch is one row"
+    if tile is None:
+        tile = max(TILE_TOKENS, TILE_ROWS * key.shape[1] // query.shape[1])
     tiles = plan_tiles(boundaries, window, tile, query.dtype, query.device)
     longest = max(stop - start for start, stop in pairwise(boundaries))
     keep = longest <= KEPT_TOKENS and softcap is None and torch.is_grad_enabled()

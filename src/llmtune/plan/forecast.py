@@ -27,7 +27,7 @@ from llmtune.plan.store import read_entry, write_entry
 from llmtune.plan.trace import MicroBatchShape, Peaks, extrapolate, trace
 from llmtune.preparation import Options, Prepared
 from llmtune.training.devices import Devices
-from llmtune.training.engine import GROUP_TOKENS
+from llmtune.training.engine import group_tokens
 from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES
 from llmtune.training.precision import DTYPES as COMPUTE
 from llmtune.training.step_in_backward import saves_uncut
@@ -108,7 +108,7 @@ class Forecaster:
     def batches(self, config: Config) -> BatchPlan:
         """The windows of a variant of the run; its rows are those of the run."""
         prepared = replace(self.prepared, config=config)
-        cap = GROUP_TOKENS if self.target.kind == "cpu" and self.layout == "flat" else None
+        cap = group_tokens(self.shape.config.get_text_config().hidden_size) if self.target.kind == "cpu" and self.layout == "flat" else None
         batches = prepared.batch_plan(layout=self.layout, max_group_tokens=cap, rank=self.rank, world_size=self.world_size)
         if cap is not None and config.training.step_in_backward:
             sizes = {"window_tokens": batches.most_window_tokens, "gradient_bytes": self.count(config).gradient_bytes}

@@ -29,10 +29,13 @@ from llmtune.training.fused_loss import Head, find_head, head_nll_sum, trained_r
 from llmtune.training.loss import plain_nll_sum
 from llmtune.training.offload import offload_inputs, run_in_tiles
 
-__all__ = ["Engine", "build_engine", "checkpoint_blocks", "flat_nll_sum"]
+__all__ = ["Engine", "build_engine", "checkpoint_blocks", "flat_nll_sum", "group_tokens"]
 
 GROUP_TOKENS = 1536
 """Tokens that a flat micro-batch is cut to on a CPU (whole documents; a longer one goes alone): more gains little and costs memory."""
+
+GROUP_NUMBERS = 1 << 20
+"""Numbers of a hidden state [T, E] up to which a narrow model takes more tokens at once: its products are too small otherwise."""
 
 
 class Arithmetic(Protocol):
@@ -161,6 +164,15 @@ def _backends(asked: str, device: torch.device, precision: Arithmetic) -> tuple[
     return ("tiles", "sdpa")
 
 
+def group_tokens(width: int) -> int:
+    """Tokens that a flat micro-batch is cut to on a CPU, for a model of that width.
+
+    >>> group_tokens(576), group_tokens(256), group_tokens(4096)
+    (1536, 4096, 1536)
+    """
+    return max(GROUP_TOKENS, 1 << (GROUP_NUMBERS // width).bit_length() - 1)
+
+
 def _flat_engine(model: Any, backend: str, device: torch.device, asked: str, more: tuple[Decision, ...]) -> Engine:
     head = find_head(_base_model(model))
     assert head is not None
@@ -168,7 +180,7 @@ def _flat_engine(model: Any, backend: str, device: torch.device, asked: str, mor
     return Engine(
         nll_sum=lambda batch: flat_nll_sum(model, batch, head=head, device=device),
         layout="flat",
-        max_group_tokens=GROUP_TOKENS if device.type == "cpu" else None,
+        max_group_tokens=group_tokens(model.get_input_embeddings().weight.shape[1]) if device.type == "cpu" else None,
         decisions=(
             Decision(
                 "training.engine", "flat", "no padding, loss on trained rows only; equal to the plain forward on a probe of this model"

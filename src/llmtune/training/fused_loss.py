@@ -22,8 +22,8 @@ __all__ = ["Head", "find_head", "head_nll_sum", "trained_rows"]
 CHUNK_ROWS = 256
 """Rows of a chunk with a frozen head: fewer read the head too often, more gain nothing."""
 
-SLICE_ROWS = 32
-"""Rows of a chunk that are in float32 at a time: they stay in the processor's cache, so a chunk never exists in float32."""
+SLICE_NUMBERS = 3 << 19
+"""Logits of a chunk that are in float32 at a time: they stay in the processor's cache, so a chunk never exists in float32."""
 
 TRAINED_CHUNK_ROWS = 1024
 """Rows of a chunk when the head is trained: each chunk also updates a gradient as large as the head."""
@@ -98,8 +98,8 @@ def _checkpointed_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_
 
 def _nll(logits_CV: Tensor, targets_C1: Tensor, scale: float, cap: float | None, *, with_gradient: bool) -> Tensor:
     """Return the negative log-likelihoods of a chunk's rows, float32 [C]; on request overwrite the logits with their gradient."""
-    rows = logits_CV.shape[0]
-    step = SLICE_ROWS if logits_CV.device.type == "cpu" else rows
+    rows, vocabulary = logits_CV.shape
+    step = max(1, SLICE_NUMBERS // vocabulary) if logits_CV.device.type == "cpu" else rows
     slices = [slice(start, start + step) for start in range(0, rows, step)]
     return torch.cat([_nll_of_slice(logits_CV[part], targets_C1[part], scale, cap, with_gradient) for part in slices])
 
