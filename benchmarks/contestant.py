@@ -32,7 +32,14 @@ Step = tuple[float, float]
 
 
 def ours(
-    workload: Workload, rows: Rows, device: str, engine: str = "auto", group_tokens: int | None = None
+    workload: Workload,
+    rows: Rows,
+    device: str,
+    engine: str = "auto",
+    group_tokens: int | None = None,
+    optimizer: Any = "adamw",
+    max_grad_norm: float | None = 1.0,
+    in_backward: bool = False,
 ) -> Iterator[Step | dict[str, Any]]:
     """Drive the rooms that the pipeline drives: load, attach, engine, windows, loop."""
     from llmtune.cli.process import prepare_process
@@ -51,6 +58,7 @@ def ours(
     from llmtune.training.optim import build_optimizer
     from llmtune.training.precision import Precision
     from llmtune.training.state import TrainingState
+    from llmtune.training.step_in_backward import StepInBackward
     from llmtune.training.update import AfterBackward
 
     place = torch.device(device)
@@ -62,7 +70,7 @@ def ours(
     yield {"decisions": [str(one) for one in built.decisions], "config": model.config}
     model.train()
     rate = workload.learning_rate
-    optimizer, _ = build_optimizer("adamw", parameters, learning_rate=rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, device=place)
+    moves, _ = build_optimizer(optimizer, parameters, learning_rate=rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, device=place)
     examples = ExampleList([Example(str(number), ids, zero_first(weights)) for number, (ids, weights) in enumerate(rows)])
     lengths = np.array([len(ids) for ids, _ in rows])
     packs = plan_packs(lengths, workload.pack or int(lengths.max()), "none" if workload.pack is None else "best_fit", None)
@@ -77,10 +85,11 @@ def ours(
         layout=built.layout,
         max_group_tokens=group_tokens or built.max_group_tokens,
     )
-    devices = Devices(place)
+    devices, weights = Devices(place), list(parameters.values())
+    early = StepInBackward(weights, moves) if in_backward else None
     steps = train_steps(
         nll_sum=built.nll_sum,
-        update=AfterBackward(list(parameters.values()), optimizer, precision, devices, max_grad_norm=1.0),
+        update=early or AfterBackward(weights, moves, precision, devices, max_grad_norm=max_grad_norm),
         windows=watched(windows.windows()),
         learning_rate=lambda _step: rate,
         precision=precision,
@@ -254,14 +263,14 @@ def load(workload: Workload, device: str, base_dtype: str = "auto") -> Any:
 
 
 def random_model(workload: Workload, device: str) -> Any:
-    """Build a model of a published shape with random weights, in bf16, in NF4 for QLoRA."""
+    """Build a model of a published shape with random weights: in float32 where all are trained, else in bf16, in NF4 for QLoRA."""
     import torch
     import transformers
 
     assert workload.shape is not None
     config = transformers.LlamaConfig(**SHAPES[workload.shape], max_position_embeddings=131072, rope_theta=500000.0)
     with torch.device(device):
-        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_dtype(torch.float32 if workload.method == "full" else torch.bfloat16)
         model = transformers.AutoModelForCausalLM.from_config(config)
         torch.set_default_dtype(torch.float32)
     if workload.method == "qlora":

@@ -16,71 +16,34 @@ import subprocess
 import sys
 from typing import Any
 
-from workloads import SHAPES
+import numpy as np
+from workloads import SHAPES, Workload
 
 IN_BACKWARD = " + in backward"
 VARIANTS = tuple(name + way for name in ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit") for way in ("", IN_BACKWARD))
-TINY = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 4096}
 LOSS_TOLERANCE = 1e-2
 
 
 def train(variant: str, shape: str, tokens: int, steps: int, device: str) -> dict[str, Any]:
-    """Train one variant with the rooms that a run uses; returns its rate without the first step, its peak and its losses."""
-    from llmtune.cli.process import prepare_process
+    """Train one variant; returns its rate without the first step, its peak and its losses."""
+    from contestant import ours
 
-    prepare_process(trains=True)  # before torch, as the commands do
-    import numpy as np
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from llmtune.config.schema import Config, ModelConfig
-    from llmtune.data.batches import BatchPlan
-    from llmtune.data.example import Example, ExampleList
-    from llmtune.training.devices import Devices
-    from llmtune.training.engine import build_engine
-    from llmtune.training.loop import train_steps
-    from llmtune.training.optim import build_optimizer
-    from llmtune.training.precision import Precision
-    from llmtune.training.state import TrainingState
-    from llmtune.training.step_in_backward import StepInBackward
-    from llmtune.training.update import AfterBackward
-
-    place, rate = torch.device(device), 1e-5
-    torch.manual_seed(0)
-    with place:
-        model = LlamaForCausalLM(LlamaConfig(**(SHAPES | {"tiny": TINY})[shape])).train()
-    precision, devices = Precision("bf16", place), Devices(place)
-    engine = build_engine(model, config=Config(model=ModelConfig(gradient_checkpointing=True)), device=place, precision=precision)
-    parameters = dict(model.named_parameters())
-    name = variant.removesuffix(IN_BACKWARD)
-    optimizer, _ = build_optimizer(name, parameters, learning_rate=rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, device=place)  # type: ignore[arg-type]
-    weights = list(parameters.values())
-    ordinary = AfterBackward(weights, optimizer, precision, devices, max_grad_norm=None)
+    workload = Workload("full-tuning", "full", tokens, tokens, 1, 1e-5, shape=shape, checkpointing=True)
     drawn = np.random.default_rng(0)
-    rows = [drawn.integers(10, model.config.vocab_size, tokens).astype(np.int32) for _ in range(steps)]
-    trained = np.concatenate([[0], np.ones(tokens - 1)]).astype(np.float32)
-    examples = ExampleList([Example(f"row:{number}", ids, trained) for number, ids in enumerate(rows)])
-    packs = [np.array([number]) for number in range(steps)]
-    windows = BatchPlan(
-        examples, packs, batch_size=1, accumulation=1, epochs=1, max_steps=None, shuffle_seed=None, layout=engine.layout
-    ).windows()
-    results = list(
-        train_steps(
-            nll_sum=engine.nll_sum,
-            update=StepInBackward(weights, optimizer) if variant != name else ordinary,
-            windows=windows,
-            learning_rate=lambda _step: rate,
-            precision=precision,
-            state=TrainingState(),
-            devices=devices,
-            max_skipped_steps=0,
-        )
-    )
-    seconds = sum(one.step_seconds for one in results[1:])
+    rows = [(drawn.integers(10, SHAPES[shape]["vocab_size"], tokens).astype(np.int32), np.ones(tokens, np.float32)) for _ in range(steps)]
+    name = variant.removesuffix(IN_BACKWARD)
+    training = ours(workload, rows, device, optimizer=name, max_grad_norm=None, in_backward=variant != name)
+    next(training)  # the model stands
+    done: list[Any] = list(training)
+
+    import torch
+
+    from llmtune.training.devices import peak_memory_bytes
+
     return {
-        "tokens_per_second": tokens * (steps - 1) / seconds,
-        "peak_bytes": results[-1].memory_bytes,
-        "losses": [one.train_mean_nll for one in results],
+        "tokens_per_second": tokens * (steps - 1) / sum(seconds for seconds, _ in done[1:]),
+        "peak_bytes": peak_memory_bytes(torch.device(device)),
+        "losses": [loss for _, loss in done],
     }
 
 
@@ -88,7 +51,7 @@ def main() -> int:
     """Run each variant in turn, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--shape", choices=("tiny", *SHAPES), default="llama-3.2-1b")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
     parser.add_argument("--tokens", type=int, default=4096, help="of the one row of a step")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--only", choices=VARIANTS, help="run this one here and print its figures as JSON")

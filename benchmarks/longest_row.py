@@ -23,14 +23,6 @@ from typing import Any
 import numpy as np
 from workloads import SHAPES, WORKLOADS
 
-SHAPES["tiny"] = {
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "vocab_size": 8192,
-}
 ROWS = 2
 GB = 10**9
 PUBLISHED = {24: 78_475, 80: 342_733}

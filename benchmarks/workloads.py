@@ -74,8 +74,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": True,
     },
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 8192,
+    },
 }
-"""Published shapes of Llama 3 (Meta's model cards): weights are drawn at random, so only speed and memory mean anything."""
+"""Published shapes of Llama 3 (Meta's model cards), and one to try a benchmark on a CPU: weights are drawn at random, so only speed and
+memory mean anything."""
 
 
 def prepare(workload: Workload, folder: Path, steps: int, conversations: Path | None) -> None:

@@ -25,7 +25,7 @@ from llmtune.training.neftune import Neftune
 from llmtune.training.optim import Optimizer, build_optimizer, matrices_of_blocks
 from llmtune.training.precision import Precision, choose_precision
 from llmtune.training.schedule import learning_rate_at, warmup_length
-from llmtune.training.step_in_backward import StepInBackward, saves_uncut
+from llmtune.training.step_in_backward import StepInBackward, choose_windows
 from llmtune.training.update import AfterBackward, Update
 from llmtune.training.utilization import utilization
 
@@ -182,19 +182,16 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
     engine = build_engine(model, config=config, device=devices.device, precision=precision)
     decisions += engine.decisions
     model.train()  # dropout and noise are on from here; evaluation switches them off for itself
-    nll_sum: Callable[[MicroBatch], torch.Tensor] = engine.nll_sum
-    if training.neftune_alpha is not None:
-        nll_sum = Neftune(engine.nll_sum, model.get_input_embeddings(), training.neftune_alpha)
     optimizer, more = _make_optimizer(model, parameters, training, devices)
     decisions += more
     update, more = _make_update(list(parameters.values()), optimizer, training, precision, devices)
     decisions += more
-    batches, more = _make_windows(prepared, config, engine, model, parameters, devices)
+    batches, more = _make_windows(prepared, engine, model, parameters, devices)
     decisions += more
     return Assembled(
         model=model,
         engine=engine,
-        nll_sum=nll_sum,
+        nll_sum=_with_noise(engine.nll_sum, model, training),
         parameters=parameters,
         optimizer=optimizer,
         update=update,
@@ -215,7 +212,7 @@ def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
     """Seed it, and bound the memory it collects; here, because a program that came by the Python API passes nowhere else."""
     bound_kernel_caches()
     _seed_everything(config.run.seed + devices.rank)
-    if config.model.gradient_checkpointing in (True, "offload") and devices.device.type == "cpu":
+    if config.model.recomputes and devices.device.type == "cpu":
         return [tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
     return []
 
@@ -225,6 +222,14 @@ def _open_precision(training: TrainingConfig, devices: Devices) -> tuple[Precisi
         return Precision(training.precision, devices.device), []
     choice = choose_precision(devices.device)
     return Precision(choice.value, devices.device), [choice]  # type: ignore[arg-type]
+
+
+def _with_noise(
+    nll_sum: Callable[[MicroBatch], torch.Tensor], model: Any, training: TrainingConfig
+) -> Callable[[MicroBatch], torch.Tensor]:
+    if training.neftune_alpha is None:
+        return nll_sum
+    return Neftune(nll_sum, model.get_input_embeddings(), training.neftune_alpha)
 
 
 def _make_optimizer(
@@ -249,30 +254,24 @@ def _make_update(
 ) -> tuple[Update, list[Decision]]:
     if not training.step_in_backward:
         return AfterBackward(parameters, optimizer, precision, devices, max_grad_norm=training.max_grad_norm), []
-    sizes = [one.numel() * one.element_size() for one in parameters]
+    sizes = [one.nbytes for one in parameters]
     reason = f"asked for: a gradient goes once it is complete; all are {sum(sizes) / 1e6:.1f} MB, the largest {max(sizes) / 1e6:.1f} MB"
     return StepInBackward(parameters, optimizer), [Decision("training.step_in_backward", True, reason)]
 
 
 def _make_windows(
-    prepared: Prepared, config: Config, engine: Engine, model: Any, parameters: dict[str, torch.nn.Parameter], devices: Devices
+    prepared: Prepared, engine: Engine, model: Any, parameters: dict[str, torch.nn.Parameter], devices: Devices
 ) -> tuple[BatchPlan, list[Decision]]:
-    """The windows, cut as the engine likes them, unless all gradients would exist only because of that."""
-    limit = engine.max_group_tokens
-    batches = prepared.batch_plan(layout=engine.layout, max_group_tokens=limit, rank=devices.rank, world_size=devices.world_size)
-    if not config.training.step_in_backward:
-        return batches, []
-    key, count, tokens = "training.step_in_backward.windows", config.training.gradient_accumulation_steps, batches.most_window_tokens
-    if count > 1:
-        return batches, [Decision(key, "cut", f"{count} micro-batches each, whose gradients are summed: all exist together")]
-    if limit is None or tokens <= limit:
-        return batches, [Decision(key, "whole", "one micro-batch each, so gradients never exist together")]
-    held = sum(one.numel() * one.element_size() for one in parameters.values())
-    if saves_uncut(config, window_tokens=tokens, shape=model.config, gradient_bytes=held):
-        whole = prepared.batch_plan(layout=engine.layout, rank=devices.rank, world_size=devices.world_size)
-        return whole, [Decision(key, "whole", f"what blocks keep of up to {tokens:,} tokens is less than the gradients that cutting holds")]
-    reason = f"up to {tokens:,} tokens each are run {limit:,} at a time, so all gradients exist together: whole they would take more"
-    return batches, [Decision(key, "cut", reason)]
+    def windows(limit: int | None) -> BatchPlan:
+        return prepared.batch_plan(layout=engine.layout, max_group_tokens=limit, rank=devices.rank, world_size=devices.world_size)
+
+    return choose_windows(
+        windows,
+        engine.max_group_tokens,
+        prepared.config,
+        shape=model.config,
+        gradient_bytes=lambda: sum(one.nbytes for one in parameters.values()),
+    )
 
 
 def _make_schedule(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:

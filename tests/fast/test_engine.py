@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from gradient_helpers import difference, loss_and_gradients
 from llmtune.config.schema import Config, DistributedConfig, ModelConfig, TrainingConfig
 from llmtune.data.batches import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
@@ -25,20 +26,6 @@ Build = Callable[..., Any]
 
 def engine_of(model: Any, precision: Any, config: Config | None = None) -> Engine:
     return build_engine(model, config=config or Config(), device=CPU, precision=precision)
-
-
-def loss_and_gradients(model: Any, loss: Callable[[], torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad(set_to_none=True)
-    total = loss()
-    total.backward()
-    return total.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Norm of all gradients' difference over their norm."""
-    assert found.keys() == expected.keys()
-    apart = sum(float((found[name].double() - expected[name].double()).square().sum()) for name in expected)
-    return float((apart / sum(float(g.double().square().sum()) for g in expected.values())) ** 0.5)
 
 
 @pytest.mark.parametrize("name", NAMES)

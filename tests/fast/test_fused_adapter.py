@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers
 
+from gradient_helpers import adapted, difference, loss_and_gradients
 from llmtune.config.schema import AdapterConfig, Config
 from llmtune.data.batches import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
-from llmtune.models.adapters import adapter_files, attach_adapter
+from llmtune.models.adapters import adapter_files
 from llmtune.models.fused_adapter import fuse_adapters, unfuse_adapters
 from llmtune.models.quantization import keep_exact, quantization_config
 from llmtune.training.engine import build_engine
@@ -22,28 +23,6 @@ from llmtune.training.loss import plain_nll_sum
 
 Build = Callable[..., Any]
 LORA = AdapterConfig(method="lora", r=4, alpha=8)
-
-
-def adapted(model: Any, config: AdapterConfig = LORA) -> Any:
-    """A peft model whose B matrices are not zero, so that A has gradients too."""
-    model, _ = attach_adapter(model, config, seed=0)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.train()
-
-
-def loss_and_gradients(model: Any, loss: Callable[[], torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-    total = loss()
-    total.backward()
-    return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    assert found.keys() == expected.keys()
-    apart = sum(float((found[name].double() - expected[name].double()).square().sum()) for name in expected)
-    return float((apart / sum(float(g.double().square().sum()) for g in expected.values())) ** 0.5)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -68,8 +47,8 @@ def test_in_bf16_fused_adapters_are_as_close_to_float32_as_peft(
     name: str, build_model: Build, arithmetic: Build, flat: MicroBatch, padded: MicroBatch
 ) -> None:
     """N15 in bf16 with a bf16 base: gradients no further from float32 (on the same rounded weights) than 1.2 times peft's own."""
-    models = [adapted(build_model(name).bfloat16()) for _ in range(2)]
-    exact = adapted(build_model(name).bfloat16()).float()
+    models = [adapted(build_model(name).bfloat16(), LORA) for _ in range(2)]
+    exact = adapted(build_model(name).bfloat16(), LORA).float()
     half = arithmetic(bf16=True)
     engine = build_engine(models[0], config=Config(), device=torch.device("cpu"), precision=half)
     truth = loss_and_gradients(exact, lambda: plain_nll_sum(exact, padded))
@@ -97,7 +76,7 @@ def test_adapters_on_a_4bit_base_repeat_peft(
             tiny_model_folder, quantization_config=quantization_config("4bit", compute)
         )
         keep_exact(base)
-        models.append(adapted(base))
+        models.append(adapted(base, LORA))
     precision = arithmetic(bf16=bf16)
     engine = build_engine(models[0], config=Config(), device=torch.device("cpu"), precision=precision)
     assert "fused: 14 LoRA layers" in " ".join(str(decision) for decision in engine.decisions)
@@ -110,7 +89,7 @@ def test_adapters_on_a_4bit_base_repeat_peft(
 
 
 def test_a_disabled_adapter_gives_the_base_model_back(build_model: Build, padded: MicroBatch) -> None:
-    base, model = build_model("llama"), adapted(build_model("llama"))
+    base, model = build_model("llama"), adapted(build_model("llama"), LORA)
     fuse_adapters(model)
     with model.disable_adapter():
         assert torch.equal(model(padded.input_ids).logits, base(padded.input_ids).logits)
@@ -118,7 +97,7 @@ def test_a_disabled_adapter_gives_the_base_model_back(build_model: Build, padded
 
 
 def test_taking_layers_over_changes_no_name_and_can_be_undone(build_model: Build) -> None:
-    model = adapted(build_model("llama"))
+    model = adapted(build_model("llama"), LORA)
     before, classes = adapter_files(model), [type(module) for module in model.modules()]
     assert fuse_adapters(model) == 14
     after = adapter_files(model)
@@ -130,7 +109,7 @@ def test_taking_layers_over_changes_no_name_and_can_be_undone(build_model: Build
 
 def test_shared_inputs_leave_nothing_waiting(build_model: Build, padded: MicroBatch) -> None:
     """Outputs computed for a neighbour are picked up in the same pass: memory does not hold them till the next one."""
-    model = adapted(build_model("llama"))
+    model = adapted(build_model("llama"), LORA)
     fuse_adapters(model)
     model(padded.input_ids)
     groups = {id(module._group): module._group for module in model.modules() if "_group" in vars(module)}
@@ -139,7 +118,7 @@ def test_shared_inputs_leave_nothing_waiting(build_model: Build, padded: MicroBa
 
 
 def test_a_layer_called_alone_answers_alone(build_model: Build) -> None:
-    model = adapted(build_model("llama"))
+    model = adapted(build_model("llama"), LORA)
     attention = model.get_base_model().model.layers[0].self_attn
     x = torch.randn(1, 5, 48)
     expected = [attention.v_proj(x), attention.v_proj(2 * x)]

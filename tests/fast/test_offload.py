@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 
+from gradient_helpers import loss_and_gradients
 from llmtune.config.schema import AdapterConfig, Config, ModelConfig
 from llmtune.data.batches import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
@@ -33,13 +34,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "PAGE_BYTES", 1 << 12)
-
-
-def loss_and_gradients(model: Any, loss: Callable[[], torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad(set_to_none=True)
-    total = loss()
-    total.backward()
-    return total.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -11,11 +11,11 @@ import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gradient_helpers import adapted, difference, loss_and_gradients
 from llmtune.config.schema import AdapterConfig, Config, ModelConfig
 from llmtune.data.batches import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.models import tiles
-from llmtune.models.adapters import attach_adapter
 from llmtune.models.quantization import keep_exact, quantization_config
 from llmtune.models.tiles import tile_modules, tiled_forward
 from llmtune.training.engine import Engine, build_engine
@@ -35,37 +35,12 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "LEAST_TOKENS", TILE)
 
 
-def adapted(model: Any, config: AdapterConfig | None) -> Any:
-    """The model, with an adapter whose B matrices are not zero when one is asked for."""
-    if config is None:
-        return model
-    model, _ = attach_adapter(model, config, seed=0)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model.train()
-
-
 def engine_of(model: Any, precision: Any, recompute: Any = "offload") -> Engine:
     return build_engine(model, config=Config(model=ModelConfig(gradient_checkpointing=recompute)), device=CPU, precision=precision)
 
 
 def said(engine: Engine) -> str:
     return next(str(one) for one in engine.decisions if one.key == "training.tiles")
-
-
-def loss_and_gradients(model: Any, loss: Callable[[], torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad(set_to_none=True)
-    total = loss()
-    total.backward()
-    return total.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    assert found.keys() == expected.keys()
-    apart = sum(float((found[name].double() - expected[name].double()).square().sum()) for name in expected)
-    return float((apart / sum(float(g.double().square().sum()) for g in expected.values())) ** 0.5)
 
 
 @pytest.mark.parametrize("lengths", [(23, 5, 1, 40, 150), (20, 7)], ids=["longer", "shorter"])

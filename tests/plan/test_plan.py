@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from llmtune.assembly import assemble, open_devices
 from llmtune.config.layers import load_config
 from llmtune.errors import UsageError
 from llmtune.models import tiles
@@ -19,27 +18,12 @@ from llmtune.plan.rates import steps_from_the_start
 from llmtune.plan.report import as_dict, lines, make_plan
 from llmtune.plan.skeleton import build, weight_dtype
 from llmtune.plan.trace import MicroBatchShape, extrapolate, trace
-from llmtune.preparation import Options, prepare
 from llmtune.training import offload
 from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES
 from llmtune.training.offload import PAGE_BYTES
 from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from pipeline_helpers import LORA
-
-OPTIONS = Options(no_cuda=True, offline=True)
-ROOMY = Target("a roomy machine", "cpu", 1 << 40, is_here=True)
-
-
-@pytest.fixture
-def forecaster_of(config_of):  # noqa: F811
-    def make(*overrides, target=ROOMY):
-        return Forecaster(prepare(config_of(*overrides), OPTIONS), OPTIONS, target)
-
-    return make
-
-
-def assembled_like(forecaster):
-    return assemble(forecaster.prepared, OPTIONS, open_devices(forecaster.config, OPTIONS)[0])
+from plan_helpers import OPTIONS, ROOMY, assembled_like
 
 
 def bytes_of(tensors):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llmtune.errors import DivergedError
-from llmtune.training import state, step_in_backward
+from llmtune.training import optim, state, step_in_backward
 from llmtune.training.devices import Devices
 from llmtune.training.engine import checkpoint_blocks
 from llmtune.training.neftune import Neftune
@@ -209,18 +209,30 @@ def test_a_run_goes_on_either_way_bit_for_bit(bench, optimizer):
     ("before", "after"),
     [
         ("        set_learning_rate(self._optimizer, rate)\n        self._hooks", "        self._hooks"),
-        ("            self._move(parameter)\n        parameter.grad = None", "            self._move(parameter)"),
-        ('[{**group, "params": [parameter]}]', '[{**part.param_groups[0], "params": [parameter]}]'),
-        ("            if parameter.grad is not None:\n                self._move(parameter)", "            pass"),
+        (
+            "            self._optimizer.step_only(parameter)\n        parameter.grad = None",
+            "            self._optimizer.step_only(parameter)",
+        ),
+        ("            if parameter.grad is not None:\n                self._optimizer.step_only(parameter)", "            pass"),
         ("for parameter in self._parameters if parameter in self._norms]", "for parameter in self._norms if parameter.ndim > 1]"),
         ("        self._norms.clear()\n", ""),
         ("bool(torch.stack(list(losses)).double().sum().isfinite())", "True"),
     ],
-    ids=["rate", "gradient not dropped", "another group's decay", "leftovers", "norm of matrices only", "old norms", "a bad loss applied"],
+    ids=["rate", "gradient not dropped", "leftovers", "norm of matrices only", "old norms", "a bad loss applied"],
 )
 def test_leaving_one_thing_out_is_caught(bench, mutant, monkeypatch, before, after):
     """The laws above fail on each of these."""
-    broken = mutant(step_in_backward, before, after)
+    assert laws_broken_by(mutant(step_in_backward, before, after), bench, monkeypatch)
+
+
+def test_the_rules_of_another_group_are_caught(bench, mutant, monkeypatch):
+    broken = mutant(optim, '[{**group, "params": [parameter]}]', '[{**part.param_groups[0], "params": [parameter]}]')
+    monkeypatch.setattr(optim.Optimizer, "step_only", broken.Optimizer.step_only)
+    assert laws_broken_by(step_in_backward, bench, monkeypatch)
+
+
+def laws_broken_by(broken, bench, monkeypatch):
+    """How many of three laws fail where that module makes the update."""
     real = bench.training.update
     monkeypatch.setattr(
         bench.training,
@@ -238,7 +250,7 @@ def test_leaving_one_thing_out_is_caught(bench, mutant, monkeypatch, before, aft
             law()
         except (AssertionError, DivergedError):
             failures += 1
-    assert failures
+    return failures
 
 
 # ---- on a GPU ----

@@ -133,6 +133,11 @@ class ModelConfig:
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     """Shape of a from-scratch model."""
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks are computed again in the backward pass, as far as that is settled (`auto` is not)."""
+        return self.gradient_checkpointing in (True, "offload")
+
 
 @dataclass(frozen=True)
 class AdapterConfig:

@@ -172,18 +172,15 @@ def tiled_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    tile: int | None = None,
 ) -> Tensor:
     """Causal attention of each document of one flat row over itself.
 
     query: [1, H, T, D]; key, value: [1, G, T, D], one dtype. boundaries: cumulative document lengths. scale multiplies the scores;
-    window: tokens a query sees, itself included; softcap c replaces a score s by c tanh(s / c); tile: queries of a tile. Returns
-    [1, T, H, D]. In bf16 scores and probabilities are rounded to bf16 (as in the library's eager attention); the softmax itself and the
-    sums over queries are float32.
+    window: tokens a query sees, itself included; softcap c replaces a score s by c tanh(s / c). Returns [1, T, H, D]. In bf16 scores and
+    probabilities are rounded to bf16 (as in the library's eager attention); the softmax itself and the sums over queries are float32.
     """
     assert query.shape[0] == 1, "a flat micro-batch is one row"
-    if tile is None:
-        tile = max(TILE_TOKENS, TILE_ROWS * key.shape[1] // query.shape[1])
+    tile = max(TILE_TOKENS, TILE_ROWS * key.shape[1] // query.shape[1])
     tiles = plan_tiles(boundaries, window, tile, query.dtype, query.device)
     longest = max(stop - start for start, stop in pairwise(boundaries))
     keep = longest <= KEPT_TOKENS and softcap is None and torch.is_grad_enabled()

@@ -87,7 +87,7 @@ def _sized(config: Config, sequences: int) -> Config:
 
 
 def _recompute(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
-    if config.model.gradient_checkpointing in (True, "offload"):
+    if config.model.recomputes:
         return None
     return "model.gradient_checkpointing=true", replace(config, model=replace(config.model, gradient_checkpointing=True))
 

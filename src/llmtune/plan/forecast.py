@@ -30,7 +30,7 @@ from llmtune.training.devices import Devices
 from llmtune.training.engine import group_tokens
 from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES
 from llmtune.training.precision import DTYPES as COMPUTE
-from llmtune.training.step_in_backward import saves_uncut
+from llmtune.training.step_in_backward import choose_windows
 
 __all__ = ["Forecaster", "Steps"]
 
@@ -108,13 +108,19 @@ class Forecaster:
     def batches(self, config: Config) -> BatchPlan:
         """The windows of a variant of the run; its rows are those of the run."""
         prepared = replace(self.prepared, config=config)
-        cap = group_tokens(self.shape.config.get_text_config().hidden_size) if self.target.kind == "cpu" and self.layout == "flat" else None
-        batches = prepared.batch_plan(layout=self.layout, max_group_tokens=cap, rank=self.rank, world_size=self.world_size)
-        if cap is not None and config.training.step_in_backward:
-            sizes = {"window_tokens": batches.most_window_tokens, "gradient_bytes": self.count(config).gradient_bytes}
-            if saves_uncut(config, shape=self.shape.config, **sizes):
-                return prepared.batch_plan(layout=self.layout, rank=self.rank, world_size=self.world_size)
-        return batches
+        shape = self.shape.config
+        is_cut = self.target.kind == "cpu" and self.layout == "flat"
+
+        def windows(limit: int | None) -> BatchPlan:
+            return prepared.batch_plan(layout=self.layout, max_group_tokens=limit, rank=self.rank, world_size=self.world_size)
+
+        return choose_windows(
+            windows,
+            group_tokens(shape) if is_cut else None,
+            config,
+            shape=shape,
+            gradient_bytes=lambda: self.count(config).gradient_bytes,
+        )[0]
 
     def steps(self) -> Steps:
         """Count steps and tokens."""
@@ -214,7 +220,7 @@ class Forecaster:
                 batch,
                 device_type=self.target.kind,
                 compute=COMPUTE[self.precision],
-                checkpointing=recompute in (True, "offload") and recompute,
+                checkpointing=config.model.recomputes and recompute,
                 gradients_held=gradients_held,
                 gradients_dropped=gradients_dropped,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmtune.errors import MachineError
+from llmtune.errors import MachineError, in_one_line
 from llmtune.plan.advice import Change, changes, largest_batch
 from llmtune.plan.forecast import Forecaster, Steps
 from llmtune.plan.memory import MemoryPlan, gigabytes, optimizer_bytes
@@ -54,8 +54,7 @@ def make_plan(forecaster: Forecaster, *, full: bool = False) -> Plan:
     try:
         memory = forecaster.memory()
     except TRACE_ERRORS as error:
-        first = str(error).splitlines()[0] if str(error) else "no message"
-        missing = f"this model cannot be traced without its weights ({type(error).__name__}: {first})"
+        missing = f"this model cannot be traced without its weights ({type(error).__name__}: {in_one_line(error)})"
     most, advice = None, []
     if full and memory is not None:
         most = largest_batch(forecaster, memory)

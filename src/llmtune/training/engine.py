@@ -21,7 +21,7 @@ from llmtune.config.schema import Config
 from llmtune.data.batches import Layout, MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.decisions import Decision
-from llmtune.errors import ConfigError, ModelError
+from llmtune.errors import ConfigError, ModelError, in_one_line
 from llmtune.models.attention import segment_mask, use_attention, use_segment_attention
 from llmtune.models.fused_adapter import fuse_adapters, unfuse_adapters
 from llmtune.models.fused_norm import fuse_norms, unfuse_norms
@@ -34,8 +34,8 @@ __all__ = ["Engine", "build_engine", "checkpoint_blocks", "flat_nll_sum", "group
 GROUP_TOKENS = 1536
 """Tokens that a flat micro-batch is cut to on a CPU (whole documents; a longer one goes alone): more gains little and costs memory."""
 
-GROUP_NUMBERS = 1 << 20
-"""Numbers of a hidden state [T, E] up to which a narrow model takes more tokens at once: its products are too small otherwise."""
+NARROW, NARROW_GROUP_TOKENS = 256, 4096
+"""The same for a model of at most that width, whose products are too small otherwise: custom-tiny trains 8 % faster."""
 
 
 class Arithmetic(Protocol):
@@ -164,13 +164,9 @@ def _backends(asked: str, device: torch.device, precision: Arithmetic) -> tuple[
     return ("tiles", "sdpa")
 
 
-def group_tokens(width: int) -> int:
-    """Tokens that a flat micro-batch is cut to on a CPU, for a model of that width.
-
-    >>> group_tokens(576), group_tokens(256), group_tokens(4096)
-    (1536, 4096, 1536)
-    """
-    return max(GROUP_TOKENS, 1 << (GROUP_NUMBERS // width).bit_length() - 1)
+def group_tokens(shape: Any) -> int:
+    """Tokens that a flat micro-batch is cut to on a CPU, for a model of that shape (its transformers config)."""
+    return NARROW_GROUP_TOKENS if shape.get_text_config().hidden_size <= NARROW else GROUP_TOKENS
 
 
 def _flat_engine(model: Any, backend: str, device: torch.device, asked: str, more: tuple[Decision, ...]) -> Engine:
@@ -180,7 +176,7 @@ def _flat_engine(model: Any, backend: str, device: torch.device, asked: str, mor
     return Engine(
         nll_sum=lambda batch: flat_nll_sum(model, batch, head=head, device=device),
         layout="flat",
-        max_group_tokens=group_tokens(model.get_input_embeddings().weight.shape[1]) if device.type == "cpu" else None,
+        max_group_tokens=group_tokens(_base_model(model).config) if device.type == "cpu" else None,
         decisions=(
             Decision(
                 "training.engine", "flat", "no padding, loss on trained rows only; equal to the plain forward on a probe of this model"
@@ -237,7 +233,7 @@ def _try_flat(model: Any, backend: str, device: torch.device, precision: Arithme
     except ModelError as error:
         difference = error.problems[0].problem
     except PROBE_ERRORS as error:
-        difference = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        difference = f"{type(error).__name__}: {in_one_line(error)}"
     if difference is not None and base.config._attn_implementation != before:
         use_attention(base, before)
     return difference

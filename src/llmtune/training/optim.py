@@ -28,6 +28,7 @@ class Optimizer:
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
         self.param_groups: list[Group] = [group for part in parts for group in part.param_groups]
+        self._places = {parameter: (part, group) for part in parts for group in part.param_groups for parameter in group["params"]}
 
     def step(self) -> None:
         """Apply the gradients once."""
@@ -39,6 +40,16 @@ class Optimizer:
                         torch._foreach_mul_(with_gradient, 1.0 - group["lr"] * group[_DECAY_APART])
             part.step()
 
+    def step_only(self, parameter: nn.Parameter) -> None:
+        """Apply the gradient of one parameter: its part is shown nothing but it, with its group's rules and its state as always."""
+        part, group = self._places[parameter]
+        groups = part.param_groups
+        part.param_groups = [{**group, "params": [parameter]}]
+        try:
+            Optimizer(part).step()
+        finally:
+            part.param_groups = groups
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients."""
         for part in self.parts:
@@ -46,10 +57,7 @@ class Optimizer:
 
     def part_of(self) -> Iterator[tuple[nn.Parameter, torch.optim.Optimizer]]:
         """Give each parameter with the part that moves it."""
-        for part in self.parts:
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    yield parameter, part
+        yield from ((parameter, part) for parameter, (part, _) in self._places.items())
 
 
 _DECAY_APART = "decay_apart"

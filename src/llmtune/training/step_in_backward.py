@@ -9,16 +9,18 @@ does need all gradients before the first weight moves is refused: clipping, fp16
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from llmtune.config.schema import Config
+from llmtune.data.batches import BatchPlan
+from llmtune.decisions import Decision
 from llmtune.training.optim import Optimizer
 from llmtune.training.update import set_learning_rate
 
-__all__ = ["StepInBackward", "saves_uncut"]
+__all__ = ["StepInBackward", "choose_windows", "saves_uncut"]
 
 HELD_OF_A_BLOCK = 1.5
 """Bytes that a recomputed block's input takes, as a multiple of the tensor's own: by the plan, gaps of the allocator included."""
@@ -30,11 +32,33 @@ def saves_uncut(config: Config, *, window_tokens: int, shape: Any, gradient_byte
     Only where a window is one micro-batch by the config and blocks are recomputed, so that a token keeps one float32 vector a block.
     Without that it keeps twelve times as much, and cutting saves more than all gradients take. `shape`: the model's transformers config.
     """
-    recomputes = config.model.gradient_checkpointing in (True, "offload")
-    if not (config.training.step_in_backward and recomputes and config.training.gradient_accumulation_steps == 1):
+    training = config.training
+    if not (training.step_in_backward and config.model.recomputes and training.gradient_accumulation_steps == 1):
         return False
     text = shape.get_text_config()
     return bool(HELD_OF_A_BLOCK * window_tokens * text.num_hidden_layers * text.hidden_size * 4 <= gradient_bytes)
+
+
+def choose_windows(
+    windows: Callable[[int | None], BatchPlan], limit: int | None, config: Config, *, shape: Any, gradient_bytes: Callable[[], int]
+) -> tuple[BatchPlan, list[Decision]]:
+    """The windows, cut as the engine likes them, unless all gradients would exist only because of that; for the plan and for the run.
+
+    windows: makes them, with micro-batches of at most that many tokens. limit: the engine's. shape, gradient_bytes: see `saves_uncut`.
+    """
+    batches = windows(limit)
+    if not config.training.step_in_backward:
+        return batches, []
+    key, count, tokens = "training.step_in_backward.windows", config.training.gradient_accumulation_steps, batches.most_window_tokens
+    if count > 1:
+        return batches, [Decision(key, "cut", f"{count} micro-batches each, whose gradients are summed: all exist together")]
+    if limit is None or tokens <= limit:
+        return batches, [Decision(key, "whole", "one micro-batch each, so gradients never exist together")]
+    if saves_uncut(config, window_tokens=tokens, shape=shape, gradient_bytes=gradient_bytes()):
+        reason = f"what blocks keep of up to {tokens:,} tokens is less than the gradients that cutting holds"
+        return windows(None), [Decision(key, "whole", reason)]
+    reason = f"up to {tokens:,} tokens each are run {limit:,} at a time, so all gradients exist together: whole they would take more"
+    return batches, [Decision(key, "cut", reason)]
 
 
 class StepInBackward:
@@ -48,9 +72,6 @@ class StepInBackward:
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], optimizer: Optimizer) -> None:
         self._parameters, self._optimizer = parameters, optimizer
-        self._places = {
-            parameter: (part, group) for part in optimizer.parts for group in part.param_groups for parameter in group["params"]
-        }
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._is_finite = True
@@ -76,7 +97,7 @@ class StepInBackward:
         set_learning_rate(self._optimizer, rate)
         for parameter in self._parameters:
             if parameter.grad is not None:
-                self._move(parameter)
+                self._optimizer.step_only(parameter)
 
     def clear(self) -> None:
         """Drop what is left of the window."""
@@ -90,18 +111,8 @@ class StepInBackward:
         self._norms[parameter] = _norm([parameter.grad])
         if self._is_finite:
             self.has_begun = True
-            self._move(parameter)
+            self._optimizer.step_only(parameter)
         parameter.grad = None
-
-    def _move(self, parameter: torch.nn.Parameter) -> None:
-        """One step of the optimizer's part that moves this parameter, shown nothing but it: its group's rules and its state as always."""
-        part, group = self._places[parameter]
-        groups = part.param_groups
-        part.param_groups = [{**group, "params": [parameter]}]
-        try:
-            Optimizer(part).step()
-        finally:
-            part.param_groups = groups
 
     def _unhook(self) -> None:
         for hook in self._hooks:

@@ -1,0 +1,13 @@
+"""What tests of the plan share: where they plan for, and the run that a plan is about."""
+
+from llmtune.assembly import assemble, open_devices
+from llmtune.plan.devices import Target
+from llmtune.preparation import Options
+
+OPTIONS = Options(no_cuda=True, offline=True)
+ROOMY = Target("a roomy machine", "cpu", 1 << 40, is_here=True)
+
+
+def assembled_like(forecaster):
+    """The training that this forecast is about, before its first step."""
+    return assemble(forecaster.prepared, OPTIONS, open_devices(forecaster.config, OPTIONS)[0])
