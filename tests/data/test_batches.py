@@ -1,10 +1,14 @@
 """P3, P9: which rows make which step is a pure function of its number; how they are cut and laid out changes nothing else."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from llmtune.data.batches import BatchPlan, eval_batches, make_micro_batch
+from llmtune.data.batches import BatchPlan, eval_batches, even_groups, make_micro_batch
 from llmtune.data.example import Example, ExampleList
 from llmtune.data.packing import plan_packs
 from llmtune.errors import ConfigError, DataError
@@ -127,9 +131,44 @@ def test_groups_cut_micro_batches_and_leave_windows(layout, limit):
     for step in range(1, whole.total_steps + 1):
         groups = list(cut.window(step).micro_batches)
         assert all(group.input_ids.numel() <= limit or group.num_sequences == 1 for group in groups)
-        assert rows_of(cut.window(step)) == rows_of(whole.window(step))
+        assert sorted(rows_of(cut.window(step))) == sorted(rows_of(whole.window(step)))
+        assert cut.window(step).sources == whole.window(step).sources
         assert cut.window(step).loss_weight == whole.window(step).loss_weight
     assert cut.digest == whole.digest
+
+
+@given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40), limit=st.integers(1, 80))
+@example(sizes=[30, 1, 1, 1, 30, 1], limit=10)
+def test_groups_of_a_flat_row_are_few_and_even(sizes, limit):
+    """Each example once and in order; only a single larger example is over the limit; at most one group more than filling one after the
+    other takes; so even that without its smallest member no group holds more than another."""
+    groups = even_groups(sizes, limit)
+    assert sorted(place for group in groups for place in group) == list(range(len(sizes)))
+    assert groups == sorted(sorted(group) for group in groups)
+    larger = [group for group in groups if sizes[group[0]] > limit]
+    assert all(len(group) == 1 for group in larger)
+    sums = {tuple(group): sum(sizes[place] for place in group) for group in groups if group not in larger}
+    assert max(sums.values(), default=0) <= limit
+    assert len(groups) <= in_order_count(sizes, limit) + 1
+    assert all(total - min(sizes[place] for place in group) <= min(sums.values()) for group, total in sums.items())
+
+
+def in_order_count(sizes, limit):
+    """Groups that filling one after the other takes."""
+    count, held = 1, 0
+    for size in sizes:
+        if held and held + size > limit:
+            count, held = count + 1, 0
+        held += size
+    return count
+
+
+def test_a_window_is_cut_into_no_more_groups_than_needed():
+    """In order these lengths take five groups of at most 1,536; evenly four do, and the largest of them gets smaller."""
+    sizes = [466, 281, 872, 833, 334, 566, 652, 779]
+    groups = even_groups(sizes, 1536)
+    assert in_order_count(sizes, 1536) == 5
+    assert [sum(sizes[place] for place in group) for group in groups] == [1245, 1153, 1167, 1218]
 
 
 def test_padded_micro_batches_put_equal_lengths_together():
@@ -186,12 +225,15 @@ def test_nothing_predicts_across_a_border():
 
 @pytest.mark.parametrize("layout", ["flat", "padded"])
 def test_evaluation_sees_every_example_once_longest_first(layout):
+    """Rows are taken longest first, a batch at a time; a flat batch may be cut anywhere."""
     examples = make_examples()
     batches = list(eval_batches(examples, batch_size=4, layout=layout, pad_id=0, max_group_tokens=60))
     rows = [row for batch in batches for row in batch.sources]
     assert sorted(rows) == sorted(example.source for example in examples)
     lengths = {example.source: len(example) for example in examples}
-    assert [lengths[row] for row in rows] == sorted(lengths.values(), reverse=True)
+    fours = [[lengths[row] for row in rows[begin : begin + 4]] for begin in range(0, len(rows), 4)]
+    assert all(min(four) >= max(after) for four, after in pairwise(fours))
+    assert layout == "flat" or all(four == sorted(four, reverse=True) for four in fours)
     ranks = [eval_batches(examples, batch_size=4, layout=layout, pad_id=0, world_size=3, rank=rank) for rank in range(3)]
     assert sorted(row for batches in ranks for batch in batches for row in batch.sources) == sorted(rows)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from llmtune.data.example import Example, ExampleSet
 from llmtune.data.packing import Indices, seeded_order
 from llmtune.errors import ConfigError, DataError
 
-__all__ = ["BatchPlan", "Layout", "MicroBatch", "MicroBatches", "Window", "eval_batches", "make_micro_batch"]
+__all__ = ["BatchPlan", "Layout", "MicroBatch", "MicroBatches", "Window", "eval_batches", "even_groups", "make_micro_batch"]
 
 Layout = Literal["flat", "padded"]
 
@@ -330,18 +331,54 @@ def _build(examples: ExampleSet, layout: Layout, pad_id: int, indices: Indices) 
 
 
 def _split_group(indices: Indices, lengths: npt.NDArray[np.int64], layout: Layout, max_group_tokens: int | None) -> list[Indices]:
-    """Cut examples, in order, into groups that take at most `max_group_tokens` positions; one longer example is a group of its own."""
+    """Cut examples into groups that take at most `max_group_tokens` positions; one longer example is a group of its own.
+
+    Padded rows are cut in order. A flat row may hold any examples, so its groups are few and even: each has its fixed costs.
+    """
     if max_group_tokens is None or len(indices) == 0:
         return [indices] if len(indices) else []
-    borders = [0]
-    longest = total = 0
-    for place, length in enumerate(lengths[indices].tolist()):
-        longest, total = max(longest, length), total + length
-        positions = total if layout == "flat" else longest * (place + 1 - borders[-1])
-        if positions > max_group_tokens and place > borders[-1]:
-            borders.append(place)
-            longest = total = length
-    return [indices[begin:end] for begin, end in zip(borders, [*borders[1:], len(indices)], strict=True)]
+    places = (even_groups if layout == "flat" else _padded_runs)(lengths[indices].tolist(), max_group_tokens)
+    return [indices[group] for group in places]
+
+
+def _padded_runs(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Cut rows, in order, where padding them to their longest would take more than `limit` positions; gives places in `sizes`."""
+    groups: list[list[int]] = [[0]]
+    longest = sizes[0]
+    for place, size in enumerate(sizes[1:], start=1):
+        longest = max(longest, size)
+        if longest * (len(groups[-1]) + 1) > limit:
+            groups.append([])
+            longest = size
+        groups[-1].append(place)
+    return groups
+
+
+def even_groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Put things of these sizes into few groups with nearly equal sums; gives places in `sizes`, those of a group in order.
+
+    A group's sum is at most `limit`; what is larger by itself is a group of its own. From the fewest groups there can be: longest first,
+    each to the group that holds least (at most 4/3 of the best largest sum: R. L. Graham, 1969); while one is too full, with a group more.
+    """
+    alone = [[place] for place, size in enumerate(sizes) if size > limit]
+    longest_first = sorted((place for place, size in enumerate(sizes) if size <= limit), key=lambda place: -sizes[place])
+    count = -(-sum(sizes[place] for place in longest_first) // limit)
+    while (groups := _dealt(longest_first, sizes, limit, count)) is None:
+        count += 1
+    return sorted([*alone, *groups])
+
+
+def _dealt(places: Sequence[int], sizes: Sequence[int], limit: int, count: int) -> list[list[int]] | None:
+    """Deal places, in this order, to `count` groups, each to the one that holds least; None when one would hold more than `limit`."""
+    heap = [(0, number) for number in range(count)]
+    groups: list[list[int]] = [[] for _ in heap]
+    for place in places:
+        held, number = heap[0]
+        if held + sizes[place] > limit:
+            return None
+        heapq.heapreplace(heap, (held + sizes[place], number))
+        groups[number].append(place)
+    return [sorted(group) for group in groups]
 
 
 def _total_steps(steps_per_epoch: int, epochs: float, max_steps: int | None) -> int:

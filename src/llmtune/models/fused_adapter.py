@@ -9,7 +9,7 @@ not change.
 A layer is taken over by giving its instance a subclass of peft's class; whatever the fused function does not know (dropout, DoRA, several
 adapters, merged or disabled ones) is left to peft's forward, layer by layer.
 
-Shapes: T tokens, K inputs, N outputs, R rank; update = scale * (x A^T) B^T with A [R, K] and B [N, R].
+Shapes: T tokens, K inputs, N outputs, R rank; update = (x (scale A)^T) B^T with A [R, K] and B [N, R].
 """
 
 from __future__ import annotations
@@ -35,31 +35,29 @@ class _LoraGroup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layers: tuple[_Frozen, ...], scales: tuple[float, ...], *masters: Tensor) -> tuple[Tensor, ...]:
-        down = torch.cat(masters[0::2]).to(x.dtype)
+        ranks = [a.shape[0] for a in masters[0::2]]
+        down = torch.cat([a * scale for a, scale in zip(masters[0::2], scales, strict=True)]).to(x.dtype)
+        ups = [b.to(x.dtype) for b in masters[1::2]]
         low = x @ down.t()
-        outputs, start = [], 0
-        for layer, scale, a, b in zip(layers, scales, masters[0::2], masters[1::2], strict=True):
+        outputs = []
+        for layer, low_part, up in zip(layers, low.split(ranks, dim=1), ups, strict=True):
             output = functional.linear(x, layer.weight(x.dtype), layer.bias(x.dtype))
-            outputs.append(output.addmm_(low[:, start : start + a.shape[0]], (b * scale).to(x.dtype).t()))
-            start += a.shape[0]
-        ctx.save_for_backward(x, low, *masters)
-        ctx.layers, ctx.scales = layers, scales
+            outputs.append(output.addmm_(low_part, up.t()))
+        ctx.save_for_backward(x, low, down, *ups)
+        ctx.layers, ctx.scales, ctx.ranks, ctx.master_dtype = layers, scales, ranks, masters[0].dtype
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, low, *masters = ctx.saved_tensors
-        grad_low = torch.empty_like(low)
-        grad_up, start = [], 0
-        for grad, scale, a, b in zip(grads, ctx.scales, masters[0::2], masters[1::2], strict=True):
-            part = slice(start, start + a.shape[0])
-            grad_low[:, part] = grad @ (b * scale).to(x.dtype)
-            grad_up.append((grad.t() @ low[:, part]).to(b.dtype).mul_(scale))
-            start += a.shape[0]
-        grad_down = (grad_low.t() @ x).to(masters[0].dtype).split([a.shape[0] for a in masters[0::2]])
+        x, low, down, *ups = ctx.saved_tensors
+        low_parts = low.split(ctx.ranks, dim=1)
+        grad_up = [(grad.t() @ low_part).to(ctx.master_dtype) for grad, low_part in zip(grads, low_parts, strict=True)]
+        grad_low = torch.cat([grad @ up for grad, up in zip(grads, ups, strict=True)], dim=1)
+        grad_parts = (grad_low.t() @ x).to(ctx.master_dtype).split(ctx.ranks)
+        grad_down = [part.mul_(scale) for part, scale in zip(grad_parts, ctx.scales, strict=True)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_low @ torch.cat(masters[0::2]).to(x.dtype)
+            grad_x = grad_low @ down
             for layer, grad in zip(ctx.layers, grads, strict=True):
                 grad_x.addmm_(grad, layer.weight(x.dtype))
         pairs = [one for pair in zip(grad_down, grad_up, strict=True) for one in pair]

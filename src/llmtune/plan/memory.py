@@ -13,6 +13,9 @@ __all__ = ["MemoryPlan", "add_up", "gigabytes", "optimizer_bytes"]
 ALLOCATOR_SHARE = {"cpu": 0.45, "cuda": 0.05}
 """What the allocator holds beside tensors that come and go (a micro-batch's, and gradients), as a part of them: gaps."""
 
+LARGEST_GAPS = {"cpu": 2, "cuda": 0}
+"""Gaps as large as the largest gradient (an embedding's): what small tensors have since begun to fill, such a block fits no more."""
+
 CUDA_CONTEXT_BYTES = 600 << 20
 """What the driver and its libraries take of a GPU before the first tensor; measured figures lie between 450 and 700 MiB."""
 
@@ -85,7 +88,7 @@ def add_up(
             "activations": activations,
             "loss": rest if in_loss else 0,
             "workspace": (0 if in_loss else rest) + counted.largest_linear_bytes,
-            "allocator": round(ALLOCATOR_SHARE[kind] * (peaks.bytes + held)),
+            "allocator": round(ALLOCATOR_SHARE[kind] * (peaks.bytes + held)) + LARGEST_GAPS[kind] * counted.largest_gradient_bytes,
         },
         "update": {"gradients": counted.largest_gradient_bytes if gradients_dropped else counted.gradient_bytes, "optimizer": state},
     }
