@@ -110,5 +110,5 @@ def test_q7_the_plan_of_many_blocks_is_the_trace_of_all_of_them(forecaster_of, r
     batch = MicroBatchShape((500,), 400, "flat")
     planned = forecaster.peaks(forecaster.config, batch, gradients_held=False)
     exact = traced(forecaster, batch.lengths, trained=400, recompute={"true": True, "false": False}.get(recompute, recompute))
-    assert planned.phases == pytest.approx(exact.phases, rel=0.01)
+    assert planned.phases == pytest.approx(exact.phases, rel=0.02)
     assert (planned.kept, planned.host) == (exact.kept, exact.host)
