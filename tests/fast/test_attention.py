@@ -116,6 +116,18 @@ def test_tiles_cover_every_visible_pair_once(marks: tuple[int, ...], window: int
     assert torch.equal(seen, dense_mask(marks, window, CPU).int())
 
 
+@pytest.mark.parametrize("backend", ["tiles", "varlen", "flex"])
+def test_dropout_is_drawn_by_sdpa_where_a_backend_has_none(backend: str) -> None:
+    """The probe of a model runs without dropout, so a backend that passed it must also train with it."""
+    segments, rule = Segments(torch.tensor(MARKS, dtype=torch.int32), 580), Rule(0.25, dropout=0.3)
+    found = []
+    for name in (backend, "sdpa"):
+        torch.manual_seed(1)
+        found.append(BACKENDS[name](heads(4), heads(2), heads(2, seed=1), segments, rule))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], BACKENDS["sdpa"](heads(4), heads(2), heads(2, seed=1), segments, Rule(0.25)))
+
+
 def test_a_segment_mask_costs_a_few_numbers_and_is_told_from_other_masks() -> None:
     mask = segment_mask(torch.tensor([0, 3, 9], dtype=torch.int32), 6, CPU)
     assert mask.shape == (1, 1, 6, 3)

@@ -295,7 +295,8 @@ def test_an_unknown_device_is_refused_with_those_that_are_known():
 
 
 def test_t4_has_no_bf16():
+    """Training there chooses fp32 too (`choose_precision`); fp16 has to be asked for."""
     from llmtune.plan.devices import precision_on
 
     config = load_config(None, overrides=["training.precision=auto"], environ={}).config
-    assert (precision_on(open_target("t4"), config.training), precision_on(open_target("l4"), config.training)) == ("fp16", "bf16")
+    assert (precision_on(open_target("t4"), config.training), precision_on(open_target("l4"), config.training)) == ("fp32", "bf16")

@@ -27,7 +27,17 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from llmtune.errors import ModelError
 from llmtune.models.fused_attention import tiled_attention
 
-__all__ = ["BACKENDS", "Rule", "Segments", "dense_mask", "is_segment_mask", "segment_mask", "use_attention", "use_segment_attention"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Rule",
+    "Segments",
+    "dense_mask",
+    "is_segment_mask",
+    "segment_mask",
+    "use_attention",
+    "use_segment_attention",
+]
 
 NAME = "llmtune_segments_{backend}"
 
@@ -110,11 +120,13 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: R
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
-    """Call torch's variable-length flash attention: CUDA, half precision, no extra package (torch.nn.attention.varlen)."""
+    """Call torch's variable-length flash attention: CUDA, half precision, no extra package. Dropout goes to SDPA, which draws it."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if rule.dropout or rule.softcap is not None:
-        raise NotImplementedError("variable-length flash attention has neither dropout nor a soft cap on scores")
+    if rule.dropout:
+        return _sdpa(query, key, value, segments, rule)
+    if rule.softcap is not None:
+        raise NotImplementedError("variable-length flash attention has no soft cap on scores")
     marks = segments.marks.contiguous()
     output = varlen_attn(
         query[0].transpose(0, 1),
@@ -133,11 +145,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule:
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
-    """Call torch's flex attention with a document mask; compiled on CUDA."""
+    """Call torch's flex attention with a document mask; compiled on CUDA. Dropout goes to SDPA, which draws it."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if rule.dropout:
-        raise NotImplementedError("flex attention has no dropout")
+        return _sdpa(query, key, value, segments, rule)
     total, device = query.shape[2], query.device
     document_T = torch.bucketize(torch.arange(total, device=device), segments.marks[1:].contiguous(), right=True)
 
@@ -225,14 +237,16 @@ def _attention_function(backend: Backend) -> Callable[..., Any]:
     return attend
 
 
-def use_segment_attention(model: Any, backend: str) -> str:
+def use_segment_attention(model: Any, backend: str, attend: Backend | None = None) -> str:
     """Make `model` compute attention by segments with a backend of `BACKENDS`; returns the name of the implementation it had.
+
+    attend: used in its place, for a plan where the backend itself cannot run on tensors without numbers.
 
     Ordinary calls (any other mask) still get the library's own attention, so generation needs no switching back. Undo with
     `use_attention`. Raises ModelError when the model does not take it.
     """
-    name = NAME.format(backend=backend)
-    AttentionInterface.register(name, _attention_function(BACKENDS[backend]))
+    name = NAME.format(backend=backend if attend is None else f"{backend}_stand_in")
+    AttentionInterface.register(name, _attention_function(attend or BACKENDS[backend]))
     AttentionMaskInterface.register(name, sdpa_mask)
     return use_attention(model, name)
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llmtune.models.pieces import telling_pieces
+
 __all__ = ["Tile", "plan_tiles", "tiled_attention"]
 
 TILE_TOKENS = 128
@@ -70,6 +72,11 @@ def plan_tiles(boundaries: tuple[int, ...], window: int | None, tile: int, dtype
     return tuple(tiles)
 
 
+def _scores(tile: Tile) -> int:
+    """Scores of a tile, for each head."""
+    return (tile.stop - tile.start) * (tile.stop - tile.key_start)
+
+
 def _joined_tile(marks: list[int], window: int | None, dtype: torch.dtype, device: torch.device) -> Tile:
     return Tile(marks[0], marks[-1], marks[0], _hidden(tuple(marks), marks[0], marks[0], window, dtype, device))
 
@@ -113,7 +120,7 @@ class _TiledAttention(torch.autograd.Function):
         repeats = heads // groups
         output = query.new_empty(total, groups, repeats, width)
         kept = []
-        for tile in tiles:
+        for tile in tiles if keep else telling_pieces(tiles, query, _scores):
             rows, keys = slice(tile.start, tile.stop), slice(tile.key_start, tile.stop)
             scaled = _tile_queries(query, rows, groups, scale)
             weights, _ = _probabilities(scaled, key[:, keys], tile, repeats, softcap)
@@ -135,11 +142,12 @@ class _TiledAttention(torch.autograd.Function):
         grad_key = torch.zeros(groups, total, width, dtype=torch.float32, device=key.device)
         grad_value = torch.zeros_like(grad_key)
         grad_output_HTD = grad_output.transpose(0, 1)
-        for number, tile in enumerate(ctx.tiles):
+        held = iter(kept)
+        for tile in ctx.tiles if kept else telling_pieces(ctx.tiles, query, _scores):
             rows, keys = slice(tile.start, tile.stop), slice(tile.key_start, tile.stop)
             scaled = _tile_queries(query, rows, groups, ctx.scale)
             grad_rows = _tile_queries(grad_output_HTD, rows, groups, None)
-            weights, capped = (kept[number], None) if kept else _probabilities(scaled, key[:, keys], tile, repeats, ctx.softcap)
+            weights, capped = (next(held), None) if kept else _probabilities(scaled, key[:, keys], tile, repeats, ctx.softcap)
             grad_value[:, keys] += torch.bmm(weights.transpose(1, 2), grad_rows)
             grad_weights = torch.bmm(grad_rows, value[:, keys].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)

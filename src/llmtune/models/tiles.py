@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llmtune.models.pieces import telling_pieces
+
 __all__ = ["Tiling", "tile_modules", "tile_tokens", "tiled_forward"]
 
 LEAST_TOKENS = 1024
@@ -81,7 +83,7 @@ class _InTiles(torch.autograd.Function):
         weights = [weight for weight, wanted in zip(ctx.weights, wants, strict=True) if wanted]
         sums: list[Tensor | None] = [None] * len(weights)
         with ctx.surroundings.again(), torch.enable_grad():
-            for part in _tiles(x.shape[1], ctx.tokens):
+            for part in telling_pieces(_tiles(x.shape[1], ctx.tokens), x):
                 tile = x[:, part].detach().requires_grad_(wants_x)
                 output = ctx.run(tile)
                 sources = [tile, *weights] if wants_x else weights
@@ -122,16 +124,15 @@ class _Surroundings:
             yield
 
 
-def _tiles(count: int, tokens: int) -> Iterator[slice]:
+def _tiles(count: int, tokens: int) -> list[slice]:
     """Cut `count` tokens into the fewest tiles of at most `tokens`, as even as they come."""
     number = -(-count // tokens)
-    for start, stop in pairwise(count * index // number for index in range(number + 1)):
-        yield slice(start, stop)
+    return [slice(start, stop) for start, stop in pairwise(count * index // number for index in range(number + 1))]
 
 
 def _over_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int) -> Tensor:
     whole = None
-    for part in _tiles(x.shape[1], tokens):
+    for part in telling_pieces(_tiles(x.shape[1], tokens), x):
         output = run(x[:, part])
         if whole is None:
             whole = output.new_empty(1, x.shape[1], output.shape[-1])

@@ -68,7 +68,7 @@ def precision_on(target: Target, training: TrainingConfig) -> str:
         return training.precision
     if target.kind == "cpu" or target.is_here:
         return str(choose_precision(torch.device(target.kind)).value)
-    return "bf16" if target.has_bf16 else "fp16"
+    return "bf16" if target.has_bf16 else "fp32"
 
 
 def resident_bytes() -> int:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from llmtune.plan.store import read_entry, write_entry
 from llmtune.plan.trace import MicroBatchShape, Peaks, extrapolate, trace
 from llmtune.preparation import Options, Prepared
 from llmtune.training.devices import Devices
-from llmtune.training.engine import group_tokens
+from llmtune.training.engine import attention_ways, group_tokens
 from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES
 from llmtune.training.precision import DTYPES as COMPUTE
 from llmtune.training.step_in_backward import choose_windows
@@ -212,8 +213,17 @@ class Forecaster:
         return self._key("rate", self.config, [*facts, self.prepared.data.train.digest])
 
     def _trace(self, config: Config, batch: MicroBatchShape, gradients_held: bool, gradients_dropped: bool) -> Peaks:
+        """By the first way of attention that is for this model, in the order in which the engine tries them."""
+        half = COMPUTE[self.precision] is not None and self.target.has_bf16  # flash attention is not for devices without
+        *better, last = attention_ways(config.model.attention, self.target.kind, half=half)
+        for way in better:
+            with suppress(NotImplementedError):
+                return self._trace_way(config, batch, gradients_held, gradients_dropped, way)
+        return self._trace_way(config, batch, gradients_held, gradients_dropped, last)
+
+    def _trace_way(self, config: Config, batch: MicroBatchShape, gradients_held: bool, gradients_dropped: bool, way: str) -> Peaks:
         recompute = config.model.gradient_checkpointing
-        traced = 2 if recompute == "offload" else 1  # with one block there is no other whose input could be on its way
+        traced = 2 if recompute else 1  # one block alone has no other's input beside it: what it lacks would count once for each block
         fewer, more = (
             trace(
                 self._build(config, blocks=blocks),
@@ -223,6 +233,7 @@ class Forecaster:
                 checkpointing=config.model.recomputes and recompute,
                 gradients_held=gradients_held,
                 gradients_dropped=gradients_dropped,
+                attention=way,
             )
             for blocks in (traced, traced + 1)
         )
@@ -239,7 +250,8 @@ class Forecaster:
         model = config.model
         shape = {key: value for key, value in self.shape.config.to_dict().items() if key != "_name_or_path"}
         held = [model.dtype, model.quantization, model.gradient_checkpointing, self.prepared.source.kind, asdict(config.adapter)]
-        facts = [kind, shape, held, self.precision, self.target.kind, self.prepared.tokenizer.digest, more, __version__, _code_digest()]
+        there = [self.target.kind, self.target.has_bf16, self.precision, model.attention]
+        facts = [kind, shape, held, there, self.prepared.tokenizer.digest, more, __version__, _code_digest()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

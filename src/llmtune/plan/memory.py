@@ -74,8 +74,7 @@ def add_up(
     state = optimizer_bytes(optimizer, entries=counted.trained, entry_bytes=counted.gradient_bytes)
     base = {"process": process if kind == "cpu" else CUDA_CONTEXT_BYTES, "weights": counted.base_bytes, "adapter": counted.adapter_bytes}
     held = counted.gradient_bytes if gradients_held else 0
-    late = peaks.phase in ("first block", "end") and not gradients_held
-    inside = min(peaks.bytes, counted.gradient_bytes) if late else 0  # gradients that this micro-batch itself has made by then
+    inside = min(peaks.bytes, counted.gradient_bytes, peaks.gradients[peaks.phase])
     if gradients_dropped:
         inside = min(max(0, peaks.bytes - peaks.kept), counted.largest_gradient_bytes) if peaks.phase != "forward" else 0
     activations = min(peaks.kept, peaks.bytes - inside)

@@ -20,9 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from llmtune.models.attention import segment_mask, use_segment_attention
 from llmtune.models.fused_adapter import fuse_adapters
+from llmtune.models.fused_attention import plan_tiles
 from llmtune.models.fused_norm import fuse_norms
+from llmtune.plan.kernels import flex_stand_in, workspace_bytes
 from llmtune.plan.skeleton import base_of, blocks_of, give_stand_ins
-from llmtune.training.engine import checkpoint_blocks
+from llmtune.training.engine import attention_ways, checkpoint_blocks
 from llmtune.training.fused_loss import find_head, head_nll_sum
 from llmtune.training.loss import weighted_nll_sum
 from llmtune.training.offload import PAGE_BYTES, HostStore, keep_inputs_in, run_in_tiles
@@ -55,6 +57,8 @@ class Peaks:
     """Most bytes alive beside weights (and beside gradients that were there before), by phase; and what the forward pass left behind."""
 
     phases: dict[str, int]
+    gradients: dict[str, int]
+    """Of these, gradients of weights that the micro-batch itself had made by then and that stay."""
     kept: int
     """Bytes alive after the forward pass through the blocks: the activations."""
     host: int = 0
@@ -74,12 +78,15 @@ class Peaks:
 class _Live(TorchDispatchMode):
     """Counts the bytes of every storage that is alive, once each."""
 
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+    def __init__(self, known: Iterable[torch.Tensor], *, on_gpu: bool) -> None:
         super().__init__()
+        self._on_gpu = on_gpu
         self._sizes: dict[int, int] = {}
         self.now = 0
         self.phase = PHASES[0]
         self.phases = dict.fromkeys(PHASES, 0)
+        self.made = 0
+        self.gradients = dict.fromkeys(PHASES, 0)
         self.elsewhere = 0
         self._is_elsewhere = False
         for tensor in known:
@@ -91,12 +98,18 @@ class _Live(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._note(leaf)
+        if self._on_gpu:
+            self._see(workspace_bytes(func, args))
         return result
 
     def enter(self, phase: str) -> None:
         """From here on peaks belong to `phase`."""
         self.phase = phase
         self._see()
+
+    def count_gradient(self, weight: torch.Tensor) -> None:
+        """Note that this weight's gradient is complete, and stays."""
+        self.made += weight.nbytes
 
     @contextmanager
     def in_other_memory(self) -> Iterator[None]:
@@ -119,8 +132,9 @@ class _Live(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
 
-    def _see(self) -> None:
-        self.phases[self.phase] = max(self.phases[self.phase], self.now)
+    def _see(self, beside: int = 0) -> None:
+        if self.now + beside > self.phases[self.phase]:
+            self.phases[self.phase], self.gradients[self.phase] = self.now + beside, self.made
 
 
 def trace(
@@ -132,14 +146,16 @@ def trace(
     checkpointing: bool | str,
     gradients_held: bool,
     gradients_dropped: bool = False,
+    attention: str | None = None,
 ) -> Peaks:
     """Run `model` (a skeleton on the meta device; it is used up) on a micro-batch of that shape, forward and backward, and count.
 
-    device_type: `cpu` or `cuda`, whose engine is traced (on CUDA variable-length attention, which keeps what flash attention keeps).
+    device_type: `cpu` or `cuda`, whose engine is traced. attention: its way of attention by segments, the first it tries when not given.
     compute: autocast's type, None for float32 arithmetic. checkpointing: as `model.gradient_checkpointing`, settled. gradients_held: an
     earlier micro-batch of the window left its gradients. gradients_dropped: each goes once it is complete (`training.step_in_backward`).
-    Raises what the model raises on stand-ins.
+    Raises what the model raises on stand-ins, NotImplementedError where this way of attention is not for this model.
     """
+    plan_tiles.cache_clear()  # or the masks of tiles would count in the first trace of a shape only
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     give_stand_ins(model, mode)
     base = base_of(model)
@@ -149,22 +165,22 @@ def trace(
         fuse_adapters(base)
         if device_type == "cpu":
             fuse_norms(base)
-        use_segment_attention(base, "tiles" if device_type == "cpu" else "sdpa")
+        way = attention or attention_ways("auto", device_type, half=compute is not None)[0]
+        use_segment_attention(base, way, flex_stand_in if way == "flex" else None)
     if checkpointing == "offload":
         run_in_tiles(base, proven=True)
     model.train()
     known = [*model.parameters(), *model.buffers()]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     if gradients_held:
         with mode:
-            for weight in model.parameters():
-                if weight.requires_grad:
-                    weight.grad = torch.empty_like(weight)
-                    known.append(weight.grad)
-    if gradients_dropped:
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.register_post_accumulate_grad_hook(_drop)
-    live = _Live(known)
+            for weight in trained:
+                weight.grad = torch.empty_like(weight)
+                known.append(weight.grad)
+    live = _Live(known, on_gpu=device_type == "cuda")
+    if not gradients_held:
+        for weight in trained:
+            weight.register_post_accumulate_grad_hook(_drop if gradients_dropped else live.count_gradient)
     if checkpointing == "offload" and device_type == "cuda":
         keep_inputs_in(_store_elsewhere(live, mode), base)
     _mark_blocks(blocks_of(model), live)
@@ -173,10 +189,10 @@ def trace(
     inputs = _inputs(batch, mode)
     with live:
         with autocast:
-            loss, kept = run(model, batch, inputs, live)
+            loss, kept = run(model, batch, inputs, live, device_type)
         loss.backward()
     phases = {phase: max(0, peak - live.before) for phase, peak in live.phases.items()}
-    return Peaks(phases, max(0, kept - live.before), live.elsewhere)
+    return Peaks(phases, live.gradients, max(0, kept - live.before), live.elsewhere)
 
 
 def _drop(weight: torch.Tensor) -> None:
@@ -185,13 +201,16 @@ def _drop(weight: torch.Tensor) -> None:
 
 def extrapolate(fewer: Peaks, more: Peaks, blocks: int, *, traced: int = 1) -> Peaks:
     """What `blocks` blocks hold, from what `traced` and one more hold: each phase on its own straight line."""
-    before = {**fewer.phases, "last block": fewer.phases["first block"]} if traced == 1 else fewer.phases
 
     def line(first: int, second: int) -> int:
         return max(0, first + (blocks - traced) * (second - first))
 
-    phases = {phase: line(before[phase], more.phases[phase]) for phase in PHASES}
-    return Peaks(phases, line(fewer.kept, more.kept), line(fewer.host, more.host))
+    def lines(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
+        before = {**first, "last block": first["first block"]} if traced == 1 else first
+        return {phase: line(before[phase], second[phase]) for phase in PHASES}
+
+    phases, gradients = lines(fewer.phases, more.phases), lines(fewer.gradients, more.gradients)
+    return Peaks(phases, gradients, line(fewer.kept, more.kept), line(fewer.host, more.host))
 
 
 def _store_elsewhere(live: _Live, mode: FakeTensorMode) -> HostStore:
@@ -247,7 +266,7 @@ def _inputs(batch: MicroBatchShape, mode: FakeTensorMode) -> _Inputs:
     return _Inputs(ids, ids, weights, rows_N, targets, ends)
 
 
-def _flat(model: Any, batch: MicroBatchShape, inputs: _Inputs, live: _Live) -> tuple[torch.Tensor, int]:
+def _flat(model: Any, batch: MicroBatchShape, inputs: _Inputs, live: _Live, device_type: str) -> tuple[torch.Tensor, int]:
     """The flat engine's forward, step by step as in `training.engine`."""
     base = base_of(model)
     head = find_head(base)
@@ -258,10 +277,10 @@ def _flat(model: Any, batch: MicroBatchShape, inputs: _Inputs, live: _Live) -> t
     trained = hidden[0, inputs.rows]
     kept = live.now
     live.enter("loss")
-    return head_nll_sum(head, trained, inputs.targets, inputs.weights[0, : len(inputs.targets)]), kept
+    return head_nll_sum(head, trained, inputs.targets, inputs.weights[0, : len(inputs.targets)], device_type=device_type), kept
 
 
-def _padded(model: Any, _batch: MicroBatchShape, inputs: _Inputs, live: _Live) -> tuple[torch.Tensor, int]:
+def _padded(model: Any, _batch: MicroBatchShape, inputs: _Inputs, live: _Live, _device_type: str) -> tuple[torch.Tensor, int]:
     """The plain engine's forward; without its padding mask, whose values a stand-in does not have."""
     kept = 0
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from llmtune.models.pieces import telling_pieces
+
 __all__ = ["Head", "find_head", "head_nll_sum", "trained_rows"]
 
 CHUNK_ROWS = 256
@@ -58,11 +60,12 @@ def trained_rows(weights: Tensor) -> Tensor:
     return weights[0, 1:].nonzero().squeeze(1)
 
 
-def head_nll_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+def head_nll_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor, *, device_type: str | None = None) -> Tensor:
     """Sum of weighted negative log-likelihoods, in nats, of `targets_N` predicted from `hidden_NE`.
 
-    hidden_NE: [N, E]; targets_N: int64 [N]; weights_N: float32 [N]. Returns a 0-d float32 tensor; 0 for no rows, still joined to the
-    graph. Logits are computed in the type of the hidden states (or autocast's), everything after them in float32.
+    hidden_NE: [N, E]; targets_N: int64 [N]; weights_N: float32 [N]. device_type: whose way is gone, theirs when not given (the stand-ins
+    of a plan are nowhere). Returns a 0-d float32 tensor; 0 for no rows, still joined to the graph. Logits are computed in the type of the
+    hidden states (or autocast's), everything after them in float32.
     """
     if hidden_NE.shape[0] == 0:
         return hidden_NE.float().sum()
@@ -73,7 +76,8 @@ def head_nll_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Te
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NE.dtype
     bias = None if module.bias is None else module.bias.to(dtype)
     with torch.autocast(kind, enabled=False):
-        return _HeadLoss.apply(hidden_NE.to(dtype), module.weight.to(dtype), bias, targets_N, weights_N, head.scale, head.cap)
+        sliced = (device_type or kind) == "cpu"
+        return _HeadLoss.apply(hidden_NE.to(dtype), module.weight.to(dtype), bias, targets_N, weights_N, head.scale, head.cap, sliced)
 
 
 def _bend(logits: Tensor, head_scale: float, cap: float | None) -> Tensor:
@@ -90,16 +94,19 @@ def _checkpointed_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_
         return (functional.cross_entropy(logits_CV, targets_C, reduction="none") * weights_C).sum()
 
     total = hidden_NE.new_zeros((), dtype=torch.float32)
-    for start in range(0, hidden_NE.shape[0], TRAINED_CHUNK_ROWS):
+    for start in telling_pieces(range(0, hidden_NE.shape[0], TRAINED_CHUNK_ROWS), hidden_NE):
         rows = slice(start, start + TRAINED_CHUNK_ROWS)
         total = total + checkpoint(chunk_sum, hidden_NE[rows], targets_N[rows], weights_N[rows], use_reentrant=False)
     return total
 
 
-def _nll(logits_CV: Tensor, targets_C1: Tensor, scale: float, cap: float | None, *, with_gradient: bool) -> Tensor:
-    """Return the negative log-likelihoods of a chunk's rows, float32 [C]; on request overwrite the logits with their gradient."""
+def _nll(logits_CV: Tensor, targets_C1: Tensor, scale: float, cap: float | None, *, sliced: bool, with_gradient: bool) -> Tensor:
+    """Return the negative log-likelihoods of a chunk's rows, float32 [C]; on request overwrite the logits with their gradient.
+
+    sliced: a few rows at a time, as a processor's cache likes it.
+    """
     rows, vocabulary = logits_CV.shape
-    step = max(1, SLICE_NUMBERS // vocabulary) if logits_CV.device.type == "cpu" else rows
+    step = max(1, SLICE_NUMBERS // vocabulary) if sliced else rows
     slices = [slice(start, start + step) for start in range(0, rows, step)]
     return torch.cat([_nll_of_slice(logits_CV[part], targets_C1[part], scale, cap, with_gradient) for part in slices])
 
@@ -139,6 +146,7 @@ class _HeadLoss(torch.autograd.Function):
         weights_N: Tensor,
         scale: float,
         cap: float | None,
+        sliced: bool,
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_NE) if wants_hidden else None
@@ -146,11 +154,11 @@ class _HeadLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         chunk = TRAINED_CHUNK_ROWS if wants_weight else CHUNK_ROWS
         sums = []
-        for start in range(0, hidden_NE.shape[0], chunk):
+        for start in telling_pieces(range(0, hidden_NE.shape[0], chunk), hidden_NE):
             rows = slice(start, start + chunk)
             hidden_CE, targets_C1, weights_C = hidden_NE[rows], targets_N[rows].unsqueeze(1), weights_N[rows]
             logits_CV = functional.linear(hidden_CE, weight_VE, bias_V)
-            nll_C = _nll(logits_CV, targets_C1, scale, cap, with_gradient=any(ctx.needs_input_grad))
+            nll_C = _nll(logits_CV, targets_C1, scale, cap, sliced=sliced, with_gradient=any(ctx.needs_input_grad))
             sums.append((nll_C * weights_C).sum())
             grad_CV = logits_CV  # overwritten where a gradient is wanted
             factor_C1 = (weights_C * scale).unsqueeze(1)  # put on the narrow side of each product, not on the chunk
@@ -167,7 +175,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         scaled = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 LOGIT_RULES = {

@@ -1,0 +1,166 @@
+"""Q7: what attention keeps by the plan is what its kernel keeps on a GPU: key and value heads as they are, not one for each query head."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llmtune.models.attention import BACKENDS, Rule, Segments
+from llmtune.plan.devices import Target
+from llmtune.plan.kernels import flash_backward_bytes, flex_stand_in
+from llmtune.plan.skeleton import Shape, build
+from llmtune.plan.trace import MicroBatchShape, _Live, trace
+from llmtune.training import fused_loss
+from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from pipeline_helpers import LORA
+
+LENGTHS, HEADS, WIDTH = (300, 100), 8, 64
+TOKENS = sum(LENGTHS)
+QUERY = TOKENS * HEADS * WIDTH * 2
+"""Bytes of the queries, and of the output, in bf16."""
+SUMS = TOKENS * HEADS * 4
+"""Bytes of one float32 a query and head."""
+
+
+def held(attend, key_heads):
+    """Bytes that are alive after attention on fresh bf16 stand-ins, and the most in its backward pass, beside the output's gradient."""
+    marks = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        weight = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
+        gradient = torch.zeros(1, TOKENS, HEADS, WIDTH, dtype=torch.bfloat16)
+        rows = [torch.zeros(1, TOKENS, heads, WIDTH, dtype=torch.bfloat16) for heads in (HEADS, key_heads, key_heads)]
+    live = _Live([weight, gradient, marks, *rows], on_gpu=True)
+    with mode, live:
+        query, key, value = ((one + weight).transpose(1, 2) for one in rows)
+        output = attend(query, key, value, Segments(marks, max(LENGTHS)), Rule(0.125))
+        del query, key, value
+        kept = live.now - live.before
+        live.enter("end")
+        torch.autograd.backward(output, gradient)
+    return kept, live.phases["end"] - live.before
+
+
+@pytest.mark.parametrize("key_heads", [2, 8])
+def test_q7_flash_attention_keeps_grouped_heads_as_they_are(key_heads):
+    """Queries, keys, values, output, a float32 a query and head, and 16 bytes for a dropout that never is."""
+    kept, _ = held(BACKENDS["varlen"], key_heads)
+    assert kept == 2 * QUERY + 2 * QUERY * key_heads // HEADS + SUMS + 16
+
+
+@pytest.mark.parametrize("key_heads", [2, 8])
+def test_q7_flash_attention_holds_its_kernels_own_sums_while_it_goes_back(key_heads):
+    """Float32 sums for queries, and where heads are grouped, key and value gradients for each query head.
+
+    Beside what was kept, the three gradients, and the zeros that torch makes for results which are not differentiated.
+    """
+    kept, most = held(BACKENDS["varlen"], key_heads)
+    own = (TOKENS + 128 * len(LENGTHS)) * HEADS * (WIDTH + 1) * 4 + (2 * QUERY if key_heads < HEADS else 0)
+    assert flash_backward_bytes(TOKENS, len(LENGTHS), HEADS, key_heads, WIDTH, 2) == own
+    assert most == kept + QUERY + 2 * QUERY * key_heads // HEADS + own + SUMS + 16
+
+
+@pytest.mark.parametrize("key_heads", [2, 8])
+def test_q7_flex_attention_keeps_grouped_heads_as_they_are(key_heads):
+    kept, _ = held(flex_stand_in, key_heads)
+    assert kept == 2 * QUERY + 2 * QUERY * key_heads // HEADS + SUMS
+
+
+@pytest.mark.parametrize("key_heads", [2, 8])
+def test_q7_sdpa_keeps_keys_and_values_for_every_query_head_and_its_output_twice(key_heads):
+    """By document, so the whole output is a copy."""
+    kept, _ = held(BACKENDS["sdpa"], key_heads)
+    assert kept == 5 * QUERY + SUMS
+
+
+def test_variable_length_attention_is_given_grouped_heads(monkeypatch):
+    """torch's function takes them as they are (`enable_gqa`); it needs a CUDA device, so only what it is called with is looked at."""
+    from torch.nn.attention import varlen
+
+    calls = []
+
+    def recorded(query, key, value, *marks, **settings):
+        calls.append((tuple(query.shape), tuple(key.shape), tuple(value.shape), marks[2:], settings))
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", recorded)
+    query, key, value = (torch.zeros(1, heads, 12, 16) for heads in (6, 2, 2))
+    segments = Segments(torch.tensor([0, 5, 12], dtype=torch.int32), 7)
+    assert BACKENDS["varlen"](query, key, value, segments, Rule(0.25, window=4)).shape == (1, 12, 6, 16)
+    settings = {"scale": 0.25, "window_size": (3, 0), "enable_gqa": True}
+    assert calls == [((12, 6, 16), (12, 2, 16), (12, 2, 16), (7, 7), settings)]
+
+
+def on_a_gpu(forecaster_of, *overrides, has_bf16=True):
+    return forecaster_of(*overrides, target=Target("a GPU", "cuda", 1 << 40, has_bf16))
+
+
+def peaks_by(forecaster, way, compute):
+    config = forecaster.config
+    batch, several = forecaster.largest(config)
+    model = build(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=torch.float32)
+    return trace(
+        model, batch, device_type="cuda", compute=compute, checkpointing=False, gradients_held=several, attention=way
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("overrides", "has_bf16", "way", "compute"),
+    [
+        (("training.precision=bf16",), True, "varlen", torch.bfloat16),
+        (("training.precision=fp16",), False, "flex", torch.float16),
+        (("training.precision=fp32",), True, "flex", None),
+        (("training.precision=bf16", "model.attention=flex"), True, "flex", torch.bfloat16),
+        (("training.precision=bf16", "model.attention=sdpa"), True, "sdpa", torch.bfloat16),
+    ],
+)
+def test_q7_a_gpu_is_planned_with_the_attention_that_it_will_train_with(forecaster_of, overrides, has_bf16, way, compute):
+    forecaster = on_a_gpu(forecaster_of, *LORA[:2], "model.dtype=float32", *overrides, has_bf16=has_bf16)
+    forecaster.shape.config.num_hidden_layers = 2
+    batch, several = forecaster.largest(forecaster.config)
+    planned = forecaster.peaks(forecaster.config, batch, gradients_held=several)
+    kept = {one: peaks_by(forecaster, one, compute).kept for one in ("varlen", "flex", "sdpa")}
+    assert len({*kept.values()}) == 3
+    assert planned.kept == kept[way]
+
+
+def test_q7_a_model_with_a_soft_cap_is_planned_with_the_next_way(forecaster_of):
+    """Flash attention has none, so such a model trains with flex attention."""
+    from transformers import Gemma2Config
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    forecaster = on_a_gpu(forecaster_of, *LORA[:2], "training.precision=bf16", "model.dtype=float32")
+    forecaster.__dict__["shape"] = Shape(Gemma2Config(**small, head_dim=16, vocab_size=400), 0)
+    batch, several = forecaster.largest(forecaster.config)
+    planned = forecaster.peaks(forecaster.config, batch, gradients_held=several)
+    assert planned.kept == peaks_by(forecaster, "flex", torch.bfloat16).kept
+    with pytest.raises(NotImplementedError, match="no soft cap"):
+        peaks_by(forecaster, "varlen", torch.bfloat16)
+
+
+def test_q7_a_gpu_takes_a_chunk_of_logits_at_once_and_a_cpu_a_few_rows_of_it(forecaster_of, monkeypatch):
+    """The chunk is in float32 twice then: its logits and its probabilities."""
+    monkeypatch.setattr(fused_loss, "SLICE_NUMBERS", 4 * 400)
+    forecaster = on_a_gpu(forecaster_of, *LORA[:2])
+    batch = MicroBatchShape((300,), 256, "flat")
+    losses = []
+    for kind in ("cpu", "cuda"):
+        model = build(forecaster.shape, forecaster.config, forecaster.prepared.tokenizer.tokenizer, dtype=torch.float32)
+        peaks = trace(model, batch, device_type=kind, compute=torch.bfloat16, checkpointing=False, gradients_held=False)
+        losses.append(peaks.phases["loss"] - peaks.kept)
+    vocabulary = forecaster.shape.config.vocab_size
+    assert losses[1] - losses[0] == pytest.approx(2 * (256 - 4) * vocabulary * 4, rel=0.1)
+
+
+def test_q7_gradients_are_a_part_of_their_own_wherever_the_worst_moment_is(forecaster_of):
+    """Of five recomputed blocks that lie behind when the worst of the first comes, every gradient has been made."""
+    forecaster = on_a_gpu(forecaster_of, *LORA[:2], "training.batch_size=1", "training.gradient_accumulation_steps=1")
+    forecaster.shape.config.num_hidden_layers = 5
+    batch, several = forecaster.largest(forecaster.config)
+    assert not several
+    each = forecaster.count(forecaster.config).gradient_bytes // 5
+    peaks = forecaster.peaks(forecaster.config, batch, gradients_held=False)
+    made = peaks.gradients
+    assert (made["forward"], made["loss"]) == (0, 0)
+    assert made["end"] in (0, 5 * each)
+    assert 3 * each <= made["first block"] <= 5 * each
+    held_before = forecaster.peaks(forecaster.config, batch, gradients_held=True)
+    assert not any(held_before.gradients.values())
