@@ -50,7 +50,7 @@ def tokenizing_progress(say: Say) -> Callable[[int, int | None, float], None]:
         nonlocal last
         if time.monotonic() - last >= _EVERY_S:
             last = time.monotonic()
-            of = f" of {total:,}" if total else ""
+            of = f" of {'' if done == total else 'about '}{total:,}" if total else ""
             say(f"tokenizing: {done:,}{of} rows, {rows_per_second:,.0f} rows/s")
 
     return progress

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from llmtune.cli import failure
-from llmtune.cli.main import run
+from llmtune.cli.main import COMMANDS, run
 from llmtune.errors import DataError, Problem
 
 
@@ -77,6 +79,29 @@ def test_a_run_is_merged_by_its_name(tmp_path, capsys):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     assert run(["merge-lora", "mine", "--output", "merged"]) == 4
     assert "there is no adapter here\n  where: runs/mine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row", COMMANDS, ids=lambda row: row.words)
+def test_a_usage_line_wraps_each_argument_once(row, capsys):
+    assert run([*row.words.split(), "--help"]) == 0
+    usage = capsys.readouterr().out.partition("\n\n")[0]
+    assert re.findall(r"\[\[|\]\]|\]\.\.\.\]", usage) == [], usage
+
+
+def test_a_number_of_rows_that_is_estimated_is_said_to_be(monkeypatch):
+    from llmtune import reporting
+
+    monkeypatch.setattr(reporting, "_EVERY_S", 0.0)
+    said = []
+    progress = reporting.tokenizing_progress(said.append)
+    progress(2048, 3010, 940.0)
+    progress(2048, None, 940.0)
+    progress(3000, 3000, 940.0)
+    assert said == [
+        "tokenizing: 2,048 of about 3,010 rows, 940 rows/s",
+        "tokenizing: 2,048 rows, 940 rows/s",
+        "tokenizing: 3,000 of 3,000 rows, 940 rows/s",
+    ]
 
 
 def test_a_folder_without_runs_is_told_from_one_that_is_not_there(tmp_path, capsys):

@@ -16,7 +16,7 @@ __all__ = ["runs"]
 
 
 def runs(
-    output_dir: Annotated[str, typer.Argument(metavar="[DIR]", help="Folder in which the runs are.")] = "runs",
+    output_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder in which the runs are.")] = "runs",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Print the runs of a folder, the newest last: state, step, loss."""
