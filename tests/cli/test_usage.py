@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 
@@ -102,6 +103,22 @@ def test_a_number_of_rows_that_is_estimated_is_said_to_be(monkeypatch):
         "tokenizing: 2,048 rows, 940 rows/s",
         "tokenizing: 3,000 of 3,000 rows, 940 rows/s",
     ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "left_out"), [(80, ["licence", "context", "source"]), (120, ["licence", "context"]), (200, []), (None, [])]
+)
+def test_the_models_fit_the_terminal_and_what_is_left_out_is_said(columns, left_out, monkeypatch, capsys):
+    """In a pipe (no width) every column is there."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: columns is not None, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns or 40))
+    assert run(["list-models"]) == 0
+    captured = capsys.readouterr()
+    headings = captured.out.splitlines()[0].split()
+    assert headings == [one for one in ("name", "parameters", "context", "source", "licence", "here", "method") if one not in left_out]
+    assert max(map(len, captured.out.splitlines())) <= (columns or 1000)
+    said = f"a wider terminal also shows {' and '.join(left_out)}; --json gives everything"
+    assert (said in captured.err) == bool(left_out)
 
 
 def test_a_folder_without_runs_is_told_from_one_that_is_not_there(tmp_path, capsys):
