@@ -135,7 +135,7 @@ def test_a_fix_that_is_the_same_for_several_problems_is_said_once():
         "error: 4 problems",
         "  a:1: one",
         "  a:2: two",
-        "    fix for these 2: fix it",
+        "    fix: fix it (for the 2 above)",
         "  a:3: three",
         "    fix: else",
         "  four",

@@ -36,7 +36,7 @@ def message(error: LlmtuneError) -> str:
     for fix, alike in itertools.groupby(problems, key=lambda one: one.fix):
         group = [f"  {one.where}: {one.problem}" if one.where else f"  {one.problem}" for one in alike]
         lines += group
-        lines += [f"    fix for these {len(group)}: {fix}" if len(group) > 1 else f"    fix: {fix}"] if fix else []
+        lines += [f"    fix: {fix}" + (f" (for the {len(group)} above)" if len(group) > 1 else "")] if fix else []
     return "\n".join(lines)
 
 

@@ -120,10 +120,9 @@ def resolve_subject(name: str, *, offline: bool = False) -> ModelSource:
     try:
         return resolve(name, offline=offline)
     except ModelError as error:
-        runs = "`llmtune runs` lists the runs"
+        runs = "" if Path(name).exists() else "; `llmtune runs` lists the runs"
         raise ModelError.all(
-            one._replace(where="RUN|MODEL" if one.where == "model.name" else one.where, fix=f"{one.fix}; {runs}" if one.fix else runs)
-            for one in error.problems
+            one._replace(where="RUN|MODEL" if one.where == "model.name" else one.where, fix=f"{one.fix}{runs}") for one in error.problems
         ) from error
 
 
