@@ -82,8 +82,8 @@ def own_tokenizer(run: RunFolder, asked: ModelConfig) -> Path | None:
     return folder if folder.is_dir() and is_as_it_was else None
 
 
-def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled) -> RunFolder:
-    """Make the folder of a new run with everything that is known before step 1; nothing is left behind when that fails.
+def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled, say: Callable[[str], None]) -> RunFolder:
+    """Make the folder of a new run with everything that is known before step 1, and say where; nothing is left behind when that fails.
 
     Raises MachineError when the disk is too small for the whole run, UsageError for a name that cannot be one.
     """
@@ -100,7 +100,7 @@ def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled) -
         if prepared.tokenizer_is_new:
             checkpoints.save_folder(folder / TOKENIZER_FOLDER, lambda place: save.write_tokenizer(prepared.tokenizer.tokenizer, place))
 
-    return create_run(
+    run = create_run(
         config.run.output_dir,
         name,
         fill=fill,
@@ -119,6 +119,8 @@ def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled) -
             **identity.describe_machine(),
         },
     )
+    say(f"run     {durable.printable(run.path)}" + ("" if run.name == name else f" (there is a run `{durable.printable(name)}` already)"))
+    return run
 
 
 def identity_of(prepared: Prepared, assembled: Assembled) -> dict[str, Any]:

@@ -45,8 +45,7 @@ def preflight(resolved: ResolvedConfig, options: Options, *, say: Say) -> tuple[
         prepared = settle.settle_together(forecaster, devices)
         forecaster = Forecaster.here(prepared, options, devices)
     plan = make_plan(forecaster)
-    reporting.say_preflight(prepared, decisions, say)
-    reporting.say_plan(plan, say)
+    reporting.say_preflight(prepared, decisions, plan, say)
     return prepared, devices, plan
 
 
@@ -105,7 +104,7 @@ def start(resolved: ResolvedConfig, options: Options, stop: StopRequest, *, say:
         prepared, devices, plan = preflight(resolved, options, say=say)
         assembled = assembled_in_memory(prepared, options, devices)
         reporting.say_assembled(assembled, decisions, say)
-        run = keeping.create(resolved, prepared, assembled) if devices.is_main else None
+        run = keeping.create(resolved, prepared, assembled, say) if devices.is_main else None
     return Session(resolved, prepared, assembled, run, trackers, stop, say, plan=plan, options=options)
 
 

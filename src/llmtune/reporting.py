@@ -21,7 +21,6 @@ __all__ = [
     "say_assembled",
     "say_decisions",
     "say_difference",
-    "say_plan",
     "say_preflight",
     "say_resume",
     "silent",
@@ -51,14 +50,17 @@ def tokenizing_progress(say: Say) -> Callable[[int, int | None, float], None]:
         nonlocal last
         if time.monotonic() - last >= _EVERY_S:
             last = time.monotonic()
-            of = f" of {total:,}" if total else ""
+            of = f" of {'' if done == total else 'about '}{total:,}" if total else ""
             say(f"tokenizing: {done:,}{of} rows, {rows_per_second:,.0f} rows/s")
 
     return progress
 
 
-def say_preflight(prepared: Prepared, device_decisions: Iterable[Decision], say: Say) -> None:
-    """Say what is known before the model is loaded: rows and their fate, exact steps, every choice made so far."""
+def say_preflight(prepared: Prepared, device_decisions: Iterable[Decision], needs: Plan, say: Say) -> None:
+    """Say what is known before the model is loaded: rows and their fate, exact steps, what it needs, and last every choice made so far.
+
+    The choices made when the model is put together (`say_assembled`) follow as lines of the same list.
+    """
     data = prepared.data
     say(f"model   {prepared.source.name}")
     for part, counts in data.ledger.summary().items():
@@ -72,14 +74,10 @@ def say_preflight(prepared: Prepared, device_decisions: Iterable[Decision], say:
             f"plan    {plan.total_steps:,} steps, {plan.steps_per_epoch:,} an epoch; {tokens:,} tokens an epoch, "
             f"{weights:,.0f} of them trained"
         )
+    for line in short_lines(needs):
+        say(line)
     say("chosen for you:")
     say_decisions([*device_decisions, *prepared.decisions], say)
-
-
-def say_plan(plan: Plan, say: Say) -> None:
-    """Say what the run will need."""
-    for line in short_lines(plan):
-        say(line)
 
 
 FATES = ("used", "cut", "dropped", "duplicate", "held_out", "bad")
@@ -89,7 +87,7 @@ def say_assembled(assembled: Assembled, more: Iterable[Decision], say: Say) -> N
     """Say what was chosen when model, engine and optimizer were put together."""
     say_decisions([*assembled.decisions, *more], say)
     counts = assembled.counts
-    say(f"trained {counts.trained:,} of {counts.total:,} parameters")
+    say(f"training {counts.trained:,} of {counts.total:,} parameters")
 
 
 def say_resume(run: RunFolder, loaded: LoadedCheckpoint | None, problems: Iterable[Problem], say: Say) -> None:
@@ -100,6 +98,8 @@ def say_resume(run: RunFolder, loaded: LoadedCheckpoint | None, problems: Iterab
         say(f"warning: {problem}")
     if loaded is None:
         say(f"{run.name}: no checkpoint was saved yet; training from step 1")
+    elif run.info["state"] == "finished":
+        say(f"{run.name}: finished after step {loaded.step} already; it goes on only where a changed key asks for more steps")
     else:
         say(f"{run.name}: going on after step {loaded.step}")
 

@@ -32,6 +32,15 @@ def test_a_result_has_the_model_the_tokenizer_the_metrics_and_the_folder(whole):
     assert whole.model(input_ids=ids).logits.shape[:2] == ids.shape
 
 
+def test_a_config_may_be_given_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("extends: production\nrun:\n  seed: 7\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.yaml", tmp_path / "mine.yaml"):
+        assert Trainer(name, say=quiet).config.config == load_config("mine.yaml").config
+    with pytest.raises(ConfigError, match="no preset or file `tset`\n  fix: did you mean `test`"):
+        train("tset")
+
+
 def test_the_users_loop_trains_the_very_same_model(config_of, whole):
     trainer = Trainer(config_of(name="loop"), say=quiet)
     steps = [step.step for step in trainer.steps()]

@@ -276,6 +276,14 @@ def test_texts_for_a_tokenizer_are_those_of_the_training_rows(write, config):
     assert list(iter_texts(config(path))) == ["a", "b", "c", "d"]
 
 
+def test_rows_of_another_format_leave_no_texts_and_say_why(write, config):
+    """Not "there is no text": the rows have text, in another format than the one that was named."""
+    path = write("a.jsonl", [chat("a", "b"), chat("c", "d"), chat("e", "f"), chat("g", "h")])
+    with pytest.raises(DataError, match="the row looks like messages, the others are alpaca") as caught:
+        list(iter_texts(config(path, format="alpaca")))
+    assert [one.where for one in caught.value.problems] == [f"{path}:{line}" for line in (1, 2, 3)]
+
+
 # --- whatever the rows, whatever the workers --------------------------------------------------------------------------------------
 
 ANY_ROW = st.one_of(

@@ -202,6 +202,13 @@ def test_a_tokenizer_that_llama_cpp_cannot_split_like_is_refused(trained, tmp_pa
     refused(TokenizerError, "splits text in a way that llama.cpp has no name for", trained.base(), tmp_path / "o" / "out.gguf")
 
 
+def test_a_tokenizer_of_bytes_alone_is_refused_before_anything_is_written(tmp_path, make):
+    make.tokenizer = train_tokenizer(["7 8 9"], 300)
+    assert json.loads(make.tokenizer.backend_tokenizer.to_str())["model"]["merges"] == []
+    (tmp_path / "o").mkdir()
+    refused(TokenizerError, "has no merges, only bytes and control tokens", make.base(), tmp_path / "o" / "out.gguf")
+
+
 def test_a_special_token_that_a_file_cannot_carry_is_refused(trained, tmp_path):
     (tmp_path / "o").mkdir()
     trained.tokenizer.add_special_tokens({"additional_special_tokens": ["<wörter und zahlen 🙂>"]})

@@ -133,6 +133,13 @@ def test_an_impossible_shape_is_refused_with_the_fix(tiny_tokenizer, shape, key,
     assert [one.where for one in caught.value.problems] == [f"model.architecture.{key}"]
 
 
+def test_the_shape_that_was_built_is_said(tiny_tokenizer, load):
+    """Heads that follow from another width are a choice made for the user."""
+    shape = ArchitectureConfig(d_model=100, n_layers=1)
+    made = load("custom-nano", trained="full", seed=5, tokenizer=tiny_tokenizer, architecture=shape)
+    assert [one.reason.partition(" parameters")[2] for one in made.decisions] == [": 1 layers x 100, 1 heads; seed 5"]
+
+
 def test_everything_impossible_is_said_at_once(tiny_tokenizer):
     with pytest.raises(ConfigError) as caught:
         build_config("custom-nano", ArchitectureConfig(d_model=100, n_heads=3, dropout=0.5, vocab_size=1), tiny_tokenizer)

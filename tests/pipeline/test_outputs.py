@@ -94,6 +94,20 @@ def test_what_a_user_takes_away_is_whole(which, config_of):
     }
 
 
+def test_what_a_run_says_before_its_first_step_is_one_list_of_choices_and_its_folder(config_of):
+    """The folder is named at once, and a name that was taken is said; every line of the list of choices stands in the list."""
+    said = [[], []]
+    runs = [pipeline.train(config_of(*LORA, "training.max_steps=1", name="twice"), say=lines.append).folder for lines in said]
+    assert [run.name for run in runs] == ["twice", "twice-2"]
+    folders = [next(line for line in lines if line.startswith("run ")) for lines in said]
+    assert folders == [f"run     {runs[0]}", f"run     {runs[1]} (there is a run `twice` already)"]
+    first = said[0].index("chosen for you:") + 1
+    last = said[0].index(next(line for line in said[0] if line.startswith("training ")))
+    assert last - first > 5
+    assert all(line.startswith("  ") for line in said[0][first:last])
+    assert [line for line in said[0][last:] if line.startswith("  ")] == []
+
+
 def test_the_run_folder_holds_what_the_design_says(config_of):
     run = pipeline.train(config_of(*LORA, "evaluation.prompts=[hello]", "tracking.trackers=[jsonl, tensorboard]")).folder
     names = {path.name for path in run.iterdir()}

@@ -174,7 +174,10 @@ def test_n12_observers_change_no_byte_of_the_final_weights(config_of):
 def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(config_of):
     run = pipeline.train(config_of(*LORA)).folder
     before = (weights_of(run), (run / "metrics.jsonl").read_bytes())
-    assert pipeline.resume(str(run)).state == "finished"
+    said = []
+    assert pipeline.resume(str(run), say=said.append).state == "finished"
+    step = before[1].count(b"train_mean_nll")
+    assert said == [f"{run.name}: finished after step {step} already; it goes on only where a changed key asks for more steps"]
     assert before == (weights_of(run), (run / "metrics.jsonl").read_bytes())
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError
-from llmtune.runs.identity import EFFECTS, Effect, compare, describe_machine, effect_of, git_revision, refuse_changes
+from llmtune.runs.identity import EFFECTS, Difference, Effect, compare, describe_machine, effect_of, git_revision, refuse_changes
 
 WAS = {
     "versions": {"torch": "2.12"},
@@ -84,6 +84,12 @@ def test_another_training_needs_the_users_word():
         refuse_changes(differences, where="run")
     assert caught.value.exit_code == 5
     assert refuse_changes(differences, where="run", allow_changes=True) == differences
+
+
+def test_a_digest_is_shown_by_its_beginning_only():
+    one, other = "ba8913e9ef00" * 5 + "abcd", "6279ca2ab8fe" * 5 + "abcd"
+    assert str(Difference("digests.batches", one, other, Effect.SCHEDULE)) == "digests.batches was ba8913e9ef00..., is now 6279ca2ab8fe..."
+    assert str(Difference("config.run.name", one[:12], None, Effect.HARMLESS)) == "config.run.name was 'ba8913e9ef00', is now None"
 
 
 def test_tensors_that_no_longer_fit_are_refused_whatever_is_said_and_all_at_once():

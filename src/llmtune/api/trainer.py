@@ -29,7 +29,9 @@ Say = Callable[[str], None]
 
 
 class Trainer:
-    """One run of `config`. Nothing is read, loaded or written before the first thing is asked of it.
+    """One run of `config`; nothing is loaded or written before the first thing is asked of it.
+
+    config: what `load_config` returns, or a name for it: a preset, a file or a run's folder. Raises ConfigError as that does.
 
     metrics: functions of a step, or objects with `on_step(step)`, whose values stand beside ours in the step's line (see
     `llmtune.api.metrics`); a subclass's own `on_step` is one more. They cannot change the run, and end it only by returning `Stop(reason)`.
@@ -41,7 +43,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: ResolvedConfig,
+        config: ResolvedConfig | str | Path,
         *,
         metrics: Iterable[Metric] = (),
         no_cuda: bool = False,
@@ -51,15 +53,16 @@ class Trainer:
     ) -> None:
         if offline is None:
             offline = "1" in (os.environ.get("HF_HUB_OFFLINE"), os.environ.get("LLMTUNE_OFFLINE"))
-        self.config = config
+        resolved = config if isinstance(config, ResolvedConfig) else load_config(str(config))
+        self.config = resolved
         """The config as it was resolved; `session.config` has what was chosen filled in."""
-        self.curve = Curve(title=config.name)
+        self.curve = Curve(title=resolved.name)
         """The losses so far; a notebook shows it as a picture."""
         self._options = Options(no_cuda=no_cuda, offline=offline, trust_remote_code=trust_remote_code)
         self._metrics = tuple(metrics)
         self._say = say
         self._stop = StopRequest()
-        self._open: Callable[[], Session] = lambda: pipeline.start(config, self._options, self._stop, say=say)
+        self._open: Callable[[], Session] = lambda: pipeline.start(resolved, self._options, self._stop, say=say)
         self._session: Session | None = None
         self._measures: Measures | None = None
         self._running: Callable[[], Generator[StepResult, None, None] | None] = lambda: None
@@ -254,7 +257,7 @@ class Trainer:
         self.close()
 
 
-def train(config: ResolvedConfig, *, metrics: Iterable[Metric] = (), **keywords: Any) -> Result:
+def train(config: ResolvedConfig | str | Path, *, metrics: Iterable[Metric] = (), **keywords: Any) -> Result:
     """Train a new run to its end and return its model, tokenizer, metrics and folder; `keywords` as for `Trainer`.
 
     Raises ConfigError, DataError, ModelError, MachineError, DivergedError; StoppedBySignal after saving.

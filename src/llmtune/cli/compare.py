@@ -19,9 +19,7 @@ __all__ = ["compare"]
 
 def compare(
     run: Model,
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts; those of the run's config when none.")
-    ] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; those of the run's config when none.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="File with one prompt a line.")] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 128,

@@ -41,7 +41,7 @@ def evaluate(
     prepare_process()
     subject = open_subject(model, no_cuda=no_cuda)
     rows, settings = _held_out(subject, data, config)
-    say(f"{len(rows)} held-out rows")
+    say(f"{len(rows)} held-out rows, measured in float32 arithmetic")
     metrics = _measure(subject, settings, rows, batch_size)
     if exact_match:
         from llmtune.evaluation.exact_match import count_exact_answers

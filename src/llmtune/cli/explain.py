@@ -99,7 +99,7 @@ PAGES: tuple[Page, ...] = (
 
 
 def explain(
-    code: Annotated[str | None, typer.Argument(metavar="[CODE]", help="An exit code (2) or a kind of error (config).")] = None,
+    code: Annotated[str | None, typer.Argument(metavar="CODE", help="An exit code (2) or a kind of error (config).")] = None,
 ) -> None:
     """Explain an exit code or a kind of error; without one, list them all."""
     if code is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import platform
 import sys
@@ -20,7 +21,7 @@ __all__ = ["message", "report_crash", "report_error", "say"]
 
 
 def message(error: LlmtuneError) -> str:
-    """Return an error as plain text: one paragraph for one problem, a line and its fix for each of several.
+    """Return an error as plain text: one paragraph for one problem, a line for each of several, each fix once.
 
     What an error quotes (an argument, a row, a file's name) cannot steer the terminal: control characters are shown as escapes.
     """
@@ -32,9 +33,10 @@ def message(error: LlmtuneError) -> str:
         lines += [f"  fix: {only.fix}"] if only.fix else []
         return "\n".join(lines)
     lines = [f"error: {len(problems)} problems"]
-    for each in problems:
-        lines.append(f"  {each.where}: {each.problem}" if each.where else f"  {each.problem}")
-        lines += [f"    fix: {each.fix}"] if each.fix else []
+    for fix, alike in itertools.groupby(problems, key=lambda one: one.fix):
+        group = [f"  {one.where}: {one.problem}" if one.where else f"  {one.problem}" for one in alike]
+        lines += group
+        lines += [f"    fix: {fix}" + (f" (for the {len(group)} above)" if len(group) > 1 else "")] if fix else []
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ NoCuda = Annotated[bool, typer.Option("--no-cuda", help="Use the CPU even where 
 
 def generate(
     model: Model,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts; read from stdin when there is none.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; all of stdin is one when there is none.")] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="File with one prompt a line.")] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,

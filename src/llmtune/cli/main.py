@@ -23,6 +23,7 @@ from llmtune import __version__
 from llmtune.cli.failure import report_crash, report_error, say
 from llmtune.cli.offline import allow_no_telemetry, go_offline
 from llmtune.cli.process import check_arguments
+from llmtune.cli.usage import usage_error
 from llmtune.errors import LlmtuneError, MachineError, UsageError
 from llmtune.runs.signals import ending_in_order
 
@@ -246,7 +247,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         code = 128 + signal.SIGPIPE
     except Exception as error:  # noqa: BLE001 - the one place where anything becomes a message and an exit code
         if isinstance(error, _CLICK_ERROR):
-            code = report_error(_usage(error), debug=debug)
+            code = report_error(usage_error(error, arguments, (row.words for row in COMMANDS)), debug=debug)
         elif isinstance(error, MemoryError) or getattr(error, "errno", None) in _MACHINE_ERRORS:
             _forget_output()
             code = report_error(_machine(error), debug=debug)
@@ -294,9 +295,3 @@ def _machine(error: Exception) -> LlmtuneError:
             f"the machine refuses: {error.strerror}", where, "make room or choose another place, then run the same command again"
         )
     return MachineError("the memory is used up", "this machine", "`llmtune plan` says what a run needs and what to change")
-
-
-def _usage(error: Any) -> UsageError:
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "llmtune"
-    return UsageError(error.format_message().rstrip("."), "command line", f"`{path} --help` shows what it takes")

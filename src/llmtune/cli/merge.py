@@ -14,7 +14,7 @@ __all__ = ["merge_lora"]
 
 
 def merge_lora(
-    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="Folder of a run that trained an adapter, or of an adapter.")],
+    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run with an adapter (folder or name), or an adapter's folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make; it must not exist.")],
     base: Annotated[
         str | None, typer.Option("--base", help="Where its base is; a base trained in 4 or 8 bit is then taken unquantized.")
@@ -27,7 +27,8 @@ def merge_lora(
     prepare_process()
     from llmtune.deploy.merge import merge_lora as merge
 
-    report = merge(source, output, base=base, dtype=dtype.value if dtype is not None else None, offline=is_offline(), say=say)
+    folder = next((one for one in (source, Path("runs") / source) if one.is_dir()), source)
+    report = merge(folder, output, base=base, dtype=dtype.value if dtype is not None else None, offline=is_offline(), say=say)
     for note in report.notes:
         say(note)
     say(f"merged into {report.merged_into}; {report.weights_changed} weights changed")

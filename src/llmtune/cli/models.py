@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,7 +43,9 @@ def list_models(
     for entry, parameters, source, here in rows:
         count = f"{parameters:,}" if parameters else "?"
         table.append((entry.name, count, f"{entry.context:,}" if entry.context else "?", source, entry.licence, here, entry.method))
-    _print_table(table, right=(1, 2))
+    left_out = _print_table(table, width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    if left_out:
+        say(f"a wider terminal also shows {' and '.join(left_out)}; --json gives everything")
     say("also works as model.name: any hub id, a folder saved with save_pretrained, a .gguf file; add your own in models.yaml")
 
 
@@ -69,11 +73,21 @@ def _vocabulary(folder: Path) -> int:
         raise TokenizerError(f"{path} is no tokenizer file", where="--tokenizer", fix="name a folder with tokenizer.json") from error
 
 
-def _print_table(rows: Sequence[tuple[str, ...]], *, right: tuple[int, ...]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = [
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+_NUMBERS = ("parameters", "context")
+_LEFT_OUT_FIRST = ("licence", "context", "source")
+
+
+def _print_table(rows: Sequence[tuple[str, ...]], *, width: int | None) -> list[str]:
+    """Print the rows under their headings, in `width` characters where there is a limit; returns the columns that were left out for it."""
+    columns = [(len(max(cells, key=len)), cells) for cells in zip(*rows, strict=True)]
+    left_out = []
+    for name in _LEFT_OUT_FIRST:
+        if width is None or sum(size + 2 for size, _ in columns) - 2 <= width:
+            break
+        columns = [(size, cells) for size, cells in columns if cells[0] != name]
+        left_out.append(name)
+    for line in zip(
+        *([cell.rjust(size) if cells[0] in _NUMBERS else cell.ljust(size) for cell in cells] for size, cells in columns), strict=True
+    ):
+        print("  ".join(line).rstrip())
+    return left_out

@@ -16,9 +16,7 @@ __all__ = ["go_on", "resume"]
 def resume(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[RUN] [KEY=VALUE ...]", help="A run's folder or name (the newest unfinished when not given), and overrides."
-        ),
+        typer.Argument(metavar="RUN|KEY=VALUE", help="A run's folder or name (the newest unfinished when not given), and overrides."),
     ] = None,
     no_cuda: Annotated[bool, typer.Option("--no-cuda", help="Train on the CPU even where there is a CUDA device.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ __all__ = ["runs"]
 
 
 def runs(
-    output_dir: Annotated[str, typer.Argument(metavar="[DIR]", help="Folder in which the runs are.")] = "runs",
+    output_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder in which the runs are.")] = "runs",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Print the runs of a folder, the newest last: state, step, loss."""
@@ -25,7 +26,7 @@ def runs(
             print(json.dumps({**run._asdict(), "path": printable(run.path)}, ensure_ascii=False))
         return
     if not found:
-        say(f"no runs in {printable(output_dir)}")
+        say(f"no runs in {printable(output_dir)}" + ("" if Path(output_dir).is_dir() else ": there is no such folder"))
         return
     rows = [("RUN", "STATE", "STEP", "TRAIN LOSS", "EVAL LOSS", "CREATED (UTC)"), *(_row(run) for run in found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -294,11 +294,21 @@ def _override_layer(overrides: Sequence[str] | Mapping[str, object], findings: F
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z0-9_.\-]+", key.strip()):
-            findings.problem(f"`{printable(text)}` is not KEY=VALUE", origin.place, "write for example `training.batch_size=4`")
+            findings.problem(f"`{printable(text)}` is not KEY=VALUE", origin.place, _written_as(text))
             continue
         # The last of two overrides of one key wins, as with any command line.
         entries[key.strip()] = Entry(key.strip(), _argument(value, origin, findings), origin)
     return collect(Table(tuple(entries.values()), DEFAULT), findings)
+
+
+def _written_as(text: str) -> str:
+    """How to write a bare word: most often it is a config or a file of rows that lacks its name."""
+    word = printable(text)
+    if text in shipped_presets() or text.endswith((".yaml", ".yml")):
+        return f"did you mean `--config {word}`?"
+    if "=" not in text and (Path(text).exists() or text.startswith("example:")):
+        return f"did you mean `data.train={word}`?"
+    return "write for example `training.batch_size=4`"
 
 
 def _argument(text: str, origin: Origin, findings: Findings) -> Node:

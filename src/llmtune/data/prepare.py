@@ -11,16 +11,20 @@ from dataclasses import dataclass
 
 from llmtune.config.schema import DataConfig
 from llmtune.data import selection
-from llmtune.data.example import ExampleSet
+from llmtune.data.example import Conversation, ExampleSet
 from llmtune.data.formats import UnusableRowError, conversation_of
 from llmtune.data.ledger import Ledger, LedgerPart
 from llmtune.data.places import DataFile, digest_files, find_files, find_held_out_files
+from llmtune.data.readers import Record
 from llmtune.data.sources import BadRow, parse_record, read_records
 from llmtune.data.store import JoinedExamples, MappedExamples
 from llmtune.data.template import Renderer
 from llmtune.data.tokenizing import Progress, detect_formats, row_rules, tokenize_side
 from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, DataError, Problem
+
+BAD_ROWS_NAMED = 3
+"""Rows that are named where none of them could be read for a tokenizer; `data report` names them all."""
 
 __all__ = ["PreparedData", "Progress", "iter_texts", "prepare_data", "refuse_problems", "survey_data"]
 
@@ -101,21 +105,32 @@ def _prepared(parts: list[LedgerPart], decisions: list[Decision], problems: list
 def iter_texts(config: DataConfig) -> Iterator[str]:
     """Yield every text of the training rows (contents of messages, plain texts), for training a tokenizer. Bad rows are passed over.
 
-    Raises DataError for a source that leads to no file.
+    Raises DataError for a source that leads to no file, and at the end where every row was bad: with what is wrong with the first of them.
     """
     files = find_files(config.train, "train")
     formats, _ = detect_formats(config, files)
+    good, bad = 0, list[Problem]()
     for index, record in read_records(files, config.max_samples):
-        row = record if isinstance(record, BadRow) else parse_record(files[index], record)
-        if isinstance(row, BadRow):
+        conversation = _conversation(record, files[index], formats[index], config.text_column)
+        if isinstance(conversation, BadRow):
+            bad += [conversation.problem()] if len(bad) < BAD_ROWS_NAMED else []
             continue
-        try:
-            conversation = conversation_of(row, formats[index], config.text_column)
-        except UnusableRowError:
-            continue
+        good += 1
         if conversation.text is not None:
             yield conversation.text
         yield from (message.content for message in conversation.messages)
+    if bad and not good:
+        raise DataError.all(bad)
+
+
+def _conversation(record: Record | BadRow, file: DataFile, row_format: str, text_column: str | None) -> Conversation | BadRow:
+    row = record if isinstance(record, BadRow) else parse_record(file, record)
+    if isinstance(row, BadRow):
+        return row
+    try:
+        return conversation_of(row, row_format, text_column)
+    except UnusableRowError as error:
+        return BadRow(row.source, error.field, error.what, error.fix)
 
 
 # --- finding ----------------------------------------------------------------------------------------------------------------------

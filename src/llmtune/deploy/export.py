@@ -17,7 +17,7 @@ from llmtune.deploy.merge import DTYPES, MergeReport, merge_lora
 from llmtune.deploy.whole import Whole, open_whole, write_whole
 from llmtune.errors import ModelError, UsageError
 from llmtune.models.adapter_base import results_of
-from llmtune.models.catalog import resolve
+from llmtune.models.catalog import resolve_subject
 from llmtune.models.gguf import read_gguf
 
 __all__ = ["ExportReport", "Format", "export"]
@@ -114,7 +114,7 @@ def _write_safetensors(wanted: _Wanted, adapter: Path | None) -> ExportReport:
     if adapter is not None:
         merged = wanted.merge(adapter, wanted.output)
         return ExportReport(wanted.source, "safetensors", merged.dtype, merged.difference, merged.tolerance, list(merged.notes))
-    whole = open_whole(resolve(wanted.source, offline=wanted.offline))
+    whole = open_whole(resolve_subject(wanted.source, offline=wanted.offline))
     with durable.commit_folder(wanted.output, replace=False) as staging:
         wanted.say(f"writing the model in {whole.folder}")
         write_whole(whole, staging, dtype=wanted.type)
@@ -130,7 +130,7 @@ def _write_gguf(wanted: _Wanted, adapter: Path | None) -> ExportReport:
         merged = None
         if adapter is not None:
             merged = wanted.merge(adapter, path.parent / "merged")
-        whole = open_whole(resolve(wanted.source if merged is None else str(path.parent / "merged"), offline=wanted.offline))
+        whole = open_whole(resolve_subject(wanted.source if merged is None else str(path.parent / "merged"), offline=wanted.offline))
         refuse_unwritable(whole.config)
         wanted.say(f"writing the model in {whole.folder}" if merged is None else "writing the merged model")
         vocabulary = write_gguf(whole, path, dtype=wanted.type, name=wanted.output.stem)

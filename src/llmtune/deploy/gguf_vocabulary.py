@@ -70,7 +70,7 @@ class Vocabulary:
 def gguf_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     """Read a transformers fast tokenizer; `rows` of the embedding get a token each, spare ones a name of their own.
 
-    Raises TokenizerError for one that is not byte-level BPE or splits text in a way llama.cpp has no name for.
+    Raises TokenizerError for one that is not byte-level BPE or without merges, or splits text in a way llama.cpp has no name for.
     """
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     model, normalizer = rules["model"], rules.get("normalizer")
@@ -90,6 +90,8 @@ def gguf_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     for added in rules["added_tokens"]:
         tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
     merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    if not merges:
+        raise _refused(tokenizer, "has no merges, only bytes and control tokens, and llama.cpp reads none without merges")
     framed = tokenizer("a", add_special_tokens=True)["input_ids"]
     return Vocabulary(
         tokens=tokens,

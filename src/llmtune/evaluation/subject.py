@@ -17,7 +17,7 @@ from llmtune.errors import ModelError
 from llmtune.models.adapter_base import base_name_of, find_base, results_of
 from llmtune.models.adapter_scan import read_base_record
 from llmtune.models.adapters import load_adapter
-from llmtune.models.catalog import ModelSource, resolve
+from llmtune.models.catalog import ModelSource, resolve, resolve_subject
 from llmtune.models.load import load_model
 from llmtune.models.scan import read_json_file
 from llmtune.models.tokenizer import load_tokenizer, load_tokenizer_folder
@@ -83,7 +83,7 @@ def _find_result(folder: Path) -> Path | None:
 
 
 def _published(name: str, device: torch.device, *, offline: bool) -> Subject:
-    source = resolve(name, offline=offline)
+    source = resolve_subject(name, offline=offline)
     model_config = ModelConfig(name=name)
     tokenizer = load_tokenizer(source, model_config).tokenizer
     model = _load(source, model_config, tokenizer, device)

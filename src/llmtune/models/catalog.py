@@ -115,6 +115,17 @@ def resolve(name: str, revision: str | None = None, *, offline: bool = False, en
     return replace(source, revision=revision, offline=offline)
 
 
+def resolve_subject(name: str, *, offline: bool = False) -> ModelSource:
+    """Find what a command's RUN|MODEL means once it is known to be no run; a refusal says so. Raises ModelError as `resolve` does."""
+    try:
+        return resolve(name, offline=offline)
+    except ModelError as error:
+        runs = "" if Path(name).exists() else "; `llmtune runs` lists the runs"
+        raise ModelError.all(
+            one._replace(where="RUN|MODEL" if one.where == "model.name" else one.where, fix=f"{one.fix}{runs}") for one in error.problems
+        ) from error
+
+
 def availability(entry: CatalogEntry, environ: Mapping[str, str] = os.environ) -> Availability:
     """What of this model is on this machine, by looking at names of files only."""
     if entry.shape:

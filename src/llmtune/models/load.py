@@ -132,7 +132,9 @@ def _from_scratch(source: ModelSource, model_config: ModelConfig, *, tokenizer: 
     model.to(device=device, dtype=_DTYPES()[model_config.dtype] if model_config.dtype != "auto" else None)
     model.eval()
     count = sum(one.numel() for one in model.parameters())
-    return LoadedModel(model, digest, (Decision("model", source.name, f"built from scratch with {count:,} parameters, seed {seed}"),))
+    shape = f"{model.config.num_hidden_layers} layers x {model.config.hidden_size}, {model.config.num_attention_heads} heads"
+    why = f"built from scratch with {count:,} parameters: {shape}; seed {seed}"
+    return LoadedModel(model, digest, (Decision("model", source.name, why),))
 
 
 def _checked_weights(folder: Path) -> tuple[str, float]:

@@ -42,7 +42,12 @@ class Difference(NamedTuple):
     effect: Effect
 
     def __str__(self) -> str:
-        return f"{self.key} was {self.was!r}, is now {self.now!r}"
+        return f"{self.key} was {_short(self.was)}, is now {_short(self.now)}"
+
+
+def _short(value: Any) -> str:
+    """A value as a person reads it: of a digest the beginning tells enough."""
+    return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) else repr(value)
 
 
 GLOBAL_BATCH = "global_batch_size"

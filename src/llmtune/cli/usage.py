@@ -1,0 +1,65 @@
+"""What the parser refuses, said as everything else is: the value that was given, its place, and the words that would have worked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llmtune.config.convert import LEAVES
+from llmtune.config.layers import FLAGS
+from llmtune.config.names import NAMES
+from llmtune.errors import UsageError
+
+__all__ = ["keys_meant_by", "usage_error"]
+
+
+def usage_error(error: Any, arguments: Sequence[str], commands: Iterable[str]) -> UsageError:
+    """Return the parser's refusal of `arguments` as ours; `commands` are the words of every command."""
+    context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
+    path = context.command_path if context is not None else " ".join(["llmtune", *_command_of(arguments, commands)])
+    fix = f"`{path} --help` shows what it takes"
+    problem = error.format_message().rstrip(".")
+    if option and context is not None and "overrides" in {parameter.name for parameter in context.command.params}:
+        keys = keys_meant_by(option)
+        if keys:
+            value = _given_to((option,), arguments) or "VALUE"
+            problem = f"no option `{option}`"
+            fix = f"write {' or '.join(f'`{key}={value}`' for key in keys)}: every key of the config stands without dashes"
+    parameter = getattr(error, "param", None)
+    given = _given_to(parameter.opts, arguments) if parameter is not None else None
+    if given is not None and problem.startswith("Invalid value for") and given not in problem:
+        problem = f"{problem}; it is `{given}`"
+    return UsageError(problem, "command line", fix)
+
+
+def keys_meant_by(option: str) -> list[str]:
+    """Return the keys of the config that an option of another program stands for; none where it stands for none.
+
+    >>> keys_meant_by("--lr"), keys_meant_by("--warmup-ratio"), keys_meant_by("-m"), keys_meant_by("--colour")
+    (['training.learning_rate'], ['training.warmup_ratio'], ['model.name'], [])
+    """
+    flags = {flag: key for key, flag in FLAGS.items()} | {"-m": "model.name", "-s": "data.max_samples", "-p": "tracking.project"}
+    name = option.lstrip("-").replace("-", "_").lower()
+    if option in flags:
+        return [flags[option]]
+    if name in LEAVES:
+        return [name]
+    if name in NAMES:
+        return [NAMES[name]]
+    return [key for key in LEAVES if key.rpartition(".")[2] == name]
+
+
+def _given_to(names: Sequence[str], arguments: Sequence[str]) -> str | None:
+    """What stands behind the last of these options, as `--name VALUE` or `--name=VALUE`."""
+    found = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in names and (equals or (following is not None and not following.startswith("-"))):
+            found = value if equals else following
+    return found
+
+
+def _command_of(arguments: Sequence[str], commands: Iterable[str]) -> list[str]:
+    """The words of the command these arguments begin with; none where they name none."""
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    return next((known for known in (each.split() for each in commands) if words[: len(known)] == known), [])
