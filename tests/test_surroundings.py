@@ -70,7 +70,7 @@ def test_p8_a_signal_while_saving_is_answered_saved_and_the_run_ends_the_same(co
     assert lines_of(run) == lines_of(whole)
 
 
-@pytest.mark.parametrize("words", ["train ", "trained "])
+@pytest.mark.parametrize("words", ["train ", "training "])
 def test_p8_a_signal_before_the_first_step_leaves_no_run_behind(words, config_of, tmp_path):  # noqa: F811
     def say(text):
         if text.lstrip().startswith(words):

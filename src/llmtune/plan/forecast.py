@@ -223,9 +223,9 @@ class Forecaster:
 
     def _trace_way(self, config: Config, batch: MicroBatchShape, gradients_held: bool, gradients_dropped: bool, way: str) -> Peaks:
         recompute = config.model.gradient_checkpointing
-        traced = 2 if recompute else 1  # one block alone has no other's input beside it: what it lacks would count once for each block
-        fewer, more = (
-            trace(
+
+        def peaks_of(blocks: int) -> Peaks:
+            return trace(
                 self._build(config, blocks=blocks),
                 batch,
                 device_type=self.target.kind,
@@ -235,9 +235,11 @@ class Forecaster:
                 gradients_dropped=gradients_dropped,
                 attention=way,
             )
-            for blocks in (traced, traced + 1)
-        )
-        return extrapolate(fewer, more, self.shape.blocks, traced=traced)
+
+        traced = 2 if recompute else 1  # one block alone has no other's input beside it: what it lacks would count once for each block
+        if self.shape.blocks <= traced + 1:
+            return peaks_of(self.shape.blocks)
+        return extrapolate(peaks_of(traced), peaks_of(traced + 1), self.shape.blocks, traced=traced)
 
     def _build(self, config: Config, blocks: int | None = None) -> Any:
         trained = config.adapter.method == "none"
