@@ -13,6 +13,7 @@ from llmtune.deploy.export import export
 from llmtune.deploy.gguf_vocabulary import HOSTILE_TEXTS
 from llmtune.durable.files import part_name
 from llmtune.errors import CheckpointError, ModelError, TokenizerError, UsageError
+from llmtune.evaluation.subject import load_subject
 from llmtune.models.gguf import read_gguf
 from llmtune.models.tokenizer import train_tokenizer
 
@@ -31,6 +32,17 @@ def logits(folder, ids, **options):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     with torch.no_grad():
         return model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("command", [lambda run, out: export(str(run), out), lambda run, _out: load_subject(str(run))])
+def test_a_run_that_has_saved_nothing_yet_is_refused_as_that(tmp_path, command):
+    """It is a run, so its name is not looked up among the models."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    (run / "config.yaml").write_text("run: {name: run}\n")
+    with pytest.raises(ModelError, match="has saved nothing yet"):
+        command(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize("output", ["out", "out.gguf"])

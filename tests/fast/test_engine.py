@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from gradient_helpers import difference, loss_and_gradients
 from llmtune.config.schema import Config, DistributedConfig, ModelConfig, TrainingConfig
@@ -16,7 +17,7 @@ from llmtune.data.batches import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.errors import ConfigError
 from llmtune.models import attention
-from llmtune.training.engine import Engine, build_engine
+from llmtune.training.engine import Engine, build_engine, group_tokens
 from llmtune.training.loss import plain_nll_sum
 
 CPU = torch.device("cpu")
@@ -202,3 +203,12 @@ def test_building_the_engine_leaves_modes_and_random_numbers_alone(build_model: 
     engine_of(model, arithmetic())
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_narrow_model_takes_larger_micro_batches_on_a_cpu(build_model: Build, arithmetic: Build) -> None:
+    """The engine cuts by the model's width as the plan does, which sees nothing but the config."""
+    narrow, wide = (LlamaConfig(hidden_size=width, num_attention_heads=1) for width in (256, 258))
+    assert group_tokens(narrow) > group_tokens(wide)
+    model = build_model("llama")
+    assert model.config.hidden_size <= narrow.hidden_size
+    assert engine_of(model, arithmetic()).max_group_tokens == group_tokens(narrow)

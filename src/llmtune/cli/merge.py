@@ -26,8 +26,9 @@ def merge_lora(
 
     prepare_process()
     from llmtune.deploy.merge import merge_lora as merge
+    from llmtune.models.adapter_base import named_folder
 
-    folder = next((one for one in (source, Path("runs") / source) if one.is_dir()), source)
+    folder = named_folder(source, "runs") or source
     report = merge(folder, output, base=base, dtype=dtype.value if dtype is not None else None, offline=is_offline(), say=say)
     for note in report.notes:
         say(note)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from llmtune.config.convert import Mismatch
 from llmtune.config.document import Listing, Node, Scalar
 from llmtune.config.names import FLAT_SECTIONS, LORA_SECTIONS, NAMES
+from llmtune.config.schema import TrainOn
 
 __all__ = [
     "FLAT_SECTIONS",
@@ -169,18 +170,7 @@ _DTYPES = {
     "torch.float32": "float32",
 }
 _ATTENTION = {"flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attn": "flash", "fa2": "flash", "flex_attention": "flex"}
-_TRAIN_ON = {
-    name: name
-    for name in (
-        "last_assistant_message",
-        "last_assistant_turn",
-        "all_assistant_messages",
-        "all_messages",
-        "all_tokens",
-        "all_user_and_system_messages",
-        "customized",
-    )
-} | {"trainonwhat.all_assistant_messages": "all_assistant_messages"}
+_TRAIN_ON = {name: name for name in get_args(TrainOn)} | {"trainonwhat.all_assistant_messages": "all_assistant_messages"}
 
 TRANSLATED: dict[str, Translation] = {
     "use_lora": _switch("adapter.method", "lora", "none"),

@@ -23,10 +23,10 @@ from llmtune.data.tokenizing import Progress, detect_formats, row_rules, tokeniz
 from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, DataError, Problem
 
+__all__ = ["PreparedData", "Progress", "iter_texts", "prepare_data", "refuse_problems", "survey_data"]
+
 BAD_ROWS_NAMED = 3
 """Rows that are named where none of them could be read for a tokenizer; `data report` names them all."""
-
-__all__ = ["PreparedData", "Progress", "iter_texts", "prepare_data", "refuse_problems", "survey_data"]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from llmtune.deploy.gguf_model import refuse_unwritable, write_gguf
 from llmtune.deploy.gguf_vocabulary import refuse_other_ids
 from llmtune.deploy.merge import DTYPES, MergeReport, merge_lora
 from llmtune.deploy.whole import Whole, open_whole, write_whole
-from llmtune.errors import ModelError, UsageError
-from llmtune.models.adapter_base import results_of
+from llmtune.errors import UsageError
+from llmtune.models.adapter_base import find_result, named_folder
 from llmtune.models.catalog import resolve_subject
 from llmtune.models.gguf import read_gguf
 
@@ -60,8 +60,8 @@ def export(
     chosen = _choose_format(output, file_format)
     if output.exists():
         raise UsageError(f"`{output}` already exists", where="--output", fix="name one that does not")
-    folder = next((one for one in (Path(source), Path(output_dir) / source) if one.is_dir()), None)
-    found = None if folder is None else _find_result(folder)
+    folder = named_folder(source, output_dir)
+    found = None if folder is None else find_result(folder) or folder
     is_adapter = found is not None and (found / "adapter_config.json").is_file()
     if base is not None and not is_adapter:
         raise UsageError("--base is for adapters, and this is a whole model", where="--base", fix="leave it out")
@@ -99,15 +99,6 @@ def _choose_format(output: Path, asked: Format | None) -> Format:
         fix = "name a file that ends in .gguf" if asked == "gguf" else "name a folder"
         raise UsageError(f"--format {asked} does not go with the output `{output}`", where="--output", fix=fix)
     return asked
-
-
-def _find_result(folder: Path) -> Path:
-    """Of a run the final model or adapter, else the best, else the newest checkpoint; any other folder is what it holds."""
-    named = ("adapter_config.json", "config.json")
-    found = next((one for one in results_of(folder) if any((one / name).is_file() for name in named)), None)
-    if found is None and (folder / "run.json").is_file():
-        raise ModelError("the run has saved nothing yet", where=str(folder), fix="wait for its first checkpoint, or resume it")
-    return found or folder
 
 
 def _write_safetensors(wanted: _Wanted, adapter: Path | None) -> ExportReport:

@@ -14,7 +14,7 @@ from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, ModelConfig
 from llmtune.data.template import Renderer
 from llmtune.errors import ModelError
-from llmtune.models.adapter_base import base_name_of, find_base, results_of
+from llmtune.models.adapter_base import base_name_of, find_base, find_result
 from llmtune.models.adapter_scan import read_base_record
 from llmtune.models.adapters import load_adapter
 from llmtune.models.catalog import ModelSource, resolve, resolve_subject
@@ -66,20 +66,12 @@ def load_subject(name: str, *, output_dir: str = "runs", offline: bool = False, 
     device = choose_device(no_cuda=no_cuda)[0]
     folder = next((one for one in (Path(name), Path(output_dir) / name) if (one / "run.json").is_file()), Path(name))
     config = load_config(str(folder / "config.yaml")).config if (folder / "run.json").is_file() else None
-    found = _find_result(folder) if folder.is_dir() else None
+    found = find_result(folder) if folder.is_dir() else None
     if found is None:
         return _published(name, device, offline=offline)
     if (found / "adapter_config.json").is_file():
         return _adapted(found, folder, config, device, offline=offline)
     return _whole(found, folder, config, device, offline=offline)
-
-
-def _find_result(folder: Path) -> Path | None:
-    candidates = list(results_of(folder))
-    found = next((one for one in candidates if any((one / file).is_file() for file in ("adapter_config.json", "config.json"))), None)
-    if found is None and (folder / "run.json").is_file():
-        raise ModelError("the run has saved nothing yet", where=str(folder), fix="wait for its first checkpoint, or resume it")
-    return found
 
 
 def _published(name: str, device: torch.device, *, offline: bool) -> Subject:

@@ -9,10 +9,27 @@ from llmtune.errors import AdapterError, LlmtuneError, ModelError
 from llmtune.models.adapter_scan import read_adapter_config, read_base_record
 from llmtune.models.catalog import ModelSource, resolve
 
-__all__ = ["base_name_of", "find_adapter", "find_base", "results_of"]
+__all__ = ["base_name_of", "find_adapter", "find_base", "find_result", "named_folder"]
 
 
-def results_of(source: Path) -> Iterator[Path]:
+def named_folder(name: Path | str, output_dir: Path | str) -> Path | None:
+    """Return the folder that is named: as it stands, or that of a run in `output_dir`; None where there is neither."""
+    return next((folder for folder in (Path(name), Path(output_dir) / name) if folder.is_dir()), None)
+
+
+def find_result(folder: Path) -> Path | None:
+    """Return what `folder` holds to be used, adapter or model: of a run the final one, else the best, else the newest checkpoint.
+
+    None for a folder that is neither. Raises ModelError for a run that has saved nothing yet.
+    """
+    named = ("adapter_config.json", "config.json")
+    found = next((one for one in _results_of(folder) if any((one / file).is_file() for file in named)), None)
+    if found is None and (folder / "run.json").is_file():
+        raise ModelError("the run has saved nothing yet", where=str(folder), fix="wait for its first checkpoint, or resume it")
+    return found
+
+
+def _results_of(source: Path) -> Iterator[Path]:
     """Yield where `source` (a run, a model, an adapter) may hold what can be used: itself, final, best, checkpoints from the newest."""
     yield source
     yield source / "checkpoints" / "final"
@@ -28,7 +45,7 @@ def find_adapter(source: Path) -> Path:
     """
     if not source.is_dir():
         raise AdapterError(f"there is no folder `{source}`", where="RUN|ADAPTER", fix="give the folder of a run or of an adapter")
-    candidates = list(results_of(source))
+    candidates = list(_results_of(source))
     found = next((folder for folder in candidates if (folder / "adapter_config.json").is_file()), None)
     if found is not None:
         return found

@@ -13,7 +13,7 @@ Shapes: T tokens of the row, S documents, H query heads, G key/value heads, D he
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ __all__ = [
     "Rule",
     "Segments",
     "dense_mask",
+    "dropout_by_sdpa",
     "is_segment_mask",
     "segment_mask",
     "use_attention",
@@ -89,10 +90,22 @@ def _repeat_heads(key: Tensor, heads: int) -> Tensor:
     return key if key.shape[1] == heads else key.repeat_interleave(heads // key.shape[1], dim=1)
 
 
+Backend = Callable[[Tensor, Tensor, Tensor, Segments, Rule], Tensor]
+
+
+def dropout_by_sdpa(backend: Backend) -> Backend:
+    """Hand calls with dropout to SDPA, which draws it: for a backend that does not, and passes the probe of a model, which runs without."""
+
+    @wraps(backend)
+    def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
+        return (_sdpa if rule.dropout else backend)(query, key, value, segments, rule)
+
+    return attend
+
+
+@dropout_by_sdpa
 def _tiles(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
-    """Explicit matrix products over tiles of each document. Dropout goes to SDPA, which draws it."""
-    if rule.dropout:
-        return _sdpa(query, key, value, segments, rule)
+    """Explicit matrix products over tiles of each document."""
     return tiled_attention(query, key, value, segments.on_host(), scale=rule.scale, window=rule.window, softcap=rule.softcap)
 
 
@@ -119,12 +132,11 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: R
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
+@dropout_by_sdpa
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
-    """Call torch's variable-length flash attention: CUDA, half precision, no extra package. Dropout goes to SDPA, which draws it."""
+    """Call torch's variable-length flash attention: CUDA, half precision, no extra package (torch.nn.attention.varlen)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if rule.dropout:
-        return _sdpa(query, key, value, segments, rule)
     if rule.softcap is not None:
         raise NotImplementedError("variable-length flash attention has no soft cap on scores")
     marks = segments.marks.contiguous()
@@ -144,12 +156,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule:
     return output.unsqueeze(0)
 
 
+@dropout_by_sdpa
 def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
-    """Call torch's flex attention with a document mask; compiled on CUDA. Dropout goes to SDPA, which draws it."""
+    """Call torch's flex attention with a document mask; compiled on CUDA."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    if rule.dropout:
-        return _sdpa(query, key, value, segments, rule)
     total, device = query.shape[2], query.device
     document_T = torch.bucketize(torch.arange(total, device=device), segments.marks[1:].contiguous(), right=True)
 
@@ -202,9 +213,6 @@ def _library(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tenso
         causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = causal.tril(key.shape[2] - query.shape[2])
     return _attend_dense(query, key, value, mask, rule), None
-
-
-Backend = Callable[[Tensor, Tensor, Tensor, Segments, Rule], Tensor]
 
 
 def _attention_function(backend: Backend) -> Callable[..., Any]:

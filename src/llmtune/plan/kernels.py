@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmtune.models.attention import BACKENDS, Rule, Segments
+from llmtune.models.attention import Rule, Segments, dropout_by_sdpa
 
 __all__ = ["flash_backward_bytes", "flex_stand_in", "workspace_bytes"]
 
@@ -86,9 +86,8 @@ class _Flex(torch.autograd.Function):
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def flex_stand_in(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
-    """Flex attention on stand-ins, [1, T, H, D]; the real one has to be compiled for a device. Dropout goes to SDPA, as there."""
-    if rule.dropout:
-        return BACKENDS["sdpa"](query, key, value, segments, rule)
+@dropout_by_sdpa
+def flex_stand_in(query: Tensor, key: Tensor, value: Tensor, _segments: Segments, _rule: Rule) -> Tensor:
+    """Flex attention on stand-ins, [1, T, H, D]; the real one has to be compiled for a device."""
     output: Tensor = _Flex.apply(query, key, value)
     return output.transpose(1, 2)
