@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from llmtune.models.attention import BACKENDS, Rule, Segments, dense_mask, is_segment_mask, segment_mask
-from llmtune.models.fused_attention import plan_tiles, tiled_attention
+from llmtune.models.attention_tiles import Tile, plan_tiles
+from llmtune.models.fused_attention import tiled_attention
 
 CPU = torch.device("cpu")
 MARKS = (0, 3, 4, 60, 120, 700, 705, 1000)
+SHORT = (0, 40, 70, 150, 170, 260, 300, 305)
+"""Lengths 40, 30, 80, 20, 90, 40, 5: packed into pieces of 90, which takes another order and leaves gaps."""
+ALIKE = (0, 200, 400, 600, 760, 860)
+"""Three documents of 200 side by side, one of 160, one of 100."""
 
 
 def heads(count: int, dtype: torch.dtype = torch.float32, total: int = MARKS[-1], seed: int = 0) -> torch.Tensor:
@@ -81,6 +86,18 @@ def test_tiles_of_heads_that_share_no_key_head_equal_attention_under_the_dense_m
     assert max(relative(a, b) for a, b in zip(found[1:], expected[1:], strict=True)) < 1e-5
 
 
+@pytest.mark.parametrize("rule", [Rule(0.3), Rule(0.3, window=37), Rule(0.3, window=150, softcap=0.8)], ids=str)
+@pytest.mark.parametrize("marks", [SHORT, ALIKE], ids=["packed", "alike"])
+def test_tiles_of_several_documents_at_once_equal_attention_under_the_dense_mask(marks: tuple[int, ...], rule: Rule) -> None:
+    """N15 where short documents are packed into pieces in another order, with gaps, and where documents of one length are stacked."""
+    inputs = [heads(count, total=marks[-1], seed=seed) for seed, count in enumerate((6, 2, 2))]
+    segments = Segments(torch.tensor(marks, dtype=torch.int32), 200)
+    found = run(lambda q, k, v: BACKENDS["tiles"](q, k, v, segments, rule), *inputs)
+    expected = run(lambda q, k, v: reference(q, k, v, rule, marks), *inputs)
+    assert relative(found[0], expected[0]) < 1e-6
+    assert max(relative(a, b) for a, b in zip(found[1:], expected[1:], strict=True)) < 1e-5
+
+
 def test_tiles_in_bf16_stay_within_a_hundredth() -> None:
     """N15: the stated bound in bf16, outputs and gradients, relative in norm."""
     inputs = heads(6, torch.bfloat16, seed=1), heads(2, torch.bfloat16, seed=2), heads(2, torch.bfloat16, seed=3)
@@ -105,15 +122,56 @@ def test_a_document_does_not_feel_its_neighbour_by_one_bit(backend: str, dtype: 
         assert torch.equal(a[:, :, 60:], b[:, :, 60:])
 
 
+def test_a_document_of_a_stack_does_not_feel_another_by_one_bit() -> None:
+    """N5 where one product serves several documents: the second of three alike changes."""
+    inputs = [heads(count, torch.bfloat16, ALIKE[-1], seed) for seed, count in enumerate((6, 2, 2))]
+    changed = [torch.cat([x[:, :, :200], 3 * x[:, :, 200:400] + 1, x[:, :, 400:]], dim=2) for x in inputs]
+    one, other = (run(lambda q, k, v: tiled_attention(q, k, v, ALIKE, scale=0.25), *given) for given in (inputs, changed))
+    assert not torch.equal(one[0][:, 200:400], other[0][:, 200:400])
+    for a, b, dim in zip(one, other, (1, 2, 2, 2), strict=True):
+        assert torch.equal(a.narrow(dim, 0, 200), b.narrow(dim, 0, 200))
+        assert torch.equal(a.narrow(dim, 400, 460), b.narrow(dim, 400, 460))
+
+
+def places_of(tile: Tile) -> torch.Tensor:
+    """The row's token at each place of a tile's pieces, [C, L]; -1 in gaps."""
+    own = tile.first + torch.arange(tile.tokens)
+    if tile.rearranged is not None:
+        at_places = torch.full((tile.pieces * tile.length,), -1)
+        at_places[tile.rearranged.places] = own
+        assert torch.equal(own[tile.rearranged.tokens][at_places >= 0], at_places[at_places >= 0])
+        own = at_places
+    return own.view(tile.pieces, tile.length)
+
+
 @pytest.mark.parametrize("window", [None, 5, 37, 300])
-@pytest.mark.parametrize("marks", [(0, 1), (0, 256), (0, 257, 600), (0, 100, 128, 129, 400, 410), MARKS])
+@pytest.mark.parametrize("marks", [(0, 1), (0, 256), (0, 257, 600), (0, 100, 128, 129, 400, 410), ALIKE, SHORT, MARKS])
 def test_tiles_cover_every_visible_pair_once(marks: tuple[int, ...], window: int | None) -> None:
     seen = torch.zeros(marks[-1], marks[-1], dtype=torch.int32)
     for tile in plan_tiles(marks, window, 64, torch.float32, CPU):
-        block = torch.ones(tile.stop - tile.start, tile.stop - tile.key_start, dtype=torch.int32)
-        block[:, block.shape[1] - tile.hidden.shape[1] :] = (tile.hidden == 0).int()
-        seen[tile.start : tile.stop, tile.key_start : tile.stop] += block
+        columns = tile.hidden.shape[-1]
+        hidden_CNc = tile.hidden.expand(tile.pieces, 1, *tile.hidden.shape[-2:])[:, 0]
+        for tokens, hidden in zip(places_of(tile), hidden_CNc, strict=True):
+            block = torch.ones(tile.stop - tile.start, tile.stop - tile.key_start, dtype=torch.int32)
+            block[:, block.shape[1] - columns :] = (hidden == 0).int()
+            query, key = tokens[tile.start : tile.stop], tokens[tile.key_start : tile.stop]
+            gap, key_gap = query < 0, key < 0
+            seen[query[~gap][:, None], key[~key_gap][None, :]] += block[~gap][:, ~key_gap]
+            assert block[gap][:, ~key_gap].sum() == block[~gap][:, key_gap].sum() == 0, "nothing passes between gaps and tokens"
+            assert (block[gap].sum(1) == 1).all(), "a gap's output is finite"
     assert torch.equal(seen, dense_mask(marks, window, CPU).int())
+
+
+def test_short_documents_and_documents_of_one_length_share_their_products() -> None:
+    """What the tiles are for: a few large products, whatever the order of the documents."""
+    short = plan_tiles(SHORT, None, 256, torch.float32, CPU)
+    assert [(tile.pieces, tile.length) for tile in short] == [(4, 90)]
+    alike = plan_tiles((0, 256, 512, 768, 900), None, 256, torch.float32, CPU)
+    assert [(tile.pieces, tile.start, tile.stop) for tile in alike] == [(3, 0, 128), (3, 128, 256), (1, 0, 132)]
+    assert all(tile.rearranged is None for tile in alike)
+    in_order = plan_tiles((0, 30, 64, 104, 128), None, 256, torch.float32, CPU)
+    assert [(tile.pieces, tile.length, tile.rearranged) for tile in in_order] == [(2, 64, None)]
+    assert {tile.pieces for tile in plan_tiles((0, 1100, 2200), None, 256, torch.float32, CPU)} == {1}, "their probabilities are not kept"
 
 
 @pytest.mark.parametrize("backend", ["tiles", "varlen", "flex"])

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmtune.models.attention import segment_mask, use_segment_attention
+from llmtune.models.attention_tiles import plan_tiles
 from llmtune.models.fused_adapter import fuse_adapters
-from llmtune.models.fused_attention import plan_tiles
 from llmtune.models.fused_norm import fuse_norms
 from llmtune.plan.kernels import flex_stand_in, workspace_bytes
 from llmtune.plan.skeleton import base_of, blocks_of, give_stand_ins

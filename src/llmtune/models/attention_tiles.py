@@ -1,0 +1,168 @@
+"""How a flat row is cut for attention by explicit products: into tiles, each a few large products instead of many small ones.
+
+A tile is a run of queries and the keys they may see. Documents of one length that stand side by side are a stack: they share their tiles,
+one product for all of them. A run of short documents is packed into pieces of one length first, as containers are, so that it is a stack
+too; where that takes another order or leaves gaps, the tile carries the tokens' places.
+
+Tokens are counted from the row's start. T tokens of the row, N queries and M keys of a tile, L tokens of a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["KEPT_TOKENS", "Rearranged", "Tile", "plan_tiles"]
+
+TILE_TOKENS = 128
+"""Queries of a tile: fewer waste time between products, more waste products above the diagonal."""
+
+TILE_ROWS = 256
+"""Rows of a tile's products, at least: where query heads have a key head each and stack no rows, a document alone takes more queries."""
+
+SHORT_TOKENS = 128
+"""Documents up to this length share pieces: what is computed for nothing costs less than another round of calls."""
+
+LEAST_PIECE = 64
+"""Tokens that a piece of short documents holds at least, for the same reason."""
+
+KEPT_TOKENS = 1024
+"""Rows whose documents are all this short keep their probabilities for the backward pass (at most this many numbers a token and head);
+longer ones compute them again, so that memory grows with the tokens and not with their square."""
+
+Document = tuple[int, int]
+"""First token and the one after the last."""
+
+
+class Rearranged(NamedTuple):
+    """Pieces made of tokens that do not stand side by side, or fill them only in part. Numbers are counted from the tile's first token."""
+
+    tokens: Tensor
+    """[pieces x L]: the token at each place; a gap repeats one that is there."""
+
+    places: Tensor
+    """The place of each token, in the row's order."""
+
+
+class Tile(NamedTuple):
+    """Queries `start` to `stop` of each piece against the keys `key_start` to `stop` of that piece.
+
+    first, tokens: where in the row the pieces stand; they have `length` tokens each, from which those are counted. hidden (0 or -inf) is
+    added to the last columns of the scores: [N, columns], or [pieces, 1, N, columns] where pieces differ.
+    """
+
+    first: int
+    tokens: int
+    pieces: int
+    length: int
+    start: int
+    stop: int
+    key_start: int
+    hidden: Tensor
+    rearranged: Rearranged | None = None
+
+    @property
+    def scores(self) -> int:
+        """Scores that this tile computes for each head."""
+        return self.pieces * (self.stop - self.start) * (self.stop - self.key_start)
+
+
+@lru_cache(maxsize=8)
+def plan_tiles(boundaries: tuple[int, ...], window: int | None, tile: int, dtype: torch.dtype, device: torch.device) -> tuple[Tile, ...]:
+    """Cut one flat row into tiles. The same row asks once for every layer, so the last few answers are kept.
+
+    boundaries: cumulative document lengths, first 0. window: a query sees at most this many tokens, itself included. tile: queries of a
+    tile of a document that stands alone.
+    """
+    tiles: list[Tile] = []
+    for length, run in groupby(pairwise(boundaries), key=_stack_of):
+        documents = list(run)
+        if length == 0:
+            tiles.append(_short_tile(documents, window, dtype, device))
+            continue
+        for stack in [documents] if length <= KEPT_TOKENS else [[document] for document in documents]:
+            first, tokens, rows = stack[0][0], length * len(stack), tile if len(stack) == 1 else min(tile, TILE_TOKENS)
+            for start in range(0, length, rows):
+                stop = min(start + rows, length)
+                key_start = 0 if window is None else max(0, start - window + 1)
+                hidden = _hidden((start, stop), key_start, window, dtype, device)
+                tiles.append(Tile(first, tokens, len(stack), length, start, stop, key_start, hidden))
+    return tuple(tiles)
+
+
+def _stack_of(document: Document) -> int:
+    """The length by which documents stack; 0 for short ones, which go together whatever their lengths."""
+    length = document[1] - document[0]
+    return 0 if length <= SHORT_TOKENS else length
+
+
+def _short_tile(documents: Sequence[Document], window: int | None, dtype: torch.dtype, device: torch.device) -> Tile:
+    """Pack a run of short documents into pieces of one length, which are one tile."""
+    first, tokens = documents[0][0], documents[-1][1] - documents[0][0]
+    pieces = _packed(documents)
+    length = max(_length(piece) for piece in pieces)
+    order: list[int] = []
+    place_of: dict[int, int] = {}
+    for piece in pieces:
+        own = [token - first for document in piece for token in range(*document)]
+        place_of |= {token: len(order) + number for number, token in enumerate(own)}
+        order += own + own[:1] * (length - len(own))
+    hidden = torch.stack([_hidden_in_piece(piece, length, window, dtype, device) for piece in pieces]).unsqueeze(1)
+    rearranged = None
+    if order != list(range(tokens)):
+        places = [place_of[token] for token in range(tokens)]
+        rearranged = Rearranged(*(torch.tensor(one, dtype=torch.int64, device=device) for one in (order, places)))
+    return Tile(first, tokens, len(pieces), length, 0, length, 0, hidden, rearranged)
+
+
+def _packed(documents: Sequence[Document]) -> list[list[Document]]:
+    """Longest first, each into the first piece with room for it (first fit decreasing); documents of a piece in the row's order."""
+    longest_first = sorted(documents, key=lambda document: document[0] - document[1])
+    size = max(LEAST_PIECE, _length(longest_first[:1]))
+    pieces: list[list[Document]] = []
+    room: list[int] = []
+    for document in longest_first:
+        length = _length([document])
+        number = next((number for number, left in enumerate(room) if left >= length), len(pieces))
+        if number == len(pieces):
+            pieces.append([])
+            room.append(size)
+        pieces[number].append(document)
+        room[number] -= length
+    return sorted(sorted(piece) for piece in pieces)
+
+
+def _length(documents: Sequence[Document]) -> int:
+    return sum(stop - start for start, stop in documents)
+
+
+def _hidden_in_piece(documents: Sequence[Document], length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is hidden in a piece of several documents, [L, L]. A gap sees itself alone: what it gives and gets is dropped with it."""
+    own = _length(documents)
+    hidden = torch.full((length, length), float("-inf"), dtype=dtype, device=device)
+    marks = tuple(accumulate((stop - start for start, stop in documents), initial=0))
+    hidden[:own, :own] = _hidden(marks, 0, window, dtype, device)
+    hidden.diagonal()[own:] = 0
+    return hidden
+
+
+def _hidden(marks: tuple[int, ...], key_start: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return 0 where a query may look and -inf elsewhere, for the queries marks[0] to marks[-1] (documents begin at each mark).
+
+    It has as many columns as need hiding, counted from the right: the diagonal block, or all M keys under a window.
+    """
+    column_start = marks[0] if window is None else key_start
+    query_N = torch.arange(marks[0], marks[-1], device=device)
+    key_M = torch.arange(column_start, marks[-1], device=device)
+    document = torch.tensor(marks[1:], device=device)
+    same = torch.bucketize(query_N, document, right=True)[:, None] == torch.bucketize(key_M, document, right=True)[None, :]
+    distance = query_N[:, None] - key_M[None, :]
+    seen = same & (distance >= 0)
+    if window is not None:
+        seen &= distance < window
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
