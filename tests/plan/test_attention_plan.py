@@ -97,9 +97,7 @@ def peaks_by(forecaster, way, compute):
     config = forecaster.config
     batch, several = forecaster.largest(config)
     model = build(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=torch.float32)
-    return trace(
-        model, batch, device_type="cuda", compute=compute, checkpointing=False, gradients_held=several, attention=way
-    )  # fmt: skip
+    return trace(model, batch, device_type="cuda", compute=compute, checkpointing=False, gradients_held=several, attention=way)
 
 
 @pytest.mark.parametrize(

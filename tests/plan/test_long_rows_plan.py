@@ -30,9 +30,7 @@ def traced(forecaster, lengths, *, recompute="offload", device_type="cuda", trai
     model = build(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=dtype)
     batch = MicroBatchShape(lengths, trained or sum(lengths), "flat")
     with seen or nullcontext():
-        return trace(
-            model, batch, device_type=device_type, compute=torch.bfloat16, checkpointing=recompute, gradients_held=False
-        )  # fmt: skip
+        return trace(model, batch, device_type=device_type, compute=torch.bfloat16, checkpointing=recompute, gradients_held=False)
 
 
 @pytest.mark.parametrize(

@@ -121,19 +121,21 @@ def _short_tile(documents: Sequence[Document], window: int | None, dtype: torch.
 
 
 def _packed(documents: Sequence[Document]) -> list[list[Document]]:
-    """Longest first, each into the first piece with room for it (first fit decreasing); documents of a piece in the row's order."""
+    """Longest first, each into the first piece with room for it; documents of a piece, and pieces, in the row's order.
+
+    The rule is `data/packing.py`'s first fit, written again since a room does not call one beside it.
+    """
     longest_first = sorted(documents, key=lambda document: document[0] - document[1])
     size = max(LEAST_PIECE, _length(longest_first[:1]))
     pieces: list[list[Document]] = []
     room: list[int] = []
-    for document in longest_first:
-        length = _length([document])
-        number = next((number for number, left in enumerate(room) if left >= length), len(pieces))
-        if number == len(pieces):
+    for start, stop in longest_first:
+        number = next((number for number, left in enumerate(room) if left >= stop - start), len(room))
+        if number == len(room):
             pieces.append([])
             room.append(size)
-        pieces[number].append(document)
-        room[number] -= length
+        pieces[number].append((start, stop))
+        room[number] -= stop - start
     return sorted(sorted(piece) for piece in pieces)
 
 
