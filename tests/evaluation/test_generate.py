@@ -131,6 +131,17 @@ def test_a_prompt_without_room_is_refused(tiny_model, prompt, problem):
         answer(tiny_model, [prompt])
 
 
+def test_the_head_gets_rows_side_by_side(tiny_model, monkeypatch):
+    """Q7: torch copies the head's weight once for each row of a view, which was the largest block of a whole run."""
+    head, seen = tiny_model.get_output_embeddings(), []
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda rows: seen.append((tuple(rows.shape[:2]), rows.is_contiguous())) or forward(rows))
+    answer(tiny_model, [[5, 6, 7], [8, 9, 10, 11]])
+    assert len(seen) > 1
+    assert {*seen} == {((2, 1), True)}
+    assert not head._forward_pre_hooks
+
+
 def test_a_model_switched_to_segment_attention_answers_the_same(tiny_model, renderer):
     from llmtune.models.attention import use_segment_attention
 

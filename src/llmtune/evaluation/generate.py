@@ -139,7 +139,7 @@ def continue_ids(
     # Only prompts that may go on equally long share a batch, so that a long neighbour never cuts a short one's answer.
     order = sorted(range(len(prompts)), key=lambda index: (allowed[index], -len(prompts[index])))
     answers: list[list[int]] = [[] for _ in prompts]
-    with observing(model), _own_settings(base):
+    with observing(model), _own_settings(base), _contiguous_rows_for_head(base):
         torch.manual_seed(seed)
         for limit, alike in itertools.groupby(order, key=allowed.__getitem__):
             together = list(alike)
@@ -211,6 +211,24 @@ def _own_settings(base: Any) -> Iterator[None]:
         yield
     finally:
         base.generation_config = theirs
+
+
+@contextmanager
+def _contiguous_rows_for_head(base: Any) -> Iterator[None]:
+    """Hand the head the last token of each prompt as rows side by side.
+
+    transformers cuts them out as a view, and torch multiplies a view of several rows by a copy of the weight for each row: 1.1 GB and 0.9 s
+    for 20 prompts and a vocabulary of 49,152, where rows side by side take no copy and 4 ms.
+    """
+    head = base.get_output_embeddings()
+    if head is None:  # a model of its own kind: its rows are its own affair
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _as_messages(prompt: Prompt, system: str | None) -> list[Message]:
