@@ -80,3 +80,24 @@ def test_evaluation_keeps_no_gradient() -> None:
     module, hidden, targets, weights = problem()
     with torch.no_grad():
         assert not head_nll_sum(Head(module), hidden, targets, weights).requires_grad
+
+
+def test_a_trained_heads_gradient_is_summed_and_handed_over_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of bf16 products add up in float32, and the sum is rounded nowhere: masters are float32."""
+    monkeypatch.setattr(fused_loss, "TRAINED_CHUNK_ROWS", 16)
+    module, hidden, targets, weights = problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = head_nll_sum(Head(module), hidden, targets, weights)
+    _, grad_weight, grad_bias = torch.autograd.grad(loss, [hidden, *module.parameters()])
+    for grad in (grad_weight, grad_bias):
+        assert grad.dtype == torch.float32
+        assert not torch.equal(grad, grad.bfloat16().float())
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    """The first one scales the gradients where they are."""
+    module, hidden, targets, weights = problem()
+    loss = head_nll_sum(Head(module), hidden, targets, weights)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

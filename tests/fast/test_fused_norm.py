@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 from llmtune.models.fused_norm import fuse_norms, unfuse_norms
 
@@ -53,3 +54,47 @@ def test_fusing_norms_can_be_undone(build_model: Callable[..., Any]) -> None:
     assert list(model.state_dict()) == names
     unfuse_norms(model)
     assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_norms_before_products_round_for_them_and_others_do_not(build_model: Callable[..., Any], autocast: bool) -> None:
+    """Forward numbers are those of layers that round for themselves; the norms of single heads feed no product and stay float32."""
+    model = build_model("qwen3")
+    seen: dict[str, torch.dtype] = {}
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected = model(ids).logits
+        fuse_norms(model)
+        for name, module in model.named_modules():
+            if "norm" in name.rpartition(".")[2]:
+                module.register_forward_hook(lambda _, __, output, name=name: seen.update({name.rpartition(".")[2]: output.dtype}))
+        found = model(ids).logits
+    narrow = torch.bfloat16 if autocast else torch.float32
+    assert seen == {
+        "input_layernorm": narrow,
+        "post_attention_layernorm": narrow,
+        "q_norm": torch.float32,
+        "k_norm": torch.float32,
+        "norm": torch.float32,
+    }
+    assert float((found.float() - expected.float()).norm() / expected.float().norm()) < (1e-6 if not autocast else 4e-3)
+
+
+def test_a_mixture_of_experts_keeps_the_type_it_adds_up_in() -> None:
+    block = torch.nn.ModuleDict({"input_layernorm": MixtralRMSNorm(64)})
+    assert fuse_norms(block) == 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert block["input_layernorm"](torch.randn(3, 64)).dtype == torch.float32
+
+
+def test_a_narrow_gradient_is_widened_before_it_is_used() -> None:
+    """N15 under autocast, also where the backward pass runs in it: gradients of a float32 norm with rounded output, relative to float64."""
+    norm, x, grad = problem(torch.float32)
+    expected = run(norm.double(), x.double(), grad.bfloat16().double())
+    block = torch.nn.ModuleDict({"input_layernorm": norm.float()})
+    fuse_norms(block)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, grad_x, grad_weight = run(block["input_layernorm"], x, grad.bfloat16())  # type: ignore[arg-type]
+    assert output.dtype == torch.bfloat16
+    for found, wanted in ((grad_x, expected[1]), (grad_weight, expected[2])):
+        assert float((found.double() - wanted).norm() / wanted.norm()) < 1e-6

@@ -1,7 +1,7 @@
 """RMS normalisation as one step of the graph, keeping its input and one number a token.
 
 The library's version, in single operations, keeps three tensors as large as its input, one of them in float32, and passes over them a
-dozen times.
+dozen times. Where its output only feeds linear layers, it is rounded to autocast's type here, once, and not by each of those layers.
 
 Shapes: [..., E], E the width.
 """
@@ -17,31 +17,35 @@ __all__ = ["fuse_norms", "unfuse_norms"]
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = w * round(x / rms(x)), rms in float32; arXiv:1910.07467."""
+    """y = w * round(x / rms(x)), rms in float32, rounded once to `dtype` where that is given; arXiv:1910.07467."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
         width = x.shape[-1]
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
         inverse = squares.mul_(1 / width).add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse, weight)
-        return weight * (x.float() * inverse).to(x.dtype)
+        output = weight * (x.float() * inverse).to(x.dtype)
+        return output if dtype is None else output.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         x, inverse, weight = ctx.saved_tensors
         width = x.shape[-1]
+        if x.dtype == torch.float32:
+            grad = grad.float()
         # layer normalisation about a mean of 0 differs from this in one term, the mean of w * grad: its fused kernel does all the rest
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad.to(x.dtype).contiguous(), x, [width], torch.zeros_like(inverse), inverse, weight.float(), None, [True, False, False]
         )
-        mean = (grad @ weight.to(grad.dtype)).unsqueeze(-1).float() / width
+        with torch.autocast(x.device.type, enabled=False):  # tiles run this inside it
+            mean = (grad @ weight.to(grad.dtype)).unsqueeze(-1).float() / width
         grad_x.add_((mean * inverse).to(x.dtype))
         grad_weight = None
         if ctx.needs_input_grad[1]:
             normal = (x.float() * inverse).to(x.dtype)
             grad_weight = (grad.float() * normal).flatten(0, -2).sum(dim=0).to(weight.dtype)
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 class _FusedNorm:
@@ -49,17 +53,22 @@ class _FusedNorm:
 
     weight: Tensor
     variance_epsilon: float
+    _into_products: bool
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        output: Tensor = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+        kind = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(kind) if self._into_products and torch.is_autocast_enabled(kind) else None
+        output: Tensor = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
         return output
 
 
 def fuse_norms(model: nn.Module) -> int:
     """Give every RMS norm that computes exactly this its fused forward; returns how many. Undo with `unfuse_norms`."""
     norms = [module for module in model.modules() if type(module).__name__ in NORMS]
+    before_products = {id(child) for module in model.modules() for name, child in module.named_children() if name in BEFORE_PRODUCTS}
     for module in norms:
+        module.__dict__["_into_products"] = id(module) in before_products and type(module).__name__ not in MIXTURE_NORMS
         module.__class__ = type(f"Fused{type(module).__name__}", (_FusedNorm, type(module)), {"__doc__": _FusedNorm.__doc__})
     return len(norms)
 
@@ -69,9 +78,12 @@ def unfuse_norms(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _FusedNorm):
             module.__class__ = type(module).__mro__[2]
+            module.__dict__.pop("_into_products")
 
 
-NORMS = frozenset(
-    f"{family}RMSNorm" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite", "SmolLM3", "Mixtral", "Qwen3Moe")
-)
+MIXTURE_NORMS = frozenset(("MixtralRMSNorm", "Qwen3MoeRMSNorm"))
+NORMS = MIXTURE_NORMS | {f"{family}RMSNorm" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite", "SmolLM3")}
 """Classes of transformers whose arithmetic is that of `_RmsNorm`: scaled by w after rounding, w as it is (Gemma's 1 + w is another)."""
+
+BEFORE_PRODUCTS = ("input_layernorm", "post_attention_layernorm")
+"""Norms whose output these classes use only as the input of linear layers. A mixture of experts also adds up its outputs in that type."""

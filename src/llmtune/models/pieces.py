@@ -13,7 +13,7 @@ from typing import TypeVar
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["telling_pieces"]
+__all__ = ["added", "telling_pieces"]
 
 Piece = TypeVar("Piece")
 
@@ -40,3 +40,10 @@ def telling_pieces(pieces: Sequence[Piece], x: Tensor, size: Callable[[Piece], i
         most = max(range(1, count), key=lambda number: sizes[number - 1] + sizes[number])
         told |= {most - 1, most, min(most + 1, count - 1)}
     return [pieces[number] for number in sorted(told)]
+
+
+def added(total: Tensor | None, one: Tensor | None) -> Tensor | None:
+    """Add what one piece gives to what the earlier ones gave, in float32; None where no piece has given anything."""
+    if one is None:
+        return total
+    return one.float() if total is None else total.add_(one)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llmtune.models.pieces import telling_pieces
+from llmtune.models.pieces import added, telling_pieces
 
 __all__ = ["Tiling", "tile_modules", "tile_tokens", "tiled_forward"]
 
@@ -91,15 +91,9 @@ class _InTiles(torch.autograd.Function):
                 if grad_x is not None:
                     grad_x[:, part] = 0 if grads[0] is None else grads[0]
                 for number, one in enumerate(grads[wants_x:]):
-                    sums[number] = _added(sums[number], one)
+                    sums[number] = added(sums[number], one)
         found = iter([None if one is None else one.to(weight.dtype) for one, weight in zip(sums, weights, strict=True)])
         return (grad_x, None, None, None, *(next(found) if wanted else None for wanted in wants))
-
-
-def _added(total: Tensor | None, one: Tensor | None) -> Tensor | None:
-    if one is None:
-        return total
-    return one.float() if total is None else total.add_(one)
 
 
 class _Surroundings:

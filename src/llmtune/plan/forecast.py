@@ -25,7 +25,7 @@ from llmtune.plan.memory import MemoryPlan, add_up
 from llmtune.plan.process import process_bytes
 from llmtune.plan.skeleton import Counted, Shape, build, count, open_shape, weight_dtype
 from llmtune.plan.store import read_entry, write_entry
-from llmtune.plan.trace import MicroBatchShape, Peaks, extrapolate, trace
+from llmtune.plan.trace import TRACED_BLOCKS, MicroBatchShape, Peaks, extrapolate, trace
 from llmtune.preparation import Options, Prepared
 from llmtune.training.devices import Devices
 from llmtune.training.engine import attention_ways, group_tokens
@@ -236,10 +236,9 @@ class Forecaster:
                 attention=way,
             )
 
-        traced = 2 if recompute else 1  # one block alone has no other's input beside it: what it lacks would count once for each block
-        if self.shape.blocks <= traced + 1:
+        if self.shape.blocks <= TRACED_BLOCKS + 1:
             return peaks_of(self.shape.blocks)
-        return extrapolate(peaks_of(traced), peaks_of(traced + 1), self.shape.blocks, traced=traced)
+        return extrapolate(peaks_of(TRACED_BLOCKS), peaks_of(TRACED_BLOCKS + 1), self.shape.blocks)
 
     def _build(self, config: Config, blocks: int | None = None) -> Any:
         trained = config.adapter.method == "none"

@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from llmtune.models.attention import segment_mask, use_segment_attention
 from llmtune.models.attention_tiles import plan_tiles
-from llmtune.models.fused_adapter import fuse_adapters
-from llmtune.models.fused_norm import fuse_norms
+from llmtune.models.fused import fuse
 from llmtune.plan.kernels import flex_stand_in, workspace_bytes
 from llmtune.plan.skeleton import base_of, blocks_of, give_stand_ins
 from llmtune.training.engine import attention_ways, checkpoint_blocks
@@ -29,7 +28,11 @@ from llmtune.training.fused_loss import find_head, head_nll_sum
 from llmtune.training.loss import weighted_nll_sum
 from llmtune.training.offload import PAGE_BYTES, HostStore, keep_inputs_in, run_in_tiles
 
-__all__ = ["MicroBatchShape", "Peaks", "extrapolate", "trace"]
+__all__ = ["TRACED_BLOCKS", "MicroBatchShape", "Peaks", "extrapolate", "trace"]
+
+TRACED_BLOCKS = 2
+"""Blocks whose trace, with that of one more, tells those of all. One alone is the first and the last at once and has no other's input
+beside it: what it lacks would count once for each block."""
 
 PHASES = ("forward", "loss", "last block", "first block", "end")
 """Of one micro-batch: forward through the blocks; head and loss, both ways; backward through the last and the first block; the rest."""
@@ -162,9 +165,7 @@ def trace(
     if checkpointing:
         checkpoint_blocks(base)
     if batch.layout == "flat":
-        fuse_adapters(base)
-        if device_type == "cpu":
-            fuse_norms(base)
+        fuse(base, device_type)
         way = attention or attention_ways("auto", device_type, half=compute is not None)[0]
         use_segment_attention(base, way, flex_stand_in if way == "flex" else None)
     if checkpointing == "offload":
@@ -199,15 +200,14 @@ def _drop(weight: torch.Tensor) -> None:
     weight.grad = None
 
 
-def extrapolate(fewer: Peaks, more: Peaks, blocks: int, *, traced: int = 1) -> Peaks:
-    """What `blocks` blocks hold, from what `traced` and one more hold: each phase on its own straight line."""
+def extrapolate(fewer: Peaks, more: Peaks, blocks: int) -> Peaks:
+    """What `blocks` blocks hold, from what `TRACED_BLOCKS` and one more hold: each phase on its own straight line."""
 
     def line(first: int, second: int) -> int:
-        return max(0, first + (blocks - traced) * (second - first))
+        return max(0, first + (blocks - TRACED_BLOCKS) * (second - first))
 
     def lines(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
-        before = {**first, "last block": first["first block"]} if traced == 1 else first
-        return {phase: line(before[phase], second[phase]) for phase in PHASES}
+        return {phase: line(first[phase], second[phase]) for phase in PHASES}
 
     phases, gradients = lines(fewer.phases, more.phases), lines(fewer.gradients, more.gradients)
     return Peaks(phases, gradients, line(fewer.kept, more.kept), line(fewer.host, more.host))

@@ -23,8 +23,7 @@ from llmtune.data.example import Example
 from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, ModelError, in_one_line
 from llmtune.models.attention import segment_mask, use_attention, use_segment_attention
-from llmtune.models.fused_adapter import fuse_adapters, unfuse_adapters
-from llmtune.models.fused_norm import fuse_norms, unfuse_norms
+from llmtune.models.fused import fuse, unfuse
 from llmtune.training.fused_loss import Head, find_head, head_nll_sum, trained_rows
 from llmtune.training.loss import plain_nll_sum
 from llmtune.training.offload import offload_inputs, run_in_tiles
@@ -87,15 +86,12 @@ def _choose(model: Any, config: Config, device: torch.device, precision: Arithme
     tried: list[str] = [] if refusal is None else [refusal]
     if refusal is None:
         for backend in _backends(asked, device, precision):
-            fused = 0 if compiled else fuse_adapters(_base_model(model))  # the compiler fuses what is left to it
-            if device.type == "cpu" and not compiled:
-                fuse_norms(_base_model(model))
+            fused = 0 if compiled else fuse(_base_model(model), device.type)  # the compiler fuses what is left to it
             reason = _try_flat(model, backend, device, precision)
             if reason is None:
                 more = _adapter_decision(fused) + more + (compile_blocks(_base_model(model)) if compiled else ())
                 return _flat_engine(model, backend, device, asked, more)
-            unfuse_adapters(_base_model(model))
-            unfuse_norms(_base_model(model))
+            unfuse(_base_model(model))
             tried.append(f"{backend}: {reason}")
     more += compile_blocks(_base_model(model)) if compiled else ()
     return _plain_engine(model, asked, "; ".join(tried), more)

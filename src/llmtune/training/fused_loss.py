@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from llmtune.models.pieces import telling_pieces
+from llmtune.models.pieces import added, telling_pieces
 
 __all__ = ["Head", "find_head", "head_nll_sum", "trained_rows"]
 
@@ -74,10 +74,9 @@ def head_nll_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Te
         return _checkpointed_sum(head, hidden_NE, targets_N, weights_N)
     kind = hidden_NE.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NE.dtype
-    bias = None if module.bias is None else module.bias.to(dtype)
     with torch.autocast(kind, enabled=False):
         sliced = (device_type or kind) == "cpu"
-        return _HeadLoss.apply(hidden_NE.to(dtype), module.weight.to(dtype), bias, targets_N, weights_N, head.scale, head.cap, sliced)
+        return _HeadLoss.apply(hidden_NE.to(dtype), module.weight, module.bias, targets_N, weights_N, head.scale, head.cap, sliced)
 
 
 def _bend(logits: Tensor, head_scale: float, cap: float | None) -> Tensor:
@@ -134,7 +133,11 @@ def _nll_of_slice(logits_SV: Tensor, targets_S1: Tensor, scale: float, cap: floa
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Loss of a linear head; gradients are made chunk by chunk in the forward pass and scaled in the backward one."""
+    """Loss of a linear head; gradients are made chunk by chunk in the forward pass and scaled in the backward one.
+
+    All is computed in the type of the hidden states. The head's own gradients are summed in float32 and handed over in its type, which is
+    the masters' where it is trained.
+    """
 
     @staticmethod
     def forward(
@@ -149,32 +152,35 @@ class _HeadLoss(torch.autograd.Function):
         sliced: bool,
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        dtype = hidden_NE.dtype
+        rounded_VE, rounded_V = weight_VE.to(dtype), None if bias_V is None else bias_V.to(dtype)
         grad_hidden = torch.empty_like(hidden_NE) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight_VE, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        grad_weight: Tensor | None = None
+        grad_bias: Tensor | None = None
         chunk = TRAINED_CHUNK_ROWS if wants_weight else CHUNK_ROWS
         sums = []
         for start in telling_pieces(range(0, hidden_NE.shape[0], chunk), hidden_NE):
             rows = slice(start, start + chunk)
             hidden_CE, targets_C1, weights_C = hidden_NE[rows], targets_N[rows].unsqueeze(1), weights_N[rows]
-            logits_CV = functional.linear(hidden_CE, weight_VE, bias_V)
+            logits_CV = functional.linear(hidden_CE, rounded_VE, rounded_V)
             nll_C = _nll(logits_CV, targets_C1, scale, cap, sliced=sliced, with_gradient=any(ctx.needs_input_grad))
             sums.append((nll_C * weights_C).sum())
             grad_CV = logits_CV  # overwritten where a gradient is wanted
             factor_C1 = (weights_C * scale).unsqueeze(1)  # put on the narrow side of each product, not on the chunk
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad_CV @ weight_VE) * factor_C1
-            if grad_weight is not None:
-                grad_weight += grad_CV.t() @ (hidden_CE * factor_C1).to(hidden_NE.dtype)
-            if grad_bias is not None:
-                grad_bias += (grad_CV.float() * factor_C1).sum(dim=0)
-        typed = [None if grad is None else grad.to(hidden_NE.dtype) for grad in (grad_hidden, grad_weight, grad_bias)]
-        ctx.save_for_backward(*typed)
+                grad_hidden[rows] = (grad_CV @ rounded_VE) * factor_C1
+            if wants_weight:
+                grad_weight = added(grad_weight, grad_CV.t() @ (hidden_CE * factor_C1).to(dtype))
+            if wants_bias:
+                grad_bias = added(grad_bias, (grad_CV.float() * factor_C1).sum(dim=0))
+        own = [None if grad is None else grad.to(weight_VE.dtype) for grad in (grad_weight, grad_bias)]
+        ctx.save_for_backward(grad_hidden, *own)
         return torch.stack(sums).sum()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        scaled = [None if grad is None else grad * grad_output.to(grad.dtype) for grad in ctx.saved_tensors]
+        # in place, since the head's is large: autograd refuses a second backward pass then, and does not give a wrong one
+        scaled = [None if grad is None else grad.mul_(grad_output.to(grad.dtype)) for grad in ctx.saved_tensors]
         return (*scaled, None, None, None, None, None)
 
 

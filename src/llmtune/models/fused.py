@@ -1,0 +1,26 @@
+"""All fused functions of a model at once: the engine and the plan's trace of it switch the same ones."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from llmtune.models.fused_adapter import fuse_adapters, unfuse_adapters
+from llmtune.models.fused_norm import fuse_norms, unfuse_norms
+from llmtune.models.fused_swiglu import fuse_swiglus, unfuse_swiglus
+
+__all__ = ["fuse", "unfuse"]
+
+
+def fuse(model: nn.Module, device_type: str) -> int:
+    """Give LoRA layers, feed-forward modules and, on a CPU, norms their fused forward; returns how many LoRA layers. Undo with `unfuse`."""
+    fuse_swiglus(model)
+    if device_type == "cpu":
+        fuse_norms(model)
+    return fuse_adapters(model)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every module back its own forward."""
+    unfuse_adapters(model)
+    unfuse_norms(model)
+    unfuse_swiglus(model)
