@@ -15,7 +15,6 @@ Shapes: T tokens, K inputs, N outputs, R rank; update = (x (scale A)^T) B^T with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmtune.models.quantization import import_bitsandbytes
+from llmtune.models.takeover import give_back, take_over
 
 __all__ = ["fuse_adapters", "unfuse_adapters"]
 
@@ -163,7 +163,7 @@ def fuse_adapters(model: nn.Module) -> int:
     """Give every plain LoRA layer of a peft model its fused forward; returns how many there are. Undo with `unfuse_adapters`."""
     fused = [module for module in model.modules() if _can_fuse(module)]
     for module in fused:
-        module.__class__ = _fused_class(type(module))  # type: ignore[arg-type]
+        take_over(module, _FusedLora, "Fused")
         module.__dict__["_group"] = _Group([module])  # type: ignore[list-item]
     for parent in model.modules():
         children = dict(parent.named_children())
@@ -179,14 +179,8 @@ def fuse_adapters(model: nn.Module) -> int:
 def unfuse_adapters(model: nn.Module) -> None:
     """Give every layer back peft's own forward."""
     for module in model.modules():
-        if isinstance(module, _FusedLora):
-            module.__class__ = type(module).__mro__[2]
+        if give_back(module, _FusedLora):
             module.__dict__.pop("_group")
-
-
-@cache
-def _fused_class(peft_class: Any) -> Any:
-    return type(f"Fused{peft_class.__name__}", (_FusedLora, peft_class), {"__doc__": _FusedLora.__doc__})
 
 
 def _can_fuse(module: nn.Module) -> bool:

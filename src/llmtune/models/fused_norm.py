@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmtune.models.takeover import give_back, take_over
+
 __all__ = ["fuse_norms", "unfuse_norms"]
 
 
@@ -69,15 +71,14 @@ def fuse_norms(model: nn.Module) -> int:
     before_products = {id(child) for module in model.modules() for name, child in module.named_children() if name in BEFORE_PRODUCTS}
     for module in norms:
         module.__dict__["_into_products"] = id(module) in before_products and type(module).__name__ not in MIXTURE_NORMS
-        module.__class__ = type(f"Fused{type(module).__name__}", (_FusedNorm, type(module)), {"__doc__": _FusedNorm.__doc__})
+        take_over(module, _FusedNorm, "Fused")
     return len(norms)
 
 
 def unfuse_norms(model: nn.Module) -> None:
     """Give every norm back its own forward."""
     for module in model.modules():
-        if isinstance(module, _FusedNorm):
-            module.__class__ = type(module).__mro__[2]
+        if give_back(module, _FusedNorm):
             module.__dict__.pop("_into_products")
 
 

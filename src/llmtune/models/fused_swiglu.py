@@ -9,12 +9,13 @@ Shapes: [..., I], I the width of the feed-forward layer.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from llmtune.models.takeover import give_back, take_over
 
 __all__ = ["fuse_swiglus", "unfuse_swiglus"]
 
@@ -53,20 +54,14 @@ def fuse_swiglus(model: nn.Module) -> int:
     """Give every feed-forward module that computes exactly this its fused forward; returns how many. Undo with `unfuse_swiglus`."""
     modules = [module for module in model.modules() if type(module).__name__ in FEED_FORWARDS and _is_silu(module.act_fn)]
     for module in modules:
-        module.__class__ = _fused_class(type(module))  # type: ignore[assignment, arg-type]
+        take_over(module, _FusedSwiglu, "Fused")
     return len(modules)
 
 
 def unfuse_swiglus(model: nn.Module) -> None:
     """Give every feed-forward module back its own forward."""
     for module in model.modules():
-        if isinstance(module, _FusedSwiglu):
-            module.__class__ = type(module).__mro__[2]
-
-
-@cache
-def _fused_class(kind: Any) -> Any:
-    return type(f"Fused{kind.__name__}", (_FusedSwiglu, kind), {"__doc__": _FusedSwiglu.__doc__})
+        give_back(module, _FusedSwiglu)
 
 
 def _is_silu(activation: object) -> bool:

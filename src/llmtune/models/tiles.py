@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.models.pieces import added, telling_pieces
+from llmtune.models.takeover import take_over
 
 __all__ = ["Tiling", "tile_modules", "tile_tokens", "tiled_forward"]
 
@@ -182,14 +182,9 @@ def tile_modules(decoder: nn.Module, width: int, *, proven: bool = False) -> Til
         if verdicts[name] is None:
             feed_forwards.append(module)
     for module in (*norms, *feed_forwards):
-        module.__class__ = _tiled_class(type(module))  # type: ignore[arg-type]
+        take_over(module, _Tiled, "Tiled")
         module.__dict__["_tile_numbers"] = tokens * width
     return Tiling(tokens, len(norms), len(feed_forwards), {name: why for name, why in verdicts.items() if why is not None})
-
-
-@cache
-def _tiled_class(kind: Any) -> Any:
-    return type(f"Tiled{kind.__name__}", (_Tiled, kind), {"__doc__": _Tiled.__doc__})
 
 
 def _is_norm(module: nn.Module) -> bool:
