@@ -16,6 +16,7 @@ from llmtune.config.schema import AdapterConfig, Config, ModelConfig
 from llmtune.data.batches import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.models import tiles
+from llmtune.models.fused import fuse
 from llmtune.models.quantization import keep_exact, quantization_config
 from llmtune.models.tiles import tile_modules, tiled_forward
 from llmtune.training.engine import Engine, build_engine
@@ -303,6 +304,15 @@ def test_a_module_that_looks_at_other_tokens_is_found_out(build_model: Build) ->
     tiling = tile_modules(model.get_decoder(), 48)
     assert tiling.skipped == {"Shifted": "its outputs depend on what other tokens stand beside"}
     assert tiling.feed_forwards == 1
+
+
+def test_what_is_left_alone_goes_by_the_librarys_name(build_model: Build) -> None:
+    """Fused functions give modules a class of ours, which no user has heard of."""
+    model = build_model("llama")
+    for block in model.model.layers:
+        block.mlp.down_proj = nn.Conv1d(48, 48, 1)
+    fuse(model, "cpu")
+    assert tile_modules(model.get_decoder(), 48).skipped == {"LlamaMLP": "it holds Conv1d"}
 
 
 def test_tiles_change_no_name_of_a_weight(build_model: Build) -> None:

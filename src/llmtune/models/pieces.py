@@ -2,7 +2,8 @@
 
 A plan runs the engine on stand-ins, which have shape and type and no numbers, to count what is alive. Tiles, chunks and runs of queries
 that follow one another then differ in nothing but a little in size: what a few of them hold is what all of them hold, and a row of
-342,000 tokens is planned as soon as one of 8,000. Real tensors go through every piece; nothing can switch that off.
+342,000 tokens is planned as soon as one of 8,000. Real tensors go through every piece; nothing can switch that off. What the pieces of
+such a loop add up is here too.
 """
 
 from __future__ import annotations

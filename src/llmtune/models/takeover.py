@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["give_back", "take_over"]
+__all__ = ["give_back", "own_name", "take_over"]
 
 
 def take_over(module: nn.Module, before: type, word: str) -> None:
@@ -20,10 +20,16 @@ def take_over(module: nn.Module, before: type, word: str) -> None:
     ...         return 2 * super().forward(x)
     >>> module = nn.Identity()
     >>> take_over(module, Doubled, "Doubled")
-    >>> type(module).__name__, module(3)
-    ('DoubledIdentity', 6)
-    >>> give_back(module, Doubled)
-    True
+    >>> type(module).__name__, own_name(module), module(3)
+    ('DoubledIdentity', 'Identity', 6)
+    >>> class Negated:
+    ...     def forward(self, x):
+    ...         return -super().forward(x)
+    >>> take_over(module, Negated, "Negated")
+    >>> own_name(module), module(3)
+    ('Identity', -6)
+    >>> give_back(module, Doubled), give_back(module, Negated), give_back(module, Doubled)
+    (False, True, True)
     >>> module(3)
     3
     """
@@ -32,13 +38,21 @@ def take_over(module: nn.Module, before: type, word: str) -> None:
 
 def give_back(module: nn.Module, before: type) -> bool:
     """Give the module back the class it had; returns whether `before` was what had been put before it, last of all."""
-    _, first, *rest = type(module).__mro__
-    if first is not before:
+    kind = type(module)
+    if vars(kind).get("_put_before") is not before:
         return False
-    module.__class__ = rest[0]
+    module.__class__ = kind.__mro__[2]  # after itself and `before`
     return True
+
+
+def own_name(module: nn.Module) -> str:
+    """Name of the class that the module had before anything was put before it: the one that its library's users know."""
+    kind = type(module)
+    while "_put_before" in vars(kind):
+        kind = kind.__mro__[2]
+    return kind.__name__
 
 
 @cache
 def _class_with(before: type, own: type, word: str) -> Any:
-    return type(f"{word}{own.__name__}", (before, own), {"__doc__": before.__doc__})
+    return type(f"{word}{own.__name__}", (before, own), {"__doc__": before.__doc__, "_put_before": before})

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.models.pieces import added, telling_pieces
-from llmtune.models.takeover import take_over
+from llmtune.models.takeover import own_name, take_over
 
 __all__ = ["Tiling", "tile_modules", "tile_tokens", "tiled_forward"]
 
@@ -176,7 +176,7 @@ def tile_modules(decoder: nn.Module, width: int, *, proven: bool = False) -> Til
     verdicts: dict[str, str | None] = {}
     feed_forwards = []
     for module in (child for block in blocks for child in block.children() if _may_be_feed_forward(child)):
-        name = type(module).__name__
+        name = own_name(module)
         if name not in verdicts:
             verdicts[name] = _strange_part(module) or (None if proven else _difference(module, width))
         if verdicts[name] is None:
@@ -199,7 +199,7 @@ def _may_be_feed_forward(module: nn.Module) -> bool:
 def _strange_part(module: nn.Module) -> str | None:
     """Name what stands in a feed-forward module beside layers that treat each token by itself, or return None."""
     working = [one for one in module.modules() if one._parameters or not any(one.children())]
-    strange = dict.fromkeys(type(one).__name__ for one in working if not _is_plain(one))
+    strange = dict.fromkeys(own_name(one) for one in working if not _is_plain(one))
     return f"it holds {' and '.join(strange)}" if strange else None
 
 

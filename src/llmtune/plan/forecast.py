@@ -222,15 +222,13 @@ class Forecaster:
         return self._trace_way(config, batch, gradients_held, gradients_dropped, last)
 
     def _trace_way(self, config: Config, batch: MicroBatchShape, gradients_held: bool, gradients_dropped: bool, way: str) -> Peaks:
-        recompute = config.model.gradient_checkpointing
-
         def peaks_of(blocks: int) -> Peaks:
             return trace(
                 self._build(config, blocks=blocks),
                 batch,
                 device_type=self.target.kind,
                 compute=COMPUTE[self.precision],
-                checkpointing=config.model.recomputes and recompute,
+                checkpointing=config.model.recomputes and config.model.gradient_checkpointing,
                 gradients_held=gradients_held,
                 gradients_dropped=gradients_dropped,
                 attention=way,
