@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 from workloads import SCRATCH_VOCABULARY, SHAPES, Workload, needed_operations, read
+
+if TYPE_CHECKING:
+    from llmtune.config.schema import AdapterConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -65,7 +68,8 @@ def ours(
     precision = Precision("bf16", place)
     model = load(workload, device)
     parameters = trained_parameters(model)
-    config = Config(training=TrainingConfig(engine=engine), model=ModelConfig(gradient_checkpointing=workload.checkpointing))  # type: ignore[arg-type]
+    wanted = ModelConfig(gradient_checkpointing=workload.checkpointing, weights_prepack=workload.has_adapter)  # type: ignore[arg-type]
+    config = Config(model=wanted, adapter=adapter_of(workload), training=TrainingConfig(engine=engine))  # type: ignore[arg-type]
     built = build_engine(model, config=config, device=place, precision=precision)
     yield {"decisions": [str(one) for one in built.decisions], "config": model.config}
     model.train()
@@ -232,14 +236,13 @@ def load(workload: Workload, device: str, base_dtype: str = "auto") -> Any:
     import torch
     import transformers
 
-    from llmtune.config.schema import AdapterConfig, ArchitectureConfig, ModelConfig
+    from llmtune.config.schema import ArchitectureConfig, ModelConfig
     from llmtune.models import adapters, scratch
     from llmtune.models.catalog import resolve
     from llmtune.models.load import load_model
     from llmtune.models.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
-    with_adapter = workload.method in ("lora", "qlora")
     if workload.shape is not None:
         model = random_model(workload, device)
     elif workload.method == "scratch":
@@ -251,15 +254,22 @@ def load(workload: Workload, device: str, base_dtype: str = "auto") -> Any:
         wanted = ModelConfig(name=workload.model, quantization=quantization, dtype=base_dtype)  # type: ignore[arg-type]
         source = resolve(workload.model, offline=True)
         tokenizer = load_tokenizer(source, wanted).tokenizer
-        trained = "adapter" if with_adapter else "full"
+        trained = "adapter" if workload.has_adapter else "full"
         place = torch.device(device)
         model = load_model(source, wanted, tokenizer=tokenizer, device=place, trained=trained, precision="bf16", seed=0).model  # type: ignore[arg-type]
     model.config.use_cache = False
-    if with_adapter:
-        model, _ = adapters.attach_adapter(model, AdapterConfig(method="lora", r=workload.rank, alpha=2.0 * workload.rank), seed=0)
+    if workload.has_adapter:
+        model, _ = adapters.attach_adapter(model, adapter_of(workload), seed=0)
     assert isinstance(model, torch.nn.Module)
     transformers.set_seed(0)
     return model.to(device)
+
+
+def adapter_of(workload: Workload) -> AdapterConfig:
+    """The adapter as a config of llmtune names it."""
+    from llmtune.config.schema import AdapterConfig
+
+    return AdapterConfig(method="lora", r=workload.rank, alpha=2.0 * workload.rank) if workload.has_adapter else AdapterConfig()
 
 
 def random_model(workload: Workload, device: str) -> Any:

@@ -37,6 +37,11 @@ class Workload:
     shape: str | None = None
     """Published shape of a model built with random weights (CUDA only)."""
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a LoRA adapter is trained, and the rest is frozen."""
+        return self.method in ("lora", "qlora")
+
 
 WORKLOADS = {
     one.name: one
@@ -204,13 +209,12 @@ def needed_operations(workload: Workload, config: Any, lengths: np.ndarray, trai
     queries, keys = config.num_attention_heads * head_width, config.num_key_value_heads * head_width
     shapes = [(width, queries), (width, keys), (width, keys), (queries, width), (width, inner), (width, inner), (inner, width)]
     tokens = float(lengths.sum())
-    passes = 4 if workload.method in ("lora", "qlora") else 6
-    with_adapter = workload.method in ("lora", "qlora")
+    passes = 4 if workload.has_adapter else 6
     return Needs(
         linear=passes * tokens * layers * sum(a * b for a, b in shapes),
         head=passes * trained_tokens * width * config.vocab_size,
         attention=6.0 * layers * queries * float((lengths.astype(np.float64) ** 2).sum()),
-        adapter=6 * tokens * layers * workload.rank * sum(a + b for a, b in shapes) if with_adapter else 0.0,
+        adapter=6 * tokens * layers * workload.rank * sum(a + b for a, b in shapes) if workload.has_adapter else 0.0,
     )
 
 

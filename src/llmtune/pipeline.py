@@ -41,10 +41,8 @@ def preflight(resolved: ResolvedConfig, options: Options, *, say: Say) -> tuple[
     devices, decisions = open_devices(resolved.config, options)
     prepared = prepare(resolved, options, progress=reporting.tokenizing_progress(say))
     forecaster = Forecaster.here(prepared, options, devices)
-    if settle.is_open(prepared.config):
-        prepared = settle.settle_together(forecaster, devices)
-        forecaster = Forecaster.here(prepared, options, devices)
-    plan = make_plan(forecaster)
+    prepared = settle.settle_together(forecaster, devices)
+    plan = make_plan(forecaster.of(prepared))
     reporting.say_preflight(prepared, decisions, plan, say)
     return prepared, devices, plan
 

@@ -48,7 +48,7 @@ def plan(
     prepared, decisions = settle(forecaster)
     for decision in decisions:
         say(str(decision))
-    forecaster = Forecaster(prepared, options, target)
+    forecaster = forecaster.of(prepared)
     measured_bytes = None
     planned = make_plan(forecaster, full=True)  # before anything real is in memory
     if measure:

@@ -2,9 +2,9 @@
 
 peft's own layer computes the update beside the frozen product: it casts the input to float32, keeps that copy, the low-rank product and
 their sum for the backward pass, and every layer that shares an input adds its own gradient to it. Here one function serves all layers
-that share an input (query, key and value; gate and up): it keeps the input and the low-rank product in the type of the arithmetic, and
-adds the input's gradients inside the products that make them. Masters A and B stay float32 in peft's own modules, so files and names do
-not change.
+that share an input (query, key and value; gate and up): it keeps the low-rank product and the input in the type of the arithmetic, or only
+how the input is made (`recipe`), and adds the input's gradients inside the products that make them. Masters A and B stay float32 in peft's
+own modules, so files and names do not change.
 
 A layer is taken over by giving its instance a subclass of peft's class; whatever the fused function does not know (dropout, DoRA, several
 adapters, merged or disabled ones) is left to peft's forward, layer by layer.
@@ -21,35 +21,41 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmtune.models.prepack import Source, prepacked_of
 from llmtune.models.quantization import import_bitsandbytes
+from llmtune.models.recipe import Recipe, recipe_of
 from llmtune.models.takeover import give_back, take_over
 
-__all__ = ["fuse_adapters", "unfuse_adapters"]
+__all__ = ["frozen_sources", "fuse_adapters", "unfuse_adapters"]
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children that transformers' attention and feed-forward modules call with one input, in this order."""
 
 
 class _LoraGroup(torch.autograd.Function):
-    """Outputs of frozen layers with LoRA for one input [T, K]; A and B of each layer follow in pairs."""
+    """Outputs of frozen layers with LoRA for one input [T, K], made by `recipe` if it has one; A and B of each layer follow in pairs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layers: tuple[_Frozen, ...], scales: tuple[float, ...], *masters: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, recipe: Recipe | None, layers: tuple[_Frozen, ...], scales: tuple[float, ...], *masters: Tensor
+    ) -> tuple[Tensor, ...]:
         ranks = [a.shape[0] for a in masters[0::2]]
         down = torch.cat([a * scale for a, scale in zip(masters[0::2], scales, strict=True)]).to(x.dtype)
         ups = [b.to(x.dtype) for b in masters[1::2]]
         low = x @ down.t()
         outputs = []
         for layer, low_part, up in zip(layers, low.split(ranks, dim=1), ups, strict=True):
-            output = functional.linear(x, layer.weight(x.dtype), layer.bias(x.dtype))
-            outputs.append(output.addmm_(low_part, up.t()))
-        ctx.save_for_backward(x, low, down, *ups)
+            outputs.append(layer.output(x).addmm_(low_part, up.t()))
+        ctx.save_for_backward(low, down, *ups, *((x,) if recipe is None else recipe.sources))
+        ctx.make, ctx.width = None if recipe is None else recipe.make, x.shape[1]
         ctx.layers, ctx.scales, ctx.ranks, ctx.master_dtype = layers, scales, ranks, masters[0].dtype
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, low, down, *ups = ctx.saved_tensors
+        low, down, *rest = ctx.saved_tensors
+        ups, sources = rest[: len(ctx.layers)], rest[len(ctx.layers) :]
+        x = sources[0] if ctx.make is None else ctx.make(*sources).reshape(-1, ctx.width).to(low.dtype)
         low_parts = low.split(ctx.ranks, dim=1)
         grad_up = [(grad.t() @ low_part).to(ctx.master_dtype) for grad, low_part in zip(grads, low_parts, strict=True)]
         grad_low = torch.cat([grad @ up for grad, up in zip(grads, ups, strict=True)], dim=1)
@@ -59,26 +65,35 @@ class _LoraGroup(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_low @ down
             for layer, grad in zip(ctx.layers, grads, strict=True):
-                grad_x.addmm_(grad, layer.weight(x.dtype))
+                grad_x = layer.add_input_gradient(grad_x, grad)
         pairs = [one for pair in zip(grad_down, grad_up, strict=True) for one in pair]
-        return (grad_x, None, None, *pairs)
+        return (grad_x, None, None, None, *pairs)
 
 
 class _Frozen:
-    """A frozen layer as a source of its weight [N, K] and bias [N] in the type asked for; made anew at each use where held in 4 bit."""
+    """A frozen layer with weight [N, K] and bias [N], multiplied in the type of what it is given.
 
-    def __init__(self, layer: nn.Module, read: Callable[[nn.Module], Tensor]) -> None:
+    From the layouts kept beside it where there are any (`prepack`), else from the weight as it is held, made anew each time if in 4 bit.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self._read = read
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
+    def weight(self) -> Tensor:
         """Return the weight [N, K]."""
-        return self._read(self.layer).detach().to(dtype)
+        return FROZEN_WEIGHTS[type(self.layer).__name__](self.layer).detach()
 
-    def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the bias [N], if there is one."""
+    def output(self, x: Tensor) -> Tensor:
+        """Return x W^T + bias, [T, N]."""
         bias = self.layer.bias
-        return None if bias is None else bias.detach().to(dtype)  # type: ignore[operator, union-attr]
+        rounded = None if bias is None else bias.detach().to(x.dtype)  # type: ignore[operator, union-attr]
+        packed = prepacked_of(self.layer, x.dtype)
+        return packed.linear(x, rounded) if packed is not None else functional.linear(x, self.weight().to(x.dtype), rounded)
+
+    def add_input_gradient(self, onto: Tensor, grad: Tensor) -> Tensor:
+        """Return `onto` + grad W, [T, K]; `onto` may have been overwritten."""
+        packed = prepacked_of(self.layer, grad.dtype)
+        return packed.input_gradient(grad, onto) if packed is not None else onto.addmm_(grad, self.weight().to(grad.dtype))
 
 
 class _Group:
@@ -115,7 +130,7 @@ def _run(members: Sequence[_FusedLora], x: Tensor) -> list[Tensor]:
     masters = [matrix for one, name in zip(members, names, strict=True) for matrix in (one.lora_A[name].weight, one.lora_B[name].weight)]
     scales = tuple(float(one.scaling[name]) for one, name in zip(members, names, strict=True))
     with torch.autocast(kind, enabled=False):
-        outputs = _LoraGroup.apply(x.reshape(-1, x.shape[-1]).to(dtype), layers, scales, *masters)
+        outputs = _LoraGroup.apply(x.reshape(-1, x.shape[-1]).to(dtype), recipe_of(x), layers, scales, *masters)
     return [output.view(*x.shape[:-1], -1).to(dtype if autocast else x.dtype) for output in outputs]
 
 
@@ -149,8 +164,7 @@ class _FusedLora:
 
     def frozen(self) -> _Frozen:
         """Return the layer underneath."""
-        layer = self.get_base_layer()
-        return _Frozen(layer, FROZEN_WEIGHTS[type(layer).__name__])
+        return _Frozen(self.get_base_layer())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the layer's output, [..., K] -> [..., N]."""
@@ -183,6 +197,12 @@ def unfuse_adapters(model: nn.Module) -> None:
             module.__dict__.pop("_group")
 
 
+def frozen_sources(model: nn.Module) -> list[Source]:
+    """The frozen layers under all fused LoRA layers of a model, for `prepack`."""
+    layers = [module.frozen() for module in model.modules() if isinstance(module, _FusedLora)]
+    return [Source(one.layer, one.weight) for one in layers]
+
+
 def _can_fuse(module: nn.Module) -> bool:
     if type(module).__name__ not in ("Linear", "Linear4bit") or not type(module).__module__.startswith("peft.tuners.lora"):
         return False
@@ -203,4 +223,4 @@ FROZEN_WEIGHTS: dict[str, Callable[[Any], Tensor]] = {
     "Conv1D": lambda layer: layer.weight.t(),
     "Linear4bit": _dequantized,
 }
-"""Layers whose frozen weight can be read as [N, K]. Reading 4-bit weights costs 2 % of the product, so they are not kept."""
+"""Layers whose frozen weight can be read as [N, K]. Reading 4-bit weights costs 2 % of the product."""

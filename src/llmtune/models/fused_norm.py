@@ -1,37 +1,54 @@
 """RMS normalisation as one step of the graph, keeping its input and one number a token.
 
 The library's version, in single operations, keeps three tensors as large as its input, one of them in float32, and passes over them a
-dozen times. Where its output only feeds linear layers, it is rounded to autocast's type here, once, and not by each of those layers.
+dozen times. Where its output only feeds linear layers, it is rounded to autocast's type here, once, and not by each of those layers; and
+fused layers make it again in the backward pass where they would keep it (`recipe`).
 
 Shapes: [..., E], E the width.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmtune.models.recipe import with_recipe
 from llmtune.models.takeover import give_back, take_over
 
 __all__ = ["fuse_norms", "unfuse_norms"]
 
 
+def _times_row(x: Tensor, factor: Tensor) -> Tensor:
+    """Return x [..., E] times one float32 number a row [..., 1], rounded once to the type of x.
+
+    Batch normalisation by known figures, 0 and 1, is just that in one pass, with each row as a channel; single operations take three.
+    """
+    rows = x.reshape(1, -1, x.shape[-1])
+    scale, shift = factor.reshape(-1), torch.zeros_like(factor).reshape(-1)
+    return torch.native_batch_norm(rows, scale, shift, shift, torch.ones_like(shift), False, 0.0, 0.0)[0].view(x.shape)
+
+
+def _scaled(x: Tensor, inverse: Tensor, weight: Tensor, *, dtype: torch.dtype | None) -> Tensor:
+    output = _times_row(x, inverse) * weight
+    return output if dtype is None else output.to(dtype)
+
+
 class _RmsNorm(torch.autograd.Function):
-    """y = w * round(x / rms(x)), rms in float32, rounded once to `dtype` where that is given; arXiv:1910.07467."""
+    """y = w * round(x / rms(x)), rms in float32, rounded once to `dtype` where that is given, and 1 / rms(x); arXiv:1910.07467."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
-        width = x.shape[-1]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-        inverse = squares.mul_(1 / width).add_(eps).rsqrt_()
+        inverse = squares.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse, weight)
-        output = weight * (x.float() * inverse).to(x.dtype)
-        return output if dtype is None else output.to(dtype)
+        ctx.mark_non_differentiable(inverse)
+        return _scaled(x, inverse, weight, dtype=dtype), inverse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         x, inverse, weight = ctx.saved_tensors
         width = x.shape[-1]
         if x.dtype == torch.float32:
@@ -45,8 +62,7 @@ class _RmsNorm(torch.autograd.Function):
         grad_x.add_((mean * inverse).to(x.dtype))
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            normal = (x.float() * inverse).to(x.dtype)
-            grad_weight = (grad.float() * normal).flatten(0, -2).sum(dim=0).to(weight.dtype)
+            grad_weight = (grad.float() * _times_row(x, inverse)).flatten(0, -2).sum(dim=0).to(weight.dtype)
         return grad_x, grad_weight, None, None
 
 
@@ -61,8 +77,8 @@ class _FusedNorm:
         """Normalise the last dimension."""
         kind = hidden_states.device.type
         dtype = torch.get_autocast_dtype(kind) if self._into_products and torch.is_autocast_enabled(kind) else None
-        output: Tensor = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
-        return output
+        output, inverse = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
+        return with_recipe(output, partial(_scaled, dtype=dtype), hidden_states, inverse, self.weight)
 
 
 def fuse_norms(model: nn.Module) -> int:

@@ -1,8 +1,8 @@
 """The product of a SwiGLU feed-forward layer, silu(gate) * up, as one step of the graph that keeps gate and up and nothing else.
 
 The library's two operations also keep silu(gate), a third tensor of that width in each layer. Here it is computed again in the backward
-pass, from the gate that is read there anyway, and the products are written over it where nobody else holds it. The numbers are the
-library's, bit by bit. arXiv:2002.05202.
+pass, from the gate that is read there anyway, and the products are written over it where nobody else holds it; a fused layer behind it
+need not keep the product either (`recipe`). The numbers are the library's, bit by bit. arXiv:2002.05202.
 
 Shapes: [..., I], I the width of the feed-forward layer.
 """
@@ -15,9 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmtune.models.recipe import with_recipe
 from llmtune.models.takeover import give_back, take_over
 
 __all__ = ["fuse_swiglus", "unfuse_swiglus"]
+
+
+def _product(gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(gate).mul_(up)
 
 
 class _Swiglu(torch.autograd.Function):
@@ -26,7 +31,7 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return functional.silu(gate).mul_(up)
+        return _product(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -46,7 +51,8 @@ class _FusedSwiglu:
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the module's output, [..., E] -> [..., E]."""
-        output: Tensor = self.down_proj(_Swiglu.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        output: Tensor = self.down_proj(with_recipe(_Swiglu.apply(gate, up), _product, gate, up))
         return output
 
 

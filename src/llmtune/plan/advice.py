@@ -86,6 +86,12 @@ def _sized(config: Config, sequences: int) -> Config:
     return replace(config, training=replace(config.training, batch_size=sequences, gradient_accumulation_steps=1))
 
 
+def _plain_weights(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
+    if config.model.weights_prepack is not True:
+        return None
+    return "model.weights_prepack=false", replace(config, model=replace(config.model, weights_prepack=False))
+
+
 def _recompute(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
     if config.model.recomputes:
         return None
@@ -149,6 +155,7 @@ def _shorter(config: Config, forecaster: Forecaster) -> tuple[str, Config] | Non
 
 
 CHANGES: tuple[Callable[[Config, Forecaster], tuple[str, Config] | None], ...] = (
+    _plain_weights,
     _recompute,
     _offload,
     _smaller_batch,
@@ -158,8 +165,8 @@ CHANGES: tuple[Callable[[Config, Forecaster], tuple[str, Config] | None], ...] =
     _adapter,
     _shorter,
 )
-KEEPING = (_recompute, _offload, _smaller_batch)
+KEEPING = (_plain_weights, _recompute, _offload, _smaller_batch)
 """Changes that keep the result as it was, but for rounding."""
 
-KEEPING_OVERRIDES = ("model.gradient_checkpointing=", "training.batch_size=")
+KEEPING_OVERRIDES = ("model.weights_prepack=", "model.gradient_checkpointing=", "training.batch_size=")
 """How the overrides of those begin."""

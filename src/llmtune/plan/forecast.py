@@ -75,6 +75,10 @@ class Forecaster:
         target = open_target(None, no_cuda=devices.device.type == "cpu")
         return cls(prepared, options, target, world_size=devices.world_size, rank=devices.rank)
 
+    def of(self, prepared: Prepared) -> Forecaster:
+        """Plans for the same place of a variant of the run; what was traced is shared."""
+        return replace(self, prepared=prepared)
+
     @property
     def config(self) -> Config:
         """The config that is planned."""
@@ -178,6 +182,7 @@ class Forecaster:
             optimizer=config.training.optimizer,
             gradients_held=several,
             gradients_dropped=dropped,
+            prepacked=config.model.weights_prepack is True,
             process=self.process,
             file_bytes=self.shape.file_bytes,
         )

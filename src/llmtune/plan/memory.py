@@ -25,7 +25,7 @@ class MemoryPlan:
     """What a training holds at its worst moment; the parts add up to `peak_bytes`."""
 
     parts: dict[str, int]
-    """Bytes by part: process, weights, adapter, gradients, optimizer, activations, loss, workspace, allocator."""
+    """Bytes by part: process, weights, prepacked, adapter, gradients, optimizer, activations, loss, workspace, allocator."""
     moment: str
     """When that is: loading, a phase of the micro-batch, the update, or saving."""
     batch: MicroBatchShape
@@ -63,6 +63,7 @@ def add_up(
     optimizer: str,
     gradients_held: bool,
     gradients_dropped: bool,
+    prepacked: bool,
     process: int,
     file_bytes: int,
 ) -> MemoryPlan:
@@ -70,6 +71,7 @@ def add_up(
 
     gradients_held: the window has several micro-batches, so all gradients exist before the last one. gradients_dropped: a window is one
     micro-batch, and each gradient goes when its weight has moved; the largest is then named `gradients`, whatever phase it is in.
+    prepacked: frozen weights are laid out for the kernels beside themselves, once they are loaded.
     """
     state = optimizer_bytes(optimizer, entries=counted.trained, entry_bytes=counted.gradient_bytes)
     base = {"process": process if kind == "cpu" else CUDA_CONTEXT_BYTES, "weights": counted.base_bytes, "adapter": counted.adapter_bytes}
@@ -92,14 +94,17 @@ def add_up(
         "update": {"gradients": counted.largest_gradient_bytes if gradients_dropped else counted.gradient_bytes, "optimizer": state},
     }
     if kind == "cpu":
-        moments["loading"] = {"workspace": file_bytes}
         moments["saving"] = {"optimizer": state, "workspace": state}  # a snapshot is a copy
+    if prepacked:
+        moments = {name: parts | {"prepacked": counted.prepacked_bytes} for name, parts in moments.items()}
+    if kind == "cpu":
+        moments["loading"] = {"workspace": file_bytes}
     moment = max(moments, key=lambda one: sum(moments[one].values()))
     parts = dict.fromkeys(PARTS, 0) | base | moments[moment]
     return MemoryPlan(parts, moment, batch, counted, peaks.host)
 
 
-PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator")
+PARTS = ("process", "weights", "prepacked", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator")
 
 OPTIMIZER_BYTES: dict[str, Callable[[int, int], float]] = {
     "adamw": lambda _entries, entry_bytes: 2 * entry_bytes,

@@ -10,12 +10,10 @@ from llmtune.plan.advice import Change, changes, largest_batch
 from llmtune.plan.forecast import Forecaster, Steps
 from llmtune.plan.memory import MemoryPlan, gigabytes, optimizer_bytes
 from llmtune.plan.rates import kept_rate
+from llmtune.plan.trace import TRACE_ERRORS
 from llmtune.runs.disk import DiskForecast, forecast_disk
 
 __all__ = ["Plan", "as_dict", "compared_lines", "duration", "lines", "make_plan", "short_lines"]
-
-TRACE_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError, AssertionError)
-"""What a model may raise on tensors without numbers: it then has no memory plan, and trains all the same."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llmtune.config.schema import Config, ModelConfig
 from llmtune.errors import LlmtuneError, ModelError, in_one_line
 from llmtune.models import adapters
+from llmtune.models.fused import prepackable
+from llmtune.models.fused_adapter import fuse_adapters, unfuse_adapters
 from llmtune.models.load import refuse_foreign_quantization
+from llmtune.models.prepack import COPIES, DTYPE
 from llmtune.models.reading import read_config
 from llmtune.models.scan import refuse_unsafe_folder, weight_files
 from llmtune.models.scratch import build_config
@@ -64,6 +67,8 @@ class Counted:
     """Bytes of the largest of these."""
     largest_linear_bytes: int
     """Bytes of the largest quantized weight, unpacked in the type of the arithmetic; 0 when none is quantized."""
+    prepacked_bytes: int = 0
+    """Bytes of the layouts for a CPU's kernels, of all frozen weights that may have them (`model.weights_prepack`)."""
 
 
 def open_shape(prepared: Prepared, options: Options) -> Shape:
@@ -147,7 +152,15 @@ def count(model: Any, config: Config) -> Counted:
         gradient_bytes=sum(_bytes(weight) for weight in trained),
         largest_gradient_bytes=max((_bytes(weight) for weight in trained), default=0),
         largest_linear_bytes=max((_bytes(weight) for weight in quantized.values()), default=0),
+        prepacked_bytes=_prepacked_bytes(base_of(model)),
     )
+
+
+def _prepacked_bytes(base: Any) -> int:
+    fuse_adapters(base)
+    entries = sum(source.read().numel() for source in prepackable(base))
+    unfuse_adapters(base)
+    return COPIES * DTYPE.itemsize * entries
 
 
 def quantized_bytes(shape: torch.Size, kind: str) -> int:

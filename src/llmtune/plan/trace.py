@@ -28,7 +28,7 @@ from llmtune.training.fused_loss import find_head, head_nll_sum
 from llmtune.training.loss import weighted_nll_sum
 from llmtune.training.offload import PAGE_BYTES, HostStore, keep_inputs_in, run_in_tiles
 
-__all__ = ["TRACED_BLOCKS", "MicroBatchShape", "Peaks", "extrapolate", "trace"]
+__all__ = ["TRACED_BLOCKS", "TRACE_ERRORS", "MicroBatchShape", "Peaks", "extrapolate", "trace"]
 
 TRACED_BLOCKS = 2
 """Blocks whose trace, with that of one more, tells those of all. One alone is the first and the last at once and has no other's input
@@ -36,6 +36,10 @@ beside it: what it lacks would count once for each block."""
 
 PHASES = ("forward", "loss", "last block", "first block", "end")
 """Of one micro-batch: forward through the blocks; head and loss, both ways; backward through the last and the first block; the rest."""
+
+
+TRACE_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError, AssertionError)
+"""What a model may raise on tensors without numbers: it then has no memory plan, and trains all the same."""
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ from llmtune.data.batches import Layout, MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, ModelError, in_one_line
+from llmtune.models import prepack
 from llmtune.models.attention import segment_mask, use_attention, use_segment_attention
-from llmtune.models.fused import fuse, unfuse
+from llmtune.models.fused import fuse, prepackable, unfuse
 from llmtune.training.fused_loss import Head, find_head, head_nll_sum, trained_rows
 from llmtune.training.loss import plain_nll_sum
 from llmtune.training.offload import offload_inputs, run_in_tiles
 
-__all__ = ["Engine", "attention_ways", "build_engine", "checkpoint_blocks", "flat_nll_sum", "group_tokens"]
+__all__ = ["Engine", "attention_ways", "build_engine", "cannot_prepack", "checkpoint_blocks", "flat_nll_sum", "group_tokens"]
 
 GROUP_TOKENS = 2048
 """Tokens that a flat micro-batch is cut to on a CPU (whole documents; a longer one goes alone): twice as many gain 3 to 6 %, for 2 GB."""
@@ -90,10 +91,12 @@ def _choose(model: Any, config: Config, device: torch.device, precision: Arithme
             reason = _try_flat(model, backend, device, precision)
             if reason is None:
                 more = _adapter_decision(fused) + more + (compile_blocks(_base_model(model)) if compiled else ())
+                more += _prepack(model, config, device, precision)
                 return _flat_engine(model, backend, device, asked, more)
             unfuse(_base_model(model))
             tried.append(f"{backend}: {reason}")
     more += compile_blocks(_base_model(model)) if compiled else ()
+    more += _prepack(model, config, device, precision)
     return _plain_engine(model, asked, "; ".join(tried), more)
 
 
@@ -143,6 +146,35 @@ def compile_blocks(base: Any) -> tuple[Decision, ...]:
     for block in blocks:
         block.compile(dynamic=True)
     return (Decision("training.compile", True, f"asked for: {len(blocks)} blocks, compiled once for all lengths at their first use"),)
+
+
+def cannot_prepack(config: Config, device_type: str, dtype: torch.dtype | None) -> str | None:
+    """Say why frozen weights of such a run cannot be laid out for the kernels, or None. dtype: of the arithmetic; None for float32."""
+    reasons = {
+        "only a CPU's kernels read weights so": device_type != "cpu",
+        "what is trained changes at every step (adapter.method: none)": config.adapter.method == "none",
+        "layers with dropout or DoRA are left to peft": config.adapter.dropout > 0 or config.adapter.dora,
+        "8-bit layers multiply by their library": config.model.quantization == "8bit",
+        "it is a part of the flat engine": config.training.engine == "plain",
+        "compiled blocks multiply by themselves": config.training.compile,
+        "the arithmetic is not bf16": dtype != prepack.DTYPE,
+        "this CPU has no native bf16 multiplication, or this torch no operator for it": not prepack.can_prepack(),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _prepack(model: Any, config: Config, device: torch.device, precision: Arithmetic) -> tuple[Decision, ...]:
+    """Lay frozen weights out for the kernels where that is chosen; where it cannot be, only that is said: no result depends on it."""
+    if config.model.weights_prepack is not True:
+        return ()
+    with precision.autocast():
+        reason = cannot_prepack(config, device.type, _compute_dtype(model, device))
+    sources = prepackable(_base_model(model)) if reason is None else []
+    if reason is None:
+        reason = prepack.prepack(sources) if sources else "no LoRA layer is fused"
+    if reason is not None:
+        return (Decision("model.weights_prepack", False, reason),)
+    return (Decision("model.weights_prepack", True, f"{len(sources)} frozen weights lie ready for the kernels; proven to change no bit"),)
 
 
 def _base_model(model: Any) -> Any:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from llmtune.models.pieces import added, telling_pieces
+from llmtune.models.prepack import Prepacked, prepacked_of
 
 __all__ = ["Head", "find_head", "head_nll_sum", "trained_rows"]
 
@@ -76,7 +77,8 @@ def head_nll_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Te
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NE.dtype
     with torch.autocast(kind, enabled=False):
         sliced = (device_type or kind) == "cpu"
-        return _HeadLoss.apply(hidden_NE.to(dtype), module.weight, module.bias, targets_N, weights_N, head.scale, head.cap, sliced)
+        packed = prepacked_of(module, dtype)
+        return _HeadLoss.apply(hidden_NE.to(dtype), module.weight, module.bias, packed, targets_N, weights_N, head.scale, head.cap, sliced)
 
 
 def _bend(logits: Tensor, head_scale: float, cap: float | None) -> Tensor:
@@ -145,6 +147,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden_NE: Tensor,
         weight_VE: Tensor,
         bias_V: Tensor | None,
+        packed: Prepacked | None,
         targets_N: Tensor,
         weights_N: Tensor,
         scale: float,
@@ -162,13 +165,14 @@ class _HeadLoss(torch.autograd.Function):
         for start in telling_pieces(range(0, hidden_NE.shape[0], chunk), hidden_NE):
             rows = slice(start, start + chunk)
             hidden_CE, targets_C1, weights_C = hidden_NE[rows], targets_N[rows].unsqueeze(1), weights_N[rows]
-            logits_CV = functional.linear(hidden_CE, rounded_VE, rounded_V)
+            logits_CV = functional.linear(hidden_CE, rounded_VE, rounded_V) if packed is None else packed.linear(hidden_CE, rounded_V)
             nll_C = _nll(logits_CV, targets_C1, scale, cap, sliced=sliced, with_gradient=any(ctx.needs_input_grad))
             sums.append((nll_C * weights_C).sum())
             grad_CV = logits_CV  # overwritten where a gradient is wanted
             factor_C1 = (weights_C * scale).unsqueeze(1)  # put on the narrow side of each product, not on the chunk
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad_CV @ rounded_VE) * factor_C1
+                grad_CE = grad_CV @ rounded_VE if packed is None else packed.input_gradient(grad_CV)
+                grad_hidden[rows] = grad_CE * factor_C1
             if wants_weight:
                 grad_weight = added(grad_weight, grad_CV.t() @ (hidden_CE * factor_C1).to(dtype))
             if wants_bias:
@@ -181,7 +185,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # in place, since the head's is large: autograd refuses a second backward pass then, and does not give a wrong one
         scaled = [None if grad is None else grad.mul_(grad_output.to(grad.dtype)) for grad in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 LOGIT_RULES = {
