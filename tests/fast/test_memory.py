@@ -55,6 +55,36 @@ def test_a_run_that_recomputes_its_blocks_returns_large_blocks_and_keeps_the_oth
     assert faults("lean", 30) < 1_000
 
 
+OUTSIDE = """
+import resource, sys
+from llmtune.training.memory import outside_the_heap, tune_allocator
+if sys.argv[1] == "tuned":
+    tune_allocator()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        bytearray(1 << 20)[:: 4096]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+with outside_the_heap():
+    inside = faults()
+print(inside, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
+def test_what_is_made_to_stay_lies_outside_the_heap_and_what_follows_inside_again() -> None:
+    """Blocks with pages of their own need fresh ones each time; where nothing was tuned nothing is set, for that would stay."""
+    done = subprocess.run([sys.executable, "-c", OUTSIDE, "tuned"], capture_output=True, text=True, check=True)
+    inside, after = map(int, done.stdout.split())
+    assert inside > 5 * 250
+    assert after < 500
+    done = subprocess.run([sys.executable, "-c", OUTSIDE, "plain"], capture_output=True, text=True, check=True)
+    inside, after = map(int, done.stdout.split())
+    assert inside < 500
+    assert after < 500
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
 @pytest.mark.parametrize(("recompute", "said"), [("true", ["keeps freed blocks up to 32 MiB"]), ("false", [])])
 def test_a_run_whose_blocks_are_computed_again_says_which_freed_blocks_it_keeps(

@@ -170,6 +170,26 @@ def test_nothing_is_kept_of_an_engine_that_is_undone_and_a_copy_shares(build_mod
 
 
 @needs_bf16
+def test_another_arithmetic_than_theirs_takes_the_plain_weights(build_model: Build, arithmetic: Build, padded: MicroBatch) -> None:
+    """Layouts are kept for bf16; the same model called in float32 computes as if there were none."""
+    model = adapted(build_model("llama"), LORA).eval()
+    with torch.no_grad():
+        engine_of(model, arithmetic(bf16=True))
+        found = model(padded.input_ids).logits
+        assert kept_in(model)
+        prepack.drop_prepacked(model)
+        assert torch.equal(found, model(padded.input_ids).logits)
+
+
+@needs_bf16
+def test_a_head_that_is_trained_in_place_keeps_its_own_product(build_model: Build, arithmetic: Build) -> None:
+    model = adapted(build_model("llama").bfloat16(), LORA)
+    model.get_base_model().lm_head.weight.requires_grad_()
+    engine_of(model, arithmetic(bf16=True))
+    assert len(kept_in(model)) == 14
+
+
+@needs_bf16
 def test_a_head_that_is_trained_and_layers_without_lora_keep_their_own_product(build_model: Build, arithmetic: Build) -> None:
     some = AdapterConfig(method="lora", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = adapted(build_model("llama").bfloat16(), some)

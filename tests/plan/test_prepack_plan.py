@@ -10,6 +10,7 @@ from llmtune.plan.advice import changes
 from llmtune.plan.devices import Target
 from llmtune.plan.memory import add_up
 from llmtune.plan.report import lines, make_plan
+from llmtune.plan.skeleton import count
 from llmtune.plan.trace import MicroBatchShape, Peaks
 from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from pipeline_helpers import LORA
@@ -40,11 +41,19 @@ def test_q7_the_layouts_are_counted_to_the_byte_and_on_top_of_all_else(forecaste
     assert len(linear) == 14
     assert head is model.get_input_embeddings().weight
     held = 2 * 2 * sum(one.numel() for one in [*linear, head])
-    memory, without = forecaster.memory(), forecaster_of(*BF16, LEFT).memory()
+    memory, without = forecaster.memory(), forecaster.memory(settle._prepacked(forecaster.config, False))
     assert memory.parts["prepacked"] == memory.counted.prepacked_bytes == held
-    assert without.parts["prepacked"] == 0
+    assert without.parts == memory.parts | {"prepacked": 0}
     assert memory.moment == without.moment != "loading"
     assert f"  {'prepacked':<13}" in "\n".join(lines(make_plan(forecaster)))
+
+
+def test_counting_leaves_a_model_as_it_was(forecaster_of):
+    forecaster = forecaster_of(*BF16)
+    model = forecaster._build(forecaster.config)
+    before = [type(module) for module in model.modules()]
+    assert count(model, forecaster.config).prepacked_bytes
+    assert [type(module) for module in model.modules()] == before
 
 
 @needs_bf16
@@ -70,7 +79,7 @@ def test_auto_lays_out_where_the_plan_has_room_and_only_there(forecaster_of):
     value, (decision,) = chosen_by(forecaster)
     assert (value, decision.value) == (True, True)
     assert "planned" in decision.reason
-    with_them, without = (forecaster_of(*BF16, one).memory().peak_bytes for one in (KEPT, LEFT))
+    with_them, without = (forecaster.memory(settle._prepacked(forecaster.config, one)).peak_bytes for one in (True, False))
     assert without < with_them
     tight = forecaster_of(*BF16, target=Target("a tight machine", "cpu", int((with_them + without) / 2 / 0.9)))
     tight.process = forecaster.process
@@ -78,12 +87,18 @@ def test_auto_lays_out_where_the_plan_has_room_and_only_there(forecaster_of):
     assert (value, decision.value) == (False, False)
 
 
+def test_auto_takes_no_memory_from_a_run_that_recomputes_to_save_it(forecaster_of):
+    recomputed = (*BF16, "model.gradient_checkpointing=true")
+    assert chosen_by(forecaster_of(*recomputed)) == (False, [])
+    assert chosen_by(forecaster_of(*recomputed, KEPT)) == (True, [])
+
+
 def test_auto_never_makes_a_run_recompute_or_its_micro_batches_smaller(forecaster_of):
     """What fits without the layouts is chosen first; they take what is left."""
     auto = (*BF16, "training.batch_size=auto", "training.gradient_accumulation_steps=1", "model.gradient_checkpointing=auto")
     forecaster = forecaster_of(*auto)
     whole = settle.variant(settle.settle(forecaster)[0].config, (8, 1), False)
-    needed = forecaster_of(*auto).memory(settle._prepacked(whole, False)).peak_bytes
+    needed = forecaster.memory(settle._prepacked(whole, False)).peak_bytes
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((needed + 1000) / 0.9)))
     tight.process = forecaster.process
     config = settle.settle(tight)[0].config

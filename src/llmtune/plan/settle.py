@@ -38,7 +38,8 @@ def settle(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
 
     `training.batch_size: auto` stands for 8 sequences times `gradient_accumulation_steps`; that product is cut into the largest equal
     micro-batches that fit. Blocks are recomputed only where nothing fits without, their inputs offloaded only where that is not enough.
-    Frozen weights are laid out for the kernels where there is room for that too; ConfigError where it is asked for and cannot be.
+    Frozen weights are laid out for the kernels where there is room for that too and no blocks are recomputed, which is done to save memory.
+    Raises ConfigError where that is asked for and cannot be.
     """
     asked = forecaster.config
     refusal = cannot_prepack(asked, forecaster.target.kind, COMPUTE[forecaster.precision])
@@ -46,7 +47,7 @@ def settle(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
         what = f"frozen weights cannot be laid out beforehand: {refusal}"
         raise ConfigError(what, where="model.weights_prepack", fix="set it to auto, which does where it can be")
     chosen, decisions = _settle_batch(forecaster, _prepacked(asked, asked.model.weights_prepack is True))
-    if asked.model.weights_prepack == "auto" and refusal is None:
+    if asked.model.weights_prepack == "auto" and refusal is None and not chosen.model.recomputes:
         chosen, more = _settle_prepack(forecaster, chosen)
         decisions += more
     prepared = forecaster.prepared

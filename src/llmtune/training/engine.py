@@ -27,6 +27,7 @@ from llmtune.models.attention import segment_mask, use_attention, use_segment_at
 from llmtune.models.fused import fuse, prepackable, unfuse
 from llmtune.training.fused_loss import Head, find_head, head_nll_sum, trained_rows
 from llmtune.training.loss import plain_nll_sum
+from llmtune.training.memory import outside_the_heap
 from llmtune.training.offload import offload_inputs, run_in_tiles
 
 __all__ = ["Engine", "attention_ways", "build_engine", "cannot_prepack", "checkpoint_blocks", "flat_nll_sum", "group_tokens"]
@@ -171,7 +172,8 @@ def _prepack(model: Any, config: Config, device: torch.device, precision: Arithm
         reason = cannot_prepack(config, device.type, _compute_dtype(model, device))
     sources = prepackable(_base_model(model)) if reason is None else []
     if reason is None:
-        reason = prepack.prepack(sources) if sources else "no LoRA layer is fused"
+        with outside_the_heap():
+            reason = prepack.prepack(sources) if sources else "no LoRA layer is fused"
     if reason is not None:
         return (Decision("model.weights_prepack", False, reason),)
     return (Decision("model.weights_prepack", True, f"{len(sources)} frozen weights lie ready for the kernels; proven to change no bit"),)

@@ -9,10 +9,19 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from llmtune.decisions import Decision
 
-__all__ = ["FULL_KERNEL_CACHES_BYTES", "LEAN_LARGEST_BLOCK", "bound_kernel_caches", "release_free_memory", "tune_allocator"]
+__all__ = [
+    "FULL_KERNEL_CACHES_BYTES",
+    "LEAN_LARGEST_BLOCK",
+    "bound_kernel_caches",
+    "outside_the_heap",
+    "release_free_memory",
+    "tune_allocator",
+]
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -30,6 +39,12 @@ that made a step 18 % longer, with it no difference was seen."""
 KEPT = (1 << 31) - 1
 """Bytes of free memory that are kept at the end of the heap."""
 
+
+OWN_PAGES = 1 << 17
+"""Bytes from which a block that stays gets pages of its own."""
+
+_tuned: list[int] = []
+"""The largest blocks asked for of glibc's allocator so far; empty where it was not tuned."""
 
 KERNEL_CACHES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "96"}
 """Kernels that torch's CPU library keeps, for each of its two caches. Each shape of a product has a kernel of its own, and a micro-batch's
@@ -59,16 +74,36 @@ def tune_allocator(*, largest_block: int = LARGEST_BLOCK) -> Decision:
     key = "process.allocator"
     if platform.libc_ver()[0] != "glibc":
         return Decision(key, "unchanged", "only glibc's allocator is known to need it")
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-    if not mallopt(M_MMAP_THRESHOLD, largest_block) and not mallopt(M_MMAP_MAX, 0):  # the first is refused before glibc 2.35
+    if not _set(M_MMAP_THRESHOLD, largest_block) and not _set(M_MMAP_MAX, 0):  # the first is refused before glibc 2.35
         return Decision(key, "unchanged", "this allocator takes no settings")
-    mallopt(M_TRIM_THRESHOLD, KEPT)
+    _tuned.append(largest_block)
+    _set(M_TRIM_THRESHOLD, KEPT)
     if largest_block < LARGEST_BLOCK:
         return Decision(
             key, f"keeps freed blocks up to {largest_block >> 20} MiB", "larger ones would leave gaps that grow, and memory is short"
         )
     return Decision(key, "keeps freed memory", "memory already held is ten times faster to reuse than fresh pages")
+
+
+@contextmanager
+def outside_the_heap() -> Iterator[None]:
+    """Have blocks of at least `OWN_PAGES` bytes that are made meanwhile come from pages of their own, where glibc was tuned.
+
+    For what stays for a whole run: amid the heap it would break free memory into gaps that the blocks of a step do not fit.
+    """
+    if _tuned:
+        _set(M_MMAP_THRESHOLD, OWN_PAGES)
+    try:
+        yield
+    finally:
+        if _tuned:
+            _set(M_MMAP_THRESHOLD, _tuned[-1])
+
+
+def _set(setting: int, value: int) -> bool:
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    return bool(mallopt(setting, value))
 
 
 def release_free_memory() -> None:
