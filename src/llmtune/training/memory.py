@@ -87,9 +87,10 @@ def tune_allocator(*, largest_block: int = LARGEST_BLOCK) -> Decision:
 
 @contextmanager
 def outside_the_heap() -> Iterator[None]:
-    """Have blocks of at least `OWN_PAGES` bytes that are made meanwhile come from pages of their own, where glibc was tuned.
+    """Have blocks of at least `OWN_PAGES` bytes that are made meanwhile, and that no gap of the heap fits, come from pages of their own.
 
-    For what stays for a whole run: amid the heap it would break free memory into gaps that the blocks of a step do not fit.
+    For what stays for a whole run: as a part of a growing heap it leaves gaps that the blocks of a step do not fit. Nothing where glibc
+    was not tuned.
     """
     if _tuned:
         _set(M_MMAP_THRESHOLD, OWN_PAGES)
