@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradient_helpers import adapted, loss_and_gradients
 from llmtune.config.schema import AdapterConfig, Config, ModelConfig, TrainingConfig
@@ -21,6 +22,7 @@ from llmtune.models import prepack
 from llmtune.models.fused import unfuse
 from llmtune.models.prepack import Prepacked
 from llmtune.models.quantization import keep_exact, quantization_config
+from llmtune.training import engine
 from llmtune.training.engine import build_engine, cannot_prepack
 
 Build = Callable[..., Any]
@@ -137,15 +139,15 @@ def test_products_are_the_plain_ones_for_any_shape_and_any_strides(outputs: int,
 
 
 @needs_bf16
-@pytest.mark.parametrize("which", ["linear", "input_gradient"])
+@pytest.mark.parametrize(("which", "is_added"), [("linear", False), ("input_gradient", False), ("input_gradient", True)])
 def test_where_a_bit_differs_nothing_is_kept_and_it_is_said(
-    which: str, monkeypatch: pytest.MonkeyPatch, build_model: Build, arithmetic: Build
+    which: str, is_added: bool, monkeypatch: pytest.MonkeyPatch, build_model: Build, arithmetic: Build
 ) -> None:
     real = getattr(Prepacked, which)
 
-    def off_by_a_bit(self: Prepacked, x: torch.Tensor, *more: Any) -> torch.Tensor:
-        found = real(self, x, *more)
-        if x.shape in ((37, 80), (37, 97)):  # inputs of down_proj, gradients of gate_proj, up_proj and the head
+    def off_by_a_bit(self: Prepacked, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        found = real(self, x, onto)
+        if x.shape in ((37, 80), (37, 97)) and is_added == (onto is not None):  # to down_proj, from gate_proj, up_proj and the head
             found[-1, -1] += 0.25
         return found
 
@@ -155,6 +157,22 @@ def test_where_a_bit_differs_nothing_is_kept_and_it_is_said(
     assert decision.value is False
     assert "differs from the plain one" in decision.reason
     assert kept_in(model) == []
+
+
+@needs_bf16
+def test_only_what_stays_is_made_outside_the_heap(monkeypatch: pytest.MonkeyPatch, build_model: Build, arithmetic: Build) -> None:
+    """What is made on the way and gone again would take fresh pages each time: a second of the start of a real model."""
+    made: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+            made.append(function.__name__)
+            return function(*arguments, **(named or {}))
+
+    monkeypatch.setattr(engine, "outside_the_heap", Watch)
+    model = adapted(build_model("llama").bfloat16(), LORA)
+    engine_of(model, arithmetic(bf16=True))
+    assert made == ["clone.default"] * 2 * len(kept_in(model)) != []
 
 
 @needs_bf16

@@ -112,6 +112,33 @@ def test_bitsandbytes_is_imported_without_a_word_and_without_a_look_at_a_hub(tmp
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_bitsandbytes_brings_no_compiler_until_what_it_compiles_is_called():
+    """0.8 s of every start with an adapter; what is decorated is still compiled, with its options."""
+    code = """
+import sys, torch
+at_once = torch.compile
+from llmtune.models import quantization
+quantization.import_bitsandbytes()
+assert torch.compile is at_once
+assert "torch._inductor.compile_fx" not in sys.modules
+from bitsandbytes.backends.default import ops
+asked = []
+def compiled(function, **options):
+    asked.append(options)
+    return lambda *args: function(*args) + 1
+torch.compile = compiled
+with quantization._compiling_at_first_call():
+    def plain(x): return x
+    def other(x): return 10 * x
+    bare, given = torch.compile(plain), torch.compile(dynamic=False)(other)
+assert (asked, bare.__name__, torch.compile) == ([], "plain", compiled)
+assert (bare(1), bare(2), asked) == (2, 3, [{}])
+assert (given(1), given(2), asked) == (11, 21, [{}, {"dynamic": False}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("name", ["adamw_8bit", "lion"])
 def test_an_optimizer_of_bitsandbytes_takes_groups_and_goes_downhill(name):
     import_bitsandbytes()

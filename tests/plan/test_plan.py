@@ -191,7 +191,6 @@ def test_auto_batch_keeps_the_global_batch_and_the_losses(forecaster_of):
     forecaster = forecaster_of(*auto)
     between = forecaster.memory(settle.variant(forecaster.config, (2, 4), False)).peak_bytes
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((between + 1000) / 0.9)))
-    tight.process = forecaster.process
     prepared, _ = settle.settle(tight)
     training = prepared.config.training
     assert training.batch_size < 8
@@ -208,7 +207,6 @@ def test_auto_checkpointing_recomputes_only_where_nothing_fits_without(forecaste
     with_it, without = (forecaster.memory(settle.variant(forecaster.config, size, one)).peak_bytes for one in (True, False))
     assert with_it < without
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((with_it + without) / 2 / 0.9)))
-    tight.process = forecaster.process
     prepared, decisions = settle.settle(tight)
     assert prepared.config.model.gradient_checkpointing is True
     assert [one.key for one in decisions] == ["model.gradient_checkpointing"]

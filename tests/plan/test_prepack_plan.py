@@ -9,12 +9,13 @@ from llmtune.plan import settle
 from llmtune.plan.advice import changes
 from llmtune.plan.devices import Target
 from llmtune.plan.memory import add_up
+from llmtune.plan.rates import steps_from_the_start
 from llmtune.plan.report import lines, make_plan
 from llmtune.plan.skeleton import count
 from llmtune.plan.trace import MicroBatchShape, Peaks
 from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from pipeline_helpers import LORA
-from plan_helpers import OPTIONS, ROOMY, assembled_like
+from plan_helpers import ROOMY, assembled_like
 
 BF16 = (*LORA[:2], "training.precision=bf16")
 KEPT, LEFT = "model.weights_prepack=true", "model.weights_prepack=false"
@@ -82,7 +83,6 @@ def test_auto_lays_out_where_the_plan_has_room_and_only_there(forecaster_of):
     with_them, without = (forecaster.memory(settle._prepacked(forecaster.config, one)).peak_bytes for one in (True, False))
     assert without < with_them
     tight = forecaster_of(*BF16, target=Target("a tight machine", "cpu", int((with_them + without) / 2 / 0.9)))
-    tight.process = forecaster.process
     value, (decision,) = chosen_by(tight)
     assert (value, decision.value) == (False, False)
 
@@ -100,7 +100,6 @@ def test_auto_never_makes_a_run_recompute_or_its_micro_batches_smaller(forecaste
     whole = settle.variant(settle.settle(forecaster)[0].config, (8, 1), False)
     needed = forecaster.memory(settle._prepacked(whole, False)).peak_bytes
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((needed + 1000) / 0.9)))
-    tight.process = forecaster.process
     config = settle.settle(tight)[0].config
     assert (config.training.batch_size, config.model.gradient_checkpointing, config.model.weights_prepack) == (8, False, False)
 
@@ -168,8 +167,6 @@ def test_several_processes_do_as_the_first_one_does(forecaster_of):
 @needs_bf16
 def test_a_run_says_what_it_kept_and_trains_the_same_bits(forecaster_of):
     """N15 through the whole of an assembled run: losses of every step are equal with and without."""
-    from llmtune.plan.rates import steps_from_the_start
-
     losses = {}
     for wanted in (KEPT, LEFT):
         assembled = assembled_like(forecaster_of(*BF16, wanted))
@@ -180,4 +177,3 @@ def test_a_run_says_what_it_kept_and_trains_the_same_bits(forecaster_of):
         losses[wanted] = [one.train_mean_nll for one in steps], weights
     assert losses[KEPT][0] == losses[LEFT][0]
     assert torch.equal(losses[KEPT][1], losses[LEFT][1])
-    assert OPTIONS.no_cuda

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from llmtune.models.prepack import Source, prepacked_of
+from llmtune.models.prepack import Plain, Prepacked, Source, prepacked_of
 from llmtune.models.quantization import import_bitsandbytes
 from llmtune.models.recipe import Recipe, recipe_of
 from llmtune.models.takeover import give_back, take_over
@@ -86,14 +85,14 @@ class _Frozen:
     def output(self, x: Tensor) -> Tensor:
         """Return x W^T + bias, [T, N]."""
         bias = self.layer.bias
-        rounded = None if bias is None else bias.detach().to(x.dtype)  # type: ignore[operator, union-attr]
-        packed = prepacked_of(self.layer, x.dtype)
-        return packed.linear(x, rounded) if packed is not None else functional.linear(x, self.weight().to(x.dtype), rounded)
+        return self._products(x.dtype).linear(x, None if bias is None else bias.detach().to(x.dtype))  # type: ignore[operator, union-attr]
 
     def add_input_gradient(self, onto: Tensor, grad: Tensor) -> Tensor:
         """Return `onto` + grad W, [T, K]; `onto` may have been overwritten."""
-        packed = prepacked_of(self.layer, grad.dtype)
-        return packed.input_gradient(grad, onto) if packed is not None else onto.addmm_(grad, self.weight().to(grad.dtype))
+        return self._products(grad.dtype).input_gradient(grad, onto)
+
+    def _products(self, dtype: torch.dtype) -> Plain | Prepacked:
+        return prepacked_of(self.layer, dtype) or Plain(lambda: self.weight().to(dtype))
 
 
 class _Group:

@@ -11,6 +11,7 @@ Shapes: T tokens, K inputs, N outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["COPIES", "DTYPE", "Prepacked", "Source", "can_prepack", "drop_prepacked", "prepack", "prepacked_of"]
+__all__ = ["COPIES", "DTYPE", "Plain", "Prepacked", "Source", "can_prepack", "drop_prepacked", "prepack", "prepacked_of"]
 
 DTYPE = torch.bfloat16
 """The arithmetic in which the plain and the prepacked product are the same kernels; float32 goes by another library."""
@@ -32,6 +33,9 @@ LIKELY_TOKENS = 2048
 PROBE_TOKENS = (1, 37, 256)
 """Rows of the products by which a layout is proven."""
 
+OwnPages = Callable[[], AbstractContextManager[object]]
+"""Makes the context in which tensors that stay for the whole run get pages of their own."""
+
 
 def can_prepack() -> bool:
     """Whether this CPU multiplies bf16 natively and this torch has the operators; its compiler packs frozen weights by the same ones."""
@@ -41,14 +45,29 @@ def can_prepack() -> bool:
     return present and bool(operators._is_mkldnn_bf16_supported())
 
 
-class Prepacked:
-    """One frozen weight [N, K] in both layouts."""
+class Plain:
+    """The products of a frozen weight [N, K] as it is held. read: gives it in the type of the products, once for each of them."""
 
-    def __init__(self, weight_NK: Tensor) -> None:
-        reorder = torch.ops.mkldnn._reorder_linear_weight
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        self._read = read
+
+    def linear(self, x_TK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+        """Return x W^T + bias, [T, N]."""
+        return functional.linear(x_TK, self._read(), bias_N)
+
+    def input_gradient(self, grad_TN: Tensor, onto_TK: Tensor | None = None) -> Tensor:
+        """Return grad W, [T, K]; added to `onto_TK`, which may be overwritten, where that is given."""
+        weight_NK = self._read()
+        return grad_TN @ weight_NK if onto_TK is None else onto_TK.addmm_(grad_TN, weight_NK)
+
+
+class Prepacked:
+    """The same products from both layouts of a weight [N, K]. own_pages: where what stays is made (see `prepack`)."""
+
+    def __init__(self, weight_NK: Tensor, own_pages: OwnPages = nullcontext) -> None:
         rounded_NK = weight_NK.detach().to(DTYPE)
-        self._for_inputs: Tensor = reorder(rounded_NK.contiguous(), LIKELY_TOKENS)
-        self._for_gradients: Tensor = reorder(rounded_NK.t().contiguous(), LIKELY_TOKENS)
+        self._for_inputs = _laid_out(rounded_NK.contiguous(), own_pages)
+        self._for_gradients = _laid_out(rounded_NK.t().contiguous(), own_pages)
 
     def __deepcopy__(self, _memo: Any) -> Prepacked:
         return self  # it never changes, and torch cannot copy tensors of this layout
@@ -69,6 +88,12 @@ class Prepacked:
         return grad
 
 
+def _laid_out(matrix: Tensor, own_pages: OwnPages) -> Tensor:
+    layout: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, LIKELY_TOKENS)
+    with own_pages():
+        return layout.clone()  # copied in order, each fresh page is touched by one thread only, a quarter sooner than laid out into it
+
+
 @dataclass(frozen=True)
 class Source:
     """A frozen layer and how its weight [N, K] is read; its bias [N], if it has one, is `layer.bias`."""
@@ -77,15 +102,18 @@ class Source:
     read: Callable[[], Tensor]
 
 
-def prepack(sources: Sequence[Source]) -> str | None:
-    """Keep each layer's weight in both layouts beside it. Where a product would differ by one bit nothing is kept, and it says which."""
+def prepack(sources: Sequence[Source], own_pages: OwnPages = nullcontext) -> str | None:
+    """Keep each layer's weight in both layouts beside it. Where a product would differ by one bit nothing is kept, and it says which.
+
+    own_pages: only the layouts are made in it; what is made on the way goes again, and its memory serves the next.
+    """
     proven: set[tuple[torch.Size, bool]] = set()
     kept = []
     with torch.no_grad():
         for source in sources:
             weight_NK = source.read().to(DTYPE)
             bias_N = None if source.layer.bias is None else source.layer.bias.to(DTYPE)  # type: ignore[operator, union-attr]
-            packed = Prepacked(weight_NK)
+            packed = Prepacked(weight_NK, own_pages)
             kind = (weight_NK.shape, bias_N is not None)
             if kind not in proven and not _is_proven(packed, weight_NK, bias_N):  # type: ignore[arg-type]
                 return f"a product with a weight of {tuple(weight_NK.shape)} differs from the plain one"
@@ -109,14 +137,19 @@ def prepacked_of(layer: nn.Module, dtype: torch.dtype) -> Prepacked | None:
 
 def _is_proven(packed: Prepacked, weight_NK: Tensor, bias_N: Tensor | None) -> bool:
     """Compare all three products with the plain ones, bit by bit."""
+    plain = Plain(lambda: weight_NK)
     outputs, inputs = weight_NK.shape
     for tokens in PROBE_TOKENS:
-        x_TK, grad_TN = (torch.arange(tokens * width).view(tokens, width).sin().to(DTYPE) for width in (inputs, outputs))
+        x_TK, grad_TN = _waves(tokens, inputs), _waves(tokens, outputs)
         pairs = [
-            (packed.linear(x_TK, bias_N), functional.linear(x_TK, weight_NK, bias_N)),
-            (packed.input_gradient(grad_TN), grad_TN @ weight_NK),
-            (packed.input_gradient(grad_TN, x_TK), torch.addmm(x_TK, grad_TN, weight_NK)),
+            (packed.linear(x_TK, bias_N), plain.linear(x_TK, bias_N)),
+            (packed.input_gradient(grad_TN), plain.input_gradient(grad_TN)),
+            (packed.input_gradient(grad_TN, x_TK), plain.input_gradient(grad_TN, x_TK.clone())),
         ]
-        if not all(torch.equal(found, plain) for found, plain in pairs):
+        if not all(torch.equal(found, expected) for found, expected in pairs):
             return False
     return True
+
+
+def _waves(rows: int, columns: int) -> Tensor:
+    return (torch.arange(float(rows)).mul_(columns).unsqueeze(1) + torch.arange(float(columns))).sin_().to(DTYPE)

@@ -7,10 +7,12 @@ may import it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from llmtune.errors import MachineError
@@ -28,7 +30,8 @@ def import_bitsandbytes() -> Any:
     before = sys.modules.get("kernels", _ABSENT)
     sys.modules["kernels"] = None  # type: ignore[assignment]  # the import of a hub's code then fails at once, without a connection
     try:
-        return importlib.import_module("bitsandbytes")
+        with _compiling_at_first_call():
+            return importlib.import_module("bitsandbytes")
     except (ImportError, RuntimeError, OSError) as error:
         raise MachineError(
             f"bitsandbytes cannot be used here: {error}",
@@ -40,6 +43,35 @@ def import_bitsandbytes() -> Any:
             del sys.modules["kernels"]
         else:
             sys.modules["kernels"] = before  # type: ignore[assignment]
+
+
+@contextmanager
+def _compiling_at_first_call() -> Iterator[None]:
+    """What is decorated with `torch.compile` meanwhile loads the compiler when it is called.
+
+    bitsandbytes so decorates what it falls back to where it has no kernel of its own. Most runs never call that, and each would load the
+    compiler for it: 0.8 s of every start with an adapter.
+    """
+    import torch
+
+    at_once = torch.compile
+
+    def at_first_call(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+        if function is None:
+            return functools.partial(at_first_call, **options)
+        compiled = functools.cache(lambda: at_once(function, **options))
+
+        @functools.wraps(function)
+        def call(*args: Any, **named: Any) -> Any:
+            return compiled()(*args, **named)
+
+        return call
+
+    torch.compile = at_first_call  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = at_once
 
 
 def quantization_config(kind: Literal["4bit", "8bit"], compute_dtype: Any) -> Any:

@@ -1,7 +1,7 @@
 """How a tensor was made, kept beside it: whoever needs it in the backward pass may make it again and store nothing.
 
 The output of a norm and the product of a feed-forward layer are cheap to make from what their own backward passes keep in any case. The
-linear layers behind them, which would store them, look here first. What is made again is the same, bit by bit.
+fused LoRA layers behind them, which would store them, look here first. What is made again is the same, bit by bit.
 """
 
 from __future__ import annotations

@@ -172,8 +172,7 @@ def _prepack(model: Any, config: Config, device: torch.device, precision: Arithm
         reason = cannot_prepack(config, device.type, _compute_dtype(model, device))
     sources = prepackable(_base_model(model)) if reason is None else []
     if reason is None:
-        with outside_the_heap():
-            reason = prepack.prepack(sources) if sources else "no LoRA layer is fused"
+        reason = prepack.prepack(sources, outside_the_heap) if sources else "no LoRA layer is fused"
     if reason is not None:
         return (Decision("model.weights_prepack", False, reason),)
     return (Decision("model.weights_prepack", True, f"{len(sources)} frozen weights lie ready for the kernels; proven to change no bit"),)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from llmtune.models.pieces import added, telling_pieces
-from llmtune.models.prepack import Prepacked, prepacked_of
+from llmtune.models.prepack import Plain, Prepacked, prepacked_of
 
 __all__ = ["Head", "find_head", "head_nll_sum", "trained_rows"]
 
@@ -134,6 +134,11 @@ def _nll_of_slice(logits_SV: Tensor, targets_S1: Tensor, scale: float, cap: floa
     return nll_S
 
 
+def _rounded_once(weight_VE: Tensor, dtype: torch.dtype) -> Plain:
+    rounded_VE = weight_VE.to(dtype)
+    return Plain(lambda: rounded_VE)
+
+
 class _HeadLoss(torch.autograd.Function):
     """Loss of a linear head; gradients are made chunk by chunk in the forward pass and scaled in the backward one.
 
@@ -156,7 +161,8 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dtype = hidden_NE.dtype
-        rounded_VE, rounded_V = weight_VE.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        products = packed or _rounded_once(weight_VE, dtype)
+        rounded_V = None if bias_V is None else bias_V.to(dtype)
         grad_hidden = torch.empty_like(hidden_NE) if wants_hidden else None
         grad_weight: Tensor | None = None
         grad_bias: Tensor | None = None
@@ -165,14 +171,13 @@ class _HeadLoss(torch.autograd.Function):
         for start in telling_pieces(range(0, hidden_NE.shape[0], chunk), hidden_NE):
             rows = slice(start, start + chunk)
             hidden_CE, targets_C1, weights_C = hidden_NE[rows], targets_N[rows].unsqueeze(1), weights_N[rows]
-            logits_CV = functional.linear(hidden_CE, rounded_VE, rounded_V) if packed is None else packed.linear(hidden_CE, rounded_V)
+            logits_CV = products.linear(hidden_CE, rounded_V)
             nll_C = _nll(logits_CV, targets_C1, scale, cap, sliced=sliced, with_gradient=any(ctx.needs_input_grad))
             sums.append((nll_C * weights_C).sum())
             grad_CV = logits_CV  # overwritten where a gradient is wanted
             factor_C1 = (weights_C * scale).unsqueeze(1)  # put on the narrow side of each product, not on the chunk
             if grad_hidden is not None:
-                grad_CE = grad_CV @ rounded_VE if packed is None else packed.input_gradient(grad_CV)
-                grad_hidden[rows] = grad_CE * factor_C1
+                grad_hidden[rows] = products.input_gradient(grad_CV) * factor_C1
             if wants_weight:
                 grad_weight = added(grad_weight, grad_CV.t() @ (hidden_CE * factor_C1).to(dtype))
             if wants_bias:

@@ -1,0 +1,36 @@
+"""What a process that computes sets up first."""
+
+import subprocess
+import sys
+
+
+def in_a_new_process(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_libraries_objects_are_out_of_the_collectors_sight_and_all_made_later_are_not():
+    in_a_new_process("""
+import gc, sys
+from llmtune.cli.process import prepare_process
+prepare_process(trains=True)
+assert "transformers.modeling_layers" in sys.modules and "torch" in sys.modules
+frozen = gc.get_freeze_count()
+assert gc.isenabled() and frozen > 200_000, frozen
+class Circle: pass
+made = [Circle() for _ in range(9)]
+for one in made: one.itself = one
+del made, one
+prepare_process()
+assert gc.get_freeze_count() == frozen, "garbage of a process that goes on would stay for good"
+assert gc.collect() >= 9
+""")
+
+
+def test_libraries_that_are_there_already_are_left_to_the_collector():
+    in_a_new_process("""
+import gc, transformers.modeling_layers
+from llmtune.cli.process import prepare_process
+prepare_process()
+assert gc.get_freeze_count() == 0
+""")
