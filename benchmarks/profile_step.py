@@ -33,7 +33,7 @@ OWNERS = (
 )
 """Names of operations (parts of them) that own everything that runs inside, first match wins; `part: x` names its part itself."""
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "MmBackward", "AddmmBackward")
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "MmBackward", "AddmmBackward", "_linear_pointwise")
 
 
 def part_of(event: Any, rank: int) -> str:

@@ -41,22 +41,23 @@ class _LoraGroup(torch.autograd.Function):
         ranks = [a.shape[0] for a in masters[0::2]]
         down = torch.cat([a * scale for a, scale in zip(masters[0::2], scales, strict=True)]).to(x.dtype)
         ups = [b.to(x.dtype) for b in masters[1::2]]
-        low = x @ down.t()
-        outputs = []
-        for layer, low_part, up in zip(layers, low.split(ranks, dim=1), ups, strict=True):
-            outputs.append(layer.output(x).addmm_(low_part, up.t()))
-        ctx.save_for_backward(low, down, *ups, *((x,) if recipe is None else recipe.sources))
+        lows = [one.contiguous() for one in (x @ down.t()).split(ranks, dim=1)]  # columns of a matrix would be copied by each product
+        outputs = [layer.output(x).addmm_(low, up.t()) for layer, low, up in zip(layers, lows, ups, strict=True)]
+        ctx.save_for_backward(down, *ups, *lows, *((x,) if recipe is None else recipe.sources))
         ctx.make, ctx.width = None if recipe is None else recipe.make, x.shape[1]
         ctx.layers, ctx.scales, ctx.ranks, ctx.master_dtype = layers, scales, ranks, masters[0].dtype
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        low, down, *rest = ctx.saved_tensors
-        ups, sources = rest[: len(ctx.layers)], rest[len(ctx.layers) :]
-        x = sources[0] if ctx.make is None else ctx.make(*sources).reshape(-1, ctx.width).to(low.dtype)
-        low_parts = low.split(ctx.ranks, dim=1)
-        grad_up = [(grad.t() @ low_part).to(ctx.master_dtype) for grad, low_part in zip(grads, low_parts, strict=True)]
+        down, *rest = ctx.saved_tensors
+        count = len(ctx.layers)
+        ups, lows, sources = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        x = sources[0] if ctx.make is None else ctx.make(*sources).reshape(-1, ctx.width).to(down.dtype)
+        # (grad^T low), made as the transpose of (low^T grad): the narrow operand is the one to be transposed
+        grad_up = [
+            (low.t() @ grad).t().to(ctx.master_dtype, memory_format=torch.contiguous_format) for low, grad in zip(lows, grads, strict=True)
+        ]
         grad_low = torch.cat([grad @ up for grad, up in zip(grads, ups, strict=True)], dim=1)
         grad_parts = (grad_low.t() @ x).to(ctx.master_dtype).split(ctx.ranks)
         grad_down = [part.mul_(scale) for part, scale in zip(grad_parts, ctx.scales, strict=True)]
