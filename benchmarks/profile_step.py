@@ -45,7 +45,7 @@ def part_of(event: Any, rank: int) -> str:
                 return part or one.name.removeprefix("part: ")
         inside = inside or "_LoraGroup" in one.name
         one = one.cpu_parent
-    if event.name in PRODUCTS or any(name in event.name for name in PRODUCTS):
+    if any(name in event.name for name in PRODUCTS):
         sizes = {size for shape in event.input_shapes or () if isinstance(shape, (list, tuple)) for size in shape if isinstance(size, int)}
         return "adapter" if inside and sizes & {rank, 2 * rank, 3 * rank} else "linear"
     return "adapter" if inside else "other"

@@ -21,7 +21,7 @@ class Circle: pass
 made = [Circle() for _ in range(9)]
 for one in made: one.itself = one
 del made, one
-prepare_process()
+prepare_process(trains=True)
 assert gc.get_freeze_count() == frozen, "garbage of a process that goes on would stay for good"
 assert gc.collect() >= 9
 """)
@@ -31,6 +31,16 @@ def test_libraries_that_are_there_already_are_left_to_the_collector():
     in_a_new_process("""
 import gc, transformers.modeling_layers
 from llmtune.cli.process import prepare_process
-prepare_process()
+prepare_process(trains=True)
 assert gc.get_freeze_count() == 0
+""")
+
+
+def test_a_command_that_trains_nothing_imports_what_it_needs_itself():
+    """A merge is refused without waiting for libraries that it may not come to need, and its promised peak has no part for them."""
+    in_a_new_process("""
+import gc, sys
+from llmtune.cli.process import prepare_process
+prepare_process()
+assert "transformers" not in sys.modules and gc.get_freeze_count() == 0
 """)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmtune.models.prepack import Prepacked, can_prepack
 from llmtune.training import fused_loss
 from llmtune.training.fused_loss import Head, head_nll_sum, trained_rows
 
@@ -61,6 +65,27 @@ def test_in_bf16_the_chunked_loss_stays_within_the_stated_bound() -> None:
     exact = (functional.cross_entropy(module(hidden), targets, reduction="none") * weights).sum()
     for a, b in zip(gradients(found, module, hidden), gradients(exact, module, hidden), strict=True):
         assert float((a - b).norm() / b.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_heads_weight_is_rounded_once_for_all_chunks_and_never_where_it_is_laid_out(is_packed: bool) -> None:
+    rounded: list[torch.Size] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+            if function is torch.ops.aten._to_copy.default:
+                rounded.append(arguments[0].shape)
+            return function(*arguments, **(named or {}))
+
+    module, hidden, targets, weights = problem(frozen=True)
+    if is_packed:
+        if not can_prepack():
+            pytest.skip("this CPU does not multiply bf16 natively")
+        vars(module)["_prepacked"] = Prepacked(module.weight)
+    assert hidden.shape[0] > fused_loss.CHUNK_ROWS
+    with torch.autocast("cpu", dtype=torch.bfloat16), Watch():
+        head_nll_sum(Head(module), hidden, targets, weights)
+    assert rounded.count(module.weight.shape) == (not is_packed)
 
 
 def test_only_the_places_before_a_trained_token_are_rows() -> None:

@@ -26,7 +26,8 @@ def is_offline() -> bool:
 def prepare_process(*, trains: bool = False) -> None:
     """Quiet the libraries' progress bars and advice; llmtune says itself what it does.
 
-    trains: the process takes many equal steps, so freed memory is kept for the next one. Not for a merge, whose peak is promised.
+    trains: the process takes many equal steps, so freed memory is kept for the next one, and the libraries it will need in any case are
+    imported. Not for a merge, whose peak is promised.
     Raises what `check_surroundings` raises.
     """
     check_surroundings()
@@ -38,13 +39,14 @@ def prepare_process(*, trains: bool = False) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    _import_libraries()
+    if trains:
+        _import_libraries()
 
 
 def _import_libraries() -> None:
-    """Import what every command that computes needs, and take its million objects out of the collector's sight: they stay.
+    """Import what every training needs, and take its half a million objects out of the collector's sight: they stay.
 
-    Each of the collector's rounds would walk them all: a fifth of the time to the first step.
+    Each of the collector's rounds would walk them all: a fifth of the time that importing takes.
     """
     if LIBRARY in sys.modules:
         return

@@ -102,7 +102,7 @@ class Source:
     read: Callable[[], Tensor]
 
 
-def prepack(sources: Sequence[Source], own_pages: OwnPages = nullcontext) -> str | None:
+def prepack(sources: Sequence[Source], own_pages: OwnPages) -> str | None:
     """Keep each layer's weight in both layouts beside it. Where a product would differ by one bit nothing is kept, and it says which.
 
     own_pages: only the layouts are made in it; what is made on the way goes again, and its memory serves the next.

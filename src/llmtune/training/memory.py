@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from llmtune.decisions import Decision
 
@@ -102,9 +103,14 @@ def outside_the_heap() -> Iterator[None]:
 
 
 def _set(setting: int, value: int) -> bool:
+    return bool(_mallopt()(setting, value))
+
+
+@cache
+def _mallopt() -> Callable[[int, int], int]:
     mallopt = ctypes.CDLL(None).mallopt
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-    return bool(mallopt(setting, value))
+    return mallopt
 
 
 def release_free_memory() -> None:

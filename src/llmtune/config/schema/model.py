@@ -83,8 +83,7 @@ class ModelConfig:
 
     weights_prepack: bool | Literal["auto"] = "auto"
     """Keep frozen weights under LoRA layers also as a CPU's matrix kernels read them, in bf16, and dequantized: a few per cent faster, the
-    same bits, for two copies in memory. `auto` does where the plan has room for it and no block is
-    recomputed."""
+    same bits, for two copies in memory. `auto` does where no block is recomputed and the plan has room."""
 
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     """Shape of a from-scratch model."""
