@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmtune.models.attention import BACKENDS, Rule, Segments, dense_mask, is_segment_mask, segment_mask
-from llmtune.models.attention_tiles import Tile, plan_tiles
+from llmtune.models.attention_tiles import Tile, lay_out, plan_tiles
 from llmtune.models.fused_attention import tiled_attention
 
 CPU = torch.device("cpu")
@@ -160,6 +160,28 @@ def test_tiles_cover_every_visible_pair_once(marks: tuple[int, ...], window: int
             assert block[gap][:, ~key_gap].sum() == block[~gap][:, key_gap].sum() == 0, "nothing passes between gaps and tokens"
             assert (block[gap].sum(1) == 1).all(), "a gap's output is finite"
     assert torch.equal(seen, dense_mask(marks, window, CPU).int())
+
+
+@pytest.mark.parametrize("marks", [ALIKE, SHORT, MARKS])
+def test_every_query_stands_once_where_the_layout_says_and_gaps_repeat_one(marks: tuple[int, ...]) -> None:
+    layout = lay_out(marks, None, 64, 6, 2, torch.float32, CPU)
+    queries = torch.arange(6 * marks[-1], dtype=torch.int32)
+    assert torch.equal(layout.order[layout.places], queries)
+    rows = layout.order.unsqueeze(1)
+    for tile, own in zip(layout.tiles, layout.by_tile(rows, 2, 3), strict=True):
+        token_GCRN, head_GCRN = (part.view(2, tile.pieces, 3, -1) for part in (own // 6, own % 6))
+        assert torch.equal(head_GCRN, torch.arange(6).view(2, 1, 3, 1).expand_as(head_GCRN)), "heads that share a key head are neighbours"
+        expected_GCRN = places_of(tile)[:, tile.start : tile.stop].view(1, tile.pieces, 1, -1).expand_as(token_GCRN)
+        assert torch.equal(token_GCRN[expected_GCRN >= 0], expected_GCRN[expected_GCRN >= 0].int())
+    assert len(layout.order) == sum(6 * tile.queries for tile in layout.tiles)
+
+
+def test_strides_of_the_inputs_change_no_bit() -> None:
+    as_models_give_them = [heads(count, torch.bfloat16, seed=seed) for seed, count in enumerate((6, 2, 2))]
+    in_order = [x.contiguous() for x in as_models_give_them]
+    assert in_order[0].stride() != as_models_give_them[0].stride()
+    found, expected = (run(lambda q, k, v: tiled_attention(q, k, v, MARKS, scale=0.3), *x) for x in (as_models_give_them, in_order))
+    assert all(map(torch.equal, found, expected))
 
 
 def test_short_documents_and_documents_of_one_length_share_their_products() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtune.tracking.wandb import INIT_TIMEOUT_S
 from pipeline_fixtures import rows_file  # noqa: F401
 from pipeline_helpers import LORA, lines_of, weights_of
 
@@ -154,7 +155,7 @@ def assert_a_bad_server_costs_one_line(runs, which):
     took = time.monotonic() - began
     assert_the_same(runs, which, err, "wandb")
     assert took < 2 * runs.plain_s + END_S + 15, f"{took:.0f} s, {runs.plain_s:.0f} s without trackers"
-    assert step_seconds(runs, which) < 2 * step_seconds(runs, "plain") + 1
+    assert step_seconds(runs, which) < step_seconds(runs, "plain") + INIT_TIMEOUT_S / 3, "no step waited for the server even once"
 
 
 def test_p11_wandb_that_never_answers_costs_a_run_one_line(runs):

@@ -4,7 +4,10 @@ A tile is a run of queries and the keys they may see. Documents of one length th
 one product for all of them. A run of short documents is packed into pieces of one length first, as containers are, so that it is a stack
 too; where that takes another order or leaves gaps, the tile carries the tokens' places.
 
-Tokens are counted from the row's start. T tokens of the row, N queries and M keys of a tile, L tokens of a piece.
+Queries are laid out tile after tile, once for the whole row, so that each tile finds its own side by side (`Layout`).
+
+Tokens are counted from the row's start. T tokens of the row, H query heads, G key heads (H = G x R); C pieces of a tile, L tokens of a
+piece, N queries and M keys of a tile in each.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["KEPT_TOKENS", "Rearranged", "Tile", "plan_tiles"]
+__all__ = ["KEPT_TOKENS", "Layout", "Rearranged", "Tile", "lay_out", "plan_tiles"]
 
 TILE_TOKENS = 128
 """Queries of a tile: fewer waste time between products, more waste products above the diagonal."""
@@ -69,12 +72,72 @@ class Tile(NamedTuple):
     @property
     def scores(self) -> int:
         """Scores that this tile computes for each head."""
-        return self.pieces * (self.stop - self.start) * (self.stop - self.key_start)
+        return self.queries * (self.stop - self.key_start)
+
+    @property
+    def queries(self) -> int:
+        """Queries of this tile, gaps among them."""
+        return self.pieces * (self.stop - self.start)
+
+    def gather(self, x: Tensor, dim: int, start: int) -> Tensor:
+        """Tokens `start` to this tile's last of each of its pieces, from a row along `dim`: [..., C, tokens, ...], a view if it can be."""
+        if self.rearranged is None:
+            return self._in_order(x, dim, start)
+        own = x.narrow(dim, self.first, self.tokens).index_select(dim, self.rearranged.tokens)
+        return own.unflatten(dim, (self.pieces, self.length))
+
+    def in_row(self, row: Tensor, found: Tensor, dim: int, start: int) -> tuple[Tensor, Tensor]:
+        """Where `row` has what `gather` would give, as a view, and `found` [..., C, tokens, ...] in the shape and order of that view."""
+        if self.rearranged is None:
+            return self._in_order(row, dim, start), found
+        return row.narrow(dim, self.first, self.tokens), found.flatten(dim, dim + 1).index_select(dim, self.rearranged.places)
+
+    def _in_order(self, x: Tensor, dim: int, start: int) -> Tensor:
+        if self.pieces == 1:
+            return x.narrow(dim, self.first + start, self.stop - start).unsqueeze(dim)
+        own = x.narrow(dim, self.first, self.tokens).unflatten(dim, (self.pieces, self.length))
+        return own.narrow(dim + 1, start, self.stop - start)
+
+
+class Layout(NamedTuple):
+    """The tiles of a flat row and the order in which its queries, one for each token and head, are laid out for them."""
+
+    tiles: tuple[Tile, ...]
+
+    order: Tensor
+    """Tile after tile, [G, C, R, N] each: which of the row's queries [T x H] stands at each place. int32."""
+
+    places: Tensor
+    """[T x H]: the place of each of the row's queries in that order. int32."""
+
+    def by_tile(self, rows: Tensor, groups: int, repeats: int) -> list[Tensor]:
+        """Cut rows [places, D] that are laid out in this order into those of each tile: views [G*C, R*N, D]."""
+        parts = rows.split([groups * repeats * tile.queries for tile in self.tiles])
+        return [part.view(groups * tile.pieces, -1, rows.shape[-1]) for part, tile in zip(parts, self.tiles, strict=True)]
 
 
 @lru_cache(maxsize=8)
+def lay_out(
+    boundaries: tuple[int, ...], window: int | None, tile: int, heads: int, groups: int, dtype: torch.dtype, device: torch.device
+) -> Layout:
+    """Cut one flat row into tiles (see `plan_tiles`) and lay its queries out. The same row asks once a layer, so a few answers are kept."""
+    tiles = plan_tiles(boundaries, window, tile, dtype, device)
+    query_TGR = torch.arange(boundaries[-1] * heads, dtype=torch.int32, device=device).view(-1, groups, heads // groups)
+    place_TGR = torch.empty_like(query_TGR)
+    order = []
+    count = 0
+    for one in tiles:
+        order.append(one.gather(query_TGR, 0, one.start).permute(2, 0, 3, 1).flatten())
+        numbers = torch.arange(count, count + len(order[-1]), dtype=torch.int32, device=device)
+        place_GCRN = numbers.view(groups, one.pieces, heads // groups, -1)
+        own, found = one.in_row(place_TGR, place_GCRN.permute(1, 3, 0, 2), 0, one.start)
+        own.copy_(found)
+        count += len(numbers)
+    return Layout(tiles, torch.cat(order), place_TGR.flatten())
+
+
 def plan_tiles(boundaries: tuple[int, ...], window: int | None, tile: int, dtype: torch.dtype, device: torch.device) -> tuple[Tile, ...]:
-    """Cut one flat row into tiles. The same row asks once for every layer, so the last few answers are kept.
+    """Cut one flat row into tiles.
 
     boundaries: cumulative document lengths, first 0. window: a query sees at most this many tokens, itself included. tile: queries of a
     tile of a document that stands alone.

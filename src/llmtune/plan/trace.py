@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmtune.models.attention import segment_mask, use_segment_attention
-from llmtune.models.attention_tiles import plan_tiles
+from llmtune.models.attention_tiles import lay_out
 from llmtune.models.fused import fuse
 from llmtune.plan.kernels import flex_stand_in, workspace_bytes
 from llmtune.plan.skeleton import base_of, blocks_of, give_stand_ins
@@ -162,7 +162,7 @@ def trace(
     earlier micro-batch of the window left its gradients. gradients_dropped: each goes once it is complete (`training.step_in_backward`).
     Raises what the model raises on stand-ins, NotImplementedError where this way of attention is not for this model.
     """
-    plan_tiles.cache_clear()  # or the masks of tiles would count in the first trace of a shape only
+    lay_out.cache_clear()  # or the masks of tiles would count in the first trace of a shape only
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     give_stand_ins(model, mode)
     base = base_of(model)
