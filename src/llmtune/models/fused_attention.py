@@ -3,7 +3,7 @@
 On a CPU, plain batched products reach several times the rate of the fused attention kernel. A tile (`models/attention_tiles.py`) is a run
 of queries and the keys they may see, of one document or of several at once: its scores are one batch of products, its output another.
 Query heads that share a key head are stacked into one product, so keys are never repeated. Queries, outputs and their gradients are laid
-out tile after tile in one pass over the row, and products write where they belong: copies tile by tile took a quarter of the time.
+out tile after tile in one pass over the row, and products write where they belong: copies tile by tile took a seventh of the time.
 
 Shapes: T tokens of the row, H query heads, G key/value heads (H = G x R), D head width; a tile has C pieces, N queries and M keys in each.
 """
