@@ -20,7 +20,7 @@ from llmtune.models.load import load_model
 from llmtune.preparation import Options, Prepared
 from llmtune.training.devices import Devices, choose_device
 from llmtune.training.engine import Engine, build_engine
-from llmtune.training.memory import LEAN_LARGEST_BLOCK, bound_kernel_caches, tune_allocator
+from llmtune.training.memory import LEAN_LARGEST_BLOCK, allocator_in_force, bound_kernel_caches, tune_allocator
 from llmtune.training.neftune import Neftune
 from llmtune.training.optim import Optimizer, build_optimizer, matrices_of_blocks
 from llmtune.training.precision import Precision, choose_precision
@@ -214,7 +214,7 @@ def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
     _seed_everything(config.run.seed + devices.rank)
     if config.model.recomputes and devices.device.type == "cpu":
         return [tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
-    return []
+    return allocator_in_force()
 
 
 def _open_precision(training: TrainingConfig, devices: Devices) -> tuple[Precision, list[Decision]]:

@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 from llmtune import __version__
 from llmtune.cli.failure import report_crash, report_error, say
 from llmtune.cli.offline import allow_no_telemetry, go_offline
-from llmtune.cli.process import check_arguments
+from llmtune.cli.process import check_arguments, restart_for_allocator
 from llmtune.cli.usage import usage_error
 from llmtune.errors import LlmtuneError, MachineError, UsageError
 from llmtune.runs.signals import ending_in_order
@@ -43,6 +43,9 @@ class Command(NamedTuple):
     panel: str
     """Heading under which the help lists it; one of `PANELS`."""
 
+    trains: bool = False
+    """It takes steps in this process, many and alike."""
+
 
 PANELS = ("Train", "Before a run", "Watch", "Use the result", "Check")
 
@@ -54,8 +57,8 @@ GROUPS: dict[str, str] = {
 }
 
 COMMANDS: tuple[Command, ...] = (
-    Command("train", "train:train", "Train a model from a preset or a config file.", "Train"),
-    Command("resume", "resume:resume", "Go on with a run, bit for bit, from its newest valid checkpoint.", "Train"),
+    Command("train", "train:train", "Train a model from a preset or a config file.", "Train", trains=True),
+    Command("resume", "resume:resume", "Go on with a run, bit for bit, from its newest valid checkpoint.", "Train", trains=True),
     Command("list-models", "models:list_models", "List the models that have a name, and which are on this machine.", "Before a run"),
     Command("config show", "config:show", "Print the resolved config; --origin says where each value comes from.", "Before a run"),
     Command("config diff", "config:diff", "Print the keys in which two configs or runs differ.", "Before a run"),
@@ -159,6 +162,8 @@ def _group(words: str, rows: tuple[Command, ...]) -> Any:
 
 
 def _load(row: Command) -> Any:
+    if row.trains:
+        restart_for_allocator()
     module_name, _, function_name = row.target.partition(":")
     function = getattr(importlib.import_module(f"llmtune.cli.{module_name}"), function_name)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

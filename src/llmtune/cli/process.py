@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
@@ -12,7 +13,10 @@ from pathlib import Path
 from llmtune.config.origin import is_text, printable
 from llmtune.errors import MachineError, UsageError
 
-__all__ = ["check_arguments", "check_surroundings", "check_working_folder", "is_offline", "prepare_process"]
+__all__ = ["check_arguments", "check_surroundings", "check_working_folder", "is_offline", "prepare_process", "restart_for_allocator"]
+
+RESTARTED = "LLMTUNE_RESTARTED"
+"""Number of a process that was started again: it is not a second time, even if what it was given did not arrive."""
 
 LIBRARY = "transformers.modeling_layers"
 """What brings torch and most of transformers with it."""
@@ -41,6 +45,23 @@ def prepare_process(*, trains: bool = False) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if trains:
         _import_libraries()
+
+
+def restart_for_allocator() -> None:
+    """Start this program again in the same process, with what its allocator reads at the start alone; returns where that is not to be done.
+
+    Only where the process is `llmtune` itself, and nothing has been read yet: another program that calls our `main` would be lost.
+    """
+    from llmtune.training.memory import without_thread_caches
+
+    environment = without_thread_caches(os.environ)
+    program = Path(sys.argv[0])
+    is_ours = program.name == "llmtune" or program.parts[-2:] == ("llmtune", "__main__.py")
+    own = str(os.getpid())
+    if environment is None or not is_ours or not sys.executable or os.environ.get(RESTARTED) == own:
+        return
+    with contextlib.suppress(OSError):  # where it is forbidden, nothing but memory is lost
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, RESTARTED: own})  # noqa: S606 - the very command that runs
 
 
 def _import_libraries() -> None:

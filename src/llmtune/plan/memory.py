@@ -10,7 +10,7 @@ from llmtune.plan.trace import MicroBatchShape, Peaks
 
 __all__ = ["MemoryPlan", "add_up", "gigabytes", "optimizer_bytes"]
 
-ALLOCATOR_SHARE = {"cpu": 0.35, "cuda": 0.05}
+ALLOCATOR_SHARE = {"cpu": 0.25, "cuda": 0.05}
 """What the allocator holds beside tensors that come and go (a micro-batch's, and gradients), as a part of them: gaps."""
 
 LARGEST_GAPS = {"cpu": 2, "cuda": 0}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
@@ -18,10 +18,12 @@ from llmtune.decisions import Decision
 __all__ = [
     "FULL_KERNEL_CACHES_BYTES",
     "LEAN_LARGEST_BLOCK",
+    "allocator_in_force",
     "bound_kernel_caches",
     "outside_the_heap",
     "release_free_memory",
     "tune_allocator",
+    "without_thread_caches",
 ]
 
 M_TRIM_THRESHOLD = -1
@@ -43,6 +45,11 @@ KEPT = (1 << 31) - 1
 
 OWN_PAGES = 1 << 17
 """Bytes from which a block that stays gets pages of its own."""
+
+TUNABLES = "GLIBC_TUNABLES"
+NO_THREAD_CACHES = "glibc.malloc.tcache_count=0"
+"""glibc reads this once, when a process starts. Otherwise each thread keeps seven freed small blocks of every size to itself: they lie amid
+the large blocks of a step and no gap grows past them. QLoRA on rows of 2,400 tokens took 2.98 GB with them and 2.67 without."""
 
 _tuned: list[int] = []
 """The largest blocks asked for of glibc's allocator so far; empty where it was not tuned."""
@@ -79,11 +86,30 @@ def tune_allocator(*, largest_block: int = LARGEST_BLOCK) -> Decision:
         return Decision(key, "unchanged", "this allocator takes no settings")
     _tuned.append(largest_block)
     _set(M_TRIM_THRESHOLD, KEPT)
-    if largest_block < LARGEST_BLOCK:
-        return Decision(
-            key, f"keeps freed blocks up to {largest_block >> 20} MiB", "larger ones would leave gaps that grow, and memory is short"
-        )
-    return Decision(key, "keeps freed memory", "memory already held is ten times faster to reuse than fresh pages")
+    return allocator_in_force()[0]
+
+
+def allocator_in_force() -> list[Decision]:
+    """What `tune_allocator` has set in this process; empty where it was not called, or could not."""
+    if not _tuned:
+        return []
+    value, reason = "keeps freed memory", "memory already held is ten times faster to reuse than fresh pages"
+    if _tuned[-1] < LARGEST_BLOCK:
+        value, reason = f"keeps freed blocks up to {_tuned[-1] >> 20} MiB", "larger ones would leave gaps that grow, and memory is short"
+    if NO_THREAD_CACHES in os.environ.get(TUNABLES, ""):
+        value, reason = f"{value}, without thread caches", f"{reason}; small blocks kept amid large ones leave gaps"
+    return [Decision("process.allocator", value, reason)]
+
+
+def without_thread_caches(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """The environment in which a process has no thread caches in its allocator; None where that is so, or is not ours to say.
+
+    The user's own setting of them is left alone, and so is another allocator that is preloaded.
+    """
+    given = environment.get(TUNABLES, "")
+    if platform.libc_ver()[0] != "glibc" or "tcache" in given or "malloc" in environment.get("LD_PRELOAD", ""):
+        return None
+    return {**environment, TUNABLES: ":".join(filter(None, (given, NO_THREAD_CACHES)))}
 
 
 @contextmanager
