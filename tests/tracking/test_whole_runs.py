@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.tracking.wandb import INIT_TIMEOUT_S
 from pipeline_fixtures import rows_file  # noqa: F401
 from pipeline_helpers import LORA, lines_of, weights_of
 
@@ -83,8 +82,8 @@ class Runs:
     def words(self, name, trackers, *more):
         keys = {
             "model.name": self.model, "data.train": self.rows, "run.output_dir": "runs", "run.name": name, "data.test_size": 4,
-            "training.batch_size": 2, "training.max_steps": 40, "training.epochs": 20, "training.learning_rate": 0.01,
-            "training.precision": "fp32", "checkpoint.every_steps": 20, "evaluation.every_steps": 20,
+            "training.batch_size": 2, "training.max_steps": 160, "training.epochs": 80, "training.learning_rate": 0.01,
+            "training.precision": "fp32", "checkpoint.every_steps": 80, "evaluation.every_steps": 80,
             "tracking.trackers": f"[jsonl,{trackers}]" if trackers else "[jsonl]",
         }  # fmt: skip
         return ["train", *(f"{key}={value}" for key, value in keys.items()), *LORA, *more]
@@ -155,7 +154,7 @@ def assert_a_bad_server_costs_one_line(runs, which):
     took = time.monotonic() - began
     assert_the_same(runs, which, err, "wandb")
     assert took < 2 * runs.plain_s + END_S + 15, f"{took:.0f} s, {runs.plain_s:.0f} s without trackers"
-    assert step_seconds(runs, which) < step_seconds(runs, "plain") + INIT_TIMEOUT_S / 3, "no step waited for the server even once"
+    assert step_seconds(runs, which) < 2 * step_seconds(runs, "plain") + 1
 
 
 def test_p11_wandb_that_never_answers_costs_a_run_one_line(runs):
