@@ -17,6 +17,8 @@ SHORT = (0, 40, 70, 150, 170, 260, 300, 305)
 """Lengths 40, 30, 80, 20, 90, 40, 5: packed into pieces of 90, which takes another order and leaves gaps."""
 ALIKE = (0, 200, 400, 600, 760, 860)
 """Three documents of 200 side by side, one of 160, one of 100."""
+APART = (0, 300, 340, 600, 770, 1070)
+"""Documents of 300, 40, 260, 170 and 300: their parts that go together are unevenly far apart."""
 
 
 def heads(count: int, dtype: torch.dtype = torch.float32, total: int = MARKS[-1], seed: int = 0) -> torch.Tensor:
@@ -87,7 +89,7 @@ def test_tiles_of_heads_that_share_no_key_head_equal_attention_under_the_dense_m
 
 
 @pytest.mark.parametrize("rule", [Rule(0.3), Rule(0.3, window=37), Rule(0.3, window=150, softcap=0.8)], ids=str)
-@pytest.mark.parametrize("marks", [SHORT, ALIKE], ids=["packed", "alike"])
+@pytest.mark.parametrize("marks", [SHORT, ALIKE, APART], ids=["packed", "alike", "apart"])
 def test_tiles_of_several_documents_at_once_equal_attention_under_the_dense_mask(marks: tuple[int, ...], rule: Rule) -> None:
     """N15 where short documents are packed into pieces in another order, with gaps, and where documents of one length are stacked."""
     inputs = [heads(count, total=marks[-1], seed=seed) for seed, count in enumerate((6, 2, 2))]
@@ -122,30 +124,32 @@ def test_a_document_does_not_feel_its_neighbour_by_one_bit(backend: str, dtype: 
         assert torch.equal(a[:, :, 60:], b[:, :, 60:])
 
 
-def test_a_document_of_a_stack_does_not_feel_another_by_one_bit() -> None:
-    """N5 where one product serves several documents: the second of three alike changes."""
-    inputs = [heads(count, torch.bfloat16, ALIKE[-1], seed) for seed, count in enumerate((6, 2, 2))]
-    changed = [torch.cat([x[:, :, :200], 3 * x[:, :, 200:400] + 1, x[:, :, 400:]], dim=2) for x in inputs]
-    one, other = (run(lambda q, k, v: tiled_attention(q, k, v, ALIKE, scale=0.25), *given) for given in (inputs, changed))
-    assert not torch.equal(one[0][:, 200:400], other[0][:, 200:400])
+@pytest.mark.parametrize(("marks", "changed"), [(ALIKE, (200, 400)), (APART, (340, 600))], ids=["alike", "apart"])
+def test_a_document_does_not_feel_another_of_the_same_products_by_one_bit(marks: tuple[int, ...], changed: tuple[int, int]) -> None:
+    """N5 where one product serves several documents, and one of them changes."""
+    start, stop = changed
+    inputs = [heads(count, torch.bfloat16, marks[-1], seed) for seed, count in enumerate((6, 2, 2))]
+    others = [torch.cat([x[:, :, :start], 3 * x[:, :, start:stop] + 1, x[:, :, stop:]], dim=2) for x in inputs]
+    one, other = (run(lambda q, k, v: tiled_attention(q, k, v, marks, scale=0.25), *given) for given in (inputs, others))
+    assert not torch.equal(one[0][:, start:stop], other[0][:, start:stop])
     for a, b, dim in zip(one, other, (1, 2, 2, 2), strict=True):
-        assert torch.equal(a.narrow(dim, 0, 200), b.narrow(dim, 0, 200))
-        assert torch.equal(a.narrow(dim, 400, 460), b.narrow(dim, 400, 460))
+        assert torch.equal(a.narrow(dim, 0, start), b.narrow(dim, 0, start))
+        assert torch.equal(a.narrow(dim, stop, marks[-1] - stop), b.narrow(dim, stop, marks[-1] - stop))
 
 
 def places_of(tile: Tile) -> torch.Tensor:
-    """The row's token at each place of a tile's pieces, [C, L]; -1 in gaps."""
-    own = tile.first + torch.arange(tile.tokens)
-    if tile.rearranged is not None:
-        at_places = torch.full((tile.pieces * tile.length,), -1)
-        at_places[tile.rearranged.places] = own
-        assert torch.equal(own[tile.rearranged.tokens][at_places >= 0], at_places[at_places >= 0])
-        own = at_places
-    return own.view(tile.pieces, tile.length)
+    """The row's token at each place of a tile's pieces, from their beginning to the tile's end, [C, stop]; -1 in gaps."""
+    if tile.rearranged is None:
+        return torch.tensor(tile.firsts).unsqueeze(1) + torch.arange(tile.stop)
+    own = tile.firsts[0] + torch.arange(len(tile.rearranged.places))
+    at_places = torch.full((tile.pieces * tile.stop,), -1)
+    at_places[tile.rearranged.places] = own
+    assert torch.equal(own[tile.rearranged.tokens][at_places >= 0], at_places[at_places >= 0])
+    return at_places.view(tile.pieces, tile.stop)
 
 
 @pytest.mark.parametrize("window", [None, 5, 37, 300])
-@pytest.mark.parametrize("marks", [(0, 1), (0, 256), (0, 257, 600), (0, 100, 128, 129, 400, 410), ALIKE, SHORT, MARKS])
+@pytest.mark.parametrize("marks", [(0, 1), (0, 256), (0, 257, 600), (0, 100, 128, 129, 400, 410), ALIKE, APART, SHORT, MARKS])
 def test_tiles_cover_every_visible_pair_once(marks: tuple[int, ...], window: int | None) -> None:
     seen = torch.zeros(marks[-1], marks[-1], dtype=torch.int32)
     for tile in plan_tiles(marks, window, 64, torch.float32, CPU):
@@ -162,13 +166,12 @@ def test_tiles_cover_every_visible_pair_once(marks: tuple[int, ...], window: int
     assert torch.equal(seen, dense_mask(marks, window, CPU).int())
 
 
-@pytest.mark.parametrize("marks", [ALIKE, SHORT, MARKS])
+@pytest.mark.parametrize("marks", [ALIKE, APART, SHORT, MARKS])
 def test_every_query_stands_once_where_the_layout_says_and_gaps_repeat_one(marks: tuple[int, ...]) -> None:
     layout = lay_out(marks, None, 64, 6, 2, torch.float32, CPU)
     queries = torch.arange(6 * marks[-1], dtype=torch.int32)
     assert torch.equal(layout.order[layout.places], queries)
-    rows = layout.order.unsqueeze(1)
-    for tile, own in zip(layout.tiles, layout.by_tile(rows, 2, 3), strict=True):
+    for tile, (own,) in layout.by_tile(layout.order.unsqueeze(1)):
         token_GCRN, head_GCRN = (part.view(2, tile.pieces, 3, -1) for part in (own // 6, own % 6))
         assert torch.equal(head_GCRN, torch.arange(6).view(2, 1, 3, 1).expand_as(head_GCRN)), "heads that share a key head are neighbours"
         expected_GCRN = places_of(tile)[:, tile.start : tile.stop].view(1, tile.pieces, 1, -1).expand_as(token_GCRN)
@@ -184,16 +187,22 @@ def test_strides_of_the_inputs_change_no_bit() -> None:
     assert all(map(torch.equal, found, expected))
 
 
-def test_short_documents_and_documents_of_one_length_share_their_products() -> None:
+def test_documents_share_their_products() -> None:
     """What the tiles are for: a few large products, whatever the order of the documents."""
     short = plan_tiles(SHORT, None, 256, torch.float32, CPU)
-    assert [(tile.pieces, tile.length) for tile in short] == [(4, 90)]
-    alike = plan_tiles((0, 256, 512, 768, 900), None, 256, torch.float32, CPU)
-    assert [(tile.pieces, tile.start, tile.stop) for tile in alike] == [(3, 0, 128), (3, 128, 256), (1, 0, 132)]
-    assert all(tile.rearranged is None for tile in alike)
+    assert [(tile.pieces, tile.stop) for tile in short] == [(4, 90)]
     in_order = plan_tiles((0, 30, 64, 104, 128), None, 256, torch.float32, CPU)
-    assert [(tile.pieces, tile.length, tile.rearranged) for tile in in_order] == [(2, 64, None)]
-    assert {tile.pieces for tile in plan_tiles((0, 1100, 2200), None, 256, torch.float32, CPU)} == {1}, "their probabilities are not kept"
+    assert [(tile.pieces, tile.stop, tile.rearranged) for tile in in_order] == [(2, 64, None)]
+    alike = plan_tiles((0, 256, 512, 768, 900), None, 256, torch.float32, CPU)
+    assert [(tile.firsts, tile.start, tile.stop) for tile in alike] == [
+        ((0, 256, 512, 768), 0, 128), ((0, 256, 512), 128, 256), ((768,), 128, 132),
+    ]  # fmt: skip
+    of_all_lengths = plan_tiles((0, 300, 340, 600, 2000, 2300), None, 256, torch.float32, CPU)
+    assert [(tile.firsts, tile.start, tile.stop) for tile in of_all_lengths if tile.pieces > 1] == [
+        ((0, 340, 2000), 0, 128), ((0, 340, 2000), 128, 256), ((0, 2000), 256, 300),
+    ]  # fmt: skip
+    assert {tile.stop - tile.start for tile in of_all_lengths if tile.firsts == (600,)} == {256, 1400 - 5 * 256}, "probabilities not kept"
+    assert {tile.pieces for tile in plan_tiles((0, 1100, 2200), None, 256, torch.float32, CPU)} == {1}, "nor are these"
 
 
 @pytest.mark.parametrize("backend", ["tiles", "varlen", "flex"])

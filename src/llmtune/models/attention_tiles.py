@@ -1,13 +1,13 @@
 """How a flat row is cut for attention by explicit products: into tiles, each a few large products instead of many small ones.
 
-A tile is a run of queries and the keys they may see. Documents of one length that stand side by side are a stack: they share their tiles,
-one product for all of them. A run of short documents is packed into pieces of one length first, as containers are, so that it is a stack
-too; where that takes another order or leaves gaps, the tile carries the tokens' places.
+A tile is a run of queries and the keys they may see, of one document or of several: the first 128 queries of all that have so many see as
+many keys each and are one product, then the next 128, and so on; ends go together where they are alike. A run of short documents is packed
+into pieces of one length first, as containers are; where that takes another order or leaves gaps, the tile carries the tokens' places.
 
 Queries are laid out tile after tile, once for the whole row, so that each tile finds its own side by side (`Layout`).
 
-Tokens are counted from the row's start. T tokens of the row, H query heads, G key heads (H = G x R); C pieces of a tile, L tokens of a
-piece, N queries and M keys of a tile in each.
+Tokens are counted from the row's start. T tokens of the row, H query heads, G key heads (H = G x R); C pieces of a tile, N queries and M
+keys in each.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Rearranged(NamedTuple):
     """Pieces made of tokens that do not stand side by side, or fill them only in part. Numbers are counted from the tile's first token."""
 
     tokens: Tensor
-    """[pieces x L]: the token at each place; a gap repeats one that is there."""
+    """[C x L]: the token at each place of pieces of L; a gap repeats one that is there."""
 
     places: Tensor
     """The place of each token, in the row's order."""
@@ -55,19 +55,21 @@ class Rearranged(NamedTuple):
 class Tile(NamedTuple):
     """Queries `start` to `stop` of each piece against the keys `key_start` to `stop` of that piece.
 
-    first, tokens: where in the row the pieces stand; they have `length` tokens each, from which those are counted. hidden (0 or -inf) is
-    added to the last columns of the scores: [N, columns], or [pieces, 1, N, columns] where pieces differ.
+    firsts: where in the row each piece begins; its tokens are counted from there. hidden (0 or -inf) is added to the last columns of the
+    scores: [N, columns], or [C, 1, N, columns] where pieces differ. A tile that is rearranged has whole pieces, and `firsts` say how many.
     """
 
-    first: int
-    tokens: int
-    pieces: int
-    length: int
+    firsts: tuple[int, ...]
     start: int
     stop: int
     key_start: int
     hidden: Tensor
     rearranged: Rearranged | None = None
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces it has, C."""
+        return len(self.firsts)
 
     @property
     def scores(self) -> int:
@@ -81,22 +83,31 @@ class Tile(NamedTuple):
 
     def gather(self, x: Tensor, dim: int, start: int) -> Tensor:
         """Tokens `start` to this tile's last of each of its pieces, from a row along `dim`: [..., C, tokens, ...], a view if it can be."""
-        if self.rearranged is None:
-            return self._in_order(x, dim, start)
-        own = x.narrow(dim, self.first, self.tokens).index_select(dim, self.rearranged.tokens)
-        return own.unflatten(dim, (self.pieces, self.length))
+        if self.rearranged is not None:
+            return self._whole(x, dim).index_select(dim, self.rearranged.tokens).unflatten(dim, (self.pieces, self.stop))
+        parts = self._parts(x, dim, start)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
-    def in_row(self, row: Tensor, found: Tensor, dim: int, start: int) -> tuple[Tensor, Tensor]:
-        """Where `row` has what `gather` would give, as a view, and `found` [..., C, tokens, ...] in the shape and order of that view."""
-        if self.rearranged is None:
-            return self._in_order(row, dim, start), found
-        return row.narrow(dim, self.first, self.tokens), found.flatten(dim, dim + 1).index_select(dim, self.rearranged.places)
+    def in_row(self, row: Tensor, found: Tensor, dim: int, start: int) -> list[tuple[Tensor, Tensor]]:
+        """Where `row` has what `gather` would give, as views, and the part of `found` [..., C, tokens, ...] that belongs there."""
+        if self.rearranged is not None:
+            return [(self._whole(row, dim), found.flatten(dim, dim + 1).index_select(dim, self.rearranged.places))]
+        parts = self._parts(row, dim, start)
+        return list(zip(parts, found.split([part.shape[dim] for part in parts], dim), strict=True))
 
-    def _in_order(self, x: Tensor, dim: int, start: int) -> Tensor:
-        if self.pieces == 1:
-            return x.narrow(dim, self.first + start, self.stop - start).unsqueeze(dim)
-        own = x.narrow(dim, self.first, self.tokens).unflatten(dim, (self.pieces, self.length))
-        return own.narrow(dim + 1, start, self.stop - start)
+    def _parts(self, row: Tensor, dim: int, start: int) -> list[Tensor]:
+        """The pieces from `start` on, as views [..., pieces, tokens, ...]: all in one where they are evenly far apart, else one by one."""
+        tokens = self.stop - start
+        steps = {after - before for before, after in pairwise(self.firsts)} or {tokens}
+        if len(steps) > 1:
+            return [row.narrow(dim, first + start, tokens).unsqueeze(dim) for first in self.firsts]
+        step = steps.pop()
+        own = row.narrow(dim, self.firsts[0] + start, step * (self.pieces - 1) + tokens)
+        return [own.unfold(dim, tokens, step).movedim(-1, dim + 1)]
+
+    def _whole(self, row: Tensor, dim: int) -> Tensor:
+        assert self.rearranged is not None
+        return row.narrow(dim, self.firsts[0], len(self.rearranged.places))
 
 
 class Layout(NamedTuple):
@@ -104,16 +115,25 @@ class Layout(NamedTuple):
 
     tiles: tuple[Tile, ...]
 
+    groups: int
+    """Key heads, G."""
+
+    repeats: int
+    """Query heads of each of them, R."""
+
     order: Tensor
     """Tile after tile, [G, C, R, N] each: which of the row's queries [T x H] stands at each place. int32."""
 
     places: Tensor
     """[T x H]: the place of each of the row's queries in that order. int32."""
 
-    def by_tile(self, rows: Tensor, groups: int, repeats: int) -> list[Tensor]:
-        """Cut rows [places, D] that are laid out in this order into those of each tile: views [G*C, R*N, D]."""
-        parts = rows.split([groups * repeats * tile.queries for tile in self.tiles])
-        return [part.view(groups * tile.pieces, -1, rows.shape[-1]) for part, tile in zip(parts, self.tiles, strict=True)]
+    def by_tile(self, *rows: Tensor) -> list[tuple[Tile, list[Tensor]]]:
+        """Each tile with its part of each of `rows` [places, D], which are laid out in this order: views [G*C, R*N, D]."""
+        sizes = [self.groups * self.repeats * tile.queries for tile in self.tiles]
+        return [
+            (tile, [part.view(self.groups * tile.pieces, -1, part.shape[-1]) for part in parts])
+            for tile, *parts in zip(self.tiles, *(one.split(sizes) for one in rows), strict=True)
+        ]
 
 
 @lru_cache(maxsize=8)
@@ -121,19 +141,19 @@ def lay_out(
     boundaries: tuple[int, ...], window: int | None, tile: int, heads: int, groups: int, dtype: torch.dtype, device: torch.device
 ) -> Layout:
     """Cut one flat row into tiles (see `plan_tiles`) and lay its queries out. The same row asks once a layer, so a few answers are kept."""
-    tiles = plan_tiles(boundaries, window, tile, dtype, device)
-    query_TGR = torch.arange(boundaries[-1] * heads, dtype=torch.int32, device=device).view(-1, groups, heads // groups)
+    tiles, repeats = plan_tiles(boundaries, window, tile, dtype, device), heads // groups
+    query_TGR = torch.arange(boundaries[-1] * heads, dtype=torch.int32, device=device).view(-1, groups, repeats)
     place_TGR = torch.empty_like(query_TGR)
     order = []
     count = 0
     for one in tiles:
         order.append(one.gather(query_TGR, 0, one.start).permute(2, 0, 3, 1).flatten())
         numbers = torch.arange(count, count + len(order[-1]), dtype=torch.int32, device=device)
-        place_GCRN = numbers.view(groups, one.pieces, heads // groups, -1)
-        own, found = one.in_row(place_TGR, place_GCRN.permute(1, 3, 0, 2), 0, one.start)
-        own.copy_(found)
+        place_GCRN = numbers.view(groups, one.pieces, repeats, -1)
+        for own, found in one.in_row(place_TGR, place_GCRN.permute(1, 3, 0, 2), 0, one.start):
+            own.copy_(found)
         count += len(numbers)
-    return Layout(tiles, torch.cat(order), place_TGR.flatten())
+    return Layout(tiles, groups, repeats, torch.cat(order), place_TGR.flatten())
 
 
 def plan_tiles(boundaries: tuple[int, ...], window: int | None, tile: int, dtype: torch.dtype, device: torch.device) -> tuple[Tile, ...]:
@@ -142,26 +162,24 @@ def plan_tiles(boundaries: tuple[int, ...], window: int | None, tile: int, dtype
     boundaries: cumulative document lengths, first 0. window: a query sees at most this many tokens, itself included. tile: queries of a
     tile of a document that stands alone.
     """
-    tiles: list[Tile] = []
-    for length, run in groupby(pairwise(boundaries), key=_stack_of):
-        documents = list(run)
-        if length == 0:
-            tiles.append(_short_tile(documents, window, dtype, device))
-            continue
-        for stack in [documents] if length <= KEPT_TOKENS else [[document] for document in documents]:
-            first, tokens, rows = stack[0][0], length * len(stack), tile if len(stack) == 1 else min(tile, TILE_TOKENS)
-            for start in range(0, length, rows):
-                stop = min(start + rows, length)
-                key_start = 0 if window is None else max(0, start - window + 1)
-                hidden = _hidden((start, stop), key_start, window, dtype, device)
-                tiles.append(Tile(first, tokens, len(stack), length, start, stop, key_start, hidden))
+    documents = list(pairwise(boundaries))
+    tiles = [_short_tile(list(run), window, dtype, device) for is_short, run in groupby(documents, key=_is_short) if is_short]
+    kept = [one for one in documents if not _is_short(one) and one[1] - one[0] <= KEPT_TOKENS]
+    alone = [[one] for one in documents if one[1] - one[0] > KEPT_TOKENS]  # a few large products are enough, and their scores are many
+    for group in [kept, *alone]:
+        rows = tile if len(group) == 1 else min(tile, TILE_TOKENS)
+        firsts_of: dict[Document, list[int]] = {}
+        for first, end in group:
+            for start in range(0, end - first, rows):
+                firsts_of.setdefault((start, min(start + rows, end - first)), []).append(first)
+        for (start, stop), firsts in firsts_of.items():
+            key_start = 0 if window is None else max(0, start - window + 1)
+            tiles.append(Tile(tuple(firsts), start, stop, key_start, _hidden((start, stop), key_start, window, dtype, device)))
     return tuple(tiles)
 
 
-def _stack_of(document: Document) -> int:
-    """The length by which documents stack; 0 for short ones, which go together whatever their lengths."""
-    length = document[1] - document[0]
-    return 0 if length <= SHORT_TOKENS else length
+def _is_short(document: Document) -> bool:
+    return document[1] - document[0] <= SHORT_TOKENS
 
 
 def _short_tile(documents: Sequence[Document], window: int | None, dtype: torch.dtype, device: torch.device) -> Tile:
@@ -180,7 +198,7 @@ def _short_tile(documents: Sequence[Document], window: int | None, dtype: torch.
     if order != list(range(tokens)):
         places = [place_of[token] for token in range(tokens)]
         rearranged = Rearranged(*(torch.tensor(one, dtype=torch.int64, device=device) for one in (order, places)))
-    return Tile(first, tokens, len(pieces), length, 0, length, 0, hidden, rearranged)
+    return Tile(tuple(first + length * number for number in range(len(pieces))), 0, length, 0, hidden, rearranged)
 
 
 def _packed(documents: Sequence[Document]) -> list[list[Document]]:

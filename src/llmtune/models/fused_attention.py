@@ -43,34 +43,32 @@ class _TiledAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, softcap: float | None, keep: bool
     ) -> Tensor:
         heads, total, width = query.shape
-        groups = key.shape[0]
-        repeats = heads // groups
         rows = query.transpose(0, 1).reshape(-1, width).index_select(0, layout.order)
         key, value = (key * scale).contiguous(), value.contiguous()
         output = torch.empty_like(rows)
         kept = []
-        pieces = [*zip(layout.tiles, layout.by_tile(rows, groups, repeats), layout.by_tile(output, groups, repeats), strict=True)]
-        for tile, own, own_output in pieces if keep else telling_pieces(pieces, query, _scores):
-            weights, _ = _probabilities(own, _keys(key, tile), tile, repeats, softcap)
+        pieces = layout.by_tile(rows, output)
+        for tile, (own, own_output) in pieces if keep else telling_pieces(pieces, query, _scores):
+            weights, _ = _probabilities(own, _keys(key, tile), tile, layout.repeats, softcap)
             torch.bmm(weights, _keys(value, tile), out=own_output)
             if keep:
                 kept.append(weights)
         ctx.save_for_backward(rows, key, value, *kept)
-        ctx.layout, ctx.repeats, ctx.scale, ctx.softcap = layout, repeats, scale, softcap
+        ctx.layout, ctx.scale, ctx.softcap = layout, scale, softcap
         return output.index_select(0, layout.places).view(total, heads, width)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, key, value, *kept = ctx.saved_tensors
-        layout, repeats = ctx.layout, ctx.repeats
+        layout = ctx.layout
         groups, total, width = key.shape
         grad_rows = grad_output.reshape(-1, width).index_select(0, layout.order)
         grad_both = torch.zeros(2 * groups, total, width, dtype=torch.float32, device=key.device)
-        pieces = [*zip(layout.tiles, layout.by_tile(rows, groups, repeats), layout.by_tile(grad_rows, groups, repeats), strict=True)]
+        pieces = layout.by_tile(rows, grad_rows)
         held = iter(kept)
-        for tile, own, grad in pieces if kept else telling_pieces(pieces, rows, _scores):
+        for tile, (own, grad) in pieces if kept else telling_pieces(pieces, rows, _scores):
             keys = _keys(key, tile)
-            weights, capped = (next(held), None) if kept else _probabilities(own, keys, tile, repeats, ctx.softcap)
+            weights, capped = (next(held), None) if kept else _probabilities(own, keys, tile, layout.repeats, ctx.softcap)
             grad_weights = torch.bmm(grad, _keys(value, tile).transpose(1, 2))
             # the first to read the probabilities, which lie far away by now: a pass in order fetches them sooner than a transposed product
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
@@ -79,8 +77,8 @@ class _TiledAttention(torch.autograd.Function):
             parts = keys.new_empty(2, *keys.shape)
             torch.bmm(weights.transpose(1, 2), grad, out=parts[1])
             torch.bmm(grad_scores.transpose(1, 2), own, out=parts[0])
-            own_sum, found = tile.in_row(grad_both, parts.view(2 * groups, tile.pieces, -1, width), 1, tile.key_start)
-            own_sum += found
+            for own_sum, found in tile.in_row(grad_both, parts.view(2 * groups, tile.pieces, -1, width), 1, tile.key_start):
+                own_sum += found
             torch.bmm(grad_scores, keys, out=grad)  # its rows have served
         grad_both[:groups].mul_(ctx.scale)
         grad_key, grad_value = grad_both.to(key.dtype).chunk(2)
@@ -88,7 +86,7 @@ class _TiledAttention(torch.autograd.Function):
         return grad_query_HTD, grad_key, grad_value, None, None, None, None
 
 
-def _scores(piece: tuple[Tile, *tuple[Tensor, ...]]) -> int:
+def _scores(piece: tuple[Tile, list[Tensor]]) -> int:
     return piece[0].scores
 
 
