@@ -23,7 +23,9 @@ from fault_helpers import Sends, in_memory, litter_in, undisturbed
 from llmtune import durable, pipeline
 from llmtune.config.layers import load_config
 from llmtune.durable.faults import Unsynced
+from llmtune.errors import StoppedBySignal
 from llmtune.runs.folder import read_run_file
+from llmtune.runs.signals import ending_in_order, held_back
 from llmtune.verify.children import in_child
 from llmtune.verify.phases import Marker, watched
 from pipeline_helpers import difference, line_count, small_run
@@ -224,3 +226,17 @@ def test_p8_a_signal_while_the_libraries_are_imported_ends_the_command_in_one_li
     assert "Traceback" not in "".join(said)
     assert "stopped" in "".join(said)
     assert not (place.folder / "import").exists()
+
+
+def test_p8_a_signal_that_is_held_back_acts_when_the_body_has_ended():
+    """An exception in the middle of torch's own start aborts the process: seen once in a dozen suites."""
+    seen = []
+
+    def body():
+        with ending_in_order(), held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            seen.append("went on")
+
+    with pytest.raises(StoppedBySignal):
+        body()
+    assert seen == ["went on"]

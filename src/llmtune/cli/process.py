@@ -72,8 +72,9 @@ def _import_libraries() -> None:
     if LIBRARY in sys.modules:
         return
     from llmtune.models.reading import collector_paused
+    from llmtune.runs.signals import held_back
 
-    with collector_paused():
+    with held_back(), collector_paused():
         importlib.import_module(LIBRARY)
         gc.freeze()
 

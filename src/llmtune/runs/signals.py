@@ -14,7 +14,7 @@ from typing import Any
 
 from llmtune.errors import StoppedBySignal
 
-__all__ = ["SIGNALS", "StopRequest", "ending_in_order"]
+__all__ = ["SIGNALS", "StopRequest", "ending_in_order", "held_back"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -99,6 +99,16 @@ class StopRequest:
 def _is_of_no_concern(number: signal.Signals) -> bool:
     """Whether whoever started this process wants it to outlive its terminal."""
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """While the body runs, signals wait: for a library's own start, which an exception in the middle of its C++ would abort."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
