@@ -89,9 +89,9 @@ def as_module(*words):
 
 
 @with_glibc
-@pytest.mark.parametrize("command", ["train", "resume"])
+@pytest.mark.parametrize("command", ["train", "resume", "plan"])
 @pytest.mark.parametrize("program", ["module", "script"])
-def test_a_command_that_trains_starts_once_more_without_the_allocators_thread_caches(starts_of, program, command):
+def test_a_command_that_trains_or_plans_starts_once_more_without_the_allocators_thread_caches(starts_of, program, command):
     script = shutil.which("llmtune", path=str(Path(sys.executable).parent))
     words = ["--debug", command, "--help"]
     out, starts = starts_of(as_module(*words) if program == "module" else [script, *words])
@@ -137,11 +137,11 @@ def the_c_library():
 @pytest.mark.parametrize(
     "command",
     [
-        as_module("plan", "--help"),
+        as_module("list-models", "--help"),
         as_module("verify", "resume", "--help"),
         [sys.executable, "-c", "from llmtune.cli.main import main; main(['train', '--help'])"],
     ],
-    ids=["plan", "verify resume", "another program"],
+    ids=["list-models", "verify resume", "another program"],
 )
 def test_what_trains_nothing_itself_or_is_another_program_is_not_started_again(starts_of, command):
     out, starts = starts_of(command)

@@ -14,6 +14,7 @@ import pytest
 from llmtune.assembly import assemble, open_devices
 from llmtune.config.layers import ResolvedConfig
 from llmtune.preparation import Options, prepare
+from llmtune.training import memory
 from llmtune.training.memory import KERNEL_CACHES, bound_kernel_caches
 from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from pipeline_helpers import in_child, small_run
@@ -94,6 +95,7 @@ def test_a_run_whose_blocks_are_computed_again_says_which_freed_blocks_it_keeps(
     prepared = prepare(config_of(f"model.gradient_checkpointing={recompute}"), options)
 
     def write_what_is_said() -> None:
+        memory._tuned.clear()  # another test may have run a command in this process
         decisions = assemble(prepared, options, open_devices(prepared.config, options)[0]).decisions
         (tmp_path / "said").write_text(json.dumps([one.value for one in decisions if one.key == "process.allocator"]))
 

@@ -1,13 +1,17 @@
 """`llmtune plan` and `llmtune doctor` as commands, and the plan's lines in a training (Q7)."""
 
 import json
+import platform
 import sys
+
+import pytest
 
 from llmtune import pipeline
 from llmtune.cli import doctor
 from llmtune.cli.main import run
 from llmtune.plan.report import compared_lines
 from llmtune.preparation import Options
+from llmtune.training import memory
 from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 
 
@@ -41,6 +45,13 @@ def test_q7_measured_steps_give_the_plan_its_time(tiny_model_folder, rows_file, 
     assert measured["measured_peak_bytes"] > 0
     assert run(arguments) == 0
     assert json.loads(capsys.readouterr().out)["tokens_per_second"] == measured["tokens_per_second"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's allocator")
+def test_q7_a_plan_is_made_and_measured_with_the_allocator_of_a_training(tiny_model_folder, rows_file, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(memory, "_tuned", [])
+    assert run(["plan", f"model.name={tiny_model_folder}", f"data.train={rows_file}", "--no-cuda", "--json"]) == 0
+    assert memory._tuned == [memory.LARGEST_BLOCK]
 
 
 def test_q7_a_training_says_its_plan_first_and_compares_it_at_the_end(config_of):  # noqa: F811

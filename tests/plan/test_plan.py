@@ -19,7 +19,7 @@ from llmtune.plan.report import as_dict, lines, make_plan
 from llmtune.plan.skeleton import build, weight_dtype
 from llmtune.plan.trace import MicroBatchShape, extrapolate, trace
 from llmtune.training import offload
-from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES
+from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES, NO_THREAD_CACHES, TUNABLES
 from llmtune.training.offload import PAGE_BYTES
 from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from pipeline_helpers import LORA
@@ -94,6 +94,19 @@ def test_q7_the_parts_add_up_to_the_peak(forecaster_of):
     assert set(memory.parts) == {
         "process", "weights", "prepacked", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator",
     }  # fmt: skip
+
+
+def test_q7_more_gaps_are_planned_where_threads_keep_small_blocks(forecaster_of, monkeypatch):
+    """As in a program that trains by the Python API; `llmtune` starts itself without."""
+    forecaster = forecaster_of()
+    gaps = 2 * forecaster.count(forecaster.config).largest_gradient_bytes
+    monkeypatch.setenv(TUNABLES, "")
+    kept = forecaster.memory()
+    monkeypatch.setenv(TUNABLES, NO_THREAD_CACHES)
+    without = forecaster.memory()
+    assert kept.moment == without.moment == "loss"
+    assert (kept.parts["allocator"] - gaps) / (without.parts["allocator"] - gaps) == pytest.approx(35 / 25, rel=1e-3)
+    assert kept.parts | {"allocator": 0} == without.parts | {"allocator": 0}
 
 
 def test_q7_the_process_counts_the_kernels_that_a_run_in_bf16_collects_and_none_in_fp32(forecaster_of):

@@ -70,7 +70,7 @@ def test_q7_nothing_is_laid_out_while_weights_are_read(forecaster_of):
     small = Peaks(dict.fromkeys(("forward", "loss", "last block", "first block", "end"), 0), dict.fromkeys(("forward",), 0), 0)
     memory = add_up(
         counted, small, MicroBatchShape((1,), 1, "flat"), kind="cpu", optimizer="adamw", gradients_held=False, gradients_dropped=False,
-        prepacked=True, process=0, file_bytes=1 << 40,
+        prepacked=True, thread_caches=True, process=0, file_bytes=1 << 40,
     )  # fmt: skip
     assert (memory.moment, memory.parts["prepacked"]) == ("loading", 0)
 

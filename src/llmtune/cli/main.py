@@ -44,7 +44,7 @@ class Command(NamedTuple):
     """Heading under which the help lists it; one of `PANELS`."""
 
     trains: bool = False
-    """It takes steps in this process, many and alike."""
+    """It takes steps in this process, many and alike, or plans them."""
 
 
 PANELS = ("Train", "Before a run", "Watch", "Use the result", "Check")
@@ -67,7 +67,13 @@ COMMANDS: tuple[Command, ...] = (
     Command("data preview", "preview:preview", "Show rows as the model will see them, trained tokens coloured.", "Before a run"),
     Command("data report", "data:report", "Show what becomes of every row.", "Before a run"),
     Command("tokenizer train", "tokenizer:train", "Train a byte-level BPE tokenizer on the config's data.", "Before a run"),
-    Command("plan", "plan:plan", "Steps, memory by part, time and disk of a run; whether it fits, and what to change.", "Before a run"),
+    Command(
+        "plan",
+        "plan:plan",
+        "Steps, memory by part, time and disk of a run; whether it fits, and what to change.",
+        "Before a run",
+        trains=True,
+    ),
     Command("verify resume", "verify:resume", "Kill a run, resume it, compare it byte for byte with one nobody stopped.", "Check"),
     Command("verify crash", "verify:crash", "Kill a run in the middle of its file operations, resume it, compare.", "Check"),
     Command("verify batching", "verify:batching", "Loss and gradients do not depend on how a step is cut.", "Check"),

@@ -33,7 +33,7 @@ def plan(
 
     from llmtune.cli.process import is_offline, prepare_process
 
-    prepare_process()
+    prepare_process(trains=True)  # as the run that is planned, and `--measure` takes its steps
     from llmtune.assembly import open_devices
     from llmtune.plan.devices import open_target
     from llmtune.plan.forecast import Forecaster

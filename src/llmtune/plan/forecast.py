@@ -29,7 +29,7 @@ from llmtune.plan.trace import TRACED_BLOCKS, MicroBatchShape, Peaks, extrapolat
 from llmtune.preparation import Options, Prepared
 from llmtune.training.devices import Devices
 from llmtune.training.engine import attention_ways, group_tokens
-from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES
+from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES, has_thread_caches
 from llmtune.training.precision import DTYPES as COMPUTE
 from llmtune.training.step_in_backward import choose_windows
 
@@ -183,6 +183,7 @@ class Forecaster:
             gradients_held=several,
             gradients_dropped=dropped,
             prepacked=config.model.weights_prepack is True,
+            thread_caches=has_thread_caches(),
             process=self.process,
             file_bytes=self.shape.file_bytes,
         )
