@@ -1,6 +1,9 @@
 """Q7: what is planned is what a run then needs. Sizes are exact, and memory follows the tokens."""
 
 import json
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -117,6 +120,28 @@ def test_q7_the_process_counts_the_kernels_that_a_run_in_bf16_collects_and_none_
     assert plain.process == pytest.approx(process_bytes(None), abs=16 << 20)
     assert half.process - FULL_KERNEL_CACHES_BYTES == pytest.approx(process_bytes(torch.bfloat16), abs=16 << 20)
     assert forecaster_of(target=Target("a card elsewhere", "cuda", 1 << 40)).process == 0
+
+
+FREED = """
+import sys
+from llmtune.training.memory import tune_allocator
+tune_allocator()
+from llmtune.plan.devices import resident_bytes
+from llmtune.plan.process import process_bytes
+before = process_bytes(None)
+rows = [b"x" * (100_000 + n) for n in range(3_000)]
+stays = b"x" * 100_000
+del rows
+assert resident_bytes() > before + (250 << 20), "it was to be kept"
+print(process_bytes(None) - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator keeps what was freed")
+def test_q7_what_reading_rows_has_left_free_is_not_planned_twice():
+    """The steps will use it again: counted with the process it would stand in the plan beside what they put there."""
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 32 << 20
 
 
 def traced(forecaster, lengths, *, blocks=None, checkpointing=False, device_type="cpu"):

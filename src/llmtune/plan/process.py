@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from llmtune.plan.devices import resident_bytes
+from llmtune.training.memory import release_free_memory
 
 __all__ = ["process_bytes"]
 
@@ -26,4 +27,5 @@ def process_bytes(compute: torch.dtype | None) -> int:
     scores.square().mean().backward()
     nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
     optimizer.step()
+    release_free_memory()
     return resident_bytes()
