@@ -103,12 +103,24 @@ def _is_of_no_concern(number: signal.Signals) -> bool:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """While the body runs, signals wait: for a library's own start, which an exception in the middle of its C++ would abort."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """While the body runs, signals wait: for a library's own start, which an exception in the middle of its C++ would abort.
+
+    The first one acts at the end. Not by the thread's mask, for a signal to a process goes to whichever thread lets it through.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals in the main thread only
+        return
+    held: list[int] = []
+    installed = {one: signal.getsignal(one) for one in SIGNALS if signal.getsignal(one) not in (None, signal.SIG_IGN)}
+    for one in installed:
+        signal.signal(one, lambda number, _frame: held.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for one, handler in installed.items():
+            signal.signal(one, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 @contextlib.contextmanager
