@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -111,16 +111,24 @@ def held_back() -> Iterator[None]:
         yield  # Python handles signals in the main thread only
         return
     held: list[int] = []
-    installed = {one: signal.getsignal(one) for one in SIGNALS if signal.getsignal(one) not in (None, signal.SIG_IGN)}
-    for one in installed:
-        signal.signal(one, lambda number, _frame: held.append(number))
+    wanted = [one for one in SIGNALS if signal.getsignal(one) not in (None, signal.SIG_IGN)]
+    try:
+        with _handled_by(lambda number, _frame: held.append(number), wanted):
+            yield
+    finally:
+        if held:
+            signal.raise_signal(held[0])
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """While the body runs, in the main thread, `handler` gets these signals."""
+    previous: dict[signal.Signals, Any] = {one: signal.signal(one, handler) for one in numbers}
     try:
         yield
     finally:
-        for one, handler in installed.items():
-            signal.signal(one, handler)
-        if held:
-            signal.raise_signal(held[0])
+        for one, before in previous.items():
+            signal.signal(one, before if before is not None else signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -142,12 +150,8 @@ def ending_in_order() -> Iterator[None]:
         yield
         return
     wanted = [one for one in SIGNALS if one != signal.SIGINT and not _is_of_no_concern(one)]
-    previous: dict[signal.Signals, Any] = {one: signal.signal(one, stop) for one in wanted}
-    try:
+    with _handled_by(stop, wanted):
         yield
-    finally:
-        for one, handler in previous.items():
-            signal.signal(one, handler if handler is not None else signal.SIG_DFL)
     if asked:
         raise asked[0]  # a library swallowed it
 

@@ -97,14 +97,14 @@ def allocator_in_force() -> list[Decision]:
     value, reason = "keeps freed memory", "memory already held is ten times faster to reuse than fresh pages"
     if _tuned[-1] < LARGEST_BLOCK:
         value, reason = f"keeps freed blocks up to {_tuned[-1] >> 20} MiB", "larger ones would leave gaps that grow, and memory is short"
-    if not has_thread_caches():
+    if NO_THREAD_CACHES in os.environ.get(TUNABLES, ""):
         value, reason = f"{value}, without thread caches", f"{reason}; small blocks kept amid large ones leave gaps"
     return [Decision("process.allocator", value, reason)]
 
 
 def has_thread_caches() -> bool:
-    """Whether each thread of this process may keep freed small blocks to itself."""
-    return NO_THREAD_CACHES not in os.environ.get(TUNABLES, "")
+    """Whether each thread of this process keeps freed small blocks amid the heap: glibc's allocator does, unless told otherwise."""
+    return without_thread_caches(os.environ) is not None
 
 
 def without_thread_caches(environment: Mapping[str, str]) -> dict[str, str] | None:
