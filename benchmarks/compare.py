@@ -24,7 +24,7 @@ from typing import Any
 
 from workloads import WORKLOADS, find_conversations, prepare, scaled
 
-from llmtune.training.memory import without_thread_caches
+from llmtune.engine.allocator import without_thread_caches
 
 HERE = Path(__file__).resolve().parent
 LOSS_TOLERANCE = 1e-2

@@ -51,18 +51,18 @@ def ours(
     import torch
 
     from llmtune.config.schema import Config, ModelConfig, TrainingConfig
-    from llmtune.data.batches import BatchPlan
+    from llmtune.data.dataset.batches import BatchPlan
+    from llmtune.data.dataset.packing import plan_packs
     from llmtune.data.example import Example, ExampleList
-    from llmtune.data.packing import plan_packs
-    from llmtune.models.adapters import trained_parameters
-    from llmtune.training.devices import Devices
-    from llmtune.training.engine import build_engine
-    from llmtune.training.loop import train_steps
-    from llmtune.training.optim import build_optimizer
-    from llmtune.training.precision import Precision
-    from llmtune.training.state import TrainingState
-    from llmtune.training.step_in_backward import StepInBackward
-    from llmtune.training.update import AfterBackward
+    from llmtune.engine.devices import Devices
+    from llmtune.engine.forward import build_engine
+    from llmtune.engine.loop import train_steps
+    from llmtune.engine.optim import build_optimizer
+    from llmtune.engine.precision import Precision
+    from llmtune.engine.state import TrainingState
+    from llmtune.engine.step_in_backward import StepInBackward
+    from llmtune.engine.update import AfterBackward
+    from llmtune.models.parameters import trained_parameters
 
     place = torch.device(device)
     precision = Precision("bf16", place)
@@ -236,8 +236,9 @@ def load(workload: Workload, device: str, base_dtype: str = "auto") -> Any:
     import torch
     import transformers
 
+    from llmtune.adapters import attach as adapters
     from llmtune.config.schema import ArchitectureConfig, ModelConfig
-    from llmtune.models import adapters, scratch
+    from llmtune.models import scratch
     from llmtune.models.catalog import resolve
     from llmtune.models.load import load_model
     from llmtune.models.tokenizer import load_tokenizer

@@ -33,11 +33,11 @@ def ours(model: Any, rows: contestant.Rows) -> Callable[[], float]:
     import torch
 
     from llmtune.config.schema import Config, ModelConfig, TrainingConfig
-    from llmtune.data.batches import eval_batches
+    from llmtune.data.dataset.batches import eval_batches
     from llmtune.data.example import Example, ExampleList
+    from llmtune.engine.forward import build_engine
+    from llmtune.engine.precision import Precision
     from llmtune.evaluation.heldout import evaluate
-    from llmtune.training.engine import build_engine
-    from llmtune.training.precision import Precision
 
     device = torch.device("cpu")
     precision = Precision("bf16", device)
@@ -61,7 +61,7 @@ def theirs(model: Any, rows: contestant.Rows, *, sft: bool) -> Callable[[], floa
 def answers(model: Any, count: int) -> tuple[float, float, bool]:
     """Seconds for `count` answers one after the other and in batches, and whether they are the same."""
     from llmtune.config.schema import ModelConfig
-    from llmtune.data.template import Renderer
+    from llmtune.data.rendering.renderer import Renderer
     from llmtune.evaluation.generate import generate
     from llmtune.models.catalog import resolve
     from llmtune.models.tokenizer import load_tokenizer

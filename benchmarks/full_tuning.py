@@ -38,7 +38,7 @@ def train(variant: str, shape: str, tokens: int, steps: int, device: str) -> dic
 
     import torch
 
-    from llmtune.training.devices import peak_memory_bytes
+    from llmtune.engine.devices import peak_memory_bytes
 
     return {
         "tokens_per_second": tokens * (steps - 1) / sum(seconds for seconds, _ in done[1:]),

@@ -16,11 +16,11 @@ from collections import Counter
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from llmtune import pipeline
 from llmtune.config.layers import load_config
-from llmtune.keeping import Keeper
 from llmtune.tracking import queue
 from llmtune.tracking.jsonl import RunRecord
+from llmtune.training import train as training
+from llmtune.training.checkpointer import Keeper
 
 WATCHED = (
     (Keeper, "save", "save"),
@@ -75,7 +75,7 @@ def main() -> None:
         stack.enter_context(redirect_stderr(said))
         stack.enter_context(redirect_stdout(said))
         resolved = load_config("test", overrides=[*sys.argv[1:], f"run.output_dir={folder}/runs"])
-        result = pipeline.train(resolved)
+        result = training.train(resolved)
     steps = result.seconds
     figures = {
         "model": resolved.config.model.name,

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 
 from llmtune import durable
-from llmtune.durable.faults import Unsynced
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from disk_faults import Unsynced
+from llmtune.engine.state import Snapshot
 from llmtune.runs import checkpoint
 from llmtune.runs.folder import create_run
-from llmtune.training.state import Snapshot
 
 
 def peak_megabytes() -> float:

@@ -62,12 +62,12 @@ def documents_of_python() -> list[str]:
 def prepare(folder: Path, documents: list[str], *, model: str, steps: int, batch_size: int, overrides: tuple[str, ...] = ()) -> None:
     """Write the config, the tokenizer, the model before step 1, and the rows of every step and of the held-out documents."""
     from llmtune.config.layers import load_config
-    from llmtune.data.batches import eval_batches
+    from llmtune.config.process_options import Options
+    from llmtune.data.dataset.batches import eval_batches
+    from llmtune.models.quiet_libraries import quiet_libraries
     from llmtune.models.save import write_tokenizer
     from llmtune.models.scratch import build_config, build_model
-    from llmtune.models.silence import quiet_libraries
-    from llmtune.preparation import Options
-    from llmtune.preparation import prepare as prepare_run
+    from llmtune.prepare import prepare as prepare_run
 
     held_out = documents[::HELD_OUT_EVERY]
     train = [text for number, text in enumerate(documents) if number % HELD_OUT_EVERY]

@@ -66,7 +66,8 @@ def resolved_config(model: str, rows: Path, cache: Path, workers: int | None) ->
 
 def prepare_part(arguments: argparse.Namespace) -> dict[str, Any]:
     """One start: the call that turns rows into examples and packs."""
-    from llmtune.preparation import Options, prepare
+    from llmtune.config.process_options import Options
+    from llmtune.prepare import prepare
 
     resolved = resolved_config(arguments.model, arguments.rows, arguments.cache, arguments.workers)
     begin = time.perf_counter()
@@ -79,11 +80,12 @@ def prepare_part(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def bare_part(arguments: argparse.Namespace) -> dict[str, Any]:
     """The tokenizer alone, over the texts of all rows."""
-    from llmtune.data.formats import UnusableRowError, conversation_of
-    from llmtune.data.places import find_files
-    from llmtune.data.sources import BadRow, read_rows
-    from llmtune.data.tokenizing import detect_formats
-    from llmtune.preparation import Options, find_model, open_renderer, open_tokenizer
+    from llmtune.config.process_options import Options
+    from llmtune.data.dataset.tokenize import detect_formats
+    from llmtune.data.reading.data_files import find_files
+    from llmtune.data.reading.records_of_files import BadRow, read_rows
+    from llmtune.data.rows.formats import UnusableRowError, conversation_of
+    from llmtune.prepare import find_model, open_renderer, open_tokenizer
 
     resolved = resolved_config(arguments.model, arguments.rows, arguments.cache, arguments.workers)
     options = Options(offline=True)

@@ -145,7 +145,7 @@ def _conversation_rows(workload: Workload, path: Path) -> Iterator[tuple[np.ndar
     from transformers import AutoTokenizer
 
     from llmtune.models.catalog import resolve
-    from llmtune.models.store import local_folder
+    from llmtune.models.hub import local_folder
 
     tokenizer = AutoTokenizer.from_pretrained(local_folder(resolve(workload.model, offline=True)))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

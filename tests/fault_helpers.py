@@ -8,10 +8,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from disk_faults import Counting, Failing, Killing, Unsynced
 from llmtune import durable
-from llmtune.durable.faults import Counting, Failing, Killing, Unsynced
-from llmtune.verify.children import in_child
-from llmtune.verify.phases import Marker
+from llmtune.verify.kill_points import Marker
+from llmtune.verify.subprocesses import in_child
 
 FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EROFS": errno.EROFS, "short write": None}
 EVERY_FAULT = [(fault, for_ever) for fault in FAULTS for for_ever in (False, True)]

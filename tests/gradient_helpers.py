@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmtune.adapters.attach import attach_adapter
 from llmtune.config.schema import AdapterConfig
-from llmtune.models.adapters import attach_adapter
 
 
 def loss_and_gradients(model: Any, loss: Callable[[], torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:

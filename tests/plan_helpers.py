@@ -1,8 +1,9 @@
 """What tests of the plan share: where they plan for, and the run that a plan is about."""
 
-from llmtune.assembly import assemble, open_devices
-from llmtune.plan.devices import Target
-from llmtune.preparation import Options
+from llmtune.config.process_options import Options
+from llmtune.engine.devices import open_devices
+from llmtune.plan.hardware import Target
+from llmtune.training.build import assemble
 
 OPTIONS = Options(no_cuda=True, offline=True)
 ROOMY = Target("a roomy machine", "cpu", 1 << 40, is_here=True)

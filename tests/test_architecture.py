@@ -12,39 +12,37 @@ PACKAGE = ROOT / "src" / "llmtune"
 
 RANKS = {
     "errors": 0,
-    "decisions": 0,
-    "durable": 0.5,
-    "config": 1,
-    "data": 2,
-    "models": 2,
-    "training": 3,
-    "assembly": 4,
-    "runs": 4,
-    "tracking": 5,
-    "evaluation": 5,
-    "preparation": 3,
-    "plan": 5,
-    "model_card": 1,
-    "keeping": 5.5,
-    "observation": 5.5,
-    "reporting": 5.7,
-    "session": 5.8,
-    "pipeline": 6,
-    "deploy": 6,
-    "watch": 6,
-    "verify": 7,
-    "cli": 8,
+    "version": 0,
+    "common": 1,
+    "durable": 2,
+    "config": 3,
+    "data": 4,
+    "models": 4,
+    "adapters": 5,
+    "kernels": 6,
+    "engine": 7,
+    "prepare": 8,
+    "runs": 8,
+    "evaluation": 8,
+    "deploy": 9,
+    "plan": 9,
+    "tracking": 9,
+    "training": 10,
+    "api": 11,
+    "verify": 11,
+    "cli": 12,
 }
+"""A module imports only from folders of smaller rank (and from its own)."""
 FENCES = {
     "typer": ("cli",),
     "rich.prompt": ("cli",),
-    "rich": ("cli", "tracking", "watch"),
+    "rich": ("cli", "tracking"),
     "wandb": ("tracking",),
     "tensorboard": ("tracking",),
     "torch.utils.tensorboard": ("tracking",),
     "yaml": ("config",),
-    "peft": ("models",),
-    "bitsandbytes": ("models",),
+    "peft": ("adapters",),
+    "bitsandbytes": ("models", "engine"),
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "yaml.load", "os.system", "os.popen"}
@@ -54,7 +52,7 @@ def modules():
     """(room, path, syntax tree) of every module of the package, the top one excepted."""
     for path in sorted(PACKAGE.rglob("*.py")):
         room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if room in {"__init__", "__main__", "api"}:
+        if room in {"__init__", "__main__"}:
             continue
         yield room, path, ast.parse(path.read_text(encoding="utf-8"))
 
@@ -87,12 +85,8 @@ def dotted(node):
 
 
 def test_every_room_has_a_rank():
-    assert {room for room, _, _ in modules()} == set(RANKS) - set(missing_rooms())
-
-
-def missing_rooms():
-    """Ranked rooms that are not built yet; none may stay here once its issue has landed."""
-    return [room for room in RANKS if not (PACKAGE / room).is_dir() and not (PACKAGE / f"{room}.py").is_file()]
+    assert {room for room, _, _ in modules()} == set(RANKS)
+    assert all(isinstance(rank, int) for rank in RANKS.values())
 
 
 def test_a_module_imports_only_from_rooms_of_smaller_rank():
@@ -187,31 +181,24 @@ def test_a_file_above_four_hundred_lines_or_a_function_above_sixty_has_a_second_
         files, functions = [], []
         for path in sorted(PACKAGE.rglob("*.py")):
             text = path.read_text(encoding="utf-8")
-            files += [(len(text.splitlines()), path.relative_to(PACKAGE))]
+            files += [(len(text.splitlines()), path.relative_to(PACKAGE).as_posix())]
             functions += [
                 (node.end_lineno - node.lineno + 1, f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}")
                 for node in ast.walk(ast.parse(text))
                 if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             ]
         assert len(files) > 200
-        return [row for row in files if row[0] > file_lines], [row for row in functions if row[0] > function_lines]
+        one_subject = {"config/schema.py"}  # every key of a run on one page
+        return [row for row in files if row[0] > file_lines and row[1] not in one_subject], [
+            row for row in functions if row[0] > function_lines
+        ]
 
     assert too_long(400, 60) == ([], [])
     assert all(too_long(200, 40))
 
 
-def test_a_section_of_the_config_is_a_module_of_its_name():
-    """A key is found by its first word: the class that declares `training.epochs` stands in `schema/training.py`."""
-    from llmtune.config.convert import SECTIONS
-
-    assert {key: cls.__module__ for key, cls in SECTIONS.items()} == {
-        key: f"llmtune.config.schema.{key.partition('.')[0]}" for key in SECTIONS
-    }
-    assert len(SECTIONS) == 10
-
-
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "datasets", "pyarrow", "peft", "wandb"])
 def test_the_light_rooms_import_nothing_heavy(heavy):
-    light = ("errors", "decisions", "durable", "config.layers", "models.catalog", "runs.folder", "cli.main")
+    light = ("errors", "common.decisions", "durable", "config.layers", "models.catalog", "runs.folder", "cli.main")
     code = f"import sys, {', '.join(f'llmtune.{name}' for name in light)}; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

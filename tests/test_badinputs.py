@@ -12,9 +12,9 @@ import pytest
 
 import badinputs_explained as explained
 import badinputs_runner as runner
-from llmtune.data.sandbox import Limits
-from llmtune.data.template import Renderer
-from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from llmtune.data.rendering.renderer import Renderer
+from llmtune.data.rendering.sandbox import Limits
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 
 CASES = runner.cases()
 KINDS = {"adapters", "checkpoints", "commands", "configs", "data", "environments", "models", "templates", "tokenizers"}
@@ -23,8 +23,8 @@ KINDS = {"adapters", "checkpoints", "commands", "configs", "data", "environments
 @pytest.fixture(scope="session")
 def places(tiny_model_folder, rows_file, tmp_path_factory):  # noqa: F811
     """A model, rows, a run of four steps that kept each checkpoint, and its adapter; cases copy what they spoil."""
-    from llmtune import pipeline
     from llmtune.config.layers import load_config
+    from llmtune.training import train as training
 
     keys = {
         "model.name": tiny_model_folder, "data.train": rows_file, "run.output_dir": tmp_path_factory.mktemp("runs"), "run.name": "run",
@@ -33,7 +33,7 @@ def places(tiny_model_folder, rows_file, tmp_path_factory):  # noqa: F811
         "adapter.method": "lora", "adapter.r": 2, "checkpoint.every_steps": 2, "tracking.trackers": "[jsonl]",
     }  # fmt: skip
     resolved = load_config(None, overrides=[f"{key}={value}" for key, value in keys.items()], environ={})
-    run = pipeline.train(resolved).folder
+    run = training.train(resolved).folder
     return {"long": "a" * 300, "model": tiny_model_folder, "rows": rows_file, "run": run, "adapter": run / "checkpoints" / "final"}
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from canaries import PICKLES, SCRIPTS, plant, run_guarded
-from pipeline_fixtures import rows_file  # noqa: F401
+from training_fixtures import rows_file  # noqa: F401
 
 COMMANDS = """
 from llmtune.cli.main import main

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pipeline_helpers import lines_of, weights_of
+from training_helpers import lines_of, weights_of
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="what a process may not do is taken from it in Linux's way")
 NAME = "-a b'\"\n😀 $(touch fired)`;&*?[x]{y}~%s,=:#"

@@ -10,12 +10,13 @@ import time
 import pytest
 
 from canaries import plant
-from llmtune import durable, pipeline
+from disk_faults import Counting
+from llmtune import durable
 from llmtune.cli.main import main
-from llmtune.durable.faults import Counting
 from llmtune.errors import MachineError, StoppedBySignal
-from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
-from pipeline_helpers import LORA, lines_of, weights_of
+from llmtune.training import train as training
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_helpers import LORA, lines_of, weights_of
 
 
 class FullDisk(Counting):
@@ -46,26 +47,26 @@ class Interrupted(Counting):
 
 
 def test_p7_a_disk_that_fills_during_a_run_costs_the_saves_and_never_the_run(config_of, tmp_path):  # noqa: F811
-    whole = pipeline.train(config_of(*LORA, name="whole")).folder
+    whole = training.train(config_of(*LORA, name="whole")).folder
     with durable.use_backend(FullDisk("step-000006", "step-000009", "step-000010")), pytest.raises(MachineError) as caught:
-        pipeline.train(config_of(*LORA, name="full"))
+        training.train(config_of(*LORA, name="full"))
     assert caught.value.exit_code == 6
     run = tmp_path / "runs" / "full"
     assert durable.verify_manifest(run / "checkpoints" / "step-000003") == []
     assert [line["step"] for line in lines_of(run) if "train_mean_nll" in line] == list(range(1, 11))
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
-    pipeline.resume(str(run))
+    training.resume(str(run))
     assert weights_of(run) == weights_of(whole)
 
 
 def test_p8_a_signal_while_saving_is_answered_saved_and_the_run_ends_the_same(config_of, tmp_path):  # noqa: F811
-    whole = pipeline.train(config_of(*LORA, name="whole")).folder
+    whole = training.train(config_of(*LORA, name="whole")).folder
     with durable.use_backend(Interrupted("step-000003")), pytest.raises(StoppedBySignal) as caught:
-        pipeline.train(config_of(*LORA, name="stopped"))
+        training.train(config_of(*LORA, name="stopped"))
     assert caught.value.exit_code == 128 + signal.SIGTERM
     run = tmp_path / "runs" / "stopped"
     assert json.loads((run / "run.json").read_text())["state"] == "stopped"
-    pipeline.resume(str(run))
+    training.resume(str(run))
     assert weights_of(run) == weights_of(whole)
     assert lines_of(run) == lines_of(whole)
 
@@ -78,7 +79,7 @@ def test_p8_a_signal_before_the_first_step_leaves_no_run_behind(words, config_of
             time.sleep(0.01)
 
     with pytest.raises(StoppedBySignal, match="nothing to save yet"):
-        pipeline.train(config_of(*LORA), say=say)
+        training.train(config_of(*LORA), say=say)
     assert not (tmp_path / "runs").exists() or list((tmp_path / "runs").iterdir()) == []
 
 

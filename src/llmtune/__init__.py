@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from llmtune.api import Curve, Result, Stop, Trainer, train, train_single_model
     from llmtune.config.layers import load_config
 
-__version__ = "0.1.0"
+
 __all__ = ["Curve", "Result", "Stop", "Trainer", "load_config", "train", "train_single_model"]
 
 # Where each name lives: it is imported when it is first used, so that `import llmtune` stays light.

@@ -38,7 +38,7 @@ def test_the_configs_on_the_page_resolve():
 
 def test_verify_can_be_used_alone(tmp_path, tiny_model_folder):
     from llmtune import load_config
-    from llmtune.preparation import Options
+    from llmtune.config.process_options import Options
     from llmtune.verify.numbers import verify_packing
 
     small = {"model.name": str(tiny_model_folder), "data.max_samples": 6, "data.packing": "best_fit", "data.cache_dir": str(tmp_path)}

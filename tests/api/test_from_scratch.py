@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 
-from llmtune import pipeline
 from llmtune.cli.main import run as command
 from llmtune.config.layers import load_config
-from llmtune.preparation import Options
-from pipeline_helpers import in_child, line_count
+from llmtune.config.process_options import Options
+from llmtune.training import train as training
+from training_helpers import in_child, line_count
 
 OPTIONS = Options(no_cuda=True, offline=True)
 
@@ -37,10 +37,10 @@ def test_custom_nano_from_nothing_is_trained_killed_resumed_evaluated_stops_by_i
     }
     resolved = load_config("test", overrides=overrides, environ={})
     metrics = tmp_path / "runs" / "nano" / "metrics.jsonl"
-    assert in_child(lambda: pipeline.train(resolved, OPTIONS), kill_when=lambda: line_count(metrics) >= 12) == -9
+    assert in_child(lambda: training.train(resolved, OPTIONS), kill_when=lambda: line_count(metrics) >= 12) == -9
     assert (tmp_path / "runs" / "nano" / "tokenizer" / "tokenizer.json").is_file()
 
-    result = pipeline.resume("nano", options=OPTIONS)
+    result = training.resume("nano", options=OPTIONS)
     assert (result.state, result.step) == ("finished", 50)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [line["step"] for line in lines if "train_mean_nll" in line] == list(range(1, 51))
@@ -75,7 +75,7 @@ def test_custom_nano_from_nothing_is_trained_killed_resumed_evaluated_stops_by_i
 
 def _first_trained_row(folder):
     """Messages of a row of the shipped conversations that is not the held-out one, as JSON."""
-    from llmtune.config.shipped import shipped_path
+    from llmtune.config.presets import shipped_path
 
     held_out = {
         entry["source"].rsplit(":", 1)[1]

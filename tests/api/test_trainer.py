@@ -10,7 +10,7 @@ import llmtune
 from llmtune import Curve, Stop, Trainer, load_config, train, train_single_model
 from llmtune.errors import ConfigError, UsageError
 from llmtune.runs.folder import RunFolder
-from pipeline_helpers import lines_of, weights_of
+from training_helpers import lines_of, weights_of
 
 
 def quiet(line):

@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 from collections.abc import Mapping
 from llmtune import Curve, Result, Stop, Trainer, load_config, train, train_single_model
-from llmtune.training.loop import StepResult
+from llmtune.engine.loop import StepResult
 
 config = load_config("production", overrides={"model.name": "custom-small", "training.max_steps": 10})
 
@@ -45,7 +45,7 @@ def test_a_users_program_passes_the_type_checker_in_strict_mode(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # here its two million objects would slow all later tests
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     revealed = [line.partition('"')[2].rstrip('"') for line in done.stdout.splitlines() if "Revealed type" in line]
-    assert revealed == ["llmtune.training.loop.StepResult", "dict[str, Any]", "llmtune.api.trainer.Trainer"]
+    assert revealed == ["llmtune.engine.loop.StepResult", "dict[str, Any]", "llmtune.api.trainer.Trainer"]
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtune.training.memory import NO_THREAD_CACHES, TUNABLES
+from llmtune.engine.allocator import NO_THREAD_CACHES, TUNABLES
 
 WATCH = """
 import json, os, sys

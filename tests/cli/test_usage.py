@@ -90,7 +90,7 @@ def test_a_usage_line_wraps_each_argument_once(row, capsys):
 
 
 def test_a_number_of_rows_that_is_estimated_is_said_to_be(monkeypatch):
-    from llmtune import reporting
+    from llmtune.training import progress as reporting
 
     monkeypatch.setattr(reporting, "_EVERY_S", 0.0)
     said = []

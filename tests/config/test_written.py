@@ -19,9 +19,9 @@ from llmtune.config.dump import config_from_dict, config_to_dict, config_to_yaml
 from llmtune.config.json_schema import json_schema
 from llmtune.config.layers import load_config, parse_config
 from llmtune.config.origin import DEFAULT, Origin
+from llmtune.config.presets import shipped_path, shipped_presets
 from llmtune.config.reference import reference_page
 from llmtune.config.schema import Config, SourceConfig
-from llmtune.config.shipped import shipped_path, shipped_presets
 from llmtune.errors import ConfigError
 
 TEXTS = st.text(max_size=12) | st.sampled_from(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmtune.config.schema import DataConfig, SourceConfig
-from llmtune.data.template import Renderer
+from llmtune.data.rendering.renderer import Renderer
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmtune.data.batches import BatchPlan, eval_batches, even_groups, make_micro_batch
+from llmtune.data.dataset.batches import BatchPlan, eval_batches, even_groups, make_micro_batch
+from llmtune.data.dataset.packing import plan_packs
 from llmtune.data.example import Example, ExampleList
-from llmtune.data.packing import plan_packs
 from llmtune.errors import ConfigError, DataError
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from llmtune import durable
 from llmtune.config.schema import SourceConfig
-from llmtune.data import cache
-from llmtune.data.prepare import prepare_data
-from llmtune.data.template import Renderer
+from llmtune.data.dataset import cache
+from llmtune.data.dataset.make_dataset import prepare_data
+from llmtune.data.rendering.renderer import Renderer
 from llmtune.errors import MachineError
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from llmtune.data.example import Conversation, Message, Row
-from llmtune.data.formats import FORMATS, UnusableRowError, conversation_of, detect_format, looks_like
+from llmtune.data.rows.formats import FORMATS, UnusableRowError, conversation_of, detect_format, looks_like
 from llmtune.errors import DataError
 
 USER, ANSWER = Message("user", "2+3?"), Message("assistant", "5")

@@ -2,9 +2,9 @@
 
 import pytest
 
+from llmtune.data.dataset.make_dataset import prepare_data
 from llmtune.data.example import Conversation, Message
-from llmtune.data.prepare import prepare_data
-from llmtune.data.template import Renderer
+from llmtune.data.rendering.renderer import Renderer
 from llmtune.errors import DataError
 
 HEAD = "<|im_start|>{{ m.role }}\n"

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.data.overlong import END_LOST, cut_example
+from llmtune.data.rows.overlong import END_LOST, cut_example
 
 END, BOS = 9, 1
 

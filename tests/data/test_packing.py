@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.data import packing
-from llmtune.data.packing import STRATEGIES, packing_efficiency, plan_packs, seeded_order
+from llmtune.data.dataset import packing
+from llmtune.data.dataset.packing import STRATEGIES, packing_efficiency, plan_packs, seeded_order
 from llmtune.errors import DataError
 
 PACKING = ["greedy", "first_fit", "best_fit"]

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmtune.config.schema import SourceConfig
-from llmtune.data import workers
+from llmtune.data.dataset.make_dataset import iter_texts, prepare_data, survey_data
 from llmtune.data.example import ExampleList
-from llmtune.data.prepare import iter_texts, prepare_data, survey_data
-from llmtune.data.template import Renderer
+from llmtune.data.rendering.renderer import Renderer
+from llmtune.data.rows import workers
 from llmtune.errors import ConfigError, DataError
 
 FATES = ("used", "cut", "dropped", "duplicate", "held_out", "bad")
@@ -39,7 +39,7 @@ def test_examples_are_what_the_renderer_makes_of_each_row_in_order(write, config
     assert list(prepared.ledger.entries) == []
     assert [prepared.train[index].source for index in range(5)] == [f"{path}:{line}" for line in range(1, 6)]
     from llmtune.data.example import Row
-    from llmtune.data.formats import conversation_of
+    from llmtune.data.rows.formats import conversation_of
 
     expected = renderer.render(conversation_of(Row(f"{path}:3", chat("q2")), "messages"))
     assert prepared.train[2].input_ids.tolist() == expected.input_ids

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from llmtune.data.prepare import refuse_problems, survey_data
-from llmtune.data.report import data_report, histogram, padding_share, report_lines, row_line, row_report
+from llmtune.data.dataset.make_dataset import refuse_problems, survey_data
+from llmtune.data.dataset.report import data_report, histogram, padding_share, report_lines, row_line, row_report
 from llmtune.errors import DataError
 
 OK = b'{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}'

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from llmtune.config.schema import SourceConfig
 from llmtune.data.example import Row
-from llmtune.data.places import find_files, split_of_name
-from llmtune.data.records import MAX_ROW_BYTES, BadRow
-from llmtune.data.sources import read_rows
+from llmtune.data.reading.data_files import find_files, split_of_name
+from llmtune.data.reading.parse import MAX_ROW_BYTES, BadRow
+from llmtune.data.reading.records_of_files import read_rows
 from llmtune.errors import DataError
 
 ROWS = [{"text": "one"}, {"text": "two\u2028lines, and \u0085"}, {"text": 'drei, "vier"\nfünf 🌱'}]

@@ -3,10 +3,12 @@ import dataclasses
 import pytest
 import torch
 
+from llmtune.adapters import attach
+from llmtune.adapters.write import write_adapter
 from llmtune.config.schema import AdapterConfig, ModelConfig
-from llmtune.models import adapters, save
 from llmtune.models.catalog import resolve
 from llmtune.models.load import load_model
+from llmtune.models.parameters import trained_parameters
 from llmtune.models.tokenizer import load_tokenizer
 
 
@@ -42,13 +44,13 @@ def make_adapter(folder, base, *, quantization="none", precision="fp32", size=0.
     loaded = load_model(
         source, model_config, tokenizer=tokenizer, device=torch.device("cpu"), trained="adapter", precision=precision, seed=1
     )
-    adapted, _ = adapters.attach_adapter(loaded.model, config, seed=1, tokenizer=tokenizer)
+    adapted, _ = attach.attach_adapter(loaded.model, config, seed=1, tokenizer=tokenizer)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(2)
-        for parameter in adapters.trained_parameters(adapted).values():
+        for parameter in trained_parameters(adapted).values():
             parameter.add_(size * torch.randn_like(parameter))
     folder.mkdir()
-    save.write_adapter(adapted, folder, tokenizer=tokenizer, stop_token_ids=(2,), base_digest=loaded.base_digest, base_name=str(base))
+    write_adapter(adapted, folder, tokenizer=tokenizer, stop_token_ids=(2,), base_digest=loaded.base_digest, base_name=str(base))
     return folder
 
 

@@ -13,7 +13,7 @@ from llmtune.deploy.export import export
 from llmtune.deploy.gguf_vocabulary import HOSTILE_TEXTS
 from llmtune.durable.files import part_name
 from llmtune.errors import CheckpointError, ModelError, TokenizerError, UsageError
-from llmtune.evaluation.subject import load_subject
+from llmtune.evaluation.loaded_model import load_subject
 from llmtune.models.gguf import read_gguf
 from llmtune.models.tokenizer import train_tokenizer
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.deploy.compare import tell_apart
-from llmtune.deploy.fold import fold_bias, fold_low_rank, round_once
+from llmtune.deploy.compare_logits import tell_apart
+from llmtune.deploy.merge_math import fold_bias, fold_low_rank, round_once
 
 
 def draw(*shape, seed=0):
@@ -36,7 +36,7 @@ def test_a_magnitude_gives_each_output_its_length():
 def test_the_result_does_not_depend_on_how_a_matrix_is_cut(monkeypatch):
     weight, a, b = draw(50, 9), draw(3, 9, seed=1), draw(50, 3, seed=2)
     whole = fold_low_rank(weight, a, b, scaling=1.3, dtype=torch.bfloat16, is_transposed=False)
-    monkeypatch.setattr("llmtune.deploy.fold.CHUNK_ENTRIES", 20)
+    monkeypatch.setattr("llmtune.deploy.merge_math.CHUNK_ENTRIES", 20)
     cut = fold_low_rank(weight, a, b, scaling=1.3, dtype=torch.bfloat16, is_transposed=False)
     assert torch.equal(whole.weight, cut.weight)
     assert (whole.changed, whole.unchanged_by_rounding) == (cut.changed, cut.unchanged_by_rounding)
@@ -115,7 +115,7 @@ from pathlib import Path
 import torch
 from llmtune import durable
 from llmtune.deploy.origin import find_origin
-from llmtune.deploy.plan import plan_merge
+from llmtune.deploy.merge_plan import plan_merge
 from llmtune.deploy.write import write_merged
 origin = find_origin(Path(sys.argv[1]), None)
 plan = plan_merge(origin, dtype=torch.float32, dequantize=True)

@@ -110,8 +110,8 @@ def test_each_weight_keeps_its_stored_type_when_none_is_asked_for(make):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_adapter_of_a_4bit_base_merges_into_that_base_dequantized(make, kind, precision):
     """The very 4-bit model, loaded as in training, is the judge: its own arithmetic differs from float32 by its compute type only."""
+    from llmtune.adapters.attach import load_adapter
     from llmtune.config.schema import ModelConfig
-    from llmtune.models.adapters import load_adapter
     from llmtune.models.catalog import resolve
     from llmtune.models.load import load_model
 

@@ -13,7 +13,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 from fault_helpers import EVERY_FAULT, assert_one_message, count_operations, in_memory, killed_at, litter_in, refused_at, undisturbed
 from llmtune import durable
 from llmtune.deploy.merge import merge_lora
-from llmtune.durable.powerloss import read_tree
+from power_loss import read_tree
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 

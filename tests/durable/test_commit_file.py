@@ -2,8 +2,8 @@
 
 import pytest
 
+from disk_faults import Tracing
 from llmtune import durable
-from llmtune.durable.faults import Tracing
 from llmtune.errors import MachineError
 
 

@@ -7,8 +7,8 @@ import stat
 
 import pytest
 
+from disk_faults import Failing, Tracing
 from llmtune import durable
-from llmtune.durable.faults import Failing, Tracing
 from llmtune.errors import MachineError
 
 

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
+from disk_faults import Failing, Killed, Killing, Tracing
 from llmtune import durable
 from llmtune.durable import folders
-from llmtune.durable.faults import Failing, Killed, Killing, Tracing
 from llmtune.errors import MachineError
 
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from disk_faults import Failing
 from llmtune import durable
-from llmtune.durable.faults import Failing
 from llmtune.errors import MachineError
 
 

@@ -2,9 +2,9 @@
 
 import os
 
-from llmtune.durable.faults import Operation, Tracing
-from llmtune.durable.powerloss import disk_states, put_on_disk, read_tree
+from disk_faults import Operation, Tracing
 from llmtune.durable.system import use_backend
+from power_loss import disk_states, put_on_disk, read_tree
 
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from llmtune.data.example import Example, ExampleList
-from llmtune.data.template import Renderer
+from llmtune.data.rendering.renderer import Renderer
 
 
 @pytest.fixture

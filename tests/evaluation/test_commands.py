@@ -6,11 +6,13 @@ import json
 import pytest
 import torch
 
+from llmtune.adapters import attach
+from llmtune.adapters.write import write_adapter
 from llmtune.cli.main import main
 from llmtune.config.schema import AdapterConfig, ModelConfig
-from llmtune.models import adapters, save
 from llmtune.models.catalog import resolve
 from llmtune.models.load import load_model
+from llmtune.models.parameters import trained_parameters
 
 
 @pytest.fixture
@@ -20,14 +22,14 @@ def adapter(tmp_path, tiny_model_folder, tiny_tokenizer):
         resolve(str(tiny_model_folder)), ModelConfig(name=str(tiny_model_folder)), tokenizer=tiny_tokenizer,
         device=torch.device("cpu"), trained="adapter", precision="fp32", seed=0,
     )  # fmt: skip
-    adapted, _ = adapters.attach_adapter(loaded.model, AdapterConfig(method="lora", r=4), seed=0)
+    adapted, _ = attach.attach_adapter(loaded.model, AdapterConfig(method="lora", r=4), seed=0)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        for parameter in adapters.trained_parameters(adapted).values():
+        for parameter in trained_parameters(adapted).values():
             parameter.add_(0.2 * torch.randn_like(parameter))
     folder = tmp_path / "adapter"
     folder.mkdir()
-    save.write_adapter(
+    write_adapter(
         adapted, folder, tokenizer=tiny_tokenizer, stop_token_ids=(2,), base_digest=loaded.base_digest, base_name=str(tiny_model_folder)
     )
     return folder
@@ -132,7 +134,7 @@ def test_an_adapter_of_another_base_ends_with_code_4_and_leaves_nothing(run, ada
 def test_the_tuned_model_of_a_whole_run_is_found_and_described(adapter, tmp_path):
     from llmtune.config.dump import config_to_yaml
     from llmtune.config.schema import Config
-    from llmtune.evaluation.subject import load_subject
+    from llmtune.evaluation.loaded_model import load_subject
 
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)

@@ -143,7 +143,7 @@ def test_the_head_gets_rows_side_by_side(tiny_model, monkeypatch):
 
 
 def test_a_model_switched_to_segment_attention_answers_the_same(tiny_model, renderer):
-    from llmtune.models.attention import use_segment_attention
+    from llmtune.kernels.attention import use_segment_attention
 
     prompts = [renderer.prompt_ids([Message("user", text)]) for text in PROMPTS]
     expected = answer(tiny_model, prompts)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.data.batches import eval_batches
+from llmtune.data.dataset.batches import eval_batches
 from llmtune.data.example import Conversation, Example, ExampleList, Message
+from llmtune.engine.objective import plain_nll_sum
 from llmtune.errors import DataError
 from llmtune.evaluation.heldout import evaluate, token_bytes, trained_bytes
-from llmtune.training.loss import plain_nll_sum
 
 
 def batches(examples, size=2, layout="padded"):

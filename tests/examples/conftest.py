@@ -1,3 +1,3 @@
 """The fixtures of whole runs."""
 
-from pipeline_fixtures import _one_thread  # noqa: F401
+from training_fixtures import _one_thread  # noqa: F401

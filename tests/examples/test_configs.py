@@ -12,8 +12,9 @@ import torch
 
 from llmtune.cli.main import run as command
 from llmtune.config.layers import load_config
-from llmtune.config.shipped import shipped_path
-from llmtune.preparation import Options, prepare
+from llmtune.config.presets import shipped_path
+from llmtune.config.process_options import Options
+from llmtune.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))

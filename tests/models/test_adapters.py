@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmtune.adapters.attach import adapter_files, attach_adapter, fill_adapter, load_adapter
+from llmtune.adapters.write import write_adapter
 from llmtune.errors import AdapterError
-from llmtune.models.adapters import adapter_files, attach_adapter, count_parameters, fill_adapter, load_adapter, trained_parameters
-from llmtune.models.save import write_adapter
-from llmtune.models.silence import quiet_libraries
+from llmtune.models.parameters import count_parameters, trained_parameters
+from llmtune.models.quiet_libraries import quiet_libraries
 
 IDS_BT = torch.arange(4, 28).reshape(2, 12)
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen3Config
 
 from llmtune.models.catalog import CATALOG
-from llmtune.models.silence import quiet_libraries
+from llmtune.models.quiet_libraries import quiet_libraries
 
 
 def shape(kind, vocab, width, layers, heads, kv_heads, feed_forward, *, tied, **more):

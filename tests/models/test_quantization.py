@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmtune.models.adapters import attach_adapter, count_parameters, trained_parameters
+from llmtune.adapters.attach import attach_adapter
+from llmtune.models.parameters import count_parameters, trained_parameters
 from llmtune.models.quantization import bnb_optimizer, dequantized_weight, import_bitsandbytes, is_quantized_linear
 
 IDS_BT = torch.arange(4, 36).reshape(2, 16)

@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llmtune import durable
+from llmtune.adapters.attach import attach_adapter
+from llmtune.adapters.write import write_adapter
 from llmtune.errors import CheckpointError, MachineError
-from llmtune.models.adapters import attach_adapter, trained_parameters
-from llmtune.models.save import restore_weights, write_adapter, write_model, write_tokenizer, write_weights
-from llmtune.models.silence import saving_by_library
-from pipeline_helpers import in_child
+from llmtune.models.parameters import trained_parameters
+from llmtune.models.quiet_libraries import saving_by_library
+from llmtune.models.save import restore_weights, write_model, write_tokenizer, write_weights
+from training_helpers import in_child
 
 IDS_BT = torch.arange(4, 28).reshape(2, 12)
 

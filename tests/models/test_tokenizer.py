@@ -11,15 +11,9 @@ import pytest
 from llmtune.config.schema import ArchitectureConfig, ModelConfig
 from llmtune.errors import ConfigError, TokenizerError
 from llmtune.models.catalog import resolve
+from llmtune.models.chat_templates import shipped_chat_templates
 from llmtune.models.save import write_tokenizer
-from llmtune.models.tokenizer import (
-    load_tokenizer,
-    load_tokenizer_folder,
-    shipped_chat_templates,
-    tokenizer_digest,
-    train_tokenizer,
-    train_tokenizer_for,
-)
+from llmtune.models.tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_digest, train_tokenizer, train_tokenizer_for
 from llmtune.models.tokenizer_training import SPECIAL_TOKENS, measure_tokenizer
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "walked", "away", "12", "2024", "naïve", "日本", "emoji 🙂", "\t", "\n\n"]

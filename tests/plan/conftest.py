@@ -5,7 +5,7 @@ from functools import cached_property
 import pytest
 
 from llmtune.plan.forecast import Forecaster
-from llmtune.preparation import prepare
+from llmtune.prepare import prepare
 from plan_helpers import OPTIONS, ROOMY
 
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llmtune.models.attention import BACKENDS, Rule, Segments
-from llmtune.plan.devices import Target
-from llmtune.plan.kernels import flash_backward_bytes, flex_stand_in
-from llmtune.plan.skeleton import Shape, build
-from llmtune.plan.trace import MicroBatchShape, _Live, trace
-from llmtune.training import fused_loss
-from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
-from pipeline_helpers import LORA
+from llmtune.kernels import head_loss
+from llmtune.kernels.attention import BACKENDS, Rule, Segments
+from llmtune.plan.activation_trace import MicroBatchShape, _Live, trace
+from llmtune.plan.attention_memory import flash_backward_bytes, flex_stand_in
+from llmtune.plan.hardware import Target
+from llmtune.plan.meta_model import Shape, build
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_helpers import LORA
 
 LENGTHS, HEADS, WIDTH = (300, 100), 8, 64
 TOKENS = sum(LENGTHS)
@@ -136,7 +136,7 @@ def test_q7_a_model_with_a_soft_cap_is_planned_with_the_next_way(forecaster_of):
 
 def test_q7_a_gpu_takes_a_chunk_of_logits_at_once_and_a_cpu_a_few_rows_of_it(forecaster_of, monkeypatch):
     """The chunk is in float32 twice then: its logits and its probabilities."""
-    monkeypatch.setattr(fused_loss, "SLICE_NUMBERS", 4 * 400)
+    monkeypatch.setattr(head_loss, "SLICE_NUMBERS", 4 * 400)
     forecaster = on_a_gpu(forecaster_of, *LORA[:2])
     batch = MicroBatchShape((300,), 256, "flat")
     losses = []

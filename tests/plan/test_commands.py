@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from llmtune import pipeline
 from llmtune.cli import doctor
 from llmtune.cli.main import run
-from llmtune.plan.report import compared_lines
-from llmtune.preparation import Options
-from llmtune.training import memory
-from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from llmtune.config.process_options import Options
+from llmtune.engine import allocator
+from llmtune.plan.summary import compared_lines
+from llmtune.training import train as training
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 
 
 def test_q7_plan_prints_one_json_object(tiny_model_folder, rows_file, capsys):  # noqa: F811
@@ -49,15 +49,15 @@ def test_q7_measured_steps_give_the_plan_its_time(tiny_model_folder, rows_file, 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc's allocator")
 def test_q7_a_plan_is_made_and_measured_with_the_allocator_of_a_training(tiny_model_folder, rows_file, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(memory, "_tuned", [])
+    monkeypatch.setattr(allocator, "_tuned", [])
     assert run(["plan", f"model.name={tiny_model_folder}", f"data.train={rows_file}", "--no-cuda", "--json"]) == 0
-    assert memory._tuned == [memory.LARGEST_BLOCK]
+    assert allocator._tuned == [allocator.LARGEST_BLOCK]
 
 
 def test_q7_a_training_says_its_plan_first_and_compares_it_at_the_end(config_of):  # noqa: F811
     said = []
     resolved = config_of("training.batch_size=auto", "training.gradient_accumulation_steps=1", "training.max_steps=2")
-    result = pipeline.train(resolved, Options(no_cuda=True, offline=True), say=said.append)
+    result = training.train(resolved, Options(no_cuda=True, offline=True), say=said.append)
     talk = "\n".join(said)
     assert "memory  " in talk
     assert "training.batch_size" in talk

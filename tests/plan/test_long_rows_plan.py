@@ -7,21 +7,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtune.models import pieces, tiles
-from llmtune.plan.devices import Target
-from llmtune.plan.skeleton import build, weight_dtype
-from llmtune.plan.trace import MicroBatchShape, trace
-from llmtune.training import fused_loss
-from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
-from pipeline_helpers import LORA
+from llmtune.kernels import chunked_mlp, chunks, head_loss
+from llmtune.plan.activation_trace import MicroBatchShape, trace
+from llmtune.plan.hardware import Target
+from llmtune.plan.meta_model import build, weight_dtype
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_helpers import LORA
 
 
 @pytest.fixture(autouse=True)
 def _small_pieces(monkeypatch):
     """Rows of a few hundred tokens are cut as those of a large model are with 100,000."""
-    monkeypatch.setattr(tiles, "LEAST_TOKENS", 64)
-    monkeypatch.setattr(fused_loss, "CHUNK_ROWS", 32)
-    monkeypatch.setattr(fused_loss, "TRAINED_CHUNK_ROWS", 48)
+    monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 64)
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(head_loss, "TRAINED_CHUNK_ROWS", 48)
 
 
 def traced(forecaster, lengths, *, recompute="offload", device_type="cuda", trained=None, seen: AbstractContextManager | None = None):
@@ -50,7 +49,7 @@ def test_q7_the_plan_of_few_pieces_is_the_plan_of_all(forecaster_of, monkeypatch
     """To the byte, but for the sums that chunks of the loss leave: 8 bytes each."""
     forecaster = forecaster_of(*method)
     few = traced(forecaster, lengths, **options)
-    monkeypatch.setattr(pieces, "FIRST", 1 << 30)
+    monkeypatch.setattr(chunks, "FIRST", 1 << 30)
     every = traced(forecaster, lengths, **options)
     left_out = 8 * -(-sum(lengths) // 32)
     assert few.phases == pytest.approx(every.phases, abs=left_out)
@@ -91,12 +90,12 @@ def test_q7_a_row_ten_times_as_long_is_planned_by_as_many_operators(forecaster_o
 def test_real_tensors_go_through_every_piece():
     """Also in the order they come; of a stand-in both ends stay, and the largest pair with what follows it."""
     sizes = [1, 2, 3, 4, 9, 9, 5, 1, 1, 1, 1]
-    assert list(pieces.telling_pieces(sizes, torch.zeros(1), lambda size: size)) == sizes
+    assert list(chunks.telling_pieces(sizes, torch.zeros(1), lambda size: size)) == sizes
     with FakeTensorMode():
         stand_in = torch.zeros(1)
-    assert pieces.telling_pieces(range(11), stand_in) == [0, 1, 8, 9, 10]
-    assert pieces.telling_pieces(range(11), stand_in, lambda number: sizes[number]) == [0, 1, 4, 5, 6, 8, 9, 10]
-    assert list(pieces.telling_pieces(range(5), stand_in)) == [0, 1, 2, 3, 4]
+    assert chunks.telling_pieces(range(11), stand_in) == [0, 1, 8, 9, 10]
+    assert chunks.telling_pieces(range(11), stand_in, lambda number: sizes[number]) == [0, 1, 4, 5, 6, 8, 9, 10]
+    assert list(chunks.telling_pieces(range(5), stand_in)) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("recompute", ["false", "true", "offload"])

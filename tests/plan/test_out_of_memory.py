@@ -9,16 +9,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmtune import durable, pipeline
+from llmtune import durable
 from llmtune.cli.failure import message
+from llmtune.config.process_options import Options
 from llmtune.errors import MachineError
 from llmtune.models.memory_errors import is_out_of_memory
-from llmtune.plan.exhausted import RESERVE_BYTES, asked_bytes
-from llmtune.preparation import Options
-from llmtune.reporting import silent
+from llmtune.plan.out_of_memory import RESERVE_BYTES, asked_bytes
 from llmtune.runs.signals import StopRequest
-from pipeline_fixtures import _one_thread, config_of  # noqa: F401
-from pipeline_helpers import in_child, lines_of, weights_of
+from llmtune.training import train as training
+from llmtune.training.progress import silent
+from training_fixtures import _one_thread, config_of  # noqa: F401
+from training_helpers import in_child, lines_of, weights_of
 
 LARGE = (
     "training.engine=plain", "training.batch_size=32", "training.gradient_accumulation_steps=1", "training.epochs=2",
@@ -59,7 +60,7 @@ def train_and_tell(config, told, *, limit_after):
     try:
         held = []
         with StopRequest() as stop:
-            for result in pipeline.start(config, Options(), stop, say=silent).steps():
+            for result in training.start(config, Options(), stop, say=silent).steps():
                 held += limit_memory() if result.step == limit_after else []
     except MachineError as error:
         told.write_text(message(error))
@@ -67,7 +68,7 @@ def train_and_tell(config, told, *, limit_after):
 
 
 def test_q8_memory_that_runs_out_in_a_step_is_one_message_and_the_checkpoint_stands(config_of, tmp_path):  # noqa: F811
-    whole = pipeline.train(config_of(*LARGE, name="whole")).folder
+    whole = training.train(config_of(*LARGE, name="whole")).folder
     told = tmp_path / "told"
     assert in_child(lambda: train_and_tell(config_of(*LARGE), told, limit_after=2)) == 6
     said = told.read_text()
@@ -80,7 +81,7 @@ def test_q8_memory_that_runs_out_in_a_step_is_one_message_and_the_checkpoint_sta
     assert json.loads((run / "run.json").read_text())["state"] == "failed"
     assert durable.verify_manifest(run / "checkpoints" / "step-000002") == []
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
-    pipeline.resume(str(run))
+    training.resume(str(run))
     assert weights_of(run) == weights_of(whole)
     assert lines_of(run) == lines_of(whole)
 
@@ -99,7 +100,7 @@ def load_and_tell(config, told, *, left_mib, of_the_heap=False):
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
     try:
-        pipeline.train(config, say=say)
+        training.train(config, say=say)
     except MachineError as error:
         told.write_text(message(error))
         raise
@@ -149,7 +150,7 @@ def test_q8_a_cuda_device_that_is_full_is_one_message_with_the_device_and_three_
     rows.write_text((json.dumps(talk) + "\n") * 65536)
     huge = ("model.name=custom-large", f"data.train={rows}", "training.batch_size=65536", "data.test_size=0", "training.precision=bf16")
     with pytest.raises(MachineError) as full:
-        pipeline.train(config_of(*LARGE, *huge))
+        training.train(config_of(*LARGE, *huge))
     assert full.value.exit_code == 6
     said = message(full.value)
     assert re.search(
@@ -161,9 +162,9 @@ def test_q8_a_cuda_device_that_is_full_is_one_message_with_the_device_and_three_
 
 def test_an_edit_that_is_named_needs_less_and_gives_the_same_result(config_of, tmp_path):  # noqa: F811
     """N1: what is named first keeps the result but for rounding."""
-    whole = lines_of(pipeline.train(config_of(*LARGE, name="whole")).folder)
+    whole = lines_of(training.train(config_of(*LARGE, name="whole")).folder)
     less = ("training.batch_size=1", "training.gradient_accumulation_steps=32")
-    other = lines_of(pipeline.train(config_of(*LARGE, *less, name="less")).folder)
+    other = lines_of(training.train(config_of(*LARGE, *less, name="less")).folder)
     losses = [[line["train_mean_nll"] for line in lines if "train_mean_nll" in line] for lines in (whole, other)]
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

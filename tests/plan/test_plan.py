@@ -9,24 +9,22 @@ import pytest
 import torch
 
 from llmtune.config.layers import load_config
+from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES, NO_THREAD_CACHES, TUNABLES
 from llmtune.errors import UsageError
-from llmtune.models import tiles
-from llmtune.plan import settle
-from llmtune.plan.advice import changes, largest_batch
-from llmtune.plan.devices import Target, open_target
+from llmtune.kernels import activation_offload, chunked_mlp
+from llmtune.kernels.activation_offload import PAGE_BYTES
+from llmtune.plan import resolve_auto
+from llmtune.plan.activation_trace import MicroBatchShape, extrapolate, trace
 from llmtune.plan.forecast import Forecaster
+from llmtune.plan.hardware import Target, open_target, process_bytes
 from llmtune.plan.memory import optimizer_bytes
-from llmtune.plan.process import process_bytes
-from llmtune.plan.rates import steps_from_the_start
-from llmtune.plan.report import as_dict, lines, make_plan
-from llmtune.plan.skeleton import build, weight_dtype
-from llmtune.plan.trace import MicroBatchShape, extrapolate, trace
-from llmtune.training import offload
-from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES, NO_THREAD_CACHES, TUNABLES
-from llmtune.training.offload import PAGE_BYTES
-from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
-from pipeline_helpers import LORA
+from llmtune.plan.meta_model import build, weight_dtype
+from llmtune.plan.suggestions import changes, largest_batch
+from llmtune.plan.summary import as_dict, lines, make_plan
+from llmtune.training.calibration import steps_from_the_start
 from plan_helpers import OPTIONS, ROOMY, assembled_like
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_helpers import LORA
 
 
 def bytes_of(tensors):
@@ -193,7 +191,7 @@ def test_q7_offloaded_blocks_leave_as_much_on_a_gpu_however_many_they_are(foreca
 
 def test_q7_tiles_bound_what_feed_forward_layers_hold(forecaster_of, monkeypatch):
     """Of 1,200 tokens the products of 100 are alive at a time."""
-    monkeypatch.setattr(tiles, "LEAST_TOKENS", 100)
+    monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 100)
     forecaster = forecaster_of(*LORA[:2])
     forecaster.shape.config.intermediate_size = 4096
     whole, tiled = (traced(forecaster, (1200,), checkpointing=kind, device_type="cuda").bytes for kind in (True, "offload"))
@@ -227,13 +225,13 @@ def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
 def test_auto_batch_keeps_the_global_batch_and_the_losses(forecaster_of):
     fixed = forecaster_of("training.batch_size=8", "training.gradient_accumulation_steps=1")
     auto = ("training.batch_size=auto", "training.gradient_accumulation_steps=1")
-    roomy, decisions = settle.settle(forecaster_of(*auto))
+    roomy, decisions = resolve_auto.settle(forecaster_of(*auto))
     assert (roomy.config.training.batch_size, roomy.config.training.gradient_accumulation_steps) == (8, 1)
     assert [one.key for one in decisions] == ["training.batch_size"]
     forecaster = forecaster_of(*auto)
-    between = forecaster.memory(settle.variant(forecaster.config, (2, 4), False)).peak_bytes
+    between = forecaster.memory(resolve_auto.variant(forecaster.config, (2, 4), False)).peak_bytes
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((between + 1000) / 0.9)))
-    prepared, _ = settle.settle(tight)
+    prepared, _ = resolve_auto.settle(tight)
     training = prepared.config.training
     assert training.batch_size < 8
     assert training.batch_size * training.gradient_accumulation_steps == 8
@@ -244,19 +242,19 @@ def test_auto_batch_keeps_the_global_batch_and_the_losses(forecaster_of):
 def test_auto_checkpointing_recomputes_only_where_nothing_fits_without(forecaster_of):
     auto = (*LORA[:2], "model.gradient_checkpointing=auto", "training.batch_size=8")
     forecaster = forecaster_of(*auto)
-    assert settle.settle(forecaster)[0].config.model.gradient_checkpointing is False
+    assert resolve_auto.settle(forecaster)[0].config.model.gradient_checkpointing is False
     size = (8, 2)
-    with_it, without = (forecaster.memory(settle.variant(forecaster.config, size, one)).peak_bytes for one in (True, False))
+    with_it, without = (forecaster.memory(resolve_auto.variant(forecaster.config, size, one)).peak_bytes for one in (True, False))
     assert with_it < without
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((with_it + without) / 2 / 0.9)))
-    prepared, decisions = settle.settle(tight)
+    prepared, decisions = resolve_auto.settle(tight)
     assert prepared.config.model.gradient_checkpointing is True
     assert [one.key for one in decisions] == ["model.gradient_checkpointing"]
 
 
 def gpu_too_small_for(forecaster, than):
     """A GPU that holds the offloaded run and not the one recomputed as `than` says."""
-    offloaded, other = (forecaster.memory(settle.variant(forecaster.config, (8, 2), one)).peak_bytes for one in ("offload", than))
+    offloaded, other = (forecaster.memory(resolve_auto.variant(forecaster.config, (8, 2), one)).peak_bytes for one in ("offload", than))
     assert offloaded < other
     return Target("a small GPU", "cuda", int((offloaded + other) / 2 / 0.95))
 
@@ -264,8 +262,8 @@ def gpu_too_small_for(forecaster, than):
 @pytest.fixture
 def long_rows(monkeypatch):
     """Rows that are much longer than a tile and a page."""
-    monkeypatch.setattr(tiles, "LEAST_TOKENS", 64)
-    monkeypatch.setattr(offload, "PAGE_BYTES", 1 << 12)
+    monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 64)
+    monkeypatch.setattr(activation_offload, "PAGE_BYTES", 1 << 12)
     return (*LORA[:2], "training.batch_size=8")
 
 
@@ -273,11 +271,11 @@ def test_auto_checkpointing_offloads_only_on_a_gpu_that_recomputing_alone_does_n
     auto = (*long_rows, "model.gradient_checkpointing=auto")
     forecaster = forecaster_of(*auto, target=Target("a GPU", "cuda", 1 << 40))
     small = gpu_too_small_for(forecaster, True)
-    prepared, decisions = settle.settle(forecaster_of(*auto, target=small))
+    prepared, decisions = resolve_auto.settle(forecaster_of(*auto, target=small))
     assert prepared.config.model.gradient_checkpointing == "offload"
     assert [one.value for one in decisions] == ["offload"]
-    compiled = settle.settle(forecaster_of(*auto, "training.compile=true", target=small))[0].config
-    on_a_cpu = settle.settle(forecaster_of(*auto, target=Target("a tiny CPU", "cpu", 1)))[0].config
+    compiled = resolve_auto.settle(forecaster_of(*auto, "training.compile=true", target=small))[0].config
+    on_a_cpu = resolve_auto.settle(forecaster_of(*auto, target=Target("a tiny CPU", "cpu", 1)))[0].config
     assert compiled.model.gradient_checkpointing is on_a_cpu.model.gradient_checkpointing is True
 
 
@@ -297,7 +295,7 @@ def test_offloading_is_advised_where_recomputing_is_not_enough(forecaster_of, lo
 def test_a_run_that_went_on_keeps_what_it_chose(forecaster_of):
     prepared = forecaster_of("training.batch_size=auto", "training.gradient_accumulation_steps=3").prepared
     before = {"training": {"batch_size": 6, "gradient_accumulation_steps": 4}, "model": {"gradient_checkpointing": False}}
-    config = settle.as_before(prepared, before).config
+    config = resolve_auto.as_before(prepared, before).config
     assert (config.training.batch_size, config.training.gradient_accumulation_steps) == (6, 4)
 
 
@@ -316,7 +314,7 @@ def test_what_does_not_fit_gets_changes_that_need_less(forecaster_of):
 def test_the_largest_batch_fits_and_one_more_does_not(forecaster_of):
     forecaster = forecaster_of(*LORA[:2], target=Target("a GPU", "cuda", 1 << 40))
     assert largest_batch(forecaster, forecaster.memory()) == 20
-    one, four = (forecaster.memory(settle.variant(forecaster.config, (size, 1), False)).peak_bytes for size in (1, 4))
+    one, four = (forecaster.memory(resolve_auto.variant(forecaster.config, (size, 1), False)).peak_bytes for size in (1, 4))
     tight = forecaster_of(*LORA[:2], target=Target("a small GPU", "cuda", int((one + four) / 2 / 0.95)))
     found = largest_batch(tight, tight.memory())
     assert 1 <= found < 20
@@ -335,7 +333,7 @@ def test_an_unknown_device_is_refused_with_those_that_are_known():
 
 def test_t4_has_no_bf16():
     """Training there chooses fp32 too (`choose_precision`); fp16 has to be asked for."""
-    from llmtune.plan.devices import precision_on
+    from llmtune.plan.hardware import precision_on
 
     config = load_config(None, overrides=["training.precision=auto"], environ={}).config
     assert (precision_on(open_target("t4"), config.training), precision_on(open_target("l4"), config.training)) == ("fp32", "bf16")

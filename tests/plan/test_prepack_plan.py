@@ -4,33 +4,33 @@ import pytest
 import torch
 
 from llmtune.errors import ConfigError
-from llmtune.models import prepack
-from llmtune.plan import settle
-from llmtune.plan.advice import changes
-from llmtune.plan.devices import Target
+from llmtune.kernels import weight_prepack
+from llmtune.plan import resolve_auto
+from llmtune.plan.activation_trace import MicroBatchShape, Peaks
+from llmtune.plan.hardware import Target
 from llmtune.plan.memory import add_up
-from llmtune.plan.rates import steps_from_the_start
-from llmtune.plan.report import lines, make_plan
-from llmtune.plan.skeleton import count
-from llmtune.plan.trace import MicroBatchShape, Peaks
-from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
-from pipeline_helpers import LORA
+from llmtune.plan.meta_model import count
+from llmtune.plan.suggestions import changes
+from llmtune.plan.summary import lines, make_plan
+from llmtune.training.calibration import steps_from_the_start
 from plan_helpers import ROOMY, assembled_like
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_helpers import LORA
 
 BF16 = (*LORA[:2], "training.precision=bf16")
 KEPT, LEFT = "model.weights_prepack=true", "model.weights_prepack=false"
 
-needs_bf16 = pytest.mark.skipif(not prepack.can_prepack(), reason="this CPU does not multiply bf16 natively")
+needs_bf16 = pytest.mark.skipif(not weight_prepack.can_prepack(), reason="this CPU does not multiply bf16 natively")
 
 
 @pytest.fixture(autouse=True)
 def _native_bf16(monkeypatch):
     """Plans are about this choice, not about the machine under the tests."""
-    monkeypatch.setattr(prepack, "can_prepack", lambda: True)
+    monkeypatch.setattr(weight_prepack, "can_prepack", lambda: True)
 
 
 def chosen_by(forecaster):
-    prepared, decisions = settle.settle(forecaster)
+    prepared, decisions = resolve_auto.settle(forecaster)
     return prepared.config.model.weights_prepack, [one for one in decisions if one.key == "model.weights_prepack"]
 
 
@@ -42,7 +42,7 @@ def test_q7_the_layouts_are_counted_to_the_byte_and_on_top_of_all_else(forecaste
     assert len(linear) == 14
     assert head is model.get_input_embeddings().weight
     held = 2 * 2 * sum(one.numel() for one in [*linear, head])
-    memory, without = forecaster.memory(), forecaster.memory(settle._prepacked(forecaster.config, False))
+    memory, without = forecaster.memory(), forecaster.memory(resolve_auto._prepacked(forecaster.config, False))
     assert memory.parts["prepacked"] == memory.counted.prepacked_bytes == held
     assert without.parts == memory.parts | {"prepacked": 0}
     assert memory.moment == without.moment != "loading"
@@ -80,7 +80,7 @@ def test_auto_lays_out_where_the_plan_has_room_and_only_there(forecaster_of):
     value, (decision,) = chosen_by(forecaster)
     assert (value, decision.value) == (True, True)
     assert "planned" in decision.reason
-    with_them, without = (forecaster.memory(settle._prepacked(forecaster.config, one)).peak_bytes for one in (True, False))
+    with_them, without = (forecaster.memory(resolve_auto._prepacked(forecaster.config, one)).peak_bytes for one in (True, False))
     assert without < with_them
     tight = forecaster_of(*BF16, target=Target("a tight machine", "cpu", int((with_them + without) / 2 / 0.9)))
     value, (decision,) = chosen_by(tight)
@@ -97,10 +97,10 @@ def test_auto_never_makes_a_run_recompute_or_its_micro_batches_smaller(forecaste
     """What fits without the layouts is chosen first; they take what is left."""
     auto = (*BF16, "training.batch_size=auto", "training.gradient_accumulation_steps=1", "model.gradient_checkpointing=auto")
     forecaster = forecaster_of(*auto)
-    whole = settle.variant(settle.settle(forecaster)[0].config, (8, 1), False)
-    needed = forecaster.memory(settle._prepacked(whole, False)).peak_bytes
+    whole = resolve_auto.variant(resolve_auto.settle(forecaster)[0].config, (8, 1), False)
+    needed = forecaster.memory(resolve_auto._prepacked(whole, False)).peak_bytes
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((needed + 1000) / 0.9)))
-    config = settle.settle(tight)[0].config
+    config = resolve_auto.settle(tight)[0].config
     assert (config.training.batch_size, config.model.gradient_checkpointing, config.model.weights_prepack) == (8, False, False)
 
 
@@ -118,7 +118,7 @@ def test_where_it_cannot_be_auto_says_nothing_and_asking_is_refused(forecaster_o
     assert chosen_by(forecaster_of(*overrides, target=target)) == (False, [])
     if "adapter.method=lora" in overrides:
         with pytest.raises(ConfigError, match="frozen weights cannot be laid out beforehand"):
-            settle.settle(forecaster_of(*overrides, KEPT, target=target))
+            resolve_auto.settle(forecaster_of(*overrides, KEPT, target=target))
 
 
 def test_a_model_without_a_plan_keeps_its_weights_as_they_are(forecaster_of, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_run_that_went_on_keeps_the_choice_and_one_from_before_there_was_any_k
     model = {"gradient_checkpointing": False}
 
     def kept(more, of=prepared):
-        return settle.as_before(of, {"training": training, "model": model | more}).config.model.weights_prepack
+        return resolve_auto.as_before(of, {"training": training, "model": model | more}).config.model.weights_prepack
 
     assert (kept({"weights_prepack": True}), kept({"weights_prepack": False}), kept({})) == (True, False, False)
     asked = forecaster_of(*BF16, LEFT, "model.gradient_checkpointing=auto").prepared
@@ -160,7 +160,7 @@ class OtherRank:
 def test_several_processes_do_as_the_first_one_does(forecaster_of):
     forecaster = forecaster_of(*BF16)
     assert chosen_by(forecaster)[0] is True
-    config = settle.settle_together(forecaster, OtherRank()).config
+    config = resolve_auto.settle_together(forecaster, OtherRank()).config
     assert (config.training.batch_size, config.model.weights_prepack) == (4, False)
 
 

@@ -1,11 +1,11 @@
 """Q7: the plan of weights that move in the backward pass (`training.step_in_backward`): its parts, its advice, its windows."""
 
-from llmtune.plan.advice import changes
-from llmtune.plan.devices import Target
-from llmtune.training.step_in_backward import saves_uncut
-from pipeline_fixtures import _one_thread, config_of, rows_file  # noqa: F401
-from pipeline_helpers import LORA
+from llmtune.engine.step_in_backward import saves_uncut
+from llmtune.plan.hardware import Target
+from llmtune.plan.suggestions import changes
 from plan_helpers import assembled_like
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_helpers import LORA
 
 EARLY = ("training.step_in_backward=true", "training.max_grad_norm=null")
 ONE_MICRO_BATCH = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
@@ -46,7 +46,7 @@ def test_moving_weights_in_the_backward_pass_is_proposed_where_it_helps_and_is_a
 def test_windows_stay_whole_where_that_takes_less_and_the_plan_knows(forecaster_of, monkeypatch):
     """On a CPU windows are cut between documents; with recomputed blocks and few tokens that would only keep all gradients alive."""
     monkeypatch.setattr("llmtune.plan.forecast.group_tokens", lambda _shape: 40)
-    monkeypatch.setattr("llmtune.training.engine.group_tokens", lambda _shape: 40)
+    monkeypatch.setattr("llmtune.engine.forward.group_tokens", lambda _shape: 40)
     found = {}
     for recompute in ("false", "true"):
         forecaster = forecaster_of(*ONE_MICRO_BATCH, *EARLY, f"model.gradient_checkpointing={recompute}")

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from disk_faults import Counting, Failing, Killed, Killing, Tracing, Unsynced
 from llmtune import durable
-from llmtune.durable.faults import Counting, Failing, Killed, Killing, Tracing, Unsynced
-from llmtune.durable.powerloss import disk_states, put_on_disk, read_tree
+from llmtune.engine.state import Snapshot
 from llmtune.errors import MachineError
-from llmtune.runs import checkpoint, retention
+from llmtune.runs import checkpoint
 from llmtune.runs.folder import RunFolder, create_run
-from llmtune.training.state import Snapshot
+from power_loss import disk_states, put_on_disk, read_tree
 
 FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EROFS": errno.EROFS, "short write": None}
 
@@ -164,7 +164,7 @@ class Story:
             log.sync()
         self.save(step)
         mark(f"step {step}")
-        retention.apply(self.run, keep_last=1)
+        checkpoint.delete_old_checkpoints(self.run, keep_last=1)
         self.save_best(step)
         mark(f"best {step}")
         self.run.update(last_saved_step=step)

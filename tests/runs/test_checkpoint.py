@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from llmtune import durable
+from llmtune.engine.state import Snapshot
 from llmtune.errors import CheckpointError, MachineError
 from llmtune.runs import checkpoint
 from llmtune.runs.checkpoint import CheckpointFolder
-from llmtune.training.state import Snapshot
 
 
 def names_in(folder):

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
+from disk_faults import Failing
 from llmtune import durable
-from llmtune.durable.faults import Failing
 from llmtune.errors import MachineError
 from llmtune.runs import checkpoint
 from llmtune.runs.disk import SaveAttempts, forecast_disk, free_bytes_at

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
+from disk_faults import Failing
 from llmtune import durable
-from llmtune.durable.faults import Failing
-from llmtune.runs import checkpoint, retention
+from llmtune.runs import checkpoint
 
 
 def names_in(folder):
@@ -22,7 +22,7 @@ def test_the_newest_are_kept_by_step_and_never_by_time(run, story):
     for step in (10, 20, 30, 40):
         path = story.save(step)
         os.utime(path, (10**9 - step, 10**9 - step))
-    assert retention.apply(run, keep_last=2) == []
+    assert checkpoint.delete_old_checkpoints(run, keep_last=2) == []
     assert steps(run) == [30, 40]
 
 
@@ -30,14 +30,14 @@ def test_protected_steps_are_kept_whatever_their_age(run, story):
     """P6: best and resumed-from."""
     for step in (1, 2, 3, 4, 5):
         story.save(step)
-    retention.apply(run, keep_last=1, protected_steps={1, 3})
+    checkpoint.delete_old_checkpoints(run, keep_last=1, protected_steps={1, 3})
     assert steps(run) == [1, 3, 5]
 
 
 def test_zero_keeps_all(run, story):
     for step in (1, 2, 3):
         story.save(step)
-    assert retention.apply(run, keep_last=0) == []
+    assert checkpoint.delete_old_checkpoints(run, keep_last=0) == []
     assert steps(run) == [1, 2, 3]
 
 
@@ -46,7 +46,7 @@ def test_a_damaged_successor_deletes_nothing(run, story):
     for step in (1, 2):
         path = story.save(step)
     (path / "state.json").write_text("{}")
-    warnings = retention.apply(run, keep_last=1)
+    warnings = checkpoint.delete_old_checkpoints(run, keep_last=1)
     assert steps(run) == [1, 2]
     assert warnings == ["kept 1 older checkpoints, because the newest one is damaged: `state.json` has 2 bytes instead of 38 (step-000002)"]
 
@@ -62,7 +62,7 @@ def test_a_failed_delete_is_a_warning(run, story):
     for step in (1, 2):
         story.save(step)
     with durable.use_backend(Failing(1, 30, for_ever=True)):
-        (warning,) = retention.apply(run, keep_last=1)
+        (warning,) = checkpoint.delete_old_checkpoints(run, keep_last=1)
     assert "an old checkpoint stays: cannot delete: Read-only file system (EROFS)" in warning
     assert steps(run) == [1, 2]
 
@@ -72,5 +72,5 @@ def test_other_folders_are_left_alone(run, story):
         story.save(step)
     story.save_best(1)
     (run.checkpoints / "step-000000.damaged").mkdir()
-    retention.apply(run, keep_last=1)
+    checkpoint.delete_old_checkpoints(run, keep_last=1)
     assert names_in(run.checkpoints) == ["best", "step-000000.damaged", "step-000002"]

@@ -5,8 +5,8 @@ This is the method of the promises; the laws themselves stand in `Scene` (confte
 
 import pytest
 
+from disk_faults import Killed, Killing, Unsynced
 from llmtune import durable
-from llmtune.durable.faults import Killed, Killing, Unsynced
 from llmtune.runs.folder import RunFolder, create_run, list_runs
 
 FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline_fixtures import rows_file  # noqa: F401
-from pipeline_helpers import LORA, lines_of, weights_of
+from training_fixtures import rows_file  # noqa: F401
+from training_helpers import LORA, lines_of, weights_of
 
 pytest.importorskip("wandb", reason="wandb is not installed")
 

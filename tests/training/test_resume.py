@@ -1,202 +1,241 @@
-"""P2, N12, N13: a run stopped anywhere and gone on with is the run never stopped, bit for bit."""
+"""P2, P3, P5, P8, N13: a run that was stopped, in any way, ends as the run that never was."""
 
 import json
-import random
+import shutil
+import signal
 
-import numpy as np
 import pytest
-import torch
 
-from llmtune.errors import CheckpointError
-from llmtune.training import optim, state
-from llmtune.training.neftune import Neftune
-from llmtune.training.randomness import capture_rng, restore_rng
-
-OPTIMIZERS = ["adamw", "adamw_8bit", "lion", "muon", "sgd"]
-
-
-def start(bench, optimizer="adamw", **more):
-    """Two and a half epochs with everything random that a training can have: dropout, NEFTune, shuffled order."""
-    model = bench.model(attention_dropout=0.1, hidden_size=64, intermediate_size=128)  # matrices above the 4096 entries of 8-bit states
-    plan = bench.plan(bench.examples(23), epochs=2.5, batch_size=2)
-    training = bench.training(model, plan, optimizer_name=optimizer, learning_rate=3e-3, **more)
-    training.nll_sum = Neftune(training.nll_sum, model.get_input_embeddings(), 5.0)
-    seed_all(0)
-    return training
+from llmtune.config.process_options import Options
+from llmtune.errors import CheckpointError, DivergedError, StoppedBySignal
+from llmtune.kernels import chunked_mlp
+from llmtune.runs.folder import RunFolder
+from llmtune.runs.signals import StopRequest
+from llmtune.training import checkpointer
+from llmtune.training import train as training
+from training_helpers import KINDS, LORA, in_child, line_count, lines_of, weights_of
 
 
-def seed_all(seed):
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+@pytest.fixture
+def unbroken(config_of):
+    """Train a run that nobody stops, and return its folder."""
+
+    def train(*overrides):
+        return training.train(config_of(*overrides, name="unbroken")).folder
+
+    return train
 
 
-def go_on(bench, stops, optimizer="adamw", module=state, **more):
-    """Train with a fresh process's worth of objects after every stop; what passes between them is tensors and JSON text."""
-    losses, snapshot, weights = [], None, None
-    for stop in [*stops, None]:
-        training = start(bench, optimizer, **more)
-        if snapshot is not None:
-            seed_all(12345)  # what a new process happens to have
-            training.restore(snapshot, weights)
-        for result in training.steps():
-            losses.append(result.train_mean_nll)
-            if len(losses) == stop:
-                break
-        taken = module.capture(
-            parameters=training.parameters, optimizer=training.optimizer, precision=training.precision, state=training.state
-        )
-        snapshot, weights = state.Snapshot(taken.tensors, json.loads(json.dumps(taken.state, allow_nan=False))), training.weights()
-    return losses, weights, snapshot
+def assert_same_run(one, other):
+    assert lines_of(one) == lines_of(other)
+    assert weights_of(one) == weights_of(other)
+    assert (one / "ledger.jsonl").read_bytes() == (other / "ledger.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_run_stopped_anywhere_is_the_run_never_stopped(bench, optimizer):
-    """P2: losses, weights, optimizer state, generators and counters, after stops in every epoch and two in a row."""
-    losses, weights, snapshot = go_on(bench, [], optimizer)
-    their_losses, their_weights, their_snapshot = go_on(bench, [1, 4, 5, 11], optimizer)
-    assert len(losses) == 15
-    assert their_losses == losses
-    assert bench.same_bits(their_weights, weights)
-    assert all(bench.same_bits(their_snapshot.tensors[group], snapshot.tensors[group]) for group in ("optimizer", "rng"))
-    assert their_snapshot.state == snapshot.state
-
-
-@pytest.mark.parametrize(
-    ("module", "before", "after"),
-    [
-        (state, "restore_rng({name: row[rank if known else 0] for name, row in rows.items()}, precision.device)", "pass"),
-        (state, "            part.state[parameter] = state", "            pass"),
-        (state, 'setattr(state, one.name, snapshot.state["training"][one.name])', "pass"),
-    ],
-    ids=["generators", "optimizer", "counters"],
-)
-def test_leaving_one_thing_out_of_a_resume_is_caught(bench, mutant, monkeypatch, module, before, after):
-    """P2's test fails when generators, optimizer state or counters are not put back."""
-    losses, _, _ = go_on(bench, [])
-    broken = mutant(module, before, after)
-    monkeypatch.setattr(bench.training, "restore", _restore_by(broken.restore))
-    assert go_on(bench, [4])[0] != losses
-
-
-def _restore_by(restore):
-    def put_back(training, snapshot, weights):
-        with torch.no_grad():
-            for name, parameter in training.parameters.items():
-                parameter.copy_(weights[name])
-        restore(
-            snapshot,
-            parameters=training.parameters,
-            optimizer=training.optimizer,
-            precision=training.precision,
-            state=training.state,
-        )
-
-    return put_back
-
-
-def test_the_same_training_twice_is_the_same(bench):
-    """N13: weights and metrics, but times and memory, byte for byte."""
-
-    def lines(training):
-        untimed = []
-        for result in training.steps():
-            line = result.metrics()
-            for name in ("tokens_per_second", "loss_tokens_per_second", "step_seconds", "memory_bytes"):
-                del line[name]
-            untimed.append(json.dumps(line))
-        return untimed
-
-    first, second = start(bench), None
-    ours = lines(first)
-    second = start(bench)
-    assert lines(second) == ours
-    assert bench.same_bits(first.weights(), second.weights())
-
-
-def test_looking_changes_nothing(bench):
-    """N12: capturing state, reading metrics and evaluating between steps leave the final weights as they are."""
-    quiet, watched = start(bench), None
-    quiet.run()
-    watched = start(bench)
-    for result in watched.steps():
-        result.metrics()
-        watched.capture()
-        watched.model.eval()
-        with torch.no_grad():
-            watched.nll_sum(watched.plan.window(1).micro_batches[0])
-        watched.model.train()
-    assert bench.same_bits(quiet.weights(), watched.weights())
-
-
-def test_metrics_have_exactly_the_names_of_the_design(bench):
-    line = start(bench).run()[0].metrics()
-    assert " ".join(line) == (
-        "step epoch progress train_mean_nll learning_rate grad_norm num_tokens num_loss_tokens num_sequences "
-        "tokens_per_second loss_tokens_per_second step_seconds memory_bytes"
+@pytest.mark.parametrize("kind", KINDS)
+def test_p2_a_killed_run_resumes_to_the_same_bytes(kind, config_of, unbroken, tmp_path):
+    whole = unbroken(*KINDS[kind])
+    stopped = tmp_path / "runs" / "stopped"
+    enough = line_count(whole / "metrics.jsonl") * 2 // 3
+    code = in_child(
+        lambda: training.train(config_of(*KINDS[kind], name="stopped")), kill_when=lambda: line_count(stopped / "metrics.jsonl") >= enough
     )
-    assert line["memory_bytes"] > 10_000_000
-    assert line["tokens_per_second"] == pytest.approx(line["num_tokens"] / line["step_seconds"])
+    assert code == -signal.SIGKILL
+    assert not (stopped / "checkpoints" / "final").exists()
+    result = training.resume(str(stopped))
+    assert result.state == "finished"
+    assert_same_run(whole, stopped)
 
 
-def test_a_yield_is_a_step_boundary(bench):
-    """Gradients are clear and the state counts exactly what was applied."""
-    training = start(bench)
-    tokens = 0
-    for count, result in enumerate(training.steps(), start=1):
-        tokens += result.num_tokens
-        assert (training.state.step, training.state.windows, result.step) == (count, count, count)
-        assert (training.state.epoch, training.state.num_tokens) == (result.epoch, tokens)
-        assert result.progress == count / 15
-        assert all(parameter.grad is None for parameter in training.parameters.values())
-    assert training.state.epoch == 2 + 12 / 23
+def test_p2_a_run_in_tiles_stopped_and_resumed_ends_the_same(config_of, unbroken, tmp_path, monkeypatch):
+    """Dropout inside tiles of 16 tokens is drawn again as it was."""
+    monkeypatch.setattr(chunked_mlp, "tile_tokens", lambda _width: 16)
+    settings = (*LORA, "model.gradient_checkpointing=offload")
+    whole = unbroken(*settings)
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(lambda: training.train(config_of(*settings, name="stopped")), kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 5)
+    assert not (stopped / "checkpoints" / "final").exists()
+    training.resume(str(stopped))
+    assert_same_run(whole, stopped)
+    said = [one for one in json.loads((whole / "run.json").read_text())["decisions"] if "training.tiles" in str(one)]
+    assert "16 tokens" in str(said)
 
 
-def test_a_snapshot_of_other_parameters_is_refused(bench):
-    """Nothing has been changed when it is."""
-    training = start(bench)
-    next(training.steps())
-    snapshot = training.capture()
-    snapshot.state["optimizer"]["lm_head.extra"] = snapshot.state["optimizer"].pop("lm_head.weight")
-    before = training.capture()
-    with pytest.raises(CheckpointError, match=r"1 of the model's are absent \(lm_head.weight\), 1 are not in the model \(lm_head.extra\)"):
-        training.restore(snapshot, training.weights())
-    assert bench.same_bits(training.capture().tensors["optimizer"], before.tensors["optimizer"])
+def test_p2_a_run_killed_before_its_first_checkpoint_starts_again_and_ends_the_same(config_of, unbroken, tmp_path):
+    whole = unbroken(*LORA)
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(lambda: training.train(config_of(*LORA, name="stopped")), kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 2)
+    assert list((stopped / "checkpoints").glob("step-*")) == []
+    training.resume(str(stopped))
+    assert_same_run(whole, stopped)
 
 
-def test_a_snapshot_that_lost_a_tensor_is_refused(bench):
-    training = start(bench)
-    next(training.steps())
-    snapshot = training.capture()
-    del snapshot.tensors["optimizer"]["lm_head.weight//exp_avg"]
-    with pytest.raises(CheckpointError, match=r"disagree on 1: lm_head.weight//exp_avg"):
-        training.restore(snapshot, training.weights())
+def test_n14_ten_kills_in_one_run_change_nothing(config_of, unbroken, tmp_path):
+    whole = unbroken(*LORA, "checkpoint.every_steps=1")
+    stopped = tmp_path / "runs" / "stopped"
+    metrics = stopped / "metrics.jsonl"
+    start = lambda: training.train(config_of(*LORA, "checkpoint.every_steps=1", name="stopped"))  # noqa: E731
+    for kill in range(10):
+        in_child(start, kill_when=lambda kill=kill: line_count(metrics) >= 2 + kill)
+        start = lambda: training.resume(str(stopped))  # noqa: E731
+    training.resume(str(stopped))
+    assert_same_run(whole, stopped)
 
 
-def test_a_snapshot_of_another_optimizer_is_refused(bench):
-    """An AdamW state put into SGD would be ignored without a word."""
-    training = start(bench)
-    next(training.steps())
-    other = start(bench, "sgd")
-    with pytest.raises(CheckpointError, match=r"the checkpoint's optimizer moved `model.embed_tokens.weight` by AdamW, this run's by SGD"):
-        other.restore(training.capture(), training.weights())
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_p8_a_signal_finishes_the_step_saves_and_exits_with_128_plus_its_number(number, config_of, tmp_path):
+    stopped = tmp_path / "runs" / "stopped"
+    code = in_child(
+        lambda: training.train(config_of(*LORA, "checkpoint.every_steps=1000", "training.epochs=50", name="stopped")),
+        kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 4,
+        signal_number=number,
+    )
+    assert code == 128 + number
+    info = json.loads((stopped / "run.json").read_text())
+    assert info["state"] == "stopped"
+    saved = list((stopped / "checkpoints").glob("step-*"))
+    assert [one.name for one in saved] == [f"step-{info['step']:06d}"]
 
 
-def test_generators_of_every_library_come_back():
-    """P2: with a normal draw kept by Python and by NumPy, and without."""
-
-    def draw():
-        return [random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.random(), torch.rand(2).tolist()]
-
-    for _ in range(2):
-        taken = capture_rng(torch.device("cpu"))
-        expected = draw() + draw()
-        seed_all(99)
-        restore_rng(taken, torch.device("cpu"))
-        assert draw() + draw() == expected
-        draw()
+def test_p8_a_run_stopped_by_a_signal_resumes_to_the_same_bytes(config_of, unbroken, tmp_path):
+    whole = unbroken(*LORA)
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(
+        lambda: training.train(config_of(*LORA, name="stopped")),
+        kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 5,
+        signal_number=signal.SIGTERM,
+    )
+    training.resume(None, overrides=[f"run.output_dir={tmp_path / 'runs'}"])
+    assert_same_run(whole, stopped)
 
 
-def test_every_optimizer_is_covered_here():
-    """P2 is shown for all that work on a CPU; the paged ones need a GPU."""
-    assert set(optim.OPTIMIZERS) == {*OPTIMIZERS, "paged_adamw", "paged_adamw_8bit"}
+def test_p5_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(config_of, unbroken, tmp_path):
+    whole = unbroken(*LORA, "checkpoint.every_steps=2")
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(
+        lambda: training.train(config_of(*LORA, "checkpoint.every_steps=2", name="stopped")),
+        kill_when=lambda: (stopped / "checkpoints" / "step-000006").is_dir(),
+    )
+    newest = max((stopped / "checkpoints").glob("step-??????"))
+    tensors = newest / "optimizer.safetensors"
+    bytes_ = bytearray(tensors.read_bytes())
+    bytes_[len(bytes_) // 2] ^= 1
+    tensors.write_bytes(bytes_)
+    said = []
+    training.resume(str(stopped), say=said.append)
+    assert any("damaged" in line and newest.name in line for line in said)
+    assert_same_run(whole, stopped)
+
+
+def test_p5_when_all_checkpoints_are_damaged_nothing_starts_from_zero(config_of, tmp_path):
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(lambda: training.train(config_of(name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir())
+    for manifest in (stopped / "checkpoints").glob("step-*/state.json"):
+        manifest.write_text("{}")
+    before = sorted(path.name for path in (stopped / "checkpoints").iterdir())
+    with pytest.raises(CheckpointError) as refusal:
+        training.resume(str(stopped))
+    assert refusal.value.exit_code == 5
+    assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == before
+
+
+def test_another_training_needs_a_flag_and_another_shape_is_refused(config_of, tmp_path, rows_file):
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(lambda: training.train(config_of(*LORA, name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir())
+    with pytest.raises(CheckpointError, match=r"another training.*learning_rate"):
+        training.resume(str(stopped), overrides=["training.learning_rate=0.5"])
+    with pytest.raises(CheckpointError, match=r"no longer fits.*adapter\.r"):
+        training.resume(str(stopped), overrides=["adapter.r=8"], allow_changes=True)
+    result = training.resume(str(stopped), overrides=["training.learning_rate=0.005"], allow_changes=True)
+    assert result.state == "finished"
+
+
+def test_n13_the_same_command_twice_gives_the_same_bytes(config_of):
+    one = training.train(config_of(*LORA, name="one")).folder
+    two = training.train(config_of(*LORA, name="two")).folder
+    assert_same_run(one, two)
+
+
+def test_n12_observers_change_no_byte_of_the_final_weights(config_of):
+    watched = training.train(config_of(*LORA, "evaluation.prompts=[hello there]", "evaluation.max_new_tokens=4", name="watched")).folder
+    alone = training.train(
+        config_of(
+            *LORA,
+            "evaluation.every_steps=null",
+            "evaluation.before_training=false",
+            "tracking.every_steps=5",
+            "tracking.trackers=[console]",
+            "checkpoint.every_steps=1000",
+            name="alone",
+        )
+    ).folder
+    assert weights_of(watched) == weights_of(alone)
+
+
+def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(config_of):
+    run = training.train(config_of(*LORA)).folder
+    before = (weights_of(run), (run / "metrics.jsonl").read_bytes())
+    said = []
+    assert training.resume(str(run), say=said.append).state == "finished"
+    step = before[1].count(b"train_mean_nll")
+    assert said == [f"{run.name}: finished after step {step} already; it goes on only where a changed key asks for more steps"]
+    assert before == (weights_of(run), (run / "metrics.jsonl").read_bytes())
+
+
+def test_a_stop_request_is_an_error_of_its_own_kind():
+    assert StoppedBySignal(15, "x").exit_code == 143
+
+
+def test_a_moved_run_folder_resumes(config_of, unbroken, tmp_path):
+    whole = unbroken(*LORA)
+    stopped = tmp_path / "runs" / "stopped"
+    in_child(lambda: training.train(config_of(*LORA, name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000006").is_dir())
+    moved = tmp_path / "elsewhere" / "stopped"
+    moved.parent.mkdir()
+    shutil.move(stopped, moved)
+    training.resume(str(moved))
+    assert_same_run(whole, moved)
+
+
+def break_a_weight(session):
+    next(iter(session.assembled.parameters.values())).data[0, 0] = float("inf")
+
+
+@pytest.mark.parametrize("saved", [[], ["step-000003"]], ids=["never saved", "saved at step 3"])
+@pytest.mark.parametrize("way", ["the caller leaves", "a signal", "it goes on"])
+def test_p10_weights_that_are_not_finite_are_never_saved_and_end_the_run_as_diverged(way, saved, config_of, tmp_path):
+    """Exit 7, state `diverged`, and the last good checkpoint named, whoever asked for the save (or nobody: then the budget ends it)."""
+    stop = StopRequest()
+    session = training.start(config_of(*LORA, name="broken"), Options(), stop, say=lambda line: None)
+    steps = session.steps()
+    for _ in range(4 if saved else 1):
+        next(steps)
+    break_a_weight(session)
+    if way == "a signal":
+        stop.request()
+    with pytest.raises(DivergedError, match=r"weights are no longer finite after step \d|windows skipped") as caught:
+        steps.close() if way == "the caller leaves" else [*steps]
+    run = tmp_path / "runs" / "broken"
+    named = f"the last good checkpoint is {run / 'checkpoints' / 'step-000003'}" if saved else "no checkpoint was saved before"
+    assert named in str(caught.value)
+    assert caught.value.exit_code == 7
+    assert json.loads((run / "run.json").read_text())["state"] == "diverged"
+    assert sorted(one.name for one in (run / "checkpoints").glob("step-*")) == saved
+    if saved:
+        assert training.resume(str(run)).state == "finished"
+
+
+@pytest.mark.parametrize("kind", [LORA, ()], ids=["adapter", "full"])
+def test_p5_weights_changed_after_they_were_verified_never_reach_the_model(kind, config_of, tmp_path):
+    session = training.start(config_of(*kind, name="run"), Options(), StopRequest(), say=lambda line: None)
+    steps = session.steps()
+    next(steps)
+    steps.close()
+    with RunFolder.open(tmp_path / "runs" / "run") as run:
+        loaded, _ = checkpointer.find_checkpoint(run, None)
+        (weights,) = (one for one in loaded.path.glob("*model.safetensors"))
+        changed = bytearray(weights.read_bytes())
+        changed[-1] ^= 1
+        weights.write_bytes(changed)
+        with pytest.raises(CheckpointError, match="sha256 does not fit"):
+            checkpointer.restore_weights(session.assembled, loaded)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from llmtune.verify.crash import verify_crash
-from llmtune.verify.phases import ATTACKED, PHASES
-from llmtune.verify.starters import Forked, Kill
-from pipeline_helpers import LORA
+from llmtune.verify.kill_points import ATTACKED, PHASES
+from llmtune.verify.launch import Forked, Kill
+from training_helpers import LORA
 
 
 def silent(line):

@@ -11,16 +11,18 @@ import peft  # noqa: F401 - once here, not in every child
 import pytest
 import transformers.models.llama.modeling_llama  # noqa: F401
 
+from disk_faults import Unsynced
 from fault_helpers import Sends, in_memory
-from llmtune import durable, keeping, observation, pipeline, session
+from llmtune import durable
 from llmtune.config.layers import load_config
-from llmtune.data.batches import BatchPlan
-from llmtune.durable.faults import Unsynced
+from llmtune.data.dataset.batches import BatchPlan
+from llmtune.engine import loop, state
 from llmtune.tracking.jsonl import RunRecord
-from llmtune.training import loop, state
-from llmtune.verify.children import in_child
-from llmtune.verify.phases import watched
-from pipeline_helpers import difference, small_run
+from llmtune.training import checkpointer, evaluator, training_run
+from llmtune.training import train as training
+from llmtune.verify.kill_points import watched
+from llmtune.verify.subprocesses import in_child
+from training_helpers import difference, small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -57,12 +59,12 @@ MUTANTS = {
     "no cursor: the rows start again": (BatchPlan, "windows", windows_from_the_start),
     "the cursor is one window too far": (BatchPlan, "windows", windows_one_too_far),
     "no optimizer state": (state, "_restore_optimizer", forget),
-    "no counters": (session, "restore", restore_but_the_counters),
-    "no weights": (keeping, "restore_weights", forget),
-    "no outlook: the best so far is forgotten": (observation.Observer, "restore", forget),
+    "no counters": (training_run, "restore", restore_but_the_counters),
+    "no weights": (checkpointer, "restore_weights", forget),
+    "no outlook: the best so far is forgotten": (evaluator.Observer, "restore", forget),
     "the record not cut": (RunRecord, "rewind", lambda record, position: 0),
-    "the rate starts again": (session.Session, "_rate", lambda one, step: one.learning_rate(0)),
-    "a mean of means": (session, "train_steps", mean_of_means),
+    "the rate starts again": (training_run.Session, "_rate", lambda one, step: one.learning_rate(0)),
+    "a mean of means": (training_run, "train_steps", mean_of_means),
 }
 
 
@@ -87,7 +89,7 @@ class Scene:
         assert '"step": 4' in (place / "template" / "metrics.jsonl").read_text()
 
     def train(self, name, *more):
-        pipeline.train(load_config(None, overrides=[*self.given, f"run.name={name}", *more], environ={}))
+        training.train(load_config(None, overrides=[*self.given, f"run.name={name}", *more], environ={}))
 
     @staticmethod
     def child(story):
@@ -104,7 +106,7 @@ class Scene:
 
         def resume():
             change()
-            pipeline.resume(str(run))
+            training.resume(str(run))
 
         try:
             end = self.child(resume)

@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 
-from llmtune import durable, pipeline
+from llmtune import durable
 from llmtune.config.layers import load_config
-from llmtune.preparation import Options
-from llmtune.training import engine
-from llmtune.verify.files import verify_checkpoint, verify_merge
+from llmtune.config.process_options import Options
+from llmtune.engine import forward
+from llmtune.training import train as training
+from llmtune.verify.file_checks import verify_checkpoint, verify_merge
 from llmtune.verify.numbers import verify_batching, verify_packing
-from llmtune.verify.resume import verify_resume
-from llmtune.verify.verdict import Verdict
-from pipeline_helpers import LORA, in_child
+from llmtune.verify.result import Verdict
+from llmtune.verify.resumed_run import verify_resume
+from training_helpers import LORA, in_child
 
 
 def silent(line):
@@ -32,13 +33,13 @@ def test_n1_and_n4_verify_batching_passes_on_the_tiny_model(resolved):
 
 
 def test_verify_batching_fails_when_a_micro_batch_is_averaged_by_itself(resolved, monkeypatch):
-    built = engine.build_engine
+    built = forward.build_engine
 
     def mean_of_means(*arguments, **named):
         made = built(*arguments, **named)
         return replace(made, nll_sum=lambda batch: made.nll_sum(batch) / batch.loss_weight)
 
-    monkeypatch.setattr("llmtune.assembly.build_engine", mean_of_means)
+    monkeypatch.setattr("llmtune.training.build.build_engine", mean_of_means)
     verdict = verify_batching(resolved, Options(), say=silent)
     assert not verdict.passed
 
@@ -49,8 +50,8 @@ def test_n5_verify_packing_passes_on_the_tiny_model(resolved):
 
 
 def test_n5_verify_packing_fails_when_packed_rows_see_each_other(resolved, monkeypatch):
-    honest = engine.flat_nll_sum
-    built = engine.build_engine
+    honest = forward.flat_nll_sum
+    built = forward.build_engine
 
     def leaky(model, batch, **others):
         whole = batch.segments[[0, -1]]
@@ -58,10 +59,10 @@ def test_n5_verify_packing_fails_when_packed_rows_see_each_other(resolved, monke
 
     def build(*arguments, **named):
         made = built(*arguments, **named)
-        monkeypatch.setattr(engine, "flat_nll_sum", leaky)
+        monkeypatch.setattr(forward, "flat_nll_sum", leaky)
         return made
 
-    monkeypatch.setattr("llmtune.assembly.build_engine", build)
+    monkeypatch.setattr("llmtune.training.build.build_engine", build)
     verdict = verify_packing(resolved, Options(), say=silent)
     assert not verdict.passed
 
@@ -73,7 +74,7 @@ def test_p2_verify_resume_kills_through_the_real_command_line_and_passes(tiny_mo
 
 
 def test_p5_verify_checkpoint_finds_every_damage_and_a_changed_byte(config_of):
-    run = pipeline.train(config_of(*LORA)).folder
+    run = training.train(config_of(*LORA)).folder
     assert verify_checkpoint(run, say=silent).passed
     state = run / "checkpoints" / "final" / "README.md"
     state.write_text(state.read_text().replace("LoRA", "LORA", 1))
@@ -81,7 +82,7 @@ def test_p5_verify_checkpoint_finds_every_damage_and_a_changed_byte(config_of):
 
 
 def test_n8_verify_merge_passes_on_a_lora_run(config_of):
-    run = pipeline.train(config_of(*LORA)).folder
+    run = training.train(config_of(*LORA)).folder
     assert verify_merge(run, offline=True, say=silent).passed
 
 
@@ -91,20 +92,20 @@ def test_a_verdict_without_findings_is_no_pass():
 
 def test_a_run_that_lost_its_random_generators_is_told_from_the_unbroken_one(config_of, tmp_path, monkeypatch):
     """Tester's test: without the generators in the checkpoint, dropout differs after a resume and the comparison must say so."""
-    from llmtune.verify.sameness import compare_runs
+    from llmtune.verify.file_checks import compare_runs
 
-    whole = pipeline.train(config_of(*LORA, name="whole")).folder
+    whole = training.train(config_of(*LORA, name="whole")).folder
     stopped = tmp_path / "runs" / "stopped"
-    in_child(lambda: pipeline.train(config_of(*LORA, name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir())
-    monkeypatch.setattr("llmtune.training.state.restore_rng", lambda *given: None)
-    pipeline.resume(str(stopped))
+    in_child(lambda: training.train(config_of(*LORA, name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir())
+    monkeypatch.setattr("llmtune.engine.state.restore_rng", lambda *given: None)
+    training.resume(str(stopped))
     verdict = Verdict("resume")
     compare_runs(whole, stopped, verdict)
     assert not verdict.passed
 
 
 def test_faults_are_counted_where_they_happen(tmp_path):
-    from llmtune.durable.faults import Counting
+    from disk_faults import Counting
 
     with durable.use_backend(Counting()) as backend:
         durable.write_json(tmp_path / "a.json", {"a": 1})

@@ -8,6 +8,6 @@
 from llmtune.api.curve import Curve
 from llmtune.api.metrics import Stop
 from llmtune.api.trainer import Trainer, train, train_single_model
-from llmtune.session import Result
+from llmtune.training.training_run import Result
 
 __all__ = ["Curve", "Result", "Stop", "Trainer", "train", "train_single_model"]

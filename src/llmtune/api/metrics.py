@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
+from llmtune.engine.loop import StepResult
+from llmtune.engine.state import capture_rng, restore_rng
 from llmtune.errors import UsageError
-from llmtune.training.loop import StepResult
-from llmtune.training.randomness import capture_rng, restore_rng
 
 __all__ = ["Measures", "Metric", "MetricObject", "Stop", "as_function"]
 

@@ -10,18 +10,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llmtune import pipeline
 from llmtune.api.curve import Curve
 from llmtune.api.display import Display, progress_html
 from llmtune.api.display import say as say_here
 from llmtune.api.metrics import Measures, Metric, Stop, Values
 from llmtune.config.layers import ResolvedConfig, load_config
+from llmtune.config.process_options import Options
+from llmtune.engine.loop import StepResult
 from llmtune.errors import UsageError
 from llmtune.evaluation.generate import Answer, Prompt, generate
-from llmtune.preparation import Options
 from llmtune.runs.signals import StopRequest
-from llmtune.session import Result, Session
-from llmtune.training.loop import StepResult
+from llmtune.training import train as training
+from llmtune.training.training_run import Result, Session
 
 __all__ = ["Trainer", "train", "train_single_model"]
 
@@ -62,7 +62,7 @@ class Trainer:
         self._metrics = tuple(metrics)
         self._say = say
         self._stop = StopRequest()
-        self._open: Callable[[], Session] = lambda: pipeline.start(resolved, self._options, self._stop, say=say)
+        self._open: Callable[[], Session] = lambda: training.start(resolved, self._options, self._stop, say=say)
         self._session: Session | None = None
         self._measures: Measures | None = None
         self._running: Callable[[], Generator[StepResult, None, None] | None] = lambda: None
@@ -76,7 +76,7 @@ class Trainer:
         """
         folder = Path(run) if (Path(run) / "config.yaml").is_file() else Path("runs") / run
         trainer = cls(load_config(str(folder / "config.yaml"), environ={}), **keywords)
-        trainer._open = lambda: pipeline.reopen(str(folder), trainer._options, trainer._stop, allow_changes=allow_changes, say=trainer._say)
+        trainer._open = lambda: training.reopen(str(folder), trainer._options, trainer._stop, allow_changes=allow_changes, say=trainer._say)
         trainer.curve = Curve(title=folder.name)
         return trainer
 

@@ -12,7 +12,7 @@ from llmtune.cli.generate import MaxNewTokens, Model, NoCuda, System, open_subje
 
 if TYPE_CHECKING:
     from llmtune.evaluation.generate import Answer
-    from llmtune.evaluation.subject import Subject
+    from llmtune.evaluation.loaded_model import Subject
 
 __all__ = ["compare"]
 

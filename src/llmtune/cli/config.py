@@ -13,7 +13,7 @@ from llmtune.cli.options import ConfigName, Overrides
 from llmtune.config.convert import LEAVES
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain
 from llmtune.config.layers import ResolvedConfig, load_config
-from llmtune.config.render import value_text
+from llmtune.config.value_text import value_text
 from llmtune.errors import ConfigError, Problem
 
 __all__ = ["diff", "schema", "show", "validate"]

@@ -27,10 +27,11 @@ def report(
     from llmtune.cli.process import check_working_folder, is_offline
 
     check_working_folder()
-    from llmtune.data.prepare import refuse_problems, survey_data
-    from llmtune.data.report import data_report, report_lines, row_line, row_report
-    from llmtune.preparation import Options, find_model, open_renderer, open_tokenizer
-    from llmtune.reporting import tokenizing_progress
+    from llmtune.config.process_options import Options
+    from llmtune.data.dataset.make_dataset import refuse_problems, survey_data
+    from llmtune.data.dataset.report import data_report, report_lines, row_line, row_report
+    from llmtune.prepare import find_model, open_renderer, open_tokenizer
+    from llmtune.training.progress import tokenizing_progress
 
     options = Options(offline=is_offline(), trust_remote_code=trust_remote_code)
     loaded = open_tokenizer(resolved.config, find_model(resolved.config, options), options)

@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 
-from llmtune import __version__
 from llmtune.cli.process import check_working_folder
 from llmtune.errors import LlmtuneError, in_one_line
+from llmtune.version import __version__
 
 __all__ = ["doctor"]
 
@@ -104,7 +104,7 @@ def _versions() -> list[Finding]:
 def _devices() -> list[Finding]:
     import torch
 
-    from llmtune.plan.devices import memory_for_us
+    from llmtune.plan.hardware import memory_for_us
     from llmtune.plan.memory import gigabytes
 
     findings = [Finding("cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {gigabytes(memory_for_us())} free")]
@@ -123,8 +123,8 @@ def _devices() -> list[Finding]:
 def _arithmetic() -> list[Finding]:
     import torch
 
-    from llmtune.training.devices import choose_device
-    from llmtune.training.precision import choose_precision
+    from llmtune.engine.devices import choose_device
+    from llmtune.engine.precision import choose_precision
 
     choice = choose_precision(choose_device()[0])
     amx = "has" if torch.cpu._is_amx_tile_supported() else "has no"
@@ -147,7 +147,7 @@ def _bitsandbytes() -> list[Finding]:
 
 
 def _places() -> list[Finding]:
-    from llmtune.data.cache import default_cache_dir
+    from llmtune.data.dataset.cache import default_cache_dir
     from llmtune.plan.memory import gigabytes
     from llmtune.runs.disk import free_bytes_at
 

@@ -16,7 +16,7 @@ from llmtune.errors import DataError, Problem, UsageError
 if TYPE_CHECKING:
     from llmtune.config.schema import Config
     from llmtune.data.example import ExampleSet
-    from llmtune.evaluation.subject import Subject
+    from llmtune.evaluation.loaded_model import Subject
 
 __all__ = ["evaluate"]
 
@@ -65,7 +65,7 @@ def _held_out(subject: Subject, data: list[str] | None, config: str | None) -> t
     """Return the rows to evaluate on, and the config they were prepared by."""
     from llmtune.config.layers import load_config
     from llmtune.config.schema import Config, SourceConfig
-    from llmtune.data.prepare import prepare_data
+    from llmtune.data.dataset.make_dataset import prepare_data
 
     settings = load_config(config).config if config is not None else subject.config or Config()
     if data:
@@ -90,11 +90,11 @@ def _as_typed(problem: Problem) -> Problem:
 
 
 def _measure(subject: Subject, settings: Config, rows: ExampleSet, batch_size: int) -> dict[str, float]:
-    from llmtune.data.batches import eval_batches
+    from llmtune.data.dataset.batches import eval_batches
+    from llmtune.engine.forward import build_engine
+    from llmtune.engine.precision import Precision
     from llmtune.evaluation.heldout import evaluate as measure
     from llmtune.evaluation.heldout import trained_bytes
-    from llmtune.training.engine import build_engine
-    from llmtune.training.precision import Precision
 
     device = next(subject.model.parameters()).device
     precision = Precision("fp32", device)

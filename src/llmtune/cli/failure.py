@@ -13,9 +13,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmtune import __version__
 from llmtune.errors import LlmtuneError, Problem
 from llmtune.runs.secrets import redacted, redacted_command
+from llmtune.version import __version__
 
 __all__ = ["message", "report_crash", "report_error", "say"]
 

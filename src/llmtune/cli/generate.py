@@ -15,7 +15,7 @@ from llmtune.errors import UsageError
 if TYPE_CHECKING:
     from llmtune.data.example import Message
     from llmtune.evaluation.generate import Answer
-    from llmtune.evaluation.subject import Subject
+    from llmtune.evaluation.loaded_model import Subject
 
 __all__ = ["chat", "generate", "open_subject", "read_prompts"]
 
@@ -110,7 +110,7 @@ def open_subject(name: str, *, no_cuda: bool = False) -> Subject:
     from llmtune.cli.process import is_offline, prepare_process
 
     prepare_process()
-    from llmtune.evaluation.subject import load_subject
+    from llmtune.evaluation.loaded_model import load_subject
 
     subject = load_subject(name, offline=is_offline(), no_cuda=no_cuda)
     say(subject.description)

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple, TextIO
 import typer
 from typer.core import TyperGroup
 
-from llmtune import __version__
 from llmtune.cli.failure import report_crash, report_error, say
-from llmtune.cli.offline import allow_no_telemetry, go_offline
-from llmtune.cli.process import check_arguments, restart_for_allocator
+from llmtune.cli.process import allow_no_telemetry, check_arguments, go_offline, restart_for_allocator
 from llmtune.cli.usage import usage_error
 from llmtune.errors import LlmtuneError, MachineError, UsageError
 from llmtune.runs.signals import ending_in_order
+from llmtune.version import __version__
 
 __all__ = ["COMMANDS", "Command", "build", "main"]
 

@@ -25,8 +25,8 @@ def merge_lora(
     from llmtune.cli.process import is_offline, prepare_process
 
     prepare_process()
+    from llmtune.adapters.base_model import named_folder
     from llmtune.deploy.merge import merge_lora as merge
-    from llmtune.models.adapter_base import named_folder
 
     folder = named_folder(source, "runs") or source
     report = merge(folder, output, base=base, dtype=dtype.value if dtype is not None else None, offline=is_offline(), say=say)

@@ -34,13 +34,14 @@ def plan(
     from llmtune.cli.process import is_offline, prepare_process
 
     prepare_process(trains=True)  # as the run that is planned, and `--measure` takes its steps
-    from llmtune.assembly import open_devices
-    from llmtune.plan.devices import open_target
+    from llmtune.config.process_options import Options
+    from llmtune.engine.devices import open_devices
     from llmtune.plan.forecast import Forecaster
-    from llmtune.plan.report import as_dict, lines, make_plan
-    from llmtune.plan.settle import settle
-    from llmtune.preparation import Options, prepare
-    from llmtune.reporting import tokenizing_progress
+    from llmtune.plan.hardware import open_target
+    from llmtune.plan.resolve_auto import settle
+    from llmtune.plan.summary import as_dict, lines, make_plan
+    from llmtune.prepare import prepare
+    from llmtune.training.progress import tokenizing_progress
 
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
     target = open_target(device, no_cuda=no_cuda)
@@ -54,7 +55,7 @@ def plan(
     if measure:
         from dataclasses import replace
 
-        from llmtune.plan.rates import measure as calibrate
+        from llmtune.training.calibration import measure as calibrate
 
         devices, _ = open_devices(prepared.config, options)
         rate, measured_bytes = calibrate(forecaster, devices)

@@ -17,8 +17,8 @@ from llmtune.config.layers import load_config
 
 if TYPE_CHECKING:
     from llmtune.config.schema import DataConfig
+    from llmtune.data.dataset.preview import Group
     from llmtune.data.example import ExampleSet
-    from llmtune.data.preview import Group
 
 __all__ = ["preview"]
 
@@ -39,11 +39,12 @@ def preview(
     from llmtune.cli.process import check_working_folder, is_offline
 
     check_working_folder()
-    from llmtune.data.prepare import refuse_problems, survey_data
-    from llmtune.data.preview import html_page, json_line, legend, terminal_text
+    from llmtune.config.process_options import Options
+    from llmtune.data.dataset.make_dataset import refuse_problems, survey_data
+    from llmtune.data.dataset.preview import html_page, json_line, legend, terminal_text
     from llmtune.durable import write_text
-    from llmtune.preparation import Options, find_model, open_renderer, open_tokenizer
-    from llmtune.reporting import tokenizing_progress
+    from llmtune.prepare import find_model, open_renderer, open_tokenizer
+    from llmtune.training.progress import tokenizing_progress
 
     options = Options(offline=is_offline(), trust_remote_code=trust_remote_code)
     loaded = open_tokenizer(resolved.config, find_model(resolved.config, options), options)
@@ -70,8 +71,8 @@ def preview(
 
 def _groups(examples: ExampleSet, data: DataConfig) -> Iterator[Group]:
     """Yield what is shown together: packs where the config packs, single rows in their order otherwise."""
-    from llmtune.data.packing import plan_packs
-    from llmtune.data.preview import Group
+    from llmtune.data.dataset.packing import plan_packs
+    from llmtune.data.dataset.preview import Group
 
     if data.packing == "none":
         yield from (Group([examples[place]]) for place in range(len(examples)))

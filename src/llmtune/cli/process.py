@@ -13,7 +13,16 @@ from pathlib import Path
 from llmtune.config.origin import is_text, printable
 from llmtune.errors import MachineError, UsageError
 
-__all__ = ["check_arguments", "check_surroundings", "check_working_folder", "is_offline", "prepare_process", "restart_for_allocator"]
+__all__ = [
+    "allow_no_telemetry",
+    "check_arguments",
+    "check_surroundings",
+    "check_working_folder",
+    "go_offline",
+    "is_offline",
+    "prepare_process",
+    "restart_for_allocator",
+]
 
 RESTARTED = "LLMTUNE_RESTARTED"
 """Number of a process that was started again: it is not a second time, even if what it was given did not arrive."""
@@ -35,7 +44,7 @@ def prepare_process(*, trains: bool = False) -> None:
     Raises what `check_surroundings` raises.
     """
     check_surroundings()
-    from llmtune.training.memory import bound_kernel_caches, tune_allocator
+    from llmtune.engine.allocator import bound_kernel_caches, tune_allocator
 
     bound_kernel_caches()
     if trains:
@@ -52,7 +61,7 @@ def restart_for_allocator() -> None:
 
     Only where the process is `llmtune` itself, and nothing has been read yet: another program that calls our `main` would be lost.
     """
-    from llmtune.training.memory import without_thread_caches
+    from llmtune.engine.allocator import without_thread_caches
 
     environment = without_thread_caches(os.environ)
     program = Path(sys.argv[0])
@@ -71,7 +80,7 @@ def _import_libraries() -> None:
     """
     if LIBRARY in sys.modules:
         return
-    from llmtune.models.reading import collector_paused
+    from llmtune.models.read_config import collector_paused
     from llmtune.runs.signals import held_back
 
     with held_back(), collector_paused():
@@ -114,3 +123,15 @@ def _encoding_fix() -> str:
     if _encoding() == "UTF-8":
         return "give the file or folder a name in UTF-8"
     return "set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8"
+
+
+def allow_no_telemetry() -> None:
+    """Tell the libraries below to report nothing home, whatever their default."""
+    os.environ.update({"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "DISABLE_TELEMETRY": "YES", "WANDB_ERROR_REPORTING": "false"})
+
+
+def go_offline() -> None:
+    """Tell the libraries below to make no connection; wandb keeps its records on disk."""
+    os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "LLMTUNE_OFFLINE": "1"})
+    if os.environ.get("WANDB_MODE") != "disabled":
+        os.environ["WANDB_MODE"] = "offline"

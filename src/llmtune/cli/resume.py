@@ -43,10 +43,10 @@ def go_on(
     from llmtune.cli.process import prepare_process
 
     prepare_process(trains=True)
-    from llmtune import pipeline
     from llmtune.cli.process import is_offline
-    from llmtune.cli.train import show_result
-    from llmtune.preparation import Options
+    from llmtune.cli.result import show_result
+    from llmtune.config.process_options import Options
+    from llmtune.training import train as training
 
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
-    show_result(pipeline.resume(run, overrides=overrides, options=options, allow_changes=allow_changes, checkpoint=checkpoint, say=say))
+    show_result(training.resume(run, overrides=overrides, options=options, allow_changes=allow_changes, checkpoint=checkpoint, say=say))

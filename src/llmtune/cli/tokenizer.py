@@ -33,10 +33,11 @@ def train(
     from llmtune import durable
     from llmtune.cli.process import check_working_folder
     from llmtune.config.layers import load_config
-    from llmtune.data.prepare import iter_texts
+    from llmtune.data.dataset.make_dataset import iter_texts
     from llmtune.errors import ConfigError, UsageError
+    from llmtune.models.chat_templates import find_chat_template
     from llmtune.models.save import write_tokenizer
-    from llmtune.models.tokenizer import find_chat_template, train_tokenizer
+    from llmtune.models.tokenizer import train_tokenizer
     from llmtune.models.tokenizer_training import measure_tokenizer
 
     check_working_folder()

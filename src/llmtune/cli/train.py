@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from llmtune.cli.failure import say
 from llmtune.cli.options import ConfigName, Overrides
+from llmtune.cli.result import show_result
 from llmtune.config.layers import load_config
 from llmtune.errors import UsageError
 
-if TYPE_CHECKING:
-    from llmtune.pipeline import Result
-
-__all__ = ["show_result", "train"]
+__all__ = ["train"]
 
 
 def train(
@@ -69,30 +67,12 @@ def train(
     from llmtune.cli.process import prepare_process
 
     prepare_process(trains=True)
-    from llmtune.pipeline import dry_run as run_dry
-    from llmtune.pipeline import train as run_training
-    from llmtune.preparation import Options
+    from llmtune.config.process_options import Options
+    from llmtune.training.train import dry_run as run_dry
+    from llmtune.training.train import train as run_training
 
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
     if dry_run:
         run_dry(resolved, options, say=print)
         return
     show_result(run_training(resolved, options, say=say))
-
-
-def show_result(result: Result) -> None:
-    """Say how the run ended and where everything is; the folder goes to stdout."""
-    if result.folder is None:
-        return
-    from llmtune.plan.report import compared_lines
-    from llmtune.reporting import summary_lines
-
-    say(f"{result.state} after step {result.step}")
-    for line in summary_lines(result.metrics, result.outlook):
-        say(line)
-    if result.plan is not None:
-        for line in compared_lines(result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes):
-            say(line)
-    if result.state == "finished":
-        say(f"try it: llmtune generate {result.folder} 'your question'")
-    print(result.folder)

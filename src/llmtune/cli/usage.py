@@ -7,7 +7,7 @@ from typing import Any
 
 from llmtune.config.convert import LEAVES
 from llmtune.config.layers import FLAGS
-from llmtune.config.names import NAMES
+from llmtune.config.other_toolkits_names import NAMES
 from llmtune.errors import UsageError
 
 __all__ = ["keys_meant_by", "usage_error"]

@@ -16,7 +16,7 @@ from llmtune.cli.process import is_offline, prepare_process
 from llmtune.config.layers import ResolvedConfig, load_config
 
 if TYPE_CHECKING:
-    from llmtune.verify.verdict import Verdict
+    from llmtune.verify.result import Verdict
 
 __all__ = ["batching", "checkpoint", "crash", "merge", "packing", "resume"]
 
@@ -37,7 +37,7 @@ def resume(
 ) -> None:
     """Kill a run with SIGKILL, resume it, and compare it byte for byte with the run nobody stopped."""
     prepare_process()
-    from llmtune.verify.resume import verify_resume
+    from llmtune.verify.resumed_run import verify_resume
 
     name, given = _config(config, overrides)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def batching(overrides: Overrides = None, config: ConfigName = None) -> None:
     """Compare loss and gradients of one window, cut into micro-batches in several ways."""
     resolved = _resolved(config, overrides)
     prepare_process()
-    from llmtune.preparation import Options
+    from llmtune.config.process_options import Options
     from llmtune.verify.numbers import verify_batching
 
     _end(verify_batching(resolved, Options(offline=is_offline()), say=say))
@@ -86,7 +86,7 @@ def packing(overrides: Overrides = None, config: ConfigName = None) -> None:
     """Compare packed rows with rows alone, and change one row to see whether a neighbour moves."""
     resolved = _resolved(config, overrides)
     prepare_process()
-    from llmtune.preparation import Options
+    from llmtune.config.process_options import Options
     from llmtune.verify.numbers import verify_packing
 
     _end(verify_packing(resolved, Options(offline=is_offline()), say=say))
@@ -96,7 +96,7 @@ def checkpoint(run: Run) -> None:
     """Re-read every byte of a run's checkpoints, and show that damage to a copy is found."""
     prepare_process()
     from llmtune.runs.folder import resolve_run
-    from llmtune.verify.files import verify_checkpoint
+    from llmtune.verify.file_checks import verify_checkpoint
 
     _end(verify_checkpoint(resolve_run(run, "runs"), say=say))
 
@@ -105,7 +105,7 @@ def merge(run: Run) -> None:
     """Merge a run's adapter into a scratch folder and compare its logits with base plus adapter."""
     prepare_process()
     from llmtune.runs.folder import resolve_run
-    from llmtune.verify.files import verify_merge
+    from llmtune.verify.file_checks import verify_merge
 
     _end(verify_merge(resolve_run(run, "runs"), offline=is_offline(), say=say))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, get_args
 
 from llmtune.config.convert import Mismatch
 from llmtune.config.document import Listing, Node, Scalar
-from llmtune.config.names import FLAT_SECTIONS, LORA_SECTIONS, NAMES
+from llmtune.config.other_toolkits_names import FLAT_SECTIONS, LORA_SECTIONS, NAMES
 from llmtune.config.schema import TrainOn
 
 __all__ = [

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.config.origin import Origin, printable
-from llmtune.config.render import value_text
 from llmtune.config.schema import Config, SourceConfig
+from llmtune.config.value_text import value_text
 from llmtune.errors import Problem
 
 __all__ = ["CONTRADICTIONS", "NAME_FIELDS", "RANGES", "SOURCE_RANGES", "Contradiction", "Range", "contradictions", "range_problem"]

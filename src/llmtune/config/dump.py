@@ -10,8 +10,8 @@ from typing import Any
 
 from llmtune.config.describe import descriptions
 from llmtune.config.layers import parse_config
-from llmtune.config.render import source_text, value_text
 from llmtune.config.schema import Config, SourceConfig
+from llmtune.config.value_text import source_text, value_text
 
 __all__ = ["config_from_dict", "config_to_dict", "config_to_yaml", "plain"]
 

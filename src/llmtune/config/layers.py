@@ -19,8 +19,8 @@ from llmtune.config.collect import Findings, Setting, collect
 from llmtune.config.document import Entry, Listing, Node, Scalar, Table, Unreadable, from_python, parse_yaml, read_text, shown
 from llmtune.config.json_document import parse_json
 from llmtune.config.origin import DEFAULT, Origin, is_text, printable
+from llmtune.config.presets import shipped_path, shipped_presets
 from llmtune.config.schema import Config
-from llmtune.config.shipped import shipped_path, shipped_presets
 from llmtune.errors import ConfigError, Problem
 
 __all__ = ["ResolvedConfig", "find_config", "load_config", "parse_config"]

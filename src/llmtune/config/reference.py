@@ -10,8 +10,8 @@ from llmtune.config import convert
 from llmtune.config.aliases import NOT_HERE, other_names
 from llmtune.config.checks import CONTRADICTIONS, RANGES, SOURCE_RANGES, Range
 from llmtune.config.describe import descriptions, source_descriptions
-from llmtune.config.render import value_text
 from llmtune.config.schema import SourceConfig
+from llmtune.config.value_text import value_text
 
 __all__ = ["reference_page"]
 

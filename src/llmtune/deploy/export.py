@@ -10,13 +10,13 @@ from typing import Literal, get_args
 import torch
 
 from llmtune import durable
-from llmtune.deploy.compare import Difference, limit_for, logits_of, probe_prompts, refuse_if_different, reloaded_logits, tell_apart
+from llmtune.adapters.base_model import find_result, named_folder
+from llmtune.deploy.compare_logits import Difference, limit_for, logits_of, probe_prompts, refuse_if_different, reloaded_logits, tell_apart
 from llmtune.deploy.gguf_model import refuse_unwritable, write_gguf
 from llmtune.deploy.gguf_vocabulary import refuse_other_ids
 from llmtune.deploy.merge import DTYPES, MergeReport, merge_lora
-from llmtune.deploy.whole import Whole, open_whole, write_whole
+from llmtune.deploy.model_folder import Whole, open_whole, write_whole
 from llmtune.errors import UsageError
-from llmtune.models.adapter_base import find_result, named_folder
 from llmtune.models.catalog import resolve_subject
 from llmtune.models.gguf import read_gguf
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmtune.deploy.gguf_vocabulary import Vocabulary, gguf_vocabulary
-from llmtune.deploy.whole import Whole
+from llmtune.deploy.model_folder import Whole
 from llmtune.errors import ModelError
 
 __all__ = ["ARCHITECTURES", "refuse_unwritable", "split_pairs", "write_gguf"]

@@ -14,22 +14,14 @@ from pathlib import Path
 import torch
 
 from llmtune import durable
-from llmtune.deploy.compare import (
-    Difference,
-    limit_for,
-    logits_of,
-    probe_prompts,
-    refuse_if_different,
-    reloaded_logits,
-    tell_apart,
-)
-from llmtune.deploy.origin import Origin, find_origin
-from llmtune.deploy.plan import MergePlan, plan_merge
-from llmtune.deploy.write import Written, write_merged
+from llmtune.adapters.attach import load_adapter
+from llmtune.deploy.compare_logits import Difference, limit_for, logits_of, probe_prompts, refuse_if_different, reloaded_logits, tell_apart
+from llmtune.deploy.merge_plan import MergePlan, plan_merge
+from llmtune.deploy.merged_from import Origin, find_origin
+from llmtune.deploy.write_merged import Written, write_merged
 from llmtune.errors import AdapterError, UsageError
-from llmtune.models.adapters import load_adapter
-from llmtune.models.dequantize import through_quantization
 from llmtune.models.load import load_model, resize_for_tokenizer
+from llmtune.models.quantization import through_quantization
 from llmtune.models.weights import digest_tensors
 
 __all__ = ["DTYPES", "MergeReport", "merge_lora"]

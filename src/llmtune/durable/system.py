@@ -1,7 +1,7 @@
 """The operations that change a disk, one by one, through a backend that tests can replace.
 
 Every write, sync, rename, link and deletion of the program passes `Backend.call`. The real backend calls the operating system; the
-backends of `durable.faults` count, fail, kill or trace at a chosen operation. What the operating system refuses becomes a `MachineError`
+the backends of the tests count, fail, kill or trace at a chosen operation. What the operating system refuses becomes a `MachineError`
 that says what was attempted, where, the system's own words, and what to do.
 """
 

@@ -16,7 +16,7 @@ import torch
 
 from llmtune.data.example import Message
 from llmtune.errors import DataError
-from llmtune.evaluation.stillness import observing, unwrapped
+from llmtune.evaluation.eval_mode import observing, unwrapped
 
 __all__ = ["Answer", "Prompt", "PromptRenderer", "TextPrompt", "continue_ids", "generate"]
 

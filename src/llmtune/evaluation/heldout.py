@@ -21,10 +21,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from llmtune.data.batches import MicroBatch
+from llmtune.data.dataset.batches import MicroBatch
 from llmtune.data.example import ExampleSet
 from llmtune.errors import DataError
-from llmtune.evaluation.stillness import observing
+from llmtune.evaluation.eval_mode import observing
 
 __all__ = ["evaluate", "token_bytes", "trained_bytes"]
 

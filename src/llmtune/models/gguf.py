@@ -19,7 +19,7 @@ from typing import Any
 from llmtune import durable
 from llmtune.durable.files import stamp_of
 from llmtune.errors import ModelError, in_one_line
-from llmtune.models.silence import quiet_libraries, saving_by_library
+from llmtune.models.quiet_libraries import quiet_libraries, saving_by_library
 
 __all__ = ["converted_folder", "converted_weights_digest", "model_cache_folder", "read_gguf"]
 

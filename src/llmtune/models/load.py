@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmtune.common.decisions import Decision
 from llmtune.config.schema import ModelConfig
-from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, ModelError, Problem, in_one_line
-from llmtune.models.catalog import ModelSource
-from llmtune.models.reading import read_config
+from llmtune.models.catalog_entry import ModelSource
+from llmtune.models.hub import local_folder, may_ignore_auto_map
+from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import read_config
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
-from llmtune.models.silence import quiet_libraries
-from llmtune.models.store import local_folder, may_ignore_auto_map
 
 if TYPE_CHECKING:
     import torch

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune import durable
-from llmtune.models.adapter_scan import BASE_RECORD
-from llmtune.models.adapters import adapter_files, trained_parameters
+from llmtune.models.parameters import trained_parameters
+from llmtune.models.quiet_libraries import saving_by_library
 from llmtune.models.scan import read_json_file
-from llmtune.models.silence import saving_by_library
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["restore_weights", "write_adapter", "write_model", "write_tokenizer", "write_weights"]
+__all__ = ["restore_weights", "write_generation_config", "write_model", "write_tokenizer", "write_weights"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -43,38 +42,11 @@ def write_model(
     with saving_by_library(folder):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_bytes)
     model.config.dtype = before  # the library leaves its name there instead; writing changes nothing (N12)
-    _write_generation(model, tokenizer, stop_token_ids, folder)
+    write_generation_config(model, tokenizer, stop_token_ids, folder)
     if dtype is not None:  # the library writes the type of the model at hand
         config = read_json_file(folder / "config.json")
         durable.write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
     write_tokenizer(tokenizer, folder)
-
-
-def write_adapter(
-    model: Any,
-    folder: Path,
-    *,
-    tokenizer: Any = None,
-    stop_token_ids: Sequence[int] = (),
-    base_digest: str | None = None,
-    base_name: str | None = None,
-    base_revision: str | None = None,
-) -> None:
-    """Write an adapter as `peft.PeftModel.from_pretrained` reads it, with a record of its base beside it, and the tokenizer when given.
-
-    The config names the base as transformers can load it (a hub id or a folder); base_name, base_digest and base_revision go to the record.
-    """
-    tensors, config = adapter_files(model)
-    if base_revision is not None:
-        config["revision"] = base_revision
-    durable.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    durable.write_json(folder / "adapter_config.json", config)
-    record = {"base_digest": base_digest, "base_name": base_name, "base_path": config["base_model_name_or_path"]}
-    record |= {"base_revision": base_revision, **_how_the_base_is_held(model.get_base_model().config)}
-    durable.write_json(folder / BASE_RECORD, record)
-    if tokenizer is not None:
-        write_tokenizer(tokenizer, folder)
-        _write_generation(model.get_base_model(), tokenizer, stop_token_ids, folder)
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -131,14 +103,7 @@ def _rounded(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> di
     return {name: done[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
 
-def _how_the_base_is_held(config: Any) -> dict[str, str | None]:
-    """The quantization and the type of the base the adapter was trained beside: a merge needs the very same numbers."""
-    stored = getattr(config, "quantization_config", None)
-    kind = None if stored is None else "4bit" if getattr(stored, "load_in_4bit", False) else "8bit"
-    return {"quantization": kind, "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch.")}
-
-
-def _write_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int], folder: Path) -> None:
+def write_generation_config(model: Any, tokenizer: Any, stop_token_ids: Sequence[int], folder: Path) -> None:
     """Say in generation_config.json where an answer ends, so that every program that loads the folder stops there."""
     generation = copy.deepcopy(model.generation_config)
     known = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]

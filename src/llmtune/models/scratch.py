@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from llmtune.config.schema import ArchitectureConfig
 from llmtune.errors import ConfigError, ModelError, Problem
-from llmtune.models.catalog import CATALOG, CatalogEntry
-from llmtune.models.silence import quiet_libraries
+from llmtune.models.catalog import CATALOG
+from llmtune.models.catalog_entry import CatalogEntry
+from llmtune.models.quiet_libraries import quiet_libraries
 
 __all__ = ["Architecture", "build_config", "build_model", "choose_architecture", "parameter_count"]
 

@@ -7,30 +7,21 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from llmtune.common.decisions import Decision
 from llmtune.config.schema import ModelConfig
-from llmtune.decisions import Decision
 from llmtune.errors import MachineError, ModelError, Problem, TokenizerError
-from llmtune.models.catalog import ModelSource, resolve
-from llmtune.models.reading import collector_paused, read_fast_tokenizer
+from llmtune.models.catalog import resolve
+from llmtune.models.catalog_entry import ModelSource
+from llmtune.models.chat_templates import find_chat_template
+from llmtune.models.hub import local_folder, may_ignore_auto_map
+from llmtune.models.read_config import collector_paused, read_fast_tokenizer
 from llmtune.models.scan import refuse_unsafe_folder
-from llmtune.models.store import local_folder, may_ignore_auto_map
 from llmtune.models.tokenizer_training import train_tokenizer
 
-__all__ = [
-    "LoadedTokenizer",
-    "find_chat_template",
-    "load_tokenizer",
-    "load_tokenizer_folder",
-    "shipped_chat_templates",
-    "tokenizer_digest",
-    "train_tokenizer",
-    "train_tokenizer_for",
-]
+__all__ = ["LoadedTokenizer", "load_tokenizer", "load_tokenizer_folder", "tokenizer_digest", "train_tokenizer", "train_tokenizer_for"]
 
 _PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
 """Tokens that other models reserve for padding, the most telling first."""
@@ -109,18 +100,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
     special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
     whole = json.dumps([rules, special, tokenizer.chat_template], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(whole.encode("ascii")).hexdigest()
-
-
-def shipped_chat_templates() -> dict[str, str]:
-    """The chat templates that come with llmtune, by the name `model.chat_template` takes."""
-    folder = resources.files("llmtune.models") / "templates"
-    return {one.name.removesuffix(".jinja"): one.read_text("utf-8") for one in folder.iterdir() if one.name.endswith(".jinja")}
-
-
-def find_chat_template(name_or_path: str) -> str:
-    """The text of a shipped chat template, or of a file. Raises TokenizerError when it is neither."""
-    shipped = shipped_chat_templates()
-    return shipped[name_or_path] if name_or_path in shipped else _template_file(name_or_path, shipped)
 
 
 def _tokenizer_folder(source: ModelSource, model_config: ModelConfig, trust_remote_code: bool) -> tuple[Path, str, bool]:
@@ -207,25 +186,6 @@ def _choose_template(tokenizer: Any, source: ModelSource, model_config: ModelCon
         return []  # text can still be trained on; a conversation will be refused by name
     tokenizer.chat_template = find_chat_template(choice)
     return [Decision("model.chat_template", choice, "the tokenizer has none; used for conversations only")]
-
-
-def _template_file(wanted: str, shipped: dict[str, str]) -> str:
-    path = Path(wanted).expanduser()
-    try:
-        if path.stat().st_size > 2**20:
-            raise TokenizerError(f"`{wanted}` has more than a million bytes", where="model.chat_template", fix="name a Jinja chat template")
-        text = path.read_text(encoding="utf-8")
-        if not text.strip():
-            raise TokenizerError(f"`{wanted}` is empty", where="model.chat_template", fix="name a Jinja chat template")
-        return text
-    except (OSError, ValueError) as error:
-        near = get_close_matches(wanted, shipped, n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
-        raise TokenizerError(
-            f"`{wanted}` is no readable file and no shipped chat template",
-            where="model.chat_template",
-            fix=f"{hint}the shipped ones are {', '.join(sorted(shipped))}",
-        ) from error
 
 
 def _choose_pad(tokenizer: Any) -> list[Decision]:

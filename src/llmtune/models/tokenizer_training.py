@@ -50,7 +50,7 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from llmtune.models.tokenizer import shipped_chat_templates
+    from llmtune.models.chat_templates import shipped_chat_templates
 
     specials = list(dict.fromkeys([*SPECIAL_TOKENS, *special_tokens]))
     least = _BYTES + len(specials)

@@ -21,7 +21,7 @@ from llmtune.errors import ModelError, Problem
 
 if TYPE_CHECKING:
     from llmtune.config.document import Entry, Table
-    from llmtune.models.catalog import CatalogEntry
+    from llmtune.models.catalog_entry import CatalogEntry
 
 __all__ = ["read_user_catalog"]
 
@@ -80,7 +80,7 @@ def _entry(row: Entry, problems: list[Problem]) -> CatalogEntry:
     from llmtune.config.convert import field_types
     from llmtune.config.document import Table
     from llmtune.config.schema import ArchitectureConfig
-    from llmtune.models.catalog import CatalogEntry, ScratchShape
+    from llmtune.models.catalog_entry import CatalogEntry, ScratchShape
 
     def wrong(problem: str, fix: str, place: str | None = row.origin.place) -> None:
         problems.append(Problem(problem, place, fix))

@@ -15,25 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 
-import llmtune.models
-import llmtune.training
-from llmtune import __version__
+from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
-from llmtune.data.batches import BatchPlan, Layout
-from llmtune.plan.devices import Target, open_target, precision_on
+from llmtune.data.dataset.batches import BatchPlan, Layout
+from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES, has_thread_caches
+from llmtune.engine.devices import Devices
+from llmtune.engine.forward import attention_ways, group_tokens
+from llmtune.engine.precision import DTYPES as COMPUTE
+from llmtune.engine.step_in_backward import choose_windows
+from llmtune.plan.activation_trace import TRACED_BLOCKS, MicroBatchShape, Peaks, extrapolate, trace
+from llmtune.plan.hardware import Target, open_target, precision_on, process_bytes
 from llmtune.plan.memory import MemoryPlan, add_up
-from llmtune.plan.process import process_bytes
-from llmtune.plan.skeleton import Counted, Shape, build, count, open_shape, weight_dtype
-from llmtune.plan.store import read_entry, write_entry
-from llmtune.plan.trace import TRACED_BLOCKS, MicroBatchShape, Peaks, extrapolate, trace
-from llmtune.preparation import Options, Prepared
-from llmtune.training.devices import Devices
-from llmtune.training.engine import attention_ways, group_tokens
-from llmtune.training.memory import FULL_KERNEL_CACHES_BYTES, has_thread_caches
-from llmtune.training.precision import DTYPES as COMPUTE
-from llmtune.training.step_in_backward import choose_windows
+from llmtune.plan.meta_model import Counted, Shape, build, count, open_shape, weight_dtype
+from llmtune.plan.plan_cache import read_entry, write_entry
+from llmtune.prepare import Prepared
+from llmtune.version import __version__
 
-__all__ = ["Forecaster", "Steps"]
+__all__ = ["Forecaster", "Steps", "keep_rate", "kept_rate"]
 
 WINDOWS_LOOKED_AT = 4000
 """Of a longer run, so many windows evenly spread; all are looked at in a shorter one."""
@@ -273,8 +271,19 @@ def _groups(batches: BatchPlan) -> Iterator[Any]:
 @cache
 def _code_digest() -> str:
     digest = hashlib.sha256(torch.__version__.encode())
-    rooms = (Path(__file__).parent, *(Path(path) for package in (llmtune.models, llmtune.training) for path in package.__path__))
-    for room in rooms:
-        for path in sorted(room.glob("*.py")):
+    package = Path(__file__).parents[1]
+    for folder in ("models", "adapters", "kernels", "engine", "plan"):
+        for path in sorted((package / folder).glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def keep_rate(forecaster: Forecaster, tokens_per_second: float) -> None:
+    """Keep a measured rate for the next plan of this shape on this machine."""
+    write_entry(forecaster.rate_key(), {"tokens_per_second": tokens_per_second})
+
+
+def kept_rate(forecaster: Forecaster) -> float | None:
+    """The rate kept for this shape, tokens per second; None when it was never measured here."""
+    entry = read_entry(forecaster.rate_key())
+    return float(entry["tokens_per_second"]) if entry is not None else None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmtune.plan.skeleton import Counted
-from llmtune.plan.trace import MicroBatchShape, Peaks
+from llmtune.plan.activation_trace import MicroBatchShape, Peaks
+from llmtune.plan.meta_model import Counted
 
 __all__ = ["MemoryPlan", "add_up", "gigabytes", "optimizer_bytes"]
 

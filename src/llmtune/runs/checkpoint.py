@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,12 +20,13 @@ from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from llmtune.training.state import Snapshot
+    from llmtune.engine.state import Snapshot
 
 __all__ = [
     "CheckpointFolder",
     "all_checkpoints",
     "checkpoint_of",
+    "delete_old_checkpoints",
     "load",
     "newest_valid",
     "save_checkpoint",
@@ -192,7 +193,7 @@ def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
 
     Raises CheckpointError when anything differs from what was saved, MachineError when it cannot be read.
     """
-    from llmtune.training.state import Snapshot
+    from llmtune.engine.state import Snapshot
 
     where = durable.printable(checkpoint.path)
     with durable.asking_the_system("read", checkpoint.path):
@@ -207,3 +208,28 @@ def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
         raise CheckpointError("state.json was changed: its sha256 does not fit the manifest", where, "use another checkpoint")
     tensors = {group: durable.read_tensors(checkpoint.path / name, sha256=digests[name])[0] for group, name in groups.items()}
     return LoadedCheckpoint(checkpoint.step, checkpoint.path, Snapshot(tensors, json.loads(raw)), manifest)
+
+
+def delete_old_checkpoints(run: RunFolder, keep_last: int, *, protected_steps: Collection[int] = ()) -> list[str]:
+    """Delete all but the `keep_last` checkpoints of the highest steps and those of `protected_steps`; return warnings, one line each.
+
+    `keep_last` 0 keeps all. Nothing is deleted before the newest checkpoint has been re-read from the disk and found whole; a damaged one
+    does not count among the kept. What cannot be deleted is a warning, never an error. Never by time: a clock set back changes nothing.
+    """
+    if keep_last == 0:
+        return []
+    found = all_checkpoints(run)
+    doomed = [one for one in found[:-keep_last] if one.step not in protected_steps]
+    if not doomed:
+        return []
+    newest = found[-1]
+    problems = verify(newest, run_id=run.run_id, past_cache=True)
+    if problems:
+        return [f"kept {len(doomed)} older checkpoints, because the newest one is damaged: {problems[0].problem} ({newest.path.name})"]
+    warnings = []
+    for one in doomed:
+        try:
+            durable.remove_tree(one.path)
+        except MachineError as error:
+            warnings.append(f"an old checkpoint stays: {error.problems[0].problem} ({durable.printable(one.path)})")
+    return warnings

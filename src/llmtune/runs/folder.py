@@ -19,11 +19,13 @@ from llmtune.errors import CheckpointError, MachineError, UsageError
 from llmtune.runs.secrets import redacted
 
 __all__ = [
+    "CONFIG_FILE",
     "RunFolder",
     "RunState",
     "RunSummary",
     "checked_name",
     "clean_name_part",
+    "config_file_of",
     "create_run",
     "find_newest_unfinished",
     "list_runs",
@@ -299,3 +301,15 @@ def resolve_run(run: str | None, output_dir: Path | str) -> Path:
     names = [one.name for one in list_runs(output_dir)]
     shown = f"the runs there: {', '.join(names[-5:])}" if names else "there are no runs there"
     raise CheckpointError(f"no run `{durable.printable(run)}`, neither as a folder nor in {durable.printable(output_dir)}", fix=shown)
+
+
+CONFIG_FILE = "config.yaml"
+
+
+def config_file_of(folder: Path) -> Path:
+    """The config a run was started with. Raises CheckpointError when the folder is no run or its config is gone."""
+    read_run_file(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        fix = "restore it from a backup, or start a new run with `llmtune train`"
+        raise CheckpointError(f"{CONFIG_FILE} is missing", where=durable.printable(folder), fix=fix)
+    return folder / CONFIG_FILE

@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from llmtune.common.decisions import Decision
 from llmtune.config.schema import TrackingConfig
-from llmtune.decisions import Decision
 from llmtune.errors import ConfigError, MachineError, Problem
 from llmtune.tracking.console import ConsoleTracker
 from llmtune.tracking.tensorboard import TensorBoardTracker

@@ -17,10 +17,10 @@ import numpy as np
 from llmtune import durable
 from llmtune.errors import CheckpointError
 from llmtune.runs.folder import read_run_file
-from llmtune.verify.phases import PHASES
-from llmtune.verify.sameness import compare_runs
-from llmtune.verify.starters import Commands, End, Forked, Kill, Starter
-from llmtune.verify.verdict import Verdict
+from llmtune.verify.file_checks import compare_runs
+from llmtune.verify.kill_points import PHASES
+from llmtune.verify.launch import Commands, End, Forked, Kill, Starter
+from llmtune.verify.result import Verdict
 
 __all__ = ["verify_crash"]
 

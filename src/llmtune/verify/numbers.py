@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmtune.assembly import Assembled, assemble, open_devices
 from llmtune.config.layers import ResolvedConfig
-from llmtune.data.batches import MicroBatch, make_micro_batch
+from llmtune.config.process_options import Options
+from llmtune.data.dataset.batches import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
+from llmtune.engine.devices import open_devices
+from llmtune.engine.objective import plain_nll_sum
 from llmtune.errors import DataError
-from llmtune.preparation import Options, Prepared, prepare
-from llmtune.training.loss import plain_nll_sum
-from llmtune.verify.verdict import Verdict
+from llmtune.prepare import Prepared, prepare
+from llmtune.training.build import Assembled, assemble
+from llmtune.verify.result import Verdict
 
 __all__ = ["CUT_BOUND", "LOSS_BOUND", "PATH_BOUND", "verify_batching", "verify_packing"]
 

@@ -10,17 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from disk_faults import Unsynced
 from llmtune import durable
 from llmtune.cli.failure import message
+from llmtune.data.dataset.make_dataset import survey_data
+from llmtune.data.dataset.store import FATES
+from llmtune.data.dataset.tokenize import detect_formats
 from llmtune.data.example import Row
-from llmtune.data.formats import conversation_of
-from llmtune.data.places import find_files
-from llmtune.data.prepare import survey_data
-from llmtune.data.sources import read_rows
-from llmtune.data.store import FATES
-from llmtune.data.template import Renderer
-from llmtune.data.tokenizing import detect_formats
-from llmtune.durable.faults import Unsynced
+from llmtune.data.reading.data_files import find_files
+from llmtune.data.reading.records_of_files import read_rows
+from llmtune.data.rendering.renderer import Renderer
+from llmtune.data.rows.formats import conversation_of
 from llmtune.errors import ConfigError, DataError, TokenizerError
 from row_fuzz import OPTIONS, files
 

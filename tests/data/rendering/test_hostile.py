@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmtune.data.example import Conversation, Message
-from llmtune.data.template import Renderer, message_fields
+from llmtune.data.rendering.renderer import Renderer, message_fields
 from llmtune.errors import DataError
 
 NOW = datetime.now()

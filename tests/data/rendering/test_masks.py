@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from llmtune.data.example import Conversation, Message
-from llmtune.data.template import Renderer, message_fields
+from llmtune.data.rendering.renderer import Renderer, message_fields
 
 NOW = datetime.now()
 few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

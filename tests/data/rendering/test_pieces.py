@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmtune.data import pieces
-from llmtune.data.pieces import located_tokens
+from llmtune.data.rendering import chunked_encoding
+from llmtune.data.rendering.chunked_encoding import located_tokens
 
 words = st.sampled_from(
     ["Hello", " world", "\n", "\n\n", "   ", "12", "3456789", "naïve", "東京", "e\u0301", "🙂", "🚀🚀", "don't", "_under_",
@@ -19,8 +19,8 @@ words = st.sampled_from(
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 300)
-    monkeypatch.setattr(pieces, "OVERLAP_CHARACTERS", 150)
+    monkeypatch.setattr(chunked_encoding, "PIECE_CHARACTERS", 300)
+    monkeypatch.setattr(chunked_encoding, "OVERLAP_CHARACTERS", 150)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
@@ -28,14 +28,14 @@ def small_pieces(monkeypatch):
 def test_the_tokens_of_pieces_are_those_of_the_whole(name, tokenizer_for, small_pieces, parts):
     """Q5: ids and places, for every make of tokenizer."""
     backend, text = tokenizer_for(name).backend_tokenizer, "".join(parts)
-    ids, starts, stops, _ = pieces._encode(backend, text, with_words=False)
+    ids, starts, stops, _ = chunked_encoding._encode(backend, text, with_words=False)
     found = located_tokens(backend, text)
     assert (found[0], list(found[1]), list(found[2])) == (ids, starts, stops)
 
 
 def test_most_makes_of_tokenizers_are_encoded_in_pieces(families, tokenizer_for, small_pieces):
     text = "The quick brown fox jumps over the lazy dog. " * 40
-    joined = {name for name in families if pieces._joined(tokenizer_for(name).backend_tokenizer, text) is not None}
+    joined = {name for name in families if chunked_encoding._joined(tokenizer_for(name).backend_tokenizer, text) is not None}
     assert {"chatml", "qwen3", "llama3", "nemotron", "deepseek"} <= joined
     assert "mistral1" not in joined  # it knows no words, so there is no place to join at
 

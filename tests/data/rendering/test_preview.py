@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from llmtune.cli.main import run
+from llmtune.data.dataset.preview import Group, html_page, json_line, legend, stretches, terminal_text
 from llmtune.data.example import Conversation, Example, Message
-from llmtune.data.preview import Group, html_page, json_line, legend, stretches, terminal_text
-from llmtune.data.template import Renderer
+from llmtune.data.rendering.renderer import Renderer
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from llmtune.data.example import Conversation, Message
-from llmtune.data.template import DEFAULT_NOW, Renderer, message_fields
+from llmtune.data.rendering.renderer import DEFAULT_NOW, Renderer, message_fields
 from llmtune.errors import DataError, TokenizerError
 
 

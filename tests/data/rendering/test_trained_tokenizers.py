@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmtune.data.example import Conversation, Message
-from llmtune.data.template import Renderer, message_fields
-from llmtune.models.tokenizer import shipped_chat_templates
+from llmtune.data.rendering.renderer import Renderer, message_fields
+from llmtune.models.chat_templates import shipped_chat_templates
 from llmtune.models.tokenizer_training import train_tokenizer
 
 TEXTS = ["The user asks and the assistant answers: 12 words, naïve, 東京.\n", "### user\n### assistant\n  a  b\tTab <b> (x) end."] * 8

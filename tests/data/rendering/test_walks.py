@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmtune.data.example import Conversation, Message
-from llmtune.data.sandbox import ChatTemplate, TemplateRefusal
-from llmtune.data.template import Renderer
+from llmtune.data.rendering.renderer import Renderer
+from llmtune.data.rendering.sandbox import ChatTemplate, TemplateRefusal
 
 NOW = datetime(2025, 1, 1)
 WALKING = {

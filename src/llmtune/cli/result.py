@@ -1,0 +1,30 @@
+"""Print how a run ended."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmtune.training.training_run import Result
+
+from llmtune.cli.failure import say
+
+__all__ = ["show_result"]
+
+
+def show_result(result: Result) -> None:
+    """Say how the run ended and where everything is; the folder goes to stdout."""
+    if result.folder is None:
+        return
+    from llmtune.plan.summary import compared_lines
+    from llmtune.training.progress import summary_lines
+
+    say(f"{result.state} after step {result.step}")
+    for line in summary_lines(result.metrics, result.outlook):
+        say(line)
+    if result.plan is not None:
+        for line in compared_lines(result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes):
+            say(line)
+    if result.state == "finished":
+        say(f"try it: llmtune generate {result.folder} 'your question'")
+    print(result.folder)

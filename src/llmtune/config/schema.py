@@ -1,0 +1,464 @@
+"""The frozen dataclasses of a run: the only place where a default is written.
+
+The sections stand in the order in which a config file is read; `Config` at the end puts them together.
+
+The string under a field describes it, once: it is the line in the reference page, in an editor and in a commented YAML file.
+Units stand in the names (`every_steps`, `timeout_s`). `None` means "not asked for": nothing happens, or llmtune chooses and says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+__all__ = [
+    "AdapterConfig",
+    "ArchitectureConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DistributedConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SourceConfig",
+    "TrackingConfig",
+    "TrainOn",
+    "TrainingConfig",
+]
+
+# `run.*`
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it is called."""
+
+    output_dir: str = "runs"
+    """Folder in which run folders are made."""
+
+    name: str = "{model}-{config}-{timestamp}"
+    """Name of the run and of its folder; `{model}`, `{config}`, `{timestamp}` and `{seed}` are filled in."""
+
+    seed: int = 42
+    """Seed of everything random in training: initial weights, dropout, order of the rows."""
+
+    tags: tuple[str, ...] = ()
+    """Words to find the run by, kept in run.json and sent to trackers."""
+
+    notes: str | None = None
+    """Free text about the run, kept in run.json and sent to trackers."""
+
+
+# `model.*`
+
+
+@dataclass(frozen=True)
+class ArchitectureConfig:
+    """Shape of a from-scratch model; what is not given comes from the named custom model."""
+
+    d_model: int | None = None
+    """Width of the residual stream."""
+
+    n_heads: int | None = None
+    """Attention heads; must divide `d_model`."""
+
+    n_kv_heads: int | None = None
+    """Key/value heads for grouped-query attention; must divide `n_heads`. Same as `n_heads` when not given."""
+
+    n_layers: int | None = None
+    """Transformer blocks."""
+
+    d_ff: int | None = None
+    """Width of the feed-forward layer. 4 x `d_model` for gelu, 8/3 x `d_model` rounded up to 64 for silu when not given."""
+
+    max_seq_len: int | None = None
+    """Longest sequence the model can see, in tokens."""
+
+    dropout: float | None = None
+    """Fraction of residual activations dropped in training (GPT-2-like architecture only)."""
+
+    attention_dropout: float | None = None
+    """Fraction of attention weights dropped in training."""
+
+    activation: Literal["silu", "gelu", "relu"] | None = None
+    """Activation of the feed-forward layer."""
+
+    pre_norm: bool | None = None
+    """Normalise before each sublayer (true) or after it (false; refused where no standard architecture has it)."""
+
+    positions: Literal["rotary", "learned"] | None = None
+    """Rotary positions give a Llama-like architecture, learned positions a GPT-2-like one."""
+
+    tie_embeddings: bool | None = None
+    """Share the input embedding and the output head."""
+
+    vocab_size: int | None = None
+    """Entries of the tokenizer trained for this model, and of its embedding."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model is trained, and how it is held in memory."""
+
+    name: str = "custom-tiny"
+    """A name of `llmtune list-models`, a local folder, a `.gguf` file or a hub id."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; the commit it resolves to is recorded."""
+
+    tokenizer: str | None = None
+    """Folder or hub id of another tokenizer; the model's own when not given."""
+
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the tokenizer's own, or the name of a shipped one (`chatml`)."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type in which frozen weights are held; trained weights are always held in float32 unless this names another type."""
+
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    """Hold the frozen base in 4-bit NF4 with double quantization (QLoRA) or in 8 bit; needs an adapter."""
+
+    attention: Literal["auto", "sdpa", "flash", "flex", "eager"] = "auto"
+    """Attention implementation; `auto` takes the fastest exact one for this device and says which."""
+
+    gradient_checkpointing: bool | Literal["auto", "offload"] = False
+    """Recompute activations in the backward pass: less memory, about a third more work. `offload` is for very long rows: also keeps what
+    blocks need for it in host memory, and runs feed-forward layers over tiles of tokens. `auto` decides by the plan."""
+
+    weights_prepack: bool | Literal["auto"] = "auto"
+    """Keep frozen weights under LoRA layers also as a CPU's matrix kernels read them, in bf16, and dequantized: a few per cent faster, the
+    same bits, for two copies in memory. `auto` does where no block is recomputed and the plan has room."""
+
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    """Shape of a from-scratch model."""
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks are computed again in the backward pass, as far as that is settled (`auto` is not)."""
+        return self.gradient_checkpointing in (True, "offload")
+
+
+# `adapter.*`
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA: which small matrices are trained beside the frozen base."""
+
+    method: Literal["none", "lora"] = "none"
+    """`none` trains every weight of the model, `lora` only low-rank updates."""
+
+    r: int = 16
+    """Rank of the update."""
+
+    alpha: float = 32.0
+    """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`)."""
+
+    dropout: float = 0.0
+    """Fraction of the adapter's input dropped in training."""
+
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Layers that get an adapter: `all-linear`, a list of name endings, or one regular expression over full names."""
+
+    rslora: bool = False
+    """Rank-stabilised scaling (arXiv:2312.03732)."""
+
+    dora: bool = False
+    """Weight-decomposed update (arXiv:2402.09353)."""
+
+    modules_to_save: tuple[str, ...] = ()
+    """Whole modules trained and saved beside the adapter, by name ending (for example `lm_head`)."""
+
+    train_tokens: tuple[str, ...] = ()
+    """Tokens (added when new) whose embedding rows are trained beside the adapter."""
+
+
+# `data.*`
+
+
+TrainOn = Literal[
+    "last_assistant_message",
+    "last_assistant_turn",
+    "all_assistant_messages",
+    "all_messages",
+    "all_tokens",
+    "all_user_and_system_messages",
+    "customized",
+]
+RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One place rows come from; in YAML a plain string is the `path` of a source with nothing else said."""
+
+    path: str = ""
+    """A file (jsonl, json, csv, tsv, parquet, txt; also .gz, .zst), a folder, a glob, `example:NAME`, or a `datasets` name."""
+
+    config: str | None = None
+    """Configuration of a `datasets` name, for example `wikitext-103-raw-v1`."""
+
+    split: str | None = None
+    """Split of a `datasets` name or of a folder with train/valid/test files."""
+
+    weight: float = 1.0
+    """Weight of every trained token of this source in the loss."""
+
+    max_samples: int | None = None
+    """Use at most this many rows of this source."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where rows come from, how they become examples, and what happens to those that cannot."""
+
+    train: tuple[SourceConfig, ...] = ()
+    """Training rows: a list of files, folders, globs, `example:NAME` or `datasets` names, or mappings with `path` and more."""
+
+    eval: tuple[SourceConfig, ...] = ()
+    """Held-out rows, never trained on."""
+
+    format: RowFormat = "auto"
+    """What a row looks like; `auto` detects it from the first rows and says what it found."""
+
+    text_column: str | None = None
+    """Field of a text row; `text` when not given."""
+
+    min_length: int | None = None
+    """Drop (and count) text rows shorter than this many tokens."""
+
+    test_size: float = 0.0
+    """Held-out rows taken from the training rows: a number of rows (1 or more) or a fraction (below 1)."""
+
+    shuffle_seed: int | None = 42
+    """Seed of the order in which rows are held out and shuffled each epoch; null keeps the files' order."""
+
+    train_on: TrainOn = "all_assistant_messages"
+    """Which messages of a conversation carry loss."""
+
+    max_length: int = 2048
+    """Longest example, and length of a pack, in tokens."""
+
+    overlong: Literal["error", "drop", "truncate_right", "truncate_left", "split"] = "error"
+    """What happens to an example longer than `max_length`; each one is written to the ledger."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at rows that cannot be used (all are named), or skip and count them."""
+
+    on_duplicate: Literal["keep", "drop"] = "keep"
+    """Keep or drop rows whose tokens and weights repeat an earlier row; both are counted."""
+
+    on_overlap: Literal["error", "keep", "drop"] = "drop"
+    """What happens to a training row that also stands in the held-out rows; each one is written to the ledger."""
+
+    packing: Literal["none", "greedy", "first_fit", "best_fit"] = "none"
+    """Lay several examples in one sequence of `max_length` tokens; they cannot see each other."""
+
+    max_samples: int | None = None
+    """Use at most this many training rows."""
+
+    parse_control_tokens: bool = False
+    """Let text in the data match control tokens such as `<|im_end|>`. Off: content is only content."""
+
+    num_workers: int | None = None
+    """Processes that tokenize; all cores when not given. The result does not depend on it."""
+
+    cache_dir: str | None = None
+    """Folder of the tokenized-data cache; the user's cache folder when not given."""
+
+
+# `training.*`
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How weights are updated."""
+
+    epochs: float = 3.0
+    """Passes over the training rows; a fraction is allowed."""
+
+    max_steps: int | None = None
+    """Stop after this many steps; replaces `epochs` as the length of the schedule."""
+
+    max_minutes: float | None = None
+    """Stop, saved and resumable, after this many minutes of training."""
+
+    batch_size: int | Literal["auto"] = 8
+    """Sequences in one micro-batch on one device. `auto` finds one that fits and keeps the global batch."""
+
+    gradient_accumulation_steps: int = 1
+    """Micro-batches summed into one step on each device."""
+
+    learning_rate: float | None = None
+    """Peak learning rate; when not given 2e-4 for LoRA, 2e-5 for full tuning, by size from scratch, and said."""
+
+    weight_decay: float | None = None
+    """Decoupled decay of matrices (never of norms, biases); when not given 0 for LoRA, 0.01 for full tuning, 0.1 from scratch."""
+
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "muon", "sgd"] = "adamw"
+    """Optimizer; the 8-bit and paged ones and lion come from bitsandbytes."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's moments."""
+
+    eps: float = 1e-8
+    """Added to Adam's denominator."""
+
+    lr_schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd"] = "linear"
+    """How the learning rate moves after warm-up."""
+
+    warmup_steps: int | None = None
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
+
+    warmup_ratio: float | None = None
+    """Warm-up as a fraction of all steps, rounded up."""
+
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end as a fraction of the peak (linear, cosine, polynomial, wsd)."""
+
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient of a whole window to this norm; null does not clip, the norm is reported all the same."""
+
+    step_in_backward: bool = False
+    """Move each weight as soon as its gradient is complete, and drop that gradient: full tuning then never holds all gradients (the window
+    must be one micro-batch for that). Not with clipping (`max_grad_norm: null`), fp16, `tracking.watch` or several processes."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Type of the arithmetic in forward and backward; `auto` takes bf16 where the hardware multiplies it natively."""
+
+    compile: bool = False
+    """Compile each decoder block with torch.compile."""
+
+    engine: Literal["auto", "plain"] = "auto"
+    """`auto` uses the fast paths that are proven equal here; `plain` the library's own forward on padded batches."""
+
+    neftune_alpha: float | None = None
+    """Noise added to embeddings in training, alpha / sqrt(length x width) (arXiv:2310.05914)."""
+
+    max_skipped_steps: int = 3
+    """Windows with non-finite loss or gradients that may be skipped, and are named, before the run stops with exit 7."""
+
+
+# `evaluation.*`
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on held-out rows, and when."""
+
+    every_steps: int | None = None
+    """Evaluate after every so many steps; only before and after training when not given."""
+
+    before_training: bool = True
+    """Evaluate the untouched model first, so that there is something to compare with."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts the model answers at each evaluation; kept in samples.jsonl."""
+
+    max_new_tokens: int = 128
+    """Longest answer to a prompt, in tokens."""
+
+    exact_match: bool = False
+    """Before and after training, answer the held-out prompts greedily and count the answers that equal the reference exactly."""
+
+    batch_size: int | None = None
+    """Sequences evaluated at once; `training.batch_size` when not given. The result does not depend on it."""
+
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations in a row without improvement."""
+
+    early_stopping_threshold: float = 0.0
+    """Smallest fall of the held-out loss, in nats per token, that counts as improvement."""
+
+
+# `checkpoint.*`
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is made safe, and what is kept."""
+
+    every_steps: int | None = None
+    """Save after every so many steps; at each epoch's end when not given. The end and a stop always save."""
+
+    keep_last: int = 3
+    """Newest checkpoints kept; older ones are deleted once their successor is verified. 0 keeps all."""
+
+    keep_best: bool = True
+    """Keep the model with the lowest held-out loss in checkpoints/best."""
+
+
+# `tracking.*`
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Who is told about each step."""
+
+    every_steps: int = 1
+    """Steps between two lines."""
+
+    trackers: tuple[Literal["console", "jsonl", "tensorboard", "wandb"], ...] = ("console", "jsonl", "tensorboard")
+    """Where metrics go."""
+
+    project: str = "llmtune"
+    """Project name for trackers that have projects."""
+
+    tags: tuple[str, ...] = ()
+    """Further tags for trackers."""
+
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """Mode of wandb; its own setting (WANDB_MODE) when not given."""
+
+    watch: Literal[False, "gradients", "all"] = False
+    """Send histograms of gradients, or of gradients and weights, to trackers that take them."""
+
+
+# `distributed.*`
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes training one model."""
+
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
+    """How weights and gradients are shared between processes."""
+
+    deepspeed_config: str | None = None
+    """JSON file for DeepSpeed."""
+
+    timeout_s: float = 120.0
+    """Seconds after which a silent process counts as lost."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is told."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where the run lives and what it is called."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Which model."""
+
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Which part of it is trained."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """On what."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How."""
+
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """How it is judged."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """How it is kept safe."""
+
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Who is told."""
+
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """On how many devices."""

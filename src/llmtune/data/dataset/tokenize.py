@@ -1,0 +1,137 @@
+"""All rows of one side (train or eval) with what becomes of each on its own: from the cache, or tokenized now on all cores."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from llmtune.common.decisions import Decision
+from llmtune.config.schema import DataConfig
+from llmtune.data.dataset.cache import cache_key, default_cache_dir, open_or_build
+from llmtune.data.dataset.ledger import LedgerPart
+from llmtune.data.example import Row
+from llmtune.data.reading.data_files import DataFile, Purpose, home_expanded
+from llmtune.data.reading.readers import Record
+from llmtune.data.reading.records_of_files import BadRow, parse_record, read_records
+from llmtune.data.rendering.renderer import Renderer
+from llmtune.data.rows.formats import DETECTION_ROWS, detect_format
+from llmtune.data.rows.row_result import Outcome, RowRules
+from llmtune.data.rows.workers import Batch, Job, available_cores, tokenize_batches
+from llmtune.errors import DataError, Problem
+
+__all__ = ["Progress", "detect_formats", "row_rules", "tokenize_side"]
+
+Progress = Callable[[int, int | None, float], None]
+"""Told `(rows done, rows in all as far as can be told, rows per second)` a few times a second."""
+
+_BATCH_ROWS = 256
+_BATCH_BYTES = 2**19
+_SIZE_OF_FIELDS = 1024
+_PROGRESS_EVERY_S = 0.1
+
+
+def row_rules(config: DataConfig) -> RowRules:
+    """What of the config decides about a row alone."""
+    return RowRules(config.train_on, config.text_column, config.min_length, config.max_length, config.overlong)
+
+
+def detect_formats(config: DataConfig, files: Sequence[DataFile]) -> tuple[list[str], list[Decision]]:
+    """The format of each file, told from its first rows, and one decision for all the files of one source that agree."""
+    if config.format != "auto":
+        return [config.format] * len(files), []
+    formats: list[str] = []
+    decisions: dict[tuple[int, str], Decision] = {}
+    problems: list[Problem] = []
+    for file in files:
+        first = (record for _, record in itertools.islice(read_records([file]), DETECTION_ROWS))
+        rows = (parse_record(file, record) for record in first if not isinstance(record, BadRow))
+        try:
+            name, decision = detect_format((row for row in rows if isinstance(row, Row)), config.text_column)
+        except DataError as error:
+            problems += error.problems
+            continue
+        formats.append(name)
+        told = Decision("data.format", name, f"{file.label}: {decision.reason}")
+        decisions.setdefault((file.source_index, name), told)
+    if problems:
+        raise DataError.all(problems)
+    return formats, list(decisions.values())
+
+
+def tokenize_side(
+    config: DataConfig, purpose: Purpose, files: list[DataFile], digests: list[str], renderer: Renderer, progress: Progress | None
+) -> tuple[LedgerPart, list[Decision]]:
+    """Return every row of one side with what became of it on its own, and what was decided on the way.
+
+    `digests` are those of `files`, in order. Raises DataError for a file in no known format, MachineError where `cache_dir` cannot be used.
+    """
+    formats, decisions = detect_formats(config, files)
+    rules = row_rules(config)
+    limit = config.max_samples if purpose == "train" else None
+    facts = {"renderer": renderer.digest, "formats": formats, "rules": rules._asdict(), "max_samples": limit}
+    folder = home_expanded(config.cache_dir) if config.cache_dir else default_cache_dir()
+    job = Job(tuple(files), tuple(formats), renderer, rules)
+    workers = available_cores() if config.num_workers is None else config.num_workers
+    store, said = open_or_build(
+        folder,
+        cache_key(files, digests, facts),
+        files,
+        lambda: _outcomes(job, limit, workers, progress),
+        must_be_cached=config.cache_dir is not None,
+    )
+    return LedgerPart(purpose, store), [*decisions, *said]
+
+
+def _outcomes(job: Job, max_samples: int | None, workers: int, progress: Progress | None) -> Iterator[Outcome]:
+    """Tokenize everything, in order, telling how it goes."""
+    total_bytes = sum(file.size_bytes() for file in job.files)
+    counted = _Counted(read_records(job.files, max_samples))
+    started = told = time.monotonic()
+    done = 0
+    for outcomes in tokenize_batches(job, _batches(counted), workers):
+        yield from outcomes
+        done += len(outcomes)
+        now = time.monotonic()
+        if progress is not None and now - told >= _PROGRESS_EVERY_S:
+            told = now
+            progress(done, _estimate(counted, total_bytes, max_samples), done / (now - started))
+    if progress is not None:
+        progress(done, done, done / max(time.monotonic() - started, 1e-9))
+
+
+class _Counted:
+    """Records as they come, with about how many bytes each has, counted."""
+
+    def __init__(self, records: Iterator[tuple[int, Record | BadRow]]) -> None:
+        self._records = records
+        self.rows = 0
+        self.bytes = 0
+
+    def __iter__(self) -> Iterator[tuple[tuple[int, Record | BadRow], int]]:
+        for file_index, record in self._records:
+            payload = record.payload if isinstance(record, Record) else None
+            size = len(payload) if isinstance(payload, bytes) else _SIZE_OF_FIELDS
+            self.rows += 1
+            self.bytes += size
+            yield (file_index, record), size
+
+
+def _estimate(counted: _Counted, total_bytes: int, max_samples: int | None) -> int | None:
+    if not total_bytes or not counted.bytes:
+        return max_samples
+    rows = max(counted.rows, total_bytes * counted.rows // counted.bytes)
+    return rows if max_samples is None else min(rows, max_samples)
+
+
+def _batches(counted: _Counted) -> Iterator[Batch]:
+    batch: Batch = []
+    size = 0
+    for record, record_bytes in counted:
+        batch.append(record)
+        size += record_bytes
+        if len(batch) >= _BATCH_ROWS or size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,79 @@
+"""A message as a chat template reads it, and which messages a mask rule trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from llmtune.data.example import Message
+from llmtune.data.rendering.provenance import DATA, trace
+
+__all__ = ["REASONING_FIELDS", "SELECTIONS", "message_fields", "traced_fields"]
+
+KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "model", "ipython", "observation"})
+"""Roles a template may build its own control tokens from; any other role is text of the row."""
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning in the wild; templates read the first (a few the second)."""
+
+HEADER_FIELDS = frozenset({"name", "tool_call_id", "id", "recipient"})
+"""Fields of a message that templates write into headers: text of the row, but no part of what a message says."""
+
+
+def message_fields(message: Message) -> dict[str, Any]:
+    """Return a message as the dictionary a chat template reads.
+
+    Fields without a value are left out, tool calls' arguments given as JSON text become objects (templates expect objects; servers do the
+    same), and reasoning is given under every name templates read.
+    """
+    extra = {key: value for key, value in message.extra.items() if value is not None}
+    if "tool_calls" in extra:
+        extra["tool_calls"] = [_with_object_arguments(call) for call in extra["tool_calls"]]
+    reasoning = next((extra[name] for name in REASONING_FIELDS if name in extra), None)
+    if reasoning is not None:
+        extra = {"thinking": reasoning, **extra, "reasoning_content": reasoning}
+    return {"role": message.role, "content": message.content, **extra}
+
+
+def _with_object_arguments(call: Any) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_object_arguments(call["function"])}
+    if isinstance(call.get("arguments"), str):
+        try:
+            value = json.loads(call["arguments"])
+        except (ValueError, RecursionError):
+            return call
+        return {**call, "arguments": value} if isinstance(value, dict) else call
+    return call
+
+
+def traced_fields(fields: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Return the dictionary of `message_fields` with the origin of every string: message `index`, or DATA for what stands in headers."""
+    traced = {key: trace(value, DATA if key in HEADER_FIELDS else index) for key, value in fields.items()}
+    if fields["role"] in KNOWN_ROLES:
+        traced["role"] = fields["role"]
+    else:
+        traced["role"] = trace(fields["role"], DATA)
+    return traced
+
+
+def _last_turn(messages: Sequence[Message]) -> list[int]:
+    last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
+    return [index for index, message in enumerate(messages) if message.role == "assistant" and index > last_user]
+
+
+def _of_roles(*roles: str) -> Callable[[Sequence[Message]], list[int]]:
+    return lambda messages: [index for index, message in enumerate(messages) if message.role in roles]
+
+
+SELECTIONS: Mapping[str, Callable[[Sequence[Message]], list[int]]] = {
+    "last_assistant_message": lambda messages: _of_roles("assistant")(messages)[-1:],
+    "last_assistant_turn": _last_turn,
+    "all_assistant_messages": _of_roles("assistant"),
+    "all_messages": lambda messages: list(range(len(messages))),
+    "all_user_and_system_messages": _of_roles("user", "system", "developer"),
+}
+"""Mask rules that choose messages; `all_tokens` and `customized` are not a choice of messages."""

@@ -1,0 +1,338 @@
+"""From a micro-batch to its loss, by the fastest way that is proven equal on the model at hand.
+
+The flat engine gives the library's own decoder one row of documents without padding, attention by segments, and a loss over trained rows
+only; the plain engine gives the library's own forward padded batches. Which one runs is decided once: the flat one must repeat the plain
+one's loss on a small batch, and a document's loss must not move by one bit when its neighbour changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from llmtune.common.decisions import Decision
+from llmtune.config.schema import Config
+from llmtune.data.dataset.batches import Layout, MicroBatch, make_micro_batch
+from llmtune.data.example import Example
+from llmtune.engine.allocator import outside_the_heap
+from llmtune.engine.objective import plain_nll_sum
+from llmtune.errors import ConfigError, ModelError, in_one_line
+from llmtune.kernels import weight_prepack
+from llmtune.kernels.activation_offload import offload_inputs, run_in_tiles
+from llmtune.kernels.attention import segment_mask, use_attention, use_segment_attention
+from llmtune.kernels.head_loss import Head, find_head, head_nll_sum, trained_rows
+from llmtune.kernels.patch_model import fuse, prepackable, unfuse
+
+__all__ = ["Engine", "attention_ways", "build_engine", "cannot_prepack", "checkpoint_blocks", "flat_nll_sum", "group_tokens"]
+
+GROUP_TOKENS = 2048
+"""Tokens that a flat micro-batch is cut to on a CPU (whole documents; a longer one goes alone): twice as many gain 3 to 6 %, for 2 GB."""
+
+NARROW, NARROW_GROUP_TOKENS = 256, 4096
+"""The same for a model of at most that width, whose products are too small otherwise: custom-tiny trains 8 % faster."""
+
+
+class Arithmetic(Protocol):
+    """What the engine needs of `training.precision`: the context in which forward passes run."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass."""
+        ...
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How this run turns micro-batches into losses."""
+
+    nll_sum: Callable[[MicroBatch], Tensor]
+    """Sum of weighted negative log-likelihoods of a micro-batch in nats, 0-d float32, joined to the graph unless under `no_grad`."""
+
+    layout: Layout
+    """`flat` (one row, no padding, `segments` given) or `padded`: how micro-batches must be laid out for `nll_sum`."""
+
+    max_group_tokens: int | None = None
+    """Flat micro-batches with more tokens than this may be cut further, between documents."""
+
+    decisions: tuple[Decision, ...] = field(default=())
+    """What was chosen, and why."""
+
+
+def build_engine(model: Any, *, config: Config, device: torch.device, precision: Arithmetic) -> Engine:
+    """Choose the engine for `model` (a transformers causal LM, bare or inside peft's wrapper, already on `device`).
+
+    Raises ConfigError when `model.attention` asks for something this device does not have, ModelError when the model refuses it.
+    """
+    engine = _choose(model, config, device, precision)
+    if config.model.gradient_checkpointing != "offload":
+        return engine
+    return replace(engine, decisions=(*engine.decisions, run_in_tiles(_base_model(model))))
+
+
+def _choose(model: Any, config: Config, device: torch.device, precision: Arithmetic) -> Engine:
+    asked = config.model.attention
+    if asked in ("flash", "flex") and device.type != "cuda":
+        raise ConfigError(
+            f"model.attention is `{asked}`, which trains only on a CUDA device, not on `{device.type}`",
+            fix="use model.attention: auto",
+        )
+    compiled = config.training.compile
+    more = _recompute(_base_model(model), config.model.gradient_checkpointing, device)
+    refusal = _refusal(model, config)
+    tried: list[str] = [] if refusal is None else [refusal]
+    if refusal is None:
+        for backend in _backends(asked, device, precision):
+            fused = 0 if compiled else fuse(_base_model(model), device.type)  # the compiler fuses what is left to it
+            reason = _try_flat(model, backend, device, precision)
+            if reason is None:
+                more = _adapter_decision(fused) + more + (compile_blocks(_base_model(model)) if compiled else ())
+                more += _prepack(model, config, device, precision)
+                return _flat_engine(model, backend, device, asked, more)
+            unfuse(_base_model(model))
+            tried.append(f"{backend}: {reason}")
+    more += compile_blocks(_base_model(model)) if compiled else ()
+    more += _prepack(model, config, device, precision)
+    return _plain_engine(model, asked, "; ".join(tried), more)
+
+
+def _refusal(model: Any, config: Config) -> str | None:
+    """Say why the flat engine is not even tried, or None."""
+    if config.training.engine == "plain":
+        return "asked for by training.engine"
+    if config.distributed.strategy in ("fsdp", "deepspeed"):
+        return f"distributed.strategy {config.distributed.strategy} must see every call of the whole model"
+    base = _base_model(model)
+    if find_head(base) is None or base.get_decoder() is base:
+        return f"{type(base).__name__} has no decoder and output head that can be called apart"
+    return None
+
+
+def _adapter_decision(layers: int) -> tuple[Decision, ...]:
+    if not layers:
+        return ()
+    return (
+        Decision("adapter.engine", "fused", f"{layers} LoRA layers add their update inside the frozen product and keep only their input"),
+    )
+
+
+def checkpoint_blocks(base: Any) -> tuple[Decision, ...]:
+    """Recompute each decoder block in the backward pass. Raises ModelError when the model has no such blocks."""
+    if not base.supports_gradient_checkpointing:
+        raise ModelError(f"{type(base).__name__} cannot recompute its blocks", fix="set model.gradient_checkpointing: false")
+    # transformers renamed the method in 5.23; the older name warns there
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable()
+    base.disable_input_require_grads()  # only re-entrant checkpoints need a gradient at the first input, and it costs the first block twice
+    return (Decision("model.gradient_checkpointing", True, "asked for: each block is computed again in the backward pass"),)
+
+
+def _recompute(base: Any, asked: bool | str, device: torch.device) -> tuple[Decision, ...]:
+    if asked == "offload":
+        checkpoint_blocks(base)
+        return (offload_inputs(base, device),)
+    return checkpoint_blocks(base) if asked is True else ()
+
+
+def compile_blocks(base: Any) -> tuple[Decision, ...]:
+    """Compile each decoder block for any length; attention by segments stays outside. Raises ModelError when it has no such blocks."""
+    blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ModelError(f"{type(base).__name__} has no blocks to compile one by one", fix="set training.compile: false")
+    for block in blocks:
+        block.compile(dynamic=True)
+    return (Decision("training.compile", True, f"asked for: {len(blocks)} blocks, compiled once for all lengths at their first use"),)
+
+
+def cannot_prepack(config: Config, device_type: str, dtype: torch.dtype | None) -> str | None:
+    """Say why frozen weights of such a run cannot be laid out for the kernels, or None. dtype: of the arithmetic; None for float32."""
+    reasons = {
+        "only a CPU's kernels read weights so": device_type != "cpu",
+        "what is trained changes at every step (adapter.method: none)": config.adapter.method == "none",
+        "layers with dropout or DoRA are left to peft": config.adapter.dropout > 0 or config.adapter.dora,
+        "8-bit layers multiply by their library": config.model.quantization == "8bit",
+        "it is a part of the flat engine": config.training.engine == "plain",
+        "compiled blocks multiply by themselves": config.training.compile,
+        "the arithmetic is not bf16": dtype != weight_prepack.DTYPE,
+        "this CPU has no native bf16 multiplication, or this torch no operator for it": not weight_prepack.can_prepack(),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _prepack(model: Any, config: Config, device: torch.device, precision: Arithmetic) -> tuple[Decision, ...]:
+    """Lay frozen weights out for the kernels where that is chosen; where it cannot be, only that is said: no result depends on it."""
+    if config.model.weights_prepack is not True:
+        return ()
+    with precision.autocast():
+        reason = cannot_prepack(config, device.type, _compute_dtype(model, device))
+    sources = prepackable(_base_model(model)) if reason is None else []
+    if reason is None:
+        reason = weight_prepack.prepack(sources, outside_the_heap) if sources else "no LoRA layer is fused"
+    if reason is not None:
+        return (Decision("model.weights_prepack", False, reason),)
+    return (Decision("model.weights_prepack", True, f"{len(sources)} frozen weights lie ready for the kernels; proven to change no bit"),)
+
+
+def _base_model(model: Any) -> Any:
+    """Return the transformers model inside peft's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _backends(asked: str, device: torch.device, precision: Arithmetic) -> tuple[str, ...]:
+    with precision.autocast():
+        half = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    return attention_ways(asked, device.type, half=half)
+
+
+def attention_ways(asked: str, device_type: str, *, half: bool) -> tuple[str, ...]:
+    """The ways of attention that the flat engine tries, best first: `asked` as `model.attention`, half: the arithmetic has 16 bits."""
+    if asked != "auto":
+        return {"sdpa": ("sdpa",), "flash": ("varlen",), "flex": ("flex",), "eager": ("eager",)}[asked]
+    if device_type == "cuda":
+        return ("varlen", "flex", "sdpa") if half else ("flex", "sdpa")
+    return ("tiles", "sdpa")
+
+
+def group_tokens(shape: Any) -> int:
+    """Tokens that a flat micro-batch is cut to on a CPU, for a model of that shape (its transformers config)."""
+    return NARROW_GROUP_TOKENS if shape.get_text_config().hidden_size <= NARROW else GROUP_TOKENS
+
+
+def _flat_engine(model: Any, backend: str, device: torch.device, asked: str, more: tuple[Decision, ...]) -> Engine:
+    head = find_head(_base_model(model))
+    assert head is not None
+    why = f"asked for ({asked})" if asked != "auto" else BACKEND_REASONS[backend]
+    return Engine(
+        nll_sum=lambda batch: flat_nll_sum(model, batch, head=head, device=device),
+        layout="flat",
+        max_group_tokens=group_tokens(_base_model(model).config) if device.type == "cpu" else None,
+        decisions=(
+            Decision(
+                "training.engine", "flat", "no padding, loss on trained rows only; equal to the plain forward on a probe of this model"
+            ),
+            Decision("model.attention", backend, why),
+            *more,
+        ),
+    )
+
+
+def _plain_engine(model: Any, asked: str, reason: str, more: tuple[Decision, ...]) -> Engine:
+    decisions = [Decision("training.engine", "plain", reason), *more]
+    if asked != "auto":
+        use_attention(_base_model(model), LIBRARY_ATTENTION[asked])
+        decisions.append(Decision("model.attention", LIBRARY_ATTENTION[asked], f"asked for ({asked})"))
+    return Engine(nll_sum=lambda batch: plain_nll_sum(model, batch), layout="padded", decisions=tuple(decisions))
+
+
+def flat_nll_sum(model: Any, batch: MicroBatch, *, head: Head, device: torch.device) -> Tensor:
+    """Sum of weighted negative log-likelihoods of one flat micro-batch: nats, 0-d float32.
+
+    `model` must have attention by segments, so that documents cannot see each other (promise N5).
+    """
+    assert batch.segments is not None, "the flat engine needs segments"
+    longest = int(batch.segments.diff().max())  # counted before the copy: afterwards it would wait for the device
+    rows_N = trained_rows(batch.weights).to(device, non_blocking=True)
+    batch = batch.to(device)
+    assert batch.segments is not None
+    decoder: nn.Module = _base_model(model).get_decoder()
+    hidden = decoder(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=segment_mask(batch.segments, longest, device),
+        use_cache=False,
+    ).last_hidden_state
+    next_N = rows_N + 1
+    return head_nll_sum(head, hidden[0, rows_N], batch.input_ids[0, next_N], batch.weights[0, next_N])
+
+
+# ---- proof on the model at hand ----
+
+PROBE_LENGTHS = (7, 12, 5)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+PROBE_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError)
+
+
+def _try_flat(model: Any, backend: str, device: torch.device, precision: Arithmetic) -> str | None:
+    """Switch `model` to a backend and prove it; on failure switch back and say what differed."""
+    base = _base_model(model)
+    before = str(base.config._attn_implementation)
+    try:
+        use_segment_attention(base, backend)
+        difference = _probe(model, device, precision)
+    except ModelError as error:
+        difference = error.problems[0].problem
+    except PROBE_ERRORS as error:
+        difference = f"{type(error).__name__}: {in_one_line(error)}"
+    if difference is not None and base.config._attn_implementation != before:
+        use_attention(base, before)
+    return difference
+
+
+def _probe(model: Any, device: torch.device, precision: Arithmetic) -> str | None:
+    """Compare the flat loss with the plain one, and a document's loss before and after its neighbour changes; None when both hold."""
+    head = find_head(_base_model(model))
+    assert head is not None
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    documents, changed = _documents(vocabulary, 0), _documents(vocabulary, 1)
+
+    def flat(examples: list[Example]) -> float:
+        return float(flat_nll_sum(model, make_micro_batch(examples, "flat", 0), head=head, device=device))
+
+    with _still(model), torch.no_grad(), precision.autocast():
+        fast, plain = flat(documents), float(plain_nll_sum(model, make_micro_batch(documents, "padded", 0)))
+        one, other = flat(_quiet_first(documents)), flat(_quiet_first(changed))
+        dtype = _compute_dtype(model, device)
+    if not abs(fast - plain) <= TOLERANCE[dtype] * abs(plain):
+        return f"its loss on a probe is {fast:.6g}, the plain forward's {plain:.6g}"
+    if one != other:
+        return f"a document's loss moved from {one:.8g} to {other:.8g} when its neighbour changed"
+    return None
+
+
+def _compute_dtype(model: Any, device: torch.device) -> torch.dtype:
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """Run without dropout and leave every module's mode as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _documents(vocabulary: int, shift: int) -> list[Example]:
+    """Three short documents of arbitrary, fixed tokens; `shift` changes the first one only."""
+    documents = []
+    for number, length in enumerate(PROBE_LENGTHS):
+        ids = (7919 * (100 * number + np.arange(length)) + 13 + (shift if number == 0 else 0)) % vocabulary
+        weights = np.ones(length, dtype=np.float32)
+        weights[0] = 0
+        documents.append(Example(source=f"probe:{number}", input_ids=ids.astype(np.int32), weights=weights))
+    return documents
+
+
+def _quiet_first(documents: list[Example]) -> list[Example]:
+    return [replace(documents[0], weights=np.zeros_like(documents[0].weights)), *documents[1:]]
+
+
+BACKEND_REASONS = {
+    "tiles": "explicit matrix products by document: the fastest exact attention on a CPU",
+    "sdpa": "scaled_dot_product_attention by document: the fastest exact attention this model takes here",
+    "varlen": "torch's variable-length flash attention: no padding, no mask, no extra package",
+    "flex": "flex attention with a document mask",
+    "eager": "all scores written out",
+}
+LIBRARY_ATTENTION = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention", "eager": "eager"}
+"""What transformers calls the values of `model.attention`."""

@@ -1,0 +1,188 @@
+"""The training loop.
+
+The invariant to hold on to: **a yield is a step boundary**. Gradients are clear, `state` counts exactly the updates applied and the windows
+consumed, and saving there loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmtune.data.dataset.batches import MicroBatch, Window
+from llmtune.engine.devices import Devices, peak_memory_bytes
+from llmtune.engine.divergence import half_updated, rows_of_non_finite_losses, too_many_skipped
+from llmtune.engine.precision import Precision
+from llmtune.engine.state import TrainingState
+from llmtune.engine.update import Update
+
+__all__ = ["StepResult", "train_steps"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one window did: an update, or (`skipped`) nothing but being consumed and named."""
+
+    step: int
+    """Updates applied so far."""
+    epoch: float
+    """Epochs consumed."""
+    progress: float
+    """Part of the planned windows consumed, in (0, 1]; step / total steps when none was skipped."""
+    train_mean_nll: float
+    """Nats per trained token over the whole window and all devices, before the update."""
+    learning_rate: float
+    """Rate of this update; of the update that was not made, when skipped."""
+    grad_norm: float
+    """Norm of the window's gradient over all devices, before clipping."""
+    num_tokens: int
+    """Real tokens of the window, over all devices."""
+    num_loss_tokens: float
+    """Sum of weights of the window, over all devices."""
+    num_sequences: int
+    """Examples of the window, over all devices."""
+    step_seconds: float
+    """From the end of the step before (or the return from its yield) to this one's."""
+    memory_bytes: int
+    """Most memory held so far (see `peak_memory_bytes`)."""
+    reason: str | None = None
+    """Why nothing was applied: the loss or the gradients were not finite."""
+    sources: tuple[str, ...] = ()
+    """Rows of a skipped window: those of the micro-batches whose loss is not finite, or else all."""
+    mfu: float | None = None
+    """Part of the device's peak arithmetic rate that the model's own work took, where the peak is known."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the window was consumed and nothing applied."""
+        return self.reason is not None
+
+    def metrics(self) -> dict[str, Any]:
+        """Give the line that goes to trackers; values that are not finite are None, and only a skipped window says so."""
+        line: dict[str, Any] = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "progress": self.progress,
+            "train_mean_nll": _finite_or_none(self.train_mean_nll),
+            "learning_rate": self.learning_rate,
+            "grad_norm": _finite_or_none(self.grad_norm),
+            "num_tokens": self.num_tokens,
+            "num_loss_tokens": self.num_loss_tokens,
+            "num_sequences": self.num_sequences,
+            "tokens_per_second": self.num_tokens / self.step_seconds,
+            "loss_tokens_per_second": self.num_loss_tokens / self.step_seconds,
+            "step_seconds": self.step_seconds,
+            "memory_bytes": self.memory_bytes,
+        }
+        if self.mfu is not None:
+            line["mfu"] = self.mfu
+        if self.skipped:
+            line |= {"skipped": True, "reason": self.reason, "sources": list(self.sources)}
+        return line
+
+
+def train_steps(
+    *,
+    nll_sum: Callable[[MicroBatch], torch.Tensor],
+    update: Update,
+    windows: Iterable[Window],
+    learning_rate: Callable[[int], float],
+    precision: Precision,
+    state: TrainingState,
+    devices: Devices,
+    max_skipped_steps: int,
+    mfu: Callable[[float], float] | None = None,
+) -> Iterator[StepResult]:
+    """Train on each window and yield its result; every yield is a safe place to stop.
+
+    `nll_sum(batch)`: weighted nats of a micro-batch, summed, shape []. `update`: how gradients become an update, and of which parameters.
+    `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after `state.windows`. `mfu`: see `utilization`.
+    A window whose loss or gradient norm is not finite is consumed but never applied: it is yielded as skipped, with its rows. Beyond
+    `max_skipped_steps` of them raises DivergedError; overflows that are only the fp16 scale's doing are not counted. A gradient that is not
+    finite raises it at once where the update has begun by then (`StepInBackward`): there is no step boundary to go back to.
+    """
+    update.clear()
+    started = time.perf_counter()
+    for window in windows:
+        totals = devices.sum(window.loss_weight, window.num_tokens, window.num_sequences)
+        divisor = totals[0] or 1.0  # a window without trained tokens has no nats to divide
+        rate = learning_rate(state.step)
+        losses: list[torch.Tensor] = []
+        rows: list[tuple[str, ...]] = []
+        for batch in window.micro_batches:
+            with precision.autocast():
+                batch_nats = nll_sum(batch)
+            losses.append(batch_nats.detach())  # .item() here would wait for the device on every micro-batch
+            rows.append(batch.sources)
+            if len(losses) == len(window.micro_batches):
+                update.before_last_backward(losses, rate)
+            precision.backward(batch_nats / divisor)
+
+        nats, grad_norm = _read(losses, update.grad_norm(), devices)
+        reason = _why_not(nats / divisor, grad_norm)  # the same answer on every process, before the optimizer moves
+        named = () if reason is None else rows_of_non_finite_losses(losses, rows) or window.sources
+        if reason is None:
+            update.apply(rate)
+        elif update.has_begun:
+            raise half_updated(reason, named, step=state.step)
+        update.clear()
+        overflow = precision.advance(applied=reason is None, loss_is_finite=math.isfinite(nats))
+        state.advance(window.epoch, *totals, applied=reason is None, overflow=overflow)
+        if state.skipped_steps > max_skipped_steps:
+            raise too_many_skipped(reason or "", named, step=state.step, skipped=state.skipped_steps, budget=max_skipped_steps)
+
+        yield StepResult(
+            train_mean_nll=nats / divisor,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            reason=reason,
+            sources=named,
+            **_measure(window, totals, state, time.perf_counter() - started, devices, mfu),
+        )
+        started = time.perf_counter()
+
+
+def _measure(
+    window: Window,
+    totals: tuple[float, ...],
+    state: TrainingState,
+    seconds: float,
+    devices: Devices,
+    mfu: Callable[[float], float] | None,
+) -> dict[str, Any]:
+    """Give the fields of a result that count and measure; `totals` as `devices.sum` gave them."""
+    loss_weight, tokens, sequences = totals
+    return {
+        "step": state.step,
+        "epoch": window.epoch,
+        "progress": window.progress,
+        "num_tokens": int(tokens),
+        "num_loss_tokens": loss_weight,
+        "num_sequences": int(sequences),
+        "step_seconds": seconds,
+        "memory_bytes": peak_memory_bytes(devices.device),
+        "mfu": mfu(tokens / seconds) if mfu else None,
+    }
+
+
+def _read(losses: list[torch.Tensor], norm: torch.Tensor, devices: Devices) -> tuple[float, float]:
+    """Give the nats of the window over all devices and the gradient norm; the one wait for the device in a step."""
+    mine = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=devices.device)
+    nats, grad_norm = torch.stack([devices.sum_tensor(mine), norm.double()]).tolist()
+    return nats, grad_norm
+
+
+def _why_not(mean_nll: float, grad_norm: float) -> str | None:
+    """Say why a window must not be applied, or None."""
+    if not math.isfinite(mean_nll):
+        return f"train_mean_nll is {mean_nll}"
+    return None if math.isfinite(grad_norm) else f"grad_norm is {grad_norm}"
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

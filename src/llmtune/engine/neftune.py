@@ -1,0 +1,71 @@
+"""NEFTune (arXiv:2310.05914): uniform noise on the input embeddings, in training only.
+
+Legend: B rows of a micro-batch, T positions, N real tokens, D width of the embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llmtune.data.dataset.batches import MicroBatch
+
+__all__ = ["Neftune", "noise_scale"]
+
+
+class Neftune:
+    """A loss function with noisy embeddings: each component of a token's embedding moves by up to alpha / sqrt(length x D).
+
+    `length` is that of the token's own example, and noise is drawn for real tokens only, in order: neither padding nor packing has a
+    part in it. It comes from torch's global generator of the device, so a resumed run draws on. There is none while `embedding` is in
+    evaluation mode.
+    Call it in place of `nll_sum`; `remove` gives the model back as it was.
+    """
+
+    def __init__(self, nll_sum: Callable[[MicroBatch], torch.Tensor], embedding: nn.Module, alpha: float) -> None:
+        self._nll_sum = nll_sum
+        self._alpha = alpha
+        self._batch: MicroBatch | None = None
+        self._hook = embedding.register_forward_hook(self._add_noise)
+
+    def __call__(self, batch: MicroBatch) -> torch.Tensor:
+        """Give the sum of weighted nats of a micro-batch, shape []."""
+        self._batch = batch
+        try:
+            return self._nll_sum(batch)
+        finally:
+            self._batch = None
+
+    def remove(self) -> None:
+        """Take the noise off the model."""
+        self._hook.remove()
+
+    def _add_noise(self, embedding: nn.Module, _inputs: Any, embedded_BTD: torch.Tensor) -> torch.Tensor | None:
+        if self._batch is None or not embedding.training:
+            return None
+        batch, width = self._batch, embedded_BTD.shape[-1]
+        assert embedded_BTD.shape[:-1] == batch.input_ids.shape, "the model embeds another batch than the one at hand"
+        draws_ND = torch.rand(batch.num_tokens, width, device=embedded_BTD.device) * 2 - 1
+        if batch.attention_mask is None:
+            noise_BTD = draws_ND.view(*batch.input_ids.shape, width)
+        else:
+            real_BT = batch.attention_mask.to(embedded_BTD.device)[..., None]
+            noise_BTD = torch.zeros_like(embedded_BTD, dtype=draws_ND.dtype).masked_scatter(real_BT, draws_ND)
+        scale_BT = noise_scale(batch, self._alpha, width).to(embedded_BTD.device)
+        return embedded_BTD + (noise_BTD * scale_BT[..., None]).to(embedded_BTD.dtype)
+
+
+def noise_scale(batch: MicroBatch, alpha: float, width: int) -> torch.Tensor:
+    """Give alpha / sqrt(length of the token's example x width) for every position, float32 [B, T]."""
+    if batch.segments is not None:
+        lengths = batch.segments.diff()
+        lengths_BT = lengths.repeat_interleave(lengths)[None]
+    elif batch.attention_mask is not None:
+        lengths_BT = batch.attention_mask.sum(dim=1, keepdim=True).expand(batch.input_ids.shape)
+    else:
+        lengths_BT = torch.full(batch.input_ids.shape, batch.input_ids.shape[1])
+    return alpha / math.sqrt(width) * lengths_BT.float().rsqrt()

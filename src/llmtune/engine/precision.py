@@ -1,0 +1,116 @@
+"""The arithmetic of forward and backward: fp32, bf16 autocast, or fp16 autocast with a loss scale whose state is plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+from llmtune.common.decisions import Decision
+from llmtune.errors import ConfigError
+
+__all__ = ["Precision", "PrecisionName", "choose_precision"]
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+FIRST_SCALE = 2.0**16
+"""Loss scale of the first fp16 step; this and the two rules below are those of `torch.amp.GradScaler`."""
+GROWTH_INTERVAL = 2000
+"""fp16 steps without overflow after which the scale doubles."""
+SMALLEST_SCALE = 1.0
+"""An overflow at this scale is not the scale's fault."""
+
+DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """How a loss becomes gradients under `name`; fp16 multiplies the loss by a scale and divides it out of the gradients again.
+
+    Trained weights and their gradients are expected in float32; autocast only changes what the matrix multiplications see.
+    """
+
+    def __init__(self, name: PrecisionName, device: torch.device) -> None:
+        if name not in DTYPES:
+            raise ConfigError(f"unknown precision `{name}`", where="training.precision", fix=f"one of {', '.join(DTYPES)}")
+        self.name = name
+        self.device = device
+        self._dtype = DTYPES[name]
+        self._scale = FIRST_SCALE if name == "fp16" else 1.0
+        self._good_steps = 0
+
+    @property
+    def scale(self) -> float:
+        """Factor on the loss of the next backward; 1 but for fp16."""
+        return self._scale
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Give the context for a forward."""
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`, times the scale, to those of the parameters."""
+        (loss * self._scale if self._scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
+
+    def clip(self, parameters: Iterable[torch.Tensor], max_grad_norm: float | None) -> torch.Tensor:
+        """Take the scale out of the gradients, then clip them to `max_grad_norm` (None: not at all).
+
+        Returns the norm before clipping, shape [], without waiting for the device. Not finite when any gradient is not.
+        Call it once for a window, after accumulation and after the sum over devices.
+        """
+        with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+        if not with_gradient:
+            return torch.zeros((), device=self.device)
+        if self._scale != 1.0:
+            torch._foreach_mul_([parameter.grad for parameter in with_gradient if parameter.grad is not None], 1.0 / self._scale)
+        if max_grad_norm is None:
+            return torch.nn.utils.get_total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
+        return torch.nn.utils.clip_grad_norm_(with_gradient, max_grad_norm)
+
+    def advance(self, *, applied: bool, loss_is_finite: bool) -> bool:
+        """Note what became of a window: 2000 applied in a row double the fp16 scale, one that was not halves it.
+
+        Returns whether a window that was not applied is only this scale's doing: fp16, a finite loss, and a scale that could still fall.
+        """
+        if self.name != "fp16":
+            return False
+        if applied:
+            self._good_steps += 1
+            if self._good_steps == GROWTH_INTERVAL:
+                self._scale *= 2.0
+                self._good_steps = 0
+            return False
+        overflow = loss_is_finite and self._scale > SMALLEST_SCALE
+        self._scale = max(self._scale * 0.5, SMALLEST_SCALE)
+        self._good_steps = 0
+        return overflow
+
+    def state_dict(self) -> dict[str, float | int | str]:
+        """Give what a resumed run needs, as plain numbers."""
+        return {"name": self.name, "scale": self._scale, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: Mapping[str, float | int | str]) -> None:
+        """Take over what `state_dict` gave. A run that goes on in another precision starts with that precision's own scale."""
+        if state["name"] == self.name:
+            self._scale = float(state["scale"])
+            self._good_steps = int(state["good_steps"])
+
+
+def choose_precision(device: torch.device) -> Decision:
+    """Answer `training.precision: auto`: bf16 where the hardware multiplies it natively, else fp32."""
+    key = "training.precision"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Decision(key, "bf16", f"{name} multiplies bf16 natively")
+        return Decision(key, "fp32", f"{name} has no native bf16; fp16 is faster there if you ask for it")
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        units = [unit for unit in ("amx_bf16", "avx512_bf16", "bf16") if found.get(unit)]
+        if units:
+            return Decision(key, "bf16", f"this CPU multiplies bf16 natively ({units[0]})")
+        return Decision(key, "fp32", "this CPU has no native bf16 multiplication")
+    return Decision(key, "fp32", f"bf16 on {device.type} is not verified")

@@ -1,0 +1,125 @@
+"""The device a plan is made for: this machine's own, or one with a name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from torch import nn
+
+from llmtune.config.schema import TrainingConfig
+from llmtune.engine.allocator import release_free_memory
+from llmtune.engine.devices import choose_device
+from llmtune.engine.precision import choose_precision
+from llmtune.errors import UsageError
+
+__all__ = ["NAMED", "Target", "open_target", "precision_on", "process_bytes", "resident_bytes"]
+
+GIB = 1 << 30
+MIB = 1 << 20
+SHARE = {"cpu": 0.9, "cuda": 0.95}
+"""Part of a device's memory that a plan may fill: the rest is for what others start, and for what a plan cannot see."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a training is planned to run."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    total_bytes: int
+    """What this process could hold there: a GPU's memory, or what is free of the machine's (or container's) and already ours."""
+    has_bf16: bool = True
+    is_here: bool = False
+    """It is this machine's own device."""
+
+    @property
+    def budget_bytes(self) -> int:
+        """What a plan may fill."""
+        return int(self.total_bytes * SHARE[self.kind])
+
+
+def open_target(name: str | None, *, no_cuda: bool = False) -> Target:
+    """Find the device by name (`rtx4090`, `24GB`); None is the one that training would use here. Raises UsageError for an unknown name."""
+    if name is None:
+        device, _ = choose_device(no_cuda=no_cuda)
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            named = torch.cuda.get_device_name(device)
+            return Target(
+                named, "cuda", min(total, free + torch.cuda.memory_reserved(device)), torch.cuda.is_bf16_supported(), is_here=True
+            )
+        return Target("this CPU", "cpu", memory_for_us(), is_here=True)
+    wanted = name.strip().lower()
+    if wanted in NAMED:
+        mebibytes, has_bf16 = NAMED[wanted]
+        return Target(wanted, "cuda", mebibytes * MIB, has_bf16)
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*g(i?b)?", wanted)
+    if size and float(size[1]) > 0:
+        return Target(f"a GPU with {size[1]} GB", "cuda", int(float(size[1]) * GIB))
+    raise UsageError(f"`{name}` is no known device", "--device", f"a size such as 24GB, or one of {', '.join(NAMED)}")
+
+
+def precision_on(target: Target, training: TrainingConfig) -> str:
+    """The arithmetic training would take there: as asked, else bf16 where the device multiplies it natively."""
+    if training.precision != "auto":
+        return training.precision
+    if target.kind == "cpu" or target.is_here:
+        return str(choose_precision(torch.device(target.kind)).value)
+    return "bf16" if target.has_bf16 else "fp32"
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def memory_for_us() -> int:
+    """Bytes this process could hold: what it has and what is free of the machine's memory, or of its control group's limit."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
+    except OSError:
+        limit = used = ""
+    if limit.isdigit() and used.isdigit():
+        free = min(free, max(0, int(limit) - int(used)))
+    return resident_bytes() + free
+
+
+NAMED: dict[str, tuple[int, bool]] = {
+    "rtx3090": (24576, True),
+    "rtx4090": (24564, True),
+    "l4": (23034, True),
+    "t4": (15360, False),
+    "a100-40": (40960, True),
+    "a100-80": (81920, True),
+    "h100": (81559, True),
+    "h200": (143771, True),
+}
+"""Memory as the driver reports it, in MiB, and whether the device multiplies bf16 natively."""
+
+
+WIDTH = 256
+
+
+def process_bytes(compute: torch.dtype | None) -> int:
+    """Bytes resident once the libraries' own code, threads and buffers are in memory; makes one tiny step to bring them in.
+
+    compute: autocast's type, None for float32 arithmetic. Draws no random numbers.
+    """
+    with torch.random.fork_rng(devices=[]):
+        layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+    optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
+    with torch.autocast("cpu", dtype=compute or torch.bfloat16, enabled=compute is not None):
+        output = layers(torch.ones(WIDTH, WIDTH))
+        scores = torch.softmax(torch.bmm(output[None], output[None].transpose(1, 2)), dim=-1, dtype=torch.float32)
+    scores.square().mean().backward()
+    nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
+    optimizer.step()
+    release_free_memory()
+    return resident_bytes()

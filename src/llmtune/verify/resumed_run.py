@@ -1,0 +1,70 @@
+"""`verify resume`: kill -9 a run in the middle, resume it, and compare with the run nobody stopped. All through the real command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llmtune.errors import CheckpointError
+from llmtune.verify.file_checks import compare_runs
+from llmtune.verify.result import Verdict
+
+__all__ = ["verify_resume"]
+
+_LONGEST_S = 3600.0
+
+
+def verify_resume(
+    config: str | None, overrides: Sequence[str], folder: Path, *, steps: int, kills: int, say: Callable[[str], None]
+) -> Verdict:
+    """Train `steps` steps twice under `folder`, the second time killed `kills` times and resumed; needs at least 2 steps.
+
+    Raises CheckpointError when a run that nobody stopped does not end well.
+    """
+    shared = [*overrides, f"training.max_steps={steps}", f"run.output_dir={folder}", "tracking.trackers=[jsonl]"]
+    shared += [f"checkpoint.every_steps={max(1, steps // 4)}", "checkpoint.keep_last=0", "evaluation.prompts=[]"]
+    train = ["train", *(["--config", config] if config else [])]
+    say(f"training {steps} steps without a stop")
+    _run([*train, *shared, "run.name=whole"])
+    say(f"training the same, killed {kills} times")
+    stopped, verdict = folder / "stopped", Verdict("resume")
+    command = [*train, *shared, "run.name=stopped"]
+    for kill in range(kills):
+        lines = 1 + (kill + 1) * steps // (kills + 1)
+        killed = _kill_at(command, stopped / "metrics.jsonl", lines)
+        verdict.note(f"kill -9 number {kill + 1} met a running training", f"after {lines} lines of metrics", killed)
+        command = ["resume", str(stopped)]
+    _run(["resume", str(stopped)])
+    compare_runs(folder / "whole", stopped, verdict)
+    return verdict
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "llmtune", *arguments]
+
+
+def _run(arguments: Sequence[str]) -> None:
+    done = subprocess.run(_command(arguments), capture_output=True, text=True, check=False, timeout=_LONGEST_S)
+    if done.returncode != 0:
+        last = "\n".join(done.stderr.strip().splitlines()[-6:])
+        raise CheckpointError(
+            f"`llmtune {' '.join(arguments)}` ended with exit code {done.returncode}:\n{last}", fix="try that command itself"
+        )
+
+
+def _kill_at(arguments: Sequence[str], metrics: Path, lines: int) -> bool:
+    """Start the command and kill it once `metrics` has that many lines. Returns whether the kill was what ended it."""
+    with subprocess.Popen(_command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+        deadline = time.monotonic() + _LONGEST_S
+        while child.poll() is None and time.monotonic() < deadline:
+            if metrics.is_file() and metrics.read_bytes().count(b"\n") >= lines:
+                break
+            time.sleep(0.005)
+        if child.poll() is None:
+            os.kill(child.pid, signal.SIGKILL)
+    return child.returncode == -signal.SIGKILL

@@ -1,0 +1,110 @@
+"""Which rule moves which parameter, and how weights decay."""
+
+import pytest
+import torch
+
+from llmtune.engine import optim
+from llmtune.engine.optim import OPTIMIZERS, build_optimizer, matrices_of_blocks
+from llmtune.errors import ConfigError
+
+CPU = torch.device("cpu")
+ON_CPU = ["adamw", "adamw_8bit", "lion", "muon", "sgd"]
+
+
+def build(name, parameters, *, rate=0.1, decay=0.5, orthogonal=(), device=CPU, module=optim):
+    return module.build_optimizer(
+        name, parameters, learning_rate=rate, weight_decay=decay, betas=(0.9, 0.999), eps=1e-8, device=device, orthogonal=orthogonal
+    )
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_matrices_decay_and_vectors_do_not(name):
+    """With zero gradients a step is decay alone: matrices times 1 - rate x decay = 0.95, decoupled in every optimizer."""
+    parameters = {"matrix": torch.nn.Parameter(torch.ones(4, 4)), "vector": torch.nn.Parameter(torch.ones(4))}
+    optimizer, _ = build(name, parameters, orthogonal={"matrix"})
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(parameters["matrix"], torch.full((4, 4), 0.95))
+    assert torch.equal(parameters["vector"], torch.ones(4))
+
+
+def test_decaying_vectors_is_caught(mutant):
+    broken = mutant(optim, '{"params": vectors, "weight_decay": 0.0}', '{"params": vectors, "weight_decay": 0.5}')
+    parameters = {"vector": torch.nn.Parameter(torch.ones(4))}
+    optimizer, _ = build("adamw", parameters, module=broken)
+    parameters["vector"].grad = torch.zeros(4)
+    optimizer.step()
+    assert not torch.equal(parameters["vector"], torch.ones(4))
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_every_optimizer_lowers_the_loss(bench, name):
+    """Thirty passes over four rows, at a rate that suits the rule."""
+    rate = {"lion": 1e-3, "sgd": 2e-2}.get(name, 1e-2)
+    plan = bench.plan(bench.examples(4), batch_size=4, accumulation=1, max_steps=30)
+    results = bench.training(bench.model(), plan, optimizer_name=name, learning_rate=rate).run()
+    assert results[-1].train_mean_nll < 0.7 * results[0].train_mean_nll
+
+
+def test_the_fused_kernel_is_used_and_said_and_equals_the_plain_one():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(8, 8)) for _ in range(2))
+    optimizer, decisions = build("adamw", {"matrix": ours})
+    assert str(decisions[0]) == "training.optimizer = adamw, fused: torch has the fused kernel for cpu"
+    plain = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.5, foreach=False)
+    for _ in range(5):
+        ours.grad = theirs.grad = torch.randn(8, 8)
+        optimizer.step()
+        plain.step()
+    assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest(bench):
+    model = bench.model()
+    parameters = dict(model.named_parameters())
+    orthogonal = matrices_of_blocks(model, parameters)
+    assert len(orthogonal) == 2 * 7
+    assert "lm_head.weight" not in orthogonal
+    assert "model.embed_tokens.weight" not in orthogonal
+    optimizer, decisions = build("muon", parameters, orthogonal=orthogonal)
+    rules = {name: type(dict(optimizer.part_of())[parameter]).__name__ for name, parameter in parameters.items()}
+    assert {name for name, rule in rules.items() if rule == "Muon"} == orthogonal
+    assert {rules[name] for name in parameters.keys() - orthogonal} == {"AdamW"}
+    assert decisions[0].reason == "14 matrices of the blocks; AdamW for the other 7 tensors"
+
+
+def test_matrices_of_adapters_are_matrices_of_blocks(bench):
+    model = bench.model(lora=True)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert matrices_of_blocks(model, parameters) == parameters.keys()
+
+
+@pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
+def test_a_paged_optimizer_is_refused_where_nothing_is_paged(name):
+    with pytest.raises(ConfigError, match=f"`{name}` pages its state between GPU and CPU memory; this run is on the cpu") as caught:
+        build(name, {"matrix": torch.nn.Parameter(torch.ones(4, 4))})
+    assert caught.value.problems[0].fix == f"use `{name.removeprefix('paged_')}` here"
+
+
+def test_an_unknown_optimizer_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown optimizer `adam`") as caught:
+        build("adam", {"matrix": torch.nn.Parameter(torch.ones(4, 4))})
+    assert all(name in caught.value.problems[0].fix for name in OPTIMIZERS)
+
+
+def test_a_learning_rate_reaches_every_part(bench):
+    model = bench.model()
+    plan = bench.plan(bench.examples(8), batch_size=4, accumulation=1, max_steps=3)
+    training = bench.training(model, plan, optimizer_name="muon", schedule="linear", warmup_steps=2)
+    for result in training.steps():
+        assert {group["lr"] for group in training.optimizer.param_groups} == {result.learning_rate}
+
+
+def test_one_builder_for_every_name_of_the_config():
+    from typing import get_args, get_type_hints
+
+    from llmtune.config.schema import TrainingConfig
+
+    assert set(get_args(get_type_hints(TrainingConfig)["optimizer"])) == OPTIMIZERS.keys()
+    assert build_optimizer is optim.build_optimizer

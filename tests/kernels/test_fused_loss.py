@@ -1,0 +1,128 @@
+"""N15 for the loss from hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmtune.kernels import head_loss
+from llmtune.kernels.head_loss import Head, head_nll_sum, trained_rows
+from llmtune.kernels.weight_prepack import Prepacked, can_prepack
+
+
+class Doubled(nn.Linear):
+    """A head that is not a plain Linear."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden)
+
+
+def problem(
+    kind: type[nn.Linear] = nn.Linear, bias: bool = True, frozen: bool = False
+) -> tuple[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    module = kind(24, 61, bias=bias).requires_grad_(not frozen)
+    return module, torch.randn(300, 24, requires_grad=True), torch.randint(0, 61, (300,)), torch.rand(300)
+
+
+def gradients(loss: torch.Tensor, module: nn.Linear, hidden: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(3 * loss, [hidden, *(p for p in module.parameters() if p.requires_grad)]))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Doubled])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (1.0, 1.5), (3.0, 1.5)])
+def test_the_chunked_loss_equals_the_whole_one(
+    kind: type[nn.Linear], bias: bool, frozen: bool, scale: float, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """N15: loss 1e-6, gradients 1e-5 relative; several chunks of several slices, the last ones partial."""
+    monkeypatch.setattr(head_loss, "TRAINED_CHUNK_ROWS", 128)
+    monkeypatch.setattr(head_loss, "SLICE_NUMBERS", 50 * 61)
+    module, hidden, targets, weights = problem(kind, bias, frozen)
+    found = head_nll_sum(Head(module, scale, cap), hidden, targets, weights)
+    logits = module(hidden) * scale
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    expected = (functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    for a, b in zip(gradients(found, module, hidden), gradients(expected, module, hidden), strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-5
+
+
+def test_in_bf16_the_chunked_loss_stays_within_the_stated_bound() -> None:
+    """N15 in bf16: loss 1e-4 of the plain bf16 path, gradients 1e-2 relative of float32."""
+    module, hidden, targets, weights = problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = head_nll_sum(Head(module), hidden, targets, weights)
+        plain = (functional.cross_entropy(module(hidden).float(), targets, reduction="none") * weights).sum()
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(plain.item(), rel=1e-4)
+    exact = (functional.cross_entropy(module(hidden), targets, reduction="none") * weights).sum()
+    for a, b in zip(gradients(found, module, hidden), gradients(exact, module, hidden), strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_heads_weight_is_rounded_once_for_all_chunks_and_never_where_it_is_laid_out(is_packed: bool) -> None:
+    rounded: list[torch.Size] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+            if function is torch.ops.aten._to_copy.default:
+                rounded.append(arguments[0].shape)
+            return function(*arguments, **(named or {}))
+
+    module, hidden, targets, weights = problem(frozen=True)
+    if is_packed:
+        if not can_prepack():
+            pytest.skip("this CPU does not multiply bf16 natively")
+        vars(module)["_prepacked"] = Prepacked(module.weight)
+    assert hidden.shape[0] > head_loss.CHUNK_ROWS
+    with torch.autocast("cpu", dtype=torch.bfloat16), Watch():
+        head_nll_sum(Head(module), hidden, targets, weights)
+    assert rounded.count(module.weight.shape) == (not is_packed)
+
+
+def test_only_the_places_before_a_trained_token_are_rows() -> None:
+    assert trained_rows(torch.tensor([[0.0, 1.0, 0.0, 0.5, 1.0]])).tolist() == [0, 2, 3]
+
+
+def test_no_rows_give_zero_that_still_has_a_gradient() -> None:
+    module, hidden, targets, weights = problem()
+    loss = head_nll_sum(Head(module), hidden[:0], targets[:0], weights[:0])
+    assert loss.item() == 0
+    loss.backward()
+    assert hidden.grad is not None
+    assert float(hidden.grad.abs().max()) == 0
+
+
+def test_evaluation_keeps_no_gradient() -> None:
+    module, hidden, targets, weights = problem()
+    with torch.no_grad():
+        assert not head_nll_sum(Head(module), hidden, targets, weights).requires_grad
+
+
+def test_a_trained_heads_gradient_is_summed_and_handed_over_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of bf16 products add up in float32, and the sum is rounded nowhere: masters are float32."""
+    monkeypatch.setattr(head_loss, "TRAINED_CHUNK_ROWS", 16)
+    module, hidden, targets, weights = problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = head_nll_sum(Head(module), hidden, targets, weights)
+    _, grad_weight, grad_bias = torch.autograd.grad(loss, [hidden, *module.parameters()])
+    for grad in (grad_weight, grad_bias):
+        assert grad.dtype == torch.float32
+        assert not torch.equal(grad, grad.bfloat16().float())
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    """The first one scales the gradients where they are."""
+    module, hidden, targets, weights = problem()
+    loss = head_nll_sum(Head(module), hidden, targets, weights)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -1,0 +1,162 @@
+"""The settings of memory are taken by this system: a block is used again and again, and kernels do not pile up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmtune.config.layers import ResolvedConfig
+from llmtune.config.process_options import Options
+from llmtune.engine import allocator
+from llmtune.engine.allocator import KERNEL_CACHES, bound_kernel_caches
+from llmtune.engine.devices import open_devices
+from llmtune.prepare import prepare
+from llmtune.training.build import assemble
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_helpers import in_child, small_run
+
+FAULTS = """
+import resource, sys
+from llmtune.training.memory import LEAN_LARGEST_BLOCK, tune_allocator
+if sys.argv[1] != "plain":
+    assert tune_allocator().value == "keeps freed memory"
+if sys.argv[1] == "lean":
+    assert tune_allocator(largest_block=LEAN_LARGEST_BLOCK).value == "keeps freed blocks up to 32 MiB"
+assert "torch" not in sys.modules
+block = bytes(1)
+def touch():
+    bytearray(int(sys.argv[2]) << 20)[:: 4096]
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(kind: str, mebibytes: int) -> int:
+    """Pages that five uses of a block needed anew."""
+    command = [sys.executable, "-c", FAULTS, kind, str(mebibytes)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
+def test_a_large_block_is_made_of_fresh_pages_once_and_not_at_every_use() -> None:
+    assert faults("plain", 64) > 5 * 8_000
+    assert faults("tuned", 64) < 1_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
+def test_a_run_that_recomputes_its_blocks_returns_large_blocks_and_keeps_the_others() -> None:
+    assert faults("lean", 64) > 5 * 8_000
+    assert faults("lean", 30) < 1_000
+
+
+OUTSIDE = """
+import ctypes, sys
+from llmtune.training.memory import outside_the_heap, tune_allocator
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+def outside():
+    blocks = [libc.malloc(1 << 20) for _ in range(20)]
+    start, end = next(line.split()[0].split("-") for line in open("/proc/self/maps") if "[heap]" in line)
+    return sum(not int(start, 16) <= block < int(end, 16) for block in blocks)
+if sys.argv[1] == "tuned":
+    tune_allocator()
+with outside_the_heap():
+    libc.free(libc.malloc(1 << 20))  # teaches an allocator that nobody has set the size of blocks to keep
+    print(outside())
+print(outside())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
+@pytest.mark.parametrize(("kind", "expected"), [("tuned", ["20", "0"]), ("plain", ["0", "0"])])
+def test_what_is_made_to_stay_lies_outside_the_heap_and_what_follows_inside_again(kind: str, expected: list[str]) -> None:
+    """Where nothing was tuned nothing is set, for that would stay."""
+    done = subprocess.run([sys.executable, "-c", OUTSIDE, kind], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
+@pytest.mark.parametrize(("recompute", "said"), [("true", ["keeps freed blocks up to 32 MiB"]), ("false", [])])
+def test_a_run_whose_blocks_are_computed_again_says_which_freed_blocks_it_keeps(
+    config_of: Callable[..., ResolvedConfig],  # noqa: F811
+    tmp_path: Path,
+    recompute: str,
+    said: list[str],
+) -> None:
+    """Q8. In a child, because the setting stays with the process."""
+    options = Options(no_cuda=True, offline=True)
+    prepared = prepare(config_of(f"model.gradient_checkpointing={recompute}"), options)
+
+    def write_what_is_said() -> None:
+        allocator._tuned.clear()  # another test may have run a command in this process
+        decisions = assemble(prepared, options, open_devices(prepared.config, options)[0]).decisions
+        (tmp_path / "said").write_text(json.dumps([one.value for one in decisions if one.key == "process.allocator"]))
+
+    assert in_child(write_what_is_said) == 0
+    assert json.loads((tmp_path / "said").read_text()) == said
+
+
+KERNELS = """
+import ctypes, sys
+import torch
+if sys.argv[1] == "bounded":
+    from llmtune.training.memory import bound_kernel_caches
+    bound_kernel_caches()
+if sys.argv[1] == "api":
+    from llmtune.api import Trainer
+    from llmtune.config.layers import load_config
+    trainer = Trainer(load_config(None, overrides=sys.argv[2:], environ={}), no_cuda=True, say=lambda line: None)
+    assert trainer.session.state.step == 0
+
+class Heap(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "a", "b", "c", "mapped", "d", "e", "used", "free", "top")]
+
+read = ctypes.CDLL(None).mallinfo2
+read.restype = Heap
+weight = torch.ones(1536, 576, dtype=torch.bfloat16)
+
+def used_after(lengths):
+    for length in lengths:
+        torch.nn.functional.linear(torch.ones(length, 576, dtype=torch.bfloat16), weight)
+    return read().used + read().mapped
+
+before = used_after(range(100, 500))
+print(used_after(range(500, 800)) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from glibc's allocator")
+def test_ever_new_lengths_of_rows_use_no_more_memory(tiny_model_folder: Path, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Q7: a longer run needs no more memory, by the command or the API. 300 new lengths of one product keep 80 MB without the bound."""
+    import torch
+
+    unbounded = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
+    run = small_run(tiny_model_folder, rows_file, tmp_path)
+    grown = {
+        kind: int(subprocess.run([sys.executable, "-c", KERNELS, *words], capture_output=True, text=True, check=True, env=unbounded).stdout)
+        for kind, *words in (("bounded", "bounded"), ("api", "api", *run), ("free", "free"))
+    }
+    assert grown["bounded"] < 10e6
+    assert grown["api"] < 10e6
+    if torch.cpu.get_capabilities().get("avx512_bf16"):  # elsewhere the kernels may be others, and smaller
+        assert grown["free"] > 4 * max(grown["bounded"], 5e6)
+
+
+def test_a_limit_that_the_user_has_set_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KERNEL_CACHES:
+        monkeypatch.delenv(name, raising=False)
+    bound_kernel_caches()
+    assert {name: os.environ[name] for name in KERNEL_CACHES} == KERNEL_CACHES
+    first = next(iter(KERNEL_CACHES))
+    monkeypatch.setenv(first, "7")
+    bound_kernel_caches()
+    assert os.environ[first] == "7"

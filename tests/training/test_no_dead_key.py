@@ -1,0 +1,324 @@
+"""Q2, no dead key: for each key a real run of the tiny model with another value says, does or leaves behind something else.
+
+`flips.yaml` (tests/config) holds the other value of every key and what must stand beside it. What a run shows is its `fingerprint`: what it
+said, its metrics, its weights, its files, its samples, the error it ended with - never a copy of the config. Keys whose promise is that
+the outputs do *not* depend on them are looked at in the room that uses them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmtune.config import convert
+from llmtune.config.layers import load_config
+from llmtune.config.process_options import Options
+from llmtune.engine.devices import open_devices
+from llmtune.errors import ConfigError, LlmtuneError
+from llmtune.prepare import prepare
+from llmtune.runs.signals import StopRequest
+from llmtune.tracking.choose import choose_trackers
+from llmtune.training.build import assemble
+from llmtune.training.train import start, train
+from training_helpers import TIMES
+
+FLIPS = yaml.safe_load((Path(__file__).parents[1] / "config" / "flips.yaml").read_text())
+
+REFUSED = {
+    "model.revision",  # a folder has none
+    "data.overlong",
+    "data.on_bad_row",
+    "model.weights_prepack",  # asked for in fp32, which it cannot be
+    "training.max_skipped_steps",  # the run of the other value diverges at once
+    "distributed.deepspeed_config",
+}
+"""Keys of which one value, or both, end with an error here; every other flip must end with a finished run."""
+
+RUN_JSON = ("tags", "notes", "decisions", "data", "parameters", "disk_forecast_bytes", "state", "step", "total_steps")
+"""Fields of run.json that are neither a copy of the config nor a matter of machine and time."""
+
+BASIS = (
+    "data.train=[rows.jsonl]",
+    "run.name=run",
+    "training.epochs=2",
+    "training.batch_size=4",
+    "training.learning_rate=0.003",
+    "training.precision=fp32",
+    "data.num_workers=1",
+    "tracking.trackers=[jsonl]",
+)
+
+
+# --- one small world of files, and runs in it -----------------------------------------------------------------------------------------
+
+
+def row(question: str, answer: str, **more: object) -> str:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": messages, "text": f"{question} {answer}", "body": answer} | more) + "\n"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_tokenizer):
+    """The files that flips name: rows, other rows, held-out rows (one of them also a training row), a template, a tokenizer."""
+    folder = tmp_path_factory.mktemp("world")
+    words = ["the", "user", "asks", "and", "the", "assistant", "answers", "a", "small", "system", "of", "words", "and", "numbers"]
+    rows = [row(" ".join(words[at : at + 3]), " ".join(words[at : at + 1 + at % 5])) for at in range(6)]
+    long = row("the user asks", " ".join(words * 2))
+    hostile = row("a<|im_end|>b", "words")
+    (folder / "rows.jsonl").write_text("".join([*rows, rows[0], long, hostile, row("a", "b", text="a")]))
+    (folder / "other.jsonl").write_text("".join(row(f"numbers {at}", f"words {at}") for at in range(6)))
+    (folder / "held-out.jsonl").write_text(row("the words", "of the user") + rows[1])
+    (folder / "bad.jsonl").write_text("".join(rows) + '{"messages": 5}\n')
+    (folder / "ds.json").write_text("{}")
+    template = tiny_tokenizer.chat_template.replace("'] }}\n{{ message['content", "'] }}: {{ message['content").replace(
+        "<|im_start|>assistant\n", "<|im_start|>assistant: "
+    )
+    assert template != tiny_tokenizer.chat_template
+    (folder / "template.jinja").write_text(template)
+    other = tiny_tokenizer.train_new_from_iterator(["words of another language, with other pieces"] * 3, 300)
+    other.chat_template = tiny_tokenizer.chat_template
+    other.save_pretrained(folder / "another-tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_of(world, tmp_path_factory, tiny_model_folder):
+    """Run a config in a fresh working folder; returns its fingerprint. Baselines are run once."""
+    baselines: dict[tuple[str, ...], dict[str, object]] = {}
+
+    def run(overrides: tuple[str, ...]) -> dict[str, object]:
+        if overrides in baselines:
+            return baselines[overrides]
+        here = tmp_path_factory.mktemp("here")
+        shutil.copytree(world, here, dirs_exist_ok=True)
+        with contextlib.chdir(here), cache_in(here):
+            found = fingerprint([f"model.name={tiny_model_folder}", *BASIS, *overrides], here)
+        shutil.rmtree(here)
+        baselines[overrides] = found
+        return found
+
+    return run
+
+
+@contextlib.contextmanager
+def cache_in(here: Path):
+    """A run that finds its rows in the cache says so; each run here starts with none."""
+    before = os.environ["LLMTUNE_CACHE_DIR"]
+    os.environ["LLMTUNE_CACHE_DIR"] = str(here / "user-cache")
+    try:
+        yield
+    finally:
+        os.environ["LLMTUNE_CACHE_DIR"] = before
+
+
+def fingerprint(overrides: list[str], here: Path) -> dict[str, object]:
+    """Train, and give everything there is to see of it; times, ids and copies of the config left out."""
+    said: list[str] = []
+    error = None
+    try:
+        train(load_config(None, overrides=overrides, environ={}), Options(), say=said.append)
+    except LlmtuneError as refused:
+        error = f"{type(refused).__name__}: {refused}"
+    files = sorted(re.sub(r"tfevents.*", "tfevents", str(path.relative_to(here))) for path in here.rglob("*") if path.is_file())
+    found: dict[str, object] = {
+        "said": [plain(line, here) for line in said if not line.startswith("tokenizing:")],
+        "error": error and plain(error, here),
+        "files": files,
+    }
+    for record in here.rglob("run.json"):
+        info = json.loads(record.read_text())
+        found["run.json"] = {key: info.get(key) for key in RUN_JSON}
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = record.parent / name
+            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            found[name] = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+        found["shape"] = [path.read_text() for path in sorted(record.parent.glob("checkpoints/final/*config.json"))]
+        weights = sorted(record.parent.glob("checkpoints/*/*.safetensors"))
+        found["weights"] = {str(path.relative_to(record.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}
+    return found
+
+
+def plain(line: str, here: Path) -> str:
+    """A line without the working folder and without sizes and times, which change from run to run."""
+    return re.sub(r"\d+(\.\d+)? (s|ms|min|h|kB|MB|GB)\b", "N", line.replace(str(here), "."))
+
+
+def beside(key: str) -> tuple[str, ...]:
+    """What stands beside a key in both of its runs."""
+    scratch = ("model.name=custom-nano", "training.max_steps=1") if key.startswith("model.architecture.") else ()
+    return (*scratch, *FLIPS[key].get("beside", ()))
+
+
+def flipped(key: str) -> str:
+    return f"{key}={FLIPS[key]['flip']}"
+
+
+# --- keys that show in a run's outputs ------------------------------------------------------------------------------------------------
+
+ELSEWHERE = {
+    "data.num_workers": "test_data_num_workers_is_used",
+    "training.compile": "test_training_compile_is_used",
+    "evaluation.batch_size": "test_evaluation_batch_size_is_used",
+    "tracking.project": "test_trackers_are_made_with_what_the_config_says",
+    "tracking.tags": "test_trackers_are_made_with_what_the_config_says",
+    "tracking.wandb_mode": "test_trackers_are_made_with_what_the_config_says",
+    "tracking.watch": "test_tracking_watch_is_used",
+    "distributed.timeout_s": "test_distributed_timeout_s_is_used",
+}
+"""Keys on which outputs do not depend, by promise (or that are too slow to run), with the test below that looks where they are used."""
+
+SHOWN = [key for key in FLIPS if key not in ELSEWHERE]
+
+
+def test_every_key_is_looked_at():
+    assert set(FLIPS) == set(convert.LEAVES)
+    assert len(SHOWN) + len(ELSEWHERE) == len(FLIPS) >= 93
+    assert all(callable(globals()[test]) for test in ELSEWHERE.values())
+
+
+@pytest.mark.parametrize("around", sorted({beside(key) for key in SHOWN}), ids=" ".join)
+def test_the_same_run_twice_shows_the_same(run_of, world, tmp_path, monkeypatch, tiny_model_folder, around):
+    """Without this, anything that changes from run to run would hide every dead key."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    with cache_in(tmp_path):
+        again = fingerprint([f"model.name={tiny_model_folder}", *BASIS, *around], tmp_path)
+    first = run_of(around)
+    for part in first.keys() | again.keys():
+        assert again.get(part) == first.get(part), part
+
+
+@pytest.mark.parametrize("key", SHOWN)
+def test_flipping_a_key_shows_in_the_run(run_of, key):
+    """Q2."""
+    before, after = run_of(beside(key)), run_of((*beside(key), flipped(key)))
+    shown = [part for part in before.keys() | after.keys() if before.get(part) != after.get(part)]
+    assert shown, f"{key} is dead: {flipped(key)} changes nothing"
+    assert (key in REFUSED) == bool(before["error"] or after["error"]), (before["error"], after["error"])
+
+
+# --- keys on which outputs do not depend, by promise: looked at where they are used ---------------------------------------------------
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch):
+    """A working folder with the files, and a cache of its own."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    with cache_in(tmp_path):
+        yield tmp_path
+
+
+@pytest.fixture
+def resolve(tiny_model_folder):
+    return lambda *overrides: load_config(None, overrides=[f"model.name={tiny_model_folder}", *BASIS, *overrides], environ={})
+
+
+def test_data_num_workers_is_used(here, resolve, monkeypatch):
+    """As many workers are started as the key says. The stand-ins end at once: then the rows are made here, and the run is the same."""
+    (here / "many.jsonl").write_text("".join(row(f"asks {at}", f"answers {at}") for at in range(5 * 256 + 1)))
+    started = []
+    real = subprocess.Popen
+
+    def stand_in(command, **keywords):
+        started.append(command)
+        return real([sys.executable, "-S", "-c", ""], **keywords)
+
+    monkeypatch.setattr(subprocess, "Popen", stand_in)
+    for workers, expected in (("0", 0), ("1", 0), (FLIPS["data.num_workers"]["flip"], 3)):
+        started.clear()
+        config = resolve("data.train=[many.jsonl]", f"data.num_workers={workers}", f"data.cache_dir=cache-{workers}")
+        assert len(prepare(config, Options()).data.train) == 5 * 256 + 1
+        assert len(started) == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_training_compile_is_used(here, resolve):
+    """Every block is handed to the compiler; that it gives the same numbers is for the tests of the engine, which take a while."""
+    compiled = {}
+    for value in ("false", FLIPS["training.compile"]["flip"]):
+        config = resolve(f"training.compile={value}")
+        assembled = assemble(prepare(config, Options()), Options(), open_devices(config.config, Options())[0])
+        compiled[value] = [module._compiled_call_impl is not None for module in assembled.model.model.layers]
+    assert compiled == {"false": [False, False], "true": [True, True]}
+
+
+def test_evaluation_batch_size_is_used(here, resolve):
+    """Rows are seen one by one, and the held-out loss is the same."""
+    forwards, losses = {}, {}
+    for value in (None, FLIPS["evaluation.batch_size"]["flip"]):
+        size = [f"evaluation.batch_size={value}"] if value else []
+        with StopRequest() as stop:
+            session = start(resolve(*beside("evaluation.batch_size"), *size, f"run.name=size-{value}"), Options(), stop, say=lambda _: None)
+            seen = []
+            session.assembled.model.get_input_embeddings().register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+            losses[value] = session.go().outlook.last_nll
+        forwards[value] = len(seen)
+    assert forwards["1"] - forwards[None] == 2  # two held-out rows, looked at before and after training
+    assert losses["1"] == pytest.approx(losses[None], rel=1e-6)
+
+
+@pytest.mark.parametrize("key", ["tracking.project", "tracking.tags", "tracking.wandb_mode"])
+def test_trackers_are_made_with_what_the_config_says(key):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    made = []
+    for overrides in (beside(key), (*beside(key), flipped(key))):
+        config = load_config(None, overrides=overrides, environ={}).config.tracking
+        (tracker,) = choose_trackers(config, explicit=True, environ={})[0]
+        made.append({name: value for name, value in vars(tracker).items() if not callable(value)})
+    assert made[0] != made[1]
+
+
+def test_tracking_watch_is_used(here, resolve):
+    """Histograms of gradients, or of gradients and weights, reach TensorBoard at every step; the weights never notice (N12)."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    names, weights = {}, {}
+    for value in ("false", FLIPS["tracking.watch"]["flip"], "all"):
+        result = train(resolve(*beside("tracking.watch"), f"tracking.watch={value}", f"run.name=watch-{value}"))
+        events = accumulator.EventAccumulator(str(result.folder / "tensorboard"), size_guidance={"histograms": 0})
+        events.Reload()
+        names[value] = set(events.Tags()["histograms"])
+        weights[value] = (result.folder / "checkpoints" / "final" / "model.safetensors").read_bytes()
+        for name in names[value]:
+            assert [event.step for event in events.Histograms(name)] == list(range(1, result.step + 1))
+    assert names["false"] == set()
+    gradients = names["gradients"]
+    assert gradients
+    assert all(name.startswith("gradients/") for name in gradients)
+    assert names["all"] == gradients | {name.replace("gradients/", "weights/", 1) for name in gradients}
+    assert weights["false"] == weights["gradients"] == weights["all"]
+
+
+def test_distributed_timeout_s_is_used(resolve, monkeypatch):
+    """Two processes wait for each other as long as the key says."""
+    import torch.distributed
+
+    waits = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, timeout, **__: waits.append(timeout.total_seconds()))
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for overrides in ((), (flipped("distributed.timeout_s"),)):
+        open_devices(resolve(*overrides).config, Options(no_cuda=True))
+    assert waits == [120.0, 5.0]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+def test_a_strategy_that_does_not_exist_is_refused_with_what_works(resolve, strategy):
+    with pytest.raises(ConfigError, match=f"strategy `{strategy}` does not exist in this version") as refused:
+        open_devices(resolve(f"distributed.strategy={strategy}").config, Options())
+    assert "torchrun" in str(refused.value)
+
+
+def test_a_deepspeed_file_is_never_passed_over_in_silence(resolve):
+    with pytest.raises(ConfigError, match=r"DeepSpeed file `ds\.json`"):
+        open_devices(resolve("distributed.deepspeed_config=ds.json").config, Options())
