@@ -1,10 +1,11 @@
 """Train the same rows with llmtune and with what else is installed, in turn, and write a table of ratios.
 
-    python benchmarks/compare.py --workload lora|full|qlora|scratch|short|long [--steps 12] [--rounds 1] [--allocator tcmalloc.so]
-    python benchmarks/compare.py --device cuda --workload gpu-8b|gpu-1b|gpu-8b-qlora
+    python benchmarks/compare.py --workload lora|full|qlora|scratch|short|long [--steps 12] [--rounds 1] [--allocator
+    tcmalloc.so] python benchmarks/compare.py --device cuda --workload gpu-8b|gpu-1b|gpu-8b-qlora
 
-Each contestant runs in a process of its own; a round runs each once. The first step of a run is left out of its rate (it is the time to
-first step). Losses must agree with the first contestant's within 1e-2, or the table says so and the exit code is 1.
+Each contestant runs in a process of its own; a round runs each once. The first step of a run is left out of its rate
+(it is the time to first step). Losses must agree with the first contestant's within 1e-2, or the table says so and the
+exit code is 1.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def contestants(workload: str, allocator: str | None) -> list[str]:
     if workload in ("full", "scratch"):
         names.remove("trainer-best-bf16")  # weights that are trained stay in float32
     if workload == "long":
-        names = [name for name in names if name not in ("trainer", "trl", "litgpt")]  # a micro-batch of one row is all there is
+        names = [
+            name for name in names if name not in ("trainer", "trl", "litgpt")
+        ]  # a micro-batch of one row is all there is
     return names
 
 
@@ -64,7 +67,10 @@ def run(name: str, folder: Path, device: str, allocator: str | None) -> dict[str
 
 
 def summary(figures: dict[str, Any]) -> dict[str, float]:
-    """Rates of one run over all steps but the first; `fastest`: its best step, the one that other work on the machine disturbs least."""
+    """Rates of one run over all steps but the first.
+
+    `fastest`: its best step, the one that other work on the machine disturbs least.
+    """
     seconds, tokens = (figures[key][1:] or figures[key] for key in ("seconds", "step_tokens"))
     rate = sum(tokens) / sum(seconds)
     return {
@@ -93,7 +99,10 @@ def table(rounds: dict[str, list[dict[str, Any]]], failures: dict[str, str]) -> 
     for name, figures in best.items():
         others = [summary(one)["tokens"] for one in rounds[name]]
         spread = f" ({min(others):.0f}-{max(others):.0f})" if len(others) > 1 else ""
-        apart = max(abs(a - b) for a, b in zip(rounds[name][0]["losses"], next(iter(rounds.values()))[0]["losses"], strict=False))
+        apart = max(
+            abs(a - b)
+            for a, b in zip(rounds[name][0]["losses"], next(iter(rounds.values()))[0]["losses"], strict=False)
+        )
         agree = agree and apart <= LOSS_TOLERANCE
         lines.append(
             f"| {name} | {figures['tokens']:.0f}{spread} | {figures['fastest']:.0f} | {figures['tokens'] / mine['tokens']:.2f} "
@@ -115,7 +124,12 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="*", help="run these contestants only")
     parser.add_argument("--rows-a-step", type=int)
-    parser.add_argument("--conversations", type=Path, default=find_conversations(), help="a ShareGPT file; lengths are drawn without one")
+    parser.add_argument(
+        "--conversations",
+        type=Path,
+        default=find_conversations(),
+        help="a ShareGPT file; lengths are drawn without one",
+    )
     parser.add_argument("--allocator", help="library preloaded for all but `llmtune`, for example libtcmalloc.so")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
@@ -139,7 +153,11 @@ def main() -> int:
                     failures[name] = figures
                     continue
                 rounds.setdefault(name, []).append(figures)
-                print(f"  round {number + 1}: {name} {summary(figures)['tokens']:.0f} tokens/s", file=sys.stderr, flush=True)
+                print(
+                    f"  round {number + 1}: {name} {summary(figures)['tokens']:.0f} tokens/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     if options.json:
         options.json.write_text(json.dumps(rounds, indent=1), encoding="utf-8")
     text, agree = table(rounds, failures)

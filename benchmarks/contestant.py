@@ -1,4 +1,6 @@
-"""One contestant's training in a process of its own: `python benchmarks/contestant.py NAME FOLDER DEVICE`; prints one JSON object.
+"""One contestant's training in a process of its own: `python benchmarks/contestant.py NAME FOLDER DEVICE`.
+
+Prints one JSON object.
 
 Every contestant trains the same rows in the same order, with AdamW, a constant rate, clipping at 1 and no decay.
 """
@@ -74,10 +76,16 @@ def ours(
     yield {"decisions": [str(one) for one in built.decisions], "config": model.config}
     model.train()
     rate = workload.learning_rate
-    moves, _ = build_optimizer(optimizer, parameters, learning_rate=rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, device=place)
-    examples = ExampleList([Example(str(number), ids, zero_first(weights)) for number, (ids, weights) in enumerate(rows)])
+    moves, _ = build_optimizer(
+        optimizer, parameters, learning_rate=rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, device=place
+    )
+    examples = ExampleList(
+        [Example(str(number), ids, zero_first(weights)) for number, (ids, weights) in enumerate(rows)]
+    )
     lengths = np.array([len(ids) for ids, _ in rows])
-    packs = plan_packs(lengths, workload.pack or int(lengths.max()), "none" if workload.pack is None else "best_fit", None)
+    packs = plan_packs(
+        lengths, workload.pack or int(lengths.max()), "none" if workload.pack is None else "best_fit", None
+    )
     windows = BatchPlan(
         examples,
         packs,
@@ -141,7 +149,9 @@ def watched(windows: Iterator[Any]) -> Iterator[Any]:
         yield replace(window, micro_batches=Watched(window.micro_batches))
 
 
-def trainer(workload: Workload, rows: Rows, device: str, micro_batch: int, base_dtype: str = "float32", sft: bool = False) -> Iterator[Any]:
+def trainer(
+    workload: Workload, rows: Rows, device: str, micro_batch: int, base_dtype: str = "float32", sft: bool = False
+) -> Iterator[Any]:
     """Train with the Trainer of transformers and peft's model, or with TRL's SFTTrainer: bf16 autocast, padded batches."""
     import transformers
 
@@ -176,7 +186,14 @@ def in_order(family: Any) -> Any:
 
 
 def make_trainer(
-    workload: Workload, model: Any, rows: Rows, device: str, micro_batch: int, *, sft: bool, callbacks: Sequence[Any] = ()
+    workload: Workload,
+    model: Any,
+    rows: Rows,
+    device: str,
+    micro_batch: int,
+    *,
+    sft: bool,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     """Build the Trainer of transformers, or TRL's, that takes the rows in their order with the workload's settings."""
     import torch
@@ -213,26 +230,38 @@ def make_trainer(
         prediction_loss_only=True,
         **more,
     )
-    data: Any = [{"input_ids": ids.tolist(), "labels": np.where(zero_first(w) > 0, ids, -100).tolist()} for ids, w in rows]
+    data: Any = [
+        {"input_ids": ids.tolist(), "labels": np.where(zero_first(w) > 0, ids, -100).tolist()} for ids, w in rows
+    ]
 
     def collate(batch: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in batch)
-        padded = {key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in batch]) for key, fill in FILLS.items()}
-        padded["attention_mask"] = torch.tensor([[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in batch])
+        padded = {
+            key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in batch])
+            for key, fill in FILLS.items()
+        }
+        padded["attention_mask"] = torch.tensor(
+            [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in batch]
+        )
         return padded
 
     if sft:
         import datasets
 
         data = datasets.Dataset.from_list(data)
-    return in_order(family)(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=list(callbacks))
+    return in_order(family)(
+        model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=list(callbacks)
+    )
 
 
 FILLS = {"input_ids": 0, "labels": -100}
 
 
 def load(workload: Workload, device: str, base_dtype: str = "auto") -> Any:
-    """Load the workload's model, with its adapter attached, exactly as a run would; every contestant starts from these weights."""
+    """Load the workload's model, with its adapter attached, exactly as a run would.
+
+    Every contestant starts from these weights.
+    """
     import torch
     import transformers
 
@@ -257,7 +286,9 @@ def load(workload: Workload, device: str, base_dtype: str = "auto") -> Any:
         tokenizer = load_tokenizer(source, wanted).tokenizer
         trained = "adapter" if workload.has_adapter else "full"
         place = torch.device(device)
-        model = load_model(source, wanted, tokenizer=tokenizer, device=place, trained=trained, precision="bf16", seed=0).model  # type: ignore[arg-type]
+        model = load_model(
+            source, wanted, tokenizer=tokenizer, device=place, trained=trained, precision="bf16", seed=0
+        ).model  # type: ignore[arg-type]
     model.config.use_cache = False
     if workload.has_adapter:
         model, _ = adapters.attach_adapter(model, adapter_of(workload), seed=0)
@@ -270,11 +301,17 @@ def adapter_of(workload: Workload) -> AdapterConfig:
     """The adapter as a config of llmtune names it."""
     from llmtune.config.schema import AdapterConfig
 
-    return AdapterConfig(method="lora", r=workload.rank, alpha=2.0 * workload.rank) if workload.has_adapter else AdapterConfig()
+    return (
+        AdapterConfig(method="lora", r=workload.rank, alpha=2.0 * workload.rank)
+        if workload.has_adapter
+        else AdapterConfig()
+    )
 
 
 def random_model(workload: Workload, device: str) -> Any:
-    """Build a model of a published shape with random weights: in float32 where all are trained, else in bf16, in NF4 for QLoRA."""
+    """Build a model of a published shape with random weights: in float32 where all are trained, else in bf16, in NF4
+    for QLoRA.
+    """
     import torch
     import transformers
 
@@ -291,8 +328,16 @@ def random_model(workload: Workload, device: str) -> Any:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, torch.nn.Linear) and name != "lm_head":
-                    made = nn4.Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-                    made.weight = nn4.Params4bit(child.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+                    made = nn4.Linear4bit(
+                        child.in_features,
+                        child.out_features,
+                        bias=False,
+                        compute_dtype=torch.bfloat16,
+                        quant_type="nf4",
+                    )
+                    made.weight = nn4.Params4bit(
+                        child.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True
+                    )
                     setattr(parent, name, made.to(device))
     return model
 
@@ -306,7 +351,9 @@ def step_tokens(workload: Workload, lengths: np.ndarray, steps: int) -> list[int
     """Real tokens of each step; an even share where rows are packed first."""
     if workload.pack is not None:
         return [int(lengths.sum() / steps)] * steps
-    return [int(part.sum()) for part in np.split(lengths, range(workload.rows_a_step, len(lengths), workload.rows_a_step))]
+    return [
+        int(part.sum()) for part in np.split(lengths, range(workload.rows_a_step, len(lengths), workload.rows_a_step))
+    ]
 
 
 def matrix_rate(device: str) -> float:
@@ -339,7 +386,11 @@ def main() -> None:
     import torch
 
     lengths = np.array([len(ids) for ids, _ in rows])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if device == "cpu" else torch.cuda.max_memory_allocated()
+    peak = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if device == "cpu"
+        else torch.cuda.max_memory_allocated()
+    )
     trained = float(sum((zero_first(weights) > 0).sum() for _, weights in rows))
     print(
         json.dumps(
@@ -381,7 +432,8 @@ CONTESTANTS: dict[str, Callable[[Workload, Rows, str], Iterator[Any]]] = {
     "litgpt": lambda w, r, d: litgpt(w, r, d, w.rows_a_step),
     "litgpt-best": lambda w, r, d: litgpt(w, r, d, 1),
 }
-"""`-best` is a micro-batch of one row, accumulated: the setting that wastes nothing on padding, which few users find."""
+"""`-best` is a micro-batch of one row, accumulated: the setting that wastes nothing on padding, which few users find.
+"""
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,11 @@
-"""Held-out loss of the same rows by llmtune, by the Trainer and by TRL, and answers one by one beside answers in batches.
+"""Held-out loss of the same rows by llmtune, by the Trainer and by TRL, and answers one by one beside answers in
+batches.
 
     python benchmarks/evaluation.py [--rows 64] [--rounds 3] [--conversations FILE] [--answers 16]
 
-All evaluate one model with one adapter in one process, in turn, at a batch size of 8 and in bf16; medians of the rounds. Answers are made
-in float32 and must be the same in a batch and alone, or the exit code is 1. llmtune's loss is that of all tokens, the others' a mean of
-the batches' means.
+All evaluate one model with one adapter in one process, in turn, at a batch size of 8 and in bf16; medians of the
+rounds. Answers are made in float32 and must be the same in a batch and alone, or the exit code is 1. llmtune's loss is
+that of all tokens, the others' a mean of the batches' means.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from workloads import WORKLOADS, find_conversations, prepare, read, scaled
 from llmtune.cli.process import prepare_process
 
 BATCH_SIZE = 8
-PROMPTS = ("Name three colours.", "What is the capital of France?", "Write one sentence about rain.", "Count from one to five.")
+PROMPTS = (
+    "Name three colours.",
+    "What is the capital of France?",
+    "Write one sentence about rain.",
+    "Count from one to five.",
+)
 
 
 def ours(model: Any, rows: contestant.Rows) -> Callable[[], float]:
@@ -41,11 +47,17 @@ def ours(model: Any, rows: contestant.Rows) -> Callable[[], float]:
 
     device = torch.device("cpu")
     precision = Precision("bf16", device)
-    engine = build_engine(model, config=Config(training=TrainingConfig(), model=ModelConfig()), device=device, precision=precision)
-    examples = ExampleList([Example(str(number), ids, contestant.zero_first(weights)) for number, (ids, weights) in enumerate(rows)])
+    engine = build_engine(
+        model, config=Config(training=TrainingConfig(), model=ModelConfig()), device=device, precision=precision
+    )
+    examples = ExampleList(
+        [Example(str(number), ids, contestant.zero_first(weights)) for number, (ids, weights) in enumerate(rows)]
+    )
 
     def once() -> float:
-        batches = eval_batches(examples, batch_size=BATCH_SIZE, layout=engine.layout, pad_id=0, max_group_tokens=engine.max_group_tokens)
+        batches = eval_batches(
+            examples, batch_size=BATCH_SIZE, layout=engine.layout, pad_id=0, max_group_tokens=engine.max_group_tokens
+        )
         with precision.autocast():
             return evaluate(engine.nll_sum, batches, model=model)["eval_mean_nll"]
 
@@ -53,7 +65,10 @@ def ours(model: Any, rows: contestant.Rows) -> Callable[[], float]:
 
 
 def theirs(model: Any, rows: contestant.Rows, *, sft: bool) -> Callable[[], float]:
-    """Evaluate with the Trainer of transformers or with TRL's, rows in their order; their loss is a mean of the batches' means."""
+    """Evaluate with the Trainer of transformers or with TRL's, rows in their order.
+
+    Their loss is a mean of the batches' means.
+    """
     runner = contestant.make_trainer(scaled(WORKLOADS["lora"], BATCH_SIZE), model, rows, "cpu", BATCH_SIZE, sft=sft)
     return lambda: float(runner.evaluate(runner.train_dataset)["eval_loss"])
 
@@ -73,7 +88,11 @@ def answers(model: Any, count: int) -> tuple[float, float, bool]:
 
     def timed(groups: list[list[str]]) -> tuple[float, list[str]]:
         began = time.perf_counter()
-        texts = [one.text for group in groups for one in generate(model, loaded.tokenizer, renderer, group, max_new_tokens=32)]
+        texts = [
+            one.text
+            for group in groups
+            for one in generate(model, loaded.tokenizer, renderer, group, max_new_tokens=32)
+        ]
         return time.perf_counter() - began, texts
 
     alone, together = timed([[prompt] for prompt in prompts]), timed([prompts])
@@ -95,7 +114,10 @@ def main() -> int:
         os.chdir(folder)
         prepare(workload, folder, 1, options.conversations)
         _, rows = read(folder)
-        models = {name: contestant.load(workload, "cpu", dtype) for name, dtype in (("llmtune", "auto"), ("trainer", "float32"))}
+        models = {
+            name: contestant.load(workload, "cpu", dtype)
+            for name, dtype in (("llmtune", "auto"), ("trainer", "float32"))
+        }
         runs = {"llmtune": ours(models["llmtune"], rows), "trainer": theirs(models["trainer"], rows, sft=False)}
         if importlib.util.find_spec("trl") is not None:
             runs["trl"] = theirs(contestant.load(workload, "cpu", "float32"), rows, sft=True)

@@ -1,10 +1,12 @@
-"""Take custom-nano from nothing to an exported model with the commands a user types, kill it on the way, and say what it cost.
+"""Take custom-nano from nothing to an exported model with the commands a user types, kill it on the way, and say what
+it cost.
 
     python benchmarks/from_nothing.py [FOLDER]
 
-Tokenizer and training on the shipped stories, SIGKILL in the middle, resume, evaluate, generate until the model stops by itself, export
-as a folder and as a GGUF file. No network. Prints seconds by the clock and of processor time, by command; exit code 1 where a step fails
-or the generated text does not end by itself. On a busy machine only the processor time means something.
+Tokenizer and training on the shipped stories, SIGKILL in the middle, resume, evaluate, generate until the model stops
+by itself, export as a folder and as a GGUF file. No network. Prints seconds by the clock and of processor time, by
+command; exit code 1 where a step fails or the generated text does not end by itself. On a busy machine only the
+processor time means something.
 """
 
 from __future__ import annotations
@@ -21,8 +23,19 @@ from pathlib import Path
 
 EPOCHS, KILL_AFTER = 3, 25
 TRAINING = [
-    *("data.train=[example:stories]", "data.format=text", "data.test_size=0.05", "data.max_length=256", "data.packing=greedy"),
-    *(f"training.epochs={EPOCHS}", "training.batch_size=4", "checkpoint.every_steps=10", "evaluation.before_training=false"),
+    *(
+        "data.train=[example:stories]",
+        "data.format=text",
+        "data.test_size=0.05",
+        "data.max_length=256",
+        "data.packing=greedy",
+    ),
+    *(
+        f"training.epochs={EPOCHS}",
+        "training.batch_size=4",
+        "checkpoint.every_steps=10",
+        "evaluation.before_training=false",
+    ),
     *("evaluation.prompts=[]", "tracking.trackers=[jsonl]"),
 ]
 
@@ -36,7 +49,9 @@ def spent() -> tuple[float, float]:
 def run(words: list[str], folder: Path, *, kill_after: int | None = None) -> str:
     """Run one command, killed with SIGKILL after so many steps where that is asked for; returns what it printed."""
     before = spent()
-    process = subprocess.Popen([sys.executable, "-m", "llmtune", "--offline", *words], cwd=folder, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmtune", "--offline", *words], cwd=folder, stdout=subprocess.PIPE, text=True
+    )
     if kill_after is not None:
         metrics = folder / "runs" / "nano" / "metrics.jsonl"
         while process.poll() is None and not (metrics.is_file() and metrics.read_bytes().count(b"\n") >= kill_after):
@@ -58,13 +73,26 @@ def main() -> int:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
     begin = spent()
     run(
-        ["train", "--config", "test", "--model", "custom-nano", "--name", "nano", "--no-cuda", "data.max_samples=null", *TRAINING],
+        [
+            "train",
+            "--config",
+            "test",
+            "--model",
+            "custom-nano",
+            "--name",
+            "nano",
+            "--no-cuda",
+            "data.max_samples=null",
+            *TRAINING,
+        ],
         folder,
         kill_after=KILL_AFTER,
     )
     run(["resume", "nano", "--no-cuda"], folder)
     run(["evaluate", "nano", "--no-cuda"], folder)
-    said = json.loads(run(["generate", "nano", "An old", "--max-new-tokens", "400", "--json", "--no-cuda"], folder).splitlines()[-1])
+    said = json.loads(
+        run(["generate", "nano", "An old", "--max-new-tokens", "400", "--json", "--no-cuda"], folder).splitlines()[-1]
+    )
     run(["export", "nano", "--output", "exported"], folder)
     run(["export", "nano", "--output", "exported.gguf"], folder)
     end = spent()

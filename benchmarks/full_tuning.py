@@ -1,11 +1,14 @@
-"""Full tuning by optimizer: tokens a second and peak memory of each, in turn, in a process of its own; random weights of a published shape.
+"""Full tuning by optimizer: tokens a second and peak memory of each, in turn, in a process of its own.
+
+Random weights of a published shape.
 
     python benchmarks/full_tuning.py --device cuda [--shape llama-3.2-1b] [--tokens 4096] [--steps 8]
     python benchmarks/full_tuning.py --device cpu --shape tiny --tokens 256
 
-One micro-batch a step, blocks recomputed, bf16 arithmetic, float32 weights. Paged optimizers keep their state where the driver can move it
-to the CPU's memory, so they take part on CUDA only. `+ in backward` is `training.step_in_backward`. Peaks are bytes allocated by tensors
-on CUDA and resident bytes of the process on a CPU. The losses of a row are those of the row without `+ in backward`, or the exit code is 1.
+One micro-batch a step, blocks recomputed, bf16 arithmetic, float32 weights. Paged optimizers keep their state where the
+driver can move it to the CPU's memory, so they take part on CUDA only. `+ in backward` is `training.step_in_backward`.
+Peaks are bytes allocated by tensors on CUDA and resident bytes of the process on a CPU. The losses of a row are those
+of the row without `+ in backward`, or the exit code is 1.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import numpy as np
 from workloads import SHAPES, Workload
 
 IN_BACKWARD = " + in backward"
-VARIANTS = tuple(name + way for name in ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit") for way in ("", IN_BACKWARD))
+VARIANTS = tuple(
+    name + way for name in ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit") for way in ("", IN_BACKWARD)
+)
 LOSS_TOLERANCE = 1e-2
 
 
@@ -30,7 +35,10 @@ def train(variant: str, shape: str, tokens: int, steps: int, device: str) -> dic
 
     workload = Workload("full-tuning", "full", tokens, tokens, 1, 1e-5, shape=shape, checkpointing=True)
     drawn = np.random.default_rng(0)
-    rows = [(drawn.integers(10, SHAPES[shape]["vocab_size"], tokens).astype(np.int32), np.ones(tokens, np.float32)) for _ in range(steps)]
+    rows = [
+        (drawn.integers(10, SHAPES[shape]["vocab_size"], tokens).astype(np.int32), np.ones(tokens, np.float32))
+        for _ in range(steps)
+    ]
     name = variant.removesuffix(IN_BACKWARD)
     training = ours(workload, rows, device, optimizer=name, max_grad_norm=None, in_backward=variant != name)
     next(training)  # the model stands
@@ -67,9 +75,14 @@ def main() -> int:
     for variant in VARIANTS:
         if options.device == "cpu" and variant.startswith("paged"):
             continue
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", variant], check=False, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--only", variant], check=False, capture_output=True, text=True
+        )
         if done.returncode != 0:
-            print(f"| {variant} | not run: {(done.stderr.strip().splitlines() or [f'exit {done.returncode}'])[-1]} |", flush=True)
+            print(
+                f"| {variant} | not run: {(done.stderr.strip().splitlines() or [f'exit {done.returncode}'])[-1]} |",
+                flush=True,
+            )
             failed = True
             continue
         found[variant] = figures = json.loads(done.stdout.strip().splitlines()[-1])
@@ -77,7 +90,10 @@ def main() -> int:
         apart = max(abs(one - other) for one, other in zip(figures["losses"], twin["losses"], strict=True))
         failed |= apart > LOSS_TOLERANCE
         last = f"{figures['losses'][-1]:.4f}" + (f" APART BY {apart:.1e}" if apart > LOSS_TOLERANCE else "")
-        print(f"| {variant} | {figures['tokens_per_second']:.0f} | {figures['peak_bytes'] / 1e9:.2f} | {last} |", flush=True)
+        print(
+            f"| {variant} | {figures['tokens_per_second']:.0f} | {figures['peak_bytes'] / 1e9:.2f} | {last} |",
+            flush=True,
+        )
     return int(failed)
 
 

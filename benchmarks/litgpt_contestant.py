@@ -1,7 +1,8 @@
-"""litgpt as a contestant: its model, its LoRA layers, its chunked loss and its Fabric, in the loop that its recipes run.
+"""litgpt as a contestant: its model, its LoRA layers, its chunked loss and its Fabric, in the loop that its recipes
+run.
 
-Weights and the adapter's first values are those every contestant starts from. Its recipes average the losses of micro-batches; here each is
-weighted by its trained tokens, which costs nothing and makes the sums those of the others.
+Weights and the adapter's first values are those every contestant starts from. Its recipes average the losses of
+micro-batches; here each is weighted by its trained tokens, which costs nothing and makes the sums those of the others.
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ NAME = "SmolLM2-135M-Instruct"
 CHUNK = 128
 """Tokens of a chunk of the head and of its loss: what litgpt's recipes take."""
 
-PLACES = {"self_attn.o_proj": "attn.proj", "mlp.gate_proj": "mlp.fc_1", "mlp.up_proj": "mlp.fc_2", "mlp.down_proj": "mlp.proj"}
+PLACES = {
+    "self_attn.o_proj": "attn.proj",
+    "mlp.gate_proj": "mlp.fc_1",
+    "mlp.up_proj": "mlp.fc_2",
+    "mlp.down_proj": "mlp.proj",
+}
 TOGETHER = ("q_proj", "k_proj", "v_proj")
 
 
 def litgpt(workload: Workload, rows: contestant.Rows, device: str, micro_batch: int) -> Iterator[Any]:
-    """Train the rows in their order with micro-batches of so many; bf16 autocast over float32 weights, AdamW, clipping at 1."""
+    """Train the rows in their order with micro-batches of so many.
+
+    Bf16 autocast over float32 weights, AdamW, clipping at 1.
+    """
     import lightning
     import torch
     from litgpt.utils import chunked_cross_entropy
@@ -34,7 +43,9 @@ def litgpt(workload: Workload, rows: contestant.Rows, device: str, micro_batch: 
     model = build(workload, theirs)
     del theirs
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model, optimizer = fabric.setup(model, torch.optim.AdamW(parameters, lr=workload.learning_rate, weight_decay=0.0, fused=True))
+    model, optimizer = fabric.setup(
+        model, torch.optim.AdamW(parameters, lr=workload.learning_rate, weight_decay=0.0, fused=True)
+    )
     model.train()
     for start in range(0, len(rows), workload.rows_a_step):
         step = rows[start : start + workload.rows_a_step]
@@ -75,7 +86,9 @@ def build(workload: Workload, theirs: Any) -> Any:
         from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 
         everywhere = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp")}
-        model = GPT(Config.from_name(NAME, lora_r=workload.rank, lora_alpha=2 * workload.rank, lora_dropout=0.0, **everywhere))
+        model = GPT(
+            Config.from_name(NAME, lora_r=workload.rank, lora_alpha=2 * workload.rank, lora_dropout=0.0, **everywhere)
+        )
     else:
         from litgpt import GPT, Config
 
@@ -101,7 +114,10 @@ def sources(name: str, with_adapter: bool) -> list[str]:
     _, _, block, rest = name.split(".", 3)
     inside = f"{outer}model.layers.{block}."
     if rest.startswith("norm"):
-        return [inside + {"norm_1.weight": "input_layernorm.weight", "norm_2.weight": "post_attention_layernorm.weight"}[rest]]
+        return [
+            inside
+            + {"norm_1.weight": "input_layernorm.weight", "norm_2.weight": "post_attention_layernorm.weight"}[rest]
+        ]
     layers = (
         [f"self_attn.{one}" for one in TOGETHER]
         if rest.startswith("attn.qkv")

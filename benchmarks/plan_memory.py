@@ -2,10 +2,10 @@
 
     python benchmarks/plan_memory.py [--steps 8] [--only NAME ...]
 
-LoRA, QLoRA, full and from scratch; short and long rows; with and without recomputed blocks; on the model that is always there. The plan is
-the one that `train` makes before step 1, the measured peak the one it prints at its end (`ru_maxrss`: everything that was ever resident,
-from the imports on). Rows are text of Python's own documentation cut to lengths drawn from a fixed seed. Exit code 1 where a plan is off by
-more than 15 %.
+LoRA, QLoRA, full and from scratch; short and long rows; with and without recomputed blocks; on the model that is always
+there. The plan is the one that `train` makes before step 1, the measured peak the one it prints at its end
+(`ru_maxrss`: everything that was ever resident, from the imports on). Rows are text of Python's own documentation cut
+to lengths drawn from a fixed seed. Exit code 1 where a plan is off by more than 15 %.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ class Shape:
     settings: tuple[str, ...]
 
 
-LORA, QLORA, FULL = ("adapter.method=lora",), ("adapter.method=lora", "model.quantization=4bit"), ("adapter.method=none",)
+LORA, QLORA, FULL = (
+    ("adapter.method=lora",),
+    ("adapter.method=lora", "model.quantization=4bit"),
+    ("adapter.method=none",),
+)
 AGAIN = ("model.gradient_checkpointing=true",)
 EARLY = ("training.step_in_backward=true", "training.max_grad_norm=null")
 SHAPES = (
@@ -48,7 +52,12 @@ SHAPES = (
     Shape("full, short rows", 32, (10, 40), FULL),
     Shape("full, conversations, recomputed", 8, (30, 450), (*FULL, *AGAIN)),
     Shape("full, conversations, recomputed, step in backward", 8, (30, 450), (*FULL, *AGAIN, *EARLY)),
-    Shape("custom-small from scratch, packed 1,024", 8, (100, 900), ("model.name=custom-small", *FULL, "data.packing=best_fit")),
+    Shape(
+        "custom-small from scratch, packed 1,024",
+        8,
+        (100, 900),
+        ("model.name=custom-small", *FULL, "data.packing=best_fit"),
+    ),
 )
 
 
@@ -64,17 +73,50 @@ def write_rows(shape: Shape, path: Path, rows: int) -> None:
 
 def measure(shape: Shape, folder: Path, steps: int) -> tuple[float, float]:
     """Train; returns the planned and the measured peak in GB."""
-    write_rows(shape, folder / "rows.jsonl", shape.rows_a_step * steps * (4 if "data.packing=best_fit" in shape.settings else 1))
+    write_rows(
+        shape,
+        folder / "rows.jsonl",
+        shape.rows_a_step * steps * (4 if "data.packing=best_fit" in shape.settings else 1),
+    )
     settings = [
-        *("model.name=smollm2-135m-instruct", "data.train=rows.jsonl", "data.eval=[]", "data.test_size=0", "data.format=text"),
-        *("data.overlong=truncate_right", f"data.max_length={1024 if shape.words[1] < 1000 else 8192}", "evaluation.every_steps=null"),
-        *("evaluation.prompts=[]", f"training.batch_size={shape.rows_a_step}", f"training.max_steps={steps}", *shape.settings),
+        *(
+            "model.name=smollm2-135m-instruct",
+            "data.train=rows.jsonl",
+            "data.eval=[]",
+            "data.test_size=0",
+            "data.format=text",
+        ),
+        *(
+            "data.overlong=truncate_right",
+            f"data.max_length={1024 if shape.words[1] < 1000 else 8192}",
+            "evaluation.every_steps=null",
+        ),
+        *(
+            "evaluation.prompts=[]",
+            f"training.batch_size={shape.rows_a_step}",
+            f"training.max_steps={steps}",
+            *shape.settings,
+        ),
     ]
-    command = [sys.executable, "-m", "llmtune", "--offline", "train", "--config", "test", "--name", "run", "--no-cuda", *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "llmtune",
+        "--offline",
+        "train",
+        "--config",
+        "test",
+        "--name",
+        "run",
+        "--no-cuda",
+        *settings,
+    ]
     done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
     found = re.search(r"memory +([\d.]+) (MB|GB) planned, ([\d.]+) (MB|GB) measured", done.stdout + done.stderr)
     if done.returncode != 0 or found is None:
-        raise SystemExit(f"{shape.name}: exit {done.returncode}: {(done.stderr or done.stdout).strip().splitlines()[-3:]}")
+        raise SystemExit(
+            f"{shape.name}: exit {done.returncode}: {(done.stderr or done.stdout).strip().splitlines()[-3:]}"
+        )
     unit = {"MB": 1e-3, "GB": 1.0}
     return float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
 

@@ -2,11 +2,13 @@
 
     python benchmarks/profile_step.py --workload lora [--steps 3] [--allocator tcmalloc.so]
 
-Every operation's own time is given to one part: by the fused function it runs in, by its shape (products with the adapter's rank), or by
-its name. The parts and the time between operations add up to the step; the last line says how nearly.
+Every operation's own time is given to one part: by the fused function it runs in, by its shape (products with the
+adapter's rank), or by its name. The parts and the time between operations add up to the step; the last line says how
+nearly.
 
-The profiler's own records are many and small. In glibc's heap they come to lie between a step's large blocks, which then are made of fresh
-pages again and again, and the loss seems to take twice its time; tcmalloc keeps small blocks apart and shows a step as it is.
+The profiler's own records are many and small. In glibc's heap they come to lie between a step's large blocks, which
+then are made of fresh pages again and again, and the loss seems to take twice its time; tcmalloc keeps small blocks
+apart and shows a step as it is.
 """
 
 from __future__ import annotations
@@ -38,9 +40,20 @@ OWNERS = (
     ("clip", "optimizer"),
     ("part: ", ""),
 )
-"""Names of operations (parts of them) that own everything that runs inside, first match wins; `part: x` names its part itself."""
+"""Names of operations (parts of them) that own everything that runs inside, first match wins; `part: x` names its part
+itself.
+"""
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear", "aten::matmul", "MmBackward", "AddmmBackward", "_linear_pointwise")
+PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::linear",
+    "aten::matmul",
+    "MmBackward",
+    "AddmmBackward",
+    "_linear_pointwise",
+)
 
 
 def part_of(event: Any, rank: int) -> str:
@@ -53,7 +66,13 @@ def part_of(event: Any, rank: int) -> str:
         inside = inside or "_LoraGroup" in one.name
         one = one.cpu_parent
     if any(name in event.name for name in PRODUCTS):
-        sizes = {size for shape in event.input_shapes or () if isinstance(shape, (list, tuple)) for size in shape if isinstance(size, int)}
+        sizes = {
+            size
+            for shape in event.input_shapes or ()
+            if isinstance(shape, (list, tuple))
+            for size in shape
+            if isinstance(size, int)
+        }
         return "adapter" if inside and sizes & {rank, 2 * rank, 3 * rank} else "linear"
     return "adapter" if inside else "other"
 
@@ -85,7 +104,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rows-a-step", type=int)
     parser.add_argument("--conversations", type=Path, default=find_conversations())
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="operations are timed on the host: a GPU needs its own profiler")
+    parser.add_argument(
+        "--device",
+        choices=("cpu",),
+        default="cpu",
+        help="operations are timed on the host: a GPU needs its own profiler",
+    )
     parser.add_argument("--allocator", help="library to preload, for example libtcmalloc.so")
     options = parser.parse_args()
     if options.allocator and os.environ.get("LD_PRELOAD") != options.allocator:
@@ -101,7 +125,9 @@ def main() -> None:
     needs = needed_operations(workload, config, lengths, trained)
     rate = contestant.matrix_rate(options.device)
     floors = {"linear": needs.linear, "adapter": needs.adapter, "attention": needs.attention, "loss": needs.head}
-    print(f"{workload.name}: {lengths.sum()} tokens in {options.steps} steps, {seconds:.2f} s; matrix rate {rate / 1e9:.0f} GFLOP/s")
+    print(
+        f"{workload.name}: {lengths.sum()} tokens in {options.steps} steps, {seconds:.2f} s; matrix rate {rate / 1e9:.0f} GFLOP/s"
+    )
     print(f"{'part':12} {'seconds':>8} {'share':>6} {'floor s':>8}")
     for part in PARTS:
         floor = f"{floors[part] / rate:8.2f}" if part in floors else " " * 8

@@ -1,4 +1,5 @@
-"""What a checkpoint costs: seconds of a save with sync and digests, of its verification and loading, and the memory it takes.
+"""What a checkpoint costs: seconds of a save with sync and digests, of its verification and loading, and the memory it
+takes.
 
     python benchmarks/save_cost.py [megabytes] [folder]
 
@@ -35,11 +36,16 @@ def main() -> None:
     weights = {"w": torch.randn(count)}
     snapshot = Snapshot({"optimizer": {"m": torch.randn(count), "v": torch.randn(count)}}, {"step": 1})
     figures: dict[str, float] = {"megabytes": megabytes}
-    with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as folder, create_run(folder, "cost") as run:
+    with (
+        tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as folder,
+        create_run(folder, "cost") as run,
+    ):
 
         def save(step: int) -> float:
             begin = time.perf_counter()
-            checkpoint.save_checkpoint(run, step, lambda place: durable.write_tensors(place / "model.safetensors", weights), snapshot)
+            checkpoint.save_checkpoint(
+                run, step, lambda place: durable.write_tensors(place / "model.safetensors", weights), snapshot
+            )
             return time.perf_counter() - begin
 
         before = peak_megabytes()

@@ -1,14 +1,16 @@
-"""Train custom-tiny from nothing on real text, with llmtune and with the plain Trainer of transformers, and compare what comes of it.
+"""Train custom-tiny from nothing on real text, with llmtune and with the plain Trainer of transformers, and compare
+what comes of it.
 
     python benchmarks/scratch_vs_trainer.py [--model custom-tiny] [--steps 60] [--rounds 3] [--text FILE]
 
-Both get the same initial weights, rows, order, batches, AdamW, schedule, clipping and steps, in float32 on the CPU. llmtune runs as it does
-for a user: from a config, with its run folder, evaluation and checkpoint. The Trainer gets a folder that plain transformers loads, the rows
-of each step as token ids, and its own loop; its held-out loss is computed by the library's forward, with nothing of llmtune in the process.
+Both get the same initial weights, rows, order, batches, AdamW, schedule, clipping and steps, in float32 on the CPU.
+llmtune runs as it does for a user: from a config, with its run folder, evaluation and checkpoint. The Trainer gets a
+folder that plain transformers loads, the rows of each step as token ids, and its own loop; its held-out loss is
+computed by the library's forward, with nothing of llmtune in the process.
 
-The text is what Python says about itself: the docstrings of its standard library, a document a module, and its language reference
-(`pydoc_data.topics`), a document a topic; 2.2 MB. Each contestant runs in a process of its own, in turn; a round runs each once. Exit
-code 1 where held-out losses or bits per byte differ by more than 1e-3.
+The text is what Python says about itself: the docstrings of its standard library, a document a module, and its language
+reference (`pydoc_data.topics`), a document a topic; 2.2 MB. Each contestant runs in a process of its own, in turn; a
+round runs each once. Exit code 1 where held-out losses or bits per byte differ by more than 1e-3.
 """
 
 from __future__ import annotations
@@ -43,24 +45,38 @@ CONTESTANTS = ("llmtune", "trainer")
 
 
 def documents_of_python() -> list[str]:
-    """The docstrings of every module of the standard library (its tests left out), then the topics of the language reference."""
+    """The docstrings of every module of the standard library (its tests left out), then the topics of the language
+    reference.
+    """
     from pydoc_data.topics import topics
 
     library = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in sorted(library.rglob("*.py")):
-        if {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.relative_to(library).parts):
+        if {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(
+            path.relative_to(library).parts
+        ):
             continue
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        named = [node for node in nodes if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-        text = "\n\n".join(f"{getattr(node, 'name', path.stem)}: {said}" for node in named if (said := ast.get_docstring(node)))
+        named = [
+            node
+            for node in nodes
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        text = "\n\n".join(
+            f"{getattr(node, 'name', path.stem)}: {said}" for node in named if (said := ast.get_docstring(node))
+        )
         if len(text) > 200:
             found.append(text)
     return [*found, *(topics[name] for name in sorted(topics))]
 
 
-def prepare(folder: Path, documents: list[str], *, model: str, steps: int, batch_size: int, overrides: tuple[str, ...] = ()) -> None:
-    """Write the config, the tokenizer, the model before step 1, and the rows of every step and of the held-out documents."""
+def prepare(
+    folder: Path, documents: list[str], *, model: str, steps: int, batch_size: int, overrides: tuple[str, ...] = ()
+) -> None:
+    """Write the config, the tokenizer, the model before step 1, and the rows of every step and of the held-out
+    documents.
+    """
     from llmtune.config.layers import load_config
     from llmtune.config.process_options import Options
     from llmtune.data.dataset.batches import eval_batches
@@ -72,8 +88,13 @@ def prepare(folder: Path, documents: list[str], *, model: str, steps: int, batch
     held_out = documents[::HELD_OUT_EVERY]
     train = [text for number, text in enumerate(documents) if number % HELD_OUT_EVERY]
     for name, part in (("train", train), ("heldout", held_out)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8")
-    words = [*(f"{key}={json.dumps(value)}" for key, value in settings(folder, model, steps, batch_size).items()), *overrides]
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8"
+        )
+    words = [
+        *(f"{key}={json.dumps(value)}" for key, value in settings(folder, model, steps, batch_size).items()),
+        *overrides,
+    ]
     prepared = prepare_run(load_config(None, overrides=words, environ={}), Options(no_cuda=True, offline=True))
     config, tokenizer = prepared.config, prepared.tokenizer.tokenizer
     for name in ("tokenizer", "model"):
@@ -127,12 +148,17 @@ def write_batches(path: Path, batches: Any) -> None:
         ids, weights = batch.input_ids.numpy(), batch.weights.numpy()
         arrays[f"ids-{number:05}"] = ids
         arrays[f"labels-{number:05}"] = np.where(weights > 0, ids, -100)
-        arrays[f"mask-{number:05}"] = np.ones_like(ids) if batch.attention_mask is None else batch.attention_mask.numpy()
+        arrays[f"mask-{number:05}"] = (
+            np.ones_like(ids) if batch.attention_mask is None else batch.attention_mask.numpy()
+        )
     np.savez(path, **arrays)
 
 
 def predicted_bytes(documents: list[str], tokenizer: Any) -> int:
-    """Bytes of what is predicted: whole texts, but for the first token of each; the control token at their ends has no bytes."""
+    """Bytes of what is predicted: whole texts, but for the first token of each.
+
+    The control token at their ends has no bytes.
+    """
     firsts = [tokenizer(text, add_special_tokens=False)["input_ids"][:1] for text in documents]
     return sum(len(text.encode()) for text in documents) - sum(len(tokenizer.decode(ids).encode()) for ids in firsts)
 
@@ -142,7 +168,9 @@ def ours(folder: Path) -> dict[str, Any]:
     from llmtune import Trainer, load_config
 
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-    trainer = Trainer(load_config(None, overrides=about["overrides"]), no_cuda=True, offline=True, say=lambda _: None)
+    trainer = Trainer(
+        load_config(None, overrides=about["overrides"]), no_cuda=True, offline=True, print_line=lambda _: None
+    )
     losses, seconds, processor = [], [], []
     last = time.process_time()
     for step in trainer.steps():
@@ -152,14 +180,14 @@ def ours(folder: Path) -> dict[str, Any]:
         processor.append(now - last)
         last = now
     result = trainer.result()
-    engine = [str(one) for one in trainer.session.assembled.engine.decisions]
+    engine = [str(one) for one in trainer.session.setup.engine.decisions]
     return {
         "losses": losses,
         "seconds": seconds,
         "processor": processor,
         "heldout": result.metrics["eval_mean_nll"],
         "bits_per_byte": result.metrics["eval_bits_per_byte"],
-        "parameters": trainer.session.assembled.counts.total,
+        "parameters": trainer.session.setup.counts.total,
         "decisions": engine,
     }
 
@@ -231,11 +259,16 @@ def read_batches(path: Path) -> list[dict[str, Any]]:
     keys = {"input_ids": "ids", "labels": "labels", "attention_mask": "mask"}
     with np.load(path) as stored:
         count = len(stored.files) // len(keys)
-        return [{key: torch.from_numpy(stored[f"{short}-{n:05}"]).long() for key, short in keys.items()} for n in range(count)]
+        return [
+            {key: torch.from_numpy(stored[f"{short}-{n:05}"]).long() for key, short in keys.items()}
+            for n in range(count)
+        ]
 
 
 def held_out_nats(model: Any, batches: list[dict[str, Any]]) -> tuple[float, int]:
-    """Sum of negative log-likelihoods by the library's own forward, in float64 from its logits on, and the tokens it is of."""
+    """Sum of negative log-likelihoods by the library's own forward, in float64 from its logits on, and the tokens it is
+    of.
+    """
     import torch
 
     nats, count = 0.0, 0
@@ -253,7 +286,9 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
     """How far apart two runs are: at any step, on the held-out documents, in bits per byte."""
     assert len(one["losses"]) == len(other["losses"])
     return {
-        "largest difference of a step's loss": max(abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True)),
+        "largest difference of a step's loss": max(
+            abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True)
+        ),
         "held-out nats per token": abs(one["heldout"] - other["heldout"]),
         "bits per byte": abs(one["bits_per_byte"] - other["bits_per_byte"]),
     }
@@ -261,7 +296,9 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """Run one contestant in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--contestant", name, str(folder)], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--contestant", name, str(folder)], check=False, capture_output=True, text=True
+    )
     if done.returncode != 0:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
     figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -269,13 +306,17 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _without_ends(runs: list[dict[str, Any]], key: str) -> list[float]:
-    """Times of all steps but the first, in which kernels are chosen, and the last, at which llmtune evaluates and saves."""
+    """Times of all steps but the first, in which kernels are chosen, and the last, at which llmtune evaluates and
+    saves.
+    """
     return [seconds for one in runs for seconds in one[key][1:-1]]
 
 
 def report(rounds: dict[str, list[dict[str, Any]]], tokens: int) -> bool:
     """Print the table and the curves; answers whether both ended in the same place."""
-    print("| | held-out nats per token | bits per byte | step, s | tokens/s | step, processor s |\n" + "| --- " * 6 + "|")
+    print(
+        "| | held-out nats per token | bits per byte | step, s | tokens/s | step, processor s |\n" + "| --- " * 6 + "|"
+    )
     for name, runs in rounds.items():
         wall, processor = (statistics.median(_without_ends(runs, key)) for key in ("seconds", "processor"))
         heldout, bits = runs[0]["heldout"], runs[0]["bits_per_byte"]
@@ -283,8 +324,12 @@ def report(rounds: dict[str, list[dict[str, Any]]], tokens: int) -> bool:
     print()
     for key, what in (("seconds", "by the clock"), ("processor", "in processor seconds")):
         pairs = zip(rounds["llmtune"], rounds["trainer"], strict=True)
-        ratios = [statistics.median(_without_ends([b], key)) / statistics.median(_without_ends([a], key)) for a, b in pairs]
-        print(f"llmtune is {statistics.median(ratios):.2f} times as fast {what} (by round: {', '.join(f'{one:.2f}' for one in ratios)})")
+        ratios = [
+            statistics.median(_without_ends([b], key)) / statistics.median(_without_ends([a], key)) for a, b in pairs
+        ]
+        print(
+            f"llmtune is {statistics.median(ratios):.2f} times as fast {what} (by round: {', '.join(f'{one:.2f}' for one in ratios)})"
+        )
     found = compare(rounds["llmtune"][0], rounds["trainer"][0])
     for what, value in found.items():
         print(f"{what}: {value:.2e}")
@@ -303,7 +348,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--text", type=Path, help="a text file, one document a paragraph, in place of Python's own words")
+    parser.add_argument(
+        "--text", type=Path, help="a text file, one document a paragraph, in place of Python's own words"
+    )
     parser.add_argument("--contestant", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for the config of both")
     options = parser.parse_args()
@@ -318,13 +365,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(
-            folder, documents, model=options.model, steps=options.steps, batch_size=options.batch_size, overrides=tuple(options.overrides)
+            folder,
+            documents,
+            model=options.model,
+            steps=options.steps,
+            batch_size=options.batch_size,
+            overrides=tuple(options.overrides),
         )
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTESTANTS}
         for number in range(options.rounds):
             for name in CONTESTANTS:
                 rounds[name].append(run(name, folder))
-                print(f"  round {number + 1}: {name} {statistics.median(rounds[name][-1]['seconds']):.3f} s a step", file=sys.stderr)
+                print(
+                    f"  round {number + 1}: {name} {statistics.median(rounds[name][-1]['seconds']):.3f} s a step",
+                    file=sys.stderr,
+                )
     first = rounds["llmtune"][0]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "llmtune"))
     what = f"{options.model}, {first['parameters']:,} parameters, {options.steps} steps of {options.batch_size} rows of {ROW_TOKENS} tokens"

@@ -2,9 +2,10 @@
 
     python benchmarks/start_up.py [--rounds 3] [--config quickstart] [KEY=VALUE ...]
 
-The real command is started in a process of its own, once to fill the cache and then `--rounds` times. Counted are the seconds from the
-start of the process until step 1 begins (its record in `metrics.jsonl`, less the seconds of the step): imports, configuration, rows,
-model, adapter, the proof of the engine, the forecast. The held-out loss before training is training's own work and is switched off.
+The real command is started in a process of its own, once to fill the cache and then `--rounds` times. Counted are the
+seconds from the start of the process until step 1 begins (its record in `metrics.jsonl`, less the seconds of the step):
+imports, configuration, rows, model, adapter, the proof of the engine, the forecast. The held-out loss before training
+is training's own work and is switched off.
 """
 
 from __future__ import annotations
@@ -19,13 +20,30 @@ import tempfile
 import time
 from pathlib import Path
 
-OFF = ["evaluation.before_training=false", "evaluation.every_steps=1000", "evaluation.exact_match=false", "evaluation.prompts=[]"]
+OFF = [
+    "evaluation.before_training=false",
+    "evaluation.every_steps=1000",
+    "evaluation.exact_match=false",
+    "evaluation.prompts=[]",
+]
 
 
 def seconds_to_first_step(folder: Path, name: str, words: list[str]) -> float:
     """Start one training, read when its first step began, and let it end."""
     metrics = folder / "runs" / name / "metrics.jsonl"
-    command = [sys.executable, "-m", "llmtune", "--offline", "train", "--name", name, "--no-cuda", *words, *OFF, "training.max_steps=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "llmtune",
+        "--offline",
+        "train",
+        "--name",
+        name,
+        "--no-cuda",
+        *words,
+        *OFF,
+        "training.max_steps=1",
+    ]
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (metrics.is_file() and metrics.read_bytes().endswith(b"\n")):

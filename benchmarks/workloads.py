@@ -1,6 +1,7 @@
 """What the benchmarks run on: rows, a model and the operations that training it needs.
 
-Every contestant gets the same tokens and weights from one file, in the same order, and the same weights of the model from one folder.
+Every contestant gets the same tokens and weights from one file, in the same order, and the same weights of the model
+from one folder.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ WORKLOADS = {
         Workload("long", "lora", 8192, 8192, 1, 2e-4, median=8192, checkpointing=True),
         Workload("gpu-8b", "lora", 256, 4096, 16, 2e-4, median=900, pack=4096, shape="llama-3-8b"),
         Workload("gpu-1b", "lora", 256, 4096, 16, 2e-4, median=900, pack=4096, shape="llama-3.2-1b"),
-        Workload("gpu-8b-qlora", "qlora", 256, 4096, 8, 2e-4, median=900, pack=4096, shape="llama-3-8b", checkpointing=True),
+        Workload(
+            "gpu-8b-qlora", "qlora", 256, 4096, 8, 2e-4, median=900, pack=4096, shape="llama-3-8b", checkpointing=True
+        ),
     )
 }
 
@@ -88,8 +91,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 8192,
     },
 }
-"""Published shapes of Llama 3 (Meta's model cards), and one to try a benchmark on a CPU: weights are drawn at random, so only speed and
-memory mean anything."""
+"""Published shapes of Llama 3 (Meta's model cards), and one to try a benchmark on a CPU: weights are drawn at random,
+so only speed and memory mean anything."""
 
 
 def prepare(workload: Workload, folder: Path, steps: int, conversations: Path | None) -> None:
@@ -102,12 +105,19 @@ def prepare(workload: Workload, folder: Path, steps: int, conversations: Path | 
     elif workload.method == "scratch":
         rows = list(_drawn_rows(workload, wanted, SCRATCH_VOCABULARY, trained=1.0))
     else:
-        found = _conversation_rows(workload, conversations) if conversations is not None and workload.name != "long" else iter(())
+        found = (
+            _conversation_rows(workload, conversations)
+            if conversations is not None and workload.name != "long"
+            else iter(())
+        )
         rows = [row for row, _ in zip(found, range(wanted), strict=False)]
         rows += list(_drawn_rows(workload, wanted - len(rows), 49152))
     lengths = np.array([len(ids) for ids, _ in rows])
     np.savez(
-        folder / "rows.npz", ids=np.concatenate([ids for ids, _ in rows]), weights=np.concatenate([w for _, w in rows]), lengths=lengths
+        folder / "rows.npz",
+        ids=np.concatenate([ids for ids, _ in rows]),
+        weights=np.concatenate([w for _, w in rows]),
+        lengths=lengths,
     )
     (folder / "workload.json").write_text(json.dumps(asdict(workload)), encoding="utf-8")
 
@@ -130,8 +140,13 @@ def find_conversations() -> Path | None:
     return found[0] if found else None
 
 
-def _drawn_rows(workload: Workload, count: int, vocabulary: int, trained: float = 0.8) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Random tokens with log-normal lengths about the median, cut to the workload's range; the last `trained` part carries loss."""
+def _drawn_rows(
+    workload: Workload, count: int, vocabulary: int, trained: float = 0.8
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Random tokens with log-normal lengths about the median, cut to the workload's range.
+
+    The last `trained` part carries loss.
+    """
     random = np.random.default_rng(0)
     for _ in range(count):
         length = int(np.clip(random.lognormal(math.log(workload.median), 0.6), workload.shortest, workload.longest))
@@ -185,7 +200,10 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Needs:
-    """Operations (multiply and add counted as two) that one step's tokens need, by part; recomputation is not needed work."""
+    """Operations (multiply and add counted as two) that one step's tokens need, by part.
+
+    Recomputation is not needed work.
+    """
 
     linear: float
     head: float
@@ -201,13 +219,22 @@ class Needs:
 def needed_operations(workload: Workload, config: Any, lengths: np.ndarray, trained_tokens: float) -> Needs:
     """Count the operations of a Llama-like model on rows of these lengths.
 
-    A product costs 2 operations a weight and token, forward; as much again for its input's gradient and, where it is trained, for its
-    own. Attention between tokens: 2 products over the lower triangle forward, 4 backward. The head sees trained tokens only.
+    A product costs 2 operations a weight and token, forward; as much again for its input's gradient and, where it is
+    trained, for its own. Attention between tokens: 2 products over the lower triangle forward, 4 backward. The head
+    sees trained tokens only.
     """
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head_width = getattr(config, "head_dim", None) or width // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_width, config.num_key_value_heads * head_width
-    shapes = [(width, queries), (width, keys), (width, keys), (queries, width), (width, inner), (width, inner), (inner, width)]
+    shapes = [
+        (width, queries),
+        (width, keys),
+        (width, keys),
+        (queries, width),
+        (width, inner),
+        (width, inner),
+        (inner, width),
+    ]
     tokens = float(lengths.sum())
     passes = 4 if workload.has_adapter else 6
     return Needs(

@@ -1,7 +1,7 @@
 """What `llmtune explain` shows of the corpus of bad inputs: some cases of each kind with the answer they really get.
 
-The answers stand in `src/llmtune/cli/explained.json`; each is compared with the real one whenever its case is tried. To write them anew:
-`WRITE_EXPLAINED=1 pytest tests/test_badinputs.py -p no:xdist`, after deleting the file.
+The answers stand in `src/llmtune/cli/explained.json`; each is compared with the real one whenever its case is tried. To
+write them anew: `WRITE_EXPLAINED=1 pytest tests/test_badinputs.py -p no:xdist`, after deleting the file.
 """
 
 import json
@@ -12,7 +12,7 @@ import badinputs_runner as runner
 
 FILE = Path(__file__).parent.parent / "src" / "llmtune" / "cli" / "explained.json"
 KINDS = {
-    "commands": "usage", "configs": "config", "data": "data", "models": "model", "tokenizers": "tokenizer", "templates": "tokenizer",
+    "commands": "usage", "configs": "config", "data": "data", "models": "model", "tokenizers": "tokenizer", "templates": "tokenizer",  # noqa: E501
     "adapters": "adapter", "checkpoints": "checkpoint",
 }  # fmt: skip
 """Table -> the kind of error its cases end in; a case of exit code 6 is the machine's, whatever its table."""
@@ -28,14 +28,20 @@ def kind_of(case):
 
 
 def chosen():
-    """The cases the file shows; without a file, of each kind `SHOWN` cases spread over all of it that run in this process."""
+    """The cases the file shows; without a file, of each kind `SHOWN` cases spread over all of it that run in this
+    process.
+    """
     shown = {one["id"] for one in entries()}
     if shown:
         return [case for case in runner.cases() if case.id in shown]
     found = []
     for kind in dict.fromkeys(CODES):
-        fitting = [case for case in runner.cases() if kind_of(case) == kind and not case.child and len(case.command) < 120]
-        found += [fitting[number * len(fitting) // SHOWN] for number in range(SHOWN)] if len(fitting) > SHOWN else fitting
+        fitting = [
+            case for case in runner.cases() if kind_of(case) == kind and not case.child and len(case.command) < 120
+        ]
+        found += (
+            [fitting[number * len(fitting) // SHOWN] for number in range(SHOWN)] if len(fitting) > SHOWN else fitting
+        )
     return found
 
 

@@ -25,10 +25,13 @@ class Case(NamedTuple):
     kind: str
     """Stem of the table it stands in."""
     command: str
-    """Words as a shell would split them; {here}, {model}, {run}, {adapter}, {rows} and the values of `paths` are filled in afterwards."""
+    """Words as a shell would split them; {here}, {model}, {run}, {adapter}, {rows} and the values of `paths` are filled
+    in afterwards.
+    """
     code: int
     says: str
-    """Regular expressions divided by ` & `; each must match stderr, whose runs of white space are taken as one space."""
+    """Regular expressions divided by ` & `; each must match stderr, whose runs of white space are taken as one space.
+    """
     files: dict
     make: list
     environ: dict
@@ -40,7 +43,7 @@ class Case(NamedTuple):
     """Patterns of what may be there afterwards that was not there before."""
 
 
-class Outcome(NamedTuple):
+class RowResult(NamedTuple):
     """What a command line did."""
 
     code: object
@@ -136,7 +139,9 @@ def repeat(here, places, name, text, times):
 
 
 def tensors(here, places, name, change):
-    """Change weights: `{tensor: null}` takes one away, `{tensor: [shape]}` makes one of zeros, `{tensor: nan}` spoils a value."""
+    """Change weights: `{tensor: null}` takes one away, `{tensor: [shape]}` makes one of zeros, `{tensor: nan}` spoils a
+    value.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -165,7 +170,7 @@ def seal(here, places, name):
 
 
 STEPS = {
-    "copy": copy, "json": edit_json, "bytes": write_bytes, "fill": fill, "cut": cut, "flip": flip, "remove": remove, "rename": rename,
+    "copy": copy, "json": edit_json, "bytes": write_bytes, "fill": fill, "cut": cut, "flip": flip, "remove": remove, "rename": rename,  # noqa: E501
     "folder": folder, "link": link, "pipe": pipe, "repeat": repeat, "tensors": tensors, "seal": seal,
 }  # fmt: skip
 
@@ -237,14 +242,26 @@ def start(case: Case, here: Path, places: dict) -> tuple:
     words = [sys.executable, "-m", "llmtune", *arguments_of(case, here, places)]
     before = CHILDREN[case.child]
     done = subprocess.run(
-        words, cwd=here, env=environ, capture_output=True, stdin=subprocess.DEVNULL, timeout=60, preexec_fn=before, check=False
+        words,
+        cwd=here,
+        env=environ,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+        preexec_fn=before,
+        check=False,
     )
     return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
 
 
-CHILDREN = {"plain": None, "closed stdin": lambda: os.close(0), "umask 077": lambda: os.umask(0o077), "umask 777": lambda: os.umask(0o777)}
+CHILDREN = {
+    "plain": None,
+    "closed stdin": lambda: os.close(0),
+    "umask 077": lambda: os.umask(0o077),
+    "umask 777": lambda: os.umask(0o777),
+}
 
 
 def one_line(text: str) -> str:
-    """The text with every run of white space as one space, so that a pattern does not depend on where lines are folded."""
+    """The text with every run of white space as one space, so that a pattern does not depend on where lines are folded."""  # noqa: E501
     return re.sub(r"\s+", " ", text)

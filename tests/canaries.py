@@ -8,11 +8,11 @@ import sys
 import threading
 
 PICKLES = (
-    "pytorch_model.bin", "adapter_model.bin", "optimizer.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+    "pytorch_model.bin", "adapter_model.bin", "optimizer.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",  # noqa: E501
     "rng.pkl", "net.mdl",
 )  # fmt: skip
 SCRIPTS = (
-    "modeling_x.py", "configuration_x.py", "tokenization_x.py", "custom_generate.py", "sitecustomize.py", "usercustomize.py", "__init__.py",
+    "modeling_x.py", "configuration_x.py", "tokenization_x.py", "custom_generate.py", "sitecustomize.py", "usercustomize.py", "__init__.py",  # noqa: E501
     "conftest.py",
 )  # fmt: skip
 
@@ -51,8 +51,8 @@ sys.addaudithook(guard)
 def run_guarded(code, folder, cwd, **environ):
     """Run Python code in a process of its own that reaches no other machine; returns it and what it tried.
 
-    Python's own sockets are seen by an audit hook. Libraries with sockets of their own (Rust, Go) and the processes they start go through
-    the proxy that the environment names, which listens here and counts.
+    Python's own sockets are seen by an audit hook. Libraries with sockets of their own (Rust, Go) and the processes
+    they start go through the proxy that the environment names, which listens here and counts.
     """
     seen, calls = folder / "connections", []
     seen.write_text("")
@@ -69,7 +69,9 @@ def run_guarded(code, folder, cwd, **environ):
 
         threading.Thread(target=answer, daemon=True).start()
         proxy = f"http://127.0.0.1:{server.getsockname()[1]}"
-        proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"), proxy)
+        proxies = dict.fromkeys(
+            ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"), proxy
+        )
         switches = (
             "HF_HUB_OFFLINE",
             "LLMTUNE_OFFLINE",

@@ -6,14 +6,18 @@ import signal
 import socket
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # sums then have one order, and a forked child finds no pool of threads that is not its own
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # sums then have one order, and a forked child finds no pool of threads that is not its own
+)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
 for _number, _answer in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-    if signal.getsignal(_number) == signal.SIG_IGN:  # as under nohup or in the background of a script: children would inherit it
+    if (
+        signal.getsignal(_number) == signal.SIG_IGN
+    ):  # as under nohup or in the background of a script: children would inherit it
         signal.signal(_number, _answer)
 
 CHATML = (
@@ -53,9 +57,14 @@ def tiny_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(["the user asks and the assistant answers: a small system of words and numbers 0123456789"] * 3, trainer)
+    tokenizer.train_from_iterator(
+        ["the user asks and the assistant answers: a small system of words and numbers 0123456789"] * 3, trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

@@ -1,7 +1,8 @@
-"""Backends that count, fail, kill or trace at a chosen operation: the way to try every moment at which a save can go wrong.
+"""Backends that count, fail, kill or trace at a chosen operation: the way to try every moment at which a save can go
+wrong.
 
-Run something once under `Counting` to learn its number N of operations, then again for each n in 1..N under one of the others. The method
-is SQLite's (https://www.sqlite.org/testing.html, sections 3 and 4).
+Run something once under `Counting` to learn its number N of operations, then again for each n in 1..N under one of the
+others. The method is SQLite's (https://www.sqlite.org/testing.html, sections 3 and 4).
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ class Counting:
 
 
 class Failing:
-    """Refuses operation `at` with `number` (an errno): that one, or `for_ever` that one and every later one, clean-up included.
+    """Refuses operation `at` with `number` (an errno): that one, or `for_ever` that one and every later one, clean-up
+    included.
 
-    A write that is refused has written half of its data first, as on a disk that fills up. `number` None is a short write without an
-    error: half of the data is written and the count returned; what does not write passes.
+    A write that is refused has written half of its data first, as on a disk that fills up. `number` None is a short
+    write without an error: half of the data is written and the count returned; what does not write passes.
     """
 
     def __init__(self, at: int, number: int | None, *, for_ever: bool = False, below: Backend | None = None) -> None:
@@ -80,8 +82,8 @@ class Killed(BaseException):
 class Killing:
     """Ends the process at operation `at`: before it, or in the middle of it when it is a write.
 
-    With `for_real` the process kills itself with SIGKILL. Otherwise `Killed` is raised, and from then on nothing reaches the disk any
-    more, whatever clean-up still runs.
+    With `for_real` the process kills itself with SIGKILL. Otherwise `Killed` is raised, and from then on nothing
+    reaches the disk any more, whatever clean-up still runs.
     """
 
     def __init__(self, at: int, *, for_real: bool = False, below: Backend | None = None) -> None:
@@ -113,7 +115,7 @@ class Operation(NamedTuple):
 
 
 class Tracing:
-    """Performs everything and keeps a list of it, from which `power_loss` derives the states a power loss could leave."""
+    """Performs everything and keeps a list of it, from which `power_loss` derives the states a power loss could leave."""  # noqa: E501
 
     def __init__(self, below: Backend | None = None) -> None:
         self._below = below or SystemBackend()

@@ -1,4 +1,6 @@
-"""The fault loop of the promises' method for whole commands: every file operation of a story killed or refused, each in a forked child."""
+"""The fault loop of the promises' method for whole commands: every file operation of a story killed or refused, each in
+a forked child.
+"""
 
 import contextlib
 import errno

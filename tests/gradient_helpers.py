@@ -1,4 +1,6 @@
-"""What equality tests of fast paths compare: the loss and the gradients of a model, with an adapter that does something."""
+"""What equality tests of fast paths compare: the loss and the gradients of a model, with an adapter that does
+something.
+"""
 
 from __future__ import annotations
 

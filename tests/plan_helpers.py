@@ -3,7 +3,7 @@
 from llmtune.config.process_options import Options
 from llmtune.engine.devices import open_devices
 from llmtune.plan.hardware import Target
-from llmtune.training.build import assemble
+from llmtune.training.build import build_setup
 
 OPTIONS = Options(no_cuda=True, offline=True)
 ROOMY = Target("a roomy machine", "cpu", 1 << 40, is_here=True)
@@ -11,4 +11,4 @@ ROOMY = Target("a roomy machine", "cpu", 1 << 40, is_here=True)
 
 def assembled_like(forecaster):
     """The training that this forecast is about, before its first step."""
-    return assemble(forecaster.prepared, OPTIONS, open_devices(forecaster.config, OPTIONS)[0])
+    return build_setup(forecaster.prepared, OPTIONS, open_devices(forecaster.config, OPTIONS)[0])

@@ -1,9 +1,10 @@
 """The states in which a power loss can leave a disk, derived from a trace of operations.
 
-The model is deliberately worse than common file systems. What a sync has not made durable may be there, be missing, or (a write) be there
-by half, independently of everything else and in any order: the content of a file until the file is synced; a name (made, renamed, linked,
-deleted) until its folder is synced. Syncing a file does not save its name. One rename is atomic: it happened or it did not. Compare
-Pillai et al., "All File Systems Are Not Created Equal" (OSDI 2014), section 3.
+The model is deliberately worse than common file systems. What a sync has not made durable may be there, be missing, or
+(a write) be there by half, independently of everything else and in any order: the content of a file until the file is
+synced; a name (made, renamed, linked, deleted) until its folder is synced. Syncing a file does not save its name. One
+rename is atomic: it happened or it did not. Compare Pillai et al., "All File Systems Are Not Created Equal" (OSDI
+2014), section 3.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class _Disk:
             self.content[change.inode] = old[: change.offset] + data + old[change.offset + len(data) :]
         else:
             assert change.kind == "truncate"
-            self.content[change.inode] = self.content.get(change.inode, b"")[: change.offset].ljust(change.offset, b"\0")
+            self.content[change.inode] = self.content.get(change.inode, b"")[: change.offset].ljust(
+                change.offset, b"\0"
+            )
 
     def find(self, parts: Sequence[str]) -> int | None:
         """The inode of a path given in its parts; None where there is none."""
@@ -187,12 +190,14 @@ class _Replay:
             self._add(_Change("rename", new_folder, inode, name, folder, new_name, new_folder))
 
 
-def disk_states(root: Path, before: Mapping[str, bytes | None], operations: Sequence[Operation], *, seed: int = 0) -> Iterator[DiskState]:
+def disk_states(
+    root: Path, before: Mapping[str, bytes | None], operations: Sequence[Operation], *, seed: int = 0
+) -> Iterator[DiskState]:
     """Yield each different state in which a power loss during or after `operations` can leave the folder `root`.
 
-    `before` is its tree before them, all of it durable (`read_tree`). After every operation all subsets of the changes not yet durable
-    are taken when they are few; otherwise none, all, each prefix, each one alone, all but each one, and some at random. Writes are
-    dropped, torn and kept.
+    `before` is its tree before them, all of it durable (`read_tree`). After every operation all subsets of the changes
+    not yet durable are taken when they are few; otherwise none, all, each prefix, each one alone, all but each one, and
+    some at random. Writes are dropped, torn and kept.
     """
     replay = _Replay(root, before)
     for operation in operations:
@@ -237,7 +242,10 @@ def _subsets(items: Sequence[int], chance: random.Random) -> Iterator[frozenset[
 
 def read_tree(root: Path) -> Tree:
     """Return everything below `root`: relative path -> content, None for a folder, a folder before what it holds."""
-    return {path.relative_to(root).as_posix(): None if path.is_dir() else path.read_bytes() for path in sorted(root.rglob("*"))}
+    return {
+        path.relative_to(root).as_posix(): None if path.is_dir() else path.read_bytes()
+        for path in sorted(root.rglob("*"))
+    }
 
 
 def put_on_disk(tree: Mapping[str, bytes | None], root: Path) -> None:

@@ -107,14 +107,20 @@ def test_libraries_stay_behind_their_fences():
         for name, line in imported(tree):
             for library, rooms in FENCES.items():
                 if (name == library or name.startswith(library + ".")) and room not in rooms:
-                    wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}, which belongs to {', '.join(rooms)}")
+                    wrong.append(
+                        f"{path.relative_to(PACKAGE)}:{line} imports {name}, which belongs to {', '.join(rooms)}"
+                    )
     assert wrong == []
 
 
 def all_but_tests():
     """Everything of ours that is written in Python but the tests themselves, which show that canaries do fire."""
     helpers = [path for path in sorted((ROOT / "tests").rglob("*.py")) if not path.name.startswith("test_")]
-    scripts = [path for path in sorted((ROOT / "scripts").iterdir()) if path.is_file() and "python" in path.read_text().partition("\n")[0]]
+    scripts = [
+        path
+        for path in sorted((ROOT / "scripts").iterdir())
+        if path.is_file() and "python" in path.read_text().partition("\n")[0]
+    ]
     found = {
         "package": sorted(PACKAGE.rglob("*.py")),
         "helpers": helpers,
@@ -131,7 +137,9 @@ def test_p4_nothing_unpickles_evaluates_or_goes_through_a_shell():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         read += 1
         place = path.relative_to(ROOT)
-        wrong += [f"{place}:{line} imports {name}" for name, line in imported(tree) if name.split(".")[0] in FORBIDDEN_MODULES]
+        wrong += [
+            f"{place}:{line} imports {name}" for name, line in imported(tree) if name.split(".")[0] in FORBIDDEN_MODULES
+        ]
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
                 continue
@@ -175,7 +183,7 @@ def test_only_the_durable_room_renames_or_deletes():
 
 
 def test_a_file_above_four_hundred_lines_or_a_function_above_sixty_has_a_second_name_in_it():
-    """A reviewer's first question, asked by a machine; the longest of today stand near the limits and are found there."""
+    """A reviewer's first question, asked by a machine; the longest of today stand near the limits and are found there."""  # noqa: E501
 
     def too_long(file_lines, function_lines):
         files, functions = [], []

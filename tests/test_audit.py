@@ -24,7 +24,9 @@ def audit(tmp_path):
             changed = re.sub(old[3:], new, text, flags=re.DOTALL) if old.startswith("re:") else text.replace(old, new)
             assert changed != text
             (tmp_path / file).write_text(changed)
-        done = subprocess.run([sys.executable, tmp_path / "scripts" / "audit"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, tmp_path / "scripts" / "audit"], capture_output=True, text=True, check=False
+        )
         return done.returncode, done.stderr
 
     return run
@@ -36,19 +38,54 @@ def audit(tmp_path):
         ("scripts/constraints.txt", "Jinja2==3.1.6\n", "Jinja2==3.1.5\n", "3.1.5 was tested"),
         ("scripts/constraints.txt", "rich==", "poor==", "rich"),
         ("scripts/constraints.txt", "safetensors==0", "safetensors==9", "safetensors"),
-        ("pyproject.toml", '"jinja2>=3.1.6"', '"jinja2>=3.1.5"', "jinja2: 3.1.6 is promised, pyproject.toml asks for 3.1.5"),
+        (
+            "pyproject.toml",
+            '"jinja2>=3.1.6"',
+            '"jinja2>=3.1.5"',
+            "jinja2: 3.1.6 is promised, pyproject.toml asks for 3.1.5",
+        ),
         ("pyproject.toml", '"peft>=0.20"', '"peft"', "peft: 0.20 is promised, pyproject.toml asks for any"),
         ("pyproject.toml", '"gguf>=0.17"', '"gguf @ https://host.invalid/gguf.whl"', "gguf: comes from an address"),
-        ("pyproject.toml", '"rich>=13.9"', '"rich>=13.9", "poorer>=1"', "poorer: declared in pyproject.toml, and not in scripts/lock.txt"),
+        (
+            "pyproject.toml",
+            '"rich>=13.9"',
+            '"rich>=13.9", "poorer>=1"',
+            "poorer: declared in pyproject.toml, and not in scripts/lock.txt",
+        ),
         ("pyproject.toml", '"typer>=0.20"', '"typer>=99"', "is locked, and pyproject.toml asks for >=99"),
-        ("scripts/lock.txt", "re:\nrich==.*?\n(?=\\w)", "\n", "rich: declared in pyproject.toml, and not in scripts/lock.txt"),
+        (
+            "scripts/lock.txt",
+            "re:\nrich==.*?\n(?=\\w)",
+            "\n",
+            "rich: declared in pyproject.toml, and not in scripts/lock.txt",
+        ),
         ("scripts/lock.txt", "re:\nsympy==.*?\n(?=\\w)", "\n", "sympy: tested, and not in scripts/lock.txt"),
         ("scripts/lock.txt", "re:\nrich==[0-9.]+", "\nrich==13.9.9", "rich: 13.9.9 is locked, and 15.0.0 was tested"),
         ("scripts/lock.txt", "re:\njinja2==[0-9.]+", "\njinja2==3.1.5", "jinja2: 3.1.5 is locked, 3.1.6 is promised"),
-        ("scripts/lock.txt", "re:(\nrich==[0-9.]+).*?\n(?=\\w)", "\\1\n", "rich: scripts/lock.txt must have sha256 hashes for it"),
-        ("scripts/lock.txt", "re:(\nrich==.*?)sha256:\\w+", "\\1sha256:abc", "rich: scripts/lock.txt must have sha256 hashes for it"),
-        ("scripts/lock.txt", "re:(\nrich==.*?)sha256:", "\\1md5:", "rich: scripts/lock.txt must have sha256 hashes for it"),
-        ("scripts/lock.txt", "re:\nrich==[0-9.]+", "\nrich @ https://host.invalid/rich.whl", "is not NAME==VERSION with hashes"),
+        (
+            "scripts/lock.txt",
+            "re:(\nrich==[0-9.]+).*?\n(?=\\w)",
+            "\\1\n",
+            "rich: scripts/lock.txt must have sha256 hashes for it",
+        ),
+        (
+            "scripts/lock.txt",
+            "re:(\nrich==.*?)sha256:\\w+",
+            "\\1sha256:abc",
+            "rich: scripts/lock.txt must have sha256 hashes for it",
+        ),
+        (
+            "scripts/lock.txt",
+            "re:(\nrich==.*?)sha256:",
+            "\\1md5:",
+            "rich: scripts/lock.txt must have sha256 hashes for it",
+        ),
+        (
+            "scripts/lock.txt",
+            "re:\nrich==[0-9.]+",
+            "\nrich @ https://host.invalid/rich.whl",
+            "is not NAME==VERSION with hashes",
+        ),
         ("scripts/lock.txt", "re:\nrich==[0-9.]+", "\nrich>=15", "`rich>=15` is not NAME==VERSION with hashes"),
         (
             "scripts/lock.txt",

@@ -1,6 +1,8 @@
-"""Q8: every bad input ends with its exit code and one message of what, where and the fix; no traceback, nothing half-made.
+"""Q8: every bad input ends with its exit code and one message of what, where and the fix; no traceback, nothing
+half-made.
 
-The corpus is data: one table a kind in `badinputs/`. A case lays out a working folder, runs one command line and states the answer.
+The corpus is data: one table a kind in `badinputs/`. A case lays out a working folder, runs one command line and states
+the answer.
 """
 
 import os
@@ -27,14 +29,20 @@ def places(tiny_model_folder, rows_file, tmp_path_factory):  # noqa: F811
     from llmtune.training import train as training
 
     keys = {
-        "model.name": tiny_model_folder, "data.train": rows_file, "run.output_dir": tmp_path_factory.mktemp("runs"), "run.name": "run",
+        "model.name": tiny_model_folder, "data.train": rows_file, "run.output_dir": tmp_path_factory.mktemp("runs"), "run.name": "run",  # noqa: E501
         "data.max_samples": 16, "training.epochs": 1, "training.batch_size": 4, "training.precision": "fp32",
         "training.learning_rate": 0.01,
         "adapter.method": "lora", "adapter.r": 2, "checkpoint.every_steps": 2, "tracking.trackers": "[jsonl]",
     }  # fmt: skip
     resolved = load_config(None, overrides=[f"{key}={value}" for key, value in keys.items()], environ={})
     run = training.train(resolved).folder
-    return {"long": "a" * 300, "model": tiny_model_folder, "rows": rows_file, "run": run, "adapter": run / "checkpoints" / "final"}
+    return {
+        "long": "a" * 300,
+        "model": tiny_model_folder,
+        "rows": rows_file,
+        "run": run,
+        "adapter": run / "checkpoints" / "final",
+    }
 
 
 @pytest.fixture
@@ -46,9 +54,18 @@ def try_case(places, tmp_path, monkeypatch, capsys):
         temporary, home = tmp_path / "temporary", tmp_path / "home"
         temporary.mkdir()
         home.mkdir()
-        for name in [name for name in os.environ if name.startswith(("LLMTUNE_", "WANDB_")) and name != "LLMTUNE_CACHE_DIR"]:
+        for name in [
+            name for name in os.environ if name.startswith(("LLMTUNE_", "WANDB_")) and name != "LLMTUNE_CACHE_DIR"
+        ]:
             monkeypatch.delenv(name)
-        environ = {"HOME": home, "TMPDIR": temporary, "XDG_STATE_HOME": home / "state", "HF_HUB_OFFLINE": 1, "COLUMNS": 80, **case.environ}
+        environ = {
+            "HOME": home,
+            "TMPDIR": temporary,
+            "XDG_STATE_HOME": home / "state",
+            "HF_HUB_OFFLINE": 1,
+            "COLUMNS": 80,
+            **case.environ,
+        }
         for name, value in environ.items():
             monkeypatch.setenv(name, runner.filled(str(value), here, places))
         monkeypatch.setattr(tempfile, "tempdir", str(temporary))
@@ -56,9 +73,11 @@ def try_case(places, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(here)
         before = runner.seen(here, temporary, home)
         capsys.readouterr()
-        code, out, err = runner.start(case, here, places) if case.child else runner.run_here(case, here, places, capsys, monkeypatch)
+        code, out, err = (
+            runner.start(case, here, places) if case.child else runner.run_here(case, here, places, capsys, monkeypatch)
+        )
         new = runner.changes(before, runner.seen(here, temporary, home), case, here)
-        return runner.Outcome(code, out, err, new)
+        return runner.RowResult(code, out, err, new)
 
     return attempt
 

@@ -1,4 +1,6 @@
-"""P4, Q9: no file of any folder that is read is run, and an offline process opens no connection; a real training and merge, counted."""
+"""P4, Q9: no file of any folder that is read is run, and an offline process opens no connection; a real training and
+merge, counted.
+"""
 
 import pickle
 import shutil
@@ -32,7 +34,10 @@ def test_each_canary_leaves_its_mark_when_it_is_run(name, tmp_path):
     ("code", "tries"),
     [
         ("import socket; socket.socket().connect(('192.0.2.1', 9))", "socket.connect 192.0.2.1"),
-        ("import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 9))", "socket.sendto 192.0.2.1"),
+        (
+            "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 9))",
+            "socket.sendto 192.0.2.1",
+        ),
         ("import socket; socket.getaddrinfo('host.invalid', 80)", "socket.getaddrinfo host.invalid"),
         ("import httpx; httpx.get('http://host.invalid/x')", "GET http://host.invalid/x HTTP/1.1"),
     ],
@@ -51,7 +56,11 @@ def test_without_offline_a_model_of_the_hub_is_asked_for(tmp_path):
     assert tried
 
 
-def test_p4_q9_no_canary_fires_and_an_offline_training_and_merge_connect_to_nothing(tiny_model_folder, rows_file, tmp_path):  # noqa: F811
+def test_p4_q9_no_canary_fires_and_an_offline_training_and_merge_connect_to_nothing(
+    tiny_model_folder,
+    rows_file,
+    tmp_path,  # noqa: F811
+):
     here, mark = tmp_path / "here", tmp_path / "mark"
     folders = {name: here / name for name in ("model", "words", "data", "conf", "templates", "runs", "cache", "home")}
     shutil.copytree(tiny_model_folder, folders["model"])

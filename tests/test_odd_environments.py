@@ -1,6 +1,8 @@
-"""Q8, N13: a real training in odd surroundings ends with exit code 0 and, byte for byte, the run of plain ones; or in one clear line.
+"""Q8, N13: a real training in odd surroundings ends with exit code 0 and, byte for byte, the run of plain ones; or in
+one clear line.
 
-Each oddity stands once in `ODDITIES`; the default suite trains under several at a time (`TOGETHER`), the campaign under each alone.
+Each oddity stands once in `ODDITIES`; the default suite trains under several at a time (`TOGETHER`), the campaign under
+each alone.
 """
 
 import contextlib
@@ -21,7 +23,9 @@ from training_helpers import lines_of, weights_of
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="what a process may not do is taken from it in Linux's way")
 NAME = "-a b'\"\n😀 $(touch fired)`;&*?[x]{y}~%s,=:#"
-"""A folder's name with a leading dash, spaces, quotes, a line's end, an emoji, and what a shell, a glob or a config reads as its own."""
+"""A folder's name with a leading dash, spaces, quotes, a line's end, an emoji, and what a shell, a glob or a config
+reads as its own.
+"""
 
 
 def let_modes_count():
@@ -31,7 +35,9 @@ def let_modes_count():
 
 
 class Odd(NamedTuple):
-    """What is odd: variables (None takes one away), the working folder, the data file and the runs folder in it, and the process itself."""
+    """What is odd: variables (None takes one away), the working folder, the data file and the runs folder in it, and
+    the process itself.
+    """
 
     environ: dict = {}  # noqa: RUF012 - never changed
     folder: str = "here"
@@ -51,10 +57,14 @@ ODDITIES = {
     "HOME that is a file": Odd({"HOME": "{here}/rows.jsonl"}),
     "HOME that takes nothing": Odd({"HOME": "/proc"}),
     "HOME without write permission": Odd({"HOME": "{readonly}"}, before=let_modes_count),
-    "HOME on a read-only file system": Odd(wrap=("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o ro tmpfs "$HOME" && exec "$@"', "sh")),
+    "HOME on a read-only file system": Odd(
+        wrap=("unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o ro tmpfs "$HOME" && exec "$@"', "sh")
+    ),
     "cache without write permission": Odd({"XDG_CACHE_HOME": "{readonly}"}, before=let_modes_count),
     "cache that may not be entered": Odd({"XDG_CACHE_HOME": "{locked}"}, before=let_modes_count),
-    "user without a name": Odd({"HOME": None, "USER": None, "LOGNAME": None}, wrap=("unshare", "--map-user=54321", "--map-group=54321")),
+    "user without a name": Odd(
+        {"HOME": None, "USER": None, "LOGNAME": None}, wrap=("unshare", "--map-user=54321", "--map-group=54321")
+    ),
     "TMPDIR that is not there": Odd({"TMPDIR": "/nonexistent"}),
     "TMPDIR without write permission": Odd({"TMPDIR": "{readonly}"}, before=let_modes_count),
     "locale C": Odd({"LC_ALL": "C", "LANG": None}, data="Größe 日本/rows.jsonl", runs="läufe"),
@@ -79,9 +89,28 @@ ODDITIES = {
     "64 open files": Odd(wrap=("sh", "-c", 'ulimit -n 64 && exec "$@"', "sh")),
 }
 TOGETHER = {
-    "private": ("umask 077", "odd working folder", "odd data and runs folders", "TMPDIR that is not there", "unknown time zone"),
-    "read-only": ("HOME without write permission", "locale C", "closed stdin", "dumb terminal of 20 columns", "no bytecode"),
-    "bare": ("no HOME", "cache that may not be entered", "closed stdout", "umask 002", "path of 3,000 characters", "output in ASCII"),
+    "private": (
+        "umask 077",
+        "odd working folder",
+        "odd data and runs folders",
+        "TMPDIR that is not there",
+        "unknown time zone",
+    ),
+    "read-only": (
+        "HOME without write permission",
+        "locale C",
+        "closed stdin",
+        "dumb terminal of 20 columns",
+        "no bytecode",
+    ),
+    "bare": (
+        "no HOME",
+        "cache that may not be entered",
+        "closed stdout",
+        "umask 002",
+        "path of 3,000 characters",
+        "output in ASCII",
+    ),
 }
 
 
@@ -116,7 +145,10 @@ class Place:
     def environ(self):
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("LLMTUNE_", "WANDB_", "XDG_"))}
         odd = {key: value and value.replace("{here}", str(self.here)) for key, value in self.odd.environ.items()}
-        odd = {key: value and value.format(**{name: self.top / name for name in ("readonly", "locked")}) for key, value in odd.items()}
+        odd = {
+            key: value and value.format(**{name: self.top / name for name in ("readonly", "locked")})
+            for key, value in odd.items()
+        }
         together = {**kept, "HOME": str(self.home), **odd}
         return {key: value for key, value in together.items() if value is not None}
 
@@ -136,14 +168,17 @@ class Place:
 
     def train(self, *more):
         keys = {
-            "model.name": "custom-nano", "training.max_steps": 2, "evaluation.every_steps": 1, "evaluation.max_new_tokens": 2,
+            "model.name": "custom-nano", "training.max_steps": 2, "evaluation.every_steps": 1, "evaluation.max_new_tokens": 2,  # noqa: E501
             "data.test_size": 2, "data.train": self.odd.data, "run.output_dir": self.odd.runs, "run.name": "r",
         }  # fmt: skip
         return self.works("train", "--config", "test", *(f"{key}={value}" for key, value in keys.items()), *more)
 
 
 ROWS = "".join(
-    json.dumps({"prompt": f"Wie heißt {number}? 日本語 😀", "completion": f"«{number * number}» ça va 🚀"}, ensure_ascii=False) + "\n"
+    json.dumps(
+        {"prompt": f"Wie heißt {number}? 日本語 😀", "completion": f"«{number * number}» ça va 🚀"}, ensure_ascii=False
+    )
+    + "\n"
     for number in range(12)
 )
 
@@ -157,16 +192,23 @@ def plain(tmp_path_factory):
 
 def possible(place):
     """Skip where this machine does not let a process be so odd."""
-    if place.odd.wrap[:1] == ("unshare",) and subprocess.run([*place.odd.wrap[:2], "true"], check=False, capture_output=True).returncode:
+    if (
+        place.odd.wrap[:1] == ("unshare",)
+        and subprocess.run([*place.odd.wrap[:2], "true"], check=False, capture_output=True).returncode
+    ):
         pytest.skip("this system lets no process have a view of its own")
     for name in ("readonly", "locked"):
-        done = subprocess.run(["touch", place.top / name / "x"], preexec_fn=let_modes_count, check=False, capture_output=True)
+        done = subprocess.run(
+            ["touch", place.top / name / "x"], preexec_fn=let_modes_count, check=False, capture_output=True
+        )
         if done.returncode == 0:
             pytest.skip("the modes of files do not count on this machine")
 
 
 def assert_as_plain(place, plain, out):
-    """The finished run is that of plain surroundings, what was asked of modes holds, and nothing lies where nothing may."""
+    """The finished run is that of plain surroundings, what was asked of modes holds, and nothing lies where nothing
+    may.
+    """
     assert weights_of(place.run) == weights_of(plain.run)
     assert lines_of(place.run) == lines_of(plain.run)
     assert json.loads((place.run / "run.json").read_text())["state"] == "finished"
@@ -247,7 +289,15 @@ ASCII_ONLY = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 @pytest.mark.parametrize(
     "words",
-    [TRAIN, ("resume",), ("data", "report", *TRAIN[1:]), ("data", "preview", *TRAIN[1:]), ("tokenizer", "train"), ("plan",), ("doctor",)],
+    [
+        TRAIN,
+        ("resume",),
+        ("data", "report", *TRAIN[1:]),
+        ("data", "preview", *TRAIN[1:]),
+        ("tokenizer", "train"),
+        ("plan",),
+        ("doctor",),
+    ],
     ids=lambda words: " ".join(words[:2]),
 )
 def test_q8_a_working_folder_that_was_deleted_is_one_line(words, tmp_path):
@@ -265,11 +315,25 @@ def test_what_needs_no_folder_works_in_one_that_was_deleted(tmp_path):
 def test_q8_words_that_are_no_text_are_refused_before_anything_is_read(tmp_path):
     """A file's name in Latin-1 would end up in config.yaml as something else, and no resume would find it."""
     says = (r"`data.train=gr\udcf6sse.jsonl` holds bytes that are not UTF-8", "where: command line")
-    refused(*TRAIN, os.fsdecode(b"data.train=gr\xf6sse.jsonl"), code=2, top=tmp_path, environ={"LC_ALL": "C.UTF-8"}, says=says)
+    refused(
+        *TRAIN,
+        os.fsdecode(b"data.train=gr\xf6sse.jsonl"),
+        code=2,
+        top=tmp_path,
+        environ={"LC_ALL": "C.UTF-8"},
+        says=says,
+    )
 
 
 def test_q8_words_beyond_ascii_where_python_reads_only_ascii_name_the_switch(tmp_path):
-    refused(*TRAIN, "data.train=größe.jsonl", code=2, top=tmp_path, environ=ASCII_ONLY, says=("bytes that are not ASCII", "PYTHONUTF8=1"))
+    refused(
+        *TRAIN,
+        "data.train=größe.jsonl",
+        code=2,
+        top=tmp_path,
+        environ=ASCII_ONLY,
+        says=("bytes that are not ASCII", "PYTHONUTF8=1"),
+    )
 
 
 def test_q8_a_folder_beyond_ascii_where_python_reads_only_ascii_names_the_switch(tmp_path):
@@ -278,4 +342,10 @@ def test_q8_a_folder_beyond_ascii_where_python_reads_only_ascii_names_the_switch
 
 
 def test_q8_python_without_docstrings_is_refused_because_transformers_needs_its_own(tmp_path):
-    refused(*TRAIN, code=6, top=tmp_path, environ={"PYTHONOPTIMIZE": "2"}, says=("(-OO, PYTHONOPTIMIZE=2)", "PYTHONOPTIMIZE=1 are fine"))
+    refused(
+        *TRAIN,
+        code=6,
+        top=tmp_path,
+        environ={"PYTHONOPTIMIZE": "2"},
+        says=("(-OO, PYTHONOPTIMIZE=2)", "PYTHONOPTIMIZE=1 are fine"),
+    )

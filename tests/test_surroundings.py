@@ -1,4 +1,6 @@
-"""P7, P8, P4 through whole runs: a full disk, a signal in any phase, files that would run code, secrets in the environment."""
+"""P7, P8, P4 through whole runs: a full disk, a signal in any phase, files that would run code, secrets in the
+environment.
+"""
 
 import errno
 import json
@@ -48,7 +50,10 @@ class Interrupted(Counting):
 
 def test_p7_a_disk_that_fills_during_a_run_costs_the_saves_and_never_the_run(config_of, tmp_path):  # noqa: F811
     whole = training.train(config_of(*LORA, name="whole")).folder
-    with durable.use_backend(FullDisk("step-000006", "step-000009", "step-000010")), pytest.raises(MachineError) as caught:
+    with (
+        durable.use_backend(FullDisk("step-000006", "step-000009", "step-000010")),
+        pytest.raises(MachineError) as caught,
+    ):
         training.train(config_of(*LORA, name="full"))
     assert caught.value.exit_code == 6
     run = tmp_path / "runs" / "full"
@@ -73,13 +78,13 @@ def test_p8_a_signal_while_saving_is_answered_saved_and_the_run_ends_the_same(co
 
 @pytest.mark.parametrize("words", ["train ", "training "])
 def test_p8_a_signal_before_the_first_step_leaves_no_run_behind(words, config_of, tmp_path):  # noqa: F811
-    def say(text):
+    def print_line(text):
         if text.lstrip().startswith(words):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
 
     with pytest.raises(StoppedBySignal, match="nothing to save yet"):
-        training.train(config_of(*LORA), say=say)
+        training.train(config_of(*LORA), print_line=print_line)
     assert not (tmp_path / "runs").exists() or list((tmp_path / "runs").iterdir()) == []
 
 
@@ -100,8 +105,16 @@ def test_p4_no_canary_fires_and_no_secret_is_written(tiny_model_folder, rows_fil
     for folder in (here, model):
         plant(folder, mark)
     notes = f"run.notes=logged in with {secrets['WANDB_API_KEY']}"
-    words = ("data.train=rows.jsonl", "training.max_steps=2", "training.batch_size=4", "adapter.method=lora", "tracking.trackers=[jsonl]")
-    assert run("train", "model.name=./model", "--name", "r", *words, notes) == 2  # a secret in a config is refused, and not repeated
+    words = (
+        "data.train=rows.jsonl",
+        "training.max_steps=2",
+        "training.batch_size=4",
+        "adapter.method=lora",
+        "tracking.trackers=[jsonl]",
+    )
+    assert (
+        run("train", "model.name=./model", "--name", "r", *words, notes) == 2
+    )  # a secret in a config is refused, and not repeated
     assert not (here / "runs").exists()
     assert run("train", "model.name=./model", "--name", "r", *words) == 0
     final = here / "runs" / "r" / "checkpoints" / "final"

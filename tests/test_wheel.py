@@ -1,4 +1,6 @@
-"""What `pip install` of the built wheel gives: presets and example data travel inside, and it trains from anywhere without the checkout."""
+"""What `pip install` of the built wheel gives: presets and example data travel inside, and it trains from anywhere
+without the checkout.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,19 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     """A folder (with a space in its name) into which the wheel was installed, and nothing else."""
     folder = tmp_path_factory.mktemp("installed here") / "site packages"
-    command = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps", "--no-compile"]
-    subprocess.run([sys.executable, *command, "--target", str(folder), str(wheel)], check=True, capture_output=True, timeout=120)
+    command = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+    ]
+    subprocess.run(
+        [sys.executable, *command, "--target", str(folder), str(wheel)], check=True, capture_output=True, timeout=120
+    )
     return folder
 
 
@@ -43,7 +56,9 @@ def llmtune(installed, tmp_path):
     def run(*arguments):
         environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LLMTUNE_"))}
         environ |= {"PYTHONPATH": str(installed), "LLMTUNE_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -63,7 +78,7 @@ def test_presets_and_example_data_travel_inside_the_wheel(wheel):
 
 
 def test_what_is_installed_is_what_is_imported(llmtune, installed):
-    code = "import llmtune; from llmtune.config.presets import shipped_path as at; print(llmtune.__file__); print(at('configs/test.yaml'))"
+    code = "import llmtune; from llmtune.config.presets import shipped_path as at; print(llmtune.__file__); print(at('configs/test.yaml'))"  # noqa: E501
     where = llmtune("-c", code)
     assert all(Path(line).is_relative_to(installed) for line in where.splitlines())
     assert len(where.splitlines()) == 2
@@ -88,7 +103,17 @@ def test_production_trains_a_users_model_on_a_users_file(llmtune, tiny_model_fol
     rows = [{"prompt": f"asks {number}", "completion": "words " * (1 + number % 3)} for number in range(16)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     limits = ("training.max_steps=2", "training.batch_size=2", "training.gradient_accumulation_steps=1")
-    out = llmtune("-m", "llmtune", "train", "--offline", "--config", "production", f"model.name={model}", f"data.train={data}", *limits)
+    out = llmtune(
+        "-m",
+        "llmtune",
+        "train",
+        "--offline",
+        "--config",
+        "production",
+        f"model.name={model}",
+        f"data.train={data}",
+        *limits,
+    )
     run = Path(out.splitlines()[-1])
     run = run if run.is_absolute() else tmp_path / run
     assert run.is_relative_to(tmp_path)

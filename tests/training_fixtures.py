@@ -7,12 +7,29 @@ import torch
 
 from llmtune.config.layers import load_config
 
-WORDS = ["the", "user", "asks", "and", "the", "assistant", "answers", "a", "small", "system", "of", "words", "and", "numbers"]
+WORDS = [
+    "the",
+    "user",
+    "asks",
+    "and",
+    "the",
+    "assistant",
+    "answers",
+    "a",
+    "small",
+    "system",
+    "of",
+    "words",
+    "and",
+    "numbers",
+]
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """A forked child may use torch only where the parent has no worker threads; one thread also fixes the order of every sum."""
+    """A forked child may use torch only where the parent has no worker threads; one thread also fixes the order of
+    every sum.
+    """
     assert torch.get_num_threads() == 1
 
 

@@ -56,7 +56,9 @@ def in_child(function, *, kill_when=None, signal_number=signal.SIGKILL, timeout_
     Returns its exit code, or minus the signal's number where that ended it.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; those here do not touch what the child uses
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12 warns of threads; those here do not touch what the child uses
         child = os.fork()
     if child == 0:
         code = 70

@@ -1,7 +1,8 @@
 """Every way llmtune refuses: one problem, its place and the fix, and one exit code for each kind.
 
-An error is written for the person who reads it in a terminal: what is wrong (with the value in it), where it stands, and what to do.
-An error may carry several problems of the same kind, so that everything wrong with an input is said at once.
+An error is written for the person who reads it in a terminal: what is wrong (with the value in it), where it stands,
+and what to do. An error may carry several problems of the same kind, so that everything wrong with an input is said at
+once.
 """
 
 from __future__ import annotations
@@ -150,7 +151,9 @@ class StoppedBySignal(LlmtuneError):
 
 
 def in_one_line(error: BaseException) -> str:
-    r"""The first line of what a library says, with the one below it where the first only announces it; its kind where it is silent.
+    r"""The first line of what a library says, with the one below it where the first only announces it.
+
+    Its kind where it is silent.
 
     >>> in_one_line(ValueError("2 values are missing:\n  width\n  height")), in_one_line(KeyboardInterrupt())
     ('2 values are missing: width', 'KeyboardInterrupt')

@@ -73,18 +73,26 @@ def trains_tokenizer(config: Config, source: ModelSource) -> bool:
     return source.kind == "scratch" and config.model.tokenizer is None
 
 
-def open_tokenizer(config: Config, source: ModelSource, options: Options, *, folder: Path | None = None) -> LoadedTokenizer:
-    """The run's tokenizer: from `folder` (a run's own), the model's, the one named, or, from scratch, trained on the run's own rows."""
+def open_tokenizer(
+    config: Config, source: ModelSource, options: Options, *, folder: Path | None = None
+) -> LoadedTokenizer:
+    """The run's tokenizer: from `folder` (a run's own), the model's, the one named, or, from scratch, trained on the
+    run's own rows.
+    """
     if folder is not None:
         return load_tokenizer_folder(folder)
     if trains_tokenizer(config, source):
         return train_tokenizer_for(source, config.model, _texts(config))
-    return load_tokenizer(source, config.model, trust_remote_code=options.trust_remote_code, new_tokens=config.adapter.train_tokens)
+    return load_tokenizer(
+        source, config.model, trust_remote_code=options.trust_remote_code, new_tokens=config.adapter.train_tokens
+    )
 
 
 def open_renderer(config: Config, loaded: LoadedTokenizer) -> Renderer:
     """The renderer that turns this config's conversations into ids and weights."""
-    return Renderer(loaded.tokenizer, train_on=config.data.train_on, parse_control_tokens=config.data.parse_control_tokens)
+    return Renderer(
+        loaded.tokenizer, train_on=config.data.train_on, parse_control_tokens=config.data.parse_control_tokens
+    )
 
 
 def prepare(
@@ -96,7 +104,8 @@ def prepare(
 ) -> Prepared:
     """Do everything that needs no model: find it, open its tokenizer, turn rows into examples, lay them into packs.
 
-    `progress(done, total, rows_per_second)` is told how tokenizing goes. Raises what the rooms raise: ModelError, DataError.
+    `progress(done, total, rows_per_second)` is told how tokenizing goes. Raises what the rooms raise: ModelError,
+    DataError.
     """
     config = resolved.config
     if not config.data.train:

@@ -41,6 +41,13 @@ def test_verify_can_be_used_alone(tmp_path, tiny_model_folder):
     from llmtune.config.process_options import Options
     from llmtune.verify.numbers import verify_packing
 
-    small = {"model.name": str(tiny_model_folder), "data.max_samples": 6, "data.packing": "best_fit", "data.cache_dir": str(tmp_path)}
-    verdict = verify_packing(load_config("test", overrides=small), Options(no_cuda=True, offline=True), say=lambda line: None)
+    small = {
+        "model.name": str(tiny_model_folder),
+        "data.max_samples": 6,
+        "data.packing": "best_fit",
+        "data.cache_dir": str(tmp_path),
+    }
+    verdict = verify_packing(
+        load_config("test", overrides=small), Options(no_cuda=True, offline=True), print_line=lambda line: None
+    )
     assert verdict.passed, verdict.lines()

@@ -1,4 +1,6 @@
-"""Issue 6, must show 1: from nothing to a model that answers and stops by itself, killed and resumed on the way, with no network."""
+"""Issue 6, must show 1: from nothing to a model that answers and stops by itself, killed and resumed on the way, with
+no network.
+"""
 
 import itertools
 import json
@@ -18,7 +20,9 @@ from training_helpers import in_child, line_count
 OPTIONS = Options(no_cuda=True, offline=True)
 
 
-def test_custom_nano_from_nothing_is_trained_killed_resumed_evaluated_stops_by_itself_and_is_exported(tmp_path, monkeypatch, capfd):
+def test_custom_nano_from_nothing_is_trained_killed_resumed_evaluated_stops_by_itself_and_is_exported(
+    tmp_path, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
     overrides = {
         "model.name": "custom-nano",

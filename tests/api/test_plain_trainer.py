@@ -1,4 +1,5 @@
-"""Issue 6, must show 2, in the small: from nothing on text, llmtune and the plain Trainer of transformers end in the same place.
+"""Issue 6, must show 2, in the small: from nothing on text, llmtune and the plain Trainer of transformers end in the
+same place.
 
 `benchmarks/scratch_vs_trainer.py` does it with custom-tiny; its parts are used here, so that neither can rot.
 """
@@ -12,7 +13,23 @@ import torch
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "scratch_vs_trainer.py"
 SMALL = tuple(f"model.architecture.{key}" for key in ("vocab_size=400", "d_model=32", "n_layers=2", "n_heads=2"))
-WORDS = ["the", "user", "asks", "and", "assistant", "answers", "a", "small", "system", "of", "words", "numbers", "(7)", "naïve", "->"]
+WORDS = [
+    "the",
+    "user",
+    "asks",
+    "and",
+    "assistant",
+    "answers",
+    "a",
+    "small",
+    "system",
+    "of",
+    "words",
+    "numbers",
+    "(7)",
+    "naïve",
+    "->",
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +47,9 @@ def folder(benchmark, tmp_path):
     """Documents of very different lengths: one fills several rows, most need padding beside it."""
     drawn = random.Random(0)
     documents = [" ".join(drawn.choices(WORDS, k=drawn.choice([5, 40, 400]))) for _ in range(60)]
-    benchmark.prepare(tmp_path, documents, model="custom-nano", steps=12, batch_size=4, overrides=(*SMALL, "data.num_workers=1"))
+    benchmark.prepare(
+        tmp_path, documents, model="custom-nano", steps=12, batch_size=4, overrides=(*SMALL, "data.num_workers=1")
+    )
     return tmp_path
 
 
@@ -55,7 +74,10 @@ def test_the_comparison_sees_another_start(benchmark, folder):
     tensors = load_file(path)
     tensors["model.layers.0.mlp.up_proj.weight"] *= 2
     save_file(tensors, path, {"format": "pt"})
-    assert benchmark.compare(benchmark.ours(folder), plainly(benchmark, folder))["largest difference of a step's loss"] > 1e-5
+    assert (
+        benchmark.compare(benchmark.ours(folder), plainly(benchmark, folder))["largest difference of a step's loss"]
+        > 1e-5
+    )
 
 
 @pytest.mark.campaign

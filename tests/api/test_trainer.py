@@ -20,7 +20,7 @@ def quiet(line):
 @pytest.fixture
 def whole(config_of):
     """The run all others are compared with."""
-    return train(config_of(name="whole"), say=quiet)
+    return train(config_of(name="whole"), print_line=quiet)
 
 
 def test_a_result_has_the_model_the_tokenizer_the_metrics_and_the_folder(whole):
@@ -36,13 +36,13 @@ def test_a_config_may_be_given_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("extends: production\nrun:\n  seed: 7\n")
     monkeypatch.chdir(tmp_path)
     for name in ("mine.yaml", tmp_path / "mine.yaml"):
-        assert Trainer(name, say=quiet).config.config == load_config("mine.yaml").config
+        assert Trainer(name, print_line=quiet).config.config == load_config("mine.yaml").config
     with pytest.raises(ConfigError, match="no preset or file `tset`\n  fix: did you mean `test`"):
         train("tset")
 
 
 def test_the_users_loop_trains_the_very_same_model(config_of, whole):
-    trainer = Trainer(config_of(name="loop"), say=quiet)
+    trainer = Trainer(config_of(name="loop"), print_line=quiet)
     steps = [step.step for step in trainer.steps()]
     assert steps == list(range(1, 11))
     assert weights_of(trainer.result().folder) == weights_of(whole.folder)
@@ -50,23 +50,26 @@ def test_the_users_loop_trains_the_very_same_model(config_of, whole):
 
 
 def test_leaving_the_loop_saves_the_run_and_it_goes_on_to_the_same_weights(config_of, whole):
-    trainer = Trainer(config_of(name="left"), say=quiet)
+    trainer = Trainer(config_of(name="left"), print_line=quiet)
     for step in trainer.steps():
         if step.step == 4:
             break
     result = trainer.result()
     assert (result.state, result.step) == ("stopped", 4)
     assert (result.folder / "checkpoints" / "step-000004").is_dir()
-    again = Trainer.resume(result.folder, say=quiet)
+    again = Trainer.resume(result.folder, print_line=quiet)
     assert [step.step for step in again.steps()] == [5, 6, 7, 8, 9, 10]
     assert weights_of(result.folder) == weights_of(whole.folder)
     assert lines_of(result.folder) == lines_of(whole.folder)
     drawn, record = again.curve, Curve.of_run(whole.folder)
-    assert (drawn.train, drawn.heldout) == (record.train, record.heldout)  # the picture of a resumed run shows the whole run
+    assert (drawn.train, drawn.heldout) == (
+        record.train,
+        record.heldout,
+    )  # the picture of a resumed run shows the whole run
 
 
 def test_looking_saving_and_generating_between_steps_change_nothing_n12(config_of, whole):
-    trainer = Trainer(config_of(name="looked"), say=quiet)
+    trainer = Trainer(config_of(name="looked"), print_line=quiet)
     for step in trainer.steps():
         assert not (trainer.session.run.checkpoints / f"step-{step.step:06}").is_dir() or step.step in (3, 6, 9, 10)
         assert trainer.evaluate()["eval_mean_nll"] > 0
@@ -78,7 +81,7 @@ def test_looking_saving_and_generating_between_steps_change_nothing_n12(config_o
 
 
 def test_the_rate_may_be_replaced_between_two_steps(config_of):
-    trainer = Trainer(config_of(name="rate"), say=quiet)
+    trainer = Trainer(config_of(name="rate"), print_line=quiet)
     seen = []
     for step in trainer.steps():
         seen.append(step.learning_rate)
@@ -90,7 +93,7 @@ def test_the_rate_may_be_replaced_between_two_steps(config_of):
 
 
 def test_an_error_in_the_users_loop_leaves_a_saved_run_when_the_block_ends(config_of):
-    trainer = Trainer(config_of(name="broken"), say=quiet)
+    trainer = Trainer(config_of(name="broken"), print_line=quiet)
 
     def loop():
         with trainer:
@@ -105,16 +108,16 @@ def test_an_error_in_the_users_loop_leaves_a_saved_run_when_the_block_ends(confi
 
 
 def test_a_run_none_of_whose_steps_was_asked_for_is_let_go_and_can_begin_later(config_of, whole):
-    with Trainer(config_of(name="waiting"), say=quiet) as trainer:
+    with Trainer(config_of(name="waiting"), print_line=quiet) as trainer:
         assert trainer.model is not None
         trainer.steps()
     assert trainer.result().state == "stopped"
-    again = Trainer.resume(trainer.result().folder, say=quiet)
+    again = Trainer.resume(trainer.result().folder, print_line=quiet)
     assert weights_of(again.train().folder) == weights_of(whole.folder)
 
 
 def test_a_run_has_one_loop(config_of):
-    trainer = Trainer(config_of(name="once"), say=quiet)
+    trainer = Trainer(config_of(name="once"), print_line=quiet)
     steps = trainer.steps()
     next(steps)
     with pytest.raises(UsageError, match="under way"):
@@ -135,7 +138,9 @@ def test_metrics_stand_beside_ours_in_the_same_line(config_of, whole):
         def on_step(self, step):
             return {"twice": torch.tensor(2.0) * step.step}
 
-    trainer = Mine(config_of(name="measured"), metrics=[Perplexity(), lambda step: {"square": step.step**2}], say=quiet)
+    trainer = Mine(
+        config_of(name="measured"), metrics=[Perplexity(), lambda step: {"square": step.step**2}], print_line=quiet
+    )
     folder = trainer.train().folder
     lines = [line for line in lines_of(folder) if "square" in line]
     assert [line["square"] for line in lines] == [n * n for n in range(1, 11)]
@@ -159,7 +164,7 @@ def test_a_metric_that_fails_draws_lies_or_exits_changes_nothing_and_is_said_onc
     def lying(step):
         return {"train_mean_nll": 0.0, "listed": [1]}
 
-    trainer = Trainer(config_of(name="hostile"), metrics=[broken, leaving, drawing, lying], say=said.append)
+    trainer = Trainer(config_of(name="hostile"), metrics=[broken, leaving, drawing, lying], print_line=said.append)
     assert trainer.train().state == "finished"
     assert weights_of(trainer.result().folder) == weights_of(whole.folder)
     assert lines_of(trainer.result().folder) == lines_of(whole.folder)
@@ -170,17 +175,28 @@ def test_a_metric_that_fails_draws_lies_or_exits_changes_nothing_and_is_said_onc
 
 def test_a_metric_ends_the_run_only_by_saying_so_and_leaves_it_resumable(config_of, whole):
     said = []
-    trainer = Trainer(config_of(name="enough"), metrics=[lambda step: Stop("enough") if step.step == 3 else None], say=said.append)
+    trainer = Trainer(
+        config_of(name="enough"),
+        metrics=[lambda step: Stop("enough") if step.step == 3 else None],
+        print_line=said.append,
+    )
     assert [step.step for step in trainer.steps()] == [1, 2, 3]
     assert trainer.result().state == "stopped"
     assert "stopped: enough; `llmtune resume` goes on" in said
-    assert weights_of(Trainer.resume(trainer.result().folder, say=quiet).train().folder) == weights_of(whole.folder)
+    assert weights_of(Trainer.resume(trainer.result().folder, print_line=quiet).train().folder) == weights_of(
+        whole.folder
+    )
 
 
 @pytest.mark.parametrize("returned", [None, True, False, {}, "Stop", {"stop": True}, StopIteration, Stop])
 def test_a_metric_that_does_not_return_stop_itself_does_not_end_the_run(config_of, returned):
-    """Issue 6: "never able to change or stop the run unless it returns so". Words, truths and the class itself do not say so."""
-    trainer = Trainer(config_of("training.max_steps=2", name="unmoved"), metrics=[lambda step: returned], say=quiet)
+    """Issue 6: "never able to change or stop the run unless it returns so".
+
+    Words, truths and the class itself do not say so.
+    """
+    trainer = Trainer(
+        config_of("training.max_steps=2", name="unmoved"), metrics=[lambda step: returned], print_line=quiet
+    )
     assert [step.step for step in trainer.steps()] == [1, 2]
     assert trainer.result().state == "finished"
 
@@ -189,7 +205,7 @@ def test_a_rate_that_is_set_is_the_rate_the_next_update_takes(config_of):
     """A rate of 0 leaves every weight as it is; the config's own rate does not."""
 
     def moved(name, rate):
-        trainer = Trainer(config_of("training.max_steps=2", name=name), say=quiet)
+        trainer = Trainer(config_of("training.max_steps=2", name=name), print_line=quiet)
         steps = trainer.steps()
         next(steps)
         before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
@@ -206,13 +222,13 @@ def test_a_rate_that_is_set_is_the_rate_the_next_update_takes(config_of):
 
 def test_what_is_no_metric_is_refused(config_of):
     with pytest.raises(UsageError, match="7 is no metric"):
-        Trainer(config_of(name="seven"), metrics=[7], say=quiet).steps()
+        Trainer(config_of(name="seven"), metrics=[7], print_line=quiet).steps()
 
 
 def test_a_trainer_and_a_folder_show_the_curve(config_of, whole):
-    trainer = Trainer(config_of("run.name=a<b"), say=quiet)
+    trainer = Trainer(config_of("run.name=a<b"), print_line=quiet)
     assert "not begun" in trainer._repr_html_()
-    trainer = Trainer(config_of(name="shown"), say=quiet)
+    trainer = Trainer(config_of(name="shown"), print_line=quiet)
     trainer.train()
     page = trainer._repr_html_()
     assert "finished, step 10 of 10" in page
@@ -225,9 +241,15 @@ def test_a_trainer_and_a_folder_show_the_curve(config_of, whole):
 def test_the_issues_own_lines_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = {"model.architecture.d_model": 32, "model.architecture.n_layers": 1, "model.architecture.vocab_size": 400}
-    monkeypatch.setattr("llmtune.api.trainer.load_config", lambda name, overrides: load_config(name, overrides=overrides | tiny))
+    monkeypatch.setattr(
+        "llmtune.api.trainer.load_config", lambda name, overrides: load_config(name, overrides=overrides | tiny)
+    )
     trainer, metrics = train_single_model(
-        model_name="custom-tiny", config_type="test", max_samples=4, project_name="notebook-experiment", say=quiet
+        model_name="custom-tiny",
+        config_type="test",
+        max_samples=4,
+        project_name="notebook-experiment",
+        print_line=quiet,
     )
     assert trainer.config.config.tracking.project == "notebook-experiment"
     assert metrics["step"] == trainer.result().step

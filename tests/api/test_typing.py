@@ -29,25 +29,41 @@ reveal_type(result.metrics)
 other, metrics = train_single_model(model_name="custom-tiny", config_type="test", max_samples=50, project_name="notebook-experiment")
 reveal_type(other)
 picture: Curve = other.curve
-"""
+"""  # noqa: E501
 
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "peft", "safetensors", "datasets", "pyarrow", "accelerate", "bitsandbytes")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "peft",
+    "safetensors",
+    "datasets",
+    "pyarrow",
+    "accelerate",
+    "bitsandbytes",
+)
 
 
 def test_a_users_program_passes_the_type_checker_in_strict_mode(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    # Our package is followed but not judged again (`mypy` over src does that); the libraries behind it are not read: that takes a minute.
+    # Our package is followed but not judged again (`mypy` over src does that); the libraries behind it are not read:
+    # that takes a minute.
     skipped = "".join(f"[mypy-{name},{name}.*]\nfollow_imports = skip\n" for name in LIBRARIES)
-    (tmp_path / "mypy.ini").write_text(f"[mypy]\nstrict = true\nignore_missing_imports = true\nfollow_imports = silent\n{skipped}")
+    (tmp_path / "mypy.ini").write_text(
+        f"[mypy]\nstrict = true\nignore_missing_imports = true\nfollow_imports = silent\n{skipped}"
+    )
     options = ["--config-file", str(tmp_path / "mypy.ini"), "--cache-dir", str(tmp_path)]
     command = [sys.executable, "-m", "mypy", *options, str(tmp_path / "program.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # here its two million objects would slow all later tests
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False
+    )  # here its two million objects would slow all later tests
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     revealed = [line.partition('"')[2].rstrip('"') for line in done.stdout.splitlines() if "Revealed type" in line]
     assert revealed == ["llmtune.engine.loop.StepResult", "dict[str, Any]", "llmtune.api.trainer.Trainer"]
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    code = "import sys, llmtune; from llmtune import load_config; sys.exit(bool({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    code = "import sys, llmtune; from llmtune import load_config; sys.exit(bool({'torch', 'numpy', 'transformers'} & set(sys.modules)))"  # noqa: E501
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

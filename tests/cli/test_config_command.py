@@ -21,8 +21,12 @@ def _empty_folder(tmp_path, monkeypatch):
 
 
 def test_show_prints_yaml_that_reads_back_to_the_same_config(capsys):
-    assert run(["config", "show", "--config", "test", "training.learning_rate=1e-5", "data.train=[a.jsonl,b.jsonl]"]) == 0
-    expected = load_config("test", environ={}, overrides=["training.learning_rate=1e-5", "data.train=[a.jsonl,b.jsonl]"]).config
+    assert (
+        run(["config", "show", "--config", "test", "training.learning_rate=1e-5", "data.train=[a.jsonl,b.jsonl]"]) == 0
+    )
+    expected = load_config(
+        "test", environ={}, overrides=["training.learning_rate=1e-5", "data.train=[a.jsonl,b.jsonl]"]
+    ).config
     out = capsys.readouterr().out
     assert parse_config(out).config == expected
     assert out == config_to_yaml(expected)
@@ -103,7 +107,7 @@ def test_validate_says_ok_or_every_problem_of_every_file(tmp_path, capsys):
 def test_five_problems_of_one_file_are_one_answer_of_the_real_program(tmp_path):
     """Q1: the seventh thing the main job must show, through `llmtune train`."""
     (tmp_path / "my.yaml").write_text(
-        "extends: developement\ntraining:\n  lerning_rate: 1e-4\n  batch_size: four\n  epohcs: 3\ndata:\n  max_lenght: 512\n"
+        "extends: developement\ntraining:\n  lerning_rate: 1e-4\n  batch_size: four\n  epohcs: 3\ndata:\n  max_lenght: 512\n"  # noqa: E501
     )
     for command in (["train", "--config"], ["config", "validate"]):
         done = subprocess.run(

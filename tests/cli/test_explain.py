@@ -14,10 +14,14 @@ def kinds_of(cls):
 
 
 def test_every_kind_of_error_has_a_page():
-    assert {page.kind for page in PAGES} == {kind for kind in kinds_of(LlmtuneError) if kind.__module__ == "llmtune.errors"}
+    assert {page.kind for page in PAGES} == {
+        kind for kind in kinds_of(LlmtuneError) if kind.__module__ == "llmtune.errors"
+    }
 
 
-@pytest.mark.parametrize("code", ["0", "1", "2", "3", "4", "5", "6", "7", "8", "130", "143", *(page.kind.kind for page in PAGES)])
+@pytest.mark.parametrize(
+    "code", ["0", "1", "2", "3", "4", "5", "6", "7", "8", "130", "143", *(page.kind.kind for page in PAGES)]
+)
 def test_every_code_and_kind_is_explained(code, capsys):
     assert run(["explain", code]) == 0
     assert len(capsys.readouterr().out) > 20

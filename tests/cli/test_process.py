@@ -57,7 +57,9 @@ assert gc.get_freeze_count() == 0
 
 
 def test_a_command_that_trains_nothing_imports_what_it_needs_itself():
-    """A merge is refused without waiting for libraries that it may not come to need, and its promised peak has no part for them."""
+    """A merge is refused without waiting for libraries that it may not come to need, and its promised peak has no part
+    for them.
+    """
     in_a_new_process("""
 import gc, sys
 from llmtune.cli.process import prepare_process
@@ -91,7 +93,9 @@ def as_module(*words):
 @with_glibc
 @pytest.mark.parametrize("command", ["train", "resume", "plan"])
 @pytest.mark.parametrize("program", ["module", "script"])
-def test_a_command_that_trains_or_plans_starts_once_more_without_the_allocators_thread_caches(starts_of, program, command):
+def test_a_command_that_trains_or_plans_starts_once_more_without_the_allocators_thread_caches(
+    starts_of, program, command
+):
     script = shutil.which("llmtune", path=str(Path(sys.executable).parent))
     words = ["--debug", command, "--help"]
     out, starts = starts_of(as_module(*words) if program == "module" else [script, *words])
@@ -130,7 +134,11 @@ def test_a_system_that_takes_the_setting_away_is_not_asked_again_and_again(start
 
 
 def the_c_library():
-    return next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/libc." in line or "/libc-" in line)
+    return next(
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "/libc." in line or "/libc-" in line
+    )
 
 
 @with_glibc
@@ -150,9 +158,14 @@ def test_what_trains_nothing_itself_or_is_another_program_is_not_started_again(s
 
 
 @with_glibc
-@pytest.mark.parametrize(("tunables", "expected"), [("", "apart"), (NO_THREAD_CACHES, "one gap")], ids=["as found", "without caches"])
+@pytest.mark.parametrize(
+    ("tunables", "expected"), [("", "apart"), (NO_THREAD_CACHES, "one gap")], ids=["as found", "without caches"]
+)
 def test_neighbours_that_are_freed_are_one_gap_only_without_thread_caches(tunables, expected):
-    """What the restart is for. Before a block of glibc's stand the size of a gap that ends there, and its own with a bit that denies it."""
+    """What the restart is for.
+
+    Before a block of glibc's stand the size of a gap that ends there, and its own with a bit that denies it.
+    """
     code = """
 import ctypes
 libc = ctypes.CDLL(None)
@@ -164,6 +177,8 @@ libc.free(first)
 libc.free(second)
 gap, own = before_third
 print("one gap" if not own & 1 and gap >= 2 * 1008 else "apart")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, TUNABLES: tunables})
+"""  # noqa: E501
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, TUNABLES: tunables}
+    )
     assert done.stdout.strip() == expected

@@ -34,7 +34,12 @@ HEAVY = (
 def llmtune(*arguments, **keywords):
     """Run the real program in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "llmtune", *arguments], capture_output=True, text=True, timeout=60, check=False, **keywords
+        [sys.executable, "-m", "llmtune", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **keywords,
     )
 
 
@@ -98,7 +103,10 @@ def test_bad_usage_is_refused_with_the_nearest_command_and_exit_2(arguments, wor
 
 
 def test_one_problem_is_what_where_and_fix_on_their_own_lines():
-    assert failure.message(ConfigError("what", where="a.yaml:3", fix="do this")) == "error: what\n  where: a.yaml:3\n  fix: do this"
+    assert (
+        failure.message(ConfigError("what", where="a.yaml:3", fix="do this"))
+        == "error: what\n  where: a.yaml:3\n  fix: do this"
+    )
     assert failure.message(ConfigError("what")) == "error: what"
 
 
@@ -112,7 +120,9 @@ def kinds_of(cls):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in kinds_of(LlmtuneError) if kind is not errors.StoppedBySignal], ids=lambda kind: kind.__name__
+    "kind",
+    [kind for kind in kinds_of(LlmtuneError) if kind is not errors.StoppedBySignal],
+    ids=lambda kind: kind.__name__,
 )
 def test_every_kind_of_error_ends_with_its_own_exit_code(kind, broken, capsys):
     broken(kind("the problem", where="here", fix="this way"))
@@ -194,7 +204,7 @@ def test_nothing_heavy_is_imported_for_help_a_config_error_or_a_config():
     """Q1: every answer that needs no model is given without torch."""
     code = (
         "import sys\nfrom llmtune.cli.main import run\n"
-        "run(['--help']); run(['config', 'show', 'training.lerning_rate=1']); run(['config', 'show', '--config', 'test', '--origin'])\n"
+        "run(['--help']); run(['config', 'show', 'training.lerning_rate=1']); run(['config', 'show', '--config', 'test', '--origin'])\n"  # noqa: E501
         "run(['config', 'schema']); run(['confg'])\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     )
@@ -210,7 +220,9 @@ def test_no_command_module_imports_anything_heavy_by_itself():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["config", "show", "training.lerning_rate=1"]], ids=["help", "config error"])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["config", "show", "training.lerning_rate=1"]], ids=["help", "config error"]
+)
 def test_an_answer_takes_less_than_half_a_second_of_processor_time(arguments, empty):
     """Q1, as the median of five."""
     times = []
@@ -228,7 +240,12 @@ def test_a_reader_that_leaves_early_is_no_error(empty):
     os.close(reading)
     with os.fdopen(writing, "wb") as output:
         done = subprocess.run(
-            [sys.executable, "-m", "llmtune", "config", "schema"], stdout=output, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+            [sys.executable, "-m", "llmtune", "config", "schema"],
+            stdout=output,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
         )
     assert done.stderr == ""
     assert done.returncode == 128 + 13
@@ -240,13 +257,22 @@ def test_offline_is_set_before_anything_is_imported(broken, empty):
         "try: main()\nexcept SystemExit as end: print(end.code, os.environ['HF_HUB_OFFLINE'], os.environ['WANDB_MODE'])"
     )
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "WANDB"))}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=environ
+    )
     assert done.stdout.splitlines()[-1] == "0 1 offline"
 
 
 @pytest.mark.parametrize(
     "environ",
-    [{"TERM": "dumb"}, {"COLUMNS": "20"}, {"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"HOME": ""}, {"NO_COLOR": "1"}],
+    [
+        {"TERM": "dumb"},
+        {"COLUMNS": "20"},
+        {"LC_ALL": "C"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"HOME": ""},
+        {"NO_COLOR": "1"},
+    ],
     ids=lambda environ: next(iter(environ)),
 )
 def test_a_poor_terminal_gets_the_same_plain_message(environ, empty):
@@ -256,7 +282,9 @@ def test_a_poor_terminal_gets_the_same_plain_message(environ, empty):
     assert "\x1b" not in done.stderr
 
 
-@pytest.mark.parametrize(("redirect", "code"), [("<&-", 0), (">&-", 0), ("2>&-", 0), (">/dev/full", 6), ("2>/dev/full", 0)])
+@pytest.mark.parametrize(
+    ("redirect", "code"), [("<&-", 0), (">&-", 0), ("2>&-", 0), (">/dev/full", 6), ("2>/dev/full", 0)]
+)
 def test_closed_and_full_streams_are_no_crash(redirect, code, empty):
     command = f"{sys.executable} -m llmtune config show {redirect}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)

@@ -1,4 +1,6 @@
-"""Q8: what people bring from other programs - flags, bare files, names of runs - is answered with the words that work here."""
+"""Q8: what people bring from other programs - flags, bare files, names of runs - is answered with the words that work
+here.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ def _a_folder_of_the_users(tmp_path, monkeypatch):
         (["train", "--lora_r", "8"], ["write `adapter.r=8`"]),
         (["train", "--training.batch_size", "4"], ["write `training.batch_size=4`"]),
         (["train", "--packing", "--config", "test"], ["write `data.packing=VALUE`"]),
-        (["train", "--every-steps", "5"], ["`evaluation.every_steps=5` or `checkpoint.every_steps=5` or `tracking.every_steps=5`"]),
+        (
+            ["train", "--every-steps", "5"],
+            ["`evaluation.every_steps=5` or `checkpoint.every_steps=5` or `tracking.every_steps=5`"],
+        ),
         (["plan", "-m", "custom-nano"], ["write `model.name=custom-nano`"]),
         (["data", "report", "--samples", "9"], ["write `data.max_samples=9`"]),
         (["train", "--confg", "test"], ["--confg", "--config", "`llmtune train --help`"]),
@@ -68,7 +73,9 @@ def test_an_option_without_its_value_names_the_help_of_its_command(capsys):
     assert "fix: `llmtune config show --help` shows what it takes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["generate", "nosuch", "hi"], ["evaluate", "nosuch"], ["export", "nosuch", "--output", "x"]])
+@pytest.mark.parametrize(
+    "command", [["generate", "nosuch", "hi"], ["evaluate", "nosuch"], ["export", "nosuch", "--output", "x"]]
+)
 def test_a_name_that_is_neither_run_nor_model_is_refused_as_both(command, capsys):
     assert run(command) == 4
     said = capsys.readouterr().err
@@ -106,7 +113,8 @@ def test_a_number_of_rows_that_is_estimated_is_said_to_be(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("columns", "left_out"), [(80, ["licence", "context", "source"]), (120, ["licence", "context"]), (200, []), (None, [])]
+    ("columns", "left_out"),
+    [(80, ["licence", "context", "source"]), (120, ["licence", "context"]), (200, []), (None, [])],
 )
 def test_the_models_fit_the_terminal_and_what_is_left_out_is_said(columns, left_out, monkeypatch, capsys):
     """In a pipe (no width) every column is there."""
@@ -115,7 +123,9 @@ def test_the_models_fit_the_terminal_and_what_is_left_out_is_said(columns, left_
     assert run(["list-models"]) == 0
     captured = capsys.readouterr()
     headings = captured.out.splitlines()[0].split()
-    assert headings == [one for one in ("name", "parameters", "context", "source", "licence", "here", "method") if one not in left_out]
+    assert headings == [
+        one for one in ("name", "parameters", "context", "source", "licence", "here", "method") if one not in left_out
+    ]
     assert max(map(len, captured.out.splitlines())) <= (columns or 1000)
     said = f"a wider terminal also shows {' and '.join(left_out)}; --json gives everything"
     assert (said in captured.err) == bool(left_out)
@@ -129,7 +139,12 @@ def test_a_folder_without_runs_is_told_from_one_that_is_not_there(tmp_path, caps
 
 def test_a_fix_that_is_the_same_for_several_problems_is_said_once():
     error = DataError.all(
-        [Problem("one", "a:1", "fix it"), Problem("two", "a:2", "fix it"), Problem("three", "a:3", "else"), Problem("four")]
+        [
+            Problem("one", "a:1", "fix it"),
+            Problem("two", "a:2", "fix it"),
+            Problem("three", "a:3", "else"),
+            Problem("four"),
+        ]
     )
     assert failure.message(error).splitlines() == [
         "error: 4 problems",

@@ -88,20 +88,33 @@ READ = {
     "data: rows.jsonl": {"data.train": (SourceConfig("rows.jsonl"),)},
     "data: [a.jsonl, b.jsonl]": {"data.train": (SourceConfig("a.jsonl"), SourceConfig("b.jsonl"))},
     "datasets:\n  - path: a.jsonl\n    split: train": {"data.train": (SourceConfig("a.jsonl", split="train"),)},
-    "train_file: a.jsonl\neval_file: b.jsonl": {"data.train": (SourceConfig("a.jsonl"),), "data.eval": (SourceConfig("b.jsonl"),)},
-    "dataset_name: wikitext\ndataset_config: raw\ndataset_split: train": {"data.train": (SourceConfig("wikitext", "raw", "train"),)},
+    "train_file: a.jsonl\neval_file: b.jsonl": {
+        "data.train": (SourceConfig("a.jsonl"),),
+        "data.eval": (SourceConfig("b.jsonl"),),
+    },
+    "dataset_name: wikitext\ndataset_config: raw\ndataset_split: train": {
+        "data.train": (SourceConfig("wikitext", "raw", "train"),)
+    },
     "gradient_checkpointing: true": {"model.gradient_checkpointing": True},
     "gradient_checkpointing: offload": {"model.gradient_checkpointing": "offload"},
     "use_gradient_checkpointing: unsloth": {"model.gradient_checkpointing": "offload"},
-    "enable_activation_checkpointing: true\nenable_activation_offloading: true": {"model.gradient_checkpointing": "offload"},
+    "enable_activation_checkpointing: true\nenable_activation_offloading: true": {
+        "model.gradient_checkpointing": "offload"
+    },
     "activation_offloading: true\ngradient_checkpointing: true": {"model.gradient_checkpointing": "offload"},
-    "enable_activation_offloading: false\nenable_activation_checkpointing: true": {"model.gradient_checkpointing": True},
+    "enable_activation_offloading: false\nenable_activation_checkpointing: true": {
+        "model.gradient_checkpointing": True
+    },
     "lora_config: {r: 4, lora_alpha: 8, bias: none, task_type: CAUSAL_LM}": {
         "adapter.r": 4,
         "adapter.alpha": 8.0,
         "adapter.method": "lora",
     },
-    "peft: {rank: 4, target_modules: [q_proj]}": {"adapter.r": 4, "adapter.target_modules": ("q_proj",), "adapter.method": "lora"},
+    "peft: {rank: 4, target_modules: [q_proj]}": {
+        "adapter.r": 4,
+        "adapter.target_modules": ("q_proj",),
+        "adapter.method": "lora",
+    },
     "training_args: {num_train_epochs: 1, bf16: true, output_dir: o}": {
         "training.epochs": 1.0,
         "training.precision": "bf16",
@@ -110,10 +123,16 @@ READ = {
     "training: {num_train_epochs: 1, bf16: true}": {"training.epochs": 1.0, "training.precision": "bf16"},
     "adapter: {lora_r: 4, lora_alpha: 8}": {"adapter.r": 4, "adapter.method": "lora"},
     "optimizer: {lr: 1e-4, weight_decay: 0.1}": {"training.learning_rate": 1e-4, "training.weight_decay": 0.1},
-    "optimizer: {early_step_in_backward: true}\nmax_grad_norm: null": {"training.step_in_backward": True, "training.max_grad_norm": None},
+    "optimizer: {early_step_in_backward: true}\nmax_grad_norm: null": {
+        "training.step_in_backward": True,
+        "training.max_grad_norm": None,
+    },
     "optimizer: adamw": {"training.optimizer": "adamw"},
     "model_config: {d_model: 64, n_heads: 4}": {"model.architecture.d_model": 64, "model.architecture.n_heads": 4},
-    "use_deepspeed: true\ndeepspeed_config: ds.json": {"distributed.strategy": "deepspeed", "distributed.deepspeed_config": "ds.json"},
+    "use_deepspeed: true\ndeepspeed_config: ds.json": {
+        "distributed.strategy": "deepspeed",
+        "distributed.deepspeed_config": "ds.json",
+    },
     "logging_steps: 10": {"tracking.every_steps": 10},
     "seed: 7": {"run.seed": 7},
     "neftune_noise_alpha: 5": {"training.neftune_alpha": 5.0},
@@ -131,7 +150,9 @@ def test_another_toolkits_name_is_read_with_a_line_that_says_ours(text):
     for key in READ[text]:
         if resolved.origins[key].kind != "default" and f"{key.split('.')[0]}: {{{key.split('.')[1]}" not in text:
             assert key in told or "here" in told
-    assert all((note.startswith("their.yaml:") and note.endswith(" here")) or "anyway" in note for note in resolved.notes)
+    assert all(
+        (note.startswith("their.yaml:") and note.endswith(" here")) or "anyway" in note for note in resolved.notes
+    )
     assert resolved.notes
 
 
@@ -181,7 +202,7 @@ SAMPLES = {
 EXTRA = {
     "evaluation.every_steps": "evaluation: {prompts: [a]}\n",
     "evaluation.early_stopping_patience": "evaluation: {every_steps: 1}\ndata: {test_size: 1}\n",
-    "evaluation.early_stopping_threshold": "evaluation: {every_steps: 1, early_stopping_patience: 1}\ndata: {test_size: 1}\n",
+    "evaluation.early_stopping_threshold": "evaluation: {every_steps: 1, early_stopping_patience: 1}\ndata: {test_size: 1}\n",  # noqa: E501
     "tracking.wandb_mode": "tracking: {trackers: [wandb]}\n",
     "training.step_in_backward": "training: {max_grad_norm: null}\n",
 }

@@ -1,4 +1,6 @@
-"""Q1: every problem of a config is refused with its line, its value and the way out; one row of the table is one bad file."""
+"""Q1: every problem of a config is refused with its line, its value and the way out; one row of the table is one bad
+file.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
         "model:\n  architecture:\n    d_modl: 64\n",
         [(3, ("`model.architecture.d_modl`", "`model.architecture.d_model`"))],
     ),
-    "key of another section": ("model:\n  learning_rate: 1e-4\n", [(2, ("`model.learning_rate`", "write `training.learning_rate`"))]),
+    "key of another section": (
+        "model:\n  learning_rate: 1e-4\n",
+        [(2, ("`model.learning_rate`", "write `training.learning_rate`"))],
+    ),
     "key of two other sections": (
         "data:\n  every_steps: 5\n",
         [(2, ("`evaluation.every_steps`", "`checkpoint.every_steps`", "`tracking.every_steps`"))],
@@ -41,12 +46,21 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
         [(4, ("`data.train`", "`wieght`", "did you mean `weight`"))],
     ),
     # wrong types
-    "word for a number": ("training:\n  batch_size: four\n", [(2, ("`training.batch_size` must be a whole number or `auto`", "`four`"))]),
-    "fraction for a whole number": ("adapter:\n  method: lora\n  r: 8.5\n", [(3, ("`adapter.r` must be a whole number", "`8.5`"))]),
+    "word for a number": (
+        "training:\n  batch_size: four\n",
+        [(2, ("`training.batch_size` must be a whole number or `auto`", "`four`"))],
+    ),
+    "fraction for a whole number": (
+        "adapter:\n  method: lora\n  r: 8.5\n",
+        [(3, ("`adapter.r` must be a whole number", "`8.5`"))],
+    ),
     "time for a number": ("training:\n  max_steps: 12:30:45\n", [(2, ("`training.max_steps`", "`12:30:45`"))]),
     "hexadecimal": ("run:\n  seed: 0x10\n", [(2, ("`run.seed`", "`0x10`"))]),
     "truth for a number": ("training:\n  epochs: yes\n", [(2, ("`training.epochs` must be a number", "`yes`"))]),
-    "number for truth": ("checkpoint:\n  keep_best: 1\n", [(2, ("`checkpoint.keep_best` must be true or false", "`1`"))]),
+    "number for truth": (
+        "checkpoint:\n  keep_best: 1\n",
+        [(2, ("`checkpoint.keep_best` must be true or false", "`1`"))],
+    ),
     "infinite": ("training:\n  learning_rate: .inf\n", [(2, ("`training.learning_rate`", "`.inf`"))]),
     "too large to be finite": ("training:\n  learning_rate: 1e999\n", [(2, ("must be a finite number", "`1e999`"))]),
     "not a number": ("training:\n  eps: .nan\n", [(2, ("`training.eps`", "`.nan`"))]),
@@ -58,13 +72,22 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
     "list for a section": ("checkpoint: [1]\n", [(1, ("`checkpoint` is a section", "`[1]`"))]),
     "null where text is needed": ("run:\n  output_dir: null\n", [(2, ("`run.output_dir` must be text", "`null`"))]),
     "nothing where a number is needed": ("training:\n  batch_size:\n", [(2, ("`training.batch_size`",))]),
-    "one of three betas": ("training:\n  betas: [0.9, 0.99, 0.999]\n", [(2, ("`training.betas` must be a list of 2",))]),
+    "one of three betas": (
+        "training:\n  betas: [0.9, 0.99, 0.999]\n",
+        [(2, ("`training.betas` must be a list of 2",))],
+    ),
     "word in a list of numbers": ("training:\n  betas: [0.9, high]\n", [(2, ("`training.betas`", "`high`"))]),
     "list in a list": ("run:\n  tags: [[a]]\n", [(2, ("`run.tags`", "`[a]`"))]),
     "number too large": ("training:\n  max_steps: 99999999999999999999999\n", [(2, ("`training.max_steps`",))]),
     # choices
-    "unknown precision": ("training:\n  precision: bf17\n", [(2, ("`training.precision`", "`bf17`", "did you mean `bf16`"))]),
-    "unknown schedule": ("training:\n  lr_schedule: cosinus\n", [(2, ("`training.lr_schedule`", "`cosinus`", "`cosine`"))]),
+    "unknown precision": (
+        "training:\n  precision: bf17\n",
+        [(2, ("`training.precision`", "`bf17`", "did you mean `bf16`"))],
+    ),
+    "unknown schedule": (
+        "training:\n  lr_schedule: cosinus\n",
+        [(2, ("`training.lr_schedule`", "`cosinus`", "`cosine`"))],
+    ),
     "unknown packing": ("data:\n  packing: bestfit\n", [(2, ("`data.packing`", "`best_fit`"))]),
     "unknown tracker": (
         "tracking:\n  trackers: [console, tensorbord]\n",
@@ -76,7 +99,10 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
     "batch of nothing": ("training:\n  batch_size: 0\n", [(2, ("`training.batch_size` must be at least 1", "`0`"))]),
     "negative test size": ("data:\n  test_size: -1\n", [(2, ("`data.test_size` must be at least 0", "`-1`"))]),
     "one and a half rows": ("data:\n  test_size: 1.5\n", [(2, ("`data.test_size`", "whole number of rows", "`1.5`"))]),
-    "dropout of everything": ("adapter:\n  method: lora\n  dropout: 1\n", [(3, ("`adapter.dropout` must be at least 0 and below 1",))]),
+    "dropout of everything": (
+        "adapter:\n  method: lora\n  dropout: 1\n",
+        [(3, ("`adapter.dropout` must be at least 0 and below 1",))],
+    ),
     "length of one": ("data:\n  max_length: 1\n", [(2, ("`data.max_length` must be at least 2",))]),
     "no steps": ("training:\n  max_steps: 0\n", [(2, ("`training.max_steps` must be at least 1",))]),
     "no epochs": ("training:\n  epochs: 0\n", [(2, ("`training.epochs` must be above 0",))]),
@@ -92,9 +118,15 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
     "unknown field in the run's name": ('run:\n  name: "{modle}"\n', [(2, ("`run.name`", "{model}"))]),
     "attribute in the run's name": ('run:\n  name: "{model.__class__}"\n', [(2, ("`run.name`",))]),
     "open brace in the run's name": ('run:\n  name: "{model"\n', [(2, ("`run.name`", "braces"))]),
-    "the same tracker twice": ("tracking:\n  trackers: [console, console]\n", [(2, ("`tracking.trackers`", "only once"))]),
+    "the same tracker twice": (
+        "tracking:\n  trackers: [console, console]\n",
+        [(2, ("`tracking.trackers`", "only once"))],
+    ),
     # contradictions
-    "quantized and fully trained": ("model:\n  quantization: 4bit\n", [(2, ("quantized base", "`adapter.method: lora`"))]),
+    "quantized and fully trained": (
+        "model:\n  quantization: 4bit\n",
+        [(2, ("quantized base", "`adapter.method: lora`"))],
+    ),
     "rank without an adapter": ("adapter:\n  r: 8\n", [(2, ("does nothing without an adapter", "`adapter.r: 8`"))]),
     "two warm-ups": (
         "training:\n  warmup_steps: 5\n  warmup_ratio: 0.1\n",
@@ -124,17 +156,30 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
     "evaluating nothing": ("evaluation:\n  every_steps: 5\n", [(2, ("nothing to evaluate",))]),
     "longer than long": ("data:\n  min_length: 100\n  max_length: 50\n", [(2, ("`data.min_length: 100`",))]),
     "text column of conversations": ("data:\n  text_column: body\n  format: messages\n", [(2, ("only text rows",))]),
-    "heads that do not divide": ("model: {architecture: {d_model: 100, n_heads: 3}}\n", [(1, ("heads must divide the width",))]),
-    "warm-up beyond the end": ("training:\n  warmup_steps: 50\n  max_steps: 10\n", [(2, ("longer than the training",))]),
+    "heads that do not divide": (
+        "model: {architecture: {d_model: 100, n_heads: 3}}\n",
+        [(1, ("heads must divide the width",))],
+    ),
+    "warm-up beyond the end": (
+        "training:\n  warmup_steps: 50\n  max_steps: 10\n",
+        [(2, ("longer than the training",))],
+    ),
     "mode of an absent tracker": ("tracking:\n  wandb_mode: offline\n", [(2, ("wandb is not a tracker",))]),
-    "fp16 gradients": ("model: {dtype: float16}\ntraining: {precision: fp16}\n", [(2, ("fp16 arithmetic", "`model.dtype: auto`"))]),
+    "fp16 gradients": (
+        "model: {dtype: float16}\ntraining: {precision: fp16}\n",
+        [(2, ("fp16 arithmetic", "`model.dtype: auto`"))],
+    ),
     "clipped in the backward pass": (
         "training:\n  step_in_backward: true\n",
         [(2, ("cannot be clipped", "`training.step_in_backward: true`", "set `training.max_grad_norm: null`"))],
     ),
     "all that needs every gradient at once": (
         "tracking: {watch: gradients}\ntraining:\n  step_in_backward: true\n  max_grad_norm: 0.5\n  precision: fp16\n",
-        [(3, ("`training.max_grad_norm: 0.5`",)), (3, ("fp16's loss scale", "bf16")), (3, ("histograms", "`tracking.watch: false`"))],
+        [
+            (3, ("`training.max_grad_norm: 0.5`",)),
+            (3, ("fp16's loss scale", "bf16")),
+            (3, ("histograms", "`tracking.watch: false`")),
+        ],
     ),
     # the file itself
     "the same key twice": (
@@ -142,7 +187,10 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
         [(4, ("key `epochs` stands twice", "`5`", "bad.yaml:2"))],
     ),
     "the same section twice": ("run:\n  seed: 1\nrun:\n  seed: 2\n", [(3, ("key `run` stands twice",))]),
-    "two names of one key": ("num_train_epochs: 3\ntraining:\n  epochs: 4\n", [(3, ("`num_train_epochs`", "both set `training.epochs`"))]),
+    "two names of one key": (
+        "num_train_epochs: 3\ntraining:\n  epochs: 4\n",
+        [(3, ("`num_train_epochs`", "both set `training.epochs`"))],
+    ),
     "bracket left open": ("run:\n  tags: [a, b\nmodel:\n  name: x\n", [(3, ("not valid YAML",))]),
     "tab for indentation": ("run:\n\tseed: 1\n", [(2, ("not valid YAML", "spaces, not tabs"))]),
     "quote left open": ('run:\n  name: "abc\n', [(3, ("not valid YAML",))]),
@@ -161,7 +209,13 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
     "mapping that holds itself": ("run: &a\n  notes: *a\n", [(2, ("refers to itself",))]),
     "alias to nothing": ("run:\n  tags: *nobody\n", [(2, ("`*nobody`",))]),
     "alias bomb": (
-        "x-a: &a [" + "lol, " * 200 + "]\nx-b: &b [" + "*a, " * 200 + "]\nx-c: &c [" + "*b, " * 200 + "]\nrun:\n  tags: *c\n",
+        "x-a: &a ["
+        + "lol, " * 200
+        + "]\nx-b: &b ["
+        + "*a, " * 200
+        + "]\nx-c: &c ["
+        + "*b, " * 200
+        + "]\nrun:\n  tags: *c\n",
         [(3, ("beyond all bounds",))],
     ),
     "nested without end": ("run:\n  tags: " + "[" * 5000 + "]" * 5000 + "\n", [(2, ("levels deep",))]),
@@ -169,7 +223,10 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
     "merging a text": ("run:\n  <<: hello\n", [(2, ("`<<` needs a mapping",))]),
     # extends
     "unknown preset": ("extends: produktion\n", [(1, ("no preset or file `produktion`", "did you mean `production`"))]),
-    "unknown preset in a list": ("extends:\n  - test\n  - tset\n", [(3, ("no preset or file `tset`", "did you mean `test`"))]),
+    "unknown preset in a list": (
+        "extends:\n  - test\n  - tset\n",
+        [(3, ("no preset or file `tset`", "did you mean `test`"))],
+    ),
     "extends of a mapping": ("extends: {a: b}\n", [(1, ("`extends` must be",))]),
     "extends itself": ("extends: ./bad.yaml\n", [(1, ("names this file itself",))]),
     # nobody let in
@@ -183,8 +240,14 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
     "resume from yaml": ("resume_from_checkpoint: x\n", [(1, ("llmtune resume",))]),
     "upload": ("push_to_hub: true\n", [(1, ("uploads nothing",))]),
     "evaluation by epoch": ("eval_strategy: epoch\n", [(1, ("`eval_strategy`", "`evaluation.every_steps`"))]),
-    "wrong value under another name": ("num_train_epochs: many\n", [(1, ("`num_train_epochs` (`training.epochs` here)", "`many`"))]),
-    "another toolkit's flag that is no truth": ("load_in_4bit: maybe\n", [(1, ("`load_in_4bit` must be true or false", "`maybe`"))]),
+    "wrong value under another name": (
+        "num_train_epochs: many\n",
+        [(1, ("`num_train_epochs` (`training.epochs` here)", "`many`"))],
+    ),
+    "another toolkit's flag that is no truth": (
+        "load_in_4bit: maybe\n",
+        [(1, ("`load_in_4bit` must be true or false", "`maybe`"))],
+    ),
 }
 
 
@@ -210,7 +273,11 @@ def test_the_table_is_long_enough_to_mean_something():
 
 def test_no_secret_is_repeated_in_its_refusal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for text in ("wandb_api_key: CANARY123456\n", "model: {hf_token: CANARY123456}\n", "run: {notes: hf_CANARY" + "a" * 30 + "}\n"):
+    for text in (
+        "wandb_api_key: CANARY123456\n",
+        "model: {hf_token: CANARY123456}\n",
+        "run: {notes: hf_CANARY" + "a" * 30 + "}\n",
+    ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(ConfigError) as caught:
             load_config("bad.yaml", environ={})
@@ -221,7 +288,7 @@ def test_three_typos_one_wrong_type_and_one_unknown_preset_are_five_problems_in_
     """Q1, and the seventh thing the main job must show."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(
-        "extends: developement\ntraining:\n  lerning_rate: 1e-4\n  batch_size: four\n  epohcs: 3\ndata:\n  max_lenght: 512\n"
+        "extends: developement\ntraining:\n  lerning_rate: 1e-4\n  batch_size: four\n  epohcs: 3\ndata:\n  max_lenght: 512\n"  # noqa: E501
     )
     with pytest.raises(ConfigError) as caught:
         load_config("my.yaml", environ={})

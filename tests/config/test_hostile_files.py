@@ -1,4 +1,6 @@
-"""Q1: a file made to hurt ends in one clear answer, soon; random text ends in a config or a refusal, never in a traceback."""
+"""Q1: a file made to hurt ends in one clear answer, soon; random text ends in a config or a refusal, never in a
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ HOSTILE = {
     "a megabyte of dashes": "- " * 400_000,
     "a megabyte of digits": "run: {seed: " + "1" * 900_000 + "}",
     "a megabyte of letters": "a" * 900_000,
-    "a chain of aliases": "x-0: &a0 [1, 2]\n" + "".join(f"x-{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 200)),
+    "a chain of aliases": "x-0: &a0 [1, 2]\n"
+    + "".join(f"x-{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 200)),
     "a bomb of merge keys": "x-0: &a0 {k: 1}\n"
     + "".join(f"x-{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}], k{i}: 1}}\n" for i in range(1, 35))
     + "run: {<<: *a34}\n",
@@ -134,7 +137,9 @@ def test_random_json_ends_in_a_config_or_a_refusal(value):
 @given(
     overrides=st.lists(st.builds("{}={}".format, PIECES, VALUES) | st.text(max_size=20), max_size=4),
     environ=st.dictionaries(
-        st.builds("LLMTUNE_{}__{}".format, st.sampled_from(["RUN", "DATA", "X"]), st.text(max_size=8)), st.text(max_size=10), max_size=3
+        st.builds("LLMTUNE_{}__{}".format, st.sampled_from(["RUN", "DATA", "X"]), st.text(max_size=8)),
+        st.text(max_size=10),
+        max_size=3,
     ),
     name=st.text(max_size=12).filter(lambda name: "/" not in name) | st.none(),
 )

@@ -41,16 +41,29 @@ def test_no_layers_give_the_defaults_and_say_so():
 
 def test_each_layer_wins_over_the_one_before(write):
     write("base.yaml", "run: {seed: 1}\ntraining: {epochs: 1, batch_size: 1, max_steps: 1}\ndata: {max_samples: 1}\n")
-    write("my.yaml", "extends: base\ntraining:\n  epochs: 2\n  batch_size: 2\n  max_steps: 2\ndata:\n  max_samples: 2\n")
+    write(
+        "my.yaml", "extends: base\ntraining:\n  epochs: 2\n  batch_size: 2\n  max_steps: 2\ndata:\n  max_samples: 2\n"
+    )
     resolved = load_config(
         "my.yaml",
-        environ={"LLMTUNE_TRAINING__BATCH_SIZE": "3", "LLMTUNE_TRAINING__MAX_STEPS": "3", "LLMTUNE_DATA__MAX_SAMPLES": "3"},
+        environ={
+            "LLMTUNE_TRAINING__BATCH_SIZE": "3",
+            "LLMTUNE_TRAINING__MAX_STEPS": "3",
+            "LLMTUNE_DATA__MAX_SAMPLES": "3",
+        },
         flags={"data.max_samples": 4, "training.max_steps": 4, "model.name": None},
         overrides=["training.max_steps=5"],
     )
     found = {
         key: (getattr(getattr(resolved.config, key.split(".")[0]), key.split(".")[1]), str(resolved.origins[key]))
-        for key in ("run.seed", "training.epochs", "training.batch_size", "data.max_samples", "training.max_steps", "model.name")
+        for key in (
+            "run.seed",
+            "training.epochs",
+            "training.batch_size",
+            "data.max_samples",
+            "training.max_steps",
+            "model.name",
+        )
     }
     assert found == {
         "run.seed": (1, "base.yaml:1"),
@@ -133,7 +146,7 @@ def test_problems_of_every_layer_come_in_one_answer(write):
         overrides=["training.lr=abc", "nonsense", "run.seed=-1"],
     )
     assert [problem.where for problem in found] == [
-        "base.yaml:2", "my.yaml:3", "env LLMTUNE_DATA__TRIAN", "--samples", "command line", "command line", "command line",
+        "base.yaml:2", "my.yaml:3", "env LLMTUNE_DATA__TRIAN", "--samples", "command line", "command line", "command line",  # noqa: E501
     ]  # fmt: skip
 
 
@@ -200,7 +213,9 @@ def test_a_value_is_read_as_its_key_declares_it_wherever_it_stands(written, decl
 
 
 def test_a_value_on_the_command_line_is_taken_as_it_stands(write):
-    config = load_config(None, environ={}, overrides=["run.notes=loss: 3 # not a comment, a = b", "model.name=C:\\models\\a b"]).config
+    config = load_config(
+        None, environ={}, overrides=["run.notes=loss: 3 # not a comment, a = b", "model.name=C:\\models\\a b"]
+    ).config
     assert config.run.notes == "loss: 3 # not a comment, a = b"
     assert config.model.name == "C:\\models\\a b"
 
@@ -210,9 +225,14 @@ def test_the_last_of_two_overrides_of_a_key_wins():
 
 
 def test_anchors_and_merge_keys_keep_the_line_they_were_written_on():
-    resolved = parse_config("x-fast: &fast\n  epochs: 1\n  batch_size: 4\ntraining:\n  <<: *fast\n  batch_size: 2\n", "m.yaml")
+    resolved = parse_config(
+        "x-fast: &fast\n  epochs: 1\n  batch_size: 4\ntraining:\n  <<: *fast\n  batch_size: 2\n", "m.yaml"
+    )
     assert (resolved.config.training.epochs, resolved.config.training.batch_size) == (1.0, 2)
-    assert (str(resolved.origins["training.epochs"]), str(resolved.origins["training.batch_size"])) == ("m.yaml:2", "m.yaml:6")
+    assert (str(resolved.origins["training.epochs"]), str(resolved.origins["training.batch_size"])) == (
+        "m.yaml:2",
+        "m.yaml:6",
+    )
 
 
 def test_dotted_keys_stand_for_sections():
@@ -221,7 +241,10 @@ def test_dotted_keys_stand_for_sections():
 
 
 def test_a_json_file_reads_as_yaml_does_with_lines(write):
-    write("my.json", json.dumps({"training": {"epochs": 1, "learning_rate": 1e-5}, "data": {"train": ["a\u00e9\n"]}}, indent=1))
+    write(
+        "my.json",
+        json.dumps({"training": {"epochs": 1, "learning_rate": 1e-5}, "data": {"train": ["a\u00e9\n"]}}, indent=1),
+    )
     resolved = load_config("my.json", environ={})
     assert resolved.config.data.train == (SourceConfig("aé\n"),)
     assert str(resolved.origins["training.learning_rate"]) == "my.json:4"
@@ -276,11 +299,17 @@ def test_a_file_that_is_not_utf8_names_the_line(write, tmp_path):
 def test_a_byte_order_mark_and_windows_line_ends_change_nothing(write, tmp_path):
     (tmp_path / "my.yaml").write_bytes(b"\xef\xbb\xbfrun:\r\n  seed: 3\r\n  tags: [a]\r\n")
     resolved = load_config("my.yaml", environ={})
-    assert (resolved.config.run.seed, resolved.config.run.tags, str(resolved.origins["run.seed"])) == (3, ("a",), "my.yaml:2")
+    assert (resolved.config.run.seed, resolved.config.run.tags, str(resolved.origins["run.seed"])) == (
+        3,
+        ("a",),
+        "my.yaml:2",
+    )
 
 
 def test_variables_that_are_not_config_are_left_alone():
-    assert load_config(None, environ={"LLMTUNE_CACHE_DIR": "x", "PATH": "y", "llmtune_run__seed": "9"}).config == Config()
+    assert (
+        load_config(None, environ={"LLMTUNE_CACHE_DIR": "x", "PATH": "y", "llmtune_run__seed": "9"}).config == Config()
+    )
 
 
 def test_the_name_of_a_config_is_its_stem(write):

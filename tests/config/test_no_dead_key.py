@@ -37,7 +37,9 @@ def names_read_outside_config():
     package = Path(llmtune.__file__).parent
     files = [path for path in package.rglob("*.py") if "config" not in path.relative_to(package).parts]
     assert len(files) > 20
-    return {node.attr for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    return {
+        node.attr for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+    }
 
 
 def test_every_key_is_read_by_some_room():

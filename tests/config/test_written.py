@@ -25,7 +25,23 @@ from llmtune.config.schema import Config, SourceConfig
 from llmtune.errors import ConfigError
 
 TEXTS = st.text(max_size=12) | st.sampled_from(
-    ["null", "no", "010", "1e-5", "~", "", " a ", "a: b", "# c", "{x}", "-", "a\nb", "\x85\u2028\ufeff\x00", "😀", "12:30"]
+    [
+        "null",
+        "no",
+        "010",
+        "1e-5",
+        "~",
+        "",
+        " a ",
+        "a: b",
+        "# c",
+        "{x}",
+        "-",
+        "a\nb",
+        "\x85\u2028\ufeff\x00",
+        "😀",
+        "12:30",
+    ]
 )
 
 
@@ -42,7 +58,9 @@ def values_of(declared, bounds=None):
         low = int(bounds.minimum) if bounds and bounds.minimum is not None else 1 if bounds else -(2**40)
         return st.integers(low, int(bounds.maximum) if bounds and bounds.maximum is not None else 2**40)
     if declared is float:
-        return st.floats(allow_nan=False, allow_infinity=False).map(lambda value: value if bounds is None or bounds.holds(value) else 0.3)
+        return st.floats(allow_nan=False, allow_infinity=False).map(
+            lambda value: value if bounds is None or bounds.holds(value) else 0.3
+        )
     if declared is SourceConfig:
         return st.builds(
             SourceConfig,
@@ -163,11 +181,16 @@ def test_every_shipped_yaml_resolves():
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "batch_size", "max_samples"), [("test", 1.0, 2, 100), ("development", 2.0, 4, 1000), ("production", 3.0, 8, None)]
+    ("name", "epochs", "batch_size", "max_samples"),
+    [("test", 1.0, 2, 100), ("development", 2.0, 4, 1000), ("production", 3.0, 8, None)],
 )
 def test_the_presets_say_what_the_design_says(name, epochs, batch_size, max_samples):
     config = load_config(name, environ={}).config
-    assert (config.training.epochs, config.training.batch_size, config.data.max_samples) == (epochs, batch_size, max_samples)
+    assert (config.training.epochs, config.training.batch_size, config.data.max_samples) == (
+        epochs,
+        batch_size,
+        max_samples,
+    )
     assert config.data.train == (SourceConfig("example:conversations"),)
     assert config.data.test_size > 0
 

@@ -1,4 +1,6 @@
-"""P3, P9: which rows make which step is a pure function of its number; how they are cut and laid out changes nothing else."""
+"""P3, P9: which rows make which step is a pure function of its number; how they are cut and laid out changes nothing
+else.
+"""
 
 from itertools import pairwise
 
@@ -48,8 +50,15 @@ def test_a_window_is_a_pure_function_of_its_step():
     """P3: asked in any order, from a plan built anew, the same rows, tensors and numbers; resuming costs nothing."""
     for step in (18, 1, 7, 7):
         ours, theirs = make_plan().window(step), list(make_plan().windows())[step - 1]
-        assert (ours.step, ours.epoch, ours.sources, ours.loss_weight) == (theirs.step, theirs.epoch, theirs.sources, theirs.loss_weight)
-        assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(ours.micro_batches, theirs.micro_batches, strict=True))
+        assert (ours.step, ours.epoch, ours.sources, ours.loss_weight) == (
+            theirs.step,
+            theirs.epoch,
+            theirs.sources,
+            theirs.loss_weight,
+        )
+        assert all(
+            torch.equal(a.input_ids, b.input_ids) for a, b in zip(ours.micro_batches, theirs.micro_batches, strict=True)
+        )
     assert [window.step for window in make_plan().windows(start_step=15)] == [16, 17, 18]
 
 
@@ -71,13 +80,17 @@ def test_a_step_has_the_same_rows_on_any_number_of_processes(packing):
             windows = [plan.window(step) for plan in ranks]
             assert {window.sources for window in windows} == {whole.window(step).sources}
             assert sorted(row for window in windows for row in rows_of(window)) == sorted(whole.window(step).sources)
-            assert sum(window.loss_weight for window in windows) == pytest.approx(whole.window(step).loss_weight, rel=1e-12)
+            assert sum(window.loss_weight for window in windows) == pytest.approx(
+                whole.window(step).loss_weight, rel=1e-12
+            )
             assert sum(window.num_tokens for window in windows) == whole.window(step).num_tokens
 
 
 def test_a_process_may_get_no_row():
     """N2's hard case: 23 rows in windows of 4 leave 3 for four processes."""
-    counts = [make_plan(batch_size=1, accumulation=1, world_size=4, rank=rank).window(6).num_sequences for rank in range(4)]
+    counts = [
+        make_plan(batch_size=1, accumulation=1, world_size=4, rank=rank).window(6).num_sequences for rank in range(4)
+    ]
     assert sorted(counts) == [0, 1, 1, 1]
 
 
@@ -85,7 +98,8 @@ def test_tokens_are_dealt_evenly():
     """No process waits long for another: the fullest has at most a tenth more than the mean."""
     examples = make_examples(512)
     shares = [
-        make_plan(examples, batch_size=64, accumulation=1, world_size=4, rank=rank, epochs=1).window(1).num_tokens for rank in range(4)
+        make_plan(examples, batch_size=64, accumulation=1, world_size=4, rank=rank, epochs=1).window(1).num_tokens
+        for rank in range(4)
     ]
     assert max(shares) < 1.1 * np.mean(shares)
 
@@ -98,12 +112,24 @@ def test_a_window_counts_what_it_holds():
         assert window.num_sequences == sum(batch.num_sequences for batch in batches) == len(window.sources)
         assert window.loss_weight == pytest.approx(sum(batch.loss_weight for batch in batches), rel=1e-6)
         assert len(window.micro_batches[:1]) == 1
-    assert sum(plan.window(step).num_tokens for step in range(1, plan.steps_per_epoch + 1)) == make_examples().lengths.sum()
+    assert (
+        sum(plan.window(step).num_tokens for step in range(1, plan.steps_per_epoch + 1))
+        == make_examples().lengths.sum()
+    )
 
 
 @pytest.mark.parametrize(
     ("epochs", "max_steps", "total"),
-    [(1, None, 6), (3, None, 18), (0.5, None, 3), (0.1, None, 1), (1.5, None, 9), (2.01, None, 13), (3, 4, 4), (1, 100, 100)],
+    [
+        (1, None, 6),
+        (3, None, 18),
+        (0.5, None, 3),
+        (0.1, None, 1),
+        (1.5, None, 9),
+        (2.01, None, 13),
+        (3, 4, 4),
+        (1, 100, 100),
+    ],
 )
 def test_the_number_of_steps_is_exact(epochs, max_steps, total):
     plan = make_plan(epochs=epochs, max_steps=max_steps)
@@ -140,8 +166,8 @@ def test_groups_cut_micro_batches_and_leave_windows(layout, limit):
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40), limit=st.integers(1, 80))
 @example(sizes=[30, 1, 1, 1, 30, 1], limit=10)
 def test_groups_of_a_flat_row_are_few_and_even(sizes, limit):
-    """Each example once and in order; only a single larger example is over the limit; at most one group more than filling one after the
-    other takes; so even that without its smallest member no group holds more than another."""
+    """Each example once and in order; only a single larger example is over the limit; at most one group more than
+    filling one after the other takes; so even that without its smallest member no group holds more than another."""
     groups = even_groups(sizes, limit)
     assert sorted(place for group in groups for place in group) == list(range(len(sizes)))
     assert groups == sorted(sorted(group) for group in groups)
@@ -164,7 +190,7 @@ def in_order_count(sizes, limit):
 
 
 def test_a_window_is_cut_into_no_more_groups_than_needed():
-    """In order these lengths take five groups of at most 1,536; evenly four do, and the largest of them gets smaller."""
+    """In order these lengths take five groups of at most 1,536; evenly four do, and the largest of them gets smaller."""  # noqa: E501
     sizes = [466, 281, 872, 833, 334, 566, 652, 779]
     groups = even_groups(sizes, 1536)
     assert in_order_count(sizes, 1536) == 5
@@ -195,7 +221,12 @@ def test_the_flat_layout():
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
     assert batch.segments.tolist() == [0, 3, 4, 6]
     assert batch.attention_mask is None
-    assert (batch.num_tokens, batch.num_sequences, batch.loss_weight, batch.sources) == (6, 3, 2.5, ("a:1", "a:2", "a:3"))
+    assert (batch.num_tokens, batch.num_sequences, batch.loss_weight, batch.sources) == (
+        6,
+        3,
+        2.5,
+        ("a:1", "a:2", "a:3"),
+    )
     kinds = (batch.input_ids.dtype, batch.weights.dtype, batch.position_ids.dtype, batch.segments.dtype)
     assert kinds == (torch.int64, torch.float32, torch.int64, torch.int32)
 
@@ -234,7 +265,9 @@ def test_evaluation_sees_every_example_once_longest_first(layout):
     fours = [[lengths[row] for row in rows[begin : begin + 4]] for begin in range(0, len(rows), 4)]
     assert all(min(four) >= max(after) for four, after in pairwise(fours))
     assert layout == "flat" or all(four == sorted(four, reverse=True) for four in fours)
-    ranks = [eval_batches(examples, batch_size=4, layout=layout, pad_id=0, world_size=3, rank=rank) for rank in range(3)]
+    ranks = [
+        eval_batches(examples, batch_size=4, layout=layout, pad_id=0, world_size=3, rank=rank) for rank in range(3)
+    ]
     assert sorted(row for batches in ranks for batch in batches for row in batch.sources) == sorted(rows)
 
 
@@ -247,7 +280,13 @@ def test_the_digest_is_that_of_what_decides_the_rows():
         make_plan(max_group_tokens=9),
     ]
     assert len({plan.digest for plan in same}) == 1
-    others = [make_plan(), make_plan(shuffle_seed=6), make_plan(batch_size=4), make_plan(packing="greedy"), make_plan(make_examples(22))]
+    others = [
+        make_plan(),
+        make_plan(shuffle_seed=6),
+        make_plan(batch_size=4),
+        make_plan(packing="greedy"),
+        make_plan(make_examples(22)),
+    ]
     assert len({plan.digest for plan in others}) == len(others)
 
 

@@ -1,4 +1,6 @@
-"""Tokenized rows are kept under a name that covers exactly what decides about them, and are checked before they are used (P1, P5)."""
+"""Tokenized rows are kept under a name that covers exactly what decides about them, and are checked before they are
+used (P1, P5).
+"""
 
 import os
 import subprocess
@@ -26,7 +28,9 @@ ROWS = [chat(f"q{index}", "answer " * index + "x") for index in range(12)]
 
 
 def was_cached(prepared):
-    return any(decision.key == "data.cache_dir" and "tokenized before" in decision.reason for decision in prepared.decisions)
+    return any(
+        decision.key == "data.cache_dir" and "tokenized before" in decision.reason for decision in prepared.decisions
+    )
 
 
 def folders(tmp_path):
@@ -48,7 +52,14 @@ def test_a_second_start_reads_the_same_examples_and_ledger_from_the_cache(write,
 
 @pytest.mark.parametrize(
     "change",
-    [{"test_size": 3}, {"shuffle_seed": 7}, {"on_duplicate": "drop"}, {"on_overlap": "error"}, {"num_workers": 2}, {"packing": "greedy"}],
+    [
+        {"test_size": 3},
+        {"shuffle_seed": 7},
+        {"on_duplicate": "drop"},
+        {"on_overlap": "error"},
+        {"num_workers": 2},
+        {"packing": "greedy"},
+    ],
     ids=str,
 )
 def test_what_does_not_decide_about_a_row_alone_still_hits(write, config, renderer, change):
@@ -131,7 +142,9 @@ def test_a_flipped_bit_in_the_cache_is_found_and_the_rows_are_made_again(write, 
     assert durable.verify_manifest(folder) == []
 
 
-def test_a_cache_folder_that_cannot_be_written_means_memory_unless_it_was_asked_for(write, config, renderer, tmp_path, monkeypatch):
+def test_a_cache_folder_that_cannot_be_written_means_memory_unless_it_was_asked_for(
+    write, config, renderer, tmp_path, monkeypatch
+):
     blocked = tmp_path / "file"
     blocked.write_text("")
     path = write("a.jsonl", ROWS)
@@ -160,10 +173,12 @@ workers.BATCHES_IN_PROCESS = 1
 folder, rows, cache = sys.argv[1:]
 config = DataConfig(train=(SourceConfig(rows),), max_length=512, num_workers=2, cache_dir=cache)
 prepare_data(config, Renderer(PreTrainedTokenizerFast.from_pretrained(folder)), progress=lambda done, total, rate: print(done, flush=True))
-"""
+"""  # noqa: E501
 
 
-def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(write, config, renderer, tiny_tokenizer, tmp_path):
+def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(
+    write, config, renderer, tiny_tokenizer, tmp_path
+):
     """P1: a killed process leaves nothing that counts; its workers end with it."""
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     path = write("a.jsonl", [chat(f"question {index}", "word " * (index % 60) + "end") for index in range(8000)])
@@ -215,7 +230,9 @@ def test_the_cache_keeps_the_sets_used_last_and_says_what_it_deletes(write, conf
     assert {made[101], made[102]} & set(folders(tmp_path)) == {made[102]}
     assert held.train.store.folder in folders(tmp_path)
     assert [line.split(" (")[0] for line in said] == ["1 older set of rows deleted"]
-    assert np.array_equal(held.train[3].input_ids, prepare_data(config(path, max_length=100), renderer).train[3].input_ids)
+    assert np.array_equal(
+        held.train[3].input_ids, prepare_data(config(path, max_length=100), renderer).train[3].input_ids
+    )
 
 
 def test_the_cache_is_bounded_in_bytes_and_keeps_what_was_just_made(write, config, renderer, tmp_path, monkeypatch):
@@ -230,9 +247,12 @@ def test_a_set_that_another_process_reads_is_not_deleted(write, config, renderer
     path = write("a.jsonl", ROWS)
     prepare_data(config(path, max_length=100), renderer)
     (folder,) = folders(tmp_path)
-    code = "import sys; from llmtune import durable; hold = durable.ReadHold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+    code = "import sys; from llmtune import durable; hold = durable.ReadHold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"  # noqa: E501
     reader = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder / durable.MANIFEST)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(folder / durable.MANIFEST)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert reader.stdout.readline() == "held\n"
     monkeypatch.setattr(cache, "BYTES_KEPT", 1)

@@ -15,8 +15,16 @@ def row(**fields):
 
 
 MEANS = [
-    ("messages", row(messages=[{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]), (USER, ANSWER)),
-    ("messages", row(conversations=[{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]), (USER, ANSWER)),
+    (
+        "messages",
+        row(messages=[{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]),
+        (USER, ANSWER),
+    ),
+    (
+        "messages",
+        row(conversations=[{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]),
+        (USER, ANSWER),
+    ),
     (
         "messages",
         row(
@@ -62,7 +70,13 @@ MEANS = [
     (
         "alpaca",
         row(instruction="Add.", input="2, 3", output="5", system="s", history=[["a", "b"]]),
-        (Message("system", "s"), Message("user", "a"), Message("assistant", "b"), Message("user", "Add.\n\n2, 3"), ANSWER),
+        (
+            Message("system", "s"),
+            Message("user", "a"),
+            Message("assistant", "b"),
+            Message("user", "Add.\n\n2, 3"),
+            ANSWER,
+        ),
     ),
     ("prompt-completion", row(prompt="2+3?", completion="5"), (USER, ANSWER)),
     ("prompt-completion", row(prompt="2+3?", response="5"), (USER, ANSWER)),
@@ -104,7 +118,9 @@ def test_the_format_most_rows_have_is_taken_and_the_reason_says_how_sure_it_is()
     alpaca, text = row(instruction="a", output="b"), row(text="a")
     name, decision = detect_format([alpaca, text, alpaca, alpaca])
     assert name == "alpaca"
-    assert str(decision) == "data.format = alpaca: 3 of the first 4 rows have `instruction` and `output`; 1 look like text"
+    assert (
+        str(decision) == "data.format = alpaca: 3 of the first 4 rows have `instruction` and `output`; 1 look like text"
+    )
 
 
 def test_rows_of_no_format_are_refused_with_their_fields():
@@ -122,20 +138,55 @@ def test_a_row_of_another_format_is_named_as_such():
     [
         ("messages", {"messages": {"role": "user"}}, "messages", "must be a list"),
         ("messages", {"messages": [{"role": "usr", "content": "a"}]}, "messages[0].role", 'unknown role "usr"'),
-        ("messages", {"messages": [{"role": "user", "content": {"a": 1}}]}, "messages[0].content", "an object with `a`"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": {"a": 1}}]},
+            "messages[0].content",
+            "an object with `a`",
+        ),
         (
             "messages",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "http://x"}]}]},
             "messages[0].content[0]",
             "not text",
         ),
-        ("messages", {"messages": [{"role": "user", "content": "a", "weight": -1}]}, "messages[0].weight", "-1 is not a weight"),
-        ("messages", {"messages": [{"role": "user", "content": "a", "weight": -(10**400)}]}, "messages[0].weight", "is not a weight"),
-        ("messages", {"messages": [{"role": "user", "content": "a", "weight": float("nan")}]}, "messages[0].weight", "nan is not a weight"),
-        ("messages", {"messages": [{"role": "user", "content": "a", "weight": True}]}, "messages[0].weight", "the truth value true"),
-        ("messages", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls[0]", "names no function"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "a", "weight": -1}]},
+            "messages[0].weight",
+            "-1 is not a weight",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "a", "weight": -(10**400)}]},
+            "messages[0].weight",
+            "is not a weight",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "a", "weight": float("nan")}]},
+            "messages[0].weight",
+            "nan is not a weight",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "a", "weight": True}]},
+            "messages[0].weight",
+            "the truth value true",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "assistant", "tool_calls": [{}]}]},
+            "messages[0].tool_calls[0]",
+            "names no function",
+        ),
         ("messages", {"messages": [{"role": "user", "content": "a"}], "tools": "nope"}, "tools", "is not JSON"),
-        ("sharegpt", {"conversations": [{"from": "humam", "value": "a"}]}, "conversations[0].from", 'unknown speaker "humam"'),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "humam", "value": "a"}]},
+            "conversations[0].from",
+            'unknown speaker "humam"',
+        ),
         ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, "conversations[0].value", "is null"),
         ("alpaca", {"instruction": "a", "output": 5}, "output", "the number 5"),
         ("alpaca", {"instruction": "a", "output": "b", "history": ["a"]}, "history[0]", "must be a pair"),

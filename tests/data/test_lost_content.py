@@ -1,4 +1,6 @@
-"""Q4 and Q5: what a chat template leaves out of a row is named; a row that would be trained without its own words is not trained on."""
+"""Q4 and Q5: what a chat template leaves out of a row is named; a row that would be trained without its own words is
+not trained on.
+"""
 
 import pytest
 
@@ -11,11 +13,18 @@ HEAD = "<|im_start|>{{ m.role }}\n"
 TURN = HEAD + "{{ m.content }}<|im_end|>\n"
 TAIL = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 ROW = {
-    "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    "messages": [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So."},
+    ]
 }
 LOSING = {
     "only the last message": ("{% for m in messages[-1:] %}" + TURN + "{% endfor %}", "message 1 (system)"),
-    "no role it does not know": ("{% for m in messages if m.role != 'system' %}" + TURN + "{% endfor %}", "message 1 (system)"),
+    "no role it does not know": (
+        "{% for m in messages if m.role != 'system' %}" + TURN + "{% endfor %}",
+        "message 1 (system)",
+    ),
     "no question": ("{% for m in messages if m.role != 'user' %}" + TURN + "{% endfor %}", "message 2 (user)"),
 }
 
@@ -37,7 +46,10 @@ def test_a_template_that_leaves_out_a_message_makes_the_row_bad(way, write, conf
 
 
 def notes(tokenizer, template, *messages, tools=()):
-    return [note.code for note in Renderer(tokenizer, chat_template=template).render(Conversation("r:1", messages, tools=tools)).notes]
+    return [
+        note.code
+        for note in Renderer(tokenizer, chat_template=template).render(Conversation("r:1", messages, tools=tools)).notes
+    ]
 
 
 CHAT = "{% for m in messages %}" + TURN + "{% endfor %}" + TAIL
@@ -58,7 +70,9 @@ def test_tool_descriptions_that_a_template_does_not_show_are_noted(tiny_tokenize
     assert notes(tiny_tokenizer, "{{ tools | tojson if tools }}" + CHAT, *talk, tools=(CALL,)) == []
 
 
-@pytest.mark.parametrize("change", ["m.content[:3]", "m.content | upper", "m.content.split('\n')[0]", "m.content | replace('a', 'b')"])
+@pytest.mark.parametrize(
+    "change", ["m.content[:3]", "m.content | upper", "m.content.split('\n')[0]", "m.content | replace('a', 'b')"]
+)
 def test_content_that_a_template_cuts_or_changes_is_noted(change, tiny_tokenizer):
     template = "{% for m in messages %}" + HEAD + "{{ " + change + " }}<|im_end|>\n{% endfor %}" + TAIL
     assert "content-changed" in notes(
@@ -69,12 +83,16 @@ def test_content_that_a_template_cuts_or_changes_is_noted(change, tiny_tokenizer
 @pytest.mark.parametrize("change", ["m.content", "m.content | trim", "m.content | tojson", "m.content.strip() + '!'"])
 def test_content_that_is_all_there_is_not_noted(change, tiny_tokenizer):
     template = "{% for m in messages %}" + HEAD + "{{ " + change + " }}<|im_end|>\n{% endfor %}" + TAIL
-    found = notes(tiny_tokenizer, template, Message("user", ' a "long"\nquestion\n'), Message("assistant", "an answer\nof two"))
+    found = notes(
+        tiny_tokenizer, template, Message("user", ' a "long"\nquestion\n'), Message("assistant", "an answer\nof two")
+    )
     assert "content-changed" not in found
 
 
 def test_a_thought_that_a_template_takes_out_of_an_answer_is_named_as_such(tiny_tokenizer):
-    template = "{% for m in messages %}" + HEAD + "{{ m.content.split('</think>')[-1] | trim }}<|im_end|>\n{% endfor %}" + TAIL
-    assert notes(tiny_tokenizer, template, Message("user", "a"), Message("assistant", "<think>well</think>\n\nyes")) == [
-        "reasoning-dropped"
-    ]
+    template = (
+        "{% for m in messages %}" + HEAD + "{{ m.content.split('</think>')[-1] | trim }}<|im_end|>\n{% endfor %}" + TAIL
+    )
+    assert notes(
+        tiny_tokenizer, template, Message("user", "a"), Message("assistant", "<think>well</think>\n\nyes")
+    ) == ["reasoning-dropped"]

@@ -78,7 +78,12 @@ def test_pieces_fit_and_split_trains_every_token_exactly_once(weights, length, p
         return
     ids = list(range(100, 100 + len(weights)))
     result = cut(ids, weights, length, policy)
-    trained = [(token, weight) for piece, w in result.pieces for token, weight in zip(piece.tolist(), w.tolist(), strict=True) if weight]
+    trained = [
+        (token, weight)
+        for piece, w in result.pieces
+        for token, weight in zip(piece.tolist(), w.tolist(), strict=True)
+        if weight
+    ]
     for piece, piece_weights in result.pieces:
         assert 2 <= len(piece) <= length
         assert piece_weights[0] == 0

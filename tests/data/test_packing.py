@@ -41,7 +41,7 @@ def test_best_fit_takes_the_tightest_pack_and_first_fit_the_oldest():
 
 
 def naive(lengths, limit, tightest):
-    """First-fit or best-fit decreasing, one example at a time; the number of packs and their sorted contents by length."""
+    """First-fit or best-fit decreasing, one example at a time; the number of packs and their sorted contents by length."""  # noqa: E501
     packs = []
     for length in sorted(lengths, reverse=True):
         fitting = [pack for pack in packs if sum(pack) + length <= limit]
@@ -54,7 +54,11 @@ def naive(lengths, limit, tightest):
     return sorted(sorted(pack) for pack in packs)
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=40), st.integers(20, 30), st.sampled_from(["first_fit", "best_fit"]))
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=40),
+    st.integers(20, 30),
+    st.sampled_from(["first_fit", "best_fit"]),
+)
 @settings(max_examples=300, deadline=None)
 def test_the_fast_rules_are_the_textbook_ones(lengths, limit, strategy):
     """The sweeps over equal lengths fill packs exactly as one example at a time does."""
@@ -63,7 +67,11 @@ def test_the_fast_rules_are_the_textbook_ones(lengths, limit, strategy):
     assert ours == naive(lengths, limit, strategy == "best_fit")
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=80), st.sampled_from(list(STRATEGIES)), st.none() | st.integers(0, 9))
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=80),
+    st.sampled_from(list(STRATEGIES)),
+    st.none() | st.integers(0, 9),
+)
 @settings(max_examples=300, deadline=None)
 def test_every_example_is_in_exactly_one_pack_and_none_is_overfull(lengths, strategy, seed):
     packs = plan(lengths, 50, strategy, seed)

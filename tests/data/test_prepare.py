@@ -1,4 +1,6 @@
-"""Every row has exactly one fate, by number and with its reason, whatever is in the files and however many processes read them (Q4, P3)."""
+"""Every row has exactly one fate, by number and with its reason, whatever is in the files and however many processes
+read them (Q4, P3).
+"""
 
 import json
 from dataclasses import replace
@@ -29,7 +31,9 @@ def balance(prepared, part="train"):
 
 
 def fates(prepared):
-    return {entry["source"].rpartition("/")[2]: (entry["fate"], entry.get("reason")) for entry in prepared.ledger.entries}
+    return {
+        entry["source"].rpartition("/")[2]: (entry["fate"], entry.get("reason")) for entry in prepared.ledger.entries
+    }
 
 
 def test_examples_are_what_the_renderer_makes_of_each_row_in_order(write, config, renderer):
@@ -61,7 +65,13 @@ def test_each_row_has_one_fate_and_its_reason(write, config, renderer):
         chat("long", "x" * 400),
         {"messages": [{"role": "user", "content": "a"}]},
         chat("c", " "),
-        {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "user", "content": "b"},
+                {"role": "assistant", "content": "c"},
+            ]
+        },
         chat("<|im_end|>\n<|im_start|>system"),
     ]
     given = config(write("a.jsonl", rows), on_bad_row="skip", overlong="truncate_right", on_duplicate="drop")
@@ -80,8 +90,12 @@ def test_each_row_has_one_fate_and_its_reason(write, config, renderer):
     }
     summary = prepared.ledger.summary()["train"]
     assert summary["notes"] == {"turns-in-a-row": 1, "control-string": 1}
-    assert summary["tokens_cut"] == next(one["tokens_lost"] for one in prepared.ledger.entries if one["fate"] == "cut") > 0
-    lost = {int(one["source"].rpartition(":")[2]): (one["tokens"], one["tokens_lost"]) for one in prepared.ledger.entries}
+    assert (
+        summary["tokens_cut"] == next(one["tokens_lost"] for one in prepared.ledger.entries if one["fate"] == "cut") > 0
+    )
+    lost = {
+        int(one["source"].rpartition(":")[2]): (one["tokens"], one["tokens_lost"]) for one in prepared.ledger.entries
+    }
     assert lost[3][0] == lost[3][1] > 0, "a dropped row loses all its tokens"
     assert lost[4][0] == lost[4][1] > 0, "and so does a duplicate"
     assert lost[5] == (lost[5][0], lost[5][0] - 256)
@@ -159,7 +173,8 @@ def test_the_weight_of_a_source_scales_its_trained_tokens(write, config, rendere
     assert set(prepared.train[1].weights.tolist()) == {0.0, 0.25}
 
 
-# --- duplicates, overlap, held out ------------------------------------------------------------------------------------------------
+# --- duplicates, overlap, held out
+# ------------------------------------------------------------------------------------------------
 
 
 def test_a_kept_duplicate_is_used_and_noted(write, config, renderer):
@@ -203,7 +218,8 @@ def test_held_out_rows_leave_the_training_rows_and_take_their_duplicates_along(w
 def test_test_size_is_rows_or_a_fraction_and_the_seed_chooses(write, config, renderer, test_size, count):
     path = write("a.jsonl", [chat(f"q{index}") for index in range(20)])
     first, again, other = (
-        [one.source for one in prepare_data(config(path, test_size=test_size, shuffle_seed=seed), renderer).eval] for seed in (1, 1, 2)
+        [one.source for one in prepare_data(config(path, test_size=test_size, shuffle_seed=seed), renderer).eval]
+        for seed in (1, 1, 2)
     )
     assert len(first) == count
     assert first == again
@@ -284,14 +300,27 @@ def test_rows_of_another_format_leave_no_texts_and_say_why(write, config):
     assert [one.where for one in caught.value.problems] == [f"{path}:{line}" for line in (1, 2, 3)]
 
 
-# --- whatever the rows, whatever the workers --------------------------------------------------------------------------------------
+# --- whatever the rows, whatever the workers
+# --------------------------------------------------------------------------------------
 
 ANY_ROW = st.one_of(
     st.builds(chat, st.text(max_size=6), st.text(max_size=30)),
-    st.sampled_from([chat("a"), chat("b", "x" * 99), chat("c", weight=0), chat("d", weight=-1), {"messages": []}, {"text": "a"}, 3, None]),
+    st.sampled_from(
+        [
+            chat("a"),
+            chat("b", "x" * 99),
+            chat("c", weight=0),
+            chat("d", weight=-1),
+            {"messages": []},
+            {"text": "a"},
+            3,
+            None,
+        ]
+    ),
     st.binary(max_size=12).map(lambda data: data.replace(b"\n", b"").strip() or b"x"),
     st.recursive(
-        st.none() | st.booleans() | st.floats() | st.text(max_size=4), lambda inner: st.dictionaries(st.text(max_size=3), inner, max_size=2)
+        st.none() | st.booleans() | st.floats() | st.text(max_size=4),
+        lambda inner: st.dictionaries(st.text(max_size=3), inner, max_size=2),
     ),
 )
 
@@ -308,7 +337,9 @@ def test_the_balance_adds_up_for_any_rows_and_only_data_errors_come_out(
     write, config, renderer, rows, overlong, on_bad_row, on_duplicate, test_size
 ):
     path = write("a.jsonl", [chat("first"), *rows])
-    given = config(path, overlong=overlong, on_bad_row=on_bad_row, on_duplicate=on_duplicate, test_size=test_size, max_length=48)
+    given = config(
+        path, overlong=overlong, on_bad_row=on_bad_row, on_duplicate=on_duplicate, test_size=test_size, max_length=48
+    )
     prepared = survey_data(given, renderer)
     found = balance(prepared)
     assert sum(found.values()) == len(rows) + 1

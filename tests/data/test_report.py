@@ -40,7 +40,10 @@ FAULTY = [
     (b'{"messages": [' + OK + b'], "x": -Infinity}', "-Infinity is not a JSON number"),
     (b'{"messages": [], "messages": []}', "messages: the key stands twice in one object"),
     (b'{"messages": [{"role": "user", "role": "user"}]}', "role: the key stands twice in one object"),
-    (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "messages[0].content: half a surrogate pair (\\ud83d) is not a character"),
+    (
+        b'{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+        "messages[0].content: half a surrogate pair (\\ud83d) is not a character",
+    ),
     (b'{"messages": [{"role": "user", "content": "a\\udc00b"}]}', "half a surrogate pair (\\udc00)"),
     (b'{"a\\ud800": 1}', "half a surrogate pair (\\ud800)"),
     (b"[" * 100_000, "brackets are nested too deep"),
@@ -70,11 +73,17 @@ FAULTY = [
     (one(**A, content={"text": "a"}), "messages[1].content: must be text, this is an object with `text`"),
     (one(**A, content=[3]), "messages[1].content[0]: must be a part with text, this is the number 3"),
     (one(**A, content=[{"type": "text", "text": 3}]), "messages[1].content[0].text: must be text"),
-    (one(**A, content=[{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]), 'a part of type "image_url" is not text'),
+    (
+        one(**A, content=[{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]),
+        'a part of type "image_url" is not text',
+    ),
     (one(**A, content=""), "messages[1].content: the answer is empty"),
     (one(**A, content=" \n"), "messages[1].content: the answer is empty"),
     (row([{"role": "user", "content": "a"}]), "messages: no message is from the assistant"),
-    (row([{"role": "system", "content": "a"}, {"role": "user", "content": "a"}]), "messages: no message is from the assistant"),
+    (
+        row([{"role": "system", "content": "a"}, {"role": "user", "content": "a"}]),
+        "messages: no message is from the assistant",
+    ),
     (one(**A, content="a", weight=-1), "messages[1].weight: -1 is not a weight"),
     (one(**A, content="a", weight="1"), 'messages[1].weight: must be a number, this is the text "1"'),
     (one(**A, content="a", weight=1e300), "messages[1].weight: 1e+300 is not a weight"),
@@ -84,19 +93,29 @@ FAULTY = [
         one(**CALLS, tool_calls=[{"function": {"name": "f", "arguments": 3}}]),
         "messages[1].tool_calls[0].function.arguments: must be an object",
     ),
-    (row([{"role": "user", "content": "a"}, {**A, "content": "b"}], tools="nope"), 'tools: is not JSON: the text "nope"'),
-    (row([{"role": "user", "content": "a"}, {**A, "content": "b"}], tools=[3]), "tools: must be a list of tool descriptions"),
+    (
+        row([{"role": "user", "content": "a"}, {**A, "content": "b"}], tools="nope"),
+        'tools: is not JSON: the text "nope"',
+    ),
+    (
+        row([{"role": "user", "content": "a"}, {**A, "content": "b"}], tools=[3]),
+        "tools: must be a list of tool descriptions",
+    ),
     (json.dumps({"instruction": "a", "output": "b"}).encode(), "the row looks like alpaca, the others are messages"),
 ]
 
 
 def test_sixty_faulty_rows_give_sixty_named_reasons_with_their_lines(write, config, renderer):
-    """Each stands between good rows, all are found in one pass, the balance adds up, and training is refused with exit code 3."""
+    """Each stands between good rows, all are found in one pass, the balance adds up, and training is refused with exit
+    code 3.
+    """
     assert len(FAULTY) == 60
     good = row([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     path = write("a.jsonl", [line for faulty, _ in FAULTY for line in (good, faulty)])
     prepared = survey_data(config(path), renderer)
-    entries = {int(entry["source"].rpartition(":")[2]): entry for entry in prepared.ledger.entries if entry["fate"] == "bad"}
+    entries = {
+        int(entry["source"].rpartition(":")[2]): entry for entry in prepared.ledger.entries if entry["fate"] == "bad"
+    }
     for index, (_, reason) in enumerate(FAULTY):
         entry = entries.pop(2 * index + 2)
         said = f"{entry['field']}: {entry['reason']}" if "field" in entry else entry["reason"]
@@ -118,7 +137,11 @@ def test_the_report_counts_what_is_there(write, config, renderer):
     prepared = survey_data(given, renderer)
     report = data_report(prepared, given, batch_size=2)
     lengths = prepared.train.lengths.tolist()
-    assert (report["lengths"]["shortest"], report["lengths"]["longest"], report["lengths"]["examples"]) == (min(lengths), 64, 4)
+    assert (report["lengths"]["shortest"], report["lengths"]["longest"], report["lengths"]["examples"]) == (
+        min(lengths),
+        64,
+        4,
+    )
     assert sum(bin_["examples"] for bin_ in report["lengths"]["histogram"]) == 4
     assert report["sources"][0] | {"tokens": 0} == {
         "part": "train",

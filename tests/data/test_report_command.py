@@ -1,4 +1,6 @@
-"""`llmtune data report` end to end: numbers on stdout, talk on stderr, exit code 3 where training would refuse (Q4, Q8)."""
+"""`llmtune data report` end to end: numbers on stdout, talk on stderr, exit code 3 where training would refuse (Q4,
+Q8).
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Rows come out of every kind of file with their place; what is no row comes out with its reason; memory stays bounded (Q4)."""
+"""Rows come out of every kind of file with their place; what is no row comes out with its reason; memory stays bounded
+(Q4).
+"""
 
 import csv
 import gzip
@@ -95,7 +97,10 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path, kind):
 @pytest.mark.parametrize(
     ("document", "rows"),
     [
-        ('{"version": 1, "tags": ["a"], "data": [{"text": "a"}, {"text": "b"}], "n": 2}', [{"text": "a"}, {"text": "b"}]),
+        (
+            '{"version": 1, "tags": ["a"], "data": [{"text": "a"}, {"text": "b"}], "n": 2}',
+            [{"text": "a"}, {"text": "b"}],
+        ),
         ('{"messages": [{"role": "user", "content": "a"}]}', [{"messages": [{"role": "user", "content": "a"}]}]),
         ('{"text":\n "a"}', [{"text": "a"}]),
         ('{"data": []}', []),
@@ -230,7 +235,8 @@ def test_mangled_bytes_never_raise_anything_but_are_rows_or_reasons(tmp_path_fac
         json.dumps(dict(one.fields) if isinstance(one, Row) else list(one), ensure_ascii=False).encode()
 
 
-# --- places -----------------------------------------------------------------------------------------------------------------------
+# --- places
+# -----------------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 @pytest.fixture
@@ -272,14 +278,22 @@ def test_globs_lists_weights_and_limits(tmp_path):
 
 
 def test_examples_that_come_with_the_program_are_found_by_name():
-    rows = list(read_rows((SourceConfig("example:records", max_samples=2), SourceConfig("example:alpaca", max_samples=1))))
-    assert [row.source for row in rows] == ["example:records/train.jsonl:1", "example:records/train.jsonl:2", "example:alpaca.json[0]"]
+    rows = list(
+        read_rows((SourceConfig("example:records", max_samples=2), SourceConfig("example:alpaca", max_samples=1)))
+    )
+    assert [row.source for row in rows] == [
+        "example:records/train.jsonl:1",
+        "example:records/train.jsonl:2",
+        "example:alpaca.json[0]",
+    ]
 
 
 def test_a_saved_data_set_is_read_without_a_network(tmp_path):
     import datasets
 
-    saved = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])})
+    saved = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
+    )
     saved.save_to_disk(str(tmp_path / "saved"))
     rows = read(tmp_path / "saved")
     assert [row.source for row in rows] == [f"{tmp_path}/saved/train[{index}]" for index in range(3)]

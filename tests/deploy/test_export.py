@@ -1,4 +1,6 @@
-"""N8 for exports: what other programs take is the model it was made from, in a folder or in one GGUF file, or it does not exist."""
+"""N8 for exports: what other programs take is the model it was made from, in a folder or in one GGUF file, or it does
+not exist.
+"""
 
 import json
 import os
@@ -51,7 +53,7 @@ def test_what_a_killed_export_left_is_swept_and_said(trained, tmp_path, output):
     dead.mkdir()
     (dead / "model.safetensors").write_bytes(b"half")
     said = []
-    export(str(trained.base()), tmp_path / output, say=said.append)
+    export(str(trained.base()), tmp_path / output, print_line=said.append)
     assert not dead.exists()
     assert f"removed what an interrupted save left: {dead}" in said
 
@@ -81,7 +83,9 @@ def test_a_whole_model_gives_the_same_logits_in_plain_transformers(trained, tmp_
 
 @pytest.mark.parametrize("to_file", [False, True], ids=["folder", "gguf"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_every_weight_is_the_nearest_of_its_type_and_the_logits_stay_within_a_thousandth_of_a_nat(trained, tmp_path, to_file, dtype):
+def test_every_weight_is_the_nearest_of_its_type_and_the_logits_stay_within_a_thousandth_of_a_nat(
+    trained, tmp_path, to_file, dtype
+):
     base = trained.base()
     output = tmp_path / ("out.gguf" if to_file else "out")
     report = export(str(base), output, dtype=dtype)
@@ -100,13 +104,23 @@ def test_every_weight_is_the_nearest_of_its_type_and_the_logits_stay_within_a_th
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
 def test_queries_and_keys_stand_as_llama_cpp_rotates_them(trained, tmp_path, heads):
-    """Read without any library: row r of head h in the file is row r/2 of the first half, or of the second where r is odd."""
+    """Read without any library: row r of head h in the file is row r/2 of the first half, or of the second where r is
+    odd.
+    """
     from gguf import GGUFReader
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": ROWS, "max_position_embeddings": 64}
-    config = LlamaConfig(**shape, num_attention_heads=heads[0], num_key_value_heads=heads[1], bos_token_id=None, eos_token_id=0)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "vocab_size": ROWS,
+        "max_position_embeddings": 64,
+    }
+    config = LlamaConfig(
+        **shape, num_attention_heads=heads[0], num_key_value_heads=heads[1], bos_token_id=None, eos_token_id=0
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     trained.tokenizer.save_pretrained(tmp_path / "base")
     export(str(tmp_path / "base"), tmp_path / "out.gguf")
@@ -116,7 +130,9 @@ def test_queries_and_keys_stand_as_llama_cpp_rotates_them(trained, tmp_path, hea
         ours = source[f"model.layers.0.self_attn.{name}_proj.weight"]
         for head in range(count):
             for row in range(8):
-                assert torch.equal(stored[f"blk.0.attn_{name}.weight"][8 * head + row], ours[8 * head + row // 2 + 4 * (row % 2)])
+                assert torch.equal(
+                    stored[f"blk.0.attn_{name}.weight"][8 * head + row], ours[8 * head + row // 2 + 4 * (row % 2)]
+                )
     assert torch.equal(stored["blk.0.attn_v.weight"], source["model.layers.0.self_attn.v_proj.weight"])
 
 
@@ -124,8 +140,20 @@ def test_queries_and_keys_stand_as_llama_cpp_rotates_them(trained, tmp_path, hea
 def test_other_architectures_of_the_table_go_through_a_file_too(trained, tmp_path, kind):
     from transformers import AutoConfig
 
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": ROWS, "max_position_embeddings": 64}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 0, "sliding_window": None}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "vocab_size": ROWS,
+        "max_position_embeddings": 64,
+    }
+    shape |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "sliding_window": None,
+    }
     shape |= {"head_dim": 128} if kind == "qwen3" else {}
     with torch.random.fork_rng():
         torch.manual_seed(3)
@@ -158,7 +186,9 @@ def test_an_adapter_is_merged_on_the_way(trained, tmp_path, to_file):
     export(str(adapter), output, dtype="float32")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft asks transformers for a deprecated name
-        tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+        tuned = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
+        ).eval()
     with torch.no_grad():
         expected = tuned(input_ids=everything(ROWS)).logits
     written = read_back(output, tmp_path)[0] if to_file else logits(output, everything(ROWS))
@@ -211,7 +241,12 @@ def test_a_tokenizer_that_llama_cpp_cannot_split_like_is_refused(trained, tmp_pa
     trained.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    refused(TokenizerError, "splits text in a way that llama.cpp has no name for", trained.base(), tmp_path / "o" / "out.gguf")
+    refused(
+        TokenizerError,
+        "splits text in a way that llama.cpp has no name for",
+        trained.base(),
+        tmp_path / "o" / "out.gguf",
+    )
 
 
 def test_a_tokenizer_of_bytes_alone_is_refused_before_anything_is_written(tmp_path, make):
@@ -278,7 +313,7 @@ def test_the_folder_holds_all_that_is_needed_to_use_it(trained, tmp_path):
 
     export(str(trained.base()), tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",  # noqa: E501
         "README.md", "export_report.json", "manifest.json",
     }  # fmt: skip
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 2

@@ -46,20 +46,29 @@ def test_entries_that_rounding_puts_back_are_counted():
     """In bfloat16 the next number after 1 is 1.0078125: a change by 0.001 is lost, one by 0.01 is not."""
     weight = torch.ones(1, 3)
     folded = fold_low_rank(
-        weight, torch.tensor([[0.001, 0.01, 0.0]]), torch.ones(1, 1), scaling=1.0, dtype=torch.bfloat16, is_transposed=False
+        weight,
+        torch.tensor([[0.001, 0.01, 0.0]]),
+        torch.ones(1, 1),
+        scaling=1.0,
+        dtype=torch.bfloat16,
+        is_transposed=False,
     )
     assert folded.weight.tolist() == [[1.0, 1.0078125, 1.0]]
     assert (folded.changed, folded.unchanged_by_rounding) == (2, 1)
 
 
 def test_a_bias_moves_by_scaling_times_its_own_update():
-    assert fold_bias(torch.tensor([1.0, 2.0]), torch.tensor([10.0, 0.0]), scaling=0.5, dtype=torch.float32).weight.tolist() == [6.0, 2.0]
+    assert fold_bias(
+        torch.tensor([1.0, 2.0]), torch.tensor([10.0, 0.0]), scaling=0.5, dtype=torch.float32
+    ).weight.tolist() == [6.0, 2.0]
 
 
 def test_rounding_to_half_precision_equals_numpys_single_rounding():
     """NumPy turns float64 into float16 in one step; torch goes by way of float32."""
     values = torch.cat([draw(4000).double() * scale for scale in (1e-8, 1e-5, 1.0, 1e3, 7e4)])
-    middles = (1 + 2.0**-11) * (1 + draw(1000).double() * 2.0**-40)  # around a tie of float16, below what float32 can see
+    middles = (1 + 2.0**-11) * (
+        1 + draw(1000).double() * 2.0**-40
+    )  # around a tie of float16, below what float32 can see
     values = torch.cat([values, middles, -middles, torch.zeros(2)])
     with np.errstate(over="ignore"):
         expected = values.numpy().astype(np.float16)
@@ -69,7 +78,9 @@ def test_rounding_to_half_precision_equals_numpys_single_rounding():
 
 def test_rounding_to_bfloat16_takes_the_nearest_and_the_even_one_of_two():
     step = 2.0**-7
-    values = torch.tensor([1 + step / 2, 1 + 1.5 * step, 1 + step / 2 + 2.0**-40, -(1 + step / 2 + 2.0**-40)], dtype=torch.float64)
+    values = torch.tensor(
+        [1 + step / 2, 1 + 1.5 * step, 1 + step / 2 + 2.0**-40, -(1 + step / 2 + 2.0**-40)], dtype=torch.float64
+    )
     assert round_once(values, torch.bfloat16).tolist() == [1.0, 1 + 2 * step, 1 + step, -(1 + step)]
 
 
@@ -86,7 +97,9 @@ def test_models_that_differ_are_told_apart_and_a_nan_is_infinitely_far():
 MUTANTS = {
     "scaling forgotten": lambda kind, *a, **k: kind(*a, **(k | {"scaling": 1.0})),
     "update subtracted": lambda kind, *a, **k: kind(*a, **(k | {"scaling": -k["scaling"]})),
-    "magnitude forgotten": lambda kind, *a, **k: kind(*a, **{key: value for key, value in k.items() if key != "magnitude_O"}),
+    "magnitude forgotten": lambda kind, *a, **k: kind(
+        *a, **{key: value for key, value in k.items() if key != "magnitude_O"}
+    ),
     "rounded to bfloat16": lambda kind, *a, **k: type(kind(*a, **k))(
         kind(*a, **(k | {"dtype": torch.bfloat16})).weight.to(k["dtype"]), 0, 0
     ),
@@ -137,7 +150,7 @@ def test_writing_a_merge_takes_the_memory_of_a_few_matrices_and_not_of_the_model
 
     base = make.path("base")
     config = LlamaConfig(
-        vocab_size=len(make.tokenizer), hidden_size=512, intermediate_size=1024, num_hidden_layers=14, num_attention_heads=8,
+        vocab_size=len(make.tokenizer), hidden_size=512, intermediate_size=1024, num_hidden_layers=14, num_attention_heads=8,  # noqa: E501
         max_position_embeddings=64, bos_token_id=None, eos_token_id=2, pad_token_id=0, tie_word_embeddings=True,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(base)
@@ -146,6 +159,9 @@ def test_writing_a_merge_takes_the_memory_of_a_few_matrices_and_not_of_the_model
     assert model_bytes > 140_000_000
     adapter = make.adapter(base, target_modules=("q_proj", "down_proj"))
     done = subprocess.run(
-        [sys.executable, "-c", PEAK_SCRIPT, str(adapter), str(make.path("merged"))], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PEAK_SCRIPT, str(adapter), str(make.path("merged"))],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert int(done.stdout) < 40_000_000

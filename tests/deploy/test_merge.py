@@ -36,14 +36,18 @@ def independent_logits(folder, ids, adapter=None):
             for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
                 layer.weight.data[old:] = layer.weight.data[:old].mean(0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft asks transformers for a deprecated name, and has opinions on tied weights
+            warnings.simplefilter(
+                "ignore"
+            )  # peft asks transformers for a deprecated name, and has opinions on tied weights
             model = PeftModel.from_pretrained(model, adapter)
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
 
 
 def everything(folder):
-    """Return every token of a merged model's vocabulary once, int64 [rows, 50]; the last row is filled up from the first tokens."""
+    """Return every token of a merged model's vocabulary once, int64 [rows, 50]; the last row is filled up from the
+    first tokens.
+    """
     rows = json.loads((folder / "config.json").read_text())["vocab_size"]
     return (torch.arange(-(-rows // 50) * 50) % rows).view(-1, 50)
 
@@ -66,7 +70,9 @@ def test_the_merged_model_has_the_logits_of_base_and_adapter(make, shape, tied):
     assert report.weights_changed > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"dora": True}, {"target_modules": ("c_attn", "wte")}], ids=["lora", "dora", "embedding"])
+@pytest.mark.parametrize(
+    "options", [{}, {"dora": True}, {"target_modules": ("c_attn", "wte")}], ids=["lora", "dora", "embedding"]
+)
 def test_a_model_whose_weights_are_stored_the_other_way_round_merges_too(make, options):
     """GPT-2's Conv1D keeps [in, out]."""
     base = make.base(kind="gpt2")
@@ -81,7 +87,11 @@ def test_files_that_name_weights_without_the_models_prefix_merge_too(make):
 
     base = make.base(kind="gpt2")
     tensors = load_file(base / "model.safetensors")
-    save_file({name.removeprefix("transformer."): one for name, one in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name.removeprefix("transformer."): one for name, one in tensors.items()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
     adapter = make.adapter(base)
     merged = make.path("merged")
     merge_lora(adapter, merged, dtype="float32")
@@ -109,7 +119,9 @@ def test_each_weight_keeps_its_stored_type_when_none_is_asked_for(make):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_adapter_of_a_4bit_base_merges_into_that_base_dequantized(make, kind, precision):
-    """The very 4-bit model, loaded as in training, is the judge: its own arithmetic differs from float32 by its compute type only."""
+    """The very 4-bit model, loaded as in training, is the judge: its own arithmetic differs from float32 by its compute
+    type only.
+    """
     from llmtune.adapters.attach import load_adapter
     from llmtune.config.schema import ModelConfig
     from llmtune.models.catalog import resolve
@@ -123,7 +135,13 @@ def test_an_adapter_of_a_4bit_base_merges_into_that_base_dequantized(make, kind,
     assert report.merged_into == "the 4bit base it was trained on, dequantized"
     config = ModelConfig(name=str(base), quantization="4bit")
     loaded = load_model(
-        resolve(str(base)), config, tokenizer=make.tokenizer, device=torch.device("cpu"), trained="adapter", precision=precision, seed=0
+        resolve(str(base)),
+        config,
+        tokenizer=make.tokenizer,
+        device=torch.device("cpu"),
+        trained="adapter",
+        precision=precision,
+        seed=0,
     )
     trained = load_adapter(loaded.model, adapter)
     with torch.no_grad():
@@ -131,7 +149,9 @@ def test_an_adapter_of_a_4bit_base_merges_into_that_base_dequantized(make, kind,
     ours = independent_logits(merged, everything(merged))
     tolerance = 1e-4 if precision == "fp32" else 0.1
     assert float((theirs - ours).abs().max()) <= tolerance
-    assert float((independent_logits(base, everything(merged), adapter) - ours).abs().max()) > 2 * float((theirs - ours).abs().max())
+    assert float((independent_logits(base, everything(merged), adapter) - ours).abs().max()) > 2 * float(
+        (theirs - ours).abs().max()
+    )
 
 
 def test_an_adapter_of_a_4bit_base_merges_into_the_unquantized_one_when_named_and_both_are_compared(make):
@@ -191,7 +211,7 @@ def test_the_output_holds_all_that_is_needed_to_use_it(make):
     merged = make.path("merged")
     report = merge_lora(make.adapter(make.base(), train_tokens=("<|new|>",)), merged)
     assert {path.name for path in merged.iterdir()} >= {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md", "merge_report.json", "manifest.json",
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md", "merge_report.json", "manifest.json",  # noqa: E501
     }  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(merged)
     assert tokenizer.chat_template

@@ -1,7 +1,8 @@
-"""P1, P7, Q8: every file operation of a merge, one by one: killed; refused once; refused for ever, for each way a disk fails.
+"""P1, P7, Q8: every file operation of a merge, one by one: killed; refused once; refused for ever, for each way a disk
+fails.
 
-Whatever happens, there is no output folder or a whole one, the source keeps every byte, the refusal is one message, the next merge
-clears what is left, and its result is byte for byte that of the merge nothing happened to.
+Whatever happens, there is no output folder or a whole one, the source keeps every byte, the refusal is one message, the
+next merge clears what is left, and its result is byte for byte that of the merge nothing happened to.
 """
 
 import json
@@ -10,7 +11,16 @@ import peft  # noqa: F401 - once here, not in every child
 import pytest
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from fault_helpers import EVERY_FAULT, assert_one_message, count_operations, in_memory, killed_at, litter_in, refused_at, undisturbed
+from fault_helpers import (
+    EVERY_FAULT,
+    assert_one_message,
+    count_operations,
+    in_memory,
+    killed_at,
+    litter_in,
+    refused_at,
+    undisturbed,
+)
 from llmtune import durable
 from llmtune.deploy.merge import merge_lora
 from power_loss import read_tree
@@ -53,7 +63,9 @@ class Scene:
         self._clear()
 
     def _clear(self):
-        """Take the folder above the output away too, so that every merge makes it and has the same number of operations."""
+        """Take the folder above the output away too, so that every merge makes it and has the same number of
+        operations.
+        """
         durable.remove_tree(self.output.parent)
 
     def kill_at_each(self, places):

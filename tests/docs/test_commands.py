@@ -1,7 +1,8 @@
 """The documents tell the truth: what they say to type works, and what they point to exists.
 
-Commands of code blocks are run, in a fresh working folder, with a tiny model and rows in the place of what the reader brings; so are those
-in the text that stand for themselves. Of commands that are only mentioned, every word and every option must exist.
+Commands of code blocks are run, in a fresh working folder, with a tiny model and rows in the place of what the reader
+brings; so are those in the text that stand for themselves. Of commands that are only mentioned, every word and every
+option must exist.
 """
 
 from __future__ import annotations
@@ -38,20 +39,37 @@ CHECKED_ELSEWHERE = {
 }
 """Command -> why it is not run here."""
 
-STANDS_FOR_ITSELF = ("list-models", "config", "runs", "resume", "data report --config", "data preview --config", "tokenizer train --config")
+STANDS_FOR_ITSELF = (
+    "list-models",
+    "config",
+    "runs",
+    "resume",
+    "data report --config",
+    "data preview --config",
+    "tokenizer train --config",
+)
 """Commands that are run for real also where they stand in the text; the others need more than the text names."""
 
 
 def blocks(text: str) -> list[str]:
     """Command lines of bash blocks and of indented lines, without comments."""
-    fenced = [line for language, body in FENCE.findall(text) if language in ("bash", "sh", "console") for line in body.splitlines()]
+    fenced = [
+        line
+        for language, body in FENCE.findall(text)
+        if language in ("bash", "sh", "console")
+        for line in body.splitlines()
+    ]
     lines = [*fenced, *INDENTED.findall(FENCE.sub("", text))]
     return [found for line in lines if (found := re.sub(r"(^|\s+)#.*", "", line).removeprefix("$ ").strip())]
 
 
 def mentions(text: str) -> list[str]:
     """Commands in running text."""
-    return [one.strip() for one in INLINE.findall(FENCE.sub("", text)) if not re.fullmatch(r"llmtune(\.[\w.]+)?", one.strip())]
+    return [
+        one.strip()
+        for one in INLINE.findall(FENCE.sub("", text))
+        if not re.fullmatch(r"llmtune(\.[\w.]+)?", one.strip())
+    ]
 
 
 def of_all(find) -> list[tuple[str, str]]:
@@ -65,9 +83,18 @@ def workplace(tmp_path_factory, tiny_model_folder):
     here = tmp_path_factory.mktemp("work place")
     with (here / "my-rows.jsonl").open("w", encoding="utf-8") as file:
         for number in range(8):
-            words = [{"role": "user", "content": f"number {number}"}, {"role": "assistant", "content": "words " * (1 + number % 3)}]
+            words = [
+                {"role": "user", "content": f"number {number}"},
+                {"role": "assistant", "content": "words " * (1 + number % 3)},
+            ]
             file.write(json.dumps({"messages": words}) + "\n")
-    config = ["model:", f"  name: {json.dumps(str(tiny_model_folder))}", "data:", "  train: [my-rows.jsonl]", "  test_size: 2"]
+    config = [
+        "model:",
+        f"  name: {json.dumps(str(tiny_model_folder))}",
+        "data:",
+        "  train: [my-rows.jsonl]",
+        "  test_size: 2",
+    ]
     more = ["training:", "  max_steps: 4", "  batch_size: 2", "tracking:", "  trackers: [jsonl]"]
     (here / "c.yaml").write_text("\n".join([*config, *more]) + "\n")
     return here
@@ -81,7 +108,7 @@ class Reader:
         self.run = ""
 
     def types(self, command: str, *, fails: bool = False) -> str:
-        """Run one llmtune command with the reader's own things in the place of the document's; returns what it printed."""
+        """Run one llmtune command with the reader's own things in the place of the document's; returns what it printed."""  # noqa: E501
         words = shlex.split(command)
         assert words[0] == "llmtune"
         with pytest.raises(SystemExit) as ended:
@@ -96,7 +123,14 @@ class Reader:
         """What stands for a word of the document here."""
         if word in ("FOLDER", "DIR", "report.html"):
             return f"made-{len(list(self.here.glob('made-*')))}"
-        fixed = {"RUN": self.run, "C": "c.yaml", "FILE...": "c.yaml", "A": "test", "B": "production", "COMMAND": "train"}
+        fixed = {
+            "RUN": self.run,
+            "C": "c.yaml",
+            "FILE...": "c.yaml",
+            "A": "test",
+            "B": "production",
+            "COMMAND": "train",
+        }
         return fixed.get(word, str(self.model) if word == "smollm2-135m-instruct" else word)
 
     def has_a_stopped_run(self) -> None:
@@ -112,7 +146,9 @@ def reader(workplace, tiny_model_folder, capsys, monkeypatch):
 
 
 def check_script(command: str) -> bool:
-    """Whether the command is one that is checked elsewhere (then it must be there), or installs what exists: an extra, a tested version."""
+    """Whether the command is one that is checked elsewhere (then it must be there), or installs what exists: an extra,
+    a tested version.
+    """
     if command in CHECKED_ELSEWHERE:
         script = ROOT / shlex.split(command)[0]
         assert command.startswith("pip") or os.access(script, os.X_OK), f"{script} cannot be run"
@@ -132,8 +168,10 @@ def synopsis(command: str) -> str:
 
 
 def words_of(command: str) -> str:
-    """`data preview` of `llmtune data preview --config C`, or the name of a group; fails when there is no such command."""
-    found = [words for words in (*GROUPS, *(row.words for row in COMMANDS)) if f"{command} ".startswith(f"llmtune {words} ")]
+    """`data preview` of `llmtune data preview --config C`, or the name of a group; fails when there is no such command."""  # noqa: E501
+    found = [
+        words for words in (*GROUPS, *(row.words for row in COMMANDS)) if f"{command} ".startswith(f"llmtune {words} ")
+    ]
     assert found, f"no such command: {command}"
     return max(found, key=len)
 
@@ -218,7 +256,11 @@ def test_every_link_inside_the_documents_leads_somewhere():
 
 
 def test_readme_names_every_page():
-    linked = {target for target in LINK.findall((ROOT / "README.md").read_text(encoding="utf-8")) if target.startswith("docs/")}
+    linked = {
+        target
+        for target in LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+        if target.startswith("docs/")
+    }
     pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
     assert len(pages) >= 7
     assert pages == linked

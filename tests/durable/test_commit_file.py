@@ -45,7 +45,7 @@ def test_what_a_kill_leaves_is_swept(tmp_path, monkeypatch):
     path = context.__enter__()
     path.write_bytes(b"half")
     monkeypatch.setattr("llmtune.durable.folders.live_parts", set())  # as after the death of this process
-    assert len(durable.sweep_litter(tmp_path)) == 1
+    assert len(durable.remove_leftovers(tmp_path)) == 1
     assert names_in(tmp_path) == []
     with pytest.raises(MachineError, match="No such file"):
         context.__exit__(None, None, None)

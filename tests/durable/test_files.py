@@ -29,7 +29,10 @@ def test_a_file_is_written_beside_synced_renamed_and_its_folder_synced(tmp_path)
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, at):
     """P7."""
     durable.write_text(tmp_path / "a", "old")
-    with durable.use_backend(Failing(at, errno.ENOSPC)), pytest.raises(MachineError, match="cannot write: No space left on device"):
+    with (
+        durable.use_backend(Failing(at, errno.ENOSPC)),
+        pytest.raises(MachineError, match="cannot write: No space left on device"),
+    ):
         durable.write_text(tmp_path / "a", "new")
     assert names_in(tmp_path) == ["a"]
     assert (tmp_path / "a").read_text() == "old"
@@ -66,7 +69,9 @@ def test_what_is_not_json_is_an_error_before_anything_is_written(tmp_path):
     assert names_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ETXTBSY])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.ENAMETOOLONG, errno.ETXTBSY]
+)
 def test_a_refusal_names_the_action_the_place_the_reason_and_the_fix(tmp_path, number):
     """Q8."""
     with durable.use_backend(Failing(2, number)), pytest.raises(MachineError) as caught:

@@ -119,7 +119,7 @@ def test_deleting_a_folder_takes_its_name_first_and_follows_no_link(tmp_path):
     with durable.use_backend(Killing(5)), pytest.raises(Killed):
         durable.remove_tree(tmp_path / "x")
     assert not (tmp_path / "x").exists()
-    assert len(durable.sweep_litter(tmp_path)) == 1
+    assert len(durable.remove_leftovers(tmp_path)) == 1
     assert names_in(tmp_path) == ["mine"]
     durable.remove_tree(tmp_path / "x")
     (tmp_path / "link").symlink_to(tmp_path / "mine")
@@ -129,25 +129,27 @@ def test_deleting_a_folder_takes_its_name_first_and_follows_no_link(tmp_path):
 
 def test_a_sweep_leaves_the_work_of_living_processes_alone(tmp_path):
     machine = durable.files.part_name().split("-")[2]
-    alive, dead, elsewhere = (f".llmtune-part-{name}-1" for name in (f"{machine}-{os.getppid()}", f"{machine}-999999999", "00000000-7"))
+    alive, dead, elsewhere = (
+        f".llmtune-part-{name}-1" for name in (f"{machine}-{os.getppid()}", f"{machine}-999999999", "00000000-7")
+    )
     for name in (alive, dead, elsewhere):
         (tmp_path / name).mkdir()
     with durable.commit_folder(tmp_path / "x") as staging:
-        assert len(durable.sweep_litter(tmp_path, everything=True)) == 3
+        assert len(durable.remove_leftovers(tmp_path, everything=True)) == 3
         assert names_in(tmp_path) == [staging.name]
     for name in (alive, dead, elsewhere):
         (tmp_path / name).mkdir()
-    durable.sweep_litter(tmp_path)
+    durable.remove_leftovers(tmp_path)
     assert names_in(tmp_path) == sorted([alive, elsewhere, "x"])
 
 
 def test_a_sweep_finishes_or_undoes_a_replacement(tmp_path):
     commit(tmp_path / ".llmtune-old-best", "old")
-    assert durable.sweep_litter(tmp_path) == [f"put back {tmp_path / 'best'}, whose successor was never finished"]
+    assert durable.remove_leftovers(tmp_path) == [f"put back {tmp_path / 'best'}, whose successor was never finished"]
     assert durable.verify_manifest(tmp_path / "best") == []
     commit(tmp_path / "next", "older")
     (tmp_path / "next").rename(tmp_path / ".llmtune-old-best")
-    assert durable.sweep_litter(tmp_path) == [f"removed the predecessor of {tmp_path / 'best'}"]
+    assert durable.remove_leftovers(tmp_path) == [f"removed the predecessor of {tmp_path / 'best'}"]
     assert (tmp_path / "best" / "a").read_text() == "old"
     assert names_in(tmp_path) == ["best"]
 
@@ -163,11 +165,13 @@ def test_a_replacement_that_fails_at_its_rename_puts_the_old_one_back(tmp_path):
         with durable.use_backend(Failing(at, errno.EIO)), contextlib.suppress(MachineError):
             commit(tmp_path / "x", "new")
         assert durable.verify_manifest(tmp_path / "x") == [], at
-        durable.sweep_litter(tmp_path)
+        durable.remove_leftovers(tmp_path)
         assert names_in(tmp_path) == ["x"], at
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b'{"files": {}, "manifest_sha256": 1}', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"null", b'{"files": {}, "manifest_sha256": 1}', b"\xff\xfe", b"[" * 100_000]
+)
 def test_a_manifest_that_is_none_is_a_problem_and_no_crash(tmp_path, content):
     """P5, Q8."""
     commit(tmp_path / "x", "x")
@@ -177,7 +181,9 @@ def test_a_manifest_that_is_none_is_a_problem_and_no_crash(tmp_path, content):
 
 
 def test_only_the_files_asked_for_are_compared_and_read(tmp_path, monkeypatch):
-    """P5: an edited card is not what is asked about; a changed, a missing, an added or an exchanged weight is, at any depth."""
+    """P5: an edited card is not what is asked about; a changed, a missing, an added or an exchanged weight is, at any
+    depth.
+    """
     names = ["model-1.safetensors", "model-2.safetensors", "deep/model-3.safetensors", "README.md"]
     with durable.commit_folder(tmp_path / "x") as staging:
         durable.make_folder(staging / "deep")
@@ -196,7 +202,11 @@ def test_only_the_files_asked_for_are_compared_and_read(tmp_path, monkeypatch):
     (tmp_path / "x" / "model-1.safetensors").symlink_to(tmp_path / "x" / "README.md")
     (tmp_path / "x" / "model-4.safetensors").mkdir()
     problems = "\n".join(one.problem for one in durable.verify_manifest(tmp_path / "x", only="*.safetensors"))
-    wrong = ("deep/model-3.safetensors` was changed", "`model-2.safetensors` is missing", "`model-1.safetensors` is not a plain file")
+    wrong = (
+        "deep/model-3.safetensors` was changed",
+        "`model-2.safetensors` is missing",
+        "`model-1.safetensors` is not a plain file",
+    )
     assert all(one in problems for one in (*wrong, "`model-4.safetensors` does not belong here")), problems
     assert problems.count("\n") == 3
 
@@ -217,11 +227,11 @@ def test_of_files_that_are_left_to_their_reader_presence_and_size_are_looked_at(
 
 def test_the_way_is_made_and_cleared_before_a_commit(tmp_path):
     said = []
-    durable.make_way(tmp_path / "new" / "out", said.append)
+    durable.replace_target(tmp_path / "new" / "out", said.append)
     assert (names_in(tmp_path), said) == (["new"], [])
     dead = tmp_path / "new" / durable.files.part_name().replace(f"-{os.getpid()}-", "-999999999-")
     dead.mkdir()
-    durable.make_way(tmp_path / "new" / "out", said.append)
+    durable.replace_target(tmp_path / "new" / "out", said.append)
     assert names_in(tmp_path / "new") == []
     assert said == [f"removed what an interrupted save left: {dead}"]
 

@@ -33,7 +33,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
-    "tail", [b'{"step": 3', b'{"step": 3}', b"\0" * 50, b"\0\0\n", b"null\n", b"[3]\n", b'{"step": 3}x\n', b"\xff\n", b"\n"]
+    "tail",
+    [b'{"step": 3', b'{"step": 3}', b"\0" * 50, b"\0\0\n", b"null\n", b"[3]\n", b'{"step": 3}x\n', b"\xff\n", b"\n"],
 )
 def test_a_torn_end_is_cut_when_the_log_is_opened(tmp_path, tail):
     good = b'{"step": 1}\n{"step": 2}\n'
@@ -86,7 +87,10 @@ def test_a_refused_line_leaves_no_trace_and_the_log_goes_on(tmp_path):
     """P7: half of the line had been written."""
     with durable.AppendLog(tmp_path / "log") as log:
         log.append({"step": 1})
-        with durable.use_backend(Failing(1, errno.ENOSPC)), pytest.raises(MachineError, match="cannot append to: No space left"):
+        with (
+            durable.use_backend(Failing(1, errno.ENOSPC)),
+            pytest.raises(MachineError, match="cannot append to: No space left"),
+        ):
             log.append({"step": 2})
         assert os.path.getsize(tmp_path / "log") == 12  # noqa: PTH202
         log.append({"step": 3})

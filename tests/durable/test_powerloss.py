@@ -21,7 +21,11 @@ def test_a_file_that_is_written_and_not_synced_may_be_missing_empty_torn_or_whol
 
 def test_a_synced_file_is_whole_but_its_name_may_be_missing_until_its_folder_is_synced(tmp_path):
     path = str(tmp_path / "a")
-    steps = [Operation("open", path, size=CREATE), Operation("write", path, data=b"1234"), Operation("fsync", path, data=b"1234")]
+    steps = [
+        Operation("open", path, size=CREATE),
+        Operation("write", path, data=b"1234"),
+        Operation("fsync", path, data=b"1234"),
+    ]
     after = [state.tree for state in disk_states(tmp_path, {}, steps) if state.after == 3]
     assert after == []  # nothing that was not possible before the sync
     steps.append(Operation("mark", "synced"))
@@ -50,7 +54,11 @@ def test_two_renames_that_are_not_synced_may_come_in_any_order(tmp_path):
 
 def test_data_written_before_a_rename_and_not_synced_may_be_missing_after_it(tmp_path):
     path, part = str(tmp_path / "a"), str(tmp_path / "p")
-    steps = [Operation("open", part, size=CREATE), Operation("write", part, data=b"new!"), Operation("rename", part, path)]
+    steps = [
+        Operation("open", part, size=CREATE),
+        Operation("write", part, data=b"new!"),
+        Operation("rename", part, path),
+    ]
     found = trees(tmp_path, {"a": b"old"}, *steps)
     assert {"a": b""} in found
     assert {"a": b"ne"} in found
@@ -58,7 +66,11 @@ def test_data_written_before_a_rename_and_not_synced_may_be_missing_after_it(tmp
 
 def test_what_a_library_wrote_is_known_from_its_sync(tmp_path):
     path = str(tmp_path / "a")
-    steps = [Operation("fsync", path, data=b"text"), Operation("fsync folder", str(tmp_path)), Operation("mark", "done")]
+    steps = [
+        Operation("fsync", path, data=b"text"),
+        Operation("fsync folder", str(tmp_path)),
+        Operation("mark", "done"),
+    ]
     assert [state.tree for state in disk_states(tmp_path, {}, steps) if state.promises] == [{"a": b"text"}]
 
 
@@ -77,5 +89,9 @@ def test_a_trace_replayed_whole_is_what_is_on_the_disk(tmp_path):
             for step in range(4):
                 log.append({"step": step})
             log.truncate_to(2)
-    last = [state.tree for state in disk_states(root, before, [*tracing.operations, Operation("mark", "end")]) if state.promises]
+    last = [
+        state.tree
+        for state in disk_states(root, before, [*tracing.operations, Operation("mark", "end")])
+        if state.promises
+    ]
     assert last[0] == read_tree(root)

@@ -12,18 +12,28 @@ from llmtune import durable
 from llmtune.errors import CheckpointError
 
 TYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,
-    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,  # noqa: E501
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,  # noqa: E501
 ]  # fmt: skip
 
 
 def every_kind():
     tensors = {f"{dtype}".removeprefix("torch."): torch.arange(6).reshape(2, 3).to(dtype) for dtype in TYPES}
-    return {**tensors, "scalar": torch.tensor(0.1), "empty": torch.empty(0, 3), "é\n": torch.ones(1), "b": torch.zeros(4)}
+    return {
+        **tensors,
+        "scalar": torch.tensor(0.1),
+        "empty": torch.empty(0, 3),
+        "é\n": torch.ones(1),
+        "b": torch.zeros(4),
+    }
 
 
 def same_bits(one, two):
-    return one.dtype == two.dtype and one.shape == two.shape and one.reshape(-1).view(torch.uint8).equal(two.reshape(-1).view(torch.uint8))
+    return (
+        one.dtype == two.dtype
+        and one.shape == two.shape
+        and one.reshape(-1).view(torch.uint8).equal(two.reshape(-1).view(torch.uint8))
+    )
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
@@ -43,10 +53,18 @@ def test_what_is_read_is_bit_for_bit_what_was_written(tmp_path):
 
 def test_views_transposes_parameters_and_numpy_arrays_are_written_as_they_look(tmp_path):
     base = torch.randn(4, 6)
-    tensors = {"view": base[1:3], "t": base.t(), "again": base[1:3], "p": torch.nn.Parameter(base), "n": np.arange(6.0).reshape(2, 3).T}
+    tensors = {
+        "view": base[1:3],
+        "t": base.t(),
+        "again": base[1:3],
+        "p": torch.nn.Parameter(base),
+        "n": np.arange(6.0).reshape(2, 3).T,
+    }
     durable.write_tensors(tmp_path / "x", tensors)
     loaded = safetensors.torch.load_file(tmp_path / "x")
-    assert all(same_bits(loaded[name], torch.as_tensor(tensor).detach().contiguous()) for name, tensor in tensors.items())
+    assert all(
+        same_bits(loaded[name], torch.as_tensor(tensor).detach().contiguous()) for name, tensor in tensors.items()
+    )
 
 
 def test_nan_payloads_survive(tmp_path):
@@ -88,11 +106,11 @@ def entry(**changes):
     [
         b"[]", b"{", b"\xff", b"[" * 50_000,
         {"x": entry(dtype="F33")}, {"x": entry(shape=[3])}, {"x": entry(shape=[-2])}, {"x": entry(shape="2")},
-        {"x": entry(shape=[2**62, 2**62])}, {"x": entry(shape=[0, 2**63], data_offsets=[0, 0])}, {"x": entry(shape=[True, 2])},
+        {"x": entry(shape=[2**62, 2**62])}, {"x": entry(shape=[0, 2**63], data_offsets=[0, 0])}, {"x": entry(shape=[True, 2])},  # noqa: E501
         {"x": entry(shape=[1] * 65 + [2])}, {"x": entry(more=1)},
         {"x": entry(data_offsets=[0, 4])}, {"x": entry(data_offsets=[4, 12])}, {"x": entry(data_offsets=[8, 0])},
         {"x": entry(data_offsets=["a", 8])},
-        {"x": entry(data_offsets=[0])}, {"x": entry(data_offsets=None)}, {"x": {}}, {"x": 1}, {"x": entry(), "y": entry()}, {},
+        {"x": entry(data_offsets=[0])}, {"x": entry(data_offsets=None)}, {"x": {}}, {"x": 1}, {"x": entry(), "y": entry()}, {},  # noqa: E501
         {"x": entry(), "__metadata__": {"a": 1}}, {"x": entry(), "__metadata__": []},
     ],
 )  # fmt: skip

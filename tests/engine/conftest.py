@@ -1,4 +1,6 @@
-"""One bench for every law of training: tiny models, ragged examples, runs of the real loop, and broken copies of our modules."""
+"""One bench for every law of training: tiny models, ragged examples, runs of the real loop, and broken copies of our
+modules.
+"""
 
 import importlib.util
 import inspect
@@ -49,7 +51,9 @@ def make_model(*, seed=0, lora=False, **changes):
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a name it is about to drop
             import peft
 
-            model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
+            model = peft.get_peft_model(
+                model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+            )
     return model.train()
 
 
@@ -64,11 +68,15 @@ def make_examples(count=37, *, seed=0, shortest=2, longest=40, empty_every=None)
         weights[-1] = 1
         if empty_every and index % empty_every == 0:
             weights[:] = 0
-        examples.append(Example(f"rows.jsonl:{index + 1}", rng.integers(0, VOCABULARY, length).astype(np.int32), weights))
+        examples.append(
+            Example(f"rows.jsonl:{index + 1}", rng.integers(0, VOCABULARY, length).astype(np.int32), weights)
+        )
     return ExampleList(examples)
 
 
-def make_plan(examples, *, packing="none", batch_size=4, accumulation=2, epochs=1, max_steps=None, shuffle_seed=1, **more):
+def make_plan(
+    examples, *, packing="none", batch_size=4, accumulation=2, epochs=1, max_steps=None, shuffle_seed=1, **more
+):
     packs = plan_packs(examples.lengths, 64, packing, shuffle_seed)
     return BatchPlan(
         examples,
@@ -182,13 +190,16 @@ class Training:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(weights[name])
-        restore(snapshot, parameters=self.parameters, optimizer=self.optimizer, precision=self.precision, state=self.state)
+        restore(
+            snapshot, parameters=self.parameters, optimizer=self.optimizer, precision=self.precision, state=self.state
+        )
 
 
 def same_bits(ours, theirs):
     """Whether two dicts of tensors hold the same bytes under the same names."""
     return ours.keys() == theirs.keys() and all(
-        ours[name].dtype == theirs[name].dtype and ours[name].numpy().tobytes() == theirs[name].numpy().tobytes() for name in ours
+        ours[name].dtype == theirs[name].dtype and ours[name].numpy().tobytes() == theirs[name].numpy().tobytes()
+        for name in ours
     )
 
 
@@ -224,7 +235,9 @@ def _one_thread():
 
 @pytest.fixture
 def mutant(tmp_path, request):
-    """Build a broken copy of one of our modules: `mutant(module, before, after)` replaces a text that stands in it exactly once."""
+    """Build a broken copy of one of our modules: `mutant(module, before, after)` replaces a text that stands in it
+    exactly once.
+    """
 
     def build(module, before, after):
         source = inspect.getsource(module)

@@ -1,7 +1,7 @@
 """The golden trajectories (N6): 30 steps of four trainings, as text beside this file in `golden/`.
 
-`python tests/engine/golden_runs.py` writes them anew, with the environment they come from. Do so only for a change that is meant to
-change numbers, and say which in the commit.
+`python tests/engine/golden_runs.py` writes them anew, with the environment they come from. Do so only for a change that
+is meant to change numbers, and say which in the commit.
 """
 
 import importlib.util
@@ -24,7 +24,10 @@ RUNS = {
 
 
 def trajectory(bench, name, **changes):
-    """The steps of one golden training. Its weights and rows come from NumPy's PCG64, so they are the same everywhere."""
+    """The steps of one golden training.
+
+    Its weights and rows come from NumPy's PCG64, so they are the same everywhere.
+    """
     options = dict(RUNS[name])
     scratch, lora = options.pop("scratch", False), options.pop("lora", False)
     model = bench.model(lora=lora, **({"tie_word_embeddings": True, "num_hidden_layers": 3} if scratch else {}))
@@ -42,14 +45,17 @@ def trajectory(bench, name, **changes):
 def lines(results):
     """One line a step: number, loss, gradient norm, learning rate, tokens."""
     return [
-        f"{r.step} {r.train_mean_nll:.9g} {r.grad_norm:.9g} {r.learning_rate:.9g} {r.num_tokens} {r.num_loss_tokens:g}" for r in results
+        f"{r.step} {r.train_mean_nll:.9g} {r.grad_norm:.9g} {r.learning_rate:.9g} {r.num_tokens} {r.num_loss_tokens:g}"
+        for r in results
     ]
 
 
 def read(name):
     """Header lines and rows of numbers of a golden file."""
     text = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    return [line for line in text if line.startswith("#")], [[float(word) for word in line.split()] for line in text if line[0] != "#"]
+    return [line for line in text if line.startswith("#")], [
+        [float(word) for word in line.split()] for line in text if line[0] != "#"
+    ]
 
 
 def write(bench):
@@ -58,7 +64,7 @@ def write(bench):
 
     torch.set_num_threads(1)
     environment = [
-        f"# torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}, Python {platform.python_version()}",
+        f"# torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}, Python {platform.python_version()}",  # noqa: E501
         f"# {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, 1 thread, fp32",
         "# step train_mean_nll grad_norm learning_rate num_tokens num_loss_tokens",
     ]

@@ -23,13 +23,20 @@ def load_bench():
 
 
 def resume_is_exact(bench, devices):
-    """P2 with dropout, each rank drawing from generators of its own: stopped after 3 steps and gone on with, nothing differs."""
+    """P2 with dropout, each rank drawing from generators of its own: stopped after 3 steps and gone on with, nothing
+    differs.
+    """
     from llmtune.engine.state import capture, restore
 
     def start():
         model = bench.make_model(attention_dropout=0.2)
         plan = bench.make_plan(
-            bench.make_examples(13), batch_size=2, accumulation=1, epochs=2, world_size=devices.world_size, rank=devices.rank
+            bench.make_examples(13),
+            batch_size=2,
+            accumulation=1,
+            epochs=2,
+            world_size=devices.world_size,
+            rank=devices.rank,
         )
         torch.manual_seed(100 + devices.rank)
         return bench.Training(model, plan, devices=devices)
@@ -40,20 +47,32 @@ def resume_is_exact(bench, devices):
     steps = first.steps()
     for _ in range(3):
         next(steps)
-    parts = {"parameters": first.parameters, "optimizer": first.optimizer, "precision": first.precision, "state": first.state}
+    parts = {
+        "parameters": first.parameters,
+        "optimizer": first.optimizer,
+        "precision": first.precision,
+        "state": first.state,
+    }
     snapshot = capture(**parts, devices=devices)
     assert len(snapshot.tensors["rng"]["torch"]) == devices.world_size
     second = start()
     torch.manual_seed(0)
     second.model.load_state_dict(first.model.state_dict())
-    parts = {"parameters": second.parameters, "optimizer": second.optimizer, "precision": second.precision, "state": second.state}
+    parts = {
+        "parameters": second.parameters,
+        "optimizer": second.optimizer,
+        "precision": second.precision,
+        "state": second.state,
+    }
     restore(snapshot, **parts, devices=devices)
     assert [result.train_mean_nll for result in second.run()] == losses[3:]
     assert bench.same_bits(second.weights(), whole.weights())
 
 
 def main(output):
-    """Train 13 sequences an epoch in windows of 4: the last window of an epoch has a single row, so one of two ranks gets none."""
+    """Train 13 sequences an epoch in windows of 4: the last window of an epoch has a single row, so one of two ranks
+    gets none.
+    """
     from llmtune.engine.devices import Devices
 
     torch.set_num_threads(1)
@@ -79,7 +98,13 @@ def main(output):
         name = f"{packing}-{devices.world_size}-{devices.rank}"
         save_file(training.weights(), f"{output}/{name}.safetensors")
         lines = [
-            {"loss": r.train_mean_nll, "norm": r.grad_norm, "tokens": r.num_tokens, "weight": r.num_loss_tokens, "rows": r.num_sequences}
+            {
+                "loss": r.train_mean_nll,
+                "norm": r.grad_norm,
+                "tokens": r.num_tokens,
+                "weight": r.num_loss_tokens,
+                "rows": r.num_sequences,
+            }
             for r in results
         ]
         Path(f"{output}/{name}.json").write_text(json.dumps({"lines": lines, "shares": shares}))

@@ -11,7 +11,11 @@ spec.loader.exec_module(golden_runs)
 
 
 def test_every_golden_file_is_checked():
-    assert {path.stem for path in golden_runs.FOLDER.iterdir()} == {"full", "lora", "packed", "scratch"} == golden_runs.RUNS.keys()
+    assert (
+        {path.stem for path in golden_runs.FOLDER.iterdir()}
+        == {"full", "lora", "packed", "scratch"}
+        == golden_runs.RUNS.keys()
+    )
 
 
 @pytest.mark.parametrize("name", golden_runs.RUNS)
@@ -29,5 +33,8 @@ def test_thirty_steps_are_as_written_down(bench, name):
 def test_a_golden_trajectory_moves_when_the_numbers_do(bench):
     """N6's test fails for a weight decay that is off by a tenth."""
     _, expected = golden_runs.read("full")
-    ours = [[float(word) for word in line.split()] for line in golden_runs.lines(golden_runs.trajectory(bench, "full", weight_decay=0.11))]
+    ours = [
+        [float(word) for word in line.split()]
+        for line in golden_runs.lines(golden_runs.trajectory(bench, "full", weight_decay=0.11))
+    ]
     assert ours[-1] != pytest.approx(expected[-1], rel=1e-5)

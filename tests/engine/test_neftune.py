@@ -17,11 +17,15 @@ ALPHA, WIDTH = 5.0, 32
 def noise_of(bench, layout, seed=3, training=True):
     """The noise on each example's embeddings: a list of [length, width]."""
     model = bench.model().train(training)
-    examples = [Example(f"a:{n}", np.full(n, 1, np.int32), np.r_[0, np.ones(n - 1)].astype(np.float32)) for n in (3, 10, 6)]
+    examples = [
+        Example(f"a:{n}", np.full(n, 1, np.int32), np.r_[0, np.ones(n - 1)].astype(np.float32)) for n in (3, 10, 6)
+    ]
     batch = make_micro_batch(examples, layout, 0)
     embedding, seen = model.get_input_embeddings(), []
     noisy = Neftune(lambda one: plain_nll_sum(model, one), embedding, ALPHA)
-    keep = embedding.register_forward_hook(lambda module, inputs, output: seen.append(output - module.weight[inputs[0]]))
+    keep = embedding.register_forward_hook(
+        lambda module, inputs, output: seen.append(output - module.weight[inputs[0]])
+    )
     torch.manual_seed(seed)
     noisy(batch)
     keep.remove()

@@ -61,7 +61,9 @@ def test_a_gradient_that_is_not_finite_names_all_rows_of_its_window(bench):
 def test_beyond_the_budget_the_training_has_diverged(bench):
     """P10: exit 7; the message has the rows, the count and the budget."""
     training = poisoned(bench, bad=math.inf, max_skipped_steps=2)
-    with pytest.raises(DivergedError, match=r"train_mean_nll is inf .* 3 windows skipped, 2 allowed; rows .*rows\.jsonl:7") as caught:
+    with pytest.raises(
+        DivergedError, match=r"train_mean_nll is inf .* 3 windows skipped, 2 allowed; rows .*rows\.jsonl:7"
+    ) as caught:
         training.run()
     assert caught.value.exit_code == 7
     assert not non_finite_parameters(training.parameters)

@@ -13,13 +13,20 @@ ON_CPU = ["adamw", "adamw_8bit", "lion", "muon", "sgd"]
 
 def build(name, parameters, *, rate=0.1, decay=0.5, orthogonal=(), device=CPU, module=optim):
     return module.build_optimizer(
-        name, parameters, learning_rate=rate, weight_decay=decay, betas=(0.9, 0.999), eps=1e-8, device=device, orthogonal=orthogonal
+        name,
+        parameters,
+        learning_rate=rate,
+        weight_decay=decay,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        device=device,
+        orthogonal=orthogonal,
     )
 
 
 @pytest.mark.parametrize("name", ON_CPU)
 def test_matrices_decay_and_vectors_do_not(name):
-    """With zero gradients a step is decay alone: matrices times 1 - rate x decay = 0.95, decoupled in every optimizer."""
+    """With zero gradients a step is decay alone: matrices times 1 - rate x decay = 0.95, decoupled in every optimizer."""  # noqa: E501
     parameters = {"matrix": torch.nn.Parameter(torch.ones(4, 4)), "vector": torch.nn.Parameter(torch.ones(4))}
     optimizer, _ = build(name, parameters, orthogonal={"matrix"})
     for parameter in parameters.values():
@@ -82,7 +89,9 @@ def test_matrices_of_adapters_are_matrices_of_blocks(bench):
 
 @pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw_8bit"])
 def test_a_paged_optimizer_is_refused_where_nothing_is_paged(name):
-    with pytest.raises(ConfigError, match=f"`{name}` pages its state between GPU and CPU memory; this run is on the cpu") as caught:
+    with pytest.raises(
+        ConfigError, match=f"`{name}` pages its state between GPU and CPU memory; this run is on the cpu"
+    ) as caught:
         build(name, {"matrix": torch.nn.Parameter(torch.ones(4, 4))})
     assert caught.value.problems[0].fix == f"use `{name.removeprefix('paged_')}` here"
 

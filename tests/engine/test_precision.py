@@ -54,7 +54,9 @@ def test_an_overflow_skips_the_step_halves_the_scale_and_keeps_the_learning_rate
 def test_a_learning_rate_that_advances_on_a_skipped_step_is_caught(bench, mutant):
     """N11's test fails when the schedule counts windows instead of updates."""
     broken = mutant(loop, "learning_rate(state.step)", "learning_rate(state.windows)")
-    rates = [[r.learning_rate for r in fp16_training(bench, train_steps=one.train_steps).run()] for one in (loop, broken)]
+    rates = [
+        [r.learning_rate for r in fp16_training(bench, train_steps=one.train_steps).run()] for one in (loop, broken)
+    ]
     assert rates[0][:3] == rates[1][:3]
     assert rates[0][3] != rates[1][3]
 

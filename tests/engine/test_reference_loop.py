@@ -9,13 +9,16 @@ RATE, DECAY, WARMUP, CLIP = 1e-2, 0.1, 2, 1.0
 def reference_training(model, rows, *, rows_per_step, rows_per_forward, epochs):
     """Fine-tune on rows of (ids, weights) in the given order; returns the mean loss of every step.
 
-    Everything a reader expects, as plainly as it can be said: pad, forward, log-softmax, pick, weigh, divide by the weights of the step.
+    Everything a reader expects, as plainly as it can be said: pad, forward, log-softmax, pick, weigh, divide by the
+    weights of the step.
     """
     from transformers import get_scheduler
 
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": DECAY}] + ([{"params": others, "weight_decay": 0.0}] if others else [])
+    groups = [{"params": decayed, "weight_decay": DECAY}] + (
+        [{"params": others, "weight_decay": 0.0}] if others else []
+    )
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), eps=1e-8)
     steps_per_epoch = -(-len(rows) // rows_per_step)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=WARMUP, num_training_steps=epochs * steps_per_epoch)
@@ -56,7 +59,9 @@ def test_the_loop_is_a_plain_loop(bench, lora, layout):
     examples = bench.examples(29)
     ours, theirs = bench.model(lora=lora), bench.model(lora=lora)
     plan = bench.plan(examples, batch_size=3, accumulation=2, epochs=2, shuffle_seed=None, layout=layout)
-    training = bench.training(ours, plan, learning_rate=RATE, weight_decay=DECAY, warmup_steps=WARMUP, max_grad_norm=CLIP)
+    training = bench.training(
+        ours, plan, learning_rate=RATE, weight_decay=DECAY, warmup_steps=WARMUP, max_grad_norm=CLIP
+    )
     results = training.run()
     rows = [(example.input_ids, example.weights) for example in examples]
     losses = reference_training(theirs, rows, rows_per_step=6, rows_per_forward=4, epochs=2)

@@ -17,7 +17,9 @@ OPTIMIZERS = ["adamw", "adamw_8bit", "lion", "muon", "sgd"]
 
 def start(bench, optimizer="adamw", **more):
     """Two and a half epochs with everything random that a training can have: dropout, NEFTune, shuffled order."""
-    model = bench.model(attention_dropout=0.1, hidden_size=64, intermediate_size=128)  # matrices above the 4096 entries of 8-bit states
+    model = bench.model(
+        attention_dropout=0.1, hidden_size=64, intermediate_size=128
+    )  # matrices above the 4096 entries of 8-bit states
     plan = bench.plan(bench.examples(23), epochs=2.5, batch_size=2)
     training = bench.training(model, plan, optimizer_name=optimizer, learning_rate=3e-3, **more)
     training.nll_sum = Neftune(training.nll_sum, model.get_input_embeddings(), 5.0)
@@ -32,7 +34,9 @@ def seed_all(seed):
 
 
 def go_on(bench, stops, optimizer="adamw", module=state, **more):
-    """Train with a fresh process's worth of objects after every stop; what passes between them is tensors and JSON text."""
+    """Train with a fresh process's worth of objects after every stop; what passes between them is tensors and JSON
+    text.
+    """
     losses, snapshot, weights = [], None, None
     for stop in [*stops, None]:
         training = start(bench, optimizer, **more)
@@ -44,9 +48,15 @@ def go_on(bench, stops, optimizer="adamw", module=state, **more):
             if len(losses) == stop:
                 break
         taken = module.capture(
-            parameters=training.parameters, optimizer=training.optimizer, precision=training.precision, state=training.state
+            parameters=training.parameters,
+            optimizer=training.optimizer,
+            precision=training.precision,
+            state=training.state,
         )
-        snapshot, weights = state.Snapshot(taken.tensors, json.loads(json.dumps(taken.state, allow_nan=False))), training.weights()
+        snapshot, weights = (
+            state.Snapshot(taken.tensors, json.loads(json.dumps(taken.state, allow_nan=False))),
+            training.weights(),
+        )
     return losses, weights, snapshot
 
 
@@ -58,14 +68,20 @@ def test_a_run_stopped_anywhere_is_the_run_never_stopped(bench, optimizer):
     assert len(losses) == 15
     assert their_losses == losses
     assert bench.same_bits(their_weights, weights)
-    assert all(bench.same_bits(their_snapshot.tensors[group], snapshot.tensors[group]) for group in ("optimizer", "rng"))
+    assert all(
+        bench.same_bits(their_snapshot.tensors[group], snapshot.tensors[group]) for group in ("optimizer", "rng")
+    )
     assert their_snapshot.state == snapshot.state
 
 
 @pytest.mark.parametrize(
     ("module", "before", "after"),
     [
-        (state, "restore_rng({name: row[rank if known else 0] for name, row in rows.items()}, precision.device)", "pass"),
+        (
+            state,
+            "restore_rng({name: row[rank if known else 0] for name, row in rows.items()}, precision.device)",
+            "pass",
+        ),
         (state, "            part.state[parameter] = state", "            pass"),
         (state, 'setattr(state, one.name, snapshot.state["training"][one.name])', "pass"),
     ],
@@ -159,7 +175,10 @@ def test_a_snapshot_of_other_parameters_is_refused(bench):
     snapshot = training.capture()
     snapshot.state["optimizer"]["lm_head.extra"] = snapshot.state["optimizer"].pop("lm_head.weight")
     before = training.capture()
-    with pytest.raises(CheckpointError, match=r"1 of the model's are absent \(lm_head.weight\), 1 are not in the model \(lm_head.extra\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"1 of the model's are absent \(lm_head.weight\), 1 are not in the model \(lm_head.extra\)",
+    ):
         training.restore(snapshot, training.weights())
     assert bench.same_bits(training.capture().tensors["optimizer"], before.tensors["optimizer"])
 
@@ -178,7 +197,10 @@ def test_a_snapshot_of_another_optimizer_is_refused(bench):
     training = start(bench)
     next(training.steps())
     other = start(bench, "sgd")
-    with pytest.raises(CheckpointError, match=r"the checkpoint's optimizer moved `model.embed_tokens.weight` by AdamW, this run's by SGD"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"the checkpoint's optimizer moved `model.embed_tokens.weight` by AdamW, this run's by SGD",
+    ):
         other.restore(training.capture(), training.weights())
 
 
@@ -186,7 +208,13 @@ def test_generators_of_every_library_come_back():
     """P2: with a normal draw kept by Python and by NumPy, and without."""
 
     def draw():
-        return [random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.random(), torch.rand(2).tolist()]
+        return [
+            random.gauss(0, 1),
+            random.random(),
+            np.random.standard_normal(),
+            np.random.random(),
+            torch.rand(2).tolist(),
+        ]
 
     for _ in range(2):
         taken = capture_rng(torch.device("cpu"))

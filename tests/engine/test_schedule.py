@@ -111,7 +111,10 @@ def test_a_warmup_ratio_is_rounded_up_from_the_decimal_that_was_written():
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda: learning_rate_at("linear", peak=1.0, total_steps=3, warmup_steps=4), "warm-up of 4 steps in a training of 3"),
+        (
+            lambda: learning_rate_at("linear", peak=1.0, total_steps=3, warmup_steps=4),
+            "warm-up of 4 steps in a training of 3",
+        ),
         (lambda: learning_rate_at("step", peak=1.0, total_steps=3), "unknown schedule `step`"),
         (lambda: warmup_length(10, 1, 0.1), r"both warmup_steps \(1\) and warmup_ratio \(0.1\)"),
         (lambda: warmup_length(10, None, 1.5), "warmup_ratio is 1.5"),

@@ -1,4 +1,6 @@
-"""N15, P2, P10: weights that move in the backward pass move as in the ordinary update, and gradients never exist together."""
+"""N15, P2, P10: weights that move in the backward pass move as in the ordinary update, and gradients never exist
+together.
+"""
 
 import json
 import math
@@ -17,11 +19,15 @@ OPTIMIZERS = ["adamw", "adamw_8bit", "lion", "muon", "sgd"]
 
 
 def start(bench, *, optimizer="adamw", early=True, accumulation=1, model=None, **more):
-    """An epoch and a half with dropout, NEFTune, tied embeddings and ragged rows; matrices above the 4096 entries of 8-bit states."""
+    """An epoch and a half with dropout, NEFTune, tied embeddings and ragged rows; matrices above the 4096 entries of
+    8-bit states.
+    """
     if model is None:
         model = bench.model(attention_dropout=0.1, hidden_size=64, intermediate_size=128, tie_word_embeddings=True)
     plan = bench.plan(bench.examples(17), epochs=1.5, batch_size=3, accumulation=accumulation)
-    training = bench.training(model, plan, optimizer_name=optimizer, learning_rate=3e-3, max_grad_norm=None, step_in_backward=early, **more)
+    training = bench.training(
+        model, plan, optimizer_name=optimizer, learning_rate=3e-3, max_grad_norm=None, step_in_backward=early, **more
+    )
     training.nll_sum = Neftune(training.nll_sum, model.get_input_embeddings(), 5.0)
     torch.manual_seed(0)
     return training
@@ -41,8 +47,13 @@ def everything(training):
 
 def assert_same(ours, theirs):
     assert ours[0] == theirs[0]
-    for one, other in ((ours[1], theirs[1]), *((ours[2].tensors[group], theirs[2].tensors[group]) for group in ("optimizer", "rng"))):
-        assert {name: value.dtype for name, value in one.items()} == {name: value.dtype for name, value in other.items()}
+    for one, other in (
+        (ours[1], theirs[1]),
+        *((ours[2].tensors[group], theirs[2].tensors[group]) for group in ("optimizer", "rng")),
+    ):
+        assert {name: value.dtype for name, value in one.items()} == {
+            name: value.dtype for name, value in other.items()
+        }
         assert all(torch.equal(one[name], other[name]) for name in other)
     assert ours[2].state == theirs[2].state
 
@@ -50,8 +61,12 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_weight_moves_as_in_the_ordinary_update(bench, optimizer, accumulation):
-    """N15, bit for bit in fp32: losses, gradient norms, weights and what is saved, with every optimizer that works on a CPU."""
-    ours, theirs = (everything(start(bench, optimizer=optimizer, accumulation=accumulation, early=early)) for early in (True, False))
+    """N15, bit for bit in fp32: losses, gradient norms, weights and what is saved, with every optimizer that works on a
+    CPU.
+    """
+    ours, theirs = (
+        everything(start(bench, optimizer=optimizer, accumulation=accumulation, early=early)) for early in (True, False)
+    )
     assert len(ours[0]) == {1: 9, 3: 3}[accumulation]
     assert_same(ours, theirs)
 
@@ -78,8 +93,12 @@ def recomputed(bench):
     ids=["bf16 arithmetic", "bf16 weights", "recomputed blocks", "LoRA", "untied head"],
 )
 def test_so_they_do_whatever_else_a_training_does(bench, make, precision):
-    """N15, bit for bit too: the same gradients go through the same rule, whatever type they have and whatever made them."""
-    ours, theirs = (everything(start(bench, model=make(bench), precision_name=precision, early=early)) for early in (True, False))
+    """N15, bit for bit too: the same gradients go through the same rule, whatever type they have and whatever made
+    them.
+    """
+    ours, theirs = (
+        everything(start(bench, model=make(bench), precision_name=precision, early=early)) for early in (True, False)
+    )
     assert_same(ours, theirs)
 
 
@@ -106,13 +125,18 @@ def test_gradients_of_one_micro_batch_never_exist_together(bench, optimizer):
 
 
 def test_a_weight_that_the_last_micro_batch_has_no_part_in_moves_too(bench):
-    """N15 with a part of the model that only some rows reach, as experts are: its gradient is an earlier micro-batch's."""
+    """N15 with a part of the model that only some rows reach, as experts are: its gradient is an earlier micro-batch's."""  # noqa: E501
 
     def train(early):
         training = start(bench, accumulation=3, model=bench.model(), early=early)
         training.model.rare = torch.nn.Parameter(torch.ones(3))
         training = bench.training(
-            training.model, training.plan, learning_rate=3e-3, max_grad_norm=None, step_in_backward=early, nll_sum=training.nll_sum
+            training.model,
+            training.plan,
+            learning_rate=3e-3,
+            max_grad_norm=None,
+            step_in_backward=early,
+            nll_sum=training.nll_sum,
         )
         plain, calls = training.nll_sum, []
 
@@ -151,19 +175,25 @@ def poisoned(bench, *, early=True, in_gradient=False, bad=math.nan, **more):
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_window_whose_loss_is_not_finite_is_skipped_as_ever(bench, bad, accumulation):
-    """P10: known before the last backward pass, so nothing moves; the rest of the run is the ordinary one's, bit for bit."""
-    ours, theirs = (everything(poisoned(bench, bad=bad, accumulation=accumulation, early=early)) for early in (True, False))
+    """P10: known before the last backward pass, so nothing moves; the rest of the run is the ordinary one's, bit for
+    bit.
+    """
+    ours, theirs = (
+        everything(poisoned(bench, bad=bad, accumulation=accumulation, early=early)) for early in (True, False)
+    )
     assert [line for line in ours[0] if '"skipped": true' in line and POISONED in line]
     assert_same(ours, theirs)
 
 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_ends_the_run(bench):
-    """P10: weights have moved when it is seen, so the window cannot be skipped; exit 7, and no step boundary follows."""
+    """P10: weights have moved when it is seen, so the window cannot be skipped; exit 7, and no step boundary follows."""  # noqa: E501
     training = poisoned(bench, in_gradient=True, max_skipped_steps=99)
     ordinary = poisoned(bench, in_gradient=True, max_skipped_steps=99, early=False)
     good = [result for result in ordinary.run() if not result.skipped or result.step == 0]
     steps, seen = training.steps(), []
-    with pytest.raises(DivergedError, match=r"grad_norm is nan .* weights have moved by then; rows .*rows\.jsonl:7") as caught:
+    with pytest.raises(
+        DivergedError, match=r"grad_norm is nan .* weights have moved by then; rows .*rows\.jsonl:7"
+    ) as caught:
         seen.extend(steps)  # keeps what came before the error
     assert caught.value.exit_code == 7
     assert "step_in_backward: false" in caught.value.problems[0].fix
@@ -175,7 +205,9 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_ends_the_run(bench):
 
 
 def go_on(bench, optimizer, choices, stop):
-    """Train to `stop` one way, then to the end in a new process's objects the other way; what passes between is tensors and JSON text."""
+    """Train to `stop` one way, then to the end in a new process's objects the other way; what passes between is tensors
+    and JSON text.
+    """
     first = start(bench, optimizer=optimizer, early=choices[0])
     lines = []
     for result in first.steps():
@@ -213,8 +245,14 @@ def test_a_run_goes_on_either_way_bit_for_bit(bench, optimizer):
             "            self._optimizer.step_only(parameter)\n        parameter.grad = None",
             "            self._optimizer.step_only(parameter)",
         ),
-        ("            if parameter.grad is not None:\n                self._optimizer.step_only(parameter)", "            pass"),
-        ("for parameter in self._parameters if parameter in self._norms]", "for parameter in self._norms if parameter.ndim > 1]"),
+        (
+            "            if parameter.grad is not None:\n                self._optimizer.step_only(parameter)",
+            "            pass",
+        ),
+        (
+            "for parameter in self._parameters if parameter in self._norms]",
+            "for parameter in self._norms if parameter.ndim > 1]",
+        ),
         ("        self._norms.clear()\n", ""),
         ("bool(torch.stack(list(losses)).double().sum().isfinite())", "True"),
     ],
@@ -237,7 +275,11 @@ def laws_broken_by(broken, bench, monkeypatch):
     monkeypatch.setattr(
         bench.training,
         "update",
-        lambda self: broken.StepInBackward(list(self.parameters.values()), self.optimizer) if self.step_in_backward else real(self),
+        lambda self: (
+            broken.StepInBackward(list(self.parameters.values()), self.optimizer)
+            if self.step_in_backward
+            else real(self)
+        ),
     )
     laws = [
         lambda: test_every_weight_moves_as_in_the_ordinary_update(bench, "adamw", 1),
@@ -260,7 +302,9 @@ def laws_broken_by(broken, bench, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon"])
 def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
-    """N15 in bf16 arithmetic on CUDA: losses, norms and weights up to the order of sums, and the gradients' share of the peak gone."""
+    """N15 in bf16 arithmetic on CUDA: losses, norms and weights up to the order of sums, and the gradients' share of
+    the peak gone.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llmtune.engine.optim import build_optimizer, matrices_of_blocks
@@ -268,7 +312,9 @@ def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
     from llmtune.engine.update import AfterBackward
 
     device = torch.device("cuda")
-    shape = LlamaConfig(vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8)
+    shape = LlamaConfig(
+        vocab_size=512, hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8
+    )
 
     def train(early):
         torch.manual_seed(0)
@@ -278,7 +324,11 @@ def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
         built, _ = build_optimizer(optimizer, parameters, orthogonal=matrices_of_blocks(model, parameters), **rule)
         weights = list(parameters.values())
         precision = Precision("bf16", device)
-        update = StepInBackward(weights, built) if early else AfterBackward(weights, built, precision, Devices(device), max_grad_norm=None)
+        update = (
+            StepInBackward(weights, built)
+            if early
+            else AfterBackward(weights, built, precision, Devices(device), max_grad_norm=None)
+        )
         ids = torch.randint(512, (4, 2, 32), generator=torch.Generator().manual_seed(1)).to(device)
         losses, norms = [], []
         for step, batch in enumerate(ids):
@@ -292,7 +342,12 @@ def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
             update.apply(1e-3)
             update.clear()
             losses.append(float(loss))
-        return losses, norms, {name: one.detach().cpu() for name, one in parameters.items()}, torch.cuda.max_memory_allocated()
+        return (
+            losses,
+            norms,
+            {name: one.detach().cpu() for name, one in parameters.items()},
+            torch.cuda.max_memory_allocated(),
+        )
 
     ours, theirs = train(True), train(False)
     assert ours[0] == pytest.approx(theirs[0], rel=1e-3)

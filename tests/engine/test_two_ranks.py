@@ -19,7 +19,9 @@ WORKER = Path(__file__).with_name("rank_worker.py")
 
 def start(output, **environment):
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen([sys.executable, str(WORKER), str(output)], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), str(output)], env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,9 @@ def outputs(tmp_path_factory):
 
 @pytest.mark.parametrize("packing", ["none", "best_fit"])
 def test_two_processes_are_one(bench, outputs, packing):
-    """N2: losses, norms and weights within 1e-6, with unequal tokens on the ranks and windows in which a rank has no row."""
+    """N2: losses, norms and weights within 1e-6, with unequal tokens on the ranks and windows in which a rank has no
+    row.
+    """
     alone = json.loads((outputs / f"{packing}-1-0.json").read_text())
     ranks = [json.loads((outputs / f"{packing}-2-{rank}.json").read_text()) for rank in range(2)]
     shares = list(zip(ranks[0]["shares"], ranks[1]["shares"], strict=True))
@@ -53,7 +57,9 @@ def test_two_processes_are_one(bench, outputs, packing):
     for ours, theirs in zip(ranks[0]["lines"], alone["lines"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-5)
-        assert [ours[key] for key in ("tokens", "weight", "rows")] == [theirs[key] for key in ("tokens", "weight", "rows")]
+        assert [ours[key] for key in ("tokens", "weight", "rows")] == [
+            theirs[key] for key in ("tokens", "weight", "rows")
+        ]
     weights = [load_file(outputs / f"{packing}-2-{rank}.safetensors") for rank in range(2)]
     whole = load_file(outputs / f"{packing}-1-0.safetensors")
     assert bench.same_bits(weights[0], weights[1])

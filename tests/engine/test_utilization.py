@@ -27,7 +27,9 @@ def test_frozen_weights_cost_no_gradient():
 
 def test_a_known_peak_puts_mfu_into_the_line(bench):
     training = bench.training(
-        bench.model(), bench.plan(bench.examples(4), batch_size=4), mfu=lambda tokens_per_second: tokens_per_second / 1e9
+        bench.model(),
+        bench.plan(bench.examples(4), batch_size=4),
+        mfu=lambda tokens_per_second: tokens_per_second / 1e9,
     )
     line = training.run()[0].metrics()
     assert line["mfu"] == pytest.approx(line["tokens_per_second"] / 1e9)

@@ -25,7 +25,9 @@ def window_gradients(bench, batch_size, accumulation, train_steps=loop.train_ste
 
 
 def worst_difference(bench, train_steps=loop.train_steps):
-    """Largest relative difference of a window's gradient between one micro-batch of 8 and any other cut of the same 8 rows."""
+    """Largest relative difference of a window's gradient between one micro-batch of 8 and any other cut of the same 8
+    rows.
+    """
     whole, losses = window_gradients(bench, 8, 1)
     worst = 0.0
     for cut in CUTS:
@@ -71,7 +73,9 @@ def test_a_micro_batch_without_trained_tokens_adds_zero(bench):
 def test_multiplying_by_a_zero_weight_is_caught(mutant):
     """N3's test fails when untrained positions are multiplied by 0 and not left out."""
     broken = mutant(loss_module, ".masked_fill(weights == 0, IGNORED)", "")
-    assert broken.weighted_nll_sum(torch.full((1, 3, 4), float("nan")), torch.tensor([[1, 2, 3]]), torch.zeros(1, 3)).isnan()
+    assert broken.weighted_nll_sum(
+        torch.full((1, 3, 4), float("nan")), torch.tensor([[1, 2, 3]]), torch.zeros(1, 3)
+    ).isnan()
 
 
 def test_rows_without_trained_tokens_leave_the_other_rows_alone(bench):
@@ -122,11 +126,15 @@ def test_padding_and_order_have_no_effect(bench):
 
 def left_padded(batch):
     def turn(tensor_BT):
-        return torch.stack([row.roll(int((~mask).sum())) for row, mask in zip(tensor_BT, batch.attention_mask, strict=True)])
+        return torch.stack(
+            [row.roll(int((~mask).sum())) for row, mask in zip(tensor_BT, batch.attention_mask, strict=True)]
+        )
 
     mask = turn(batch.attention_mask)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return replace(batch, input_ids=turn(batch.input_ids), weights=turn(batch.weights), position_ids=positions, attention_mask=mask)
+    return replace(
+        batch, input_ids=turn(batch.input_ids), weights=turn(batch.weights), position_ids=positions, attention_mask=mask
+    )
 
 
 def test_the_loss_is_what_numpy_computes_in_float64(bench):
@@ -144,7 +152,9 @@ def test_the_loss_is_what_numpy_computes_in_float64(bench):
 
 
 def test_clipping_is_that_of_torch_on_the_whole_window(bench):
-    """N10: after accumulation, `clip_grad_norm_` on the same gradients, bit for bit; the norm reported is the one before."""
+    """N10: after accumulation, `clip_grad_norm_` on the same gradients, bit for bit; the norm reported is the one
+    before.
+    """
     limit = 0.5
     plan = bench.plan(bench.examples())
     raw, clipped = (bench.recorder(dict(bench.model().named_parameters())) for _ in range(2))
@@ -171,7 +181,10 @@ def test_clipping_each_micro_batch_is_caught(bench, mutant):
     )
     plan = bench.plan(bench.examples(), batch_size=2, accumulation=4)
     norms = [
-        [result.grad_norm for result in bench.training(bench.model(), plan, max_grad_norm=0.5, train_steps=one.train_steps).run()]
+        [
+            result.grad_norm
+            for result in bench.training(bench.model(), plan, max_grad_norm=0.5, train_steps=one.train_steps).run()
+        ]
         for one in (loop, broken)
     ]
     assert norms[1] != pytest.approx(norms[0], rel=1e-3)

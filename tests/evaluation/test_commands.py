@@ -30,7 +30,12 @@ def adapter(tmp_path, tiny_model_folder, tiny_tokenizer):
     folder = tmp_path / "adapter"
     folder.mkdir()
     write_adapter(
-        adapted, folder, tokenizer=tiny_tokenizer, stop_token_ids=(2,), base_digest=loaded.base_digest, base_name=str(tiny_model_folder)
+        adapted,
+        folder,
+        tokenizer=tiny_tokenizer,
+        stop_token_ids=(2,),
+        base_digest=loaded.base_digest,
+        base_name=str(tiny_model_folder),
     )
     return folder
 
@@ -81,7 +86,10 @@ def test_evaluate_measures_every_row_of_a_file(run, adapter, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         "".join(
-            json.dumps({"messages": [{"role": "user", "content": "the user asks"}, {"role": "assistant", "content": text}]}) + "\n"
+            json.dumps(
+                {"messages": [{"role": "user", "content": "the user asks"}, {"role": "assistant", "content": text}]}
+            )
+            + "\n"
             for text in ("a", "system of words", "0123456789")
         )
     )

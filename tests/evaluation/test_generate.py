@@ -58,8 +58,12 @@ def test_what_stopped_an_answer_is_said(tiny_model, renderer, tiny_tokenizer):
         tiny_model.lm_head.weight.zero_()
         tiny_model.lm_head.weight[2] = 1.0
         tiny_model.model.norm.weight.fill_(1.0)
-    tiny_model.lm_head.weight.data[2] = tiny_model.model(input_ids=torch.tensor([[1]])).last_hidden_state[0, -1].detach()
-    found = {generate(tiny_model, tiny_tokenizer, renderer, [text], max_new_tokens=200)[0].stopped_by for text in PROMPTS}
+    tiny_model.lm_head.weight.data[2] = (
+        tiny_model.model(input_ids=torch.tensor([[1]])).last_hidden_state[0, -1].detach()
+    )
+    found = {
+        generate(tiny_model, tiny_tokenizer, renderer, [text], max_new_tokens=200)[0].stopped_by for text in PROMPTS
+    }
     assert found <= {"stop_token", "max_new_tokens", "context"}
 
 
@@ -111,7 +115,9 @@ def test_the_models_own_generation_settings_have_no_say(tiny_model, renderer):
 
 def test_drawn_answers_repeat_with_their_seed_and_differ_without(tiny_model, renderer, tiny_tokenizer):
     def drawn(seed):
-        return generate(tiny_model, tiny_tokenizer, renderer, ["a"], max_new_tokens=20, temperature=1.5, seed=seed)[0].ids
+        return generate(tiny_model, tiny_tokenizer, renderer, ["a"], max_new_tokens=20, temperature=1.5, seed=seed)[
+            0
+        ].ids
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
@@ -124,7 +130,8 @@ def test_an_answer_ends_where_the_context_does_and_a_short_neighbour_goes_on(tin
 
 
 @pytest.mark.parametrize(
-    ("prompt", "problem"), [([], "the prompt is empty"), ([5] * 256, "the prompt has 256 tokens and the model sees 256")]
+    ("prompt", "problem"),
+    [([], "the prompt is empty"), ([5] * 256, "the prompt has 256 tokens and the model sees 256")],
 )
 def test_a_prompt_without_room_is_refused(tiny_model, prompt, problem):
     with pytest.raises(DataError, match=problem):
@@ -135,7 +142,9 @@ def test_the_head_gets_rows_side_by_side(tiny_model, monkeypatch):
     """Q7: torch copies the head's weight once for each row of a view, which was the largest block of a whole run."""
     head, seen = tiny_model.get_output_embeddings(), []
     forward = head.forward
-    monkeypatch.setattr(head, "forward", lambda rows: seen.append((tuple(rows.shape[:2]), rows.is_contiguous())) or forward(rows))
+    monkeypatch.setattr(
+        head, "forward", lambda rows: seen.append((tuple(rows.shape[:2]), rows.is_contiguous())) or forward(rows)
+    )
     answer(tiny_model, [[5, 6, 7], [8, 9, 10, 11]])
     assert len(seen) > 1
     assert {*seen} == {((2, 1), True)}

@@ -39,7 +39,12 @@ def test_the_loss_is_the_one_of_float64_however_rows_are_batched(tiny_model, hel
     """N1 for evaluation: a sum of sums divided once, never a mean of means."""
     tiny_model.eval()
     nats, weight = in_float64(tiny_model, held_out)
-    found = evaluate(functools.partial(plain_nll_sum, tiny_model), batches(held_out, size, layout), model=tiny_model, total_bytes=123.5)
+    found = evaluate(
+        functools.partial(plain_nll_sum, tiny_model),
+        batches(held_out, size, layout),
+        model=tiny_model,
+        total_bytes=123.5,
+    )
     assert found["eval_num_loss_tokens"] == weight
     assert found["eval_mean_nll"] == pytest.approx(nats / weight, rel=1e-6)
     assert found["eval_perplexity"] == pytest.approx(math.exp(nats / weight), rel=1e-5)
@@ -101,7 +106,12 @@ def test_several_processes_divide_their_sum_once(tiny_model, held_out):
     shares = [ExampleList([held_out[0]]), ExampleList([held_out[index] for index in range(1, 6)])]
     numbers = [[], []]
     for share, noted in zip(shares, numbers, strict=True):
-        evaluate(nll_sum, batches(share), model=tiny_model, sum_over_devices=lambda value, noted=noted: noted.append(value) or 1.0)
+        evaluate(
+            nll_sum,
+            batches(share),
+            model=tiny_model,
+            sum_over_devices=lambda value, noted=noted: noted.append(value) or 1.0,
+        )
     sums = iter(np.sum(numbers, axis=0))
     both = evaluate(nll_sum, batches(shares[0]), model=tiny_model, sum_over_devices=lambda _: float(next(sums)))
     assert both["eval_mean_nll"] == pytest.approx(whole["eval_mean_nll"], rel=1e-6)
@@ -117,7 +127,9 @@ def test_a_token_is_worth_the_bytes_of_its_text_and_a_control_token_none(tiny_to
 
 def test_the_bytes_of_a_conversation_are_those_of_its_answers(renderer, tiny_tokenizer):
     answers = ("caf\u00e9", "of words and numbers")
-    messages = tuple(message for answer in answers for message in (Message("user", "the user asks"), Message("assistant", answer)))
+    messages = tuple(
+        message for answer in answers for message in (Message("user", "the user asks"), Message("assistant", answer))
+    )
     ids, weights, _ = renderer.render(Conversation("row:1", messages))
     example = Example("row:1", np.array(ids, np.int32), np.array(weights, np.float32))
     assert trained_bytes(ExampleList([example]), tiny_tokenizer) == sum(len(answer.encode()) for answer in answers)

@@ -1,7 +1,8 @@
 """Issue 6, must show 6: every shipped and example config resolves, and plans: rows to examples to packs to exact steps.
 
-The data of most situations lives on a hub. What is planned here is each config as it is written, on stand-in rows with the fields of its
-data set and on the tiny model's tokenizer: everything but the numbers of rows and tokens is the config's own.
+The data of most situations lives on a hub. What is planned here is each config as it is written, on stand-in rows with
+the fields of its data set and on the tiny model's tokenizer: everything but the numbers of rows and tokens is the
+config's own.
 """
 
 import json
@@ -23,7 +24,12 @@ LOCAL = {"laptop-without-gpu", "from-scratch-stories"}
 
 TEXT = "the user asks and the assistant answers a small system of words and numbers"
 ROWS = {
-    "auto": {"messages": [{"role": "user", "content": "the user asks {n}"}, {"role": "assistant", "content": "a small system {n}"}]},
+    "auto": {
+        "messages": [
+            {"role": "user", "content": "the user asks {n}"},
+            {"role": "assistant", "content": "a small system {n}"},
+        ]
+    },
     "alpaca": {"instruction": "the user asks {n}", "input": "", "output": "a small system {n}", "prompt": "not used"},
     "sharegpt": {
         "system": "a small system",
@@ -83,14 +89,24 @@ def test_a_situation_plans_as_it_is_written(path, tmp_path, tiny_model_folder):
 
 @pytest.fixture(scope="module")
 def tiny_models(tmp_path_factory, tiny_tokenizer):
-    """Random models of 2 layers x 32 in the architectures that the configs name, with a context that holds their longest rows."""
+    """Random models of 2 layers x 32 in the architectures that the configs name, with a context that holds their
+    longest rows.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     folders = {}
     for kind in ("llama", "qwen3"):
         folders[kind] = tmp_path_factory.mktemp(kind)
-        config = AutoConfig.for_model(kind, **shape, vocab_size=len(tiny_tokenizer), max_position_embeddings=8192, bos_token_id=None)
+        config = AutoConfig.for_model(
+            kind, **shape, vocab_size=len(tiny_tokenizer), max_position_embeddings=8192, bos_token_id=None
+        )
         with torch.random.fork_rng():
             AutoModelForCausalLM.from_config(config).save_pretrained(folders[kind])
         tiny_tokenizer.save_pretrained(folders[kind])
@@ -98,7 +114,9 @@ def tiny_models(tmp_path_factory, tiny_tokenizer):
 
 
 def stand_ins(path, tmp_path, tiny_models):
-    """Overrides for what does not lie on this machine: the model, by one of its architecture, and rows, by some with the same fields."""
+    """Overrides for what does not lie on this machine: the model, by one of its architecture, and rows, by some with
+    the same fields.
+    """
     config = load_config(str(path), environ={}).config
     small = [f"data.cache_dir={tmp_path}", "data.num_workers=1"]
     if config.model.name.startswith("custom-"):
@@ -121,7 +139,9 @@ def test_every_config_dry_runs_as_a_user_types_it(path, tmp_path, tiny_models, c
     assert not (tmp_path / "runs").exists()
     if load_config(str(path), environ={}).config.distributed.strategy == "fsdp":
         assert code == 2
-        assert "planned as one process that holds the whole model: strategy `fsdp` does not exist in this version" in out
+        assert (
+            "planned as one process that holds the whole model: strategy `fsdp` does not exist in this version" in out
+        )
         assert "use `auto` or `ddp`" in err
     else:
         assert (code, err) == (0, "")
@@ -129,7 +149,12 @@ def test_every_config_dry_runs_as_a_user_types_it(path, tmp_path, tiny_models, c
 
 def test_the_laptops_rows_are_shipped(tmp_path, tiny_model_folder):
     path = next(one for one in EXAMPLES if one.stem == "laptop-without-gpu")
-    small = {"model.name": str(tiny_model_folder), "data.cache_dir": str(tmp_path), "data.max_samples": 50, "data.max_length": 2048}
+    small = {
+        "model.name": str(tiny_model_folder),
+        "data.cache_dir": str(tmp_path),
+        "data.max_samples": 50,
+        "data.max_length": 2048,
+    }
     prepared = prepare(load_config(str(path), overrides=small, environ={}), Options(no_cuda=True, offline=True))
     assert prepared.data.ledger.summary()["train"]["used"] == 50
     assert len(prepared.data.eval) > 0

@@ -1,4 +1,6 @@
-"""Issue 6, must show 5: the notebooks run headless from top to bottom, in a kernel of their own, here with small settings."""
+"""Issue 6, must show 5: the notebooks run headless from top to bottom, in a kernel of their own, here with small
+settings.
+"""
 
 import json
 import sys
@@ -18,7 +20,9 @@ class ThisPython(AsyncKernelManager):
 
     @property
     def kernel_spec(self):
-        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python")
+        return KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], language="python"
+        )
 
 
 def executed(path, folder):
@@ -45,7 +49,12 @@ def test_there_are_three_and_they_are_kept_without_outputs():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_headless_and_draws_its_progress_and_curve(path, tmp_path, tiny_model_folder, monkeypatch):
-    small = {"EXAMPLE_STEPS": "4", "EXAMPLE_MODEL": str(tiny_model_folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    small = {
+        "EXAMPLE_STEPS": "4",
+        "EXAMPLE_MODEL": str(tiny_model_folder),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     for name, value in {**small, "IPYTHONDIR": str(tmp_path / "ipython")}.items():
         monkeypatch.setenv(name, value)
     outputs, _ = executed(path, tmp_path)
@@ -53,7 +62,9 @@ def test_a_notebook_runs_headless_and_draws_its_progress_and_curve(path, tmp_pat
     assert live
     assert "finished, step 4 of 4" in live[-1]  # one output, drawn anew until the end
     assert live[-1].count("<svg") == live[-1].count("</svg>") == 1
-    assert not [one.text for one in outputs if one.output_type == "stream" and one.name == "stderr" and "llmtune:" in one.text]
+    assert not [
+        one.text for one in outputs if one.output_type == "stream" and one.name == "stderr" and "llmtune:" in one.text
+    ]
     assert "parameters" in "".join(one.text for one in outputs if one.output_type == "stream" and one.name == "stdout")
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "checkpoints" / "final").is_dir()

@@ -27,7 +27,15 @@ _SHAPE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**_SHAPE),
@@ -74,11 +82,15 @@ def build_model() -> Callable[..., Any]:
 
 @pytest.fixture
 def make_examples() -> Callable[..., list[Example]]:
-    def make(lengths: tuple[int, ...] = (23, 5, 1, 40, 150), seed: int = 0, vocabulary: int = VOCABULARY) -> list[Example]:
+    def make(
+        lengths: tuple[int, ...] = (23, 5, 1, 40, 150), seed: int = 0, vocabulary: int = VOCABULARY
+    ) -> list[Example]:
         random = np.random.default_rng(seed)
         examples = []
         for number, length in enumerate(lengths):
-            weights = (random.random(length) < 0.7).astype(np.float32) * random.choice([1.0, 0.5, 2.0], length).astype(np.float32)
+            weights = (random.random(length) < 0.7).astype(np.float32) * random.choice([1.0, 0.5, 2.0], length).astype(
+                np.float32
+            )
             weights[0] = 0
             examples.append(Example(f"row:{number}", random.integers(0, vocabulary, length).astype(np.int32), weights))
         return examples

@@ -1,4 +1,4 @@
-"""N5 and N15 for attention by segments: every backend is attention under the dense mask, and no document feels another."""
+"""N5 and N15 for attention by segments: every backend is attention under the dense mask, and no document feels another."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -23,11 +23,20 @@ APART = (0, 300, 340, 600, 770, 1070)
 
 def heads(count: int, dtype: torch.dtype = torch.float32, total: int = MARKS[-1], seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, total, count, 16, generator=generator, dtype=torch.float32).to(dtype).transpose(1, 2).requires_grad_()
+    return (
+        torch.randn(1, total, count, 16, generator=generator, dtype=torch.float32)
+        .to(dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+    )
 
 
-def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, marks: tuple[int, ...] = MARKS) -> torch.Tensor:
-    """Attention from its definition in float64, with nothing shared with the code under test but the mask (which has its own test)."""
+def reference(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, marks: tuple[int, ...] = MARKS
+) -> torch.Tensor:
+    """Attention from its definition in float64, with nothing shared with the code under test but the mask (which has
+    its own test).
+    """
     q, k, v = (x.double() for x in (query, key, value))
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * rule.scale
@@ -50,7 +59,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_the_dense_mask_is_the_definition_of_what_a_query_sees() -> None:
-    expected = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]], dtype=torch.bool)
+    expected = torch.tensor(
+        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]], dtype=torch.bool
+    )
     assert torch.equal(dense_mask((0, 3, 5), 2, CPU), expected)
 
 
@@ -59,7 +70,13 @@ def test_the_dense_mask_is_the_definition_of_what_a_query_sees() -> None:
     [
         (backend, rule)
         for backend in ("tiles", "sdpa", "flex", "eager")
-        for rule in (Rule(0.3), Rule(0.3, window=37), Rule(0.3, window=300), Rule(0.3, softcap=0.8), Rule(0.3, window=37, softcap=0.8))
+        for rule in (
+            Rule(0.3),
+            Rule(0.3, window=37),
+            Rule(0.3, window=300),
+            Rule(0.3, softcap=0.8),
+            Rule(0.3, window=37, softcap=0.8),
+        )
         if not (backend == "sdpa" and rule.softcap)
     ],
 )
@@ -90,8 +107,12 @@ def test_tiles_of_heads_that_share_no_key_head_equal_attention_under_the_dense_m
 
 @pytest.mark.parametrize("rule", [Rule(0.3), Rule(0.3, window=37), Rule(0.3, window=150, softcap=0.8)], ids=str)
 @pytest.mark.parametrize("marks", [SHORT, ALIKE, APART], ids=["packed", "alike", "apart"])
-def test_tiles_of_several_documents_at_once_equal_attention_under_the_dense_mask(marks: tuple[int, ...], rule: Rule) -> None:
-    """N15 where short documents are packed into pieces in another order, with gaps, and where documents of one length are stacked."""
+def test_tiles_of_several_documents_at_once_equal_attention_under_the_dense_mask(
+    marks: tuple[int, ...], rule: Rule
+) -> None:
+    """N15 where short documents are packed into pieces in another order, with gaps, and where documents of one length
+    are stacked.
+    """
     inputs = [heads(count, total=marks[-1], seed=seed) for seed, count in enumerate((6, 2, 2))]
     segments = Segments(torch.tensor(marks, dtype=torch.int32), 200)
     found = run(lambda q, k, v: BACKENDS["tiles"](q, k, v, segments, rule), *inputs)
@@ -125,12 +146,16 @@ def test_a_document_does_not_feel_its_neighbour_by_one_bit(backend: str, dtype: 
 
 
 @pytest.mark.parametrize(("marks", "changed"), [(ALIKE, (200, 400)), (APART, (340, 600))], ids=["alike", "apart"])
-def test_a_document_does_not_feel_another_of_the_same_products_by_one_bit(marks: tuple[int, ...], changed: tuple[int, int]) -> None:
+def test_a_document_does_not_feel_another_of_the_same_products_by_one_bit(
+    marks: tuple[int, ...], changed: tuple[int, int]
+) -> None:
     """N5 where one product serves several documents, and one of them changes."""
     start, stop = changed
     inputs = [heads(count, torch.bfloat16, marks[-1], seed) for seed, count in enumerate((6, 2, 2))]
     others = [torch.cat([x[:, :, :start], 3 * x[:, :, start:stop] + 1, x[:, :, stop:]], dim=2) for x in inputs]
-    one, other = (run(lambda q, k, v: tiled_attention(q, k, v, marks, scale=0.25), *given) for given in (inputs, others))
+    one, other = (
+        run(lambda q, k, v: tiled_attention(q, k, v, marks, scale=0.25), *given) for given in (inputs, others)
+    )
     assert not torch.equal(one[0][:, start:stop], other[0][:, start:stop])
     for a, b, dim in zip(one, other, (1, 2, 2, 2), strict=True):
         assert torch.equal(a.narrow(dim, 0, start), b.narrow(dim, 0, start))
@@ -138,7 +163,7 @@ def test_a_document_does_not_feel_another_of_the_same_products_by_one_bit(marks:
 
 
 def places_of(tile: Tile) -> torch.Tensor:
-    """The row's token at each place of a tile's pieces, from their beginning to the tile's end, [C, stop]; -1 in gaps."""
+    """The row's token at each place of a tile's pieces, from their beginning to the tile's end, [C, stop]; -1 in gaps."""  # noqa: E501
     if tile.rearranged is None:
         return torch.tensor(tile.firsts).unsqueeze(1) + torch.arange(tile.stop)
     own = tile.firsts[0] + torch.arange(len(tile.rearranged.places))
@@ -149,7 +174,9 @@ def places_of(tile: Tile) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("window", [None, 5, 37, 300])
-@pytest.mark.parametrize("marks", [(0, 1), (0, 256), (0, 257, 600), (0, 100, 128, 129, 400, 410), ALIKE, APART, SHORT, MARKS])
+@pytest.mark.parametrize(
+    "marks", [(0, 1), (0, 256), (0, 257, 600), (0, 100, 128, 129, 400, 410), ALIKE, APART, SHORT, MARKS]
+)
 def test_tiles_cover_every_visible_pair_once(marks: tuple[int, ...], window: int | None) -> None:
     seen = torch.zeros(marks[-1], marks[-1], dtype=torch.int32)
     for tile in plan_tiles(marks, window, 64, torch.float32, CPU):
@@ -161,7 +188,9 @@ def test_tiles_cover_every_visible_pair_once(marks: tuple[int, ...], window: int
             query, key = tokens[tile.start : tile.stop], tokens[tile.key_start : tile.stop]
             gap, key_gap = query < 0, key < 0
             seen[query[~gap][:, None], key[~key_gap][None, :]] += block[~gap][:, ~key_gap]
-            assert block[gap][:, ~key_gap].sum() == block[~gap][:, key_gap].sum() == 0, "nothing passes between gaps and tokens"
+            assert block[gap][:, ~key_gap].sum() == block[~gap][:, key_gap].sum() == 0, (
+                "nothing passes between gaps and tokens"
+            )
             assert (block[gap].sum(1) == 1).all(), "a gap's output is finite"
     assert torch.equal(seen, dense_mask(marks, window, CPU).int())
 
@@ -173,7 +202,9 @@ def test_every_query_stands_once_where_the_layout_says_and_gaps_repeat_one(marks
     assert torch.equal(layout.order[layout.places], queries)
     for tile, (own,) in layout.by_tile(layout.order.unsqueeze(1)):
         token_GCRN, head_GCRN = (part.view(2, tile.pieces, 3, -1) for part in (own // 6, own % 6))
-        assert torch.equal(head_GCRN, torch.arange(6).view(2, 1, 3, 1).expand_as(head_GCRN)), "heads that share a key head are neighbours"
+        assert torch.equal(head_GCRN, torch.arange(6).view(2, 1, 3, 1).expand_as(head_GCRN)), (
+            "heads that share a key head are neighbours"
+        )
         expected_GCRN = places_of(tile)[:, tile.start : tile.stop].view(1, tile.pieces, 1, -1).expand_as(token_GCRN)
         assert torch.equal(token_GCRN[expected_GCRN >= 0], expected_GCRN[expected_GCRN >= 0].int())
     assert len(layout.order) == sum(6 * tile.queries for tile in layout.tiles)
@@ -183,7 +214,9 @@ def test_strides_of_the_inputs_change_no_bit() -> None:
     as_models_give_them = [heads(count, torch.bfloat16, seed=seed) for seed, count in enumerate((6, 2, 2))]
     in_order = [x.contiguous() for x in as_models_give_them]
     assert in_order[0].stride() != as_models_give_them[0].stride()
-    found, expected = (run(lambda q, k, v: tiled_attention(q, k, v, MARKS, scale=0.3), *x) for x in (as_models_give_them, in_order))
+    found, expected = (
+        run(lambda q, k, v: tiled_attention(q, k, v, MARKS, scale=0.3), *x) for x in (as_models_give_them, in_order)
+    )
     assert all(map(torch.equal, found, expected))
 
 
@@ -201,7 +234,9 @@ def test_documents_share_their_products() -> None:
     assert [(tile.firsts, tile.start, tile.stop) for tile in of_all_lengths if tile.pieces > 1] == [
         ((0, 340, 2000), 0, 128), ((0, 340, 2000), 128, 256), ((0, 2000), 256, 300),
     ]  # fmt: skip
-    assert {tile.stop - tile.start for tile in of_all_lengths if tile.firsts == (600,)} == {256, 1400 - 5 * 256}, "probabilities not kept"
+    assert {tile.stop - tile.start for tile in of_all_lengths if tile.firsts == (600,)} == {256, 1400 - 5 * 256}, (
+        "probabilities not kept"
+    )
     assert {tile.pieces for tile in plan_tiles((0, 1100, 2200), None, 256, torch.float32, CPU)} == {1}, "nor are these"
 
 
@@ -223,7 +258,8 @@ def test_a_segment_mask_costs_a_few_numbers_and_is_told_from_other_masks() -> No
     assert mask.untyped_storage().nbytes() == 12
     assert is_segment_mask(mask)
     assert not any(
-        is_segment_mask(other) for other in (None, torch.ones(1, 1, 3, 3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.int32))
+        is_segment_mask(other)
+        for other in (None, torch.ones(1, 1, 3, 3, dtype=torch.bool), torch.ones(1, 3, dtype=torch.int32))
     )
 
 
@@ -236,5 +272,7 @@ def test_cuda_backends_equal_attention_under_the_dense_mask(backend: str, window
     inputs = [torch.randn(1, count, MARKS[-1], 64).to(torch.bfloat16) for count in (6, 2, 2)]
     segments = Segments(torch.tensor(MARKS, dtype=torch.int32, device="cuda"), 580)
     expected = run(lambda q, k, v: reference(q, k, v, Rule(0.125, window)), *inputs)
-    found = run(lambda q, k, v: BACKENDS[backend](q, k, v, segments, Rule(0.125, window)).cpu(), *(x.cuda() for x in inputs))
+    found = run(
+        lambda q, k, v: BACKENDS[backend](q, k, v, segments, Rule(0.125, window)).cpu(), *(x.cuda() for x in inputs)
+    )
     assert max(relative(a.cpu(), b) for a, b in zip(found, expected, strict=True)) < 1e-2

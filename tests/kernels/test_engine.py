@@ -1,4 +1,6 @@
-"""N15 and N5 for the whole engine: the plain path's loss and gradients on every architecture, and documents that cannot see each other."""
+"""N15 and N5 for the whole engine: the plain path's loss and gradients on every architecture, and documents that cannot
+see each other.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def test_in_bf16_the_flat_engine_is_as_close_to_float32_as_the_plain_path(
 def test_a_document_does_not_change_its_neighbours_loss_or_logits_by_one_bit(
     name: str, build_model: Build, arithmetic: Build, make_examples: Callable[..., list[Example]]
 ) -> None:
-    """N5: the second document is replaced by another of the same length; every hidden state of the others is bit-identical."""
+    """N5: the second document is replaced by another of the same length; every hidden state of the others is
+    bit-identical.
+    """
     model = build_model(name)
     engine_of(model, arithmetic())
     examples = make_examples((23, 31, 150))
@@ -76,7 +80,9 @@ def test_a_document_does_not_change_its_neighbours_loss_or_logits_by_one_bit(
         mask = attention.segment_mask(batch.segments, 150, CPU)
         decoder = model.get_decoder()
         states.append(
-            decoder(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False).last_hidden_state
+            decoder(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
+            ).last_hidden_state
         )
     assert torch.equal(states[0][:, :23], states[1][:, :23])
     assert torch.equal(states[0][:, 54:], states[1][:, 54:])
@@ -93,8 +99,12 @@ def test_gradient_checkpointing_changes_no_bit(
     batch = make_micro_batch(make_examples(), layout, 0)
     engine = engine_of(model, arithmetic(), Config(model=ModelConfig(gradient_checkpointing=True), training=training))
     found = loss_and_gradients(model, lambda: engine.nll_sum(batch))
-    expected = loss_and_gradients(stored, lambda: engine_of(stored, arithmetic(), Config(training=training)).nll_sum(batch))
-    assert [module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")].count(True) >= 2
+    expected = loss_and_gradients(
+        stored, lambda: engine_of(stored, arithmetic(), Config(training=training)).nll_sum(batch)
+    )
+    assert [
+        module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")
+    ].count(True) >= 2
     assert found[0] == expected[0]
     assert difference(found[1], expected[1]) == 0
 
@@ -134,7 +144,12 @@ def test_generation_is_the_same_under_the_flat_engine(build_model: Build, arithm
     """Ordinary calls keep the library's attention: padded prompts and a cache work as before."""
     model = build_model("mistral").eval()
     prompts = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 7, 6, 5]])
-    options: dict[str, Any] = {"attention_mask": (prompts > 0).long(), "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    options: dict[str, Any] = {
+        "attention_mask": (prompts > 0).long(),
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     before = model.generate(prompts, **options)
     engine_of(model, arithmetic())
     assert torch.equal(model.generate(prompts, **options), before)
@@ -154,7 +169,7 @@ def test_sharded_models_get_the_plain_engine(build_model: Build, arithmetic: Bui
 
 
 def test_a_model_that_bends_its_logits_in_an_unknown_way_is_found_out(build_model: Build, arithmetic: Build) -> None:
-    """The probe is the mutant test of the engine: a rule of the head that the fast path does not know costs it the job."""
+    """The probe is the mutant test of the engine: a rule of the head that the fast path does not know costs it the job."""  # noqa: E501
     model = build_model("llama")
     model.lm_head.register_forward_hook(lambda _module, _inputs, logits: logits * 1.5)
     engine = engine_of(model, arithmetic())

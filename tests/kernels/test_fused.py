@@ -13,8 +13,12 @@ from llmtune.config.schema import AdapterConfig
 from llmtune.kernels.patch_model import fuse, unfuse
 
 
-@pytest.mark.parametrize(("name", "device_type", "norms"), [("llama", "cpu", 5), ("llama", "cuda", 0), ("qwen3", "cpu", 9)])
-def test_everything_that_is_fused_is_told_and_undone(build_model: Callable[..., Any], name: str, device_type: str, norms: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "device_type", "norms"), [("llama", "cpu", 5), ("llama", "cuda", 0), ("qwen3", "cpu", 9)]
+)
+def test_everything_that_is_fused_is_told_and_undone(
+    build_model: Callable[..., Any], name: str, device_type: str, norms: int
+) -> None:
     model = adapted(build_model(name), AdapterConfig(method="lora", r=4)).get_base_model()
     before, weights = [type(module) for module in model.modules()], list(model.state_dict())
     assert fuse(model, device_type) == 14

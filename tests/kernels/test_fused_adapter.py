@@ -1,4 +1,4 @@
-"""N15 for fused LoRA layers: peft's own outputs and gradients, and peft's own layer wherever the arithmetic is another."""
+"""N15 for fused LoRA layers: peft's own outputs and gradients, and peft's own layer wherever the arithmetic is another."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def test_fused_adapters_repeat_peft(
 def test_in_bf16_fused_adapters_are_as_close_to_float32_as_peft(
     name: str, build_model: Build, arithmetic: Build, flat: MicroBatch, padded: MicroBatch
 ) -> None:
-    """N15 in bf16 with a bf16 base: gradients no further from float32 (on the same rounded weights) than 1.2 times peft's own."""
+    """N15 in bf16 with a bf16 base: gradients no further from float32 (on the same rounded weights) than 1.2 times
+    peft's own.
+    """
     models = [adapted(build_model(name).bfloat16(), LORA) for _ in range(2)]
     exact = adapted(build_model(name).bfloat16(), LORA).float()
     half = arithmetic(bf16=True)
@@ -68,7 +70,9 @@ def test_dropout_and_dora_keep_the_layer_of_peft(config: AdapterConfig, build_mo
 def test_adapters_on_a_4bit_base_repeat_peft(
     bf16: bool, tiny_model_folder: Path, arithmetic: Build, make_examples: Callable[..., list[Example]]
 ) -> None:
-    """N15 for QLoRA: the same dequantized weights, in float32 within 1e-6 and 1e-5; in bf16 loss 5e-3, gradients 3e-2 of peft's own."""
+    """N15 for QLoRA: the same dequantized weights, in float32 within 1e-6 and 1e-5; in bf16 loss 5e-3, gradients 3e-2
+    of peft's own.
+    """
     compute = torch.bfloat16 if bf16 else torch.float32
     models = []
     for _ in range(2):
@@ -82,7 +86,9 @@ def test_adapters_on_a_4bit_base_repeat_peft(
     assert "fused: 14 LoRA layers" in " ".join(str(decision) for decision in engine.decisions)
     examples = make_examples(vocabulary=400)
     with precision.autocast():
-        expected = loss_and_gradients(models[1], lambda: plain_nll_sum(models[1], make_micro_batch(examples, "padded", 0)))
+        expected = loss_and_gradients(
+            models[1], lambda: plain_nll_sum(models[1], make_micro_batch(examples, "padded", 0))
+        )
         found = loss_and_gradients(models[0], lambda: engine.nll_sum(make_micro_batch(examples, "flat", 0)))
     assert found[0] == pytest.approx(expected[0], rel=5e-3 if bf16 else 1e-6)
     assert difference(found[1], expected[1]) < (3e-2 if bf16 else 1e-5)

@@ -48,8 +48,12 @@ def test_a_norm_of_another_kind_is_left_alone(build_model: Callable[..., Any]) -
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_norms_before_products_round_for_them_and_others_do_not(build_model: Callable[..., Any], autocast: bool) -> None:
-    """Forward numbers are those of layers that round for themselves; the norms of single heads feed no product and stay float32."""
+def test_norms_before_products_round_for_them_and_others_do_not(
+    build_model: Callable[..., Any], autocast: bool
+) -> None:
+    """Forward numbers are those of layers that round for themselves; the norms of single heads feed no product and stay
+    float32.
+    """
     model = build_model("qwen3")
     seen: dict[str, torch.dtype] = {}
     ids = torch.arange(20).unsqueeze(0)
@@ -58,7 +62,9 @@ def test_norms_before_products_round_for_them_and_others_do_not(build_model: Cal
         fuse_norms(model)
         for name, module in model.named_modules():
             if "norm" in name.rpartition(".")[2]:
-                module.register_forward_hook(lambda _, __, output, name=name: seen.update({name.rpartition(".")[2]: output.dtype}))
+                module.register_forward_hook(
+                    lambda _, __, output, name=name: seen.update({name.rpartition(".")[2]: output.dtype})
+                )
         found = model(ids).logits
     narrow = torch.bfloat16 if autocast else torch.float32
     assert seen == {
@@ -79,7 +85,9 @@ def test_a_mixture_of_experts_keeps_the_type_it_adds_up_in() -> None:
 
 
 def test_a_narrow_gradient_is_widened_before_it_is_used() -> None:
-    """N15 under autocast, also where the backward pass runs in it: gradients of a float32 norm with rounded output, relative to float64."""
+    """N15 under autocast, also where the backward pass runs in it: gradients of a float32 norm with rounded output,
+    relative to float64.
+    """
     norm, x, grad = problem(torch.float32)
     expected = run(norm.double(), x.double(), grad.bfloat16().double())
     block = torch.nn.ModuleDict({"input_layernorm": norm.float()})

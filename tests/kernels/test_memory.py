@@ -17,7 +17,7 @@ from llmtune.engine import allocator
 from llmtune.engine.allocator import KERNEL_CACHES, bound_kernel_caches
 from llmtune.engine.devices import open_devices
 from llmtune.prepare import prepare
-from llmtune.training.build import assemble
+from llmtune.training.build import build_setup
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from training_helpers import in_child, small_run
 
@@ -78,7 +78,9 @@ print(outside())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
 @pytest.mark.parametrize(("kind", "expected"), [("tuned", ["20", "0"]), ("plain", ["0", "0"])])
-def test_what_is_made_to_stay_lies_outside_the_heap_and_what_follows_inside_again(kind: str, expected: list[str]) -> None:
+def test_what_is_made_to_stay_lies_outside_the_heap_and_what_follows_inside_again(
+    kind: str, expected: list[str]
+) -> None:
     """Where nothing was tuned nothing is set, for that would stay."""
     done = subprocess.run([sys.executable, "-c", OUTSIDE, kind], capture_output=True, text=True, check=True)
     assert done.stdout.split() == expected
@@ -98,7 +100,7 @@ def test_a_run_whose_blocks_are_computed_again_says_which_freed_blocks_it_keeps(
 
     def write_what_is_said() -> None:
         allocator._tuned.clear()  # another test may have run a command in this process
-        decisions = assemble(prepared, options, open_devices(prepared.config, options)[0]).decisions
+        decisions = build_setup(prepared, options, open_devices(prepared.config, options)[0]).decisions
         (tmp_path / "said").write_text(json.dumps([one.value for one in decisions if one.key == "process.allocator"]))
 
     assert in_child(write_what_is_said) == 0
@@ -136,13 +138,20 @@ print(used_after(range(500, 800)) - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from glibc's allocator")
 def test_ever_new_lengths_of_rows_use_no_more_memory(tiny_model_folder: Path, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Q7: a longer run needs no more memory, by the command or the API. 300 new lengths of one product keep 80 MB without the bound."""
+    """Q7: a longer run needs no more memory, by the command or the API.
+
+    300 new lengths of one product keep 80 MB without the bound.
+    """
     import torch
 
     unbounded = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
     run = small_run(tiny_model_folder, rows_file, tmp_path)
     grown = {
-        kind: int(subprocess.run([sys.executable, "-c", KERNELS, *words], capture_output=True, text=True, check=True, env=unbounded).stdout)
+        kind: int(
+            subprocess.run(
+                [sys.executable, "-c", KERNELS, *words], capture_output=True, text=True, check=True, env=unbounded
+            ).stdout
+        )
         for kind, *words in (("bounded", "bounded"), ("api", "api", *run), ("free", "free"))
     }
     assert grown["bounded"] < 10e6

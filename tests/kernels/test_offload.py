@@ -1,4 +1,6 @@
-"""N15 for blocks whose inputs wait in host memory: the bits of recomputed blocks, and a device that holds two inputs at most."""
+"""N15 for blocks whose inputs wait in host memory: the bits of recomputed blocks, and a device that holds two inputs at
+most.
+"""
 
 from __future__ import annotations
 
@@ -43,15 +45,24 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 @pytest.mark.parametrize("layout", ["flat", "padded"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_inputs_kept_on_the_host_change_no_bit(
-    name: str, layout: Any, bf16: bool, build_model: Build, arithmetic: Build, make_examples: Callable[..., list[Example]]
+    name: str,
+    layout: Any,
+    bf16: bool,
+    build_model: Build,
+    arithmetic: Build,
+    make_examples: Callable[..., list[Example]],
 ) -> None:
-    """N15: every block's input leaves and comes back as it was, in pieces that do not divide it evenly; dropout included."""
+    """N15: every block's input leaves and comes back as it was, in pieces that do not divide it evenly; dropout
+    included.
+    """
     precision = arithmetic(bf16=bf16)
     results, stores = [], []
     for keep in (False, True):
         model, _ = attach_adapter(build_model(name), AdapterConfig(method="lora", r=4, dropout=0.1), seed=0)
         base = model.get_base_model()
-        engine = build_engine(model, config=Config(model=ModelConfig(gradient_checkpointing=True)), device=CPU, precision=precision)
+        engine = build_engine(
+            model, config=Config(model=ModelConfig(gradient_checkpointing=True)), device=CPU, precision=precision
+        )
         if keep:
             stores.append(HostStore(CPU))
             assert keep_inputs_in(stores[0], base) == 2
@@ -70,8 +81,12 @@ def test_inputs_kept_on_the_host_change_no_bit(
     assert stores[0].num_pages >= 2 * 68 * 48 * 4 // 4096
 
 
-def test_pages_are_taken_once_and_given_back(build_model: Build, flat: MicroBatch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later micro-batches, shorter ones and one whose backward pass never came lock no more memory; nor does a loss that is still held."""
+def test_pages_are_taken_once_and_given_back(
+    build_model: Build, flat: MicroBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later micro-batches, shorter ones and one whose backward pass never came lock no more memory; nor does a loss
+    that is still held.
+    """
     model, store = build_model("llama"), HostStore(CPU)
     checkpoint_blocks(model)
     keep_inputs_in(store, model)
@@ -95,7 +110,13 @@ def test_the_device_holds_no_input_but_the_last_ones(build_model: Build, flat: M
     alive = {}
     for keep in (False, True):
         torch.manual_seed(0)
-        shape = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 6, "num_attention_heads": 6}
+        shape = {
+            "vocab_size": 97,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 6,
+        }
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).train()
         checkpoint_blocks(model)
         if keep:
@@ -111,7 +132,12 @@ def test_the_device_holds_no_input_but_the_last_ones(build_model: Build, flat: M
 
 def test_tensors_come_back_in_any_order_and_more_than_once() -> None:
     store = HostStore(CPU)
-    tensors = [torch.randn(3, 700), torch.randn(5), torch.arange(9, dtype=torch.bfloat16).view(3, 3).t(), torch.randn(1, 2048)]
+    tensors = [
+        torch.randn(3, 700),
+        torch.randn(5),
+        torch.arange(9, dtype=torch.bfloat16).view(3, 3).t(),
+        torch.randn(1, 2048),
+    ]
     held = [store.put(one) for one in tensors]
     for index in (3, 2, 1, 0, 2, 0, 3, 3):
         assert torch.equal(store.get(held[index]), tensors[index])
@@ -191,7 +217,13 @@ def test_the_benchmark_runs_on_a_cpu() -> None:
 # ---- on a GPU ----
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-WIDE = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+WIDE = {
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+}
 
 
 def wide_model(recompute: Any, tokens: int) -> tuple[Any, Callable[[], torch.Tensor]]:
@@ -205,7 +237,9 @@ def wide_model(recompute: Any, tokens: int) -> tuple[Any, Callable[[], torch.Ten
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     precision = Precision("bf16", device)
-    engine = build_engine(model, config=Config(model=ModelConfig(gradient_checkpointing=recompute)), device=device, precision=precision)
+    engine = build_engine(
+        model, config=Config(model=ModelConfig(gradient_checkpointing=recompute)), device=device, precision=precision
+    )
     assert engine.layout == "flat", engine.decisions
     ids = torch.randint(3, 512, (tokens,), generator=torch.Generator().manual_seed(1)).numpy().astype("int32")
     weights = (ids % 3 > 0).astype("float32")
@@ -222,7 +256,8 @@ def wide_model(recompute: Any, tokens: int) -> tuple[Any, Callable[[], torch.Ten
 @pytest.mark.gpu
 @needs_cuda
 def test_on_a_gpu_offloaded_blocks_repeat_recomputed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """N15 on CUDA, bf16, three times over: the same loss bits where a row is one tile; with tiles loss within 1e-3, gradients within 2e-2.
+    """N15 on CUDA, bf16, three times over: the same loss bits where a row is one tile; with tiles loss within 1e-3,
+    gradients within 2e-2.
 
     Gradients are compared with a bound throughout, because flash attention's backward pass adds in no fixed order.
     """
@@ -272,7 +307,9 @@ def test_on_a_gpu_the_peak_falls_and_the_host_is_locked_once() -> None:
 
 @pytest.mark.gpu
 @needs_cuda
-def test_on_a_gpu_a_store_gives_back_what_it_was_given_while_the_device_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_a_store_gives_back_what_it_was_given_while_the_device_is_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Copies run beside other work: without the events, memory would be taken again before it is read."""
     monkeypatch.setattr(activation_offload, "PAGE_BYTES", 1 << 22)
     device = torch.device("cuda")

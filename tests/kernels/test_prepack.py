@@ -1,4 +1,6 @@
-"""N15 for frozen weights that are laid out beforehand: no bit of a loss or a gradient changes, and nothing stays behind."""
+"""N15 for frozen weights that are laid out beforehand: no bit of a loss or a gradient changes, and nothing stays
+behind.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def test_the_same_loss_and_gradients_bit_by_bit(
 
 
 @needs_bf16
-def test_on_a_4bit_base_too(tiny_model_folder: Path, arithmetic: Build, make_examples: Callable[..., list[Example]]) -> None:
+def test_on_a_4bit_base_too(
+    tiny_model_folder: Path, arithmetic: Build, make_examples: Callable[..., list[Example]]
+) -> None:
     """N15: dequantized once, in both layouts; the same bits as dequantized at each use."""
     half, results = arithmetic(bf16=True), []
     batch = make_micro_batch(make_examples(vocabulary=400), "flat", 0)
@@ -90,7 +94,9 @@ def test_on_a_4bit_base_too(tiny_model_folder: Path, arithmetic: Build, make_exa
 
 @needs_bf16
 def test_the_kept_layouts_are_what_is_multiplied(build_model: Build, arithmetic: Build, flat: MicroBatch) -> None:
-    """Equality above would hold for layouts that nobody reads: with those of doubled weights, loss and gradients are others."""
+    """Equality above would hold for layouts that nobody reads: with those of doubled weights, loss and gradients are
+    others.
+    """
     half = arithmetic(bf16=True)
     model = adapted(build_model("llama").bfloat16(), LORA)
     forward = engine_of(model, half)
@@ -139,7 +145,9 @@ def test_products_are_the_plain_ones_for_any_shape_and_any_strides(outputs: int,
 
 
 @needs_bf16
-@pytest.mark.parametrize(("which", "is_added"), [("linear", False), ("input_gradient", False), ("input_gradient", True)])
+@pytest.mark.parametrize(
+    ("which", "is_added"), [("linear", False), ("input_gradient", False), ("input_gradient", True)]
+)
 def test_where_a_bit_differs_nothing_is_kept_and_it_is_said(
     which: str, is_added: bool, monkeypatch: pytest.MonkeyPatch, build_model: Build, arithmetic: Build
 ) -> None:
@@ -147,7 +155,9 @@ def test_where_a_bit_differs_nothing_is_kept_and_it_is_said(
 
     def off_by_a_bit(self: Prepacked, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         found = real(self, x, onto)
-        if x.shape in ((37, 80), (37, 97)) and is_added == (onto is not None):  # to down_proj, from gate_proj, up_proj and the head
+        if x.shape in ((37, 80), (37, 97)) and is_added == (
+            onto is not None
+        ):  # to down_proj, from gate_proj, up_proj and the head
             found[-1, -1] += 0.25
         return found
 
@@ -160,8 +170,10 @@ def test_where_a_bit_differs_nothing_is_kept_and_it_is_said(
 
 
 @needs_bf16
-def test_only_what_stays_is_made_outside_the_heap(monkeypatch: pytest.MonkeyPatch, build_model: Build, arithmetic: Build) -> None:
-    """What is made on the way and gone again would take fresh pages each time: a second of the start of a real model."""
+def test_only_what_stays_is_made_outside_the_heap(
+    monkeypatch: pytest.MonkeyPatch, build_model: Build, arithmetic: Build
+) -> None:
+    """What is made on the way and gone again would take fresh pages each time: a second of the start of a real model."""  # noqa: E501
     made: list[str] = []
 
     class Watch(TorchDispatchMode):
@@ -188,7 +200,9 @@ def test_nothing_is_kept_of_an_engine_that_is_undone_and_a_copy_shares(build_mod
 
 
 @needs_bf16
-def test_another_arithmetic_than_theirs_takes_the_plain_weights(build_model: Build, arithmetic: Build, padded: MicroBatch) -> None:
+def test_another_arithmetic_than_theirs_takes_the_plain_weights(
+    build_model: Build, arithmetic: Build, padded: MicroBatch
+) -> None:
     """Layouts are kept for bf16; the same model called in float32 computes as if there were none."""
     model = adapted(build_model("llama"), LORA).eval()
     with torch.no_grad():
@@ -208,7 +222,9 @@ def test_a_head_that_is_trained_in_place_keeps_its_own_product(build_model: Buil
 
 
 @needs_bf16
-def test_a_head_that_is_trained_and_layers_without_lora_keep_their_own_product(build_model: Build, arithmetic: Build) -> None:
+def test_a_head_that_is_trained_and_layers_without_lora_keep_their_own_product(
+    build_model: Build, arithmetic: Build
+) -> None:
     some = AdapterConfig(method="lora", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = adapted(build_model("llama").bfloat16(), some)
     engine_of(model, arithmetic(bf16=True), Config(adapter=some, model=ModelConfig(weights_prepack=True)))
@@ -234,7 +250,9 @@ def test_in_float32_nothing_is_laid_out(build_model: Build, arithmetic: Build) -
         (Config(adapter=LORA), "cpu", None, "not bf16"),
     ],
 )
-def test_why_it_cannot_be(config: Config, device: str, dtype: torch.dtype | None, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_why_it_cannot_be(
+    config: Config, device: str, dtype: torch.dtype | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert reason in str(cannot_prepack(config, device, dtype))
     monkeypatch.setattr(weight_prepack, "can_prepack", lambda: True)
     assert cannot_prepack(Config(adapter=LORA), "cpu", torch.bfloat16) is None

@@ -26,7 +26,13 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_same_loss_and_gradients_bit_by_bit(
-    name: str, base: torch.dtype, bf16: bool, build_model: Build, arithmetic: Build, flat: MicroBatch, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    base: torch.dtype,
+    bf16: bool,
+    build_model: Build,
+    arithmetic: Build,
+    flat: MicroBatch,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """N15, with models whose norms and products have recipes, whose norms alone have, and that have none."""
     precision = arithmetic(bf16=bf16)
@@ -53,7 +59,9 @@ def test_the_same_loss_and_gradients_bit_by_bit(
     assert all(torch.equal(gradients[one], kept_gradients[one]) for one in kept_gradients)
 
 
-def test_an_input_that_the_layer_rounds_is_rounded_again(build_model: Build, arithmetic: Build, flat: MicroBatch) -> None:
+def test_an_input_that_the_layer_rounds_is_rounded_again(
+    build_model: Build, arithmetic: Build, flat: MicroBatch
+) -> None:
     """A norm that stays float32 under autocast (as in a mixture of experts) before layers that multiply in bf16."""
     half, results = arithmetic(bf16=True), []
     for into_products in (True, False):
@@ -113,7 +121,9 @@ def test_a_source_that_was_overwritten_is_noticed(build_model: Build) -> None:
         output.sum().backward()
 
 
-def test_tiles_make_them_again_too(build_model: Build, arithmetic: Build, flat: MicroBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_make_them_again_too(
+    build_model: Build, arithmetic: Build, flat: MicroBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """N15 for rows in tiles: what a tile computes again has recipes of its own."""
     monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 64)
     precision, results = arithmetic(), []

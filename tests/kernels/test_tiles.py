@@ -26,7 +26,11 @@ Build = Callable[..., Any]
 CPU = torch.device("cpu")
 TILE = 48
 """Tokens of a tile here, the models' width; the rows of `flat` have 219."""
-ADAPTERS = {"full": None, "lora": AdapterConfig(method="lora", r=4, alpha=8), "dora": AdapterConfig(method="lora", r=4, dora=True)}
+ADAPTERS = {
+    "full": None,
+    "lora": AdapterConfig(method="lora", r=4, alpha=8),
+    "dora": AdapterConfig(method="lora", r=4, dora=True),
+}
 _HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
 SHAPE = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, **_HEADS}
 
@@ -37,7 +41,9 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def engine_of(model: Any, precision: Any, recompute: Any = "offload") -> Engine:
-    return build_engine(model, config=Config(model=ModelConfig(gradient_checkpointing=recompute)), device=CPU, precision=precision)
+    return build_engine(
+        model, config=Config(model=ModelConfig(gradient_checkpointing=recompute)), device=CPU, precision=precision
+    )
 
 
 def said(engine: Engine) -> str:
@@ -48,7 +54,12 @@ def said(engine: Engine) -> str:
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gemma3", "phi3", "gpt2"])
 def test_tiles_repeat_the_plain_loss_and_gradients(
-    name: str, adapter: str, lengths: tuple[int, ...], build_model: Build, arithmetic: Build, make_examples: Callable[..., list[Example]]
+    name: str,
+    adapter: str,
+    lengths: tuple[int, ...],
+    build_model: Build,
+    arithmetic: Build,
+    make_examples: Callable[..., list[Example]],
 ) -> None:
     """N15: loss 1e-6, gradients 1e-5 relative, float32, for rows longer and shorter than a tile."""
     plain, model = (adapted(build_model(name), ADAPTERS[adapter]) for _ in range(2))
@@ -57,7 +68,9 @@ def test_tiles_repeat_the_plain_loss_and_gradients(
     assert "2 feed-forward modules" in said(engine)
     examples = make_examples(lengths)
     expected = loss_and_gradients(plain, lambda: plain_nll_sum(plain, make_micro_batch(examples, "padded", 0)))
-    found = loss_and_gradients(model, lambda: engine.nll_sum(make_micro_batch(examples, engine.layout, 0)))
+    found = loss_and_gradients(
+        model, lambda engine=engine: engine.nll_sum(make_micro_batch(examples, engine.layout, 0))
+    )
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert difference(found[1], expected[1]) < 1e-5
 
@@ -65,13 +78,15 @@ def test_tiles_repeat_the_plain_loss_and_gradients(
 def test_qwen2_and_dora_run_in_tiles_too(arithmetic: Build, flat: MicroBatch, padded: MicroBatch) -> None:
     def build() -> Any:
         torch.manual_seed(0)
-        return adapted(transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**SHAPE)).train(), ADAPTERS["dora"])
+        return adapted(
+            transformers.AutoModelForCausalLM.from_config(transformers.Qwen2Config(**SHAPE)).train(), ADAPTERS["dora"]
+        )
 
     plain, model = build(), build()
     engine = engine_of(model, arithmetic())
     assert "2 feed-forward modules" in said(engine)
     expected = loss_and_gradients(plain, lambda: plain_nll_sum(plain, padded))
-    found = loss_and_gradients(model, lambda: engine.nll_sum(flat))
+    found = loss_and_gradients(model, lambda engine=engine: engine.nll_sum(flat))
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert difference(found[1], expected[1]) < 1e-5
 
@@ -115,14 +130,20 @@ def test_a_tile_is_computed_again_in_the_type_it_was_computed_in() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_tiles_repeat_a_model_held_in_four_bit(arithmetic: Build, make_examples: Callable[..., list[Example]], tmp_path: Any) -> None:
+def test_tiles_repeat_a_model_held_in_four_bit(
+    arithmetic: Build, make_examples: Callable[..., list[Example]], tmp_path: Any
+) -> None:
     """N15 for QLoRA in float32 arithmetic."""
     shape = {**SHAPE, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).save_pretrained(tmp_path)
     models = []
     for _ in range(2):
-        options = {"quantization_config": quantization_config("4bit", torch.float32), "dtype": torch.float32, "device_map": {"": "cpu"}}
+        options = {
+            "quantization_config": quantization_config("4bit", torch.float32),
+            "dtype": torch.float32,
+            "device_map": {"": "cpu"},
+        }
         base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options)
         keep_exact(base)
         models.append(adapted(base, ADAPTERS["lora"]))
@@ -131,7 +152,7 @@ def test_tiles_repeat_a_model_held_in_four_bit(arithmetic: Build, make_examples:
     assert "2 feed-forward modules" in said(engine)
     examples = make_examples()
     expected = loss_and_gradients(plain, lambda: plain_nll_sum(plain, make_micro_batch(examples, "padded", 0)))
-    found = loss_and_gradients(model, lambda: engine.nll_sum(make_micro_batch(examples, "flat", 0)))
+    found = loss_and_gradients(model, lambda engine=engine: engine.nll_sum(make_micro_batch(examples, "flat", 0)))
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert difference(found[1], expected[1]) < 1e-5
 
@@ -158,14 +179,23 @@ def gradients_of(module: nn.Module, run: Callable[[torch.Tensor], torch.Tensor])
     output = run(x)
     (output * torch.arange(8.0)).sum().backward()
     assert x.grad is not None
-    return [output.detach(), x.grad, *(p.grad.clone() for p in module.parameters() if p.grad is not None), torch.rand(1)]
+    return [
+        output.detach(),
+        x.grad,
+        *(p.grad.clone() for p in module.parameters() if p.grad is not None),
+        torch.rand(1),
+    ]
 
 
 def test_n15_dropout_in_a_tile_is_the_same_when_the_tile_is_computed_again() -> None:
-    """The reference runs tile after tile and keeps everything: the same draws, the same sums; and the generator goes on as if once."""
+    """The reference runs tile after tile and keeps everything: the same draws, the same sums; and the generator goes on
+    as if once.
+    """
     module = Residual().train()
     weights = list(module.parameters())
-    expected = gradients_of(module, lambda x: torch.cat([module(x[:, start : start + 5]) for start in range(0, 20, 5)], dim=1))
+    expected = gradients_of(
+        module, lambda x: torch.cat([module(x[:, start : start + 5]) for start in range(0, 20, 5)], dim=1)
+    )
     for _ in range(2):
         found = gradients_of(module, lambda x: tiled_forward(module, x, 5, weights))
         assert torch.equal(found[0], expected[0])
@@ -173,8 +203,12 @@ def test_n15_dropout_in_a_tile_is_the_same_when_the_tile_is_computed_again() -> 
         assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in zip(found, expected, strict=True))
 
 
-def test_p2_with_dropout_the_same_seed_gives_the_same_bits(build_model: Build, arithmetic: Build, flat: MicroBatch) -> None:
-    """Longer rows draw in another order than `true` does, but always in the same one; a row no longer than a tile draws as `true` does."""
+def test_p2_with_dropout_the_same_seed_gives_the_same_bits(
+    build_model: Build, arithmetic: Build, flat: MicroBatch
+) -> None:
+    """Longer rows draw in another order than `true` does, but always in the same one; a row no longer than a tile draws
+    as `true` does.
+    """
     config = AdapterConfig(method="lora", r=4, dropout=0.2)
 
     def run(recompute: Any, batch: MicroBatch) -> tuple[float, dict[str, torch.Tensor]]:
@@ -197,7 +231,11 @@ def test_rows_no_longer_than_a_tile_are_those_of_true_bit_for_bit(
         model = adapted(build_model("llama"), AdapterConfig(method="lora", r=4, dropout=0.2))
         engine = engine_of(model, arithmetic(), recompute)
         torch.manual_seed(11)
-        results.append(loss_and_gradients(model, lambda: engine.nll_sum(make_micro_batch(make_examples((20, 9, 19)), "flat", 0))))  # noqa: B023
+        results.append(
+            loss_and_gradients(
+                model, lambda engine=engine: engine.nll_sum(make_micro_batch(make_examples((20, 9, 19)), "flat", 0))
+            )
+        )
     assert results[0][0] == results[1][0]
     assert difference(results[0][1], results[1][1]) == 0
 
@@ -230,7 +268,7 @@ def test_nothing_as_wide_as_the_feed_forward_layer_exists_for_a_whole_row(
         model = adapted(build_model("llama"), ADAPTERS[adapter])
         engine = engine_of(model, arithmetic(), recompute)
         with _Largest(80) as largest:
-            loss_and_gradients(model, lambda: engine.nll_sum(flat))  # noqa: B023
+            loss_and_gradients(model, lambda engine=engine: engine.nll_sum(flat))
         rows[recompute] = largest.rows
     assert rows[True] == 219
     assert rows["offload"] <= TILE
@@ -246,7 +284,7 @@ def test_a_block_computed_again_ends_before_its_feed_forward_products(
     seen = []
     for block in model.get_decoder().layers:
         block.mlp.gate_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].shape[1]))
-    loss_and_gradients(model, lambda: engine.nll_sum(flat))
+    loss_and_gradients(model, lambda engine=engine: engine.nll_sum(flat))
     assert sum(seen) == 2 * passes * 219
     assert max(seen) <= TILE
 

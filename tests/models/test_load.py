@@ -14,7 +14,10 @@ from llmtune.models.weights import digest_tensors, inspect_weights, refuse_chang
 
 
 def test_the_weights_are_those_on_disk_bit_for_bit(tiny_model_folder, load):
-    loaded, theirs = load(tiny_model_folder).model.state_dict(), AutoModelForCausalLM.from_pretrained(tiny_model_folder).state_dict()
+    loaded, theirs = (
+        load(tiny_model_folder).model.state_dict(),
+        AutoModelForCausalLM.from_pretrained(tiny_model_folder).state_dict(),
+    )
     assert loaded.keys() == theirs.keys()
     assert all(torch.equal(loaded[name], theirs[name]) for name in theirs)
 
@@ -119,7 +122,16 @@ def test_a_damaged_manifest_of_ours_is_refused_whichever_bit_or_cut_it_was(tmp_p
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", '{"name": "an app"}', '{\n "name": "an app"\n}\n', "[]", "no JSON", '{"files": {"a": {"sha256": "00"}}}', "[" * 9_999]
+    "content",
+    [
+        "{}",
+        '{"name": "an app"}',
+        '{\n "name": "an app"\n}\n',
+        "[]",
+        "no JSON",
+        '{"files": {"a": {"sha256": "00"}}}',
+        "[" * 9_999,
+    ],
 )
 def test_another_programs_manifest_says_nothing_about_weights(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
@@ -128,7 +140,9 @@ def test_another_programs_manifest_says_nothing_about_weights(tmp_path, content)
 
 def test_a_manifest_that_cannot_be_read_or_is_nested_beyond_reason_is_refused(tmp_path):
     """P5: neither a disk that does not give it back nor one built to exhaust its reader lets weights pass."""
-    (tmp_path / "manifest.json").write_text('{"files": {}, "manifest_sha256": "", "a": ' + '{"a": ' * 600 + "1" + "}" * 601)
+    (tmp_path / "manifest.json").write_text(
+        '{"files": {}, "manifest_sha256": "", "a": ' + '{"a": ' * 600 + "1" + "}" * 601
+    )
     with pytest.raises(ModelError, match=r"manifest\.json (is not|was)"):
         refuse_changed_weights(tmp_path)
     (tmp_path / "manifest.json").unlink()

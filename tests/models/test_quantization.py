@@ -83,7 +83,10 @@ def test_lora_on_a_quantized_base_reduces_the_loss(tiny_model_folder, load, lora
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
     assert {one.dtype for one in trained_parameters(model).values()} == {torch.float32}
-    after = {name.removeprefix("base_model.model.").removesuffix(".base_layer"): module for name, module in linear_layers(model).items()}
+    after = {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer"): module
+        for name, module in linear_layers(model).items()
+    }
     assert all(torch.equal(after[name].weight, frozen[name]) for name in frozen)
 
 

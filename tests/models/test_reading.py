@@ -7,7 +7,16 @@ import pytest
 from llmtune.errors import LlmtuneError, ModelError, TokenizerError
 from llmtune.models import reading
 
-BAD_VOCABULARIES = [b"", b"{", b"[]", b"3", b"{}", b"\xff\xfe", b'{"model": 3}', b'{"model": {"type": "BPE", "merges": 1}}']
+BAD_VOCABULARIES = [
+    b"",
+    b"{",
+    b"[]",
+    b"3",
+    b"{}",
+    b"\xff\xfe",
+    b'{"model": 3}',
+    b'{"model": {"type": "BPE", "merges": 1}}',
+]
 
 
 @pytest.mark.parametrize("content", BAD_VOCABULARIES)
@@ -19,7 +28,9 @@ def test_q8_a_damaged_tokenizer_is_one_error_that_names_its_folder(model_folder,
     assert caught.value.problems[0].where == "model.name"
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"{}", b"\xff\xfe", b'{"model_type": "nosuch"}', b'{"model_type": []}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"3", b"{}", b"\xff\xfe", b'{"model_type": "nosuch"}', b'{"model_type": []}']
+)
 def test_q8_a_damaged_config_is_one_error_that_names_it(model_folder, content):
     (model_folder / "config.json").write_bytes(content)
     with pytest.raises(ModelError, match=r"config\.json") as caught:
@@ -27,7 +38,9 @@ def test_q8_a_damaged_config_is_one_error_that_names_it(model_folder, content):
     assert caught.value.problems[0].where == str(model_folder / "config.json")
 
 
-@pytest.mark.parametrize("raised", [MemoryError, KeyboardInterrupt, type("Ours", (LlmtuneError,), {}), type("Unheard", (Exception,), {})])
+@pytest.mark.parametrize(
+    "raised", [MemoryError, KeyboardInterrupt, type("Ours", (LlmtuneError,), {}), type("Unheard", (Exception,), {})]
+)
 def test_what_says_nothing_of_the_file_stays_what_it_is(raised):
     """Bare `Exception` is what the Rust library raises; a kind of its own is not."""
 

@@ -36,7 +36,9 @@ def edit(path, **changes):
         ({"sub": [{"auto_map": {"a": "b.c"}}]}, "sub[0].auto_map"),
     ],
 )
-def test_a_config_that_names_code_is_refused_before_any_library_reads_it(model_folder, load, tiny_tokenizer, change, key):
+def test_a_config_that_names_code_is_refused_before_any_library_reads_it(
+    model_folder, load, tiny_tokenizer, change, key
+):
     edit(model_folder / "config.json", **change)
     with pytest.raises(ModelError) as caught:
         load(model_folder, tokenizer=tiny_tokenizer)
@@ -62,7 +64,8 @@ def test_ordinary_attention_names_are_fine(model_folder, value):
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "a\\..\\b.safetensors", ".hidden.safetensors"]
+    "name",
+    ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "a\\..\\b.safetensors", ".hidden.safetensors"],
 )
 def test_a_shard_index_may_not_point_outside_its_folder(model_folder, load, name):
     save_file(load_file(model_folder / "model.safetensors"), model_folder.parent / "outside.safetensors")
@@ -81,7 +84,9 @@ def test_a_missing_shard_is_named(model_folder):
         weight_files(model_folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl", "consolidated.00.pth", "net.mdl", "tf_model.h5"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "weights.pkl", "consolidated.00.pth", "net.mdl", "tf_model.h5"]
+)
 def test_weights_that_are_only_pickles_are_refused_with_the_conversion_named(model_folder, load, name):
     (model_folder / "model.safetensors").rename(model_folder / name)
     with pytest.raises(ModelError) as caught:
@@ -131,7 +136,9 @@ def test_a_weight_file_that_is_no_safetensors_is_refused(model_folder, load, con
         load(model_folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '{"model_type": "no-such-model"}', '{"model_type": 5}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1, 2]", "null", '{"model_type": "no-such-model"}', '{"model_type": 5}', "[" * 100_000]
+)
 def test_a_damaged_config_is_one_clear_error(model_folder, load, tiny_tokenizer, text):
     (model_folder / "config.json").write_text(text)
     with pytest.raises(ModelError):
@@ -185,7 +192,9 @@ def test_the_canary_itself_sings(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [None, "config", "weights", "adapter"])
-def test_no_canary_fires_whatever_is_read_and_whatever_is_wrong(model_folder, load, lora, tmp_path, monkeypatch, damage):
+def test_no_canary_fires_whatever_is_read_and_whatever_is_wrong(
+    model_folder, load, lora, tmp_path, monkeypatch, damage
+):
     mark, adapter = tmp_path / "mark", tmp_path / "adapter"
     adapter.mkdir()
     adapted, _ = attach_adapter(load(model_folder).model, lora(), seed=0)

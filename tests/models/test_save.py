@@ -21,7 +21,9 @@ from training_helpers import in_child
 IDS_BT = torch.arange(4, 28).reshape(2, 12)
 
 
-def test_a_written_model_loads_in_plain_transformers_with_equal_logits(tiny_model_folder, tiny_tokenizer, load, tmp_path):
+def test_a_written_model_loads_in_plain_transformers_with_equal_logits(
+    tiny_model_folder, tiny_tokenizer, load, tmp_path
+):
     model = load(tiny_model_folder, trained="full").model
     write_model(model, tiny_tokenizer, tmp_path, stop_token_ids=[2, 0])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -40,7 +42,9 @@ def test_large_models_are_cut_into_shards_and_nothing_is_lost(tiny_model_folder,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_are_rounded_once_and_the_model_at_hand_keeps_its_own(tiny_model_folder, tiny_tokenizer, load, tmp_path, dtype):
+def test_weights_are_rounded_once_and_the_model_at_hand_keeps_its_own(
+    tiny_model_folder, tiny_tokenizer, load, tmp_path, dtype
+):
     model = load(tiny_model_folder, trained="full").model
     write_model(model, tiny_tokenizer, tmp_path, dtype=dtype)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
@@ -65,12 +69,26 @@ def test_an_adapter_folder_holds_all_that_generation_needs_and_a_record_of_its_b
     tiny_model_folder, tiny_tokenizer, load, lora, tmp_path
 ):
     model, _ = attach_adapter(load(tiny_model_folder).model, lora(), seed=0)
-    write_adapter(model, tmp_path, tokenizer=tiny_tokenizer, stop_token_ids=[2, 0], base_digest="abc", base_name="my-model")
+    write_adapter(
+        model, tmp_path, tokenizer=tiny_tokenizer, stop_token_ids=[2, 0], base_digest="abc", base_name="my-model"
+    )
     names = {path.name for path in tmp_path.iterdir()}
-    assert names >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"}
+    assert names >= {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    }
     record = json.loads((tmp_path / "adapter_base.json").read_text())
-    assert (record["base_digest"], record["base_name"], record["base_path"]) == ("abc", "my-model", str(tiny_model_folder))
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_model_folder)
+    assert (record["base_digest"], record["base_name"], record["base_path"]) == (
+        "abc",
+        "my-model",
+        str(tiny_model_folder),
+    )
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tiny_model_folder
+    )
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [2, 0]
 
 
@@ -111,15 +129,21 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed(tiny_model_f
 
 
 @pytest.mark.parametrize("what", ["model", "tokenizer"])
-def test_p7_what_the_system_refuses_a_library_is_said_as_what_it_refuses_us(what, tiny_model_folder, tiny_tokenizer, load, tmp_path):
-    """safetensors and tokenizers raise kinds of their own; a disk that fills while a library writes must cost a save, not the run."""
+def test_p7_what_the_system_refuses_a_library_is_said_as_what_it_refuses_us(
+    what, tiny_model_folder, tiny_tokenizer, load, tmp_path
+):
+    """safetensors and tokenizers raise kinds of their own; a disk that fills while a library writes must cost a save,
+    not the run.
+    """
     model = load(tiny_model_folder, trained="full").model
     (tmp_path / "out").mkdir()
 
     def refused():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
-            write_model(model, tiny_tokenizer, tmp_path / "out") if what == "model" else write_tokenizer(tiny_tokenizer, tmp_path / "out")
+            write_model(model, tiny_tokenizer, tmp_path / "out") if what == "model" else write_tokenizer(
+                tiny_tokenizer, tmp_path / "out"
+            )
         except MachineError as error:
             (tmp_path / "told").write_text(f"{durable.errno_of(error)} {error}"[:4000])
             raise
@@ -134,4 +158,6 @@ def test_p7_an_error_of_a_library_that_is_not_the_system_s_stays_what_it_is(tmp_
         raise KeyError("weight")
     with pytest.raises(MachineError, match="ENOSPC") as caught, saving_by_library(tmp_path):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
-    assert durable.errno_of(caught.value) == errno.ENOSPC  # one of those that `SaveAttempts` tries again and then passes over
+    assert (
+        durable.errno_of(caught.value) == errno.ENOSPC
+    )  # one of those that `SaveAttempts` tries again and then passes over

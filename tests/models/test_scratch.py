@@ -46,12 +46,20 @@ def test_the_start_is_a_function_of_shape_and_seed_alone(tiny_tokenizer):
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_what_writes_into_the_residual_stream_starts_smaller_with_depth(tiny_tokenizer, positions):
     model = build(tiny_tokenizer, n_layers=8, d_model=128, positions=positions)
-    into = [w for name, w in model.named_parameters() if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight"))]
+    into = [
+        w
+        for name, w in model.named_parameters()
+        if name.endswith(("o_proj.weight", "down_proj.weight", "c_proj.weight"))
+    ]
     other = [
-        w for name, w in model.named_parameters() if name.endswith(("q_proj.weight", "up_proj.weight", "c_attn.weight", "c_fc.weight"))
+        w
+        for name, w in model.named_parameters()
+        if name.endswith(("q_proj.weight", "up_proj.weight", "c_attn.weight", "c_fc.weight"))
     ]
     assert len(into) == 16
-    assert torch.cat([w.flatten() for w in into]).std().item() == pytest.approx(INITIAL_STD / 4, rel=0.02)  # sqrt(2 x 8) = 4
+    assert torch.cat([w.flatten() for w in into]).std().item() == pytest.approx(
+        INITIAL_STD / 4, rel=0.02
+    )  # sqrt(2 x 8) = 4
     assert torch.cat([w.flatten() for w in other]).std().item() == pytest.approx(INITIAL_STD, rel=0.02)
     assert all(bool((w == 1).all()) for name, w in model.named_parameters() if w.ndim == 1 and name.endswith("weight"))
     assert all(bool((w == 0).all()) for name, w in model.named_parameters() if name.endswith("bias"))
@@ -87,8 +95,12 @@ def random_shape(rng):
     return shape
 
 
-@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.campaign) for seed in range(12, 50))])
-def test_a_random_shape_trains_two_steps_and_loads_in_plain_transformers_with_equal_logits(tiny_tokenizer, tmp_path, seed):
+@pytest.mark.parametrize(
+    "seed", [*range(12), *(pytest.param(seed, marks=pytest.mark.campaign) for seed in range(12, 50))]
+)
+def test_a_random_shape_trains_two_steps_and_loads_in_plain_transformers_with_equal_logits(
+    tiny_tokenizer, tmp_path, seed
+):
     wanted = ArchitectureConfig(**random_shape(random.Random(seed)))
     vocabulary = max(tiny_tokenizer.get_vocab().values()) + 1
     model = build_model(build_config("custom-nano", wanted, tiny_tokenizer), seed=seed)
@@ -142,7 +154,9 @@ def test_the_shape_that_was_built_is_said(tiny_tokenizer, load):
 
 def test_everything_impossible_is_said_at_once(tiny_tokenizer):
     with pytest.raises(ConfigError) as caught:
-        build_config("custom-nano", ArchitectureConfig(d_model=100, n_heads=3, dropout=0.5, vocab_size=1), tiny_tokenizer)
+        build_config(
+            "custom-nano", ArchitectureConfig(d_model=100, n_heads=3, dropout=0.5, vocab_size=1), tiny_tokenizer
+        )
     assert [one.where.rsplit(".", 1)[1] for one in caught.value.problems] == ["n_heads", "dropout", "vocab_size"]
 
 

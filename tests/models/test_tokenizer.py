@@ -13,10 +13,34 @@ from llmtune.errors import ConfigError, TokenizerError
 from llmtune.models.catalog import resolve
 from llmtune.models.chat_templates import shipped_chat_templates
 from llmtune.models.save import write_tokenizer
-from llmtune.models.tokenizer import load_tokenizer, load_tokenizer_folder, tokenizer_digest, train_tokenizer, train_tokenizer_for
+from llmtune.models.tokenizer import (
+    load_tokenizer,
+    load_tokenizer_folder,
+    tokenizer_digest,
+    train_tokenizer,
+    train_tokenizer_for,
+)
 from llmtune.models.tokenizer_training import SPECIAL_TOKENS, measure_tokenizer
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "walked", "away", "12", "2024", "naïve", "日本", "emoji 🙂", "\t", "\n\n"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "then",
+    "walked",
+    "away",
+    "12",
+    "2024",
+    "naïve",
+    "日本",
+    "emoji 🙂",
+    "\t",
+    "\n\n",
+]
 TEXTS = [" ".join(random.Random(seed).choices(WORDS, k=30)) for seed in range(200)]
 
 
@@ -64,7 +88,10 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(folder, tmp_path):
     target.mkdir()
     write_tokenizer(loaded.tokenizer, target)
     assert load_tokenizer_folder(target).digest == loaded.digest
-    assert not {"is_local", "local_files_only", "name_or_path"} & json.loads((target / "tokenizer_config.json").read_text()).keys()
+    assert (
+        not {"is_local", "local_files_only", "name_or_path"}
+        & json.loads((target / "tokenizer_config.json").read_text()).keys()
+    )
 
 
 def test_of_several_templates_the_default_and_the_one_for_tools_are_kept_and_saved(folder, tmp_path):
@@ -80,7 +107,10 @@ def test_of_several_templates_the_default_and_the_one_for_tools_are_kept_and_sav
     write_tokenizer(loaded.tokenizer, target)
     again = load_tokenizer_folder(target)
     assert again.digest == loaded.digest
-    talk, tool = [{"role": "user", "content": "a"}], {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+    talk, tool = (
+        [{"role": "user", "content": "a"}],
+        {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}},
+    )
     assert again.tokenizer.apply_chat_template(talk, tokenize=False) == "defaulta<|im_end|>"
     assert again.tokenizer.apply_chat_template(talk, tools=[tool], tokenize=False) == "tool_useaT<|im_end|>"
 
@@ -89,7 +119,10 @@ def test_a_shipped_template_is_taken_by_name_and_any_other_from_a_file(folder, t
     assert set(shipped_chat_templates()) == {"chatml", "turns", "dialogpt"}
     assert open_it(folder, chat_template="turns").tokenizer.chat_template == shipped_chat_templates()["turns"]
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
-    assert open_it(folder, chat_template=str(tmp_path / "mine.jinja")).tokenizer.chat_template == "{{ messages[0].content }}"
+    assert (
+        open_it(folder, chat_template=str(tmp_path / "mine.jinja")).tokenizer.chat_template
+        == "{{ messages[0].content }}"
+    )
     with pytest.raises(TokenizerError, match=r"(?s)`chatlm` is no readable file.*did you mean `chatml`"):
         open_it(folder, chat_template="chatlm")
 
@@ -106,7 +139,11 @@ MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n",
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
         ),
-        ("turns", "### user\nHi<|im_end|>\n### assistant\nHello<|im_end|>\n", "### user\nHi<|im_end|>\n### assistant\n"),
+        (
+            "turns",
+            "### user\nHi<|im_end|>\n### assistant\nHello<|im_end|>\n",
+            "### user\nHi<|im_end|>\n### assistant\n",
+        ),
         ("dialogpt", "Hi<|im_end|>Hello<|im_end|>", "Hi<|im_end|>"),
     ],
 )
@@ -129,9 +166,13 @@ def test_chatml_without_its_tokens_is_refused_and_train_tokens_adds_them(tmp_pat
     folder.mkdir()
     content = json.loads(tokenizer.backend_tokenizer.to_str().replace("<|im_", "<|other_"))
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
+    )
     config = ModelConfig(name="custom-nano", tokenizer=str(folder), chat_template="chatml")
-    with pytest.raises(TokenizerError, match=r"(?s)has no such token.*adapter.train_tokens=\[<\|im_start\|>,<\|im_end\|>\]"):
+    with pytest.raises(
+        TokenizerError, match=r"(?s)has no such token.*adapter.train_tokens=\[<\|im_start\|>,<\|im_end\|>\]"
+    ):
         load_tokenizer(resolve("custom-nano"), config)
     loaded = load_tokenizer(resolve("custom-nano"), config, new_tokens=("<|im_start|>", "<|im_end|>"))
     assert len(loaded.tokenizer.encode("<|im_start|>", add_special_tokens=False)) == 1
@@ -149,7 +190,9 @@ def test_a_missing_pad_token_is_chosen_without_growing_the_vocabulary(folder):
     assert loaded.decisions[0].key == "pad token"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}', "{" * 50])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}', "{" * 50]
+)
 def test_a_damaged_tokenizer_is_one_clear_error(folder, text):
     (folder / "tokenizer.json").write_text(text)
     with pytest.raises(TokenizerError, match=r"cannot be read|has no fast form"):
@@ -180,7 +223,9 @@ def test_a_trained_tokenizer_has_the_size_asked_for_and_its_special_tokens_first
 
 
 def test_the_report_counts_what_it_says():
-    tokenizer = train_tokenizer(["ab ab ab ab"], 262, min_frequency=1)  # 256 bytes, 4 special tokens, 2 merges: `ab` and ` ab`
+    tokenizer = train_tokenizer(
+        ["ab ab ab ab"], 262, min_frequency=1
+    )  # 256 bytes, 4 special tokens, 2 merges: `ab` and ` ab`
     report = measure_tokenizer(tokenizer, ["ab ab", "é"])
     assert (report.vocab_size, report.texts, report.num_bytes, report.num_tokens) == (262, 2, 7, 4)
     assert report.bytes_per_token == 7 / 4
@@ -195,8 +240,14 @@ def test_the_vocabulary_does_not_depend_on_the_number_of_threads(tmp_path):
     )
     digests = set()
     for threads in ("1", "2", "5"):
-        environ = {"RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true" if threads != "1" else "false", "PATH": ""}
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
+        environ = {
+            "RAYON_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "true" if threads != "1" else "false",
+            "PATH": "",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
+        )
         digests.add(done.stdout)
     assert len(digests) == 1
 

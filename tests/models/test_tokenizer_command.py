@@ -21,7 +21,12 @@ def run(*arguments, cwd):
 @pytest.fixture
 def rows(tmp_path):
     conversations = [
-        {"messages": [{"role": "user", "content": f"what is {n} and {n}?"}, {"role": "assistant", "content": f"it is {2 * n}. ✓"}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"what is {n} and {n}?"},
+                {"role": "assistant", "content": f"it is {2 * n}. ✓"},
+            ]
+        }
         for n in range(60)
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, conversations)))
@@ -30,21 +35,33 @@ def rows(tmp_path):
 
 def test_a_tokenizer_is_trained_saved_reported_and_loads_in_plain_transformers(rows):
     done = run(
-        "tokenizer", "train", "data.train=rows.jsonl", "--vocab-size", "265", "--special-token", "<t>", "-o", "tok", "--json", cwd=rows
+        "tokenizer",
+        "train",
+        "data.train=rows.jsonl",
+        "--vocab-size",
+        "265",
+        "--special-token",
+        "<t>",
+        "-o",
+        "tok",
+        "--json",
+        cwd=rows,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["vocab_size"], report["texts"], report["round_trip_failures"]) == (265, 120, 0)
     tokenizer = AutoTokenizer.from_pretrained(rows / "tok")
     assert (len(tokenizer), tokenizer.convert_tokens_to_ids("<t>")) == (265, 4)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert {path.name for path in rows.iterdir()} == {"rows.jsonl", "tok"}
 
 
 def test_p1_what_a_killed_training_left_is_swept_by_the_next(rows):
     code = (
-        "import os, signal; from llmtune import durable; from llmtune.models import save; from llmtune.cli.main import main\n"
+        "import os, signal; from llmtune import durable; from llmtune.models import save; from llmtune.cli.main import main\n"  # noqa: E501
         "save.write_tokenizer = lambda tokenizer, folder: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main(['tokenizer', 'train', 'data.train=rows.jsonl', '--vocab-size', '265', '-o', 'tok'])"
     )

@@ -1,4 +1,6 @@
-"""Q7: what attention keeps by the plan is what its kernel keeps on a GPU: key and value heads as they are, not one for each query head."""
+"""Q7: what attention keeps by the plan is what its kernel keeps on a GPU: key and value heads as they are, not one for
+each query head.
+"""
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ SUMS = TOKENS * HEADS * 4
 
 
 def held(attend, key_heads):
-    """Bytes that are alive after attention on fresh bf16 stand-ins, and the most in its backward pass, beside the output's gradient."""
+    """Bytes that are alive after attention on fresh bf16 stand-ins, and the most in its backward pass, beside the
+    output's gradient.
+    """
     marks = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         weight = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
@@ -72,7 +76,9 @@ def test_q7_sdpa_keeps_keys_and_values_for_every_query_head_and_its_output_twice
 
 
 def test_variable_length_attention_is_given_grouped_heads(monkeypatch):
-    """torch's function takes them as they are (`enable_gqa`); it needs a CUDA device, so only what it is called with is looked at."""
+    """torch's function takes them as they are (`enable_gqa`); it needs a CUDA device, so only what it is called with is
+    looked at.
+    """
     from torch.nn.attention import varlen
 
     calls = []
@@ -97,7 +103,9 @@ def peaks_by(forecaster, way, compute):
     config = forecaster.config
     batch, several = forecaster.largest(config)
     model = build(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=torch.float32)
-    return trace(model, batch, device_type="cuda", compute=compute, checkpointing=False, gradients_held=several, attention=way)
+    return trace(
+        model, batch, device_type="cuda", compute=compute, checkpointing=False, gradients_held=several, attention=way
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +118,9 @@ def peaks_by(forecaster, way, compute):
         (("training.precision=bf16", "model.attention=sdpa"), True, "sdpa", torch.bfloat16),
     ],
 )
-def test_q7_a_gpu_is_planned_with_the_attention_that_it_will_train_with(forecaster_of, overrides, has_bf16, way, compute):
+def test_q7_a_gpu_is_planned_with_the_attention_that_it_will_train_with(
+    forecaster_of, overrides, has_bf16, way, compute
+):
     forecaster = on_a_gpu(forecaster_of, *LORA[:2], "model.dtype=float32", *overrides, has_bf16=has_bf16)
     forecaster.shape.config.num_hidden_layers = 2
     batch, several = forecaster.largest(forecaster.config)
@@ -124,7 +134,13 @@ def test_q7_a_model_with_a_soft_cap_is_planned_with_the_next_way(forecaster_of):
     """Flash attention has none, so such a model trains with flex attention."""
     from transformers import Gemma2Config
 
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     forecaster = on_a_gpu(forecaster_of, *LORA[:2], "training.precision=bf16", "model.dtype=float32")
     forecaster.__dict__["shape"] = Shape(Gemma2Config(**small, head_dim=16, vocab_size=400), 0)
     batch, several = forecaster.largest(forecaster.config)

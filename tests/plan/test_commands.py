@@ -57,7 +57,7 @@ def test_q7_a_plan_is_made_and_measured_with_the_allocator_of_a_training(tiny_mo
 def test_q7_a_training_says_its_plan_first_and_compares_it_at_the_end(config_of):  # noqa: F811
     said = []
     resolved = config_of("training.batch_size=auto", "training.gradient_accumulation_steps=1", "training.max_steps=2")
-    result = training.train(resolved, Options(no_cuda=True, offline=True), say=said.append)
+    result = training.train(resolved, Options(no_cuda=True, offline=True), print_line=said.append)
     talk = "\n".join(said)
     assert "memory  " in talk
     assert "training.batch_size" in talk
@@ -70,7 +70,18 @@ def test_q7_a_training_says_its_plan_first_and_compares_it_at_the_end(config_of)
 def test_doctor_is_content_with_a_machine_on_which_the_tests_run(capsys):
     assert run(["doctor", "--json"]) == 0
     findings = {one["what"]: one for one in map(json.loads, capsys.readouterr().out.splitlines())}
-    assert {"torch", "transformers", "peft", "jinja2", "cpu", "precision", "bitsandbytes", "disk", "cache", "network"} <= set(findings)
+    assert {
+        "torch",
+        "transformers",
+        "peft",
+        "jinja2",
+        "cpu",
+        "precision",
+        "bitsandbytes",
+        "disk",
+        "cache",
+        "network",
+    } <= set(findings)
     assert all(one["fix"] for one in findings.values() if one["state"] != "ok")
 
 

@@ -23,13 +23,23 @@ def _small_pieces(monkeypatch):
     monkeypatch.setattr(head_loss, "TRAINED_CHUNK_ROWS", 48)
 
 
-def traced(forecaster, lengths, *, recompute="offload", device_type="cuda", trained=None, seen: AbstractContextManager | None = None):
+def traced(
+    forecaster,
+    lengths,
+    *,
+    recompute="offload",
+    device_type="cuda",
+    trained=None,
+    seen: AbstractContextManager | None = None,
+):
     config = forecaster.config
     dtype = weight_dtype(config.model, trained=config.adapter.method == "none", precision="bf16", scratch=False)
     model = build(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=dtype)
     batch = MicroBatchShape(lengths, trained or sum(lengths), "flat")
     with seen or nullcontext():
-        return trace(model, batch, device_type=device_type, compute=torch.bfloat16, checkpointing=recompute, gradients_held=False)
+        return trace(
+            model, batch, device_type=device_type, compute=torch.bfloat16, checkpointing=recompute, gradients_held=False
+        )
 
 
 @pytest.mark.parametrize(
@@ -59,7 +69,9 @@ def test_q7_the_plan_of_few_pieces_is_the_plan_of_all(forecaster_of, monkeypatch
 
 
 def test_q7_a_shape_traced_again_holds_as_much(forecaster_of):
-    """The masks of a CPU's tiles are made once for a shape, and belong to each trace of it: blocks follow from two of them."""
+    """The masks of a CPU's tiles are made once for a shape, and belong to each trace of it: blocks follow from two of
+    them.
+    """
     forecaster = forecaster_of(*LORA[:2])
     assert traced(forecaster, (1300,), device_type="cpu") == traced(forecaster, (1300,), device_type="cpu")
 
@@ -100,12 +112,19 @@ def test_real_tensors_go_through_every_piece():
 
 @pytest.mark.parametrize("recompute", ["false", "true", "offload"])
 def test_q7_the_plan_of_many_blocks_is_the_trace_of_all_of_them(forecaster_of, recompute):
-    """On a GPU what a block lacks beside another's input would otherwise count once for each block. A page of the host is 16 MiB."""
+    """On a GPU what a block lacks beside another's input would otherwise count once for each block.
+
+    A page of the host is 16 MiB.
+    """
     there = Target("a GPU", "cuda", 1 << 40)
-    forecaster = forecaster_of(*LORA[:2], "training.precision=bf16", f"model.gradient_checkpointing={recompute}", target=there)
+    forecaster = forecaster_of(
+        *LORA[:2], "training.precision=bf16", f"model.gradient_checkpointing={recompute}", target=there
+    )
     forecaster.shape.config.num_hidden_layers = 6
     batch = MicroBatchShape((500,), 400, "flat")
     planned = forecaster.peaks(forecaster.config, batch, gradients_held=False)
-    exact = traced(forecaster, batch.lengths, trained=400, recompute={"true": True, "false": False}.get(recompute, recompute))
+    exact = traced(
+        forecaster, batch.lengths, trained=400, recompute={"true": True, "false": False}.get(recompute, recompute)
+    )
     assert planned.phases == pytest.approx(exact.phases, rel=0.02)
     assert (planned.kept, planned.host) == (exact.kept, exact.host)

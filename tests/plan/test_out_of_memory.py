@@ -1,4 +1,6 @@
-"""Q8: memory that is used up, for real: exit 6, one message with the numbers and three edits, and the newest checkpoint stands."""
+"""Q8: memory that is used up, for real: exit 6, one message with the numbers and three edits, and the newest checkpoint
+stands.
+"""
 
 import json
 import re
@@ -35,7 +37,10 @@ def rows_file(tmp_path):
     """64 long conversations, no two alike."""
     path = tmp_path / "long.jsonl"
     answers = [" ".join(f"{(index * 7 + place) % 90}" for place in range(60)) for index in range(64)]
-    talks = [[{"role": "user", "content": f"words {index}"}, {"role": "assistant", "content": text}] for index, text in enumerate(answers)]
+    talks = [
+        [{"role": "user", "content": f"words {index}"}, {"role": "assistant", "content": text}]
+        for index, text in enumerate(answers)
+    ]
     path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     return path
 
@@ -45,7 +50,7 @@ def mapped_bytes():
 
 
 def limit_memory(left_mib=LEFT_MIB):
-    """Refuse this process more memory than it has, but for some MiB; returns what fills the gaps of its heap meanwhile."""
+    """Refuse this process more memory than it has, but for some MiB; returns what fills the gaps of its heap meanwhile."""  # noqa: E501
     resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes() + left_mib * MIB, resource.RLIM_INFINITY))
     ballast = []
     try:
@@ -60,7 +65,7 @@ def train_and_tell(config, told, *, limit_after):
     try:
         held = []
         with StopRequest() as stop:
-            for result in training.start(config, Options(), stop, say=silent).steps():
+            for result in training.start(config, Options(), stop, print_line=silent).steps():
                 held += limit_memory() if result.step == limit_after else []
     except MachineError as error:
         told.write_text(message(error))
@@ -72,7 +77,9 @@ def test_q8_memory_that_runs_out_in_a_step_is_one_message_and_the_checkpoint_sta
     told = tmp_path / "told"
     assert in_child(lambda: train_and_tell(config_of(*LARGE), told, limit_after=2)) == 6
     said = told.read_text()
-    assert re.search(r"the memory is used up in step 3: [\d.]+ [MG]B more were asked for, [\d.]+ [MG]B were held and", said), said
+    assert re.search(
+        r"the memory is used up in step 3: [\d.]+ [MG]B more were asked for, [\d.]+ [MG]B were held and", said
+    ), said
     assert re.search(r"the plan was [\d.]+ [MG]B; the newest checkpoint is step-000002", said), said
     edits = re.findall(r"(\S+=\S+(?: \S+=\S+)*) \([\d.]+ [MG]B planned\)", said)
     assert len(edits) == 3, said
@@ -90,7 +97,7 @@ def load_and_tell(config, told, *, left_mib, of_the_heap=False):
     """Train, with little memory from the moment at which everything but the model is there; write down how it ended."""
     held = []
 
-    def say(text):
+    def print_line(text):
         if not text.startswith("memory "):  # the plan, which is the last thing said before the model is loaded
             return
         if of_the_heap:
@@ -100,7 +107,7 @@ def load_and_tell(config, told, *, left_mib, of_the_heap=False):
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
     try:
-        training.train(config, say=say)
+        training.train(config, print_line=print_line)
     except MachineError as error:
         told.write_text(message(error))
         raise
@@ -108,12 +115,17 @@ def load_and_tell(config, told, *, left_mib, of_the_heap=False):
 
 def assert_told(said, doing):
     assert said.count("error: ") == 1
-    numbers = r"(?:[\d.]+ [MG]B more were|more was) asked for, [\d.]+ [MG]B were held and this process could hold [\d.]+ [MG]B here"
-    assert re.search(rf"the memory is used up {doing}: {numbers}.*; the plan was [\d.]+ [MG]B; nothing is saved yet", said)
+    numbers = r"(?:[\d.]+ [MG]B more were|more was) asked for, [\d.]+ [MG]B were held and this process could hold [\d.]+ [MG]B here"  # noqa: E501
+    assert re.search(
+        rf"the memory is used up {doing}: {numbers}.*; the plan was [\d.]+ [MG]B; nothing is saved yet", said
+    )
     return re.findall(r"(\S+=\S+(?: \S+=\S+)*) \([\d.]+ [MG]B planned\)", said)
 
 
-def test_q8_memory_that_runs_out_while_a_model_is_built_is_one_message_with_three_edits_and_leaves_no_run(config_of, tmp_path):  # noqa: F811
+def test_q8_memory_that_runs_out_while_a_model_is_built_is_one_message_with_three_edits_and_leaves_no_run(
+    config_of,
+    tmp_path,  # noqa: F811
+):
     told = tmp_path / "told"
     config = config_of(*LARGE, "model.name=custom-small", "model.architecture.n_layers=48")  # 600 MB
     assert in_child(lambda: load_and_tell(config, told, left_mib=LEFT_MIB)) == 6
@@ -124,8 +136,16 @@ def test_q8_memory_that_runs_out_while_a_model_is_built_is_one_message_with_thre
 @pytest.fixture(scope="module")
 def half_folder(tmp_path_factory, tiny_tokenizer):
     """A model of 43 MB in bfloat16, which takes twice that where it is trained."""
-    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=400, tie_word_embeddings=True, bos_token_id=None, **shape)).bfloat16()
+    shape = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    }
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=400, tie_word_embeddings=True, bos_token_id=None, **shape)
+    ).bfloat16()
     folder = tmp_path_factory.mktemp("half")
     model.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -133,7 +153,13 @@ def half_folder(tmp_path_factory, tiny_tokenizer):
 
 
 @pytest.mark.parametrize(("left_mib", "heap"), [(8, False), (48, False), (80, False), (160, True)])
-def test_q8_memory_that_runs_out_while_weights_are_read_is_not_blamed_on_the_model(config_of, half_folder, tmp_path, left_mib, heap):  # noqa: F811
+def test_q8_memory_that_runs_out_while_weights_are_read_is_not_blamed_on_the_model(
+    config_of,
+    half_folder,
+    tmp_path,
+    left_mib,
+    heap,  # noqa: F811
+):
     """Exit 6, not 4: while the file is opened, while its tensors are read, and while they become float32."""
     told = tmp_path / "told"
     config = config_of(*LARGE, f"model.name={half_folder}")
@@ -148,13 +174,20 @@ def test_q8_a_cuda_device_that_is_full_is_one_message_with_the_device_and_three_
     rows = tmp_path / "many.jsonl"
     talk = {"messages": [{"role": "user", "content": "words"}, {"role": "assistant", "content": " ".join(["90"] * 80)}]}
     rows.write_text((json.dumps(talk) + "\n") * 65536)
-    huge = ("model.name=custom-large", f"data.train={rows}", "training.batch_size=65536", "data.test_size=0", "training.precision=bf16")
+    huge = (
+        "model.name=custom-large",
+        f"data.train={rows}",
+        "training.batch_size=65536",
+        "data.test_size=0",
+        "training.precision=bf16",
+    )
     with pytest.raises(MachineError) as full:
         training.train(config_of(*LARGE, *huge))
     assert full.value.exit_code == 6
     said = message(full.value)
     assert re.search(
-        r"the memory is used up in step 1: [\d.]+ [MG]B more were asked for, [\d.]+ [MG]B were held and .* has [\d.]+ GB", said
+        r"the memory is used up in step 1: [\d.]+ [MG]B more were asked for, [\d.]+ [MG]B were held and .* has [\d.]+ GB",  # noqa: E501
+        said,
     ), said
     assert len(re.findall(r"\([\d.]+ [MG]B planned\)", said)) == 3, said
     assert torch.ones(2, device="cuda").sum().item() == 2  # the device goes on

@@ -35,16 +35,22 @@ def bytes_of(tensors):
 def test_q7_weights_adapter_gradients_and_optimizer_are_counted_to_the_byte(forecaster_of, kind):
     forecaster = forecaster_of(*kind)
     counted = forecaster.count(forecaster.config)
-    assembled = assembled_like(forecaster)
-    step_once(assembled)
-    frozen = [one for one in assembled.model.parameters() if not one.requires_grad]
-    trained = list(assembled.parameters.values())
+    setup = assembled_like(forecaster)
+    step_once(setup)
+    frozen = [one for one in setup.model.parameters() if not one.requires_grad]
+    trained = list(setup.parameters.values())
     base = frozen if kind else trained
-    assert counted.base_bytes == bytes_of(base) + bytes_of(assembled.model.buffers())
+    assert counted.base_bytes == bytes_of(base) + bytes_of(setup.model.buffers())
     assert counted.adapter_bytes == (bytes_of(trained) if kind else 0)
     assert counted.gradient_bytes == bytes_of(trained)
-    assert (counted.parameters, counted.trained) == (assembled.counts.total, assembled.counts.trained)
-    state = [value for _, part in assembled.optimizer.part_of() for entry in part.state.values() for value in entry.values() if value.ndim]
+    assert (counted.parameters, counted.trained) == (setup.counts.total, setup.counts.trained)
+    state = [
+        value
+        for _, part in setup.optimizer.part_of()
+        for entry in part.state.values()
+        for value in entry.values()
+        if value.ndim
+    ]
     held = {value.data_ptr(): value for value in state}.values()
     planned = optimizer_bytes("adamw", entries=counted.trained, entry_bytes=counted.gradient_bytes)
     assert planned == bytes_of(held)
@@ -56,18 +62,22 @@ def test_q7_four_bit_weights_are_counted_as_bitsandbytes_holds_them(forecaster_o
     model = assembled_like(forecaster).model
     frozen = [weight for weight in model.parameters() if not weight.requires_grad]
     states = [weight.quant_state for weight in frozen if getattr(weight, "quant_state", None) is not None]
-    scales = [one for state in states for one in (state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset)]
+    scales = [
+        one
+        for state in states
+        for one in (state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset)
+    ]
     assert len(states) == 14
     held = bytes_of([*frozen, *model.buffers(), *scales])
     assert counted.base_bytes == pytest.approx(held, rel=0.01)
 
 
-def step_once(assembled):
-    next(steps_from_the_start(assembled))
+def step_once(setup):
+    next(steps_from_the_start(setup))
 
 
-def losses_of(assembled):
-    return [one.train_mean_nll for one in steps_from_the_start(assembled)]
+def losses_of(setup):
+    return [one.train_mean_nll for one in steps_from_the_start(setup)]
 
 
 def test_q7_steps_and_tokens_are_those_of_the_batches(forecaster_of):
@@ -93,13 +103,15 @@ def test_q7_the_parts_add_up_to_the_peak(forecaster_of):
     memory = forecaster_of(*LORA).memory()
     assert memory.peak_bytes == sum(memory.parts.values())
     assert set(memory.parts) == {
-        "process", "weights", "prepacked", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator",
+        "process", "weights", "prepacked", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator",  # noqa: E501
     }  # fmt: skip
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="gaps of glibc's allocator")
 def test_q7_more_gaps_are_planned_where_threads_keep_small_blocks(forecaster_of, monkeypatch):
-    """As in a program that trains by the Python API; `llmtune` starts itself without, and another allocator has none of these."""
+    """As in a program that trains by the Python API; `llmtune` starts itself without, and another allocator has none of
+    these.
+    """
     forecaster = forecaster_of()
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     gaps = 2 * forecaster.count(forecaster.config).largest_gradient_bytes
@@ -116,7 +128,9 @@ def test_q7_more_gaps_are_planned_where_threads_keep_small_blocks(forecaster_of,
 
 
 def test_q7_the_process_counts_the_kernels_that_a_run_in_bf16_collects_and_none_in_fp32(forecaster_of):
-    """Their share is fixed, since both caches are full after a while; the rest is what the process holds at this moment."""
+    """Their share is fixed, since both caches are full after a while; the rest is what the process holds at this
+    moment.
+    """
     plain, half = forecaster_of("training.precision=fp32"), forecaster_of("training.precision=bf16")
     for forecaster in (plain, half):
         assert forecaster.process > 0
@@ -175,7 +189,10 @@ def test_q7_recomputed_blocks_keep_less(forecaster_of):
 
 
 def test_q7_offloaded_blocks_leave_as_much_on_a_gpu_however_many_they_are(forecaster_of):
-    """Two blocks' inputs are in flight; the others' wait in pages of the host, counted apart. A CPU keeps them, like `true`."""
+    """Two blocks' inputs are in flight; the others' wait in pages of the host, counted apart.
+
+    A CPU keeps them, like `true`.
+    """
     forecaster = forecaster_of(*LORA[:2])
     forecaster.shape.config.num_hidden_layers = 5
     offloaded = {"checkpointing": "offload", "device_type": "cuda"}
@@ -184,7 +201,9 @@ def test_q7_offloaded_blocks_leave_as_much_on_a_gpu_however_many_they_are(foreca
     assert three.phases["last block"] == pytest.approx(two.phases["last block"], rel=0.02)
     assert [one.host for one in (two, three, five)] == [blocks * PAGE_BYTES for blocks in (2, 3, 5)]
     assert extrapolate(two, three, 5) == five
-    _masks, here, recomputed = (traced(forecaster, (900,), blocks=3, checkpointing=kind) for kind in (True, "offload", True))
+    _masks, here, recomputed = (
+        traced(forecaster, (900,), blocks=3, checkpointing=kind) for kind in (True, "offload", True)
+    )
     assert here.host == 0
     assert here.kept == recomputed.kept > three.kept
 
@@ -194,7 +213,9 @@ def test_q7_tiles_bound_what_feed_forward_layers_hold(forecaster_of, monkeypatch
     monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 100)
     forecaster = forecaster_of(*LORA[:2])
     forecaster.shape.config.intermediate_size = 4096
-    whole, tiled = (traced(forecaster, (1200,), checkpointing=kind, device_type="cuda").bytes for kind in (True, "offload"))
+    whole, tiled = (
+        traced(forecaster, (1200,), checkpointing=kind, device_type="cuda").bytes for kind in (True, "offload")
+    )
     assert whole > 3 * 1200 * 4096 * 4
     assert tiled < 0.4 * whole
 
@@ -202,11 +223,13 @@ def test_q7_tiles_bound_what_feed_forward_layers_hold(forecaster_of, monkeypatch
 def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
     """The same micro-batch on real tensors: bytes of the distinct storages that autograd saves, within 15 %."""
     forecaster = forecaster_of(*LORA[:2])
-    assembled = assembled_like(forecaster)
+    setup = assembled_like(forecaster)
     batch, _ = forecaster.largest(forecaster.config)
-    real = next(one for window in assembled.batches.windows() for one in window.micro_batches if one.num_tokens == batch.tokens)
+    real = next(
+        one for window in setup.batches.windows() for one in window.micro_batches if one.num_tokens == batch.tokens
+    )
     saved = {}
-    weights = {one.untyped_storage().data_ptr() for one in assembled.model.parameters()}
+    weights = {one.untyped_storage().data_ptr() for one in setup.model.parameters()}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -215,7 +238,7 @@ def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = assembled.nll_sum(real)
+        loss = setup.nll_sum(real)
     held = sum(saved.values())
     loss.backward()
     planned = forecaster.peaks(forecaster.config, batch, gradients_held=False).kept
@@ -225,13 +248,13 @@ def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
 def test_auto_batch_keeps_the_global_batch_and_the_losses(forecaster_of):
     fixed = forecaster_of("training.batch_size=8", "training.gradient_accumulation_steps=1")
     auto = ("training.batch_size=auto", "training.gradient_accumulation_steps=1")
-    roomy, decisions = resolve_auto.settle(forecaster_of(*auto))
+    roomy, decisions = resolve_auto.resolve(forecaster_of(*auto))
     assert (roomy.config.training.batch_size, roomy.config.training.gradient_accumulation_steps) == (8, 1)
     assert [one.key for one in decisions] == ["training.batch_size"]
     forecaster = forecaster_of(*auto)
     between = forecaster.memory(resolve_auto.variant(forecaster.config, (2, 4), False)).peak_bytes
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((between + 1000) / 0.9)))
-    prepared, _ = resolve_auto.settle(tight)
+    prepared, _ = resolve_auto.resolve(tight)
     training = prepared.config.training
     assert training.batch_size < 8
     assert training.batch_size * training.gradient_accumulation_steps == 8
@@ -242,19 +265,23 @@ def test_auto_batch_keeps_the_global_batch_and_the_losses(forecaster_of):
 def test_auto_checkpointing_recomputes_only_where_nothing_fits_without(forecaster_of):
     auto = (*LORA[:2], "model.gradient_checkpointing=auto", "training.batch_size=8")
     forecaster = forecaster_of(*auto)
-    assert resolve_auto.settle(forecaster)[0].config.model.gradient_checkpointing is False
+    assert resolve_auto.resolve(forecaster)[0].config.model.gradient_checkpointing is False
     size = (8, 2)
-    with_it, without = (forecaster.memory(resolve_auto.variant(forecaster.config, size, one)).peak_bytes for one in (True, False))
+    with_it, without = (
+        forecaster.memory(resolve_auto.variant(forecaster.config, size, one)).peak_bytes for one in (True, False)
+    )
     assert with_it < without
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((with_it + without) / 2 / 0.9)))
-    prepared, decisions = resolve_auto.settle(tight)
+    prepared, decisions = resolve_auto.resolve(tight)
     assert prepared.config.model.gradient_checkpointing is True
     assert [one.key for one in decisions] == ["model.gradient_checkpointing"]
 
 
 def gpu_too_small_for(forecaster, than):
     """A GPU that holds the offloaded run and not the one recomputed as `than` says."""
-    offloaded, other = (forecaster.memory(resolve_auto.variant(forecaster.config, (8, 2), one)).peak_bytes for one in ("offload", than))
+    offloaded, other = (
+        forecaster.memory(resolve_auto.variant(forecaster.config, (8, 2), one)).peak_bytes for one in ("offload", than)
+    )
     assert offloaded < other
     return Target("a small GPU", "cuda", int((offloaded + other) / 2 / 0.95))
 
@@ -271,11 +298,11 @@ def test_auto_checkpointing_offloads_only_on_a_gpu_that_recomputing_alone_does_n
     auto = (*long_rows, "model.gradient_checkpointing=auto")
     forecaster = forecaster_of(*auto, target=Target("a GPU", "cuda", 1 << 40))
     small = gpu_too_small_for(forecaster, True)
-    prepared, decisions = resolve_auto.settle(forecaster_of(*auto, target=small))
+    prepared, decisions = resolve_auto.resolve(forecaster_of(*auto, target=small))
     assert prepared.config.model.gradient_checkpointing == "offload"
     assert [one.value for one in decisions] == ["offload"]
-    compiled = resolve_auto.settle(forecaster_of(*auto, "training.compile=true", target=small))[0].config
-    on_a_cpu = resolve_auto.settle(forecaster_of(*auto, target=Target("a tiny CPU", "cpu", 1)))[0].config
+    compiled = resolve_auto.resolve(forecaster_of(*auto, "training.compile=true", target=small))[0].config
+    on_a_cpu = resolve_auto.resolve(forecaster_of(*auto, target=Target("a tiny CPU", "cpu", 1)))[0].config
     assert compiled.model.gradient_checkpointing is on_a_cpu.model.gradient_checkpointing is True
 
 
@@ -294,8 +321,11 @@ def test_offloading_is_advised_where_recomputing_is_not_enough(forecaster_of, lo
 
 def test_a_run_that_went_on_keeps_what_it_chose(forecaster_of):
     prepared = forecaster_of("training.batch_size=auto", "training.gradient_accumulation_steps=3").prepared
-    before = {"training": {"batch_size": 6, "gradient_accumulation_steps": 4}, "model": {"gradient_checkpointing": False}}
-    config = resolve_auto.as_before(prepared, before).config
+    before = {
+        "training": {"batch_size": 6, "gradient_accumulation_steps": 4},
+        "model": {"gradient_checkpointing": False},
+    }
+    config = resolve_auto.keep_resolved(prepared, before).config
     assert (config.training.batch_size, config.training.gradient_accumulation_steps) == (6, 4)
 
 
@@ -314,13 +344,17 @@ def test_what_does_not_fit_gets_changes_that_need_less(forecaster_of):
 def test_the_largest_batch_fits_and_one_more_does_not(forecaster_of):
     forecaster = forecaster_of(*LORA[:2], target=Target("a GPU", "cuda", 1 << 40))
     assert largest_batch(forecaster, forecaster.memory()) == 20
-    one, four = (forecaster.memory(resolve_auto.variant(forecaster.config, (size, 1), False)).peak_bytes for size in (1, 4))
+    one, four = (
+        forecaster.memory(resolve_auto.variant(forecaster.config, (size, 1), False)).peak_bytes for size in (1, 4)
+    )
     tight = forecaster_of(*LORA[:2], target=Target("a small GPU", "cuda", int((one + four) / 2 / 0.95)))
     found = largest_batch(tight, tight.memory())
     assert 1 <= found < 20
 
 
-@pytest.mark.parametrize(("name", "gibibytes"), [("24GB", 24), ("rtx3090", 24), ("RTX4090", 23.99), ("a100-80", 80), ("80 gib", 80)])
+@pytest.mark.parametrize(
+    ("name", "gibibytes"), [("24GB", 24), ("rtx3090", 24), ("RTX4090", 23.99), ("a100-80", 80), ("80 gib", 80)]
+)
 def test_a_named_device_has_its_memory(name, gibibytes):
     assert open_target(name).total_bytes == pytest.approx(gibibytes * 2**30, rel=1e-3)
 
@@ -336,4 +370,7 @@ def test_t4_has_no_bf16():
     from llmtune.plan.hardware import precision_on
 
     config = load_config(None, overrides=["training.precision=auto"], environ={}).config
-    assert (precision_on(open_target("t4"), config.training), precision_on(open_target("l4"), config.training)) == ("fp32", "bf16")
+    assert (precision_on(open_target("t4"), config.training), precision_on(open_target("l4"), config.training)) == (
+        "fp32",
+        "bf16",
+    )

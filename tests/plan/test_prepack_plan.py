@@ -1,4 +1,4 @@
-"""`model.weights_prepack`: frozen weights are laid out beforehand where there is room, and the plan counts them (Q7)."""
+"""`model.weights_prepack`: frozen weights are laid out beforehand where there is room, and the plan counts them (Q7)."""  # noqa: E501
 
 import pytest
 import torch
@@ -30,14 +30,16 @@ def _native_bf16(monkeypatch):
 
 
 def chosen_by(forecaster):
-    prepared, decisions = resolve_auto.settle(forecaster)
+    prepared, decisions = resolve_auto.resolve(forecaster)
     return prepared.config.model.weights_prepack, [one for one in decisions if one.key == "model.weights_prepack"]
 
 
 def test_q7_the_layouts_are_counted_to_the_byte_and_on_top_of_all_else(forecaster_of):
     forecaster = forecaster_of(*BF16, KEPT)
     model = assembled_like(forecaster).model.get_base_model()
-    linear = [one for name, one in model.named_parameters() if one.dim() == 2 and "lora_" not in name and "embed" not in name]
+    linear = [
+        one for name, one in model.named_parameters() if one.dim() == 2 and "lora_" not in name and "embed" not in name
+    ]
     head = model.get_output_embeddings().weight
     assert len(linear) == 14
     assert head is model.get_input_embeddings().weight
@@ -67,9 +69,11 @@ def test_what_is_planned_is_what_is_kept(forecaster_of):
 
 def test_q7_nothing_is_laid_out_while_weights_are_read(forecaster_of):
     counted = forecaster_of(*BF16).count(forecaster_of(*BF16).config)
-    small = Peaks(dict.fromkeys(("forward", "loss", "last block", "first block", "end"), 0), dict.fromkeys(("forward",), 0), 0)
+    small = Peaks(
+        dict.fromkeys(("forward", "loss", "last block", "first block", "end"), 0), dict.fromkeys(("forward",), 0), 0
+    )
     memory = add_up(
-        counted, small, MicroBatchShape((1,), 1, "flat"), kind="cpu", optimizer="adamw", gradients_held=False, gradients_dropped=False,
+        counted, small, MicroBatchShape((1,), 1, "flat"), kind="cpu", optimizer="adamw", gradients_held=False, gradients_dropped=False,  # noqa: E501
         prepacked=True, thread_caches=True, process=0, file_bytes=1 << 40,
     )  # fmt: skip
     assert (memory.moment, memory.parts["prepacked"]) == ("loading", 0)
@@ -80,7 +84,9 @@ def test_auto_lays_out_where_the_plan_has_room_and_only_there(forecaster_of):
     value, (decision,) = chosen_by(forecaster)
     assert (value, decision.value) == (True, True)
     assert "planned" in decision.reason
-    with_them, without = (forecaster.memory(resolve_auto._prepacked(forecaster.config, one)).peak_bytes for one in (True, False))
+    with_them, without = (
+        forecaster.memory(resolve_auto._prepacked(forecaster.config, one)).peak_bytes for one in (True, False)
+    )
     assert without < with_them
     tight = forecaster_of(*BF16, target=Target("a tight machine", "cpu", int((with_them + without) / 2 / 0.9)))
     value, (decision,) = chosen_by(tight)
@@ -95,13 +101,22 @@ def test_auto_takes_no_memory_from_a_run_that_recomputes_to_save_it(forecaster_o
 
 def test_auto_never_makes_a_run_recompute_or_its_micro_batches_smaller(forecaster_of):
     """What fits without the layouts is chosen first; they take what is left."""
-    auto = (*BF16, "training.batch_size=auto", "training.gradient_accumulation_steps=1", "model.gradient_checkpointing=auto")
+    auto = (
+        *BF16,
+        "training.batch_size=auto",
+        "training.gradient_accumulation_steps=1",
+        "model.gradient_checkpointing=auto",
+    )
     forecaster = forecaster_of(*auto)
-    whole = resolve_auto.variant(resolve_auto.settle(forecaster)[0].config, (8, 1), False)
+    whole = resolve_auto.variant(resolve_auto.resolve(forecaster)[0].config, (8, 1), False)
     needed = forecaster.memory(resolve_auto._prepacked(whole, False)).peak_bytes
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((needed + 1000) / 0.9)))
-    config = resolve_auto.settle(tight)[0].config
-    assert (config.training.batch_size, config.model.gradient_checkpointing, config.model.weights_prepack) == (8, False, False)
+    config = resolve_auto.resolve(tight)[0].config
+    assert (config.training.batch_size, config.model.gradient_checkpointing, config.model.weights_prepack) == (
+        8,
+        False,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,12 +133,14 @@ def test_where_it_cannot_be_auto_says_nothing_and_asking_is_refused(forecaster_o
     assert chosen_by(forecaster_of(*overrides, target=target)) == (False, [])
     if "adapter.method=lora" in overrides:
         with pytest.raises(ConfigError, match="frozen weights cannot be laid out beforehand"):
-            resolve_auto.settle(forecaster_of(*overrides, KEPT, target=target))
+            resolve_auto.resolve(forecaster_of(*overrides, KEPT, target=target))
 
 
 def test_a_model_without_a_plan_keeps_its_weights_as_they_are(forecaster_of, monkeypatch):
     forecaster = forecaster_of(*BF16)
-    monkeypatch.setattr(forecaster, "memory", lambda _config: (_ for _ in ()).throw(NotImplementedError("no stand-ins")))
+    monkeypatch.setattr(
+        forecaster, "memory", lambda _config: (_ for _ in ()).throw(NotImplementedError("no stand-ins"))
+    )
     assert chosen_by(forecaster) == (False, [])
 
 
@@ -131,7 +148,10 @@ def test_it_is_the_first_thing_to_give_up_where_memory_is_short(forecaster_of):
     needed = forecaster_of(*BF16, KEPT).memory().peak_bytes
     found = changes(forecaster_of(*BF16, KEPT, target=Target("a small machine", "cpu", needed // 2)))
     assert found[0].overrides == LEFT
-    assert not any(LEFT in one.overrides for one in changes(forecaster_of(*BF16, LEFT, target=Target("a small machine", "cpu", 1 << 20))))
+    assert not any(
+        LEFT in one.overrides
+        for one in changes(forecaster_of(*BF16, LEFT, target=Target("a small machine", "cpu", 1 << 20)))
+    )
 
 
 def test_a_run_that_went_on_keeps_the_choice_and_one_from_before_there_was_any_keeps_plain_weights(forecaster_of):
@@ -140,7 +160,9 @@ def test_a_run_that_went_on_keeps_the_choice_and_one_from_before_there_was_any_k
     model = {"gradient_checkpointing": False}
 
     def kept(more, of=prepared):
-        return resolve_auto.as_before(of, {"training": training, "model": model | more}).config.model.weights_prepack
+        return resolve_auto.keep_resolved(
+            of, {"training": training, "model": model | more}
+        ).config.model.weights_prepack
 
     assert (kept({"weights_prepack": True}), kept({"weights_prepack": False}), kept({})) == (True, False, False)
     asked = forecaster_of(*BF16, LEFT, "model.gradient_checkpointing=auto").prepared
@@ -160,7 +182,7 @@ class OtherRank:
 def test_several_processes_do_as_the_first_one_does(forecaster_of):
     forecaster = forecaster_of(*BF16)
     assert chosen_by(forecaster)[0] is True
-    config = resolve_auto.settle_together(forecaster, OtherRank()).config
+    config = resolve_auto.resolve_on_all_ranks(forecaster, OtherRank()).config
     assert (config.training.batch_size, config.model.weights_prepack) == (4, False)
 
 
@@ -169,11 +191,11 @@ def test_a_run_says_what_it_kept_and_trains_the_same_bits(forecaster_of):
     """N15 through the whole of an assembled run: losses of every step are equal with and without."""
     losses = {}
     for wanted in (KEPT, LEFT):
-        assembled = assembled_like(forecaster_of(*BF16, wanted))
-        said = [str(one) for one in assembled.decisions if one.key == "model.weights_prepack"]
+        setup = assembled_like(forecaster_of(*BF16, wanted))
+        said = [str(one) for one in setup.decisions if one.key == "model.weights_prepack"]
         assert len(said) == (wanted == KEPT)
-        steps = list(steps_from_the_start(assembled))
-        weights = torch.cat([one.detach().flatten() for one in assembled.parameters.values()])
+        steps = list(steps_from_the_start(setup))
+        weights = torch.cat([one.detach().flatten() for one in setup.parameters.values()])
         losses[wanted] = [one.train_mean_nll for one in steps], weights
     assert losses[KEPT][0] == losses[LEFT][0]
     assert torch.equal(losses[KEPT][1], losses[LEFT][1])

@@ -1,4 +1,6 @@
-"""Q7: the plan of weights that move in the backward pass (`training.step_in_backward`): its parts, its advice, its windows."""
+"""Q7: the plan of weights that move in the backward pass (`training.step_in_backward`): its parts, its advice, its
+windows.
+"""
 
 from llmtune.engine.step_in_backward import saves_uncut
 from llmtune.plan.hardware import Target
@@ -12,14 +14,18 @@ ONE_MICRO_BATCH = ("training.batch_size=4", "training.gradient_accumulation_step
 
 
 def test_q7_gradients_that_go_at_once_are_planned_as_the_largest_of_them(forecaster_of):
-    """The update then holds one gradient instead of all, and so does the end of the backward pass; summed gradients exist as ever."""
+    """The update then holds one gradient instead of all, and so does the end of the backward pass; summed gradients
+    exist as ever.
+    """
     plain, early = forecaster_of(*ONE_MICRO_BATCH), forecaster_of(*ONE_MICRO_BATCH, *EARLY)
     counted = early.count(early.config)
     assert counted.largest_gradient_bytes == 400 * 32 * 4  # the embeddings
     assert counted.largest_gradient_bytes < counted.gradient_bytes
     batch, several = early.largest(early.config)
     assert not several
-    kept, dropped = (early.peaks(early.config, batch, gradients_held=False, gradients_dropped=one).phases for one in (False, True))
+    kept, dropped = (
+        early.peaks(early.config, batch, gradients_held=False, gradients_dropped=one).phases for one in (False, True)
+    )
     assert dropped["forward"] == kept["forward"]
     assert kept["end"] - dropped["end"] > 0.3 * counted.gradient_bytes
     assert early.memory().parts["gradients"] <= counted.largest_gradient_bytes
@@ -30,7 +36,12 @@ def test_q7_gradients_that_go_at_once_are_planned_as_the_largest_of_them(forecas
 
 def test_moving_weights_in_the_backward_pass_is_proposed_where_it_helps_and_is_allowed(forecaster_of):
     tiny = Target("a tiny GPU", "cuda", 1 << 20)
-    short = ("data.max_length=24", "data.overlong=truncate_right", "training.batch_size=1", "training.gradient_accumulation_steps=1")
+    short = (
+        "data.max_length=24",
+        "data.overlong=truncate_right",
+        "training.batch_size=1",
+        "training.gradient_accumulation_steps=1",
+    )
     few_tokens = (*short, "model.gradient_checkpointing=true")
     wanted = "training.step_in_backward=true training.max_grad_norm=null"
     proposed = {one.overrides: one.peak_bytes for one in changes(forecaster_of(*few_tokens, target=tiny))}
@@ -40,20 +51,27 @@ def test_moving_weights_in_the_backward_pass_is_proposed_where_it_helps_and_is_a
         one.overrides for one in changes(forecaster_of(*few_tokens, "training.max_grad_norm=null", target=tiny))
     }
     for not_allowed in ((*LORA[:2], *few_tokens), (*few_tokens, *EARLY), (*few_tokens, "training.precision=fp16")):
-        assert not [one for one in changes(forecaster_of(*not_allowed, target=tiny)) if "step_in_backward" in one.overrides]
+        assert not [
+            one for one in changes(forecaster_of(*not_allowed, target=tiny)) if "step_in_backward" in one.overrides
+        ]
 
 
 def test_windows_stay_whole_where_that_takes_less_and_the_plan_knows(forecaster_of, monkeypatch):
-    """On a CPU windows are cut between documents; with recomputed blocks and few tokens that would only keep all gradients alive."""
+    """On a CPU windows are cut between documents; with recomputed blocks and few tokens that would only keep all
+    gradients alive.
+    """
     monkeypatch.setattr("llmtune.plan.forecast.group_tokens", lambda _shape: 40)
     monkeypatch.setattr("llmtune.engine.forward.group_tokens", lambda _shape: 40)
     found = {}
     for recompute in ("false", "true"):
         forecaster = forecaster_of(*ONE_MICRO_BATCH, *EARLY, f"model.gradient_checkpointing={recompute}")
-        assembled = assembled_like(forecaster)
-        several = any(len(window.micro_batches) > 1 for window in assembled.batches.windows())
+        setup = assembled_like(forecaster)
+        several = any(len(window.micro_batches) > 1 for window in setup.batches.windows())
         assert forecaster.largest(forecaster.config)[1] == several
-        found[recompute] = next(one.value for one in assembled.decisions if one.key == "training.step_in_backward.windows"), several
+        found[recompute] = (
+            next(one.value for one in setup.decisions if one.key == "training.step_in_backward.windows"),
+            several,
+        )
     assert found == {"false": ("cut", True), "true": ("whole", False)}
 
 
@@ -63,4 +81,6 @@ def test_a_window_is_whole_up_to_what_its_blocks_keep(forecaster_of):
     shape = forecaster.shape.config
     assert saves_uncut(forecaster.config, window_tokens=100, shape=shape, gradient_bytes=38_400)
     assert not saves_uncut(forecaster.config, window_tokens=101, shape=shape, gradient_bytes=38_400)
-    assert not saves_uncut(forecaster_of(*ONE_MICRO_BATCH, *EARLY).config, window_tokens=1, shape=shape, gradient_bytes=1 << 40)
+    assert not saves_uncut(
+        forecaster_of(*ONE_MICRO_BATCH, *EARLY).config, window_tokens=1, shape=shape, gradient_bytes=1 << 40
+    )

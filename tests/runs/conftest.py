@@ -56,7 +56,9 @@ def delete_a_file(place, other, chance):
 
 
 def add_a_file(place, other, chance):
-    (place / chance.choice(["x", "model.bin", "training_args.bin", "MODEL.safetensors", ".hidden", "state.json~"])).write_bytes(b"foreign")
+    (
+        place / chance.choice(["x", "model.bin", "training_args.bin", "MODEL.safetensors", ".hidden", "state.json~"])
+    ).write_bytes(b"foreign")
 
 
 def add_a_folder(place, other, chance):
@@ -133,7 +135,10 @@ def any_file(place, chance):
 
 
 class Story:
-    """What a training does at a save: log, checkpoint, retention, best. With NumPy's tensors, so that forked children never touch torch."""
+    """What a training does at a save: log, checkpoint, retention, best.
+
+    With NumPy's tensors, so that forked children never touch torch.
+    """
 
     def __init__(self, run):
         self.run = run
@@ -141,17 +146,23 @@ class Story:
     def write_weights(self, step):
         def write(folder):
             durable.write_tensors(
-                folder / "model.safetensors", {"w": np.full(64, step, np.float32), "b": np.arange(8, dtype=np.int64) * step}
+                folder / "model.safetensors",
+                {"w": np.full(64, step, np.float32), "b": np.arange(8, dtype=np.int64) * step},
             )
             (folder / "tokenizer.json").write_text(f'{{"a library wrote this": {step}}}')
 
         return write
 
     def snapshot(self, step):
-        return Snapshot({"optimizer": {"m": np.full(16, step / 3)}, "rng": {"words": np.arange(5) + step}}, {"training": {"step": step}})
+        return Snapshot(
+            {"optimizer": {"m": np.full(16, step / 3)}, "rng": {"words": np.arange(5) + step}},
+            {"training": {"step": step}},
+        )
 
     def save(self, step):
-        return checkpoint.save_checkpoint(self.run, step, self.write_weights(step), self.snapshot(step), {"threads": 1, "world_size": 1})
+        return checkpoint.save_checkpoint(
+            self.run, step, self.write_weights(step), self.snapshot(step), {"threads": 1, "world_size": 1}
+        )
 
     def save_best(self, step):
         return checkpoint.save_folder(self.run.checkpoints / "best", self.write_weights(step), {"step": step})
@@ -192,7 +203,9 @@ def refusal_of(action, *arguments):
 
 
 class Scene:
-    """A run with step 1 saved, put anew as often as wanted, and the laws that hold whatever happens to it while it saves step 2."""
+    """A run with step 1 saved, put anew as often as wanted, and the laws that hold whatever happens to it while it
+    saves step 2.
+    """
 
     def __init__(self, folder):
         self._number = 0
@@ -316,7 +329,9 @@ class Scene:
         return states
 
     def assert_survived(self, path):
-        """The promises' method: a valid checkpoint, no repair by hand, no litter, and the finished run is byte-identical."""
+        """The promises' method: a valid checkpoint, no repair by hand, no litter, and the finished run is
+        byte-identical.
+        """
         with RunFolder.open(path) as run:
             names = [name for _, folders, files in os.walk(path) for name in (*folders, *files)]
             assert [name for name in names if name.startswith(".llmtune")] == [], "litter after the sweep"
@@ -345,7 +360,7 @@ class Scene:
                 assert log.lines == newest.step, "the log lacks a line of a step that was saved"
 
     def corrupt(self, count, seed=0):
-        """Damage the checkpoint of step 2 `count` times, each from anew, require each to be found, and count the ways."""
+        """Damage the checkpoint of step 2 `count` times, each from anew, require each to be found, and count the ways."""  # noqa: E501
         source = self.copy()
         with RunFolder.open(source) as run:
             run_id = run.run_id
@@ -357,7 +372,9 @@ class Scene:
             place = self.scratch / "checkpoint" / str(number) / "step-000002"
             shutil.copytree(good, place)
             CORRUPTIONS[way](place, other, chance)
-            assert checkpoint.verify(checkpoint.CheckpointFolder(2, place), run_id=run_id) != [], f"not found: {way} (number {number})"
+            assert checkpoint.verify(checkpoint.CheckpointFolder(2, place), run_id=run_id) != [], (
+                f"not found: {way} (number {number})"
+            )
             shutil.rmtree(place.parent)
             ways[way] += 1
         return ways
@@ -369,10 +386,14 @@ class Scene:
             first, second = Story(run).save(1), Story(run).save(2)
             shutil.rmtree(second)
             shutil.copytree(first, second)
-            assert "this is the checkpoint of step 1" in str(checkpoint.verify(checkpoint.CheckpointFolder(2, second), run_id=run.run_id))
+            assert "this is the checkpoint of step 1" in str(
+                checkpoint.verify(checkpoint.CheckpointFolder(2, second), run_id=run.run_id)
+            )
         with create_run(self.scratch / "other", "tiny") as other:
             foreign = Story(other).save(2)
-            assert "another run" in str(checkpoint.verify(checkpoint.CheckpointFolder(2, foreign), run_id=RunFolder.open(path).run_id))
+            assert "another run" in str(
+                checkpoint.verify(checkpoint.CheckpointFolder(2, foreign), run_id=RunFolder.open(path).run_id)
+            )
 
     @staticmethod
     def assert_whole(run):

@@ -30,7 +30,9 @@ STATE = {"training": {"step": 7, "epoch": 0.1 + 0.2, "num_loss_tokens": 1e308}, 
 
 
 def save(run, step=7):
-    return checkpoint.save_checkpoint(run, step, lambda folder: (folder / "w").write_bytes(b"w"), Snapshot(TENSORS, STATE), {"threads": 2})
+    return checkpoint.save_checkpoint(
+        run, step, lambda folder: (folder / "w").write_bytes(b"w"), Snapshot(TENSORS, STATE), {"threads": 2}
+    )
 
 
 def test_a_snapshot_comes_back_bit_for_bit(run):

@@ -1,4 +1,4 @@
-"""P5: whatever happens to a committed checkpoint is found before it is used, and the newest valid one is used instead."""
+"""P5: whatever happens to a committed checkpoint is found before it is used, and the newest valid one is used instead."""  # noqa: E501
 
 import pytest
 
@@ -59,7 +59,11 @@ def test_the_newest_valid_checkpoint_is_used_and_the_bad_ones_are_set_aside_and_
     told = "\n".join(map(str, problems))
     assert "step-000002: `model.safetensors` was changed: its sha256 does not fit" in told
     assert "step-000003: damaged; set aside as step-000003.damaged" in told
-    assert sorted(one.name for one in run.checkpoints.iterdir()) == ["step-000001", "step-000002.damaged", "step-000003.damaged"]
+    assert sorted(one.name for one in run.checkpoints.iterdir()) == [
+        "step-000001",
+        "step-000002.damaged",
+        "step-000003.damaged",
+    ]
     assert checkpoint.newest_valid(run) == (newest, [])
 
 
@@ -69,14 +73,20 @@ def test_a_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(run, s
     for _ in range(2):
         damage(story.save(2))
         checkpoint.newest_valid(run)
-    assert {one.name for one in run.checkpoints.iterdir()} == {"step-000001", "step-000002.damaged", "step-000002.damaged-2"}
+    assert {one.name for one in run.checkpoints.iterdir()} == {
+        "step-000001",
+        "step-000002.damaged",
+        "step-000002.damaged-2",
+    }
 
 
 def test_when_all_are_bad_the_answer_is_exit_5_and_nothing_is_touched(run, story):
     """P5: no silent start from zero."""
     for step in (1, 2):
         damage(story.save(step))
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints of this run can be used; nothing was deleted") as caught:
+    with pytest.raises(
+        CheckpointError, match="none of the 2 checkpoints of this run can be used; nothing was deleted"
+    ) as caught:
         checkpoint.newest_valid(run)
     assert caught.value.exit_code == 5
     assert len(caught.value.problems) == 3

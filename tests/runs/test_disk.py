@@ -15,14 +15,25 @@ MARGIN = 64 << 20
 
 def test_the_forecast_counts_what_is_there_at_the_worst_moment(tmp_path):
     forecast = forecast_disk(
-        tmp_path, checkpoint_bytes=1000, saves=50, keep_last=3, best_bytes=10, final_bytes=1, free_bytes=MARGIN + 4 * 1000 + 2 * 10 + 1
+        tmp_path,
+        checkpoint_bytes=1000,
+        saves=50,
+        keep_last=3,
+        best_bytes=10,
+        final_bytes=1,
+        free_bytes=MARGIN + 4 * 1000 + 2 * 10 + 1,
     )
     assert forecast.needed_bytes == forecast.free_bytes == MARGIN + 4021
 
 
 @pytest.mark.parametrize(("saves", "keep_last", "checkpoints"), [(50, 0, 50), (2, 3, 2), (50, 1, 2), (0, 3, 0)])
-def test_the_number_of_checkpoints_is_what_retention_leaves_and_the_one_being_written(tmp_path, saves, keep_last, checkpoints):
-    assert forecast_disk(tmp_path, checkpoint_bytes=7, saves=saves, keep_last=keep_last).needed_bytes == MARGIN + 7 * checkpoints
+def test_the_number_of_checkpoints_is_what_retention_leaves_and_the_one_being_written(
+    tmp_path, saves, keep_last, checkpoints
+):
+    assert (
+        forecast_disk(tmp_path, checkpoint_bytes=7, saves=saves, keep_last=keep_last).needed_bytes
+        == MARGIN + 7 * checkpoints
+    )
 
 
 def test_a_disk_that_is_one_byte_too_small_is_refused_with_the_numbers_and_the_fix(tmp_path):
@@ -30,7 +41,10 @@ def test_a_disk_that_is_one_byte_too_small_is_refused_with_the_numbers_and_the_f
         forecast_disk(tmp_path, checkpoint_bytes=10**9, saves=9, keep_last=3, free_bytes=MARGIN + 4 * 10**9 - 1)
     assert caught.value.exit_code == 6
     (problem,) = caught.value.problems
-    assert "the disk is too small for this run: 4.07 GB of 4.07 GB free (4 checkpoints 4.00 GB, logs 67.11 MB)" in problem.problem
+    assert (
+        "the disk is too small for this run: 4.07 GB of 4.07 GB free (4 checkpoints 4.00 GB, logs 67.11 MB)"
+        in problem.problem
+    )
     assert problem.where == str(tmp_path)
     assert problem.fix == "free 1 B, choose run.output_dir on another disk, or keep less (checkpoint.keep_last=1)"
 
@@ -44,7 +58,7 @@ def test_the_room_of_a_folder_that_is_not_there_yet_is_that_of_the_nearest_above
 
 
 def sweeper(run):
-    return lambda: durable.sweep_litter(run.checkpoints, everything=True)
+    return lambda: durable.remove_leftovers(run.checkpoints, everything=True)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
@@ -67,7 +81,9 @@ def test_a_save_that_never_works_keeps_the_old_goes_on_and_is_exit_6_at_the_end(
     with durable.use_backend(Failing(3, number, for_ever=True)):
         assert attempts.save(lambda: story.save(2)) is None
     assert checkpoint.newest_valid(run) == (checkpoint.checkpoint_of(run, 1), [])
-    with pytest.raises(MachineError, match=r"the last save of the checkpoint failed, .*; the one before it stands") as caught:
+    with pytest.raises(
+        MachineError, match=r"the last save of the checkpoint failed, .*; the one before it stands"
+    ) as caught:
         attempts.finish()
     assert caught.value.exit_code == 6
     assert durable.errno_of(caught.value) == number

@@ -30,7 +30,20 @@ def names_in(folder):
 
 @pytest.mark.parametrize(
     "name",
-    ["a", "a; touch x $(id) && '\"`", "naïve-模型-🦙", "a b", "*?[x]", "~root", "CON", "a\u200d🦙", "x" * 200, "%s{0}", "a..b", "|&<>#!"],
+    [
+        "a",
+        "a; touch x $(id) && '\"`",
+        "naïve-模型-🦙",
+        "a b",
+        "*?[x]",
+        "~root",
+        "CON",
+        "a\u200d🦙",
+        "x" * 200,
+        "%s{0}",
+        "a..b",
+        "|&<>#!",
+    ],
 )
 def test_whatever_is_only_a_name_is_one(tmp_path, name):
     """No value from config names something to run."""
@@ -177,7 +190,10 @@ def holder(tmp_path):
 
     def start(path, *arguments):
         process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(path), *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True
+            [sys.executable, "-c", HOLD, str(path), *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         processes.append(process)
         assert process.stdout.readline().strip() == str(process.pid)

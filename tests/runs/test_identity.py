@@ -6,7 +6,16 @@ import pytest
 
 from llmtune.config.schema import Config
 from llmtune.errors import CheckpointError
-from llmtune.runs.identity import EFFECTS, Difference, Effect, compare, describe_machine, effect_of, git_revision, refuse_changes
+from llmtune.runs.identity import (
+    EFFECTS,
+    Difference,
+    Effect,
+    compare,
+    describe_machine,
+    effect_of,
+    git_revision,
+    refuse_changes,
+)
 
 WAS = {
     "versions": {"torch": "2.12"},
@@ -14,7 +23,11 @@ WAS = {
     "world_size": 1,
     "global_batch_size": 16,
     "digests": {"data": "a", "tokenizer": "b", "base": "c"},
-    "config": {"training": {"learning_rate": 1e-4, "batch_size": 8}, "adapter": {"r": 16}, "tracking": {"project": "p"}},
+    "config": {
+        "training": {"learning_rate": 1e-4, "batch_size": 8},
+        "adapter": {"r": 16},
+        "tracking": {"project": "p"},
+    },
 }
 
 
@@ -59,7 +72,9 @@ def test_a_key_that_is_new_needs_the_users_word():
     assert difference == ("invented", None, 1, Effect.SCHEDULE)
 
 
-@pytest.mark.parametrize("key", ["world_size", "config.training.batch_size", "config.training.gradient_accumulation_steps"])
+@pytest.mark.parametrize(
+    "key", ["world_size", "config.training.batch_size", "config.training.gradient_accumulation_steps"]
+)
 def test_another_cut_of_a_step_is_harmless_only_where_the_whole_step_is_known_to_be_the_same(key):
     """P9."""
     parts = key.split(".")
@@ -69,7 +84,9 @@ def test_another_cut_of_a_step_is_harmless_only_where_the_whole_step_is_known_to
             one = one.setdefault(part, {})
         one[parts[-1]] = value
     assert [one.effect for one in compare(was, now)] == [Effect.SCHEDULE]
-    assert [one.effect for one in compare({**was, "global_batch_size": 4}, {**now, "global_batch_size": 4})] == [Effect.ROUNDING]
+    assert [one.effect for one in compare({**was, "global_batch_size": 4}, {**now, "global_batch_size": 4})] == [
+        Effect.ROUNDING
+    ]
 
 
 def test_harmless_and_rounding_changes_go_on_and_are_said():
@@ -80,7 +97,9 @@ def test_harmless_and_rounding_changes_go_on_and_are_said():
 
 def test_another_training_needs_the_users_word():
     differences = changed("digests.data", "z")
-    with pytest.raises(CheckpointError, match=r"this would be another training: digests\.data was 'a', is now 'z'") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"this would be another training: digests\.data was 'a', is now 'z'"
+    ) as caught:
         refuse_changes(differences, where="run")
     assert caught.value.exit_code == 5
     assert refuse_changes(differences, where="run", allow_changes=True) == differences
@@ -88,8 +107,14 @@ def test_another_training_needs_the_users_word():
 
 def test_a_digest_is_shown_by_its_beginning_only():
     one, other = "ba8913e9ef00" * 5 + "abcd", "6279ca2ab8fe" * 5 + "abcd"
-    assert str(Difference("digests.batches", one, other, Effect.SCHEDULE)) == "digests.batches was ba8913e9ef00..., is now 6279ca2ab8fe..."
-    assert str(Difference("config.run.name", one[:12], None, Effect.HARMLESS)) == "config.run.name was 'ba8913e9ef00', is now None"
+    assert (
+        str(Difference("digests.batches", one, other, Effect.SCHEDULE))
+        == "digests.batches was ba8913e9ef00..., is now 6279ca2ab8fe..."
+    )
+    assert (
+        str(Difference("config.run.name", one[:12], None, Effect.HARMLESS))
+        == "config.run.name was 'ba8913e9ef00', is now None"
+    )
 
 
 def test_tensors_that_no_longer_fit_are_refused_whatever_is_said_and_all_at_once():
@@ -113,7 +138,13 @@ def test_every_config_key_has_an_effect_and_every_pattern_still_names_something(
     keys = list(config_keys(Config()))
     assert len(keys) > 70
     assert {effect_of(key) for key in keys} == set(Effect)
-    for key in ("config.data.train_on", "config.data.max_length", "config.training.epochs", "config.training.precision", "config.run.seed"):
+    for key in (
+        "config.data.train_on",
+        "config.data.max_length",
+        "config.training.epochs",
+        "config.training.precision",
+        "config.run.seed",
+    ):
         assert effect_of(key) is Effect.SCHEDULE, key
     for pattern, _ in EFFECTS:
         section = pattern.removesuffix("*").rstrip("._")
@@ -130,7 +161,9 @@ def test_the_machine_is_described_without_secrets():
 
 def git(folder, *arguments):
     settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
-    return subprocess.run(["git", "-C", folder, *settings, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", folder, *settings, *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def test_the_git_revision_is_read_as_git_reads_it(tmp_path):

@@ -70,7 +70,10 @@ def forget_the_predecessor(folder, name):
 
 
 def write_in_place(path, chunks):
-    with system.asking_the_system("write", path), system.opened(Path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
+    with (
+        system.translate_os_errors("write", path),
+        system.opened(Path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor,
+    ):
         for chunk in chunks:
             system.write_fully(descriptor, chunk)
 
@@ -101,7 +104,7 @@ MUTANTS = {
     "no rename of files": (files, "write_stream", write_in_place, kill),
     "the old deleted before the new stands": (folders, "_put_in_place", delete_before_replacing, kill),
     "folders deleted under their final name": (durable, "remove_tree", delete_under_the_final_name, kill),
-    "no sweep": (durable, "sweep_litter", lambda folder, **_: [], kill),
+    "no sweep": (durable, "remove_leftovers", lambda folder, **_: [], kill),
     "predecessors not put back": (folders, "_settle", forget_the_predecessor, kill),
     "torn lines kept": (log, "parsed", lambda line: {"step": 1}, kill),
     "log not cut to the checkpoint's step": (durable.AppendLog, "truncate_to_step", lambda self, step: 0, kill),

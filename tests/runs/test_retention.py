@@ -48,7 +48,9 @@ def test_a_damaged_successor_deletes_nothing(run, story):
     (path / "state.json").write_text("{}")
     warnings = checkpoint.delete_old_checkpoints(run, keep_last=1)
     assert steps(run) == [1, 2]
-    assert warnings == ["kept 1 older checkpoints, because the newest one is damaged: `state.json` has 2 bytes instead of 38 (step-000002)"]
+    assert warnings == [
+        "kept 1 older checkpoints, because the newest one is damaged: `state.json` has 2 bytes instead of 38 (step-000002)"  # noqa: E501
+    ]
 
 
 def test_a_damaged_successor_is_deleted_for_by_a_mutant_that_does_not_re_read(run, story, monkeypatch):

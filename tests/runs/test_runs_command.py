@@ -23,7 +23,9 @@ def test_the_runs_of_a_folder_stand_in_a_table(tmp_path, capsys):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].split() == ["RUN", "STATE", "STEP", "TRAIN", "LOSS", "EVAL", "LOSS", "CREATED", "(UTC)"]
-    assert [line.split()[:5] for line in lines[1:]] == [[name, "stopped", "4/8", "1.2500", "1.5000"] for name in ("one", "two")]
+    assert [line.split()[:5] for line in lines[1:]] == [
+        [name, "stopped", "4/8", "1.2500", "1.5000"] for name in ("one", "two")
+    ]
     assert err == ""
 
 
@@ -31,7 +33,9 @@ def test_a_program_reads_one_object_a_line(tmp_path, capsys):
     make(tmp_path)
     runs(str(tmp_path), as_json=True)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(row["name"], row["step"], row["path"]) for row in rows] == [(name, 4, str(tmp_path / name)) for name in ("one", "two")]
+    assert [(row["name"], row["step"], row["path"]) for row in rows] == [
+        (name, 4, str(tmp_path / name)) for name in ("one", "two")
+    ]
 
 
 def test_an_empty_folder_is_said_on_the_side(tmp_path, capsys):

@@ -98,7 +98,9 @@ with StopRequest() as stop:
 
 def send(signals, mode, pause_s):
     """Send signals to a process that needs half a second to stop, or never does; return its exit code."""
-    process = subprocess.Popen([sys.executable, "-c", WAIT, "20", mode], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAIT, "20", mode], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     with process:
         assert process.stdout.readline() == "ready\n"
         for number in signals:

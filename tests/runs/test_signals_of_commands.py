@@ -1,4 +1,6 @@
-"""P8 outside a training: a command that is asked to end clears away what it began, says one line, and exits with 128 + the signal."""
+"""P8 outside a training: a command that is asked to end clears away what it began, says one line, and exits with 128 +
+the signal.
+"""
 
 import contextlib
 import os

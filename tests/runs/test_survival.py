@@ -1,6 +1,7 @@
 """Every operation of a save, a retention, a change of best and a log, one by one: killed, failed, cut off from power.
 
-This is the method of the promises; the laws themselves stand in `Scene` (conftest.py), and `test_mutants.py` shows that each one bites.
+This is the method of the promises; the laws themselves stand in `Scene` (conftest.py), and `test_mutants.py` shows that
+each one bites.
 """
 
 import pytest
@@ -59,7 +60,9 @@ def test_a_process_that_really_dies_at_any_operation_leaves_the_old_or_the_new(s
 @pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for ever"])
 @pytest.mark.parametrize("fault", ["ENOSPC", "EIO", "EROFS"])
 def test_a_disk_that_fails_at_any_operation_leaves_the_old_or_the_new(scene, fault, for_ever):
-    """P7: the refusal says what, where, why and the fix; what stood stands; the run goes on when the disk is well again."""
+    """P7: the refusal says what, where, why and the fix; what stood stands; the run goes on when the disk is well
+    again.
+    """
     fired, refused = scene.fail_everywhere(fault, for_ever=for_ever)
     assert fired >= refused > 30
 

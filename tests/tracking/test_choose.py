@@ -15,7 +15,9 @@ def without(monkeypatch):
     find = importlib.util.find_spec
 
     def hide(*names):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name in names else find(name, package))
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, package=None: None if name in names else find(name, package)
+        )
 
     return hide
 
@@ -45,7 +47,10 @@ def test_trackers_asked_for_and_not_installed_are_refused_all_at_once_with_the_c
     without("tensorboard", "wandb")
     with pytest.raises(MachineError) as refusal:
         choose_trackers(TrackingConfig(trackers=("tensorboard", "wandb")), explicit=True, environ={})
-    assert [problem.fix for problem in refusal.value.problems] == ["pip install 'llmtune[tensorboard]'", "pip install 'llmtune[wandb]'"]
+    assert [problem.fix for problem in refusal.value.problems] == [
+        "pip install 'llmtune[tensorboard]'",
+        "pip install 'llmtune[wandb]'",
+    ]
     assert refusal.value.exit_code == 6
 
 

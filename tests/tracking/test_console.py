@@ -28,14 +28,16 @@ for step in range(1, 5):
 shown.log(4, {"eval_mean_nll": 1.25, "eval_perplexity": 3.49, "epoch": 1.0})
 shown.samples(4, [{"prompt": "hello", "text": "a\\x1b[31mb"}])
 shown.finish("finished")
-"""
+"""  # noqa: E501
 
 
 def run_in_terminal(columns, **environ):
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **environ}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, env=environment
+    )
     os.close(theirs)
     shown = b""
     while True:

@@ -89,9 +89,11 @@ class Sleeper(Listener):
 
 
 def drive(trackers, steps=20, **options):
-    """Run a training of nothing but tracker calls; return what was said, the reports, and the longest single call in seconds."""
+    """Run a training of nothing but tracker calls; return what was said, the reports, and the longest single call in
+    seconds.
+    """
     said = []
-    tracked = TrackerQueue(trackers, say=said.append, **options)
+    tracked = TrackerQueue(trackers, print_line=said.append, **options)
     tracked.start(INFO)
     longest = 0.0
     for step in range(1, steps + 1):
@@ -113,7 +115,8 @@ def test_a_tracker_hears_everything_in_order():
 
 @pytest.mark.parametrize("method", ["start", "log", "finish"])
 @pytest.mark.parametrize(
-    "error", [RuntimeError("server\nsaid no"), SystemExit(3), KeyboardInterrupt(), OSError(28, "No space left on device")]
+    "error",
+    [RuntimeError("server\nsaid no"), SystemExit(3), KeyboardInterrupt(), OSError(28, "No space left on device")],
 )
 def test_a_tracker_that_raises_is_switched_off_with_one_line_and_the_others_go_on(method, error):
     listener = Listener()
@@ -144,7 +147,7 @@ def test_a_tracker_that_hangs_neither_blocks_a_step_nor_the_end_nor_the_others(m
 
 def test_a_hanging_tracker_is_found_out_during_the_run():
     hanger, said = Hanger("log"), []
-    tracked = TrackerQueue([hanger], say=said.append, hang_after_s=0.05)
+    tracked = TrackerQueue([hanger], print_line=said.append, hang_after_s=0.05)
     tracked.start(INFO)
     tracked.log(1, {})
     time.sleep(0.2)

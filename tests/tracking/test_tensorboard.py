@@ -5,7 +5,9 @@ import pytest
 from llmtune.tracking import Histogram, RunInfo
 from llmtune.tracking.tensorboard import TensorBoardTracker
 
-accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+accumulator = pytest.importorskip(
+    "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+)
 
 
 def read(folder):

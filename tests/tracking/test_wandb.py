@@ -41,7 +41,7 @@ report, = tracked.finish("finished", timeout_s=timeout_s)
 unchanged = state == (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 hooks = sys.exit is exit_function and sys.excepthook is hook
 print(json.dumps({"steps_s": steps_s, "failure": report.failure, "said": said, "rng_unchanged": unchanged, "hooks_unchanged": hooks}))
-"""
+"""  # noqa: E501
 
 
 def run(folder, mode, *, start_step=0, timeout_s=20.0, **environ):
@@ -79,7 +79,9 @@ def records_of(folder):
 
 
 def log_records(data):
-    """Read LevelDB's log format: blocks of 32 KiB; a piece is crc (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last)."""
+    """Read LevelDB's log format: blocks of 32 KiB; a piece is crc (4 bytes), length (2), kind (1: whole, 2: first, 3:
+    middle, 4: last).
+    """
     whole, at = b"", 7  # what comes before is wandb's own header
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:
@@ -106,7 +108,9 @@ def history_of(records):
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wandb") / "a run"
-    found, _ = run(folder, "offline", WANDB_API_KEY="canary0123456789canary0123456789canary012", HF_TOKEN="hf_canary0123456789")
+    found, _ = run(
+        folder, "offline", WANDB_API_KEY="canary0123456789canary0123456789canary012", HF_TOKEN="hf_canary0123456789"
+    )
     return folder, found
 
 
@@ -195,7 +199,11 @@ def test_a_server_that_refuses_does_not_hold_up_a_run(tmp_path, status):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         found, took = run(
-            tmp_path / "run", "online", timeout_s=2, WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}", WANDB_API_KEY="a" * 40
+            tmp_path / "run",
+            "online",
+            timeout_s=2,
+            WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}",
+            WANDB_API_KEY="a" * 40,
         )
     finally:
         server.shutdown()

@@ -14,7 +14,9 @@ def train(steps, *, watch=None, every_steps=1):
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
-    watching = HistogramWatch(optimizer, dict(layer.named_parameters()), watch, every_steps=every_steps) if watch else None
+    watching = (
+        HistogramWatch(optimizer, dict(layer.named_parameters()), watch, every_steps=every_steps) if watch else None
+    )
     taken, gradients = [], []
     for _ in range(steps):
         for _ in range(2):
@@ -43,7 +45,12 @@ def test_a_histogram_is_of_the_whole_windows_gradient():
 
 
 def test_only_steps_that_are_logged_are_looked_at():
-    assert [bool(histograms) for histograms in train(4, watch="gradients", every_steps=2)[1]] == [False, True, False, True]
+    assert [bool(histograms) for histograms in train(4, watch="gradients", every_steps=2)[1]] == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_weights_are_counted_when_all_is_watched():

@@ -1,4 +1,5 @@
-"""P11 through whole runs: whatever a tracker meets, the run ends as the run without trackers, with one line, in bounded time.
+"""P11 through whole runs: whatever a tracker meets, the run ends as the run without trackers, with one line, in bounded
+time.
 
 The bound: at the end all trackers together get 30 s (`TrackerQueue.finish`); nothing else waits for one.
 """
@@ -81,7 +82,7 @@ class Runs:
 
     def words(self, name, trackers, *more):
         keys = {
-            "model.name": self.model, "data.train": self.rows, "run.output_dir": "runs", "run.name": name, "data.test_size": 4,
+            "model.name": self.model, "data.train": self.rows, "run.output_dir": "runs", "run.name": name, "data.test_size": 4,  # noqa: E501
             "training.batch_size": 2, "training.max_steps": 160, "training.epochs": 80, "training.learning_rate": 0.01,
             "training.precision": "fp32", "checkpoint.every_steps": 80, "evaluation.every_steps": 80,
             "tracking.trackers": f"[jsonl,{trackers}]" if trackers else "[jsonl]",
@@ -91,13 +92,18 @@ class Runs:
     def environ(self, **more):
         kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
         kept.pop("HF_HUB_OFFLINE", None)
-        own = {"HOME": str(self.here), "WANDB_CONFIG_DIR": str(self.here), "NETRC": str(self.here / "netrc"), "WANDB_API_KEY": KEY}
+        own = {
+            "HOME": str(self.here),
+            "WANDB_CONFIG_DIR": str(self.here),
+            "NETRC": str(self.here / "netrc"),
+            "WANDB_API_KEY": KEY,
+        }
         return {**kept, **own, **more}
 
     def start(self, *words, before=(), **environ):
         return subprocess.Popen(
             [*before, sys.executable, "-m", "llmtune", *words],
-            cwd=self.here, env=self.environ(**environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=self.here, env=self.environ(**environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,  # noqa: E501
         )  # fmt: skip
 
     def end(self, process, *, code=0):
@@ -139,9 +145,13 @@ def step_seconds(runs, name):
 
 
 def training_seconds(runs, name):
-    """By the clock, from the run's first file to its last checkpoint: also what lies between steps, which `step_seconds` leaves out."""
+    """By the clock, from the run's first file to its last checkpoint: also what lies between steps, which
+    `step_seconds` leaves out.
+    """
     folder = runs.folder(name)
-    return (folder / "checkpoints" / "step-000160" / "manifest.json").stat().st_mtime - (folder / "config.yaml").stat().st_mtime
+    return (folder / "checkpoints" / "step-000160" / "manifest.json").stat().st_mtime - (
+        folder / "config.yaml"
+    ).stat().st_mtime
 
 
 SERVERS = {
@@ -225,7 +235,10 @@ def test_p11_a_tracker_s_folder_may_be_read_only_or_full(runs, tracker, options)
     if subprocess.run(["unshare", "-rm", "true"], check=False).returncode:
         pytest.skip("this system lets no process lay a file system over a folder of its own")
     name = f"{tracker} {options}"
-    more = ["tracking.watch=all", *(["tracking.wandb_mode=offline"] if tracker == "wandb" else [])]  # some hundred kilobytes of histograms
+    more = [
+        "tracking.watch=all",
+        *(["tracking.wandb_mode=offline"] if tracker == "wandb" else []),
+    ]  # some hundred kilobytes of histograms
     runs.run(*runs.words(name, tracker, "training.max_minutes=1e-6", *more))
     shell = 'mount -t tmpfs -o "$1" tmpfs "$2" && shift 2 && exec "$@"'
     before = ("unshare", "-rm", "sh", "-c", shell, "sh", options, str(runs.folder(name) / tracker))
@@ -245,10 +258,12 @@ def test_p11_a_tracker_whose_package_is_broken_costs_a_run_one_line(runs, tracke
 
 
 def test_p11_a_tracker_asked_for_and_not_installed_is_refused_before_anything_starts(runs):
-    """Not a failure in the middle of a run but a request that cannot be met: exit 6 with the command that installs it."""
-    hide = "import sys, importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'wandb' else f(n, *a)\n"
+    """Not a failure in the middle of a run but a request that cannot be met: exit 6 with the command that installs it."""  # noqa: E501
+    hide = "import sys, importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'wandb' else f(n, *a)\n"  # noqa: E501
     code = f"{hide}from llmtune.cli.main import main; main({runs.words('missing', 'wandb')!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=runs.here, env=runs.environ(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=runs.here, env=runs.environ(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == 6
     assert "pip install 'llmtune[wandb]'" in done.stderr
     assert not runs.folder("missing").exists()

@@ -1,4 +1,6 @@
-"""P4, P5: a file in a run's folders that would run code if it were opened as what it claims to be is found, and never run."""
+"""P4, P5: a file in a run's folders that would run code if it were opened as what it claims to be is found, and never
+run.
+"""
 
 import os
 import subprocess
@@ -22,7 +24,9 @@ def stopped(config_of):
     """A run with checkpoints of steps 1 and 2, of three."""
     given = (*LORA, "checkpoint.every_steps=1", "training.max_steps=3")
     with durable.use_backend(Unsynced()):
-        session = training.start(config_of(*given, name="stopped"), Options(), StopRequest(), say=lambda line: None)
+        session = training.start(
+            config_of(*given, name="stopped"), Options(), StopRequest(), print_line=lambda line: None
+        )
         steps = session.steps()
         next(steps)
         next(steps)
@@ -31,9 +35,13 @@ def stopped(config_of):
 
 
 def test_p4_no_canary_in_a_runs_folders_fires_on_resume(stopped, config_of, tmp_path):
-    """The real command, with the planted checkpoint as its working folder: it is set aside, the one before is used, the end is the same."""
+    """The real command, with the planted checkpoint as its working folder: it is set aside, the one before is used, the
+    end is the same.
+    """
     with durable.use_backend(Unsynced()):
-        whole = training.train(config_of(*LORA, "checkpoint.every_steps=1", "training.max_steps=3", name="whole")).folder
+        whole = training.train(
+            config_of(*LORA, "checkpoint.every_steps=1", "training.max_steps=3", name="whole")
+        ).folder
     mark = tmp_path / "mark"
     newest = stopped / "checkpoints" / "step-000002"
     for folder in (stopped, stopped / "checkpoints", newest):

@@ -1,6 +1,8 @@
-"""P2: what changed between a stop and a resume is found, by digest where it is a file, and answered by what it does, key by key.
+"""P2: what changed between a stop and a resume is found, by digest where it is a file, and answered by what it does,
+key by key.
 
-Harmless: the run goes on. Rounding: said before the first step. Another schedule: needs --allow-changes. Other shapes: refused.
+Harmless: the run goes on. Rounding: said before the first step. Another schedule: needs --allow-changes. Other shapes:
+refused.
 """
 
 import json
@@ -36,7 +38,7 @@ def stopped(config_of, stopped_once, tmp_path):
     """A copy of its own of a run that was stopped after its first step of two."""
     if not (stopped_once / "stopped").exists():
         config = config_of(*LORA, "training.max_steps=2", f"run.output_dir={stopped_once}", name="stopped")
-        session = training.start(config, Options(), StopRequest(), say=lambda line: None)
+        session = training.start(config, Options(), StopRequest(), print_line=lambda line: None)
         steps = session.steps()
         next(steps)
         steps.close()
@@ -46,7 +48,10 @@ def stopped(config_of, stopped_once, tmp_path):
 def resume(run, *overrides, allow_changes=False):
     """Returns what was said before the first step."""
     said = []
-    assert training.resume(str(run), overrides=overrides, allow_changes=allow_changes, say=said.append).state == "finished"
+    assert (
+        training.resume(str(run), overrides=overrides, allow_changes=allow_changes, print_line=said.append).state
+        == "finished"
+    )
     return "\n".join(said)
 
 
@@ -80,7 +85,8 @@ def test_a_moved_or_touched_data_file_is_the_same_data(stopped, config_of, rows_
 
 
 @pytest.mark.parametrize(
-    "change", [lambda text: text.replace("user asks", "user asked", 1), lambda text: text[: text.rindex("\n", 0, -1) + 1]]
+    "change",
+    [lambda text: text.replace("user asks", "user asked", 1), lambda text: text[: text.rindex("\n", 0, -1) + 1]],
 )
 def test_a_changed_or_shortened_data_file_needs_the_users_word(stopped, rows_file, tmp_path, change):
     changed = copy_of_rows(rows_file, tmp_path, change)
@@ -120,7 +126,9 @@ def test_another_tokenizer_is_refused_whatever_is_said(stopped, tiny_model_folde
 def test_another_chat_template_is_another_tokenizer_and_refused(stopped, tiny_tokenizer, tmp_path):
     """Every row would read otherwise, and so would every prompt of the finished model."""
     template = tmp_path / "template.jinja"
-    template.write_text(tiny_tokenizer.chat_template.replace("['role'] }}", "['role'] }}:").replace("assistant\n", "assistant:\n"))
+    template.write_text(
+        tiny_tokenizer.chat_template.replace("['role'] }}", "['role'] }}:").replace("assistant\n", "assistant:\n")
+    )
     with pytest.raises(CheckpointError, match=r"no longer fits: digests\.tokenizer was"):
         resume(stopped, f"model.chat_template={template}", allow_changes=True)
 
@@ -131,7 +139,9 @@ def test_a_template_file_that_was_moved_is_the_same_template(stopped, tiny_token
     resume(stopped, f"model.chat_template={template}")
 
 
-@pytest.mark.parametrize(("keys", "value"), [(("versions", "torch"), "2.0"), (("threads",), 64), (("processor",), "another")])
+@pytest.mark.parametrize(
+    ("keys", "value"), [(("versions", "torch"), "2.0"), (("threads",), 64), (("processor",), "another")]
+)
 def test_another_version_thread_count_or_processor_is_said_and_the_run_goes_on(stopped, keys, value):
     edit_json(stopped / "run.json", "identity", *keys, to=value)
     assert f"{'.'.join(keys)} was {value!r}, is now" in resume(stopped)
@@ -173,7 +183,9 @@ def test_a_config_file_that_was_edited_by_hand_is_a_changed_config(stopped):
     text = config.read_text()
     assert "learning_rate: 0.01" in text
     config.write_text(text.replace("learning_rate: 0.01", "learning_rate: 0.02"))
-    with pytest.raises(CheckpointError, match=r"another training: config\.training\.learning_rate was 0\.01, is now 0\.02"):
+    with pytest.raises(
+        CheckpointError, match=r"another training: config\.training\.learning_rate was 0\.01, is now 0\.02"
+    ):
         resume(stopped)
 
 
@@ -182,7 +194,9 @@ def scratch_run(config_of):
     """A run, stopped after its first step of two, of a model from scratch that trained its own tokenizer."""
     small = ["d_model=32", "n_layers=1", "n_heads=2", "d_ff=64", "vocab_size=300"]
     scratch = ["model.name=custom-nano", *(f"model.architecture.{one}" for one in small), "training.max_steps=2"]
-    session = training.start(config_of(*scratch, name="scratch"), Options(), StopRequest(), say=lambda line: None)
+    session = training.start(
+        config_of(*scratch, name="scratch"), Options(), StopRequest(), print_line=lambda line: None
+    )
     steps = session.steps()
     next(steps)
     steps.close()
@@ -192,7 +206,12 @@ def scratch_run(config_of):
 def test_the_tokenizer_that_a_run_trained_for_itself_is_part_of_it(scratch_run):
     run = scratch_run
     vocabulary = json.loads((run / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
-    edit_json(run / "tokenizer" / "tokenizer.json", "model", "vocab", to={**vocabulary, "a": vocabulary["b"], "b": vocabulary["a"]})
+    edit_json(
+        run / "tokenizer" / "tokenizer.json",
+        "model",
+        "vocab",
+        to={**vocabulary, "a": vocabulary["b"], "b": vocabulary["a"]},
+    )
     with pytest.raises(CheckpointError, match=r"digests\.tokenizer|was changed"):
         resume(run, allow_changes=True)
 

@@ -1,8 +1,9 @@
-"""Q2, no dead key: for each key a real run of the tiny model with another value says, does or leaves behind something else.
+"""Q2, no dead key: for each key a real run of the tiny model with another value says, does or leaves behind something
+else.
 
-`flips.yaml` (tests/config) holds the other value of every key and what must stand beside it. What a run shows is its `fingerprint`: what it
-said, its metrics, its weights, its files, its samples, the error it ended with - never a copy of the config. Keys whose promise is that
-the outputs do *not* depend on them are looked at in the room that uses them.
+`flips.yaml` (tests/config) holds the other value of every key and what must stand beside it. What a run shows is its
+`fingerprint`: what it said, its metrics, its weights, its files, its samples, the error it ended with - never a copy of
+the config. Keys whose promise is that the outputs do *not* depend on them are looked at in the room that uses them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from llmtune.errors import ConfigError, LlmtuneError
 from llmtune.prepare import prepare
 from llmtune.runs.signals import StopRequest
 from llmtune.tracking.choose import choose_trackers
-from llmtune.training.build import assemble
+from llmtune.training.build import build_setup
 from llmtune.training.train import start, train
 from training_helpers import TIMES
 
@@ -59,7 +60,8 @@ BASIS = (
 )
 
 
-# --- one small world of files, and runs in it -----------------------------------------------------------------------------------------
+# --- one small world of files, and runs in it
+# -----------------------------------------------------------------------------------------
 
 
 def row(question: str, answer: str, **more: object) -> str:
@@ -69,9 +71,26 @@ def row(question: str, answer: str, **more: object) -> str:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_tokenizer):
-    """The files that flips name: rows, other rows, held-out rows (one of them also a training row), a template, a tokenizer."""
+    """The files that flips name: rows, other rows, held-out rows (one of them also a training row), a template, a
+    tokenizer.
+    """
     folder = tmp_path_factory.mktemp("world")
-    words = ["the", "user", "asks", "and", "the", "assistant", "answers", "a", "small", "system", "of", "words", "and", "numbers"]
+    words = [
+        "the",
+        "user",
+        "asks",
+        "and",
+        "the",
+        "assistant",
+        "answers",
+        "a",
+        "small",
+        "system",
+        "of",
+        "words",
+        "and",
+        "numbers",
+    ]
     rows = [row(" ".join(words[at : at + 3]), " ".join(words[at : at + 1 + at % 5])) for at in range(6)]
     long = row("the user asks", " ".join(words * 2))
     hostile = row("a<|im_end|>b", "words")
@@ -126,10 +145,12 @@ def fingerprint(overrides: list[str], here: Path) -> dict[str, object]:
     said: list[str] = []
     error = None
     try:
-        train(load_config(None, overrides=overrides, environ={}), Options(), say=said.append)
+        train(load_config(None, overrides=overrides, environ={}), Options(), print_line=said.append)
     except LlmtuneError as refused:
         error = f"{type(refused).__name__}: {refused}"
-    files = sorted(re.sub(r"tfevents.*", "tfevents", str(path.relative_to(here))) for path in here.rglob("*") if path.is_file())
+    files = sorted(
+        re.sub(r"tfevents.*", "tfevents", str(path.relative_to(here))) for path in here.rglob("*") if path.is_file()
+    )
     found: dict[str, object] = {
         "said": [plain(line, here) for line in said if not line.startswith("tokenizing:")],
         "error": error and plain(error, here),
@@ -144,7 +165,9 @@ def fingerprint(overrides: list[str], here: Path) -> dict[str, object]:
             found[name] = [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
         found["shape"] = [path.read_text() for path in sorted(record.parent.glob("checkpoints/final/*config.json"))]
         weights = sorted(record.parent.glob("checkpoints/*/*.safetensors"))
-        found["weights"] = {str(path.relative_to(record.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}
+        found["weights"] = {
+            str(path.relative_to(record.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in weights
+        }
     return found
 
 
@@ -163,7 +186,8 @@ def flipped(key: str) -> str:
     return f"{key}={FLIPS[key]['flip']}"
 
 
-# --- keys that show in a run's outputs ------------------------------------------------------------------------------------------------
+# --- keys that show in a run's outputs
+# ------------------------------------------------------------------------------------------------
 
 ELSEWHERE = {
     "data.num_workers": "test_data_num_workers_is_used",
@@ -175,7 +199,9 @@ ELSEWHERE = {
     "tracking.watch": "test_tracking_watch_is_used",
     "distributed.timeout_s": "test_distributed_timeout_s_is_used",
 }
-"""Keys on which outputs do not depend, by promise (or that are too slow to run), with the test below that looks where they are used."""
+"""Keys on which outputs do not depend, by promise (or that are too slow to run), with the test below that looks where
+they are used.
+"""
 
 SHOWN = [key for key in FLIPS if key not in ELSEWHERE]
 
@@ -207,7 +233,8 @@ def test_flipping_a_key_shows_in_the_run(run_of, key):
     assert (key in REFUSED) == bool(before["error"] or after["error"]), (before["error"], after["error"])
 
 
-# --- keys on which outputs do not depend, by promise: looked at where they are used ---------------------------------------------------
+# --- keys on which outputs do not depend, by promise: looked at where they are used
+# ---------------------------------------------------
 
 
 @pytest.fixture
@@ -221,11 +248,16 @@ def here(world, tmp_path, monkeypatch):
 
 @pytest.fixture
 def resolve(tiny_model_folder):
-    return lambda *overrides: load_config(None, overrides=[f"model.name={tiny_model_folder}", *BASIS, *overrides], environ={})
+    return lambda *overrides: load_config(
+        None, overrides=[f"model.name={tiny_model_folder}", *BASIS, *overrides], environ={}
+    )
 
 
 def test_data_num_workers_is_used(here, resolve, monkeypatch):
-    """As many workers are started as the key says. The stand-ins end at once: then the rows are made here, and the run is the same."""
+    """As many workers are started as the key says.
+
+    The stand-ins end at once: then the rows are made here, and the run is the same.
+    """
     (here / "many.jsonl").write_text("".join(row(f"asks {at}", f"answers {at}") for at in range(5 * 256 + 1)))
     started = []
     real = subprocess.Popen
@@ -244,12 +276,14 @@ def test_data_num_workers_is_used(here, resolve, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_training_compile_is_used(here, resolve):
-    """Every block is handed to the compiler; that it gives the same numbers is for the tests of the engine, which take a while."""
+    """Every block is handed to the compiler; that it gives the same numbers is for the tests of the engine, which take
+    a while.
+    """
     compiled = {}
     for value in ("false", FLIPS["training.compile"]["flip"]):
         config = resolve(f"training.compile={value}")
-        assembled = assemble(prepare(config, Options()), Options(), open_devices(config.config, Options())[0])
-        compiled[value] = [module._compiled_call_impl is not None for module in assembled.model.model.layers]
+        setup = build_setup(prepare(config, Options()), Options(), open_devices(config.config, Options())[0])
+        compiled[value] = [module._compiled_call_impl is not None for module in setup.model.model.layers]
     assert compiled == {"false": [False, False], "true": [True, True]}
 
 
@@ -259,9 +293,14 @@ def test_evaluation_batch_size_is_used(here, resolve):
     for value in (None, FLIPS["evaluation.batch_size"]["flip"]):
         size = [f"evaluation.batch_size={value}"] if value else []
         with StopRequest() as stop:
-            session = start(resolve(*beside("evaluation.batch_size"), *size, f"run.name=size-{value}"), Options(), stop, say=lambda _: None)
+            session = start(
+                resolve(*beside("evaluation.batch_size"), *size, f"run.name=size-{value}"),
+                Options(),
+                stop,
+                print_line=lambda _: None,
+            )
             seen = []
-            session.assembled.model.get_input_embeddings().register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+            session.setup.model.get_input_embeddings().register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
             losses[value] = session.go().outlook.last_nll
         forwards[value] = len(seen)
     assert forwards["1"] - forwards[None] == 2  # two held-out rows, looked at before and after training
@@ -280,8 +319,12 @@ def test_trackers_are_made_with_what_the_config_says(key):
 
 
 def test_tracking_watch_is_used(here, resolve):
-    """Histograms of gradients, or of gradients and weights, reach TensorBoard at every step; the weights never notice (N12)."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    """Histograms of gradients, or of gradients and weights, reach TensorBoard at every step; the weights never notice
+    (N12).
+    """
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
     names, weights = {}, {}
     for value in ("false", FLIPS["tracking.watch"]["flip"], "all"):
         result = train(resolve(*beside("tracking.watch"), f"tracking.watch={value}", f"run.name=watch-{value}"))
@@ -304,7 +347,9 @@ def test_distributed_timeout_s_is_used(resolve, monkeypatch):
     import torch.distributed
 
     waits = []
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, timeout, **__: waits.append(timeout.total_seconds()))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *_, timeout, **__: waits.append(timeout.total_seconds())
+    )
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     for overrides in ((), (flipped("distributed.timeout_s"),)):

@@ -1,4 +1,6 @@
-"""What a run leaves behind needs nothing of ours: peft and transformers load it, and give the logits llmtune gives (design section 6)."""
+"""What a run leaves behind needs nothing of ours: peft and transformers load it, and give the logits llmtune gives
+(design section 6).
+"""
 
 import json
 import subprocess
@@ -35,11 +37,13 @@ assert tokenizer.chat_template
 assert model.generation_config.eos_token_id is not None
 with torch.no_grad():
     print(json.dumps(model(torch.tensor([ids])).logits[0, -1].tolist()))
-"""
+"""  # noqa: E501
 
 
 def plain(script, *arguments):
-    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
     return torch.tensor(json.loads(done.stdout))
 
 
@@ -70,7 +74,9 @@ def test_a_full_run_loads_in_plain_transformers_with_the_logits_of_generate(conf
 
 
 def test_n8_a_qlora_run_falls_in_loss_and_merges_within_the_bound(config_of, tmp_path):
-    result = training.train(config_of(*FOUR_BIT, "training.epochs=8", "training.learning_rate=0.03", "adapter.dropout=0"))
+    result = training.train(
+        config_of(*FOUR_BIT, "training.epochs=8", "training.learning_rate=0.03", "adapter.dropout=0")
+    )
     losses = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     train = [line["train_mean_nll"] for line in losses if "train_mean_nll" in line]
     assert sum(train[-3:]) < sum(train[:3]) - 0.2
@@ -95,9 +101,14 @@ def test_what_a_user_takes_away_is_whole(which, config_of):
 
 
 def test_what_a_run_says_before_its_first_step_is_one_list_of_choices_and_its_folder(config_of):
-    """The folder is named at once, and a name that was taken is said; every line of the list of choices stands in the list."""
+    """The folder is named at once, and a name that was taken is said; every line of the list of choices stands in the
+    list.
+    """
     said = [[], []]
-    runs = [training.train(config_of(*LORA, "training.max_steps=1", name="twice"), say=lines.append).folder for lines in said]
+    runs = [
+        training.train(config_of(*LORA, "training.max_steps=1", name="twice"), print_line=lines.append).folder
+        for lines in said
+    ]
     assert [run.name for run in runs] == ["twice", "twice-2"]
     folders = [next(line for line in lines if line.startswith("run ")) for lines in said]
     assert folders == [f"run     {runs[0]}", f"run     {runs[1]} (there is a run `twice` already)"]
@@ -109,7 +120,9 @@ def test_what_a_run_says_before_its_first_step_is_one_list_of_choices_and_its_fo
 
 
 def test_the_run_folder_holds_what_the_design_says(config_of):
-    run = training.train(config_of(*LORA, "evaluation.prompts=[hello]", "tracking.trackers=[jsonl, tensorboard]")).folder
+    run = training.train(
+        config_of(*LORA, "evaluation.prompts=[hello]", "tracking.trackers=[jsonl, tensorboard]")
+    ).folder
     names = {path.name for path in run.iterdir()}
     assert names >= {
         "config.yaml",
@@ -122,7 +135,7 @@ def test_the_run_folder_holds_what_the_design_says(config_of):
         "tensorboard",
     }
     line = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()][-2]
-    wanted = "step epoch progress train_mean_nll learning_rate grad_norm num_tokens num_loss_tokens num_sequences tokens_per_second"
+    wanted = "step epoch progress train_mean_nll learning_rate grad_norm num_tokens num_loss_tokens num_sequences tokens_per_second"  # noqa: E501
     assert set(line) == {*wanted.split(), "loss_tokens_per_second", "step_seconds", "memory_bytes"}
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert (run / "final").resolve() == run / "checkpoints" / "final"

@@ -38,7 +38,8 @@ def test_p2_a_killed_run_resumes_to_the_same_bytes(kind, config_of, unbroken, tm
     stopped = tmp_path / "runs" / "stopped"
     enough = line_count(whole / "metrics.jsonl") * 2 // 3
     code = in_child(
-        lambda: training.train(config_of(*KINDS[kind], name="stopped")), kill_when=lambda: line_count(stopped / "metrics.jsonl") >= enough
+        lambda: training.train(config_of(*KINDS[kind], name="stopped")),
+        kill_when=lambda: line_count(stopped / "metrics.jsonl") >= enough,
     )
     assert code == -signal.SIGKILL
     assert not (stopped / "checkpoints" / "final").exists()
@@ -53,7 +54,10 @@ def test_p2_a_run_in_tiles_stopped_and_resumed_ends_the_same(config_of, unbroken
     settings = (*LORA, "model.gradient_checkpointing=offload")
     whole = unbroken(*settings)
     stopped = tmp_path / "runs" / "stopped"
-    in_child(lambda: training.train(config_of(*settings, name="stopped")), kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 5)
+    in_child(
+        lambda: training.train(config_of(*settings, name="stopped")),
+        kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 5,
+    )
     assert not (stopped / "checkpoints" / "final").exists()
     training.resume(str(stopped))
     assert_same_run(whole, stopped)
@@ -64,7 +68,10 @@ def test_p2_a_run_in_tiles_stopped_and_resumed_ends_the_same(config_of, unbroken
 def test_p2_a_run_killed_before_its_first_checkpoint_starts_again_and_ends_the_same(config_of, unbroken, tmp_path):
     whole = unbroken(*LORA)
     stopped = tmp_path / "runs" / "stopped"
-    in_child(lambda: training.train(config_of(*LORA, name="stopped")), kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 2)
+    in_child(
+        lambda: training.train(config_of(*LORA, name="stopped")),
+        kill_when=lambda: line_count(stopped / "metrics.jsonl") >= 2,
+    )
     assert list((stopped / "checkpoints").glob("step-*")) == []
     training.resume(str(stopped))
     assert_same_run(whole, stopped)
@@ -122,14 +129,17 @@ def test_p5_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
     bytes_[len(bytes_) // 2] ^= 1
     tensors.write_bytes(bytes_)
     said = []
-    training.resume(str(stopped), say=said.append)
+    training.resume(str(stopped), print_line=said.append)
     assert any("damaged" in line and newest.name in line for line in said)
     assert_same_run(whole, stopped)
 
 
 def test_p5_when_all_checkpoints_are_damaged_nothing_starts_from_zero(config_of, tmp_path):
     stopped = tmp_path / "runs" / "stopped"
-    in_child(lambda: training.train(config_of(name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir())
+    in_child(
+        lambda: training.train(config_of(name="stopped")),
+        kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir(),
+    )
     for manifest in (stopped / "checkpoints").glob("step-*/state.json"):
         manifest.write_text("{}")
     before = sorted(path.name for path in (stopped / "checkpoints").iterdir())
@@ -141,7 +151,10 @@ def test_p5_when_all_checkpoints_are_damaged_nothing_starts_from_zero(config_of,
 
 def test_another_training_needs_a_flag_and_another_shape_is_refused(config_of, tmp_path, rows_file):
     stopped = tmp_path / "runs" / "stopped"
-    in_child(lambda: training.train(config_of(*LORA, name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir())
+    in_child(
+        lambda: training.train(config_of(*LORA, name="stopped")),
+        kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir(),
+    )
     with pytest.raises(CheckpointError, match=r"another training.*learning_rate"):
         training.resume(str(stopped), overrides=["training.learning_rate=0.5"])
     with pytest.raises(CheckpointError, match=r"no longer fits.*adapter\.r"):
@@ -157,7 +170,9 @@ def test_n13_the_same_command_twice_gives_the_same_bytes(config_of):
 
 
 def test_n12_observers_change_no_byte_of_the_final_weights(config_of):
-    watched = training.train(config_of(*LORA, "evaluation.prompts=[hello there]", "evaluation.max_new_tokens=4", name="watched")).folder
+    watched = training.train(
+        config_of(*LORA, "evaluation.prompts=[hello there]", "evaluation.max_new_tokens=4", name="watched")
+    ).folder
     alone = training.train(
         config_of(
             *LORA,
@@ -176,9 +191,11 @@ def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(config_of):
     run = training.train(config_of(*LORA)).folder
     before = (weights_of(run), (run / "metrics.jsonl").read_bytes())
     said = []
-    assert training.resume(str(run), say=said.append).state == "finished"
+    assert training.resume(str(run), print_line=said.append).state == "finished"
     step = before[1].count(b"train_mean_nll")
-    assert said == [f"{run.name}: finished after step {step} already; it goes on only where a changed key asks for more steps"]
+    assert said == [
+        f"{run.name}: finished after step {step} already; it goes on only where a changed key asks for more steps"
+    ]
     assert before == (weights_of(run), (run / "metrics.jsonl").read_bytes())
 
 
@@ -189,7 +206,10 @@ def test_a_stop_request_is_an_error_of_its_own_kind():
 def test_a_moved_run_folder_resumes(config_of, unbroken, tmp_path):
     whole = unbroken(*LORA)
     stopped = tmp_path / "runs" / "stopped"
-    in_child(lambda: training.train(config_of(*LORA, name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000006").is_dir())
+    in_child(
+        lambda: training.train(config_of(*LORA, name="stopped")),
+        kill_when=lambda: (stopped / "checkpoints" / "step-000006").is_dir(),
+    )
     moved = tmp_path / "elsewhere" / "stopped"
     moved.parent.mkdir()
     shutil.move(stopped, moved)
@@ -198,15 +218,17 @@ def test_a_moved_run_folder_resumes(config_of, unbroken, tmp_path):
 
 
 def break_a_weight(session):
-    next(iter(session.assembled.parameters.values())).data[0, 0] = float("inf")
+    next(iter(session.setup.parameters.values())).data[0, 0] = float("inf")
 
 
 @pytest.mark.parametrize("saved", [[], ["step-000003"]], ids=["never saved", "saved at step 3"])
 @pytest.mark.parametrize("way", ["the caller leaves", "a signal", "it goes on"])
 def test_p10_weights_that_are_not_finite_are_never_saved_and_end_the_run_as_diverged(way, saved, config_of, tmp_path):
-    """Exit 7, state `diverged`, and the last good checkpoint named, whoever asked for the save (or nobody: then the budget ends it)."""
+    """Exit 7, state `diverged`, and the last good checkpoint named, whoever asked for the save (or nobody: then the
+    budget ends it).
+    """
     stop = StopRequest()
-    session = training.start(config_of(*LORA, name="broken"), Options(), stop, say=lambda line: None)
+    session = training.start(config_of(*LORA, name="broken"), Options(), stop, print_line=lambda line: None)
     steps = session.steps()
     for _ in range(4 if saved else 1):
         next(steps)
@@ -216,7 +238,11 @@ def test_p10_weights_that_are_not_finite_are_never_saved_and_end_the_run_as_dive
     with pytest.raises(DivergedError, match=r"weights are no longer finite after step \d|windows skipped") as caught:
         steps.close() if way == "the caller leaves" else [*steps]
     run = tmp_path / "runs" / "broken"
-    named = f"the last good checkpoint is {run / 'checkpoints' / 'step-000003'}" if saved else "no checkpoint was saved before"
+    named = (
+        f"the last good checkpoint is {run / 'checkpoints' / 'step-000003'}"
+        if saved
+        else "no checkpoint was saved before"
+    )
     assert named in str(caught.value)
     assert caught.value.exit_code == 7
     assert json.loads((run / "run.json").read_text())["state"] == "diverged"
@@ -227,7 +253,7 @@ def test_p10_weights_that_are_not_finite_are_never_saved_and_end_the_run_as_dive
 
 @pytest.mark.parametrize("kind", [LORA, ()], ids=["adapter", "full"])
 def test_p5_weights_changed_after_they_were_verified_never_reach_the_model(kind, config_of, tmp_path):
-    session = training.start(config_of(*kind, name="run"), Options(), StopRequest(), say=lambda line: None)
+    session = training.start(config_of(*kind, name="run"), Options(), StopRequest(), print_line=lambda line: None)
     steps = session.steps()
     next(steps)
     steps.close()
@@ -238,4 +264,4 @@ def test_p5_weights_changed_after_they_were_verified_never_reach_the_model(kind,
         changed[-1] ^= 1
         weights.write_bytes(changed)
         with pytest.raises(CheckpointError, match="sha256 does not fit"):
-            checkpointer.restore_weights(session.assembled, loaded)
+            checkpointer.restore_weights(session.setup, loaded)

@@ -1,4 +1,5 @@
-"""P8: a signal in every phase of a run, a terminal or a pipe that closes, two signals, ten signals; then `resume` ends as if nothing was.
+"""P8: a signal in every phase of a run, a terminal or a pipe that closes, two signals, ten signals; then `resume` ends
+as if nothing was.
 
 Each run is a forked child that sends itself the signal when it enters a phase.
 """
@@ -106,7 +107,9 @@ def test_p8_a_signal_in_a_phase_is_answered_after_the_step_and_saved(place, phas
 
 
 def test_p8_a_signal_in_the_middle_of_an_accumulation_is_answered_after_its_step(place):
-    """After the first of the two micro-batches of the second step: gradients are half there, and nothing of them is saved."""
+    """After the first of the two micro-batches of the second step: gradients are half there, and nothing of them is
+    saved.
+    """
 
     def train():
         from llmtune.engine.precision import Precision
@@ -137,7 +140,9 @@ def test_p8_a_signal_while_the_finished_run_is_put_away_changes_nothing(place):
 def test_p8_a_signal_while_resuming_leaves_the_run_as_it_was(place):
     assert place.stopped("again", Sends("saving", [signal.SIGTERM])).code == 143
     before = sorted(one.name for one in (place.folder / "again" / "checkpoints").iterdir())
-    end = place.stopped("again", Sends("resuming", [signal.SIGTERM], nth=2), lambda: training.resume(str(place.folder / "again")))
+    end = place.stopped(
+        "again", Sends("resuming", [signal.SIGTERM], nth=2), lambda: training.resume(str(place.folder / "again"))
+    )
     assert end.code == 143, end
     assert sorted(one.name for one in (place.folder / "again" / "checkpoints").iterdir()) == before
     place.assert_resumes("again")
@@ -158,7 +163,8 @@ def test_p8_a_second_signal_leaves_in_the_middle_of_a_save_and_nothing_is_half_c
     place.assert_resumes("twice")
 
 
-# --- through the real command -------------------------------------------------------------------------------------------------------------
+# --- through the real command
+# -------------------------------------------------------------------------------------------------------------
 
 
 def command(place, name, *more):
@@ -181,7 +187,9 @@ def test_p8_a_closed_terminal_stops_the_run_saved(place):
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    words = command(place, "terminal", "tracking.trackers=[console,jsonl]", "training.max_steps=5000", "training.epochs=5000")
+    words = command(
+        place, "terminal", "tracking.trackers=[console,jsonl]", "training.max_steps=5000", "training.epochs=5000"
+    )
     process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_the_terminal)
     os.close(theirs)
     run = place.folder / "terminal"
@@ -228,7 +236,9 @@ def test_p8_a_signal_while_the_libraries_are_imported_ends_the_command_in_one_li
         assert process.wait(timeout=60) == 128 + number
     assert "Traceback" not in "".join(said)
     assert "stopped" in "".join(said)
-    assert any(" transformers.cache_utils\n" in line for line in rest), "torch's own start was cut short, and may abort the process"
+    assert any(" transformers.cache_utils\n" in line for line in rest), (
+        "torch's own start was cut short, and may abort the process"
+    )
     assert not (place.folder / "import").exists()
 
 

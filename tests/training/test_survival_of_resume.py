@@ -1,7 +1,9 @@
-"""P1, P5, P7: every file operation of a resume, one by one: killed; refused once; refused for ever, for each way a disk fails.
+"""P1, P5, P7: every file operation of a resume, one by one: killed; refused once; refused for ever, for each way a disk
+fails.
 
-The run under attack has everything to do that a resume can find: litter of a killed save, a torn log that is ahead of its checkpoint,
-and a damaged newest checkpoint to set aside. Then it trains its last steps, saves, deletes an old checkpoint, and finishes.
+The run under attack has everything to do that a resume can find: litter of a killed save, a torn log that is ahead of
+its checkpoint, and a damaged newest checkpoint to set aside. Then it trains its last steps, saves, deletes an old
+checkpoint, and finishes.
 """
 
 import shutil
@@ -10,7 +12,16 @@ import peft  # noqa: F401 - once here, not in every child
 import pytest
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from fault_helpers import EVERY_FAULT, assert_one_message, count_operations, in_memory, killed_at, litter_in, refused_at, undisturbed
+from fault_helpers import (
+    EVERY_FAULT,
+    assert_one_message,
+    count_operations,
+    in_memory,
+    killed_at,
+    litter_in,
+    refused_at,
+    undisturbed,
+)
 from llmtune import durable
 from llmtune.config.layers import load_config
 from llmtune.runs.folder import read_run_file
@@ -26,7 +37,9 @@ pytestmark = FORKS
 class Scene:
     def __init__(self, folder, model, rows):
         self.folder = folder
-        self._given = small_run(model, rows, folder, "training.max_steps=4", "checkpoint.every_steps=1", "checkpoint.keep_last=1")
+        self._given = small_run(
+            model, rows, folder, "training.max_steps=4", "checkpoint.every_steps=1", "checkpoint.keep_last=1"
+        )
         undisturbed(lambda: self.train("whole"))
         self.whole = folder / "whole"
         self.template = folder / "template"
@@ -110,7 +123,9 @@ def test_a_resume_killed_at_operations_all_over_it_is_resumed_again_and_ends_the
     kill_at_each(scene, range(3, scene.operations + 1, scene.operations // 7))
 
 
-@pytest.mark.parametrize(("fault", "for_ever"), EVERY_FAULT, ids=lambda value: {True: "for ever", False: "once"}.get(value, value))
+@pytest.mark.parametrize(
+    ("fault", "for_ever"), EVERY_FAULT, ids=lambda value: {True: "for ever", False: "once"}.get(value, value)
+)
 def test_a_resume_whose_disk_fails_says_so_once_and_is_resumed_again(scene, fault, for_ever):
     """P7: each fault at another operation; the campaign takes every one."""
     place = 5 + (scene.operations - 10) * EVERY_FAULT.index((fault, for_ever)) // len(EVERY_FAULT)
@@ -124,7 +139,9 @@ def test_every_operation_of_a_resume_killed(scene):
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize(("fault", "for_ever"), EVERY_FAULT, ids=lambda value: {True: "for ever", False: "once"}.get(value, value))
+@pytest.mark.parametrize(
+    ("fault", "for_ever"), EVERY_FAULT, ids=lambda value: {True: "for ever", False: "once"}.get(value, value)
+)
 def test_every_operation_of_a_resume_refused(scene, fault, for_ever):
     """P7."""
     refuse_at_each(scene, range(1, scene.operations + 1), fault, for_ever=for_ever)

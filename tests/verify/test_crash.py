@@ -30,12 +30,18 @@ def memory(tmp_path):
 
 @pytest.fixture
 def given(tiny_model_folder, rows_file):
-    return [f"model.name={tiny_model_folder}", f"data.train={rows_file}", "data.test_size=4", *LORA, "training.batch_size=2"]
+    return [
+        f"model.name={tiny_model_folder}",
+        f"data.train={rows_file}",
+        "data.test_size=4",
+        *LORA,
+        "training.batch_size=2",
+    ]
 
 
 def test_p1_verify_crash_kills_by_time_and_by_operation_and_passes(given, memory):
     record = memory / "kills.jsonl"
-    verdict = verify_crash(None, given, memory / "runs", steps=3, kills=4, say=silent, record=record)
+    verdict = verify_crash(None, given, memory / "runs", steps=3, kills=4, print_line=silent, record=record)
     assert verdict.passed, verdict.lines()
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     assert Counter(line["how"] for line in lines) == {"time": 2, "call": 2}
@@ -46,7 +52,9 @@ def test_p1_verify_crash_kills_by_time_and_by_operation_and_passes(given, memory
 
 
 def test_a_killed_process_tells_its_phase_and_its_operations(given, memory):
-    forked = Forked(None, [*given, "training.max_steps=2", f"run.output_dir={memory}", "tracking.trackers=[jsonl]"], memory)
+    forked = Forked(
+        None, [*given, "training.max_steps=2", f"run.output_dir={memory}", "tracking.trackers=[jsonl]"], memory
+    )
     whole = forked.train("whole")
     assert (whole.code, whole.phase) == (0, "start")
     assert whole.calls > 50
@@ -61,7 +69,11 @@ def test_a_killed_process_tells_its_phase_and_its_operations(given, memory):
 @pytest.mark.campaign
 @pytest.mark.parametrize("through_commands", [False, True], ids=["forked", "commands"])
 def test_p2_a_campaign_of_kills_loses_no_run(given, memory, through_commands):
-    """The published thousand are `llmtune verify crash --kills 500` on two configs, and `--through-commands`; see docs/reliability.md."""
+    """The published thousand are `llmtune verify crash --kills 500` on two configs, and `--through-commands`; see
+    docs/reliability.md.
+    """
     kills = 20 if through_commands else 200
-    verdict = verify_crash(None, given, memory, steps=6, kills=kills, say=silent, seed=7, through_commands=through_commands)
+    verdict = verify_crash(
+        None, given, memory, steps=6, kills=kills, print_line=silent, seed=7, through_commands=through_commands
+    )
     assert verdict.passed, verdict.lines()

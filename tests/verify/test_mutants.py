@@ -1,7 +1,8 @@
-"""P2: the comparison that every kill is judged by is tried on mutants of a resume: each forgets one thing, and must be caught.
+"""P2: the comparison that every kill is judged by is tried on mutants of a resume: each forgets one thing, and must be
+caught.
 
-One run is killed in the middle of its training; each mutant resumes a copy of it in a forked child, and the finished run must differ from
-the run nobody stopped, or the resume must refuse. The honest resume of the same copy must not.
+One run is killed in the middle of its training; each mutant resumes a copy of it in a forked child, and the finished
+run must differ from the run nobody stopped, or the resume must refuse. The honest resume of the same copy must not.
 """
 
 import shutil
@@ -61,9 +62,9 @@ MUTANTS = {
     "no optimizer state": (state, "_restore_optimizer", forget),
     "no counters": (training_run, "restore", restore_but_the_counters),
     "no weights": (checkpointer, "restore_weights", forget),
-    "no outlook: the best so far is forgotten": (evaluator.Observer, "restore", forget),
+    "no outlook: the best so far is forgotten": (evaluator.Evaluator, "restore", forget),
     "the record not cut": (RunRecord, "rewind", lambda record, position: 0),
-    "the rate starts again": (training_run.Session, "_rate", lambda one, step: one.learning_rate(0)),
+    "the rate starts again": (training_run.TrainingRun, "_rate", lambda one, step: one.learning_rate(0)),
     "a mean of means": (training_run, "train_steps", mean_of_means),
 }
 

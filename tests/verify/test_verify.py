@@ -23,11 +23,13 @@ def silent(line):
 
 @pytest.fixture
 def resolved(tiny_model_folder, rows_file):
-    return load_config(None, overrides=[f"model.name={tiny_model_folder}", f"data.train={rows_file}", *LORA], environ={})
+    return load_config(
+        None, overrides=[f"model.name={tiny_model_folder}", f"data.train={rows_file}", *LORA], environ={}
+    )
 
 
 def test_n1_and_n4_verify_batching_passes_on_the_tiny_model(resolved):
-    verdict = verify_batching(resolved, Options(), say=silent)
+    verdict = verify_batching(resolved, Options(), print_line=silent)
     assert verdict.passed, verdict.lines()
     assert len(verdict.findings) == 5
 
@@ -40,12 +42,12 @@ def test_verify_batching_fails_when_a_micro_batch_is_averaged_by_itself(resolved
         return replace(made, nll_sum=lambda batch: made.nll_sum(batch) / batch.loss_weight)
 
     monkeypatch.setattr("llmtune.training.build.build_engine", mean_of_means)
-    verdict = verify_batching(resolved, Options(), say=silent)
+    verdict = verify_batching(resolved, Options(), print_line=silent)
     assert not verdict.passed
 
 
 def test_n5_verify_packing_passes_on_the_tiny_model(resolved):
-    verdict = verify_packing(resolved, Options(), say=silent)
+    verdict = verify_packing(resolved, Options(), print_line=silent)
     assert verdict.passed, verdict.lines()
 
 
@@ -63,27 +65,27 @@ def test_n5_verify_packing_fails_when_packed_rows_see_each_other(resolved, monke
         return made
 
     monkeypatch.setattr("llmtune.training.build.build_engine", build)
-    verdict = verify_packing(resolved, Options(), say=silent)
+    verdict = verify_packing(resolved, Options(), print_line=silent)
     assert not verdict.passed
 
 
 def test_p2_verify_resume_kills_through_the_real_command_line_and_passes(tiny_model_folder, rows_file, tmp_path):
     given = [f"model.name={tiny_model_folder}", f"data.train={rows_file}", *LORA, "training.batch_size=2"]
-    verdict = verify_resume(None, given, tmp_path, steps=6, kills=1, say=silent)
+    verdict = verify_resume(None, given, tmp_path, steps=6, kills=1, print_line=silent)
     assert verdict.passed, verdict.lines()
 
 
 def test_p5_verify_checkpoint_finds_every_damage_and_a_changed_byte(config_of):
     run = training.train(config_of(*LORA)).folder
-    assert verify_checkpoint(run, say=silent).passed
+    assert verify_checkpoint(run, print_line=silent).passed
     state = run / "checkpoints" / "final" / "README.md"
     state.write_text(state.read_text().replace("LoRA", "LORA", 1))
-    assert not verify_checkpoint(run, say=silent).passed
+    assert not verify_checkpoint(run, print_line=silent).passed
 
 
 def test_n8_verify_merge_passes_on_a_lora_run(config_of):
     run = training.train(config_of(*LORA)).folder
-    assert verify_merge(run, offline=True, say=silent).passed
+    assert verify_merge(run, offline=True, print_line=silent).passed
 
 
 def test_a_verdict_without_findings_is_no_pass():
@@ -91,12 +93,17 @@ def test_a_verdict_without_findings_is_no_pass():
 
 
 def test_a_run_that_lost_its_random_generators_is_told_from_the_unbroken_one(config_of, tmp_path, monkeypatch):
-    """Tester's test: without the generators in the checkpoint, dropout differs after a resume and the comparison must say so."""
+    """Tester's test: without the generators in the checkpoint, dropout differs after a resume and the comparison must
+    say so.
+    """
     from llmtune.verify.file_checks import compare_runs
 
     whole = training.train(config_of(*LORA, name="whole")).folder
     stopped = tmp_path / "runs" / "stopped"
-    in_child(lambda: training.train(config_of(*LORA, name="stopped")), kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir())
+    in_child(
+        lambda: training.train(config_of(*LORA, name="stopped")),
+        kill_when=lambda: (stopped / "checkpoints" / "step-000003").is_dir(),
+    )
     monkeypatch.setattr("llmtune.engine.state.restore_rng", lambda *given: None)
     training.resume(str(stopped))
     verdict = Verdict("resume")

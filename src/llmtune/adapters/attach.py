@@ -1,7 +1,8 @@
-"""LoRA and its family through peft: attach, count, write out in peft's own format, and read back only what is safe and fits.
+"""LoRA and its family through peft: attach, count, write out in peft's own format, and read back only what is safe and
+fits.
 
-peft names what it trains after the layer it stands beside; the names in our files are exactly peft's, so `PeftModel.from_pretrained` reads
-them.
+peft names what it trains after the layer it stands beside; the names in our files are exactly peft's, so
+`PeftModel.from_pretrained` reads them.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ def attach_adapter(
 ) -> tuple[Any, list[Decision]]:
     """Freeze the model and put LoRA beside its layers; returns the peft model and what was chosen.
 
-    The update is alpha / r * B A (alpha / sqrt(r) with rslora). B starts at 0, so outputs are unchanged before the first step; A is drawn
-    uniformly from +-1/sqrt(inputs), a function of (seed, layer names) alone. Trained weights are float32 whatever the base is.
-    tokenizer gives the ids of `train_tokens` (or give `token_ids`). Raises AdapterError for names that match nothing, with the nearest.
+    The update is alpha / r * B A (alpha / sqrt(r) with rslora). B starts at 0, so outputs are unchanged before the
+    first step; A is drawn uniformly from +-1/sqrt(inputs), a function of (seed, layer names) alone. Trained weights are
+    float32 whatever the base is. tokenizer gives the ids of `train_tokens` (or give `token_ids`). Raises AdapterError
+    for names that match nothing, with the nearest.
     """
     targets = _targets(model, adapter_config.target_modules)
     _check_modules_to_save(model, adapter_config.modules_to_save)
@@ -55,7 +57,9 @@ def attach_adapter(
     adapted = _wrap(model, options)
     _seed_weights(adapted, seed)
     adapted.eval()
-    layers = sum(name.endswith(("lora_A.default.weight", "lora_embedding_A.default")) for name, _ in adapted.named_parameters())
+    layers = sum(
+        name.endswith(("lora_A.default.weight", "lora_embedding_A.default")) for name, _ in adapted.named_parameters()
+    )
     trained = sum(one.numel() for one in trained_parameters(adapted).values())
     total = count_parameters(adapted)
     shown = targets if isinstance(targets, str) else ", ".join(targets[:12]) + (" ..." if len(targets) > 12 else "")
@@ -64,7 +68,9 @@ def attach_adapter(
 
 
 def adapter_files(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors, adapter_config) of an adapted model in peft's file format: tensors on the CPU, contiguous, in the order of names."""
+    """(tensors, adapter_config) of an adapted model in peft's file format: tensors on the CPU, contiguous, in the order
+    of names.
+    """
     from peft import get_peft_model_state_dict
 
     with quiet_libraries():
@@ -78,8 +84,9 @@ def adapter_files(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 def load_adapter(base_model: Any, folder: Path, *, base_digest: str | None = None, trainable: bool = False) -> Any:
     """Put the adapter in `folder` on a base model; returns the peft model.
 
-    Its config is read against an allow-list and its weights only from safetensors; a missing, unexpected, misshapen or non-finite tensor is
-    refused. base_digest: digest of this base; an adapter that records another one is refused. Raises AdapterError.
+    Its config is read against an allow-list and its weights only from safetensors; a missing, unexpected, misshapen or
+    non-finite tensor is refused. base_digest: digest of this base; an adapter that records another one is refused.
+    Raises AdapterError.
     """
     options = read_adapter_config(folder)
     recorded = read_base_record(folder).get("base_digest")
@@ -100,14 +107,17 @@ def load_adapter(base_model: Any, folder: Path, *, base_digest: str | None = Non
 def fill_adapter(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
     """Put the adapter weights saved in `folder` into a model that `attach_adapter` made, bit for bit.
 
-    `tensors`: what its file holds, where that was read and checked already. Raises AdapterError when names or shapes are not exactly those
-    of this adapter.
+    `tensors`: what its file holds, where that was read and checked already. Raises AdapterError when names or shapes
+    are not exactly those of this adapter.
     """
     _fill(model, load_adapter_tensors(folder) if tensors is None else dict(tensors), str(folder))
 
 
 def load_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of `adapter_model.safetensors`, checked to be finite. Raises AdapterError, also for a `.bin`-only adapter."""
+    """Every tensor of `adapter_model.safetensors`, checked to be finite.
+
+    Raises AdapterError, also for a `.bin`-only adapter.
+    """
     from safetensors.torch import load_file
 
     from llmtune.models.weights import inspect_weights, refuse_changed_weights
@@ -135,7 +145,10 @@ def load_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _wrap(model: Any, options: Mapping[str, Any]) -> Any:
-    """Peft around the model, without touching the global random state, the network or the screen; trained weights in float32."""
+    """Peft around the model, without touching the global random state, the network or the screen.
+
+    Trained weights in float32.
+    """
     import torch
 
     if importlib.util.find_spec("bitsandbytes"):
@@ -147,7 +160,9 @@ def _wrap(model: Any, options: Mapping[str, Any]) -> Any:
         with quiet_libraries(), torch.random.fork_rng(devices=devices):
             adapted = get_peft_model(model, LoraConfig(**options))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise AdapterError(f"the adapter does not fit this model: {error}", where="adapter", fix="check adapter.target_modules") from error
+        raise AdapterError(
+            f"the adapter does not fit this model: {error}", where="adapter", fix="check adapter.target_modules"
+        ) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32)
@@ -159,9 +174,13 @@ def _fill(adapted: Any, tensors: Mapping[str, torch.Tensor], where: str) -> None
     from peft import set_peft_model_state_dict
 
     expected, _ = adapter_files(adapted)
-    problems = [Problem(f"the adapter lacks the tensor `{name}`", where) for name in sorted(expected.keys() - tensors.keys())[:3]]
+    problems = [
+        Problem(f"the adapter lacks the tensor `{name}`", where)
+        for name in sorted(expected.keys() - tensors.keys())[:3]
+    ]
     problems += [
-        Problem(f"the adapter has a tensor `{name}` that has no place here", where) for name in sorted(tensors.keys() - expected.keys())[:3]
+        Problem(f"the adapter has a tensor `{name}` that has no place here", where)
+        for name in sorted(tensors.keys() - expected.keys())[:3]
     ]
     problems += [
         Problem(f"`{name}` has shape {tuple(tensors[name].shape)}, and {tuple(expected[name].shape)} fits here", where)
@@ -197,12 +216,16 @@ def _pattern(wanted: str, names: Sequence[str], linear: Sequence[str]) -> str:
         pattern = re.compile(wanted)
     except re.error as error:
         raise AdapterError(
-            f"`{wanted}` is no regular expression: {error}", where="adapter.target_modules", fix="or give a list of names"
+            f"`{wanted}` is no regular expression: {error}",
+            where="adapter.target_modules",
+            fix="or give a list of names",
         ) from error
     if any(pattern.fullmatch(name) for name in names):
         return wanted
     if any(_ends(name, wanted) for name in names):
-        fix = f"a single string is a regular expression over full names; write a list: adapter.target_modules=[{wanted}]"
+        fix = (
+            f"a single string is a regular expression over full names; write a list: adapter.target_modules=[{wanted}]"
+        )
         raise AdapterError(f"no full name matches `{wanted}`", where="adapter.target_modules", fix=fix)
     raise AdapterError.all([_no_match(wanted, linear)])
 
@@ -212,7 +235,9 @@ def _no_match(wanted: str, linear: Sequence[str]) -> Problem:
     near = get_close_matches(wanted.rsplit(".", 1)[-1], endings, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(f'`{one}`' for one in near)}? " if near else ""
     return Problem(
-        f"no layer is called `{wanted}`", "adapter.target_modules", f"{hint}this model has {', '.join(endings)}; or use all-linear"
+        f"no layer is called `{wanted}`",
+        "adapter.target_modules",
+        f"{hint}this model has {', '.join(endings)}; or use all-linear",
     )
 
 
@@ -223,7 +248,9 @@ def _check_modules_to_save(model: Any, wanted: Sequence[str]) -> None:
         if not any(_ends(name, one) for name in names):
             near = get_close_matches(one, sorted({name.rsplit(".", 1)[-1] for name in names}), n=2, cutoff=0.4)
             fix = (
-                f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else "name a module of this model, for example lm_head"
+                f"did you mean {' or '.join(f'`{name}`' for name in near)}?"
+                if near
+                else "name a module of this model, for example lm_head"
             )
             problems.append(Problem(f"no module is called `{one}`", "adapter.modules_to_save", fix))
     if problems:
@@ -234,11 +261,17 @@ def _token_ids(wanted: Sequence[str], tokenizer: Any) -> list[int]:
     if not wanted:
         return []
     if tokenizer is None:
-        raise AdapterError("the ids of the tokens to train are not known", where="adapter.train_tokens", fix="give the tokenizer")
+        raise AdapterError(
+            "the ids of the tokens to train are not known", where="adapter.train_tokens", fix="give the tokenizer"
+        )
     vocabulary = tokenizer.get_vocab()
     missing = [one for one in wanted if one not in vocabulary]
     if missing:
-        raise AdapterError(f"the tokenizer has no token `{missing[0]}`", where="adapter.train_tokens", fix="add it to the tokenizer first")
+        raise AdapterError(
+            f"the tokenizer has no token `{missing[0]}`",
+            where="adapter.train_tokens",
+            fix="add it to the tokenizer first",
+        )
     return [vocabulary[one] for one in wanted]
 
 
@@ -258,14 +291,18 @@ def _all_transposed(model: Any, targets: list[str] | str) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     def matches(name: str) -> bool:
-        return bool(re.fullmatch(targets, name)) if isinstance(targets, str) else any(_ends(name, one) for one in targets)
+        return (
+            bool(re.fullmatch(targets, name)) if isinstance(targets, str) else any(_ends(name, one) for one in targets)
+        )
 
     kinds = {isinstance(module, Conv1D) for name, module in model.named_modules() if name and matches(name)}
     return kinds == {True}
 
 
 def _seed_weights(adapted: Any, seed: int) -> None:
-    """Draw A anew from a generator of its own, layer by layer in the order of names: the same on every device, library version and rank."""
+    """Draw A anew from a generator of its own, layer by layer in the order of names: the same on every device, library
+    version and rank.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -273,7 +310,9 @@ def _seed_weights(adapted: Any, seed: int) -> None:
         for name, weight in sorted(adapted.named_parameters()):
             if name.endswith("lora_A.default.weight"):
                 bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
-                weight.copy_(torch.empty(weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator))
+                weight.copy_(
+                    torch.empty(weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+                )
             elif name.endswith("lora_embedding_B.default"):
                 weight.copy_(torch.empty(weight.shape, dtype=torch.float32).normal_(generator=generator))
 

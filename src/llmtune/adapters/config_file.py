@@ -25,17 +25,28 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "adapter_config.json"
     if not path.is_file():
-        raise AdapterError(f"{folder} has no adapter_config.json", where=str(folder), fix="name the folder of a LoRA adapter")
+        raise AdapterError(
+            f"{folder} has no adapter_config.json", where=str(folder), fix="name the folder of a LoRA adapter"
+        )
     try:
         raw = read_json_file(path)
     except ModelError as error:
         raise AdapterError.all(error.problems) from error
     if not isinstance(raw, dict):
         raise AdapterError("adapter_config.json holds no mapping", where=str(path), fix="fetch the adapter again")
-    problems = [Problem(f"`{key}` {why}", str(path), _FIX) for key, value in raw.items() for why in _objection(key, value)]
+    problems = [
+        Problem(f"`{key}` {why}", str(path), _FIX) for key, value in raw.items() for why in _objection(key, value)
+    ]
     if raw.get("peft_type") != "LORA":
-        problems.insert(0, Problem(f"the adapter is of type `{raw.get('peft_type')}`", str(path), "only LoRA adapters are supported"))
-    problems += [Problem(f"`{key}` is missing", str(path), "fetch the adapter again") for key in ("r", "target_modules") if key not in raw]
+        problems.insert(
+            0,
+            Problem(f"the adapter is of type `{raw.get('peft_type')}`", str(path), "only LoRA adapters are supported"),
+        )
+    problems += [
+        Problem(f"`{key}` is missing", str(path), "fetch the adapter again")
+        for key in ("r", "target_modules")
+        if key not in raw
+    ]
     if problems:
         raise AdapterError.all(problems)
     return {key: value for key, value in raw.items() if key in _ALLOWED and key not in _NOT_OPTIONS}
@@ -55,7 +66,10 @@ def _objection(key: str, value: Any) -> list[str]:
         return [] if allowed(value) else [f"cannot be `{value}`"]
     if value == _HARMLESS.get(key) or value in (None, False, [], {}):
         return []
-    return [f"asks for `{str(value)[:80]}`, which is not supported" + (" (it names code to import)" if key in _NAMES_CODE else "")]
+    return [
+        f"asks for `{str(value)[:80]}`, which is not supported"
+        + (" (it names code to import)" if key in _NAMES_CODE else "")
+    ]
 
 
 def _is_int(value: Any) -> bool:
@@ -75,7 +89,11 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_names(value: Any) -> bool:
-    return value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+    return (
+        value is None
+        or isinstance(value, str)
+        or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+    )
 
 
 def _is_pattern(check: Callable[[Any], bool]) -> Callable[[Any], bool]:

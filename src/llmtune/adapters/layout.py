@@ -1,6 +1,7 @@
 """Which weights of a base model an adapter changes, and how: read off peft itself, on a model without memory.
 
-peft is put around a model on the meta device, so every pattern, rank and scale is resolved by the code that resolved it in training.
+peft is put around a model on the meta device, so every pattern, rank and scale is resolved by the code that resolved it
+in training.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ PREFIX = "base_model.model."
 class WeightUpdate:
     """How one weight of the base becomes one of the tuned model.
 
-    `low_rank`: W + scaling * B A, of magnitude m when DoRA; `bias`: b + scaling * b'; `rows`: rows replaced; `replace`: all of it replaced.
+    `low_rank`: W + scaling * B A, of magnitude m when DoRA; `bias`: b + scaling * b'; `rows`: rows replaced; `replace`:
+    all of it replaced.
     """
 
     weight: str
@@ -49,16 +51,21 @@ class WeightUpdate:
 def adapter_layout(meta_model: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[WeightUpdate]:
     """Return every update the adapter in `folder` makes to a base of this shape.
 
-    meta_model: the base's model class on the meta device; it is wrapped and must not be used afterwards.
-    shapes: shape of every tensor in the adapter's file. Raises AdapterError for an adapter that does not fit, or that cannot be merged.
+    meta_model: the base's model class on the meta device; it is wrapped and must not be used afterwards. shapes: shape
+    of every tensor in the adapter's file. Raises AdapterError for an adapter that does not fit, or that cannot be
+    merged.
     """
     adapted = _wrapped(meta_model, read_adapter_config(folder))
     _check_shapes(adapted, shapes, str(folder))
-    updates = [update for name, module in adapted.named_modules() for update in _updates_of(name, module, shapes, str(folder))]
+    updates = [
+        update for name, module in adapted.named_modules() for update in _updates_of(name, module, shapes, str(folder))
+    ]
     left = sorted(shapes.keys() - {tensor for update in updates for tensor in update.tensors.values()})
     if left:
         raise AdapterError(
-            f"the adapter's tensor `{left[0]}` cannot be merged into a weight", where=str(folder), fix="use it as an adapter"
+            f"the adapter's tensor `{left[0]}` cannot be merged into a weight",
+            where=str(folder),
+            fix="use it as an adapter",
         )
     return updates
 
@@ -72,21 +79,27 @@ def _wrapped(meta_model: Any, options: Mapping[str, Any]) -> Any:
         with quiet_libraries():
             return get_peft_model(meta_model, LoraConfig(**options))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise AdapterError(f"the adapter does not fit this base: {error}", where="--base", fix="use the base it was trained on") from error
+        raise AdapterError(
+            f"the adapter does not fit this base: {error}", where="--base", fix="use the base it was trained on"
+        ) from error
 
 
 def _check_shapes(adapted: Any, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     from peft import get_peft_model_state_dict
 
     with quiet_libraries():
-        expected = {name: tuple(one.shape) for name, one in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
+        expected = {
+            name: tuple(one.shape)
+            for name, one in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
+        }
     fix = "use the base model this adapter was trained on"
     problems = [
         Problem(f"the adapter has no tensor `{name}`, which this base needs", where, fix)
         for name in sorted(expected.keys() - shapes.keys())
     ]
     problems += [
-        Problem(f"the adapter's tensor `{name}` has no place in this base", where, fix) for name in sorted(shapes.keys() - expected.keys())
+        Problem(f"the adapter's tensor `{name}` has no place in this base", where, fix)
+        for name in sorted(shapes.keys() - expected.keys())
     ]
     problems += [
         Problem(f"`{name}` has shape {shapes[name]}, and this base needs {expected[name]}", where, fix)
@@ -114,7 +127,9 @@ def _updates_of(full_name: str, module: Any, shapes: Mapping[str, Any], where: s
         yield from _low_rank(name, full_name, module, shapes, where)
     elif isinstance(module, LoraLayer):
         raise AdapterError(
-            f"`{name}` is a {type(module).__name__} layer, which cannot be merged here", where=where, fix="use it as an adapter"
+            f"`{name}` is a {type(module).__name__} layer, which cannot be merged here",
+            where=where,
+            fix="use it as an adapter",
         )
 
 
@@ -130,10 +145,14 @@ def _low_rank(name: str, full_name: str, module: Any, shapes: Mapping[str, Any],
     if magnitude in shapes:
         tensors["magnitude"] = magnitude
     scaling = float(module.scaling["default"])
-    yield WeightUpdate(f"{name}.weight", "low_rank", tensors, scaling, is_transposed=isinstance(base, (nn.Embedding, Conv1D)))
+    yield WeightUpdate(
+        f"{name}.weight", "low_rank", tensors, scaling, is_transposed=isinstance(base, (nn.Embedding, Conv1D))
+    )
     if (bias := f"{full_name}.lora_B.bias") in shapes:
         if getattr(base, "bias", None) is None:
             raise AdapterError(
-                f"the adapter trains a bias of `{name}`, which has none to merge it into", where=where, fix="use it as an adapter"
+                f"the adapter trains a bias of `{name}`, which has none to merge it into",
+                where=where,
+                fix="use it as an adapter",
             )
         yield WeightUpdate(f"{name}.bias", "bias", {"value": bias}, scaling)

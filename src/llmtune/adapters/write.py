@@ -24,9 +24,11 @@ def write_adapter(
     base_name: str | None = None,
     base_revision: str | None = None,
 ) -> None:
-    """Write an adapter as `peft.PeftModel.from_pretrained` reads it, with a record of its base beside it, and the tokenizer when given.
+    """Write an adapter as `peft.PeftModel.from_pretrained` reads it, with a record of its base beside it, and the
+    tokenizer when given.
 
-    The config names the base as transformers can load it (a hub id or a folder); base_name, base_digest and base_revision go to the record.
+    The config names the base as transformers can load it (a hub id or a folder); base_name, base_digest and
+    base_revision go to the record.
     """
     tensors, config = adapter_files(model)
     if base_revision is not None:

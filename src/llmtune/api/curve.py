@@ -37,7 +37,10 @@ class Curve:
 
     @classmethod
     def of_run(cls, folder: str | Path, *, last_step: int | None = None) -> Curve:
-        """Read the curve of a run from its metrics.jsonl, up to `last_step`, also while it trains. Raises DataError where there is none."""
+        """Read the curve of a run from its metrics.jsonl, up to `last_step`, also while it trains.
+
+        Raises DataError where there is none.
+        """
         path = Path(folder) / "metrics.jsonl"
         curve = cls(title=Path(folder).name)
         try:

@@ -1,4 +1,7 @@
-"""Progress and lines inside a notebook: one output that is drawn anew, at most twice a second; lines as plain output, not as errors."""
+"""Progress and lines inside a notebook: one output that is drawn anew, at most twice a second.
+
+Lines as plain output, not as errors.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 from llmtune.tracking.queue import say_on_stderr
 
-__all__ = ["Display", "progress_html", "say"]
+__all__ = ["Display", "print_line", "progress_html"]
 
 EVERY_S = 0.5
 
@@ -45,7 +48,7 @@ def _notebook() -> Any:
     return sys.modules.get("IPython.display")
 
 
-def say(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line on stderr; in a notebook, where stderr looks like a failure, as the cell's plain output."""
     if _notebook() is None:
         say_on_stderr(line)

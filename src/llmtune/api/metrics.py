@@ -1,7 +1,7 @@
 """Metrics of one's own: asked after every step, written beside ours, and unable to change the run.
 
-A metric sees a `StepResult`: plain numbers. What it draws from random generators is put back, what it raises is said once, and only the
-value `Stop(...)` ends the training - at a step boundary, saved, to be resumed.
+A metric sees a `StepResult`: plain numbers. What it draws from random generators is put back, what it raises is said
+once, and only the value `Stop(...)` ends the training - at a step boundary, saved, to be resumed.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def as_function(metric: Metric) -> MetricFunction:
 class Measures:
     """All metrics of a run; called with each step, returns the values for its line and never raises."""
 
-    def __init__(self, metrics: Iterable[Metric], *, device: torch.device, say: Callable[[str], None]) -> None:
+    def __init__(self, metrics: Iterable[Metric], *, device: torch.device, print_line: Callable[[str], None]) -> None:
         self._functions = [(_name_of(one), as_function(one)) for one in metrics]
-        self._device, self._say = device, say
+        self._device, self._print_line = device, print_line
         self._said: set[str] = set()
         self.stop: Stop | None = None
         """The newest `Stop` a metric returned."""
@@ -82,7 +82,10 @@ class Measures:
                 elif given is not None:
                     values |= self._usable(name, given, ours)
             except (Exception, SystemExit) as error:  # noqa: BLE001 - it is the user's code, and a metric never ends a run by failing
-                self._once(f"{name}:error", f"warning: metric {name} failed at step {step.step}: {type(error).__name__}: {error}")
+                self._once(
+                    f"{name}:error",
+                    f"warning: metric {name} failed at step {step.step}: {type(error).__name__}: {error}",
+                )
         restore_rng(generators, self._device)
         return values
 
@@ -94,7 +97,10 @@ class Measures:
             if str(key) in ours:
                 self._once(f"{name}:{key}", f"warning: metric {name} gives `{key}`, which is ours; left out")
             elif not isinstance(number, bool | int | float | str | None):
-                self._once(f"{name}:{key}", f"warning: metric {name} gives `{key}` as {type(value).__name__}, no plain value; left out")
+                self._once(
+                    f"{name}:{key}",
+                    f"warning: metric {name} gives `{key}` as {type(value).__name__}, no plain value; left out",
+                )
             else:
                 kept[str(key)] = None if isinstance(number, float) and not math.isfinite(number) else number
         return kept
@@ -102,7 +108,7 @@ class Measures:
     def _once(self, key: str, line: str) -> None:
         if key not in self._said:
             self._said.add(key)
-            self._say(line)
+            self._print_line(line)
 
 
 def _name_of(metric: Metric) -> str:

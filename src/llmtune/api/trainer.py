@@ -1,4 +1,6 @@
-"""A run whose loop belongs to the caller: look at each step, save, evaluate, change the rate, or leave it saved and resumable."""
+"""A run whose loop belongs to the caller: look at each step, save, evaluate, change the rate, or leave it saved and
+resumable.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from typing import Any, Self
 
 from llmtune.api.curve import Curve
 from llmtune.api.display import Display, progress_html
-from llmtune.api.display import say as say_here
+from llmtune.api.display import print_line as say_here
 from llmtune.api.metrics import Measures, Metric, Stop, Values
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
@@ -21,22 +23,24 @@ from llmtune.errors import UsageError
 from llmtune.evaluation.generate import Answer, Prompt, generate
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
-from llmtune.training.training_run import Result, Session
+from llmtune.training.training_run import Result, TrainingRun
 
 __all__ = ["Trainer", "train", "train_single_model"]
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 class Trainer:
     """One run of `config`; nothing is loaded or written before the first thing is asked of it.
 
-    config: what `load_config` returns, or a name for it: a preset, a file or a run's folder. Raises ConfigError as that does.
+    config: what `load_config` returns, or a name for it: a preset, a file or a run's folder. Raises ConfigError as that
+    does.
 
-    metrics: functions of a step, or objects with `on_step(step)`, whose values stand beside ours in the step's line (see
-    `llmtune.api.metrics`); a subclass's own `on_step` is one more. They cannot change the run, and end it only by returning `Stop(reason)`.
-    no_cuda, offline, trust_remote_code: as the flags of `llmtune train`; offline follows HF_HUB_OFFLINE and LLMTUNE_OFFLINE when not given.
-    say: receives one line for each thing worth saying; when not given it goes to stderr, in a notebook to the cell's output.
+    metrics: functions of a step, or objects with `on_step(step)`, whose values stand beside ours in the step's line
+    (see `llmtune.api.metrics`); a subclass's own `on_step` is one more. They cannot change the run, and end it only by
+    returning `Stop(reason)`. no_cuda, offline, trust_remote_code: as the flags of `llmtune train`; offline follows
+    HF_HUB_OFFLINE and LLMTUNE_OFFLINE when not given. print_line: receives one line for each thing worth saying; when
+    not given it goes to stderr, in a notebook to the cell's output.
 
     Used in a `with` block, the run is let go, saved, at its end, whatever happens inside.
     """
@@ -49,7 +53,7 @@ class Trainer:
         no_cuda: bool = False,
         offline: bool | None = None,
         trust_remote_code: bool = False,
-        say: Say = say_here,
+        print_line: PrintLine = say_here,
     ) -> None:
         if offline is None:
             offline = "1" in (os.environ.get("HF_HUB_OFFLINE"), os.environ.get("LLMTUNE_OFFLINE"))
@@ -60,10 +64,12 @@ class Trainer:
         """The losses so far; a notebook shows it as a picture."""
         self._options = Options(no_cuda=no_cuda, offline=offline, trust_remote_code=trust_remote_code)
         self._metrics = tuple(metrics)
-        self._say = say
+        self._print_line = print_line
         self._stop = StopRequest()
-        self._open: Callable[[], Session] = lambda: training.start(resolved, self._options, self._stop, say=say)
-        self._session: Session | None = None
+        self._open: Callable[[], TrainingRun] = lambda: training.start(
+            resolved, self._options, self._stop, print_line=print_line
+        )
+        self._session: TrainingRun | None = None
         self._measures: Measures | None = None
         self._running: Callable[[], Generator[StepResult, None, None] | None] = lambda: None
         self._ended = False
@@ -76,20 +82,26 @@ class Trainer:
         """
         folder = Path(run) if (Path(run) / "config.yaml").is_file() else Path("runs") / run
         trainer = cls(load_config(str(folder / "config.yaml"), environ={}), **keywords)
-        trainer._open = lambda: training.reopen(str(folder), trainer._options, trainer._stop, allow_changes=allow_changes, say=trainer._say)
+        trainer._open = lambda: training.reopen(
+            str(folder), trainer._options, trainer._stop, allow_changes=allow_changes, print_line=trainer._print_line
+        )
         trainer.curve = Curve(title=folder.name)
         return trainer
 
     def steps(self) -> Iterator[StepResult]:
         """Train; each step is yielded after what was due at it (evaluation, checkpoint) was done.
 
-        Leaving the loop saves the run, at the step it was left, and lets it go: `Trainer.resume` or `llmtune resume` goes on. A signal
-        (Ctrl-C, the notebook's stop button) that arrives while a step is computed stops the run after it, saved, with StoppedBySignal.
-        Raises what `train` raises; UsageError where the run is under way or has ended.
+        Leaving the loop saves the run, at the step it was left, and lets it go: `Trainer.resume` or `llmtune resume`
+        goes on. A signal (Ctrl-C, the notebook's stop button) that arrives while a step is computed stops the run after
+        it, saved, with StoppedBySignal. Raises what `train` raises; UsageError where the run is under way or has ended.
         """
         if self._ended or self._running() is not None:
             how = "has ended" if self._ended else "is under way"
-            fix = "go on with `Trainer.resume(trainer.result().folder)`" if self._ended else "leave its loop, or call `close()`, first"
+            fix = (
+                "go on with `Trainer.resume(trainer.result().folder)`"
+                if self._ended
+                else "leave its loop, or call `close()`, first"
+            )
             raise UsageError(f"this run {how}", where="Trainer.steps", fix=fix)
         self.session  # noqa: B018 - what is wrong with the config is said here, not at the first step
         steps = self._steps()
@@ -111,7 +123,10 @@ class Trainer:
             self.session.save()
 
     def evaluate(self) -> dict[str, Any]:
-        """Return the held-out metrics (`eval_mean_nll`, ... in nats per token) now; empty without held-out rows. Changes nothing (N12)."""
+        """Return the held-out metrics (`eval_mean_nll`, ... in nats per token) now; empty without held-out rows.
+
+        Changes nothing (N12).
+        """
         with self._listening():
             session = self.session
             if self._ended:
@@ -120,15 +135,19 @@ class Trainer:
         self._note_heldout()
         return metrics
 
-    def generate(self, *prompts: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> list[Answer]:
-        """Let the model as it is now answer, rendered as in training; wrap a text to be continued in `TextPrompt`. Changes nothing (N12).
+    def generate(
+        self, *prompts: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> list[Answer]:
+        """Let the model as it is now answer, rendered as in training; wrap a text to be continued in `TextPrompt`.
+
+        Changes nothing (N12).
 
         Raises DataError for a prompt that leaves no room in the model's longest sequence.
         """
         session = self.session
-        with session.assembled.precision.autocast():
+        with session.setup.precision.autocast():
             return generate(
-                session.assembled.model,
+                session.setup.model,
                 session.prepared.tokenizer.tokenizer,
                 session.prepared.renderer,
                 prompts,
@@ -153,13 +172,13 @@ class Trainer:
             self._let_go()
 
     @property
-    def session(self) -> Session:
+    def session(self) -> TrainingRun:
         """What the process holds of the run; it is opened by asking."""
         if self._session is None:
             with self._listening():
                 self._session = self._open()
             metrics = [*self._metrics, *([self.on_step] if type(self).on_step is not Trainer.on_step else [])]
-            self._measures = Measures(metrics, device=self._session.assembled.devices.device, say=self._say)
+            self._measures = Measures(metrics, device=self._session.setup.devices.device, print_line=self._print_line)
             if metrics:
                 self._session.measure = self._measures
             self.curve = self._curve_so_far(self._session)
@@ -168,7 +187,7 @@ class Trainer:
     @property
     def model(self) -> Any:
         """The transformers causal LM (inside peft's wrapper when an adapter is trained)."""
-        return self.session.assembled.model
+        return self.session.setup.model
 
     @property
     def tokenizer(self) -> Any:
@@ -177,7 +196,10 @@ class Trainer:
 
     @property
     def learning_rate(self) -> float:
-        """Rate of the next step. Set a number, or a function of the updates made so far; a resumed run follows its config again."""
+        """Rate of the next step.
+
+        Set a number, or a function of the updates made so far; a resumed run follows its config again.
+        """
         return self.session.learning_rate(self.session.state.step)
 
     @learning_rate.setter
@@ -212,9 +234,11 @@ class Trainer:
         if not len(self._measures):
             return False
         stop = self._measures.stop
-        if not self.session.assembled.devices.sum(float(stop is not None))[0]:
+        if not self.session.setup.devices.sum(float(stop is not None))[0]:
             return False
-        self._say(f"stopped: {stop.reason if stop else 'asked for by another process'}; `llmtune resume` goes on")
+        self._print_line(
+            f"stopped: {stop.reason if stop else 'asked for by another process'}; `llmtune resume` goes on"
+        )
         return True
 
     def _let_go(self) -> None:
@@ -222,7 +246,7 @@ class Trainer:
         self.session.observer.close()
         self._ended = True
 
-    def _curve_so_far(self, session: Session) -> Curve:
+    def _curve_so_far(self, session: TrainingRun) -> Curve:
         """Begin where a resumed run's record ends, so that the picture shows the whole run."""
         if session.run is None or not (session.run.path / "metrics.jsonl").is_file():
             return self.curve
@@ -247,13 +271,18 @@ class Trainer:
             return progress_html(self.config.name, "not begun", 0, None) + self.curve._repr_html_()
         session = self._session
         name = session.run.name if session.run is not None else self.config.name
-        total = session.assembled.batches.total_steps
-        return progress_html(name, session.outcome if self._ended else "training", session.state.step, total) + self.curve._repr_html_()
+        total = session.setup.batches.total_steps
+        return (
+            progress_html(name, session.outcome if self._ended else "training", session.state.step, total)
+            + self.curve._repr_html_()
+        )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -274,9 +303,12 @@ def train_single_model(
     output_dir: str | Path | None = None,
     **keywords: Any,
 ) -> tuple[Trainer, dict[str, Any]]:
-    """Train one model with a preset (or a config file) and return the trainer and its metrics; what is None stays as the config says.
+    """Train one model with a preset (or a config file) and return the trainer and its metrics.
 
-    max_samples: most training rows. project_name: for trackers that have projects. `keywords` as for `Trainer`. Raises as `train`.
+    What is None stays as the config says.
+
+    max_samples: most training rows. project_name: for trackers that have projects. `keywords` as for `Trainer`. Raises
+    as `train`.
     """
     wanted = {
         "model.name": model_name,

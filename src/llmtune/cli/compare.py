@@ -19,7 +19,9 @@ __all__ = ["compare"]
 
 def compare(
     run: Model,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; those of the run's config when none.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; those of the run's config when none.")
+    ] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="File with one prompt a line.")] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 128,
@@ -29,7 +31,9 @@ def compare(
     """Show what the base says and what the tuned model says."""
     subject = open_subject(run, no_cuda=no_cuda)
     configured = list(subject.config.evaluation.prompts) if subject.config is not None else []
-    asked = configured if configured and not prompts and prompt_file is None else read_prompts(prompts or [], prompt_file)
+    asked = (
+        configured if configured and not prompts and prompt_file is None else read_prompts(prompts or [], prompt_file)
+    )
     tuned = _answers(subject, subject.model, asked, system, max_new_tokens)
     with subject.as_before_tuning() as model:
         base = _answers(subject, model, asked, system, max_new_tokens)
@@ -40,7 +44,9 @@ def compare(
             print(f"prompt: {after.prompt}\n  base:  {_indented(before.text)}\n  tuned: {_indented(after.text)}\n")
 
 
-def _answers(subject: Subject, model: object, prompts: list[str], system: str | None, max_new_tokens: int) -> list[Answer]:
+def _answers(
+    subject: Subject, model: object, prompts: list[str], system: str | None, max_new_tokens: int
+) -> list[Answer]:
     from llmtune.evaluation.generate import TextPrompt, generate
 
     as_text = subject.answers_text and system is None

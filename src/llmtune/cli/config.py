@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 from llmtune.cli.options import ConfigName, Overrides
 from llmtune.config.convert import LEAVES
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain
@@ -22,18 +22,22 @@ __all__ = ["diff", "schema", "show", "validate"]
 def show(
     overrides: Overrides = None,
     config: ConfigName = None,
-    origin: Annotated[bool, typer.Option("--origin", help="Print each key with its value and where it comes from.")] = False,
+    origin: Annotated[
+        bool, typer.Option("--origin", help="Print each key with its value and where it comes from.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     commented: Annotated[bool, typer.Option("--commented", help="Print what each key means above it.")] = False,
 ) -> None:
     """Print the config that a run with these arguments would have."""
     resolved = load_config(config, overrides=overrides or ())
     for note in resolved.notes:
-        say(note)
+        print_line(note)
     if as_json:
         values: object = config_to_dict(resolved.config)
         if origin:
-            values = {key: {"value": plain(value_of(resolved, key)), "origin": str(resolved.origins[key])} for key in LEAVES}
+            values = {
+                key: {"value": plain(value_of(resolved, key)), "origin": str(resolved.origins[key])} for key in LEAVES
+            }
         print(json.dumps(values, indent=2, ensure_ascii=False))
     elif origin:
         print_origins(resolved)
@@ -69,7 +73,7 @@ def diff(
         print(key)
         print(f"  - {value_text(a)}  ({one.origins[key]})")
         print(f"  + {value_text(b)}  ({two.origins[key]})")
-    say(f"{len(rows)} of {len(LEAVES)} keys differ" if rows else "the two configs are equal")
+    print_line(f"{len(rows)} of {len(LEAVES)} keys differ" if rows else "the two configs are equal")
 
 
 def schema() -> None:
@@ -79,17 +83,21 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
 
 
-def validate(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Presets or YAML or JSON files.")]) -> None:
+def validate(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Presets or YAML or JSON files.")],
+) -> None:
     """Check config files and print every problem of all of them."""
     problems: list[Problem] = []
     for name in files:
         try:
             resolved = load_config(name, environ={})
         except ConfigError as error:
-            problems += (one._replace(where="command line") if one.where == "--config" else one for one in error.problems)
+            problems += (
+                one._replace(where="command line") if one.where == "--config" else one for one in error.problems
+            )
             continue
         for note in resolved.notes:
-            say(note)
+            print_line(note)
         print(f"{name}: ok")
     if problems:
         raise ConfigError.all(dict.fromkeys(problems))

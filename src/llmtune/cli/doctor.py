@@ -22,7 +22,8 @@ from llmtune.version import __version__
 __all__ = ["doctor"]
 
 HELD = ("torch", "transformers", "peft", "jinja2")
-"""Libraries whose oldest version is looked at; the versions stand in the package's own requirements and nowhere else."""
+"""Libraries whose oldest version is looked at; the versions stand in the package's own requirements and nowhere else.
+"""
 
 
 def _floors() -> dict[str, str]:
@@ -55,7 +56,9 @@ class Finding:
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line: what, state, found, fix.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line: what, state, found, fix.")
+    ] = False,
 ) -> int:
     """Look at versions, devices and folders; exit code 0 when everything needed works, 6 otherwise."""
     check_working_folder()
@@ -84,7 +87,13 @@ def is_older(found: str, floor: str) -> bool:
 
 
 def _python() -> list[Finding]:
-    return [Finding("llmtune", "ok", f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")]
+    return [
+        Finding(
+            "llmtune",
+            "ok",
+            f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        )
+    ]
 
 
 def _versions() -> list[Finding]:
@@ -97,7 +106,9 @@ def _versions() -> list[Finding]:
             findings.append(Finding(name, "bad", "not installed", fix))
             continue
         old = is_older(found, floor)
-        findings.append(Finding(name, "bad" if old else "ok", f"{found}, {floor} or newer is needed", fix if old else ""))
+        findings.append(
+            Finding(name, "bad" if old else "ok", f"{found}, {floor} or newer is needed", fix if old else "")
+        )
     return findings
 
 
@@ -107,7 +118,11 @@ def _devices() -> list[Finding]:
     from llmtune.plan.hardware import memory_for_us
     from llmtune.plan.memory import gigabytes
 
-    findings = [Finding("cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {gigabytes(memory_for_us())} free")]
+    findings = [
+        Finding(
+            "cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {gigabytes(memory_for_us())} free"
+        )
+    ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
@@ -115,7 +130,12 @@ def _devices() -> list[Finding]:
             findings.append(Finding(f"cuda:{index}", "ok", found))
     else:
         findings.append(
-            Finding("cuda", "warn", "no CUDA device", "training runs on the CPU; for a GPU, install its driver and a CUDA build of torch")
+            Finding(
+                "cuda",
+                "warn",
+                "no CUDA device",
+                "training runs on the CPU; for a GPU, install its driver and a CUDA build of torch",
+            )
         )
     return findings
 
@@ -139,11 +159,17 @@ def _bitsandbytes() -> list[Finding]:
     try:
         functional = import_bitsandbytes().functional
         packed, state = functional.quantize_4bit(torch.linspace(-1, 1, 4096).reshape(64, 64), quant_type="nf4")
-        error = float((functional.dequantize_4bit(packed, state) - torch.linspace(-1, 1, 4096).reshape(64, 64)).abs().max())
+        error = float(
+            (functional.dequantize_4bit(packed, state) - torch.linspace(-1, 1, 4096).reshape(64, 64)).abs().max()
+        )
     except (LlmtuneError, ImportError, RuntimeError, OSError, AttributeError, NotImplementedError) as problem:
         what = f"does not work: {in_one_line(problem)}"
         return [Finding("bitsandbytes", "warn", what, "pip install 'bitsandbytes>=0.49'; only 4/8 bit need it")]
-    return [Finding("bitsandbytes", "ok", f"{version('bitsandbytes')}, 4-bit NF4 works (largest error {error:.2f} in -1..1)")]
+    return [
+        Finding(
+            "bitsandbytes", "ok", f"{version('bitsandbytes')}, 4-bit NF4 works (largest error {error:.2f} in -1..1)"
+        )
+    ]
 
 
 def _places() -> list[Finding]:
@@ -157,10 +183,18 @@ def _places() -> list[Finding]:
     findings = [Finding("disk", "warn" if low else "ok", f"{gigabytes(free)} free in this folder", fix)]
     cache = default_cache_dir()
     if cache is None:
-        return [*findings, Finding("cache", "warn", "there is no home folder", "set LLMTUNE_CACHE_DIR to a folder that can be written")]
+        return [
+            *findings,
+            Finding(
+                "cache", "warn", "there is no home folder", "set LLMTUNE_CACHE_DIR to a folder that can be written"
+            ),
+        ]
     nearest = next(one for one in (cache, *cache.parents) if one.exists())
     if not os.access(nearest, os.W_OK):
-        return [*findings, Finding("cache", "warn", f"{nearest} cannot be written", "set LLMTUNE_CACHE_DIR to a folder that can")]
+        return [
+            *findings,
+            Finding("cache", "warn", f"{nearest} cannot be written", "set LLMTUNE_CACHE_DIR to a folder that can"),
+        ]
     return [*findings, Finding("cache", "ok", f"{cache} can be written")]
 
 
@@ -177,8 +211,21 @@ def _network() -> list[Finding]:
     from llmtune.cli.process import is_offline
 
     return [
-        Finding("network", "ok", "offline: no connection is made" if is_offline() else "used only for models and data named by a hub id")
+        Finding(
+            "network",
+            "ok",
+            "offline: no connection is made" if is_offline() else "used only for models and data named by a hub id",
+        )
     ]
 
 
-CHECKS: tuple[Callable[[], list[Finding]], ...] = (_python, _versions, _devices, _arithmetic, _bitsandbytes, _places, _extras, _network)
+CHECKS: tuple[Callable[[], list[Finding]], ...] = (
+    _python,
+    _versions,
+    _devices,
+    _arithmetic,
+    _bitsandbytes,
+    _places,
+    _extras,
+    _network,
+)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 from llmtune.cli.generate import Model, NoCuda, open_subject
 from llmtune.errors import DataError, Problem, UsageError
 
@@ -23,13 +23,22 @@ __all__ = ["evaluate"]
 
 def evaluate(
     model: Model,
-    data: Annotated[list[str] | None, typer.Option("--data", help="Rows to evaluate on, all of them; may be given again.")] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", help="Config whose held-out rows are used; the run's own when not given.")
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Rows to evaluate on, all of them; may be given again.")
     ] = None,
-    exact_match: Annotated[bool, typer.Option("--exact-match", help="Also count the answers given character by character.")] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows at once; the result does not depend on it.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer of --exact-match, in tokens.")] = 256,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", help="Config whose held-out rows are used; the run's own when not given."),
+    ] = None,
+    exact_match: Annotated[
+        bool, typer.Option("--exact-match", help="Also count the answers given character by character.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Rows at once; the result does not depend on it.")
+    ] = 8,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Longest answer of --exact-match, in tokens.")
+    ] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     no_cuda: NoCuda = False,
 ) -> None:
@@ -41,7 +50,7 @@ def evaluate(
     prepare_process()
     subject = open_subject(model, no_cuda=no_cuda)
     rows, settings = _held_out(subject, data, config)
-    say(f"{len(rows)} held-out rows, measured in float32 arithmetic")
+    print_line(f"{len(rows)} held-out rows, measured in float32 arithmetic")
     metrics = _measure(subject, settings, rows, batch_size)
     if exact_match:
         from llmtune.evaluation.exact_match import count_exact_answers
@@ -49,7 +58,13 @@ def evaluate(
         pad = subject.tokenizer.pad_token_id or 0
         stops = subject.renderer.stop_token_ids
         count = count_exact_answers(
-            subject.model, subject.tokenizer, rows, stop_token_ids=stops, pad_id=pad, max_new_tokens=max_new_tokens, batch_size=batch_size
+            subject.model,
+            subject.tokenizer,
+            rows,
+            stop_token_ids=stops,
+            pad_id=pad,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
         )
         metrics |= {"eval_exact_answers": count.exact, "eval_num_answers": count.answers}
     if as_json:
@@ -79,7 +94,11 @@ def _held_out(subject: Subject, data: list[str] | None, config: str | None) -> t
         raise UsageError("no rows are named", "command line", "name a file with --data, or a config with --config")
     held_out = prepare_data(settings.data, subject.renderer).eval
     if held_out is None or not len(held_out):
-        raise DataError("the config holds out no rows", "data.eval / data.test_size", "name a file with --data, or set data.test_size")
+        raise DataError(
+            "the config holds out no rows",
+            "data.eval / data.test_size",
+            "name a file with --data, or set data.test_size",
+        )
     return held_out, settings
 
 

@@ -99,7 +99,9 @@ PAGES: tuple[Page, ...] = (
 
 
 def explain(
-    code: Annotated[str | None, typer.Argument(metavar="CODE", help="An exit code (2) or a kind of error (config).")] = None,
+    code: Annotated[
+        str | None, typer.Argument(metavar="CODE", help="An exit code (2) or a kind of error (config).")
+    ] = None,
 ) -> None:
     """Explain an exit code or a kind of error; without one, list them all."""
     if code is None:
@@ -113,7 +115,11 @@ def explain(
         print("1: a bug in llmtune. The message names a crash file; report it with that file, after reading it.")
     elif not found:
         kinds = ", ".join(page.kind.kind for page in PAGES)
-        raise UsageError(f"nothing is known by `{code}`", "command line", f"name an exit code (0 to 8, 128 + a signal), or one of {kinds}")
+        raise UsageError(
+            f"nothing is known by `{code}`",
+            "command line",
+            f"name an exit code (0 to 8, 128 + a signal), or one of {kinds}",
+        )
     print("\n\n".join(_text(page) for page in found), end="\n" if found else "")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 from llmtune.cli.options import Dtype
 
 __all__ = ["export"]
@@ -23,17 +23,29 @@ class FileFormat(StrEnum):
 
 def export(
     source: Annotated[
-        str, typer.Argument(metavar="RUN|MODEL", help="A run, an adapter, a model's folder, a name of list-models, a hub id.")
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="A run, an adapter, a model's folder, a name of list-models, a hub id."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, or FILE.gguf; it must not exist.")],
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Type of the written weights; as they are stored when not given.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Type of the written weights; as they are stored when not given.")
+    ] = None,
     file_format: Annotated[
         FileFormat | None,
-        typer.Option("--format", help="safetensors (a folder) or gguf (a file); by the name of the output when not given."),
+        typer.Option(
+            "--format", help="safetensors (a folder) or gguf (a file); by the name of the output when not given."
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Where an adapter's base is, when not where it was in training.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Where an adapter's base is, when not where it was in training.")
+    ] = None,
 ) -> None:
-    """Write a model as one self-contained folder (transformers, vLLM) or one GGUF file (llama.cpp); it is read back and compared first."""
+    """Write a model as one self-contained folder (transformers, vLLM) or one GGUF file (llama.cpp).
+
+    It is read back and compared first.
+    """
     from llmtune.cli.process import is_offline, prepare_process
 
     prepare_process()
@@ -46,12 +58,12 @@ def export(
         dtype=None if dtype is None else dtype.value,
         base=base,
         offline=is_offline(),
-        say=say,
+        print_line=print_line,
     )
     for note in report.notes:
-        say(note)
+        print_line(note)
     found = report.difference
-    say(
+    print_line(
         f"{report.format}, {report.dtype}; against its source: largest logit difference {found.max_abs_logit:.3g}, "
         f"mean KL {found.mean_kl:.3g} nats ({report.tolerance})"
     )

@@ -17,15 +17,18 @@ from llmtune.errors import LlmtuneError, Problem
 from llmtune.runs.secrets import redacted, redacted_command
 from llmtune.version import __version__
 
-__all__ = ["message", "report_crash", "report_error", "say"]
+__all__ = ["message", "print_line", "report_crash", "report_error"]
 
 
 def message(error: LlmtuneError) -> str:
     """Return an error as plain text: one paragraph for one problem, a line for each of several, each fix once.
 
-    What an error quotes (an argument, a row, a file's name) cannot steer the terminal: control characters are shown as escapes.
+    What an error quotes (an argument, a row, a file's name) cannot steer the terminal: control characters are shown as
+    escapes.
     """
-    problems = [Problem(_harmless(one.problem) or "", _harmless(one.where), _harmless(one.fix)) for one in error.problems]
+    problems = [
+        Problem(_harmless(one.problem) or "", _harmless(one.where), _harmless(one.fix)) for one in error.problems
+    ]
     if len(problems) == 1:
         only = problems[0]
         lines = [f"error: {only.problem}"]
@@ -44,10 +47,12 @@ def _harmless(text: str | None) -> str | None:
     if text is None or text.isprintable():
         return text
     kept = ("\n", "\t")
-    return "".join(char if char in kept or char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+    return "".join(
+        char if char in kept or char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text
+    )
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Write a line of talk to stderr; a terminal that cannot show a character gets its escape, a closed one nothing."""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError):
@@ -57,8 +62,8 @@ def say(text: str) -> None:
 def report_error(error: LlmtuneError, *, debug: bool = False) -> int:
     """Print a refusal and return its exit code."""
     if debug:
-        say(redacted("".join(traceback.format_exception(error))))
-    say(message(error))
+        print_line(redacted("".join(traceback.format_exception(error))))
+    print_line(message(error))
     return error.exit_code
 
 
@@ -68,9 +73,11 @@ def report_crash(error: BaseException, arguments: Sequence[str], *, debug: bool 
     summary = redacted("".join(traceback.format_exception_only(error)).strip().splitlines()[-1])
     place = _write_crash(text)
     if debug:
-        say(text)
+        print_line(text)
     where = f"\n  where: {place}" if place else "\n  where: no folder could take a crash file; run again with --debug"
-    say(f"error: this is a bug in llmtune: {summary}{where}\n  fix: report it with that file; it holds no secrets, but read it first")
+    print_line(
+        f"error: this is a bug in llmtune: {summary}{where}\n  fix: report it with that file; it holds no secrets, but read it first"
+    )
     return 1
 
 
@@ -87,7 +94,10 @@ def crash_text(error: BaseException, arguments: Sequence[str]) -> str:
 
 def _state_folder() -> Path:
     home = os.environ.get("HOME", "")
-    return Path(os.environ.get("XDG_STATE_HOME") or (f"{home}/.local/state" if home else tempfile.gettempdir())) / "llmtune"
+    return (
+        Path(os.environ.get("XDG_STATE_HOME") or (f"{home}/.local/state" if home else tempfile.gettempdir()))
+        / "llmtune"
+    )
 
 
 def _write_crash(text: str) -> Path | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 from llmtune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,22 +23,31 @@ SUBJECT_HELP = "A run (folder or name), an adapter, a model's folder, a name of 
 Model = Annotated[str, typer.Argument(metavar="RUN|MODEL", help=SUBJECT_HELP)]
 System = Annotated[str | None, typer.Option("--system", help="System message before each prompt.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option("--temperature", min=0, help="0 takes the most likely token; above 0 tokens are drawn.")]
-TopP = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Draw from the smallest set of tokens that holds this probability.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0, help="0 takes the most likely token; above 0 tokens are drawn.")
+]
+TopP = Annotated[
+    float,
+    typer.Option("--top-p", min=0, max=1, help="Draw from the smallest set of tokens that holds this probability."),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of drawn answers.")]
 NoCuda = Annotated[bool, typer.Option("--no-cuda", help="Use the CPU even where there is a CUDA device.")]
 
 
 def generate(
     model: Model,
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; all of stdin is one when there is none.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; all of stdin is one when there is none.")
+    ] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="File with one prompt a line.")] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    text: Annotated[bool, typer.Option("--text", help="Continue the prompt as plain text, without a chat template.")] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="Continue the prompt as plain text, without a chat template.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")] = False,
     no_cuda: NoCuda = False,
 ) -> None:
@@ -63,7 +72,9 @@ def generate(
     for answer in answers:
         print(json.dumps(_as_dict(answer), ensure_ascii=False) if as_json else answer.text, flush=True)
         if answer.stopped_by != "stop_token" and not as_json:
-            say(f"(cut off by {'--max-new-tokens' if answer.stopped_by == 'max_new_tokens' else 'the end of the model context'})")
+            print_line(
+                f"(cut off by {'--max-new-tokens' if answer.stopped_by == 'max_new_tokens' else 'the end of the model context'})"
+            )
 
 
 def chat(
@@ -82,11 +93,11 @@ def chat(
 
     start = [Message("system", system)] if system is not None else []
     said: list[Message] = list(start)
-    say("/reset forgets what was said, /exit ends")
+    print_line("/reset forgets what was said, /exit ends")
     while (line := _read_line()) is not None and line != "/exit":
         if line == "/reset":
             said = list(start)
-            say("forgotten")
+            print_line("forgotten")
             continue
         if not line:
             continue
@@ -113,7 +124,7 @@ def open_subject(name: str, *, no_cuda: bool = False) -> Subject:
     from llmtune.evaluation.loaded_model import load_subject
 
     subject = load_subject(name, offline=is_offline(), no_cuda=no_cuda)
-    say(subject.description)
+    print_line(subject.description)
     return subject
 
 
@@ -127,12 +138,16 @@ def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
         try:
             given += [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"the prompts cannot be read: {error}", "--prompt-file", "name a UTF-8 file with one prompt a line") from error
+            raise UsageError(
+                f"the prompts cannot be read: {error}", "--prompt-file", "name a UTF-8 file with one prompt a line"
+            ) from error
     if not given and sys.stdin is not None and not sys.stdin.isatty():
         piped = sys.stdin.read().strip("\n")
         given = [piped] if piped.strip() else []
     if not given:
-        raise UsageError("there is no prompt", "command line", "write it behind the model, name a --prompt-file, or pipe it in")
+        raise UsageError(
+            "there is no prompt", "command line", "write it behind the model, name a --prompt-file, or pipe it in"
+        )
     return given
 
 
@@ -145,4 +160,9 @@ def _read_line() -> str | None:
 
 
 def _as_dict(answer: Answer) -> dict[str, object]:
-    return {"prompt": answer.prompt, "text": answer.text, "num_tokens": answer.num_tokens, "stopped_by": answer.stopped_by}
+    return {
+        "prompt": answer.prompt,
+        "text": answer.text,
+        "num_tokens": answer.num_tokens,
+        "stopped_by": answer.stopped_by,
+    }

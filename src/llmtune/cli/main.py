@@ -1,7 +1,9 @@
-"""`llmtune`: a table of commands, each imported only when it is asked for, and one place where errors become messages and exit codes.
+"""`llmtune`: a table of commands, each imported only when it is asked for, and one place where errors become messages
+and exit codes.
 
-To add a command, write a function with Typer parameters in a module of `llmtune.cli` (heavy imports inside the function) and add its row to
-`COMMANDS`. The help line stands in the row, so that `llmtune --help` imports none of them. A command returns nothing, or its exit code.
+To add a command, write a function with Typer parameters in a module of `llmtune.cli` (heavy imports inside the
+function) and add its row to `COMMANDS`. The help line stands in the row, so that `llmtune --help` imports none of them.
+A command returns nothing, or its exit code.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple, TextIO
 import typer
 from typer.core import TyperGroup
 
-from llmtune.cli.failure import report_crash, report_error, say
+from llmtune.cli.failure import print_line, report_crash, report_error
 from llmtune.cli.process import allow_no_telemetry, check_arguments, go_offline, restart_for_allocator
 from llmtune.cli.usage import usage_error
 from llmtune.errors import LlmtuneError, MachineError, UsageError
@@ -57,15 +59,38 @@ GROUPS: dict[str, str] = {
 
 COMMANDS: tuple[Command, ...] = (
     Command("train", "train:train", "Train a model from a preset or a config file.", "Train", trains=True),
-    Command("resume", "resume:resume", "Go on with a run, bit for bit, from its newest valid checkpoint.", "Train", trains=True),
-    Command("list-models", "models:list_models", "List the models that have a name, and which are on this machine.", "Before a run"),
-    Command("config show", "config:show", "Print the resolved config; --origin says where each value comes from.", "Before a run"),
+    Command(
+        "resume",
+        "resume:resume",
+        "Go on with a run, bit for bit, from its newest valid checkpoint.",
+        "Train",
+        trains=True,
+    ),
+    Command(
+        "list-models",
+        "models:list_models",
+        "List the models that have a name, and which are on this machine.",
+        "Before a run",
+    ),
+    Command(
+        "config show",
+        "config:show",
+        "Print the resolved config; --origin says where each value comes from.",
+        "Before a run",
+    ),
     Command("config diff", "config:diff", "Print the keys in which two configs or runs differ.", "Before a run"),
     Command("config schema", "config:schema", "Print a JSON Schema that editors can use.", "Before a run"),
     Command("config validate", "config:validate", "Check config files; every problem at once.", "Before a run"),
-    Command("data preview", "preview:preview", "Show rows as the model will see them, trained tokens coloured.", "Before a run"),
+    Command(
+        "data preview",
+        "preview:preview",
+        "Show rows as the model will see them, trained tokens coloured.",
+        "Before a run",
+    ),
     Command("data report", "data:report", "Show what becomes of every row.", "Before a run"),
-    Command("tokenizer train", "tokenizer:train", "Train a byte-level BPE tokenizer on the config's data.", "Before a run"),
+    Command(
+        "tokenizer train", "tokenizer:train", "Train a byte-level BPE tokenizer on the config's data.", "Before a run"
+    ),
     Command(
         "plan",
         "plan:plan",
@@ -73,8 +98,15 @@ COMMANDS: tuple[Command, ...] = (
         "Before a run",
         trains=True,
     ),
-    Command("verify resume", "verify:resume", "Kill a run, resume it, compare it byte for byte with one nobody stopped.", "Check"),
-    Command("verify crash", "verify:crash", "Kill a run in the middle of its file operations, resume it, compare.", "Check"),
+    Command(
+        "verify resume",
+        "verify:resume",
+        "Kill a run, resume it, compare it byte for byte with one nobody stopped.",
+        "Check",
+    ),
+    Command(
+        "verify crash", "verify:crash", "Kill a run in the middle of its file operations, resume it, compare.", "Check"
+    ),
     Command("verify batching", "verify:batching", "Loss and gradients do not depend on how a step is cut.", "Check"),
     Command("verify packing", "verify:packing", "Packed rows train as rows alone and see no neighbour.", "Check"),
     Command("verify merge", "verify:merge", "A merge gives the logits of base plus adapter.", "Check"),
@@ -84,12 +116,22 @@ COMMANDS: tuple[Command, ...] = (
     Command("explain", "explain:explain", "Say what an exit code or a kind of error means, and the way out.", "Check"),
     Command("merge-lora", "merge:merge_lora", "Fold an adapter into its base, and check the result.", "Use the result"),
     Command(
-        "export", "export:export", "Write a model for transformers and vLLM, or as GGUF for llama.cpp, and check it.", "Use the result"
+        "export",
+        "export:export",
+        "Write a model for transformers and vLLM, or as GGUF for llama.cpp, and check it.",
+        "Use the result",
     ),
-    Command("evaluate", "evaluate:evaluate", "Measure loss, perplexity and bits per byte on held-out rows.", "Use the result"),
+    Command(
+        "evaluate",
+        "evaluate:evaluate",
+        "Measure loss, perplexity and bits per byte on held-out rows.",
+        "Use the result",
+    ),
     Command("generate", "generate:generate", "Answer prompts, rendered exactly as in training.", "Use the result"),
     Command("chat", "generate:chat", "Talk with a model.", "Use the result"),
-    Command("compare", "compare:compare", "Show base and tuned model side by side on the same prompts.", "Use the result"),
+    Command(
+        "compare", "compare:compare", "Show base and tuned model side by side on the same prompts.", "Use the result"
+    ),
 )
 
 
@@ -156,10 +198,16 @@ def unknown_command(prefix: str, name: str, known: Sequence[str]) -> UsageError:
 
 
 def _group(words: str, rows: tuple[Command, ...]) -> Any:
-    help_text = GROUPS[words] if words else "Fine-tune a language model from one config, with training that can be checked."
+    help_text = (
+        GROUPS[words] if words else "Fine-tune a language model from one config, with training that can be checked."
+    )
     group_class = type("Group", (LazyGroup,), {"rows": rows, "prefix": f"{words} " if words else ""})
     app = typer.Typer(
-        cls=group_class, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=_CONTEXT
+        cls=group_class,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings=_CONTEXT,
     )
     callback = _top if not words else _inner
     app.callback(help=help_text)(callback)
@@ -190,7 +238,8 @@ def _switches_everywhere() -> list[Any]:
     """The options every command takes; `main` acts on them before parsing, so no function sees them."""
 
     def switches(
-        offline: bool = typer.Option(False, "--offline", help=_OFFLINE), debug: bool = typer.Option(False, "--debug", help=_DEBUG)
+        offline: bool = typer.Option(False, "--offline", help=_OFFLINE),
+        debug: bool = typer.Option(False, "--debug", help=_DEBUG),
     ) -> None:
         pass
 
@@ -222,7 +271,9 @@ def _inner() -> None:
 
 def build(commands: tuple[Command, ...] = COMMANDS) -> Any:
     """Return the program as a command object."""
-    assert all(words.split()[0] in GROUPS for words in (row.words for row in commands) if " " in words), "a group needs its line in GROUPS"
+    assert all(words.split()[0] in GROUPS for words in (row.words for row in commands) if " " in words), (
+        "a group needs its line in GROUPS"
+    )
     return _group("", commands)
 
 
@@ -249,7 +300,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except LlmtuneError as error:
         code = report_error(error, debug=debug)
     except (KeyboardInterrupt, typer.Abort):
-        say("stopped")
+        print_line("stopped")
         code = 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output has gone (`llmtune ... | head`).
@@ -283,7 +334,10 @@ _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMF
 
 
 def _let_go_of_output() -> None:
-    """Flush what was said; where the terminal or the reader has gone, forget it, or Python would exit with a code of its own (120)."""
+    """Flush what was said.
+
+    Where the terminal or the reader has gone, forget it, or Python would exit with a code of its own (120).
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -302,6 +356,10 @@ def _machine(error: Exception) -> LlmtuneError:
     if isinstance(error, OSError):
         where = str(error.filename) if error.filename else "standard output"
         return MachineError(
-            f"the machine refuses: {error.strerror}", where, "make room or choose another place, then run the same command again"
+            f"the machine refuses: {error.strerror}",
+            where,
+            "make room or choose another place, then run the same command again",
         )
-    return MachineError("the memory is used up", "this machine", "`llmtune plan` says what a run needs and what to change")
+    return MachineError(
+        "the memory is used up", "this machine", "`llmtune plan` says what a run needs and what to change"
+    )

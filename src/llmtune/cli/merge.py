@@ -7,19 +7,25 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 from llmtune.cli.options import Dtype
 
 __all__ = ["merge_lora"]
 
 
 def merge_lora(
-    source: Annotated[Path, typer.Argument(metavar="RUN|ADAPTER", help="A run with an adapter (folder or name), or an adapter's folder.")],
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|ADAPTER", help="A run with an adapter (folder or name), or an adapter's folder."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make; it must not exist.")],
     base: Annotated[
-        str | None, typer.Option("--base", help="Where its base is; a base trained in 4 or 8 bit is then taken unquantized.")
+        str | None,
+        typer.Option("--base", help="Where its base is; a base trained in 4 or 8 bit is then taken unquantized."),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option("--dtype", help="Type of the written weights; as in the base when not given.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Type of the written weights; as in the base when not given.")
+    ] = None,
 ) -> None:
     """Merge an adapter into its base, weight by weight; the result is reloaded and compared before it gets its name."""
     from llmtune.cli.process import is_offline, prepare_process
@@ -29,16 +35,23 @@ def merge_lora(
     from llmtune.deploy.merge import merge_lora as merge
 
     folder = named_folder(source, "runs") or source
-    report = merge(folder, output, base=base, dtype=dtype.value if dtype is not None else None, offline=is_offline(), say=say)
+    report = merge(
+        folder,
+        output,
+        base=base,
+        dtype=dtype.value if dtype is not None else None,
+        offline=is_offline(),
+        print_line=print_line,
+    )
     for note in report.notes:
-        say(note)
-    say(f"merged into {report.merged_into}; {report.weights_changed} weights changed")
+        print_line(note)
+    print_line(f"merged into {report.merged_into}; {report.weights_changed} weights changed")
     lost = f"{report.entries_unchanged_by_rounding:,} of {report.entries_changed:,}"
-    say(f"{lost} changed entries change by less than the written type can express")
+    print_line(f"{lost} changed entries change by less than the written type can express")
     found = report.difference
-    say(
+    print_line(
         f"against base + adapter: largest logit difference {found.max_abs_logit:.3g}, mean KL {found.mean_kl:.3g} nats ({report.tolerance})"
     )
     if report.other_base is not None:
-        say(f"against the adapter on the other form of its base: mean KL {report.other_base.mean_kl:.3g} nats")
+        print_line(f"against the adapter on the other form of its base: mean KL {report.other_base.mean_kl:.3g} nats")
     print(output)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 
 __all__ = ["list_models"]
 
@@ -35,18 +35,41 @@ def list_models(
         rows.append((entry, parameters, source, availability(entry)))
     if as_json:
         for entry, parameters, source, here in rows:
-            fields: dict[str, Any] = {"name": entry.name, "parameters": parameters, "context": entry.context, "source": source}
-            fields |= {"licence": entry.licence, "gated": entry.gated, "available": here, "method": entry.method, "hub_id": entry.hub_id}
+            fields: dict[str, Any] = {
+                "name": entry.name,
+                "parameters": parameters,
+                "context": entry.context,
+                "source": source,
+            }
+            fields |= {
+                "licence": entry.licence,
+                "gated": entry.gated,
+                "available": here,
+                "method": entry.method,
+                "hub_id": entry.hub_id,
+            }
             print(json.dumps(fields | {"shape": asdict(entry.shape) if entry.shape else None}))
         return
     table = [("name", "parameters", "context", "source", "licence", "here", "method")]
     for entry, parameters, source, here in rows:
         count = f"{parameters:,}" if parameters else "?"
-        table.append((entry.name, count, f"{entry.context:,}" if entry.context else "?", source, entry.licence, here, entry.method))
+        table.append(
+            (
+                entry.name,
+                count,
+                f"{entry.context:,}" if entry.context else "?",
+                source,
+                entry.licence,
+                here,
+                entry.method,
+            )
+        )
     left_out = _print_table(table, width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
     if left_out:
-        say(f"a wider terminal also shows {' and '.join(left_out)}; --json gives everything")
-    say("also works as model.name: any hub id, a folder saved with save_pretrained, a .gguf file; add your own in models.yaml")
+        print_line(f"a wider terminal also shows {' and '.join(left_out)}; --json gives everything")
+    print_line(
+        "also works as model.name: any hub id, a folder saved with save_pretrained, a .gguf file; add your own in models.yaml"
+    )
 
 
 def _scratch(entry: Any, vocabulary: int) -> tuple[int, str]:
@@ -70,7 +93,9 @@ def _vocabulary(folder: Path) -> int:
         ids = [*(vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary)))]
         return int(max([*ids, *(token["id"] for token in content["added_tokens"])])) + 1
     except (ModelError, KeyError, TypeError, ValueError) as error:
-        raise TokenizerError(f"{path} is no tokenizer file", where="--tokenizer", fix="name a folder with tokenizer.json") from error
+        raise TokenizerError(
+            f"{path} is no tokenizer file", where="--tokenizer", fix="name a folder with tokenizer.json"
+        ) from error
 
 
 _NUMBERS = ("parameters", "context")
@@ -78,7 +103,10 @@ _LEFT_OUT_FIRST = ("licence", "context", "source")
 
 
 def _print_table(rows: Sequence[tuple[str, ...]], *, width: int | None) -> list[str]:
-    """Print the rows under their headings, in `width` characters where there is a limit; returns the columns that were left out for it."""
+    """Print the rows under their headings, in `width` characters where there is a limit.
+
+    Returns the columns that were left out for it.
+    """
     columns = [(len(max(cells, key=len)), cells) for cells in zip(*rows, strict=True)]
     left_out = []
     for name in _LEFT_OUT_FIRST:
@@ -87,7 +115,11 @@ def _print_table(rows: Sequence[tuple[str, ...]], *, width: int | None) -> list[
         columns = [(size, cells) for size, cells in columns if cells[0] != name]
         left_out.append(name)
     for line in zip(
-        *([cell.rjust(size) if cells[0] in _NUMBERS else cell.ljust(size) for cell in cells] for size, cells in columns), strict=True
+        *(
+            [cell.rjust(size) if cells[0] in _NUMBERS else cell.ljust(size) for cell in cells]
+            for size, cells in columns
+        ),
+        strict=True,
     ):
         print("  ".join(line).rstrip())
     return left_out

@@ -10,9 +10,12 @@ import typer
 __all__ = ["ConfigName", "Dtype", "Overrides"]
 
 ConfigName = Annotated[
-    str | None, typer.Option("--config", "-c", help="A preset (test, development, production, quickstart) or a YAML or JSON file.")
+    str | None,
+    typer.Option("--config", "-c", help="A preset (test, development, production, quickstart) or a YAML or JSON file."),
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")
+]
 
 
 class Dtype(StrEnum):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 from llmtune.cli.options import ConfigName, Overrides
 from llmtune.config.layers import load_config
 from llmtune.errors import UsageError
@@ -19,16 +19,29 @@ def plan(
     overrides: Overrides = None,
     config: ConfigName = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="Plan for another device: a size such as 24GB, rtx3090, rtx4090, l4, t4, a100-80, h100.")
+        str | None,
+        typer.Option(
+            "--device", help="Plan for another device: a size such as 24GB, rtx3090, rtx4090, l4, t4, a100-80, h100."
+        ),
     ] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Train a few steps (nothing is kept) to measure the time.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object; sizes in bytes, times in seconds.")] = False,
-    no_cuda: Annotated[bool, typer.Option("--no-cuda", help="Plan for the CPU even where there is a CUDA device.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train a few steps (nothing is kept) to measure the time.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object; sizes in bytes, times in seconds.")
+    ] = False,
+    no_cuda: Annotated[
+        bool, typer.Option("--no-cuda", help="Plan for the CPU even where there is a CUDA device.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
 ) -> None:
     """Print exact steps and tokens, memory by part, time and disk; whether it fits, and what to change if not."""
     if measure and device is not None:
-        raise UsageError("--measure trains here, and --device plans for elsewhere", "command line", "give one of the two")
+        raise UsageError(
+            "--measure trains here, and --device plans for elsewhere", "command line", "give one of the two"
+        )
     resolved = load_config(config, overrides=overrides or ())
 
     from llmtune.cli.process import is_offline, prepare_process
@@ -38,18 +51,18 @@ def plan(
     from llmtune.engine.devices import open_devices
     from llmtune.plan.forecast import Forecaster
     from llmtune.plan.hardware import open_target
-    from llmtune.plan.resolve_auto import settle
+    from llmtune.plan.resolve_auto import resolve
     from llmtune.plan.summary import as_dict, lines, make_plan
     from llmtune.prepare import prepare
     from llmtune.training.progress import tokenizing_progress
 
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
     target = open_target(device, no_cuda=no_cuda)
-    forecaster = Forecaster(prepare(resolved, options, progress=tokenizing_progress(say)), options, target)
-    prepared, decisions = settle(forecaster)
+    forecaster = Forecaster(prepare(resolved, options, progress=tokenizing_progress(print_line)), options, target)
+    prepared, decisions = resolve(forecaster)
     for decision in decisions:
-        say(str(decision))
-    forecaster = forecaster.of(prepared)
+        print_line(str(decision))
+    forecaster = forecaster.with_prepared(prepared)
     measured_bytes = None
     planned = make_plan(forecaster, full=True)  # before anything real is in memory
     if measure:

@@ -39,9 +39,8 @@ def is_offline() -> bool:
 def prepare_process(*, trains: bool = False) -> None:
     """Quiet the libraries' progress bars and advice; llmtune says itself what it does.
 
-    trains: the process takes many equal steps, so freed memory is kept for the next one, and the libraries it will need in any case are
-    imported. Not for a merge, whose peak is promised.
-    Raises what `check_surroundings` raises.
+    trains: the process takes many equal steps, so freed memory is kept for the next one, and the libraries it will need
+    in any case are imported. Not for a merge, whose peak is promised. Raises what `check_surroundings` raises.
     """
     check_surroundings()
     from llmtune.engine.allocator import bound_kernel_caches, tune_allocator
@@ -57,9 +56,12 @@ def prepare_process(*, trains: bool = False) -> None:
 
 
 def restart_for_allocator() -> None:
-    """Start this program again in the same process, with what its allocator reads at the start alone; returns where that is not to be done.
+    """Start this program again in the same process, with what its allocator reads at the start alone.
 
-    Only where the process is `llmtune` itself, and nothing has been read yet: another program that calls our `main` would be lost.
+    Returns where that is not to be done.
+
+    Only where the process is `llmtune` itself, and nothing has been read yet: another program that calls our `main`
+    would be lost.
     """
     from llmtune.engine.allocator import without_thread_caches
 
@@ -89,22 +91,32 @@ def _import_libraries() -> None:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Raise UsageError for an argument that holds bytes which are no text here: no config, prompt or report could repeat it."""
+    """Raise UsageError for an argument that holds bytes which are no text here: no config, prompt or report could
+    repeat it.
+    """
     for word in arguments:
         if not is_text(word):
-            raise UsageError(f"`{printable(word)}` holds bytes that are not {_encoding()}", "command line", _encoding_fix())
+            raise UsageError(
+                f"`{printable(word)}` holds bytes that are not {_encoding()}", "command line", _encoding_fix()
+            )
 
 
 def check_surroundings() -> None:
-    """Raise MachineError where the libraries we compute with cannot work, before one of them ends the process in its own way."""
+    """Raise MachineError where the libraries we compute with cannot work, before one of them ends the process in its
+    own way.
+    """
     check_working_folder()
     if sys.flags.optimize > 1:
-        problem = "Python was told to drop docstrings (-OO, PYTHONOPTIMIZE=2), and transformers cannot work without its own"
+        problem = (
+            "Python was told to drop docstrings (-OO, PYTHONOPTIMIZE=2), and transformers cannot work without its own"
+        )
         raise MachineError(problem, "this process", "start it without; -O and PYTHONOPTIMIZE=1 are fine")
 
 
 def check_working_folder() -> None:
-    """Raise MachineError for a working folder that was deleted (torch could not be loaded), or whose name is no text here."""
+    """Raise MachineError for a working folder that was deleted (torch could not be loaded), or whose name is no text
+    here.
+    """
     try:
         here = Path.cwd()
     except OSError as error:
@@ -127,11 +139,20 @@ def _encoding_fix() -> str:
 
 def allow_no_telemetry() -> None:
     """Tell the libraries below to report nothing home, whatever their default."""
-    os.environ.update({"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "DISABLE_TELEMETRY": "YES", "WANDB_ERROR_REPORTING": "false"})
+    os.environ.update(
+        {
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "DO_NOT_TRACK": "1",
+            "DISABLE_TELEMETRY": "YES",
+            "WANDB_ERROR_REPORTING": "false",
+        }
+    )
 
 
 def go_offline() -> None:
     """Tell the libraries below to make no connection; wandb keeps its records on disk."""
-    os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "LLMTUNE_OFFLINE": "1"})
+    os.environ.update(
+        {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "LLMTUNE_OFFLINE": "1"}
+    )
     if os.environ.get("WANDB_MODE") != "disabled":
         os.environ["WANDB_MODE"] = "offline"

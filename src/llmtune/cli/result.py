@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llmtune.training.training_run import Result
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 
 __all__ = ["show_result"]
 
@@ -19,12 +19,14 @@ def show_result(result: Result) -> None:
     from llmtune.plan.summary import compared_lines
     from llmtune.training.progress import summary_lines
 
-    say(f"{result.state} after step {result.step}")
+    print_line(f"{result.state} after step {result.step}")
     for line in summary_lines(result.metrics, result.outlook):
-        say(line)
+        print_line(line)
     if result.plan is not None:
-        for line in compared_lines(result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes):
-            say(line)
+        for line in compared_lines(
+            result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes
+        ):
+            print_line(line)
     if result.state == "finished":
-        say(f"try it: llmtune generate {result.folder} 'your question'")
+        print_line(f"try it: llmtune generate {result.folder} 'your question'")
     print(result.folder)

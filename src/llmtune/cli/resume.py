@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 
 __all__ = ["go_on", "resume"]
 
@@ -16,12 +16,22 @@ __all__ = ["go_on", "resume"]
 def resume(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RUN|KEY=VALUE", help="A run's folder or name (the newest unfinished when not given), and overrides."),
+        typer.Argument(
+            metavar="RUN|KEY=VALUE",
+            help="A run's folder or name (the newest unfinished when not given), and overrides.",
+        ),
     ] = None,
-    no_cuda: Annotated[bool, typer.Option("--no-cuda", help="Train on the CPU even where there is a CUDA device.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")] = False,
+    no_cuda: Annotated[
+        bool, typer.Option("--no-cuda", help="Train on the CPU even where there is a CUDA device.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Go on although something changed that makes it another training from here.")
+        bool,
+        typer.Option(
+            "--allow-changes", help="Go on although something changed that makes it another training from here."
+        ),
     ] = False,
 ) -> None:
     """Go on with a run from its newest valid checkpoint."""
@@ -49,4 +59,13 @@ def go_on(
     from llmtune.training import train as training
 
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
-    show_result(training.resume(run, overrides=overrides, options=options, allow_changes=allow_changes, checkpoint=checkpoint, say=say))
+    show_result(
+        training.resume(
+            run,
+            overrides=overrides,
+            options=options,
+            allow_changes=allow_changes,
+            checkpoint=checkpoint,
+            print_line=print_line,
+        )
+    )

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 from llmtune.durable import printable
 from llmtune.runs.folder import RunSummary, list_runs
 
@@ -26,7 +26,9 @@ def runs(
             print(json.dumps({**run._asdict(), "path": printable(run.path)}, ensure_ascii=False))
         return
     if not found:
-        say(f"no runs in {printable(output_dir)}" + ("" if Path(output_dir).is_dir() else ": there is no such folder"))
+        print_line(
+            f"no runs in {printable(output_dir)}" + ("" if Path(output_dir).is_dir() else ": there is no such folder")
+        )
         return
     rows = [("RUN", "STATE", "STEP", "TRAIN LOSS", "EVAL LOSS", "CREATED (UTC)"), *(_row(run) for run in found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

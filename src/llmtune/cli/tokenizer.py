@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 from llmtune.cli.options import Overrides
 
 __all__ = ["train"]
@@ -19,14 +19,24 @@ __all__ = ["train"]
 
 def train(
     overrides: Overrides = None,
-    config: Annotated[str | None, typer.Option("--config", "-c", help="A preset, or a YAML or JSON file; its data.train is read.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")] = Path("tokenizer"),
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="A preset, or a YAML or JSON file; its data.train is read.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")] = Path(
+        "tokenizer"
+    ),
     vocab_size: Annotated[
         int | None, typer.Option("--vocab-size", help="Entries; model.architecture.vocab_size or 16,384 when left out.")
     ] = None,
-    special_token: Annotated[list[str] | None, typer.Option("--special-token", help="A further special token; may be repeated.")] = None,
-    chat_template: Annotated[str | None, typer.Option("--chat-template", help="A shipped name or a Jinja file.")] = None,
-    min_frequency: Annotated[int, typer.Option("--min-frequency", help="Times a pair must be seen to become an entry.")] = 2,
+    special_token: Annotated[
+        list[str] | None, typer.Option("--special-token", help="A further special token; may be repeated.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", help="A shipped name or a Jinja file.")
+    ] = None,
+    min_frequency: Annotated[
+        int, typer.Option("--min-frequency", help="Times a pair must be seen to become an entry.")
+    ] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on the config's data and save it as a tokenizer folder."""
@@ -46,9 +56,13 @@ def train(
     if not settings.data.train:
         raise ConfigError("no training data is named", where="data.train", fix="name a file: `data.train=rows.jsonl`")
     if output.exists():
-        raise UsageError(f"`{output}` exists already", where="--output", fix="name a folder that does not exist yet, or delete it first")
+        raise UsageError(
+            f"`{output}` exists already",
+            where="--output",
+            fix="name a folder that does not exist yet, or delete it first",
+        )
     for note in resolved.notes:
-        say(note)
+        print_line(note)
     architecture = settings.model.architecture
     wanted = vocab_size or architecture.vocab_size or 16_384
     tokenizer = train_tokenizer(
@@ -60,16 +74,20 @@ def train(
         max_length=architecture.max_seq_len or 2048,
     )
     report = measure_tokenizer(tokenizer, iter_texts(settings.data))
-    durable.make_way(output, say)
+    durable.replace_target(output, print_line)
     with durable.commit_folder(output, sealed=False, replace=False) as folder:
         write_tokenizer(tokenizer, folder)
     if as_json:
         print(json.dumps({"folder": str(output), **asdict(report)}))
         return
     if report.vocab_size < wanted:
-        say(f"{wanted:,} entries were asked for; these texts hold no more pairs that are seen {min_frequency} times")
+        print_line(
+            f"{wanted:,} entries were asked for; these texts hold no more pairs that are seen {min_frequency} times"
+        )
     print(f"{output}: {report.vocab_size:,} entries from {report.texts:,} texts ({report.num_bytes:,} bytes)")
-    print(f"  {report.bytes_per_token:.3f} bytes per token; {report.unused_share:.1%} of the entries are unused in these texts")
+    print(
+        f"  {report.bytes_per_token:.3f} bytes per token; {report.unused_share:.1%} of the entries are unused in these texts"
+    )
     failures = report.round_trip_failures
     print(f"  round trip: {report.texts - failures:,} of {report.texts:,} texts come back exactly")
 
@@ -79,5 +97,5 @@ def _told(texts: Iterator[str], every: int = 10_000) -> Iterator[str]:
     wide = shutil.get_terminal_size().columns
     for count, text in enumerate(texts, 1):
         if count % every == 0:
-            say(f"{count:,} texts read"[:wide])
+            print_line(f"{count:,} texts read"[:wide])
         yield text

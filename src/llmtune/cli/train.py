@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 from llmtune.cli.options import ConfigName, Overrides
 from llmtune.cli.result import show_result
 from llmtune.config.layers import load_config
@@ -20,18 +20,30 @@ def train(
     overrides: Overrides = None,
     config: ConfigName = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A name of `llmtune list-models`, a folder, a .gguf file, a hub id.")
+        str | None,
+        typer.Option("--model", "-m", help="A name of `llmtune list-models`, a folder, a .gguf file, a hub id."),
     ] = None,
     samples: Annotated[int | None, typer.Option("--samples", "-s", help="Use at most this many training rows.")] = None,
-    project: Annotated[str | None, typer.Option("--project", "-p", help="Project name for trackers that have projects.")] = None,
-    output_dir: Annotated[str | None, typer.Option("--output-dir", help="Folder in which the run's folder is made.")] = None,
+    project: Annotated[
+        str | None, typer.Option("--project", "-p", help="Project name for trackers that have projects.")
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output-dir", help="Folder in which the run's folder is made.")
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run.")] = None,
-    no_cuda: Annotated[bool, typer.Option("--no-cuda", help="Train on the CPU even where there is a CUDA device.")] = False,
+    no_cuda: Annotated[
+        bool, typer.Option("--no-cuda", help="Train on the CPU even where there is a CUDA device.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")] = False,
-    list_models: Annotated[bool, typer.Option("--list-models", help="List the models that have a name, and stop.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+    list_models: Annotated[
+        bool, typer.Option("--list-models", help="List the models that have a name, and stop.")
+    ] = False,
     resume_from_checkpoint: Annotated[
-        Path | None, typer.Option("--resume-from-checkpoint", help="Go on with the run this checkpoint folder belongs to.")
+        Path | None,
+        typer.Option("--resume-from-checkpoint", help="Go on with the run this checkpoint folder belongs to."),
     ] = None,
 ) -> None:
     """Train a model: from a preset or file, with any key overridden."""
@@ -53,7 +65,13 @@ def train(
                 where="command line",
                 fix="a run goes on with its own config; override single keys with KEY=VALUE",
             )
-        go_on(None, overrides or [], no_cuda=no_cuda, trust_remote_code=trust_remote_code, checkpoint=resume_from_checkpoint)
+        go_on(
+            None,
+            overrides or [],
+            no_cuda=no_cuda,
+            trust_remote_code=trust_remote_code,
+            checkpoint=resume_from_checkpoint,
+        )
         return
     flags = {
         "model.name": model,
@@ -73,6 +91,6 @@ def train(
 
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
     if dry_run:
-        run_dry(resolved, options, say=print)
+        run_dry(resolved, options, print_line=print)
         return
-    show_result(run_training(resolved, options, say=say))
+    show_result(run_training(resolved, options, print_line=print_line))

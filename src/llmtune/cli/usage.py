@@ -1,4 +1,6 @@
-"""What the parser refuses, said as everything else is: the value that was given, its place, and the words that would have worked."""
+"""What the parser refuses, said as everything else is: the value that was given, its place, and the words that would
+have worked.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ def keys_meant_by(option: str) -> list[str]:
     >>> keys_meant_by("--lr"), keys_meant_by("--warmup-ratio"), keys_meant_by("-m"), keys_meant_by("--colour")
     (['training.learning_rate'], ['training.warmup_ratio'], ['model.name'], [])
     """
-    flags = {flag: key for key, flag in FLAGS.items()} | {"-m": "model.name", "-s": "data.max_samples", "-p": "tracking.project"}
+    flags = {flag: key for key, flag in FLAGS.items()} | {
+        "-m": "model.name",
+        "-s": "data.max_samples",
+        "-p": "tracking.project",
+    }
     name = option.lstrip("-").replace("-", "_").lower()
     if option in flags:
         return [flags[option]]

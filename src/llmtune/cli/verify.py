@@ -1,4 +1,6 @@
-"""`llmtune verify ...`: each claim of llmtune as a command that proves it on this machine, or shows the first difference."""
+"""`llmtune verify ...`: each claim of llmtune as a command that proves it on this machine, or shows the first
+difference.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.failure import say
+from llmtune.cli.failure import print_line
 from llmtune.cli.options import Overrides
 from llmtune.cli.process import is_offline, prepare_process
 from llmtune.config.layers import ResolvedConfig, load_config
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["batching", "checkpoint", "crash", "merge", "packing", "resume"]
 
 ConfigName = Annotated[
-    str | None, typer.Option("--config", "-c", help="A preset or a file; the test preset with custom-nano when not given.")
+    str | None,
+    typer.Option("--config", "-c", help="A preset or a file; the test preset with custom-nano when not given."),
 ]
 Steps = Annotated[int, typer.Option("--steps", min=2, help="Steps of the training that is tried.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")]
@@ -41,7 +44,7 @@ def resume(
 
     name, given = _config(config, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        _end(verify_resume(name, given, Path(folder), steps=steps, kills=kills, say=say))
+        _end(verify_resume(name, given, Path(folder), steps=steps, kills=kills, print_line=print_line))
 
 
 def crash(
@@ -51,11 +54,17 @@ def crash(
     kills: Annotated[int, typer.Option("--kills", min=1, help="How often a process is killed with SIGKILL.")] = 12,
     seed: Annotated[int, typer.Option("--seed", help="Decides the moments of the kills.")] = 0,
     through_commands: Annotated[
-        bool, typer.Option("--through-commands", help="Kill the real `llmtune train` and `llmtune resume`, at random times (slower).")
+        bool,
+        typer.Option(
+            "--through-commands", help="Kill the real `llmtune train` and `llmtune resume`, at random times (slower)."
+        ),
     ] = False,
-    record: Annotated[Path | None, typer.Option("--record", help="Add one JSON line for each kill to this file.")] = None,
+    record: Annotated[
+        Path | None, typer.Option("--record", help="Add one JSON line for each kill to this file.")
+    ] = None,
     keep: Annotated[
-        Path | None, typer.Option("--keep", help="Work in this folder and leave there what differs, instead of a temporary one.")
+        Path | None,
+        typer.Option("--keep", help="Work in this folder and leave there what differs, instead of a temporary one."),
     ] = None,
 ) -> None:
     """Kill runs at random moments and in the middle of file operations, resume them, and compare them byte for byte."""
@@ -67,7 +76,15 @@ def crash(
     with contextlib.nullcontext(str(keep)) if keep is not None else tempfile.TemporaryDirectory() as folder:
         _end(
             verify_crash(
-                name, given, Path(folder), steps=steps, kills=kills, say=say, seed=seed, through_commands=through_commands, record=record
+                name,
+                given,
+                Path(folder),
+                steps=steps,
+                kills=kills,
+                print_line=print_line,
+                seed=seed,
+                through_commands=through_commands,
+                record=record,
             )
         )
 
@@ -79,7 +96,7 @@ def batching(overrides: Overrides = None, config: ConfigName = None) -> None:
     from llmtune.config.process_options import Options
     from llmtune.verify.numbers import verify_batching
 
-    _end(verify_batching(resolved, Options(offline=is_offline()), say=say))
+    _end(verify_batching(resolved, Options(offline=is_offline()), print_line=print_line))
 
 
 def packing(overrides: Overrides = None, config: ConfigName = None) -> None:
@@ -89,7 +106,7 @@ def packing(overrides: Overrides = None, config: ConfigName = None) -> None:
     from llmtune.config.process_options import Options
     from llmtune.verify.numbers import verify_packing
 
-    _end(verify_packing(resolved, Options(offline=is_offline()), say=say))
+    _end(verify_packing(resolved, Options(offline=is_offline()), print_line=print_line))
 
 
 def checkpoint(run: Run) -> None:
@@ -98,7 +115,7 @@ def checkpoint(run: Run) -> None:
     from llmtune.runs.folder import resolve_run
     from llmtune.verify.file_checks import verify_checkpoint
 
-    _end(verify_checkpoint(resolve_run(run, "runs"), say=say))
+    _end(verify_checkpoint(resolve_run(run, "runs"), print_line=print_line))
 
 
 def merge(run: Run) -> None:
@@ -107,7 +124,7 @@ def merge(run: Run) -> None:
     from llmtune.runs.folder import resolve_run
     from llmtune.verify.file_checks import verify_merge
 
-    _end(verify_merge(resolve_run(run, "runs"), offline=is_offline(), say=say))
+    _end(verify_merge(resolve_run(run, "runs"), offline=is_offline(), print_line=print_line))
 
 
 def _config(config: str | None, overrides: list[str] | None) -> tuple[str, list[str]]:

@@ -1,7 +1,8 @@
 """Other toolkits' names for our keys: rows of tables, each accepted with one line that says the name used here.
 
-Three tables: `NAMES` (another name, same value; in `names.py`), `TRANSLATED` (another way to say it) and `NOT_HERE` (refused, and why).
-A name with a dot stands in a section of that name. `FLAT_SECTIONS` are sections whose content is read as if it stood at the top.
+Three tables: `NAMES` (another name, same value; in `names.py`), `TRANSLATED` (another way to say it) and `NOT_HERE`
+(refused, and why). A name with a dot stands in a section of that name. `FLAT_SECTIONS` are sections whose content is
+read as if it stood at the top.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ __all__ = [
 
 
 class Change(NamedTuple):
-    """What another toolkit's key asks for here. A weak change gives way to anything else the same file says about that key."""
+    """What another toolkit's key asks for here.
+
+    A weak change gives way to anything else the same file says about that key.
+    """
 
     key: str
     value: Node
@@ -40,7 +44,8 @@ class Change(NamedTuple):
 Translation = Callable[[Node], list[Change]]
 
 SECRET = re.compile(
-    r"(^|[_.-])(api_?key|(access|auth|hub|hf|hugging_?face|wandb)_?token|token|secret|secret_?key|passw(or)?d|credentials?)$", re.IGNORECASE
+    r"(^|[_.-])(api_?key|(access|auth|hub|hf|hugging_?face|wandb)_?token|token|secret|secret_?key|passw(or)?d|credentials?)$",
+    re.IGNORECASE,
 )
 """Keys that would hold a secret; those come from the environment or a login store."""
 
@@ -60,7 +65,10 @@ def _says(node: Node, text: str) -> Scalar:
 
 
 def _switch(key: str, on: str, off: str, *, is_vague: bool = False) -> Translation:
-    """`true` asks for `on`; `false` asks for `off`, unless the same file asks for something else; a vague `true` gives way likewise."""
+    """`true` asks for `on`; `false` asks for `off`, unless the same file asks for something else.
+
+    A vague `true` gives way likewise.
+    """
 
     def translate(node: Node) -> list[Change]:
         is_on = _is_on(node)
@@ -102,7 +110,11 @@ def _report_to(node: Node) -> list[Change]:
 
 def _use_wandb(node: Node) -> list[Change]:
     names = ("console", "jsonl", "tensorboard", "wandb") if _is_on(node) else ("console", "jsonl", "tensorboard")
-    return [Change("tracking.trackers", Listing(tuple(_says(node, name) for name in names), node.origin), weak=not _is_on(node))]
+    return [
+        Change(
+            "tracking.trackers", Listing(tuple(_says(node, name) for name in names), node.origin), weak=not _is_on(node)
+        )
+    ]
 
 
 def _adapter(node: Node) -> list[Change]:
@@ -169,15 +181,27 @@ _DTYPES = {
     "torch.float16": "float16",
     "torch.float32": "float32",
 }
-_ATTENTION = {"flash_attention_2": "flash", "flash_attention_3": "flash", "flash_attn": "flash", "fa2": "flash", "flex_attention": "flex"}
-_TRAIN_ON = {name: name for name in get_args(TrainOn)} | {"trainonwhat.all_assistant_messages": "all_assistant_messages"}
+_ATTENTION = {
+    "flash_attention_2": "flash",
+    "flash_attention_3": "flash",
+    "flash_attn": "flash",
+    "fa2": "flash",
+    "flex_attention": "flex",
+}
+_TRAIN_ON = {name: name for name in get_args(TrainOn)} | {
+    "trainonwhat.all_assistant_messages": "all_assistant_messages"
+}
 
 TRANSLATED: dict[str, Translation] = {
     "use_lora": _switch("adapter.method", "lora", "none"),
     "use_peft": _switch("adapter.method", "lora", "none"),
     "finetuning_type": _adapter,
     "adapter": _adapter,
-    **{name: _implies_lora(target) for name, target in NAMES.items() if target.startswith("adapter.") and "." not in name},
+    **{
+        name: _implies_lora(target)
+        for name, target in NAMES.items()
+        if target.startswith("adapter.") and "." not in name
+    },
     **{name: _implies_lora(target) for name, target in NAMES.items() if name.split(".")[0] in LORA_SECTIONS},
     **{
         f"{section}.{name}": _implies_lora(NAMES[name])
@@ -229,7 +253,9 @@ TRANSLATED: dict[str, Translation] = {
     "bias": _only("none", "biases are trained in full tuning only"),
     "task_type": _only("causal_lm", "llmtune trains causal language models"),
     "stage": _only("sft", "llmtune does supervised fine-tuning"),
-    "save_strategy": _only("steps", "give the steps as `checkpoint.every_steps`; without it every epoch's end is saved"),
+    "save_strategy": _only(
+        "steps", "give the steps as `checkpoint.every_steps`; without it every epoch's end is saved"
+    ),
     "eval_strategy": _only("steps", "give the steps as `evaluation.every_steps`"),
     "evaluation_strategy": _only("steps", "give the steps as `evaluation.every_steps`"),
     "do_train": _only("true", "`llmtune train` trains; `llmtune evaluate` only measures"),
@@ -259,18 +285,33 @@ VALUES: dict[str, dict[str, str]] = {
 
 _COMMAND_LINE = "it runs code that comes with the model, so it is allowed on the command line only, where you see it"
 NOT_HERE: dict[str, tuple[str, str]] = {
-    "trust_remote_code": (_COMMAND_LINE, "remove it here, and add `--trust-remote-code` to the command if you have read that code"),
+    "trust_remote_code": (
+        _COMMAND_LINE,
+        "remove it here, and add `--trust-remote-code` to the command if you have read that code",
+    ),
     "resume_from_checkpoint": ("resuming is a command of its own", "run `llmtune resume RUN`"),
     "auto_resume_from_checkpoints": ("resuming is a command of its own", "run `llmtune resume`"),
     "push_to_hub": ("llmtune uploads nothing", "upload the run's `final/` folder with the hub's own tool"),
     "hub_model_id": ("llmtune uploads nothing", "upload the run's `final/` folder with the hub's own tool"),
-    "_component_": ("it names code to import, and llmtune imports nothing that a config names", "use the keys of `llmtune config schema`"),
-    "_target_": ("it names code to import, and llmtune imports nothing that a config names", "use the keys of `llmtune config schema`"),
+    "_component_": (
+        "it names code to import, and llmtune imports nothing that a config names",
+        "use the keys of `llmtune config schema`",
+    ),
+    "_target_": (
+        "it names code to import, and llmtune imports nothing that a config names",
+        "use the keys of `llmtune config schema`",
+    ),
     "plugins": ("it names code to import, and llmtune imports nothing that a config names", "remove it"),
     "no_cuda": ("the device is chosen where the command runs", "run `llmtune train --no-cuda`"),
     "use_cpu": ("the device is chosen where the command runs", "run `llmtune train --no-cuda`"),
-    "world_size": ("the number of processes is chosen where the command runs", "start it with `torchrun --nproc-per-node N`"),
-    "local_rank": ("the number of processes is chosen where the command runs", "start it with `torchrun --nproc-per-node N`"),
+    "world_size": (
+        "the number of processes is chosen where the command runs",
+        "start it with `torchrun --nproc-per-node N`",
+    ),
+    "local_rank": (
+        "the number of processes is chosen where the command runs",
+        "start it with `torchrun --nproc-per-node N`",
+    ),
     "label_smoothing_factor": ("the loss here is the plain negative log-likelihood", "remove it"),
     "logging_dir": ("logs stand in the run's own folder", "set `run.output_dir`"),
     "micro_batch_size_eval": ("it has another name here", "set `evaluation.batch_size`"),

@@ -1,4 +1,6 @@
-"""What a config may not say although every single value has the right type: ranges, and keys that contradict each other."""
+"""What a config may not say although every single value has the right type: ranges, and keys that contradict each
+other.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from llmtune.config.schema import Config, SourceConfig
 from llmtune.config.value_text import value_text
 from llmtune.errors import Problem
 
-__all__ = ["CONTRADICTIONS", "NAME_FIELDS", "RANGES", "SOURCE_RANGES", "Contradiction", "Range", "contradictions", "range_problem"]
+__all__ = [
+    "CONTRADICTIONS",
+    "NAME_FIELDS",
+    "RANGES",
+    "SOURCE_RANGES",
+    "Contradiction",
+    "Range",
+    "contradictions",
+    "range_problem",
+]
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,9 @@ def range_problem(key: str, value: Any) -> str | None:
     bounds = RANGES.get(key)
     if bounds is not None:
         items = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(item, int | float) and not isinstance(item, bool) and not bounds.holds(item) for item in items):
+        if any(
+            isinstance(item, int | float) and not isinstance(item, bool) and not bounds.holds(item) for item in items
+        ):
             return f"must be {bounds}"
     return None
 
@@ -170,7 +183,9 @@ def contradictions(config: Config, origins: Mapping[str, Origin], failed: Collec
         if not any(key in failed for key in row.keys) and row.when(config, origins):
             places = dict.fromkeys(origins[key].place for key in row.keys if origins[key].kind != "default")
             values = ", ".join(f"`{key}: {_value(config, key)}`" for key in row.keys if origins[key].kind != "default")
-            found.append(Problem(f"{row.problem} ({values})" if values else row.problem, " and ".join(places) or None, row.fix))
+            found.append(
+                Problem(f"{row.problem} ({values})" if values else row.problem, " and ".join(places) or None, row.fix)
+            )
     return found
 
 
@@ -205,7 +220,9 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
     *(
         Contradiction(
             (f"adapter.{name}", "adapter.method"),
-            lambda _, origins, name=name: _is_given(origins, f"adapter.{name}") and not _is_given(origins, "adapter.method"),  # type: ignore[misc]
+            lambda _, origins, name=name: (
+                _is_given(origins, f"adapter.{name}") and not _is_given(origins, "adapter.method")
+            ),  # type: ignore[misc]
             "this adapter setting does nothing without an adapter",
             "set `adapter.method: lora` (or `none` to say that every weight is trained)",
         )
@@ -232,7 +249,9 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
     Contradiction(
         ("training.warmup_steps", "training.max_steps"),
         lambda c, _: (
-            c.training.warmup_steps is not None and c.training.max_steps is not None and c.training.warmup_steps > c.training.max_steps
+            c.training.warmup_steps is not None
+            and c.training.max_steps is not None
+            and c.training.warmup_steps > c.training.max_steps
         ),
         "the warm-up is longer than the training",
         "lower `training.warmup_steps`",
@@ -311,7 +330,9 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
     ),
     Contradiction(
         ("data.max_length", "model.architecture.max_seq_len"),
-        lambda c, _: c.model.architecture.max_seq_len is not None and c.data.max_length > c.model.architecture.max_seq_len,
+        lambda c, _: (
+            c.model.architecture.max_seq_len is not None and c.data.max_length > c.model.architecture.max_seq_len
+        ),
         "examples may be longer than the model can see",
         "lower `data.max_length`, or raise `model.architecture.max_seq_len`",
     ),

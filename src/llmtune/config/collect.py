@@ -15,7 +15,9 @@ from llmtune.errors import Problem
 
 __all__ = ["Findings", "Setting", "collect", "nearest_key"]
 
-_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b")
+_SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b"
+)
 _FIX_SECRET = "remove it; log in with the tool's own login, or set its environment variable"  # noqa: S105 - advice, not a secret
 
 
@@ -87,7 +89,10 @@ class _Reader:
             self.entry(key, entry)
 
     def entry(self, key: str, entry: Entry) -> None:
-        """Take one key by what it is: ours, a section, a secret, another toolkit's, or unknown. Nothing is raised: problems are found."""
+        """Take one key by what it is: ours, a section, a secret, another toolkit's, or unknown.
+
+        Nothing is raised: problems are found.
+        """
         value, origin = entry.value, entry.origin
         leaf = key.rpartition(".")[2]
         if key in convert.LEAVES:
@@ -100,7 +105,9 @@ class _Reader:
             self.findings.problem(f"`{printable(key)}` would keep a secret in a config", origin.place, _FIX_SECRET)
         elif leaf in aliases.NOT_HERE:
             reason, fix = aliases.NOT_HERE[leaf]
-            self.findings.problem(f"`{printable(key)}` (`{shown(value)}`) is not a config key: {reason}", origin.place, fix)
+            self.findings.problem(
+                f"`{printable(key)}` (`{shown(value)}`) is not a config key: {reason}", origin.place, fix
+            )
         elif isinstance(value, Table) and (inner := _foreign_section(key)) is not None:
             self.walk(value, inner)
         elif (name := _alias_name(key)) is not None:
@@ -118,7 +125,9 @@ class _Reader:
             self.apply(key, aliases.SECTION_VALUES[key], value, origin)
         else:
             keys = ", ".join(name.rpartition(".")[2] for name in convert.LEAVES if name.rpartition(".")[0] == key)
-            self.findings.problem(f"`{key}` is a section, not a value (`{shown(value)}`)", origin.place, f"its keys are {keys}")
+            self.findings.problem(
+                f"`{key}` is a section, not a value (`{shown(value)}`)", origin.place, f"its keys are {keys}"
+            )
 
     def alias(self, written: str, name: str, value: Node, origin: Origin) -> None:
         """Take a key by another toolkit's name, in the words used here."""
@@ -134,13 +143,17 @@ class _Reader:
             changes = translation(value)
         except convert.Mismatch as mismatch:
             self.findings.problem(
-                f"`{printable(written)}` must be {mismatch.expected}, not `{shown(mismatch.node)}`", origin.place, mismatch.fix
+                f"`{printable(written)}` must be {mismatch.expected}, not `{shown(mismatch.node)}`",
+                origin.place,
+                mismatch.fix,
             )
             return
         for change in changes:
             if "[" in change.key:
                 self.parts[change.key] = Setting(change.value, origin, written)
-                self.findings.note(f"{origin.place}: `{printable(written)}` is a part of `{change.key.partition('[')[0]}` here")
+                self.findings.note(
+                    f"{origin.place}: `{printable(written)}` is a part of `{change.key.partition('[')[0]}` here"
+                )
                 continue
             self.settle(change.key, written, change.value, origin, change.weak)
         strong = [change for change in changes if not change.weak and "[" not in change.key]
@@ -150,7 +163,9 @@ class _Reader:
             said = " and ".join(f"`{change.key}: {shown(change.value)}`" for change in (strong or changes))
             self.findings.note(f"{origin.place}: `{printable(written)}: {shown(value)}` is {said} here")
         elif not changes:
-            self.findings.note(f"{origin.place}: `{printable(written)}: {shown(value)}` asks for what happens here anyway")
+            self.findings.note(
+                f"{origin.place}: `{printable(written)}: {shown(value)}` asks for what happens here anyway"
+            )
 
     def settle(self, key: str, written: str, value: Node, origin: Origin, weak: bool = False) -> None:
         """Convert one value and keep it, unless the same layer already says something else about that key."""
@@ -197,12 +212,18 @@ class _Reader:
         if first is None:
             return
         defaults = convert.default_of("training.betas")
-        items = [each.value if each else Scalar(str(default), True, first.origin) for each, default in zip(given, defaults, strict=True)]
+        items = [
+            each.value if each else Scalar(str(default), True, first.origin)
+            for each, default in zip(given, defaults, strict=True)
+        ]
         written = " and ".join(each.written for each in given if each)
         self.settle("training.betas", written, Listing(tuple(items), first.origin), first.origin)
 
     def join_sources(self) -> None:
-        """A configuration and splits given beside one dataset become parts of that source; a split for evaluation makes a second source."""
+        """A configuration and splits given beside one dataset become parts of that source.
+
+        A split for evaluation makes a second source.
+        """
         for key, part in self.parts.items():
             target, _, name = key.partition("[].")
             if not name:
@@ -237,7 +258,10 @@ class _Reader:
 
 
 def _value_origin(origin: Origin, value: Node) -> Origin:
-    """The line of the value where it is a scalar on another line than its key (a folded text); the key's line otherwise."""
+    """The line of the value where it is a scalar on another line than its key (a folded text).
+
+    The key's line otherwise.
+    """
     return replace(origin) if isinstance(value, Scalar) else origin
 
 
@@ -262,7 +286,9 @@ def _foreign_section(key: str) -> str | None:
 
 
 def _alias_name(key: str) -> str | None:
-    """The row of the alias tables that answers this key: by its whole name, or by its last part inside the right section."""
+    """The row of the alias tables that answers this key: by its whole name, or by its last part inside the right
+    section.
+    """
     for name in (key, key.lower()):
         if name in aliases.TRANSLATED or name in aliases.NAMES:
             return name
@@ -271,7 +297,9 @@ def _alias_name(key: str) -> str | None:
         return leaf
     if section in convert.SECTIONS and leaf in aliases.NAMES and aliases.NAMES[leaf].startswith(f"{section}."):
         return leaf
-    if section in convert.SECTIONS and any(leaf in aliases.other_names(own) for own in convert.LEAVES if own.startswith(f"{section}.")):
+    if section in convert.SECTIONS and any(
+        leaf in aliases.other_names(own) for own in convert.LEAVES if own.startswith(f"{section}.")
+    ):
         return leaf
     return None
 
@@ -313,7 +341,9 @@ def _likeness(section: str, leaf: str, name: str) -> float:
     return likeness
 
 
-def _mismatch_problem(key: str, written: str, value: Node, mismatch: convert.Mismatch, origin: Origin) -> tuple[str, str, str | None]:
+def _mismatch_problem(
+    key: str, written: str, value: Node, mismatch: convert.Mismatch, origin: Origin
+) -> tuple[str, str, str | None]:
     place = mismatch.node.origin.place
     subject = f"`{printable(written)}`" if written == key else f"`{printable(written)}` (`{key}` here)"
     fix = mismatch.fix

@@ -130,7 +130,9 @@ def _union(node: Node, declared: Any) -> Any:
 
 def _choice(node: Node, declared: Any) -> Any:
     for choice in get_args(declared):
-        if isinstance(node, Scalar) and (node.text == choice or (isinstance(choice, bool) and _TRUTHS.get(node.text.lower()) is choice)):
+        if isinstance(node, Scalar) and (
+            node.text == choice or (isinstance(choice, bool) and _TRUTHS.get(node.text.lower()) is choice)
+        ):
             return choice
     raise Mismatch(expected(declared), node)
 
@@ -155,7 +157,10 @@ def _source(node: Node) -> SourceConfig:
     values: dict[str, Any] = {}
     for entry in node.entries:
         if entry.key not in SOURCE_FIELDS:
-            raise Mismatch("a mapping of " + ", ".join(f"`{name}`" for name in SOURCE_FIELDS), Scalar(entry.key, True, entry.origin))
+            raise Mismatch(
+                "a mapping of " + ", ".join(f"`{name}`" for name in SOURCE_FIELDS),
+                Scalar(entry.key, True, entry.origin),
+            )
         values[entry.key] = convert(entry.value, SOURCE_FIELDS[entry.key])
     if not values.get("path"):
         raise Mismatch("a mapping with `path`", node)

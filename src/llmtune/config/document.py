@@ -1,7 +1,7 @@
 """YAML and JSON text -> a tree in which every value knows its place, with nothing converted yet.
 
-PyYAML only cuts the text into events here; no tag is ever constructed. What a scalar *is* (a number, a truth value, text) is decided later
-by the type the schema declares for it, so `1e-5`, `010`, `no` and `12:30:45` cannot be misread.
+PyYAML only cuts the text into events here; no tag is ever constructed. What a scalar *is* (a number, a truth value,
+text) is decided later by the type the schema declares for it, so `1e-5`, `010`, `no` and `12:30:45` cannot be misread.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ import yaml
 from llmtune.config.origin import Origin, printable
 from llmtune.errors import Problem
 
-__all__ = ["Entry", "Listing", "Node", "Scalar", "Table", "Unreadable", "from_python", "parse_yaml", "read_text", "shown"]
+__all__ = [
+    "Entry",
+    "Listing",
+    "Node",
+    "Scalar",
+    "Table",
+    "Unreadable",
+    "from_python",
+    "parse_yaml",
+    "read_text",
+    "shown",
+]
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
@@ -86,7 +97,9 @@ def shown(node: Node) -> str:
     if isinstance(node, Scalar):
         return printable(node.text)
     if isinstance(node, Listing):
-        return printable("[" + ", ".join(shown(item) for item in node.items[:8]) + ("" if len(node.items) <= 8 else ", ...") + "]")
+        return printable(
+            "[" + ", ".join(shown(item) for item in node.items[:8]) + ("" if len(node.items) <= 8 else ", ...") + "]"
+        )
     return printable("{" + ", ".join(f"{entry.key}: {shown(entry.value)}" for entry in node.entries[:8]) + "}")
 
 
@@ -114,7 +127,9 @@ def read_text(path: Path, place: str) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise Unreadable(f"byte {content[error.start]:#04x} is not UTF-8", f"{place}:{line}", "save the file as UTF-8") from error
+        raise Unreadable(
+            f"byte {content[error.start]:#04x} is not UTF-8", f"{place}:{line}", "save the file as UTF-8"
+        ) from error
 
 
 def parse_yaml(text: str, origin_of: Callable[[int], Origin], problems: list[Problem]) -> Node:
@@ -134,13 +149,19 @@ def parse_yaml(text: str, origin_of: Callable[[int], Origin], problems: list[Pro
         reason = error.problem or error.context or "it cannot be read"
         line = mark.line if mark else 0
         has_tab = line <= text.count("\n") and "\t" in text.split("\n")[line]
-        fix = "indent with spaces, not tabs" if has_tab else "check the indentation, quotes and brackets here and one line above"
+        fix = (
+            "indent with spaces, not tabs"
+            if has_tab
+            else "check the indentation, quotes and brackets here and one line above"
+        )
         raise Unreadable(f"not valid YAML: {reason}", origin_of(line + 1).place, fix) from error
     except yaml.YAMLError as error:
         position = getattr(error, "position", 0) or 0
         line = text.count("\n", 0, position) + 1 if isinstance(position, int) else 1
         character = printable(text[position : position + 1]) if isinstance(position, int) else ""
-        raise Unreadable(f"character `{character}` is not allowed in YAML", origin_of(line).place, "remove it") from error
+        raise Unreadable(
+            f"character `{character}` is not allowed in YAML", origin_of(line).place, "remove it"
+        ) from error
 
 
 class _Composer:
@@ -159,7 +180,9 @@ class _Composer:
         for event in stream:
             if isinstance(event, yaml.DocumentStartEvent):
                 if root is not None:
-                    raise Unreadable("a second document starts here", self._origin(event).place, "keep one document in a config file")
+                    raise Unreadable(
+                        "a second document starts here", self._origin(event).place, "keep one document in a config file"
+                    )
                 root = self._node(next(stream), stream, depth=0)
         return root if root is not None else Scalar("", True, self.origin_of(1))
 
@@ -175,7 +198,9 @@ class _Composer:
             return self._alias(event.anchor or "", origin)
         self.values += 1
         if self.values > MAX_VALUES:
-            raise Unreadable(f"more than {MAX_VALUES:,} values", origin.place, "is this a data file? Name it with `data.train`")
+            raise Unreadable(
+                f"more than {MAX_VALUES:,} values", origin.place, "is this a data file? Name it with `data.train`"
+            )
         tag = getattr(event, "tag", None)
         self._check_tag(tag, origin)
         anchor = getattr(event, "anchor", None)
@@ -207,9 +232,15 @@ class _Composer:
             return
         name = tag.replace("tag:yaml.org,2002:", "!!")
         if "python" in name:
-            raise Unreadable(f"`{printable(name)}` would run code; a config is only data", origin.place, "remove the tag")
+            raise Unreadable(
+                f"`{printable(name)}` would run code; a config is only data", origin.place, "remove the tag"
+            )
         self.problems.append(
-            Problem(f"tag `{printable(name)}` means nothing here", origin.place, "remove it; values take the type their key declares")
+            Problem(
+                f"tag `{printable(name)}` means nothing here",
+                origin.place,
+                "remove it; values take the type their key declares",
+            )
         )
 
     def _listing(self, stream: Iterator[yaml.Event], origin: Origin, depth: int) -> Listing:
@@ -250,7 +281,9 @@ class _Composer:
                 continue
             for entry in source.entries:
                 entries.setdefault(entry.key, entry)
-        return Table(tuple(entries.values()), origin, 1 + sum(len(entry.key) + entry.value.size for entry in entries.values()))
+        return Table(
+            tuple(entries.values()), origin, 1 + sum(len(entry.key) + entry.value.size for entry in entries.values())
+        )
 
 
 def from_python(value: object, origin: Origin) -> Node:

@@ -34,7 +34,8 @@ def config_from_dict(values: Mapping[str, Any], place: str = "config") -> Config
 def config_to_yaml(config: Config, *, commented: bool = False) -> str:
     """Return a config as YAML that llmtune reads back to an equal one, every key present.
 
-    With `commented`, the description of each section and key stands above it. Any YAML reader reads the same numbers and texts.
+    With `commented`, the description of each section and key stands above it. Any YAML reader reads the same numbers
+    and texts.
     """
     lines: list[str] = []
     _write_section(config, "", 0, lines, descriptions() if commented else {})
@@ -58,7 +59,11 @@ def _write_section(section: Any, prefix: str, depth: int, lines: list[str], comm
             lines.append("")
         if key in comments:
             lines += textwrap.wrap(
-                comments[key], 120, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ", break_long_words=False
+                comments[key],
+                120,
+                initial_indent=f"{indent}# ",
+                subsequent_indent=f"{indent}# ",
+                break_long_words=False,
             )
         if is_dataclass(value):
             lines.append(f"{indent}{each.name}:")

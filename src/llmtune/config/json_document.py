@@ -36,7 +36,10 @@ def parse_json(text: str, origin_of: Callable[[int], Origin], problems: list[Pro
 
 
 class _Reader:
-    """A recursive reader over one text; every method takes a position and returns what it read and the position behind it."""
+    """A recursive reader over one text.
+
+    Every method takes a position and returns what it read and the position behind it.
+    """
 
     def __init__(self, text: str, origin_of: Callable[[int], Origin], problems: list[Problem]) -> None:
         self.text = text
@@ -60,7 +63,10 @@ class _Reader:
         return match.end()
 
     def value(self, position: int, depth: int) -> tuple[Node, int]:
-        """Any value; `depth` counts the brackets around it. Raises Unreadable beyond MAX_DEPTH and for what is no JSON, as all below do."""
+        """Any value; `depth` counts the brackets around it.
+
+        Raises Unreadable beyond MAX_DEPTH and for what is no JSON, as all below do.
+        """
         origin = self.origin(position)
         if depth > MAX_DEPTH:
             raise Unreadable(f"nested more than {MAX_DEPTH} levels deep", origin.place)
@@ -99,7 +105,10 @@ class _Reader:
             at = self.comma(at)
 
     def table(self, position: int, depth: int) -> tuple[Node, int]:
-        """An object whose brace stands here. A key that stands twice is noted as a problem and keeps its first value."""
+        """An object whose brace stands here.
+
+        A key that stands twice is noted as a problem and keeps its first value.
+        """
         origin, entries = self.origin(position), dict[str, Entry]()
         at = self.skip(position + 1)
         if self.text[at : at + 1] == "}":

@@ -16,7 +16,10 @@ _SIMPLE: dict[Any, str] = {str: "string", bool: "boolean", int: "integer", float
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of a config file. Names of other toolkits, which are accepted too, are not in it."""
+    """Return the JSON Schema (draft 2020-12) of a config file.
+
+    Names of other toolkits, which are accepted too, are not in it.
+    """
     schema = _section(Config, "")
     schema["properties"] = {
         "extends": {
@@ -59,7 +62,10 @@ def _source() -> dict[str, Any]:
         for name, declared in convert.SOURCE_FIELDS.items()
     }
     return {
-        "anyOf": [{"type": "string"}, {"type": "object", "properties": properties, "required": ["path"], "additionalProperties": False}]
+        "anyOf": [
+            {"type": "string"},
+            {"type": "object", "properties": properties, "required": ["path"], "additionalProperties": False},
+        ]
     }
 
 
@@ -77,11 +83,21 @@ def _type(declared: Any, bounds: Range | None) -> dict[str, Any]:
     if arguments[1] is Ellipsis:
         item = _type(arguments[0], bounds)
         return {"anyOf": [item, {"type": "array", "items": item}]}
-    return {"type": "array", "items": _type(arguments[0], bounds), "minItems": len(arguments), "maxItems": len(arguments)}
+    return {
+        "type": "array",
+        "items": _type(arguments[0], bounds),
+        "minItems": len(arguments),
+        "maxItems": len(arguments),
+    }
 
 
 def _bounds(bounds: Range | None) -> dict[str, float]:
     if bounds is None:
         return {}
-    named = {"minimum": bounds.minimum, "exclusiveMinimum": bounds.above, "maximum": bounds.maximum, "exclusiveMaximum": bounds.below}
+    named = {
+        "minimum": bounds.minimum,
+        "exclusiveMinimum": bounds.above,
+        "maximum": bounds.maximum,
+        "exclusiveMaximum": bounds.below,
+    }
     return {name: value for name, value in named.items() if value is not None}

@@ -1,6 +1,7 @@
 """YAML layers -> one config with the origin of every value, or all problems at once.
 
-Later layers win key by key: defaults < the `extends` chain < the named file < environment < flags < KEY=VALUE. Lists are replaced.
+Later layers win key by key: defaults < the `extends` chain < the named file < environment < flags < KEY=VALUE. Lists
+are replaced.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ from typing import Any
 from llmtune.config import convert
 from llmtune.config.checks import contradictions
 from llmtune.config.collect import Findings, Setting, collect
-from llmtune.config.document import Entry, Listing, Node, Scalar, Table, Unreadable, from_python, parse_yaml, read_text, shown
+from llmtune.config.document import (
+    Entry,
+    Listing,
+    Node,
+    Scalar,
+    Table,
+    Unreadable,
+    from_python,
+    parse_yaml,
+    read_text,
+    shown,
+)
 from llmtune.config.json_document import parse_json
 from llmtune.config.origin import DEFAULT, Origin, is_text, printable
 from llmtune.config.presets import shipped_path, shipped_presets
@@ -102,7 +114,9 @@ def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: 
     config = _build(values)
     problems = findings.problems + contradictions(config, origins, findings.failed)
     if findings.untold:
-        problems.append(Problem(f"and {findings.untold} more problems", None, "is this a config? It may be a data file"))
+        problems.append(
+            Problem(f"and {findings.untold} more problems", None, "is this a config? It may be a data file")
+        )
     if problems:
         raise ConfigError.all(problems)
     return ResolvedConfig(config, origins, tuple(findings.notes), name)
@@ -132,10 +146,11 @@ def _config_name(name_or_path: str | None) -> str:
 
 
 def find_config(name: str, *, beside: Path | None = None, skip: Path | None = None) -> Path | None:
-    """Find a preset or file by name: as given, then in `configs/` under the working folder, then among the shipped presets.
+    """Find a preset or file by name: as given, then in `configs/` under the working folder, then among the shipped
+    presets.
 
-    In `extends`, the folder of the extending file (`beside`) comes first, and that file itself (`skip`) is passed over, so that a
-    `configs/test.yaml` of one's own may extend the shipped `test`. A run folder stands for its `config.yaml`.
+    In `extends`, the folder of the extending file (`beside`) comes first, and that file itself (`skip`) is passed over,
+    so that a `configs/test.yaml` of one's own may extend the shipped `test`. A run folder stands for its `config.yaml`.
     """
     folders = [Path(), Path("configs"), shipped_path("configs")]
     if beside is not None:
@@ -148,7 +163,13 @@ def find_config(name: str, *, beside: Path | None = None, skip: Path | None = No
         except (OSError, ValueError):
             continue
     given = Path(name)
-    if ("/" in name or os.sep in name) and "\0" not in name and given.exists() and not given.is_dir() and not given.is_file():
+    if (
+        ("/" in name or os.sep in name)
+        and "\0" not in name
+        and given.exists()
+        and not given.is_dir()
+        and not given.is_file()
+    ):
         return given
     return None
 
@@ -157,7 +178,9 @@ def _spellings(path: Path) -> list[Path]:
     if path.suffix in SUFFIXES:
         return [path]
     return (
-        [path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES), path / "config.yaml"] if path.name else [path / "config.yaml"]
+        [path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES), path / "config.yaml"]
+        if path.name
+        else [path / "config.yaml"]
     )
 
 
@@ -171,7 +194,9 @@ def _find_or_report(name: str, beside: Path | None, place: str, findings: Findin
         fix = f"did you mean `{near[0]}`? " if near else ""
         listed = ", ".join(sorted(known))
         findings.problem(
-            f"no preset or file `{printable(name)}`", place, f"{fix}the presets are {listed}" if known else "name a YAML or JSON file"
+            f"no preset or file `{printable(name)}`",
+            place,
+            f"{fix}the presets are {listed}" if known else "name a YAML or JSON file",
         )
     return path
 
@@ -185,7 +210,10 @@ class _Files:
         self.count = 0
 
     def layers(self, path: Path, chain: list[Path]) -> list[dict[str, Setting]]:
-        """The settings of the file's bases in their order, then its own; `chain` are the files that led here, the first one first."""
+        """The settings of the file's bases in their order, then its own.
+
+        `chain` are the files that led here, the first one first.
+        """
         place = show_path(path)
         table = self.table(path, place)
         if table is None:
@@ -199,7 +227,10 @@ class _Files:
         return found
 
     def base(self, name: Scalar, path: Path, chain: list[Path]) -> list[dict[str, Setting]]:
-        """The layers of one file named in an `extends`; none, and a problem found, where it is missing, comes back or is one too many."""
+        """The layers of one file named in an `extends`.
+
+        None, and a problem found, where it is missing, comes back or is one too many.
+        """
         where = name.origin.place
         base = _find_or_report(name.text, path.parent, where, self.findings, chain)
         if base is None:
@@ -231,7 +262,9 @@ def _bases(entry: Entry, findings: Findings) -> list[Scalar]:
         if isinstance(item, Scalar) and item.text and not item.is_null:
             bases.append(item)
         else:
-            findings.problem(f"`extends` must be a preset, a path or a list of them, not `{shown(item)}`", item.origin.place)
+            findings.problem(
+                f"`extends` must be a preset, a path or a list of them, not `{shown(item)}`", item.origin.place
+            )
     return bases
 
 
@@ -246,14 +279,18 @@ def _read_table(text: str, place: str, is_json: bool, findings: Findings) -> Tab
         return Table((), root.origin)
     if not isinstance(root, Table):
         findings.problem(
-            f"a config is a mapping of sections, not `{shown(root)}`", root.origin.place, "begin with a section, for example `data:`"
+            f"a config is a mapping of sections, not `{shown(root)}`",
+            root.origin.place,
+            "begin with a section, for example `data:`",
         )
         return None
     return root
 
 
 def show_path(path: Path) -> str:
-    """Return a path as short as it can be said: `preset NAME` for a shipped one, relative under the working folder, else as it is."""
+    """Return a path as short as it can be said: `preset NAME` for a shipped one, relative under the working folder,
+    else as it is.
+    """
     if path.parent == shipped_path("configs"):
         return f"preset {path.stem}"
     try:
@@ -288,7 +325,10 @@ def _flag_layer(flags: Mapping[str, object], findings: Findings) -> dict[str, Se
 def _override_layer(overrides: Sequence[str] | Mapping[str, object], findings: Findings) -> dict[str, Setting]:
     if isinstance(overrides, Mapping):
         place = Origin("override", "overrides")
-        return collect(Table(tuple(Entry(str(key), from_python(value, place), place) for key, value in overrides.items()), place), findings)
+        return collect(
+            Table(tuple(Entry(str(key), from_python(value, place), place) for key, value in overrides.items()), place),
+            findings,
+        )
     origin = Origin("override", "command line")
     entries: dict[str, Entry] = {}
     for text in overrides:
@@ -312,7 +352,9 @@ def _written_as(text: str) -> str:
 
 
 def _argument(text: str, origin: Origin, findings: Findings) -> Node:
-    """Read a value from the command line or the environment: lists, mappings and quotes as in YAML, anything else as it stands."""
+    """Read a value from the command line or the environment: lists, mappings and quotes as in YAML, anything else as it
+    stands.
+    """
     text = text.strip()
     if text[:1] in ("[", "{", '"', "'") and is_text(text):
         try:

@@ -30,7 +30,8 @@ DEFAULT = Origin("default", "default")
 
 
 def is_text(text: str) -> bool:
-    r"""Say whether the text can be written down: not where a byte that could not be read, or half a character, stands in it.
+    r"""Say whether the text can be written down: not where a byte that could not be read, or half a character, stands
+    in it.
 
     >>> is_text("Größe"), is_text("Gr\udcc3")
     (True, False)
@@ -44,5 +45,7 @@ def printable(text: str, limit: int = 60) -> str:
     >>> printable("a\x1b[31m\nb")
     'a\\x1b[31m\\nb'
     """
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text[: limit + 1])
+    shown = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text[: limit + 1]
+    )
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -1,4 +1,7 @@
-"""Other toolkits' names for our keys, where only the name differs; those that say it in another way are in `aliases.py`."""
+"""Other toolkits' names for our keys, where only the name differs.
+
+Those that say it in another way are in `aliases.py`.
+"""
 
 from __future__ import annotations
 
@@ -178,6 +181,10 @@ NAMES: dict[str, str] = {
     "tokenizer.path": "model.tokenizer",
     **{f"architecture.{name.rpartition('.')[2]}": name for name in LEAVES if name.startswith("model.architecture.")},
     **{f"model_config.{name.rpartition('.')[2]}": name for name in LEAVES if name.startswith("model.architecture.")},
-    **{f"{section}.{name}": f"adapter.{name}" for section in LORA_SECTIONS for name in ("r", "alpha", "dropout", "rslora", "dora")},
+    **{
+        f"{section}.{name}": f"adapter.{name}"
+        for section in LORA_SECTIONS
+        for name in ("r", "alpha", "dropout", "rslora", "dora")
+    },
     **{f"{section}.rank": "adapter.r" for section in LORA_SECTIONS},
 }

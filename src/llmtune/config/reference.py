@@ -71,17 +71,26 @@ def _section(section: str) -> str:
         if key.startswith(f"{section}."):
             names = ", ".join(f"`{name}`" for name in other_names(key))
             default = f"`{value_text(convert.default_of(key))}`"
-            lines.append(f"| `{key}` | {_type(declared, RANGES.get(key))} | {default} | {_cell(descriptions()[key])} | {names} |")
+            lines.append(
+                f"| `{key}` | {_type(declared, RANGES.get(key))} | {default} | {_cell(descriptions()[key])} | {names} |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def _sources() -> str:
-    lines = ["## A data source", "", "Each entry of `data.train` and `data.eval` is a path, or a mapping of these keys.", ""]
+    lines = [
+        "## A data source",
+        "",
+        "Each entry of `data.train` and `data.eval` is a path, or a mapping of these keys.",
+        "",
+    ]
     lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     default = SourceConfig()
     for name, declared in convert.SOURCE_FIELDS.items():
         shown = "required" if name == "path" else f"`{value_text(getattr(default, name))}`"
-        lines.append(f"| `{name}` | {_type(declared, SOURCE_RANGES.get(name))} | {shown} | {_cell(source_descriptions()[name])} |")
+        lines.append(
+            f"| `{name}` | {_type(declared, SOURCE_RANGES.get(name))} | {shown} | {_cell(source_descriptions()[name])} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -91,7 +100,10 @@ def _contradictions() -> str:
     for row in CONTRADICTIONS:
         keys = joined.setdefault((row.problem, row.fix), [])
         keys += [key for key in row.keys if key not in keys]
-    lines += [f"| {', '.join(f'`{key}`' for key in keys)} | {_cell(problem)} | {_cell(fix)} |" for (problem, fix), keys in joined.items()]
+    lines += [
+        f"| {', '.join(f'`{key}`' for key in keys)} | {_cell(problem)} | {_cell(fix)} |"
+        for (problem, fix), keys in joined.items()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -2,8 +2,9 @@
 
 The sections stand in the order in which a config file is read; `Config` at the end puts them together.
 
-The string under a field describes it, once: it is the line in the reference page, in an editor and in a commented YAML file.
-Units stand in the names (`every_steps`, `timeout_s`). `None` means "not asked for": nothing happens, or llmtune chooses and says so.
+The string under a field describes it, once: it is the line in the reference page, in an editor and in a commented YAML
+file. Units stand in the names (`every_steps`, `timeout_s`). `None` means "not asked for": nothing happens, or llmtune
+chooses and says so.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ class ArchitectureConfig:
     """Transformer blocks."""
 
     d_ff: int | None = None
-    """Width of the feed-forward layer. 4 x `d_model` for gelu, 8/3 x `d_model` rounded up to 64 for silu when not given."""
+    """Width of the feed-forward layer.
+
+    4 x `d_model` for gelu, 8/3 x `d_model` rounded up to 64 for silu when not given.
+    """
 
     max_seq_len: int | None = None
     """Longest sequence the model can see, in tokens."""
@@ -114,7 +118,8 @@ class ModelConfig:
     """File with a Jinja chat template that replaces the tokenizer's own, or the name of a shipped one (`chatml`)."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type in which frozen weights are held; trained weights are always held in float32 unless this names another type."""
+    """Type in which frozen weights are held; trained weights are always held in float32 unless this names another type.
+    """
 
     quantization: Literal["none", "4bit", "8bit"] = "none"
     """Hold the frozen base in 4-bit NF4 with double quantization (QLoRA) or in 8 bit; needs an adapter."""
@@ -123,12 +128,14 @@ class ModelConfig:
     """Attention implementation; `auto` takes the fastest exact one for this device and says which."""
 
     gradient_checkpointing: bool | Literal["auto", "offload"] = False
-    """Recompute activations in the backward pass: less memory, about a third more work. `offload` is for very long rows: also keeps what
-    blocks need for it in host memory, and runs feed-forward layers over tiles of tokens. `auto` decides by the plan."""
+    """Recompute activations in the backward pass: less memory, about a third more work. `offload` is for very long
+    rows: also keeps what blocks need for it in host memory, and runs feed-forward layers over tiles of tokens. `auto`
+    decides by the plan."""
 
     weights_prepack: bool | Literal["auto"] = "auto"
-    """Keep frozen weights under LoRA layers also as a CPU's matrix kernels read them, in bf16, and dequantized: a few per cent faster, the
-    same bits, for two copies in memory. `auto` does where no block is recomputed and the plan has room."""
+    """Keep frozen weights under LoRA layers also as a CPU's matrix kernels read them, in bf16, and dequantized: a few
+    per cent faster, the same bits, for two copies in memory. `auto` does where no block is recomputed and the plan has
+    room."""
 
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     """Shape of a from-scratch model."""
@@ -194,7 +201,9 @@ class SourceConfig:
     """One place rows come from; in YAML a plain string is the `path` of a source with nothing else said."""
 
     path: str = ""
-    """A file (jsonl, json, csv, tsv, parquet, txt; also .gz, .zst), a folder, a glob, `example:NAME`, or a `datasets` name."""
+    """A file (jsonl, json, csv, tsv, parquet, txt; also .gz, .zst), a folder, a glob, `example:NAME`, or a `datasets`
+    name.
+    """
 
     config: str | None = None
     """Configuration of a `datasets` name, for example `wikitext-103-raw-v1`."""
@@ -214,7 +223,9 @@ class DataConfig:
     """Where rows come from, how they become examples, and what happens to those that cannot."""
 
     train: tuple[SourceConfig, ...] = ()
-    """Training rows: a list of files, folders, globs, `example:NAME` or `datasets` names, or mappings with `path` and more."""
+    """Training rows: a list of files, folders, globs, `example:NAME` or `datasets` names, or mappings with `path` and
+    more.
+    """
 
     eval: tuple[SourceConfig, ...] = ()
     """Held-out rows, never trained on."""
@@ -294,7 +305,9 @@ class TrainingConfig:
     """Peak learning rate; when not given 2e-4 for LoRA, 2e-5 for full tuning, by size from scratch, and said."""
 
     weight_decay: float | None = None
-    """Decoupled decay of matrices (never of norms, biases); when not given 0 for LoRA, 0.01 for full tuning, 0.1 from scratch."""
+    """Decoupled decay of matrices (never of norms, biases); when not given 0 for LoRA, 0.01 for full tuning, 0.1 from
+    scratch.
+    """
 
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "muon", "sgd"] = "adamw"
     """Optimizer; the 8-bit and paged ones and lion come from bitsandbytes."""
@@ -321,8 +334,9 @@ class TrainingConfig:
     """Clip the gradient of a whole window to this norm; null does not clip, the norm is reported all the same."""
 
     step_in_backward: bool = False
-    """Move each weight as soon as its gradient is complete, and drop that gradient: full tuning then never holds all gradients (the window
-    must be one micro-batch for that). Not with clipping (`max_grad_norm: null`), fp16, `tracking.watch` or several processes."""
+    """Move each weight as soon as its gradient is complete, and drop that gradient: full tuning then never holds all
+    gradients (the window must be one micro-batch for that). Not with clipping (`max_grad_norm: null`), fp16,
+    `tracking.watch` or several processes."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the arithmetic in forward and backward; `auto` takes bf16 where the hardware multiplies it natively."""
@@ -337,7 +351,8 @@ class TrainingConfig:
     """Noise added to embeddings in training, alpha / sqrt(length x width) (arXiv:2310.05914)."""
 
     max_skipped_steps: int = 3
-    """Windows with non-finite loss or gradients that may be skipped, and are named, before the run stops with exit 7."""
+    """Windows with non-finite loss or gradients that may be skipped, and are named, before the run stops with exit 7.
+    """
 
 
 # `evaluation.*`
@@ -360,7 +375,9 @@ class EvaluationConfig:
     """Longest answer to a prompt, in tokens."""
 
     exact_match: bool = False
-    """Before and after training, answer the held-out prompts greedily and count the answers that equal the reference exactly."""
+    """Before and after training, answer the held-out prompts greedily and count the answers that equal the reference
+    exactly.
+    """
 
     batch_size: int | None = None
     """Sequences evaluated at once; `training.batch_size` when not given. The result does not depend on it."""

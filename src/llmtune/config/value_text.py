@@ -39,7 +39,9 @@ def value_text(value: Any) -> str:
 
 def source_text(source: SourceConfig) -> str:
     """Return a data source: its path alone where nothing else is said, a mapping otherwise."""
-    given = {each.name: getattr(source, each.name) for each in fields(source) if getattr(source, each.name) != each.default}
+    given = {
+        each.name: getattr(source, each.name) for each in fields(source) if getattr(source, each.name) != each.default
+    }
     if set(given) == {"path"}:
         return value_text(source.path)
     return "{" + ", ".join(f"{name}: {value_text(value)}" for name, value in given.items()) + "}"

@@ -30,8 +30,9 @@ class Row:
 class Message:
     """One turn of a conversation.
 
-    `weight` is None unless the row gives one: 0 takes the message out of the loss under every `train_on` rule, `customized` uses it as is.
-    `extra` holds what a chat template may read beside role and content (`reasoning_content`, `tool_calls`, `tool_call_id`, `name`).
+    `weight` is None unless the row gives one: 0 takes the message out of the loss under every `train_on` rule,
+    `customized` uses it as is. `extra` holds what a chat template may read beside role and content
+    (`reasoning_content`, `tool_calls`, `tool_call_id`, `name`).
     """
 
     role: str
@@ -59,7 +60,8 @@ class Conversation:
 class Example:
     """A row as the model sees it.
 
-    input_ids: int32 [T]. weights: float32 [T]; `weights[i]` is the weight of *predicting* `input_ids[i]`, so `weights[0]` is always 0.
+    input_ids: int32 [T]. weights: float32 [T]; `weights[i]` is the weight of *predicting* `input_ids[i]`, so
+    `weights[0]` is always 0.
     """
 
     source: str
@@ -71,7 +73,10 @@ class Example:
 
 
 class ExampleSet(Protocol):
-    """Random access to many examples, in memory or memory-mapped. Everything after `prepare` reads examples only through this."""
+    """Random access to many examples, in memory or memory-mapped.
+
+    Everything after `prepare` reads examples only through this.
+    """
 
     def __len__(self) -> int: ...
 

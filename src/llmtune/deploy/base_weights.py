@@ -44,7 +44,9 @@ class BaseWeights:
         return self._places[name].dtype
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every tensor in the files under its own name there, in the order of those names: what a digest is taken over."""
+        """Yield every tensor in the files under its own name there, in the order of those names: what a digest is taken
+        over.
+        """
         for place in sorted(self._all, key=lambda place: place.name):
             yield place.name, _read(place)
 
@@ -56,8 +58,9 @@ class BaseWeights:
 def open_base_weights(files: Sequence[Path], meta_model: Any) -> BaseWeights:
     """Find every weight of `meta_model` (the model's class on the meta device) in `files`.
 
-    A file may name weights without the model's own prefix (GPT-2's hub files do). Raises ModelError where a weight is not in the files
-    under a name of its own; such files are converted while they are loaded, and must be saved once in the model's own names.
+    A file may name weights without the model's own prefix (GPT-2's hub files do). Raises ModelError where a weight is
+    not in the files under a name of its own; such files are converted while they are loaded, and must be saved once in
+    the model's own names.
     """
     wanted = list(meta_model.state_dict())
     prefix = f"{meta_model.base_model_prefix}."
@@ -72,7 +75,9 @@ def open_base_weights(files: Sequence[Path], meta_model: Any) -> BaseWeights:
     missing = [name for name in wanted if name not in found and name not in tied]
     if missing:
         fix = "load the base with transformers and save it with `save_pretrained`, then name that folder with --base"
-        raise ModelError(f"the base's files have no tensor `{missing[0]}` under this name", where=str(files[0].parent), fix=fix)
+        raise ModelError(
+            f"the base's files have no tensor `{missing[0]}` under this name", where=str(files[0].parent), fix=fix
+        )
     return BaseWeights({name: found[name] for name in wanted if name in found}, everything)
 
 
@@ -85,7 +90,9 @@ def tied_names(model: Any) -> list[str]:
 def _read(place: _Place) -> Tensor:
     from safetensors import safe_open
 
-    with safe_open(place.path, framework="pt") as file:  # opened for each tensor, so that no mapped page outlives its use
+    with safe_open(
+        place.path, framework="pt"
+    ) as file:  # opened for each tensor, so that no mapped page outlives its use
         return file.get_tensor(place.name)
 
 

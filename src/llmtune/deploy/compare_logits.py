@@ -27,7 +27,9 @@ __all__ = [
 ]
 
 FP32_TOLERANCE = 1e-5
-"""Largest difference of a logit, in units of the largest logit where that is above 1: float32 carries 24 bits, and no more can agree."""
+"""Largest difference of a logit, in units of the largest logit where that is above 1: float32 carries 24 bits, and no
+more can agree.
+"""
 
 KL_TOLERANCE = 1e-3
 """Largest mean divergence of a result rounded to 16 bits, nats."""
@@ -60,7 +62,9 @@ def probe_prompts(tokenizer: Any, rows: int, also: Sequence[int] = ()) -> list[l
     """Return token ids to compare on: a few texts, tokens spread over all `rows` of the embedding, and those in `also`."""
     texts = [tokenizer(text, add_special_tokens=True)["input_ids"][:PROBE_TOKENS] for text in PROBES]
     spread = [round(place * (rows - 1) / (PROBE_TOKENS // 2 - 1)) for place in range(PROBE_TOKENS // 2)]
-    further = [list(also)[start : start + PROBE_TOKENS] for start in range(0, min(len(also), 2 * PROBE_TOKENS), PROBE_TOKENS)]
+    further = [
+        list(also)[start : start + PROBE_TOKENS] for start in range(0, min(len(also), 2 * PROBE_TOKENS), PROBE_TOKENS)
+    ]
     return [prompt for prompt in (*texts, spread, *further) if prompt]
 
 
@@ -89,7 +93,8 @@ def tell_apart(tuned: Sequence[Tensor], merged: Sequence[Tensor]) -> Difference:
 
 
 def limit_for(logits: Sequence[Tensor], *, is_float32: bool) -> str:
-    """Say how close a result must be to the model with these logits: `measure <= limit`, the measure a field of `Difference`.
+    """Say how close a result must be to the model with these logits: `measure <= limit`, the measure a field of
+    `Difference`.
 
     >>> limit_for([torch.tensor([[0.5, 38.0]])], is_float32=True), limit_for([], is_float32=False)
     ('max_abs_logit <= 0.00038', 'mean_kl <= 0.001')
@@ -101,23 +106,34 @@ def limit_for(logits: Sequence[Tensor], *, is_float32: bool) -> str:
 
 
 def refuse_if_different(found: Difference, limit: str, *, problem: str, where: str, fix: str) -> None:
-    """Raise CheckpointError, beginning with `problem`, for a result that is further away than `limit` (see `limit_for`)."""
+    """Raise CheckpointError, beginning with `problem`, for a result that is further away than `limit` (see
+    `limit_for`).
+    """
     measure, _, most = limit.partition(" <= ")
     value = getattr(found, measure)
     if not value <= float(most):
-        raise CheckpointError(f"{problem}: {measure} is {value:.3g}, and {most} is allowed; nothing was written", where=where, fix=fix)
+        raise CheckpointError(
+            f"{problem}: {measure} is {value:.3g}, and {most} is allowed; nothing was written", where=where, fix=fix
+        )
 
 
 def reloaded_logits(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Reload what was written with plain transformers, in float32; raises CheckpointError for a missing or unexpected weight."""
+    """Reload what was written with plain transformers, in float32.
+
+    Raises CheckpointError for a missing or unexpected weight.
+    """
     from transformers import AutoModelForCausalLM
 
     with quiet_libraries():
         read: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
-        model, info = read(str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        model, info = read(
+            str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
-        raise CheckpointError(f"the written model does not load as it was written: `{wrong[0]}`", where=str(folder), fix="report this")
+        raise CheckpointError(
+            f"the written model does not load as it was written: `{wrong[0]}`", where=str(folder), fix="report this"
+        )
     return logits_of(model.eval(), prompts)
 
 

@@ -1,4 +1,7 @@
-"""Make of a run or a model what other programs take: one self-contained folder, or one GGUF file; read back, compared, then named (N8)."""
+"""Make of a run or a model what other programs take: one self-contained folder, or one GGUF file.
+
+Read back, compared, then named (N8).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,15 @@ import torch
 
 from llmtune import durable
 from llmtune.adapters.base_model import find_result, named_folder
-from llmtune.deploy.compare_logits import Difference, limit_for, logits_of, probe_prompts, refuse_if_different, reloaded_logits, tell_apart
+from llmtune.deploy.compare_logits import (
+    Difference,
+    limit_for,
+    logits_of,
+    probe_prompts,
+    refuse_if_different,
+    reloaded_logits,
+    tell_apart,
+)
 from llmtune.deploy.gguf_model import refuse_unwritable, write_gguf
 from llmtune.deploy.gguf_vocabulary import refuse_other_ids
 from llmtune.deploy.merge import DTYPES, MergeReport, merge_lora
@@ -23,7 +34,7 @@ from llmtune.models.gguf import read_gguf
 __all__ = ["ExportReport", "Format", "export"]
 
 Format = Literal["safetensors", "gguf"]
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -49,13 +60,15 @@ def export(
     base: str | None = None,
     output_dir: str = "runs",
     offline: bool = False,
-    say: Say = lambda _: None,
+    print_line: PrintLine = lambda _: None,
 ) -> ExportReport:
-    """Write `output` from RUN|MODEL|ADAPTER: a model folder, or a GGUF file where its name ends so or `file_format` says so.
+    """Write `output` from RUN|MODEL|ADAPTER: a model folder, or a GGUF file where its name ends so or `file_format`
+    says so.
 
-    dtype: float32, bfloat16 or float16, each weight rounded once; as stored when None. base: another place of an adapter's base.
-    Raises UsageError for an output that exists or contradicts the format, ModelError or TokenizerError for what the format cannot hold,
-    CheckpointError when what was read back differs from the source by more than the tolerance; `output` then does not exist.
+    dtype: float32, bfloat16 or float16, each weight rounded once; as stored when None. base: another place of an
+    adapter's base. Raises UsageError for an output that exists or contradicts the format, ModelError or TokenizerError
+    for what the format cannot hold, CheckpointError when what was read back differs from the source by more than the
+    tolerance; `output` then does not exist.
     """
     chosen = _choose_format(output, file_format)
     if output.exists():
@@ -65,9 +78,9 @@ def export(
     is_adapter = found is not None and (found / "adapter_config.json").is_file()
     if base is not None and not is_adapter:
         raise UsageError("--base is for adapters, and this is a whole model", where="--base", fix="leave it out")
-    durable.make_way(output, say)  # an export that was killed leaves a folder as large as the model
+    durable.replace_target(output, print_line)  # an export that was killed leaves a folder as large as the model
     write = _write_gguf if chosen == "gguf" else _write_safetensors
-    wanted = _Wanted(str(found or source), output, dtype, base, offline, say)
+    wanted = _Wanted(str(found or source), output, dtype, base, offline, print_line)
     return write(wanted, found if is_adapter else None)
 
 
@@ -80,14 +93,16 @@ class _Wanted:
     dtype: str | None
     base: str | None
     offline: bool
-    say: Say
+    print_line: PrintLine
 
     @property
     def type(self) -> torch.dtype | None:
         return None if self.dtype is None else DTYPES[self.dtype]
 
     def merge(self, adapter: Path, target: Path) -> MergeReport:
-        return merge_lora(adapter, target, base=self.base, dtype=self.dtype, offline=self.offline, say=self.say)
+        return merge_lora(
+            adapter, target, base=self.base, dtype=self.dtype, offline=self.offline, print_line=self.print_line
+        )
 
 
 def _choose_format(output: Path, asked: Format | None) -> Format:
@@ -104,13 +119,15 @@ def _choose_format(output: Path, asked: Format | None) -> Format:
 def _write_safetensors(wanted: _Wanted, adapter: Path | None) -> ExportReport:
     if adapter is not None:
         merged = wanted.merge(adapter, wanted.output)
-        return ExportReport(wanted.source, "safetensors", merged.dtype, merged.difference, merged.tolerance, list(merged.notes))
+        return ExportReport(
+            wanted.source, "safetensors", merged.dtype, merged.difference, merged.tolerance, list(merged.notes)
+        )
     whole = open_whole(resolve_subject(wanted.source, offline=wanted.offline))
     with durable.commit_folder(wanted.output, replace=False) as staging:
-        wanted.say(f"writing the model in {whole.folder}")
+        wanted.print_line(f"writing the model in {whole.folder}")
         write_whole(whole, staging, dtype=wanted.type)
         prompts = probe_prompts(whole.tokenizer, whole.rows)
-        wanted.say(f"comparing what was written with its source on {len(prompts)} prompts")
+        wanted.print_line(f"comparing what was written with its source on {len(prompts)} prompts")
         report = _judged(wanted, whole, prompts, reloaded_logits(staging, prompts), "safetensors")
         durable.write_json(staging / "export_report.json", asdict(report))
     return report
@@ -121,13 +138,15 @@ def _write_gguf(wanted: _Wanted, adapter: Path | None) -> ExportReport:
         merged = None
         if adapter is not None:
             merged = wanted.merge(adapter, path.parent / "merged")
-        whole = open_whole(resolve_subject(wanted.source if merged is None else str(path.parent / "merged"), offline=wanted.offline))
+        whole = open_whole(
+            resolve_subject(wanted.source if merged is None else str(path.parent / "merged"), offline=wanted.offline)
+        )
         refuse_unwritable(whole.config)
-        wanted.say(f"writing the model in {whole.folder}" if merged is None else "writing the merged model")
+        wanted.print_line(f"writing the model in {whole.folder}" if merged is None else "writing the merged model")
         vocabulary = write_gguf(whole, path, dtype=wanted.type, name=wanted.output.stem)
         nothing = path.parent / "nothing"
         durable.make_folder(nothing)
-        wanted.say("reading the file back and comparing it with its source")
+        wanted.print_line("reading the file back and comparing it with its source")
         model, tokenizer = read_gguf(path, nothing)
         refuse_other_ids(whole.tokenizer, tokenizer, normalizes=vocabulary.normalizes)
         prompts = probe_prompts(whole.tokenizer, whole.rows)
@@ -135,7 +154,9 @@ def _write_gguf(wanted: _Wanted, adapter: Path | None) -> ExportReport:
         del model
         notes = [] if merged is None else list(merged.notes)
         if vocabulary.normalizes:
-            notes.append("this tokenizer composes its text first (NFC), and llama.cpp does not: text in decomposed form gets other tokens")
+            notes.append(
+                "this tokenizer composes its text first (NFC), and llama.cpp does not: text in decomposed form gets other tokens"
+            )
         return _judged(wanted, whole, prompts, written, "gguf", notes)
 
 
@@ -159,5 +180,7 @@ def _judged(
         notes=notes or [],
     )
     fix = "export with --dtype float32"
-    refuse_if_different(report.difference, report.tolerance, problem="what was written is not its source", where=wanted.source, fix=fix)
+    refuse_if_different(
+        report.difference, report.tolerance, problem="what was written is not its source", where=wanted.source, fix=fix
+    )
     return report

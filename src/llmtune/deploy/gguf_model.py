@@ -1,8 +1,8 @@
 """Write a whole model as one GGUF file, which llama.cpp and the programs built on it run.
 
-Each architecture is a row of `ARCHITECTURES`: what llama.cpp calls it, and what it must not have, because llama.cpp computes it otherwise
-or the file cannot say it. Names of tensors come from the gguf package. Vectors are written in float32, as llama.cpp wants them; matrices in
-the type asked for.
+Each architecture is a row of `ARCHITECTURES`: what llama.cpp calls it, and what it must not have, because llama.cpp
+computes it otherwise or the file cannot say it. Names of tensors come from the gguf package. Vectors are written in
+float32, as llama.cpp wants them; matrices in the type asked for.
 
 Legend: H heads, D width of a head, I inputs.
 """
@@ -33,7 +33,9 @@ class Architecture:
     name: str
     """llama.cpp's name of it."""
     splits_pairs: bool
-    """llama.cpp rotates neighbouring entries of a head, transformers entries half a head apart: rows of q and k change places."""
+    """llama.cpp rotates neighbouring entries of a head, transformers entries half a head apart: rows of q and k change
+    places.
+    """
     obstacles: Callable[[Any], Iterator[str]]
     """What a config has that llama.cpp would compute otherwise."""
 
@@ -51,7 +53,9 @@ def refuse_unwritable(config: Any) -> Architecture:
 
 
 def write_gguf(whole: Whole, path: Path, *, dtype: torch.dtype | None, name: str) -> Vocabulary:
-    """Write the model and its tokenizer as the GGUF file `path`, one weight in memory at a time; returns the vocabulary written.
+    """Write the model and its tokenizer as the GGUF file `path`, one weight in memory at a time.
+
+    Returns the vocabulary written.
 
     dtype: float32, bfloat16 or float16, of all matrices; as each is stored when None. name: what programs show.
     Raises ModelError, TokenizerError for what a GGUF file cannot say; OSError when the disk refuses.
@@ -72,7 +76,9 @@ def write_gguf(whole: Whole, path: Path, *, dtype: torch.dtype | None, name: str
         shape = whole.weights.shape(weight)
         kind = types[weight]
         size = int(np.prod(shape)) * kind.itemsize
-        writer.add_tensor_info(places[weight], shape, np.dtype(kind.numpy), size, raw_dtype=gguf.GGMLQuantizationType[kind.name])
+        writer.add_tensor_info(
+            places[weight], shape, np.dtype(kind.numpy), size, raw_dtype=gguf.GGMLQuantizationType[kind.name]
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -127,7 +133,9 @@ def _main_type(whole: Whole, asked: torch.dtype | None) -> torch.dtype:
     found = {_type_of(whole, weight, asked) for weight in whole.names if len(whole.weights.shape(weight)) > 1}
     if len(found) > 1 or not found <= _TYPES.keys():
         kinds = ", ".join(sorted(str(one).removeprefix("torch.") for one in found))
-        raise ModelError(f"the weights are stored as {kinds}", where="--format gguf", fix="say which type to write, with --dtype")
+        raise ModelError(
+            f"the weights are stored as {kinds}", where="--format gguf", fix="say which type to write, with --dtype"
+        )
     return found.pop()
 
 

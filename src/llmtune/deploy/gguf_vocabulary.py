@@ -1,8 +1,8 @@
 """A byte-level BPE tokenizer in the words of a GGUF file.
 
-A GGUF file holds the entries, the merges and the kind of each token, but not how text is split before the merges: for that it names one of
-the ways llama.cpp knows (`tokenizer.ggml.pre`). A tokenizer whose way has no name there cannot be written, and is refused.
-The keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+A GGUF file holds the entries, the merges and the kind of each token, but not how text is split before the merges: for
+that it names one of the ways llama.cpp knows (`tokenizer.ggml.pre`). A tokenizer whose way has no name there cannot be
+written, and is refused. The keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ SPLITS: dict[tuple[Any, ...], tuple[str, bool]] = {
     (("Split", _LLAMA3), ("ByteLevel", False)): ("llama-bpe", True),
     (("Split", _QWEN2), ("ByteLevel", False)): ("qwen2", False),
 }
-"""The steps before the merges -> llama.cpp's name for them, and whether it looks a whole word up before merging (`ignore_merges`)."""
+"""The steps before the merges -> llama.cpp's name for them, and whether it looks a whole word up before merging
+(`ignore_merges`).
+"""
 
 HOSTILE_TEXTS = (
     "",
@@ -70,11 +72,14 @@ class Vocabulary:
 def gguf_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     """Read a transformers fast tokenizer; `rows` of the embedding get a token each, spare ones a name of their own.
 
-    Raises TokenizerError for one that is not byte-level BPE or without merges, or splits text in a way llama.cpp has no name for.
+    Raises TokenizerError for one that is not byte-level BPE or without merges, or splits text in a way llama.cpp has no
+    name for.
     """
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     model, normalizer = rules["model"], rules.get("normalizer")
-    plain = not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"))
+    plain = not any(
+        model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    )
     if model["type"] != "BPE" or not plain or (normalizer is not None and normalizer["type"] != "NFC"):
         raise _refused(tokenizer, f"is {model['type']} with its own rules, and only byte-level BPE is written")
     steps = tuple(_step(one) for one in (rules["pre_tokenizer"] or {}).get("pretokenizers", [rules["pre_tokenizer"]]))
@@ -91,7 +96,9 @@ def gguf_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
     merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
     if not merges:
-        raise _refused(tokenizer, "has no merges, only bytes and control tokens, and llama.cpp reads none without merges")
+        raise _refused(
+            tokenizer, "has no merges, only bytes and control tokens, and llama.cpp reads none without merges"
+        )
     framed = tokenizer("a", add_special_tokens=True)["input_ids"]
     return Vocabulary(
         tokens=tokens,
@@ -105,7 +112,8 @@ def gguf_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
 
 
 def refuse_other_ids(source: Any, written: Any, *, normalizes: bool, texts: Sequence[str] = HOSTILE_TEXTS) -> None:
-    """Raise TokenizerError where the tokenizer read back from the file gives other ids, special ids or another chat template.
+    """Raise TokenizerError where the tokenizer read back from the file gives other ids, special ids or another chat
+    template.
 
     normalizes: compare on composed text (NFC), because that is what the source makes of every text.
     """

@@ -1,7 +1,8 @@
-"""Fold an adapter into its base: weight by weight, rounded once, reloaded, compared, and only then given its name (promise N8).
+"""Fold an adapter into its base: weight by weight, rounded once, reloaded, compared, and only then given its name
+(promise N8).
 
-Memory: one weight of the base, its merged form and some 100 MB of float64 at a time while the files are written, whatever the model's
-size; the comparison afterwards loads base and result in float32, one after the other.
+Memory: one weight of the base, its merged form and some 100 MB of float64 at a time while the files are written,
+whatever the model's size; the comparison afterwards loads base and result in float32, one after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ import torch
 
 from llmtune import durable
 from llmtune.adapters.attach import load_adapter
-from llmtune.deploy.compare_logits import Difference, limit_for, logits_of, probe_prompts, refuse_if_different, reloaded_logits, tell_apart
+from llmtune.deploy.compare_logits import (
+    Difference,
+    limit_for,
+    logits_of,
+    probe_prompts,
+    refuse_if_different,
+    reloaded_logits,
+    tell_apart,
+)
 from llmtune.deploy.merge_plan import MergePlan, plan_merge
 from llmtune.deploy.merged_from import Origin, find_origin
 from llmtune.deploy.write_merged import Written, write_merged
@@ -52,7 +61,9 @@ class MergeReport:
     """Result against base + adapter, both in float32 arithmetic."""
     tolerance: str
     other_base: Difference | None
-    """The result against the adapter on the base the other way round (dequantized or not); None for an adapter of a plain base."""
+    """The result against the adapter on the base the other way round (dequantized or not); None for an adapter of a
+    plain base.
+    """
     notes: list[str] = field(default_factory=list)
 
 
@@ -63,26 +74,27 @@ def merge_lora(
     base: str | None = None,
     dtype: str | None = None,
     offline: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    print_line: Callable[[str], None] = lambda _: None,
 ) -> MergeReport:
-    """Write `output`, a model folder that `AutoModelForCausalLM.from_pretrained` loads, from the adapter in `source` (a run or an adapter).
+    """Write `output`, a model folder that `AutoModelForCausalLM.from_pretrained` loads, from the adapter in `source` (a
+    run or an adapter).
 
-    base: another place of the same base; an adapter trained on a quantized base then goes into the unquantized weights. dtype: float32,
-    bfloat16 or float16; each weight keeps its stored type when None.
+    base: another place of the same base; an adapter trained on a quantized base then goes into the unquantized weights.
+    dtype: float32, bfloat16 or float16; each weight keeps its stored type when None.
 
-    Raises AdapterError for an adapter of another base, UsageError when `output` exists, CheckpointError when the reloaded result differs
-    from base + adapter by more than the tolerance; `output` then does not exist.
+    Raises AdapterError for an adapter of another base, UsageError when `output` exists, CheckpointError when the
+    reloaded result differs from base + adapter by more than the tolerance; `output` then does not exist.
     """
     if output.exists():
         raise UsageError(f"`{output}` already exists", where="--output", fix="name a folder that does not")
     origin = find_origin(source, base, offline=offline)
-    say(f"merging {origin.adapter} into {origin.base_name}")
+    print_line(f"merging {origin.adapter} into {origin.base_name}")
     plan = plan_merge(origin, dtype=None if dtype is None else DTYPES[dtype], dequantize=base is None)
     digest = _checked_digest(origin, plan)
-    durable.make_way(output, say)
+    durable.replace_target(output, print_line)
     with durable.commit_folder(output, replace=False) as staging:
         written = write_merged(plan, origin, staging)
-        say(f"comparing the result with base + adapter on {len(_prompts(origin, plan))} prompts")
+        print_line(f"comparing the result with base + adapter on {len(_prompts(origin, plan))} prompts")
         report = _report(origin, plan, written, staging, digest, dtype)
         refuse_if_different(
             report.difference,
@@ -107,7 +119,9 @@ def _checked_digest(origin: Origin, plan: MergePlan) -> str:
     return digest
 
 
-def _report(origin: Origin, plan: MergePlan, written: Written, staging: Path, digest: str, dtype: str | None) -> MergeReport:
+def _report(
+    origin: Origin, plan: MergePlan, written: Written, staging: Path, digest: str, dtype: str | None
+) -> MergeReport:
     prompts = _prompts(origin, plan)
     merged = reloaded_logits(staging, prompts)
     tuned = _tuned_logits(origin, plan, prompts, dequantized=plan.quantization is not None)
@@ -121,7 +135,9 @@ def _report(origin: Origin, plan: MergePlan, written: Written, staging: Path, di
         base_digest=digest,
         adapter_digest=plan.adapter_digest,
         merged_digest=written.digest,
-        merged_into="the base" if plan.quantization is None else f"the {plan.quantization} base it was trained on, dequantized",
+        merged_into="the base"
+        if plan.quantization is None
+        else f"the {plan.quantization} base it was trained on, dequantized",
         dtype=dtype or "as in the base",
         weights_changed=written.weights_changed,
         entries_changed=written.entries_changed,
@@ -135,11 +151,18 @@ def _report(origin: Origin, plan: MergePlan, written: Written, staging: Path, di
 
 
 def _prompts(origin: Origin, plan: MergePlan) -> list[list[int]]:
-    return probe_prompts(origin.tokenizer, plan.rows, sorted({row for update in plan.all_updates for row in update.rows}))
+    return probe_prompts(
+        origin.tokenizer, plan.rows, sorted({row for update in plan.all_updates for row in update.rows})
+    )
 
 
-def _tuned_logits(origin: Origin, plan: MergePlan, prompts: list[list[int]], *, dequantized: bool) -> list[torch.Tensor]:
-    """Return the logits of base + adapter as peft computes them; the base as it was held in training when `dequantized`."""
+def _tuned_logits(
+    origin: Origin, plan: MergePlan, prompts: list[list[int]], *, dequantized: bool
+) -> list[torch.Tensor]:
+    """Return the logits of base + adapter as peft computes them.
+
+    The base as it was held in training when `dequantized`.
+    """
     from llmtune.config.schema import ModelConfig
 
     loaded = load_model(

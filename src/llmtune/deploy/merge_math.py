@@ -1,6 +1,7 @@
 """The arithmetic of a merge: one weight at a time, in float64, rounded once to the type it is written in.
 
-Legend: O outputs and I inputs of a layer, R rank. Matrices are taken as [O, I]; a weight stored the other way round is viewed transposed.
+Legend: O outputs and I inputs of a layer, R rank. Matrices are taken as [O, I]; a weight stored the other way round is
+viewed transposed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def fold_low_rank(
     is_transposed: bool,
     magnitude_O: Tensor | None = None,
 ) -> Folded:
-    """Return W + scaling * B A in `dtype`; with a magnitude, each output's row of that scaled to its length (DoRA, arXiv:2402.09353).
+    """Return W + scaling * B A in `dtype`.
+
+    With a magnitude, each output's row of that scaled to its length (DoRA, arXiv:2402.09353).
 
     weight: [O, I], or [I, O] when `is_transposed`; the result has the same shape. Computed row by row in float64.
     """
@@ -73,8 +76,8 @@ def fold_bias(bias: Tensor, delta: Tensor, *, scaling: float, dtype: torch.dtype
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `values` in `dtype`, each rounded to the nearest exactly once.
 
-    torch turns float64 into a 16-bit type by way of float32, which rounds twice and can end on the wrong side. Rounding to *odd* on the way
-    (Boldo and Melquiond, 2008) keeps what the second rounding needs to know.
+    torch turns float64 into a 16-bit type by way of float32, which rounds twice and can end on the wrong side. Rounding
+    to *odd* on the way (Boldo and Melquiond, 2008) keeps what the second rounding needs to know.
 
     >>> just_above_the_middle = torch.tensor([1 + 2**-8 + 2**-40], dtype=torch.float64)
     >>> just_above_the_middle.to(torch.bfloat16).item(), round_once(just_above_the_middle, torch.bfloat16).item()

@@ -71,7 +71,8 @@ class MergePlan:
 def plan_merge(origin: Origin, *, dtype: torch.dtype | None, dequantize: bool) -> MergePlan:
     """Plan the merge of an adapter into its base.
 
-    dequantize: an adapter trained on a quantized base goes into that base, dequantized. Raises AdapterError when the adapter does not fit.
+    dequantize: an adapter trained on a quantized base goes into that base, dequantized. Raises AdapterError when the
+    adapter does not fit.
     """
     config = read_config(origin.base_folder)
     text = config.get_text_config()
@@ -82,7 +83,9 @@ def plan_merge(origin: Origin, *, dtype: torch.dtype | None, dequantize: bool) -
     embeddings = _embedding_names(meta)
     _check_base(base, meta, embeddings, stored_rows)
     tensors = load_adapter_tensors(origin.adapter)
-    updates = adapter_layout(_meta_model(config), origin.adapter, {name: tuple(one.shape) for name, one in tensors.items()})
+    updates = adapter_layout(
+        _meta_model(config), origin.adapter, {name: tuple(one.shape) for name, one in tensors.items()}
+    )
     sources, by_weight, notes = _untangle(meta, base, updates, tensors)
     if any(name not in base.names for name in sources):
         config.tie_word_embeddings = text.tie_word_embeddings = False
@@ -132,14 +135,19 @@ def _check_base(base: BaseWeights, meta: Any, embeddings: set[str], stored_rows:
         shape = (stored_rows, *shape[1:]) if name in embeddings else shape
         if base.shape(name) != shape:
             raise AdapterError(
-                f"the base's `{name}` has shape {base.shape(name)} and its config says {shape}", where="--base", fix="name another base"
+                f"the base's `{name}` has shape {base.shape(name)} and its config says {shape}",
+                where="--base",
+                fix="name another base",
             )
 
 
 def _untangle(
     meta: Any, base: BaseWeights, updates: list[WeightUpdate], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, str], dict[str, tuple[WeightUpdate, ...]], list[str]]:
-    """Return (sources, updates by weight, notes); a tied head gets a weight of its own only where the adapter treats it differently."""
+    """Return (sources, updates by weight, notes).
+
+    A tied head gets a weight of its own only where the adapter treats it differently.
+    """
     by_weight: dict[str, list[WeightUpdate]] = defaultdict(list)
     for update in updates:
         by_weight[update.weight].append(update)
@@ -147,7 +155,8 @@ def _untangle(
     sources = {name: name for name in base.names if name not in tied}
     notes = []
     for head, embedding in tied.items():
-        # Rows trained by peft in a tied embedding are trained in the head as well; every other update touches the one it names.
+        # Rows trained by peft in a tied embedding are trained in the head as well; every other update touches the one
+        # it names.
         following = [update for update in by_weight[embedding] if update.kind == "rows"]
         own = [update for update in by_weight[head] if update.kind != "rows"]
         if _same(by_weight[embedding], own + following, tensors):
@@ -155,7 +164,9 @@ def _untangle(
             continue
         by_weight[head] = own + following
         sources[head] = embedding
-        notes.append(f"`{head}` was tied to `{embedding}` and is now a weight of its own: the adapter treats the two differently")
+        notes.append(
+            f"`{head}` was tied to `{embedding}` and is now a weight of its own: the adapter treats the two differently"
+        )
     return sources, {name: tuple(one) for name, one in by_weight.items() if one}, notes
 
 
@@ -168,7 +179,11 @@ def _tied_pairs(meta: Any) -> dict[str, str]:
 
 def _same(embedding: list[WeightUpdate], head: list[WeightUpdate], tensors: Mapping[str, Tensor]) -> bool:
     """Whether both weights end up equal: nothing, the same rows, or the same values."""
-    if [update for update in embedding if update.kind != "rows"] == [update for update in head if update.kind != "rows"] == []:
+    if (
+        [update for update in embedding if update.kind != "rows"]
+        == [update for update in head if update.kind != "rows"]
+        == []
+    ):
         return True
     if [update.kind for update in embedding] != ["replace"] or [update.kind for update in head] != ["replace"]:
         return False

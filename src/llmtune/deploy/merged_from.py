@@ -45,12 +45,18 @@ def find_origin(source: Path, base: str | None, *, offline: bool = False) -> Ori
     base_source = resolve(base, offline=offline) if base is not None else find_base(adapter, offline=offline)
     if base_source.kind == "scratch":
         fix = "name the folder of the trained model with --base"
-        raise AdapterError(f"the base `{base_source.name}` is built from scratch and stored nowhere", where=str(adapter), fix=fix)
+        raise AdapterError(
+            f"the base `{base_source.name}` is built from scratch and stored nowhere", where=str(adapter), fix=fix
+        )
     folder = local_folder(base_source)
     refuse_unsafe_folder(folder, ignore_auto_map=may_ignore_auto_map(base_source))
     if (read_json_file(folder / "config.json") or {}).get("quantization_config"):
         fix = "name the unquantized model with --base"
-        raise ModelError("the base is published quantized, and its weights cannot be written back exactly", where=str(folder), fix=fix)
+        raise ModelError(
+            "the base is published quantized, and its weights cannot be written back exactly",
+            where=str(folder),
+            fix=fix,
+        )
     weight_files(folder)
     own = (adapter / "tokenizer_config.json").is_file()
     return Origin(

@@ -43,7 +43,10 @@ class Whole:
     tokenizer: Any
 
     def dtype(self, name: str, asked: torch.dtype | None) -> torch.dtype:
-        """Return the type a weight is written in: the one asked for, where it is a number with a fraction; else as it is stored."""
+        """Return the type a weight is written in: the one asked for, where it is a number with a fraction.
+
+        Else as it is stored.
+        """
         stored = self.weights.dtype(name)
         return asked if asked is not None and stored.is_floating_point else stored
 
@@ -60,7 +63,9 @@ class Whole:
         """Return the source's own logits on each prompt, float32 [T, V]."""
         config = ModelConfig(name=self.source.name, dtype="float32")
         place = torch.device("cpu")
-        loaded = load_model(self.source, config, tokenizer=self.tokenizer, device=place, trained="full", precision="fp32", seed=0)
+        loaded = load_model(
+            self.source, config, tokenizer=self.tokenizer, device=place, trained="full", precision="fp32", seed=0
+        )
         return logits_of(loaded.model, prompts)
 
     @property
@@ -78,9 +83,12 @@ class Whole:
 
 
 def open_whole(source: ModelSource, tokenizer: Any | None = None) -> Whole:
-    """Open the model of `source`: a folder, a GGUF file (converted first) or a hub id; its own tokenizer unless another is given.
+    """Open the model of `source`: a folder, a GGUF file (converted first) or a hub id.
 
-    Raises ModelError where there are no weights to write: one that is only built from scratch, or is published quantized.
+    Its own tokenizer unless another is given.
+
+    Raises ModelError where there are no weights to write: one that is only built from scratch, or is published
+    quantized.
     """
     from transformers import AutoModelForCausalLM
 
@@ -91,22 +99,41 @@ def open_whole(source: ModelSource, tokenizer: Any | None = None) -> Whole:
     refuse_unsafe_folder(folder, ignore_auto_map=may_ignore_auto_map(source))
     if read_json_file(folder / "config.json").get("quantization_config"):
         fix = "name the unquantized model"
-        raise ModelError("the model is published quantized, and its weights cannot be written back exactly", where=str(folder), fix=fix)
+        raise ModelError(
+            "the model is published quantized, and its weights cannot be written back exactly",
+            where=str(folder),
+            fix=fix,
+        )
     config = read_config(folder)
     with quiet_libraries(), torch.device("meta"):
         meta = AutoModelForCausalLM.from_config(config)
     weights = open_base_weights(weight_files(folder), meta)
     own = tokenizer if tokenizer is not None else load_tokenizer(source, ModelConfig(name=source.name)).tokenizer
     tied = set(tied_names(meta))
-    return Whole(source, folder, config, type(meta).__name__, weights, tuple(one for one in weights.names if one not in tied), own)
+    return Whole(
+        source,
+        folder,
+        config,
+        type(meta).__name__,
+        weights,
+        tuple(one for one in weights.names if one not in tied),
+        own,
+    )
 
 
-def write_whole(whole: Whole, folder: Path, *, dtype: torch.dtype | None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `whole` as a folder that `AutoModelForCausalLM.from_pretrained` loads: weights, config, tokenizer, generation config, card.
+def write_whole(
+    whole: Whole, folder: Path, *, dtype: torch.dtype | None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write `whole` as a folder that `AutoModelForCausalLM.from_pretrained` loads: weights, config, tokenizer,
+    generation config, card.
 
-    dtype: type of every weight, rounded once; as stored when None. Raises ModelError (a weight that does not fit), MachineError.
+    dtype: type of every weight, rounded once; as stored when None. Raises ModelError (a weight that does not fit),
+    MachineError.
     """
-    described = {name: torch.empty(whole.weights.shape(name), dtype=whole.dtype(name, dtype), device="meta") for name in whole.names}
+    described = {
+        name: torch.empty(whole.weights.shape(name), dtype=whole.dtype(name, dtype), device="meta")
+        for name in whole.names
+    }
     write_shards(folder, described, lambda name: whole.rounded(name, dtype), max_shard_bytes)
     config = {**whole.config.to_dict(), "architectures": [whole.class_name]}
     types = {one.dtype for one in described.values() if one.is_floating_point()}

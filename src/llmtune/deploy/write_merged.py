@@ -62,9 +62,14 @@ def write_merged(plan: MergePlan, origin: Origin, folder: Path, *, max_shard_byt
 
 
 def write_shards(
-    folder: Path, described: Mapping[str, Tensor], compute: Callable[[str], Tensor], max_shard_bytes: int = MAX_SHARD_BYTES
+    folder: Path,
+    described: Mapping[str, Tensor],
+    compute: Callable[[str], Tensor],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> str:
-    """Write weights as safetensors, in several files with an index where one would be too large; returns sha256 over the files in order.
+    """Write weights as safetensors, in several files with an index where one would be too large.
+
+    Returns sha256 over the files in order.
 
     described: name -> shape and type, without memory. compute(name): the tensor, asked for in the moment it is written.
     Raises MachineError.
@@ -74,14 +79,17 @@ def write_shards(
     places = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        durable.write_tensors(folder / file, _Lazy({name: described[name] for name in names}, compute), {"format": "pt"})
+        durable.write_tensors(
+            folder / file, _Lazy({name: described[name] for name in names}, compute), {"format": "pt"}
+        )
         places.update(dict.fromkeys(names, file))
         with (folder / file).open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     if len(shards) > 1:
         total = sum(one.numel() * one.itemsize for one in described.values())
         durable.write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))},
         )
     return digest.hexdigest()
 

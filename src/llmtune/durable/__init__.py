@@ -1,30 +1,50 @@
 """The only place that writes, syncs, renames, links or deletes files; what it commits is whole or not there (P1).
 
-`write_bytes`, `write_text`, `write_json`, `write_tensors` put one file in place, `commit_file` one that a library writes;
-`commit_folder` a whole folder with its manifest; `AppendLog` is a file that grows line by line; `remove_tree`, `remove_file`, `rename`,
-`make_folder`, `link_or_copy` are the rest; `sweep_litter` cleans up after a killed process, and `make_way` before a commit;
-`verify_manifest` says whether a folder is still what was committed. `use_backend` replaces the operating system underneath, for tests.
+`write_bytes`, `write_text`, `write_json`, `write_tensors` put one file in place, `commit_file` one that a library
+writes; `commit_folder` a whole folder with its manifest; `AppendLog` is a file that grows line by line; `remove_tree`,
+`remove_file`, `rename`, `make_folder`, `link_or_copy` are the rest; `remove_leftovers` cleans up after a killed
+process, and `replace_target` before a commit; `verify_manifest` says whether a folder is still what was committed.
+`use_backend` replaces the operating system underneath, for tests.
 
-Not safe against a rename that a file system itself tears apart, nor against a disk that claims to have synced and has not.
+Not safe against a rename that a file system itself tears apart, nor against a disk that claims to have synced and has
+not.
 """
 
-from llmtune.durable.files import json_text, link_or_copy, make_folder, point_to, rename, write_bytes, write_json, write_stream, write_text
+from llmtune.durable.files import (
+    json_text,
+    link_or_copy,
+    make_folder,
+    point_to,
+    rename,
+    write_bytes,
+    write_json,
+    write_stream,
+    write_text,
+)
 from llmtune.durable.folders import (
     MANIFEST,
     BrokenSealError,
     commit_file,
     commit_folder,
     has_digest,
-    make_way,
     read_manifest,
     remove_file,
+    remove_leftovers,
     remove_tree,
-    sweep_litter,
+    replace_target,
     verify_manifest,
 )
 from llmtune.durable.lock import FileLock, ReadHold, delete_unless_held, is_locked
 from llmtune.durable.log import AppendLog, read_lines
-from llmtune.durable.system import Backend, SystemBackend, asking_the_system, errno_of, machine_error, printable, use_backend
+from llmtune.durable.system import (
+    Backend,
+    SystemBackend,
+    errno_of,
+    machine_error,
+    printable,
+    translate_os_errors,
+    use_backend,
+)
 from llmtune.durable.tensors import read_tensors, write_tensors
 
 __all__ = [
@@ -35,7 +55,6 @@ __all__ = [
     "FileLock",
     "ReadHold",
     "SystemBackend",
-    "asking_the_system",
     "commit_file",
     "commit_folder",
     "delete_unless_held",
@@ -46,16 +65,17 @@ __all__ = [
     "link_or_copy",
     "machine_error",
     "make_folder",
-    "make_way",
     "point_to",
     "printable",
     "read_lines",
     "read_manifest",
     "read_tensors",
     "remove_file",
+    "remove_leftovers",
     "remove_tree",
     "rename",
-    "sweep_litter",
+    "replace_target",
+    "translate_os_errors",
     "use_backend",
     "verify_manifest",
     "write_bytes",

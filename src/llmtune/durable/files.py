@@ -1,4 +1,6 @@
-"""Single files: written beside, synced and renamed, so that a name always stands for a whole file, the old or the new one."""
+"""Single files: written beside, synced and renamed, so that a name always stands for a whole file, the old or the new
+one.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,19 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any, NamedTuple
 
-from llmtune.durable.system import asking_the_system, call, opened, sync_folder, write_fully
+from llmtune.durable.system import call, opened, sync_folder, translate_os_errors, write_fully
 from llmtune.errors import LlmtuneError
 
-__all__ = ["json_text", "link_or_copy", "make_folder", "rename", "write_bytes", "write_json", "write_stream", "write_text"]
+__all__ = [
+    "json_text",
+    "link_or_copy",
+    "make_folder",
+    "rename",
+    "write_bytes",
+    "write_json",
+    "write_stream",
+    "write_text",
+]
 
 PART_PREFIX = ".llmtune-part-"
 _numbers = itertools.count(1)
@@ -26,7 +37,9 @@ live_parts: set[str] = set()  # names this process is working on now; a sweep le
 
 
 class Written(NamedTuple):
-    """What was handed to the system for one file: bytes, sha256 in hex, and the stamp by which a later change is noticed."""
+    """What was handed to the system for one file: bytes, sha256 in hex, and the stamp by which a later change is
+    noticed.
+    """
 
     size: int
     sha256: str
@@ -64,12 +77,12 @@ def stamp_of(status: os.stat_result) -> tuple[int, int, int]:
 def write_stream(path: Path | str, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
     """Write `chunks` as the file `path`, whole or not at all: beside it, synced, renamed, folder synced.
 
-    The mode follows the umask. Inside a staging folder of `commit_folder` the file is written in place, because the commit syncs it.
-    Raises MachineError, and then the old file, if there was one, is untouched.
+    The mode follows the umask. Inside a staging folder of `commit_folder` the file is written in place, because the
+    commit syncs it. Raises MachineError, and then the old file, if there was one, is untouched.
     """
     path = Path(path).absolute()
     staging = staging_of(path)
-    with asking_the_system("write", path):
+    with translate_os_errors("write", path):
         if staging is not None:
             staging.written[os.fspath(path)] = _write_new(path, chunks, sync=False)
             return
@@ -106,23 +119,33 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    r"""Write `text` as UTF-8, whole or not at all; what UTF-8 cannot carry is escaped (`\udc80`). Raises MachineError."""
+    r"""Write `text` as UTF-8, whole or not at all; what UTF-8 cannot carry is escaped (`\udc80`).
+
+    Raises MachineError.
+    """
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON, keys in their order, whole or not at all. Raises MachineError; TypeError if it is not JSON."""
+    """Write `value` as indented JSON, keys in their order, whole or not at all.
+
+    Raises MachineError; TypeError if it is not JSON.
+    """
     write_text(path, json_text(value, indent=2) + "\n")
 
 
 def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False, compact: bool = False) -> str:
-    """Return `value` as strict JSON, `compact` without spaces. Numbers that JSON does not have become the words `float()` reads.
+    """Return `value` as strict JSON, `compact` without spaces.
+
+    Numbers that JSON does not have become the words `float()` reads.
 
     >>> json_text({"loss": float("nan"), "norm": -float("inf"), "ids": (1, 2)})
     '{"loss": "nan", "norm": "-inf", "ids": [1, 2]}'
     """
     separators = (",", ":") if compact else None
-    return json.dumps(_strict(value), indent=indent, sort_keys=sort_keys, separators=separators, ensure_ascii=False, allow_nan=False)
+    return json.dumps(
+        _strict(value), indent=indent, sort_keys=sort_keys, separators=separators, ensure_ascii=False, allow_nan=False
+    )
 
 
 def _strict(value: Any) -> Any:
@@ -136,9 +159,12 @@ def _strict(value: Any) -> Any:
 
 
 def make_folder(path: Path | str) -> None:
-    """Make the folder and those above it, each one's name synced; nothing happens where it exists. Raises MachineError."""
+    """Make the folder and those above it, each one's name synced; nothing happens where it exists.
+
+    Raises MachineError.
+    """
     path = Path(path).absolute()
-    with asking_the_system("make the folder", path):
+    with translate_os_errors("make the folder", path):
         missing = list(itertools.takewhile(lambda one: not one.is_dir(), (path, *path.parents)))
         for folder in reversed(missing):
             with contextlib.suppress(FileExistsError) if folder != path else contextlib.nullcontext():
@@ -149,7 +175,7 @@ def make_folder(path: Path | str) -> None:
 def rename(source: Path | str, target: Path | str) -> None:
     """Give `source` the name `target` (replacing a file there) and sync both folders. Raises MachineError."""
     source, target = Path(source).absolute(), Path(target).absolute()
-    with asking_the_system(f"rename to {target.name!r}", source):
+    with translate_os_errors(f"rename to {target.name!r}", source):
         call("rename", os.fspath(source), os.fspath(target))
         sync_folder(target.parent)
         if source.parent != target.parent:
@@ -157,7 +183,9 @@ def rename(source: Path | str, target: Path | str) -> None:
 
 
 def link_or_copy(source: Path | str, target: Path | str) -> None:
-    """Give the content of the file `source` a second name; a copy where the file system has no hard links. Raises MachineError.
+    """Give the content of the file `source` a second name; a copy where the file system has no hard links.
+
+    Raises MachineError.
 
     For files that are never changed in place, such as those of a committed folder.
     """
@@ -165,22 +193,28 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
     try:
         call("link", os.fspath(source), os.fspath(target))
     except OSError:
-        with asking_the_system("copy", source):
+        with translate_os_errors("copy", source):
             write_stream(target, read_chunks(source))
 
 
 def point_to(link: Path | str, target: str) -> None:
-    """Make `link` a symbolic link to `target`, a path relative to its folder, replacing one of that name whole. Raises MachineError."""
+    """Make `link` a symbolic link to `target`, a path relative to its folder, replacing one of that name whole.
+
+    Raises MachineError.
+    """
     link = Path(link).absolute()
     part = link.with_name(part_name())
-    with asking_the_system("link", link):
+    with translate_os_errors("link", link):
         call("symlink", target, os.fspath(part))
         call("rename", os.fspath(part), os.fspath(link))
         sync_folder(link.parent)
 
 
 def read_chunks(path: Path, chunk_bytes: int = 4 << 20, *, past_cache: bool = False) -> Iterator[bytes]:
-    """Yield the content of `path` in chunks, `past_cache` from the disk itself where the system can be asked to. Raises OSError."""
+    """Yield the content of `path` in chunks, `past_cache` from the disk itself where the system can be asked to.
+
+    Raises OSError.
+    """
     with path.open("rb", buffering=0) as file:
         if past_cache and sys.platform == "linux":
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,6 @@
-"""Whole folders, filled beside their place, sealed with a manifest, renamed: one with a final name is complete or does not exist."""
+"""Whole folders, filled beside their place, sealed with a manifest, renamed: one with a final name is complete or does
+not exist.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ from llmtune.durable.files import (
     stamp_of,
     write_text,
 )
-from llmtune.durable.system import asking_the_system, call, printable, sync_file, sync_folder
+from llmtune.durable.system import call, printable, sync_file, sync_folder, translate_os_errors
 from llmtune.errors import Problem
 
 __all__ = [
@@ -37,11 +39,11 @@ __all__ = [
     "commit_file",
     "commit_folder",
     "has_digest",
-    "make_way",
     "read_manifest",
     "remove_file",
+    "remove_leftovers",
     "remove_tree",
-    "sweep_litter",
+    "replace_target",
     "verify_manifest",
 ]
 
@@ -52,7 +54,9 @@ _HEAD = b'{\n "'
 """How each manifest begins, by which one that was cut short is known."""
 
 _MARKS = re.compile(rb'"manifest_sha256"|\n   "sha256": "[0-9a-f]{64}"')
-"""Two things that only a manifest of ours has, the second on the lines of each file: no one damaged byte takes both away."""
+"""Two things that only a manifest of ours has, the second on the lines of each file: no one damaged byte takes both
+away.
+"""
 
 
 class BrokenSealError(ValueError):
@@ -65,18 +69,19 @@ def commit_folder(
 ) -> Iterator[Path]:
     """Yield an empty folder to fill; at the end of the body it becomes `target`, whole or not at all (P1).
 
-    Every file in it is synced and gets the mode the umask gives; `manifest.json` (each file's bytes and sha256, and what `manifest` adds)
-    is written last; the folders are synced; one rename; the parent is synced. An existing `target` is moved aside first and deleted
-    afterwards, so that a crash at any moment leaves the old or the new one, where it belongs or where `sweep_litter` finds it.
-    `sealed=False` leaves the manifest out; `replace=False` refuses a `target` that is there. When the body or the commit fails nothing of
-    it is left and the old `target` stands. Raises MachineError.
+    Every file in it is synced and gets the mode the umask gives; `manifest.json` (each file's bytes and sha256, and
+    what `manifest` adds) is written last; the folders are synced; one rename; the parent is synced. An existing
+    `target` is moved aside first and deleted afterwards, so that a crash at any moment leaves the old or the new one,
+    where it belongs or where `remove_leftovers` finds it. `sealed=False` leaves the manifest out; `replace=False`
+    refuses a `target` that is there. When the body or the commit fails nothing of it is left and the old `target`
+    stands. Raises MachineError.
     """
     target = Path(target).absolute()
     staging = Staging(target.parent / part_name())
     live_parts.add(staging.folder.name)
     stagings.append(staging)
     try:
-        with asking_the_system("save", target):
+        with translate_os_errors("save", target):
             call("mkdir", os.fspath(staging.folder), 0o777)
             yield staging.folder
             _complete(staging, dict(manifest or {}) if sealed else None)
@@ -93,16 +98,19 @@ def commit_folder(
 
 @contextlib.contextmanager
 def commit_file(target: Path | str) -> Iterator[Path]:
-    """Yield a path of the same name, in a folder of its own beside `target`, for a library to fill; at the end it becomes `target`.
+    """Yield a path of the same name, in a folder of its own beside `target`, for a library to fill.
 
-    It is synced and renamed, and the folder synced, so that a file of that name is whole or does not exist. Whatever else lies in that
-    folder is scratch; when the body or the commit fails nothing is left and an old `target` stands. Raises MachineError.
+    At the end it becomes `target`.
+
+    It is synced and renamed, and the folder synced, so that a file of that name is whole or does not exist. Whatever
+    else lies in that folder is scratch; when the body or the commit fails nothing is left and an old `target` stands.
+    Raises MachineError.
     """
     target = Path(target).absolute()
     folder = target.parent / part_name()
     live_parts.add(folder.name)
     try:
-        with asking_the_system("save", target):
+        with translate_os_errors("save", target):
             call("mkdir", os.fspath(folder), 0o777)
             yield folder / target.name
             sync_file(folder / target.name)
@@ -129,7 +137,10 @@ def _complete(staging: Staging, manifest: dict[str, Any] | None) -> None:
         sync_file(path)
         known = staging.written.get(os.fspath(path))
         if known is not None and known.stamp == stamp_of(status):
-            size, sha256 = known.size, known.sha256  # of the bytes we meant, so that a disk that garbled them is found out
+            size, sha256 = (
+                known.size,
+                known.sha256,
+            )  # of the bytes we meant, so that a disk that garbled them is found out
         else:
             size, sha256 = _measure(path)
         files[path.relative_to(folder).as_posix()] = {"size": size, "sha256": sha256}
@@ -163,10 +174,12 @@ def _put_in_place(folder: Path, target: Path, *, replace: bool) -> None:
 
 
 def remove_tree(path: Path | str) -> None:
-    """Delete a file or a folder with all it holds; nothing happens where there is none. Links are deleted, not followed.
+    """Delete a file or a folder with all it holds; nothing happens where there is none.
 
-    A folder loses its name first, so that a crash in between leaves litter and never half a folder with a final name. Raises
-    MachineError.
+    Links are deleted, not followed.
+
+    A folder loses its name first, so that a crash in between leaves litter and never half a folder with a final name.
+    Raises MachineError.
     """
     path = Path(path).absolute()
     if os.path.lexists(path):
@@ -175,12 +188,12 @@ def remove_tree(path: Path | str) -> None:
 
 def remove_file(path: Path | str) -> None:
     """Delete one file; nothing happens where there is none. Raises MachineError."""
-    with asking_the_system("delete", path), contextlib.suppress(FileNotFoundError):
+    with translate_os_errors("delete", path), contextlib.suppress(FileNotFoundError):
         call("unlink", os.fspath(path))
 
 
 def _remove(path: Path) -> None:
-    with asking_the_system("delete", path):
+    with translate_os_errors("delete", path):
         if not stat.S_ISDIR(path.lstat().st_mode):
             call("unlink", os.fspath(path))
             return
@@ -194,16 +207,16 @@ def _remove(path: Path) -> None:
         call("rmdir", os.fspath(doomed))
 
 
-def sweep_litter(folder: Path | str, *, everything: bool = False) -> list[str]:
+def remove_leftovers(folder: Path | str, *, everything: bool = False) -> list[str]:
     """Finish or undo what a killed process left in `folder` (not below it) and say so, one line each.
 
-    Unfinished files and folders are deleted; a folder that was moved aside for a successor that never came gets its name back. Those of
-    processes alive on this machine, and all of other machines, are left alone unless `everything` (the caller holds the lock of the
-    folder). Raises MachineError.
+    Unfinished files and folders are deleted; a folder that was moved aside for a successor that never came gets its
+    name back. Those of processes alive on this machine, and all of other machines, are left alone unless `everything`
+    (the caller holds the lock of the folder). Raises MachineError.
     """
     folder = Path(folder).absolute()
     done: list[str] = []
-    with asking_the_system("sweep", folder):
+    with translate_os_errors("sweep", folder):
         for name in sorted(one.name for one in folder.iterdir()):
             if name.startswith(OLD_PREFIX):
                 done.append(_settle(folder, name))
@@ -213,12 +226,15 @@ def sweep_litter(folder: Path | str, *, everything: bool = False) -> list[str]:
     return done
 
 
-def make_way(target: Path | str, say: Callable[[str], None]) -> None:
-    """Make the folder that `target` will stand in, and sweep what killed processes left there, saying each. Raises MachineError."""
+def replace_target(target: Path | str, print_line: Callable[[str], None]) -> None:
+    """Make the folder that `target` will stand in, and sweep what killed processes left there, saying each.
+
+    Raises MachineError.
+    """
     parent = Path(target).absolute().parent
     make_folder(parent)
-    for line in sweep_litter(parent):
-        say(line)
+    for line in remove_leftovers(parent):
+        print_line(line)
 
 
 def _settle(folder: Path, name: str) -> str:
@@ -249,7 +265,10 @@ def _is_dead(name: str) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield everything below `folder`, a folder before what it holds, by name; links are not followed. Raises OSError."""
+    """Yield everything below `folder`, a folder before what it holds, by name; links are not followed.
+
+    Raises OSError.
+    """
     for path in sorted(folder.iterdir()):
         status = path.lstat()
         yield path, status
@@ -304,22 +323,31 @@ def _invalid(what: str, *, ours: bool) -> ValueError:
 def verify_manifest(
     folder: Path | str, *, only: str = "*", unread: str = "", past_cache: bool = False, links: bool = False
 ) -> list[Problem]:
-    """Compare every file of a committed folder with its manifest and return what is wrong; an empty list means: as committed (P5).
+    """Compare every file of a committed folder with its manifest and return what is wrong.
 
-    Found are: a changed byte, a cut, a missing, added or exchanged file, a link in place of a file, an edited manifest. `only` is a pattern
-    (`*.safetensors`) for the names looked at, relative to `folder` and at any depth; files of other names are not read. Of files
-    named like `unread`, which whoever opens them will compare, only presence and size are looked at. `past_cache` asks the system to read
-    from the disk what it may still hold in memory. With `links` a link is what it points to.
+    An empty list means: as committed (P5).
+
+    Found are: a changed byte, a cut, a missing, added or exchanged file, a link in place of a file, an edited manifest.
+    `only` is a pattern (`*.safetensors`) for the names looked at, relative to `folder` and at any depth; files of other
+    names are not read. Of files named like `unread`, which whoever opens them will compare, only presence and size are
+    looked at. `past_cache` asks the system to read from the disk what it may still hold in memory. With `links` a link
+    is what it points to.
     """
     folder = Path(folder)
     fix = "use another checkpoint or copy, or restore this folder from a backup"
     try:
         manifest = read_manifest(folder)
     except FileNotFoundError:
-        return [Problem("manifest.json is missing: the folder was never committed, or was taken apart", printable(folder), fix)]
+        return [
+            Problem(
+                "manifest.json is missing: the folder was never committed, or was taken apart", printable(folder), fix
+            )
+        ]
     except (ValueError, OSError) as error:
         return [Problem(str(error), printable(folder / MANIFEST), fix)]
-    expected: dict[str, dict[str, Any]] = {name: entry for name, entry in manifest["files"].items() if fnmatchcase(name, only)}
+    expected: dict[str, dict[str, Any]] = {
+        name: entry for name, entry in manifest["files"].items() if fnmatchcase(name, only)
+    }
     inhabited = {parent.as_posix() for name in manifest["files"] for parent in Path(name).parents}
     problems: list[str] = []
     found: set[str] = set()
@@ -338,7 +366,16 @@ def verify_manifest(
                     problems.append(f"`{printable(name)}` does not belong here")
             else:
                 found.add(name)
-                problems.extend(_compare(path, status, expected.get(name), name, read=not fnmatchcase(name, unread), past_cache=past_cache))
+                problems.extend(
+                    _compare(
+                        path,
+                        status,
+                        expected.get(name),
+                        name,
+                        read=not fnmatchcase(name, unread),
+                        past_cache=past_cache,
+                    )
+                )
     except OSError as error:
         problems.append(f"cannot read: {error.strerror}")
     problems.extend(f"`{printable(name)}` is missing" for name in expected if name not in found)

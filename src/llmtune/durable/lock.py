@@ -14,7 +14,7 @@ from socket import gethostname
 from typing import Any
 
 from llmtune.durable.folders import remove_tree
-from llmtune.durable.system import asking_the_system, call, printable, write_fully
+from llmtune.durable.system import call, printable, translate_os_errors, write_fully
 from llmtune.errors import MachineError
 
 __all__ = ["FileLock", "ReadHold", "delete_unless_held", "is_locked"]
@@ -39,12 +39,14 @@ class FileLock:
     def __init__(self, path: Path | str, what: str) -> None:
         """Take the lock. Raises MachineError "`what` is in use by process N" when a living process has it."""
         self.path = Path(path).absolute()
-        with asking_the_system("lock", self.path):
-            self._descriptor = call("open", os.fspath(self.path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        with translate_os_errors("lock", self.path):
+            self._descriptor = call(
+                "open", os.fspath(self.path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666
+            )
         try:
             if not _take(self._descriptor, _PATIENCE_S):
                 raise _in_use(self.path, what, _owner(self._descriptor))
-            with asking_the_system("lock", self.path):
+            with translate_os_errors("lock", self.path):
                 call("truncate", self._descriptor, 0)
                 write_fully(self._descriptor, json.dumps({"pid": os.getpid(), "machine": gethostname()}).encode())
         except BaseException:
@@ -73,7 +75,8 @@ def is_locked(path: Path | str) -> bool:
 
 
 class ReadHold:
-    """Says that a folder is being read, by a lock that many may share on one of its files, until the end of the holder's life.
+    """Says that a folder is being read, by a lock that many may share on one of its files, until the end of the
+    holder's life.
 
     Raises FileNotFoundError when the file is not there, or goes while it is taken.
     """
@@ -99,7 +102,10 @@ def _let_go(descriptor: int) -> None:
 
 
 def delete_unless_held(folder: Path, name: str) -> bool:
-    """Delete `folder` unless a living process (this one counts) holds its file `name`; says whether it did. Raises MachineError."""
+    """Delete `folder` unless a living process (this one counts) holds its file `name`; says whether it did.
+
+    Raises MachineError.
+    """
     try:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -137,5 +143,7 @@ def _owner(descriptor: int) -> dict[str, Any]:
 def _in_use(path: Path, what: str, owner: dict[str, Any]) -> MachineError:
     who = f"process {owner['pid']} on {owner['machine']}" if {"pid", "machine"} <= owner.keys() else "another process"
     return MachineError(
-        f"{what} is in use by {who}", where=printable(path.parent), fix="wait for it to end, or stop it (SIGTERM lets it save first)"
+        f"{what} is in use by {who}",
+        where=printable(path.parent),
+        fix="wait for it to end, or stop it (SIGTERM lets it save first)",
     )

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from llmtune.durable.files import json_text
-from llmtune.durable.system import asking_the_system, call, sync_folder, write_fully
+from llmtune.durable.system import call, sync_folder, translate_os_errors, write_fully
 
 __all__ = ["AppendLog", "read_lines"]
 
@@ -18,15 +18,15 @@ __all__ = ["AppendLog", "read_lines"]
 class AppendLog:
     """A file of JSON objects, one a line, that only grows at its end.
 
-    Each line goes to the system whole before `append` returns, so a killed process loses nothing that was appended; `sync` makes it
-    survive a power loss too. Opening cuts off what an interrupted write left at the end: a line without its newline, or lines that are
-    not JSON objects. Not for several writers at once. Every method raises MachineError when the system refuses; a refused line leaves no
-    trace.
+    Each line goes to the system whole before `append` returns, so a killed process loses nothing that was appended;
+    `sync` makes it survive a power loss too. Opening cuts off what an interrupted write left at the end: a line without
+    its newline, or lines that are not JSON objects. Not for several writers at once. Every method raises MachineError
+    when the system refuses; a refused line leaves no trace.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()
-        with asking_the_system("open", self.path):
+        with translate_os_errors("open", self.path):
             is_new = not self.path.exists()
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._descriptor: int | None = call("open", os.fspath(self.path), flags, 0o666)
@@ -45,7 +45,7 @@ class AppendLog:
         """Add `value` as one line."""
         line = (json_text(value) + "\n").encode("utf-8", "backslashreplace")
         descriptor = self._open_descriptor()
-        with asking_the_system("append to", self.path):
+        with translate_os_errors("append to", self.path):
             try:
                 write_fully(descriptor, line)
             except OSError:
@@ -56,7 +56,7 @@ class AppendLog:
 
     def sync(self) -> None:
         """Wait until every line is on the disk."""
-        with asking_the_system("sync", self.path):
+        with translate_os_errors("sync", self.path):
             call("fsync", self._open_descriptor())
 
     def truncate_to(self, lines: int) -> int:
@@ -69,7 +69,8 @@ class AppendLog:
     def truncate_to_step(self, step: int) -> int:
         """Keep the lines up to the first with a `step` beyond `step` and return how many were dropped.
 
-        This is what a resume from the checkpoint of `step` does: the lines that follow will be written again, byte for byte.
+        This is what a resume from the checkpoint of `step` does: the lines that follow will be written again, byte for
+        byte.
         """
         before = self.lines
         self._keep_while(lambda value: not value.get("step", 0) > step)
@@ -84,7 +85,9 @@ class AppendLog:
     def __enter__(self) -> AppendLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _open_descriptor(self) -> int:
@@ -94,7 +97,7 @@ class AppendLog:
     def _keep_while(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Cut the file before the first line that is torn, no JSON object, or not `wanted`."""
         size = lines = 0
-        with asking_the_system("read", self.path), self.path.open("rb") as file:
+        with translate_os_errors("read", self.path), self.path.open("rb") as file:
             for line in file:
                 value = parsed(line)
                 if value is None or not wanted(value):
@@ -102,7 +105,7 @@ class AppendLog:
                 size += len(line)
                 lines += 1
         descriptor = self._open_descriptor()
-        with asking_the_system("cut", self.path):
+        with translate_os_errors("cut", self.path):
             if os.fstat(descriptor).st_size != size:
                 call("truncate", descriptor, size)
                 call("fsync", descriptor)
@@ -125,9 +128,12 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path | str) -> list[dict[str, Any]]:
-    """Return the whole lines of a log that another process may be writing; none when there is no such file. Raises MachineError."""
+    """Return the whole lines of a log that another process may be writing; none when there is no such file.
+
+    Raises MachineError.
+    """
     path = Path(path)
-    with asking_the_system("read", path):
+    with translate_os_errors("read", path):
         if not path.exists():
             return []
         return [value for line in path.read_bytes().splitlines(keepends=True) if (value := parsed(line)) is not None]

@@ -1,8 +1,8 @@
 """The operations that change a disk, one by one, through a backend that tests can replace.
 
-Every write, sync, rename, link and deletion of the program passes `Backend.call`. The real backend calls the operating system; the
-the backends of the tests count, fail, kill or trace at a chosen operation. What the operating system refuses becomes a `MachineError`
-that says what was attempted, where, the system's own words, and what to do.
+Every write, sync, rename, link and deletion of the program passes `Backend.call`. The real backend calls the operating
+system; the the backends of the tests count, fail, kill or trace at a chosen operation. What the operating system
+refuses becomes a `MachineError` that says what was attempted, where, the system's own words, and what to do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from llmtune.errors import MachineError
 
-__all__ = ["OPERATIONS", "Backend", "SystemBackend", "asking_the_system", "errno_of", "machine_error", "use_backend"]
+__all__ = ["OPERATIONS", "Backend", "SystemBackend", "errno_of", "machine_error", "translate_os_errors", "use_backend"]
 
 
 class Backend(Protocol):
@@ -123,7 +123,7 @@ def errno_of(error: BaseException) -> int | None:
 
 
 @contextlib.contextmanager
-def asking_the_system(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
+def translate_os_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn an OSError of the body into a MachineError about `action` at `path`."""
     try:
         yield
@@ -151,7 +151,10 @@ _FRUITLESS_WRITES = 3
 
 
 def write_fully(descriptor: int, data: bytes | bytearray | memoryview) -> None:
-    """Write all of `data`, going on after short writes; raises OSError (EIO when the system accepts nothing again and again)."""
+    """Write all of `data`, going on after short writes.
+
+    Raises OSError (EIO when the system accepts nothing again and again).
+    """
     rest = memoryview(data).cast("B")
     fruitless = 0
     while rest:

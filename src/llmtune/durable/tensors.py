@@ -1,8 +1,9 @@
-"""Tensors in the safetensors format, streamed: written without a second copy in memory, read while their digest is taken.
+"""Tensors in the safetensors format, streamed: written without a second copy in memory, read while their digest is
+taken.
 
-The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header, little-endian; the header, JSON,
-padded with spaces to a multiple of 8; the tensors' bytes, row-major, little-endian, without gaps. The library's own save neither syncs
-nor follows the umask.
+The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header, little-endian;
+the header, JSON, padded with spaces to a multiple of 8; the tensors' bytes, row-major, little-endian, without gaps. The
+library's own save neither syncs nor follows the umask.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmtune.durable.files import json_text, write_stream
-from llmtune.durable.system import asking_the_system, printable
+from llmtune.durable.system import printable, translate_os_errors
 from llmtune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ _LARGEST_HEADER_BYTES = 100_000_000  # the library refuses more
 def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write torch or NumPy tensors as a safetensors file, whole or not at all (see `write_stream`).
 
-    Any shape and any of the format's types, bfloat16 among them; tensors on a device are copied to the CPU one at a time. Tensors that
-    share memory are written once each. Raises MachineError; TypeError for a type the format does not have.
+    Any shape and any of the format's types, bfloat16 among them; tensors on a device are copied to the CPU one at a
+    time. Tensors that share memory are written once each. Raises MachineError; TypeError for a type the format does not
+    have.
     """
     described = [(name, *_describe(name, tensor)) for name, tensor in tensors.items()]
     described.sort(key=lambda one: (_ORDER[one[1]], one[0]))  # wide types first keeps every tensor aligned
@@ -100,19 +102,24 @@ def _raw(tensor: Any) -> memoryview:
 def read_tensors(path: Path | str, *, sha256: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a safetensors file into CPU tensors and return them with the file's metadata.
 
-    The very bytes that fill the tensors are digested: with `sha256` given, a tensor that differs from what was written is never returned.
-    Raises CheckpointError when the digest or the format does not fit, MachineError when the file cannot be read.
+    The very bytes that fill the tensors are digested: with `sha256` given, a tensor that differs from what was written
+    is never returned. Raises CheckpointError when the digest or the format does not fit, MachineError when the file
+    cannot be read.
     """
     path = Path(path)
     digest = hashlib.sha256()
-    with asking_the_system("read", path), path.open("rb", buffering=0) as file:
+    with translate_os_errors("read", path), path.open("rb", buffering=0) as file:
         try:
             entries, metadata = _read_header(file, os.fstat(file.fileno()).st_size, digest)
             tensors = dict(_read_one(file, entry, digest) for entry in entries)
         except ValueError as error:
-            raise CheckpointError(f"not a whole safetensors file: {error}", printable(path), "use another copy of this file") from error
+            raise CheckpointError(
+                f"not a whole safetensors file: {error}", printable(path), "use another copy of this file"
+            ) from error
     if sha256 is not None and digest.hexdigest() != sha256:
-        raise CheckpointError("the file was changed: its sha256 does not fit the manifest", printable(path), "use another checkpoint")
+        raise CheckpointError(
+            "the file was changed: its sha256 does not fit the manifest", printable(path), "use another checkpoint"
+        )
     return tensors, metadata
 
 
@@ -134,7 +141,9 @@ def _read_header(file: FileIO, file_bytes: int, digest: Any) -> tuple[list[_Entr
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not texts by name")
-    entries = sorted((_Entry.checked(name, entry) for name, entry in header.items()), key=lambda one: (one.begin, one.end))
+    entries = sorted(
+        (_Entry.checked(name, entry) for name, entry in header.items()), key=lambda one: (one.begin, one.end)
+    )
     offset = 0
     for entry in entries:
         if entry.begin != offset:
@@ -159,7 +168,10 @@ class _Entry(NamedTuple):
         """Return the entry if it can be true; raises ValueError."""
         match entry:
             case {"dtype": str(short), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if len(entry) == 3:
-                is_shape = all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in shape) and len(shape) <= _MOST_DIMENSIONS
+                is_shape = (
+                    all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in shape)
+                    and len(shape) <= _MOST_DIMENSIONS
+                )
                 if short in _TYPES and is_shape and 0 <= begin <= end == begin + math.prod(shape) * _ITEM_BYTES[short]:
                     return cls(name, short, shape, begin, end)
         raise ValueError(f"tensor {name!r} has a type, shape or place that cannot be")

@@ -1,7 +1,8 @@
 """Memory that goes back to the program, not to the system: settings made once at the start of a process that computes.
 
-A step allocates and frees the same large blocks over and over. glibc gives blocks above 32 MB back to the system at once, so each is
-made of fresh pages that the kernel must clear when they are first touched: about 2 GB/s, against 20 GB/s for memory already held.
+A step allocates and frees the same large blocks over and over. glibc gives blocks above 32 MB back to the system at
+once, so each is made of fresh pages that the kernel must clear when they are first touched: about 2 GB/s, against 20
+GB/s for memory already held.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ LARGEST_BLOCK = 1 << 30
 """Bytes up to which blocks come from memory already held; larger ones are rare and still go straight to the system."""
 
 LEAN_LARGEST_BLOCK = 1 << 25
-"""The same for a run that recomputes its blocks to save memory. Where all weights are trained, an embedding's gradient and a head's logits
-(50 to 110 MB) leave gaps in the heap that grew by 350 MB a step; such blocks returned to the system, it stays flat. Without recomputing
-that made a step 18 % longer, with it no difference was seen."""
+"""The same for a run that recomputes its blocks to save memory. Where all weights are trained, an embedding's gradient
+and a head's logits (50 to 110 MB) leave gaps in the heap that grew by 350 MB a step; such blocks returned to the
+system, it stays flat. Without recomputing that made a step 18 % longer, with it no difference was seen."""
 
 KEPT = (1 << 31) - 1
 """Bytes of free memory that are kept at the end of the heap."""
@@ -49,36 +50,45 @@ OWN_PAGES = 1 << 17
 
 TUNABLES = "GLIBC_TUNABLES"
 NO_THREAD_CACHES = "glibc.malloc.tcache_count=0"
-"""glibc reads this once, when a process starts. Otherwise each thread keeps seven freed small blocks of every size to itself: they lie amid
-the large blocks of a step and no gap grows past them. QLoRA on rows of 2,400 tokens took 2.98 GB with them and 2.67 without."""
+"""glibc reads this once, when a process starts. Otherwise each thread keeps seven freed small blocks of every size to
+itself: they lie amid the large blocks of a step and no gap grows past them. QLoRA on rows of 2,400 tokens took 2.98 GB
+with them and 2.67 without."""
 
 _tuned: list[int] = []
 """The largest blocks asked for of glibc's allocator so far; empty where it was not tuned."""
 
 KERNEL_CACHES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "96"}
-"""Kernels that torch's CPU library keeps, for each of its two caches. Each shape of a product has a kernel of its own, and a micro-batch's
-are used in every layer, so these hold them. More (1,024 of each, as found) grow with every new length; and each kernel kept from an earlier
-micro-batch lies amid the blocks of a later one, which then need new room: with 256 in the second cache LoRA on conversations took 3.18 GB
-where it takes 2.78 now, custom-small 2.85 after 60 steps where it takes 2.34 now."""
+"""Kernels that torch's CPU library keeps, for each of its two caches. Each shape of a product has a kernel of its own,
+and a micro-batch's are used in every layer, so these hold them. More (1,024 of each, as found) grow with every new
+length; and each kernel kept from an earlier micro-batch lies amid the blocks of a later one, which then need new room:
+with 256 in the second cache LoRA on conversations took 3.18 GB where it takes 2.78 now, custom-small 2.85 after 60
+steps where it takes 2.34 now."""
 
 FULL_KERNEL_CACHES_BYTES = 119 << 20
-"""What both caches hold once they are full: measured with products of 128 by 128 at 1,200 lengths, where it stays after 400."""
+"""What both caches hold once they are full: measured with products of 128 by 128 at 1,200 lengths, where it stays after
+400.
+"""
 
 
 def bound_kernel_caches() -> None:
-    """Keep the library of CPU kernels from collecting one for every length that ever occurred: a longer run needs no more memory.
+    """Keep the library of CPU kernels from collecting one for every length that ever occurred: a longer run needs no
+    more memory.
 
-    Each cache reads its limit once, with the first kernel it keeps: after torch is imported is early enough, after the first product of its
-    kind is too late. A limit that the environment sets already is left alone. Values never change: a kernel is made again.
+    Each cache reads its limit once, with the first kernel it keeps: after torch is imported is early enough, after the
+    first product of its kind is too late. A limit that the environment sets already is left alone. Values never change:
+    a kernel is made again.
     """
     for name, value in KERNEL_CACHES.items():
         os.environ.setdefault(name, value)
 
 
 def tune_allocator(*, largest_block: int = LARGEST_BLOCK) -> Decision:
-    """Make glibc's allocator keep freed memory for the next step, blocks up to `largest_block` bytes. Best before torch is imported.
+    """Make glibc's allocator keep freed memory for the next step, blocks up to `largest_block` bytes.
 
-    Safe: it changes when memory returns to the system, never what a program computes. Elsewhere than on glibc nothing is done, and said.
+    Best before torch is imported.
+
+    Safe: it changes when memory returns to the system, never what a program computes. Elsewhere than on glibc nothing
+    is done, and said.
     """
     key = "process.allocator"
     if platform.libc_ver()[0] != "glibc":
@@ -96,19 +106,26 @@ def allocator_in_force() -> list[Decision]:
         return []
     value, reason = "keeps freed memory", "memory already held is ten times faster to reuse than fresh pages"
     if _tuned[-1] < LARGEST_BLOCK:
-        value, reason = f"keeps freed blocks up to {_tuned[-1] >> 20} MiB", "larger ones would leave gaps that grow, and memory is short"
+        value, reason = (
+            f"keeps freed blocks up to {_tuned[-1] >> 20} MiB",
+            "larger ones would leave gaps that grow, and memory is short",
+        )
     if NO_THREAD_CACHES in os.environ.get(TUNABLES, ""):
         value, reason = f"{value}, without thread caches", f"{reason}; small blocks kept amid large ones leave gaps"
     return [Decision("process.allocator", value, reason)]
 
 
 def has_thread_caches() -> bool:
-    """Whether each thread of this process keeps freed small blocks amid the heap: glibc's allocator does, unless told otherwise."""
+    """Whether each thread of this process keeps freed small blocks amid the heap: glibc's allocator does, unless told
+    otherwise.
+    """
     return without_thread_caches(os.environ) is not None
 
 
 def without_thread_caches(environment: Mapping[str, str]) -> dict[str, str] | None:
-    """The environment in which a process has no thread caches in its allocator; None where that is so, or is not ours to say.
+    """The environment in which a process has no thread caches in its allocator.
+
+    None where that is so, or is not ours to say.
 
     The user's own setting of them is left alone, and so is another allocator that is preloaded.
     """
@@ -120,10 +137,11 @@ def without_thread_caches(environment: Mapping[str, str]) -> dict[str, str] | No
 
 @contextmanager
 def outside_the_heap() -> Iterator[None]:
-    """Have blocks of at least `OWN_PAGES` bytes that are made meanwhile, and that no gap of the heap fits, come from pages of their own.
+    """Have blocks of at least `OWN_PAGES` bytes that are made meanwhile, and that no gap of the heap fits, come from
+    pages of their own.
 
-    For what stays for a whole run: as a part of a growing heap it leaves gaps that the blocks of a step do not fit. Nothing where glibc
-    was not tuned.
+    For what stays for a whole run: as a part of a growing heap it leaves gaps that the blocks of a step do not fit.
+    Nothing where glibc was not tuned.
     """
     if _tuned:
         _set(M_MMAP_THRESHOLD, OWN_PAGES)
@@ -148,8 +166,8 @@ def _mallopt() -> Callable[[int, int], int]:
 def release_free_memory() -> None:
     """Give the gaps that glibc's heap keeps between live tensors back to the system; nothing elsewhere.
 
-    For the moment before work of another shape (evaluation, generation), which cannot use those gaps and would add its own memory on top.
-    It costs about a third of a training step, so it is not done at each.
+    For the moment before work of another shape (evaluation, generation), which cannot use those gaps and would add its
+    own memory on top. It costs about a third of a training step, so it is not done at each.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

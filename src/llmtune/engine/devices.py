@@ -30,8 +30,11 @@ class Devices:
         self.world_size = world_size
 
     @classmethod
-    def from_environment(cls, *, no_cuda: bool = False, timeout_s: float, environ: Mapping[str, str] = os.environ) -> Devices:
-        """Join the processes started by `torchrun`, or by any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+    def from_environment(
+        cls, *, no_cuda: bool = False, timeout_s: float, environ: Mapping[str, str] = os.environ
+    ) -> Devices:
+        """Join the processes started by `torchrun`, or by any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
+        MASTER_ADDR and MASTER_PORT.
 
         Without WORLD_SIZE, or with 1, it is a single process. nccl on GPUs, gloo on CPUs.
         `timeout_s`: seconds after which a silent process counts as lost.
@@ -45,7 +48,9 @@ class Devices:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]
         if missing:
             raise MachineError(
-                f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set", where="environment", fix="start with `torchrun`"
+                f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set",
+                where="environment",
+                fix="start with `torchrun`",
             )
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -86,12 +91,14 @@ class Devices:
     def sync_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
         """Replace each gradient by its sum over all processes; every process then holds the same bits.
 
-        A process without rows takes part with zeros. A parameter that has a gradient nowhere keeps none, as in a single process.
-        The order of the sum is fixed by the backend for a given number of processes.
+        A process without rows takes part with zeros. A parameter that has a gradient nowhere keeps none, as in a single
+        process. The order of the sum is fixed by the backend for a given number of processes.
         """
         if self.world_size == 1:
             return
-        present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=self.device)
+        present = torch.tensor(
+            [parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=self.device
+        )
         dist.all_reduce(present)
         somewhere = [parameter for parameter, count in zip(parameters, present.tolist(), strict=True) if count]
         for parameter in somewhere:
@@ -102,7 +109,9 @@ class Devices:
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             dist.all_reduce(flat)
             parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+            torch._foreach_copy_(
+                gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+            )
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite each tensor with the main process's."""
@@ -158,7 +167,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 STRATEGIES = ("auto", "ddp")
-"""Ways to share a training between processes that exist: one process alone, or the whole model in each and gradients summed."""
+"""Ways to share a training between processes that exist: one process alone, or the whole model in each and gradients
+summed.
+"""
 
 
 WHAT_WORKS = (
@@ -186,7 +197,9 @@ def check_processes(config: Config, environ: Mapping[str, str] = os.environ) -> 
     count = environ.get("WORLD_SIZE", "1")
     if config.training.step_in_backward and count != "1":
         what = f"{count} processes were started, and weights that move in the backward pass cannot wait for the gradients of all"
-        raise ConfigError(what, where="training.step_in_backward", fix="set it to false, or start one process (without `torchrun`)")
+        raise ConfigError(
+            what, where="training.step_in_backward", fix="set it to false, or start one process (without `torchrun`)"
+        )
 
 
 def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decision]]:

@@ -16,8 +16,13 @@ ROWS_NAMED = 8
 
 
 def rows_of_non_finite_losses(losses: Sequence[torch.Tensor], sources: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Give the rows of the micro-batches whose loss is not finite, in order; `losses[i]` belongs to `sources[i]`. Waits for the device."""
-    return tuple(name for loss, names in zip(losses, sources, strict=True) if not math.isfinite(float(loss)) for name in names)
+    """Give the rows of the micro-batches whose loss is not finite, in order; `losses[i]` belongs to `sources[i]`.
+
+    Waits for the device.
+    """
+    return tuple(
+        name for loss, names in zip(losses, sources, strict=True) if not math.isfinite(float(loss)) for name in names
+    )
 
 
 def describe_rows(rows: Sequence[str]) -> str:
@@ -40,7 +45,10 @@ def too_many_skipped(reason: str, rows: Sequence[str], *, step: int, skipped: in
 
 
 def half_updated(reason: str, rows: Sequence[str], *, step: int) -> DivergedError:
-    """Make the error for a window that moved some weights before its gradient was seen not to be finite; `step` counts whole updates."""
+    """Make the error for a window that moved some weights before its gradient was seen not to be finite.
+
+    `step` counts whole updates.
+    """
     return DivergedError(
         f"{reason} in the window after step {step}, whose loss is finite: weights have moved by then; rows {describe_rows(rows)}",
         where=f"step {step + 1}",

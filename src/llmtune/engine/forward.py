@@ -1,8 +1,9 @@
 """From a micro-batch to its loss, by the fastest way that is proven equal on the model at hand.
 
-The flat engine gives the library's own decoder one row of documents without padding, attention by segments, and a loss over trained rows
-only; the plain engine gives the library's own forward padded batches. Which one runs is decided once: the flat one must repeat the plain
-one's loss on a small batch, and a document's loss must not move by one bit when its neighbour changes.
+The flat engine gives the library's own decoder one row of documents without padding, attention by segments, and a loss
+over trained rows only; the plain engine gives the library's own forward padded batches. Which one runs is decided once:
+the flat one must repeat the plain one's loss on a small batch, and a document's loss must not move by one bit when its
+neighbour changes.
 """
 
 from __future__ import annotations
@@ -30,10 +31,20 @@ from llmtune.kernels.attention import segment_mask, use_attention, use_segment_a
 from llmtune.kernels.head_loss import Head, find_head, head_nll_sum, trained_rows
 from llmtune.kernels.patch_model import fuse, prepackable, unfuse
 
-__all__ = ["Engine", "attention_ways", "build_engine", "cannot_prepack", "checkpoint_blocks", "flat_nll_sum", "group_tokens"]
+__all__ = [
+    "Engine",
+    "attention_ways",
+    "build_engine",
+    "cannot_prepack",
+    "checkpoint_blocks",
+    "flat_nll_sum",
+    "group_tokens",
+]
 
 GROUP_TOKENS = 2048
-"""Tokens that a flat micro-batch is cut to on a CPU (whole documents; a longer one goes alone): twice as many gain 3 to 6 %, for 2 GB."""
+"""Tokens that a flat micro-batch is cut to on a CPU (whole documents; a longer one goes alone): twice as many gain 3 to
+6 %, for 2 GB.
+"""
 
 NARROW, NARROW_GROUP_TOKENS = 256, 4096
 """The same for a model of at most that width, whose products are too small otherwise: custom-tiny trains 8 % faster."""
@@ -52,7 +63,9 @@ class Engine:
     """How this run turns micro-batches into losses."""
 
     nll_sum: Callable[[MicroBatch], Tensor]
-    """Sum of weighted negative log-likelihoods of a micro-batch in nats, 0-d float32, joined to the graph unless under `no_grad`."""
+    """Sum of weighted negative log-likelihoods of a micro-batch in nats, 0-d float32, joined to the graph unless under
+    `no_grad`.
+    """
 
     layout: Layout
     """`flat` (one row, no padding, `segments` given) or `padded`: how micro-batches must be laid out for `nll_sum`."""
@@ -67,7 +80,8 @@ class Engine:
 def build_engine(model: Any, *, config: Config, device: torch.device, precision: Arithmetic) -> Engine:
     """Choose the engine for `model` (a transformers causal LM, bare or inside peft's wrapper, already on `device`).
 
-    Raises ConfigError when `model.attention` asks for something this device does not have, ModelError when the model refuses it.
+    Raises ConfigError when `model.attention` asks for something this device does not have, ModelError when the model
+    refuses it.
     """
     engine = _choose(model, config, device, precision)
     if config.model.gradient_checkpointing != "offload":
@@ -117,19 +131,27 @@ def _adapter_decision(layers: int) -> tuple[Decision, ...]:
     if not layers:
         return ()
     return (
-        Decision("adapter.engine", "fused", f"{layers} LoRA layers add their update inside the frozen product and keep only their input"),
+        Decision(
+            "adapter.engine",
+            "fused",
+            f"{layers} LoRA layers add their update inside the frozen product and keep only their input",
+        ),
     )
 
 
 def checkpoint_blocks(base: Any) -> tuple[Decision, ...]:
     """Recompute each decoder block in the backward pass. Raises ModelError when the model has no such blocks."""
     if not base.supports_gradient_checkpointing:
-        raise ModelError(f"{type(base).__name__} cannot recompute its blocks", fix="set model.gradient_checkpointing: false")
+        raise ModelError(
+            f"{type(base).__name__} cannot recompute its blocks", fix="set model.gradient_checkpointing: false"
+        )
     # transformers renamed the method in 5.23; the older name warns there
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable()
     base.disable_input_require_grads()  # only re-entrant checkpoints need a gradient at the first input, and it costs the first block twice
-    return (Decision("model.gradient_checkpointing", True, "asked for: each block is computed again in the backward pass"),)
+    return (
+        Decision("model.gradient_checkpointing", True, "asked for: each block is computed again in the backward pass"),
+    )
 
 
 def _recompute(base: Any, asked: bool | str, device: torch.device) -> tuple[Decision, ...]:
@@ -140,17 +162,31 @@ def _recompute(base: Any, asked: bool | str, device: torch.device) -> tuple[Deci
 
 
 def compile_blocks(base: Any) -> tuple[Decision, ...]:
-    """Compile each decoder block for any length; attention by segments stays outside. Raises ModelError when it has no such blocks."""
+    """Compile each decoder block for any length; attention by segments stays outside.
+
+    Raises ModelError when it has no such blocks.
+    """
     blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
-        raise ModelError(f"{type(base).__name__} has no blocks to compile one by one", fix="set training.compile: false")
+        raise ModelError(
+            f"{type(base).__name__} has no blocks to compile one by one", fix="set training.compile: false"
+        )
     for block in blocks:
         block.compile(dynamic=True)
-    return (Decision("training.compile", True, f"asked for: {len(blocks)} blocks, compiled once for all lengths at their first use"),)
+    return (
+        Decision(
+            "training.compile",
+            True,
+            f"asked for: {len(blocks)} blocks, compiled once for all lengths at their first use",
+        ),
+    )
 
 
 def cannot_prepack(config: Config, device_type: str, dtype: torch.dtype | None) -> str | None:
-    """Say why frozen weights of such a run cannot be laid out for the kernels, or None. dtype: of the arithmetic; None for float32."""
+    """Say why frozen weights of such a run cannot be laid out for the kernels, or None.
+
+    dtype: of the arithmetic; None for float32.
+    """
     reasons = {
         "only a CPU's kernels read weights so": device_type != "cpu",
         "what is trained changes at every step (adapter.method: none)": config.adapter.method == "none",
@@ -165,7 +201,10 @@ def cannot_prepack(config: Config, device_type: str, dtype: torch.dtype | None) 
 
 
 def _prepack(model: Any, config: Config, device: torch.device, precision: Arithmetic) -> tuple[Decision, ...]:
-    """Lay frozen weights out for the kernels where that is chosen; where it cannot be, only that is said: no result depends on it."""
+    """Lay frozen weights out for the kernels where that is chosen.
+
+    Where it cannot be, only that is said: no result depends on it.
+    """
     if config.model.weights_prepack is not True:
         return ()
     with precision.autocast():
@@ -175,7 +214,13 @@ def _prepack(model: Any, config: Config, device: torch.device, precision: Arithm
         reason = weight_prepack.prepack(sources, outside_the_heap) if sources else "no LoRA layer is fused"
     if reason is not None:
         return (Decision("model.weights_prepack", False, reason),)
-    return (Decision("model.weights_prepack", True, f"{len(sources)} frozen weights lie ready for the kernels; proven to change no bit"),)
+    return (
+        Decision(
+            "model.weights_prepack",
+            True,
+            f"{len(sources)} frozen weights lie ready for the kernels; proven to change no bit",
+        ),
+    )
 
 
 def _base_model(model: Any) -> Any:
@@ -190,7 +235,9 @@ def _backends(asked: str, device: torch.device, precision: Arithmetic) -> tuple[
 
 
 def attention_ways(asked: str, device_type: str, *, half: bool) -> tuple[str, ...]:
-    """The ways of attention that the flat engine tries, best first: `asked` as `model.attention`, half: the arithmetic has 16 bits."""
+    """The ways of attention that the flat engine tries, best first: `asked` as `model.attention`, half: the arithmetic
+    has 16 bits.
+    """
     if asked != "auto":
         return {"sdpa": ("sdpa",), "flash": ("varlen",), "flex": ("flex",), "eager": ("eager",)}[asked]
     if device_type == "cuda":
@@ -213,7 +260,9 @@ def _flat_engine(model: Any, backend: str, device: torch.device, asked: str, mor
         max_group_tokens=group_tokens(_base_model(model).config) if device.type == "cpu" else None,
         decisions=(
             Decision(
-                "training.engine", "flat", "no padding, loss on trained rows only; equal to the plain forward on a probe of this model"
+                "training.engine",
+                "flat",
+                "no padding, loss on trained rows only; equal to the plain forward on a probe of this model",
             ),
             Decision("model.attention", backend, why),
             *more,
@@ -274,7 +323,10 @@ def _try_flat(model: Any, backend: str, device: torch.device, precision: Arithme
 
 
 def _probe(model: Any, device: torch.device, precision: Arithmetic) -> str | None:
-    """Compare the flat loss with the plain one, and a document's loss before and after its neighbour changes; None when both hold."""
+    """Compare the flat loss with the plain one, and a document's loss before and after its neighbour changes.
+
+    None when both hold.
+    """
     head = find_head(_base_model(model))
     assert head is not None
     vocabulary = int(model.get_input_embeddings().weight.shape[0])

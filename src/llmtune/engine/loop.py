@@ -1,7 +1,7 @@
 """The training loop.
 
-The invariant to hold on to: **a yield is a step boundary**. Gradients are clear, `state` counts exactly the updates applied and the windows
-consumed, and saving there loses nothing.
+The invariant to hold on to: **a yield is a step boundary**. Gradients are clear, `state` counts exactly the updates
+applied and the windows consumed, and saving there loses nothing.
 """
 
 from __future__ import annotations
@@ -100,11 +100,12 @@ def train_steps(
 ) -> Iterator[StepResult]:
     """Train on each window and yield its result; every yield is a safe place to stop.
 
-    `nll_sum(batch)`: weighted nats of a micro-batch, summed, shape []. `update`: how gradients become an update, and of which parameters.
-    `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after `state.windows`. `mfu`: see `utilization`.
-    A window whose loss or gradient norm is not finite is consumed but never applied: it is yielded as skipped, with its rows. Beyond
-    `max_skipped_steps` of them raises DivergedError; overflows that are only the fp16 scale's doing are not counted. A gradient that is not
-    finite raises it at once where the update has begun by then (`StepInBackward`): there is no step boundary to go back to.
+    `nll_sum(batch)`: weighted nats of a micro-batch, summed, shape []. `update`: how gradients become an update, and of
+    which parameters. `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after
+    `state.windows`. `mfu`: see `utilization`. A window whose loss or gradient norm is not finite is consumed but never
+    applied: it is yielded as skipped, with its rows. Beyond `max_skipped_steps` of them raises DivergedError; overflows
+    that are only the fp16 scale's doing are not counted. A gradient that is not finite raises it at once where the
+    update has begun by then (`StepInBackward`): there is no step boundary to go back to.
     """
     update.clear()
     started = time.perf_counter()
@@ -134,7 +135,9 @@ def train_steps(
         overflow = precision.advance(applied=reason is None, loss_is_finite=math.isfinite(nats))
         state.advance(window.epoch, *totals, applied=reason is None, overflow=overflow)
         if state.skipped_steps > max_skipped_steps:
-            raise too_many_skipped(reason or "", named, step=state.step, skipped=state.skipped_steps, budget=max_skipped_steps)
+            raise too_many_skipped(
+                reason or "", named, step=state.step, skipped=state.skipped_steps, budget=max_skipped_steps
+            )
 
         yield StepResult(
             train_mean_nll=nats / divisor,

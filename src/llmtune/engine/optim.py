@@ -1,7 +1,7 @@
 """Optimizers: which parameters decay, which rule moves which, and one face for all of them.
 
-Every rule is decoupled: a step first multiplies decayed parameters by `1 - learning rate x weight decay`. Matrices decay (those of
-embeddings and LoRA too); whatever has one dimension - norms, biases, DoRA's magnitudes - never does.
+Every rule is decoupled: a step first multiplies decayed parameters by `1 - learning rate x weight decay`. Matrices
+decay (those of embeddings and LoRA too); whatever has one dimension - norms, biases, DoRA's magnitudes - never does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Optimizer:
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
         self.param_groups: list[Group] = [group for part in parts for group in part.param_groups]
-        self._places = {parameter: (part, group) for part in parts for group in part.param_groups for parameter in group["params"]}
+        self._places = {
+            parameter: (part, group) for part in parts for group in part.param_groups for parameter in group["params"]
+        }
 
     def step(self) -> None:
         """Apply the gradients once."""
@@ -42,7 +44,9 @@ class Optimizer:
             part.step()
 
     def step_only(self, parameter: nn.Parameter) -> None:
-        """Apply the gradient of one parameter: its part is shown nothing but it, with its group's rules and its state as always."""
+        """Apply the gradient of one parameter: its part is shown nothing but it, with its group's rules and its state
+        as always.
+        """
         part, group = self._places[parameter]
         groups = part.param_groups
         part.param_groups = [{**group, "params": [parameter]}]
@@ -79,7 +83,10 @@ class _Request:
     device: torch.device
 
     def groups(self, names: Collection[str] | None = None) -> list[Group]:
-        """Give decayed and undecayed parameters as two groups (those that are not empty), in order; of `names` only, when given."""
+        """Give decayed and undecayed parameters as two groups (those that are not empty), in order.
+
+        Of `names` only, when given.
+        """
         wanted = {name: parameter for name, parameter in self.parameters.items() if names is None or name in names}
         matrices = [parameter for parameter in wanted.values() if parameter.ndim >= 2]
         vectors = [parameter for parameter in wanted.values() if parameter.ndim < 2]
@@ -100,12 +107,14 @@ def build_optimizer(
 ) -> tuple[Optimizer, list[Decision]]:
     """Build the optimizer `name` over the trained `parameters` (by name), all on `device`.
 
-    `orthogonal`: names of the matrices that `muon` moves (see `matrices_of_blocks`); AdamW moves the rest, at the same learning rate.
-    `sgd` takes its momentum from `betas[0]`; `lion` uses `betas` as they are.
-    Raises ConfigError for a name that is unknown or cannot work on `device`.
+    `orthogonal`: names of the matrices that `muon` moves (see `matrices_of_blocks`); AdamW moves the rest, at the same
+    learning rate. `sgd` takes its momentum from `betas[0]`; `lion` uses `betas` as they are. Raises ConfigError for a
+    name that is unknown or cannot work on `device`.
     """
     if name not in OPTIMIZERS:
-        raise ConfigError(f"unknown optimizer `{name}`", where="training.optimizer", fix=f"one of {', '.join(OPTIMIZERS)}")
+        raise ConfigError(
+            f"unknown optimizer `{name}`", where="training.optimizer", fix=f"one of {', '.join(OPTIMIZERS)}"
+        )
     assert parameters, "there is at least one trained parameter"
     return OPTIMIZERS[name](_Request(name, parameters, orthogonal, learning_rate, weight_decay, betas, eps, device))
 
@@ -115,7 +124,9 @@ def matrices_of_blocks(model: Any, parameters: Mapping[str, nn.Parameter]) -> se
 
     `model`: a transformers or peft model, which names its output head.
     """
-    outside = {id(weight) for module in model.modules() if isinstance(module, nn.Embedding) for weight in module.parameters()}
+    outside = {
+        id(weight) for module in model.modules() if isinstance(module, nn.Embedding) for weight in module.parameters()
+    }
     head = model.get_output_embeddings()
     if head is not None:
         outside |= {id(weight) for weight in head.parameters()}
@@ -123,11 +134,22 @@ def matrices_of_blocks(model: Any, parameters: Mapping[str, nn.Parameter]) -> se
 
 
 def _adamw(request: _Request) -> tuple[Optimizer, list[Decision]]:
-    fused = request.device.type in FUSED_DEVICES and all(parameter.is_floating_point() for parameter in request.parameters.values())
-    optimizer = torch.optim.AdamW(
-        request.groups(), lr=request.learning_rate, betas=request.betas, eps=request.eps, fused=fused, foreach=None if fused else True
+    fused = request.device.type in FUSED_DEVICES and all(
+        parameter.is_floating_point() for parameter in request.parameters.values()
     )
-    reason = f"torch has the fused kernel for {request.device.type}" if fused else f"no fused kernel for {request.device.type}"
+    optimizer = torch.optim.AdamW(
+        request.groups(),
+        lr=request.learning_rate,
+        betas=request.betas,
+        eps=request.eps,
+        fused=fused,
+        foreach=None if fused else True,
+    )
+    reason = (
+        f"torch has the fused kernel for {request.device.type}"
+        if fused
+        else f"no fused kernel for {request.device.type}"
+    )
     return Optimizer(optimizer), [Decision("training.optimizer", "adamw, fused" if fused else "adamw", reason)]
 
 
@@ -149,14 +171,20 @@ def _bitsandbytes(request: _Request) -> tuple[Optimizer, list[Decision]]:
         eps=request.eps,
         weight_decay=request.weight_decay,
     )
-    return Optimizer(optimizer), [Decision("training.optimizer", request.name, f"bitsandbytes' {type(optimizer).__name__}")]
+    return Optimizer(optimizer), [
+        Decision("training.optimizer", request.name, f"bitsandbytes' {type(optimizer).__name__}")
+    ]
 
 
 def _muon(request: _Request) -> tuple[Optimizer, list[Decision]]:
     rest = [name for name in request.parameters if name not in request.orthogonal]
     parts: list[torch.optim.Optimizer] = []
     if request.orthogonal:
-        parts.append(torch.optim.Muon(request.groups(request.orthogonal), lr=request.learning_rate, adjust_lr_fn="match_rms_adamw"))
+        parts.append(
+            torch.optim.Muon(
+                request.groups(request.orthogonal), lr=request.learning_rate, adjust_lr_fn="match_rms_adamw"
+            )
+        )
     if rest:
         adamw, _ = _adamw(replace(request, parameters={name: request.parameters[name] for name in rest}))
         parts.extend(adamw.parts)
@@ -165,9 +193,14 @@ def _muon(request: _Request) -> tuple[Optimizer, list[Decision]]:
 
 
 def _sgd(request: _Request) -> tuple[Optimizer, list[Decision]]:
-    groups = [{"params": group["params"], "weight_decay": 0.0, _DECAY_APART: group["weight_decay"]} for group in request.groups()]
+    groups = [
+        {"params": group["params"], "weight_decay": 0.0, _DECAY_APART: group["weight_decay"]}
+        for group in request.groups()
+    ]
     optimizer = torch.optim.SGD(groups, lr=request.learning_rate, momentum=request.betas[0])
-    return Optimizer(optimizer), [Decision("training.optimizer", "sgd", f"momentum {request.betas[0]}, the first of `training.betas`")]
+    return Optimizer(optimizer), [
+        Decision("training.optimizer", "sgd", f"momentum {request.betas[0]}, the first of `training.betas`")
+    ]
 
 
 FUSED_DEVICES = ("cuda", "cpu")
@@ -194,7 +227,9 @@ SCRATCH_LEARNING_RATES = ((20_000_000, 1e-3), (100_000_000, 6e-4), (300_000_000,
 """(parameters up to, peak rate): smaller models take larger steps; the last rate holds for all larger ones."""
 
 
-def choose_rates(training: TrainingConfig, *, scratch: bool, adapter: bool, parameters: int) -> tuple[TrainingConfig, list[Decision]]:
+def choose_rates(
+    training: TrainingConfig, *, scratch: bool, adapter: bool, parameters: int
+) -> tuple[TrainingConfig, list[Decision]]:
     """Fill in learning rate and weight decay where the config leaves them open, and say why these.
 
     >>> choose_rates(TrainingConfig(), scratch=False, adapter=True, parameters=135_000_000)[0].learning_rate
@@ -203,16 +238,26 @@ def choose_rates(training: TrainingConfig, *, scratch: bool, adapter: bool, para
     decisions = []
     if training.learning_rate is None:
         if scratch:
-            rate = next((rate for limit, rate in SCRATCH_LEARNING_RATES if parameters <= limit), SCRATCH_LEARNING_RATES[-1][1])
+            rate = next(
+                (rate for limit, rate in SCRATCH_LEARNING_RATES if parameters <= limit), SCRATCH_LEARNING_RATES[-1][1]
+            )
             why = f"usual for a model of {parameters / 1e6:.0f} M parameters trained from scratch"
         else:
             rate, why = (
-                (LORA_LEARNING_RATE, "usual for LoRA") if adapter else (FULL_LEARNING_RATE, "usual for full tuning of a pretrained model")
+                (LORA_LEARNING_RATE, "usual for LoRA")
+                if adapter
+                else (FULL_LEARNING_RATE, "usual for full tuning of a pretrained model")
             )
         training = replace(training, learning_rate=rate)
         decisions.append(Decision("training.learning_rate", rate, why))
     if training.weight_decay is None:
-        decay, why = (0.1, "usual from scratch") if scratch else (0.0, "usual for LoRA") if adapter else (0.01, "usual for full tuning")
+        decay, why = (
+            (0.1, "usual from scratch")
+            if scratch
+            else (0.0, "usual for LoRA")
+            if adapter
+            else (0.01, "usual for full tuning")
+        )
         training = replace(training, weight_decay=decay)
         decisions.append(Decision("training.weight_decay", decay, why))
     return training, decisions

@@ -1,4 +1,6 @@
-"""The arithmetic of forward and backward: fp32, bf16 autocast, or fp16 autocast with a loss scale whose state is plain numbers."""
+"""The arithmetic of forward and backward: fp32, bf16 autocast, or fp16 autocast with a loss scale whose state is plain
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,19 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "
 
 
 class Precision:
-    """How a loss becomes gradients under `name`; fp16 multiplies the loss by a scale and divides it out of the gradients again.
+    """How a loss becomes gradients under `name`.
 
-    Trained weights and their gradients are expected in float32; autocast only changes what the matrix multiplications see.
+    Fp16 multiplies the loss by a scale and divides it out of the gradients again.
+
+    Trained weights and their gradients are expected in float32; autocast only changes what the matrix multiplications
+    see.
     """
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
         if name not in DTYPES:
-            raise ConfigError(f"unknown precision `{name}`", where="training.precision", fix=f"one of {', '.join(DTYPES)}")
+            raise ConfigError(
+                f"unknown precision `{name}`", where="training.precision", fix=f"one of {', '.join(DTYPES)}"
+            )
         self.name = name
         self.device = device
         self._dtype = DTYPES[name]
@@ -65,15 +72,20 @@ class Precision:
         if not with_gradient:
             return torch.zeros((), device=self.device)
         if self._scale != 1.0:
-            torch._foreach_mul_([parameter.grad for parameter in with_gradient if parameter.grad is not None], 1.0 / self._scale)
+            torch._foreach_mul_(
+                [parameter.grad for parameter in with_gradient if parameter.grad is not None], 1.0 / self._scale
+            )
         if max_grad_norm is None:
-            return torch.nn.utils.get_total_norm([parameter.grad for parameter in with_gradient if parameter.grad is not None])
+            return torch.nn.utils.get_total_norm(
+                [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+            )
         return torch.nn.utils.clip_grad_norm_(with_gradient, max_grad_norm)
 
     def advance(self, *, applied: bool, loss_is_finite: bool) -> bool:
         """Note what became of a window: 2000 applied in a row double the fp16 scale, one that was not halves it.
 
-        Returns whether a window that was not applied is only this scale's doing: fp16, a finite loss, and a scale that could still fall.
+        Returns whether a window that was not applied is only this scale's doing: fp16, a finite loss, and a scale that
+        could still fall.
         """
         if self.name != "fp16":
             return False
@@ -93,7 +105,10 @@ class Precision:
         return {"name": self.name, "scale": self._scale, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: Mapping[str, float | int | str]) -> None:
-        """Take over what `state_dict` gave. A run that goes on in another precision starts with that precision's own scale."""
+        """Take over what `state_dict` gave.
+
+        A run that goes on in another precision starts with that precision's own scale.
+        """
         if state["name"] == self.name:
             self._scale = float(state["scale"])
             self._good_steps = int(state["good_steps"])

@@ -1,7 +1,8 @@
-"""Learning-rate schedules as closed forms: the rate of a step depends on its number and nothing else, so a resumed run cannot drift.
+"""Learning-rate schedules as closed forms: the rate of a step depends on its number and nothing else, so a resumed run
+cannot drift.
 
-A shape maps (updates already made, total, warm-up) to a fraction of the peak after the warm-up. In the warm-up all rise linearly from 0.
-All equal `transformers.get_scheduler` of the same name (`wsd`: `warmup_stable_decay`), step by step.
+A shape maps (updates already made, total, warm-up) to a fraction of the peak after the warm-up. In the warm-up all rise
+linearly from 0. All equal `transformers.get_scheduler` of the same name (`wsd`: `warmup_stable_decay`), step by step.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ def learning_rate_at(
 ) -> Callable[[int], float]:
     """Give the function from "updates already made" to the learning rate of the next update.
 
-    `warmup_steps`: updates over which the rate rises linearly from 0 (the first update has rate 0, as in `transformers`); `constant`
-    has none. `min_lr_ratio`: rate at the end as a fraction of `peak`, for `linear`, `cosine`, `polynomial` and `wsd`; past the end the
-    rate stays there.
-    Raises ConfigError for a warm-up longer than the training and for an unknown name.
+    `warmup_steps`: updates over which the rate rises linearly from 0 (the first update has rate 0, as in
+    `transformers`); `constant` has none. `min_lr_ratio`: rate at the end as a fraction of `peak`, for `linear`,
+    `cosine`, `polynomial` and `wsd`; past the end the rate stays there. Raises ConfigError for a warm-up longer than
+    the training and for an unknown name.
 
     >>> rate = learning_rate_at("linear", peak=1.0, total_steps=6, warmup_steps=2)
     >>> [rate(step) for step in range(7)]
     [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if name not in SCHEDULES:
-        raise ConfigError(f"unknown schedule `{name}`", where="training.lr_schedule", fix=f"one of {', '.join(SCHEDULES)}")
+        raise ConfigError(
+            f"unknown schedule `{name}`", where="training.lr_schedule", fix=f"one of {', '.join(SCHEDULES)}"
+        )
     if not 0 <= warmup_steps <= total_steps:
         raise ConfigError(
             f"warm-up of {warmup_steps} steps in a training of {total_steps}",
@@ -65,20 +68,24 @@ def learning_rate_at(
 def warmup_length(total_steps: int, warmup_steps: int | None, warmup_ratio: float | None) -> int:
     """Give the warm-up in steps: `warmup_steps`, or the ratio of all steps rounded up, or 0.
 
-    The ratio counts as the decimal that was written: 0.07 of 100 steps are 7, where floating point makes 7.000000000000001 and so 8.
-    Raises ConfigError when both are given, or for a ratio outside [0, 1].
+    The ratio counts as the decimal that was written: 0.07 of 100 steps are 7, where floating point makes
+    7.000000000000001 and so 8. Raises ConfigError when both are given, or for a ratio outside [0, 1].
 
     >>> warmup_length(100, None, 0.07), warmup_length(10, None, 0.01), warmup_length(10, 3, None), warmup_length(10, None, None)
     (7, 1, 3, 0)
     """
     if warmup_steps is not None and warmup_ratio is not None:
         raise ConfigError(
-            f"both warmup_steps ({warmup_steps}) and warmup_ratio ({warmup_ratio}) are given", where="training", fix="keep one of them"
+            f"both warmup_steps ({warmup_steps}) and warmup_ratio ({warmup_ratio}) are given",
+            where="training",
+            fix="keep one of them",
         )
     if warmup_ratio is None:
         return warmup_steps or 0
     if not 0 <= warmup_ratio <= 1:
-        raise ConfigError(f"warmup_ratio is {warmup_ratio}", where="training.warmup_ratio", fix="a fraction of all steps, from 0 to 1")
+        raise ConfigError(
+            f"warmup_ratio is {warmup_ratio}", where="training.warmup_ratio", fix="a fraction of all steps, from 0 to 1"
+        )
     return math.ceil(Fraction(str(warmup_ratio)) * total_steps)
 
 

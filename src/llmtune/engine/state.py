@@ -1,7 +1,7 @@
 """Everything that training is at a step boundary, as tensors and plain numbers, and back: no pickle, no bit lost.
 
-A `Snapshot` holds named tensors (for safetensors) and a JSON-able tree. Floats survive JSON: Python writes the shortest text that reads
-back to the same bits.
+A `Snapshot` holds named tensors (for safetensors) and a JSON-able tree. Floats survive JSON: Python writes the shortest
+text that reads back to the same bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ __all__ = ["Snapshot", "TrainingState", "capture", "capture_rng", "restore", "re
 
 @dataclass
 class TrainingState:
-    """What has been done so far, counted over all devices. `step` counts updates applied, `windows` also those skipped."""
+    """What has been done so far, counted over all devices.
+
+    `step` counts updates applied, `windows` also those skipped.
+    """
 
     step: int = 0
     windows: int = 0
@@ -38,7 +41,14 @@ class TrainingState:
     """Windows not applied because the fp16 loss scale was too large; the scale was halved."""
 
     def advance(
-        self, epoch: float, num_loss_tokens: float, num_tokens: float, num_sequences: float, *, applied: bool, overflow: bool
+        self,
+        epoch: float,
+        num_loss_tokens: float,
+        num_tokens: float,
+        num_sequences: float,
+        *,
+        applied: bool,
+        overflow: bool,
     ) -> None:
         """Count one consumed window; `epoch` is where it ends, the numbers are those of the window over all devices."""
         self.windows += 1
@@ -53,7 +63,10 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A step boundary. `tensors`: by group (`optimizer`, `rng`), then name, on the CPU, none sharing memory. `state`: JSON-able."""
+    """A step boundary. `tensors`: by group (`optimizer`, `rng`), then name, on the CPU, none sharing memory.
+
+    `state`: JSON-able.
+    """
 
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
@@ -69,8 +82,8 @@ def capture(
 ) -> Snapshot:
     """Copy optimizer, loss scale, counters, and the random generators of every process (one row each).
 
-    `parameters`: the trained ones by name. With several processes each must call it: the generators are gathered, the rest is the same on
-    all.
+    `parameters`: the trained ones by name. With several processes each must call it: the generators are gathered, the
+    rest is the same on all.
     """
     devices = devices or Devices(precision.device)
     tensors, scalars = _capture_optimizer(parameters, optimizer)
@@ -94,9 +107,9 @@ def restore(
 ) -> None:
     """Put a snapshot back, bit for bit, into objects built as those it was taken from.
 
-    Each process takes its own random generators. On another number of processes than before there is no such thing: a process beyond them
-    goes on from the first one's, at a point of its own.
-    Raises CheckpointError when it belongs to another optimizer or to other parameters; nothing has been changed then.
+    Each process takes its own random generators. On another number of processes than before there is no such thing: a
+    process beyond them goes on from the first one's, at a point of its own. Raises CheckpointError when it belongs to
+    another optimizer or to other parameters; nothing has been changed then.
     """
     rank = devices.rank if devices else 0
     _restore_optimizer(snapshot.tensors["optimizer"], snapshot.state["optimizer"], parameters, optimizer)
@@ -113,7 +126,9 @@ def restore(
 def _capture_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """Give the optimizer's tensors as `parameter//key`, and by parameter its rule, its other values and where each tensor lived."""
+    """Give the optimizer's tensors as `parameter//key`, and by parameter its rule, its other values and where each
+    tensor lived.
+    """
     parts = dict(optimizer.part_of())
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -124,7 +139,9 @@ def _capture_optimizer(
                 entry["places"][key] = _place_of(value, parameter)
                 tensors[f"{name}//{key}"] = value.detach().to("cpu", copy=True).contiguous()
             else:
-                assert value is None or isinstance(value, bool | int | float | str), f"optimizer state {name}//{key} is a {type(value)}"
+                assert value is None or isinstance(value, bool | int | float | str), (
+                    f"optimizer state {name}//{key} is a {type(value)}"
+                )
                 entry["values"][key] = value
         entries[name] = entry
     return tensors, entries
@@ -143,7 +160,10 @@ def _restore_optimizer(
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: Optimizer,
 ) -> None:
-    """Put tensors back with the type and place they had; torch's own `load_state_dict` would cast them to the parameter's type."""
+    """Put tensors back with the type and place they had.
+
+    Torch's own `load_state_dict` would cast them to the parameter's type.
+    """
     absent = sorted(parameters.keys() - entries.keys())
     foreign = sorted(entries.keys() - parameters.keys())
     if absent or foreign:
@@ -183,8 +203,8 @@ def _restore_optimizer(
 def capture_rng(device: torch.device) -> dict[str, torch.Tensor]:
     """Copy the state of Python's, NumPy's and torch's generators, of the CPU and (key `cuda`) of a GPU `device`.
 
-    Shapes: `python` int64 [626] (version, then words), `numpy` int64 [626] (words, position, whether a normal draw is kept),
-    `normals` float64 [3] (whether Python keeps one, Python's, NumPy's), `torch` and `cuda` uint8.
+    Shapes: `python` int64 [626] (version, then words), `numpy` int64 [626] (words, position, whether a normal draw is
+    kept), `normals` float64 [3] (whether Python keeps one, Python's, NumPy's), `torch` and `cuda` uint8.
     """
     version, words, kept = random.getstate()
     kind, keys, position, has_normal, normal = np.random.get_state(legacy=True)

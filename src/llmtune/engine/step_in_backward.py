@@ -1,10 +1,11 @@
 """Full tuning in less memory: each weight moves, and its gradient is dropped, as soon as that gradient is complete.
 
-In a window of one micro-batch there is then never more than a gradient or two at a time. With several micro-batches gradients are sums,
-which exist from the first one on; they go one by one in the last backward pass.
+In a window of one micro-batch there is then never more than a gradient or two at a time. With several micro-batches
+gradients are sums, which exist from the first one on; they go one by one in the last backward pass.
 
-What moves is exactly what an ordinary update moves: no rule here looks at two weights at once, so the order does not matter (N15). What
-does need all gradients before the first weight moves is refused: clipping, fp16's loss scale, histograms, a sum over processes.
+What moves is exactly what an ordinary update moves: no rule here looks at two weights at once, so the order does not
+matter (N15). What does need all gradients before the first weight moves is refused: clipping, fp16's loss scale,
+histograms, a sum over processes.
 """
 
 from __future__ import annotations
@@ -23,14 +24,18 @@ from llmtune.engine.update import set_learning_rate
 __all__ = ["StepInBackward", "choose_windows", "saves_uncut"]
 
 HELD_OF_A_BLOCK = 1.5
-"""Bytes that a recomputed block's input takes, as a multiple of the tensor's own: by the plan, gaps of the allocator included."""
+"""Bytes that a recomputed block's input takes, as a multiple of the tensor's own: by the plan, gaps of the allocator
+included.
+"""
 
 
 def saves_uncut(config: Config, *, window_tokens: int, shape: Any, gradient_bytes: int) -> bool:
-    """Whether windows take less memory whole than cut into micro-batches, whose summed gradients exist from the first one on.
+    """Whether windows take less memory whole than cut into micro-batches, whose summed gradients exist from the first
+    one on.
 
-    Only where a window is one micro-batch by the config and blocks are recomputed, so that a token keeps one float32 vector a block.
-    Without that it keeps twelve times as much, and cutting saves more than all gradients take. `shape`: the model's transformers config.
+    Only where a window is one micro-batch by the config and blocks are recomputed, so that a token keeps one float32
+    vector a block. Without that it keeps twelve times as much, and cutting saves more than all gradients take. `shape`:
+    the model's transformers config.
     """
     training = config.training
     if not (training.step_in_backward and config.model.recomputes and training.gradient_accumulation_steps == 1):
@@ -40,18 +45,32 @@ def saves_uncut(config: Config, *, window_tokens: int, shape: Any, gradient_byte
 
 
 def choose_windows(
-    windows: Callable[[int | None], BatchPlan], limit: int | None, config: Config, *, shape: Any, gradient_bytes: Callable[[], int]
+    windows: Callable[[int | None], BatchPlan],
+    limit: int | None,
+    config: Config,
+    *,
+    shape: Any,
+    gradient_bytes: Callable[[], int],
 ) -> tuple[BatchPlan, list[Decision]]:
-    """The windows, cut as the engine likes them, unless all gradients would exist only because of that; for the plan and for the run.
+    """The windows, cut as the engine likes them, unless all gradients would exist only because of that.
 
-    windows: makes them, with micro-batches of at most that many tokens. limit: the engine's. shape, gradient_bytes: see `saves_uncut`.
+    For the plan and for the run.
+
+    windows: makes them, with micro-batches of at most that many tokens. limit: the engine's. shape, gradient_bytes: see
+    `saves_uncut`.
     """
     batches = windows(limit)
     if not config.training.step_in_backward:
         return batches, []
-    key, count, tokens = "training.step_in_backward.windows", config.training.gradient_accumulation_steps, batches.most_window_tokens
+    key, count, tokens = (
+        "training.step_in_backward.windows",
+        config.training.gradient_accumulation_steps,
+        batches.most_window_tokens,
+    )
     if count > 1:
-        return batches, [Decision(key, "cut", f"{count} micro-batches each, whose gradients are summed: all exist together")]
+        return batches, [
+            Decision(key, "cut", f"{count} micro-batches each, whose gradients are summed: all exist together")
+        ]
     if limit is None or tokens <= limit:
         return batches, [Decision(key, "whole", "one micro-batch each, so gradients never exist together")]
     if saves_uncut(config, window_tokens=tokens, shape=shape, gradient_bytes=gradient_bytes()):
@@ -64,10 +83,11 @@ def choose_windows(
 class StepInBackward:
     """The update whose every weight moves in the backward pass that completes its gradient.
 
-    The loss is known before that pass: where it is not finite no weight moves, and the window is skipped as ever. A gradient that is not
-    finite under a finite loss is noticed when weights have moved (`has_begun`); such a window cannot be skipped, so the run ends there,
-    unsaved. Checking each gradient before its own weight moves would only leave other half-moved weights, at one wait for the device each.
-    The norm is that of `torch.nn.utils.get_total_norm` over the same gradients, bit for bit, gathered as they pass.
+    The loss is known before that pass: where it is not finite no weight moves, and the window is skipped as ever. A
+    gradient that is not finite under a finite loss is noticed when weights have moved (`has_begun`); such a window
+    cannot be skipped, so the run ends there, unsaved. Checking each gradient before its own weight moves would only
+    leave other half-moved weights, at one wait for the device each. The norm is that of `torch.nn.utils.get_total_norm`
+    over the same gradients, bit for bit, gathered as they pass.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], optimizer: Optimizer) -> None:
@@ -78,13 +98,17 @@ class StepInBackward:
         self.has_begun = False
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
-        """Wait for the losses, then have every gradient that this backward pass completes applied (or, for a bad loss, dropped) at once."""
+        """Wait for the losses, then have every gradient that this backward pass completes applied (or, for a bad loss,
+        dropped) at once.
+        """
         self._is_finite = bool(torch.stack(list(losses)).double().sum().isfinite())
         set_learning_rate(self._optimizer, rate)
         self._hooks = [one.register_post_accumulate_grad_hook(self._take) for one in self._parameters]
 
     def grad_norm(self) -> torch.Tensor:
-        """Norm of all gradients that passed, and of those that earlier micro-batches left and the last one had no part in."""
+        """Norm of all gradients that passed, and of those that earlier micro-batches left and the last one had no part
+        in.
+        """
         self._unhook()
         for parameter in self._parameters:
             if parameter.grad is not None:

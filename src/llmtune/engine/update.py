@@ -1,4 +1,6 @@
-"""How the gradients of a window become one update. The ordinary way: once they are all there, and then all weights at once.
+"""How the gradients of a window become one update.
+
+The ordinary way: once they are all there, and then all weights at once.
 
 The other way is in `step_in_backward`.
 """
@@ -39,7 +41,10 @@ class Update(Protocol):
         ...
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
-        """The next backward pass completes the window's gradients. `losses`: nats of all its micro-batches. `rate`: of its update."""
+        """The next backward pass completes the window's gradients. `losses`: nats of all its micro-batches.
+
+        `rate`: of its update.
+        """
         ...
 
     def grad_norm(self) -> torch.Tensor:

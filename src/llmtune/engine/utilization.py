@@ -1,4 +1,6 @@
-"""How much of a device's peak arithmetic rate a training uses (MFU: model FLOPs utilization, arXiv:2204.02311, appendix B)."""
+"""How much of a device's peak arithmetic rate a training uses (MFU: model FLOPs utilization, arXiv:2204.02311, appendix
+B).
+"""
 
 from __future__ import annotations
 
@@ -29,15 +31,16 @@ PEAK_TFLOPS: dict[str, float] = {
     "RTX 4090": 165.2,
     "RTX 3090": 71,
 }
-"""Dense bf16/fp16 matrix rate with fp32 accumulation, 10^12 operations per second, by a part of the device's name; the first match counts.
-From the makers' data sheets, without sparsity."""
+"""Dense bf16/fp16 matrix rate with fp32 accumulation, 10^12 operations per second, by a part of the device's name; the
+first match counts. From the makers' data sheets, without sparsity."""
 
 
 def flops_per_token(total: int, trained: int) -> float:
-    """Give the multiply-adds x 2 that a model spends on one token: 2 per parameter forward, 2 backward, 2 more per trained parameter.
+    """Give the multiply-adds x 2 that a model spends on one token: 2 per parameter forward, 2 backward, 2 more per
+    trained parameter.
 
-    `total`: parameters that take part in matrix multiplications (an embedding that is only looked up does not). Attention between tokens
-    is left out.
+    `total`: parameters that take part in matrix multiplications (an embedding that is only looked up does not).
+    Attention between tokens is left out.
 
     >>> flops_per_token(1000, 1000), flops_per_token(1000, 10)
     (6000.0, 4020.0)
@@ -54,8 +57,13 @@ def peak_flops_per_second(device_name: str) -> float | None:
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
-def utilization(devices: Devices, precision: PrecisionName, *, total: int, trained: int) -> Callable[[float], float] | None:
-    """Give the function from tokens per second (over all devices) to MFU; None where no peak is known: a CPU, an unlisted GPU, fp32."""
+def utilization(
+    devices: Devices, precision: PrecisionName, *, total: int, trained: int
+) -> Callable[[float], float] | None:
+    """Give the function from tokens per second (over all devices) to MFU.
+
+    None where no peak is known: a CPU, an unlisted GPU, fp32.
+    """
     if devices.device.type != "cuda" or precision == "fp32":
         return None
     peak = peak_flops_per_second(torch.cuda.get_device_name(devices.device))

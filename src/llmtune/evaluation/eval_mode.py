@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["observing"]
+__all__ = ["eval_mode"]
 
 
 @contextmanager
-def observing(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode without gradients; afterwards every module's mode and torch's random state are what they were.
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` in evaluation mode without gradients.
+
+    Afterwards every module's mode and torch's random state are what they were.
 
     Modes are kept module by module, because a frozen part may be in evaluation mode while its parent trains.
     """
@@ -29,6 +31,6 @@ def observing(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def unwrapped(model: Any) -> Any:
+def base_model_of(model: Any) -> Any:
     """Return the transformers model inside peft's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,6 @@
-"""How many held-out answers the model gives exactly: prompt and reference are read from the held-out examples themselves."""
+"""How many held-out answers the model gives exactly: prompt and reference are read from the held-out examples
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class ExactCount(NamedTuple):
 
 
 def split_at_answer(example: Example) -> tuple[list[int], list[int]] | None:
-    """Return (prompt, reference): what stands before the last run of trained tokens, and that run itself; None where either is empty.
+    """Return (prompt, reference): what stands before the last run of trained tokens, and that run itself.
+
+    None where either is empty.
 
     >>> from llmtune.data.example import Example
     >>> split_at_answer(Example("a:1", np.array([5, 6, 7, 8], np.int32), np.array([0, 0, 1, 1], np.float32)))
@@ -46,10 +50,12 @@ def count_exact_answers(
     max_new_tokens: int,
     batch_size: int = 20,
 ) -> ExactCount:
-    """Answer every held-out prompt greedily and count the answers whose text equals the reference's; stop tokens are no part of either.
+    """Answer every held-out prompt greedily and count the answers whose text equals the reference's.
 
-    `max_new_tokens` is raised to the longest reference, so that no right answer is cut short. Weights and random state stay as they
-    were (N12).
+    Stop tokens are no part of either.
+
+    `max_new_tokens` is raised to the longest reference, so that no right answer is cut short. Weights and random state
+    stay as they were (N12).
     """
     pairs = [pair for index in range(len(examples)) if (pair := split_at_answer(examples[index])) is not None]
     if not pairs:

@@ -1,6 +1,7 @@
 """The model answers: prompts rendered exactly as in training, batched, stopping at every stop token.
 
-Nothing that training uses is changed by it (promise N12): modes, random states and the model's own generation settings are what they were.
+Nothing that training uses is changed by it (promise N12): modes, random states and the model's own generation settings
+are what they were.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from llmtune.data.example import Message
 from llmtune.errors import DataError
-from llmtune.evaluation.eval_mode import observing, unwrapped
+from llmtune.evaluation.eval_mode import base_model_of, eval_mode
 
 __all__ = ["Answer", "Prompt", "PromptRenderer", "TextPrompt", "continue_ids", "generate"]
 
@@ -83,14 +84,16 @@ def generate(
 ) -> list[Answer]:
     """Return the model's answers, in the order of `prompts`.
 
-    model: a transformers causal LM, bare or inside peft's wrapper; left as it was. system: a system message put before every prompt
-    that is no text to continue.
-    temperature: 0 takes the most likely token; above 0 tokens are drawn with `seed`, from the smallest set of tokens that holds `top_p`.
+    model: a transformers causal LM, bare or inside peft's wrapper; left as it was. system: a system message put before
+    every prompt that is no text to continue. temperature: 0 takes the most likely token; above 0 tokens are drawn with
+    `seed`, from the smallest set of tokens that holds `top_p`.
 
     Raises DataError for a prompt that leaves no room in the model's longest sequence.
     """
     ids = [
-        renderer.text_prompt_ids(prompt) if isinstance(prompt, TextPrompt) else renderer.prompt_ids(_as_messages(prompt, system))
+        renderer.text_prompt_ids(prompt)
+        if isinstance(prompt, TextPrompt)
+        else renderer.prompt_ids(_as_messages(prompt, system))
         for prompt in prompts
     ]
     answers = continue_ids(
@@ -129,23 +132,26 @@ def continue_ids(
     seed: int = 0,
     batch_size: int = 8,
 ) -> list[list[int]]:
-    """Return the ids the model adds to each prompt: up to and with the first stop token, or `max_new_tokens`, or until its context is full.
+    """Return the ids the model adds to each prompt: up to and with the first stop token, or `max_new_tokens`, or until
+    its context is full.
 
     Prompts are answered in batches of `batch_size`, padded on the left. Raises DataError for a prompt that is empty or
     fills the model's context.
     """
-    base = unwrapped(model)
+    base = base_model_of(model)
     allowed = [min(max_new_tokens, room) for room in _room(base, prompts)]
     # Only prompts that may go on equally long share a batch, so that a long neighbour never cuts a short one's answer.
     order = sorted(range(len(prompts)), key=lambda index: (allowed[index], -len(prompts[index])))
     answers: list[list[int]] = [[] for _ in prompts]
-    with observing(model), _own_settings(base), _contiguous_rows_for_head(base):
+    with eval_mode(model), _own_settings(base), _contiguous_rows_for_head(base):
         torch.manual_seed(seed)
         for limit, alike in itertools.groupby(order, key=allowed.__getitem__):
             together = list(alike)
             for start in range(0, len(together), batch_size):
                 group = together[start : start + batch_size]
-                new = _answer_batch(base, [prompts[index] for index in group], stop_token_ids, pad_id, limit, temperature, top_p)
+                new = _answer_batch(
+                    base, [prompts[index] for index in group], stop_token_ids, pad_id, limit, temperature, top_p
+                )
                 for index, ids in zip(group, new, strict=True):
                     answers[index] = ids
     return answers
@@ -169,9 +175,17 @@ def _answer_batch(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
         mask[row, longest - len(prompt) :] = 1
-    drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    drawing = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if temperature > 0
+        else {"do_sample": False}
+    )
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=list(stop_token_ids) or None, pad_token_id=pad_id, use_cache=True, **drawing
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_token_ids) or None,
+        pad_token_id=pad_id,
+        use_cache=True,
+        **drawing,
     )
     out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
     stops = set(stop_token_ids)
@@ -189,20 +203,26 @@ def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
 
 
 def _room(base: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Return how many tokens each prompt leaves free in the model's longest sequence, or far too many where the model names none."""
+    """Return how many tokens each prompt leaves free in the model's longest sequence, or far too many where the model
+    names none.
+    """
     longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise DataError("the prompt is empty", where=f"prompt {number}")
         if len(prompt) >= longest:
             fix = "shorten it, or use a model with a longer context"
-            raise DataError(f"the prompt has {len(prompt)} tokens and the model sees {longest}", where=f"prompt {number}", fix=fix)
+            raise DataError(
+                f"the prompt has {len(prompt)} tokens and the model sees {longest}", where=f"prompt {number}", fix=fix
+            )
     return [longest - len(prompt) for prompt in prompts]
 
 
 @contextmanager
 def _own_settings(base: Any) -> Iterator[None]:
-    """Set aside the model's own generation settings: transformers fills whatever we leave open from them (top_k, penalties, ...)."""
+    """Set aside the model's own generation settings: transformers fills whatever we leave open from them (top_k,
+    penalties, ...).
+    """
     from transformers import GenerationConfig
 
     theirs = base.generation_config
@@ -217,8 +237,8 @@ def _own_settings(base: Any) -> Iterator[None]:
 def _contiguous_rows_for_head(base: Any) -> Iterator[None]:
     """Hand the head the last token of each prompt as rows side by side.
 
-    transformers cuts them out as a view, and torch multiplies a view of several rows by a copy of the weight for each row: 1.1 GB and 0.9 s
-    for 20 prompts and a vocabulary of 49,152, where rows side by side take no copy and 4 ms.
+    transformers cuts them out as a view, and torch multiplies a view of several rows by a copy of the weight for each
+    row: 1.1 GB and 0.9 s for 20 prompts and a vocabulary of 49,152, where rows side by side take no copy and 4 ms.
     """
     head = base.get_output_embeddings()
     if head is None:  # a model of its own kind: its rows are its own affair
@@ -243,7 +263,9 @@ def _pad_id(tokenizer: Any, renderer: PromptRenderer) -> int:
     return renderer.stop_token_ids[0] if renderer.stop_token_ids else 0
 
 
-def _why(new: Sequence[int], stops: set[int], max_new_tokens: int) -> Literal["stop_token", "max_new_tokens", "context"]:
+def _why(
+    new: Sequence[int], stops: set[int], max_new_tokens: int
+) -> Literal["stop_token", "max_new_tokens", "context"]:
     if new and new[-1] in stops:
         return "stop_token"
     return "max_new_tokens" if len(new) >= max_new_tokens else "context"

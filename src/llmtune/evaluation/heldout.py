@@ -1,12 +1,14 @@
 """Held-out loss: what the model would pay, in nats, for rows it was never trained on.
 
-With the sum of weighted negative log-likelihoods L (nats), the sum of weights W and the weighted bytes B of the trained tokens' text:
+With the sum of weighted negative log-likelihoods L (nats), the sum of weights W and the weighted bytes B of the trained
+tokens' text:
 
     eval_mean_nll       L / W             nats per trained token, over all held-out rows; never a mean of means
     eval_perplexity     exp(L / W)
     eval_bits_per_byte  L / (ln 2 * B)    the same whatever the tokenizer: what it costs to send one byte of the text
 
-B counts the bytes of text only. A control token (end of turn) costs nats and brings no bytes, so an answer's end is part of its price.
+B counts the bytes of text only. A control token (end of turn) costs nats and brings no bytes, so an answer's end is
+part of its price.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from llmtune.data.dataset.batches import MicroBatch
 from llmtune.data.example import ExampleSet
 from llmtune.errors import DataError
-from llmtune.evaluation.eval_mode import observing
+from llmtune.evaluation.eval_mode import eval_mode
 
 __all__ = ["evaluate", "token_bytes", "trained_bytes"]
 
@@ -37,24 +39,29 @@ def evaluate(
     total_bytes: float | None = None,
     sum_over_devices: Callable[[float], float] = float,
 ) -> dict[str, float]:
-    """Return the evaluation metrics over `batches`, and leave the model, its gradients and all random states as they were.
+    """Return the evaluation metrics over `batches`, and leave the model, its gradients and all random states as they
+    were.
 
-    nll_sum: sum of weighted negative log-likelihoods of one micro-batch, nats, shape [].
-    total_bytes: weighted bytes of the trained tokens' text over *all* devices (`trained_bytes`); without it there is no bits per byte.
+    nll_sum: sum of weighted negative log-likelihoods of one micro-batch, nats, shape []. total_bytes: weighted bytes of
+    the trained tokens' text over *all* devices (`trained_bytes`); without it there is no bits per byte.
     sum_over_devices: adds a number over all processes, when each of them evaluates its share.
 
     Raises DataError when no held-out row has a trained token.
     """
     nats: Tensor | float = 0.0
     weight = 0.0
-    with observing(model):
+    with eval_mode(model):
         for batch in batches:
             # In float64 and on the device: reading the number here would wait for the device at every batch.
             nats = nats + nll_sum(batch).detach().to(torch.float64)
             weight += batch.loss_weight
     total_nats, total_weight = sum_over_devices(float(nats)), sum_over_devices(weight)
     if total_weight == 0:
-        raise DataError("the held-out rows have no trained token", where="data.eval / data.test_size", fix="see `llmtune data preview`")
+        raise DataError(
+            "the held-out rows have no trained token",
+            where="data.eval / data.test_size",
+            fix="see `llmtune data preview`",
+        )
     mean = total_nats / total_weight
     metrics = {"eval_mean_nll": mean, "eval_perplexity": _exp(mean)}
     if total_bytes:
@@ -76,9 +83,12 @@ def trained_bytes(examples: ExampleSet, tokenizer: Any) -> float:
 
 
 def token_bytes(tokenizer: Any) -> npt.NDArray[np.int64]:
-    """Return how many bytes of UTF-8 text each token id stands for, int64 [V]; 0 for control tokens and ids that are no token.
+    """Return how many bytes of UTF-8 text each token id stands for, int64 [V].
 
-    Byte-level tokenizers spell a byte as one character, sentencepiece ones a space as U+2581 and a lone byte as `<0x0A>`.
+    0 for control tokens and ids that are no token.
+
+    Byte-level tokenizers spell a byte as one character, sentencepiece ones a space as U+2581 and a lone byte as
+    `<0x0A>`.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     counts = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
@@ -92,7 +102,9 @@ def token_bytes(tokenizer: Any) -> npt.NDArray[np.int64]:
 
 
 def _piece_bytes_of(tokenizer: Any) -> Callable[[str], int]:
-    decoder = json.loads(tokenizer.backend_tokenizer.decoder.__getstate__()) if tokenizer.backend_tokenizer.decoder else {}
+    decoder = (
+        json.loads(tokenizer.backend_tokenizer.decoder.__getstate__()) if tokenizer.backend_tokenizer.decoder else {}
+    )
     kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
     return len if "ByteLevel" in kinds else _sentencepiece_bytes
 

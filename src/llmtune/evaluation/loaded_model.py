@@ -1,4 +1,6 @@
-"""Anything that can be asked a question - a run, an adapter, a merged or published model, a GGUF file - loaded as one thing."""
+"""Anything that can be asked a question - a run, an adapter, a merged or published model, a GGUF file - loaded as one
+thing.
+"""
 
 from __future__ import annotations
 
@@ -54,15 +56,21 @@ class Subject:
             return
         if self.base is None or self.base.kind == "scratch":
             fix = "compare takes runs that tuned a pretrained model"
-            raise ModelError("there is no model to compare with: this one was not tuned from another", where=self.description, fix=fix)
+            raise ModelError(
+                "there is no model to compare with: this one was not tuned from another",
+                where=self.description,
+                fix=fix,
+            )
         device = next(self.model.parameters()).device
         yield _load(self.base, ModelConfig(name=self.base.name), self.tokenizer, device)
 
 
 def load_subject(name: str, *, output_dir: str = "runs", offline: bool = False, no_cuda: bool = False) -> Subject:
-    """Load RUN|MODEL: the folder or name of a run, an adapter's folder, a model's folder, a name of list-models, a hub id, a .gguf file.
+    """Load RUN|MODEL: the folder or name of a run, an adapter's folder, a model's folder, a name of list-models, a hub
+    id, a .gguf file.
 
-    Of a run the final model is taken, else the best, else the newest checkpoint. Raises ModelError (AdapterError, TokenizerError).
+    Of a run the final model is taken, else the best, else the newest checkpoint. Raises ModelError (AdapterError,
+    TokenizerError).
     """
     device = choose_device(no_cuda=no_cuda)[0]
     folder = next((one for one in (Path(name), Path(output_dir) / name) if (one / "run.json").is_file()), Path(name))
@@ -96,7 +104,9 @@ def _adapted(found: Path, folder: Path, config: Config | None, device: torch.dev
     tokenizer = _tokenizer_of(found, folder, source, config)
     held = ModelConfig(name=source.name, quantization=record.get("quantization") or "none")
     if held.quantization != "none":
-        held = replace(held, dtype=record.get("dtype") or "auto")  # it must be quantized from the same numbers as in training
+        held = replace(
+            held, dtype=record.get("dtype") or "auto"
+        )  # it must be quantized from the same numbers as in training
     base = _load(source, held, tokenizer, device)
     return Subject(
         model=load_adapter(base, found),
@@ -129,7 +139,9 @@ def _whole(found: Path, folder: Path, config: Config | None, device: torch.devic
 def _load(source: ModelSource, model_config: ModelConfig, tokenizer: Any, device: torch.device) -> Any:
     """Load for asking: float32 on a CPU; on a device in 16 bits, as it multiplies fastest."""
     precision = "fp32" if device.type == "cpu" else "bf16"
-    loaded = load_model(source, model_config, tokenizer=tokenizer, device=device, trained="adapter", precision=precision, seed=0)
+    loaded = load_model(
+        source, model_config, tokenizer=tokenizer, device=device, trained="adapter", precision=precision, seed=0
+    )
     return loaded.model
 
 
@@ -150,10 +162,16 @@ def _renderer(tokenizer: Any, config: Config | None) -> Renderer:
 
 
 def _answers_text(folder: Path, config: Config | None, tokenizer: Any) -> bool:
-    """Say whether what was trained continues texts: by the config, by the format that was detected, or for lack of a template."""
+    """Say whether what was trained continues texts: by the config, by the format that was detected, or for lack of a
+    template.
+    """
     if config is None:
         return not tokenizer.chat_template
     if config.data.format != "auto":
         return config.data.format == "text"
-    chosen = [one.get("value") for one in read_json_file(folder / "run.json").get("decisions", ()) if one.get("key") == "data.format"]
+    chosen = [
+        one.get("value")
+        for one in read_json_file(folder / "run.json").get("decisions", ())
+        if one.get("key") == "data.format"
+    ]
     return str(chosen[-1]) == "text" if chosen else False

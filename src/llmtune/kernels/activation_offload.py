@@ -1,8 +1,9 @@
-"""What decoder blocks keep for the backward pass, in host memory: a device then holds two blocks' inputs, however many blocks there are.
+"""What decoder blocks keep for the backward pass, in host memory: a device then holds two blocks' inputs, however many
+blocks there are.
 
-A recomputed block keeps nothing but its input. Here that input leaves for page-locked memory of the host on a stream of its own while the
-block computes, and comes back while the block after it is in its backward pass. Pages are taken from and go back to one store, so memory is
-locked once, whatever the lengths of the rows.
+A recomputed block keeps nothing but its input. Here that input leaves for page-locked memory of the host on a stream of
+its own while the block computes, and comes back while the block after it is in its backward pass. Pages are taken from
+and go back to one store, so memory is locked once, whatever the lengths of the rows.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class _Held:
 class HostStore:
     """Tensors in host memory, best asked for in the reverse of the order in which they were put there.
 
-    On a CUDA device copies run on a stream of their own. Memory of the device is allocated and freed in the order of the stream that
-    computes: it waits for a copy before it goes on without the tensor. `new_page` gives uint8 tensors of PAGE_BYTES.
+    On a CUDA device copies run on a stream of their own. Memory of the device is allocated and freed in the order of
+    the stream that computes: it waits for a copy before it goes on without the tensor. `new_page` gives uint8 tensors
+    of PAGE_BYTES.
     """
 
     def __init__(self, device: torch.device, new_page: Callable[[], Tensor] | None = None) -> None:
@@ -63,7 +65,9 @@ class HostStore:
         self._settle()
         x = x.detach().contiguous()
         held = _Held(x.shape, x.dtype, self._take_pages(x.nbytes), self._last, x)
-        weakref.finalize(held, self._free.extend, held.pages)  # pages are only ever touched on one stream, so they are free at once
+        weakref.finalize(
+            held, self._free.extend, held.pages
+        )  # pages are only ever touched on one stream, so they are free at once
         self._last = weakref.ref(held)
         with self._beside(held):
             for page, part in _parts(held.pages, x):
@@ -134,13 +138,18 @@ def _parts(pages: tuple[Tensor, ...], x: Tensor) -> Iterator[tuple[Tensor, Tenso
 
 
 def keep_inputs_in(store: HostStore, base: Any) -> int:
-    """Have every recomputed decoder block of a transformers model keep its input in `store`; returns how many blocks there are.
+    """Have every recomputed decoder block of a transformers model keep its input in `store`.
+
+    Returns how many blocks there are.
 
     Raises ModelError when the model has no blocks that say how they are recomputed.
     """
     blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
-        raise ModelError(f"the inputs of {type(base).__name__}'s blocks cannot be kept elsewhere", fix="use gradient_checkpointing: true")
+        raise ModelError(
+            f"the inputs of {type(base).__name__}'s blocks cannot be kept elsewhere",
+            fix="use gradient_checkpointing: true",
+        )
 
     def through_store(function: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
         shape, dtype = hidden.shape, hidden.dtype
@@ -161,18 +170,28 @@ def keep_inputs_in(store: HostStore, base: Any) -> int:
 
 
 def offload_inputs(base: Any, device: torch.device) -> Decision:
-    """Have the recomputed blocks of a model on a CUDA `device` keep their inputs on the host; on a CPU they are there already."""
+    """Have the recomputed blocks of a model on a CUDA `device` keep their inputs on the host.
+
+    On a CPU they are there already.
+    """
     key, again = "model.gradient_checkpointing", "asked for: each block is computed again in the backward pass"
     if device.type != "cuda":
         return Decision(key, "offload", f"{again}; blocks' inputs stay where they are, a CPU has no other memory")
     blocks = keep_inputs_in(HostStore(device), base)
-    return Decision(key, "offload", f"{again}; the inputs of {blocks} blocks wait for it in page-locked memory of the host")
+    return Decision(
+        key, "offload", f"{again}; the inputs of {blocks} blocks wait for it in page-locked memory of the host"
+    )
 
 
 def run_in_tiles(base: Any, *, proven: bool = False) -> Decision:
-    """Run norms and feed-forward modules of a transformers model in tiles; the decision says which, how long, and what not. See `tiles`."""
+    """Run norms and feed-forward modules of a transformers model in tiles.
+
+    The decision says which, how long, and what not. See `tiles`.
+    """
     tiling = tile_modules(base.get_decoder(), int(base.config.get_text_config().hidden_size), proven=proven)
-    kinds = [f"{tiling.norms} norms"] * (tiling.norms > 0) + [f"{tiling.feed_forwards} feed-forward modules"] * (tiling.feed_forwards > 0)
+    kinds = [f"{tiling.norms} norms"] * (tiling.norms > 0) + [f"{tiling.feed_forwards} feed-forward modules"] * (
+        tiling.feed_forwards > 0
+    )
     left = "".join(f"; not {name}: {why}" for name, why in tiling.skipped.items())
     if not kinds:
         return Decision("training.tiles", "none", f"this model has no module that treats each token by itself{left}")

@@ -1,11 +1,13 @@
 """Attention inside each segment of one flat row, plugged into transformers through its attention interface.
 
-A flat micro-batch lays documents one after the other in one row, without padding; `segments` says where each begins. Nothing of one
-document may reach another, not even a rounding error, so every backend here computes a document's attention from its own keys alone.
+A flat micro-batch lays documents one after the other in one row, without padding; `segments` says where each begins.
+Nothing of one document may reach another, not even a rounding error, so every backend here computes a document's
+attention from its own keys alone.
 
-The boundaries travel as the model's attention mask: a 4-D int32 tensor, which transformers models hand through to the attention function
-as it is (also when a block is recomputed for gradient checkpointing), so no dense mask and no keyword of ours is needed. Any other mask
-means an ordinary call (generation, padded batches) and gets the library's own attention.
+The boundaries travel as the model's attention mask: a 4-D int32 tensor, which transformers models hand through to the
+attention function as it is (also when a block is recomputed for gradient checkpointing), so no dense mask and no
+keyword of ours is needed. Any other mask means an ordinary call (generation, padded batches) and gets the library's own
+attention.
 
 Shapes: T tokens of the row, S documents, H query heads, G key/value heads, D head width.
 """
@@ -44,7 +46,9 @@ NAME = "llmtune_segments_{backend}"
 
 
 class Rule(NamedTuple):
-    """What a layer does to its scores: times `scale`, bent to `softcap * tanh(score / softcap)`, hidden beyond `window` tokens."""
+    """What a layer does to its scores: times `scale`, bent to `softcap * tanh(score / softcap)`, hidden beyond `window`
+    tokens.
+    """
 
     scale: float
     window: int | None = None
@@ -66,8 +70,8 @@ class Segments(NamedTuple):
 def segment_mask(segments: Tensor, longest: int, device: torch.device) -> Tensor:
     """Wrap cumulative document lengths as the attention mask of a flat row.
 
-    segments: int32 [S+1], first 0, last T, strictly rising. longest: tokens of the longest document; it travels in the shape, so that
-    nobody waits for a device to say it. Returns int32 [1, 1, longest, S+1] that occupies S+1 numbers.
+    segments: int32 [S+1], first 0, last T, strictly rising. longest: tokens of the longest document; it travels in the
+    shape, so that nobody waits for a device to say it. Returns int32 [1, 1, longest, S+1] that occupies S+1 numbers.
     """
     return segments.to(device=device, dtype=torch.int32, non_blocking=True).view(1, 1, 1, -1).expand(1, 1, longest, -1)
 
@@ -94,7 +98,9 @@ Backend = Callable[[Tensor, Tensor, Tensor, Segments, Rule], Tensor]
 
 
 def dropout_by_sdpa(backend: Backend) -> Backend:
-    """Hand calls with dropout to SDPA, which draws it: for a backend that does not, and passes the probe of a model, which runs without."""
+    """Hand calls with dropout to SDPA, which draws it: for a backend that does not, and passes the probe of a model,
+    which runs without.
+    """
 
     @wraps(backend)
     def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
@@ -106,7 +112,9 @@ def dropout_by_sdpa(backend: Backend) -> Backend:
 @dropout_by_sdpa
 def _tiles(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
     """Explicit matrix products over tiles of each document."""
-    return tiled_attention(query, key, value, segments.on_host(), scale=rule.scale, window=rule.window, softcap=rule.softcap)
+    return tiled_attention(
+        query, key, value, segments.on_host(), scale=rule.scale, window=rule.window, softcap=rule.softcap
+    )
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
@@ -117,7 +125,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: R
     outputs = []
     for start, stop in pairwise(segments.on_host()):
         span, length = slice(start, stop), stop - start
-        mask = None if rule.window is None or length <= rule.window else dense_mask((0, length), rule.window, query.device)
+        mask = (
+            None if rule.window is None or length <= rule.window else dense_mask((0, length), rule.window, query.device)
+        )
         outputs.append(
             functional.scaled_dot_product_attention(
                 query[:, :, span],
@@ -176,7 +186,13 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: R
         attend = _compiled_flex()
     blocks = create_block_mask(visible, None, None, total, total, device=str(device))
     output: Tensor = attend(
-        query, key, value, score_mod=capped, block_mask=blocks, scale=rule.scale, enable_gqa=query.shape[1] != key.shape[1]
+        query,
+        key,
+        value,
+        score_mod=capped,
+        block_mask=blocks,
+        scale=rule.scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return output.transpose(1, 2)
 
@@ -205,10 +221,14 @@ def _attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     return torch.matmul(weights, _repeat_heads(value, query.shape[1])).transpose(1, 2)
 
 
-def _library(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule, others: dict[str, Any]) -> Any:
+def _library(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rule: Rule, others: dict[str, Any]
+) -> Any:
     """Answer an ordinary call (generation, padding) as the library would."""
     if rule.softcap is None:
-        return sdpa_attention_forward(module, query, key, value, mask, dropout=rule.dropout, scaling=rule.scale, **others)
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=rule.dropout, scaling=rule.scale, **others
+        )
     if mask is None and query.shape[2] > 1:
         causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = causal.tril(key.shape[2] - query.shape[2])
@@ -236,7 +256,9 @@ def _attention_function(backend: Backend) -> Callable[..., Any]:
             return _library(module, query, key, value, attention_mask, rule, others)  # type: ignore[no-any-return]
         unknown = [name for name in ("s_aux", "position_bias") if others.get(name) is not None]
         if unknown or not module.is_causal:
-            raise NotImplementedError(f"attention by segments does not know {', '.join(unknown) or 'attention that is not causal'}")
+            raise NotImplementedError(
+                f"attention by segments does not know {', '.join(unknown) or 'attention that is not causal'}"
+            )
         kind = query.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
         segments = Segments(attention_mask[0, 0, 0], attention_mask.shape[2])
@@ -246,12 +268,14 @@ def _attention_function(backend: Backend) -> Callable[..., Any]:
 
 
 def use_segment_attention(model: Any, backend: str, attend: Backend | None = None) -> str:
-    """Make `model` compute attention by segments with a backend of `BACKENDS`; returns the name of the implementation it had.
+    """Make `model` compute attention by segments with a backend of `BACKENDS`.
+
+    Returns the name of the implementation it had.
 
     attend: used in its place, for a plan where the backend itself cannot run on tensors without numbers.
 
-    Ordinary calls (any other mask) still get the library's own attention, so generation needs no switching back. Undo with
-    `use_attention`. Raises ModelError when the model does not take it.
+    Ordinary calls (any other mask) still get the library's own attention, so generation needs no switching back. Undo
+    with `use_attention`. Raises ModelError when the model does not take it.
     """
     name = NAME.format(backend=backend if attend is None else f"{backend}_stand_in")
     AttentionInterface.register(name, _attention_function(attend or BACKENDS[backend]))
@@ -260,7 +284,10 @@ def use_segment_attention(model: Any, backend: str, attend: Backend | None = Non
 
 
 def use_attention(model: Any, name: str) -> str:
-    """Set a transformers attention implementation by name; returns the one before. Raises ModelError when the model does not take it."""
+    """Set a transformers attention implementation by name; returns the one before.
+
+    Raises ModelError when the model does not take it.
+    """
     before = str(model.config._attn_implementation)
     try:
         model.set_attn_implementation(name)

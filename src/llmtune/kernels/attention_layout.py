@@ -1,13 +1,15 @@
-"""How a flat row is cut for attention by explicit products: into tiles, each a few large products instead of many small ones.
+"""How a flat row is cut for attention by explicit products: into tiles, each a few large products instead of many small
+ones.
 
-A tile is a run of queries and the keys they may see, of one document or of several: the first 128 queries of all that have so many see as
-many keys each and are one product, then the next 128, and so on; ends go together where they are alike. A run of short documents is packed
-into pieces of one length first, as containers are; where that takes another order or leaves gaps, the tile carries the tokens' places.
+A tile is a run of queries and the keys they may see, of one document or of several: the first 128 queries of all that
+have so many see as many keys each and are one product, then the next 128, and so on; ends go together where they are
+alike. A run of short documents is packed into pieces of one length first, as containers are; where that takes another
+order or leaves gaps, the tile carries the tokens' places.
 
 Queries are laid out tile after tile, once for the whole row, so that each tile finds its own side by side (`Layout`).
 
-Tokens are counted from the row's start. T tokens of the row, H query heads, G key heads (H = G x R); C pieces of a tile, N queries and M
-keys in each.
+Tokens are counted from the row's start. T tokens of the row, H query heads, G key heads (H = G x R); C pieces of a
+tile, N queries and M keys in each.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ TILE_TOKENS = 128
 """Queries of a tile: fewer waste time between products, more waste products above the diagonal."""
 
 TILE_ROWS = 256
-"""Rows of a tile's products, at least: where query heads have a key head each and stack no rows, a document alone takes more queries."""
+"""Rows of a tile's products, at least: where query heads have a key head each and stack no rows, a document alone takes
+more queries.
+"""
 
 SHORT_TOKENS = 128
 """Documents up to this length share pieces: what is computed for nothing costs less than another round of calls."""
@@ -35,15 +39,18 @@ LEAST_PIECE = 64
 """Tokens that a piece of short documents holds at least, for the same reason."""
 
 KEPT_TOKENS = 1024
-"""Rows whose documents are all this short keep their probabilities for the backward pass (at most this many numbers a token and head);
-longer ones compute them again, so that memory grows with the tokens and not with their square."""
+"""Rows whose documents are all this short keep their probabilities for the backward pass (at most this many numbers a
+token and head); longer ones compute them again, so that memory grows with the tokens and not with their square."""
 
 Document = tuple[int, int]
 """First token and the one after the last."""
 
 
 class Rearranged(NamedTuple):
-    """Pieces made of tokens that do not stand side by side, or fill them only in part. Numbers are counted from the tile's first token."""
+    """Pieces made of tokens that do not stand side by side, or fill them only in part.
+
+    Numbers are counted from the tile's first token.
+    """
 
     tokens: Tensor
     """[C x L]: the token at each place of pieces of L; a gap repeats one that is there."""
@@ -55,8 +62,9 @@ class Rearranged(NamedTuple):
 class Tile(NamedTuple):
     """Queries `start` to `stop` of each piece against the keys `key_start` to `stop` of that piece.
 
-    firsts: where in the row each piece begins; its tokens are counted from there. hidden (0 or -inf) is added to the last columns of the
-    scores: [N, columns], or [C, 1, N, columns] where pieces differ. A tile that is rearranged has whole pieces, and `firsts` say how many.
+    firsts: where in the row each piece begins; its tokens are counted from there. hidden (0 or -inf) is added to the
+    last columns of the scores: [N, columns], or [C, 1, N, columns] where pieces differ. A tile that is rearranged has
+    whole pieces, and `firsts` say how many.
     """
 
     firsts: tuple[int, ...]
@@ -82,21 +90,29 @@ class Tile(NamedTuple):
         return self.pieces * (self.stop - self.start)
 
     def gather(self, x: Tensor, dim: int, start: int) -> Tensor:
-        """Tokens `start` to this tile's last of each of its pieces, from a row along `dim`: [..., C, tokens, ...], a view if it can be."""
+        """Tokens `start` to this tile's last of each of its pieces, from a row along `dim`: [..., C, tokens, ...], a
+        view if it can be.
+        """
         if self.rearranged is not None:
-            return self._whole(x, dim).index_select(dim, self.rearranged.tokens).unflatten(dim, (self.pieces, self.stop))
+            return (
+                self._whole(x, dim).index_select(dim, self.rearranged.tokens).unflatten(dim, (self.pieces, self.stop))
+            )
         parts = self._parts(x, dim, start)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def in_row(self, row: Tensor, found: Tensor, dim: int, start: int) -> list[tuple[Tensor, Tensor]]:
-        """Where `row` has what `gather` would give, as views, and the part of `found` [..., C, tokens, ...] that belongs there."""
+        """Where `row` has what `gather` would give, as views, and the part of `found` [..., C, tokens, ...] that
+        belongs there.
+        """
         if self.rearranged is not None:
             return [(self._whole(row, dim), found.flatten(dim, dim + 1).index_select(dim, self.rearranged.places))]
         parts = self._parts(row, dim, start)
         return list(zip(parts, found.split([part.shape[dim] for part in parts], dim), strict=True))
 
     def _parts(self, row: Tensor, dim: int, start: int) -> list[Tensor]:
-        """The pieces from `start` on, as views [..., pieces, tokens, ...]: all in one where they are evenly far apart, else one by one."""
+        """The pieces from `start` on, as views [..., pieces, tokens, ...]: all in one where they are evenly far apart,
+        else one by one.
+        """
         tokens = self.stop - start
         steps = {after - before for before, after in pairwise(self.firsts)} or {tokens}
         if len(steps) > 1:
@@ -138,9 +154,18 @@ class Layout(NamedTuple):
 
 @lru_cache(maxsize=8)
 def lay_out(
-    boundaries: tuple[int, ...], window: int | None, tile: int, heads: int, groups: int, dtype: torch.dtype, device: torch.device
+    boundaries: tuple[int, ...],
+    window: int | None,
+    tile: int,
+    heads: int,
+    groups: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Layout:
-    """Cut one flat row into tiles (see `plan_tiles`) and lay its queries out. The same row asks once a layer, so a few answers are kept."""
+    """Cut one flat row into tiles (see `plan_tiles`) and lay its queries out.
+
+    The same row asks once a layer, so a few answers are kept.
+    """
     tiles, repeats = plan_tiles(boundaries, window, tile, dtype, device), heads // groups
     query_TGR = torch.arange(boundaries[-1] * heads, dtype=torch.int32, device=device).view(-1, groups, repeats)
     place_TGR = torch.empty_like(query_TGR)
@@ -156,16 +181,22 @@ def lay_out(
     return Layout(tiles, groups, repeats, torch.cat(order), place_TGR.flatten())
 
 
-def plan_tiles(boundaries: tuple[int, ...], window: int | None, tile: int, dtype: torch.dtype, device: torch.device) -> tuple[Tile, ...]:
+def plan_tiles(
+    boundaries: tuple[int, ...], window: int | None, tile: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tile, ...]:
     """Cut one flat row into tiles.
 
-    boundaries: cumulative document lengths, first 0. window: a query sees at most this many tokens, itself included. tile: queries of a
-    tile of a document that stands alone.
+    boundaries: cumulative document lengths, first 0. window: a query sees at most this many tokens, itself included.
+    tile: queries of a tile of a document that stands alone.
     """
     documents = list(pairwise(boundaries))
-    tiles = [_short_tile(list(run), window, dtype, device) for is_short, run in groupby(documents, key=_is_short) if is_short]
+    tiles = [
+        _short_tile(list(run), window, dtype, device) for is_short, run in groupby(documents, key=_is_short) if is_short
+    ]
     kept = [one for one in documents if not _is_short(one) and one[1] - one[0] <= KEPT_TOKENS]
-    alone = [[one] for one in documents if one[1] - one[0] > KEPT_TOKENS]  # a few large products are enough, and their scores are many
+    alone = [
+        [one] for one in documents if one[1] - one[0] > KEPT_TOKENS
+    ]  # a few large products are enough, and their scores are many
     for group in [kept, *alone]:
         rows = tile if len(group) == 1 else min(tile, TILE_TOKENS)
         firsts_of: dict[Document, list[int]] = {}
@@ -174,7 +205,9 @@ def plan_tiles(boundaries: tuple[int, ...], window: int | None, tile: int, dtype
                 firsts_of.setdefault((start, min(start + rows, end - first)), []).append(first)
         for (start, stop), firsts in firsts_of.items():
             key_start = 0 if window is None else max(0, start - window + 1)
-            tiles.append(Tile(tuple(firsts), start, stop, key_start, _hidden((start, stop), key_start, window, dtype, device)))
+            tiles.append(
+                Tile(tuple(firsts), start, stop, key_start, _hidden((start, stop), key_start, window, dtype, device))
+            )
     return tuple(tiles)
 
 
@@ -224,8 +257,13 @@ def _length(documents: Sequence[Document]) -> int:
     return sum(stop - start for start, stop in documents)
 
 
-def _hidden_in_piece(documents: Sequence[Document], length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is hidden in a piece of several documents, [L, L]. A gap sees itself alone: what it gives and gets is dropped with it."""
+def _hidden_in_piece(
+    documents: Sequence[Document], length: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """What is hidden in a piece of several documents, [L, L].
+
+    A gap sees itself alone: what it gives and gets is dropped with it.
+    """
     own = _length(documents)
     hidden = torch.full((length, length), float("-inf"), dtype=dtype, device=device)
     marks = tuple(accumulate((stop - start for start, stop in documents), initial=0))
@@ -234,8 +272,11 @@ def _hidden_in_piece(documents: Sequence[Document], length: int, window: int | N
     return hidden
 
 
-def _hidden(marks: tuple[int, ...], key_start: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return 0 where a query may look and -inf elsewhere, for the queries marks[0] to marks[-1] (documents begin at each mark).
+def _hidden(
+    marks: tuple[int, ...], key_start: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return 0 where a query may look and -inf elsewhere, for the queries marks[0] to marks[-1] (documents begin at
+    each mark).
 
     It has as many columns as need hiding, counted from the right: the diagonal block, or all M keys under a window.
     """
@@ -243,7 +284,9 @@ def _hidden(marks: tuple[int, ...], key_start: int, window: int | None, dtype: t
     query_N = torch.arange(marks[0], marks[-1], device=device)
     key_M = torch.arange(column_start, marks[-1], device=device)
     document = torch.tensor(marks[1:], device=device)
-    same = torch.bucketize(query_N, document, right=True)[:, None] == torch.bucketize(key_M, document, right=True)[None, :]
+    same = (
+        torch.bucketize(query_N, document, right=True)[:, None] == torch.bucketize(key_M, document, right=True)[None, :]
+    )
     distance = query_N[:, None] - key_M[None, :]
     seen = same & (distance >= 0)
     if window is not None:

@@ -1,11 +1,13 @@
-"""Feed-forward modules and norms over a row's tokens in tiles: what is as wide as the feed-forward layer never exists for a whole row.
+"""Feed-forward modules and norms over a row's tokens in tiles: what is as wide as the feed-forward layer never exists
+for a whole row.
 
-What treats each token by itself gives the same numbers a tile at a time. Each tile is computed again, from its input alone, when the
-backward pass comes to it, so of a row of 78,000 tokens only one tile's gate, up and product are alive. The input is put aside before
-anything is computed from it: where a whole block is computed again, that ends at the feed-forward input, whose products nobody needs then.
+What treats each token by itself gives the same numbers a tile at a time. Each tile is computed again, from its input
+alone, when the backward pass comes to it, so of a row of 78,000 tokens only one tile's gate, up and product are alive.
+The input is put aside before anything is computed from it: where a whole block is computed again, that ends at the
+feed-forward input, whose products nobody needs then.
 
-A module is taken over by giving its instance a subclass of its class; the arithmetic of a tile is whatever the module's own forward does
-(fused adapters, 4-bit weights, dropout, autocast).
+A module is taken over by giving its instance a subclass of its class; the arithmetic of a tile is whatever the module's
+own forward does (fused adapters, 4-bit weights, dropout, autocast).
 
 Shapes: N tokens, K inputs, M outputs.
 """
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.kernels.chunks import added, telling_pieces
-from llmtune.kernels.patching import own_name, take_over
+from llmtune.kernels.patching import original_class_name, patch
 
 __all__ = ["Tiling", "tile_modules", "tile_tokens", "tiled_forward"]
 
@@ -46,7 +48,8 @@ class Tiling:
 
 
 def tile_tokens(width: int) -> int:
-    """Tokens of a tile for a model of that width: as many as it is wide, so that a tile's products are as large as the weights it reads.
+    """Tokens of a tile for a model of that width: as many as it is wide, so that a tile's products are as large as the
+    weights it reads.
 
     >>> tile_tokens(4096), tile_tokens(576)
     (4096, 1024)
@@ -55,7 +58,10 @@ def tile_tokens(width: int) -> int:
 
 
 class _PutAside(torch.autograd.Function):
-    """Saves a tensor for another function's backward pass, before that function computes anything; has no backward pass itself."""
+    """Saves a tensor for another function's backward pass, before that function computes anything.
+
+    Has no backward pass itself.
+    """
 
     @staticmethod
     def forward(ctx: Any, token: Tensor, x: Tensor) -> Tensor:
@@ -64,17 +70,25 @@ class _PutAside(torch.autograd.Function):
 
 
 class _InTiles(torch.autograd.Function):
-    """`run` over the tiles of x [1, N, K], and again over each in the backward pass; gradients of `weights` add up over the tiles."""
+    """`run` over the tiles of x [1, N, K], and again over each in the backward pass.
+
+    Gradients of `weights` add up over the tiles.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], tokens: int, aside: Any, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], tokens: int, aside: Any, *weights: Tensor
+    ) -> Tensor:
         ctx.run, ctx.tokens, ctx.aside, ctx.weights = run, tokens, aside, weights
         ctx.surroundings = _Surroundings(x.device)
         return _over_tiles(run, x, tokens)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        aside, ctx.aside = ctx.aside, None  # it holds what a block's recomputation made, which nobody needs once this has run
+        aside, ctx.aside = (
+            ctx.aside,
+            None,
+        )  # it holds what a block's recomputation made, which nobody needs once this has run
         if aside is None:
             raise RuntimeError("a second backward pass through tiles, whose inputs were let go by the first")
         (x,) = aside.saved_tensors
@@ -150,7 +164,9 @@ def tiled_forward(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, weigh
 
 
 class _Tiled:
-    """What is put before a module that treats each token by itself: its own forward, a tile at a time where a row is longer than one."""
+    """What is put before a module that treats each token by itself: its own forward, a tile at a time where a row is
+    longer than one.
+    """
 
     _tile_numbers: int
     parameters: Callable[[], Iterator[nn.Parameter]]
@@ -165,10 +181,13 @@ class _Tiled:
 
 
 def tile_modules(decoder: nn.Module, width: int, *, proven: bool = False) -> Tiling:
-    """Run norms and feed-forward modules of a transformers decoder in tiles, in place; returns what does and what does not, and why.
+    """Run norms and feed-forward modules of a transformers decoder in tiles, in place.
 
-    width: of the residual stream. A class of feed-forward modules is first run whole and cut on a few tokens, and left alone where that
-    is not the same, unless `proven` says that it needs no proof (a skeleton without numbers has none to give).
+    Returns what does and what does not, and why.
+
+    width: of the residual stream. A class of feed-forward modules is first run whole and cut on a few tokens, and left
+    alone where that is not the same, unless `proven` says that it needs no proof (a skeleton without numbers has none
+    to give).
     """
     tokens = tile_tokens(width)
     blocks = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -176,15 +195,17 @@ def tile_modules(decoder: nn.Module, width: int, *, proven: bool = False) -> Til
     verdicts: dict[str, str | None] = {}
     feed_forwards = []
     for module in (child for block in blocks for child in block.children() if _may_be_feed_forward(child)):
-        name = own_name(module)
+        name = original_class_name(module)
         if name not in verdicts:
             verdicts[name] = _strange_part(module) or (None if proven else _difference(module, width))
         if verdicts[name] is None:
             feed_forwards.append(module)
     for module in (*norms, *feed_forwards):
-        take_over(module, _Tiled, "Tiled")
+        patch(module, _Tiled, "Tiled")
         module.__dict__["_tile_numbers"] = tokens * width
-    return Tiling(tokens, len(norms), len(feed_forwards), {name: why for name, why in verdicts.items() if why is not None})
+    return Tiling(
+        tokens, len(norms), len(feed_forwards), {name: why for name, why in verdicts.items() if why is not None}
+    )
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -199,7 +220,7 @@ def _may_be_feed_forward(module: nn.Module) -> bool:
 def _strange_part(module: nn.Module) -> str | None:
     """Name what stands in a feed-forward module beside layers that treat each token by itself, or return None."""
     working = [one for one in module.modules() if one._parameters or not any(one.children())]
-    strange = dict.fromkeys(own_name(one) for one in working if not _is_plain(one))
+    strange = dict.fromkeys(original_class_name(one) for one in working if not _is_plain(one))
     return f"it holds {' and '.join(strange)}" if strange else None
 
 
@@ -236,6 +257,8 @@ TOLERANCE = 2e-2
 
 PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
 
-PLAIN_LAYERS = frozenset(("Linear", "Conv1D", "Linear4bit", "Identity", "ModuleDict", "ParameterDict", "DoraLinearLayer"))
-"""Classes of layers without parts that treat each token by itself (empty dictionaries are peft's). 8-bit layers do not: they look for
-outlying columns over all tokens."""
+PLAIN_LAYERS = frozenset(
+    ("Linear", "Conv1D", "Linear4bit", "Identity", "ModuleDict", "ParameterDict", "DoraLinearLayer")
+)
+"""Classes of layers without parts that treat each token by itself (empty dictionaries are peft's). 8-bit layers do not:
+they look for outlying columns over all tokens."""

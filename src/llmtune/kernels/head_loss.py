@@ -1,8 +1,8 @@
 """The loss from hidden states: only trained rows, in chunks, without ever holding the logits of a whole micro-batch.
 
-For a vocabulary of 50,000 the logits of 2,048 tokens are 400 MB in float32, more than everything else of a small model's step; here one
-chunk of rows is alive at a time, its gradient is computed while its probabilities are at hand, and what is kept is the gradient of the
-hidden states.
+For a vocabulary of 50,000 the logits of 2,048 tokens are 400 MB in float32, more than everything else of a small
+model's step; here one chunk of rows is alive at a time, its gradient is computed while its probabilities are at hand,
+and what is kept is the gradient of the hidden states.
 
 Shapes: N trained rows, E width of the model, V vocabulary, C rows of a chunk.
 """
@@ -26,7 +26,9 @@ CHUNK_ROWS = 256
 """Rows of a chunk with a frozen head: fewer read the head too often, more gain nothing."""
 
 SLICE_NUMBERS = 3 << 19
-"""Logits of a chunk that are in float32 at a time: they stay in the processor's cache, so a chunk never exists in float32."""
+"""Logits of a chunk that are in float32 at a time: they stay in the processor's cache, so a chunk never exists in
+float32.
+"""
 
 TRAINED_CHUNK_ROWS = 1024
 """Rows of a chunk when the head is trained: each chunk also updates a gradient as large as the head."""
@@ -34,7 +36,9 @@ TRAINED_CHUNK_ROWS = 1024
 
 @dataclass(frozen=True)
 class Head:
-    """The output head of a model and what it does to its logits: multiplied by `scale`, then bent to `cap * tanh(logits / cap)`."""
+    """The output head of a model and what it does to its logits: multiplied by `scale`, then bent to `cap * tanh(logits
+    / cap)`.
+    """
 
     module: nn.Module
     scale: float = 1.0
@@ -57,16 +61,21 @@ def find_head(model: Any) -> Head | None:
 
 
 def trained_rows(weights: Tensor) -> Tensor:
-    """Return int64 [N]: the places in a flat row from which a trained token is predicted (one before it). weights: float32 [1, T]."""
+    """Return int64 [N]: the places in a flat row from which a trained token is predicted (one before it).
+
+    weights: float32 [1, T].
+    """
     return weights[0, 1:].nonzero().squeeze(1)
 
 
-def head_nll_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor, *, device_type: str | None = None) -> Tensor:
+def head_nll_sum(
+    head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor, *, device_type: str | None = None
+) -> Tensor:
     """Sum of weighted negative log-likelihoods, in nats, of `targets_N` predicted from `hidden_NE`.
 
-    hidden_NE: [N, E]; targets_N: int64 [N]; weights_N: float32 [N]. device_type: whose way is gone, theirs when not given (the stand-ins
-    of a plan are nowhere). Returns a 0-d float32 tensor; 0 for no rows, still joined to the graph. Logits are computed in the type of the
-    hidden states (or autocast's), everything after them in float32.
+    hidden_NE: [N, E]; targets_N: int64 [N]; weights_N: float32 [N]. device_type: whose way is gone, theirs when not
+    given (the stand-ins of a plan are nowhere). Returns a 0-d float32 tensor; 0 for no rows, still joined to the graph.
+    Logits are computed in the type of the hidden states (or autocast's), everything after them in float32.
     """
     if hidden_NE.shape[0] == 0:
         return hidden_NE.float().sum()
@@ -78,7 +87,9 @@ def head_nll_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Te
     with torch.autocast(kind, enabled=False):
         sliced = (device_type or kind) == "cpu"
         packed = prepacked_of(module, dtype)
-        return _HeadLoss.apply(hidden_NE.to(dtype), module.weight, module.bias, packed, targets_N, weights_N, head.scale, head.cap, sliced)
+        return _HeadLoss.apply(
+            hidden_NE.to(dtype), module.weight, module.bias, packed, targets_N, weights_N, head.scale, head.cap, sliced
+        )
 
 
 def _bend(logits: Tensor, head_scale: float, cap: float | None) -> Tensor:
@@ -88,7 +99,9 @@ def _bend(logits: Tensor, head_scale: float, cap: float | None) -> Tensor:
 
 
 def _checkpointed_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
-    """Any head at all (adapters on it, quantized, wrapped): called on chunks of rows and recomputed in the backward pass."""
+    """Any head at all (adapters on it, quantized, wrapped): called on chunks of rows and recomputed in the backward
+    pass.
+    """
 
     def chunk_sum(hidden_CE: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
         logits_CV = _bend(head.module(hidden_CE).float(), head.scale, head.cap)
@@ -101,8 +114,12 @@ def _checkpointed_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_
     return total
 
 
-def _nll(logits_CV: Tensor, targets_C1: Tensor, scale: float, cap: float | None, *, sliced: bool, with_gradient: bool) -> Tensor:
-    """Return the negative log-likelihoods of a chunk's rows, float32 [C]; on request overwrite the logits with their gradient.
+def _nll(
+    logits_CV: Tensor, targets_C1: Tensor, scale: float, cap: float | None, *, sliced: bool, with_gradient: bool
+) -> Tensor:
+    """Return the negative log-likelihoods of a chunk's rows, float32 [C].
+
+    On request overwrite the logits with their gradient.
 
     sliced: a few rows at a time, as a processor's cache likes it.
     """
@@ -112,8 +129,13 @@ def _nll(logits_CV: Tensor, targets_C1: Tensor, scale: float, cap: float | None,
     return torch.cat([_nll_of_slice(logits_CV[part], targets_C1[part], scale, cap, with_gradient) for part in slices])
 
 
-def _nll_of_slice(logits_SV: Tensor, targets_S1: Tensor, scale: float, cap: float | None, with_gradient: bool) -> Tensor:
-    """Negative log-likelihoods of a few rows, in float32 throughout; only the gradient (without the factor `scale`) is rounded."""
+def _nll_of_slice(
+    logits_SV: Tensor, targets_S1: Tensor, scale: float, cap: float | None, with_gradient: bool
+) -> Tensor:
+    """Negative log-likelihoods of a few rows, in float32 throughout.
+
+    Only the gradient (without the factor `scale`) is rounded.
+    """
     values_SV = logits_SV.float()
     bent_SV = None
     if scale != 1.0:
@@ -142,8 +164,8 @@ def _rounded_once(weight_VE: Tensor, dtype: torch.dtype) -> Plain:
 class _HeadLoss(torch.autograd.Function):
     """Loss of a linear head; gradients are made chunk by chunk in the forward pass and scaled in the backward one.
 
-    All is computed in the type of the hidden states. The head's own gradients are summed in float32 and handed over in its type, which is
-    the masters' where it is trained.
+    All is computed in the type of the hidden states. The head's own gradients are summed in float32 and handed over in
+    its type, which is the masters' where it is trained.
     """
 
     @staticmethod
@@ -188,7 +210,8 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        # in place, since the head's is large: autograd refuses a second backward pass then, and does not give a wrong one
+        # in place, since the head's is large: autograd refuses a second backward pass then, and does not give a wrong
+        # one
         scaled = [None if grad is None else grad.mul_(grad_output.to(grad.dtype)) for grad in ctx.saved_tensors]
         return (*scaled, None, None, None, None, None, None)
 
@@ -198,4 +221,7 @@ LOGIT_RULES = {
     "logits_scaling": lambda value: (1.0 / value, None),
     "logit_scale": lambda value: (value, None),
 }
-"""Config keys of models that change logits after the head: (factor, cap). Rules not listed here show up in the engine's probe."""
+"""Config keys of models that change logits after the head: (factor, cap).
+
+Rules not listed here show up in the engine's probe.
+"""

@@ -1,13 +1,15 @@
-"""LoRA layers as one step of the graph: frozen product and low-rank update together, keeping only what the backward pass needs.
+"""LoRA layers as one step of the graph: frozen product and low-rank update together, keeping only what the backward
+pass needs.
 
-peft's own layer computes the update beside the frozen product: it casts the input to float32, keeps that copy, the low-rank product and
-their sum for the backward pass, and every layer that shares an input adds its own gradient to it. Here one function serves all layers
-that share an input (query, key and value; gate and up): it keeps the low-rank product and the input in the type of the arithmetic, or only
-how the input is made (`recipe`), and adds the input's gradients inside the products that make them. Masters A and B stay float32 in peft's
-own modules, so files and names do not change.
+peft's own layer computes the update beside the frozen product: it casts the input to float32, keeps that copy, the
+low-rank product and their sum for the backward pass, and every layer that shares an input adds its own gradient to it.
+Here one function serves all layers that share an input (query, key and value; gate and up): it keeps the low-rank
+product and the input in the type of the arithmetic, or only how the input is made (`recipe`), and adds the input's
+gradients inside the products that make them. Masters A and B stay float32 in peft's own modules, so files and names do
+not change.
 
-A layer is taken over by giving its instance a subclass of peft's class; whatever the fused function does not know (dropout, DoRA, several
-adapters, merged or disabled ones) is left to peft's forward, layer by layer.
+A layer is taken over by giving its instance a subclass of peft's class; whatever the fused function does not know
+(dropout, DoRA, several adapters, merged or disabled ones) is left to peft's forward, layer by layer.
 
 Shapes: T tokens, K inputs, N outputs, R rank; update = (x (scale A)^T) B^T with A [R, K] and B [N, R].
 """
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.kernels.patching import give_back, take_over
+from llmtune.kernels.patching import patch, unpatch
 from llmtune.kernels.recompute import Recipe, recipe_of
 from llmtune.kernels.weight_prepack import Plain, Prepacked, Source, prepacked_of
 from llmtune.models.quantization import import_bitsandbytes
@@ -32,16 +34,26 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class _LoraGroup(torch.autograd.Function):
-    """Outputs of frozen layers with LoRA for one input [T, K], made by `recipe` if it has one; A and B of each layer follow in pairs."""
+    """Outputs of frozen layers with LoRA for one input [T, K], made by `recipe` if it has one.
+
+    A and B of each layer follow in pairs.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, recipe: Recipe | None, layers: tuple[_Frozen, ...], scales: tuple[float, ...], *masters: Tensor
+        ctx: Any,
+        x: Tensor,
+        recipe: Recipe | None,
+        layers: tuple[_Frozen, ...],
+        scales: tuple[float, ...],
+        *masters: Tensor,
     ) -> tuple[Tensor, ...]:
         ranks = [a.shape[0] for a in masters[0::2]]
         down = torch.cat([a * scale for a, scale in zip(masters[0::2], scales, strict=True)]).to(x.dtype)
         ups = [b.to(x.dtype) for b in masters[1::2]]
-        lows = [one.contiguous() for one in (x @ down.t()).split(ranks, dim=1)]  # columns of a matrix would be copied by each product
+        lows = [
+            one.contiguous() for one in (x @ down.t()).split(ranks, dim=1)
+        ]  # columns of a matrix would be copied by each product
         outputs = [layer.output(x).addmm_(low, up.t()) for layer, low, up in zip(layers, lows, ups, strict=True)]
         ctx.save_for_backward(down, *ups, *lows, *((x,) if recipe is None else recipe.sources))
         ctx.make, ctx.width = None if recipe is None else recipe.make, x.shape[1]
@@ -56,7 +68,8 @@ class _LoraGroup(torch.autograd.Function):
         x = sources[0] if ctx.make is None else ctx.make(*sources).reshape(-1, ctx.width).to(down.dtype)
         # (grad^T low), made as the transpose of (low^T grad): the narrow operand is the one to be transposed
         grad_up = [
-            (low.t() @ grad).t().to(ctx.master_dtype, memory_format=torch.contiguous_format) for low, grad in zip(lows, grads, strict=True)
+            (low.t() @ grad).t().to(ctx.master_dtype, memory_format=torch.contiguous_format)
+            for low, grad in zip(lows, grads, strict=True)
         ]
         grad_low = torch.cat([grad @ up for grad, up in zip(grads, ups, strict=True)], dim=1)
         grad_parts = (grad_low.t() @ x).to(ctx.master_dtype).split(ctx.ranks)
@@ -73,7 +86,8 @@ class _LoraGroup(torch.autograd.Function):
 class _Frozen:
     """A frozen layer with weight [N, K] and bias [N], multiplied in the type of what it is given.
 
-    From the layouts kept beside it where there are any (`prepack`), else from the weight as it is held, made anew each time if in 4 bit.
+    From the layouts kept beside it where there are any (`prepack`), else from the weight as it is held, made anew each
+    time if in 4 bit.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -97,7 +111,9 @@ class _Frozen:
 
 
 class _Group:
-    """Layers that are called one after the other with the same input: the first call computes all, the others pick up their output."""
+    """Layers that are called one after the other with the same input: the first call computes all, the others pick up
+    their output.
+    """
 
     def __init__(self, members: Sequence[_FusedLora]) -> None:
         self.members = tuple(members)
@@ -124,10 +140,18 @@ class _Group:
 def _run(members: Sequence[_FusedLora], x: Tensor) -> list[Tensor]:
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else getattr(members[0].get_base_layer(), "compute_dtype", None) or x.dtype
+    dtype = (
+        torch.get_autocast_dtype(kind)
+        if autocast
+        else getattr(members[0].get_base_layer(), "compute_dtype", None) or x.dtype
+    )
     layers = tuple(one.frozen() for one in members)
     names = [one.active_adapters[0] for one in members]
-    masters = [matrix for one, name in zip(members, names, strict=True) for matrix in (one.lora_A[name].weight, one.lora_B[name].weight)]
+    masters = [
+        matrix
+        for one, name in zip(members, names, strict=True)
+        for matrix in (one.lora_A[name].weight, one.lora_B[name].weight)
+    ]
     scales = tuple(float(one.scaling[name]) for one, name in zip(members, names, strict=True))
     with torch.autocast(kind, enabled=False):
         outputs = _LoraGroup.apply(x.reshape(-1, x.shape[-1]).to(dtype), recipe_of(x), layers, scales, *masters)
@@ -174,10 +198,13 @@ class _FusedLora:
 
 
 def fuse_adapters(model: nn.Module) -> int:
-    """Give every plain LoRA layer of a peft model its fused forward; returns how many there are. Undo with `unfuse_adapters`."""
+    """Give every plain LoRA layer of a peft model its fused forward; returns how many there are.
+
+    Undo with `unfuse_adapters`.
+    """
     fused = [module for module in model.modules() if _can_fuse(module)]
     for module in fused:
-        take_over(module, _FusedLora, "Fused")
+        patch(module, _FusedLora, "Fused")
         module.__dict__["_group"] = _Group([module])  # type: ignore[list-item]
     for parent in model.modules():
         children = dict(parent.named_children())
@@ -193,7 +220,7 @@ def fuse_adapters(model: nn.Module) -> int:
 def unfuse_adapters(model: nn.Module) -> None:
     """Give every layer back peft's own forward."""
     for module in model.modules():
-        if give_back(module, _FusedLora):
+        if unpatch(module, _FusedLora):
             module.__dict__.pop("_group")
 
 
@@ -204,7 +231,9 @@ def frozen_sources(model: nn.Module) -> list[Source]:
 
 
 def _can_fuse(module: nn.Module) -> bool:
-    if type(module).__name__ not in ("Linear", "Linear4bit") or not type(module).__module__.startswith("peft.tuners.lora"):
+    if type(module).__name__ not in ("Linear", "Linear4bit") or not type(module).__module__.startswith(
+        "peft.tuners.lora"
+    ):
         return False
     base = module.get_base_layer()  # type: ignore[operator]
     trained = any(parameter.requires_grad for parameter in base.parameters())

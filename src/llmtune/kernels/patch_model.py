@@ -15,7 +15,10 @@ __all__ = ["fuse", "prepackable", "unfuse"]
 
 
 def fuse(model: nn.Module, device_type: str) -> int:
-    """Give LoRA layers, feed-forward modules and, on a CPU, norms their fused forward; returns how many LoRA layers. Undo with `unfuse`."""
+    """Give LoRA layers, feed-forward modules and, on a CPU, norms their fused forward; returns how many LoRA layers.
+
+    Undo with `unfuse`.
+    """
     fuse_swiglus(model)
     if device_type == "cpu":
         fuse_norms(model)
@@ -31,7 +34,9 @@ def unfuse(model: nn.Module) -> None:
 
 
 def prepackable(model: Any) -> list[Source]:
-    """The layers of a fused transformers model whose weights may be laid out beforehand: those under LoRA layers, and a frozen head."""
+    """The layers of a fused transformers model whose weights may be laid out beforehand: those under LoRA layers, and a
+    frozen head.
+    """
     sources = frozen_sources(model)
     head = model.get_output_embeddings()
     if sources and type(head) is nn.Linear and not any(weight.requires_grad for weight in head.parameters()):

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["give_back", "own_name", "take_over"]
+__all__ = ["original_class_name", "patch", "unpatch"]
 
 
-def take_over(module: nn.Module, before: type, word: str) -> None:
+def patch(module: nn.Module, before: type, word: str) -> None:
     """Put the class `before` before the module's own: its methods are found first, `super()` is the module's own class.
 
     word: what the new class's name begins with.
@@ -19,16 +19,16 @@ def take_over(module: nn.Module, before: type, word: str) -> None:
     ...     def forward(self, x):
     ...         return 2 * super().forward(x)
     >>> module = nn.Identity()
-    >>> take_over(module, Doubled, "Doubled")
+    >>> patch(module, Doubled, "Doubled")
     >>> type(module).__name__, own_name(module), module(3)
     ('DoubledIdentity', 'Identity', 6)
     >>> class Negated:
     ...     def forward(self, x):
     ...         return -super().forward(x)
-    >>> take_over(module, Negated, "Negated")
+    >>> patch(module, Negated, "Negated")
     >>> own_name(module), module(3)
     ('Identity', -6)
-    >>> give_back(module, Doubled), give_back(module, Negated), give_back(module, Doubled)
+    >>> unpatch(module, Doubled), unpatch(module, Negated), unpatch(module, Doubled)
     (False, True, True)
     >>> module(3)
     3
@@ -36,7 +36,7 @@ def take_over(module: nn.Module, before: type, word: str) -> None:
     module.__class__ = _class_with(before, type(module), word)  # type: ignore[arg-type]
 
 
-def give_back(module: nn.Module, before: type) -> bool:
+def unpatch(module: nn.Module, before: type) -> bool:
     """Give the module back the class it had; returns whether `before` was what had been put before it, last of all."""
     kind = type(module)
     if vars(kind).get("_put_before") is not before:
@@ -45,7 +45,7 @@ def give_back(module: nn.Module, before: type) -> bool:
     return True
 
 
-def own_name(module: nn.Module) -> str:
+def original_class_name(module: nn.Module) -> str:
     """Name of the class that the module had before anything was put before it: the one that its library's users know."""
     kind = type(module)
     while "_put_before" in vars(kind):

@@ -1,7 +1,8 @@
 """How a tensor was made, kept beside it: whoever needs it in the backward pass may make it again and store nothing.
 
-The output of a norm and the product of a feed-forward layer are cheap to make from what their own backward passes keep in any case. The
-fused LoRA layers behind them, which would store them, look here first. What is made again is the same, bit by bit.
+The output of a norm and the product of a feed-forward layer are cheap to make from what their own backward passes keep
+in any case. The fused LoRA layers behind them, which would store them, look here first. What is made again is the same,
+bit by bit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Recipe(NamedTuple):
 
 
 def with_recipe(tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-    """Note how `tensor` is made, on this very object: a view or a copy of it has no recipe, and what wants no gradient needs none.
+    """Note how `tensor` is made, on this very object: a view or a copy of it has no recipe, and what wants no gradient
+    needs none.
 
     sources: what others keep until the backward pass in any case.
     """

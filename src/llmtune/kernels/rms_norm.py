@@ -1,8 +1,9 @@
 """RMS normalisation as one step of the graph, keeping its input and one number a token.
 
-The library's version, in single operations, keeps three tensors as large as its input, one of them in float32, and passes over them a
-dozen times. Where its output only feeds linear layers, it is rounded to autocast's type here, once, and not by each of those layers; and
-fused layers make it again in the backward pass where they would keep it (`recipe`).
+The library's version, in single operations, keeps three tensors as large as its input, one of them in float32, and
+passes over them a dozen times. Where its output only feeds linear layers, it is rounded to autocast's type here, once,
+and not by each of those layers; and fused layers make it again in the backward pass where they would keep it
+(`recipe`).
 
 Shapes: [..., E], E the width.
 """
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.kernels.patching import give_back, take_over
+from llmtune.kernels.patching import patch, unpatch
 from llmtune.kernels.recompute import with_recipe
 
 __all__ = ["fuse_norms", "unfuse_norms"]
@@ -24,7 +25,8 @@ __all__ = ["fuse_norms", "unfuse_norms"]
 def _times_row(x: Tensor, factor: Tensor) -> Tensor:
     """Return x [..., E] times one float32 number a row [..., 1], rounded once to the type of x.
 
-    Batch normalisation by known figures, 0 and 1, is just that in one pass, with each row as a channel; single operations take three.
+    Batch normalisation by known figures, 0 and 1, is just that in one pass, with each row as a channel; single
+    operations take three.
     """
     rows = x.reshape(1, -1, x.shape[-1])
     scale, shift = factor.reshape(-1), torch.zeros_like(factor).reshape(-1)
@@ -37,7 +39,10 @@ def _scaled(x: Tensor, inverse: Tensor, weight: Tensor, *, dtype: torch.dtype | 
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = w * round(x / rms(x)), rms in float32, rounded once to `dtype` where that is given, and 1 / rms(x); arXiv:1910.07467."""
+    """y = w * round(x / rms(x)), rms in float32, rounded once to `dtype` where that is given, and 1 / rms(x).
+
+    ArXiv:1910.07467.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -53,9 +58,17 @@ class _RmsNorm(torch.autograd.Function):
         width = x.shape[-1]
         if x.dtype == torch.float32:
             grad = grad.float()
-        # layer normalisation about a mean of 0 differs from this in one term, the mean of w * grad: its fused kernel does all the rest
+        # layer normalisation about a mean of 0 differs from this in one term, the mean of w * grad: its fused kernel
+        # does all the rest
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad.to(x.dtype).contiguous(), x, [width], torch.zeros_like(inverse), inverse, weight.float(), None, [True, False, False]
+            grad.to(x.dtype).contiguous(),
+            x,
+            [width],
+            torch.zeros_like(inverse),
+            inverse,
+            weight.float(),
+            None,
+            [True, False, False],
         )
         with torch.autocast(x.device.type, enabled=False):  # tiles run this inside it
             mean = (grad @ weight.to(grad.dtype)).unsqueeze(-1).float() / width
@@ -84,23 +97,32 @@ class _FusedNorm:
 def fuse_norms(model: nn.Module) -> int:
     """Give every RMS norm that computes exactly this its fused forward; returns how many. Undo with `unfuse_norms`."""
     norms = [module for module in model.modules() if type(module).__name__ in NORMS]
-    before_products = {id(child) for module in model.modules() for name, child in module.named_children() if name in BEFORE_PRODUCTS}
+    before_products = {
+        id(child) for module in model.modules() for name, child in module.named_children() if name in BEFORE_PRODUCTS
+    }
     for module in norms:
         module.__dict__["_into_products"] = id(module) in before_products and type(module).__name__ not in MIXTURE_NORMS
-        take_over(module, _FusedNorm, "Fused")
+        patch(module, _FusedNorm, "Fused")
     return len(norms)
 
 
 def unfuse_norms(model: nn.Module) -> None:
     """Give every norm back its own forward."""
     for module in model.modules():
-        if give_back(module, _FusedNorm):
+        if unpatch(module, _FusedNorm):
             module.__dict__.pop("_into_products")
 
 
 MIXTURE_NORMS = frozenset(("MixtralRMSNorm", "Qwen3MoeRMSNorm"))
-NORMS = MIXTURE_NORMS | {f"{family}RMSNorm" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite", "SmolLM3")}
-"""Classes of transformers whose arithmetic is that of `_RmsNorm`: scaled by w after rounding, w as it is (Gemma's 1 + w is another)."""
+NORMS = MIXTURE_NORMS | {
+    f"{family}RMSNorm" for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Granite", "SmolLM3")
+}
+"""Classes of transformers whose arithmetic is that of `_RmsNorm`: scaled by w after rounding, w as it is (Gemma's 1 + w
+is another).
+"""
 
 BEFORE_PRODUCTS = ("input_layernorm", "post_attention_layernorm")
-"""Norms whose output these classes use only as the input of linear layers. A mixture of experts also adds up its outputs in that type."""
+"""Norms whose output these classes use only as the input of linear layers.
+
+A mixture of experts also adds up its outputs in that type.
+"""

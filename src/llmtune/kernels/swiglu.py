@@ -1,8 +1,10 @@
-"""The product of a SwiGLU feed-forward layer, silu(gate) * up, as one step of the graph that keeps gate and up and nothing else.
+"""The product of a SwiGLU feed-forward layer, silu(gate) * up, as one step of the graph that keeps gate and up and
+nothing else.
 
-The library's two operations also keep silu(gate), a third tensor of that width in each layer. Here it is computed again in the backward
-pass, from the gate that is read there anyway, and the products are written over it where nobody else holds it; a fused layer behind it
-need not keep the product either (`recipe`). The numbers are the library's, bit by bit. arXiv:2002.05202.
+The library's two operations also keep silu(gate), a third tensor of that width in each layer. Here it is computed again
+in the backward pass, from the gate that is read there anyway, and the products are written over it where nobody else
+holds it; a fused layer behind it need not keep the product either (`recipe`). The numbers are the library's, bit by
+bit. arXiv:2002.05202.
 
 Shapes: [..., I], I the width of the feed-forward layer.
 """
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmtune.kernels.patching import give_back, take_over
+from llmtune.kernels.patching import patch, unpatch
 from llmtune.kernels.recompute import with_recipe
 
 __all__ = ["fuse_swiglus", "unfuse_swiglus"]
@@ -57,17 +59,22 @@ class _FusedSwiglu:
 
 
 def fuse_swiglus(model: nn.Module) -> int:
-    """Give every feed-forward module that computes exactly this its fused forward; returns how many. Undo with `unfuse_swiglus`."""
-    modules = [module for module in model.modules() if type(module).__name__ in FEED_FORWARDS and _is_silu(module.act_fn)]
+    """Give every feed-forward module that computes exactly this its fused forward; returns how many.
+
+    Undo with `unfuse_swiglus`.
+    """
+    modules = [
+        module for module in model.modules() if type(module).__name__ in FEED_FORWARDS and _is_silu(module.act_fn)
+    ]
     for module in modules:
-        take_over(module, _FusedSwiglu, "Fused")
+        patch(module, _FusedSwiglu, "Fused")
     return len(modules)
 
 
 def unfuse_swiglus(model: nn.Module) -> None:
     """Give every feed-forward module back its own forward."""
     for module in model.modules():
-        give_back(module, _FusedSwiglu)
+        unpatch(module, _FusedSwiglu)
 
 
 def _is_silu(activation: object) -> bool:

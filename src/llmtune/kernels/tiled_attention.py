@@ -1,11 +1,13 @@
 """Causal attention by explicit matrix products over tiles, keeping memory linear in the tokens.
 
-On a CPU, plain batched products reach several times the rate of the fused attention kernel. A tile (`models/attention_tiles.py`) is a run
-of queries and the keys they may see, of one document or of several at once: its scores are one batch of products, its output another.
-Query heads that share a key head are stacked into one product, so keys are never repeated. Queries, outputs and their gradients are laid
-out tile after tile in one pass over the row, and products write where they belong: copies tile by tile took a seventh of the time.
+On a CPU, plain batched products reach several times the rate of the fused attention kernel. A tile
+(`models/attention_tiles.py`) is a run of queries and the keys they may see, of one document or of several at once: its
+scores are one batch of products, its output another. Query heads that share a key head are stacked into one product, so
+keys are never repeated. Queries, outputs and their gradients are laid out tile after tile in one pass over the row, and
+products write where they belong: copies tile by tile took a seventh of the time.
 
-Shapes: T tokens of the row, H query heads, G key/value heads (H = G x R), D head width; a tile has C pieces, N queries and M keys in each.
+Shapes: T tokens of the row, H query heads, G key/value heads (H = G x R), D head width; a tile has C pieces, N queries
+and M keys in each.
 """
 
 from __future__ import annotations
@@ -22,8 +24,13 @@ from llmtune.kernels.chunks import telling_pieces
 __all__ = ["tiled_attention"]
 
 
-def _probabilities(query: Tensor, key: Tensor, tile: Tile, repeats: int, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Probabilities [G*C, R*N, M] of a tile from queries and scaled keys [G*C, M, D]; also tanh of the scores under a cap."""
+def _probabilities(
+    query: Tensor, key: Tensor, tile: Tile, repeats: int, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Probabilities [G*C, R*N, M] of a tile from queries and scaled keys [G*C, M, D].
+
+    Also tanh of the scores under a cap.
+    """
     scores = torch.bmm(query, key.transpose(1, 2))
     capped = None
     if softcap is not None:
@@ -36,11 +43,21 @@ def _probabilities(query: Tensor, key: Tensor, tile: Tile, repeats: int, softcap
 
 
 class _TiledAttention(torch.autograd.Function):
-    """One flat row of attention. Returns [T, H, D] contiguous; takes query [H, T, D] and key, value [G, T, D], in any strides."""
+    """One flat row of attention.
+
+    Returns [T, H, D] contiguous; takes query [H, T, D] and key, value [G, T, D], in any strides.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, softcap: float | None, keep: bool
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        scale: float,
+        softcap: float | None,
+        keep: bool,
     ) -> Tensor:
         heads, total, width = query.shape
         rows = query.transpose(0, 1).reshape(-1, width).index_select(0, layout.order)
@@ -68,16 +85,23 @@ class _TiledAttention(torch.autograd.Function):
         held = iter(kept)
         for tile, (own, grad) in pieces if kept else telling_pieces(pieces, rows, _scores):
             keys = _keys(key, tile)
-            weights, capped = (next(held), None) if kept else _probabilities(own, keys, tile, layout.repeats, ctx.softcap)
+            weights, capped = (
+                (next(held), None) if kept else _probabilities(own, keys, tile, layout.repeats, ctx.softcap)
+            )
             grad_weights = torch.bmm(grad, _keys(value, tile).transpose(1, 2))
-            # the first to read the probabilities, which lie far away by now: a pass in order fetches them sooner than a transposed product
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype, grad_input=grad_weights)
+            # the first to read the probabilities, which lie far away by now: a pass in order fetches them sooner than a
+            # transposed product
+            grad_scores = torch._softmax_backward_data(
+                grad_weights, weights, -1, weights.dtype, grad_input=grad_weights
+            )
             if capped is not None:
                 grad_scores.mul_(1 - capped.square())
             parts = keys.new_empty(2, *keys.shape)
             torch.bmm(weights.transpose(1, 2), grad, out=parts[1])
             torch.bmm(grad_scores.transpose(1, 2), own, out=parts[0])
-            for own_sum, found in tile.in_row(grad_both, parts.view(2 * groups, tile.pieces, -1, width), 1, tile.key_start):
+            for own_sum, found in tile.in_row(
+                grad_both, parts.view(2 * groups, tile.pieces, -1, width), 1, tile.key_start
+            ):
                 own_sum += found
             torch.bmm(grad_scores, keys, out=grad)  # its rows have served
         grad_both[:groups].mul_(ctx.scale)
@@ -91,7 +115,9 @@ def _scores(piece: tuple[Tile, list[Tensor]]) -> int:
 
 
 def _keys(key: Tensor, tile: Tile) -> Tensor:
-    """The keys (or values) of a row [G, T, D] that the tile's queries may see, [G*C, M, D], in order: products would copy others slowly."""
+    """The keys (or values) of a row [G, T, D] that the tile's queries may see, [G*C, M, D], in order: products would
+    copy others slowly.
+    """
     return tile.gather(key, 1, tile.key_start).flatten(0, 1).contiguous()
 
 
@@ -107,9 +133,10 @@ def tiled_attention(
 ) -> Tensor:
     """Causal attention of each document of one flat row over itself.
 
-    query: [1, H, T, D]; key, value: [1, G, T, D], one dtype. boundaries: cumulative document lengths. scale multiplies the scores;
-    window: tokens a query sees, itself included; softcap c replaces a score s by c tanh(s / c). Returns [1, T, H, D]. In bf16 scores and
-    probabilities are rounded to bf16 (as in the library's eager attention); the softmax itself and the sums over queries are float32.
+    query: [1, H, T, D]; key, value: [1, G, T, D], one dtype. boundaries: cumulative document lengths. scale multiplies
+    the scores; window: tokens a query sees, itself included; softcap c replaces a score s by c tanh(s / c). Returns [1,
+    T, H, D]. In bf16 scores and probabilities are rounded to bf16 (as in the library's eager attention); the softmax
+    itself and the sums over queries are float32.
     """
     assert query.shape[0] == 1, "a flat micro-batch is one row"
     tile = max(TILE_TOKENS, TILE_ROWS * key.shape[1] // query.shape[1])

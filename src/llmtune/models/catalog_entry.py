@@ -16,12 +16,16 @@ __all__ = ["Availability", "CatalogEntry", "ModelSource", "ScratchShape"]
 Kind = Literal["scratch", "folder", "gguf", "hub"]
 
 
-Availability = Literal["from scratch", "local folder", "installed", "in the hub cache", "needs download", "needs download, gated"]
+Availability = Literal[
+    "from scratch", "local folder", "installed", "in the hub cache", "needs download", "needs download, gated"
+]
 
 
 @dataclass(frozen=True)
 class ScratchShape:
-    """Shape of a from-scratch model: blocks, width, heads, and the vocabulary trained for it when no tokenizer is named (entries)."""
+    """Shape of a from-scratch model: blocks, width, heads, and the vocabulary trained for it when no tokenizer is named
+    (entries).
+    """
 
     n_layers: int
     d_model: int

@@ -14,7 +14,11 @@ __all__ = ["find_chat_template", "shipped_chat_templates"]
 def shipped_chat_templates() -> dict[str, str]:
     """The chat templates that come with llmtune, by the name `model.chat_template` takes."""
     folder = resources.files("llmtune.models") / "templates"
-    return {one.name.removesuffix(".jinja"): one.read_text("utf-8") for one in folder.iterdir() if one.name.endswith(".jinja")}
+    return {
+        one.name.removesuffix(".jinja"): one.read_text("utf-8")
+        for one in folder.iterdir()
+        if one.name.endswith(".jinja")
+    }
 
 
 def find_chat_template(name_or_path: str) -> str:
@@ -27,7 +31,11 @@ def _template_file(wanted: str, shipped: dict[str, str]) -> str:
     path = Path(wanted).expanduser()
     try:
         if path.stat().st_size > 2**20:
-            raise TokenizerError(f"`{wanted}` has more than a million bytes", where="model.chat_template", fix="name a Jinja chat template")
+            raise TokenizerError(
+                f"`{wanted}` has more than a million bytes",
+                where="model.chat_template",
+                fix="name a Jinja chat template",
+            )
         text = path.read_text(encoding="utf-8")
         if not text.strip():
             raise TokenizerError(f"`{wanted}` is empty", where="model.chat_template", fix="name a Jinja chat template")

@@ -1,7 +1,7 @@
 """GGUF files: dequantized once into a cache folder that loads like any other model, and checked by digest ever after.
 
-Reading a GGUF file takes transformers about 15 s for 135 M parameters; the converted folder loads in about one. The weights are kept in
-float32, which holds every dequantized value exactly as the converter computed it.
+Reading a GGUF file takes transformers about 15 s for 135 M parameters; the converted folder loads in about one. The
+weights are kept in float32, which holds every dequantized value exactly as the converter computed it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _FORMAT = 1
 """Raised when a change here makes a different folder from the same file."""
 
 _DIGIT_BY_DIGIT = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"})
-"""Values of `tokenizer.ggml.pre` that split off every digit before the byte-level merges; transformers leaves that step out for them."""
+"""Values of `tokenizer.ggml.pre` that split off every digit before the byte-level merges; transformers leaves that step
+out for them.
+"""
 
 
 def model_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -42,18 +44,21 @@ def model_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 def converted_folder(gguf: Path, *, weights: bool = True, environ: Mapping[str, str] = os.environ) -> Path:
     """The folder with the converted model of this GGUF file: config, safetensors, tokenizer and chat template.
 
-    Made on first use; a process compares every byte with the manifest before its first use, and again when a file has changed since, and
-    a folder that does not fit is made anew. With weights=False only the small files are wanted, and the bytes of the weights are compared
-    when somebody asks for those. Raises ModelError when the file cannot be read as a model, MachineError when the cache cannot be written.
+    Made on first use; a process compares every byte with the manifest before its first use, and again when a file has
+    changed since, and a folder that does not fit is made anew. With weights=False only the small files are wanted, and
+    the bytes of the weights are compared when somebody asks for those. Raises ModelError when the file cannot be read
+    as a model, MachineError when the cache cannot be written.
     """
     digest = _file_digest(gguf, _stamp(gguf))
     folder = model_cache_folder(environ) / f"gguf-{digest[:32]}-v{_FORMAT}"
     if folder.is_dir():
-        if _is_whole(folder, "" if weights else "*.safetensors", tuple(_stamp(file) for file in sorted(folder.rglob("*")))):
+        if _is_whole(
+            folder, "" if weights else "*.safetensors", tuple(_stamp(file) for file in sorted(folder.rglob("*")))
+        ):
             return folder
         durable.remove_tree(folder)
     durable.make_folder(folder.parent)
-    durable.sweep_litter(folder.parent)
+    durable.remove_leftovers(folder.parent)
     manifest: dict[str, Any] = {"made_from": gguf.name, "gguf_sha256": digest}
     with durable.commit_folder(folder, manifest=manifest) as staging:
         _convert(gguf, staging)
@@ -67,10 +72,12 @@ def converted_weights_digest(folder: Path) -> str | None:
 
 
 def read_gguf(gguf: Path, empty_folder: Path) -> tuple[Any, Any]:
-    """Return (model in float32, tokenizer) as transformers reads them from the file alone; its splitting of digits is put right.
+    """Return (model in float32, tokenizer) as transformers reads them from the file alone.
 
-    The empty folder stands for the model, so that nothing beside the file (an adapter, a config that names code) is read.
-    Raises ModelError when the file cannot be read as a model.
+    Its splitting of digits is put right.
+
+    The empty folder stands for the model, so that nothing beside the file (an adapter, a config that names code) is
+    read. Raises ModelError when the file cannot be read as a model.
     """
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -79,7 +86,9 @@ def read_gguf(gguf: Path, empty_folder: Path) -> tuple[Any, Any]:
         with quiet_libraries(), redirect_stderr(io.StringIO()):  # this progress bar knows no other way to be quiet
             options: dict[str, Any] = {"gguf_file": str(gguf.resolve()), "local_files_only": True}
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(empty_folder), **options)
-            model = AutoModelForCausalLM.from_pretrained(str(empty_folder), dtype=torch.float32, trust_remote_code=False, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                str(empty_folder), dtype=torch.float32, trust_remote_code=False, **options
+            )
     except _UNREADABLE as error:
         raise ModelError(
             f"{gguf.name} cannot be read as a model: {in_one_line(error)}",
@@ -94,7 +103,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     from llmtune.models.weights import inspect_weights
 
     model, tokenizer = read_gguf(gguf, folder)
-    # What is written is a plain model: the trace of its origin would keep transformers from saving it and from loading it as safetensors.
+    # What is written is a plain model: the trace of its origin would keep transformers from saving it and from loading
+    # it as safetensors.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     setattr(model, "hf_quantizer", None)  # noqa: B010 - not a module or tensor, as the type checker believes
@@ -107,21 +117,27 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _restore_digit_splitting(gguf: Path, tokenizer: Any) -> None:
-    """Put back the digit-by-digit step that some byte-level tokenizers have; without it "  7" becomes other tokens than in pretraining."""
+    """Put back the digit-by-digit step that some byte-level tokenizers have.
+
+    Without it "  7" becomes other tokens than in pretraining.
+    """
     from tokenizers import pre_tokenizers
 
     if _metadata_text(gguf, "tokenizer.ggml.pre") not in _DIGIT_BY_DIGIT:
         return
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
 
 
 def _metadata_text(gguf: Path, wanted: str) -> str | None:
     """One text value of a GGUF file's metadata; None when there is none of that name.
 
-    The layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, numbers of tensors and of entries, the entries.
-    The gguf package reads every value of the file for this, which takes seconds.
+    The layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, numbers of tensors and of
+    entries, the entries. The gguf package reads every value of the file for this, which takes seconds.
     """
     with gguf.open("rb") as file:
 
@@ -172,7 +188,9 @@ def _file_digest(path: Path, _stamp: tuple[Any, ...]) -> str:
 
 
 def _not_there(path: Path, error: OSError) -> ModelError:
-    return ModelError(f"{path} cannot be read: {error.strerror}", where=str(path), fix="check the file and its permissions")
+    return ModelError(
+        f"{path} cannot be read: {error.strerror}", where=str(path), fix="check the file and its permissions"
+    )
 
 
 _DIGEST_FILE = "weights.sha256"

@@ -20,8 +20,9 @@ _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "
 def fetch_snapshot(hub_id: str, revision: str | None, *, weights: bool, offline: bool, code: bool = False) -> Path:
     """The folder of a hub model in the hub cache, fetched when it is not there; the folder's name is the commit.
 
-    weights: also the safetensors files (top folder only). code: also Python files, for a model the user trusts.
-    Raises ModelError when the hub has no such model or revision or asks for consent, MachineError when the hub cannot be reached.
+    weights: also the safetensors files (top folder only). code: also Python files, for a model the user trusts. Raises
+    ModelError when the hub has no such model or revision or asks for consent, MachineError when the hub cannot be
+    reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -37,23 +38,33 @@ def fetch_snapshot(hub_id: str, revision: str | None, *, weights: bool, offline:
     where = "model.name"
     try:
         with quiet_libraries():
-            found = snapshot_download(hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=offline)
+            found = snapshot_download(
+                hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=offline
+            )
     except GatedRepoError as error:
         fix = f"accept its licence at https://huggingface.co/{hub_id}, then `hf auth login`; or name a local copy in model.name"
         raise ModelError(f"`{hub_id}` is gated: its owner wants your consent first", where=where, fix=fix) from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"`{hub_id}` has no revision `{revision}`", where="model.revision", fix="leave it out for the newest") from error
+        raise ModelError(
+            f"`{hub_id}` has no revision `{revision}`", where="model.revision", fix="leave it out for the newest"
+        ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         fix = "check the name (a local folder must exist); a private model needs `hf auth login`"
-        raise ModelError(f"there is no folder `{hub_id}` here and no such model on the hub", where=where, fix=fix) from error
+        raise ModelError(
+            f"there is no folder `{hub_id}` here and no such model on the hub", where=where, fix=fix
+        ) from error
     except LocalEntryNotFoundError as error:
         if offline:
             fix = "run once without --offline, or name a local folder"
-            raise ModelError(f"`{hub_id}` is not in the hub cache, and the run is offline", where=where, fix=fix) from error
+            raise ModelError(
+                f"`{hub_id}` is not in the hub cache, and the run is offline", where=where, fix=fix
+            ) from error
         raise _unreachable(hub_id, error) from error
     except (HfHubHTTPError, OSError) as error:
         raise _unreachable(hub_id, error) from error
-    except Exception as error:  # the hub's library lets what its HTTP library raises through, and has changed that library
+    except (
+        Exception
+    ) as error:  # the hub's library lets what its HTTP library raises through, and has changed that library
         if type(error).__module__.partition(".")[0] not in _HTTP_LIBRARIES:
             raise
         raise _unreachable(hub_id, error) from error
@@ -69,7 +80,8 @@ def _unreachable(hub_id: str, error: Exception) -> MachineError:
 
 
 def local_folder(source: ModelSource, *, weights: bool = True, code: bool = False) -> Path:
-    """The folder that holds the model: itself, its conversion in the cache (GGUF), or its snapshot in the hub cache, fetched when missing.
+    """The folder that holds the model: itself, its conversion in the cache (GGUF), or its snapshot in the hub cache,
+    fetched when missing.
 
     weights=False fetches and compares only the small files. A from-scratch model has no folder: ModelError.
     """
@@ -81,7 +93,9 @@ def local_folder(source: ModelSource, *, weights: bool = True, code: bool = Fals
         return converted_folder(Path(source.location), weights=weights)
     if source.kind == "hub":
         return fetch_snapshot(source.location, source.revision, weights=weights, offline=source.offline, code=code)
-    raise ModelError(f"`{source.name}` is built from scratch and has no folder", where="model.name", fix="name a folder or a hub id")
+    raise ModelError(
+        f"`{source.name}` is built from scratch and has no folder", where="model.name", fix="name a folder or a hub id"
+    )
 
 
 def may_ignore_auto_map(source: ModelSource) -> bool:

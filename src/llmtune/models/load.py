@@ -26,7 +26,10 @@ _LARGEST_HALF = 65504.0
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A Hugging Face causal LM in evaluation mode. `base_digest` is sha256 over its weights as published (see `WeightsReport`)."""
+    """A Hugging Face causal LM in evaluation mode.
+
+    `base_digest` is sha256 over its weights as published (see `WeightsReport`).
+    """
 
     model: Any
     base_digest: str
@@ -44,10 +47,13 @@ def load_model(
     seed: int,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load or build the model on `device`; the global random state is left as it was, gradients are not switched on or off.
+    """Load or build the model on `device`.
 
-    precision: `fp32`, `bf16` or `fp16`, the arithmetic of training. seed: of a from-scratch model's weights.
-    Raises ModelError for whatever is unsafe, missing, unexpected, of another shape or not finite; ConfigError for a contradiction.
+    The global random state is left as it was, gradients are not switched on or off.
+
+    precision: `fp32`, `bf16` or `fp16`, the arithmetic of training. seed: of a from-scratch model's weights. Raises
+    ModelError for whatever is unsafe, missing, unexpected, of another shape or not finite; ConfigError for a
+    contradiction.
     """
     import torch
 
@@ -75,7 +81,9 @@ def load_model(
         decisions += resize_for_tokenizer(model, tokenizer)
     _keep_quantized_exact(model)
     _train_every_row(model)
-    model.name_or_path = source.location if source.kind == "hub" else str(folder)  # what an adapter's config will name as its base
+    model.name_or_path = (
+        source.location if source.kind == "hub" else str(folder)
+    )  # what an adapter's config will name as its base
     model.eval()
     return LoadedModel(model, digest, tuple(decisions))
 
@@ -88,7 +96,9 @@ def context_length(config: Any) -> int | None:
 
 
 def resize_for_tokenizer(model: Any, tokenizer: Any) -> list[Decision]:
-    """Give the embedding a row for every token id; new rows are the mean of the old ones, so that no new token starts out loud.
+    """Give the embedding a row for every token id.
+
+    New rows are the mean of the old ones, so that no new token starts out loud.
 
     Spare rows that a model already has are used first, and never taken away.
     """
@@ -100,9 +110,15 @@ def resize_for_tokenizer(model: Any, tokenizer: Any) -> list[Decision]:
         return []
     with quiet_libraries(), torch.no_grad():
         model.resize_token_embeddings(needed, mean_resizing=False)
-        for layer in {id(one): one for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None}.values():
+        for layer in {
+            id(one): one for one in (model.get_input_embeddings(), model.get_output_embeddings()) if one is not None
+        }.values():
             layer.weight[rows:] = layer.weight[:rows].to(torch.float32).mean(dim=0).to(layer.weight.dtype)
-    return [Decision("embedding rows", needed, f"the tokenizer has {needed - rows} more tokens than the model's {rows} rows")]
+    return [
+        Decision(
+            "embedding rows", needed, f"the tokenizer has {needed - rows} more tokens than the model's {rows} rows"
+        )
+    ]
 
 
 def refuse_foreign_quantization(folder: Path, trained: Literal["full", "adapter"]) -> None:
@@ -114,17 +130,23 @@ def refuse_foreign_quantization(folder: Path, trained: Literal["full", "adapter"
     method = stored.get("quant_method") if isinstance(stored, dict) else stored
     if method == "bitsandbytes" and trained == "adapter":
         return
-    fix = "adapter.method=lora" if method == "bitsandbytes" else "use the unquantized model with model.quantization=4bit"
+    fix = (
+        "adapter.method=lora" if method == "bitsandbytes" else "use the unquantized model with model.quantization=4bit"
+    )
     problem = f"the weights are published quantized with `{method}`, and cannot be trained so"
     raise ModelError(problem, where=f"{folder}/config.json", fix=fix)
 
 
-def _from_scratch(source: ModelSource, model_config: ModelConfig, *, tokenizer: Any, device: torch.device, seed: int) -> LoadedModel:
+def _from_scratch(
+    source: ModelSource, model_config: ModelConfig, *, tokenizer: Any, device: torch.device, seed: int
+) -> LoadedModel:
     from llmtune.models.scratch import build_config, build_model
     from llmtune.models.weights import digest_tensors
 
     if model_config.quantization != "none":
-        raise ConfigError("a model built from scratch cannot be quantized", where="model.quantization", fix="model.quantization=none")
+        raise ConfigError(
+            "a model built from scratch cannot be quantized", where="model.quantization", fix="model.quantization=none"
+        )
     model = build_model(build_config(source.entry or source.name, model_config.architecture, tokenizer), seed=seed)
     digest = digest_tensors(sorted(model.named_parameters()))
     set_attention(model, model_config.attention)
@@ -146,11 +168,17 @@ def _checked_weights(folder: Path) -> tuple[str, float]:
     return report.digest, report.largest
 
 
-def _choose_dtype(model_config: ModelConfig, trained: str, precision: str, largest: float) -> tuple[Any, list[Decision]]:
+def _choose_dtype(
+    model_config: ModelConfig, trained: str, precision: str, largest: float
+) -> tuple[Any, list[Decision]]:
     dtypes = _DTYPES()
     if model_config.dtype != "auto":
         if model_config.dtype == "float16" and largest > _LARGEST_HALF:
-            raise ModelError(f"a weight of {largest:g} does not fit float16", where="model.dtype", fix="model.dtype=bfloat16 or float32")
+            raise ModelError(
+                f"a weight of {largest:g} does not fit float16",
+                where="model.dtype",
+                fix="model.dtype=bfloat16 or float32",
+            )
         return dtypes[model_config.dtype], []
     if trained == "full" or precision == "fp32":
         reason = "trained weights are kept in float32" if trained == "full" else "the arithmetic is fp32"
@@ -178,7 +206,16 @@ def _read(folder: Path, device: torch.device, attention: str, options: dict[str,
                 where, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True,
                 attn_implementation=_ATTENTION.get(attention), ignore_mismatched_sizes=True, **options,  # refused below, by name
             )  # fmt: skip
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, ImportError, SafetensorError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        OSError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         if is_out_of_memory(error):
             raise
         raise ModelError(f"the model cannot be loaded: {in_one_line(error)}", where=where, fix=_LOAD_FIX) from error
@@ -193,14 +230,18 @@ def _read(folder: Path, device: torch.device, attention: str, options: dict[str,
 
 
 def set_attention(model: Any, attention: str) -> None:
-    """Choose the attention implementation of a built model; `auto` keeps the library's choice, which is sdpa where a model has it."""
+    """Choose the attention implementation of a built model.
+
+    `auto` keeps the library's choice, which is sdpa where a model has it.
+    """
     if attention in _ATTENTION:
         with quiet_libraries():
             model.set_attn_implementation(_ATTENTION[attention])
 
 
 def _train_every_row(model: Any) -> None:
-    """Let the embedding of the padding token be trained: where it is also the end-of-turn token its row would silently stay as it was.
+    """Let the embedding of the padding token be trained: where it is also the end-of-turn token its row would silently
+    stay as it was.
 
     Padding itself gets no gradient either way: it is masked by position.
     """
@@ -221,7 +262,13 @@ def _listed(what: str, names: Any, where: str) -> list[Problem]:
     if not shown:
         return []
     more = f" (and {len(shown) - 1} more)" if len(shown) > 1 else ""
-    return [Problem(f"the weight `{shown[0]}`{more} {what}", where, "fetch the model again; nothing is filled in with random numbers")]
+    return [
+        Problem(
+            f"the weight `{shown[0]}`{more} {what}",
+            where,
+            "fetch the model again; nothing is filled in with random numbers",
+        )
+    ]
 
 
 def _DTYPES() -> dict[str, Any]:  # noqa: N802 - a table that needs torch
@@ -231,4 +278,6 @@ def _DTYPES() -> dict[str, Any]:  # noqa: N802 - a table that needs torch
 
 
 _ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2", "flex": "flex_attention"}
-_LOAD_FIX = "check that it is a causal language model this version of transformers knows, and that its files are complete"
+_LOAD_FIX = (
+    "check that it is a causal language model this version of transformers knows, and that its files are complete"
+)

@@ -13,7 +13,9 @@ __all__ = ["MEMORY_ERRORS", "is_out_of_memory"]
 MEMORY_ERRORS = (MemoryError, RuntimeError, OSError, SafetensorError)
 """What is raised when memory is refused, among other things: ask `is_out_of_memory`."""
 
-_CPU_REFUSAL = re.compile(r"can't allocate memory|not enough memory|std::bad_alloc|Cannot allocate memory|could not create a memory object")
+_CPU_REFUSAL = re.compile(
+    r"can't allocate memory|not enough memory|std::bad_alloc|Cannot allocate memory|could not create a memory object"
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

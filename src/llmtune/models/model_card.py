@@ -9,7 +9,14 @@ from llmtune.version import __version__
 
 __all__ = ["model_card"]
 
-_METRICS = ("train_mean_nll", "eval_mean_nll", "eval_perplexity", "eval_bits_per_byte", "eval_exact_answers", "eval_num_answers")
+_METRICS = (
+    "train_mean_nll",
+    "eval_mean_nll",
+    "eval_perplexity",
+    "eval_bits_per_byte",
+    "eval_exact_answers",
+    "eval_num_answers",
+)
 
 
 def model_card(
@@ -26,10 +33,12 @@ def model_card(
 ) -> str:
     """A model card in Markdown with the front matter that hubs read.
 
-    base: name of the base model; base_path: the folder or hub id that transformers loads it from, None for a model made from scratch.
-    metrics: as in metrics.jsonl. data: the ledger's summary.
+    base: name of the base model; base_path: the folder or hub id that transformers loads it from, None for a model made
+    from scratch. metrics: as in metrics.jsonl. data: the ledger's summary.
     """
-    rows = "\n".join(f"| `{name}` | {metrics[name]:.6g} |" for name in _METRICS if isinstance(metrics.get(name), (int, float)))
+    rows = "\n".join(
+        f"| `{name}` | {metrics[name]:.6g} |" for name in _METRICS if isinstance(metrics.get(name), (int, float))
+    )
     counts = "; ".join(f"{part}: {fates['input']:,} rows, {fates['used']:,} used" for part, fates in data.items())
     kind = "adapter" if method == "LoRA" else "model"
     load = (

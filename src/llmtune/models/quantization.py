@@ -1,8 +1,8 @@
 """bitsandbytes, kept quiet, off the network and exact: 4-bit NF4 and 8-bit frozen weights, and its optimizers.
 
-bitsandbytes 0.50 tries to fetch a CPU kernel from a hub when it is imported, and in evaluation on CPUs with AVX512-BF16 it repacks its
-4-bit weights in place, after which they neither train nor give the same numbers as in training. Both are switched off here; nothing else
-may import it.
+bitsandbytes 0.50 tries to fetch a CPU kernel from a hub when it is imported, and in evaluation on CPUs with AVX512-BF16
+it repacks its 4-bit weights in place, after which they neither train nor give the same numbers as in training. Both are
+switched off here; nothing else may import it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,15 @@ _ABSENT = object()
 
 
 def import_bitsandbytes() -> Any:
-    """The bitsandbytes module, imported without its look at a hub and without its log line. Raises MachineError where it cannot work."""
+    """The bitsandbytes module, imported without its look at a hub and without its log line.
+
+    Raises MachineError where it cannot work.
+    """
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # for good: it would repeat its advice at every layer of every step
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # for good: it would repeat its advice at every layer of every step
     before = sys.modules.get("kernels", _ABSENT)
     sys.modules["kernels"] = None  # type: ignore[assignment]  # the import of a hub's code then fails at once, without a connection
     try:
@@ -59,8 +64,8 @@ def import_bitsandbytes() -> Any:
 def _compiling_at_first_call() -> Iterator[None]:
     """What is decorated with `torch.compile` meanwhile loads the compiler when it is called.
 
-    bitsandbytes so decorates what it falls back to where it has no kernel of its own. Most runs never call that, and each would load the
-    compiler for it: 0.8 s of every start with an adapter.
+    bitsandbytes so decorates what it falls back to where it has no kernel of its own. Most runs never call that, and
+    each would load the compiler for it: 0.8 s of every start with an adapter.
     """
     import torch
 
@@ -85,14 +90,19 @@ def _compiling_at_first_call() -> Iterator[None]:
 
 
 def quantization_config(kind: Literal["4bit", "8bit"], compute_dtype: Any) -> Any:
-    """The config that loads every linear layer but the head in NF4 with double quantization (arXiv:2305.14314), or in 8 bit."""
+    """The config that loads every linear layer but the head in NF4 with double quantization (arXiv:2305.14314), or in 8
+    bit.
+    """
     import_bitsandbytes()
     from transformers import BitsAndBytesConfig
 
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute_dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
     )
 
 
@@ -110,7 +120,10 @@ def is_quantized_linear(module: Any) -> bool:
 
 
 def dequantized_weight(module: Any) -> Any:
-    """The weight of a 4-bit or 8-bit layer as the layer's arithmetic sees it, float32 [out, in]; what a merge folds an adapter into."""
+    """The weight of a 4-bit or 8-bit layer as the layer's arithmetic sees it, float32 [out, in].
+
+    What a merge folds an adapter into.
+    """
     import torch
 
     bitsandbytes = import_bitsandbytes()
@@ -131,7 +144,8 @@ def bnb_optimizer(
 ) -> Any:
     """An optimizer of bitsandbytes over parameter groups; decay is decoupled, and a group's own `weight_decay` wins.
 
-    8-bit states are kept blockwise for tensors of 4096 entries or more (arXiv:2110.02861). Raises MachineError when it cannot work here.
+    8-bit states are kept blockwise for tensors of 4096 entries or more (arXiv:2110.02861). Raises MachineError when it
+    cannot work here.
     """
     bitsandbytes = import_bitsandbytes()
     make = getattr(bitsandbytes.optim, _OPTIMIZERS[name])
@@ -141,11 +155,17 @@ def bnb_optimizer(
     return make(list(groups), **options)
 
 
-_OPTIMIZERS = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit", "lion": "Lion"}
+_OPTIMIZERS = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "lion": "Lion",
+}
 
 
 def quantized_layers(meta_model: Any, kind: Literal["4bit", "8bit"]) -> set[str]:
-    """Return the names of the layers that loading with `model.quantization` holds in `kind`, decided by transformers itself.
+    """Return the names of the layers that loading with `model.quantization` holds in `kind`, decided by transformers
+    itself.
 
     meta_model: the unquantized model on the meta device; its layers are replaced.
     """
@@ -166,11 +186,17 @@ def through_quantization(weight: Any, kind: Literal["4bit", "8bit"], dtype: Any)
     bitsandbytes = import_bitsandbytes()
     outputs, inputs = weight.shape
     if kind == "4bit":
-        layer = bitsandbytes.nn.Linear4bit(inputs, outputs, bias=False, compress_statistics=True, quant_type="nf4", device="meta")
+        layer = bitsandbytes.nn.Linear4bit(
+            inputs, outputs, bias=False, compress_statistics=True, quant_type="nf4", device="meta"
+        )
         layer.weight = bitsandbytes.nn.Params4bit(
             weight.to(dtype).contiguous(), requires_grad=False, compress_statistics=True, quant_type="nf4"
         )
     else:
-        layer = bitsandbytes.nn.Linear8bitLt(inputs, outputs, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
-        layer.weight = bitsandbytes.nn.Int8Params(weight.to(dtype).contiguous(), requires_grad=False, has_fp16_weights=False)
+        layer = bitsandbytes.nn.Linear8bitLt(
+            inputs, outputs, bias=False, has_fp16_weights=False, threshold=6.0, device="meta"
+        )
+        layer.weight = bitsandbytes.nn.Int8Params(
+            weight.to(dtype).contiguous(), requires_grad=False, has_fp16_weights=False
+        )
     return dequantized_weight(layer.to(weight.device))

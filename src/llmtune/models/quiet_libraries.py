@@ -20,7 +20,10 @@ _LOGGERS = ("transformers", "peft", "accelerate", "huggingface_hub", "tokenizers
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """While inside: no progress bars, no log lines below ERROR and no Python warnings from the model libraries. All is put back after."""
+    """While inside: no progress bars, no log lines below ERROR and no Python warnings from the model libraries.
+
+    All is put back after.
+    """
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
@@ -46,11 +49,13 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def saving_by_library(folder: Path) -> Iterator[None]:
-    """While inside, a library writes into `folder`, quietly; what the system refuses it is a MachineError, as if we had asked ourselves.
+    """While inside, a library writes into `folder`, quietly.
+
+    What the system refuses it is a MachineError, as if we had asked ourselves.
 
     safetensors and tokenizers raise kinds of their own for that, with the number of the system's error in their words.
     """
-    with quiet_libraries(), durable.asking_the_system("save", folder):
+    with quiet_libraries(), durable.translate_os_errors("save", folder):
         try:
             yield
         except Exception as error:  # tokenizers raises bare Exception

@@ -1,4 +1,6 @@
-"""Small files of a model as the libraries read them: whatever those raise for a damaged file ends as one error that names it."""
+"""Small files of a model as the libraries read them: whatever those raise for a damaged file ends as one error that
+names it.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ class _Unreadable(Exception):
 def collector_paused() -> Iterator[None]:
     """While inside, Python looks for no cycles of garbage; what is no cycle is freed as ever.
 
-    Importing the libraries and reading a vocabulary makes a million objects that stay, and each round of the collector would walk them all:
-    half a second of processor time of every command that reads a tokenizer.
+    Importing the libraries and reading a vocabulary makes a million objects that stay, and each round of the collector
+    would walk them all: half a second of processor time of every command that reads a tokenizer.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -44,7 +46,9 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = _ask(lambda: AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code))
+        config = _ask(
+            lambda: AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
+        )
     except _Unreadable as error:
         raise _no_model(folder, str(error)) from error
     for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
@@ -55,15 +59,24 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 def _no_model(folder: Path, reason: str) -> ModelError:
     fix = "fetch the file again, or correct that value"
-    return ModelError(f"config.json describes no model that can be built: {reason}", where=str(folder / "config.json"), fix=fix)
+    return ModelError(
+        f"config.json describes no model that can be built: {reason}", where=str(folder / "config.json"), fix=fix
+    )
 
 
 def read_fast_tokenizer(folder: Path, where: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in `folder`, in its fast form. Raises TokenizerError at `where`; ModelError where the config.json beside it is bad."""
+    """The tokenizer in `folder`, in its fast form.
+
+    Raises TokenizerError at `where`; ModelError where the config.json beside it is bad.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = _ask(lambda: AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code))
+        tokenizer = _ask(
+            lambda: AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        )
     except _Unreadable as error:
         if (folder / "config.json").is_file():
             read_config(folder, trust_remote_code=trust_remote_code)  # the library reads that too
@@ -79,7 +92,10 @@ def read_fast_tokenizer(folder: Path, where: str, *, trust_remote_code: bool = F
 
 
 def _ask(read: Callable[[], Any]) -> Any:
-    """Let a library read; what it raises for a bad file becomes _Unreadable, everything else (an exhausted memory) stays what it is."""
+    """Let a library read.
+
+    What it raises for a bad file becomes _Unreadable, everything else (an exhausted memory) stays what it is.
+    """
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -88,6 +104,8 @@ def _ask(read: Callable[[], Any]) -> Any:
     except (*_COMPLAINTS, StrictDataclassError) as error:
         raise _Unreadable(in_one_line(error)) from error
     except Exception as error:
-        if type(error) is not Exception:  # the tokenizers library, which is not Python, raises that bare class and no other
+        if (
+            type(error) is not Exception
+        ):  # the tokenizers library, which is not Python, raises that bare class and no other
             raise
         raise _Unreadable(in_one_line(error)) from error

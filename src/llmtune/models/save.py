@@ -1,6 +1,8 @@
-"""Write what a user takes away: a model or an adapter with its tokenizer, chat template, generation settings and model card.
+"""Write what a user takes away: a model or an adapter with its tokenizer, chat template, generation settings and model
+card.
 
-Everything is written into a staging folder that the caller commits (see `durable.commit_folder`), in formats of transformers and peft.
+Everything is written into a staging folder that the caller commits (see `durable.commit_folder`), in formats of
+transformers and peft.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ def write_model(
     stop_token_ids: Sequence[int] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a full model as transformers and vLLM read it: config, safetensors (in shards), tokenizer, generation config.
+    """Write a full model as transformers and vLLM read it: config, safetensors (in shards), tokenizer, generation
+    config.
 
-    dtype: type the weights are rounded to, once; as they are when None. stop_token_ids: every token that ends an answer.
-    Raises MachineError when the disk refuses.
+    dtype: type the weights are rounded to, once; as they are when None. stop_token_ids: every token that ends an
+    answer. Raises MachineError when the disk refuses.
     """
     state = _rounded(model.state_dict(), dtype)
     before = model.config.dtype
@@ -50,22 +53,33 @@ def write_model(
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the tokenizer and its chat template as `AutoTokenizer.from_pretrained` reads them; traces of how it was opened are left out."""
+    """Write the tokenizer and its chat template as `AutoTokenizer.from_pretrained` reads them.
+
+    Traces of how it was opened are left out.
+    """
     with saving_by_library(folder):
         tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
-    config = {key: value for key, value in read_json_file(path).items() if key not in ("is_local", "local_files_only", "name_or_path")}
+    config = {
+        key: value
+        for key, value in read_json_file(path).items()
+        if key not in ("is_local", "local_files_only", "name_or_path")
+    }
     durable.write_json(path, config)
 
 
 def write_weights(model: Any, path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the trained weights of a run, bit for bit, by parameter name: what a checkpoint needs beside the base it started from."""
+    """Write the trained weights of a run, bit for bit, by parameter name: what a checkpoint needs beside the base it
+    started from.
+    """
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()}
     durable.write_tensors(path, tensors, dict(metadata or {}))
 
 
 def restore_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put trained weights back, bit for bit; names, shapes and types must be exactly those of this model's trained weights.
+    """Put trained weights back, bit for bit.
+
+    Names, shapes and types must be exactly those of this model's trained weights.
 
     Raises CheckpointError otherwise.
     """
@@ -74,18 +88,26 @@ def restore_weights(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     from llmtune.errors import CheckpointError, Problem
 
     parameters = trained_parameters(model)
-    problems = [Problem(f"the weight `{name}` is missing in the checkpoint") for name in sorted(parameters.keys() - tensors.keys())[:3]]
+    problems = [
+        Problem(f"the weight `{name}` is missing in the checkpoint")
+        for name in sorted(parameters.keys() - tensors.keys())[:3]
+    ]
     problems += [
-        Problem(f"the checkpoint has a weight `{name}` that is not trained here") for name in sorted(tensors.keys() - parameters.keys())[:3]
+        Problem(f"the checkpoint has a weight `{name}` that is not trained here")
+        for name in sorted(tensors.keys() - parameters.keys())[:3]
     ]
     for name in sorted(parameters.keys() & tensors.keys()):
         here, there = parameters[name], tensors[name]
         if here.shape != there.shape or here.dtype != there.dtype:
             problems.append(
-                Problem(f"`{name}` is {there.dtype} {tuple(there.shape)} in the checkpoint, {here.dtype} {tuple(here.shape)} here")
+                Problem(
+                    f"`{name}` is {there.dtype} {tuple(there.shape)} in the checkpoint, {here.dtype} {tuple(here.shape)} here"
+                )
             )
     if problems:
-        raise CheckpointError.all(problem._replace(fix="resume with the config the run was started with") for problem in problems[:6])
+        raise CheckpointError.all(
+            problem._replace(fix="resume with the config the run was started with") for problem in problems[:6]
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

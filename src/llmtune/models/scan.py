@@ -1,7 +1,8 @@
 """What a model folder may hold: read before any library is allowed to look at it.
 
-A folder of weights is data from a stranger. Its JSON files can name code (`auto_map`), repositories (`_attn_implementation`) and files
-outside the folder (a shard index); its weight files can be pickles, which run code when opened. That is found here, by plain reading.
+A folder of weights is data from a stranger. Its JSON files can name code (`auto_map`), repositories
+(`_attn_implementation`) and files outside the folder (a shard index); its weight files can be pickles, which run code
+when opened. That is found here, by plain reading.
 """
 
 from __future__ import annotations
@@ -17,17 +18,24 @@ from llmtune.errors import ModelError, Problem
 __all__ = ["read_json_file", "refuse_unsafe_folder", "scan_json_files", "weight_files"]
 
 MAX_JSON_BYTES = 64 * 2**20
-"""A config or shard index larger than this is no config. (Tokenizer files are read by the tokenizer library, not here.)"""
+"""A config or shard index larger than this is no config.
 
-_TRUST_FIX = "use a copy without it, or, if you have read and trust that code, pass --trust-remote-code on the command line"
+(Tokenizer files are read by the tokenizer library, not here.)
+"""
+
+_TRUST_FIX = (
+    "use a copy without it, or, if you have read and trust that code, pass --trust-remote-code on the command line"
+)
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".mdl", ".msgpack", ".h5")
 _INDEX = "model.safetensors.index.json"
 
 
 def refuse_unsafe_folder(folder: Path, *, trust_remote_code: bool = False, ignore_auto_map: bool = False) -> None:
-    """Raise ModelError with everything in the folder's JSON files that names code or another repository, or for an adapter beside a model.
+    """Raise ModelError with everything in the folder's JSON files that names code or another repository, or for an
+    adapter beside a model.
 
-    `ignore_auto_map` is for models known to load with the library's own code although they also ship theirs; nothing of theirs is run.
+    `ignore_auto_map` is for models known to load with the library's own code although they also ship theirs; nothing of
+    theirs is run.
     """
     if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
         raise ModelError(
@@ -58,7 +66,8 @@ def scan_json_files(folder: Path, *, ignore_auto_map: bool = False) -> Iterator[
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in the order of their names; the shard index is checked against them.
 
-    Raises ModelError when the weights are pickles, are missing, or when the index points outside the folder or to a file that is not there.
+    Raises ModelError when the weights are pickles, are missing, or when the index points outside the folder or to a
+    file that is not there.
     """
     index = folder / _INDEX
     single = folder / "model.safetensors"
@@ -66,21 +75,29 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if index.is_file():
         return _indexed_files(folder, index)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES and not path.name.startswith("training_args"))
+    pickles = sorted(
+        path.name for path in folder.iterdir() if path.suffix in _PICKLES and not path.name.startswith("training_args")
+    )
     if pickles:
         raise ModelError(
             f"the weights in {folder} are only there as {', '.join(pickles[:3])}, a format that can run code when it is opened",
             where=str(folder),
             fix="use a revision with safetensors, or convert a copy you trust: https://huggingface.co/docs/safetensors/convert-weights",
         )
-    raise ModelError(f"{folder} holds no model.safetensors", where=str(folder), fix="name a folder saved with `save_pretrained`")
+    raise ModelError(
+        f"{folder} holds no model.safetensors", where=str(folder), fix="name a folder saved with `save_pretrained`"
+    )
 
 
 def read_json_file(path: Path) -> Any:
     """The value in a JSON file of at most 64 MiB. Raises ModelError when it is larger or not JSON."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path.name} has {path.stat().st_size:,} bytes", where=str(path), fix="a config file is smaller than 64 MiB")
+            raise ModelError(
+                f"{path.name} has {path.stat().st_size:,} bytes",
+                where=str(path),
+                fix="a config file is smaller than 64 MiB",
+            )
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path.name} is not JSON: {error}", where=str(path), fix="fetch the file again") from error
@@ -92,8 +109,14 @@ def read_json_file(path: Path) -> Any:
 def _indexed_files(folder: Path, index: Path) -> list[Path]:
     table = read_json_file(index)
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ModelError("the shard index has no `weight_map` of file names", where=str(index), fix="fetch the file again")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
+        raise ModelError(
+            "the shard index has no `weight_map` of file names", where=str(index), fix="fetch the file again"
+        )
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name)]
     if outside:
@@ -121,7 +144,9 @@ def _suspicious(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield here, "`trust_remote_code` is asked for by the model's own files"
         elif name in ("custom_pipelines", "custom_generate") and item:
             yield here, f"`{name}` names code that comes with the model: {_shown(item)}"
-        elif str(name).lstrip("_").startswith(("attn_implementation", "experts_implementation")) and _names_repository(item):
+        elif str(name).lstrip("_").startswith(("attn_implementation", "experts_implementation")) and _names_repository(
+            item
+        ):
             yield here, f"`{name}` names a repository to fetch code from: {_shown(item)}"
         else:
             yield from _suspicious(item, here)
@@ -139,4 +164,10 @@ def _shown(value: Any) -> str:
 
 
 _TRUST_NONE = "do not use this model: a well-made index never points elsewhere"
-_CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+_CONFIG_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)

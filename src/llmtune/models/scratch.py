@@ -1,10 +1,12 @@
-"""Models built from nothing, as standard Hugging Face architectures: what they train into loads anywhere without llmtune.
+"""Models built from nothing, as standard Hugging Face architectures: what they train into loads anywhere without
+llmtune.
 
 rotary positions, norm before each sublayer   Llama   (gated feed-forward, RMSNorm, grouped-query attention)
 rotary positions, norm after each sublayer    OLMo 2  (the same, with query/key norms)
 learned positions, norm before each sublayer  GPT-2   (plain feed-forward, LayerNorm, dropout)
 
-Shapes: V entries of the vocabulary, D width, H query heads, G key/value heads, F feed-forward width, L blocks, P positions.
+Shapes: V entries of the vocabulary, D width, H query heads, G key/value heads, F feed-forward width, L blocks, P
+positions.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from llmtune.models.quiet_libraries import quiet_libraries
 __all__ = ["Architecture", "build_config", "build_model", "choose_architecture", "parameter_count"]
 
 INITIAL_STD = 0.02
-"""Standard deviation of fresh weights; matrices that write into the residual stream get this over sqrt(2 L) (GPT-2's rule), so that its
-variance does not grow with depth."""
+"""Standard deviation of fresh weights; matrices that write into the residual stream get this over sqrt(2 L) (GPT-2's
+rule), so that its variance does not grow with depth."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Architecture:
 def choose_architecture(entry: CatalogEntry | str, wanted: ArchitectureConfig, vocabulary: int) -> Architecture:
     """Fill what `model.architecture` leaves open from the named model, and check that the result can be built.
 
-    vocabulary: ids of the tokenizer (its largest id + 1). Raises ConfigError with every impossible value, each with the fix.
+    vocabulary: ids of the tokenizer (its largest id + 1). Raises ConfigError with every impossible value, each with the
+    fix.
     """
     shape = _entry(entry).shape
     assert shape is not None, "only from-scratch rows come here"
@@ -82,7 +85,8 @@ def choose_architecture(entry: CatalogEntry | str, wanted: ArchitectureConfig, v
 def parameter_count(shape: Architecture) -> int:
     """The exact number of parameters of the model that `build_model` makes; tied embeddings count once.
 
-    Llama: V D (twice when untied) + L (2 D^2 + 2 D^2 G/H + 3 D F + 2 D) + D. OLMo 2 adds query and key norms, GPT-2 P D positions, biases.
+    Llama: V D (twice when untied) + L (2 D^2 + 2 D^2 G/H + 3 D F + 2 D) + D. OLMo 2 adds query and key norms, GPT-2 P D
+    positions, biases.
     """
     width, heads, blocks = shape.d_model, shape.n_heads, shape.n_layers
     embeddings = shape.vocab_size * width * (1 if shape.tie_embeddings else 2)
@@ -97,7 +101,10 @@ def parameter_count(shape: Architecture) -> int:
 
 
 def build_config(entry: CatalogEntry | str, architecture: ArchitectureConfig, tokenizer: Any) -> Any:
-    """The Hugging Face config of a from-scratch model for this tokenizer. Raises ConfigError for an impossible shape."""
+    """The Hugging Face config of a from-scratch model for this tokenizer.
+
+    Raises ConfigError for an impossible shape.
+    """
     shape = choose_architecture(entry, architecture, max(tokenizer.get_vocab().values()) + 1)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": pad if pad != end else None}
@@ -108,7 +115,10 @@ def build_config(entry: CatalogEntry | str, architecture: ArchitectureConfig, to
 
 
 def build_model(config: Any, *, seed: int) -> Any:
-    """A causal LM with fresh float32 weights that are a function of (config, seed) alone; the global random state is left as it was."""
+    """A causal LM with fresh float32 weights that are a function of (config, seed) alone.
+
+    The global random state is left as it was.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -119,9 +129,13 @@ def build_model(config: Any, *, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     into_residual = INITIAL_STD / math.sqrt(2 * config.num_hidden_layers)
     with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):  # sorted: the draw does not depend on the order a library lists them in
+        for name, weight in sorted(
+            model.named_parameters()
+        ):  # sorted: the draw does not depend on the order a library lists them in
             if weight.ndim == 2:
-                weight.normal_(0.0, into_residual if name.endswith(_WRITES_INTO_RESIDUAL) else INITIAL_STD, generator=generator)
+                weight.normal_(
+                    0.0, into_residual if name.endswith(_WRITES_INTO_RESIDUAL) else INITIAL_STD, generator=generator
+                )
             elif name.endswith("bias"):
                 weight.zero_()
             else:
@@ -171,20 +185,42 @@ def _problems(shape: Architecture, wanted: ArchitectureConfig, vocabulary: int) 
     if found:
         return found
     if shape.d_model % shape.n_heads:
-        near = sorted((n for n in range(1, shape.d_model + 1) if shape.d_model % n == 0), key=lambda n: abs(n - shape.n_heads))[:2]
-        wrong("n_heads", f"{shape.n_heads} heads do not divide a width of {shape.d_model}", f"n_heads={' or '.join(map(str, near))}")
+        near = sorted(
+            (n for n in range(1, shape.d_model + 1) if shape.d_model % n == 0), key=lambda n: abs(n - shape.n_heads)
+        )[:2]
+        wrong(
+            "n_heads",
+            f"{shape.n_heads} heads do not divide a width of {shape.d_model}",
+            f"n_heads={' or '.join(map(str, near))}",
+        )
     elif shape.positions == "rotary" and shape.d_model // shape.n_heads % 2:
         width = shape.d_model // shape.n_heads
-        wrong("n_heads", f"rotary positions need an even width per head, and {shape.d_model} / {shape.n_heads} is {width}", "halve n_heads")
+        wrong(
+            "n_heads",
+            f"rotary positions need an even width per head, and {shape.d_model} / {shape.n_heads} is {width}",
+            "halve n_heads",
+        )
     if shape.n_heads % shape.n_kv_heads:
-        wrong("n_kv_heads", f"{shape.n_kv_heads} key/value heads do not divide {shape.n_heads} heads", "use a divisor of n_heads")
+        wrong(
+            "n_kv_heads",
+            f"{shape.n_kv_heads} key/value heads do not divide {shape.n_heads} heads",
+            "use a divisor of n_heads",
+        )
     for key in ("dropout", "attention_dropout"):
         if not 0 <= getattr(shape, key) < 1:
             wrong(key, f"{key} is {getattr(shape, key)}", "give a fraction from 0 to below 1")
     if shape.positions == "rotary" and shape.dropout > 0:
-        wrong("dropout", "Llama-like models have no dropout on the residual stream", "positions=learned, or use attention_dropout")
+        wrong(
+            "dropout",
+            "Llama-like models have no dropout on the residual stream",
+            "positions=learned, or use attention_dropout",
+        )
     if shape.positions == "learned" and shape.n_kv_heads != shape.n_heads:
-        wrong("n_kv_heads", "GPT-2-like models have no grouped-query attention", "leave n_kv_heads out, or positions=rotary")
+        wrong(
+            "n_kv_heads",
+            "GPT-2-like models have no grouped-query attention",
+            "leave n_kv_heads out, or positions=rotary",
+        )
     if shape.positions == "learned" and not shape.pre_norm:
         problem = "no standard architecture has learned positions and norms after each sublayer"
         wrong("pre_norm", problem, "pre_norm=true, or positions=rotary")

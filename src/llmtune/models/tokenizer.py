@@ -21,7 +21,14 @@ from llmtune.models.read_config import collector_paused, read_fast_tokenizer
 from llmtune.models.scan import refuse_unsafe_folder
 from llmtune.models.tokenizer_training import train_tokenizer
 
-__all__ = ["LoadedTokenizer", "load_tokenizer", "load_tokenizer_folder", "tokenizer_digest", "train_tokenizer", "train_tokenizer_for"]
+__all__ = [
+    "LoadedTokenizer",
+    "load_tokenizer",
+    "load_tokenizer_folder",
+    "tokenizer_digest",
+    "train_tokenizer",
+    "train_tokenizer_for",
+]
 
 _PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
 """Tokens that other models reserve for padding, the most telling first."""
@@ -32,7 +39,9 @@ _NEEDED_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A fast tokenizer, what was chosen for it, and the sha256 over its vocabulary, rules, special tokens and chat template."""
+    """A fast tokenizer, what was chosen for it, and the sha256 over its vocabulary, rules, special tokens and chat
+    template.
+    """
 
     tokenizer: Any
     digest: str
@@ -45,8 +54,9 @@ def load_tokenizer(
 ) -> LoadedTokenizer:
     """Load the tokenizer that `model.tokenizer` names, or the model's own.
 
-    new_tokens are added as special tokens where the vocabulary lacks them (`adapter.train_tokens`). Raises TokenizerError when there is
-    none, when it is not a fast tokenizer, or when the chat template cannot be used with it.
+    new_tokens are added as special tokens where the vocabulary lacks them (`adapter.train_tokens`). Raises
+    TokenizerError when there is none, when it is not a fast tokenizer, or when the chat template cannot be used with
+    it.
     """
     folder, where, ignore_auto_map = _tokenizer_folder(source, model_config, trust_remote_code)
     refuse_unsafe_folder(folder, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
@@ -64,7 +74,8 @@ def load_tokenizer(
 
 @collector_paused()
 def load_tokenizer_folder(folder: Path) -> LoadedTokenizer:
-    """Load a tokenizer that was saved with a run, a checkpoint or a model, as it is there: nothing is chosen again but a missing pad token.
+    """Load a tokenizer that was saved with a run, a checkpoint or a model, as it is there: nothing is chosen again but
+    a missing pad token.
 
     So it has the chat template that was trained with. Raises TokenizerError.
     """
@@ -78,7 +89,8 @@ def load_tokenizer_folder(folder: Path) -> LoadedTokenizer:
 def train_tokenizer_for(source: ModelSource, model_config: ModelConfig, texts: Iterable[str]) -> LoadedTokenizer:
     """Train the tokenizer of a from-scratch model on the run's own texts, with the vocabulary its shape asks for.
 
-    Raises ConfigError for a vocabulary too small, TokenizerError when there is no text or the chat template cannot be used.
+    Raises ConfigError for a vocabulary too small, TokenizerError when there is no text or the chat template cannot be
+    used.
     """
     assert source.entry is not None
     assert source.entry.shape is not None
@@ -93,7 +105,10 @@ def train_tokenizer_for(source: ModelSource, model_config: ModelConfig, texts: I
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 over what decides ids: vocabulary, merges, normalisation, special tokens, chat template; not padding, not truncation."""
+    """sha256 over what decides ids: vocabulary, merges, normalisation, special tokens, chat template.
+
+    Not padding, not truncation.
+    """
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules.pop("padding", None)
     rules.pop("truncation", None)
@@ -102,7 +117,9 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(whole.encode("ascii")).hexdigest()
 
 
-def _tokenizer_folder(source: ModelSource, model_config: ModelConfig, trust_remote_code: bool) -> tuple[Path, str, bool]:
+def _tokenizer_folder(
+    source: ModelSource, model_config: ModelConfig, trust_remote_code: bool
+) -> tuple[Path, str, bool]:
     """(folder, what named it, whether its auto_map is known to be unneeded)."""
     if model_config.tokenizer is not None:
         own = Path(model_config.tokenizer).expanduser()
@@ -133,15 +150,24 @@ def _blaming(key: str) -> Iterator[None]:
         yield
     except (ModelError, MachineError) as error:
         problems = [
-            Problem(one.problem, key if one.where == "model.name" else one.where, one.fix and one.fix.replace("model.name", key))
+            Problem(
+                one.problem,
+                key if one.where == "model.name" else one.where,
+                one.fix and one.fix.replace("model.name", key),
+            )
             for one in error.problems
         ]
         raise type(error).all(problems) from error
 
 
 def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
-        raise TokenizerError(f"`{folder}` holds no tokenizer", where=where, fix="name a tokenizer folder in model.tokenizer")
+    if not any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
+        raise TokenizerError(
+            f"`{folder}` holds no tokenizer", where=where, fix="name a tokenizer folder in model.tokenizer"
+        )
     tokenizer = read_fast_tokenizer(folder, where, trust_remote_code=trust_remote_code)
     template = tokenizer.chat_template
     texts = template.values() if isinstance(template, dict) else [template]
@@ -172,7 +198,9 @@ def _choose_template(tokenizer: Any, source: ModelSource, model_config: ModelCon
             tokenizer.chat_template = {name: named[name] for name in ("default", "tool_use")}
             return [
                 Decision(
-                    "model.chat_template", "default, and tool_use for rows with tools", f"the tokenizer has {', '.join(sorted(named))}"
+                    "model.chat_template",
+                    "default, and tool_use for rows with tools",
+                    f"the tokenizer has {', '.join(sorted(named))}",
                 )
             ]
         choice = "default" if "default" in named else min(named)
@@ -189,7 +217,10 @@ def _choose_template(tokenizer: Any, source: ModelSource, model_config: ModelCon
 
 
 def _choose_pad(tokenizer: Any) -> list[Decision]:
-    """Padding never carries loss here (masks go by position), so any token does; one that means nothing else is kindest to other tools."""
+    """Padding never carries loss here (masks go by position), so any token does.
+
+    One that means nothing else is kindest to other tools.
+    """
     if tokenizer.pad_token is not None:
         return []
     vocabulary = tokenizer.get_vocab()
@@ -197,4 +228,8 @@ def _choose_pad(tokenizer: Any) -> list[Decision]:
     if choice is None:
         choice = tokenizer.convert_ids_to_tokens(0)
     tokenizer.pad_token = choice
-    return [Decision("pad token", choice, "the tokenizer names none; padding is masked by position, so this changes no loss")]
+    return [
+        Decision(
+            "pad token", choice, "the tokenizer names none; padding is masked by position, so this changes no loss"
+        )
+    ]

@@ -1,6 +1,7 @@
 """Train a byte-level BPE tokenizer: any text goes in and comes out again exactly, whatever the vocabulary.
 
-The result depends on the texts and the settings alone, not on the number of threads (P3's rule for everything that is prepared).
+The result depends on the texts and the settings alone, not on the number of threads (P3's rule for everything that is
+prepared).
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ _BYTES = 256
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """How a tokenizer does on given texts. `unused_share` is the fraction of entries (special tokens aside) that no text used."""
+    """How a tokenizer does on given texts.
+
+    `unused_share` is the fraction of entries (special tokens aside) that no text used.
+    """
 
     vocab_size: int
     texts: int
@@ -43,9 +47,10 @@ def train_tokenizer(
 ) -> Any:
     """Learn `vocab_size` entries (fewer when the texts do not hold that many) and return a transformers fast tokenizer.
 
-    texts are streamed; only the counts of their words are held. chat_template: a shipped name, or the template's text; None for none.
-    special_tokens come after the four that are always there. min_frequency: times a pair must be seen to become an entry.
-    Digits are split one by one, so that numbers have one spelling. Raises ConfigError (vocabulary too small), TokenizerError (no text).
+    texts are streamed; only the counts of their words are held. chat_template: a shipped name, or the template's text;
+    None for none. special_tokens come after the four that are always there. min_frequency: times a pair must be seen to
+    become an entry. Digits are split one by one, so that numbers have one spelling. Raises ConfigError (vocabulary too
+    small), TokenizerError (no text).
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -62,7 +67,10 @@ def train_tokenizer(
         )
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
@@ -76,7 +84,9 @@ def train_tokenizer(
     seen = _Counted(texts)
     tokenizer.train_from_iterator(seen, trainer)
     if not seen.characters:
-        raise TokenizerError("there is no text to train a tokenizer on", where="data.train", fix="name data with text in it")
+        raise TokenizerError(
+            "there is no text to train a tokenizer on", where="data.train", fix="name data with text in it"
+        )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=SPECIAL_TOKENS[0],
@@ -91,7 +101,9 @@ def train_tokenizer(
 
 
 def measure_tokenizer(tokenizer: Any, texts: Iterable[str]) -> TokenizerReport:
-    """Encode every text: bytes per token, entries never used, and texts that do not come back exactly (a byte-level tokenizer has none)."""
+    """Encode every text: bytes per token, entries never used, and texts that do not come back exactly (a byte-level
+    tokenizer has none).
+    """
     used: set[int] = set()
     count = num_bytes = num_tokens = failures = 0
     backend = tokenizer.backend_tokenizer

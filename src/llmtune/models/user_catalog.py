@@ -1,4 +1,5 @@
-"""A user's own rows of `list-models`: `models.yaml` or `models.json` in the working folder, or the file named by LLMTUNE_MODELS.
+"""A user's own rows of `list-models`: `models.yaml` or `models.json` in the working folder, or the file named by
+LLMTUNE_MODELS.
 
 For example (a row has exactly one of `path`, `hub_id` and `architecture`):
 
@@ -71,7 +72,9 @@ def _read(path: Path, problems: list[Problem]) -> Table | None:
         problems.append(unreadable.problem)
         return None
     if not isinstance(root, Table):
-        problems.append(Problem("a model file is a mapping from names to what they are", str(path), "begin with `my-model:`"))
+        problems.append(
+            Problem("a model file is a mapping from names to what they are", str(path), "begin with `my-model:`")
+        )
         return None
     return root
 
@@ -125,5 +128,7 @@ def _values(written: Mapping[str, Entry], types: Mapping[str, Any], problems: li
         try:
             values[key] = convert(entry.value, types[key])
         except Mismatch:
-            problems.append(Problem(f"`{key}` cannot be `{shown(entry.value)}`", entry.origin.place, f"give {expected(types[key])}"))
+            problems.append(
+                Problem(f"`{key}` cannot be `{shown(entry.value)}`", entry.origin.place, f"give {expected(types[key])}")
+            )
     return values

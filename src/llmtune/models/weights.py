@@ -25,7 +25,9 @@ class WeightsReport:
     """What weight files hold."""
 
     digest: str
-    """sha256 over (name, type, shape, bytes) of every tensor in the order of names: how tensors are cut into files makes no difference."""
+    """sha256 over (name, type, shape, bytes) of every tensor in the order of names: how tensors are cut into files
+    makes no difference.
+    """
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: frozenset[str]
     largest: float
@@ -35,7 +37,8 @@ class WeightsReport:
 def inspect_weights(files: Sequence[Path]) -> WeightsReport:
     """Read every tensor once, memory-mapped.
 
-    Raises ModelError for a file that is not safetensors, a name in two files, or values that are not finite (each tensor named).
+    Raises ModelError for a file that is not safetensors, a name in two files, or values that are not finite (each
+    tensor named).
     """
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: set[str] = set()
@@ -49,7 +52,13 @@ def inspect_weights(files: Sequence[Path]) -> WeightsReport:
             dtypes.add(str(tensor.dtype).removeprefix("torch."))
             peak = _largest_value(tensor)
             if not math.isfinite(peak):
-                bad.append(Problem(f"the weight `{name}` has values that are not numbers (NaN or infinite)", str(path), _NON_FINITE_FIX))
+                bad.append(
+                    Problem(
+                        f"the weight `{name}` has values that are not numbers (NaN or infinite)",
+                        str(path),
+                        _NON_FINITE_FIX,
+                    )
+                )
             largest = max(largest, peak)
             yield name, tensor
 
@@ -63,8 +72,9 @@ def inspect_weights(files: Sequence[Path]) -> WeightsReport:
 def refuse_changed_weights(folder: Path) -> None:
     """Where a manifest of ours stands beside the weights, compare each weight file with it (P5).
 
-    Other files may be edited, a model card for example, and links stand for what they point to: a hub's cache is made of them. Raises
-    ModelError that names each weight file that is not as it was written, or the manifest where that is damaged.
+    Other files may be edited, a model card for example, and links stand for what they point to: a hub's cache is made
+    of them. Raises ModelError that names each weight file that is not as it was written, or the manifest where that is
+    damaged.
     """
     try:
         durable.read_manifest(folder)
@@ -101,10 +111,16 @@ def _tensors_by_name(files: Sequence[Path]) -> Iterator[tuple[str, Path, torch.T
             with safe_open(path, framework="pt") as opened:
                 names = list(opened.keys())
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path.name} cannot be read as safetensors: {error}", where=str(path), fix="fetch the file again") from error
+            raise ModelError(
+                f"{path.name} cannot be read as safetensors: {error}", where=str(path), fix="fetch the file again"
+            ) from error
         for name in names:
             if name in places:
-                raise ModelError(f"the tensor `{name}` is in two files", where=f"{places[name]} and {path}", fix="fetch the model again")
+                raise ModelError(
+                    f"the tensor `{name}` is in two files",
+                    where=f"{places[name]} and {path}",
+                    fix="fetch the model again",
+                )
             places[name] = path
     handles = {path: safe_open(path, framework="pt") for path in files}
     for name in sorted(places):
@@ -113,7 +129,10 @@ def _tensors_by_name(files: Sequence[Path]) -> Iterator[tuple[str, Path, torch.T
 
 
 def _largest_value(tensor: torch.Tensor) -> float:
-    """Greatest absolute value, NaN when any is NaN; 0 for whole numbers, empty tensors and 8-bit floats (which quantizers write)."""
+    """Greatest absolute value, NaN when any is NaN.
+
+    0 for whole numbers, empty tensors and 8-bit floats (which quantizers write).
+    """
     import torch
 
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.element_size() < 2:
@@ -123,4 +142,6 @@ def _largest_value(tensor: torch.Tensor) -> float:
     return math.nan if math.isnan(float(low)) or math.isnan(float(high)) else peak
 
 
-_NON_FINITE_FIX = "these weights are damaged or from a run that diverged; use an earlier checkpoint or fetch the model again"
+_NON_FINITE_FIX = (
+    "these weights are damaged or from a run that diverged; use an earlier checkpoint or fetch the model again"
+)

@@ -1,8 +1,8 @@
 """What one micro-batch holds in memory, found by running it on stand-in tensors and counting every live byte.
 
-The real engine runs - its fused functions, its chunks, its tiles, its backward pass - on tensors that have shape and type and no
-numbers, so nothing is guessed about what autograd keeps. A skeleton of one block and one of two are traced; blocks are alike, so what
-more blocks hold follows on a straight line, phase by phase.
+The real engine runs - its fused functions, its chunks, its tiles, its backward pass - on tensors that have shape and
+type and no numbers, so nothing is guessed about what autograd keeps. A skeleton of one block and one of two are traced;
+blocks are alike, so what more blocks hold follows on a straight line, phase by phase.
 """
 
 from __future__ import annotations
@@ -31,14 +31,25 @@ from llmtune.plan.meta_model import base_of, blocks_of, give_stand_ins
 __all__ = ["TRACED_BLOCKS", "TRACE_ERRORS", "MicroBatchShape", "Peaks", "extrapolate", "trace"]
 
 TRACED_BLOCKS = 2
-"""Blocks whose trace, with that of one more, tells those of all. One alone is the first and the last at once and has no other's input
-beside it: what it lacks would count once for each block."""
+"""Blocks whose trace, with that of one more, tells those of all. One alone is the first and the last at once and has no
+other's input beside it: what it lacks would count once for each block."""
 
 PHASES = ("forward", "loss", "last block", "first block", "end")
-"""Of one micro-batch: forward through the blocks; head and loss, both ways; backward through the last and the first block; the rest."""
+"""Of one micro-batch: forward through the blocks; head and loss, both ways; backward through the last and the first
+block; the rest.
+"""
 
 
-TRACE_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError, AssertionError)
+TRACE_ERRORS = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    AssertionError,
+)
 """What a model may raise on tensors without numbers: it then has no memory plan, and trains all the same."""
 
 
@@ -61,7 +72,10 @@ class MicroBatchShape:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Most bytes alive beside weights (and beside gradients that were there before), by phase; and what the forward pass left behind."""
+    """Most bytes alive beside weights (and beside gradients that were there before), by phase.
+
+    And what the forward pass left behind.
+    """
 
     phases: dict[str, int]
     gradients: dict[str, int]
@@ -155,12 +169,14 @@ def trace(
     gradients_dropped: bool = False,
     attention: str | None = None,
 ) -> Peaks:
-    """Run `model` (a skeleton on the meta device; it is used up) on a micro-batch of that shape, forward and backward, and count.
+    """Run `model` (a skeleton on the meta device; it is used up) on a micro-batch of that shape, forward and backward,
+    and count.
 
-    device_type: `cpu` or `cuda`, whose engine is traced. attention: its way of attention by segments, the first it tries when not given.
-    compute: autocast's type, None for float32 arithmetic. checkpointing: as `model.gradient_checkpointing`, settled. gradients_held: an
-    earlier micro-batch of the window left its gradients. gradients_dropped: each goes once it is complete (`training.step_in_backward`).
-    Raises what the model raises on stand-ins, NotImplementedError where this way of attention is not for this model.
+    device_type: `cpu` or `cuda`, whose engine is traced. attention: its way of attention by segments, the first it
+    tries when not given. compute: autocast's type, None for float32 arithmetic. checkpointing: as
+    `model.gradient_checkpointing`, settled. gradients_held: an earlier micro-batch of the window left its gradients.
+    gradients_dropped: each goes once it is complete (`training.step_in_backward`). Raises what the model raises on
+    stand-ins, NotImplementedError where this way of attention is not for this model.
     """
     lay_out.cache_clear()  # or the masks of tiles would count in the first trace of a shape only
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -189,7 +205,9 @@ def trace(
     if checkpointing == "offload" and device_type == "cuda":
         keep_inputs_in(_store_elsewhere(live, mode), base)
     _mark_blocks(blocks_of(model), live)
-    autocast: AbstractContextManager[Any] = torch.autocast("cpu", dtype=compute) if compute is not None else nullcontext()
+    autocast: AbstractContextManager[Any] = (
+        torch.autocast("cpu", dtype=compute) if compute is not None else nullcontext()
+    )
     run = _flat if batch.layout == "flat" else _padded
     inputs = _inputs(batch, mode)
     with live:
@@ -270,21 +288,29 @@ def _inputs(batch: MicroBatchShape, mode: FakeTensorMode) -> _Inputs:
     return _Inputs(ids, ids, weights, rows_N, targets, ends)
 
 
-def _flat(model: Any, batch: MicroBatchShape, inputs: _Inputs, live: _Live, device_type: str) -> tuple[torch.Tensor, int]:
+def _flat(
+    model: Any, batch: MicroBatchShape, inputs: _Inputs, live: _Live, device_type: str
+) -> tuple[torch.Tensor, int]:
     """The flat engine's forward, step by step as in `training.engine`."""
     base = base_of(model)
     head = find_head(base)
     assert head is not None
     mask = segment_mask(inputs.segments, max(batch.lengths), torch.device("cpu"))
     decoder: Any = base.get_decoder()
-    hidden = decoder(input_ids=inputs.ids, position_ids=inputs.positions, attention_mask=mask, use_cache=False).last_hidden_state
+    hidden = decoder(
+        input_ids=inputs.ids, position_ids=inputs.positions, attention_mask=mask, use_cache=False
+    ).last_hidden_state
     trained = hidden[0, inputs.rows]
     kept = live.now
     live.enter("loss")
-    return head_nll_sum(head, trained, inputs.targets, inputs.weights[0, : len(inputs.targets)], device_type=device_type), kept
+    return head_nll_sum(
+        head, trained, inputs.targets, inputs.weights[0, : len(inputs.targets)], device_type=device_type
+    ), kept
 
 
-def _padded(model: Any, _batch: MicroBatchShape, inputs: _Inputs, live: _Live, _device_type: str) -> tuple[torch.Tensor, int]:
+def _padded(
+    model: Any, _batch: MicroBatchShape, inputs: _Inputs, live: _Live, _device_type: str
+) -> tuple[torch.Tensor, int]:
     """The plain engine's forward; without its padding mask, whose values a stand-in does not have."""
     kept = 0
 

@@ -1,4 +1,5 @@
-"""What attention kernels of a GPU hold that no tensor of the graph shows, and a stand-in for the one that cannot run on stand-ins.
+"""What attention kernels of a GPU hold that no tensor of the graph shows, and a stand-in for the one that cannot run on
+stand-ins.
 
 Shapes: T tokens of the row, S documents, H query heads, G key/value heads, D head width.
 """
@@ -23,9 +24,9 @@ SPARE_ROWS = 128
 def flash_backward_bytes(tokens: int, documents: int, heads: int, key_heads: int, width: int, entry_bytes: int) -> int:
     """Bytes that torch's flash attention takes beside inputs and results while its backward pass runs.
 
-    A float32 sum of the queries' gradient [T + 128 S, H, D rounded up] and one number a query [H, T + 128 S]; where query heads share
-    key heads, also the gradients of keys and values for each query head, [T, H, D] each, before they are added up.
-    Source: `mha_varlen_bwd` in torch's `flash_api.cpp` (FlashAttention-2, arXiv:2307.08691).
+    A float32 sum of the queries' gradient [T + 128 S, H, D rounded up] and one number a query [H, T + 128 S]; where
+    query heads share key heads, also the gradients of keys and values for each query head, [T, H, D] each, before they
+    are added up. Source: `mha_varlen_bwd` in torch's `flash_api.cpp` (FlashAttention-2, arXiv:2307.08691).
 
     >>> flash_backward_bytes(1000, 1, 4, 4, 64, 2) == 1128 * 4 * 64 * 4 + 4 * 1128 * 4
     True
@@ -38,7 +39,10 @@ def flash_backward_bytes(tokens: int, documents: int, heads: int, key_heads: int
 
 
 def workspace_bytes(operator: Any, args: tuple[Any, ...]) -> int:
-    """Bytes that an operator holds on a GPU while it runs, beside its arguments and results; 0 for those without a rule."""
+    """Bytes that an operator holds on a GPU while it runs, beside its arguments and results.
+
+    0 for those without a rule.
+    """
     rule = _rules().get(operator)
     return 0 if rule is None else rule(args)
 

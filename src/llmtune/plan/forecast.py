@@ -57,7 +57,10 @@ class Steps:
 
 @dataclass
 class Forecaster:
-    """Plans variants of one prepared run for one device; what was traced once is not traced again, not even by the next process."""
+    """Plans variants of one prepared run for one device.
+
+    What was traced once is not traced again, not even by the next process.
+    """
 
     prepared: Prepared
     options: Options
@@ -97,7 +100,9 @@ class Forecaster:
         """Bytes of this process without a model, measured once, and of the kernels that it will collect."""
         if self.target.kind != "cpu":
             return 0
-        self._build(self.config, blocks=1)  # brings in the libraries that loading will, also where every number comes from the cache
+        self._build(
+            self.config, blocks=1
+        )  # brings in the libraries that loading will, also where every number comes from the cache
         compute = COMPUTE[self.precision]
         return process_bytes(compute) + (FULL_KERNEL_CACHES_BYTES if compute is not None else 0)
 
@@ -115,7 +120,9 @@ class Forecaster:
         is_cut = self.target.kind == "cpu" and self.layout == "flat"
 
         def windows(limit: int | None) -> BatchPlan:
-            return prepared.batch_plan(layout=self.layout, max_group_tokens=limit, rank=self.rank, world_size=self.world_size)
+            return prepared.batch_plan(
+                layout=self.layout, max_group_tokens=limit, rank=self.rank, world_size=self.world_size
+            )
 
         return choose_windows(
             windows,
@@ -132,11 +139,15 @@ class Forecaster:
         tokens = int(lengths.sum())
         epochs, rest = divmod(batches.total_steps, batches.steps_per_epoch)
         tail = range(epochs * batches.steps_per_epoch + 1, epochs * batches.steps_per_epoch + rest + 1)
-        run_tokens = epochs * tokens + self.world_size * sum(int(lengths[group].sum()) for step in tail for group in batches.groups(step))
+        run_tokens = epochs * tokens + self.world_size * sum(
+            int(lengths[group].sum()) for step in tail for group in batches.groups(step)
+        )
         real = positions = 0
         for group in _groups(batches):
             real += int(lengths[group].sum())
-            positions += int(lengths[group].max()) * len(group) if self.layout == "padded" else int(lengths[group].sum())
+            positions += (
+                int(lengths[group].max()) * len(group) if self.layout == "padded" else int(lengths[group].sum())
+            )
         return Steps(
             total_steps=batches.total_steps,
             steps_per_epoch=batches.steps_per_epoch,
@@ -161,7 +172,9 @@ class Forecaster:
             groups = batches.groups(step)
             several |= len(groups) > 1
             for group in groups:
-                shape = MicroBatchShape(tuple(int(one) for one in lengths[group]), round(weights[group].sum()), self.layout)
+                shape = MicroBatchShape(
+                    tuple(int(one) for one in lengths[group]), round(weights[group].sum()), self.layout
+                )
                 if worst is None or (shape.tokens, shape.trained_tokens) > (worst.tokens, worst.trained_tokens):
                     worst = shape
         assert worst is not None
@@ -200,12 +213,16 @@ class Forecaster:
             self._counted[key] = counted
         return self._counted[key]
 
-    def peaks(self, config: Config, batch: MicroBatchShape, *, gradients_held: bool, gradients_dropped: bool = False) -> Peaks:
+    def peaks(
+        self, config: Config, batch: MicroBatchShape, *, gradients_held: bool, gradients_dropped: bool = False
+    ) -> Peaks:
         """What a micro-batch of that shape holds beside the weights."""
         key = self._key("peaks", config, [asdict(batch), gradients_held, gradients_dropped])
         if key not in self._peaks:
             entry = read_entry(key)
-            peaks = Peaks(**entry) if entry is not None else self._trace(config, batch, gradients_held, gradients_dropped)
+            peaks = (
+                Peaks(**entry) if entry is not None else self._trace(config, batch, gradients_held, gradients_dropped)
+            )
             if entry is None:
                 write_entry(key, asdict(peaks))
             self._peaks[key] = peaks
@@ -218,14 +235,18 @@ class Forecaster:
 
     def _trace(self, config: Config, batch: MicroBatchShape, gradients_held: bool, gradients_dropped: bool) -> Peaks:
         """By the first way of attention that is for this model, in the order in which the engine tries them."""
-        half = COMPUTE[self.precision] is not None and self.target.has_bf16  # flash attention is not for devices without
+        half = (
+            COMPUTE[self.precision] is not None and self.target.has_bf16
+        )  # flash attention is not for devices without
         *better, last = attention_ways(config.model.attention, self.target.kind, half=half)
         for way in better:
             with suppress(NotImplementedError):
                 return self._trace_way(config, batch, gradients_held, gradients_dropped, way)
         return self._trace_way(config, batch, gradients_held, gradients_dropped, last)
 
-    def _trace_way(self, config: Config, batch: MicroBatchShape, gradients_held: bool, gradients_dropped: bool, way: str) -> Peaks:
+    def _trace_way(
+        self, config: Config, batch: MicroBatchShape, gradients_held: bool, gradients_dropped: bool, way: str
+    ) -> Peaks:
         def peaks_of(blocks: int) -> Peaks:
             return trace(
                 self._build(config, blocks=blocks),
@@ -252,7 +273,13 @@ class Forecaster:
         """Digest of everything that decides a number: shape, adapter, arithmetic, engine, code and library versions."""
         model = config.model
         shape = {key: value for key, value in self.shape.config.to_dict().items() if key != "_name_or_path"}
-        held = [model.dtype, model.quantization, model.gradient_checkpointing, self.prepared.source.kind, asdict(config.adapter)]
+        held = [
+            model.dtype,
+            model.quantization,
+            model.gradient_checkpointing,
+            self.prepared.source.kind,
+            asdict(config.adapter),
+        ]
         there = [self.target.kind, self.target.has_bf16, self.precision, model.attention]
         facts = [kind, shape, held, there, self.prepared.tokenizer.digest, more, __version__, _code_digest()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

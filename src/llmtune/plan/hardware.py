@@ -32,7 +32,9 @@ class Target:
     name: str
     kind: Literal["cpu", "cuda"]
     total_bytes: int
-    """What this process could hold there: a GPU's memory, or what is free of the machine's (or container's) and already ours."""
+    """What this process could hold there: a GPU's memory, or what is free of the machine's (or container's) and already
+    ours.
+    """
     has_bf16: bool = True
     is_here: bool = False
     """It is this machine's own device."""
@@ -44,14 +46,21 @@ class Target:
 
 
 def open_target(name: str | None, *, no_cuda: bool = False) -> Target:
-    """Find the device by name (`rtx4090`, `24GB`); None is the one that training would use here. Raises UsageError for an unknown name."""
+    """Find the device by name (`rtx4090`, `24GB`); None is the one that training would use here.
+
+    Raises UsageError for an unknown name.
+    """
     if name is None:
         device, _ = choose_device(no_cuda=no_cuda)
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             named = torch.cuda.get_device_name(device)
             return Target(
-                named, "cuda", min(total, free + torch.cuda.memory_reserved(device)), torch.cuda.is_bf16_supported(), is_here=True
+                named,
+                "cuda",
+                min(total, free + torch.cuda.memory_reserved(device)),
+                torch.cuda.is_bf16_supported(),
+                is_here=True,
             )
         return Target("this CPU", "cpu", memory_for_us(), is_here=True)
     wanted = name.strip().lower()
@@ -79,7 +88,9 @@ def resident_bytes() -> int:
 
 
 def memory_for_us() -> int:
-    """Bytes this process could hold: what it has and what is free of the machine's memory, or of its control group's limit."""
+    """Bytes this process could hold: what it has and what is free of the machine's memory, or of its control group's
+    limit.
+    """
     free = int(psutil.virtual_memory().available)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
@@ -108,7 +119,9 @@ WIDTH = 256
 
 
 def process_bytes(compute: torch.dtype | None) -> int:
-    """Bytes resident once the libraries' own code, threads and buffers are in memory; makes one tiny step to bring them in.
+    """Bytes resident once the libraries' own code, threads and buffers are in memory.
+
+    Makes one tiny step to bring them in.
 
     compute: autocast's type, None for float32 arithmetic. Draws no random numbers.
     """

@@ -11,16 +11,23 @@ from llmtune.plan.meta_model import Counted
 __all__ = ["MemoryPlan", "add_up", "gigabytes", "optimizer_bytes"]
 
 ALLOCATOR_SHARE = {"cpu": 0.25, "cuda": 0.05}
-"""What the allocator holds beside tensors that come and go (a micro-batch's, and gradients), as a part of them: gaps."""
+"""What the allocator holds beside tensors that come and go (a micro-batch's, and gradients), as a part of them: gaps.
+"""
 
 SHARE_WITH_THREAD_CACHES = 0.35
-"""The same on a CPU where each thread keeps freed small blocks, which hold gaps apart: a program that trains by the Python API, mostly."""
+"""The same on a CPU where each thread keeps freed small blocks, which hold gaps apart: a program that trains by the
+Python API, mostly.
+"""
 
 LARGEST_GAPS = {"cpu": 2, "cuda": 0}
-"""Gaps as large as the largest gradient (an embedding's): what small tensors have since begun to fill, such a block fits no more."""
+"""Gaps as large as the largest gradient (an embedding's): what small tensors have since begun to fill, such a block
+fits no more.
+"""
 
 CUDA_CONTEXT_BYTES = 600 << 20
-"""What the driver and its libraries take of a GPU before the first tensor; measured figures lie between 450 and 700 MiB."""
+"""What the driver and its libraries take of a GPU before the first tensor; measured figures lie between 450 and 700
+MiB.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,9 @@ class MemoryPlan:
     """What a training holds at its worst moment; the parts add up to `peak_bytes`."""
 
     parts: dict[str, int]
-    """Bytes by part: process, weights, prepacked, adapter, gradients, optimizer, activations, loss, workspace, allocator."""
+    """Bytes by part: process, weights, prepacked, adapter, gradients, optimizer, activations, loss, workspace,
+    allocator.
+    """
     moment: str
     """When that is: loading, a phase of the micro-batch, the update, or saving."""
     batch: MicroBatchShape
@@ -73,17 +82,24 @@ def add_up(
 ) -> MemoryPlan:
     """Put the parts of every moment together and give the worst one. kind: `cpu` or `cuda`; sizes in bytes.
 
-    gradients_held: the window has several micro-batches, so all gradients exist before the last one. gradients_dropped: a window is one
-    micro-batch, and each gradient goes when its weight has moved; the largest is then named `gradients`, whatever phase it is in.
-    prepacked: frozen weights are laid out for the kernels beside themselves, once they are loaded. thread_caches: the allocator has them.
+    gradients_held: the window has several micro-batches, so all gradients exist before the last one. gradients_dropped:
+    a window is one micro-batch, and each gradient goes when its weight has moved; the largest is then named
+    `gradients`, whatever phase it is in. prepacked: frozen weights are laid out for the kernels beside themselves, once
+    they are loaded. thread_caches: the allocator has them.
     """
     share = SHARE_WITH_THREAD_CACHES if thread_caches and kind == "cpu" else ALLOCATOR_SHARE[kind]
     state = optimizer_bytes(optimizer, entries=counted.trained, entry_bytes=counted.gradient_bytes)
-    base = {"process": process if kind == "cpu" else CUDA_CONTEXT_BYTES, "weights": counted.base_bytes, "adapter": counted.adapter_bytes}
+    base = {
+        "process": process if kind == "cpu" else CUDA_CONTEXT_BYTES,
+        "weights": counted.base_bytes,
+        "adapter": counted.adapter_bytes,
+    }
     held = counted.gradient_bytes if gradients_held else 0
     inside = min(peaks.bytes, counted.gradient_bytes, peaks.gradients[peaks.phase])
     if gradients_dropped:
-        inside = min(max(0, peaks.bytes - peaks.kept), counted.largest_gradient_bytes) if peaks.phase != "forward" else 0
+        inside = (
+            min(max(0, peaks.bytes - peaks.kept), counted.largest_gradient_bytes) if peaks.phase != "forward" else 0
+        )
     activations = min(peaks.kept, peaks.bytes - inside)
     rest = peaks.bytes - inside - activations
     in_loss = peaks.phase == "loss"
@@ -96,7 +112,10 @@ def add_up(
             "workspace": (0 if in_loss else rest) + counted.largest_linear_bytes,
             "allocator": round(share * (peaks.bytes + held)) + LARGEST_GAPS[kind] * counted.largest_gradient_bytes,
         },
-        "update": {"gradients": counted.largest_gradient_bytes if gradients_dropped else counted.gradient_bytes, "optimizer": state},
+        "update": {
+            "gradients": counted.largest_gradient_bytes if gradients_dropped else counted.gradient_bytes,
+            "optimizer": state,
+        },
     }
     if kind == "cpu":
         moments["saving"] = {"optimizer": state, "workspace": state}  # a snapshot is a copy
@@ -109,7 +128,18 @@ def add_up(
     return MemoryPlan(parts, moment, batch, counted, peaks.host)
 
 
-PARTS = ("process", "weights", "prepacked", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator")
+PARTS = (
+    "process",
+    "weights",
+    "prepacked",
+    "adapter",
+    "gradients",
+    "optimizer",
+    "activations",
+    "loss",
+    "workspace",
+    "allocator",
+)
 
 OPTIMIZER_BYTES: dict[str, Callable[[int, int], float]] = {
     "adamw": lambda _entries, entry_bytes: 2 * entry_bytes,
@@ -120,4 +150,6 @@ OPTIMIZER_BYTES: dict[str, Callable[[int, int], float]] = {
     "muon": lambda _entries, entry_bytes: 2 * entry_bytes,
     "sgd": lambda _entries, entry_bytes: entry_bytes,
 }
-"""Bytes of state from (trained entries, their bytes); for `muon`, whose matrices need half of it, what AdamW would need."""
+"""Bytes of state from (trained entries, their bytes); for `muon`, whose matrices need half of it, what AdamW would
+need.
+"""

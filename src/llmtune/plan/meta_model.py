@@ -1,4 +1,5 @@
-"""A model's shape without its weights: built on torch's `meta` device, counted exactly, and given stand-in tensors to be traced with.
+"""A model's shape without its weights: built on torch's `meta` device, counted exactly, and given stand-in tensors to
+be traced with.
 
 A stand-in knows shape and type and holds no numbers, so the skeleton of an 8B model costs a few megabytes.
 """
@@ -73,7 +74,10 @@ class Counted:
 
 
 def open_shape(prepared: Prepared, options: Options) -> Shape:
-    """Read the shape of the run's model; fetches a hub model's small files only. Raises what loading would raise about them."""
+    """Read the shape of the run's model; fetches a hub model's small files only.
+
+    Raises what loading would raise about them.
+    """
     config, source, tokenizer = prepared.config, prepared.source, prepared.tokenizer.tokenizer
     if source.kind == "scratch":
         return Shape(build_config(source.entry or source.name, config.model.architecture, tokenizer), 0)
@@ -92,7 +96,9 @@ def open_shape(prepared: Prepared, options: Options) -> Shape:
 
 
 def weight_dtype(model: ModelConfig, *, trained: bool, precision: str, scratch: bool) -> torch.dtype:
-    """The type weights are held in: as asked, float32 for trained ones, else the type of the arithmetic (the rule of loading)."""
+    """The type weights are held in: as asked, float32 for trained ones, else the type of the arithmetic (the rule of
+    loading).
+    """
     if model.dtype != "auto":
         return DTYPES[model.dtype]
     if trained or scratch or precision == "fp32":
@@ -101,7 +107,9 @@ def weight_dtype(model: ModelConfig, *, trained: bool, precision: str, scratch: 
 
 
 def build(shape: Shape, config: Config, tokenizer: Any, *, dtype: torch.dtype, blocks: int | None = None) -> Any:
-    """The model of that shape on the meta device, with the adapter of `config`; only the first `blocks` blocks when given.
+    """The model of that shape on the meta device, with the adapter of `config`.
+
+    Only the first `blocks` blocks when given.
 
     Raises ModelError for a shape that no model can have, AdapterError for an adapter that does not fit it.
     """
@@ -117,9 +125,19 @@ def build(shape: Shape, config: Config, tokenizer: Any, *, dtype: torch.dtype, b
     with quiet_libraries(), torch.device("meta"), torch.random.fork_rng(devices=[]):
         try:
             model = AutoModelForCausalLM.from_config(wanted, dtype=dtype, trust_remote_code=shape.trust_remote_code)
-        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError) as error:
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            ArithmeticError,
+            RuntimeError,
+            ImportError,
+        ) as error:
             problem = f"the model that its config.json describes cannot be built: {in_one_line(error)}"
-            raise ModelError(problem, where=config.model.name, fix="fetch the file again, or name another model") from error
+            raise ModelError(
+                problem, where=config.model.name, fix="fetch the file again, or name another model"
+            ) from error
         if config.adapter.method != "none":
             model, _ = attach.attach_adapter(model, config.adapter, seed=0, tokenizer=tokenizer)
     return model
@@ -142,7 +160,9 @@ def count(model: Any, config: Config) -> Counted:
     held: Counter[str] = Counter()
     for weight in model.parameters():
         part = "adapter" if weight.requires_grad and config.adapter.method != "none" else "base"
-        held[part] += quantized_bytes(weight.shape, config.model.quantization) if id(weight) in quantized else _bytes(weight)
+        held[part] += (
+            quantized_bytes(weight.shape, config.model.quantization) if id(weight) in quantized else _bytes(weight)
+        )
     held["base"] += sum(_bytes(buffer) for buffer in model.buffers())
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     return Counted(
@@ -167,8 +187,8 @@ def _prepacked_bytes(base: Any) -> int:
 def quantized_bytes(shape: torch.Size, kind: str) -> int:
     """Bytes of one frozen weight in NF4 with double quantization (`4bit`) or in 8 bit, with its scales.
 
-    NF4: half a byte an entry, one byte of scale for 64 entries, four bytes for 256 of those scales, two code tables (arXiv:2305.14314).
-    8 bit: a byte an entry, four bytes a row.
+    NF4: half a byte an entry, one byte of scale for 64 entries, four bytes for 256 of those scales, two code tables
+    (arXiv:2305.14314). 8 bit: a byte an entry, four bytes a row.
 
     >>> quantized_bytes(torch.Size([64, 64]), "4bit"), quantized_bytes(torch.Size([64, 64]), "8bit")
     (3208, 4352)
@@ -208,7 +228,9 @@ def give_stand_ins(model: Any, mode: FakeTensorMode) -> None:
                     if id(tensor) not in made:
                         new = torch.empty(tensor.shape, dtype=tensor.dtype)
                         made[id(tensor)] = (
-                            nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                            nn.Parameter(new, requires_grad=tensor.requires_grad)
+                            if isinstance(tensor, nn.Parameter)
+                            else new
                         )
                     table[name] = made[id(tensor)]
 

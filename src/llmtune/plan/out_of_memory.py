@@ -1,4 +1,6 @@
-"""When memory runs out in the middle of a run: what was asked for, held and planned, and what to change, with the memory planned then."""
+"""When memory runs out in the middle of a run: what was asked for, held and planned, and what to change, with the
+memory planned then.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,20 @@ __all__ = ["asked_bytes", "open_reserve", "out_of_memory"]
 MOST_EDITS = 3
 
 RESERVE_BYTES = 256 << 20
-"""Address space kept for the moment when there is no other: Python itself goes wrong without any. Nothing of it is ever touched."""
+"""Address space kept for the moment when there is no other: Python itself goes wrong without any.
+
+Nothing of it is ever touched.
+"""
 
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?", re.IGNORECASE)
 _UNITS = {None: 1, "bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def open_reserve() -> mmap.mmap | None:
-    """Set `RESERVE_BYTES` of untouched memory aside, to be closed when all other is used up; None where the system gives none."""
+    """Set `RESERVE_BYTES` of untouched memory aside, to be closed when all other is used up.
+
+    None where the system gives none.
+    """
     try:
         return mmap.mmap(-1, RESERVE_BYTES)
     except OSError:
@@ -47,11 +55,14 @@ def asked_bytes(error: BaseException) -> int | None:
     return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
-def out_of_memory(error: BaseException, forecaster: Forecaster, *, doing: str, where: str | None, saved: str | None) -> MachineError:
-    """Turn an error that `models.memory_errors` knows into a refusal with the numbers, and up to three edits with their planned memory.
+def out_of_memory(
+    error: BaseException, forecaster: Forecaster, *, doing: str, where: str | None, saved: str | None
+) -> MachineError:
+    """Turn an error that `models.memory_errors` knows into a refusal with the numbers, and up to three edits with their
+    planned memory.
 
-    doing: `in step 7`, `while the model was loaded`. saved: the newest checkpoint, None where there is none. Lets go of what the
-    failed step held, because looking for edits takes some memory too.
+    doing: `in step 7`, `while the model was loaded`. saved: the newest checkpoint, None where there is none. Lets go of
+    what the failed step held, because looking for edits takes some memory too.
     """
     asked, held = asked_bytes(error), _held_bytes(forecaster)
     traceback.clear_frames(error.__traceback__)  # their local variables are the tensors of the step that failed
@@ -79,14 +90,27 @@ def _limit(forecaster: Forecaster) -> str:
         free, total = torch.cuda.mem_get_info()
         return f"{forecaster.target.name} has {gigabytes(total)}, {gigabytes(free)} of them free now"
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    limited = f" (its address space is limited to {gigabytes(address_space)})" if address_space != resource.RLIM_INFINITY else ""
+    limited = (
+        f" (its address space is limited to {gigabytes(address_space)})"
+        if address_space != resource.RLIM_INFINITY
+        else ""
+    )
     return f"this process could hold {gigabytes(memory_for_us())} here{limited}"
 
 
 def _planned(forecaster: Forecaster) -> str:
     try:
         return f"the plan was {gigabytes(forecaster.memory().peak_bytes)}"
-    except (LlmtuneError, MemoryError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError):
+    except (
+        LlmtuneError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+    ):
         return "there was no plan for this model"
 
 
@@ -94,7 +118,16 @@ def _edits(forecaster: Forecaster) -> list[Change]:
     """Changes that need less, those that keep the result first."""
     try:
         found = changes(forecaster)
-    except (LlmtuneError, MemoryError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError):
+    except (
+        LlmtuneError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+    ):
         return []  # a model without a plan, or no memory left even to plan
     return sorted(found, key=lambda one: not one.overrides.startswith(KEEPING_OVERRIDES))[:MOST_EDITS]
 

@@ -1,4 +1,6 @@
-"""What was traced or measured once, kept in the user's cache folder: one small JSON file each, named by what decides its content."""
+"""What was traced or measured once, kept in the user's cache folder: one small JSON file each, named by what decides
+its content.
+"""
 
 from __future__ import annotations
 

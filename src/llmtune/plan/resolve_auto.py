@@ -1,4 +1,6 @@
-"""What `auto` becomes by the plan: the micro-batch, whether blocks are recomputed, and whether frozen weights are laid out beforehand."""
+"""What `auto` becomes by the plan: the micro-batch, whether blocks are recomputed, and whether frozen weights are laid
+out beforehand.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,19 @@ from llmtune.plan.forecast import Forecaster
 from llmtune.plan.memory import MemoryPlan, gigabytes
 from llmtune.prepare import Prepared
 
-__all__ = ["as_before", "settle", "settle_together"]
+__all__ = ["keep_resolved", "resolve", "resolve_on_all_ranks"]
 
 SEQUENCES = TrainingConfig().batch_size
-"""Sequences of a micro-batch when the config does not say; times `gradient_accumulation_steps` they are the global batch `auto` keeps."""
+"""Sequences of a micro-batch when the config does not say; times `gradient_accumulation_steps` they are the global
+batch `auto` keeps.
+"""
 
 
 Recompute = bool | Literal["offload"]
 LEVELS: tuple[Recompute, ...] = (False, True, "offload")
-"""What `model.gradient_checkpointing: auto` may become, least work first; the last only on a CUDA device, and not with compiled blocks."""
+"""What `model.gradient_checkpointing: auto` may become, least work first; the last only on a CUDA device, and not with
+compiled blocks.
+"""
 
 
 def is_open(config: Config) -> bool:
@@ -33,13 +39,15 @@ def is_open(config: Config) -> bool:
     return "auto" in (config.training.batch_size, config.model.gradient_checkpointing, config.model.weights_prepack)
 
 
-def settle(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
-    """Choose what the config leaves to the plan; the global batch on each device stays as asked for, so the result does too.
+def resolve(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
+    """Choose what the config leaves to the plan.
 
-    `training.batch_size: auto` stands for 8 sequences times `gradient_accumulation_steps`; that product is cut into the largest equal
-    micro-batches that fit. Blocks are recomputed only where nothing fits without, their inputs offloaded only where that is not enough.
-    Frozen weights are laid out for the kernels where there is room for that too and no blocks are recomputed, which is done to save memory.
-    Raises ConfigError where that is asked for and cannot be.
+    The global batch on each device stays as asked for, so the result does too.
+
+    `training.batch_size: auto` stands for 8 sequences times `gradient_accumulation_steps`; that product is cut into the
+    largest equal micro-batches that fit. Blocks are recomputed only where nothing fits without, their inputs offloaded
+    only where that is not enough. Frozen weights are laid out for the kernels where there is room for that too and no
+    blocks are recomputed, which is done to save memory. Raises ConfigError where that is asked for and cannot be.
     """
     asked = forecaster.config
     refusal = cannot_prepack(asked, forecaster.target.kind, COMPUTE[forecaster.precision])
@@ -109,9 +117,12 @@ def _prepacked(config: Config, wanted: bool) -> Config:
     return replace(config, model=replace(config.model, weights_prepack=wanted))
 
 
-def settle_together(forecaster: Forecaster, devices: Devices) -> Prepared:
-    """The run with what is left to the plan chosen; with several processes as the first one chooses, whose memory may differ."""
-    prepared, _ = settle(forecaster)
+def resolve_on_all_ranks(forecaster: Forecaster, devices: Devices) -> Prepared:
+    """The run with what is left to the plan chosen.
+
+    With several processes as the first one chooses, whose memory may differ.
+    """
+    prepared, _ = resolve(forecaster)
     config = prepared.config
     assert isinstance(config.training.batch_size, int)
     recompute = config.model.gradient_checkpointing
@@ -120,11 +131,13 @@ def settle_together(forecaster: Forecaster, devices: Devices) -> Prepared:
     mine = (
         config.training.batch_size, config.training.gradient_accumulation_steps, LEVELS.index(recompute), config.model.weights_prepack
     )  # fmt: skip
-    size, count, level, prepack = (int(one) for one in devices.sum(*(float(one) if devices.is_main else 0.0 for one in mine)))
+    size, count, level, prepack = (
+        int(one) for one in devices.sum(*(float(one) if devices.is_main else 0.0 for one in mine))
+    )
     return replace(prepared, config=_prepacked(variant(config, (size, count), LEVELS[level]), bool(prepack)))
 
 
-def as_before(prepared: Prepared, config: Mapping[str, Any]) -> Prepared:
+def keep_resolved(prepared: Prepared, config: Mapping[str, Any]) -> Prepared:
     """The run with what an earlier process of it chose (its config as plain values), so that going on changes no sum."""
     if not is_open(prepared.config):
         return prepared
@@ -135,13 +148,18 @@ def as_before(prepared: Prepared, config: Mapping[str, Any]) -> Prepared:
     before = config["model"]
     recompute, prepack = asked.model.gradient_checkpointing, asked.model.weights_prepack
     chosen = variant(asked, size, before["gradient_checkpointing"] if recompute == "auto" else recompute)
-    return replace(prepared, config=_prepacked(chosen, before.get("weights_prepack", False) if prepack == "auto" else prepack))
+    return replace(
+        prepared, config=_prepacked(chosen, before.get("weights_prepack", False) if prepack == "auto" else prepack)
+    )
 
 
 def _largest_that_fits(
     forecaster: Forecaster, asked: Config, recompute: Recompute, sizes: list[tuple[int, int]]
 ) -> tuple[Config, MemoryPlan] | None:
-    """Try the largest first, because on a machine with room it is the only one tried; then halve the rest (memory grows with the size)."""
+    """Try the largest first, because on a machine with room it is the only one tried.
+
+    Then halve the rest (memory grows with the size).
+    """
     best = None
     low, high = 0, len(sizes) - 1
     middle = high

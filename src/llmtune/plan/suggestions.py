@@ -1,4 +1,7 @@
-"""What to change where a run does not fit, each change with its predicted effect; and how much more would fit where it does."""
+"""What to change where a run does not fit, each change with its predicted effect.
+
+And how much more would fit where it does.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,12 @@ class Change:
 
 
 def changes(forecaster: Forecaster) -> list[Change]:
-    """Every change that applies and needs less than the run as it is, each by itself; those that keep the result also together.
+    """Every change that applies and needs less than the run as it is, each by itself.
 
-    Together they are named only where that is better still: cutting a step into more micro-batches keeps its gradients in memory longer.
+    Those that keep the result also together.
+
+    Together they are named only where that is better still: cutting a step into more micro-batches keeps its gradients
+    in memory longer.
     """
     now = forecaster.memory().peak_bytes
     config = forecaster.config
@@ -47,14 +53,19 @@ def changes(forecaster: Forecaster) -> list[Change]:
     effects = [Change(text, forecaster.memory(wanted).peak_bytes, False) for text, wanted in tried]
     if len(texts) > 1:
         both = Change(" ".join(texts.values()), forecaster.memory(together).peak_bytes, False)
-        effects += [both] if all(both.peak_bytes < one.peak_bytes for one in effects if one.overrides in texts.values()) else []
+        effects += (
+            [both]
+            if all(both.peak_bytes < one.peak_bytes for one in effects if one.overrides in texts.values())
+            else []
+        )
     return [replace(one, fits=one.peak_bytes <= budget) for one in effects if one.peak_bytes < now]
 
 
 def largest_batch(forecaster: Forecaster, memory: MemoryPlan) -> int | None:
     """The most sequences of a micro-batch that fit, one update a micro-batch; None when not even one does.
 
-    Memory is taken to grow on the straight line through a micro-batch of one sequence and the run's own (or one of two).
+    Memory is taken to grow on the straight line through a micro-batch of one sequence and the run's own (or one of
+    two).
     """
     config = forecaster.config
     budget = forecaster.target.budget_bytes
@@ -95,7 +106,9 @@ def _plain_weights(config: Config, _forecaster: Forecaster) -> tuple[str, Config
 def _recompute(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
     if config.model.recomputes:
         return None
-    return "model.gradient_checkpointing=true", replace(config, model=replace(config.model, gradient_checkpointing=True))
+    return "model.gradient_checkpointing=true", replace(
+        config, model=replace(config.model, gradient_checkpointing=True)
+    )
 
 
 def _offload(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
@@ -105,7 +118,9 @@ def _offload(config: Config, forecaster: Forecaster) -> tuple[str, Config] | Non
     recomputed = replace(config, model=replace(config.model, gradient_checkpointing=True))
     if forecaster.memory(recomputed).peak_bytes <= forecaster.target.budget_bytes:
         return None
-    return "model.gradient_checkpointing=offload", replace(config, model=replace(config.model, gradient_checkpointing="offload"))
+    return "model.gradient_checkpointing=offload", replace(
+        config, model=replace(config.model, gradient_checkpointing="offload")
+    )
 
 
 def _smaller_batch(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
@@ -118,7 +133,11 @@ def _smaller_batch(config: Config, _forecaster: Forecaster) -> tuple[str, Config
 
 
 def _quantize(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
-    if config.adapter.method == "none" or config.model.quantization != "none" or forecaster.prepared.source.kind == "scratch":
+    if (
+        config.adapter.method == "none"
+        or config.model.quantization != "none"
+        or forecaster.prepared.source.kind == "scratch"
+    ):
         return None
     return "model.quantization=4bit", replace(config, model=replace(config.model, quantization="4bit"))
 
@@ -136,7 +155,10 @@ def _small_optimizer(config: Config, _forecaster: Forecaster) -> tuple[str, Conf
 
 
 def _step_in_backward(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
-    """Drop each gradient once its weight has moved; where windows are one micro-batch that leaves one gradient instead of all."""
+    """Drop each gradient once its weight has moved.
+
+    Where windows are one micro-batch that leaves one gradient instead of all.
+    """
     training = config.training
     allowed = forecaster.world_size == 1 and forecaster.precision != "fp16" and not config.tracking.watch
     if training.step_in_backward or config.adapter.method != "none" or not allowed:

@@ -99,13 +99,17 @@ def short_lines(plan: Plan) -> list[str]:
     if memory is None:
         return [f"memory  not planned: {plan.missing}"]
     parts = ", ".join(f"{name} {gigabytes(count)}" for name, count in memory.parts.items() if count)
-    found = [f"memory  {gigabytes(memory.peak_bytes)} planned of {gigabytes(plan.budget_bytes)} on {plan.device} ({parts})"]
+    found = [
+        f"memory  {gigabytes(memory.peak_bytes)} planned of {gigabytes(plan.budget_bytes)} on {plan.device} ({parts})"
+    ]
     if memory.host_bytes:
         found.append(f"host    {gigabytes(memory.host_bytes)} of page-locked memory for the inputs of blocks")
     if not plan.fits:
         found.append("warning: by the plan this does not fit; `llmtune plan` says what to change")
     if plan.seconds is not None:
-        found.append(f"time    {duration(plan.seconds)} planned at the {plan.tokens_per_second:,.0f} tokens/s measured here before")
+        found.append(
+            f"time    {duration(plan.seconds)} planned at the {plan.tokens_per_second:,.0f} tokens/s measured here before"
+        )
     return found
 
 
@@ -124,13 +128,17 @@ def lines(plan: Plan) -> list[str]:
         found.append(f"memory     {gigabytes(memory.peak_bytes)} at most ({memory.moment}); {may}")
         found += [f"  {name:<13}{gigabytes(count):>10}" for name, count in memory.parts.items() if count]
         if memory.host_bytes:
-            found.append(f"  and {gigabytes(memory.host_bytes)} of page-locked memory of the host, for the inputs of blocks")
+            found.append(
+                f"  and {gigabytes(memory.host_bytes)} of page-locked memory of the host, for the inputs of blocks"
+            )
         found.append(f"  largest micro-batch: {memory.batch.tokens:,} tokens in {len(memory.batch.lengths)} rows")
         found.append(f"  {memory.counted.trained:,} of {memory.counted.parameters:,} parameters are trained")
     if plan.largest_batch is not None:
         found.append(f"batch      up to {plan.largest_batch} sequences a micro-batch fit")
     if plan.seconds is not None:
-        found.append(f"time       {duration(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s measured here, without evaluations")
+        found.append(
+            f"time       {duration(plan.seconds)} at {plan.tokens_per_second:,.0f} tokens/s measured here, without evaluations"
+        )
     else:
         found.append("time       not measured for this shape yet; `llmtune plan --measure` runs a few steps")
     if plan.disk is not None:
@@ -139,7 +147,10 @@ def lines(plan: Plan) -> list[str]:
         found.append(f"disk       {plan.disk_problem}")
     if plan.changes:
         found.append("what to change, and the memory planned then:")
-        found += [f"  {gigabytes(one.peak_bytes):>10}  {'fits' if one.fits else '    '}  {one.overrides}" for one in plan.changes]
+        found += [
+            f"  {gigabytes(one.peak_bytes):>10}  {'fits' if one.fits else '    '}  {one.overrides}"
+            for one in plan.changes
+        ]
     return found
 
 
@@ -148,7 +159,9 @@ def compared_lines(plan: Plan, *, steps: int, seconds: float, memory_bytes: int)
     found = [f"steps   {plan.steps.total_steps:,} planned, {steps:,} made"]
     if plan.memory is not None and memory_bytes:
         off = plan.memory.peak_bytes / memory_bytes - 1
-        found.append(f"memory  {gigabytes(plan.memory.peak_bytes)} planned, {gigabytes(memory_bytes)} measured ({off:+.0%})")
+        found.append(
+            f"memory  {gigabytes(plan.memory.peak_bytes)} planned, {gigabytes(memory_bytes)} measured ({off:+.0%})"
+        )
     planned = f"{duration(plan.seconds)} planned, " if plan.seconds is not None else ""
     found.append(f"time    {planned}{duration(seconds)} measured in steps")
     return found

@@ -1,4 +1,6 @@
-"""Checkpoints: everything needed to go on with a run, bit for bit; committed whole (P1), verified before use (P5), without pickle (P4).
+"""Checkpoints: everything needed to go on with a run, bit for bit.
+
+Committed whole (P1), verified before use (P5), without pickle (P4).
 
 checkpoints/step-000100/
     *.safetensors, ...      the weights, written by the caller
@@ -74,14 +76,21 @@ def save_checkpoint(
 ) -> Path:
     """Commit the checkpoint of `step` and return its folder; on return it survives a power loss.
 
-    `write_weights` writes files of its own choice into the folder it is given, `snapshot` becomes one safetensors file for each group and
-    state.json. `manifest_extra` (versions, threads, world_size, digests) goes into the manifest. An older checkpoint of the same step is
-    replaced. Raises MachineError, and then every earlier checkpoint stands untouched.
+    `write_weights` writes files of its own choice into the folder it is given, `snapshot` becomes one safetensors file
+    for each group and state.json. `manifest_extra` (versions, threads, world_size, digests) goes into the manifest. An
+    older checkpoint of the same step is replaced. Raises MachineError, and then every earlier checkpoint stands
+    untouched.
     """
     durable.make_folder(run.checkpoints)
     target = run.checkpoints / checkpoint_name(step)
     reserved = {durable.MANIFEST, STATE_FILE, *(f"{group}.safetensors" for group in snapshot.tensors)}
-    manifest = {**(manifest_extra or {}), "format": _FORMAT, "step": step, "run_id": run.run_id, "groups": sorted(snapshot.tensors)}
+    manifest = {
+        **(manifest_extra or {}),
+        "format": _FORMAT,
+        "step": step,
+        "run_id": run.run_id,
+        "groups": sorted(snapshot.tensors),
+    }
     with durable.commit_folder(target, manifest=manifest) as staging:
         write_weights(staging)
         taken = reserved & {one.name for one in staging.iterdir()}
@@ -93,7 +102,10 @@ def save_checkpoint(
 
 
 def save_folder(target: Path, write: Callable[[Path], None], manifest_extra: Mapping[str, Any] | None = None) -> Path:
-    """Commit what `write` puts into the folder it is given as `target` (best/, final/), replacing it whole. Raises MachineError."""
+    """Commit what `write` puts into the folder it is given as `target` (best/, final/), replacing it whole.
+
+    Raises MachineError.
+    """
     durable.make_folder(target.parent)
     with durable.commit_folder(target, manifest=manifest_extra) as staging:
         write(staging)
@@ -101,11 +113,18 @@ def save_folder(target: Path, write: Callable[[Path], None], manifest_extra: Map
 
 
 def all_checkpoints(run: RunFolder) -> list[CheckpointFolder]:
-    """Return the run's checkpoints by step, the newest last, valid or not; times of files play no part. Raises MachineError."""
+    """Return the run's checkpoints by step, the newest last, valid or not; times of files play no part.
+
+    Raises MachineError.
+    """
     if not run.checkpoints.is_dir():
         return []
-    with durable.asking_the_system("list", run.checkpoints):
-        found = [CheckpointFolder(int(match[1]), one) for one in run.checkpoints.iterdir() if (match := _NAME.fullmatch(one.name))]
+    with durable.translate_os_errors("list", run.checkpoints):
+        found = [
+            CheckpointFolder(int(match[1]), one)
+            for one in run.checkpoints.iterdir()
+            if (match := _NAME.fullmatch(one.name))
+        ]
     return sorted(found)
 
 
@@ -113,15 +132,19 @@ def checkpoint_of(run: RunFolder, step: int) -> CheckpointFolder:
     """Return the checkpoint of `step`. Raises CheckpointError, which says which steps there are."""
     steps = [one.step for one in all_checkpoints(run)]
     if step not in steps:
-        raise CheckpointError(f"no checkpoint of step {step}", durable.printable(run.checkpoints), f"choose one of: {steps}")
+        raise CheckpointError(
+            f"no checkpoint of step {step}", durable.printable(run.checkpoints), f"choose one of: {steps}"
+        )
     return CheckpointFolder(step, run.checkpoints / checkpoint_name(step))
 
 
 def verify(checkpoint: CheckpointFolder, *, run_id: str | None = None, past_cache: bool = False) -> list[Problem]:
-    """Re-read every byte of a checkpoint and return what is wrong with it; an empty list means it is what was saved (P5).
+    """Re-read every byte of a checkpoint and return what is wrong with it.
 
-    Besides every change of a file, a whole checkpoint in another one's place is found: by its step, and by `run_id`. `past_cache` asks
-    for what the disk holds, not what the system remembers of it.
+    An empty list means it is what was saved (P5).
+
+    Besides every change of a file, a whole checkpoint in another one's place is found: by its step, and by `run_id`.
+    `past_cache` asks for what the disk holds, not what the system remembers of it.
     """
     problems = durable.verify_manifest(checkpoint.path, past_cache=past_cache)
     if problems:
@@ -138,16 +161,22 @@ def verify(checkpoint: CheckpointFolder, *, run_id: str | None = None, past_cach
         problems.append(Problem("this checkpoint belongs to another run", where, fix))
     if manifest.get("format") != _FORMAT:
         problems.append(
-            Problem(f"checkpoint format {manifest.get('format')!r}; this version reads {_FORMAT}", where, "use the version that wrote it")
+            Problem(
+                f"checkpoint format {manifest.get('format')!r}; this version reads {_FORMAT}",
+                where,
+                "use the version that wrote it",
+            )
         )
     return problems
 
 
 def newest_valid(run: RunFolder) -> tuple[CheckpointFolder | None, list[Problem]]:
-    """Return the valid checkpoint with the highest step, and what was wrong with newer ones, which are set aside as `NAME.damaged`.
+    """Return the valid checkpoint with the highest step, and what was wrong with newer ones, which are set aside as
+    `NAME.damaged`.
 
-    None, and no problems, mean that the run has never saved. Raises CheckpointError (exit 5) when there are checkpoints and none is
-    valid; nothing is renamed or deleted then. A checkpoint that cannot be set aside (a read-only disk) is reported all the same.
+    None, and no problems, mean that the run has never saved. Raises CheckpointError (exit 5) when there are checkpoints
+    and none is valid; nothing is renamed or deleted then. A checkpoint that cannot be set aside (a read-only disk) is
+    reported all the same.
     """
     problems: list[Problem] = []
     bad: list[CheckpointFolder] = []
@@ -157,7 +186,9 @@ def newest_valid(run: RunFolder) -> tuple[CheckpointFolder | None, list[Problem]
             return checkpoint, [*problems, *_set_aside(bad)]
         problems += found
         bad.append(checkpoint)
-    damaged = sorted(one.name for one in run.checkpoints.glob(f"step-*{DAMAGED_SUFFIX}*")) if run.checkpoints.is_dir() else []
+    damaged = (
+        sorted(one.name for one in run.checkpoints.glob(f"step-*{DAMAGED_SUFFIX}*")) if run.checkpoints.is_dir() else []
+    )
     problems += [Problem("set aside earlier", durable.printable(run.checkpoints / name)) for name in damaged]
     if not problems:
         return None, []
@@ -189,14 +220,16 @@ def _aside_names(path: Path) -> Iterator[Path]:
 
 
 def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
-    """Read the snapshot of a verified checkpoint; each file's digest is compared with the manifest once more while it is read.
+    """Read the snapshot of a verified checkpoint.
+
+    Each file's digest is compared with the manifest once more while it is read.
 
     Raises CheckpointError when anything differs from what was saved, MachineError when it cannot be read.
     """
     from llmtune.engine.state import Snapshot
 
     where = durable.printable(checkpoint.path)
-    with durable.asking_the_system("read", checkpoint.path):
+    with durable.translate_os_errors("read", checkpoint.path):
         try:
             manifest = durable.read_manifest(checkpoint.path)
             groups = {group: f"{group}.safetensors" for group in manifest["groups"]}
@@ -205,16 +238,23 @@ def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"not a checkpoint: {error}", where, "use another checkpoint") from error
     if not durable.has_digest(raw, digests[STATE_FILE]):
-        raise CheckpointError("state.json was changed: its sha256 does not fit the manifest", where, "use another checkpoint")
-    tensors = {group: durable.read_tensors(checkpoint.path / name, sha256=digests[name])[0] for group, name in groups.items()}
+        raise CheckpointError(
+            "state.json was changed: its sha256 does not fit the manifest", where, "use another checkpoint"
+        )
+    tensors = {
+        group: durable.read_tensors(checkpoint.path / name, sha256=digests[name])[0] for group, name in groups.items()
+    }
     return LoadedCheckpoint(checkpoint.step, checkpoint.path, Snapshot(tensors, json.loads(raw)), manifest)
 
 
 def delete_old_checkpoints(run: RunFolder, keep_last: int, *, protected_steps: Collection[int] = ()) -> list[str]:
-    """Delete all but the `keep_last` checkpoints of the highest steps and those of `protected_steps`; return warnings, one line each.
+    """Delete all but the `keep_last` checkpoints of the highest steps and those of `protected_steps`.
 
-    `keep_last` 0 keeps all. Nothing is deleted before the newest checkpoint has been re-read from the disk and found whole; a damaged one
-    does not count among the kept. What cannot be deleted is a warning, never an error. Never by time: a clock set back changes nothing.
+    Return warnings, one line each.
+
+    `keep_last` 0 keeps all. Nothing is deleted before the newest checkpoint has been re-read from the disk and found
+    whole; a damaged one does not count among the kept. What cannot be deleted is a warning, never an error. Never by
+    time: a clock set back changes nothing.
     """
     if keep_last == 0:
         return []
@@ -225,7 +265,9 @@ def delete_old_checkpoints(run: RunFolder, keep_last: int, *, protected_steps: C
     newest = found[-1]
     problems = verify(newest, run_id=run.run_id, past_cache=True)
     if problems:
-        return [f"kept {len(doomed)} older checkpoints, because the newest one is damaged: {problems[0].problem} ({newest.path.name})"]
+        return [
+            f"kept {len(doomed)} older checkpoints, because the newest one is damaged: {problems[0].problem} ({newest.path.name})"
+        ]
     warnings = []
     for one in doomed:
         try:

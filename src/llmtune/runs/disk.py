@@ -34,10 +34,13 @@ class DiskForecast(NamedTuple):
 
 
 def free_bytes_at(folder: Path | str) -> int:
-    """Return the bytes this user may still write on the disk of `folder`, which need not exist yet. Raises MachineError."""
+    """Return the bytes this user may still write on the disk of `folder`, which need not exist yet.
+
+    Raises MachineError.
+    """
     folder = Path(folder).absolute()
     nearest = next(one for one in (folder, *folder.parents) if one.exists())
-    with durable.asking_the_system("ask for the free space of", nearest):
+    with durable.translate_os_errors("ask for the free space of", nearest):
         status = os.statvfs(nearest)
     return status.f_bavail * status.f_frsize
 
@@ -55,9 +58,9 @@ def forecast_disk(
 ) -> DiskForecast:
     """Say what the run will need on the disk of `folder`, and refuse to begin when that is not there.
 
-    At the worst moment there are the kept checkpoints and the one being written (`keep_last` + 1, or all `saves` when 0), the best model
-    twice (while it is replaced) and the final one. `existing_bytes` of the run itself count as free. Raises MachineError with the numbers
-    and what to change.
+    At the worst moment there are the kept checkpoints and the one being written (`keep_last` + 1, or all `saves` when
+    0), the best model twice (while it is replaced) and the final one. `existing_bytes` of the run itself count as free.
+    Raises MachineError with the numbers and what to change.
     """
     kept = saves if keep_last == 0 else min(saves, keep_last + 1)
     parts = {
@@ -104,8 +107,8 @@ class SaveAttempts:
     def save(self, save: Callable[[], _T], *, what: str = "checkpoint") -> _T | None:
         """Call `save` and return its result, or None when the machine refused every attempt (`failure` says why).
 
-        Only what a disk may recover from is tried again or passed over (full, input/output error, read-only); any other error is raised.
-        A later success makes up only for failures of the same `what`.
+        Only what a disk may recover from is tried again or passed over (full, input/output error, read-only); any other
+        error is raised. A later success makes up only for failures of the same `what`.
         """
         for _ in range(self._attempts):
             try:
@@ -131,6 +134,9 @@ class SaveAttempts:
         """Raise one MachineError (exit 6) for every kind of save whose last attempt failed."""
         if self._failures:
             raise MachineError.all(
-                Problem(f"the last save of the {what} failed, {one.problems[0].problem}; the one before it stands", *one.problems[0][1:])
+                Problem(
+                    f"the last save of the {what} failed, {one.problems[0].problem}; the one before it stands",
+                    *one.problems[0][1:],
+                )
                 for what, one in self._failures.items()
             ) from next(iter(self._failures.values()))

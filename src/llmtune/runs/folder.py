@@ -61,9 +61,9 @@ class RunFolder:
         read_run_file(path)  # before a lock file is made in a folder that is no run
         lock = _lock(path)
         try:
-            swept = durable.sweep_litter(path, everything=True)
+            swept = durable.remove_leftovers(path, everything=True)
             if (path / "checkpoints").is_dir():
-                swept += durable.sweep_litter(path / "checkpoints", everything=True)
+                swept += durable.remove_leftovers(path / "checkpoints", everything=True)
             return cls(path, lock, swept=tuple(swept))
         except BaseException:
             lock.release()
@@ -107,7 +107,9 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -124,16 +126,17 @@ def create_run(
 ) -> RunFolder:
     """Make the folder of a new run under `output_dir`, with its run.json, and lock it.
 
-    When the name is taken the run is called NAME-2, NAME-3 and so on; several processes may do this at once. `identity` goes into
-    run.json, its secrets hidden; `fill` writes what else a run must have from its first moment (its config). The folder appears under its
-    name whole or not at all. Raises UsageError for a name that cannot be one, MachineError.
+    When the name is taken the run is called NAME-2, NAME-3 and so on; several processes may do this at once. `identity`
+    goes into run.json, its secrets hidden; `fill` writes what else a run must have from its first moment (its config).
+    The folder appears under its name whole or not at all. Raises UsageError for a name that cannot be one,
+    MachineError.
     """
     checked_name(name)
     output_dir = Path(output_dir).absolute()
     durable.make_folder(output_dir)
     swept: list[str] = []
     with contextlib.suppress(MachineError):  # another user's litter is not in the way
-        swept = durable.sweep_litter(output_dir)
+        swept = durable.remove_leftovers(output_dir)
     for number in range(1, _MOST_SUFFIXES):
         path = output_dir / (name if number == 1 else f"{name}-{number}")
         if os.path.lexists(path):
@@ -156,19 +159,25 @@ def create_run(
         except BaseException as error:
             if lock is not None:
                 lock.release()
-            if isinstance(error, MachineError) and durable.errno_of(error) in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            if isinstance(error, MachineError) and durable.errno_of(error) in (
+                errno.EEXIST,
+                errno.ENOTEMPTY,
+                errno.ENOTDIR,
+            ):
                 continue  # another process took the name in this moment
             raise
         assert lock is not None
         return RunFolder(path, lock, swept=tuple(swept))
-    raise UsageError(f"{_MOST_SUFFIXES} runs are called {name!r}", durable.printable(output_dir), "choose another run.name")
+    raise UsageError(
+        f"{_MOST_SUFFIXES} runs are called {name!r}", durable.printable(output_dir), "choose another run.name"
+    )
 
 
 def checked_name(name: str) -> str:
     """Return `name` if it can be the name of a run's folder; raises UsageError that says why it cannot.
 
-    Anything that is only a name is one, whatever a shell would make of it. What could leave the output folder, hide, or disturb a
-    terminal is refused.
+    Anything that is only a name is one, whatever a shell would make of it. What could leave the output folder, hide, or
+    disturb a terminal is refused.
 
     >>> checked_name("a; touch x $(id) && '`")
     "a; touch x $(id) && '`"
@@ -180,24 +189,30 @@ def checked_name(name: str) -> str:
         "it starts with a dash": name.startswith("-"),
         "it starts or ends with a space": name != name.strip(),
         "it contains a control character": any(_disturbs_a_terminal(char) for char in name),
-        f"it is longer than {_LONGEST_NAME_BYTES} bytes": len(name.encode("utf-8", "surrogatepass")) > _LONGEST_NAME_BYTES,
+        f"it is longer than {_LONGEST_NAME_BYTES} bytes": len(name.encode("utf-8", "surrogatepass"))
+        > _LONGEST_NAME_BYTES,
     }
     for reason, applies in reasons.items():
         if applies:
             shown = durable.printable(name if len(name) <= 80 else f"{name[:77]}...")
             raise UsageError(
-                f"`{shown}` cannot be the name of a run: {reason}", where="run.name", fix="choose a plain name, such as my-run-1"
+                f"`{shown}` cannot be the name of a run: {reason}",
+                where="run.name",
+                fix="choose a plain name, such as my-run-1",
             )
     return name
 
 
 def _disturbs_a_terminal(char: str) -> bool:
-    """Say whether `char` is a control, a direction mark, half a surrogate pair or a line separator (an emoji's joiner is none of these)."""
+    """Say whether `char` is a control, a direction mark, half a surrogate pair or a line separator (an emoji's joiner
+    is none of these).
+    """
     return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char != "\u200d"
 
 
 def clean_name_part(text: str) -> str:
-    """Return `text` (a model id, a config's name) as a part of a run's name: the last part of a path, without what a name may not have.
+    """Return `text` (a model id, a config's name) as a part of a run's name: the last part of a path, without what a
+    name may not have.
 
     >>> clean_name_part("HuggingFaceTB/SmolLM2-135M-Instruct")
     'SmolLM2-135M-Instruct'
@@ -213,12 +228,14 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     fix = "give the folder of a run, or its name; `llmtune runs` lists them"
     if not path.is_file():
         raise CheckpointError("no run here: run.json is missing", where=durable.printable(folder), fix=fix)
-    with durable.asking_the_system("read", path):
+    with durable.translate_os_errors("read", path):
         raw = path.read_bytes()
     try:
         info = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"run.json is not JSON: {error}", durable.printable(path), "restore it from a backup") from error
+        raise CheckpointError(
+            f"run.json is not JSON: {error}", durable.printable(path), "restore it from a backup"
+        ) from error
     if (
         not isinstance(info, dict)
         or not isinstance(info.get("run_id"), str)
@@ -250,7 +267,7 @@ def list_runs(output_dir: Path | str) -> list[RunSummary]:
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
         return []
-    with durable.asking_the_system("list", output_dir):
+    with durable.translate_os_errors("list", output_dir):
         folders = [one for one in output_dir.iterdir() if not one.name.startswith(".") and (one / RUN_FILE).is_file()]
     runs = []
     for folder in folders:
@@ -278,9 +295,14 @@ def _summary(folder: Path, info: dict[str, Any]) -> RunSummary:
 
 
 def find_newest_unfinished(output_dir: Path | str) -> Path:
-    """Return the folder of the run made last among those that can go on and that no process has. Raises CheckpointError."""
+    """Return the folder of the run made last among those that can go on and that no process has.
+
+    Raises CheckpointError.
+    """
     unfinished = [
-        run for run in list_runs(output_dir) if run.state in (*RESUMABLE, "interrupted") and not durable.is_locked(run.path / LOCK_FILE)
+        run
+        for run in list_runs(output_dir)
+        if run.state in (*RESUMABLE, "interrupted") and not durable.is_locked(run.path / LOCK_FILE)
     ]
     if not unfinished:
         raise CheckpointError(
@@ -292,7 +314,9 @@ def find_newest_unfinished(output_dir: Path | str) -> Path:
 
 
 def resolve_run(run: str | None, output_dir: Path | str) -> Path:
-    """Return the folder meant by RUN: a folder, a name in `output_dir`, or nothing for the newest unfinished run (or CheckpointError)."""
+    """Return the folder meant by RUN: a folder, a name in `output_dir`, or nothing for the newest unfinished run (or
+    CheckpointError).
+    """
     if run is None:
         return find_newest_unfinished(output_dir)
     for candidate in (Path(run), Path(output_dir) / run):
@@ -300,7 +324,9 @@ def resolve_run(run: str | None, output_dir: Path | str) -> Path:
             return candidate.absolute()
     names = [one.name for one in list_runs(output_dir)]
     shown = f"the runs there: {', '.join(names[-5:])}" if names else "there are no runs there"
-    raise CheckpointError(f"no run `{durable.printable(run)}`, neither as a folder nor in {durable.printable(output_dir)}", fix=shown)
+    raise CheckpointError(
+        f"no run `{durable.printable(run)}`, neither as a folder nor in {durable.printable(output_dir)}", fix=shown
+    )
 
 
 CONFIG_FILE = "config.yaml"

@@ -17,7 +17,18 @@ from llmtune.runs.secrets import redacted_command
 
 __all__ = ["Difference", "Effect", "compare", "describe_machine", "refuse_changes"]
 
-LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes", "accelerate", "datasets", "numpy", "llmtune")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "llmtune",
+)
 
 
 class Effect(IntEnum):
@@ -53,7 +64,8 @@ def _short(value: Any) -> str:
 GLOBAL_BATCH = "global_batch_size"
 _CUTS_OF_A_STEP = ("world_size", "config.training.batch_size", "config.training.gradient_accumulation_steps")
 
-# The first pattern that fits a key decides; a key without one needs the user's word, so that a new key is never passed over.
+# The first pattern that fits a key decides; a key without one needs the user's word, so that a new key is never passed
+# over.
 EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("run_id", Effect.SHAPES),
     ("digests.tokenizer", Effect.SHAPES),
@@ -116,9 +128,9 @@ def effect_of(key: str) -> Effect:
 def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
     """Return every key in which two identities differ, the gravest first.
 
-    Identities are nested dicts with `digests`, `versions`, `threads`, `world_size`, `device`, `config` and so on; a key that only one of
-    them has counts as None in the other. Of `config.data.train_on` and the like only exact keys are compared, so lists count as one
-    value.
+    Identities are nested dicts with `digests`, `versions`, `threads`, `world_size`, `device`, `config` and so on; a key
+    that only one of them has counts as None in the other. Of `config.data.train_on` and the like only exact keys are
+    compared, so lists count as one value.
     """
     flat_was, flat_now = dict(_flat(was)), dict(_flat(now))
     is_elastic = GLOBAL_BATCH in flat_was and GLOBAL_BATCH in flat_now
@@ -144,8 +156,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, Any
 def refuse_changes(differences: Sequence[Difference], *, where: str, allow_changes: bool = False) -> list[Difference]:
     """Return the differences a run can go on with, to be said before the first step.
 
-    Raises CheckpointError with every change that makes the checkpoint unusable, and, unless `allow_changes`, every one that would make it
-    another training from here on.
+    Raises CheckpointError with every change that makes the checkpoint unusable, and, unless `allow_changes`, every one
+    that would make it another training from here on.
     """
     grave = [one for one in differences if one.effect is Effect.SHAPES]
     if grave:
@@ -159,12 +171,16 @@ def refuse_changes(differences: Sequence[Difference], *, where: str, allow_chang
 
 
 def describe_machine(command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return the part of a run's identity that the machine gives: versions, platform, processor, git revision, the command without secrets.
+    """Return the part of a run's identity that the machine gives: versions, platform, processor, git revision, the
+    command without secrets.
 
     The rest (threads, devices, digests) is added by those who know it. Nothing is imported for the versions.
     """
     return {
-        "versions": {"python": platform.python_version(), **{name: found for name in LIBRARIES if (found := _version(name))}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: found for name in LIBRARIES if (found := _version(name))},
+        },
         "platform": platform.platform(),
         "processor": _processor(),
         "git_revision": git_revision(Path.cwd()),
@@ -194,7 +210,8 @@ def _processor() -> str:
 def git_revision(folder: Path) -> str | None:
     """Return the commit checked out in `folder` or above it, None outside a repository.
 
-    The repository's files are read; git itself is not run, because a repository's settings can name programs that git then starts.
+    The repository's files are read; git itself is not run, because a repository's settings can name programs that git
+    then starts.
     """
     try:
         top = next((one for one in (folder, *folder.parents) if (one / ".git").exists()), None)

@@ -17,7 +17,8 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 # What well-known services hand out; each is recognised wherever it stands.
-# `task-...` and `sk-wikipedia-...` are names, so a key must not go on to the left and must hold a long run of letters and digits.
+# `task-...` and `sk-wikipedia-...` are names, so a key must not go on to the left and must hold a long run of letters
+# and digits.
 _SECRET_SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{16,}|[a-z]{30,})|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|sk-(?=[\w-]*\d)(?=[\w-]*[A-Za-z0-9]{16})[\w-]{20,}|xox[abprs]-(?=[\w-]*\d)[\w-]{10,}|AKIA[A-Z0-9]{16}|wandb_v1_\w{20,})"
@@ -29,8 +30,15 @@ _LEAST_TURNS = 4
 
 
 def _environment_secrets(environ: Mapping[str, str]) -> list[str]:
-    """The values of variables with a secret's name, the longest first; not what is a plain word, a number, a place or a control token."""
-    values = {value for name, value in environ.items() if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_HIDDEN_CHARACTERS}
+    """The values of variables with a secret's name, the longest first.
+
+    Not what is a plain word, a number, a place or a control token.
+    """
+    values = {
+        value
+        for name, value in environ.items()
+        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_HIDDEN_CHARACTERS
+    }
     return sorted((value for value in values if not _is_ordinary(value)), key=lambda value: (-len(value), value))
 
 
@@ -41,7 +49,8 @@ def _is_ordinary(value: str) -> bool:
 
 
 def _is_sure(secret: str) -> bool:
-    """Whether nobody would choose this as a name: long, and letters and digits take turns within its words, as chance makes them.
+    """Whether nobody would choose this as a name: long, and letters and digits take turns within its words, as chance
+    makes them.
 
     >>> _is_sure("canary5ecret0wandb0key"), _is_sure("Meta-Llama-3.1-8B-Instruct")
     (True, False)
@@ -53,8 +62,9 @@ def _is_sure(secret: str) -> bool:
 def redacted(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
     """Return a copy of a JSON-like value in which every secret is replaced by `***`.
 
-    Secrets are: what stands under a name such as `api_key` or `token`; anything in the shape of a well-known service's key; a name and
-    password in a URL; the value of an environment variable with such a name, unless it is a plain word, a number, a place or `<...>`.
+    Secrets are: what stands under a name such as `api_key` or `token`; anything in the shape of a well-known service's
+    key; a name and password in a URL; the value of an environment variable with such a name, unless it is a plain word,
+    a number, a place or `<...>`.
 
     >>> redacted({"token": "abc", "max_new_tokens": 8, "url": "https://me:pw@host/x"}, environ={})
     {'token': '***', 'max_new_tokens': 8, 'url': 'https://***@host/x'}
@@ -63,10 +73,11 @@ def redacted(value: Any, *, environ: Mapping[str, str] | None = None) -> Any:
 
 
 def find_secrets(values: Mapping[str, Any], *, environ: Mapping[str, str] | None = None) -> list[str]:
-    """The keys whose value holds something in the shape of a well-known service's key, or a random value of a secret environment variable.
+    """The keys whose value holds something in the shape of a well-known service's key, or a random value of a secret
+    environment variable.
 
-    Stricter than `redacted`, for a run is refused for it: a password that could be a name (`training-run-7`) is hidden, not refused; and
-    the name a value stands under does not matter.
+    Stricter than `redacted`, for a run is refused for it: a password that could be a name (`training-run-7`) is hidden,
+    not refused; and the name a value stands under does not matter.
 
     >>> find_secrets({"notes": "hf_abcdefghijklmnop4567", "tags": ["a", 3]}, environ={})
     ['notes']
@@ -84,7 +95,9 @@ def _redacted(value: Any, known: Sequence[str]) -> Any:
     if isinstance(value, str):
         for secret in known:
             if secret in value:
-                whole = re.escape(secret) if _is_sure(secret) else rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])"
+                whole = (
+                    re.escape(secret) if _is_sure(secret) else rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])"
+                )
                 value = re.sub(whole, HIDDEN, value)
         return _SECRET_SHAPES.sub(HIDDEN, value)
     return value

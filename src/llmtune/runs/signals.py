@@ -18,7 +18,8 @@ __all__ = ["SIGNALS", "StopRequest", "ending_in_order", "held_back"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-# A launcher passes on a signal that the scheduler also sends to each process itself: two within this time are one request.
+# A launcher passes on a signal that the scheduler also sends to each process itself: two within this time are one
+# request.
 _ONE_REQUEST_S = 0.25
 _SHOW_CURSOR = b"\x1b[?25h\x1b[0m"
 
@@ -26,10 +27,10 @@ _SHOW_CURSOR = b"\x1b[?25h\x1b[0m"
 class StopRequest:
     """A context in which SIGTERM, SIGINT, SIGHUP and SIGUSR1 become a request that the pipeline reads between steps.
 
-    The first one is noted and announced. A second one ends the process at once with 128 + its number: commits are atomic, so nothing is
-    half there. SIGHUP never counts as the second, because a closing terminal sends it more than once, and where it was ignored from the
-    start (`nohup`) it stays ignored. Outside the main thread nothing is installed (Python allows signal handlers only there) and
-    `request` is the only way to ask.
+    The first one is noted and announced. A second one ends the process at once with 128 + its number: commits are
+    atomic, so nothing is half there. SIGHUP never counts as the second, because a closing terminal sends it more than
+    once, and where it was ignored from the start (`nohup`) it stays ignored. Outside the main thread nothing is
+    installed (Python allows signal handlers only there) and `request` is the only way to ask.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,9 @@ class StopRequest:
             self._previous = {one: signal.signal(one, self._handle) for one in SIGNALS if not _is_of_no_concern(one)}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for one, handler in self._previous.items():
             signal.signal(one, handler if handler is not None else signal.SIG_DFL)
         self._previous = {}
@@ -62,7 +65,8 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """While the body runs there is nothing to save (loading, preparing data): a signal raises StoppedBySignal there and then.
+        """While the body runs there is nothing to save (loading, preparing data): a signal raises StoppedBySignal there
+        and then.
 
         A request made before the body raises at its start.
         """
@@ -83,7 +87,9 @@ class StopRequest:
         """Return the error with which a run ends that was asked to stop."""
         number = self.signal_number or int(signal.SIGTERM)
         what = saved or "there was nothing to save yet"
-        return StoppedBySignal(number, f"stopped by {_name(number)}: {what}", fix="`llmtune resume` goes on" if saved else None)
+        return StoppedBySignal(
+            number, f"stopped by {_name(number)}: {what}", fix="`llmtune resume` goes on" if saved else None
+        )
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
@@ -91,7 +97,7 @@ class StopRequest:
             self.request(number)
             if self._may_interrupt:
                 raise self.error()
-            _say(f"\nllmtune: {_name(number)}: finishing this step and saving; once more to leave at once\n")
+            _print_line(f"\nllmtune: {_name(number)}: finishing this step and saving; once more to leave at once\n")
         elif number != signal.SIGHUP and time.monotonic() - self._asked_at_s >= _ONE_REQUEST_S:
             leave_at_once(number)
 
@@ -103,9 +109,11 @@ def _is_of_no_concern(number: signal.Signals) -> bool:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """While the body runs, signals wait: for a library's own start, which an exception in the middle of its C++ would abort.
+    """While the body runs, signals wait: for a library's own start, which an exception in the middle of its C++ would
+    abort.
 
-    The first one acts at the end. Not by the thread's mask, for a signal to a process goes to whichever thread lets it through.
+    The first one acts at the end. Not by the thread's mask, for a signal to a process goes to whichever thread lets it
+    through.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python handles signals in the main thread only
@@ -133,10 +141,12 @@ def _handled_by(handler: Callable[[int, FrameType | None], None], numbers: Seque
 
 @contextlib.contextmanager
 def ending_in_order() -> Iterator[None]:
-    """While the body runs, SIGTERM, SIGHUP and SIGUSR1 raise StoppedBySignal, so that what was begun is cleared away; a second one kills.
+    """While the body runs, SIGTERM, SIGHUP and SIGUSR1 raise StoppedBySignal, so that what was begun is cleared away.
 
-    For everything that has no step to finish: a merge, a report, the imports before a training, which then has its own StopRequest.
-    SIGINT stays Python's KeyboardInterrupt. Nothing happens outside the main thread.
+    A second one kills.
+
+    For everything that has no step to finish: a merge, a report, the imports before a training, which then has its own
+    StopRequest. SIGINT stays Python's KeyboardInterrupt. Nothing happens outside the main thread.
     """
     asked: list[StoppedBySignal] = []
 
@@ -157,16 +167,22 @@ def ending_in_order() -> Iterator[None]:
 
 
 def leave_at_once(number: int) -> None:
-    """End this process now with exit code 128 + `number`, the terminal's cursor back in place; nothing is saved, nothing is flushed."""
+    """End this process now with exit code 128 + `number`, the terminal's cursor back in place.
+
+    Nothing is saved, nothing is flushed.
+    """
     with contextlib.suppress(OSError):
         if os.isatty(2):
             os.write(2, _SHOW_CURSOR)
-    _say(f"\nllmtune: {_name(number)} again: left at once; the last checkpoint stands\n")
+    _print_line(f"\nllmtune: {_name(number)} again: left at once; the last checkpoint stands\n")
     os._exit(128 + number)
 
 
-def _say(text: str) -> None:
-    """Write to standard error past Python's buffers, which the interrupted code may be holding; a closed terminal is no reason to fail."""
+def _print_line(text: str) -> None:
+    """Write to standard error past Python's buffers, which the interrupted code may be holding.
+
+    A closed terminal is no reason to fail.
+    """
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             os.write(2, text.encode())

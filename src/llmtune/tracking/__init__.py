@@ -5,4 +5,14 @@ from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import LaneReport, TrackerQueue
 from llmtune.tracking.tracker import Histogram, RunInfo, Tracker
 
-__all__ = ["TRACKERS", "Histogram", "LaneReport", "RunInfo", "RunRecord", "Tracker", "TrackerQueue", "choose_trackers", "keeps_record"]
+__all__ = [
+    "TRACKERS",
+    "Histogram",
+    "LaneReport",
+    "RunInfo",
+    "RunRecord",
+    "Tracker",
+    "TrackerQueue",
+    "choose_trackers",
+    "keeps_record",
+]

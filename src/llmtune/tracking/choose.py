@@ -36,20 +36,28 @@ def choose_trackers(
 ) -> tuple[list[Tracker], list[Decision]]:
     """Return the trackers that stand behind the queue, and what was decided on the way.
 
-    explicit: the user asked for `tracking.trackers`; then one that cannot be had is refused, otherwise it is left out and that is said.
+    explicit: the user asked for `tracking.trackers`; then one that cannot be had is refused, otherwise it is left out
+    and that is said.
 
-    Raises ConfigError for a name that is no tracker, MachineError for a package that is asked for and not installed; all of them at once.
+    Raises ConfigError for a name that is no tracker, MachineError for a package that is asked for and not installed;
+    all of them at once.
     """
     unknown = [name for name in config.trackers if name not in TRACKERS]
     if unknown:
         known = ", ".join(TRACKERS)
-        raise ConfigError.all(Problem(f"unknown tracker `{name}`", "tracking.trackers", f"use one of {known}") for name in unknown)
+        raise ConfigError.all(
+            Problem(f"unknown tracker `{name}`", "tracking.trackers", f"use one of {known}") for name in unknown
+        )
     missing = [name for name in dict.fromkeys(config.trackers) if not _is_installed(TRACKERS[name])]
     if missing and explicit:
         raise MachineError.all(
-            Problem(f"tracker `{name}` is not installed", "tracking.trackers", _how_to_install(name)) for name in missing
+            Problem(f"tracker `{name}` is not installed", "tracking.trackers", _how_to_install(name))
+            for name in missing
         )
-    decisions = [Decision("tracking.trackers", f"without {name}", f"it is not installed; {_how_to_install(name)}") for name in missing]
+    decisions = [
+        Decision("tracking.trackers", f"without {name}", f"it is not installed; {_how_to_install(name)}")
+        for name in missing
+    ]
     config, project = _with_project(config, environ)
     wanted = [name for name in dict.fromkeys(config.trackers) if name not in missing]
     made = [TRACKERS[name].make(config) for name in wanted]
@@ -84,7 +92,9 @@ TRACKERS: dict[str, TrackerKind] = {
     "jsonl": TrackerKind(lambda _: None),
     "tensorboard": TrackerKind(lambda _: TensorBoardTracker(), package="tensorboard", extra="tensorboard"),
     "wandb": TrackerKind(
-        lambda config: WandbTracker(config.project, tags=config.tags, mode=config.wandb_mode), package="wandb", extra="wandb"
+        lambda config: WandbTracker(config.project, tags=config.tags, mode=config.wandb_mode),
+        package="wandb",
+        extra="wandb",
     ),
 }
 """Name in `tracking.trackers` -> how to make it. A new tracker is one row here."""

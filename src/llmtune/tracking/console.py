@@ -1,7 +1,8 @@
 """The terminal as a tracker: a progress bar where there is a terminal, plain lines where there is none.
 
-A plain line is a Python dict with the names people grep for: `{'loss': 2.451, 'learning_rate': 0.0002, 'epoch': 0.01}`. Its `loss` is
-`train_mean_nll`, in nats per trained token over the whole window. All of it goes to stderr; stdout is for data.
+A plain line is a Python dict with the names people grep for: `{'loss': 2.451, 'learning_rate': 0.0002, 'epoch': 0.01}`.
+Its `loss` is `train_mean_nll`, in nats per trained token over the whole window. All of it goes to stderr; stdout is for
+data.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-# Imported here and not when a run starts: importing rich draws from Python's global random numbers, which belong to the training by then.
+# Imported here and not when a run starts: importing rich draws from Python's global random numbers, which belong to the
+# training by then.
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TaskProgressColumn, TextColumn
 
@@ -51,7 +53,9 @@ class ConsoleTracker:
         if not console.is_terminal or console.is_dumb_terminal:
             return
         self._progress = _make_progress(console)
-        self._task = self._progress.add_task("", total=max(info.total_steps, 1), completed=info.start_step, numbers="", left="")
+        self._task = self._progress.add_task(
+            "", total=max(info.total_steps, 1), completed=info.start_step, numbers="", left=""
+        )
         self._progress.start()
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -114,7 +118,11 @@ def eval_line(metrics: Mapping[str, Any]) -> str:
     >>> eval_line({"eval_mean_nll": 1.5, "eval_perplexity": 4.481689, "epoch": 1.0})
     "{'eval_loss': 1.5, 'eval_perplexity': 4.4817, 'epoch': 1.0}"
     """
-    names = {"eval_loss": "eval_mean_nll", "eval_perplexity": "eval_perplexity", "eval_bits_per_byte": "eval_bits_per_byte"}
+    names = {
+        "eval_loss": "eval_mean_nll",
+        "eval_perplexity": "eval_perplexity",
+        "eval_bits_per_byte": "eval_bits_per_byte",
+    }
     shown = {name: _rounded(metrics, key, 5) for name, key in names.items() if metrics.get(key) is not None}
     if "eval_exact_answers" in metrics:
         shown["eval_exact"] = f"{metrics['eval_exact_answers']} of {metrics.get('eval_num_answers', '?')}"
@@ -132,10 +140,24 @@ def clean(text: str) -> str:
 
 
 def _make_progress(console: Console) -> Progress:
-    columns: list[ProgressColumn] = [TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[numbers]}", markup=False)]
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[numbers]}", markup=False)
+    ]
     if console.width >= NARROW_COLUMNS:
-        columns = [BarColumn(bar_width=None), TaskProgressColumn(), *columns, TextColumn("{task.fields[left]}", markup=False)]
-    return Progress(*columns, console=console, auto_refresh=False, expand=False, redirect_stdout=sys.stdout.isatty(), redirect_stderr=True)
+        columns = [
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            *columns,
+            TextColumn("{task.fields[left]}", markup=False),
+        ]
+    return Progress(
+        *columns,
+        console=console,
+        auto_refresh=False,
+        expand=False,
+        redirect_stdout=sys.stdout.isatty(),
+        redirect_stderr=True,
+    )
 
 
 def _rounded(metrics: Mapping[str, Any], key: str, digits: int) -> Any:

@@ -1,8 +1,8 @@
 """metrics.jsonl and samples.jsonl: the run's own record.
 
-This is the one tracker that does not stand behind the queue. A line of the record may not be dropped, and after a resume the file must be
-byte for byte (but for times) the one of the run never stopped; so the pipeline writes it itself, at the step boundary, and its position is
-part of every checkpoint.
+This is the one tracker that does not stand behind the queue. A line of the record may not be dropped, and after a
+resume the file must be byte for byte (but for times) the one of the run never stopped; so the pipeline writes it
+itself, at the step boundary, and its position is part of every checkpoint.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ __all__ = ["RunRecord"]
 class RunRecord:
     """The two files, open for appending.
 
-    A checkpoint stores `position()` and a resumed run hands it back to `rewind`, which drops the lines of steps that will be made again.
-    A full disk does not end a run here: refused lines wait in memory, in order, and `sync` and `close` say so if they still do (P7).
+    A checkpoint stores `position()` and a resumed run hands it back to `rewind`, which drops the lines of steps that
+    will be made again. A full disk does not end a run here: refused lines wait in memory, in order, and `sync` and
+    `close` say so if they still do (P7).
     """
 
     def __init__(self, folder: Path) -> None:

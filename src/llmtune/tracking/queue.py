@@ -1,7 +1,8 @@
 """Trackers behind a queue, so that they may be slow, dead, full or lying and the run never notices (promise P11).
 
-Each tracker has a lane of its own: one bounded queue and one daemon thread. One thread for all of them would let a tracker that hangs
-take the others with it. The training thread only ever puts a small copy into a queue, and never waits for room.
+Each tracker has a lane of its own: one bounded queue and one daemon thread. One thread for all of them would let a
+tracker that hangs take the others with it. The training thread only ever puts a small copy into a queue, and never
+waits for room.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def say_on_stderr(line: str) -> None:
 class TrackerQueue:
     """Tells trackers what happens, without ever waiting for one.
 
-    capacity: entries a tracker may be behind; what comes after is dropped, counted and said once.
-    hang_after_s: a tracker that spends longer in one call is switched off. Its thread is left behind: a thread cannot be stopped.
-    say: receives one line for each thing worth saying; called from the tracker's thread or from the caller's.
+    capacity: entries a tracker may be behind; what comes after is dropped, counted and said once. hang_after_s: a
+    tracker that spends longer in one call is switched off. Its thread is left behind: a thread cannot be stopped.
+    print_line: receives one line for each thing worth saying; called from the tracker's thread or from the caller's.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class TrackerQueue:
         *,
         capacity: int = 1000,
         hang_after_s: float = 120.0,
-        say: Callable[[str], None] = say_on_stderr,
+        print_line: Callable[[str], None] = say_on_stderr,
     ) -> None:
-        self._lanes = [_Lane(tracker, capacity, hang_after_s, say) for tracker in trackers]
+        self._lanes = [_Lane(tracker, capacity, hang_after_s, print_line) for tracker in trackers]
 
     def start(self, info: RunInfo) -> None:
         """Start every tracker on its own thread and return at once."""
@@ -96,10 +97,10 @@ class TrackerQueue:
 class _Lane:
     """One tracker, its queue and its thread."""
 
-    def __init__(self, tracker: Tracker, capacity: int, hang_after_s: float, say: Callable[[str], None]) -> None:
+    def __init__(self, tracker: Tracker, capacity: int, hang_after_s: float, print_line: Callable[[str], None]) -> None:
         self._tracker = tracker
         self._hang_after_s = hang_after_s
-        self._say = say
+        self._print_line = print_line
         self._calls: queue.Queue[tuple[Call, bool]] = queue.Queue(maxsize=capacity)
         self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.name}", daemon=True)
         self._busy_since: float | None = None
@@ -113,7 +114,10 @@ class _Lane:
         self._thread.start()
 
     def offer(self, call: Call) -> None:
-        """Queue a call without waiting; it is counted as dropped where the queue is full or the tracker is switched off."""
+        """Queue a call without waiting.
+
+        It is counted as dropped where the queue is full or the tracker is switched off.
+        """
         if self._failure is None and self._is_hanging():
             self._switch_off(f"did not come back within {self._hang_after_s:g} s")
         if self._failure is not None:
@@ -124,7 +128,7 @@ class _Lane:
         except queue.Full:
             self._dropped += 1
             if self._dropped == 1:
-                self._say(f"tracker {self._tracker.name} is too slow: entries it has no room for are dropped")
+                self._print_line(f"tracker {self._tracker.name} is too slow: entries it has no room for are dropped")
 
     def ask_to_finish(self, call: Call, wait_s: float) -> None:
         """Queue the last call, once; waits at most `wait_s` seconds for room and goes on without."""
@@ -137,14 +141,16 @@ class _Lane:
         self._finish_is_queued = True
 
     def wait(self, call: Call, deadline: float, timeout_s: float) -> LaneReport:
-        """Wait for the thread until `deadline` (of the monotonic clock, in seconds) and say what this tracker never saw."""
+        """Wait for the thread until `deadline` (of the monotonic clock, in seconds) and say what this tracker never
+        saw.
+        """
         if self._failure is None and self._thread.ident is not None:
             self.ask_to_finish(call, wait_s=max(deadline - time.monotonic(), 0.01))
             self._thread.join(timeout=max(deadline - time.monotonic(), 0.01))
             if self._thread.is_alive() and self._failure is None:
                 self._switch_off(f"did not finish within {timeout_s:g} s")
         if self._dropped:
-            self._say(f"tracker {self._tracker.name} never saw {self._dropped} entries")
+            self._print_line(f"tracker {self._tracker.name} never saw {self._dropped} entries")
         return LaneReport(self._tracker.name, self._dropped, self._failure)
 
     def _is_hanging(self) -> bool:
@@ -153,7 +159,7 @@ class _Lane:
 
     def _switch_off(self, reason: str) -> None:
         self._failure = reason
-        self._say(f"tracker {self._tracker.name} is switched off: it {reason}; the run goes on without it")
+        self._print_line(f"tracker {self._tracker.name} is switched off: it {reason}; the run goes on without it")
 
     def _work(self) -> None:
         last = False

@@ -1,7 +1,8 @@
 """TensorBoard as a tracker: an event file in the run folder's `tensorboard/`, written on the tracker's own thread.
 
-TensorBoard's usual writer has a queue and a thread of its own, which prints a traceback when the disk refuses. A tracker here has both
-already, so its records are written directly: what the disk says is then said once, as for every tracker (P11).
+TensorBoard's usual writer has a queue and a thread of its own, which prints a traceback when the disk refuses. A
+tracker here has both already, so its records are written directly: what the disk says is then said once, as for every
+tracker (P11).
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ __all__ = ["TensorBoardTracker"]
 
 
 class _EventFile:
-    """One event file; when `add` returns its record is in the file, whole for a reader, though not yet synced to the disk.
+    """One event file.
 
-    purge_step: what earlier files of the folder logged from this step on is taken from view. Raises OSError when the disk refuses.
+    When `add` returns its record is in the file, whole for a reader, though not yet synced to the disk.
+
+    purge_step: what earlier files of the folder logged from this step on is taken from view. Raises OSError when the
+    disk refuses.
     """
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
@@ -57,7 +61,10 @@ class _EventFile:
 
 
 class TensorBoardTracker:
-    """Writes scalars, samples as text, and histograms. After a resume, what was logged beyond the resumed step is purged from view."""
+    """Writes scalars, samples as text, and histograms.
+
+    After a resume, what was logged beyond the resumed step is purged from view.
+    """
 
     name = "tensorboard"
 
@@ -69,7 +76,11 @@ class TensorBoardTracker:
         from torch.utils.tensorboard.summary import text
 
         self._events = _EventFile(info.folder / "tensorboard", info.start_step + 1 if info.start_step else None)
-        for title, values in (("config", redacted(info.config)), ("parameters", info.parameters), ("architecture", info.architecture)):
+        for title, values in (
+            ("config", redacted(info.config)),
+            ("parameters", info.parameters),
+            ("architecture", info.architecture),
+        ):
             if values:
                 self._events.add(text(title, _as_markdown_table(values)), info.start_step)
 
@@ -88,7 +99,10 @@ class TensorBoardTracker:
 
         assert self._events is not None, "start comes first"
         for number, row in enumerate(rows):
-            self._events.add(text(f"samples/{number}", _as_code(row.get("prompt", "")) + "\n\n" + _as_code(row.get("text", ""))), step)
+            self._events.add(
+                text(f"samples/{number}", _as_code(row.get("prompt", "")) + "\n\n" + _as_code(row.get("text", ""))),
+                step,
+            )
 
     def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Write histograms as they were counted."""

@@ -1,6 +1,7 @@
 """What a tracker is: a listener that is told about a run and can do nothing to it.
 
-A tracker never sees a model, an optimizer or a tensor: it is given plain numbers and strings, copied, on a thread of its own.
+A tracker never sees a model, an optimizer or a tensor: it is given plain numbers and strings, copied, on a thread of
+its own.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Histogram(NamedTuple):
 class Tracker(Protocol):
     """Five methods, called in this order on one thread: start, any number of log / samples / histograms, finish.
 
-    A method may raise: the tracker is then switched off with one line, and the run goes on. Nothing it returns is looked at.
+    A method may raise: the tracker is then switched off with one line, and the run goes on. Nothing it returns is
+    looked at.
     """
 
     name: str

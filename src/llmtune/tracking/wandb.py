@@ -1,9 +1,9 @@
 """Weights & Biases as a tracker: files in the run folder's `wandb/`, and a server only in its online mode.
 
-wandb is held at arm's length, because a tracker may not change a run (promise P11): it does not capture the console, does not read the git
-repository or the code, does not report its own crashes to its makers, does not ask for a key in the middle of a run, and its "stop" button
-does not reach the training. Whatever it costs to log in and to upload happens on the tracker's thread, in bounded time, and the end of the
-process waits for none of it.
+wandb is held at arm's length, because a tracker may not change a run (promise P11): it does not capture the console,
+does not read the git repository or the code, does not report its own crashes to its makers, does not ask for a key in
+the middle of a run, and its "stop" button does not reach the training. Whatever it costs to log in and to upload
+happens on the tracker's thread, in bounded time, and the end of the process waits for none of it.
 """
 
 from __future__ import annotations
@@ -38,18 +38,23 @@ class WandbTracker:
     """Sends metrics, samples and histograms to wandb.
 
     mode: online, offline or disabled; wandb's own setting (`WANDB_MODE`) when None.
-    say: told where the run can be seen, or how to upload an offline one.
+    print_line: told where the run can be seen, or how to upload an offline one.
     """
 
     name = "wandb"
 
     def __init__(
-        self, project: str, *, tags: Sequence[str] = (), mode: str | None = None, say: Callable[[str], None] = say_on_stderr
+        self,
+        project: str,
+        *,
+        tags: Sequence[str] = (),
+        mode: str | None = None,
+        print_line: Callable[[str], None] = say_on_stderr,
     ) -> None:
         self._project = project
         self._tags = tuple(tags)
         self._mode = mode
-        self._say = say
+        self._print_line = print_line
         self._run: Any = None
         self._samples: list[list[Any]] = []
         self._service: list[psutil.Process] = []
@@ -57,15 +62,20 @@ class WandbTracker:
     def start(self, info: RunInfo) -> None:
         """Open the run: its name, project, tags, config, parameter counts and architecture.
 
-        Raises MachineError where wandb is online and has no key; wandb's own errors where its server refuses or does not answer in time.
+        Raises MachineError where wandb is online and has no key; wandb's own errors where its server refuses or does
+        not answer in time.
         """
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported: no crash reports to third parties
+        os.environ.setdefault(
+            "WANDB_ERROR_REPORTING", "false"
+        )  # read when wandb is imported: no crash reports to third parties
         import wandb
 
         exit_function, hook, complains = sys.exit, sys.excepthook, logging.raiseExceptions
         before = _wandb_processes()
         atexit.register(self._end_service)
-        logging.raiseExceptions = False  # wandb opens a log file of its own, whose every line would print a traceback on a full disk
+        logging.raiseExceptions = (
+            False  # wandb opens a log file of its own, whose every line would print a traceback on a full disk
+        )
         try:
             self._log_in(wandb)
             self._run = wandb.init(
@@ -76,12 +86,17 @@ class WandbTracker:
                 dir=str(info.folder),
                 tags=_tags(info, self._tags),
                 notes=info.notes,
-                config={**redacted(info.config), "parameters": dict(info.parameters), "architecture": dict(info.architecture)},
+                config={
+                    **redacted(info.config),
+                    "parameters": dict(info.parameters),
+                    "architecture": dict(info.architecture),
+                },
                 mode=self._mode,  # type: ignore[arg-type]
                 settings=_settings(wandb),
             )
         finally:
-            # wandb puts its own functions in their place; a run that ends with an error must end as it would without a tracker.
+            # wandb puts its own functions in their place; a run that ends with an error must end as it would without a
+            # tracker.
             sys.exit, sys.excepthook, logging.raiseExceptions = exit_function, hook, complains
             atexit.unregister(_OfModule(SERVICE_MODULE))
             _quiet_log()
@@ -107,17 +122,25 @@ class WandbTracker:
         import numpy as np
         import wandb
 
-        made = {name: wandb.Histogram(np_histogram=(np.array(counts), np.array(edges))) for name, (counts, edges) in histograms.items()}
+        made = {
+            name: wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+            for name, (counts, edges) in histograms.items()
+        }
         self._run.log({"step": step, **made})
 
     def finish(self, state: str) -> None:
-        """Note the run's state, let wandb upload what is pending in bounded time, and end the process it started for that."""
+        """Note the run's state, let wandb upload what is pending in bounded time, and end the process it started for
+        that.
+        """
         self._run.summary["state"] = state
         self._run.finish(exit_code=0 if state in ("finished", "stopped") else 1)
         self._end_service()
 
     def _end_service(self) -> None:
-        """End the process that wandb started for this tracker, if it is still there; wandb itself would wait for it without a limit."""
+        """End the process that wandb started for this tracker, if it is still there.
+
+        Wandb itself would wait for it without a limit.
+        """
         for process in self._service:
             with contextlib.suppress(psutil.Error):
                 process.terminate()
@@ -131,9 +154,9 @@ class WandbTracker:
 
     def _say_where(self) -> None:
         if self._run.offline:
-            self._say(f"wandb is offline; `wandb sync {Path(self._run.dir).parent}` uploads the run")
+            self._print_line(f"wandb is offline; `wandb sync {Path(self._run.dir).parent}` uploads the run")
         elif self._run.url:
-            self._say(f"wandb shows the run at {self._run.url}")
+            self._print_line(f"wandb shows the run at {self._run.url}")
 
 
 def _settings(wandb: Any) -> Any:
@@ -185,7 +208,9 @@ def _quiet_log() -> None:
 
 
 def _quiet_threads() -> None:
-    """Let a thread of wandb's that fails, as one does when its process is gone at the end, do so without a traceback on the screen."""
+    """Let a thread of wandb's that fails, as one does when its process is gone at the end, do so without a traceback on
+    the screen.
+    """
     usual = threading.excepthook
 
     def of_others(arguments: threading.ExceptHookArgs) -> None:
@@ -210,7 +235,9 @@ def _tags(info: RunInfo, further: Sequence[str]) -> list[str]:
 
 
 def _run_id(folder: Path) -> str:
-    """Return the id under which wandb knows this run folder, made at its first start, so that a resumed run goes on in the same place."""
+    """Return the id under which wandb knows this run folder, made at its first start, so that a resumed run goes on in
+    the same place.
+    """
     path = folder / "wandb" / "run-id.txt"
     if path.is_file():
         return path.read_text(encoding="utf-8").strip()

@@ -1,7 +1,9 @@
-"""Histograms of gradients and weights for trackers that take them (`tracking.watch`), read at the one moment gradients are whole.
+"""Histograms of gradients and weights for trackers that take them (`tracking.watch`), read at the one moment gradients
+are whole.
 
-Between the backward passes of a step a gradient is a part of itself, and after the step it is gone. The optimizer's own hook before a step
-sees it once, clipped and summed over all processes. The hook only reads, and only in steps that will be logged.
+Between the backward passes of a step a gradient is a part of itself, and after the step it is gone. The optimizer's own
+hook before a step sees it once, clipped and summed over all processes. The hook only reads, and only in steps that will
+be logged.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from llmtune.models.load import load_model
 from llmtune.models.parameters import count_parameters, trained_parameters
 from llmtune.prepare import Prepared
 
-__all__ = ["Assembled", "Counts", "assemble"]
+__all__ = ["Counts", "TrainingSetup", "build_setup"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Assembled:
+class TrainingSetup:
     """A model that is ready to be trained."""
 
     model: Any
@@ -69,11 +69,13 @@ class Assembled:
     decisions: tuple[Decision, ...]
 
 
-def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assembled:
-    """Load the model, attach what is trained, choose engine and precision, build the optimizer; weights are those before step 1.
+def build_setup(prepared: Prepared, options: Options, devices: Devices) -> TrainingSetup:
+    """Load the model, attach what is trained, choose engine and precision, build the optimizer.
 
-    The random generators are seeded here, once, from `run.seed`; the kernels that torch keeps are bounded. Raises ModelError,
-    AdapterError, ConfigError or MachineError.
+    Weights are those before step 1.
+
+    The random generators are seeded here, once, from `run.seed`; the kernels that torch keeps are bounded. Raises
+    ModelError, AdapterError, ConfigError or MachineError.
     """
     config = prepared.config
     decisions = _set_up_process(config, devices)
@@ -93,13 +95,17 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
     model: Any = loaded.model
     decisions += loaded.decisions
     if adapter:
-        model, more = attach.attach_adapter(model, config.adapter, seed=config.run.seed, tokenizer=prepared.tokenizer.tokenizer)
+        model, more = attach.attach_adapter(
+            model, config.adapter, seed=config.run.seed, tokenizer=prepared.tokenizer.tokenizer
+        )
         decisions += more
     parameters = trained_parameters(model)
     devices.broadcast(parameters.values())
     counts = Counts(total=count_parameters(model), trained=sum(one.numel() for one in parameters.values()))
 
-    training, more = choose_rates(config.training, scratch=prepared.source.kind == "scratch", adapter=adapter, parameters=counts.total)
+    training, more = choose_rates(
+        config.training, scratch=prepared.source.kind == "scratch", adapter=adapter, parameters=counts.total
+    )
     decisions += more
     config = replace(config, training=training)
     engine = build_engine(model, config=config, device=devices.device, precision=precision)
@@ -111,7 +117,7 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
     decisions += more
     batches, more = _make_windows(prepared, engine, model, parameters, devices)
     decisions += more
-    return Assembled(
+    return TrainingSetup(
         model=model,
         engine=engine,
         nll_sum=_with_noise(engine.nll_sum, model, training),
@@ -132,7 +138,10 @@ def assemble(prepared: Prepared, options: Options, devices: Devices) -> Assemble
 
 
 def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
-    """Seed it, and bound the memory it collects; here, because a program that came by the Python API passes nowhere else."""
+    """Seed it, and bound the memory it collects.
+
+    Here, because a program that came by the Python API passes nowhere else.
+    """
     bound_kernel_caches()
     _seed_everything(config.run.seed + devices.rank)
     if config.model.recomputes and devices.device.type == "cpu":
@@ -173,7 +182,11 @@ def _make_optimizer(
 
 
 def _make_update(
-    parameters: list[torch.nn.Parameter], optimizer: Optimizer, training: TrainingConfig, precision: Precision, devices: Devices
+    parameters: list[torch.nn.Parameter],
+    optimizer: Optimizer,
+    training: TrainingConfig,
+    precision: Precision,
+    devices: Devices,
 ) -> tuple[Update, list[Decision]]:
     if not training.step_in_backward:
         return AfterBackward(parameters, optimizer, precision, devices, max_grad_norm=training.max_grad_norm), []
@@ -186,7 +199,9 @@ def _make_windows(
     prepared: Prepared, engine: Engine, model: Any, parameters: dict[str, torch.nn.Parameter], devices: Devices
 ) -> tuple[BatchPlan, list[Decision]]:
     def windows(limit: int | None) -> BatchPlan:
-        return prepared.batch_plan(layout=engine.layout, max_group_tokens=limit, rank=devices.rank, world_size=devices.world_size)
+        return prepared.batch_plan(
+            layout=engine.layout, max_group_tokens=limit, rank=devices.rank, world_size=devices.world_size
+        )
 
     return choose_windows(
         windows,

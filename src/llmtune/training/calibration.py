@@ -10,7 +10,7 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.loop import StepResult, train_steps
 from llmtune.engine.state import TrainingState
 from llmtune.plan.forecast import Forecaster, keep_rate
-from llmtune.training.build import Assembled, assemble
+from llmtune.training.build import TrainingSetup, build_setup
 
 __all__ = ["measure", "steps_from_the_start"]
 
@@ -19,27 +19,32 @@ STEPS = 4
 
 
 def measure(forecaster: Forecaster, devices: Devices) -> tuple[float, int]:
-    """Train a few real steps, keep their rate, and return (tokens per second, most memory held in bytes). Nothing is written but the rate.
+    """Train a few real steps, keep their rate, and return (tokens per second, most memory held in bytes).
+
+    Nothing is written but the rate.
 
     Raises what assembling and training raise.
     """
-    assembled = assemble(forecaster.prepared, forecaster.options, devices)
-    results = list(islice(steps_from_the_start(assembled), STEPS))
+    setup = build_setup(forecaster.prepared, forecaster.options, devices)
+    results = list(islice(steps_from_the_start(setup), STEPS))
     counted = results[1:] or results
     rate = statistics.median(one.num_tokens / one.step_seconds for one in counted)
     keep_rate(forecaster, rate)
     return rate, results[-1].memory_bytes
 
 
-def steps_from_the_start(assembled: Assembled) -> Iterator[StepResult]:
-    """Train a new model, and do nothing between two steps: no evaluation, no checkpoint, no record. Raises what the loop raises."""
+def steps_from_the_start(setup: TrainingSetup) -> Iterator[StepResult]:
+    """Train a new model, and do nothing between two steps: no evaluation, no checkpoint, no record.
+
+    Raises what the loop raises.
+    """
     return train_steps(
-        nll_sum=assembled.nll_sum,
-        update=assembled.update,
-        windows=assembled.batches.windows(),
-        learning_rate=assembled.learning_rate,
-        precision=assembled.precision,
+        nll_sum=setup.nll_sum,
+        update=setup.update,
+        windows=setup.batches.windows(),
+        learning_rate=setup.learning_rate,
+        precision=setup.precision,
         state=TrainingState(),
-        devices=assembled.devices,
+        devices=setup.devices,
         max_skipped_steps=STEPS,
     )

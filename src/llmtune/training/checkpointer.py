@@ -24,9 +24,9 @@ from llmtune.runs.disk import SaveAttempts
 from llmtune.runs.folder import RunFolder
 from llmtune.runs.secrets import redacted
 from llmtune.tracking.jsonl import RunRecord
-from llmtune.training.build import Assembled
+from llmtune.training.build import TrainingSetup
 
-__all__ = ["Keeper", "find_checkpoint", "restore_weights"]
+__all__ = ["Checkpointer", "find_checkpoint", "restore_weights"]
 
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -44,7 +44,9 @@ def find_checkpoint(run: RunFolder, wanted: Path | None) -> tuple[LoadedCheckpoi
     step = wanted.name.removeprefix("step-")
     if not step.isdigit():
         raise CheckpointError(
-            f"`{wanted.name}` is not the name of a checkpoint", str(wanted), "name a folder such as checkpoints/step-000100"
+            f"`{wanted.name}` is not the name of a checkpoint",
+            str(wanted),
+            "name a folder such as checkpoints/step-000100",
         )
     chosen: CheckpointFolder = checkpoints.checkpoint_of(run, int(step))
     problems = checkpoints.verify(chosen, run_id=run.run_id)
@@ -53,26 +55,30 @@ def find_checkpoint(run: RunFolder, wanted: Path | None) -> tuple[LoadedCheckpoi
     return checkpoints.load(chosen), []
 
 
-def restore_weights(assembled: Assembled, loaded: LoadedCheckpoint) -> None:
-    """Put the trained weights of a verified checkpoint into the model, bit for bit; the very bytes that do are compared with the manifest.
+def restore_weights(setup: TrainingSetup, loaded: LoadedCheckpoint) -> None:
+    """Put the trained weights of a verified checkpoint into the model, bit for bit.
+
+    The very bytes that do are compared with the manifest.
 
     Raises CheckpointError when they were changed since the checkpoint was verified.
     """
-    name = ADAPTER_FILE if assembled.is_adapted else WEIGHTS_FILE
+    name = ADAPTER_FILE if setup.is_adapted else WEIGHTS_FILE
     tensors, _ = durable.read_tensors(loaded.path / name, sha256=loaded.manifest["files"][name]["sha256"])
-    if assembled.is_adapted:
-        attach.fill_adapter(assembled.model, loaded.path, tensors)
+    if setup.is_adapted:
+        attach.fill_adapter(setup.model, loaded.path, tensors)
     else:
-        save.restore_weights(assembled.model, tensors)
+        save.restore_weights(setup.model, tensors)
 
 
-class Keeper:
+class Checkpointer:
     """Writes the run's checkpoints, its best and its final model, and keeps as many as the config says."""
 
-    def __init__(self, run: RunFolder, prepared: Prepared, assembled: Assembled, say: Callable[[str], None]) -> None:
-        self._run, self._prepared, self._assembled, self._say = run, prepared, assembled, say
-        self._attempts = SaveAttempts(lambda: durable.sweep_litter(run.checkpoints))
-        self._manifest = {"threads": torch.get_num_threads(), "world_size": assembled.devices.world_size}
+    def __init__(
+        self, run: RunFolder, prepared: Prepared, setup: TrainingSetup, print_line: Callable[[str], None]
+    ) -> None:
+        self._run, self._prepared, self._assembled, self._print_line = run, prepared, setup, print_line
+        self._attempts = SaveAttempts(lambda: durable.remove_leftovers(run.checkpoints))
+        self._manifest = {"threads": torch.get_num_threads(), "world_size": setup.devices.world_size}
         self._resumed_from: int | None = None
 
     def protect(self, step: int) -> None:
@@ -80,7 +86,9 @@ class Keeper:
         self._resumed_from = step
 
     def save(self, step: int, snapshot: Snapshot, record: RunRecord | None) -> bool:
-        """Commit the checkpoint of `step`, then delete what is no longer wanted; a save that fails is said and the run goes on.
+        """Commit the checkpoint of `step`, then delete what is no longer wanted.
+
+        A save that fails is said and the run goes on.
 
         The lines of `record`, which the checkpoint counts on, are on the disk before it. Returns whether it was saved.
         """
@@ -88,41 +96,52 @@ class Keeper:
         def commit() -> Path:
             if record is not None:
                 record.sync()
-            return checkpoints.save_checkpoint(self._run, step, self._write_weights, snapshot, manifest_extra=self._manifest)
+            return checkpoints.save_checkpoint(
+                self._run, step, self._write_weights, snapshot, manifest_extra=self._manifest
+            )
 
         saved = self._attempts.save(commit)
         if saved is None:
-            self._say(f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}")
+            self._print_line(
+                f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}"
+            )
             return False
         protected = {self._resumed_from} if self._resumed_from is not None else set()
-        for warning in checkpoints.delete_old_checkpoints(self._run, self._prepared.config.checkpoint.keep_last, protected_steps=protected):
-            self._say(f"warning: {warning}")
+        for warning in checkpoints.delete_old_checkpoints(
+            self._run, self._prepared.config.checkpoint.keep_last, protected_steps=protected
+        ):
+            self._print_line(f"warning: {warning}")
         return True
 
     def keep_best(self, metrics: Mapping[str, Any], step: int) -> None:
         """Replace `best/` by the model as it is now."""
         self._attempts.save(
-            lambda: checkpoints.save_folder(self._run.checkpoints / BEST, self._write_result(metrics, step)), what="best model"
+            lambda: checkpoints.save_folder(self._run.checkpoints / BEST, self._write_result(metrics, step)),
+            what="best model",
         )
 
     def write_final(self, metrics: Mapping[str, Any], step: int) -> None:
         """Write what the user takes away: adapter or model, tokenizer, chat template, generation config, model card.
 
-        It lies in `checkpoints/final/`; `final` in the run folder is a short way there, where the file system knows such ways.
+        It lies in `checkpoints/final/`; `final` in the run folder is a short way there, where the file system knows
+        such ways.
         """
         saved = self._attempts.save(
-            lambda: checkpoints.save_folder(self._run.checkpoints / FINAL, self._write_result(metrics, step)), what="final model"
+            lambda: checkpoints.save_folder(self._run.checkpoints / FINAL, self._write_result(metrics, step)),
+            what="final model",
         )
         if saved is not None:
             with contextlib.suppress(MachineError):
                 durable.point_to(self._run.path / FINAL, f"{self._run.checkpoints.name}/{FINAL}")
 
-    def be_sure(self) -> None:
+    def raise_if_unsaved(self) -> None:
         """Raise MachineError (exit 6) when the last save never worked."""
         self._attempts.finish()
 
     def _write_weights(self, folder: Path) -> None:
-        """The trained weights as a checkpoint holds them: an adapter in peft's files, a whole model by parameter name beside its config."""
+        """The trained weights as a checkpoint holds them: an adapter in peft's files, a whole model by parameter name
+        beside its config.
+        """
         if self._assembled.is_adapted:
             write_adapter(self._assembled.model, folder, **self._base())
         else:

@@ -1,6 +1,7 @@
 """What is looked at while a run trains: held-out loss, exact answers, samples, the best so far, and when to stop early.
 
-Everything here happens at a step boundary and leaves weights, gradients and random generators as they were (promise N12).
+Everything here happens at a step boundary and leaves weights, gradients and random generators as they were (promise
+N12).
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from llmtune.prepare import Prepared
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.watch import HistogramWatch
-from llmtune.training.build import Assembled
+from llmtune.training.build import TrainingSetup
 
-__all__ = ["Observer", "Outlook"]
+__all__ = ["EvalState", "Evaluator"]
 
 
 @dataclass
-class Outlook:
+class EvalState:
     """What evaluations have shown so far; part of every checkpoint."""
 
     best_nll: float | None = None
@@ -42,18 +43,20 @@ class Outlook:
     evaluations_without_improvement: int = 0
 
 
-class Observer:
+class Evaluator:
     """Evaluates, records and tells; knows nothing of checkpoints and decides nothing about the loop."""
 
-    def __init__(self, prepared: Prepared, assembled: Assembled, record: RunRecord | None, trackers: TrackerQueue) -> None:
+    def __init__(
+        self, prepared: Prepared, setup: TrainingSetup, record: RunRecord | None, trackers: TrackerQueue
+    ) -> None:
         self._prepared = prepared
-        self._assembled = assembled
+        self._assembled = setup
         self._record = record
         self._trackers = trackers
         self._config = prepared.config
         self._heldout_bytes: float | None = None
         self._watch: HistogramWatch | None = None
-        self.outlook = Outlook()
+        self.outlook = EvalState()
 
     def begin(self, step: int) -> None:
         """Start to watch gradients where the config asks for it; `step` updates were made before."""
@@ -69,7 +72,7 @@ class Observer:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put back what `state()` gave."""
-        self.outlook = Outlook(**state)
+        self.outlook = EvalState(**state)
 
     def state(self) -> dict[str, Any]:
         """The outlook as plain numbers."""
@@ -80,7 +83,10 @@ class Observer:
         self._record, self._trackers = None, TrackerQueue([])
 
     def note(self, result: StepResult, further: Mapping[str, Any] | None = None) -> None:
-        """Record one training step, `further` values in its line; trackers hear of every `tracking.every_steps`-th and of skipped ones."""
+        """Record one training step, `further` values in its line.
+
+        Trackers hear of every `tracking.every_steps`-th and of skipped ones.
+        """
         histograms = self._watch.take() if self._watch is not None else {}
         if result.step % self._config.tracking.every_steps and not result.skipped and result.progress < 1:
             return
@@ -95,7 +101,10 @@ class Observer:
         return self.outlook.last_step != step and (last or (every is not None and step % every == 0))
 
     def look(self, step: int, epoch: float, *, full: bool) -> tuple[bool, dict[str, Any]]:
-        """Evaluate after `step` steps; `full` adds exact match. Returns whether this is the best so far, and the metrics."""
+        """Evaluate after `step` steps; `full` adds exact match.
+
+        Returns whether this is the best so far, and the metrics.
+        """
         metrics: dict[str, Any] = {}
         self.outlook.last_step = step
         improved = False
@@ -117,7 +126,7 @@ class Observer:
         return patience is not None and self.outlook.evaluations_without_improvement >= patience
 
     def _heldout(self) -> dict[str, Any]:
-        heldout, assembled = self._prepared.data.eval, self._assembled
+        heldout, setup = self._prepared.data.eval, self._assembled
         assert heldout is not None
         tokenizer = self._prepared.tokenizer.tokenizer
         if self._heldout_bytes is None:
@@ -126,23 +135,26 @@ class Observer:
         batches = eval_batches(
             heldout,
             batch_size=self._config.evaluation.batch_size or self._config.training.batch_size,
-            layout=assembled.engine.layout,
+            layout=setup.engine.layout,
             pad_id=tokenizer.pad_token_id or 0,
-            max_group_tokens=assembled.engine.max_group_tokens,
-            world_size=assembled.devices.world_size,
-            rank=assembled.devices.rank,
+            max_group_tokens=setup.engine.max_group_tokens,
+            world_size=setup.devices.world_size,
+            rank=setup.devices.rank,
         )
-        with assembled.precision.autocast():
+        with setup.precision.autocast():
             return evaluate(
-                assembled.engine.nll_sum,
+                setup.engine.nll_sum,
                 batches,
-                model=assembled.model,
+                model=setup.model,
                 total_bytes=self._heldout_bytes,
-                sum_over_devices=lambda number: assembled.devices.sum(number)[0],
+                sum_over_devices=lambda number: setup.devices.sum(number)[0],
             )
 
     def _judge(self, step: int, nll: float) -> bool:
-        """Keep the books of the best loss; only a fall by more than the threshold counts as improvement for early stopping."""
+        """Keep the books of the best loss.
+
+        Only a fall by more than the threshold counts as improvement for early stopping.
+        """
         outlook = self.outlook
         outlook.last_nll = nll
         if outlook.first_nll is None:

@@ -13,21 +13,21 @@ from llmtune.prepare import Prepared
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.folder import RunFolder
 from llmtune.runs.identity import Difference, Effect
-from llmtune.training.build import Assembled
-from llmtune.training.evaluator import Outlook
+from llmtune.training.build import TrainingSetup
+from llmtune.training.evaluator import EvalState
 
 __all__ = [
     "outlook_lines",
-    "say_assembled",
-    "say_decisions",
-    "say_difference",
-    "say_preflight",
-    "say_resume",
+    "print_decisions",
+    "print_difference",
+    "print_preflight",
+    "print_resume",
+    "print_setup",
     "silent",
     "tokenizing_progress",
 ]
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 _EVERY_S = 2.0
 
 
@@ -36,13 +36,13 @@ def silent(line: str) -> None:
     del line
 
 
-def say_decisions(decisions: Iterable[Decision], say: Say) -> None:
+def print_decisions(decisions: Iterable[Decision], print_line: PrintLine) -> None:
     """Say each choice with its reason."""
     for decision in decisions:
-        say(f"  {decision}")
+        print_line(f"  {decision}")
 
 
-def tokenizing_progress(say: Say) -> Callable[[int, int | None, float], None]:
+def tokenizing_progress(print_line: PrintLine) -> Callable[[int, int | None, float], None]:
     """A progress function for `prepare` that says a line every two seconds; a quick preparation says nothing."""
     last = time.monotonic()
 
@@ -51,70 +51,77 @@ def tokenizing_progress(say: Say) -> Callable[[int, int | None, float], None]:
         if time.monotonic() - last >= _EVERY_S:
             last = time.monotonic()
             of = f" of {'' if done == total else 'about '}{total:,}" if total else ""
-            say(f"tokenizing: {done:,}{of} rows, {rows_per_second:,.0f} rows/s")
+            print_line(f"tokenizing: {done:,}{of} rows, {rows_per_second:,.0f} rows/s")
 
     return progress
 
 
-def say_preflight(prepared: Prepared, device_decisions: Iterable[Decision], needs: Plan, say: Say) -> None:
-    """Say what is known before the model is loaded: rows and their fate, exact steps, what it needs, and last every choice made so far.
+def print_preflight(
+    prepared: Prepared, device_decisions: Iterable[Decision], needs: Plan, print_line: PrintLine
+) -> None:
+    """Say what is known before the model is loaded: rows and their fate, exact steps, what it needs, and last every
+    choice made so far.
 
-    The choices made when the model is put together (`say_assembled`) follow as lines of the same list.
+    The choices made when the model is put together (`print_setup`) follow as lines of the same list.
     """
     data = prepared.data
-    say(f"model   {prepared.source.name}")
+    print_line(f"model   {prepared.source.name}")
     for part, counts in data.ledger.summary().items():
         fates = ", ".join(f"{counts[fate]:,} {fate.replace('_', ' ')}" for fate in FATES if counts.get(fate))
-        say(f"{part:<7} {counts['input']:,} rows: {fates}")
+        print_line(f"{part:<7} {counts['input']:,} rows: {fates}")
     plan = prepared.batch_plan() if isinstance(prepared.config.training.batch_size, int) else None
     if plan is not None:
         tokens = int(data.train.lengths.sum())
         weights = float(data.train.loss_weights.sum())
-        say(
+        print_line(
             f"plan    {plan.total_steps:,} steps, {plan.steps_per_epoch:,} an epoch; {tokens:,} tokens an epoch, "
             f"{weights:,.0f} of them trained"
         )
     for line in short_lines(needs):
-        say(line)
-    say("chosen for you:")
-    say_decisions([*device_decisions, *prepared.decisions], say)
+        print_line(line)
+    print_line("chosen for you:")
+    print_decisions([*device_decisions, *prepared.decisions], print_line)
 
 
 FATES = ("used", "cut", "dropped", "duplicate", "held_out", "bad")
 
 
-def say_assembled(assembled: Assembled, more: Iterable[Decision], say: Say) -> None:
+def print_setup(setup: TrainingSetup, more: Iterable[Decision], print_line: PrintLine) -> None:
     """Say what was chosen when model, engine and optimizer were put together."""
-    say_decisions([*assembled.decisions, *more], say)
-    counts = assembled.counts
-    say(f"training {counts.trained:,} of {counts.total:,} parameters")
+    print_decisions([*setup.decisions, *more], print_line)
+    counts = setup.counts
+    print_line(f"training {counts.trained:,} of {counts.total:,} parameters")
 
 
-def say_resume(run: RunFolder, loaded: LoadedCheckpoint | None, problems: Iterable[Problem], say: Say) -> None:
+def print_resume(
+    run: RunFolder, loaded: LoadedCheckpoint | None, problems: Iterable[Problem], print_line: PrintLine
+) -> None:
     """Say where a run goes on, and what was found on the way."""
     for line in run.swept:
-        say(f"cleaned up: {line}")
+        print_line(f"cleaned up: {line}")
     for problem in problems:
-        say(f"warning: {problem}")
+        print_line(f"warning: {problem}")
     if loaded is None:
-        say(f"{run.name}: no checkpoint was saved yet; training from step 1")
+        print_line(f"{run.name}: no checkpoint was saved yet; training from step 1")
     elif run.info["state"] == "finished":
-        say(f"{run.name}: finished after step {loaded.step} already; it goes on only where a changed key asks for more steps")
+        print_line(
+            f"{run.name}: finished after step {loaded.step} already; it goes on only where a changed key asks for more steps"
+        )
     else:
-        say(f"{run.name}: going on after step {loaded.step}")
+        print_line(f"{run.name}: going on after step {loaded.step}")
 
 
-def say_difference(difference: Difference, say: Say) -> None:
+def print_difference(difference: Difference, print_line: PrintLine) -> None:
     """Say what is not as it was when the run stopped, and what that means."""
     meaning = {
         Effect.HARMLESS: "harmless",
         Effect.ROUNDING: "sums may round differently: not byte-identical to a run never stopped",
         Effect.SCHEDULE: "another training from here on, as you asked",
     }
-    say(f"changed: {difference} ({meaning[difference.effect]})")
+    print_line(f"changed: {difference} ({meaning[difference.effect]})")
 
 
-def outlook_lines(outlook: Outlook) -> list[str]:
+def outlook_lines(outlook: EvalState) -> list[str]:
     """Before and after, side by side, as far as it was measured."""
     lines = []
     if outlook.first_nll is not None and outlook.last_nll is not None:
@@ -129,7 +136,7 @@ def outlook_lines(outlook: Outlook) -> list[str]:
     return lines
 
 
-def summary_lines(metrics: dict[str, Any], outlook: Outlook) -> list[str]:
+def summary_lines(metrics: dict[str, Any], outlook: EvalState) -> list[str]:
     """How a run ended, in a few lines."""
     lines = []
     if metrics.get("train_mean_nll") is not None:

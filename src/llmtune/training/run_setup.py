@@ -21,7 +21,7 @@ from llmtune.runs import identity
 from llmtune.runs.disk import DiskForecast, forecast_disk
 from llmtune.runs.folder import CONFIG_FILE, RunFolder, checked_name, clean_name_part, create_run
 from llmtune.tracking.tracker import RunInfo
-from llmtune.training.build import Assembled
+from llmtune.training.build import TrainingSetup
 
 __all__ = ["check_name", "create", "identity_of", "own_tokenizer", "run_info", "run_name"]
 
@@ -41,22 +41,33 @@ def run_name(template: str, *, model: str, config: str, seed: int) -> str:
     >>> run_name("{model}-{config}-{seed}", model="org/Model", config="test", seed=7)
     'Model-test-7'
     """
-    values = {"model": clean_name_part(model), "config": clean_name_part(config), "timestamp": time.strftime("%Y%m%d-%H%M%S"), "seed": seed}
+    values = {
+        "model": clean_name_part(model),
+        "config": clean_name_part(config),
+        "timestamp": time.strftime("%Y%m%d-%H%M%S"),
+        "seed": seed,
+    }
     for key, value in values.items():
         template = template.replace("{" + key + "}", str(value))
     return template
 
 
 def check_name(resolved: ResolvedConfig) -> None:
-    """Raise UsageError when `run.name` cannot be the name of a run, while nothing is loaded yet; `create` asks again, of the final name."""
+    """Raise UsageError when `run.name` cannot be the name of a run, while nothing is loaded yet.
+
+    `create` asks again, of the final name.
+    """
     config = resolved.config
     checked_name(run_name(config.run.name, model=config.model.name, config=resolved.name, seed=config.run.seed))
 
 
 def own_tokenizer(run: RunFolder, asked: ModelConfig) -> Path | None:
-    """The folder of the tokenizer that the run trained for itself; None where it has none, or where something else is asked for.
+    """The folder of the tokenizer that the run trained for itself.
 
-    Another tokenizer or chat template than when the run began is to be opened as in a new run: its digest says whether the run can go on.
+    None where it has none, or where something else is asked for.
+
+    Another tokenizer or chat template than when the run began is to be opened as in a new run: its digest says whether
+    the run can go on.
     """
     folder = run.path / TOKENIZER_FOLDER
     was = run.info["identity"]["config"]["model"]
@@ -64,14 +75,18 @@ def own_tokenizer(run: RunFolder, asked: ModelConfig) -> Path | None:
     return folder if folder.is_dir() and is_as_it_was else None
 
 
-def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled, say: Callable[[str], None]) -> RunFolder:
-    """Make the folder of a new run with everything that is known before step 1, and say where; nothing is left behind when that fails.
+def create(
+    resolved: ResolvedConfig, prepared: Prepared, setup: TrainingSetup, print_line: Callable[[str], None]
+) -> RunFolder:
+    """Make the folder of a new run with everything that is known before step 1, and say where.
+
+    Nothing is left behind when that fails.
 
     Raises MachineError when the disk is too small for the whole run, UsageError for a name that cannot be one.
     """
     config = prepared.config
     name = run_name(config.run.name, model=prepared.source.short_name, config=resolved.name, seed=config.run.seed)
-    forecast = forecast_for(prepared, assembled)
+    forecast = forecast_for(prepared, setup)
 
     def fill(folder: Path) -> None:
         durable.write_text(folder / CONFIG_FILE, config_to_yaml(resolved.config))
@@ -80,7 +95,9 @@ def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled, s
             for entry in prepared.data.ledger.entries:
                 log.append(entry)
         if prepared.tokenizer_is_new:
-            checkpoints.save_folder(folder / TOKENIZER_FOLDER, lambda place: save.write_tokenizer(prepared.tokenizer.tokenizer, place))
+            checkpoints.save_folder(
+                folder / TOKENIZER_FOLDER, lambda place: save.write_tokenizer(prepared.tokenizer.tokenizer, place)
+            )
 
     run = create_run(
         config.run.output_dir,
@@ -91,68 +108,81 @@ def create(resolved: ResolvedConfig, prepared: Prepared, assembled: Assembled, s
             "seed": config.run.seed,
             "tags": list(config.run.tags),
             "notes": config.run.notes,
-            "identity": identity_of(prepared, assembled),
+            "identity": identity_of(prepared, setup),
             "decisions": [
-                {"key": one.key, "value": str(one.value), "reason": one.reason} for one in (*prepared.decisions, *assembled.decisions)
+                {"key": one.key, "value": str(one.value), "reason": one.reason}
+                for one in (*prepared.decisions, *setup.decisions)
             ],
             "data": prepared.data.ledger.summary(),
-            "parameters": {"total": assembled.counts.total, "trained": assembled.counts.trained},
+            "parameters": {"total": setup.counts.total, "trained": setup.counts.trained},
             "disk_forecast_bytes": forecast.needed_bytes,
             **identity.describe_machine(),
         },
     )
-    say(f"run     {durable.printable(run.path)}" + ("" if run.name == name else f" (there is a run `{durable.printable(name)}` already)"))
+    print_line(
+        f"run     {durable.printable(run.path)}"
+        + ("" if run.name == name else f" (there is a run `{durable.printable(name)}` already)")
+    )
     return run
 
 
-def identity_of(prepared: Prepared, assembled: Assembled) -> dict[str, Any]:
+def identity_of(prepared: Prepared, setup: TrainingSetup) -> dict[str, Any]:
     """Everything that decides the numbers of this run; compared key by key when it goes on."""
     heldout = prepared.data.eval
     return {
         "config": config_to_dict(prepared.config),
         "digests": {
-            "base": assembled.base_digest,
+            "base": setup.base_digest,
             "tokenizer": prepared.tokenizer.digest,
             "renderer": prepared.renderer.digest,
             "train": prepared.data.train.digest,
             "heldout": heldout.digest if heldout is not None else None,
-            "batches": assembled.batches.digest,
+            "batches": setup.batches.digest,
         },
         "versions": identity.describe_machine()["versions"],
         "processor": identity.describe_machine()["processor"],
-        "global_batch_size": assembled.batches.global_batch,
-        "device": str(assembled.devices.device),
-        "engine": assembled.engine.layout,
+        "global_batch_size": setup.batches.global_batch,
+        "device": str(setup.devices.device),
+        "engine": setup.engine.layout,
         "threads": torch.get_num_threads(),
-        "world_size": assembled.devices.world_size,
+        "world_size": setup.devices.world_size,
     }
 
 
-def run_info(run: RunFolder, config_name: str, prepared: Prepared, assembled: Assembled, start_step: int) -> RunInfo:
+def run_info(run: RunFolder, config_name: str, prepared: Prepared, setup: TrainingSetup, start_step: int) -> RunInfo:
     """What trackers may know of the run."""
-    shape = assembled.model.config.to_dict()
-    keys = ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head", "vocab_size")
+    shape = setup.model.config.to_dict()
+    keys = (
+        "model_type",
+        "hidden_size",
+        "n_embd",
+        "num_hidden_layers",
+        "n_layer",
+        "num_attention_heads",
+        "n_head",
+        "vocab_size",
+    )
     return RunInfo(
         name=run.name,
         folder=run.path,
-        total_steps=assembled.batches.total_steps,
+        total_steps=setup.batches.total_steps,
         start_step=start_step,
         model=prepared.config.model.name,
         config_name=config_name,
         tags=prepared.config.run.tags,
         notes=prepared.config.run.notes,
-        config=config_to_dict(assembled.config),
-        parameters={"total": assembled.counts.total, "trained": assembled.counts.trained},
+        config=config_to_dict(setup.config),
+        parameters={"total": setup.counts.total, "trained": setup.counts.trained},
         architecture={key: shape[key] for key in keys if key in shape},
     )
 
 
-def forecast_for(prepared: Prepared, assembled: Assembled) -> DiskForecast:
+def forecast_for(prepared: Prepared, setup: TrainingSetup) -> DiskForecast:
     """What the run's disk must hold at the worst moment; raises MachineError when it does not fit."""
-    config = assembled.config
-    weights = sum(one.numel() * one.element_size() for one in assembled.parameters.values())
-    optimizer = optimizer_bytes(config.training.optimizer, entries=assembled.counts.trained, entry_bytes=weights)
-    batches = assembled.batches
+    config = setup.config
+    weights = sum(one.numel() * one.element_size() for one in setup.parameters.values())
+    optimizer = optimizer_bytes(config.training.optimizer, entries=setup.counts.trained, entry_bytes=weights)
+    batches = setup.batches
     every = config.checkpoint.every_steps or batches.steps_per_epoch
     return forecast_disk(
         config.run.output_dir,

@@ -1,4 +1,7 @@
-"""The whole story of a run: what is checked first, how it begins, and how it goes on again. What happens at each step is in `session`."""
+"""The whole story of a run: what is checked first, how it begins, and how it goes on again.
+
+What happens at each step is in `session`.
+"""
 
 from __future__ import annotations
 
@@ -27,30 +30,32 @@ from llmtune.tracking.choose import choose_trackers
 from llmtune.tracking.tracker import Tracker
 from llmtune.training import checkpointer, run_setup
 from llmtune.training import progress as reporting
-from llmtune.training.build import Assembled, assemble
-from llmtune.training.training_run import Result, Session
+from llmtune.training.build import TrainingSetup, build_setup
+from llmtune.training.training_run import Result, TrainingRun
 
 __all__ = ["Result", "dry_run", "preflight", "reopen", "resume", "start", "train"]
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
-def preflight(resolved: ResolvedConfig, options: Options, *, say: Say) -> tuple[Prepared, Devices, Plan]:
+def preflight(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine) -> tuple[Prepared, Devices, Plan]:
     """Everything that can go wrong before a model is loaded, first; says what was read, found, chosen and planned."""
     for note in resolved.notes:
-        say(note)
+        print_line(note)
     run_setup.check_name(resolved)
     devices, decisions = open_devices(resolved.config, options)
-    prepared = prepare(resolved, options, progress=reporting.tokenizing_progress(say))
-    forecaster = Forecaster.here(prepared, options, devices)
-    prepared = resolve_auto.settle_together(forecaster, devices)
-    plan = make_plan(forecaster.of(prepared))
-    reporting.say_preflight(prepared, decisions, plan, say)
+    prepared = prepare(resolved, options, progress=reporting.tokenizing_progress(print_line))
+    forecaster = Forecaster.for_this_machine(prepared, options, devices)
+    prepared = resolve_auto.resolve_on_all_ranks(forecaster, devices)
+    plan = make_plan(forecaster.with_prepared(prepared))
+    reporting.print_preflight(prepared, decisions, plan, print_line)
     return prepared, devices, plan
 
 
-def dry_run(resolved: ResolvedConfig, options: Options, *, say: Say) -> None:
-    """Do everything that comes before a model is loaded, and say it; what cannot be shared between devices yet is planned too.
+def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine) -> None:
+    """Do everything that comes before a model is loaded, and say it.
+
+    What cannot be shared between devices yet is planned too.
 
     Raises what `preflight` raises; ConfigError for that after the plan was said.
     """
@@ -60,52 +65,65 @@ def dry_run(resolved: ResolvedConfig, options: Options, *, say: Say) -> None:
     except ConfigError as error:
         refusal = error
         resolved = replace(resolved, config=replace(resolved.config, distributed=DistributedConfig()))
-        say(f"planned as one process that holds the whole model: {error.problems[0].problem}")
-    preflight(resolved, options, say=say)
+        print_line(f"planned as one process that holds the whole model: {error.problems[0].problem}")
+    preflight(resolved, options, print_line=print_line)
     if refusal is not None:
         raise refusal
 
 
 def refuse_secrets(resolved: ResolvedConfig) -> None:
-    """Raise ConfigError for values that look like a secret: the config of a run is written beside it. The values are not in the message."""
+    """Raise ConfigError for values that look like a secret: the config of a run is written beside it.
+
+    The values are not in the message.
+    """
     values = {key: functools.reduce(getattr, key.split("."), resolved.config) for key in resolved.origins}
     found = find_secrets(values)
     if found:
         fix = "take it out; keys come from the environment (HF_TOKEN, WANDB_API_KEY) or from the login command of their service"
-        raise ConfigError.all(Problem(f"`{key}` holds what looks like a secret", str(resolved.origins[key]), fix) for key in found)
+        raise ConfigError.all(
+            Problem(f"`{key}` holds what looks like a secret", str(resolved.origins[key]), fix) for key in found
+        )
 
 
-def assembled_in_memory(prepared: Prepared, options: Options, devices: Devices) -> Assembled:
-    """Load and assemble; where the memory is used up by that, refuse with the numbers and what to change. Raises what `assemble` raises."""
+def build_within_memory(prepared: Prepared, options: Options, devices: Devices) -> TrainingSetup:
+    """Load and assemble; where the memory is used up by that, refuse with the numbers and what to change.
+
+    Raises what `build_setup` raises.
+    """
     reserve = open_reserve()
     try:
-        return assemble(prepared, options, devices)
+        return build_setup(prepared, options, devices)
     except MEMORY_ERRORS as error:
         if not is_out_of_memory(error):
             raise
         if reserve is not None:
             reserve.close()
-        forecaster = Forecaster.here(prepared, options, devices)
+        forecaster = Forecaster.for_this_machine(prepared, options, devices)
         doing = "while the model was loaded"
         raise out_of_memory(error, forecaster, doing=doing, where=prepared.config.model.name, saved=None) from error
 
 
-def train(resolved: ResolvedConfig, options: Options | None = None, *, say: Say = reporting.silent) -> Result:
+def train(
+    resolved: ResolvedConfig, options: Options | None = None, *, print_line: PrintLine = reporting.silent
+) -> Result:
     """Train a new run from its first step to its end, or to the signal that stops it; raises what the rooms raise."""
     with StopRequest() as stop:
-        return start(resolved, options or Options(), stop, say=say).go()
+        return start(resolved, options or Options(), stop, print_line=print_line).go()
 
 
-def start(resolved: ResolvedConfig, options: Options, stop: StopRequest, *, say: Say) -> Session:
-    """Check, prepare and assemble a new run and make its folder; nothing is trained yet, and nothing is left behind by a failure."""
+def start(resolved: ResolvedConfig, options: Options, stop: StopRequest, *, print_line: PrintLine) -> TrainingRun:
+    """Check, prepare and assemble a new run and make its folder.
+
+    Nothing is trained yet, and nothing is left behind by a failure.
+    """
     with stop.interrupting():
         refuse_secrets(resolved)
         trackers, decisions = _trackers(resolved)
-        prepared, devices, plan = preflight(resolved, options, say=say)
-        assembled = assembled_in_memory(prepared, options, devices)
-        reporting.say_assembled(assembled, decisions, say)
-        run = run_setup.create(resolved, prepared, assembled, say) if devices.is_main else None
-    return Session(resolved, prepared, assembled, run, trackers, stop, say, plan=plan, options=options)
+        prepared, devices, plan = preflight(resolved, options, print_line=print_line)
+        setup = build_within_memory(prepared, options, devices)
+        reporting.print_setup(setup, decisions, print_line)
+        run = run_setup.create(resolved, prepared, setup, print_line) if devices.is_main else None
+    return TrainingRun(resolved, prepared, setup, run, trackers, stop, print_line, plan=plan, options=options)
 
 
 def resume(
@@ -115,15 +133,24 @@ def resume(
     options: Options | None = None,
     allow_changes: bool = False,
     checkpoint: Path | None = None,
-    say: Say = reporting.silent,
+    print_line: PrintLine = reporting.silent,
 ) -> Result:
-    """Go on with a run (a folder, a name, or None for the newest unfinished one) from its newest valid checkpoint, to its end or a stop.
+    """Go on with a run (a folder, a name, or None for the newest unfinished one) from its newest valid checkpoint, to
+    its end or a stop.
 
     Raises what `reopen` raises, and what the rooms raise.
     """
     with StopRequest() as stop:
         chosen = options or Options()
-        return reopen(name, chosen, stop, overrides=overrides, allow_changes=allow_changes, checkpoint=checkpoint, say=say).go()
+        return reopen(
+            name,
+            chosen,
+            stop,
+            overrides=overrides,
+            allow_changes=allow_changes,
+            checkpoint=checkpoint,
+            print_line=print_line,
+        ).go()
 
 
 def reopen(
@@ -134,12 +161,12 @@ def reopen(
     overrides: Sequence[str] = (),
     allow_changes: bool = False,
     checkpoint: Path | None = None,
-    say: Say,
-) -> Session:
+    print_line: PrintLine,
+) -> TrainingRun:
     """Open a stopped run at its newest valid checkpoint; nothing is trained yet.
 
-    What differs from the stopped run is said before the first step, and refused where it would make it another training (unless
-    `allow_changes`) or where the checkpoint no longer fits. Raises CheckpointError when nothing can be used.
+    What differs from the stopped run is said before the first step, and refused where it would make it another training
+    (unless `allow_changes`) or where the checkpoint no longer fits. Raises CheckpointError when nothing can be used.
     """
     with stop.interrupting():
         folder = checkpoint.parent.parent if checkpoint else resolve_run(name, _output_dir(overrides))
@@ -148,32 +175,41 @@ def reopen(
         try:
             trackers, _ = _trackers(resolved)
             loaded, problems = checkpointer.find_checkpoint(run, checkpoint)
-            reporting.say_resume(run, loaded, problems, say)
-            prepared, devices = preflight_again(resolved, options, run_setup.own_tokenizer(run, resolved.config.model), say)
-            prepared = resolve_auto.as_before(prepared, run.info["identity"]["config"])
-            assembled = assembled_in_memory(prepared, options, devices)
-            now = run_setup.identity_of(prepared, assembled)
+            reporting.print_resume(run, loaded, problems, print_line)
+            prepared, devices = preflight_again(
+                resolved, options, run_setup.own_tokenizer(run, resolved.config.model), print_line
+            )
+            prepared = resolve_auto.keep_resolved(prepared, run.info["identity"]["config"])
+            setup = build_within_memory(prepared, options, devices)
+            now = run_setup.identity_of(prepared, setup)
             differences = identity.compare(run.info["identity"], now)
             for one in identity.refuse_changes(differences, where=str(run.path), allow_changes=allow_changes):
-                reporting.say_difference(one, say)
+                reporting.print_difference(one, print_line)
         except BaseException:
             run.close()
             raise
-    session = Session(resolved, prepared, assembled, run, trackers, stop, say, options=options)
+    session = TrainingRun(resolved, prepared, setup, run, trackers, stop, print_line, options=options)
     session.restore(loaded)
     return session
 
 
 def _output_dir(overrides: Sequence[str]) -> str:
-    """Where runs are looked for by name: `run.output_dir` as overridden or by default; other overrides are for the run that is found."""
+    """Where runs are looked for by name: `run.output_dir` as overridden or by default.
+
+    Other overrides are for the run that is found.
+    """
     only = [one for one in overrides if one.startswith("run.output_dir=")]
     return load_config(None, overrides=only).config.run.output_dir
 
 
-def preflight_again(resolved: ResolvedConfig, options: Options, tokenizer_folder: Path | None, say: Say) -> tuple[Prepared, Devices]:
+def preflight_again(
+    resolved: ResolvedConfig, options: Options, tokenizer_folder: Path | None, print_line: PrintLine
+) -> tuple[Prepared, Devices]:
     """The preflight of a resumed run: quiet about choices that were said when it began."""
     devices, _ = open_devices(resolved.config, options)
-    return prepare(resolved, options, tokenizer_folder=tokenizer_folder, progress=reporting.tokenizing_progress(say)), devices
+    return prepare(
+        resolved, options, tokenizer_folder=tokenizer_folder, progress=reporting.tokenizing_progress(print_line)
+    ), devices
 
 
 def _trackers(resolved: ResolvedConfig) -> tuple[list[Tracker], list[Decision]]:

@@ -1,7 +1,8 @@
 """A run while it trains: what one process holds between two steps, and what is decided at each step boundary.
 
-The loop yields after every optimizer update and `Session` decides, in a plain `for`, what happens then. Every yield is a step boundary, so
-whatever is done there (evaluate, save, stop) loses nothing and changes nothing (promises N12, P2).
+The loop yields after every optimizer update and `TrainingRun` decides, in a plain `for`, what happens then. Every yield
+is a step boundary, so whatever is done there (evaluate, save, stop) loses nothing and changes nothing (promises N12,
+P2).
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.tracker import Tracker
 from llmtune.training import checkpointer, run_setup
-from llmtune.training.build import Assembled
-from llmtune.training.checkpointer import Keeper
-from llmtune.training.evaluator import Observer, Outlook
+from llmtune.training.build import TrainingSetup
+from llmtune.training.checkpointer import Checkpointer
+from llmtune.training.evaluator import EvalState, Evaluator
 
-__all__ = ["Result", "Session"]
+__all__ = ["Result", "TrainingRun"]
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Result:
     """Updates applied."""
     metrics: dict[str, Any]
     """The last training line, and the newest value of every evaluation metric."""
-    outlook: Outlook
+    outlook: EvalState
     model: Any
     tokenizer: Any
     plan: Plan | None = None
@@ -68,27 +69,27 @@ class Result:
     """Most memory held (see `peak_memory_bytes`)."""
 
 
-class Session:
+class TrainingRun:
     """One process's share of a run."""
 
     def __init__(
         self,
         resolved: ResolvedConfig,
         prepared: Prepared,
-        assembled: Assembled,
+        setup: TrainingSetup,
         run: RunFolder | None,
         trackers: list[Tracker],
         stop: StopRequest,
-        say: Say,
+        print_line: PrintLine,
         *,
         plan: Plan | None = None,
         options: Options | None = None,
     ) -> None:
         self._options, self._reserve = options or Options(), open_reserve()
         self.plan, self._seconds, self._tokens = plan, 0.0, 0
-        self.prepared, self.assembled, self.run, self.stop, self.say = prepared, assembled, run, stop, say
-        self.config = assembled.config
-        self.learning_rate = assembled.learning_rate
+        self.prepared, self.setup, self.run, self.stop, self.print_line = prepared, setup, run, stop, print_line
+        self.config = setup.config
+        self.learning_rate = setup.learning_rate
         """Rate as a function of the updates made; may be replaced between two steps."""
         self.measure: Callable[[StepResult], Mapping[str, Any]] | None = None
         """Further values of a step, for its line (the Python API's metrics); plain numbers, and never able to raise."""
@@ -96,27 +97,29 @@ class Session:
         self.metrics: dict[str, Any] = {}
         self.outcome = "running"
         self.record = RunRecord(run.path) if run is not None and keeps_record(self.config.tracking) else None
-        self.trackers = TrackerQueue(trackers if run is not None else [], say=say)
-        self.observer = Observer(prepared, assembled, self.record, self.trackers)
-        self.keeper = Keeper(run, prepared, assembled, say) if run is not None else None
+        self.trackers = TrackerQueue(trackers if run is not None else [], print_line=print_line)
+        self.observer = Evaluator(prepared, setup, self.record, self.trackers)
+        self.keeper = Checkpointer(run, prepared, setup, print_line) if run is not None else None
         self._config_name = resolved.name
         self._saved_windows = -1
 
     def restore(self, loaded: LoadedCheckpoint | None) -> None:
-        """Put everything back as it was at the checkpoint's step boundary, or as it was before step 1 where nothing was saved."""
+        """Put everything back as it was at the checkpoint's step boundary, or as it was before step 1 where nothing was
+        saved.
+        """
         if loaded is None:
             if self.record is not None:
                 self.record.rewind({"metrics": 0, "samples": 0})
             return
-        checkpointer.restore_weights(self.assembled, loaded)
+        checkpointer.restore_weights(self.setup, loaded)
         extra = loaded.snapshot.state["pipeline"]
         restore(
             loaded.snapshot,
-            parameters=self.assembled.parameters,
-            optimizer=self.assembled.optimizer,
-            precision=self.assembled.precision,
+            parameters=self.setup.parameters,
+            optimizer=self.setup.optimizer,
+            precision=self.setup.precision,
             state=self.state,
-            devices=self.assembled.devices,
+            devices=self.setup.devices,
         )
         self.observer.restore(extra["outlook"])
         self.metrics = dict(extra["metrics"])
@@ -135,8 +138,8 @@ class Session:
     def steps(self) -> Iterator[StepResult]:
         """Train, and yield each step after what was due at it (evaluation, checkpoint) was done.
 
-        Whatever happens, run.json says how it ended and trackers are let go; a caller who leaves the loop leaves a saved, resumable run.
-        Raises DivergedError, StoppedBySignal (saved), MachineError.
+        Whatever happens, run.json says how it ended and trackers are let go; a caller who leaves the loop leaves a
+        saved, resumable run. Raises DivergedError, StoppedBySignal (saved), MachineError.
         """
         self.outcome = "failed"
         try:
@@ -167,7 +170,10 @@ class Session:
             self._let_go()
 
     def _save_before_leaving(self) -> None:
-        """Save a run that its caller leaves; weights that are not finite end it as diverged, as they do everywhere (P10)."""
+        """Save a run that its caller leaves.
+
+        Weights that are not finite end it as diverged, as they do everywhere (P10).
+        """
         self.outcome = "stopped"
         try:
             if self.state.windows:
@@ -196,16 +202,19 @@ class Session:
             step=self.state.step,
             metrics=self.metrics,
             outlook=self.observer.outlook,
-            model=self.assembled.model,
+            model=self.setup.model,
             tokenizer=self.prepared.tokenizer.tokenizer,
             plan=self.plan,
             seconds=self._seconds,
             tokens=self._tokens,
-            memory_bytes=peak_memory_bytes(self.assembled.devices.device),
+            memory_bytes=peak_memory_bytes(self.setup.devices.device),
         )
 
     def evaluate(self, *, full: bool = False) -> dict[str, Any]:
-        """Evaluate now, record it, and keep a new best at once; `full` counts exact answers where the config asks for them."""
+        """Evaluate now, record it, and keep a new best at once.
+
+        `full` counts exact answers where the config asks for them.
+        """
         release_free_memory()
         improved, metrics = self.observer.look(self.state.step, self.state.epoch, full=full)
         release_free_memory()
@@ -221,11 +230,11 @@ class Session:
             return
         self._refuse_non_finite_weights()
         snapshot = capture(
-            parameters=self.assembled.parameters,
-            optimizer=self.assembled.optimizer,
-            precision=self.assembled.precision,
+            parameters=self.setup.parameters,
+            optimizer=self.setup.optimizer,
+            precision=self.setup.precision,
             state=self.state,
-            devices=self.assembled.devices,
+            devices=self.setup.devices,
         )
         extra: Mapping[str, Any] = {
             "outlook": self.observer.state(),
@@ -233,53 +242,61 @@ class Session:
             "record": self.record.position() if self.record is not None else {"metrics": 0, "samples": 0},
         }
         if self.keeper is not None:
-            saved = self.keeper.save(self.state.step, replace(snapshot, state={**snapshot.state, "pipeline": extra}), self.record)
+            saved = self.keeper.save(
+                self.state.step, replace(snapshot, state={**snapshot.state, "pipeline": extra}), self.record
+            )
             self._saved_windows = self.state.windows if saved else -1
-        self.assembled.devices.barrier()
+        self.setup.devices.barrier()
 
     def _begin(self) -> None:
         """Tell everyone, and look at the untouched model."""
         if self.run is not None:
-            self.run.update(state="running", total_steps=self.assembled.batches.total_steps)
-            self.trackers.start(run_setup.run_info(self.run, self._config_name, self.prepared, self.assembled, self.state.step))
+            self.run.update(state="running", total_steps=self.setup.batches.total_steps)
+            self.trackers.start(
+                run_setup.run_info(self.run, self._config_name, self.prepared, self.setup, self.state.step)
+            )
             self.observer.begin(self.state.step)
         if self.state.windows == 0 and self.config.evaluation.before_training:
             self.evaluate(full=True)
 
     def _train(self) -> Generator[StepResult, None, str]:
         """The loop, and what is decided after each step. Returns `finished` or `stopped`."""
-        assembled, config = self.assembled, self.config
+        setup, config = self.setup, self.config
         deadline = time.monotonic() + 60 * config.training.max_minutes if config.training.max_minutes else None
         if self.observer.should_stop_early:
             return "finished"
         for result in train_steps(
-            nll_sum=assembled.nll_sum,
-            update=assembled.update,
-            windows=assembled.batches.windows(self.state.windows),
+            nll_sum=setup.nll_sum,
+            update=setup.update,
+            windows=setup.batches.windows(self.state.windows),
             learning_rate=self._rate,
-            precision=assembled.precision,
+            precision=setup.precision,
             state=self.state,
-            devices=assembled.devices,
+            devices=setup.devices,
             max_skipped_steps=config.training.max_skipped_steps,
-            mfu=assembled.mfu,
+            mfu=setup.mfu,
         ):
             self._note(result)
-            last = self.state.windows == assembled.batches.total_steps
+            last = self.state.windows == setup.batches.total_steps
             if self.observer.is_due(result.step, last=last) and not result.skipped:
                 self.evaluate(full=last)
             early = not last and self.observer.should_stop_early
             late = deadline is not None and time.monotonic() > deadline and not last
-            asked = self.stop.is_requested  # read once: a signal that arrives during this save is answered after the next step
+            asked = (
+                self.stop.is_requested
+            )  # read once: a signal that arrives during this save is answered after the next step
             if early or late or last or asked or self._save_is_due(result):
                 self.save()
             if asked:
                 self.stop.refuse_to_go_on(saved=f"saved after step {result.step}")
             yield result
             if early:
-                self.say(f"stopped early: no improvement in {config.evaluation.early_stopping_patience} evaluations")
+                self.print_line(
+                    f"stopped early: no improvement in {config.evaluation.early_stopping_patience} evaluations"
+                )
                 return "finished"
             if late:
-                self.say(f"stopped after {config.training.max_minutes} minutes; `llmtune resume` goes on")
+                self.print_line(f"stopped after {config.training.max_minutes} minutes; `llmtune resume` goes on")
                 return "stopped"
         return "finished"
 
@@ -287,11 +304,11 @@ class Session:
         """The refusal for memory that is used up, after letting go of the gradients; the newest checkpoint stands."""
         if self._reserve is not None:
             self._reserve.close()
-        self.assembled.optimizer.zero_grad(set_to_none=True)
+        self.setup.optimizer.zero_grad(set_to_none=True)
         saved = self._newest_saved()
         return out_of_memory(
             error,
-            Forecaster.here(self.prepared, self._options, self.assembled.devices),
+            Forecaster.for_this_machine(self.prepared, self._options, self.setup.devices),
             doing=f"in step {self.state.step + 1}",
             where=str(self.run.path) if self.run is not None else None,
             saved=saved.name if saved else None,
@@ -306,11 +323,13 @@ class Session:
         self.metrics |= {**further, **result.metrics()}
         self.observer.note(result, further)
         if result.skipped:
-            self.say(f"step {result.step + 1} skipped: {result.reason}; rows: {', '.join(result.sources)}")
+            self.print_line(f"step {result.step + 1} skipped: {result.reason}; rows: {', '.join(result.sources)}")
 
     def _refuse_non_finite_weights(self) -> None:
-        """Raise DivergedError where an update has made a weight infinite or NaN: it never becomes best or resumable (P10)."""
-        broken = non_finite_parameters(self.assembled.parameters)
+        """Raise DivergedError where an update has made a weight infinite or NaN: it never becomes best or resumable
+        (P10).
+        """
+        broken = non_finite_parameters(self.setup.parameters)
         if broken:
             raise DivergedError(
                 f"{len(broken)} weights are no longer finite after step {self.state.step}, {broken[0]} first; this step is not saved",
@@ -319,7 +338,7 @@ class Session:
             )
 
     def _save_is_due(self, result: StepResult) -> bool:
-        every = self.config.checkpoint.every_steps or self.assembled.batches.steps_per_epoch
+        every = self.config.checkpoint.every_steps or self.setup.batches.steps_per_epoch
         return result.step % every == 0 and not result.skipped
 
     def _finish(self) -> None:
@@ -328,10 +347,13 @@ class Session:
             return
         if self.outcome == "finished":
             self.keeper.write_final(self.metrics, self.state.step)
-        self.keeper.be_sure()
+        self.keeper.raise_if_unsaved()
 
     def _let_go(self) -> None:
-        """Let trackers, files and the run go. A disk that refuses is said, and is the run's outcome only where nothing worse happened."""
+        """Let trackers, files and the run go.
+
+        A disk that refuses is said, and is the run's outcome only where nothing worse happened.
+        """
         if self._reserve is not None:
             self._reserve.close()
         self.observer.end()
@@ -346,10 +368,10 @@ class Session:
             try:
                 close()
             except MachineError as error:
-                self.say(f"warning: {error}")
+                self.print_line(f"warning: {error}")
                 refusals.append(error)
         if run is not None:
             run.close()
-        self.assembled.devices.close()
+        self.setup.devices.close()
         if refusals and self.outcome == "finished":
             raise refusals[0]

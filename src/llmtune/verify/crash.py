@@ -1,7 +1,8 @@
-"""`verify crash`: trainings are killed, half of the times at a random moment and half at a random file operation, resumed, and compared.
+"""`verify crash`: trainings are killed, half of the times at a random moment and half at a random file operation,
+resumed, and compared.
 
-A *life* is one training under attack: its first process is killed, the process that resumes it is killed too, and so on; the last one
-finishes. Then the run must be byte for byte the one that nobody stopped.
+A *life* is one training under attack: its first process is killed, the process that resumes it is killed too, and so
+on; the last one finishes. Then the run must be byte for byte the one that nobody stopped.
 """
 
 from __future__ import annotations
@@ -49,20 +50,21 @@ def verify_crash(
     *,
     steps: int,
     kills: int,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
     seed: int = 0,
     through_commands: bool = False,
     record: Path | None = None,
 ) -> Verdict:
     """Kill trainings of `steps` steps `kills` times with SIGKILL and resume them; `seed` decides the moments.
 
-    Half of the kills fall uniformly in the time a process lives, half uniformly over its file operations while it saves, deletes old
-    checkpoints, resumes and finishes (a write is torn in its middle). `through_commands` starts `llmtune train` and `llmtune resume`
-    instead of forked processes; all kills then fall in time. `record` gets one JSON line for each kill.
+    Half of the kills fall uniformly in the time a process lives, half uniformly over its file operations while it
+    saves, deletes old checkpoints, resumes and finishes (a write is torn in its middle). `through_commands` starts
+    `llmtune train` and `llmtune resume` instead of forked processes; all kills then fall in time. `record` gets one
+    JSON line for each kill.
 
-    The processes are forked, so this one must not have computed anything, nor set torch's number of threads (each thread of a child would
-    then set it again, and torch's pool does not survive that after a fork). Raises CheckpointError when the run that nobody stopped does
-    not end well.
+    The processes are forked, so this one must not have computed anything, nor set torch's number of threads (each
+    thread of a child would then set it again, and torch's pool does not survive that after a fork). Raises
+    CheckpointError when the run that nobody stopped does not end well.
     """
     shared = [*overrides, f"training.max_steps={steps}", f"run.output_dir={folder}", "tracking.trackers=[jsonl]"]
     shared += [f"checkpoint.every_steps={max(1, steps // 4)}", "checkpoint.keep_last=1"]
@@ -70,7 +72,7 @@ def verify_crash(
     durable.make_folder(folder)
     starter = Commands(config, shared, folder) if through_commands else Forked(config, shared, folder)
     campaign = _Campaign(starter, folder, steps, np.random.default_rng(seed))
-    campaign.measure(say)
+    campaign.measure(print_line)
     deaths: list[Death] = []
     fruitless = 0
     for life in itertools.count(1):
@@ -80,7 +82,7 @@ def verify_crash(
         fruitless = 0 if found else fruitless + 1
         for one in found:
             deaths.append(one)
-            say(f"kill {len(deaths)} of {kills}: {one.process} in {one.phase}, {one.moment}: {one.outcome}")
+            print_line(f"kill {len(deaths)} of {kills}: {one.process} in {one.phase}, {one.moment}: {one.outcome}")
         _keep_record(record, found, seed)
     return _verdict(deaths, kills, campaign.findings)
 
@@ -92,18 +94,20 @@ class _Campaign:
         self._starter, self._folder, self._steps, self._chance = starter, folder, steps, chance
         self._whole = folder / "whole"
         self._ways: Counter[str] = Counter()
-        self._speeds: deque[float] = deque([1.0], maxlen=5)  # of processes nobody killed: seconds lived for each second expected
+        self._speeds: deque[float] = deque(
+            [1.0], maxlen=5
+        )  # of processes nobody killed: seconds lived for each second expected
         self.findings = Verdict("differences")
         """What does not hold of a run that was resumed."""
 
-    def measure(self, say: Callable[[str], None]) -> None:
+    def measure(self, print_line: Callable[[str], None]) -> None:
         """Train what nobody stops, and learn how long a process lives and how many operations it makes."""
         self._check(self._starter.train("whole"))
         # The first training fills the caches, so that the second lives as long as the killed ones.
         self._new = self._check(self._starter.train("measured"))
         self._resumed = self._check(self._starter.resume(self._folder / "measured"))
         lives = f"a training takes {self._new.seconds:.2f} s and makes {self._new.calls} of the operations"
-        say(f"{lives}; resuming takes {self._resumed.seconds:.2f} s")
+        print_line(f"{lives}; resuming takes {self._resumed.seconds:.2f} s")
 
     @staticmethod
     def _check(end: End) -> End:
@@ -141,7 +145,9 @@ class _Campaign:
         return min(ways, key=lambda way: self._ways[way])
 
     def _go_on(self, run: Path, kill: Kill) -> End:
-        """What a user does after a crash, and no more: the same command again where there is no run yet, otherwise `resume`."""
+        """What a user does after a crash, and no more: the same command again where there is no run yet, otherwise
+        `resume`.
+        """
         expected_s, _ = self._expected(run)
         end = self._starter.resume(run, kill) if (run / "run.json").is_file() else self._starter.train(run.name, kill)
         if not end.was_killed:
@@ -200,7 +206,9 @@ def _verdict(deaths: Sequence[Death], kills: int, differences: Verdict) -> Verdi
     verdict.table = list(_table(deaths))
     outcomes = Counter(one.outcome for one in deaths)
     counted = ", ".join(f"{number} {what}" for what, number in sorted(outcomes.items())) or "none"
-    verdict.note("every killed run finishes byte-identical, with no repair by hand", counted, set(outcomes) == {"identical"})
+    verdict.note(
+        "every killed run finishes byte-identical, with no repair by hand", counted, set(outcomes) == {"identical"}
+    )
     verdict.note("as many kills as asked for met a living process", f"{len(deaths)} of {kills}", len(deaths) == kills)
     verdict.findings += differences.findings
     return verdict

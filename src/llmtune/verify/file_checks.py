@@ -1,4 +1,6 @@
-"""`verify checkpoint` and `verify merge`: what lies on the disk is what was saved, and a merge is the model it claims to be."""
+"""`verify checkpoint` and `verify merge`: what lies on the disk is what was saved, and a merge is the model it claims
+to be.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,19 @@ __all__ = ["TIMES", "compare_runs", "numbers_of", "verify_checkpoint", "verify_m
 _FLIPS = 20
 
 
-def verify_checkpoint(run: Path, *, say: Callable[[str], None]) -> Verdict:
-    """Re-read every byte of every checkpoint, best and final; then damage copies of the newest and require that each damage is found."""
+def verify_checkpoint(run: Path, *, print_line: Callable[[str], None]) -> Verdict:
+    """Re-read every byte of every checkpoint, best and final.
+
+    Then damage copies of the newest and require that each damage is found.
+    """
     verdict = Verdict("checkpoint")
     with RunFolder.open(run) as folder:
         found = checkpoints.all_checkpoints(folder)
         for one in found:
             problems = checkpoints.verify(one, run_id=folder.run_id)
-            verdict.note(one.path.name, problems[0].problem if problems else "every byte is what was saved", not problems)
+            verdict.note(
+                one.path.name, problems[0].problem if problems else "every byte is what was saved", not problems
+            )
         for name in ("best", "final"):
             place = folder.checkpoints / name
             if place.is_dir():
@@ -36,9 +43,13 @@ def verify_checkpoint(run: Path, *, say: Callable[[str], None]) -> Verdict:
                 verdict.note(name, problems[0].problem if problems else "every byte is what was saved", not problems)
         if not found:
             raise CheckpointError("this run has no checkpoint", where=str(run))
-        say(f"damaging copies of {found[-1].path.name}")
+        print_line(f"damaging copies of {found[-1].path.name}")
         caught, tried = _damage(found[-1].path)
-        verdict.note("a flipped bit, a cut, a missing and a foreign file are found", f"{caught} of {tried} damages", caught == tried)
+        verdict.note(
+            "a flipped bit, a cut, a missing and a foreign file are found",
+            f"{caught} of {tried} damages",
+            caught == tried,
+        )
     return verdict
 
 
@@ -58,7 +69,10 @@ def _damage(checkpoint: Path) -> tuple[int, int]:
                 tried += 1
                 caught += bool(durable.verify_manifest(copy))
                 durable.remove_tree(copy)
-        others: dict[str, dict[str, bytes | None]] = {"missing": {files[0].name: None}, "foreign": {"foreign.bin": b"x"}}
+        others: dict[str, dict[str, bytes | None]] = {
+            "missing": {files[0].name: None},
+            "foreign": {"foreign.bin": b"x"},
+        }
         for name, change in others.items():
             copy = Path(scratch) / name / checkpoint.name
             _copy(files, copy, change)
@@ -78,16 +92,18 @@ def _copy(files: list[Path], target: Path, changes: dict[str, bytes | None]) -> 
             durable.write_bytes(target / name, data)
 
 
-def verify_merge(run: Path, *, offline: bool, say: Callable[[str], None]) -> Verdict:
+def verify_merge(run: Path, *, offline: bool, print_line: Callable[[str], None]) -> Verdict:
     """Merge the run's adapter into a scratch folder and report the comparison with base + adapter (N8)."""
     verdict = Verdict("merge")
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            report = merge_lora(run, Path(scratch) / "merged", offline=offline, say=say)
+            report = merge_lora(run, Path(scratch) / "merged", offline=offline, print_line=print_line)
         except CheckpointError as error:
             verdict.note("the merged model gives the logits of base + adapter", str(error.problems[0].problem), False)
             return verdict
-        verdict.note("the merged model gives the logits of base + adapter", f"{report.difference}; {report.tolerance}", True)
+        verdict.note(
+            "the merged model gives the logits of base + adapter", f"{report.difference}; {report.tolerance}", True
+        )
     return verdict
 
 
@@ -97,7 +113,9 @@ TIMES = ("step_seconds", "tokens_per_second", "loss_tokens_per_second", "memory_
 
 def numbers_of(run: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without times."""
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in read_lines(run / "metrics.jsonl")]
+    return [
+        {key: value for key, value in line.items() if key not in TIMES} for line in read_lines(run / "metrics.jsonl")
+    ]
 
 
 def compare_runs(whole: Path, other: Path, verdict: Verdict) -> None:
@@ -117,7 +135,9 @@ def compare_runs(whole: Path, other: Path, verdict: Verdict) -> None:
         if folder.name != "best":
             one_state, other_state = _state_of(folder), _state_of(others / folder.name)
             verdict.note(
-                f"every counter of {folder.name} is equal", f"{len(one_state)} groups", bool(one_state) and one_state == other_state
+                f"every counter of {folder.name} is equal",
+                f"{len(one_state)} groups",
+                bool(one_state) and one_state == other_state,
             )
     if (whole / "samples.jsonl").exists() or (other / "samples.jsonl").exists():
         texts, other_texts = read_lines(whole / "samples.jsonl"), read_lines(other / "samples.jsonl")
@@ -151,7 +171,9 @@ def _files(whole: Path, other: Path, pattern: str) -> tuple[str, bool]:
             return f"{name} is missing in {other}", False
         one, two = (whole / name).read_bytes(), (other / name).read_bytes()
         if one != two:
-            at = next((index for index, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+            at = next(
+                (index for index, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
+            )
             return f"{name} differs first at byte {at:,} of {len(one):,} and {len(two):,}", False
         total += len(one)
     return f"{len(names)} files, {total:,} bytes, no difference", bool(names)

@@ -1,6 +1,8 @@
-"""What a run under attack is doing: its phase and how many of its file operations it has made, told through memory that outlives its kill.
+"""What a run under attack is doing: its phase and how many of its file operations it has made, told through memory that
+outlives its kill.
 
-A watched process is a forked one that is going to be killed; nothing here runs in a training that anybody wants to keep.
+A watched process is a forked one that is going to be killed; nothing here runs in a training that anybody wants to
+keep.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ ATTACKED = ("resuming", "saving", "retention", "finishing")
 
 _PLACES: tuple[tuple[str, str], ...] = (
     ("llmtune.training.train:prepare", "data"),
-    ("llmtune.training.train:assemble", "loading"),
+    ("llmtune.training.train:build_setup", "loading"),
     ("llmtune.training.checkpointer:create", "creating"),
     ("llmtune.runs.folder:RunFolder.open", "resuming"),
     ("llmtune.training.checkpointer:find_checkpoint", "resuming"),
@@ -112,7 +114,9 @@ _LAYOUT = struct.Struct("=II")
 
 
 class _Watching:
-    """A backend that counts writes and syncs, and ends the process at a chosen operation: in the middle of it when it is a write."""
+    """A backend that counts writes and syncs, and ends the process at a chosen operation: in the middle of it when it
+    is a write.
+    """
 
     def __init__(self, marker: Marker, kill_at: int | None) -> None:
         self._marker, self._kill_at = marker, kill_at
@@ -140,7 +144,8 @@ def _die() -> None:
 
 
 def watched(function: Callable[[], object], marker: Marker, *, kill_at: int | None = None) -> Callable[[], object]:
-    """Return `function` for a forked process of its own: it tells `marker` its phase and operations, and ends itself at one of them.
+    """Return `function` for a forked process of its own: it tells `marker` its phase and operations, and ends itself at
+    one of them.
 
     What is put around our functions stays there, so it must not be called in a process that goes on.
     """

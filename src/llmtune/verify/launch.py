@@ -115,7 +115,10 @@ def _watch(function: Callable[[], object], kill: Kill) -> End:
 
 
 class Commands:
-    """The real `llmtune train` and `llmtune resume`; the phase of a killed one is told from what it had said and written."""
+    """The real `llmtune train` and `llmtune resume`.
+
+    The phase of a killed one is told from what it had said and written.
+    """
 
     counts_calls = False
 

@@ -1,4 +1,6 @@
-"""`verify batching` and `verify packing`: the numbers of the user's own model and rows, however a window is cut or packed."""
+"""`verify batching` and `verify packing`: the numbers of the user's own model and rows, however a window is cut or
+packed.
+"""
 
 from __future__ import annotations
 
@@ -17,60 +19,77 @@ from llmtune.engine.devices import open_devices
 from llmtune.engine.objective import plain_nll_sum
 from llmtune.errors import DataError
 from llmtune.prepare import Prepared, prepare
-from llmtune.training.build import Assembled, assemble
+from llmtune.training.build import TrainingSetup, build_setup
 from llmtune.verify.result import Verdict
 
 __all__ = ["CUT_BOUND", "LOSS_BOUND", "PATH_BOUND", "verify_batching", "verify_packing"]
 
 CUT_BOUND = 1e-6
-"""Largest relative difference of gradients between two cuts of a window, float32: norm of the difference over norm of the gradient (N1)."""
+"""Largest relative difference of gradients between two cuts of a window, float32: norm of the difference over norm of
+the gradient (N1).
+"""
 PATH_BOUND = 1e-5
 """The same between two ways of computing, such as packed and alone, or the fast path and the plain one (N5, N15)."""
 LOSS_BOUND = 1e-6
 _MOST_ROWS = 12
 
 
-def verify_batching(resolved: ResolvedConfig, options: Options, *, say: Callable[[str], None]) -> Verdict:
-    """One window's loss and gradients must not depend on how it is cut into micro-batches (N1) or padded (N4). Float32, no dropout."""
-    prepared, assembled, examples = _assemble(resolved, options, say)
+def verify_batching(resolved: ResolvedConfig, options: Options, *, print_line: Callable[[str], None]) -> Verdict:
+    """One window's loss and gradients must not depend on how it is cut into micro-batches (N1) or padded (N4).
+
+    Float32, no dropout.
+    """
+    prepared, setup, examples = _assemble(resolved, options, print_line)
     verdict = Verdict("batching")
-    layout, pad = assembled.engine.layout, prepared.tokenizer.tokenizer.pad_token_id or 0
+    layout, pad = setup.engine.layout, prepared.tokenizer.tokenizer.pad_token_id or 0
     whole = [make_micro_batch(examples, layout, pad)]
-    reference = _gradients(assembled, assembled.engine.nll_sum, whole)
+    reference = _gradients(setup, setup.engine.nll_sum, whole)
     cuts = {"one row a micro-batch": 1, "two rows a micro-batch": 2, "three rows a micro-batch": 3}
     for name, size in cuts.items():
-        batches = [make_micro_batch(examples[begin : begin + size], layout, pad) for begin in range(0, len(examples), size)]
-        cut = _gradients(assembled, assembled.engine.nll_sum, batches)
+        batches = [
+            make_micro_batch(examples[begin : begin + size], layout, pad) for begin in range(0, len(examples), size)
+        ]
+        cut = _gradients(setup, setup.engine.nll_sum, batches)
         _compare(verdict, f"{len(examples)} rows at once = {name}", reference, cut, CUT_BOUND)
     turned = [make_micro_batch(examples[::-1], layout, pad)]
-    _compare(verdict, "rows in another order", reference, _gradients(assembled, assembled.engine.nll_sum, turned), CUT_BOUND)
+    _compare(verdict, "rows in another order", reference, _gradients(setup, setup.engine.nll_sum, turned), CUT_BOUND)
     padded = [make_micro_batch(examples, "padded", pad)]
-    plain = _gradients(assembled, lambda batch: plain_nll_sum(assembled.model, batch), padded)
+    plain = _gradients(setup, lambda batch: plain_nll_sum(setup.model, batch), padded)
     _compare(verdict, "the library's own forward on a padded batch", reference, plain, PATH_BOUND)
     return verdict
 
 
-def verify_packing(resolved: ResolvedConfig, options: Options, *, say: Callable[[str], None]) -> Verdict:
+def verify_packing(resolved: ResolvedConfig, options: Options, *, print_line: Callable[[str], None]) -> Verdict:
     """Packed rows must train as rows alone, and no row may see another (N5). Float32, no dropout."""
-    prepared, assembled, examples = _assemble(resolved, options, say)
+    prepared, setup, examples = _assemble(resolved, options, print_line)
     verdict = Verdict("packing")
-    if assembled.engine.layout != "flat":
-        reason = next((str(one) for one in assembled.engine.decisions if one.key == "training.engine"), "the plain engine runs")
+    if setup.engine.layout != "flat":
+        reason = next(
+            (str(one) for one in setup.engine.decisions if one.key == "training.engine"), "the plain engine runs"
+        )
         verdict.note("packed rows are laid in one sequence", reason, False)
         return verdict
     pad = prepared.tokenizer.tokenizer.pad_token_id or 0
     packed = [make_micro_batch(examples, "flat", pad)]
     alone = [make_micro_batch([example], "padded", pad) for example in examples]
-    plain = _gradients(assembled, lambda batch: plain_nll_sum(assembled.model, batch), alone)
+    plain = _gradients(setup, lambda batch: plain_nll_sum(setup.model, batch), alone)
     _compare(
-        verdict, f"{len(examples)} packed rows = each alone", plain, _gradients(assembled, assembled.engine.nll_sum, packed), PATH_BOUND
+        verdict,
+        f"{len(examples)} packed rows = each alone",
+        plain,
+        _gradients(setup, setup.engine.nll_sum, packed),
+        PATH_BOUND,
     )
-    verdict.note(*_isolation(assembled, examples, pad))
+    verdict.note(*_isolation(setup, examples, pad))
     return verdict
 
 
-def _assemble(resolved: ResolvedConfig, options: Options, say: Callable[[str], None]) -> tuple[Prepared, Assembled, list[Example]]:
-    """The config's model in float32 without dropout, and up to twelve of its rows, of lengths as different as there are."""
+def _assemble(
+    resolved: ResolvedConfig, options: Options, print_line: Callable[[str], None]
+) -> tuple[Prepared, TrainingSetup, list[Example]]:
+    """The config's model in float32 without dropout, and up to twelve of its rows, of lengths as different as there
+    are.
+    """
     config = resolved.config
     config = replace(
         config,
@@ -80,71 +99,88 @@ def _assemble(resolved: ResolvedConfig, options: Options, say: Callable[[str], N
     )
     prepared = prepare(replace(resolved, config=config), options)
     devices, _ = open_devices(config, options)
-    assembled = assemble(prepared, options, devices)
-    _wake_adapter(assembled)
+    setup = build_setup(prepared, options, devices)
+    _wake_adapter(setup)
     order = np.argsort(prepared.data.train.lengths, kind="stable")
     chosen = np.unique(np.linspace(0, len(order) - 1, min(_MOST_ROWS, len(order))).round().astype(int))
     examples = [prepared.data.train[int(order[place])] for place in chosen]
     if len(examples) < 2:
         raise DataError("a comparison needs at least two rows", where="data.train", fix="name a file with more rows")
-    say(f"{len(examples)} rows of {min(map(len, examples))} to {max(map(len, examples))} tokens, engine {assembled.engine.layout}")
-    return prepared, assembled, examples
+    print_line(
+        f"{len(examples)} rows of {min(map(len, examples))} to {max(map(len, examples))} tokens, engine {setup.engine.layout}"
+    )
+    return prepared, setup, examples
 
 
-def _wake_adapter(assembled: Assembled) -> None:
+def _wake_adapter(setup: TrainingSetup) -> None:
     """Give a fresh adapter an effect: its B is zero, and a zero gradient would prove nothing."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in assembled.parameters.items():
-            if assembled.is_adapted and not parameter.any():
+        for name, parameter in setup.parameters.items():
+            if setup.is_adapted and not parameter.any():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
                 assert parameter.any(), name
 
 
 def _gradients(
-    assembled: Assembled, nll_sum: Callable[[MicroBatch], torch.Tensor], batches: Iterable[MicroBatch]
+    setup: TrainingSetup, nll_sum: Callable[[MicroBatch], torch.Tensor], batches: Iterable[MicroBatch]
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss (nats per trained token) and gradients of one window, as the training loop computes them."""
     batches = list(batches)
     weight = sum(batch.loss_weight for batch in batches)
-    assembled.model.train()
+    setup.model.train()
     total = 0.0
-    for parameter in assembled.parameters.values():
+    for parameter in setup.parameters.values():
         parameter.grad = None
     for batch in batches:
-        nats = nll_sum(batch.to(assembled.devices.device))
+        nats = nll_sum(batch.to(setup.devices.device))
         (nats / weight).backward()
         total += float(nats.detach())
-    gradients = {name: parameter.grad.clone() for name, parameter in assembled.parameters.items() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in setup.parameters.items() if parameter.grad is not None
+    }
     return total / weight, gradients
 
 
 def _compare(
-    verdict: Verdict, claim: str, one: tuple[float, dict[str, Any]], two: tuple[float, dict[str, Any]], gradient_bound: float
+    verdict: Verdict,
+    claim: str,
+    one: tuple[float, dict[str, Any]],
+    two: tuple[float, dict[str, Any]],
+    gradient_bound: float,
 ) -> None:
     """Add a finding: the loss within 1e-6 relative, the whole gradient within its bound."""
     loss = abs(one[0] - two[0]) / max(abs(one[0]), 1e-12)
     difference = sum(float((one[1][name].double() - two[1][name].double()).square().sum()) for name in one[1])
     scale = sum(float(gradient.double().square().sum()) for gradient in one[1].values())
     gradient = (difference / scale) ** 0.5 if scale else float("inf")
-    measured = f"loss {loss:.1e} (bound {LOSS_BOUND:.0e}), gradient {gradient:.1e} (bound {gradient_bound:.0e}), relative"
+    measured = (
+        f"loss {loss:.1e} (bound {LOSS_BOUND:.0e}), gradient {gradient:.1e} (bound {gradient_bound:.0e}), relative"
+    )
     verdict.note(claim, measured, loss <= LOSS_BOUND and gradient <= gradient_bound)
 
 
-def _isolation(assembled: Assembled, examples: list[Example], pad: int) -> tuple[str, str, bool]:
+def _isolation(setup: TrainingSetup, examples: list[Example], pad: int) -> tuple[str, str, bool]:
     """Change every token of one row and require the losses of all others, packed beside it, to keep every bit."""
     middle = len(examples) // 2
     changed = replace(examples[middle], input_ids=(examples[middle].input_ids + 1) % 100)
     neighbours = [[*examples[:middle], one, *examples[middle + 1 :]] for one in (examples[middle], changed)]
     moved = 0
-    assembled.model.eval()
+    setup.model.eval()
     for index in range(len(examples)):
         if index == middle:
             continue
         losses = []
         for rows in neighbours:
-            silent = [one if place == index else replace(one, weights=np.zeros_like(one.weights)) for place, one in enumerate(rows)]
+            silent = [
+                one if place == index else replace(one, weights=np.zeros_like(one.weights))
+                for place, one in enumerate(rows)
+            ]
             with torch.no_grad():
-                losses.append(assembled.engine.nll_sum(make_micro_batch(silent, "flat", pad).to(assembled.devices.device)))
+                losses.append(setup.engine.nll_sum(make_micro_batch(silent, "flat", pad).to(setup.devices.device)))
         moved += not torch.equal(losses[0], losses[1])
-    return "changing one row changes no bit of its neighbours", f"{moved} of {len(examples) - 1} neighbours moved", moved == 0
+    return (
+        "changing one row changes no bit of its neighbours",
+        f"{moved} of {len(examples) - 1} neighbours moved",
+        moved == 0,
+    )

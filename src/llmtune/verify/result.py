@@ -45,4 +45,8 @@ class Verdict:
         """
         lines = [f"{'ok  ' if one.holds else 'FAIL'}  {one.claim}: {one.measured}" for one in self.findings]
         holding = sum(one.holds for one in self.findings)
-        return [*self.table, *lines, f"{'PASS' if self.passed else 'FAIL'}  {self.name}: {holding} of {len(self.findings)} claims hold"]
+        return [
+            *self.table,
+            *lines,
+            f"{'PASS' if self.passed else 'FAIL'}  {self.name}: {holding} of {len(self.findings)} claims hold",
+        ]

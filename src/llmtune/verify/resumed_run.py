@@ -1,4 +1,7 @@
-"""`verify resume`: kill -9 a run in the middle, resume it, and compare with the run nobody stopped. All through the real command line."""
+"""`verify resume`: kill -9 a run in the middle, resume it, and compare with the run nobody stopped.
+
+All through the real command line.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,26 @@ _LONGEST_S = 3600.0
 
 
 def verify_resume(
-    config: str | None, overrides: Sequence[str], folder: Path, *, steps: int, kills: int, say: Callable[[str], None]
+    config: str | None,
+    overrides: Sequence[str],
+    folder: Path,
+    *,
+    steps: int,
+    kills: int,
+    print_line: Callable[[str], None],
 ) -> Verdict:
-    """Train `steps` steps twice under `folder`, the second time killed `kills` times and resumed; needs at least 2 steps.
+    """Train `steps` steps twice under `folder`, the second time killed `kills` times and resumed.
+
+    Needs at least 2 steps.
 
     Raises CheckpointError when a run that nobody stopped does not end well.
     """
     shared = [*overrides, f"training.max_steps={steps}", f"run.output_dir={folder}", "tracking.trackers=[jsonl]"]
     shared += [f"checkpoint.every_steps={max(1, steps // 4)}", "checkpoint.keep_last=0", "evaluation.prompts=[]"]
     train = ["train", *(["--config", config] if config else [])]
-    say(f"training {steps} steps without a stop")
+    print_line(f"training {steps} steps without a stop")
     _run([*train, *shared, "run.name=whole"])
-    say(f"training the same, killed {kills} times")
+    print_line(f"training the same, killed {kills} times")
     stopped, verdict = folder / "stopped", Verdict("resume")
     command = [*train, *shared, "run.name=stopped"]
     for kill in range(kills):
@@ -53,7 +64,8 @@ def _run(arguments: Sequence[str]) -> None:
     if done.returncode != 0:
         last = "\n".join(done.stderr.strip().splitlines()[-6:])
         raise CheckpointError(
-            f"`llmtune {' '.join(arguments)}` ended with exit code {done.returncode}:\n{last}", fix="try that command itself"
+            f"`llmtune {' '.join(arguments)}` ended with exit code {done.returncode}:\n{last}",
+            fix="try that command itself",
         )
 
 

@@ -1,4 +1,7 @@
-"""Forked processes: torch is imported once, each child then starts in milliseconds. The parent must not have computed anything yet."""
+"""Forked processes: torch is imported once, each child then starts in milliseconds.
+
+The parent must not have computed anything yet.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +27,21 @@ class ChildEnd(NamedTuple):
     """How long it lived."""
 
 
-def in_child(function: Callable[[], object], *, timeout_s: float = 600.0, kill_after_s: float | None = None) -> ChildEnd:
-    """Run `function` in a forked process; a refusal gives its own exit code, any other exception 1. Output goes nowhere.
+def in_child(
+    function: Callable[[], object], *, timeout_s: float = 600.0, kill_after_s: float | None = None
+) -> ChildEnd:
+    """Run `function` in a forked process; a refusal gives its own exit code, any other exception 1.
+
+    Output goes nowhere.
 
     With `kill_after_s` it is killed with SIGKILL when it lives that long. Raises MachineError when it takes too long.
     """
     reader, writer = os.pipe()
     begin = time.monotonic()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads; importing started none that holds a lock
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12 warns of threads; importing started none that holds a lock
         child = os.fork()
     if child == 0:
         code = 1

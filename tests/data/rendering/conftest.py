@@ -1,7 +1,7 @@
 """Miniature chat templates in the manner of real model families, and tokenizers of every make, trained in a blink.
 
-The templates carry `{% generation %}` markers, which llmtune never sees: they are taken out before a template reaches it, and only the
-oracle of the masks (the library's own assistant mask) reads them.
+The templates carry `{% generation %}` markers, which llmtune never sees: they are taken out before a template reaches
+it, and only the oracle of the masks (the library's own assistant mask) reads them.
 """
 
 import functools
@@ -28,7 +28,9 @@ LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model: its template's name, the make of its tokenizer, its control tokens, and what its template takes."""
+    """One kind of model: its template's name, the make of its tokenizer, its control tokens, and what its template
+    takes.
+    """
 
     name: str
     make: str
@@ -51,7 +53,9 @@ class Family:
 
 def family(name, make, special, added="", *, bos=None, eos=None, takes="system", stripping=""):
     special = tuple(dict.fromkeys([*special.split(), *([bos] if bos else []), *([eos] if eos else [])]))
-    return Family(name, make, special, tuple(added.split()), bos, eos, frozenset(takes.split()), tuple(stripping.split()))
+    return Family(
+        name, make, special, tuple(added.split()), bos, eos, frozenset(takes.split()), tuple(stripping.split())
+    )
 
 
 CHATML = "<|endoftext|> <|im_start|> <|im_end|>"
@@ -71,26 +75,26 @@ FAMILIES = {
         family("llama2", "llama2", "<unk>", bos="<s>", eos="</s>"),
         family("mistral1", "metaspace", "<unk>", bos="<s>", eos="</s>", takes=""),
         family(
-            "mistral3", "llama3", "[INST] [/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]", bos="<s>", eos="</s>", takes="tools"  # noqa: E501 - a table
+            "mistral3", "llama3", "[INST] [/INST] [TOOL_CALLS] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS]", bos="<s>", eos="</s>", takes="tools"
         ),
         family("gemma", "gemma", "<pad> <start_of_turn> <end_of_turn>", "<table> <unused1>", bos="<bos>", eos="<eos>"),
         family("qwen25", "qwen", CHATML, THINK, eos="<|im_end|>", takes="system tools"),
         family("qwen3", "qwen", CHATML, THINK, eos="<|im_end|>", takes="system tools reasoning"),
         family("thinker", "qwen", CHATML, THINK, eos="<|im_end|>", takes="system reasoning"),
-        family("harmony", "llama3", "<|start|> <|end|> <|message|> <|channel|> <|call|> <|return|>", eos="<|return|>", takes="system tools reasoning"),  # noqa: E501 - a table
+        family("harmony", "llama3", "<|start|> <|end|> <|message|> <|channel|> <|call|> <|return|>", eos="<|return|>", takes="system tools reasoning"),
         family("phi4", "llama3", CHATML + " <|im_sep|>", eos="<|im_end|>", takes="system"),
         family("phi4mini", "llama3", "<|system|> <|user|> <|assistant|> <|tool|> <|end|>", eos="<|endoftext|>", takes="system free"),
-        family("phi3", "llama2", "<unk> <|system|> <|user|> <|assistant|> <|end|>", bos="<s>", eos="<|endoftext|>", takes="system free", stripping="<|system|> <|user|> <|assistant|> <|end|>"),  # noqa: E501 - a table
-        family("deepseek", "qwen", "<｜User｜> <｜Assistant｜>", THINK, bos="<｜begin▁of▁sentence｜>", eos="<｜end▁of▁sentence｜>", takes=""),  # noqa: E501 - a table
-        family("deepseek_r1", "qwen", "<｜User｜> <｜Assistant｜>", THINK, bos="<｜begin▁of▁sentence｜>", eos="<｜end▁of▁sentence｜>", takes="reasoning"),  # noqa: E501 - a table
+        family("phi3", "llama2", "<unk> <|system|> <|user|> <|assistant|> <|end|>", bos="<s>", eos="<|endoftext|>", takes="system free", stripping="<|system|> <|user|> <|assistant|> <|end|>"),
+        family("deepseek", "qwen", "<｜User｜> <｜Assistant｜>", THINK, bos="<｜begin▁of▁sentence｜>", eos="<｜end▁of▁sentence｜>", takes=""),
+        family("deepseek_r1", "qwen", "<｜User｜> <｜Assistant｜>", THINK, bos="<｜begin▁of▁sentence｜>", eos="<｜end▁of▁sentence｜>", takes="reasoning"),
         family("zephyr", "metaspace", "<unk>", bos="<s>", eos="</s>", takes="system free"),
         family("vicuna", "llama2", "<unk>", bos="<s>", eos="</s>", takes="system"),
         family("alpaca", "bytes", "<|endoftext|>", eos="<|endoftext|>", takes="system"),
-        family("commandr", "bytes", "<|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|SYSTEM_TOKEN|>", bos="<BOS_TOKEN>", eos="<|END_OF_TURN_TOKEN|>"),  # noqa: E501 - a table
+        family("commandr", "bytes", "<|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|SYSTEM_TOKEN|>", bos="<BOS_TOKEN>", eos="<|END_OF_TURN_TOKEN|>"),
         family("granite", "bytes", "<|start_of_role|> <|end_of_role|> <|end_of_text|>", eos="<|end_of_text|>", takes="system free"),
         family("tulu", "llama3", "<|endoftext|>", "<|pad|>", bos="<|endoftext|>", eos="<|endoftext|>", takes="system"),
         family("glm4", "qwen", "[gMASK] <sop> <|system|> <|user|> <|assistant|> <|observation|>", eos="<|endoftext|>", takes="system"),
-        family("kimi", "qwen", "<|im_system|> <|im_user|> <|im_assistant|> <|im_middle|> <|im_end|>", bos="[BOS]", eos="[EOS]", takes="system free"),  # noqa: E501 - a table
+        family("kimi", "qwen", "<|im_system|> <|im_user|> <|im_assistant|> <|im_middle|> <|im_end|>", bos="[BOS]", eos="[EOS]", takes="system free"),
         family("exaone", "bytes", "[|system|] [|user|] [|assistant|] [|endofturn|]", bos="[BOS]", eos="[|endofturn|]"),
         family("openchat", "metaspace", "<unk> <|end_of_turn|>", bos="<s>", eos="<|end_of_turn|>", takes="system free"),
         family("nemotron", "unigram", "<unk> <extra_id_0> <extra_id_1>", eos="<|eos|>"),
@@ -100,8 +104,8 @@ FAMILIES = {
 
 @functools.cache
 def backend(make, special):
-    """Train a small tokenizer of one make, as the JSON text of its backend, without control tokens but with <unk> where the make needs
-    it.
+    """Train a small tokenizer of one make, as the JSON text of its backend, without control tokens but with <unk> where
+    the make needs it.
     """
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -110,14 +114,18 @@ def backend(make, special):
         tokenizer.normalizer = normalizers.NFKC()
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-        trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=list(special), unk_token="<unk>", show_progress=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=600, special_tokens=list(special), unk_token="<unk>", show_progress=False
+        )
     elif make in ("bytes", "qwen", "llama3"):
         tokenizer = Tokenizer(models.BPE(ignore_merges=make == "llama3"))
         if make == "bytes":
             tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         else:
             split = pre_tokenizers.Split(Regex(QWEN if make == "qwen" else LLAMA3), "isolated")
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+            )
             tokenizer.normalizer = normalizers.NFC() if make == "qwen" else None
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
@@ -126,7 +134,9 @@ def backend(make, special):
         # As sentencepiece does, no merge is learnt across the beginning of a word.
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<unk>", *special, *fallback], show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=900, special_tokens=["<unk>", *special, *fallback], show_progress=False
+        )
         tokenizer.train_from_iterator(CORPUS, trainer)
         tokenizer.pre_tokenizer = None
         if make == "llama2":
@@ -154,7 +164,9 @@ def tokenizer_of(name):
     tokenizer = Tokenizer.from_str(backend(kind.make, in_vocabulary))
     if kind.make == "gemma":
         tokenizer.add_tokens([AddedToken(spaces, normalized=False) for spaces in ("\n\n", "\n\n\n", "▁▁", "▁▁▁")])
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False, rstrip=text in kind.stripping) for text in kind.special])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False, rstrip=text in kind.stripping) for text in kind.special]
+    )
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=kind.make != "gemma") for text in kind.added])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -216,5 +228,7 @@ def tool_talk():
 
 def pytest_generate_tests(metafunc):
     """A test that takes `name` runs for every family."""
-    if "name" in metafunc.fixturenames and not any("name" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")):
+    if "name" in metafunc.fixturenames and not any(
+        "name" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
+    ):
         metafunc.parametrize("name", list(FAMILIES))

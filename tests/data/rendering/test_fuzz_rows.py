@@ -1,4 +1,6 @@
-"""Q4, Q6, Q8: random files of rows, the whole way from bytes to the ledger: a named fate for each row, and never a traceback."""
+"""Q4, Q6, Q8: random files of rows, the whole way from bytes to the ledger: a named fate for each row, and never a
+traceback.
+"""
 
 import functools
 import json
@@ -45,9 +47,12 @@ def calm(value, controls):
 
 def calm_conversation(one, controls):
     messages = (
-        replace(each, content=calm(each.content, controls), extra=calm(dict(each.extra), controls), role=each.role) for each in one.messages
+        replace(each, content=calm(each.content, controls), extra=calm(dict(each.extra), controls), role=each.role)
+        for each in one.messages
     )
-    return replace(one, messages=tuple(messages), text=calm(one.text, controls), tools=tuple(calm(list(one.tools), controls)))
+    return replace(
+        one, messages=tuple(messages), text=calm(one.text, controls), tools=tuple(calm(list(one.tools), controls))
+    )
 
 
 def controls_of(tokenizer, ids):
@@ -118,7 +123,10 @@ def fuzz_once(folder, tally, tokenizer, file, options):
     cut = {entry["source"] for entry in prepared.ledger.entries if entry["fate"] == "cut"}
     sources = [example.source for example in prepared.train]
     tally["rows rendered twice"] += assert_content_is_content(
-        path, config, renderer, {source: one for source, one in whole.items() if source not in cut and sources.count(source) == 1}
+        path,
+        config,
+        renderer,
+        {source: one for source, one in whole.items() if source not in cut and sources.count(source) == 1},
     )
     path.unlink()
 
@@ -126,11 +134,15 @@ def fuzz_once(folder, tally, tokenizer, file, options):
 def data_config(path, folder, options):
     from llmtune.config.schema import DataConfig, SourceConfig
 
-    return DataConfig(train=(SourceConfig(str(path)),), eval=(), cache_dir=str(folder / "cache"), num_workers=1, **options)
+    return DataConfig(
+        train=(SourceConfig(str(path)),), eval=(), cache_dir=str(folder / "cache"), num_workers=1, **options
+    )
 
 
 def fuzz(folder, tokenizer, count, rows):
-    """Try `count` files, and as many again while they held fewer rows than wanted; returns how many rows met which fate."""
+    """Try `count` files, and as many again while they held fewer rows than wanted; returns how many rows met which
+    fate.
+    """
     tally = Counter()
 
     @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False)
@@ -156,7 +168,9 @@ def test_random_files_of_rows_end_in_named_fates(which, tokenizer_for, tiny_toke
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("which", ["tiny", "qwen25", "llama31", "smollm2"])
-def test_twenty_thousand_random_rows_end_in_named_fates(which, tokenizer_for, tiny_tokenizer, tmp_path, capsys, request):
+def test_twenty_thousand_random_rows_end_in_named_fates(
+    which, tokenizer_for, tiny_tokenizer, tmp_path, capsys, request
+):
     """5,000 rows and more for each of four tokenizers; the last is a real model's."""
     made = {"tiny": lambda: tiny_tokenizer, "smollm2": lambda: request.getfixturevalue("smollm2")}
     tally = fuzz(tmp_path, made.get(which, lambda: tokenizer_for(which))(), 1500, rows=5000)

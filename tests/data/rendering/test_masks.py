@@ -12,7 +12,9 @@ from llmtune.data.rendering.renderer import Renderer, message_fields
 
 NOW = datetime.now()
 few = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-word = st.sampled_from(["Hello", "12 words", "naïve", "東京", "two\n\nlines", "a  b", "🙂", "end.", "(x)", "\tTab", "| pipe |", "<b>"])
+word = st.sampled_from(
+    ["Hello", "12 words", "naïve", "東京", "two\n\nlines", "a  b", "🙂", "end.", "(x)", "\tTab", "| pipe |", "<b>"]
+)
 content = st.lists(word, min_size=1, max_size=5).map(" ".join)
 ragged = st.builds(
     lambda before, text, after: before + text + after,
@@ -82,7 +84,9 @@ def test_every_trained_turn_begins_where_its_prompt_ends(name, families, tokeniz
     rendered = renderer(tokenizer).render(row(messages))
     assume("joined-token" not in {note.code for note in rendered.notes})
     begins = [at for at, weight in enumerate(rendered.weights) if weight and not rendered.weights[at - 1]]
-    prompts = [renderer(tokenizer).prompt_ids(messages[:at]) for at, one in enumerate(messages) if one.role == "assistant"]
+    prompts = [
+        renderer(tokenizer).prompt_ids(messages[:at]) for at, one in enumerate(messages) if one.role == "assistant"
+    ]
     unstable = sum(note.code == "unstable" for note in rendered.notes)
     assert len(begins) == len(prompts) - unstable
     for begin in begins:
@@ -99,7 +103,12 @@ def test_every_trained_turn_begins_where_its_prompt_ends(name, families, tokeniz
 def test_the_mask_law_catches_mutants(mutant, families, tokenizer_for):
     """Masks that begin a token early, end a token late or early, or drop every end token are all told apart."""
     tokenizer = tokenizer_for("chatml")
-    messages = [Message("user", "Hello"), Message("assistant", "12 words"), Message("user", "more"), Message("assistant", "end.")]
+    messages = [
+        Message("user", "Hello"),
+        Message("assistant", "12 words"),
+        Message("user", "more"),
+        Message("assistant", "end."),
+    ]
     ids, expected = mask_by_markers(tokenizer, families["chatml"], messages)
     rendered = renderer(tokenizer).render(row(messages))
     assert (rendered.input_ids, rendered.weights) == (ids, expected)
@@ -139,7 +148,9 @@ def test_tool_calls_are_trained_and_tool_results_are_not(name, as_text, families
         assert not {note.code for note in rendered.notes} & {"joined-token", "no-end-of-turn"}
         if "unstable" not in {note.code for note in rendered.notes}:
             assert rendered.weights == mask
-        trained = tokenizer.decode([one for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight])
+        trained = tokenizer.decode(
+            [one for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight]
+        )
         assert "Paris" in trained or count > 2
         assert "sunny, 20" not in trained
 
@@ -156,14 +167,19 @@ def trained_texts(tokenizer, rendered):
     return texts
 
 
-def test_reasoning_of_the_last_turn_is_trained_and_that_of_earlier_turns_is_named_when_the_template_drops_it(tokenizer_for):
+def test_reasoning_of_the_last_turn_is_trained_and_that_of_earlier_turns_is_named_when_the_template_drops_it(
+    tokenizer_for,
+):
     tokenizer = tokenizer_for("qwen3")
     messages = [
         Message("user", "a"), Message("assistant", "first", extra={"reasoning_content": "because one"}),
         Message("user", "b"), Message("assistant", "second", extra={"reasoning_content": "because two"}),
     ]  # fmt: skip
     rendered = renderer(tokenizer).render(row(messages))
-    assert trained_texts(tokenizer, rendered) == ["first<|im_end|>", "<think>\nbecause two\n</think>\n\nsecond<|im_end|>"]
+    assert trained_texts(tokenizer, rendered) == [
+        "first<|im_end|>",
+        "<think>\nbecause two\n</think>\n\nsecond<|im_end|>",
+    ]
     assert [note.code for note in rendered.notes] == ["reasoning-dropped"]
 
 
@@ -177,7 +193,9 @@ def test_reasoning_written_inside_the_content_moves_as_the_template_moves_it(tok
 
 
 def test_a_turn_whose_prompt_is_no_prefix_of_the_whole_is_named_and_not_trained(tokenizer_for):
-    """The prompt of `thinker` opens a thought that earlier turns do not have; only the last turn is trained, and the row says so."""
+    """The prompt of `thinker` opens a thought that earlier turns do not have; only the last turn is trained, and the
+    row says so.
+    """
     tokenizer = tokenizer_for("thinker")
     messages = [
         Message("user", "a"), Message("assistant", "first"), Message("user", "b"),
@@ -185,11 +203,16 @@ def test_a_turn_whose_prompt_is_no_prefix_of_the_whole_is_named_and_not_trained(
     ]  # fmt: skip
     rendered = renderer(tokenizer).render(row(messages))
     assert trained_texts(tokenizer, rendered) == ["why\n</think>\n\nsecond<|im_end|>"]
-    assert any(note.code == "unstable" and "message 2 (assistant)" in note.text and "<think>" in note.text for note in rendered.notes)
+    assert any(
+        note.code == "unstable" and "message 2 (assistant)" in note.text and "<think>" in note.text
+        for note in rendered.notes
+    )
 
 
 def test_a_template_that_drops_what_its_prompt_opens_trains_nothing_and_says_why(tokenizer_for):
-    rendered = renderer(tokenizer_for("deepseek_r1")).render(row([Message("user", "a"), Message("assistant", "<think>x</think>yes")]))
+    rendered = renderer(tokenizer_for("deepseek_r1")).render(
+        row([Message("user", "a"), Message("assistant", "<think>x</think>yes")])
+    )
     assert [note.code for note in rendered.notes] == ["unstable", "reasoning-dropped", "no-trained-token"]
 
 
@@ -201,9 +224,13 @@ def test_a_token_shared_with_the_header_is_named_and_not_trained_when_it_is_only
 
 
 def test_a_template_that_moves_the_system_prompt_and_the_tools_trains_only_what_stays_put(tokenizer_for, tool_talk):
-    """The system prompt stands in the last question, as long as that is the last message: a prompt has it, the whole conversation does not."""  # noqa: E501 - a table
+    """The system prompt stands in the last question, as long as that is the last message: a prompt has it, the whole
+    conversation does not.
+    """
     tokenizer = tokenizer_for("mistral3")
-    rendered = renderer(tokenizer).render(row([Message("system", "Be kind."), Message("user", "a"), Message("assistant", "b")]))
+    rendered = renderer(tokenizer).render(
+        row([Message("system", "Be kind."), Message("user", "a"), Message("assistant", "b")])
+    )
     assert [note.code for note in rendered.notes] == ["unstable", "not-rendered", "no-trained-token"]
     turns, tools = tool_talk
     messages = [Message(role, said, extra=extra) for role, said, extra in turns]
@@ -240,7 +267,15 @@ RULES = {
     "last_assistant_message": ["three<|im_end|>"],
     "last_assistant_turn": [],
     "all_assistant_messages": ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"],
-    "all_messages": ["S<|im_end|>", "A<|im_end|>", "one<|im_end|>", "B<|im_end|>", "two<|im_end|>", "three<|im_end|>", "C<|im_end|>"],
+    "all_messages": [
+        "S<|im_end|>",
+        "A<|im_end|>",
+        "one<|im_end|>",
+        "B<|im_end|>",
+        "two<|im_end|>",
+        "three<|im_end|>",
+        "C<|im_end|>",
+    ],
     "all_user_and_system_messages": ["S<|im_end|>", "A<|im_end|>", "B<|im_end|>", "C<|im_end|>"],
 }
 
@@ -273,12 +308,19 @@ def test_a_message_of_weight_0_is_never_trained(rule, tokenizer_for):
 
 def test_customized_gives_each_message_its_own_weight_times_that_of_the_source(tokenizer_for):
     tokenizer = tokenizer_for("chatml")
-    talk = [Message("user", "A", weight=0.5), Message("assistant", "one", weight=2.0), Message("user", "B"), Message("assistant", "two")]
+    talk = [
+        Message("user", "A", weight=0.5),
+        Message("assistant", "one", weight=2.0),
+        Message("user", "B"),
+        Message("assistant", "two"),
+    ]
     rendered = renderer(tokenizer, "customized").render(Conversation("rows.jsonl:1", tuple(talk), loss_weight=3.0))
     assert sorted(set(rendered.weights)) == [0.0, 1.5, 6.0]
     assert trained_texts(tokenizer, rendered) == ["A<|im_end|>", "one<|im_end|>"]
 
 
 def test_weights_that_a_rule_does_not_use_are_named(tokenizer_for):
-    rendered = renderer(tokenizer_for("chatml")).render(row([Message("user", "A"), Message("assistant", "one", weight=0.5)]))
+    rendered = renderer(tokenizer_for("chatml")).render(
+        row([Message("user", "A"), Message("assistant", "one", weight=0.5)])
+    )
     assert [note.code for note in rendered.notes] == ["weight-ignored"]

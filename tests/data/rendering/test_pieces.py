@@ -35,7 +35,9 @@ def test_the_tokens_of_pieces_are_those_of_the_whole(name, tokenizer_for, small_
 
 def test_most_makes_of_tokenizers_are_encoded_in_pieces(families, tokenizer_for, small_pieces):
     text = "The quick brown fox jumps over the lazy dog. " * 40
-    joined = {name for name in families if chunked_encoding._joined(tokenizer_for(name).backend_tokenizer, text) is not None}
+    joined = {
+        name for name in families if chunked_encoding._joined(tokenizer_for(name).backend_tokenizer, text) is not None
+    }
     assert {"chatml", "qwen3", "llama3", "nemotron", "deepseek"} <= joined
     assert "mistral1" not in joined  # it knows no words, so there is no place to join at
 

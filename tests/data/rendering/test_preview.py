@@ -45,7 +45,9 @@ def test_a_json_line_is_an_object_of_the_four_documented_fields(tokenizer, examp
 @pytest.mark.parametrize("family", ["chatml", "llama2", "mistral1", "gemma", "qwen3", "nemotron"])
 def test_the_stretches_of_a_row_are_its_whole_text_in_order(family, tokenizer_for):
     tokenizer = tokenizer_for(family)
-    rendered = Renderer(tokenizer).render(Conversation("r:1", (Message("user", "Grüße 東京 🙂"), Message("assistant", "  two words 🚀"))))
+    rendered = Renderer(tokenizer).render(
+        Conversation("r:1", (Message("user", "Grüße 東京 🙂"), Message("assistant", "  two words 🚀")))
+    )
     one = Example("r:1", np.array(rendered.input_ids, np.int32), np.array(rendered.weights, np.float32))
     shown = list(stretches(one, tokenizer))
     assert "".join(part.text for part in shown) == tokenizer.decode(rendered.input_ids)
@@ -105,7 +107,10 @@ def test_the_page_marks_what_is_trained(tokenizer, example):
 @pytest.fixture
 def config(tmp_path, tiny_tokenizer):
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    rows = [{"messages": [{"role": "user", "content": f"a {at}"}, {"role": "assistant", "content": f"b {at}"}]} for at in range(8)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"a {at}"}, {"role": "assistant", "content": f"b {at}"}]}
+        for at in range(8)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = tmp_path / "here.yaml"
     file.write_text(

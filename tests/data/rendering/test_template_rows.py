@@ -1,4 +1,6 @@
-"""Rows without a chat template: plain text, prompt and completion, tokenizers that have no template; and rows that cannot be."""
+"""Rows without a chat template: plain text, prompt and completion, tokenizers that have no template; and rows that
+cannot be.
+"""
 
 import pickle
 
@@ -15,7 +17,9 @@ def text_row(text, **options):
 
 
 def completion_row(prompt, completion):
-    return Conversation("rows.jsonl:1", (Message("user", prompt), Message("assistant", completion)), prompt_is_text=True)
+    return Conversation(
+        "rows.jsonl:1", (Message("user", prompt), Message("assistant", completion)), prompt_is_text=True
+    )
 
 
 def with_bos(tokenizer):
@@ -23,7 +27,9 @@ def with_bos(tokenizer):
     from tokenizers import processors
 
     copy = pickle.loads(pickle.dumps(tokenizer))
-    copy.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", copy.bos_token_id)])
+    copy.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", copy.bos_token_id)]
+    )
     return copy
 
 
@@ -82,10 +88,18 @@ def test_a_tokenizer_without_a_template_gets_a_plain_form_of_tokens_it_has(token
     tokenizer = without_template(tokenizer_for("alpaca"))
     renderer = Renderer(tokenizer)
     rendered = renderer.render(
-        Conversation("r:1", (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "a"), Message("assistant", "b")))
+        Conversation(
+            "r:1",
+            (Message("user", "Hi"), Message("assistant", "Hello"), Message("user", "a"), Message("assistant", "b")),
+        )
     )
-    assert tokenizer.decode(rendered.input_ids) == "User: Hi\nAssistant: Hello<|endoftext|>\nUser: a\nAssistant: b<|endoftext|>\n"
-    trained = [tokenizer.decode([one]) for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight]
+    assert (
+        tokenizer.decode(rendered.input_ids)
+        == "User: Hi\nAssistant: Hello<|endoftext|>\nUser: a\nAssistant: b<|endoftext|>\n"
+    )
+    trained = [
+        tokenizer.decode([one]) for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight
+    ]
     assert "".join(trained) == " Hello<|endoftext|> b<|endoftext|>"
     assert not rendered.notes
     assert [decision.key for decision in renderer.decisions] == ["model.chat_template"]
@@ -112,7 +126,9 @@ def test_of_two_templates_the_one_for_tools_is_used_with_tools(tokenizer_for, fa
         == tokenizer.apply_chat_template(fields, tools=list(tools))["input_ids"]
     )
     plain = messages[4:]
-    assert renderer.render(Conversation("r:1", plain)).input_ids == tokenizer.apply_chat_template(fields[4:])["input_ids"]
+    assert (
+        renderer.render(Conversation("r:1", plain)).input_ids == tokenizer.apply_chat_template(fields[4:])["input_ids"]
+    )
 
 
 def test_several_templates_without_a_default_are_named(tokenizer_for):
@@ -123,7 +139,9 @@ def test_several_templates_without_a_default_are_named(tokenizer_for):
 
 
 def test_what_a_template_refuses_is_said_with_the_row(tokenizer_for):
-    with pytest.raises(DataError, match=r"rows.jsonl:7: the chat template refuses this conversation: only user and assistant roles"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:7: the chat template refuses this conversation: only user and assistant roles"
+    ):
         Renderer(tokenizer_for("mistral1")).render(
             Conversation("rows.jsonl:7", (Message("user", "x"), Message("system", "s"), Message("assistant", "y")))
         )
@@ -132,7 +150,9 @@ def test_what_a_template_refuses_is_said_with_the_row(tokenizer_for):
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_a_weight_that_is_none_is_named(weight, tokenizer_for):
     with pytest.raises(DataError, match=r"messages\[1\].weight"):
-        Renderer(tokenizer_for("chatml")).render(Conversation("r:1", (Message("user", "x"), Message("assistant", "y", weight=weight))))
+        Renderer(tokenizer_for("chatml")).render(
+            Conversation("r:1", (Message("user", "x"), Message("assistant", "y", weight=weight)))
+        )
 
 
 def test_a_template_that_writes_the_date_sees_one_day_for_the_whole_run(tokenizer_for):
@@ -173,8 +193,12 @@ def test_rows_with_tools_end_their_answers_as_the_template_for_tools_does(tokeni
     ending = families["qwen25"].template.replace("<|im_end|>", "<|endoftext|>")
     tokenizer.chat_template = {"default": families["chatml"].template, "tool_use": ending}
     renderer = Renderer(tokenizer)
-    rendered = renderer.render(Conversation("r:1", tuple(Message(role, said, extra=extra) for role, said, extra in turns), tools=tools))
-    trained = tokenizer.decode([one for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight])
+    rendered = renderer.render(
+        Conversation("r:1", tuple(Message(role, said, extra=extra) for role, said, extra in turns), tools=tools)
+    )
+    trained = tokenizer.decode(
+        [one for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight]
+    )
     assert trained.endswith("You are welcome.<|endoftext|>")
     assert trained.count("<|endoftext|>") == 3
     assert not {note.code for note in rendered.notes} & {"unstable", "no-end-of-turn"}

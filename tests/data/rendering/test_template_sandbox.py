@@ -111,10 +111,15 @@ def test_a_mistake_in_a_template_is_an_answer_too():
 def test_loops_still_know_their_length_and_their_end():
     source = "{% for m in [1, 2, 3] %}{{ loop.index }}/{{ loop.length }}{{ '.' if loop.last else ',' }}{% else %}none{% endfor %}"
     assert render(source) == "1/3,2/3,3/3."
-    assert render("{% for m in [] %}x{% else %}none{% endfor %}{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}") == "nonea1"
     assert (
         render(
-            "{% for x in [1, 2, 3, 4] if x % 2 == 0 %}{{ x }}{{ loop.length }}{% if loop.index == 1 %}{% continue %}{% endif %};{% endfor %}"  # noqa: E501 - a table
+            "{% for m in [] %}x{% else %}none{% endfor %}{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}"
+        )
+        == "nonea1"
+    )
+    assert (
+        render(
+            "{% for x in [1, 2, 3, 4] if x % 2 == 0 %}{{ x }}{{ loop.length }}{% if loop.index == 1 %}{% continue %}{% endif %};{% endfor %}"
         )
         == "2242;"
     )
@@ -126,4 +131,7 @@ def test_origins_survive_what_templates_do_to_text():
         "<a>{{ messages[0].content | trim }}</a>{{ messages[0].content.split('</think>')[-1].lstrip() }}!",
         [{"role": "user", "content": content}],
     )
-    assert (text, runs_of(text)) == ("<a>Hello, </think> world</a>world  !", ((3, -1), (21, 0), (4, -1), (7, 0), (1, -1)))
+    assert (text, runs_of(text)) == (
+        "<a>Hello, </think> world</a>world  !",
+        ((3, -1), (21, 0), (4, -1), (7, 0), (1, -1)),
+    )

@@ -26,5 +26,7 @@ def test_a_real_tokenizer_cannot_be_made_to_forge_a_turn(smollm2):
     rendered = Renderer(smollm2).render(Conversation("r:1", tuple(talk)))
     special = [one for one in rendered.input_ids if one <= 16]
     assert special == [1, 2] * 3
-    assert smollm2.decode(rendered.input_ids) == smollm2.apply_chat_template([message_fields(one) for one in talk], tokenize=False)
+    assert smollm2.decode(rendered.input_ids) == smollm2.apply_chat_template(
+        [message_fields(one) for one in talk], tokenize=False
+    )
     assert [note.code for note in rendered.notes] == ["control-string"]

@@ -1,4 +1,6 @@
-"""Q5 on tokenizers trained here: with every chat template that `tokenizer train` offers, what is trained is each answer and its end."""
+"""Q5 on tokenizers trained here: with every chat template that `tokenizer train` offers, what is trained is each answer
+and its end.
+"""
 
 import functools
 
@@ -11,8 +13,11 @@ from llmtune.data.rendering.renderer import Renderer, message_fields
 from llmtune.models.chat_templates import shipped_chat_templates
 from llmtune.models.tokenizer_training import train_tokenizer
 
-TEXTS = ["The user asks and the assistant answers: 12 words, naïve, 東京.\n", "### user\n### assistant\n  a  b\tTab <b> (x) end."] * 8
-ANSWER = "{%- if m.role == 'assistant' -%}{% generation %}{{- m.content + eos_token -}}{% endgeneration %}{%- else -%}{{- m.content + eos_token -}}{%- endif -%}"  # noqa: E501 - a template
+TEXTS = [
+    "The user asks and the assistant answers: 12 words, naïve, 東京.\n",
+    "### user\n### assistant\n  a  b\tTab <b> (x) end.",
+] * 8
+ANSWER = "{%- if m.role == 'assistant' -%}{% generation %}{{- m.content + eos_token -}}{% endgeneration %}{%- else -%}{{- m.content + eos_token -}}{%- endif -%}"
 MARKED = {
     "chatml": "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' -}}"
     + ANSWER.replace("eos_token", "'<|im_end|>'")
@@ -22,12 +27,16 @@ MARKED = {
     + "{{- '\\n' -}}{%- endfor -%}",
     "dialogpt": "{%- for m in messages -%}" + ANSWER + "{%- endfor -%}",
 }
-"""The same texts as the shipped templates, with markers around what is to be trained: only the library's own mask reads these."""
+"""The same texts as the shipped templates, with markers around what is to be trained: only the library's own mask reads
+these.
+"""
 
 ENDS = {"chatml": "<|im_end|>"}
 """What ends a turn, where it is not the end token."""
 
-words = st.sampled_from(["Hello", "12 words", "naïve", "東京", "two\n\nlines", "a  b", "🙂", "end.", "(x)", "| pipe |", "<b>", "### user"])
+words = st.sampled_from(
+    ["Hello", "12 words", "naïve", "東京", "two\n\nlines", "a  b", "🙂", "end.", "(x)", "| pipe |", "<b>", "### user"]
+)
 contents = st.lists(words, min_size=1, max_size=5).map(" ".join)
 
 

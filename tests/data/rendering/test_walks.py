@@ -38,7 +38,9 @@ def talk_of(contents, *, system):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(contents=texts, system=st.booleans())
-def test_what_one_rendering_tells_of_a_beginning_is_what_rendering_it_gives(name, families, tokenizer_for, contents, system):
+def test_what_one_rendering_tells_of_a_beginning_is_what_rendering_it_gives(
+    name, families, tokenizer_for, contents, system
+):
     """Q5: for every family, every beginning of a conversation that is told without rendering it."""
     template = template_of(name, families, tokenizer_for)
     talk = talk_of(contents, system=system)
@@ -54,7 +56,9 @@ def test_what_one_rendering_tells_of_a_beginning_is_what_rendering_it_gives(name
 
 def test_the_templates_of_many_families_are_seen_to_walk(families, tokenizer_for):
     talk = talk_of(["a", "b", "c", "d"], system=False)
-    assert {name for name in families if template_of(name, families, tokenizer_for).render_walked(talk, None)[1]} >= WALKING
+    assert {
+        name for name in families if template_of(name, families, tokenizer_for).render_walked(talk, None)[1]
+    } >= WALKING
 
 
 LOOP = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
@@ -98,7 +102,9 @@ def test_a_template_that_may_look_ahead_is_rendered_for_every_prompt(way):
 
 def test_messages_looked_at_by_number_bound_what_is_told():
     """A conversation of one message has no second one to look at."""
-    template = compiled("{{ messages[1].content }}{% set rest = messages[1:] %}{% for m in rest %}{{ m.content }};{% endfor %}" + TAIL)
+    template = compiled(
+        "{{ messages[1].content }}{% set rest = messages[1:] %}{% for m in rest %}{{ m.content }};{% endfor %}" + TAIL
+    )
     talk = talk_of(["a", "b", "c", "d"], system=False)
     text, beginnings = template.render_walked(talk, None)
     assert {count for count, _ in beginnings} == {3, 4}

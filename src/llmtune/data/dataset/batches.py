@@ -1,8 +1,9 @@
 """Which examples make which step: order, windows and micro-batches, each a pure function of its number.
 
-A *sequence* is a pack (without packing: one example). A window takes the next `batch_size x accumulation x world_size` sequences of the
-epoch's order, so its rows depend on the global batch only, not on how many processes or micro-batches share it. The last window
-of an epoch is smaller when the rows run out. Nothing is kept between windows: resuming at step k costs nothing.
+A *sequence* is a pack (without packing: one example). A window takes the next `batch_size x accumulation x world_size`
+sequences of the epoch's order, so its rows depend on the global batch only, not on how many processes or micro-batches
+share it. The last window of an epoch is smaller when the rows run out. Nothing is kept between windows: resuming at
+step k costs nothing.
 
 Legend: B rows of a micro-batch, T positions, S examples, P sequences.
 """
@@ -26,7 +27,16 @@ from llmtune.data.dataset.packing import Indices, seeded_order
 from llmtune.data.example import Example, ExampleSet
 from llmtune.errors import ConfigError, DataError
 
-__all__ = ["BatchPlan", "Layout", "MicroBatch", "MicroBatches", "Window", "eval_batches", "even_groups", "make_micro_batch"]
+__all__ = [
+    "BatchPlan",
+    "Layout",
+    "MicroBatch",
+    "MicroBatches",
+    "Window",
+    "eval_batches",
+    "even_groups",
+    "make_micro_batch",
+]
 
 Layout = Literal["flat", "padded"]
 
@@ -35,14 +45,16 @@ Layout = Literal["flat", "padded"]
 class MicroBatch:
     """What one forward and backward sees on one device.
 
-    `padded`: one example a row, padded on the right. `flat`: B is 1, the examples lie one after another without padding;
-    `segments` holds where each begins and, last, where the row ends.
+    `padded`: one example a row, padded on the right. `flat`: B is 1, the examples lie one after another without
+    padding; `segments` holds where each begins and, last, where the row ends.
     """
 
     input_ids: torch.Tensor
     """int64 [B, T]."""
     weights: torch.Tensor
-    """float32 [B, T]; `weights[b, t]` is the weight of predicting `input_ids[b, t]`; 0 at every example's first token and on padding."""
+    """float32 [B, T]; `weights[b, t]` is the weight of predicting `input_ids[b, t]`; 0 at every example's first token
+    and on padding.
+    """
     position_ids: torch.Tensor
     """int64 [B, T]; restart at 0 with every example."""
     attention_mask: torch.Tensor | None
@@ -59,7 +71,10 @@ class MicroBatch:
     """Sum of weights, summed in float64."""
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Give the same micro-batch with its tensors on `device` (itself when they are there); copies do not wait for the device."""
+        """Give the same micro-batch with its tensors on `device` (itself when they are there).
+
+        Copies do not wait for the device.
+        """
         if self.input_ids.device == device:
             return self
         names = ("input_ids", "weights", "position_ids", "attention_mask", "segments")
@@ -127,10 +142,11 @@ class _Place(NamedTuple):
 class BatchPlan:
     """The windows of a training, by number.
 
-    `packs`: arrays of example indices, one a sequence (see `plan_packs`). `epochs` may be a fraction: the part of an epoch is
-    rounded up to whole windows. `max_steps` replaces `epochs`: shorter, or as many further epochs as it takes.
+    `packs`: arrays of example indices, one a sequence (see `plan_packs`). `epochs` may be a fraction: the part of an
+    epoch is rounded up to whole windows. `max_steps` replaces `epochs`: shorter, or as many further epochs as it takes.
     `shuffle_seed` None keeps the order of `packs` in every epoch. `rank` is this process of `world_size`.
-    `max_group_tokens` cuts micro-batches further where they hold more tokens (padding counted); the window stays the same.
+    `max_group_tokens` cuts micro-batches further where they hold more tokens (padding counted); the window stays the
+    same.
 
     Raises DataError when there is nothing to train on, ConfigError for a length that makes no step.
     """
@@ -152,7 +168,9 @@ class BatchPlan:
         pad_id: int = 0,
     ) -> None:
         if not packs:
-            raise DataError("there is no example to train on", fix="look at `llmtune data report` for what became of the rows")
+            raise DataError(
+                "there is no example to train on", fix="look at `llmtune data report` for what became of the rows"
+            )
         assert batch_size > 0
         assert accumulation > 0
         assert 0 <= rank < world_size
@@ -185,7 +203,9 @@ class BatchPlan:
 
     @property
     def most_window_tokens(self) -> int:
-        """Tokens that a window can have at most: those of its number of longest sequences, in whatever order an epoch takes them."""
+        """Tokens that a window can have at most: those of its number of longest sequences, in whatever order an epoch
+        takes them.
+        """
         return int(np.sort(self._pack_tokens)[-self.global_batch :].sum())
 
     @functools.cached_property
@@ -217,7 +237,9 @@ class BatchPlan:
         )
 
     def groups(self, step: int) -> list[Indices]:
-        """Give the examples of each micro-batch of this process at step number `step`, as indices, without reading a token."""
+        """Give the examples of each micro-batch of this process at step number `step`, as indices, without reading a
+        token.
+        """
         return self._packs_and_groups(self._place(step))[1]
 
     def _packs_and_groups(self, place: _Place) -> tuple[Indices, list[Indices]]:
@@ -248,7 +270,9 @@ class BatchPlan:
         return np.concatenate([np.empty(0, dtype=np.int64), *(self._members[begin:end] for begin, end in spans)])
 
     def _deal(self, packs: Indices) -> Indices:
-        """Give this process its share of a window: longest first, to and fro over the processes, so that none waits long for another."""
+        """Give this process its share of a window: longest first, to and fro over the processes, so that none waits
+        long for another.
+        """
         if self._world_size == 1:
             return packs
         by_length = np.argsort(-self._pack_tokens[packs], kind="stable")
@@ -263,7 +287,10 @@ class BatchPlan:
         """
         if self._layout == "padded":
             packs = packs[np.argsort(-self._pack_tokens[packs], kind="stable")]
-        return [self._examples_of(packs[begin : begin + self._batch_size]) for begin in range(0, len(packs), self._batch_size)]
+        return [
+            self._examples_of(packs[begin : begin + self._batch_size])
+            for begin in range(0, len(packs), self._batch_size)
+        ]
 
     def _split(self, indices: Indices) -> list[Indices]:
         return _split_group(indices, self._lengths, self._layout, self._max_group_tokens)
@@ -279,7 +306,9 @@ def eval_batches(
     world_size: int = 1,
     rank: int = 0,
 ) -> Iterator[MicroBatch]:
-    """Give every example once, longest first, `batch_size` at a time; with several processes every `world_size`-th to each.
+    """Give every example once, longest first, `batch_size` at a time.
+
+    With several processes every `world_size`-th to each.
 
     Longest first means least padding, and memory that runs out does so at once.
     """
@@ -330,10 +359,15 @@ def _build(examples: ExampleSet, layout: Layout, pad_id: int, indices: Indices) 
     return make_micro_batch([examples[int(index)] for index in indices], layout, pad_id)
 
 
-def _split_group(indices: Indices, lengths: npt.NDArray[np.int64], layout: Layout, max_group_tokens: int | None) -> list[Indices]:
-    """Cut examples into groups that take at most `max_group_tokens` positions; one longer example is a group of its own.
+def _split_group(
+    indices: Indices, lengths: npt.NDArray[np.int64], layout: Layout, max_group_tokens: int | None
+) -> list[Indices]:
+    """Cut examples into groups that take at most `max_group_tokens` positions.
 
-    Padded rows are cut in order. A flat row may hold any examples, so its groups are few and even: each has its fixed costs.
+    One longer example is a group of its own.
+
+    Padded rows are cut in order. A flat row may hold any examples, so its groups are few and even: each has its fixed
+    costs.
     """
     if max_group_tokens is None or len(indices) == 0:
         return [indices] if len(indices) else []
@@ -342,7 +376,10 @@ def _split_group(indices: Indices, lengths: npt.NDArray[np.int64], layout: Layou
 
 
 def _padded_runs(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Cut rows, in order, where padding them to their longest would take more than `limit` positions; gives places in `sizes`."""
+    """Cut rows, in order, where padding them to their longest would take more than `limit` positions.
+
+    Gives places in `sizes`.
+    """
     groups: list[list[int]] = [[0]]
     longest = sizes[0]
     for place, size in enumerate(sizes[1:], start=1):
@@ -355,13 +392,18 @@ def _padded_runs(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def even_groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Put things of these sizes into few groups with nearly equal sums; gives places in `sizes`, those of a group in order.
+    """Put things of these sizes into few groups with nearly equal sums.
 
-    A group's sum is at most `limit`; what is larger by itself is a group of its own. From the fewest groups there can be: longest first,
-    each to the group that holds least (at most 4/3 of the best largest sum: R. L. Graham, 1969); while one is too full, with a group more.
+    Gives places in `sizes`, those of a group in order.
+
+    A group's sum is at most `limit`; what is larger by itself is a group of its own. From the fewest groups there can
+    be: longest first, each to the group that holds least (at most 4/3 of the best largest sum: R. L. Graham, 1969);
+    while one is too full, with a group more.
     """
     alone = [[place] for place, size in enumerate(sizes) if size > limit]
-    longest_first = sorted((place for place, size in enumerate(sizes) if size <= limit), key=lambda place: -sizes[place])
+    longest_first = sorted(
+        (place for place, size in enumerate(sizes) if size <= limit), key=lambda place: -sizes[place]
+    )
     count = -(-sum(sizes[place] for place in longest_first) // limit)
     while (groups := _dealt(longest_first, sizes, limit, count)) is None:
         count += 1
@@ -369,7 +411,10 @@ def even_groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def _dealt(places: Sequence[int], sizes: Sequence[int], limit: int, count: int) -> list[list[int]] | None:
-    """Deal places, in this order, to `count` groups, each to the one that holds least; None when one would hold more than `limit`."""
+    """Deal places, in this order, to `count` groups, each to the one that holds least.
+
+    None when one would hold more than `limit`.
+    """
     heap = [(0, number) for number in range(count)]
     groups: list[list[int]] = [[] for _ in heap]
     for place in places:
@@ -385,7 +430,9 @@ def _total_steps(steps_per_epoch: int, epochs: float, max_steps: int | None) -> 
     """Count the windows of a training: `max_steps`, or those of the whole epochs and of the rest, rounded up."""
     if max_steps is not None:
         if max_steps < 1:
-            raise ConfigError(f"`training.max_steps` is {max_steps}", fix="at least 1, or leave it out to train for `training.epochs`")
+            raise ConfigError(
+                f"`training.max_steps` is {max_steps}", fix="at least 1, or leave it out to train for `training.epochs`"
+            )
         return max_steps
     exact = Fraction(str(epochs))  # the decimal that was written: 0.1 x 30 is 3 windows, not 4
     if exact <= 0:

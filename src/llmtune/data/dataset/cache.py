@@ -1,7 +1,9 @@
-"""The tokenized rows of one side of a run, kept so that they are made once: folders named by everything that decides what is in them.
+"""The tokenized rows of one side of a run, kept so that they are made once: folders named by everything that decides
+what is in them.
 
-The key covers the bytes of the files, the renderer (tokenizer, template, mask rule), the rules about rows, and the code of this room;
-nothing else, so moving a file or changing the learning rate costs nothing. A folder is committed whole, and verified before it is used.
+The key covers the bytes of the files, the renderer (tokenizer, template, mask rule), the rules about rows, and the code
+of this room; nothing else, so moving a file or changing the learning rate costs nothing. A folder is committed whole,
+and verified before it is used.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from llmtune import durable
 from llmtune.common.decisions import Decision
 from llmtune.data.dataset.store import EXAMPLE, ROW, RowStore, StoreBuilder
 from llmtune.data.reading.data_files import DataFile
-from llmtune.data.rendering.row_warnings import Note
-from llmtune.data.rows.row_result import Outcome, Reason
+from llmtune.data.rendering.row_warnings import RowWarning
+from llmtune.data.rows.row_result import Reason, RowResult
 from llmtune.errors import MachineError, in_one_line
 
 __all__ = ["cache_key", "code_digest", "default_cache_dir", "open_or_build"]
@@ -39,7 +41,9 @@ _LIBRARIES = ("tokenizers", "transformers", "jinja2", "pyarrow", "datasets")
 
 
 def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The user's cache folder: `LLMTUNE_CACHE_DIR`, or `llmtune` in `XDG_CACHE_HOME`, or in `~/.cache`; None where there is no home.
+    """The user's cache folder: `LLMTUNE_CACHE_DIR`, or `llmtune` in `XDG_CACHE_HOME`, or in `~/.cache`.
+
+    None where there is no home.
 
     >>> default_cache_dir({"XDG_CACHE_HOME": "/var/cache/me"}).as_posix()
     '/var/cache/me/llmtune'
@@ -65,10 +69,18 @@ def code_digest() -> str:
 
 
 def cache_key(files: Sequence[DataFile], digests: Sequence[str], facts: Mapping[str, Any]) -> str:
-    """sha256 in hex over the files' bytes and kinds, what the config says about their sources, `facts` and the code; not over names."""
+    """sha256 in hex over the files' bytes and kinds, what the config says about their sources, `facts` and the code.
+
+    Not over names.
+    """
     sources = {file.source_index: (file.source.weight, file.source.max_samples) for file in files}
     known = [[digest, file.kind, file.source_index] for file, digest in zip(files, digests, strict=True)]
-    everything = {"files": known, "sources": [[key, *value] for key, value in sources.items()], "facts": dict(facts), "code": code_digest()}
+    everything = {
+        "files": known,
+        "sources": [[key, *value] for key, value in sources.items()],
+        "facts": dict(facts),
+        "code": code_digest(),
+    }
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
@@ -76,14 +88,15 @@ def open_or_build(
     folder: Path | None,
     key: str,
     files: Sequence[DataFile],
-    outcomes: Callable[[], Iterable[Outcome]],
+    outcomes: Callable[[], Iterable[RowResult]],
     *,
     must_be_cached: bool,
 ) -> tuple[RowStore, list[Decision]]:
     """Return the store of `key` below `folder`, made from `outcomes()` if it is not there.
 
-    What was changed on disk since it was made is made again. Without a folder, or where it cannot be written and `must_be_cached` is
-    false, the store is in memory and a decision says so. Raises MachineError, and whatever `outcomes` raises.
+    What was changed on disk since it was made is made again. Without a folder, or where it cannot be written and
+    `must_be_cached` is false, the store is in memory and a decision says so. Raises MachineError, and whatever
+    `outcomes` raises.
     """
     decisions: list[Decision] = []
     if folder is not None:
@@ -97,16 +110,20 @@ def open_or_build(
                     return _open(target, files, hold), [
                         Decision("data.cache_dir", str(target), "the rows were tokenized before; nothing has changed")
                     ]
-                decisions.append(Decision("data.cache_dir", "made again", f"the cached rows are damaged: {problems[0].problem}"))
+                decisions.append(
+                    Decision("data.cache_dir", "made again", f"the cached rows are damaged: {problems[0].problem}")
+                )
             durable.make_folder(target.parent)
-            durable.sweep_litter(target.parent)
+            durable.remove_leftovers(target.parent)
             _build(target, key, outcomes())
             store = _open(target, files, _hold(target))
             return store, [*decisions, *_prune(target.parent)]
         except (MachineError, PermissionError) as error:
             if must_be_cached:
                 raise
-            decisions.append(Decision("data.cache_dir", "in memory", f"the cache folder cannot be used: {in_one_line(error)}"))
+            decisions.append(
+                Decision("data.cache_dir", "in memory", f"the cache folder cannot be used: {in_one_line(error)}")
+            )
     else:
         decisions.append(Decision("data.cache_dir", "in memory", "there is no home folder to keep tokenized rows in"))
     builder = StoreBuilder()
@@ -132,10 +149,16 @@ def _note_use(target: Path) -> None:
 
 
 def _prune(folder: Path) -> list[Decision]:
-    """Delete the sets of rows that were used longest ago, until no more than `SETS_KEPT` and `BYTES_KEPT` are left; none that is in use."""
+    """Delete the sets of rows that were used longest ago, until no more than `SETS_KEPT` and `BYTES_KEPT` are left.
+
+    None that is in use.
+    """
     try:
         places = [one for one in folder.iterdir() if not one.name.startswith(".")]
-        sets = sorted(((one.stat().st_mtime, sum(file.stat().st_size for file in one.iterdir()), one) for one in places), reverse=True)
+        sets = sorted(
+            ((one.stat().st_mtime, sum(file.stat().st_size for file in one.iterdir()), one) for one in places),
+            reverse=True,
+        )
     except OSError:  # another process is at it
         return []
     room, deleted, freed = BYTES_KEPT, 0, 0
@@ -148,10 +171,16 @@ def _prune(folder: Path) -> list[Decision]:
     if not deleted:
         return []
     what = f"{deleted} older set{'s' * (deleted > 1)} of rows deleted ({freed / 1e6:,.0f} MB)"
-    return [Decision("data.cache_dir", what, f"the {SETS_KEPT} used last are kept, of at most {BYTES_KEPT / 1e9:,.0f} GB together")]
+    return [
+        Decision(
+            "data.cache_dir",
+            what,
+            f"the {SETS_KEPT} used last are kept, of at most {BYTES_KEPT / 1e9:,.0f} GB together",
+        )
+    ]
 
 
-def _build(target: Path, key: str, outcomes: Iterable[Outcome]) -> None:
+def _build(target: Path, key: str, outcomes: Iterable[RowResult]) -> None:
     builder = StoreBuilder()
     with durable.commit_folder(target, manifest={"kind": "tokenized rows", "key": key}) as staging:
         durable.write_stream(staging / "words.i32", _words(builder, outcomes))
@@ -160,7 +189,7 @@ def _build(target: Path, key: str, outcomes: Iterable[Outcome]) -> None:
         durable.write_json(staging / "about.json", builder.about())
 
 
-def _words(builder: StoreBuilder, outcomes: Iterable[Outcome]) -> Iterator[bytes]:
+def _words(builder: StoreBuilder, outcomes: Iterable[RowResult]) -> Iterator[bytes]:
     """The words of all outcomes in pieces of about a megabyte."""
     pending = bytearray()
     for outcome in outcomes:
@@ -188,5 +217,5 @@ def _store(rows: bytes, examples: bytes, words: Any, about: dict[str, Any], file
         examples=np.frombuffer(examples, dtype=EXAMPLE),
         words=words,
         reasons=tuple(Reason(*one) for one in about["reasons"]),
-        notes=tuple(tuple(Note(*note) for note in one) for one in about["notes"]),
+        notes=tuple(tuple(RowWarning(*note) for note in one) for one in about["notes"]),
     )

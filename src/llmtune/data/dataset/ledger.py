@@ -1,6 +1,7 @@
 """What became of every row (Q4): input = used + cut + dropped + duplicate + held out + bad, by number, with reasons.
 
-Each row has exactly one fate. Where several would fit, the first of these counts: bad, dropped, duplicate, held out, cut, used.
+Each row has exactly one fate. Where several would fit, the first of these counts: bad, dropped, duplicate, held out,
+cut, used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtune.data.dataset.store import FATES, RowStore
-from llmtune.data.rendering.row_warnings import Note
+from llmtune.data.rendering.row_warnings import RowWarning
 from llmtune.data.rows.row_result import Reason
 
 __all__ = ["REASONS_SHOWN", "Ledger", "LedgerPart"]
@@ -29,7 +30,10 @@ _INDEX = re.compile(r"\[\d+\]")
 
 @dataclass
 class LedgerPart:
-    """The rows of one side. `fates` starts as what each row is on its own and changes when rows are compared or held out."""
+    """The rows of one side.
+
+    `fates` starts as what each row is on its own and changes when rows are compared or held out.
+    """
 
     name: str
     store: RowStore
@@ -38,7 +42,7 @@ class LedgerPart:
     """Reasons that come from other rows."""
     others: dict[int, str] = field(default_factory=dict)
     """The other row, where there is one."""
-    notes: dict[int, Note] = field(default_factory=dict)
+    notes: dict[int, RowWarning] = field(default_factory=dict)
     """Notes that come from other rows."""
 
     def __post_init__(self) -> None:
@@ -63,7 +67,7 @@ class LedgerPart:
         number = int(self.store.rows["reason"][row])
         return self.store.reasons[number] if number >= 0 else None
 
-    def notes_of(self, row: int) -> tuple[Note, ...]:
+    def notes_of(self, row: int) -> tuple[RowWarning, ...]:
         """What has to be said about a row whatever its fate."""
         own = self.store.notes[int(self.store.rows["notes"][row])]
         return (*own, self.notes[row]) if row in self.notes else own
@@ -74,7 +78,9 @@ class LedgerPart:
         entry: dict[str, Any] = {"part": self.name, "source": self.store.source(row), "fate": fate}
         if reason is not None:
             entry["reason"] = reason.what
-            entry.update({key: value for key, value in (("field", reason.field), ("fix", reason.fix)) if value is not None})
+            entry.update(
+                {key: value for key, value in (("field", reason.field), ("fix", reason.fix)) if value is not None}
+            )
         if row in self.others:
             entry["other"] = self.others[row]
         tokens, lost = int(self.store.rows["tokens"][row]), int(self.store.rows["tokens_lost"][row])
@@ -97,7 +103,9 @@ class LedgerPart:
         for index, (label, numbering) in enumerate(zip(self.store.labels, self.store.numberings, strict=True)):
             name, _, number = place.removesuffix("]").rpartition(":" if numbering == "line" else "[")
             if number.isdecimal() and name and (label == name or label.endswith(f"/{name}")):
-                rows += np.flatnonzero((self.store.rows["file"] == index) & (self.store.rows["number"] == int(number))).tolist()
+                rows += np.flatnonzero(
+                    (self.store.rows["file"] == index) & (self.store.rows["number"] == int(number))
+                ).tolist()
         return rows
 
     def balance(self) -> dict[str, int]:
@@ -140,7 +148,10 @@ class Ledger:
 
     @property
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Objects for ledger.jsonl: every row that was not simply used, in order. A row that is not here was used whole."""
+        """Objects for ledger.jsonl: every row that was not simply used, in order.
+
+        A row that is not here was used whole.
+        """
         return (part.entry(row) for part in self.parts for row in part.affected())
 
     def summary(self) -> dict[str, Any]:

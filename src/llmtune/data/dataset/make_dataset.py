@@ -1,7 +1,7 @@
 """Rows -> examples, the whole way: found, read, rendered, cut, compared, held out, and every row accounted for.
 
-What is decided about a row alone is cached (`cache`); what depends on other rows (duplicates, overlap, the held-out choice) is decided
-here, on the tables, each time.
+What is decided about a row alone is cached (`cache`); what depends on other rows (duplicates, overlap, the held-out
+choice) is decided here, on the tables, each time.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class PreparedData:
 def prepare_data(config: DataConfig, renderer: Renderer, *, progress: Progress | None = None) -> PreparedData:
     """Turn everything `config` names into examples.
 
-    Raises DataError with every problem at once: rows that cannot be used (unless `on_bad_row` is skip), rows over `max_length` where
-    `overlong` is error, overlap where `on_overlap` is error, nothing left to train on.
+    Raises DataError with every problem at once: rows that cannot be used (unless `on_bad_row` is skip), rows over
+    `max_length` where `overlong` is error, overlap where `on_overlap` is error, nothing left to train on.
     """
     prepared = survey_data(config, renderer, progress=progress)
     refuse_problems(prepared)
@@ -59,7 +59,8 @@ def refuse_problems(prepared: PreparedData) -> None:
 
 
 def survey_data(config: DataConfig, renderer: Renderer, *, progress: Progress | None = None) -> PreparedData:
-    """Do what `prepare_data` does, but hand back the problems instead of raising them, so that a report can show everything.
+    """Do what `prepare_data` does, but hand back the problems instead of raising them, so that a report can show
+    everything.
 
     Raises DataError only where there is nothing to show: a source that leads to no file, a file in no known format.
     """
@@ -74,7 +75,9 @@ def survey_data(config: DataConfig, renderer: Renderer, *, progress: Progress | 
         parts.append(held_out)
         decisions += [one for one in said if one not in decisions]
     decisions += selection.unread_sources(train, train_files, config.max_samples)
-    problems = [problem for part in parts for problem in selection.row_problems(part, row_rules(config), config.on_bad_row)]
+    problems = [
+        problem for part in parts for problem in selection.row_problems(part, row_rules(config), config.on_bad_row)
+    ]
     selection.judge_duplicates(train, config.on_duplicate)
     for part in parts[1:]:
         problems += selection.judge_overlap(train, part.store, part.rows_that_are("used", "cut"), config.on_overlap)
@@ -103,9 +106,12 @@ def _prepared(parts: list[LedgerPart], decisions: list[Decision], problems: list
 
 
 def iter_texts(config: DataConfig) -> Iterator[str]:
-    """Yield every text of the training rows (contents of messages, plain texts), for training a tokenizer. Bad rows are passed over.
+    """Yield every text of the training rows (contents of messages, plain texts), for training a tokenizer.
 
-    Raises DataError for a source that leads to no file, and at the end where every row was bad: with what is wrong with the first of them.
+    Bad rows are passed over.
+
+    Raises DataError for a source that leads to no file, and at the end where every row was bad: with what is wrong with
+    the first of them.
     """
     files = find_files(config.train, "train")
     formats, _ = detect_formats(config, files)
@@ -123,7 +129,9 @@ def iter_texts(config: DataConfig) -> Iterator[str]:
         raise DataError.all(bad)
 
 
-def _conversation(record: Record | BadRow, file: DataFile, row_format: str, text_column: str | None) -> Conversation | BadRow:
+def _conversation(
+    record: Record | BadRow, file: DataFile, row_format: str, text_column: str | None
+) -> Conversation | BadRow:
     row = record if isinstance(record, BadRow) else parse_record(file, record)
     if isinstance(row, BadRow):
         return row
@@ -133,7 +141,8 @@ def _conversation(record: Record | BadRow, file: DataFile, row_format: str, text
         return BadRow(row.source, error.field, error.what, error.fix)
 
 
-# --- finding ----------------------------------------------------------------------------------------------------------------------
+# --- finding
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _check(config: DataConfig) -> None:
@@ -141,10 +150,14 @@ def _check(config: DataConfig) -> None:
     if not config.train:
         problems.append(Problem("no training data is named", "data.train", "name a file: `data.train=rows.jsonl`"))
     if config.max_length < 2:
-        problems.append(Problem(f"{config.max_length} tokens are too few to train on", "data.max_length", "give at least 2"))
+        problems.append(
+            Problem(f"{config.max_length} tokens are too few to train on", "data.max_length", "give at least 2")
+        )
     if not (0 <= config.test_size < 1 or config.test_size == int(config.test_size) >= 1):
         fix = "give a fraction below 1, or a whole number of rows"
-        problems.append(Problem(f"{config.test_size} is neither a fraction nor a number of rows", "data.test_size", fix))
+        problems.append(
+            Problem(f"{config.test_size} is neither a fraction nor a number of rows", "data.test_size", fix)
+        )
     for name, least in (("max_samples", 1), ("num_workers", 0), ("min_length", 0)):
         value = getattr(config, name)
         if value is not None and value < least:
@@ -172,4 +185,8 @@ def _find(config: DataConfig) -> tuple[list[DataFile], list[DataFile], list[Deci
         return train, held_out, []
     held_out = find_held_out_files(config.train)
     names = ", ".join(file.label for file in held_out[:4])
-    return train, held_out, [Decision("data.eval", names, "the training folder holds files named as held out")] if held_out else []
+    return (
+        train,
+        held_out,
+        [Decision("data.eval", names, "the training folder holds files named as held out")] if held_out else [],
+    )

@@ -33,20 +33,23 @@ def seeded_order(count: int, *key: int) -> Indices:
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 
-def plan_packs(lengths: npt.NDArray[np.int64], max_length: int, strategy: PackingStrategy, seed: int | None) -> list[Indices]:
+def plan_packs(
+    lengths: npt.NDArray[np.int64], max_length: int, strategy: PackingStrategy, seed: int | None
+) -> list[Indices]:
     """Put every example in exactly one pack of at most `max_length` tokens; an example is never split.
 
-    `lengths`: int64 [N], tokens of each example. Returns P arrays of example indices.
-    The plan is a pure function of its arguments. Inside a pack, and over the packs, examples stand in the seeded order (in the
-    given order when `seed` is None), each pack at the place of its first example.
+    `lengths`: int64 [N], tokens of each example. Returns P arrays of example indices. The plan is a pure function of
+    its arguments. Inside a pack, and over the packs, examples stand in the seeded order (in the given order when `seed`
+    is None), each pack at the place of its first example.
 
     - `none`: one example in each pack.
     - `greedy`: fill a pack in order, close it at the first example that does not fit.
     - `first_fit`: longest example first, each into the oldest pack with room for it (first-fit decreasing).
-    - `best_fit`: longest example first, each into the pack it leaves the least room in, the oldest of equals (best-fit decreasing).
+    - `best_fit`: longest example first, each into the pack it leaves the least room in, the oldest of equals (best-fit
+      decreasing).
 
-    The "decreasing" rules need at most 11/9 of the fewest packs possible, and a constant (D. S. Johnson, "Near-optimal bin packing
-    algorithms", 1973). On long-tailed lengths they waste under 1 %.
+    The "decreasing" rules need at most 11/9 of the fewest packs possible, and a constant (D. S. Johnson, "Near-optimal
+    bin packing algorithms", 1973). On long-tailed lengths they waste under 1 %.
 
     Raises DataError when an example is longer than `max_length` (and `strategy` is not `none`) or empty.
 
@@ -73,7 +76,10 @@ def refuse_unpackable(lengths: npt.NDArray[np.int64], max_length: int | None) ->
     """Raise DataError for the first example that is empty or longer than `max_length` tokens."""
     empty = np.flatnonzero(lengths < 1)
     if len(empty):
-        raise DataError(f"example {empty[0]} has no tokens ({len(empty)} such examples)", fix="leave out empty examples before packing")
+        raise DataError(
+            f"example {empty[0]} has no tokens ({len(empty)} such examples)",
+            fix="leave out empty examples before packing",
+        )
     if max_length is None:
         return
     overlong = np.flatnonzero(lengths > max_length)
@@ -85,7 +91,9 @@ def refuse_unpackable(lengths: npt.NDArray[np.int64], max_length: int | None) ->
 
 
 def _in_order(order: Indices, pack_of: Indices) -> list[Indices]:
-    """Turn "position i of the order lies in pack_of[i]" into arrays of example indices, in the order of their first example."""
+    """Turn "position i of the order lies in pack_of[i]" into arrays of example indices, in the order of their first
+    example.
+    """
     _, first, inverse = np.unique(pack_of, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first, kind="stable")] = np.arange(len(first))
@@ -148,8 +156,9 @@ def _first_fit(lengths: Indices, max_length: int) -> Indices:
 def _best_fit(lengths: Indices, max_length: int) -> Indices:
     """Best-fit decreasing over packs filed by the room they have left.
 
-    `filed` has bit r set when some pack has r tokens of room, so the tightest room for a length is its lowest set bit from there on.
-    A pack that took one example of a run is still the tightest while another fits, so it takes them all at once.
+    `filed` has bit r set when some pack has r tokens of room, so the tightest room for a length is its lowest set bit
+    from there on. A pack that took one example of a run is still the tightest while another fits, so it takes them all
+    at once.
     """
     by_length = np.argsort(-lengths, kind="stable")
     shortest = int(lengths.min())

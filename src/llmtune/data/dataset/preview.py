@@ -1,7 +1,7 @@
 """Rows as the model will see them, for people (coloured text, a page) and for programs (JSON).
 
-Everything here is a pure function of examples and a tokenizer. What stands in the data cannot reach the terminal or the page as anything
-but text: control characters are written out, and the page escapes everything and runs nothing.
+Everything here is a pure function of examples and a tokenizer. What stands in the data cannot reach the terminal or the
+page as anything but text: control characters are written out, and the page escapes everything and runs nothing.
 """
 
 from __future__ import annotations
@@ -36,15 +36,23 @@ class Group(NamedTuple):
 
 
 def json_line(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return `{"source", "input_ids", "weights", "text"}` as one line; `weights[i]` is the weight of predicting `input_ids[i]`."""
+    """Return `{"source", "input_ids", "weights", "text"}` as one line.
+
+    `weights[i]` is the weight of predicting `input_ids[i]`.
+    """
     ids = example.input_ids.tolist()
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return json.dumps({"source": example.source, "input_ids": ids, "weights": example.weights.tolist(), "text": text}, ensure_ascii=False)
+    return json.dumps(
+        {"source": example.source, "input_ids": ids, "weights": example.weights.tolist(), "text": text},
+        ensure_ascii=False,
+    )
 
 
 def stretches(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Stretch]:
     """Yield an example's text in stretches of one weight and kind; together they are the text of all its tokens."""
-    control_ids = {token for token, one in tokenizer.added_tokens_decoder.items() if one.content.replace("\u2581", " ").strip()}
+    control_ids = {
+        token for token, one in tokenizer.added_tokens_decoder.items() if one.content.replace("\u2581", " ").strip()
+    }
     pending: list[str] = []
     kind: tuple[float, bool] | None = None
     for text, weight, token in _token_texts(example, tokenizer):
@@ -58,7 +66,10 @@ def stretches(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
 
 def _token_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, float, int]]:
-    """Yield (text, weight, id) of every token; a character made of several tokens is the text of its last, at the weight they share."""
+    """Yield (text, weight, id) of every token.
+
+    A character made of several tokens is the text of its last, at the weight they share.
+    """
 
     def decode(ids: list[int]) -> str:
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -78,7 +89,8 @@ def _token_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterat
         before, pending = [token] if len(pending) == 1 else pending, []
 
 
-# --- terminal ---------------------------------------------------------------------------------------------------------------------------
+# --- terminal
+# ---------------------------------------------------------------------------------------------------------------------------
 
 GREEN, BOLD_GREEN, CYAN, DIM, RESET = "\x1b[32m", "\x1b[1;32m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
 OPEN, CLOSE = "⟦", "⟧"
@@ -87,14 +99,14 @@ OPEN, CLOSE = "⟦", "⟧"
 def legend(*, color: bool) -> str:
     """Say what the colours (or, without them, the brackets) of `terminal_text` mean."""
     if color:
-        return (
-            f"{GREEN}trained{RESET}, {BOLD_GREEN}trained control token{RESET}, {CYAN}control token{RESET}, not trained; ↵ is a line's end"
-        )
+        return f"{GREEN}trained{RESET}, {BOLD_GREEN}trained control token{RESET}, {CYAN}control token{RESET}, not trained; ↵ is a line's end"
     return f"{OPEN}trained{CLOSE}, the rest is not trained; ↵ is a line's end"
 
 
 def terminal_text(group: Group, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> Iterator[str]:
-    """Yield the lines of a group: a heading for each row, its text with what is trained marked, and the borders of a pack."""
+    """Yield the lines of a group: a heading for each row, its text with what is trained marked, and the borders of a
+    pack.
+    """
     paint: Callable[[str, str], str] = (lambda code, text: f"{code}{text}{RESET}") if color else (lambda _, text: text)
     if group.number is not None:
         yield f"╭── {_pack_line(group)}"
@@ -137,7 +149,8 @@ def _printable(text: str) -> str:
     return "".join(one if one == "\n" or one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
-# --- a page -----------------------------------------------------------------------------------------------------------------------------
+# --- a page
+# -----------------------------------------------------------------------------------------------------------------------------
 
 STYLE = """
 :root { color-scheme: light dark; }

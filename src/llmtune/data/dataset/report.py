@@ -51,7 +51,13 @@ def _lengths(lengths: npt.NDArray[np.int64], max_length: int) -> dict[str, Any]:
     if not len(lengths):
         return {"examples": 0, "max_length": max_length, "histogram": []}
     shortest, median, most, longest = (int(one) for one in np.quantile(lengths, [0, 0.5, 0.95, 1], method="higher"))
-    named = {"shortest": shortest, "median": median, "percentile_95": most, "longest": longest, "mean": float(lengths.mean())}
+    named = {
+        "shortest": shortest,
+        "median": median,
+        "percentile_95": most,
+        "longest": longest,
+        "mean": float(lengths.mean()),
+    }
     return {"examples": len(lengths), "max_length": max_length, **named, "histogram": histogram(lengths)}
 
 
@@ -70,7 +76,9 @@ def histogram(lengths: npt.NDArray[np.int64]) -> list[dict[str, int]]:
 
 
 def padding_share(lengths: npt.NDArray[np.int64], batch_size: int, seed: int | None) -> float:
-    """Part of all positions that would be padding in micro-batches of `batch_size` examples in the order of epoch 0, in [0, 1)."""
+    """Part of all positions that would be padding in micro-batches of `batch_size` examples in the order of epoch 0, in
+    [0, 1).
+    """
     if not len(lengths):
         return 0.0
     ordered = lengths[seeded_order(len(lengths), seed, 0)] if seed is not None else lengths
@@ -86,7 +94,10 @@ def _packing(lengths: npt.NDArray[np.int64], config: DataConfig) -> dict[str, An
     strategies = {}
     for strategy in get_args(PackingStrategy):
         packs = plan_packs(lengths, config.max_length, strategy, config.shuffle_seed)
-        strategies[strategy] = {"sequences": len(packs), "efficiency": packing_efficiency(lengths, packs, config.max_length)}
+        strategies[strategy] = {
+            "sequences": len(packs),
+            "efficiency": packing_efficiency(lengths, packs, config.max_length),
+        }
     return {"chosen": config.packing, "strategies": strategies}
 
 
@@ -99,12 +110,24 @@ def _sources(part: LedgerPart) -> Iterator[dict[str, Any]]:
         counts = np.bincount(part.fates[own], minlength=len(FATES))
         kept = own & np.isin(part.fates, [FATES.index("used"), FATES.index("cut")])
         examples = part.store.examples[kept[part.store.examples["row"]]]
-        amounts = {"tokens": int(examples["tokens"].sum(dtype=np.int64)), "loss_tokens": float(examples["loss_weight"].sum())}
-        yield {"part": part.name, "source": path, "input": int(own.sum()), **dict(zip(FATES, counts.tolist(), strict=True)), **amounts}
+        amounts = {
+            "tokens": int(examples["tokens"].sum(dtype=np.int64)),
+            "loss_tokens": float(examples["loss_weight"].sum()),
+        }
+        yield {
+            "part": part.name,
+            "source": path,
+            "input": int(own.sum()),
+            **dict(zip(FATES, counts.tolist(), strict=True)),
+            **amounts,
+        }
 
 
 def row_report(prepared: PreparedData, place: str) -> list[dict[str, Any]]:
-    """The fate of the row at `file:line` or `file[index]`, with its examples. Raises DataError if there is no such row."""
+    """The fate of the row at `file:line` or `file[index]`, with its examples.
+
+    Raises DataError if there is no such row.
+    """
     found = []
     for part in prepared.ledger.parts:
         for row in part.rows_at(place):
@@ -119,7 +142,8 @@ def row_report(prepared: PreparedData, place: str) -> list[dict[str, Any]]:
     return found
 
 
-# --- as text ----------------------------------------------------------------------------------------------------------------------
+# --- as text
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
@@ -128,7 +152,9 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
         sums = " + ".join(f"{balance[fate]:,} {word}" for fate, word in zip(FATES, _FATE_WORDS, strict=True))
         yield f"{name}: {balance['input']:,} input rows = {sums}"
         trained = (
-            f"{balance['loss_tokens']:,.0f}" if balance["loss_tokens"] == int(balance["loss_tokens"]) else f"{balance['loss_tokens']:,.2f}"
+            f"{balance['loss_tokens']:,.0f}"
+            if balance["loss_tokens"] == int(balance["loss_tokens"])
+            else f"{balance['loss_tokens']:,.2f}"
         )
         lost = f"; {balance['tokens_cut']:,} tokens lost to cutting" if balance["cut"] else ""
         yield f"  {balance['examples']:,} examples, {balance['tokens']:,} tokens, {trained} of them trained (by weight){lost}"

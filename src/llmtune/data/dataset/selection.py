@@ -15,11 +15,19 @@ from llmtune.common.decisions import Decision
 from llmtune.data.dataset.ledger import LedgerPart
 from llmtune.data.dataset.store import FATES, RowStore
 from llmtune.data.reading.data_files import DataFile
-from llmtune.data.rendering.row_warnings import Note
+from llmtune.data.rendering.row_warnings import RowWarning
 from llmtune.data.rows.row_result import Reason, RowRules, too_long_reason
 from llmtune.errors import Problem
 
-__all__ = ["PROBLEMS_NAMED", "hold_out", "judge_duplicates", "judge_overlap", "nothing_left", "row_problems", "unread_sources"]
+__all__ = [
+    "PROBLEMS_NAMED",
+    "hold_out",
+    "judge_duplicates",
+    "judge_overlap",
+    "nothing_left",
+    "row_problems",
+    "unread_sources",
+]
 
 PROBLEMS_NAMED = 100
 """Rows named in one error; the rest are counted."""
@@ -32,8 +40,14 @@ _OVERLAP = "it also stands in the held-out rows"
 
 
 def row_problems(part: LedgerPart, rules: RowRules, on_bad_row: str) -> list[Problem]:
-    """Rows that stop the run: bad ones unless they are skipped, over-long ones where that is an error, and files that break off."""
-    refused = {index for index, reason in enumerate(part.store.reasons) if rules.overlong == "error" and reason == too_long_reason(rules)}
+    """Rows that stop the run: bad ones unless they are skipped, over-long ones where that is an error, and files that
+    break off.
+    """
+    refused = {
+        index
+        for index, reason in enumerate(part.store.reasons)
+        if rules.overlong == "error" and reason == too_long_reason(rules)
+    }
     bad = FATES.index("bad")
     reasons = part.store.rows["reason"]
     breaks = {index for index, reason in enumerate(part.store.reasons) if reason.whole_file}
@@ -54,7 +68,9 @@ def _row_problem(part: LedgerPart, row: int) -> Problem:
 
 def _named(problems: list[Problem], total: int) -> list[Problem]:
     if total > len(problems):
-        problems.append(Problem(f"and {total - len(problems):,} more rows", None, "`llmtune data report` counts them all by reason"))
+        problems.append(
+            Problem(f"and {total - len(problems):,} more rows", None, "`llmtune data report` counts them all by reason")
+        )
     return problems
 
 
@@ -72,17 +88,21 @@ def judge_duplicates(part: LedgerPart, on_duplicate: str) -> None:
         if on_duplicate == "drop":
             part.set_fate(row, "duplicate", Reason(_DUPLICATE), earlier)
         else:
-            part.notes[row] = Note("duplicate", f"{_DUPLICATE}, {earlier}")
+            part.notes[row] = RowWarning("duplicate", f"{_DUPLICATE}, {earlier}")
 
 
 def judge_overlap(part: LedgerPart, other: RowStore, other_rows: Rows, on_overlap: str) -> list[Problem]:
-    """Find rows of `part` whose tokens are those of one of `other_rows`: drop them, note them, or return them as problems."""
+    """Find rows of `part` whose tokens are those of one of `other_rows`: drop them, note them, or return them as
+    problems.
+    """
     rows = part.rows_that_are(*_KEPT)
     digests, other_digests = part.store.rows["row_digest"][rows], other.rows["row_digest"][other_rows]
     candidates = np.flatnonzero(np.isin(digests[:, 0], other_digests[:, 0]))
     if not len(candidates):
         return []
-    places: dict[Any, int] = {digest.tobytes(): int(row) for digest, row in zip(other_digests[::-1], other_rows[::-1], strict=True)}
+    places: dict[Any, int] = {
+        digest.tobytes(): int(row) for digest, row in zip(other_digests[::-1], other_rows[::-1], strict=True)
+    }
     problems: list[Problem] = []
     total = 0
     for candidate in candidates:
@@ -94,7 +114,7 @@ def judge_overlap(part: LedgerPart, other: RowStore, other_rows: Rows, on_overla
         if on_overlap == "drop":
             part.set_fate(row, "dropped", Reason(_OVERLAP), where)
         elif on_overlap == "keep":
-            part.notes[row] = Note("overlap", f"{_OVERLAP}, {where}")
+            part.notes[row] = RowWarning("overlap", f"{_OVERLAP}, {where}")
         elif total <= PROBLEMS_NAMED:
             fix = f"delete one of the two ({where}), or set `data.on_overlap` to drop or keep"
             problems.append(Problem(_OVERLAP, part.store.source(row), fix))
@@ -102,9 +122,12 @@ def judge_overlap(part: LedgerPart, other: RowStore, other_rows: Rows, on_overla
 
 
 def hold_out(part: LedgerPart, test_size: float, shuffle_seed: int | None) -> tuple[Rows, list[Problem]]:
-    """Take rows out of the training rows for evaluation: a fraction (rounded, at least one) or a number; chosen by `shuffle_seed`.
+    """Take rows out of the training rows for evaluation: a fraction (rounded, at least one) or a number.
 
-    The choice depends on the seed and the number of rows alone; without a seed the last rows are taken. A row's pieces stay together.
+    Chosen by `shuffle_seed`.
+
+    The choice depends on the seed and the number of rows alone; without a seed the last rows are taken. A row's pieces
+    stay together.
     """
     rows = part.rows_that_are(*_KEPT)
     count = int(test_size) if test_size >= 1 else max(1, int(test_size * len(rows) + 0.5))
@@ -112,7 +135,9 @@ def hold_out(part: LedgerPart, test_size: float, shuffle_seed: int | None) -> tu
         what = f"{count} held-out rows leave nothing of {len(rows)} usable rows to train on"
         return rows[:0], [Problem(what, "data.test_size", "make it smaller")]
     order = (
-        np.arange(len(rows))[::-1] if shuffle_seed is None else np.random.Generator(np.random.PCG64(shuffle_seed)).permutation(len(rows))
+        np.arange(len(rows))[::-1]
+        if shuffle_seed is None
+        else np.random.Generator(np.random.PCG64(shuffle_seed)).permutation(len(rows))
     )
     taken = np.sort(rows[order[:count]])
     part.fates[taken] = FATES.index("held_out")
@@ -126,7 +151,11 @@ def unread_sources(part: LedgerPart, files: Sequence[DataFile], max_samples: int
     read = {files[int(index)].source_index for index in np.unique(part.store.rows["file"])}
     unread = [file.source.path for file in files if file.source_index not in read]
     names = ", ".join(dict.fromkeys(unread))
-    return [Decision("data.max_samples", max_samples, f"reached before these sources, of which nothing is used: {names}")] if unread else []
+    return (
+        [Decision("data.max_samples", max_samples, f"reached before these sources, of which nothing is used: {names}")]
+        if unread
+        else []
+    )
 
 
 def nothing_left(part: LedgerPart, purpose: str) -> Problem:

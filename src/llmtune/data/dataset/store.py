@@ -1,7 +1,8 @@
 """Examples and row fates as flat arrays, in memory or memory-mapped: what is cached, and what training reads.
 
-Shapes: T tokens of one example, N examples, R rows. One file of 32-bit words holds every example as its ids followed by its runs of equal
-weight (start, length, bits of the float32 weight), so that masks cost a few words an example instead of one a token.
+Shapes: T tokens of one example, N examples, R rows. One file of 32-bit words holds every example as its ids followed by
+its runs of equal weight (start, length, bits of the float32 weight), so that masks cost a few words an example instead
+of one a token.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import numpy.typing as npt
 
 from llmtune.data.example import Example, example_digest, set_digest
 from llmtune.data.reading.readers import Numbering, source_of
-from llmtune.data.rendering.row_warnings import Note
-from llmtune.data.rows.row_result import Outcome, Reason
+from llmtune.data.rendering.row_warnings import RowWarning
+from llmtune.data.rows.row_result import Reason, RowResult
 
 __all__ = ["FATES", "JoinedExamples", "MappedExamples", "RowStore", "StoreBuilder"]
 
@@ -38,7 +39,16 @@ ROW = np.dtype(
         ("full_digest", "<u8", 2),
     ]
 )
-EXAMPLE = np.dtype([("row", "<i8"), ("words_end", "<i8"), ("tokens", "<i4"), ("runs", "<i4"), ("loss_weight", "<f8"), ("digest", "<u8", 2)])
+EXAMPLE = np.dtype(
+    [
+        ("row", "<i8"),
+        ("words_end", "<i8"),
+        ("tokens", "<i4"),
+        ("runs", "<i4"),
+        ("loss_weight", "<f8"),
+        ("digest", "<u8", 2),
+    ]
+)
 _ROW_BYTES = struct.Struct("<iqiiiiii16s16s")
 _EXAMPLE_BYTES = struct.Struct("<qqiid16s")
 assert (_ROW_BYTES.size, _EXAMPLE_BYTES.size) == (ROW.itemsize, EXAMPLE.itemsize)
@@ -53,9 +63,9 @@ class StoreBuilder:
         self._row_count = 0
         self._words = 0
         self._reasons: dict[Reason, int] = {}
-        self._notes: dict[tuple[Note, ...], int] = {(): 0}
+        self._notes: dict[tuple[RowWarning, ...], int] = {(): 0}
 
-    def add(self, outcome: Outcome) -> bytes:
+    def add(self, outcome: RowResult) -> bytes:
         """Take in one row and return the words of its examples."""
         reason = -1 if outcome.reason is None else self._reasons.setdefault(outcome.reason, len(self._reasons))
         notes = self._notes.setdefault(outcome.notes, len(self._notes))
@@ -69,7 +79,9 @@ class StoreBuilder:
             self._words += len(ids) + runs.size
             loss_weight = float(weights.sum(dtype=np.float64))
             digest = example_digest(ids, weights)
-            self._examples += _EXAMPLE_BYTES.pack(self._row_count, self._words, len(ids), len(runs), loss_weight, digest)
+            self._examples += _EXAMPLE_BYTES.pack(
+                self._row_count, self._words, len(ids), len(runs), loss_weight, digest
+            )
         self._row_count += 1
         return bytes(words)
 
@@ -79,7 +91,10 @@ class StoreBuilder:
 
     def about(self) -> dict[str, Any]:
         """Reasons and notes, which the tables name by number; JSON-able."""
-        return {"reasons": [list(reason) for reason in self._reasons], "notes": [[list(note) for note in notes] for notes in self._notes]}
+        return {
+            "reasons": [list(reason) for reason in self._reasons],
+            "notes": [[list(note) for note in notes] for notes in self._notes],
+        }
 
 
 def _runs(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
@@ -108,7 +123,7 @@ class RowStore:
     """`EXAMPLE` table [N]."""
     words: npt.NDArray[np.int32]
     reasons: tuple[Reason, ...]
-    notes: tuple[tuple[Note, ...], ...]
+    notes: tuple[tuple[RowWarning, ...], ...]
     folder: Path | None = None
     """Where it is cached; None: in memory."""
     hold: object = None
@@ -131,7 +146,9 @@ class RowStore:
         packed = np.asarray(self.words[start + tokens : end]).reshape(runs, 3)
         for (first, length, _), weight in zip(packed.tolist(), packed[:, 2].copy().view("<f4"), strict=True):
             weights[first : first + length] = weight
-        return Example(self.source_of_example(index), np.array(self.words[start : start + tokens], dtype=np.int32), weights)
+        return Example(
+            self.source_of_example(index), np.array(self.words[start : start + tokens], dtype=np.int32), weights
+        )
 
     def source_of_example(self, index: int) -> str:
         """The source of an example's row; pieces of a split row add `#1`, `#2` and so on."""

@@ -1,4 +1,6 @@
-"""All rows of one side (train or eval) with what becomes of each on its own: from the cache, or tokenized now on all cores."""
+"""All rows of one side (train or eval) with what becomes of each on its own: from the cache, or tokenized now on all
+cores.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from llmtune.data.reading.readers import Record
 from llmtune.data.reading.records_of_files import BadRow, parse_record, read_records
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.formats import DETECTION_ROWS, detect_format
-from llmtune.data.rows.row_result import Outcome, RowRules
+from llmtune.data.rows.row_result import RowResult, RowRules
 from llmtune.data.rows.workers import Batch, Job, available_cores, tokenize_batches
 from llmtune.errors import DataError, Problem
 
@@ -60,11 +62,17 @@ def detect_formats(config: DataConfig, files: Sequence[DataFile]) -> tuple[list[
 
 
 def tokenize_side(
-    config: DataConfig, purpose: Purpose, files: list[DataFile], digests: list[str], renderer: Renderer, progress: Progress | None
+    config: DataConfig,
+    purpose: Purpose,
+    files: list[DataFile],
+    digests: list[str],
+    renderer: Renderer,
+    progress: Progress | None,
 ) -> tuple[LedgerPart, list[Decision]]:
     """Return every row of one side with what became of it on its own, and what was decided on the way.
 
-    `digests` are those of `files`, in order. Raises DataError for a file in no known format, MachineError where `cache_dir` cannot be used.
+    `digests` are those of `files`, in order. Raises DataError for a file in no known format, MachineError where
+    `cache_dir` cannot be used.
     """
     formats, decisions = detect_formats(config, files)
     rules = row_rules(config)
@@ -83,7 +91,7 @@ def tokenize_side(
     return LedgerPart(purpose, store), [*decisions, *said]
 
 
-def _outcomes(job: Job, max_samples: int | None, workers: int, progress: Progress | None) -> Iterator[Outcome]:
+def _outcomes(job: Job, max_samples: int | None, workers: int, progress: Progress | None) -> Iterator[RowResult]:
     """Tokenize everything, in order, telling how it goes."""
     total_bytes = sum(file.size_bytes() for file in job.files)
     counted = _Counted(read_records(job.files, max_samples))

@@ -14,11 +14,28 @@ from typing import Any, Literal, NamedTuple
 
 from llmtune.config.presets import shipped_path
 from llmtune.config.schema import SourceConfig
-from llmtune.data.reading.readers import COMPRESSIONS, READERS, DamagedFileError, Numbering, compression_errors, is_json_lines, open_bytes
+from llmtune.data.reading.readers import (
+    COMPRESSIONS,
+    READERS,
+    DamagedFileError,
+    Numbering,
+    compression_errors,
+    is_json_lines,
+    open_bytes,
+)
 from llmtune.durable import printable
 from llmtune.errors import DataError, LlmtuneError, Problem, in_one_line
 
-__all__ = ["DataFile", "Purpose", "digest_files", "find_files", "find_held_out_files", "folder_splits", "home_expanded", "split_of_name"]
+__all__ = [
+    "DataFile",
+    "Purpose",
+    "digest_files",
+    "find_files",
+    "find_held_out_files",
+    "folder_splits",
+    "home_expanded",
+    "split_of_name",
+]
 
 Purpose = Literal["train", "eval"]
 
@@ -40,7 +57,9 @@ _SUFFIXES = ".jsonl, .json, .csv, .tsv, .parquet or .txt, each also with .gz or 
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file (or data set) to read: the name its rows go by, its kind (a row of `READERS`), and what the config says about it."""
+    """One file (or data set) to read: the name its rows go by, its kind (a row of `READERS`), and what the config says
+    about it.
+    """
 
     label: str
     kind: str
@@ -88,8 +107,8 @@ class _Place(NamedTuple):
 def find_files(sources: Sequence[SourceConfig], purpose: Purpose) -> list[DataFile]:
     """Find every file the sources name, in the order of the config and by name within one source.
 
-    Raises DataError with all problems at once: no such file or example, a glob that matches nothing, a kind of file that is not read, a
-    folder without the asked split, a data set that cannot be had.
+    Raises DataError with all problems at once: no such file or example, a glob that matches nothing, a kind of file
+    that is not read, a folder without the asked split, a data set that cannot be had.
     """
     files: list[DataFile] = []
     problems: list[Problem] = []
@@ -137,15 +156,22 @@ def _files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[DataFi
         if path.exists():
             return [_data_file(_Place(path, source.path), source, index)]
     except OSError as error:
-        raise _NotFoundError(f"cannot look at {source.path!r}: {error.strerror}", "check the path and its permissions") from None
+        raise _NotFoundError(
+            f"cannot look at {source.path!r}: {error.strerror}", "check the path and its permissions"
+        ) from None
     if any(mark in source.path for mark in "*?["):
         found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - patterns may be absolute
         matches = [_Place(Path(one), one) for one in found if Path(one).is_file()]
         if not matches:
-            raise _NotFoundError(f"no file matches {source.path!r}", "check the pattern; it is taken from the working folder")
+            raise _NotFoundError(
+                f"no file matches {source.path!r}", "check the pattern; it is taken from the working folder"
+            )
         return [_data_file(place, source, index) for place in matches]
     if _kind(path) is not None or not _DATASET_NAME.fullmatch(source.path):
-        raise _NotFoundError(f"there is no file {source.path!r}", f"check the path; it is taken from the working folder{_neighbour(path)}")
+        raise _NotFoundError(
+            f"there is no file {source.path!r}",
+            f"check the path; it is taken from the working folder{_neighbour(path)}",
+        )
     return [_hub_dataset(source, index, purpose)]
 
 
@@ -159,9 +185,13 @@ def home_expanded(path: str) -> Path:
 def _data_file(place: _Place, source: SourceConfig, index: int) -> DataFile:
     kind = _kind(place.path)
     if kind is None:
-        raise _NotFoundError(f"{place.label!r} is not a kind of file that is read", f"give it the right ending: {_SUFFIXES}")
+        raise _NotFoundError(
+            f"{place.label!r} is not a kind of file that is read", f"give it the right ending: {_SUFFIXES}"
+        )
     if not place.path.is_file():
-        raise _NotFoundError(f"{place.label!r} is not a plain file", "copy what it holds into a file: rows are read more than once")
+        raise _NotFoundError(
+            f"{place.label!r} is not a plain file", "copy what it holds into a file: rows are read more than once"
+        )
     try:
         with open_bytes(place.path) as stream:
             if kind == ".json" and is_json_lines(stream):
@@ -195,7 +225,8 @@ def _neighbour(path: Path) -> str:
     return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
-# --- folders ----------------------------------------------------------------------------------------------------------------------
+# --- folders
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def split_of_name(path: Path) -> str | None:
@@ -213,7 +244,10 @@ def split_of_name(path: Path) -> str | None:
 
 
 def folder_splits(path: Path) -> dict[str | None, list[Path]]:
-    """Data files of a folder (one level of folders below it included) by the split their names say; None: they say none."""
+    """Data files of a folder (one level of folders below it included) by the split their names say.
+
+    None: they say none.
+    """
     found: dict[str | None, list[Path]] = {}
     for one in sorted([*path.glob("*"), *path.glob("*/*")]):
         if _kind(one) is not None and one.is_file() and not one.name.startswith("."):
@@ -225,9 +259,13 @@ def folder_splits(path: Path) -> dict[str | None, list[Path]]:
 def _folder(path: Path, label: str, split: str | None, purpose: Purpose) -> list[_Place]:
     splits = folder_splits(path)
     if not splits:
-        raise _NotFoundError(f"the folder {label!r} holds no file that is read", f"put files into it that end in {_SUFFIXES}")
+        raise _NotFoundError(
+            f"the folder {label!r} holds no file that is read", f"put files into it that end in {_SUFFIXES}"
+        )
     named = {one for one in splits if one is not None}
-    wanted = [_SPLITS.get(split.lower(), split)] if split else ["train"] if purpose == "train" else ["validation", "test"]
+    wanted = (
+        [_SPLITS.get(split.lower(), split)] if split else ["train"] if purpose == "train" else ["validation", "test"]
+    )
     chosen = next((splits[one] for one in wanted if one in splits), None)
     if chosen is None and not named and not split:
         chosen = splits[None]
@@ -235,7 +273,8 @@ def _folder(path: Path, label: str, split: str | None, purpose: Purpose) -> list
         known = ", ".join(sorted(named)) or "none"
         asked = " or ".join(wanted)
         raise _NotFoundError(
-            f"the folder {label!r} has no {asked} files (splits found by name: {known})", "name the file itself, or set `split`"
+            f"the folder {label!r} has no {asked} files (splits found by name: {known})",
+            "name the file itself, or set `split`",
         )
     return [_Place(one, str(Path(label) / one.relative_to(path))) for one in chosen]
 
@@ -243,7 +282,11 @@ def _folder(path: Path, label: str, split: str | None, purpose: Purpose) -> list
 def _example(source: SourceConfig, purpose: Purpose) -> list[_Place]:
     name = source.path.removeprefix("example:")
     root = _shipped("example-data")
-    by_name = {one.relative_to(root).as_posix(): one for one in sorted(root.rglob("*")) if one.is_dir() or _kind(one) is not None}
+    by_name = {
+        one.relative_to(root).as_posix(): one
+        for one in sorted(root.rglob("*"))
+        if one.is_dir() or _kind(one) is not None
+    }
     by_stem = {key.split(".")[0]: one for key, one in by_name.items()}
     found = by_name.get(name) or by_stem.get(name)
     if found is None:
@@ -260,7 +303,8 @@ def _shipped(name: str) -> Path:
         raise _NotFoundError(f"the example data is missing: {error}", "install llmtune again") from None
 
 
-# --- data sets --------------------------------------------------------------------------------------------------------------------
+# --- data sets
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def _saved_dataset(path: Path, source: SourceConfig, index: int, purpose: Purpose) -> DataFile:
@@ -284,7 +328,9 @@ def _hub_dataset(source: SourceConfig, index: int, purpose: Purpose) -> DataFile
         loaded = datasets.load_dataset(source.path, source.config)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         what = f"{source.path!r} is neither a file here nor a data set that can be had: {in_one_line(error)}"
-        raise _NotFoundError(what, "check the name, or download the data once with a network and name the file") from None
+        raise _NotFoundError(
+            what, "check the name, or download the data once with a network and name the file"
+        ) from None
     label = "/".join(one for one in (source.path, source.config) if one)
     return _dataset_file(loaded, label, source, index, purpose)
 
@@ -296,16 +342,23 @@ def _dataset_file(loaded: Any, label: str, source: SourceConfig, index: int, pur
         wanted = [source.split] if source.split else ["train"] if purpose == "train" else ["validation", "test"]
         split = next((one for one in wanted if one in loaded), None)
         if split is None:
-            raise _NotFoundError(f"{label!r} has no split {' or '.join(wanted)}", f"set `split` to one of {', '.join(loaded)}")
+            raise _NotFoundError(
+                f"{label!r} has no split {' or '.join(wanted)}", f"set `split` to one of {', '.join(loaded)}"
+            )
         loaded, label = loaded[split], f"{label}/{split}"
-    media = [name for name, feature in loaded.features.items() if type(feature).__name__ in ("Audio", "Image", "Video", "Pdf")]
+    media = [
+        name
+        for name, feature in loaded.features.items()
+        if type(feature).__name__ in ("Audio", "Image", "Video", "Pdf")
+    ]
     if media:
         # Reading such a column would open what its rows point to.
         loaded = loaded.remove_columns(media)
     return DataFile(label, "dataset", source, index, dataset=loaded)
 
 
-# --- digests ----------------------------------------------------------------------------------------------------------------------
+# --- digests
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _sha256(path: Path) -> str:
@@ -313,7 +366,9 @@ def _sha256(path: Path) -> str:
         with path.open("rb", 0) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(f"cannot read the file: {error.strerror}", str(path), "check its permissions and its disk") from None
+        raise DataError(
+            f"cannot read the file: {error.strerror}", str(path), "check its permissions and its disk"
+        ) from None
 
 
 def digest_files(files: Iterable[DataFile]) -> list[str]:

@@ -1,7 +1,7 @@
 """Take the elements of a JSON list one by one out of a stream, with a bounded amount of it in memory.
 
-The stream is cut at the commas of the list by looking at quotes and brackets only; whether an element is JSON is asked for each alone,
-so that one broken element does not take the others with it.
+The stream is cut at the commas of the list by looking at quotes and brackets only; whether an element is JSON is asked
+for each alone, so that one broken element does not take the others with it.
 """
 
 from __future__ import annotations

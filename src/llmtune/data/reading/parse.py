@@ -15,7 +15,10 @@ from llmtune.errors import Problem
 __all__ = ["MAX_ROW_BYTES", "BadRow", "TooLong", "json_value_problem", "parse_json_record", "parse_record_fields"]
 
 MAX_ROW_BYTES = 16 * 2**20
-"""Longest record that is read. A longer one is nearly always a file without line ends, and would not fit any model's context."""
+"""Longest record that is read.
+
+A longer one is nearly always a file without line ends, and would not fit any model's context.
+"""
 
 _SHOWN_CHARACTERS = 60
 
@@ -75,12 +78,15 @@ def parse_record_fields(source: str, fields: Mapping[str, Any], loss_weight: flo
     return _surrogate_row(source, bad) if bad is not None else Row(source, fields, loss_weight)
 
 
-def parse_json_record(source: str, record: bytes | TooLong, loss_weight: float, *, cut_off: bool = False) -> Row | BadRow:
+def parse_json_record(
+    source: str, record: bytes | TooLong, loss_weight: float, *, cut_off: bool = False
+) -> Row | BadRow:
     """Read one JSON object, strictly.
 
-    Refused, each with its reason: invalid UTF-8, anything that is not one object, NaN and Infinity, a key that stands twice, text with
-    half a surrogate pair, nesting too deep to read, and records longer than `MAX_ROW_BYTES`. With `cut_off` the record is the last of a
-    file that has no line end after it, which is said if it cannot be read. U+2028 and other Unicode line ends are text like any other.
+    Refused, each with its reason: invalid UTF-8, anything that is not one object, NaN and Infinity, a key that stands
+    twice, text with half a surrogate pair, nesting too deep to read, and records longer than `MAX_ROW_BYTES`. With
+    `cut_off` the record is the last of a file that has no line end after it, which is said if it cannot be read. U+2028
+    and other Unicode line ends are text like any other.
 
     >>> parse_json_record("a.jsonl:1", b'{"text": "hi"}', 1.0)
     Row(source='a.jsonl:1', fields={'text': 'hi'}, loss_weight=1.0)
@@ -95,7 +101,9 @@ def parse_json_record(source: str, record: bytes | TooLong, loss_weight: float, 
         return value
     if not isinstance(value[0], dict):
         fix = (
-            "give each row as one JSON object {...}" if not record.lstrip().startswith(b"[") else "name a file that holds one list `.json`"
+            "give each row as one JSON object {...}"
+            if not record.lstrip().startswith(b"[")
+            else "name a file that holds one list `.json`"
         )
         return BadRow(source, None, f"a row must be an object, this is {_describe(value[0])}", fix)
     return Row(source, value[0], loss_weight)
@@ -112,19 +120,24 @@ def json_value_problem(source: str, record: bytes, *, cut_off: bool = False) -> 
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         if cut_off and error.pos >= len(text.rstrip()) - 1:
-            return BadRow(source, None, "the last row is cut off in the middle", "write the file again, or delete its last line")
-        what = (
-            f"not JSON: {error.msg[0].lower()}{error.msg[1:].removesuffix(' at')} at character {error.pos + 1}: {_excerpt(text, error.pos)}"
-        )
+            return BadRow(
+                source, None, "the last row is cut off in the middle", "write the file again, or delete its last line"
+            )
+        what = f"not JSON: {error.msg[0].lower()}{error.msg[1:].removesuffix(' at')} at character {error.pos + 1}: {_excerpt(text, error.pos)}"
         return BadRow(source, None, what, _json_fix(text, cut_off))
     except _RefusedError as refused:
         return BadRow(source, refused.field, refused.what, refused.fix)
     except RecursionError:
         return BadRow(
-            source, None, "brackets are nested too deep to read", "a row needs a handful of levels; check how the file was written"
+            source,
+            None,
+            "brackets are nested too deep to read",
+            "a row needs a handful of levels; check how the file was written",
         )
     except ValueError:
-        return BadRow(source, None, "a number has more digits than can be read", "write such a number as text, in quotes")
+        return BadRow(
+            source, None, "a number has more digits than can be read", "write such a number as text, in quotes"
+        )
     # Half a surrogate pair can only come from an escape: UTF-8 itself cannot carry one.
     if b"\\ud" in record or b"\\uD" in record:
         bad = _lone_surrogate(value)
@@ -177,7 +190,9 @@ def _lone_surrogate(value: object, path: str = "") -> tuple[str | None, int] | N
             except UnicodeEncodeError as error:
                 return path or None, ord(value[error.start])
         elif isinstance(value, Mapping):
-            pending.extend((f"{path}.{_printable(key)}" if path else _printable(key), one) for key, one in value.items())
+            pending.extend(
+                (f"{path}.{_printable(key)}" if path else _printable(key), one) for key, one in value.items()
+            )
             pending.extend((path, key) for key in value)
         elif isinstance(value, (list, tuple)):
             pending.extend((f"{path}[{index}]", one) for index, one in enumerate(value))
@@ -191,6 +206,11 @@ def _printable(key: object) -> str:
 def _surrogate_row(source: str, found: tuple[str | None, int]) -> BadRow:
     field, code = found
     if 0xDC80 <= code <= 0xDCFF:  # how undecodable bytes come out of the csv and txt readers
-        return BadRow(source, field, f"byte 0x{code - 0xDC00:02x} is not valid UTF-8", "save the file as UTF-8, for example with iconv")
+        return BadRow(
+            source,
+            field,
+            f"byte 0x{code - 0xDC00:02x} is not valid UTF-8",
+            "save the file as UTF-8, for example with iconv",
+        )
     what = f"half a surrogate pair (\\u{code:04x}) is not a character"
     return BadRow(source, field, what, "write characters beyond U+FFFF as they are, or as both halves of their pair")

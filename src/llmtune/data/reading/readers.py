@@ -1,7 +1,7 @@
 """From a file's bytes to its records, one kind of file each; a bounded amount is in memory at any time.
 
-Reading is cut in two so that it can use all cores: `split` finds where records begin and end (cheap, one process), and `parse` makes a row
-of one record (in whichever process tokenizes it).
+Reading is cut in two so that it can use all cores: `split` finds where records begin and end (cheap, one process), and
+`parse` makes a row of one record (in whichever process tokenizes it).
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from typing import IO, Any, Literal, NamedTuple, cast
 
 from llmtune.data.example import Row
 from llmtune.data.reading.json_stream import CHUNK_BYTES, DamagedListError, ListScanner
-from llmtune.data.reading.parse import MAX_ROW_BYTES, BadRow, TooLong, json_value_problem, parse_json_record, parse_record_fields
+from llmtune.data.reading.parse import (
+    MAX_ROW_BYTES,
+    BadRow,
+    TooLong,
+    json_value_problem,
+    parse_json_record,
+    parse_record_fields,
+)
 from llmtune.errors import in_one_line
 
 __all__ = [
@@ -77,7 +84,8 @@ def source_of(label: str, numbering: Numbering, number: int) -> str:
     return f"{label}:{number}" if numbering == "line" else f"{label}[{number}]"
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------------------
+# --- bytes
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 class _ZstdStream(io.RawIOBase):
@@ -141,12 +149,17 @@ def compression_errors() -> tuple[type[Exception], ...]:
 
 def _without_bom(start: bytes) -> bytes:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DamagedFileError(None, "the file is UTF-16, not UTF-8", "save it as UTF-8, for example with `iconv -f UTF-16 -t UTF-8`")
+        raise DamagedFileError(
+            None, "the file is UTF-16, not UTF-8", "save it as UTF-8, for example with `iconv -f UTF-16 -t UTF-8`"
+        )
     return start.removeprefix(_BOM)
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | TooLong, bool]]:
-    r"""Lines with their numbers from 1, without their end; only `\n` ends a line. The flag says that a last line has no end."""
+    r"""Lines with their numbers from 1, without their end; only `\n` ends a line.
+
+    The flag says that a last line has no end.
+    """
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 2):
         number += 1
@@ -161,7 +174,8 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | TooLong, bool]]:
             yield number, line.rstrip(b"\r\n"), not line.endswith(b"\n")
 
 
-# --- jsonl, txt -------------------------------------------------------------------------------------------------------------------
+# --- jsonl, txt
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def _split_lines(stream: IO[bytes]) -> Iterator[Record]:
@@ -181,7 +195,8 @@ def _parse_text(source: str, record: Record, loss_weight: float) -> Row | BadRow
     return parse_record_fields(source, {"text": record.payload.decode("utf-8", "surrogateescape")}, loss_weight)
 
 
-# --- json -------------------------------------------------------------------------------------------------------------------------
+# --- json
+# -------------------------------------------------------------------------------------------------------------------------
 
 _HEAD_BYTES = CHUNK_BYTES
 
@@ -215,7 +230,9 @@ def _elements(scanner: ListScanner, name: str | None) -> Iterator[Record]:
         for count, element in enumerate(scanner, start=1):
             yield Record(count - 1, element)
     except DamagedListError as damage:
-        raise DamagedFileError(count, f"{damage}, after about {count} rows", "write the file again; it was cut off or edited") from None
+        raise DamagedFileError(
+            count, f"{damage}, after about {count} rows", "write the file again; it was cut off or edited"
+        ) from None
     rest = scanner.rest(_HEAD_BYTES)
     if name is None:
         if rest.strip():
@@ -223,10 +240,16 @@ def _elements(scanner: ListScanner, name: str | None) -> Iterator[Record]:
         return
     after = json_value_problem("", b'{"":0' + rest)
     if isinstance(after, BadRow):
-        raise DamagedFileError(count, f"what follows the list `{name}` is {after.what}", "write the file again; it was cut off or edited")
-    others = [key for key, value in after[0].items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        raise DamagedFileError(
+            count, f"what follows the list `{name}` is {after.what}", "write the file again; it was cut off or edited"
+        )
+    others = [
+        key for key, value in after[0].items() if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
     if others:
-        raise DamagedFileError(count, f"the object holds more than one list of rows: `{name}`, `{others[0]}`", "keep one list in each file")
+        raise DamagedFileError(
+            count, f"the object holds more than one list of rows: `{name}`, `{others[0]}`", "keep one list in each file"
+        )
 
 
 def _list_inside(head: bytes) -> tuple[str | None, int]:
@@ -251,7 +274,8 @@ def _list_inside(head: bytes) -> tuple[str | None, int]:
         return None, 0
 
 
-# --- csv, tsv ---------------------------------------------------------------------------------------------------------------------
+# --- csv, tsv
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class _CsvLines:
@@ -303,7 +327,11 @@ def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
 def _check_header(names: list[str], line: int) -> None:
     for name in names:
         if not name.strip() or names.count(name) > 1:
-            what = f"the header names the column {name!r} twice" if name.strip() else "the header has a column without a name"
+            what = (
+                f"the header names the column {name!r} twice"
+                if name.strip()
+                else "the header has a column without a name"
+            )
             raise DamagedFileError(line, what, "give each column its own name in the first line")
 
 
@@ -312,7 +340,10 @@ def _parse_cells(source: str, record: Record, loss_weight: float) -> Row | BadRo
         return parse_json_record(source, record.payload, loss_weight)
     if isinstance(record.payload, str):
         return BadRow(
-            source, None, record.payload, "put cells with commas, quotes or line ends in double quotes, and double the quotes in them"
+            source,
+            None,
+            record.payload,
+            "put cells with commas, quotes or line ends in double quotes, and double the quotes in them",
         )
     fields: dict[str, Any] = dict(record.payload)
     for name in _JSON_CELLS:  # a table can only carry lists as JSON inside a cell
@@ -325,7 +356,8 @@ def _parse_cells(source: str, record: Record, loss_weight: float) -> Row | BadRo
     return parse_record_fields(source, fields, loss_weight)
 
 
-# --- parquet, datasets ------------------------------------------------------------------------------------------------------------
+# --- parquet, datasets
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
@@ -338,7 +370,9 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
         if len(data) > MAX_PACKED_PARQUET_BYTES:
             limit = f"{MAX_PACKED_PARQUET_BYTES // 2**20} MiB"
             raise DamagedFileError(
-                None, f"a compressed parquet file may unpack to {limit} at most", "unpack it first; parquet is compressed inside"
+                None,
+                f"a compressed parquet file may unpack to {limit} at most",
+                "unpack it first; parquet is compressed inside",
             )
         place = pa.BufferReader(data)
     number = -1
@@ -348,7 +382,12 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
             for fields in batch.to_pylist():
                 number += 1
                 yield Record(number, fields)
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: text that is not UTF-8; Overflow: odd dates
+    except (
+        pa.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+    ) as error:  # ValueError: text that is not UTF-8; Overflow: odd dates
         what = f"not a readable parquet file: {in_one_line(error)}"
         raise DamagedFileError(
             number + 1 if number >= 0 else None, what, "write the file again; it was cut off or is something else"

@@ -15,11 +15,14 @@ __all__ = ["BadRow", "parse_record", "read_records", "read_rows"]
 _DATASET_BATCH = 128
 
 
-def read_rows(sources: Sequence[SourceConfig], *, purpose: Purpose = "train", max_samples: int | None = None) -> Iterator[Row | BadRow]:
+def read_rows(
+    sources: Sequence[SourceConfig], *, purpose: Purpose = "train", max_samples: int | None = None
+) -> Iterator[Row | BadRow]:
     """Yield every row of the sources in order; a record that is no row comes out as the reason why.
 
-    At most `max_samples` records are read, and of each source at most its own `max_samples`. Memory is bounded by the longest row
-    (`MAX_ROW_BYTES`). Raises DataError for a source that leads to no file; what is wrong inside a file is yielded.
+    At most `max_samples` records are read, and of each source at most its own `max_samples`. Memory is bounded by the
+    longest row (`MAX_ROW_BYTES`). Raises DataError for a source that leads to no file; what is wrong inside a file is
+    yielded.
     """
     files = find_files(sources, purpose)
     for file_index, record in read_records(files, max_samples):
@@ -70,7 +73,12 @@ def _split(file: DataFile) -> Iterator[Record | BadRow]:
         what = f"the compressed file is damaged or cut off: {error}"
         yield _damaged(file, reached, what, "write or download it again; nothing after this place can be read")
     except OSError as error:
-        yield _damaged(file, reached, f"the file cannot be read: {error.strerror or error}", "check the file, its permissions and its disk")
+        yield _damaged(
+            file,
+            reached,
+            f"the file cannot be read: {error.strerror or error}",
+            "check the file, its permissions and its disk",
+        )
 
 
 def _damaged(file: DataFile, number: int | None, what: str, fix: str) -> BadRow:

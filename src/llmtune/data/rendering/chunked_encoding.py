@@ -1,9 +1,10 @@
 """Tokens with their places in the text; long texts piece by piece, so that memory does not grow with them.
 
-The tokenizers library needs about 140 bytes for every byte it encodes in one call. A long text is therefore encoded in pieces that overlap,
-and two pieces are joined where, inside their overlap, both begin a word at the same character and agree about every token around it. From
-there on both read the same text from the same place, so what comes out is what one call over the whole text gives. Where no such place
-is found (a tokenizer that knows no words) the text is encoded in one call.
+The tokenizers library needs about 140 bytes for every byte it encodes in one call. A long text is therefore encoded in
+pieces that overlap, and two pieces are joined where, inside their overlap, both begin a word at the same character and
+agree about every token around it. From there on both read the same text from the same place, so what comes out is what
+one call over the whole text gives. Where no such place is found (a tokenizer that knows no words) the text is encoded
+in one call.
 """
 
 from __future__ import annotations
@@ -51,15 +52,22 @@ def _in_order(starts: list[int], stops: list[int]) -> tuple[list[int], list[int]
     return starts, [max(start, stop) for start, stop in zip(starts, stops, strict=True)]
 
 
-def _encode(backend: Tokenizer, text: str, *, with_words: bool) -> tuple[list[int], list[int], list[int], list[int | None]]:
-    """Ids, starts, stops and, if asked for, the number of each token's word; the library's far larger record of them is let go at once."""
+def _encode(
+    backend: Tokenizer, text: str, *, with_words: bool
+) -> tuple[list[int], list[int], list[int], list[int | None]]:
+    """Ids, starts, stops and, if asked for, the number of each token's word.
+
+    The library's far larger record of them is let go at once.
+    """
     try:
         encoding = backend.encode(text, add_special_tokens=False)
     except TypeError as error:
         half = next((one for one in text if "\ud800" <= one <= "\udfff"), None)
         if half is None:
             raise
-        raise DataError(f"the text holds half a character (the surrogate U+{ord(half):04X})", fix="write the text as UTF-8") from error
+        raise DataError(
+            f"the text holds half a character (the surrogate U+{ord(half):04X})", fix="write the text as UTF-8"
+        ) from error
     offsets = encoding.offsets
     starts, stops = _in_order([start for start, _ in offsets], [stop for _, stop in offsets])
     return encoding.ids, starts, stops, encoding.word_ids if with_words else []
@@ -71,10 +79,14 @@ class _Piece:
     def __init__(self, backend: Tokenizer, text: str, begin: int) -> None:
         self.begin = begin
         self.end = min(len(text), begin + PIECE_CHARACTERS + OVERLAP_CHARACTERS)
-        self.ids, starts, stops, words = _encode(backend, text[begin : self.end], with_words=self.end < len(text) or begin > 0)
+        self.ids, starts, stops, words = _encode(
+            backend, text[begin : self.end], with_words=self.end < len(text) or begin > 0
+        )
         self.starts, self.stops = array("l", starts), array("l", stops)
         if begin:
-            self.starts, self.stops = (array("l", (one + begin for one in places)) for places in (self.starts, self.stops))
+            self.starts, self.stops = (
+                array("l", (one + begin for one in places)) for places in (self.starts, self.stops)
+            )
         self._words = words
 
     def word_borders(self, low: int, high: int) -> dict[int, int]:
@@ -103,7 +115,10 @@ def _joined(backend: Tokenizer, text: str) -> Located | None:
         there = following.word_borders(following.begin, piece.end)
         middle = following.begin + OVERLAP_CHARACTERS // 2
         shared = sorted(here.keys() & there.keys(), key=lambda place: abs(place - middle))
-        border = next((one for one in shared if here[one] >= first and piece.around(here[one]) == following.around(there[one])), None)
+        border = next(
+            (one for one in shared if here[one] >= first and piece.around(here[one]) == following.around(there[one])),
+            None,
+        )
         if border is None:
             return None
         kept = slice(first, here[border])

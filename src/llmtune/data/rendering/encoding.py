@@ -1,10 +1,10 @@
 """Text of known origin -> token ids, so that content never becomes a control token (promise Q6).
 
-A *control token* is an added token of the tokenizer, special or not, unless it is nothing but whitespace. Where content does not spell
-one, the ids are those of the tokenizer's own `encode`, one call over the whole text: nothing can differ. Where content does spell one
-(alone, over two fields, or together with the template's text), the text is encoded by a twin of the tokenizer in which every control
-token answers to an unguessable name: the template's own control tokens are written under those names, and whatever the content spells is
-only letters.
+A *control token* is an added token of the tokenizer, special or not, unless it is nothing but whitespace. Where content
+does not spell one, the ids are those of the tokenizer's own `encode`, one call over the whole text: nothing can differ.
+Where content does spell one (alone, over two fields, or together with the template's text), the text is encoded by a
+twin of the tokenizer in which every control token answers to an unguessable name: the template's own control tokens are
+written under those names, and whatever the content spells is only letters.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Control(NamedTuple):
 class Encoded(NamedTuple):
     """An encoded text of T tokens.
 
-    ids: T token ids. starts, stops: the characters [start, stop) of each token; starts never fall. controls: the control tokens, in order.
-    hostile: the control strings that content spelled and that were encoded as plain text. unknown: tokens that stand for characters the
-    tokenizer does not know.
+    ids: T token ids. starts, stops: the characters [start, stop) of each token; starts never fall. controls: the
+    control tokens, in order. hostile: the control strings that content spelled and that were encoded as plain text.
+    unknown: tokens that stand for characters the tokenizer does not know.
     """
 
     ids: list[int]
@@ -138,7 +138,9 @@ class SafeEncoder:
         return Encoded(ids, starts, stops, controls, hostile, self._count_unknown(ids, controls))
 
     def _own_controls(self, text: str, content: _ContentMap) -> list[Control]:
-        """The control tokens that the template itself wrote, found with content that is harmless, and only its edges of it."""
+        """The control tokens that the template itself wrote, found with content that is harmless, and only its edges of
+        it.
+        """
         harmless, masked, anchors = content.masked(text, self._harmless_letter, self._harmless_mark)
         back = _Map(anchors)
         found = self._controls(harmless, *located_tokens(self._backend, harmless))
@@ -201,7 +203,8 @@ class _ContentMap:
         return place >= 0 and self._stops[place] > start
 
     def masked(self, text: str, letter: str, mark: str) -> tuple[str, _ContentMap, list[tuple[int, int]]]:
-        """Put harmless characters of the same kind (letter, mark, whitespace) in the place of content, of long content only its edges.
+        """Put harmless characters of the same kind (letter, mark, whitespace) in the place of content, of long content
+        only its edges.
 
         Returns that text, which of it is content, and (character of it, character of `text`) pairs for `_Map`.
         """
@@ -210,8 +213,14 @@ class _ContentMap:
         anchors = [(0, 0)]
         length = place = 0
         for start, stop in zip(self._starts, self._stops, strict=True):
-            shown = text[start:stop] if stop - start <= 2 * _EDGE else text[start : start + _EDGE] + text[stop - _EDGE : stop]
-            harmless = "".join(one if one.isspace() else letter if one.isalnum() or one == "_" else mark for one in shown)
+            shown = (
+                text[start:stop]
+                if stop - start <= 2 * _EDGE
+                else text[start : start + _EDGE] + text[stop - _EDGE : stop]
+            )
+            harmless = "".join(
+                one if one.isspace() else letter if one.isalnum() or one == "_" else mark for one in shown
+            )
             pieces += [text[place:start], harmless]
             runs += [(start - place, TEMPLATE), (len(harmless), DATA)]
             length += start - place
@@ -231,7 +240,10 @@ class _Map:
         self._origin = [origin for _, origin in anchors]
 
     def to_origin(self, place: int) -> int:
-        """The place in the original of a place in the twin, both in characters; within replaced content never beyond its end."""
+        """The place in the original of a place in the twin, both in characters.
+
+        Within replaced content never beyond its end.
+        """
         low = bisect.bisect_right(self._twin, place) - 1
         origin = self._origin[low] + place - self._twin[low]
         return min(origin, self._origin[low + 1]) if low + 1 < len(self._origin) else origin

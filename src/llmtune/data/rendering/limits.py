@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DEFAULT_LIMITS", "Budget", "Limits", "SizedTicking", "TemplateRefusal", "Ticking", "Walking"]
+__all__ = ["DEFAULT_LIMITS", "Budget", "Limits", "RenderLimit", "SizedTicking", "TemplateRefusal", "Walking"]
 
 
 class TemplateRefusal(Exception):
@@ -56,8 +56,11 @@ class Budget:
             raise TemplateRefusal(f"the chat template made more than {self.characters:,} characters", is_limit=True)
 
 
-class Ticking:
-    """An iterable whose every turn is paid for. It keeps its length so that `loop.length` and `loop.last` work as before."""
+class RenderLimit:
+    """An iterable whose every turn is paid for.
+
+    It keeps its length so that `loop.length` and `loop.last` work as before.
+    """
 
     def __init__(self, items: Any, budget: Budget) -> None:
         self._items = items
@@ -69,7 +72,7 @@ class Ticking:
             yield item
 
 
-class SizedTicking(Ticking):
+class SizedTicking(RenderLimit):
     """The same with its length."""
 
     def __len__(self) -> int:
@@ -77,12 +80,16 @@ class SizedTicking(Ticking):
 
 
 class Walking(SizedTicking):
-    """A template's walk through its messages: where in the output each turn begins, and where the walk ends, is written down."""
+    """A template's walk through its messages: where in the output each turn begins, and where the walk ends, is written
+    down.
+    """
 
     def __iter__(self) -> Iterator[Any]:
         budget = self._budget
         skipped = len(budget.messages) - len(self._items)
-        known = skipped >= 0 and all(one is other for one, other in zip(self._items, budget.messages[skipped:], strict=True))
+        known = skipped >= 0 and all(
+            one is other for one, other in zip(self._items, budget.messages[skipped:], strict=True)
+        )
         for place, item in enumerate(super().__iter__(), skipped):
             if known:
                 budget.marks[place] = budget.written

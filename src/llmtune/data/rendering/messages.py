@@ -11,7 +11,9 @@ from llmtune.data.rendering.provenance import DATA, trace
 
 __all__ = ["REASONING_FIELDS", "SELECTIONS", "message_fields", "traced_fields"]
 
-KNOWN_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "model", "ipython", "observation"})
+KNOWN_ROLES = frozenset(
+    {"system", "developer", "user", "assistant", "tool", "function", "model", "ipython", "observation"}
+)
 """Roles a template may build its own control tokens from; any other role is text of the row."""
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -24,8 +26,8 @@ HEADER_FIELDS = frozenset({"name", "tool_call_id", "id", "recipient"})
 def message_fields(message: Message) -> dict[str, Any]:
     """Return a message as the dictionary a chat template reads.
 
-    Fields without a value are left out, tool calls' arguments given as JSON text become objects (templates expect objects; servers do the
-    same), and reasoning is given under every name templates read.
+    Fields without a value are left out, tool calls' arguments given as JSON text become objects (templates expect
+    objects; servers do the same), and reasoning is given under every name templates read.
     """
     extra = {key: value for key, value in message.extra.items() if value is not None}
     if "tool_calls" in extra:
@@ -51,7 +53,9 @@ def _with_object_arguments(call: Any) -> Any:
 
 
 def traced_fields(fields: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return the dictionary of `message_fields` with the origin of every string: message `index`, or DATA for what stands in headers."""
+    """Return the dictionary of `message_fields` with the origin of every string: message `index`, or DATA for what
+    stands in headers.
+    """
     traced = {key: trace(value, DATA if key in HEADER_FIELDS else index) for key, value in fields.items()}
     if fields["role"] in KNOWN_ROLES:
         traced["role"] = fields["role"]

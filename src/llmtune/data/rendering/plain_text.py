@@ -8,7 +8,7 @@ from llmtune.config.schema import TrainOn
 from llmtune.data.example import Conversation, Message
 from llmtune.data.rendering.encoding import Encoded, SafeEncoder
 from llmtune.data.rendering.provenance import DATA
-from llmtune.data.rendering.row_warnings import Note, text_notes
+from llmtune.data.rendering.row_warnings import RowWarning, text_notes
 from llmtune.data.rendering.vocabulary import Vocabulary
 from llmtune.errors import DataError
 
@@ -16,43 +16,56 @@ __all__ = ["TextRows"]
 
 
 class TextRows:
-    """Makes ids, weights and notes of rows without a template. All of such a row is content: it cannot match a control token."""
+    """Makes ids, weights and notes of rows without a template.
+
+    All of such a row is content: it cannot match a control token.
+    """
 
     def __init__(self, vocabulary: Vocabulary, encoder: SafeEncoder, train_on: TrainOn) -> None:
         self._vocabulary = vocabulary
         self._encoder = encoder
         self._train_on = train_on
 
-    def text_row(self, text: str) -> tuple[list[int], list[float], list[Note]]:
+    def text_row(self, text: str) -> tuple[list[int], list[float], list[RowWarning]]:
         """Return a text row: all of it is trained, and the end token after it."""
         encoded = self._encode(text)
         before, after = self._vocabulary.before, self._vocabulary.after
         ids = [*before, *encoded.ids, *after]
         return ids, [1.0] * len(ids), text_notes(encoded, None, self._vocabulary.bos_id)
 
-    def completion_row(self, conversation: Conversation) -> tuple[list[int], list[float], list[Note]]:
+    def completion_row(self, conversation: Conversation) -> tuple[list[int], list[float], list[RowWarning]]:
         """Return a prompt-completion row; its first ids are exactly those of `prompt_ids` of its prompt.
 
         Raises DataError unless the conversation has two messages.
         """
         if len(conversation.messages) != 2:
             raise DataError(
-                "a prompt-completion row is one prompt and one completion", where=conversation.source, fix="use `messages` for more"
+                "a prompt-completion row is one prompt and one completion",
+                where=conversation.source,
+                fix="use `messages` for more",
             )
         prompt, completion = conversation.messages
         head, both = self._encode(prompt.content), self._encode(prompt.content + completion.content)
         notes = text_notes(both, None, self._vocabulary.bos_id)
         ids, cut = both.ids, len(head.ids)
         if ids[:cut] != head.ids:
-            # The prompt's last token and the completion's first would melt together; keep the prompt as generation will see it.
+            # The prompt's last token and the completion's first would melt together; keep the prompt as generation will
+            # see it.
             apart = [*head.ids, *self._encode(completion.content).ids]
             if self._vocabulary.decode(apart) == self._vocabulary.decode(ids):
                 ids = apart
             else:
                 cut = bisect.bisect_left(both.starts, len(prompt.content))
-                notes.append(Note("joined-token", "prompt and completion share a token: the prompt's own last token differs from training"))
+                notes.append(
+                    RowWarning(
+                        "joined-token",
+                        "prompt and completion share a token: the prompt's own last token differs from training",
+                    )
+                )
         before, after = self._vocabulary.before, self._vocabulary.after
-        weights = [self._weight(prompt)] * (len(before) + cut) + [self._weight(completion)] * (len(ids) - cut + len(after))
+        weights = [self._weight(prompt)] * (len(before) + cut) + [self._weight(completion)] * (
+            len(ids) - cut + len(after)
+        )
         return [*before, *ids, *after], weights, notes
 
     def prompt_ids(self, text: str) -> list[int]:

@@ -1,13 +1,13 @@
 """Text that knows where each of its characters came from, through everything a chat template does to it.
 
-A chat template mixes its own text with the text of the data: it trims, splits, joins, slices and adds. `Traced` is a `str` that carries,
-beside its characters, an *origin* for each of them, and keeps it through those operations. After rendering we therefore know for every
-character whether the template wrote it or which message it belongs to, with no markers in the text and no second guess: this is what
-masks (Q5) and the safe encoding of content (Q6) stand on.
+A chat template mixes its own text with the text of the data: it trims, splits, joins, slices and adds. `Traced` is a
+`str` that carries, beside its characters, an *origin* for each of them, and keeps it through those operations. After
+rendering we therefore know for every character whether the template wrote it or which message it belongs to, with no
+markers in the text and no second guess: this is what masks (Q5) and the safe encoding of content (Q6) stand on.
 
-Origins: `TEMPLATE` (-1) for what the template writes, `DATA` (-2) for text of the row that belongs to no message's answer (tool
-descriptions, names), and a message's index (0 and up) for its content, reasoning and tool calls. Runs are `(length, origin)` pairs whose
-lengths add up to the text's.
+Origins: `TEMPLATE` (-1) for what the template writes, `DATA` (-2) for text of the row that belongs to no message's
+answer (tool descriptions, names), and a message's index (0 and up) for its content, reasoning and tool calls. Runs are
+`(length, origin)` pairs whose lengths add up to the text's.
 """
 
 # ruff: noqa: D102 - the methods are those of str
@@ -155,7 +155,9 @@ class Traced(str):
         return self[:place], self[place : place + width], self[place + width :]
 
 
-PRECISE_METHODS = frozenset(name for name, value in vars(Traced).items() if callable(value) and not name.startswith("_"))
+PRECISE_METHODS = frozenset(
+    name for name, value in vars(Traced).items() if callable(value) and not name.startswith("_")
+)
 """Methods of `Traced` that keep origins; the result of any other is labelled as content by the environment."""
 
 
@@ -199,9 +201,9 @@ def label(text: str, sources: Any) -> Traced:
 def lift(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a function that knows nothing of origins and find out where the characters of its text came from.
 
-    The function is called a second time with unguessable words in place of the traced strings. Where putting the strings back gives the
-    true result, origins are exact; where it does not (the function looked into them, escaped or cut them), the whole result is labelled
-    as content: never as the template's.
+    The function is called a second time with unguessable words in place of the traced strings. Where putting the
+    strings back gives the true result, origins are exact; where it does not (the function looked into them, escaped or
+    cut them), the whole result is labelled as content: never as the template's.
     """
     result = function(*args, **kwargs)
     if not isinstance(result, str):

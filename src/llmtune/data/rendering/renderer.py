@@ -1,8 +1,8 @@
 """A conversation -> token ids and weights: the heart of the data rooms (promises Q5 and Q6).
 
-The chat template is rendered once with text that knows its origin (`traced`, `sandbox`), encoded so that content stays content
-(`encoding`), and the trained part of each message is found from the template itself (`spans`). The ids are those of
-`tokenizer.apply_chat_template`.
+The chat template is rendered once with text that knows its origin (`traced`, `sandbox`), encoded so that content stays
+content (`encoding`), and the trained part of each message is found from the template itself (`spans`). The ids are
+those of `tokenizer.apply_chat_template`.
 
 Shapes: T tokens of one example; `weights[i]` is the weight of *predicting* `input_ids[i]`, so `weights[0]` is always 0.
 """
@@ -25,7 +25,7 @@ from llmtune.data.rendering.encoding import SafeEncoder
 from llmtune.data.rendering.messages import SELECTIONS, message_fields, traced_fields
 from llmtune.data.rendering.plain_text import TextRows
 from llmtune.data.rendering.provenance import DATA, Traced, runs_of, trace
-from llmtune.data.rendering.row_warnings import Note, lost_notes, text_notes
+from llmtune.data.rendering.row_warnings import RowWarning, lost_content, text_notes
 from llmtune.data.rendering.sandbox import ChatTemplate, Limits, TemplateRefusal
 from llmtune.data.rendering.spans import Rendering, Span, TurnShape, find_span, learn_turn_shape
 from llmtune.data.rendering.vocabulary import Vocabulary
@@ -34,10 +34,12 @@ from llmtune.errors import DataError, TokenizerError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_NOW", "PLAIN_TEMPLATE", "Note", "Rendered", "Renderer", "message_fields"]
+__all__ = ["DEFAULT_NOW", "PLAIN_TEMPLATE", "Rendered", "Renderer", "RowWarning", "message_fields"]
 
 RENDER_VERSION = 1
-"""Raised whenever rendering or masking changes what it makes of the same row: cached tokens of an older version are then not used."""
+"""Raised whenever rendering or masking changes what it makes of the same row: cached tokens of an older version are
+then not used.
+"""
 
 DEFAULT_NOW = datetime(2025, 1, 1, 12, 0, 0)
 """The day templates see that write the date: fixed, so that the same command makes the same tokens tomorrow."""
@@ -48,7 +50,10 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""The template for tokenizers that have none: one line a message, answers closed by the end token. It needs no new token."""
+"""The template for tokenizers that have none: one line a message, answers closed by the end token.
+
+It needs no new token.
+"""
 
 EXAMPLE_TOOL: Mapping[str, Any] = {
     "type": "function",
@@ -62,14 +67,16 @@ class Rendered(NamedTuple):
 
     input_ids: list[int]
     weights: list[float]
-    notes: tuple[Note, ...] = ()
+    notes: tuple[RowWarning, ...] = ()
 
 
 class Renderer:
-    """Turns conversations and text rows into ids and weights, always the same way; picklable, and free of state that a row could change.
+    """Turns conversations and text rows into ids and weights, always the same way.
 
-    `train_on` names the rule of the mask. `chat_template` replaces the tokenizer's own. `now` is the date that templates see.
-    `parse_control_tokens` lets content match control tokens, as the libraries do.
+    Picklable, and free of state that a row could change.
+
+    `train_on` names the rule of the mask. `chat_template` replaces the tokenizer's own. `now` is the date that
+    templates see. `parse_control_tokens` lets content match control tokens, as the libraries do.
 
     Raises `TokenizerError` for a tokenizer or template that cannot be used at all.
     """
@@ -101,7 +108,8 @@ class Renderer:
         self._sources = _template_sources(vocabulary, chat_template)
         variables = {key: str(value) for key, value in vocabulary.special_tokens.items() if isinstance(value, str)}
         self._templates = {
-            name: ChatTemplate(source, variables=variables, now=now, limits=limits) for name, source in self._sources.items()
+            name: ChatTemplate(source, variables=variables, now=now, limits=limits)
+            for name, source in self._sources.items()
         }
         self._has_own_template = chat_template is not None or bool(vocabulary.chat_template)
         self._eos_id: int | None = vocabulary.eos_id
@@ -114,11 +122,14 @@ class Renderer:
     def render(self, conversation: Conversation) -> Rendered:
         """Render one row.
 
-        Raises `DataError` when the row cannot be rendered (the template refuses it, a weight is no weight), `TokenizerError` when the
-        template cannot render at all. A row without a single trained token is returned and noted, not raised.
+        Raises `DataError` when the row cannot be rendered (the template refuses it, a weight is no weight),
+        `TokenizerError` when the template cannot render at all. A row without a single trained token is returned and
+        noted, not raised.
         """
         if not math.isfinite(conversation.loss_weight) or conversation.loss_weight < 0:
-            raise DataError(f"the weight {conversation.loss_weight} is not a weight", where=conversation.source, fix="use 0 or more")
+            raise DataError(
+                f"the weight {conversation.loss_weight} is not a weight", where=conversation.source, fix="use 0 or more"
+            )
         if conversation.text is not None:
             ids, weights, notes = self._texts.text_row(conversation.text)
         elif conversation.prompt_is_text:
@@ -128,14 +139,14 @@ class Renderer:
         if weights:
             weights[0] = 0.0
         if not any(weights):
-            notes.append(Note("no-trained-token", f"`data.train_on: {self.train_on}` trains nothing in this row"))
+            notes.append(RowWarning("no-trained-token", f"`data.train_on: {self.train_on}` trains nothing in this row"))
         if conversation.loss_weight != 1:
             weights = [weight * conversation.loss_weight for weight in weights]
         return Rendered(ids, weights, tuple(notes))
 
     # ---- conversations ----
 
-    def _chat_row(self, conversation: Conversation) -> tuple[list[int], list[float], list[Note]]:
+    def _chat_row(self, conversation: Conversation) -> tuple[list[int], list[float], list[RowWarning]]:
         if not conversation.messages:
             raise DataError("the conversation has no messages", where=conversation.source, fix="remove the row")
         shape = self._shape_or_raise(conversation.source, conversation.tools)
@@ -148,13 +159,18 @@ class Renderer:
             name = f"message {index + 1} ({conversation.messages[index].role})"
             if span.problem is not None:
                 if weight or self.train_on == "all_tokens":
-                    notes.append(Note("unstable", f"{name} is not trained: {span.problem}"))
+                    notes.append(RowWarning("unstable", f"{name} is not trained: {span.problem}"))
                 continue
             if weight and not span.ended:
-                notes.append(Note("no-end-of-turn", f"{name} has no end-of-turn token: a model trained on it does not learn to stop"))
+                notes.append(
+                    RowWarning(
+                        "no-end-of-turn",
+                        f"{name} has no end-of-turn token: a model trained on it does not learn to stop",
+                    )
+                )
             low, high = self._token_range(whole, span, notes, name, is_answer=whole.roles[index] == "assistant")
             weights[low:high] = [weight] * (high - low)
-        notes.extend(lost_notes(conversation, whole))
+        notes.extend(lost_content(conversation, whole))
         return ids, weights, notes
 
     def _rendering(self, conversation: Conversation) -> Rendering:
@@ -181,24 +197,30 @@ class Renderer:
         roles = tuple(message.role for message in conversation.messages)
         return Rendering(plain, runs, self._encoder.encode(plain, runs), roles, render, beginnings)
 
-    def _message_weights(self, conversation: Conversation, notes: list[Note]) -> list[tuple[int, float]]:
+    def _message_weights(self, conversation: Conversation, notes: list[RowWarning]) -> list[tuple[int, float]]:
         """Return (message, weight) for every message whose tokens the mask rule speaks about."""
         messages = conversation.messages
         for index, message in enumerate(messages):
             if message.weight is not None and not (math.isfinite(message.weight) and message.weight >= 0):
                 raise DataError(
-                    f"messages[{index}].weight: {message.weight} is not a weight", where=conversation.source, fix="use 0 or more"
+                    f"messages[{index}].weight: {message.weight} is not a weight",
+                    where=conversation.source,
+                    fix="use 0 or more",
                 )
         if self.train_on == "customized":
             return [(index, message.weight) for index, message in enumerate(messages) if message.weight]
         if any(message.weight not in (None, 0, 1) for message in messages):
-            notes.append(Note("weight-ignored", "weights other than 0 count only under `data.train_on: customized`"))
+            notes.append(
+                RowWarning("weight-ignored", "weights other than 0 count only under `data.train_on: customized`")
+            )
         if self.train_on == "all_tokens":
             return [(index, 0.0) for index, message in enumerate(messages) if message.weight == 0]
         chosen = SELECTIONS[self.train_on](messages)
         return [(index, 1.0) for index in chosen if messages[index].weight != 0]
 
-    def _token_range(self, whole: Rendering, span: Span, notes: list[Note], name: str, *, is_answer: bool) -> tuple[int, int]:
+    def _token_range(
+        self, whole: Rendering, span: Span, notes: list[RowWarning], name: str, *, is_answer: bool
+    ) -> tuple[int, int]:
         """Return the tokens [low, high) of a span.
 
         A token that also holds part of a header is trained only if it says something of the answer.
@@ -206,12 +228,14 @@ class Renderer:
         encoded = whole.encoded
         low = bisect.bisect_left(encoded.starts, span.start)
         high = bisect.bisect_left(encoded.starts, span.stop)
-        shared = low > 0 and encoded.stops[low - 1] > span.start and encoded.ids[low - 1] not in self._encoder.control_tokens
+        shared = (
+            low > 0 and encoded.stops[low - 1] > span.start and encoded.ids[low - 1] not in self._encoder.control_tokens
+        )
         if shared and whole.text[span.start : encoded.stops[low - 1]].strip():
             low -= 1
         if is_answer and (shared or not self._prompt_is_prefix(whole, span.start, low)):
             notes.append(
-                Note(
+                RowWarning(
                     "joined-token",
                     f"{name} begins inside a token that its prompt shares: the prompt's own last token differs from training",
                 )
@@ -235,14 +259,17 @@ class Renderer:
     # ---- prompts ----
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
-        """Return the ids a model is asked with: `messages` rendered with the generation prompt, content as safe as in training.
+        """Return the ids a model is asked with: `messages` rendered with the generation prompt, content as safe as in
+        training.
 
         Raises `DataError` when the template refuses the messages.
         """
         shape = self._shape_or_raise("prompt", tools)
         traced = [traced_fields(message_fields(message), index) for index, message in enumerate(messages)]
         try:
-            text = self._template_for(tools).render(traced, trace(list(tools), DATA) or None, add_generation_prompt=True)
+            text = self._template_for(tools).render(
+                traced, trace(list(tools), DATA) or None, add_generation_prompt=True
+            )
         except TemplateRefusal as refusal:
             raise _refused(refusal, "prompt") from refusal
         text = text + shape.header
@@ -263,11 +290,15 @@ class Renderer:
     @functools.cached_property
     def _shapes(self) -> dict[str, TurnShape | TemplateRefusal]:
         """The turns of each template; that for rows with tools is asked with one."""
-        return {name: self._learn(template, [EXAMPLE_TOOL] if name == "tool_use" else None) for name, template in self._templates.items()}
+        return {
+            name: self._learn(template, [EXAMPLE_TOOL] if name == "tool_use" else None)
+            for name, template in self._templates.items()
+        }
 
     def _learn(self, template: ChatTemplate, tools: Sequence[Mapping[str, Any]] | None) -> TurnShape | TemplateRefusal:
         return learn_turn_shape(
-            lambda messages, generate: template.render(messages, tools, add_generation_prompt=generate), self._encoder.encode
+            lambda messages, generate: template.render(messages, tools, add_generation_prompt=generate),
+            self._encoder.encode,
         )
 
     def _shape_or_raise(self, source: str, tools: Sequence[Mapping[str, Any]]) -> TurnShape:
@@ -300,9 +331,15 @@ class Renderer:
         return tuple(sorted(found | self._tool_call_end_ids()))
 
     def _tool_call_end_ids(self) -> set[int]:
-        """Ids of the tokens that end an answer which calls a tool, where the template writes such calls and ends them in their own way."""
+        """Ids of the tokens that end an answer which calls a tool, where the template writes such calls and ends them
+        in their own way.
+        """
         shape = self._shapes[self._name_for([EXAMPLE_TOOL])]
-        call = {"type": "function", "id": "call00001", "function": {"name": "Kupuka", "arguments": {"Lomina": "Tarevo"}}}
+        call = {
+            "type": "function",
+            "id": "call00001",
+            "function": {"name": "Kupuka", "arguments": {"Lomina": "Tarevo"}},
+        }
         talk = (Message("user", "Sidaru"), Message("assistant", "", extra={"tool_calls": [call]}))
         if isinstance(shape, TemplateRefusal):
             return set()
@@ -328,7 +365,9 @@ class Renderer:
             "templates": self._sources,
             "train_on": self.train_on,
             "parse_control_tokens": self._arguments["parse_control_tokens"],
-            "now": self._now.isoformat() if any(template.uses_the_date for template in self._templates.values()) else None,
+            "now": self._now.isoformat()
+            if any(template.uses_the_date for template in self._templates.values())
+            else None,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -339,7 +378,9 @@ class Renderer:
         if not self._has_own_template:
             made.append(
                 Decision(
-                    "model.chat_template", "User: ... / Assistant: ...", "this tokenizer has no chat template; the form needs no new tokens"
+                    "model.chat_template",
+                    "User: ... / Assistant: ...",
+                    "this tokenizer has no chat template; the form needs no new tokens",
                 )
             )
         if any(template.uses_the_date for template in self._templates.values()):
@@ -354,7 +395,11 @@ class Renderer:
         if not isinstance(shape, TemplateRefusal):
             if shape.header:
                 made.append(
-                    Decision("model.chat_template", f"prompts end with {shape.header!r}", "the template knows no generation prompt")
+                    Decision(
+                        "model.chat_template",
+                        f"prompts end with {shape.header!r}",
+                        "the template knows no generation prompt",
+                    )
                 )
             if not shape.end_ids:
                 made.append(

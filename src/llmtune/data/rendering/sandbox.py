@@ -1,8 +1,10 @@
-"""Chat templates rendered as transformers renders them, in a sandbox, with limits, and with the origin of every character.
+"""Chat templates rendered as transformers renders them, in a sandbox, with limits, and with the origin of every
+character.
 
-A chat template is a program that came with a model: it runs in jinja2's immutable sandbox with exactly the globals and filters that
-transformers gives it, and, which the sandbox alone does not do, within a time limit, a size limit and a limit on absurd numbers. Every
-loop turn and call passes through a budget, so the limits hold in any thread and process, with no signals.
+A chat template is a program that came with a model: it runs in jinja2's immutable sandbox with exactly the globals and
+filters that transformers gives it, and, which the sandbox alone does not do, within a time limit, a size limit and a
+limit on absurd numbers. Every loop turn and call passes through a budget, so the limits hold in any thread and process,
+with no signals.
 """
 
 from __future__ import annotations
@@ -24,7 +26,15 @@ import jinja2.sandbox
 from jinja2.compiler import CodeGenerator, Frame
 
 from llmtune.data.rendering.incremental import Walk, find_walk
-from llmtune.data.rendering.limits import DEFAULT_LIMITS, Budget, Limits, SizedTicking, TemplateRefusal, Ticking, Walking
+from llmtune.data.rendering.limits import (
+    DEFAULT_LIMITS,
+    Budget,
+    Limits,
+    RenderLimit,
+    SizedTicking,
+    TemplateRefusal,
+    Walking,
+)
 from llmtune.data.rendering.provenance import PRECISE_METHODS, TEMPLATE, Traced, concat, holds_traced, label, lift
 from llmtune.errors import TokenizerError
 
@@ -33,7 +43,9 @@ __all__ = ["Beginning", "ChatTemplate", "Limits", "TemplateRefusal"]
 LARGEST_NUMBER = 1_000_000
 """Largest integer a template may hand to a function or filter, or multiply a text with."""
 
-PRECISE_FILTERS = frozenset({"attr", "capitalize", "d", "default", "first", "join", "last", "list", "lower", "replace", "trim", "upper"})
+PRECISE_FILTERS = frozenset(
+    {"attr", "capitalize", "d", "default", "first", "join", "last", "list", "lower", "replace", "trim", "upper"}
+)
 """Filters whose text results carry right origins by themselves; the results of all others are checked by `lift`."""
 
 RENDER_ERRORS = (
@@ -131,7 +143,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.budget.spend()
         if isinstance(items, jinja2.Undefined) or items is None:
             return items
-        return SizedTicking(items, self.budget) if hasattr(items, "__len__") else Ticking(items, self.budget)
+        return SizedTicking(items, self.budget) if hasattr(items, "__len__") else RenderLimit(items, self.budget)
 
     def walking(self, items: Any) -> Any:
         """Wrap the loop over the messages of a template that only walks through them."""
@@ -178,7 +190,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.budget.check_size(max(len(left), 1) * right if isinstance(right, int) else max(len(right), 1) * left)
         if operator == "%" and isinstance(left, str):
             _check_widths(left)
-            return lift(lambda form, given: form % (tuple(given) if isinstance(given, tuple) else given), (left, right), {})
+            return lift(
+                lambda form, given: form % (tuple(given) if isinstance(given, tuple) else given), (left, right), {}
+            )
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, (str, list, tuple)):
             self.budget.check_size(len(result))
@@ -293,7 +307,11 @@ def _raise_exception(message: str) -> None:
 
 
 def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -319,7 +337,9 @@ class ChatTemplate:
     Raises `TokenizerError` where the text is not a template at all.
     """
 
-    def __init__(self, source: str, *, variables: Mapping[str, str], now: datetime, limits: Limits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self, source: str, *, variables: Mapping[str, str], now: datetime, limits: Limits = DEFAULT_LIMITS
+    ) -> None:
         self.source = source
         self._variables = dict(variables)
         self._limits = limits
@@ -346,7 +366,11 @@ class ChatTemplate:
         return "strftime_now" in self.source
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, *, add_generation_prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        add_generation_prompt: bool,
     ) -> str:
         """Render messages; the result is `Traced` where messages or tools hold traced strings.
 
@@ -357,10 +381,11 @@ class ChatTemplate:
     def render_walked(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
     ) -> tuple[str, dict[tuple[int, bool], Beginning]]:
-        """Render messages without the generation prompt, as `render` does, and tell what it has written of each beginning of them.
+        """Render messages without the generation prompt, as `render` does, and tell what it has written of each
+        beginning of them.
 
-        The second part maps (first messages, `add_generation_prompt`) to what `render` would give for those; it holds those that are known
-        without rendering again, and is empty for a template that may look ahead.
+        The second part maps (first messages, `add_generation_prompt`) to what `render` would give for those; it holds
+        those that are known without rendering again, and is empty for a template that may look ahead.
         """
         text, budget = self._render(messages, tools, False)
         walk, marks = self._environment.walk, budget.marks
@@ -372,10 +397,15 @@ class ChatTemplate:
             self._prompt_tail = prompt[again.marks[len(messages)] :]
         tails = {False: text[end:], True: self._prompt_tail}
         counts = [count for count in marks if count >= walk.needs]
-        return text, {(count, generate): Beginning(marks[count], tail) for count in counts for generate, tail in tails.items()}
+        return text, {
+            (count, generate): Beginning(marks[count], tail) for count in counts for generate, tail in tails.items()
+        }
 
     def _render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, add_generation_prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
     ) -> tuple[str, Budget]:
         size = sum(len(str(message.get("content", ""))) for message in messages)
         budget = self._environment.budget = Budget(self._limits, size)

@@ -1,13 +1,14 @@
 """Where each message's trained part begins and ends in a rendered conversation (promise Q5).
 
-An assistant turn is trained from where the generation prompt ends through its end-of-turn token(s). Both ends come from the template
-itself:
+An assistant turn is trained from where the generation prompt ends through its end-of-turn token(s). Both ends come from
+the template itself:
 
-* The start is the length of the prompt a model would see there: the earlier messages rendered with `add_generation_prompt`. It must be,
-  character for character, a prefix of the whole rendering; a turn for which it is not is named and not trained.
-* The end is found after the last character that belongs to the message (its content, reasoning or tool calls): the control tokens that
-  follow. Which control tokens end a turn is learnt once from a small conversation; a next turn's header never counts, because it is not
-  there when the turn stands last.
+* The start is the length of the prompt a model would see there: the earlier messages rendered with
+  `add_generation_prompt`. It must be, character for character, a prefix of the whole rendering; a turn for which it is
+  not is named and not trained.
+* The end is found after the last character that belongs to the message (its content, reasoning or tool calls): the
+  control tokens that follow. Which control tokens end a turn is learnt once from a small conversation; a next turn's
+  header never counts, because it is not there when the turn stands last.
 
 Other messages (for the rules that train them) go from their first character through their own end-of-turn tokens.
 """
@@ -33,9 +34,9 @@ Message = Mapping[str, Any]
 class TurnShape(NamedTuple):
     """What a template's turns look like, learnt from a small conversation.
 
-    end_ids: ids of the control tokens that end a plain assistant turn. header: what the template writes between the end of its generation
-    prompt and an answer, empty for all templates but those that know no `add_generation_prompt`. opening: how it begins an assistant
-    turn, as text, for people.
+    end_ids: ids of the control tokens that end a plain assistant turn. header: what the template writes between the end
+    of its generation prompt and an answer, empty for all templates but those that know no `add_generation_prompt`.
+    opening: how it begins an assistant turn, as text, for people.
     """
 
     end_ids: frozenset[int]
@@ -82,7 +83,9 @@ class Rendering:
     def _of_messages(self) -> tuple[list[int], list[int], list[int]]:
         """Starts, stops and messages of the runs that belong to one."""
         stops = list(itertools.accumulate(length for length, _ in self.runs))
-        kept = [(stop - length, stop, owner) for stop, (length, owner) in zip(stops, self.runs, strict=True) if owner >= 0]
+        kept = [
+            (stop - length, stop, owner) for stop, (length, owner) in zip(stops, self.runs, strict=True) if owner >= 0
+        ]
         return [one[0] for one in kept], [one[1] for one in kept], [one[2] for one in kept]
 
     def next_foreign(self, index: int, start: int) -> int:
@@ -101,7 +104,10 @@ class Rendering:
 
 
 def find_span(whole: Rendering, index: int, shape: TurnShape) -> Span:
-    """Find the trained part of message `index`; never a guess: where the template gives no clear answer, `problem` says why."""
+    """Find the trained part of message `index`.
+
+    Never a guess: where the template gives no clear answer, `problem` says why.
+    """
     first, last = whole.extents.get(index, (None, 0))
     if whole.roles[index] != "assistant":
         if first is None:
@@ -128,7 +134,11 @@ def find_span(whole: Rendering, index: int, shape: TurnShape) -> Span:
 def _known_prompt_end(whole: Rendering, index: int) -> int | None:
     """Where the prompt of message `index` ends, if that can be told from the whole, and the prompt is its beginning."""
     known = whole.beginnings.get((index, True))
-    return known.length + len(known.tail) if known is not None and whole.text.startswith(known.tail, known.length) else None
+    return (
+        known.length + len(known.tail)
+        if known is not None and whole.text.startswith(known.tail, known.length)
+        else None
+    )
 
 
 def _close(whole: Rendering, index: int, start: int, content_stop: int, shape: TurnShape) -> Span:
@@ -161,7 +171,9 @@ def _close(whole: Rendering, index: int, start: int, content_stop: int, shape: T
 
 
 def _own_bound(whole: Rendering, index: int, limit: int) -> int:
-    """Where the text of message `index` ends at the latest: what its rendering as the last message shares with the whole."""
+    """Where the text of message `index` ends at the latest: what its rendering as the last message shares with the
+    whole.
+    """
     if index == len(whole.roles) - 1:
         return len(whole.text)
     known = whole.beginnings.get((index + 1, False))

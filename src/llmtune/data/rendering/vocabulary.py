@@ -1,6 +1,7 @@
 """What rendering needs to know of a tokenizer, apart from the library that loaded it.
 
-A process that only tokenizes gets this in the place of the tokenizer object, so it imports neither transformers nor torch.
+A process that only tokenizes gets this in the place of the tokenizer object, so it imports neither transformers nor
+torch.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ class UnusableRowError(Exception):
         self.field, self.what, self.fix = field, what, fix
 
 
-# --- messages ---------------------------------------------------------------------------------------------------------------------
+# --- messages
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _messages(row: Row) -> Conversation:
@@ -76,7 +77,9 @@ def _list_field(fields: Mapping[str, Any]) -> str:
 def _message_list(value: Any, field: str) -> tuple[Message, ...]:
     if not isinstance(value, (list, tuple)):
         raise UnusableRowError(
-            field, f"must be a list of messages, this is {describe_value(value)}", 'write [{"role": "user", "content": "..."}, ...]'
+            field,
+            f"must be a list of messages, this is {describe_value(value)}",
+            'write [{"role": "user", "content": "..."}, ...]',
         )
     if not value:
         raise UnusableRowError(field, "the list of messages is empty", "give the row messages, or delete it")
@@ -86,7 +89,9 @@ def _message_list(value: Any, field: str) -> tuple[Message, ...]:
 def _message(value: Any, field: str) -> Message:
     if not isinstance(value, Mapping):
         raise UnusableRowError(
-            field, f"a message must be an object, this is {describe_value(value)}", 'write {"role": "user", "content": "..."}'
+            field,
+            f"a message must be an object, this is {describe_value(value)}",
+            'write {"role": "user", "content": "..."}',
         )
     role = value.get("role")
     if not isinstance(role, str):
@@ -96,7 +101,9 @@ def _message(value: Any, field: str) -> Message:
     if role not in ROLES:
         near = difflib.get_close_matches(role.lower(), (*ROLES, *_SHAREGPT_ROLES), n=1)
         meant = f"did you mean `{_SHAREGPT_ROLES.get(near[0], near[0])}`? " if near else ""
-        raise UnusableRowError(f"{field}.role", f"unknown role {json.dumps(role[:60])}", f"{meant}roles are {', '.join(ROLES)}")
+        raise UnusableRowError(
+            f"{field}.role", f"unknown role {json.dumps(role[:60])}", f"{meant}roles are {', '.join(ROLES)}"
+        )
     tool_calls = _tool_calls(value.get("tool_calls"), f"{field}.tool_calls")
     extra: dict[str, Any] = {"tool_calls": tool_calls} if tool_calls else {}
     for name in _EXTRA_TEXTS:
@@ -119,15 +126,23 @@ def _content(value: Any, field: str) -> str:
         place = f"{field}[{index}]"
         if isinstance(part, str):
             texts.append(part)
-        elif isinstance(part, Mapping) and part.get("type", "text") in ("text", "input_text", "output_text") and "text" in part:
+        elif (
+            isinstance(part, Mapping)
+            and part.get("type", "text") in ("text", "input_text", "output_text")
+            and "text" in part
+        ):
             texts.append(_text(part["text"], f"{place}.text"))
         elif isinstance(part, Mapping) and isinstance(part.get("type"), str):
             raise UnusableRowError(
-                place, f"a part of type {json.dumps(part['type'][:60])} is not text", "only text is trained on; take the part out"
+                place,
+                f"a part of type {json.dumps(part['type'][:60])} is not text",
+                "only text is trained on; take the part out",
             )
         else:
             raise UnusableRowError(
-                place, f"must be a part with text, this is {describe_value(part)}", 'write {"type": "text", "text": "..."}'
+                place,
+                f"must be a part with text, this is {describe_value(part)}",
+                'write {"type": "text", "text": "..."}',
             )
     return "".join(texts)
 
@@ -143,10 +158,14 @@ def _weight(value: Any, field: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UnusableRowError(
-            field, f"must be a number, this is {describe_value(value)}", "write 0 to leave the message out of the loss, 1 to keep it"
+            field,
+            f"must be a number, this is {describe_value(value)}",
+            "write 0 to leave the message out of the loss, 1 to keep it",
         )
     if not 0 <= value <= 1e6:  # holds neither for NaN nor for a whole number beyond every float
-        raise UnusableRowError(field, f"{str(value)[:40]} is not a weight", "a weight is a number from 0 (not trained) upwards")
+        raise UnusableRowError(
+            field, f"{str(value)[:40]} is not a weight", "a weight is a number from 0 (not trained) upwards"
+        )
     return float(value)
 
 
@@ -155,13 +174,17 @@ def _tool_calls(value: Any, field: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, (list, tuple)):
-        raise UnusableRowError(field, f"must be a list of calls, this is {describe_value(value)}", "write a list, also for one call")
+        raise UnusableRowError(
+            field, f"must be a list of calls, this is {describe_value(value)}", "write a list, also for one call"
+        )
     calls = []
     for index, call in enumerate(value):
         place = f"{field}[{index}]"
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise UnusableRowError(place, "the call names no function", 'write {"function": {"name": "...", "arguments": {...}}}')
+            raise UnusableRowError(
+                place, "the call names no function", 'write {"function": {"name": "...", "arguments": {...}}}'
+            )
         if not isinstance(function.get("arguments", {}), (str, Mapping, type(None))):
             what = f"must be an object or its JSON text, this is {describe_value(function['arguments'])}"
             raise UnusableRowError(f"{place}.function.arguments", what, "write the arguments as an object")
@@ -177,11 +200,15 @@ def _tools(fields: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise UnusableRowError("tools", f"is not JSON: {describe_value(value)}", "write a list of tool descriptions") from None
+            raise UnusableRowError(
+                "tools", f"is not JSON: {describe_value(value)}", "write a list of tool descriptions"
+            ) from None
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(one, Mapping) for one in value):
-        raise UnusableRowError("tools", f"must be a list of tool descriptions, this is {describe_value(value)}", "write a list of objects")
+        raise UnusableRowError(
+            "tools", f"must be a list of tool descriptions, this is {describe_value(value)}", "write a list of objects"
+        )
     return tuple(_without_nulls(one) for one in value)
 
 
@@ -193,7 +220,8 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-# --- the other formats ------------------------------------------------------------------------------------------------------------
+# --- the other formats
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _sharegpt(row: Row) -> Conversation:
@@ -201,32 +229,46 @@ def _sharegpt(row: Row) -> Conversation:
     turns = row.fields[field]
     if not isinstance(turns, (list, tuple)):
         raise UnusableRowError(
-            field, f"must be a list of turns, this is {describe_value(turns)}", 'write [{"from": "human", "value": "..."}, ...]'
+            field,
+            f"must be a list of turns, this is {describe_value(turns)}",
+            'write [{"from": "human", "value": "..."}, ...]',
         )
     messages = [_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
     if not messages:
         raise UnusableRowError(field, "the list of turns is empty", "give the row turns, or delete it")
-    return Conversation(row.source, (*_system(row.fields), *messages), tools=_tools(row.fields), loss_weight=row.loss_weight)
+    return Conversation(
+        row.source, (*_system(row.fields), *messages), tools=_tools(row.fields), loss_weight=row.loss_weight
+    )
 
 
 def _turn(turn: Any, field: str) -> Message:
     if not isinstance(turn, Mapping):
         raise UnusableRowError(
-            field, f"a turn must be an object, this is {describe_value(turn)}", 'write {"from": "human", "value": "..."}'
+            field,
+            f"a turn must be an object, this is {describe_value(turn)}",
+            'write {"from": "human", "value": "..."}',
         )
     speaker = turn.get("from")
     if not isinstance(speaker, str):
-        what = "the turn says not whom it is from" if speaker is None else f"must be text, this is {describe_value(speaker)}"
+        what = (
+            "the turn says not whom it is from"
+            if speaker is None
+            else f"must be text, this is {describe_value(speaker)}"
+        )
         raise UnusableRowError(f"{field}.from", what, f"give it one of {', '.join(_SHAREGPT_ROLES)}")
     if speaker not in _SHAREGPT_ROLES:
         near = difflib.get_close_matches(speaker.lower(), _SHAREGPT_ROLES, n=1)
         meant = f"did you mean `{near[0]}`? " if near else ""
         raise UnusableRowError(
-            f"{field}.from", f"unknown speaker {json.dumps(speaker[:60])}", f"{meant}speakers are {', '.join(_SHAREGPT_ROLES)}"
+            f"{field}.from",
+            f"unknown speaker {json.dumps(speaker[:60])}",
+            f"{meant}speakers are {', '.join(_SHAREGPT_ROLES)}",
         )
     if turn.get("value") is None:
         raise UnusableRowError(
-            f"{field}.value", "is null" if "value" in turn else "is missing", "give the turn a text, or take the turn out"
+            f"{field}.value",
+            "is null" if "value" in turn else "is missing",
+            "give the turn a text, or take the turn out",
         )
     text = _content(turn["value"], f"{field}.value")
     weight = _weight(turn.get("weight"), f"{field}.weight")
@@ -264,14 +306,21 @@ def _alpaca(row: Row) -> Conversation:
     history = row.fields.get("history")
     if history is not None and not isinstance(history, (list, tuple)):
         raise UnusableRowError(
-            "history", f"must be a list of pairs, this is {describe_value(history)}", 'write [["question", "answer"], ...]'
+            "history",
+            f"must be a list of pairs, this is {describe_value(history)}",
+            'write [["question", "answer"], ...]',
         )
     for index, pair in enumerate(history or ()):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise UnusableRowError(
-                f"history[{index}]", f"must be a pair of texts, this is {describe_value(pair)}", 'write ["question", "answer"]'
+                f"history[{index}]",
+                f"must be a pair of texts, this is {describe_value(pair)}",
+                'write ["question", "answer"]',
             )
-        earlier += [Message("user", _text(pair[0], f"history[{index}][0]")), Message("assistant", _text(pair[1], f"history[{index}][1]"))]
+        earlier += [
+            Message("user", _text(pair[0], f"history[{index}][0]")),
+            Message("assistant", _text(pair[1], f"history[{index}][1]")),
+        ]
     answer = Message("assistant", _text(row.fields["output"], "output"), _weight(row.fields.get("weight"), "weight"))
     messages = (*_system(row.fields), *earlier, Message("user", asked), answer)
     return Conversation(row.source, messages, loss_weight=row.loss_weight)
@@ -281,7 +330,9 @@ def _prompt_completion(row: Row) -> Conversation:
     names = next((pair for pair in _PAIRS if all(row.fields.get(name) is not None for name in pair)), None)
     if names is None:
         missing = "completion" if row.fields.get("prompt") is not None else "prompt"
-        raise UnusableRowError(missing, "is null" if missing in row.fields else "is missing", "give the row a prompt and a completion")
+        raise UnusableRowError(
+            missing, "is null" if missing in row.fields else "is missing", "give the row a prompt and a completion"
+        )
     prompt, completion = (row.fields[name] for name in names)
     if isinstance(prompt, str) and isinstance(completion, str):
         messages: tuple[Message, ...] = (Message("user", prompt), Message("assistant", completion))
@@ -294,9 +345,13 @@ def _prompt_completion(row: Row) -> Conversation:
     for name, value in zip(names, (prompt, completion), strict=True):
         if not isinstance(value, (str, list, tuple)):
             raise UnusableRowError(
-                name, f"must be text or a list of messages, this is {describe_value(value)}", "write it as text, in quotes"
+                name,
+                f"must be text or a list of messages, this is {describe_value(value)}",
+                "write it as text, in quotes",
             )
-    raise UnusableRowError(names[1], f"`{names[0]}` and `{names[1]}` are of two kinds", "write both as text or both as lists of messages")
+    raise UnusableRowError(
+        names[1], f"`{names[0]}` and `{names[1]}` are of two kinds", "write both as text or both as lists of messages"
+    )
 
 
 def _text_row(row: Row) -> Conversation:
@@ -315,7 +370,8 @@ def _text_of_column(row: Row, column: str) -> Conversation:
     return Conversation(row.source, text=text, loss_weight=row.loss_weight)
 
 
-# --- which format -----------------------------------------------------------------------------------------------------------------
+# --- which format
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def looks_like(fields: Mapping[str, Any], text_column: str | None = None) -> str | None:
@@ -373,7 +429,10 @@ def _telling_fields(rows: list[Row], name: str, text_column: str | None) -> str:
 
 
 def conversation_of(row: Row, format_name: str, text_column: str | None = None) -> Conversation:
-    """Make a conversation of a row in the given format. Raises UnusableRowError, which names another format if the row looks like one."""
+    """Make a conversation of a row in the given format.
+
+    Raises UnusableRowError, which names another format if the row looks like one.
+    """
     try:
         if format_name == "text" and text_column is not None:
             return _text_of_column(row, text_column)
@@ -382,7 +441,9 @@ def conversation_of(row: Row, format_name: str, text_column: str | None = None) 
         other = looks_like(row.fields, text_column)
         if other is not None and other != format_name:
             what = f"the row looks like {other}, the others are {format_name}"
-            raise UnusableRowError(refused.field, what, f"put {other} rows into a file of their own, or set `data.format`") from None
+            raise UnusableRowError(
+                refused.field, what, f"put {other} rows into a file of their own, or set `data.format`"
+            ) from None
         raise
 
 

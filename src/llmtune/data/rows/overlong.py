@@ -9,9 +9,9 @@ Shapes: T tokens of the example, L = max_length.
 | `truncate_left` | the last L tokens, after the BOS token if the row begins with one | loses its beginning, never its end |
 | `split` | consecutive pieces of at most L tokens, each beginning with the last token of the one before | goes on in the next piece |
 
-No token is ever predicted from nothing: the first token of a piece has weight 0. In `split` it is the one that the piece before has trained
-already, so every trained token is trained exactly once;
-pieces without a trained token are left out. `error` keeps nothing, like `drop`; the caller refuses to go on.
+No token is ever predicted from nothing: the first token of a piece has weight 0. In `split` it is the one that the
+piece before has trained already, so every trained token is trained exactly once; pieces without a trained token are
+left out. `error` keeps nothing, like `drop`; the caller refuses to go on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.rendering.row_warnings import Note
+from llmtune.data.rendering.row_warnings import RowWarning
 
 __all__ = ["OVERLONG", "Cut", "cut_example"]
 
@@ -30,19 +30,27 @@ Ids = npt.NDArray[np.int32]
 Weights = npt.NDArray[np.float32]
 Piece = tuple[Ids, Weights]
 
-END_LOST = Note("end-lost", "an answer lost its end token in the cut")
+END_LOST = RowWarning("end-lost", "an answer lost its end token in the cut")
 
 
 class Cut(NamedTuple):
-    """What is left of an over-long example: its pieces, how many of its tokens are in none of them, and what has to be said about it."""
+    """What is left of an over-long example: its pieces, how many of its tokens are in none of them, and what has to be
+    said about it.
+    """
 
     pieces: list[Piece]
     tokens_lost: int
-    notes: tuple[Note, ...] = ()
+    notes: tuple[RowWarning, ...] = ()
 
 
 def cut_example(
-    ids_T: Ids, weights_T: Weights, *, max_length: int, policy: str, end_token_ids: Collection[int], bos_token_id: int | None
+    ids_T: Ids,
+    weights_T: Weights,
+    *,
+    max_length: int,
+    policy: str,
+    end_token_ids: Collection[int],
+    bos_token_id: int | None,
 ) -> Cut:
     """Cut an example of more than `max_length` (at least 2) tokens; where no trained token would be left, nothing is.
 

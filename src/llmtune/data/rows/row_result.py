@@ -1,4 +1,7 @@
-"""What becomes of one row on its own: parsed, made a conversation, rendered, cut. Runs in whichever process tokenizes the row."""
+"""What becomes of one row on its own: parsed, made a conversation, rendered, cut.
+
+Runs in whichever process tokenizes the row.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ from llmtune.data.reading.parse import BadRow
 from llmtune.data.reading.readers import Record
 from llmtune.data.reading.records_of_files import parse_record
 from llmtune.data.rendering.renderer import Renderer
-from llmtune.data.rendering.row_warnings import Note
+from llmtune.data.rendering.row_warnings import RowWarning
 from llmtune.data.rows.formats import UnusableRowError, conversation_of
 from llmtune.data.rows.overlong import cut_example
 from llmtune.errors import DataError
 
-__all__ = ["Outcome", "Reason", "RowRules", "outcome_of", "too_long_reason"]
+__all__ = ["Reason", "RowResult", "RowRules", "outcome_of", "too_long_reason"]
 
 _ASSISTANT_RULES = frozenset({"last_assistant_message", "last_assistant_turn", "all_assistant_messages"})
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -47,7 +50,7 @@ class Reason(NamedTuple):
     whole_file: bool = False
 
 
-class Outcome(NamedTuple):
+class RowResult(NamedTuple):
     """One row's fate before it is compared with others: used, cut, dropped or bad, with its examples.
 
     `row_digest` is over the ids, `full_digest` over ids and weights of the whole row, before any cut.
@@ -57,7 +60,7 @@ class Outcome(NamedTuple):
     number: int
     fate: str
     reason: Reason | None = None
-    notes: tuple[Note, ...] = ()
+    notes: tuple[RowWarning, ...] = ()
     tokens: int = 0
     tokens_lost: int = 0
     pieces: tuple[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]], ...] = ()
@@ -65,7 +68,9 @@ class Outcome(NamedTuple):
     full_digest: bytes = bytes(16)
 
 
-def outcome_of(file_index: int, file: DataFile, record: Record | BadRow, format_name: str, renderer: Renderer, rules: RowRules) -> Outcome:
+def outcome_of(
+    file_index: int, file: DataFile, record: Record | BadRow, format_name: str, renderer: Renderer, rules: RowRules
+) -> RowResult:
     """Take one record all the way to its examples; whatever is wrong with it is in the outcome's reason."""
     if isinstance(record, BadRow):
         return _bad(file_index, record.number, record)
@@ -77,29 +82,31 @@ def outcome_of(file_index: int, file: DataFile, record: Record | BadRow, format_
         _refuse_unanswered(conversation, rules.train_on)
         rendered = renderer.render(conversation)
     except UnusableRowError as refused:
-        return Outcome(file_index, record.number, "bad", Reason(refused.what, refused.field, refused.fix))
+        return RowResult(file_index, record.number, "bad", Reason(refused.what, refused.field, refused.fix))
     except DataError as error:
         problem = error.problems[0]
-        return Outcome(file_index, record.number, "bad", Reason(problem.problem, None, problem.fix))
+        return RowResult(file_index, record.number, "bad", Reason(problem.problem, None, problem.fix))
     lost = next((note for note in rendered.notes if note.code == "not-rendered"), None)
     if lost is not None:
         fix = "set `model.chat_template` to a template that renders it, or take it out of the row"
-        return Outcome(file_index, record.number, "bad", Reason(lost.text, "messages", fix))
+        return RowResult(file_index, record.number, "bad", Reason(lost.text, "messages", fix))
     ids = np.asarray(rendered.input_ids, dtype=np.int32)
     weights = np.asarray(rendered.weights, dtype=np.float32)
     notes = (*(note for note in rendered.notes if note.code != "no-trained-token"), *_conversation_notes(conversation))
-    bare = Outcome(file_index, record.number, "used", None, notes, len(ids), 0, (), _digest(ids), _digest(ids, weights))
+    bare = RowResult(
+        file_index, record.number, "used", None, notes, len(ids), 0, (), _digest(ids), _digest(ids, weights)
+    )
     return _fit(bare, conversation, ids, weights, renderer, rules)
 
 
 def _fit(
-    bare: Outcome,
+    bare: RowResult,
     conversation: Conversation,
     ids: npt.NDArray[np.int32],
     weights: npt.NDArray[np.float32],
     renderer: Renderer,
     rules: RowRules,
-) -> Outcome:
+) -> RowResult:
     """Drop what is too short or trains nothing, cut what is too long."""
     tokens = len(ids)
     lost = bare._replace(fate="dropped", tokens_lost=tokens)
@@ -128,7 +135,13 @@ def _fit(
     if not cut.pieces:
         return lost._replace(reason=Reason(f"{too_long.what}, and nothing trained is left after {rules.overlong}"))
     reason = Reason(f"{too_long.what}: {rules.overlong}")
-    return bare._replace(fate="cut", reason=reason, notes=(*bare.notes, *cut.notes), tokens_lost=cut.tokens_lost, pieces=tuple(cut.pieces))
+    return bare._replace(
+        fate="cut",
+        reason=reason,
+        notes=(*bare.notes, *cut.notes),
+        tokens_lost=cut.tokens_lost,
+        pieces=tuple(cut.pieces),
+    )
 
 
 def too_long_reason(rules: RowRules) -> Reason:
@@ -137,8 +150,8 @@ def too_long_reason(rules: RowRules) -> Reason:
     return Reason(f"longer than `data.max_length` of {rules.max_length} tokens", None, fix)
 
 
-def _bad(file_index: int, number: int, bad: BadRow) -> Outcome:
-    return Outcome(file_index, number, "bad", Reason(bad.what, bad.field, bad.fix, bad.whole_file))
+def _bad(file_index: int, number: int, bad: BadRow) -> RowResult:
+    return RowResult(file_index, number, "bad", Reason(bad.what, bad.field, bad.fix, bad.whole_file))
 
 
 def _refuse_unanswered(conversation: Conversation, train_on: TrainOn) -> None:
@@ -148,23 +161,27 @@ def _refuse_unanswered(conversation: Conversation, train_on: TrainOn) -> None:
     answers = [message for message in conversation.messages if message.role == "assistant"]
     if train_on in _ASSISTANT_RULES and not answers:
         raise UnusableRowError(
-            "messages", "no message is from the assistant, so nothing would be trained", "give the row an answer, or delete it"
+            "messages",
+            "no message is from the assistant, so nothing would be trained",
+            "give the row an answer, or delete it",
         )
     for index, message in enumerate(conversation.messages):
         if message.role != "assistant" or message.weight == 0 or message.content.strip():
             continue
         if not any(message.extra.get(name) for name in ("tool_calls", *_REASONING)):
             field = "completion" if conversation.prompt_is_text else f"messages[{index}].content"
-            raise UnusableRowError(field, "the answer is empty", "give it a text, delete the row, or give the message weight 0")
+            raise UnusableRowError(
+                field, "the answer is empty", "give it a text, delete the row, or give the message weight 0"
+            )
 
 
-def _conversation_notes(conversation: Conversation) -> Iterator[Note]:
+def _conversation_notes(conversation: Conversation) -> Iterator[RowWarning]:
     roles = [message.role for message in conversation.messages]
     for role in ("user", "assistant"):
         if any(one == other == role for one, other in itertools.pairwise(roles)):
-            yield Note("turns-in-a-row", f"two {role} messages in a row")
+            yield RowWarning("turns-in-a-row", f"two {role} messages in a row")
     if any(role == "system" for role in roles[1:]):
-        yield Note("late-system", "a system message that is not the first message")
+        yield RowWarning("late-system", "a system message that is not the first message")
 
 
 def _digest(*arrays: npt.NDArray[np.int32] | npt.NDArray[np.float32]) -> bytes:

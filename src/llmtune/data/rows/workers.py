@@ -1,7 +1,8 @@
 """Tokenize in several processes, in order, so that nothing depends on how many there are.
 
-Each worker is a fresh Python that holds the renderer and answers batches over a socket of its own. It ends by itself when this process is
-gone, however that went, because the socket closes. A worker that dies costs its batch one more try, in this process.
+Each worker is a fresh Python that holds the renderer and answers batches over a socket of its own. It ends by itself
+when this process is gone, however that went, because the socket closes. A worker that dies costs its batch one more
+try, in this process.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from llmtune.data.reading.data_files import DataFile
 from llmtune.data.reading.parse import BadRow
 from llmtune.data.reading.readers import Record
 from llmtune.data.rendering.renderer import Renderer
-from llmtune.data.rows.row_result import Outcome, RowRules, outcome_of
+from llmtune.data.rows.row_result import RowResult, RowRules, outcome_of
 
 __all__ = ["Batch", "Job", "available_cores", "run_batches", "tokenize_batches"]
 
@@ -41,9 +42,12 @@ class Job(NamedTuple):
     renderer: Renderer
     rules: RowRules
 
-    def run(self, batch: Batch) -> list[Outcome]:
+    def run(self, batch: Batch) -> list[RowResult]:
         """The outcomes of a batch, in its order."""
-        return [outcome_of(index, self.files[index], record, self.formats[index], self.renderer, self.rules) for index, record in batch]
+        return [
+            outcome_of(index, self.files[index], record, self.formats[index], self.renderer, self.rules)
+            for index, record in batch
+        ]
 
 
 def available_cores() -> int:
@@ -51,7 +55,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def tokenize_batches(job: Job, batches: Iterable[Batch], workers: int) -> Iterator[list[Outcome]]:
+def tokenize_batches(job: Job, batches: Iterable[Batch], workers: int) -> Iterator[list[RowResult]]:
     """Yield the outcomes of every batch, in order, using `workers` processes where there is enough to do."""
     remaining = iter(batches)
     first = list(itertools.islice(remaining, BATCHES_IN_PROCESS + 1))
@@ -62,7 +66,7 @@ def tokenize_batches(job: Job, batches: Iterable[Batch], workers: int) -> Iterat
         yield from run_batches(job, everything, workers)
 
 
-def run_batches(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[list[Outcome]]:
+def run_batches(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[list[RowResult]]:
     """Yield the outcomes of every batch, in order, from `workers` processes. They are gone when the generator is.
 
     Until the first of them answers, which takes it about a second, this process works too.
@@ -72,7 +76,7 @@ def run_batches(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[li
         bare = job._replace(files=tuple(replace(file, dataset=None) for file in job.files))
         idle = deque(one for one in started if _send(one, bare))
         busy: dict[Connection, tuple[int, Batch]] = {}
-        finished: dict[int, list[Outcome]] = {}
+        finished: dict[int, list[RowResult]] = {}
         given = taken = 0
         someone_answered = False
         while True:
@@ -124,7 +128,8 @@ def _send(connection: Connection, message: Job | Batch) -> bool:
 def _worker() -> Iterator[Connection]:
     here, there = socket.socketpair()
     with there:
-        # -P: nothing in the working folder can take the place of a library. A session of its own: Ctrl-C is answered by this process alone.
+        # -P: nothing in the working folder can take the place of a library. A session of its own: Ctrl-C is answered by
+        # this process alone.
         command = [sys.executable, "-P", "-c", _SERVE, str(there.fileno())]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         process = subprocess.Popen(  # noqa: S603 - our own interpreter and module
