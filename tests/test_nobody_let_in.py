@@ -58,8 +58,8 @@ def test_without_offline_a_model_of_the_hub_is_asked_for(tmp_path):
 
 def test_p4_q9_no_canary_fires_and_an_offline_training_and_merge_connect_to_nothing(
     tiny_model_folder,
-    rows_file,
-    tmp_path,  # noqa: F811
+    rows_file,  # noqa: F811
+    tmp_path,
 ):
     here, mark = tmp_path / "here", tmp_path / "mark"
     folders = {name: here / name for name in ("model", "words", "data", "conf", "templates", "runs", "cache", "home")}

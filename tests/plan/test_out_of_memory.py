@@ -123,8 +123,8 @@ def assert_told(said, doing):
 
 
 def test_q8_memory_that_runs_out_while_a_model_is_built_is_one_message_with_three_edits_and_leaves_no_run(
-    config_of,
-    tmp_path,  # noqa: F811
+    config_of,  # noqa: F811
+    tmp_path,
 ):
     told = tmp_path / "told"
     config = config_of(*LARGE, "model.name=custom-small", "model.architecture.n_layers=48")  # 600 MB
@@ -154,11 +154,11 @@ def half_folder(tmp_path_factory, tiny_tokenizer):
 
 @pytest.mark.parametrize(("left_mib", "heap"), [(8, False), (48, False), (80, False), (160, True)])
 def test_q8_memory_that_runs_out_while_weights_are_read_is_not_blamed_on_the_model(
-    config_of,
+    config_of,  # noqa: F811
     half_folder,
     tmp_path,
     left_mib,
-    heap,  # noqa: F811
+    heap,
 ):
     """Exit 6, not 4: while the file is opened, while its tensors are read, and while they become float32."""
     told = tmp_path / "told"

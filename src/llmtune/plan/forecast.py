@@ -71,12 +71,12 @@ class Forecaster:
     _counted: dict[str, Counted] = field(default_factory=dict)
 
     @classmethod
-    def here(cls, prepared: Prepared, options: Options, devices: Devices) -> Forecaster:
+    def for_this_machine(cls, prepared: Prepared, options: Options, devices: Devices) -> Forecaster:
         """Plans for the device of this process, and for its place among the processes that share the run."""
         target = open_target(None, no_cuda=devices.device.type == "cpu")
         return cls(prepared, options, target, world_size=devices.world_size, rank=devices.rank)
 
-    def of(self, prepared: Prepared) -> Forecaster:
+    def with_prepared(self, prepared: Prepared) -> Forecaster:
         """Plans for the same place of a variant of the run; what was traced is shared."""
         return replace(self, prepared=prepared)
 
