@@ -27,9 +27,7 @@ def files_named(text: str) -> list[str]:
 def test_the_promises_are_numbered_without_gaps():
     counts = {letter: sum(number[0] == letter for number in PROMISES) for letter in "QNP"}
     assert counts == {"Q": 9, "N": 15, "P": 12}
-    assert set(PROMISES) == {
-        f"{letter}{number}" for letter, count in counts.items() for number in range(1, count + 1)
-    }
+    assert set(PROMISES) == {f"{letter}{number}" for letter, count in counts.items() for number in range(1, count + 1)}
 
 
 def test_every_number_that_is_cited_is_a_promise():
