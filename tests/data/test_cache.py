@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llmtune import durable
+from llmtune.common.folders import cache_folder
 from llmtune.config.schema import SourceConfig
 from llmtune.data.dataset import cache
 from llmtune.data.dataset.make_dataset import prepare_data
@@ -157,9 +158,9 @@ def test_a_cache_folder_that_cannot_be_written_means_memory_unless_it_was_asked_
 
 
 def test_the_cache_is_where_the_user_keeps_caches():
-    assert cache.default_cache_dir({"LLMTUNE_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
-    assert cache.default_cache_dir({"XDG_CACHE_HOME": "/b"}) == Path("/b/llmtune")
-    assert cache.default_cache_dir({}) == Path.home() / ".cache" / "llmtune"
+    assert cache_folder({"LLMTUNE_CACHE_DIR": "/a", "XDG_CACHE_HOME": "/b"}) == Path("/a")
+    assert cache_folder({"XDG_CACHE_HOME": "/b"}) == Path("/b/llmtune")
+    assert cache_folder({}) == Path.home() / ".cache" / "llmtune"
 
 
 KILLED = """

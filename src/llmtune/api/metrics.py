@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from llmtune.common.printing import PrintLine
 from llmtune.engine.loop import StepResult
 from llmtune.engine.state import capture_rng, restore_rng
 from llmtune.errors import UsageError
@@ -59,7 +60,7 @@ def as_function(metric: Metric) -> MetricFunction:
 class Measures:
     """All metrics of a run; called with each step, returns the values for its line and never raises."""
 
-    def __init__(self, metrics: Iterable[Metric], *, device: torch.device, print_line: Callable[[str], None]) -> None:
+    def __init__(self, metrics: Iterable[Metric], *, device: torch.device, print_line: PrintLine) -> None:
         self._functions = [(_name_of(one), as_function(one)) for one in metrics]
         self._device, self._print_line = device, print_line
         self._said: set[str] = set()

@@ -4,7 +4,6 @@ resumable.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from llmtune.api.curve import Curve
 from llmtune.api.display import Display, progress_html
 from llmtune.api.display import print_line as say_here
 from llmtune.api.metrics import Measures, Metric, Stop, Values
+from llmtune.common.offline import is_offline
+from llmtune.common.printing import PrintLine
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.engine.loop import StepResult
@@ -26,8 +27,6 @@ from llmtune.training import train as training
 from llmtune.training.training_run import Result, TrainingRun
 
 __all__ = ["Trainer", "train", "train_single_model"]
-
-PrintLine = Callable[[str], None]
 
 
 class Trainer:
@@ -55,14 +54,14 @@ class Trainer:
         trust_remote_code: bool = False,
         print_line: PrintLine = say_here,
     ) -> None:
-        if offline is None:
-            offline = "1" in (os.environ.get("HF_HUB_OFFLINE"), os.environ.get("LLMTUNE_OFFLINE"))
         resolved = config if isinstance(config, ResolvedConfig) else load_config(str(config))
         self.config = resolved
         """The config as it was resolved; `session.config` has what was chosen filled in."""
         self.curve = Curve(title=resolved.name)
         """The losses so far; a notebook shows it as a picture."""
-        self._options = Options(no_cuda=no_cuda, offline=offline, trust_remote_code=trust_remote_code)
+        self._options = Options(
+            no_cuda=no_cuda, offline=is_offline() if offline is None else offline, trust_remote_code=trust_remote_code
+        )
         self._metrics = tuple(metrics)
         self._print_line = print_line
         self._stop = StopRequest()

@@ -31,7 +31,8 @@ def report(
     """
     resolved = load_config(config, overrides=overrides or ())
 
-    from llmtune.cli.process import check_working_folder, is_offline
+    from llmtune.cli.process import check_working_folder
+    from llmtune.common.offline import is_offline
 
     check_working_folder()
     from llmtune.config.process_options import Options

@@ -115,18 +115,20 @@ def _versions() -> list[Finding]:
 def _devices() -> list[Finding]:
     import torch
 
+    from llmtune.common.bytes import readable_bytes
     from llmtune.plan.hardware import memory_for_us
-    from llmtune.plan.memory import gigabytes
 
     findings = [
         Finding(
-            "cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {gigabytes(memory_for_us())} free"
+            "cpu",
+            "ok",
+            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {readable_bytes(memory_for_us())} free",
         )
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
-            found = f"{torch.cuda.get_device_name(index)}, {gigabytes(free)} of {gigabytes(total)} free"
+            found = f"{torch.cuda.get_device_name(index)}, {readable_bytes(free)} of {readable_bytes(total)} free"
             findings.append(Finding(f"cuda:{index}", "ok", found))
     else:
         findings.append(
@@ -173,15 +175,15 @@ def _bitsandbytes() -> list[Finding]:
 
 
 def _places() -> list[Finding]:
-    from llmtune.data.dataset.cache import default_cache_dir
-    from llmtune.plan.memory import gigabytes
+    from llmtune.common.bytes import readable_bytes
+    from llmtune.common.folders import cache_folder
     from llmtune.runs.disk import free_bytes_at
 
     free = free_bytes_at(Path.cwd())
     low = free < LEAST_FREE_BYTES
     fix = "free some, or choose run.output_dir on another disk" if low else ""
-    findings = [Finding("disk", "warn" if low else "ok", f"{gigabytes(free)} free in this folder", fix)]
-    cache = default_cache_dir()
+    findings = [Finding("disk", "warn" if low else "ok", f"{readable_bytes(free)} free in this folder", fix)]
+    cache = cache_folder()
     if cache is None:
         return [
             *findings,
@@ -208,7 +210,7 @@ def _extras() -> list[Finding]:
 
 
 def _network() -> list[Finding]:
-    from llmtune.cli.process import is_offline
+    from llmtune.common.offline import is_offline
 
     return [
         Finding(

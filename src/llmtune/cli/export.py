@@ -46,7 +46,8 @@ def export(
 
     It is read back and compared first.
     """
-    from llmtune.cli.process import is_offline, prepare_process
+    from llmtune.cli.process import prepare_process
+    from llmtune.common.offline import is_offline
 
     prepare_process()
     from llmtune.deploy.export import export as write

@@ -13,8 +13,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmtune.common.folders import state_folder
+from llmtune.common.secrets import redacted, redacted_command
+from llmtune.common.text import printable
 from llmtune.errors import LlmtuneError, Problem
-from llmtune.runs.secrets import redacted, redacted_command
 from llmtune.version import __version__
 
 __all__ = ["message", "print_line", "report_crash", "report_error"]
@@ -44,12 +46,7 @@ def message(error: LlmtuneError) -> str:
 
 
 def _harmless(text: str | None) -> str | None:
-    if text is None or text.isprintable():
-        return text
-    kept = ("\n", "\t")
-    return "".join(
-        char if char in kept or char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text
-    )
+    return text and printable(text, keep="\n\t")
 
 
 def print_line(text: str) -> None:
@@ -92,19 +89,11 @@ def crash_text(error: BaseException, arguments: Sequence[str]) -> str:
     return "\n".join(head) + "\n" + "".join(traceback.format_exception(error))
 
 
-def _state_folder() -> Path:
-    home = os.environ.get("HOME", "")
-    return (
-        Path(os.environ.get("XDG_STATE_HOME") or (f"{home}/.local/state" if home else tempfile.gettempdir()))
-        / "llmtune"
-    )
-
-
 def _write_crash(text: str) -> Path | None:
     from llmtune import durable
 
     name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    for folder in (_state_folder(), Path(tempfile.gettempdir())):
+    for folder in (state_folder() or Path(tempfile.gettempdir()) / "llmtune", Path(tempfile.gettempdir())):
         try:
             durable.make_folder(folder)
             durable.write_text(folder / name, text)

@@ -118,7 +118,8 @@ def chat(
 
 def open_subject(name: str, *, no_cuda: bool = False) -> Subject:
     """Load what the command names, and say what it is."""
-    from llmtune.cli.process import is_offline, prepare_process
+    from llmtune.cli.process import prepare_process
+    from llmtune.common.offline import is_offline
 
     prepare_process()
     from llmtune.evaluation.loaded_model import load_subject

@@ -22,8 +22,9 @@ import typer
 from typer.core import TyperGroup
 
 from llmtune.cli.failure import print_line, report_crash, report_error
-from llmtune.cli.process import allow_no_telemetry, check_arguments, go_offline, restart_for_allocator
+from llmtune.cli.process import allow_no_telemetry, check_arguments, restart_for_allocator
 from llmtune.cli.usage import usage_error
+from llmtune.common.offline import go_offline
 from llmtune.errors import LlmtuneError, MachineError, UsageError
 from llmtune.runs.signals import ending_in_order
 from llmtune.version import __version__

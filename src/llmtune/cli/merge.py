@@ -28,7 +28,8 @@ def merge_lora(
     ] = None,
 ) -> None:
     """Merge an adapter into its base, weight by weight; the result is reloaded and compared before it gets its name."""
-    from llmtune.cli.process import is_offline, prepare_process
+    from llmtune.cli.process import prepare_process
+    from llmtune.common.offline import is_offline
 
     prepare_process()
     from llmtune.adapters.base_model import named_folder

@@ -44,7 +44,8 @@ def plan(
         )
     resolved = load_config(config, overrides=overrides or ())
 
-    from llmtune.cli.process import is_offline, prepare_process
+    from llmtune.cli.process import prepare_process
+    from llmtune.common.offline import is_offline
 
     prepare_process(trains=True)  # as the run that is planned, and `--measure` takes its steps
     from llmtune.config.process_options import Options
@@ -79,6 +80,6 @@ def plan(
     for line in lines(planned):
         print(line)
     if measured_bytes is not None:
-        from llmtune.plan.memory import gigabytes
+        from llmtune.common.bytes import readable_bytes
 
-        print(f"measured   {gigabytes(measured_bytes)} at most in a few steps")
+        print(f"measured   {readable_bytes(measured_bytes)} at most in a few steps")

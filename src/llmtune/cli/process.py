@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmtune.config.origin import is_text, printable
+from llmtune.common.text import excerpt, is_text
 from llmtune.errors import MachineError, UsageError
 
 __all__ = [
@@ -18,8 +18,6 @@ __all__ = [
     "check_arguments",
     "check_surroundings",
     "check_working_folder",
-    "go_offline",
-    "is_offline",
     "prepare_process",
     "restart_for_allocator",
 ]
@@ -29,11 +27,6 @@ RESTARTED = "LLMTUNE_RESTARTED"
 
 LIBRARY = "transformers.modeling_layers"
 """What brings torch and most of transformers with it."""
-
-
-def is_offline() -> bool:
-    """Whether this process was told to open no connection (`--offline`, or the libraries' own switch)."""
-    return os.environ.get("LLMTUNE_OFFLINE") == "1" or os.environ.get("HF_HUB_OFFLINE") == "1"
 
 
 def prepare_process(*, trains: bool = False) -> None:
@@ -97,7 +90,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
     for word in arguments:
         if not is_text(word):
             raise UsageError(
-                f"`{printable(word)}` holds bytes that are not {_encoding()}", "command line", _encoding_fix()
+                f"`{excerpt(word)}` holds bytes that are not {_encoding()}", "command line", _encoding_fix()
             )
 
 
@@ -124,7 +117,7 @@ def check_working_folder() -> None:
         raise MachineError(f"the working folder cannot be entered: {error.strerror}", "this process", fix) from error
     if not is_text(str(here)):
         problem = f"the name of the working folder holds bytes that are not {_encoding()}"
-        raise MachineError(problem, printable(str(here), 4096), _encoding_fix())
+        raise MachineError(problem, excerpt(str(here), 4096), _encoding_fix())
 
 
 def _encoding() -> str:
@@ -147,12 +140,3 @@ def allow_no_telemetry() -> None:
             "WANDB_ERROR_REPORTING": "false",
         }
     )
-
-
-def go_offline() -> None:
-    """Tell the libraries below to make no connection; wandb keeps its records on disk."""
-    os.environ.update(
-        {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "LLMTUNE_OFFLINE": "1"}
-    )
-    if os.environ.get("WANDB_MODE") != "disabled":
-        os.environ["WANDB_MODE"] = "offline"

@@ -53,8 +53,8 @@ def go_on(
     from llmtune.cli.process import prepare_process
 
     prepare_process(trains=True)
-    from llmtune.cli.process import is_offline
     from llmtune.cli.result import show_result
+    from llmtune.common.offline import is_offline
     from llmtune.config.process_options import Options
     from llmtune.training import train as training
 

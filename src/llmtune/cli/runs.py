@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.durable import printable
+from llmtune.common.text import printable
 from llmtune.runs.folder import RunSummary, list_runs
 
 __all__ = ["runs"]

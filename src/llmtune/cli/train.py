@@ -52,7 +52,7 @@ def train(
 
         show_models()
         return
-    from llmtune.cli.process import is_offline
+    from llmtune.common.offline import is_offline
 
     if resume_from_checkpoint is not None:
         from llmtune.cli.resume import go_on

@@ -14,7 +14,8 @@ import typer
 
 from llmtune.cli.failure import print_line
 from llmtune.cli.options import Overrides
-from llmtune.cli.process import is_offline, prepare_process
+from llmtune.cli.process import prepare_process
+from llmtune.common.offline import is_offline
 from llmtune.config.layers import ResolvedConfig, load_config
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ read as if it stood at the top.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import NamedTuple, get_args
 
@@ -21,7 +20,6 @@ __all__ = [
     "LORA_SECTIONS",
     "NAMES",
     "NOT_HERE",
-    "SECRET",
     "SECTION_VALUES",
     "TRANSLATED",
     "VALUES",
@@ -42,12 +40,6 @@ class Change(NamedTuple):
 
 
 Translation = Callable[[Node], list[Change]]
-
-SECRET = re.compile(
-    r"(^|[_.-])(api_?key|(access|auth|hub|hf|hugging_?face|wandb)_?token|token|secret|secret_?key|passw(or)?d|credentials?)$",
-    re.IGNORECASE,
-)
-"""Keys that would hold a secret; those come from the environment or a login store."""
 
 _YES = {"true", "yes", "on", "1"}
 _NO = {"false", "no", "off", "0"}

@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmtune.config.origin import Origin, printable
+from llmtune.common.text import excerpt
+from llmtune.config.origin import Origin
 from llmtune.config.schema import Config, SourceConfig
 from llmtune.config.value_text import value_text
 from llmtune.errors import Problem
@@ -193,7 +194,7 @@ def _value(config: Config, key: str) -> str:
     value: Any = config
     for name in key.split("."):
         value = getattr(value, name)
-    return printable(value_text(value))
+    return excerpt(value_text(value))
 
 
 def _is_given(origins: Mapping[str, Origin], key: str) -> bool:

@@ -7,17 +7,16 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llmtune.common.secrets import SECRET_NAME, SECRET_SHAPES
+from llmtune.common.text import excerpt
 from llmtune.config import aliases, convert
 from llmtune.config.checks import range_problem
 from llmtune.config.document import Entry, Listing, Node, Scalar, Table, shown
-from llmtune.config.origin import Origin, printable
+from llmtune.config.origin import Origin
 from llmtune.errors import Problem
 
 __all__ = ["Findings", "Setting", "collect", "nearest_key"]
 
-_SECRET_VALUE = re.compile(
-    r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b"
-)
 _FIX_SECRET = "remove it; log in with the tool's own login, or set its environment variable"  # noqa: S105 - advice, not a secret
 
 
@@ -101,12 +100,12 @@ class _Reader:
             self.section(key, value, origin)
         elif self.findings.is_full:
             self.findings.untold += 1
-        elif aliases.SECRET.search(key) and not _is_known_elsewhere(key):
-            self.findings.problem(f"`{printable(key)}` would keep a secret in a config", origin.place, _FIX_SECRET)
+        elif SECRET_NAME.search(key) and _alias_name(key) is None:
+            self.findings.problem(f"`{excerpt(key)}` would keep a secret in a config", origin.place, _FIX_SECRET)
         elif leaf in aliases.NOT_HERE:
             reason, fix = aliases.NOT_HERE[leaf]
             self.findings.problem(
-                f"`{printable(key)}` (`{shown(value)}`) is not a config key: {reason}", origin.place, fix
+                f"`{excerpt(key)}` (`{shown(value)}`) is not a config key: {reason}", origin.place, fix
             )
         elif isinstance(value, Table) and (inner := _foreign_section(key)) is not None:
             self.walk(value, inner)
@@ -143,7 +142,7 @@ class _Reader:
             changes = translation(value)
         except convert.Mismatch as mismatch:
             self.findings.problem(
-                f"`{printable(written)}` must be {mismatch.expected}, not `{shown(mismatch.node)}`",
+                f"`{excerpt(written)}` must be {mismatch.expected}, not `{shown(mismatch.node)}`",
                 origin.place,
                 mismatch.fix,
             )
@@ -152,19 +151,19 @@ class _Reader:
             if "[" in change.key:
                 self.parts[change.key] = Setting(change.value, origin, written)
                 self.findings.note(
-                    f"{origin.place}: `{printable(written)}` is a part of `{change.key.partition('[')[0]}` here"
+                    f"{origin.place}: `{excerpt(written)}` is a part of `{change.key.partition('[')[0]}` here"
                 )
                 continue
             self.settle(change.key, written, change.value, origin, change.weak)
         strong = [change for change in changes if not change.weak and "[" not in change.key]
         if len(strong) == 1 and strong[0].value is value:
-            self.findings.note(f"{origin.place}: `{printable(written)}` is called `{strong[0].key}` here")
+            self.findings.note(f"{origin.place}: `{excerpt(written)}` is called `{strong[0].key}` here")
         elif changes and not any("[" in change.key for change in changes):
             said = " and ".join(f"`{change.key}: {shown(change.value)}`" for change in (strong or changes))
-            self.findings.note(f"{origin.place}: `{printable(written)}: {shown(value)}` is {said} here")
+            self.findings.note(f"{origin.place}: `{excerpt(written)}: {shown(value)}` is {said} here")
         elif not changes:
             self.findings.note(
-                f"{origin.place}: `{printable(written)}: {shown(value)}` asks for what happens here anyway"
+                f"{origin.place}: `{excerpt(written)}: {shown(value)}` asks for what happens here anyway"
             )
 
     def settle(self, key: str, written: str, value: Node, origin: Origin, weak: bool = False) -> None:
@@ -174,7 +173,7 @@ class _Reader:
             self.findings.note(f"{origin.place}: `{key}: {shown(value)}` is written `{spelling}` here")
             value = Scalar(spelling, False, value.origin)
         if _holds_secret(value):
-            self.findings.problem(f"the value of `{printable(written)}` looks like a secret", origin.place, _FIX_SECRET)
+            self.findings.problem(f"`{excerpt(written)}` holds what looks like a secret", origin.place, _FIX_SECRET)
             self.findings.failed.add(key)
             return
         try:
@@ -186,7 +185,7 @@ class _Reader:
         wrong = range_problem(key, converted)
         if wrong is not None:
             self.findings.failed.add(key)
-            self.findings.problem(f"`{printable(written)}` {wrong}, not `{shown(value)}`", origin.place)
+            self.findings.problem(f"`{excerpt(written)}` {wrong}, not `{shown(value)}`", origin.place)
             return
         self.keep(key, Setting(converted, _value_origin(origin, value), written, weak))
 
@@ -200,7 +199,7 @@ class _Reader:
         else:
             self.findings.failed.add(key)
             self.findings.problem(
-                f"`{printable(before.written)}` ({before.origin}) and `{printable(setting.written)}` both set `{key}`, to different values",
+                f"`{excerpt(before.written)}` ({before.origin}) and `{excerpt(setting.written)}` both set `{key}`, to different values",
                 setting.origin.place,
                 f"keep `{key}` alone",
             )
@@ -252,9 +251,9 @@ class _Reader:
                 if near
                 else "the sections are " + ", ".join(name for name in convert.SECTIONS if "." not in name)
             )
-            self.findings.problem(f"unknown section `{printable(key)}`", origin.place, fix)
+            self.findings.problem(f"unknown section `{excerpt(key)}`", origin.place, fix)
             return
-        self.findings.problem(f"unknown key `{printable(key)}` (`{shown(value)}`)", origin.place, nearest_key(key))
+        self.findings.problem(f"unknown key `{excerpt(key)}` (`{shown(value)}`)", origin.place, nearest_key(key))
 
 
 def _value_origin(origin: Origin, value: Node) -> Origin:
@@ -265,13 +264,9 @@ def _value_origin(origin: Origin, value: Node) -> Origin:
     return replace(origin) if isinstance(value, Scalar) else origin
 
 
-def _is_known_elsewhere(key: str) -> bool:
-    return _alias_name(key) is not None
-
-
 def _holds_secret(value: Node) -> bool:
     if isinstance(value, Scalar):
-        return bool(_SECRET_VALUE.search(value.text))
+        return bool(SECRET_SHAPES.search(value.text))
     inner = value.items if isinstance(value, Listing) else tuple(entry.value for entry in value.entries)
     return any(_holds_secret(item) for item in inner)
 
@@ -345,7 +340,7 @@ def _mismatch_problem(
     key: str, written: str, value: Node, mismatch: convert.Mismatch, origin: Origin
 ) -> tuple[str, str, str | None]:
     place = mismatch.node.origin.place
-    subject = f"`{printable(written)}`" if written == key else f"`{printable(written)}` (`{key}` here)"
+    subject = f"`{excerpt(written)}`" if written == key else f"`{excerpt(written)}` (`{key}` here)"
     fix = mismatch.fix
     choices = re.findall(r"`([^`]+)`", mismatch.expected)
     if fix is None and isinstance(mismatch.node, Scalar) and choices:

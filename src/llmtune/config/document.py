@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from llmtune.config.origin import Origin, printable
+from llmtune.common.text import excerpt
+from llmtune.config.origin import Origin
 from llmtune.errors import Problem
 
 __all__ = [
@@ -95,12 +96,12 @@ Node = Scalar | Listing | Table
 def shown(node: Node) -> str:
     """Return a value as one short line for a message."""
     if isinstance(node, Scalar):
-        return printable(node.text)
+        return excerpt(node.text)
     if isinstance(node, Listing):
-        return printable(
+        return excerpt(
             "[" + ", ".join(shown(item) for item in node.items[:8]) + ("" if len(node.items) <= 8 else ", ...") + "]"
         )
-    return printable("{" + ", ".join(f"{entry.key}: {shown(entry.value)}" for entry in node.entries[:8]) + "}")
+    return excerpt("{" + ", ".join(f"{entry.key}: {shown(entry.value)}" for entry in node.entries[:8]) + "}")
 
 
 def read_text(path: Path, place: str) -> str:
@@ -158,7 +159,7 @@ def parse_yaml(text: str, origin_of: Callable[[int], Origin], problems: list[Pro
     except yaml.YAMLError as error:
         position = getattr(error, "position", 0) or 0
         line = text.count("\n", 0, position) + 1 if isinstance(position, int) else 1
-        character = printable(text[position : position + 1]) if isinstance(position, int) else ""
+        character = excerpt(text[position : position + 1]) if isinstance(position, int) else ""
         raise Unreadable(
             f"character `{character}` is not allowed in YAML", origin_of(line).place, "remove it"
         ) from error
@@ -222,9 +223,9 @@ class _Composer:
 
     def _alias(self, name: str, origin: Origin) -> Node:
         if name in self.open_anchors:
-            raise Unreadable(f"`*{printable(name)}` refers to itself", origin.place)
+            raise Unreadable(f"`*{excerpt(name)}` refers to itself", origin.place)
         if name not in self.anchors:
-            raise Unreadable(f"`*{printable(name)}` refers to an anchor that is not defined above", origin.place)
+            raise Unreadable(f"`*{excerpt(name)}` refers to an anchor that is not defined above", origin.place)
         return self.anchors[name]
 
     def _check_tag(self, tag: str | None, origin: Origin) -> None:
@@ -232,12 +233,10 @@ class _Composer:
             return
         name = tag.replace("tag:yaml.org,2002:", "!!")
         if "python" in name:
-            raise Unreadable(
-                f"`{printable(name)}` would run code; a config is only data", origin.place, "remove the tag"
-            )
+            raise Unreadable(f"`{excerpt(name)}` would run code; a config is only data", origin.place, "remove the tag")
         self.problems.append(
             Problem(
-                f"tag `{printable(name)}` means nothing here",
+                f"tag `{excerpt(name)}` means nothing here",
                 origin.place,
                 "remove it; values take the type their key declares",
             )
@@ -267,7 +266,7 @@ class _Composer:
                 first = entries[key.text].origin.place
                 self.problems.append(
                     Problem(
-                        f"key `{printable(key.text)}` stands twice (`{shown(value)}` here; first at {first})",
+                        f"key `{excerpt(key.text)}` stands twice (`{shown(value)}` here; first at {first})",
                         key.origin.place,
                         "keep one of them",
                     )

@@ -7,8 +7,9 @@ from bisect import bisect_right
 from collections.abc import Callable
 from json.decoder import JSONDecodeError, scanstring  # type: ignore[attr-defined]
 
+from llmtune.common.text import excerpt
 from llmtune.config.document import MAX_DEPTH, Entry, Listing, Node, Scalar, Table, Unreadable, shown
-from llmtune.config.origin import Origin, printable
+from llmtune.config.origin import Origin
 from llmtune.errors import Problem
 
 __all__ = ["parse_json"]
@@ -53,7 +54,7 @@ class _Reader:
 
     def wrong(self, reason: str, position: int) -> Unreadable:
         """The error to raise for what stands at a position; it shows the next 20 characters."""
-        found = printable(self.text[position : position + 20], 20) or "the end of the file"
+        found = excerpt(self.text[position : position + 20], 20) or "the end of the file"
         return Unreadable(f"not valid JSON: {reason}, found `{found}`", self.origin(position).place)
 
     def skip(self, position: int) -> int:
@@ -126,7 +127,7 @@ class _Reader:
                 place = entries[key].origin.place
                 self.problems.append(
                     Problem(
-                        f"key `{printable(key)}` stands twice (`{shown(value)}` here; first at {place})",
+                        f"key `{excerpt(key)}` stands twice (`{shown(value)}` here; first at {place})",
                         key_origin.place,
                         "keep one of them",
                     )

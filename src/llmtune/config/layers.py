@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmtune.common.text import excerpt, is_text
 from llmtune.config import convert
 from llmtune.config.checks import contradictions
 from llmtune.config.collect import Findings, Setting, collect
@@ -30,7 +31,7 @@ from llmtune.config.document import (
     shown,
 )
 from llmtune.config.json_document import parse_json
-from llmtune.config.origin import DEFAULT, Origin, is_text, printable
+from llmtune.config.origin import DEFAULT, Origin
 from llmtune.config.presets import shipped_path, shipped_presets
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError, Problem
@@ -187,14 +188,14 @@ def _spellings(path: Path) -> list[Path]:
 def _find_or_report(name: str, beside: Path | None, place: str, findings: Findings, chain: list[Path]) -> Path | None:
     path = find_config(name, beside=beside, skip=chain[-1] if chain else None)
     if path is None and chain and find_config(name, beside=beside) is not None:
-        findings.problem(f"`extends: {printable(name)}` names this file itself", place, "remove it")
+        findings.problem(f"`extends: {excerpt(name)}` names this file itself", place, "remove it")
     elif path is None:
         known = {*shipped_presets(), *(each.stem for each in Path("configs").glob("*.y*ml"))} - {"schema"}
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         fix = f"did you mean `{near[0]}`? " if near else ""
         listed = ", ".join(sorted(known))
         findings.problem(
-            f"no preset or file `{printable(name)}`",
+            f"no preset or file `{excerpt(name)}`",
             place,
             f"{fix}the presets are {listed}" if known else "name a YAML or JSON file",
         )
@@ -237,7 +238,7 @@ class _Files:
             return []
         self.count += 1
         if any(base.samefile(each) for each in chain):
-            self.findings.problem(f"`extends: {printable(name.text)}` comes back to this file", where, "remove it")
+            self.findings.problem(f"`extends: {excerpt(name.text)}` comes back to this file", where, "remove it")
             return []
         if self.count > MAX_FILES:
             self.findings.problem(f"more than {MAX_FILES} files are extended", where, "extend fewer")
@@ -294,9 +295,9 @@ def show_path(path: Path) -> str:
     if path.parent == shipped_path("configs"):
         return f"preset {path.stem}"
     try:
-        return printable(str(path.resolve().relative_to(Path.cwd().resolve())), 200)
+        return excerpt(str(path.resolve().relative_to(Path.cwd().resolve())), 200)
     except (ValueError, OSError):
-        return printable(str(path), 200)
+        return excerpt(str(path), 200)
 
 
 # --- environment, flags, command line
@@ -308,7 +309,7 @@ def _environment_layer(environ: Mapping[str, str], findings: Findings) -> dict[s
         key = name.removeprefix(ENVIRONMENT_PREFIX)
         if key == name or "__" not in key:
             continue
-        origin = Origin("env", f"env {printable(name)}")
+        origin = Origin("env", f"env {excerpt(name)}")
         entries.append(Entry(key.lower().replace("__", "."), _argument(text, origin, findings), origin))
     return collect(Table(tuple(entries), DEFAULT), findings)
 
@@ -334,7 +335,7 @@ def _override_layer(overrides: Sequence[str] | Mapping[str, object], findings: F
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z0-9_.\-]+", key.strip()):
-            findings.problem(f"`{printable(text)}` is not KEY=VALUE", origin.place, _written_as(text))
+            findings.problem(f"`{excerpt(text)}` is not KEY=VALUE", origin.place, _written_as(text))
             continue
         # The last of two overrides of one key wins, as with any command line.
         entries[key.strip()] = Entry(key.strip(), _argument(value, origin, findings), origin)
@@ -343,7 +344,7 @@ def _override_layer(overrides: Sequence[str] | Mapping[str, object], findings: F
 
 def _written_as(text: str) -> str:
     """How to write a bare word: most often it is a config or a file of rows that lacks its name."""
-    word = printable(text)
+    word = excerpt(text)
     if text in shipped_presets() or text.endswith((".yaml", ".yml")):
         return f"did you mean `--config {word}`?"
     if "=" not in text and (Path(text).exists() or text.startswith("example:")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["DEFAULT", "Origin", "is_text", "printable"]
+__all__ = ["DEFAULT", "Origin"]
 
 
 @dataclass(frozen=True)
@@ -27,25 +27,3 @@ class Origin:
 
 
 DEFAULT = Origin("default", "default")
-
-
-def is_text(text: str) -> bool:
-    r"""Say whether the text can be written down: not where a byte that could not be read, or half a character, stands
-    in it.
-
-    >>> is_text("Größe"), is_text("Gr\udcc3")
-    (True, False)
-    """
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def printable(text: str, limit: int = 60) -> str:
-    r"""Return `text` on one line, control characters escaped and cut to `limit` characters.
-
-    >>> printable("a\x1b[31m\nb")
-    'a\\x1b[31m\\nb'
-    """
-    shown = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text[: limit + 1]
-    )
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

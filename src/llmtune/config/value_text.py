@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
+from llmtune.common.text import printable
 from llmtune.config.schema import SourceConfig
 
 __all__ = ["source_text", "value_text"]
@@ -50,10 +51,5 @@ def source_text(source: SourceConfig) -> str:
 def _text(value: str) -> str:
     if _PLAIN.fullmatch(value) and value.lower() not in _WORDS and not _NUMBER_LIKE.fullmatch(value):
         return value
-    quoted = json.dumps(value, ensure_ascii=False)
-    return "".join(char if char.isprintable() else _escape(char) for char in quoted)
-
-
-def _escape(char: str) -> str:
-    code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    # What JSON leaves as it is and a terminal would obey is escaped the same way in YAML and in Python.
+    return printable(json.dumps(value, ensure_ascii=False))

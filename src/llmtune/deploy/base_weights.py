@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmtune.common.dtypes import torch_dtype
 from llmtune.errors import ModelError
 
 __all__ = ["BaseWeights", "open_base_weights"]
@@ -103,18 +104,4 @@ def _places(files: Sequence[Path]) -> Iterable[_Place]:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 piece = file.get_slice(name)
-                yield _Place(path, name, tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+                yield _Place(path, name, tuple(piece.get_shape()), torch_dtype(piece.get_dtype()))

@@ -5,7 +5,6 @@ Read back, compared, then named (N8).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,6 +13,8 @@ import torch
 
 from llmtune import durable
 from llmtune.adapters.base_model import find_result, named_folder
+from llmtune.common.dtypes import torch_dtype
+from llmtune.common.printing import PrintLine, silent
 from llmtune.deploy.compare_logits import (
     Difference,
     limit_for,
@@ -25,7 +26,7 @@ from llmtune.deploy.compare_logits import (
 )
 from llmtune.deploy.gguf_model import refuse_unwritable, write_gguf
 from llmtune.deploy.gguf_vocabulary import refuse_other_ids
-from llmtune.deploy.merge import DTYPES, MergeReport, merge_lora
+from llmtune.deploy.merge import MergeReport, merge_lora
 from llmtune.deploy.model_folder import Whole, open_whole, write_whole
 from llmtune.errors import UsageError
 from llmtune.models.catalog import resolve_subject
@@ -34,7 +35,6 @@ from llmtune.models.gguf import read_gguf
 __all__ = ["ExportReport", "Format", "export"]
 
 Format = Literal["safetensors", "gguf"]
-PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def export(
     base: str | None = None,
     output_dir: str = "runs",
     offline: bool = False,
-    print_line: PrintLine = lambda _: None,
+    print_line: PrintLine = silent,
 ) -> ExportReport:
     """Write `output` from RUN|MODEL|ADAPTER: a model folder, or a GGUF file where its name ends so or `file_format`
     says so.
@@ -97,7 +97,7 @@ class _Wanted:
 
     @property
     def type(self) -> torch.dtype | None:
-        return None if self.dtype is None else DTYPES[self.dtype]
+        return None if self.dtype is None else torch_dtype(self.dtype)
 
     def merge(self, adapter: Path, target: Path) -> MergeReport:
         return merge_lora(

@@ -8,7 +8,6 @@ whatever the model's size; the comparison afterwards loads base and result in fl
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import torch
 
 from llmtune import durable
 from llmtune.adapters.attach import load_adapter
+from llmtune.common.dtypes import torch_dtype
+from llmtune.common.printing import PrintLine, silent
 from llmtune.deploy.compare_logits import (
     Difference,
     limit_for,
@@ -33,9 +34,7 @@ from llmtune.models.load import load_model, resize_for_tokenizer
 from llmtune.models.quantization import through_quantization
 from llmtune.models.weights import digest_tensors
 
-__all__ = ["DTYPES", "MergeReport", "merge_lora"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["MergeReport", "merge_lora"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def merge_lora(
     base: str | None = None,
     dtype: str | None = None,
     offline: bool = False,
-    print_line: Callable[[str], None] = lambda _: None,
+    print_line: PrintLine = silent,
 ) -> MergeReport:
     """Write `output`, a model folder that `AutoModelForCausalLM.from_pretrained` loads, from the adapter in `source` (a
     run or an adapter).
@@ -89,7 +88,7 @@ def merge_lora(
         raise UsageError(f"`{output}` already exists", where="--output", fix="name a folder that does not")
     origin = find_origin(source, base, offline=offline)
     print_line(f"merging {origin.adapter} into {origin.base_name}")
-    plan = plan_merge(origin, dtype=None if dtype is None else DTYPES[dtype], dequantize=base is None)
+    plan = plan_merge(origin, dtype=None if dtype is None else torch_dtype(dtype), dequantize=base is None)
     digest = _checked_digest(origin, plan)
     durable.replace_target(output, print_line)
     with durable.commit_folder(output, replace=False) as staging:
@@ -178,7 +177,7 @@ def _tuned_logits(
     resize_for_tokenizer(model, origin.tokenizer)
     if dequantized:
         assert origin.quantization is not None
-        held = DTYPES[origin.held_dtype or "float32"]
+        held = torch_dtype(origin.held_dtype or "float32")
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(parameter.to(held))

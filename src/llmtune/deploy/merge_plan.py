@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmtune.adapters.attach import load_adapter_tensors
 from llmtune.adapters.layout import WeightUpdate, adapter_layout
+from llmtune.common.dtypes import torch_dtype
 from llmtune.deploy.base_weights import BaseWeights, open_base_weights, tied_names
 from llmtune.deploy.merged_from import Origin
 from llmtune.errors import AdapterError
@@ -103,7 +104,7 @@ def plan_merge(origin: Origin, *, dtype: torch.dtype | None, dequantize: bool) -
         rows=rows,
         embeddings=frozenset(embeddings),
         quantization=origin.quantization if dequantize else None,
-        held_dtype=getattr(torch, origin.held_dtype or "float32"),
+        held_dtype=torch_dtype(origin.held_dtype or "float32"),
         quantized=frozenset(quantized_layers(_meta_model(config), origin.quantization) if origin.quantization else ()),
         transposed=frozenset(_transposed_layers(meta)),
         notes=tuple(notes),

@@ -41,7 +41,6 @@ from llmtune.durable.system import (
     SystemBackend,
     errno_of,
     machine_error,
-    printable,
     translate_os_errors,
     use_backend,
 )
@@ -66,7 +65,6 @@ __all__ = [
     "machine_error",
     "make_folder",
     "point_to",
-    "printable",
     "read_lines",
     "read_manifest",
     "read_tensors",

@@ -11,12 +11,14 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from socket import gethostname
 from typing import Any
 
+from llmtune.common.printing import PrintLine
+from llmtune.common.text import printable
 from llmtune.durable.files import (
     PART_PREFIX,
     Staging,
@@ -30,7 +32,7 @@ from llmtune.durable.files import (
     stamp_of,
     write_text,
 )
-from llmtune.durable.system import call, printable, sync_file, sync_folder, translate_os_errors
+from llmtune.durable.system import call, sync_file, sync_folder, translate_os_errors
 from llmtune.errors import Problem
 
 __all__ = [
@@ -226,7 +228,7 @@ def remove_leftovers(folder: Path | str, *, everything: bool = False) -> list[st
     return done
 
 
-def replace_target(target: Path | str, print_line: Callable[[str], None]) -> None:
+def replace_target(target: Path | str, print_line: PrintLine) -> None:
     """Make the folder that `target` will stand in, and sweep what killed processes left there, saying each.
 
     Raises MachineError.

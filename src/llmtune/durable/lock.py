@@ -13,8 +13,9 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any
 
+from llmtune.common.text import printable
 from llmtune.durable.folders import remove_tree
-from llmtune.durable.system import call, printable, translate_os_errors, write_fully
+from llmtune.durable.system import call, translate_os_errors, write_fully
 from llmtune.errors import MachineError
 
 __all__ = ["FileLock", "ReadHold", "delete_unless_held", "is_locked"]

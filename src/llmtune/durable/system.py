@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from llmtune.common.text import printable
 from llmtune.errors import MachineError
 
 __all__ = ["OPERATIONS", "Backend", "SystemBackend", "errno_of", "machine_error", "translate_os_errors", "use_backend"]
@@ -104,12 +105,6 @@ def machine_error(error: OSError, action: str, path: str | os.PathLike[str]) -> 
     code = errno.errorcode.get(number, f"errno {number}")
     fix = _FIXES.get(number, "check that the folder exists, is writable and is on a healthy disk")
     return MachineError(f"cannot {action}: {words} ({code})", where=printable(path), fix=fix)
-
-
-def printable(path: str | os.PathLike[str]) -> str:
-    """Return the path as one line of text that can be encoded: control characters and undecodable bytes are escaped."""
-    text = os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def errno_of(error: BaseException) -> int | None:

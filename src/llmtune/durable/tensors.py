@@ -17,8 +17,10 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmtune.common.dtypes import SAFETENSORS_NAMES, torch_dtype
+from llmtune.common.text import printable
 from llmtune.durable.files import json_text, write_stream
-from llmtune.durable.system import printable, translate_os_errors
+from llmtune.durable.system import translate_os_errors
 from llmtune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,25 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read_tensors", "write_tensors"]
 
-_NAMES: dict[str, str] = {  # torch's name of a type -> the format's, in the order the library lays tensors out
-    "uint64": "U64",
-    "int64": "I64",
-    "float64": "F64",
-    "complex64": "C64",
-    "float32": "F32",
-    "uint32": "U32",
-    "int32": "I32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "uint16": "U16",
-    "int16": "I16",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-_TYPES = {short: name for name, short in _NAMES.items()}
+_TYPES = {short: name for name, short in SAFETENSORS_NAMES.items()}
 _ORDER = {short: place for place, short in enumerate(_TYPES)}
 _ONE_BYTE = ("BOOL", "F8_E4M3", "F8_E5M2")
 _ITEM_BYTES = {short: 1 if short in _ONE_BYTE else int(short.lstrip("BCFIU")) // 8 for short in _TYPES}
@@ -83,9 +67,9 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mappin
 def _describe(name: str, tensor: Any) -> tuple[str, list[int], int]:
     """Return the format's type, the shape and the bytes of one item."""
     type_name = str(tensor.dtype).removeprefix("torch.")
-    if type_name not in _NAMES:
+    if type_name not in SAFETENSORS_NAMES:
         raise TypeError(f"tensor `{name}` has type {type_name}, which safetensors cannot hold")
-    return _NAMES[type_name], list(tensor.shape), tensor.dtype.itemsize
+    return SAFETENSORS_NAMES[type_name], list(tensor.shape), tensor.dtype.itemsize
 
 
 def _raw(tensor: Any) -> memoryview:
@@ -180,7 +164,7 @@ class _Entry(NamedTuple):
 def _read_one(file: FileIO, entry: _Entry, digest: Any) -> tuple[str, torch.Tensor]:
     import torch
 
-    tensor: torch.Tensor = torch.empty(entry.shape, dtype=getattr(torch, _TYPES[entry.short]))
+    tensor: torch.Tensor = torch.empty(entry.shape, dtype=torch_dtype(entry.short))
     if tensor.nbytes:
         view = tensor.reshape(-1).view(torch.uint8).numpy().data
         done = 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.common.decisions import Decision
+from llmtune.common.folders import user_cache_folder
 from llmtune.errors import ModelError
 from llmtune.models.catalog_entry import Availability, CatalogEntry, ModelSource, ScratchShape
 
@@ -87,8 +88,7 @@ def availability(entry: CatalogEntry, environ: Mapping[str, str] = os.environ) -
 
 def in_hub_cache(hub_id: str, environ: Mapping[str, str] = os.environ) -> bool:
     """Whether a snapshot of this hub id with a config.json lies in the hub cache (HF_HUB_CACHE, HF_HOME)."""
-    user_cache = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or "~") / ".cache")
-    home = Path(environ.get("HF_HOME") or user_cache / "huggingface")
+    home = Path(environ.get("HF_HOME") or (user_cache_folder(environ) or Path()) / "huggingface")
     cache = Path(environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     return any((cache / f"models--{hub_id.replace('/', '--')}" / "snapshots").glob("*/config.json"))
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from llmtune import durable
+from llmtune.common.folders import cache_folder
 from llmtune.durable.files import stamp_of
-from llmtune.errors import ModelError, in_one_line
+from llmtune.errors import MachineError, ModelError, in_one_line
 from llmtune.models.quiet_libraries import quiet_libraries, saving_by_library
 
 __all__ = ["converted_folder", "converted_weights_digest", "model_cache_folder", "read_gguf"]
@@ -33,12 +34,12 @@ out for them.
 
 
 def model_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where converted models are kept: LLMTUNE_CACHE_DIR, or `llmtune` in the user's cache folder (XDG_CACHE_HOME)."""
-    named = environ.get("LLMTUNE_CACHE_DIR")
-    if named:
-        return Path(named).expanduser() / "models"
-    cache = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or os.path.expanduser("~")) / ".cache"  # noqa: PTH111
-    return Path(cache) / "llmtune" / "models"
+    """The folder of converted models, in llmtune's cache folder; raises MachineError where there is no home folder."""
+    folder = cache_folder(environ)
+    if folder is None:
+        fix = "set LLMTUNE_CACHE_DIR to a folder that can be written"
+        raise MachineError("there is no home folder to keep converted models in", fix=fix)
+    return folder / "models"
 
 
 def converted_folder(gguf: Path, *, weights: bool = True, environ: Mapping[str, str] = os.environ) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmtune.common.decisions import Decision
+from llmtune.common.dtypes import torch_dtype
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError, ModelError, Problem, in_one_line
 from llmtune.models.catalog_entry import ModelSource
@@ -151,7 +152,7 @@ def _from_scratch(
     digest = digest_tensors(sorted(model.named_parameters()))
     set_attention(model, model_config.attention)
     _train_every_row(model)
-    model.to(device=device, dtype=_DTYPES()[model_config.dtype] if model_config.dtype != "auto" else None)
+    model.to(device=device, dtype=torch_dtype(model_config.dtype) if model_config.dtype != "auto" else None)
     model.eval()
     count = sum(one.numel() for one in model.parameters())
     shape = f"{model.config.num_hidden_layers} layers x {model.config.hidden_size}, {model.config.num_attention_heads} heads"
@@ -171,7 +172,6 @@ def _checked_weights(folder: Path) -> tuple[str, float]:
 def _choose_dtype(
     model_config: ModelConfig, trained: str, precision: str, largest: float
 ) -> tuple[Any, list[Decision]]:
-    dtypes = _DTYPES()
     if model_config.dtype != "auto":
         if model_config.dtype == "float16" and largest > _LARGEST_HALF:
             raise ModelError(
@@ -179,14 +179,16 @@ def _choose_dtype(
                 where="model.dtype",
                 fix="model.dtype=bfloat16 or float32",
             )
-        return dtypes[model_config.dtype], []
+        return torch_dtype(model_config.dtype), []
     if trained == "full" or precision == "fp32":
         reason = "trained weights are kept in float32" if trained == "full" else "the arithmetic is fp32"
-        return dtypes["float32"], [Decision("model.dtype", "float32", reason)]
+        return torch_dtype("float32"), [Decision("model.dtype", "float32", reason)]
     if precision == "fp16" and largest > _LARGEST_HALF:
-        return dtypes["float32"], [Decision("model.dtype", "float32", f"a weight of {largest:g} does not fit float16")]
+        return torch_dtype("float32"), [
+            Decision("model.dtype", "float32", f"a weight of {largest:g} does not fit float16")
+        ]
     name = "bfloat16" if precision == "bf16" else "float16"
-    return dtypes[name], [Decision("model.dtype", name, f"the base is frozen and the arithmetic is {precision}")]
+    return torch_dtype(name), [Decision("model.dtype", name, f"the base is frozen and the arithmetic is {precision}")]
 
 
 def _read(folder: Path, device: torch.device, attention: str, options: dict[str, Any]) -> tuple[Any, list[Decision]]:
@@ -269,12 +271,6 @@ def _listed(what: str, names: Any, where: str) -> list[Problem]:
             "fetch the model again; nothing is filled in with random numbers",
         )
     ]
-
-
-def _DTYPES() -> dict[str, Any]:  # noqa: N802 - a table that needs torch
-    import torch
-
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 _ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2", "flex": "flex_attention"}

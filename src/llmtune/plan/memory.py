@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llmtune.plan.activation_trace import MicroBatchShape, Peaks
 from llmtune.plan.meta_model import Counted
 
-__all__ = ["MemoryPlan", "add_up", "gigabytes", "optimizer_bytes"]
+__all__ = ["MemoryPlan", "add_up", "optimizer_bytes"]
 
 ALLOCATOR_SHARE = {"cpu": 0.25, "cuda": 0.05}
 """What the allocator holds beside tensors that come and go (a micro-batch's, and gradients), as a part of them: gaps.
@@ -55,15 +55,6 @@ class MemoryPlan:
 def optimizer_bytes(name: str, *, entries: int, entry_bytes: int) -> int:
     """Bytes of an optimizer's state for `entries` trained weights that take `entry_bytes` in all."""
     return round(OPTIMIZER_BYTES[name](entries, entry_bytes))
-
-
-def gigabytes(count: int) -> str:
-    """Bytes as people read them, in units of 10^9 and 10^6.
-
-    >>> gigabytes(1_234_000_000), gigabytes(56_700_000)
-    ('1.23 GB', '57 MB')
-    """
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def add_up(

@@ -16,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtune.adapters import attach
+from llmtune.common.dtypes import torch_dtype
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, ModelConfig
 from llmtune.errors import LlmtuneError, ModelError, in_one_line
@@ -31,8 +32,6 @@ from llmtune.models.scratch import build_config
 from llmtune.prepare import Prepared
 
 __all__ = ["Counted", "Shape", "base_of", "blocks_of", "build", "count", "give_stand_ins", "open_shape", "weight_dtype"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def weight_dtype(model: ModelConfig, *, trained: bool, precision: str, scratch: 
     loading).
     """
     if model.dtype != "auto":
-        return DTYPES[model.dtype]
+        return torch_dtype(model.dtype)
     if trained or scratch or precision == "fp32":
         return torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float16

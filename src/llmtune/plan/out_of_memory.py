@@ -11,11 +11,11 @@ import traceback
 
 import torch
 
+from llmtune.common.bytes import readable_bytes
 from llmtune.engine.allocator import release_free_memory
 from llmtune.errors import LlmtuneError, MachineError
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.hardware import memory_for_us, resident_bytes
-from llmtune.plan.memory import gigabytes
 from llmtune.plan.suggestions import KEEPING_OVERRIDES, Change, changes
 
 __all__ = ["asked_bytes", "open_reserve", "out_of_memory"]
@@ -67,8 +67,8 @@ def out_of_memory(
     asked, held = asked_bytes(error), _held_bytes(forecaster)
     traceback.clear_frames(error.__traceback__)  # their local variables are the tensors of the step that failed
     _free(forecaster)
-    wanted = f"{gigabytes(asked)} more were asked for" if asked is not None else "more was asked for"
-    problem = f"the memory is used up {doing}: {wanted}, {gigabytes(held)} were held and {_limit(forecaster)}; {_planned(forecaster)}"
+    wanted = f"{readable_bytes(asked)} more were asked for" if asked is not None else "more was asked for"
+    problem = f"the memory is used up {doing}: {wanted}, {readable_bytes(held)} were held and {_limit(forecaster)}; {_planned(forecaster)}"
     kept = "nothing is saved yet" if saved is None else f"the newest checkpoint is {saved}"
     return MachineError(f"{problem}; {kept}", where, _fix(_edits(forecaster), can_go_on=saved is not None))
 
@@ -88,19 +88,19 @@ def _limit(forecaster: Forecaster) -> str:
     """What there is: a device's memory, this machine's, or the limit that was set for this process."""
     if forecaster.target.kind == "cuda":
         free, total = torch.cuda.mem_get_info()
-        return f"{forecaster.target.name} has {gigabytes(total)}, {gigabytes(free)} of them free now"
+        return f"{forecaster.target.name} has {readable_bytes(total)}, {readable_bytes(free)} of them free now"
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     limited = (
-        f" (its address space is limited to {gigabytes(address_space)})"
+        f" (its address space is limited to {readable_bytes(address_space)})"
         if address_space != resource.RLIM_INFINITY
         else ""
     )
-    return f"this process could hold {gigabytes(memory_for_us())} here{limited}"
+    return f"this process could hold {readable_bytes(memory_for_us())} here{limited}"
 
 
 def _planned(forecaster: Forecaster) -> str:
     try:
-        return f"the plan was {gigabytes(forecaster.memory().peak_bytes)}"
+        return f"the plan was {readable_bytes(forecaster.memory().peak_bytes)}"
     except (
         LlmtuneError,
         MemoryError,
@@ -135,7 +135,7 @@ def _edits(forecaster: Forecaster) -> list[Change]:
 def _fix(edits: list[Change], *, can_go_on: bool) -> str:
     if not edits:
         return "`llmtune plan` says what a run needs and what to change"
-    listed = "; or ".join(f"{one.overrides} ({gigabytes(one.peak_bytes)} planned)" for one in edits)
+    listed = "; or ".join(f"{one.overrides} ({readable_bytes(one.peak_bytes)} planned)" for one in edits)
     if not can_go_on:
         return f"start again with {listed}"
     return f"go on with `llmtune resume`, or, where that changes the model or its optimizer, start again, with {listed}"

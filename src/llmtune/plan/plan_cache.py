@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune import durable
-from llmtune.data.dataset.cache import default_cache_dir
+from llmtune.common.folders import cache_folder
 from llmtune.errors import LlmtuneError
 
 __all__ = ["read_entry", "write_entry"]
@@ -40,5 +40,5 @@ def write_entry(key: str, entry: dict[str, Any]) -> None:
 
 
 def _path(key: str) -> Path | None:
-    folder = default_cache_dir()
+    folder = cache_folder()
     return folder / "plan" / f"{key}.json" if folder is not None else None

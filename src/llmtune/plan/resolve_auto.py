@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from llmtune.common.bytes import readable_bytes
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config, TrainingConfig
 from llmtune.engine.devices import Devices
@@ -16,7 +17,7 @@ from llmtune.engine.precision import DTYPES as COMPUTE
 from llmtune.errors import ConfigError
 from llmtune.plan.activation_trace import TRACE_ERRORS
 from llmtune.plan.forecast import Forecaster
-from llmtune.plan.memory import MemoryPlan, gigabytes
+from llmtune.plan.memory import MemoryPlan
 from llmtune.prepare import Prepared
 
 __all__ = ["keep_resolved", "resolve", "resolve_on_all_ranks"]
@@ -76,8 +77,10 @@ def _settle_batch(forecaster: Forecaster, config: Config) -> tuple[Config, list[
             chosen, memory = found
             return chosen, _told(config, chosen, _why(memory, forecaster))
     chosen = variant(config, sizes[0], checkpointing[-1])
-    needed = gigabytes(forecaster.memory(chosen).peak_bytes)
-    reason = f"nothing fits: even so the plan is {needed} and {forecaster.target.name} has {gigabytes(budget)} to fill"
+    needed = readable_bytes(forecaster.memory(chosen).peak_bytes)
+    reason = (
+        f"nothing fits: even so the plan is {needed} and {forecaster.target.name} has {readable_bytes(budget)} to fill"
+    )
     return chosen, _told(config, chosen, reason)
 
 
@@ -90,7 +93,7 @@ def _settle_prepack(forecaster: Forecaster, config: Config) -> tuple[Config, lis
     if not memory.counted.prepacked_bytes:
         return config, []
     fits = memory.peak_bytes <= forecaster.target.budget_bytes
-    reason = f"two more copies of frozen weights, {gigabytes(memory.counted.prepacked_bytes)}; with them {_why(memory, forecaster)}"
+    reason = f"two more copies of frozen weights, {readable_bytes(memory.counted.prepacked_bytes)}; with them {_why(memory, forecaster)}"
     return _prepacked(config, fits), [Decision("model.weights_prepack", fits, reason)]
 
 
@@ -176,7 +179,7 @@ def _largest_that_fits(
 
 def _why(memory: MemoryPlan, forecaster: Forecaster) -> str:
     target = forecaster.target
-    return f"planned {gigabytes(memory.peak_bytes)} of the {gigabytes(target.budget_bytes)} that may be filled on {target.name}"
+    return f"planned {readable_bytes(memory.peak_bytes)} of the {readable_bytes(target.budget_bytes)} that may be filled on {target.name}"
 
 
 def _told(asked: Config, chosen: Config, reason: str) -> list[Decision]:

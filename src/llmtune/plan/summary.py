@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from llmtune.common.bytes import readable_bytes
 from llmtune.errors import MachineError, in_one_line
 from llmtune.plan.activation_trace import TRACE_ERRORS
 from llmtune.plan.forecast import Forecaster, Steps, kept_rate
-from llmtune.plan.memory import MemoryPlan, gigabytes, optimizer_bytes
+from llmtune.plan.memory import MemoryPlan, optimizer_bytes
 from llmtune.plan.suggestions import Change, changes, largest_batch
 from llmtune.runs.disk import DiskForecast, forecast_disk
 
@@ -98,12 +99,12 @@ def short_lines(plan: Plan) -> list[str]:
     memory = plan.memory
     if memory is None:
         return [f"memory  not planned: {plan.missing}"]
-    parts = ", ".join(f"{name} {gigabytes(count)}" for name, count in memory.parts.items() if count)
+    parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in memory.parts.items() if count)
     found = [
-        f"memory  {gigabytes(memory.peak_bytes)} planned of {gigabytes(plan.budget_bytes)} on {plan.device} ({parts})"
+        f"memory  {readable_bytes(memory.peak_bytes)} planned of {readable_bytes(plan.budget_bytes)} on {plan.device} ({parts})"
     ]
     if memory.host_bytes:
-        found.append(f"host    {gigabytes(memory.host_bytes)} of page-locked memory for the inputs of blocks")
+        found.append(f"host    {readable_bytes(memory.host_bytes)} of page-locked memory for the inputs of blocks")
     if not plan.fits:
         found.append("warning: by the plan this does not fit; `llmtune plan` says what to change")
     if plan.seconds is not None:
@@ -124,12 +125,12 @@ def lines(plan: Plan) -> list[str]:
     if memory is None:
         found.append(f"memory     not planned: {plan.missing}")
     else:
-        may = f"{plan.device} may fill {gigabytes(plan.budget_bytes)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
-        found.append(f"memory     {gigabytes(memory.peak_bytes)} at most ({memory.moment}); {may}")
-        found += [f"  {name:<13}{gigabytes(count):>10}" for name, count in memory.parts.items() if count]
+        may = f"{plan.device} may fill {readable_bytes(plan.budget_bytes)}: {'fits' if plan.fits else 'DOES NOT FIT'}"
+        found.append(f"memory     {readable_bytes(memory.peak_bytes)} at most ({memory.moment}); {may}")
+        found += [f"  {name:<13}{readable_bytes(count):>10}" for name, count in memory.parts.items() if count]
         if memory.host_bytes:
             found.append(
-                f"  and {gigabytes(memory.host_bytes)} of page-locked memory of the host, for the inputs of blocks"
+                f"  and {readable_bytes(memory.host_bytes)} of page-locked memory of the host, for the inputs of blocks"
             )
         found.append(f"  largest micro-batch: {memory.batch.tokens:,} tokens in {len(memory.batch.lengths)} rows")
         found.append(f"  {memory.counted.trained:,} of {memory.counted.parameters:,} parameters are trained")
@@ -148,7 +149,7 @@ def lines(plan: Plan) -> list[str]:
     if plan.changes:
         found.append("what to change, and the memory planned then:")
         found += [
-            f"  {gigabytes(one.peak_bytes):>10}  {'fits' if one.fits else '    '}  {one.overrides}"
+            f"  {readable_bytes(one.peak_bytes):>10}  {'fits' if one.fits else '    '}  {one.overrides}"
             for one in plan.changes
         ]
     return found
@@ -160,7 +161,7 @@ def compared_lines(plan: Plan, *, steps: int, seconds: float, memory_bytes: int)
     if plan.memory is not None and memory_bytes:
         off = plan.memory.peak_bytes / memory_bytes - 1
         found.append(
-            f"memory  {gigabytes(plan.memory.peak_bytes)} planned, {gigabytes(memory_bytes)} measured ({off:+.0%})"
+            f"memory  {readable_bytes(plan.memory.peak_bytes)} planned, {readable_bytes(memory_bytes)} measured ({off:+.0%})"
         )
     planned = f"{duration(plan.seconds)} planned, " if plan.seconds is not None else ""
     found.append(f"time    {planned}{duration(seconds)} measured in steps")

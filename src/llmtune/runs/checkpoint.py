@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmtune import durable
+from llmtune.common.text import printable
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.runs.folder import RunFolder
 
@@ -132,9 +133,7 @@ def checkpoint_of(run: RunFolder, step: int) -> CheckpointFolder:
     """Return the checkpoint of `step`. Raises CheckpointError, which says which steps there are."""
     steps = [one.step for one in all_checkpoints(run)]
     if step not in steps:
-        raise CheckpointError(
-            f"no checkpoint of step {step}", durable.printable(run.checkpoints), f"choose one of: {steps}"
-        )
+        raise CheckpointError(f"no checkpoint of step {step}", printable(run.checkpoints), f"choose one of: {steps}")
     return CheckpointFolder(step, run.checkpoints / checkpoint_name(step))
 
 
@@ -149,7 +148,7 @@ def verify(checkpoint: CheckpointFolder, *, run_id: str | None = None, past_cach
     problems = durable.verify_manifest(checkpoint.path, past_cache=past_cache)
     if problems:
         return problems
-    where = durable.printable(checkpoint.path)
+    where = printable(checkpoint.path)
     fix = "use another checkpoint, or put the right folder back"
     try:
         manifest = durable.read_manifest(checkpoint.path)
@@ -189,12 +188,12 @@ def newest_valid(run: RunFolder) -> tuple[CheckpointFolder | None, list[Problem]
     damaged = (
         sorted(one.name for one in run.checkpoints.glob(f"step-*{DAMAGED_SUFFIX}*")) if run.checkpoints.is_dir() else []
     )
-    problems += [Problem("set aside earlier", durable.printable(run.checkpoints / name)) for name in damaged]
+    problems += [Problem("set aside earlier", printable(run.checkpoints / name)) for name in damaged]
     if not problems:
         return None, []
     summary = Problem(
         f"none of the {len(bad) + len(damaged)} checkpoints of this run can be used; nothing was deleted",
-        durable.printable(run.checkpoints),
+        printable(run.checkpoints),
         "restore one of them from a backup, or start a new run with `llmtune train`",
     )
     raise CheckpointError.all([summary, *problems])
@@ -206,7 +205,7 @@ def _set_aside(bad: list[CheckpointFolder]) -> Iterator[Problem]:
         aside = next(path for path in _aside_names(checkpoint.path) if not path.exists())
         try:
             durable.rename(checkpoint.path, aside)
-            yield Problem(f"damaged; set aside as {aside.name}", durable.printable(checkpoint.path))
+            yield Problem(f"damaged; set aside as {aside.name}", printable(checkpoint.path))
         except MachineError as error:
             yield error.problems[0]
 
@@ -228,7 +227,7 @@ def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
     """
     from llmtune.engine.state import Snapshot
 
-    where = durable.printable(checkpoint.path)
+    where = printable(checkpoint.path)
     with durable.translate_os_errors("read", checkpoint.path):
         try:
             manifest = durable.read_manifest(checkpoint.path)
@@ -273,5 +272,5 @@ def delete_old_checkpoints(run: RunFolder, keep_last: int, *, protected_steps: C
         try:
             durable.remove_tree(one.path)
         except MachineError as error:
-            warnings.append(f"an old checkpoint stays: {error.problems[0].problem} ({durable.printable(one.path)})")
+            warnings.append(f"an old checkpoint stays: {error.problems[0].problem} ({printable(one.path)})")
     return warnings

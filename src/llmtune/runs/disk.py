@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from llmtune import durable
+from llmtune.common.bytes import readable_bytes
+from llmtune.common.text import printable
 from llmtune.errors import MachineError, Problem
 
 __all__ = ["DiskForecast", "SaveAttempts", "forecast_disk", "free_bytes_at"]
@@ -29,8 +31,8 @@ class DiskForecast(NamedTuple):
     """Bytes of each part of `needed_bytes`."""
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_readable(count)}" for name, count in self.parts.items())
-        return f"{_readable(self.needed_bytes)} of {_readable(self.free_bytes)} free ({parts})"
+        parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in self.parts.items())
+        return f"{readable_bytes(self.needed_bytes)} of {readable_bytes(self.free_bytes)} free ({parts})"
 
 
 def free_bytes_at(folder: Path | str) -> int:
@@ -75,22 +77,10 @@ def forecast_disk(
         fewer = "checkpoint.keep_last=1" if keep_last != 1 else "checkpoint.keep_best=false"
         raise MachineError(
             f"the disk is too small for this run: {forecast}",
-            where=durable.printable(folder),
-            fix=f"free {_readable(forecast.needed_bytes - free)}, choose run.output_dir on another disk, or keep less ({fewer})",
+            where=printable(folder),
+            fix=f"free {readable_bytes(forecast.needed_bytes - free)}, choose run.output_dir on another disk, or keep less ({fewer})",
         )
     return forecast
-
-
-def _readable(count: int) -> str:
-    """Return bytes as people read them.
-
-    >>> _readable(999), _readable(1_500_000_000)
-    ('999 B', '1.50 GB')
-    """
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
 
 
 class SaveAttempts:

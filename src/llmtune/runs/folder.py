@@ -15,8 +15,9 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 from llmtune import durable
+from llmtune.common.secrets import redacted
+from llmtune.common.text import printable
 from llmtune.errors import CheckpointError, MachineError, UsageError
-from llmtune.runs.secrets import redacted
 
 __all__ = [
     "CONFIG_FILE",
@@ -168,9 +169,7 @@ def create_run(
             raise
         assert lock is not None
         return RunFolder(path, lock, swept=tuple(swept))
-    raise UsageError(
-        f"{_MOST_SUFFIXES} runs are called {name!r}", durable.printable(output_dir), "choose another run.name"
-    )
+    raise UsageError(f"{_MOST_SUFFIXES} runs are called {name!r}", printable(output_dir), "choose another run.name")
 
 
 def checked_name(name: str) -> str:
@@ -194,7 +193,7 @@ def checked_name(name: str) -> str:
     }
     for reason, applies in reasons.items():
         if applies:
-            shown = durable.printable(name if len(name) <= 80 else f"{name[:77]}...")
+            shown = printable(name if len(name) <= 80 else f"{name[:77]}...")
             raise UsageError(
                 f"`{shown}` cannot be the name of a run: {reason}",
                 where="run.name",
@@ -227,21 +226,19 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
     fix = "give the folder of a run, or its name; `llmtune runs` lists them"
     if not path.is_file():
-        raise CheckpointError("no run here: run.json is missing", where=durable.printable(folder), fix=fix)
+        raise CheckpointError("no run here: run.json is missing", where=printable(folder), fix=fix)
     with durable.translate_os_errors("read", path):
         raw = path.read_bytes()
     try:
         info = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"run.json is not JSON: {error}", durable.printable(path), "restore it from a backup"
-        ) from error
+        raise CheckpointError(f"run.json is not JSON: {error}", printable(path), "restore it from a backup") from error
     if (
         not isinstance(info, dict)
         or not isinstance(info.get("run_id"), str)
         or info.get("state") not in (*RESUMABLE, "finished", "diverged")
     ):
-        raise CheckpointError("run.json does not describe a run", durable.printable(path), "restore it from a backup")
+        raise CheckpointError("run.json does not describe a run", printable(path), "restore it from a backup")
     return info
 
 
@@ -307,7 +304,7 @@ def find_newest_unfinished(output_dir: Path | str) -> Path:
     if not unfinished:
         raise CheckpointError(
             "there is no unfinished run to go on with",
-            where=durable.printable(output_dir),
+            where=printable(output_dir),
             fix="`llmtune runs` lists what is there; name a run, or another folder with run.output_dir=DIR",
         )
     return unfinished[-1].path
@@ -324,9 +321,7 @@ def resolve_run(run: str | None, output_dir: Path | str) -> Path:
             return candidate.absolute()
     names = [one.name for one in list_runs(output_dir)]
     shown = f"the runs there: {', '.join(names[-5:])}" if names else "there are no runs there"
-    raise CheckpointError(
-        f"no run `{durable.printable(run)}`, neither as a folder nor in {durable.printable(output_dir)}", fix=shown
-    )
+    raise CheckpointError(f"no run `{printable(run)}`, neither as a folder nor in {printable(output_dir)}", fix=shown)
 
 
 CONFIG_FILE = "config.yaml"
@@ -337,5 +332,5 @@ def config_file_of(folder: Path) -> Path:
     read_run_file(folder)
     if not (folder / CONFIG_FILE).is_file():
         fix = "restore it from a backup, or start a new run with `llmtune train`"
-        raise CheckpointError(f"{CONFIG_FILE} is missing", where=durable.printable(folder), fix=fix)
+        raise CheckpointError(f"{CONFIG_FILE} is missing", where=printable(folder), fix=fix)
     return folder / CONFIG_FILE

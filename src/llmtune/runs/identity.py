@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmtune.common.secrets import redacted_command
 from llmtune.errors import CheckpointError, Problem
-from llmtune.runs.secrets import redacted_command
 
 __all__ = ["Difference", "Effect", "compare", "describe_machine", "refuse_changes"]
 

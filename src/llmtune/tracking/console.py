@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TaskProgressColumn, TextColumn
 
+from llmtune.common.text import printable
 from llmtune.tracking.tracker import Histogram, RunInfo
 
 __all__ = ["ConsoleTracker", "clean", "eval_line", "train_line"]
@@ -136,7 +137,7 @@ def clean(text: str) -> str:
     'two\\nlines \\x1b[31mred'
     """
     cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in cut)
+    return printable(cut)
 
 
 def _make_progress(console: Console) -> Progress:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmtune.common.printing import PrintLine
 from llmtune.errors import in_one_line
 from llmtune.tracking.tracker import Histogram, RunInfo, Tracker
 
@@ -54,7 +55,7 @@ class TrackerQueue:
         *,
         capacity: int = 1000,
         hang_after_s: float = 120.0,
-        print_line: Callable[[str], None] = say_on_stderr,
+        print_line: PrintLine = say_on_stderr,
     ) -> None:
         self._lanes = [_Lane(tracker, capacity, hang_after_s, print_line) for tracker in trackers]
 
@@ -97,7 +98,7 @@ class TrackerQueue:
 class _Lane:
     """One tracker, its queue and its thread."""
 
-    def __init__(self, tracker: Tracker, capacity: int, hang_after_s: float, print_line: Callable[[str], None]) -> None:
+    def __init__(self, tracker: Tracker, capacity: int, hang_after_s: float, print_line: PrintLine) -> None:
         self._tracker = tracker
         self._hang_after_s = hang_after_s
         self._print_line = print_line

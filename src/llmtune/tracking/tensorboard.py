@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmtune import durable
-from llmtune.runs.secrets import redacted
+from llmtune.common.secrets import redacted
 from llmtune.tracking.tracker import Histogram, RunInfo, grouped_name
 
 if TYPE_CHECKING:

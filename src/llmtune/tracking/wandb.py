@@ -15,15 +15,16 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from llmtune import durable
+from llmtune.common.printing import PrintLine
+from llmtune.common.secrets import redacted
 from llmtune.errors import MachineError
-from llmtune.runs.secrets import redacted
 from llmtune.tracking.queue import say_on_stderr
 from llmtune.tracking.tracker import Histogram, RunInfo, grouped_name
 
@@ -49,7 +50,7 @@ class WandbTracker:
         *,
         tags: Sequence[str] = (),
         mode: str | None = None,
-        print_line: Callable[[str], None] = say_on_stderr,
+        print_line: PrintLine = say_on_stderr,
     ) -> None:
         self._project = project
         self._tags = tuple(tags)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from llmtune.adapters import attach
+from llmtune.common.bytes import readable_bytes
 from llmtune.common.decisions import Decision
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, TrainingConfig
@@ -191,7 +192,7 @@ def _make_update(
     if not training.step_in_backward:
         return AfterBackward(parameters, optimizer, precision, devices, max_grad_norm=training.max_grad_norm), []
     sizes = [one.nbytes for one in parameters]
-    reason = f"asked for: a gradient goes once it is complete; all are {sum(sizes) / 1e6:.1f} MB, the largest {max(sizes) / 1e6:.1f} MB"
+    reason = f"asked for: a gradient goes once it is complete; all are {readable_bytes(sum(sizes))}, the largest {readable_bytes(max(sizes))}"
     return StepInBackward(parameters, optimizer), [Decision("training.step_in_backward", True, reason)]
 
 

@@ -12,6 +12,8 @@ import torch
 from llmtune import durable
 from llmtune.adapters import attach
 from llmtune.adapters.write import write_adapter
+from llmtune.common.printing import PrintLine
+from llmtune.common.secrets import redacted
 from llmtune.config.dump import config_to_yaml
 from llmtune.engine.state import Snapshot
 from llmtune.errors import CheckpointError, MachineError, Problem
@@ -22,7 +24,6 @@ from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import SaveAttempts
 from llmtune.runs.folder import RunFolder
-from llmtune.runs.secrets import redacted
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.training.build import TrainingSetup
 
@@ -73,9 +74,7 @@ def restore_weights(setup: TrainingSetup, loaded: LoadedCheckpoint) -> None:
 class Checkpointer:
     """Writes the run's checkpoints, its best and its final model, and keeps as many as the config says."""
 
-    def __init__(
-        self, run: RunFolder, prepared: Prepared, setup: TrainingSetup, print_line: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run: RunFolder, prepared: Prepared, setup: TrainingSetup, print_line: PrintLine) -> None:
         self._run, self._prepared, self._assembled, self._print_line = run, prepared, setup, print_line
         self._attempts = SaveAttempts(lambda: durable.remove_leftovers(run.checkpoints))
         self._manifest = {"threads": torch.get_num_threads(), "world_size": setup.devices.world_size}

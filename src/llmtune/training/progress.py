@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from llmtune.common.decisions import Decision
+from llmtune.common.printing import PrintLine
 from llmtune.errors import Problem
 from llmtune.plan.summary import Plan, short_lines
 from llmtune.prepare import Prepared
@@ -23,17 +24,10 @@ __all__ = [
     "print_preflight",
     "print_resume",
     "print_setup",
-    "silent",
     "tokenizing_progress",
 ]
 
-PrintLine = Callable[[str], None]
 _EVERY_S = 2.0
-
-
-def silent(line: str) -> None:
-    """Say nothing."""
-    del line
 
 
 def print_decisions(decisions: Iterable[Decision], print_line: PrintLine) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmtune import durable
+from llmtune.common.printing import PrintLine
+from llmtune.common.text import printable
 from llmtune.config.dump import config_to_dict, config_to_yaml
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.schema import ModelConfig
@@ -75,9 +76,7 @@ def own_tokenizer(run: RunFolder, asked: ModelConfig) -> Path | None:
     return folder if folder.is_dir() and is_as_it_was else None
 
 
-def create(
-    resolved: ResolvedConfig, prepared: Prepared, setup: TrainingSetup, print_line: Callable[[str], None]
-) -> RunFolder:
+def create(resolved: ResolvedConfig, prepared: Prepared, setup: TrainingSetup, print_line: PrintLine) -> RunFolder:
     """Make the folder of a new run with everything that is known before step 1, and say where.
 
     Nothing is left behind when that fails.
@@ -120,8 +119,8 @@ def create(
         },
     )
     print_line(
-        f"run     {durable.printable(run.path)}"
-        + ("" if run.name == name else f" (there is a run `{durable.printable(name)}` already)")
+        f"run     {printable(run.path)}"
+        + ("" if run.name == name else f" (there is a run `{printable(name)}` already)")
     )
     return run
 

@@ -6,11 +6,13 @@ What happens at each step is in `session`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from llmtune.common.decisions import Decision
+from llmtune.common.printing import PrintLine, silent
+from llmtune.common.secrets import find_secrets
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import DistributedConfig
@@ -24,7 +26,6 @@ from llmtune.plan.summary import Plan, make_plan
 from llmtune.prepare import Prepared, prepare
 from llmtune.runs import identity
 from llmtune.runs.folder import RunFolder, config_file_of, resolve_run
-from llmtune.runs.secrets import find_secrets
 from llmtune.runs.signals import StopRequest
 from llmtune.tracking.choose import choose_trackers
 from llmtune.tracking.tracker import Tracker
@@ -34,8 +35,6 @@ from llmtune.training.build import TrainingSetup, build_setup
 from llmtune.training.training_run import Result, TrainingRun
 
 __all__ = ["Result", "dry_run", "preflight", "reopen", "resume", "start", "train"]
-
-PrintLine = Callable[[str], None]
 
 
 def preflight(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine) -> tuple[Prepared, Devices, Plan]:
@@ -103,9 +102,7 @@ def build_within_memory(prepared: Prepared, options: Options, devices: Devices) 
         raise out_of_memory(error, forecaster, doing=doing, where=prepared.config.model.name, saved=None) from error
 
 
-def train(
-    resolved: ResolvedConfig, options: Options | None = None, *, print_line: PrintLine = reporting.silent
-) -> Result:
+def train(resolved: ResolvedConfig, options: Options | None = None, *, print_line: PrintLine = silent) -> Result:
     """Train a new run from its first step to its end, or to the signal that stops it; raises what the rooms raise."""
     with StopRequest() as stop:
         return start(resolved, options or Options(), stop, print_line=print_line).go()
@@ -133,7 +130,7 @@ def resume(
     options: Options | None = None,
     allow_changes: bool = False,
     checkpoint: Path | None = None,
-    print_line: PrintLine = reporting.silent,
+    print_line: PrintLine = silent,
 ) -> Result:
     """Go on with a run (a folder, a name, or None for the newest unfinished one) from its newest valid checkpoint, to
     its end or a stop.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmtune.common.printing import PrintLine
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.process_options import Options
 from llmtune.engine.allocator import release_free_memory
@@ -40,8 +41,6 @@ from llmtune.training.checkpointer import Checkpointer
 from llmtune.training.evaluator import EvalState, Evaluator
 
 __all__ = ["Result", "TrainingRun"]
-
-PrintLine = Callable[[str], None]
 
 
 @dataclass(frozen=True)

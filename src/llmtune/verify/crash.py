@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from llmtune import durable
+from llmtune.common.printing import PrintLine
 from llmtune.errors import CheckpointError
 from llmtune.runs.folder import read_run_file
 from llmtune.verify.file_checks import compare_runs
@@ -50,7 +51,7 @@ def verify_crash(
     *,
     steps: int,
     kills: int,
-    print_line: Callable[[str], None],
+    print_line: PrintLine,
     seed: int = 0,
     through_commands: bool = False,
     record: Path | None = None,
@@ -100,7 +101,7 @@ class _Campaign:
         self.findings = Verdict("differences")
         """What does not hold of a run that was resumed."""
 
-    def measure(self, print_line: Callable[[str], None]) -> None:
+    def measure(self, print_line: PrintLine) -> None:
         """Train what nobody stops, and learn how long a process lives and how many operations it makes."""
         self._check(self._starter.train("whole"))
         # The first training fills the caches, so that the second lives as long as the killed ones.

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llmtune import durable
+from llmtune.common.printing import PrintLine
 from llmtune.deploy.merge import merge_lora
 from llmtune.durable import read_lines
 from llmtune.errors import CheckpointError
@@ -23,7 +23,7 @@ __all__ = ["TIMES", "compare_runs", "numbers_of", "verify_checkpoint", "verify_m
 _FLIPS = 20
 
 
-def verify_checkpoint(run: Path, *, print_line: Callable[[str], None]) -> Verdict:
+def verify_checkpoint(run: Path, *, print_line: PrintLine) -> Verdict:
     """Re-read every byte of every checkpoint, best and final.
 
     Then damage copies of the newest and require that each damage is found.
@@ -92,7 +92,7 @@ def _copy(files: list[Path], target: Path, changes: dict[str, bytes | None]) -> 
             durable.write_bytes(target / name, data)
 
 
-def verify_merge(run: Path, *, offline: bool, print_line: Callable[[str], None]) -> Verdict:
+def verify_merge(run: Path, *, offline: bool, print_line: PrintLine) -> Verdict:
     """Merge the run's adapter into a scratch folder and report the comparison with base + adapter (N8)."""
     verdict = Verdict("merge")
     with tempfile.TemporaryDirectory() as scratch:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmtune.common.printing import PrintLine
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.process_options import Options
 from llmtune.data.dataset.batches import MicroBatch, make_micro_batch
@@ -34,7 +35,7 @@ LOSS_BOUND = 1e-6
 _MOST_ROWS = 12
 
 
-def verify_batching(resolved: ResolvedConfig, options: Options, *, print_line: Callable[[str], None]) -> Verdict:
+def verify_batching(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine) -> Verdict:
     """One window's loss and gradients must not depend on how it is cut into micro-batches (N1) or padded (N4).
 
     Float32, no dropout.
@@ -59,7 +60,7 @@ def verify_batching(resolved: ResolvedConfig, options: Options, *, print_line: C
     return verdict
 
 
-def verify_packing(resolved: ResolvedConfig, options: Options, *, print_line: Callable[[str], None]) -> Verdict:
+def verify_packing(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine) -> Verdict:
     """Packed rows must train as rows alone, and no row may see another (N5). Float32, no dropout."""
     prepared, setup, examples = _assemble(resolved, options, print_line)
     verdict = Verdict("packing")
@@ -85,7 +86,7 @@ def verify_packing(resolved: ResolvedConfig, options: Options, *, print_line: Ca
 
 
 def _assemble(
-    resolved: ResolvedConfig, options: Options, print_line: Callable[[str], None]
+    resolved: ResolvedConfig, options: Options, print_line: PrintLine
 ) -> tuple[Prepared, TrainingSetup, list[Example]]:
     """The config's model in float32 without dropout, and up to twelve of its rows, of lengths as different as there
     are.

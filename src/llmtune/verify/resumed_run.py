@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from llmtune.common.printing import PrintLine
 from llmtune.errors import CheckpointError
 from llmtune.verify.file_checks import compare_runs
 from llmtune.verify.result import Verdict
@@ -29,7 +30,7 @@ def verify_resume(
     *,
     steps: int,
     kills: int,
-    print_line: Callable[[str], None],
+    print_line: PrintLine,
 ) -> Verdict:
     """Train `steps` steps twice under `folder`, the second time killed `kills` times and resumed.
 

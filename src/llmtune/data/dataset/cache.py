@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from llmtune import durable
+from llmtune.common.bytes import readable_bytes
 from llmtune.common.decisions import Decision
 from llmtune.data.dataset.store import EXAMPLE, ROW, RowStore, StoreBuilder
 from llmtune.data.reading.data_files import DataFile
@@ -29,7 +30,7 @@ from llmtune.data.rendering.row_warnings import RowWarning
 from llmtune.data.rows.row_result import Reason, RowResult
 from llmtune.errors import MachineError, in_one_line
 
-__all__ = ["cache_key", "code_digest", "default_cache_dir", "open_or_build"]
+__all__ = ["cache_key", "code_digest", "open_or_build"]
 
 SETS_KEPT = 24
 """Tokenized sets of rows that the cache keeps at most: those used last."""
@@ -38,24 +39,6 @@ BYTES_KEPT = 32 * 10**9
 """Bytes that the kept sets have together at most; the set just made is kept whatever its size."""
 
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "pyarrow", "datasets")
-
-
-def default_cache_dir(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """The user's cache folder: `LLMTUNE_CACHE_DIR`, or `llmtune` in `XDG_CACHE_HOME`, or in `~/.cache`.
-
-    None where there is no home.
-
-    >>> default_cache_dir({"XDG_CACHE_HOME": "/var/cache/me"}).as_posix()
-    '/var/cache/me/llmtune'
-    """
-    if environ.get("LLMTUNE_CACHE_DIR"):
-        return Path(environ["LLMTUNE_CACHE_DIR"])
-    if environ.get("XDG_CACHE_HOME"):
-        return Path(environ["XDG_CACHE_HOME"]) / "llmtune"
-    try:
-        return Path.home() / ".cache" / "llmtune"
-    except RuntimeError:
-        return None
 
 
 @cache
@@ -170,7 +153,7 @@ def _prune(folder: Path) -> list[Decision]:
                     deleted, freed = deleted + 1, freed + size
     if not deleted:
         return []
-    what = f"{deleted} older set{'s' * (deleted > 1)} of rows deleted ({freed / 1e6:,.0f} MB)"
+    what = f"{deleted} older set{'s' * (deleted > 1)} of rows deleted ({readable_bytes(freed)})"
     return [
         Decision(
             "data.cache_dir",

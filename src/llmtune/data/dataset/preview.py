@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from llmtune.common.text import printable
 from llmtune.data.example import Example
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def row_line(example: Example) -> str:
     trained = int((example.weights > 0).sum())
     total = float(example.weights.sum(dtype="float64"))
     by_weight = "" if total == trained else f" ({total:g} by weight)"
-    return f"{_printable(example.source)}: {len(example):,} tokens, {trained:,} trained{by_weight}"
+    return f"{printable(example.source)}: {len(example):,} tokens, {trained:,} trained{by_weight}"
 
 
 def _pack_line(group: Group) -> str:
@@ -136,17 +137,13 @@ def _pack_line(group: Group) -> str:
 
 
 def _marked(stretch: Stretch, *, color: bool) -> str:
-    text = _printable(stretch.text).replace("\n", "↵\n")
+    text = printable(stretch.text, keep="\n").replace("\n", "↵\n")
     note = f"×{stretch.weight:g} " if stretch.weight not in (0, 1) else ""
     if not color:
         return f"{OPEN}{note}{text}{CLOSE}" if stretch.weight > 0 else text
     code = (BOLD_GREEN if stretch.is_control else GREEN) if stretch.weight > 0 else CYAN if stretch.is_control else ""
     # Colour is set anew on each line, so that a pager shows every line alike.
     return "\n".join(f"{code}{line}{RESET}" if code and line else line for line in (note + text).split("\n"))
-
-
-def _printable(text: str) -> str:
-    return "".join(one if one == "\n" or one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 # --- a page
@@ -188,7 +185,7 @@ def _html_group(group: Group, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
 
 def _html_stretch(stretch: Stretch) -> str:
     classes = " ".join(name for name, is_so in (("t", stretch.weight > 0), ("c", stretch.is_control)) if is_so)
-    text = html.escape(_printable(stretch.text))
+    text = html.escape(printable(stretch.text, keep="\n"))
     if not classes:
         return text
     tip = f' title="weight {stretch.weight:g}"' if stretch.weight not in (0, 1) else ""

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from llmtune.common.decisions import Decision
+from llmtune.common.folders import cache_folder
 from llmtune.config.schema import DataConfig
-from llmtune.data.dataset.cache import cache_key, default_cache_dir, open_or_build
+from llmtune.data.dataset.cache import cache_key, open_or_build
 from llmtune.data.dataset.ledger import LedgerPart
 from llmtune.data.example import Row
 from llmtune.data.reading.data_files import DataFile, Purpose, home_expanded
@@ -78,7 +79,7 @@ def tokenize_side(
     rules = row_rules(config)
     limit = config.max_samples if purpose == "train" else None
     facts = {"renderer": renderer.digest, "formats": formats, "rules": rules._asdict(), "max_samples": limit}
-    folder = home_expanded(config.cache_dir) if config.cache_dir else default_cache_dir()
+    folder = home_expanded(config.cache_dir) if config.cache_dir else cache_folder()
     job = Job(tuple(files), tuple(formats), renderer, rules)
     workers = available_cores() if config.num_workers is None else config.num_workers
     store, said = open_or_build(

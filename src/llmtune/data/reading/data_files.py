@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from llmtune.common.text import printable
 from llmtune.config.presets import shipped_path
 from llmtune.config.schema import SourceConfig
 from llmtune.data.reading.readers import (
@@ -23,7 +24,6 @@ from llmtune.data.reading.readers import (
     is_json_lines,
     open_bytes,
 )
-from llmtune.durable import printable
 from llmtune.errors import DataError, LlmtuneError, Problem, in_one_line
 
 __all__ = [

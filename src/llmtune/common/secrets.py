@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HIDDEN", "find_secrets", "redacted", "redacted_command"]
+__all__ = ["HIDDEN", "SECRET_NAME", "SECRET_SHAPES", "find_secrets", "redacted", "redacted_command"]
 
 HIDDEN = "***"
 
-_SECRET_NAME = re.compile(
+SECRET_NAME = re.compile(
     r"(?:^|[._\-\s])(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?:api[_-]?key|token|secret|password|passwd|pwd|credentials?|access[_-]?key(?:[_-]?id)?|secret[_-]?key|private[_-]?key|auth)$",
     re.IGNORECASE,
 )
-# What well-known services hand out; each is recognised wherever it stands.
+"""Names of keys, flags and environment variables that hold a secret; `eos_token` and its like do not."""
 # `task-...` and `sk-wikipedia-...` are names, so a key must not go on to the left and must hold a long run of letters
 # and digits.
-_SECRET_SHAPES = re.compile(
+SECRET_SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{16,}|[a-z]{30,})|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|sk-(?=[\w-]*\d)(?=[\w-]*[A-Za-z0-9]{16})[\w-]{20,}|xox[abprs]-(?=[\w-]*\d)[\w-]{10,}|AKIA[A-Z0-9]{16}|wandb_v1_\w{20,})"
     r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)|(?<=Authorization: Bearer )\S+|(?<=Bearer )(?=\S*\d)\S{16,}"
@@ -37,7 +37,7 @@ def _environment_secrets(environ: Mapping[str, str]) -> list[str]:
     values = {
         value
         for name, value in environ.items()
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_HIDDEN_CHARACTERS
+        if SECRET_NAME.search(name) and len(value) >= _SHORTEST_HIDDEN_CHARACTERS
     }
     return sorted((value for value in values if not _is_ordinary(value)), key=lambda value: (-len(value), value))
 
@@ -99,12 +99,12 @@ def _redacted(value: Any, known: Sequence[str]) -> Any:
                     re.escape(secret) if _is_sure(secret) else rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])"
                 )
                 value = re.sub(whole, HIDDEN, value)
-        return _SECRET_SHAPES.sub(HIDDEN, value)
+        return SECRET_SHAPES.sub(HIDDEN, value)
     return value
 
 
 def _is_secret(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, str) and bool(value) and bool(_SECRET_NAME.search(name))
+    return isinstance(name, str) and isinstance(value, str) and bool(value) and bool(SECRET_NAME.search(name))
 
 
 def redacted_command(arguments: Sequence[str], *, environ: Mapping[str, str] | None = None) -> list[str]:
@@ -121,7 +121,7 @@ def redacted_command(arguments: Sequence[str], *, environ: Mapping[str, str] | N
             shown.append(HIDDEN)
             hide_next = False
             continue
-        is_secret = bool(_SECRET_NAME.search(name))
+        is_secret = bool(SECRET_NAME.search(name))
         hide_next = is_secret and not equals and argument.startswith("-")
         shown.append(f"{name}={HIDDEN}" if is_secret and equals else argument)
     return [str(one) for one in redacted(shown, environ=environ)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmtune.runs.secrets import find_secrets, redacted, redacted_command
+from llmtune.common.secrets import find_secrets, redacted, redacted_command
 
 
 @pytest.mark.parametrize(
