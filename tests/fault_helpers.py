@@ -7,13 +7,11 @@ import errno
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 from disk_faults import Counting, Failing, Killing, Unsynced
 from llmtune import durable
-from llmtune.verify.kill_points import Marker
-from llmtune.verify.subprocesses import in_child
+from llmtune.verify.subprocesses import run_forked
 
 FAULTS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EROFS": errno.EROFS, "short write": None}
 EVERY_FAULT = [(fault, for_ever) for fault in FAULTS for for_ever in (False, True)]
@@ -31,24 +29,6 @@ def in_memory(otherwise):
         shutil.rmtree(folder)
 
 
-class Sends(Marker):
-    """The marker of a watched child that sends itself signals on its `nth` entry into a phase."""
-
-    def __init__(self, phase, signals, *, nth=1, pause_s=0.0):
-        super().__init__()
-        self._aim, self._left, self._signals, self._pause_s = phase, nth, signals, pause_s
-
-    def enter(self, phase):
-        before = super().enter(phase)
-        if phase == self._aim:
-            self._left -= 1
-            if self._left == 0:
-                for number in self._signals:
-                    os.kill(os.getpid(), number)
-                    time.sleep(self._pause_s)
-        return before
-
-
 def count_operations(story, scratch):
     """How many file operations the story makes when nothing goes wrong."""
     answer = scratch / "count"
@@ -58,7 +38,7 @@ def count_operations(story, scratch):
             story()
         answer.write_text(str(counting.count))
 
-    end = in_child(counted)
+    end = run_forked(counted)
     assert end.code == 0, end.error
     return int(answer.read_text())
 
@@ -70,7 +50,7 @@ def killed_at(story, at):
         with durable.use_backend(Killing(at, for_real=True, below=Unsynced())):
             story()
 
-    end = in_child(dying)
+    end = run_forked(dying)
     assert end.code == -9, f"not killed at operation {at}: {end}"
 
 
@@ -81,7 +61,7 @@ def refused_at(story, at, fault, *, for_ever):
         with durable.use_backend(Failing(at, FAULTS[fault], for_ever=for_ever, below=Unsynced())):
             story()
 
-    return in_child(refused)
+    return run_forked(refused)
 
 
 def undisturbed(story):
@@ -91,7 +71,7 @@ def undisturbed(story):
         with durable.use_backend(Unsynced()):
             story()
 
-    end = in_child(well)
+    end = run_forked(well)
     assert end.code == 0, end.error
 
 

@@ -22,15 +22,15 @@ import pytest
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 from disk_faults import Unsynced
-from fault_helpers import Sends, in_memory, litter_in, undisturbed
+from fault_helpers import in_memory, litter_in, undisturbed
 from llmtune import durable
 from llmtune.config.layers import load_config
 from llmtune.errors import StoppedBySignal
 from llmtune.runs.folder import read_run_file
 from llmtune.runs.signals import SIGNALS, ending_in_order, held_back
 from llmtune.training import train as training
-from llmtune.verify.kill_points import Marker, watched
-from llmtune.verify.subprocesses import in_child
+from llmtune.verify.subprocesses import run_forked
+from phase_signals import sending
 from training_helpers import difference, line_count, small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -58,14 +58,14 @@ class Place:
     def train(self, name):
         training.train(load_config(None, overrides=[*self.given, f"run.name={name}"], environ={}))
 
-    def stopped(self, name, marker, story=None):
-        """Run the story (a training) with the marker in a child; returns how it ended."""
+    def stopped(self, name, phase, signals, *, story=None, **when):
+        """Run the story (a training) in a child that sends itself signals in a phase; returns how it ended."""
 
         def run():
             with durable.use_backend(Unsynced()):
                 (story or (lambda: self.train(name)))()
 
-        return in_child(watched(run, marker))
+        return run_forked(sending(run, phase, signals, **when))
 
     def assert_resumes(self, name):
         run = self.folder / name
@@ -88,7 +88,7 @@ def place(tmp_path_factory, tiny_model_folder, rows_file):
 
 @pytest.mark.parametrize("phase", BEFORE_THE_RUN)
 def test_p8_a_signal_before_the_run_exists_leaves_nothing(place, phase):
-    end = place.stopped("early", Sends(phase, [signal.SIGTERM]))
+    end = place.stopped("early", phase, [signal.SIGTERM])
     assert end.code == 128 + signal.SIGTERM, end
     assert "stopped by SIGTERM: there was nothing to save yet" in end.error
     assert sorted(one.name for one in place.folder.iterdir()) == ["whole"]
@@ -97,7 +97,7 @@ def test_p8_a_signal_before_the_run_exists_leaves_nothing(place, phase):
 @pytest.mark.parametrize("phase", SAVED)
 def test_p8_a_signal_in_a_phase_is_answered_after_the_step_and_saved(place, phase):
     number = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)[SAVED.index(phase) % 4]
-    end = place.stopped("stopped", Sends(phase, [number]))
+    end = place.stopped("stopped", phase, [number])
     assert end.code == 128 + number, end
     assert f"stopped by {number.name}: saved after step" in end.error
     info = read_run_file(place.folder / "stopped")
@@ -125,38 +125,37 @@ def test_p8_a_signal_in_the_middle_of_an_accumulation_is_answered_after_its_step
         Precision.backward = counted
         place.train("middle")
 
-    end = place.stopped("middle", Marker(), train)
+    end = place.stopped("middle", None, [], story=train)
     assert end.code == 128 + signal.SIGTERM, end
     assert "saved after step 2" in end.error
     place.assert_resumes("middle")
 
 
 def test_p8_a_signal_while_the_finished_run_is_put_away_changes_nothing(place):
-    end = place.stopped("late", Sends("finishing", [signal.SIGTERM]))
+    end = place.stopped("late", "finishing", [signal.SIGTERM])
     assert end.code == 0, end
     place.assert_whole("late")
 
 
 def test_p8_a_signal_while_resuming_leaves_the_run_as_it_was(place):
-    assert place.stopped("again", Sends("saving", [signal.SIGTERM])).code == 143
+    assert place.stopped("again", "saving", [signal.SIGTERM]).code == 143
     before = sorted(one.name for one in (place.folder / "again" / "checkpoints").iterdir())
-    end = place.stopped(
-        "again", Sends("resuming", [signal.SIGTERM], nth=2), lambda: training.resume(str(place.folder / "again"))
-    )
+    run = place.folder / "again"
+    end = place.stopped("again", "resuming", [signal.SIGTERM], nth=2, story=lambda: training.resume(str(run)))
     assert end.code == 143, end
     assert sorted(one.name for one in (place.folder / "again" / "checkpoints").iterdir()) == before
     place.assert_resumes("again")
 
 
 def test_p8_ten_signals_at_once_are_one_request(place):
-    end = place.stopped("ten", Sends("evaluation", [signal.SIGTERM] * 10))
+    end = place.stopped("ten", "evaluation", [signal.SIGTERM] * 10)
     assert end.code == 143, end
     assert "saved after step" in end.error
     place.assert_resumes("ten")
 
 
 def test_p8_a_second_signal_leaves_in_the_middle_of_a_save_and_nothing_is_half_committed(place):
-    end = place.stopped("twice", Sends("retention", [signal.SIGTERM, signal.SIGINT], nth=2, pause_s=0.3))
+    end = place.stopped("twice", "retention", [signal.SIGTERM, signal.SIGINT], nth=2, pause_s=0.3)
     assert end.code == 128 + signal.SIGINT, end
     run = place.folder / "twice"
     assert all(durable.verify_manifest(one) == [] for one in (run / "checkpoints").glob("step-??????"))

@@ -26,8 +26,6 @@ from llmtune import durable
 from llmtune.config.layers import load_config
 from llmtune.runs.folder import read_run_file
 from llmtune.training import train as training
-from llmtune.verify.kill_points import Marker, watched
-from llmtune.verify.subprocesses import in_child
 from training_helpers import difference, small_run
 
 FORKS = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -53,9 +51,9 @@ class Scene:
 
     def _stop_in_the_save_of_step_3(self):
         """Kill it where the staged folder of step 3 is nearly complete, then damage what was saved of step 2."""
-        marker = Marker()
-        in_child(watched(lambda: self.train("counted", "checkpoint.keep_last=0", "training.max_steps=2"), marker))
-        in_child(watched(lambda: self.train("template", "checkpoint.keep_last=0"), Marker(), kill_at=marker.calls))
+        keep_all = "checkpoint.keep_last=0"
+        operations = count_operations(lambda: self.train("counted", keep_all, "training.max_steps=2"), self.folder)
+        killed_at(lambda: self.train("template", keep_all), operations)
         places = self.template / "checkpoints"
         assert [one.name for one in places.iterdir() if one.name.startswith(".llmtune")], "no litter to sweep"
         newest = max(places.glob("step-??????"))

@@ -13,7 +13,7 @@ import pytest
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 from disk_faults import Unsynced
-from fault_helpers import Sends, in_memory
+from fault_helpers import in_memory
 from llmtune import durable
 from llmtune.config.layers import load_config
 from llmtune.data.dataset.batches import BatchPlan
@@ -21,8 +21,8 @@ from llmtune.engine import loop, state
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.training import checkpointer, evaluator, training_run
 from llmtune.training import train as training
-from llmtune.verify.kill_points import watched
-from llmtune.verify.subprocesses import in_child
+from llmtune.verify.subprocesses import run_forked
+from phase_signals import sending
 from training_helpers import difference, small_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -83,7 +83,7 @@ class Scene:
         )
         assert self.child(lambda: self.train("whole")).code == 0
         # Killed after step 4, whose lines are in the log, with step 2 saved.
-        end = self.child(watched(lambda: self.train("template"), Sends("evaluation", [signal.SIGKILL], nth=3)))
+        end = self.child(sending(lambda: self.train("template"), "evaluation", [signal.SIGKILL], nth=3))
         assert end.code == -signal.SIGKILL, end
         saved = [one.name for one in (place / "template" / "checkpoints").glob("step-??????")]
         assert saved == ["step-000002"]
@@ -98,7 +98,7 @@ class Scene:
             with durable.use_backend(Unsynced()):
                 story()
 
-        return in_child(run)
+        return run_forked(run)
 
     def difference(self, change=lambda: None):
         """Resume a copy of the killed run after `change`; the first claim that does not hold, or ''."""

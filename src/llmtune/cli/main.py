@@ -105,9 +105,7 @@ COMMANDS: tuple[Command, ...] = (
         "Kill a run, resume it, compare it byte for byte with one nobody stopped.",
         "Check",
     ),
-    Command(
-        "verify crash", "verify:crash", "Kill a run in the middle of its file operations, resume it, compare.", "Check"
-    ),
+    Command("verify crash", "verify:crash", "Kill runs at random moments, resume them, compare.", "Check"),
     Command("verify batching", "verify:batching", "Loss and gradients do not depend on how a step is cut.", "Check"),
     Command("verify packing", "verify:packing", "Packed rows train as rows alone and see no neighbour.", "Check"),
     Command("verify merge", "verify:merge", "A merge gives the logits of base plus adapter.", "Check"),

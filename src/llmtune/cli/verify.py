@@ -56,9 +56,7 @@ def crash(
     seed: Annotated[int, typer.Option("--seed", help="Decides the moments of the kills.")] = 0,
     through_commands: Annotated[
         bool,
-        typer.Option(
-            "--through-commands", help="Kill the real `llmtune train` and `llmtune resume`, at random times (slower)."
-        ),
+        typer.Option("--through-commands", help="Kill the real `llmtune train` and `llmtune resume` (slower)."),
     ] = False,
     record: Annotated[
         Path | None, typer.Option("--record", help="Add one JSON line for each kill to this file.")
@@ -68,7 +66,7 @@ def crash(
         typer.Option("--keep", help="Work in this folder and leave there what differs, instead of a temporary one."),
     ] = None,
 ) -> None:
-    """Kill runs at random moments and in the middle of file operations, resume them, and compare them byte for byte."""
+    """Kill runs at random moments, resume them, and compare them byte for byte with the run nobody stopped."""
     os.environ["OMP_NUM_THREADS"] = "1"  # forked processes compute with one thread
     prepare_process()
     from llmtune.verify.crash import verify_crash

@@ -11,6 +11,7 @@ not.
 """
 
 from llmtune.durable.files import (
+    UNFINISHED_PREFIX,
     json_text,
     link_or_copy,
     make_folder,
@@ -48,6 +49,7 @@ from llmtune.durable.tensors import read_tensors, write_tensors
 
 __all__ = [
     "MANIFEST",
+    "UNFINISHED_PREFIX",
     "AppendLog",
     "Backend",
     "BrokenSealError",

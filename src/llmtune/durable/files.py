@@ -21,6 +21,7 @@ from llmtune.durable.system import call, opened, sync_folder, translate_os_error
 from llmtune.errors import LlmtuneError
 
 __all__ = [
+    "UNFINISHED_PREFIX",
     "json_text",
     "link_or_copy",
     "make_folder",
@@ -31,7 +32,9 @@ __all__ = [
     "write_text",
 ]
 
-PART_PREFIX = ".llmtune-part-"
+UNFINISHED_PREFIX = ".llmtune-"
+"""How the name of everything unfinished begins: what a process is writing, and what it is about to replace."""
+PART_PREFIX = f"{UNFINISHED_PREFIX}part-"
 _numbers = itertools.count(1)
 live_parts: set[str] = set()  # names this process is working on now; a sweep leaves them alone
 

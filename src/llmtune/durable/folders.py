@@ -21,6 +21,7 @@ from llmtune.common.printing import PrintLine
 from llmtune.common.text import printable
 from llmtune.durable.files import (
     PART_PREFIX,
+    UNFINISHED_PREFIX,
     Staging,
     best_effort,
     json_text,
@@ -50,7 +51,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-OLD_PREFIX = ".llmtune-old-"
+OLD_PREFIX = f"{UNFINISHED_PREFIX}old-"
 _SEAL = "manifest_sha256"
 _HEAD = b'{\n "'
 """How each manifest begins, by which one that was cut short is known."""

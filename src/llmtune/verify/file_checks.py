@@ -33,19 +33,19 @@ def verify_checkpoint(run: Path, *, print_line: PrintLine) -> Verdict:
         found = checkpoints.all_checkpoints(folder)
         for one in found:
             problems = checkpoints.verify(one, run_id=folder.run_id)
-            verdict.note(
+            verdict.add(
                 one.path.name, problems[0].problem if problems else "every byte is what was saved", not problems
             )
         for name in ("best", "final"):
             place = folder.checkpoints / name
             if place.is_dir():
                 problems = durable.verify_manifest(place)
-                verdict.note(name, problems[0].problem if problems else "every byte is what was saved", not problems)
+                verdict.add(name, problems[0].problem if problems else "every byte is what was saved", not problems)
         if not found:
             raise CheckpointError("this run has no checkpoint", where=str(run))
         print_line(f"damaging copies of {found[-1].path.name}")
         caught, tried = _damage(found[-1].path)
-        verdict.note(
+        verdict.add(
             "a flipped bit, a cut, a missing and a foreign file are found",
             f"{caught} of {tried} damages",
             caught == tried,
@@ -99,9 +99,9 @@ def verify_merge(run: Path, *, offline: bool, print_line: PrintLine) -> Verdict:
         try:
             report = merge_lora(run, Path(scratch) / "merged", offline=offline, print_line=print_line)
         except CheckpointError as error:
-            verdict.note("the merged model gives the logits of base + adapter", str(error.problems[0].problem), False)
+            verdict.add("the merged model gives the logits of base + adapter", str(error.problems[0].problem), False)
             return verdict
-        verdict.note(
+        verdict.add(
             "the merged model gives the logits of base + adapter", f"{report.difference}; {report.tolerance}", True
         )
     return verdict
@@ -124,34 +124,34 @@ def compare_runs(whole: Path, other: Path, verdict: Verdict) -> None:
     The other run may keep more checkpoints: the one it went on from is never deleted.
     """
     kept, others = whole / "checkpoints", other / "checkpoints"
-    verdict.note("final weights are byte-identical", *_files(kept / "final", others / "final", "*.safetensors"))
+    verdict.add("final weights are byte-identical", *_files(kept / "final", others / "final", "*.safetensors"))
     for folder in sorted([*kept.glob("step-??????"), *kept.glob("best")]):
         claim = (
             "weights of best are byte-identical"
             if folder.name == "best"
             else f"weights, optimizer and random generators of {folder.name} are byte-identical"
         )
-        verdict.note(claim, *_files(folder, others / folder.name, "*.safetensors"))
+        verdict.add(claim, *_files(folder, others / folder.name, "*.safetensors"))
         if folder.name != "best":
             one_state, other_state = _state_of(folder), _state_of(others / folder.name)
-            verdict.note(
+            verdict.add(
                 f"every counter of {folder.name} is equal",
                 f"{len(one_state)} groups",
                 bool(one_state) and one_state == other_state,
             )
     if (whole / "samples.jsonl").exists() or (other / "samples.jsonl").exists():
         texts, other_texts = read_lines(whole / "samples.jsonl"), read_lines(other / "samples.jsonl")
-        verdict.note("every sample is equal", f"{len(texts)} and {len(other_texts)} answers", texts == other_texts)
+        verdict.add("every sample is equal", f"{len(texts)} and {len(other_texts)} answers", texts == other_texts)
     one, two = numbers_of(whole), numbers_of(other)
     first = next((index for index, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), None)
     if first is not None:
         key = next(key for key in {**one[first], **two[first]} if one[first].get(key) != two[first].get(key))
         place = f"line {first + 1}, {key}: {one[first].get(key)!r} and {two[first].get(key)!r}"
-        verdict.note("every logged number is equal", place, False)
+        verdict.add("every logged number is equal", place, False)
     elif len(one) != len(two):
-        verdict.note("every logged number is equal", f"{len(one)} lines and {len(two)} lines", False)
+        verdict.add("every logged number is equal", f"{len(one)} lines and {len(two)} lines", False)
     else:
-        verdict.note("every logged number is equal", f"{len(one)} lines, {sum(map(len, one))} numbers", bool(one))
+        verdict.add("every logged number is equal", f"{len(one)} lines, {sum(map(len, one))} numbers", bool(one))
 
 
 def _state_of(checkpoint: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def verify_packing(resolved: ResolvedConfig, options: Options, *, print_line: Pr
         reason = next(
             (str(one) for one in setup.engine.decisions if one.key == "training.engine"), "the plain engine runs"
         )
-        verdict.note("packed rows are laid in one sequence", reason, False)
+        verdict.add("packed rows are laid in one sequence", reason, False)
         return verdict
     pad = prepared.tokenizer.tokenizer.pad_token_id or 0
     packed = [make_micro_batch(examples, "flat", pad)]
@@ -81,7 +81,7 @@ def verify_packing(resolved: ResolvedConfig, options: Options, *, print_line: Pr
         _gradients(setup, setup.engine.nll_sum, packed),
         PATH_BOUND,
     )
-    verdict.note(*_isolation(setup, examples, pad))
+    verdict.add(*_isolation(setup, examples, pad))
     return verdict
 
 
@@ -158,7 +158,7 @@ def _compare(
     measured = (
         f"loss {loss:.1e} (bound {LOSS_BOUND:.0e}), gradient {gradient:.1e} (bound {gradient_bound:.0e}), relative"
     )
-    verdict.note(claim, measured, loss <= LOSS_BOUND and gradient <= gradient_bound)
+    verdict.add(claim, measured, loss <= LOSS_BOUND and gradient <= gradient_bound)
 
 
 def _isolation(setup: TrainingSetup, examples: list[Example], pad: int) -> tuple[str, str, bool]:

@@ -25,7 +25,7 @@ class Verdict:
     table: list[str] = field(default_factory=list)
     """Figures that are shown above the claims."""
 
-    def note(self, claim: str, measured: str, holds: bool) -> None:
+    def add(self, claim: str, measured: str, holds: bool) -> None:
         """Add one finding."""
         self.findings.append(Finding(claim, measured, holds))
 
@@ -38,7 +38,7 @@ class Verdict:
         r"""The verdict as text: a line a claim, and PASS or FAIL with the first claim that does not hold.
 
         >>> verdict = Verdict("resume")
-        >>> verdict.note("final weights equal", "2 files, 1,024 bytes, no difference", True)
+        >>> verdict.add("final weights equal", "2 files, 1,024 bytes, no difference", True)
         >>> print("\n".join(verdict.lines()))
         ok    final weights equal: 2 files, 1,024 bytes, no difference
         PASS  resume: 1 of 1 claims hold

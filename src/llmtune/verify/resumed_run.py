@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from llmtune.common.printing import PrintLine
 from llmtune.errors import CheckpointError
 from llmtune.verify.file_checks import compare_runs
 from llmtune.verify.result import Verdict
+from llmtune.verify.subprocesses import llmtune_command, run_command
 
 __all__ = ["verify_resume"]
 
@@ -32,11 +32,9 @@ def verify_resume(
     kills: int,
     print_line: PrintLine,
 ) -> Verdict:
-    """Train `steps` steps twice under `folder`, the second time killed `kills` times and resumed.
+    """Train `steps` steps (at least 2) twice under `folder`, the second time killed `kills` times and resumed.
 
-    Needs at least 2 steps.
-
-    Raises CheckpointError when a run that nobody stopped does not end well.
+    Raises CheckpointError when a command that nobody stopped fails.
     """
     shared = [*overrides, f"training.max_steps={steps}", f"run.output_dir={folder}", "tracking.trackers=[jsonl]"]
     shared += [f"checkpoint.every_steps={max(1, steps // 4)}", "checkpoint.keep_last=0", "evaluation.prompts=[]"]
@@ -49,30 +47,25 @@ def verify_resume(
     for kill in range(kills):
         lines = 1 + (kill + 1) * steps // (kills + 1)
         killed = _kill_at(command, stopped / "metrics.jsonl", lines)
-        verdict.note(f"kill -9 number {kill + 1} met a running training", f"after {lines} lines of metrics", killed)
+        verdict.add(f"kill -9 number {kill + 1} met a running training", f"after {lines} lines of metrics", killed)
         command = ["resume", str(stopped)]
     _run(["resume", str(stopped)])
     compare_runs(folder / "whole", stopped, verdict)
     return verdict
 
 
-def _command(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "llmtune", *arguments]
-
-
 def _run(arguments: Sequence[str]) -> None:
-    done = subprocess.run(_command(arguments), capture_output=True, text=True, check=False, timeout=_LONGEST_S)
-    if done.returncode != 0:
-        last = "\n".join(done.stderr.strip().splitlines()[-6:])
+    end = run_command(arguments)
+    if end.code != 0:
+        last = "\n".join(end.error.strip().splitlines()[-6:])
         raise CheckpointError(
-            f"`llmtune {' '.join(arguments)}` ended with exit code {done.returncode}:\n{last}",
-            fix="try that command itself",
+            f"`llmtune {' '.join(arguments)}` ended with exit code {end.code}:\n{last}", fix="try that command itself"
         )
 
 
 def _kill_at(arguments: Sequence[str], metrics: Path, lines: int) -> bool:
     """Start the command and kill it once `metrics` has that many lines. Returns whether the kill was what ended it."""
-    with subprocess.Popen(_command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
+    with subprocess.Popen(llmtune_command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
         deadline = time.monotonic() + _LONGEST_S
         while child.poll() is None and time.monotonic() < deadline:
             if metrics.is_file() and metrics.read_bytes().count(b"\n") >= lines:

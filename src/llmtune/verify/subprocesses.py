@@ -1,54 +1,62 @@
-"""Forked processes: torch is imported once, each child then starts in milliseconds.
-
-The parent must not have computed anything yet.
-"""
+"""Processes that are killed on purpose: a forked copy of this one, or an `llmtune` command."""
 
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from llmtune.errors import LlmtuneError, MachineError
 
-__all__ = ["ChildEnd", "in_child"]
+__all__ = ["ProcessEnd", "run_command", "run_forked"]
 
+_LONGEST_S = 3600.0
 _LONGEST_MESSAGE = 4000
 
 
-class ChildEnd(NamedTuple):
-    """How a child ended: its exit code, or minus the number of the signal that ended it, and the error it ended with."""
+class ProcessEnd(NamedTuple):
+    """The end of a process."""
 
     code: int
+    """Exit code, or minus the number of the signal that ended it."""
     error: str
-    seconds: float = 0.0
-    """How long it lived."""
+    """The error it ended with; empty after exit code 0."""
+    seconds: float
+    """Lifetime of the process."""
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether SIGKILL ended it."""
+        return self.code == -signal.SIGKILL
 
 
-def in_child(
+def run_forked(
     function: Callable[[], object], *, timeout_s: float = 600.0, kill_after_s: float | None = None
-) -> ChildEnd:
-    """Run `function` in a forked process; a refusal gives its own exit code, any other exception 1.
+) -> ProcessEnd:
+    """Run `function` in a forked process without output; an LlmtuneError gives its own exit code, another error 1.
 
-    Output goes nowhere.
-
-    With `kill_after_s` it is killed with SIGKILL when it lives that long. Raises MachineError when it takes too long.
+    torch is not imported again, so the process starts in milliseconds; in return this process must not have computed
+    anything yet (threads do not survive a fork). With `kill_after_s` it gets SIGKILL when it lives that long. Raises
+    MachineError when it lives longer than `timeout_s`.
     """
     reader, writer = os.pipe()
     begin = time.monotonic()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # Python 3.12 warns of threads; importing started none that holds a lock
+        # Python 3.12 warns of threads at a fork; those that imports started hold no lock.
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         code = 1
         try:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
             function()
             code = 0
         except LlmtuneError as error:
@@ -58,18 +66,42 @@ def in_child(
             os.write(writer, f"{type(error).__name__}: {error}".encode("utf-8", "replace")[:_LONGEST_MESSAGE])
             raise
         finally:
-            os._exit(code)
+            os._exit(code)  # no clean-up of what belongs to the parent
     os.close(writer)
     end_s = timeout_s if kill_after_s is None else kill_after_s
     while (lived_s := time.monotonic() - begin) < end_s:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            with os.fdopen(reader, "rb") as said:
-                return ChildEnd(os.waitstatus_to_exitcode(status), said.read().decode("utf-8", "replace"), lived_s)
+            with os.fdopen(reader, "rb") as message:
+                return ProcessEnd(os.waitstatus_to_exitcode(status), message.read().decode("utf-8", "replace"), lived_s)
         time.sleep(max(0.0, min(0.002, end_s - lived_s)))
-    os.kill(child, 9)
+    os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     os.close(reader)
     if kill_after_s is None:
         raise MachineError(f"a child process did not end within {timeout_s:.0f} s")
-    return ChildEnd(os.waitstatus_to_exitcode(status), "", lived_s)
+    return ProcessEnd(os.waitstatus_to_exitcode(status), "", lived_s)
+
+
+def run_command(arguments: Sequence[str], *, kill_after_s: float | None = None) -> ProcessEnd:
+    """Run `llmtune` with `arguments` in a new process; with `kill_after_s` it gets SIGKILL when it lives that long."""
+    begin = time.monotonic()
+    with (
+        tempfile.TemporaryFile() as stderr,
+        subprocess.Popen(
+            llmtune_command(arguments), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr
+        ) as process,
+    ):
+        try:
+            process.wait(timeout=_LONGEST_S if kill_after_s is None else kill_after_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        code = process.wait()
+        stderr.seek(0)
+        text = stderr.read().decode("utf-8", "replace")
+    return ProcessEnd(code, text[-_LONGEST_MESSAGE:] if code else "", time.monotonic() - begin)
+
+
+def llmtune_command(arguments: Sequence[str]) -> list[str]:
+    """Return the command line of `llmtune` with `arguments`, run by this Python."""
+    return [sys.executable, "-m", "llmtune", *arguments]
