@@ -1,6 +1,9 @@
-"""The house rules: ranks of the rooms, fences around libraries, and the calls that are forbidden everywhere (P4)."""
+"""The rules of the house: ranks of folders, fences around libraries, sizes, and the calls forbidden everywhere (P4)."""
 
 import ast
+import importlib.machinery
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "llmtune"
+
+
+def load_script(name):
+    """Import a Python file of scripts/, whose names have no ending."""
+    loader = importlib.machinery.SourceFileLoader(name, str(ROOT / "scripts" / name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    sys.modules[name] = module
+    loader.exec_module(module)
+    return module
+
+
+house = load_script("house")
+MODULES = house.read_package(PACKAGE)
 
 RANKS = {
     "errors": 0,
@@ -33,6 +49,48 @@ RANKS = {
     "cli": 12,
 }
 """A module imports only from folders of smaller rank (and from its own)."""
+LIMITS = {"lines above 120 characters": 125, "`Any` per 1,000 lines": 20.5}
+ONE_SUBJECT = {"config/schema.py"}
+"""Files that may be long: every key of a run stands on one page."""
+LAZY_IMPORTS = {
+    "cli": "`llmtune --help` and every config error answer without torch",
+    "* wandb": "optional package",
+    "* tensorboard": "optional package",
+    "* torch": "light modules answer without torch; flex and variable-length attention exist on some machines only",
+    "* transformers": "takes seconds to import, and needs torch",
+    "* peft": "takes seconds to import, and needs torch",
+    "* datasets": "takes seconds to import; few runs read with it",
+    "* pyarrow": "takes long to import; only parquet files need it",
+    "* huggingface_hub": "needed only where a model is fetched",
+    "* bitsandbytes": "needed only for quantized runs",
+    "* gguf": "needed only for GGUF files",
+    "* zstandard": "needed only for .zst files",
+    "* safetensors": "imports torch",
+    "* tokenizers": "needed only where a tokenizer is trained",
+    "engine/devices.py resource": "does not exist on Windows",
+    "durable/tensors.py numpy": "`llmtune runs` and config errors answer without it",
+    "tracking/wandb.py numpy": "only runs with wandb need it",
+    **dict.fromkeys(
+        (
+            "adapters/attach.py llmtune",
+            "data/reading/data_files.py difflib",
+            "deploy/merge.py llmtune",
+            "engine/optim.py llmtune",
+            "models/catalog.py llmtune",
+            "models/gguf.py llmtune",
+            "models/hub.py llmtune",
+            "models/load.py llmtune",
+            "models/save.py llmtune",
+            "models/tokenizer_training.py llmtune",
+            "models/user_catalog.py difflib",
+            "models/user_catalog.py llmtune",
+            "runs/checkpoint.py llmtune",
+            "tracking/choose.py dataclasses",
+        ),
+        "without a reason: moves to the top of its file",
+    ),
+}
+"""Folder, file, `file package` or `* package` -> why its imports may stand inside functions."""
 FENCES = {
     "typer": ("cli",),
     "rich.prompt": ("cli",),
@@ -48,31 +106,17 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpic
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "yaml.load", "os.system", "os.popen"}
 
 
-def modules():
-    """(room, path, syntax tree) of every module of the package, the top one excepted."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if room in {"__init__", "__main__"}:
-            continue
-        yield room, path, ast.parse(path.read_text(encoding="utf-8"))
+def in_folders():
+    """(rank's name, module) of every module but the package's own `__init__` and `__main__`."""
+    for module in MODULES:
+        name = module.path.split("/")[0].removesuffix(".py")
+        if name not in {"__init__", "__main__"}:
+            yield name, module
 
 
 def imported(tree):
-    """Every (dotted name, line) a module imports, wherever the import stands, type-checking blocks excepted."""
-    guarded = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
-        for node in ast.walk(block)
-    }
-    for node in ast.walk(tree):
-        if id(node) in guarded:
-            continue
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+    """Every import of a module, wherever it stands, type-checking blocks excepted."""
+    return [found for found in house.imports(tree) if not found.typing_only]
 
 
 def dotted(node):
@@ -84,31 +128,73 @@ def dotted(node):
     return None
 
 
-def test_every_room_has_a_rank():
-    assert {room for room, _, _ in modules()} == set(RANKS)
+def test_every_folder_has_a_rank():
+    assert {folder for folder, _ in in_folders()} == set(RANKS)
     assert all(isinstance(rank, int) for rank in RANKS.values())
 
 
-def test_a_module_imports_only_from_rooms_of_smaller_rank():
+def test_a_module_imports_only_from_folders_of_smaller_rank():
     wrong = []
-    for room, path, tree in modules():
-        for name, line in imported(tree):
-            parts = name.split(".")
+    for folder, module in in_folders():
+        for found in imported(module.tree):
+            parts = found.name.split(".")
             if parts[0] != "llmtune" or len(parts) < 2 or parts[1] not in RANKS:
                 continue
-            if parts[1] != room and RANKS[parts[1]] >= RANKS[room]:
-                wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
+            if parts[1] != folder and RANKS[parts[1]] >= RANKS[folder]:
+                wrong.append(f"{module.path}:{found.line} imports {found.name}")
     assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Also not through imports inside functions."""
+    graph = house.import_graph(MODULES)
+    assert sum(map(len, graph.values())) > 500
+    assert house.circles(graph) == []
+
+
+def test_a_circle_of_imports_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"f"}, "f": {"g"}, "g": {"e", "a"}}
+    assert house.circles(graph) == [["b", "c"], ["e", "f", "g"]]
+
+
+def test_imports_inside_functions_are_only_those_with_a_reason():
+    wrong, seen = [], 0
+    for folder, module in in_folders():
+        for found in house.lazy_imports(module):
+            seen += 1
+            package = found.name.split(".")[0]
+            if not {folder, module.path, f"{module.path} {package}", f"* {package}"} & set(LAZY_IMPORTS):
+                wrong.append(f"{module.path}:{found.line} imports {found.name} inside a function")
+    assert wrong == []
+    assert seen > 50
+
+
+def test_few_modules_lie_outside_of_folders():
+    assert len(house.loose_modules(MODULES)) <= 3
+
+
+def test_lines_and_types_stay_within_their_limits():
+    long_lines = [place for length, place in house.line_lengths(MODULES) if length > 120]
+    assert len(long_lines) <= LIMITS["lines above 120 characters"], long_lines
+    per_thousand = 1000 * sum(map(house.count_any, MODULES)) / sum(lines for lines, _ in house.file_lengths(MODULES))
+    assert per_thousand <= LIMITS["`Any` per 1,000 lines"]
+
+
+def test_the_script_prints_the_figures():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "house"], capture_output=True, text=True, check=True)
+    names = [re.split(r"\s{2,}", line)[0] for line in done.stdout.splitlines()]
+    assert names == [name for name, _ in house.figures(MODULES)]
+    assert len(names) >= 15
 
 
 def test_libraries_stay_behind_their_fences():
     wrong = []
-    for room, path, tree in modules():
-        for name, line in imported(tree):
-            for library, rooms in FENCES.items():
-                if (name == library or name.startswith(library + ".")) and room not in rooms:
+    for folder, module in in_folders():
+        for found in imported(module.tree):
+            for library, folders in FENCES.items():
+                if f"{found.name}.".startswith(f"{library}.") and folder not in folders:
                     wrong.append(
-                        f"{path.relative_to(PACKAGE)}:{line} imports {name}, which belongs to {', '.join(rooms)}"
+                        f"{module.path}:{found.line} imports {found.name}, which belongs to {', '.join(folders)}"
                     )
     assert wrong == []
 
@@ -138,7 +224,9 @@ def test_p4_nothing_unpickles_evaluates_or_goes_through_a_shell():
         read += 1
         place = path.relative_to(ROOT)
         wrong += [
-            f"{place}:{line} imports {name}" for name, line in imported(tree) if name.split(".")[0] in FORBIDDEN_MODULES
+            f"{place}:{found.line} imports {found.name}"
+            for found in imported(tree)
+            if found.name.split(".")[0] in FORBIDDEN_MODULES
         ]
         for node in ast.walk(tree):
             if not isinstance(node, ast.Call):
@@ -151,7 +239,7 @@ def test_p4_nothing_unpickles_evaluates_or_goes_through_a_shell():
     assert read > 50
 
 
-def test_only_the_durable_room_renames_or_deletes():
+def test_only_the_durable_folder_renames_or_deletes():
     wrong = []
     calls = {
         "os.rename",
@@ -165,12 +253,12 @@ def test_only_the_durable_room_renames_or_deletes():
         "os.symlink",
         "os.fsync",
     }
-    for room, path, tree in modules():
-        if room == "durable":
+    for folder, module in in_folders():
+        if folder == "durable":
             continue
-        for node in ast.walk(tree):
+        for node in ast.walk(module.tree):
             if isinstance(node, ast.Call) and dotted(node.func) in calls:
-                wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} calls {dotted(node.func)}")
+                wrong.append(f"{module.path}:{node.lineno} calls {dotted(node.func)}")
             if (
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Attribute)
@@ -178,35 +266,23 @@ def test_only_the_durable_room_renames_or_deletes():
             ):
                 base = dotted(node.func.value) or ""
                 if base != "durable":
-                    wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} calls .{node.func.attr} outside durable")
+                    wrong.append(f"{module.path}:{node.lineno} calls .{node.func.attr} outside durable")
     assert wrong == []
 
 
 def test_a_file_above_four_hundred_lines_or_a_function_above_sixty_has_a_second_name_in_it():
-    """A reviewer's first question, asked by a machine; the longest of today stand near the limits and are found there."""  # noqa: E501
+    def above(limit, lengths):
+        return [place for length, place in lengths if length > limit and place not in ONE_SUBJECT]
 
-    def too_long(file_lines, function_lines):
-        files, functions = [], []
-        for path in sorted(PACKAGE.rglob("*.py")):
-            text = path.read_text(encoding="utf-8")
-            files += [(len(text.splitlines()), path.relative_to(PACKAGE).as_posix())]
-            functions += [
-                (node.end_lineno - node.lineno + 1, f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}")
-                for node in ast.walk(ast.parse(text))
-                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            ]
-        assert len(files) > 200
-        one_subject = {"config/schema.py"}  # every key of a run on one page
-        return [row for row in files if row[0] > file_lines and row[1] not in one_subject], [
-            row for row in functions if row[0] > function_lines
-        ]
-
-    assert too_long(400, 60) == ([], [])
-    assert all(too_long(200, 40))
+    files, functions = house.file_lengths(MODULES), house.function_lengths(MODULES)
+    assert len(files) > 150
+    assert (above(400, files), above(60, functions)) == ([], [])
+    assert above(200, files)
+    assert above(40, functions)
 
 
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "datasets", "pyarrow", "peft", "wandb"])
-def test_the_light_rooms_import_nothing_heavy(heavy):
+def test_light_modules_import_nothing_heavy(heavy):
     light = ("errors", "common.decisions", "durable", "config.layers", "models.catalog", "runs.folder", "cli.main")
     code = f"import sys, {', '.join(f'llmtune.{name}' for name in light)}; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -34,6 +34,7 @@ CHECKED_ELSEWHERE = {
     "scripts/lint": "run by .ci/run in a fresh environment",
     "scripts/gpu": "needs a GPU",
     "scripts/audit": "a part of scripts/lint; tests/test_audit.py",
+    "scripts/house": "tests/test_architecture.py",
     "scripts/lock": "needs the package index; tests/test_audit.py holds what it wrote",
     "pip install .": "tests/test_wheel.py builds, installs and uses the wheel",
 }
