@@ -15,7 +15,7 @@ from llmtune.deploy.export import export
 from llmtune.deploy.gguf_vocabulary import HOSTILE_TEXTS
 from llmtune.durable.files import part_name
 from llmtune.errors import CheckpointError, ModelError, TokenizerError, UsageError
-from llmtune.evaluation.loaded_model import load_subject
+from llmtune.evaluation.inference_model import load_inference_model
 from llmtune.models.gguf import read_gguf
 from llmtune.models.tokenizer import train_tokenizer
 
@@ -36,7 +36,9 @@ def logits(folder, ids, **options):
         return model(input_ids=ids).logits
 
 
-@pytest.mark.parametrize("command", [lambda run, out: export(str(run), out), lambda run, _out: load_subject(str(run))])
+@pytest.mark.parametrize(
+    "command", [lambda run, out: export(str(run), out), lambda run, _out: load_inference_model(str(run))]
+)
 def test_a_run_that_has_saved_nothing_yet_is_refused_as_that(tmp_path, command):
     """It is a run, so its name is not looked up among the models."""
     run = tmp_path / "run"
@@ -296,7 +298,7 @@ def test_a_result_beyond_the_tolerance_does_not_exist(trained, tmp_path, monkeyp
     """A mutant of the arithmetic: a hundredth of one row is lost on the way to the file."""
     (tmp_path / "o").mkdir()
     base = trained.base()
-    rounded = exporting.Whole.rounded
+    rounded = exporting.ModelFolder.rounded
 
     def lossy(self, weight, asked):
         tensor = rounded(self, weight, asked).clone()
@@ -304,7 +306,7 @@ def test_a_result_beyond_the_tolerance_does_not_exist(trained, tmp_path, monkeyp
             tensor[0] *= 0.99
         return tensor
 
-    monkeypatch.setattr(exporting.Whole, "rounded", lossy)
+    monkeypatch.setattr(exporting.ModelFolder, "rounded", lossy)
     refused(CheckpointError, "what was written is not its source", base, tmp_path / "o" / name)
 
 

@@ -142,7 +142,7 @@ def test_an_adapter_of_another_base_ends_with_code_4_and_leaves_nothing(run, ada
 def test_the_tuned_model_of_a_whole_run_is_found_and_described(adapter, tmp_path):
     from llmtune.config.dump import config_to_yaml
     from llmtune.config.schema import Config
-    from llmtune.evaluation.loaded_model import load_subject
+    from llmtune.evaluation.inference_model import load_inference_model
 
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
@@ -150,7 +150,7 @@ def test_the_tuned_model_of_a_whole_run_is_found_and_described(adapter, tmp_path
     config = dataclasses.replace(Config(), model=ModelConfig(name="smollm2-135m-instruct"))
     (folder / "config.yaml").write_text(config_to_yaml(config))
     (folder / "run.json").write_text(json.dumps({"run_id": "1", "state": "finished"}))
-    subject = load_subject(str(folder))
+    subject = load_inference_model(str(folder))
     assert subject.is_adapted
     assert subject.config is not None
     assert not subject.answers_text

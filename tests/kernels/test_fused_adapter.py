@@ -12,14 +12,14 @@ import torch
 import transformers
 
 from gradient_helpers import adapted, difference, loss_and_gradients
-from llmtune.adapters.attach import adapter_files
+from llmtune.adapters.attach import adapter_state_and_config
 from llmtune.config.schema import AdapterConfig, Config
 from llmtune.data.dataset.batches import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.forward import build_engine
 from llmtune.engine.objective import plain_nll_sum
 from llmtune.kernels.lora import fuse_adapters, unfuse_adapters
-from llmtune.models.quantization import keep_exact, quantization_config
+from llmtune.models.quantization import disable_cpu_repacking, quantization_config
 
 Build = Callable[..., Any]
 LORA = AdapterConfig(method="lora", r=4, alpha=8)
@@ -79,7 +79,7 @@ def test_adapters_on_a_4bit_base_repeat_peft(
         base = transformers.AutoModelForCausalLM.from_pretrained(
             tiny_model_folder, quantization_config=quantization_config("4bit", compute)
         )
-        keep_exact(base)
+        disable_cpu_repacking(base)
         models.append(adapted(base, LORA))
     precision = arithmetic(bf16=bf16)
     engine = build_engine(models[0], config=Config(), device=torch.device("cpu"), precision=precision)
@@ -104,9 +104,9 @@ def test_a_disabled_adapter_gives_the_base_model_back(build_model: Build, padded
 
 def test_taking_layers_over_changes_no_name_and_can_be_undone(build_model: Build) -> None:
     model = adapted(build_model("llama"), LORA)
-    before, classes = adapter_files(model), [type(module) for module in model.modules()]
+    before, classes = adapter_state_and_config(model), [type(module) for module in model.modules()]
     assert fuse_adapters(model) == 14
-    after = adapter_files(model)
+    after = adapter_state_and_config(model)
     assert list(before[0]) == list(after[0])
     assert before[1] == after[1]
     unfuse_adapters(model)

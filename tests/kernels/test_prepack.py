@@ -25,7 +25,7 @@ from llmtune.engine.forward import build_engine, cannot_prepack
 from llmtune.kernels import weight_prepack
 from llmtune.kernels.patch_model import unfuse
 from llmtune.kernels.weight_prepack import Prepacked
-from llmtune.models.quantization import keep_exact, quantization_config
+from llmtune.models.quantization import disable_cpu_repacking, quantization_config
 
 Build = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_on_a_4bit_base_too(
     for wanted in (True, False):
         quantized = quantization_config("4bit", torch.bfloat16)
         base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_folder, quantization_config=quantized)
-        keep_exact(base)
+        disable_cpu_repacking(base)
         model = adapted(base, LORA)
         forward = engine_of(model, half, Config(adapter=LORA, model=ModelConfig(weights_prepack=wanted)))
         assert len(kept_in(model)) == (15 if wanted else 0)

@@ -20,7 +20,7 @@ from llmtune.engine.objective import plain_nll_sum
 from llmtune.kernels import chunked_mlp
 from llmtune.kernels.chunked_mlp import tile_modules, tiled_forward
 from llmtune.kernels.patch_model import fuse
-from llmtune.models.quantization import keep_exact, quantization_config
+from llmtune.models.quantization import disable_cpu_repacking, quantization_config
 
 Build = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -145,7 +145,7 @@ def test_tiles_repeat_a_model_held_in_four_bit(
             "device_map": {"": "cpu"},
         }
         base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **options)
-        keep_exact(base)
+        disable_cpu_repacking(base)
         models.append(adapted(base, ADAPTERS["lora"]))
     plain, model = models
     engine = engine_of(model, arithmetic())

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmtune.adapters.attach import adapter_files, attach_adapter, fill_adapter, load_adapter
+from llmtune.adapters.attach import adapter_state_and_config, attach_adapter, load_adapter, load_adapter_weights
 from llmtune.adapters.write import write_adapter
 from llmtune.errors import AdapterError
 from llmtune.models.parameters import count_parameters, trained_parameters
@@ -76,11 +76,11 @@ def test_the_update_has_the_scale_its_formula_says(tiny_model_folder, load, lora
 def test_the_start_is_a_function_of_the_seed_and_leaves_the_global_generator_alone(tiny_model_folder, load, lora):
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first, _ = adapter_files(attach_adapter(load(tiny_model_folder).model, lora(), seed=3)[0])
+    first, _ = adapter_state_and_config(attach_adapter(load(tiny_model_folder).model, lora(), seed=3)[0])
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    again, _ = adapter_files(attach_adapter(load(tiny_model_folder).model, lora(), seed=3)[0])
-    other, _ = adapter_files(attach_adapter(load(tiny_model_folder).model, lora(), seed=4)[0])
+    again, _ = adapter_state_and_config(attach_adapter(load(tiny_model_folder).model, lora(), seed=3)[0])
+    other, _ = adapter_state_and_config(attach_adapter(load(tiny_model_folder).model, lora(), seed=4)[0])
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first if "lora_A" in name)
     bound = 1 / 32**0.5
@@ -164,7 +164,7 @@ def test_peft_itself_would_write_the_same_tensors(tiny_model_folder, tiny_tokeni
     stir(model)
     with quiet_libraries():
         model.save_pretrained(tmp_path)
-    theirs, (ours, config) = load_file(tmp_path / "adapter_model.safetensors"), adapter_files(model)
+    theirs, (ours, config) = load_file(tmp_path / "adapter_model.safetensors"), adapter_state_and_config(model)
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert config.keys() - json.loads((tmp_path / "adapter_config.json").read_text()).keys() == set()
@@ -182,7 +182,7 @@ def test_a_saved_adapter_fills_a_fresh_one_bit_for_bit(tiny_model_folder, load, 
     model, _ = attach_adapter(load(tiny_model_folder).model, lora(dora=True), seed=0)
     write_adapter(stir(model), tmp_path)
     fresh, _ = attach_adapter(load(tiny_model_folder).model, lora(dora=True), seed=1)
-    fill_adapter(fresh, tmp_path)
+    load_adapter_weights(fresh, tmp_path)
     wanted, found = trained_parameters(model), trained_parameters(fresh)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert all(one.requires_grad for one in found.values())

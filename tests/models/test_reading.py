@@ -5,7 +5,7 @@ import gc
 import pytest
 
 from llmtune.errors import LlmtuneError, ModelError, TokenizerError
-from llmtune.models import reading
+from llmtune.models import read_config as reading
 
 BAD_VOCABULARIES = [
     b"",
@@ -56,9 +56,9 @@ def test_the_collector_is_left_as_it_was_found(on, model_folder):
     was_on = gc.isenabled()
     try:
         (gc.enable if on else gc.disable)()
-        with reading.collector_paused():
+        with reading.garbage_collection_paused():
             assert not gc.isenabled()
-        with pytest.raises(ModelError), reading.collector_paused():
+        with pytest.raises(ModelError), reading.garbage_collection_paused():
             reading.read_config(model_folder / "nowhere")
         assert gc.isenabled() is on
     finally:

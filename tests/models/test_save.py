@@ -14,7 +14,7 @@ from llmtune.adapters.attach import attach_adapter
 from llmtune.adapters.write import write_adapter
 from llmtune.errors import CheckpointError, MachineError
 from llmtune.models.parameters import trained_parameters
-from llmtune.models.quiet_libraries import saving_by_library
+from llmtune.models.quiet_libraries import translate_save_errors
 from llmtune.models.save import restore_weights, write_model, write_tokenizer, write_weights
 from training_helpers import in_child
 
@@ -154,9 +154,9 @@ def test_p7_what_the_system_refuses_a_library_is_said_as_what_it_refuses_us(
 
 
 def test_p7_an_error_of_a_library_that_is_not_the_system_s_stays_what_it_is(tmp_path):
-    with pytest.raises(KeyError, match="weight"), saving_by_library(tmp_path):
+    with pytest.raises(KeyError, match="weight"), translate_save_errors(tmp_path):
         raise KeyError("weight")
-    with pytest.raises(MachineError, match="ENOSPC") as caught, saving_by_library(tmp_path):
+    with pytest.raises(MachineError, match="ENOSPC") as caught, translate_save_errors(tmp_path):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert (
         durable.errno_of(caught.value) == errno.ENOSPC

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmtune.deploy.merge import merge_lora
-from llmtune.evaluation.loaded_model import load_subject
+from llmtune.evaluation.inference_model import load_inference_model
 from llmtune.training import train as training
 from training_helpers import FOUR_BIT, LORA
 
@@ -48,7 +48,7 @@ def plain(script, *arguments):
 
 
 def ours(where):
-    subject = load_subject(str(where), offline=True)
+    subject = load_inference_model(str(where), offline=True)
     with torch.no_grad():
         return subject.model(torch.tensor([IDS], device=subject.model.device)).logits[0, -1].float()
 

@@ -26,7 +26,7 @@ from llmtune.models.quiet_libraries import quiet_libraries
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["adapter_files", "attach_adapter", "fill_adapter", "load_adapter", "load_adapter_tensors"]
+__all__ = ["adapter_state_and_config", "attach_adapter", "load_adapter", "load_adapter_weights", "read_adapter_tensors"]
 
 
 def attach_adapter(
@@ -67,7 +67,7 @@ def attach_adapter(
     return adapted, [Decision("adapter.target_modules", shown, reason)]
 
 
-def adapter_files(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def adapter_state_and_config(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, adapter_config) of an adapted model in peft's file format: tensors on the CPU, contiguous, in the order
     of names.
     """
@@ -97,23 +97,23 @@ def load_adapter(base_model: Any, folder: Path, *, base_digest: str | None = Non
             fix=f"use its own base, `{options.get('base_model_name_or_path') or 'unknown'}` (digest {str(recorded)[:12]}..., "
             f"here {base_digest[:12]}...)",
         )
-    tensors = load_adapter_tensors(folder)
+    tensors = read_adapter_tensors(folder)
     adapted = _wrap(base_model, {**options, "inference_mode": not trainable})
     _fill(adapted, tensors, str(folder))
     adapted.eval()
     return adapted
 
 
-def fill_adapter(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+def load_adapter_weights(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
     """Put the adapter weights saved in `folder` into a model that `attach_adapter` made, bit for bit.
 
     `tensors`: what its file holds, where that was read and checked already. Raises AdapterError when names or shapes
     are not exactly those of this adapter.
     """
-    _fill(model, load_adapter_tensors(folder) if tensors is None else dict(tensors), str(folder))
+    _fill(model, read_adapter_tensors(folder) if tensors is None else dict(tensors), str(folder))
 
 
-def load_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of `adapter_model.safetensors`, checked to be finite.
 
     Raises AdapterError, also for a `.bin`-only adapter.
@@ -173,7 +173,7 @@ def _fill(adapted: Any, tensors: Mapping[str, torch.Tensor], where: str) -> None
     """Copy the file's tensors into the adapter; names and shapes must be exactly those the adapter has."""
     from peft import set_peft_model_state_dict
 
-    expected, _ = adapter_files(adapted)
+    expected, _ = adapter_state_and_config(adapted)
     problems = [
         Problem(f"the adapter lacks the tensor `{name}`", where)
         for name in sorted(expected.keys() - tensors.keys())[:3]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune import durable
-from llmtune.adapters.attach import adapter_files
+from llmtune.adapters.attach import adapter_state_and_config
 from llmtune.adapters.config_file import BASE_RECORD
 from llmtune.models.save import write_generation_config, write_tokenizer
 
@@ -30,7 +30,7 @@ def write_adapter(
     The config names the base as transformers can load it (a hub id or a folder); base_name, base_digest and
     base_revision go to the record.
     """
-    tensors, config = adapter_files(model)
+    tensors, config = adapter_state_and_config(model)
     if base_revision is not None:
         config["revision"] = base_revision
     durable.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})

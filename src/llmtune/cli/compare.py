@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.generate import MaxNewTokens, Model, NoCuda, System, open_subject, read_prompts
+from llmtune.cli.generate import MaxNewTokens, Model, NoCuda, System, open_inference_model, read_prompts
 
 if TYPE_CHECKING:
     from llmtune.evaluation.generate import Answer
-    from llmtune.evaluation.loaded_model import Subject
+    from llmtune.evaluation.inference_model import InferenceModel
 
 __all__ = ["compare"]
 
@@ -29,7 +29,7 @@ def compare(
     no_cuda: NoCuda = False,
 ) -> None:
     """Show what the base says and what the tuned model says."""
-    subject = open_subject(run, no_cuda=no_cuda)
+    subject = open_inference_model(run, no_cuda=no_cuda)
     configured = list(subject.config.evaluation.prompts) if subject.config is not None else []
     asked = (
         configured if configured and not prompts and prompt_file is None else read_prompts(prompts or [], prompt_file)
@@ -45,7 +45,7 @@ def compare(
 
 
 def _answers(
-    subject: Subject, model: object, prompts: list[str], system: str | None, max_new_tokens: int
+    subject: InferenceModel, model: object, prompts: list[str], system: str | None, max_new_tokens: int
 ) -> list[Answer]:
     from llmtune.evaluation.generate import TextPrompt, generate
 

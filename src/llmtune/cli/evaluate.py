@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.generate import Model, NoCuda, open_subject
+from llmtune.cli.generate import Model, NoCuda, open_inference_model
 from llmtune.errors import DataError, Problem, UsageError
 
 if TYPE_CHECKING:
     from llmtune.config.schema import Config
     from llmtune.data.example import ExampleSet
-    from llmtune.evaluation.loaded_model import Subject
+    from llmtune.evaluation.inference_model import InferenceModel
 
 __all__ = ["evaluate"]
 
@@ -48,7 +48,7 @@ def evaluate(
     from llmtune.cli.process import prepare_process
 
     prepare_process()
-    subject = open_subject(model, no_cuda=no_cuda)
+    subject = open_inference_model(model, no_cuda=no_cuda)
     rows, settings = _held_out(subject, data, config)
     print_line(f"{len(rows)} held-out rows, measured in float32 arithmetic")
     metrics = _measure(subject, settings, rows, batch_size)
@@ -76,7 +76,7 @@ def evaluate(
         print(f"exactly right: {metrics['eval_exact_answers']} of {metrics['eval_num_answers']}")
 
 
-def _held_out(subject: Subject, data: list[str] | None, config: str | None) -> tuple[ExampleSet, Config]:
+def _held_out(subject: InferenceModel, data: list[str] | None, config: str | None) -> tuple[ExampleSet, Config]:
     """Return the rows to evaluate on, and the config they were prepared by."""
     from llmtune.config.layers import load_config
     from llmtune.config.schema import Config, SourceConfig
@@ -108,7 +108,7 @@ def _as_typed(problem: Problem) -> Problem:
     return problem._replace(where=where)
 
 
-def _measure(subject: Subject, settings: Config, rows: ExampleSet, batch_size: int) -> dict[str, float]:
+def _measure(subject: InferenceModel, settings: Config, rows: ExampleSet, batch_size: int) -> dict[str, float]:
     from llmtune.data.dataset.batches import eval_batches
     from llmtune.engine.forward import build_engine
     from llmtune.engine.precision import Precision

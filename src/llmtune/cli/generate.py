@@ -15,9 +15,9 @@ from llmtune.errors import UsageError
 if TYPE_CHECKING:
     from llmtune.data.example import Message
     from llmtune.evaluation.generate import Answer
-    from llmtune.evaluation.loaded_model import Subject
+    from llmtune.evaluation.inference_model import InferenceModel
 
-__all__ = ["chat", "generate", "open_subject", "read_prompts"]
+__all__ = ["chat", "generate", "open_inference_model", "read_prompts"]
 
 SUBJECT_HELP = "A run (folder or name), an adapter, a model's folder, a name of list-models, a hub id, a .gguf file."
 Model = Annotated[str, typer.Argument(metavar="RUN|MODEL", help=SUBJECT_HELP)]
@@ -53,7 +53,7 @@ def generate(
 ) -> None:
     """Answer prompts, rendered exactly as in training."""
     asked = read_prompts(prompts or [], prompt_file)
-    subject = open_subject(model, no_cuda=no_cuda)
+    subject = open_inference_model(model, no_cuda=no_cuda)
     from llmtune.evaluation.generate import TextPrompt
     from llmtune.evaluation.generate import generate as answer_all
 
@@ -87,7 +87,7 @@ def chat(
     no_cuda: NoCuda = False,
 ) -> None:
     """Talk with a model; /reset forgets what was said, /exit ends."""
-    subject = open_subject(model, no_cuda=no_cuda)
+    subject = open_inference_model(model, no_cuda=no_cuda)
     from llmtune.data.example import Message
     from llmtune.evaluation.generate import generate as answer_all
 
@@ -116,15 +116,15 @@ def chat(
         print(answer.text, flush=True)
 
 
-def open_subject(name: str, *, no_cuda: bool = False) -> Subject:
+def open_inference_model(name: str, *, no_cuda: bool = False) -> InferenceModel:
     """Load what the command names, and say what it is."""
     from llmtune.cli.process import prepare_process
     from llmtune.common.offline import is_offline
 
     prepare_process()
-    from llmtune.evaluation.loaded_model import load_subject
+    from llmtune.evaluation.inference_model import load_inference_model
 
-    subject = load_subject(name, offline=is_offline(), no_cuda=no_cuda)
+    subject = load_inference_model(name, offline=is_offline(), no_cuda=no_cuda)
     print_line(subject.description)
     return subject
 

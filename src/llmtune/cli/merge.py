@@ -32,7 +32,7 @@ def merge_lora(
     from llmtune.common.offline import is_offline
 
     prepare_process()
-    from llmtune.adapters.base_model import named_folder
+    from llmtune.adapters.find import named_folder
     from llmtune.deploy.merge import merge_lora as merge
 
     folder = named_folder(source, "runs") or source

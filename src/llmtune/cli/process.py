@@ -75,10 +75,10 @@ def _import_libraries() -> None:
     """
     if LIBRARY in sys.modules:
         return
-    from llmtune.models.read_config import collector_paused
+    from llmtune.models.read_config import garbage_collection_paused
     from llmtune.runs.signals import held_back
 
-    with held_back(), collector_paused():
+    with held_back(), garbage_collection_paused():
         importlib.import_module(LIBRARY)
         gc.freeze()
 

@@ -18,12 +18,12 @@ __all__ = [
     "FP32_TOLERANCE",
     "KL_TOLERANCE",
     "Difference",
+    "compare_logits",
     "limit_for",
     "logits_of",
     "probe_prompts",
     "refuse_if_different",
     "reloaded_logits",
-    "tell_apart",
 ]
 
 FP32_TOLERANCE = 1e-5
@@ -74,11 +74,11 @@ def logits_of(model: Any, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
         return [model(input_ids=torch.tensor([list(prompt)]), use_cache=False).logits[0].float() for prompt in prompts]
 
 
-def tell_apart(tuned: Sequence[Tensor], merged: Sequence[Tensor]) -> Difference:
+def compare_logits(tuned: Sequence[Tensor], merged: Sequence[Tensor]) -> Difference:
     """Compare two models' logits (each a list of [T, V]); a value that is not a number counts as infinitely far.
 
     >>> one = [torch.tensor([[0.0, 1.0]])]
-    >>> tell_apart(one, [torch.tensor([[0.5, 1.5]])])  # a shift changes every logit and no probability
+    >>> compare_logits(one, [torch.tensor([[0.5, 1.5]])])  # a shift changes every logit and no probability
     Difference(max_abs_logit=0.5, mean_kl=0.0, same_top_token=1.0)
     """
     largest = divergence = agreeing = 0.0

@@ -12,24 +12,24 @@ from typing import Literal, get_args
 import torch
 
 from llmtune import durable
-from llmtune.adapters.base_model import find_result, named_folder
+from llmtune.adapters.find import find_result, named_folder
 from llmtune.common.dtypes import torch_dtype
 from llmtune.common.printing import PrintLine, silent
 from llmtune.deploy.compare_logits import (
     Difference,
+    compare_logits,
     limit_for,
     logits_of,
     probe_prompts,
     refuse_if_different,
     reloaded_logits,
-    tell_apart,
 )
 from llmtune.deploy.gguf_model import refuse_unwritable, write_gguf
 from llmtune.deploy.gguf_vocabulary import refuse_other_ids
 from llmtune.deploy.merge import MergeReport, merge_lora
-from llmtune.deploy.model_folder import Whole, open_whole, write_whole
+from llmtune.deploy.model_folder import ModelFolder, open_model_folder, write_model_folder
 from llmtune.errors import UsageError
-from llmtune.models.catalog import resolve_subject
+from llmtune.models.catalog import resolve_model_argument
 from llmtune.models.gguf import read_gguf
 
 __all__ = ["ExportReport", "Format", "export"]
@@ -122,10 +122,10 @@ def _write_safetensors(wanted: _Wanted, adapter: Path | None) -> ExportReport:
         return ExportReport(
             wanted.source, "safetensors", merged.dtype, merged.difference, merged.tolerance, list(merged.notes)
         )
-    whole = open_whole(resolve_subject(wanted.source, offline=wanted.offline))
+    whole = open_model_folder(resolve_model_argument(wanted.source, offline=wanted.offline))
     with durable.commit_folder(wanted.output, replace=False) as staging:
         wanted.print_line(f"writing the model in {whole.folder}")
-        write_whole(whole, staging, dtype=wanted.type)
+        write_model_folder(whole, staging, dtype=wanted.type)
         prompts = probe_prompts(whole.tokenizer, whole.rows)
         wanted.print_line(f"comparing what was written with its source on {len(prompts)} prompts")
         report = _judged(wanted, whole, prompts, reloaded_logits(staging, prompts), "safetensors")
@@ -138,8 +138,10 @@ def _write_gguf(wanted: _Wanted, adapter: Path | None) -> ExportReport:
         merged = None
         if adapter is not None:
             merged = wanted.merge(adapter, path.parent / "merged")
-        whole = open_whole(
-            resolve_subject(wanted.source if merged is None else str(path.parent / "merged"), offline=wanted.offline)
+        whole = open_model_folder(
+            resolve_model_argument(
+                wanted.source if merged is None else str(path.parent / "merged"), offline=wanted.offline
+            )
         )
         refuse_unwritable(whole.config)
         wanted.print_line(f"writing the model in {whole.folder}" if merged is None else "writing the merged model")
@@ -162,7 +164,7 @@ def _write_gguf(wanted: _Wanted, adapter: Path | None) -> ExportReport:
 
 def _judged(
     wanted: _Wanted,
-    whole: Whole,
+    whole: ModelFolder,
     prompts: list[list[int]],
     written: list[torch.Tensor],
     kind: Format,
@@ -175,7 +177,7 @@ def _judged(
         source=wanted.source,
         format=kind,
         dtype=wanted.dtype or "as stored",
-        difference=tell_apart(source, written),
+        difference=compare_logits(source, written),
         tolerance=limit_for(source, is_float32=types == {torch.float32}),
         notes=notes or [],
     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llmtune.deploy.gguf_vocabulary import Vocabulary, gguf_vocabulary
-from llmtune.deploy.model_folder import Whole
+from llmtune.deploy.model_folder import ModelFolder
 from llmtune.errors import ModelError
 
 __all__ = ["ARCHITECTURES", "refuse_unwritable", "split_pairs", "write_gguf"]
@@ -52,7 +52,7 @@ def refuse_unwritable(config: Any) -> Architecture:
     return found
 
 
-def write_gguf(whole: Whole, path: Path, *, dtype: torch.dtype | None, name: str) -> Vocabulary:
+def write_gguf(whole: ModelFolder, path: Path, *, dtype: torch.dtype | None, name: str) -> Vocabulary:
     """Write the model and its tokenizer as the GGUF file `path`, one weight in memory at a time.
 
     Returns the vocabulary written.
@@ -125,11 +125,11 @@ _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 """`general.file_type`: the type of most weights, as llama.cpp numbers them."""
 
 
-def _type_of(whole: Whole, weight: str, asked: torch.dtype | None) -> torch.dtype:
+def _type_of(whole: ModelFolder, weight: str, asked: torch.dtype | None) -> torch.dtype:
     return torch.float32 if len(whole.weights.shape(weight)) == 1 else whole.dtype(weight, asked)
 
 
-def _main_type(whole: Whole, asked: torch.dtype | None) -> torch.dtype:
+def _main_type(whole: ModelFolder, asked: torch.dtype | None) -> torch.dtype:
     found = {_type_of(whole, weight, asked) for weight in whole.names if len(whole.weights.shape(weight)) > 1}
     if len(found) > 1 or not found <= _TYPES.keys():
         kinds = ", ".join(sorted(str(one).removeprefix("torch.") for one in found))
@@ -144,7 +144,7 @@ def _as_numpy(tensor: Tensor, kind: _Type) -> Any:
     return (values.view(torch.int16) if kind.torch == torch.bfloat16 else values).numpy()
 
 
-def _places(whole: Whole, architecture: Architecture) -> dict[str, str]:
+def _places(whole: ModelFolder, architecture: Architecture) -> dict[str, str]:
     """Name in the model -> name in the file; every weight has one, or ModelError."""
     import gguf
 
@@ -175,7 +175,7 @@ def _describe(writer: Any, config: Any, name: str) -> None:
     writer.add_value_length(width)
 
 
-def _describe_vocabulary(writer: Any, vocabulary: Vocabulary, whole: Whole) -> None:
+def _describe_vocabulary(writer: Any, vocabulary: Vocabulary, whole: ModelFolder) -> None:
     """Write the tokenizer, the special ids and the chat template."""
     tokenizer = whole.tokenizer
     writer.add_tokenizer_model("gpt2")

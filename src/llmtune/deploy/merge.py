@@ -19,19 +19,19 @@ from llmtune.common.dtypes import torch_dtype
 from llmtune.common.printing import PrintLine, silent
 from llmtune.deploy.compare_logits import (
     Difference,
+    compare_logits,
     limit_for,
     logits_of,
     probe_prompts,
     refuse_if_different,
     reloaded_logits,
-    tell_apart,
 )
+from llmtune.deploy.merge_inputs import MergeInputs, find_merge_inputs
 from llmtune.deploy.merge_plan import MergePlan, plan_merge
-from llmtune.deploy.merged_from import Origin, find_origin
 from llmtune.deploy.write_merged import Written, write_merged
 from llmtune.errors import AdapterError, UsageError
 from llmtune.models.load import load_model, resize_for_tokenizer
-from llmtune.models.quantization import through_quantization
+from llmtune.models.quantization import quantize_dequantize
 from llmtune.models.weights import digest_tensors
 
 __all__ = ["MergeReport", "merge_lora"]
@@ -86,7 +86,7 @@ def merge_lora(
     """
     if output.exists():
         raise UsageError(f"`{output}` already exists", where="--output", fix="name a folder that does not")
-    origin = find_origin(source, base, offline=offline)
+    origin = find_merge_inputs(source, base, offline=offline)
     print_line(f"merging {origin.adapter} into {origin.base_name}")
     plan = plan_merge(origin, dtype=None if dtype is None else torch_dtype(dtype), dequantize=base is None)
     digest = _checked_digest(origin, plan)
@@ -106,7 +106,7 @@ def merge_lora(
     return report
 
 
-def _checked_digest(origin: Origin, plan: MergePlan) -> str:
+def _checked_digest(origin: MergeInputs, plan: MergePlan) -> str:
     """Return the digest of the base's weights; refuse an adapter that was trained on others."""
     digest = digest_tensors(plan.base.stored())
     if origin.recorded_digest is not None and digest != origin.recorded_digest:
@@ -119,14 +119,14 @@ def _checked_digest(origin: Origin, plan: MergePlan) -> str:
 
 
 def _report(
-    origin: Origin, plan: MergePlan, written: Written, staging: Path, digest: str, dtype: str | None
+    origin: MergeInputs, plan: MergePlan, written: Written, staging: Path, digest: str, dtype: str | None
 ) -> MergeReport:
     prompts = _prompts(origin, plan)
     merged = reloaded_logits(staging, prompts)
     tuned = _tuned_logits(origin, plan, prompts, dequantized=plan.quantization is not None)
     other = None
     if origin.quantization is not None:
-        other = tell_apart(_tuned_logits(origin, plan, prompts, dequantized=plan.quantization is None), merged)
+        other = compare_logits(_tuned_logits(origin, plan, prompts, dequantized=plan.quantization is None), merged)
     limit = limit_for(tuned, is_float32=written.dtypes == {torch.float32})
     return MergeReport(
         adapter=str(origin.adapter),
@@ -142,21 +142,21 @@ def _report(
         entries_changed=written.entries_changed,
         entries_unchanged_by_rounding=written.entries_unchanged_by_rounding,
         peak_memory_bytes=written.peak_memory_bytes,
-        difference=tell_apart(tuned, merged),
+        difference=compare_logits(tuned, merged),
         tolerance=limit,
         other_base=other,
         notes=list(plan.notes),
     )
 
 
-def _prompts(origin: Origin, plan: MergePlan) -> list[list[int]]:
+def _prompts(origin: MergeInputs, plan: MergePlan) -> list[list[int]]:
     return probe_prompts(
         origin.tokenizer, plan.rows, sorted({row for update in plan.all_updates for row in update.rows})
     )
 
 
 def _tuned_logits(
-    origin: Origin, plan: MergePlan, prompts: list[list[int]], *, dequantized: bool
+    origin: MergeInputs, plan: MergePlan, prompts: list[list[int]], *, dequantized: bool
 ) -> list[torch.Tensor]:
     """Return the logits of base + adapter as peft computes them.
 
@@ -183,7 +183,7 @@ def _tuned_logits(
                 parameter.copy_(parameter.to(held))
                 if plan.is_quantized(name):
                     stored = parameter.T if plan.is_transposed(name) else parameter
-                    seen = through_quantization(stored.data, origin.quantization, held)
+                    seen = quantize_dequantize(stored.data, origin.quantization, held)
                     parameter.copy_(seen.T if plan.is_transposed(name) else seen)
     logits = logits_of(load_adapter(model, origin.adapter), prompts)
     del model, loaded

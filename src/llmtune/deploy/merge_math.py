@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Folded", "fold_bias", "fold_low_rank", "round_once"]
+__all__ = ["MergedWeight", "merge_bias", "merge_low_rank", "round_once"]
 
 CHUNK_ENTRIES = 2_000_000
 """Entries worked on at once: bounds what float64 costs to about 100 MB, however large the matrix."""
 
 
 @dataclass(frozen=True)
-class Folded:
+class MergedWeight:
     """A merged weight, and how many of the entries that should have moved the rounding put back where they were."""
 
     weight: Tensor
@@ -28,7 +28,7 @@ class Folded:
     """Those among them that are, once rounded, what the base's would be."""
 
 
-def fold_low_rank(
+def merge_low_rank(
     weight: Tensor,
     a_RI: Tensor,
     b_OR: Tensor,
@@ -37,7 +37,7 @@ def fold_low_rank(
     dtype: torch.dtype,
     is_transposed: bool,
     magnitude_O: Tensor | None = None,
-) -> Folded:
+) -> MergedWeight:
     """Return W + scaling * B A in `dtype`.
 
     With a magnitude, each output's row of that scaled to its length (DoRA, arXiv:2402.09353).
@@ -61,16 +61,16 @@ def fold_low_rank(
         changed += int(moved.sum())
         unchanged += int((moved & (rounded == round_once(base, dtype))).sum())
         result_OI[chosen] = rounded
-    return Folded(result, changed, unchanged)
+    return MergedWeight(result, changed, unchanged)
 
 
-def fold_bias(bias: Tensor, delta: Tensor, *, scaling: float, dtype: torch.dtype) -> Folded:
+def merge_bias(bias: Tensor, delta: Tensor, *, scaling: float, dtype: torch.dtype) -> MergedWeight:
     """Return b + scaling * b' in `dtype`."""
     base = bias.double()
     tuned = base + scaling * delta.double()
     rounded = round_once(tuned, dtype)
     moved = tuned != base
-    return Folded(rounded, int(moved.sum()), int((moved & (rounded == round_once(base, dtype))).sum()))
+    return MergedWeight(rounded, int(moved.sum()), int((moved & (rounded == round_once(base, dtype))).sum()))
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:

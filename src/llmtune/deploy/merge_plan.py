@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llmtune.adapters.attach import load_adapter_tensors
-from llmtune.adapters.layout import WeightUpdate, adapter_layout
+from llmtune.adapters.attach import read_adapter_tensors
+from llmtune.adapters.weight_updates import WeightUpdate, find_weight_updates
 from llmtune.common.dtypes import torch_dtype
 from llmtune.deploy.base_weights import BaseWeights, open_base_weights, tied_names
-from llmtune.deploy.merged_from import Origin
+from llmtune.deploy.merge_inputs import MergeInputs
 from llmtune.errors import AdapterError
 from llmtune.models.quantization import quantized_layers
 from llmtune.models.quiet_libraries import quiet_libraries
@@ -69,7 +69,7 @@ class MergePlan:
         return weight.removesuffix(".weight") in self.transposed
 
 
-def plan_merge(origin: Origin, *, dtype: torch.dtype | None, dequantize: bool) -> MergePlan:
+def plan_merge(origin: MergeInputs, *, dtype: torch.dtype | None, dequantize: bool) -> MergePlan:
     """Plan the merge of an adapter into its base.
 
     dequantize: an adapter trained on a quantized base goes into that base, dequantized. Raises AdapterError when the
@@ -83,8 +83,8 @@ def plan_merge(origin: Origin, *, dtype: torch.dtype | None, dequantize: bool) -
     base = open_base_weights(weight_files(origin.base_folder), meta)
     embeddings = _embedding_names(meta)
     _check_base(base, meta, embeddings, stored_rows)
-    tensors = load_adapter_tensors(origin.adapter)
-    updates = adapter_layout(
+    tensors = read_adapter_tensors(origin.adapter)
+    updates = find_weight_updates(
         _meta_model(config), origin.adapter, {name: tuple(one.shape) for name, one in tensors.items()}
     )
     sources, by_weight, notes = _untangle(meta, base, updates, tensors)

@@ -26,11 +26,11 @@ from llmtune.models.save import write_tokenizer
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
 from llmtune.models.tokenizer import load_tokenizer
 
-__all__ = ["Whole", "open_whole", "write_whole"]
+__all__ = ["ModelFolder", "open_model_folder", "write_model_folder"]
 
 
 @dataclass(frozen=True)
-class Whole:
+class ModelFolder:
     """A model's folder: weights that are not read yet, and everything that is written beside them."""
 
     source: ModelSource
@@ -82,7 +82,7 @@ class Whole:
         return tuple(dict.fromkeys(int(one) for one in ids if one is not None))
 
 
-def open_whole(source: ModelSource, tokenizer: Any | None = None) -> Whole:
+def open_model_folder(source: ModelSource, tokenizer: Any | None = None) -> ModelFolder:
     """Open the model of `source`: a folder, a GGUF file (converted first) or a hub id.
 
     Its own tokenizer unless another is given.
@@ -110,7 +110,7 @@ def open_whole(source: ModelSource, tokenizer: Any | None = None) -> Whole:
     weights = open_base_weights(weight_files(folder), meta)
     own = tokenizer if tokenizer is not None else load_tokenizer(source, ModelConfig(name=source.name)).tokenizer
     tied = set(tied_names(meta))
-    return Whole(
+    return ModelFolder(
         source,
         folder,
         config,
@@ -121,8 +121,8 @@ def open_whole(source: ModelSource, tokenizer: Any | None = None) -> Whole:
     )
 
 
-def write_whole(
-    whole: Whole, folder: Path, *, dtype: torch.dtype | None, max_shard_bytes: int = MAX_SHARD_BYTES
+def write_model_folder(
+    whole: ModelFolder, folder: Path, *, dtype: torch.dtype | None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write `whole` as a folder that `AutoModelForCausalLM.from_pretrained` loads: weights, config, tokenizer,
     generation config, card.
@@ -145,7 +145,7 @@ def write_whole(
     durable.write_text(folder / "README.md", _card(whole))
 
 
-def _card(whole: Whole) -> str:
+def _card(whole: ModelFolder) -> str:
     name = json.dumps(whole.source.name if whole.source.kind == "hub" else whole.folder.name)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [llmtune]\n---\n\n# {name.strip(chr(34))}\n\n"

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from llmtune import durable
-from llmtune.adapters.layout import WeightUpdate
-from llmtune.deploy.merge_math import Folded, fold_bias, fold_low_rank, round_once
+from llmtune.adapters.weight_updates import WeightUpdate
+from llmtune.deploy.merge_inputs import MergeInputs
+from llmtune.deploy.merge_math import MergedWeight, merge_bias, merge_low_rank, round_once
 from llmtune.deploy.merge_plan import MergePlan
-from llmtune.deploy.merged_from import Origin
 from llmtune.errors import ModelError
-from llmtune.models.quantization import through_quantization
+from llmtune.models.quantization import quantize_dequantize
 from llmtune.models.save import write_tokenizer
 
 __all__ = ["Written", "copy_generation_config", "write_merged", "write_shards"]
@@ -40,7 +40,9 @@ class Written:
     """sha256 over the weight files in order."""
 
 
-def write_merged(plan: MergePlan, origin: Origin, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Written:
+def write_merged(
+    plan: MergePlan, origin: MergeInputs, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> Written:
     """Write weights, config, generation config, tokenizer and chat template into `folder`.
 
     Raises ModelError when a weight does not fit the type asked for, MachineError when the disk refuses.
@@ -171,13 +173,15 @@ def _held_weight(plan: MergePlan, name: str) -> Tensor:
         return weight
     if not plan.is_quantized(name):
         return weight.to(plan.held_dtype).to(torch.float32)
-    seen = through_quantization(weight.T if plan.is_transposed(name) else weight, plan.quantization, plan.held_dtype)
+    seen = quantize_dequantize(weight.T if plan.is_transposed(name) else weight, plan.quantization, plan.held_dtype)
     return seen.T if plan.is_transposed(name) else seen
 
 
-def _apply_low_rank(weight: Tensor, update: WeightUpdate, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Folded:
+def _apply_low_rank(
+    weight: Tensor, update: WeightUpdate, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> MergedWeight:
     magnitude = update.tensors.get("magnitude")
-    return fold_low_rank(
+    return merge_low_rank(
         weight,
         tensors[update.tensors["A"]],
         tensors[update.tensors["B"]],
@@ -188,32 +192,38 @@ def _apply_low_rank(weight: Tensor, update: WeightUpdate, tensors: Mapping[str, 
     )
 
 
-def _apply_bias(weight: Tensor, update: WeightUpdate, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Folded:
-    return fold_bias(weight, tensors[update.tensors["value"]], scaling=update.scaling, dtype=dtype)
+def _apply_bias(
+    weight: Tensor, update: WeightUpdate, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> MergedWeight:
+    return merge_bias(weight, tensors[update.tensors["value"]], scaling=update.scaling, dtype=dtype)
 
 
-def _apply_rows(weight: Tensor, update: WeightUpdate, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Folded:
+def _apply_rows(
+    weight: Tensor, update: WeightUpdate, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> MergedWeight:
     rows = torch.tensor(update.rows)
     replaced = _replaced(weight[rows], tensors[update.tensors["value"]], dtype)
     result = round_once(weight, dtype)
     result = result.clone() if result is weight else result
     result[rows] = replaced.weight
-    return Folded(result, replaced.changed, replaced.unchanged_by_rounding)
+    return MergedWeight(result, replaced.changed, replaced.unchanged_by_rounding)
 
 
-def _apply_replace(weight: Tensor, update: WeightUpdate, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Folded:
+def _apply_replace(
+    weight: Tensor, update: WeightUpdate, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> MergedWeight:
     return _replaced(weight, tensors[update.tensors["value"]], dtype)
 
 
-def _replaced(base: Tensor, value: Tensor, dtype: torch.dtype) -> Folded:
+def _replaced(base: Tensor, value: Tensor, dtype: torch.dtype) -> MergedWeight:
     rounded, changed = round_once(value, dtype), value != base
-    return Folded(rounded, int(changed.sum()), int((changed & (rounded == round_once(base, dtype))).sum()))
+    return MergedWeight(rounded, int(changed.sum()), int((changed & (rounded == round_once(base, dtype))).sum()))
 
 
 APPLY = {"low_rank": _apply_low_rank, "bias": _apply_bias, "rows": _apply_rows, "replace": _apply_replace}
 
 
-def _write_rest(plan: MergePlan, origin: Origin, folder: Path, written: Written) -> None:
+def _write_rest(plan: MergePlan, origin: MergeInputs, folder: Path, written: Written) -> None:
     config = plan.config.to_dict()
     config.pop("quantization_config", None)
     config["architectures"] = [plan.class_name]
@@ -232,7 +242,7 @@ def copy_generation_config(sources: Sequence[Path], folder: Path) -> None:
         durable.write_bytes(folder / "generation_config.json", (found / "generation_config.json").read_bytes())
 
 
-def _card(origin: Origin) -> str:
+def _card(origin: MergeInputs) -> str:
     return (
         f"---\nbase_model: {origin.base_name}\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [llmtune, merged]\n---\n\n"
         f"# {origin.base_name}, tuned\n\nThe adapter `{origin.adapter.name}` merged into `{origin.base_name}` with llmtune. "

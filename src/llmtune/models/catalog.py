@@ -19,6 +19,7 @@ from llmtune.common.decisions import Decision
 from llmtune.common.folders import user_cache_folder
 from llmtune.errors import ModelError
 from llmtune.models.catalog_entry import Availability, CatalogEntry, ModelSource, ScratchShape
+from llmtune.models.user_catalog import read_user_catalog
 
 __all__ = ["CATALOG", "availability", "catalog", "resolve"]
 
@@ -28,8 +29,6 @@ def catalog(environ: Mapping[str, str] = os.environ) -> dict[str, CatalogEntry]:
 
     Raises ModelError when the user's file cannot be read or has a key that does not exist.
     """
-    from llmtune.models.user_catalog import read_user_catalog
-
     rows = {entry.name: entry for entry in CATALOG}
     rows.update({entry.name: entry for entry in read_user_catalog(environ)})
     return rows
@@ -58,7 +57,7 @@ def resolve(
     return replace(source, revision=revision, offline=offline)
 
 
-def resolve_subject(name: str, *, offline: bool = False) -> ModelSource:
+def resolve_model_argument(name: str, *, offline: bool = False) -> ModelSource:
     """Find what a command's RUN|MODEL means once it is known to be no run; a refusal says so.
 
     Raises ModelError as `resolve` does.

@@ -20,7 +20,7 @@ from llmtune import durable
 from llmtune.common.folders import cache_folder
 from llmtune.durable.files import stamp_of
 from llmtune.errors import MachineError, ModelError, in_one_line
-from llmtune.models.quiet_libraries import quiet_libraries, saving_by_library
+from llmtune.models.quiet_libraries import quiet_libraries, translate_save_errors
 
 __all__ = ["converted_folder", "converted_weights_digest", "model_cache_folder", "read_gguf"]
 
@@ -110,7 +110,7 @@ def _convert(gguf: Path, folder: Path) -> None:
         del model.config.quantization_config
     setattr(model, "hf_quantizer", None)  # noqa: B010 - not a module or tensor, as the type checker believes
     model.config.architectures = [type(model).__name__]
-    with saving_by_library(folder):
+    with translate_save_errors(folder):
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
     report = inspect_weights(sorted(folder.glob("*.safetensors")))

@@ -254,9 +254,9 @@ def _train_every_row(model: Any) -> None:
 
 def _keep_quantized_exact(model: Any) -> None:
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        from llmtune.models.quantization import keep_exact
+        from llmtune.models.quantization import disable_cpu_repacking
 
-        keep_exact(model)
+        disable_cpu_repacking(model)
 
 
 def _listed(what: str, names: Any, where: str) -> list[Problem]:

@@ -21,12 +21,12 @@ from llmtune.models.quiet_libraries import quiet_libraries
 __all__ = [
     "bnb_optimizer",
     "dequantized_weight",
+    "disable_cpu_repacking",
     "import_bitsandbytes",
     "is_quantized_linear",
-    "keep_exact",
     "quantization_config",
+    "quantize_dequantize",
     "quantized_layers",
-    "through_quantization",
 ]
 
 _ABSENT = object()
@@ -106,7 +106,7 @@ def quantization_config(kind: Literal["4bit", "8bit"], compute_dtype: Any) -> An
     )
 
 
-def keep_exact(model: Any) -> int:
+def disable_cpu_repacking(model: Any) -> int:
     """Switch off the in-place repacking of 4-bit weights in evaluation on CPU; returns how many layers are 4-bit."""
     layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     for module in layers:
@@ -178,7 +178,7 @@ def quantized_layers(meta_model: Any, kind: Literal["4bit", "8bit"]) -> set[str]
     return {name for name, module in meta_model.named_modules() if is_quantized_linear(module)}
 
 
-def through_quantization(weight: Any, kind: Literal["4bit", "8bit"], dtype: Any) -> Any:
+def quantize_dequantize(weight: Any, kind: Literal["4bit", "8bit"], dtype: Any) -> Any:
     """Return a linear layer's weight [out, in] as its quantized layer's arithmetic sees it, float32 [out, in].
 
     dtype: the type the base was loaded in, from which it was quantized. Settings are those of `quantization_config`.

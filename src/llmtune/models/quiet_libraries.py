@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmtune import durable
 
-__all__ = ["quiet_libraries", "saving_by_library"]
+__all__ = ["quiet_libraries", "translate_save_errors"]
 
 _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
 _LOGGERS = ("transformers", "peft", "accelerate", "huggingface_hub", "tokenizers", "gguf")
@@ -48,7 +48,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
-def saving_by_library(folder: Path) -> Iterator[None]:
+def translate_save_errors(folder: Path) -> Iterator[None]:
     """While inside, a library writes into `folder`, quietly.
 
     What the system refuses it is a MachineError, as if we had asked ourselves.

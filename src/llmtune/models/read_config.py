@@ -13,7 +13,7 @@ from typing import Any
 from llmtune.errors import ModelError, TokenizerError, in_one_line
 from llmtune.models.quiet_libraries import quiet_libraries
 
-__all__ = ["collector_paused", "read_config", "read_fast_tokenizer"]
+__all__ = ["garbage_collection_paused", "read_config", "read_fast_tokenizer"]
 
 _COMPLAINTS = (
     ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError, ImportError,
@@ -26,7 +26,7 @@ class _Unreadable(Exception):
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
     """While inside, Python looks for no cycles of garbage; what is no cycle is freed as ever.
 
     Importing the libraries and reading a vocabulary makes a million objects that stay, and each round of the collector

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune import durable
 from llmtune.models.parameters import trained_parameters
-from llmtune.models.quiet_libraries import saving_by_library
+from llmtune.models.quiet_libraries import translate_save_errors
 from llmtune.models.scan import read_json_file
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def write_model(
     """
     state = _rounded(model.state_dict(), dtype)
     before = model.config.dtype
-    with saving_by_library(folder):
+    with translate_save_errors(folder):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_bytes)
     model.config.dtype = before  # the library leaves its name there instead; writing changes nothing (N12)
     write_generation_config(model, tokenizer, stop_token_ids, folder)
@@ -57,7 +57,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
     Traces of how it was opened are left out.
     """
-    with saving_by_library(folder):
+    with translate_save_errors(folder):
         tokenizer.save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"
     config = {

@@ -17,7 +17,7 @@ from llmtune.models.catalog import resolve
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.chat_templates import find_chat_template
 from llmtune.models.hub import local_folder, may_ignore_auto_map
-from llmtune.models.read_config import collector_paused, read_fast_tokenizer
+from llmtune.models.read_config import garbage_collection_paused, read_fast_tokenizer
 from llmtune.models.scan import refuse_unsafe_folder
 from llmtune.models.tokenizer_training import train_tokenizer
 
@@ -48,7 +48,7 @@ class LoadedTokenizer:
     decisions: tuple[Decision, ...] = ()
 
 
-@collector_paused()
+@garbage_collection_paused()
 def load_tokenizer(
     source: ModelSource, model_config: ModelConfig, *, trust_remote_code: bool = False, new_tokens: Sequence[str] = ()
 ) -> LoadedTokenizer:
@@ -72,7 +72,7 @@ def load_tokenizer(
     return LoadedTokenizer(tokenizer, tokenizer_digest(tokenizer), tuple(decisions))
 
 
-@collector_paused()
+@garbage_collection_paused()
 def load_tokenizer_folder(folder: Path) -> LoadedTokenizer:
     """Load a tokenizer that was saved with a run, a checkpoint or a model, as it is there: nothing is chosen again but
     a missing pad token.

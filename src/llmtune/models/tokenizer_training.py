@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.errors import ConfigError, TokenizerError
+from llmtune.models.chat_templates import shipped_chat_templates
 
 __all__ = ["SPECIAL_TOKENS", "TokenizerReport", "measure_tokenizer", "train_tokenizer"]
 
@@ -54,8 +55,6 @@ def train_tokenizer(
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-
-    from llmtune.models.chat_templates import shipped_chat_templates
 
     specials = list(dict.fromkeys([*SPECIAL_TOKENS, *special_tokens]))
     least = _BYTES + len(specials)

@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llmtune.config.convert import Mismatch, convert, expected, field_types
+from llmtune.config.document import Entry, Table, Unreadable, parse_yaml, read_text, shown
+from llmtune.config.json_document import parse_json
+from llmtune.config.origin import Origin
+from llmtune.config.schema import ArchitectureConfig
 from llmtune.errors import ModelError, Problem
-
-if TYPE_CHECKING:
-    from llmtune.config.document import Entry, Table
-    from llmtune.models.catalog_entry import CatalogEntry
+from llmtune.models.catalog_entry import CatalogEntry, ScratchShape
 
 __all__ = ["read_user_catalog"]
 
@@ -60,10 +63,6 @@ def read_user_catalog(environ: Mapping[str, str]) -> list[CatalogEntry]:
 
 
 def _read(path: Path, problems: list[Problem]) -> Table | None:
-    from llmtune.config.document import Table, Unreadable, parse_yaml, read_text
-    from llmtune.config.json_document import parse_json
-    from llmtune.config.origin import Origin
-
     try:
         text = read_text(path, str(path))
         parse = parse_json if path.suffix == ".json" else parse_yaml
@@ -80,11 +79,6 @@ def _read(path: Path, problems: list[Problem]) -> Table | None:
 
 
 def _entry(row: Entry, problems: list[Problem]) -> CatalogEntry:
-    from llmtune.config.convert import field_types
-    from llmtune.config.document import Table
-    from llmtune.config.schema import ArchitectureConfig
-    from llmtune.models.catalog_entry import CatalogEntry, ScratchShape
-
     def wrong(problem: str, fix: str, place: str | None = row.origin.place) -> None:
         problems.append(Problem(problem, place, fix))
 
@@ -113,11 +107,6 @@ def _entry(row: Entry, problems: list[Problem]) -> CatalogEntry:
 
 def _values(written: Mapping[str, Entry], types: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
     """The written values by the declared types; what cannot be converted is added to `problems`."""
-    from difflib import get_close_matches
-
-    from llmtune.config.convert import Mismatch, convert, expected
-    from llmtune.config.document import shown
-
     values: dict[str, Any] = {}
     for key, entry in written.items():
         if key not in types:

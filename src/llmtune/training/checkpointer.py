@@ -66,7 +66,7 @@ def restore_weights(setup: TrainingSetup, loaded: LoadedCheckpoint) -> None:
     name = ADAPTER_FILE if setup.is_adapted else WEIGHTS_FILE
     tensors, _ = durable.read_tensors(loaded.path / name, sha256=loaded.manifest["files"][name]["sha256"])
     if setup.is_adapted:
-        attach.fill_adapter(setup.model, loaded.path, tensors)
+        attach.load_adapter_weights(setup.model, loaded.path, tensors)
     else:
         save.restore_weights(setup.model, tensors)
 

@@ -17,7 +17,7 @@ from llmtune.errors import AdapterError, Problem
 from llmtune.models.quantization import import_bitsandbytes
 from llmtune.models.quiet_libraries import quiet_libraries
 
-__all__ = ["WeightUpdate", "adapter_layout"]
+__all__ = ["WeightUpdate", "find_weight_updates"]
 
 PREFIX = "base_model.model."
 """What peft puts before every name of the model it wraps."""
@@ -48,7 +48,7 @@ class WeightUpdate:
     """Rows that `rows` replaces, in the order of its value."""
 
 
-def adapter_layout(meta_model: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[WeightUpdate]:
+def find_weight_updates(meta_model: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[WeightUpdate]:
     """Return every update the adapter in `folder` makes to a base of this shape.
 
     meta_model: the base's model class on the meta device; it is wrapped and must not be used afterwards. shapes: shape

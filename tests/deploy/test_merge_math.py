@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.deploy.compare_logits import tell_apart
-from llmtune.deploy.merge_math import fold_bias, fold_low_rank, round_once
+from llmtune.deploy.compare_logits import compare_logits
+from llmtune.deploy.merge_math import merge_bias, merge_low_rank, round_once
 
 
 def draw(*shape, seed=0):
@@ -14,30 +14,30 @@ def draw(*shape, seed=0):
 
 def test_a_low_rank_update_is_w_plus_scaling_times_b_a():
     weight, a, b = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 10.0]]), torch.tensor([[1.0], [2.0]])
-    folded = fold_low_rank(weight, a, b, scaling=0.5, dtype=torch.float32, is_transposed=False)
+    folded = merge_low_rank(weight, a, b, scaling=0.5, dtype=torch.float32, is_transposed=False)
     assert folded.weight.tolist() == [[1.5, 7.0], [4.0, 14.0]]
     assert (folded.changed, folded.unchanged_by_rounding) == (4, 0)
 
 
 def test_a_weight_stored_the_other_way_round_gets_the_transposed_update():
     weight, a, b = draw(6, 4), draw(2, 6, seed=1), draw(4, 2, seed=2)
-    straight = fold_low_rank(weight.T.contiguous(), a, b, scaling=2.0, dtype=torch.float32, is_transposed=False)
-    turned = fold_low_rank(weight, a, b, scaling=2.0, dtype=torch.float32, is_transposed=True)
+    straight = merge_low_rank(weight.T.contiguous(), a, b, scaling=2.0, dtype=torch.float32, is_transposed=False)
+    turned = merge_low_rank(weight, a, b, scaling=2.0, dtype=torch.float32, is_transposed=True)
     assert torch.equal(turned.weight, straight.weight.T)
 
 
 def test_a_magnitude_gives_each_output_its_length():
     """DoRA: the row of an output is scaled to the length that was trained."""
     weight, a, b, magnitude = draw(5, 7), draw(2, 7, seed=1), draw(5, 2, seed=2), torch.arange(1.0, 6.0)
-    folded = fold_low_rank(weight, a, b, scaling=1.0, dtype=torch.float64, is_transposed=False, magnitude_O=magnitude)
+    folded = merge_low_rank(weight, a, b, scaling=1.0, dtype=torch.float64, is_transposed=False, magnitude_O=magnitude)
     assert torch.allclose(torch.linalg.vector_norm(folded.weight, dim=1), magnitude.double())
 
 
 def test_the_result_does_not_depend_on_how_a_matrix_is_cut(monkeypatch):
     weight, a, b = draw(50, 9), draw(3, 9, seed=1), draw(50, 3, seed=2)
-    whole = fold_low_rank(weight, a, b, scaling=1.3, dtype=torch.bfloat16, is_transposed=False)
+    whole = merge_low_rank(weight, a, b, scaling=1.3, dtype=torch.bfloat16, is_transposed=False)
     monkeypatch.setattr("llmtune.deploy.merge_math.CHUNK_ENTRIES", 20)
-    cut = fold_low_rank(weight, a, b, scaling=1.3, dtype=torch.bfloat16, is_transposed=False)
+    cut = merge_low_rank(weight, a, b, scaling=1.3, dtype=torch.bfloat16, is_transposed=False)
     assert torch.equal(whole.weight, cut.weight)
     assert (whole.changed, whole.unchanged_by_rounding) == (cut.changed, cut.unchanged_by_rounding)
 
@@ -45,7 +45,7 @@ def test_the_result_does_not_depend_on_how_a_matrix_is_cut(monkeypatch):
 def test_entries_that_rounding_puts_back_are_counted():
     """In bfloat16 the next number after 1 is 1.0078125: a change by 0.001 is lost, one by 0.01 is not."""
     weight = torch.ones(1, 3)
-    folded = fold_low_rank(
+    folded = merge_low_rank(
         weight,
         torch.tensor([[0.001, 0.01, 0.0]]),
         torch.ones(1, 1),
@@ -58,7 +58,7 @@ def test_entries_that_rounding_puts_back_are_counted():
 
 
 def test_a_bias_moves_by_scaling_times_its_own_update():
-    assert fold_bias(
+    assert merge_bias(
         torch.tensor([1.0, 2.0]), torch.tensor([10.0, 0.0]), scaling=0.5, dtype=torch.float32
     ).weight.tolist() == [6.0, 2.0]
 
@@ -86,12 +86,12 @@ def test_rounding_to_bfloat16_takes_the_nearest_and_the_even_one_of_two():
 
 def test_models_that_differ_are_told_apart_and_a_nan_is_infinitely_far():
     one = [draw(4, 9)]
-    assert tell_apart(one, one).max_abs_logit == 0
-    assert tell_apart(one, [one[0] + torch.eye(4, 9)]).mean_kl > 0.01
+    assert compare_logits(one, one).max_abs_logit == 0
+    assert compare_logits(one, [one[0] + torch.eye(4, 9)]).mean_kl > 0.01
     broken = one[0].clone()
     broken[2, 3] = float("nan")
-    assert tell_apart(one, [broken]).mean_kl == float("inf")
-    assert tell_apart(one, [broken]).max_abs_logit == float("inf")
+    assert compare_logits(one, [broken]).mean_kl == float("inf")
+    assert compare_logits(one, [broken]).max_abs_logit == float("inf")
 
 
 MUTANTS = {
@@ -109,12 +109,12 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_merge_that_computes_something_else_leaves_no_folder(make, monkeypatch, mutant):
     """N8: over tolerance, exit 5 and no output. Each mutant of the arithmetic is caught by the comparison."""
-    from llmtune.deploy import write
+    from llmtune.deploy import write_merged as write
     from llmtune.deploy.merge import merge_lora
     from llmtune.errors import CheckpointError
 
     adapter, merged = make.adapter(make.base(), dora=True), make.path("merged")
-    monkeypatch.setattr(write, "fold_low_rank", lambda *a, **k: MUTANTS[mutant](fold_low_rank, *a, **k))
+    monkeypatch.setattr(write, "merge_low_rank", lambda *a, **k: MUTANTS[mutant](merge_low_rank, *a, **k))
     with pytest.raises(CheckpointError, match="is not the tuned one") as refusal:
         merge_lora(adapter, merged, dtype="float32")
     assert refusal.value.exit_code == 5
@@ -127,10 +127,10 @@ import resource, sys
 from pathlib import Path
 import torch
 from llmtune import durable
-from llmtune.deploy.origin import find_origin
+from llmtune.deploy.merge_inputs import find_merge_inputs
 from llmtune.deploy.merge_plan import plan_merge
-from llmtune.deploy.write import write_merged
-origin = find_origin(Path(sys.argv[1]), None)
+from llmtune.deploy.write_merged import write_merged
+origin = find_merge_inputs(Path(sys.argv[1]), None)
 plan = plan_merge(origin, dtype=torch.float32, dequantize=True)
 for _ in plan.base.stored():
     pass

@@ -13,24 +13,24 @@ from typing import Any
 import torch
 
 from llmtune.adapters.attach import load_adapter
-from llmtune.adapters.base_model import base_name_of, find_base, find_result
 from llmtune.adapters.config_file import read_base_record
+from llmtune.adapters.find import base_name_of, find_base, find_result
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, ModelConfig
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.engine.devices import choose_device
 from llmtune.errors import ModelError
-from llmtune.models.catalog import resolve, resolve_subject
+from llmtune.models.catalog import resolve, resolve_model_argument
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.load import load_model
 from llmtune.models.scan import read_json_file
 from llmtune.models.tokenizer import load_tokenizer, load_tokenizer_folder
 
-__all__ = ["Subject", "load_subject"]
+__all__ = ["InferenceModel", "load_inference_model"]
 
 
 @dataclass(frozen=True)
-class Subject:
+class InferenceModel:
     """A model that can be asked, rendered to exactly as it was trained."""
 
     model: Any
@@ -65,7 +65,9 @@ class Subject:
         yield _load(self.base, ModelConfig(name=self.base.name), self.tokenizer, device)
 
 
-def load_subject(name: str, *, output_dir: str = "runs", offline: bool = False, no_cuda: bool = False) -> Subject:
+def load_inference_model(
+    name: str, *, output_dir: str = "runs", offline: bool = False, no_cuda: bool = False
+) -> InferenceModel:
     """Load RUN|MODEL: the folder or name of a run, an adapter's folder, a model's folder, a name of list-models, a hub
     id, a .gguf file.
 
@@ -83,12 +85,12 @@ def load_subject(name: str, *, output_dir: str = "runs", offline: bool = False, 
     return _whole(found, folder, config, device, offline=offline)
 
 
-def _published(name: str, device: torch.device, *, offline: bool) -> Subject:
-    source = resolve_subject(name, offline=offline)
+def _published(name: str, device: torch.device, *, offline: bool) -> InferenceModel:
+    source = resolve_model_argument(name, offline=offline)
     model_config = ModelConfig(name=name)
     tokenizer = load_tokenizer(source, model_config).tokenizer
     model = _load(source, model_config, tokenizer, device)
-    return Subject(
+    return InferenceModel(
         model=model,
         tokenizer=tokenizer,
         renderer=Renderer(tokenizer),
@@ -99,7 +101,9 @@ def _published(name: str, device: torch.device, *, offline: bool) -> Subject:
     )
 
 
-def _adapted(found: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool) -> Subject:
+def _adapted(
+    found: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool
+) -> InferenceModel:
     source, record = find_base(found, offline=offline), read_base_record(found)
     tokenizer = _tokenizer_of(found, folder, source, config)
     held = ModelConfig(name=source.name, quantization=record.get("quantization") or "none")
@@ -108,7 +112,7 @@ def _adapted(found: Path, folder: Path, config: Config | None, device: torch.dev
             held, dtype=record.get("dtype") or "auto"
         )  # it must be quantized from the same numbers as in training
     base = _load(source, held, tokenizer, device)
-    return Subject(
+    return InferenceModel(
         model=load_adapter(base, found),
         tokenizer=tokenizer,
         renderer=_renderer(tokenizer, config),
@@ -120,11 +124,11 @@ def _adapted(found: Path, folder: Path, config: Config | None, device: torch.dev
     )
 
 
-def _whole(found: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool) -> Subject:
+def _whole(found: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool) -> InferenceModel:
     source = resolve(str(found), offline=offline)
     base = None if config is None else resolve(config.model.name, config.model.revision, offline=offline)
     tokenizer = _tokenizer_of(found, folder, base or source, config)
-    return Subject(
+    return InferenceModel(
         model=_load(source, ModelConfig(name=str(found)), tokenizer, device),
         tokenizer=tokenizer,
         renderer=_renderer(tokenizer, config),

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmtune.adapters.base_model import base_name_of, find_adapter, find_base
 from llmtune.adapters.config_file import read_base_record
+from llmtune.adapters.find import base_name_of, find_adapter, find_base
 from llmtune.errors import AdapterError, ModelError
 from llmtune.models.catalog import resolve
 from llmtune.models.catalog_entry import ModelSource
@@ -15,11 +15,11 @@ from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
 from llmtune.models.tokenizer import load_tokenizer_folder
 
-__all__ = ["Origin", "find_origin"]
+__all__ = ["MergeInputs", "find_merge_inputs"]
 
 
 @dataclass(frozen=True)
-class Origin:
+class MergeInputs:
     """An adapter and its base."""
 
     adapter: Path
@@ -35,7 +35,7 @@ class Origin:
     tokenizer: Any
 
 
-def find_origin(source: Path, base: str | None, *, offline: bool = False) -> Origin:
+def find_merge_inputs(source: Path, base: str | None, *, offline: bool = False) -> MergeInputs:
     """Find the adapter in `source` and its base: the one named, or the one its record names.
 
     Raises AdapterError or ModelError, with what to give as --base, when either cannot be found or may not be loaded.
@@ -59,7 +59,7 @@ def find_origin(source: Path, base: str | None, *, offline: bool = False) -> Ori
         )
     weight_files(folder)
     own = (adapter / "tokenizer_config.json").is_file()
-    return Origin(
+    return MergeInputs(
         adapter=adapter,
         base=base_source,
         base_folder=folder,
