@@ -265,3 +265,43 @@ def test_readme_names_every_page():
     pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
     assert len(pages) >= 7
     assert pages == linked
+
+
+NAMED_PATH = re.compile(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|jinja|ipynb))`")
+NAMED_FOLDER = re.compile(r"`((?:src/llmtune|tests|benchmarks|scripts|examples|configs)/(?:[\w-]+/)*)`")
+TABLE_IN_FILE = re.compile(r"`([A-Z_]{4,})` in `([\w./]+\.py)`|`([\w./]+\.py)` \(`([A-Z_]{4,})`\)")
+
+
+def in_the_package(page: Path, name: str) -> Path | None:
+    """The file that a page means by `name`: from the top, in the package, or in its `data/`."""
+    roots = (ROOT, ROOT / "src" / "llmtune", ROOT / "src" / "llmtune" / "data", page.parent)
+    return next((root / name for root in roots if (root / name).exists()), None)
+
+
+def test_files_and_tables_that_the_documents_name_exist():
+    count, missing = 0, []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in [*NAMED_PATH.findall(text), *NAMED_FOLDER.findall(text)]:
+            count += 1
+            if in_the_package(page, name) is None:
+                missing.append(f"{page.name}: {name}")
+        for groups in TABLE_IN_FILE.findall(text):
+            table, name = (groups[0], groups[1]) if groups[0] else (groups[3], groups[2])
+            path = in_the_package(page, name)
+            if path is None or not re.search(rf"^{table}\b.* = ", path.read_text(encoding="utf-8"), re.MULTILINE):
+                missing.append(f"{page.name}: {table} in {name}")
+            count += 1
+    assert missing == []
+    assert count >= 100
+
+
+def test_the_map_has_every_folder_with_its_rank():
+    drawing = FENCE.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))[0][1]
+    ranks = {}
+    for line in drawing.splitlines():
+        if row := re.match(r"\s*(\d+)\s+((?:\S+(?:/|\.py)\s+)+)", line):
+            ranks |= {name.rstrip("/").removesuffix(".py"): int(row[1]) for name in row[2].split()}
+    source = (ROOT / "tests" / "test_architecture.py").read_text(encoding="utf-8")
+    table = re.search(r"^RANKS = \{\n(.*?)^\}", source, re.MULTILINE | re.DOTALL)[1]
+    assert ranks == {name: int(rank) for name, rank in re.findall(r'"(\w+)": (\d+),', table)}
