@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from llmtune.cli.main import run
-from llmtune.config.convert import LEAVES
 from llmtune.config.dump import config_to_yaml
 from llmtune.config.json_schema import json_schema
+from llmtune.config.keys import LEAVES
 from llmtune.config.layers import load_config, parse_config
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmtune.config import aliases, convert
+from llmtune.config import aliases
+from llmtune.config.keys import LEAVES, SECTIONS
 from llmtune.config.layers import parse_config
 from llmtune.config.schema import SourceConfig
 from llmtune.errors import ConfigError
@@ -161,12 +162,12 @@ def test_our_own_names_say_nothing():
 
 
 def test_every_other_name_stands_for_a_key_we_have():
-    assert set(aliases.NAMES.values()) <= set(convert.LEAVES)
+    assert set(aliases.NAMES.values()) <= set(LEAVES)
     assert len(aliases.NAMES) > 150
 
 
 def test_no_other_name_hides_one_of_our_keys_or_sections():
-    ours = {*convert.LEAVES, *convert.SECTIONS} - set(aliases.SECTION_VALUES)
+    ours = {*LEAVES, *SECTIONS} - set(aliases.SECTION_VALUES)
     assert not ours & {*aliases.NAMES, *aliases.TRANSLATED}
 
 
@@ -174,7 +175,7 @@ def test_no_other_name_hides_one_of_our_keys_or_sections():
 def test_every_plain_name_reaches_its_key(name):
     """A row that nothing could reach, or whose value another row takes, would be dead."""
     target = aliases.NAMES[name]
-    given = SAMPLES.get(target, SAMPLES_BY_TYPE.get(convert.LEAVES[target], "1"))
+    given = SAMPLES.get(target, SAMPLES_BY_TYPE.get(LEAVES[target], "1"))
     try:
         resolved = parse_config(f"{name}: {given}\n{EXTRA.get(target, '')}")
     except ConfigError as error:

@@ -76,6 +76,18 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
         "training:\n  betas: [0.9, 0.99, 0.999]\n",
         [(2, ("`training.betas` must be a list of 2",))],
     ),
+    "value on the line below its key": (
+        "training:\n  epochs:\n    -3\n  batch_size:\n\n    four\n",
+        [(3, ("`training.epochs`", "`-3`")), (6, ("`training.batch_size`", "`four`"))],
+    ),
+    "value at its anchor": (
+        "x-rate: &rate -1\ntraining:\n  learning_rate: *rate\n",
+        [(1, ("`training.learning_rate`", "`-1`"))],
+    ),
+    "contradiction with a value below its key": (
+        "model:\n  quantization:\n    4bit\n",
+        [(3, ("a quantized base is frozen", "model.quantization"))],
+    ),
     "word in a list of numbers": ("training:\n  betas: [0.9, high]\n", [(2, ("`training.betas`", "`high`"))]),
     "list in a list": ("run:\n  tags: [[a]]\n", [(2, ("`run.tags`", "`[a]`"))]),
     "number too large": ("training:\n  max_steps: 99999999999999999999999\n", [(2, ("`training.max_steps`",))]),

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.cli.failure import message
-from llmtune.config import aliases, convert
+from llmtune.config import aliases
+from llmtune.config.keys import LEAVES, SECTIONS
 from llmtune.config.layers import load_config, parse_config
 from llmtune.errors import ConfigError
 
@@ -44,8 +45,8 @@ def test_a_file_made_to_hurt_is_refused_in_seconds(name):
 
 
 KEYS = [
-    *convert.LEAVES,
-    *convert.SECTIONS,
+    *LEAVES,
+    *SECTIONS,
     *aliases.NAMES,
     *aliases.TRANSLATED,
     *aliases.NOT_HERE,

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from llmtune.config.convert import LEAVES
+from llmtune.config.keys import LEAVES
 from llmtune.config.layers import load_config, parse_config
 from llmtune.config.schema import Config, SourceConfig
 from llmtune.errors import ConfigError
@@ -232,6 +232,14 @@ def test_anchors_and_merge_keys_keep_the_line_they_were_written_on():
     assert (str(resolved.origins["training.epochs"]), str(resolved.origins["training.batch_size"])) == (
         "m.yaml:2",
         "m.yaml:6",
+    )
+
+
+def test_a_value_below_its_key_has_the_line_it_stands_on():
+    resolved = parse_config("training:\n  epochs:\n    2\n  batch_size: 4\n", "m.yaml")
+    assert (str(resolved.origins["training.epochs"]), str(resolved.origins["training.batch_size"])) == (
+        "m.yaml:3",
+        "m.yaml:4",
     )
 
 

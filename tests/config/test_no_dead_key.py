@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 import llmtune
-from llmtune.config import convert
+from llmtune.config.keys import LEAVES
 from llmtune.config.layers import load_config
 
 FLIPS = yaml.safe_load((Path(__file__).parent / "flips.yaml").read_text())
 
 
 def test_the_table_of_flips_holds_every_key_and_no_other():
-    assert set(FLIPS) == set(convert.LEAVES)
+    assert set(FLIPS) == set(LEAVES)
 
 
 @pytest.mark.parametrize("key", FLIPS)
@@ -24,7 +24,7 @@ def test_flipping_a_key_changes_that_key_alone(key):
     beside = FLIPS[key].get("beside", [])
     before = load_config(None, environ={}, overrides=beside).config
     after = load_config(None, environ={}, overrides=[*beside, f"{key}={FLIPS[key]['flip']}"]).config
-    assert [name for name in convert.LEAVES if value_of(before, name) != value_of(after, name)] == [key]
+    assert [name for name in LEAVES if value_of(before, name) != value_of(after, name)] == [key]
 
 
 def value_of(config, key):
@@ -45,4 +45,4 @@ def names_read_outside_config():
 def test_every_key_is_read_by_some_room():
     """A key whose name stands nowhere outside the config cannot change anything."""
     read = names_read_outside_config()
-    assert {key for key in convert.LEAVES if key.rpartition(".")[2] not in read} == set()
+    assert {key for key in LEAVES if key.rpartition(".")[2] not in read} == set()

@@ -12,11 +12,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.config import convert
 from llmtune.config.checks import CONTRADICTIONS, RANGES, SOURCE_RANGES, range_problem
-from llmtune.config.describe import descriptions
-from llmtune.config.dump import config_from_dict, config_to_dict, config_to_yaml
+from llmtune.config.dump import config_to_dict, config_to_yaml
 from llmtune.config.json_schema import json_schema
+from llmtune.config.keys import LEAVES, SECTIONS, default_of, descriptions
 from llmtune.config.layers import load_config, parse_config
 from llmtune.config.origin import DEFAULT, Origin
 from llmtune.config.presets import shipped_path, shipped_presets
@@ -83,12 +82,12 @@ def is_allowed(key, value):
     return range_problem(key, value) is None
 
 
-KEYS_WITH_VALUES = st.sampled_from(sorted(convert.LEAVES)).flatmap(
-    lambda key: values_of(convert.LEAVES[key], RANGES.get(key)).map(
-        lambda value: (key, value if is_allowed(key, value) else convert.default_of(key))
+KEYS_WITH_VALUES = st.sampled_from(sorted(LEAVES)).flatmap(
+    lambda key: values_of(LEAVES[key], RANGES.get(key)).map(
+        lambda value: (key, value if is_allowed(key, value) else default_of(key))
     )
 )
-GIVEN_EVERYWHERE = dict.fromkeys(convert.LEAVES, Origin("file", "x"))
+GIVEN_EVERYWHERE = dict.fromkeys(LEAVES, Origin("file", "x"))
 
 
 def made_consistent(config):
@@ -96,7 +95,7 @@ def made_consistent(config):
     for _ in CONTRADICTIONS:
         wrong = [row for row in CONTRADICTIONS if row.when(config, GIVEN_EVERYWHERE)]
         for key in (key for row in wrong for key in row.keys):
-            config = replaced(config, key.split("."), convert.default_of(key))
+            config = replaced(config, key.split("."), default_of(key))
     return config
 
 
@@ -121,8 +120,7 @@ def test_a_config_written_as_yaml_reads_back_equal(config):
     """Q3: config.yaml of a run loads to the config of the run, every float to its last bit."""
     text = config_to_yaml(config)
     assert parse_config(text).config == config
-    assert config_from_dict(config_to_dict(config)) == config
-    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    assert parse_config(json.dumps(config_to_dict(config)), is_json=True).config == config
 
 
 @settings(max_examples=150, deadline=None)
@@ -139,35 +137,42 @@ def test_other_yaml_readers_read_the_same_values(config):
 def test_comments_change_nothing_and_explain_every_key():
     commented = config_to_yaml(Config(), commented=True)
     assert parse_config(commented).config == Config()
-    assert commented.count("\n  # ") >= len(convert.LEAVES) - 15
+    assert commented.count("\n  # ") >= len(LEAVES) - 15
     assert "# Peak learning rate" in commented
 
 
 def test_a_dict_with_an_unknown_key_is_refused():
     with pytest.raises(ConfigError, match=r"run\.sed"):
-        config_from_dict({"run": {"sed": 1}})
+        parse_config('{"run": {"sed": 1}}', is_json=True)
+
+
+def test_the_class_of_a_section_is_found_by_its_key():
+    """`training` is described by `TrainingConfig`, and every section of the schema likewise."""
+    names = {key: cls.__name__ for key, cls in SECTIONS.items()}
+    assert names == {key: f"{key.rpartition('.')[2].capitalize()}Config" for key in SECTIONS}
+    assert {"run", "model", "model.architecture", "data", "training"} <= set(names)
 
 
 def test_every_key_is_described_once_under_itself():
-    assert set(descriptions()) == {*convert.LEAVES, *convert.SECTIONS}
+    assert set(descriptions()) == {*LEAVES, *SECTIONS}
     assert all(text.endswith(".") and len(text) >= 4 for text in descriptions().values())
 
 
 def test_every_number_has_bounds():
     """A key that takes a number says which numbers make sense."""
-    numbers = {key for key, declared in convert.LEAVES.items() if {int, float} & {declared, *typing.get_args(declared)}}
+    numbers = {key for key, declared in LEAVES.items() if {int, float} & {declared, *typing.get_args(declared)}}
     assert numbers == set(RANGES)
 
 
 def test_every_default_is_within_its_bounds_and_of_its_type():
-    assert all(range_problem(key, convert.default_of(key)) is None for key in convert.LEAVES)
+    assert all(range_problem(key, default_of(key)) is None for key in LEAVES)
     assert parse_config(config_to_yaml(Config())).config == Config()
-    assert all(type(convert.default_of(key)) is float for key, declared in convert.LEAVES.items() if declared is float)
+    assert all(type(default_of(key)) is float for key, declared in LEAVES.items() if declared is float)
 
 
 def test_no_contradiction_speaks_of_a_key_that_does_not_exist():
-    assert {key for row in CONTRADICTIONS for key in row.keys} <= set(convert.LEAVES)
-    assert not any(row.when(Config(), dict.fromkeys(convert.LEAVES, DEFAULT)) for row in CONTRADICTIONS)
+    assert {key for row in CONTRADICTIONS for key in row.keys} <= set(LEAVES)
+    assert not any(row.when(Config(), dict.fromkeys(LEAVES, DEFAULT)) for row in CONTRADICTIONS)
 
 
 def test_every_shipped_yaml_resolves():
@@ -213,7 +218,7 @@ def test_the_json_schema_describes_every_key_and_no_other():
                 found[prefix + name] = value
 
     walk(schema, "")
-    assert set(found) - {"extends"} == set(convert.LEAVES)
+    assert set(found) - {"extends"} == set(LEAVES)
     assert all(value["description"] for value in found.values())
     assert found["training.batch_size"]["anyOf"] == [{"type": "integer", "minimum": 1}, {"enum": ["auto"]}]
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -226,4 +231,4 @@ def test_the_reference_page_is_current():
 
 def test_the_reference_page_names_every_key():
     page = reference_page()
-    assert all(f"| `{key}` |" in page for key in convert.LEAVES)
+    assert all(f"| `{key}` |" in page for key in LEAVES)

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmtune.config import convert
+from llmtune.config.keys import LEAVES
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.engine.devices import open_devices
@@ -207,7 +207,7 @@ SHOWN = [key for key in FLIPS if key not in ELSEWHERE]
 
 
 def test_every_key_is_looked_at():
-    assert set(FLIPS) == set(convert.LEAVES)
+    assert set(FLIPS) == set(LEAVES)
     assert len(SHOWN) + len(ELSEWHERE) == len(FLIPS) >= 93
     assert all(callable(globals()[test]) for test in ELSEWHERE.values())
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llmtune.config.convert import LEAVES
+from llmtune.config.keys import LEAVES
 from llmtune.config.layers import FLAGS
 from llmtune.config.other_toolkits_names import NAMES
 from llmtune.errors import UsageError

@@ -12,6 +12,7 @@ from llmtune.common.text import excerpt
 from llmtune.config import aliases, convert
 from llmtune.config.checks import range_problem
 from llmtune.config.document import Entry, Listing, Node, Scalar, Table, shown
+from llmtune.config.keys import LEAVES, SECTIONS, default_of
 from llmtune.config.origin import Origin
 from llmtune.errors import Problem
 
@@ -94,9 +95,9 @@ class _Reader:
         """
         value, origin = entry.value, entry.origin
         leaf = key.rpartition(".")[2]
-        if key in convert.LEAVES:
+        if key in LEAVES:
             self.settle(key, key, value, origin)
-        elif key in convert.SECTIONS:
+        elif key in SECTIONS:
             self.section(key, value, origin)
         elif self.findings.is_full:
             self.findings.untold += 1
@@ -123,7 +124,7 @@ class _Reader:
         elif key in aliases.SECTION_VALUES and (isinstance(value, Scalar) or key == "data"):
             self.apply(key, aliases.SECTION_VALUES[key], value, origin)
         else:
-            keys = ", ".join(name.rpartition(".")[2] for name in convert.LEAVES if name.rpartition(".")[0] == key)
+            keys = ", ".join(name.rpartition(".")[2] for name in LEAVES if name.rpartition(".")[0] == key)
             self.findings.problem(
                 f"`{key}` is a section, not a value (`{shown(value)}`)", origin.place, f"its keys are {keys}"
             )
@@ -168,6 +169,8 @@ class _Reader:
 
     def settle(self, key: str, written: str, value: Node, origin: Origin, weak: bool = False) -> None:
         """Convert one value and keep it, unless the same layer already says something else about that key."""
+        if isinstance(value, Scalar):
+            origin = value.origin  # a value may stand on a line below its key, or where its anchor does
         spelling = aliases.VALUES.get(key, {}).get(value.text.lower()) if isinstance(value, Scalar) else None
         if spelling is not None:
             self.findings.note(f"{origin.place}: `{key}: {shown(value)}` is written `{spelling}` here")
@@ -177,7 +180,7 @@ class _Reader:
             self.findings.failed.add(key)
             return
         try:
-            converted = convert.convert(value, convert.LEAVES[key])
+            converted = convert.convert(value, LEAVES[key])
         except convert.Mismatch as mismatch:
             self.findings.failed.add(key)
             self.findings.problem(*_mismatch_problem(key, written, value, mismatch, origin))
@@ -187,7 +190,7 @@ class _Reader:
             self.findings.failed.add(key)
             self.findings.problem(f"`{excerpt(written)}` {wrong}, not `{shown(value)}`", origin.place)
             return
-        self.keep(key, Setting(converted, _value_origin(origin, value), written, weak))
+        self.keep(key, Setting(converted, origin, written, weak))
 
     def keep(self, key: str, setting: Setting) -> None:
         """Keep a setting; a weak one gives way, and two that differ are a problem."""
@@ -210,7 +213,7 @@ class _Reader:
         first = next((each for each in given if each is not None), None)
         if first is None:
             return
-        defaults = convert.default_of("training.betas")
+        defaults = default_of("training.betas")
         items = [
             each.value if each else Scalar(str(default), True, first.origin)
             for each, default in zip(given, defaults, strict=True)
@@ -245,23 +248,15 @@ class _Reader:
     def unknown(self, key: str, value: Node, origin: Origin) -> None:
         """Find the problem of a key that nobody knows, with the nearest name."""
         if isinstance(value, Table) and "." not in key:
-            near = difflib.get_close_matches(key.lower(), convert.SECTIONS, n=1, cutoff=0.6)
+            near = difflib.get_close_matches(key.lower(), SECTIONS, n=1, cutoff=0.6)
             fix = (
                 f"did you mean `{near[0]}`?"
                 if near
-                else "the sections are " + ", ".join(name for name in convert.SECTIONS if "." not in name)
+                else "the sections are " + ", ".join(name for name in SECTIONS if "." not in name)
             )
             self.findings.problem(f"unknown section `{excerpt(key)}`", origin.place, fix)
             return
         self.findings.problem(f"unknown key `{excerpt(key)}` (`{shown(value)}`)", origin.place, nearest_key(key))
-
-
-def _value_origin(origin: Origin, value: Node) -> Origin:
-    """The line of the value where it is a scalar on another line than its key (a folded text).
-
-    The key's line otherwise.
-    """
-    return replace(origin) if isinstance(value, Scalar) else origin
 
 
 def _holds_secret(value: Node) -> bool:
@@ -290,11 +285,9 @@ def _alias_name(key: str) -> str | None:
     section, _, leaf = key.rpartition(".")
     if section in aliases.FLAT_SECTIONS and (leaf in aliases.TRANSLATED or leaf in aliases.NAMES):
         return leaf
-    if section in convert.SECTIONS and leaf in aliases.NAMES and aliases.NAMES[leaf].startswith(f"{section}."):
+    if section in SECTIONS and leaf in aliases.NAMES and aliases.NAMES[leaf].startswith(f"{section}."):
         return leaf
-    if section in convert.SECTIONS and any(
-        leaf in aliases.other_names(own) for own in convert.LEAVES if own.startswith(f"{section}.")
-    ):
+    if section in SECTIONS and any(leaf in aliases.other_names(own) for own in LEAVES if own.startswith(f"{section}.")):
         return leaf
     return None
 
@@ -308,7 +301,7 @@ def nearest_key(key: str) -> str:
     '`learning_rate` stands in another section: write `training.learning_rate`'
     """
     section, _, leaf = key.lower().replace("-", "_").rpartition(".")
-    elsewhere = [name for name in convert.LEAVES if name.rpartition(".")[2] == leaf]
+    elsewhere = [name for name in LEAVES if name.rpartition(".")[2] == leaf]
     if len(elsewhere) == 1:
         return f"`{leaf}` stands in another section: write `{elsewhere[0]}`"
     if elsewhere:
@@ -316,13 +309,13 @@ def nearest_key(key: str) -> str:
     known = aliases.NAMES.get(leaf)
     if known:
         return f"write `{known}`"
-    best = max(convert.LEAVES, key=lambda name: _likeness(section, leaf, name))
+    best = max(LEAVES, key=lambda name: _likeness(section, leaf, name))
     if _likeness(section, leaf, best) >= 0.62:
         return f"did you mean `{best}`?"
     other = difflib.get_close_matches(leaf, aliases.NAMES, n=1, cutoff=0.75)
     if other:
         return f"did you mean `{aliases.NAMES[other[0]]}`?"
-    inside = [name.rpartition(".")[2] for name in convert.LEAVES if name.rpartition(".")[0] == section]
+    inside = [name.rpartition(".")[2] for name in LEAVES if name.rpartition(".")[0] == section]
     return f"the keys of `{section}` are {', '.join(inside)}" if inside else "`llmtune config schema` lists every key"
 
 

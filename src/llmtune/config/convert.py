@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 from llmtune.config.document import Listing, Node, Scalar, shown
-from llmtune.config.schema import Config, SourceConfig
+from llmtune.config.keys import SOURCE_FIELDS
+from llmtune.config.schema import SourceConfig
 
-__all__ = ["LEAVES", "SECTIONS", "SOURCE_FIELDS", "Mismatch", "convert", "default_of", "expected", "field_types"]
+__all__ = ["Mismatch", "convert", "expected"]
 
 _WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 _NUMBER = re.compile(r"[+-]?([0-9]+(_[0-9]+)*\.?([0-9]+(_[0-9]+)*)?|\.[0-9]+(_[0-9]+)*)([eE][+-]?[0-9]{1,5})?")
@@ -28,43 +27,6 @@ class Mismatch(Exception):
         self.node = node
         self.fix = fix
         super().__init__(f"must be {expected_text}, not `{shown(node)}`")
-
-
-@cache
-def field_types(cls: type) -> dict[str, Any]:
-    """Return the declared type of every field of a schema dataclass, in order."""
-    hints = get_type_hints(cls)
-    return {each.name: hints[each.name] for each in fields(cls)}
-
-
-def _walk(cls: type, prefix: str = "") -> tuple[dict[str, Any], dict[str, type]]:
-    leaves: dict[str, Any] = {}
-    sections: dict[str, type] = {}
-    for name, declared in field_types(cls).items():
-        key = prefix + name
-        if isinstance(declared, type) and is_dataclass(declared):
-            sections[key] = declared
-            inner_leaves, inner_sections = _walk(declared, key + ".")
-            leaves |= inner_leaves
-            sections |= inner_sections
-        else:
-            leaves[key] = declared
-    return leaves, sections
-
-
-LEAVES, SECTIONS = _walk(Config)
-"""Every key by its dotted name with its declared type, and every section with its dataclass."""
-
-SOURCE_FIELDS = field_types(SourceConfig)
-
-
-@cache
-def default_of(key: str) -> Any:
-    """Return the default of the key with this dotted name."""
-    *sections, name = key.split(".")
-    cls = SECTIONS[".".join(sections)] if sections else Config
-    field = next(each for each in fields(cls) if each.name == name)
-    return field.default if field.default is not MISSING else None
 
 
 def expected(declared: Any) -> str:

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from llmtune.config.describe import descriptions
-from llmtune.config.layers import parse_config
+from llmtune.config.keys import descriptions
 from llmtune.config.schema import Config, SourceConfig
 from llmtune.config.value_text import source_text, value_text
 
-__all__ = ["config_from_dict", "config_to_dict", "config_to_yaml", "plain"]
+__all__ = ["config_to_dict", "config_to_yaml", "plain"]
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Return a config as nested dicts of plain values, every key present; JSON can hold it."""
     values: dict[str, Any] = plain(config)
     return values
-
-
-def config_from_dict(values: Mapping[str, Any], place: str = "config") -> Config:
-    """Return the config that a dict from `config_to_dict` (or a part of one) stands for.
-
-    Raises:
-        ConfigError: with every problem at once.
-    """
-    return parse_config(json.dumps(values), place, is_json=True).config
 
 
 def config_to_yaml(config: Config, *, commented: bool = False) -> str:

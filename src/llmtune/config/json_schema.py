@@ -5,9 +5,8 @@ from __future__ import annotations
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from llmtune.config import convert
 from llmtune.config.checks import RANGES, SOURCE_RANGES, Range
-from llmtune.config.describe import descriptions, source_descriptions
+from llmtune.config.keys import SECTIONS, SOURCE_FIELDS, default_of, descriptions, field_types, source_descriptions
 from llmtune.config.schema import Config, SourceConfig
 
 __all__ = ["json_schema"]
@@ -40,14 +39,14 @@ def json_schema() -> dict[str, Any]:
 
 def _section(cls: type, prefix: str) -> dict[str, Any]:
     properties: dict[str, Any] = {}
-    for name, declared in convert.field_types(cls).items():
+    for name, declared in field_types(cls).items():
         key = prefix + name
-        if key in convert.SECTIONS:
+        if key in SECTIONS:
             inner = _section(declared, key + ".")
             properties[name] = {"description": descriptions()[key], **inner, "type": ["object", "null"]}
             continue
         value = _type(declared, RANGES.get(key))
-        default = convert.default_of(key)
+        default = default_of(key)
         properties[name] = {
             "description": descriptions()[key],
             **value,
@@ -59,7 +58,7 @@ def _section(cls: type, prefix: str) -> dict[str, Any]:
 def _source() -> dict[str, Any]:
     properties = {
         name: {"description": source_descriptions()[name], **_type(declared, SOURCE_RANGES.get(name))}
-        for name, declared in convert.SOURCE_FIELDS.items()
+        for name, declared in SOURCE_FIELDS.items()
     }
     return {
         "anyOf": [

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.common.text import excerpt, is_text
-from llmtune.config import convert
 from llmtune.config.checks import contradictions
 from llmtune.config.collect import Findings, Setting, collect
 from llmtune.config.document import (
@@ -31,6 +30,7 @@ from llmtune.config.document import (
     shown,
 )
 from llmtune.config.json_document import parse_json
+from llmtune.config.keys import LEAVES
 from llmtune.config.origin import DEFAULT, Origin
 from llmtune.config.presets import shipped_path, shipped_presets
 from llmtune.config.schema import Config
@@ -107,7 +107,7 @@ def parse_config(text: str, place: str = "config.yaml", *, is_json: bool = False
 
 def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: str) -> ResolvedConfig:
     values: dict[str, Any] = {}
-    origins = dict.fromkeys(convert.LEAVES, DEFAULT)
+    origins = dict.fromkeys(LEAVES, DEFAULT)
     for layer in layers:
         for key, setting in layer.items():
             values[key] = setting.value

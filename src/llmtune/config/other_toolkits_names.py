@@ -5,7 +5,7 @@ Those that say it in another way are in `aliases.py`.
 
 from __future__ import annotations
 
-from llmtune.config.convert import LEAVES
+from llmtune.config.keys import LEAVES
 
 __all__ = ["FLAT_SECTIONS", "LORA_SECTIONS", "NAMES"]
 

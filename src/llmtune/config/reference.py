@@ -9,7 +9,7 @@ from typing import Any
 from llmtune.config import convert
 from llmtune.config.aliases import NOT_HERE, other_names
 from llmtune.config.checks import CONTRADICTIONS, RANGES, SOURCE_RANGES, Range
-from llmtune.config.describe import descriptions, source_descriptions
+from llmtune.config.keys import LEAVES, SECTIONS, SOURCE_FIELDS, default_of, descriptions, source_descriptions
 from llmtune.config.schema import SourceConfig
 from llmtune.config.value_text import value_text
 
@@ -54,7 +54,7 @@ Later layers win, key by key. Lists are replaced, never joined.
 
 def reference_page() -> str:
     """Return the whole page as Markdown."""
-    sections = [_section(name) for name in convert.SECTIONS if "." not in name]
+    sections = [_section(name) for name in SECTIONS if "." not in name]
     return "\n".join([_HEAD, *sections, _sources(), _contradictions(), _refused()])
 
 
@@ -67,10 +67,10 @@ def _section(section: str) -> str:
         "| key | value | default | meaning | also read as |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for key, declared in convert.LEAVES.items():
+    for key, declared in LEAVES.items():
         if key.startswith(f"{section}."):
             names = ", ".join(f"`{name}`" for name in other_names(key))
-            default = f"`{value_text(convert.default_of(key))}`"
+            default = f"`{value_text(default_of(key))}`"
             lines.append(
                 f"| `{key}` | {_type(declared, RANGES.get(key))} | {default} | {_cell(descriptions()[key])} | {names} |"
             )
@@ -86,7 +86,7 @@ def _sources() -> str:
     ]
     lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     default = SourceConfig()
-    for name, declared in convert.SOURCE_FIELDS.items():
+    for name, declared in SOURCE_FIELDS.items():
         shown = "required" if name == "path" else f"`{value_text(getattr(default, name))}`"
         lines.append(
             f"| `{name}` | {_type(declared, SOURCE_RANGES.get(name))} | {shown} | {_cell(source_descriptions()[name])} |"

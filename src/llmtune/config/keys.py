@@ -1,0 +1,78 @@
+"""Every config key as the schema declares it: dotted name, type, default and the text under it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+from llmtune.config.schema import Config, SourceConfig
+
+__all__ = ["LEAVES", "SECTIONS", "SOURCE_FIELDS", "default_of", "descriptions", "source_descriptions"]
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Return the declared type of every field of a schema dataclass, in order."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def _walk(cls: type, prefix: str = "") -> tuple[dict[str, Any], dict[str, type]]:
+    leaves: dict[str, Any] = {}
+    sections: dict[str, type] = {}
+    for name, declared in field_types(cls).items():
+        key = prefix + name
+        if isinstance(declared, type) and is_dataclass(declared):
+            inner_leaves, inner_sections = _walk(declared, key + ".")
+            leaves |= inner_leaves
+            sections |= {key: declared, **inner_sections}
+        else:
+            leaves[key] = declared
+    return leaves, sections
+
+
+LEAVES, SECTIONS = _walk(Config)
+"""Every key by its dotted name with its declared type, and every section with its dataclass."""
+
+SOURCE_FIELDS = field_types(SourceConfig)
+"""Every key of a data source with its declared type."""
+
+
+@cache
+def default_of(key: str) -> Any:
+    """Return the default of the key with this dotted name."""
+    section, _, name = key.rpartition(".")
+    (field,) = (field for field in fields(SECTIONS[section] if section else Config) if field.name == name)
+    return field.default if field.default is not MISSING else None
+
+
+@cache
+def _texts(cls: type) -> dict[str, str]:
+    """The text under every field of a schema dataclass, as one paragraph, by the field's name."""
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for statement, below in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            assert isinstance(below, ast.Expr)
+            assert isinstance(below.value, ast.Constant)
+            texts[statement.target.id] = " ".join(str(below.value.value).split())
+    return texts
+
+
+@cache
+def descriptions() -> dict[str, str]:
+    """Return the description of every section and key by dotted name."""
+    return {
+        f"{section}.{name}" if section else name: text
+        for section, cls in {"": Config, **SECTIONS}.items()
+        for name, text in _texts(cls).items()
+    }
+
+
+def source_descriptions() -> dict[str, str]:
+    """Return the description of every key of one data source."""
+    return _texts(SourceConfig)
