@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from llmtune.config.schema import Config, SourceConfig
 
-__all__ = ["LEAVES", "SECTIONS", "SOURCE_FIELDS", "default_of", "descriptions", "source_descriptions"]
+__all__ = ["LEAVES", "SECTIONS", "SOURCE_FIELDS", "default_of", "descriptions", "field_types", "source_descriptions"]
 
 
 @cache

@@ -19,9 +19,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from llmtune.config.convert import Mismatch, convert, expected, field_types
+from llmtune.config.convert import Mismatch, convert, expected
 from llmtune.config.document import Entry, Table, Unreadable, parse_yaml, read_text, shown
 from llmtune.config.json_document import parse_json
+from llmtune.config.keys import field_types
 from llmtune.config.origin import Origin
 from llmtune.config.schema import ArchitectureConfig
 from llmtune.errors import ModelError, Problem
