@@ -6,7 +6,7 @@ from llmtune.plan.hardware import Target
 from llmtune.training.build import build_setup
 
 OPTIONS = Options(no_cuda=True, offline=True)
-ROOMY = Target("a roomy machine", "cpu", 1 << 40, is_here=True)
+ROOMY = Target("a roomy machine", "cpu", 1 << 40, is_local=True)
 
 
 def assembled_like(forecaster):

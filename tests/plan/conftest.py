@@ -19,10 +19,10 @@ def forecaster_of(config_of):
 
     class InOneProcess(Forecaster):
         @cached_property
-        def process(self):
+        def process_bytes(self):
             key = (self.target.kind, self.precision)
             if key not in measured:
-                measured[key] = Forecaster.process.func(self)
+                measured[key] = Forecaster.process_bytes.func(self)
             return measured[key]
 
     def make(*overrides, target=ROOMY):

@@ -8,10 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtune.kernels import head_loss
 from llmtune.kernels.attention import BACKENDS, Rule, Segments
-from llmtune.plan.activation_trace import MicroBatchShape, _Live, trace
-from llmtune.plan.attention_memory import flash_backward_bytes, flex_stand_in
+from llmtune.plan.activation_trace import LiveBytes, MicroBatchShape, trace
+from llmtune.plan.attention_memory import fake_flex_attention, flash_backward_bytes
 from llmtune.plan.hardware import Target
-from llmtune.plan.meta_model import Shape, build
+from llmtune.plan.meta_model import ModelShape, build_meta_model
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from training_helpers import LORA
 
@@ -32,7 +32,7 @@ def held(attend, key_heads):
         weight = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
         gradient = torch.zeros(1, TOKENS, HEADS, WIDTH, dtype=torch.bfloat16)
         rows = [torch.zeros(1, TOKENS, heads, WIDTH, dtype=torch.bfloat16) for heads in (HEADS, key_heads, key_heads)]
-    live = _Live([weight, gradient, marks, *rows], on_gpu=True)
+    live = LiveBytes([weight, gradient, marks, *rows], on_gpu=True)
     with mode, live:
         query, key, value = ((one + weight).transpose(1, 2) for one in rows)
         output = attend(query, key, value, Segments(marks, max(LENGTHS)), Rule(0.125))
@@ -64,7 +64,7 @@ def test_q7_flash_attention_holds_its_kernels_own_sums_while_it_goes_back(key_he
 
 @pytest.mark.parametrize("key_heads", [2, 8])
 def test_q7_flex_attention_keeps_grouped_heads_as_they_are(key_heads):
-    kept, _ = held(flex_stand_in, key_heads)
+    kept, _ = held(fake_flex_attention, key_heads)
     assert kept == 2 * QUERY + 2 * QUERY * key_heads // HEADS + SUMS
 
 
@@ -99,12 +99,26 @@ def on_a_gpu(forecaster_of, *overrides, has_bf16=True):
     return forecaster_of(*overrides, target=Target("a GPU", "cuda", 1 << 40, has_bf16))
 
 
+def meta_model(forecaster):
+    tokenizer = forecaster.prepared.tokenizer.tokenizer
+    return build_meta_model(forecaster.shape, forecaster.config, tokenizer, dtype=torch.float32)
+
+
+def worst_case(forecaster):
+    batch, several = forecaster.largest_micro_batch(forecaster.config)
+    return batch, "summed" if several else "single"
+
+
 def peaks_by(forecaster, way, compute):
-    config = forecaster.config
-    batch, several = forecaster.largest(config)
-    model = build(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=torch.float32)
+    batch, gradients = worst_case(forecaster)
     return trace(
-        model, batch, device_type="cuda", compute=compute, checkpointing=False, gradients_held=several, attention=way
+        meta_model(forecaster),
+        batch,
+        device_type="cuda",
+        compute=compute,
+        checkpointing=False,
+        gradients=gradients,
+        attention=way,
     )
 
 
@@ -123,8 +137,7 @@ def test_q7_a_gpu_is_planned_with_the_attention_that_it_will_train_with(
 ):
     forecaster = on_a_gpu(forecaster_of, *LORA[:2], "model.dtype=float32", *overrides, has_bf16=has_bf16)
     forecaster.shape.config.num_hidden_layers = 2
-    batch, several = forecaster.largest(forecaster.config)
-    planned = forecaster.peaks(forecaster.config, batch, gradients_held=several)
+    planned = forecaster.peaks(forecaster.config, *worst_case(forecaster))
     kept = {one: peaks_by(forecaster, one, compute).kept for one in ("varlen", "flex", "sdpa")}
     assert len({*kept.values()}) == 3
     assert planned.kept == kept[way]
@@ -142,9 +155,8 @@ def test_q7_a_model_with_a_soft_cap_is_planned_with_the_next_way(forecaster_of):
         "num_key_value_heads": 2,
     }
     forecaster = on_a_gpu(forecaster_of, *LORA[:2], "training.precision=bf16", "model.dtype=float32")
-    forecaster.__dict__["shape"] = Shape(Gemma2Config(**small, head_dim=16, vocab_size=400), 0)
-    batch, several = forecaster.largest(forecaster.config)
-    planned = forecaster.peaks(forecaster.config, batch, gradients_held=several)
+    forecaster.__dict__["shape"] = ModelShape(Gemma2Config(**small, head_dim=16, vocab_size=400), 0)
+    planned = forecaster.peaks(forecaster.config, *worst_case(forecaster))
     assert planned.kept == peaks_by(forecaster, "flex", torch.bfloat16).kept
     with pytest.raises(NotImplementedError, match="no soft cap"):
         peaks_by(forecaster, "varlen", torch.bfloat16)
@@ -157,8 +169,10 @@ def test_q7_a_gpu_takes_a_chunk_of_logits_at_once_and_a_cpu_a_few_rows_of_it(for
     batch = MicroBatchShape((300,), 256, "flat")
     losses = []
     for kind in ("cpu", "cuda"):
-        model = build(forecaster.shape, forecaster.config, forecaster.prepared.tokenizer.tokenizer, dtype=torch.float32)
-        peaks = trace(model, batch, device_type=kind, compute=torch.bfloat16, checkpointing=False, gradients_held=False)
+        model = build_meta_model(
+            forecaster.shape, forecaster.config, forecaster.prepared.tokenizer.tokenizer, dtype=torch.float32
+        )
+        peaks = trace(model, batch, device_type=kind, compute=torch.bfloat16, checkpointing=False, gradients="single")
         losses.append(peaks.phases["loss"] - peaks.kept)
     vocabulary = forecaster.shape.config.vocab_size
     assert losses[1] - losses[0] == pytest.approx(2 * (256 - 4) * vocabulary * 4, rel=0.1)
@@ -168,13 +182,13 @@ def test_q7_gradients_are_a_part_of_their_own_wherever_the_worst_moment_is(forec
     """Of five recomputed blocks that lie behind when the worst of the first comes, every gradient has been made."""
     forecaster = on_a_gpu(forecaster_of, *LORA[:2], "training.batch_size=1", "training.gradient_accumulation_steps=1")
     forecaster.shape.config.num_hidden_layers = 5
-    batch, several = forecaster.largest(forecaster.config)
+    batch, several = forecaster.largest_micro_batch(forecaster.config)
     assert not several
-    each = forecaster.count(forecaster.config).gradient_bytes // 5
-    peaks = forecaster.peaks(forecaster.config, batch, gradients_held=False)
+    each = forecaster.sizes(forecaster.config).gradient_bytes // 5
+    peaks = forecaster.peaks(forecaster.config, batch, "single")
     made = peaks.gradients
     assert (made["forward"], made["loss"]) == (0, 0)
     assert made["end"] in (0, 5 * each)
     assert 3 * each <= made["first block"] <= 5 * each
-    held_before = forecaster.peaks(forecaster.config, batch, gradients_held=True)
+    held_before = forecaster.peaks(forecaster.config, batch, "summed")
     assert not any(held_before.gradients.values())

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llmtune.kernels import chunked_mlp, chunks, head_loss
 from llmtune.plan.activation_trace import MicroBatchShape, trace
 from llmtune.plan.hardware import Target
-from llmtune.plan.meta_model import build, weight_dtype
+from llmtune.plan.meta_model import build_meta_model, weight_dtype
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from training_helpers import LORA
 
@@ -34,11 +34,11 @@ def traced(
 ):
     config = forecaster.config
     dtype = weight_dtype(config.model, trained=config.adapter.method == "none", precision="bf16", scratch=False)
-    model = build(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=dtype)
+    model = build_meta_model(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=dtype)
     batch = MicroBatchShape(lengths, trained or sum(lengths), "flat")
     with seen or nullcontext():
         return trace(
-            model, batch, device_type=device_type, compute=torch.bfloat16, checkpointing=recompute, gradients_held=False
+            model, batch, device_type=device_type, compute=torch.bfloat16, checkpointing=recompute, gradients="single"
         )
 
 
@@ -65,7 +65,7 @@ def test_q7_the_plan_of_few_pieces_is_the_plan_of_all(forecaster_of, monkeypatch
     assert few.phases == pytest.approx(every.phases, abs=left_out)
     assert few.kept == pytest.approx(every.kept, abs=left_out)
     assert few.gradients == every.gradients
-    assert few.host == every.host
+    assert few.host_bytes == every.host_bytes
 
 
 def test_q7_a_shape_traced_again_holds_as_much(forecaster_of):
@@ -122,9 +122,9 @@ def test_q7_the_plan_of_many_blocks_is_the_trace_of_all_of_them(forecaster_of, r
     )
     forecaster.shape.config.num_hidden_layers = 6
     batch = MicroBatchShape((500,), 400, "flat")
-    planned = forecaster.peaks(forecaster.config, batch, gradients_held=False)
+    planned = forecaster.peaks(forecaster.config, batch, "single")
     exact = traced(
         forecaster, batch.lengths, trained=400, recompute={"true": True, "false": False}.get(recompute, recompute)
     )
     assert planned.phases == pytest.approx(exact.phases, rel=0.02)
-    assert (planned.kept, planned.host) == (exact.kept, exact.host)
+    assert (planned.kept, planned.host_bytes) == (exact.kept, exact.host_bytes)

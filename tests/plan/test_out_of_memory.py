@@ -16,7 +16,7 @@ from llmtune.cli.failure import message
 from llmtune.config.process_options import Options
 from llmtune.errors import MachineError
 from llmtune.models.memory_errors import is_out_of_memory
-from llmtune.plan.out_of_memory import RESERVE_BYTES, asked_bytes
+from llmtune.plan.out_of_memory import RESERVE_BYTES, requested_bytes
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
 from llmtune.training.progress import silent
@@ -207,7 +207,7 @@ def test_what_torch_says_of_memory_is_told_from_other_errors():
     with pytest.raises(RuntimeError) as refused:
         torch.empty(1 << 60)
     assert is_out_of_memory(refused.value)
-    assert asked_bytes(refused.value) == 4 << 60
+    assert requested_bytes(refused.value) == 4 << 60
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

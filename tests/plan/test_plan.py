@@ -16,11 +16,12 @@ from llmtune.kernels.activation_offload import PAGE_BYTES
 from llmtune.plan import resolve_auto
 from llmtune.plan.activation_trace import MicroBatchShape, extrapolate, trace
 from llmtune.plan.forecast import Forecaster
-from llmtune.plan.hardware import Target, open_target, process_bytes
+from llmtune.plan.hardware import Target, find_target, process_bytes
 from llmtune.plan.memory import optimizer_bytes
-from llmtune.plan.meta_model import build, weight_dtype
-from llmtune.plan.suggestions import changes, largest_batch
-from llmtune.plan.summary import as_dict, lines, make_plan
+from llmtune.plan.meta_model import build_meta_model, weight_dtype
+from llmtune.plan.resolve_auto import with_micro_batch
+from llmtune.plan.suggestions import largest_batch, suggest
+from llmtune.plan.summary import as_dict, make_plan, plan_lines
 from llmtune.training.calibration import steps_from_the_start
 from plan_helpers import OPTIONS, ROOMY, assembled_like
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
@@ -34,7 +35,7 @@ def bytes_of(tensors):
 @pytest.mark.parametrize("kind", [(), LORA, (*LORA, "training.precision=bf16")])
 def test_q7_weights_adapter_gradients_and_optimizer_are_counted_to_the_byte(forecaster_of, kind):
     forecaster = forecaster_of(*kind)
-    counted = forecaster.count(forecaster.config)
+    counted = forecaster.sizes(forecaster.config)
     setup = assembled_like(forecaster)
     step_once(setup)
     frozen = [one for one in setup.model.parameters() if not one.requires_grad]
@@ -58,7 +59,7 @@ def test_q7_weights_adapter_gradients_and_optimizer_are_counted_to_the_byte(fore
 
 def test_q7_four_bit_weights_are_counted_as_bitsandbytes_holds_them(forecaster_of):
     forecaster = forecaster_of(*LORA, "model.quantization=4bit")
-    counted = forecaster.count(forecaster.config)
+    counted = forecaster.sizes(forecaster.config)
     model = assembled_like(forecaster).model
     frozen = [weight for weight in model.parameters() if not weight.requires_grad]
     states = [weight.quant_state for weight in frozen if getattr(weight, "quant_state", None) is not None]
@@ -114,7 +115,7 @@ def test_q7_more_gaps_are_planned_where_threads_keep_small_blocks(forecaster_of,
     """
     forecaster = forecaster_of()
     monkeypatch.delenv("LD_PRELOAD", raising=False)
-    gaps = 2 * forecaster.count(forecaster.config).largest_gradient_bytes
+    gaps = 2 * forecaster.sizes(forecaster.config).largest_gradient_bytes
     monkeypatch.setenv(TUNABLES, "")
     kept = forecaster.memory()
     monkeypatch.setenv(TUNABLES, NO_THREAD_CACHES)
@@ -133,17 +134,16 @@ def test_q7_the_process_counts_the_kernels_that_a_run_in_bf16_collects_and_none_
     """
     plain, half = forecaster_of("training.precision=fp32"), forecaster_of("training.precision=bf16")
     for forecaster in (plain, half):
-        assert forecaster.process > 0
-    assert plain.process == pytest.approx(process_bytes(None), abs=16 << 20)
-    assert half.process - FULL_KERNEL_CACHES_BYTES == pytest.approx(process_bytes(torch.bfloat16), abs=16 << 20)
-    assert forecaster_of(target=Target("a card elsewhere", "cuda", 1 << 40)).process == 0
+        assert forecaster.process_bytes > 0
+    assert plain.process_bytes == pytest.approx(process_bytes(None), abs=16 << 20)
+    assert half.process_bytes - FULL_KERNEL_CACHES_BYTES == pytest.approx(process_bytes(torch.bfloat16), abs=16 << 20)
+    assert forecaster_of(target=Target("a card elsewhere", "cuda", 1 << 40)).process_bytes == 0
 
 
 FREED = """
-from llmtune.training.memory import tune_allocator
+from llmtune.engine.allocator import tune_allocator
 tune_allocator()
-from llmtune.plan.devices import resident_bytes
-from llmtune.plan.process import process_bytes
+from llmtune.plan.hardware import process_bytes, resident_bytes
 before = process_bytes(None)
 rows = [b"x" * (100_000 + n) for n in range(3_000)]
 stays = b"x" * 100_000
@@ -163,9 +163,11 @@ def test_q7_what_reading_rows_has_left_free_is_not_planned_twice():
 def traced(forecaster, lengths, *, blocks=None, checkpointing=False, device_type="cpu"):
     config = forecaster.config
     dtype = weight_dtype(config.model, trained=config.adapter.method == "none", precision="fp32", scratch=False)
-    model = build(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=dtype, blocks=blocks)
+    model = build_meta_model(
+        forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=dtype, blocks=blocks
+    )
     batch = MicroBatchShape(lengths, sum(lengths) // 2, "flat")
-    return trace(model, batch, device_type=device_type, compute=None, checkpointing=checkpointing, gradients_held=False)
+    return trace(model, batch, device_type=device_type, compute=None, checkpointing=checkpointing, gradients="single")
 
 
 def test_q7_activations_grow_in_proportion_to_the_tokens(forecaster_of):
@@ -199,12 +201,12 @@ def test_q7_offloaded_blocks_leave_as_much_on_a_gpu_however_many_they_are(foreca
     two, three, five = (traced(forecaster, (900,), blocks=blocks, **offloaded) for blocks in (2, 3, 5))
     assert three.kept == two.kept
     assert three.phases["last block"] == pytest.approx(two.phases["last block"], rel=0.02)
-    assert [one.host for one in (two, three, five)] == [blocks * PAGE_BYTES for blocks in (2, 3, 5)]
+    assert [one.host_bytes for one in (two, three, five)] == [blocks * PAGE_BYTES for blocks in (2, 3, 5)]
     assert extrapolate(two, three, 5) == five
     _masks, here, recomputed = (
         traced(forecaster, (900,), blocks=3, checkpointing=kind) for kind in (True, "offload", True)
     )
-    assert here.host == 0
+    assert here.host_bytes == 0
     assert here.kept == recomputed.kept > three.kept
 
 
@@ -224,7 +226,7 @@ def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
     """The same micro-batch on real tensors: bytes of the distinct storages that autograd saves, within 15 %."""
     forecaster = forecaster_of(*LORA[:2])
     setup = assembled_like(forecaster)
-    batch, _ = forecaster.largest(forecaster.config)
+    batch, _ = forecaster.largest_micro_batch(forecaster.config)
     real = next(
         one for window in setup.batches.windows() for one in window.micro_batches if one.num_tokens == batch.tokens
     )
@@ -241,7 +243,7 @@ def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
         loss = setup.nll_sum(real)
     held = sum(saved.values())
     loss.backward()
-    planned = forecaster.peaks(forecaster.config, batch, gradients_held=False).kept
+    planned = forecaster.peaks(forecaster.config, batch, "single").kept
     assert planned == pytest.approx(held, rel=0.15)
 
 
@@ -252,7 +254,7 @@ def test_auto_batch_keeps_the_global_batch_and_the_losses(forecaster_of):
     assert (roomy.config.training.batch_size, roomy.config.training.gradient_accumulation_steps) == (8, 1)
     assert [one.key for one in decisions] == ["training.batch_size"]
     forecaster = forecaster_of(*auto)
-    between = forecaster.memory(resolve_auto.variant(forecaster.config, (2, 4), False)).peak_bytes
+    between = forecaster.memory(with_micro_batch(forecaster.config, (2, 4), False)).peak_bytes
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((between + 1000) / 0.9)))
     prepared, _ = resolve_auto.resolve(tight)
     training = prepared.config.training
@@ -268,7 +270,7 @@ def test_auto_checkpointing_recomputes_only_where_nothing_fits_without(forecaste
     assert resolve_auto.resolve(forecaster)[0].config.model.gradient_checkpointing is False
     size = (8, 2)
     with_it, without = (
-        forecaster.memory(resolve_auto.variant(forecaster.config, size, one)).peak_bytes for one in (True, False)
+        forecaster.memory(with_micro_batch(forecaster.config, size, one)).peak_bytes for one in (True, False)
     )
     assert with_it < without
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((with_it + without) / 2 / 0.9)))
@@ -280,7 +282,7 @@ def test_auto_checkpointing_recomputes_only_where_nothing_fits_without(forecaste
 def gpu_too_small_for(forecaster, than):
     """A GPU that holds the offloaded run and not the one recomputed as `than` says."""
     offloaded, other = (
-        forecaster.memory(resolve_auto.variant(forecaster.config, (8, 2), one)).peak_bytes for one in ("offload", than)
+        forecaster.memory(with_micro_batch(forecaster.config, (8, 2), one)).peak_bytes for one in ("offload", than)
     )
     assert offloaded < other
     return Target("a small GPU", "cuda", int((offloaded + other) / 2 / 0.95))
@@ -309,13 +311,13 @@ def test_auto_checkpointing_offloads_only_on_a_gpu_that_recomputing_alone_does_n
 def test_offloading_is_advised_where_recomputing_is_not_enough(forecaster_of, long_rows):
     recomputed = (*long_rows, "model.gradient_checkpointing=true")
     small = gpu_too_small_for(forecaster_of(*recomputed, target=Target("a GPU", "cuda", 1 << 40)), True)
-    advised = {one.overrides: one.fits for one in changes(forecaster_of(*recomputed, target=small))}
+    advised = {one.overrides: one.fits for one in suggest(forecaster_of(*recomputed, target=small))}
     assert advised["model.gradient_checkpointing=offload"]
-    enough = changes(forecaster_of(*long_rows, target=Target("a GPU", "cuda", 1 << 40)))
+    enough = suggest(forecaster_of(*long_rows, target=Target("a GPU", "cuda", 1 << 40)))
     assert not any("offload" in one.overrides for one in enough)
     offloaded = make_plan(forecaster_of(*long_rows, "model.gradient_checkpointing=offload", target=small))
     assert offloaded.fits
-    assert "of page-locked memory of the host, for the inputs of blocks" in "\n".join(lines(offloaded))
+    assert "of page-locked memory of the host, for the inputs of blocks" in "\n".join(plan_lines(offloaded))
     assert as_dict(offloaded)["memory"]["host_bytes"] == offloaded.memory.host_bytes > 0
 
 
@@ -336,17 +338,15 @@ def test_what_does_not_fit_gets_changes_that_need_less(forecaster_of):
     assert plan.largest_batch is None
     assert plan.changes
     assert all(one.peak_bytes < plan.memory.peak_bytes for one in plan.changes)
-    assert {"adapter.method=lora", "training.optimizer=adamw_8bit"} <= {one.overrides for one in changes(forecaster)}
-    assert "DOES NOT FIT" in "\n".join(lines(plan))
+    assert {"adapter.method=lora", "training.optimizer=adamw_8bit"} <= {one.overrides for one in suggest(forecaster)}
+    assert "DOES NOT FIT" in "\n".join(plan_lines(plan))
     assert json.loads(json.dumps(as_dict(plan)))["fits"] is False
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(forecaster_of):
     forecaster = forecaster_of(*LORA[:2], target=Target("a GPU", "cuda", 1 << 40))
     assert largest_batch(forecaster, forecaster.memory()) == 20
-    one, four = (
-        forecaster.memory(resolve_auto.variant(forecaster.config, (size, 1), False)).peak_bytes for size in (1, 4)
-    )
+    one, four = (forecaster.memory(with_micro_batch(forecaster.config, (size, 1), False)).peak_bytes for size in (1, 4))
     tight = forecaster_of(*LORA[:2], target=Target("a small GPU", "cuda", int((one + four) / 2 / 0.95)))
     found = largest_batch(tight, tight.memory())
     assert 1 <= found < 20
@@ -356,12 +356,12 @@ def test_the_largest_batch_fits_and_one_more_does_not(forecaster_of):
     ("name", "gibibytes"), [("24GB", 24), ("rtx3090", 24), ("RTX4090", 23.99), ("a100-80", 80), ("80 gib", 80)]
 )
 def test_a_named_device_has_its_memory(name, gibibytes):
-    assert open_target(name).total_bytes == pytest.approx(gibibytes * 2**30, rel=1e-3)
+    assert find_target(name).total_bytes == pytest.approx(gibibytes * 2**30, rel=1e-3)
 
 
 def test_an_unknown_device_is_refused_with_those_that_are_known():
     with pytest.raises(UsageError, match="`rtx9999` is no known device") as error:
-        open_target("rtx9999")
+        find_target("rtx9999")
     assert "a100-40" in str(error.value)
 
 
@@ -370,7 +370,7 @@ def test_t4_has_no_bf16():
     from llmtune.plan.hardware import precision_on
 
     config = load_config(None, overrides=["training.precision=auto"], environ={}).config
-    assert (precision_on(open_target("t4"), config.training), precision_on(open_target("l4"), config.training)) == (
+    assert (precision_on(find_target("t4"), config.training), precision_on(find_target("l4"), config.training)) == (
         "fp32",
         "bf16",
     )

@@ -1,4 +1,4 @@
-"""`model.weights_prepack`: frozen weights are laid out beforehand where there is room, and the plan counts them (Q7)."""  # noqa: E501
+"""`model.weights_prepack`: frozen weights are laid out beforehand where there is room, and the plan counts them (Q7)."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from llmtune.kernels import weight_prepack
 from llmtune.plan import resolve_auto
 from llmtune.plan.activation_trace import MicroBatchShape, Peaks
 from llmtune.plan.hardware import Target
-from llmtune.plan.memory import add_up
-from llmtune.plan.meta_model import count
-from llmtune.plan.suggestions import changes
-from llmtune.plan.summary import lines, make_plan
+from llmtune.plan.memory import plan_memory
+from llmtune.plan.meta_model import count_sizes
+from llmtune.plan.suggestions import suggest
+from llmtune.plan.summary import make_plan, plan_lines
 from llmtune.training.calibration import steps_from_the_start
 from plan_helpers import ROOMY, assembled_like
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
@@ -36,7 +36,7 @@ def chosen_by(forecaster):
 
 def test_q7_the_layouts_are_counted_to_the_byte_and_on_top_of_all_else(forecaster_of):
     forecaster = forecaster_of(*BF16, KEPT)
-    model = assembled_like(forecaster).model.get_base_model()
+    model = assembled_like(forecaster_of(*BF16, LEFT)).model.get_base_model()  # any CPU can build this one
     linear = [
         one for name, one in model.named_parameters() if one.dim() == 2 and "lora_" not in name and "embed" not in name
     ]
@@ -44,18 +44,18 @@ def test_q7_the_layouts_are_counted_to_the_byte_and_on_top_of_all_else(forecaste
     assert len(linear) == 14
     assert head is model.get_input_embeddings().weight
     held = 2 * 2 * sum(one.numel() for one in [*linear, head])
-    memory, without = forecaster.memory(), forecaster.memory(resolve_auto._prepacked(forecaster.config, False))
-    assert memory.parts["prepacked"] == memory.counted.prepacked_bytes == held
+    memory, without = forecaster.memory(), forecaster.memory(resolve_auto.with_prepack(forecaster.config, False))
+    assert memory.parts["prepacked"] == memory.sizes.prepacked_bytes == held
     assert without.parts == memory.parts | {"prepacked": 0}
     assert memory.moment == without.moment != "loading"
-    assert f"  {'prepacked':<13}" in "\n".join(lines(make_plan(forecaster)))
+    assert f"  {'prepacked':<13}" in "\n".join(plan_lines(make_plan(forecaster)))
 
 
 def test_counting_leaves_a_model_as_it_was(forecaster_of):
     forecaster = forecaster_of(*BF16)
     model = forecaster._build(forecaster.config)
     before = [type(module) for module in model.modules()]
-    assert count(model, forecaster.config).prepacked_bytes
+    assert count_sizes(model, forecaster.config).prepacked_bytes
     assert [type(module) for module in model.modules()] == before
 
 
@@ -68,13 +68,13 @@ def test_what_is_planned_is_what_is_kept(forecaster_of):
 
 
 def test_q7_nothing_is_laid_out_while_weights_are_read(forecaster_of):
-    counted = forecaster_of(*BF16).count(forecaster_of(*BF16).config)
+    counted = forecaster_of(*BF16).sizes(forecaster_of(*BF16).config)
     small = Peaks(
         dict.fromkeys(("forward", "loss", "last block", "first block", "end"), 0), dict.fromkeys(("forward",), 0), 0
     )
-    memory = add_up(
-        counted, small, MicroBatchShape((1,), 1, "flat"), kind="cpu", optimizer="adamw", gradients_held=False, gradients_dropped=False,  # noqa: E501
-        prepacked=True, thread_caches=True, process=0, file_bytes=1 << 40,
+    memory = plan_memory(
+        counted, small, MicroBatchShape((1,), 1, "flat"), kind="cpu", optimizer="adamw", gradients="single",
+        prepacked=True, thread_caches=True, process_bytes=0, file_bytes=1 << 40,
     )  # fmt: skip
     assert (memory.moment, memory.parts["prepacked"]) == ("loading", 0)
 
@@ -85,7 +85,7 @@ def test_auto_lays_out_where_the_plan_has_room_and_only_there(forecaster_of):
     assert (value, decision.value) == (True, True)
     assert "planned" in decision.reason
     with_them, without = (
-        forecaster.memory(resolve_auto._prepacked(forecaster.config, one)).peak_bytes for one in (True, False)
+        forecaster.memory(resolve_auto.with_prepack(forecaster.config, one)).peak_bytes for one in (True, False)
     )
     assert without < with_them
     tight = forecaster_of(*BF16, target=Target("a tight machine", "cpu", int((with_them + without) / 2 / 0.9)))
@@ -108,8 +108,8 @@ def test_auto_never_makes_a_run_recompute_or_its_micro_batches_smaller(forecaste
         "model.gradient_checkpointing=auto",
     )
     forecaster = forecaster_of(*auto)
-    whole = resolve_auto.variant(resolve_auto.resolve(forecaster)[0].config, (8, 1), False)
-    needed = forecaster.memory(resolve_auto._prepacked(whole, False)).peak_bytes
+    whole = resolve_auto.with_micro_batch(resolve_auto.resolve(forecaster)[0].config, (8, 1), False)
+    needed = forecaster.memory(resolve_auto.with_prepack(whole, False)).peak_bytes
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((needed + 1000) / 0.9)))
     config = resolve_auto.resolve(tight)[0].config
     assert (config.training.batch_size, config.model.gradient_checkpointing, config.model.weights_prepack) == (
@@ -146,11 +146,11 @@ def test_a_model_without_a_plan_keeps_its_weights_as_they_are(forecaster_of, mon
 
 def test_it_is_the_first_thing_to_give_up_where_memory_is_short(forecaster_of):
     needed = forecaster_of(*BF16, KEPT).memory().peak_bytes
-    found = changes(forecaster_of(*BF16, KEPT, target=Target("a small machine", "cpu", needed // 2)))
+    found = suggest(forecaster_of(*BF16, KEPT, target=Target("a small machine", "cpu", needed // 2)))
     assert found[0].overrides == LEFT
     assert not any(
         LEFT in one.overrides
-        for one in changes(forecaster_of(*BF16, LEFT, target=Target("a small machine", "cpu", 1 << 20)))
+        for one in suggest(forecaster_of(*BF16, LEFT, target=Target("a small machine", "cpu", 1 << 20)))
     )
 
 

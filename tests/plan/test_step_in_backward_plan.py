@@ -4,7 +4,7 @@ windows.
 
 from llmtune.engine.step_in_backward import saves_uncut
 from llmtune.plan.hardware import Target
-from llmtune.plan.suggestions import changes
+from llmtune.plan.suggestions import suggest
 from plan_helpers import assembled_like
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from training_helpers import LORA
@@ -18,14 +18,12 @@ def test_q7_gradients_that_go_at_once_are_planned_as_the_largest_of_them(forecas
     exist as ever.
     """
     plain, early = forecaster_of(*ONE_MICRO_BATCH), forecaster_of(*ONE_MICRO_BATCH, *EARLY)
-    counted = early.count(early.config)
+    counted = early.sizes(early.config)
     assert counted.largest_gradient_bytes == 400 * 32 * 4  # the embeddings
     assert counted.largest_gradient_bytes < counted.gradient_bytes
-    batch, several = early.largest(early.config)
+    batch, several = early.largest_micro_batch(early.config)
     assert not several
-    kept, dropped = (
-        early.peaks(early.config, batch, gradients_held=False, gradients_dropped=one).phases for one in (False, True)
-    )
+    kept, dropped = (early.peaks(early.config, batch, life).phases for life in ("single", "dropped"))
     assert dropped["forward"] == kept["forward"]
     assert kept["end"] - dropped["end"] > 0.3 * counted.gradient_bytes
     assert early.memory().parts["gradients"] <= counted.largest_gradient_bytes
@@ -44,15 +42,15 @@ def test_moving_weights_in_the_backward_pass_is_proposed_where_it_helps_and_is_a
     )
     few_tokens = (*short, "model.gradient_checkpointing=true")
     wanted = "training.step_in_backward=true training.max_grad_norm=null"
-    proposed = {one.overrides: one.peak_bytes for one in changes(forecaster_of(*few_tokens, target=tiny))}
+    proposed = {one.overrides: one.peak_bytes for one in suggest(forecaster_of(*few_tokens, target=tiny))}
     changed = forecaster_of(*few_tokens, *EARLY, target=tiny).memory().peak_bytes
     assert proposed[wanted] == changed < forecaster_of(*few_tokens, target=tiny).memory().peak_bytes
     assert "training.step_in_backward=true" in {
-        one.overrides for one in changes(forecaster_of(*few_tokens, "training.max_grad_norm=null", target=tiny))
+        one.overrides for one in suggest(forecaster_of(*few_tokens, "training.max_grad_norm=null", target=tiny))
     }
     for not_allowed in ((*LORA[:2], *few_tokens), (*few_tokens, *EARLY), (*few_tokens, "training.precision=fp16")):
         assert not [
-            one for one in changes(forecaster_of(*not_allowed, target=tiny)) if "step_in_backward" in one.overrides
+            one for one in suggest(forecaster_of(*not_allowed, target=tiny)) if "step_in_backward" in one.overrides
         ]
 
 
@@ -67,7 +65,7 @@ def test_windows_stay_whole_where_that_takes_less_and_the_plan_knows(forecaster_
         forecaster = forecaster_of(*ONE_MICRO_BATCH, *EARLY, f"model.gradient_checkpointing={recompute}")
         setup = assembled_like(forecaster)
         several = any(len(window.micro_batches) > 1 for window in setup.batches.windows())
-        assert forecaster.largest(forecaster.config)[1] == several
+        assert forecaster.largest_micro_batch(forecaster.config)[1] == several
         found[recompute] = (
             next(one.value for one in setup.decisions if one.key == "training.step_in_backward.windows"),
             several,

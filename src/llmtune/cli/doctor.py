@@ -116,13 +116,13 @@ def _devices() -> list[Finding]:
     import torch
 
     from llmtune.common.bytes import readable_bytes
-    from llmtune.plan.hardware import memory_for_us
+    from llmtune.plan.hardware import attainable_bytes
 
     findings = [
         Finding(
             "cpu",
             "ok",
-            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {readable_bytes(memory_for_us())} free",
+            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {readable_bytes(attainable_bytes())} free",
         )
     ]
     if torch.cuda.is_available():

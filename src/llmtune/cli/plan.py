@@ -51,14 +51,14 @@ def plan(
     from llmtune.config.process_options import Options
     from llmtune.engine.devices import open_devices
     from llmtune.plan.forecast import Forecaster
-    from llmtune.plan.hardware import open_target
+    from llmtune.plan.hardware import find_target
     from llmtune.plan.resolve_auto import resolve
-    from llmtune.plan.summary import as_dict, lines, make_plan
+    from llmtune.plan.summary import as_dict, make_plan, plan_lines
     from llmtune.prepare import prepare
     from llmtune.training.progress import tokenizing_progress
 
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
-    target = open_target(device, no_cuda=no_cuda)
+    target = find_target(device, no_cuda=no_cuda)
     forecaster = Forecaster(prepare(resolved, options, progress=tokenizing_progress(print_line)), options, target)
     prepared, decisions = resolve(forecaster)
     for decision in decisions:
@@ -77,7 +77,7 @@ def plan(
     if as_json:
         print(json.dumps(as_dict(planned) | {"measured_peak_bytes": measured_bytes}, ensure_ascii=False))
         return
-    for line in lines(planned):
+    for line in plan_lines(planned):
         print(line)
     if measured_bytes is not None:
         from llmtune.common.bytes import readable_bytes

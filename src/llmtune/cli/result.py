@@ -16,14 +16,14 @@ def show_result(result: Result) -> None:
     """Say how the run ended and where everything is; the folder goes to stdout."""
     if result.folder is None:
         return
-    from llmtune.plan.summary import compared_lines
+    from llmtune.plan.summary import comparison_lines
     from llmtune.training.progress import summary_lines
 
     print_line(f"{result.state} after step {result.step}")
     for line in summary_lines(result.metrics, result.outlook):
         print_line(line)
     if result.plan is not None:
-        for line in compared_lines(
+        for line in comparison_lines(
             result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes
         ):
             print_line(line)

@@ -1,8 +1,8 @@
-"""What one micro-batch holds in memory, found by running it on stand-in tensors and counting every live byte.
+"""Memory of one micro-batch beside the weights, found by running it on fake tensors and counting every live byte.
 
-The real engine runs - its fused functions, its chunks, its tiles, its backward pass - on tensors that have shape and
-type and no numbers, so nothing is guessed about what autograd keeps. A skeleton of one block and one of two are traced;
-blocks are alike, so what more blocks hold follows on a straight line, phase by phase.
+The engine itself runs - its fused functions, its chunks, its tiles, its backward pass - on tensors that have a shape
+and a type and no values, so what autograd keeps is counted, not estimated. A model of two decoder blocks is traced and
+one of three; blocks are alike, so what more blocks hold follows on a straight line, phase by phase.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,20 +27,28 @@ from llmtune.kernels.attention import segment_mask, use_segment_attention
 from llmtune.kernels.attention_layout import lay_out
 from llmtune.kernels.head_loss import find_head, head_nll_sum
 from llmtune.kernels.patch_model import fuse
-from llmtune.plan.attention_memory import flex_stand_in, workspace_bytes
-from llmtune.plan.meta_model import base_of, blocks_of, give_stand_ins
+from llmtune.plan.attention_memory import fake_flex_attention, workspace_bytes
+from llmtune.plan.meta_model import base_of, decoder_blocks, to_fake_tensors
 
-__all__ = ["TRACED_BLOCKS", "TRACE_ERRORS", "MicroBatchShape", "Peaks", "extrapolate", "trace"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["TRACED_BLOCKS", "TRACE_ERRORS", "Gradients", "MicroBatchShape", "Peaks", "extrapolate", "trace"]
 
 TRACED_BLOCKS = 2
-"""Blocks whose trace, with that of one more, tells those of all. One alone is the first and the last at once and has no
-other's input beside it: what it lacks would count once for each block."""
+"""Blocks of the smaller trace; the larger has one more. A single block is the first and the last at once and has no
+other block's input beside it: what it lacks would count once for each block."""
 
 PHASES = ("forward", "loss", "last block", "first block", "end")
-"""Of one micro-batch: forward through the blocks; head and loss, both ways; backward through the last and the first
-block; the rest.
+"""Phases of one micro-batch: forward through the blocks; head and loss, forward and backward; backward through the last
+block, through the first block; the rest of the backward pass.
 """
 
+Gradients = Literal["single", "summed", "dropped"]
+"""Which gradients of trained weights are alive: those this micro-batch makes, which stay until the update (`single`: a
+window is one micro-batch); all of them from the start, because an earlier micro-batch made them (`summed`); or one at a
+time, because each is dropped when its weight has moved (`dropped`: `training.step_in_backward`).
+"""
 
 TRACE_ERRORS = (
     TypeError,
@@ -50,12 +60,12 @@ TRACE_ERRORS = (
     KeyError,
     AssertionError,
 )
-"""What a model may raise on tensors without numbers: it then has no memory plan, and trains all the same."""
+"""Errors of a model on tensors without values: it then has no memory plan, and trains all the same."""
 
 
 @dataclass(frozen=True)
 class MicroBatchShape:
-    """How a micro-batch lies in memory."""
+    """The layout of a micro-batch in memory."""
 
     lengths: tuple[int, ...]
     """Tokens of its examples, in order."""
@@ -72,17 +82,15 @@ class MicroBatchShape:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Most bytes alive beside weights (and beside gradients that were there before), by phase.
-
-    And what the forward pass left behind.
-    """
+    """Bytes of one micro-batch beside weights and earlier gradients."""
 
     phases: dict[str, int]
+    """The most bytes alive at once, by phase."""
     gradients: dict[str, int]
     """Of these, gradients of weights that the micro-batch itself had made by then and that stay."""
     kept: int
     """Bytes alive after the forward pass through the blocks: the activations."""
-    host: int = 0
+    host_bytes: int = 0
     """Bytes that wait in host memory for the backward pass."""
 
     @property
@@ -96,116 +104,120 @@ class Peaks:
         return max(self.phases, key=lambda phase: self.phases[phase])
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of every storage that is alive, once each."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that is alive, once each, while operators run under it."""
 
-    def __init__(self, known: Iterable[torch.Tensor], *, on_gpu: bool) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], *, on_gpu: bool) -> None:
         super().__init__()
         self._on_gpu = on_gpu
         self._sizes: dict[int, int] = {}
         self.now = 0
+        """Bytes alive now."""
         self.phase = PHASES[0]
         self.phases = dict.fromkeys(PHASES, 0)
-        self.made = 0
+        """The most bytes alive at once, by phase."""
+        self._gradient_bytes = 0
         self.gradients = dict.fromkeys(PHASES, 0)
-        self.elsewhere = 0
-        self._is_elsewhere = False
-        for tensor in known:
-            self._note(tensor)
+        """Bytes of complete gradients at the moment of each phase's peak."""
+        self.host_bytes = 0
+        self._is_on_host = False
+        for tensor in tensors:
+            self._add(tensor)
         self.before = self.now
+        """Bytes of the tensors given at the start."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._note(leaf)
+                self._add(leaf)
         if self._on_gpu:
-            self._see(workspace_bytes(func, args))
+            self._update_peak(workspace_bytes(func, args))
         return result
 
     def enter(self, phase: str) -> None:
-        """From here on peaks belong to `phase`."""
+        """Count peaks for `phase` from now on."""
         self.phase = phase
-        self._see()
+        self._update_peak()
 
     def count_gradient(self, weight: torch.Tensor) -> None:
         """Note that this weight's gradient is complete, and stays."""
-        self.made += weight.nbytes
+        self._gradient_bytes += weight.nbytes
 
     @contextmanager
-    def in_other_memory(self) -> Iterator[None]:
-        """Count what is made here apart: it is not on the device."""
-        self._is_elsewhere = True
+    def on_host(self) -> Iterator[None]:
+        """Count tensors made inside as host memory: they take none of the device's."""
+        self._is_on_host = True
         yield
-        self._is_elsewhere = False
+        self._is_on_host = False
 
-    def _note(self, tensor: torch.Tensor) -> None:
+    def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage._cdata  # views share a storage, and Python may wrap one storage in several objects
         if key in self._sizes:
             return
-        self._sizes[key] = 0 if self._is_elsewhere else storage.nbytes()
-        self.elsewhere += storage.nbytes() if self._is_elsewhere else 0
+        self._sizes[key] = 0 if self._is_on_host else storage.nbytes()
+        self.host_bytes += storage.nbytes() if self._is_on_host else 0
         self.now += self._sizes[key]
-        weakref.finalize(storage, self._drop, key)
-        self._see()
+        weakref.finalize(storage, self._remove, key)
+        self._update_peak()
 
-    def _drop(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
 
-    def _see(self, beside: int = 0) -> None:
-        if self.now + beside > self.phases[self.phase]:
-            self.phases[self.phase], self.gradients[self.phase] = self.now + beside, self.made
+    def _update_peak(self, workspace: int = 0) -> None:
+        if self.now + workspace > self.phases[self.phase]:
+            self.phases[self.phase], self.gradients[self.phase] = self.now + workspace, self._gradient_bytes
 
 
 def trace(
-    model: Any,
+    model: PreTrainedModel,
     batch: MicroBatchShape,
     *,
     device_type: str,
     compute: torch.dtype | None,
     checkpointing: bool | str,
-    gradients_held: bool,
-    gradients_dropped: bool = False,
+    gradients: Gradients,
     attention: str | None = None,
 ) -> Peaks:
-    """Run `model` (a skeleton on the meta device; it is used up) on a micro-batch of that shape, forward and backward,
-    and count.
+    """Run a meta model forward and backward on a micro-batch of that shape, and count bytes; the model is used up.
 
-    device_type: `cpu` or `cuda`, whose engine is traced. attention: its way of attention by segments, the first it
-    tries when not given. compute: autocast's type, None for float32 arithmetic. checkpointing: as
-    `model.gradient_checkpointing`, settled. gradients_held: an earlier micro-batch of the window left its gradients.
-    gradients_dropped: each goes once it is complete (`training.step_in_backward`). Raises what the model raises on
-    stand-ins, NotImplementedError where this way of attention is not for this model.
+    device_type: `cpu` or `cuda`, whose engine is traced. attention: its backend of attention by segments, the first it
+    tries when not given. compute: autocast's type, None for float32 arithmetic. checkpointing: the resolved value of
+    `model.gradient_checkpointing`. Raises any of TRACE_ERRORS for a model that cannot run on fake tensors; of these
+    NotImplementedError also for one that this backend of attention cannot compute.
     """
     lay_out.cache_clear()  # or the masks of tiles would count in the first trace of a shape only
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    give_stand_ins(model, mode)
+    to_fake_tensors(model, mode)
     base = base_of(model)
     if checkpointing:
         checkpoint_blocks(base)
     if batch.layout == "flat":
         fuse(base, device_type)
-        way = attention or attention_ways("auto", device_type, half=compute is not None)[0]
-        use_segment_attention(base, way, flex_stand_in if way == "flex" else None)
+        backend = attention or attention_ways("auto", device_type, half=compute is not None)[0]
+        use_segment_attention(base, backend, fake_flex_attention if backend == "flex" else None)
     if checkpointing == "offload":
         run_in_tiles(base, proven=True)
     model.train()
-    known = [*model.parameters(), *model.buffers()]
+    tensors = [*model.parameters(), *model.buffers()]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    if gradients_held:
+    if gradients == "summed":
         with mode:
             for weight in trained:
                 weight.grad = torch.empty_like(weight)
-                known.append(weight.grad)
-    live = _Live(known, on_gpu=device_type == "cuda")
-    if not gradients_held:
+                tensors.append(weight.grad)
+    live = LiveBytes(tensors, on_gpu=device_type == "cuda")
+    if gradients != "summed":
         for weight in trained:
-            weight.register_post_accumulate_grad_hook(_drop if gradients_dropped else live.count_gradient)
+            weight.register_post_accumulate_grad_hook(_drop if gradients == "dropped" else live.count_gradient)
     if checkpointing == "offload" and device_type == "cuda":
-        keep_inputs_in(_store_elsewhere(live, mode), base)
-    _mark_blocks(blocks_of(model), live)
-    autocast: AbstractContextManager[Any] = (
+        keep_inputs_in(_fake_host_store(live, mode), base)
+    _mark_phases(decoder_blocks(model), live)
+    # A fake tensor is one of the CPU for either device type: the trace needs no GPU.
+    autocast: AbstractContextManager[object] = (
         torch.autocast("cpu", dtype=compute) if compute is not None else nullcontext()
     )
     run = _flat if batch.layout == "flat" else _padded
@@ -213,17 +225,20 @@ def trace(
     with live:
         with autocast:
             loss, kept = run(model, batch, inputs, live, device_type)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     phases = {phase: max(0, peak - live.before) for phase, peak in live.phases.items()}
-    return Peaks(phases, live.gradients, max(0, kept - live.before), live.elsewhere)
+    return Peaks(phases, live.gradients, max(0, kept - live.before), live.host_bytes)
 
 
 def _drop(weight: torch.Tensor) -> None:
     weight.grad = None
 
 
-def extrapolate(fewer: Peaks, more: Peaks, blocks: int) -> Peaks:
-    """What `blocks` blocks hold, from what `TRACED_BLOCKS` and one more hold: each phase on its own straight line."""
+def extrapolate(smaller: Peaks, larger: Peaks, blocks: int) -> Peaks:
+    """Peaks of `blocks` blocks from those of TRACED_BLOCKS and of one more: each phase on its own straight line.
+
+    With n = TRACED_BLOCKS, peak(blocks) = peak(n) + (blocks - n) (peak(n + 1) - peak(n)), at least 0.
+    """
 
     def line(first: int, second: int) -> int:
         return max(0, first + (blocks - TRACED_BLOCKS) * (second - first))
@@ -231,44 +246,44 @@ def extrapolate(fewer: Peaks, more: Peaks, blocks: int) -> Peaks:
     def lines(first: dict[str, int], second: dict[str, int]) -> dict[str, int]:
         return {phase: line(first[phase], second[phase]) for phase in PHASES}
 
-    phases, gradients = lines(fewer.phases, more.phases), lines(fewer.gradients, more.gradients)
-    return Peaks(phases, gradients, line(fewer.kept, more.kept), line(fewer.host, more.host))
+    return Peaks(
+        lines(smaller.phases, larger.phases),
+        lines(smaller.gradients, larger.gradients),
+        line(smaller.kept, larger.kept),
+        line(smaller.host_bytes, larger.host_bytes),
+    )
 
 
-def _store_elsewhere(live: _Live, mode: FakeTensorMode) -> HostStore:
-    """A store whose pages are stand-ins that are counted apart."""
-
+def _fake_host_store(live: LiveBytes, mode: FakeTensorMode) -> HostStore:
     def new_page() -> torch.Tensor:
-        with live.in_other_memory(), mode:
+        with live.on_host(), mode:
             return torch.empty(PAGE_BYTES, dtype=torch.uint8)
 
     return HostStore(torch.device("cpu"), new_page)
 
 
-def _mark_blocks(blocks: Sequence[torch.nn.Module], live: _Live) -> None:
-    """Have the backward pass say when it comes to the last block, the first block, and the end."""
+def _mark_phases(blocks: Sequence[nn.Module], live: LiveBytes) -> None:
+    """Enter a phase when the backward pass comes to the last block, to the first block, and past it."""
 
-    def output_of(phase: str) -> Callable[..., None]:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if hidden.requires_grad:
-                hidden.register_hook(lambda _: live.enter(phase))
+    def enter_at_gradient(tensor: object, phase: str) -> None:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            tensor.register_hook(lambda _: live.enter(phase))
 
-        return hook
+    def mark_output(phase: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        return lambda _block, _inputs, output: enter_at_gradient(
+            output[0] if isinstance(output, tuple) else output, phase
+        )
 
-    def input_of(_module: Any, inputs: Any) -> None:
-        if inputs and isinstance(inputs[0], torch.Tensor) and inputs[0].requires_grad:
-            inputs[0].register_hook(lambda _: live.enter("end"))
-
-    blocks[0].register_forward_pre_hook(input_of)
-    blocks[0].register_forward_hook(output_of("first block"))
+    # With one block its output belongs to the phase "first block"; "last block" then stays at 0.
+    blocks[0].register_forward_pre_hook(lambda _block, inputs: enter_at_gradient(inputs[0] if inputs else None, "end"))
+    blocks[0].register_forward_hook(mark_output("first block"))
     if len(blocks) > 1:
-        blocks[-1].register_forward_hook(output_of("last block"))
+        blocks[-1].register_forward_hook(mark_output("last block"))
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Stand-ins for a micro-batch; the document boundaries are real, because the engine reads them as numbers."""
+    """Fake tensors of a micro-batch; the document boundaries are real, because the engine reads them as numbers."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -289,9 +304,9 @@ def _inputs(batch: MicroBatchShape, mode: FakeTensorMode) -> _Inputs:
 
 
 def _flat(
-    model: Any, batch: MicroBatchShape, inputs: _Inputs, live: _Live, device_type: str
+    model: PreTrainedModel, batch: MicroBatchShape, inputs: _Inputs, live: LiveBytes, device_type: str
 ) -> tuple[torch.Tensor, int]:
-    """The flat engine's forward, step by step as in `training.engine`."""
+    """The flat engine's forward, step by step as in `engine.forward`."""
     base = base_of(model)
     head = find_head(base)
     assert head is not None
@@ -309,12 +324,12 @@ def _flat(
 
 
 def _padded(
-    model: Any, _batch: MicroBatchShape, inputs: _Inputs, live: _Live, _device_type: str
+    model: PreTrainedModel, _batch: MicroBatchShape, inputs: _Inputs, live: LiveBytes, _device_type: str
 ) -> tuple[torch.Tensor, int]:
-    """The plain engine's forward; without its padding mask, whose values a stand-in does not have."""
+    """The plain engine's forward; without its padding mask, whose values a fake tensor does not have."""
     kept = 0
 
-    def at_head(_module: Any, _inputs: Any) -> None:
+    def at_head(_head: nn.Module, _inputs: tuple[object, ...]) -> None:
         nonlocal kept
         kept = live.now
         live.enter("loss")

@@ -1,5 +1,4 @@
-"""What attention kernels of a GPU hold that no tensor of the graph shows, and a stand-in for the one that cannot run on
-stand-ins.
+"""Memory of a GPU's attention kernels that is no tensor of the graph, and flex attention on fake tensors.
 
 Shapes: T tokens of the row, S documents, H query heads, G key/value heads, D head width.
 """
@@ -12,17 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from llmtune.kernels.attention import Rule, Segments, dropout_by_sdpa
 
-__all__ = ["flash_backward_bytes", "flex_stand_in", "workspace_bytes"]
+__all__ = ["fake_flex_attention", "flash_backward_bytes", "workspace_bytes"]
 
 SPARE_ROWS = 128
-"""Rows beside its tokens that the kernel's sums leave for each document."""
+"""Rows that the kernel's sums have for each document beside its tokens: its blocks may write past the end."""
 
 
 def flash_backward_bytes(tokens: int, documents: int, heads: int, key_heads: int, width: int, entry_bytes: int) -> int:
-    """Bytes that torch's flash attention takes beside inputs and results while its backward pass runs.
+    """Bytes that torch's flash attention allocates beside inputs and results while its backward pass runs.
 
     A float32 sum of the queries' gradient [T + 128 S, H, D rounded up] and one number a query [H, T + 128 S]; where
     query heads share key heads, also the gradients of keys and values for each query head, [T, H, D] each, before they
@@ -38,32 +39,30 @@ def flash_backward_bytes(tokens: int, documents: int, heads: int, key_heads: int
     return sums + expanded
 
 
-def workspace_bytes(operator: Any, args: tuple[Any, ...]) -> int:
-    """Bytes that an operator holds on a GPU while it runs, beside its arguments and results.
-
-    0 for those without a rule.
-    """
-    rule = _rules().get(operator)
-    return 0 if rule is None else rule(args)
+def workspace_bytes(operator: OpOverload, args: tuple[Any, ...]) -> int:
+    """Bytes that an operator holds on a GPU while it runs, beside its arguments and results; 0 for most."""
+    workspace = _workspaces().get(operator)
+    return 0 if workspace is None else workspace(args)
 
 
 @cache
-def _rules() -> dict[Any, Callable[[tuple[Any, ...]], int]]:
-    import torch.nn.attention.varlen  # brings in its operators
+def _workspaces() -> dict[OpOverload, Callable[[tuple[Any, ...]], int]]:
+    import torch.nn.attention.varlen  # registers its operators
 
     return {
-        torch.ops.torch_attn._varlen_attn_backward.default: _of_varlen,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _of_sdpa,
+        torch.ops.torch_attn._varlen_attn_backward.default: _varlen_workspace,
+        # Fake tensors are of the CPU, so a trace for a GPU meets the CPU's operator where the GPU will run its own.
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _sdpa_workspace,
     }
 
 
-def _of_varlen(args: tuple[Any, ...]) -> int:
-    query, key, marks = args[1], args[2], args[6]
+def _varlen_workspace(args: tuple[Any, ...]) -> int:
+    query, key, ends = args[1], args[2], args[6]
     tokens, heads, width = query.shape
-    return flash_backward_bytes(tokens, len(marks) - 1, heads, key.shape[1], width, query.element_size())
+    return flash_backward_bytes(tokens, len(ends) - 1, heads, key.shape[1], width, query.element_size())
 
 
-def _of_sdpa(args: tuple[Any, ...]) -> int:
+def _sdpa_workspace(args: tuple[Any, ...]) -> int:
     query, key = args[1], args[2]
     rows, heads, tokens, width = query.shape
     if query.element_size() > 2:
@@ -71,27 +70,27 @@ def _of_sdpa(args: tuple[Any, ...]) -> int:
     return flash_backward_bytes(rows * tokens, rows, heads, key.shape[1], width, query.element_size())
 
 
-class _Flex(torch.autograd.Function):
-    """Keeps what compiled flex attention keeps: its inputs as they are, its output and one float32 a query and head."""
+class _FakeFlex(torch.autograd.Function):
+    """Saves the tensors that compiled flex attention saves: inputs, output and one float32 for each query and head."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         total = query.shape[2]
         output, sums = torch.empty_like(query), query.new_empty(1, query.shape[1], total, dtype=torch.float32)
-        # the mask of blocks is made from a mask of all pairs: same document, not later, and both
+        # The mask of blocks is made from masks of all pairs of tokens: same document, not later, and both together.
         _pairs = [query.new_empty(total, total, dtype=torch.bool) for _ in range(3)]
         ctx.save_for_backward(query, key, value, output, sums)
         return output
 
     @staticmethod
-    def backward(ctx: Any, _grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        query, key, value, _output, sums = ctx.saved_tensors
-        _delta = torch.empty_like(sums)
+    def backward(ctx: BackwardCFunction, _grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        query, key, value, _output, sums = ctx.saved_tensors  # type: ignore[misc]  # torch types it as one tensor
+        _delta = torch.empty_like(sums)  # alive until the gradients are there, as in the kernel
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
 @dropout_by_sdpa
-def flex_stand_in(query: Tensor, key: Tensor, value: Tensor, _segments: Segments, _rule: Rule) -> Tensor:
-    """Flex attention on stand-ins, [1, T, H, D]; the real one has to be compiled for a device."""
-    output: Tensor = _Flex.apply(query, key, value)
+def fake_flex_attention(query: Tensor, key: Tensor, value: Tensor, _segments: Segments, _rule: Rule) -> Tensor:
+    """Flex attention on fake tensors, [1, H, T, D] -> [1, T, H, D]; the real one has to be compiled for a device."""
+    output: Tensor = _FakeFlex.apply(query, key, value)
     return output.transpose(1, 2)

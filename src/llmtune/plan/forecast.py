@@ -1,16 +1,15 @@
-"""From a prepared run to its plan: the largest micro-batch is found exactly, traced once, and added up for a device."""
+"""Forecaster: from a prepared run and a device to its exact steps and its memory plan."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,23 +22,26 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.forward import attention_ways, group_tokens
 from llmtune.engine.precision import DTYPES as COMPUTE
 from llmtune.engine.step_in_backward import choose_windows
-from llmtune.plan.activation_trace import TRACED_BLOCKS, MicroBatchShape, Peaks, extrapolate, trace
-from llmtune.plan.hardware import Target, open_target, precision_on, process_bytes
-from llmtune.plan.memory import MemoryPlan, add_up
-from llmtune.plan.meta_model import Counted, Shape, build, count, open_shape, weight_dtype
-from llmtune.plan.plan_cache import read_entry, write_entry
+from llmtune.plan.activation_trace import TRACED_BLOCKS, Gradients, MicroBatchShape, Peaks, extrapolate, trace
+from llmtune.plan.hardware import Target, find_target, precision_on, process_bytes
+from llmtune.plan.memory import MemoryPlan, plan_memory
+from llmtune.plan.meta_model import ModelShape, ModelSizes, build_meta_model, count_sizes, read_shape, weight_dtype
+from llmtune.plan.plan_cache import cached, read_entry, write_entry
 from llmtune.prepare import Prepared
 from llmtune.version import __version__
 
-__all__ = ["Forecaster", "Steps", "keep_rate", "kept_rate"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-WINDOWS_LOOKED_AT = 4000
-"""Of a longer run, so many windows evenly spread; all are looked at in a shorter one."""
+__all__ = ["Forecaster", "Steps"]
+
+SAMPLED_WINDOWS = 4000
+"""Windows of which the padding and the largest micro-batch are found: all of a shorter run, else evenly spread ones."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """How long a training is, exactly."""
+    """The length of a training, exactly."""
 
     total_steps: int
     steps_per_epoch: int
@@ -52,14 +54,21 @@ class Steps:
     run_tokens: int
     """Real tokens of the whole training."""
     padding_share: float
-    """Part of the computed positions that is padding, over the windows looked at; 0 where rows are laid end to end."""
+    """Part of the computed positions that is padding, over the sampled windows; 0 where rows are laid end to end."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A measured speed of training, as it is cached."""
+
+    tokens_per_second: float
 
 
 @dataclass
 class Forecaster:
     """Plans variants of one prepared run for one device.
 
-    What was traced once is not traced again, not even by the next process.
+    Counts and traces are made once: they are shared by all variants, and by later processes through the plan cache.
     """
 
     prepared: Prepared
@@ -68,16 +77,16 @@ class Forecaster:
     world_size: int = 1
     rank: int = 0
     _peaks: dict[str, Peaks] = field(default_factory=dict)
-    _counted: dict[str, Counted] = field(default_factory=dict)
+    _sizes: dict[str, ModelSizes] = field(default_factory=dict)
 
     @classmethod
     def for_this_machine(cls, prepared: Prepared, options: Options, devices: Devices) -> Forecaster:
-        """Plans for the device of this process, and for its place among the processes that share the run."""
-        target = open_target(None, no_cuda=devices.device.type == "cpu")
+        """Plans for the device of this process, and for its rank among the processes that share the run."""
+        target = find_target(None, no_cuda=devices.device.type == "cpu")
         return cls(prepared, options, target, world_size=devices.world_size, rank=devices.rank)
 
     def with_prepared(self, prepared: Prepared) -> Forecaster:
-        """Plans for the same place of a variant of the run; what was traced is shared."""
+        """Plans for the same device and rank of a variant of the run; counts and traces are shared."""
         return replace(self, prepared=prepared)
 
     @property
@@ -86,23 +95,22 @@ class Forecaster:
         return self.prepared.config
 
     @cached_property
-    def shape(self) -> Shape:
-        """The model's shape."""
-        return open_shape(self.prepared, self.options)
+    def shape(self) -> ModelShape:
+        """The model's architecture."""
+        return read_shape(self.prepared, self.options)
 
     @cached_property
     def precision(self) -> str:
-        """The arithmetic there: fp32, bf16 or fp16."""
+        """The arithmetic on the target: fp32, bf16 or fp16."""
         return precision_on(self.target, self.config.training)
 
     @cached_property
-    def process(self) -> int:
-        """Bytes of this process without a model, measured once, and of the kernels that it will collect."""
+    def process_bytes(self) -> int:
+        """Bytes of this process without a model, and of the kernels that it will collect; 0 for a GPU."""
         if self.target.kind != "cpu":
             return 0
-        self._build(
-            self.config, blocks=1
-        )  # brings in the libraries that loading will, also where every number comes from the cache
+        # Loading imports libraries that the process then holds; a plan from the cache must not be without them.
+        self._build(self.config, blocks=1)
         compute = COMPUTE[self.precision]
         return process_bytes(compute) + (FULL_KERNEL_CACHES_BYTES if compute is not None else 0)
 
@@ -129,7 +137,7 @@ class Forecaster:
             group_tokens(shape) if is_cut else None,
             config,
             shape=shape,
-            gradient_bytes=lambda: self.count(config).gradient_bytes,
+            gradient_bytes=lambda: self.sizes(config).gradient_bytes,
         )[0]
 
     def steps(self) -> Steps:
@@ -143,11 +151,11 @@ class Forecaster:
             int(lengths[group].sum()) for step in tail for group in batches.groups(step)
         )
         real = positions = 0
-        for group in _groups(batches):
-            real += int(lengths[group].sum())
-            positions += (
-                int(lengths[group].max()) * len(group) if self.layout == "padded" else int(lengths[group].sum())
-            )
+        for step in _sampled_steps(batches):
+            for group in batches.groups(step):
+                tokens_of_group = int(lengths[group].sum())
+                real += tokens_of_group
+                positions += int(lengths[group].max()) * len(group) if self.layout == "padded" else tokens_of_group
         return Steps(
             total_steps=batches.total_steps,
             steps_per_epoch=batches.steps_per_epoch,
@@ -158,8 +166,8 @@ class Forecaster:
             padding_share=1 - real / positions,
         )
 
-    def largest(self, config: Config) -> tuple[MicroBatchShape, bool]:
-        """The micro-batch that takes most positions, and whether any window has more than one.
+    def largest_micro_batch(self, config: Config) -> tuple[MicroBatchShape, bool]:
+        """The micro-batch that takes most positions, and whether any window has more than one micro-batch.
 
         A lower `data.max_length` than the run's cuts its rows as `overlong: truncate_right` would.
         """
@@ -167,86 +175,73 @@ class Forecaster:
         lengths = np.minimum(np.asarray(data.lengths, dtype=np.int64), config.data.max_length)
         weights = np.asarray(data.loss_weights, dtype=np.float64)
         batches = self.batches(config)
-        worst, several = None, False
-        for step in _steps_looked_at(batches):
+        largest, several = None, False
+        for step in _sampled_steps(batches):
             groups = batches.groups(step)
             several |= len(groups) > 1
             for group in groups:
-                shape = MicroBatchShape(
-                    tuple(int(one) for one in lengths[group]), round(weights[group].sum()), self.layout
-                )
-                if worst is None or (shape.tokens, shape.trained_tokens) > (worst.tokens, worst.trained_tokens):
-                    worst = shape
-        assert worst is not None
-        return worst, several
+                shape = MicroBatchShape(tuple(lengths[group].tolist()), round(weights[group].sum()), self.layout)
+                if largest is None or _size(shape) > _size(largest):
+                    largest = shape
+        assert largest is not None
+        return largest, several
 
     def memory(self, config: Config | None = None) -> MemoryPlan:
-        """Memory by part of the run, or of a variant of it."""
+        """Memory by part of the run, or of a variant of it. Raises any of TRACE_ERRORS for a model without a plan."""
         config = config or self.config
-        batch, several = self.largest(config)
-        dropped = config.training.step_in_backward and not several
-        return add_up(
-            self.count(config),
-            self.peaks(config, batch, gradients_held=several, gradients_dropped=dropped),
+        batch, several = self.largest_micro_batch(config)
+        gradients: Gradients = "summed" if several else "dropped" if config.training.step_in_backward else "single"
+        return plan_memory(
+            self.sizes(config),
+            self.peaks(config, batch, gradients),
             batch,
             kind=self.target.kind,
             optimizer=config.training.optimizer,
-            gradients_held=several,
-            gradients_dropped=dropped,
+            gradients=gradients,
             prepacked=config.model.weights_prepack is True,
             thread_caches=has_thread_caches(),
-            process=self.process,
+            process_bytes=self.process_bytes,
             file_bytes=self.shape.file_bytes,
         )
 
-    def count(self, config: Config) -> Counted:
+    def sizes(self, config: Config) -> ModelSizes:
         """Exact sizes of model and adapter."""
-        key = json.dumps([asdict(config.adapter), config.model.quantization, config.model.dtype])
-        if key not in self._counted:
-            kept = self._key("count", config, None)
-            entry = read_entry(kept)
-            if entry is None:
-                counted = count(self._build(config), config)
-                write_entry(kept, asdict(counted))
-            else:
-                counted = Counted(**entry)
-            self._counted[key] = counted
-        return self._counted[key]
+        key = self._key("sizes", config)
+        if key not in self._sizes:
+            self._sizes[key] = cached(ModelSizes, key, lambda: count_sizes(self._build(config), config))
+        return self._sizes[key]
 
-    def peaks(
-        self, config: Config, batch: MicroBatchShape, *, gradients_held: bool, gradients_dropped: bool = False
-    ) -> Peaks:
-        """What a micro-batch of that shape holds beside the weights."""
-        key = self._key("peaks", config, [asdict(batch), gradients_held, gradients_dropped])
+    def peaks(self, config: Config, batch: MicroBatchShape, gradients: Gradients) -> Peaks:
+        """Bytes of a micro-batch of that shape beside the weights, by phase."""
+        key = self._key("peaks", config, config.model.gradient_checkpointing, asdict(batch), gradients)
         if key not in self._peaks:
-            entry = read_entry(key)
-            peaks = (
-                Peaks(**entry) if entry is not None else self._trace(config, batch, gradients_held, gradients_dropped)
-            )
-            if entry is None:
-                write_entry(key, asdict(peaks))
-            self._peaks[key] = peaks
+            self._peaks[key] = cached(Peaks, key, lambda: self._trace(config, batch, gradients))
         return self._peaks[key]
 
-    def rate_key(self) -> str:
-        """Name under which the measured speed of this run's shape is kept."""
-        facts = [asdict(self.config.training), torch.get_num_threads(), platform.machine(), platform.node()]
-        return self._key("rate", self.config, [*facts, self.prepared.data.train.digest])
+    def store_rate(self, tokens_per_second: float) -> None:
+        """Cache a measured rate for the next plan of this shape on this machine."""
+        write_entry(self._rate_key(), Rate(tokens_per_second))
 
-    def _trace(self, config: Config, batch: MicroBatchShape, gradients_held: bool, gradients_dropped: bool) -> Peaks:
-        """By the first way of attention that is for this model, in the order in which the engine tries them."""
-        half = (
-            COMPUTE[self.precision] is not None and self.target.has_bf16
-        )  # flash attention is not for devices without
-        *better, last = attention_ways(config.model.attention, self.target.kind, half=half)
-        for way in better:
+    def cached_rate(self) -> float | None:
+        """The rate cached for this shape, tokens per second; None when it was never measured on this machine."""
+        rate = read_entry(Rate, self._rate_key())
+        return rate.tokens_per_second if rate is not None else None
+
+    def _rate_key(self) -> str:
+        config, machine = self.config, (torch.get_num_threads(), platform.machine(), platform.node())
+        recompute, rows = config.model.gradient_checkpointing, self.prepared.data.train.digest
+        return self._key("rate", config, recompute, asdict(config.training), machine, rows)
+
+    def _trace(self, config: Config, batch: MicroBatchShape, gradients: Gradients) -> Peaks:
+        """Trace with the first backend of attention that computes this model, in the order the engine tries them."""
+        half = COMPUTE[self.precision] is not None and self.target.has_bf16  # flash attention needs such a device
+        *preferred, last = attention_ways(config.model.attention, self.target.kind, half=half)
+        for backend in preferred:
             with suppress(NotImplementedError):
-                return self._trace_way(config, batch, gradients_held, gradients_dropped, way)
-        return self._trace_way(config, batch, gradients_held, gradients_dropped, last)
+                return self._trace_with(config, batch, gradients, backend)
+        return self._trace_with(config, batch, gradients, last)
 
-    def _trace_way(
-        self, config: Config, batch: MicroBatchShape, gradients_held: bool, gradients_dropped: bool, way: str
-    ) -> Peaks:
+    def _trace_with(self, config: Config, batch: MicroBatchShape, gradients: Gradients, backend: str) -> Peaks:
         def peaks_of(blocks: int) -> Peaks:
             return trace(
                 self._build(config, blocks=blocks),
@@ -254,63 +249,45 @@ class Forecaster:
                 device_type=self.target.kind,
                 compute=COMPUTE[self.precision],
                 checkpointing=config.model.recomputes and config.model.gradient_checkpointing,
-                gradients_held=gradients_held,
-                gradients_dropped=gradients_dropped,
-                attention=way,
+                gradients=gradients,
+                attention=backend,
             )
 
         if self.shape.blocks <= TRACED_BLOCKS + 1:
             return peaks_of(self.shape.blocks)
         return extrapolate(peaks_of(TRACED_BLOCKS), peaks_of(TRACED_BLOCKS + 1), self.shape.blocks)
 
-    def _build(self, config: Config, blocks: int | None = None) -> Any:
+    def _build(self, config: Config, blocks: int | None = None) -> PreTrainedModel:
         trained = config.adapter.method == "none"
         scratch = self.prepared.source.kind == "scratch"
         dtype = weight_dtype(config.model, trained=trained, precision=self.precision, scratch=scratch)
-        return build(self.shape, config, self.prepared.tokenizer.tokenizer, dtype=dtype, blocks=blocks)
+        return build_meta_model(self.shape, config, self.prepared.tokenizer.tokenizer, dtype=dtype, blocks=blocks)
 
-    def _key(self, kind: str, config: Config, more: Any) -> str:
+    def _key(self, kind: str, config: Config, *details: object) -> str:
         """Digest of everything that decides a number: shape, adapter, arithmetic, engine, code and library versions."""
         model = config.model
+        # `_name_or_path` is the folder, which may move without changing the model.
         shape = {key: value for key, value in self.shape.config.to_dict().items() if key != "_name_or_path"}
-        held = [
-            model.dtype,
-            model.quantization,
-            model.gradient_checkpointing,
-            self.prepared.source.kind,
-            asdict(config.adapter),
-        ]
-        there = [self.target.kind, self.target.has_bf16, self.precision, model.attention]
-        facts = [kind, shape, held, there, self.prepared.tokenizer.digest, more, __version__, _code_digest()]
+        weights = [model.dtype, model.quantization, self.prepared.source.kind, asdict(config.adapter)]
+        device = [self.target.kind, self.target.has_bf16, self.precision, model.attention]
+        facts = [kind, shape, weights, device, self.prepared.tokenizer.digest, details, __version__, _code_digest()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _steps_looked_at(batches: BatchPlan) -> Iterator[int]:
-    stride = -(-batches.total_steps // WINDOWS_LOOKED_AT)
-    yield from range(1, batches.total_steps + 1, stride)
+def _size(shape: MicroBatchShape) -> tuple[int, int]:
+    return shape.tokens, shape.trained_tokens
 
 
-def _groups(batches: BatchPlan) -> Iterator[Any]:
-    for step in _steps_looked_at(batches):
-        yield from batches.groups(step)
+def _sampled_steps(batches: BatchPlan) -> range:
+    return range(1, batches.total_steps + 1, -(-batches.total_steps // SAMPLED_WINDOWS))
 
 
 @cache
 def _code_digest() -> str:
+    """Digest of the code that decides a trace, and torch's version: another code may hold other tensors."""
     digest = hashlib.sha256(torch.__version__.encode())
     package = Path(__file__).parents[1]
     for folder in ("models", "adapters", "kernels", "engine", "plan"):
         for path in sorted((package / folder).glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def keep_rate(forecaster: Forecaster, tokens_per_second: float) -> None:
-    """Keep a measured rate for the next plan of this shape on this machine."""
-    write_entry(forecaster.rate_key(), {"tokens_per_second": tokens_per_second})
-
-
-def kept_rate(forecaster: Forecaster) -> float | None:
-    """The rate kept for this shape, tokens per second; None when it was never measured here."""
-    entry = read_entry(forecaster.rate_key())
-    return float(entry["tokens_per_second"]) if entry is not None else None

@@ -17,12 +17,12 @@ from llmtune.engine.devices import choose_device
 from llmtune.engine.precision import choose_precision
 from llmtune.errors import UsageError
 
-__all__ = ["NAMED", "Target", "open_target", "precision_on", "process_bytes", "resident_bytes"]
+__all__ = ["GPUS", "Target", "attainable_bytes", "find_target", "precision_on", "process_bytes", "resident_bytes"]
 
 GIB = 1 << 30
 MIB = 1 << 20
 SHARE = {"cpu": 0.9, "cuda": 0.95}
-"""Part of a device's memory that a plan may fill: the rest is for what others start, and for what a plan cannot see."""
+"""Part of a device's memory that a plan may fill: the rest is for other programs, and for what no plan counts."""
 
 
 @dataclass(frozen=True)
@@ -32,52 +32,50 @@ class Target:
     name: str
     kind: Literal["cpu", "cuda"]
     total_bytes: int
-    """What this process could hold there: a GPU's memory, or what is free of the machine's (or container's) and already
-    ours.
-    """
+    """A GPU's memory; on a CPU the free memory of the machine or container, and what this process holds already."""
     has_bf16: bool = True
-    is_here: bool = False
+    is_local: bool = False
     """It is this machine's own device."""
 
     @property
     def budget_bytes(self) -> int:
-        """What a plan may fill."""
+        """Bytes that a plan may fill."""
         return int(self.total_bytes * SHARE[self.kind])
 
 
-def open_target(name: str | None, *, no_cuda: bool = False) -> Target:
-    """Find the device by name (`rtx4090`, `24GB`); None is the one that training would use here.
+def find_target(name: str | None, *, no_cuda: bool = False) -> Target:
+    """Find the device by name (`rtx4090`, `24GB`); None is the one that training would use on this machine.
 
     Raises UsageError for an unknown name.
     """
     if name is None:
-        device, _ = choose_device(no_cuda=no_cuda)
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            named = torch.cuda.get_device_name(device)
-            return Target(
-                named,
-                "cuda",
-                min(total, free + torch.cuda.memory_reserved(device)),
-                torch.cuda.is_bf16_supported(),
-                is_here=True,
-            )
-        return Target("this CPU", "cpu", memory_for_us(), is_here=True)
-    wanted = name.strip().lower()
-    if wanted in NAMED:
-        mebibytes, has_bf16 = NAMED[wanted]
-        return Target(wanted, "cuda", mebibytes * MIB, has_bf16)
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*g(i?b)?", wanted)
+        return _local_target(no_cuda=no_cuda)
+    key = name.strip().lower()
+    if key in GPUS:
+        mebibytes, has_bf16 = GPUS[key]
+        return Target(key, "cuda", mebibytes * MIB, has_bf16)
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*g(i?b)?", key)
     if size and float(size[1]) > 0:
         return Target(f"a GPU with {size[1]} GB", "cuda", int(float(size[1]) * GIB))
-    raise UsageError(f"`{name}` is no known device", "--device", f"a size such as 24GB, or one of {', '.join(NAMED)}")
+    raise UsageError(f"`{name}` is no known device", "--device", f"a size such as 24GB, or one of {', '.join(GPUS)}")
+
+
+def _local_target(*, no_cuda: bool) -> Target:
+    device, _ = choose_device(no_cuda=no_cuda)
+    if device.type != "cuda":
+        return Target("this CPU", "cpu", attainable_bytes(), is_local=True)
+    free, total = torch.cuda.mem_get_info(device)
+    # What torch has reserved is not free for the driver, but it is for the training of this process.
+    usable = min(total, free + torch.cuda.memory_reserved(device))
+    name = torch.cuda.get_device_name(device)
+    return Target(name, "cuda", usable, torch.cuda.is_bf16_supported(), is_local=True)
 
 
 def precision_on(target: Target, training: TrainingConfig) -> str:
-    """The arithmetic training would take there: as asked, else bf16 where the device multiplies it natively."""
+    """The arithmetic of a training on `target`: as configured, else bf16 where the device multiplies it natively."""
     if training.precision != "auto":
         return training.precision
-    if target.kind == "cpu" or target.is_here:
+    if target.kind == "cpu" or target.is_local:
         return str(choose_precision(torch.device(target.kind)).value)
     return "bf16" if target.has_bf16 else "fp32"
 
@@ -87,22 +85,20 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def memory_for_us() -> int:
-    """Bytes this process could hold: what it has and what is free of the machine's memory, or of its control group's
-    limit.
-    """
+def attainable_bytes() -> int:
+    """Bytes this process could hold: its own now, and those free on the machine or under its control group's limit."""
     free = int(psutil.virtual_memory().available)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
         used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
     except OSError:
         limit = used = ""
-    if limit.isdigit() and used.isdigit():
+    if limit.isdigit() and used.isdigit():  # a group without a limit reads `max`
         free = min(free, max(0, int(limit) - int(used)))
     return resident_bytes() + free
 
 
-NAMED: dict[str, tuple[int, bool]] = {
+GPUS: dict[str, tuple[int, bool]] = {
     "rtx3090": (24576, True),
     "rtx4090": (24564, True),
     "l4": (23034, True),
@@ -119,9 +115,7 @@ WIDTH = 256
 
 
 def process_bytes(compute: torch.dtype | None) -> int:
-    """Bytes resident once the libraries' own code, threads and buffers are in memory.
-
-    Makes one tiny step to bring them in.
+    """Bytes resident once the code, threads and buffers of the libraries are in memory; measured by one tiny step.
 
     compute: autocast's type, None for float32 arithmetic. Draws no random numbers.
     """
@@ -134,5 +128,6 @@ def process_bytes(compute: torch.dtype | None) -> int:
     scores.square().mean().backward()
     nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
     optimizer.step()
+    # Memory that reading rows left free is used again by the steps, so it must not be counted with the process too.
     release_free_memory()
     return resident_bytes()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmtune.plan.activation_trace import MicroBatchShape, Peaks
-from llmtune.plan.meta_model import Counted
+from llmtune.plan.activation_trace import Gradients, MicroBatchShape, Peaks
+from llmtune.plan.meta_model import ModelSizes
 
-__all__ = ["MemoryPlan", "add_up", "optimizer_bytes"]
+__all__ = ["MemoryPlan", "optimizer_bytes", "plan_memory"]
 
 ALLOCATOR_SHARE = {"cpu": 0.25, "cuda": 0.05}
-"""What the allocator holds beside tensors that come and go (a micro-batch's, and gradients), as a part of them: gaps.
-"""
+"""Gaps that the allocator holds, as a part of the tensors that come and go: a micro-batch's, and gradients."""
 
 SHARE_WITH_THREAD_CACHES = 0.35
 """The same on a CPU where each thread keeps freed small blocks, which hold gaps apart: a program that trains by the
@@ -20,29 +19,25 @@ Python API, mostly.
 """
 
 LARGEST_GAPS = {"cpu": 2, "cuda": 0}
-"""Gaps as large as the largest gradient (an embedding's): what small tensors have since begun to fill, such a block
-fits no more.
+"""Gaps as large as the largest gradient (an embedding's): such a block no longer fits where small tensors have begun to
+fill its place.
 """
 
 CUDA_CONTEXT_BYTES = 600 << 20
-"""What the driver and its libraries take of a GPU before the first tensor; measured figures lie between 450 and 700
-MiB.
-"""
+"""What the driver and its libraries take of a GPU before the first tensor; measured: between 450 and 700 MiB."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a training holds at its worst moment; the parts add up to `peak_bytes`."""
+    """The memory of a training at its worst moment; the parts add up to `peak_bytes`."""
 
     parts: dict[str, int]
-    """Bytes by part: process, weights, prepacked, adapter, gradients, optimizer, activations, loss, workspace,
-    allocator.
-    """
+    """Bytes by part: the names of `PARTS`."""
     moment: str
     """When that is: loading, a phase of the micro-batch, the update, or saving."""
     batch: MicroBatchShape
     """The largest micro-batch of the run."""
-    counted: Counted
+    sizes: ModelSizes
     host_bytes: int = 0
     """Page-locked memory of the host, beside the parts, in which inputs of blocks wait for the backward pass."""
 
@@ -53,70 +48,78 @@ class MemoryPlan:
 
 
 def optimizer_bytes(name: str, *, entries: int, entry_bytes: int) -> int:
-    """Bytes of an optimizer's state for `entries` trained weights that take `entry_bytes` in all."""
+    """Bytes of an optimizer's state for `entries` trained weights that take `entry_bytes` in all.
+
+    AdamW holds two moments in the type of the weights (arXiv:1711.05101), its paged form in float32; 8-bit states two
+    bytes a weight and float32 scales of blocks (arXiv:2110.02861); SGD and Lion one momentum (arXiv:2302.06675).
+    """
     return round(OPTIMIZER_BYTES[name](entries, entry_bytes))
 
 
-def add_up(
-    counted: Counted,
+def plan_memory(
+    sizes: ModelSizes,
     peaks: Peaks,
     batch: MicroBatchShape,
     *,
     kind: str,
     optimizer: str,
-    gradients_held: bool,
-    gradients_dropped: bool,
+    gradients: Gradients,
     prepacked: bool,
     thread_caches: bool,
-    process: int,
+    process_bytes: int,
     file_bytes: int,
 ) -> MemoryPlan:
-    """Put the parts of every moment together and give the worst one. kind: `cpu` or `cuda`; sizes in bytes.
+    """Add the parts up for every moment of a run and return the moment with the largest sum; all sizes in bytes.
 
-    gradients_held: the window has several micro-batches, so all gradients exist before the last one. gradients_dropped:
-    a window is one micro-batch, and each gradient goes when its weight has moved; the largest is then named
-    `gradients`, whatever phase it is in. prepacked: frozen weights are laid out for the kernels beside themselves, once
-    they are loaded. thread_caches: the allocator has them.
+    A phase of the micro-batch takes weights + optimizer + gradients + what the trace counted + the allocator's gaps;
+    the update weights + optimizer + gradients; saving, on a CPU, weights + twice the optimizer; loading weights + file.
+
+    kind: `cpu` or `cuda`. prepacked: frozen weights are also held in the layouts of the kernels, once they are loaded.
+    thread_caches: the allocator keeps small blocks for each thread. process_bytes: the process without a model, used
+    for a CPU only. file_bytes: of the weight files.
     """
-    share = SHARE_WITH_THREAD_CACHES if thread_caches and kind == "cpu" else ALLOCATOR_SHARE[kind]
-    state = optimizer_bytes(optimizer, entries=counted.trained, entry_bytes=counted.gradient_bytes)
+    is_cpu = kind == "cpu"
     base = {
-        "process": process if kind == "cpu" else CUDA_CONTEXT_BYTES,
-        "weights": counted.base_bytes,
-        "adapter": counted.adapter_bytes,
+        "process": process_bytes if is_cpu else CUDA_CONTEXT_BYTES,
+        "weights": sizes.base_bytes,
+        "adapter": sizes.adapter_bytes,
     }
-    held = counted.gradient_bytes if gradients_held else 0
-    inside = min(peaks.bytes, counted.gradient_bytes, peaks.gradients[peaks.phase])
-    if gradients_dropped:
-        inside = (
-            min(max(0, peaks.bytes - peaks.kept), counted.largest_gradient_bytes) if peaks.phase != "forward" else 0
-        )
-    activations = min(peaks.kept, peaks.bytes - inside)
-    rest = peaks.bytes - inside - activations
-    in_loss = peaks.phase == "loss"
+    state = optimizer_bytes(optimizer, entries=sizes.trained, entry_bytes=sizes.gradient_bytes)
+    at_update = sizes.largest_gradient_bytes if gradients == "dropped" else sizes.gradient_bytes
     moments = {
-        peaks.phase: {
-            "gradients": held + inside,
-            "optimizer": state,
-            "activations": activations,
-            "loss": rest if in_loss else 0,
-            "workspace": (0 if in_loss else rest) + counted.largest_linear_bytes,
-            "allocator": round(share * (peaks.bytes + held)) + LARGEST_GAPS[kind] * counted.largest_gradient_bytes,
-        },
-        "update": {
-            "gradients": counted.largest_gradient_bytes if gradients_dropped else counted.gradient_bytes,
-            "optimizer": state,
-        },
+        peaks.phase: {"optimizer": state, **_micro_batch_parts(sizes, peaks, gradients, kind, thread_caches)},
+        "update": {"gradients": at_update, "optimizer": state},
     }
-    if kind == "cpu":
-        moments["saving"] = {"optimizer": state, "workspace": state}  # a snapshot is a copy
+    if is_cpu:
+        moments["saving"] = {"optimizer": state, "workspace": state}  # a checkpoint is written from a copy
     if prepacked:
-        moments = {name: parts | {"prepacked": counted.prepacked_bytes} for name, parts in moments.items()}
-    if kind == "cpu":
+        moments = {name: parts | {"prepacked": sizes.prepacked_bytes} for name, parts in moments.items()}
+    if is_cpu:  # after `prepacked`, because nothing is laid out before the weights are there
         moments["loading"] = {"workspace": file_bytes}
-    moment = max(moments, key=lambda one: sum(moments[one].values()))
-    parts = dict.fromkeys(PARTS, 0) | base | moments[moment]
-    return MemoryPlan(parts, moment, batch, counted, peaks.host)
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    return MemoryPlan(dict.fromkeys(PARTS, 0) | base | moments[moment], moment, batch, sizes, peaks.host_bytes)
+
+
+def _micro_batch_parts(
+    sizes: ModelSizes, peaks: Peaks, gradients: Gradients, kind: str, thread_caches: bool
+) -> dict[str, int]:
+    """Bytes by part in the worst phase of the micro-batch, beside weights and optimizer state."""
+    share = SHARE_WITH_THREAD_CACHES if thread_caches and kind == "cpu" else ALLOCATOR_SHARE[kind]
+    earlier = sizes.gradient_bytes if gradients == "summed" else 0
+    made = min(peaks.bytes, sizes.gradient_bytes, peaks.gradients[peaks.phase])
+    if gradients == "dropped":
+        # One gradient at a time is alive in the backward pass; it is called so whatever phase it is in.
+        made = min(max(0, peaks.bytes - peaks.kept), sizes.largest_gradient_bytes) if peaks.phase != "forward" else 0
+    activations = min(peaks.kept, peaks.bytes - made)
+    rest = peaks.bytes - made - activations
+    in_loss = peaks.phase == "loss"
+    return {
+        "gradients": earlier + made,
+        "activations": activations,
+        "loss": rest if in_loss else 0,
+        "workspace": (0 if in_loss else rest) + sizes.largest_linear_bytes,
+        "allocator": round(share * (peaks.bytes + earlier)) + LARGEST_GAPS[kind] * sizes.largest_gradient_bytes,
+    }
 
 
 PARTS = (
@@ -131,6 +134,7 @@ PARTS = (
     "workspace",
     "allocator",
 )
+"""The parts of a plan, in the order in which they are shown."""
 
 OPTIMIZER_BYTES: dict[str, Callable[[int, int], float]] = {
     "adamw": lambda _entries, entry_bytes: 2 * entry_bytes,
@@ -141,6 +145,4 @@ OPTIMIZER_BYTES: dict[str, Callable[[int, int], float]] = {
     "muon": lambda _entries, entry_bytes: 2 * entry_bytes,
     "sgd": lambda _entries, entry_bytes: entry_bytes,
 }
-"""Bytes of state from (trained entries, their bytes); for `muon`, whose matrices need half of it, what AdamW would
-need.
-"""
+"""Bytes of state from (trained entries, their bytes); for `muon`, whose matrices need half of it, as for AdamW."""

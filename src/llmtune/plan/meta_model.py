@@ -1,15 +1,15 @@
-"""A model's shape without its weights: built on torch's `meta` device, counted exactly, and given stand-in tensors to
-be traced with.
+"""A model without its weights: built on torch's meta device, counted exactly, and given fake tensors to be traced with.
 
-A stand-in knows shape and type and holds no numbers, so the skeleton of an 8B model costs a few megabytes.
+Meta and fake tensors have a shape and a type and no values, so the model of 8B parameters costs a few megabytes.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -31,17 +31,30 @@ from llmtune.models.scan import refuse_unsafe_folder, weight_files
 from llmtune.models.scratch import build_config
 from llmtune.prepare import Prepared
 
-__all__ = ["Counted", "Shape", "base_of", "blocks_of", "build", "count", "give_stand_ins", "open_shape", "weight_dtype"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "ModelShape",
+    "ModelSizes",
+    "base_of",
+    "build_meta_model",
+    "count_sizes",
+    "decoder_blocks",
+    "read_shape",
+    "to_fake_tensors",
+    "weight_dtype",
+]
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What a model looks like: its library config with the tokenizer's rows, and the bytes of its published weights."""
+class ModelShape:
+    """The architecture of a run's model, and the bytes of its published weights."""
 
-    config: Any
-    """A transformers config; `num_hidden_layers` may be lowered in a copy."""
+    config: PretrainedConfig
+    """With an embedding row for each token of the run's tokenizer."""
     file_bytes: int
-    """Size of the weight files that loading reads; 0 from scratch and where they are not on this machine yet."""
+    """Size of the weight files that loading reads; 0 for a scratch model and before a hub model is fetched."""
     trust_remote_code: bool = False
 
     @property
@@ -51,7 +64,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Counted:
+class ModelSizes:
     """Exact sizes of a model with its adapter."""
 
     parameters: int
@@ -63,41 +76,39 @@ class Counted:
     adapter_bytes: int
     """Bytes of what an adapter adds."""
     gradient_bytes: int
-    """Bytes of one gradient for each trained weight, in its type."""
+    """Bytes of all gradients: one for each trained weight, in its type."""
     largest_gradient_bytes: int
-    """Bytes of the largest of these."""
+    """Bytes of the largest gradient, usually the embedding's."""
     largest_linear_bytes: int
-    """Bytes of the largest quantized weight, unpacked in the type of the arithmetic; 0 when none is quantized."""
+    """Bytes of the largest quantized weight, dequantized in the type of the arithmetic; 0 when none is quantized."""
     prepacked_bytes: int = 0
     """Bytes of the layouts for a CPU's kernels, of all frozen weights that may have them (`model.weights_prepack`)."""
 
 
-def open_shape(prepared: Prepared, options: Options) -> Shape:
-    """Read the shape of the run's model; fetches a hub model's small files only.
+def read_shape(prepared: Prepared, options: Options) -> ModelShape:
+    """Read the architecture of the run's model; of a hub model only the small files are fetched.
 
-    Raises what loading would raise about them.
+    Raises ModelError for files that are missing, unsafe, or no model's, MachineError where the hub cannot be reached.
     """
     config, source, tokenizer = prepared.config, prepared.source, prepared.tokenizer.tokenizer
     if source.kind == "scratch":
-        return Shape(build_config(source.entry or source.name, config.model.architecture, tokenizer), 0)
+        return ModelShape(build_config(source.entry or source.name, config.model.architecture, tokenizer), 0)
     trust = options.trust_remote_code
     folder = local_folder(source, weights=False, code=trust)
     refuse_unsafe_folder(folder, trust_remote_code=trust, ignore_auto_map=may_ignore_auto_map(source))
     refuse_foreign_quantization(folder, "adapter" if config.adapter.method != "none" else "full")
-    shape = read_config(folder, trust_remote_code=trust)
-    text = shape.get_text_config()
+    model_config = read_config(folder, trust_remote_code=trust)
+    text = model_config.get_text_config()
     text.vocab_size = max(text.vocab_size, max(tokenizer.get_vocab().values()) + 1)
     try:
         file_bytes = sum(file.stat().st_size for file in weight_files(folder))
     except LlmtuneError:
         file_bytes = 0  # a hub model that is not fetched yet
-    return Shape(shape, file_bytes, trust)
+    return ModelShape(model_config, file_bytes, trust)
 
 
 def weight_dtype(model: ModelConfig, *, trained: bool, precision: str, scratch: bool) -> torch.dtype:
-    """The type weights are held in: as asked, float32 for trained ones, else the type of the arithmetic (the rule of
-    loading).
-    """
+    """The type weights are held in: as configured, float32 for trained ones, else the type of the arithmetic."""
     if model.dtype != "auto":
         return torch_dtype(model.dtype)
     if trained or scratch or precision == "fp32":
@@ -105,89 +116,96 @@ def weight_dtype(model: ModelConfig, *, trained: bool, precision: str, scratch: 
     return torch.bfloat16 if precision == "bf16" else torch.float16
 
 
-def build(shape: Shape, config: Config, tokenizer: Any, *, dtype: torch.dtype, blocks: int | None = None) -> Any:
-    """The model of that shape on the meta device, with the adapter of `config`.
+def build_meta_model(
+    shape: ModelShape,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    blocks: int | None = None,
+) -> PreTrainedModel:
+    """Build the model on the meta device, with the adapter of `config`; only its first `blocks` blocks when given.
 
-    Only the first `blocks` blocks when given.
-
-    Raises ModelError for a shape that no model can have, AdapterError for an adapter that does not fit it.
+    Raises ModelError for an architecture that no model can have, AdapterError for an adapter that does not fit it.
     """
     from transformers import AutoModelForCausalLM
 
-    wanted = copy.deepcopy(shape.config)
+    model_config = copy.deepcopy(shape.config)
     if blocks is not None:
-        text = wanted.get_text_config()
-        text.num_hidden_layers = blocks
-        for key in ("layer_types", "mlp_layer_types"):
-            if getattr(text, key, None):
-                setattr(text, key, getattr(text, key)[:blocks])
+        _keep_first_blocks(model_config, blocks)
     with quiet_libraries(), torch.device("meta"), torch.random.fork_rng(devices=[]):
         try:
-            model = AutoModelForCausalLM.from_config(wanted, dtype=dtype, trust_remote_code=shape.trust_remote_code)
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-            LookupError,
-            ArithmeticError,
-            RuntimeError,
-            ImportError,
-        ) as error:
+            model = AutoModelForCausalLM.from_config(
+                model_config, dtype=dtype, trust_remote_code=shape.trust_remote_code
+            )
+        except BUILD_ERRORS as error:
             problem = f"the model that its config.json describes cannot be built: {in_one_line(error)}"
-            raise ModelError(
-                problem, where=config.model.name, fix="fetch the file again, or name another model"
-            ) from error
+            fix = "fetch the file again, or name another model"
+            raise ModelError(problem, where=config.model.name, fix=fix) from error
         if config.adapter.method != "none":
             model, _ = attach.attach_adapter(model, config.adapter, seed=0, tokenizer=tokenizer)
     return model
 
 
-def base_of(model: Any) -> Any:
+BUILD_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError)
+"""Errors of transformers for a config whose values contradict each other."""
+
+
+def _keep_first_blocks(model_config: PretrainedConfig, blocks: int) -> None:
+    text = model_config.get_text_config()
+    text.num_hidden_layers = blocks
+    for key in ("layer_types", "mlp_layer_types"):  # one entry a block, where a model's blocks differ
+        if getattr(text, key, None):
+            setattr(text, key, getattr(text, key)[:blocks])
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside peft's wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    get_base_model: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
 
 
-def blocks_of(model: Any) -> list[nn.Module]:
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder blocks in order: the longest list of modules in the decoder."""
     lists = [module for module in base_of(model).get_decoder().modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len, default=[]))
 
 
-def count(model: Any, config: Config) -> Counted:
-    """Count a skeleton of all blocks exactly; 4-bit and 8-bit weights by the formula of how bitsandbytes holds them."""
+def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:
+    """Count a meta model of all blocks exactly; 4-bit and 8-bit weights by `quantized_bytes`."""
     quantized = _quantized_weights(model) if config.model.quantization != "none" else {}
-    held: Counter[str] = Counter()
+    part_bytes: Counter[str] = Counter()
     for weight in model.parameters():
         part = "adapter" if weight.requires_grad and config.adapter.method != "none" else "base"
-        held[part] += (
-            quantized_bytes(weight.shape, config.model.quantization) if id(weight) in quantized else _bytes(weight)
-        )
-    held["base"] += sum(_bytes(buffer) for buffer in model.buffers())
+        is_quantized = id(weight) in quantized
+        part_bytes[part] += quantized_bytes(weight.shape, config.model.quantization) if is_quantized else weight.nbytes
+    part_bytes["base"] += sum(buffer.nbytes for buffer in model.buffers())
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    return Counted(
+    return ModelSizes(
         parameters=sum(weight.numel() for weight in model.parameters()),
         trained=sum(weight.numel() for weight in trained),
-        base_bytes=held["base"],
-        adapter_bytes=held["adapter"],
-        gradient_bytes=sum(_bytes(weight) for weight in trained),
-        largest_gradient_bytes=max((_bytes(weight) for weight in trained), default=0),
-        largest_linear_bytes=max((_bytes(weight) for weight in quantized.values()), default=0),
+        base_bytes=part_bytes["base"],
+        adapter_bytes=part_bytes["adapter"],
+        gradient_bytes=sum(weight.nbytes for weight in trained),
+        largest_gradient_bytes=max((weight.nbytes for weight in trained), default=0),
+        largest_linear_bytes=max((weight.nbytes for weight in quantized.values()), default=0),
         prepacked_bytes=_prepacked_bytes(base_of(model)),
     )
 
 
-def _prepacked_bytes(base: Any) -> int:
-    fuse_adapters(base)
+def _prepacked_bytes(base: PreTrainedModel) -> int:
+    fuse_adapters(base)  # only a fused layer says how its frozen weight is read
     entries = sum(source.read().numel() for source in prepackable(base))
     unfuse_adapters(base)
     return COPIES * DTYPE.itemsize * entries
 
 
 def quantized_bytes(shape: torch.Size, kind: str) -> int:
-    """Bytes of one frozen weight in NF4 with double quantization (`4bit`) or in 8 bit, with its scales.
+    """Bytes of one frozen weight of that shape, [outputs, inputs], in `4bit` or `8bit`, with its scales.
 
-    NF4: half a byte an entry, one byte of scale for 64 entries, four bytes for 256 of those scales, two code tables
-    (arXiv:2305.14314). 8 bit: a byte an entry, four bytes a row.
+    4bit: NF4 with double quantization (arXiv:2305.14314): half a byte an entry, a byte of scale for each 64 entries,
+    four bytes for each 256 of those scales, two code tables of 16 and 256 float32 numbers and a float32 offset.
+    8bit: a byte an entry, a float32 scale a row (arXiv:2208.07339).
 
     >>> quantized_bytes(torch.Size([64, 64]), "4bit"), quantized_bytes(torch.Size([64, 64]), "8bit")
     (3208, 4352)
@@ -199,8 +217,8 @@ def quantized_bytes(shape: torch.Size, kind: str) -> int:
     return -(-entries // 2) + scales + 4 * -(-scales // 256) + 4 * (256 + 16) + 4
 
 
-def _quantized_weights(model: Any) -> dict[int, torch.Tensor]:
-    """The weights that loading quantizes, by id: those of every linear layer but the output head."""
+def _quantized_weights(model: PreTrainedModel) -> dict[int, torch.Tensor]:
+    """The weights that loading quantizes, by id: those of every frozen linear layer but the output head."""
     head = base_of(model).get_output_embeddings()
     layers = [
         module.get_base_layer() if hasattr(module, "get_base_layer") else module
@@ -215,24 +233,19 @@ def _quantized_weights(model: Any) -> dict[int, torch.Tensor]:
     }  # type: ignore[misc]
 
 
-def give_stand_ins(model: Any, mode: FakeTensorMode) -> None:
-    """Replace every meta tensor of `model` by a CPU stand-in of `mode`; tied ones stay tied."""
-    made: dict[int, torch.Tensor] = {}
+def to_fake_tensors(model: PreTrainedModel, mode: FakeTensorMode) -> None:
+    """Replace every meta tensor of `model` by a fake CPU tensor of `mode`; tied ones stay tied."""
+    fakes: dict[int, torch.Tensor] = {}
     with mode:
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in made:
-                        new = torch.empty(tensor.shape, dtype=tensor.dtype)
-                        made[id(tensor)] = (
-                            nn.Parameter(new, requires_grad=tensor.requires_grad)
-                            if isinstance(tensor, nn.Parameter)
-                            else new
-                        )
-                    table[name] = made[id(tensor)]
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        if id(tensor) not in fakes:
+                            fakes[id(tensor)] = _fake(tensor)
+                        tensors[name] = fakes[id(tensor)]  # type: ignore[assignment]
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return nn.Parameter(fake, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake

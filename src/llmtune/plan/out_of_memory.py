@@ -1,6 +1,4 @@
-"""When memory runs out in the middle of a run: what was asked for, held and planned, and what to change, with the
-memory planned then.
-"""
+"""The error when memory runs out during a run: bytes requested, held and planned, and changes that need less."""
 
 from __future__ import annotations
 
@@ -14,63 +12,62 @@ import torch
 from llmtune.common.bytes import readable_bytes
 from llmtune.engine.allocator import release_free_memory
 from llmtune.errors import LlmtuneError, MachineError
+from llmtune.plan.activation_trace import TRACE_ERRORS
 from llmtune.plan.forecast import Forecaster
-from llmtune.plan.hardware import memory_for_us, resident_bytes
-from llmtune.plan.suggestions import KEEPING_OVERRIDES, Change, changes
+from llmtune.plan.hardware import attainable_bytes, resident_bytes
+from llmtune.plan.suggestions import Suggestion, suggest
 
-__all__ = ["asked_bytes", "open_reserve", "out_of_memory"]
+__all__ = ["out_of_memory_error", "requested_bytes", "reserve_address_space"]
 
-MOST_EDITS = 3
+SHOWN_SUGGESTIONS = 3
 
 RESERVE_BYTES = 256 << 20
-"""Address space kept for the moment when there is no other: Python itself goes wrong without any.
+"""Address space kept, and never touched, until no other is left: without any, Python cannot even raise an error."""
 
-Nothing of it is ever touched.
-"""
+PLAN_ERRORS = (LlmtuneError, MemoryError, *TRACE_ERRORS)
+"""Errors of planning for a model that has no plan, or where no memory is left even to plan."""
 
-_ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?", re.IGNORECASE)
+_REQUESTED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?", re.IGNORECASE)
 _UNITS = {None: 1, "bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-def open_reserve() -> mmap.mmap | None:
-    """Set `RESERVE_BYTES` of untouched memory aside, to be closed when all other is used up.
-
-    None where the system gives none.
-    """
+def reserve_address_space() -> mmap.mmap | None:
+    """Reserve RESERVE_BYTES of untouched memory, to be closed when all other is used up; None where that is refused."""
     try:
         return mmap.mmap(-1, RESERVE_BYTES)
     except OSError:
         return None
 
 
-def asked_bytes(error: BaseException) -> int | None:
-    """How much was asked for at once, where the error says it.
+def requested_bytes(error: BaseException) -> int | None:
+    """The size of the allocation that failed; None where the error has no such number.
 
-    >>> asked_bytes(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"))
+    >>> requested_bytes(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."))
     4096
-    >>> asked_bytes(RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..."))
+    >>> requested_bytes(RuntimeError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ..."))
     2684354560
     """
-    found = _ASKED.search(str(error))
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
+    match = _REQUESTED.search(str(error))
+    return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
-def out_of_memory(
+def out_of_memory_error(
     error: BaseException, forecaster: Forecaster, *, doing: str, where: str | None, saved: str | None
 ) -> MachineError:
-    """Turn an error that `models.memory_errors` knows into a refusal with the numbers, and up to three edits with their
-    planned memory.
+    """Make an error with the numbers, and up to three changes with their planned memory, of torch's or Python's error.
 
-    doing: `in step 7`, `while the model was loaded`. saved: the newest checkpoint, None where there is none. Lets go of
-    what the failed step held, because looking for edits takes some memory too.
+    error: one for which `models.memory_errors.is_out_of_memory` holds. doing: `in step 7`, `while the model was
+    loaded`. saved: the newest checkpoint, None where there is none. The tensors of the failed step are freed, because
+    planning the changes takes memory too.
     """
-    asked, held = asked_bytes(error), _held_bytes(forecaster)
+    requested, held = requested_bytes(error), _held_bytes(forecaster)
     traceback.clear_frames(error.__traceback__)  # their local variables are the tensors of the step that failed
     _free(forecaster)
-    wanted = f"{readable_bytes(asked)} more were asked for" if asked is not None else "more was asked for"
-    problem = f"the memory is used up {doing}: {wanted}, {readable_bytes(held)} were held and {_limit(forecaster)}; {_planned(forecaster)}"
-    kept = "nothing is saved yet" if saved is None else f"the newest checkpoint is {saved}"
-    return MachineError(f"{problem}; {kept}", where, _fix(_edits(forecaster), can_go_on=saved is not None))
+    more = f"{readable_bytes(requested)} more were asked for" if requested is not None else "more was asked for"
+    numbers = f"{more}, {readable_bytes(held)} were held and {_limit(forecaster)}; {_planned(forecaster)}"
+    checkpoint = "nothing is saved yet" if saved is None else f"the newest checkpoint is {saved}"
+    problem = f"the memory is used up {doing}: {numbers}; {checkpoint}"
+    return MachineError(problem, where, _fix(_suggestions(forecaster), can_resume=saved is not None))
 
 
 def _held_bytes(forecaster: Forecaster) -> int:
@@ -85,57 +82,38 @@ def _free(forecaster: Forecaster) -> None:
 
 
 def _limit(forecaster: Forecaster) -> str:
-    """What there is: a device's memory, this machine's, or the limit that was set for this process."""
+    """The memory of the device, or of this machine for this process, with a limit that was set for the process."""
     if forecaster.target.kind == "cuda":
         free, total = torch.cuda.mem_get_info()
         return f"{forecaster.target.name} has {readable_bytes(total)}, {readable_bytes(free)} of them free now"
-    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    limited = (
-        f" (its address space is limited to {readable_bytes(address_space)})"
-        if address_space != resource.RLIM_INFINITY
-        else ""
-    )
-    return f"this process could hold {readable_bytes(memory_for_us())} here{limited}"
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    is_limited = limit != resource.RLIM_INFINITY
+    limited = f" (its address space is limited to {readable_bytes(limit)})" if is_limited else ""
+    return f"this process could hold {readable_bytes(attainable_bytes())} here{limited}"
 
 
 def _planned(forecaster: Forecaster) -> str:
     try:
         return f"the plan was {readable_bytes(forecaster.memory().peak_bytes)}"
-    except (
-        LlmtuneError,
-        MemoryError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        NotImplementedError,
-    ):
+    except PLAN_ERRORS:
         return "there was no plan for this model"
 
 
-def _edits(forecaster: Forecaster) -> list[Change]:
+def _suggestions(forecaster: Forecaster) -> list[Suggestion]:
     """Changes that need less, those that keep the result first."""
     try:
-        found = changes(forecaster)
-    except (
-        LlmtuneError,
-        MemoryError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        NotImplementedError,
-    ):
-        return []  # a model without a plan, or no memory left even to plan
-    return sorted(found, key=lambda one: not one.overrides.startswith(KEEPING_OVERRIDES))[:MOST_EDITS]
+        suggestions = suggest(forecaster)
+    except PLAN_ERRORS:
+        return []
+    return sorted(suggestions, key=lambda suggestion: not suggestion.keeps_result)[:SHOWN_SUGGESTIONS]
 
 
-def _fix(edits: list[Change], *, can_go_on: bool) -> str:
-    if not edits:
+def _fix(suggestions: list[Suggestion], *, can_resume: bool) -> str:
+    if not suggestions:
         return "`llmtune plan` says what a run needs and what to change"
-    listed = "; or ".join(f"{one.overrides} ({readable_bytes(one.peak_bytes)} planned)" for one in edits)
-    if not can_go_on:
+    listed = "; or ".join(
+        f"{suggestion.overrides} ({readable_bytes(suggestion.peak_bytes)} planned)" for suggestion in suggestions
+    )
+    if not can_resume:
         return f"start again with {listed}"
     return f"go on with `llmtune resume`, or, where that changes the model or its optimizer, start again, with {listed}"

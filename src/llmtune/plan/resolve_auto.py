@@ -1,6 +1,4 @@
-"""What `auto` becomes by the plan: the micro-batch, whether blocks are recomputed, and whether frozen weights are laid
-out beforehand.
-"""
+"""Resolve `auto` by the plan: the micro-batch, recomputation of blocks, and the layout of frozen weights."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ from llmtune.prepare import Prepared
 __all__ = ["keep_resolved", "resolve", "resolve_on_all_ranks"]
 
 SEQUENCES = TrainingConfig().batch_size
-"""Sequences of a micro-batch when the config does not say; times `gradient_accumulation_steps` they are the global
-batch `auto` keeps.
+"""Sequences of a micro-batch where `training.batch_size` is `auto`; times `gradient_accumulation_steps` they are the
+global batch, which `auto` keeps.
 """
 
 
@@ -35,70 +33,70 @@ compiled blocks.
 """
 
 
-def is_open(config: Config) -> bool:
-    """Whether the plan has something to choose."""
+def has_auto(config: Config) -> bool:
+    """Whether the config leaves something to the plan."""
     return "auto" in (config.training.batch_size, config.model.gradient_checkpointing, config.model.weights_prepack)
 
 
 def resolve(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
-    """Choose what the config leaves to the plan.
-
-    The global batch on each device stays as asked for, so the result does too.
+    """Choose the values that the config leaves to the plan. The global batch stays, so the result does too.
 
     `training.batch_size: auto` stands for 8 sequences times `gradient_accumulation_steps`; that product is cut into the
     largest equal micro-batches that fit. Blocks are recomputed only where nothing fits without, their inputs offloaded
     only where that is not enough. Frozen weights are laid out for the kernels where there is room for that too and no
-    blocks are recomputed, which is done to save memory. Raises ConfigError where that is asked for and cannot be.
+    blocks are recomputed, which is done to save memory. Raises ConfigError where `weights_prepack: true` is impossible.
     """
-    asked = forecaster.config
-    refusal = cannot_prepack(asked, forecaster.target.kind, COMPUTE[forecaster.precision])
-    if asked.model.weights_prepack is True and refusal is not None:
-        what = f"frozen weights cannot be laid out beforehand: {refusal}"
-        raise ConfigError(what, where="model.weights_prepack", fix="set it to auto, which does where it can be")
-    chosen, decisions = _settle_batch(forecaster, _prepacked(asked, asked.model.weights_prepack is True))
-    if asked.model.weights_prepack == "auto" and refusal is None and not chosen.model.recomputes:
-        chosen, more = _settle_prepack(forecaster, chosen)
-        decisions += more
+    requested = forecaster.config
+    prepack = requested.model.weights_prepack
+    refusal = cannot_prepack(requested, forecaster.target.kind, COMPUTE[forecaster.precision])
+    if prepack is True and refusal is not None:
+        problem = f"frozen weights cannot be laid out beforehand: {refusal}"
+        raise ConfigError(problem, where="model.weights_prepack", fix="set it to auto, which does where it can be")
+    # `auto` counts as false at first: what fits without the layouts is chosen before they take what is left.
+    config, decisions = _resolve_batch(forecaster, with_prepack(requested, prepack is True))
+    if prepack == "auto" and refusal is None and not config.model.recomputes:
+        config, prepack_decisions = _resolve_prepack(forecaster, config)
+        decisions += prepack_decisions
     prepared = forecaster.prepared
-    return replace(prepared, config=chosen, decisions=(*prepared.decisions, *decisions)), decisions
+    return replace(prepared, config=config, decisions=(*prepared.decisions, *decisions)), decisions
 
 
-def _settle_batch(forecaster: Forecaster, config: Config) -> tuple[Config, list[Decision]]:
+def _resolve_batch(forecaster: Forecaster, config: Config) -> tuple[Config, list[Decision]]:
     """Choose the micro-batch and whether blocks are recomputed, as far as `config` leaves them open."""
-    if not is_open(config):
+    if not has_auto(config):
         return config, []
     levels = LEVELS if forecaster.target.kind == "cuda" and not config.training.compile else LEVELS[:2]
-    checkpointing = levels if config.model.gradient_checkpointing == "auto" else (config.model.gradient_checkpointing,)
+    if config.model.gradient_checkpointing != "auto":
+        levels = (config.model.gradient_checkpointing,)
     sizes = micro_batches(config.training)
-    budget = forecaster.target.budget_bytes
-    for recompute in checkpointing:
-        found = _largest_that_fits(forecaster, config, recompute, sizes)
-        if found is not None:
-            chosen, memory = found
-            return chosen, _told(config, chosen, _why(memory, forecaster))
-    chosen = variant(config, sizes[0], checkpointing[-1])
-    needed = readable_bytes(forecaster.memory(chosen).peak_bytes)
-    reason = (
-        f"nothing fits: even so the plan is {needed} and {forecaster.target.name} has {readable_bytes(budget)} to fill"
-    )
-    return chosen, _told(config, chosen, reason)
+    for recompute in levels:
+        largest = _largest_that_fits(forecaster, config, recompute, sizes)
+        if largest is not None:
+            chosen, memory = largest
+            return chosen, _decisions(config, chosen, _reason(memory, forecaster))
+    chosen = with_micro_batch(config, sizes[0], levels[-1])
+    needed, target = readable_bytes(forecaster.memory(chosen).peak_bytes), forecaster.target
+    budget = f"{target.name} has {readable_bytes(target.budget_bytes)} to fill"
+    return chosen, _decisions(config, chosen, f"nothing fits: even so the plan is {needed} and {budget}")
 
 
-def _settle_prepack(forecaster: Forecaster, config: Config) -> tuple[Config, list[Decision]]:
+def _resolve_prepack(forecaster: Forecaster, config: Config) -> tuple[Config, list[Decision]]:
     """Choose whether frozen weights are laid out beforehand, where they can be; not for a model that has no plan."""
     try:
-        memory = forecaster.memory(_prepacked(config, True))
+        memory = forecaster.memory(with_prepack(config, True))
     except TRACE_ERRORS:
         return config, []
-    if not memory.counted.prepacked_bytes:
+    layouts = memory.sizes.prepacked_bytes
+    if not layouts:
         return config, []
     fits = memory.peak_bytes <= forecaster.target.budget_bytes
-    reason = f"two more copies of frozen weights, {readable_bytes(memory.counted.prepacked_bytes)}; with them {_why(memory, forecaster)}"
-    return _prepacked(config, fits), [Decision("model.weights_prepack", fits, reason)]
+    copies = f"two more copies of frozen weights, {readable_bytes(layouts)}"
+    reason = f"{copies}; with them {_reason(memory, forecaster)}"
+    return with_prepack(config, fits), [Decision("model.weights_prepack", fits, reason)]
 
 
 def micro_batches(training: TrainingConfig) -> list[tuple[int, int]]:
-    """The (micro-batch, accumulation) pairs with the global batch asked for, smallest micro-batch first.
+    """The (micro-batch, accumulation) pairs of the global batch, smallest micro-batch first.
 
     >>> micro_batches(TrainingConfig(batch_size="auto", gradient_accumulation_steps=1))
     [(1, 8), (2, 4), (4, 2), (8, 1)]
@@ -110,85 +108,81 @@ def micro_batches(training: TrainingConfig) -> list[tuple[int, int]]:
     return [(size, total // size) for size in range(1, total + 1) if total % size == 0]
 
 
-def variant(config: Config, size: tuple[int, int], recompute: Recompute) -> Config:
-    """The config with this cut of the global batch, and blocks recomputed or not."""
+def with_micro_batch(config: Config, size: tuple[int, int], recompute: Recompute) -> Config:
+    """The config with this (micro-batch, accumulation) pair, and blocks recomputed or not."""
     training = replace(config.training, batch_size=size[0], gradient_accumulation_steps=size[1])
     return replace(config, training=training, model=replace(config.model, gradient_checkpointing=recompute))
 
 
-def _prepacked(config: Config, wanted: bool) -> Config:
-    return replace(config, model=replace(config.model, weights_prepack=wanted))
+def with_prepack(config: Config, value: bool) -> Config:
+    """The config with this `model.weights_prepack`."""
+    return replace(config, model=replace(config.model, weights_prepack=value))
 
 
 def resolve_on_all_ranks(forecaster: Forecaster, devices: Devices) -> Prepared:
-    """The run with what is left to the plan chosen.
-
-    With several processes as the first one chooses, whose memory may differ.
-    """
+    """The run with `auto` resolved; with several processes as on the main one: the others may have more memory free."""
     prepared, _ = resolve(forecaster)
-    config = prepared.config
-    assert isinstance(config.training.batch_size, int)
-    recompute = config.model.gradient_checkpointing
-    assert recompute != "auto"
-    assert config.model.weights_prepack != "auto"
-    mine = (
-        config.training.batch_size, config.training.gradient_accumulation_steps, LEVELS.index(recompute), config.model.weights_prepack
-    )  # fmt: skip
-    size, count, level, prepack = (
-        int(one) for one in devices.sum(*(float(one) if devices.is_main else 0.0 for one in mine))
-    )
-    return replace(prepared, config=_prepacked(variant(config, (size, count), LEVELS[level]), bool(prepack)))
+    training, model = prepared.config.training, prepared.config.model
+    assert isinstance(training.batch_size, int)
+    assert model.gradient_checkpointing != "auto"
+    assert model.weights_prepack != "auto"
+    level = LEVELS.index(model.gradient_checkpointing)
+    choices = (training.batch_size, training.gradient_accumulation_steps, level, model.weights_prepack)
+    # The sum over ranks is the main one's choice, because every other rank adds zeros.
+    sums = devices.sum(*(float(choice) if devices.is_main else 0.0 for choice in choices))
+    size, accumulation, level, prepack = map(int, sums)
+    config = with_micro_batch(prepared.config, (size, accumulation), LEVELS[level])
+    return replace(prepared, config=with_prepack(config, bool(prepack)))
 
 
-def keep_resolved(prepared: Prepared, config: Mapping[str, Any]) -> Prepared:
-    """The run with what an earlier process of it chose (its config as plain values), so that going on changes no sum."""
-    if not is_open(prepared.config):
+def keep_resolved(prepared: Prepared, earlier: Mapping[str, Any]) -> Prepared:
+    """The run with what `auto` became in `earlier`, its config as plain values: a resumed run repeats every sum."""
+    requested = prepared.config
+    if not has_auto(requested):
         return prepared
-    training, asked = config["training"], prepared.config
-    size = (training["batch_size"], training["gradient_accumulation_steps"])
-    if asked.training.batch_size != "auto":
-        size = (asked.training.batch_size, asked.training.gradient_accumulation_steps)
-    before = config["model"]
-    recompute, prepack = asked.model.gradient_checkpointing, asked.model.weights_prepack
-    chosen = variant(asked, size, before["gradient_checkpointing"] if recompute == "auto" else recompute)
-    return replace(
-        prepared, config=_prepacked(chosen, before.get("weights_prepack", False) if prepack == "auto" else prepack)
-    )
+    batch_size, accumulation = requested.training.batch_size, requested.training.gradient_accumulation_steps
+    if batch_size == "auto":
+        batch_size = earlier["training"]["batch_size"]
+        accumulation = earlier["training"]["gradient_accumulation_steps"]
+    recompute, prepack = requested.model.gradient_checkpointing, requested.model.weights_prepack
+    if recompute == "auto":
+        recompute = earlier["model"]["gradient_checkpointing"]
+    if prepack == "auto":  # runs from before there was that key had plain weights
+        prepack = earlier["model"].get("weights_prepack", False)
+    config = with_micro_batch(requested, (batch_size, accumulation), recompute)
+    return replace(prepared, config=with_prepack(config, prepack))
 
 
 def _largest_that_fits(
-    forecaster: Forecaster, asked: Config, recompute: Recompute, sizes: list[tuple[int, int]]
+    forecaster: Forecaster, config: Config, recompute: Recompute, sizes: list[tuple[int, int]]
 ) -> tuple[Config, MemoryPlan] | None:
-    """Try the largest first, because on a machine with room it is the only one tried.
-
-    Then halve the rest (memory grows with the size).
-    """
+    """The largest of `sizes` (ascending) that fits, by bisection: memory grows with the size. None when none fits."""
     best = None
     low, high = 0, len(sizes) - 1
-    middle = high
+    middle = high  # the largest first, because on a machine with room it is the only one tried
     while low <= high:
-        config = variant(asked, sizes[middle], recompute)
-        memory = forecaster.memory(config)
+        candidate = with_micro_batch(config, sizes[middle], recompute)
+        memory = forecaster.memory(candidate)
         if memory.peak_bytes <= forecaster.target.budget_bytes:
-            best, low = (config, memory), middle + 1
+            best, low = (candidate, memory), middle + 1
         else:
             high = middle - 1
         middle = (low + high) // 2
     return best
 
 
-def _why(memory: MemoryPlan, forecaster: Forecaster) -> str:
-    target = forecaster.target
-    return f"planned {readable_bytes(memory.peak_bytes)} of the {readable_bytes(target.budget_bytes)} that may be filled on {target.name}"
+def _reason(memory: MemoryPlan, forecaster: Forecaster) -> str:
+    peak, budget = readable_bytes(memory.peak_bytes), readable_bytes(forecaster.target.budget_bytes)
+    return f"planned {peak} of the {budget} that may be filled on {forecaster.target.name}"
 
 
-def _told(asked: Config, chosen: Config, reason: str) -> list[Decision]:
+def _decisions(requested: Config, chosen: Config, reason: str) -> list[Decision]:
     decisions = []
-    if asked.training.batch_size == "auto":
+    if requested.training.batch_size == "auto":
         size, count = chosen.training.batch_size, chosen.training.gradient_accumulation_steps
         text = f"{size}, gradient_accumulation_steps {count}"
         assert isinstance(size, int)
         decisions.append(Decision("training.batch_size", text, f"a step keeps its {size * count} sequences; {reason}"))
-    if asked.model.gradient_checkpointing == "auto":
+    if requested.model.gradient_checkpointing == "auto":
         decisions.append(Decision("model.gradient_checkpointing", chosen.model.gradient_checkpointing, reason))
     return decisions

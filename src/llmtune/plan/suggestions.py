@@ -1,7 +1,4 @@
-"""What to change where a run does not fit, each change with its predicted effect.
-
-And how much more would fit where it does.
-"""
+"""Changes for a run that does not fit, each with its planned memory; and the largest micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -12,73 +9,74 @@ from llmtune.config.schema import Config
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.memory import MemoryPlan
 
-__all__ = ["KEEPING_OVERRIDES", "Change", "changes", "largest_batch"]
+__all__ = ["Suggestion", "largest_batch", "suggest"]
 
 MOST_SEQUENCES = 4096
+"""The largest micro-batch that is tried."""
 
 
 @dataclass(frozen=True)
-class Change:
-    """One way to need less."""
+class Suggestion:
+    """A change with which the run needs less memory."""
 
     overrides: str
     """What to add to the command."""
     peak_bytes: int
+    """Planned with the change."""
     fits: bool
+    keeps_result: bool
+    """The result stays as it was, but for rounding."""
 
 
-def changes(forecaster: Forecaster) -> list[Change]:
-    """Every change that applies and needs less than the run as it is, each by itself.
+def suggest(forecaster: Forecaster) -> list[Suggestion]:
+    """Every change that applies and needs less memory than the run as it is: each by itself, and some combined.
 
-    Those that keep the result also together.
-
-    Together they are named only where that is better still: cutting a step into more micro-batches keeps its gradients
-    in memory longer.
+    Those that keep the result are also combined into one, which is listed only where it needs less than each of them:
+    cutting a step into more micro-batches keeps its gradients in memory longer.
     """
-    now = forecaster.memory().peak_bytes
-    config = forecaster.config
-    tried: list[tuple[str, Config]] = []
-    together = config
-    texts: dict[str, str] = {}  # by the key that each begins with: a later one about the same key replaces it
+    peak, budget = forecaster.memory().peak_bytes, forecaster.target.budget_bytes
+    combined = config = forecaster.config
+    singles: list[Suggestion] = []
+    combined_texts: dict[str, str] = {}  # by the key that each begins with: a later change of a key replaces an earlier
+
+    def suggestion(text: str, changed: Config, keeps_result: bool) -> Suggestion:
+        planned = forecaster.memory(changed).peak_bytes
+        return Suggestion(text, planned, planned <= budget, keeps_result)
+
     for change in CHANGES:
-        found = change(config, forecaster)
-        if found is None:
+        result = change(config, forecaster)
+        if result is None:
             continue
-        tried.append(found)
-        if change in KEEPING:
-            again = change(together, forecaster)
-            if again is not None:
-                together, texts = again[1], {**texts, again[0].partition("=")[0]: again[0]}
-    budget = forecaster.target.budget_bytes
-    effects = [Change(text, forecaster.memory(wanted).peak_bytes, False) for text, wanted in tried]
-    if len(texts) > 1:
-        both = Change(" ".join(texts.values()), forecaster.memory(together).peak_bytes, False)
-        effects += (
-            [both]
-            if all(both.peak_bytes < one.peak_bytes for one in effects if one.overrides in texts.values())
-            else []
-        )
-    return [replace(one, fits=one.peak_bytes <= budget) for one in effects if one.peak_bytes < now]
+        singles.append(suggestion(*result, change in SAME_RESULT))
+        if change in SAME_RESULT and (result := change(combined, forecaster)) is not None:
+            text, combined = result
+            combined_texts[text.partition("=")[0]] = text
+    suggestions = list(singles)
+    if len(combined_texts) > 1:
+        both = suggestion(" ".join(combined_texts.values()), combined, True)
+        parts = [single for single in singles if single.overrides in combined_texts.values()]
+        if all(both.peak_bytes < part.peak_bytes for part in parts):
+            suggestions.append(both)
+    return [suggestion for suggestion in suggestions if suggestion.peak_bytes < peak]
 
 
 def largest_batch(forecaster: Forecaster, memory: MemoryPlan) -> int | None:
     """The most sequences of a micro-batch that fit, one update a micro-batch; None when not even one does.
 
-    Memory is taken to grow on the straight line through a micro-batch of one sequence and the run's own (or one of
-    two).
+    Memory is taken to grow on the straight line through a micro-batch of one sequence and the run's own (or of two
+    sequences): peak(n) = peak(1) + slope (tokens(n) - tokens(1)), tokens of the largest micro-batch of n sequences.
     """
-    config = forecaster.config
-    budget = forecaster.target.budget_bytes
+    config, budget = forecaster.config, forecaster.target.budget_bytes
     size = config.training.batch_size
     assert isinstance(size, int)
-    one = forecaster.memory(_sized(config, 1))
-    other = memory if size > 1 else forecaster.memory(_sized(config, 2))
-    more = other.batch.tokens - one.batch.tokens
-    slope = max(0.0, (other.peak_bytes - one.peak_bytes) / more) if more > 0 else 0.0
+    smallest = forecaster.memory(_with_batch_size(config, 1))
+    larger = memory if size > 1 else forecaster.memory(_with_batch_size(config, 2))
+    tokens = larger.batch.tokens - smallest.batch.tokens
+    slope = max(0.0, (larger.peak_bytes - smallest.peak_bytes) / tokens) if tokens > 0 else 0.0
 
     def fits(sequences: int) -> bool:
-        tokens = forecaster.largest(_sized(config, sequences))[0].tokens
-        return one.peak_bytes + slope * (tokens - one.batch.tokens) <= budget
+        tokens = forecaster.largest_micro_batch(_with_batch_size(config, sequences))[0].tokens
+        return smallest.peak_bytes + slope * (tokens - smallest.batch.tokens) <= budget
 
     most = min(MOST_SEQUENCES, forecaster.batches(config).num_packs)
     if not fits(1):
@@ -90,14 +88,18 @@ def largest_batch(forecaster: Forecaster, memory: MemoryPlan) -> int | None:
     while low + 1 < high:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low if low < most or not fits(most) else most
+    return low
 
 
-def _sized(config: Config, sequences: int) -> Config:
+def _with_batch_size(config: Config, sequences: int) -> Config:
     return replace(config, training=replace(config.training, batch_size=sequences, gradient_accumulation_steps=1))
 
 
-def _plain_weights(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
+Change = Callable[[Config, Forecaster], tuple[str, Config] | None]
+"""Returns overrides for the command and the config with them; None where the change does not apply."""
+
+
+def _without_prepack(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
     if config.model.weights_prepack is not True:
         return None
     return "model.weights_prepack=false", replace(config, model=replace(config.model, weights_prepack=False))
@@ -106,9 +108,8 @@ def _plain_weights(config: Config, _forecaster: Forecaster) -> tuple[str, Config
 def _recompute(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
     if config.model.recomputes:
         return None
-    return "model.gradient_checkpointing=true", replace(
-        config, model=replace(config.model, gradient_checkpointing=True)
-    )
+    model = replace(config.model, gradient_checkpointing=True)
+    return "model.gradient_checkpointing=true", replace(config, model=model)
 
 
 def _offload(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
@@ -118,9 +119,8 @@ def _offload(config: Config, forecaster: Forecaster) -> tuple[str, Config] | Non
     recomputed = replace(config, model=replace(config.model, gradient_checkpointing=True))
     if forecaster.memory(recomputed).peak_bytes <= forecaster.target.budget_bytes:
         return None
-    return "model.gradient_checkpointing=offload", replace(
-        config, model=replace(config.model, gradient_checkpointing="offload")
-    )
+    model = replace(config.model, gradient_checkpointing="offload")
+    return "model.gradient_checkpointing=offload", replace(config, model=model)
 
 
 def _smaller_batch(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
@@ -133,19 +133,10 @@ def _smaller_batch(config: Config, _forecaster: Forecaster) -> tuple[str, Config
 
 
 def _quantize(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
-    if (
-        config.adapter.method == "none"
-        or config.model.quantization != "none"
-        or forecaster.prepared.source.kind == "scratch"
-    ):
+    is_frozen = config.adapter.method != "none" and forecaster.prepared.source.kind != "scratch"
+    if not is_frozen or config.model.quantization != "none":
         return None
     return "model.quantization=4bit", replace(config, model=replace(config.model, quantization="4bit"))
-
-
-def _adapter(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
-    if config.adapter.method != "none" or forecaster.prepared.source.kind == "scratch":
-        return None
-    return "adapter.method=lora", replace(config, adapter=replace(config.adapter, method="lora"))
 
 
 def _small_optimizer(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
@@ -155,20 +146,24 @@ def _small_optimizer(config: Config, _forecaster: Forecaster) -> tuple[str, Conf
 
 
 def _step_in_backward(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
-    """Drop each gradient once its weight has moved.
-
-    Where windows are one micro-batch that leaves one gradient instead of all.
-    """
+    """Drop each gradient once its weight has moved: of all gradients one is left, where a window is one micro-batch."""
     training = config.training
     allowed = forecaster.world_size == 1 and forecaster.precision != "fp16" and not config.tracking.watch
     if training.step_in_backward or config.adapter.method != "none" or not allowed:
         return None
+    # Clipping needs the norm of all gradients before the first weight moves.
     unclipped = " training.max_grad_norm=null" if training.max_grad_norm is not None else ""
     changed = replace(training, step_in_backward=True, max_grad_norm=None)
     return f"training.step_in_backward=true{unclipped}", replace(config, training=changed)
 
 
-def _shorter(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
+def _adapter(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
+    if config.adapter.method != "none" or forecaster.prepared.source.kind == "scratch":
+        return None
+    return "adapter.method=lora", replace(config, adapter=replace(config.adapter, method="lora"))
+
+
+def _shorter_rows(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
     longest = min(int(max(forecaster.prepared.data.train.lengths)), config.data.max_length)
     if longest < 2:
         return None
@@ -176,8 +171,8 @@ def _shorter(config: Config, forecaster: Forecaster) -> tuple[str, Config] | Non
     return f"data.max_length={longest // 2} data.overlong=truncate_right", shorter
 
 
-CHANGES: tuple[Callable[[Config, Forecaster], tuple[str, Config] | None], ...] = (
-    _plain_weights,
+CHANGES: tuple[Change, ...] = (
+    _without_prepack,
     _recompute,
     _offload,
     _smaller_batch,
@@ -185,10 +180,9 @@ CHANGES: tuple[Callable[[Config, Forecaster], tuple[str, Config] | None], ...] =
     _small_optimizer,
     _step_in_backward,
     _adapter,
-    _shorter,
+    _shorter_rows,
 )
-KEEPING = (_plain_weights, _recompute, _offload, _smaller_batch)
-"""Changes that keep the result as it was, but for rounding."""
+"""In the order in which they are listed."""
 
-KEEPING_OVERRIDES = ("model.weights_prepack=", "model.gradient_checkpointing=", "training.batch_size=")
-"""How the overrides of those begin."""
+SAME_RESULT = (_without_prepack, _recompute, _offload, _smaller_batch)
+"""Changes that keep the result as it was, but for rounding."""

@@ -9,7 +9,7 @@ from itertools import islice
 from llmtune.engine.devices import Devices
 from llmtune.engine.loop import StepResult, train_steps
 from llmtune.engine.state import TrainingState
-from llmtune.plan.forecast import Forecaster, keep_rate
+from llmtune.plan.forecast import Forecaster
 from llmtune.training.build import TrainingSetup, build_setup
 
 __all__ = ["measure", "steps_from_the_start"]
@@ -29,7 +29,7 @@ def measure(forecaster: Forecaster, devices: Devices) -> tuple[float, int]:
     results = list(islice(steps_from_the_start(setup), STEPS))
     counted = results[1:] or results
     rate = statistics.median(one.num_tokens / one.step_seconds for one in counted)
-    keep_rate(forecaster, rate)
+    forecaster.store_rate(rate)
     return rate, results[-1].memory_bytes
 
 

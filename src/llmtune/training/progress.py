@@ -9,7 +9,7 @@ from typing import Any
 from llmtune.common.decisions import Decision
 from llmtune.common.printing import PrintLine
 from llmtune.errors import Problem
-from llmtune.plan.summary import Plan, short_lines
+from llmtune.plan.summary import Plan, start_lines
 from llmtune.prepare import Prepared
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.folder import RunFolder
@@ -71,7 +71,7 @@ def print_preflight(
             f"plan    {plan.total_steps:,} steps, {plan.steps_per_epoch:,} an epoch; {tokens:,} tokens an epoch, "
             f"{weights:,.0f} of them trained"
         )
-    for line in short_lines(needs):
+    for line in start_lines(needs):
         print_line(line)
     print_line("chosen for you:")
     print_decisions([*device_decisions, *prepared.decisions], print_line)

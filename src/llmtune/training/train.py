@@ -21,7 +21,7 @@ from llmtune.errors import ConfigError, Problem
 from llmtune.models.memory_errors import MEMORY_ERRORS, is_out_of_memory
 from llmtune.plan import resolve_auto
 from llmtune.plan.forecast import Forecaster
-from llmtune.plan.out_of_memory import open_reserve, out_of_memory
+from llmtune.plan.out_of_memory import out_of_memory_error, reserve_address_space
 from llmtune.plan.summary import Plan, make_plan
 from llmtune.prepare import Prepared, prepare
 from llmtune.runs import identity
@@ -89,7 +89,7 @@ def build_within_memory(prepared: Prepared, options: Options, devices: Devices) 
 
     Raises what `build_setup` raises.
     """
-    reserve = open_reserve()
+    reserve = reserve_address_space()
     try:
         return build_setup(prepared, options, devices)
     except MEMORY_ERRORS as error:
@@ -99,7 +99,9 @@ def build_within_memory(prepared: Prepared, options: Options, devices: Devices) 
             reserve.close()
         forecaster = Forecaster.for_this_machine(prepared, options, devices)
         doing = "while the model was loaded"
-        raise out_of_memory(error, forecaster, doing=doing, where=prepared.config.model.name, saved=None) from error
+        raise out_of_memory_error(
+            error, forecaster, doing=doing, where=prepared.config.model.name, saved=None
+        ) from error
 
 
 def train(resolved: ResolvedConfig, options: Options | None = None, *, print_line: PrintLine = silent) -> Result:

@@ -24,7 +24,7 @@ from llmtune.engine.state import TrainingState, capture, restore
 from llmtune.errors import DivergedError, MachineError, StoppedBySignal
 from llmtune.models.memory_errors import MEMORY_ERRORS, is_out_of_memory
 from llmtune.plan.forecast import Forecaster
-from llmtune.plan.out_of_memory import open_reserve, out_of_memory
+from llmtune.plan.out_of_memory import out_of_memory_error, reserve_address_space
 from llmtune.plan.summary import Plan
 from llmtune.prepare import Prepared
 from llmtune.runs import checkpoint as checkpoints
@@ -84,7 +84,7 @@ class TrainingRun:
         plan: Plan | None = None,
         options: Options | None = None,
     ) -> None:
-        self._options, self._reserve = options or Options(), open_reserve()
+        self._options, self._reserve = options or Options(), reserve_address_space()
         self.plan, self._seconds, self._tokens = plan, 0.0, 0
         self.prepared, self.setup, self.run, self.stop, self.print_line = prepared, setup, run, stop, print_line
         self.config = setup.config
@@ -305,7 +305,7 @@ class TrainingRun:
             self._reserve.close()
         self.setup.optimizer.zero_grad(set_to_none=True)
         saved = self._newest_saved()
-        return out_of_memory(
+        return out_of_memory_error(
             error,
             Forecaster.for_this_machine(self.prepared, self._options, self.setup.devices),
             doing=f"in step {self.state.step + 1}",
