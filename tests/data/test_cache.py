@@ -248,7 +248,7 @@ def test_a_set_that_another_process_reads_is_not_deleted(write, config, renderer
     path = write("a.jsonl", ROWS)
     prepare_data(config(path, max_length=100), renderer)
     (folder,) = folders(tmp_path)
-    code = "import sys; from llmtune import durable; hold = durable.ReadHold(sys.argv[1]); print('held', flush=True); sys.stdin.read()"  # noqa: E501
+    code = "import sys; from llmtune import durable; hold = durable.ReadLock(sys.argv[1]); print('held', flush=True); sys.stdin.read()"  # noqa: E501
     reader = subprocess.Popen(
         [sys.executable, "-c", code, str(folder / durable.MANIFEST)],
         stdin=subprocess.PIPE,

@@ -122,6 +122,6 @@ def test_a_system_that_writes_nothing_and_says_nothing_is_not_waited_for_for_eve
 def test_a_link_points_where_it_is_told_and_is_replaced_whole(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        durable.point_to(tmp_path / "link", name)
+        durable.replace_symlink(tmp_path / "link", name)
         assert (tmp_path / "link").resolve() == (tmp_path / name).resolve()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "one", "two"]

@@ -9,7 +9,7 @@ import pytest
 
 from disk_faults import Failing, Killed, Killing, Tracing
 from llmtune import durable
-from llmtune.durable import folders
+from llmtune.durable import manifest
 from llmtune.errors import MachineError
 
 
@@ -191,8 +191,8 @@ def test_only_the_files_asked_for_are_compared_and_read(tmp_path, monkeypatch):
             durable.write_text(staging / name, "weights")
     (tmp_path / "x" / "README.md").write_text("edited")
     (tmp_path / "x" / "notes").mkdir()
-    read, read_chunks = [], folders.read_chunks
-    monkeypatch.setattr(folders, "read_chunks", lambda path, **how: read.append(path.name) or read_chunks(path, **how))
+    read, read_chunks = [], manifest.read_chunks
+    monkeypatch.setattr(manifest, "read_chunks", lambda path, **how: read.append(path.name) or read_chunks(path, **how))
     assert durable.verify_manifest(tmp_path / "x", only="*.safetensors") == []
     assert sorted(read) == ["model-1.safetensors", "model-2.safetensors", "model-3.safetensors"]
     assert len(durable.verify_manifest(tmp_path / "x")) == 2
@@ -227,11 +227,11 @@ def test_of_files_that_are_left_to_their_reader_presence_and_size_are_looked_at(
 
 def test_the_way_is_made_and_cleared_before_a_commit(tmp_path):
     said = []
-    durable.replace_target(tmp_path / "new" / "out", said.append)
+    durable.prepare_target(tmp_path / "new" / "out", said.append)
     assert (names_in(tmp_path), said) == (["new"], [])
     dead = tmp_path / "new" / durable.files.part_name().replace(f"-{os.getpid()}-", "-999999999-")
     dead.mkdir()
-    durable.replace_target(tmp_path / "new" / "out", said.append)
+    durable.prepare_target(tmp_path / "new" / "out", said.append)
     assert names_in(tmp_path / "new") == []
     assert said == [f"removed what an interrupted save left: {dead}"]
 

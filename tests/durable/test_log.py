@@ -67,7 +67,7 @@ def test_a_resume_drops_the_lines_after_its_checkpoint(tmp_path):
     write(tmp_path / "unbroken", range(1, 7))
     write(tmp_path / "broken", range(1, 6))
     with durable.AppendLog(tmp_path / "broken") as log:
-        assert log.truncate_to_step(3) == 4
+        assert log.truncate_to(6) == 4
         assert log.lines == 6
     write(tmp_path / "broken", range(4, 7))
     assert (tmp_path / "broken").read_bytes() == (tmp_path / "unbroken").read_bytes()

@@ -170,7 +170,7 @@ class Story:
     def tell(self, step, mark=lambda note: None):
         """Everything that happens to the disk in step `step`; `mark` is told of each promise as it becomes one."""
         with durable.AppendLog(self.run.path / "metrics.jsonl") as log:
-            log.truncate_to_step(step - 1)
+            log.truncate_to(step - 1)
             log.append({"step": step, "train_mean_nll": 1 / step})
             log.sync()
         self.save(step)
@@ -342,6 +342,8 @@ class Scene:
             assert newest.step in (1, 2)
             assert checkpoint.load(newest).snapshot.state == {"training": {"step": newest.step}}
             assert durable.read_manifest(run.checkpoints / "best")["step"] in (1, 2)
+            durable.AppendLog(path / "metrics.jsonl").close()
+            assert (path / "metrics.jsonl").read_bytes().endswith(b"}\n"), "a torn line stays when the log is opened"
             Story(run).tell(2)
         assert self.tree(path) == self.finished, "the finished run differs"
 
@@ -356,7 +358,7 @@ class Scene:
             assert best_step == 2 or "best 2" not in state.promises, "the saved best is gone"
             assert run.info["last_saved_step"] == 2 or "run.json 2" not in state.promises, "what run.json said is gone"
             with durable.AppendLog(run.path / "metrics.jsonl") as log:
-                log.truncate_to_step(newest.step)
+                log.truncate_to(newest.step)
                 assert log.lines == newest.step, "the log lacks a line of a step that was saved"
 
     def corrupt(self, count, seed=0):

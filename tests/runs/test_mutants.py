@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmtune import durable
-from llmtune.durable import files, folders, log, system
+from llmtune.durable import files, folders, log, manifest, system
 from llmtune.errors import LlmtuneError
 from llmtune.runs import checkpoint
 
@@ -55,11 +55,12 @@ def rename_without_syncing_the_parent(folder, target, **_):
     if target.exists():
         system.call("rename", target, old)
     system.call("rename", folder, target)
-    folders.best_effort(folders._remove, old)
+    if old.exists():
+        folders._remove(old)
 
 
 def delete_under_the_final_name(path):
-    for one, _ in reversed(list(folders._walk(path))):
+    for one, _ in reversed(list(manifest.walk(path))):
         system.call("rmdir" if one.is_dir() else "unlink", os.fspath(one))
     system.call("rmdir", os.fspath(path))
 
@@ -72,7 +73,7 @@ def forget_the_predecessor(folder, name):
 def write_in_place(path, chunks):
     with (
         system.translate_os_errors("write", path),
-        system.opened(Path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor,
+        system.open_descriptor(Path(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor,
     ):
         for chunk in chunks:
             system.write_fully(descriptor, chunk)
@@ -105,9 +106,9 @@ MUTANTS = {
     "the old deleted before the new stands": (folders, "_put_in_place", delete_before_replacing, kill),
     "folders deleted under their final name": (durable, "remove_tree", delete_under_the_final_name, kill),
     "no sweep": (durable, "remove_leftovers", lambda folder, **_: [], kill),
-    "predecessors not put back": (folders, "_settle", forget_the_predecessor, kill),
-    "torn lines kept": (log, "parsed", lambda line: {"step": 1}, kill),
-    "log not cut to the checkpoint's step": (durable.AppendLog, "truncate_to_step", lambda self, step: 0, kill),
+    "predecessors not put back": (folders, "_restore_or_remove", forget_the_predecessor, kill),
+    "torn lines kept": (log, "parse_line", lambda line: {"step": 1}, kill),
+    "log not cut to the checkpoint's step": (durable.AppendLog, "truncate_to", lambda self, lines: 0, kill),
     "short writes taken for whole ones": (
         files,
         "write_fully",
@@ -117,7 +118,7 @@ MUTANTS = {
     "no sync of single files": (files, "_write_new", write_file_without_sync, lose_power),
     "the manifest not checked": (durable, "verify_manifest", lambda folder, **_: [], corrupt),
     "the seal of the manifest not checked": (
-        (folders, durable),
+        (manifest, durable),
         "read_manifest",
         read_unsealed,
         corrupt,

@@ -74,8 +74,8 @@ def train(
         max_length=architecture.max_seq_len or 2048,
     )
     report = measure_tokenizer(tokenizer, iter_texts(settings.data))
-    durable.replace_target(output, print_line)
-    with durable.commit_folder(output, sealed=False, replace=False) as folder:
+    durable.prepare_target(output, print_line)
+    with durable.commit_folder(output, with_manifest=False, replace=False) as folder:
         write_tokenizer(tokenizer, folder)
     if as_json:
         print(json.dumps({"folder": str(output), **asdict(report)}))

@@ -78,7 +78,7 @@ def export(
     is_adapter = found is not None and (found / "adapter_config.json").is_file()
     if base is not None and not is_adapter:
         raise UsageError("--base is for adapters, and this is a whole model", where="--base", fix="leave it out")
-    durable.replace_target(output, print_line)  # an export that was killed leaves a folder as large as the model
+    durable.prepare_target(output, print_line)  # an export that was killed leaves a folder as large as the model
     write = _write_gguf if chosen == "gguf" else _write_safetensors
     wanted = _Wanted(str(found or source), output, dtype, base, offline, print_line)
     return write(wanted, found if is_adapter else None)

@@ -90,7 +90,7 @@ def merge_lora(
     print_line(f"merging {origin.adapter} into {origin.base_name}")
     plan = plan_merge(origin, dtype=None if dtype is None else torch_dtype(dtype), dequantize=base is None)
     digest = _checked_digest(origin, plan)
-    durable.replace_target(output, print_line)
+    durable.prepare_target(output, print_line)
     with durable.commit_folder(output, replace=False) as staging:
         written = write_merged(plan, origin, staging)
         print_line(f"comparing the result with base + adapter on {len(_prompts(origin, plan))} prompts")

@@ -1,13 +1,11 @@
-"""The only place that writes, syncs, renames, links or deletes files; what it commits is whole or not there (P1).
+"""The only folder of code that writes, syncs, renames, links or deletes files (P1).
 
-`write_bytes`, `write_text`, `write_json`, `write_tensors` put one file in place, `commit_file` one that a library
-writes; `commit_folder` a whole folder with its manifest; `AppendLog` is a file that grows line by line; `remove_tree`,
-`remove_file`, `rename`, `make_folder`, `link_or_copy` are the rest; `remove_leftovers` cleans up after a killed
-process, and `replace_target` before a commit; `verify_manifest` says whether a folder is still what was committed.
+`write_bytes`, `write_text`, `write_json` and `write_tensors` write one file, `commit_file` one that a library writes,
+`commit_folder` a folder with its manifest: each is complete under its name or does not exist. `AppendLog` grows line by
+line. `remove_leftovers` cleans up after a killed process; `verify_manifest` compares a folder with what was committed.
 `use_backend` replaces the operating system underneath, for tests.
 
-Not safe against a rename that a file system itself tears apart, nor against a disk that claims to have synced and has
-not.
+Not covered: a file system that tears a rename apart, and a disk that claims to have synced and has not.
 """
 
 from llmtune.durable.files import (
@@ -15,36 +13,32 @@ from llmtune.durable.files import (
     json_text,
     link_or_copy,
     make_folder,
-    point_to,
     rename,
+    replace_symlink,
     write_bytes,
     write_json,
     write_stream,
     write_text,
 )
 from llmtune.durable.folders import (
-    MANIFEST,
-    BrokenSealError,
     commit_file,
     commit_folder,
-    has_digest,
-    read_manifest,
+    prepare_target,
     remove_file,
     remove_leftovers,
     remove_tree,
-    replace_target,
+)
+from llmtune.durable.lock import FileLock, ReadLock, delete_unless_locked, is_locked
+from llmtune.durable.log import AppendLog, read_lines
+from llmtune.durable.manifest import (
+    MANIFEST,
+    DamagedManifestError,
+    Manifest,
+    has_digest,
+    read_manifest,
     verify_manifest,
 )
-from llmtune.durable.lock import FileLock, ReadHold, delete_unless_held, is_locked
-from llmtune.durable.log import AppendLog, read_lines
-from llmtune.durable.system import (
-    Backend,
-    SystemBackend,
-    errno_of,
-    machine_error,
-    translate_os_errors,
-    use_backend,
-)
+from llmtune.durable.system import Backend, SystemBackend, errno_of, translate_os_errors, use_backend
 from llmtune.durable.tensors import read_tensors, write_tensors
 
 __all__ = [
@@ -52,21 +46,21 @@ __all__ = [
     "UNFINISHED_PREFIX",
     "AppendLog",
     "Backend",
-    "BrokenSealError",
+    "DamagedManifestError",
     "FileLock",
-    "ReadHold",
+    "Manifest",
+    "ReadLock",
     "SystemBackend",
     "commit_file",
     "commit_folder",
-    "delete_unless_held",
+    "delete_unless_locked",
     "errno_of",
     "has_digest",
     "is_locked",
     "json_text",
     "link_or_copy",
-    "machine_error",
     "make_folder",
-    "point_to",
+    "prepare_target",
     "read_lines",
     "read_manifest",
     "read_tensors",
@@ -74,7 +68,7 @@ __all__ = [
     "remove_leftovers",
     "remove_tree",
     "rename",
-    "replace_target",
+    "replace_symlink",
     "translate_os_errors",
     "use_backend",
     "verify_manifest",

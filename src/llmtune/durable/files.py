@@ -1,6 +1,4 @@
-"""Single files: written beside, synced and renamed, so that a name always stands for a whole file, the old or the new
-one.
-"""
+"""Single files: written beside their target, synced and renamed, so that a name always stands for a complete file."""
 
 from __future__ import annotations
 
@@ -15,10 +13,9 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from socket import gethostname
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from llmtune.durable.system import call, opened, sync_folder, translate_os_errors, write_fully
-from llmtune.errors import LlmtuneError
+from llmtune.durable.system import call, open_descriptor, sync_folder, translate_os_errors, write_fully
 
 __all__ = [
     "UNFINISHED_PREFIX",
@@ -26,6 +23,7 @@ __all__ = [
     "link_or_copy",
     "make_folder",
     "rename",
+    "replace_symlink",
     "write_bytes",
     "write_json",
     "write_stream",
@@ -33,55 +31,57 @@ __all__ = [
 ]
 
 UNFINISHED_PREFIX = ".llmtune-"
-"""How the name of everything unfinished begins: what a process is writing, and what it is about to replace."""
+"""How the names of unfinished things begin: of what a process is writing, and of what it is about to replace."""
 PART_PREFIX = f"{UNFINISHED_PREFIX}part-"
-_numbers = itertools.count(1)
-live_parts: set[str] = set()  # names this process is working on now; a sweep leaves them alone
+_part_numbers = itertools.count(1)
+live_parts: set[str] = set()
+"""Names of parts this process is working on; `remove_leftovers` leaves them alone."""
 
 
-class Written(NamedTuple):
-    """What was handed to the system for one file: bytes, sha256 in hex, and the stamp by which a later change is
-    noticed.
-    """
+class WrittenFile(NamedTuple):
+    """Size and sha256 (in hex) of the bytes handed to the system for one file, and its stamp just after."""
 
     size: int
     sha256: str
     stamp: tuple[int, int, int]
+    """See `stamp_of`; another stamp means that somebody wrote the file again."""
 
 
 class Staging:
-    """A folder being filled: plain files are written straight into it, because none of its names is final yet."""
+    """A folder being filled by `commit_folder`, and the files written into it through this module."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.written: dict[str, Written] = {}
+        self.written: dict[str, WrittenFile] = {}
 
 
 stagings: list[Staging] = []
+"""The staging folders that are being filled now."""
 
 
 def staging_of(path: Path) -> Staging | None:
     """Return the staging folder `path` lies in, if any."""
     parents = path.parents
-    return next((one for one in stagings if one.folder in parents), None)
+    return next((staging for staging in stagings if staging.folder in parents), None)
 
 
 def part_name() -> str:
-    """Return a new name for something unfinished: it tells the machine and the process that works on it."""
+    """Return a new name for something unfinished, with the machine and the process that work on it."""
     machine = zlib.crc32(gethostname().encode("utf-8", "replace"))
-    return f"{PART_PREFIX}{machine:08x}-{os.getpid()}-{next(_numbers)}"
+    return f"{PART_PREFIX}{machine:08x}-{os.getpid()}-{next(_part_numbers)}"
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, int, int]:
-    """Return what changes when a file is written again: inode, bytes, modification time in nanoseconds."""
+    """Return inode, bytes and modification time in nanoseconds, one of which changes when a file is written again."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def write_stream(path: Path | str, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
-    """Write `chunks` as the file `path`, whole or not at all: beside it, synced, renamed, folder synced.
+    """Write `chunks` as the file `path`, completely or not at all: beside it, synced, renamed, folder synced.
 
-    The mode follows the umask. Inside a staging folder of `commit_folder` the file is written in place, because the
-    commit syncs it. Raises MachineError, and then the old file, if there was one, is untouched.
+    The mode follows the umask. Inside a staging folder of `commit_folder` the file is written in place, because none of
+    the names there is final and the commit syncs them all. Raises MachineError; a file that was there before is then
+    untouched.
     """
     path = Path(path).absolute()
     staging = staging_of(path)
@@ -92,6 +92,7 @@ def write_stream(path: Path | str, chunks: Iterable[bytes | bytearray | memoryvi
         part = path.parent / part_name()
         live_parts.add(part.name)
         try:
+            # Sync before the rename: otherwise a power loss may leave the final name on a file without its content.
             _write_new(part, chunks, sync=True)
             call("rename", os.fspath(part), os.fspath(path))
         except BaseException:
@@ -100,44 +101,44 @@ def write_stream(path: Path | str, chunks: Iterable[bytes | bytearray | memoryvi
             raise
         finally:
             live_parts.discard(part.name)
-        sync_folder(path.parent)
+        sync_folder(path.parent)  # the rename itself is durable only now
 
 
-def _write_new(path: Path, chunks: Iterable[bytes | bytearray | memoryview], *, sync: bool) -> Written:
+def _write_new(path: Path, chunks: Iterable[bytes | bytearray | memoryview], *, sync: bool) -> WrittenFile:
     digest = hashlib.sha256()
     size = 0
-    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW) as descriptor:
+    with open_descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW) as descriptor:
         for chunk in chunks:
             write_fully(descriptor, chunk)
             digest.update(chunk)
             size += memoryview(chunk).nbytes
         if sync:
             call("fsync", descriptor)
-        return Written(size, digest.hexdigest(), stamp_of(os.fstat(descriptor)))
+        return WrittenFile(size, digest.hexdigest(), stamp_of(os.fstat(descriptor)))
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write `data` as the file `path`, whole or not at all. Raises MachineError."""
+    """Write `data` as the file `path`, completely or not at all. Raises MachineError."""
     write_stream(path, (data,))
 
 
 def write_text(path: Path | str, text: str) -> None:
-    r"""Write `text` as UTF-8, whole or not at all; what UTF-8 cannot carry is escaped (`\udc80`).
+    r"""Write `text` as UTF-8, completely or not at all; surrogates, which UTF-8 does not have, are escaped (`\udc80`).
 
     Raises MachineError.
     """
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
-def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON, keys in their order, whole or not at all.
+def write_json(path: Path | str, value: object) -> None:
+    """Write `value` as indented JSON, keys in their order, completely or not at all.
 
     Raises MachineError; TypeError if it is not JSON.
     """
     write_text(path, json_text(value, indent=2) + "\n")
 
 
-def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False, compact: bool = False) -> str:
+def json_text(value: object, *, indent: int | None = None, sort_keys: bool = False, compact: bool = False) -> str:
     """Return `value` as strict JSON, `compact` without spaces.
 
     Numbers that JSON does not have become the words `float()` reads.
@@ -147,31 +148,39 @@ def json_text(value: Any, *, indent: int | None = None, sort_keys: bool = False,
     """
     separators = (",", ":") if compact else None
     return json.dumps(
-        _strict(value), indent=indent, sort_keys=sort_keys, separators=separators, ensure_ascii=False, allow_nan=False
+        _to_strict_json(value),
+        indent=indent,
+        sort_keys=sort_keys,
+        separators=separators,
+        ensure_ascii=False,
+        allow_nan=False,
     )
 
 
-def _strict(value: Any) -> Any:
+def _to_strict_json(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _strict(one) for key, one in value.items()}
+        return {key: _to_strict_json(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(one) for one in value]
+        return [_to_strict_json(entry) for entry in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def make_folder(path: Path | str) -> None:
-    """Make the folder and those above it, each one's name synced; nothing happens where it exists.
+    """Make the folder and its missing parents, and sync the name of each; an existing folder is left as it is.
 
     Raises MachineError.
     """
     path = Path(path).absolute()
     with translate_os_errors("make the folder", path):
-        missing = list(itertools.takewhile(lambda one: not one.is_dir(), (path, *path.parents)))
+        missing = list(itertools.takewhile(lambda folder: not folder.is_dir(), (path, *path.parents)))
         for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError) if folder != path else contextlib.nullcontext():
+            try:
                 call("mkdir", os.fspath(folder), 0o777)
+            except FileExistsError:  # another process made it in this moment, or a file is in the way
+                if folder == path and not path.is_dir():
+                    raise
             sync_folder(folder.parent)
 
 
@@ -180,6 +189,7 @@ def rename(source: Path | str, target: Path | str) -> None:
     source, target = Path(source).absolute(), Path(target).absolute()
     with translate_os_errors(f"rename to {target.name!r}", source):
         call("rename", os.fspath(source), os.fspath(target))
+        # The new name first: a power loss in between may leave both names, never none.
         sync_folder(target.parent)
         if source.parent != target.parent:
             sync_folder(source.parent)
@@ -188,9 +198,7 @@ def rename(source: Path | str, target: Path | str) -> None:
 def link_or_copy(source: Path | str, target: Path | str) -> None:
     """Give the content of the file `source` a second name; a copy where the file system has no hard links.
 
-    Raises MachineError.
-
-    For files that are never changed in place, such as those of a committed folder.
+    For files that are never changed in place, such as those of a committed folder. Raises MachineError.
     """
     source, target = Path(source).absolute(), Path(target).absolute()
     try:
@@ -200,8 +208,8 @@ def link_or_copy(source: Path | str, target: Path | str) -> None:
             write_stream(target, read_chunks(source))
 
 
-def point_to(link: Path | str, target: str) -> None:
-    """Make `link` a symbolic link to `target`, a path relative to its folder, replacing one of that name whole.
+def replace_symlink(link: Path | str, target: str) -> None:
+    """Make `link` a symbolic link to `target`, a path relative to its folder; an older link of that name is replaced.
 
     Raises MachineError.
     """
@@ -214,21 +222,13 @@ def point_to(link: Path | str, target: str) -> None:
 
 
 def read_chunks(path: Path, chunk_bytes: int = 4 << 20, *, past_cache: bool = False) -> Iterator[bytes]:
-    """Yield the content of `path` in chunks, `past_cache` from the disk itself where the system can be asked to.
+    """Yield the content of `path` in chunks; `past_cache` reads from the disk where the system allows to ask for it.
 
     Raises OSError.
     """
     with path.open("rb", buffering=0) as file:
         if past_cache and sys.platform == "linux":
+            # Drop the pages that the system remembers from the write, which may differ from what the disk stored.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while chunk := file.read(chunk_bytes):
             yield chunk
-
-
-def best_effort(action: Any, *arguments: Any) -> LlmtuneError | None:
-    """Run a clean-up that may fail; returns the refusal instead of raising it."""
-    try:
-        action(*arguments)
-    except LlmtuneError as error:
-        return error
-    return None

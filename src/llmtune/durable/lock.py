@@ -1,4 +1,4 @@
-"""A lock that one living process holds; that of a dead process is free at once."""
+"""File locks, for one writer (of a run) or many readers (of a cached folder); the death of a process frees them."""
 
 from __future__ import annotations
 
@@ -11,99 +11,99 @@ import time
 import weakref
 from pathlib import Path
 from socket import gethostname
-from typing import Any
 
 from llmtune.common.text import printable
 from llmtune.durable.folders import remove_tree
 from llmtune.durable.system import call, translate_os_errors, write_fully
 from llmtune.errors import MachineError
 
-__all__ = ["FileLock", "ReadHold", "delete_unless_held", "is_locked"]
+__all__ = ["FileLock", "ReadLock", "delete_unless_locked", "is_locked"]
 
-_PATIENCE_S = 0.5  # `is_locked` in another process holds the lock for a moment
-_held: set[int] = set()
+_TIMEOUT_S = 0.5  # `is_locked` in another process takes the lock for a moment
+_held_descriptors: set[int] = set()
 
 
-def _leave_to_the_parent() -> None:
-    """Close the locks a forked child inherits: a data worker that outlives its parent must not keep the parent's run."""
-    for descriptor in _held:
+def _close_inherited_locks() -> None:
+    """Close the locks that a forked child inherits.
+
+    A fork shares its parent's locks: a data worker that outlives the parent would keep the run locked.
+    """
+    for descriptor in _held_descriptors:
         os.close(descriptor)
-    _held.clear()
+    _held_descriptors.clear()
 
 
-os.register_at_fork(after_in_child=_leave_to_the_parent)
+os.register_at_fork(after_in_child=_close_inherited_locks)
 
 
 class FileLock:
-    """The lock of the file `path`, held until `release` or the end of the process, however it ends."""
+    """An exclusive lock on the file `path`, held until `release` or the end of the process."""
 
-    def __init__(self, path: Path | str, what: str) -> None:
-        """Take the lock. Raises MachineError "`what` is in use by process N" when a living process has it."""
+    def __init__(self, path: Path | str, subject: str) -> None:
+        """Take the lock. Raises MachineError "`subject` is in use by process N" when a living process has it."""
         self.path = Path(path).absolute()
         with translate_os_errors("lock", self.path):
             self._descriptor = call(
                 "open", os.fspath(self.path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666
             )
         try:
-            if not _take(self._descriptor, _PATIENCE_S):
-                raise _in_use(self.path, what, _owner(self._descriptor))
+            if not _try_lock(self._descriptor, _TIMEOUT_S):
+                raise _in_use(self.path, subject, _owner(self._descriptor))
             with translate_os_errors("lock", self.path):
                 call("truncate", self._descriptor, 0)
                 write_fully(self._descriptor, json.dumps({"pid": os.getpid(), "machine": gethostname()}).encode())
         except BaseException:
             os.close(self._descriptor)
             raise
-        _held.add(self._descriptor)
+        _held_descriptors.add(self._descriptor)
 
     def release(self) -> None:
-        """Let another process have it; nothing happens the second time, or in a forked child."""
-        if self._descriptor in _held:
-            _held.discard(self._descriptor)
-            os.close(self._descriptor)
+        """Free the lock; a second call does nothing, nor does one in a forked child."""
+        _close(self._descriptor)
         self._descriptor = -1
 
 
 def is_locked(path: Path | str) -> bool:
-    """Say whether a living process (this one counts) has the lock of the file `path`."""
+    """Say whether a living process (this one counts) has an exclusive lock on the file `path`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        return not _take(descriptor, 0)
+        return not _try_lock(descriptor, 0)
     finally:
         os.close(descriptor)
 
 
-class ReadHold:
-    """Says that a folder is being read, by a lock that many may share on one of its files, until the end of the
-    holder's life.
+class ReadLock:
+    """A shared lock on the file `path` of a folder that is being read, held as long as this object lives.
 
-    Raises FileNotFoundError when the file is not there, or goes while it is taken.
+    Raises FileNotFoundError when the file is missing, or is deleted while the lock is taken.
     """
 
     def __init__(self, path: Path | str) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks: then nobody can ask either
+            with contextlib.suppress(OSError):  # a file system without locks: `delete_unless_locked` deletes nothing
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # Between open and lock another process may have deleted the folder; its lock would then be on a lost file.
             if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 raise FileNotFoundError(errno.ENOENT, "it was just deleted", os.fspath(path))
         except BaseException:
             os.close(descriptor)
             raise
-        _held.add(descriptor)
-        weakref.finalize(self, _let_go, descriptor)
+        _held_descriptors.add(descriptor)
+        weakref.finalize(self, _close, descriptor)
 
 
-def _let_go(descriptor: int) -> None:
-    if descriptor in _held:
-        _held.discard(descriptor)
+def _close(descriptor: int) -> None:
+    if descriptor in _held_descriptors:
+        _held_descriptors.discard(descriptor)
         os.close(descriptor)
 
 
-def delete_unless_held(folder: Path, name: str) -> bool:
-    """Delete `folder` unless a living process (this one counts) holds its file `name`; says whether it did.
+def delete_unless_locked(folder: Path, name: str) -> bool:
+    """Delete `folder` unless a living process (this one counts) has a lock on its file `name`; say whether it did.
 
     Raises MachineError.
     """
@@ -112,7 +112,7 @@ def delete_unless_held(folder: Path, name: str) -> bool:
     except OSError:
         return False
     try:
-        if not _take(descriptor, 0):
+        if not _try_lock(descriptor, 0):
             return False
         remove_tree(folder)
         return True
@@ -122,8 +122,8 @@ def delete_unless_held(folder: Path, name: str) -> bool:
         os.close(descriptor)
 
 
-def _take(descriptor: int, patience_s: float) -> bool:
-    deadline = time.monotonic() + patience_s
+def _try_lock(descriptor: int, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,7 +133,7 @@ def _take(descriptor: int, patience_s: float) -> bool:
         time.sleep(0.05)
 
 
-def _owner(descriptor: int) -> dict[str, Any]:
+def _owner(descriptor: int) -> dict[str, object]:
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
     except (ValueError, OSError):
@@ -141,10 +141,10 @@ def _owner(descriptor: int) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _in_use(path: Path, what: str, owner: dict[str, Any]) -> MachineError:
+def _in_use(path: Path, subject: str, owner: dict[str, object]) -> MachineError:
     who = f"process {owner['pid']} on {owner['machine']}" if {"pid", "machine"} <= owner.keys() else "another process"
     return MachineError(
-        f"{what} is in use by {who}",
+        f"{subject} is in use by {who}",
         where=printable(path.parent),
         fix="wait for it to end, or stop it (SIGTERM lets it save first)",
     )

@@ -1,10 +1,10 @@
-"""Files that grow by one JSON line at a time and lose at most the line that was being written."""
+"""Files that grow by one JSON line at a time; a crash loses at most the line that was being written."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,12 +16,12 @@ __all__ = ["AppendLog", "read_lines"]
 
 
 class AppendLog:
-    """A file of JSON objects, one a line, that only grows at its end.
+    """A file of JSON objects, one a line, that grows at its end.
 
-    Each line goes to the system whole before `append` returns, so a killed process loses nothing that was appended;
-    `sync` makes it survive a power loss too. Opening cuts off what an interrupted write left at the end: a line without
-    its newline, or lines that are not JSON objects. Not for several writers at once. Every method raises MachineError
-    when the system refuses; a refused line leaves no trace.
+    Each line goes to the system completely before `append` returns, so a killed process loses no appended line; `sync`
+    makes them survive a power loss too. Opening cuts off the remains of an interrupted write: a line without its
+    newline, or lines that are not JSON objects. For one writer at a time. Every method raises MachineError when the
+    system refuses; a refused line leaves no trace.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -36,12 +36,12 @@ class AppendLog:
         """Lines in the file."""
         self._size = 0
         try:
-            self._keep_while(lambda _: True)
+            self._cut()
         except BaseException:
             self.close()
             raise
 
-    def append(self, value: Mapping[str, Any]) -> None:
+    def append(self, value: Mapping[str, object]) -> None:
         """Add `value` as one line."""
         line = (json_text(value) + "\n").encode("utf-8", "backslashreplace")
         descriptor = self._open_descriptor()
@@ -49,7 +49,7 @@ class AppendLog:
             try:
                 write_fully(descriptor, line)
             except OSError:
-                call("truncate", descriptor, self._size)
+                call("truncate", descriptor, self._size)  # half a line would hide the next one from every reader
                 raise
         self._size += len(line)
         self.lines += 1
@@ -60,20 +60,9 @@ class AppendLog:
             call("fsync", self._open_descriptor())
 
     def truncate_to(self, lines: int) -> int:
-        """Keep the first `lines` lines and return how many were dropped."""
+        """Keep the first `lines` lines and return the number of dropped ones."""
         before = self.lines
-        kept = iter(range(lines))
-        self._keep_while(lambda _: next(kept, None) is not None)
-        return before - self.lines
-
-    def truncate_to_step(self, step: int) -> int:
-        """Keep the lines up to the first with a `step` beyond `step` and return how many were dropped.
-
-        This is what a resume from the checkpoint of `step` does: the lines that follow will be written again, byte for
-        byte.
-        """
-        before = self.lines
-        self._keep_while(lambda value: not value.get("step", 0) > step)
+        self._cut(lines)
         return before - self.lines
 
     def close(self) -> None:
@@ -94,13 +83,12 @@ class AppendLog:
         assert self._descriptor is not None, f"{self.path} is closed"
         return self._descriptor
 
-    def _keep_while(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Cut the file before the first line that is torn, no JSON object, or not `wanted`."""
+    def _cut(self, most_lines: int | None = None) -> None:
+        """Cut the file after `most_lines` lines, and before the first line that is torn or no JSON object."""
         size = lines = 0
         with translate_os_errors("read", self.path), self.path.open("rb") as file:
             for line in file:
-                value = parsed(line)
-                if value is None or not wanted(value):
+                if lines == most_lines or parse_line(line) is None:
                     break
                 size += len(line)
                 lines += 1
@@ -108,14 +96,15 @@ class AppendLog:
         with translate_os_errors("cut", self.path):
             if os.fstat(descriptor).st_size != size:
                 call("truncate", descriptor, size)
+                # Synced at once, so that a power loss cannot bring cut lines back behind those appended later.
                 call("fsync", descriptor)
         self._size, self.lines = size, lines
 
 
-def parsed(line: bytes) -> dict[str, Any] | None:
-    r"""Return the JSON object of one whole line, or None when it is torn or something else.
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    r"""Return the JSON object of one complete line; None when it is torn or no JSON object.
 
-    >>> parsed(b'{"step": 1}\n'), parsed(b'{"step": 1}'), parsed(b'[1]\n')
+    >>> parse_line(b'{"step": 1}\n'), parse_line(b'{"step": 1}'), parse_line(b'[1]\n')
     ({'step': 1}, None, None)
     """
     if not line.endswith(b"\n"):
@@ -128,7 +117,7 @@ def parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path | str) -> list[dict[str, Any]]:
-    """Return the whole lines of a log that another process may be writing; none when there is no such file.
+    """Return the complete lines of a log that another process may be writing; a missing file has none.
 
     Raises MachineError.
     """
@@ -136,4 +125,5 @@ def read_lines(path: Path | str) -> list[dict[str, Any]]:
     with translate_os_errors("read", path):
         if not path.exists():
             return []
-        return [value for line in path.read_bytes().splitlines(keepends=True) if (value := parsed(line)) is not None]
+        lines = path.read_bytes().splitlines(keepends=True)
+    return [value for line in lines if (value := parse_line(line)) is not None]

@@ -1,8 +1,8 @@
 """The operations that change a disk, one by one, through a backend that tests can replace.
 
 Every write, sync, rename, link and deletion of the program passes `Backend.call`. The real backend calls the operating
-system; the the backends of the tests count, fail, kill or trace at a chosen operation. What the operating system
-refuses becomes a `MachineError` that says what was attempted, where, the system's own words, and what to do.
+system; the backends of the tests count, fail, kill or trace at a chosen operation. An OSError becomes a `MachineError`
+with the attempted action, the path, the system's own words, and what to do.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["OPERATIONS", "Backend", "SystemBackend", "errno_of", "machine_error"
 class Backend(Protocol):
     """Performs one operation of `OPERATIONS` with the arguments its `os` function takes."""
 
-    def call(self, operation: str, *arguments: Any) -> Any:
+    def call(self, operation: str, *arguments: object) -> Any:
         """Perform `operation`; raises OSError as the operating system does."""
 
 
 def _sync(descriptor: int) -> None:
-    if sys.platform == "darwin":  # fsync there stops at the drive's own cache
+    if sys.platform == "darwin":  # fsync there stops at the drive's cache
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     else:
         os.fsync(descriptor)
@@ -54,12 +54,12 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 class SystemBackend:
     """The operating system itself."""
 
-    def call(self, operation: str, *arguments: Any) -> Any:
+    def call(self, operation: str, *arguments: object) -> Any:
         """Call the `os` function of `operation`."""
         return OPERATIONS[operation](*arguments)
 
 
-_backends: list[Backend] = [SystemBackend()]  # the last one is asked
+_backends: list[Backend] = [SystemBackend()]  # the last one is in use
 
 
 @contextlib.contextmanager
@@ -72,12 +72,14 @@ def use_backend(backend: Backend) -> Iterator[Backend]:
         _backends.remove(backend)
 
 
-# What a person can do about it. Anything not listed here gets the last line.
+# What a person can do about an errno; `machine_error` has a general line for those not listed.
 _FIXES: dict[int, str] = {
     errno.ENOSPC: "free disk space there, or choose a folder on another disk",
     errno.EDQUOT: "free some of your disk quota there, or choose a folder on another disk",
     errno.EROFS: "the file system is mounted read-only: choose another folder, or have it mounted writable",
-    errno.EIO: "the disk or its connection is failing: look at the system's log, and copy what you need to another disk",
+    errno.EIO: (
+        "the disk or its connection is failing: look at the system's log, and copy what you need to another disk"
+    ),
     errno.EACCES: "choose a folder you may write to, or change its permissions",
     errno.EPERM: "choose a folder you may write to, or change its permissions",
     errno.ENOENT: "make the folder first, or correct the path",
@@ -94,7 +96,7 @@ _FIXES: dict[int, str] = {
 
 
 def machine_error(error: OSError, action: str, path: str | os.PathLike[str]) -> MachineError:
-    """Make the refusal of the operating system readable: the action, the place, the system's words, the fix.
+    """Return `error` as a MachineError with the action, the path, the system's words and the fix.
 
     >>> print(machine_error(OSError(28, "No space left on device"), "write", "runs/a/state.json"))
     runs/a/state.json: cannot write: No space left on device (ENOSPC)
@@ -109,11 +111,11 @@ def machine_error(error: OSError, action: str, path: str | os.PathLike[str]) -> 
 
 def errno_of(error: BaseException) -> int | None:
     """Return the errno of the OSError behind `error` (itself or along its causes), or None."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return seen.errno
-        seen = seen.__cause__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.errno
+        cause = cause.__cause__
     return None
 
 
@@ -126,13 +128,13 @@ def translate_os_errors(action: str, path: str | os.PathLike[str]) -> Iterator[N
         raise machine_error(error, action, path) from error
 
 
-def call(operation: str, *arguments: Any) -> Any:
+def call(operation: str, *arguments: object) -> Any:
     """Perform one operation through the backend in use; raises OSError."""
     return _backends[-1].call(operation, *arguments)
 
 
 @contextlib.contextmanager
-def opened(path: Path, flags: int) -> Iterator[int]:
+def open_descriptor(path: Path, flags: int) -> Iterator[int]:
     """Open a file descriptor (mode by the umask) and close it at the end; raises OSError."""
     descriptor = call("open", os.fspath(path), flags | os.O_CLOEXEC, 0o666)
     try:
@@ -141,14 +143,14 @@ def opened(path: Path, flags: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-_LARGEST_WRITE_BYTES = 64 << 20
+_LARGEST_WRITE_BYTES = 64 << 20  # some systems refuse single writes of 2 GiB and more
 _FRUITLESS_WRITES = 3
 
 
 def write_fully(descriptor: int, data: bytes | bytearray | memoryview) -> None:
-    """Write all of `data`, going on after short writes.
+    """Write all of `data`, continuing after short writes.
 
-    Raises OSError (EIO when the system accepts nothing again and again).
+    Raises OSError; EIO when the system accepts no byte several times in a row.
     """
     rest = memoryview(data).cast("B")
     fruitless = 0
@@ -162,18 +164,16 @@ def write_fully(descriptor: int, data: bytes | bytearray | memoryview) -> None:
 
 def sync_file(path: Path) -> None:
     """Wait until the content of `path` is on the disk; raises OSError."""
-    with opened(path, os.O_RDONLY | os.O_NOFOLLOW) as descriptor:
+    with open_descriptor(path, os.O_RDONLY | os.O_NOFOLLOW) as descriptor:
         call("fsync", descriptor)
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in the folder `path` are on the disk; raises OSError.
-
-    A file system that cannot sync a folder says EINVAL; there is nothing more to do then.
-    """
-    with opened(path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+    """Wait until the names in the folder `path` are on the disk; raises OSError."""
+    with open_descriptor(path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
         try:
             call("fsync", descriptor)
         except OSError as error:
+            # Some network and FUSE file systems cannot sync a folder; they offer no other way to do it.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise

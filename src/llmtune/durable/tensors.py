@@ -1,9 +1,8 @@
-"""Tensors in the safetensors format, streamed: written without a second copy in memory, read while their digest is
-taken.
+"""Tensors in the safetensors format: written without a second copy in memory, digested while they are read.
 
 The format (https://github.com/huggingface/safetensors#format): 8 bytes with the length of the header, little-endian;
-the header, JSON, padded with spaces to a multiple of 8; the tensors' bytes, row-major, little-endian, without gaps. The
-library's own save neither syncs nor follows the umask.
+the header, JSON, padded with spaces to a multiple of 8; the tensors' bytes, row-major, little-endian, without gaps.
+`safetensors.torch.save_file` is not used because it neither syncs nor follows the umask.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from llmtune.common.dtypes import SAFETENSORS_NAMES, torch_dtype
 from llmtune.common.text import printable
@@ -24,12 +23,18 @@ from llmtune.durable.system import translate_os_errors
 from llmtune.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from hashlib import _Hash
+
+    import numpy as np
+    import numpy.typing as npt
     import torch
+
+    AnyTensor: TypeAlias = torch.Tensor | npt.NDArray[np.generic]
 
 __all__ = ["read_tensors", "write_tensors"]
 
 _TYPES = {short: name for name, short in SAFETENSORS_NAMES.items()}
-_ORDER = {short: place for place, short in enumerate(_TYPES)}
+_ORDER = {short: index for index, short in enumerate(_TYPES)}
 _ONE_BYTE = ("BOOL", "F8_E4M3", "F8_E5M2")
 _ITEM_BYTES = {short: 1 if short in _ONE_BYTE else int(short.lstrip("BCFIU")) // 8 for short in _TYPES}
 _LARGEST_SIZE = 1 << 48
@@ -37,18 +42,20 @@ _MOST_DIMENSIONS = 64  # torch's limit
 _LARGEST_HEADER_BYTES = 100_000_000  # the library refuses more
 
 
-def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write torch or NumPy tensors as a safetensors file, whole or not at all (see `write_stream`).
+def write_tensors(
+    path: Path | str, tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write torch or NumPy tensors as a safetensors file, completely or not at all (see `write_stream`).
 
-    Any shape and any of the format's types, bfloat16 among them; tensors on a device are copied to the CPU one at a
-    time. Tensors that share memory are written once each. Raises MachineError; TypeError for a type the format does not
-    have.
+    Any shape and any type of the format, bfloat16 among them; tensors on a device are copied to the CPU one at a time.
+    Each tensor is written by itself, also where two share memory. Raises MachineError; TypeError for a type the format
+    does not have.
     """
-    described = [(name, *_describe(name, tensor)) for name, tensor in tensors.items()]
-    described.sort(key=lambda one: (_ORDER[one[1]], one[0]))  # wide types first keeps every tensor aligned
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries = [(name, *_describe(name, tensor)) for name, tensor in tensors.items()]
+    entries.sort(key=lambda entry: (_ORDER[entry[1]], entry[0]))  # wide types first keeps every tensor aligned
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name, short, shape, item_bytes in described:
+    for name, short, shape, item_bytes in entries:
         end = offset + math.prod(shape) * item_bytes
         header[name] = {"dtype": short, "shape": shape, "data_offsets": [offset, end]}
         offset = end
@@ -57,45 +64,46 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Any], metadata: Mappin
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
-        for name, *_ in described:
-            if data := _raw(tensors[name]):
+        for name, *_ in entries:
+            if data := _bytes_of(tensors[name]):
                 yield data
 
     write_stream(path, chunks())
 
 
-def _describe(name: str, tensor: Any) -> tuple[str, list[int], int]:
-    """Return the format's type, the shape and the bytes of one item."""
+def _describe(name: str, tensor: AnyTensor) -> tuple[str, list[int], int]:
+    """Return the format's name of the type, the shape, and the bytes of one item."""
     type_name = str(tensor.dtype).removeprefix("torch.")
     if type_name not in SAFETENSORS_NAMES:
         raise TypeError(f"tensor `{name}` has type {type_name}, which safetensors cannot hold")
     return SAFETENSORS_NAMES[type_name], list(tensor.shape), tensor.dtype.itemsize
 
 
-def _raw(tensor: Any) -> memoryview:
-    """Return the bytes of a tensor, row-major; without a copy where it lies like that in the CPU's memory."""
+def _bytes_of(tensor: AnyTensor) -> memoryview:
+    """Return the bytes of a tensor, row-major; without a copy where the CPU's memory holds them in that order."""
     import numpy as np
 
     if isinstance(tensor, np.ndarray):
         return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
     import torch
 
+    # Seen as bytes, because NumPy has no bfloat16 and no float8.
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_tensors(path: Path | str, *, sha256: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a safetensors file into CPU tensors and return them with the file's metadata.
 
-    The very bytes that fill the tensors are digested: with `sha256` given, a tensor that differs from what was written
-    is never returned. Raises CheckpointError when the digest or the format does not fit, MachineError when the file
-    cannot be read.
+    The digest is taken of the bytes that fill the tensors, not in a second reading: with `sha256` given, a changed
+    tensor is never returned. Raises CheckpointError when the digest or the format does not fit, MachineError when the
+    file cannot be read.
     """
     path = Path(path)
     digest = hashlib.sha256()
     with translate_os_errors("read", path), path.open("rb", buffering=0) as file:
         try:
             entries, metadata = _read_header(file, os.fstat(file.fileno()).st_size, digest)
-            tensors = dict(_read_one(file, entry, digest) for entry in entries)
+            tensors = dict(_read_tensor(file, entry, digest) for entry in entries)
         except ValueError as error:
             raise CheckpointError(
                 f"not a whole safetensors file: {error}", printable(path), "use another copy of this file"
@@ -107,13 +115,13 @@ def read_tensors(path: Path | str, *, sha256: str | None = None) -> tuple[dict[s
     return tensors, metadata
 
 
-def _read_header(file: FileIO, file_bytes: int, digest: Any) -> tuple[list[_Entry], dict[str, str]]:
+def _read_header(file: FileIO, file_bytes: int, digest: _Hash) -> tuple[list[_Entry], dict[str, str]]:
     """Return the entries in the order of their bytes, and the metadata; raises ValueError."""
-    prefix = _exactly(file, 8)
+    prefix = _read_exactly(file, 8)
     header_bytes = int.from_bytes(prefix, "little")
     if header_bytes > min(_LARGEST_HEADER_BYTES, file_bytes - 8):
         raise ValueError(f"its header claims {header_bytes} bytes of a file of {file_bytes}")
-    text = _exactly(file, header_bytes)
+    text = _read_exactly(file, header_bytes)
     digest.update(prefix)
     digest.update(text)
     try:
@@ -126,7 +134,7 @@ def _read_header(file: FileIO, file_bytes: int, digest: Any) -> tuple[list[_Entr
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not texts by name")
     entries = sorted(
-        (_Entry.checked(name, entry) for name, entry in header.items()), key=lambda one: (one.begin, one.end)
+        (_Entry.checked(name, entry) for name, entry in header.items()), key=lambda entry: (entry.begin, entry.end)
     )
     offset = 0
     for entry in entries:
@@ -139,7 +147,7 @@ def _read_header(file: FileIO, file_bytes: int, digest: Any) -> tuple[list[_Entr
 
 
 class _Entry(NamedTuple):
-    """What a header says of one tensor."""
+    """One tensor of a header; `begin` and `end` are offsets of its bytes behind the header."""
 
     name: str
     short: str
@@ -148,10 +156,15 @@ class _Entry(NamedTuple):
     end: int
 
     @classmethod
-    def checked(cls, name: str, entry: Any) -> _Entry:
-        """Return the entry if it can be true; raises ValueError."""
+    def checked(cls, name: str, entry: object) -> _Entry:
+        """Return the entry of a header if type, shape and size fit each other; raises ValueError."""
         match entry:
-            case {"dtype": str(short), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if len(entry) == 3:
+            case {
+                "dtype": str(short),
+                "shape": list(shape),
+                "data_offsets": [int(begin), int(end)],
+                **others,
+            } if not others:
                 is_shape = (
                     all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in shape)
                     and len(shape) <= _MOST_DIMENSIONS
@@ -161,7 +174,7 @@ class _Entry(NamedTuple):
         raise ValueError(f"tensor {name!r} has a type, shape or place that cannot be")
 
 
-def _read_one(file: FileIO, entry: _Entry, digest: Any) -> tuple[str, torch.Tensor]:
+def _read_tensor(file: FileIO, entry: _Entry, digest: _Hash) -> tuple[str, torch.Tensor]:
     import torch
 
     tensor: torch.Tensor = torch.empty(entry.shape, dtype=torch_dtype(entry.short))
@@ -177,7 +190,7 @@ def _read_one(file: FileIO, entry: _Entry, digest: Any) -> tuple[str, torch.Tens
     return entry.name, tensor
 
 
-def _exactly(file: FileIO, count: int) -> bytes:
+def _read_exactly(file: FileIO, count: int) -> bytes:
     data = bytearray()
     while len(data) < count:
         part = file.read(count - len(data))

@@ -80,7 +80,7 @@ def refuse_changed_weights(folder: Path) -> None:
         durable.read_manifest(folder)
     except (FileNotFoundError, IsADirectoryError):
         return
-    except (durable.BrokenSealError, OSError):
+    except (durable.DamagedManifestError, OSError):
         pass  # what is wrong with it is said below
     except ValueError:
         return  # a file of that name that another program wrote

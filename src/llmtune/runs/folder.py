@@ -151,7 +151,7 @@ def create_run(
         }
         lock: durable.FileLock | None = None
         try:
-            with durable.commit_folder(path, sealed=False, replace=False) as staging:
+            with durable.commit_folder(path, with_manifest=False, replace=False) as staging:
                 durable.write_json(staging / RUN_FILE, info)
                 durable.make_folder(staging / "checkpoints")
                 if fill is not None:

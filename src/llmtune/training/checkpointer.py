@@ -131,7 +131,7 @@ class Checkpointer:
         )
         if saved is not None:
             with contextlib.suppress(MachineError):
-                durable.point_to(self._run.path / FINAL, f"{self._run.checkpoints.name}/{FINAL}")
+                durable.replace_symlink(self._run.path / FINAL, f"{self._run.checkpoints.name}/{FINAL}")
 
     def raise_if_unsaved(self) -> None:
         """Raise MachineError (exit 6) when the last save never worked."""

@@ -116,10 +116,10 @@ def open_or_build(
     return _store(tables["rows"], tables["examples"], np.frombuffer(words, dtype="<i4"), about, files), decisions
 
 
-def _hold(target: Path) -> durable.ReadHold | None:
+def _hold(target: Path) -> durable.ReadLock | None:
     """Keep the folder from being deleted; None where there is nothing to keep (also: a folder without its manifest)."""
     try:
-        return durable.ReadHold(target / durable.MANIFEST)
+        return durable.ReadLock(target / durable.MANIFEST)
     except PermissionError:
         raise
     except OSError:
@@ -149,7 +149,7 @@ def _prune(folder: Path) -> list[Decision]:
         room -= size
         if place >= SETS_KEPT or (room < 0 and place > 0):
             with contextlib.suppress(MachineError):
-                if durable.delete_unless_held(one, durable.MANIFEST):
+                if durable.delete_unless_locked(one, durable.MANIFEST):
                     deleted, freed = deleted + 1, freed + size
     if not deleted:
         return []
@@ -183,7 +183,7 @@ def _words(builder: StoreBuilder, outcomes: Iterable[RowResult]) -> Iterator[byt
     yield bytes(pending)
 
 
-def _open(folder: Path, files: Sequence[DataFile], hold: durable.ReadHold | None) -> RowStore:
+def _open(folder: Path, files: Sequence[DataFile], hold: durable.ReadLock | None) -> RowStore:
     words = folder / "words.i32"
     mapped = np.memmap(words, dtype="<i4", mode="r") if words.stat().st_size else np.zeros(0, dtype="<i4")
     about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
