@@ -25,8 +25,6 @@ from typing import Any
 
 from workloads import WORKLOADS, find_conversations, prepare, scaled
 
-from llmtune.engine.allocator import without_thread_caches
-
 HERE = Path(__file__).resolve().parent
 LOSS_TOLERANCE = 1e-2
 AIDED = "+allocator"
@@ -55,8 +53,6 @@ def run(name: str, folder: Path, device: str, allocator: str | None) -> dict[str
     """Run one contestant; returns its figures, or why there are none."""
     unaided = name.startswith("llmtune") and not name.endswith(AIDED)
     environment = {**os.environ, **({"LD_PRELOAD": allocator} if allocator and not unaided else {})}
-    if name.startswith("llmtune"):
-        environment = without_thread_caches(environment) or environment  # as `llmtune train` starts itself
     command = [sys.executable, str(HERE / "contestant.py"), name.removesuffix(AIDED), str(folder), device]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, env=environment)
     lines = done.stdout.strip().splitlines()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmtune.config.layers import load_config
-from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES, NO_THREAD_CACHES, TUNABLES
+from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES
 from llmtune.errors import UsageError
 from llmtune.kernels import activation_offload, chunked_mlp
 from llmtune.kernels.activation_offload import PAGE_BYTES
@@ -110,20 +110,18 @@ def test_q7_the_parts_add_up_to_the_peak(forecaster_of):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="gaps of glibc's allocator")
 def test_q7_more_gaps_are_planned_where_threads_keep_small_blocks(forecaster_of, monkeypatch):
-    """As in a program that trains by the Python API; `llmtune` starts itself without, and another allocator has none of
-    these.
-    """
+    """Not where the user's tunable takes these caches away, nor under another allocator, which has none of them."""
     forecaster = forecaster_of()
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     gaps = 2 * forecaster.sizes(forecaster.config).largest_gradient_bytes
-    monkeypatch.setenv(TUNABLES, "")
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
     kept = forecaster.memory()
-    monkeypatch.setenv(TUNABLES, NO_THREAD_CACHES)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
     without = forecaster.memory()
     assert kept.moment == without.moment == "loss"
     assert (kept.parts["allocator"] - gaps) / (without.parts["allocator"] - gaps) == pytest.approx(35 / 25, rel=1e-3)
     assert kept.parts | {"allocator": 0} == without.parts | {"allocator": 0}
-    monkeypatch.setenv(TUNABLES, "")
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4")  # no process is started in this test
     assert forecaster.memory().parts == without.parts
 

@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmtune.cli.failure import print_line, report_crash, report_error
-from llmtune.cli.process import allow_no_telemetry, check_arguments, restart_for_allocator
+from llmtune.cli.process import allow_no_telemetry, check_arguments
 from llmtune.cli.usage import usage_error
 from llmtune.common.offline import go_offline
 from llmtune.errors import LlmtuneError, MachineError, UsageError
@@ -45,9 +45,6 @@ class Command(NamedTuple):
     panel: str
     """Heading under which the help lists it; one of `PANELS`."""
 
-    trains: bool = False
-    """It takes steps in this process, many and alike, or plans them."""
-
 
 PANELS = ("Train", "Before a run", "Watch", "Use the result", "Check")
 
@@ -59,13 +56,12 @@ GROUPS: dict[str, str] = {
 }
 
 COMMANDS: tuple[Command, ...] = (
-    Command("train", "train:train", "Train a model from a preset or a config file.", "Train", trains=True),
+    Command("train", "train:train", "Train a model from a preset or a config file.", "Train"),
     Command(
         "resume",
         "resume:resume",
         "Go on with a run, bit for bit, from its newest valid checkpoint.",
         "Train",
-        trains=True,
     ),
     Command(
         "list-models",
@@ -97,7 +93,6 @@ COMMANDS: tuple[Command, ...] = (
         "plan:plan",
         "Steps, memory by part, time and disk of a run; whether it fits, and what to change.",
         "Before a run",
-        trains=True,
     ),
     Command(
         "verify resume",
@@ -214,8 +209,6 @@ def _group(words: str, rows: tuple[Command, ...]) -> Any:
 
 
 def _load(row: Command) -> Any:
-    if row.trains:
-        restart_for_allocator()
     module_name, _, function_name = row.target.partition(":")
     function = getattr(importlib.import_module(f"llmtune.cli.{module_name}"), function_name)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

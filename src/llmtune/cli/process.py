@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import os
@@ -11,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmtune.common.text import excerpt, is_text
+from llmtune.common.threads import limit_spinning
+from llmtune.engine.allocator import bound_kernel_caches, tune_allocator
 from llmtune.errors import MachineError, UsageError
 
 __all__ = [
@@ -19,11 +20,7 @@ __all__ = [
     "check_surroundings",
     "check_working_folder",
     "prepare_process",
-    "restart_for_allocator",
 ]
-
-RESTARTED = "LLMTUNE_RESTARTED"
-"""Number of a process that was started again: it is not a second time, even if what it was given did not arrive."""
 
 LIBRARY = "transformers.modeling_layers"
 """What brings torch and most of transformers with it."""
@@ -36,8 +33,7 @@ def prepare_process(*, trains: bool = False) -> None:
     in any case are imported. Not for a merge, whose peak is promised. Raises what `check_surroundings` raises.
     """
     check_surroundings()
-    from llmtune.engine.allocator import bound_kernel_caches, tune_allocator
-
+    limit_spinning()
     bound_kernel_caches()
     if trains:
         tune_allocator()
@@ -46,26 +42,6 @@ def prepare_process(*, trains: bool = False) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if trains:
         _import_libraries()
-
-
-def restart_for_allocator() -> None:
-    """Start this program again in the same process, with what its allocator reads at the start alone.
-
-    Returns where that is not to be done.
-
-    Only where the process is `llmtune` itself, and nothing has been read yet: another program that calls our `main`
-    would be lost.
-    """
-    from llmtune.engine.allocator import without_thread_caches
-
-    environment = without_thread_caches(os.environ)
-    program = Path(sys.argv[0])
-    is_ours = program.name == "llmtune" or program.parts[-2:] == ("llmtune", "__main__.py")
-    own = str(os.getpid())
-    if environment is None or not is_ours or not sys.executable or os.environ.get(RESTARTED) == own:
-        return
-    with contextlib.suppress(OSError):  # where it is forbidden, nothing but memory is lost
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, RESTARTED: own})  # noqa: S606 - the very command that runs
 
 
 def _import_libraries() -> None:

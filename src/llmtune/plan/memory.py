@@ -14,9 +14,7 @@ ALLOCATOR_SHARE = {"cpu": 0.25, "cuda": 0.05}
 """Gaps that the allocator holds, as a part of the tensors that come and go: a micro-batch's, and gradients."""
 
 SHARE_WITH_THREAD_CACHES = 0.35
-"""The same on a CPU where each thread keeps freed small blocks, which hold gaps apart: a program that trains by the
-Python API, mostly.
-"""
+"""The same on a CPU where each thread keeps freed small blocks, which hold gaps apart: glibc's allocator does."""
 
 LARGEST_GAPS = {"cpu": 2, "cuda": 0}
 """Gaps as large as the largest gradient (an embedding's): such a block no longer fits where small tensors have begun to

@@ -13,6 +13,7 @@ import torch
 from llmtune.adapters import attach
 from llmtune.common.bytes import readable_bytes
 from llmtune.common.decisions import Decision
+from llmtune.common.threads import spinning_in_force
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, TrainingConfig
 from llmtune.data.dataset.batches import BatchPlan, MicroBatch
@@ -146,8 +147,8 @@ def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
     bound_kernel_caches()
     _seed_everything(config.run.seed + devices.rank)
     if config.model.recomputes and devices.device.type == "cpu":
-        return [tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
-    return allocator_in_force()
+        return [*spinning_in_force(), tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
+    return [*spinning_in_force(), *allocator_in_force()]
 
 
 def _open_precision(training: TrainingConfig, devices: Devices) -> tuple[Precision, list[Decision]]:

@@ -1,0 +1,74 @@
+"""Threads that wait sleep soon, where nobody decided otherwise and torch is not loaded yet."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from llmtune.common.threads import LIMITS, OWN_SETTINGS
+
+SHOW = "import json, os; print(json.dumps({name: os.environ.get(name) for name in %r}))" % (OWN_SETTINGS,)  # noqa: UP031
+DECISIONS = "from llmtune.common.threads import spinning_in_force; print([str(row) for row in spinning_in_force()])"
+ALL_LIMITED = {**dict.fromkeys(OWN_SETTINGS), **LIMITS}
+
+
+def output_of(code, **environment):
+    """The last two lines (environment, decisions) that a new process prints after `code`."""
+    plain = {name: value for name, value in os.environ.items() if name not in OWN_SETTINGS}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{SHOW}\n{DECISIONS}"],
+        capture_output=True, text=True, check=False, env=plain | environment,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    shown, decisions = done.stdout.splitlines()[-2:]
+    return json.loads(shown), decisions
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from llmtune.cli.process import prepare_process; prepare_process(trains=True)",
+        "from llmtune.cli.process import prepare_process; prepare_process()",
+        "from llmtune import Trainer",
+        "from llmtune.api import train",
+    ],
+    ids=["a command that trains", "a command that computes", "the package's names", "the API"],
+)
+def test_threads_of_a_process_that_computes_sleep_soon(code):
+    environment, decisions = output_of(code)
+    assert environment == ALL_LIMITED
+    assert decisions.startswith("['process.threads = sleep soon while they wait: threads that spin")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("GOMP_SPINCOUNT", "5"), ("OMP_WAIT_POLICY", "active"), ("KMP_BLOCKTIME", "0"), ("KMP_LIBRARY", "turnaround")],
+)
+def test_what_the_user_has_set_of_waiting_threads_stands(name, value):
+    environment, decisions = output_of(
+        "from llmtune.cli.process import prepare_process; prepare_process()", **{name: value}
+    )
+    assert environment == {**dict.fromkeys(OWN_SETTINGS), name: value}
+    assert decisions == "[]"
+
+
+def test_nothing_is_set_where_torch_has_read_it_already():
+    environment, decisions = output_of("import torch, llmtune.api")
+    assert environment == dict.fromkeys(OWN_SETTINGS)
+    assert decisions == "[]"
+
+
+def test_importing_the_package_alone_sets_nothing():
+    assert output_of("import llmtune")[0] == dict.fromkeys(OWN_SETTINGS)
+
+
+def test_the_openmp_of_torch_reads_the_limit():
+    """GNU's runtime prints what is in force when it is loaded; another one prints its own variables."""
+    code = "import os; os.environ['OMP_DISPLAY_ENV'] = 'VERBOSE'; from llmtune.common.threads import limit_spinning; limit_spinning(); import torch"  # noqa: E501
+    plain = {name: value for name, value in os.environ.items() if name not in OWN_SETTINGS}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=plain)
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this torch does not use GNU's OpenMP")
+    assert "GOMP_SPINCOUNT = '1000'" in done.stderr
