@@ -30,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 warnings.simplefilter("ignore")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # for `example_list`
 
 Rows = list[tuple[np.ndarray, np.ndarray]]
 Step = tuple[float, float]
@@ -52,10 +53,11 @@ def ours(
     prepare_process(trains=True)  # before torch, as the commands do
     import torch
 
+    from example_list import ExampleList
     from llmtune.config.schema import Config, ModelConfig, TrainingConfig
     from llmtune.data.dataset.batches import BatchPlan
     from llmtune.data.dataset.packing import plan_packs
-    from llmtune.data.example import Example, ExampleList
+    from llmtune.data.example import Example
     from llmtune.engine.devices import Devices
     from llmtune.engine.forward import build_engine
     from llmtune.engine.loop import train_steps

@@ -38,9 +38,10 @@ def ours(model: Any, rows: contestant.Rows) -> Callable[[], float]:
     """Evaluate as a run does: the run's own engine, longest rows first."""
     import torch
 
+    from example_list import ExampleList
     from llmtune.config.schema import Config, ModelConfig, TrainingConfig
     from llmtune.data.dataset.batches import eval_batches
-    from llmtune.data.example import Example, ExampleList
+    from llmtune.data.example import Example
     from llmtune.engine.forward import build_engine
     from llmtune.engine.precision import Precision
     from llmtune.evaluation.heldout import evaluate

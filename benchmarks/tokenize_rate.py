@@ -88,8 +88,9 @@ def bare_part(arguments: argparse.Namespace) -> dict[str, Any]:
     """The tokenizer alone, over the texts of all rows."""
     from llmtune.config.process_options import Options
     from llmtune.data.dataset.tokenize import detect_formats
-    from llmtune.data.reading.data_files import find_files
-    from llmtune.data.reading.records_of_files import BadRow, read_rows
+    from llmtune.data.reading.data_file import read_records
+    from llmtune.data.reading.find_files import find_files
+    from llmtune.data.reading.parse import BadRow
     from llmtune.data.rows.formats import UnusableRowError, conversation_of
     from llmtune.prepare import find_model, open_renderer, open_tokenizer
 
@@ -98,7 +99,8 @@ def bare_part(arguments: argparse.Namespace) -> dict[str, Any]:
     config = resolved.config
     tokenizer = open_tokenizer(config, find_model(config, options), options)
     renderer = open_renderer(config, tokenizer)
-    formats, _ = detect_formats(config.data, find_files(config.data.train, "train"))
+    files = find_files(config.data.train, "train")
+    formats, _ = detect_formats(config.data, files)
     seconds, texts, characters, tokens = 0.0, [], 0, 0
 
     def encode() -> None:
@@ -110,11 +112,12 @@ def bare_part(arguments: argparse.Namespace) -> dict[str, Any]:
         characters += sum(len(one.encode()) for one in texts)
         texts.clear()
 
-    for row in read_rows(config.data.train):
+    for index, record in read_records(files):
+        row = files[index].parse(record)
         if isinstance(row, BadRow):
             continue
         try:
-            messages = conversation_of(row, formats[0]).messages
+            messages = conversation_of(row, formats[index]).messages
         except UnusableRowError:
             continue
         texts.append(

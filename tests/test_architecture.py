@@ -64,7 +64,6 @@ LAZY_IMPORTS = {
     "* huggingface_hub": "needed only where a model is fetched",
     "* bitsandbytes": "needed only for quantized runs",
     "* gguf": "needed only for GGUF files",
-    "* zstandard": "needed only for .zst files",
     "* safetensors": "imports torch",
     "* tokenizers": "needed only where a tokenizer is trained",
     "engine/devices.py resource": "does not exist on Windows",
@@ -73,7 +72,6 @@ LAZY_IMPORTS = {
     **dict.fromkeys(
         (
             "adapters/attach.py llmtune",
-            "data/reading/data_files.py difflib",
             "deploy/merge.py llmtune",
             "engine/optim.py llmtune",
             "models/catalog.py llmtune",
@@ -185,6 +183,24 @@ def test_the_script_prints_the_figures():
     names = [re.split(r"\s{2,}", line)[0] for line in done.stdout.splitlines()]
     assert names == [name for name, _ in house.figures(MODULES)]
     assert len(names) >= 15
+
+
+WINGS = ("example", "reading", "rows", "rendering", "dataset")
+"""The way of a row in `data/`: from files to records, conversations, tokens, data sets."""
+
+
+def test_the_wings_of_data_import_only_from_those_before_them():
+    wrong, seen = [], set()
+    for folder, module in in_folders():
+        wing = module.path.split("/")[1].removesuffix(".py") if folder == "data" else "__init__"
+        if wing == "__init__":
+            continue
+        seen.add(wing)
+        for found in imported(module.tree):
+            if found.name.startswith("llmtune.data.") and WINGS.index(found.name.split(".")[2]) > WINGS.index(wing):
+                wrong.append(f"{module.path}:{found.line} imports {found.name}")
+    assert wrong == []
+    assert seen == set(WINGS)
 
 
 def test_libraries_stay_behind_their_fences():

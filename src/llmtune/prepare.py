@@ -13,8 +13,9 @@ from llmtune.common.decisions import Decision
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
-from llmtune.data.dataset.batches import BatchPlan, Layout
+from llmtune.data.dataset.batches import BatchPlan
 from llmtune.data.dataset.make_dataset import PreparedData, iter_texts, prepare_data
+from llmtune.data.dataset.micro_batch import Layout
 from llmtune.data.dataset.packing import Indices, plan_packs
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.errors import ConfigError

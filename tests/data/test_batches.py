@@ -10,9 +10,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmtune.data.dataset.batches import BatchPlan, eval_batches, even_groups, make_micro_batch
+from example_list import ExampleList
+from llmtune.data.dataset.batches import BatchPlan, eval_batches
+from llmtune.data.dataset.micro_batch import even_groups, make_micro_batch
 from llmtune.data.dataset.packing import plan_packs
-from llmtune.data.example import Example, ExampleList
+from llmtune.data.example import Example
 from llmtune.errors import ConfigError, DataError
 
 

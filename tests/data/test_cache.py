@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import llmtune.data
 from llmtune import durable
 from llmtune.common.folders import cache_folder
 from llmtune.config.schema import SourceConfig
@@ -121,6 +122,11 @@ def test_tokenizer_template_and_mask_rule_are_in_the_key(write, config, renderer
         assert was_cached(prepare_data(given, other))
 
 
+def test_all_code_that_a_row_passes_through_is_in_the_key():
+    names = {path.relative_to(Path(llmtune.data.__file__).parent).as_posix() for path in cache.code_files()}
+    assert {"reading/parse.py", "rows/formats.py", "rendering/spans.py", "dataset/overlong.py", "example.py"} <= names
+
+
 def test_changed_code_makes_the_rows_again(write, config, renderer, monkeypatch):
     given = config(write("a.jsonl", ROWS))
     prepare_data(given, renderer)
@@ -167,9 +173,9 @@ KILLED = """
 import sys
 from transformers import PreTrainedTokenizerFast
 from llmtune.config.schema import DataConfig, SourceConfig
-from llmtune.data import workers
-from llmtune.data.prepare import prepare_data
-from llmtune.data.template import Renderer
+from llmtune.data.dataset import workers
+from llmtune.data.dataset.make_dataset import prepare_data
+from llmtune.data.rendering.renderer import Renderer
 workers.BATCHES_IN_PROCESS = 1
 folder, rows, cache = sys.argv[1:]
 config = DataConfig(train=(SourceConfig(rows),), max_length=512, num_workers=2, cache_dir=cache)

@@ -1,7 +1,10 @@
 """Rows of five formats become conversations; what does not fit is named with its field (Q4)."""
 
+from typing import get_args
+
 import pytest
 
+from llmtune.config.schema import RowFormat
 from llmtune.data.example import Conversation, Message, Row
 from llmtune.data.rows.formats import FORMATS, UnusableRowError, conversation_of, detect_format, looks_like
 from llmtune.errors import DataError
@@ -109,9 +112,16 @@ def test_tools_come_as_a_list_or_as_its_json_text():
         assert conversation.tools == ({"type": "function", "function": {"name": "add"}},)
 
 
+def test_every_format_can_be_configured_and_recognizes_its_rows():
+    assert set(get_args(RowFormat)) == {"auto", *FORMATS}
+    for name, given, _ in MEANS:
+        assert looks_like(given.fields) == name
+        assert FORMATS[name].recognize(given.fields)
+
+
 def test_the_weight_of_a_source_reaches_the_conversation():
     for name, given, _ in MEANS:
-        assert FORMATS[name](Row("f:1", given.fields, 0.5)).loss_weight == 0.5
+        assert FORMATS[name].parse(Row("f:1", given.fields, 0.5)).loss_weight == 0.5
 
 
 def test_the_format_most_rows_have_is_taken_and_the_reason_says_how_sure_it_is():
@@ -200,5 +210,5 @@ def test_what_does_not_fit_is_named_with_its_field(name, fields, field, what):
     with pytest.raises(UnusableRowError) as caught:
         conversation_of(row(**fields), name)
     assert caught.value.field == field
-    assert what in caught.value.what
+    assert what in caught.value.problem
     assert caught.value.fix

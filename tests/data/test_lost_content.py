@@ -48,7 +48,9 @@ def test_a_template_that_leaves_out_a_message_makes_the_row_bad(way, write, conf
 def notes(tokenizer, template, *messages, tools=()):
     return [
         note.code
-        for note in Renderer(tokenizer, chat_template=template).render(Conversation("r:1", messages, tools=tools)).notes
+        for note in Renderer(tokenizer, chat_template=template)
+        .render(Conversation("r:1", messages, tools=tools))
+        .warnings
     ]
 
 

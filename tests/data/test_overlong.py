@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmtune.data.rows.overlong import END_LOST, cut_example
+from llmtune.data.dataset.overlong import END_LOST, cut_example
 
 END, BOS = 9, 1
 
@@ -54,13 +54,13 @@ def test_what_is_kept(policy, length, pieces, lost):
     result = cut(IDS, WEIGHTS, length, policy)
     assert plain(result.pieces) == pieces
     assert result.tokens_lost == lost
-    assert result.notes == ()
+    assert result.warnings == ()
 
 
 def test_a_cut_answer_without_an_end_token_of_its_own_is_said():
     result = cut([1, 2, 3, 4, 5], [0, 0, 1, 1, 1], 4, "truncate_right")
     assert plain(result.pieces) == [([1, 2, 3, 4], [0, 0, 1, 1])]
-    assert result.notes == (END_LOST,)
+    assert result.warnings == (END_LOST,)
 
 
 def test_truncate_left_needs_no_begin_token():

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from example_list import ExampleList
 from llmtune.config.schema import SourceConfig
+from llmtune.data.dataset import workers
 from llmtune.data.dataset.make_dataset import iter_texts, prepare_data, survey_data
-from llmtune.data.example import ExampleList
 from llmtune.data.rendering.renderer import Renderer
-from llmtune.data.rows import workers
 from llmtune.errors import ConfigError, DataError
 
 FATES = ("used", "cut", "dropped", "duplicate", "held_out", "bad")

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from llmtune.data.dataset.make_dataset import refuse_problems, survey_data
+from llmtune.data.dataset.make_dataset import raise_problems, survey_data
 from llmtune.data.dataset.report import data_report, histogram, padding_share, report_lines, row_line, row_report
 from llmtune.errors import DataError
 
@@ -125,7 +125,7 @@ def test_sixty_faulty_rows_give_sixty_named_reasons_with_their_lines(write, conf
     summary = prepared.ledger.summary()["train"]
     assert (summary["input"], summary["used"], summary["bad"]) == (120, 60, 60)
     with pytest.raises(DataError) as caught:
-        refuse_problems(prepared)
+        raise_problems(prepared)
     assert caught.value.exit_code == 3
     assert [problem.where for problem in caught.value.problems] == [f"{path}:{2 * index + 2}" for index in range(60)]
     assert str(caught.value).isprintable() or "\n" in str(caught.value)

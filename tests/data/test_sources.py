@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from llmtune.config.schema import SourceConfig
 from llmtune.data.example import Row
-from llmtune.data.reading.data_files import find_files, split_of_name
+from llmtune.data.reading.find_files import find_files, split_of_name
 from llmtune.data.reading.parse import MAX_ROW_BYTES, BadRow
-from llmtune.data.reading.records_of_files import read_rows
 from llmtune.errors import DataError
+from read_rows import read_rows
 
 ROWS = [{"text": "one"}, {"text": "two\u2028lines, and \u0085"}, {"text": 'drei, "vier"\nfünf 🌱'}]
 
@@ -122,7 +122,7 @@ def test_one_broken_element_of_a_json_list_does_not_take_the_others_with_it(tmp_
     found = read(path)
     assert [type(one).__name__ for one in found] == ["Row", "BadRow", "BadRow", "Row"]
     assert found[1].source == f"{path}[1]"
-    assert found[2].what == "a row must be an object, this is the number 3"
+    assert found[2].problem == "a row must be an object, this is the number 3"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_damaged_file_is_named_and_never_silently_shorter(tmp_path, name, data
     *whole, last = read(path)
     assert isinstance(last, BadRow)
     assert last.whole_file
-    assert what in last.what
+    assert what in last.problem
     assert last.source.startswith(str(path))
     assert last.source not in {one.source for one in whole}
 
@@ -163,7 +163,7 @@ def test_a_table_row_that_does_not_fit_is_named_with_its_line(tmp_path, line, wh
     path.write_text(f"text,more\n\n{line}\n")
     (bad,) = read(path)
     assert bad.source == f"{path}:3"
-    assert what in bad.what
+    assert what in bad.problem
 
 
 def test_a_cell_of_a_table_may_hold_a_conversation_as_json(tmp_path):
@@ -189,7 +189,7 @@ def test_a_row_of_100_megabytes_is_refused_by_its_size_in_bounded_memory(tmp_pat
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [type(one).__name__ for one in found] == ["Row", "BadRow", "Row"]
-    assert "100,000,0" in found[1].what
+    assert "100,000,0" in found[1].problem
     assert peak < 3 * MAX_ROW_BYTES
 
 
@@ -230,7 +230,7 @@ def test_mangled_bytes_never_raise_anything_but_are_rows_or_reasons(tmp_path_fac
         assert isinstance(one, Row | BadRow)
         assert one.source.startswith(str(path))
         if isinstance(one, BadRow):
-            assert one.what
+            assert one.problem
             assert one.fix
         json.dumps(dict(one.fields) if isinstance(one, Row) else list(one), ensure_ascii=False).encode()
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from example_list import ExampleList
 from llmtune.data.dataset.batches import BatchPlan
 from llmtune.data.dataset.packing import plan_packs
-from llmtune.data.example import Example, ExampleList
+from llmtune.data.example import Example
 from llmtune.engine import loop
 from llmtune.engine.devices import Devices
 from llmtune.engine.objective import plain_nll_sum

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.data.dataset.batches import make_micro_batch
+from llmtune.data.dataset.micro_batch import make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.neftune import Neftune, noise_scale
 from llmtune.engine.objective import plain_nll_sum

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.data.dataset.batches import make_micro_batch
-from llmtune.data.example import Example, ExampleList
+from example_list import ExampleList
+from llmtune.data.dataset.micro_batch import make_micro_batch
+from llmtune.data.example import Example
 from llmtune.engine import loop
 from llmtune.engine import objective as loss_module
 from llmtune.engine.objective import plain_nll_sum, weighted_nll_sum

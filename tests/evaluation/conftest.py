@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmtune.data.example import Example, ExampleList
+from example_list import ExampleList
+from llmtune.data.example import Example
 from llmtune.data.rendering.renderer import Renderer
 
 

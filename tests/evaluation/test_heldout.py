@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from example_list import ExampleList
 from llmtune.data.dataset.batches import eval_batches
-from llmtune.data.example import Conversation, Example, ExampleList, Message
+from llmtune.data.example import Conversation, Example, Message
 from llmtune.engine.objective import plain_nll_sum
 from llmtune.errors import DataError
 from llmtune.evaluation.heldout import evaluate, token_bytes, trained_bytes

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from llmtune.data.dataset.batches import MicroBatch, make_micro_batch
+from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 
 VOCABULARY = 97

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from gradient_helpers import difference, loss_and_gradients
 from llmtune.config.schema import Config, DistributedConfig, ModelConfig, TrainingConfig
-from llmtune.data.dataset.batches import MicroBatch, make_micro_batch
+from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.forward import Engine, build_engine, group_tokens
 from llmtune.engine.objective import plain_nll_sum

@@ -13,7 +13,7 @@ import torch
 
 from llmtune.adapters.attach import attach_adapter
 from llmtune.config.schema import AdapterConfig, ModelConfig
-from llmtune.data.dataset.batches import make_micro_batch
+from llmtune.data.dataset.micro_batch import make_micro_batch
 from llmtune.data.example import Example
 from llmtune.kernels.attention import segment_mask, use_segment_attention
 from llmtune.models.parameters import trained_parameters

@@ -20,7 +20,7 @@ import transformers
 from gradient_helpers import loss_and_gradients
 from llmtune.adapters.attach import attach_adapter
 from llmtune.config.schema import AdapterConfig, Config, ModelConfig
-from llmtune.data.dataset.batches import MicroBatch, make_micro_batch
+from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.forward import build_engine, checkpoint_blocks
 from llmtune.engine.precision import Precision

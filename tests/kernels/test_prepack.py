@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradient_helpers import adapted, loss_and_gradients
 from llmtune.config.schema import AdapterConfig, Config, ModelConfig, TrainingConfig
-from llmtune.data.dataset.batches import MicroBatch, make_micro_batch
+from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine import forward
 from llmtune.engine.forward import build_engine, cannot_prepack

@@ -12,7 +12,7 @@ import torch
 
 from gradient_helpers import adapted, loss_and_gradients
 from llmtune.config.schema import AdapterConfig, Config, ModelConfig
-from llmtune.data.dataset.batches import MicroBatch
+from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.engine.forward import build_engine
 from llmtune.kernels import weight_prepack
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradient_helpers import adapted, difference, loss_and_gradients
 from llmtune.config.schema import AdapterConfig, Config, ModelConfig
-from llmtune.data.dataset.batches import MicroBatch, make_micro_batch
+from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.forward import Engine, build_engine
 from llmtune.engine.objective import plain_nll_sum

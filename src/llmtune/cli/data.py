@@ -36,7 +36,7 @@ def report(
 
     check_working_folder()
     from llmtune.config.process_options import Options
-    from llmtune.data.dataset.make_dataset import refuse_problems, survey_data
+    from llmtune.data.dataset.make_dataset import raise_problems, survey_data
     from llmtune.data.dataset.report import data_report, report_lines, row_line, row_report
     from llmtune.prepare import find_model, open_renderer, open_tokenizer
     from llmtune.training.progress import tokenizing_progress
@@ -63,4 +63,4 @@ def report(
     batch_size = resolved.config.training.batch_size
     known = data_report(prepared, resolved.config.data, batch_size=batch_size if isinstance(batch_size, int) else 8)
     print(json.dumps(known, ensure_ascii=False) if as_json else "\n".join(report_lines(known)))
-    refuse_problems(prepared)
+    raise_problems(prepared)

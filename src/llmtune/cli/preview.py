@@ -48,7 +48,7 @@ def preview(
 
     check_working_folder()
     from llmtune.config.process_options import Options
-    from llmtune.data.dataset.make_dataset import refuse_problems, survey_data
+    from llmtune.data.dataset.make_dataset import raise_problems, survey_data
     from llmtune.data.dataset.preview import html_page, json_line, legend, terminal_text
     from llmtune.durable import write_text
     from llmtune.prepare import find_model, open_renderer, open_tokenizer
@@ -74,7 +74,7 @@ def preview(
         for group in itertools.islice(_groups(prepared.train, resolved.config.data), shown):
             for line in terminal_text(group, loaded.tokenizer, color=coloured):
                 print(line)
-    refuse_problems(prepared)
+    raise_problems(prepared)
 
 
 def _groups(examples: ExampleSet, data: DataConfig) -> Iterator[Group]:

@@ -1,19 +1,31 @@
-"""The words of the data rooms as types: row, message, conversation, example.
+"""The types of the way from a data file to the model: row, message, conversation, example.
 
-Shapes: T tokens of one example.
+Shapes: T tokens of one example, N examples.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Conversation", "Example", "ExampleList", "ExampleSet", "Message", "Row", "example_digest", "set_digest"]
+__all__ = [
+    "REASONING_FIELDS",
+    "Conversation",
+    "Example",
+    "ExampleSet",
+    "Message",
+    "Row",
+    "example_digest",
+    "set_digest",
+]
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning in the wild; chat templates read the first (a few the second)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +33,9 @@ class Row:
     """One record of a data file. `source` is `file:line`, or `file[index]` where a file has no lines."""
 
     source: str
-    fields: Mapping[str, Any]
+    fields: Mapping[str, object]
     loss_weight: float = 1.0
-    """Weight that the row's source gives to its trained tokens (`data.train[].weight`)."""
+    """Factor on the weights of the row's trained tokens (`data.train[].weight`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +43,14 @@ class Message:
     """One turn of a conversation.
 
     `weight` is None unless the row gives one: 0 takes the message out of the loss under every `train_on` rule,
-    `customized` uses it as is. `extra` holds what a chat template may read beside role and content
-    (`reasoning_content`, `tool_calls`, `tool_call_id`, `name`).
+    `customized` uses it as is. `extra` holds the other fields a chat template may read (`reasoning_content`,
+    `tool_calls`, `tool_call_id`, `name`).
     """
 
     role: str
     content: str
     weight: float | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +63,7 @@ class Conversation:
     source: str
     messages: tuple[Message, ...] = ()
     text: str | None = None
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, object], ...] = ()
     prompt_is_text: bool = False
     loss_weight: float = 1.0
 
@@ -73,10 +85,7 @@ class Example:
 
 
 class ExampleSet(Protocol):
-    """Random access to many examples, in memory or memory-mapped.
-
-    Everything after `prepare` reads examples only through this.
-    """
+    """Random access to N examples, in memory or memory-mapped; packing, batches and training read through this."""
 
     def __len__(self) -> int: ...
 
@@ -94,44 +103,14 @@ class ExampleSet(Protocol):
 
     @property
     def digest(self) -> str:
-        """sha256 over all ids and weights in order: two sets with one digest train alike."""
+        """sha256 over all ids and weights in order: two sets with the same digest train alike."""
         ...
 
 
-class ExampleList:
-    """An `ExampleSet` held in memory."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self._examples = list(examples)
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
-
-    def __iter__(self) -> Iterator[Example]:
-        return iter(self._examples)
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each example, int64 [N]."""
-        return np.array([len(example) for example in self._examples], dtype=np.int64)
-
-    @property
-    def loss_weights(self) -> npt.NDArray[np.float64]:
-        """Sum of weights of each example, float64 [N]."""
-        return np.array([example.weights.sum(dtype=np.float64) for example in self._examples], dtype=np.float64)
-
-    @property
-    def digest(self) -> str:
-        """sha256 over all ids and weights in order."""
-        return set_digest(example_digest(one.input_ids, one.weights) for one in self._examples)
-
-
 def example_digest(input_ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32]) -> bytes:
-    """16 bytes that stand for one example's ids and weights, wherever they are kept."""
+    """16-byte digest of one example: ids int32 [T] and weights float32 [T]."""
     digest = hashlib.blake2b(digest_size=16)
+    # Little-endian on every machine, so that digests in checkpoints and caches agree.
     digest.update(input_ids.astype("<i4", copy=False).tobytes())
     digest.update(weights.astype("<f4", copy=False).tobytes())
     return digest.digest()
@@ -140,9 +119,9 @@ def example_digest(input_ids: npt.NDArray[np.int32], weights: npt.NDArray[np.flo
 def set_digest(examples: Iterable[bytes]) -> str:
     """sha256 in hex over the `example_digest`s of examples in order: the digest of every kind of `ExampleSet`.
 
-    Where the rows came from plays no part: a file that was moved or renamed is the same data.
+    It does not cover the names of rows: a file that was moved or renamed is the same data.
     """
     digest = hashlib.sha256()
-    for one in examples:
-        digest.update(one)
+    for example in examples:
+        digest.update(example)
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
-from llmtune.data.dataset.batches import Layout, MicroBatch, make_micro_batch
+from llmtune.data.dataset.micro_batch import Layout, MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.allocator import outside_the_heap
 from llmtune.engine.objective import plain_nll_sum

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from llmtune.data.dataset.batches import MicroBatch, Window
+from llmtune.data.dataset.batches import Window
+from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.engine.devices import Devices, peak_memory_bytes
 from llmtune.engine.divergence import half_updated, rows_of_non_finite_losses, too_many_skipped
 from llmtune.engine.precision import Precision

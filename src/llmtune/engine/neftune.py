@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llmtune.data.dataset.batches import MicroBatch
+from llmtune.data.dataset.micro_batch import MicroBatch
 
 __all__ = ["Neftune", "noise_scale"]
 

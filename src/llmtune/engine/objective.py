@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from llmtune.data.dataset.batches import MicroBatch
+from llmtune.data.dataset.micro_batch import MicroBatch
 
 __all__ = ["IGNORED", "plain_nll_sum", "weighted_nll_sum"]
 

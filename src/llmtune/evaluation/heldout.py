@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from llmtune.data.dataset.batches import MicroBatch
+from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.data.example import ExampleSet
 from llmtune.errors import DataError
 from llmtune.evaluation.eval_mode import eval_mode

@@ -19,8 +19,11 @@ from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from llmtune.data.dataset.packing import plan_packs
 
 __all__ = ["KEPT_TOKENS", "Layout", "Rearranged", "Tile", "lay_out", "plan_tiles"]
 
@@ -235,22 +238,10 @@ def _short_tile(documents: Sequence[Document], window: int | None, dtype: torch.
 
 
 def _packed(documents: Sequence[Document]) -> list[list[Document]]:
-    """Longest first, each into the first piece with room for it; documents of a piece, and pieces, in the row's order.
-
-    The rule is `data/packing.py`'s first fit, written again since a room does not call one beside it.
-    """
-    longest_first = sorted(documents, key=lambda document: document[0] - document[1])
-    size = max(LEAST_PIECE, _length(longest_first[:1]))
-    pieces: list[list[Document]] = []
-    room: list[int] = []
-    for start, stop in longest_first:
-        number = next((number for number, left in enumerate(room) if left >= stop - start), len(room))
-        if number == len(room):
-            pieces.append([])
-            room.append(size)
-        pieces[number].append((start, stop))
-        room[number] -= stop - start
-    return sorted(sorted(piece) for piece in pieces)
+    """Put documents into pieces first-fit; documents of a piece, and pieces, keep the row's order."""
+    lengths = np.array([stop - start for start, stop in documents], dtype=np.int64)
+    packs = plan_packs(lengths, max(LEAST_PIECE, int(lengths.max())), "first_fit", None)
+    return [[documents[index] for index in pack] for pack in packs]
 
 
 def _length(documents: Sequence[Document]) -> int:

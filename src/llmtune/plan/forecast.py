@@ -16,7 +16,8 @@ import torch
 
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
-from llmtune.data.dataset.batches import BatchPlan, Layout
+from llmtune.data.dataset.batches import BatchPlan
+from llmtune.data.dataset.micro_batch import Layout
 from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES, has_thread_caches
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import attention_ways, group_tokens

@@ -16,7 +16,8 @@ from llmtune.common.decisions import Decision
 from llmtune.common.threads import spinning_in_force
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, TrainingConfig
-from llmtune.data.dataset.batches import BatchPlan, MicroBatch
+from llmtune.data.dataset.batches import BatchPlan
+from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.engine.allocator import LEAN_LARGEST_BLOCK, allocator_in_force, bound_kernel_caches, tune_allocator
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine, build_engine

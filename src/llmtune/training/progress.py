@@ -8,6 +8,7 @@ from typing import Any
 
 from llmtune.common.decisions import Decision
 from llmtune.common.printing import PrintLine
+from llmtune.data.dataset.row_result import STATUSES
 from llmtune.errors import Problem
 from llmtune.plan.summary import Plan, start_lines
 from llmtune.prepare import Prepared
@@ -61,8 +62,8 @@ def print_preflight(
     data = prepared.data
     print_line(f"model   {prepared.source.name}")
     for part, counts in data.ledger.summary().items():
-        fates = ", ".join(f"{counts[fate]:,} {fate.replace('_', ' ')}" for fate in FATES if counts.get(fate))
-        print_line(f"{part:<7} {counts['input']:,} rows: {fates}")
+        statuses = ", ".join(f"{counts[status]:,} {status.replace('_', ' ')}" for status in STATUSES if counts[status])
+        print_line(f"{part:<7} {counts['input']:,} rows: {statuses}")
     plan = prepared.batch_plan() if isinstance(prepared.config.training.batch_size, int) else None
     if plan is not None:
         tokens = int(data.train.lengths.sum())
@@ -75,9 +76,6 @@ def print_preflight(
         print_line(line)
     print_line("chosen for you:")
     print_decisions([*device_decisions, *prepared.decisions], print_line)
-
-
-FATES = ("used", "cut", "dropped", "duplicate", "held_out", "bad")
 
 
 def print_setup(setup: TrainingSetup, more: Iterable[Decision], print_line: PrintLine) -> None:

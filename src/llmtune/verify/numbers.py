@@ -14,7 +14,7 @@ import torch
 from llmtune.common.printing import PrintLine
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.process_options import Options
-from llmtune.data.dataset.batches import MicroBatch, make_micro_batch
+from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.devices import open_devices
 from llmtune.engine.objective import plain_nll_sum

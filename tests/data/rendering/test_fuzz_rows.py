@@ -1,4 +1,4 @@
-"""Q4, Q6, Q8: random files of rows, the whole way from bytes to the ledger: a named fate for each row, and never a
+"""Q4, Q6, Q8: random files of rows, the whole way from bytes to the ledger: a named status for each row, and never a
 traceback.
 """
 
@@ -16,14 +16,14 @@ from disk_faults import Unsynced
 from llmtune import durable
 from llmtune.cli.failure import message
 from llmtune.data.dataset.make_dataset import survey_data
-from llmtune.data.dataset.store import FATES
+from llmtune.data.dataset.row_result import STATUSES
 from llmtune.data.dataset.tokenize import detect_formats
 from llmtune.data.example import Row
-from llmtune.data.reading.data_files import find_files
-from llmtune.data.reading.records_of_files import read_rows
+from llmtune.data.reading.find_files import find_files
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.formats import conversation_of
 from llmtune.errors import ConfigError, DataError, TokenizerError
+from read_rows import read_rows
 from row_fuzz import OPTIONS, files
 
 NOW = datetime(2026, 1, 1)
@@ -79,18 +79,18 @@ def assert_content_is_content(path, config, renderer, examples):
 
 
 def assert_balanced(prepared, count):
-    """Q4: every row has exactly one fate, and one that is not simply used has a reason or a note."""
+    """Q4: every row has exactly one status, and one that is not simply used has a reason or a note."""
     rows = 0
     for part, summary in prepared.ledger.summary().items():
         if not isinstance(summary, dict) or "input" not in summary:
             continue
-        assert summary["input"] == sum(summary[fate] for fate in FATES), part
+        assert summary["input"] == sum(summary[status] for status in STATUSES), part
         rows += summary["input"]
     assert count is None or rows == count
     entries = list(prepared.ledger.entries)
     assert len({entry["source"] for entry in entries}) == len(entries)
     for entry in entries:
-        assert entry["fate"] in FATES
+        assert entry["fate"] in STATUSES
         assert entry.get("reason") or entry.get("notes") or entry["fate"] == "held_out"
         json.dumps(entry, ensure_ascii=False).encode()
     return rows
@@ -118,7 +118,9 @@ def fuzz_once(folder, tally, tokenizer, file, options):
         assert problem.problem
         assert problem.where
         message(DataError.all([problem])).encode()
-    tally.update({f"rows {fate}": sum(part.balance()[fate] for part in prepared.ledger.parts) for fate in FATES})
+    tally.update(
+        {f"rows {status}": sum(part.balance()[status] for part in prepared.ledger.parts) for status in STATUSES}
+    )
     whole = {example.source: example for example in prepared.train}
     cut = {entry["source"] for entry in prepared.ledger.entries if entry["fate"] == "cut"}
     sources = [example.source for example in prepared.train]
@@ -141,7 +143,7 @@ def data_config(path, folder, options):
 
 def fuzz(folder, tokenizer, count, rows):
     """Try `count` files, and as many again while they held fewer rows than wanted; returns how many rows met which
-    fate.
+    status.
     """
     tally = Counter()
 
@@ -162,7 +164,7 @@ def fuzz(folder, tokenizer, count, rows):
 def test_random_files_of_rows_end_in_named_fates(which, tokenizer_for, tiny_tokenizer, tmp_path):
     tally = fuzz(tmp_path, tiny_tokenizer if which == "tiny" else tokenizer_for(which), 60, rows=150)
     assert tally["rows"] >= 150
-    assert min(tally[f"rows {fate}"] for fate in ("used", "bad", "dropped")) > 0
+    assert min(tally[f"rows {status}"] for status in ("used", "bad", "dropped")) > 0
     assert tally["rows rendered twice"] > 0
 
 

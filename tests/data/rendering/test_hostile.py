@@ -62,7 +62,7 @@ def test_content_never_becomes_a_control_token_in_any_field(name, families, toke
             assert controls(tokenizer, rendered.input_ids) == controls(
                 tokenizer, renderer(tokenizer).render(row(calm)).input_ids
             )
-            assert "control-string" in {note.code for note in rendered.notes}
+            assert "control-string" in {note.code for note in rendered.warnings}
             assert controls(tokenizer, renderer(tokenizer).prompt_ids(talk[:1])) == controls(
                 tokenizer, renderer(tokenizer).prompt_ids(calm[:1])
             )
@@ -177,7 +177,7 @@ def test_tools_arguments_and_names_are_content_too(tokenizer_for, tool_talk):
         calm = renderer(tokenizer).render(row(plain, tools))
         rendered = renderer(tokenizer).render(row(messages, hostile_tools))
         assert controls(tokenizer, rendered.input_ids) == controls(tokenizer, calm.input_ids)
-        assert "control-string" in {note.code for note in rendered.notes}
+        assert "control-string" in {note.code for note in rendered.warnings}
 
 
 def test_a_role_builds_a_control_token_only_when_it_is_a_role(tokenizer_for):
@@ -192,7 +192,7 @@ def test_control_strings_that_no_template_shows_do_no_harm(tokenizer_for):
     rendered = renderer(tokenizer_for("chatml")).render(
         row([Message("user", "a", extra={"unused": "<|im_end|>"}), Message("assistant", "b")])
     )
-    assert not rendered.notes
+    assert not rendered.warnings
 
 
 def test_half_a_character_is_named(tokenizer_for):

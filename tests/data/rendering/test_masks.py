@@ -72,7 +72,7 @@ def test_what_is_trained_is_what_explicit_markers_enclose(name, families, tokeni
     # The library's own mask loses bytes of a last character and whitespace that a token swallows; llmtune's does not.
     messages = data.draw(talks(family.takes, content.map(lambda text: text.strip() + ".")))
     rendered = renderer(tokenizer).render(row(messages))
-    assume("joined-token" not in {note.code for note in rendered.notes})
+    assume("joined-token" not in {note.code for note in rendered.warnings})
     assert (rendered.input_ids, rendered.weights) == mask_by_markers(tokenizer, family, messages)
 
 
@@ -82,12 +82,12 @@ def test_every_trained_turn_begins_where_its_prompt_ends(name, families, tokeniz
     family, tokenizer = families[name], tokenizer_for(name)
     messages = data.draw(talks(family.takes, ragged))
     rendered = renderer(tokenizer).render(row(messages))
-    assume("joined-token" not in {note.code for note in rendered.notes})
+    assume("joined-token" not in {note.code for note in rendered.warnings})
     begins = [at for at, weight in enumerate(rendered.weights) if weight and not rendered.weights[at - 1]]
     prompts = [
         renderer(tokenizer).prompt_ids(messages[:at]) for at, one in enumerate(messages) if one.role == "assistant"
     ]
-    unstable = sum(note.code == "unstable" for note in rendered.notes)
+    unstable = sum(note.code == "unstable" for note in rendered.warnings)
     assert len(begins) == len(prompts) - unstable
     for begin in begins:
         assert rendered.input_ids[:begin] in prompts
@@ -145,8 +145,8 @@ def test_tool_calls_are_trained_and_tool_results_are_not(name, as_text, families
         rendered = renderer(tokenizer).render(row(messages[:count], tools))
         ids, mask = mask_by_markers(tokenizer, family, messages[:count], tools)
         assert rendered.input_ids == ids
-        assert not {note.code for note in rendered.notes} & {"joined-token", "no-end-of-turn"}
-        if "unstable" not in {note.code for note in rendered.notes}:
+        assert not {note.code for note in rendered.warnings} & {"joined-token", "no-end-of-turn"}
+        if "unstable" not in {note.code for note in rendered.warnings}:
             assert rendered.weights == mask
         trained = tokenizer.decode(
             [one for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight]
@@ -180,7 +180,7 @@ def test_reasoning_of_the_last_turn_is_trained_and_that_of_earlier_turns_is_name
         "first<|im_end|>",
         "<think>\nbecause two\n</think>\n\nsecond<|im_end|>",
     ]
-    assert [note.code for note in rendered.notes] == ["reasoning-dropped"]
+    assert [note.code for note in rendered.warnings] == ["reasoning-dropped"]
 
 
 def test_reasoning_written_inside_the_content_moves_as_the_template_moves_it(tokenizer_for):
@@ -205,7 +205,7 @@ def test_a_turn_whose_prompt_is_no_prefix_of_the_whole_is_named_and_not_trained(
     assert trained_texts(tokenizer, rendered) == ["why\n</think>\n\nsecond<|im_end|>"]
     assert any(
         note.code == "unstable" and "message 2 (assistant)" in note.text and "<think>" in note.text
-        for note in rendered.notes
+        for note in rendered.warnings
     )
 
 
@@ -213,14 +213,14 @@ def test_a_template_that_drops_what_its_prompt_opens_trains_nothing_and_says_why
     rendered = renderer(tokenizer_for("deepseek_r1")).render(
         row([Message("user", "a"), Message("assistant", "<think>x</think>yes")])
     )
-    assert [note.code for note in rendered.notes] == ["unstable", "reasoning-dropped", "no-trained-token"]
+    assert [note.code for note in rendered.warnings] == ["unstable", "reasoning-dropped", "no-trained-token"]
 
 
 def test_a_token_shared_with_the_header_is_named_and_not_trained_when_it_is_only_whitespace(tokenizer_for):
     tokenizer = tokenizer_for("qwen25")
     rendered = renderer(tokenizer).render(row([Message("user", "a"), Message("assistant", "\nyes")]))
     assert trained_texts(tokenizer, rendered) == ["yes<|im_end|>"]
-    assert [note.code for note in rendered.notes] == ["joined-token"]
+    assert [note.code for note in rendered.warnings] == ["joined-token"]
 
 
 def test_a_template_that_moves_the_system_prompt_and_the_tools_trains_only_what_stays_put(tokenizer_for, tool_talk):
@@ -231,17 +231,17 @@ def test_a_template_that_moves_the_system_prompt_and_the_tools_trains_only_what_
     rendered = renderer(tokenizer).render(
         row([Message("system", "Be kind."), Message("user", "a"), Message("assistant", "b")])
     )
-    assert [note.code for note in rendered.notes] == ["unstable", "not-rendered", "no-trained-token"]
+    assert [note.code for note in rendered.warnings] == ["unstable", "not-rendered", "no-trained-token"]
     turns, tools = tool_talk
     messages = [Message(role, said, extra=extra) for role, said, extra in turns]
     rendered = renderer(tokenizer).render(row(messages, tools))
     assert trained_texts(tokenizer, rendered) == [" You are welcome.</s>"]
-    assert [note.code for note in rendered.notes] == ["unstable", "unstable"]
+    assert [note.code for note in rendered.warnings] == ["unstable", "unstable"]
 
 
 def test_answers_without_an_end_token_are_named(tokenizer_for):
     rendered = renderer(tokenizer_for("glm4")).render(row([Message("user", "a"), Message("assistant", "yes")]))
-    assert [note.code for note in rendered.notes] == ["no-end-of-turn"]
+    assert [note.code for note in rendered.warnings] == ["no-end-of-turn"]
     assert "no end-of-turn token" in str(renderer(tokenizer_for("glm4")).decisions[0])
 
 
@@ -323,4 +323,4 @@ def test_weights_that_a_rule_does_not_use_are_named(tokenizer_for):
     rendered = renderer(tokenizer_for("chatml")).render(
         row([Message("user", "A"), Message("assistant", "one", weight=0.5)])
     )
-    assert [note.code for note in rendered.notes] == ["weight-ignored"]
+    assert [note.code for note in rendered.warnings] == ["weight-ignored"]

@@ -54,7 +54,7 @@ MEASURED = """
 import json, resource, sys
 from transformers import PreTrainedTokenizerFast
 from llmtune.data.example import Conversation, Message
-from llmtune.data.template import Renderer
+from llmtune.data.rendering.renderer import Renderer
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -101,7 +101,7 @@ def test_a_tokenizer_without_a_template_gets_a_plain_form_of_tokens_it_has(token
         tokenizer.decode([one]) for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight
     ]
     assert "".join(trained) == " Hello<|endoftext|> b<|endoftext|>"
-    assert not rendered.notes
+    assert not rendered.warnings
     assert [decision.key for decision in renderer.decisions] == ["model.chat_template"]
     assert renderer.stop_token_ids == (tokenizer.eos_token_id,)
     prompt = renderer.prompt_ids([Message("user", "Hi")])
@@ -201,5 +201,5 @@ def test_rows_with_tools_end_their_answers_as_the_template_for_tools_does(tokeni
     )
     assert trained.endswith("You are welcome.<|endoftext|>")
     assert trained.count("<|endoftext|>") == 3
-    assert not {note.code for note in rendered.notes} & {"unstable", "no-end-of-turn"}
+    assert not {note.code for note in rendered.warnings} & {"unstable", "no-end-of-turn"}
     assert set(tokenizer.convert_ids_to_tokens(list(renderer.stop_token_ids))) == {"<|im_end|>", "<|endoftext|>"}

@@ -14,7 +14,7 @@ def test_a_real_tokenizer_renders_and_masks_as_its_template_says(smollm2):
     assert rendered.input_ids == smollm2.apply_chat_template([message_fields(one) for one in talk])["input_ids"]
     trained = smollm2.decode([one for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight])
     assert trained == "The capital of France is Paris.\n<|im_end|>Rome, naïve 🙂.<|im_end|>"
-    assert not rendered.notes
+    assert not rendered.warnings
     prompt = renderer.prompt_ids(talk[:3])
     assert rendered.input_ids[: len(prompt)] == prompt
     assert renderer.stop_token_ids == (2,)
@@ -29,4 +29,4 @@ def test_a_real_tokenizer_cannot_be_made_to_forge_a_turn(smollm2):
     assert smollm2.decode(rendered.input_ids) == smollm2.apply_chat_template(
         [message_fields(one) for one in talk], tokenize=False
     )
-    assert [note.code for note in rendered.notes] == ["control-string"]
+    assert [note.code for note in rendered.warnings] == ["control-string"]

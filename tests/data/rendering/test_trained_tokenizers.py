@@ -74,7 +74,7 @@ def test_every_template_on_offer_is_tried():
 def test_q5_masks_and_prompts_hold_on_a_tokenizer_trained_here(template, messages):
     renderer = renderer_with(template)
     rendered = renderer.render(Conversation("rows.jsonl:1", tuple(messages)))
-    assert not rendered.notes
+    assert not rendered.warnings
     marked = by_library(template, messages, MARKED[template], return_assistant_tokens_mask=True)
     assert rendered.input_ids == by_library(template, messages)["input_ids"] == marked["input_ids"]
     assert rendered.weights == [float(one) for one in marked["assistant_masks"]]

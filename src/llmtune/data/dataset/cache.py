@@ -1,9 +1,8 @@
-"""The tokenized rows of one side of a run, kept so that they are made once: folders named by everything that decides
-what is in them.
+"""The cache of tokenized rows: one folder for each set of inputs.
 
-The key covers the bytes of the files, the renderer (tokenizer, template, mask rule), the rules about rows, and the code
-of this room; nothing else, so moving a file or changing the learning rate costs nothing. A folder is committed whole,
-and verified before it is used.
+A folder is named by a key over the bytes of the files, the renderer (tokenizer, template, mask rule), the rules about
+rows, and the code in `data/`; nothing else, so moving a file or changing the learning rate costs nothing. A folder is
+committed as a unit, and verified before it is used.
 """
 
 from __future__ import annotations
@@ -17,107 +16,106 @@ from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 
 from llmtune import durable
 from llmtune.common.bytes import readable_bytes
 from llmtune.common.decisions import Decision
-from llmtune.data.dataset.store import EXAMPLE, ROW, RowStore, StoreBuilder
-from llmtune.data.reading.data_files import DataFile
+from llmtune.data.dataset.row_result import Reason, RowResult
+from llmtune.data.dataset.store import EXAMPLE, ROW, RowStore, StoreBuilder, Texts
+from llmtune.data.reading.data_file import DataFile
 from llmtune.data.rendering.row_warnings import RowWarning
-from llmtune.data.rows.row_result import Reason, RowResult
 from llmtune.errors import MachineError, in_one_line
 
 __all__ = ["cache_key", "code_digest", "open_or_build"]
 
 SETS_KEPT = 24
-"""Tokenized sets of rows that the cache keeps at most: those used last."""
+"""Sets of tokenized rows that the cache keeps at most: those used last."""
 
 BYTES_KEPT = 32 * 10**9
-"""Bytes that the kept sets have together at most; the set just made is kept whatever its size."""
+"""Bytes that the kept sets have together at most; the newest set is kept whatever its size."""
 
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "pyarrow", "datasets")
 
 
+def code_files() -> list[Path]:
+    """Every module of `data/`: a change in any of them may change what a row becomes."""
+    return sorted(Path(__file__).parents[1].rglob("*.py"))
+
+
 @cache
 def code_digest() -> str:
-    """sha256 over the code of this room and the versions of the libraries that read and tokenize."""
+    """sha256 over the code in `data/` and the versions of the libraries that read and tokenize."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in code_files():
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
     digest.update(" ".join(version(name) for name in _LIBRARIES).encode())
     return digest.hexdigest()
 
 
-def cache_key(files: Sequence[DataFile], digests: Sequence[str], facts: Mapping[str, Any]) -> str:
-    """sha256 in hex over the files' bytes and kinds, what the config says about their sources, `facts` and the code.
+def cache_key(files: Sequence[DataFile], digests: Sequence[str], facts: Mapping[str, object]) -> str:
+    """sha256 in hex over the files' bytes and kinds, the settings of their sources, `facts` and the code.
 
-    Not over names.
+    File names are not part of it.
     """
     sources = {file.source_index: (file.source.weight, file.source.max_samples) for file in files}
-    known = [[digest, file.kind, file.source_index] for file, digest in zip(files, digests, strict=True)]
-    everything = {
-        "files": known,
+    inputs = {
+        "files": [[digest, file.kind, file.source_index] for file, digest in zip(files, digests, strict=True)],
         "sources": [[key, *value] for key, value in sources.items()],
         "facts": dict(facts),
         "code": code_digest(),
     }
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
 def open_or_build(
     folder: Path | None,
     key: str,
     files: Sequence[DataFile],
-    outcomes: Callable[[], Iterable[RowResult]],
+    results: Callable[[], Iterable[RowResult]],
     *,
     must_be_cached: bool,
 ) -> tuple[RowStore, list[Decision]]:
-    """Return the store of `key` below `folder`, made from `outcomes()` if it is not there.
+    """Return the store of `key` below `folder`, built from `results()` if it is missing or damaged.
 
-    What was changed on disk since it was made is made again. Without a folder, or where it cannot be written and
-    `must_be_cached` is false, the store is in memory and a decision says so. Raises MachineError, and whatever
-    `outcomes` raises.
+    Without a folder, or where it cannot be written and `must_be_cached` is false, the store is in memory and a decision
+    says so. Raises MachineError where the folder cannot be used, and the errors of `results`.
     """
     decisions: list[Decision] = []
-    if folder is not None:
-        target = folder / "rows" / key[:40]
-        try:
-            hold = _hold(target)
-            if hold is not None:
-                problems = durable.verify_manifest(target)
-                if not problems:
-                    _note_use(target)
-                    return _open(target, files, hold), [
-                        Decision("data.cache_dir", str(target), "the rows were tokenized before; nothing has changed")
-                    ]
-                decisions.append(
-                    Decision("data.cache_dir", "made again", f"the cached rows are damaged: {problems[0].problem}")
-                )
-            durable.make_folder(target.parent)
-            durable.remove_leftovers(target.parent)
-            _build(target, key, outcomes())
-            store = _open(target, files, _hold(target))
-            return store, [*decisions, *_prune(target.parent)]
-        except (MachineError, PermissionError) as error:
-            if must_be_cached:
-                raise
-            decisions.append(
-                Decision("data.cache_dir", "in memory", f"the cache folder cannot be used: {in_one_line(error)}")
-            )
-    else:
-        decisions.append(Decision("data.cache_dir", "in memory", "there is no home folder to keep tokenized rows in"))
-    builder = StoreBuilder()
-    words = b"".join(builder.add(outcome) for outcome in outcomes())
-    tables = builder.tables()
-    about = json.loads(json.dumps(builder.about()))
-    return _store(tables["rows"], tables["examples"], np.frombuffer(words, dtype="<i4"), about, files), decisions
+
+    def decide(value: str, reason: str) -> None:
+        decisions.append(Decision("data.cache_dir", value, reason))
+
+    if folder is None:
+        decide("in memory", "there is no home folder to keep tokenized rows in")
+        return _build_in_memory(files, results()), decisions
+    target = folder / "rows" / key[:40]
+    try:
+        lock = _lock(target)
+        if lock is not None:
+            problems = durable.verify_manifest(target)
+            if not problems:
+                _touch(target)
+                decide(str(target), "the rows were tokenized before; nothing has changed")
+                return _open(target, files, lock), decisions
+            decide("made again", f"the cached rows are damaged: {problems[0].problem}")
+        durable.make_folder(target.parent)
+        durable.remove_leftovers(target.parent)
+        _build(target, key, results())
+        store = _open(target, files, _lock(target))  # pruning deletes only folders that are not locked
+        return store, [*decisions, *_prune(target.parent)]
+    except (MachineError, PermissionError) as error:
+        if must_be_cached:
+            raise
+        decide("in memory", f"the cache folder cannot be used: {in_one_line(error)}")
+        return _build_in_memory(files, results()), decisions
 
 
-def _hold(target: Path) -> durable.ReadLock | None:
-    """Keep the folder from being deleted; None where there is nothing to keep (also: a folder without its manifest)."""
+def _lock(target: Path) -> durable.ReadLock | None:
+    """Lock the folder against deletion; None where there is none, or none with a manifest."""
     try:
         return durable.ReadLock(target / durable.MANIFEST)
     except PermissionError:
@@ -126,72 +124,78 @@ def _hold(target: Path) -> durable.ReadLock | None:
         return None
 
 
-def _note_use(target: Path) -> None:
-    with contextlib.suppress(OSError):  # somebody else's cache, which is only read
+def _touch(target: Path) -> None:
+    """Record the use of a folder: pruning deletes those used longest ago."""
+    with contextlib.suppress(OSError):  # another user's cache, which is only read
         os.utime(target)
 
 
-def _prune(folder: Path) -> list[Decision]:
-    """Delete the sets of rows that were used longest ago, until no more than `SETS_KEPT` and `BYTES_KEPT` are left.
-
-    None that is in use.
-    """
+def _prune(parent: Path) -> list[Decision]:
+    """Delete the sets of rows that were used longest ago, down to `SETS_KEPT` and `BYTES_KEPT`; never one in use."""
     try:
-        places = [one for one in folder.iterdir() if not one.name.startswith(".")]
-        sets = sorted(
-            ((one.stat().st_mtime, sum(file.stat().st_size for file in one.iterdir()), one) for one in places),
+        folders = [folder for folder in parent.iterdir() if not folder.name.startswith(".")]
+        newest_first = sorted(
+            (
+                (folder.stat().st_mtime, sum(file.stat().st_size for file in folder.iterdir()), folder)
+                for folder in folders
+            ),
             reverse=True,
         )
-    except OSError:  # another process is at it
+    except OSError:  # another process is pruning
         return []
     room, deleted, freed = BYTES_KEPT, 0, 0
-    for place, (_, size, one) in enumerate(sets):
+    for rank, (_, size, folder) in enumerate(newest_first):
         room -= size
-        if place >= SETS_KEPT or (room < 0 and place > 0):
+        if rank >= SETS_KEPT or (room < 0 and rank > 0):
             with contextlib.suppress(MachineError):
-                if durable.delete_unless_locked(one, durable.MANIFEST):
+                if durable.delete_unless_locked(folder, durable.MANIFEST):
                     deleted, freed = deleted + 1, freed + size
     if not deleted:
         return []
-    what = f"{deleted} older set{'s' * (deleted > 1)} of rows deleted ({readable_bytes(freed)})"
-    return [
-        Decision(
-            "data.cache_dir",
-            what,
-            f"the {SETS_KEPT} used last are kept, of at most {BYTES_KEPT / 1e9:,.0f} GB together",
-        )
-    ]
+    choice = f"{deleted} older set{'s' * (deleted > 1)} of rows deleted ({readable_bytes(freed)})"
+    reason = f"the {SETS_KEPT} used last are kept, of at most {BYTES_KEPT / 1e9:,.0f} GB together"
+    return [Decision("data.cache_dir", choice, reason)]
 
 
-def _build(target: Path, key: str, outcomes: Iterable[RowResult]) -> None:
+def _build(target: Path, key: str, results: Iterable[RowResult]) -> None:
     builder = StoreBuilder()
     with durable.commit_folder(target, manifest={"kind": "tokenized rows", "key": key}) as staging:
-        durable.write_stream(staging / "words.i32", _words(builder, outcomes))
+        durable.write_stream(staging / "words.i32", _words(builder, results))
         for name, table in builder.tables().items():
             durable.write_bytes(staging / f"{name}.table", table)
-        durable.write_json(staging / "about.json", builder.about())
+        durable.write_json(staging / "about.json", builder.texts())
 
 
-def _words(builder: StoreBuilder, outcomes: Iterable[RowResult]) -> Iterator[bytes]:
-    """The words of all outcomes in pieces of about a megabyte."""
+def _words(builder: StoreBuilder, results: Iterable[RowResult]) -> Iterator[bytes]:
+    """The words of all results in pieces of about a megabyte."""
     pending = bytearray()
-    for outcome in outcomes:
-        pending += builder.add(outcome)
+    for result in results:
+        pending += builder.add(result)
         if len(pending) >= 2**20:
             yield bytes(pending)
             pending.clear()
     yield bytes(pending)
 
 
-def _open(folder: Path, files: Sequence[DataFile], hold: durable.ReadLock | None) -> RowStore:
+def _build_in_memory(files: Sequence[DataFile], results: Iterable[RowResult]) -> RowStore:
+    builder = StoreBuilder()
+    words = b"".join(builder.add(result) for result in results)
+    tables = builder.tables()
+    return _store(tables["rows"], tables["examples"], np.frombuffer(words, dtype="<i4"), builder.texts(), files)
+
+
+def _open(folder: Path, files: Sequence[DataFile], lock: durable.ReadLock | None) -> RowStore:
     words = folder / "words.i32"
+    # An empty file cannot be mapped.
     mapped = np.memmap(words, dtype="<i4", mode="r") if words.stat().st_size else np.zeros(0, dtype="<i4")
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+    texts = cast("Texts", json.loads((folder / "about.json").read_text(encoding="utf-8")))
     rows, examples = ((folder / f"{name}.table").read_bytes() for name in ("rows", "examples"))
-    return replace(_store(rows, examples, mapped, about, files), folder=folder, hold=hold)
+    return replace(_store(rows, examples, mapped, texts, files), folder=folder, lock=lock)
 
 
-def _store(rows: bytes, examples: bytes, words: Any, about: dict[str, Any], files: Sequence[DataFile]) -> RowStore:
+def _store(
+    rows: bytes, examples: bytes, words: npt.NDArray[np.int32], texts: Texts, files: Sequence[DataFile]
+) -> RowStore:
     return RowStore(
         labels=tuple(file.label for file in files),
         numberings=tuple(file.numbering for file in files),
@@ -199,6 +203,6 @@ def _store(rows: bytes, examples: bytes, words: Any, about: dict[str, Any], file
         rows=np.frombuffer(rows, dtype=ROW),
         examples=np.frombuffer(examples, dtype=EXAMPLE),
         words=words,
-        reasons=tuple(Reason(*one) for one in about["reasons"]),
-        notes=tuple(tuple(RowWarning(*note) for note in one) for one in about["notes"]),
+        reasons=tuple(Reason._make(fields) for fields in texts["reasons"]),
+        warnings=tuple(tuple(RowWarning._make(fields) for fields in warnings) for warnings in texts["notes"]),
     )

@@ -1,6 +1,6 @@
-"""What became of every row (Q4): input = used + cut + dropped + duplicate + held out + bad, by number, with reasons.
+"""The status of every row: input = used + cut + dropped + duplicate + held out + bad, with reasons (promise Q4).
 
-Each row has exactly one fate. Where several would fit, the first of these counts: bad, dropped, duplicate, held out,
+Each row has exactly one status. Where several would fit, the first of these counts: bad, dropped, duplicate, held out,
 cut, used.
 """
 
@@ -10,16 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.dataset.store import FATES, RowStore
+from llmtune.data.dataset.row_result import STATUSES, Reason, Status
+from llmtune.data.dataset.store import RowStore
 from llmtune.data.rendering.row_warnings import RowWarning
-from llmtune.data.rows.row_result import Reason
 
-__all__ = ["REASONS_SHOWN", "Ledger", "LedgerPart"]
+__all__ = ["REASONS_SHOWN", "Balance", "Ledger", "LedgerEntry", "LedgerPart", "PartSummary"]
 
 REASONS_SHOWN = 20
 """Different reasons listed in a summary; the rest are counted together."""
@@ -28,132 +28,168 @@ _OTHER_REASONS = "other reasons"
 _INDEX = re.compile(r"\[\d+\]")
 
 
+class LedgerEntry(TypedDict):
+    """One line of ledger.jsonl."""
+
+    part: str
+    source: str
+    fate: Status
+    reason: NotRequired[str]
+    field: NotRequired[str]
+    fix: NotRequired[str]
+    other: NotRequired[str]
+    """The row that this one repeats."""
+    tokens: int
+    tokens_lost: int
+    notes: NotRequired[list[str]]
+
+
+class Balance(TypedDict):
+    """Rows by status, and all rows (`input`), which are counted by themselves."""
+
+    input: int
+    used: int
+    cut: int
+    dropped: int
+    duplicate: int
+    held_out: int
+    bad: int
+
+
+class PartSummary(Balance):
+    """The balance of one side with reasons and warnings by count, and its tokens."""
+
+    examples: int
+    tokens: int
+    loss_tokens: float
+    tokens_cut: int
+    reasons: dict[str, dict[str, int]]
+    notes: dict[str, int]
+
+
 @dataclass
 class LedgerPart:
-    """The rows of one side.
+    """The rows of one side (train or eval).
 
-    `fates` starts as what each row is on its own and changes when rows are compared or held out.
+    `statuses`, int8 [R], starts with the status of each row by itself and changes when rows are compared or held out.
     """
 
     name: str
     store: RowStore
-    fates: npt.NDArray[np.int8] = field(init=False)
+    statuses: npt.NDArray[np.int8] = field(init=False)
     reasons: dict[int, Reason] = field(default_factory=dict)
-    """Reasons that come from other rows."""
+    """Reasons that come from other rows, by row."""
     others: dict[int, str] = field(default_factory=dict)
-    """The other row, where there is one."""
-    notes: dict[int, RowWarning] = field(default_factory=dict)
-    """Notes that come from other rows."""
+    """The name of the other row of a duplicate or overlap, by row."""
+    warnings: dict[int, RowWarning] = field(default_factory=dict)
+    """Warnings that come from other rows, by row."""
 
     def __post_init__(self) -> None:
-        self.fates = self.store.rows["fate"].astype(np.int8)
+        self.statuses = self.store.rows["status"].astype(np.int8)
 
-    def rows_that_are(self, *fates: str) -> npt.NDArray[np.int64]:
-        """Numbers of the rows with one of these fates, ascending."""
-        return np.flatnonzero(np.isin(self.fates, [FATES.index(fate) for fate in fates]))
+    def rows_with_status(self, *statuses: Status) -> npt.NDArray[np.int64]:
+        """Numbers of the rows with one of these statuses, ascending."""
+        return np.flatnonzero(np.isin(self.statuses, [STATUSES.index(status) for status in statuses]))
 
-    def set_fate(self, row: int, fate: str, reason: Reason | None, other: str | None = None) -> None:
-        """Give a row its final fate."""
-        self.fates[row] = FATES.index(fate)
+    def set_status(self, row: int, status: Status, reason: Reason | None, other: str | None = None) -> None:
+        """Give a row its final status."""
+        self.statuses[row] = STATUSES.index(status)
         if reason is not None:
             self.reasons[row] = reason
         if other is not None:
             self.others[row] = other
 
     def reason(self, row: int) -> Reason | None:
-        """Why the row is not used whole."""
+        """The reason why the row is cut or not used."""
         if row in self.reasons:
             return self.reasons[row]
         number = int(self.store.rows["reason"][row])
         return self.store.reasons[number] if number >= 0 else None
 
-    def notes_of(self, row: int) -> tuple[RowWarning, ...]:
-        """What has to be said about a row whatever its fate."""
-        own = self.store.notes[int(self.store.rows["notes"][row])]
-        return (*own, self.notes[row]) if row in self.notes else own
+    def warnings_of(self, row: int) -> tuple[RowWarning, ...]:
+        """The warnings about a row, whatever its status."""
+        warnings = self.store.warnings[int(self.store.rows["warnings"][row])]
+        return (*warnings, self.warnings[row]) if row in self.warnings else warnings
 
-    def entry(self, row: int) -> dict[str, Any]:
+    def entry(self, row: int) -> LedgerEntry:
         """One row as an object of ledger.jsonl."""
-        fate, reason = FATES[self.fates[row]], self.reason(row)
-        entry: dict[str, Any] = {"part": self.name, "source": self.store.source(row), "fate": fate}
-        if reason is not None:
-            entry["reason"] = reason.what
-            entry.update(
-                {key: value for key, value in (("field", reason.field), ("fix", reason.fix)) if value is not None}
-            )
-        if row in self.others:
-            entry["other"] = self.others[row]
+        status, reason = STATUSES[self.statuses[row]], self.reason(row)
         tokens, lost = int(self.store.rows["tokens"][row]), int(self.store.rows["tokens_lost"][row])
-        if fate in ("dropped", "duplicate"):
-            lost = tokens
-        entry.update({"tokens": tokens, "tokens_lost": lost})
-        if self.notes_of(row):
-            entry["notes"] = [note.text for note in self.notes_of(row)]
-        return entry
+        reason_fields = {} if reason is None else {"reason": reason.problem, "field": reason.field, "fix": reason.fix}
+        optional = {**reason_fields, "other": self.others.get(row)}
+        entry = {
+            "part": self.name,
+            "source": self.store.source(row),
+            "fate": status,
+            **{key: value for key, value in optional.items() if value is not None},
+            "tokens": tokens,
+            "tokens_lost": tokens if status in ("dropped", "duplicate") else lost,
+        }
+        warnings = [warning.text for warning in self.warnings_of(row)]
+        return cast("LedgerEntry", {**entry, "notes": warnings} if warnings else entry)
 
     def affected(self) -> Iterator[int]:
-        """Rows that are not simply used, ascending."""
-        noted = np.isin(self.store.rows["notes"], [index for index, notes in enumerate(self.store.notes) if notes])
-        noted[list(self.notes)] = True
-        yield from (int(row) for row in np.flatnonzero(noted | (self.fates != FATES.index("used"))))
+        """Numbers of the rows that are not simply used or that have warnings, ascending."""
+        with_warnings = [index for index, warnings in enumerate(self.store.warnings) if warnings]
+        noted = np.isin(self.store.rows["warnings"], with_warnings)
+        noted[list(self.warnings)] = True
+        yield from (int(row) for row in np.flatnonzero(noted | (self.statuses != STATUSES.index("used"))))
 
-    def rows_at(self, place: str) -> list[int]:
-        """Numbers of the rows at `file:line` or `file[index]`, where `file` may be the end of a longer path."""
+    def rows_named(self, name: str) -> list[int]:
+        """Numbers of the rows `file:line` or `file[index]`, where `file` may be the end of a longer path."""
         rows: list[int] = []
         for index, (label, numbering) in enumerate(zip(self.store.labels, self.store.numberings, strict=True)):
-            name, _, number = place.removesuffix("]").rpartition(":" if numbering == "line" else "[")
-            if number.isdecimal() and name and (label == name or label.endswith(f"/{name}")):
-                rows += np.flatnonzero(
-                    (self.store.rows["file"] == index) & (self.store.rows["number"] == int(number))
-                ).tolist()
+            file, _, number = name.removesuffix("]").rpartition(":" if numbering == "line" else "[")
+            if number.isdecimal() and file and (label == file or label.endswith(f"/{file}")):
+                matches = (self.store.rows["file"] == index) & (self.store.rows["number"] == int(number))
+                rows += np.flatnonzero(matches).tolist()
         return rows
 
-    def balance(self) -> dict[str, int]:
-        """Rows by fate, and `input`, which is counted by itself."""
-        counts = np.bincount(self.fates, minlength=len(FATES))
-        return {"input": len(self.store), **{fate: int(count) for fate, count in zip(FATES, counts, strict=True)}}
+    def balance(self) -> Balance:
+        """Count the rows by status."""
+        counts = np.bincount(self.statuses, minlength=len(STATUSES)).tolist()
+        return cast("Balance", {"input": len(self.store), **dict(zip(STATUSES, counts, strict=True))})
 
-    def summary(self) -> dict[str, Any]:
-        """The balance with reasons, notes and tokens; JSON-able and short."""
+    def summary(self) -> PartSummary:
+        """The balance with reasons, warnings and tokens; JSON-able and short."""
         reasons: dict[str, Counter[str]] = {}
-        notes: Counter[str] = Counter()
-        lost = 0
+        warnings: Counter[str] = Counter()
+        tokens_cut = 0
         for row in self.affected():
-            reason, fate = self.reason(row), FATES[self.fates[row]]
-            notes.update({note.code for note in self.notes_of(row)})
-            if reason is not None and fate != "used":
-                counter = reasons.setdefault(fate, Counter())
-                what = f"{_INDEX.sub('[]', reason.field)}: {reason.what}" if reason.field else reason.what
-                counter[what if what in counter or len(counter) < REASONS_SHOWN else _OTHER_REASONS] += 1
-            if fate == "cut":
-                lost += int(self.store.rows["tokens_lost"][row])
-        kept = np.isin(self.store.examples["row"], self.rows_that_are("used", "cut"))
+            reason, status = self.reason(row), STATUSES[self.statuses[row]]
+            warnings.update({warning.code for warning in self.warnings_of(row)})
+            if reason is not None and status != "used":
+                counter = reasons.setdefault(status, Counter())
+                # Without their indices the fields of different rows count as one reason.
+                field = f"{_INDEX.sub('[]', reason.field)}: " if reason.field else ""
+                text = field + reason.problem
+                counter[text if text in counter or len(counter) < REASONS_SHOWN else _OTHER_REASONS] += 1
+            if status == "cut":
+                tokens_cut += int(self.store.rows["tokens_lost"][row])
+        kept = np.isin(self.store.examples["row"], self.rows_with_status("used", "cut"))
         examples = self.store.examples[kept]
         return {
             **self.balance(),
             "examples": len(examples),
             "tokens": int(examples["tokens"].sum(dtype=np.int64)),
             "loss_tokens": float(examples["loss_weight"].sum()),
-            "tokens_cut": lost,
-            "reasons": {fate: dict(counter.most_common()) for fate, counter in reasons.items()},
-            "notes": dict(notes.most_common()),
+            "tokens_cut": tokens_cut,
+            "reasons": {status: dict(counter.most_common()) for status, counter in reasons.items()},
+            "notes": dict(warnings.most_common()),
         }
 
 
 class Ledger:
-    """The fate of every row of a run, for both sides."""
+    """The status of every row of a run, for both sides."""
 
     def __init__(self, parts: Sequence[LedgerPart]) -> None:
         self.parts = tuple(parts)
 
     @property
-    def entries(self) -> Iterator[dict[str, Any]]:
-        """Objects for ledger.jsonl: every row that was not simply used, in order.
-
-        A row that is not here was used whole.
-        """
+    def entries(self) -> Iterator[LedgerEntry]:
+        """Objects for ledger.jsonl, in order: every row that is not simply used, or that has warnings."""
         return (part.entry(row) for part in self.parts for row in part.affected())
 
-    def summary(self) -> dict[str, Any]:
-        """For each part the balance (`input` and the fates), reasons, notes and tokens."""
+    def summary(self) -> dict[str, PartSummary]:
+        """The summary of each part by its name."""
         return {part.name: part.summary() for part in self.parts}

@@ -1,6 +1,6 @@
-"""Which examples share a pack: planned before step 1, so that the number of steps is exact.
+"""Put examples into packs. All packs are planned before step 1, so that the number of steps is exact.
 
-Legend: N examples, P packs.
+Shapes: N examples, P packs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def seeded_order(count: int, *key: int) -> Indices:
     """Give the permutation of `range(count)` that belongs to `key`, int64 [count].
 
     It sorts raw 64-bit draws of PCG64, a stream that NumPy promises never to change (unlike `Generator.permutation`),
-    so one key means one order on every machine and version. Key parts must be non-negative.
+    so a key gives the same order on every machine and version. Key parts must be non-negative.
 
     >>> seeded_order(5, 42, 0).tolist() == seeded_order(5, 42, 0).tolist() != seeded_order(5, 42, 1).tolist()
     True
@@ -38,9 +38,9 @@ def plan_packs(
 ) -> list[Indices]:
     """Put every example in exactly one pack of at most `max_length` tokens; an example is never split.
 
-    `lengths`: int64 [N], tokens of each example. Returns P arrays of example indices. The plan is a pure function of
-    its arguments. Inside a pack, and over the packs, examples stand in the seeded order (in the given order when `seed`
-    is None), each pack at the place of its first example.
+    `lengths`: int64 [N], tokens of each example. Returns P int64 arrays of example indices, a pure function of the
+    arguments. Inside a pack, and over the packs, examples keep the seeded order (the given order when `seed` is None);
+    a pack has the position of its first example.
 
     - `none`: one example in each pack.
     - `greedy`: fill a pack in order, close it at the first example that does not fit.
@@ -68,7 +68,7 @@ def plan_packs(
 
 
 def packing_efficiency(lengths: npt.NDArray[np.int64], packs: list[Indices], max_length: int) -> float:
-    """Give the part of all pack positions that hold a token, in [0, 1]; 1.0 for no packs."""
+    """Give the fraction of all pack positions that hold a token, in [0, 1]; 1.0 for no packs."""
     return float(np.sum(lengths) / (len(packs) * max_length)) if packs else 1.0
 
 
@@ -76,24 +76,17 @@ def refuse_unpackable(lengths: npt.NDArray[np.int64], max_length: int | None) ->
     """Raise DataError for the first example that is empty or longer than `max_length` tokens."""
     empty = np.flatnonzero(lengths < 1)
     if len(empty):
-        raise DataError(
-            f"example {empty[0]} has no tokens ({len(empty)} such examples)",
-            fix="leave out empty examples before packing",
-        )
-    if max_length is None:
-        return
-    overlong = np.flatnonzero(lengths > max_length)
+        problem = f"example {empty[0]} has no tokens ({len(empty)} such examples)"
+        raise DataError(problem, fix="leave out empty examples before packing")
+    overlong = np.flatnonzero(lengths > max_length) if max_length is not None else empty
     if len(overlong):
-        raise DataError(
-            f"example {overlong[0]} has {lengths[overlong[0]]} tokens, a pack holds {max_length} ({len(overlong)} such examples)",
-            fix="raise `data.max_length` or choose what happens to them with `data.overlong`",
-        )
+        first = f"example {overlong[0]} has {lengths[overlong[0]]} tokens, a pack holds {max_length}"
+        fix = "raise `data.max_length` or choose what happens to them with `data.overlong`"
+        raise DataError(f"{first} ({len(overlong)} such examples)", fix=fix)
 
 
 def _in_order(order: Indices, pack_of: Indices) -> list[Indices]:
-    """Turn "position i of the order lies in pack_of[i]" into arrays of example indices, in the order of their first
-    example.
-    """
+    """Give the example indices of each pack, by first example: `order[i]` lies in pack `pack_of[i]`, both int64 [N]."""
     _, first, inverse = np.unique(pack_of, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first, kind="stable")] = np.arange(len(first))
@@ -108,6 +101,7 @@ def _none(lengths: Indices, _max_length: int) -> Indices:
 
 
 def _greedy(lengths: Indices, max_length: int) -> Indices:
+    # One search in the running sum finds the end of a pack, instead of a step for every example.
     ends = np.cumsum(lengths)
     starts: list[int] = []
     start = used = 0
@@ -121,9 +115,9 @@ def _greedy(lengths: Indices, max_length: int) -> Indices:
 
 
 def _first_fit(lengths: Indices, max_length: int) -> Indices:
-    """First-fit decreasing, one NumPy sweep over the open packs per distinct length.
+    """First-fit decreasing, in one NumPy sweep over the open packs for each distinct length.
 
-    Equal lengths are interchangeable, so the oldest pack takes as many of them as fit before the next one is asked.
+    Equal lengths are interchangeable, so the oldest pack takes as many of them as fit, then the next one.
     """
     by_length = np.argsort(-lengths, kind="stable")
     shortest = int(lengths.min())
@@ -132,10 +126,10 @@ def _first_fit(lengths: Indices, max_length: int) -> Indices:
     open_room = np.empty(0, dtype=np.int32)
     packs = 0
     for length, begin, end in _runs(lengths[by_length]):
-        takes = open_room // length
+        takes = open_room // length  # examples of this length that each open pack has room for
         filled = np.cumsum(takes)
         placed = min(int(filled[-1]) if len(filled) else 0, end - begin)
-        takes = np.minimum(takes, np.maximum(placed - (filled - takes), 0))
+        takes = np.minimum(takes, np.maximum(placed - (filled - takes), 0))  # no more than the run has, oldest first
         open_room = (open_room - takes * length).astype(np.int32)
         each = max_length // length
         fresh = -(-(end - begin - placed) // each)
@@ -148,7 +142,7 @@ def _first_fit(lengths: Indices, max_length: int) -> Indices:
         pack_of[by_length[begin:end]] = targets
         open_ids = np.concatenate([open_ids, fresh_ids])
         open_room = np.concatenate([open_room, (max_length - fresh_takes * length).astype(np.int32)])
-        still_open = open_room >= shortest
+        still_open = open_room >= shortest  # a pack without room for any example would only slow the sweeps
         open_ids, open_room = open_ids[still_open], open_room[still_open]
     return pack_of
 
@@ -156,9 +150,9 @@ def _first_fit(lengths: Indices, max_length: int) -> Indices:
 def _best_fit(lengths: Indices, max_length: int) -> Indices:
     """Best-fit decreasing over packs filed by the room they have left.
 
-    `filed` has bit r set when some pack has r tokens of room, so the tightest room for a length is its lowest set bit
-    from there on. A pack that took one example of a run is still the tightest while another fits, so it takes them all
-    at once.
+    `filed` has bit r set when some pack has r tokens of room, so the tightest room for a length is the lowest set bit
+    from that length on. A pack that took one example of a run is still the tightest while another fits, so it takes all
+    that fit at once.
     """
     by_length = np.argsort(-lengths, kind="stable")
     shortest = int(lengths.min())
@@ -175,7 +169,7 @@ def _best_fit(lengths: Indices, max_length: int) -> Indices:
             if fitting:
                 room = length + (fitting & -fitting).bit_length() - 1
                 same_room = packs_with_room[room]
-                pack = heapq.heappop(same_room)
+                pack = heapq.heappop(same_room)  # the oldest of equals
                 if not same_room:
                     filed ^= 1 << room
             else:
@@ -186,7 +180,7 @@ def _best_fit(lengths: Indices, max_length: int) -> Indices:
             targets.append(pack)
             takes.append(take)
             room -= take * length
-            if room >= shortest:
+            if room >= shortest:  # no example that is left fits into less
                 heapq.heappush(packs_with_room.setdefault(room, []), pack)
                 filed |= 1 << room
         pack_of[by_length[begin:end]] = np.repeat(targets, takes)
@@ -207,3 +201,4 @@ STRATEGIES: dict[str, Callable[[Indices, int], Indices]] = {
     "first_fit": _first_fit,
     "best_fit": _best_fit,
 }
+"""Functions from lengths [N], in order, and `max_length` to the number of each example's pack [N]."""

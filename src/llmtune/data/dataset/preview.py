@@ -1,7 +1,7 @@
-"""Rows as the model will see them, for people (coloured text, a page) and for programs (JSON).
+"""Show examples as the model sees them, for people (coloured text, a page) and for programs (JSON).
 
-Everything here is a pure function of examples and a tokenizer. What stands in the data cannot reach the terminal or the
-page as anything but text: control characters are written out, and the page escapes everything and runs nothing.
+All functions are pure functions of examples and a tokenizer. Text of the data reaches the terminal and the page as text
+only: control characters are written out as escapes, and the page escapes all text and has no scripts.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ def json_line(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def stretches(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Stretch]:
     """Yield an example's text in stretches of one weight and kind; together they are the text of all its tokens."""
-    control_ids = {
-        token for token, one in tokenizer.added_tokens_decoder.items() if one.content.replace("\u2581", " ").strip()
-    }
+    added = tokenizer.added_tokens_decoder.items()
+    control_ids = {token_id for token_id, token in added if token.content.replace("\u2581", " ").strip()}
     pending: list[str] = []
     kind: tuple[float, bool] | None = None
     for text, weight, token in _token_texts(example, tokenizer):
@@ -79,11 +78,12 @@ def _token_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterat
     ids, weights = example.input_ids.tolist(), example.weights.tolist()
     before: list[int] = []
     pending: list[int] = []
-    for place, (token, weight) in enumerate(zip(ids, weights, strict=True)):
+    for index, (token, weight) in enumerate(zip(ids, weights, strict=True)):
         pending.append(token)
         # A decoder may drop a leading space, so a token is decoded after the one before it.
         text = decode([*before, *pending])[len(decode(before)) :]
-        ends = place + 1 == len(ids) or weights[place + 1] != weight or len(pending) > 8
+        # A replacement character is either half a character, which the next tokens complete, or in the text itself.
+        ends = index + 1 == len(ids) or weights[index + 1] != weight or len(pending) > 8
         if text.endswith("\ufffd") and not ends:
             continue
         yield text, weight, token
@@ -91,30 +91,28 @@ def _token_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterat
 
 
 # --- terminal
-# ---------------------------------------------------------------------------------------------------------------------------
 
 GREEN, BOLD_GREEN, CYAN, DIM, RESET = "\x1b[32m", "\x1b[1;32m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
 OPEN, CLOSE = "⟦", "⟧"
 
 
 def legend(*, color: bool) -> str:
-    """Say what the colours (or, without them, the brackets) of `terminal_text` mean."""
+    """Explain the colours (or, without them, the brackets) of `terminal_text`."""
     if color:
-        return f"{GREEN}trained{RESET}, {BOLD_GREEN}trained control token{RESET}, {CYAN}control token{RESET}, not trained; ↵ is a line's end"
+        trained = f"{GREEN}trained{RESET}, {BOLD_GREEN}trained control token{RESET}"
+        return f"{trained}, {CYAN}control token{RESET}, not trained; ↵ is a line's end"
     return f"{OPEN}trained{CLOSE}, the rest is not trained; ↵ is a line's end"
 
 
 def terminal_text(group: Group, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> Iterator[str]:
-    """Yield the lines of a group: a heading for each row, its text with what is trained marked, and the borders of a
-    pack.
-    """
+    """Yield the lines of a group: a heading for each row, its text with the trained parts marked, a pack's borders."""
     paint: Callable[[str, str], str] = (lambda code, text: f"{code}{text}{RESET}") if color else (lambda _, text: text)
     if group.number is not None:
         yield f"╭── {_pack_line(group)}"
     for example in group.examples:
         edge = "├── " if group.number is not None else ""
         yield edge + paint(DIM, row_line(example))
-        body = "".join(_marked(one, color=color) for one in stretches(example, tokenizer))
+        body = "".join(_marked(stretch, color=color) for stretch in stretches(example, tokenizer))
         for line in body.split("\n"):
             yield ("│ " if group.number is not None else "") + line
     if group.number is not None:
@@ -142,21 +140,23 @@ def _marked(stretch: Stretch, *, color: bool) -> str:
     if not color:
         return f"{OPEN}{note}{text}{CLOSE}" if stretch.weight > 0 else text
     code = (BOLD_GREEN if stretch.is_control else GREEN) if stretch.weight > 0 else CYAN if stretch.is_control else ""
-    # Colour is set anew on each line, so that a pager shows every line alike.
+    # Colour is set anew on each line, because a pager forgets it at a line's end.
     return "\n".join(f"{code}{line}{RESET}" if code and line else line for line in (note + text).split("\n"))
 
 
 # --- a page
-# -----------------------------------------------------------------------------------------------------------------------------
 
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace;
-  padding: .75rem; border: 1px solid #8886;
-border-radius: .4rem; margin: .25rem 0 1rem; } section { border-left: 4px solid #8888; padding-left: 1rem; margin: 1.5rem 0; } .t {
-background: #2da44e40; } .c { color: #0969da; } .t.c { color: inherit; font-weight: 700; } @media (prefers-color-scheme: dark) { .c {
-color: #6cb6ff; } } """
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; padding: .75rem;
+  border: 1px solid #8886; border-radius: .4rem; margin: .25rem 0 1rem; }
+section { border-left: 4px solid #8888; padding-left: 1rem; margin: 1.5rem 0; }
+.t { background: #2da44e40; }
+.c { color: #0969da; }
+.t.c { color: inherit; font-weight: 700; }
+@media (prefers-color-scheme: dark) { .c { color: #6cb6ff; } }
+"""
 
 
 def html_page(groups: Iterable[Group], tokenizer: PreTrainedTokenizerBase, *, title: str) -> str:
@@ -165,6 +165,7 @@ def html_page(groups: Iterable[Group], tokenizer: PreTrainedTokenizerBase, *, ti
     name = html.escape(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        # Should anything of the data get past the escaping, the browser still runs and loads nothing.
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f'<meta name="viewport" content="width=device-width"><title>{name}</title><style>{STYLE}</style></head><body>\n'
         f'<h1>{name}</h1>\n<p><span class="t">trained</span>, <span class="t c">trained control token</span>, '

@@ -16,7 +16,7 @@ from llmtune.config.schema import DataConfig
 from llmtune.data.dataset.ledger import LedgerPart
 from llmtune.data.dataset.make_dataset import PreparedData
 from llmtune.data.dataset.packing import PackingStrategy, packing_efficiency, plan_packs, seeded_order
-from llmtune.data.dataset.store import FATES
+from llmtune.data.dataset.row_result import STATUSES
 from llmtune.errors import DataError
 
 __all__ = ["ROWS_LISTED", "data_report", "histogram", "padding_share", "report_lines", "row_report"]
@@ -26,17 +26,18 @@ ROWS_LISTED = 1000
 
 _LINES_OF_ROWS = 20
 _BAR_CHARACTERS = 40
-_FATE_WORDS = tuple(fate.replace("_", " ") for fate in FATES)
+
+JsonObject = dict[str, Any]
 
 
-def data_report(prepared: PreparedData, config: DataConfig, *, batch_size: int) -> dict[str, Any]:
-    """Everything `llmtune data report` knows, JSON-able."""
+def data_report(prepared: PreparedData, config: DataConfig, *, batch_size: int) -> JsonObject:
+    """The complete report, JSON-able."""
     lengths = prepared.train.lengths
     rows = list(itertools.islice(prepared.ledger.entries, ROWS_LISTED))
     affected = sum(sum(1 for _ in part.affected()) for part in prepared.ledger.parts)
     return {
         "balance": prepared.ledger.summary(),
-        "sources": [one for part in prepared.ledger.parts for one in _sources(part)],
+        "sources": [source for part in prepared.ledger.parts for source in _sources(part)],
         "lengths": _lengths(lengths, config.max_length),
         "padding_share": padding_share(lengths, batch_size, config.shuffle_seed),
         "batch_size": batch_size,
@@ -47,132 +48,122 @@ def data_report(prepared: PreparedData, config: DataConfig, *, batch_size: int) 
     }
 
 
-def _lengths(lengths: npt.NDArray[np.int64], max_length: int) -> dict[str, Any]:
-    if not len(lengths):
+def _lengths(lengths_N: npt.NDArray[np.int64], max_length: int) -> JsonObject:
+    if not len(lengths_N):
         return {"examples": 0, "max_length": max_length, "histogram": []}
-    shortest, median, most, longest = (int(one) for one in np.quantile(lengths, [0, 0.5, 0.95, 1], method="higher"))
-    named = {
-        "shortest": shortest,
-        "median": median,
-        "percentile_95": most,
-        "longest": longest,
-        "mean": float(lengths.mean()),
+    quantiles = np.quantile(lengths_N, [0, 0.5, 0.95, 1], method="higher")
+    names = ("shortest", "median", "percentile_95", "longest")
+    return {
+        "examples": len(lengths_N),
+        "max_length": max_length,
+        **{name: int(length) for name, length in zip(names, quantiles, strict=True)},
+        "mean": float(lengths_N.mean()),
+        "histogram": histogram(lengths_N),
     }
-    return {"examples": len(lengths), "max_length": max_length, **named, "histogram": histogram(lengths)}
 
 
-def histogram(lengths: npt.NDArray[np.int64]) -> list[dict[str, int]]:
-    """Examples by length, in at most 12 bins of one round width; the bins add up to N.
+def histogram(lengths_N: npt.NDArray[np.int64]) -> list[dict[str, int]]:
+    """Count examples by length, int64 [N], in at most 12 bins of one round width; the counts add up to N.
 
-    >>> histogram(np.array([1, 9, 10, 19]))
-    [{'from': 0, 'to': 4, 'examples': 1}, {'from': 5, 'to': 9, 'examples': 1}, {'from': 10, 'to': 14, 'examples': 1}, \
-{'from': 15, 'to': 19, 'examples': 1}]
+    >>> [tuple(interval.values()) for interval in histogram(np.array([1, 9, 10, 19]))]
+    [(0, 4, 1), (5, 9, 1), (10, 14, 1), (15, 19, 1)]
     """
-    longest = int(lengths.max())
+    longest = int(lengths_N.max())
     width = next(step * 10**power for power in range(12) for step in (1, 2, 5) if step * 10**power * 12 > longest)
     width = max(width, 5)
-    counts = np.bincount(lengths // width)
-    return [{"from": at * width, "to": (at + 1) * width - 1, "examples": int(count)} for at, count in enumerate(counts)]
+    counts = np.bincount(lengths_N // width).tolist()
+    return [
+        {"from": index * width, "to": (index + 1) * width - 1, "examples": count} for index, count in enumerate(counts)
+    ]
 
 
-def padding_share(lengths: npt.NDArray[np.int64], batch_size: int, seed: int | None) -> float:
-    """Part of all positions that would be padding in micro-batches of `batch_size` examples in the order of epoch 0, in
-    [0, 1).
+def padding_share(lengths_N: npt.NDArray[np.int64], batch_size: int, seed: int | None) -> float:
+    """Share of positions, in [0, 1), that are padding in micro-batches of `batch_size` in the order of epoch 0.
+
+    `lengths_N`: int64 [N]. A micro-batch of B examples takes B times its longest length.
     """
-    if not len(lengths):
+    if not len(lengths_N):
         return 0.0
-    ordered = lengths[seeded_order(len(lengths), seed, 0)] if seed is not None else lengths
-    positions = sum(
-        int(ordered[start : start + batch_size].max()) * len(ordered[start : start + batch_size])
-        for start in range(0, len(ordered), batch_size)
-    )
-    return 1.0 - float(lengths.sum()) / positions
+    ordered = lengths_N[seeded_order(len(lengths_N), seed, 0)] if seed is not None else lengths_N
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    return 1.0 - float(lengths_N.sum()) / sum(int(batch.max()) * len(batch) for batch in batches)
 
 
-def _packing(lengths: npt.NDArray[np.int64], config: DataConfig) -> dict[str, Any]:
-    """Sequences and efficiency of each strategy; the one of the config is marked."""
+def _packing(lengths_N: npt.NDArray[np.int64], config: DataConfig) -> JsonObject:
+    """Sequences and efficiency of each strategy, and which one the config chooses."""
     strategies = {}
     for strategy in get_args(PackingStrategy):
-        packs = plan_packs(lengths, config.max_length, strategy, config.shuffle_seed)
-        strategies[strategy] = {
-            "sequences": len(packs),
-            "efficiency": packing_efficiency(lengths, packs, config.max_length),
-        }
+        packs = plan_packs(lengths_N, config.max_length, strategy, config.shuffle_seed)
+        efficiency = packing_efficiency(lengths_N, packs, config.max_length)
+        strategies[strategy] = {"sequences": len(packs), "efficiency": efficiency}
     return {"chosen": config.packing, "strategies": strategies}
 
 
-def _sources(part: LedgerPart) -> Iterator[dict[str, Any]]:
-    """The balance of each source of one part."""
-    files = part.store.rows["file"]
+def _sources(part: LedgerPart) -> Iterator[JsonObject]:
+    """The balance of each source of one side."""
+    file_of_row = part.store.rows["file"]
     paths = part.store.source_paths
     for path in dict.fromkeys(paths):
-        own = np.isin(files, [index for index, one in enumerate(paths) if one == path])
-        counts = np.bincount(part.fates[own], minlength=len(FATES))
-        kept = own & np.isin(part.fates, [FATES.index("used"), FATES.index("cut")])
+        own = np.isin(file_of_row, [index for index, file_path in enumerate(paths) if file_path == path])
+        counts = np.bincount(part.statuses[own], minlength=len(STATUSES)).tolist()
+        kept = own & np.isin(part.statuses, [STATUSES.index("used"), STATUSES.index("cut")])
         examples = part.store.examples[kept[part.store.examples["row"]]]
-        amounts = {
-            "tokens": int(examples["tokens"].sum(dtype=np.int64)),
-            "loss_tokens": float(examples["loss_weight"].sum()),
-        }
         yield {
             "part": part.name,
             "source": path,
             "input": int(own.sum()),
-            **dict(zip(FATES, counts.tolist(), strict=True)),
-            **amounts,
+            **dict(zip(STATUSES, counts, strict=True)),
+            "tokens": int(examples["tokens"].sum(dtype=np.int64)),
+            "loss_tokens": float(examples["loss_weight"].sum()),
         }
 
 
-def row_report(prepared: PreparedData, place: str) -> list[dict[str, Any]]:
-    """The fate of the row at `file:line` or `file[index]`, with its examples.
-
-    Raises DataError if there is no such row.
-    """
-    found = []
+def row_report(prepared: PreparedData, name: str) -> list[JsonObject]:
+    """The status of the row `file:line` or `file[index]` and its examples. Raises DataError if there is no such row."""
+    rows = []
     for part in prepared.ledger.parts:
-        for row in part.rows_at(place):
-            indices = np.flatnonzero(part.store.examples["row"] == row)
-            kept = [part.store.examples[index] for index in indices]
-            examples = [{"tokens": int(one["tokens"]), "loss_tokens": float(one["loss_weight"])} for one in kept]
-            found.append({**part.entry(row), "examples": examples})
-    if not found:
+        for row in part.rows_named(name):
+            entries = part.store.examples[part.store.examples["row"] == row]
+            examples = [
+                {"tokens": int(entry["tokens"]), "loss_tokens": float(entry["loss_weight"])} for entry in entries
+            ]
+            rows.append({**part.entry(row), "examples": examples})
+    if not rows:
         labels = [label for part in prepared.ledger.parts for label in part.store.labels]
-        fix = f"name it as file:line (a json or parquet row as file[index], from 0); the files are {', '.join(labels[:5])}"
-        raise DataError(f"there is no row {place!r}", "--row", fix)
-    return found
+        files = ", ".join(labels[:5])
+        fix = f"name it as file:line (a json or parquet row as file[index], from 0); the files are {files}"
+        raise DataError(f"there is no row {name!r}", "--row", fix)
+    return rows
 
 
 # --- as text
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
     """The report as lines of plain text."""
     for name, balance in report["balance"].items():
-        sums = " + ".join(f"{balance[fate]:,} {word}" for fate, word in zip(FATES, _FATE_WORDS, strict=True))
+        sums = " + ".join(f"{balance[status]:,} {status.replace('_', ' ')}" for status in STATUSES)
         yield f"{name}: {balance['input']:,} input rows = {sums}"
-        trained = (
-            f"{balance['loss_tokens']:,.0f}"
-            if balance["loss_tokens"] == int(balance["loss_tokens"])
-            else f"{balance['loss_tokens']:,.2f}"
-        )
+        is_whole = balance["loss_tokens"] == int(balance["loss_tokens"])
+        trained = f"{balance['loss_tokens']:,.0f}" if is_whole else f"{balance['loss_tokens']:,.2f}"
         lost = f"; {balance['tokens_cut']:,} tokens lost to cutting" if balance["cut"] else ""
-        yield f"  {balance['examples']:,} examples, {balance['tokens']:,} tokens, {trained} of them trained (by weight){lost}"
-        for fate, reasons in balance["reasons"].items():
-            yield from (f"  {count:>8,} {fate.replace('_', ' ')}: {reason}" for reason, count in reasons.items())
-        yield from (f"  {count:>8,} noted: {note}" for note, count in balance["notes"].items())
+        tokens = f"{balance['tokens']:,} tokens, {trained} of them trained (by weight)"
+        yield f"  {balance['examples']:,} examples, {tokens}{lost}"
+        for status, reasons in balance["reasons"].items():
+            yield from (f"  {count:>8,} {status.replace('_', ' ')}: {reason}" for reason, count in reasons.items())
+        yield from (f"  {count:>8,} noted: {code}" for code, count in balance["notes"].items())
     yield from _source_lines(report["sources"])
     yield from _length_lines(report)
     yield from _row_lines(report)
 
 
-def _source_lines(sources: list[dict[str, Any]]) -> Iterator[str]:
+def _source_lines(sources: list[JsonObject]) -> Iterator[str]:
     yield ""
-    columns = ("input", *FATES, "tokens")
-    width = max(len("source"), *(len(one["source"]) for one in sources)) if sources else 0
+    columns = ("input", *STATUSES, "tokens")
+    width = max(len(source) for source in ("source", *(row["source"] for row in sources)))
     yield f"{'source':<{width}}  {'part':<5}" + "".join(f" {column.replace('_', ' '):>10}" for column in columns)
-    for one in sources:
-        yield f"{one['source']:<{width}}  {one['part']:<5}" + "".join(f" {one[column]:>10,}" for column in columns)
+    for row in sources:
+        yield f"{row['source']:<{width}}  {row['part']:<5}" + "".join(f" {row[column]:>10,}" for column in columns)
 
 
 def _length_lines(report: Mapping[str, Any]) -> Iterator[str]:
@@ -184,12 +175,13 @@ def _length_lines(report: Mapping[str, Any]) -> Iterator[str]:
         f"length of an example in tokens: shortest {lengths['shortest']:,}, median {lengths['median']:,}, 95 % up to "
         f"{lengths['percentile_95']:,}, longest {lengths['longest']:,} (max_length {lengths['max_length']:,})"
     )
-    most = max(one["examples"] for one in lengths["histogram"])
-    for one in lengths["histogram"]:
-        bar = "#" * round(_BAR_CHARACTERS * one["examples"] / most)
-        yield f"  {one['from']:>7,} - {one['to']:>7,} {one['examples']:>9,} {bar}".rstrip()
+    most = max(interval["examples"] for interval in lengths["histogram"])
+    for interval in lengths["histogram"]:
+        bar = "#" * round(_BAR_CHARACTERS * interval["examples"] / most)
+        yield f"  {interval['from']:>7,} - {interval['to']:>7,} {interval['examples']:>9,} {bar}".rstrip()
     yield ""
-    yield f"padding without packing: {report['padding_share']:.1%} of all positions in micro-batches of {report['batch_size']}"
+    share, batch_size = report["padding_share"], report["batch_size"]
+    yield f"padding without packing: {share:.1%} of all positions in micro-batches of {batch_size}"
     for strategy, packed in report["packing"]["strategies"].items():
         if strategy != "none":
             chosen = " (chosen)" if strategy == report["packing"]["chosen"] else ""
@@ -202,13 +194,13 @@ def _row_lines(report: Mapping[str, Any]) -> Iterator[str]:
         return
     yield ""
     yield from (row_line(row) for row in rows[:_LINES_OF_ROWS])
-    more = len(rows) - _LINES_OF_ROWS + report["rows_not_listed"]
-    if more > 0:
-        yield f"and {more:,} more rows; `--json` lists {ROWS_LISTED:,} of them, `--row FILE:LINE` shows one"
+    unlisted = len(rows) - _LINES_OF_ROWS + report["rows_not_listed"]
+    if unlisted > 0:
+        yield f"and {unlisted:,} more rows; `--json` lists {ROWS_LISTED:,} of them, `--row FILE:LINE` shows one"
 
 
 def row_line(entry: Mapping[str, Any]) -> str:
-    """One entry of the ledger in a line: place, fate, why, what was lost, notes."""
+    """One entry of the ledger in a line: name, status, reason, lost tokens, warnings."""
     field = f"{entry['field']}: " if "field" in entry else ""
     why = f": {field}{entry['reason']}" if "reason" in entry else ""
     other = f" ({entry['other']})" if "other" in entry else ""

@@ -1,4 +1,4 @@
-"""Examples and row fates as flat arrays, in memory or memory-mapped: what is cached, and what training reads.
+"""Examples and the status of rows as flat arrays, in memory or memory-mapped: the cache, and the input of training.
 
 Shapes: T tokens of one example, N examples, R rows. One file of 32-bit words holds every example as its ids followed by
 its runs of equal weight (start, length, bits of the float32 weight), so that masks cost a few words an example instead
@@ -11,27 +11,26 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+from llmtune.data.dataset.row_result import STATUSES, Reason, RowResult
 from llmtune.data.example import Example, example_digest, set_digest
-from llmtune.data.reading.readers import Numbering, source_of
+from llmtune.data.reading.readers import Numbering, source_name
 from llmtune.data.rendering.row_warnings import RowWarning
-from llmtune.data.rows.row_result import Reason, RowResult
 
-__all__ = ["FATES", "JoinedExamples", "MappedExamples", "RowStore", "StoreBuilder"]
+__all__ = ["JoinedExamples", "MappedExamples", "RowStore", "StoreBuilder", "Texts"]
 
-FATES = ("used", "cut", "dropped", "duplicate", "held_out", "bad")
 
 ROW = np.dtype(
     [
         ("file", "<i4"),
         ("number", "<i8"),
-        ("fate", "<i4"),
+        ("status", "<i4"),
         ("reason", "<i4"),
-        ("notes", "<i4"),
+        ("warnings", "<i4"),
         ("tokens", "<i4"),
         ("tokens_lost", "<i4"),
         ("examples", "<i4"),
@@ -49,13 +48,21 @@ EXAMPLE = np.dtype(
         ("digest", "<u8", 2),
     ]
 )
+# The same layouts for `struct`, which packs single rows many times faster than NumPy.
 _ROW_BYTES = struct.Struct("<iqiiiiii16s16s")
 _EXAMPLE_BYTES = struct.Struct("<qqiid16s")
 assert (_ROW_BYTES.size, _EXAMPLE_BYTES.size) == (ROW.itemsize, EXAMPLE.itemsize)
 
 
+class Texts(TypedDict):
+    """The texts that the tables refer to by number; JSON-able. `Reason` and `RowWarning` are lists of their fields."""
+
+    reasons: list[list[str | bool | None]]
+    notes: list[list[list[str]]]
+
+
 class StoreBuilder:
-    """Collects outcomes; the words of their examples are handed back at once, to be written or kept."""
+    """Collects the results of rows; the words of their examples are returned at once, to be written or kept."""
 
     def __init__(self) -> None:
         self._rows = bytearray()
@@ -63,17 +70,17 @@ class StoreBuilder:
         self._row_count = 0
         self._words = 0
         self._reasons: dict[Reason, int] = {}
-        self._notes: dict[tuple[RowWarning, ...], int] = {(): 0}
+        self._warnings: dict[tuple[RowWarning, ...], int] = {(): 0}
 
-    def add(self, outcome: RowResult) -> bytes:
-        """Take in one row and return the words of its examples."""
-        reason = -1 if outcome.reason is None else self._reasons.setdefault(outcome.reason, len(self._reasons))
-        notes = self._notes.setdefault(outcome.notes, len(self._notes))
-        numbers = (outcome.file_index, outcome.number, FATES.index(outcome.fate), reason, notes)
-        amounts = (outcome.tokens, outcome.tokens_lost, len(outcome.pieces))
-        self._rows += _ROW_BYTES.pack(*numbers, *amounts, outcome.row_digest, outcome.full_digest)
+    def add(self, result: RowResult) -> bytes:
+        """Add one row and return the words of its examples."""
+        reason = -1 if result.reason is None else self._reasons.setdefault(result.reason, len(self._reasons))
+        warnings = self._warnings.setdefault(result.warnings, len(self._warnings))
+        numbers = (result.file_index, result.number, STATUSES.index(result.status), reason, warnings)
+        amounts = (result.tokens, result.tokens_lost, len(result.pieces))
+        self._rows += _ROW_BYTES.pack(*numbers, *amounts, result.row_digest, result.full_digest)
         words = bytearray()
-        for ids, weights in outcome.pieces:
+        for ids, weights in result.pieces:
             runs = _runs(weights)
             words += ids.astype("<i4", copy=False).tobytes() + runs.tobytes()
             self._words += len(ids) + runs.size
@@ -89,16 +96,16 @@ class StoreBuilder:
         """The finished tables as bytes, by name."""
         return {"rows": bytes(self._rows), "examples": bytes(self._examples)}
 
-    def about(self) -> dict[str, Any]:
-        """Reasons and notes, which the tables name by number; JSON-able."""
+    def texts(self) -> Texts:
+        """Reasons and warnings, which the tables refer to by number."""
         return {
             "reasons": [list(reason) for reason in self._reasons],
-            "notes": [[list(note) for note in notes] for notes in self._notes],
+            "notes": [[list(warning) for warning in warnings] for warnings in self._warnings],
         }
 
 
 def _runs(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-    """Runs of equal non-zero weight, int32 [runs, 3]: start, length, bits of the weight."""
+    """Runs of equal non-zero weight of weights float32 [T], int32 [runs, 3]: start, length, bits of the weight."""
     borders = np.flatnonzero(np.diff(weights, prepend=np.float32(0)) != 0)
     if len(weights) and weights[0] != 0 and (not len(borders) or borders[0] != 0):
         borders = np.concatenate([[0], borders])
@@ -111,23 +118,23 @@ def _runs(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
 
 @dataclass(frozen=True)
 class RowStore:
-    """Every row of one side (train or eval) with its fate, and every example, under the names its files have today."""
+    """Every row of one side (train or eval) with its status, and every example, by the current names of the files."""
 
     labels: tuple[str, ...]
     numberings: tuple[Numbering, ...]
     source_paths: tuple[str, ...]
-    """What the config calls the source each file belongs to."""
-    rows: np.ndarray[Any, Any]
+    """The path of each file's source in the config."""
+    rows: npt.NDArray[np.void]
     """`ROW` table [R]."""
-    examples: np.ndarray[Any, Any]
+    examples: npt.NDArray[np.void]
     """`EXAMPLE` table [N]."""
     words: npt.NDArray[np.int32]
     reasons: tuple[Reason, ...]
-    notes: tuple[tuple[RowWarning, ...], ...]
+    warnings: tuple[tuple[RowWarning, ...], ...]
     folder: Path | None = None
-    """Where it is cached; None: in memory."""
-    hold: object = None
-    """Keeps the cached files from being deleted as long as this store lives."""
+    """The cache folder; None: in memory."""
+    lock: object = None
+    """A lock that keeps other processes from deleting the cached files as long as this store lives."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,7 +142,7 @@ class RowStore:
     def source(self, row: int) -> str:
         """`file:line` or `file[index]` of a row; the file alone where reading it failed before any row."""
         file, number = int(self.rows["file"][row]), int(self.rows["number"][row])
-        return self.labels[file] if number < 0 else source_of(self.labels[file], self.numberings[file], number)
+        return self.labels[file] if number < 0 else source_name(self.labels[file], self.numberings[file], number)
 
     def example(self, index: int) -> Example:
         """One example with its weights unpacked."""
@@ -161,7 +168,7 @@ class RowStore:
 
 
 class MappedExamples:
-    """An `ExampleSet` over a store: some of its examples, in an order. Nothing is read before it is asked for."""
+    """An `ExampleSet` over a store: a selection int64 [N] of its examples, read only when indexed."""
 
     def __init__(self, store: RowStore, selection: npt.NDArray[np.int64]) -> None:
         self.store = store
@@ -170,9 +177,9 @@ class MappedExamples:
     @classmethod
     def of_rows(cls, store: RowStore, rows: npt.NDArray[np.int64]) -> MappedExamples:
         """The examples of these rows, in the order of the store."""
-        wanted = np.zeros(len(store), dtype=bool)
-        wanted[rows] = True
-        return cls(store, np.flatnonzero(wanted[store.examples["row"]]))
+        selected = np.zeros(len(store), dtype=bool)
+        selected[rows] = True
+        return cls(store, np.flatnonzero(selected[store.examples["row"]]))
 
     def __len__(self) -> int:
         return len(self.selection)
@@ -201,7 +208,7 @@ class MappedExamples:
     def digests(self) -> Iterator[bytes]:
         """`example_digest` of every example, in order."""
         digests = self.store.examples["digest"]
-        return (digests[one].tobytes() for one in self.selection)
+        return (digests[index].tobytes() for index in self.selection)
 
 
 @dataclass(frozen=True)
@@ -240,4 +247,4 @@ class JoinedExamples:
     @property
     def digest(self) -> str:
         """sha256 over all ids and weights in order."""
-        return set_digest(one for part in self.parts for one in part.digests())
+        return set_digest(digest for part in self.parts for digest in part.digests())

@@ -1,6 +1,4 @@
-"""All rows of one side (train or eval) with what becomes of each on its own: from the cache, or tokenized now on all
-cores.
-"""
+"""Tokenize all rows of one side (train or eval) on all cores, or take them from the cache."""
 
 from __future__ import annotations
 
@@ -13,20 +11,21 @@ from llmtune.common.folders import cache_folder
 from llmtune.config.schema import DataConfig
 from llmtune.data.dataset.cache import cache_key, open_or_build
 from llmtune.data.dataset.ledger import LedgerPart
+from llmtune.data.dataset.row_result import RowResult, RowRules
+from llmtune.data.dataset.workers import Batch, Job, available_cores, tokenize_batches
 from llmtune.data.example import Row
-from llmtune.data.reading.data_files import DataFile, Purpose, home_expanded
+from llmtune.data.reading.data_file import DataFile, read_records
+from llmtune.data.reading.find_files import Purpose, home_expanded
+from llmtune.data.reading.parse import BadRow
 from llmtune.data.reading.readers import Record
-from llmtune.data.reading.records_of_files import BadRow, parse_record, read_records
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.formats import DETECTION_ROWS, detect_format
-from llmtune.data.rows.row_result import RowResult, RowRules
-from llmtune.data.rows.workers import Batch, Job, available_cores, tokenize_batches
 from llmtune.errors import DataError, Problem
 
 __all__ = ["Progress", "detect_formats", "row_rules", "tokenize_side"]
 
 Progress = Callable[[int, int | None, float], None]
-"""Told `(rows done, rows in all as far as can be told, rows per second)` a few times a second."""
+"""Called with `(rows done, estimate of all rows, rows per second)` a few times a second."""
 
 _BATCH_ROWS = 256
 _BATCH_BYTES = 2**19
@@ -35,12 +34,15 @@ _PROGRESS_EVERY_S = 0.1
 
 
 def row_rules(config: DataConfig) -> RowRules:
-    """What of the config decides about a row alone."""
+    """The settings that decide about a row by itself."""
     return RowRules(config.train_on, config.text_column, config.min_length, config.max_length, config.overlong)
 
 
 def detect_formats(config: DataConfig, files: Sequence[DataFile]) -> tuple[list[str], list[Decision]]:
-    """The format of each file, told from its first rows, and one decision for all the files of one source that agree."""
+    """The format of each file, detected from its first rows, and a decision for each format of a source.
+
+    Raises DataError for files whose rows have the fields of no format.
+    """
     if config.format != "auto":
         return [config.format] * len(files), []
     formats: list[str] = []
@@ -48,15 +50,16 @@ def detect_formats(config: DataConfig, files: Sequence[DataFile]) -> tuple[list[
     problems: list[Problem] = []
     for file in files:
         first = (record for _, record in itertools.islice(read_records([file]), DETECTION_ROWS))
-        rows = (parse_record(file, record) for record in first if not isinstance(record, BadRow))
+        rows = (file.parse(record) for record in first)
         try:
             name, decision = detect_format((row for row in rows if isinstance(row, Row)), config.text_column)
         except DataError as error:
             problems += error.problems
             continue
         formats.append(name)
-        told = Decision("data.format", name, f"{file.label}: {decision.reason}")
-        decisions.setdefault((file.source_index, name), told)
+        # One decision speaks for all files of a source with the same format.
+        named = Decision("data.format", name, f"{file.label}: {decision.reason}")
+        decisions.setdefault((file.source_index, name), named)
     if problems:
         raise DataError.all(problems)
     return formats, list(decisions.values())
@@ -70,7 +73,7 @@ def tokenize_side(
     renderer: Renderer,
     progress: Progress | None,
 ) -> tuple[LedgerPart, list[Decision]]:
-    """Return every row of one side with what became of it on its own, and what was decided on the way.
+    """Return every row of one side with its status before rows are compared, and the decisions made on the way.
 
     `digests` are those of `files`, in order. Raises DataError for a file in no known format, MachineError where
     `cache_dir` cannot be used.
@@ -82,35 +85,35 @@ def tokenize_side(
     folder = home_expanded(config.cache_dir) if config.cache_dir else cache_folder()
     job = Job(tuple(files), tuple(formats), renderer, rules)
     workers = available_cores() if config.num_workers is None else config.num_workers
-    store, said = open_or_build(
+    store, cache_decisions = open_or_build(
         folder,
         cache_key(files, digests, facts),
         files,
-        lambda: _outcomes(job, limit, workers, progress),
+        lambda: _results(job, limit, workers, progress),
         must_be_cached=config.cache_dir is not None,
     )
-    return LedgerPart(purpose, store), [*decisions, *said]
+    return LedgerPart(purpose, store), [*decisions, *cache_decisions]
 
 
-def _outcomes(job: Job, max_samples: int | None, workers: int, progress: Progress | None) -> Iterator[RowResult]:
-    """Tokenize everything, in order, telling how it goes."""
+def _results(job: Job, max_samples: int | None, workers: int, progress: Progress | None) -> Iterator[RowResult]:
+    """Tokenize all records, in order, and report the progress."""
     total_bytes = sum(file.size_bytes() for file in job.files)
-    counted = _Counted(read_records(job.files, max_samples))
-    started = told = time.monotonic()
+    records = _CountedRecords(read_records(job.files, max_samples))
+    started = reported = time.monotonic()
     done = 0
-    for outcomes in tokenize_batches(job, _batches(counted), workers):
-        yield from outcomes
-        done += len(outcomes)
+    for results in tokenize_batches(job, _batches(records), workers):
+        yield from results
+        done += len(results)
         now = time.monotonic()
-        if progress is not None and now - told >= _PROGRESS_EVERY_S:
-            told = now
-            progress(done, _estimate(counted, total_bytes, max_samples), done / (now - started))
+        if progress is not None and now - reported >= _PROGRESS_EVERY_S:
+            reported = now
+            progress(done, _estimate(records, total_bytes, max_samples), done / (now - started))
     if progress is not None:
         progress(done, done, done / max(time.monotonic() - started, 1e-9))
 
 
-class _Counted:
-    """Records as they come, with about how many bytes each has, counted."""
+class _CountedRecords:
+    """Counts records and their approximate bytes as they pass."""
 
     def __init__(self, records: Iterator[tuple[int, Record | BadRow]]) -> None:
         self._records = records
@@ -126,17 +129,17 @@ class _Counted:
             yield (file_index, record), size
 
 
-def _estimate(counted: _Counted, total_bytes: int, max_samples: int | None) -> int | None:
-    if not total_bytes or not counted.bytes:
+def _estimate(records: _CountedRecords, total_bytes: int, max_samples: int | None) -> int | None:
+    if not total_bytes or not records.bytes:
         return max_samples
-    rows = max(counted.rows, total_bytes * counted.rows // counted.bytes)
+    rows = max(records.rows, total_bytes * records.rows // records.bytes)
     return rows if max_samples is None else min(rows, max_samples)
 
 
-def _batches(counted: _Counted) -> Iterator[Batch]:
+def _batches(records: _CountedRecords) -> Iterator[Batch]:
     batch: Batch = []
     size = 0
-    for record, record_bytes in counted:
+    for record, record_bytes in records:
         batch.append(record)
         size += record_bytes
         if len(batch) >= _BATCH_ROWS or size >= _BATCH_BYTES:

@@ -1,7 +1,7 @@
-"""Take the elements of a JSON list one by one out of a stream, with a bounded amount of it in memory.
+"""Read the elements of a JSON list one by one from a stream, with a bounded amount of it in memory.
 
-The stream is cut at the commas of the list by looking at quotes and brackets only; whether an element is JSON is asked
-for each alone, so that one broken element does not take the others with it.
+The stream is cut at the commas of the list by looking at quotes and brackets only. Each element is parsed by itself
+later, so one broken element does not spoil the others.
 """
 
 from __future__ import annotations
@@ -16,17 +16,22 @@ __all__ = ["CHUNK_BYTES", "DamagedListError", "ListScanner"]
 
 CHUNK_BYTES = 2**20
 
+# Searching for the next mark by regular expression is many times faster than a loop over bytes. Possessive quantifiers
+# (*+) keep the match linear in long texts full of backslashes.
 _BETWEEN_ELEMENTS = re.compile(rb'[\[\]{}",]')
 _INSIDE_ELEMENT = re.compile(rb'[\[\]{}"]')
 _STRING_BODY = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
 class DamagedListError(Exception):
-    """The list does not end as a list: the rest of the file cannot be told apart into elements."""
+    """The list does not end as a list: the rest of the file cannot be cut into elements."""
 
 
 class ListScanner:
-    """Elements of the list whose `[` has just been read. After the last, `rest()` is what follows the `]`."""
+    """Iterates over the elements of the list whose `[` has just been read; `rest()` is the text after its `]`.
+
+    Raises `DamagedListError` where the file ends inside the list or its brackets do not match.
+    """
 
     def __init__(self, stream: IO[bytes], already_read: bytes) -> None:
         self._stream = stream
@@ -77,28 +82,31 @@ class ListScanner:
                 depth -= 1
 
     def rest(self, limit_bytes: int) -> bytes:
-        """What follows the list, up to `limit_bytes`."""
+        """The text after the list, up to `limit_bytes`."""
         rest = self._buffer[self._position :]
         return rest + self._stream.read(max(0, limit_bytes - len(rest)))
 
     def _fill(self) -> bool:
-        """Read on. What is scanned moves to the element; what is not (at most half an escape) stays in the buffer."""
-        self._keep()
+        """Read another chunk; False at the end of the stream.
+
+        Scanned bytes move to the element; unscanned ones (at most half an escape) stay in the buffer.
+        """
+        self._append_scanned()
         data = self._stream.read(CHUNK_BYTES)
         self._buffer = self._buffer[self._position :] + data
         self._position = self._element_start = 0
         return bool(data)
 
-    def _keep(self) -> None:
+    def _append_scanned(self) -> None:
         piece = self._buffer[self._element_start : self._position]
         self._element_bytes += len(piece)
         if self._element_bytes <= MAX_ROW_BYTES:
             self._element += piece
         else:
-            self._element.clear()
+            self._element.clear()  # too long for a row: only its size is counted from here on
 
     def _take(self) -> bytes | TooLong:
-        self._keep()
+        self._append_scanned()
         size = self._element_bytes
         element = TooLong(size) if size > MAX_ROW_BYTES else bytes(self._element).strip(b" \t\r\n")
         self._element.clear()

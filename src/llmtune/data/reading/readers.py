@@ -1,67 +1,62 @@
-"""From a file's bytes to its records, one kind of file each; a bounded amount is in memory at any time.
+"""The kinds of data files: how each is split into records, and how a record becomes a row.
 
-Reading is cut in two so that it can use all cores: `split` finds where records begin and end (cheap, one process), and
-`parse` makes a row of one record (in whichever process tokenizes it).
+Reading has two parts so that it can use all cores: `split` finds where records begin and end (cheap, in one process),
+and `parse` makes a row of one record (in whichever process tokenizes it). A bounded amount is in memory at any time.
+To add a kind of file, write its two functions and add a row to `READERS`.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, cast
+from typing import IO, Literal, NamedTuple
 
 from llmtune.data.example import Row
+from llmtune.data.reading.compression import is_seekable
 from llmtune.data.reading.json_stream import CHUNK_BYTES, DamagedListError, ListScanner
 from llmtune.data.reading.parse import (
     MAX_ROW_BYTES,
     BadRow,
     TooLong,
-    json_value_problem,
-    parse_json_record,
-    parse_record_fields,
+    parse_fields,
+    parse_json_row,
+    parse_json_value,
+    too_long_row,
 )
 from llmtune.errors import in_one_line
 
-__all__ = [
-    "COMPRESSIONS",
-    "READERS",
-    "DamagedFileError",
-    "Numbering",
-    "Reader",
-    "Record",
-    "compression_errors",
-    "is_json_lines",
-    "open_bytes",
-    "source_of",
-]
+__all__ = ["READERS", "DamagedFileError", "Numbering", "Reader", "Record", "is_json_lines", "source_name"]
 
 MAX_PACKED_PARQUET_BYTES = 512 * 2**20
 """A compressed parquet file is unpacked in memory, because parquet is read from its end; this is the largest."""
 
 _BOM = b"\xef\xbb\xbf"
 _ROW_LISTS = frozenset({"messages", "conversations", "conversation"})
+"""Keys of a single row in a `.json` file; a list under any other key is a list of rows."""
 _JSON_CELLS = ("messages", "conversations", "conversation", "tools", "history")
+
+Payload = bytes | str | TooLong | Mapping[str, object]
 
 
 class Record(NamedTuple):
-    """One record, not yet parsed: its number (a line from 1, or an index from 0) and what its `parse` takes."""
+    """One record, not yet parsed: its number (a line from 1, or an index from 0) and its content.
+
+    The content is bytes, the fields of a table row, or text: the reason why the record is no table row. `cut_off` marks
+    a last line without a line end.
+    """
 
     number: int
-    payload: Any
+    payload: Payload
     cut_off: bool = False
 
 
 class DamagedFileError(Exception):
-    """The file cannot be read from here on."""
+    """The file cannot be read from record `number` on (None: from its beginning)."""
 
-    def __init__(self, number: int | None, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.number, self.what, self.fix = number, what, fix
+    def __init__(self, number: int | None, problem: str, fix: str) -> None:
+        super().__init__(problem)
+        self.number, self.problem, self.fix = number, problem, fix
 
 
 Numbering = Literal["line", "index"]
@@ -75,90 +70,29 @@ class Reader(NamedTuple):
     parse: Callable[[str, Record, float], Row | BadRow]
 
 
-def source_of(label: str, numbering: Numbering, number: int) -> str:
-    """The place of a record as users read it.
+def source_name(label: str, numbering: Numbering, number: int) -> str:
+    """The name of a record for users.
 
-    >>> source_of("a.jsonl", "line", 3), source_of("a.json", "index", 0)
+    >>> source_name("a.jsonl", "line", 3), source_name("a.json", "index", 0)
     ('a.jsonl:3', 'a.json[0]')
     """
     return f"{label}:{number}" if numbering == "line" else f"{label}[{number}]"
 
 
-# --- bytes
-# ------------------------------------------------------------------------------------------------------------------------
-
-
-class _ZstdStream(io.RawIOBase):
-    """Decompressed bytes of a zstd file; unlike the library's own stream it notices a file that was cut off."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        import zstandard
-
-        self._file = file
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        """Fill `target` and return how many bytes, 0 at the end. Raises EOFError for a file that was cut off."""
-        while not self._ready:
-            data = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            data = data or self._file.read(CHUNK_BYTES // 8)
-            if not data:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the compressed file was cut off")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = self._new_frame()
-            self._ready = self._frame.decompress(data)
-        count = min(len(target), len(self._ready))
-        target[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _open_gzip(path: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(path, "rb"))
-
-
-def _open_zstd(path: Path) -> IO[bytes]:
-    return io.BufferedReader(_ZstdStream(path.open("rb")), CHUNK_BYTES)
-
-
-COMPRESSIONS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": _open_gzip, ".zst": _open_zstd}
-
-
-def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file for reading, unpacked if its name ends in .gz or .zst."""
-    opener = COMPRESSIONS.get(path.suffix.lower())
-    return opener(path) if opener else path.open("rb", CHUNK_BYTES)
-
-
-def compression_errors() -> tuple[type[Exception], ...]:
-    """What the libraries raise when compressed bytes are damaged."""
-    import zstandard
-
-    return (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
+# --- lines: jsonl, txt
 
 
 def _without_bom(start: bytes) -> bytes:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DamagedFileError(
-            None, "the file is UTF-16, not UTF-8", "save it as UTF-8, for example with `iconv -f UTF-16 -t UTF-8`"
-        )
+        fix = "save it as UTF-8, for example with `iconv -f UTF-16 -t UTF-8`"
+        raise DamagedFileError(None, "the file is UTF-16, not UTF-8", fix)
     return start.removeprefix(_BOM)
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | TooLong, bool]]:
     r"""Lines with their numbers from 1, without their end; only `\n` ends a line.
 
-    The flag says that a last line has no end.
+    The flag marks a last line without an end.
     """
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 2):
@@ -166,16 +100,13 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | TooLong, bool]]:
         if number == 1:
             line = _without_bom(line)
         if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
+            # Skip to the end of the line in pieces: it may be as long as the file.
             size = len(line)
-            while (more := stream.readline(CHUNK_BYTES)) and not more.endswith(b"\n"):
-                size += len(more)
-            yield number, TooLong(size + len(more.rstrip(b"\n"))), False
+            while (piece := stream.readline(CHUNK_BYTES)) and not piece.endswith(b"\n"):
+                size += len(piece)
+            yield number, TooLong(size + len(piece.rstrip(b"\n"))), False
         else:
             yield number, line.rstrip(b"\r\n"), not line.endswith(b"\n")
-
-
-# --- jsonl, txt
-# -------------------------------------------------------------------------------------------------------------------
 
 
 def _split_lines(stream: IO[bytes]) -> Iterator[Record]:
@@ -186,26 +117,27 @@ def _split_lines(stream: IO[bytes]) -> Iterator[Record]:
 
 
 def _parse_json(source: str, record: Record, loss_weight: float) -> Row | BadRow:
-    return parse_json_record(source, record.payload, loss_weight, cut_off=record.cut_off)
+    assert isinstance(record.payload, bytes | TooLong)
+    return parse_json_row(source, record.payload, loss_weight, cut_off=record.cut_off)
 
 
 def _parse_text(source: str, record: Record, loss_weight: float) -> Row | BadRow:
     if isinstance(record.payload, TooLong):
-        return parse_json_record(source, record.payload, loss_weight)
-    return parse_record_fields(source, {"text": record.payload.decode("utf-8", "surrogateescape")}, loss_weight)
+        return too_long_row(source, record.payload)
+    assert isinstance(record.payload, bytes)
+    return parse_fields(source, {"text": record.payload.decode("utf-8", "surrogateescape")}, loss_weight)
 
 
 # --- json
-# -------------------------------------------------------------------------------------------------------------------------
 
 _HEAD_BYTES = CHUNK_BYTES
 
 
 def is_json_lines(stream: IO[bytes]) -> bool:
-    """Say whether a file named `.json` holds one object to a line after all, as many do."""
+    """Whether a file named `.json` holds one object a line, as many do."""
     head = _without_bom(stream.read(_HEAD_BYTES)).lstrip(b" \t\r\n")
-    first_line, _, more = head.partition(b"\n")
-    return bool(more.strip()) and isinstance(parse_json_record("", first_line.rstrip(b"\r"), 1.0), Row)
+    first_line, _, rest = head.partition(b"\n")
+    return bool(rest.strip()) and isinstance(parse_json_row("", first_line.rstrip(b"\r"), 1.0), Row)
 
 
 def _split_json(stream: IO[bytes]) -> Iterator[Record]:
@@ -218,44 +150,42 @@ def _split_json(stream: IO[bytes]) -> Iterator[Record]:
         return
     name, start = _list_inside(head)
     if name is None or name in _ROW_LISTS:
-        whole = head + stream.read(MAX_ROW_BYTES + 1 - len(head))
-        yield Record(0, whole if len(whole) <= MAX_ROW_BYTES else TooLong(len(whole)))
+        text = head + stream.read(MAX_ROW_BYTES + 1 - len(head))
+        yield Record(0, text if len(text) <= MAX_ROW_BYTES else TooLong(len(text)))
         return
     yield from _elements(ListScanner(stream, head[start:]), name)
 
 
 def _elements(scanner: ListScanner, name: str | None) -> Iterator[Record]:
+    """Records of a list, which is the value of `name` in an object unless that is None."""
+    rewrite = "write the file again; it was cut off or edited"
     count = 0
     try:
         for count, element in enumerate(scanner, start=1):
             yield Record(count - 1, element)
     except DamagedListError as damage:
-        raise DamagedFileError(
-            count, f"{damage}, after about {count} rows", "write the file again; it was cut off or edited"
-        ) from None
+        raise DamagedFileError(count, f"{damage}, after about {count} rows", rewrite) from None
     rest = scanner.rest(_HEAD_BYTES)
     if name is None:
         if rest.strip():
             raise DamagedFileError(count, "something follows the end of the list", "keep one list in the file")
         return
-    after = json_value_problem("", b'{"":0' + rest)
-    if isinstance(after, BadRow):
-        raise DamagedFileError(
-            count, f"what follows the list `{name}` is {after.what}", "write the file again; it was cut off or edited"
-        )
-    others = [
-        key for key, value in after[0].items() if isinstance(value, list) and value and isinstance(value[0], dict)
-    ]
+    # The list was scanned, not parsed: put a number in its place to parse the object around it.
+    parsed = parse_json_value("", b'{"":0' + rest)
+    if isinstance(parsed, BadRow):
+        raise DamagedFileError(count, f"what follows the list `{name}` is {parsed.problem}", rewrite)
+    (fields,) = parsed
+    assert isinstance(fields, dict)
+    others = [key for key, value in fields.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if others:
-        raise DamagedFileError(
-            count, f"the object holds more than one list of rows: `{name}`, `{others[0]}`", "keep one list in each file"
-        )
+        problem = f"the object holds more than one list of rows: `{name}`, `{others[0]}`"
+        raise DamagedFileError(count, problem, "keep one list in each file")
 
 
 def _list_inside(head: bytes) -> tuple[str | None, int]:
     """The key of the first list of objects in the object `head` begins, and where its first element begins."""
     decoder = json.JSONDecoder()
-    text = head.decode("latin-1")  # one character a byte; only brackets and quotes are looked at
+    text = head.decode("latin-1")  # one character a byte, so that positions agree; only ASCII marks are looked for
     position = 1
     try:
         while True:
@@ -275,11 +205,10 @@ def _list_inside(head: bytes) -> tuple[str | None, int]:
 
 
 # --- csv, tsv
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class _CsvLines:
-    """Lines for the csv module, which must not see one longer than memory: such a line is replaced and remembered."""
+    """Lines for the csv module; a line longer than `MAX_ROW_BYTES` is replaced by an empty cell and remembered."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._lines = _lines(stream)
@@ -304,8 +233,8 @@ def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
             cells = next(table, None)
         except csv.Error as error:
             if names is None:
-                what = f"the header is not a table row: {error}"
-                raise DamagedFileError(start, what, "name each column once in the first line") from None
+                problem = f"the header is not a table row: {error}"
+                raise DamagedFileError(start, problem, "name each column once in the first line") from None
             yield Record(start, f"not a table row: {error}")
             continue
         line = table.line_num
@@ -326,59 +255,50 @@ def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
 
 def _check_header(names: list[str], line: int) -> None:
     for name in names:
-        if not name.strip() or names.count(name) > 1:
-            what = (
-                f"the header names the column {name!r} twice"
-                if name.strip()
-                else "the header has a column without a name"
+        repeated = bool(name.strip()) and names.count(name) > 1
+        if repeated or not name.strip():
+            problem = (
+                f"the header names the column {name!r} twice" if repeated else "the header has a column without a name"
             )
-            raise DamagedFileError(line, what, "give each column its own name in the first line")
+            raise DamagedFileError(line, problem, "give each column its own name in the first line")
 
 
 def _parse_cells(source: str, record: Record, loss_weight: float) -> Row | BadRow:
-    if isinstance(record.payload, TooLong):
-        return parse_json_record(source, record.payload, loss_weight)
-    if isinstance(record.payload, str):
-        return BadRow(
-            source,
-            None,
-            record.payload,
-            "put cells with commas, quotes or line ends in double quotes, and double the quotes in them",
-        )
-    fields: dict[str, Any] = dict(record.payload)
+    payload = record.payload
+    if isinstance(payload, TooLong):
+        return too_long_row(source, payload)
+    if isinstance(payload, str):
+        fix = "put cells with commas, quotes or line ends in double quotes, and double the quotes in them"
+        return BadRow(source, None, payload, fix)
+    assert isinstance(payload, dict)
+    fields: dict[str, object] = dict(payload)
     for name in _JSON_CELLS:  # a table can only carry lists as JSON inside a cell
-        cell = fields.get(name)
+        cell = payload.get(name)
         if cell is not None and cell.lstrip()[:1] == "[":
-            value = json_value_problem(source, cell.encode("utf-8", "surrogateescape"))
+            value = parse_json_value(source, cell.encode("utf-8", "surrogateescape"))
             if isinstance(value, BadRow):
                 return value._replace(field=name)
             fields[name] = value[0]
-    return parse_record_fields(source, fields, loss_weight)
+    return parse_fields(source, fields, loss_weight)
 
 
 # --- parquet, datasets
-# ------------------------------------------------------------------------------------------------------------
 
 
 def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
-    import pyarrow as pa
+    import pyarrow as pa  # takes a second; other kinds of files do without
     from pyarrow.parquet import ParquetFile
 
-    place: Any = stream
-    if not isinstance(stream, io.BufferedReader) or isinstance(stream.raw, _ZstdStream):
+    file: IO[bytes] | pa.BufferReader = stream
+    if not is_seekable(stream):
         data = stream.read(MAX_PACKED_PARQUET_BYTES + 1)
         if len(data) > MAX_PACKED_PARQUET_BYTES:
-            limit = f"{MAX_PACKED_PARQUET_BYTES // 2**20} MiB"
-            raise DamagedFileError(
-                None,
-                f"a compressed parquet file may unpack to {limit} at most",
-                "unpack it first; parquet is compressed inside",
-            )
-        place = pa.BufferReader(data)
+            problem = f"a compressed parquet file may unpack to {MAX_PACKED_PARQUET_BYTES // 2**20} MiB at most"
+            raise DamagedFileError(None, problem, "unpack it first; parquet is compressed inside")
+        file = pa.BufferReader(data)
     number = -1
     try:
-        table = ParquetFile(place)
-        for batch in table.iter_batches(batch_size=128):
+        for batch in ParquetFile(file).iter_batches(batch_size=128):
             for fields in batch.to_pylist():
                 number += 1
                 yield Record(number, fields)
@@ -387,15 +307,15 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
         OSError,
         ValueError,
         OverflowError,
-    ) as error:  # ValueError: text that is not UTF-8; Overflow: odd dates
-        what = f"not a readable parquet file: {in_one_line(error)}"
-        raise DamagedFileError(
-            number + 1 if number >= 0 else None, what, "write the file again; it was cut off or is something else"
-        ) from None
+    ) as error:  # ValueError: not UTF-8; Overflow: odd dates
+        problem = f"not a readable parquet file: {in_one_line(error)}"
+        fix = "write the file again; it was cut off or is something else"
+        raise DamagedFileError(number + 1 if number >= 0 else None, problem, fix) from None
 
 
-def _parse_fields(source: str, record: Record, loss_weight: float) -> Row | BadRow:
-    return parse_record_fields(source, cast("Mapping[str, Any]", record.payload), loss_weight)
+def _parse_mapping(source: str, record: Record, loss_weight: float) -> Row | BadRow:
+    assert isinstance(record.payload, Mapping)
+    return parse_fields(source, record.payload, loss_weight)
 
 
 def _split_nothing(stream: IO[bytes]) -> Iterator[Record]:
@@ -408,7 +328,7 @@ READERS: dict[str, Reader] = {
     ".json": Reader("index", _split_json, _parse_json),
     ".csv": Reader("line", lambda stream: _split_table(stream, ","), _parse_cells),
     ".tsv": Reader("line", lambda stream: _split_table(stream, "\t"), _parse_cells),
-    ".parquet": Reader("index", _split_parquet, _parse_fields),
+    ".parquet": Reader("index", _split_parquet, _parse_mapping),
     ".txt": Reader("line", _split_lines, _parse_text),
-    "dataset": Reader("index", _split_nothing, _parse_fields),
+    "dataset": Reader("index", _split_nothing, _parse_mapping),
 }

@@ -6,18 +6,15 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmtune.data.example import Message
+from llmtune.data.example import REASONING_FIELDS, Message
 from llmtune.data.rendering.provenance import DATA, trace
 
-__all__ = ["REASONING_FIELDS", "SELECTIONS", "message_fields", "traced_fields"]
+__all__ = ["SELECTIONS", "message_fields", "traced_fields"]
 
 KNOWN_ROLES = frozenset(
     {"system", "developer", "user", "assistant", "tool", "function", "model", "ipython", "observation"}
 )
 """Roles a template may build its own control tokens from; any other role is text of the row."""
-
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""Names of a message's reasoning in the wild; templates read the first (a few the second)."""
 
 HEADER_FIELDS = frozenset({"name", "tool_call_id", "id", "recipient"})
 """Fields of a message that templates write into headers: text of the row, but no part of what a message says."""

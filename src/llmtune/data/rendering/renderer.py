@@ -67,7 +67,7 @@ class Rendered(NamedTuple):
 
     input_ids: list[int]
     weights: list[float]
-    notes: tuple[RowWarning, ...] = ()
+    warnings: tuple[RowWarning, ...] = ()
 
 
 class Renderer:

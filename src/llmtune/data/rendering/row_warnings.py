@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from llmtune.data.example import Conversation
+from llmtune.data.example import REASONING_FIELDS, Conversation
 from llmtune.data.rendering.encoding import Encoded
-from llmtune.data.rendering.messages import REASONING_FIELDS
 from llmtune.data.rendering.spans import Rendering
 
 __all__ = ["RowWarning", "lost_content", "text_notes"]

@@ -1,4 +1,4 @@
-"""From a row to a conversation: one function and one line of `FORMATS` for each format.
+"""The formats of rows: one function and one row of `FORMATS` each make a conversation of a row.
 
 | format | a row has |
 | --- | --- |
@@ -15,442 +15,307 @@ import difflib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import NamedTuple
 
 from llmtune.common.decisions import Decision
 from llmtune.data.example import Conversation, Message, Row
 from llmtune.data.reading.parse import describe_value
+from llmtune.data.rows.row_fields import (
+    SPEAKER_ROLES,
+    UnusableRowError,
+    null_or_missing,
+    read_content,
+    read_messages,
+    read_text,
+    read_tool_calls,
+    read_tools,
+    read_weight,
+    wrong_type,
+)
 from llmtune.errors import DataError
 
-__all__ = ["DETECTION_ROWS", "FORMATS", "UnusableRowError", "conversation_of", "detect_format", "looks_like"]
+__all__ = ["DETECTION_ROWS", "FORMATS", "Format", "UnusableRowError", "conversation_of", "detect_format", "looks_like"]
 
 DETECTION_ROWS = 100
-"""First rows of a file from which its format is told."""
+"""First rows of a file from which its format is detected."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-}
+Fields = Mapping[str, object]
+
 _LIST_FIELDS = ("messages", "conversations", "conversation")
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
-_EXTRA_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
 
-class UnusableRowError(Exception):
-    """A row does not mean a conversation: the field at fault, what is wrong and the fix."""
+class Format(NamedTuple):
+    """One format of rows."""
 
-    def __init__(self, field: str | None, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.field, self.what, self.fix = field, what, fix
+    parse: Callable[[Row], Conversation]
+    """Makes a conversation of a row. Raises UnusableRowError."""
+    recognize: Callable[[Fields], str | None]
+    """The fields (as text for users) by which a row shows that it has this format, or None."""
 
 
 # --- messages
-# ---------------------------------------------------------------------------------------------------------------------
 
 
-def _messages(row: Row) -> Conversation:
+def _parse_messages(row: Row) -> Conversation:
     field = _list_field(row.fields)
-    messages = _message_list(row.fields[field], field)
-    return Conversation(row.source, messages, tools=_tools(row.fields), loss_weight=row.loss_weight)
+    messages = read_messages(row.fields[field], field)
+    return Conversation(row.source, messages, tools=read_tools(row.fields.get("tools")), loss_weight=row.loss_weight)
 
 
-def _list_field(fields: Mapping[str, Any]) -> str:
+def _list_field(fields: Fields) -> str:
     for field in _LIST_FIELDS:
         if fields.get(field) is not None:
             return field
     raise UnusableRowError("messages", "the field is missing", "give the row a list of messages")
 
 
-def _message_list(value: Any, field: str) -> tuple[Message, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise UnusableRowError(
-            field,
-            f"must be a list of messages, this is {describe_value(value)}",
-            'write [{"role": "user", "content": "..."}, ...]',
-        )
-    if not value:
-        raise UnusableRowError(field, "the list of messages is empty", "give the row messages, or delete it")
-    return tuple(_message(one, f"{field}[{index}]") for index, one in enumerate(value))
+def _list_and_first_turn(fields: Fields) -> tuple[str, Fields] | None:
+    """The first list field that holds a list, and the first object in it."""
+    for field in _LIST_FIELDS:
+        turns = fields.get(field)
+        if isinstance(turns, (list, tuple)):
+            return field, next((turn for turn in turns if isinstance(turn, Mapping)), {})
+    return None
 
 
-def _message(value: Any, field: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise UnusableRowError(
-            field,
-            f"a message must be an object, this is {describe_value(value)}",
-            'write {"role": "user", "content": "..."}',
-        )
-    role = value.get("role")
-    if not isinstance(role, str):
-        what = "the message has no role" if role is None else f"must be text, this is {describe_value(role)}"
-        raise UnusableRowError(f"{field}.role", what, f"give it one of {', '.join(ROLES)}")
-    role = "tool" if role == "function" else role
-    if role not in ROLES:
-        near = difflib.get_close_matches(role.lower(), (*ROLES, *_SHAREGPT_ROLES), n=1)
-        meant = f"did you mean `{_SHAREGPT_ROLES.get(near[0], near[0])}`? " if near else ""
-        raise UnusableRowError(
-            f"{field}.role", f"unknown role {json.dumps(role[:60])}", f"{meant}roles are {', '.join(ROLES)}"
-        )
-    tool_calls = _tool_calls(value.get("tool_calls"), f"{field}.tool_calls")
-    extra: dict[str, Any] = {"tool_calls": tool_calls} if tool_calls else {}
-    for name in _EXTRA_TEXTS:
-        if value.get(name) is not None:
-            extra[name] = _text(value[name], f"{field}.{name}")
-    content = value.get("content")
-    if content is None:
-        if not extra.keys() & {"tool_calls", "reasoning_content", "reasoning", "thinking"}:
-            what = "is null" if "content" in value else "is missing"
-            raise UnusableRowError(f"{field}.content", what, "give the message a text, or take the message out")
-        content = ""
-    return Message(role, _content(content, f"{field}.content"), _weight(value.get("weight"), f"{field}.weight"), extra)
-
-
-def _content(value: Any, field: str) -> str:
-    if not isinstance(value, (list, tuple)):
-        return _text(value, field)
-    texts = []
-    for index, part in enumerate(value):
-        place = f"{field}[{index}]"
-        if isinstance(part, str):
-            texts.append(part)
-        elif (
-            isinstance(part, Mapping)
-            and part.get("type", "text") in ("text", "input_text", "output_text")
-            and "text" in part
-        ):
-            texts.append(_text(part["text"], f"{place}.text"))
-        elif isinstance(part, Mapping) and isinstance(part.get("type"), str):
-            raise UnusableRowError(
-                place,
-                f"a part of type {json.dumps(part['type'][:60])} is not text",
-                "only text is trained on; take the part out",
-            )
-        else:
-            raise UnusableRowError(
-                place,
-                f"must be a part with text, this is {describe_value(part)}",
-                'write {"type": "text", "text": "..."}',
-            )
-    return "".join(texts)
-
-
-def _text(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise UnusableRowError(field, f"must be text, this is {describe_value(value)}", "write it as text, in quotes")
-    return value
-
-
-def _weight(value: Any, field: str) -> float | None:
-    if value is None:
+def _recognize_messages(fields: Fields) -> str | None:
+    turns = _list_and_first_turn(fields)
+    if turns is not None:
+        return None if _recognize_sharegpt(fields) else f"`{turns[0]}` with `role` and `content`"
+    # Without a list in it such a field counts last: columnar files fill the fields of other formats with null.
+    if _recognize_alpaca(fields) or _recognize_prompt_completion(fields):
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UnusableRowError(
-            field,
-            f"must be a number, this is {describe_value(value)}",
-            "write 0 to leave the message out of the loss, 1 to keep it",
-        )
-    if not 0 <= value <= 1e6:  # holds neither for NaN nor for a whole number beyond every float
-        raise UnusableRowError(
-            field, f"{str(value)[:40]} is not a weight", "a weight is a number from 0 (not trained) upwards"
-        )
-    return float(value)
+    return next((f"`{field}` with `role` and `content`" for field in _LIST_FIELDS if field in fields), None)
 
 
-def _tool_calls(value: Any, field: str) -> list[Any]:
-    """Tool calls with only the fields that are there: columnar files fill absent ones with null."""
-    if value is None:
-        return []
-    if not isinstance(value, (list, tuple)):
-        raise UnusableRowError(
-            field, f"must be a list of calls, this is {describe_value(value)}", "write a list, also for one call"
-        )
-    calls = []
-    for index, call in enumerate(value):
-        place = f"{field}[{index}]"
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise UnusableRowError(
-                place, "the call names no function", 'write {"function": {"name": "...", "arguments": {...}}}'
-            )
-        if not isinstance(function.get("arguments", {}), (str, Mapping, type(None))):
-            what = f"must be an object or its JSON text, this is {describe_value(function['arguments'])}"
-            raise UnusableRowError(f"{place}.function.arguments", what, "write the arguments as an object")
-        calls.append(_without_nulls(call))
-    return calls
+# --- sharegpt
 
 
-def _tools(fields: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    value = fields.get("tools")
-    if isinstance(value, str):
-        if not value.strip():
-            return ()
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise UnusableRowError(
-                "tools", f"is not JSON: {describe_value(value)}", "write a list of tool descriptions"
-            ) from None
-    if value is None:
-        return ()
-    if not isinstance(value, (list, tuple)) or not all(isinstance(one, Mapping) for one in value):
-        raise UnusableRowError(
-            "tools", f"must be a list of tool descriptions, this is {describe_value(value)}", "write a list of objects"
-        )
-    return tuple(_without_nulls(one) for one in value)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    if isinstance(value, (list, tuple)):
-        return [_without_nulls(one) for one in value]
-    return value
-
-
-# --- the other formats
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _sharegpt(row: Row) -> Conversation:
+def _parse_sharegpt(row: Row) -> Conversation:
     field = _list_field(row.fields)
     turns = row.fields[field]
     if not isinstance(turns, (list, tuple)):
-        raise UnusableRowError(
-            field,
-            f"must be a list of turns, this is {describe_value(turns)}",
-            'write [{"from": "human", "value": "..."}, ...]',
-        )
-    messages = [_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
+        raise wrong_type(field, "must be a list of turns", turns, 'write [{"from": "human", "value": "..."}, ...]')
+    messages = [_read_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
     if not messages:
         raise UnusableRowError(field, "the list of turns is empty", "give the row turns, or delete it")
-    return Conversation(
-        row.source, (*_system(row.fields), *messages), tools=_tools(row.fields), loss_weight=row.loss_weight
-    )
+    tools = read_tools(row.fields.get("tools"))
+    return Conversation(row.source, (*_system(row.fields), *messages), tools=tools, loss_weight=row.loss_weight)
 
 
-def _turn(turn: Any, field: str) -> Message:
+def _recognize_sharegpt(fields: Fields) -> str | None:
+    turns = _list_and_first_turn(fields)
+    if turns is None or "from" not in turns[1] or "role" in turns[1]:
+        return None
+    return f"`{turns[0]}` with `from` and `value`"
+
+
+def _read_turn(turn: object, field: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise UnusableRowError(
-            field,
-            f"a turn must be an object, this is {describe_value(turn)}",
-            'write {"from": "human", "value": "..."}',
-        )
-    speaker = turn.get("from")
-    if not isinstance(speaker, str):
-        what = (
-            "the turn says not whom it is from"
-            if speaker is None
-            else f"must be text, this is {describe_value(speaker)}"
-        )
-        raise UnusableRowError(f"{field}.from", what, f"give it one of {', '.join(_SHAREGPT_ROLES)}")
-    if speaker not in _SHAREGPT_ROLES:
-        near = difflib.get_close_matches(speaker.lower(), _SHAREGPT_ROLES, n=1)
-        meant = f"did you mean `{near[0]}`? " if near else ""
-        raise UnusableRowError(
-            f"{field}.from",
-            f"unknown speaker {json.dumps(speaker[:60])}",
-            f"{meant}speakers are {', '.join(_SHAREGPT_ROLES)}",
-        )
+        raise wrong_type(field, "a turn must be an object", turn, 'write {"from": "human", "value": "..."}')
+    speaker = _read_speaker(turn.get("from"), f"{field}.from")
     if turn.get("value") is None:
-        raise UnusableRowError(
-            f"{field}.value",
-            "is null" if "value" in turn else "is missing",
-            "give the turn a text, or take the turn out",
-        )
-    text = _content(turn["value"], f"{field}.value")
-    weight = _weight(turn.get("weight"), f"{field}.weight")
+        fix = "give the turn a text, or take the turn out"
+        raise UnusableRowError(f"{field}.value", null_or_missing(turn, "value"), fix)
+    text = read_content(turn["value"], f"{field}.value")
+    weight = read_weight(turn.get("weight"), f"{field}.weight")
     if speaker in ("function_call", "tool_call"):
-        return Message("assistant", "", weight, {"tool_calls": _written_calls(text, f"{field}.value")})
-    return Message(_SHAREGPT_ROLES[speaker], text, weight)
+        return Message("assistant", "", weight, {"tool_calls": _parse_tool_calls(text, f"{field}.value")})
+    return Message(SPEAKER_ROLES[speaker], text, weight)
 
 
-def _written_calls(text: str, field: str) -> list[Any]:
+def _read_speaker(value: object, field: str) -> str:
+    fix = f"give it one of {', '.join(SPEAKER_ROLES)}"
+    if value is None:
+        raise UnusableRowError(field, "the turn says not whom it is from", fix)
+    if not isinstance(value, str):
+        raise wrong_type(field, "must be text", value, fix)
+    if value not in SPEAKER_ROLES:
+        near = difflib.get_close_matches(value.lower(), SPEAKER_ROLES, n=1)
+        hint = f"did you mean `{near[0]}`? " if near else ""
+        fix = f"{hint}speakers are {', '.join(SPEAKER_ROLES)}"
+        raise UnusableRowError(field, f"unknown speaker {json.dumps(value[:60])}", fix)
+    return value
+
+
+def _parse_tool_calls(text: str, field: str) -> list[object]:
+    """Tool calls that a turn gives as JSON text: one call, or a list of them."""
     try:
         calls = json.loads(text)
     except (ValueError, RecursionError):
-        raise UnusableRowError(
-            field, f"the call is not JSON: {describe_value(text)}", 'write {"name": "...", "arguments": {...}}'
-        ) from None
-    calls = calls if isinstance(calls, list) else [calls]
-    checked = _tool_calls(calls, field)
-    return [call if "function" in call else {"type": "function", "function": call} for call in checked]
+        problem = f"the call is not JSON: {describe_value(text)}"
+        raise UnusableRowError(field, problem, 'write {"name": "...", "arguments": {...}}') from None
+    checked = read_tool_calls(calls if isinstance(calls, list) else [calls], field)
+    return [
+        call if isinstance(call, dict) and "function" in call else {"type": "function", "function": call}
+        for call in checked
+    ]
 
 
-def _system(fields: Mapping[str, Any]) -> tuple[Message, ...]:
+def _system(fields: Fields) -> tuple[Message, ...]:
     value = fields.get("system")
-    return () if value is None or value == "" else (Message("system", _text(value, "system")),)
+    return () if value is None or value == "" else (Message("system", read_text(value, "system")),)
 
 
-def _alpaca(row: Row) -> Conversation:
+# --- alpaca
+
+
+def _parse_alpaca(row: Row) -> Conversation:
     for field in ("instruction", "output"):
         if row.fields.get(field) is None:
-            raise UnusableRowError(field, "is null" if field in row.fields else "is missing", "give it a text")
-    asked = _text(row.fields["instruction"], "instruction")
-    beside = row.fields.get("input")
-    if beside is not None and _text(beside, "input"):
-        asked = f"{asked}\n\n{beside}" if asked else str(beside)
-    earlier: list[Message] = []
-    history = row.fields.get("history")
-    if history is not None and not isinstance(history, (list, tuple)):
-        raise UnusableRowError(
-            "history",
-            f"must be a list of pairs, this is {describe_value(history)}",
-            'write [["question", "answer"], ...]',
-        )
-    for index, pair in enumerate(history or ()):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise UnusableRowError(
-                f"history[{index}]",
-                f"must be a pair of texts, this is {describe_value(pair)}",
-                'write ["question", "answer"]',
-            )
-        earlier += [
-            Message("user", _text(pair[0], f"history[{index}][0]")),
-            Message("assistant", _text(pair[1], f"history[{index}][1]")),
-        ]
-    answer = Message("assistant", _text(row.fields["output"], "output"), _weight(row.fields.get("weight"), "weight"))
-    messages = (*_system(row.fields), *earlier, Message("user", asked), answer)
+            raise UnusableRowError(field, null_or_missing(row.fields, field), "give it a text")
+    question = read_text(row.fields["instruction"], "instruction")
+    if row.fields.get("input") is not None:
+        text = read_text(row.fields["input"], "input")
+        if text:
+            question = f"{question}\n\n{text}" if question else text
+    history = _read_history(row.fields.get("history"))
+    output = read_text(row.fields["output"], "output")
+    answer = Message("assistant", output, read_weight(row.fields.get("weight"), "weight"))
+    messages = (*_system(row.fields), *history, Message("user", question), answer)
     return Conversation(row.source, messages, loss_weight=row.loss_weight)
 
 
-def _prompt_completion(row: Row) -> Conversation:
+def _read_history(value: object) -> list[Message]:
+    if value is None:
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise wrong_type("history", "must be a list of pairs", value, 'write [["question", "answer"], ...]')
+    messages: list[Message] = []
+    for index, pair in enumerate(value):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise wrong_type(f"history[{index}]", "must be a pair of texts", pair, 'write ["question", "answer"]')
+        for side, role in enumerate(("user", "assistant")):
+            messages.append(Message(role, read_text(pair[side], f"history[{index}][{side}]")))
+    return messages
+
+
+def _recognize_alpaca(fields: Fields) -> str | None:
+    return "`instruction` and `output`" if "instruction" in fields and "output" in fields else None
+
+
+# --- prompt-completion
+
+
+def _parse_prompt_completion(row: Row) -> Conversation:
     names = next((pair for pair in _PAIRS if all(row.fields.get(name) is not None for name in pair)), None)
     if names is None:
         missing = "completion" if row.fields.get("prompt") is not None else "prompt"
-        raise UnusableRowError(
-            missing, "is null" if missing in row.fields else "is missing", "give the row a prompt and a completion"
-        )
+        raise UnusableRowError(missing, null_or_missing(row.fields, missing), "give the row a prompt and a completion")
     prompt, completion = (row.fields[name] for name in names)
     if isinstance(prompt, str) and isinstance(completion, str):
-        messages: tuple[Message, ...] = (Message("user", prompt), Message("assistant", completion))
-        return Conversation(row.source, messages, prompt_is_text=True, loss_weight=row.loss_weight)
+        pair = (Message("user", prompt), Message("assistant", completion))
+        return Conversation(row.source, pair, prompt_is_text=True, loss_weight=row.loss_weight)
     if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
-        # Only the completion is asked for: earlier answers inside the prompt stay out of the loss.
-        asked = tuple(Message(one.role, one.content, 0.0, one.extra) for one in _message_list(prompt, names[0]))
-        messages = (*asked, *_message_list(completion, names[1]))
-        return Conversation(row.source, messages, tools=_tools(row.fields), loss_weight=row.loss_weight)
+        # The completion alone is trained: weight 0 keeps earlier answers inside the prompt out of the loss.
+        messages = (
+            *(
+                Message(message.role, message.content, 0.0, message.extra)
+                for message in read_messages(prompt, names[0])
+            ),
+            *read_messages(completion, names[1]),
+        )
+        tools = read_tools(row.fields.get("tools"))
+        return Conversation(row.source, messages, tools=tools, loss_weight=row.loss_weight)
     for name, value in zip(names, (prompt, completion), strict=True):
         if not isinstance(value, (str, list, tuple)):
-            raise UnusableRowError(
-                name,
-                f"must be text or a list of messages, this is {describe_value(value)}",
-                "write it as text, in quotes",
-            )
-    raise UnusableRowError(
-        names[1], f"`{names[0]}` and `{names[1]}` are of two kinds", "write both as text or both as lists of messages"
-    )
+            raise wrong_type(name, "must be text or a list of messages", value, "write it as text, in quotes")
+    problem = f"`{names[0]}` and `{names[1]}` are of two kinds"
+    raise UnusableRowError(names[1], problem, "write both as text or both as lists of messages")
 
 
-def _text_row(row: Row) -> Conversation:
-    return _text_of_column(row, "text")
+def _recognize_prompt_completion(fields: Fields) -> str | None:
+    pair = next((pair for pair in _PAIRS if all(name in fields for name in pair)), None)
+    return None if pair is None else f"`{pair[0]}` and `{pair[1]}`"
 
 
-def _text_of_column(row: Row, column: str) -> Conversation:
+# --- text
+
+
+def _parse_text(row: Row, column: str = "text") -> Conversation:
     value = row.fields.get(column)
     if value is None:
-        has = ", ".join(f"`{name}`" for name in list(row.fields)[:6]) or "no field"
-        fix = f"set `data.text_column` to the field that holds the text (the row has {has})"
-        raise UnusableRowError(column, "is null" if column in row.fields else "is missing", fix)
-    text = _text(value, column)
+        names = ", ".join(f"`{name}`" for name in list(row.fields)[:6]) or "no field"
+        fix = f"set `data.text_column` to the field that holds the text (the row has {names})"
+        raise UnusableRowError(column, null_or_missing(row.fields, column), fix)
+    text = read_text(value, column)
     if not text:
         raise UnusableRowError(column, "the text is empty", "give the row a text, or delete it")
     return Conversation(row.source, text=text, loss_weight=row.loss_weight)
 
 
-# --- which format
-# -----------------------------------------------------------------------------------------------------------------
+def _recognize_text(fields: Fields, column: str = "text") -> str | None:
+    return f"`{column}`" if column in fields else None
 
 
-def looks_like(fields: Mapping[str, Any], text_column: str | None = None) -> str | None:
-    """The format whose fields these are, or None.
+# --- detection
+
+
+def _recognized(fields: Fields, text_column: str | None) -> tuple[str, str] | None:
+    """The name of a row's format and the fields that show it, or None."""
+    if text_column is not None:
+        shown = _recognize_text(fields, text_column)
+        return None if shown is None else ("text", shown)
+    return next(((name, shown) for name, row in FORMATS.items() if (shown := row.recognize(fields))), None)
+
+
+def looks_like(fields: Fields, text_column: str | None = None) -> str | None:
+    """The name of the format with these fields, or None.
 
     >>> looks_like({"instruction": "Add.", "output": "3"}), looks_like({"chosen": "a", "rejected": "b"})
     ('alpaca', None)
     """
-    if text_column is not None:
-        return "text" if text_column in fields else None
-    for name in _LIST_FIELDS:
-        turns = fields.get(name)
-        if isinstance(turns, (list, tuple)):
-            first = next((one for one in turns if isinstance(one, Mapping)), {})
-            return "sharegpt" if "from" in first and "role" not in first else "messages"
-    if "instruction" in fields and "output" in fields:
-        return "alpaca"
-    if any(all(name in fields for name in pair) for pair in _PAIRS):
-        return "prompt-completion"
-    if any(name in fields for name in _LIST_FIELDS):
-        return "messages"
-    return "text" if "text" in fields else None
+    recognized = _recognized(fields, text_column)
+    return None if recognized is None else recognized[0]
 
 
 def detect_format(rows: Iterable[Row], text_column: str | None = None) -> tuple[str, Decision]:
-    """Tell the format from the first rows (at most `DETECTION_ROWS` are looked at): the one that most of them have.
+    """Detect the format that most of the first `DETECTION_ROWS` rows have.
 
-    Raises DataError if no row has the fields of any format; an empty file counts as text.
+    An empty file counts as text. Raises DataError if no row has the fields of any format.
     """
     first = [row for row, _ in zip(rows, range(DETECTION_ROWS), strict=False)]
-    found = Counter(name for row in first if (name := looks_like(row.fields, text_column)) is not None)
-    if first and not found:
-        fields = ", ".join(f"`{name}`" for name in list(first[0].fields)[:8]) or "none"
-        wanted = f"a field `{text_column}`" if text_column else "the fields of a format"
-        fix = "rename the fields to those of a format (messages, sharegpt, alpaca, prompt-completion, text), or set `data.text_column`"
-        raise DataError(f"no row has {wanted}; the first has these fields: {fields}", first[0].source, fix)
     if not first:
         return "text", Decision("data.format", "text", "there are no rows to tell it from")
-    name, count = found.most_common(1)[0]
-    by = _telling_fields(first, name, text_column)
-    reason = f"{count} of the first {len(first)} rows have {by}" if len(first) > 1 else f"the only row has {by}"
-    others = ", ".join(f"{other_count} look like {other}" for other, other_count in found.most_common()[1:])
-    return name, Decision("data.format", name, f"{reason}; {others}" if others else reason)
-
-
-def _telling_fields(rows: list[Row], name: str, text_column: str | None) -> str:
-    fields = next(row.fields for row in rows if looks_like(row.fields, text_column) == name)
-    if name in ("messages", "sharegpt"):
-        field = next(one for one in _LIST_FIELDS if one in fields)
-        return f"`{field}` with {'`role` and `content`' if name == 'messages' else '`from` and `value`'}"
-    if name == "prompt-completion":
-        pair = next(pair for pair in _PAIRS if all(one in fields for one in pair))
-        return " and ".join(f"`{one}`" for one in pair)
-    return "`instruction` and `output`" if name == "alpaca" else f"`{text_column or 'text'}`"
+    recognized = [pair for row in first if (pair := _recognized(row.fields, text_column)) is not None]
+    if not recognized:
+        names = ", ".join(f"`{name}`" for name in list(first[0].fields)[:8]) or "none"
+        missing = f"a field `{text_column}`" if text_column else "the fields of a format"
+        formats = ", ".join(FORMATS)
+        fix = f"rename the fields to those of a format ({formats}), or set `data.text_column`"
+        raise DataError(f"no row has {missing}; the first has these fields: {names}", first[0].source, fix)
+    (name, count), *others = Counter(name for name, _ in recognized).most_common()
+    shown = dict(reversed(recognized))[name]  # the fields of the first row with this format
+    reason = f"{count} of the first {len(first)} rows have {shown}" if len(first) > 1 else f"the only row has {shown}"
+    if others:
+        reason += "; " + ", ".join(f"{other_count} look like {other}" for other, other_count in others)
+    return name, Decision("data.format", name, reason)
 
 
 def conversation_of(row: Row, format_name: str, text_column: str | None = None) -> Conversation:
     """Make a conversation of a row in the given format.
 
-    Raises UnusableRowError, which names another format if the row looks like one.
+    Raises UnusableRowError; its message names another format if the row has the fields of one.
     """
     try:
         if format_name == "text" and text_column is not None:
-            return _text_of_column(row, text_column)
-        return FORMATS[format_name](row)
-    except UnusableRowError as refused:
+            return _parse_text(row, text_column)
+        return FORMATS[format_name].parse(row)
+    except UnusableRowError as error:
         other = looks_like(row.fields, text_column)
         if other is not None and other != format_name:
-            what = f"the row looks like {other}, the others are {format_name}"
-            raise UnusableRowError(
-                refused.field, what, f"put {other} rows into a file of their own, or set `data.format`"
-            ) from None
+            problem = f"the row looks like {other}, the others are {format_name}"
+            fix = f"put {other} rows into a file of their own, or set `data.format`"
+            raise UnusableRowError(error.field, problem, fix) from None
         raise
 
 
-FORMATS: dict[str, Callable[[Row], Conversation]] = {
-    "messages": _messages,
-    "sharegpt": _sharegpt,
-    "alpaca": _alpaca,
-    "prompt-completion": _prompt_completion,
-    "text": _text_row,
+FORMATS: dict[str, Format] = {
+    "messages": Format(_parse_messages, _recognize_messages),
+    "sharegpt": Format(_parse_sharegpt, _recognize_sharegpt),
+    "alpaca": Format(_parse_alpaca, _recognize_alpaca),
+    "prompt-completion": Format(_parse_prompt_completion, _recognize_prompt_completion),
+    "text": Format(_parse_text, _recognize_text),
 }
+"""Formats by the name that `data.format` gives them; the first that recognizes a row is its format."""

@@ -1,0 +1,196 @@
+"""Process one record by itself: parse it, make it a conversation, render it, cut it to length.
+
+This runs in whichever process tokenizes the row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from llmtune.config.schema import TrainOn
+from llmtune.data.dataset.overlong import cut_example
+from llmtune.data.example import REASONING_FIELDS, Conversation
+from llmtune.data.reading.data_file import DataFile
+from llmtune.data.reading.parse import BadRow
+from llmtune.data.reading.readers import Record
+from llmtune.data.rendering.renderer import Renderer
+from llmtune.data.rendering.row_warnings import RowWarning
+from llmtune.data.rows.formats import UnusableRowError, conversation_of
+from llmtune.errors import DataError
+
+__all__ = ["STATUSES", "Reason", "RowResult", "RowRules", "Status", "process_record", "too_long_reason"]
+
+Status = Literal["used", "cut", "dropped", "duplicate", "held_out", "bad"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+"""Tables hold a status by its index in this order."""
+
+_ASSISTANT_RULES = frozenset({"last_assistant_message", "last_assistant_turn", "all_assistant_messages"})
+
+
+class RowRules(NamedTuple):
+    """The settings that decide about a row by itself, beside those of the renderer."""
+
+    train_on: TrainOn
+    text_column: str | None
+    min_length: int | None
+    max_length: int
+    overlong: str
+
+
+class Reason(NamedTuple):
+    """Why a row was cut or not used: the problem, the field at fault, the fix."""
+
+    problem: str
+    field: str | None = None
+    fix: str | None = None
+    whole_file: bool = False
+
+
+class RowResult(NamedTuple):
+    """The status of one row before it is compared with others (used, cut, dropped or bad), and its examples.
+
+    `pieces` holds (ids int32 [T], weights float32 [T]) of each example. `row_digest` is over the ids, `full_digest`
+    over ids and weights, both of the complete row before any cut.
+    """
+
+    file_index: int
+    number: int
+    status: Status
+    reason: Reason | None = None
+    warnings: tuple[RowWarning, ...] = ()
+    tokens: int = 0
+    tokens_lost: int = 0
+    pieces: tuple[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]], ...] = ()
+    row_digest: bytes = bytes(16)
+    full_digest: bytes = bytes(16)
+
+
+def process_record(
+    file_index: int, file: DataFile, record: Record | BadRow, format_name: str, renderer: Renderer, rules: RowRules
+) -> RowResult:
+    """Make the examples of one record; every problem with it becomes the reason of the result."""
+    row = file.parse(record)
+    if isinstance(row, BadRow):
+        reason = Reason(row.problem, row.field, row.fix, row.whole_file)
+        return RowResult(file_index, record.number, "bad", reason)
+    try:
+        conversation = conversation_of(row, format_name, rules.text_column)
+        _check_answers(conversation, rules.train_on)
+        rendered = renderer.render(conversation)
+    except UnusableRowError as error:
+        return RowResult(file_index, record.number, "bad", Reason(error.problem, error.field, error.fix))
+    except DataError as error:
+        problem = error.problems[0]
+        return RowResult(file_index, record.number, "bad", Reason(problem.problem, None, problem.fix))
+    lost = next((warning for warning in rendered.warnings if warning.code == "not-rendered"), None)
+    if lost is not None:
+        fix = "set `model.chat_template` to a template that renders it, or take it out of the row"
+        return RowResult(file_index, record.number, "bad", Reason(lost.text, "messages", fix))
+    ids = np.asarray(rendered.input_ids, dtype=np.int32)
+    weights = np.asarray(rendered.weights, dtype=np.float32)
+    # "no-trained-token" becomes the reason why the row is dropped.
+    warnings = [warning for warning in rendered.warnings if warning.code != "no-trained-token"]
+    result = RowResult(
+        file_index,
+        record.number,
+        "used",
+        warnings=(*warnings, *_conversation_warnings(conversation)),
+        tokens=len(ids),
+        row_digest=_digest(ids),
+        full_digest=_digest(ids, weights),
+    )
+    return _fit(result, conversation, ids, weights, renderer, rules)
+
+
+def _fit(
+    result: RowResult,
+    conversation: Conversation,
+    ids_T: npt.NDArray[np.int32],
+    weights_T: npt.NDArray[np.float32],
+    renderer: Renderer,
+    rules: RowRules,
+) -> RowResult:
+    """Drop a row that is too short or trains nothing, cut one that is too long."""
+    tokens = len(ids_T)
+    dropped = result._replace(status="dropped", tokens_lost=tokens)
+    if conversation.text is not None and rules.min_length is not None and tokens < rules.min_length:
+        return dropped._replace(reason=Reason(f"shorter than `data.min_length` of {rules.min_length} tokens"))
+    if not weights_T.any():
+        return dropped._replace(reason=_untrained_reason(result, rules))
+    if tokens <= rules.max_length:
+        return result._replace(pieces=((ids_T, weights_T),))
+    too_long = too_long_reason(rules)
+    if rules.overlong in ("error", "drop"):
+        return dropped._replace(reason=too_long)
+    cut = cut_example(
+        ids_T,
+        weights_T,
+        max_length=rules.max_length,
+        policy=rules.overlong,
+        end_token_ids=renderer.stop_token_ids,
+        bos_token_id=renderer.vocabulary.bos_id,
+    )
+    if not cut.pieces:
+        problem = f"{too_long.problem}, and nothing trained is left after {rules.overlong}"
+        return dropped._replace(reason=Reason(problem))
+    return result._replace(
+        status="cut",
+        reason=Reason(f"{too_long.problem}: {rules.overlong}"),
+        warnings=(*result.warnings, *cut.warnings),
+        tokens_lost=cut.tokens_lost,
+        pieces=tuple(cut.pieces),
+    )
+
+
+def _untrained_reason(result: RowResult, rules: RowRules) -> Reason:
+    unstable = next((warning.text for warning in result.warnings if warning.code == "unstable"), None)
+    if unstable is not None:
+        fix = "give a template that renders answers after the prompt it gives: `model.chat_template=FILE`"
+        return Reason(f"the row has no trained token: {unstable}", None, fix)
+    fix = f"check its weights, and that `data.train_on` ({rules.train_on}) is the rule you want"
+    return Reason("the row has no trained token", None, fix)
+
+
+def too_long_reason(rules: RowRules) -> Reason:
+    """The reason why a row over `max_length` is not used, where it is not cut."""
+    fix = "raise `data.max_length`, or set `data.overlong` to drop, truncate_right, truncate_left or split"
+    return Reason(f"longer than `data.max_length` of {rules.max_length} tokens", None, fix)
+
+
+def _check_answers(conversation: Conversation, train_on: TrainOn) -> None:
+    """Raise UnusableRowError for a conversation whose trained answers are missing or empty."""
+    if not conversation.messages:
+        return
+    answers = [message for message in conversation.messages if message.role == "assistant"]
+    if train_on in _ASSISTANT_RULES and not answers:
+        problem = "no message is from the assistant, so nothing would be trained"
+        raise UnusableRowError("messages", problem, "give the row an answer, or delete it")
+    for index, message in enumerate(conversation.messages):
+        if message.role != "assistant" or message.weight == 0 or message.content.strip():
+            continue
+        if not any(message.extra.get(name) for name in ("tool_calls", *REASONING_FIELDS)):
+            field = "completion" if conversation.prompt_is_text else f"messages[{index}].content"
+            fix = "give it a text, delete the row, or give the message weight 0"
+            raise UnusableRowError(field, "the answer is empty", fix)
+
+
+def _conversation_warnings(conversation: Conversation) -> Iterator[RowWarning]:
+    roles = [message.role for message in conversation.messages]
+    for role in ("user", "assistant"):
+        if any(role == first == second for first, second in itertools.pairwise(roles)):
+            yield RowWarning("turns-in-a-row", f"two {role} messages in a row")
+    if any(role == "system" for role in roles[1:]):
+        yield RowWarning("late-system", "a system message that is not the first message")
+
+
+def _digest(*arrays: npt.NDArray[np.int32] | npt.NDArray[np.float32]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.digest()

@@ -1,0 +1,36 @@
+"""An `ExampleSet` made of examples in memory."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from llmtune.data.example import Example, example_digest, set_digest
+
+
+class ExampleList:
+    """An `ExampleSet` held in memory."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self._examples = list(examples)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self._examples)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return np.array([len(example) for example in self._examples], dtype=np.int64)
+
+    @property
+    def loss_weights(self) -> npt.NDArray[np.float64]:
+        return np.array([example.weights.sum(dtype=np.float64) for example in self._examples], dtype=np.float64)
+
+    @property
+    def digest(self) -> str:
+        return set_digest(example_digest(example.input_ids, example.weights) for example in self._examples)
