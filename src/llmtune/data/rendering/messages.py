@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from llmtune.data.example import REASONING_FIELDS, Message
 from llmtune.data.rendering.provenance import DATA, trace
@@ -28,7 +28,7 @@ def message_fields(message: Message) -> dict[str, Any]:
     """
     extra = {key: value for key, value in message.extra.items() if value is not None}
     if "tool_calls" in extra:
-        extra["tool_calls"] = [_with_object_arguments(call) for call in extra["tool_calls"]]
+        extra["tool_calls"] = [_with_object_arguments(call) for call in cast("list[object]", extra["tool_calls"])]
     reasoning = next((extra[name] for name in REASONING_FIELDS if name in extra), None)
     if reasoning is not None:
         extra = {"thinking": reasoning, **extra, "reasoning_content": reasoning}

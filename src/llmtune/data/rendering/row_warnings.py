@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from llmtune.data.example import REASONING_FIELDS, Conversation
 from llmtune.data.rendering.encoding import Encoded
@@ -52,7 +52,9 @@ def lost_content(conversation: Conversation, whole: Rendering) -> list[RowWarnin
         name = f"message {index + 1} ({message.role})"
         first, last = whole.extents.get(index, (0, 0))
         shown = whole.text[first:last]
-        calls = [called for call in message.extra.get("tool_calls") or () if (called := _called(call))]
+        calls = [
+            called for call in cast("list[object]", message.extra.get("tool_calls") or []) if (called := _called(call))
+        ]
         content = message.content.strip()
         reasoning = next((message.extra[name] for name in REASONING_FIELDS if message.extra.get(name)), None)
         if content and first == last:
