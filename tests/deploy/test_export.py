@@ -17,7 +17,7 @@ from llmtune.durable.files import part_name
 from llmtune.errors import CheckpointError, ModelError, TokenizerError, UsageError
 from llmtune.evaluation.inference_model import load_inference_model
 from llmtune.models.gguf import read_gguf
-from llmtune.models.tokenizer import train_tokenizer
+from llmtune.models.tokenizer_training import train_tokenizer
 
 ROWS = 290
 TEXTS = ["the user asks and the assistant answers", "12 and 345 are numbers", "naïve 日本 🙂"] * 4

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from llmtune import durable
 from llmtune.errors import ConfigError, ModelError
-from llmtune.models.load import context_length, resize_for_tokenizer
+from llmtune.models.load import resize_for_tokenizer
 from llmtune.models.weights import digest_tensors, inspect_weights, refuse_changed_weights
 
 
@@ -198,13 +198,6 @@ def test_spare_rows_are_never_taken_away(tiny_model_folder, load, tiny_tokenizer
 def test_a_quantized_base_cannot_be_trained_whole(tiny_model_folder, load, quantization):
     with pytest.raises(ConfigError, match=r"adapter\.method=lora"):
         load(tiny_model_folder, trained="full", quantization=quantization)
-
-
-def test_the_context_is_read_from_any_config(tiny_model_folder, load):
-    from transformers import GPT2Config
-
-    assert context_length(load(tiny_model_folder).model.config) == 256
-    assert context_length(GPT2Config(n_positions=77)) == 77
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

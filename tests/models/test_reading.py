@@ -48,7 +48,7 @@ def test_what_says_nothing_of_the_file_stays_what_it_is(raised):
         raise raised("other")
 
     with pytest.raises(raised):
-        reading._ask(read)
+        reading._call_library(read)
 
 
 @pytest.mark.parametrize("on", [True, False])

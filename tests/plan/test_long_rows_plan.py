@@ -8,9 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtune.kernels import chunked_mlp, chunks, head_loss
+from llmtune.models.load import choose_weight_dtype
 from llmtune.plan.activation_trace import MicroBatchShape, trace
 from llmtune.plan.hardware import Target
-from llmtune.plan.meta_model import build_meta_model, weight_dtype
+from llmtune.plan.meta_model import build_meta_model
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from training_helpers import LORA
 
@@ -33,7 +34,8 @@ def traced(
     seen: AbstractContextManager | None = None,
 ):
     config = forecaster.config
-    dtype = weight_dtype(config.model, trained=config.adapter.method == "none", precision="bf16", scratch=False)
+    full = config.adapter.method == "none"
+    dtype, _ = choose_weight_dtype(config.model.dtype, trained=full, precision="bf16")
     model = build_meta_model(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=dtype)
     batch = MicroBatchShape(lengths, trained or sum(lengths), "flat")
     with seen or nullcontext():

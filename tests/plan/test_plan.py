@@ -14,11 +14,12 @@ from llmtune.errors import UsageError
 from llmtune.kernels import activation_offload, chunked_mlp
 from llmtune.kernels.activation_offload import PAGE_BYTES
 from llmtune.plan import resolve_auto
+from llmtune.models.load import choose_weight_dtype
 from llmtune.plan.activation_trace import MicroBatchShape, extrapolate, trace
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.hardware import Target, find_target, process_bytes
 from llmtune.plan.memory import optimizer_bytes
-from llmtune.plan.meta_model import build_meta_model, weight_dtype
+from llmtune.plan.meta_model import build_meta_model
 from llmtune.plan.resolve_auto import with_micro_batch
 from llmtune.plan.suggestions import largest_batch, suggest
 from llmtune.plan.summary import as_dict, make_plan, plan_lines
@@ -160,7 +161,8 @@ def test_q7_what_reading_rows_has_left_free_is_not_planned_twice():
 
 def traced(forecaster, lengths, *, blocks=None, checkpointing=False, device_type="cpu"):
     config = forecaster.config
-    dtype = weight_dtype(config.model, trained=config.adapter.method == "none", precision="fp32", scratch=False)
+    full = config.adapter.method == "none"
+    dtype, _ = choose_weight_dtype(config.model.dtype, trained=full, precision="fp32")
     model = build_meta_model(
         forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=dtype, blocks=blocks
     )

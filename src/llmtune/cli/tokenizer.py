@@ -47,8 +47,7 @@ def train(
     from llmtune.errors import ConfigError, UsageError
     from llmtune.models.chat_templates import find_chat_template
     from llmtune.models.save import write_tokenizer
-    from llmtune.models.tokenizer import train_tokenizer
-    from llmtune.models.tokenizer_training import measure_tokenizer
+    from llmtune.models.tokenizer_training import measure_tokenizer, train_tokenizer
 
     check_working_folder()
     resolved = load_config(config, overrides=overrides or ())

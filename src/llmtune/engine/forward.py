@@ -30,6 +30,7 @@ from llmtune.kernels.activation_offload import offload_inputs, run_in_tiles
 from llmtune.kernels.attention import segment_mask, use_attention, use_segment_attention
 from llmtune.kernels.head_loss import Head, find_head, head_nll_sum, trained_rows
 from llmtune.kernels.patch_model import fuse, prepackable, unfuse
+from llmtune.models.load import ATTENTION_IMPLEMENTATIONS
 
 __all__ = [
     "Engine",
@@ -273,8 +274,8 @@ def _flat_engine(model: Any, backend: str, device: torch.device, asked: str, mor
 def _plain_engine(model: Any, asked: str, reason: str, more: tuple[Decision, ...]) -> Engine:
     decisions = [Decision("training.engine", "plain", reason), *more]
     if asked != "auto":
-        use_attention(_base_model(model), LIBRARY_ATTENTION[asked])
-        decisions.append(Decision("model.attention", LIBRARY_ATTENTION[asked], f"asked for ({asked})"))
+        use_attention(_base_model(model), ATTENTION_IMPLEMENTATIONS[asked])
+        decisions.append(Decision("model.attention", ATTENTION_IMPLEMENTATIONS[asked], f"asked for ({asked})"))
     return Engine(nll_sum=lambda batch: plain_nll_sum(model, batch), layout="padded", decisions=tuple(decisions))
 
 
@@ -386,5 +387,3 @@ BACKEND_REASONS = {
     "flex": "flex attention with a document mask",
     "eager": "all scores written out",
 }
-LIBRARY_ATTENTION = {"sdpa": "sdpa", "flash": "flash_attention_2", "flex": "flex_attention", "eager": "eager"}
-"""What transformers calls the values of `model.attention`."""

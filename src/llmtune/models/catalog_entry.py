@@ -1,4 +1,4 @@
-"""One row of the model catalog, and what a model name resolves to."""
+"""One row of the model catalog, and the source that a model name resolves to."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from llmtune.common.decisions import Decision
 
@@ -23,28 +23,32 @@ Availability = Literal[
 
 @dataclass(frozen=True)
 class ScratchShape:
-    """Shape of a from-scratch model: blocks, width, heads, and the vocabulary trained for it when no tokenizer is named
-    (entries).
-    """
+    """Shape of a from-scratch model."""
 
     n_layers: int
     d_model: int
     n_heads: int
     vocab_size: int
+    """Entries of the tokenizer that is trained for it when the config names none."""
     max_seq_len: int = 2048
+    """Longest sequence, in tokens."""
 
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One row of `list-models`. `parameters` counts every weight once (tied ones too); `context` is in tokens."""
+    """One row of `list-models`."""
 
     name: str
     hub_id: str | None = None
     parameters: int | None = None
+    """Number of weights, tied ones once."""
     context: int | None = None
+    """Longest sequence, in tokens."""
     licence: str = "unknown"
-    gated: bool = False
     method: str = "LoRA"
+    """Tuning method that suits its size."""
+    gated: bool = False
+    """The hub gives it only after its licence was accepted."""
     path: str | None = None
     package_file: tuple[str, str] | None = None
     """(installed package, file in it) that carries this model as a GGUF file."""
@@ -53,7 +57,7 @@ class CatalogEntry:
     chat_template: str | None = None
     """Shipped chat template for a model that was published without one."""
     shape: ScratchShape | None = None
-    architecture: Mapping[str, Any] = field(default_factory=dict)
+    architecture: Mapping[str, object] = field(default_factory=dict)
     """Keys of `model.architecture` that a user's own from-scratch row sets."""
 
     @property
@@ -64,11 +68,13 @@ class CatalogEntry:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A resolved `model.name`. `location` is a folder, a file, a hub id or the name of a from-scratch shape."""
+    """A resolved `model.name`."""
 
     kind: Kind
     location: str
+    """A folder, a file, a hub id or the name of a from-scratch shape, by `kind`."""
     name: str
+    """The name as the user wrote it."""
     entry: CatalogEntry | None = None
     revision: str | None = None
     offline: bool = False
@@ -76,6 +82,6 @@ class ModelSource:
 
     @property
     def short_name(self) -> str:
-        """What `{model}` in a run's name becomes: the catalog name, or the last part of the path or hub id."""
+        """The value of `{model}` in a run's name: the catalog name, or the last part of the path or hub id."""
         name = self.entry.name if self.entry else Path(self.name.rstrip("/")).name
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name.removesuffix(".gguf")).strip("-.") or "model"

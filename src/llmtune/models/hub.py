@@ -1,4 +1,4 @@
-"""Bring a hub model to this machine: its JSON, tokenizer and safetensors files, and nothing that can run."""
+"""Fetch a hub model: its JSON, tokenizer and safetensors files, and nothing that can run."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from pathlib import Path
 
 from llmtune.errors import MachineError, ModelError, in_one_line
 from llmtune.models.catalog_entry import ModelSource
+from llmtune.models.gguf import converted_folder
 from llmtune.models.quiet_libraries import quiet_libraries
 
 __all__ = ["fetch_snapshot", "local_folder", "may_ignore_auto_map"]
 
 _NATIVE_DESPITE_AUTO_MAP = frozenset({"microsoft/Phi-4-mini-instruct"})
-"""Hub ids of the catalog that also ship code, and load with the library's own; theirs is never fetched or run."""
+"""Hub ids of the catalog that also ship code but load with transformers' own; the shipped code is never fetched."""
 
 _HTTP_LIBRARIES = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken", "LICENSE*", "README.md"]
 
 
 def fetch_snapshot(hub_id: str, revision: str | None, *, weights: bool, offline: bool, code: bool = False) -> Path:
-    """The folder of a hub model in the hub cache, fetched when it is not there; the folder's name is the commit.
+    """Return the hub model's folder in the hub cache, fetched when missing; the folder's name is the commit.
 
-    weights: also the safetensors files (top folder only). code: also Python files, for a model the user trusts. Raises
-    ModelError when the hub has no such model or revision or asks for consent, MachineError when the hub cannot be
-    reached.
+    weights: also the safetensors files of the top folder. code: also Python files, for a model the user trusts.
+
+    Raises ModelError for an unknown model or revision and for one that needs consent, MachineError when the hub cannot
+    be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -38,11 +40,12 @@ def fetch_snapshot(hub_id: str, revision: str | None, *, weights: bool, offline:
     where = "model.name"
     try:
         with quiet_libraries():
-            found = snapshot_download(
+            folder = snapshot_download(
                 hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"], local_files_only=offline
             )
     except GatedRepoError as error:
-        fix = f"accept its licence at https://huggingface.co/{hub_id}, then `hf auth login`; or name a local copy in model.name"
+        licence = f"accept its licence at https://huggingface.co/{hub_id}, then `hf auth login`"
+        fix = f"{licence}; or name a local copy in model.name"
         raise ModelError(f"`{hub_id}` is gated: its owner wants your consent first", where=where, fix=fix) from error
     except RevisionNotFoundError as error:
         raise ModelError(
@@ -62,34 +65,36 @@ def fetch_snapshot(hub_id: str, revision: str | None, *, weights: bool, offline:
         raise _unreachable(hub_id, error) from error
     except (HfHubHTTPError, OSError) as error:
         raise _unreachable(hub_id, error) from error
-    except (
-        Exception
-    ) as error:  # the hub's library lets what its HTTP library raises through, and has changed that library
+    except Exception as error:
+        # huggingface_hub lets the errors of its HTTP library through, and has changed that library between versions.
         if type(error).__module__.partition(".")[0] not in _HTTP_LIBRARIES:
             raise
         raise _unreachable(hub_id, error) from error
-    return Path(str(found))
+    return Path(str(folder))
 
 
 def _unreachable(hub_id: str, error: Exception) -> MachineError:
+    local_models = "`llmtune list-models` shows it (smollm2-135m-instruct needs no hub)"
     return MachineError(
         f"`{hub_id}` could not be fetched: {in_one_line(error)}",
         where="model.name",
-        fix="check the connection, or use what is here: `llmtune list-models` shows it (smollm2-135m-instruct needs no hub)",
+        fix=f"check the connection, or use what is here: {local_models}",
     )
 
 
 def local_folder(source: ModelSource, *, weights: bool = True, code: bool = False) -> Path:
-    """The folder that holds the model: itself, its conversion in the cache (GGUF), or its snapshot in the hub cache,
-    fetched when missing.
+    """Return the folder that holds the model's files.
 
-    weights=False fetches and compares only the small files. A from-scratch model has no folder: ModelError.
+    That is the named folder, the conversion of a GGUF file in llmtune's cache, or the snapshot in the hub cache, made
+    or fetched when missing. weights: False leaves out the weight files of a hub model, and the check of those of a GGUF
+    model. code: also the Python files of a hub model.
+
+    Raises ModelError for a from-scratch model, which has no folder, and whatever converting (`converted_folder`) and
+    fetching (`fetch_snapshot`) raise: ModelError and MachineError.
     """
     if source.kind == "folder":
         return Path(source.location)
     if source.kind == "gguf":
-        from llmtune.models.gguf import converted_folder
-
         return converted_folder(Path(source.location), weights=weights)
     if source.kind == "hub":
         return fetch_snapshot(source.location, source.revision, weights=weights, offline=source.offline, code=code)
@@ -99,5 +104,5 @@ def local_folder(source: ModelSource, *, weights: bool = True, code: bool = Fals
 
 
 def may_ignore_auto_map(source: ModelSource) -> bool:
-    """Whether this model's own code may simply be left aside."""
+    """Return whether the code shipped with this model is known to be unneeded (see `refuse_unsafe_folder`)."""
     return source.kind == "hub" and source.location in _NATIVE_DESPITE_AUTO_MAP

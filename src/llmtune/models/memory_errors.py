@@ -1,4 +1,4 @@
-"""What Python, torch and safetensors raise when memory is refused, told from their other errors."""
+"""Tell refused memory from other errors of Python, torch and safetensors."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ from safetensors import SafetensorError
 __all__ = ["MEMORY_ERRORS", "is_out_of_memory"]
 
 MEMORY_ERRORS = (MemoryError, RuntimeError, OSError, SafetensorError)
-"""What is raised when memory is refused, among other things: ask `is_out_of_memory`."""
+"""Types of the errors that refused memory raises; `is_out_of_memory` tells those from others of the same type."""
 
+# torch has no type of its own for a CPU allocation that failed: its RuntimeErrors are told by their text.
 _CPU_REFUSAL = re.compile(
     r"can't allocate memory|not enough memory|std::bad_alloc|Cannot allocate memory|could not create a memory object"
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that this machine or its device had no memory to give."""
+    """Return whether an error means that the machine or its device had no memory left.
+
+    >>> is_out_of_memory(OSError(errno.ENOMEM, "")), is_out_of_memory(RuntimeError("shape mismatch"))
+    (True, False)
+    """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):

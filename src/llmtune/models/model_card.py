@@ -1,13 +1,16 @@
-"""The README.md beside what a user takes away: what it is, what it was made from, how, and how well it does."""
+"""Model cards: the README.md beside a trained, merged or exported model, with the front matter that hubs read.
+
+https://huggingface.co/docs/hub/model-cards
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
 
 from llmtune.version import __version__
 
-__all__ = ["model_card"]
+__all__ = ["exported_model_card", "merged_model_card", "trained_model_card"]
 
 _METRICS = (
     "train_mean_nll",
@@ -19,58 +22,70 @@ _METRICS = (
 )
 
 
-def model_card(
+def trained_model_card(
     *,
     run: str,
     base: str,
     base_path: str | None,
-    method: str,
+    is_adapter: bool,
     step: int,
     total_steps: int,
-    metrics: Mapping[str, Any],
-    data: Mapping[str, Any],
+    metrics: Mapping[str, object],
+    data: Mapping[str, Mapping[str, int]],
     config: str,
 ) -> str:
-    """A model card in Markdown with the front matter that hubs read.
+    """Return the card of a run's adapter or fully tuned model, in Markdown.
 
-    base: name of the base model; base_path: the folder or hub id that transformers loads it from, None for a model made
-    from scratch. metrics: as in metrics.jsonl. data: the ledger's summary.
+    base: name of the base model. base_path: folder or hub id that transformers loads it from, None for a model made
+    from scratch. metrics: as in metrics.jsonl. data: the ledger's summary. config: the run's config as YAML, redacted.
     """
+    numbers = {name: metrics.get(name) for name in _METRICS}
     rows = "\n".join(
-        f"| `{name}` | {metrics[name]:.6g} |" for name in _METRICS if isinstance(metrics.get(name), (int, float))
+        f"| `{name}` | {value:.6g} |" for name, value in numbers.items() if isinstance(value, (int, float))
     )
-    counts = "; ".join(f"{part}: {fates['input']:,} rows, {fates['used']:,} used" for part, fates in data.items())
-    kind = "adapter" if method == "LoRA" else "model"
-    load = (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base_path}"), "THIS_FOLDER")'
-        if method == "LoRA"
-        else 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")'
-    )
-    origin = f"base_model: {base_path}\n" if base_path else ""
-    return f"""---
-{origin}library_name: {"peft" if method == "LoRA" else "transformers"}
-pipeline_tag: text-generation
-tags: [llmtune, {method.lower()}]
----
-
-# {run}
-
-This {kind} is `{base}` after {step} of {total_steps} steps of {method} tuning with llmtune {__version__}.
+    counts = "; ".join(f"{part}: {count['input']:,} rows, {count['used']:,} used" for part, count in data.items())
+    kind, method = ("adapter", "LoRA") if is_adapter else ("model", "full")
+    summary = f"after {step} of {total_steps} steps of {method} tuning with llmtune {__version__}"
+    text = f"""This {kind} is `{base}` {summary}.
 
 | metric | value |
 | --- | --- |
 {rows}
 
 Loss is in nats per trained token. Data: {counts}.
-
-```python
-{load}
-```
-
-## Config
-
-```yaml
-{config.rstrip()}
-```
 """
+    card = _card(run, text, tags=(method.lower(),), base_model=base_path, is_adapter=is_adapter)
+    return f"{card}\n## Config\n\n```yaml\n{config.rstrip()}\n```\n"
+
+
+def merged_model_card(*, adapter: str, base: str) -> str:
+    """Return the card of `base` with the adapter merged into it, in Markdown."""
+    text = (
+        f"The adapter `{adapter}` merged into `{base}` with llmtune. "
+        "`merge_report.json` says how close the result is to base and adapter.\n"
+    )
+    return _card(f"{base}, tuned", text, tags=("merged",), base_model=base)
+
+
+def exported_model_card(name: str) -> str:
+    """Return the card of a model that was exported as it is, in Markdown."""
+    text = "Exported with llmtune. `export_report.json` says how close the weights are to the source.\n"
+    return _card(json.dumps(name).strip('"'), text)  # the name of a folder may hold any character
+
+
+def _card(
+    title: str, text: str, *, tags: Sequence[str] = (), base_model: str | None = None, is_adapter: bool = False
+) -> str:
+    """Return front matter, title, text and the code that loads the folder."""
+    origin = f"base_model: {base_model}\n" if base_model else ""
+    library = "peft" if is_adapter else "transformers"
+    imports = ["from peft import PeftModel"] if is_adapter else []
+    imports.append("from transformers import AutoModelForCausalLM")
+    base = 'AutoModelForCausalLM.from_pretrained("{}")'
+    if is_adapter:
+        model = f'PeftModel.from_pretrained({base.format(base_model)}, "THIS_FOLDER")'
+    else:
+        model = base.format("THIS_FOLDER")
+    load = "\n".join([*imports, "", f"model = {model}"])
+    front = f"{origin}library_name: {library}\npipeline_tag: text-generation\ntags: [{', '.join(['llmtune', *tags])}]"
+    return f"---\n{front}\n---\n\n# {title}\n\n{text}\n```python\n{load}\n```\n"

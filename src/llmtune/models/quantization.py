@@ -1,8 +1,8 @@
-"""bitsandbytes, kept quiet, off the network and exact: 4-bit NF4 and 8-bit frozen weights, and its optimizers.
+"""bitsandbytes: 4-bit NF4 and 8-bit frozen weights, and its optimizers.
 
 bitsandbytes 0.50 tries to fetch a CPU kernel from a hub when it is imported, and in evaluation on CPUs with AVX512-BF16
-it repacks its 4-bit weights in place, after which they neither train nor give the same numbers as in training. Both are
-switched off here; nothing else may import it.
+it repacks its 4-bit weights in place, after which they neither train nor give the same numbers as in training. This
+module switches both off, so no other module may import bitsandbytes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,16 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
 
 from llmtune.errors import MachineError
 from llmtune.models.quiet_libraries import quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 __all__ = [
     "bnb_optimizer",
@@ -29,23 +35,21 @@ __all__ = [
     "quantized_layers",
 ]
 
-_ABSENT = object()
-
 
 def import_bitsandbytes() -> Any:
-    """The bitsandbytes module, imported without its look at a hub and without its log line.
+    """Import and return bitsandbytes without its request to a hub and without its log line.
 
     Raises MachineError where it cannot work.
     """
     if "bitsandbytes" in sys.modules:
         return sys.modules["bitsandbytes"]
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # for good: it would repeat its advice at every layer of every step
-    before = sys.modules.get("kernels", _ABSENT)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # the import of a hub's code then fails at once, without a connection
+    # For the life of the process: it would repeat its advice at every layer of every step.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    kernels = sys.modules.pop("kernels", None)
+    # None makes `import kernels`, the package that fetches code from a hub, fail at once and without a connection.
+    sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
-        with _compiling_at_first_call():
+        with _compile_at_first_call():
             return importlib.import_module("bitsandbytes")
     except (ImportError, RuntimeError, OSError) as error:
         raise MachineError(
@@ -54,27 +58,24 @@ def import_bitsandbytes() -> Any:
             fix="pip install 'bitsandbytes>=0.49', or use model.quantization=none and training.optimizer=adamw",
         ) from error
     finally:
-        if before is _ABSENT:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = before  # type: ignore[assignment]
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
 
 
 @contextmanager
-def _compiling_at_first_call() -> Iterator[None]:
-    """What is decorated with `torch.compile` meanwhile loads the compiler when it is called.
+def _compile_at_first_call() -> Iterator[None]:
+    """Let `torch.compile` load the compiler when the compiled function is called, for functions decorated meanwhile.
 
-    bitsandbytes so decorates what it falls back to where it has no kernel of its own. Most runs never call that, and
-    each would load the compiler for it: 0.8 s of every start with an adapter.
+    bitsandbytes decorates its fallbacks for devices without a kernel. Most runs never call them, and loading the
+    compiler takes 0.8 s of every start with an adapter.
     """
-    import torch
-
-    at_once = torch.compile
+    compile_now = torch.compile
 
     def at_first_call(function: Callable[..., Any] | None = None, **options: Any) -> Any:
         if function is None:
             return functools.partial(at_first_call, **options)
-        compiled = functools.cache(lambda: at_once(function, **options))
+        compiled = functools.cache(lambda: compile_now(function, **options))
 
         @functools.wraps(function)
         def call(*args: Any, **named: Any) -> Any:
@@ -86,12 +87,16 @@ def _compiling_at_first_call() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.compile = at_once
+        torch.compile = compile_now
 
 
-def quantization_config(kind: Literal["4bit", "8bit"], compute_dtype: Any) -> Any:
-    """The config that loads every linear layer but the head in NF4 with double quantization (arXiv:2305.14314), or in 8
-    bit.
+def quantization_config(kind: Literal["4bit", "8bit"], compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the config that quantizes every linear layer but the head while it is loaded.
+
+    4bit: NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). 8bit: LLM.int8 (Dettmers et al.
+    2022, arXiv:2208.07339). compute_dtype: type of the arithmetic with 4-bit weights.
+
+    Raises MachineError where bitsandbytes cannot work.
     """
     import_bitsandbytes()
     from transformers import BitsAndBytesConfig
@@ -106,31 +111,32 @@ def quantization_config(kind: Literal["4bit", "8bit"], compute_dtype: Any) -> An
     )
 
 
-def disable_cpu_repacking(model: Any) -> int:
-    """Switch off the in-place repacking of 4-bit weights in evaluation on CPU; returns how many layers are 4-bit."""
+def disable_cpu_repacking(model: nn.Module) -> int:
+    """Switch off the in-place repacking of 4-bit weights in evaluation on CPU; returns the number of 4-bit layers."""
     layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     for module in layers:
-        module.support_avx512bf16_for_cpu = False
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return len(layers)
 
 
-def is_quantized_linear(module: Any) -> bool:
-    """Whether this layer holds its weight in 4 or 8 bit."""
+def is_quantized_linear(module: nn.Module) -> bool:
+    """Return whether this layer holds its weight in 4 or 8 bits; compares names, so bitsandbytes is not imported."""
     return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
 
 
-def dequantized_weight(module: Any) -> Any:
-    """The weight of a 4-bit or 8-bit layer as the layer's arithmetic sees it, float32 [out, in].
+def dequantized_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a 4-bit or 8-bit layer as its arithmetic uses it, float32 [out, in].
 
-    What a merge folds an adapter into.
+    4-bit: the NF4 value of each entry times the scale of its block of 64. 8-bit: W = codes * scale / 127 with one scale
+    for each output.
     """
-    import torch
-
     bitsandbytes = import_bitsandbytes()
-    weight = module.weight
+    weight: Any = module.weight
     if type(module).__name__ == "Linear4bit":
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)
-    codes, scales = (module.state.CB, module.state.SCB) if module.state.CB is not None else (weight.CB, weight.SCB)
+    state: Any = module.state
+    # The first forward moves the codes from the weight to the layer's state.
+    codes, scales = (state.CB, state.SCB) if state.CB is not None else (weight.CB, weight.SCB)
     return codes.to(torch.float32) * (scales.to(torch.float32).unsqueeze(1) / 127.0)
 
 
@@ -141,18 +147,19 @@ def bnb_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float = 0.0,
-) -> Any:
-    """An optimizer of bitsandbytes over parameter groups; decay is decoupled, and a group's own `weight_decay` wins.
+) -> torch.optim.Optimizer:
+    """Return an optimizer of bitsandbytes over parameter groups; decay is decoupled, a group's `weight_decay` wins.
 
-    8-bit states are kept blockwise for tensors of 4096 entries or more (arXiv:2110.02861). Raises MachineError when it
-    cannot work here.
+    8-bit states are quantized blockwise, for tensors of 4096 entries or more (Dettmers et al. 2022, arXiv:2110.02861).
+    Raises MachineError where bitsandbytes cannot work.
     """
     bitsandbytes = import_bitsandbytes()
     make = getattr(bitsandbytes.optim, _OPTIMIZERS[name])
     options: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
     if name != "lion":
         options["eps"] = eps
-    return make(list(groups), **options)
+    optimizer: torch.optim.Optimizer = make(list(groups), **options)
+    return optimizer
 
 
 _OPTIMIZERS = {
@@ -163,13 +170,12 @@ _OPTIMIZERS = {
 }
 
 
-def quantized_layers(meta_model: Any, kind: Literal["4bit", "8bit"]) -> set[str]:
-    """Return the names of the layers that loading with `model.quantization` holds in `kind`, decided by transformers
-    itself.
+def quantized_layers(meta_model: nn.Module, kind: Literal["4bit", "8bit"]) -> set[str]:
+    """Return the names of the layers that loading with `model.quantization` quantizes; transformers decides them.
 
-    meta_model: the unquantized model on the meta device; its layers are replaced.
+    meta_model: the unquantized model on the meta device; its layers are replaced. Raises MachineError where
+    bitsandbytes cannot work.
     """
-    import torch
     from transformers.quantizers.auto import AutoHfQuantizer
 
     with quiet_libraries(), torch.device("meta"):
@@ -178,10 +184,11 @@ def quantized_layers(meta_model: Any, kind: Literal["4bit", "8bit"]) -> set[str]
     return {name for name, module in meta_model.named_modules() if is_quantized_linear(module)}
 
 
-def quantize_dequantize(weight: Any, kind: Literal["4bit", "8bit"], dtype: Any) -> Any:
-    """Return a linear layer's weight [out, in] as its quantized layer's arithmetic sees it, float32 [out, in].
+def quantize_dequantize(weight: Tensor, kind: Literal["4bit", "8bit"], dtype: torch.dtype) -> Tensor:
+    """Return a linear layer's weight [out, in] as the arithmetic of its quantized layer uses it, float32 [out, in].
 
-    dtype: the type the base was loaded in, from which it was quantized. Settings are those of `quantization_config`.
+    dtype: the type the base was loaded in, from which it was quantized. The settings are those of
+    `quantization_config`. Raises MachineError where bitsandbytes cannot work.
     """
     bitsandbytes = import_bitsandbytes()
     outputs, inputs = weight.shape

@@ -1,4 +1,4 @@
-"""The libraries kept quiet (their bars, advice and log lines), and what the system refuses them said as ours."""
+"""Silence the model libraries, and turn the system errors hidden in their exceptions into MachineError."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _LOGGERS = ("transformers", "peft", "accelerate", "huggingface_hub", "tokenizers
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """While inside: no progress bars, no log lines below ERROR and no Python warnings from the model libraries.
+    """Switch off progress bars, log lines below ERROR and Python warnings of the model libraries while inside.
 
-    All is put back after.
+    All settings are restored afterwards.
     """
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -49,16 +49,12 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def translate_save_errors(folder: Path) -> Iterator[None]:
-    """While inside, a library writes into `folder`, quietly.
-
-    What the system refuses it is a MachineError, as if we had asked ourselves.
-
-    safetensors and tokenizers raise kinds of their own for that, with the number of the system's error in their words.
-    """
+    """Let a library write into `folder`, quietly. Raises MachineError when the system refuses, as on a full disk."""
     with quiet_libraries(), durable.translate_os_errors("save", folder):
         try:
             yield
-        except Exception as error:  # tokenizers raises bare Exception
+        except Exception as error:
+            # safetensors and tokenizers (even a bare Exception) give the number of the system's error only in the text.
             refused = _ERROR_NUMBER.search(str(error))
             if refused is None:
                 raise

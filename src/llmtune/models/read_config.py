@@ -1,6 +1,4 @@
-"""Small files of a model as the libraries read them: whatever those raise for a damaged file ends as one error that
-names it.
-"""
+"""Read a model's config and tokenizer through transformers; any error for a damaged file names that file."""
 
 from __future__ import annotations
 
@@ -8,29 +6,41 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from llmtune.errors import ModelError, TokenizerError, in_one_line
 from llmtune.models.quiet_libraries import quiet_libraries
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
 __all__ = ["garbage_collection_paused", "read_config", "read_fast_tokenizer"]
 
-_COMPLAINTS = (
-    ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, RuntimeError, OSError, ImportError,
-)  # fmt: skip
-"""What the libraries raise for values they did not expect."""
+_T = TypeVar("_T")
+_LIBRARY_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+    OSError,
+    ImportError,
+)
+"""Raised by the libraries for unexpected values in a file."""
 
 
 class _Unreadable(Exception):
-    """A library could not make sense of a file; its message is one line."""
+    """A library could not read a file; the message is one line."""
 
 
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """While inside, Python looks for no cycles of garbage; what is no cycle is freed as ever.
+    """Pause Python's search for reference cycles; objects outside of cycles are freed as always.
 
-    Importing the libraries and reading a vocabulary makes a million objects that stay, and each round of the collector
-    would walk them all: half a second of processor time of every command that reads a tokenizer.
+    Importing the libraries and reading a vocabulary makes a million objects that stay, and each collection would walk
+    them all: half a second of processor time of every command that reads a tokenizer.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -41,12 +51,12 @@ def garbage_collection_paused() -> Iterator[None]:
             gc.enable()
 
 
-def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config of the model in `folder`. Raises ModelError that names its config.json."""
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the transformers config of the model in `folder`. Raises ModelError that names its config.json."""
     from transformers import AutoConfig
 
     try:
-        config = _ask(
+        config: PreTrainedConfig = _call_library(
             lambda: AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trust_remote_code)
         )
     except _Unreadable as error:
@@ -64,22 +74,23 @@ def _no_model(folder: Path, reason: str) -> ModelError:
     )
 
 
-def read_fast_tokenizer(folder: Path, where: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in `folder`, in its fast form.
+def read_fast_tokenizer(folder: Path, where: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """Return the tokenizer in `folder` in its fast form.
 
-    Raises TokenizerError at `where`; ModelError where the config.json beside it is bad.
+    where: named by the errors. Raises TokenizerError when it cannot be read or has no fast form, ModelError when the
+    config.json beside it cannot be read.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = _ask(
+        tokenizer = _call_library(
             lambda: AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=trust_remote_code
             )
         )
     except _Unreadable as error:
         if (folder / "config.json").is_file():
-            read_config(folder, trust_remote_code=trust_remote_code)  # the library reads that too
+            read_config(folder, trust_remote_code=trust_remote_code)  # transformers reads that too: it may be at fault
         fix = "fetch it again, or name another one in model.tokenizer"
         raise TokenizerError(f"the tokenizer in {folder} cannot be read: {error}", where=where, fix=fix) from error
     if not getattr(tokenizer, "is_fast", False):
@@ -88,24 +99,19 @@ def read_fast_tokenizer(folder: Path, where: str, *, trust_remote_code: bool = F
             where=where,
             fix="save it once with a tokenizer.json, or name another tokenizer in model.tokenizer",
         )
-    return tokenizer
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
-def _ask(read: Callable[[], Any]) -> Any:
-    """Let a library read.
-
-    What it raises for a bad file becomes _Unreadable, everything else (an exhausted memory) stays what it is.
-    """
+def _call_library(read: Callable[[], _T]) -> _T:
+    """Return what `read` returns; raises _Unreadable for the errors of a bad file, others (no memory) pass through."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         with quiet_libraries():
             return read()
-    except (*_COMPLAINTS, StrictDataclassError) as error:
+    except (*_LIBRARY_ERRORS, StrictDataclassError) as error:
         raise _Unreadable(in_one_line(error)) from error
     except Exception as error:
-        if (
-            type(error) is not Exception
-        ):  # the tokenizers library, which is not Python, raises that bare class and no other
+        if type(error) is not Exception:  # the tokenizers library, written in Rust, raises that bare class
             raise
         raise _Unreadable(in_one_line(error)) from error

@@ -1,8 +1,8 @@
-"""What a model folder may hold: read before any library is allowed to look at it.
+"""Check a model folder by plain reading, before any library opens it.
 
 A folder of weights is data from a stranger. Its JSON files can name code (`auto_map`), repositories
 (`_attn_implementation`) and files outside the folder (a shard index); its weight files can be pickles, which run code
-when opened. That is found here, by plain reading.
+when opened.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ from llmtune.errors import ModelError, Problem
 __all__ = ["read_json_file", "refuse_unsafe_folder", "scan_json_files", "weight_files"]
 
 MAX_JSON_BYTES = 64 * 2**20
-"""A config or shard index larger than this is no config.
-
-(Tokenizer files are read by the tokenizer library, not here.)
-"""
+"""Limit for configs and shard indexes; tokenizer files, which are larger, are read by the tokenizer library."""
 
 _TRUST_FIX = (
     "use a copy without it, or, if you have read and trust that code, pass --trust-remote-code on the command line"
@@ -31,15 +28,15 @@ _INDEX = "model.safetensors.index.json"
 
 
 def refuse_unsafe_folder(folder: Path, *, trust_remote_code: bool = False, ignore_auto_map: bool = False) -> None:
-    """Raise ModelError with everything in the folder's JSON files that names code or another repository, or for an
-    adapter beside a model.
+    """Raise ModelError for JSON files that name code or a repository, and for an adapter beside a model.
 
-    `ignore_auto_map` is for models known to load with the library's own code although they also ship theirs; nothing of
-    theirs is run.
+    All such entries are named. ignore_auto_map: for models that ship code and are known to load without it; their code
+    is not run.
     """
     if (folder / "adapter_config.json").is_file() and (folder / "config.json").is_file():
         raise ModelError(
-            "the folder holds a model and an adapter; a library would join them unasked, and import what the adapter's config names",
+            "the folder holds a model and an adapter; a library would join them unasked, "
+            "and import what the adapter's config names",
             where=str(folder),
             fix="move the adapter (adapter_config.json, adapter_model.safetensors) to a folder of its own",
         )
@@ -51,23 +48,26 @@ def refuse_unsafe_folder(folder: Path, *, trust_remote_code: bool = False, ignor
 
 
 def scan_json_files(folder: Path, *, ignore_auto_map: bool = False) -> Iterator[Problem]:
-    """Every place in the folder's config files that would make a library run or fetch code."""
+    """Yield a problem for each entry of the folder's config files that would make a library run or fetch code.
+
+    Raises ModelError for a file that is no JSON mapping.
+    """
     for name in _CONFIG_FILES:
         path = folder / name
         if path.is_file():
             content = read_json_file(path)
             if not isinstance(content, dict):
                 raise ModelError(f"{name} holds no mapping", where=str(path), fix="fetch the file again")
-            for key, problem in _suspicious(content, ""):
+            for key, problem in _code_references(content, ""):
                 if not (ignore_auto_map and key.rsplit(".", 1)[-1] == "auto_map"):
                     yield Problem(problem, f"{path}: {key}", _TRUST_FIX)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the order of their names; the shard index is checked against them.
+    """Return the safetensors files of a model folder, in the order of their names.
 
-    Raises ModelError when the weights are pickles, are missing, or when the index points outside the folder or to a
-    file that is not there.
+    Raises ModelError when the weights are pickles or missing, or when the shard index names a file outside the folder
+    or one that is not there.
     """
     index = folder / _INDEX
     single = folder / "model.safetensors"
@@ -79,10 +79,12 @@ def weight_files(folder: Path) -> list[Path]:
         path.name for path in folder.iterdir() if path.suffix in _PICKLES and not path.name.startswith("training_args")
     )
     if pickles:
+        guide = "https://huggingface.co/docs/safetensors/convert-weights"
         raise ModelError(
-            f"the weights in {folder} are only there as {', '.join(pickles[:3])}, a format that can run code when it is opened",
+            f"the weights in {folder} are only there as {', '.join(pickles[:3])}, "
+            "a format that can run code when it is opened",
             where=str(folder),
-            fix="use a revision with safetensors, or convert a copy you trust: https://huggingface.co/docs/safetensors/convert-weights",
+            fix=f"use a revision with safetensors, or convert a copy you trust: {guide}",
         )
     raise ModelError(
         f"{folder} holds no model.safetensors", where=str(folder), fix="name a folder saved with `save_pretrained`"
@@ -90,7 +92,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_json_file(path: Path) -> Any:
-    """The value in a JSON file of at most 64 MiB. Raises ModelError when it is larger or not JSON."""
+    """Return the value in a JSON file. Raises ModelError when it is no JSON, unreadable or larger than 64 MiB."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(
@@ -107,8 +109,8 @@ def read_json_file(path: Path) -> Any:
 
 
 def _indexed_files(folder: Path, index: Path) -> list[Path]:
-    table = read_json_file(index)
-    weight_map = table.get("weight_map") if isinstance(table, dict) else None
+    content = read_json_file(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if (
         not isinstance(weight_map, dict)
         or not weight_map
@@ -129,36 +131,37 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _suspicious(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, problem) for each entry that names code; walks mappings and lists."""
+def _code_references(value: object, key: str) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, problem) for each entry that names code, in nested mappings and lists too."""
     if isinstance(value, list):
         for position, item in enumerate(value):
-            yield from _suspicious(item, f"{key}[{position}]")
+            yield from _code_references(item, f"{key}[{position}]")
     if not isinstance(value, dict):
         return
     for name, item in value.items():
-        here = f"{key}.{name}" if key else str(name)
+        item_key = f"{key}.{name}" if key else str(name)
         if name == "auto_map" and item:
-            yield here, f"`auto_map` names code that comes with the model: {_shown(item)}"
+            yield item_key, f"`auto_map` names code that comes with the model: {_shortened(item)}"
         elif name == "trust_remote_code" and item:
-            yield here, "`trust_remote_code` is asked for by the model's own files"
+            yield item_key, "`trust_remote_code` is asked for by the model's own files"
         elif name in ("custom_pipelines", "custom_generate") and item:
-            yield here, f"`{name}` names code that comes with the model: {_shown(item)}"
+            yield item_key, f"`{name}` names code that comes with the model: {_shortened(item)}"
         elif str(name).lstrip("_").startswith(("attn_implementation", "experts_implementation")) and _names_repository(
             item
         ):
-            yield here, f"`{name}` names a repository to fetch code from: {_shown(item)}"
+            yield item_key, f"`{name}` names a repository to fetch code from: {_shortened(item)}"
         else:
-            yield from _suspicious(item, here)
+            yield from _code_references(item, item_key)
 
 
-def _names_repository(value: Any) -> bool:
+def _names_repository(value: object) -> bool:
     if isinstance(value, dict):
         return any(_names_repository(item) for item in value.values())
+    # Names of implementations in the library are words; a repository has a slash in it.
     return value is not None and not (isinstance(value, str) and re.fullmatch(r"[a-z0-9_]*", value))
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "..."
 

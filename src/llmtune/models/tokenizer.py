@@ -1,4 +1,4 @@
-"""Load a tokenizer with everything training needs: a chat template, a pad token, and a digest to know it by."""
+"""Load a tokenizer with everything training needs: a chat template, a pad token and a digest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import ModelConfig
@@ -21,30 +21,33 @@ from llmtune.models.read_config import garbage_collection_paused, read_fast_toke
 from llmtune.models.scan import refuse_unsafe_folder
 from llmtune.models.tokenizer_training import train_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 __all__ = [
     "LoadedTokenizer",
     "load_tokenizer",
     "load_tokenizer_folder",
     "tokenizer_digest",
-    "train_tokenizer",
     "train_tokenizer_for",
 ]
 
-_PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
-"""Tokens that other models reserve for padding, the most telling first."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
-_NEEDED_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
-"""Control tokens a shipped template writes; without them in the vocabulary they would be spelled out in pieces."""
+_PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|vision_pad|>", "<|endoftext|>")
+"""Tokens that published models reserve for padding, the least ambiguous first."""
+
+_REQUIRED_TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
+"""Control tokens a shipped template writes; a vocabulary without them would spell them out in pieces."""
 
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """A fast tokenizer, what was chosen for it, and the sha256 over its vocabulary, rules, special tokens and chat
-    template.
-    """
+    """A fast tokenizer with its digest and the choices made for it."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     digest: str
+    """See `tokenizer_digest`."""
     decisions: tuple[Decision, ...] = ()
 
 
@@ -54,15 +57,16 @@ def load_tokenizer(
 ) -> LoadedTokenizer:
     """Load the tokenizer that `model.tokenizer` names, or the model's own.
 
-    new_tokens are added as special tokens where the vocabulary lacks them (`adapter.train_tokens`). Raises
-    TokenizerError when there is none, when it is not a fast tokenizer, or when the chat template cannot be used with
-    it.
+    new_tokens: added as special tokens where the vocabulary lacks them (`adapter.train_tokens`).
+
+    Raises TokenizerError when there is no tokenizer, when it has no fast form, or when the chat template does not fit
+    it; ModelError or MachineError when the model it belongs to cannot be found or fetched.
     """
     folder, where, ignore_auto_map = _tokenizer_folder(source, model_config, trust_remote_code)
     refuse_unsafe_folder(folder, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
-    tokenizer = _read(folder, where, trust_remote_code=trust_remote_code)
+    tokenizer = _read_tokenizer(folder, where, trust_remote_code=trust_remote_code)
     decisions: list[Decision] = []
-    missing = [one for one in dict.fromkeys(new_tokens) if one not in tokenizer.get_vocab()]
+    missing = [token for token in dict.fromkeys(new_tokens) if token not in tokenizer.get_vocab()]
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
         decisions.append(Decision("adapter.train_tokens", ", ".join(missing), "not in the vocabulary, so added to it"))
@@ -74,63 +78,63 @@ def load_tokenizer(
 
 @garbage_collection_paused()
 def load_tokenizer_folder(folder: Path) -> LoadedTokenizer:
-    """Load a tokenizer that was saved with a run, a checkpoint or a model, as it is there: nothing is chosen again but
-    a missing pad token.
+    """Load the tokenizer saved in a run, a checkpoint or a model, with the chat template that was trained with.
 
-    So it has the chat template that was trained with. Raises TokenizerError.
+    Only a missing pad token is chosen. Raises TokenizerError when it cannot be read, ModelError for unsafe files.
     """
     refuse_unsafe_folder(folder)
-    tokenizer = _read(folder, str(folder), trust_remote_code=False)
+    tokenizer = _read_tokenizer(folder, str(folder), trust_remote_code=False)
     decisions = _choose_pad(tokenizer)
     tokenizer.clean_up_tokenization_spaces = False
     return LoadedTokenizer(tokenizer, tokenizer_digest(tokenizer), tuple(decisions))
 
 
 def train_tokenizer_for(source: ModelSource, model_config: ModelConfig, texts: Iterable[str]) -> LoadedTokenizer:
-    """Train the tokenizer of a from-scratch model on the run's own texts, with the vocabulary its shape asks for.
+    """Train the tokenizer of a from-scratch model on the run's own texts, with the vocabulary size of its shape.
 
-    Raises ConfigError for a vocabulary too small, TokenizerError when there is no text or the chat template cannot be
-    used.
+    Raises ConfigError for a vocabulary too small, TokenizerError without text or for an unusable chat template.
     """
     assert source.entry is not None
     assert source.entry.shape is not None
     architecture = model_config.architecture
-    wanted = architecture.vocab_size or source.entry.shape.vocab_size
+    vocab_size = architecture.vocab_size or source.entry.shape.vocab_size
     context = architecture.max_seq_len or source.entry.shape.max_seq_len
-    tokenizer = train_tokenizer(texts, wanted, chat_template=None, max_length=context)
+    tokenizer = train_tokenizer(texts, vocab_size, chat_template=None, max_length=context)
     tokenizer.chat_template = find_chat_template(model_config.chat_template or "chatml")
-    why = f"`{source.name}` is built from scratch and no tokenizer is named: byte-level BPE trained on this run's rows"
-    decision = Decision("model.tokenizer", f"{len(tokenizer):,} of {wanted:,} entries", why)
+    reason = (
+        f"`{source.name}` is built from scratch and no tokenizer is named: byte-level BPE trained on this run's rows"
+    )
+    decision = Decision("model.tokenizer", f"{len(tokenizer):,} of {vocab_size:,} entries", reason)
     return LoadedTokenizer(tokenizer, tokenizer_digest(tokenizer), (decision,))
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 over what decides ids: vocabulary, merges, normalisation, special tokens, chat template.
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the sha256 over everything that decides ids: vocabulary, merges, normalizer, special tokens, template.
 
-    Not padding, not truncation.
+    Settings of padding and truncation are left out, because every call sets them anew.
     """
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules.pop("padding", None)
     rules.pop("truncation", None)
     special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
-    whole = json.dumps([rules, special, tokenizer.chat_template], sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(whole.encode("ascii")).hexdigest()
+    content = json.dumps([rules, special, tokenizer.chat_template], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(content.encode("ascii")).hexdigest()
 
 
 def _tokenizer_folder(
     source: ModelSource, model_config: ModelConfig, trust_remote_code: bool
 ) -> tuple[Path, str, bool]:
-    """(folder, what named it, whether its auto_map is known to be unneeded)."""
+    """Return (folder, config key that named it, whether its auto_map is known to be unneeded)."""
     if model_config.tokenizer is not None:
-        own = Path(model_config.tokenizer).expanduser()
-        if own.is_file() and own.suffix == ".json":
-            own = own.parent
-        if own.is_dir():
-            return own, "model.tokenizer", False
-        if own.is_file() and own.suffix.lower() != ".gguf":
+        path = Path(model_config.tokenizer).expanduser()
+        if path.is_file() and path.suffix == ".json":
+            path = path.parent
+        if path.is_dir():
+            return path, "model.tokenizer", False
+        if path.is_file() and path.suffix.lower() != ".gguf":
             problem = f"`{model_config.tokenizer}` is a file, and neither a tokenizer.json nor a .gguf file"
             raise TokenizerError(problem, where="model.tokenizer", fix="name the folder that holds tokenizer.json")
-        with _blaming("model.tokenizer"):
+        with _errors_name("model.tokenizer"):
             source = resolve(model_config.tokenizer, offline=source.offline)
     if source.kind == "scratch":
         raise TokenizerError(
@@ -138,33 +142,30 @@ def _tokenizer_folder(
             where="model.tokenizer",
             fix="name a tokenizer folder, or make one: `llmtune tokenizer train --config CONFIG --output FOLDER`",
         )
-    where = "model.name" if model_config.tokenizer is None else "model.tokenizer"
-    with _blaming(where):
-        return local_folder(source, weights=False, code=trust_remote_code), where, may_ignore_auto_map(source)
+    key = "model.name" if model_config.tokenizer is None else "model.tokenizer"
+    with _errors_name(key):
+        return local_folder(source, weights=False, code=trust_remote_code), key, may_ignore_auto_map(source)
 
 
 @contextlib.contextmanager
-def _blaming(key: str) -> Iterator[None]:
-    """Let an error say that the value of `key` is wrong where it says so of model.name."""
+def _errors_name(key: str) -> Iterator[None]:
+    """Replace model.name by `key` in the problems of an error: resolving and fetching assume model.name."""
     try:
         yield
     except (ModelError, MachineError) as error:
         problems = [
             Problem(
-                one.problem,
-                key if one.where == "model.name" else one.where,
-                one.fix and one.fix.replace("model.name", key),
+                problem.problem,
+                key if problem.where == "model.name" else problem.where,
+                problem.fix and problem.fix.replace("model.name", key),
             )
-            for one in error.problems
+            for problem in error.problems
         ]
         raise type(error).all(problems) from error
 
 
-def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
-    if not any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    ):
+def _read_tokenizer(folder: Path, where: str, *, trust_remote_code: bool) -> PreTrainedTokenizerFast:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise TokenizerError(
             f"`{folder}` holds no tokenizer", where=where, fix="name a tokenizer folder in model.tokenizer"
         )
@@ -180,56 +181,56 @@ def _read(folder: Path, where: str, *, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _choose_template(tokenizer: Any, source: ModelSource, model_config: ModelConfig) -> list[Decision]:
-    wanted = model_config.chat_template
-    if wanted is not None:
-        tokenizer.chat_template = find_chat_template(wanted)
-        missing = [one for one in _NEEDED_TOKENS.get(wanted, ()) if one not in tokenizer.get_vocab()]
+def _choose_template(
+    tokenizer: PreTrainedTokenizerFast, source: ModelSource, model_config: ModelConfig
+) -> list[Decision]:
+    requested = model_config.chat_template
+    if requested is not None:
+        tokenizer.chat_template = find_chat_template(requested)
+        missing = [token for token in _REQUIRED_TOKENS.get(requested, ()) if token not in tokenizer.get_vocab()]
         if missing:
+            add = f"'adapter.train_tokens=[{','.join(missing)}]'"
             raise TokenizerError(
-                f"the chat template `{wanted}` writes {' and '.join(missing)}, and this tokenizer has no such token",
+                f"the chat template `{requested}` writes {' and '.join(missing)}, and this tokenizer has no such token",
                 where="model.chat_template",
-                fix=f"add them: 'adapter.train_tokens=[{','.join(missing)}]', or use model.chat_template=turns, which needs none",
+                fix=f"add them: {add}, or use model.chat_template=turns, which needs none",
             )
         return []
     if isinstance(tokenizer.chat_template, dict):
-        named = tokenizer.chat_template
-        if {"default", "tool_use"} <= named.keys():
-            tokenizer.chat_template = {name: named[name] for name in ("default", "tool_use")}
-            return [
-                Decision(
-                    "model.chat_template",
-                    "default, and tool_use for rows with tools",
-                    f"the tokenizer has {', '.join(sorted(named))}",
-                )
-            ]
-        choice = "default" if "default" in named else min(named)
-        tokenizer.chat_template = named[choice]
-        return [Decision("model.chat_template", choice, f"the tokenizer has {len(named)}: {', '.join(sorted(named))}")]
+        return [_choose_named_template(tokenizer, tokenizer.chat_template)]
     if tokenizer.chat_template:
         return []
-    own = source.entry.chat_template if source.entry else None
-    choice = own or ("chatml" if all(one in tokenizer.get_vocab() for one in _NEEDED_TOKENS["chatml"]) else "turns")
+    vocabulary = tokenizer.get_vocab()
+    has_chatml = all(token in vocabulary for token in _REQUIRED_TOKENS["chatml"])
+    published = source.entry.chat_template if source.entry else None
+    choice = published or ("chatml" if has_chatml else "turns")
     if choice == "turns" and tokenizer.eos_token is None:
         return []  # text can still be trained on; a conversation will be refused by name
     tokenizer.chat_template = find_chat_template(choice)
     return [Decision("model.chat_template", choice, "the tokenizer has none; used for conversations only")]
 
 
-def _choose_pad(tokenizer: Any) -> list[Decision]:
-    """Padding never carries loss here (masks go by position), so any token does.
+def _choose_named_template(tokenizer: PreTrainedTokenizerFast, templates: dict[str, str]) -> Decision:
+    """Choose among several templates: `default` and `tool_use` together, else `default`, else the first by name."""
+    names = ", ".join(sorted(templates))
+    if {"default", "tool_use"} <= templates.keys():
+        tokenizer.chat_template = {name: templates[name] for name in ("default", "tool_use")}
+        return Decision(
+            "model.chat_template", "default, and tool_use for rows with tools", f"the tokenizer has {names}"
+        )
+    choice = "default" if "default" in templates else min(templates)
+    tokenizer.chat_template = templates[choice]
+    return Decision("model.chat_template", choice, f"the tokenizer has {len(templates)}: {names}")
 
-    One that means nothing else is kindest to other tools.
-    """
+
+def _choose_pad(tokenizer: PreTrainedTokenizerFast) -> list[Decision]:
+    """Set a missing pad token; returns the choice."""
     if tokenizer.pad_token is not None:
         return []
+    # Masks go by position, so any token would do; one without another meaning keeps other tools from masking text.
     vocabulary = tokenizer.get_vocab()
-    choice = next((one for one in _PAD_NAMES if one in vocabulary), None) or tokenizer.unk_token or tokenizer.eos_token
-    if choice is None:
-        choice = tokenizer.convert_ids_to_tokens(0)
+    named = next((token for token in _PAD_NAMES if token in vocabulary), None)
+    choice = named or tokenizer.unk_token or tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.pad_token = choice
-    return [
-        Decision(
-            "pad token", choice, "the tokenizer names none; padding is masked by position, so this changes no loss"
-        )
-    ]
+    reason = "the tokenizer names none; padding is masked by position, so this changes no loss"
+    return [Decision("pad token", choice, reason)]

@@ -1,17 +1,20 @@
 """Train a byte-level BPE tokenizer: any text goes in and comes out again exactly, whatever the vocabulary.
 
-The result depends on the texts and the settings alone, not on the number of threads (P3's rule for everything that is
-prepared).
+The result depends on the texts and the settings alone, not on the number of threads (as everything that is prepared,
+P3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmtune.errors import ConfigError, TokenizerError
 from llmtune.models.chat_templates import shipped_chat_templates
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["SPECIAL_TOKENS", "TokenizerReport", "measure_tokenizer", "train_tokenizer"]
 
@@ -23,10 +26,7 @@ _BYTES = 256
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """How a tokenizer does on given texts.
-
-    `unused_share` is the fraction of entries (special tokens aside) that no text used.
-    """
+    """Measurements of a tokenizer on given texts."""
 
     vocab_size: int
     texts: int
@@ -34,7 +34,9 @@ class TokenizerReport:
     num_tokens: int
     bytes_per_token: float
     unused_share: float
+    """Fraction of the entries (special tokens aside) that occur in no text."""
     round_trip_failures: int
+    """Texts that do not come back exactly from their ids."""
 
 
 def train_tokenizer(
@@ -45,13 +47,16 @@ def train_tokenizer(
     special_tokens: Sequence[str] = (),
     min_frequency: int = 2,
     max_length: int = 2048,
-) -> Any:
-    """Learn `vocab_size` entries (fewer when the texts do not hold that many) and return a transformers fast tokenizer.
+) -> PreTrainedTokenizerFast:
+    """Learn `vocab_size` entries, fewer when the texts do not hold that many, by byte-level BPE.
 
-    texts are streamed; only the counts of their words are held. chat_template: a shipped name, or the template's text;
-    None for none. special_tokens come after the four that are always there. min_frequency: times a pair must be seen to
-    become an entry. Digits are split one by one, so that numbers have one spelling. Raises ConfigError (vocabulary too
-    small), TokenizerError (no text).
+    texts: streamed; only the counts of their words are held in memory. chat_template: a shipped name, the template's
+    text, or None. special_tokens: further ones, after the four that are always there. min_frequency: times a pair must
+    occur to become an entry. max_length: `model_max_length` of the result, in tokens.
+
+    Byte-pair encoding: Sennrich et al. 2016, arXiv:1508.07909; on bytes: Radford et al. 2019 (GPT-2).
+
+    Raises ConfigError for a vocabulary too small for bytes and special tokens, TokenizerError when there is no text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -67,7 +72,7 @@ def train_tokenizer(
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
-            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Digits(individual_digits=True),  # one spelling for every number
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
@@ -76,13 +81,21 @@ def train_tokenizer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=specials,
+        # Every byte gets an entry, also those that occur in no text: without them a text would not come back.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
-        max_token_length=64,
+        max_token_length=64,  # a ruler of 10,000 dashes is no word
     )
-    seen = _Counted(texts)
-    tokenizer.train_from_iterator(seen, trainer)
-    if not seen.characters:
+    num_characters = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal num_characters
+        for text in texts:
+            num_characters += len(text)
+            yield text
+
+    tokenizer.train_from_iterator(counted(), trainer)
+    if not num_characters:
         raise TokenizerError(
             "there is no text to train a tokenizer on", where="data.train", fix="name data with text in it"
         )
@@ -99,9 +112,10 @@ def train_tokenizer(
     return fast
 
 
-def measure_tokenizer(tokenizer: Any, texts: Iterable[str]) -> TokenizerReport:
-    """Encode every text: bytes per token, entries never used, and texts that do not come back exactly (a byte-level
-    tokenizer has none).
+def measure_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> TokenizerReport:
+    """Encode and decode every text, and count bytes, tokens, unused entries and texts that do not come back exactly.
+
+    A byte-level tokenizer gives every text back.
     """
     used: set[int] = set()
     count = num_bytes = num_tokens = failures = 0
@@ -124,16 +138,3 @@ def measure_tokenizer(tokenizer: Any, texts: Iterable[str]) -> TokenizerReport:
         unused_share=unused / ordinary if ordinary else 0.0,
         round_trip_failures=failures,
     )
-
-
-class _Counted:
-    """Passes texts through and counts their characters."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = texts
-        self.characters = 0
-
-    def __iter__(self) -> Any:
-        for text in self._texts:
-            self.characters += len(text)
-            yield text

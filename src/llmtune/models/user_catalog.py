@@ -1,7 +1,7 @@
-"""A user's own rows of `list-models`: `models.yaml` or `models.json` in the working folder, or the file named by
-LLMTUNE_MODELS.
+"""A user's own rows of `list-models`.
 
-For example (a row has exactly one of `path`, `hub_id` and `architecture`):
+They stand in `models.yaml` or `models.json` of the working folder, or in the file named by LLMTUNE_MODELS. A row has
+exactly one of `path`, `hub_id` and `architecture`, for example:
 
     my-llama:
       path: /models/my-llama        # a folder or a .gguf file
@@ -30,7 +30,7 @@ from llmtune.models.catalog_entry import CatalogEntry, ScratchShape
 
 __all__ = ["read_user_catalog"]
 
-_TYPES: dict[str, Any] = {
+_TYPES: dict[str, type] = {
     "hub_id": str,
     "path": str,
     "parameters": int,
@@ -40,30 +40,30 @@ _TYPES: dict[str, Any] = {
     "method": str,
     "chat_template": str,
 }
-_PLACES = ("hub_id", "path", "architecture")
+_SOURCE_KEYS = ("hub_id", "path", "architecture")
 
 
 def read_user_catalog(environ: Mapping[str, str]) -> list[CatalogEntry]:
-    """The user's rows, in the order of the file; none when there is no file.
+    """Return the user's rows in the order of the file; an empty list without a file.
 
-    Raises ModelError with everything that is wrong, each with its line.
+    Raises ModelError with all problems of the file, each with its line.
     """
     named = environ.get("LLMTUNE_MODELS")
     candidates = [Path(named).expanduser()] if named else [Path("models.yaml"), Path("models.json")]
-    path = next((one for one in candidates if one.is_file()), None)
+    path = next((file for file in candidates if file.is_file()), None)
     if path is None:
         if named:
             raise ModelError(f"there is no file `{named}`", where="LLMTUNE_MODELS", fix="correct or unset the variable")
         return []
     problems: list[Problem] = []
-    table = _read(path, problems)
-    entries = [_entry(row, problems) for row in table.entries] if table else []
+    table = _read_table(path, problems)
+    entries = [_catalog_entry(row, problems) for row in table.entries] if table else []
     if problems:
         raise ModelError.all(problems)
     return entries
 
 
-def _read(path: Path, problems: list[Problem]) -> Table | None:
+def _read_table(path: Path, problems: list[Problem]) -> Table | None:
     try:
         text = read_text(path, str(path))
         parse = parse_json if path.suffix == ".json" else parse_yaml
@@ -79,35 +79,37 @@ def _read(path: Path, problems: list[Problem]) -> Table | None:
     return root
 
 
-def _entry(row: Entry, problems: list[Problem]) -> CatalogEntry:
-    def wrong(problem: str, fix: str, place: str | None = row.origin.place) -> None:
-        problems.append(Problem(problem, place, fix))
+def _catalog_entry(row: Entry, problems: list[Problem]) -> CatalogEntry:
+    def report(problem: str, fix: str, where: str | None = row.origin.place) -> None:
+        problems.append(Problem(problem, where, fix))
 
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", row.key):
-        wrong(f"`{row.key}` cannot be a model's name", "use letters, digits, dots and dashes")
+        report(f"`{row.key}` cannot be a model's name", "use letters, digits, dots and dashes")
     if not isinstance(row.value, Table):
-        wrong(f"`{row.key}` is no mapping", f"give it exactly one of {', '.join(_PLACES)}")
+        report(f"`{row.key}` is no mapping", f"give it exactly one of {', '.join(_SOURCE_KEYS)}")
         return CatalogEntry(row.key)
     written = {entry.key: entry for entry in row.value.entries}
-    if sum(key in written for key in _PLACES) != 1:
-        wrong(f"`{row.key}` needs exactly one of {', '.join(_PLACES)}", "say where it comes from")
-    place = written.pop("architecture", None)
-    values = _values(written, _TYPES, problems)
-    if place is None or not isinstance(place.value, Table):
+    if sum(key in written for key in _SOURCE_KEYS) != 1:
+        report(f"`{row.key}` needs exactly one of {', '.join(_SOURCE_KEYS)}", "say where it comes from")
+    architecture = written.pop("architecture", None)
+    values = _convert_values(written, _TYPES, problems)
+    if architecture is None or not isinstance(architecture.value, Table):
         return CatalogEntry(row.key, **values)
-    shape = _values({entry.key: entry for entry in place.value.entries}, field_types(ArchitectureConfig), problems)
+    keys = {entry.key: entry for entry in architecture.value.entries}
+    shape = _convert_values(keys, field_types(ArchitectureConfig), problems)
     missing = [key for key in ("n_layers", "d_model", "n_heads") if shape.get(key) is None]
     if missing:
-        wrong(f"the architecture of `{row.key}` lacks {', '.join(missing)}", "give whole numbers", place.origin.place)
+        problem = f"the architecture of `{row.key}` lacks {', '.join(missing)}"
+        report(problem, "give whole numbers", architecture.origin.place)
         return CatalogEntry(row.key, **values)
-    known = {key: shape[key] for key in ("vocab_size", "max_seq_len") if shape.get(key) is not None}
-    scratch = ScratchShape(shape["n_layers"], shape["d_model"], shape["n_heads"], **{"vocab_size": 16_384, **known})
+    optional = {key: shape[key] for key in ("vocab_size", "max_seq_len") if shape.get(key) is not None}
+    scratch = ScratchShape(shape["n_layers"], shape["d_model"], shape["n_heads"], **{"vocab_size": 16_384, **optional})
     values = {"method": "full", "licence": "yours", "context": scratch.max_seq_len, **values}
     return CatalogEntry(row.key, shape=scratch, architecture=shape, **values)
 
 
-def _values(written: Mapping[str, Entry], types: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    """The written values by the declared types; what cannot be converted is added to `problems`."""
+def _convert_values(written: Mapping[str, Entry], types: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """Convert the written values to the declared types; appends a problem for each that cannot be converted."""
     values: dict[str, Any] = {}
     for key, entry in written.items():
         if key not in types:

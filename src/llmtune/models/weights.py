@@ -1,4 +1,4 @@
-"""One pass over a model's weight files: what is in them, that every value is a number, and their digest."""
+"""Read a model's weight files in one pass: their tensors, a check for NaN and infinity, and their digest."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ _MOST_NAMED = 5
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What weight files hold."""
+    """The contents of weight files in short."""
 
     digest: str
-    """sha256 over (name, type, shape, bytes) of every tensor in the order of names: how tensors are cut into files
-    makes no difference.
-    """
+    """sha256 over (name, type, shape, bytes) of every tensor in the order of names, whichever files they lie in."""
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: frozenset[str]
     largest: float
@@ -35,10 +33,10 @@ class WeightsReport:
 
 
 def inspect_weights(files: Sequence[Path]) -> WeightsReport:
-    """Read every tensor once, memory-mapped.
+    """Read every tensor once, memory-mapped, and return names, types, the largest value and the digest.
 
-    Raises ModelError for a file that is not safetensors, a name in two files, or values that are not finite (each
-    tensor named).
+    Raises ModelError for a file that is not safetensors, a name in two files, or values that are not finite, with the
+    first tensors named.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: set[str] = set()
@@ -52,36 +50,30 @@ def inspect_weights(files: Sequence[Path]) -> WeightsReport:
             dtypes.add(str(tensor.dtype).removeprefix("torch."))
             peak = _largest_value(tensor)
             if not math.isfinite(peak):
-                bad.append(
-                    Problem(
-                        f"the weight `{name}` has values that are not numbers (NaN or infinite)",
-                        str(path),
-                        _NON_FINITE_FIX,
-                    )
-                )
+                problem = f"the weight `{name}` has values that are not numbers (NaN or infinite)"
+                bad.append(Problem(problem, str(path), _NON_FINITE_FIX))
             largest = max(largest, peak)
             yield name, tensor
 
     digest = digest_tensors(tensors())
     if bad:
-        more = [Problem(f"and {len(bad) - _MOST_NAMED} more tensors")] if len(bad) > _MOST_NAMED else []
-        raise ModelError.all(bad[:_MOST_NAMED] + more)
+        others = [Problem(f"and {len(bad) - _MOST_NAMED} more tensors")] if len(bad) > _MOST_NAMED else []
+        raise ModelError.all(bad[:_MOST_NAMED] + others)
     return WeightsReport(digest, shapes, frozenset(dtypes), largest)
 
 
 def refuse_changed_weights(folder: Path) -> None:
-    """Where a manifest of ours stands beside the weights, compare each weight file with it (P5).
+    """Compare each weight file with the manifest beside it, where llmtune wrote one (P5).
 
-    Other files may be edited, a model card for example, and links stand for what they point to: a hub's cache is made
-    of them. Raises ModelError that names each weight file that is not as it was written, or the manifest where that is
-    damaged.
+    Other files, a model card for example, may be edited. Links are followed: a hub's cache is made of them. Raises
+    ModelError that names each changed weight file, or the manifest where that is damaged.
     """
     try:
         durable.read_manifest(folder)
     except (FileNotFoundError, IsADirectoryError):
         return
     except (durable.DamagedManifestError, OSError):
-        pass  # what is wrong with it is said below
+        pass  # verify_manifest below says what is wrong with it
     except ValueError:
         return  # a file of that name that another program wrote
     changed = durable.verify_manifest(folder, only="*.safetensors", links=True)
@@ -90,7 +82,10 @@ def refuse_changed_weights(folder: Path) -> None:
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """sha256 over (name, type, shape, bytes) of each tensor in the order given; give them in the order of their names."""
+    """Return the sha256 over (name, type, shape, bytes) of each tensor in the given order, by convention that of names.
+
+    tensors: of any shape and type, on any device; their values are taken in row-major order.
+    """
     import torch
 
     total = hashlib.sha256()
@@ -105,7 +100,7 @@ def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 def _tensors_by_name(files: Sequence[Path]) -> Iterator[tuple[str, Path, torch.Tensor]]:
     from safetensors import SafetensorError, safe_open
 
-    places: dict[str, Path] = {}
+    file_of: dict[str, Path] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as opened:
@@ -115,23 +110,23 @@ def _tensors_by_name(files: Sequence[Path]) -> Iterator[tuple[str, Path, torch.T
                 f"{path.name} cannot be read as safetensors: {error}", where=str(path), fix="fetch the file again"
             ) from error
         for name in names:
-            if name in places:
+            if name in file_of:
                 raise ModelError(
                     f"the tensor `{name}` is in two files",
-                    where=f"{places[name]} and {path}",
+                    where=f"{file_of[name]} and {path}",
                     fix="fetch the model again",
                 )
-            places[name] = path
+            file_of[name] = path
     handles = {path: safe_open(path, framework="pt") for path in files}
-    for name in sorted(places):
-        path = places[name]
+    for name in sorted(file_of):
+        path = file_of[name]
         yield name, path, handles[path].get_tensor(name)
 
 
 def _largest_value(tensor: torch.Tensor) -> float:
-    """Greatest absolute value, NaN when any is NaN.
+    """Return the greatest absolute value, NaN when any is NaN.
 
-    0 for whole numbers, empty tensors and 8-bit floats (which quantizers write).
+    0 for whole numbers, empty tensors and 8-bit floats (which quantizers write, and torch cannot compare).
     """
     import torch
 

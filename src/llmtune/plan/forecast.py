@@ -23,10 +23,11 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.forward import attention_ways, group_tokens
 from llmtune.engine.precision import DTYPES as COMPUTE
 from llmtune.engine.step_in_backward import choose_windows
+from llmtune.models.load import choose_weight_dtype
 from llmtune.plan.activation_trace import TRACED_BLOCKS, Gradients, MicroBatchShape, Peaks, extrapolate, trace
 from llmtune.plan.hardware import Target, find_target, precision_on, process_bytes
 from llmtune.plan.memory import MemoryPlan, plan_memory
-from llmtune.plan.meta_model import ModelShape, ModelSizes, build_meta_model, count_sizes, read_shape, weight_dtype
+from llmtune.plan.meta_model import ModelShape, ModelSizes, build_meta_model, count_sizes, read_shape
 from llmtune.plan.plan_cache import cached, read_entry, write_entry
 from llmtune.prepare import Prepared
 from llmtune.version import __version__
@@ -259,9 +260,8 @@ class Forecaster:
         return extrapolate(peaks_of(TRACED_BLOCKS), peaks_of(TRACED_BLOCKS + 1), self.shape.blocks)
 
     def _build(self, config: Config, blocks: int | None = None) -> PreTrainedModel:
-        trained = config.adapter.method == "none"
-        scratch = self.prepared.source.kind == "scratch"
-        dtype = weight_dtype(config.model, trained=trained, precision=self.precision, scratch=scratch)
+        trained = config.adapter.method == "none" or self.prepared.source.kind == "scratch"
+        dtype, _ = choose_weight_dtype(config.model.dtype, trained=trained, precision=self.precision)
         return build_meta_model(self.shape, config, self.prepared.tokenizer.tokenizer, dtype=dtype, blocks=blocks)
 
     def _key(self, kind: str, config: Config, *details: object) -> str:

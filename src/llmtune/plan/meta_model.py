@@ -16,9 +16,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmtune.adapters import attach
-from llmtune.common.dtypes import torch_dtype
 from llmtune.config.process_options import Options
-from llmtune.config.schema import Config, ModelConfig
+from llmtune.config.schema import Config
 from llmtune.errors import LlmtuneError, ModelError, in_one_line
 from llmtune.kernels.lora import fuse_adapters, unfuse_adapters
 from llmtune.kernels.patch_model import prepackable
@@ -43,7 +42,6 @@ __all__ = [
     "decoder_blocks",
     "read_shape",
     "to_fake_tensors",
-    "weight_dtype",
 ]
 
 
@@ -105,15 +103,6 @@ def read_shape(prepared: Prepared, options: Options) -> ModelShape:
     except LlmtuneError:
         file_bytes = 0  # a hub model that is not fetched yet
     return ModelShape(model_config, file_bytes, trust)
-
-
-def weight_dtype(model: ModelConfig, *, trained: bool, precision: str, scratch: bool) -> torch.dtype:
-    """The type weights are held in: as configured, float32 for trained ones, else the type of the arithmetic."""
-    if model.dtype != "auto":
-        return torch_dtype(model.dtype)
-    if trained or scratch or precision == "fp32":
-        return torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float16
 
 
 def build_meta_model(

@@ -18,7 +18,7 @@ from llmtune.config.dump import config_to_yaml
 from llmtune.engine.state import Snapshot
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.models import save
-from llmtune.models.model_card import model_card
+from llmtune.models.model_card import trained_model_card
 from llmtune.prepare import Prepared
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
@@ -165,11 +165,11 @@ class Checkpointer:
         return write
 
     def _card(self, metrics: Mapping[str, Any], step: int) -> str:
-        return model_card(
+        return trained_model_card(
             run=self._run.name,
             base=self._prepared.source.name,
             base_path=None if self._prepared.source.kind == "scratch" else self._assembled.model.config._name_or_path,
-            method="LoRA" if self._assembled.is_adapted else "full",
+            is_adapter=self._assembled.is_adapted,
             step=step,
             total_steps=self._assembled.batches.total_steps,
             metrics=metrics,
