@@ -131,7 +131,7 @@ def compiled(function, **options):
     asked.append(options)
     return lambda *args: function(*args) + 1
 torch.compile = compiled
-with quantization._compiling_at_first_call():
+with quantization._compile_at_first_call():
     def plain(x): return x
     def other(x): return 10 * x
     bare, given = torch.compile(plain), torch.compile(dynamic=False)(other)

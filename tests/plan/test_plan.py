@@ -13,8 +13,8 @@ from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES
 from llmtune.errors import UsageError
 from llmtune.kernels import activation_offload, chunked_mlp
 from llmtune.kernels.activation_offload import PAGE_BYTES
-from llmtune.plan import resolve_auto
 from llmtune.models.load import choose_weight_dtype
+from llmtune.plan import resolve_auto
 from llmtune.plan.activation_trace import MicroBatchShape, extrapolate, trace
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.hardware import Target, find_target, process_bytes
