@@ -1,8 +1,7 @@
-"""The documents tell the truth: what they say to type works, and what they point to exists.
+"""The documents tell the truth: their commands work, and the files and headings they name exist.
 
-Commands of code blocks are run, in a fresh working folder, with a tiny model and rows in the place of what the reader
-brings; so are those in the text that stand for themselves. Of commands that are only mentioned, every word and every
-option must exist.
+Commands of code blocks are run, in a fresh working folder, with a tiny model and a few rows instead of the reader's. So
+are the commands in running text that need nothing else. Of the others every word and every option must exist.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ CHECKED_ELSEWHERE = {
 }
 """Command -> why it is not run here."""
 
-STANDS_FOR_ITSELF = (
+RUN_IN_TEXT = (
     "list-models",
     "config",
     "runs",
@@ -49,7 +48,7 @@ STANDS_FOR_ITSELF = (
     "data preview --config",
     "tokenizer train --config",
 )
-"""Commands that are run for real also where they stand in the text; the others need more than the text names."""
+"""Commands that are also run where they are in running text; the others need more than the text names."""
 
 
 def blocks(text: str) -> list[str]:
@@ -61,28 +60,26 @@ def blocks(text: str) -> list[str]:
         for line in body.splitlines()
     ]
     lines = [*fenced, *INDENTED.findall(FENCE.sub("", text))]
-    return [found for line in lines if (found := re.sub(r"(^|\s+)#.*", "", line).removeprefix("$ ").strip())]
+    commands = [re.sub(r"(^|\s+)#.*", "", line).removeprefix("$ ").strip() for line in lines]
+    return [command for command in commands if command]
 
 
 def mentions(text: str) -> list[str]:
     """Commands in running text."""
-    return [
-        one.strip()
-        for one in INLINE.findall(FENCE.sub("", text))
-        if not re.fullmatch(r"llmtune(\.[\w.]+)?", one.strip())
-    ]
+    commands = [command.strip() for command in INLINE.findall(FENCE.sub("", text))]
+    return [command for command in commands if not re.fullmatch(r"llmtune(\.[\w.]+)?", command)]
 
 
-def of_all(find) -> list[tuple[str, str]]:
+def of_all_pages(find) -> list[tuple[str, str]]:
     """(page, command) of all pages, each command of a page once."""
-    return [(page.name, one) for page in PAGES for one in dict.fromkeys(find(page.read_text(encoding="utf-8")))]
+    return [(page.name, command) for page in PAGES for command in dict.fromkeys(find(page.read_text(encoding="utf-8")))]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tiny_model_folder):
-    """A working folder with what a reader brings: rows, a config, a file to validate."""
-    here = tmp_path_factory.mktemp("work place")
-    with (here / "my-rows.jsonl").open("w", encoding="utf-8") as file:
+    """A working folder with rows and a config."""
+    folder = tmp_path_factory.mktemp("work place")
+    with (folder / "my-rows.jsonl").open("w", encoding="utf-8") as file:
         for number in range(8):
             words = [
                 {"role": "user", "content": f"number {number}"},
@@ -96,34 +93,34 @@ def workplace(tmp_path_factory, tiny_model_folder):
         "  train: [my-rows.jsonl]",
         "  test_size: 2",
     ]
-    more = ["training:", "  max_steps: 4", "  batch_size: 2", "tracking:", "  trackers: [jsonl]"]
-    (here / "c.yaml").write_text("\n".join([*config, *more]) + "\n")
-    return here
+    settings = ["training:", "  max_steps: 4", "  batch_size: 2", "tracking:", "  trackers: [jsonl]"]
+    (folder / "c.yaml").write_text("\n".join([*config, *settings]) + "\n")
+    return folder
 
 
 class Reader:
-    """Someone who types what the documents say."""
+    """Types the commands of the documents in a working folder."""
 
-    def __init__(self, here: Path, model: Path, capsys) -> None:
-        self.here, self.model, self.capsys = here, model, capsys
+    def __init__(self, folder: Path, model: Path, capsys) -> None:
+        self.folder, self.model, self.capsys = folder, model, capsys
         self.run = ""
 
     def types(self, command: str, *, fails: bool = False) -> str:
-        """Run one llmtune command with the reader's own things in the place of the document's; returns what it printed."""  # noqa: E501
+        """Run one llmtune command, with placeholders such as RUN replaced; returns its stdout."""
         words = shlex.split(command)
         assert words[0] == "llmtune"
         with pytest.raises(SystemExit) as ended:
-            main([self.own(word) for word in words[1:]])
+            main([self.replaced(word) for word in words[1:]])
         out, err = self.capsys.readouterr()
         assert bool(ended.value.code) == fails, f"`{command}` ended with {ended.value.code}:\n{err}"
         if words[1] == "train" and "--help" not in words:
             self.run = out.splitlines()[-1]
         return out
 
-    def own(self, word: str) -> str:
-        """What stands for a word of the document here."""
+    def replaced(self, word: str) -> str:
+        """A run, folder or model of this test for a placeholder; any other word as it is."""
         if word in ("FOLDER", "DIR", "report.html"):
-            return f"made-{len(list(self.here.glob('made-*')))}"
+            return f"made-{len(list(self.folder.glob('made-*')))}"
         fixed = {
             "RUN": self.run,
             "C": "c.yaml",
@@ -134,8 +131,8 @@ class Reader:
         }
         return fixed.get(word, str(self.model) if word == "smollm2-135m-instruct" else word)
 
-    def has_a_stopped_run(self) -> None:
-        """Train one until a limit stops it: something to resume."""
+    def stop_a_run(self) -> None:
+        """Train until a limit stops the run, so that one can be resumed."""
         self.types("llmtune train --config C training.max_minutes=1e-6 checkpoint.every_steps=1")
 
 
@@ -147,9 +144,7 @@ def reader(workplace, tiny_model_folder, capsys, monkeypatch):
 
 
 def check_script(command: str) -> bool:
-    """Whether the command is one that is checked elsewhere (then it must be there), or installs what exists: an extra,
-    a tested version.
-    """
+    """Whether the command is checked elsewhere (its script must exist) or installs a known extra or tested version."""
     if command in CHECKED_ELSEWHERE:
         script = ROOT / shlex.split(command)[0]
         assert command.startswith("pip") or os.access(script, os.X_OK), f"{script} cannot be run"
@@ -169,19 +164,19 @@ def synopsis(command: str) -> str:
 
 
 def words_of(command: str) -> str:
-    """`data preview` of `llmtune data preview --config C`, or the name of a group; fails when there is no such command."""  # noqa: E501
-    found = [
+    """`data preview` of `llmtune data preview --config C`, or the name of a group; the command must exist."""
+    names = [
         words for words in (*GROUPS, *(row.words for row in COMMANDS)) if f"{command} ".startswith(f"llmtune {words} ")
     ]
-    assert found, f"no such command: {command}"
-    return max(found, key=len)
+    assert names, f"no such command: {command}"
+    return max(names, key=len)
 
 
-def test_what_code_blocks_say_to_type_works(reader):
-    found = of_all(blocks)
-    assert len(found) >= 7
+def test_the_commands_of_code_blocks_work(reader):
+    commands = of_all_pages(blocks)
+    assert len(commands) >= 7
     ran = 0
-    for _, command in found:
+    for _, command in commands:
         if check_script(command):
             continue
         if "[" in command and "|" in command:
@@ -191,7 +186,7 @@ def test_what_code_blocks_say_to_type_works(reader):
         reader.types(synopsis(command))
         ran += 1
     assert ran >= 4
-    assert (reader.here / "merged" / "merge_report.json").is_file()
+    assert (reader.folder / "merged" / "merge_report.json").is_file()
 
 
 def options_exist(reader: Reader, command: str) -> None:
@@ -200,11 +195,11 @@ def options_exist(reader: Reader, command: str) -> None:
         assert option in help_text, f"`{command}`: there is no {option}"
 
 
-MENTIONED = of_all(mentions)
+MENTIONED = of_all_pages(mentions)
 
 
 @pytest.mark.parametrize(("page", "command"), MENTIONED, ids=[f"{page}: {command}" for page, command in MENTIONED])
-def test_a_command_in_the_text_exists_and_works(reader, page, command):
+def test_a_command_in_running_text_exists_and_works(reader, page, command):
     if check_script(command):
         return
     if command.startswith("python -m llmtune."):
@@ -213,15 +208,15 @@ def test_a_command_in_the_text_exists_and_works(reader, page, command):
     command = command.replace("COMMAND", "train")
     options_exist(reader, command)
     if words_of(command).startswith(("resume",)):
-        reader.has_a_stopped_run()
-    if command.removeprefix("llmtune ").startswith(STANDS_FOR_ITSELF):
+        reader.stop_a_run()
+    if command.removeprefix("llmtune ").startswith(RUN_IN_TEXT):
         reader.types(synopsis(command))
 
 
 def test_there_are_documents_and_commands_to_look_at():
     assert len(PAGES) >= 9
     assert len(MENTIONED) >= 25
-    assert sum(command.removeprefix("llmtune ").startswith(STANDS_FOR_ITSELF) for _, command in MENTIONED) >= 10
+    assert sum(command.removeprefix("llmtune ").startswith(RUN_IN_TEXT) for _, command in MENTIONED) >= 10
     assert {"README.md", "config.md", "data.md", "models.md", "CONTRIBUTING.md"} <= {page for page, _ in MENTIONED}
 
 
@@ -238,7 +233,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_every_link_inside_the_documents_leads_somewhere():
+def test_every_link_between_the_documents_has_a_target():
     count = 0
     missing = set()
     for page in PAGES:
@@ -246,12 +241,12 @@ def test_every_link_inside_the_documents_leads_somewhere():
             if target.startswith(("http://", "https://", "mailto:")):
                 continue
             path, _, anchor = target.partition("#")
-            aim = (page.parent / path).resolve() if path else page
+            linked = (page.parent / path).resolve() if path else page
             count += 1
-            if not aim.exists():
-                missing.add(str(aim.relative_to(ROOT)))
+            if not linked.exists():
+                missing.add(str(linked.relative_to(ROOT)))
             elif anchor:
-                assert anchor in anchors(aim), f"{page.name}: no heading for {target}"
+                assert anchor in anchors(linked), f"{page.name}: no heading for {target}"
     assert count >= 9
     assert missing == set()
 
