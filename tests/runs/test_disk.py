@@ -1,11 +1,13 @@
 """P7: room is forecast before step 1, and a save that fails costs a save, not the run."""
 
 import errno
+from dataclasses import replace
 
 import pytest
 
 from disk_faults import Failing
 from llmtune import durable
+from llmtune.config.layers import load_config
 from llmtune.errors import MachineError
 from llmtune.runs import checkpoint
 from llmtune.runs.disk import SaveAttempts, forecast_disk, free_bytes_at
@@ -13,32 +15,56 @@ from llmtune.runs.disk import SaveAttempts, forecast_disk, free_bytes_at
 MARGIN = 64 << 20
 
 
-def test_the_forecast_counts_what_is_there_at_the_worst_moment(tmp_path):
-    forecast = forecast_disk(
-        tmp_path,
-        checkpoint_bytes=1000,
-        saves=50,
-        keep_last=3,
-        best_bytes=10,
-        final_bytes=1,
-        free_bytes=MARGIN + 4 * 1000 + 2 * 10 + 1,
+def forecast(folder, *, saves, keep_last, weights=0, optimizer=0, best=False, **more):
+    """The forecast of a run with `saves` checkpoints of `weights` + `optimizer` bytes."""
+    config = load_config(
+        None,
+        overrides=[
+            f"run.output_dir={folder}",
+            f"checkpoint.keep_last={keep_last}",
+            "checkpoint.every_steps=2",
+            f"checkpoint.keep_best={str(best).lower()}",
+        ],
+        environ={},
+    ).config
+    return forecast_disk(
+        config,
+        weights_bytes=weights,
+        optimizer_bytes=optimizer,
+        total_steps=2 * saves,
+        steps_per_epoch=7,
+        has_heldout=True,
+        **more,
     )
-    assert forecast.needed_bytes == forecast.free_bytes == MARGIN + 4021
+
+
+def test_the_forecast_counts_what_is_there_at_the_worst_moment(tmp_path):
+    """Four checkpoints, the best model twice, the final one."""
+    free = MARGIN + 4 * 1000 + 2 * 10 + 10
+    disk = forecast(tmp_path, saves=50, keep_last=3, weights=10, optimizer=990, best=True, free_bytes=free)
+    assert disk.needed_bytes == disk.free_bytes == MARGIN + 4030
 
 
 @pytest.mark.parametrize(("saves", "keep_last", "checkpoints"), [(50, 0, 50), (2, 3, 2), (50, 1, 2), (0, 3, 0)])
 def test_the_number_of_checkpoints_is_what_retention_leaves_and_the_one_being_written(
     tmp_path, saves, keep_last, checkpoints
 ):
-    assert (
-        forecast_disk(tmp_path, checkpoint_bytes=7, saves=saves, keep_last=keep_last).needed_bytes
-        == MARGIN + 7 * checkpoints
+    disk = forecast(tmp_path, saves=saves, keep_last=keep_last, optimizer=7)
+    assert disk.needed_bytes == MARGIN + 7 * checkpoints
+
+
+def test_without_a_number_of_steps_a_checkpoint_is_saved_once_an_epoch(tmp_path):
+    config = load_config(None, overrides=[f"run.output_dir={tmp_path}", "checkpoint.keep_last=0"], environ={}).config
+    config = replace(config, checkpoint=replace(config.checkpoint, every_steps=None))
+    disk = forecast_disk(
+        config, weights_bytes=0, optimizer_bytes=1000, total_steps=15, steps_per_epoch=7, has_heldout=False
     )
+    assert disk.parts["3 checkpoints"] == 3000
 
 
 def test_a_disk_that_is_one_byte_too_small_is_refused_with_the_numbers_and_the_fix(tmp_path):
     with pytest.raises(MachineError) as caught:
-        forecast_disk(tmp_path, checkpoint_bytes=10**9, saves=9, keep_last=3, free_bytes=MARGIN + 4 * 10**9 - 1)
+        forecast(tmp_path, saves=9, keep_last=3, optimizer=10**9, free_bytes=MARGIN + 4 * 10**9 - 1)
     assert caught.value.exit_code == 6
     (problem,) = caught.value.problems
     assert (
@@ -47,10 +73,6 @@ def test_a_disk_that_is_one_byte_too_small_is_refused_with_the_numbers_and_the_f
     )
     assert problem.where == str(tmp_path)
     assert problem.fix == "free 1 B, choose run.output_dir on another disk, or keep less (checkpoint.keep_last=1)"
-
-
-def test_what_the_run_already_holds_counts_as_room(tmp_path):
-    forecast_disk(tmp_path, checkpoint_bytes=10**9, saves=9, keep_last=3, free_bytes=MARGIN, existing_bytes=4 * 10**9)
 
 
 def test_the_room_of_a_folder_that_is_not_there_yet_is_that_of_the_nearest_above_it(tmp_path):
@@ -70,7 +92,7 @@ def test_a_save_that_fails_once_is_tried_again_at_once(run, story, number):
         path = attempts.save(lambda: story.save(2))
     assert path.name == "step-000002"
     assert attempts.failure is None
-    attempts.finish()
+    attempts.raise_if_failed()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
@@ -84,7 +106,7 @@ def test_a_save_that_never_works_keeps_the_old_goes_on_and_is_exit_6_at_the_end(
     with pytest.raises(
         MachineError, match=r"the last save of the checkpoint failed, .*; the one before it stands"
     ) as caught:
-        attempts.finish()
+        attempts.raise_if_failed()
     assert caught.value.exit_code == 6
     assert durable.errno_of(caught.value) == number
 
@@ -95,7 +117,7 @@ def test_a_later_save_that_works_makes_the_run_safe_again(run, story):
     with durable.use_backend(Failing(1, errno.ENOSPC, for_ever=True)):
         attempts.save(lambda: story.save(1))
     assert attempts.save(lambda: story.save(2)) is not None
-    attempts.finish()
+    attempts.raise_if_failed()
     assert [one.name for one in run.checkpoints.iterdir()] == ["step-000002"]
 
 
@@ -104,10 +126,10 @@ def test_a_best_model_that_is_saved_does_not_make_up_for_a_checkpoint_that_is_no
     attempts = SaveAttempts(sweeper(run))
     with durable.use_backend(Failing(1, errno.ENOSPC, for_ever=True)):
         attempts.save(lambda: story.save(1))
-    attempts.save(lambda: story.save_best(1), what="best model")
+    attempts.save(lambda: story.save_best(1), subject="best model")
     assert attempts.failure is None
     with pytest.raises(MachineError, match="the last save of the checkpoint failed"):
-        attempts.finish()
+        attempts.raise_if_failed()
 
 
 def test_what_no_disk_recovers_from_is_raised_at_once(run, story):

@@ -150,7 +150,7 @@ def test_run_json_holds_the_identity_without_secrets(tmp_path, monkeypatch):
         "command": ["x", "hf_canary4canaryCanary"],
         "token": "canary",
     }
-    with create_run(tmp_path, "a", identity=identity) as run:
+    with create_run(tmp_path, "a", details=identity) as run:
         run.update(state="stopped", api_key="canary", total_steps=3)
         assert run.state == "stopped"
     text = (tmp_path / "a" / "run.json").read_text()
@@ -250,7 +250,7 @@ def test_opening_sweeps_what_a_killed_process_left_and_says_so(tmp_path):
     (path / "checkpoints" / ".llmtune-part-00000000-1-1").mkdir()
     (path / "checkpoints" / ".llmtune-old-best").mkdir()
     with RunFolder.open(path) as run:
-        assert len(run.swept) == 2
+        assert len(run.removed) == 2
     assert names_in(path / "checkpoints") == ["best"]
 
 
@@ -266,7 +266,7 @@ def test_what_is_no_run_is_refused_and_left_alone(tmp_path, content):
 
 def test_runs_are_listed_by_their_making_with_what_their_logs_say(tmp_path):
     for name, state in (("b", "finished"), ("a", "stopped"), ("c", "running")):
-        with create_run(tmp_path, name, identity={"total_steps": 9}) as run:
+        with create_run(tmp_path, name, details={"total_steps": 9}) as run:
             run.update(state=state)
             with durable.AppendLog(run.path / "metrics.jsonl") as log:
                 log.append({"step": 1, "train_mean_nll": 2.5})

@@ -11,7 +11,7 @@ from llmtune.runs.folder import create_run
 
 def make(tmp_path):
     for name in ("one", "two"):
-        with create_run(tmp_path, name, identity={"total_steps": 8}) as run:
+        with create_run(tmp_path, name, details={"total_steps": 8}) as run:
             with durable.AppendLog(run.path / "metrics.jsonl") as log:
                 log.append({"step": 4, "train_mean_nll": 1.25, "eval_mean_nll": 1.5})
             run.update(state="stopped")

@@ -21,7 +21,7 @@ def test_the_first_signal_is_a_request_and_the_exit_code_is_128_plus_its_number(
         os.kill(os.getpid(), number)
         assert stop.is_requested
         with pytest.raises(StoppedBySignal, match=f"stopped by {number.name}: saved step 3") as caught:
-            stop.refuse_to_go_on("saved step 3")
+            stop.raise_if_requested("saved step 3")
     assert caught.value.exit_code == 128 + number
     assert "finishing this step and saving" in capfd.readouterr().err
 
@@ -35,7 +35,7 @@ def test_the_handlers_that_were_there_come_back():
 
 def test_without_a_signal_nothing_stops():
     with StopRequest() as stop:
-        stop.refuse_to_go_on()
+        stop.raise_if_requested()
         with stop.interrupting():
             pass
 

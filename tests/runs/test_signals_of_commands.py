@@ -11,13 +11,13 @@ import pytest
 
 from llmtune import durable
 from llmtune.errors import StoppedBySignal
-from llmtune.runs.signals import SIGNALS, StopRequest, ending_in_order
+from llmtune.runs.signals import SIGNALS, StopRequest, signals_as_errors
 
 ENDING = [one for one in SIGNALS if one != signal.SIGINT]
 
 
 def fill(folder, number):
-    with ending_in_order(), durable.commit_folder(folder / "result") as staging:
+    with signals_as_errors(), durable.commit_folder(folder / "result") as staging:
         (staging / "half").write_text("of it")
         os.kill(os.getpid(), number)
 
@@ -32,27 +32,27 @@ def test_p8_a_signal_in_the_middle_of_a_result_leaves_nothing_of_it(number, tmp_
 
 def test_the_handlers_that_were_there_come_back_and_outside_the_main_thread_none_are_set():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with ending_in_order():
+    with signals_as_errors():
         assert [signal.getsignal(number) for number in ENDING] != [signal.getsignal(signal.SIGINT)] * len(ENDING)
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    thread = threading.Thread(target=lambda: ending_in_order().__enter__())
+    thread = threading.Thread(target=lambda: signals_as_errors().__enter__())
     thread.start()
     thread.join()
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_signal_that_a_library_swallows_still_ends_the_command():
-    with pytest.raises(StoppedBySignal), ending_in_order(), contextlib.suppress(Exception):
+    with pytest.raises(StoppedBySignal), signals_as_errors(), contextlib.suppress(Exception):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_training_inside_a_command_has_its_own_handlers():
-    with ending_in_order(), StopRequest() as stop:
+    with signals_as_errors(), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.is_requested
 
 
-@pytest.mark.parametrize("context", [StopRequest, ending_in_order])
+@pytest.mark.parametrize("context", [StopRequest, signals_as_errors])
 def test_a_run_started_with_nohup_outlives_its_terminal(context):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

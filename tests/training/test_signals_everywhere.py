@@ -26,8 +26,8 @@ from fault_helpers import in_memory, litter_in, undisturbed
 from llmtune import durable
 from llmtune.config.layers import load_config
 from llmtune.errors import StoppedBySignal
-from llmtune.runs.folder import read_run_file
-from llmtune.runs.signals import SIGNALS, ending_in_order, held_back
+from llmtune.runs.run_file import read_run_file
+from llmtune.runs.signals import SIGNALS, deferred_signals, signals_as_errors
 from llmtune.training import train as training
 from llmtune.verify.subprocesses import run_forked
 from phase_signals import sending
@@ -252,7 +252,7 @@ def test_p8_a_signal_that_is_held_back_acts_when_the_body_has_ended():
     other.start()
 
     def body():
-        with ending_in_order(), held_back():
+        with signals_as_errors(), deferred_signals():
             os.kill(os.getpid(), signal.SIGTERM)
             seen.append("went on")
             os.kill(os.getpid(), signal.SIGUSR1)  # one of them acts: the first
@@ -274,7 +274,7 @@ def test_p8_what_is_ignored_stays_ignored_while_signals_are_held_back():
     """`nohup llmtune train ...`."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with held_back():
+        with deferred_signals():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
@@ -286,7 +286,7 @@ def test_p8_another_thread_than_the_main_one_holds_nothing_back():
     seen = []
 
     def body():
-        with held_back():
+        with deferred_signals():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     other = threading.Thread(target=body)

@@ -24,7 +24,7 @@ from fault_helpers import (
 )
 from llmtune import durable
 from llmtune.config.layers import load_config
-from llmtune.runs.folder import read_run_file
+from llmtune.runs.run_file import read_run_file
 from llmtune.training import train as training
 from training_helpers import difference, small_run
 

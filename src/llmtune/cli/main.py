@@ -26,7 +26,7 @@ from llmtune.cli.process import allow_no_telemetry, check_arguments
 from llmtune.cli.usage import usage_error
 from llmtune.common.offline import go_offline
 from llmtune.errors import LlmtuneError, MachineError, UsageError
-from llmtune.runs.signals import ending_in_order
+from llmtune.runs.signals import signals_as_errors
 from llmtune.version import __version__
 
 __all__ = ["COMMANDS", "Command", "build", "main"]
@@ -285,7 +285,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command line and return its exit code; every failure becomes one message on stderr."""
     try:
         check_arguments(arguments)
-        with ending_in_order():
+        with signals_as_errors():
             code = _invoke(arguments)
         if sys.stdout is not None:
             sys.stdout.flush()

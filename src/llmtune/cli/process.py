@@ -52,9 +52,9 @@ def _import_libraries() -> None:
     if LIBRARY in sys.modules:
         return
     from llmtune.models.read_config import garbage_collection_paused
-    from llmtune.runs.signals import held_back
+    from llmtune.runs.signals import deferred_signals
 
-    with held_back(), garbage_collection_paused():
+    with deferred_signals(), garbage_collection_paused():
         importlib.import_module(LIBRARY)
         gc.freeze()
 

@@ -79,17 +79,15 @@ def _disk(forecaster: Forecaster, memory: MemoryPlan | None) -> tuple[DiskForeca
         return None, None
     config, sizes = forecaster.config, memory.sizes
     batches = forecaster.batches(config)
-    every = config.checkpoint.every_steps or batches.steps_per_epoch
-    has_best = config.checkpoint.keep_best and forecaster.prepared.data.eval is not None
     state = optimizer_bytes(config.training.optimizer, entries=sizes.trained, entry_bytes=sizes.gradient_bytes)
     try:
         return forecast_disk(
-            config.run.output_dir,
-            checkpoint_bytes=sizes.gradient_bytes + state,
-            saves=-(-batches.total_steps // every),
-            keep_last=config.checkpoint.keep_last,
-            best_bytes=sizes.gradient_bytes if has_best else 0,
-            final_bytes=sizes.gradient_bytes,
+            config,
+            weights_bytes=sizes.gradient_bytes,
+            optimizer_bytes=state,
+            total_steps=batches.total_steps,
+            steps_per_epoch=batches.steps_per_epoch,
+            has_heldout=forecaster.prepared.data.eval is not None,
         ), None
     except MachineError as error:
         return None, str(error)

@@ -1,6 +1,6 @@
-"""Checkpoints: everything needed to go on with a run, bit for bit.
+"""Checkpoints: everything needed to resume a run bit for bit.
 
-Committed whole (P1), verified before use (P5), without pickle (P4).
+They are committed completely or not at all (P1), verified before use (P5), and free of pickle (P4).
 
 checkpoints/step-000100/
     *.safetensors, ...      the weights, written by the caller
@@ -11,11 +11,12 @@ checkpoints/step-000100/
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from llmtune import durable
 from llmtune.common.text import printable
@@ -43,20 +44,30 @@ _FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
 
 
+class CheckpointManifest(durable.Manifest):
+    """The manifest of a checkpoint; its writer may have added more (versions, threads, world_size)."""
+
+    format: int
+    step: int
+    run_id: str
+    groups: list[str]
+    """Names of the snapshot's groups of tensors."""
+
+
 class CheckpointFolder(NamedTuple):
-    """One committed checkpoint: its step, which its folder is named after, and its place."""
+    """The folder of a checkpoint, valid or not, and the step in its name."""
 
     step: int
     path: Path
 
 
 class LoadedCheckpoint(NamedTuple):
-    """What a checkpoint holds besides its weights, which stay in `path` for the model's own loader."""
+    """A checkpoint in memory; its weights stay in `path` for the loader of the model."""
 
     step: int
     path: Path
     snapshot: Snapshot
-    manifest: dict[str, Any]
+    manifest: CheckpointManifest
 
 
 def checkpoint_name(step: int) -> str:
@@ -73,14 +84,13 @@ def save_checkpoint(
     step: int,
     write_weights: Callable[[Path], None],
     snapshot: Snapshot,
-    manifest_extra: Mapping[str, Any] | None = None,
+    manifest_extra: Mapping[str, object] | None = None,
 ) -> Path:
     """Commit the checkpoint of `step` and return its folder; on return it survives a power loss.
 
-    `write_weights` writes files of its own choice into the folder it is given, `snapshot` becomes one safetensors file
-    for each group and state.json. `manifest_extra` (versions, threads, world_size, digests) goes into the manifest. An
-    older checkpoint of the same step is replaced. Raises MachineError, and then every earlier checkpoint stands
-    untouched.
+    `write_weights` writes any files into the folder it is given, `snapshot` becomes state.json and one safetensors file
+    for each group. `manifest_extra` (versions, threads, world_size, digests) goes into the manifest. An older
+    checkpoint of the same step is replaced. Raises MachineError; every earlier checkpoint is then untouched.
     """
     durable.make_folder(run.checkpoints)
     target = run.checkpoints / checkpoint_name(step)
@@ -94,7 +104,7 @@ def save_checkpoint(
     }
     with durable.commit_folder(target, manifest=manifest) as staging:
         write_weights(staging)
-        taken = reserved & {one.name for one in staging.iterdir()}
+        taken = reserved & {path.name for path in staging.iterdir()}
         assert not taken, f"the weights may not be called {taken}"
         for group, tensors in snapshot.tensors.items():
             durable.write_tensors(staging / f"{group}.safetensors", tensors)
@@ -102,10 +112,12 @@ def save_checkpoint(
     return target
 
 
-def save_folder(target: Path, write: Callable[[Path], None], manifest_extra: Mapping[str, Any] | None = None) -> Path:
-    """Commit what `write` puts into the folder it is given as `target` (best/, final/), replacing it whole.
+def save_folder(
+    target: Path, write: Callable[[Path], None], manifest_extra: Mapping[str, object] | None = None
+) -> Path:
+    """Commit as `target` (best/, final/) the files that `write` puts into the folder it is given.
 
-    Raises MachineError.
+    An old `target` is replaced. Raises MachineError.
     """
     durable.make_folder(target.parent)
     with durable.commit_folder(target, manifest=manifest_extra) as staging:
@@ -114,36 +126,32 @@ def save_folder(target: Path, write: Callable[[Path], None], manifest_extra: Map
 
 
 def all_checkpoints(run: RunFolder) -> list[CheckpointFolder]:
-    """Return the run's checkpoints by step, the newest last, valid or not; times of files play no part.
-
-    Raises MachineError.
-    """
+    """Return the run's checkpoints by step, the newest last, valid or not. Raises MachineError."""
     if not run.checkpoints.is_dir():
         return []
     with durable.translate_os_errors("list", run.checkpoints):
-        found = [
-            CheckpointFolder(int(match[1]), one)
-            for one in run.checkpoints.iterdir()
-            if (match := _NAME.fullmatch(one.name))
+        folders = [
+            CheckpointFolder(int(match[1]), path)
+            for path in run.checkpoints.iterdir()
+            if (match := _NAME.fullmatch(path.name))
         ]
-    return sorted(found)
+    # By step, never by the time of a file: a clock set back would make an old checkpoint the newest.
+    return sorted(folders)
 
 
 def checkpoint_of(run: RunFolder, step: int) -> CheckpointFolder:
-    """Return the checkpoint of `step`. Raises CheckpointError, which says which steps there are."""
-    steps = [one.step for one in all_checkpoints(run)]
+    """Return the checkpoint of `step`. Raises CheckpointError with the steps there are."""
+    steps = [checkpoint.step for checkpoint in all_checkpoints(run)]
     if step not in steps:
         raise CheckpointError(f"no checkpoint of step {step}", printable(run.checkpoints), f"choose one of: {steps}")
     return CheckpointFolder(step, run.checkpoints / checkpoint_name(step))
 
 
 def verify(checkpoint: CheckpointFolder, *, run_id: str | None = None, past_cache: bool = False) -> list[Problem]:
-    """Re-read every byte of a checkpoint and return what is wrong with it.
+    """Re-read every byte of a checkpoint and return its differences from what was saved (P5).
 
-    An empty list means it is what was saved (P5).
-
-    Besides every change of a file, a whole checkpoint in another one's place is found: by its step, and by `run_id`.
-    `past_cache` asks for what the disk holds, not what the system remembers of it.
+    Besides every change of a file, a valid checkpoint under another one's name is found: by its step, and by `run_id`.
+    `past_cache` reads from the disk, not from the memory in which the system still has the files.
     """
     problems = durable.verify_manifest(checkpoint.path, past_cache=past_cache)
     if problems:
@@ -151,7 +159,7 @@ def verify(checkpoint: CheckpointFolder, *, run_id: str | None = None, past_cach
     where = printable(checkpoint.path)
     fix = "use another checkpoint, or put the right folder back"
     try:
-        manifest = durable.read_manifest(checkpoint.path)
+        manifest = _read_manifest(checkpoint.path)
     except (ValueError, OSError) as error:
         return [Problem(str(error), where, fix)]
     if manifest.get("step") != checkpoint.step:
@@ -169,25 +177,28 @@ def verify(checkpoint: CheckpointFolder, *, run_id: str | None = None, past_cach
     return problems
 
 
-def newest_valid(run: RunFolder) -> tuple[CheckpointFolder | None, list[Problem]]:
-    """Return the valid checkpoint with the highest step, and what was wrong with newer ones, which are set aside as
-    `NAME.damaged`.
+def _read_manifest(folder: Path) -> CheckpointManifest:
+    """Return the manifest of a checkpoint, in which keys may be missing. Raises ValueError or OSError."""
+    return cast("CheckpointManifest", durable.read_manifest(folder))
 
-    None, and no problems, mean that the run has never saved. Raises CheckpointError (exit 5) when there are checkpoints
-    and none is valid; nothing is renamed or deleted then. A checkpoint that cannot be set aside (a read-only disk) is
-    reported all the same.
+
+def newest_valid(run: RunFolder) -> tuple[CheckpointFolder | None, list[Problem]]:
+    """Return the valid checkpoint with the highest step, and the problems of newer, damaged ones.
+
+    Those are renamed to `NAME.damaged`; one that cannot be renamed (a read-only disk) is reported all the same. (None,
+    no problems) means that the run has never saved. Raises CheckpointError (exit 5) when there are checkpoints and none
+    is valid; nothing is renamed or deleted then.
     """
     problems: list[Problem] = []
     bad: list[CheckpointFolder] = []
     for checkpoint in reversed(all_checkpoints(run)):
-        found = verify(checkpoint, run_id=run.run_id)
-        if not found:
+        differences = verify(checkpoint, run_id=run.run_id)
+        if not differences:
             return checkpoint, [*problems, *_set_aside(bad)]
-        problems += found
+        problems += differences
         bad.append(checkpoint)
-    damaged = (
-        sorted(one.name for one in run.checkpoints.glob(f"step-*{DAMAGED_SUFFIX}*")) if run.checkpoints.is_dir() else []
-    )
+    # Those of earlier starts: with them alone the run has saved, and must not silently start from zero.
+    damaged = sorted(path.name for path in run.checkpoints.glob(f"step-*{DAMAGED_SUFFIX}*"))
     problems += [Problem("set aside earlier", printable(run.checkpoints / name)) for name in damaged]
     if not problems:
         return None, []
@@ -200,37 +211,34 @@ def newest_valid(run: RunFolder) -> tuple[CheckpointFolder | None, list[Problem]
 
 
 def _set_aside(bad: list[CheckpointFolder]) -> Iterator[Problem]:
-    """Rename damaged checkpoints so that no one takes them for whole ones; yields what happened."""
+    """Rename damaged checkpoints, so that nobody takes them for valid ones, and yield what happened."""
     for checkpoint in bad:
-        aside = next(path for path in _aside_names(checkpoint.path) if not path.exists())
+        new_path = next(path for path in _aside_paths(checkpoint.path) if not path.exists())
         try:
-            durable.rename(checkpoint.path, aside)
-            yield Problem(f"damaged; set aside as {aside.name}", printable(checkpoint.path))
+            durable.rename(checkpoint.path, new_path)
+            yield Problem(f"damaged; set aside as {new_path.name}", printable(checkpoint.path))
         except MachineError as error:
             yield error.problems[0]
 
 
-def _aside_names(path: Path) -> Iterator[Path]:
+def _aside_paths(path: Path) -> Iterator[Path]:
     yield path.with_name(f"{path.name}{DAMAGED_SUFFIX}")
-    number = 2
-    while True:
+    for number in itertools.count(2):
         yield path.with_name(f"{path.name}{DAMAGED_SUFFIX}-{number}")
-        number += 1
 
 
 def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
     """Read the snapshot of a verified checkpoint.
 
-    Each file's digest is compared with the manifest once more while it is read.
-
-    Raises CheckpointError when anything differs from what was saved, MachineError when it cannot be read.
+    The digest of each file is compared with the manifest once more, because it may have changed since `verify`. Raises
+    CheckpointError when anything differs from what was saved, MachineError when it cannot be read.
     """
-    from llmtune.engine.state import Snapshot
+    from llmtune.engine.state import Snapshot  # loads torch, which `llmtune runs` does without
 
     where = printable(checkpoint.path)
     with durable.translate_os_errors("read", checkpoint.path):
         try:
-            manifest = durable.read_manifest(checkpoint.path)
+            manifest = _read_manifest(checkpoint.path)
             groups = {group: f"{group}.safetensors" for group in manifest["groups"]}
             digests = {name: manifest["files"][name]["sha256"] for name in (*groups.values(), STATE_FILE)}
             raw = (checkpoint.path / STATE_FILE).read_bytes()
@@ -249,28 +257,25 @@ def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
 def delete_old_checkpoints(run: RunFolder, keep_last: int, *, protected_steps: Collection[int] = ()) -> list[str]:
     """Delete all but the `keep_last` checkpoints of the highest steps and those of `protected_steps`.
 
-    Return warnings, one line each.
-
-    `keep_last` 0 keeps all. Nothing is deleted before the newest checkpoint has been re-read from the disk and found
-    whole; a damaged one does not count among the kept. What cannot be deleted is a warning, never an error. Never by
-    time: a clock set back changes nothing.
+    Returns warnings, one line each: a checkpoint that cannot be deleted is a warning, never an error. `keep_last` 0
+    keeps all. When the newest checkpoint is damaged, all are kept.
     """
     if keep_last == 0:
         return []
-    found = all_checkpoints(run)
-    doomed = [one for one in found[:-keep_last] if one.step not in protected_steps]
+    checkpoints = all_checkpoints(run)
+    doomed = [checkpoint for checkpoint in checkpoints[:-keep_last] if checkpoint.step not in protected_steps]
     if not doomed:
         return []
-    newest = found[-1]
+    newest = checkpoints[-1]
+    # Read back from the disk itself: until that has been seen, an older checkpoint is the only one known to be good.
     problems = verify(newest, run_id=run.run_id, past_cache=True)
     if problems:
-        return [
-            f"kept {len(doomed)} older checkpoints, because the newest one is damaged: {problems[0].problem} ({newest.path.name})"
-        ]
+        reason = f"the newest one is damaged: {problems[0].problem} ({newest.path.name})"
+        return [f"kept {len(doomed)} older checkpoints, because {reason}"]
     warnings = []
-    for one in doomed:
+    for checkpoint in doomed:
         try:
-            durable.remove_tree(one.path)
+            durable.remove_tree(checkpoint.path)
         except MachineError as error:
-            warnings.append(f"an old checkpoint stays: {error.problems[0].problem} ({printable(one.path)})")
+            warnings.append(f"an old checkpoint stays: {error.problems[0].problem} ({printable(checkpoint.path)})")
     return warnings

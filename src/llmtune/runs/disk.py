@@ -1,4 +1,4 @@
-"""Room on the disk: forecast before step 1, and saves that fail without costing the run (P7)."""
+"""Disk space: forecast before step 1; and saves that may fail without ending the run (P7)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from typing import NamedTuple, TypeVar
 from llmtune import durable
 from llmtune.common.bytes import readable_bytes
 from llmtune.common.text import printable
+from llmtune.config.schema import Config
 from llmtune.errors import MachineError, Problem
 
 __all__ = ["DiskForecast", "SaveAttempts", "forecast_disk", "free_bytes_at"]
 
 _T = TypeVar("_T")
 
-# Metrics, samples, TensorBoard's files, manifests, and blocks that are only partly filled.
 _MARGIN_BYTES = 64 << 20
+"""For metrics, samples, TensorBoard's files, manifests, and partly filled blocks."""
+
+# Errors a disk may recover from while the run goes on.
 _TRANSIENT = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT}
 
 
 class DiskForecast(NamedTuple):
-    """What a run will take on its disk at the worst moment, and what is free there, in bytes."""
+    """The bytes a run needs on its disk at the worst moment, and the free ones."""
 
     needed_bytes: int
     free_bytes: int
@@ -41,64 +44,71 @@ def free_bytes_at(folder: Path | str) -> int:
     Raises MachineError.
     """
     folder = Path(folder).absolute()
-    nearest = next(one for one in (folder, *folder.parents) if one.exists())
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     with durable.translate_os_errors("ask for the free space of", nearest):
         status = os.statvfs(nearest)
-    return status.f_bavail * status.f_frsize
+    return status.f_bavail * status.f_frsize  # not f_bfree, part of which is reserved for root
 
 
 def forecast_disk(
-    folder: Path | str,
+    config: Config,
     *,
-    checkpoint_bytes: int,
-    saves: int,
-    keep_last: int,
-    best_bytes: int = 0,
-    final_bytes: int = 0,
-    existing_bytes: int = 0,
+    weights_bytes: int,
+    optimizer_bytes: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    has_heldout: bool,
     free_bytes: int | None = None,
 ) -> DiskForecast:
-    """Say what the run will need on the disk of `folder`, and refuse to begin when that is not there.
+    """Return the disk space that the run of `config` needs; raise MachineError where `run.output_dir` has less.
 
-    At the worst moment there are the kept checkpoints and the one being written (`keep_last` + 1, or all `saves` when
-    0), the best model twice (while it is replaced) and the final one. `existing_bytes` of the run itself count as free.
-    Raises MachineError with the numbers and what to change.
+    At the worst moment there are the kept checkpoints and the one being written (`checkpoint.keep_last` + 1, or all of
+    them when 0), the best model twice (while it is replaced) and the final one. The error has the numbers and what to
+    change.
+
+    weights_bytes: the trained weights, as one checkpoint holds them.
+    optimizer_bytes: the state of the optimizer.
+    has_heldout: whether there are held-out rows, without which no model is the best.
+    free_bytes: measured at `run.output_dir` when None.
     """
-    kept = saves if keep_last == 0 else min(saves, keep_last + 1)
+    keep_last, folder = config.checkpoint.keep_last, config.run.output_dir
+    saves = -(-total_steps // (config.checkpoint.every_steps or steps_per_epoch))
+    checkpoints = saves if keep_last == 0 else min(saves, keep_last + 1)
     parts = {
-        f"{kept} checkpoints": kept * checkpoint_bytes,
-        "best": 2 * best_bytes,
-        "final": final_bytes,
+        f"{checkpoints} checkpoints": checkpoints * (weights_bytes + optimizer_bytes),
+        "best": 2 * weights_bytes if config.checkpoint.keep_best and has_heldout else 0,
+        "final": weights_bytes,
         "logs": _MARGIN_BYTES,
     }
-    free = (free_bytes_at(folder) if free_bytes is None else free_bytes) + existing_bytes
+    free = free_bytes_at(folder) if free_bytes is None else free_bytes
     forecast = DiskForecast(sum(parts.values()), free, {name: count for name, count in parts.items() if count})
     if forecast.needed_bytes > free:
         fewer = "checkpoint.keep_last=1" if keep_last != 1 else "checkpoint.keep_best=false"
+        missing = readable_bytes(forecast.needed_bytes - free)
         raise MachineError(
             f"the disk is too small for this run: {forecast}",
             where=printable(folder),
-            fix=f"free {readable_bytes(forecast.needed_bytes - free)}, choose run.output_dir on another disk, or keep less ({fewer})",
+            fix=f"free {missing}, choose run.output_dir on another disk, or keep less ({fewer})",
         )
     return forecast
 
 
 class SaveAttempts:
-    """Saves that may fail: tried again at once, then passed over; `finish` says whether the run is safe in the end."""
+    """Saves that may fail: tried again at once, then passed over until `raise_if_failed`, at the end of the run."""
 
-    def __init__(self, sweep: Callable[[], object], *, attempts: int = 2) -> None:
-        """`sweep` clears what a failed save could not remove; each save is tried `attempts` times."""
-        self._sweep = sweep
+    def __init__(self, clean_up: Callable[[], object], *, attempts: int = 2) -> None:
+        """`clean_up` removes the leftovers of a failed save; each save is tried `attempts` times."""
+        self._clean_up = clean_up
         self._attempts = attempts
         self._failures: dict[str, MachineError] = {}
         self.failure: MachineError | None = None
-        """Why the save tried last failed; None when it worked, or when none was tried."""
+        """The error of the newest save; None when it worked."""
 
-    def save(self, save: Callable[[], _T], *, what: str = "checkpoint") -> _T | None:
-        """Call `save` and return its result, or None when the machine refused every attempt (`failure` says why).
+    def save(self, save: Callable[[], _T], *, subject: str = "checkpoint") -> _T | None:
+        """Call `save` and return its result, or None when the machine refused every attempt (see `failure`).
 
-        Only what a disk may recover from is tried again or passed over (full, input/output error, read-only); any other
-        error is raised. A later success makes up only for failures of the same `what`.
+        Only errors a disk may recover from are tried again or passed over (full, input/output error, read-only); any
+        other is raised. A later success makes up only for failures of the same `subject`.
         """
         for _ in range(self._attempts):
             try:
@@ -106,27 +116,24 @@ class SaveAttempts:
             except MachineError as error:
                 if durable.errno_of(error) not in _TRANSIENT:
                     raise
-                self.failure = self._failures[what] = error
-                self._clear(error)
+                self.failure = self._failures[subject] = error
+                try:
+                    self._clean_up()
+                except MachineError as second:
+                    error.add_note(str(second))
             else:
                 self.failure = None
-                self._failures.pop(what, None)
+                self._failures.pop(subject, None)
                 return result
         return None
 
-    def _clear(self, failure: MachineError) -> None:
-        try:
-            self._sweep()
-        except MachineError as error:
-            failure.add_note(str(error))
-
-    def finish(self) -> None:
-        """Raise one MachineError (exit 6) for every kind of save whose last attempt failed."""
+    def raise_if_failed(self) -> None:
+        """Raise one MachineError (exit 6) for every subject whose newest save failed."""
         if self._failures:
             raise MachineError.all(
                 Problem(
-                    f"the last save of the {what} failed, {one.problems[0].problem}; the one before it stands",
-                    *one.problems[0][1:],
+                    f"the last save of the {subject} failed, {error.problems[0].problem}; the one before it stands",
+                    *error.problems[0][1:],
                 )
-                for what, one in self._failures.items()
+                for subject, error in self._failures.items()
             ) from next(iter(self._failures.values()))

@@ -1,28 +1,27 @@
-"""The folder of a run: its name, its identity in run.json, its lock, and how a run is found again."""
+"""The folder of a run: its name, its lock, and how a run is found again."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import unicodedata
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from llmtune import durable
 from llmtune.common.secrets import redacted
 from llmtune.common.text import printable
 from llmtune.errors import CheckpointError, MachineError, UsageError
+from llmtune.runs.run_file import RESUMABLE, RUN_FILE, RunDetails, RunFile, RunState, RunUpdate, read_run_file
 
 __all__ = [
     "CONFIG_FILE",
     "RunFolder",
-    "RunState",
     "RunSummary",
     "checked_name",
     "clean_name_part",
@@ -33,28 +32,25 @@ __all__ = [
     "resolve_run",
 ]
 
-RunState = Literal["running", "stopped", "finished", "failed", "diverged"]
-RESUMABLE: tuple[RunState, ...] = ("running", "stopped", "failed")
-
-RUN_FILE = "run.json"
+CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
-_LONGEST_NAME_BYTES = 200  # leaves room for a suffix and for the names a commit works with
+_LONGEST_NAME_BYTES = 200  # leaves room for a suffix and for the names a commit works with (file systems allow 255)
 _MOST_SUFFIXES = 10_000
 
 
 class RunFolder:
-    """A run of which this process is the only writer, until `close`."""
+    """A run that this process alone writes, until `close`."""
 
-    def __init__(self, path: Path, lock: durable.FileLock, *, swept: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: Path, lock: durable.FileLock, *, removed: tuple[str, ...] = ()) -> None:
         self.path = path
-        self.swept = swept
-        """What was cleaned up after a killed process, one line each."""
+        self.removed = removed
+        """The leftovers of a killed process that were removed or put back, one line each."""
         self._lock = lock
         self._info = read_run_file(path)
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
-        """Lock an existing run and clean up what a killed process left in it.
+        """Lock an existing run and clean up after a killed process.
 
         Raises MachineError when another process has it, CheckpointError when there is no run.
         """
@@ -62,10 +58,11 @@ class RunFolder:
         read_run_file(path)  # before a lock file is made in a folder that is no run
         lock = _lock(path)
         try:
-            swept = durable.remove_leftovers(path, everything=True)
+            # With the lock, leftovers of other machines are removed too: nobody else can be working on them.
+            removed = durable.remove_leftovers(path, everything=True)
             if (path / "checkpoints").is_dir():
-                swept += durable.remove_leftovers(path / "checkpoints", everything=True)
-            return cls(path, lock, swept=tuple(swept))
+                removed += durable.remove_leftovers(path / "checkpoints", everything=True)
+            return cls(path, lock, removed=tuple(removed))
         except BaseException:
             lock.release()
             raise
@@ -77,8 +74,8 @@ class RunFolder:
 
     @property
     def run_id(self) -> str:
-        """What tells this run from every other, wherever its folder is moved."""
-        return str(self._info["run_id"])
+        """Identifies this run, wherever its folder is moved."""
+        return self._info["run_id"]
 
     @property
     def checkpoints(self) -> Path:
@@ -86,23 +83,23 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def info(self) -> dict[str, Any]:
-        """What run.json says."""
-        return dict(self._info)
+    def info(self) -> RunFile:
+        """A copy of run.json."""
+        return self._info.copy()
 
     @property
     def state(self) -> RunState:
-        """State of the run as run.json says it."""
+        """State of the run in run.json."""
         return self._info["state"]
 
-    def update(self, **fields: Any) -> None:
+    def update(self, **fields: Unpack[RunUpdate]) -> None:
         """Replace fields of run.json, durably and without secrets. Raises MachineError."""
-        info = {**self._info, **redacted(fields)}
+        info: RunFile = {**self._info, **redacted(fields)}
         durable.write_json(self.path / RUN_FILE, info)
         self._info = info
 
     def close(self) -> None:
-        """Let another process have the run."""
+        """Unlock the run."""
         self._lock.release()
 
     def __enter__(self) -> RunFolder:
@@ -122,22 +119,22 @@ def create_run(
     output_dir: Path | str,
     name: str,
     *,
-    identity: Mapping[str, Any] | None = None,
+    details: RunDetails | None = None,
     fill: Callable[[Path], None] | None = None,
 ) -> RunFolder:
     """Make the folder of a new run under `output_dir`, with its run.json, and lock it.
 
-    When the name is taken the run is called NAME-2, NAME-3 and so on; several processes may do this at once. `identity`
-    goes into run.json, its secrets hidden; `fill` writes what else a run must have from its first moment (its config).
-    The folder appears under its name whole or not at all. Raises UsageError for a name that cannot be one,
+    When the name is taken the run is called NAME-2, NAME-3 and so on; several processes may do this at once. `details`
+    go into run.json, secrets hidden; `fill` writes the other files a run has from its first moment (its config). The
+    folder appears under its name completely or not at all. Raises UsageError for a name that cannot be one,
     MachineError.
     """
     checked_name(name)
     output_dir = Path(output_dir).absolute()
     durable.make_folder(output_dir)
-    swept: list[str] = []
-    with contextlib.suppress(MachineError):  # another user's litter is not in the way
-        swept = durable.remove_leftovers(output_dir)
+    removed: list[str] = []
+    with contextlib.suppress(MachineError):  # another user's leftovers are not in the way
+        removed = durable.remove_leftovers(output_dir)
     for number in range(1, _MOST_SUFFIXES):
         path = output_dir / (name if number == 1 else f"{name}-{number}")
         if os.path.lexists(path):
@@ -147,7 +144,7 @@ def create_run(
             "name": path.name,
             "state": "running",
             "created": datetime.now(UTC).isoformat(timespec="microseconds"),
-            **redacted(dict(identity or {})),
+            **redacted(dict(details or {})),
         }
         lock: durable.FileLock | None = None
         try:
@@ -156,6 +153,7 @@ def create_run(
                 durable.make_folder(staging / "checkpoints")
                 if fill is not None:
                     fill(staging)
+                # Locked before the folder has its name, so that no other process can find it and take it first.
                 lock = _lock(staging)
         except BaseException as error:
             if lock is not None:
@@ -168,15 +166,15 @@ def create_run(
                 continue  # another process took the name in this moment
             raise
         assert lock is not None
-        return RunFolder(path, lock, swept=tuple(swept))
+        return RunFolder(path, lock, removed=tuple(removed))
     raise UsageError(f"{_MOST_SUFFIXES} runs are called {name!r}", printable(output_dir), "choose another run.name")
 
 
 def checked_name(name: str) -> str:
-    """Return `name` if it can be the name of a run's folder; raises UsageError that says why it cannot.
+    """Return `name` if it can be the name of a run's folder; raises UsageError with the reason why it cannot.
 
-    Anything that is only a name is one, whatever a shell would make of it. What could leave the output folder, hide, or
-    disturb a terminal is refused.
+    Shell syntax is allowed, since a name is never given to a shell. Refused are names that could leave the output
+    folder, hide, or disturb a terminal.
 
     >>> checked_name("a; touch x $(id) && '`")
     "a; touch x $(id) && '`"
@@ -203,43 +201,20 @@ def checked_name(name: str) -> str:
 
 
 def _disturbs_a_terminal(char: str) -> bool:
-    """Say whether `char` is a control, a direction mark, half a surrogate pair or a line separator (an emoji's joiner
-    is none of these).
-    """
-    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char != "\u200d"
+    """Say whether `char` is a control, a direction mark, half a surrogate pair or a line separator."""
+    is_emoji_joiner = char == "\u200d"  # of the same category as direction marks, and harmless
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and not is_emoji_joiner
 
 
 def clean_name_part(text: str) -> str:
-    """Return `text` (a model id, a config's name) as a part of a run's name: the last part of a path, without what a
-    name may not have.
+    """Return the last part of the path `text` (a model id, a config's name) without what a run's name may not have.
 
     >>> clean_name_part("HuggingFaceTB/SmolLM2-135M-Instruct")
     'SmolLM2-135M-Instruct'
     """
     last = text.replace("\\", "/").rstrip("/").rpartition("/")[2]
-    kept = "".join(char for char in last if not _disturbs_a_terminal(char))
-    return kept.strip(" .-")[:80].strip() or "model"
-
-
-def read_run_file(folder: Path) -> dict[str, Any]:
-    """Return what run.json in `folder` says. Raises CheckpointError when there is none or it cannot be read as one."""
-    path = folder / RUN_FILE
-    fix = "give the folder of a run, or its name; `llmtune runs` lists them"
-    if not path.is_file():
-        raise CheckpointError("no run here: run.json is missing", where=printable(folder), fix=fix)
-    with durable.translate_os_errors("read", path):
-        raw = path.read_bytes()
-    try:
-        info = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"run.json is not JSON: {error}", printable(path), "restore it from a backup") from error
-    if (
-        not isinstance(info, dict)
-        or not isinstance(info.get("run_id"), str)
-        or info.get("state") not in (*RESUMABLE, "finished", "diverged")
-    ):
-        raise CheckpointError("run.json does not describe a run", printable(path), "restore it from a backup")
-    return info
+    clean = "".join(char for char in last if not _disturbs_a_terminal(char))
+    return clean.strip(" .-")[:80].strip() or "model"
 
 
 class RunSummary(NamedTuple):
@@ -248,7 +223,7 @@ class RunSummary(NamedTuple):
     path: Path
     name: str
     state: str
-    """As in run.json; `interrupted` where it says running and no process has the run."""
+    """As in run.json; `interrupted` for `running` when no process has the run locked."""
     created: str
     """UTC time at which the run was made, ISO 8601."""
     step: int | None
@@ -260,12 +235,12 @@ class RunSummary(NamedTuple):
 
 
 def list_runs(output_dir: Path | str) -> list[RunSummary]:
-    """Return the runs in `output_dir`, the newest last; folders that are no runs are left out. Raises MachineError."""
+    """Return the runs in `output_dir`, the newest last; other folders are left out. Raises MachineError."""
     output_dir = Path(output_dir)
     if not output_dir.is_dir():
         return []
     with durable.translate_os_errors("list", output_dir):
-        folders = [one for one in output_dir.iterdir() if not one.name.startswith(".") and (one / RUN_FILE).is_file()]
+        folders = [path for path in output_dir.iterdir() if not path.name.startswith(".")]
     runs = []
     for folder in folders:
         with contextlib.suppress(CheckpointError):
@@ -273,26 +248,25 @@ def list_runs(output_dir: Path | str) -> list[RunSummary]:
     return sorted(runs, key=lambda run: (run.created, run.name))
 
 
-def _summary(folder: Path, info: dict[str, Any]) -> RunSummary:
-    lines = durable.read_lines(folder / "metrics.jsonl")
-    state = "interrupted" if info["state"] == "running" and not durable.is_locked(folder / LOCK_FILE) else info["state"]
-    last: dict[str, Any] = {}
-    for line in lines:
-        last.update(line)
+def _summary(folder: Path, info: RunFile) -> RunSummary:
+    is_interrupted = info["state"] == "running" and not durable.is_locked(folder / LOCK_FILE)
+    newest: dict[str, Any] = {}  # the newest value of each metric
+    for line in durable.read_lines(folder / "metrics.jsonl"):
+        newest.update(line)
     return RunSummary(
         path=folder,
         name=folder.name,
-        state=state,
+        state="interrupted" if is_interrupted else info["state"],
         created=str(info.get("created", "")),
-        step=last.get("step"),
+        step=newest.get("step"),
         total_steps=info.get("total_steps"),
-        train_mean_nll=last.get("train_mean_nll"),
-        eval_mean_nll=last.get("eval_mean_nll"),
+        train_mean_nll=newest.get("train_mean_nll"),
+        eval_mean_nll=newest.get("eval_mean_nll"),
     )
 
 
 def find_newest_unfinished(output_dir: Path | str) -> Path:
-    """Return the folder of the run made last among those that can go on and that no process has.
+    """Return the folder of the newest run that can be resumed and that no process has locked.
 
     Raises CheckpointError.
     """
@@ -311,24 +285,22 @@ def find_newest_unfinished(output_dir: Path | str) -> Path:
 
 
 def resolve_run(run: str | None, output_dir: Path | str) -> Path:
-    """Return the folder meant by RUN: a folder, a name in `output_dir`, or nothing for the newest unfinished run (or
-    CheckpointError).
+    """Return the folder of RUN: a folder, a name in `output_dir`, or None for the newest unfinished run.
+
+    Raises CheckpointError.
     """
     if run is None:
         return find_newest_unfinished(output_dir)
     for candidate in (Path(run), Path(output_dir) / run):
         if (candidate / RUN_FILE).is_file():
             return candidate.absolute()
-    names = [one.name for one in list_runs(output_dir)]
+    names = [summary.name for summary in list_runs(output_dir)]
     shown = f"the runs there: {', '.join(names[-5:])}" if names else "there are no runs there"
     raise CheckpointError(f"no run `{printable(run)}`, neither as a folder nor in {printable(output_dir)}", fix=shown)
 
 
-CONFIG_FILE = "config.yaml"
-
-
 def config_file_of(folder: Path) -> Path:
-    """The config a run was started with. Raises CheckpointError when the folder is no run or its config is gone."""
+    """Return the config file of a run. Raises CheckpointError when the folder is no run or the file is missing."""
     read_run_file(folder)
     if not (folder / CONFIG_FILE).is_file():
         fix = "restore it from a backup, or start a new run with `llmtune train`"

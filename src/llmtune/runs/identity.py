@@ -1,4 +1,4 @@
-"""What a run was made of, and what has changed when it goes on: key by key, each change with what it does (P2)."""
+"""The identity of a run: everything that decides its numbers, compared key by key when the run is resumed (P2)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
+from llmtune.common.mappings import flat_items
 from llmtune.common.secrets import redacted_command
 from llmtune.errors import CheckpointError, Problem
 
-__all__ = ["Difference", "Effect", "compare", "describe_machine", "refuse_changes"]
+__all__ = [
+    "Difference",
+    "Effect",
+    "Identity",
+    "MachineDescription",
+    "compare",
+    "describe_machine",
+    "git_revision",
+    "refuse_changes",
+]
 
 LIBRARIES = (
     "torch",
@@ -31,41 +41,79 @@ LIBRARIES = (
 )
 
 
+class Digests(TypedDict):
+    """The sha256 of everything a run reads."""
+
+    base: str
+    tokenizer: str
+    renderer: str
+    train: str
+    heldout: str | None
+    batches: str
+
+
+class Identity(TypedDict):
+    """Everything that decides the numbers of a run."""
+
+    config: dict[str, Any]
+    """The config as nested plain values, with the values that `auto` was resolved to."""
+    digests: Digests
+    versions: dict[str, str]
+    processor: str
+    global_batch_size: int
+    device: str
+    engine: str
+    threads: int
+    world_size: int
+
+
+class MachineDescription(TypedDict):
+    """The facts about machine and command line in run.json."""
+
+    versions: dict[str, str]
+    """Of Python and of the libraries that are installed."""
+    platform: str
+    processor: str
+    git_revision: str | None
+    """Commit of the repository around the working directory."""
+    command: list[str]
+    """The command line without its secrets."""
+
+
 class Effect(IntEnum):
-    """What a change between stop and resume does, from nothing to impossible."""
+    """The effect of a change between stop and resume, in rising order."""
 
     HARMLESS = 0
     """The finished run is the same, bit for bit."""
     ROUNDING = 1
-    """The same rows and rates, but sums may round differently: said before the first step."""
+    """The same rows and rates, but sums may round differently: printed before the first step."""
     SCHEDULE = 2
-    """Another training from here on: needs the user's word."""
+    """Another training from here on: needs `--allow-changes`."""
     SHAPES = 3
     """The saved tensors no longer fit, or mean something else: refused."""
 
 
 class Difference(NamedTuple):
-    """One key that is not as it was."""
+    """One key with another value than before."""
 
     key: str
-    was: Any
-    now: Any
+    was: object
+    now: object
     effect: Effect
 
     def __str__(self) -> str:
         return f"{self.key} was {_short(self.was)}, is now {_short(self.now)}"
 
 
-def _short(value: Any) -> str:
-    """A value as a person reads it: of a digest the beginning tells enough."""
+def _short(value: object) -> str:
+    """Return a value as a person reads it; of a digest only the beginning."""
     return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) else repr(value)
 
 
 GLOBAL_BATCH = "global_batch_size"
 _CUTS_OF_A_STEP = ("world_size", "config.training.batch_size", "config.training.gradient_accumulation_steps")
 
-# The first pattern that fits a key decides; a key without one needs the user's word, so that a new key is never passed
-# over.
+# The first pattern that fits a key decides; a key without one counts as SCHEDULE, so that no new key is overlooked.
 EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("run_id", Effect.SHAPES),
     ("digests.tokenizer", Effect.SHAPES),
@@ -125,61 +173,55 @@ def effect_of(key: str) -> Effect:
     return next((effect for pattern, effect in EFFECTS if fnmatchcase(key, pattern)), Effect.SCHEDULE)
 
 
-def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """Return every key in which two identities differ, the gravest first.
+def compare(was: Mapping[str, object], now: Mapping[str, object]) -> list[Difference]:
+    """Return every key in which two identities differ, the gravest effect first.
 
-    Identities are nested dicts with `digests`, `versions`, `threads`, `world_size`, `device`, `config` and so on; a key
-    that only one of them has counts as None in the other. Of `config.data.train_on` and the like only exact keys are
-    compared, so lists count as one value.
+    A key that only one of them has counts as None in the other; a list counts as one value.
     """
-    flat_was, flat_now = dict(_flat(was)), dict(_flat(now))
-    is_elastic = GLOBAL_BATCH in flat_was and GLOBAL_BATCH in flat_now
-    keys = sorted(flat_was.keys() | flat_now.keys())
-    found = []
-    for key in keys:
-        if flat_was.get(key) != flat_now.get(key):
-            effect = Effect.SCHEDULE if key in _CUTS_OF_A_STEP and not is_elastic else effect_of(key)
-            found.append(Difference(key, flat_was.get(key), flat_now.get(key), effect))
-    return sorted(found, key=lambda one: -one.effect)
+    flat_was, flat_now = dict(flat_items(was)), dict(flat_items(now))
+    # Another cut of a step over processes and micro-batches only rounds differently, if the global batch is the same.
+    has_global_batch = GLOBAL_BATCH in flat_was and GLOBAL_BATCH in flat_now
+    differences = []
+    for key in sorted(flat_was.keys() | flat_now.keys()):
+        before, after = _listed(flat_was.get(key)), _listed(flat_now.get(key))
+        if before != after:
+            effect = Effect.SCHEDULE if key in _CUTS_OF_A_STEP and not has_global_batch else effect_of(key)
+            differences.append(Difference(key, before, after, effect))
+    return sorted(differences, key=lambda difference: -difference.effect)
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, one in value.items():
-        if isinstance(one, Mapping):
-            rows += _flat(one, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", list(one) if isinstance(one, tuple) else one))
-    return rows
+def _listed(value: object) -> object:
+    """Return a tuple as the list that JSON makes of it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def refuse_changes(differences: Sequence[Difference], *, where: str, allow_changes: bool = False) -> list[Difference]:
-    """Return the differences a run can go on with, to be said before the first step.
+    """Return the differences with which a run can be resumed, to be printed before the first step.
 
     Raises CheckpointError with every change that makes the checkpoint unusable, and, unless `allow_changes`, every one
     that would make it another training from here on.
     """
-    grave = [one for one in differences if one.effect is Effect.SHAPES]
-    if grave:
+    fatal = [difference for difference in differences if difference.effect is Effect.SHAPES]
+    if fatal:
         fix = "put it back as it was, or start a new run with `llmtune train`"
-        raise CheckpointError.all([Problem(f"the checkpoint no longer fits: {one}", where, fix) for one in grave])
-    other = [one for one in differences if one.effect is Effect.SCHEDULE]
-    if other and not allow_changes:
+        raise CheckpointError.all(
+            [Problem(f"the checkpoint no longer fits: {difference}", where, fix) for difference in fatal]
+        )
+    changes = [difference for difference in differences if difference.effect is Effect.SCHEDULE]
+    if changes and not allow_changes:
         fix = "put it back as it was, or say --allow-changes to go on with another training from here"
-        raise CheckpointError.all([Problem(f"this would be another training: {one}", where, fix) for one in other])
+        raise CheckpointError.all(
+            [Problem(f"this would be another training: {difference}", where, fix) for difference in changes]
+        )
     return list(differences)
 
 
-def describe_machine(command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return the part of a run's identity that the machine gives: versions, platform, processor, git revision, the
-    command without secrets.
-
-    The rest (threads, devices, digests) is added by those who know it. Nothing is imported for the versions.
-    """
+def describe_machine(command: Sequence[str] | None = None) -> MachineDescription:
+    """Describe this machine and the command line (`sys.argv` when None); no library is imported for its version."""
     return {
         "versions": {
             "python": platform.python_version(),
-            **{name: found for name in LIBRARIES if (found := _version(name))},
+            **{name: version for name in LIBRARIES if (version := _version(name))},
         },
         "platform": platform.platform(),
         "processor": _processor(),
@@ -196,7 +238,7 @@ def _version(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """Name the processor, because its instructions decide how sums round."""
+    """Return the name of the processor, whose instructions decide how sums round."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -208,26 +250,23 @@ def _processor() -> str:
 
 
 def git_revision(folder: Path) -> str | None:
-    """Return the commit checked out in `folder` or above it, None outside a repository.
-
-    The repository's files are read; git itself is not run, because a repository's settings can name programs that git
-    then starts.
-    """
+    """Return the commit checked out in `folder` or above it, None outside a repository."""
+    # git itself is not run, because the settings of a repository can name programs that git then starts.
     try:
-        top = next((one for one in (folder, *folder.parents) if (one / ".git").exists()), None)
+        top = next((parent for parent in (folder, *folder.parents) if (parent / ".git").exists()), None)
         if top is None:
             return None
         git = top / ".git"
-        if git.is_file():  # a worktree or submodule: the file says where the real folder is
+        if git.is_file():  # a worktree or submodule: the file holds the path of the real folder
             git = top / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
         head = (git / "HEAD").read_text(encoding="utf-8").strip()
         if not head.startswith("ref:"):
             return _commit(head)
         name = head.removeprefix("ref:").strip()
         common = git / (git / "commondir").read_text(encoding="utf-8").strip() if (git / "commondir").is_file() else git
-        for place in (git, common):
-            if (place / name).is_file():
-                return _commit((place / name).read_text(encoding="utf-8"))
+        for git_folder in (git, common):
+            if (git_folder / name).is_file():
+                return _commit((git_folder / name).read_text(encoding="utf-8"))
         lines = (common / "packed-refs").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return None

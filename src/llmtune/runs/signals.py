@@ -1,4 +1,4 @@
-"""A signal asks the run to stop at its next step boundary, saved; a second one leaves at once (P8)."""
+"""Signals: the first one asks the run to stop, saved, at its next step boundary; a second one ends it at once (P8)."""
 
 from __future__ import annotations
 
@@ -10,46 +10,47 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TypeAlias
 
 from llmtune.errors import StoppedBySignal
 
-__all__ = ["SIGNALS", "StopRequest", "ending_in_order", "held_back"]
+__all__ = ["SIGNALS", "StopRequest", "deferred_signals", "signals_as_errors"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
-# A launcher passes on a signal that the scheduler also sends to each process itself: two within this time are one
-# request.
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
+"""What `signal.signal` takes and returns; None for a handler that was not installed by Python."""
+
+# A launcher passes on a signal that the scheduler also sends to each process itself: two within this time are one.
 _ONE_REQUEST_S = 0.25
 _SHOW_CURSOR = b"\x1b[?25h\x1b[0m"
 
 
 class StopRequest:
-    """A context in which SIGTERM, SIGINT, SIGHUP and SIGUSR1 become a request that the pipeline reads between steps.
+    """A context in which SIGTERM, SIGINT, SIGHUP and SIGUSR1 become a request that the run reads between steps.
 
-    The first one is noted and announced. A second one ends the process at once with 128 + its number: commits are
-    atomic, so nothing is half there. SIGHUP never counts as the second, because a closing terminal sends it more than
-    once, and where it was ignored from the start (`nohup`) it stays ignored. Outside the main thread nothing is
-    installed (Python allows signal handlers only there) and `request` is the only way to ask.
+    The first signal is stored and announced. A second one ends the process at once with exit code 128 + its number:
+    commits are atomic, so no file is half there. SIGHUP never counts as the second, because a closing terminal sends it
+    more than once, and where it was ignored from the start (`nohup`) it stays ignored. Outside the main thread no
+    handler is installed (Python allows it only there); `request` works everywhere.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
-        """Number of the signal that asked, None while none did."""
-        self._asked_at_s = 0.0
+        """Number of the first signal, None before it."""
+        self._requested_at_s = 0.0
         self._may_interrupt = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {one: signal.signal(one, self._handle) for one in SIGNALS if not _is_of_no_concern(one)}
+            self._previous = _install(self._handle, [number for number in SIGNALS if not _is_ignored_hangup(number)])
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for one, handler in self._previous.items():
-            signal.signal(one, handler if handler is not None else signal.SIG_DFL)
+        _reinstall(self._previous)
         self._previous = {}
 
     @property
@@ -58,37 +59,36 @@ class StopRequest:
         return self.signal_number is not None
 
     def request(self, signal_number: int = signal.SIGTERM) -> None:
-        """Ask as a first signal would."""
+        """Request a stop, as the first signal does."""
         if self.signal_number is None:
-            self._asked_at_s = time.monotonic()
+            self._requested_at_s = time.monotonic()
             self.signal_number = int(signal_number)
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """While the body runs there is nothing to save (loading, preparing data): a signal raises StoppedBySignal there
-        and then.
+        """Raise StoppedBySignal at once when a signal arrives in the body, where nothing needs saving (loading, data).
 
-        A request made before the body raises at its start.
+        A request made before the body is raised at its start.
         """
-        self.refuse_to_go_on()
+        self.raise_if_requested()
         self._may_interrupt = True
         try:
             yield
         finally:
             self._may_interrupt = False
-        self.refuse_to_go_on()  # in case a library swallowed the exception
+        self.raise_if_requested()  # in case a library swallowed the exception
 
-    def refuse_to_go_on(self, saved: str | None = None) -> None:
-        """Raise StoppedBySignal if the run was asked to stop; `saved` says what was saved."""
+    def raise_if_requested(self, saved: str | None = None) -> None:
+        """Raise StoppedBySignal if the run was asked to stop; `saved` is the part of its message about the save."""
         if self.signal_number is not None:
             raise self.error(saved)
 
     def error(self, saved: str | None = None) -> StoppedBySignal:
-        """Return the error with which a run ends that was asked to stop."""
+        """Return the error with which a stopped run ends."""
         number = self.signal_number or int(signal.SIGTERM)
-        what = saved or "there was nothing to save yet"
+        outcome = saved or "there was nothing to save yet"
         return StoppedBySignal(
-            number, f"stopped by {_name(number)}: {what}", fix="`llmtune resume` goes on" if saved else None
+            number, f"stopped by {_name(number)}: {outcome}", fix="`llmtune resume` goes on" if saved else None
         )
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -98,93 +98,89 @@ class StopRequest:
             if self._may_interrupt:
                 raise self.error()
             _print_line(f"\nllmtune: {_name(number)}: finishing this step and saving; once more to leave at once\n")
-        elif number != signal.SIGHUP and time.monotonic() - self._asked_at_s >= _ONE_REQUEST_S:
-            leave_at_once(number)
+        elif number != signal.SIGHUP and time.monotonic() - self._requested_at_s >= _ONE_REQUEST_S:
+            exit_at_once(number)
 
 
-def _is_of_no_concern(number: signal.Signals) -> bool:
-    """Whether whoever started this process wants it to outlive its terminal."""
+def _is_ignored_hangup(number: signal.Signals) -> bool:
+    """Whether this is SIGHUP and the process was started to outlive its terminal (`nohup`)."""
     return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
 
 
-@contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """While the body runs, signals wait: for a library's own start, which an exception in the middle of its C++ would
-    abort.
+def _install(handler: Handler, numbers: Sequence[signal.Signals]) -> dict[signal.Signals, Handler]:
+    """Install `handler` for these signals and return the previous ones; in the main thread only."""
+    return {number: signal.signal(number, handler) for number in numbers}
 
-    The first one acts at the end. Not by the thread's mask, for a signal to a process goes to whichever thread lets it
-    through.
+
+def _reinstall(handlers: dict[signal.Signals, Handler]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Delay signals until the end of the body, where the first one acts.
+
+    For the start of a library, whose C++ code an exception in its middle would abort.
     """
+    # Handlers, not the thread's signal mask: the system gives a masked signal to any other thread that lets it through.
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python handles signals in the main thread only
+        yield  # Python runs handlers in the main thread only
         return
-    held: list[int] = []
-    wanted = [one for one in SIGNALS if signal.getsignal(one) not in (None, signal.SIG_IGN)]
-    try:
-        with _handled_by(lambda number, _frame: held.append(number), wanted):
-            yield
-    finally:
-        if held:
-            signal.raise_signal(held[0])
-
-
-@contextlib.contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None], numbers: Sequence[signal.Signals]) -> Iterator[None]:
-    """While the body runs, in the main thread, `handler` gets these signals."""
-    previous: dict[signal.Signals, Any] = {one: signal.signal(one, handler) for one in numbers}
+    received: list[int] = []
+    handled = [number for number in SIGNALS if signal.getsignal(number) not in (None, signal.SIG_IGN)]
+    previous = _install(lambda number, _frame: received.append(number), handled)
     try:
         yield
     finally:
-        for one, before in previous.items():
-            signal.signal(one, before if before is not None else signal.SIG_DFL)
+        _reinstall(previous)
+        if received:
+            signal.raise_signal(received[0])
 
 
 @contextlib.contextmanager
-def ending_in_order() -> Iterator[None]:
-    """While the body runs, SIGTERM, SIGHUP and SIGUSR1 raise StoppedBySignal, so that what was begun is cleared away.
+def signals_as_errors() -> Iterator[None]:
+    """Raise StoppedBySignal in the body at SIGTERM, SIGHUP or SIGUSR1, so that unfinished files are removed.
 
-    A second one kills.
-
-    For everything that has no step to finish: a merge, a report, the imports before a training, which then has its own
-    StopRequest. SIGINT stays Python's KeyboardInterrupt. Nothing happens outside the main thread.
+    A second one kills. For commands that have no step to finish (a merge, a report) and for the imports before a
+    training, which then has its own StopRequest. SIGINT stays Python's KeyboardInterrupt. Outside the main thread
+    signals stay as they are.
     """
-    asked: list[StoppedBySignal] = []
+    raised: list[StoppedBySignal] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
         signal.signal(number, signal.SIG_DFL)
-        asked.append(StoppedBySignal(number, f"stopped by {_name(number)}: there was nothing to save"))
-        raise asked[0]
+        raised.append(StoppedBySignal(number, f"stopped by {_name(number)}: there was nothing to save"))
+        raise raised[0]
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    wanted = [one for one in SIGNALS if one != signal.SIGINT and not _is_of_no_concern(one)]
-    with _handled_by(stop, wanted):
+    previous = _install(
+        stop, [number for number in SIGNALS if number != signal.SIGINT and not _is_ignored_hangup(number)]
+    )
+    try:
         yield
-    if asked:
-        raise asked[0]  # a library swallowed it
+    finally:
+        _reinstall(previous)
+    if raised:
+        raise raised[0]  # a library swallowed it
 
 
-def leave_at_once(number: int) -> None:
-    """End this process now with exit code 128 + `number`, the terminal's cursor back in place.
-
-    Nothing is saved, nothing is flushed.
-    """
+def exit_at_once(number: int) -> None:
+    """End this process with exit code 128 + `number` after showing the terminal's cursor; no clean-up runs."""
     with contextlib.suppress(OSError):
         if os.isatty(2):
-            os.write(2, _SHOW_CURSOR)
+            os.write(2, _SHOW_CURSOR)  # a progress bar had hidden it
     _print_line(f"\nllmtune: {_name(number)} again: left at once; the last checkpoint stands\n")
     os._exit(128 + number)
 
 
 def _print_line(text: str) -> None:
-    """Write to standard error past Python's buffers, which the interrupted code may be holding.
-
-    A closed terminal is no reason to fail.
-    """
+    """Write to standard error without Python's buffers, whose lock the interrupted code may hold."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the terminal may be closed
             os.write(2, text.encode())
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmtune import durable
+from llmtune.common.mappings import flat_items
 from llmtune.common.secrets import redacted
 from llmtune.tracking.tracker import Histogram, RunInfo, grouped_name
 
@@ -140,17 +141,5 @@ def _as_code(text: object) -> str:
 
 
 def _as_markdown_table(values: Mapping[str, Any]) -> str:
-    rows = [f"| {name} | `{value}` |" for name, value in _flat(values)]
+    rows = [f"| {name} | `{value}` |" for name, value in flat_items(values)]
     return "\n".join(["| key | value |", "| --- | --- |", *rows])
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return nested values with dotted names.
-
-    >>> _flat({"a": {"b": 1}, "c": 2})
-    [('a.b', 1), ('c', 2)]
-    """
-    flat: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        flat.extend(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)])
-    return flat

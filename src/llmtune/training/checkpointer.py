@@ -116,7 +116,7 @@ class Checkpointer:
         """Replace `best/` by the model as it is now."""
         self._attempts.save(
             lambda: checkpoints.save_folder(self._run.checkpoints / BEST, self._write_result(metrics, step)),
-            what="best model",
+            subject="best model",
         )
 
     def write_final(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -127,7 +127,7 @@ class Checkpointer:
         """
         saved = self._attempts.save(
             lambda: checkpoints.save_folder(self._run.checkpoints / FINAL, self._write_result(metrics, step)),
-            what="final model",
+            subject="final model",
         )
         if saved is not None:
             with contextlib.suppress(MachineError):
@@ -135,7 +135,7 @@ class Checkpointer:
 
     def raise_if_unsaved(self) -> None:
         """Raise MachineError (exit 6) when the last save never worked."""
-        self._attempts.finish()
+        self._attempts.raise_if_failed()
 
     def _write_weights(self, folder: Path) -> None:
         """The trained weights as a checkpoint holds them: an adapter in peft's files, a whole model by parameter name

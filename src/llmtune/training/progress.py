@@ -89,7 +89,7 @@ def print_resume(
     run: RunFolder, loaded: LoadedCheckpoint | None, problems: Iterable[Problem], print_line: PrintLine
 ) -> None:
     """Say where a run goes on, and what was found on the way."""
-    for line in run.swept:
+    for line in run.removed:
         print_line(f"cleaned up: {line}")
     for problem in problems:
         print_line(f"warning: {problem}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,9 +17,9 @@ from llmtune.models import save
 from llmtune.plan.memory import optimizer_bytes
 from llmtune.prepare import Prepared
 from llmtune.runs import checkpoint as checkpoints
-from llmtune.runs import identity
 from llmtune.runs.disk import DiskForecast, forecast_disk
 from llmtune.runs.folder import CONFIG_FILE, RunFolder, checked_name, clean_name_part, create_run
+from llmtune.runs.identity import Identity, describe_machine
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.build import TrainingSetup
 
@@ -102,7 +101,7 @@ def create(resolved: ResolvedConfig, prepared: Prepared, setup: TrainingSetup, p
         config.run.output_dir,
         name,
         fill=fill,
-        identity={
+        details={
             "config_name": resolved.name,
             "seed": config.run.seed,
             "tags": list(config.run.tags),
@@ -115,7 +114,7 @@ def create(resolved: ResolvedConfig, prepared: Prepared, setup: TrainingSetup, p
             "data": prepared.data.ledger.summary(),
             "parameters": {"total": setup.counts.total, "trained": setup.counts.trained},
             "disk_forecast_bytes": forecast.needed_bytes,
-            **identity.describe_machine(),
+            **describe_machine(),
         },
     )
     print_line(
@@ -125,9 +124,9 @@ def create(resolved: ResolvedConfig, prepared: Prepared, setup: TrainingSetup, p
     return run
 
 
-def identity_of(prepared: Prepared, setup: TrainingSetup) -> dict[str, Any]:
+def identity_of(prepared: Prepared, setup: TrainingSetup) -> Identity:
     """Everything that decides the numbers of this run; compared key by key when it goes on."""
-    heldout = prepared.data.eval
+    heldout, machine = prepared.data.eval, describe_machine()
     return {
         "config": config_to_dict(prepared.config),
         "digests": {
@@ -138,8 +137,8 @@ def identity_of(prepared: Prepared, setup: TrainingSetup) -> dict[str, Any]:
             "heldout": heldout.digest if heldout is not None else None,
             "batches": setup.batches.digest,
         },
-        "versions": identity.describe_machine()["versions"],
-        "processor": identity.describe_machine()["processor"],
+        "versions": machine["versions"],
+        "processor": machine["processor"],
         "global_batch_size": setup.batches.global_batch,
         "device": str(setup.devices.device),
         "engine": setup.engine.layout,
@@ -177,17 +176,15 @@ def run_info(run: RunFolder, config_name: str, prepared: Prepared, setup: Traini
 
 
 def forecast_for(prepared: Prepared, setup: TrainingSetup) -> DiskForecast:
-    """What the run's disk must hold at the worst moment; raises MachineError when it does not fit."""
-    config = setup.config
-    weights = sum(one.numel() * one.element_size() for one in setup.parameters.values())
-    optimizer = optimizer_bytes(config.training.optimizer, entries=setup.counts.trained, entry_bytes=weights)
-    batches = setup.batches
-    every = config.checkpoint.every_steps or batches.steps_per_epoch
+    """The disk space of the run at the worst moment. Raises MachineError when it does not fit."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in setup.parameters.values())
     return forecast_disk(
-        config.run.output_dir,
-        checkpoint_bytes=weights + optimizer,
-        saves=-(-batches.total_steps // every),
-        keep_last=config.checkpoint.keep_last,
-        best_bytes=weights if config.checkpoint.keep_best and prepared.data.eval is not None else 0,
-        final_bytes=weights,
+        setup.config,
+        weights_bytes=weights,
+        optimizer_bytes=optimizer_bytes(
+            setup.config.training.optimizer, entries=setup.counts.trained, entry_bytes=weights
+        ),
+        total_steps=setup.batches.total_steps,
+        steps_per_epoch=setup.batches.steps_per_epoch,
+        has_heldout=prepared.data.eval is not None,
     )

@@ -30,6 +30,7 @@ from llmtune.prepare import Prepared
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.folder import RunFolder
+from llmtune.runs.run_file import RunState
 from llmtune.runs.signals import StopRequest
 from llmtune.tracking.choose import keeps_record
 from llmtune.tracking.jsonl import RunRecord
@@ -94,7 +95,7 @@ class TrainingRun:
         """Further values of a step, for its line (the Python API's metrics); plain numbers, and never able to raise."""
         self.state = TrainingState()
         self.metrics: dict[str, Any] = {}
-        self.outcome = "running"
+        self.outcome: RunState = "running"
         self.record = RunRecord(run.path) if run is not None and keeps_record(self.config.tracking) else None
         self.trackers = TrackerQueue(trackers if run is not None else [], print_line=print_line)
         self.observer = Evaluator(prepared, setup, self.record, self.trackers)
@@ -258,7 +259,7 @@ class TrainingRun:
         if self.state.windows == 0 and self.config.evaluation.before_training:
             self.evaluate(full=True)
 
-    def _train(self) -> Generator[StepResult, None, str]:
+    def _train(self) -> Generator[StepResult, None, RunState]:
         """The loop, and what is decided after each step. Returns `finished` or `stopped`."""
         setup, config = self.setup, self.config
         deadline = time.monotonic() + 60 * config.training.max_minutes if config.training.max_minutes else None
@@ -287,7 +288,7 @@ class TrainingRun:
             if early or late or last or asked or self._save_is_due(result):
                 self.save()
             if asked:
-                self.stop.refuse_to_go_on(saved=f"saved after step {result.step}")
+                self.stop.raise_if_requested(saved=f"saved after step {result.step}")
             yield result
             if early:
                 self.print_line(

@@ -20,7 +20,7 @@ from llmtune import durable
 from llmtune.common.printing import PrintLine
 from llmtune.config.layers import load_config
 from llmtune.errors import CheckpointError
-from llmtune.runs.folder import read_run_file
+from llmtune.runs.run_file import read_run_file
 from llmtune.training import train as training
 from llmtune.verify.file_checks import compare_runs
 from llmtune.verify.result import Verdict
