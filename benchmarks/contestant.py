@@ -72,7 +72,7 @@ def ours(
     precision = Precision("bf16", place)
     model = load(workload, device)
     parameters = trained_parameters(model)
-    wanted = ModelConfig(gradient_checkpointing=workload.checkpointing, weights_prepack=workload.has_adapter)  # type: ignore[arg-type]
+    wanted = ModelConfig(gradient_checkpointing=workload.checkpointing)  # type: ignore[arg-type]
     config = Config(model=wanted, adapter=adapter_of(workload), training=TrainingConfig(engine=engine))  # type: ignore[arg-type]
     built = build_engine(model, config=config, device=place, precision=precision)
     yield {"decisions": [str(one) for one in built.decisions], "config": model.config}

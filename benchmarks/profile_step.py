@@ -52,7 +52,6 @@ PRODUCTS = (
     "aten::matmul",
     "MmBackward",
     "AddmmBackward",
-    "_linear_pointwise",
 )
 
 

@@ -152,10 +152,6 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
         "training:\n  compile: true\nmodel:\n  gradient_checkpointing: offload\n",
         [(2, ("cannot be compiled", "`training.compile: true`", "or `model.gradient_checkpointing: true`"))],
     ),
-    "frozen weights of a run without any": (
-        "model:\n  weights_prepack: true\n",
-        [(2, ("only frozen weights can be laid out", "`model.weights_prepack: true`", "or `adapter.method: lora`"))],
-    ),
     "early stopping without held-out rows": (
         "evaluation:\n  early_stopping_patience: 2\n  every_steps: 5\n  prompts: [a]\n",
         [(2, ("no rows are held out", "`data.test_size`"))],

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtune.kernels import head_loss
 from llmtune.kernels.head_loss import Head, head_nll_sum, trained_rows
-from llmtune.kernels.weight_prepack import Prepacked, can_prepack
 
 
 class Doubled(nn.Linear):
@@ -67,8 +66,7 @@ def test_in_bf16_the_chunked_loss_stays_within_the_stated_bound() -> None:
         assert float((a - b).norm() / b.norm()) < 1e-2
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_a_heads_weight_is_rounded_once_for_all_chunks_and_never_where_it_is_laid_out(is_packed: bool) -> None:
+def test_a_heads_weight_is_rounded_once_for_all_chunks() -> None:
     rounded: list[torch.Size] = []
 
     class Watch(TorchDispatchMode):
@@ -78,14 +76,10 @@ def test_a_heads_weight_is_rounded_once_for_all_chunks_and_never_where_it_is_lai
             return function(*arguments, **(named or {}))
 
     module, hidden, targets, weights = problem(frozen=True)
-    if is_packed:
-        if not can_prepack():
-            pytest.skip("this CPU does not multiply bf16 natively")
-        vars(module)["_prepacked"] = Prepacked(module.weight)
     assert hidden.shape[0] > head_loss.CHUNK_ROWS
     with torch.autocast("cpu", dtype=torch.bfloat16), Watch():
         head_nll_sum(Head(module), hidden, targets, weights)
-    assert rounded.count(module.weight.shape) == (not is_packed)
+    assert rounded.count(module.weight.shape) == 1
 
 
 def test_only_the_places_before_a_trained_token_are_rows() -> None:

@@ -105,7 +105,7 @@ def test_q7_the_parts_add_up_to_the_peak(forecaster_of):
     memory = forecaster_of(*LORA).memory()
     assert memory.peak_bytes == sum(memory.parts.values())
     assert set(memory.parts) == {
-        "process", "weights", "prepacked", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator",  # noqa: E501
+        "process", "weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace", "allocator",
     }  # fmt: skip
 
 
@@ -329,6 +329,24 @@ def test_a_run_that_went_on_keeps_what_it_chose(forecaster_of):
     }
     config = resolve_auto.keep_resolved(prepared, before).config
     assert (config.training.batch_size, config.training.gradient_accumulation_steps) == (6, 4)
+
+
+class OtherRank:
+    """A process that is not the first: the sum brings what the first one chose."""
+
+    is_main = False
+
+    def sum(self, *values):
+        assert values == (0.0, 0.0, 0.0)
+        return (4.0, 2.0, 1.0)
+
+
+def test_several_processes_do_as_the_first_one_does(forecaster_of):
+    forecaster = forecaster_of("training.batch_size=auto", "training.gradient_accumulation_steps=1")
+    assert resolve_auto.resolve(forecaster)[0].config.training.batch_size == 8
+    config = resolve_auto.resolve_on_all_ranks(forecaster, OtherRank()).config
+    assert (config.training.batch_size, config.training.gradient_accumulation_steps) == (4, 2)
+    assert config.model.gradient_checkpointing is True
 
 
 def test_what_does_not_fit_gets_changes_that_need_less(forecaster_of):

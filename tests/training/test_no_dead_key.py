@@ -39,7 +39,6 @@ REFUSED = {
     "model.revision",  # a folder has none
     "data.overlong",
     "data.on_bad_row",
-    "model.weights_prepack",  # asked for in fp32, which it cannot be
     "training.max_skipped_steps",  # the run of the other value diverges at once
     "distributed.deepspeed_config",
 }

@@ -288,12 +288,6 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `training.compile: false`, or `model.gradient_checkpointing: true`",
     ),
     Contradiction(
-        ("model.weights_prepack", "adapter.method"),
-        lambda c, _: c.model.weights_prepack is True and c.adapter.method == "none",
-        "only frozen weights can be laid out beforehand, and without an adapter all are trained",
-        "set `model.weights_prepack: auto`, or `adapter.method: lora`",
-    ),
-    Contradiction(
         ("evaluation.early_stopping_patience", "data.test_size", "data.eval"),
         lambda c, _: c.evaluation.early_stopping_patience is not None and not _has_held_out(c),
         "early stopping watches the held-out loss, but no rows are held out",

@@ -132,11 +132,6 @@ class ModelConfig:
     rows: also keeps what blocks need for it in host memory, and runs feed-forward layers over tiles of tokens. `auto`
     decides by the plan."""
 
-    weights_prepack: bool | Literal["auto"] = "auto"
-    """Keep frozen weights under LoRA layers also as a CPU's matrix kernels read them, in bf16, and dequantized: a few
-    per cent faster, the same bits, for two copies in memory. `auto` does where no block is recomputed and the plan has
-    room."""
-
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     """Shape of a from-scratch model."""
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 
 from llmtune.common.decisions import Decision
@@ -22,7 +21,6 @@ __all__ = [
     "allocator_in_force",
     "bound_kernel_caches",
     "has_thread_caches",
-    "outside_the_heap",
     "release_free_memory",
     "tune_allocator",
 ]
@@ -42,10 +40,6 @@ system, it stays flat. Without recomputing that made a step 18 % longer, with it
 
 KEPT = (1 << 31) - 1
 """Bytes of free memory that are kept at the end of the heap."""
-
-
-OWN_PAGES = 1 << 17
-"""Bytes from which a block that stays gets pages of its own."""
 
 _tuned: list[int] = []
 """The largest blocks asked for of glibc's allocator so far; empty where it was not tuned."""
@@ -114,23 +108,6 @@ def has_thread_caches() -> bool:
     """
     is_other = "tcache" in os.environ.get("GLIBC_TUNABLES", "") or "malloc" in os.environ.get("LD_PRELOAD", "")
     return platform.libc_ver()[0] == "glibc" and not is_other
-
-
-@contextmanager
-def outside_the_heap() -> Iterator[None]:
-    """Have blocks of at least `OWN_PAGES` bytes that are made meanwhile, and that no gap of the heap fits, come from
-    pages of their own.
-
-    For what stays for a whole run: as a part of a growing heap it leaves gaps that the blocks of a step do not fit.
-    Nothing where glibc was not tuned.
-    """
-    if _tuned:
-        _set(M_MMAP_THRESHOLD, OWN_PAGES)
-    try:
-        yield
-    finally:
-        if _tuned:
-            _set(M_MMAP_THRESHOLD, _tuned[-1])
 
 
 def _set(setting: int, value: int) -> bool:

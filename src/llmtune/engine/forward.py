@@ -22,21 +22,18 @@ from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
 from llmtune.data.dataset.micro_batch import Layout, MicroBatch, make_micro_batch
 from llmtune.data.example import Example
-from llmtune.engine.allocator import outside_the_heap
 from llmtune.engine.objective import plain_nll_sum
 from llmtune.errors import ConfigError, ModelError, in_one_line
-from llmtune.kernels import weight_prepack
 from llmtune.kernels.activation_offload import offload_inputs, run_in_tiles
 from llmtune.kernels.attention import segment_mask, use_attention, use_segment_attention
 from llmtune.kernels.head_loss import Head, find_head, head_nll_sum, trained_rows
-from llmtune.kernels.patch_model import fuse, prepackable, unfuse
+from llmtune.kernels.patch_model import fuse, unfuse
 from llmtune.models.load import ATTENTION_IMPLEMENTATIONS
 
 __all__ = [
     "Engine",
     "attention_ways",
     "build_engine",
-    "cannot_prepack",
     "checkpoint_blocks",
     "flat_nll_sum",
     "group_tokens",
@@ -107,12 +104,10 @@ def _choose(model: Any, config: Config, device: torch.device, precision: Arithme
             reason = _try_flat(model, backend, device, precision)
             if reason is None:
                 more = _adapter_decision(fused) + more + (compile_blocks(_base_model(model)) if compiled else ())
-                more += _prepack(model, config, device, precision)
                 return _flat_engine(model, backend, device, asked, more)
             unfuse(_base_model(model))
             tried.append(f"{backend}: {reason}")
     more += compile_blocks(_base_model(model)) if compiled else ()
-    more += _prepack(model, config, device, precision)
     return _plain_engine(model, asked, "; ".join(tried), more)
 
 
@@ -179,47 +174,6 @@ def compile_blocks(base: Any) -> tuple[Decision, ...]:
             "training.compile",
             True,
             f"asked for: {len(blocks)} blocks, compiled once for all lengths at their first use",
-        ),
-    )
-
-
-def cannot_prepack(config: Config, device_type: str, dtype: torch.dtype | None) -> str | None:
-    """Say why frozen weights of such a run cannot be laid out for the kernels, or None.
-
-    dtype: of the arithmetic; None for float32.
-    """
-    reasons = {
-        "only a CPU's kernels read weights so": device_type != "cpu",
-        "what is trained changes at every step (adapter.method: none)": config.adapter.method == "none",
-        "layers with dropout or DoRA are left to peft": config.adapter.dropout > 0 or config.adapter.dora,
-        "8-bit layers multiply by their library": config.model.quantization == "8bit",
-        "it is a part of the flat engine": config.training.engine == "plain",
-        "compiled blocks multiply by themselves": config.training.compile,
-        "the arithmetic is not bf16": dtype != weight_prepack.DTYPE,
-        "this CPU has no native bf16 multiplication, or this torch no operator for it": not weight_prepack.can_prepack(),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _prepack(model: Any, config: Config, device: torch.device, precision: Arithmetic) -> tuple[Decision, ...]:
-    """Lay frozen weights out for the kernels where that is chosen.
-
-    Where it cannot be, only that is said: no result depends on it.
-    """
-    if config.model.weights_prepack is not True:
-        return ()
-    with precision.autocast():
-        reason = cannot_prepack(config, device.type, _compute_dtype(model, device))
-    sources = prepackable(_base_model(model)) if reason is None else []
-    if reason is None:
-        reason = weight_prepack.prepack(sources, outside_the_heap) if sources else "no LoRA layer is fused"
-    if reason is not None:
-        return (Decision("model.weights_prepack", False, reason),)
-    return (
-        Decision(
-            "model.weights_prepack",
-            True,
-            f"{len(sources)} frozen weights lie ready for the kernels; proven to change no bit",
         ),
     )
 

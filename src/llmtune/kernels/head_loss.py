@@ -18,7 +18,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from llmtune.kernels.chunks import added, telling_pieces
-from llmtune.kernels.weight_prepack import Plain, Prepacked, prepacked_of
 
 __all__ = ["Head", "find_head", "head_nll_sum", "trained_rows"]
 
@@ -86,9 +85,8 @@ def head_nll_sum(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NE.dtype
     with torch.autocast(kind, enabled=False):
         sliced = (device_type or kind) == "cpu"
-        packed = prepacked_of(module, dtype)
         return _HeadLoss.apply(
-            hidden_NE.to(dtype), module.weight, module.bias, packed, targets_N, weights_N, head.scale, head.cap, sliced
+            hidden_NE.to(dtype), module.weight, module.bias, targets_N, weights_N, head.scale, head.cap, sliced
         )
 
 
@@ -156,11 +154,6 @@ def _nll_of_slice(
     return nll_S
 
 
-def _rounded_once(weight_VE: Tensor, dtype: torch.dtype) -> Plain:
-    rounded_VE = weight_VE.to(dtype)
-    return Plain(lambda: rounded_VE)
-
-
 class _HeadLoss(torch.autograd.Function):
     """Loss of a linear head; gradients are made chunk by chunk in the forward pass and scaled in the backward one.
 
@@ -174,7 +167,6 @@ class _HeadLoss(torch.autograd.Function):
         hidden_NE: Tensor,
         weight_VE: Tensor,
         bias_V: Tensor | None,
-        packed: Prepacked | None,
         targets_N: Tensor,
         weights_N: Tensor,
         scale: float,
@@ -183,7 +175,7 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dtype = hidden_NE.dtype
-        products = packed or _rounded_once(weight_VE, dtype)
+        rounded_VE = weight_VE.to(dtype)
         rounded_V = None if bias_V is None else bias_V.to(dtype)
         grad_hidden = torch.empty_like(hidden_NE) if wants_hidden else None
         grad_weight: Tensor | None = None
@@ -193,13 +185,13 @@ class _HeadLoss(torch.autograd.Function):
         for start in telling_pieces(range(0, hidden_NE.shape[0], chunk), hidden_NE):
             rows = slice(start, start + chunk)
             hidden_CE, targets_C1, weights_C = hidden_NE[rows], targets_N[rows].unsqueeze(1), weights_N[rows]
-            logits_CV = products.linear(hidden_CE, rounded_V)
+            logits_CV = functional.linear(hidden_CE, rounded_VE, rounded_V)
             nll_C = _nll(logits_CV, targets_C1, scale, cap, sliced=sliced, with_gradient=any(ctx.needs_input_grad))
             sums.append((nll_C * weights_C).sum())
             grad_CV = logits_CV  # overwritten where a gradient is wanted
             factor_C1 = (weights_C * scale).unsqueeze(1)  # put on the narrow side of each product, not on the chunk
             if grad_hidden is not None:
-                grad_hidden[rows] = products.input_gradient(grad_CV) * factor_C1
+                grad_hidden[rows] = (grad_CV @ rounded_VE) * factor_C1
             if wants_weight:
                 grad_weight = added(grad_weight, grad_CV.t() @ (hidden_CE * factor_C1).to(dtype))
             if wants_bias:
@@ -213,7 +205,7 @@ class _HeadLoss(torch.autograd.Function):
         # in place, since the head's is large: autograd refuses a second backward pass then, and does not give a wrong
         # one
         scaled = [None if grad is None else grad.mul_(grad_output.to(grad.dtype)) for grad in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 LOGIT_RULES = {

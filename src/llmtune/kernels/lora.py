@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from llmtune.kernels.patching import patch, unpatch
 from llmtune.kernels.recompute import Recipe, recipe_of
-from llmtune.kernels.weight_prepack import Plain, Prepacked, Source, prepacked_of
 from llmtune.models.quantization import import_bitsandbytes
 
-__all__ = ["frozen_sources", "fuse_adapters", "unfuse_adapters"]
+__all__ = ["fuse_adapters", "unfuse_adapters"]
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children that transformers' attention and feed-forward modules call with one input, in this order."""
@@ -84,10 +84,9 @@ class _LoraGroup(torch.autograd.Function):
 
 
 class _Frozen:
-    """A frozen layer with weight [N, K] and bias [N], multiplied in the type of what it is given.
+    """A frozen layer with weight [N, K] and bias [N], multiplied in the type of its input.
 
-    From the layouts kept beside it where there are any (`prepack`), else from the weight as it is held, made anew each
-    time if in 4 bit.
+    A weight held in 4 bit is dequantized for each product.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -100,14 +99,15 @@ class _Frozen:
     def output(self, x: Tensor) -> Tensor:
         """Return x W^T + bias, [T, N]."""
         bias = self.layer.bias
-        return self._products(x.dtype).linear(x, None if bias is None else bias.detach().to(x.dtype))  # type: ignore[operator, union-attr]
+        return functional.linear(
+            x,
+            self.weight().to(x.dtype),
+            None if bias is None else bias.detach().to(x.dtype),  # type: ignore[operator, union-attr]
+        )
 
     def add_input_gradient(self, onto: Tensor, grad: Tensor) -> Tensor:
         """Return `onto` + grad W, [T, K]; `onto` may have been overwritten."""
-        return self._products(grad.dtype).input_gradient(grad, onto)
-
-    def _products(self, dtype: torch.dtype) -> Plain | Prepacked:
-        return prepacked_of(self.layer, dtype) or Plain(lambda: self.weight().to(dtype))
+        return onto.addmm_(grad, self.weight().to(grad.dtype))
 
 
 class _Group:
@@ -222,12 +222,6 @@ def unfuse_adapters(model: nn.Module) -> None:
     for module in model.modules():
         if unpatch(module, _FusedLora):
             module.__dict__.pop("_group")
-
-
-def frozen_sources(model: nn.Module) -> list[Source]:
-    """The frozen layers under all fused LoRA layers of a model, for `prepack`."""
-    layers = [module.frozen() for module in model.modules() if isinstance(module, _FusedLora)]
-    return [Source(one.layer, one.weight) for one in layers]
 
 
 def _can_fuse(module: nn.Module) -> bool:

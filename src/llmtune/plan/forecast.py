@@ -200,7 +200,6 @@ class Forecaster:
             kind=self.target.kind,
             optimizer=config.training.optimizer,
             gradients=gradients,
-            prepacked=config.model.weights_prepack is True,
             thread_caches=has_thread_caches(),
             process_bytes=self.process_bytes,
             file_bytes=self.shape.file_bytes,

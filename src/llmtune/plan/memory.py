@@ -62,7 +62,6 @@ def plan_memory(
     kind: str,
     optimizer: str,
     gradients: Gradients,
-    prepacked: bool,
     thread_caches: bool,
     process_bytes: int,
     file_bytes: int,
@@ -72,8 +71,7 @@ def plan_memory(
     A phase of the micro-batch takes weights + optimizer + gradients + what the trace counted + the allocator's gaps;
     the update weights + optimizer + gradients; saving, on a CPU, weights + twice the optimizer; loading weights + file.
 
-    kind: `cpu` or `cuda`. prepacked: frozen weights are also held in the layouts of the kernels, once they are loaded.
-    thread_caches: the allocator keeps small blocks for each thread. process_bytes: the process without a model, used
+    kind: `cpu` or `cuda`. thread_caches: the allocator keeps small blocks for each thread. process_bytes: the process without a model, used
     for a CPU only. file_bytes: of the weight files.
     """
     is_cpu = kind == "cpu"
@@ -90,9 +88,6 @@ def plan_memory(
     }
     if is_cpu:
         moments["saving"] = {"optimizer": state, "workspace": state}  # a checkpoint is written from a copy
-    if prepacked:
-        moments = {name: parts | {"prepacked": sizes.prepacked_bytes} for name, parts in moments.items()}
-    if is_cpu:  # after `prepacked`, because nothing is laid out before the weights are there
         moments["loading"] = {"workspace": file_bytes}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return MemoryPlan(dict.fromkeys(PARTS, 0) | base | moments[moment], moment, batch, sizes, peaks.host_bytes)
@@ -123,7 +118,6 @@ def _micro_batch_parts(
 PARTS = (
     "process",
     "weights",
-    "prepacked",
     "adapter",
     "gradients",
     "optimizer",

@@ -19,9 +19,6 @@ from llmtune.adapters import attach
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
 from llmtune.errors import LlmtuneError, ModelError, in_one_line
-from llmtune.kernels.lora import fuse_adapters, unfuse_adapters
-from llmtune.kernels.patch_model import prepackable
-from llmtune.kernels.weight_prepack import COPIES, DTYPE
 from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.load import refuse_foreign_quantization
 from llmtune.models.quiet_libraries import quiet_libraries
@@ -79,8 +76,6 @@ class ModelSizes:
     """Bytes of the largest gradient, usually the embedding's."""
     largest_linear_bytes: int
     """Bytes of the largest quantized weight, dequantized in the type of the arithmetic; 0 when none is quantized."""
-    prepacked_bytes: int = 0
-    """Bytes of the layouts for a CPU's kernels, of all frozen weights that may have them (`model.weights_prepack`)."""
 
 
 def read_shape(prepared: Prepared, options: Options) -> ModelShape:
@@ -178,15 +173,7 @@ def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:
         gradient_bytes=sum(weight.nbytes for weight in trained),
         largest_gradient_bytes=max((weight.nbytes for weight in trained), default=0),
         largest_linear_bytes=max((weight.nbytes for weight in quantized.values()), default=0),
-        prepacked_bytes=_prepacked_bytes(base_of(model)),
     )
-
-
-def _prepacked_bytes(base: PreTrainedModel) -> int:
-    fuse_adapters(base)  # only a fused layer says how its frozen weight is read
-    entries = sum(source.read().numel() for source in prepackable(base))
-    unfuse_adapters(base)
-    return COPIES * DTYPE.itemsize * entries
 
 
 def quantized_bytes(shape: torch.Size, kind: str) -> int:

@@ -1,4 +1,4 @@
-"""Resolve `auto` by the plan: the micro-batch, recomputation of blocks, and the layout of frozen weights."""
+"""Resolve `auto` by the plan: the micro-batch, and recomputation of blocks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from llmtune.common.bytes import readable_bytes
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config, TrainingConfig
 from llmtune.engine.devices import Devices
-from llmtune.engine.forward import cannot_prepack
-from llmtune.engine.precision import DTYPES as COMPUTE
-from llmtune.errors import ConfigError
-from llmtune.plan.activation_trace import TRACE_ERRORS
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.memory import MemoryPlan
 from llmtune.prepare import Prepared
@@ -35,7 +31,7 @@ compiled blocks.
 
 def has_auto(config: Config) -> bool:
     """Whether the config leaves something to the plan."""
-    return "auto" in (config.training.batch_size, config.model.gradient_checkpointing, config.model.weights_prepack)
+    return "auto" in (config.training.batch_size, config.model.gradient_checkpointing)
 
 
 def resolve(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
@@ -43,20 +39,9 @@ def resolve(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
 
     `training.batch_size: auto` stands for 8 sequences times `gradient_accumulation_steps`; that product is cut into the
     largest equal micro-batches that fit. Blocks are recomputed only where nothing fits without, their inputs offloaded
-    only where that is not enough. Frozen weights are laid out for the kernels where there is room for that too and no
-    blocks are recomputed, which is done to save memory. Raises ConfigError where `weights_prepack: true` is impossible.
+    only where that is not enough.
     """
-    requested = forecaster.config
-    prepack = requested.model.weights_prepack
-    refusal = cannot_prepack(requested, forecaster.target.kind, COMPUTE[forecaster.precision])
-    if prepack is True and refusal is not None:
-        problem = f"frozen weights cannot be laid out beforehand: {refusal}"
-        raise ConfigError(problem, where="model.weights_prepack", fix="set it to auto, which does where it can be")
-    # `auto` counts as false at first: what fits without the layouts is chosen before they take what is left.
-    config, decisions = _resolve_batch(forecaster, with_prepack(requested, prepack is True))
-    if prepack == "auto" and refusal is None and not config.model.recomputes:
-        config, prepack_decisions = _resolve_prepack(forecaster, config)
-        decisions += prepack_decisions
+    config, decisions = _resolve_batch(forecaster, forecaster.config)
     prepared = forecaster.prepared
     return replace(prepared, config=config, decisions=(*prepared.decisions, *decisions)), decisions
 
@@ -80,21 +65,6 @@ def _resolve_batch(forecaster: Forecaster, config: Config) -> tuple[Config, list
     return chosen, _decisions(config, chosen, f"nothing fits: even so the plan is {needed} and {budget}")
 
 
-def _resolve_prepack(forecaster: Forecaster, config: Config) -> tuple[Config, list[Decision]]:
-    """Choose whether frozen weights are laid out beforehand, where they can be; not for a model that has no plan."""
-    try:
-        memory = forecaster.memory(with_prepack(config, True))
-    except TRACE_ERRORS:
-        return config, []
-    layouts = memory.sizes.prepacked_bytes
-    if not layouts:
-        return config, []
-    fits = memory.peak_bytes <= forecaster.target.budget_bytes
-    copies = f"two more copies of frozen weights, {readable_bytes(layouts)}"
-    reason = f"{copies}; with them {_reason(memory, forecaster)}"
-    return with_prepack(config, fits), [Decision("model.weights_prepack", fits, reason)]
-
-
 def micro_batches(training: TrainingConfig) -> list[tuple[int, int]]:
     """The (micro-batch, accumulation) pairs of the global batch, smallest micro-batch first.
 
@@ -114,25 +84,18 @@ def with_micro_batch(config: Config, size: tuple[int, int], recompute: Recompute
     return replace(config, training=training, model=replace(config.model, gradient_checkpointing=recompute))
 
 
-def with_prepack(config: Config, value: bool) -> Config:
-    """The config with this `model.weights_prepack`."""
-    return replace(config, model=replace(config.model, weights_prepack=value))
-
-
 def resolve_on_all_ranks(forecaster: Forecaster, devices: Devices) -> Prepared:
     """The run with `auto` resolved; with several processes as on the main one: the others may have more memory free."""
     prepared, _ = resolve(forecaster)
     training, model = prepared.config.training, prepared.config.model
     assert isinstance(training.batch_size, int)
     assert model.gradient_checkpointing != "auto"
-    assert model.weights_prepack != "auto"
     level = LEVELS.index(model.gradient_checkpointing)
-    choices = (training.batch_size, training.gradient_accumulation_steps, level, model.weights_prepack)
+    choices = (training.batch_size, training.gradient_accumulation_steps, level)
     # The sum over ranks is the main one's choice, because every other rank adds zeros.
     sums = devices.sum(*(float(choice) if devices.is_main else 0.0 for choice in choices))
-    size, accumulation, level, prepack = map(int, sums)
-    config = with_micro_batch(prepared.config, (size, accumulation), LEVELS[level])
-    return replace(prepared, config=with_prepack(config, bool(prepack)))
+    size, accumulation, level = map(int, sums)
+    return replace(prepared, config=with_micro_batch(prepared.config, (size, accumulation), LEVELS[level]))
 
 
 def keep_resolved(prepared: Prepared, earlier: Mapping[str, Any]) -> Prepared:
@@ -144,13 +107,10 @@ def keep_resolved(prepared: Prepared, earlier: Mapping[str, Any]) -> Prepared:
     if batch_size == "auto":
         batch_size = earlier["training"]["batch_size"]
         accumulation = earlier["training"]["gradient_accumulation_steps"]
-    recompute, prepack = requested.model.gradient_checkpointing, requested.model.weights_prepack
+    recompute = requested.model.gradient_checkpointing
     if recompute == "auto":
         recompute = earlier["model"]["gradient_checkpointing"]
-    if prepack == "auto":  # runs from before there was that key had plain weights
-        prepack = earlier["model"].get("weights_prepack", False)
-    config = with_micro_batch(requested, (batch_size, accumulation), recompute)
-    return replace(prepared, config=with_prepack(config, prepack))
+    return replace(prepared, config=with_micro_batch(requested, (batch_size, accumulation), recompute))
 
 
 def _largest_that_fits(

@@ -99,12 +99,6 @@ Change = Callable[[Config, Forecaster], tuple[str, Config] | None]
 """Returns overrides for the command and the config with them; None where the change does not apply."""
 
 
-def _without_prepack(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
-    if config.model.weights_prepack is not True:
-        return None
-    return "model.weights_prepack=false", replace(config, model=replace(config.model, weights_prepack=False))
-
-
 def _recompute(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
     if config.model.recomputes:
         return None
@@ -172,7 +166,6 @@ def _shorter_rows(config: Config, forecaster: Forecaster) -> tuple[str, Config] 
 
 
 CHANGES: tuple[Change, ...] = (
-    _without_prepack,
     _recompute,
     _offload,
     _smaller_batch,
@@ -184,5 +177,5 @@ CHANGES: tuple[Change, ...] = (
 )
 """In the order in which they are listed."""
 
-SAME_RESULT = (_without_prepack, _recompute, _offload, _smaller_batch)
+SAME_RESULT = (_recompute, _offload, _smaller_batch)
 """Changes that keep the result as it was, but for rounding."""

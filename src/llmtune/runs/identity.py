@@ -136,7 +136,6 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("config.training.optimizer", Effect.SHAPES),
     ("config.model.attention", Effect.ROUNDING),
     ("config.model.gradient_checkpointing", Effect.ROUNDING),
-    ("config.model.weights_prepack", Effect.HARMLESS),  # the same bits
     ("config.model.name", Effect.HARMLESS),  # the digest of the base decides: a moved folder is the same model
     ("config.model.revision", Effect.HARMLESS),
     ("config.model.tokenizer", Effect.HARMLESS),  # the digest of the tokenizer decides, which covers its template

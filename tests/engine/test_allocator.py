@@ -23,7 +23,7 @@ from training_helpers import in_child, small_run
 
 FAULTS = """
 import resource, sys
-from llmtune.training.memory import LEAN_LARGEST_BLOCK, tune_allocator
+from llmtune.engine.allocator import LEAN_LARGEST_BLOCK, tune_allocator
 if sys.argv[1] != "plain":
     assert tune_allocator().value == "keeps freed memory"
 if sys.argv[1] == "lean":
@@ -58,34 +58,6 @@ def test_a_run_that_recomputes_its_blocks_returns_large_blocks_and_keeps_the_oth
     assert faults("lean", 30) < 1_000
 
 
-OUTSIDE = """
-import ctypes, sys
-from llmtune.training.memory import outside_the_heap, tune_allocator
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
-def outside():
-    blocks = [libc.malloc(1 << 20) for _ in range(20)]
-    start, end = next(line.split()[0].split("-") for line in open("/proc/self/maps") if "[heap]" in line)
-    return sum(not int(start, 16) <= block < int(end, 16) for block in blocks)
-if sys.argv[1] == "tuned":
-    tune_allocator()
-with outside_the_heap():
-    libc.free(libc.malloc(1 << 20))  # teaches an allocator that nobody has set the size of blocks to keep
-    print(outside())
-print(outside())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
-@pytest.mark.parametrize(("kind", "expected"), [("tuned", ["20", "0"]), ("plain", ["0", "0"])])
-def test_what_is_made_to_stay_lies_outside_the_heap_and_what_follows_inside_again(
-    kind: str, expected: list[str]
-) -> None:
-    """Where nothing was tuned nothing is set, for that would stay."""
-    done = subprocess.run([sys.executable, "-c", OUTSIDE, kind], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == expected
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator is on Linux only")
 @pytest.mark.parametrize(("recompute", "said"), [("true", ["keeps freed blocks up to 32 MiB"]), ("false", [])])
 def test_a_run_whose_blocks_are_computed_again_says_which_freed_blocks_it_keeps(
@@ -111,12 +83,12 @@ KERNELS = """
 import ctypes, sys
 import torch
 if sys.argv[1] == "bounded":
-    from llmtune.training.memory import bound_kernel_caches
+    from llmtune.engine.allocator import bound_kernel_caches
     bound_kernel_caches()
 if sys.argv[1] == "api":
     from llmtune.api import Trainer
     from llmtune.config.layers import load_config
-    trainer = Trainer(load_config(None, overrides=sys.argv[2:], environ={}), no_cuda=True, say=lambda line: None)
+    trainer = Trainer(load_config(None, overrides=sys.argv[2:], environ={}), no_cuda=True, print_line=lambda line: None)
     assert trainer.session.state.step == 0
 
 class Heap(ctypes.Structure):
