@@ -38,8 +38,8 @@ def _floors() -> dict[str, str]:
 FLOORS = _floors()
 """The oldest version of each of `HELD` that this llmtune works with, as its requirements say."""
 
-EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb", "liger_kernel": "gpu"}
-"""Optional modules and the extra that installs each."""
+EXTRAS = ("tensorboard", "wandb")
+"""Optional modules; the extra that installs one has its name."""
 
 LEAST_FREE_BYTES = 5 << 30
 
@@ -202,10 +202,11 @@ def _places() -> list[Finding]:
 
 def _extras() -> list[Finding]:
     findings = []
-    for module, extra in EXTRAS.items():
-        here = importlib.util.find_spec(module) is not None
-        fix = "" if here else f"pip install 'llmtune[{extra}]', if you want it"
-        findings.append(Finding(module, "ok" if here else "warn", "installed" if here else "not installed", fix))
+    for module in EXTRAS:
+        is_installed = importlib.util.find_spec(module) is not None
+        fix = "" if is_installed else f"pip install 'llmtune[{module}]', if you want it"
+        state, shown = ("ok", "installed") if is_installed else ("warn", "not installed")
+        findings.append(Finding(module, state, shown, fix))
     return findings
 
 
