@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from llmtune.config.aliases import NAMES
 from llmtune.config.keys import LEAVES
 from llmtune.config.layers import FLAGS
-from llmtune.config.other_toolkits_names import NAMES
 from llmtune.errors import UsageError
 
 __all__ = ["keys_meant_by", "usage_error"]

@@ -14,6 +14,7 @@ from llmtune.config.checks import range_problem
 from llmtune.config.document import Entry, Listing, Node, Scalar, Table, shown
 from llmtune.config.keys import LEAVES, SECTIONS, default_of
 from llmtune.config.origin import Origin
+from llmtune.config.translation import Translation
 from llmtune.errors import Problem
 
 __all__ = ["Findings", "Setting", "collect", "nearest_key"]
@@ -101,17 +102,17 @@ class _Reader:
             self.section(key, value, origin)
         elif self.findings.is_full:
             self.findings.untold += 1
-        elif SECRET_NAME.search(key) and _alias_name(key) is None:
+        elif SECRET_NAME.search(key) and aliases.translation_of(key) is None:
             self.findings.problem(f"`{excerpt(key)}` would keep a secret in a config", origin.place, _FIX_SECRET)
         elif leaf in aliases.NOT_HERE:
             reason, fix = aliases.NOT_HERE[leaf]
             self.findings.problem(
                 f"`{excerpt(key)}` (`{shown(value)}`) is not a config key: {reason}", origin.place, fix
             )
-        elif isinstance(value, Table) and (inner := _foreign_section(key)) is not None:
+        elif isinstance(value, Table) and (inner := aliases.section_prefix(key)) is not None:
             self.walk(value, inner)
-        elif (name := _alias_name(key)) is not None:
-            self.alias(key, name, value, origin)
+        elif (translation := aliases.translation_of(key)) is not None:
+            self.apply(key, translation, value, origin)
         else:
             self.unknown(key, value, origin)
 
@@ -129,15 +130,7 @@ class _Reader:
                 f"`{key}` is a section, not a value (`{shown(value)}`)", origin.place, f"its keys are {keys}"
             )
 
-    def alias(self, written: str, name: str, value: Node, origin: Origin) -> None:
-        """Take a key by another toolkit's name, in the words used here."""
-        translation = aliases.TRANSLATED.get(name)
-        if translation is None:
-            target = aliases.NAMES[name]
-            translation = lambda node: [aliases.Change(target, node)]  # noqa: E731 - a row of the other table in the form of this one
-        self.apply(written, translation, value, origin)
-
-    def apply(self, written: str, translation: aliases.Translation, value: Node, origin: Origin) -> None:
+    def apply(self, written: str, translation: Translation, value: Node, origin: Origin) -> None:
         """Take what a translation makes of a value, or find the problem that it cannot be translated."""
         try:
             changes = translation(value)
@@ -264,32 +257,6 @@ def _holds_secret(value: Node) -> bool:
         return bool(SECRET_SHAPES.search(value.text))
     inner = value.items if isinstance(value, Listing) else tuple(entry.value for entry in value.entries)
     return any(_holds_secret(item) for item in inner)
-
-
-def _foreign_section(key: str) -> str | None:
-    """The prefix under which the content of another toolkit's section is read, or None where it is not one."""
-    if key in aliases.FLAT_SECTIONS:
-        return ""
-    if any(name.startswith(f"{key}.") for name in (*aliases.NAMES, *aliases.TRANSLATED)):
-        return key
-    return None
-
-
-def _alias_name(key: str) -> str | None:
-    """The row of the alias tables that answers this key: by its whole name, or by its last part inside the right
-    section.
-    """
-    for name in (key, key.lower()):
-        if name in aliases.TRANSLATED or name in aliases.NAMES:
-            return name
-    section, _, leaf = key.rpartition(".")
-    if section in aliases.FLAT_SECTIONS and (leaf in aliases.TRANSLATED or leaf in aliases.NAMES):
-        return leaf
-    if section in SECTIONS and leaf in aliases.NAMES and aliases.NAMES[leaf].startswith(f"{section}."):
-        return leaf
-    if section in SECTIONS and any(leaf in aliases.other_names(own) for own in LEAVES if own.startswith(f"{section}.")):
-        return leaf
-    return None
 
 
 def nearest_key(key: str) -> str:
