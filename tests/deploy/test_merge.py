@@ -122,7 +122,7 @@ def test_an_adapter_of_a_4bit_base_merges_into_that_base_dequantized(make, kind,
     """The very 4-bit model, loaded as in training, is the judge: its own arithmetic differs from float32 by its compute
     type only.
     """
-    from llmtune.adapters.attach import load_adapter
+    from llmtune.adapters.load import load_adapter
     from llmtune.config.schema import ModelConfig
     from llmtune.models.catalog import resolve
     from llmtune.models.load import load_model

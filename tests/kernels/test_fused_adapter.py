@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from gradient_helpers import adapted, difference, loss_and_gradients
-from llmtune.adapters.attach import adapter_state_and_config
+from llmtune.adapters.write import adapter_state_and_config
 from llmtune.config.schema import AdapterConfig, Config
 from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example

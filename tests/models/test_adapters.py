@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from llmtune.adapters.attach import adapter_state_and_config, attach_adapter, load_adapter, load_adapter_weights
-from llmtune.adapters.write import write_adapter
+from llmtune.adapters.attach import attach_adapter
+from llmtune.adapters.load import load_adapter, load_adapter_weights
+from llmtune.adapters.write import adapter_state_and_config, write_adapter
 from llmtune.errors import AdapterError
 from llmtune.models.parameters import count_parameters, trained_parameters
 from llmtune.models.quiet_libraries import quiet_libraries

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmtune.adapters.attach import attach_adapter, load_adapter
+from llmtune.adapters.attach import attach_adapter
+from llmtune.adapters.load import load_adapter
 from llmtune.adapters.write import write_adapter
 from llmtune.errors import AdapterError, LlmtuneError, ModelError
 from llmtune.models.scan import refuse_unsafe_folder, weight_files

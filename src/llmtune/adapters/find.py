@@ -1,4 +1,4 @@
-"""Where an adapter lies, and which base it was trained on."""
+"""Find the folder of an adapter or a model, and the base that an adapter was trained on."""
 
 from __future__ import annotations
 
@@ -14,39 +14,37 @@ __all__ = ["base_name_of", "find_adapter", "find_base", "find_result", "named_fo
 
 
 def named_folder(name: Path | str, output_dir: Path | str) -> Path | None:
-    """Return the folder that is named: as it stands, or that of a run in `output_dir`; None where there is neither."""
+    """Return the folder `name`, or that of the run `name` in `output_dir`; None where neither exists."""
     return next((folder for folder in (Path(name), Path(output_dir) / name) if folder.is_dir()), None)
 
 
 def find_result(folder: Path) -> Path | None:
-    """Return what `folder` holds to be used, adapter or model: of a run the final one, else the best, else the newest
-    checkpoint.
+    """Return the folder with the adapter or model to use in `folder`, which is one itself or holds a run.
 
-    None for a folder that is neither. Raises ModelError for a run that has saved nothing yet.
+    Of a run that is the final one, else the best, else the newest checkpoint. None for a folder of another kind. Raises
+    ModelError for a run that has saved nothing yet.
     """
-    named = ("adapter_config.json", "config.json")
-    found = next((one for one in _results_of(folder) if any((one / file).is_file() for file in named)), None)
-    if found is None and (folder / "run.json").is_file():
+    configs = ("adapter_config.json", "config.json")
+    result = next((path for path in _candidates(folder) if any((path / name).is_file() for name in configs)), None)
+    if result is None and (folder / "run.json").is_file():
         raise ModelError(
             "the run has saved nothing yet", where=str(folder), fix="wait for its first checkpoint, or resume it"
         )
-    return found
+    return result
 
 
-def _results_of(source: Path) -> Iterator[Path]:
-    """Yield where `source` (a run, a model, an adapter) may hold what can be used: itself, final, best, checkpoints
-    from the newest.
-    """
-    yield source
-    yield source / "checkpoints" / "final"
-    yield source / "final"
-    yield source / "checkpoints" / "best"
-    yield from sorted(source.glob("checkpoints/step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
+def _candidates(folder: Path) -> Iterator[Path]:
+    """Yield the places of a usable adapter or model: the folder itself, final, best, checkpoints from the newest."""
+    yield folder
+    yield folder / "checkpoints" / "final"
+    yield folder / "final"
+    yield folder / "checkpoints" / "best"
+    # By length first: step-1000000 is newer than step-999999.
+    yield from sorted(folder.glob("checkpoints/step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def find_adapter(source: Path) -> Path:
-    """Return the adapter's folder: `source` itself, or what its run produced (final, else best, else the newest
-    checkpoint).
+    """Return the adapter's folder: `source` itself, or what its run saved (final, else best, else the newest).
 
     Raises AdapterError when there is none.
     """
@@ -54,14 +52,14 @@ def find_adapter(source: Path) -> Path:
         raise AdapterError(
             f"there is no folder `{source}`", where="RUN|ADAPTER", fix="give the folder of a run or of an adapter"
         )
-    candidates = list(_results_of(source))
-    found = next((folder for folder in candidates if (folder / "adapter_config.json").is_file()), None)
-    if found is not None:
-        return found
-    whole = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
-    if whole is not None:
+    candidates = list(_candidates(source))
+    adapter = next((folder for folder in candidates if (folder / "adapter_config.json").is_file()), None)
+    if adapter is not None:
+        return adapter
+    model = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+    if model is not None:
         raise AdapterError(
-            f"`{whole}` is a whole model: there is nothing to merge", where=str(source), fix="use it as it is"
+            f"`{model}` is a whole model: there is nothing to merge", where=str(source), fix="use it as it is"
         )
     raise AdapterError(
         "there is no adapter here",
@@ -71,23 +69,20 @@ def find_adapter(source: Path) -> Path:
 
 
 def base_name_of(adapter: Path) -> str | None:
-    """Return the name of the base as its user knew it; None where nothing is recorded."""
-    name = read_base_record(adapter).get("base_name") or read_adapter_config(adapter).get("base_model_name_or_path")
-    return str(name) if name else None
+    """Return the name of the base as in the run's config, else as in the adapter's; None where nothing is recorded."""
+    record, options = read_base_record(adapter), read_adapter_config(adapter)
+    return record.get("base_name") or options.get("base_model_name_or_path") or None
 
 
 def find_base(adapter: Path, *, offline: bool = False) -> ModelSource:
-    """Return the base an adapter was trained on, by the names on record.
+    """Return the base an adapter was trained on, by the recorded names.
 
-    Raises AdapterError when none of them is to be found.
+    Raises AdapterError when none of them can be found.
     """
     options, record = read_adapter_config(adapter), read_base_record(adapter)
     revision = record.get("base_revision") or options.get("revision")
-    names = [
-        name
-        for name in (record.get("base_name"), record.get("base_path"), options.get("base_model_name_or_path"))
-        if name
-    ]
+    recorded = (record.get("base_name"), record.get("base_path"), options.get("base_model_name_or_path"))
+    names = [name for name in recorded if name]
     refusal: LlmtuneError | None = None
     for name in dict.fromkeys(names):
         try:

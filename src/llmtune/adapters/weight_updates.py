@@ -1,40 +1,48 @@
-"""Which weights of a base model an adapter changes, and how: read off peft itself, on a model without memory.
+"""List the changes an adapter makes to the weights of its base, as peft resolves them.
 
-peft is put around a model on the meta device, so every pattern, rank and scale is resolved by the code that resolved it
-in training.
+peft is put around a model on the meta device, which holds no numbers, so every pattern, rank and scale is resolved by
+the code that resolved it in training.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from torch import nn
+
+from llmtune.adapters.attach import wrap_with_peft
 from llmtune.adapters.config_file import read_adapter_config
 from llmtune.errors import AdapterError, Problem
-from llmtune.models.quantization import import_bitsandbytes
 from llmtune.models.quiet_libraries import quiet_libraries
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora.layer import Embedding, Linear
+    from transformers import PreTrainedModel
 
 __all__ = ["WeightUpdate", "find_weight_updates"]
 
-PREFIX = "base_model.model."
-"""What peft puts before every name of the model it wraps."""
+_PREFIX = "base_model.model."
+"""Put by peft before every name of the model it wraps."""
+
+_Shapes = Mapping[str, tuple[int, ...]]
+"""Name of a tensor in the adapter's file -> its shape."""
 
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """How one weight of the base becomes one of the tuned model.
-
-    `low_rank`: W + scaling * B A, of magnitude m when DoRA; `bias`: b + scaling * b'; `rows`: rows replaced; `replace`:
-    all of it replaced.
-    """
+    """How one weight of the base becomes one of the tuned model."""
 
     weight: str
     """Name of the weight in the base model's state dict."""
 
     kind: Literal["low_rank", "bias", "rows", "replace"]
+    """`low_rank`: W + scaling * B A, each row scaled to the length m when DoRA; `bias`: b + scaling * b'; `rows`: some
+    rows replaced; `replace`: the weight replaced.
+    """
 
     tensors: Mapping[str, str]
     """Role (`A`, `B`, `magnitude`, or `value`) -> name of the tensor in the adapter's file."""
@@ -44,54 +52,45 @@ class WeightUpdate:
     is_transposed: bool = False
     """The weight is stored as [in, out] (GPT-2's Conv1D, an embedding), while B A is [out, in]."""
 
-    rows: tuple[int, ...] = field(default=())
+    rows: tuple[int, ...] = ()
     """Rows that `rows` replaces, in the order of its value."""
 
 
-def find_weight_updates(meta_model: Any, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[WeightUpdate]:
-    """Return every update the adapter in `folder` makes to a base of this shape.
+def find_weight_updates(meta_model: PreTrainedModel, folder: Path, shapes: _Shapes) -> list[WeightUpdate]:
+    """Return every update the adapter in `folder` makes to a base of this architecture.
 
     meta_model: the base's model class on the meta device; it is wrapped and must not be used afterwards. shapes: shape
-    of every tensor in the adapter's file. Raises AdapterError for an adapter that does not fit, or that cannot be
-    merged.
+    of every tensor in the adapter's file.
+
+    Raises AdapterError for an adapter that does not fit the base, or that cannot be merged.
     """
-    adapted = _wrapped(meta_model, read_adapter_config(folder))
+    adapted = wrap_with_peft(
+        meta_model,
+        read_adapter_config(folder),
+        model_word="base",
+        where="--base",
+        fix="use the base it was trained on",
+    )
     _check_shapes(adapted, shapes, str(folder))
     updates = [
         update for name, module in adapted.named_modules() for update in _updates_of(name, module, shapes, str(folder))
     ]
-    left = sorted(shapes.keys() - {tensor for update in updates for tensor in update.tensors.values()})
-    if left:
+    unused = sorted(shapes.keys() - {tensor for update in updates for tensor in update.tensors.values()})
+    if unused:
         raise AdapterError(
-            f"the adapter's tensor `{left[0]}` cannot be merged into a weight",
+            f"the adapter's tensor `{unused[0]}` cannot be merged into a weight",
             where=str(folder),
             fix="use it as an adapter",
         )
     return updates
 
 
-def _wrapped(meta_model: Any, options: Mapping[str, Any]) -> Any:
-    if importlib.util.find_spec("bitsandbytes"):
-        import_bitsandbytes()  # peft imports it by itself otherwise, and it would look for code on a hub
-    from peft import LoraConfig, get_peft_model
-
-    try:
-        with quiet_libraries():
-            return get_peft_model(meta_model, LoraConfig(**options))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise AdapterError(
-            f"the adapter does not fit this base: {error}", where="--base", fix="use the base it was trained on"
-        ) from error
-
-
-def _check_shapes(adapted: Any, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+def _check_shapes(adapted: PeftModel, shapes: _Shapes, where: str) -> None:
     from peft import get_peft_model_state_dict
 
     with quiet_libraries():
-        expected = {
-            name: tuple(one.shape)
-            for name, one in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
-        }
+        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     fix = "use the base model this adapter was trained on"
     problems = [
         Problem(f"the adapter has no tensor `{name}`, which this base needs", where, fix)
@@ -110,11 +109,12 @@ def _check_shapes(adapted: Any, shapes: Mapping[str, tuple[int, ...]], where: st
         raise AdapterError.all(problems[:6])
 
 
-def _updates_of(full_name: str, module: Any, shapes: Mapping[str, Any], where: str) -> Iterator[WeightUpdate]:
+def _updates_of(full_name: str, module: nn.Module, shapes: _Shapes, where: str) -> Iterator[WeightUpdate]:
+    """Yield the updates that one of peft's modules makes to the weights it wraps."""
     from peft.tuners.lora.layer import Embedding, Linear, LoraLayer
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-    name = full_name.removeprefix(PREFIX)
+    name = full_name.removeprefix(_PREFIX)
     if isinstance(module, TrainableTokensWrapper):
         rows = tuple(int(row) for row in module.token_adapter.token_indices["default"])
         value = f"{full_name}.token_adapter.trainable_tokens_delta"
@@ -133,8 +133,9 @@ def _updates_of(full_name: str, module: Any, shapes: Mapping[str, Any], where: s
         )
 
 
-def _low_rank(name: str, full_name: str, module: Any, shapes: Mapping[str, Any], where: str) -> Iterator[WeightUpdate]:
-    from torch import nn
+def _low_rank(
+    name: str, full_name: str, module: Linear | Embedding, shapes: _Shapes, where: str
+) -> Iterator[WeightUpdate]:
     from transformers.pytorch_utils import Conv1D
 
     base = module.get_base_layer()

@@ -1,50 +1,85 @@
-"""Write a LoRA adapter in the format of peft."""
+"""Write a LoRA adapter in the format of peft, so that `PeftModel.from_pretrained` reads it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from llmtune import durable
-from llmtune.adapters.attach import adapter_state_and_config
-from llmtune.adapters.config_file import BASE_RECORD
+from llmtune.adapters.config_file import BASE_RECORD, BaseRecord
+from llmtune.models.parameters import base_model_of
+from llmtune.models.quiet_libraries import quiet_libraries
 from llmtune.models.save import write_generation_config, write_tokenizer
 
-__all__ = ["write_adapter"]
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["adapter_state_and_config", "write_adapter"]
 
 
 def write_adapter(
-    model: Any,
+    model: PeftModel,
     folder: Path,
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     stop_token_ids: Sequence[int] = (),
     base_digest: str | None = None,
     base_name: str | None = None,
     base_revision: str | None = None,
 ) -> None:
-    """Write an adapter as `peft.PeftModel.from_pretrained` reads it, with a record of its base beside it, and the
-    tokenizer when given.
+    """Write the adapter, a record of its base, and the tokenizer with generation config when one is given.
 
-    The config names the base as transformers can load it (a hub id or a folder); base_name, base_digest and
-    base_revision go to the record.
+    The adapter's config names the base as transformers can load it (a hub id or a folder). base_digest, base_name,
+    base_revision: written to the record, and the revision to the config too.
+
+    Raises MachineError when the system refuses to write.
     """
     tensors, config = adapter_state_and_config(model)
     if base_revision is not None:
         config["revision"] = base_revision
     durable.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     durable.write_json(folder / "adapter_config.json", config)
-    record = {"base_digest": base_digest, "base_name": base_name, "base_path": config["base_model_name_or_path"]}
-    record |= {"base_revision": base_revision, **_how_the_base_is_held(model.get_base_model().config)}
+    base = base_model_of(model)
+    # A merge needs the very numbers the adapter was trained beside: the type they were loaded in, and how quantized.
+    stored = getattr(base.config, "quantization_config", None)
+    record = BaseRecord(
+        base_digest=base_digest,
+        base_name=base_name,
+        base_path=cast("str | None", config["base_model_name_or_path"]),
+        base_revision=base_revision,
+        quantization=None if stored is None else "4bit" if getattr(stored, "load_in_4bit", False) else "8bit",
+        dtype=None if base.config.dtype is None else str(base.config.dtype).removeprefix("torch."),
+    )
     durable.write_json(folder / BASE_RECORD, record)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
-        write_generation_config(model.get_base_model(), tokenizer, stop_token_ids, folder)
+        write_generation_config(base, tokenizer, stop_token_ids, folder)
 
 
-def _how_the_base_is_held(config: Any) -> dict[str, str | None]:
-    """The quantization and the type of the base the adapter was trained beside: a merge needs the very same numbers."""
-    stored = getattr(config, "quantization_config", None)
-    kind = None if stored is None else "4bit" if getattr(stored, "load_in_4bit", False) else "8bit"
-    return {"quantization": kind, "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch.")}
+def adapter_state_and_config(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Return the adapter's tensors and config as peft's files hold them.
+
+    Tensors are on the CPU, contiguous and in the order of their names; the config holds JSON values.
+    """
+    from peft import get_peft_model_state_dict
+
+    with quiet_libraries():
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
+    config = model.peft_config["default"].to_dict()
+    config["inference_mode"] = True
+    return tensors, {key: _as_json(config[key]) for key in sorted(config) if key != "runtime_config"}
+
+
+def _as_json(value: object) -> object:
+    """Return a JSON value with one spelling: sets and tuples as lists, enums as their value."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in sorted(value.items())}
+    return getattr(value, "value", value)

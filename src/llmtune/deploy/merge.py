@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from llmtune import durable
-from llmtune.adapters.attach import load_adapter
+from llmtune.adapters.load import load_adapter
 from llmtune.common.dtypes import torch_dtype
 from llmtune.common.printing import PrintLine, silent
 from llmtune.deploy.compare_logits import (

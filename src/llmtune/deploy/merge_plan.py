@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llmtune.adapters.attach import read_adapter_tensors
+from llmtune.adapters.load import read_adapter_tensors
 from llmtune.adapters.weight_updates import WeightUpdate, find_weight_updates
 from llmtune.common.dtypes import torch_dtype
 from llmtune.deploy.base_weights import BaseWeights, open_base_weights, tied_names

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from llmtune.adapters.attach import load_adapter
 from llmtune.adapters.config_file import read_base_record
 from llmtune.adapters.find import base_name_of, find_base, find_result
+from llmtune.adapters.load import load_adapter
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, ModelConfig
 from llmtune.data.rendering.renderer import Renderer

@@ -31,7 +31,7 @@ def trained_model_card(
     step: int,
     total_steps: int,
     metrics: Mapping[str, object],
-    data: Mapping[str, Mapping[str, int]],
+    data: Mapping[str, Mapping[str, object]],
     config: str,
 ) -> str:
     """Return the card of a run's adapter or fully tuned model, in Markdown.

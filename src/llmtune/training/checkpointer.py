@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llmtune import durable
-from llmtune.adapters import attach
+from llmtune.adapters.load import load_adapter_weights
 from llmtune.adapters.write import write_adapter
 from llmtune.common.printing import PrintLine
 from llmtune.common.secrets import redacted
@@ -66,7 +66,7 @@ def restore_weights(setup: TrainingSetup, loaded: LoadedCheckpoint) -> None:
     name = ADAPTER_FILE if setup.is_adapted else WEIGHTS_FILE
     tensors, _ = durable.read_tensors(loaded.path / name, sha256=loaded.manifest["files"][name]["sha256"])
     if setup.is_adapted:
-        attach.load_adapter_weights(setup.model, loaded.path, tensors)
+        load_adapter_weights(setup.model, loaded.path, tensors)
     else:
         save.restore_weights(setup.model, tensors)
 
