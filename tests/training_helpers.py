@@ -8,7 +8,7 @@ import time
 import warnings
 from pathlib import Path
 
-from llmtune.verify.file_checks import compare_runs
+from llmtune.verify.compare_runs import compare_runs
 from llmtune.verify.result import Verdict
 
 TIMES = ("step_seconds", "tokens_per_second", "loss_tokens_per_second", "memory_bytes")

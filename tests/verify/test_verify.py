@@ -96,7 +96,7 @@ def test_a_run_that_lost_its_random_generators_is_told_from_the_unbroken_one(con
     """Tester's test: without the generators in the checkpoint, dropout differs after a resume and the comparison must
     say so.
     """
-    from llmtune.verify.file_checks import compare_runs
+    from llmtune.verify.compare_runs import compare_runs
 
     whole = training.train(config_of(*LORA, name="whole")).folder
     stopped = tmp_path / "runs" / "stopped"

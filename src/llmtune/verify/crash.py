@@ -22,7 +22,7 @@ from llmtune.config.layers import load_config
 from llmtune.errors import CheckpointError
 from llmtune.runs.run_file import read_run_file
 from llmtune.training import train as training
-from llmtune.verify.file_checks import compare_runs
+from llmtune.verify.compare_runs import compare_runs
 from llmtune.verify.result import Verdict
 from llmtune.verify.subprocesses import ProcessEnd, run_command, run_forked
 

@@ -1,4 +1,4 @@
-"""What a verification found: each claim with what was measured."""
+"""The result of a verification: claims, measurements, and a verdict."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Finding", "Verdict"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One claim, what was measured, and whether the claim holds."""
+    """One claim, its measurement, and whether the claim holds."""
 
     claim: str
     measured: str
@@ -23,7 +23,7 @@ class Verdict:
     name: str
     findings: list[Finding] = field(default_factory=list)
     table: list[str] = field(default_factory=list)
-    """Figures that are shown above the claims."""
+    """Lines of figures above the claims."""
 
     def add(self, claim: str, measured: str, holds: bool) -> None:
         """Add one finding."""
@@ -31,11 +31,11 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether at least one claim was looked at and every one holds."""
-        return bool(self.findings) and all(one.holds for one in self.findings)
+        """Whether there is a claim and every one holds."""
+        return bool(self.findings) and all(finding.holds for finding in self.findings)
 
     def lines(self) -> list[str]:
-        r"""The verdict as text: a line a claim, and PASS or FAIL with the first claim that does not hold.
+        r"""Return the verdict as text: the table, a line for each claim, and PASS or FAIL.
 
         >>> verdict = Verdict("resume")
         >>> verdict.add("final weights equal", "2 files, 1,024 bytes, no difference", True)
@@ -43,8 +43,10 @@ class Verdict:
         ok    final weights equal: 2 files, 1,024 bytes, no difference
         PASS  resume: 1 of 1 claims hold
         """
-        lines = [f"{'ok  ' if one.holds else 'FAIL'}  {one.claim}: {one.measured}" for one in self.findings]
-        holding = sum(one.holds for one in self.findings)
+        lines = [
+            f"{'ok  ' if finding.holds else 'FAIL'}  {finding.claim}: {finding.measured}" for finding in self.findings
+        ]
+        holding = sum(finding.holds for finding in self.findings)
         return [
             *self.table,
             *lines,

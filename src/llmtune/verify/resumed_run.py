@@ -1,6 +1,6 @@
-"""`verify resume`: kill -9 a run in the middle, resume it, and compare with the run nobody stopped.
+"""`verify resume`: kill a run with SIGKILL in its middle, resume it, and compare with the run nobody stopped.
 
-All through the real command line.
+Every run is started through the real command line.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llmtune.common.printing import PrintLine
 from llmtune.errors import CheckpointError
-from llmtune.verify.file_checks import compare_runs
+from llmtune.verify.compare_runs import compare_runs
 from llmtune.verify.result import Verdict
 from llmtune.verify.subprocesses import llmtune_command, run_command
 
@@ -64,7 +64,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _kill_at(arguments: Sequence[str], metrics: Path, lines: int) -> bool:
-    """Start the command and kill it once `metrics` has that many lines. Returns whether the kill was what ended it."""
+    """Start the command, kill it once `metrics` has that many lines, and return whether the kill ended it."""
     with subprocess.Popen(llmtune_command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as child:
         deadline = time.monotonic() + _LONGEST_S
         while child.poll() is None and time.monotonic() < deadline:
