@@ -1,7 +1,7 @@
-"""Train the same rows with llmtune and with what else is installed, in turn, and write a table of ratios.
+"""Train the same rows with llmtune and with the other toolkits installed, in turn, and print a table of ratios.
 
-    python benchmarks/compare.py --workload lora|full|qlora|scratch|short|long [--steps 12] [--rounds 1] [--allocator
-    tcmalloc.so] python benchmarks/compare.py --device cuda --workload gpu-8b|gpu-1b|gpu-8b-qlora
+    python benchmarks/compare.py --workload lora|full|qlora|scratch|short|long [--steps 12] [--rounds 1]
+    python benchmarks/compare.py --device cuda --workload gpu-8b|gpu-1b|gpu-8b-qlora
 
 Each contestant runs in a process of its own; a round runs each once. The first step of a run is left out of its rate
 (it is the time to first step). Losses must agree with the first contestant's within 1e-2, or the table says so and the
@@ -27,15 +27,15 @@ from workloads import WORKLOADS, find_conversations, prepare, scaled
 
 HERE = Path(__file__).resolve().parent
 LOSS_TOLERANCE = 1e-2
-AIDED = "+allocator"
-"""Ending of a contestant of ours that gets the preloaded allocator too; the others get it whenever there is one."""
+WITH_ALLOCATOR = "+allocator"
+"""Ending of llmtune's contestant that gets the preloaded allocator too; the others get it whenever there is one."""
 
 
 def contestants(workload: str, allocator: str | None) -> list[str]:
-    """Who can take part here."""
+    """The contestants of this workload whose packages are installed."""
     names = ["llmtune", "trainer-best", "trainer-best-bf16", "trainer", "llmtune-plain"]
     if allocator:
-        names.insert(1, f"llmtune{AIDED}")
+        names.insert(1, f"llmtune{WITH_ALLOCATOR}")
     if importlib.util.find_spec("trl") is not None:
         names += ["trl-best", "trl"]
     if importlib.util.find_spec("litgpt") is not None and workload in ("lora", "full", "short", "long"):
@@ -43,21 +43,20 @@ def contestants(workload: str, allocator: str | None) -> list[str]:
     if workload in ("full", "scratch"):
         names.remove("trainer-best-bf16")  # weights that are trained stay in float32
     if workload == "long":
-        names = [
-            name for name in names if name not in ("trainer", "trl", "litgpt")
-        ]  # a micro-batch of one row is all there is
+        # A micro-batch of one row is all there is, so these are the same as their `-best`.
+        names = [name for name in names if name not in ("trainer", "trl", "litgpt")]
     return names
 
 
 def run(name: str, folder: Path, device: str, allocator: str | None) -> dict[str, Any] | str:
     """Run one contestant; returns its figures, or why there are none."""
-    unaided = name.startswith("llmtune") and not name.endswith(AIDED)
-    environment = {**os.environ, **({"LD_PRELOAD": allocator} if allocator and not unaided else {})}
-    command = [sys.executable, str(HERE / "contestant.py"), name.removesuffix(AIDED), str(folder), device]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, env=environment)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
-        return (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+    preloads = not name.startswith("llmtune") or name.endswith(WITH_ALLOCATOR)
+    environment = {**os.environ, **({"LD_PRELOAD": allocator} if allocator and preloads else {})}
+    command = [sys.executable, str(HERE / "contestant.py"), name.removesuffix(WITH_ALLOCATOR), str(folder), device]
+    process = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder, env=environment)
+    lines = process.stdout.strip().splitlines()
+    if process.returncode != 0 or not lines:
+        return (process.stderr.strip().splitlines() or [f"exit {process.returncode}"])[-1]
     figures: dict[str, Any] = json.loads(lines[-1])
     return figures
 
@@ -72,7 +71,7 @@ def summary(figures: dict[str, Any]) -> dict[str, float]:
     return {
         "tokens": rate,
         "trained": rate * figures["trained_tokens"] / figures["tokens"],
-        "fastest": max(count / took for count, took in zip(tokens, seconds, strict=True)),
+        "fastest": max(count / duration for count, duration in zip(tokens, seconds, strict=True)),
         "peak": figures["peak_bytes"] / 1e6,
         "first": figures["first_step_s"],
         "waiting": figures["data_seconds"] / sum(figures["seconds"]),
@@ -84,30 +83,27 @@ def summary(figures: dict[str, Any]) -> dict[str, float]:
 
 def table(rounds: dict[str, list[dict[str, Any]]], failures: dict[str, str]) -> tuple[str, bool]:
     """Write the table (Markdown); the second answer says whether all losses agree."""
-    head = (
-        "| | useful tokens/s | best step | of llmtune | trained tokens/s | peak MB | first step s | needed / matrix rate | mean loss |\n"
-        + "| --- " * 9
-        + "|\n"
-    )
-    best = {name: max((summary(one) for one in runs), key=lambda s: s["tokens"]) for name, runs in rounds.items()}
-    mine = best.get("llmtune") or next(iter(best.values()))
+    columns = ("", "useful tokens/s", "best step", "of llmtune", "trained tokens/s", "peak MB", "first step s")
+    columns += ("needed / matrix rate", "mean loss")
+    head = f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|\n"
+    best = {name: max(map(summary, runs), key=lambda figures: figures["tokens"]) for name, runs in rounds.items()}
+    baseline = best.get("llmtune") or next(iter(best.values()))
     lines, agree = [], True
     for name, figures in best.items():
-        others = [summary(one)["tokens"] for one in rounds[name]]
-        spread = f" ({min(others):.0f}-{max(others):.0f})" if len(others) > 1 else ""
-        apart = max(
-            abs(a - b)
-            for a, b in zip(rounds[name][0]["losses"], next(iter(rounds.values()))[0]["losses"], strict=False)
-        )
+        rates = [summary(run)["tokens"] for run in rounds[name]]
+        spread = f" ({min(rates):.0f}-{max(rates):.0f})" if len(rates) > 1 else ""
+        losses = zip(rounds[name][0]["losses"], next(iter(rounds.values()))[0]["losses"], strict=False)
+        apart = max(abs(loss - expected) for loss, expected in losses)
         agree = agree and apart <= LOSS_TOLERANCE
         lines.append(
-            f"| {name} | {figures['tokens']:.0f}{spread} | {figures['fastest']:.0f} | {figures['tokens'] / mine['tokens']:.2f} "
+            f"| {name} | {figures['tokens']:.0f}{spread} | {figures['fastest']:.0f} "
+            f"| {figures['tokens'] / baseline['tokens']:.2f} "
             f"| {figures['trained']:.0f} | {figures['peak']:.0f} | {figures['first']:.1f} "
             f"| {figures['mfu']:.0%} of {figures['rate']:.0f} GFLOP/s "
             f"| {figures['loss']:.4f} ({'within' if apart <= LOSS_TOLERANCE else 'APART BY'} {apart:.1e}) |"
         )
     lines += [f"| {name} | not run: {why} |" for name, why in failures.items()]
-    lines += [f"\nllmtune waited for data {mine['waiting']:.2%} of its step time."] if "llmtune" in best else []
+    lines += [f"\nllmtune waited for data {baseline['waiting']:.2%} of its step time."] if "llmtune" in best else []
     return head + "\n".join(lines), agree
 
 

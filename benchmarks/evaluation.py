@@ -1,5 +1,4 @@
-"""Held-out loss of the same rows by llmtune, by the Trainer and by TRL, and answers one by one beside answers in
-batches.
+"""Held-out loss of the same rows by llmtune, the Trainer and TRL; and answers one by one beside answers in batches.
 
     python benchmarks/evaluation.py [--rows 64] [--rounds 3] [--conversations FILE] [--answers 16]
 
@@ -18,12 +17,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import contestant
+from starting_point import Rows, example_list, load_model
+from trainer_contestant import make_trainer
 from workloads import WORKLOADS, find_conversations, prepare, read, scaled
 
 from llmtune.cli.process import prepare_process
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH_SIZE = 8
 PROMPTS = (
@@ -34,14 +37,12 @@ PROMPTS = (
 )
 
 
-def ours(model: Any, rows: contestant.Rows) -> Callable[[], float]:
+def llmtune_evaluation(model: PreTrainedModel, rows: Rows) -> Callable[[], float]:
     """Evaluate as a run does: the run's own engine, longest rows first."""
     import torch
 
-    from example_list import ExampleList
     from llmtune.config.schema import Config, ModelConfig, TrainingConfig
     from llmtune.data.dataset.batches import eval_batches
-    from llmtune.data.example import Example
     from llmtune.engine.forward import build_engine
     from llmtune.engine.precision import Precision
     from llmtune.evaluation.heldout import evaluate
@@ -51,30 +52,28 @@ def ours(model: Any, rows: contestant.Rows) -> Callable[[], float]:
     engine = build_engine(
         model, config=Config(training=TrainingConfig(), model=ModelConfig()), device=device, precision=precision
     )
-    examples = ExampleList(
-        [Example(str(number), ids, contestant.zero_first(weights)) for number, (ids, weights) in enumerate(rows)]
-    )
+    examples = example_list(rows)
 
-    def once() -> float:
+    def evaluate_once() -> float:
         batches = eval_batches(
             examples, batch_size=BATCH_SIZE, layout=engine.layout, pad_id=0, max_group_tokens=engine.max_group_tokens
         )
         with precision.autocast():
             return evaluate(engine.nll_sum, batches, model=model)["eval_mean_nll"]
 
-    return once
+    return evaluate_once
 
 
-def theirs(model: Any, rows: contestant.Rows, *, sft: bool) -> Callable[[], float]:
+def trainer_evaluation(model: PreTrainedModel, rows: Rows, *, sft: bool) -> Callable[[], float]:
     """Evaluate with the Trainer of transformers or with TRL's, rows in their order.
 
     Their loss is a mean of the batches' means.
     """
-    runner = contestant.make_trainer(scaled(WORKLOADS["lora"], BATCH_SIZE), model, rows, "cpu", BATCH_SIZE, sft=sft)
+    runner = make_trainer(scaled(WORKLOADS["lora"], BATCH_SIZE), model, rows, "cpu", BATCH_SIZE, sft=sft)
     return lambda: float(runner.evaluate(runner.train_dataset)["eval_loss"])
 
 
-def answers(model: Any, count: int) -> tuple[float, float, bool]:
+def answers(model: PreTrainedModel, count: int) -> tuple[float, float, bool]:
     """Seconds for `count` answers one after the other and in batches, and whether they are the same."""
     from llmtune.config.schema import ModelConfig
     from llmtune.data.rendering.renderer import Renderer
@@ -90,9 +89,9 @@ def answers(model: Any, count: int) -> tuple[float, float, bool]:
     def timed(groups: list[list[str]]) -> tuple[float, list[str]]:
         began = time.perf_counter()
         texts = [
-            one.text
+            answer.text
             for group in groups
-            for one in generate(model, loaded.tokenizer, renderer, group, max_new_tokens=32)
+            for answer in generate(model, loaded.tokenizer, renderer, group, max_new_tokens=32)
         ]
         return time.perf_counter() - began, texts
 
@@ -116,26 +115,28 @@ def main() -> int:
         prepare(workload, folder, 1, options.conversations)
         _, rows = read(folder)
         models = {
-            name: contestant.load(workload, "cpu", dtype)
-            for name, dtype in (("llmtune", "auto"), ("trainer", "float32"))
+            name: load_model(workload, "cpu", dtype) for name, dtype in (("llmtune", "auto"), ("trainer", "float32"))
         }
-        runs = {"llmtune": ours(models["llmtune"], rows), "trainer": theirs(models["trainer"], rows, sft=False)}
+        runs = {
+            "llmtune": llmtune_evaluation(models["llmtune"], rows),
+            "trainer": trainer_evaluation(models["trainer"], rows, sft=False),
+        }
         if importlib.util.find_spec("trl") is not None:
-            runs["trl"] = theirs(contestant.load(workload, "cpu", "float32"), rows, sft=True)
-        found: dict[str, list[tuple[float, float]]] = {}
+            runs["trl"] = trainer_evaluation(load_model(workload, "cpu", "float32"), rows, sft=True)
+        results: dict[str, list[tuple[float, float]]] = {}
         for _ in range(options.rounds):
             for name, run in runs.items():
                 began = time.perf_counter()
                 loss = run()
-                found.setdefault(name, []).append((time.perf_counter() - began, loss))
+                results.setdefault(name, []).append((time.perf_counter() - began, loss))
         alone, together, same = answers(models["trainer"], options.answers)
     tokens = int(sum(len(ids) for ids, _ in rows))
     print(f"{len(rows)} held-out rows, {tokens} tokens")
-    mine = statistics.median(seconds for seconds, _ in found["llmtune"])
-    for name, results in found.items():
-        seconds = statistics.median(took for took, _ in results)
-        ratio = f"{seconds / mine:5.2f} x llmtune's time"
-        print(f"{name:8} {seconds:7.2f} s {tokens / seconds:7.0f} tokens/s  {ratio}  loss {results[0][1]:.4f}")
+    baseline = statistics.median(seconds for seconds, _ in results["llmtune"])
+    for name, rounds in results.items():
+        seconds = statistics.median(round_seconds for round_seconds, _ in rounds)
+        ratio = f"{seconds / baseline:5.2f} x llmtune's time"
+        print(f"{name:8} {seconds:7.2f} s {tokens / seconds:7.0f} tokens/s  {ratio}  loss {rounds[0][1]:.4f}")
     gain = f"{alone / together:.1f} x; the same: {same}"
     print(f"{options.answers} answers: {alone:.1f} s one by one, {together:.1f} s in batches of 8, {gain}")
     return 0 if same else 1

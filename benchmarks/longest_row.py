@@ -1,15 +1,13 @@
-"""The longest row that trains in so much memory: NF4 QLoRA, rank 32, of a published shape with random weights, found by
-bisection.
+"""The longest row that trains in so much memory, found by bisection: NF4 QLoRA, rank 32, of a published shape.
 
-    python benchmarks/longest_row.py [--gb 24 80] [--shape llama-3-8b] [--recompute offload] [--device cuda] python
-    benchmarks/longest_row.py --device cpu --shape tiny --gb 1.0 --least 512 --most 65536    # the same on a CPU, in a
-    minute or two
+    python benchmarks/longest_row.py [--gb 24 80] [--shape llama-3-8b] [--recompute offload] [--device cuda]
+    python benchmarks/longest_row.py --device cpu --shape tiny --gb 1.0 --least 512 --most 65536   # a minute or two
 
-Each try trains two rows of that length (every token but the first carries loss), each an update, in a process of its
-own. On a CUDA device torch may reserve what is left of the limit beside the driver's own memory, and a try that needs
-more is refused by the allocator; nobody else may use the device meanwhile. On a CPU the peak is `ru_maxrss`, everything
-that was ever resident. Lengths double until one does not fit and are then halved in between until they are within
---within of each other. Prints one row of a table for each limit.
+Weights are random. Each try trains two rows of that length (every token but the first carries loss), each an update, in
+a process of its own. On a CUDA device torch may reserve what the limit leaves beside the driver's own memory, and the
+allocator refuses more; no other program may use the device meanwhile. On a CPU the peak is `ru_maxrss`, everything that
+was ever resident. Lengths double until one does not fit and are then bisected until they are within --within of each
+other. Prints one row of a table for each limit.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from workloads import SHAPES, WORKLOADS
 ROWS = 2
 GB = 10**9
 PUBLISHED = {24: 78_475, 80: 342_733}
-"""What Unsloth publishes for the same model, adapter and limits (tokens of one row)."""
+"""Tokens of the longest row that Unsloth publishes for the same model, adapter and limits, by GB."""
 
 
 def longest(fits: Callable[[int], bool], *, least: int, most: int, within: float) -> int | None:
@@ -50,8 +48,8 @@ def longest(fits: Callable[[int], bool], *, least: int, most: int, within: float
 
 
 def attempt(tokens: int, limit: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Train rows of that length in this process and say what it took; memory in GB (10^9 bytes)."""
-    from contestant import ours
+    """Train rows of that length in this process and return its figures; memory in GB (10^9 bytes)."""
+    import llmtune_contestant
 
     workload = replace(
         WORKLOADS["gpu-8b-qlora"],
@@ -67,13 +65,11 @@ def attempt(tokens: int, limit: float, options: argparse.Namespace) -> dict[str,
         (random.integers(3, SHAPES[options.shape]["vocab_size"], tokens).astype(np.int32), weights.copy())
         for _ in range(ROWS)
     ]
-    steps = ours(workload, rows, options.device)
-    told: Any = next(steps)  # the model stands and nothing has been trained
+    training = llmtune_contestant.train(workload, rows, options.device)
     context = _limit_device(limit) if options.device == "cuda" else 0
-    done: list[Any] = list(steps)
-    seconds, loss = done[-1]
+    seconds, loss = list(training.steps)[-1]
     peak = (_peak_bytes(options.device) + context) / GB
-    return {"peak_gb": peak, "tokens_per_second": tokens / seconds, "loss": loss, "decisions": told["decisions"]}
+    return {"peak_gb": peak, "tokens_per_second": tokens / seconds, "loss": loss, "decisions": training.decisions}
 
 
 def _setting(text: str) -> Any:
@@ -103,40 +99,41 @@ def _peak_bytes(device: str) -> int:
 
 
 def in_its_own_process(tokens: int, limit: float, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Return what an attempt took, or None when it did not fit.
-
-    Ends the benchmark when it failed for another reason.
-    """
+    """Return the figures of an attempt, or None when it did not fit; any other failure ends the benchmark."""
     command = [sys.executable, __file__, "--try", str(tokens), "--gb", str(limit), "--shape", options.shape]
     command += ["--recompute", options.recompute, "--device", options.device]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode != 0:
-        if "out of memory" in done.stderr.lower() or "can't allocate memory" in done.stderr or done.returncode == -9:
+    process = subprocess.run(command, check=False, capture_output=True, text=True)
+    if process.returncode != 0:
+        if (
+            "out of memory" in process.stderr.lower()
+            or "can't allocate memory" in process.stderr
+            or process.returncode == -9
+        ):
             return None
-        raise SystemExit(f"{tokens:,} tokens: exit {done.returncode}: {done.stderr.strip().splitlines()[-3:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found if found["peak_gb"] <= limit else None
+        raise SystemExit(f"{tokens:,} tokens: exit {process.returncode}: {process.stderr.strip().splitlines()[-3:]}")
+    figures: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return figures if figures["peak_gb"] <= limit else None
 
 
 def measure(limit: float, options: argparse.Namespace) -> str:
     """Find the longest row for one limit; returns its row of the table."""
-    took: dict[int, dict[str, Any]] = {}
+    attempts: dict[int, dict[str, Any]] = {}
 
     def fits(tokens: int) -> bool:
-        found = in_its_own_process(tokens, limit, options)
-        print(f"  {tokens:,} tokens in {limit:g} GB: {'fit' if found else 'do not fit'}", file=sys.stderr, flush=True)
-        if found is not None:
-            took[tokens] = found
-        return found is not None
+        figures = in_its_own_process(tokens, limit, options)
+        print(f"  {tokens:,} tokens in {limit:g} GB: {'fit' if figures else 'do not fit'}", file=sys.stderr, flush=True)
+        if figures is not None:
+            attempts[tokens] = figures
+        return figures is not None
 
     tokens = longest(fits, least=options.least, most=options.most, within=options.within)
     published = PUBLISHED.get(int(limit)) if options.shape == "llama-3-8b" and options.device == "cuda" else None
     other = f"{published:,} (ours is {tokens / published:.2f} of it)" if published and tokens else "-"
     if tokens is None:
         return f"| {limit:g} GB | {options.recompute} | less than {options.least:,} | - | - | {other} |"
-    one = took[tokens]
+    figures = attempts[tokens]
     at_most = " (not tried longer)" if tokens == options.most else ""
-    peak, rate = f"{one['peak_gb']:.2f} GB", f"{one['tokens_per_second']:,.0f}"
+    peak, rate = f"{figures['peak_gb']:.2f} GB", f"{figures['tokens_per_second']:,.0f}"
     return f"| {limit:g} GB | {options.recompute} | {tokens:,}{at_most} | {peak} | {rate} | {other} |"
 
 

@@ -1,19 +1,22 @@
-"""What keeping and watching a run costs beside its steps: saving (syncs, digests, re-reading and retention with it),
-and trackers.
+"""The cost of saving and of trackers in a run, beside its steps.
 
     python benchmarks/overhead.py [KEY=VALUE ...]
 
 Trains the test preset, with its three trackers, in a temporary folder of the current disk, and prints one JSON object.
-Shares are of the seconds spent in steps. Of trackers two things are counted: what the training thread spends on telling
-them, and the processor time of their own threads, which can only slow the training where no core is free.
+Saving includes syncs, digests, re-reading and retention. Shares are of the seconds spent in steps. Of trackers two
+things are counted: the time of their calls in the training thread, and the processor time of their own threads, which
+can only slow the training where no core is free.
 """
 
+from __future__ import annotations
+
+import argparse
 import json
-import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from llmtune.tracking.jsonl import RunRecord
 from llmtune.training import train as training
 from llmtune.training.checkpointer import Checkpointer
 
-WATCHED = (
+TIMED = (
     (Checkpointer, "save", "save"),
     (Checkpointer, "keep_best", "best"),
     (Checkpointer, "write_final", "final"),
@@ -50,14 +53,14 @@ class Stopwatch:
             self.seconds[name] += seconds
             self.calls[name] += 1
 
-    def put_around(self, owner: type, function: str, name: str, clock=time.perf_counter) -> None:
+    def time_calls(self, owner: type, function: str, name: str, clock: Callable[[], float] = time.perf_counter) -> None:
         """Time every call of `owner.function` under `name`."""
         original = getattr(owner, function)
 
-        def timed(*given, **named):
+        def timed(*args: object, **kwargs: object) -> object:
             begin = clock()
             try:
-                return original(*given, **named)
+                return original(*args, **kwargs)
             finally:
                 self.add(name, clock() - begin)
 
@@ -66,16 +69,19 @@ class Stopwatch:
 
 def main() -> None:
     """Train once and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_args()
     watch = Stopwatch()
-    for owner, function, name in WATCHED:
-        watch.put_around(owner, function, name)
-    watch.put_around(queue._Lane, "_work", "tracker threads", clock=time.thread_time)
+    for owner, function, name in TIMED:
+        watch.time_calls(owner, function, name)
+    watch.time_calls(queue._Lane, "_work", "tracker threads", clock=time.thread_time)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd()))
-        said = stack.enter_context((Path(folder) / "said").open("w"))
-        stack.enter_context(redirect_stderr(said))
-        stack.enter_context(redirect_stdout(said))
-        resolved = load_config("test", overrides=[*sys.argv[1:], f"run.output_dir={folder}/runs"])
+        output = stack.enter_context((Path(folder) / "output").open("w"))
+        stack.enter_context(redirect_stderr(output))
+        stack.enter_context(redirect_stdout(output))
+        resolved = load_config("test", overrides=[*options.settings, f"run.output_dir={folder}/runs"])
         result = training.train(resolved)
     steps = result.seconds
     figures = {

@@ -1,4 +1,4 @@
-"""Where a step's time goes, by part, and what of it is needed work.
+"""Seconds of a step by part, beside the least seconds that the needed operations take.
 
     python benchmarks/profile_step.py --workload lora [--steps 3] [--allocator tcmalloc.so]
 
@@ -22,9 +22,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import contestant
+import llmtune_contestant
 import numpy as np
-from workloads import WORKLOADS, find_conversations, needed_operations, prepare, read, scaled
+from starting_point import zero_first
+from workloads import WORKLOADS, find_conversations, matrix_rate, needed_operations, prepare, read, scaled
 
 PARTS = ("linear", "adapter", "attention", "norm", "loss", "optimizer", "data", "other")
 OWNERS = (
@@ -40,9 +41,7 @@ OWNERS = (
     ("clip", "optimizer"),
     ("part: ", ""),
 )
-"""Names of operations (parts of them) that own everything that runs inside, first match wins; `part: x` names its part
-itself.
-"""
+"""Parts of names of operations that own all operations inside them, first match wins; `part: x` contains its part."""
 
 PRODUCTS = (
     "aten::mm",
@@ -56,14 +55,14 @@ PRODUCTS = (
 
 
 def part_of(event: Any, rank: int) -> str:
-    """Say to which part an operation's own time belongs."""
-    inside, one = False, event
-    while one is not None:
+    """Return the part to which an operation's own time belongs. rank: the adapter's."""
+    inside, operation = False, event
+    while operation is not None:
         for name, part in OWNERS:
-            if name in one.name:
-                return part or one.name.removeprefix("part: ")
-        inside = inside or "_LoraGroup" in one.name
-        one = one.cpu_parent
+            if name in operation.name:
+                return part or operation.name.removeprefix("part: ")
+        inside = inside or "_LoraGroup" in operation.name
+        operation = operation.cpu_parent
     if any(name in event.name for name in PRODUCTS):
         sizes = {
             size
@@ -81,19 +80,18 @@ def profiled(folder: Path, device: str, skipped: int) -> tuple[Counter[str], flo
     workload, rows = read(folder)
     import torch
 
-    run = contestant.ours(workload, rows, device)
-    about = next(run)
+    training = llmtune_contestant.train(workload, rows, device)
     for _ in range(skipped):
-        next(run)
+        next(training.steps)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
         began = time.perf_counter()
-        for _ in run:
+        for _ in training.steps:
             pass
         seconds = time.perf_counter() - began
-    found: Counter[str] = Counter()
+    seconds_by_part: Counter[str] = Counter()
     for event in profiler.events():
-        found[part_of(event, workload.rank)] += event.self_cpu_time_total / 1e6
-    return found, seconds, about["config"]
+        seconds_by_part[part_of(event, workload.rank)] += event.self_cpu_time_total / 1e6
+    return seconds_by_part, seconds, training.config
 
 
 def main() -> None:
@@ -117,21 +115,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         prepare(workload, Path(temporary), options.steps + 1, options.conversations)
         _, rows = read(Path(temporary))
-        found, seconds, config = profiled(Path(temporary), options.device, skipped=1)
+        by_part, seconds, config = profiled(Path(temporary), options.device, skipped=1)
     rows = rows[workload.rows_a_step :]
     lengths = np.array([len(ids) for ids, _ in rows])
-    trained = float(sum((contestant.zero_first(weights) > 0).sum() for _, weights in rows))
+    trained = float(sum((zero_first(weights) > 0).sum() for _, weights in rows))
     needs = needed_operations(workload, config, lengths, trained)
-    rate = contestant.matrix_rate(options.device)
+    rate = matrix_rate(options.device)
     floors = {"linear": needs.linear, "adapter": needs.adapter, "attention": needs.attention, "loss": needs.head}
-    print(
-        f"{workload.name}: {lengths.sum()} tokens in {options.steps} steps, {seconds:.2f} s; matrix rate {rate / 1e9:.0f} GFLOP/s"
-    )
+    trained_in = f"{lengths.sum()} tokens in {options.steps} steps, {seconds:.2f} s"
+    print(f"{workload.name}: {trained_in}; matrix rate {rate / 1e9:.0f} GFLOP/s")
     print(f"{'part':12} {'seconds':>8} {'share':>6} {'floor s':>8}")
     for part in PARTS:
         floor = f"{floors[part] / rate:8.2f}" if part in floors else " " * 8
-        print(f"{part:12} {found[part]:8.2f} {found[part] / seconds:6.1%} {floor}")
-    print(f"{'sum':12} {sum(found.values()):8.2f} {sum(found.values()) / seconds:6.1%} {needs.total / rate:8.2f}")
+        print(f"{part:12} {by_part[part]:8.2f} {by_part[part] / seconds:6.1%} {floor}")
+    print(f"{'sum':12} {sum(by_part.values()):8.2f} {sum(by_part.values()) / seconds:6.1%} {needs.total / rate:8.2f}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What a checkpoint costs: seconds of a save with sync and digests, of its verification and loading, and the memory it
-takes.
+"""Seconds of saving a checkpoint with sync and digests, of verifying and loading it, and the memory that saving takes.
 
-    python benchmarks/save_cost.py [megabytes] [folder]
+    python benchmarks/save_cost.py [MEGABYTES] [--folder FOLDER]
 
 Prints one JSON object. Compare with the seconds of a step of your own run (`step_seconds` in metrics.jsonl).
 """
 
+from __future__ import annotations
+
+import argparse
 import json
 import resource
 import sys
@@ -31,20 +33,23 @@ def peak_megabytes() -> float:
 
 def main() -> None:
     """Save, verify and load once each."""
-    megabytes = int(sys.argv[1]) if len(sys.argv) > 1 else 512
-    count = megabytes * 250_000 // 3
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("megabytes", type=int, nargs="?", default=512, help="of weights and two moments")
+    parser.add_argument("--folder", help="where to save; the system's temporary folder when not given")
+    options = parser.parse_args()
+    count = options.megabytes * 250_000 // 3  # float32 numbers of each of the three
     weights = {"w": torch.randn(count)}
     snapshot = Snapshot({"optimizer": {"m": torch.randn(count), "v": torch.randn(count)}}, {"step": 1})
-    figures: dict[str, float] = {"megabytes": megabytes}
+    figures: dict[str, float] = {"megabytes": options.megabytes}
     with (
-        tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as folder,
+        tempfile.TemporaryDirectory(dir=options.folder) as folder,
         create_run(folder, "cost") as run,
     ):
 
         def save(step: int) -> float:
             begin = time.perf_counter()
             checkpoint.save_checkpoint(
-                run, step, lambda place: durable.write_tensors(place / "model.safetensors", weights), snapshot
+                run, step, lambda folder: durable.write_tensors(folder / "model.safetensors", weights), snapshot
             )
             return time.perf_counter() - begin
 

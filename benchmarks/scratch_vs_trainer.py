@@ -1,5 +1,4 @@
-"""Train custom-tiny from nothing on real text, with llmtune and with the plain Trainer of transformers, and compare
-what comes of it.
+"""Train custom-tiny from nothing on real text, by llmtune and by the plain Trainer of transformers, and compare them.
 
     python benchmarks/scratch_vs_trainer.py [--model custom-tiny] [--steps 60] [--rounds 3] [--text FILE]
 
@@ -8,7 +7,7 @@ llmtune runs as it does for a user: from a config, with its run folder, evaluati
 folder that plain transformers loads, the rows of each step as token ids, and its own loop; its held-out loss is
 computed by the library's forward, with nothing of llmtune in the process.
 
-The text is what Python says about itself: the docstrings of its standard library, a document a module, and its language
+The text is Python's own documentation: the docstrings of its standard library, a document a module, and its language
 reference (`pydoc_data.topics`), a document a topic; 2.2 MB. Each contestant runs in a process of its own, in turn; a
 round runs each once. Exit code 1 where held-out losses or bits per byte differ by more than 1e-3.
 """
@@ -30,9 +29,16 @@ import time
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from contestant import in_order
+from trainer_contestant import in_order
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmtune.data.dataset.batches import MicroBatch
 
 TOLERANCE = 1e-3
 """Largest difference of held-out nats per token and of bits per byte."""
@@ -41,17 +47,13 @@ PEAK_RATE, WARMUP_STEPS, DECAY, ROW_TOKENS = 1e-3, 5, 0.1, 256
 HELD_OUT_EVERY = 40
 """Every so many documents one is held out."""
 
-CONTESTANTS = ("llmtune", "trainer")
-
 
 def documents_of_python() -> list[str]:
-    """The docstrings of every module of the standard library (its tests left out), then the topics of the language
-    reference.
-    """
+    """The docstrings of every module of the standard library but its tests, then the language reference by topic."""
     from pydoc_data.topics import topics
 
     library = Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    documents = []
     for path in sorted(library.rglob("*.py")):
         if {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"} & set(
             path.relative_to(library).parts
@@ -64,19 +66,19 @@ def documents_of_python() -> list[str]:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         ]
         text = "\n\n".join(
-            f"{getattr(node, 'name', path.stem)}: {said}" for node in named if (said := ast.get_docstring(node))
+            f"{getattr(node, 'name', path.stem)}: {docstring}"
+            for node in named
+            if (docstring := ast.get_docstring(node))
         )
         if len(text) > 200:
-            found.append(text)
-    return [*found, *(topics[name] for name in sorted(topics))]
+            documents.append(text)
+    return [*documents, *(topics[name] for name in sorted(topics))]
 
 
 def prepare(
     folder: Path, documents: list[str], *, model: str, steps: int, batch_size: int, overrides: tuple[str, ...] = ()
 ) -> None:
-    """Write the config, the tokenizer, the model before step 1, and the rows of every step and of the held-out
-    documents.
-    """
+    """Write the config, the tokenizer, the model before step 1, the rows of every step and the held-out rows."""
     from llmtune.config.layers import load_config
     from llmtune.config.process_options import Options
     from llmtune.data.dataset.batches import eval_batches
@@ -139,7 +141,7 @@ def settings(folder: Path, model: str, steps: int, batch_size: int) -> dict[str,
     }
 
 
-def write_batches(path: Path, batches: Any) -> None:
+def write_batches(path: Path, batches: Iterable[MicroBatch]) -> None:
     """Write micro-batches as the library takes them: ids, labels (-100 where nothing is predicted), attention mask."""
     import numpy as np
 
@@ -154,16 +156,13 @@ def write_batches(path: Path, batches: Any) -> None:
     np.savez(path, **arrays)
 
 
-def predicted_bytes(documents: list[str], tokenizer: Any) -> int:
-    """Bytes of what is predicted: whole texts, but for the first token of each.
-
-    The control token at their ends has no bytes.
-    """
+def predicted_bytes(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Bytes of the predicted text: all but each document's first token; the control token at its end has none."""
     firsts = [tokenizer(text, add_special_tokens=False)["input_ids"][:1] for text in documents]
     return sum(len(text.encode()) for text in documents) - sum(len(tokenizer.decode(ids).encode()) for ids in firsts)
 
 
-def ours(folder: Path) -> dict[str, Any]:
+def train_with_llmtune(folder: Path) -> dict[str, Any]:
     """Train as a user does, and read the run's own figures."""
     from llmtune import Trainer, load_config
 
@@ -180,7 +179,7 @@ def ours(folder: Path) -> dict[str, Any]:
         processor.append(now - last)
         last = now
     result = trainer.result()
-    engine = [str(one) for one in trainer.session.setup.engine.decisions]
+    decisions = [str(decision) for decision in trainer.session.setup.engine.decisions]
     return {
         "losses": losses,
         "seconds": seconds,
@@ -188,11 +187,11 @@ def ours(folder: Path) -> dict[str, Any]:
         "heldout": result.metrics["eval_mean_nll"],
         "bits_per_byte": result.metrics["eval_bits_per_byte"],
         "parameters": trainer.session.setup.counts.total,
-        "decisions": engine,
+        "decisions": decisions,
     }
 
 
-def theirs(folder: Path) -> dict[str, Any]:
+def train_with_trainer(folder: Path) -> dict[str, Any]:
     """Train with the Trainer of transformers; nothing of llmtune is imported."""
     import torch
     import transformers
@@ -237,7 +236,7 @@ def theirs(folder: Path) -> dict[str, Any]:
     )
     data = read_batches(folder / "steps.npz")
     in_order(transformers.Trainer)(
-        model=model, args=arguments, train_dataset=data, data_collator=lambda one: one[0], callbacks=[Clock()]
+        model=model, args=arguments, train_dataset=data, data_collator=lambda items: items[0], callbacks=[Clock()]
     ).train()
     nats, count = held_out_nats(model, read_batches(folder / "tested.npz"))
     return {
@@ -252,7 +251,7 @@ def theirs(folder: Path) -> dict[str, Any]:
 
 
 def read_batches(path: Path) -> list[dict[str, Any]]:
-    """Read what `write_batches` wrote."""
+    """Read the micro-batches that `write_batches` wrote."""
     import numpy as np
     import torch
 
@@ -265,55 +264,50 @@ def read_batches(path: Path) -> list[dict[str, Any]]:
         ]
 
 
-def held_out_nats(model: Any, batches: list[dict[str, Any]]) -> tuple[float, int]:
-    """Sum of negative log-likelihoods by the library's own forward, in float64 from its logits on, and the tokens it is
-    of.
-    """
+def held_out_nats(model: PreTrainedModel, batches: list[dict[str, Any]]) -> tuple[float, int]:
+    """Sum of negative log-likelihoods, in float64 from the library's own logits, and the number of predicted tokens."""
     import torch
 
     nats, count = 0.0, 0
     model.eval()
     with torch.no_grad():
         for batch in batches:
-            wanted = batch.pop("labels")[:, 1:].flatten()
-            logits = model(**batch).logits[:, :-1].double().flatten(0, 1)
-            nats += float(torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum"))
-            count += int((wanted != -100).sum())
+            targets_N = batch.pop("labels")[:, 1:].flatten()
+            logits_NV = model(**batch).logits[:, :-1].double().flatten(0, 1)
+            nats += float(torch.nn.functional.cross_entropy(logits_NV, targets_N, ignore_index=-100, reduction="sum"))
+            count += int((targets_N != -100).sum())
     return nats, count
 
 
-def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """How far apart two runs are: at any step, on the held-out documents, in bits per byte."""
-    assert len(one["losses"]) == len(other["losses"])
+def compare(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float]:
+    """Differences of two runs: the largest of any step, on the held-out documents, in bits per byte."""
+    assert len(first["losses"]) == len(second["losses"])
+    differences = [abs(loss - other) for loss, other in zip(first["losses"], second["losses"], strict=True)]
     return {
-        "largest difference of a step's loss": max(
-            abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True)
-        ),
-        "held-out nats per token": abs(one["heldout"] - other["heldout"]),
-        "bits per byte": abs(one["bits_per_byte"] - other["bits_per_byte"]),
+        "largest difference of a step's loss": max(differences),
+        "held-out nats per token": abs(first["heldout"] - second["heldout"]),
+        "bits per byte": abs(first["bits_per_byte"] - second["bits_per_byte"]),
     }
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """Run one contestant in a process of its own."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, __file__, "--contestant", name, str(folder)], check=False, capture_output=True, text=True
     )
-    if done.returncode != 0:
-        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if process.returncode != 0:
+        raise SystemExit(f"{name}: {process.stderr[-2000:]}")
+    figures: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
     return figures
 
 
 def _without_ends(runs: list[dict[str, Any]], key: str) -> list[float]:
-    """Times of all steps but the first, in which kernels are chosen, and the last, at which llmtune evaluates and
-    saves.
-    """
-    return [seconds for one in runs for seconds in one[key][1:-1]]
+    """Times of all steps but the first and the last: kernels are chosen in the one, llmtune saves after the other."""
+    return [seconds for figures in runs for seconds in figures[key][1:-1]]
 
 
 def report(rounds: dict[str, list[dict[str, Any]]], tokens: int) -> bool:
-    """Print the table and the curves; answers whether both ended in the same place."""
+    """Print the table and the curves; returns whether held-out losses agree."""
     print(
         "| | held-out nats per token | bits per byte | step, s | tokens/s | step, processor s |\n" + "| --- " * 6 + "|"
     )
@@ -322,23 +316,25 @@ def report(rounds: dict[str, list[dict[str, Any]]], tokens: int) -> bool:
         heldout, bits = runs[0]["heldout"], runs[0]["bits_per_byte"]
         print(f"| {name} | {heldout:.6f} | {bits:.6f} | {wall:.3f} | {tokens / wall:,.0f} | {processor:.3f} |")
     print()
-    for key, what in (("seconds", "by the clock"), ("processor", "in processor seconds")):
-        pairs = zip(rounds["llmtune"], rounds["trainer"], strict=True)
-        ratios = [
-            statistics.median(_without_ends([b], key)) / statistics.median(_without_ends([a], key)) for a, b in pairs
-        ]
-        print(
-            f"llmtune is {statistics.median(ratios):.2f} times as fast {what} (by round: {', '.join(f'{one:.2f}' for one in ratios)})"
-        )
-    found = compare(rounds["llmtune"][0], rounds["trainer"][0])
-    for what, value in found.items():
-        print(f"{what}: {value:.2e}")
+    for key, measure in (("seconds", "by the clock"), ("processor", "in processor seconds")):
+        medians = {
+            name: [statistics.median(_without_ends([run], key)) for run in runs] for name, runs in rounds.items()
+        }
+        ratios = [other / own for own, other in zip(medians["llmtune"], medians["trainer"], strict=True)]
+        by_round = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"llmtune is {statistics.median(ratios):.2f} times as fast {measure} (by round: {by_round})")
+    differences = compare(rounds["llmtune"][0], rounds["trainer"][0])
+    for name, value in differences.items():
+        print(f"{name}: {value:.2e}")
     print("\n| step | llmtune | trainer |\n| --- | --- | --- |")
     losses = {name: runs[0]["losses"] for name, runs in rounds.items()}
     count = len(losses["llmtune"])
     for step in sorted({1, *range(10, count + 1, 10), count}):
         print(f"| {step} | {losses['llmtune'][step - 1]:.5f} | {losses['trainer'][step - 1]:.5f} |")
-    return max(found["held-out nats per token"], found["bits per byte"]) <= TOLERANCE
+    return max(differences["held-out nats per token"], differences["bits per byte"]) <= TOLERANCE
+
+
+CONTESTANTS = {"llmtune": train_with_llmtune, "trainer": train_with_trainer}
 
 
 def main() -> int:
@@ -349,7 +345,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--text", type=Path, help="a text file, one document a paragraph, in place of Python's own words"
+        "--text", type=Path, help="a text file, one document a paragraph, in place of Python's documentation"
     )
     parser.add_argument("--contestant", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for the config of both")
@@ -359,7 +355,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     if options.contestant:
         name, folder = options.contestant
-        print(json.dumps({"llmtune": ours, "trainer": theirs}[name](Path(folder))))
+        print(json.dumps(CONTESTANTS[name](Path(folder))))
         return 0
     documents = options.text.read_text(encoding="utf-8").split("\n\n") if options.text else documents_of_python()
     with tempfile.TemporaryDirectory() as temporary:
@@ -382,8 +378,8 @@ def main() -> int:
                 )
     first = rounds["llmtune"][0]
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "llmtune"))
-    what = f"{options.model}, {first['parameters']:,} parameters, {options.steps} steps of {options.batch_size} rows of {ROW_TOKENS} tokens"
-    print(f"{what}; float32")
+    steps = f"{options.steps} steps of {options.batch_size} rows of {ROW_TOKENS} tokens"
+    print(f"{options.model}, {first['parameters']:,} parameters, {steps}; float32")
     print(f"{os.cpu_count()} cores, {platform.machine()}; {versions}")
     print("; ".join(first["decisions"]) + "\n")
     return 0 if report(rounds, options.batch_size * ROW_TOKENS) else 1

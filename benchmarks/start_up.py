@@ -1,4 +1,4 @@
-"""How long a training takes from its command to its first step, when rows and weights are in the cache.
+"""Seconds of a training from its command to its first step, when rows and weights are in the cache.
 
     python benchmarks/start_up.py [--rounds 3] [--config quickstart] [KEY=VALUE ...]
 
@@ -31,27 +31,17 @@ OFF = [
 def seconds_to_first_step(folder: Path, name: str, words: list[str]) -> float:
     """Start one training, read when its first step began, and let it end."""
     metrics = folder / "runs" / name / "metrics.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "llmtune",
-        "--offline",
-        "train",
-        "--name",
-        name,
-        "--no-cuda",
-        *words,
-        *OFF,
-        "training.max_steps=1",
-    ]
+    train = ["-m", "llmtune", "--offline", "train", "--name", name, "--no-cuda", *words, *OFF, "training.max_steps=1"]
     began = time.perf_counter()
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *train], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     while process.poll() is None and not (metrics.is_file() and metrics.read_bytes().endswith(b"\n")):
         time.sleep(0.005)
     waited = time.perf_counter() - began
-    _, said = process.communicate()
+    _, errors = process.communicate()
     if process.returncode != 0:
-        raise SystemExit(f"the training ended with {process.returncode}: {said.strip().splitlines()[-1]}")
+        raise SystemExit(f"the training ended with {process.returncode}: {errors.strip().splitlines()[-1]}")
     return waited - float(json.loads(metrics.read_bytes().splitlines()[0])["step_seconds"])
 
 
@@ -67,11 +57,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         print(f"first start, cache as it is: {seconds_to_first_step(folder, 'first', words):.1f} s", flush=True)
-        found = []
+        seconds = []
         for number in range(options.rounds):
-            found.append(seconds_to_first_step(folder, f"again-{number}", words))
-            print(f"start {number + 1}, from the cache: {found[-1]:.1f} s", flush=True)
-    print(f"median {statistics.median(found):.1f} s from the command to step 1")
+            seconds.append(seconds_to_first_step(folder, f"again-{number}", words))
+            print(f"start {number + 1}, from the cache: {seconds[-1]:.1f} s", flush=True)
+    print(f"median {statistics.median(seconds):.1f} s from the command to step 1")
 
 
 if __name__ == "__main__":

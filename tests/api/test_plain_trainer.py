@@ -55,11 +55,11 @@ def folder(benchmark, tmp_path):
 
 def plainly(benchmark, folder):
     with torch.random.fork_rng():  # the Trainer seeds every generator there is
-        return benchmark.theirs(folder)
+        return benchmark.train_with_trainer(folder)
 
 
 def test_every_step_and_the_held_out_loss_are_those_of_the_plain_trainer(benchmark, folder):
-    mine, plain = benchmark.ours(folder), plainly(benchmark, folder)
+    mine, plain = benchmark.train_with_llmtune(folder), plainly(benchmark, folder)
     assert len(mine["losses"]) == len(plain["losses"]) == 12
     assert mine["losses"][-1] < mine["losses"][0] - 0.2  # it learned something
     assert mine["parameters"] == plain["parameters"]
@@ -75,7 +75,9 @@ def test_the_comparison_sees_another_start(benchmark, folder):
     tensors["model.layers.0.mlp.up_proj.weight"] *= 2
     save_file(tensors, path, {"format": "pt"})
     assert (
-        benchmark.compare(benchmark.ours(folder), plainly(benchmark, folder))["largest difference of a step's loss"]
+        benchmark.compare(benchmark.train_with_llmtune(folder), plainly(benchmark, folder))[
+            "largest difference of a step's loss"
+        ]
         > 1e-5
     )
 

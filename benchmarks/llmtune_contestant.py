@@ -1,0 +1,128 @@
+"""llmtune as a contestant: its own engine, windows, optimizer and loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from starting_point import Rows, Training, adapter_of, example_list, load_model
+from workloads import Workload
+
+if TYPE_CHECKING:
+    from llmtune.data.dataset.batches import MicroBatch, Window
+
+
+def train(
+    workload: Workload,
+    rows: Rows,
+    device_type: str,
+    engine: str = "auto",
+    group_tokens: int | None = None,
+    optimizer: str = "adamw",
+    max_grad_norm: float | None = 1.0,
+    step_in_backward: bool = False,
+) -> Training:
+    """Build a training from the parts that `llmtune train` builds it from: model, adapter, engine, windows, loop."""
+    from llmtune.cli.process import prepare_process
+
+    prepare_process(trains=True)  # before torch, as the commands do
+    import torch
+
+    from llmtune.config.schema import Config, ModelConfig, TrainingConfig
+    from llmtune.data.dataset.batches import BatchPlan
+    from llmtune.data.dataset.packing import plan_packs
+    from llmtune.engine.devices import Devices
+    from llmtune.engine.forward import build_engine
+    from llmtune.engine.loop import train_steps
+    from llmtune.engine.optim import build_optimizer
+    from llmtune.engine.precision import Precision
+    from llmtune.engine.state import TrainingState
+    from llmtune.engine.step_in_backward import StepInBackward
+    from llmtune.engine.update import AfterBackward
+    from llmtune.models.parameters import trained_parameters
+
+    device = torch.device(device_type)
+    precision = Precision("bf16", device)
+    model = load_model(workload, device_type)
+    parameters = trained_parameters(model)
+    config = Config(
+        model=ModelConfig(gradient_checkpointing=workload.checkpointing),  # type: ignore[arg-type]
+        adapter=adapter_of(workload),
+        training=TrainingConfig(engine=engine),  # type: ignore[arg-type]
+    )
+    built = build_engine(model, config=config, device=device, precision=precision)
+    model.train()
+    rate = workload.learning_rate
+    built_optimizer, _ = build_optimizer(
+        optimizer, parameters, learning_rate=rate, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, device=device
+    )
+    lengths = np.array([len(ids) for ids, _ in rows])
+    packing = "none" if workload.pack is None else "best_fit"
+    windows = BatchPlan(
+        example_list(rows),
+        plan_packs(lengths, workload.pack or int(lengths.max()), packing, None),
+        batch_size=workload.rows_a_step,
+        accumulation=1,
+        epochs=1,
+        max_steps=None,
+        shuffle_seed=None,
+        layout=built.layout,
+        max_group_tokens=group_tokens or built.max_group_tokens,
+    )
+    devices, weights = Devices(device), list(parameters.values())
+    if step_in_backward:
+        update = StepInBackward(weights, built_optimizer)
+    else:
+        update = AfterBackward(weights, built_optimizer, precision, devices, max_grad_norm=max_grad_norm)
+    results = train_steps(
+        nll_sum=built.nll_sum,
+        update=update,
+        windows=timed_windows(windows.windows()),
+        learning_rate=lambda _step: rate,
+        precision=precision,
+        state=TrainingState(),
+        devices=devices,
+        max_skipped_steps=0,
+    )
+    steps = ((result.step_seconds, result.train_mean_nll) for result in results)
+    return Training(model.config, steps, tuple(map(str, built.decisions)))
+
+
+class TimedMicroBatches:
+    """Micro-batches whose making is timed, and is a part of its own in a profile."""
+
+    seconds = 0.0
+    """Seconds waited for data, windows included, in the whole process."""
+
+    def __init__(self, micro_batches: Sequence[MicroBatch]) -> None:
+        self.micro_batches = micro_batches
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        import torch
+
+        for number in range(len(self.micro_batches)):
+            began = time.perf_counter()
+            with torch.profiler.record_function("part: data"):
+                micro_batch = self.micro_batches[number]
+            TimedMicroBatches.seconds += time.perf_counter() - began
+            yield micro_batch
+
+
+def timed_windows(windows: Iterator[Window]) -> Iterator[Window]:
+    """Time the making of windows and of their micro-batches as data."""
+    import torch
+
+    while True:
+        began = time.perf_counter()
+        with torch.profiler.record_function("part: data"):
+            window = next(windows, None)
+        TimedMicroBatches.seconds += time.perf_counter() - began
+        if window is None:
+            return
+        yield replace(window, micro_batches=TimedMicroBatches(window.micro_batches))
