@@ -14,8 +14,8 @@ import pytest
 
 import badinputs_explained as explained
 import badinputs_runner as runner
+from llmtune.data.rendering.limits import Limits
 from llmtune.data.rendering.renderer import Renderer
-from llmtune.data.rendering.sandbox import Limits
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 
 CASES = runner.cases()

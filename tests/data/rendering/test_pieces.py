@@ -19,7 +19,7 @@ words = st.sampled_from(
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(chunked_encoding, "PIECE_CHARACTERS", 300)
+    monkeypatch.setattr(chunked_encoding, "CHUNK_CHARACTERS", 300)
     monkeypatch.setattr(chunked_encoding, "OVERLAP_CHARACTERS", 150)
 
 
@@ -36,7 +36,9 @@ def test_the_tokens_of_pieces_are_those_of_the_whole(name, tokenizer_for, small_
 def test_most_makes_of_tokenizers_are_encoded_in_pieces(families, tokenizer_for, small_pieces):
     text = "The quick brown fox jumps over the lazy dog. " * 40
     joined = {
-        name for name in families if chunked_encoding._joined(tokenizer_for(name).backend_tokenizer, text) is not None
+        name
+        for name in families
+        if chunked_encoding._encode_chunks(tokenizer_for(name).backend_tokenizer, text) is not None
     }
     assert {"chatml", "qwen3", "llama3", "nemotron", "deepseek"} <= joined
     assert "mistral1" not in joined  # it knows no words, so there is no place to join at

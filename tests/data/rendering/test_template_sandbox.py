@@ -6,8 +6,9 @@ from datetime import datetime
 
 import pytest
 
+from llmtune.data.rendering.chat_template import ChatTemplate
+from llmtune.data.rendering.limits import Limits, TemplateRefusal
 from llmtune.data.rendering.provenance import Traced, runs_of
-from llmtune.data.rendering.sandbox import ChatTemplate, Limits, TemplateRefusal
 from llmtune.errors import TokenizerError
 
 LIMITS = Limits(seconds=0.3, characters=100_000)

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmtune.data.example import Conversation, Message
+from llmtune.data.rendering.chat_template import ChatTemplate
+from llmtune.data.rendering.limits import TemplateRefusal
 from llmtune.data.rendering.renderer import Renderer
-from llmtune.data.rendering.sandbox import ChatTemplate, TemplateRefusal
 
 NOW = datetime(2025, 1, 1)
 WALKING = {
@@ -45,7 +46,7 @@ def test_what_one_rendering_tells_of_a_beginning_is_what_rendering_it_gives(
     template = template_of(name, families, tokenizer_for)
     talk = talk_of(contents, system=system)
     try:
-        text, beginnings = template.render_walked(talk, None)
+        text, beginnings = template.render_with_prefixes(talk, None)
     except TemplateRefusal:
         return
     assert text == template.render(talk, None, add_generation_prompt=False)
@@ -57,7 +58,7 @@ def test_what_one_rendering_tells_of_a_beginning_is_what_rendering_it_gives(
 def test_the_templates_of_many_families_are_seen_to_walk(families, tokenizer_for):
     talk = talk_of(["a", "b", "c", "d"], system=False)
     assert {
-        name for name in families if template_of(name, families, tokenizer_for).render_walked(talk, None)[1]
+        name for name in families if template_of(name, families, tokenizer_for).render_with_prefixes(talk, None)[1]
     } >= WALKING
 
 
@@ -96,8 +97,8 @@ AHEAD = {
 def test_a_template_that_may_look_ahead_is_rendered_for_every_prompt(way):
     """The mutants of the law above: each of these, taken for a walk, would give wrong prompts."""
     talk = talk_of(["a", "b", "c", "d"], system=False)
-    assert compiled(AHEAD[way]).render_walked(talk, None)[1] == {}
-    assert compiled(LOOP + TAIL).render_walked(talk, None)[1] != {}
+    assert compiled(AHEAD[way]).render_with_prefixes(talk, None)[1] == {}
+    assert compiled(LOOP + TAIL).render_with_prefixes(talk, None)[1] != {}
 
 
 def test_messages_looked_at_by_number_bound_what_is_told():
@@ -106,7 +107,7 @@ def test_messages_looked_at_by_number_bound_what_is_told():
         "{{ messages[1].content }}{% set rest = messages[1:] %}{% for m in rest %}{{ m.content }};{% endfor %}" + TAIL
     )
     talk = talk_of(["a", "b", "c", "d"], system=False)
-    text, beginnings = template.render_walked(talk, None)
+    text, beginnings = template.render_with_prefixes(talk, None)
     assert {count for count, _ in beginnings} == {3, 4}
     for (count, generate), known in beginnings.items():
         assert text[: known.length] + known.tail == template.render(talk[:count], None, add_generation_prompt=generate)

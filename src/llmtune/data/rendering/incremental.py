@@ -1,11 +1,10 @@
-"""Templates that only walk through their messages: what they have written before a message does not depend on what
-follows.
+"""Find templates that render a conversation message by message, so that one rendering holds those of all its prefixes.
 
-Most chat templates are one loop over the messages, with what opens the conversation before it and the generation prompt
-after it. For such a template one rendering of the whole conversation holds the rendering of every beginning of it: the
-text up to where the loop turns to the next message, and what the template writes after the loop. Whether a template is
-one is read off its syntax tree, with no guess: any use of the messages, of the loop, or of `add_generation_prompt` that
-could look ahead makes the answer no.
+Most chat templates are one loop over the messages, with the opening of the conversation before it and the generation
+prompt after it. The rendering of the first k messages is then the text up to where the loop turns to message k, and the
+text after the loop. Whether a template is of this kind is decided from its syntax tree, without guessing: any use of
+the messages, of the loop, or of `add_generation_prompt` that could depend on later messages makes the answer no. For
+other templates every trained answer takes a rendering of its own, quadratic in the length of conversations.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ from collections.abc import Iterable, Iterator
 
 from jinja2 import nodes
 
-__all__ = ["Walk", "find_walk"]
+__all__ = ["IncrementalTemplate", "find_incremental"]
 
 _MESSAGES = "messages"
 _GENERATE = "add_generation_prompt"
-_LOOKING_BACK = frozenset({"first", "index", "index0", "previtem"})
+_BACKWARD_ATTRIBUTES = frozenset({"first", "index", "index0", "previtem"})
+"""Attributes of `loop` that do not depend on later items; `last`, `length`, `nextitem` and `revindex` do."""
 _REFUSED_NODES = (
     nodes.Include,
     nodes.Import,
@@ -31,146 +31,132 @@ _REFUSED_NODES = (
 )
 
 
-class Walk:
-    """The loop of a template over its messages: `loop` is its node, and `needs` messages from the beginning are looked
-    at by number.
+class IncrementalTemplate:
+    """The loop over the messages (a node of the syntax tree) of a template that renders message by message.
 
-    What holds of the beginnings of a conversation holds of those with at least `needs` messages.
+    This holds for conversations of at least `least_messages`, because the template uses that many by their number.
     """
 
-    def __init__(self, loop: nodes.For, needs: int) -> None:
-        self.loop, self.needs = loop, needs
+    def __init__(self, loop: nodes.For, least_messages: int) -> None:
+        self.loop, self.least_messages = loop, least_messages
 
 
-def find_walk(tree: nodes.Template, variables: Iterable[str]) -> Walk | None:
-    """The walk of a template, or None where it may look ahead.
+def find_incremental(tree: nodes.Template, constants: Iterable[str]) -> IncrementalTemplate | None:
+    """The message loop of a template, or None if its output may depend on later messages.
 
-    `variables` are the names that never change between conversations.
+    `constants` are the variables that never change between conversations.
     """
     root = list(_root_nodes(tree))
     names = _names_of_messages(tree)
-    loops = [node for node in root if isinstance(node, nodes.For) and _beginning_kept(node.iter, names)]
+    loops = [node for node in root if isinstance(node, nodes.For) and _is_messages(node.iter, names)]
     if len(loops) != 1:
         return None
     (loop,) = loops
-    place = root.index(loop)
-    checker = _Checker(names, loop)
-    sound = (
+    position = root.index(loop)
+    checker = _Checker(names)
+    is_incremental = (
         next(tree.find_all(_REFUSED_NODES), None) is None
-        and not any(one.name == "random" for one in tree.find_all(nodes.Filter))
+        and not any(node.name == "random" for node in tree.find_all(nodes.Filter))
         and loop.test is None
         and not loop.else_
         and not loop.recursive
         and isinstance(loop.target, nodes.Name)
         and loop.target.name not in names
-        and all(checker.looks_back(node) for node in root[:place])
-        and all(checker.looks_back(node, inside=True) for node in loop.body)
-        and all(_is_constant(node, {*variables, _GENERATE}) for node in root[place + 1 :])
+        and all(checker.is_incremental(node) for node in root[:position])
+        and all(checker.is_incremental(node, in_loop=True) for node in loop.body)
+        and all(_is_constant(node, {*constants, _GENERATE}) for node in root[position + 1 :])
         and all(checker.is_alias(node) for node in tree.find_all(nodes.Assign))
     )
     # Messages left out by slices count too: a shorter conversation would leave out other ones.
-    left_out = sum(_counted(node.start) or 0 for node in tree.find_all(nodes.Slice) if node.start is not None)
-    return Walk(loop, checker.highest + left_out + 1) if sound else None
+    left_out = sum(_whole_number(node.start) or 0 for node in tree.find_all(nodes.Slice) if node.start is not None)
+    return IncrementalTemplate(loop, checker.highest_index + left_out + 1) if is_incremental else None
 
 
 def _names_of_messages(tree: nodes.Template) -> set[str]:
-    """`messages`, and every name that is set to them, or to all of them from a fixed one on."""
+    """`messages`, and every name that is set to it or to a slice of it from a fixed message on."""
     names: set[str] = set()
-    found = {_MESSAGES}
-    while found - names:
-        names |= found
+    candidates = {_MESSAGES}
+    while candidates - names:  # an alias may be set from another alias
+        names |= candidates
         for node in tree.find_all(nodes.Assign):
-            if isinstance(node.target, nodes.Name) and _beginning_kept(node.node, names):
-                found.add(node.target.name)
+            if isinstance(node.target, nodes.Name) and _is_messages(node.node, names):
+                candidates.add(node.target.name)
     return names
 
 
 def _root_nodes(tree: nodes.Template) -> Iterator[nodes.Node]:
-    """What stands at the top of a template, without the setting of a default for `add_generation_prompt`, which is
-    always given.
-    """
+    """The nodes at the top of a template, except the default for `add_generation_prompt`, which is always given."""
     for node in tree.body:
-        if isinstance(node, nodes.If) and _asks_whether_given(node.test) and not node.elif_ and not node.else_:
+        if isinstance(node, nodes.If) and _tests_if_undefined(node.test) and not node.elif_ and not node.else_:
             continue
         yield node
 
 
-def _asks_whether_given(test: nodes.Node) -> bool:
-    given = test.node if isinstance(test, nodes.Not) else None
-    return (
-        isinstance(given, nodes.Test)
-        and given.name == "defined"
-        and isinstance(given.node, nodes.Name)
-        and given.node.name == _GENERATE
-    )
+def _tests_if_undefined(test: nodes.Node) -> bool:
+    defined = test.node if isinstance(test, nodes.Not) else None
+    return isinstance(defined, nodes.Test) and defined.name == "defined" and _is_name(defined.node, _GENERATE)
 
 
-def _beginning_kept(node: nodes.Node, names: set[str]) -> bool:
-    """Whether this is the messages, or all of them from a fixed one on."""
+def _is_name(node: nodes.Node, name: str) -> bool:
+    return isinstance(node, nodes.Name) and node.name == name
+
+
+def _is_messages(node: nodes.Node, names: set[str]) -> bool:
+    """Whether this is the list of messages, or all of them from a fixed one on."""
     if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
         start, rest = node.arg.start, (node.arg.stop, node.arg.step)
         return (
-            _beginning_kept(node.node, names)
+            _is_messages(node.node, names)
             and rest == (None, None)
-            and (start is None or _counted(start) is not None)
+            and (start is None or _whole_number(start) is not None)
         )
     return isinstance(node, nodes.Name) and node.name in names
 
 
-def _counted(node: nodes.Node) -> int | None:
+def _whole_number(node: nodes.Node) -> int | None:
     return node.value if isinstance(node, nodes.Const) and type(node.value) is int and node.value >= 0 else None
 
 
 def _is_constant(node: nodes.Node, names: set[str]) -> bool:
-    """Whether what a node writes depends on `names` alone."""
-    found = [node] if isinstance(node, nodes.Name) else []
-    return all(one.name in names and one.ctx == "load" for one in (*found, *node.find_all(nodes.Name)))
+    """Whether the output of a node depends on `names` alone."""
+    used = [*([node] if isinstance(node, nodes.Name) else []), *node.find_all(nodes.Name)]
+    return all(name.name in names and name.ctx == "load" for name in used)
 
 
 class _Checker:
-    """Looks for anything that could depend on messages to come.
+    """Looks for nodes whose value could depend on later messages.
 
-    `highest` is the last message looked at by its number, from 0.
+    `highest_index` is the highest message used by its number, from 0.
     """
 
-    def __init__(self, names: set[str], loop: nodes.For) -> None:
+    def __init__(self, names: set[str]) -> None:
         self._names = names
-        self._loop = loop
-        self.highest = 0
+        self.highest_index = 0
 
     def is_alias(self, node: nodes.Assign) -> bool:
-        """Whether an assignment leaves the names of the messages what they are: other names for messages from a fixed
-        one on.
-        """
-        targets = {one.name for one in (node.target, *node.target.find_all(nodes.Name)) if isinstance(one, nodes.Name)}
-        return not targets & self._names or (
-            isinstance(node.target, nodes.Name) and _beginning_kept(node.node, self._names)
+        """Whether the names of the messages still name all of them, from a fixed one on, after an assignment."""
+        targets = [*([node.target] if isinstance(node.target, nodes.Name) else []), *node.target.find_all(nodes.Name)]
+        return not {target.name for target in targets} & self._names or (
+            isinstance(node.target, nodes.Name) and _is_messages(node.node, self._names)
         )
 
-    def looks_back(self, node: nodes.Node, *, inside: bool = False) -> bool:
-        """Whether a node (in the body of the loop: `inside`) depends only on messages that have been walked through
-        already.
-        """
-        if isinstance(node, nodes.Assign) and _beginning_kept(node.node, self._names):
-            return not inside
-        if isinstance(node, nodes.Getitem) and _beginning_kept(node.node, self._names):
-            number = _counted(node.arg)
-            if number is None:
+    def is_incremental(self, node: nodes.Node, *, in_loop: bool = False) -> bool:
+        """Whether the value of a node, before or `in_loop` over the messages, depends on earlier messages only."""
+        if isinstance(node, nodes.Assign) and _is_messages(node.node, self._names):
+            return not in_loop
+        if isinstance(node, nodes.Getitem) and _is_messages(node.node, self._names):
+            index = _whole_number(node.arg)
+            if index is None:
                 return False
-            self.highest = max(self.highest, number)
+            self.highest_index = max(self.highest_index, index)
             return True
-        if (
-            inside
-            and isinstance(node, nodes.Getattr)
-            and isinstance(node.node, nodes.Name)
-            and node.node.name == "loop"
-        ):
-            return node.attr in _LOOKING_BACK
+        if in_loop and isinstance(node, nodes.Getattr) and _is_name(node.node, "loop"):
+            return node.attr in _BACKWARD_ATTRIBUTES
         if isinstance(node, nodes.Name):
-            return node.name not in {*self._names, _GENERATE} and not (inside and node.name == "loop")
-        if isinstance(node, nodes.For):  # it has a `loop` of its own
+            return node.name not in {*self._names, _GENERATE} and not (in_loop and node.name == "loop")
+        if isinstance(node, nodes.For):  # its body sees a `loop` of its own
             parts = [node.iter, *([node.test] if node.test is not None else []), node.target, *node.else_]
-            return all(self.looks_back(one, inside=inside) for one in parts) and all(
-                self.looks_back(one) for one in node.body
+            return all(self.is_incremental(part, in_loop=in_loop) for part in parts) and all(
+                self.is_incremental(part) for part in node.body
             )
-        return all(self.looks_back(one, inside=inside) for one in node.iter_child_nodes())
+        return all(self.is_incremental(child, in_loop=in_loop) for child in node.iter_child_nodes())

@@ -1,19 +1,18 @@
-"""What rendering one conversation may use of time and space, and the loops in which it is spent."""
+"""Limits of time and size for rendering one conversation, and the loops of a template that keep to them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-__all__ = ["DEFAULT_LIMITS", "Budget", "Limits", "RenderLimit", "SizedTicking", "TemplateRefusal", "Walking"]
+__all__ = ["DEFAULT_LIMITS", "Budget", "LimitedLoop", "Limits", "MessageLoop", "SizedLoop", "TemplateRefusal"]
 
 
 class TemplateRefusal(Exception):
-    """The template refuses or fails on one conversation; the message says how.
+    """The template refuses or fails on a conversation; the message gives the reason.
 
-    `is_limit` marks a template that asked for too much time or space.
+    `is_limit` marks a template that went over a limit of time or space.
     """
 
     def __init__(self, problem: str, *, is_limit: bool = False) -> None:
@@ -23,7 +22,7 @@ class TemplateRefusal(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one rendering may use: seconds, and characters of any one text (raised with the size of the conversation)."""
+    """Limits of one rendering: seconds, and characters of any one text (more for a long conversation)."""
 
     seconds: float = 10.0
     characters: int = 16_000_000
@@ -33,66 +32,73 @@ DEFAULT_LIMITS = Limits()
 
 
 class Budget:
-    """What one rendering may still use, what it has written, and where it turned to each message."""
+    """The rest of the limits of one rendering, and the positions in its output at which each message began."""
 
-    def __init__(self, limits: Limits, input_characters: int) -> None:
+    def __init__(self, limits: Limits, input_characters: int, messages: Sequence[object]) -> None:
         self.deadline = time.monotonic() + limits.seconds
         self.seconds = limits.seconds
         self.characters = limits.characters + 16 * input_characters
         self.turns = 0
         self.written = 0
-        self.marks: dict[int, int] = {}
-        self.messages: Sequence[Any] = ()
+        """Characters of output so far."""
+        self.messages = messages
+        self.message_starts: dict[int, int] = {}
+        """Characters of output before each message; at `len(messages)` those before the end of the loop."""
 
-    def spend(self) -> None:
-        """Pay for a turn of a loop or a call."""
+    def count_turn(self) -> None:
+        """Count a turn of a loop or a call. Raises TemplateRefusal over the time limit."""
         self.turns += 1
+        # Reading the clock at each turn would double the time of a loop.
         if self.turns % 256 == 0 and time.monotonic() > self.deadline:
             raise TemplateRefusal(f"the chat template ran longer than {self.seconds:g} s", is_limit=True)
 
     def check_size(self, size: int) -> None:
-        """Refuse a text of more characters than are allowed."""
+        """Raise TemplateRefusal for a text of more characters than allowed."""
         if size > self.characters:
             raise TemplateRefusal(f"the chat template made more than {self.characters:,} characters", is_limit=True)
 
 
-class RenderLimit:
-    """An iterable whose every turn is paid for.
+class LimitedLoop:
+    """The items of a loop; every turn counts against the budget."""
 
-    It keeps its length so that `loop.length` and `loop.last` work as before.
-    """
-
-    def __init__(self, items: Any, budget: Budget) -> None:
+    def __init__(self, items: Iterable[object], budget: Budget) -> None:
         self._items = items
         self._budget = budget
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         for item in self._items:
-            self._budget.spend()
+            self._budget.count_turn()
             yield item
 
 
-class SizedTicking(RenderLimit):
-    """The same with its length."""
+class SizedLoop(LimitedLoop):
+    """A `LimitedLoop` with a length, without which `loop.length` and `loop.last` would not work in the template."""
+
+    def __init__(self, items: Sequence[object], budget: Budget) -> None:
+        super().__init__(items, budget)
+        self._length = len(items)
 
     def __len__(self) -> int:
-        return len(self._items)
+        return self._length
 
 
-class Walking(SizedTicking):
-    """A template's walk through its messages: where in the output each turn begins, and where the walk ends, is written
-    down.
-    """
+class MessageLoop(SizedLoop):
+    """The loop of a template over its messages; records where in the output each turn begins and the loop ends."""
 
-    def __iter__(self) -> Iterator[Any]:
-        budget = self._budget
-        skipped = len(budget.messages) - len(self._items)
-        known = skipped >= 0 and all(
-            one is other for one, other in zip(self._items, budget.messages[skipped:], strict=True)
+    def __init__(self, items: Sequence[object], budget: Budget) -> None:
+        super().__init__(items, budget)
+        self._sequence = items
+
+    def __iter__(self) -> Iterator[object]:
+        messages, starts = self._budget.messages, self._budget.message_starts
+        first = len(messages) - len(self._sequence)
+        # A template may have changed the list before its loop; starts are recorded only for the messages given to it.
+        is_known = first >= 0 and all(
+            item is message for item, message in zip(self._sequence, messages[first:], strict=True)
         )
-        for place, item in enumerate(super().__iter__(), skipped):
-            if known:
-                budget.marks[place] = budget.written
+        for index, item in enumerate(super().__iter__(), first):
+            if is_known:
+                starts[index] = self._budget.written
             yield item
-        if known:
-            budget.marks[len(budget.messages)] = budget.written
+        if is_known:
+            starts[len(messages)] = self._budget.written

@@ -1,30 +1,30 @@
-"""A message as a chat template reads it, and which messages a mask rule trains."""
+"""Messages as chat templates read them, and the messages that each mask rule trains."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 from llmtune.data.example import REASONING_FIELDS, Message
-from llmtune.data.rendering.provenance import DATA, trace
+from llmtune.data.rendering.provenance import DATA, with_origin
 
 __all__ = ["SELECTIONS", "message_fields", "traced_fields"]
 
 KNOWN_ROLES = frozenset(
     {"system", "developer", "user", "assistant", "tool", "function", "model", "ipython", "observation"}
 )
-"""Roles a template may build its own control tokens from; any other role is text of the row."""
+"""Roles from which a template may build its control tokens; any other role is text of the row."""
 
 HEADER_FIELDS = frozenset({"name", "tool_call_id", "id", "recipient"})
-"""Fields of a message that templates write into headers: text of the row, but no part of what a message says."""
+"""Fields of a message that templates write into headers: text of the row, but no part of the message's answer."""
 
 
-def message_fields(message: Message) -> dict[str, Any]:
+def message_fields(message: Message) -> dict[str, object]:
     """Return a message as the dictionary a chat template reads.
 
-    Fields without a value are left out, tool calls' arguments given as JSON text become objects (templates expect
-    objects; servers do the same), and reasoning is given under every name templates read.
+    Fields without a value are left out, arguments of tool calls given as JSON text become objects (templates expect
+    objects; inference servers do the same), and reasoning is given under every name that templates read.
     """
     extra = {key: value for key, value in message.extra.items() if value is not None}
     if "tool_calls" in extra:
@@ -35,7 +35,7 @@ def message_fields(message: Message) -> dict[str, Any]:
     return {"role": message.role, "content": message.content, **extra}
 
 
-def _with_object_arguments(call: Any) -> Any:
+def _with_object_arguments(call: object) -> object:
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
@@ -49,15 +49,12 @@ def _with_object_arguments(call: Any) -> Any:
     return call
 
 
-def traced_fields(fields: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return the dictionary of `message_fields` with the origin of every string: message `index`, or DATA for what
-    stands in headers.
-    """
-    traced = {key: trace(value, DATA if key in HEADER_FIELDS else index) for key, value in fields.items()}
-    if fields["role"] in KNOWN_ROLES:
-        traced["role"] = fields["role"]
-    else:
-        traced["role"] = trace(fields["role"], DATA)
+def traced_fields(fields: Mapping[str, object], index: int) -> dict[str, object]:
+    """Return the result of `message_fields` with origins: message `index`, or DATA for texts of headers."""
+    traced = {key: with_origin(value, DATA if key in HEADER_FIELDS else index) for key, value in fields.items()}
+    # Templates build control tokens such as <|user|> from a role; an unknown role must not be able to name one.
+    role = fields["role"]
+    traced["role"] = role if role in KNOWN_ROLES else with_origin(role, DATA)
     return traced
 
 
@@ -77,4 +74,4 @@ SELECTIONS: Mapping[str, Callable[[Sequence[Message]], list[int]]] = {
     "all_messages": lambda messages: list(range(len(messages))),
     "all_user_and_system_messages": _of_roles("user", "system", "developer"),
 }
-"""Mask rules that choose messages; `all_tokens` and `customized` are not a choice of messages."""
+"""Mask rules that choose messages, as functions to their indices; `all_tokens` and `customized` choose by token."""

@@ -1,4 +1,4 @@
-"""Rows of plain text, and of a prompt and its completion as one text: the rows that need no chat template."""
+"""Tokenize rows without a chat template: plain texts, and prompts with their completion as one text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llmtune.config.schema import TrainOn
 from llmtune.data.example import Conversation, Message
 from llmtune.data.rendering.encoding import Encoded, SafeEncoder
 from llmtune.data.rendering.provenance import DATA
-from llmtune.data.rendering.row_warnings import RowWarning, text_notes
+from llmtune.data.rendering.row_warnings import RowWarning, text_warnings
 from llmtune.data.rendering.vocabulary import Vocabulary
 from llmtune.errors import DataError
 
@@ -16,9 +16,9 @@ __all__ = ["TextRows"]
 
 
 class TextRows:
-    """Makes ids, weights and notes of rows without a template.
+    """Makes ids, weights and warnings of rows without a template.
 
-    All of such a row is content: it cannot match a control token.
+    All of such a row is content, so none of it can become a control token.
     """
 
     def __init__(self, vocabulary: Vocabulary, encoder: SafeEncoder, train_on: TrainOn) -> None:
@@ -27,14 +27,14 @@ class TextRows:
         self._train_on = train_on
 
     def text_row(self, text: str) -> tuple[list[int], list[float], list[RowWarning]]:
-        """Return a text row: all of it is trained, and the end token after it."""
+        """Tokenize a text row: all of it and its end token are trained."""
         encoded = self._encode(text)
         before, after = self._vocabulary.before, self._vocabulary.after
         ids = [*before, *encoded.ids, *after]
-        return ids, [1.0] * len(ids), text_notes(encoded, None, self._vocabulary.bos_id)
+        return ids, [1.0] * len(ids), text_warnings(encoded, None, self._vocabulary.bos_id)
 
     def completion_row(self, conversation: Conversation) -> tuple[list[int], list[float], list[RowWarning]]:
-        """Return a prompt-completion row; its first ids are exactly those of `prompt_ids` of its prompt.
+        """Tokenize a prompt-completion row; its first ids are exactly those of `prompt_ids` of its prompt.
 
         Raises DataError unless the conversation has two messages.
         """
@@ -46,17 +46,17 @@ class TextRows:
             )
         prompt, completion = conversation.messages
         head, both = self._encode(prompt.content), self._encode(prompt.content + completion.content)
-        notes = text_notes(both, None, self._vocabulary.bos_id)
+        warnings = text_warnings(both, None, self._vocabulary.bos_id)
         ids, cut = both.ids, len(head.ids)
         if ids[:cut] != head.ids:
-            # The prompt's last token and the completion's first would melt together; keep the prompt as generation will
-            # see it.
+            # The last token of the prompt and the first of the completion would become one. Keep the prompt's tokens as
+            # generation will see them, if that is the same text.
             apart = [*head.ids, *self._encode(completion.content).ids]
             if self._vocabulary.decode(apart) == self._vocabulary.decode(ids):
                 ids = apart
             else:
                 cut = bisect.bisect_left(both.starts, len(prompt.content))
-                notes.append(
+                warnings.append(
                     RowWarning(
                         "joined-token",
                         "prompt and completion share a token: the prompt's own last token differs from training",
@@ -66,10 +66,10 @@ class TextRows:
         weights = [self._weight(prompt)] * (len(before) + cut) + [self._weight(completion)] * (
             len(ids) - cut + len(after)
         )
-        return [*before, *ids, *after], weights, notes
+        return [*before, *ids, *after], weights, warnings
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Return the ids of a text to be continued."""
+        """Tokenize a text to be continued."""
         return [*self._vocabulary.before, *self._encode(text).ids]
 
     def _weight(self, message: Message) -> float:

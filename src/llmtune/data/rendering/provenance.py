@@ -1,30 +1,45 @@
-"""Text that knows where each of its characters came from, through everything a chat template does to it.
+"""Strings that carry the origin of each character through everything a chat template does to them.
 
 A chat template mixes its own text with the text of the data: it trims, splits, joins, slices and adds. `Traced` is a
-`str` that carries, beside its characters, an *origin* for each of them, and keeps it through those operations. After
-rendering we therefore know for every character whether the template wrote it or which message it belongs to, with no
-markers in the text and no second guess: this is what masks (Q5) and the safe encoding of content (Q6) stand on.
+`str` with an *origin* for each character, which it keeps through those operations. After rendering, every character is
+therefore known to be written by the template or to belong to a certain message, without markers in the text. Loss masks
+(promise Q5) and the safe encoding of content (promise Q6) are built on this.
 
-Origins: `TEMPLATE` (-1) for what the template writes, `DATA` (-2) for text of the row that belongs to no message's
-answer (tool descriptions, names), and a message's index (0 and up) for its content, reasoning and tool calls. Runs are
-`(length, origin)` pairs whose lengths add up to the text's.
+Origins: `TEMPLATE` (-1) for text of the template, `DATA` (-2) for text of the row that is part of no message's answer
+(tool descriptions, names), and the index of a message (0 and up) for its content, reasoning and tool calls. Runs are
+`(length, origin)` pairs whose lengths add up to that of the text.
 """
 
 # ruff: noqa: D102 - the methods are those of str
 
 from __future__ import annotations
 
+import functools
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import SupportsIndex, TypeVar, cast
 
-__all__ = ["DATA", "TEMPLATE", "Run", "Traced", "concat", "holds_traced", "label", "lift", "runs_of", "trace"]
+__all__ = [
+    "DATA",
+    "TEMPLATE",
+    "Run",
+    "Traced",
+    "call_with_origins",
+    "concat",
+    "contains_traced",
+    "label_as_content",
+    "runs_of",
+    "with_origin",
+]
 
 TEMPLATE = -1
 DATA = -2
 
 Run = tuple[int, int]
+"""Length and origin."""
+
+T = TypeVar("T")
 
 
 class Traced(str):
@@ -39,12 +54,12 @@ class Traced(str):
     _runs: tuple[Run, ...]
 
     def __new__(cls, text: str, runs: Iterable[Run] | None = None) -> Traced:
-        made = super().__new__(cls, text)
-        made._runs = _merged(runs) if runs is not None else (((len(text), DATA),) if text else ())
-        return made
+        traced = super().__new__(cls, text)
+        traced._runs = _merged(runs) if runs is not None else (((len(text), DATA),) if text else ())
+        return traced
 
     def __str__(self) -> str:
-        return self
+        return self  # jinja2 calls str() on output; `str.__str__(text)` gives the plain string
 
     def __add__(self, other: str) -> Traced:
         if not isinstance(other, str):
@@ -65,8 +80,8 @@ class Traced(str):
     def __getitem__(self, key: SupportsIndex | slice) -> Traced:
         text = str.__getitem__(self, key)
         if not isinstance(key, slice):
-            place = key.__index__() % len(self)
-            return Traced(text, _cut(self._runs, place, place + 1))
+            index = key.__index__() % len(self)
+            return Traced(text, _cut(self._runs, index, index + 1))
         start, stop, step = key.indices(len(self))
         if step == 1:
             return Traced(text, _cut(self._runs, start, stop))
@@ -74,10 +89,10 @@ class Traced(str):
         return Traced(text, [(1, origin) for origin in origins[key]])
 
     def __iter__(self) -> Iterator[Traced]:
-        return (self[place] for place in range(len(self)))
+        return (self[index] for index in range(len(self)))
 
-    def __mod__(self, values: Any) -> str:
-        return lift(lambda form, given: str.__mod__(str.__str__(form), given), (self, values), {})
+    def __mod__(self, values: object) -> str:
+        return call_with_origins(lambda form, given: str.__mod__(str.__str__(form), given), (self, values), {})
 
     def strip(self, chars: str | None = None) -> Traced:
         return self.lstrip(chars).rstrip(chars)
@@ -102,28 +117,30 @@ class Traced(str):
 
     def splitlines(self, keepends: bool = False) -> list[str]:
         parts: list[str] = []
-        place = 0
-        for kept, bare in zip(str.splitlines(self, True), str.splitlines(self, False), strict=True):
-            parts.append(self[place : place + len(kept if keepends else bare)])
-            place += len(kept)
+        start = 0
+        for line, bare in zip(str.splitlines(self, True), str.splitlines(self, False), strict=True):
+            parts.append(self[start : start + len(line if keepends else bare)])
+            start += len(line)
         return parts
 
     def partition(self, sep: str) -> tuple[str, str, str]:
-        place = str.find(self, sep) if sep else len(str.partition(self, sep)[0])
-        return (self, Traced("", ()), Traced("", ())) if place < 0 else self._around(place, len(sep))
+        # An empty separator raises str's own error.
+        start = str.find(self, sep) if sep else len(str.partition(self, sep)[0])
+        return (self, Traced("", ()), Traced("", ())) if start < 0 else self._around(start, len(sep))
 
     def rpartition(self, sep: str) -> tuple[str, str, str]:
-        place = str.rfind(self, sep) if sep else len(str.rpartition(self, sep)[0])
-        return (Traced("", ()), Traced("", ()), self) if place < 0 else self._around(place, len(sep))
+        start = str.rfind(self, sep) if sep else len(str.rpartition(self, sep)[0])
+        return (Traced("", ()), Traced("", ()), self) if start < 0 else self._around(start, len(sep))
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         if not old:
-            return lift(lambda text, put: str.replace(str.__str__(text), "", put, count), (self, new), {})
-        parts = self.split(old, count)
-        return concat(piece for place, part in enumerate(parts) for piece in ((part,) if place == 0 else (new, part)))
+            # An empty text is replaced between all characters: rare enough for the slow way.
+            insert = functools.partial(_insert_between, count=count)
+            return call_with_origins(insert, (self, new), {})
+        return _interleave(self.split(old, count), new)
 
     def join(self, pieces: Iterable[str], /) -> str:
-        return concat(piece for place, part in enumerate(pieces) for piece in ((part,) if place == 0 else (self, part)))
+        return _interleave(pieces, self)
 
     def upper(self) -> Traced:
         return self._recased(str.upper(self))
@@ -139,30 +156,39 @@ class Traced(str):
 
     def _recased(self, text: str) -> Traced:
         # A few letters grow when their case changes; then single origins are no longer known, but it is still content.
-        return Traced(text, self._runs) if len(text) == len(self) else label(text, (self,))
+        return Traced(text, self._runs) if len(text) == len(self) else label_as_content(text, (self,))
 
     def _located(self, parts: Sequence[str], sep: str | None) -> list[str]:
-        found: list[str] = []
-        place = 0
+        """The parts that `str.split` gave, cut out of this text again."""
+        traced: list[str] = []
+        start = 0
         for part in parts:
-            if sep is None:
-                place = str.index(self, part, place)
-            found.append(self[place : place + len(part)])
-            place += len(part) + len(sep or "")
-        return found
+            if sep is None:  # any amount of white space lies between two parts
+                start = str.index(self, part, start)
+            traced.append(self[start : start + len(part)])
+            start += len(part) + len(sep or "")
+        return traced
 
-    def _around(self, place: int, width: int) -> tuple[str, str, str]:
-        return self[:place], self[place : place + width], self[place + width :]
+    def _around(self, start: int, width: int) -> tuple[str, str, str]:
+        return self[:start], self[start : start + width], self[start + width :]
+
+
+def _insert_between(text: str, new: str, count: SupportsIndex) -> str:
+    return str.replace(str.__str__(text), "", new, count)
+
+
+def _interleave(parts: Iterable[str], glue: str) -> str:
+    return concat(piece for index, part in enumerate(parts) for piece in ((part,) if index == 0 else (glue, part)))
 
 
 PRECISE_METHODS = frozenset(
     name for name, value in vars(Traced).items() if callable(value) and not name.startswith("_")
 )
-"""Methods of `Traced` that keep origins; the result of any other is labelled as content by the environment."""
+"""Methods of `Traced` that keep origins; the sandbox labels the result of any other as content."""
 
 
 def runs_of(text: str) -> tuple[Run, ...]:
-    """Return the runs of a text; a plain string is the template's own."""
+    """Return the runs of a text; a plain string is text of the template."""
     if isinstance(text, Traced):
         return text._runs
     return ((len(text), TEMPLATE),) if text else ()
@@ -176,64 +202,72 @@ def concat(pieces: Iterable[str]) -> str:
     return Traced("".join(parts), [run for part in parts for run in runs_of(part)])
 
 
-def trace(value: Any, origin: int) -> Any:
+def with_origin(value: T, origin: int) -> T:
     """Return a copy of JSON-like `value` in which every string, keys too, is `Traced` with `origin`."""
     if isinstance(value, str):
-        return Traced(value, [(len(value), origin)])
+        return cast("T", Traced(value, [(len(value), origin)]))
     if isinstance(value, Mapping):
-        return {trace(key, origin): trace(item, origin) for key, item in value.items()}
+        return cast("T", {with_origin(key, origin): with_origin(item, origin) for key, item in value.items()})
     if isinstance(value, (list, tuple)):
-        return [trace(item, origin) for item in value]
+        return cast("T", [with_origin(item, origin) for item in value])
     return value
 
 
-def holds_traced(value: Any) -> bool:
-    """Tell whether a `Traced` string stands anywhere in nested lists, tuples and mappings."""
+def contains_traced(value: object) -> bool:
+    """Whether nested lists, tuples and mappings contain a `Traced` string."""
     return next(_traced_in(value), None) is not None
 
 
-def label(text: str, sources: Any) -> Traced:
-    """Label all of `text` as content made from `sources`: with their one origin where they share it, as DATA otherwise."""
+def label_as_content(text: str, sources: object) -> Traced:
+    """Give all of `text` one origin: that of the `sources` it was made from if they share one, DATA otherwise."""
     origins = {origin for source in _traced_in(sources) for _, origin in source._runs if origin != TEMPLATE}
     return Traced(text, [(len(text), origins.pop() if len(origins) == 1 else DATA)])
 
 
-def lift(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call a function that knows nothing of origins and find out where the characters of its text came from.
+def call_with_origins(function: Callable[..., T], args: tuple[object, ...], kwargs: Mapping[str, object]) -> T:
+    """Call a function that loses origins, and determine the origins of the characters of its text.
 
-    The function is called a second time with unguessable words in place of the traced strings. Where putting the
-    strings back gives the true result, origins are exact; where it does not (the function looked into them, escaped or
-    cut them), the whole result is labelled as content: never as the template's.
+    The function is called a second time with random words in the place of the traced strings. If putting the strings
+    back gives the true result, origins are exact. If not (the function looked into the strings, escaped or cut them),
+    all of the result is labelled as content, never as the template's: content that passes for template text could
+    become a control token.
     """
     result = function(*args, **kwargs)
     if not isinstance(result, str):
         return result
-    stands_for: dict[str, Traced] = {}
-    nonce = secrets.token_hex(12)
+    strings: dict[str, Traced] = {}
+    nonce = secrets.token_hex(12)  # a row cannot contain a word that is drawn after it was read
     try:
-        stand_in = function(*_hidden(args, nonce, stands_for), **_hidden(dict(kwargs), nonce, stands_for))
+        other = function(
+            *[_with_words(value, nonce, strings) for value in args],
+            **{name: _with_words(value, nonce, strings) for name, value in kwargs.items()},
+        )
     except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError):
-        return label(result, (args, kwargs))
-    if not isinstance(stand_in, str) or not stands_for:
-        return label(result, (args, kwargs)) if stands_for else result
-    pieces = re.split(f"(zq{nonce}x[0-9]+zq)", str.__str__(stand_in))
-    guess = concat(stands_for.get(piece, piece) for piece in pieces)
-    return guess if str.__eq__(guess, result) else label(result, (args, kwargs))
+        return cast("T", label_as_content(result, (args, kwargs)))
+    if not strings:
+        return result
+    if isinstance(other, str):
+        pieces = re.split(f"(zq{nonce}x[0-9]+zq)", str.__str__(other))
+        guess = concat(strings.get(piece, piece) for piece in pieces)
+        if str.__eq__(guess, result):
+            return cast("T", guess)
+    return cast("T", label_as_content(result, (args, kwargs)))
 
 
-def _hidden(value: Any, nonce: str, stands_for: dict[str, Traced]) -> Any:
+def _with_words(value: object, nonce: str, strings: dict[str, Traced]) -> object:
+    """A copy of `value` with a word for each traced string, which is put into `strings` under that word."""
     if isinstance(value, Traced):
-        word = f"zq{nonce}x{len(stands_for)}zq"
-        stands_for[word] = value
+        word = f"zq{nonce}x{len(strings)}zq"
+        strings[word] = value
         return word
     if isinstance(value, Mapping):
-        return {_hidden(key, nonce, stands_for): _hidden(item, nonce, stands_for) for key, item in value.items()}
+        return {_with_words(key, nonce, strings): _with_words(item, nonce, strings) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_hidden(item, nonce, stands_for) for item in value)
+        return type(value)(_with_words(item, nonce, strings) for item in value)
     return value
 
 
-def _traced_in(value: Any) -> Iterator[Traced]:
+def _traced_in(value: object) -> Iterator[Traced]:
     if isinstance(value, Traced):
         yield value
     elif isinstance(value, Mapping):
@@ -256,11 +290,12 @@ def _merged(runs: Iterable[Run]) -> tuple[Run, ...]:
 
 
 def _cut(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
-    kept: list[Run] = []
-    place = 0
+    """The runs of the characters [start, stop)."""
+    inside: list[Run] = []
+    run_start = 0
     for length, origin in runs:
-        low, high = max(start, place), min(stop, place + length)
+        low, high = max(start, run_start), min(stop, run_start + length)
         if low < high:
-            kept.append((high - low, origin))
-        place += length
-    return kept
+            inside.append((high - low, origin))
+        run_start += length
+    return inside

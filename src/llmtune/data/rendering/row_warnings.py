@@ -1,27 +1,27 @@
-"""What there is to say about a rendered row beside its tokens."""
+"""Warnings about a rendered row: suspicious texts, and content that the template leaves out."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, cast
 
 from llmtune.data.example import REASONING_FIELDS, Conversation
 from llmtune.data.rendering.encoding import Encoded
 from llmtune.data.rendering.spans import Rendering
 
-__all__ = ["RowWarning", "lost_content", "text_notes"]
+__all__ = ["RowWarning", "lost_content", "text_warnings"]
 
 _PLAIN_NAME = re.compile(r"[\w.-]+")
-"""Names that no template has a reason to write in another way."""
+"""Names that a template has no reason to escape."""
 
 _THOUGHT_END = "</think>"
-"""Where a thought written inside an answer ends; templates cut thoughts out of earlier answers."""
+"""End of a thought that is written inside an answer; templates cut thoughts out of earlier answers."""
 
 
 class RowWarning(NamedTuple):
-    """Something about a rendered row that its reader should know: a code to count by, and a sentence."""
+    """A warning about a rendered row: a code to count by, and a sentence."""
 
     code: str
     text: str
@@ -30,64 +30,60 @@ class RowWarning(NamedTuple):
         return f"{self.code}: {self.text}"
 
 
-def text_notes(encoded: Encoded, eos_id: int | None, bos_id: int | None) -> list[RowWarning]:
-    """Name control strings in the content, a doubled begin-of-text token and characters the tokenizer does not know."""
-    notes = []
-    if encoded.hostile:
-        shown = ", ".join(sorted(set(encoded.hostile))[:5])
-        notes.append(RowWarning("control-string", f"spells control tokens, encoded as plain text: {shown}"))
+def text_warnings(encoded: Encoded, eos_id: int | None, bos_id: int | None) -> list[RowWarning]:
+    """Warn about control strings in the content, a doubled begin-of-text token and characters without a token."""
+    warnings = []
+    if encoded.spelled:
+        shown = ", ".join(sorted(set(encoded.spelled))[:5])
+        warnings.append(RowWarning("control-string", f"spells control tokens, encoded as plain text: {shown}"))
     if bos_id is not None and bos_id != eos_id and encoded.ids[:2] == [bos_id, bos_id]:
-        notes.append(RowWarning("doubled-bos", "begins with two begin-of-text tokens"))
+        warnings.append(RowWarning("doubled-bos", "begins with two begin-of-text tokens"))
     if encoded.unknown:
-        notes.append(
-            RowWarning("unknown-characters", f"holds characters the tokenizer does not know ({encoded.unknown} tokens)")
-        )
-    return notes
+        text = f"holds characters the tokenizer does not know ({encoded.unknown} tokens)"
+        warnings.append(RowWarning("unknown-characters", text))
+    return warnings
 
 
-def lost_content(conversation: Conversation, whole: Rendering) -> list[RowWarning]:
-    """Name what the template leaves out of the row: messages, parts of them, reasoning, tool calls, tool descriptions."""
-    notes = []
+def lost_content(conversation: Conversation, rendering: Rendering) -> list[RowWarning]:
+    """Warn about content that the template leaves out: messages, parts of them, reasoning, tool calls, tools."""
+    warnings = []
     for index, message in enumerate(conversation.messages):
         name = f"message {index + 1} ({message.role})"
-        first, last = whole.extents.get(index, (0, 0))
-        shown = whole.text[first:last]
-        calls = [
-            called for call in cast("list[object]", message.extra.get("tool_calls") or []) if (called := _called(call))
-        ]
+        start, stop = rendering.extents.get(index, (0, 0))
+        shown = rendering.text[start:stop]
+        calls = _function_names(cast("list[object]", message.extra.get("tool_calls") or []))
         content = message.content.strip()
-        reasoning = next((message.extra[name] for name in REASONING_FIELDS if message.extra.get(name)), None)
-        if content and first == last:
-            notes.append(RowWarning("not-rendered", f"the template leaves out {name}"))
-        elif calls and not all(call in shown for call in calls):
-            notes.append(RowWarning("not-rendered", f"the template leaves out the tool calls of {name}"))
+        reasoning = next((message.extra[field] for field in REASONING_FIELDS if message.extra.get(field)), None)
+        if content and start == stop:
+            warnings.append(RowWarning("not-rendered", f"the template leaves out {name}"))
+        elif not all(call in shown for call in calls):
+            warnings.append(RowWarning("not-rendered", f"the template leaves out the tool calls of {name}"))
         elif content not in shown and not any(
-            json.dumps(content, ensure_ascii=one)[1:-1] in shown for one in (False, True)
+            json.dumps(content, ensure_ascii=is_ascii)[1:-1] in shown for is_ascii in (False, True)
         ):
-            notes.append(_changed(content, shown, name))
-        if isinstance(reasoning, str) and reasoning.strip() and reasoning.strip() not in whole.text:
-            notes.append(
-                RowWarning("reasoning-dropped", f"the template leaves out the reasoning of message {index + 1}")
-            )
-    described = [called for tool in conversation.tools if (called := _called(tool))]
-    if any(called not in whole.text for called in described):
-        notes.append(RowWarning("tools-dropped", "the template leaves out descriptions of tools"))
-    return notes
+            warnings.append(_changed_warning(content, shown, name))
+        if isinstance(reasoning, str) and reasoning.strip() and reasoning.strip() not in rendering.text:
+            text = f"the template leaves out the reasoning of message {index + 1}"
+            warnings.append(RowWarning("reasoning-dropped", text))
+    if any(tool not in rendering.text for tool in _function_names(conversation.tools)):
+        warnings.append(RowWarning("tools-dropped", "the template leaves out descriptions of tools"))
+    return warnings
 
 
-def _called(call: object) -> str | None:
-    """The name of the function of a tool call or a tool description."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    return name if isinstance(name, str) and _PLAIN_NAME.fullmatch(name) else None
+def _function_names(calls: Iterable[object]) -> Iterator[str]:
+    """The names of the functions of tool calls or tool descriptions."""
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str) and _PLAIN_NAME.fullmatch(name):
+            yield name
 
 
-def _changed(content: str, shown: str, name: str) -> RowWarning:
-    """What to say of a content that does not stand in the rendering letter by letter."""
+def _changed_warning(content: str, shown: str, name: str) -> RowWarning:
+    """The warning for a content that is not in the rendering letter by letter."""
     _, closing, answer = content.rpartition(_THOUGHT_END)
     if closing and answer.strip() in shown:
         return RowWarning("reasoning-dropped", f"the template leaves out or moves the thought in {name}")
-    place = next((place for place, line in enumerate(content.splitlines()) if line.strip() not in shown), 0)
-    return RowWarning(
-        "content-changed", f"the template leaves out or changes part of {name}, from line {place + 1} of it"
-    )
+    lines = enumerate(content.splitlines(), start=1)
+    number = next((number for number, line in lines if line.strip() not in shown), 1)
+    return RowWarning("content-changed", f"the template leaves out or changes part of {name}, from line {number} of it")
