@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.tracking import RunInfo
-from llmtune.tracking.console import ConsoleTracker, clean
+from llmtune.tracking.console import ConsoleTracker, on_one_line
 
 INFO = RunInfo(name="a-run", folder=Path("nowhere"), total_steps=4)
 SCRIPT = """
@@ -118,7 +118,7 @@ def test_a_dumb_terminal_gets_plain_lines(environ):
 
 def test_an_answer_cannot_steer_the_terminal():
     assert "\x1b[31mb" not in run_in_terminal(120)
-    assert clean("a\x07\u202eb\u200b") == "a\\x07\\u202eb\\u200b"
+    assert on_one_line("a\x07\u202eb\u200b") == "a\\x07\\u202eb\\u200b"
 
 
 def test_showing_a_run_draws_no_random_numbers():

@@ -28,7 +28,7 @@ info = RunInfo(name="tiny-test-20260101", folder=folder, total_steps=4, start_st
                architecture={"class": "LlamaForCausalLM"})
 said, exit_function, hook = [], sys.exit, sys.excepthook
 state = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-tracked = TrackerQueue([WandbTracker("a-project", mode=mode or None, say=said.append)], say=said.append)
+tracked = TrackerQueue([WandbTracker("a-project", mode=mode or None, print_line=said.append)], print_line=said.append)
 began = time.perf_counter()
 tracked.start(info)
 for step in range(start_step + 1, 5):

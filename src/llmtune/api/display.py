@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llmtune.tracking.queue import say_on_stderr
+from llmtune.common.printing import print_to_stderr
 
 __all__ = ["Display", "print_line", "progress_html"]
 
@@ -51,7 +51,7 @@ def _notebook() -> Any:
 def print_line(line: str) -> None:
     """Print a line on stderr; in a notebook, where stderr looks like a failure, as the cell's plain output."""
     if _notebook() is None:
-        say_on_stderr(line)
+        print_to_stderr(line)
     else:
         sys.stdout.write(line + "\n")  # a kernel sends it on by itself
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 
-__all__ = ["PrintLine", "silent"]
+__all__ = ["PrintLine", "print_to_stderr", "silent"]
 
 PrintLine = Callable[[str], None]
 """Takes one line of text, without its line end."""
@@ -12,3 +14,9 @@ PrintLine = Callable[[str], None]
 
 def silent(line: str) -> None:
     """Print nothing."""
+
+
+def print_to_stderr(line: str) -> None:
+    """Print one line with the program's name; a closed stderr is no error, because training goes on without it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"llmtune: {line}", file=sys.stderr, flush=True)  # noqa: T201

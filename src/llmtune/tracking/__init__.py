@@ -1,4 +1,4 @@
-"""Who is told about a run: the terminal, metrics.jsonl, TensorBoard, wandb."""
+"""Where a run is shown and recorded: the terminal, metrics.jsonl, TensorBoard, wandb."""
 
 from llmtune.tracking.choose import TRACKERS, choose_trackers, keeps_record
 from llmtune.tracking.jsonl import RunRecord

@@ -1,11 +1,11 @@
-"""Which trackers a run gets: the table of all of them, and the choice among them."""
+"""The table of trackers, and the choice of those a run gets."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import TrackingConfig
@@ -18,29 +18,26 @@ from llmtune.tracking.wandb import WandbTracker
 __all__ = ["TRACKERS", "TrackerKind", "choose_trackers", "keeps_record"]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrackerKind:
-    """One row of `TRACKERS`.
-
-    make: returns the tracker, or None for the run's own record, which does not stand behind the queue (see `jsonl`).
-    package: what must be importable; extra: the extra of llmtune that brings it.
-    """
+    """One row of `TRACKERS`."""
 
     make: Callable[[TrackingConfig], Tracker | None]
+    """Returns the tracker; None for the run's record, which is not behind the queue (see `jsonl`)."""
     package: str | None = None
+    """The package that must be installed."""
     extra: str | None = None
+    """The extra of llmtune that installs it."""
 
 
 def choose_trackers(
     config: TrackingConfig, *, explicit: bool, environ: Mapping[str, str] = os.environ
 ) -> tuple[list[Tracker], list[Decision]]:
-    """Return the trackers that stand behind the queue, and what was decided on the way.
+    """Return the trackers behind the queue, and the decisions made for the user.
 
-    explicit: the user asked for `tracking.trackers`; then one that cannot be had is refused, otherwise it is left out
-    and that is said.
-
-    Raises ConfigError for a name that is no tracker, MachineError for a package that is asked for and not installed;
-    all of them at once.
+    explicit: whether the user set `tracking.trackers`. A tracker that is not installed is then refused; otherwise it is
+    left out, with a decision. Raises ConfigError for every name that is no tracker, MachineError for every tracker that
+    is requested and not installed.
     """
     unknown = [name for name in config.trackers if name not in TRACKERS]
     if unknown:
@@ -59,9 +56,9 @@ def choose_trackers(
         for name in missing
     ]
     config, project = _with_project(config, environ)
-    wanted = [name for name in dict.fromkeys(config.trackers) if name not in missing]
-    made = [TRACKERS[name].make(config) for name in wanted]
-    return [tracker for tracker in made if tracker is not None], decisions + (project if "wandb" in wanted else [])
+    names = [name for name in dict.fromkeys(config.trackers) if name not in missing]
+    trackers = [TRACKERS[name].make(config) for name in names]
+    return [tracker for tracker in trackers if tracker is not None], decisions + (project if "wandb" in names else [])
 
 
 def keeps_record(config: TrackingConfig) -> bool:
@@ -78,8 +75,6 @@ def _how_to_install(name: str) -> str:
 
 
 def _with_project(config: TrackingConfig, environ: Mapping[str, str]) -> tuple[TrackingConfig, list[Decision]]:
-    import dataclasses
-
     project = environ.get("WANDB_PROJECT")
     if not project or config.project != TrackingConfig().project or project == config.project:
         return config, []
@@ -97,4 +92,4 @@ TRACKERS: dict[str, TrackerKind] = {
         extra="wandb",
     ),
 }
-"""Name in `tracking.trackers` -> how to make it. A new tracker is one row here."""
+"""By name in `tracking.trackers`. A new tracker is one row here."""

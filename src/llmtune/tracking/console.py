@@ -1,8 +1,8 @@
 """The terminal as a tracker: a progress bar where there is a terminal, plain lines where there is none.
 
-A plain line is a Python dict with the names people grep for: `{'loss': 2.451, 'learning_rate': 0.0002, 'epoch': 0.01}`.
-Its `loss` is `train_mean_nll`, in nats per trained token over the whole window. All of it goes to stderr; stdout is for
-data.
+A plain line is a Python dict in the form of the Hugging Face Trainer, which people grep for, such as
+`{'loss': 2.451, 'learning_rate': 0.0002, 'epoch': 0.01}`. Its `loss` is `train_mean_nll`, in nats per trained token of
+the window. Everything goes to stderr; stdout is for data.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import TextIO
 
-# Imported here and not when a run starts: importing rich draws from Python's global random numbers, which belong to the
-# training by then.
+# Not imported lazily: importing rich draws from Python's global random numbers, which are the training's once a run
+# has started.
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TaskProgressColumn, TextColumn
 
 from llmtune.common.text import printable
-from llmtune.tracking.tracker import Histogram, RunInfo
+from llmtune.tracking.tracker import Histogram, Metrics, RunInfo, Sample
 
-__all__ = ["ConsoleTracker", "clean", "eval_line", "train_line"]
+__all__ = ["ConsoleTracker", "eval_line", "on_one_line", "train_line"]
 
 NARROW_COLUMNS = 60
-"""Below this width the bar itself is left out and only the numbers stay."""
+"""Below this width the bar is left out and only the numbers are shown."""
 
 SECONDS_BETWEEN_DRAWINGS = 0.2
 
 SHOWN_CHARACTERS = 300
-"""Characters of a prompt or an answer that are shown; samples.jsonl has the rest."""
+"""Characters of a prompt or an answer that are shown; samples.jsonl has all of them."""
 
 
 class ConsoleTracker:
@@ -46,7 +46,7 @@ class ConsoleTracker:
         self._drawn_at = 0.0
 
     def start(self, info: RunInfo) -> None:
-        """Open the bar, or nothing where lines are printed."""
+        """Open the progress bar where there is a terminal."""
         self._info = info
         self._started_at = time.monotonic()
         console = Console(file=self._stream or sys.stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -59,8 +59,8 @@ class ConsoleTracker:
         )
         self._progress.start()
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Move the bar, or print a line; an evaluation is printed in both cases."""
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Move the bar, or print a line where there is none; an evaluation is always printed."""
         is_evaluation = any(key.startswith("eval_") for key in metrics)
         if is_evaluation:
             self._print(eval_line(metrics))
@@ -71,16 +71,17 @@ class ConsoleTracker:
         if not is_evaluation:
             self._move(step, metrics)
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, rows: Sequence[Sample]) -> None:
         """Print each prompt with its answer, one line each, without control characters."""
         for row in rows:
-            self._print(f"[step {step}] {clean(str(row.get('prompt', '')))} -> {clean(str(row.get('text', '')))}")
+            prompt, answer = (on_one_line(str(row.get(key, ""))) for key in ("prompt", "text"))
+            self._print(f"[step {step}] {prompt} -> {answer}")
 
     def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Show nothing."""
 
-    def finish(self, state: str) -> None:  # noqa: ARG002 - whoever started the run says how it ended
-        """Draw the bar a last time and leave it standing."""
+    def finish(self, state: str) -> None:  # noqa: ARG002 - the command prints how the run ended
+        """Draw the bar a last time; it stays on the screen."""
         if self._progress is not None:
             self._progress.refresh()
             self._progress.stop()
@@ -89,12 +90,13 @@ class ConsoleTracker:
         assert self._console is not None, "start comes first"
         self._console.print(line)
 
-    def _move(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def _move(self, step: int, metrics: Metrics) -> None:
         assert self._progress is not None
         assert self._task is not None
         assert self._info is not None
-        made = step - self._info.start_step
-        left_s = (time.monotonic() - self._started_at) / max(made, 1) * max(self._info.total_steps - step, 0)
+        # By the steps of this process alone: the first part of a resumed run may have been on another machine.
+        steps_made = step - self._info.start_step
+        left_s = (time.monotonic() - self._started_at) / max(steps_made, 1) * max(self._info.total_steps - step, 0)
         numbers = f"loss {_short(metrics.get('train_mean_nll'))} {_rate(metrics.get('tokens_per_second'))}".rstrip()
         self._progress.update(self._task, completed=step, numbers=numbers, left=f"ETA {_clock(left_s)}")
         now = time.monotonic()
@@ -103,18 +105,18 @@ class ConsoleTracker:
             self._progress.refresh()
 
 
-def train_line(metrics: Mapping[str, Any]) -> str:
-    """Return a training line as people know it.
+def train_line(metrics: Metrics) -> str:
+    """Return the line of a training step.
 
     >>> train_line({"step": 3, "train_mean_nll": 2.45123, "learning_rate": 2e-4, "epoch": 0.0123, "grad_norm": 1.0})
     "{'loss': 2.4512, 'learning_rate': 0.0002, 'epoch': 0.01}"
     """
-    shown = {"loss": _rounded(metrics, "train_mean_nll", 5), "learning_rate": _rounded(metrics, "learning_rate", 4)}
-    return str(shown | {"epoch": _epoch(metrics)})
+    line = {"loss": _rounded(metrics, "train_mean_nll", 5), "learning_rate": _rounded(metrics, "learning_rate", 4)}
+    return str(line | {"epoch": _epoch(metrics)})
 
 
-def eval_line(metrics: Mapping[str, Any]) -> str:
-    """Return an evaluation line.
+def eval_line(metrics: Metrics) -> str:
+    """Return the line of an evaluation.
 
     >>> eval_line({"eval_mean_nll": 1.5, "eval_perplexity": 4.481689, "epoch": 1.0})
     "{'eval_loss': 1.5, 'eval_perplexity': 4.4817, 'epoch': 1.0}"
@@ -124,20 +126,19 @@ def eval_line(metrics: Mapping[str, Any]) -> str:
         "eval_perplexity": "eval_perplexity",
         "eval_bits_per_byte": "eval_bits_per_byte",
     }
-    shown = {name: _rounded(metrics, key, 5) for name, key in names.items() if metrics.get(key) is not None}
+    line = {name: _rounded(metrics, key, 5) for name, key in names.items() if metrics.get(key) is not None}
     if "eval_exact_answers" in metrics:
-        shown["eval_exact"] = f"{metrics['eval_exact_answers']} of {metrics.get('eval_num_answers', '?')}"
-    return str(shown | ({"epoch": _epoch(metrics)} if "epoch" in metrics else {}))
+        line["eval_exact"] = f"{metrics['eval_exact_answers']} of {metrics.get('eval_num_answers', '?')}"
+    return str(line | ({"epoch": _epoch(metrics)} if "epoch" in metrics else {}))
 
 
-def clean(text: str) -> str:
-    r"""Return `text` on one line, cut, and without characters that steer a terminal.
+def on_one_line(text: str) -> str:
+    r"""Return `text` on one line, cut, and with the characters escaped that control a terminal.
 
-    >>> clean("two\nlines \x1b[31mred")
+    >>> on_one_line("two\nlines \x1b[31mred")
     'two\\nlines \\x1b[31mred'
     """
-    cut = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
-    return printable(cut)
+    return printable(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "...")
 
 
 def _make_progress(console: Console) -> Progress:
@@ -161,21 +162,21 @@ def _make_progress(console: Console) -> Progress:
     )
 
 
-def _rounded(metrics: Mapping[str, Any], key: str, digits: int) -> Any:
+def _rounded(metrics: Metrics, key: str, digits: int) -> object:
     value = metrics.get(key)
     return float(f"{value:.{digits}g}") if isinstance(value, (int, float)) else value
 
 
-def _epoch(metrics: Mapping[str, Any]) -> Any:
+def _epoch(metrics: Metrics) -> object:
     value = metrics.get("epoch")
     return round(float(value), 2) if isinstance(value, (int, float)) else value
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, (int, float)) else "-"
 
 
-def _rate(tokens_per_second: Any) -> str:
+def _rate(tokens_per_second: object) -> str:
     if not isinstance(tokens_per_second, (int, float)):
         return ""
     return f"{tokens_per_second / 1000:.1f}k tok/s" if tokens_per_second >= 1000 else f"{tokens_per_second:.0f} tok/s"
@@ -187,5 +188,5 @@ def _clock(seconds: float) -> str:
     >>> _clock(3725.4)
     '1:02:05'
     """
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

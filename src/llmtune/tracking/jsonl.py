@@ -1,8 +1,8 @@
-"""metrics.jsonl and samples.jsonl: the run's own record.
+"""metrics.jsonl and samples.jsonl: the record of a run.
 
-This is the one tracker that does not stand behind the queue. A line of the record may not be dropped, and after a
-resume the file must be byte for byte (but for times) the one of the run never stopped; so the pipeline writes it
-itself, at the step boundary, and its position is part of every checkpoint.
+This is the one tracker that is not behind the queue. No line of the record may be dropped, and after a resume the file
+must be byte for byte (but for times) the one of the run never stopped; so the training writes it itself, at the step
+boundary, and its position is part of every checkpoint.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from llmtune import durable
 from llmtune.errors import MachineError
+from llmtune.tracking.tracker import Metrics, Sample
 
 __all__ = ["RunRecord"]
 
@@ -22,39 +22,42 @@ __all__ = ["RunRecord"]
 class RunRecord:
     """The two files, open for appending.
 
-    A checkpoint stores `position()` and a resumed run hands it back to `rewind`, which drops the lines of steps that
-    will be made again. A full disk does not end a run here: refused lines wait in memory, in order, and `sync` and
-    `close` say so if they still do (P7).
+    A checkpoint stores `position()` and a resumed run passes it to `rewind`, which drops the lines of steps that will
+    be made again. A full disk does not end a run here: refused lines wait in memory, in order, until `sync` or `close`
+    raises for those that are still refused (P7).
     """
 
     def __init__(self, folder: Path) -> None:
-        self._metrics = _PatientLog(folder / "metrics.jsonl")
-        self._samples = _PatientLog(folder / "samples.jsonl")
+        self._metrics = _RetryingLog(folder / "metrics.jsonl")
+        self._samples = _RetryingLog(folder / "samples.jsonl")
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         """Append one line of metrics."""
         self._metrics.append({"step": step, **metrics})
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, rows: Sequence[Sample]) -> None:
         """Append one line for each answer."""
         for row in rows:
             self._samples.append({"step": step, **row})
 
     def position(self) -> dict[str, int]:
-        """Return how many lines each file has: what a checkpoint stores."""
+        """Return the number of lines of each file, for a checkpoint."""
         return {"metrics": self._metrics.lines, "samples": self._samples.lines}
 
     def rewind(self, position: Mapping[str, int]) -> int:
-        """Go back to `position` and return how many lines were dropped. Raises MachineError when the disk refuses."""
+        """Drop the lines after `position` and return their number. Raises MachineError when the disk refuses."""
         return self._metrics.truncate_to(position["metrics"]) + self._samples.truncate_to(position["samples"])
 
     def sync(self) -> None:
-        """Wait until the disk has every line. Called before a checkpoint that counts on them."""
+        """Wait until every line is on the disk.
+
+        Called before a checkpoint is committed, because `rewind` to its position needs them. Raises MachineError.
+        """
         self._metrics.sync()
         self._samples.sync()
 
     def close(self) -> None:
-        """Sync and close both files. Raises MachineError when lines are still refused."""
+        """Sync and close both files. Raises MachineError for lines that are still refused."""
         try:
             self.sync()
         finally:
@@ -62,22 +65,22 @@ class RunRecord:
             self._samples.close()
 
 
-class _PatientLog:
-    """A durable log whose refused lines wait for their turn."""
+class _RetryingLog:
+    """A durable log that keeps refused lines and writes them later, in order."""
 
     def __init__(self, path: Path) -> None:
         self._log = durable.AppendLog(path)
-        self._waiting: deque[Mapping[str, Any]] = deque()
+        self._waiting: deque[Mapping[str, object]] = deque()
 
     @property
     def lines(self) -> int:
-        """Lines written, and those that wait."""
+        """Lines written and waiting."""
         return self._log.lines + len(self._waiting)
 
-    def append(self, value: Mapping[str, Any]) -> None:
-        """Write a line after those that wait, or let it wait with them where the disk refuses."""
+    def append(self, value: Mapping[str, object]) -> None:
+        """Write the waiting lines and this one; where the disk refuses, it waits too."""
         self._waiting.append(value)
-        with contextlib.suppress(MachineError):  # asked again at the next line, and for good at `sync`
+        with contextlib.suppress(MachineError):  # tried again at the next line; `sync` raises
             self._write()
 
     def _write(self) -> None:
@@ -86,12 +89,12 @@ class _PatientLog:
             self._waiting.popleft()
 
     def sync(self) -> None:
-        """Write what waits and sync it to the disk. Raises MachineError where it is still refused."""
+        """Write the waiting lines and sync. Raises MachineError where they are still refused."""
         self._write()
         self._log.sync()
 
     def truncate_to(self, lines: int) -> int:
-        """Keep the first `lines` lines and return how many were cut. Raises MachineError."""
+        """Keep the first `lines` lines and return the number of dropped ones. Raises MachineError."""
         self._write()
         return self._log.truncate_to(lines)
 

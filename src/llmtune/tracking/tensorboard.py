@@ -1,7 +1,7 @@
-"""TensorBoard as a tracker: an event file in the run folder's `tensorboard/`, written on the tracker's own thread.
+"""TensorBoard as a tracker: an event file in `tensorboard/` of the run folder.
 
-TensorBoard's usual writer has a queue and a thread of its own, which prints a traceback when the disk refuses. A
-tracker here has both already, so its records are written directly: what the disk says is then said once, as for every
+TensorBoard's SummaryWriter has another queue and thread, which prints a traceback when the disk refuses. A tracker of
+llmtune has both already, so its records are written directly, and an error of the disk is reported once, as for every
 tracker (P11).
 """
 
@@ -12,28 +12,27 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune import durable
 from llmtune.common.mappings import flat_items
 from llmtune.common.secrets import redacted
-from llmtune.tracking.tracker import Histogram, RunInfo, grouped_name
+from llmtune.tracking.tracker import Histogram, Metrics, RunInfo, Sample, grouped_name
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
 __all__ = ["TensorBoardTracker"]
 
 
 class _EventFile:
-    """One event file.
+    """One event file; when `add` returns its record is complete for a reader, though not synced to the disk.
 
-    When `add` returns its record is in the file, whole for a reader, though not yet synced to the disk.
-
-    purge_step: what earlier files of the folder logged from this step on is taken from view. Raises OSError when the
-    disk refuses.
+    purge_step: TensorBoard hides records of earlier files from this step on.
+    Raises OSError when the disk refuses.
     """
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
@@ -54,7 +53,7 @@ class _EventFile:
     def add(self, summary: Summary, step: int) -> None:
         self._write(self._event(wall_time=time.time(), step=step, summary=summary))
 
-    def _write(self, event: Any) -> None:
+    def _write(self, event: Event) -> None:
         self._records.write(event.SerializeToString())
 
     def close(self) -> None:
@@ -62,10 +61,7 @@ class _EventFile:
 
 
 class TensorBoardTracker:
-    """Writes scalars, samples as text, and histograms.
-
-    After a resume, what was logged beyond the resumed step is purged from view.
-    """
+    """Writes scalars, samples as text, and histograms; a resume hides the records beyond its first step."""
 
     name = "tensorboard"
 
@@ -85,8 +81,8 @@ class TensorBoardTracker:
             if values:
                 self._events.add(text(title, _as_markdown_table(values)), info.start_step)
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write every number as a scalar; the step is the axis and not a curve of its own."""
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Write every number but the step, which is the axis, as a scalar."""
         from torch.utils.tensorboard.summary import scalar
 
         assert self._events is not None, "start comes first"
@@ -94,8 +90,8 @@ class TensorBoardTracker:
             if key != "step" and isinstance(value, (int, float)):
                 self._events.add(scalar(grouped_name(key), value), step)
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write each answer as text under its prompt's number."""
+    def samples(self, step: int, rows: Sequence[Sample]) -> None:
+        """Write each answer as text under the number of its prompt."""
         from torch.utils.tensorboard.summary import text
 
         assert self._events is not None, "start comes first"
@@ -136,10 +132,10 @@ class TensorBoardTracker:
 
 
 def _as_code(text: object) -> str:
-    """Return text as an indented Markdown block: nothing in an answer can become markup or a link."""
+    """Return text as an indented Markdown block, in which an answer cannot become markup or a link."""
     return "\n".join(f"    {line}" for line in str(text).splitlines() or [""])
 
 
-def _as_markdown_table(values: Mapping[str, Any]) -> str:
+def _as_markdown_table(values: Mapping[str, object]) -> str:
     rows = [f"| {name} | `{value}` |" for name, value in flat_items(values)]
     return "\n".join(["| key | value |", "| --- | --- |", *rows])

@@ -1,7 +1,6 @@
-"""What a tracker is: a listener that is told about a run and can do nothing to it.
+"""The interface of trackers, which receive plain numbers and strings of a run and cannot change it.
 
-A tracker never sees a model, an optimizer or a tensor: it is given plain numbers and strings, copied, on a thread of
-its own.
+The values are copies and arrive on a thread of the tracker; a model, an optimizer or a tensor never does.
 """
 
 from __future__ import annotations
@@ -9,23 +8,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
-__all__ = ["Histogram", "RunInfo", "Tracker", "grouped_name"]
+__all__ = ["Histogram", "Metrics", "RunInfo", "Sample", "Tracker", "grouped_name"]
+
+Metrics: TypeAlias = Mapping[str, object]
+"""Metrics of a step by name: JSON values, nearly all of them numbers."""
+
+Sample: TypeAlias = Mapping[str, object]
+"""An answer of the model: its `prompt` and its `text`."""
 
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker may know about a run before its first step. Everything in it is plain data; no secret ever is."""
+    """The facts about a run before its first step, as plain data without secrets."""
 
     name: str
     """Name of the run and of its folder."""
 
     folder: Path
-    """The run folder; a tracker writes only below the subfolder that carries its own name."""
+    """The run folder; a tracker writes only in its subfolder of the tracker's name."""
 
     total_steps: int
-    """Steps the whole training makes."""
+    """Steps of the complete training."""
 
     start_step: int = 0
     """Steps made before this process started; above 0 in a resumed run."""
@@ -42,18 +47,18 @@ class RunInfo:
     notes: str | None = None
     """`run.notes`."""
 
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
     """The resolved config as nested plain values."""
 
     parameters: Mapping[str, int] = field(default_factory=dict)
-    """Parameter counts: `total`, `trained`, and whatever else was counted."""
+    """Parameter counts: `total` and `trained`."""
 
-    architecture: Mapping[str, Any] = field(default_factory=dict)
+    architecture: Mapping[str, object] = field(default_factory=dict)
     """Shape of the model: class, layers, width, heads, vocabulary."""
 
 
 class Histogram(NamedTuple):
-    """How the values of one tensor were spread when a step was made: `counts` has one entry less than `edges`."""
+    """The distribution of one tensor's values: `counts` has one entry less than `edges`."""
 
     counts: tuple[int, ...]
     edges: tuple[float, ...]
@@ -62,35 +67,34 @@ class Histogram(NamedTuple):
 class Tracker(Protocol):
     """Five methods, called in this order on one thread: start, any number of log / samples / histograms, finish.
 
-    A method may raise: the tracker is then switched off with one line, and the run goes on. Nothing it returns is
-    looked at.
+    A method may raise: the tracker is then switched off with one line, and the run goes on.
     """
 
     name: str
 
     def start(self, info: RunInfo) -> None:
-        """Get ready. May take long (a login, a connection); steps wait in the tracker's own queue meanwhile."""
+        """Open the tracker. May take long (a login, a connection); steps wait in the queue meanwhile."""
         ...
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Note the metrics of a step: a training line, or an evaluation line whose keys start with `eval_`."""
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record the metrics of a step: a training line, or an evaluation line whose keys start with `eval_`."""
         ...
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Note what the model answered after `step` steps: rows with `prompt` and `text`."""
+    def samples(self, step: int, rows: Sequence[Sample]) -> None:
+        """Record the answers of the model after `step` steps."""
         ...
 
     def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Note how gradients or weights were spread, by tensor name."""
+        """Record distributions of gradients or weights, by tensor name."""
         ...
 
     def finish(self, state: str) -> None:
-        """Write what is pending and let go. `state` is the run's: finished, stopped, failed or diverged."""
+        """Write everything pending and close. `state` of the run: finished, stopped, failed or diverged."""
         ...
 
 
 def grouped_name(metric: str) -> str:
-    """Return the name under which a metric stands in trackers that group by a leading path.
+    """Return the name of a metric in trackers that group by a leading path.
 
     >>> grouped_name("train_mean_nll"), grouped_name("eval_perplexity"), grouped_name("learning_rate")
     ('train/mean_nll', 'eval/perplexity', 'train/learning_rate')

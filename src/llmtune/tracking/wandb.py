@@ -1,9 +1,8 @@
-"""Weights & Biases as a tracker: files in the run folder's `wandb/`, and a server only in its online mode.
+"""Weights & Biases as a tracker: files in `wandb/` of the run folder, and a server only in its online mode.
 
-wandb is held at arm's length, because a tracker may not change a run (promise P11): it does not capture the console,
-does not read the git repository or the code, does not report its own crashes to its makers, does not ask for a key in
-the middle of a run, and its "stop" button does not reach the training. Whatever it costs to log in and to upload
-happens on the tracker's thread, in bounded time, and the end of the process waits for none of it.
+A tracker may not change a run (P11). So wandb is set up not to capture the console, not to read the git repository or
+the code, not to send crash reports, not to ask for a key during a run, and not to stop the training by its button.
+Logging in and uploading happen on the tracker's thread, in bounded time; the end of the process does not wait for them.
 """
 
 from __future__ import annotations
@@ -17,29 +16,33 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import psutil
 
 from llmtune import durable
-from llmtune.common.printing import PrintLine
+from llmtune.common.printing import PrintLine, print_to_stderr
 from llmtune.common.secrets import redacted
 from llmtune.errors import MachineError
-from llmtune.tracking.queue import say_on_stderr
-from llmtune.tracking.tracker import Histogram, RunInfo, grouped_name
+from llmtune.tracking.tracker import Histogram, Metrics, RunInfo, Sample, grouped_name
+
+if TYPE_CHECKING:
+    import wandb
 
 __all__ = ["WandbTracker"]
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 20.0
 SERVICE_MODULE = "wandb.sdk.lib.service.service_connection"
+"""The module of wandb that registers a function for the end of this process."""
 
 
 class WandbTracker:
     """Sends metrics, samples and histograms to wandb.
 
-    mode: online, offline or disabled; wandb's own setting (`WANDB_MODE`) when None.
-    print_line: told where the run can be seen, or how to upload an offline one.
+    mode: online, offline or disabled; wandb's setting (`WANDB_MODE`) when None.
+    print_line: receives the address of the run, or the command that uploads an offline one.
     """
 
     name = "wandb"
@@ -50,14 +53,14 @@ class WandbTracker:
         *,
         tags: Sequence[str] = (),
         mode: str | None = None,
-        print_line: PrintLine = say_on_stderr,
+        print_line: PrintLine = print_to_stderr,
     ) -> None:
         self._project = project
         self._tags = tuple(tags)
         self._mode = mode
         self._print_line = print_line
-        self._run: Any = None
-        self._samples: list[list[Any]] = []
+        self._opened: wandb.Run | None = None
+        self._samples: list[list[object]] = []
         self._service: list[psutil.Process] = []
 
     def start(self, info: RunInfo) -> None:
@@ -66,20 +69,18 @@ class WandbTracker:
         Raises MachineError where wandb is online and has no key; wandb's own errors where its server refuses or does
         not answer in time.
         """
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # read when wandb is imported: no crash reports to third parties
+        # Before the import, which reads it: no crash reports to third parties.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        exit_function, hook, complains = sys.exit, sys.excepthook, logging.raiseExceptions
+        exit_function, hook, raises = sys.exit, sys.excepthook, logging.raiseExceptions
         before = _wandb_processes()
         atexit.register(self._end_service)
-        logging.raiseExceptions = (
-            False  # wandb opens a log file of its own, whose every line would print a traceback on a full disk
-        )
+        # wandb opens a log file, whose every line would print a traceback on a full disk.
+        logging.raiseExceptions = False
         try:
             self._log_in(wandb)
-            self._run = wandb.init(
+            self._opened = wandb.init(
                 project=self._project,
                 name=info.name,
                 id=None if os.environ.get("WANDB_RUN_ID") else _run_id(info.folder),
@@ -96,22 +97,23 @@ class WandbTracker:
                 settings=_settings(wandb),
             )
         finally:
-            # wandb puts its own functions in their place; a run that ends with an error must end as it would without a
-            # tracker.
-            sys.exit, sys.excepthook, logging.raiseExceptions = exit_function, hook, complains
+            # wandb replaces these functions; a run that fails must end as it does without a tracker.
+            sys.exit, sys.excepthook, logging.raiseExceptions = exit_function, hook, raises
+            # wandb's function waits for its service without a limit, and prints a traceback when that is gone.
             atexit.unregister(_OfModule(SERVICE_MODULE))
             _quiet_log()
             _quiet_threads()
-            self._service = [one for one in _wandb_processes() if one not in before]
+            self._service = [process for process in _wandb_processes() if process not in before]
         self._run.define_metric("*", step_metric="step")
         self._run.summary.update({f"parameters/{name}": count for name, count in info.parameters.items()})
-        self._say_where()
+        self._print_address()
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Send the metrics of a step; `step` is a value of its own, so that a resumed run may write a step again."""
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Send the metrics of a step."""
+        # `step` as a value, not as wandb's own step, which may only rise: a resumed run makes steps again.
         self._run.log({"step": step, **{grouped_name(key): value for key, value in metrics.items() if key != "step"}})
 
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    def samples(self, step: int, rows: Sequence[Sample]) -> None:
         """Send all answers so far as one table; wandb shows the newest table of a name."""
         import wandb
 
@@ -123,44 +125,44 @@ class WandbTracker:
         import numpy as np
         import wandb
 
-        made = {
+        values = {
             name: wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
             for name, (counts, edges) in histograms.items()
         }
-        self._run.log({"step": step, **made})
+        self._run.log({"step": step, **values})
 
     def finish(self, state: str) -> None:
-        """Note the run's state, let wandb upload what is pending in bounded time, and end the process it started for
-        that.
-        """
+        """Record the run's state, let wandb upload in bounded time, and end the service process it started."""
         self._run.summary["state"] = state
         self._run.finish(exit_code=0 if state in ("finished", "stopped") else 1)
         self._end_service()
 
-    def _end_service(self) -> None:
-        """End the process that wandb started for this tracker, if it is still there.
+    @property
+    def _run(self) -> wandb.Run:
+        assert self._opened is not None, "start comes first"
+        return self._opened
 
-        Wandb itself would wait for it without a limit.
-        """
+    def _end_service(self) -> None:
+        """End the service process of this tracker, for which wandb would wait without a limit."""
         for process in self._service:
             with contextlib.suppress(psutil.Error):
                 process.terminate()
         self._service = []
 
-    def _log_in(self, wandb: Any) -> None:
+    def _log_in(self, wandb: ModuleType) -> None:
         mode = self._mode or wandb.setup().settings.mode
         if mode in ("online", "run", "shared") and not wandb.login(prompt=False):
             fix = "run `wandb login`, set WANDB_API_KEY, or use `tracking.wandb_mode=offline`"
             raise MachineError("wandb has no API key", where="tracking.trackers", fix=fix)
 
-    def _say_where(self) -> None:
+    def _print_address(self) -> None:
         if self._run.offline:
             self._print_line(f"wandb is offline; `wandb sync {Path(self._run.dir).parent}` uploads the run")
         elif self._run.url:
             self._print_line(f"wandb shows the run at {self._run.url}")
 
 
-def _settings(wandb: Any) -> Any:
+def _settings(wandb: ModuleType) -> wandb.Settings:
     return wandb.Settings(
         console="off",
         silent=True,
@@ -170,15 +172,12 @@ def _settings(wandb: Any) -> Any:
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
         login_timeout=1,
-        stop_fn=_ignore_the_stop_button,
+        stop_fn=_ignore_stop_button,
     )
 
 
 class _OfModule:
-    """Equal to every function of a module: `atexit.unregister` takes out what is equal to its argument.
-
-    wandb's own function there waits without a limit for its process, and prints a traceback when that is gone.
-    """
+    """Equal to every function of a module, because `atexit.unregister` removes the functions equal to its argument."""
 
     def __init__(self, module: str) -> None:
         self._module = module
@@ -189,60 +188,56 @@ class _OfModule:
     __hash__ = None  # type: ignore[assignment]
 
     def __call__(self) -> None:
-        """Functions that end with the process are called so; this one only stands for others."""
+        """Do nothing; `atexit.unregister` takes only a callable."""
 
 
 def _wandb_processes() -> list[psutil.Process]:
-    """Processes of wandb's that this one started."""
-    found = []
+    """Return the service processes of wandb that this process started."""
+    processes = []
     for process in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error):  # it may end in this moment
             if any("wandb" in word for word in process.cmdline()[:1]):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def _quiet_log() -> None:
-    """Let wandb's own log file go on to fail in silence."""
+    """Print nothing about lines that wandb's log file does not take."""
     for handler in logging.getLogger("wandb").handlers:
-        handler.handleError = _ignore_the_record  # type: ignore[method-assign]
+        handler.handleError = _ignore_record  # type: ignore[method-assign]
 
 
 def _quiet_threads() -> None:
-    """Let a thread of wandb's that fails, as one does when its process is gone at the end, do so without a traceback on
-    the screen.
-    """
-    usual = threading.excepthook
+    """Print no traceback for a thread of wandb that fails, as one does when its service is gone at the end."""
+    previous = threading.excepthook
 
-    def of_others(arguments: threading.ExceptHookArgs) -> None:
+    def hook(arguments: threading.ExceptHookArgs) -> None:
         if arguments.thread is None or not arguments.thread.name.startswith("wandb-"):
-            usual(arguments)
+            previous(arguments)
 
-    threading.excepthook = of_others
-
-
-def _ignore_the_record(record: logging.LogRecord) -> None:
-    """Do nothing about a line that could not be written."""
+    threading.excepthook = hook
 
 
-def _ignore_the_stop_button() -> None:
-    """Do nothing: wandb's own answer to its "stop run" button is an interrupt of the training process."""
+def _ignore_record(record: logging.LogRecord) -> None:
+    """Do nothing for a line that could not be written."""
 
 
-def _tags(info: RunInfo, further: Sequence[str]) -> list[str]:
-    """Return the tags once each, in order, as wandb takes them: 1 to 64 characters."""
-    wanted = [Path(info.model).name, info.config_name, "llmtune", *info.tags, *further]
-    return list(dict.fromkeys(tag[:64] for tag in wanted if tag))
+def _ignore_stop_button() -> None:
+    """Do nothing at wandb's "stop run" button, which would interrupt the training process."""
+
+
+def _tags(info: RunInfo, tags: Sequence[str]) -> list[str]:
+    """Return the tags of the run, once each, in order, as wandb takes them: 1 to 64 characters."""
+    all_tags = [Path(info.model).name, info.config_name, "llmtune", *info.tags, *tags]
+    return list(dict.fromkeys(tag[:64] for tag in all_tags if tag))
 
 
 def _run_id(folder: Path) -> str:
-    """Return the id under which wandb knows this run folder, made at its first start, so that a resumed run goes on in
-    the same place.
-    """
+    """Return wandb's id of this run folder, stored at its first start, so that a resumed run continues it there."""
     path = folder / "wandb" / "run-id.txt"
     if path.is_file():
         return path.read_text(encoding="utf-8").strip()
-    made = secrets.token_hex(6)
+    new_id = secrets.token_hex(6)
     durable.make_folder(path.parent)
-    durable.write_text(path, made + "\n")
-    return made
+    durable.write_text(path, new_id + "\n")
+    return new_id

@@ -1,15 +1,14 @@
-"""Histograms of gradients and weights for trackers that take them (`tracking.watch`), read at the one moment gradients
-are whole.
+"""Histograms of gradients and weights for trackers that take them (`tracking.watch`).
 
-Between the backward passes of a step a gradient is a part of itself, and after the step it is gone. The optimizer's own
-hook before a step sees it once, clipped and summed over all processes. The hook only reads, and only in steps that will
-be logged.
+A gradient is complete at one moment only: between the backward passes of a step it is a partial sum, and after the step
+it is gone. The optimizer's hook before a step sees it then, clipped and summed over all processes. The hook only reads,
+and only in steps that will be logged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +21,11 @@ BINS = 64
 
 
 class HistogramWatch:
-    """Counts histograms in every `every_steps`-th step, starting after `start_step`; `take` hands them out once.
+    """Counts histograms in every `every_steps`-th step; `take` returns them once, `close` removes the hook.
 
-    optimizer: where several step together, the first of them: every gradient is whole by then, and no weight has moved.
-    kind: `gradients`, or `all` for gradients and weights (as they are before the step). `close` removes the hook.
+    optimizer: where several step together, the first of them: every gradient is complete then, and no weight has moved.
+    kind: `gradients`, or `all` for gradients and weights (as they are before the step).
+    start_step: steps that were made before.
     """
 
     def __init__(
@@ -42,19 +42,18 @@ class HistogramWatch:
         self._every_steps = every_steps
         self._step = start_step
         self._histograms: dict[str, Histogram] = {}
-        self._hook = optimizer.register_step_pre_hook(self._look)
+        self._hook = optimizer.register_step_pre_hook(self._count)
 
     def take(self) -> dict[str, Histogram]:
-        """Return what was counted in the last step, and forget it; empty when that step was not looked at."""
-        taken, self._histograms = self._histograms, {}
-        return taken
+        """Return the histograms of the last step and forget them; empty for a step that is not logged."""
+        histograms, self._histograms = self._histograms, {}
+        return histograms
 
     def close(self) -> None:
-        """Stop looking."""
+        """Remove the hook."""
         self._hook.remove()
 
-    def _look(self, optimizer: Any, arguments: Any, keywords: Any) -> None:
-        del optimizer, arguments, keywords
+    def _count(self, *_: object) -> None:
         self._step += 1
         if self._step % self._every_steps:
             return
