@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from llmtune import durable
-from llmtune.adapters.config_file import BASE_RECORD, BaseRecord
+from llmtune.adapters.config_file import BASE_RECORD, BaseRecord, DtypeName
 from llmtune.models.parameters import base_model_of
 from llmtune.models.quiet_libraries import quiet_libraries
 from llmtune.models.save import write_generation_config, write_tokenizer
@@ -51,7 +51,7 @@ def write_adapter(
         base_path=cast("str | None", config["base_model_name_or_path"]),
         base_revision=base_revision,
         quantization=None if stored is None else "4bit" if getattr(stored, "load_in_4bit", False) else "8bit",
-        dtype=None if base.config.dtype is None else str(base.config.dtype).removeprefix("torch."),
+        dtype=None if base.config.dtype is None else cast("DtypeName", str(base.config.dtype).removeprefix("torch.")),
     )
     durable.write_json(folder / BASE_RECORD, record)
     if tokenizer is not None:

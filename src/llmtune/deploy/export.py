@@ -1,6 +1,6 @@
-"""Make of a run or a model what other programs take: one self-contained folder, or one GGUF file.
+"""Export a run or a model for other programs: one self-contained folder, or one GGUF file.
 
-Read back, compared, then named (N8).
+The result is read back and compared with its source before it gets its name (N8).
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ Format = Literal["safetensors", "gguf"]
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and how close it is to its source."""
+    """The result of an export and its distance from the source."""
 
     source: str
     format: Format
     dtype: str
-    """Type of the written weights; `as stored` when none was asked for."""
+    """Type of the written weights; `as stored` when none was requested."""
     difference: Difference
-    """What was written against its source, both in float32 arithmetic; of an adapter, against base + adapter."""
+    """Result against its source, both in float32 arithmetic; of an adapter, against base + adapter."""
     tolerance: str
     notes: list[str] = field(default_factory=list)
 
@@ -62,33 +62,35 @@ def export(
     offline: bool = False,
     print_line: PrintLine = silent,
 ) -> ExportReport:
-    """Write `output` from RUN|MODEL|ADAPTER: a model folder, or a GGUF file where its name ends so or `file_format`
-    says so.
+    """Write `output` from RUN|MODEL|ADAPTER: a model folder, or a GGUF file.
 
-    dtype: float32, bfloat16 or float16, each weight rounded once; as stored when None. base: another place of an
-    adapter's base. Raises UsageError for an output that exists or contradicts the format, ModelError or TokenizerError
-    for what the format cannot hold, CheckpointError when what was read back differs from the source by more than the
-    tolerance; `output` then does not exist.
+    file_format: by the ending of `output` when None. dtype: float32, bfloat16 or float16, each weight rounded once; as
+    stored when None. base: another copy of an adapter's base.
+
+    Raises UsageError for an output that exists or contradicts the format, ModelError, AdapterError or TokenizerError
+    for a source that cannot be read or that the format cannot hold, CheckpointError when the result differs from the
+    source by more than the tolerance, MachineError when the system refuses to write; `output` then does not exist.
     """
-    chosen = _choose_format(output, file_format)
+    file_format = _choose_format(output, file_format)
     if output.exists():
         raise UsageError(f"`{output}` already exists", where="--output", fix="name one that does not")
     folder = named_folder(source, output_dir)
-    found = None if folder is None else find_result(folder) or folder
-    is_adapter = found is not None and (found / "adapter_config.json").is_file()
-    if base is not None and not is_adapter:
+    result = None if folder is None else find_result(folder) or folder
+    adapter = result if result is not None and (result / "adapter_config.json").is_file() else None
+    if base is not None and adapter is None:
         raise UsageError("--base is for adapters, and this is a whole model", where="--base", fix="leave it out")
     durable.prepare_target(output, print_line)  # an export that was killed leaves a folder as large as the model
-    write = _write_gguf if chosen == "gguf" else _write_safetensors
-    wanted = _Wanted(str(found or source), output, dtype, base, offline, print_line)
-    return write(wanted, found if is_adapter else None)
+    request = _Request(str(result or source), adapter, output, dtype, base, offline, print_line)
+    return _export_gguf(request) if file_format == "gguf" else _export_safetensors(request)
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """What was asked for."""
+class _Request:
+    """The arguments of an export."""
 
     source: str
+    adapter: Path | None
+    """The source, where it is an adapter."""
     output: Path
     dtype: str | None
     base: str | None
@@ -96,93 +98,100 @@ class _Wanted:
     print_line: PrintLine
 
     @property
-    def type(self) -> torch.dtype | None:
+    def torch_dtype(self) -> torch.dtype | None:
         return None if self.dtype is None else torch_dtype(self.dtype)
 
-    def merge(self, adapter: Path, target: Path) -> MergeReport:
+    def merge(self, adapter: Path, output: Path) -> MergeReport:
         return merge_lora(
-            adapter, target, base=self.base, dtype=self.dtype, offline=self.offline, print_line=self.print_line
+            adapter, output, base=self.base, dtype=self.dtype, offline=self.offline, print_line=self.print_line
         )
 
+    def open(self, name: str) -> ModelFolder:
+        return open_model_folder(resolve_model_argument(name, offline=self.offline))
 
-def _choose_format(output: Path, asked: Format | None) -> Format:
+
+def _choose_format(output: Path, requested: Format | None) -> Format:
     is_file = output.suffix.lower() == ".gguf"
-    if asked is None:
+    if requested is None:
         return "gguf" if is_file else "safetensors"
-    assert asked in get_args(Format)
-    if is_file != (asked == "gguf"):
-        fix = "name a file that ends in .gguf" if asked == "gguf" else "name a folder"
-        raise UsageError(f"--format {asked} does not go with the output `{output}`", where="--output", fix=fix)
-    return asked
+    assert requested in get_args(Format)
+    if is_file != (requested == "gguf"):
+        fix = "name a file that ends in .gguf" if requested == "gguf" else "name a folder"
+        raise UsageError(f"--format {requested} does not go with the output `{output}`", where="--output", fix=fix)
+    return requested
 
 
-def _write_safetensors(wanted: _Wanted, adapter: Path | None) -> ExportReport:
-    if adapter is not None:
-        merged = wanted.merge(adapter, wanted.output)
+def _export_safetensors(request: _Request) -> ExportReport:
+    if request.adapter is not None:
+        merged = request.merge(request.adapter, request.output)  # compares its result itself
         return ExportReport(
-            wanted.source, "safetensors", merged.dtype, merged.difference, merged.tolerance, list(merged.notes)
+            request.source, "safetensors", merged.dtype, merged.difference, merged.tolerance, list(merged.notes)
         )
-    whole = open_model_folder(resolve_model_argument(wanted.source, offline=wanted.offline))
-    with durable.commit_folder(wanted.output, replace=False) as staging:
-        wanted.print_line(f"writing the model in {whole.folder}")
-        write_model_folder(whole, staging, dtype=wanted.type)
-        prompts = probe_prompts(whole.tokenizer, whole.rows)
-        wanted.print_line(f"comparing what was written with its source on {len(prompts)} prompts")
-        report = _judged(wanted, whole, prompts, reloaded_logits(staging, prompts), "safetensors")
+    model_folder = request.open(request.source)
+    with durable.commit_folder(request.output, replace=False) as staging:
+        request.print_line(f"writing the model in {model_folder.folder}")
+        write_model_folder(model_folder, staging, dtype=request.torch_dtype)
+        prompts = probe_prompts(model_folder.tokenizer, model_folder.rows)
+        request.print_line(f"comparing what was written with its source on {len(prompts)} prompts")
+        report = _compare(request, model_folder, prompts, reloaded_logits(staging, prompts), "safetensors")
         durable.write_json(staging / "export_report.json", asdict(report))
     return report
 
 
-def _write_gguf(wanted: _Wanted, adapter: Path | None) -> ExportReport:
-    with durable.commit_file(wanted.output) as path:
-        merged = None
-        if adapter is not None:
-            merged = wanted.merge(adapter, path.parent / "merged")
-        whole = open_model_folder(
-            resolve_model_argument(
-                wanted.source if merged is None else str(path.parent / "merged"), offline=wanted.offline
-            )
+def _export_gguf(request: _Request) -> ExportReport:
+    with durable.commit_file(request.output) as path:
+        notes: list[str] = []
+        if request.adapter is None:
+            model_folder = request.open(request.source)
+        else:
+            merged_folder = path.parent / "merged"
+            notes += request.merge(request.adapter, merged_folder).notes
+            model_folder = request.open(str(merged_folder))
+        refuse_unwritable(model_folder.config)
+        request.print_line(
+            f"writing the model in {model_folder.folder}" if request.adapter is None else "writing the merged model"
         )
-        refuse_unwritable(whole.config)
-        wanted.print_line(f"writing the model in {whole.folder}" if merged is None else "writing the merged model")
-        vocabulary = write_gguf(whole, path, dtype=wanted.type, name=wanted.output.stem)
-        nothing = path.parent / "nothing"
-        durable.make_folder(nothing)
-        wanted.print_line("reading the file back and comparing it with its source")
-        model, tokenizer = read_gguf(path, nothing)
-        refuse_other_ids(whole.tokenizer, tokenizer, normalizes=vocabulary.normalizes)
-        prompts = probe_prompts(whole.tokenizer, whole.rows)
+        vocabulary = write_gguf(model_folder, path, dtype=request.torch_dtype, name=request.output.stem)
+        request.print_line("reading the file back and comparing it with its source")
+        empty_folder = path.parent / "nothing"
+        durable.make_folder(empty_folder)
+        model, tokenizer = read_gguf(path, empty_folder)
+        refuse_other_ids(model_folder.tokenizer, tokenizer, normalizes=vocabulary.normalizes)
+        prompts = probe_prompts(model_folder.tokenizer, model_folder.rows)
         written = logits_of(model.eval(), prompts)
-        del model
-        notes = [] if merged is None else list(merged.notes)
+        del model  # the comparison loads the source
         if vocabulary.normalizes:
             notes.append(
-                "this tokenizer composes its text first (NFC), and llama.cpp does not: text in decomposed form gets other tokens"
+                "this tokenizer composes its text first (NFC), and llama.cpp does not: "
+                "text in decomposed form gets other tokens"
             )
-        return _judged(wanted, whole, prompts, written, "gguf", notes)
+        return _compare(request, model_folder, prompts, written, "gguf", notes)
 
 
-def _judged(
-    wanted: _Wanted,
-    whole: ModelFolder,
+def _compare(
+    request: _Request,
+    model_folder: ModelFolder,
     prompts: list[list[int]],
     written: list[torch.Tensor],
-    kind: Format,
+    file_format: Format,
     notes: list[str] | None = None,
 ) -> ExportReport:
-    """Compare with the source's own logits. Raises CheckpointError beyond the tolerance."""
-    source = whole.logits(prompts)
-    types = {whole.dtype(name, wanted.type) for name in whole.names}
+    """Compare logits [T, V] with the source's own. Raises CheckpointError beyond the tolerance."""
+    source = model_folder.logits(prompts)
+    dtypes = {model_folder.dtype(name, request.torch_dtype) for name in model_folder.names}
     report = ExportReport(
-        source=wanted.source,
-        format=kind,
-        dtype=wanted.dtype or "as stored",
+        source=request.source,
+        format=file_format,
+        dtype=request.dtype or "as stored",
         difference=compare_logits(source, written),
-        tolerance=limit_for(source, is_float32=types == {torch.float32}),
+        tolerance=limit_for(source, is_float32=dtypes == {torch.float32}),
         notes=notes or [],
     )
-    fix = "export with --dtype float32"
     refuse_if_different(
-        report.difference, report.tolerance, problem="what was written is not its source", where=wanted.source, fix=fix
+        report.difference,
+        report.tolerance,
+        problem="what was written is not its source",
+        where=request.source,
+        fix="export with --dtype float32",
     )
     return report

@@ -1,8 +1,8 @@
-"""Write a whole model as one GGUF file, which llama.cpp and the programs built on it run.
+"""Write a model as one GGUF file, which llama.cpp and the programs built on it run.
 
-Each architecture is a row of `ARCHITECTURES`: what llama.cpp calls it, and what it must not have, because llama.cpp
-computes it otherwise or the file cannot say it. Names of tensors come from the gguf package. Vectors are written in
-float32, as llama.cpp wants them; matrices in the type asked for.
+Each architecture is a row of `ARCHITECTURES`: its name in llama.cpp, and the features that llama.cpp computes otherwise
+or that the file cannot express. Names of tensors come from the gguf package. Vectors are written in float32, as
+llama.cpp requires; matrices in the requested type.
 
 Legend: H heads, D width of a head, I inputs.
 """
@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,70 +23,75 @@ from llmtune.deploy.gguf_vocabulary import Vocabulary, gguf_vocabulary
 from llmtune.deploy.model_folder import ModelFolder
 from llmtune.errors import ModelError
 
+if TYPE_CHECKING:
+    import gguf
+    import numpy.typing as npt
+    from transformers import PreTrainedConfig
+
 __all__ = ["ARCHITECTURES", "refuse_unwritable", "split_pairs", "write_gguf"]
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """How a `model_type` of transformers is written."""
+class GgufArchitecture:
+    """The way a `model_type` of transformers is written."""
 
     name: str
-    """llama.cpp's name of it."""
+    """Its name in llama.cpp."""
     splits_pairs: bool
-    """llama.cpp rotates neighbouring entries of a head, transformers entries half a head apart: rows of q and k change
-    places.
+    """Rows of q and k change places: llama.cpp rotates neighbouring entries of a head, transformers entries half a head
+    apart.
     """
-    obstacles: Callable[[Any], Iterator[str]]
-    """What a config has that llama.cpp would compute otherwise."""
+    obstacles: Callable[[PreTrainedConfig], Iterator[str]]
+    """Yields the features of a config that llama.cpp would compute otherwise."""
 
 
-def refuse_unwritable(config: Any) -> Architecture:
-    """Return how this model is written. Raises ModelError with everything that stands against it."""
-    found = ARCHITECTURES.get(config.model_type)
-    if found is None:
+def refuse_unwritable(config: PreTrainedConfig) -> GgufArchitecture:
+    """Return the way this model is written. Raises ModelError with everything that the format cannot express."""
+    architecture = ARCHITECTURES.get(config.model_type)
+    if architecture is None:
         known = ", ".join(sorted(ARCHITECTURES))
         raise _refused(f"the architecture `{config.model_type}` is not written as GGUF; these are: {known}")
-    obstacles = [*_common_obstacles(config), *found.obstacles(config)]
+    obstacles = [*_common_obstacles(config), *architecture.obstacles(config)]
     if obstacles:
         raise _refused(f"llama.cpp has no place for {'; '.join(obstacles)}")
-    return found
+    return architecture
 
 
-def write_gguf(whole: ModelFolder, path: Path, *, dtype: torch.dtype | None, name: str) -> Vocabulary:
+def write_gguf(model_folder: ModelFolder, path: Path, *, dtype: torch.dtype | None, name: str) -> Vocabulary:
     """Write the model and its tokenizer as the GGUF file `path`, one weight in memory at a time.
 
-    Returns the vocabulary written.
+    Returns the vocabulary written. dtype: float32, bfloat16 or float16, of all matrices; as each is stored when None.
+    name: shown by programs.
 
-    dtype: float32, bfloat16 or float16, of all matrices; as each is stored when None. name: what programs show.
-    Raises ModelError, TokenizerError for what a GGUF file cannot say; OSError when the disk refuses.
+    Raises ModelError and TokenizerError for what a GGUF file cannot express, OSError when the system refuses to write.
     """
     import gguf
 
-    architecture = refuse_unwritable(whole.config)
-    vocabulary = gguf_vocabulary(whole.tokenizer, whole.rows)
-    main_type = _main_type(whole, dtype)
+    architecture = refuse_unwritable(model_folder.config)
+    vocabulary = gguf_vocabulary(model_folder.tokenizer, model_folder.rows)
+    main_type = _main_type(model_folder, dtype)
     logging.getLogger("gguf").setLevel(logging.WARNING)
     writer = gguf.GGUFWriter(path, architecture.name)
-    places = _places(whole, architecture)
-    types = {weight: _TYPES[_type_of(whole, weight, dtype)] for weight in whole.names}
-    _describe(writer, whole.config, name)
+    gguf_names = _gguf_names(model_folder, architecture)
+    types = {weight: _TYPES[_type_of(model_folder, weight, dtype)] for weight in model_folder.names}
+    _add_shape(writer, model_folder.config, name)
     writer.add_file_type(_FILE_TYPES[main_type])
-    _describe_vocabulary(writer, vocabulary, whole)
-    for weight in whole.names:
-        shape = whole.weights.shape(weight)
+    _add_vocabulary(writer, vocabulary, model_folder)
+    for weight in model_folder.names:
+        shape = model_folder.weights.shape(weight)
         kind = types[weight]
         size = int(np.prod(shape)) * kind.itemsize
         writer.add_tensor_info(
-            places[weight], shape, np.dtype(kind.numpy), size, raw_dtype=gguf.GGMLQuantizationType[kind.name]
+            gguf_names[weight], shape, np.dtype(kind.numpy), size, raw_dtype=gguf.GGMLQuantizationType[kind.name]
         )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for weight in whole.names:
-            tensor = whole.rounded(weight, types[weight].torch)
+        for weight in model_folder.names:
+            tensor = model_folder.rounded(weight, types[weight].torch)
             if architecture.splits_pairs and weight.endswith(("q_proj.weight", "k_proj.weight")):
-                tensor = split_pairs(tensor, _heads_of(weight, whole.config))
+                tensor = split_pairs(tensor, _heads_of(weight, model_folder.config))
             writer.write_tensor_data(_as_numpy(tensor, types[weight]))
     finally:
         writer.close()
@@ -102,13 +107,13 @@ def split_pairs(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def _heads_of(weight: str, config: Any) -> int:
+def _heads_of(weight: str, config: PreTrainedConfig) -> int:
     return int(config.num_attention_heads if weight.endswith("q_proj.weight") else config.num_key_value_heads)
 
 
 @dataclass(frozen=True)
-class _Type:
-    """One of GGUF's types: its name, the torch type of its values and the numpy type of its bytes."""
+class _GgufType:
+    """A number type of GGUF: its name, the torch type of its values and the numpy type of its bytes."""
 
     name: str
     torch: torch.dtype
@@ -117,48 +122,52 @@ class _Type:
 
 
 _TYPES = {
-    torch.float32: _Type("F32", torch.float32, np.float32, 4),
-    torch.float16: _Type("F16", torch.float16, np.float16, 2),
-    torch.bfloat16: _Type("BF16", torch.bfloat16, np.int16, 2),
+    torch.float32: _GgufType("F32", torch.float32, np.float32, 4),
+    torch.float16: _GgufType("F16", torch.float16, np.float16, 2),
+    torch.bfloat16: _GgufType("BF16", torch.bfloat16, np.int16, 2),
 }
 _FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 """`general.file_type`: the type of most weights, as llama.cpp numbers them."""
 
 
-def _type_of(whole: ModelFolder, weight: str, asked: torch.dtype | None) -> torch.dtype:
-    return torch.float32 if len(whole.weights.shape(weight)) == 1 else whole.dtype(weight, asked)
+def _type_of(model_folder: ModelFolder, weight: str, requested: torch.dtype | None) -> torch.dtype:
+    return torch.float32 if len(model_folder.weights.shape(weight)) == 1 else model_folder.dtype(weight, requested)
 
 
-def _main_type(whole: ModelFolder, asked: torch.dtype | None) -> torch.dtype:
-    found = {_type_of(whole, weight, asked) for weight in whole.names if len(whole.weights.shape(weight)) > 1}
-    if len(found) > 1 or not found <= _TYPES.keys():
-        kinds = ", ".join(sorted(str(one).removeprefix("torch.") for one in found))
+def _main_type(model_folder: ModelFolder, requested: torch.dtype | None) -> torch.dtype:
+    dtypes = {
+        _type_of(model_folder, weight, requested)
+        for weight in model_folder.names
+        if len(model_folder.weights.shape(weight)) > 1
+    }
+    if len(dtypes) > 1 or not dtypes <= _TYPES.keys():
+        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise ModelError(
             f"the weights are stored as {kinds}", where="--format gguf", fix="say which type to write, with --dtype"
         )
-    return found.pop()
+    return dtypes.pop()
 
 
-def _as_numpy(tensor: Tensor, kind: _Type) -> Any:
+def _as_numpy(tensor: Tensor, kind: _GgufType) -> npt.NDArray[np.generic]:
     values = tensor.to(kind.torch).contiguous()
+    # numpy has no bfloat16: its bytes are handed over as model_folder numbers of 16 bits.
     return (values.view(torch.int16) if kind.torch == torch.bfloat16 else values).numpy()
 
 
-def _places(whole: ModelFolder, architecture: Architecture) -> dict[str, str]:
-    """Name in the model -> name in the file; every weight has one, or ModelError."""
+def _gguf_names(model_folder: ModelFolder, architecture: GgufArchitecture) -> dict[str, str]:
+    """Return name in the model -> name in the file. Raises ModelError for a weight without one."""
     import gguf
 
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = gguf.get_tensor_name_map(number, whole.config.num_hidden_layers)
-    places = {weight: names.get_name(weight, try_suffixes=(".weight", ".bias")) for weight in whole.names}
-    homeless = [weight for weight, place in places.items() if place is None]
-    if homeless:
-        raise _refused(f"llama.cpp has no place for the weight `{homeless[0]}`")
-    return {weight: str(place) for weight, place in places.items()}
+    names = gguf.get_tensor_name_map(number, model_folder.config.num_hidden_layers)
+    gguf_names = {weight: names.get_name(weight, try_suffixes=(".weight", ".bias")) for weight in model_folder.names}
+    unknown = [weight for weight, name in gguf_names.items() if name is None]
+    if unknown:
+        raise _refused(f"llama.cpp has no place for the weight `{unknown[0]}`")
+    return {weight: str(name) for weight, name in gguf_names.items()}
 
 
-def _describe(writer: Any, config: Any, name: str) -> None:
-    """Write the shape."""
+def _add_shape(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str) -> None:
     width = _head_width(config)
     writer.add_name(name)
     writer.add_vocab_size(config.vocab_size)
@@ -175,20 +184,21 @@ def _describe(writer: Any, config: Any, name: str) -> None:
     writer.add_value_length(width)
 
 
-def _describe_vocabulary(writer: Any, vocabulary: Vocabulary, whole: ModelFolder) -> None:
-    """Write the tokenizer, the special ids and the chat template."""
-    tokenizer = whole.tokenizer
+def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model_folder: ModelFolder) -> None:
+    """Add the tokenizer, the special ids and the chat template."""
+    tokenizer = model_folder.tokenizer
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
     writer.add_token_merges(vocabulary.merges)
+    end_of_turn = next((token for token in model_folder.stop_token_ids if token != tokenizer.eos_token_id), None)
     for add, index in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),
         (writer.add_unk_token_id, tokenizer.unk_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
-        (writer.add_eot_token_id, next((one for one in whole.stop_token_ids if one != tokenizer.eos_token_id), None)),
+        (writer.add_eot_token_id, end_of_turn),
     ):
         if index is not None:
             add(index)
@@ -200,11 +210,11 @@ def _describe_vocabulary(writer: Any, vocabulary: Vocabulary, whole: ModelFolder
         writer.add_chat_template([{"name": name, "template": text} for name, text in named] if named else template)
 
 
-def _head_width(config: Any) -> int:
+def _head_width(config: PreTrainedConfig) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _common_obstacles(config: Any) -> Iterator[str]:
+def _common_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default":
         yield f"rotary positions of type `{rope['rope_type']}` (as this writes them)"
@@ -214,19 +224,19 @@ def _common_obstacles(config: Any) -> Iterator[str]:
         yield "biases in the feed-forward"
 
 
-def _no_attention_bias(config: Any) -> Iterator[str]:
+def _no_attention_bias(config: PreTrainedConfig) -> Iterator[str]:
     if getattr(config, "attention_bias", False):
         yield "biases in the attention"
 
 
-def _no_window(config: Any) -> Iterator[str]:
+def _no_window(config: PreTrainedConfig) -> Iterator[str]:
     if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
         config.model_type == "mistral" and config.sliding_window is not None
     ):
         yield "a sliding window of attention"
 
 
-def _qwen3(config: Any) -> Iterator[str]:
+def _qwen3_obstacles(config: PreTrainedConfig) -> Iterator[str]:
     yield from _no_attention_bias(config)
     yield from _no_window(config)
     if _head_width(config) != 128:
@@ -237,9 +247,9 @@ def _refused(problem: str) -> ModelError:
     return ModelError(problem, where="--format gguf", fix="export as safetensors, which keeps every model")
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", True, _no_attention_bias),
-    "mistral": Architecture("llama", True, _no_window),
-    "qwen2": Architecture("qwen2", False, _no_window),
-    "qwen3": Architecture("qwen3", False, _qwen3),
+ARCHITECTURES: dict[str, GgufArchitecture] = {
+    "llama": GgufArchitecture("llama", True, _no_attention_bias),
+    "mistral": GgufArchitecture("llama", True, _no_window),
+    "qwen2": GgufArchitecture("qwen2", False, _no_window),
+    "qwen3": GgufArchitecture("qwen3", False, _qwen3_obstacles),
 }

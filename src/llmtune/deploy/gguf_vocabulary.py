@@ -1,8 +1,8 @@
-"""A byte-level BPE tokenizer in the words of a GGUF file.
+"""Translate a byte-level BPE tokenizer into the keys of a GGUF file.
 
-A GGUF file holds the entries, the merges and the kind of each token, but not how text is split before the merges: for
-that it names one of the ways llama.cpp knows (`tokenizer.ggml.pre`). A tokenizer whose way has no name there cannot be
-written, and is refused. The keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+A GGUF file holds the entries, the merges and the kind of each token, but not the rules that split text before the
+merges: for those it names one of the ways built into llama.cpp (`tokenizer.ggml.pre`). A tokenizer that splits in
+another way is refused. The keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["HOSTILE_TEXTS", "Vocabulary", "gguf_vocabulary", "refuse_other_ids"]
 
@@ -27,15 +30,15 @@ _LLAMA3 = (
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 _BYTE_LEVEL = ("ByteLevel", True)
 
-SPLITS: dict[tuple[Any, ...], tuple[str, bool]] = {
+_Step = tuple[object, ...]
+
+SPLITS: dict[tuple[_Step, ...], tuple[str, bool]] = {
     (_BYTE_LEVEL,): ("gpt-2", False),
     (("Digits", True), _BYTE_LEVEL): ("smollm", False),
     (("Split", _LLAMA3), ("ByteLevel", False)): ("llama-bpe", True),
     (("Split", _QWEN2), ("ByteLevel", False)): ("qwen2", False),
 }
-"""The steps before the merges -> llama.cpp's name for them, and whether it looks a whole word up before merging
-(`ignore_merges`).
-"""
+"""Steps before the merges -> (llama.cpp's name for them, whether words in the vocabulary skip the merges)."""
 
 HOSTILE_TEXTS = (
     "",
@@ -52,28 +55,30 @@ HOSTILE_TEXTS = (
     "a" * 300 + " " * 40 + "_" * 17 + "!?!?",
     "\x00\x01\x7f\x85\u2028\u3000",
 )
-"""Texts on which a tokenizer that was written must give the very ids of its source."""
+"""Texts for which a written tokenizer must give the same ids as its source."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What goes into the file; `tokens[i]` and `kinds[i]` belong to id i."""
+    """A tokenizer as a GGUF file holds it."""
 
     tokens: list[str]
+    """By id."""
     kinds: list[int]
+    """By id: NORMAL, CONTROL, USER_DEFINED or UNUSED."""
     merges: list[str]
     pre: str
     adds_bos: bool
     adds_eos: bool
     normalizes: bool
-    """Its text is brought into composed form (NFC) first, which a GGUF file cannot say."""
+    """The tokenizer brings text into composed form (NFC) first, which a GGUF file cannot express."""
 
 
-def gguf_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
-    """Read a transformers fast tokenizer; `rows` of the embedding get a token each, spare ones a name of their own.
+def gguf_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary:
+    """Return the vocabulary with a token for each of the `rows` of the embedding, `[PADi]` for spare ones.
 
-    Raises TokenizerError for one that is not byte-level BPE or without merges, or splits text in a way llama.cpp has no
-    name for.
+    Raises TokenizerError for a tokenizer that is not byte-level BPE, has no merges or more ids than rows, or splits
+    text in a way that llama.cpp has no name for.
     """
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     model, normalizer = rules["model"], rules.get("normalizer")
@@ -82,9 +87,9 @@ def gguf_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     )
     if model["type"] != "BPE" or not plain or (normalizer is not None and normalizer["type"] != "NFC"):
         raise _refused(tokenizer, f"is {model['type']} with its own rules, and only byte-level BPE is written")
-    steps = tuple(_step(one) for one in (rules["pre_tokenizer"] or {}).get("pretokenizers", [rules["pre_tokenizer"]]))
-    name, looks_up = SPLITS.get(steps, ("", False))
-    if not name or looks_up != bool(model.get("ignore_merges")):
+    pre_tokenizers = (rules["pre_tokenizer"] or {}).get("pretokenizers", [rules["pre_tokenizer"]])
+    name, ignores_merges = SPLITS.get(tuple(_step(rule) for rule in pre_tokenizers), ("", False))
+    if not name or ignores_merges != bool(model.get("ignore_merges")):
         raise _refused(tokenizer, "splits text in a way that llama.cpp has no name for")
     if max(tokenizer.get_vocab().values()) >= rows:
         raise _refused(tokenizer, f"has ids beyond the {rows:,} rows of the model's embedding")
@@ -94,12 +99,12 @@ def gguf_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
         tokens[index], kinds[index] = piece, NORMAL
     for added in rules["added_tokens"]:
         tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
-    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if not merges:
         raise _refused(
             tokenizer, "has no merges, only bytes and control tokens, and llama.cpp reads none without merges"
         )
-    framed = tokenizer("a", add_special_tokens=True)["input_ids"]
+    framed = tokenizer("a", add_special_tokens=True)["input_ids"]  # what a post-processor adds shows at its ends
     return Vocabulary(
         tokens=tokens,
         kinds=kinds,
@@ -111,25 +116,30 @@ def gguf_vocabulary(tokenizer: Any, rows: int) -> Vocabulary:
     )
 
 
-def refuse_other_ids(source: Any, written: Any, *, normalizes: bool, texts: Sequence[str] = HOSTILE_TEXTS) -> None:
-    """Raise TokenizerError where the tokenizer read back from the file gives other ids, special ids or another chat
-    template.
+def refuse_other_ids(
+    source: PreTrainedTokenizerFast,
+    written: PreTrainedTokenizerFast,
+    *,
+    normalizes: bool,
+    texts: Sequence[str] = HOSTILE_TEXTS,
+) -> None:
+    """Raise TokenizerError where the tokenizer read back gives other ids, special ids or another chat template.
 
-    normalizes: compare on composed text (NFC), because that is what the source makes of every text.
+    normalizes: compare composed text (NFC), which the source makes of every text.
     """
-    added = [one.content for one in source.added_tokens_decoder.values()]
-    for text in (*texts, *(f"a{one} b" for one in added)):
-        shown = unicodedata.normalize("NFC", text) if normalizes else text
-        ids = [one.backend_tokenizer.encode(shown, add_special_tokens=False).ids for one in (source, written)]
-        if ids[0] != ids[1]:
-            raise _refused(source, f"does not survive in the file: {shown!r} has other ids there")
-    for what in ("eos_token_id", "bos_token_id", "pad_token_id", "chat_template"):
-        if getattr(source, what) != getattr(written, what):
-            raise _refused(source, f"does not survive in the file: its {what} is another one there")
+    added = [token.content for token in source.added_tokens_decoder.values()]
+    for text in (*texts, *(f"a{token} b" for token in added)):
+        text = unicodedata.normalize("NFC", text) if normalizes else text
+        expected = source.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        if written.backend_tokenizer.encode(text, add_special_tokens=False).ids != expected:
+            raise _refused(source, f"does not survive in the file: {text!r} has other ids there")
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id", "chat_template"):
+        if getattr(source, name) != getattr(written, name):
+            raise _refused(source, f"does not survive in the file: its {name} is another one there")
 
 
-def _step(rule: dict[str, Any] | None) -> tuple[Any, ...]:
-    """One step before the merges, reduced to what decides how it splits; what no row of `SPLITS` has stays itself."""
+def _step(rule: dict[str, Any] | None) -> _Step:
+    """Return a step before the merges reduced to the settings that decide its splits, or all of them as JSON."""
     kind = (rule or {}).get("type")
     if rule is not None and kind == "ByteLevel" and not rule["add_prefix_space"]:
         return kind, bool(rule["use_regex"])
@@ -140,6 +150,6 @@ def _step(rule: dict[str, Any] | None) -> tuple[Any, ...]:
     return kind, json.dumps(rule)
 
 
-def _refused(tokenizer: Any, what: str) -> TokenizerError:
-    problem = f"the tokenizer ({type(tokenizer).__name__}) {what}"
+def _refused(tokenizer: PreTrainedTokenizerFast, reason: str) -> TokenizerError:
+    problem = f"the tokenizer ({type(tokenizer).__name__}) {reason}"
     return TokenizerError(problem, where="--format gguf", fix="export as safetensors, which keeps every tokenizer")
