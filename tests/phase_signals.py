@@ -15,17 +15,17 @@ PHASES = (
     (train, "build_setup", "loading"),
     (run_setup, "create", "creating"),
     (RunFolder, "open", "resuming"),
-    (checkpointer, "find_checkpoint", "resuming"),
+    (run_setup, "find_checkpoint", "resuming"),
     (training_run.TrainingRun, "restore", "resuming"),
-    (training_run.TrainingRun, "go", "training"),
-    (evaluator.Evaluator, "look", "evaluation"),
+    (training_run.TrainingRun, "steps", "training"),
+    (evaluator.Evaluator, "evaluate", "evaluation"),
     (evaluator, "generate", "generation"),
     (evaluator, "count_exact_answers", "generation"),
     (checkpointer.Checkpointer, "save", "saving"),
-    (checkpointer.Checkpointer, "keep_best", "saving"),
+    (checkpointer.Checkpointer, "save_best", "saving"),
     (checkpoint, "delete_old_checkpoints", "retention"),
-    (checkpointer.Checkpointer, "write_final", "finishing"),
-    (training_run.TrainingRun, "_let_go", "finishing"),
+    (checkpointer.Checkpointer, "save_final", "finishing"),
+    (training_run.TrainingRun, "_cleanup", "finishing"),
 )
 
 
@@ -62,4 +62,16 @@ def _marked(original, phase, current, enter):
             current[0] = before
             enter(before)
 
+    @functools.wraps(original)
+    def marked_generator(*arguments, **named):
+        before, current[0] = current[0], phase
+        enter(phase)
+        try:
+            yield from original(*arguments, **named)
+        finally:
+            current[0] = before
+            enter(before)
+
+    if inspect.isgeneratorfunction(original):
+        return marked_generator
     return staticmethod(marked) if inspect.ismethod(original) else marked

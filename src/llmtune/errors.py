@@ -55,6 +55,8 @@ class LlmtuneError(Exception):
 
     exit_code = 1
     kind = "error"
+    is_reported: bool | None = None
+    """Whether another process of the same training prints it; None where the processes have not met."""
 
     def __init__(self, problem: str, where: str | None = None, fix: str | None = None) -> None:
         self.problems: tuple[Problem, ...] = (Problem(problem, where, fix),)

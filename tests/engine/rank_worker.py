@@ -9,8 +9,11 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
+
+from llmtune.errors import LlmtuneError, MachineError, Problem
 
 
 def load_bench():
@@ -69,6 +72,29 @@ def resume_is_exact(bench, devices):
     assert bench.same_bits(second.weights(), whole.weights())
 
 
+def decisions_are_the_main_process_s(devices):
+    """Answers, work and refusals of rank 0 are those of every rank; the largest of each value wins; an error is
+    reported by one rank alone.
+    """
+    assert devices.largest(devices.rank, -1.0, 7) == (devices.world_size - 1, -1.0, 7)
+    assert devices.from_main({"rank": devices.rank}) == {"rank": 0}
+    done = devices.on_main(lambda: devices.rank)
+    assert done == (0 if devices.is_main else None)
+
+    def refuse():
+        raise MachineError.all([Problem("the disk is full", "/there", "make room"), Problem("and slow")])
+
+    with pytest.raises(LlmtuneError) as refused:
+        devices.on_main(refuse)
+    assert refused.value.exit_code == 6
+    assert [problem.problem for problem in refused.value.problems] == ["the disk is full", "and slow"]
+    assert refused.value.is_reported is (None if devices.is_main else True)
+    own = MachineError("each by itself")
+    with pytest.raises(MachineError), devices.errors_printed_once():
+        raise own
+    assert devices.sum(float(not own.is_reported)) == (1.0,)
+
+
 def main(output):
     """Train 13 sequences an epoch in windows of 4: the last window of an epoch has a single row, so one of two ranks
     gets none.
@@ -112,7 +138,7 @@ def main(output):
     ranks = devices.gather_rows(torch.tensor([devices.rank, 7]))
     assert ranks.tolist() == [[rank, 7] for rank in range(devices.world_size)]
     assert devices.sum(1.0, float(devices.rank)) == (devices.world_size, sum(range(devices.world_size)))
-    devices.barrier()
+    decisions_are_the_main_process_s(devices)
     devices.close()
 
 

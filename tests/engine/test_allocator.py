@@ -68,7 +68,8 @@ def test_a_run_whose_blocks_are_computed_again_says_which_freed_blocks_it_keeps(
 ) -> None:
     """Q8. In a child, because the setting stays with the process."""
     options = Options(no_cuda=True, offline=True)
-    prepared = prepare(config_of(f"model.gradient_checkpointing={recompute}"), options)
+    given = (f"model.gradient_checkpointing={recompute}", "training.weight_decay=0")
+    prepared = prepare(config_of(*given), options)
 
     def write_what_is_said() -> None:
         allocator._tuned.clear()  # another test may have run a command in this process

@@ -13,13 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtune import durable
 from llmtune.cli.failure import message
+from llmtune.common.printing import silent
 from llmtune.config.process_options import Options
 from llmtune.errors import MachineError
 from llmtune.models.memory_errors import is_out_of_memory
 from llmtune.plan.out_of_memory import RESERVE_BYTES, requested_bytes
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
-from llmtune.training.progress import silent
 from training_fixtures import _one_thread, config_of  # noqa: F401
 from training_helpers import in_child, lines_of, weights_of
 
@@ -65,7 +65,7 @@ def train_and_tell(config, told, *, limit_after):
     try:
         held = []
         with StopRequest() as stop:
-            for result in training.start(config, Options(), stop, print_line=silent).steps():
+            for result in training.open_run(config, Options(), stop, print_line=silent).steps():
                 held += limit_memory() if result.step == limit_after else []
     except MachineError as error:
         told.write_text(message(error))

@@ -250,13 +250,13 @@ def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
 def test_auto_batch_keeps_the_global_batch_and_the_losses(forecaster_of):
     fixed = forecaster_of("training.batch_size=8", "training.gradient_accumulation_steps=1")
     auto = ("training.batch_size=auto", "training.gradient_accumulation_steps=1")
-    roomy, decisions = resolve_auto.resolve(forecaster_of(*auto))
+    roomy, decisions = resolve_auto.fit_to_memory(forecaster_of(*auto))
     assert (roomy.config.training.batch_size, roomy.config.training.gradient_accumulation_steps) == (8, 1)
     assert [one.key for one in decisions] == ["training.batch_size"]
     forecaster = forecaster_of(*auto)
     between = forecaster.memory(with_micro_batch(forecaster.config, (2, 4), False)).peak_bytes
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((between + 1000) / 0.9)))
-    prepared, _ = resolve_auto.resolve(tight)
+    prepared, _ = resolve_auto.fit_to_memory(tight)
     training = prepared.config.training
     assert training.batch_size < 8
     assert training.batch_size * training.gradient_accumulation_steps == 8
@@ -267,14 +267,14 @@ def test_auto_batch_keeps_the_global_batch_and_the_losses(forecaster_of):
 def test_auto_checkpointing_recomputes_only_where_nothing_fits_without(forecaster_of):
     auto = (*LORA[:2], "model.gradient_checkpointing=auto", "training.batch_size=8")
     forecaster = forecaster_of(*auto)
-    assert resolve_auto.resolve(forecaster)[0].config.model.gradient_checkpointing is False
+    assert resolve_auto.fit_to_memory(forecaster)[0].config.model.gradient_checkpointing is False
     size = (8, 2)
     with_it, without = (
         forecaster.memory(with_micro_batch(forecaster.config, size, one)).peak_bytes for one in (True, False)
     )
     assert with_it < without
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((with_it + without) / 2 / 0.9)))
-    prepared, decisions = resolve_auto.resolve(tight)
+    prepared, decisions = resolve_auto.fit_to_memory(tight)
     assert prepared.config.model.gradient_checkpointing is True
     assert [one.key for one in decisions] == ["model.gradient_checkpointing"]
 
@@ -300,11 +300,11 @@ def test_auto_checkpointing_offloads_only_on_a_gpu_that_recomputing_alone_does_n
     auto = (*long_rows, "model.gradient_checkpointing=auto")
     forecaster = forecaster_of(*auto, target=Target("a GPU", "cuda", 1 << 40))
     small = gpu_too_small_for(forecaster, True)
-    prepared, decisions = resolve_auto.resolve(forecaster_of(*auto, target=small))
+    prepared, decisions = resolve_auto.fit_to_memory(forecaster_of(*auto, target=small))
     assert prepared.config.model.gradient_checkpointing == "offload"
     assert [one.value for one in decisions] == ["offload"]
-    compiled = resolve_auto.resolve(forecaster_of(*auto, "training.compile=true", target=small))[0].config
-    on_a_cpu = resolve_auto.resolve(forecaster_of(*auto, target=Target("a tiny CPU", "cpu", 1)))[0].config
+    compiled = resolve_auto.fit_to_memory(forecaster_of(*auto, "training.compile=true", target=small))[0].config
+    on_a_cpu = resolve_auto.fit_to_memory(forecaster_of(*auto, target=Target("a tiny CPU", "cpu", 1)))[0].config
     assert compiled.model.gradient_checkpointing is on_a_cpu.model.gradient_checkpointing is True
 
 
@@ -343,7 +343,7 @@ class OtherRank:
 
 def test_several_processes_do_as_the_first_one_does(forecaster_of):
     forecaster = forecaster_of("training.batch_size=auto", "training.gradient_accumulation_steps=1")
-    assert resolve_auto.resolve(forecaster)[0].config.training.batch_size == 8
+    assert resolve_auto.fit_to_memory(forecaster)[0].config.training.batch_size == 8
     config = resolve_auto.resolve_on_all_ranks(forecaster, OtherRank()).config
     assert (config.training.batch_size, config.training.gradient_accumulation_steps) == (4, 2)
     assert config.model.gradient_checkpointing is True

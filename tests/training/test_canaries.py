@@ -24,7 +24,7 @@ def stopped(config_of):
     """A run with checkpoints of steps 1 and 2, of three."""
     given = (*LORA, "checkpoint.every_steps=1", "training.max_steps=3")
     with durable.use_backend(Unsynced()):
-        session = training.start(
+        session = training.open_run(
             config_of(*given, name="stopped"), Options(), StopRequest(), print_line=lambda line: None
         )
         steps = session.steps()

@@ -38,7 +38,7 @@ def stopped(config_of, stopped_once, tmp_path):
     """A copy of its own of a run that was stopped after its first step of two."""
     if not (stopped_once / "stopped").exists():
         config = config_of(*LORA, "training.max_steps=2", f"run.output_dir={stopped_once}", name="stopped")
-        session = training.start(config, Options(), StopRequest(), print_line=lambda line: None)
+        session = training.open_run(config, Options(), StopRequest(), print_line=lambda line: None)
         steps = session.steps()
         next(steps)
         steps.close()
@@ -194,7 +194,7 @@ def scratch_run(config_of):
     """A run, stopped after its first step of two, of a model from scratch that trained its own tokenizer."""
     small = ["d_model=32", "n_layers=1", "n_heads=2", "d_ff=64", "vocab_size=300"]
     scratch = ["model.name=custom-nano", *(f"model.architecture.{one}" for one in small), "training.max_steps=2"]
-    session = training.start(
+    session = training.open_run(
         config_of(*scratch, name="scratch"), Options(), StopRequest(), print_line=lambda line: None
     )
     steps = session.steps()

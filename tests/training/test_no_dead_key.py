@@ -26,11 +26,13 @@ from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.engine.devices import open_devices
 from llmtune.errors import ConfigError, LlmtuneError
+from llmtune.plan.forecast import Forecaster
+from llmtune.plan.resolve_auto import resolve_rates
 from llmtune.prepare import prepare
 from llmtune.runs.signals import StopRequest
 from llmtune.tracking.choose import choose_trackers
 from llmtune.training.build import build_setup
-from llmtune.training.train import start, train
+from llmtune.training.train import open_run, train
 from training_helpers import TIMES
 
 FLIPS = yaml.safe_load((Path(__file__).parents[1] / "config" / "flips.yaml").read_text())
@@ -281,7 +283,9 @@ def test_training_compile_is_used(here, resolve):
     compiled = {}
     for value in ("false", FLIPS["training.compile"]["flip"]):
         config = resolve(f"training.compile={value}")
-        setup = build_setup(prepare(config, Options()), Options(), open_devices(config.config, Options())[0])
+        devices, _ = open_devices(config.config, Options())
+        prepared, _ = resolve_rates(Forecaster.for_this_machine(prepare(config, Options()), Options(), devices))
+        setup = build_setup(prepared, Options(), devices)
         compiled[value] = [module._compiled_call_impl is not None for module in setup.model.model.layers]
     assert compiled == {"false": [False, False], "true": [True, True]}
 
@@ -292,7 +296,7 @@ def test_evaluation_batch_size_is_used(here, resolve):
     for value in (None, FLIPS["evaluation.batch_size"]["flip"]):
         size = [f"evaluation.batch_size={value}"] if value else []
         with StopRequest() as stop:
-            session = start(
+            session = open_run(
                 resolve(*beside("evaluation.batch_size"), *size, f"run.name=size-{value}"),
                 Options(),
                 stop,
@@ -300,7 +304,8 @@ def test_evaluation_batch_size_is_used(here, resolve):
             )
             seen = []
             session.setup.model.get_input_embeddings().register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
-            losses[value] = session.go().outlook.last_nll
+            assert list(session.steps())
+            losses[value] = session.result().eval_state.last_nll
         forwards[value] = len(seen)
     assert forwards["1"] - forwards[None] == 2  # two held-out rows, looked at before and after training
     assert losses["1"] == pytest.approx(losses[None], rel=1e-6)

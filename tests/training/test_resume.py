@@ -228,7 +228,7 @@ def test_p10_weights_that_are_not_finite_are_never_saved_and_end_the_run_as_dive
     budget ends it).
     """
     stop = StopRequest()
-    session = training.start(config_of(*LORA, name="broken"), Options(), stop, print_line=lambda line: None)
+    session = training.open_run(config_of(*LORA, name="broken"), Options(), stop, print_line=lambda line: None)
     steps = session.steps()
     for _ in range(4 if saved else 1):
         next(steps)
@@ -253,7 +253,7 @@ def test_p10_weights_that_are_not_finite_are_never_saved_and_end_the_run_as_dive
 
 @pytest.mark.parametrize("kind", [LORA, ()], ids=["adapter", "full"])
 def test_p5_weights_changed_after_they_were_verified_never_reach_the_model(kind, config_of, tmp_path):
-    session = training.start(config_of(*kind, name="run"), Options(), StopRequest(), print_line=lambda line: None)
+    session = training.open_run(config_of(*kind, name="run"), Options(), StopRequest(), print_line=lambda line: None)
     steps = session.steps()
     next(steps)
     steps.close()

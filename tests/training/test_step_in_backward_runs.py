@@ -44,7 +44,7 @@ def test_a_run_ends_in_the_same_bytes_whichever_way_it_is_stopped_and_gone_on_wi
 def test_weights_that_moved_with_a_gradient_that_is_not_finite_are_never_saved(config_of, tmp_path):
     """P10: exit 7, the last checkpoint is named and stands, and nothing came after it."""
     with StopRequest() as stop:
-        session = training.start(
+        session = training.open_run(
             config_of(*EARLY, "checkpoint.every_steps=2", name="bad"), Options(), stop, print_line=lambda _: None
         )
         weight = next(one for name, one in session.setup.parameters.items() if "layers.0" in name)

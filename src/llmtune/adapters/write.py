@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -24,6 +24,7 @@ def write_adapter(
     model: PeftModel,
     folder: Path,
     *,
+    tensors: Mapping[str, torch.Tensor] | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     stop_token_ids: Sequence[int] = (),
     base_digest: str | None = None,
@@ -32,12 +33,13 @@ def write_adapter(
 ) -> None:
     """Write the adapter, a record of its base, and the tokenizer with generation config when one is given.
 
-    The adapter's config names the base as transformers can load it (a hub id or a folder). base_digest, base_name,
+    tensors: those of `adapter_state_and_config(model)`, where they were gathered already. The adapter's config names the base as transformers can load it (a hub id or a folder). base_digest, base_name,
     base_revision: written to the record, and the revision to the config too.
 
     Raises MachineError when the system refuses to write.
     """
-    tensors, config = adapter_state_and_config(model)
+    own_tensors, config = adapter_state_and_config(model)
+    tensors = own_tensors if tensors is None else tensors
     if base_revision is not None:
         config["revision"] = base_revision
     durable.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})

@@ -65,7 +65,7 @@ class Trainer:
         self._metrics = tuple(metrics)
         self._print_line = print_line
         self._stop = StopRequest()
-        self._open: Callable[[], TrainingRun] = lambda: training.start(
+        self._open: Callable[[], TrainingRun] = lambda: training.open_run(
             resolved, self._options, self._stop, print_line=print_line
         )
         self._session: TrainingRun | None = None
@@ -81,9 +81,14 @@ class Trainer:
         """
         folder = Path(run) if (Path(run) / "config.yaml").is_file() else Path("runs") / run
         trainer = cls(load_config(str(folder / "config.yaml"), environ={}), **keywords)
-        trainer._open = lambda: training.reopen(
-            str(folder), trainer._options, trainer._stop, allow_changes=allow_changes, print_line=trainer._print_line
-        )
+
+        def open_again() -> TrainingRun:
+            resolved, earlier = training.find_run(str(folder), allow_changes=allow_changes)
+            return training.open_run(
+                resolved, trainer._options, trainer._stop, print_line=trainer._print_line, earlier=earlier
+            )
+
+        trainer._open = open_again
         trainer.curve = Curve(title=folder.name)
         return trainer
 
@@ -129,7 +134,7 @@ class Trainer:
         with self._listening():
             session = self.session
             if self._ended:
-                return session.observer.look(session.state.step, session.state.epoch, full=False)[1]
+                return session.evaluator.evaluate(session.state.step, session.state.epoch, full=False)[1]
             metrics = session.evaluate()
         self._note_heldout()
         return metrics
@@ -167,7 +172,7 @@ class Trainer:
         if running is not None:
             running.close()
         if not self._ended:  # it was opened, and no step was asked for
-            self._session.leave()
+            self._session.close()
             self._let_go()
 
     @property
@@ -235,14 +240,14 @@ class Trainer:
         stop = self._measures.stop
         if not self.session.setup.devices.sum(float(stop is not None))[0]:
             return False
-        self._print_line(
+        self.session.print_line(
             f"stopped: {stop.reason if stop else 'asked for by another process'}; `llmtune resume` goes on"
         )
         return True
 
     def _let_go(self) -> None:
         self._note_heldout()
-        self.session.observer.close()
+        self.session.evaluator.stop_recording()
         self._ended = True
 
     def _curve_so_far(self, session: TrainingRun) -> Curve:
@@ -252,11 +257,11 @@ class Trainer:
         return Curve.of_run(session.run.path, last_step=session.state.step)
 
     def _note_heldout(self) -> None:
-        outlook = self.session.observer.outlook
-        if outlook.last_nll is None or outlook.last_step is None:
+        state = self.session.evaluator.eval_state
+        if state.last_nll is None or state.last_step is None:
             return
-        if not self.curve.heldout or self.curve.heldout[-1] != (outlook.last_step, outlook.last_nll):
-            self.curve.heldout.append((outlook.last_step, outlook.last_nll))
+        if not self.curve.heldout or self.curve.heldout[-1] != (state.last_step, state.last_nll):
+            self.curve.heldout.append((state.last_step, state.last_nll))
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

@@ -57,11 +57,20 @@ def print_line(text: str) -> None:
 
 
 def report_error(error: LlmtuneError, *, debug: bool = False) -> int:
-    """Print a refusal and return its exit code."""
+    """Print a refusal and return its exit code; of several processes that train together, one alone prints it."""
+    if _another_prints(error):
+        return error.exit_code
     if debug:
         print_line(redacted("".join(traceback.format_exception(error))))
     print_line(message(error))
     return error.exit_code
+
+
+def _another_prints(error: LlmtuneError) -> bool:
+    if error.is_reported is not None:
+        return error.is_reported
+    # The processes have not met: what is wrong with a command is the same for all that a launcher started here.
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def report_crash(error: BaseException, arguments: Sequence[str], *, debug: bool = False) -> int:

@@ -20,7 +20,7 @@ def show_result(result: Result) -> None:
     from llmtune.training.progress import summary_lines
 
     print_line(f"{result.state} after step {result.step}")
-    for line in summary_lines(result.metrics, result.outlook):
+    for line in summary_lines(result.metrics, result.eval_state):
         print_line(line)
     if result.plan is not None:
         for line in comparison_lines(

@@ -10,6 +10,7 @@ Not covered: a file system that tears a rename apart, and a disk that claims to 
 
 from llmtune.durable.files import (
     UNFINISHED_PREFIX,
+    append_line,
     json_text,
     link_or_copy,
     make_folder,
@@ -51,6 +52,7 @@ __all__ = [
     "Manifest",
     "ReadLock",
     "SystemBackend",
+    "append_line",
     "commit_file",
     "commit_folder",
     "delete_unless_locked",

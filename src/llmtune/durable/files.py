@@ -19,6 +19,7 @@ from llmtune.durable.system import call, open_descriptor, sync_folder, translate
 
 __all__ = [
     "UNFINISHED_PREFIX",
+    "append_line",
     "json_text",
     "link_or_copy",
     "make_folder",
@@ -128,6 +129,13 @@ def write_text(path: Path | str, text: str) -> None:
     Raises MachineError.
     """
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def append_line(path: Path | str, line: str) -> None:
+    """Add a line to a text file that nothing depends on: not synced, lost with a power loss. Raises MachineError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    with translate_os_errors("append to", path), open_descriptor(Path(path), flags) as descriptor:
+        write_fully(descriptor, (line + "\n").encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path | str, value: object) -> None:

@@ -1,33 +1,51 @@
-"""One process or many: sums over all of them, gradients alike on each, and what each device remembers of its memory."""
+"""One process or several: sums over all of them, decisions taken once for all, and the device each of them has.
+
+The only module that uses `torch.distributed`. Numbers and tensors travel by collective operations, decisions and errors
+as JSON through the key-value store that the processes met at.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from llmtune.common.decisions import Decision
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
-from llmtune.errors import ConfigError, MachineError, Problem
+from llmtune.errors import ConfigError, LlmtuneError, MachineError, Problem, RankLostError, in_one_line
 
-__all__ = ["Devices", "check_distribution", "choose_device", "open_devices", "peak_memory_bytes"]
+__all__ = ["Devices", "check_distribution", "choose_device", "full_tensor", "open_devices", "peak_memory_bytes"]
+
+T = TypeVar("T")
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are sent in buckets of about this size: fewer, larger messages."""
 
 
 class Devices:
-    """One process among those that train together. A single process sums nothing and waits for nobody."""
+    """One process among those that train together; a single process sums nothing and waits for nobody.
 
-    def __init__(self, device: torch.device, *, rank: int = 0, world_size: int = 1) -> None:
+    `store`: where the processes meet. Every method that involves the others must be called by all of them, in the same
+    order. Raises RankLostError where another process has died or is silent for too long.
+    """
+
+    def __init__(self, device: torch.device, *, rank: int = 0, world_size: int = 1, store: Store | None = None) -> None:
         self.device = device
         self.rank = rank
         self.world_size = world_size
+        self._store = store
+        self._messages = 0
 
     @classmethod
     def from_environment(
@@ -54,39 +72,97 @@ class Devices:
             )
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        rank = int(environ["RANK"])
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=rank,
-            world_size=world_size,
-            timeout=dt.timedelta(seconds=timeout_s),
-        )
-        return cls(device, rank=rank, world_size=world_size)
+        rank, timeout = int(environ["RANK"]), dt.timedelta(seconds=timeout_s)
+        with _lost_ranks_noticed():
+            store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+            store.set_timeout(timeout)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            group_store = PrefixStore("group", store)
+            dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
+        return cls(device, rank=rank, world_size=world_size, store=PrefixStore("llmtune", store))
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def sum(self, *values: float) -> tuple[float, ...]:
         """Add each value over all processes, in float64."""
         if self.world_size == 1:
             return values
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        """Give the largest of each value over all processes, in float64: the same answer to a question on each."""
+        return self._reduce(values, dist.ReduceOp.MAX) if self.world_size > 1 else values
+
+    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> tuple[float, ...]:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return tuple(total.tolist())
+        with _lost_ranks_noticed():
+            dist.all_reduce(total, operation)
+            return tuple(total.tolist())  # nccl raises here, where the result is waited for
 
     def sum_tensor(self, value: torch.Tensor) -> torch.Tensor:
         """Add a tensor over all processes, on the device, without waiting."""
         if self.world_size > 1:
             value = value.clone()
-            dist.all_reduce(value)
+            with _lost_ranks_noticed():
+                dist.all_reduce(value)
         return value
 
-    def barrier(self) -> None:
-        """Wait until every process is here."""
-        if self.world_size > 1:
-            dist.barrier()
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Call `work` on the main process alone; the others wait, get None, and raise the LlmtuneError that it raises."""
+        if self.world_size == 1:
+            return work()
+        if not self.is_main:
+            failure = self._receive()
+            if failure is not None:
+                raise _error_of_main(failure)
+            return None
+        try:
+            result = work()
+        except LlmtuneError as error:
+            self._send({"exit_code": error.exit_code, "problems": error.problems})
+            raise
+        self._send(None)
+        return result
+
+    def from_main(self, value: T) -> T:
+        """Give the main process's `value`, which must be plain JSON; those of the others do not count."""
+        if self.world_size == 1:
+            return value
+        if self.is_main:
+            self._send(value)
+            return value
+        return self._receive()
+
+    def _send(self, message: object) -> None:
+        self._messages += 1
+        with _lost_ranks_noticed():
+            self._store_of_all().set(f"message/{self._messages}", json.dumps(message))
+
+    def _receive(self) -> Any:
+        self._messages += 1
+        with _lost_ranks_noticed():
+            return json.loads(self._store_of_all().get(f"message/{self._messages}"))
+
+    def _store_of_all(self) -> Store:
+        assert self._store is not None, "processes that train together met at a store"
+        return self._store
+
+    @contextmanager
+    def errors_printed_once(self) -> Iterator[None]:
+        """While the body runs: of processes that fail, only the first reports its error; the others' are marked as
+        reported.
+        """
+        try:
+            yield
+        except LlmtuneError as error:
+            if error.is_reported is None and self._store is not None:
+                error.is_reported = False  # where the store went with the main process, twice is better than never
+                with suppress(RuntimeError):
+                    error.is_reported = self._store.add("reports", 1) > 1
+            raise
 
     def sync_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
         """Replace each gradient by its sum over all processes; every process then holds the same bits.
@@ -99,7 +175,8 @@ class Devices:
         present = torch.tensor(
             [parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=self.device
         )
-        dist.all_reduce(present)
+        with _lost_ranks_noticed():
+            dist.all_reduce(present)
         somewhere = [parameter for parameter, count in zip(parameters, present.tolist(), strict=True) if count]
         for parameter in somewhere:
             if parameter.grad is None:
@@ -107,7 +184,8 @@ class Devices:
         for bucket in _buckets(somewhere):
             gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            dist.all_reduce(flat)
+            with _lost_ranks_noticed():
+                dist.all_reduce(flat)
             parts = flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(
                 gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
@@ -116,21 +194,58 @@ class Devices:
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite each tensor with the main process's."""
         if self.world_size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor.detach(), src=0)
+            with _lost_ranks_noticed():
+                for tensor in tensors:
+                    dist.broadcast(tensor.detach(), src=0)
 
     def gather_rows(self, row: torch.Tensor) -> torch.Tensor:
         """Stack equally shaped tensors of all processes: [...] of each -> [world_size, ...] on each, on the CPU."""
         if self.world_size == 1:
             return row[None].cpu()
         rows = [torch.empty_like(row, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(rows, row.to(self.device).contiguous())
+        with _lost_ranks_noticed():
+            dist.all_gather(rows, row.to(self.device).contiguous())
         return torch.stack(rows).cpu()
 
-    def close(self) -> None:
-        """Leave the other processes."""
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+    def close(self, *, wait_for_main: bool = False) -> None:
+        """Leave the other processes.
+
+        `wait_for_main`: not before the main process does, because a launcher ends the others as soon as one has ended.
+        """
+        if self.world_size == 1 or not dist.is_initialized():
+            return
+        with suppress(RuntimeError):  # the main process is gone, and its store with it
+            if self.is_main:
+                self._store_of_all().set("closed", "")
+            elif wait_for_main:
+                self._store_of_all().wait(["closed"])
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_ranks_noticed() -> Iterator[None]:
+    """Turn what torch raises where a process has died or is silent into RankLostError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo raises nothing narrower
+        raise RankLostError(
+            f"another process of this training died or stopped answering ({in_one_line(error)})",
+            where="distributed",
+            fix="see what the other process printed; `llmtune resume`, started in the same way, goes on",
+        ) from error
+
+
+def _error_of_main(failure: Mapping[str, Any]) -> LlmtuneError:
+    error = LlmtuneError.all(Problem(*problem) for problem in failure["problems"])
+    error.exit_code, error.is_reported = failure["exit_code"], True
+    return error
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Give the whole of a tensor that may be sharded over processes; each of them must call it then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

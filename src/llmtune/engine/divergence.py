@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from llmtune.engine.devices import full_tensor
 from llmtune.errors import DivergedError
 
 __all__ = ["describe_rows", "half_updated", "non_finite_parameters", "rows_of_non_finite_losses", "too_many_skipped"]
@@ -60,5 +61,5 @@ def non_finite_parameters(parameters: Mapping[str, torch.Tensor]) -> list[str]:
     """Give the names of parameters that hold a value that is not finite. One wait for the device in all."""
     if not parameters:
         return []
-    good = torch.stack([torch.isfinite(value).all() for value in parameters.values()]).tolist()
+    good = torch.stack([torch.isfinite(full_tensor(value)).all() for value in parameters.values()]).tolist()
     return [name for name, finite in zip(parameters, good, strict=True) if not finite]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmtune.engine.devices import Devices
+from llmtune.engine.devices import Devices, full_tensor
 from llmtune.engine.optim import Optimizer
 from llmtune.engine.precision import Precision
 from llmtune.errors import CheckpointError
@@ -137,7 +137,7 @@ def _capture_optimizer(
         for key, value in parts[parameter].state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 entry["places"][key] = _place_of(value, parameter)
-                tensors[f"{name}//{key}"] = value.detach().to("cpu", copy=True).contiguous()
+                tensors[f"{name}//{key}"] = full_tensor(value.detach()).to("cpu", copy=True).contiguous()
             else:
                 assert value is None or isinstance(value, bool | int | float | str), (
                     f"optimizer state {name}//{key} is a {type(value)}"

@@ -38,16 +38,17 @@ def write_model(
     tokenizer: PreTrainedTokenizerFast,
     folder: Path,
     *,
+    state: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
     stop_token_ids: Sequence[int] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model as transformers and vLLM read it: config, safetensors, tokenizer, generation config.
 
-    dtype: type that weights are rounded to, once; as they are when None. stop_token_ids: all tokens that end an answer.
-    Raises MachineError when the system refuses to write.
+    state: the model's tensors, where they were gathered already. dtype: type that weights are rounded to, once; as they
+    are when None. stop_token_ids: all tokens that end an answer. Raises MachineError when the system refuses to write.
     """
-    state = _rounded(model.state_dict(), dtype)
+    state = _rounded(model.state_dict() if state is None else state, dtype)
     before = model.config.dtype
     with translate_save_errors(folder):
         model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_bytes)

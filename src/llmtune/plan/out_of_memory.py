@@ -6,18 +6,22 @@ import mmap
 import re
 import resource
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 from llmtune.common.bytes import readable_bytes
 from llmtune.engine.allocator import release_free_memory
 from llmtune.errors import LlmtuneError, MachineError
+from llmtune.models.memory_errors import MEMORY_ERRORS, is_out_of_memory
 from llmtune.plan.activation_trace import TRACE_ERRORS
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.hardware import attainable_bytes, resident_bytes
 from llmtune.plan.suggestions import Suggestion, suggest
 
-__all__ = ["out_of_memory_error", "requested_bytes", "reserve_address_space"]
+__all__ = ["Circumstances", "out_of_memory_refused", "requested_bytes"]
 
 SHOWN_SUGGESTIONS = 3
 
@@ -31,7 +35,37 @@ _REQUESTED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?", re.
 _UNITS = {None: 1, "bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-def reserve_address_space() -> mmap.mmap | None:
+class Circumstances(NamedTuple):
+    """When and where memory ran out, for the message."""
+
+    doing: str
+    """`in step 7`, `while the model was loaded`."""
+    where: str | None
+    saved: str | None
+    """The newest checkpoint, None where there is none."""
+
+
+@contextmanager
+def out_of_memory_refused(forecaster: Forecaster, circumstances: Callable[[], Circumstances]) -> Iterator[None]:
+    """Turn errors of memory that is used up in the body into MachineError with the numbers and up to three changes.
+
+    circumstances: called when that happens; it may free memory.
+    """
+    reserve = _reserve_address_space()
+    try:
+        yield
+    except MEMORY_ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+        if reserve is not None:
+            reserve.close()
+        raise _out_of_memory_error(error, forecaster, circumstances()) from error
+    finally:
+        if reserve is not None:
+            reserve.close()
+
+
+def _reserve_address_space() -> mmap.mmap | None:
     """Reserve RESERVE_BYTES of untouched memory, to be closed when all other is used up; None where that is refused."""
     try:
         return mmap.mmap(-1, RESERVE_BYTES)
@@ -51,15 +85,9 @@ def requested_bytes(error: BaseException) -> int | None:
     return int(float(match[1]) * _UNITS[match[2]]) if match else None
 
 
-def out_of_memory_error(
-    error: BaseException, forecaster: Forecaster, *, doing: str, where: str | None, saved: str | None
-) -> MachineError:
-    """Make an error with the numbers, and up to three changes with their planned memory, of torch's or Python's error.
-
-    error: one for which `models.memory_errors.is_out_of_memory` holds. doing: `in step 7`, `while the model was
-    loaded`. saved: the newest checkpoint, None where there is none. The tensors of the failed step are freed, because
-    planning the changes takes memory too.
-    """
+def _out_of_memory_error(error: BaseException, forecaster: Forecaster, circumstances: Circumstances) -> MachineError:
+    """Make the error. The tensors of the failed step are freed, because planning the changes takes memory too."""
+    doing, where, saved = circumstances
     requested, held = requested_bytes(error), _held_bytes(forecaster)
     traceback.clear_frames(error.__traceback__)  # their local variables are the tensors of the step that failed
     _free(forecaster)

@@ -1,20 +1,28 @@
-"""Resolve `auto` by the plan: the micro-batch, and recomputation of blocks."""
+"""Resolve everything that a config leaves open (`auto`, or no rate), once, each value with its reason.
+
+Precision and rates follow from the model and the device, the micro-batch and recomputation of blocks from the plan.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+import torch
 
 from llmtune.common.bytes import readable_bytes
 from llmtune.common.decisions import Decision
+from llmtune.config.dump import config_to_dict
 from llmtune.config.schema import Config, TrainingConfig
 from llmtune.engine.devices import Devices
+from llmtune.engine.optim import choose_rates
+from llmtune.engine.precision import PrecisionName, choose_precision
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.memory import MemoryPlan
 from llmtune.prepare import Prepared
 
-__all__ = ["keep_resolved", "resolve", "resolve_on_all_ranks"]
+__all__ = ["fit_to_memory", "keep_resolved", "resolve", "resolve_on_all_ranks", "resolve_rates"]
 
 SEQUENCES = TrainingConfig().batch_size
 """Sequences of a micro-batch where `training.batch_size` is `auto`; times `gradient_accumulation_steps` they are the
@@ -29,12 +37,58 @@ compiled blocks.
 """
 
 
+OPEN_VALUES: tuple[tuple[str, str, object], ...] = (
+    ("training", "precision", "auto"),
+    ("training", "learning_rate", None),
+    ("training", "weight_decay", None),
+    ("training", "batch_size", "auto"),
+    ("model", "gradient_checkpointing", "auto"),
+)
+"""(section, key, value with which a config leaves the choice to llmtune)."""
+
+
+def resolve(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
+    """Resolve every open value of the run's config; returns the run with that config, and the decisions made."""
+    prepared, decisions = resolve_rates(forecaster)
+    prepared, memory_decisions = fit_to_memory(forecaster.with_prepared(prepared))
+    return prepared, decisions + memory_decisions
+
+
+def resolve_rates(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
+    """Choose precision, learning rate and weight decay where the config leaves them open."""
+    config = forecaster.config
+    training, decisions = config.training, []
+    if training.precision == "auto":
+        training = replace(training, precision=cast("PrecisionName", forecaster.precision))
+        decisions.append(_precision_decision(forecaster))
+    if training.learning_rate is None or training.weight_decay is None:
+        scratch = forecaster.prepared.source.kind == "scratch"
+        # Only from scratch the number of parameters decides, and counting them builds the model without weights.
+        parameters = forecaster.sizes(config).parameters if scratch else 0
+        adapter = config.adapter.method != "none"
+        training, rates = choose_rates(training, scratch=scratch, adapter=adapter, parameters=parameters)
+        decisions += rates
+    return _decided(forecaster.prepared, replace(config, training=training), decisions), decisions
+
+
+def _precision_decision(forecaster: Forecaster) -> Decision:
+    target = forecaster.target
+    if target.kind == "cpu" or target.is_local:
+        return choose_precision(torch.device(target.kind))
+    native = "multiplies bf16 natively" if target.has_bf16 else "has no native bf16"
+    return Decision("training.precision", forecaster.precision, f"{target.name} {native}")
+
+
+def _decided(prepared: Prepared, config: Config, decisions: list[Decision]) -> Prepared:
+    return replace(prepared, config=config, decisions=(*prepared.decisions, *decisions))
+
+
 def has_auto(config: Config) -> bool:
     """Whether the config leaves something to the plan."""
     return "auto" in (config.training.batch_size, config.model.gradient_checkpointing)
 
 
-def resolve(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
+def fit_to_memory(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
     """Choose the values that the config leaves to the plan. The global batch stays, so the result does too.
 
     `training.batch_size: auto` stands for 8 sequences times `gradient_accumulation_steps`; that product is cut into the
@@ -42,8 +96,7 @@ def resolve(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
     only where that is not enough.
     """
     config, decisions = _resolve_batch(forecaster, forecaster.config)
-    prepared = forecaster.prepared
-    return replace(prepared, config=config, decisions=(*prepared.decisions, *decisions)), decisions
+    return _decided(forecaster.prepared, config, decisions), decisions
 
 
 def _resolve_batch(forecaster: Forecaster, config: Config) -> tuple[Config, list[Decision]]:
@@ -85,32 +138,26 @@ def with_micro_batch(config: Config, size: tuple[int, int], recompute: Recompute
 
 
 def resolve_on_all_ranks(forecaster: Forecaster, devices: Devices) -> Prepared:
-    """The run with `auto` resolved; with several processes as on the main one: the others may have more memory free."""
+    """The run with every open value resolved as on the main process: the others may have more memory free."""
     prepared, _ = resolve(forecaster)
-    training, model = prepared.config.training, prepared.config.model
-    assert isinstance(training.batch_size, int)
-    assert model.gradient_checkpointing != "auto"
-    level = LEVELS.index(model.gradient_checkpointing)
-    choices = (training.batch_size, training.gradient_accumulation_steps, level)
-    # The sum over ranks is the main one's choice, because every other rank adds zeros.
-    sums = devices.sum(*(float(choice) if devices.is_main else 0.0 for choice in choices))
-    size, accumulation, level = map(int, sums)
-    return replace(prepared, config=with_micro_batch(prepared.config, (size, accumulation), LEVELS[level]))
+    return keep_resolved(forecaster.prepared, devices.from_main(config_to_dict(prepared.config)), prepared.decisions)
 
 
-def keep_resolved(prepared: Prepared, earlier: Mapping[str, Any]) -> Prepared:
-    """The run with what `auto` became in `earlier`, its config as plain values: a resumed run repeats every sum."""
-    requested = prepared.config
-    if not has_auto(requested):
-        return prepared
-    batch_size, accumulation = requested.training.batch_size, requested.training.gradient_accumulation_steps
-    if batch_size == "auto":
-        batch_size = earlier["training"]["batch_size"]
-        accumulation = earlier["training"]["gradient_accumulation_steps"]
-    recompute = requested.model.gradient_checkpointing
-    if recompute == "auto":
-        recompute = earlier["model"]["gradient_checkpointing"]
-    return replace(prepared, config=with_micro_batch(requested, (batch_size, accumulation), recompute))
+def keep_resolved(prepared: Prepared, earlier: Mapping[str, Any], decisions: Sequence[Decision] = ()) -> Prepared:
+    """The run with its open values as in `earlier`, its config as plain values: a resumed run repeats every sum.
+
+    decisions: those of the resolved run, where they are known. Values that `earlier` leaves open stay open.
+    """
+    config = prepared.config
+    values: dict[str, dict[str, Any]] = {"training": {}, "model": {}}
+    for section, key, is_open in OPEN_VALUES:
+        if getattr(getattr(config, section), key) == is_open:
+            values[section][key] = earlier[section].get(key, is_open)
+    if "batch_size" in values["training"]:
+        values["training"]["gradient_accumulation_steps"] = earlier["training"]["gradient_accumulation_steps"]
+    training, model = replace(config.training, **values["training"]), replace(config.model, **values["model"])
+    config = replace(config, training=training, model=model)
+    return replace(prepared, config=config, decisions=tuple(decisions) or prepared.decisions)
 
 
 def _largest_that_fits(

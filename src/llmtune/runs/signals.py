@@ -38,6 +38,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number: int | None = None
         """Number of the first signal, None before it."""
+        self.announces = True
+        """Whether the first signal is announced on stderr; of several processes of a run one does it."""
         self._requested_at_s = 0.0
         self._may_interrupt = False
         self._previous: dict[signal.Signals, Handler] = {}
@@ -97,7 +99,8 @@ class StopRequest:
             self.request(number)
             if self._may_interrupt:
                 raise self.error()
-            _print_line(f"\nllmtune: {_name(number)}: finishing this step and saving; once more to leave at once\n")
+            if self.announces:
+                _print_line(f"\nllmtune: {_name(number)}: finishing this step and saving; once more to leave at once\n")
         elif number != signal.SIGHUP and time.monotonic() - self._requested_at_s >= _ONE_REQUEST_S:
             exit_at_once(number)
 

@@ -1,1 +1,1 @@
-"""From windows to updates: the training loop, its loss, schedules, optimizers, precision and state."""
+"""The whole story of a run: started or resumed, built, trained, evaluated, saved."""

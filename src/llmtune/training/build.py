@@ -1,14 +1,15 @@
-"""Everything a training needs that holds weights: model, adapter, engine, optimizer, put together from a prepared run."""
+"""Build everything of a training that holds weights: model, adapter, engine, optimizer."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from llmtune.adapters import attach
 from llmtune.common.bytes import readable_bytes
@@ -22,8 +23,8 @@ from llmtune.engine.allocator import LEAN_LARGEST_BLOCK, allocator_in_force, bou
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine, build_engine
 from llmtune.engine.neftune import Neftune
-from llmtune.engine.optim import Optimizer, build_optimizer, choose_rates, matrices_of_blocks
-from llmtune.engine.precision import Precision, choose_precision
+from llmtune.engine.optim import Optimizer, build_optimizer, matrices_of_blocks
+from llmtune.engine.precision import Precision
 from llmtune.engine.schedule import learning_rate_at, warmup_length
 from llmtune.engine.step_in_backward import StepInBackward, choose_windows
 from llmtune.engine.update import AfterBackward, Update
@@ -32,12 +33,15 @@ from llmtune.models.load import load_model
 from llmtune.models.parameters import count_parameters, trained_parameters
 from llmtune.prepare import Prepared
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 __all__ = ["Counts", "TrainingSetup", "build_setup"]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters, tied ones counted once."""
+    """Numbers of parameters, tied ones counted once."""
 
     total: int
     trained: int
@@ -45,20 +49,22 @@ class Counts:
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """A model that is ready to be trained."""
+    """A model that is ready to be trained, with everything it was built from."""
 
-    model: Any
+    prepared: Prepared
+    model: PreTrainedModel
     """The transformers causal LM, inside peft's wrapper when an adapter is trained."""
     engine: Engine
     nll_sum: Callable[[MicroBatch], torch.Tensor]
-    """The engine's loss, with the noise that training asks for; evaluation uses the engine's own."""
+    """The loss that training minimizes: the engine's, with noise on the embeddings where the config sets it."""
     parameters: dict[str, torch.nn.Parameter]
     """The trained ones, by name."""
     optimizer: Optimizer
     update: Update
-    """How the gradients of a window become one step of the optimizer."""
+    """Turns the gradients of a window into one step of the optimizer."""
     precision: Precision
     learning_rate: Callable[[int], float]
+    """Rate of the next update as a function of the updates made."""
     mfu: Callable[[float], float] | None
     """From tokens per second to the part of the device's peak rate in use; None where the peak is not known."""
     devices: Devices
@@ -67,100 +73,94 @@ class TrainingSetup:
     is_adapted: bool
     """Only an adapter is trained; `model` is peft's wrapper."""
     counts: Counts
-    config: Config
-    """The config with every rate that was chosen filled in."""
     decisions: tuple[Decision, ...]
+    """The choices made while it was built."""
+
+    @property
+    def config(self) -> Config:
+        """The config of the run, with everything that was left open resolved."""
+        return self.prepared.config
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The model as peft's wrapper, where an adapter is trained."""
+        assert self.is_adapted
+        return cast("PeftModel", self.model)
 
 
 def build_setup(prepared: Prepared, options: Options, devices: Devices) -> TrainingSetup:
-    """Load the model, attach what is trained, choose engine and precision, build the optimizer.
+    """Load the model, attach the adapter, choose the engine, build the optimizer: all as before step 1.
 
-    Weights are those before step 1.
-
-    The random generators are seeded here, once, from `run.seed`; the kernels that torch keeps are bounded. Raises
+    `prepared.config` must be resolved (see `plan.resolve_auto`). Seeds the random generators from `run.seed`. Raises
     ModelError, AdapterError, ConfigError or MachineError.
     """
     config = prepared.config
     decisions = _set_up_process(config, devices)
-    precision, more = _open_precision(config.training, devices)
-    decisions += more
-    adapter = config.adapter.method != "none"
+    assert config.training.precision != "auto", "a config is resolved before a model is built"
+    precision = Precision(config.training.precision, devices.device)
+    is_adapted = config.adapter.method != "none"
     loaded = load_model(
         prepared.source,
         config.model,
         tokenizer=prepared.tokenizer.tokenizer,
         device=devices.device,
-        trained="adapter" if adapter else "full",
+        trained="adapter" if is_adapted else "full",
         precision=precision.name,
         seed=config.run.seed,
         trust_remote_code=options.trust_remote_code,
     )
-    model: Any = loaded.model
+    model: PreTrainedModel = loaded.model
     decisions += loaded.decisions
-    if adapter:
-        model, more = attach.attach_adapter(
+    if is_adapted:
+        adapted, adapter_decisions = attach.attach_adapter(
             model, config.adapter, seed=config.run.seed, tokenizer=prepared.tokenizer.tokenizer
         )
-        decisions += more
+        model = cast("PreTrainedModel", adapted)  # peft's wrapper passes on what it does not know
+        decisions += adapter_decisions
     parameters = trained_parameters(model)
     devices.broadcast(parameters.values())
-    counts = Counts(total=count_parameters(model), trained=sum(one.numel() for one in parameters.values()))
-
-    training, more = choose_rates(
-        config.training, scratch=prepared.source.kind == "scratch", adapter=adapter, parameters=counts.total
-    )
-    decisions += more
-    config = replace(config, training=training)
+    counts = Counts(count_parameters(model), trained=sum(parameter.numel() for parameter in parameters.values()))
     engine = build_engine(model, config=config, device=devices.device, precision=precision)
-    decisions += engine.decisions
     model.train()  # dropout and noise are on from here; evaluation switches them off for itself
-    optimizer, more = _make_optimizer(model, parameters, training, devices)
-    decisions += more
-    update, more = _make_update(list(parameters.values()), optimizer, training, precision, devices)
-    decisions += more
-    batches, more = _make_windows(prepared, engine, model, parameters, devices)
-    decisions += more
+    optimizer, optimizer_decisions = _make_optimizer(model, parameters, config.training, devices)
+    update, update_decisions = _make_update(list(parameters.values()), optimizer, config.training, precision, devices)
+    batches, window_decisions = _make_windows(prepared, engine, model, parameters, devices)
+    decisions += [*engine.decisions, *optimizer_decisions, *update_decisions, *window_decisions]
     return TrainingSetup(
+        prepared=prepared,
         model=model,
         engine=engine,
-        nll_sum=_with_noise(engine.nll_sum, model, training),
+        nll_sum=_with_noise(engine.nll_sum, model, config.training),
         parameters=parameters,
         optimizer=optimizer,
         update=update,
         precision=precision,
-        learning_rate=_make_schedule(training, batches.total_steps),
+        learning_rate=_make_schedule(config.training, batches.total_steps),
         mfu=utilization(devices, precision.name, total=counts.total, trained=counts.trained),
         devices=devices,
         batches=batches,
         base_digest=loaded.base_digest,
-        is_adapted=adapter,
+        is_adapted=is_adapted,
         counts=counts,
-        config=config,
         decisions=tuple(decisions),
     )
 
 
 def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
-    """Seed it, and bound the memory it collects.
-
-    Here, because a program that came by the Python API passes nowhere else.
-    """
+    """Seed the random generators and bound the memory that torch and the C library keep for later."""
+    # Here and not only in the commands, because a program that uses the Python API passes nowhere else.
     bound_kernel_caches()
-    _seed_everything(config.run.seed + devices.rank)
+    seed = config.run.seed + devices.rank
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     if config.model.recomputes and devices.device.type == "cpu":
         return [*spinning_in_force(), tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
     return [*spinning_in_force(), *allocator_in_force()]
 
 
-def _open_precision(training: TrainingConfig, devices: Devices) -> tuple[Precision, list[Decision]]:
-    if training.precision != "auto":
-        return Precision(training.precision, devices.device), []
-    choice = choose_precision(devices.device)
-    return Precision(choice.value, devices.device), [choice]  # type: ignore[arg-type]
-
-
 def _with_noise(
-    nll_sum: Callable[[MicroBatch], torch.Tensor], model: Any, training: TrainingConfig
+    nll_sum: Callable[[MicroBatch], torch.Tensor], model: PreTrainedModel, training: TrainingConfig
 ) -> Callable[[MicroBatch], torch.Tensor]:
     if training.neftune_alpha is None:
         return nll_sum
@@ -168,7 +168,7 @@ def _with_noise(
 
 
 def _make_optimizer(
-    model: Any, parameters: dict[str, torch.nn.Parameter], training: TrainingConfig, devices: Devices
+    model: PreTrainedModel, parameters: dict[str, torch.nn.Parameter], training: TrainingConfig, devices: Devices
 ) -> tuple[Optimizer, list[Decision]]:
     assert training.learning_rate is not None
     assert training.weight_decay is not None
@@ -193,17 +193,24 @@ def _make_update(
 ) -> tuple[Update, list[Decision]]:
     if not training.step_in_backward:
         return AfterBackward(parameters, optimizer, precision, devices, max_grad_norm=training.max_grad_norm), []
-    sizes = [one.nbytes for one in parameters]
+    sizes = [parameter.nbytes for parameter in parameters]
     reason = f"asked for: a gradient goes once it is complete; all are {readable_bytes(sum(sizes))}, the largest {readable_bytes(max(sizes))}"
     return StepInBackward(parameters, optimizer), [Decision("training.step_in_backward", True, reason)]
 
 
 def _make_windows(
-    prepared: Prepared, engine: Engine, model: Any, parameters: dict[str, torch.nn.Parameter], devices: Devices
+    prepared: Prepared,
+    engine: Engine,
+    model: PreTrainedModel,
+    parameters: dict[str, torch.nn.Parameter],
+    devices: Devices,
 ) -> tuple[BatchPlan, list[Decision]]:
-    def windows(limit: int | None) -> BatchPlan:
+    def windows(max_group_tokens: int | None) -> BatchPlan:
         return prepared.batch_plan(
-            layout=engine.layout, max_group_tokens=limit, rank=devices.rank, world_size=devices.world_size
+            layout=engine.layout,
+            max_group_tokens=max_group_tokens,
+            rank=devices.rank,
+            world_size=devices.world_size,
         )
 
     return choose_windows(
@@ -211,7 +218,7 @@ def _make_windows(
         engine.max_group_tokens,
         prepared.config,
         shape=model.config,
-        gradient_bytes=lambda: sum(one.nbytes for one in parameters.values()),
+        gradient_bytes=lambda: sum(parameter.nbytes for parameter in parameters.values()),
     )
 
 
@@ -224,10 +231,3 @@ def _make_schedule(training: TrainingConfig, total_steps: int) -> Callable[[int]
         warmup_steps=warmup_length(total_steps, training.warmup_steps, training.warmup_ratio),
         min_lr_ratio=training.min_lr_ratio,
     )
-
-
-def _seed_everything(seed: int) -> None:
-    """Seed the generators that training draws from."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""How fast a shape trains on this machine: measured by a few real steps or by a run, and kept for the next plan."""
+"""Measure how fast a run trains on this machine by a few real steps, and keep the rate for the next plan."""
 
 from __future__ import annotations
 
@@ -21,23 +21,18 @@ STEPS = 4
 def measure(forecaster: Forecaster, devices: Devices) -> tuple[float, int]:
     """Train a few real steps, keep their rate, and return (tokens per second, most memory held in bytes).
 
-    Nothing is written but the rate.
-
-    Raises what assembling and training raise.
+    Nothing is written but the rate. Raises ModelError, MachineError or DivergedError.
     """
     setup = build_setup(forecaster.prepared, forecaster.options, devices)
     results = list(islice(steps_from_the_start(setup), STEPS))
     counted = results[1:] or results
-    rate = statistics.median(one.num_tokens / one.step_seconds for one in counted)
+    rate = statistics.median(result.num_tokens / result.step_seconds for result in counted)
     forecaster.store_rate(rate)
     return rate, results[-1].memory_bytes
 
 
 def steps_from_the_start(setup: TrainingSetup) -> Iterator[StepResult]:
-    """Train a new model, and do nothing between two steps: no evaluation, no checkpoint, no record.
-
-    Raises what the loop raises.
-    """
+    """Train a new model, without evaluation, checkpoint or record between two steps; raises DivergedError."""
     return train_steps(
         nll_sum=setup.nll_sum,
         update=setup.update,

@@ -1,4 +1,4 @@
-"""What of a run is kept on disk: its folder and identity, its checkpoints, the best model and the final one."""
+"""The checkpoints of a run, its best and its final model: found, restored and written."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 from llmtune import durable
 from llmtune.adapters.load import load_adapter_weights
-from llmtune.adapters.write import write_adapter
+from llmtune.adapters.write import adapter_state_and_config, write_adapter
 from llmtune.common.printing import PrintLine
 from llmtune.common.secrets import redacted
 from llmtune.config.dump import config_to_yaml
+from llmtune.engine.devices import full_tensor
 from llmtune.engine.state import Snapshot
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.models import save
 from llmtune.models.model_card import trained_model_card
-from llmtune.prepare import Prepared
 from llmtune.runs import checkpoint as checkpoints
-from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
+from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.disk import SaveAttempts
 from llmtune.runs.folder import RunFolder
 from llmtune.tracking.jsonl import RunRecord
@@ -34,145 +34,173 @@ ADAPTER_FILE = "adapter_model.safetensors"
 BEST, FINAL = "best", "final"
 
 
-def find_checkpoint(run: RunFolder, wanted: Path | None) -> tuple[LoadedCheckpoint | None, list[Problem]]:
-    """The checkpoint to go on from: the one named, or the newest that is whole; None where the run never saved.
+def find_checkpoint(run: RunFolder, requested: Path | None) -> tuple[LoadedCheckpoint | None, list[Problem]]:
+    """Load the requested checkpoint, or the newest valid one; None where the run never saved.
 
-    Raises CheckpointError when the one named is damaged, or all are.
+    Also returns what is wrong with newer ones. Raises CheckpointError when the requested one is damaged, or all are.
     """
-    if wanted is None:
-        found, problems = checkpoints.newest_valid(run)
-        return (checkpoints.load(found) if found is not None else None), problems
-    step = wanted.name.removeprefix("step-")
+    if requested is None:
+        newest, problems = checkpoints.newest_valid(run)
+        return (checkpoints.load(newest) if newest is not None else None), problems
+    step = requested.name.removeprefix("step-")
     if not step.isdigit():
         raise CheckpointError(
-            f"`{wanted.name}` is not the name of a checkpoint",
-            str(wanted),
+            f"`{requested.name}` is not the name of a checkpoint",
+            str(requested),
             "name a folder such as checkpoints/step-000100",
         )
-    chosen: CheckpointFolder = checkpoints.checkpoint_of(run, int(step))
-    problems = checkpoints.verify(chosen, run_id=run.run_id)
+    checkpoint = checkpoints.checkpoint_of(run, int(step))
+    problems = checkpoints.verify(checkpoint, run_id=run.run_id)
     if problems:
         raise CheckpointError.all(problems)
-    return checkpoints.load(chosen), []
+    return checkpoints.load(checkpoint), []
 
 
 def restore_weights(setup: TrainingSetup, loaded: LoadedCheckpoint) -> None:
     """Put the trained weights of a verified checkpoint into the model, bit for bit.
 
-    The very bytes that do are compared with the manifest.
-
     Raises CheckpointError when they were changed since the checkpoint was verified.
     """
     name = ADAPTER_FILE if setup.is_adapted else WEIGHTS_FILE
+    # The digest is taken of the very bytes that fill the tensors, so nothing can come between check and use.
     tensors, _ = durable.read_tensors(loaded.path / name, sha256=loaded.manifest["files"][name]["sha256"])
     if setup.is_adapted:
-        load_adapter_weights(setup.model, loaded.path, tensors)
+        load_adapter_weights(setup.peft_model, loaded.path, tensors)
     else:
         save.restore_weights(setup.model, tensors)
 
 
 class Checkpointer:
-    """Writes the run's checkpoints, its best and its final model, and keeps as many as the config says."""
+    """Writes the run's checkpoints, its best and its final model, and deletes checkpoints that are no longer wanted.
 
-    def __init__(self, run: RunFolder, prepared: Prepared, setup: TrainingSetup, print_line: PrintLine) -> None:
-        self._run, self._prepared, self._assembled, self._print_line = run, prepared, setup, print_line
-        self._attempts = SaveAttempts(lambda: durable.remove_leftovers(run.checkpoints))
+    Every process of a run has one and calls it at the same step boundaries: weights that are sharded are gathered from
+    all. Only the main process writes (`run` is None in the others), and a disk that refuses there is an answer or an
+    error in all of them.
+    """
+
+    def __init__(self, run: RunFolder | None, setup: TrainingSetup, print_line: PrintLine) -> None:
+        self._run, self._setup, self._print_line = run, setup, print_line
+        self._attempts = SaveAttempts(lambda: durable.remove_leftovers(self._folder.checkpoints))
         self._manifest = {"threads": torch.get_num_threads(), "world_size": setup.devices.world_size}
         self._resumed_from: int | None = None
 
-    def protect(self, step: int) -> None:
-        """Never delete the checkpoint of `step`: this process goes on from it."""
+    @property
+    def _folder(self) -> RunFolder:
+        assert self._run is not None, "only the main process writes"
+        return self._run
+
+    def never_delete(self, step: int) -> None:
+        """Keep the checkpoint of `step`, from which this process has resumed."""
         self._resumed_from = step
 
     def save(self, step: int, snapshot: Snapshot, record: RunRecord | None) -> bool:
-        """Commit the checkpoint of `step`, then delete what is no longer wanted.
+        """Commit the checkpoint of `step`, then delete older ones; returns whether it was saved.
 
-        A save that fails is said and the run goes on.
-
-        The lines of `record`, which the checkpoint counts on, are on the disk before it. Returns whether it was saved.
+        A disk that refuses is a warning. The lines of `record` that the checkpoint counts are on the disk before it.
         """
+        weights = self._gather_weights()
 
         def commit() -> Path:
             if record is not None:
                 record.sync()
             return checkpoints.save_checkpoint(
-                self._run, step, self._write_weights, snapshot, manifest_extra=self._manifest
+                self._folder, step, lambda folder: self._write_weights(weights, folder), snapshot, self._manifest
             )
 
-        saved = self._attempts.save(commit)
-        if saved is None:
-            self._print_line(
-                f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}"
-            )
-            return False
-        protected = {self._resumed_from} if self._resumed_from is not None else set()
-        for warning in checkpoints.delete_old_checkpoints(
-            self._run, self._prepared.config.checkpoint.keep_last, protected_steps=protected
-        ):
-            self._print_line(f"warning: {warning}")
-        return True
+        def save_and_delete() -> bool:
+            saved = self._attempts.save(commit)
+            if saved is None:
+                self._print_line(
+                    f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}"
+                )
+                return False
+            protected = {self._resumed_from} if self._resumed_from is not None else set()
+            keep_last = self._setup.config.checkpoint.keep_last
+            for warning in checkpoints.delete_old_checkpoints(self._folder, keep_last, protected_steps=protected):
+                self._print_line(f"warning: {warning}")
+            return True
 
-    def keep_best(self, metrics: Mapping[str, Any], step: int) -> None:
+        devices = self._setup.devices
+        return devices.from_main(bool(devices.on_main(save_and_delete)))
+
+    def save_best(self, metrics: Mapping[str, Any], step: int) -> None:
         """Replace `best/` by the model as it is now."""
-        self._attempts.save(
-            lambda: checkpoints.save_folder(self._run.checkpoints / BEST, self._write_result(metrics, step)),
-            subject="best model",
+        write = self._model_writer(metrics, step)
+        self._setup.devices.on_main(
+            lambda: self._attempts.save(
+                lambda: checkpoints.save_folder(self._folder.checkpoints / BEST, write), subject="best model"
+            )
         )
 
-    def write_final(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Write what the user takes away: adapter or model, tokenizer, chat template, generation config, model card.
+    def save_final(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write the adapter or model, tokenizer, chat template, generation config and model card to `final/`.
 
-        It lies in `checkpoints/final/`; `final` in the run folder is a short way there, where the file system knows
-        such ways.
+        It lies in `checkpoints/`, and a link in the run folder leads there where the file system has links.
         """
-        saved = self._attempts.save(
-            lambda: checkpoints.save_folder(self._run.checkpoints / FINAL, self._write_result(metrics, step)),
-            subject="final model",
-        )
-        if saved is not None:
-            with contextlib.suppress(MachineError):
-                durable.replace_symlink(self._run.path / FINAL, f"{self._run.checkpoints.name}/{FINAL}")
+        write = self._model_writer(metrics, step)
+
+        def save_and_link() -> None:
+            saved = self._attempts.save(
+                lambda: checkpoints.save_folder(self._folder.checkpoints / FINAL, write), subject="final model"
+            )
+            if saved is not None:
+                with contextlib.suppress(MachineError):
+                    durable.replace_symlink(self._folder.path / FINAL, f"{self._folder.checkpoints.name}/{FINAL}")
+
+        self._setup.devices.on_main(save_and_link)
 
     def raise_if_unsaved(self) -> None:
         """Raise MachineError (exit 6) when the last save never worked."""
-        self._attempts.raise_if_failed()
+        self._setup.devices.on_main(self._attempts.raise_if_failed)
 
-    def _write_weights(self, folder: Path) -> None:
-        """The trained weights as a checkpoint holds them: an adapter in peft's files, a whole model by parameter name
-        beside its config.
-        """
-        if self._assembled.is_adapted:
-            write_adapter(self._assembled.model, folder, **self._base())
+    def _gather_weights(self) -> dict[str, torch.Tensor]:
+        """The trained weights as a checkpoint holds them: by peft's names for an adapter, else by parameter name."""
+        setup = self._setup
+        tensors = adapter_state_and_config(setup.peft_model)[0] if setup.is_adapted else setup.parameters
+        return {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
+
+    def _write_weights(self, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+        if self._setup.is_adapted:
+            write_adapter(self._setup.peft_model, folder, tensors=weights, **self._base())
         else:
-            save.write_weights(self._assembled.model, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-            durable.write_json(folder / "config.json", self._assembled.model.config.to_dict())
+            durable.write_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
+            durable.write_json(folder / "config.json", self._setup.model.config.to_dict())
 
     def _base(self) -> dict[str, Any]:
-        source = self._prepared.source
-        name = self._prepared.config.model.name if source.kind in ("hub", "gguf") else source.location
-        return {"base_digest": self._assembled.base_digest, "base_name": name, "base_revision": source.revision}
+        source = self._setup.prepared.source
+        name = self._setup.config.model.name if source.kind in ("hub", "gguf") else source.location
+        return {"base_digest": self._setup.base_digest, "base_name": name, "base_revision": source.revision}
 
-    def _write_result(self, metrics: Mapping[str, Any], step: int) -> Callable[[Path], None]:
-        tokenizer, stops = self._prepared.tokenizer.tokenizer, self._prepared.renderer.stop_token_ids
+    def _model_writer(self, metrics: Mapping[str, Any], step: int) -> Callable[[Path], None]:
+        """Gather the weights, and return the function that writes the model as users load it into a folder."""
+        setup, prepared = self._setup, self._setup.prepared
+        tokenizer, stops = prepared.tokenizer.tokenizer, prepared.renderer.stop_token_ids
+        tensors = self._gather_weights() if setup.is_adapted else self._gather_state()
 
         def write(folder: Path) -> None:
-            if self._assembled.is_adapted:
-                write_adapter(self._assembled.model, folder, tokenizer=tokenizer, stop_token_ids=stops, **self._base())
+            if setup.is_adapted:
+                write_adapter(
+                    setup.peft_model, folder, tensors=tensors, tokenizer=tokenizer, stop_token_ids=stops, **self._base()
+                )
             else:
-                save.write_model(self._assembled.model, tokenizer, folder, stop_token_ids=stops)
+                save.write_model(setup.model, tokenizer, folder, state=tensors, stop_token_ids=stops)
             durable.write_text(folder / "README.md", self._card(metrics, step))
 
         return write
 
+    def _gather_state(self) -> dict[str, torch.Tensor]:
+        return {name: full_tensor(tensor) for name, tensor in self._setup.model.state_dict().items()}
+
     def _card(self, metrics: Mapping[str, Any], step: int) -> str:
+        setup, source = self._setup, self._setup.prepared.source
         return trained_model_card(
-            run=self._run.name,
-            base=self._prepared.source.name,
-            base_path=None if self._prepared.source.kind == "scratch" else self._assembled.model.config._name_or_path,
-            is_adapter=self._assembled.is_adapted,
+            run=self._folder.name,
+            base=source.name,
+            base_path=None if source.kind == "scratch" else setup.model.config._name_or_path,
+            is_adapter=setup.is_adapted,
             step=step,
-            total_steps=self._assembled.batches.total_steps,
+            total_steps=setup.batches.total_steps,
             metrics=metrics,
-            data=self._prepared.data.ledger.summary(),
-            config=redacted(config_to_yaml(self._assembled.config)),
+            data=setup.prepared.data.ledger.summary(),
+            config=redacted(config_to_yaml(setup.config)),
         )

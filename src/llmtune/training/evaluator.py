@@ -1,22 +1,21 @@
-"""What is looked at while a run trains: held-out loss, exact answers, samples, the best so far, and when to stop early.
+"""Evaluate a run while it trains: held-out loss, exact answers and samples, the best so far, when to stop early.
 
-Everything here happens at a step boundary and leaves weights, gradients and random generators as they were (promise
-N12).
+Everything here happens at a step boundary and leaves weights, gradients and random generators as they were (N12).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmtune.data.dataset.batches import eval_batches
+from llmtune.data.example import ExampleSet
 from llmtune.engine.loop import StepResult
 from llmtune.evaluation.exact_match import count_exact_answers
 from llmtune.evaluation.generate import generate
 from llmtune.evaluation.heldout import evaluate, trained_bytes
-from llmtune.prepare import Prepared
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.watch import HistogramWatch
@@ -27,7 +26,7 @@ __all__ = ["EvalState", "Evaluator"]
 
 @dataclass
 class EvalState:
-    """What evaluations have shown so far; part of every checkpoint."""
+    """The evaluations so far, in a few numbers; part of every checkpoint."""
 
     best_nll: float | None = None
     """Lowest held-out loss, nats per trained token."""
@@ -44,91 +43,85 @@ class EvalState:
 
 
 class Evaluator:
-    """Evaluates, records and tells; knows nothing of checkpoints and decides nothing about the loop."""
+    """Evaluates the model at step boundaries, and writes its numbers and those of each step to record and trackers."""
 
-    def __init__(
-        self, prepared: Prepared, setup: TrainingSetup, record: RunRecord | None, trackers: TrackerQueue
-    ) -> None:
-        self._prepared = prepared
-        self._assembled = setup
-        self._record = record
-        self._trackers = trackers
-        self._config = prepared.config
+    def __init__(self, setup: TrainingSetup, record: RunRecord | None, trackers: TrackerQueue) -> None:
+        self._setup, self._config = setup, setup.config
+        self._record, self._trackers = record, trackers
+        data = setup.prepared.data.eval
+        self._heldout: ExampleSet | None = data if data is not None and len(data) else None
         self._heldout_bytes: float | None = None
         self._watch: HistogramWatch | None = None
-        self.outlook = EvalState()
+        self.eval_state = EvalState()
 
-    def begin(self, step: int) -> None:
-        """Start to watch gradients where the config asks for it; `step` updates were made before."""
+    def start_watching(self, step: int) -> None:
+        """Collect histograms of gradients from here on, after `step` updates, where the config asks for them."""
         kind = self._config.tracking.watch
         if kind:
-            first, every = self._assembled.optimizer.parts[0], self._config.tracking.every_steps
-            self._watch = HistogramWatch(first, self._assembled.parameters, kind, every_steps=every, start_step=step)
+            first, every = self._setup.optimizer.parts[0], self._config.tracking.every_steps
+            self._watch = HistogramWatch(first, self._setup.parameters, kind, every_steps=every, start_step=step)
 
-    def end(self) -> None:
-        """Stop to watch gradients."""
+    def stop_watching(self) -> None:
+        """Collect no histograms any more."""
         if self._watch is not None:
             self._watch.close()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state()` gave."""
-        self.outlook = EvalState(**state)
+        """Set the state to what `state()` returned."""
+        self.eval_state = EvalState(**state)
 
     def state(self) -> dict[str, Any]:
-        """The outlook as plain numbers."""
-        return asdict(self.outlook)
+        """Return the state as plain numbers."""
+        return asdict(self.eval_state)
 
-    def close(self) -> None:
-        """Record and tell nothing from here on: the run is let go, its model may still be looked at."""
+    def stop_recording(self) -> None:
+        """Write nothing any more: the run's files are closed, and its model may still be evaluated."""
         self._record, self._trackers = None, TrackerQueue([])
 
-    def note(self, result: StepResult, further: Mapping[str, Any] | None = None) -> None:
-        """Record one training step, `further` values in its line.
+    def log_step(self, result: StepResult, measured: Mapping[str, Any]) -> None:
+        """Write one training step, with the `measured` values in its line.
 
-        Trackers hear of every `tracking.every_steps`-th and of skipped ones.
+        Only every `tracking.every_steps`-th step is written, the last one, and those that were skipped.
         """
         histograms = self._watch.take() if self._watch is not None else {}
         if result.step % self._config.tracking.every_steps and not result.skipped and result.progress < 1:
             return
-        line = {**(further or {}), **result.metrics()}
-        self._write(result.step, line)
+        self._write(result.step, {**measured, **result.metrics()})
         if histograms:
             self._trackers.histograms(result.step, histograms)
 
     def is_due(self, step: int, *, last: bool) -> bool:
         """Whether step `step` ends with an evaluation; the end of the training always does, once."""
         every = self._config.evaluation.every_steps
-        return self.outlook.last_step != step and (last or (every is not None and step % every == 0))
+        return self.eval_state.last_step != step and (last or (every is not None and step % every == 0))
 
-    def look(self, step: int, epoch: float, *, full: bool) -> tuple[bool, dict[str, Any]]:
-        """Evaluate after `step` steps; `full` adds exact match.
+    def evaluate(self, step: int, epoch: float, *, full: bool) -> tuple[bool, dict[str, Any]]:
+        """Evaluate after `step` updates; `full` also counts exact answers where the config asks for them.
 
-        Returns whether this is the best so far, and the metrics.
+        Returns whether the held-out loss is the best so far, and the metrics.
         """
         metrics: dict[str, Any] = {}
-        self.outlook.last_step = step
-        improved = False
-        if self._prepared.data.eval is not None and len(self._prepared.data.eval):
-            metrics |= self._heldout()
-            improved = self._judge(step, metrics["eval_mean_nll"])
+        self.eval_state.last_step = step
+        is_best = False
+        if self._heldout is not None:
+            metrics |= self._heldout_loss(self._heldout)
+            is_best = self._update_best(step, metrics["eval_mean_nll"])
             if full and self._config.evaluation.exact_match:
-                metrics |= self._exact_answers()
+                metrics |= self._exact_answers(self._heldout)
         if metrics:
             self._write(step, {"epoch": epoch, **metrics})
         if self._config.evaluation.prompts:
-            self._samples(step)
-        return improved, metrics
+            self._write_samples(step)
+        return is_best, metrics
 
     @property
     def should_stop_early(self) -> bool:
         """Whether the held-out loss has not improved for `early_stopping_patience` evaluations."""
         patience = self._config.evaluation.early_stopping_patience
-        return patience is not None and self.outlook.evaluations_without_improvement >= patience
+        return patience is not None and self.eval_state.evaluations_without_improvement >= patience
 
-    def _heldout(self) -> dict[str, Any]:
-        heldout, setup = self._prepared.data.eval, self._assembled
-        assert heldout is not None
-        tokenizer = self._prepared.tokenizer.tokenizer
+    def _heldout_loss(self, heldout: ExampleSet) -> dict[str, Any]:
+        setup, tokenizer = self._setup, self._setup.prepared.tokenizer.tokenizer
         if self._heldout_bytes is None:
             self._heldout_bytes = trained_bytes(heldout, tokenizer)
         assert isinstance(self._config.training.batch_size, int)
@@ -150,52 +143,50 @@ class Evaluator:
                 sum_over_devices=lambda number: setup.devices.sum(number)[0],
             )
 
-    def _judge(self, step: int, nll: float) -> bool:
-        """Keep the books of the best loss.
-
-        Only a fall by more than the threshold counts as improvement for early stopping.
-        """
-        outlook = self.outlook
-        outlook.last_nll = nll
-        if outlook.first_nll is None:
-            outlook.first_nll = nll
-        best = outlook.best_nll
+    def _update_best(self, step: int, nll: float) -> bool:
+        """Count a held-out loss, and return whether it is the best so far."""
+        state = self.eval_state
+        state.last_nll = nll
+        if state.first_nll is None:
+            state.first_nll = nll
+        best = state.best_nll
         if not math.isfinite(nll):
-            outlook.evaluations_without_improvement += 1
+            state.evaluations_without_improvement += 1
             return False
+        # A fall by less than the threshold is a new best, and still no reason to go on.
         falls_enough = best is None or nll < best - self._config.evaluation.early_stopping_threshold
-        outlook.evaluations_without_improvement = 0 if falls_enough else outlook.evaluations_without_improvement + 1
+        state.evaluations_without_improvement = 0 if falls_enough else state.evaluations_without_improvement + 1
         if best is None or nll < best:
-            outlook.best_nll, outlook.best_step = nll, step
+            state.best_nll, state.best_step = nll, step
             return True
         return False
 
-    def _exact_answers(self) -> dict[str, Any]:
-        heldout = self._prepared.data.eval
-        assert heldout is not None
-        with self._assembled.precision.autocast():
+    def _exact_answers(self, heldout: ExampleSet) -> dict[str, Any]:
+        prepared = self._setup.prepared
+        tokenizer = prepared.tokenizer.tokenizer
+        with self._setup.precision.autocast():
             count = count_exact_answers(
-                self._assembled.model,
-                self._prepared.tokenizer.tokenizer,
+                self._setup.model,
+                tokenizer,
                 heldout,
-                stop_token_ids=self._prepared.renderer.stop_token_ids,
-                pad_id=self._prepared.tokenizer.tokenizer.pad_token_id or 0,
+                stop_token_ids=prepared.renderer.stop_token_ids,
+                pad_id=tokenizer.pad_token_id or 0,
                 max_new_tokens=self._config.evaluation.max_new_tokens,
             )
-        outlook = self.outlook
-        outlook.num_answers, outlook.last_exact = count.answers, count.exact
-        if outlook.first_exact is None:
-            outlook.first_exact = count.exact
+        state = self.eval_state
+        state.num_answers, state.last_exact = count.answers, count.exact
+        if state.first_exact is None:
+            state.first_exact = count.exact
         return {"eval_exact_answers": count.exact, "eval_num_answers": count.answers}
 
-    def _samples(self, step: int) -> None:
-        prompts: Sequence[str] = self._config.evaluation.prompts
-        with self._assembled.precision.autocast():
+    def _write_samples(self, step: int) -> None:
+        prepared = self._setup.prepared
+        with self._setup.precision.autocast():
             answers = generate(
-                self._assembled.model,
-                self._prepared.tokenizer.tokenizer,
-                self._prepared.renderer,
-                prompts,
+                self._setup.model,
+                prepared.tokenizer.tokenizer,
+                prepared.renderer,
+                self._config.evaluation.prompts,
                 max_new_tokens=self._config.evaluation.max_new_tokens,
             )
         rows = [{"prompt": answer.prompt, "text": answer.text} for answer in answers]

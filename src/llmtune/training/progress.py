@@ -1,15 +1,19 @@
-"""What a run says to the person in front of it: what was read, what was chosen and why, and how it ended."""
+"""What a run prints: the rows read, the choices made and their reasons, how it ended; by one of its processes alone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from llmtune import durable
 from llmtune.common.decisions import Decision
 from llmtune.common.printing import PrintLine
 from llmtune.data.dataset.row_result import STATUSES
-from llmtune.errors import Problem
+from llmtune.engine.devices import Devices
+from llmtune.errors import MachineError, Problem
 from llmtune.plan.summary import Plan, start_lines
 from llmtune.prepare import Prepared
 from llmtune.runs.checkpoint import LoadedCheckpoint
@@ -19,31 +23,65 @@ from llmtune.training.build import TrainingSetup
 from llmtune.training.evaluator import EvalState
 
 __all__ = [
-    "outlook_lines",
+    "RankPrinter",
+    "eval_lines",
     "print_decisions",
     "print_difference",
     "print_preflight",
     "print_resume",
     "print_setup",
+    "summary_lines",
     "tokenizing_progress",
 ]
 
-_EVERY_S = 2.0
+PROGRESS_EVERY_S = 2.0
+
+
+class RankPrinter:
+    """Prints the lines of the main process; those of the others go to `logs/rank-N.log` in the run's folder.
+
+    What the others have to say before there is a folder is written when it is opened, and lost when it never is.
+    """
+
+    def __init__(self, devices: Devices, print_line: PrintLine) -> None:
+        self._rank, self._print_line = devices.rank, print_line
+        self._early_lines: list[str] = []
+        self._file: Path | None = None
+
+    def __call__(self, line: str) -> None:
+        """Print or write one line."""
+        if self._rank == 0:
+            self._print_line(line)
+        elif self._file is None:
+            self._early_lines.append(line)
+        else:
+            with suppress(MachineError):  # a full disk costs these lines and not the run
+                durable.append_line(self._file, line)
+
+    def open(self, run_folder: Path) -> None:
+        """Write to this run's folder from here on."""
+        if self._rank == 0:
+            return
+        with suppress(MachineError):
+            durable.make_folder(run_folder / "logs")
+        self._file = run_folder / "logs" / f"rank-{self._rank}.log"
+        for line in self._early_lines:
+            self(line)
 
 
 def print_decisions(decisions: Iterable[Decision], print_line: PrintLine) -> None:
-    """Say each choice with its reason."""
+    """Print each choice with its reason."""
     for decision in decisions:
         print_line(f"  {decision}")
 
 
 def tokenizing_progress(print_line: PrintLine) -> Callable[[int, int | None, float], None]:
-    """A progress function for `prepare` that says a line every two seconds; a quick preparation says nothing."""
+    """Return a progress function for `prepare` that prints a line every two seconds."""
     last = time.monotonic()
 
     def progress(done: int, total: int | None, rows_per_second: float) -> None:
         nonlocal last
-        if time.monotonic() - last >= _EVERY_S:
+        if time.monotonic() - last >= PROGRESS_EVERY_S:
             last = time.monotonic()
             of = f" of {'' if done == total else 'about '}{total:,}" if total else ""
             print_line(f"tokenizing: {done:,}{of} rows, {rows_per_second:,.0f} rows/s")
@@ -52,35 +90,33 @@ def tokenizing_progress(print_line: PrintLine) -> Callable[[int, int | None, flo
 
 
 def print_preflight(
-    prepared: Prepared, device_decisions: Iterable[Decision], needs: Plan, print_line: PrintLine
+    prepared: Prepared, device_decisions: Iterable[Decision], plan: Plan, print_line: PrintLine
 ) -> None:
-    """Say what is known before the model is loaded: rows and their fate, exact steps, what it needs, and last every
-    choice made so far.
+    """Print what is known before the model is loaded: rows, exact steps, memory, and last every choice made so far.
 
-    The choices made when the model is put together (`print_setup`) follow as lines of the same list.
+    The choices made while the model is built follow as lines of the same list (`print_setup`).
     """
     data = prepared.data
     print_line(f"model   {prepared.source.name}")
     for part, counts in data.ledger.summary().items():
         statuses = ", ".join(f"{counts[status]:,} {status.replace('_', ' ')}" for status in STATUSES if counts[status])
         print_line(f"{part:<7} {counts['input']:,} rows: {statuses}")
-    plan = prepared.batch_plan() if isinstance(prepared.config.training.batch_size, int) else None
-    if plan is not None:
-        tokens = int(data.train.lengths.sum())
-        weights = float(data.train.loss_weights.sum())
-        print_line(
-            f"plan    {plan.total_steps:,} steps, {plan.steps_per_epoch:,} an epoch; {tokens:,} tokens an epoch, "
-            f"{weights:,.0f} of them trained"
-        )
-    for line in start_lines(needs):
+    batches = prepared.batch_plan()
+    tokens = int(data.train.lengths.sum())
+    weights = float(data.train.loss_weights.sum())
+    print_line(
+        f"plan    {batches.total_steps:,} steps, {batches.steps_per_epoch:,} an epoch; {tokens:,} tokens an epoch, "
+        f"{weights:,.0f} of them trained"
+    )
+    for line in start_lines(plan):
         print_line(line)
     print_line("chosen for you:")
     print_decisions([*device_decisions, *prepared.decisions], print_line)
 
 
-def print_setup(setup: TrainingSetup, more: Iterable[Decision], print_line: PrintLine) -> None:
-    """Say what was chosen when model, engine and optimizer were put together."""
-    print_decisions([*setup.decisions, *more], print_line)
+def print_setup(setup: TrainingSetup, tracker_decisions: Iterable[Decision], print_line: PrintLine) -> None:
+    """Print the choices made while model, engine and optimizer were built."""
+    print_decisions([*setup.decisions, *tracker_decisions], print_line)
     counts = setup.counts
     print_line(f"training {counts.trained:,} of {counts.total:,} parameters")
 
@@ -88,7 +124,7 @@ def print_setup(setup: TrainingSetup, more: Iterable[Decision], print_line: Prin
 def print_resume(
     run: RunFolder, loaded: LoadedCheckpoint | None, problems: Iterable[Problem], print_line: PrintLine
 ) -> None:
-    """Say where a run goes on, and what was found on the way."""
+    """Print where a run goes on, what was cleaned up and which checkpoints were damaged."""
     for line in run.removed:
         print_line(f"cleaned up: {line}")
     for problem in problems:
@@ -104,7 +140,7 @@ def print_resume(
 
 
 def print_difference(difference: Difference, print_line: PrintLine) -> None:
-    """Say what is not as it was when the run stopped, and what that means."""
+    """Print a difference to the run when it stopped, and its effect."""
     meaning = {
         Effect.HARMLESS: "harmless",
         Effect.ROUNDING: "sums may round differently: not byte-identical to a run never stopped",
@@ -113,24 +149,25 @@ def print_difference(difference: Difference, print_line: PrintLine) -> None:
     print_line(f"changed: {difference} ({meaning[difference.effect]})")
 
 
-def outlook_lines(outlook: EvalState) -> list[str]:
-    """Before and after, side by side, as far as it was measured."""
+def eval_lines(evaluations: EvalState) -> list[str]:
+    """Return the first and the last evaluation side by side, as far as they were made."""
     lines = []
-    if outlook.first_nll is not None and outlook.last_nll is not None:
-        best = f"; best {outlook.best_nll:.4f} after step {outlook.best_step}" if outlook.best_nll is not None else ""
-        lines.append(f"held-out loss {outlook.first_nll:.4f} -> {outlook.last_nll:.4f} nats per token{best}")
-    if outlook.num_answers and outlook.first_exact is not None and outlook.last_exact is not None:
-        share = outlook.last_exact / outlook.num_answers
+    first, last = evaluations.first_nll, evaluations.last_nll
+    if first is not None and last is not None:
+        is_known = evaluations.best_nll is not None
+        best = f"; best {evaluations.best_nll:.4f} after step {evaluations.best_step}" if is_known else ""
+        lines.append(f"held-out loss {first:.4f} -> {last:.4f} nats per token{best}")
+    count, first_exact, last_exact = evaluations.num_answers, evaluations.first_exact, evaluations.last_exact
+    if count and first_exact is not None and last_exact is not None:
         lines.append(
-            f"held-out answers exactly right: {outlook.first_exact} of {outlook.num_answers} before, "
-            f"{outlook.last_exact} of {outlook.num_answers} after ({share:.0%})"
+            f"held-out answers exactly right: {first_exact} of {count} before, "
+            f"{last_exact} of {count} after ({last_exact / count:.0%})"
         )
     return lines
 
 
-def summary_lines(metrics: dict[str, Any], outlook: EvalState) -> list[str]:
-    """How a run ended, in a few lines."""
-    lines = []
-    if metrics.get("train_mean_nll") is not None:
-        lines.append(f"last training loss {metrics['train_mean_nll']:.4f} nats per token")
-    return lines + outlook_lines(outlook)
+def summary_lines(metrics: Mapping[str, Any], evaluations: EvalState) -> list[str]:
+    """Return how a run ended, in a few lines."""
+    loss = metrics.get("train_mean_nll")
+    lines = [] if loss is None else [f"last training loss {loss:.4f} nats per token"]
+    return lines + eval_lines(evaluations)

@@ -1,8 +1,9 @@
-"""The folder and the identity of a new run."""
+"""The run's folder: made for a new run, opened again for a stopped one, with the identity that the two are compared by."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,26 +14,97 @@ from llmtune.common.text import printable
 from llmtune.config.dump import config_to_dict, config_to_yaml
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.schema import ModelConfig
+from llmtune.engine.devices import Devices
 from llmtune.models import save
 from llmtune.plan.memory import optimizer_bytes
-from llmtune.prepare import Prepared
 from llmtune.runs import checkpoint as checkpoints
-from llmtune.runs.disk import DiskForecast, forecast_disk
+from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
+from llmtune.runs.disk import forecast_disk
 from llmtune.runs.folder import CONFIG_FILE, RunFolder, checked_name, clean_name_part, create_run
-from llmtune.runs.identity import Identity, describe_machine
+from llmtune.runs.identity import Identity, compare, describe_machine, refuse_changes
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.build import TrainingSetup
+from llmtune.training.checkpointer import find_checkpoint
+from llmtune.training.progress import print_difference, print_resume
 
-__all__ = ["check_name", "create", "identity_of", "own_tokenizer", "run_info", "run_name"]
-
+__all__ = ["StoppedRun", "check_name", "compare_identity", "create", "identity_of", "open_stopped", "run_info"]
 
 ORIGINS_FILE = "origins.json"
-
-
 LEDGER_FILE = "ledger.jsonl"
-
-
 TOKENIZER_FOLDER = "tokenizer"
+SHAPE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "n_embd",
+    "num_hidden_layers",
+    "n_layer",
+    "num_attention_heads",
+    "n_head",
+    "vocab_size",
+)
+"""Keys of a transformers config that trackers show."""
+
+
+@dataclass(frozen=True)
+class StoppedRun:
+    """A run to go on with, as each of its processes has it."""
+
+    path: Path
+    identity: Identity
+    """What the run was made of when it began (see `identity_of`)."""
+    loaded: LoadedCheckpoint | None
+    """The checkpoint to go on from; None where the run never saved."""
+    folder: RunFolder | None
+    """The folder, locked, in the main process; None in the others, which only read."""
+
+    def own_tokenizer(self, model: ModelConfig) -> Path | None:
+        """The folder of the tokenizer that the run trained for itself; None where it has none, or where `model` names
+        another tokenizer or chat template than when the run began.
+        """
+        # Another one is opened as in a new run: then its digest decides whether the run can go on.
+        folder, earlier = self.path / TOKENIZER_FOLDER, self.identity["config"]["model"]
+        is_same = (model.tokenizer, model.chat_template) == (earlier["tokenizer"], earlier["chat_template"])
+        return folder if folder.is_dir() and is_same else None
+
+
+def open_stopped(path: Path, checkpoint: Path | None, devices: Devices, print_line: PrintLine) -> StoppedRun:
+    """Open the run in `path` at `checkpoint`, or at its newest valid one.
+
+    The main process locks the folder, verifies and chooses; the others read what it chose. Raises MachineError where
+    another process has the run, CheckpointError where no checkpoint can be used.
+    """
+    folder = devices.on_main(lambda: RunFolder.open(path))
+    loaded = None
+
+    def find() -> None:
+        nonlocal loaded
+        assert folder is not None, "the main process has opened it"
+        loaded, problems = find_checkpoint(folder, checkpoint)
+        print_resume(folder, loaded, problems, print_line)
+
+    try:
+        devices.on_main(find)
+        identity = devices.from_main(folder.info["identity"] if folder is not None else None)
+        assert identity is not None
+        step, name = devices.from_main((loaded.step, str(loaded.path)) if loaded is not None else (0, ""))
+        if name and not devices.is_main:
+            loaded = checkpoints.load(CheckpointFolder(step, Path(name)))
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
+    return StoppedRun(path.absolute(), identity, loaded, folder)
+
+
+def compare_identity(stopped: StoppedRun, setup: TrainingSetup, *, allow_changes: bool, print_line: PrintLine) -> None:
+    """Print how the training differs from the one that was stopped.
+
+    Raises CheckpointError where it no longer fits the checkpoint, or would be another training and that is not allowed.
+    """
+    differences = compare(stopped.identity, identity_of(setup))
+    allowed = refuse_changes(differences, where=str(stopped.path), allow_changes=allow_changes)
+    for difference in allowed:
+        print_difference(difference, print_line)
 
 
 def run_name(template: str, *, model: str, config: str, seed: int) -> str:
@@ -53,38 +125,30 @@ def run_name(template: str, *, model: str, config: str, seed: int) -> str:
 
 
 def check_name(resolved: ResolvedConfig) -> None:
-    """Raise UsageError when `run.name` cannot be the name of a run, while nothing is loaded yet.
-
-    `create` asks again, of the final name.
-    """
+    """Raise UsageError when `run.name` cannot be the name of a run, before anything is loaded."""
     config = resolved.config
     checked_name(run_name(config.run.name, model=config.model.name, config=resolved.name, seed=config.run.seed))
 
 
-def own_tokenizer(run: RunFolder, asked: ModelConfig) -> Path | None:
-    """The folder of the tokenizer that the run trained for itself.
+def create(resolved: ResolvedConfig, setup: TrainingSetup, print_line: PrintLine) -> RunFolder:
+    """Make the folder of a new run with everything that is known before step 1, and print where it is.
 
-    None where it has none, or where something else is asked for.
-
-    Another tokenizer or chat template than when the run began is to be opened as in a new run: its digest says whether
-    the run can go on.
+    config.yaml holds the config as it was given, open values included. Raises MachineError when the disk is too small
+    for the whole run, UsageError for a name that cannot be one; nothing is left behind then.
     """
-    folder = run.path / TOKENIZER_FOLDER
-    was = run.info["identity"]["config"]["model"]
-    is_as_it_was = (asked.tokenizer, asked.chat_template) == (was["tokenizer"], was["chat_template"])
-    return folder if folder.is_dir() and is_as_it_was else None
-
-
-def create(resolved: ResolvedConfig, prepared: Prepared, setup: TrainingSetup, print_line: PrintLine) -> RunFolder:
-    """Make the folder of a new run with everything that is known before step 1, and say where.
-
-    Nothing is left behind when that fails.
-
-    Raises MachineError when the disk is too small for the whole run, UsageError for a name that cannot be one.
-    """
-    config = prepared.config
+    prepared, config = setup.prepared, setup.config
     name = run_name(config.run.name, model=prepared.source.short_name, config=resolved.name, seed=config.run.seed)
-    forecast = forecast_for(prepared, setup)
+    weight_bytes = sum(parameter.nbytes for parameter in setup.parameters.values())
+    forecast = forecast_disk(
+        config,
+        weights_bytes=weight_bytes,
+        optimizer_bytes=optimizer_bytes(
+            config.training.optimizer, entries=setup.counts.trained, entry_bytes=weight_bytes
+        ),
+        total_steps=setup.batches.total_steps,
+        steps_per_epoch=setup.batches.steps_per_epoch,
+        has_heldout=prepared.data.eval is not None,
+    )
 
     def fill(folder: Path) -> None:
         durable.write_text(folder / CONFIG_FILE, config_to_yaml(resolved.config))
@@ -94,7 +158,7 @@ def create(resolved: ResolvedConfig, prepared: Prepared, setup: TrainingSetup, p
                 log.append(entry)
         if prepared.tokenizer_is_new:
             checkpoints.save_folder(
-                folder / TOKENIZER_FOLDER, lambda place: save.write_tokenizer(prepared.tokenizer.tokenizer, place)
+                folder / TOKENIZER_FOLDER, lambda staging: save.write_tokenizer(prepared.tokenizer.tokenizer, staging)
             )
 
     run = create_run(
@@ -106,29 +170,28 @@ def create(resolved: ResolvedConfig, prepared: Prepared, setup: TrainingSetup, p
             "seed": config.run.seed,
             "tags": list(config.run.tags),
             "notes": config.run.notes,
-            "identity": identity_of(prepared, setup),
+            "identity": identity_of(setup),
             "decisions": [
-                {"key": one.key, "value": str(one.value), "reason": one.reason}
-                for one in (*prepared.decisions, *setup.decisions)
+                {"key": decision.key, "value": str(decision.value), "reason": decision.reason}
+                for decision in (*prepared.decisions, *setup.decisions)
             ],
-            "data": prepared.data.ledger.summary(),
+            "data": {**prepared.data.ledger.summary()},
             "parameters": {"total": setup.counts.total, "trained": setup.counts.trained},
             "disk_forecast_bytes": forecast.needed_bytes,
             **describe_machine(),
         },
     )
-    print_line(
-        f"run     {printable(run.path)}"
-        + ("" if run.name == name else f" (there is a run `{printable(name)}` already)")
-    )
+    taken = "" if run.name == name else f" (there is a run `{printable(name)}` already)"
+    print_line(f"run     {printable(run.path)}{taken}")
     return run
 
 
-def identity_of(prepared: Prepared, setup: TrainingSetup) -> Identity:
-    """Everything that decides the numbers of this run; compared key by key when it goes on."""
-    heldout, machine = prepared.data.eval, describe_machine()
+def identity_of(setup: TrainingSetup) -> Identity:
+    """Everything that decides the numbers of a run; compared key by key when it goes on."""
+    prepared, machine = setup.prepared, describe_machine()
+    heldout = prepared.data.eval
     return {
-        "config": config_to_dict(prepared.config),
+        "config": config_to_dict(setup.config),
         "digests": {
             "base": setup.base_digest,
             "tokenizer": prepared.tokenizer.digest,
@@ -147,44 +210,19 @@ def identity_of(prepared: Prepared, setup: TrainingSetup) -> Identity:
     }
 
 
-def run_info(run: RunFolder, config_name: str, prepared: Prepared, setup: TrainingSetup, start_step: int) -> RunInfo:
-    """What trackers may know of the run."""
-    shape = setup.model.config.to_dict()
-    keys = (
-        "model_type",
-        "hidden_size",
-        "n_embd",
-        "num_hidden_layers",
-        "n_layer",
-        "num_attention_heads",
-        "n_head",
-        "vocab_size",
-    )
+def run_info(run: RunFolder, config_name: str, setup: TrainingSetup, start_step: int) -> RunInfo:
+    """What trackers are told of the run when it starts."""
+    shape, config = setup.model.config.to_dict(), setup.config
     return RunInfo(
         name=run.name,
         folder=run.path,
         total_steps=setup.batches.total_steps,
         start_step=start_step,
-        model=prepared.config.model.name,
+        model=config.model.name,
         config_name=config_name,
-        tags=prepared.config.run.tags,
-        notes=prepared.config.run.notes,
-        config=config_to_dict(setup.config),
+        tags=config.run.tags,
+        notes=config.run.notes,
+        config=config_to_dict(config),
         parameters={"total": setup.counts.total, "trained": setup.counts.trained},
-        architecture={key: shape[key] for key in keys if key in shape},
-    )
-
-
-def forecast_for(prepared: Prepared, setup: TrainingSetup) -> DiskForecast:
-    """The disk space of the run at the worst moment. Raises MachineError when it does not fit."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in setup.parameters.values())
-    return forecast_disk(
-        setup.config,
-        weights_bytes=weights,
-        optimizer_bytes=optimizer_bytes(
-            setup.config.training.optimizer, entries=setup.counts.trained, entry_bytes=weights
-        ),
-        total_steps=setup.batches.total_steps,
-        steps_per_epoch=setup.batches.steps_per_epoch,
-        has_heldout=prepared.data.eval is not None,
+        architecture={key: shape[key] for key in SHAPE_KEYS if key in shape},
     )

@@ -1,13 +1,14 @@
-"""The whole story of a run: what is checked first, how it begins, and how it goes on again.
+"""The whole story of a run, from its config to its last step, for a new run and for one that goes on.
 
-What happens at each step is in `session`.
+What is decided at each step boundary is in `training_run`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmtune.common.decisions import Decision
@@ -18,111 +19,37 @@ from llmtune.config.process_options import Options
 from llmtune.config.schema import DistributedConfig
 from llmtune.engine.devices import Devices, check_distribution, open_devices
 from llmtune.errors import ConfigError, Problem
-from llmtune.models.memory_errors import MEMORY_ERRORS, is_out_of_memory
-from llmtune.plan import resolve_auto
 from llmtune.plan.forecast import Forecaster
-from llmtune.plan.out_of_memory import out_of_memory_error, reserve_address_space
+from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
+from llmtune.plan.resolve_auto import keep_resolved, resolve_on_all_ranks, resolve_rates
 from llmtune.plan.summary import Plan, make_plan
-from llmtune.prepare import Prepared, prepare
-from llmtune.runs import identity
-from llmtune.runs.folder import RunFolder, config_file_of, resolve_run
+from llmtune.prepare import prepare
+from llmtune.runs.folder import config_file_of, resolve_run
 from llmtune.runs.signals import StopRequest
 from llmtune.tracking.choose import choose_trackers
-from llmtune.tracking.tracker import Tracker
-from llmtune.training import checkpointer, run_setup
-from llmtune.training import progress as reporting
-from llmtune.training.build import TrainingSetup, build_setup
+from llmtune.training import run_setup
+from llmtune.training.build import build_setup
+from llmtune.training.progress import (
+    RankPrinter,
+    print_preflight,
+    print_setup,
+    tokenizing_progress,
+)
 from llmtune.training.training_run import Result, TrainingRun
 
-__all__ = ["Result", "dry_run", "preflight", "reopen", "resume", "start", "train"]
-
-
-def preflight(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine) -> tuple[Prepared, Devices, Plan]:
-    """Everything that can go wrong before a model is loaded, first; says what was read, found, chosen and planned."""
-    for note in resolved.notes:
-        print_line(note)
-    run_setup.check_name(resolved)
-    devices, decisions = open_devices(resolved.config, options)
-    prepared = prepare(resolved, options, progress=reporting.tokenizing_progress(print_line))
-    forecaster = Forecaster.for_this_machine(prepared, options, devices)
-    prepared = resolve_auto.resolve_on_all_ranks(forecaster, devices)
-    plan = make_plan(forecaster.with_prepared(prepared))
-    reporting.print_preflight(prepared, decisions, plan, print_line)
-    return prepared, devices, plan
-
-
-def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine) -> None:
-    """Do everything that comes before a model is loaded, and say it.
-
-    What cannot be shared between devices yet is planned too.
-
-    Raises what `preflight` raises; ConfigError for that after the plan was said.
-    """
-    refusal = None
-    try:
-        check_distribution(resolved.config)
-    except ConfigError as error:
-        refusal = error
-        resolved = replace(resolved, config=replace(resolved.config, distributed=DistributedConfig()))
-        print_line(f"planned as one process that holds the whole model: {error.problems[0].problem}")
-    preflight(resolved, options, print_line=print_line)
-    if refusal is not None:
-        raise refusal
-
-
-def refuse_secrets(resolved: ResolvedConfig) -> None:
-    """Raise ConfigError for values that look like a secret: the config of a run is written beside it.
-
-    The values are not in the message.
-    """
-    values = {key: functools.reduce(getattr, key.split("."), resolved.config) for key in resolved.origins}
-    found = find_secrets(values)
-    if found:
-        fix = "take it out; keys come from the environment (HF_TOKEN, WANDB_API_KEY) or from the login command of their service"
-        raise ConfigError.all(
-            Problem(f"`{key}` holds what looks like a secret", str(resolved.origins[key]), fix) for key in found
-        )
-
-
-def build_within_memory(prepared: Prepared, options: Options, devices: Devices) -> TrainingSetup:
-    """Load and assemble; where the memory is used up by that, refuse with the numbers and what to change.
-
-    Raises what `build_setup` raises.
-    """
-    reserve = reserve_address_space()
-    try:
-        return build_setup(prepared, options, devices)
-    except MEMORY_ERRORS as error:
-        if not is_out_of_memory(error):
-            raise
-        if reserve is not None:
-            reserve.close()
-        forecaster = Forecaster.for_this_machine(prepared, options, devices)
-        doing = "while the model was loaded"
-        raise out_of_memory_error(
-            error, forecaster, doing=doing, where=prepared.config.model.name, saved=None
-        ) from error
+__all__ = ["Continuation", "Result", "dry_run", "find_run", "open_run", "resume", "train"]
 
 
 def train(resolved: ResolvedConfig, options: Options | None = None, *, print_line: PrintLine = silent) -> Result:
-    """Train a new run from its first step to its end, or to the signal that stops it; raises what the rooms raise."""
-    with StopRequest() as stop:
-        return start(resolved, options or Options(), stop, print_line=print_line).go()
+    """Train a new run from its first step to its end, or to the signal that stops it.
 
-
-def start(resolved: ResolvedConfig, options: Options, stop: StopRequest, *, print_line: PrintLine) -> TrainingRun:
-    """Check, prepare and assemble a new run and make its folder.
-
-    Nothing is trained yet, and nothing is left behind by a failure.
+    Raises ConfigError, DataError, ModelError, MachineError, DivergedError; StoppedBySignal after saving.
     """
-    with stop.interrupting():
-        refuse_secrets(resolved)
-        trackers, decisions = _trackers(resolved)
-        prepared, devices, plan = preflight(resolved, options, print_line=print_line)
-        setup = build_within_memory(prepared, options, devices)
-        reporting.print_setup(setup, decisions, print_line)
-        run = run_setup.create(resolved, prepared, setup, print_line) if devices.is_main else None
-    return TrainingRun(resolved, prepared, setup, run, trackers, stop, print_line, plan=plan, options=options)
+    with StopRequest() as stop:
+        run = open_run(resolved, options or Options(), stop, print_line=print_line)
+        for _ in run.steps():
+            pass  # what was due at the step is done when it is yielded
+        return run.result()
 
 
 def resume(
@@ -134,82 +61,170 @@ def resume(
     checkpoint: Path | None = None,
     print_line: PrintLine = silent,
 ) -> Result:
-    """Go on with a run (a folder, a name, or None for the newest unfinished one) from its newest valid checkpoint, to
-    its end or a stop.
+    """Go on with a run, bit for bit, from its newest valid checkpoint (or `checkpoint`), to its end or a stop.
 
-    Raises what `reopen` raises, and what the rooms raise.
+    `name`: a folder, a name, or None for the newest unfinished run. Raises CheckpointError when nothing can be used,
+    and what `train` raises.
     """
     with StopRequest() as stop:
-        chosen = options or Options()
-        return reopen(
-            name,
-            chosen,
-            stop,
-            overrides=overrides,
-            allow_changes=allow_changes,
-            checkpoint=checkpoint,
-            print_line=print_line,
-        ).go()
+        with stop.interrupting():
+            resolved, earlier = find_run(name, overrides=overrides, checkpoint=checkpoint, allow_changes=allow_changes)
+        run = open_run(resolved, options or Options(), stop, print_line=print_line, earlier=earlier)
+        for _ in run.steps():
+            pass
+        return run.result()
 
 
-def reopen(
-    name: str | None,
+@dataclass(frozen=True)
+class Continuation:
+    """A run to go on with."""
+
+    path: Path
+    checkpoint: Path | None = None
+    """The newest valid one when None."""
+    allow_changes: bool = False
+    """Go on although something changed that makes it another training from there."""
+
+
+def find_run(
+    name: str | None, *, overrides: Sequence[str] = (), checkpoint: Path | None = None, allow_changes: bool = False
+) -> tuple[ResolvedConfig, Continuation]:
+    """Find the run to go on with, and read its config with the overrides on top.
+
+    Raises CheckpointError where there is none, ConfigError for a config that cannot be read.
+    """
+    # Every process finds it by itself: the main one locks it only after all of them have met.
+    only = [override for override in overrides if override.startswith("run.output_dir=")]  # the rest is for the run
+    output_dir = load_config(None, overrides=only).config.run.output_dir
+    path = checkpoint.parent.parent if checkpoint else resolve_run(name, output_dir)
+    resolved = load_config(str(config_file_of(path)), overrides=overrides, environ={})
+    return resolved, Continuation(path, checkpoint, allow_changes)
+
+
+def open_run(
+    resolved: ResolvedConfig,
     options: Options,
     stop: StopRequest,
     *,
-    overrides: Sequence[str] = (),
-    allow_changes: bool = False,
-    checkpoint: Path | None = None,
     print_line: PrintLine,
+    earlier: Continuation | None = None,
 ) -> TrainingRun:
-    """Open a stopped run at its newest valid checkpoint; nothing is trained yet.
+    """Do everything that comes before the first step of a new run, or of one to go on with.
 
-    What differs from the stopped run is said before the first step, and refused where it would make it another training
-    (unless `allow_changes`) or where the checkpoint no longer fits. Raises CheckpointError when nothing can be used.
+    Cheap checks first; a failure leaves nothing behind. What differs from the run when it stopped is printed, and
+    refused where it would make it another training (unless that is allowed) or where the checkpoint no longer fits.
     """
-    with stop.interrupting():
-        folder = checkpoint.parent.parent if checkpoint else resolve_run(name, _output_dir(overrides))
-        resolved = load_config(str(config_file_of(folder)), overrides=overrides, environ={})
-        run = RunFolder.open(folder)
-        try:
-            trackers, _ = _trackers(resolved)
-            loaded, problems = checkpointer.find_checkpoint(run, checkpoint)
-            reporting.print_resume(run, loaded, problems, print_line)
-            prepared, devices = preflight_again(
-                resolved, options, run_setup.own_tokenizer(run, resolved.config.model), print_line
-            )
-            prepared = resolve_auto.keep_resolved(prepared, run.info["identity"]["config"])
-            setup = build_within_memory(prepared, options, devices)
-            now = run_setup.identity_of(prepared, setup)
-            differences = identity.compare(run.info["identity"], now)
-            for one in identity.refuse_changes(differences, where=str(run.path), allow_changes=allow_changes):
-                reporting.print_difference(one, print_line)
-        except BaseException:
-            run.close()
-            raise
-    session = TrainingRun(resolved, prepared, setup, run, trackers, stop, print_line, options=options)
-    session.restore(loaded)
-    return session
+    with ExitStack() as on_failure:
+        with stop.interrupting():
+            if earlier is None:
+                refuse_secrets(resolved)
+                run_setup.check_name(resolved)
+            explicit = resolved.origins["tracking.trackers"].kind != "default"
+            trackers, tracker_decisions = choose_trackers(resolved.config.tracking, explicit=explicit)
+            devices, device_decisions = open_devices(resolved.config, options)
+            on_failure.callback(devices.close)
+            stop.announces = devices.is_main
+            printer = RankPrinter(devices, print_line)
+            with devices.errors_printed_once():
+                stopped, plan = None, None
+                if earlier is None:
+                    forecaster, plan = _prepare_and_plan(resolved, options, devices, device_decisions, printer)
+                else:
+                    stopped = run_setup.open_stopped(earlier.path, earlier.checkpoint, devices, printer)
+                    if stopped.folder is not None:
+                        on_failure.callback(stopped.folder.close)
+                    printer.open(stopped.path)
+                    forecaster = _prepare_again(resolved, options, devices, stopped, printer)
+                prepared = forecaster.prepared
+                loading = Circumstances("while the model was loaded", prepared.config.model.name, saved=None)
+                with out_of_memory_refused(forecaster, lambda: loading):
+                    setup = build_setup(prepared, options, devices)
+                if stopped is None:
+                    print_setup(setup, tracker_decisions, printer)
+                    folder = devices.on_main(lambda: run_setup.create(resolved, setup, printer))
+                    printer.open(Path(devices.from_main(str(folder.path) if folder is not None else "")))
+                else:
+                    folder = stopped.folder
+                    run_setup.compare_identity(
+                        stopped, setup, allow_changes=earlier is not None and earlier.allow_changes, print_line=printer
+                    )
+                run = TrainingRun(
+                    setup,
+                    folder,
+                    config_name=resolved.name,
+                    trackers=trackers,
+                    stop=stop,
+                    print_line=printer,
+                    forecaster=forecaster,
+                    plan=plan,
+                )
+                if stopped is not None:
+                    run.restore(stopped.loaded)
+        on_failure.pop_all()
+    return run
 
 
-def _output_dir(overrides: Sequence[str]) -> str:
-    """Where runs are looked for by name: `run.output_dir` as overridden or by default.
+def _prepare_and_plan(
+    resolved: ResolvedConfig,
+    options: Options,
+    devices: Devices,
+    device_decisions: Sequence[Decision],
+    print_line: PrintLine,
+) -> tuple[Forecaster, Plan]:
+    """Read the rows of a new run, resolve what its config leaves open, plan and print it."""
+    for note in resolved.notes:
+        print_line(note)
+    prepared = prepare(resolved, options, progress=tokenizing_progress(print_line))
+    forecaster = Forecaster.for_this_machine(prepared, options, devices)
+    forecaster = forecaster.with_prepared(resolve_on_all_ranks(forecaster, devices))
+    plan = make_plan(forecaster)
+    print_preflight(forecaster.prepared, device_decisions, plan, print_line)
+    return forecaster, plan
 
-    Other overrides are for the run that is found.
+
+def _prepare_again(
+    resolved: ResolvedConfig,
+    options: Options,
+    devices: Devices,
+    stopped: run_setup.StoppedRun,
+    print_line: PrintLine,
+) -> Forecaster:
+    """Read the rows of a stopped run, and keep what was resolved when it began: going on changes no sum."""
+    tokenizer_folder = stopped.own_tokenizer(resolved.config.model)
+    progress = tokenizing_progress(print_line)
+    prepared = prepare(resolved, options, tokenizer_folder=tokenizer_folder, progress=progress)
+    prepared = keep_resolved(prepared, stopped.identity["config"])
+    forecaster = Forecaster.for_this_machine(prepared, options, devices)
+    return forecaster.with_prepared(resolve_rates(forecaster)[0])
+
+
+def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine) -> None:
+    """Do and print everything that comes before a model is loaded.
+
+    A way to share a model between devices that does not exist yet is planned as one process, and refused with
+    ConfigError after that. Raises ConfigError, UsageError, DataError, ModelError.
     """
-    only = [one for one in overrides if one.startswith("run.output_dir=")]
-    return load_config(None, overrides=only).config.run.output_dir
+    refusal = None
+    try:
+        check_distribution(resolved.config)
+    except ConfigError as error:
+        refusal = error
+        resolved = replace(resolved, config=replace(resolved.config, distributed=DistributedConfig()))
+        print_line(f"planned as one process that holds the whole model: {error.problems[0].problem}")
+    run_setup.check_name(resolved)
+    devices, device_decisions = open_devices(resolved.config, options)
+    _prepare_and_plan(resolved, options, devices, device_decisions, RankPrinter(devices, print_line))
+    devices.close()
+    if refusal is not None:
+        raise refusal
 
 
-def preflight_again(
-    resolved: ResolvedConfig, options: Options, tokenizer_folder: Path | None, print_line: PrintLine
-) -> tuple[Prepared, Devices]:
-    """The preflight of a resumed run: quiet about choices that were said when it began."""
-    devices, _ = open_devices(resolved.config, options)
-    return prepare(
-        resolved, options, tokenizer_folder=tokenizer_folder, progress=reporting.tokenizing_progress(print_line)
-    ), devices
-
-
-def _trackers(resolved: ResolvedConfig) -> tuple[list[Tracker], list[Decision]]:
-    return choose_trackers(resolved.config.tracking, explicit=resolved.origins["tracking.trackers"].kind != "default")
+def refuse_secrets(resolved: ResolvedConfig) -> None:
+    """Raise ConfigError, without the values, for values that look like a secret: a run's config is written beside it."""
+    values = {key: functools.reduce(getattr, key.split("."), resolved.config) for key in resolved.origins}
+    keys = find_secrets(values)
+    if keys:
+        fix = "take it out; keys come from the environment (HF_TOKEN, WANDB_API_KEY) or from the login command of their service"
+        raise ConfigError.all(
+            Problem(f"`{key}` holds what looks like a secret", str(resolved.origins[key]), fix) for key in keys
+        )

@@ -1,32 +1,32 @@
-"""A run while it trains: what one process holds between two steps, and what is decided at each step boundary.
+"""A run while it trains: its steps, and what is decided at each step boundary.
 
-The loop yields after every optimizer update and `TrainingRun` decides, in a plain `for`, what happens then. Every yield
-is a step boundary, so whatever is done there (evaluate, save, stop) loses nothing and changes nothing (promises N12,
-P2).
+The loop yields after every optimizer update, and `TrainingRun.steps` decides in a plain `for` what happens then. A
+yield is a step boundary: to evaluate, save or stop there loses nothing and changes nothing (N12, P2). Every decision is
+the same in all processes of a run.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from llmtune.common.printing import PrintLine
-from llmtune.config.layers import ResolvedConfig
-from llmtune.config.process_options import Options
 from llmtune.engine.allocator import release_free_memory
 from llmtune.engine.devices import peak_memory_bytes
 from llmtune.engine.divergence import non_finite_parameters
 from llmtune.engine.loop import StepResult, train_steps
 from llmtune.engine.state import TrainingState, capture, restore
 from llmtune.errors import DivergedError, MachineError, StoppedBySignal
-from llmtune.models.memory_errors import MEMORY_ERRORS, is_out_of_memory
 from llmtune.plan.forecast import Forecaster
-from llmtune.plan.out_of_memory import out_of_memory_error, reserve_address_space
+from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
 from llmtune.plan.summary import Plan
-from llmtune.prepare import Prepared
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.folder import RunFolder
@@ -46,7 +46,7 @@ __all__ = ["Result", "TrainingRun"]
 
 @dataclass(frozen=True)
 class Result:
-    """What a training left behind."""
+    """The outcome of a training."""
 
     folder: Path | None
     """The run folder; None in processes that write nothing."""
@@ -56,11 +56,11 @@ class Result:
     """Updates applied."""
     metrics: dict[str, Any]
     """The last training line, and the newest value of every evaluation metric."""
-    outlook: EvalState
-    model: Any
-    tokenizer: Any
+    eval_state: EvalState
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     plan: Plan | None = None
-    """What was planned for this run; None for one that went on."""
+    """The plan of this run; None for one that was resumed."""
     seconds: float = 0.0
     """Time spent in steps."""
     tokens: int = 0
@@ -70,158 +70,128 @@ class Result:
 
 
 class TrainingRun:
-    """One process's share of a run."""
+    """One process's share of a run.
+
+    `run`: the folder, in the process that writes it. `forecaster`: plans this run, for the message when memory is used
+    up. `plan`: of a new run.
+    """
 
     def __init__(
         self,
-        resolved: ResolvedConfig,
-        prepared: Prepared,
         setup: TrainingSetup,
         run: RunFolder | None,
-        trackers: list[Tracker],
+        *,
+        config_name: str,
+        trackers: Sequence[Tracker],
         stop: StopRequest,
         print_line: PrintLine,
-        *,
+        forecaster: Forecaster,
         plan: Plan | None = None,
-        options: Options | None = None,
     ) -> None:
-        self._options, self._reserve = options or Options(), reserve_address_space()
-        self.plan, self._seconds, self._tokens = plan, 0.0, 0
-        self.prepared, self.setup, self.run, self.stop, self.print_line = prepared, setup, run, stop, print_line
-        self.config = setup.config
+        self.setup, self.run, self.stop, self.print_line, self.plan = setup, run, stop, print_line, plan
+        self.config, self.prepared, self.devices = setup.config, setup.prepared, setup.devices
         self.learning_rate = setup.learning_rate
-        """Rate as a function of the updates made; may be replaced between two steps."""
+        """Rate of the next update as a function of the updates made; may be replaced between two steps."""
         self.measure: Callable[[StepResult], Mapping[str, Any]] | None = None
-        """Further values of a step, for its line (the Python API's metrics); plain numbers, and never able to raise."""
+        """Further values of a step for its line (the Python API's metrics): plain numbers; must never raise."""
         self.state = TrainingState()
         self.metrics: dict[str, Any] = {}
         self.outcome: RunState = "running"
         self.record = RunRecord(run.path) if run is not None and keeps_record(self.config.tracking) else None
         self.trackers = TrackerQueue(trackers if run is not None else [], print_line=print_line)
-        self.observer = Evaluator(prepared, setup, self.record, self.trackers)
-        self.keeper = Checkpointer(run, prepared, setup, print_line) if run is not None else None
-        self._config_name = resolved.name
+        self.evaluator = Evaluator(setup, self.record, self.trackers)
+        self.checkpointer = Checkpointer(run, setup, print_line)
+        self._config_name, self._forecaster = config_name, forecaster
+        self._seconds, self._tokens = 0.0, 0
         self._saved_windows = -1
 
     def restore(self, loaded: LoadedCheckpoint | None) -> None:
-        """Put everything back as it was at the checkpoint's step boundary, or as it was before step 1 where nothing was
-        saved.
-        """
+        """Restore the checkpoint's step boundary, or the state before step 1 where nothing was saved."""
         if loaded is None:
             if self.record is not None:
                 self.record.rewind({"metrics": 0, "samples": 0})
             return
         checkpointer.restore_weights(self.setup, loaded)
-        extra = loaded.snapshot.state["pipeline"]
         restore(
             loaded.snapshot,
             parameters=self.setup.parameters,
             optimizer=self.setup.optimizer,
             precision=self.setup.precision,
             state=self.state,
-            devices=self.setup.devices,
+            devices=self.devices,
         )
-        self.observer.restore(extra["outlook"])
-        self.metrics = dict(extra["metrics"])
+        saved = loaded.snapshot.state["pipeline"]
+        self.evaluator.restore(saved["outlook"])
+        self.metrics = dict(saved["metrics"])
         if self.record is not None:
-            self.record.rewind(extra["record"])
-        if self.keeper is not None:
-            self.keeper.protect(loaded.step)
+            self.record.rewind(saved["record"])
+        self.checkpointer.never_delete(loaded.step)
         self._saved_windows = self.state.windows
-
-    def go(self) -> Result:
-        """Train to the end or to a stop."""
-        for _ in self.steps():
-            pass
-        return self.result()
 
     def steps(self) -> Iterator[StepResult]:
         """Train, and yield each step after what was due at it (evaluation, checkpoint) was done.
 
-        Whatever happens, run.json says how it ended and trackers are let go; a caller who leaves the loop leaves a
-        saved, resumable run. Raises DivergedError, StoppedBySignal (saved), MachineError.
+        Whatever happens, run.json records how it ended and trackers are closed; a caller who leaves the loop leaves a
+        saved, resumable run. Raises DivergedError, StoppedBySignal (saved), MachineError, RankLostError.
         """
-        self.outcome = "failed"
-        try:
+        setup, config = self.setup, self.config
+        with self._ending_recorded(), self.devices.errors_printed_once(), self._memory_errors_refused():
             self._begin()
-            self.outcome = yield from self._train()
-            self._finish()
-        except MEMORY_ERRORS as error:
-            if not is_out_of_memory(error):
-                raise
-            raise self._out_of_memory(error) from error
-        except DivergedError as error:
-            self.outcome = "diverged"
-            raise self._naming_what_stands(error) from error
-        except StoppedBySignal:
-            self.outcome = "stopped"
-            raise
-        except GeneratorExit:
+            deadline = time.monotonic() + 60 * (config.training.max_minutes or math.inf)
+            outcome: RunState = "finished"
+            for result in train_steps(
+                nll_sum=setup.nll_sum,
+                update=setup.update,
+                windows=() if self.evaluator.should_stop_early else setup.batches.windows(self.state.windows),
+                learning_rate=self._rate,
+                precision=setup.precision,
+                state=self.state,
+                devices=setup.devices,
+                max_skipped_steps=config.training.max_skipped_steps,
+                mfu=setup.mfu,
+            ):
+                self._log_step(result)
+                last = self.state.windows == setup.batches.total_steps
+                if self.evaluator.is_due(result.step, last=last) and not result.skipped:
+                    self.evaluate(full=last)
+                # Asked once: a signal that arrives during this save is answered after the next step.
+                signal_number, late, early = self._agree_on_stopping(deadline)
+                early, late = early and not last, late and not last
+                if early or late or last or signal_number or self._save_is_due(result):
+                    self.save()
+                if signal_number:
+                    raise self._stopped_by(signal_number)
+                yield result
+                if early:
+                    patience = config.evaluation.early_stopping_patience
+                    self.print_line(f"stopped early: no improvement in {patience} evaluations")
+                    break
+                if late:
+                    self.print_line(f"stopped after {config.training.max_minutes} minutes; `llmtune resume` goes on")
+                    outcome = "stopped"
+                    break
+            self.outcome = outcome
+            if outcome == "finished":
+                self.checkpointer.save_final(self.metrics, self.state.step)
+            self.checkpointer.raise_if_unsaved()
+
+    def close(self) -> None:
+        """Save and close a run of which no step was asked for; `steps` closes it by itself."""
+        with self._ending_recorded():
             self._save_before_leaving()
-            raise
-        finally:
-            self._let_go()
-
-    def leave(self) -> None:
-        """Save and let go of a run none of whose steps was asked for."""
-        try:
-            self._save_before_leaving()
-        finally:
-            self._let_go()
-
-    def _save_before_leaving(self) -> None:
-        """Save a run that its caller leaves.
-
-        Weights that are not finite end it as diverged, as they do everywhere (P10).
-        """
-        self.outcome = "stopped"
-        try:
-            if self.state.windows:
-                self.save()
-        except DivergedError as error:
-            self.outcome = "diverged"
-            raise self._naming_what_stands(error) from error
-
-    def _naming_what_stands(self, error: DivergedError) -> DivergedError:
-        """The same refusal with the last good checkpoint in it."""
-        saved = self._newest_saved()
-        stands = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
-        first = error.problems[0]
-        return DivergedError(first.problem, first.where, f"{first.fix}; {stands}")
-
-    def _newest_saved(self) -> Path | None:
-        """The folder of the last checkpoint by step; None before the first, and in processes that write nothing."""
-        saved = checkpoints.all_checkpoints(self.run) if self.run is not None else []
-        return saved[-1].path if saved else None
-
-    def result(self) -> Result:
-        """What the training left behind so far."""
-        return Result(
-            folder=self.run.path if self.run is not None else None,
-            state=self.outcome,
-            step=self.state.step,
-            metrics=self.metrics,
-            outlook=self.observer.outlook,
-            model=self.setup.model,
-            tokenizer=self.prepared.tokenizer.tokenizer,
-            plan=self.plan,
-            seconds=self._seconds,
-            tokens=self._tokens,
-            memory_bytes=peak_memory_bytes(self.setup.devices.device),
-        )
 
     def evaluate(self, *, full: bool = False) -> dict[str, Any]:
-        """Evaluate now, record it, and keep a new best at once.
+        """Evaluate now, write the metrics, and keep a new best model at once.
 
-        `full` counts exact answers where the config asks for them.
+        `full` also counts exact answers where the config asks for them.
         """
         release_free_memory()
-        improved, metrics = self.observer.look(self.state.step, self.state.epoch, full=full)
+        is_best, metrics = self.evaluator.evaluate(self.state.step, self.state.epoch, full=full)
         release_free_memory()
         self.metrics |= metrics
-        if improved and self.state.step and self.keeper is not None and self.config.checkpoint.keep_best:
+        if is_best and self.state.step and self.config.checkpoint.keep_best:
             self._refuse_non_finite_weights()
-            self.keeper.keep_best(metrics, self.state.step)
+            self.checkpointer.save_best(metrics, self.state.step)
         return metrics
 
     def save(self) -> None:
@@ -234,101 +204,78 @@ class TrainingRun:
             optimizer=self.setup.optimizer,
             precision=self.setup.precision,
             state=self.state,
-            devices=self.setup.devices,
+            devices=self.devices,
         )
-        extra: Mapping[str, Any] = {
-            "outlook": self.observer.state(),
+        pipeline = {
+            "outlook": self.evaluator.state(),
             "metrics": self.metrics,
             "record": self.record.position() if self.record is not None else {"metrics": 0, "samples": 0},
         }
-        if self.keeper is not None:
-            saved = self.keeper.save(
-                self.state.step, replace(snapshot, state={**snapshot.state, "pipeline": extra}), self.record
-            )
-            self._saved_windows = self.state.windows if saved else -1
-        self.setup.devices.barrier()
+        snapshot = replace(snapshot, state={**snapshot.state, "pipeline": pipeline})
+        saved = self.checkpointer.save(self.state.step, snapshot, self.record)
+        self._saved_windows = self.state.windows if saved else -1
+
+    def result(self) -> Result:
+        """The outcome so far."""
+        return Result(
+            folder=self.run.path if self.run is not None else None,
+            state=self.outcome,
+            step=self.state.step,
+            metrics=self.metrics,
+            eval_state=self.evaluator.eval_state,
+            model=self.setup.model,
+            tokenizer=self.prepared.tokenizer.tokenizer,
+            plan=self.plan,
+            seconds=self._seconds,
+            tokens=self._tokens,
+            memory_bytes=peak_memory_bytes(self.devices.device),
+        )
 
     def _begin(self) -> None:
-        """Tell everyone, and look at the untouched model."""
-        if self.run is not None:
-            self.run.update(state="running", total_steps=self.setup.batches.total_steps)
-            self.trackers.start(
-                run_setup.run_info(self.run, self._config_name, self.prepared, self.setup, self.state.step)
-            )
-            self.observer.begin(self.state.step)
+        """Start the trackers, and evaluate the untouched model."""
+        self.devices.on_main(self._start_recording)
         if self.state.windows == 0 and self.config.evaluation.before_training:
             self.evaluate(full=True)
 
-    def _train(self) -> Generator[StepResult, None, RunState]:
-        """The loop, and what is decided after each step. Returns `finished` or `stopped`."""
-        setup, config = self.setup, self.config
-        deadline = time.monotonic() + 60 * config.training.max_minutes if config.training.max_minutes else None
-        if self.observer.should_stop_early:
-            return "finished"
-        for result in train_steps(
-            nll_sum=setup.nll_sum,
-            update=setup.update,
-            windows=setup.batches.windows(self.state.windows),
-            learning_rate=self._rate,
-            precision=setup.precision,
-            state=self.state,
-            devices=setup.devices,
-            max_skipped_steps=config.training.max_skipped_steps,
-            mfu=setup.mfu,
-        ):
-            self._note(result)
-            last = self.state.windows == setup.batches.total_steps
-            if self.observer.is_due(result.step, last=last) and not result.skipped:
-                self.evaluate(full=last)
-            early = not last and self.observer.should_stop_early
-            late = deadline is not None and time.monotonic() > deadline and not last
-            asked = (
-                self.stop.is_requested
-            )  # read once: a signal that arrives during this save is answered after the next step
-            if early or late or last or asked or self._save_is_due(result):
-                self.save()
-            if asked:
-                self.stop.raise_if_requested(saved=f"saved after step {result.step}")
-            yield result
-            if early:
-                self.print_line(
-                    f"stopped early: no improvement in {config.evaluation.early_stopping_patience} evaluations"
-                )
-                return "finished"
-            if late:
-                self.print_line(f"stopped after {config.training.max_minutes} minutes; `llmtune resume` goes on")
-                return "stopped"
-        return "finished"
+    def _start_recording(self) -> None:
+        assert self.run is not None, "the main process has the folder"
+        self.run.update(state="running", total_steps=self.setup.batches.total_steps)
+        self.trackers.start(run_setup.run_info(self.run, self._config_name, self.setup, self.state.step))
+        self.evaluator.start_watching(self.state.step)
 
-    def _out_of_memory(self, error: BaseException) -> MachineError:
-        """The refusal for memory that is used up, after letting go of the gradients; the newest checkpoint stands."""
-        if self._reserve is not None:
-            self._reserve.close()
-        self.setup.optimizer.zero_grad(set_to_none=True)
-        saved = self._newest_saved()
-        return out_of_memory_error(
-            error,
-            Forecaster.for_this_machine(self.prepared, self._options, self.setup.devices),
-            doing=f"in step {self.state.step + 1}",
-            where=str(self.run.path) if self.run is not None else None,
-            saved=saved.name if saved else None,
+    def _agree_on_stopping(self, deadline: float) -> tuple[int, bool, bool]:
+        """Give the number of a signal to stop for (0: none), whether time is up, and whether to stop early.
+
+        A signal may have reached one process only, and each has its own clock: they must not part at a step boundary.
+        """
+        number, late, early = self.devices.largest(
+            self.stop.signal_number or 0, time.monotonic() > deadline, self.evaluator.should_stop_early
         )
+        return int(number), bool(late), bool(early)
+
+    def _stopped_by(self, signal_number: int) -> StoppedBySignal:
+        self.stop.request(signal_number)  # in the processes that it did not reach
+        error = self.stop.error(f"saved after step {self.state.step}")
+        error.is_reported = not self.devices.is_main
+        return error
 
     def _rate(self, step: int) -> float:
         return self.learning_rate(step)  # looked up at each step, because it may be replaced between two
 
-    def _note(self, result: StepResult) -> None:
+    def _log_step(self, result: StepResult) -> None:
         self._seconds, self._tokens = self._seconds + result.step_seconds, self._tokens + result.num_tokens
-        further = self.measure(result) if self.measure is not None else {}
-        self.metrics |= {**further, **result.metrics()}
-        self.observer.note(result, further)
+        measured = self.measure(result) if self.measure is not None else {}
+        self.metrics |= {**measured, **result.metrics()}
+        self.evaluator.log_step(result, measured)
         if result.skipped:
             self.print_line(f"step {result.step + 1} skipped: {result.reason}; rows: {', '.join(result.sources)}")
 
+    def _save_is_due(self, result: StepResult) -> bool:
+        every = self.config.checkpoint.every_steps or self.setup.batches.steps_per_epoch
+        return result.step % every == 0 and not result.skipped
+
     def _refuse_non_finite_weights(self) -> None:
-        """Raise DivergedError where an update has made a weight infinite or NaN: it never becomes best or resumable
-        (P10).
-        """
+        """Raise DivergedError where a weight is infinite or NaN: such weights never become best or resumable (P10)."""
         broken = non_finite_parameters(self.setup.parameters)
         if broken:
             raise DivergedError(
@@ -337,34 +284,66 @@ class TrainingRun:
                 fix="start again with a lower training.learning_rate",
             )
 
-    def _save_is_due(self, result: StepResult) -> bool:
-        every = self.config.checkpoint.every_steps or self.setup.batches.steps_per_epoch
-        return result.step % every == 0 and not result.skipped
+    @contextmanager
+    def _ending_recorded(self) -> Iterator[None]:
+        """Record how the body ended, and close everything."""
+        self.outcome = "failed"
+        try:
+            yield
+        except DivergedError as error:
+            self.outcome = "diverged"
+            raise self._with_last_checkpoint(error) from error
+        except StoppedBySignal:
+            self.outcome = "stopped"
+            raise
+        except GeneratorExit:  # the caller has left the loop
+            self._save_before_leaving()
+            raise
+        finally:
+            self._cleanup()
 
-    def _finish(self) -> None:
-        """Write what the user takes away, and be honest about a disk that never took the last save."""
-        if self.keeper is None:
-            return
-        if self.outcome == "finished":
-            self.keeper.write_final(self.metrics, self.state.step)
-        self.keeper.raise_if_unsaved()
+    def _save_before_leaving(self) -> None:
+        self.outcome = "stopped"
+        try:
+            if self.state.windows:
+                self.save()
+        except DivergedError as error:
+            self.outcome = "diverged"
+            raise self._with_last_checkpoint(error) from error
 
-    def _let_go(self) -> None:
-        """Let trackers, files and the run go.
+    def _with_last_checkpoint(self, error: DivergedError) -> DivergedError:
+        """The same error with the last good checkpoint in it."""
+        saved = self._newest_saved()
+        stands = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
+        problem, where, fix = error.problems[0]
+        told = DivergedError(problem, where, f"{fix}; {stands}")
+        told.is_reported = not self.devices.is_main  # every process diverges at the same step
+        return told
 
-        A disk that refuses is said, and is the run's outcome only where nothing worse happened.
-        """
-        if self._reserve is not None:
-            self._reserve.close()
-        self.observer.end()
+    def _newest_saved(self) -> Path | None:
+        """The folder of the last checkpoint by step; None before the first, and in processes that write nothing."""
+        saved = checkpoints.all_checkpoints(self.run) if self.run is not None else []
+        return saved[-1].path if saved else None
+
+    def _memory_errors_refused(self) -> AbstractContextManager[None]:
+        def circumstances() -> Circumstances:
+            self.setup.optimizer.zero_grad(set_to_none=True)  # the search for a way out takes memory too
+            saved = self._newest_saved()
+            where = str(self.run.path) if self.run is not None else None
+            return Circumstances(f"in step {self.state.step + 1}", where, saved.name if saved else None)
+
+        return out_of_memory_refused(self._forecaster, circumstances)
+
+    def _cleanup(self) -> None:
+        """Close trackers, files and the run; a disk that refuses ends only a run to which nothing worse happened."""
+        self.evaluator.stop_watching()
         self.trackers.finish(self.outcome)
-        refusals: list[MachineError] = []
-        run, closing = self.run, []
+        run, closers, refusals = self.run, [], []
         if self.record is not None:
-            closing.append(self.record.close)
+            closers.append(self.record.close)
         if run is not None:
-            closing.append(lambda: run.update(state=self.outcome, step=self.state.step))
-        for close in closing:
+            closers.append(lambda: run.update(state=self.outcome, step=self.state.step))
+        for close in closers:
             try:
                 close()
             except MachineError as error:
@@ -372,6 +351,6 @@ class TrainingRun:
                 refusals.append(error)
         if run is not None:
             run.close()
-        self.setup.devices.close()
+        self.devices.close(wait_for_main=self.outcome != "failed")
         if refusals and self.outcome == "finished":
             raise refusals[0]

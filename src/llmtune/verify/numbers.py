@@ -95,7 +95,10 @@ def _build(
     config = replace(
         config,
         adapter=replace(config.adapter, dropout=0.0),
-        training=replace(config.training, precision="fp32", neftune_alpha=None, batch_size=1),
+        # Rates are needed to build an optimizer; no step is made.
+        training=replace(
+            config.training, precision="fp32", neftune_alpha=None, batch_size=1, learning_rate=0.0, weight_decay=0.0
+        ),
         model=replace(config.model, dtype="float32"),
     )
     prepared = prepare(replace(resolved, config=config), options)

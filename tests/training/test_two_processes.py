@@ -1,0 +1,213 @@
+"""Two processes train one run through the real commands: one voice, one stop, one checkpoint, and a resume (P2, P8, P12)."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from training_helpers import line_count, lines_of, small_run, weights_of
+
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmtune"]
+LONGEST_S = 180
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1", "LLMTUNE_OFFLINE": "1"} | more
+
+
+def launched(*words, code=0):
+    """Run a command under torch's launcher and return what all of its processes printed."""
+    done = subprocess.run(
+        [*LAUNCHER, *words], env=environment(), capture_output=True, text=True, timeout=LONGEST_S, check=False
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said
+    return said
+
+
+class TwoRanks:
+    """Two processes of one command, as a launcher starts them, each with its output and exit code of its own."""
+
+    def __init__(self, *words):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "llmtune", *words],
+                env=environment(**together, RANK=str(rank), LOCAL_RANK=str(rank)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+
+    def end(self):
+        """Wait for both, and return their exit codes and what each printed."""
+        try:
+            said = [process.communicate(timeout=LONGEST_S)[0] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+        return [process.returncode for process in self.processes], said
+
+
+def wait_for_lines(run, count):
+    deadline = time.monotonic() + LONGEST_S
+    while line_count(run / "metrics.jsonl") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def words(tiny_model_folder, rows_file, tmp_path_factory):
+    """KEY=VALUE words of a run of 40 steps; `folder / NAME` is where it lies."""
+    folder = tmp_path_factory.mktemp("two-ranks")
+    given = small_run(tiny_model_folder, rows_file, folder, "training.max_steps=40", "checkpoint.every_steps=1000")
+    return folder, [*given, "training.learning_rate=0.01", "distributed.timeout_s=60"]
+
+
+@pytest.fixture(scope="module")
+def whole(words):
+    """(folder, everything printed) of a run of two processes that nobody stopped."""
+    folder, given = words
+    return folder / "whole", launched("train", *given, "run.name=whole")
+
+
+@pytest.fixture(scope="module")
+def stopped(words):
+    """A run of which rank 1 alone got SIGTERM: its folder, exit codes, and what each process printed."""
+    folder, given = words
+    ranks = TwoRanks("train", *given, "run.name=stopped")
+    wait_for_lines(folder / "stopped", 4)
+    ranks.processes[1].send_signal(signal.SIGTERM)
+    return folder / "stopped", *ranks.end()
+
+
+def test_one_process_prints_and_the_others_write_to_a_log(whole):
+    run, said = whole
+    for line in ("chosen for you:", "training 4,096 of", "finished after step 40"):
+        assert said.count(line) == 1, said
+    log = (run / "logs" / "rank-1.log").read_text()
+    assert "chosen for you:" in log
+    assert "training 4,096 of" in log
+
+
+def test_p8_a_signal_to_one_process_stops_all_at_the_same_step_saved_once(stopped):
+    run, codes, said = stopped
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    (step,) = re.findall(r"stopped by SIGTERM: saved after step (\d+)", "".join(said))
+    assert "stopped by SIGTERM" in said[0]
+    assert "bug" not in "".join(said)
+    info = json.loads((run / "run.json").read_text())
+    assert (info["state"], info["step"]) == ("stopped", int(step))
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == [f"step-{int(step):06}"]
+
+
+def test_p2_a_run_of_two_processes_goes_on_to_the_same_bytes(whole, stopped):
+    run, _, _ = stopped
+    said = launched("resume", str(run))
+    assert said.count("going on after step") == 1, said
+    assert weights_of(run) == weights_of(whole[0])
+    assert lines_of(run) == lines_of(whole[0])
+
+
+def test_a_wrong_command_is_refused_once(words):
+    said = launched("train", *words[1], "training.lerning_rate=1", code=1)
+    assert said.count("error: unknown key") == 1, said
+
+
+def signal_launcher(words, name, number):
+    folder, given = words
+    process = subprocess.Popen(
+        [*LAUNCHER, "train", *given, f"run.name={name}", "training.max_steps=4000"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_lines(folder / name, 4)
+    process.send_signal(number)
+    said = process.communicate(timeout=LONGEST_S)[0]
+    return folder / name, said
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_p8_a_signal_to_the_launcher_saves_once(words, number):
+    run, said = signal_launcher(words, f"launcher-{number}", number)
+    assert len(re.findall(r"stopped by \w+: saved after step", said)) == 1, said
+    assert json.loads((run / "run.json").read_text())["state"] == "stopped"
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_p8_every_signal_to_any_process_stops_all(words, number, ranks):
+    folder, given = words
+    name = f"signal-{number}-{len(ranks)}-{ranks[0]}"
+    both = TwoRanks("train", *given, f"run.name={name}", "training.max_steps=4000")
+    wait_for_lines(folder / name, 4)
+    for rank in ranks:
+        both.processes[rank].send_signal(number)
+    codes, said = both.end()
+    assert codes == [128 + number] * 2, said
+    assert len(re.findall(r"stopped by \w+: saved after step", "".join(said))) == 1, said
+    assert json.loads((folder / name / "run.json").read_text())["state"] == "stopped"
+
+
+@pytest.mark.campaign
+def test_minutes_end_all_processes_at_the_same_step(words):
+    folder, given = words
+    both = TwoRanks("train", *given, "run.name=minutes", "training.max_steps=100000", "training.max_minutes=0.02")
+    codes, said = both.end()
+    assert codes == [0, 0], said
+    assert "".join(said).count("stopped after 0.02 minutes") == 1
+    assert json.loads((folder / "minutes" / "run.json").read_text())["state"] == "stopped"
+
+
+@pytest.mark.campaign
+def test_p7_a_disk_that_refuses_the_main_process_ends_all(words):
+    """The folder of checkpoints becomes a file while they train: nothing can be saved there."""
+    folder, given = words
+    both = TwoRanks("train", *given, "run.name=refused", "training.max_steps=100000", "checkpoint.every_steps=50")
+    wait_for_lines(folder / "refused", 4)
+    (folder / "refused" / "checkpoints").rename(folder / "away")
+    (folder / "refused" / "checkpoints").write_text("")
+    codes, said = both.end()
+    assert codes == [6, 6], said
+    assert "".join(said).count("error: ") == 1, said
+
+
+@pytest.mark.campaign
+def test_a_run_that_another_process_has_is_refused_once_on_two_processes(words):
+    folder, given = words
+    both = TwoRanks("train", *given, "run.name=busy", "training.max_steps=100000")
+    wait_for_lines(folder / "busy", 4)
+    said = launched("resume", str(folder / "busy"), code=1)
+    for process in both.processes:
+        process.send_signal(signal.SIGTERM)
+    assert said.count("the run is in use by process") == 1, said
+    assert both.end()[0] == [143, 143]
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("killed", [0, 1])
+def test_p12_a_killed_process_ends_the_other_with_exit_code_8(words, killed):
+    folder, given = words
+    both = TwoRanks("train", *given, f"run.name=killed-{killed}", "training.max_steps=100000")
+    wait_for_lines(folder / f"killed-{killed}", 4)
+    both.processes[killed].kill()
+    codes, said = both.end()
+    assert codes[1 - killed] == 8, said
+    assert "another process of this training died" in said[1 - killed]
