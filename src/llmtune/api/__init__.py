@@ -1,4 +1,4 @@
-"""The toolkit from Python: the same code that the command line calls, with the loop in the caller's hands.
+"""llmtune from Python: the code behind the command line, with the training loop in the hands of the caller.
 
 >>> from llmtune import load_config
 >>> load_config("production", overrides={"model.name": "custom-small"}).config.model.name

@@ -1,4 +1,4 @@
-"""The loss of a run as a picture that a notebook shows by itself: inline SVG, nothing to install."""
+"""The loss of a run as a picture that a notebook shows: inline SVG, without further packages."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Curve:
 
     @classmethod
     def of_run(cls, folder: str | Path, *, last_step: int | None = None) -> Curve:
-        """Read the curve of a run from its metrics.jsonl, up to `last_step`, also while it trains.
+        """Read the curve of a run, which may be training, from its metrics.jsonl up to `last_step`.
 
-        Raises DataError where there is none.
+        Raises DataError where there is no such file.
         """
         path = Path(folder) / "metrics.jsonl"
         curve = cls(title=Path(folder).name)
@@ -58,24 +58,24 @@ class Curve:
         return curve
 
     def _repr_html_(self) -> str:
-        """Give the SVG a notebook shows."""
-        shown = [point for point in (*self.train, *self.heldout) if math.isfinite(point[1])]
-        if not shown:
+        """Return the SVG for a notebook."""
+        points = [point for point in (*self.train, *self.heldout) if math.isfinite(point[1])]
+        if not points:
             return f"<p>{html.escape(self.title)}: no step yet</p>"
-        first, last = min(step for step, _ in shown), max(step for step, _ in shown)
-        low, high = min(loss for _, loss in shown), max(loss for _, loss in shown)
+        first, last = min(step for step, _ in points), max(step for step, _ in points)
+        low, high = min(loss for _, loss in points), max(loss for _, loss in points)
 
-        def place(step: int, loss: float) -> str:
+        def position(step: int, loss: float) -> str:
             x = LEFT + (WIDTH - LEFT - 8) * (step - first) / max(last - first, 1)
             y = TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / max(high - low, 1e-9)
             return f"{x:.1f},{y:.1f}"
 
         def line(points: Points, colour: str) -> str:
-            path = " ".join(place(*point) for point in _thinned(points) if math.isfinite(point[1]))
+            path = " ".join(position(*point) for point in _thinned(points) if math.isfinite(point[1]))
             return f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" points="{path}"/>'
 
         dots = "".join(
-            '<circle r="3" fill="#c2410c" cx="{}" cy="{}"/>'.format(*place(*point).split(","))
+            '<circle r="3" fill="#c2410c" cx="{}" cy="{}"/>'.format(*position(*point).split(","))
             for point in _thinned(self.heldout)
             if math.isfinite(point[1])
         )
@@ -96,7 +96,7 @@ class Curve:
 
 
 def _thinned(points: Points) -> Points:
-    """Keep at most `MAX_POINTS` points, the last one among them.
+    """Return at most `MAX_POINTS` points and the last one.
 
     >>> len(_thinned([(step, 1.0) for step in range(5000)])) <= MAX_POINTS + 1
     True

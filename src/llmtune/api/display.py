@@ -1,7 +1,4 @@
-"""Progress and lines inside a notebook: one output that is drawn anew, at most twice a second.
-
-Lines as plain output, not as errors.
-"""
+"""Progress and lines in a notebook: one output that is redrawn at most twice a second, and lines as plain output."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ EVERY_S = 0.5
 
 
 class Display:
-    """Shows what `draw` gives in the notebook this process runs in, if it runs in one."""
+    """Shows the HTML that `draw` returns in a notebook; outside of one it does nothing."""
 
     def __init__(self, draw: Callable[[], str]) -> None:
         self._draw = draw
@@ -28,36 +25,37 @@ class Display:
         self._notebook = _notebook()
 
     def refresh(self, *, now: bool = False) -> None:
-        """Draw anew, unless that was done within the last half second (`now`: all the same)."""
+        """Redraw, unless that was done within the last half second; `now` redraws in any case."""
         if self._notebook is None or (not now and time.monotonic() - self._last_s < EVERY_S):
             return
         self._last_s = time.monotonic()
-        shown = self._notebook.HTML(self._draw())
+        picture = self._notebook.HTML(self._draw())
         if self._handle is None:
-            self._handle = self._notebook.display(shown, display_id=True)
+            self._handle = self._notebook.display(picture, display_id=True)
         else:
-            self._handle.update(shown)
+            self._handle.update(picture)
 
 
 def _notebook() -> Any:
-    """IPython's display module where a notebook's kernel runs this process, else None; it is not imported for that."""
-    shell = sys.modules.get("IPython")
-    current = shell.get_ipython() if shell is not None else None
-    if current is None or not hasattr(current, "kernel"):
+    """Return IPython's display module where the kernel of a notebook runs this process, else None."""
+    # Looked up, not imported: a notebook has loaded it already, and other programs do without it.
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is None or not hasattr(shell, "kernel"):
         return None
     return sys.modules.get("IPython.display")
 
 
 def print_line(line: str) -> None:
-    """Print a line on stderr; in a notebook, where stderr looks like a failure, as the cell's plain output."""
+    """Print a line on stderr; in a notebook, which shows stderr like an error, as plain output of the cell."""
     if _notebook() is None:
         print_to_stderr(line)
     else:
-        sys.stdout.write(line + "\n")  # a kernel sends it on by itself
+        sys.stdout.write(line + "\n")  # a kernel flushes it
 
 
 def progress_html(name: str, state: str, step: int, total_steps: int | None) -> str:
-    """One line and a bar.
+    """Return one line of HTML with a bar.
 
     >>> progress_html("run", "training", 3, 12)
     '<div><b>run</b>: training, step 3 of 12 <progress value="3" max="12"></progress></div>'

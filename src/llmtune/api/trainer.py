@@ -1,6 +1,4 @@
-"""A run whose loop belongs to the caller: look at each step, save, evaluate, change the rate, or leave it saved and
-resumable.
-"""
+"""A run whose loop is in the caller's hands: read each step, save, evaluate, change the rate, or stop and resume."""
 
 from __future__ import annotations
 
@@ -9,12 +7,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from llmtune.api.curve import Curve
 from llmtune.api.display import Display, progress_html
-from llmtune.api.display import print_line as say_here
-from llmtune.api.metrics import Measures, Metric, Stop, Values
+from llmtune.api.display import print_line as print_to_notebook
+from llmtune.api.metrics import Metric, Stop, UserMetrics, Values
 from llmtune.common.offline import is_offline
 from llmtune.common.printing import PrintLine
 from llmtune.config.layers import ResolvedConfig, load_config
@@ -26,22 +24,28 @@ from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
 from llmtune.training.training_run import Result, TrainingRun
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = ["Trainer", "train", "train_single_model"]
 
 
 class Trainer:
-    """One run of `config`; nothing is loaded or written before the first thing is asked of it.
+    """One run of `config`, which begins at the first call of a method; nothing is loaded or written before.
 
-    config: what `load_config` returns, or a name for it: a preset, a file or a run's folder. Raises ConfigError as that
-    does.
+    The run is open until `steps` ends or `close` is called: it holds the lock of its folder and its trackers. A loop
+    that is left (`break`, an exception, the end of a `with` block) saves the run at that step and closes it.
+    Evaluating, saving and generating change no weight, no gradient and no random generator (N12).
 
-    metrics: functions of a step, or objects with `on_step(step)`, whose values stand beside ours in the step's line
-    (see `llmtune.api.metrics`); a subclass's own `on_step` is one more. They cannot change the run, and end it only by
-    returning `Stop(reason)`. no_cuda, offline, trust_remote_code: as the flags of `llmtune train`; offline follows
-    HF_HUB_OFFLINE and LLMTUNE_OFFLINE when not given. print_line: receives one line for each thing worth saying; when
-    not given it goes to stderr, in a notebook to the cell's output.
+    config: the result of `load_config`, or its argument: a preset, a file or a run's folder.
+    metrics: functions of a step, or objects with `on_step(step)`, whose values are added to the step's line (see
+    `llmtune.api.metrics`); the method `on_step` of a subclass is one more. They cannot change the run, and end it only
+    by returning `Stop(reason)`.
+    no_cuda, offline, trust_remote_code: as the flags of `llmtune train`; offline follows HF_HUB_OFFLINE and
+    LLMTUNE_OFFLINE when None.
+    print_line: receives every line for the user; by default they go to stderr, in a notebook to the cell's output.
 
-    Used in a `with` block, the run is let go, saved, at its end, whatever happens inside.
+    Raises ConfigError where a config cannot be read.
     """
 
     def __init__(
@@ -52,13 +56,13 @@ class Trainer:
         no_cuda: bool = False,
         offline: bool | None = None,
         trust_remote_code: bool = False,
-        print_line: PrintLine = say_here,
+        print_line: PrintLine = print_to_notebook,
     ) -> None:
         resolved = config if isinstance(config, ResolvedConfig) else load_config(str(config))
         self.config = resolved
-        """The config as it was resolved; `session.config` has what was chosen filled in."""
+        """The config as it was resolved; `session.config` also has the values that llmtune chose."""
         self.curve = Curve(title=resolved.name)
-        """The losses so far; a notebook shows it as a picture."""
+        """The losses so far; a notebook shows them as a picture."""
         self._options = Options(
             no_cuda=no_cuda, offline=is_offline() if offline is None else offline, trust_remote_code=trust_remote_code
         )
@@ -69,15 +73,18 @@ class Trainer:
             resolved, self._options, self._stop, print_line=print_line
         )
         self._session: TrainingRun | None = None
-        self._measures: Measures | None = None
+        self._user_metrics: UserMetrics | None = None
         self._running: Callable[[], Generator[StepResult, None, None] | None] = lambda: None
         self._ended = False
 
     @classmethod
     def resume(cls, run: str | Path, *, allow_changes: bool = False, **keywords: Any) -> Self:
-        """Go on with a stopped run (its folder or name) from its newest checkpoint; `keywords` as for a new trainer.
+        """Return a trainer that resumes a run (its folder or name) from its newest valid checkpoint.
 
-        Raises CheckpointError when nothing can be used, ConfigError when the folder's config cannot be read.
+        allow_changes: resume even if the config has changed such that it is another training from here on.
+        keywords: as for a new trainer.
+        Raises ConfigError when the config of the folder cannot be read; the first call of a method raises
+        CheckpointError when no checkpoint can be used.
         """
         folder = Path(run) if (Path(run) / "config.yaml").is_file() else Path("runs") / run
         trainer = cls(load_config(str(folder / "config.yaml"), environ={}), **keywords)
@@ -93,11 +100,11 @@ class Trainer:
         return trainer
 
     def steps(self) -> Iterator[StepResult]:
-        """Train; each step is yielded after what was due at it (evaluation, checkpoint) was done.
+        """Train, and yield each step after its update, its evaluation and its checkpoint.
 
-        Leaving the loop saves the run, at the step it was left, and lets it go: `Trainer.resume` or `llmtune resume`
-        goes on. A signal (Ctrl-C, the notebook's stop button) that arrives while a step is computed stops the run after
-        it, saved, with StoppedBySignal. Raises what `train` raises; UsageError where the run is under way or has ended.
+        Leaving the loop saves the run at that step and closes it; `Trainer.resume` or `llmtune resume` continues it. A
+        signal (Ctrl-C, a notebook's stop button) that arrives while a step is computed stops the run after it, saved,
+        with StoppedBySignal. Raises the errors of `train`, and UsageError where the run is under way or has ended.
         """
         if self._ended or self._running() is not None:
             how = "has ended" if self._ended else "is under way"
@@ -107,31 +114,31 @@ class Trainer:
                 else "leave its loop, or call `close()`, first"
             )
             raise UsageError(f"this run {how}", where="Trainer.steps", fix=fix)
-        self.session  # noqa: B018 - what is wrong with the config is said here, not at the first step
+        self.session  # noqa: B018 - opened here, so that a problem is raised by this call and not by the first `next`
         steps = self._steps()
-        self._running = weakref.ref(steps)  # weak: leaving a `for` must close it
+        self._running = weakref.ref(steps)  # weak, because a generator closes only when nobody else holds it
         return steps
 
     def train(self) -> Result:
-        """Run all steps and return the result."""
+        """Train to the end and return the result. Raises the errors of `steps`."""
         for _ in self.steps():
             pass
         return self.result()
 
     def on_step(self, step: StepResult) -> Values | Stop | None:
-        """Return values for the step's line, `Stop(reason)` or nothing; for subclasses."""
+        """Return values for the step's line, `Stop(reason)` or None; for subclasses."""
 
     def save(self) -> None:
-        """Commit a checkpoint of this step; does nothing where it is saved already, or the run was let go (saved)."""
+        """Commit a checkpoint of this step, unless it is saved already or the run has ended (saved)."""
         if not self._ended:
             self.session.save()
 
     def evaluate(self) -> dict[str, Any]:
-        """Return the held-out metrics (`eval_mean_nll`, ... in nats per token) now; empty without held-out rows.
+        """Return the metrics on held-out rows now; empty without such rows.
 
-        Changes nothing (N12).
+        `eval_mean_nll` (nats per trained token), `eval_perplexity`, `eval_bits_per_byte`, `eval_num_loss_tokens`.
         """
-        with self._listening():
+        with self._handling_signals():
             session = self.session
             if self._ended:
                 return session.evaluator.evaluate(session.state.step, session.state.epoch, full=False)[1]
@@ -142,10 +149,10 @@ class Trainer:
     def generate(
         self, *prompts: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
     ) -> list[Answer]:
-        """Let the model as it is now answer, rendered as in training; wrap a text to be continued in `TextPrompt`.
+        """Return answers of the model as it is now to prompts, which are rendered as in training.
 
-        Changes nothing (N12).
-
+        prompts: questions, or lists of messages; a text to be continued is wrapped in `TextPrompt`.
+        temperature: 0 takes the most probable token each time.
         Raises DataError for a prompt that leaves no room in the model's longest sequence.
         """
         session = self.session
@@ -161,30 +168,33 @@ class Trainer:
             )
 
     def result(self) -> Result:
-        """Return model, tokenizer, metrics and folder, as they are now."""
+        """Return the model, tokenizer, metrics and folder as they are now."""
         return self.session.result()
 
     def close(self) -> None:
-        """Save and let the run go; `steps` ends. Does nothing where it has ended."""
+        """Save and close the run; its `steps` end. A second call does nothing."""
         if self._session is None or self._ended:
             return
         running = self._running()
         if running is not None:
             running.close()
-        if not self._ended:  # it was opened, and no step was asked for
+        if not self._ended:  # opened by another method than `steps`
             self._session.close()
-            self._let_go()
+            self._end()
 
     @property
     def session(self) -> TrainingRun:
-        """What the process holds of the run; it is opened by asking."""
+        """The open run, with everything this process holds of it; the first access opens it."""
         if self._session is None:
-            with self._listening():
+            with self._handling_signals():
                 self._session = self._open()
-            metrics = [*self._metrics, *([self.on_step] if type(self).on_step is not Trainer.on_step else [])]
-            self._measures = Measures(metrics, device=self._session.setup.devices.device, print_line=self._print_line)
+            has_own_metric = type(self).on_step is not Trainer.on_step
+            metrics = [*self._metrics, *([self.on_step] if has_own_metric else [])]
+            self._user_metrics = UserMetrics(
+                metrics, device=self._session.setup.devices.device, print_line=self._print_line
+            )
             if metrics:
-                self._session.measure = self._measures
+                self._session.measure = self._user_metrics
             self.curve = self._curve_so_far(self._session)
         return self._session
 
@@ -194,21 +204,22 @@ class Trainer:
         return self.session.setup.model
 
     @property
-    def tokenizer(self) -> Any:
-        """The run's tokenizer."""
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the run."""
         return self.session.prepared.tokenizer.tokenizer
 
     @property
     def learning_rate(self) -> float:
-        """Rate of the next step.
+        """Learning rate of the next step.
 
-        Set a number, or a function of the updates made so far; a resumed run follows its config again.
+        It can be set to a number, or to a function of the number of updates made so far, until this trainer ends; a
+        resumed run follows its config again.
         """
         return self.session.learning_rate(self.session.state.step)
 
     @learning_rate.setter
     def learning_rate(self, rate: float | Callable[[int], float]) -> None:
-        self.session.learning_rate = rate if callable(rate) else lambda _step: rate
+        self.session.learning_rate = rate if callable(rate) else lambda _updates: rate
 
     def _steps(self) -> Generator[StepResult, None, None]:
         session = self.session
@@ -216,7 +227,7 @@ class Trainer:
         display = Display(self._repr_html_)
         try:
             while True:
-                with self._listening():
+                with self._handling_signals():
                     step = next(steps, None)
                 if step is None:
                     break
@@ -227,17 +238,17 @@ class Trainer:
                 if self._must_stop():
                     break
         finally:
-            with self._listening():
+            with self._handling_signals():
                 steps.close()  # type: ignore[attr-defined]
-            self._let_go()
+            self._end()
             display.refresh(now=True)
 
     def _must_stop(self) -> bool:
-        """Whether a metric of any process returned `Stop`; every process hears the same answer."""
-        assert self._measures is not None
-        if not len(self._measures):
+        """Whether a metric of any process returned `Stop`: all processes must stop at the same step."""
+        assert self._user_metrics is not None
+        if not len(self._user_metrics):
             return False
-        stop = self._measures.stop
+        stop = self._user_metrics.stop
         if not self.session.setup.devices.sum(float(stop is not None))[0]:
             return False
         self.session.print_line(
@@ -245,13 +256,13 @@ class Trainer:
         )
         return True
 
-    def _let_go(self) -> None:
+    def _end(self) -> None:
         self._note_heldout()
         self.session.evaluator.stop_recording()
         self._ended = True
 
     def _curve_so_far(self, session: TrainingRun) -> Curve:
-        """Begin where a resumed run's record ends, so that the picture shows the whole run."""
+        """Return the curve of the steps before this process, so that the picture of a resumed run is complete."""
         if session.run is None or not (session.run.path / "metrics.jsonl").is_file():
             return self.curve
         return Curve.of_run(session.run.path, last_step=session.state.step)
@@ -264,13 +275,13 @@ class Trainer:
             self.curve.heldout.append((state.last_step, state.last_nll))
 
     @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Signals are requests while we compute; in the caller's own code they are what they always are."""
+    def _handling_signals(self) -> Iterator[None]:
+        """Make signals stop requests while a step is computed; in the caller's code they keep their usual effect."""
         with self._stop:
             yield
 
     def _repr_html_(self) -> str:
-        """Give the state, the progress and the curve a notebook shows."""
+        """Return the state, the progress and the curve for a notebook."""
         if self._session is None:
             return progress_html(self.config.name, "not begun", 0, None) + self.curve._repr_html_()
         session = self._session
@@ -291,8 +302,9 @@ class Trainer:
 
 
 def train(config: ResolvedConfig | str | Path, *, metrics: Iterable[Metric] = (), **keywords: Any) -> Result:
-    """Train a new run to its end and return its model, tokenizer, metrics and folder; `keywords` as for `Trainer`.
+    """Train a new run to its end and return its model, tokenizer, metrics and folder.
 
+    keywords: as for `Trainer`.
     Raises ConfigError, DataError, ModelError, MachineError, DivergedError; StoppedBySignal after saving.
     """
     return Trainer(config, metrics=metrics, **keywords).train()
@@ -309,17 +321,18 @@ def train_single_model(
 ) -> tuple[Trainer, dict[str, Any]]:
     """Train one model with a preset (or a config file) and return the trainer and its metrics.
 
-    What is None stays as the config says.
-
-    max_samples: most training rows. project_name: for trackers that have projects. `keywords` as for `Trainer`. Raises
-    as `train`.
+    max_samples: largest number of training rows; the config's when None, as the next two.
+    project_name: for trackers that have projects.
+    output_dir: folder of the run's folder.
+    keywords: as for `Trainer`.
+    Raises the errors of `train`.
     """
-    wanted = {
+    values = {
         "model.name": model_name,
         "data.max_samples": max_samples,
         "tracking.project": project_name,
         "run.output_dir": None if output_dir is None else str(output_dir),
     }
-    config = load_config(config_type, overrides={key: value for key, value in wanted.items() if value is not None})
+    config = load_config(config_type, overrides={key: value for key, value in values.items() if value is not None})
     trainer = Trainer(config, **keywords)
     return trainer, trainer.train().metrics
