@@ -1,7 +1,7 @@
-"""Every way llmtune refuses: one problem, its place and the fix, and one exit code for each kind.
+"""The errors of llmtune: a problem, its location and the fix, and one exit code for each kind.
 
-An error is written for the person who reads it in a terminal: what is wrong (with the value in it), where it stands,
-and what to do. An error may carry several problems of the same kind, so that everything wrong with an input is said at
+A message is written for the person who reads it in a terminal: the problem (with the value in it), its location, and
+the fix. An error may carry several problems of the same kind, so that everything wrong with an input is reported at
 once.
 """
 
@@ -28,27 +28,26 @@ __all__ = [
 ]
 
 _LONGEST_LINE = 300
-"""Characters of another program's message that a person still reads."""
+"""Characters of another library's message that are shown."""
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong, where it stands (`file:line`, a flag, a folder) and what to do about it."""
+    """One problem, its location (`file:line`, a flag, a folder) and the fix."""
 
     problem: str
     where: str | None = None
     fix: str | None = None
 
     def __str__(self) -> str:
-        place = f"{self.where}: " if self.where else ""
+        where = f"{self.where}: " if self.where else ""
         fix = f"\n  fix: {self.fix}" if self.fix else ""
-        return f"{place}{self.problem}{fix}"
+        return f"{where}{self.problem}{fix}"
 
 
 class LlmtuneError(Exception):
-    """A refusal: what is wrong, where, and the fix.
+    """A refusal: one or more problems, each with its location and fix.
 
-    >>> error = LlmtuneError("unknown key `lerning_rate`", where="dev.yaml:14", fix="did you mean `training.learning_rate`?")
-    >>> print(error)
+    >>> print(LlmtuneError("unknown key `lerning_rate`", "dev.yaml:14", "did you mean `training.learning_rate`?"))
     dev.yaml:14: unknown key `lerning_rate`
       fix: did you mean `training.learning_rate`?
     """
@@ -64,17 +63,17 @@ class LlmtuneError(Exception):
 
     @classmethod
     def all(cls, problems: Iterable[Problem]) -> LlmtuneError:
-        """Make one error of this kind that says all `problems` at once; there must be at least one."""
-        found = tuple(problems)
-        assert found, "an error needs at least one problem"
-        error = cls(*found[0])
-        error.problems = found
-        error.args = ("\n".join(str(one) for one in found),)
+        """Make one error of this kind from all `problems`; there must be at least one."""
+        listed = tuple(problems)
+        assert listed, "an error needs at least one problem"
+        error = cls(*listed[0])
+        error.problems = listed
+        error.args = ("\n".join(str(problem) for problem in listed),)
         return error
 
 
 class UsageError(LlmtuneError):
-    """The command line asks for something that does not exist or contradicts itself."""
+    """The command line names something that does not exist, or contradicts itself."""
 
     exit_code = 2
     kind = "usage"
@@ -128,7 +127,7 @@ class MachineError(LlmtuneError):
 
 
 class DivergedError(LlmtuneError):
-    """Losses or gradients stopped being finite and the budget for skipping such steps is spent."""
+    """Losses or gradients are no longer finite and the budget for skipping such steps is used up."""
 
     exit_code = 7
     kind = "diverged"
@@ -153,13 +152,13 @@ class StoppedBySignal(LlmtuneError):
 
 
 def in_one_line(error: BaseException) -> str:
-    r"""The first line of what a library says, with the one below it where the first only announces it.
+    r"""Return the first line of another library's message, with the next one where the first ends in a colon.
 
-    Its kind where it is silent.
+    The error's class name where it has no message.
 
     >>> in_one_line(ValueError("2 values are missing:\n  width\n  height")), in_one_line(KeyboardInterrupt())
     ('2 values are missing: width', 'KeyboardInterrupt')
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    return said if len(said) <= _LONGEST_LINE else f"{said[:_LONGEST_LINE]}..."
+    message = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return message if len(message) <= _LONGEST_LINE else f"{message[:_LONGEST_LINE]}..."

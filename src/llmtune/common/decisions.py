@@ -1,4 +1,4 @@
-"""What was chosen for the user: every automatic choice is a value, and it carries its reason."""
+"""Automatic choices: the key, the value taken, and the reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Decision"]
 
 
 class Decision(NamedTuple):
-    """One choice made on the user's behalf: the config key (or subject) it answers, the value taken, and why.
+    """One choice made for the user: the config key (or subject), the value taken, and the reason.
 
     >>> print(Decision("training.precision", "bf16", "this CPU multiplies bf16 natively"))
     training.precision = bf16: this CPU multiplies bf16 natively

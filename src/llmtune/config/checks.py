@@ -1,6 +1,4 @@
-"""What a config may not say although every single value has the right type: ranges, and keys that contradict each
-other.
-"""
+"""Values of the right type that a config must not have: out of range, or in contradiction to another key."""
 
 from __future__ import annotations
 
@@ -10,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.common.text import excerpt
+from llmtune.config.keys import value_of
 from llmtune.config.origin import Origin
 from llmtune.config.schema import Config, SourceConfig
 from llmtune.config.value_text import value_text
@@ -29,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number; `None` bounds nothing."""
+    """Bounds of a number; None for no bound."""
 
     minimum: float | None = None
     above: float | None = None
@@ -103,14 +102,14 @@ RANGES: dict[str, Range] = {
 }
 
 NAME_FIELDS = ("model", "config", "timestamp", "seed")
-"""What may stand in braces in `run.name`."""
+"""Names allowed in braces in `run.name`."""
 
 
 def range_problem(key: str, value: Any) -> str | None:
-    """Say what is wrong with a value of the right type ("must be at least 1"), or None."""
-    special = _SPECIAL.get(key)
-    if special is not None and (wrong := special(value)) is not None:
-        return wrong
+    """Return what is wrong with a value of the right type ("must be at least 1"), or None."""
+    check = _SPECIAL.get(key)
+    if check is not None and (problem := check(value)) is not None:
+        return problem
     bounds = RANGES.get(key)
     if bounds is not None:
         items = value if isinstance(value, tuple) else (value,)
@@ -147,7 +146,7 @@ def _run_name(value: str) -> str | None:
     return _not_empty(value)
 
 
-def _not_empty(value: Any) -> str | None:
+def _not_empty(value: object) -> str | None:
     return "must not be empty" if value in ("", ()) or (isinstance(value, str) and not value.strip()) else None
 
 
@@ -169,7 +168,7 @@ _SPECIAL: dict[str, Callable[[Any], str | None]] = {
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Keys that cannot say these things together; `when` is asked with the whole config and the origins."""
+    """Keys whose values contradict each other where `when(config, origins)` is true."""
 
     keys: tuple[str, ...]
     when: Callable[[Config, Mapping[str, Origin]], bool]
@@ -178,23 +177,15 @@ class Contradiction:
 
 
 def contradictions(config: Config, origins: Mapping[str, Origin], failed: Collection[str] = ()) -> list[Problem]:
-    """Return every contradiction between keys that could be read; each names the places of what was asked for."""
-    found = []
+    """Return every contradiction between keys that were read; each names where their values are written."""
+    problems = []
     for row in CONTRADICTIONS:
         if not any(key in failed for key in row.keys) and row.when(config, origins):
-            places = dict.fromkeys(origins[key].place for key in row.keys if origins[key].kind != "default")
-            values = ", ".join(f"`{key}: {_value(config, key)}`" for key in row.keys if origins[key].kind != "default")
-            found.append(
-                Problem(f"{row.problem} ({values})" if values else row.problem, " and ".join(places) or None, row.fix)
-            )
-    return found
-
-
-def _value(config: Config, key: str) -> str:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return excerpt(value_text(value))
+            given = [key for key in row.keys if _is_given(origins, key)]
+            where = " and ".join(dict.fromkeys(origins[key].where for key in given))
+            values = ", ".join(f"`{key}: {excerpt(value_text(value_of(config, key)))}`" for key in given)
+            problems.append(Problem(f"{row.problem} ({values})" if values else row.problem, where or None, row.fix))
+    return problems
 
 
 def _is_given(origins: Mapping[str, Origin], key: str) -> bool:
@@ -205,8 +196,8 @@ def _has_held_out(config: Config) -> bool:
     return bool(config.data.eval) or config.data.test_size > 0
 
 
-def _does_not_divide(part: int | None, whole: int | None) -> bool:
-    return part is not None and whole is not None and whole % part != 0
+def _does_not_divide(divisor: int | None, number: int | None) -> bool:
+    return divisor is not None and number is not None and number % divisor != 0
 
 
 _LORA_KEYS = ("r", "alpha", "dropout", "target_modules", "rslora", "dora", "modules_to_save", "train_tokens")
@@ -272,13 +263,15 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
     Contradiction(
         ("training.step_in_backward", "training.precision"),
         lambda c, _: c.training.step_in_backward and c.training.precision == "fp16",
-        "fp16's loss scale skips steps whose gradients overflow, and weights that move in the backward pass have moved by then",
+        "fp16's loss scale skips steps whose gradients overflow, "
+        "and weights that move in the backward pass have moved by then",
         "set `training.precision: bf16` (or fp32), or `training.step_in_backward: false`",
     ),
     Contradiction(
         ("training.step_in_backward", "tracking.watch"),
         lambda c, _: c.training.step_in_backward and bool(c.tracking.watch),
-        "histograms are taken while all gradients are there, and weights that move in the backward pass leave no such moment",
+        "histograms are taken while all gradients are there, "
+        "and weights that move in the backward pass leave no such moment",
         "set `tracking.watch: false`, or `training.step_in_backward: false`",
     ),
     Contradiction(

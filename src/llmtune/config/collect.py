@@ -103,11 +103,11 @@ class _Reader:
         elif self.findings.is_full:
             self.findings.untold += 1
         elif SECRET_NAME.search(key) and aliases.translation_of(key) is None:
-            self.findings.problem(f"`{excerpt(key)}` would keep a secret in a config", origin.place, _FIX_SECRET)
+            self.findings.problem(f"`{excerpt(key)}` would keep a secret in a config", origin.where, _FIX_SECRET)
         elif leaf in aliases.NOT_HERE:
             reason, fix = aliases.NOT_HERE[leaf]
             self.findings.problem(
-                f"`{excerpt(key)}` (`{shown(value)}`) is not a config key: {reason}", origin.place, fix
+                f"`{excerpt(key)}` (`{shown(value)}`) is not a config key: {reason}", origin.where, fix
             )
         elif isinstance(value, Table) and (inner := aliases.section_prefix(key)) is not None:
             self.walk(value, inner)
@@ -127,7 +127,7 @@ class _Reader:
         else:
             keys = ", ".join(name.rpartition(".")[2] for name in LEAVES if name.rpartition(".")[0] == key)
             self.findings.problem(
-                f"`{key}` is a section, not a value (`{shown(value)}`)", origin.place, f"its keys are {keys}"
+                f"`{key}` is a section, not a value (`{shown(value)}`)", origin.where, f"its keys are {keys}"
             )
 
     def apply(self, written: str, translation: Translation, value: Node, origin: Origin) -> None:
@@ -137,7 +137,7 @@ class _Reader:
         except convert.Mismatch as mismatch:
             self.findings.problem(
                 f"`{excerpt(written)}` must be {mismatch.expected}, not `{shown(mismatch.node)}`",
-                origin.place,
+                origin.where,
                 mismatch.fix,
             )
             return
@@ -145,19 +145,19 @@ class _Reader:
             if "[" in change.key:
                 self.parts[change.key] = Setting(change.value, origin, written)
                 self.findings.note(
-                    f"{origin.place}: `{excerpt(written)}` is a part of `{change.key.partition('[')[0]}` here"
+                    f"{origin.where}: `{excerpt(written)}` is a part of `{change.key.partition('[')[0]}` here"
                 )
                 continue
             self.settle(change.key, written, change.value, origin, change.weak)
         strong = [change for change in changes if not change.weak and "[" not in change.key]
         if len(strong) == 1 and strong[0].value is value:
-            self.findings.note(f"{origin.place}: `{excerpt(written)}` is called `{strong[0].key}` here")
+            self.findings.note(f"{origin.where}: `{excerpt(written)}` is called `{strong[0].key}` here")
         elif changes and not any("[" in change.key for change in changes):
             said = " and ".join(f"`{change.key}: {shown(change.value)}`" for change in (strong or changes))
-            self.findings.note(f"{origin.place}: `{excerpt(written)}: {shown(value)}` is {said} here")
+            self.findings.note(f"{origin.where}: `{excerpt(written)}: {shown(value)}` is {said} here")
         elif not changes:
             self.findings.note(
-                f"{origin.place}: `{excerpt(written)}: {shown(value)}` asks for what happens here anyway"
+                f"{origin.where}: `{excerpt(written)}: {shown(value)}` asks for what happens here anyway"
             )
 
     def settle(self, key: str, written: str, value: Node, origin: Origin, weak: bool = False) -> None:
@@ -166,10 +166,10 @@ class _Reader:
             origin = value.origin  # a value may stand on a line below its key, or where its anchor does
         spelling = aliases.VALUES.get(key, {}).get(value.text.lower()) if isinstance(value, Scalar) else None
         if spelling is not None:
-            self.findings.note(f"{origin.place}: `{key}: {shown(value)}` is written `{spelling}` here")
+            self.findings.note(f"{origin.where}: `{key}: {shown(value)}` is written `{spelling}` here")
             value = Scalar(spelling, False, value.origin)
         if _holds_secret(value):
-            self.findings.problem(f"`{excerpt(written)}` holds what looks like a secret", origin.place, _FIX_SECRET)
+            self.findings.problem(f"`{excerpt(written)}` holds what looks like a secret", origin.where, _FIX_SECRET)
             self.findings.failed.add(key)
             return
         try:
@@ -181,7 +181,7 @@ class _Reader:
         wrong = range_problem(key, converted)
         if wrong is not None:
             self.findings.failed.add(key)
-            self.findings.problem(f"`{excerpt(written)}` {wrong}, not `{shown(value)}`", origin.place)
+            self.findings.problem(f"`{excerpt(written)}` {wrong}, not `{shown(value)}`", origin.where)
             return
         self.keep(key, Setting(converted, origin, written, weak))
 
@@ -196,7 +196,7 @@ class _Reader:
             self.findings.failed.add(key)
             self.findings.problem(
                 f"`{excerpt(before.written)}` ({before.origin}) and `{excerpt(setting.written)}` both set `{key}`, to different values",
-                setting.origin.place,
+                setting.origin.where,
                 f"keep `{key}` alone",
             )
 
@@ -226,7 +226,7 @@ class _Reader:
             train = self.settings.get("data.train")
             if train is None or len(train.value) != 1 or "data.train" in self.findings.failed:
                 fix = "write `data.train: [{path: ..., " + name + ": ...}]`"
-                self.findings.problem(f"`{part.written}` needs one training source beside it", part.origin.place, fix)
+                self.findings.problem(f"`{part.written}` needs one training source beside it", part.origin.where, fix)
                 continue
             try:
                 changed = replace(train.value[0], **{name: convert.convert(part.value, str | None)})
@@ -247,9 +247,9 @@ class _Reader:
                 if near
                 else "the sections are " + ", ".join(name for name in SECTIONS if "." not in name)
             )
-            self.findings.problem(f"unknown section `{excerpt(key)}`", origin.place, fix)
+            self.findings.problem(f"unknown section `{excerpt(key)}`", origin.where, fix)
             return
-        self.findings.problem(f"unknown key `{excerpt(key)}` (`{shown(value)}`)", origin.place, nearest_key(key))
+        self.findings.problem(f"unknown key `{excerpt(key)}` (`{shown(value)}`)", origin.where, nearest_key(key))
 
 
 def _holds_secret(value: Node) -> bool:
@@ -299,7 +299,7 @@ def _likeness(section: str, leaf: str, name: str) -> float:
 def _mismatch_problem(
     key: str, written: str, value: Node, mismatch: convert.Mismatch, origin: Origin
 ) -> tuple[str, str, str | None]:
-    place = mismatch.node.origin.place
+    place = mismatch.node.origin.where
     subject = f"`{excerpt(written)}`" if written == key else f"`{excerpt(written)}` (`{key}` here)"
     fix = mismatch.fix
     choices = re.findall(r"`([^`]+)`", mismatch.expected)
@@ -307,4 +307,4 @@ def _mismatch_problem(
         near = difflib.get_close_matches(mismatch.node.text.lower(), choices, n=1, cutoff=0.5)
         fix = f"did you mean `{near[0]}`?" if near else None
     inside = f" (in `{shown(value)}`)" if mismatch.node is not value else ""
-    return f"{subject} must be {mismatch.expected}, not `{shown(mismatch.node)}`{inside}", place or origin.place, fix
+    return f"{subject} must be {mismatch.expected}, not `{shown(mismatch.node)}`{inside}", place or origin.where, fix

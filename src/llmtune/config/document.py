@@ -155,13 +155,13 @@ def parse_yaml(text: str, origin_of: Callable[[int], Origin], problems: list[Pro
             if has_tab
             else "check the indentation, quotes and brackets here and one line above"
         )
-        raise Unreadable(f"not valid YAML: {reason}", origin_of(line + 1).place, fix) from error
+        raise Unreadable(f"not valid YAML: {reason}", origin_of(line + 1).where, fix) from error
     except yaml.YAMLError as error:
         position = getattr(error, "position", 0) or 0
         line = text.count("\n", 0, position) + 1 if isinstance(position, int) else 1
         character = excerpt(text[position : position + 1]) if isinstance(position, int) else ""
         raise Unreadable(
-            f"character `{character}` is not allowed in YAML", origin_of(line).place, "remove it"
+            f"character `{character}` is not allowed in YAML", origin_of(line).where, "remove it"
         ) from error
 
 
@@ -182,7 +182,7 @@ class _Composer:
             if isinstance(event, yaml.DocumentStartEvent):
                 if root is not None:
                     raise Unreadable(
-                        "a second document starts here", self._origin(event).place, "keep one document in a config file"
+                        "a second document starts here", self._origin(event).where, "keep one document in a config file"
                     )
                 root = self._node(next(stream), stream, depth=0)
         return root if root is not None else Scalar("", True, self.origin_of(1))
@@ -194,13 +194,13 @@ class _Composer:
     def _node(self, event: yaml.Event, stream: Iterator[yaml.Event], depth: int) -> Node:
         origin = self._origin(event)
         if depth > MAX_DEPTH:
-            raise Unreadable(f"nested more than {MAX_DEPTH} levels deep", origin.place)
+            raise Unreadable(f"nested more than {MAX_DEPTH} levels deep", origin.where)
         if isinstance(event, yaml.AliasEvent):
             return self._alias(event.anchor or "", origin)
         self.values += 1
         if self.values > MAX_VALUES:
             raise Unreadable(
-                f"more than {MAX_VALUES:,} values", origin.place, "is this a data file? Name it with `data.train`"
+                f"more than {MAX_VALUES:,} values", origin.where, "is this a data file? Name it with `data.train`"
             )
         tag = getattr(event, "tag", None)
         self._check_tag(tag, origin)
@@ -215,7 +215,7 @@ class _Composer:
         else:
             node = self._table(stream, origin, depth)
         if node.size > MAX_EXPANDED:
-            raise Unreadable("aliases expand this value beyond all bounds", origin.place, "write it out")
+            raise Unreadable("aliases expand this value beyond all bounds", origin.where, "write it out")
         if anchor:
             self.open_anchors.discard(anchor)
             self.anchors[anchor] = node
@@ -223,9 +223,9 @@ class _Composer:
 
     def _alias(self, name: str, origin: Origin) -> Node:
         if name in self.open_anchors:
-            raise Unreadable(f"`*{excerpt(name)}` refers to itself", origin.place)
+            raise Unreadable(f"`*{excerpt(name)}` refers to itself", origin.where)
         if name not in self.anchors:
-            raise Unreadable(f"`*{excerpt(name)}` refers to an anchor that is not defined above", origin.place)
+            raise Unreadable(f"`*{excerpt(name)}` refers to an anchor that is not defined above", origin.where)
         return self.anchors[name]
 
     def _check_tag(self, tag: str | None, origin: Origin) -> None:
@@ -233,11 +233,11 @@ class _Composer:
             return
         name = tag.replace("tag:yaml.org,2002:", "!!")
         if "python" in name:
-            raise Unreadable(f"`{excerpt(name)}` would run code; a config is only data", origin.place, "remove the tag")
+            raise Unreadable(f"`{excerpt(name)}` would run code; a config is only data", origin.where, "remove the tag")
         self.problems.append(
             Problem(
                 f"tag `{excerpt(name)}` means nothing here",
-                origin.place,
+                origin.where,
                 "remove it; values take the type their key declares",
             )
         )
@@ -259,15 +259,15 @@ class _Composer:
             key = self._node(event, stream, depth + 1)
             value = self._node(next(stream), stream, depth + 1)
             if not isinstance(key, Scalar):
-                self.problems.append(Problem(f"`{shown(key)}` cannot be a key", key.origin.place, "write a name"))
+                self.problems.append(Problem(f"`{shown(key)}` cannot be a key", key.origin.where, "write a name"))
             elif key.plain and key.text == "<<":
                 merged.extend(value.items if isinstance(value, Listing) else [value])
             elif key.text in entries:
-                first = entries[key.text].origin.place
+                first = entries[key.text].origin.where
                 self.problems.append(
                     Problem(
                         f"key `{excerpt(key.text)}` stands twice (`{shown(value)}` here; first at {first})",
-                        key.origin.place,
+                        key.origin.where,
                         "keep one of them",
                     )
                 )
@@ -276,7 +276,7 @@ class _Composer:
                 entries[key.text] = Entry(key.text, value, key.origin)
         for source in merged:
             if not isinstance(source, Table):
-                self.problems.append(Problem(f"`<<` needs a mapping, not `{shown(source)}`", source.origin.place))
+                self.problems.append(Problem(f"`<<` needs a mapping, not `{shown(source)}`", source.origin.where))
                 continue
             for entry in source.entries:
                 entries.setdefault(entry.key, entry)

@@ -55,7 +55,7 @@ class _Reader:
     def wrong(self, reason: str, position: int) -> Unreadable:
         """The error to raise for what stands at a position; it shows the next 20 characters."""
         found = excerpt(self.text[position : position + 20], 20) or "the end of the file"
-        return Unreadable(f"not valid JSON: {reason}, found `{found}`", self.origin(position).place)
+        return Unreadable(f"not valid JSON: {reason}, found `{found}`", self.origin(position).where)
 
     def skip(self, position: int) -> int:
         """The next position that is not blank."""
@@ -70,7 +70,7 @@ class _Reader:
         """
         origin = self.origin(position)
         if depth > MAX_DEPTH:
-            raise Unreadable(f"nested more than {MAX_DEPTH} levels deep", origin.place)
+            raise Unreadable(f"nested more than {MAX_DEPTH} levels deep", origin.where)
         first = self.text[position : position + 1]
         if first == '"':
             string, end = self.string(position)
@@ -124,11 +124,11 @@ class _Reader:
                 raise self.wrong("`:` is missing", at)
             value, at = self.value(self.skip(at + 1), depth + 1)
             if key in entries:
-                place = entries[key].origin.place
+                place = entries[key].origin.where
                 self.problems.append(
                     Problem(
                         f"key `{excerpt(key)}` stands twice (`{shown(value)}` here; first at {place})",
-                        key_origin.place,
+                        key_origin.where,
                         "keep one of them",
                     )
                 )

@@ -5,12 +5,21 @@ from __future__ import annotations
 import ast
 import inspect
 from dataclasses import MISSING, fields, is_dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import Any, get_type_hints
 
 from llmtune.config.schema import Config, SourceConfig
 
-__all__ = ["LEAVES", "SECTIONS", "SOURCE_FIELDS", "default_of", "descriptions", "field_types", "source_descriptions"]
+__all__ = [
+    "LEAVES",
+    "SECTIONS",
+    "SOURCE_FIELDS",
+    "default_of",
+    "descriptions",
+    "field_types",
+    "source_descriptions",
+    "value_of",
+]
 
 
 @cache
@@ -47,6 +56,11 @@ def default_of(key: str) -> Any:
     section, _, name = key.rpartition(".")
     (field,) = (field for field in fields(SECTIONS[section] if section else Config) if field.name == name)
     return field.default if field.default is not MISSING else None
+
+
+def value_of(config: Config, key: str) -> Any:
+    """Return the value of the key with this dotted name."""
+    return reduce(getattr, key.split("."), config)
 
 
 @cache

@@ -232,7 +232,7 @@ class _Files:
 
         None, and a problem found, where it is missing, comes back or is one too many.
         """
-        where = name.origin.place
+        where = name.origin.where
         base = _find_or_report(name.text, path.parent, where, self.findings, chain)
         if base is None:
             return []
@@ -264,7 +264,7 @@ def _bases(entry: Entry, findings: Findings) -> list[Scalar]:
             bases.append(item)
         else:
             findings.problem(
-                f"`extends` must be a preset, a path or a list of them, not `{shown(item)}`", item.origin.place
+                f"`extends` must be a preset, a path or a list of them, not `{shown(item)}`", item.origin.where
             )
     return bases
 
@@ -281,7 +281,7 @@ def _read_table(text: str, place: str, is_json: bool, findings: Findings) -> Tab
     if not isinstance(root, Table):
         findings.problem(
             f"a config is a mapping of sections, not `{shown(root)}`",
-            root.origin.place,
+            root.origin.where,
             "begin with a section, for example `data:`",
         )
         return None
@@ -335,7 +335,7 @@ def _override_layer(overrides: Sequence[str] | Mapping[str, object], findings: F
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z0-9_.\-]+", key.strip()):
-            findings.problem(f"`{excerpt(text)}` is not KEY=VALUE", origin.place, _written_as(text))
+            findings.problem(f"`{excerpt(text)}` is not KEY=VALUE", origin.where, _written_as(text))
             continue
         # The last of two overrides of one key wins, as with any command line.
         entries[key.strip()] = Entry(key.strip(), _argument(value, origin, findings), origin)

@@ -1,4 +1,4 @@
-"""Where a config value came from: a line of a file, an environment variable, a flag, the command line or a default."""
+"""The source of a config value: a line of a file, an environment variable, a flag, the command line or a default."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ __all__ = ["DEFAULT", "Origin"]
 
 @dataclass(frozen=True)
 class Origin:
-    """The place a value came from; printed, it is the place alone.
+    """The source of a value; printed as `where` alone.
 
     >>> print(Origin("file", "configs/dev.yaml:14"))
     configs/dev.yaml:14
     """
 
     kind: Literal["default", "file", "env", "flag", "override"]
-    """Which layer it stands in."""
+    """The layer that the value is written in."""
 
-    place: str
-    """What to show: `configs/dev.yaml:14`, `env LLMTUNE_DATA__MAX_LENGTH`, `--samples`, `command line` or `default`."""
+    where: str
+    """For people: `configs/dev.yaml:14`, `env LLMTUNE_DATA__MAX_LENGTH`, `--samples`, `command line` or `default`."""
 
     def __str__(self) -> str:
-        return self.place
+        return self.where
 
 
 DEFAULT = Origin("default", "default")

@@ -80,7 +80,7 @@ def _read_table(path: Path, problems: list[Problem]) -> Table | None:
 
 
 def _catalog_entry(row: Entry, problems: list[Problem]) -> CatalogEntry:
-    def report(problem: str, fix: str, where: str | None = row.origin.place) -> None:
+    def report(problem: str, fix: str, where: str | None = row.origin.where) -> None:
         problems.append(Problem(problem, where, fix))
 
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", row.key):
@@ -100,7 +100,7 @@ def _catalog_entry(row: Entry, problems: list[Problem]) -> CatalogEntry:
     missing = [key for key in ("n_layers", "d_model", "n_heads") if shape.get(key) is None]
     if missing:
         problem = f"the architecture of `{row.key}` lacks {', '.join(missing)}"
-        report(problem, "give whole numbers", architecture.origin.place)
+        report(problem, "give whole numbers", architecture.origin.where)
         return CatalogEntry(row.key, **values)
     optional = {key: shape[key] for key in ("vocab_size", "max_seq_len") if shape.get(key) is not None}
     scratch = ScratchShape(shape["n_layers"], shape["d_model"], shape["n_heads"], **{"vocab_size": 16_384, **optional})
@@ -115,12 +115,12 @@ def _convert_values(written: Mapping[str, Entry], types: Mapping[str, Any], prob
         if key not in types:
             near = get_close_matches(key, types, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"the keys are {', '.join(types)}"
-            problems.append(Problem(f"unknown key `{key}`", entry.origin.place, hint))
+            problems.append(Problem(f"unknown key `{key}`", entry.origin.where, hint))
             continue
         try:
             values[key] = convert(entry.value, types[key])
         except Mismatch:
             problems.append(
-                Problem(f"`{key}` cannot be `{shown(entry.value)}`", entry.origin.place, f"give {expected(types[key])}")
+                Problem(f"`{key}` cannot be `{shown(entry.value)}`", entry.origin.where, f"give {expected(types[key])}")
             )
     return values
