@@ -1,8 +1,8 @@
 """Other toolkits' names for our keys: tables, each name accepted with one line that says the name used here.
 
 `NAMES` holds names with the same value, `TRANSLATED` names whose values are written otherwise here, `NOT_HERE` names
-that are refused, and why. A name with a dot stands in a section of that name. `FLAT_SECTIONS` are sections whose content
-is read as if it stood at the top.
+that are refused, and why. A name with a dot is a key in a section of that name. The keys of `FLAT_SECTIONS` are read as
+if they were written at the top of the file.
 """
 
 from __future__ import annotations
@@ -197,23 +197,26 @@ _TRAIN_ON = {"trainonwhat.all_assistant_messages": "all_assistant_messages"}
 
 
 def _words(key: str, words: Mapping[str, str]) -> Rule:
-    """Another spelling of a choice; a spelling that is not in `words` is taken as it is written."""
+    """Other spellings of a choice; a value that is not in `words` is taken as it is written."""
     return Rule(key, {word: {key: value} for word, value in words.items()})
 
 
 def _switch(key: str, on: str | tuple[str, ...], off: str | tuple[str, ...], *, is_vague: bool = False) -> Rule:
-    """`true` asks for `on`; `false` for `off`, unless the same file asks for something else. A vague `true` likewise."""
-    words = dict.fromkeys(_YES, {key: on}) | dict.fromkeys(_NO, {key: off})
+    """`true` stands for `on`, `false` weakly for `off`: `bf16: false` beside `fp16: true` gives way.
+
+    A vague `true` gives way too.
+    """
+    words = {word: {key: on} for word in _YES} | {word: {key: off} for word in _NO}
     return Rule(words=words, expected="true or false", weak=frozenset((*_NO, *_YES) if is_vague else _NO))
 
 
 def _only(word: str, reason: str) -> Rule:
-    """A key of which one value describes what happens here anyway; any other value is refused."""
+    """A key with one possible value here, which changes nothing; any other value is refused."""
     return Rule(words={word: {}}, expected=f"`{word}`: {reason}")
 
 
 def _report_to(node: Node) -> list[Change]:
-    """The console and metrics.jsonl are always kept; `none` leaves them alone, `all` adds both others."""
+    """The console and metrics.jsonl are always trackers; `none` adds none, `all` adds both others."""
     items = node.items if isinstance(node, Listing) else (node,)
     names = tuple(item.text.lower() if isinstance(item, Scalar) else "" for item in items)
     if len(names) == 1:
@@ -225,15 +228,15 @@ def _report_to(node: Node) -> list[Change]:
 _ADAPTER = Rule(
     "adapter.method",
     {
-        **dict.fromkeys(("", "full", "null", "none"), {"adapter.method": "none"}),
+        **{word: {"adapter.method": "none"} for word in ("", "full", "null", "none")},
         "lora": {"adapter.method": "lora"},
         "qlora": {"adapter.method": "lora", "model.quantization": "4bit"},
     },
 )
 _OFFLOADED = Rule(
     words={
-        **dict.fromkeys(_YES, {"model.gradient_checkpointing": "offload"}),
-        **dict.fromkeys(_NO, dict[str, str]()),
+        **{word: {"model.gradient_checkpointing": "offload"} for word in _YES},
+        **{word: {} for word in _NO},
     },
     expected="true or false",
 )
@@ -310,7 +313,7 @@ _TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         ),
     },
     "distributed.strategy": {"use_deepspeed": _switch("distributed.strategy", "deepspeed", "auto")},
-    "": {  # keys that ask for what happens here anyway
+    "": {  # keys with one possible value
         "bnb_4bit_quant_type": _only("nf4", "4 bit is always NF4 here"),
         "bnb_4bit_use_double_quant": _only("true", "4 bit always quantizes its constants too"),
         **_LORA_ONLY,

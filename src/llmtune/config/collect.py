@@ -1,4 +1,4 @@
-"""One layer's tree -> settings by dotted key, with every problem and every note of that layer."""
+"""The tree of one layer -> settings by dotted key, with every problem and every note of that layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FIX_SECRET = "remove it; log in with the tool's own login, or set its environme
 
 @dataclass
 class Setting:
-    """What one layer says about one key."""
+    """The value that one layer gives to a key; `written` is the key as it is written there."""
 
     value: Any
     origin: Origin
@@ -33,30 +33,31 @@ class Setting:
 
 
 MAX_PROBLEMS = 100
+"""Problems that are shown; a data file given as a config has millions."""
 
 
 @dataclass
 class Findings:
-    """What reading found besides values; `failed` holds the keys whose value could not be used."""
+    """Problems and notes of all layers; `failed` holds the keys whose value could not be used."""
 
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
-    untold: int = 0
-    """Problems beyond the first hundred; they are counted, not shown."""
+    hidden: int = 0
+    """Problems beyond `MAX_PROBLEMS`, which are not shown."""
 
     @property
     def is_full(self) -> bool:
-        """Whether a further problem would only be counted."""
+        """Whether another problem would only be counted."""
         return len(self.problems) >= MAX_PROBLEMS
 
     def problem(self, problem: str, where: str | None, fix: str | None = None) -> None:
         """Add one problem, once."""
-        found = Problem(problem, where, fix)
+        row = Problem(problem, where, fix)
         if self.is_full:
-            self.untold += 1
-        elif found not in self.problems:
-            self.problems.append(found)
+            self.hidden += 1
+        elif row not in self.problems:
+            self.problems.append(row)
 
     def note(self, note: str) -> None:
         """Add one note, once."""
@@ -74,7 +75,10 @@ def collect(table: Table, findings: Findings) -> dict[str, Setting]:
 
 
 class _Reader:
-    """Walks one tree and keeps what it says."""
+    """Walks one tree and collects its settings.
+
+    `parts` are values of a list that another toolkit writes one by one: Adam's betas, a data set's split.
+    """
 
     def __init__(self, findings: Findings) -> None:
         self.findings = findings
@@ -90,10 +94,7 @@ class _Reader:
             self.entry(key, entry)
 
     def entry(self, key: str, entry: Entry) -> None:
-        """Take one key by what it is: ours, a section, a secret, another toolkit's, or unknown.
-
-        Nothing is raised: problems are found.
-        """
+        """Read one key: one of ours, a section, a secret, another toolkit's, or unknown. Problems go to `findings`."""
         value, origin = entry.value, entry.origin
         leaf = key.rpartition(".")[2]
         if key in LEAVES:
@@ -101,7 +102,7 @@ class _Reader:
         elif key in SECTIONS:
             self.section(key, value, origin)
         elif self.findings.is_full:
-            self.findings.untold += 1
+            self.findings.hidden += 1
         elif SECRET_NAME.search(key) and aliases.translation_of(key) is None:
             self.findings.problem(f"`{excerpt(key)}` would keep a secret in a config", origin.where, _FIX_SECRET)
         elif leaf in aliases.NOT_HERE:
@@ -117,7 +118,7 @@ class _Reader:
             self.unknown(key, value, origin)
 
     def section(self, key: str, value: Node, origin: Origin) -> None:
-        """Take what stands under a section's name: a table, nothing, or a value that another toolkit writes there."""
+        """Read the node under a section's name: a table, nothing, or a value that another toolkit writes there."""
         if isinstance(value, Table):
             self.walk(value, key)
         elif isinstance(value, Scalar) and value.is_null:
@@ -125,13 +126,11 @@ class _Reader:
         elif key in aliases.SECTION_VALUES and (isinstance(value, Scalar) or key == "data"):
             self.apply(key, aliases.SECTION_VALUES[key], value, origin)
         else:
-            keys = ", ".join(name.rpartition(".")[2] for name in LEAVES if name.rpartition(".")[0] == key)
-            self.findings.problem(
-                f"`{key}` is a section, not a value (`{shown(value)}`)", origin.where, f"its keys are {keys}"
-            )
+            fix = f"its keys are {', '.join(_leaf_names(key))}"
+            self.findings.problem(f"`{key}` is a section, not a value (`{shown(value)}`)", origin.where, fix)
 
     def apply(self, written: str, translation: Translation, value: Node, origin: Origin) -> None:
-        """Take what a translation makes of a value, or find the problem that it cannot be translated."""
+        """Settle the changes that a translation makes of a value, and note what the key is called here."""
         try:
             changes = translation(value)
         except convert.Mismatch as mismatch:
@@ -153,15 +152,15 @@ class _Reader:
         if len(strong) == 1 and strong[0].value is value:
             self.findings.note(f"{origin.where}: `{excerpt(written)}` is called `{strong[0].key}` here")
         elif changes and not any("[" in change.key for change in changes):
-            said = " and ".join(f"`{change.key}: {shown(change.value)}`" for change in (strong or changes))
-            self.findings.note(f"{origin.where}: `{excerpt(written)}: {shown(value)}` is {said} here")
+            ours = " and ".join(f"`{change.key}: {shown(change.value)}`" for change in (strong or changes))
+            self.findings.note(f"{origin.where}: `{excerpt(written)}: {shown(value)}` is {ours} here")
         elif not changes:
             self.findings.note(
                 f"{origin.where}: `{excerpt(written)}: {shown(value)}` asks for what happens here anyway"
             )
 
     def settle(self, key: str, written: str, value: Node, origin: Origin, weak: bool = False) -> None:
-        """Convert one value and keep it, unless the same layer already says something else about that key."""
+        """Convert and check one value, and keep it unless the same layer gives the key another value."""
         if isinstance(value, Scalar):
             origin = value.origin  # a value may stand on a line below its key, or where its anchor does
         spelling = aliases.VALUES.get(key, {}).get(value.text.lower()) if isinstance(value, Scalar) else None
@@ -178,10 +177,10 @@ class _Reader:
             self.findings.failed.add(key)
             self.findings.problem(*_mismatch_problem(key, written, value, mismatch, origin))
             return
-        wrong = range_problem(key, converted)
-        if wrong is not None:
+        problem = range_problem(key, converted)
+        if problem is not None:
             self.findings.failed.add(key)
-            self.findings.problem(f"`{excerpt(written)}` {wrong}, not `{shown(value)}`", origin.where)
+            self.findings.problem(f"`{excerpt(written)}` {problem}, not `{shown(value)}`", origin.where)
             return
         self.keep(key, Setting(converted, origin, written, weak))
 
@@ -194,28 +193,25 @@ class _Reader:
             return
         else:
             self.findings.failed.add(key)
-            self.findings.problem(
-                f"`{excerpt(before.written)}` ({before.origin}) and `{excerpt(setting.written)}` both set `{key}`, to different values",
-                setting.origin.where,
-                f"keep `{key}` alone",
-            )
+            names = f"`{excerpt(before.written)}` ({before.origin}) and `{excerpt(setting.written)}`"
+            problem = f"{names} both set `{key}`, to different values"
+            self.findings.problem(problem, setting.origin.where, f"keep `{key}` alone")
 
     def join_betas(self) -> None:
-        """Adam's betas may come one by one; the one that is not given keeps its default."""
-        given = [self.parts.get(f"training.betas[{index}]") for index in (0, 1)]
-        first = next((each for each in given if each is not None), None)
+        """Join Adam's betas that are given one by one; the other one keeps its default."""
+        betas = [self.parts.get(f"training.betas[{index}]") for index in (0, 1)]
+        first = next((beta for beta in betas if beta is not None), None)
         if first is None:
             return
-        defaults = default_of("training.betas")
         items = [
-            each.value if each else Scalar(str(default), True, first.origin)
-            for each, default in zip(given, defaults, strict=True)
+            beta.value if beta else Scalar(str(default), True, first.origin)
+            for beta, default in zip(betas, default_of("training.betas"), strict=True)
         ]
-        written = " and ".join(each.written for each in given if each)
+        written = " and ".join(beta.written for beta in betas if beta)
         self.settle("training.betas", written, Listing(tuple(items), first.origin), first.origin)
 
     def join_sources(self) -> None:
-        """A configuration and splits given beside one dataset become parts of that source.
+        """Put a configuration and splits that are given beside one data set into that source.
 
         A split for evaluation makes a second source.
         """
@@ -239,14 +235,11 @@ class _Reader:
                 self.keep("data.eval", Setting((changed,), part.origin, part.written))
 
     def unknown(self, key: str, value: Node, origin: Origin) -> None:
-        """Find the problem of a key that nobody knows, with the nearest name."""
+        """Report an unknown key with the nearest known one."""
         if isinstance(value, Table) and "." not in key:
-            near = difflib.get_close_matches(key.lower(), SECTIONS, n=1, cutoff=0.6)
-            fix = (
-                f"did you mean `{near[0]}`?"
-                if near
-                else "the sections are " + ", ".join(name for name in SECTIONS if "." not in name)
-            )
+            nearest = difflib.get_close_matches(key.lower(), SECTIONS, n=1, cutoff=0.6)
+            listed = ", ".join(name for name in SECTIONS if "." not in name)
+            fix = f"did you mean `{nearest[0]}`?" if nearest else f"the sections are {listed}"
             self.findings.problem(f"unknown section `{excerpt(key)}`", origin.where, fix)
             return
         self.findings.problem(f"unknown key `{excerpt(key)}` (`{shown(value)}`)", origin.where, nearest_key(key))
@@ -260,7 +253,7 @@ def _holds_secret(value: Node) -> bool:
 
 
 def nearest_key(key: str) -> str:
-    """Say which of our keys was probably meant by an unknown one.
+    """Return the fix for an unknown key: the known key that was probably meant.
 
     >>> nearest_key("training.lerning_rate")
     'did you mean `training.learning_rate`?'
@@ -273,17 +266,20 @@ def nearest_key(key: str) -> str:
         return f"`{leaf}` stands in another section: write `{elsewhere[0]}`"
     if elsewhere:
         return f"`{leaf}` stands in other sections: write " + " or ".join(f"`{name}`" for name in elsewhere)
-    known = aliases.NAMES.get(leaf)
-    if known:
-        return f"write `{known}`"
+    if leaf in aliases.NAMES:
+        return f"write `{aliases.NAMES[leaf]}`"
     best = max(LEAVES, key=lambda name: _likeness(section, leaf, name))
     if _likeness(section, leaf, best) >= 0.62:
         return f"did you mean `{best}`?"
     other = difflib.get_close_matches(leaf, aliases.NAMES, n=1, cutoff=0.75)
     if other:
         return f"did you mean `{aliases.NAMES[other[0]]}`?"
-    inside = [name.rpartition(".")[2] for name in LEAVES if name.rpartition(".")[0] == section]
-    return f"the keys of `{section}` are {', '.join(inside)}" if inside else "`llmtune config schema` lists every key"
+    names = _leaf_names(section)
+    return f"the keys of `{section}` are {', '.join(names)}" if names else "`llmtune config schema` lists every key"
+
+
+def _leaf_names(section: str) -> list[str]:
+    return [key.rpartition(".")[2] for key in LEAVES if key.rpartition(".")[0] == section]
 
 
 def _likeness(section: str, leaf: str, name: str) -> float:
@@ -299,12 +295,12 @@ def _likeness(section: str, leaf: str, name: str) -> float:
 def _mismatch_problem(
     key: str, written: str, value: Node, mismatch: convert.Mismatch, origin: Origin
 ) -> tuple[str, str, str | None]:
-    place = mismatch.node.origin.where
     subject = f"`{excerpt(written)}`" if written == key else f"`{excerpt(written)}` (`{key}` here)"
     fix = mismatch.fix
     choices = re.findall(r"`([^`]+)`", mismatch.expected)
     if fix is None and isinstance(mismatch.node, Scalar) and choices:
-        near = difflib.get_close_matches(mismatch.node.text.lower(), choices, n=1, cutoff=0.5)
-        fix = f"did you mean `{near[0]}`?" if near else None
-    inside = f" (in `{shown(value)}`)" if mismatch.node is not value else ""
-    return f"{subject} must be {mismatch.expected}, not `{shown(mismatch.node)}`{inside}", place or origin.where, fix
+        nearest = difflib.get_close_matches(mismatch.node.text.lower(), choices, n=1, cutoff=0.5)
+        fix = f"did you mean `{nearest[0]}`?" if nearest else None
+    outer = f" (in `{shown(value)}`)" if mismatch.node is not value else ""
+    problem = f"{subject} must be {mismatch.expected}, not `{shown(mismatch.node)}`{outer}"
+    return problem, mismatch.node.origin.where or origin.where, fix

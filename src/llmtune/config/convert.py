@@ -1,12 +1,14 @@
-"""A written value -> a value of the type its key declares, or the reason why not."""
+"""A written value -> a value of the type that its key declares, or the reason why it has none."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from llmtune.common.text import is_text
 from llmtune.config.document import Listing, Node, Scalar, shown
 from llmtune.config.keys import SOURCE_FIELDS
 from llmtune.config.schema import SourceConfig
@@ -20,7 +22,7 @@ _LARGEST = 2**63 - 1
 
 
 class Mismatch(Exception):
-    """A value that is not of the declared type; `expected` says what it must be, `fix` how to write it."""
+    """A value that is not of the declared type; `expected` describes one that is, `fix` is how to write it."""
 
     def __init__(self, expected_text: str, node: Node, fix: str | None = None) -> None:
         self.expected = expected_text
@@ -30,7 +32,7 @@ class Mismatch(Exception):
 
 
 def expected(declared: Any) -> str:
-    """Say in words what a value of this declared type looks like.
+    """Describe a value of this declared type in words.
 
     >>> expected(int | Literal["auto"])
     'a whole number or `auto`'
@@ -44,10 +46,10 @@ def expected(declared: Any) -> str:
     arguments = get_args(declared)
     kind = get_origin(declared)
     if kind is Literal:
-        words = [f"`{str(each).lower() if isinstance(each, bool) else each}`" for each in arguments]
+        words = [f"`{str(choice).lower() if isinstance(choice, bool) else choice}`" for choice in arguments]
         return words[0] if len(words) == 1 else "one of " + ", ".join(words)
     if kind in (Union, UnionType):
-        return " or ".join(expected(each) for each in arguments)
+        return " or ".join(expected(option) for option in arguments)
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return f"a list, each {expected(arguments[0])}"
     return f"a list of {len(arguments)}, each {expected(arguments[0])}"
@@ -78,11 +80,11 @@ def _union(node: Node, declared: Any) -> Any:
     options = get_args(declared)
     if NoneType in options and isinstance(node, Scalar) and node.is_null:
         return None
-    wanted = [option for option in options if option is not NoneType]
-    if len(wanted) == 1:
-        return convert(node, wanted[0])
+    options = tuple(option for option in options if option is not NoneType)
+    if len(options) == 1:
+        return convert(node, options[0])  # its own mismatch is more precise than one of the union
     fix = None
-    for option in wanted:
+    for option in options:
         try:
             return convert(node, option)
         except Mismatch as mismatch:
@@ -132,7 +134,7 @@ def _source(node: Node) -> SourceConfig:
 def _text(node: Node) -> str:
     if not isinstance(node, Scalar) or node.is_null:
         raise Mismatch("text", node)
-    if any(0xD800 <= ord(char) <= 0xDFFF for char in node.text):
+    if not is_text(node.text):
         raise Mismatch("valid Unicode text", node)
     return node.text
 
@@ -157,8 +159,9 @@ def _number(node: Node) -> float:
 
 def _whole(node: Node) -> int:
     text = node.text if isinstance(node, Scalar) else ""
-    if _WHOLE.fullmatch(text) and len(text) < 40:
+    if _WHOLE.fullmatch(text) and len(text) < 40:  # a number of a million digits would take seconds to convert
         value = int(text.replace("_", ""))
+    # `1e3` and `2.0` are whole numbers too, as far as a float holds them exactly.
     elif _NUMBER.fullmatch(text) and abs(exact := float(text.replace("_", ""))) < 2**53 and exact == int(exact):
         value = int(exact)
     else:
@@ -168,7 +171,7 @@ def _whole(node: Node) -> int:
     return value
 
 
-_SCALARS: dict[Any, tuple[Any, str]] = {
+_SCALARS: dict[type, tuple[Callable[[Node], Any], str]] = {
     str: (_text, "text"),
     bool: (_truth, "true or false"),
     int: (_whole, "a whole number"),

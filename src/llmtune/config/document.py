@@ -1,7 +1,7 @@
-"""YAML and JSON text -> a tree in which every value knows its place, with nothing converted yet.
+"""YAML text -> a tree in which every value has its line, with nothing converted yet.
 
-PyYAML only cuts the text into events here; no tag is ever constructed. What a scalar *is* (a number, a truth value,
-text) is decided later by the type the schema declares for it, so `1e-5`, `010`, `no` and `12:30:45` cannot be misread.
+PyYAML only splits the text into events; no tag is ever constructed. A scalar becomes a number, a truth value or text
+later, by the type that the schema declares for its key, so `1e-5`, `010`, `no` and `12:30:45` cannot be misread.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 40
 MAX_VALUES = 100_000
 MAX_EXPANDED = 4_000_000
-"""Characters and nodes a file may stand for once its aliases are followed."""
+"""Characters and nodes that a file may have once its aliases are followed."""
 
 CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map", "merge")}
 NULLS = {"", "~", "null", "Null", "NULL"}
 
 
 class Unreadable(Exception):
-    """A file or a value that cannot be read at all; carries the one problem to report."""
+    """A file or a value that cannot be read at all; holds the problem to report."""
 
     def __init__(self, problem: str, where: str | None = None, fix: str | None = None) -> None:
         self.problem = Problem(problem, where, fix)
@@ -50,7 +50,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """One value as it is written; `plain` says that it stands without quotes."""
+    """One value as it is written; `plain` where it has no quotes."""
 
     text: str
     plain: bool
@@ -59,7 +59,7 @@ class Scalar:
 
     @property
     def is_null(self) -> bool:
-        """Whether this says "nothing": an empty value, `~` or `null` without quotes."""
+        """Whether this is an empty value, `~` or `null` without quotes."""
         return self.plain and self.text in NULLS
 
 
@@ -104,8 +104,8 @@ def shown(node: Node) -> str:
     return excerpt("{" + ", ".join(f"{entry.key}: {shown(entry.value)}" for entry in node.entries[:8]) + "}")
 
 
-def read_text(path: Path, place: str) -> str:
-    """Return the text of a config file of at most a megabyte.
+def read_text(path: Path, file: str) -> str:
+    """Return the text of a config file of at most a megabyte, called `file` in errors.
 
     Raises:
         Unreadable: it is not a regular file, too large (found without reading it), or not UTF-8 (names the line).
@@ -113,35 +113,35 @@ def read_text(path: Path, place: str) -> str:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise Unreadable("a config must be a file", place, "name a YAML or JSON file, or a preset")
+            raise Unreadable("a config must be a file", file, "name a YAML or JSON file, or a preset")
         if status.st_size > MAX_BYTES:
             raise Unreadable(
                 f"this file has {status.st_size:,} bytes; a config has at most {MAX_BYTES:,}",
-                place,
+                file,
                 "is this a data file? Name it with `data.train`",
             )
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        with path.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
     except OSError as error:
-        raise Unreadable(f"cannot be read: {error.strerror or error}", place) from error
+        raise Unreadable(f"cannot be read: {error.strerror or error}", file) from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise Unreadable(
-            f"byte {content[error.start]:#04x} is not UTF-8", f"{place}:{line}", "save the file as UTF-8"
+            f"byte {content[error.start]:#04x} is not UTF-8", f"{file}:{line}", "save the file as UTF-8"
         ) from error
 
 
 def parse_yaml(text: str, origin_of: Callable[[int], Origin], problems: list[Problem]) -> Node:
-    """Turn one YAML document into a tree; `origin_of(line)` gives the origin of what stands on that 1-based line.
+    """Turn one YAML document into a tree; `origin_of(line)` returns the origin of a value on that 1-based line.
 
     Duplicate keys, tags and keys that are not text are added to `problems`; the tree holds the rest.
 
     Raises:
         Unreadable: the text is not YAML, refers to itself, nests or expands without bound, or holds several documents.
     """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
     composer = _Composer(origin_of, problems)
     try:
         return composer.document(yaml.parse(text, Loader=loader))
@@ -272,7 +272,7 @@ class _Composer:
                     )
                 )
             else:
-                # An aliased key or value keeps the place where it is used only as far as it is written there.
+                # The value of an alias has the origin of its anchor: there it is written.
                 entries[key.text] = Entry(key.text, value, key.origin)
         for source in merged:
             if not isinstance(source, Table):
@@ -286,7 +286,7 @@ class _Composer:
 
 
 def from_python(value: object, origin: Origin) -> Node:
-    """Turn a plain Python value (from a flag or a dict) into a tree whose every part has the same origin."""
+    """Turn a plain Python value (of a flag or a dict) into a tree in which every node has the same origin."""
     if value is None:
         return Scalar("null", True, origin)
     if isinstance(value, bool):

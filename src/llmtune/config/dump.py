@@ -1,4 +1,4 @@
-"""A config -> dict and YAML, and back to an equal one."""
+"""A config -> dict, JSON and YAML; the YAML reads back to an equal config."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def config_to_yaml(config: Config, *, commented: bool = False) -> str:
 def plain(value: Any) -> Any:
     """Return a value of any declared type as data that JSON can hold."""
     if is_dataclass(value):
-        return {each.name: plain(getattr(value, each.name)) for each in fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return value
@@ -42,8 +42,8 @@ def plain(value: Any) -> Any:
 
 def _write_section(section: Any, prefix: str, depth: int, lines: list[str], comments: Mapping[str, str]) -> None:
     indent = "  " * depth
-    for each in fields(section):
-        key, value = prefix + each.name, getattr(section, each.name)
+    for field in fields(section):
+        key, value = prefix + field.name, getattr(section, field.name)
         if depth == 0 and lines:
             lines.append("")
         if key in comments:
@@ -55,11 +55,11 @@ def _write_section(section: Any, prefix: str, depth: int, lines: list[str], comm
                 break_long_words=False,
             )
         if is_dataclass(value):
-            lines.append(f"{indent}{each.name}:")
+            lines.append(f"{indent}{field.name}:")
             _write_section(value, key + ".", depth + 1, lines, comments)
         elif isinstance(value, tuple) and value and isinstance(value[0], SourceConfig):
-            lines.append(f"{indent}{each.name}:")
+            lines.append(f"{indent}{field.name}:")
             for source in value:
                 lines.append(f"{indent}  - {source_text(source)}")
         else:
-            lines.append(f"{indent}{each.name}: {value_text(value)}")
+            lines.append(f"{indent}{field.name}: {value_text(value)}")

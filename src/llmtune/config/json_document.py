@@ -1,4 +1,7 @@
-"""JSON text -> the same tree as YAML, so that a JSON config has line numbers and refuses duplicate keys too."""
+r"""JSON text -> the same tree as YAML, so that a JSON config has line numbers and refuses duplicate keys too.
+
+PyYAML cannot read all of JSON: not `\ud83d\ude00`, as Python writes a character above U+FFFF.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _WORD = re.compile(r"true|false|null|-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 
 
 def parse_json(text: str, origin_of: Callable[[int], Origin], problems: list[Problem]) -> Node:
-    """Turn one JSON value into a tree; `origin_of(line)` gives the origin of what stands on that 1-based line.
+    """Turn one JSON value into a tree; `origin_of(line)` returns the origin of a value on that 1-based line.
 
     Duplicate keys are added to `problems`. An empty text is an empty value.
 
@@ -49,13 +52,13 @@ class _Reader:
         self.problems = problems
 
     def origin(self, position: int) -> Origin:
-        """The line that a position (in characters from 0) stands in."""
+        """The origin of a position, in characters from 0."""
         return self.origin_of(bisect_right(self.line_starts, position))
 
     def wrong(self, reason: str, position: int) -> Unreadable:
-        """The error to raise for what stands at a position; it shows the next 20 characters."""
-        found = excerpt(self.text[position : position + 20], 20) or "the end of the file"
-        return Unreadable(f"not valid JSON: {reason}, found `{found}`", self.origin(position).where)
+        """The error to raise for the text at a position; it shows the next 20 characters."""
+        shown_text = excerpt(self.text[position : position + 20], 20) or "the end of the file"
+        return Unreadable(f"not valid JSON: {reason}, found `{shown_text}`", self.origin(position).where)
 
     def skip(self, position: int) -> int:
         """The next position that is not blank."""
@@ -66,7 +69,7 @@ class _Reader:
     def value(self, position: int, depth: int) -> tuple[Node, int]:
         """Any value; `depth` counts the brackets around it.
 
-        Raises Unreadable beyond MAX_DEPTH and for what is no JSON, as all below do.
+        Raises Unreadable beyond MAX_DEPTH and for text that is not JSON, as do the methods below.
         """
         origin = self.origin(position)
         if depth > MAX_DEPTH:
@@ -124,10 +127,10 @@ class _Reader:
                 raise self.wrong("`:` is missing", at)
             value, at = self.value(self.skip(at + 1), depth + 1)
             if key in entries:
-                place = entries[key].origin.where
+                first = entries[key].origin.where
                 self.problems.append(
                     Problem(
-                        f"key `{excerpt(key)}` stands twice (`{shown(value)}` here; first at {place})",
+                        f"key `{excerpt(key)}` stands twice (`{shown(value)}` here; first at {first})",
                         key_origin.where,
                         "keep one of them",
                     )

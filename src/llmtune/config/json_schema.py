@@ -1,4 +1,4 @@
-"""The config file as a JSON Schema, for editors: types, ranges, choices, defaults and descriptions from the one schema."""
+"""The config file as a JSON Schema, for editors: types, ranges, choices, defaults and descriptions."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llmtune.common.text import excerpt, is_text
 from llmtune.config.checks import contradictions
@@ -38,6 +38,8 @@ from llmtune.errors import ConfigError, Problem
 
 __all__ = ["ResolvedConfig", "find_config", "load_config", "parse_config"]
 
+Section = TypeVar("Section")  # a dataclass of the schema
+
 FLAGS = {
     "model.name": "--model",
     "data.max_samples": "--samples",
@@ -52,11 +54,11 @@ MAX_FILES = 50
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A config with the story of every value."""
+    """A config and the origin of each of its values."""
 
     config: Config
     origins: Mapping[str, Origin]
-    """Where each key's value came from, by dotted key; every key is there."""
+    """The origin of every key's value, by dotted key."""
 
     notes: tuple[str, ...]
     """One line for each name of another toolkit that was read as one of ours."""
@@ -72,14 +74,14 @@ def load_config(
     overrides: Sequence[str] | Mapping[str, object] = (),
     environ: Mapping[str, str] | None = None,
 ) -> ResolvedConfig:
-    """Resolve a preset or file and everything laid over it.
+    """Resolve a preset or file and the layers above it.
 
     `flags` maps dotted keys to values (None: not given); `overrides` are `KEY=VALUE` texts, or a mapping of
     dotted keys to values; `environ` is the process's when not given.
     Relative paths *in* a config (data files, output folders) are relative to the working folder, not to the file.
 
     Raises:
-        ConfigError: with every problem of every layer at once, each with its place.
+        ConfigError: with every problem of every layer at once, each with its line, variable or flag.
     """
     findings = Findings()
     layers: list[dict[str, Setting]] = []
@@ -93,16 +95,16 @@ def load_config(
     return _resolve(layers, findings, _config_name(name_or_path))
 
 
-def parse_config(text: str, place: str = "config.yaml", *, is_json: bool = False) -> ResolvedConfig:
+def parse_config(text: str, file: str = "config.yaml", *, is_json: bool = False) -> ResolvedConfig:
     """Resolve the text of one config file alone: no environment, no flags.
 
     Raises:
-        ConfigError: with every problem at once; places are `place:line`.
+        ConfigError: with every problem at once, each at `file:line`.
     """
     findings = Findings()
-    table = _read_table(text, place, is_json, findings)
+    table = _read_table(text, file, is_json, findings)
     layers = [] if table is None else [collect(table, findings)]
-    return _resolve(layers, findings, Path(place).stem)
+    return _resolve(layers, findings, Path(file).stem)
 
 
 def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: str) -> ResolvedConfig:
@@ -114,9 +116,9 @@ def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: 
             origins[key] = setting.origin
     config = _build(values)
     problems = findings.problems + contradictions(config, origins, findings.failed)
-    if findings.untold:
+    if findings.hidden:
         problems.append(
-            Problem(f"and {findings.untold} more problems", None, "is this a config? It may be a data file")
+            Problem(f"and {findings.hidden} more problems", None, "is this a config? It may be a data file")
         )
     if problems:
         raise ConfigError.all(problems)
@@ -124,16 +126,15 @@ def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: 
 
 
 def _build(values: Mapping[str, Any]) -> Config:
-    config: Any = Config()
+    config = Config()
     for key, value in values.items():
         config = _with(config, key.split("."), value)
-    built: Config = config
-    return built
+    return config
 
 
-def _with(section: Any, names: list[str], value: Any) -> Any:
-    head, *rest = names
-    return replace(section, **{head: _with(getattr(section, head), rest, value) if rest else value})
+def _with(section: Section, names: list[str], value: Any) -> Section:
+    name, *inner = names
+    return replace(section, **{name: _with(getattr(section, name), inner, value) if inner else value})
 
 
 def _config_name(name_or_path: str | None) -> str:
@@ -147,11 +148,10 @@ def _config_name(name_or_path: str | None) -> str:
 
 
 def find_config(name: str, *, beside: Path | None = None, skip: Path | None = None) -> Path | None:
-    """Find a preset or file by name: as given, then in `configs/` under the working folder, then among the shipped
-    presets.
+    """Find a preset or file: as given, then in `configs/` under the working folder, then among the shipped presets.
 
-    In `extends`, the folder of the extending file (`beside`) comes first, and that file itself (`skip`) is passed over,
-    so that a `configs/test.yaml` of one's own may extend the shipped `test`. A run folder stands for its `config.yaml`.
+    In `extends`, the folder of the extending file (`beside`) comes first, and that file itself (`skip`) is skipped, so
+    that a user's `configs/test.yaml` may extend the shipped `test`. A run folder stands for its `config.yaml`.
     """
     folders = [Path(), Path("configs"), shipped_path("configs")]
     if beside is not None:
@@ -161,44 +161,31 @@ def find_config(name: str, *, beside: Path | None = None, skip: Path | None = No
             for candidate in _spellings(folder / name):
                 if candidate.is_file() and not (skip is not None and candidate.samefile(skip)):
                     return candidate
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # a name that no file can have
             continue
-    given = Path(name)
-    if (
-        ("/" in name or os.sep in name)
-        and "\0" not in name
-        and given.exists()
-        and not given.is_dir()
-        and not given.is_file()
-    ):
-        return given
-    return None
+    # A pipe or a device is returned too: `read_text` refuses it with a better message than "no such file".
+    path = Path(name)
+    is_path = os.sep in name and "\0" not in name
+    return path if is_path and path.exists() and not path.is_dir() and not path.is_file() else None
 
 
 def _spellings(path: Path) -> list[Path]:
     if path.suffix in SUFFIXES:
         return [path]
-    return (
-        [path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES), path / "config.yaml"]
-        if path.name
-        else [path / "config.yaml"]
-    )
+    named = [path, *(path.with_name(path.name + suffix) for suffix in SUFFIXES)] if path.name else []
+    return [*named, path / "config.yaml"]
 
 
-def _find_or_report(name: str, beside: Path | None, place: str, findings: Findings, chain: list[Path]) -> Path | None:
+def _find_or_report(name: str, beside: Path | None, where: str, findings: Findings, chain: list[Path]) -> Path | None:
     path = find_config(name, beside=beside, skip=chain[-1] if chain else None)
     if path is None and chain and find_config(name, beside=beside) is not None:
-        findings.problem(f"`extends: {excerpt(name)}` names this file itself", place, "remove it")
+        findings.problem(f"`extends: {excerpt(name)}` names this file itself", where, "remove it")
     elif path is None:
-        known = {*shipped_presets(), *(each.stem for each in Path("configs").glob("*.y*ml"))} - {"schema"}
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        fix = f"did you mean `{near[0]}`? " if near else ""
-        listed = ", ".join(sorted(known))
-        findings.problem(
-            f"no preset or file `{excerpt(name)}`",
-            place,
-            f"{fix}the presets are {listed}" if known else "name a YAML or JSON file",
-        )
+        presets = sorted({*shipped_presets(), *(path.stem for path in Path("configs").glob("*.y*ml"))} - {"schema"})
+        nearest = difflib.get_close_matches(name, presets, n=1, cutoff=0.5)
+        hint = f"did you mean `{nearest[0]}`? " if nearest else ""
+        fix = f"{hint}the presets are {', '.join(presets)}" if presets else "name a YAML or JSON file"
+        findings.problem(f"no preset or file `{excerpt(name)}`", where, fix)
     return path
 
 
@@ -211,33 +198,32 @@ class _Files:
         self.count = 0
 
     def layers(self, path: Path, chain: list[Path]) -> list[dict[str, Setting]]:
-        """The settings of the file's bases in their order, then its own.
+        """The settings of the files it extends in their order, then those of the file.
 
-        `chain` are the files that led here, the first one first.
+        `chain`: the files that extend this one, the named one first.
         """
-        place = show_path(path)
-        table = self.table(path, place)
+        table = self.table(path)
         if table is None:
             return []
-        found: list[dict[str, Setting]] = []
+        layers: list[dict[str, Setting]] = []
         for entry in table.entries:
             if entry.key == "extends":
                 for base in _bases(entry, self.findings):
-                    found += self.base(base, path, [*chain, path])
-        found.append(collect(table, self.findings))
-        return found
+                    layers += self.base(base, path, [*chain, path])
+        layers.append(collect(table, self.findings))
+        return layers
 
     def base(self, name: Scalar, path: Path, chain: list[Path]) -> list[dict[str, Setting]]:
         """The layers of one file named in an `extends`.
 
-        None, and a problem found, where it is missing, comes back or is one too many.
+        None, and a problem, where the file is missing, extends itself through others, or exceeds `MAX_FILES`.
         """
         where = name.origin.where
         base = _find_or_report(name.text, path.parent, where, self.findings, chain)
         if base is None:
             return []
         self.count += 1
-        if any(base.samefile(each) for each in chain):
+        if any(base.samefile(file) for file in chain):
             self.findings.problem(f"`extends: {excerpt(name.text)}` comes back to this file", where, "remove it")
             return []
         if self.count > MAX_FILES:
@@ -245,11 +231,13 @@ class _Files:
             return []
         return self.layers(base, chain)
 
-    def table(self, path: Path, place: str) -> Table | None:
-        """What is in the file; None where it cannot be read, which is found once."""
+    def table(self, path: Path) -> Table | None:
+        """The content of the file; None, and one problem, where it cannot be read."""
         if path not in self.tables:
+            shown_path = show_path(path)
             try:
-                self.tables[path] = _read_table(read_text(path, place), place, path.suffix == ".json", self.findings)
+                text = read_text(path, shown_path)
+                self.tables[path] = _read_table(text, shown_path, path.suffix == ".json", self.findings)
             except Unreadable as unreadable:
                 self.findings.problem(*unreadable.problem)
                 self.tables[path] = None
@@ -269,8 +257,8 @@ def _bases(entry: Entry, findings: Findings) -> list[Scalar]:
     return bases
 
 
-def _read_table(text: str, place: str, is_json: bool, findings: Findings) -> Table | None:
-    origin_of: Callable[[int], Origin] = lambda line: Origin("file", f"{place}:{line}")  # noqa: E731 - a parameter for two readers
+def _read_table(text: str, file: str, is_json: bool, findings: Findings) -> Table | None:
+    origin_of: Callable[[int], Origin] = lambda line: Origin("file", f"{file}:{line}")  # noqa: E731 - typed here
     try:
         root = (parse_json if is_json else parse_yaml)(text, origin_of, findings.problems)
     except Unreadable as unreadable:
@@ -289,9 +277,7 @@ def _read_table(text: str, place: str, is_json: bool, findings: Findings) -> Tab
 
 
 def show_path(path: Path) -> str:
-    """Return a path as short as it can be said: `preset NAME` for a shipped one, relative under the working folder,
-    else as it is.
-    """
+    """Return `preset NAME` for a shipped file, else the path, relative where it is below the working folder."""
     if path.parent == shipped_path("configs"):
         return f"preset {path.stem}"
     try:
@@ -325,11 +311,9 @@ def _flag_layer(flags: Mapping[str, object], findings: Findings) -> dict[str, Se
 
 def _override_layer(overrides: Sequence[str] | Mapping[str, object], findings: Findings) -> dict[str, Setting]:
     if isinstance(overrides, Mapping):
-        place = Origin("override", "overrides")
-        return collect(
-            Table(tuple(Entry(str(key), from_python(value, place), place) for key, value in overrides.items()), place),
-            findings,
-        )
+        origin = Origin("override", "overrides")
+        given = (Entry(str(key), from_python(value, origin), origin) for key, value in overrides.items())
+        return collect(Table(tuple(given), origin), findings)
     origin = Origin("override", "command line")
     entries: dict[str, Entry] = {}
     for text in overrides:
@@ -343,7 +327,7 @@ def _override_layer(overrides: Sequence[str] | Mapping[str, object], findings: F
 
 
 def _written_as(text: str) -> str:
-    """How to write a bare word: most often it is a config or a file of rows that lacks its name."""
+    """The fix for a bare word, which is most often a config or a data file without its key."""
     word = excerpt(text)
     if text in shipped_presets() or text.endswith((".yaml", ".yml")):
         return f"did you mean `--config {word}`?"
@@ -353,9 +337,7 @@ def _written_as(text: str) -> str:
 
 
 def _argument(text: str, origin: Origin, findings: Findings) -> Node:
-    """Read a value from the command line or the environment: lists, mappings and quotes as in YAML, anything else as it
-    stands.
-    """
+    """Read a value of the command line or the environment: lists, mappings and quotes as in YAML, else plain text."""
     text = text.strip()
     if text[:1] in ("[", "{", '"', "'") and is_text(text):
         try:

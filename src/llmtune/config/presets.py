@@ -8,9 +8,9 @@ __all__ = ["shipped_path", "shipped_presets"]
 
 
 def shipped_path(relative: str) -> Path:
-    """Return the place of a shipped file or folder such as `configs/test.yaml`; it need not exist.
+    """Return the path of a shipped file or folder such as `configs/test.yaml`; it need not exist.
 
-    The installed package carries them under `_shipped/`; a source checkout has them at its root.
+    The installed package has them under `_shipped/`, a source checkout at its root.
     """
     package = Path(__file__).parents[1]
     installed = package / "_shipped"

@@ -1,4 +1,4 @@
-"""What only the command line (or a Python caller) decides for a process; never read from a config or a model's files."""
+"""Options of a process that only the command line or a Python caller may set."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["Options"]
 
 @dataclass(frozen=True)
 class Options:
-    """What only the command line (or a caller) says about this process; never read from a config or a model's files."""
+    """Settings of this process; a config and the files of a model cannot change them."""
 
     no_cuda: bool = False
     """Train on the CPU even where there is a CUDA device."""
 
     offline: bool = False
-    """Open no connection; what is not on this machine is an error."""
+    """Open no connection; a file that is not on this machine is an error."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""

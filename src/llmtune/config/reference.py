@@ -1,4 +1,4 @@
-"""The reference page of every config key, made from the schema: `python -m llmtune.config.reference > docs/config.md`."""
+"""The reference page of every config key: `python -m llmtune.config.reference > docs/config.md`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ Later layers win, key by key. Lists are replaced, never joined.
 
 1. **Defaults**: the tables below.
 2. **`extends: production`**: a preset, a path, or a list of them (the last wins), looked for beside the file first.
-3. **The named file**, `--config dev.yaml`: a path as given, then `configs/` under the working folder, then the presets that
-   come with llmtune. A run folder stands for the `config.yaml` in it.
+3. **The named file**, `--config dev.yaml`: a path as given, then `configs/` under the working folder, then the presets
+   that come with llmtune. A run folder stands for the `config.yaml` in it.
 4. **Environment**: `LLMTUNE_TRAINING__LEARNING_RATE=1e-4`.
 5. **Flags** of the command: `--samples 50`.
 6. **Command line**: `training.batch_size=4 'data.train=[a.jsonl,b.jsonl]'`.
@@ -43,11 +43,11 @@ Later layers win, key by key. Lists are replaced, never joined.
   text "no" where text is declared. Quotes matter for text alone: `"null"` is the word, `null` is nothing.
 - A single value may stand where a list is declared. A data source is a path, or a mapping with `path` and more.
 - **Relative paths are relative to the working folder**, wherever the config file lies.
-- An unknown key, a key that stands twice, a value of the wrong type or out of range, and keys that contradict each other
-  are refused, all at once, each with its line.
-- A file has at most 1 MB. Tags such as `!!python/...` are refused; anchors and merge keys (`<<`) work. Top-level keys that
-  begin with `x-` are ignored: a place for anchors.
-- Secrets never stand in a config. `trust_remote_code` is a flag of the command line only.
+- Unknown keys, keys that stand twice, values of the wrong type or out of range, and keys that contradict each other are
+  refused, all at once, each with its line.
+- A file has at most 1 MB. Tags such as `!!python/...` are refused; anchors and merge keys (`<<`) work. Top-level keys
+  that begin with `x-` are ignored, so they can hold anchors.
+- A config holds no secrets. `trust_remote_code` is a flag of the command line only.
 - The column "also read as" holds the names other toolkits use; each is accepted with one line that says ours.
 """
 
@@ -83,14 +83,14 @@ def _sources() -> str:
         "",
         "Each entry of `data.train` and `data.eval` is a path, or a mapping of these keys.",
         "",
+        "| key | value | default | meaning |",
+        "| --- | --- | --- | --- |",
     ]
-    lines += ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
     default = SourceConfig()
     for name, declared in SOURCE_FIELDS.items():
         shown = "required" if name == "path" else f"`{value_text(getattr(default, name))}`"
-        lines.append(
-            f"| `{name}` | {_type(declared, SOURCE_RANGES.get(name))} | {shown} | {_cell(source_descriptions()[name])} |"
-        )
+        meaning = _cell(source_descriptions()[name])
+        lines.append(f"| `{name}` | {_type(declared, SOURCE_RANGES.get(name))} | {shown} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 

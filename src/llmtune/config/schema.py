@@ -1,10 +1,10 @@
 """The frozen dataclasses of a run: the only place where a default is written.
 
-The sections stand in the order in which a config file is read; `Config` at the end puts them together.
+The sections have the order of a config file; `Config` at the end puts them together.
 
-The string under a field describes it, once: it is the line in the reference page, in an editor and in a commented YAML
-file. Units stand in the names (`every_steps`, `timeout_s`). `None` means "not asked for": nothing happens, or llmtune
-chooses and says so.
+The string under a field is its only description: it is the line in the reference page, in an editor and in a commented
+YAML file. Units are in the names (`every_steps`, `timeout_s`). `None` means "not given": nothing happens, or llmtune
+chooses and prints the choice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and what it is called."""
+    """Folder and name of a run, and its seed."""
 
     output_dir: str = "runs"
     """Folder in which run folders are made."""
@@ -45,10 +45,10 @@ class RunConfig:
     """Seed of everything random in training: initial weights, dropout, order of the rows."""
 
     tags: tuple[str, ...] = ()
-    """Words to find the run by, kept in run.json and sent to trackers."""
+    """Words to find the run by, recorded in run.json and sent to trackers."""
 
     notes: str | None = None
-    """Free text about the run, kept in run.json and sent to trackers."""
+    """Free text about the run, recorded in run.json and sent to trackers."""
 
 
 # `model.*`
@@ -56,7 +56,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """Shape of a from-scratch model; what is not given comes from the named custom model."""
+    """Shape of a from-scratch model; keys that are not given come from the named custom model."""
 
     d_model: int | None = None
     """Width of the residual stream."""
@@ -103,7 +103,7 @@ class ArchitectureConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model is trained, and how it is held in memory."""
+    """The model that is trained, and how it is held in memory."""
 
     name: str = "custom-tiny"
     """A name of `llmtune list-models`, a local folder, a `.gguf` file or a hub id."""
@@ -118,14 +118,13 @@ class ModelConfig:
     """File with a Jinja chat template that replaces the tokenizer's own, or the name of a shipped one (`chatml`)."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type in which frozen weights are held; trained weights are always held in float32 unless this names another type.
-    """
+    """Type in which frozen weights are held; trained weights are held in float32 unless this names another type."""
 
     quantization: Literal["none", "4bit", "8bit"] = "none"
     """Hold the frozen base in 4-bit NF4 with double quantization (QLoRA) or in 8 bit; needs an adapter."""
 
     attention: Literal["auto", "sdpa", "flash", "flex", "eager"] = "auto"
-    """Attention implementation; `auto` takes the fastest exact one for this device and says which."""
+    """Attention implementation; `auto` takes the fastest exact one for this device."""
 
     gradient_checkpointing: bool | Literal["auto", "offload"] = False
     """Recompute activations in the backward pass: less memory, about a third more work. `offload` is for very long
@@ -137,7 +136,7 @@ class ModelConfig:
 
     @property
     def recomputes(self) -> bool:
-        """Whether blocks are computed again in the backward pass, as far as that is settled (`auto` is not)."""
+        """Whether blocks are recomputed in the backward pass; False while `auto` is not resolved."""
         return self.gradient_checkpointing in (True, "offload")
 
 
@@ -146,7 +145,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA: which small matrices are trained beside the frozen base."""
+    """LoRA: small matrices that are trained beside the frozen base."""
 
     method: Literal["none", "lora"] = "none"
     """`none` trains every weight of the model, `lora` only low-rank updates."""
@@ -170,7 +169,7 @@ class AdapterConfig:
     """Weight-decomposed update (arXiv:2402.09353)."""
 
     modules_to_save: tuple[str, ...] = ()
-    """Whole modules trained and saved beside the adapter, by name ending (for example `lm_head`)."""
+    """Modules trained in full and saved beside the adapter, by name ending (for example `lm_head`)."""
 
     train_tokens: tuple[str, ...] = ()
     """Tokens (added when new) whose embedding rows are trained beside the adapter."""
@@ -193,7 +192,7 @@ RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One place rows come from; in YAML a plain string is the `path` of a source with nothing else said."""
+    """One source of rows; in YAML a plain string is its `path`."""
 
     path: str = ""
     """A file (jsonl, json, csv, tsv, parquet, txt; also .gz, .zst), a folder, a glob, `example:NAME`, or a `datasets`
@@ -215,7 +214,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where rows come from, how they become examples, and what happens to those that cannot."""
+    """The rows, how they become examples, and what happens to rows that cannot be used."""
 
     train: tuple[SourceConfig, ...] = ()
     """Training rows: a list of files, folders, globs, `example:NAME` or `datasets` names, or mappings with `path` and
@@ -226,7 +225,7 @@ class DataConfig:
     """Held-out rows, never trained on."""
 
     format: RowFormat = "auto"
-    """What a row looks like; `auto` detects it from the first rows and says what it found."""
+    """Format of a row; `auto` detects it from the first rows."""
 
     text_column: str | None = None
     """Field of a text row; `text` when not given."""
@@ -241,7 +240,7 @@ class DataConfig:
     """Seed of the order in which rows are held out and shuffled each epoch; null keeps the files' order."""
 
     train_on: TrainOn = "all_assistant_messages"
-    """Which messages of a conversation carry loss."""
+    """Messages of a conversation that carry loss."""
 
     max_length: int = 2048
     """Longest example, and length of a pack, in tokens."""
@@ -256,7 +255,7 @@ class DataConfig:
     """Keep or drop rows whose tokens and weights repeat an earlier row; both are counted."""
 
     on_overlap: Literal["error", "keep", "drop"] = "drop"
-    """What happens to a training row that also stands in the held-out rows; each one is written to the ledger."""
+    """What happens to a training row that is also among the held-out rows; each one is written to the ledger."""
 
     packing: Literal["none", "greedy", "first_fit", "best_fit"] = "none"
     """Lay several examples in one sequence of `max_length` tokens; they cannot see each other."""
@@ -297,7 +296,7 @@ class TrainingConfig:
     """Micro-batches summed into one step on each device."""
 
     learning_rate: float | None = None
-    """Peak learning rate; when not given 2e-4 for LoRA, 2e-5 for full tuning, by size from scratch, and said."""
+    """Peak learning rate; when not given 2e-4 for LoRA, 2e-5 for full tuning, by size from scratch."""
 
     weight_decay: float | None = None
     """Decoupled decay of matrices (never of norms, biases); when not given 0 for LoRA, 0.01 for full tuning, 0.1 from
@@ -314,7 +313,7 @@ class TrainingConfig:
     """Added to Adam's denominator."""
 
     lr_schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd"] = "linear"
-    """How the learning rate moves after warm-up."""
+    """Course of the learning rate after warm-up."""
 
     warmup_steps: int | None = None
     """Steps over which the learning rate rises linearly from 0 to its peak."""
@@ -326,7 +325,7 @@ class TrainingConfig:
     """Learning rate at the end as a fraction of the peak (linear, cosine, polynomial, wsd)."""
 
     max_grad_norm: float | None = 1.0
-    """Clip the gradient of a whole window to this norm; null does not clip, the norm is reported all the same."""
+    """Clip the gradient of a window to this norm; null does not clip, the norm is reported all the same."""
 
     step_in_backward: bool = False
     """Move each weight as soon as its gradient is complete, and drop that gradient: full tuning then never holds all
@@ -346,8 +345,7 @@ class TrainingConfig:
     """Noise added to embeddings in training, alpha / sqrt(length x width) (arXiv:2310.05914)."""
 
     max_skipped_steps: int = 3
-    """Windows with non-finite loss or gradients that may be skipped, and are named, before the run stops with exit 7.
-    """
+    """Windows with non-finite loss or gradients that are skipped, and named, before the run stops with exit 7."""
 
 
 # `evaluation.*`
@@ -355,16 +353,16 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured on held-out rows, and when."""
+    """Measurements on held-out rows, and their steps."""
 
     every_steps: int | None = None
     """Evaluate after every so many steps; only before and after training when not given."""
 
     before_training: bool = True
-    """Evaluate the untouched model first, so that there is something to compare with."""
+    """Evaluate the model before training, for comparison."""
 
     prompts: tuple[str, ...] = ()
-    """Prompts the model answers at each evaluation; kept in samples.jsonl."""
+    """Prompts the model answers at each evaluation; written to samples.jsonl."""
 
     max_new_tokens: int = 128
     """Longest answer to a prompt, in tokens."""
@@ -389,7 +387,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is made safe, and what is kept."""
+    """Steps at which the run is saved, and checkpoints that are kept."""
 
     every_steps: int | None = None
     """Save after every so many steps; at each epoch's end when not given. The end and a stop always save."""
@@ -406,19 +404,19 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Who is told about each step."""
+    """Trackers that receive the metrics of each step."""
 
     every_steps: int = 1
-    """Steps between two lines."""
+    """Steps between two lines of metrics."""
 
     trackers: tuple[Literal["console", "jsonl", "tensorboard", "wandb"], ...] = ("console", "jsonl", "tensorboard")
-    """Where metrics go."""
+    """Trackers that receive the metrics."""
 
     project: str = "llmtune"
     """Project name for trackers that have projects."""
 
     tags: tuple[str, ...] = ()
-    """Further tags for trackers."""
+    """Tags for trackers beside `run.tags`."""
 
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
     """Mode of wandb; its own setting (WANDB_MODE) when not given."""
@@ -446,31 +444,31 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is told."""
+    """All settings of a run."""
 
     run: RunConfig = field(default_factory=RunConfig)
     """Where the run lives and what it is called."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Which model."""
+    """The model that is trained."""
 
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    """Which part of it is trained."""
+    """The part of it that is trained."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """On what."""
+    """The rows it is trained on."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """How."""
+    """How weights are updated."""
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """How it is judged."""
+    """Measurements on held-out rows."""
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """How it is kept safe."""
+    """Checkpoints."""
 
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Who is told."""
+    """Metrics and their trackers."""
 
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """On how many devices."""
+    """Several processes."""

@@ -25,7 +25,7 @@ class Change(NamedTuple):
 
 
 Translation = Callable[[Node], list[Change]]
-"""The changes that a value of another toolkit's key makes; raises Mismatch for a value that has no meaning here."""
+"""Returns the changes for a value of another toolkit's key; raises Mismatch for a value that has no meaning here."""
 
 Values = Mapping[str, str | tuple[str, ...]]
 """Values by our keys; a tuple is a list."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import fields
-from typing import Any
 
 from llmtune.common.text import printable
 from llmtune.config.schema import SourceConfig
@@ -17,7 +16,7 @@ _WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n", "~", ".in
 _NUMBER_LIKE = re.compile(r"[+-]?\.?[0-9].*|.*[0-9]:[0-9].*")
 
 
-def value_text(value: Any) -> str:
+def value_text(value: object) -> str:
     """Return a value of any declared type on one line.
 
     >>> value_text(("a.jsonl", "no", 1e-5, None))
@@ -39,17 +38,16 @@ def value_text(value: Any) -> str:
 
 
 def source_text(source: SourceConfig) -> str:
-    """Return a data source: its path alone where nothing else is said, a mapping otherwise."""
-    given = {
-        each.name: getattr(source, each.name) for each in fields(source) if getattr(source, each.name) != each.default
-    }
-    if set(given) == {"path"}:
+    """Return a data source: its path alone where every other key has its default, a mapping otherwise."""
+    values = {field.name: (getattr(source, field.name), field.default) for field in fields(source)}
+    changed = {name: value for name, (value, default) in values.items() if value != default}
+    if set(changed) == {"path"}:
         return value_text(source.path)
-    return "{" + ", ".join(f"{name}: {value_text(value)}" for name, value in given.items()) + "}"
+    return "{" + ", ".join(f"{name}: {value_text(value)}" for name, value in changed.items()) + "}"
 
 
 def _text(value: str) -> str:
     if _PLAIN.fullmatch(value) and value.lower() not in _WORDS and not _NUMBER_LIKE.fullmatch(value):
         return value
-    # What JSON leaves as it is and a terminal would obey is escaped the same way in YAML and in Python.
+    # JSON leaves characters such as U+0085 as they are; YAML and Python escape them alike.
     return printable(json.dumps(value, ensure_ascii=False))
