@@ -105,7 +105,7 @@ NAME_FIELDS = ("model", "config", "timestamp", "seed")
 """Names allowed in braces in `run.name`."""
 
 
-def range_problem(key: str, value: Any) -> str | None:
+def range_problem(key: str, value: object) -> str | None:
     """Return what is wrong with a value of the right type ("must be at least 1"), or None."""
     check = _SPECIAL.get(key)
     if check is not None and (problem := check(value)) is not None:

@@ -31,7 +31,7 @@ class Mismatch(Exception):
         super().__init__(f"must be {expected_text}, not `{shown(node)}`")
 
 
-def expected(declared: Any) -> str:
+def expected(declared: object) -> str:
     """Describe a value of this declared type in words.
 
     >>> expected(int | Literal["auto"])
@@ -55,7 +55,7 @@ def expected(declared: Any) -> str:
     return f"a list of {len(arguments)}, each {expected(arguments[0])}"
 
 
-def convert(node: Node, declared: Any) -> Any:
+def convert(node: Node, declared: object) -> Any:
     """Turn a written value into the declared type, without loss.
 
     Quotes matter for text alone (`"null"` is text, `null` is nothing); a single value may stand for a list of one.
@@ -76,7 +76,7 @@ def convert(node: Node, declared: Any) -> Any:
     return _list(node, declared, arguments)
 
 
-def _union(node: Node, declared: Any) -> Any:
+def _union(node: Node, declared: object) -> object:
     options = get_args(declared)
     if NoneType in options and isinstance(node, Scalar) and node.is_null:
         return None
@@ -92,7 +92,7 @@ def _union(node: Node, declared: Any) -> Any:
     raise Mismatch(expected(declared), node, fix)
 
 
-def _choice(node: Node, declared: Any) -> Any:
+def _choice(node: Node, declared: object) -> object:
     for choice in get_args(declared):
         if isinstance(node, Scalar) and (
             node.text == choice or (isinstance(choice, bool) and _TRUTHS.get(node.text.lower()) is choice)
@@ -101,7 +101,7 @@ def _choice(node: Node, declared: Any) -> Any:
     raise Mismatch(expected(declared), node)
 
 
-def _list(node: Node, declared: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def _list(node: Node, declared: object, arguments: tuple[object, ...]) -> tuple[object, ...]:
     is_open = len(arguments) == 2 and arguments[1] is Ellipsis
     if isinstance(node, Scalar) and node.is_null and is_open:
         return ()
@@ -171,7 +171,7 @@ def _whole(node: Node) -> int:
     return value
 
 
-_SCALARS: dict[type, tuple[Callable[[Node], Any], str]] = {
+_SCALARS: dict[object, tuple[Callable[[Node], object], str]] = {
     str: (_text, "text"),
     bool: (_truth, "true or false"),
     int: (_whole, "a whole number"),

@@ -14,10 +14,9 @@ from llmtune.config.value_text import source_text, value_text
 __all__ = ["config_to_dict", "config_to_yaml", "plain"]
 
 
-def config_to_dict(config: Config) -> dict[str, Any]:
+def config_to_dict(config: Config) -> dict[str, object]:
     """Return a config as nested dicts of plain values, every key present; JSON can hold it."""
-    values: dict[str, Any] = plain(config)
-    return values
+    return {field.name: plain(getattr(config, field.name)) for field in fields(config)}
 
 
 def config_to_yaml(config: Config, *, commented: bool = False) -> str:
@@ -31,9 +30,9 @@ def config_to_yaml(config: Config, *, commented: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Return a value of any declared type as data that JSON can hold."""
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
         return [plain(item) for item in value]

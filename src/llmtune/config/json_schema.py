@@ -11,10 +11,12 @@ from llmtune.config.schema import Config, SourceConfig
 
 __all__ = ["json_schema"]
 
-_SIMPLE: dict[Any, str] = {str: "string", bool: "boolean", int: "integer", float: "number", NoneType: "null"}
+Schema = dict[str, Any]
+
+_SIMPLE: dict[object, str] = {str: "string", bool: "boolean", int: "integer", float: "number", NoneType: "null"}
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> Schema:
     """Return the JSON Schema (draft 2020-12) of a config file.
 
     Names of other toolkits, which are accepted too, are not in it.
@@ -37,12 +39,12 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def _section(cls: type, prefix: str) -> dict[str, Any]:
-    properties: dict[str, Any] = {}
+def _section(cls: type, prefix: str) -> Schema:
+    properties: Schema = {}
     for name, declared in field_types(cls).items():
         key = prefix + name
         if key in SECTIONS:
-            inner = _section(declared, key + ".")
+            inner = _section(SECTIONS[key], key + ".")
             properties[name] = {"description": descriptions()[key], **inner, "type": ["object", "null"]}
             continue
         value = _type(declared, RANGES.get(key))
@@ -55,7 +57,7 @@ def _section(cls: type, prefix: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def _source() -> dict[str, Any]:
+def _source() -> Schema:
     properties = {
         name: {"description": source_descriptions()[name], **_type(declared, SOURCE_RANGES.get(name))}
         for name, declared in SOURCE_FIELDS.items()
@@ -68,7 +70,7 @@ def _source() -> dict[str, Any]:
     }
 
 
-def _type(declared: Any, bounds: Range | None) -> dict[str, Any]:
+def _type(declared: object, bounds: Range | None) -> Schema:
     """The schema of one declared type; `bounds` go to the numbers in it."""
     if declared in _SIMPLE:
         return {"type": _SIMPLE[declared], **(_bounds(bounds) if declared in (int, float) else {})}

@@ -23,14 +23,14 @@ __all__ = [
 
 
 @cache
-def field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> dict[str, object]:
     """Return the declared type of every field of a schema dataclass, in order."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in fields(cls)}
 
 
-def _walk(cls: type, prefix: str = "") -> tuple[dict[str, Any], dict[str, type]]:
-    leaves: dict[str, Any] = {}
+def _walk(cls: type, prefix: str = "") -> tuple[dict[str, object], dict[str, type]]:
+    leaves: dict[str, object] = {}
     sections: dict[str, type] = {}
     for name, declared in field_types(cls).items():
         key = prefix + name
@@ -58,7 +58,7 @@ def default_of(key: str) -> Any:
     return field.default if field.default is not MISSING else None
 
 
-def value_of(config: Config, key: str) -> Any:
+def value_of(config: Config, key: str) -> object:
     """Return the value of the key with this dotted name."""
     return reduce(getattr, key.split("."), config)
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from llmtune.common.text import excerpt, is_text
 from llmtune.config.checks import contradictions
@@ -36,9 +36,12 @@ from llmtune.config.presets import shipped_path, shipped_presets
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError, Problem
 
-__all__ = ["ResolvedConfig", "find_config", "load_config", "parse_config"]
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-Section = TypeVar("Section")  # a dataclass of the schema
+    Section = TypeVar("Section", bound=DataclassInstance)
+
+__all__ = ["ResolvedConfig", "find_config", "load_config", "parse_config"]
 
 FLAGS = {
     "model.name": "--model",
@@ -108,7 +111,7 @@ def parse_config(text: str, file: str = "config.yaml", *, is_json: bool = False)
 
 
 def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: str) -> ResolvedConfig:
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     origins = dict.fromkeys(LEAVES, DEFAULT)
     for layer in layers:
         for key, setting in layer.items():
@@ -125,14 +128,14 @@ def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: 
     return ResolvedConfig(config, origins, tuple(findings.notes), name)
 
 
-def _build(values: Mapping[str, Any]) -> Config:
+def _build(values: Mapping[str, object]) -> Config:
     config = Config()
     for key, value in values.items():
         config = _with(config, key.split("."), value)
     return config
 
 
-def _with(section: Section, names: list[str], value: Any) -> Section:
+def _with(section: Section, names: list[str], value: object) -> Section:
     name, *inner = names
     return replace(section, **{name: _with(getattr(section, name), inner, value) if inner else value})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Any
 
 from llmtune.config import convert
 from llmtune.config.aliases import NOT_HERE, other_names
@@ -113,7 +112,7 @@ def _refused() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _type(declared: Any, bounds: Range | None) -> str:
+def _type(declared: object, bounds: Range | None) -> str:
     words = convert.expected(declared).replace("one of ", "")
     words = re.sub(r" or null$", "", words)
     return _cell(f"{words}, {bounds}" if bounds else words)
