@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.generate import MaxNewTokens, Model, NoCuda, System, open_inference_model, read_prompts
+from llmtune.cli.generate import MaxNewTokens, Model, System, open_inference_model, read_prompts
+from llmtune.cli.options import NoCuda
 
 if TYPE_CHECKING:
     from llmtune.evaluation.generate import Answer
@@ -29,14 +30,13 @@ def compare(
     no_cuda: NoCuda = False,
 ) -> None:
     """Show what the base says and what the tuned model says."""
-    subject = open_inference_model(run, no_cuda=no_cuda)
-    configured = list(subject.config.evaluation.prompts) if subject.config is not None else []
-    asked = (
-        configured if configured and not prompts and prompt_file is None else read_prompts(prompts or [], prompt_file)
-    )
-    tuned = _answers(subject, subject.model, asked, system, max_new_tokens)
-    with subject.as_before_tuning() as model:
-        base = _answers(subject, model, asked, system, max_new_tokens)
+    loaded = open_inference_model(run, no_cuda=no_cuda)
+    configured = list(loaded.config.evaluation.prompts) if loaded.config is not None else []
+    use_configured = configured and not prompts and prompt_file is None
+    texts = configured if use_configured else read_prompts(prompts or [], prompt_file)
+    tuned = _answers(loaded, loaded.model, texts, system, max_new_tokens)
+    with loaded.as_before_tuning() as model:
+        base = _answers(loaded, model, texts, system, max_new_tokens)
     for before, after in zip(base, tuned, strict=True):
         if as_json:
             print(json.dumps({"prompt": after.prompt, "base": before.text, "tuned": after.text}, ensure_ascii=False))
@@ -45,13 +45,13 @@ def compare(
 
 
 def _answers(
-    subject: InferenceModel, model: object, prompts: list[str], system: str | None, max_new_tokens: int
+    loaded: InferenceModel, model: object, prompts: list[str], system: str | None, max_new_tokens: int
 ) -> list[Answer]:
     from llmtune.evaluation.generate import TextPrompt, generate
 
-    as_text = subject.answers_text and system is None
-    asked = [TextPrompt(prompt) if as_text else prompt for prompt in prompts]
-    return generate(model, subject.tokenizer, subject.renderer, asked, max_new_tokens=max_new_tokens, system=system)
+    as_text = loaded.answers_text and system is None
+    texts = [TextPrompt(prompt) if as_text else prompt for prompt in prompts]
+    return generate(model, loaded.tokenizer, loaded.renderer, texts, max_new_tokens=max_new_tokens, system=system)
 
 
 def _indented(text: str) -> str:

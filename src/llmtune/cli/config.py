@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from llmtune.cli.failure import print_line
 from llmtune.cli.options import ConfigName, Overrides
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain
-from llmtune.config.keys import LEAVES
+from llmtune.config.keys import LEAVES, value_of
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.value_text import value_text
 from llmtune.errors import ConfigError, Problem
@@ -36,7 +35,8 @@ def show(
         values: object = config_to_dict(resolved.config)
         if origin:
             values = {
-                key: {"value": plain(value_of(resolved, key)), "origin": str(resolved.origins[key])} for key in LEAVES
+                key: {"value": plain(value_of(resolved.config, key)), "origin": str(resolved.origins[key])}
+                for key in LEAVES
             }
         print(json.dumps(values, indent=2, ensure_ascii=False))
     elif origin:
@@ -45,17 +45,12 @@ def show(
         print(config_to_yaml(resolved.config, commented=commented), end="")
 
 
-def value_of(resolved: ResolvedConfig, key: str) -> object:
-    """Return the value of a dotted key."""
-    return functools.reduce(getattr, key.split("."), resolved.config)
-
-
 def print_origins(resolved: ResolvedConfig) -> None:
-    """Print one line a key: its name, its value, and where that came from."""
-    rows = [(key, value_text(value_of(resolved, key)), str(resolved.origins[key])) for key in LEAVES]
+    """Print one line a key: its name, its value and its origin."""
+    rows = [(key, value_text(value_of(resolved.config, key)), str(resolved.origins[key])) for key in LEAVES]
     widths = [min(max(len(row[column]) for row in rows), limit) for column, limit in ((0, 44), (1, 60))]
-    for key, value, place in rows:
-        print(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {place}")
+    for key, value, origin in rows:
+        print(f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
 
 
 def diff(
@@ -64,15 +59,16 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the keys in which two configs differ, with both values and their origins."""
-    one, two = (load_config(name, environ={}) for name in (first, second))
-    rows = [(key, value_of(one, key), value_of(two, key)) for key in LEAVES if value_of(one, key) != value_of(two, key)]
+    left, right = (load_config(name, environ={}) for name in (first, second))
+    pairs = ((key, value_of(left.config, key), value_of(right.config, key)) for key in LEAVES)
+    rows = [(key, a, b) for key, a, b in pairs if a != b]
     if as_json:
         print(json.dumps({key: {"a": plain(a), "b": plain(b)} for key, a, b in rows}, indent=2, ensure_ascii=False))
         return
     for key, a, b in rows:
         print(key)
-        print(f"  - {value_text(a)}  ({one.origins[key]})")
-        print(f"  + {value_text(b)}  ({two.origins[key]})")
+        print(f"  - {value_text(a)}  ({left.origins[key]})")
+        print(f"  + {value_text(b)}  ({right.origins[key]})")
     print_line(f"{len(rows)} of {len(LEAVES)} keys differ" if rows else "the two configs are equal")
 
 
@@ -92,8 +88,9 @@ def validate(
         try:
             resolved = load_config(name, environ={})
         except ConfigError as error:
-            problems += (
-                one._replace(where="command line") if one.where == "--config" else one for one in error.problems
+            problems += (  # a file that does not exist was named by an argument here
+                problem._replace(where="command line") if problem.where == "--config" else problem
+                for problem in error.problems
             )
             continue
         for note in resolved.notes:

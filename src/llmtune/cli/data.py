@@ -1,17 +1,43 @@
-"""`llmtune data report`: what became of every row, before anything is trained."""
+"""`llmtune data report` and `llmtune data preview`: the rows of a config, before anything is trained."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from typing import Annotated
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
+from llmtune import durable
 from llmtune.cli.failure import print_line
-from llmtune.cli.options import ConfigName, Overrides
-from llmtune.config.layers import load_config
+from llmtune.cli.options import ConfigName, Overrides, TrustRemoteCode
+from llmtune.cli.process import check_working_folder
+from llmtune.common.offline import is_offline
+from llmtune.config.layers import ResolvedConfig, load_config
+from llmtune.config.process_options import Options
 
-__all__ = ["report"]
+if TYPE_CHECKING:
+    from llmtune.config.schema import DataConfig
+    from llmtune.data.dataset.make_dataset import PreparedData
+    from llmtune.data.dataset.preview import Group
+    from llmtune.data.example import ExampleSet
+    from llmtune.data.rendering.renderer import Renderer
+    from llmtune.models.tokenizer import LoadedTokenizer
+
+__all__ = ["preview", "report"]
+
+
+class Survey(NamedTuple):
+    """The rows of a config as examples, with their tokenizer and renderer; unusable rows are only counted."""
+
+    resolved: ResolvedConfig
+    loaded: LoadedTokenizer
+    renderer: Renderer
+    data: PreparedData
 
 
 def report(
@@ -21,46 +47,106 @@ def report(
         str | None, typer.Option("--row", metavar="FILE:LINE", help="Show the fate of this one row.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show what became of every row: the balance, lengths, padding, packing, each source.
 
     Exit code 3 if training would refuse them.
     """
+    survey = _survey(config, overrides, trust_remote_code=trust_remote_code)
+    from llmtune.data.dataset.make_dataset import raise_problems
+    from llmtune.data.dataset.report import data_report, report_lines
+
+    if row is not None:
+        _print_row(survey.data, row, as_json=as_json)
+        return
+    for decision in survey.data.decisions:
+        print_line(str(decision))
+    batch_size = survey.resolved.config.training.batch_size
+    values = data_report(
+        survey.data, survey.resolved.config.data, batch_size=batch_size if isinstance(batch_size, int) else 8
+    )
+    print(json.dumps(values, ensure_ascii=False) if as_json else "\n".join(report_lines(values)))
+    raise_problems(survey.data)
+
+
+def _print_row(data: PreparedData, row: str, *, as_json: bool) -> None:
+    from llmtune.data.dataset.report import row_line, row_report
+
+    for entry in row_report(data, row):
+        if as_json:
+            print(json.dumps(entry, ensure_ascii=False))
+            continue
+        print(row_line(entry))
+        for number, example in enumerate(entry["examples"], 1):
+            trained = f"{example['loss_tokens']:,g} trained (by weight)"
+            print(f"  example {number}: {example['tokens']:,} tokens, {trained}")
+        if "fix" in entry:
+            print(f"  fix: {entry['fix']}")
+
+
+def preview(
+    overrides: Overrides = None,
+    config: ConfigName = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Rows (or packs) to show.")] = 5,
+    show_all: Annotated[bool, typer.Option("--all", help="Show every row.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a row: source, input_ids, weights, text.")
+    ] = False,
+    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page instead.")] = None,
+    color: Annotated[Literal["auto", "always", "never"], typer.Option("--color", help="Colour the text.")] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Show rows as the model will see them: tokens, what is trained, packs.
+
+    Exit code 3 if training would refuse the data.
+    """
+    resolved, loaded, renderer, data = _survey(config, overrides, trust_remote_code=trust_remote_code)
+    from llmtune.data.dataset.make_dataset import raise_problems
+    from llmtune.data.dataset.preview import html_page, json_line, legend, terminal_text
+
+    for decision in (*renderer.decisions, *data.decisions):
+        print_line(str(decision))
+    limit = None if show_all else count
+    groups = itertools.islice(_groups(data.train, resolved.config.data), limit)
+    if as_json:
+        for index in range(len(data.train))[:limit]:
+            print(json_line(data.train[index], loaded.tokenizer))
+    elif page is not None:
+        title = f"{resolved.name}: rows as the model sees them"
+        durable.write_text(page, html_page(groups, loaded.tokenizer, title=title))
+        print_line(f"wrote {page}")
+    else:
+        coloured = color == "always" or (color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+        print_line(legend(color=coloured))
+        for group in groups:
+            for line in terminal_text(group, loaded.tokenizer, color=coloured):
+                print(line)
+    raise_problems(data)
+
+
+def _survey(config: str | None, overrides: list[str] | None, *, trust_remote_code: bool) -> Survey:
     resolved = load_config(config, overrides=overrides or ())
-
-    from llmtune.cli.process import check_working_folder
-    from llmtune.common.offline import is_offline
-
     check_working_folder()
-    from llmtune.config.process_options import Options
-    from llmtune.data.dataset.make_dataset import raise_problems, survey_data
-    from llmtune.data.dataset.report import data_report, report_lines, row_line, row_report
+    from llmtune.data.dataset.make_dataset import survey_data
     from llmtune.prepare import find_model, open_renderer, open_tokenizer
     from llmtune.training.progress import tokenizing_progress
 
     options = Options(offline=is_offline(), trust_remote_code=trust_remote_code)
     loaded = open_tokenizer(resolved.config, find_model(resolved.config, options), options)
-    prepared = survey_data(
-        resolved.config.data, open_renderer(resolved.config, loaded), progress=tokenizing_progress(print_line)
-    )
-    if row is not None:
-        entries = row_report(prepared, row)
-        for entry in entries:
-            print(json.dumps(entry, ensure_ascii=False) if as_json else row_line(entry))
-            if not as_json:
-                for number, example in enumerate(entry["examples"], 1):
-                    print(
-                        f"  example {number}: {example['tokens']:,} tokens, {example['loss_tokens']:,g} trained (by weight)"
-                    )
-                if "fix" in entry:
-                    print(f"  fix: {entry['fix']}")
+    renderer = open_renderer(resolved.config, loaded)
+    data = survey_data(resolved.config.data, renderer, progress=tokenizing_progress(print_line))
+    return Survey(resolved, loaded, renderer, data)
+
+
+def _groups(examples: ExampleSet, data: DataConfig) -> Iterator[Group]:
+    """Yield the examples that are shown together: a pack, or a single row where the config does not pack."""
+    from llmtune.data.dataset.packing import plan_packs
+    from llmtune.data.dataset.preview import Group
+
+    if data.packing == "none":
+        yield from (Group([examples[index]]) for index in range(len(examples)))
         return
-    for decision in prepared.decisions:
-        print_line(str(decision))
-    batch_size = resolved.config.training.batch_size
-    known = data_report(prepared, resolved.config.data, batch_size=batch_size if isinstance(batch_size, int) else 8)
-    print(json.dumps(known, ensure_ascii=False) if as_json else "\n".join(report_lines(known)))
-    raise_problems(prepared)
+    packs = plan_packs(examples.lengths, data.max_length, data.packing, data.shuffle_seed or 0)
+    for number, pack in enumerate(packs, 1):
+        yield Group([examples[int(index)] for index in pack], number, data.max_length)

@@ -1,4 +1,4 @@
-"""`llmtune doctor`: versions, devices, what works on this machine and what does not, with the fix."""
+"""`llmtune doctor`: versions and devices of this machine, and the fix for each part that does not work."""
 
 from __future__ import annotations
 
@@ -16,27 +16,30 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.process import check_working_folder
+from llmtune.common.bytes import readable_bytes
+from llmtune.common.folders import cache_folder
+from llmtune.common.offline import is_offline
 from llmtune.errors import LlmtuneError, in_one_line
+from llmtune.runs.disk import free_bytes_at
 from llmtune.version import __version__
 
 __all__ = ["doctor"]
 
-HELD = ("torch", "transformers", "peft", "jinja2")
-"""Libraries whose oldest version is looked at; the versions stand in the package's own requirements and nowhere else.
-"""
+REQUIRED = ("torch", "transformers", "peft", "jinja2")
+"""Libraries whose versions are checked against the requirements of the package."""
 
 
 def _floors() -> dict[str, str]:
     try:
-        declared = [re.match(r"([\w.-]+)[^;]*?>=([\d.]+)", one) for one in requires("llmtune") or ()]
+        declared = [re.match(r"([\w.-]+)[^;]*?>=([\d.]+)", line) for line in requires("llmtune") or ()]
     except PackageNotFoundError:  # run from a source tree that is not installed
         return {}
-    found = {one[1].lower(): one[2] for one in declared if one}
-    return {name: found[name] for name in HELD}
+    floors = {match[1].lower(): match[2] for match in declared if match}
+    return {name: floors[name] for name in REQUIRED}
 
 
 FLOORS = _floors()
-"""The oldest version of each of `HELD` that this llmtune works with, as its requirements say."""
+"""The oldest version of each of `REQUIRED` that this llmtune works with."""
 
 EXTRAS = ("tensorboard", "wandb")
 """Optional modules; the extra that installs one has its name."""
@@ -50,7 +53,7 @@ class Finding:
 
     what: str
     state: str
-    """`ok`, `warn` (something optional is missing), or `bad` (training does not work so)."""
+    """`ok`, `warn` (something optional is missing), or `bad` (training does not work)."""
     found: str
     fix: str = ""
 
@@ -63,18 +66,18 @@ def doctor(
     """Look at versions, devices and folders; exit code 0 when everything needed works, 6 otherwise."""
     check_working_folder()
     findings = [finding for check in CHECKS for finding in check()]
-    for one in findings:
+    for finding in findings:
         if as_json:
-            print(json.dumps(asdict(one), ensure_ascii=False))
+            print(json.dumps(asdict(finding), ensure_ascii=False))
         else:
-            print(f"{one.state:<5}{one.what:<15}{one.found}")
-            if one.fix:
-                print(f"{'':20}fix: {one.fix}")
-    return 6 if any(one.state == "bad" for one in findings) else 0
+            print(f"{finding.state:<5}{finding.what:<15}{finding.found}")
+            if finding.fix:
+                print(f"{'':20}fix: {finding.fix}")
+    return 6 if any(finding.state == "bad" for finding in findings) else 0
 
 
-def is_older(found: str, floor: str) -> bool:
-    """Whether version `found` comes before `floor`, by its numbers; what follows them (`+cpu`, `rc1`) does not count.
+def is_older(installed: str, floor: str) -> bool:
+    """Whether version `installed` comes before `floor`, by its numbers; endings (`+cpu`, `rc1`) do not count.
 
     >>> is_older("2.9.1+cu130", "2.10"), is_older("2.13.0", "2.10"), is_older("3.1.6", "3.1.6")
     (True, False, False)
@@ -83,7 +86,7 @@ def is_older(found: str, floor: str) -> bool:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in re.findall(r"\d+", re.split(r"[^0-9.]", text)[0])]
 
-    return numbers(found) < numbers(floor)
+    return numbers(installed) < numbers(floor)
 
 
 def _python() -> list[Finding]:
@@ -101,44 +104,30 @@ def _versions() -> list[Finding]:
     for name, floor in FLOORS.items():
         fix = f"pip install '{name}>={floor}'"
         try:
-            found = version(name)
+            installed = version(name)
         except PackageNotFoundError:
             findings.append(Finding(name, "bad", "not installed", fix))
             continue
-        old = is_older(found, floor)
-        findings.append(
-            Finding(name, "bad" if old else "ok", f"{found}, {floor} or newer is needed", fix if old else "")
-        )
+        state, fix = ("bad", fix) if is_older(installed, floor) else ("ok", "")
+        findings.append(Finding(name, state, f"{installed}, {floor} or newer is needed", fix))
     return findings
 
 
 def _devices() -> list[Finding]:
     import torch
 
-    from llmtune.common.bytes import readable_bytes
     from llmtune.plan.hardware import attainable_bytes
 
-    findings = [
-        Finding(
-            "cpu",
-            "ok",
-            f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {readable_bytes(attainable_bytes())} free",
-        )
-    ]
+    memory = readable_bytes(attainable_bytes())
+    findings = [Finding("cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory} free")]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
-            found = f"{torch.cuda.get_device_name(index)}, {readable_bytes(free)} of {readable_bytes(total)} free"
-            findings.append(Finding(f"cuda:{index}", "ok", found))
+            memory = f"{readable_bytes(free)} of {readable_bytes(total)} free"
+            findings.append(Finding(f"cuda:{index}", "ok", f"{torch.cuda.get_device_name(index)}, {memory}"))
     else:
-        findings.append(
-            Finding(
-                "cuda",
-                "warn",
-                "no CUDA device",
-                "training runs on the CPU; for a GPU, install its driver and a CUDA build of torch",
-            )
-        )
+        fix = "training runs on the CPU; for a GPU, install its driver and a CUDA build of torch"
+        findings.append(Finding("cuda", "warn", "no CUDA device", fix))
     return findings
 
 
@@ -160,44 +149,32 @@ def _bitsandbytes() -> list[Finding]:
 
     try:
         functional = import_bitsandbytes().functional
-        packed, state = functional.quantize_4bit(torch.linspace(-1, 1, 4096).reshape(64, 64), quant_type="nf4")
-        error = float(
-            (functional.dequantize_4bit(packed, state) - torch.linspace(-1, 1, 4096).reshape(64, 64)).abs().max()
-        )
-    except (LlmtuneError, ImportError, RuntimeError, OSError, AttributeError, NotImplementedError) as problem:
-        what = f"does not work: {in_one_line(problem)}"
-        return [Finding("bitsandbytes", "warn", what, "pip install 'bitsandbytes>=0.49'; only 4/8 bit need it")]
-    return [
-        Finding(
-            "bitsandbytes", "ok", f"{version('bitsandbytes')}, 4-bit NF4 works (largest error {error:.2f} in -1..1)"
-        )
-    ]
+        matrix = torch.linspace(-1, 1, 4096).reshape(64, 64)
+        packed, state = functional.quantize_4bit(matrix, quant_type="nf4")
+        difference = float((functional.dequantize_4bit(packed, state) - matrix).abs().max())
+    except (LlmtuneError, ImportError, RuntimeError, OSError, AttributeError, NotImplementedError) as error:
+        problem = f"does not work: {in_one_line(error)}"
+        return [Finding("bitsandbytes", "warn", problem, "pip install 'bitsandbytes>=0.49'; only 4/8 bit need it")]
+    works = f"{version('bitsandbytes')}, 4-bit NF4 works (largest error {difference:.2f} in -1..1)"
+    return [Finding("bitsandbytes", "ok", works)]
 
 
-def _places() -> list[Finding]:
-    from llmtune.common.bytes import readable_bytes
-    from llmtune.common.folders import cache_folder
-    from llmtune.runs.disk import free_bytes_at
-
+def _folders() -> list[Finding]:
     free = free_bytes_at(Path.cwd())
     low = free < LEAST_FREE_BYTES
     fix = "free some, or choose run.output_dir on another disk" if low else ""
     findings = [Finding("disk", "warn" if low else "ok", f"{readable_bytes(free)} free in this folder", fix)]
-    cache = cache_folder()
+    return [*findings, _cache_finding(cache_folder())]
+
+
+def _cache_finding(cache: Path | None) -> Finding:
     if cache is None:
-        return [
-            *findings,
-            Finding(
-                "cache", "warn", "there is no home folder", "set LLMTUNE_CACHE_DIR to a folder that can be written"
-            ),
-        ]
-    nearest = next(one for one in (cache, *cache.parents) if one.exists())
+        fix = "set LLMTUNE_CACHE_DIR to a folder that can be written"
+        return Finding("cache", "warn", "there is no home folder", fix)
+    nearest = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if not os.access(nearest, os.W_OK):
-        return [
-            *findings,
-            Finding("cache", "warn", f"{nearest} cannot be written", "set LLMTUNE_CACHE_DIR to a folder that can"),
-        ]
-    return [*findings, Finding("cache", "ok", f"{cache} can be written")]
+        return Finding("cache", "warn", f"{nearest} cannot be written", "set LLMTUNE_CACHE_DIR to a folder that can")
+    return Finding("cache", "ok", f"{cache} can be written")
 
 
 def _extras() -> list[Finding]:
@@ -211,15 +188,8 @@ def _extras() -> list[Finding]:
 
 
 def _network() -> list[Finding]:
-    from llmtune.common.offline import is_offline
-
-    return [
-        Finding(
-            "network",
-            "ok",
-            "offline: no connection is made" if is_offline() else "used only for models and data named by a hub id",
-        )
-    ]
+    state = "offline: no connection is made" if is_offline() else "used only for models and data named by a hub id"
+    return [Finding("network", "ok", state)]
 
 
 CHECKS: tuple[Callable[[], list[Finding]], ...] = (
@@ -228,7 +198,7 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     _devices,
     _arithmetic,
     _bitsandbytes,
-    _places,
+    _folders,
     _extras,
     _network,
 )

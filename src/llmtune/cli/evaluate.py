@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.generate import Model, NoCuda, open_inference_model
+from llmtune.cli.generate import Model, open_inference_model
+from llmtune.cli.options import NoCuda
+from llmtune.config.layers import load_config
+from llmtune.config.schema import Config, SourceConfig
 from llmtune.errors import DataError, Problem, UsageError
 
 if TYPE_CHECKING:
-    from llmtune.config.schema import Config
     from llmtune.data.example import ExampleSet
     from llmtune.evaluation.inference_model import InferenceModel
 
@@ -45,24 +47,19 @@ def evaluate(
     """Measure loss, perplexity and bits per byte on held-out rows."""
     if data and config:
         raise UsageError("--data and --config both name rows", "command line", "give one of them")
-    from llmtune.cli.process import prepare_process
-
-    prepare_process()
-    subject = open_inference_model(model, no_cuda=no_cuda)
-    rows, settings = _held_out(subject, data, config)
+    loaded = open_inference_model(model, no_cuda=no_cuda)
+    rows, settings = _held_out(loaded, data, config)
     print_line(f"{len(rows)} held-out rows, measured in float32 arithmetic")
-    metrics = _measure(subject, settings, rows, batch_size)
+    metrics = _measure(loaded, settings, rows, batch_size)
     if exact_match:
         from llmtune.evaluation.exact_match import count_exact_answers
 
-        pad = subject.tokenizer.pad_token_id or 0
-        stops = subject.renderer.stop_token_ids
         count = count_exact_answers(
-            subject.model,
-            subject.tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             rows,
-            stop_token_ids=stops,
-            pad_id=pad,
+            stop_token_ids=loaded.renderer.stop_token_ids,
+            pad_id=loaded.tokenizer.pad_token_id or 0,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
@@ -76,23 +73,21 @@ def evaluate(
         print(f"exactly right: {metrics['eval_exact_answers']} of {metrics['eval_num_answers']}")
 
 
-def _held_out(subject: InferenceModel, data: list[str] | None, config: str | None) -> tuple[ExampleSet, Config]:
+def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None) -> tuple[ExampleSet, Config]:
     """Return the rows to evaluate on, and the config they were prepared by."""
-    from llmtune.config.layers import load_config
-    from llmtune.config.schema import Config, SourceConfig
     from llmtune.data.dataset.make_dataset import prepare_data
 
-    settings = load_config(config).config if config is not None else subject.config or Config()
+    settings = load_config(config).config if config is not None else loaded.config or Config()
     if data:
         sources = tuple(SourceConfig(path=path) for path in data)
         rows = replace(settings.data, train=sources, eval=(), test_size=0, max_samples=None, shuffle_seed=None)
         try:
-            return prepare_data(rows, subject.renderer).train, settings
+            return prepare_data(rows, loaded.renderer).train, settings
         except DataError as error:
-            raise DataError.all(_as_typed(one) for one in error.problems) from error
+            raise DataError.all(_located_at_option(problem) for problem in error.problems) from error
     if not settings.data.train:
         raise UsageError("no rows are named", "command line", "name a file with --data, or a config with --config")
-    held_out = prepare_data(settings.data, subject.renderer).eval
+    held_out = prepare_data(settings.data, loaded.renderer).eval
     if held_out is None or not len(held_out):
         raise DataError(
             "the config holds out no rows",
@@ -102,28 +97,28 @@ def _held_out(subject: InferenceModel, data: list[str] | None, config: str | Non
     return held_out, settings
 
 
-def _as_typed(problem: Problem) -> Problem:
-    """The problem with the option that named the rows in the place of the config key they were put under."""
+def _located_at_option(problem: Problem) -> Problem:
+    """Name the option `--data`, which the user typed, instead of the config key that its files were put under."""
     where = re.sub(r"data\.train(\[\d+\])?", "--data", problem.where) if problem.where else "--data"
     return problem._replace(where=where)
 
 
-def _measure(subject: InferenceModel, settings: Config, rows: ExampleSet, batch_size: int) -> dict[str, float]:
+def _measure(loaded: InferenceModel, settings: Config, rows: ExampleSet, batch_size: int) -> dict[str, float]:
     from llmtune.data.dataset.batches import eval_batches
     from llmtune.engine.forward import build_engine
     from llmtune.engine.precision import Precision
     from llmtune.evaluation.heldout import evaluate as measure
     from llmtune.evaluation.heldout import trained_bytes
 
-    device = next(subject.model.parameters()).device
+    device = next(loaded.model.parameters()).device
     precision = Precision("fp32", device)
-    engine = build_engine(subject.model, config=settings, device=device, precision=precision)
+    engine = build_engine(loaded.model, config=settings, device=device, precision=precision)
     batches = eval_batches(
         rows,
         batch_size=batch_size,
         layout=engine.layout,
-        pad_id=subject.tokenizer.pad_token_id or 0,
+        pad_id=loaded.tokenizer.pad_token_id or 0,
         max_group_tokens=engine.max_group_tokens,
     )
     with precision.autocast():
-        return measure(engine.nll_sum, batches, model=subject.model, total_bytes=trained_bytes(rows, subject.tokenizer))
+        return measure(engine.nll_sum, batches, model=loaded.model, total_bytes=trained_bytes(rows, loaded.tokenizer))

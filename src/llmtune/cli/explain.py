@@ -1,11 +1,11 @@
-"""`llmtune explain CODE`: what an exit code or a kind of error means, with an example and the way out."""
+"""`llmtune explain CODE`: the meaning of an exit code or a kind of error, with an example and the way out."""
 
 from __future__ import annotations
 
 import json
 import signal
 from importlib import resources
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -16,7 +16,7 @@ __all__ = ["PAGES", "Page", "explain"]
 
 
 class Page(NamedTuple):
-    """What to say about one kind of error beyond the docstring of its class."""
+    """An example and the next steps for one kind of error; its meaning is the docstring of its class."""
 
     kind: type[LlmtuneError]
     example: str
@@ -34,7 +34,8 @@ PAGES: tuple[Page, ...] = (
         "dev.yaml:14: unknown key `training.lerning_rate` (`1e-4`)",
         (
             "every problem of every file is in the one message, each with its line and the nearest key",
-            "`llmtune config validate FILE` checks a file; `llmtune config show --origin` says where each value comes from",
+            "`llmtune config validate FILE` checks a file; "
+            "`llmtune config show --origin` says where each value comes from",
             "`llmtune config show --commented` explains every key",
         ),
     ),
@@ -43,7 +44,8 @@ PAGES: tuple[Page, ...] = (
         "rows.jsonl:17: the row has no messages",
         (
             "`llmtune data report` says what becomes of every row",
-            "`data.on_bad_row: skip` skips and counts rows that cannot be used, `data.overlong` says what happens to long ones",
+            "`data.on_bad_row: skip` skips and counts rows that cannot be used, "
+            "`data.overlong` says what happens to long ones",
         ),
     ),
     Page(
@@ -65,7 +67,8 @@ PAGES: tuple[Page, ...] = (
         errors.CheckpointError,
         "no checkpoint of this run can be used",
         (
-            "nothing was deleted: each checkpoint that failed is set aside beside the others, and the message says what is wrong with it",
+            "nothing was deleted: each checkpoint that failed is set aside beside the others, "
+            "and the message says what is wrong with it",
             "start again from the base with `llmtune train`, or bring a copy of the checkpoint back",
         ),
     ),
@@ -82,7 +85,8 @@ PAGES: tuple[Page, ...] = (
         "the loss is not finite at step 120 (rows.jsonl:88)",
         (
             "lower `training.learning_rate` or lengthen the warm-up, and look at the rows that are named",
-            "the last good checkpoint is named in the message; `llmtune resume RUN training.learning_rate=...` goes on from it",
+            "the last good checkpoint is named in the message; "
+            "`llmtune resume RUN training.learning_rate=...` goes on from it",
         ),
     ),
     Page(
@@ -108,19 +112,19 @@ def explain(
         for page in PAGES:
             print(f"{_exit_code(page.kind):<6} {page.kind.kind:<10} {_summary(page.kind)}")
         return
-    found = [page for page in PAGES if code.lower() == page.kind.kind or _matches(code, page.kind)]
+    pages = [page for page in PAGES if code.lower() == page.kind.kind or _matches(code, page.kind)]
     if code == "0":
         print("0: everything asked for was done.")
     elif code == "1":
         print("1: a bug in llmtune. The message names a crash file; report it with that file, after reading it.")
-    elif not found:
+    elif not pages:
         kinds = ", ".join(page.kind.kind for page in PAGES)
         raise UsageError(
             f"nothing is known by `{code}`",
             "command line",
             f"name an exit code (0 to 8, 128 + a signal), or one of {kinds}",
         )
-    print("\n\n".join(_text(page) for page in found), end="\n" if found else "")
+    print("\n\n".join(_text(page) for page in pages), end="\n" if pages else "")
 
 
 def _exit_code(kind: type[LlmtuneError]) -> str:
@@ -150,15 +154,15 @@ def _text(page: Page) -> str:
         "what to do:",
     ]
     lines += [f"  - {step}" for step in page.next_steps]
-    tried = _tried(page.kind.kind)
-    if tried:
+    cases = _cases(page.kind.kind)
+    if cases:
         lines += ["", "some of the bad inputs that the tests try, and their answers:"]
-    for one in tried:
-        lines += ["", f"  {one['command']}", *(f"    {line}" for line in one["answer"].splitlines())]
+    for case in cases:
+        lines += ["", f"  {case['command']}", *(f"    {line}" for line in case["answer"].splitlines())]
     return "\n".join(lines)
 
 
-def _tried(kind: str) -> list[dict[str, Any]]:
-    """Cases of the corpus of bad inputs with the answers they get; the tests hold the file to both."""
-    shown = json.loads((resources.files("llmtune.cli") / "explained.json").read_text(encoding="utf-8"))
-    return [one for one in shown if one["kind"] == kind]
+def _cases(kind: str) -> list[dict[str, str]]:
+    """Bad inputs of the tests with the answers they get; a test keeps the file up to date."""
+    cases = json.loads((resources.files("llmtune.cli") / "explained.json").read_text(encoding="utf-8"))
+    return [case for case in cases if case["kind"] == kind]

@@ -1,4 +1,4 @@
-"""`llmtune export`: make of a run or a model what other programs take."""
+"""`llmtune export`: a run or a model as files for other programs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 
 from llmtune.cli.failure import print_line
 from llmtune.cli.options import Dtype
+from llmtune.cli.process import prepare_process
+from llmtune.common.offline import is_offline
 
 __all__ = ["export"]
 
@@ -46,9 +48,6 @@ def export(
 
     It is read back and compared first.
     """
-    from llmtune.cli.process import prepare_process
-    from llmtune.common.offline import is_offline
-
     prepare_process()
     from llmtune.deploy.export import export as write
 
@@ -63,9 +62,10 @@ def export(
     )
     for note in report.notes:
         print_line(note)
-    found = report.difference
+    difference = report.difference
     print_line(
-        f"{report.format}, {report.dtype}; against its source: largest logit difference {found.max_abs_logit:.3g}, "
-        f"mean KL {found.mean_kl:.3g} nats ({report.tolerance})"
+        f"{report.format}, {report.dtype}; against its source: "
+        f"largest logit difference {difference.max_abs_logit:.3g}, "
+        f"mean KL {difference.mean_kl:.3g} nats ({report.tolerance})"
     )
     print(output)

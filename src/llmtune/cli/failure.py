@@ -1,4 +1,4 @@
-"""How an error looks in a terminal: one message of what, where and the fix; a crash goes to a file."""
+"""Errors as messages for a terminal: problem, location and fix; the traceback of a crash goes to a file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmtune import durable
 from llmtune.common.folders import state_folder
 from llmtune.common.secrets import redacted, redacted_command
 from llmtune.common.text import printable
@@ -25,32 +26,30 @@ __all__ = ["message", "print_line", "report_crash", "report_error"]
 def message(error: LlmtuneError) -> str:
     """Return an error as plain text: one paragraph for one problem, a line for each of several, each fix once.
 
-    What an error quotes (an argument, a row, a file's name) cannot steer the terminal: control characters are shown as
-    escapes.
+    Control characters in quoted arguments, rows and file names are shown as escapes, so that they cannot steer the
+    terminal.
     """
-    problems = [
-        Problem(_harmless(one.problem) or "", _harmless(one.where), _harmless(one.fix)) for one in error.problems
-    ]
+    problems = [Problem(_escaped(row.problem) or "", _escaped(row.where), _escaped(row.fix)) for row in error.problems]
     if len(problems) == 1:
-        only = problems[0]
-        lines = [f"error: {only.problem}"]
-        lines += [f"  where: {only.where}"] if only.where else []
-        lines += [f"  fix: {only.fix}"] if only.fix else []
+        (problem,) = problems
+        lines = [f"error: {problem.problem}"]
+        lines += [f"  where: {problem.where}"] if problem.where else []
+        lines += [f"  fix: {problem.fix}"] if problem.fix else []
         return "\n".join(lines)
     lines = [f"error: {len(problems)} problems"]
-    for fix, alike in itertools.groupby(problems, key=lambda one: one.fix):
-        group = [f"  {one.where}: {one.problem}" if one.where else f"  {one.problem}" for one in alike]
+    for fix, alike in itertools.groupby(problems, key=lambda row: row.fix):
+        group = [f"  {row.where}: {row.problem}" if row.where else f"  {row.problem}" for row in alike]
         lines += group
         lines += [f"    fix: {fix}" + (f" (for the {len(group)} above)" if len(group) > 1 else "")] if fix else []
     return "\n".join(lines)
 
 
-def _harmless(text: str | None) -> str | None:
+def _escaped(text: str | None) -> str | None:
     return text and printable(text, keep="\n\t")
 
 
 def print_line(text: str) -> None:
-    """Write a line of talk to stderr; a terminal that cannot show a character gets its escape, a closed one nothing."""
+    """Print a line on stderr, with escapes for characters outside its encoding; do nothing where it is closed."""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError):
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
@@ -74,21 +73,20 @@ def _another_prints(error: LlmtuneError) -> bool:
 
 
 def report_crash(error: BaseException, arguments: Sequence[str], *, debug: bool = False) -> int:
-    """Keep the traceback of a bug of ours in a file, say so in one line, and return 1."""
+    """Write the traceback of a bug to a file, print where it is, and return exit code 1."""
     text = redacted(crash_text(error, arguments))
     summary = redacted("".join(traceback.format_exception_only(error)).strip().splitlines()[-1])
-    place = _write_crash(text)
+    path = _write_crash(text)
     if debug:
         print_line(text)
-    where = f"\n  where: {place}" if place else "\n  where: no folder could take a crash file; run again with --debug"
-    print_line(
-        f"error: this is a bug in llmtune: {summary}{where}\n  fix: report it with that file; it holds no secrets, but read it first"
-    )
+    where = path or "no folder could take a crash file; run again with --debug"
+    fix = "report it with that file; it holds no secrets, but read it first"
+    print_line(f"error: this is a bug in llmtune: {summary}\n  where: {where}\n  fix: {fix}")
     return 1
 
 
 def crash_text(error: BaseException, arguments: Sequence[str]) -> str:
-    """Return what a crash file holds: versions, the command and the traceback, but no variables."""
+    """Return the content of a crash file: versions, the command and the traceback, without variables."""
     head = [
         f"llmtune {__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"time: {time.strftime('%Y-%m-%dT%H:%M:%S%z')}",
@@ -99,10 +97,9 @@ def crash_text(error: BaseException, arguments: Sequence[str]) -> str:
 
 
 def _write_crash(text: str) -> Path | None:
-    from llmtune import durable
-
     name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    for folder in (state_folder() or Path(tempfile.gettempdir()) / "llmtune", Path(tempfile.gettempdir())):
+    temporary = Path(tempfile.gettempdir())
+    for folder in (state_folder() or temporary / "llmtune", temporary):
         try:
             durable.make_folder(folder)
             durable.write_text(folder / name, text)

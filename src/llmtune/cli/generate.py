@@ -1,4 +1,4 @@
-"""`llmtune generate` and `llmtune chat`: ask a run or a model."""
+"""`llmtune generate` and `llmtune chat`: answers of a run or a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.failure import print_line
+from llmtune.cli.options import NoCuda
+from llmtune.cli.process import prepare_process
+from llmtune.common.offline import is_offline
 from llmtune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +34,6 @@ TopP = Annotated[
     typer.Option("--top-p", min=0, max=1, help="Draw from the smallest set of tokens that holds this probability."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of drawn answers.")]
-NoCuda = Annotated[bool, typer.Option("--no-cuda", help="Use the CPU even where there is a CUDA device.")]
 
 
 def generate(
@@ -52,17 +54,17 @@ def generate(
     no_cuda: NoCuda = False,
 ) -> None:
     """Answer prompts, rendered exactly as in training."""
-    asked = read_prompts(prompts or [], prompt_file)
-    subject = open_inference_model(model, no_cuda=no_cuda)
+    texts = read_prompts(prompts or [], prompt_file)
+    loaded = open_inference_model(model, no_cuda=no_cuda)
     from llmtune.evaluation.generate import TextPrompt
     from llmtune.evaluation.generate import generate as answer_all
 
-    as_text = text or (subject.answers_text and system is None)
+    as_text = text or (loaded.answers_text and system is None)
     answers = answer_all(
-        subject.model,
-        subject.tokenizer,
-        subject.renderer,
-        [TextPrompt(prompt) if as_text else prompt for prompt in asked],
+        loaded.model,
+        loaded.tokenizer,
+        loaded.renderer,
+        [TextPrompt(prompt) if as_text else prompt for prompt in texts],
         max_new_tokens=max_new_tokens,
         system=system,
         temperature=temperature,
@@ -72,9 +74,8 @@ def generate(
     for answer in answers:
         print(json.dumps(_as_dict(answer), ensure_ascii=False) if as_json else answer.text, flush=True)
         if answer.stopped_by != "stop_token" and not as_json:
-            print_line(
-                f"(cut off by {'--max-new-tokens' if answer.stopped_by == 'max_new_tokens' else 'the end of the model context'})"
-            )
+            limit = "--max-new-tokens" if answer.stopped_by == "max_new_tokens" else "the end of the model context"
+            print_line(f"(cut off by {limit})")
 
 
 def chat(
@@ -87,46 +88,43 @@ def chat(
     no_cuda: NoCuda = False,
 ) -> None:
     """Talk with a model; /reset forgets what was said, /exit ends."""
-    subject = open_inference_model(model, no_cuda=no_cuda)
+    loaded = open_inference_model(model, no_cuda=no_cuda)
     from llmtune.data.example import Message
     from llmtune.evaluation.generate import generate as answer_all
 
     start = [Message("system", system)] if system is not None else []
-    said: list[Message] = list(start)
+    messages: list[Message] = list(start)
     print_line("/reset forgets what was said, /exit ends")
     while (line := _read_line()) is not None and line != "/exit":
         if line == "/reset":
-            said = list(start)
+            messages = list(start)
             print_line("forgotten")
             continue
         if not line:
             continue
-        said.append(Message("user", line))
+        messages.append(Message("user", line))
         (answer,) = answer_all(
-            subject.model,
-            subject.tokenizer,
-            subject.renderer,
-            [said],
+            loaded.model,
+            loaded.tokenizer,
+            loaded.renderer,
+            [messages],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            seed=seed + len(said),
+            seed=seed + len(messages),
         )
-        said.append(Message("assistant", answer.text))
+        messages.append(Message("assistant", answer.text))
         print(answer.text, flush=True)
 
 
 def open_inference_model(name: str, *, no_cuda: bool = False) -> InferenceModel:
-    """Load what the command names, and say what it is."""
-    from llmtune.cli.process import prepare_process
-    from llmtune.common.offline import is_offline
-
+    """Load the run, adapter or model of that name, and print its description."""
     prepare_process()
     from llmtune.evaluation.inference_model import load_inference_model
 
-    subject = load_inference_model(name, offline=is_offline(), no_cuda=no_cuda)
-    print_line(subject.description)
-    return subject
+    loaded = load_inference_model(name, offline=is_offline(), no_cuda=no_cuda)
+    print_line(loaded.description)
+    return loaded
 
 
 def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
@@ -134,22 +132,22 @@ def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
 
     Raises UsageError where there is none.
     """
-    given = list(prompts)
+    texts = list(prompts)
     if prompt_file is not None:
         try:
-            given += [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            texts += [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(
                 f"the prompts cannot be read: {error}", "--prompt-file", "name a UTF-8 file with one prompt a line"
             ) from error
-    if not given and sys.stdin is not None and not sys.stdin.isatty():
+    if not texts and sys.stdin is not None and not sys.stdin.isatty():
         piped = sys.stdin.read().strip("\n")
-        given = [piped] if piped.strip() else []
-    if not given:
+        texts = [piped] if piped.strip() else []
+    if not texts:
         raise UsageError(
             "there is no prompt", "command line", "write it behind the model, name a --prompt-file, or pipe it in"
         )
-    return given
+    return texts
 
 
 def _read_line() -> str | None:

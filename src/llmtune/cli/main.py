@@ -1,9 +1,8 @@
-"""`llmtune`: a table of commands, each imported only when it is asked for, and one place where errors become messages
-and exit codes.
+"""`llmtune`: the table of commands, and the one place where errors become messages and exit codes.
 
 To add a command, write a function with Typer parameters in a module of `llmtune.cli` (heavy imports inside the
-function) and add its row to `COMMANDS`. The help line stands in the row, so that `llmtune --help` imports none of them.
-A command returns nothing, or its exit code.
+function) and add its row to `COMMANDS`. The help line is in the row, so that `llmtune --help` imports no command.
+A command returns None, or its exit code.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmtune.cli.failure import print_line, report_crash, report_error
-from llmtune.cli.process import allow_no_telemetry, check_arguments
+from llmtune.cli.process import check_arguments, forbid_telemetry
 from llmtune.cli.usage import usage_error
 from llmtune.common.offline import go_offline
 from llmtune.errors import LlmtuneError, MachineError, UsageError
@@ -33,7 +32,7 @@ __all__ = ["COMMANDS", "Command", "build", "main"]
 
 
 class Command(NamedTuple):
-    """One command: what people type, where its function is, and its line in the help."""
+    """One command: its words, its function, and its line in the help."""
 
     words: str
     """`train`, or `config show` for a command of a group."""
@@ -80,7 +79,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("config validate", "config:validate", "Check config files; every problem at once.", "Before a run"),
     Command(
         "data preview",
-        "preview:preview",
+        "data:preview",
         "Show rows as the model will see them, trained tokens coloured.",
         "Before a run",
     ),
@@ -129,8 +128,12 @@ COMMANDS: tuple[Command, ...] = (
 )
 
 
+Click = Any
+"""A command, context or parameter of click, or of typer's copy of click: that depends on the version of typer."""
+
+
 class LazyGroup(TyperGroup):
-    """A group that knows its commands from the table and imports one when it is called."""
+    """A group of commands from the table, each imported when it is called."""
 
     rows: tuple[Command, ...] = ()
     prefix = ""
@@ -139,11 +142,11 @@ class LazyGroup(TyperGroup):
         """Return the words that may follow, in the order of the table."""
         return list(dict.fromkeys(row.words.removeprefix(self.prefix).split()[0] for row in self.rows))
 
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
+    def list_commands(self, ctx: Click) -> list[str]:  # noqa: ARG002
         """Return the names of the commands, in the order of the table."""
         return self.names()
 
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
+    def get_command(self, ctx: Click, cmd_name: str) -> Click:  # noqa: ARG002
         """Return the command of that name, importing its module; None where there is none."""
         words = self.prefix + cmd_name
         for row in self.rows:
@@ -152,23 +155,23 @@ class LazyGroup(TyperGroup):
         inner = tuple(row for row in self.rows if row.words.startswith(words + " "))
         return _group(words, inner) if inner else None
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Click, args: list[str]) -> list[str]:
         """Answer a bare `llmtune` or `llmtune config` with its help."""
-        rest: list[str] = super().parse_args(ctx, args or ["--help"])
-        return rest
+        unparsed: list[str] = super().parse_args(ctx, args or ["--help"])
+        return unparsed
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command the arguments begin with.
+    def resolve_command(self, ctx: Click, args: list[str]) -> Click:
+        """Return the command that the arguments begin with.
 
         Raises:
-            UsageError: there is none; names the nearest.
+            UsageError: there is none; names the nearest one.
         """
         name = args[0]
         if not name.startswith("-") and name not in self.names():
             raise unknown_command(self.prefix, name, self.names())
         return super().resolve_command(ctx, args)
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002
+    def format_commands(self, ctx: Click, formatter: Click) -> None:  # noqa: ARG002
         """Write the help lines from the table, under their headings."""
         panels: dict[str, list[tuple[str, str]]] = {panel: [] for panel in PANELS}
         for name in self.names():
@@ -182,16 +185,15 @@ class LazyGroup(TyperGroup):
                 formatter.write_dl(lines)
 
 
-def unknown_command(prefix: str, name: str, known: Sequence[str]) -> UsageError:
-    """Return the error for a command that does not exist, with the nearest one."""
-    elsewhere = [row.words for row in COMMANDS if row.words.split()[-1] == name]
-    near = [prefix + each for each in difflib.get_close_matches(name, known, n=1, cutoff=0.6)]
-    found = elsewhere or near
-    fix = f"did you mean `llmtune {found[0]}`?" if found else f"`llmtune {prefix}--help` lists the commands"
+def unknown_command(prefix: str, name: str, names: Sequence[str]) -> UsageError:
+    """Return the error for a command that does not exist, with the nearest of `names`."""
+    in_a_group = [row.words for row in COMMANDS if row.words.split()[-1] == name]
+    nearest = in_a_group or [prefix + match for match in difflib.get_close_matches(name, names, n=1, cutoff=0.6)]
+    fix = f"did you mean `llmtune {nearest[0]}`?" if nearest else f"`llmtune {prefix}--help` lists the commands"
     return UsageError(f"unknown command `{prefix}{name}`", "command line", fix)
 
 
-def _group(words: str, rows: tuple[Command, ...]) -> Any:
+def _group(words: str, rows: tuple[Command, ...]) -> Click:
     help_text = (
         GROUPS[words] if words else "Fine-tune a language model from one config, with training that can be checked."
     )
@@ -208,7 +210,7 @@ def _group(words: str, rows: tuple[Command, ...]) -> Any:
     return typer.main.get_command(app)
 
 
-def _load(row: Command) -> Any:
+def _load(row: Command) -> Click:
     module_name, _, function_name = row.target.partition(":")
     function = getattr(importlib.import_module(f"llmtune.cli.{module_name}"), function_name)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -226,8 +228,8 @@ _OFFLINE = "Make no connection; use only what is on this machine."
 _DEBUG = "Show the traceback of an error."
 
 
-def _switches_everywhere() -> list[Any]:
-    """The options every command takes; `main` acts on them before parsing, so no function sees them."""
+def _switches_everywhere() -> list[Click]:
+    """The options that every command takes; `main` acts on them before parsing, so no function has them."""
 
     def switches(
         offline: bool = typer.Option(False, "--offline", help=_OFFLINE),
@@ -237,14 +239,14 @@ def _switches_everywhere() -> list[Any]:
 
     app = typer.Typer(add_completion=False)
     app.command()(switches)
-    parameters: list[Any] = typer.main.get_command(app).params
+    parameters: list[Click] = typer.main.get_command(app).params
     for parameter in parameters:
         parameter.expose_value = False
     return parameters
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(is_given: bool) -> None:
+    if is_given:
         print(f"llmtune {__version__}")
         raise typer.Exit
 
@@ -254,14 +256,14 @@ def _top(
     offline: bool = typer.Option(False, "--offline", help=_OFFLINE),
     debug: bool = typer.Option(False, "--debug", help=_DEBUG),
 ) -> None:
-    """Both switches are acted on before anything is parsed; they stand here for the help."""
+    """Both switches act before anything is parsed; they are here for the help."""
 
 
 def _inner() -> None:
     """Groups have no options of their own."""
 
 
-def build(commands: tuple[Command, ...] = COMMANDS) -> Any:
+def build(commands: tuple[Command, ...] = COMMANDS) -> Click:
     """Return the program as a command object."""
     assert all(words.split()[0] in GROUPS for words in (row.words for row in commands) if " " in words), (
         "a group needs its line in GROUPS"
@@ -271,13 +273,13 @@ def build(commands: tuple[Command, ...] = COMMANDS) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run llmtune; always ends in `SystemExit` with one of the documented exit codes."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    before_dashes = given[: given.index("--")] if "--" in given else given
-    allow_no_telemetry()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    before_dashes = words[: words.index("--")] if "--" in words else words
+    forbid_telemetry()
     if "--offline" in before_dashes:
         go_offline()
-    code = run(given, debug="--debug" in before_dashes)
-    _let_go_of_output()
+    code = run(words, debug="--debug" in before_dashes)
+    _flush_output()
     sys.exit(code)
 
 
@@ -295,14 +297,14 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         print_line("stopped")
         code = 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader of our output has gone (`llmtune ... | head`).
-        _forget_output()
+        # The reader of our output has ended (`llmtune ... | head`).
+        _discard_output()
         code = 128 + signal.SIGPIPE
     except Exception as error:  # noqa: BLE001 - the one place where anything becomes a message and an exit code
         if isinstance(error, _CLICK_ERROR):
             code = report_error(usage_error(error, arguments, (row.words for row in COMMANDS)), debug=debug)
         elif isinstance(error, MemoryError) or getattr(error, "errno", None) in _MACHINE_ERRORS:
-            _forget_output()
+            _discard_output()
             code = report_error(_machine(error), debug=debug)
         else:
             code = report_crash(error, arguments, debug=debug)
@@ -310,7 +312,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
 
 
 def _invoke(arguments: list[str]) -> int:
-    """Call the command without click's own handling of errors, which prints and exits in ways of its own."""
+    """Call the command without click's handling of errors, which prints messages and exits by itself."""
     program = build()
     try:
         with program.make_context("llmtune", list(arguments)) as context:
@@ -320,26 +322,23 @@ def _invoke(arguments: list[str]) -> int:
     return outcome if isinstance(outcome, int) and not isinstance(outcome, bool) else 0
 
 
-_CLICK_ERROR = typer.BadParameter.__mro__[2]
+_CLICK_ERROR = typer.BadParameter.__mro__[2]  # click's or typer's own copy of it
 assert _CLICK_ERROR.__name__ == "ClickException"
 _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
-def _let_go_of_output() -> None:
-    """Flush what was said.
-
-    Where the terminal or the reader has gone, forget it, or Python would exit with a code of its own (120).
-    """
+def _flush_output() -> None:
+    """Flush both streams; discard the output of one that is closed, or Python would exit with code 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
         except (OSError, ValueError):
-            _forget_output(stream)
+            _discard_output(stream)
 
 
-def _forget_output(stream: TextIO | None = None) -> None:
-    """Point stdout (or another stream) at nothing, so that what is still buffered cannot fail again when Python exits."""
+def _discard_output(stream: TextIO | None = None) -> None:
+    """Point stdout (or another stream) at /dev/null, so that buffered text cannot fail again when Python exits."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), (stream or sys.stdout).fileno())
 

@@ -9,6 +9,8 @@ import typer
 
 from llmtune.cli.failure import print_line
 from llmtune.cli.options import Dtype
+from llmtune.cli.process import prepare_process
+from llmtune.common.offline import is_offline
 
 __all__ = ["merge_lora"]
 
@@ -28,9 +30,6 @@ def merge_lora(
     ] = None,
 ) -> None:
     """Merge an adapter into its base, weight by weight; the result is reloaded and compared before it gets its name."""
-    from llmtune.cli.process import prepare_process
-    from llmtune.common.offline import is_offline
-
     prepare_process()
     from llmtune.adapters.find import named_folder
     from llmtune.deploy.merge import merge_lora as merge
@@ -49,9 +48,10 @@ def merge_lora(
     print_line(f"merged into {report.merged_into}; {report.weights_changed} weights changed")
     lost = f"{report.entries_unchanged_by_rounding:,} of {report.entries_changed:,}"
     print_line(f"{lost} changed entries change by less than the written type can express")
-    found = report.difference
+    difference = report.difference
     print_line(
-        f"against base + adapter: largest logit difference {found.max_abs_logit:.3g}, mean KL {found.mean_kl:.3g} nats ({report.tolerance})"
+        f"against base + adapter: largest logit difference {difference.max_abs_logit:.3g}, "
+        f"mean KL {difference.mean_kl:.3g} nats ({report.tolerance})"
     )
     if report.other_base is not None:
         print_line(f"against the adapter on the other form of its base: mean KL {report.other_base.mean_kl:.3g} nats")

@@ -1,4 +1,4 @@
-"""`llmtune list-models`: the models that have a name, and what of them is on this machine."""
+"""`llmtune list-models`: the models that have a name, and whether they are on this machine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmtune.cli.failure import print_line
+
+if TYPE_CHECKING:
+    from llmtune.models.catalog_entry import CatalogEntry
 
 __all__ = ["list_models"]
 
@@ -34,45 +37,36 @@ def list_models(
             parameters, source = _scratch(entry, vocabulary)
         rows.append((entry, parameters, source, availability(entry)))
     if as_json:
-        for entry, parameters, source, here in rows:
-            fields: dict[str, Any] = {
+        for entry, parameters, source, available in rows:
+            fields = {
                 "name": entry.name,
                 "parameters": parameters,
                 "context": entry.context,
                 "source": source,
-            }
-            fields |= {
                 "licence": entry.licence,
                 "gated": entry.gated,
-                "available": here,
+                "available": available,
                 "method": entry.method,
                 "hub_id": entry.hub_id,
+                "shape": asdict(entry.shape) if entry.shape else None,
             }
-            print(json.dumps(fields | {"shape": asdict(entry.shape) if entry.shape else None}))
+            print(json.dumps(fields))
         return
     table = [("name", "parameters", "context", "source", "licence", "here", "method")]
-    for entry, parameters, source, here in rows:
+    for entry, parameters, source, available in rows:
         count = f"{parameters:,}" if parameters else "?"
-        table.append(
-            (
-                entry.name,
-                count,
-                f"{entry.context:,}" if entry.context else "?",
-                source,
-                entry.licence,
-                here,
-                entry.method,
-            )
-        )
+        context = f"{entry.context:,}" if entry.context else "?"
+        table.append((entry.name, count, context, source, entry.licence, available, entry.method))
     left_out = _print_table(table, width=shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
     if left_out:
         print_line(f"a wider terminal also shows {' and '.join(left_out)}; --json gives everything")
     print_line(
-        "also works as model.name: any hub id, a folder saved with save_pretrained, a .gguf file; add your own in models.yaml"
+        "also works as model.name: any hub id, a folder saved with save_pretrained, a .gguf file; "
+        "add your own in models.yaml"
     )
 
 
-def _scratch(entry: Any, vocabulary: int) -> tuple[int, str]:
+def _scratch(entry: CatalogEntry, vocabulary: int) -> tuple[int, str]:
     """(parameters, shape in words) of a from-scratch model with that many vocabulary entries."""
     from llmtune.config.schema import ArchitectureConfig
     from llmtune.models.scratch import choose_architecture, parameter_count
@@ -105,7 +99,7 @@ _LEFT_OUT_FIRST = ("licence", "context", "source")
 def _print_table(rows: Sequence[tuple[str, ...]], *, width: int | None) -> list[str]:
     """Print the rows under their headings, in `width` characters where there is a limit.
 
-    Returns the columns that were left out for it.
+    Returns the names of the columns that were left out for the width.
     """
     columns = [(len(max(cells, key=len)), cells) for cells in zip(*rows, strict=True)]
     left_out = []

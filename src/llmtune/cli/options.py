@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["ConfigName", "Dtype", "Overrides"]
+__all__ = ["ConfigName", "Dtype", "NoCuda", "NoCudaInTraining", "Overrides", "TrustRemoteCode"]
 
 ConfigName = Annotated[
     str | None,
@@ -15,6 +15,13 @@ ConfigName = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")
+]
+NoCuda = Annotated[bool, typer.Option("--no-cuda", help="Use the CPU even where there is a CUDA device.")]
+NoCudaInTraining = Annotated[
+    bool, typer.Option("--no-cuda", help="Train on the CPU even where there is a CUDA device.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
 
 

@@ -1,15 +1,20 @@
-"""`llmtune plan`: what a run will need, before it starts."""
+"""`llmtune plan`: the steps, memory, time and disk of a run, before it starts."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.options import ConfigName, Overrides
+from llmtune.cli.options import ConfigName, Overrides, TrustRemoteCode
+from llmtune.cli.process import prepare_process
+from llmtune.common.bytes import readable_bytes
+from llmtune.common.offline import is_offline
 from llmtune.config.layers import load_config
+from llmtune.config.process_options import Options
 from llmtune.errors import UsageError
 
 __all__ = ["plan"]
@@ -33,9 +38,7 @@ def plan(
     no_cuda: Annotated[
         bool, typer.Option("--no-cuda", help="Plan for the CPU even where there is a CUDA device.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print exact steps and tokens, memory by part, time and disk; whether it fits, and what to change if not."""
     if measure and device is not None:
@@ -43,12 +46,7 @@ def plan(
             "--measure trains here, and --device plans for elsewhere", "command line", "give one of the two"
         )
     resolved = load_config(config, overrides=overrides or ())
-
-    from llmtune.cli.process import prepare_process
-    from llmtune.common.offline import is_offline
-
-    prepare_process(trains=True)  # as the run that is planned, and `--measure` takes its steps
-    from llmtune.config.process_options import Options
+    prepare_process(trains=True)  # as in the run: its memory is planned, and `--measure` takes its steps
     from llmtune.engine.devices import open_devices
     from llmtune.plan.forecast import Forecaster
     from llmtune.plan.hardware import find_target
@@ -65,10 +63,8 @@ def plan(
         print_line(str(decision))
     forecaster = forecaster.with_prepared(prepared)
     measured_bytes = None
-    planned = make_plan(forecaster, full=True)  # before anything real is in memory
+    planned = make_plan(forecaster, full=True)  # before real weights are in memory
     if measure:
-        from dataclasses import replace
-
         from llmtune.training.calibration import measure as calibrate
 
         devices, _ = open_devices(prepared.config, options)
@@ -80,6 +76,4 @@ def plan(
     for line in plan_lines(planned):
         print(line)
     if measured_bytes is not None:
-        from llmtune.common.bytes import readable_bytes
-
         print(f"measured   {readable_bytes(measured_bytes)} at most in a few steps")

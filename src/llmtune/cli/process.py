@@ -1,4 +1,4 @@
-"""What a process that will compute sets up before torch is imported."""
+"""The set-up of a process that will compute, before torch is imported."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from llmtune.engine.allocator import bound_kernel_caches, tune_allocator
 from llmtune.errors import MachineError, UsageError
 
 __all__ = [
-    "allow_no_telemetry",
     "check_arguments",
     "check_surroundings",
     "check_working_folder",
+    "forbid_telemetry",
     "prepare_process",
 ]
 
 LIBRARY = "transformers.modeling_layers"
-"""What brings torch and most of transformers with it."""
+"""A module whose import imports torch and most of transformers."""
 
 
 def prepare_process(*, trains: bool = False) -> None:
-    """Quiet the libraries' progress bars and advice; llmtune says itself what it does.
+    """Set up threads and memory, and silence the progress bars and advice of the libraries.
 
-    trains: the process takes many equal steps, so freed memory is kept for the next one, and the libraries it will need
-    in any case are imported. Not for a merge, whose peak is promised. Raises what `check_surroundings` raises.
+    trains: the process takes many equal steps, so freed memory is kept for the next one, and the libraries that it will
+    need in any case are imported. Not for a merge, whose peak memory is promised. Raises MachineError where the
+    libraries cannot work.
     """
     check_surroundings()
     limit_spinning()
@@ -45,9 +46,9 @@ def prepare_process(*, trains: bool = False) -> None:
 
 
 def _import_libraries() -> None:
-    """Import what every training needs, and take its half a million objects out of the collector's sight: they stay.
+    """Import the libraries of a training, and exempt their half a million objects from garbage collection.
 
-    Each of the collector's rounds would walk them all: a fifth of the time that importing takes.
+    They live as long as the process, and each collection would walk them all: a fifth of the time of the import.
     """
     if LIBRARY in sys.modules:
         return
@@ -60,20 +61,16 @@ def _import_libraries() -> None:
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Raise UsageError for an argument that holds bytes which are no text here: no config, prompt or report could
-    repeat it.
-    """
-    for word in arguments:
-        if not is_text(word):
+    """Raise UsageError for an argument with undecodable bytes: no config, prompt or report could repeat it."""
+    for argument in arguments:
+        if not is_text(argument):
             raise UsageError(
-                f"`{excerpt(word)}` holds bytes that are not {_encoding()}", "command line", _encoding_fix()
+                f"`{excerpt(argument)}` holds bytes that are not {_encoding()}", "command line", _encoding_fix()
             )
 
 
 def check_surroundings() -> None:
-    """Raise MachineError where the libraries we compute with cannot work, before one of them ends the process in its
-    own way.
-    """
+    """Raise MachineError where the libraries cannot work, before one of them fails with a message of its own."""
     check_working_folder()
     if sys.flags.optimize > 1:
         problem = (
@@ -83,17 +80,15 @@ def check_surroundings() -> None:
 
 
 def check_working_folder() -> None:
-    """Raise MachineError for a working folder that was deleted (torch could not be loaded), or whose name is no text
-    here.
-    """
+    """Raise MachineError for a working folder that was deleted (torch fails in it), or has undecodable bytes in it."""
     try:
-        here = Path.cwd()
+        folder = Path.cwd()
     except OSError as error:
         fix = "go to a folder that exists (`cd`), then run the same command again"
         raise MachineError(f"the working folder cannot be entered: {error.strerror}", "this process", fix) from error
-    if not is_text(str(here)):
+    if not is_text(str(folder)):
         problem = f"the name of the working folder holds bytes that are not {_encoding()}"
-        raise MachineError(problem, excerpt(str(here), 4096), _encoding_fix())
+        raise MachineError(problem, excerpt(str(folder), 4096), _encoding_fix())
 
 
 def _encoding() -> str:
@@ -106,8 +101,8 @@ def _encoding_fix() -> str:
     return "set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8"
 
 
-def allow_no_telemetry() -> None:
-    """Tell the libraries below to report nothing home, whatever their default."""
+def forbid_telemetry() -> None:
+    """Switch off the telemetry of the libraries."""
     os.environ.update(
         {
             "HF_HUB_DISABLE_TELEMETRY": "1",

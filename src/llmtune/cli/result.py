@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmtune.cli.failure import print_line
+
 if TYPE_CHECKING:
     from llmtune.training.training_run import Result
-
-from llmtune.cli.failure import print_line
 
 __all__ = ["show_result"]
 
 
 def show_result(result: Result) -> None:
-    """Say how the run ended and where everything is; the folder goes to stdout."""
+    """Print how the run ended; its folder goes to stdout, all else to stderr."""
     if result.folder is None:
         return
     from llmtune.plan.summary import comparison_lines

@@ -9,8 +9,13 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import print_line
+from llmtune.cli.options import NoCudaInTraining, TrustRemoteCode
+from llmtune.cli.process import prepare_process
+from llmtune.cli.result import show_result
+from llmtune.common.offline import is_offline
+from llmtune.config.process_options import Options
 
-__all__ = ["go_on", "resume"]
+__all__ = ["resume", "resume_run"]
 
 
 def resume(
@@ -21,12 +26,8 @@ def resume(
             help="A run's folder or name (the newest unfinished when not given), and overrides.",
         ),
     ] = None,
-    no_cuda: Annotated[
-        bool, typer.Option("--no-cuda", help="Train on the CPU even where there is a CUDA device.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    no_cuda: NoCudaInTraining = False,
+    trust_remote_code: TrustRemoteCode = False,
     allow_changes: Annotated[
         bool,
         typer.Option(
@@ -35,30 +36,26 @@ def resume(
     ] = False,
 ) -> None:
     """Go on with a run from its newest valid checkpoint."""
-    given = list(arguments or [])
-    run = given.pop(0) if given and ("=" not in given[0] or Path(given[0]).exists()) else None
-    go_on(run, given, no_cuda=no_cuda, trust_remote_code=trust_remote_code, allow_changes=allow_changes)
+    overrides = list(arguments or [])
+    # A run's folder may have `=` in its name.
+    has_run = bool(overrides) and ("=" not in overrides[0] or Path(overrides[0]).exists())
+    run = overrides.pop(0) if has_run else None
+    options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
+    resume_run(run, overrides, options, allow_changes=allow_changes)
 
 
-def go_on(
+def resume_run(
     run: str | None,
     overrides: Sequence[str],
+    options: Options,
     *,
-    no_cuda: bool,
-    trust_remote_code: bool,
     allow_changes: bool = False,
     checkpoint: Path | None = None,
 ) -> None:
     """Resume `run` (or the run of `checkpoint`) and show how it ended."""
-    from llmtune.cli.process import prepare_process
-
     prepare_process(trains=True)
-    from llmtune.cli.result import show_result
-    from llmtune.common.offline import is_offline
-    from llmtune.config.process_options import Options
     from llmtune.training import train as training
 
-    options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
     show_result(
         training.resume(
             run,

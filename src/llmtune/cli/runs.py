@@ -1,4 +1,4 @@
-"""`llmtune runs`: what is in a folder of runs."""
+"""`llmtune runs`: the runs of a folder, with their state."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Print the runs of a folder, the newest last: state, step, loss."""
-    found = list_runs(output_dir)
+    summaries = list_runs(output_dir)
     if as_json:
-        for run in found:
+        for run in summaries:
             print(json.dumps({**run._asdict(), "path": printable(run.path)}, ensure_ascii=False))
         return
-    if not found:
+    if not summaries:
         print_line(
             f"no runs in {printable(output_dir)}" + ("" if Path(output_dir).is_dir() else ": there is no such folder")
         )
         return
-    rows = [("RUN", "STATE", "STEP", "TRAIN LOSS", "EVAL LOSS", "CREATED (UTC)"), *(_row(run) for run in found)]
+    rows = [("RUN", "STATE", "STEP", "TRAIN LOSS", "EVAL LOSS", "CREATED (UTC)"), *(_row(run) for run in summaries)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -11,8 +11,12 @@ from typing import Annotated
 
 import typer
 
+from llmtune import durable
 from llmtune.cli.failure import print_line
 from llmtune.cli.options import Overrides
+from llmtune.cli.process import check_working_folder
+from llmtune.config.layers import load_config
+from llmtune.errors import ConfigError, UsageError
 
 __all__ = ["train"]
 
@@ -40,11 +44,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on the config's data and save it as a tokenizer folder."""
-    from llmtune import durable
-    from llmtune.cli.process import check_working_folder
-    from llmtune.config.layers import load_config
     from llmtune.data.dataset.make_dataset import iter_texts
-    from llmtune.errors import ConfigError, UsageError
     from llmtune.models.chat_templates import find_chat_template
     from llmtune.models.save import write_tokenizer
     from llmtune.models.tokenizer_training import measure_tokenizer, train_tokenizer
@@ -63,10 +63,10 @@ def train(
     for note in resolved.notes:
         print_line(note)
     architecture = settings.model.architecture
-    wanted = vocab_size or architecture.vocab_size or 16_384
+    entries = vocab_size or architecture.vocab_size or 16_384
     tokenizer = train_tokenizer(
-        _told(iter_texts(settings.data)),
-        wanted,
+        _with_progress(iter_texts(settings.data)),
+        entries,
         chat_template=find_chat_template(chat_template or settings.model.chat_template or "chatml"),
         special_tokens=special_token or (),
         min_frequency=min_frequency,
@@ -79,22 +79,21 @@ def train(
     if as_json:
         print(json.dumps({"folder": str(output), **asdict(report)}))
         return
-    if report.vocab_size < wanted:
+    if report.vocab_size < entries:
         print_line(
-            f"{wanted:,} entries were asked for; these texts hold no more pairs that are seen {min_frequency} times"
+            f"{entries:,} entries were asked for; these texts hold no more pairs that are seen {min_frequency} times"
         )
     print(f"{output}: {report.vocab_size:,} entries from {report.texts:,} texts ({report.num_bytes:,} bytes)")
-    print(
-        f"  {report.bytes_per_token:.3f} bytes per token; {report.unused_share:.1%} of the entries are unused in these texts"
-    )
+    unused = f"{report.unused_share:.1%} of the entries are unused in these texts"
+    print(f"  {report.bytes_per_token:.3f} bytes per token; {unused}")
     failures = report.round_trip_failures
     print(f"  round trip: {report.texts - failures:,} of {report.texts:,} texts come back exactly")
 
 
-def _told(texts: Iterator[str], every: int = 10_000) -> Iterator[str]:
-    """Pass texts through and say now and then how many were read, on a terminal."""
-    wide = shutil.get_terminal_size().columns
+def _with_progress(texts: Iterator[str], every: int = 10_000) -> Iterator[str]:
+    """Yield the texts, and print after every 10,000 how many were read."""
+    width = shutil.get_terminal_size().columns
     for count, text in enumerate(texts, 1):
         if count % every == 0:
-            print_line(f"{count:,} texts read"[:wide])
+            print_line(f"{count:,} texts read"[:width])
         yield text

@@ -1,6 +1,4 @@
-"""What the parser refuses, said as everything else is: the value that was given, its place, and the words that would
-have worked.
-"""
+"""Refusals of the command-line parser as errors of llmtune: the value given, and the words that would have worked."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ __all__ = ["keys_meant_by", "usage_error"]
 
 
 def usage_error(error: Any, arguments: Sequence[str], commands: Iterable[str]) -> UsageError:
-    """Return the parser's refusal of `arguments` as ours; `commands` are the words of every command."""
+    """Return click's error about `arguments` as a UsageError; `commands` are the words of every command."""
     context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
     path = context.command_path if context is not None else " ".join(["llmtune", *_command_of(arguments, commands)])
     fix = f"`{path} --help` shows what it takes"
@@ -24,18 +22,19 @@ def usage_error(error: Any, arguments: Sequence[str], commands: Iterable[str]) -
     if option and context is not None and "overrides" in {parameter.name for parameter in context.command.params}:
         keys = keys_meant_by(option)
         if keys:
-            value = _given_to((option,), arguments) or "VALUE"
+            text = _value_after((option,), arguments) or "VALUE"
             problem = f"no option `{option}`"
-            fix = f"write {' or '.join(f'`{key}={value}`' for key in keys)}: every key of the config stands without dashes"
+            edits = " or ".join(f"`{key}={text}`" for key in keys)
+            fix = f"write {edits}: every key of the config stands without dashes"
     parameter = getattr(error, "param", None)
-    given = _given_to(parameter.opts, arguments) if parameter is not None else None
-    if given is not None and problem.startswith("Invalid value for") and given not in problem:
-        problem = f"{problem}; it is `{given}`"
+    value = _value_after(parameter.opts, arguments) if parameter is not None else None
+    if value is not None and problem.startswith("Invalid value for") and value not in problem:
+        problem = f"{problem}; it is `{value}`"
     return UsageError(problem, "command line", fix)
 
 
 def keys_meant_by(option: str) -> list[str]:
-    """Return the keys of the config that an option of another program stands for; none where it stands for none.
+    """Return the config keys that an option of another program means; empty where there is none.
 
     >>> keys_meant_by("--lr"), keys_meant_by("--warmup-ratio"), keys_meant_by("-m"), keys_meant_by("--colour")
     (['training.learning_rate'], ['training.warmup_ratio'], ['model.name'], [])
@@ -55,17 +54,18 @@ def keys_meant_by(option: str) -> list[str]:
     return [key for key in LEAVES if key.rpartition(".")[2] == name]
 
 
-def _given_to(names: Sequence[str], arguments: Sequence[str]) -> str | None:
-    """What stands behind the last of these options, as `--name VALUE` or `--name=VALUE`."""
-    found = None
+def _value_after(names: Sequence[str], arguments: Sequence[str]) -> str | None:
+    """The value of the last of these options, given as `--name VALUE` or `--name=VALUE`."""
+    last = None
     for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
         name, equals, value = argument.partition("=")
         if name in names and (equals or (following is not None and not following.startswith("-"))):
-            found = value if equals else following
-    return found
+            last = value if equals else following
+    return last
 
 
 def _command_of(arguments: Sequence[str], commands: Iterable[str]) -> list[str]:
-    """The words of the command these arguments begin with; none where they name none."""
+    """The words of the command that these arguments begin with; empty where they begin with none."""
     words = [argument for argument in arguments if not argument.startswith("-")]
-    return next((known for known in (each.split() for each in commands) if words[: len(known)] == known), [])
+    split_commands = (command.split() for command in commands)
+    return next((command for command in split_commands if words[: len(command)] == command), [])

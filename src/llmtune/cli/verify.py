@@ -1,6 +1,4 @@
-"""`llmtune verify ...`: each claim of llmtune as a command that proves it on this machine, or shows the first
-difference.
-"""
+"""`llmtune verify ...`: commands that prove a claim of llmtune on this machine, or show the first difference."""
 
 from __future__ import annotations
 
@@ -17,6 +15,8 @@ from llmtune.cli.options import Overrides
 from llmtune.cli.process import prepare_process
 from llmtune.common.offline import is_offline
 from llmtune.config.layers import ResolvedConfig, load_config
+from llmtune.config.process_options import Options
+from llmtune.runs.folder import resolve_run
 
 if TYPE_CHECKING:
     from llmtune.verify.result import Verdict
@@ -43,9 +43,9 @@ def resume(
     prepare_process()
     from llmtune.verify.resumed_run import verify_resume
 
-    name, given = _config(config, overrides)
+    name, edits = _config(config, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        _end(verify_resume(name, given, Path(folder), steps=steps, kills=kills, print_line=print_line))
+        _end(verify_resume(name, edits, Path(folder), steps=steps, kills=kills, print_line=print_line))
 
 
 def crash(
@@ -67,16 +67,16 @@ def crash(
     ] = None,
 ) -> None:
     """Kill runs at random moments, resume them, and compare them byte for byte with the run nobody stopped."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # forked processes compute with one thread
+    os.environ["OMP_NUM_THREADS"] = "1"  # the threads of OpenMP do not survive a fork
     prepare_process()
     from llmtune.verify.crash import verify_crash
 
-    name, given = _config(config, overrides)
+    name, edits = _config(config, overrides)
     with contextlib.nullcontext(str(keep)) if keep is not None else tempfile.TemporaryDirectory() as folder:
         _end(
             verify_crash(
                 name,
-                given,
+                edits,
                 Path(folder),
                 steps=steps,
                 kills=kills,
@@ -92,7 +92,6 @@ def batching(overrides: Overrides = None, config: ConfigName = None) -> None:
     """Compare loss and gradients of one window, cut into micro-batches in several ways."""
     resolved = _resolved(config, overrides)
     prepare_process()
-    from llmtune.config.process_options import Options
     from llmtune.verify.numbers import verify_batching
 
     _end(verify_batching(resolved, Options(offline=is_offline()), print_line=print_line))
@@ -102,7 +101,6 @@ def packing(overrides: Overrides = None, config: ConfigName = None) -> None:
     """Compare packed rows with rows alone, and change one row to see whether a neighbour moves."""
     resolved = _resolved(config, overrides)
     prepare_process()
-    from llmtune.config.process_options import Options
     from llmtune.verify.numbers import verify_packing
 
     _end(verify_packing(resolved, Options(offline=is_offline()), print_line=print_line))
@@ -111,7 +109,6 @@ def packing(overrides: Overrides = None, config: ConfigName = None) -> None:
 def checkpoint(run: Run) -> None:
     """Re-read every byte of a run's checkpoints, and show that damage to a copy is found."""
     prepare_process()
-    from llmtune.runs.folder import resolve_run
     from llmtune.verify.file_checks import verify_checkpoint
 
     _end(verify_checkpoint(resolve_run(run, "runs"), print_line=print_line))
@@ -120,7 +117,6 @@ def checkpoint(run: Run) -> None:
 def merge(run: Run) -> None:
     """Merge a run's adapter into a scratch folder and compare its logits with base plus adapter."""
     prepare_process()
-    from llmtune.runs.folder import resolve_run
     from llmtune.verify.file_checks import verify_merge
 
     _end(verify_merge(resolve_run(run, "runs"), offline=is_offline(), print_line=print_line))
@@ -131,8 +127,8 @@ def _config(config: str | None, overrides: list[str] | None) -> tuple[str, list[
 
 
 def _resolved(config: str | None, overrides: list[str] | None) -> ResolvedConfig:
-    name, given = _config(config, overrides)
-    return load_config(name, overrides=given)
+    name, edits = _config(config, overrides)
+    return load_config(name, overrides=edits)
 
 
 def _end(verdict: Verdict) -> None:

@@ -23,8 +23,8 @@ SECRET_NAME = re.compile(
 """Names of keys, flags and environment variables that hold a secret."""
 
 SECRET_SHAPES = re.compile(
-    # `task-...` and `sk-wikipedia-...` are names: no letter may stand before a key, and a long run of letters and digits
-    # must be in it.
+    # `task-...` and `sk-wikipedia-...` are names: no letter may come before a key, and it must contain a long run of
+    # letters and digits.
     r"(?<![A-Za-z0-9])(?:hf_(?:(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{16,}|[a-z]{30,})"
     r"|gh[opusr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|wandb_v1_\w{20,}|AKIA[A-Z0-9]{16}"
     r"|sk-(?=[\w-]*\d)(?=[\w-]*[A-Za-z0-9]{16})[\w-]{20,}|xox[abprs]-(?=[\w-]*\d)[\w-]{10,})"

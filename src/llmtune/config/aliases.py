@@ -221,8 +221,7 @@ def _report_to(node: Node) -> list[Change]:
     names = tuple(item.text.lower() if isinstance(item, Scalar) else "" for item in items)
     if len(names) == 1:
         names = {"none": (), "": (), "null": (), "all": ("tensorboard", "wandb")}.get(names[0], names)
-    trackers = nodes_of({"tracking.trackers": ("console", "jsonl", *names)}, node.origin)
-    return [Change(key, value) for key, value in trackers.items()]
+    return [Change(*row) for row in nodes_of({"tracking.trackers": ("console", "jsonl", *names)}, node.origin).items()]
 
 
 _ADAPTER = Rule(
@@ -375,10 +374,7 @@ VALUES: dict[str, dict[str, str]] = {
 _UPLOADS = ("llmtune uploads nothing", "upload the run's `final/` folder with the hub's own tool")
 _IMPORTS = "it names code to import, and llmtune imports nothing that a config names"
 _DEVICE = ("the device is chosen where the command runs", "run `llmtune train --no-cuda`")
-_PROCESSES = (
-    "the number of processes is chosen where the command runs",
-    "start it with `torchrun --nproc-per-node N`",
-)
+_PROCESSES = ("the number of processes is chosen where the command runs", "start it with `torchrun --nproc-per-node N`")
 NOT_HERE: dict[str, tuple[str, str]] = {
     "trust_remote_code": (
         "it runs code that comes with the model, so it is allowed on the command line only, where you see it",
