@@ -16,6 +16,7 @@ from torch import nn
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import TrainingConfig
 from llmtune.errors import ConfigError
+from llmtune.models.quantization import bnb_optimizer
 
 __all__ = ["OPTIMIZERS", "Optimizer", "OptimizerName", "build_optimizer", "choose_rates", "matrices_of_blocks"]
 
@@ -160,8 +161,6 @@ def _bitsandbytes(request: _Request) -> tuple[Optimizer, list[Decision]]:
             where="training.optimizer",
             fix=f"use `{request.name.removeprefix('paged_')}` here",
         )
-    from llmtune.models.quantization import bnb_optimizer
-
     assert request.name in ("adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion")
     optimizer = bnb_optimizer(
         request.name,

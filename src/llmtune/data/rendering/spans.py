@@ -1,4 +1,4 @@
-"""Find where the trained part of each message begins and ends in a rendered conversation (promise Q5).
+"""Find the mask: where the trained part of each message begins and ends in a rendered conversation (promise Q5).
 
 An assistant turn is trained from the end of the generation prompt through its end-of-turn token(s). Both ends come from
 the template itself:
