@@ -12,6 +12,9 @@ from llmtune.cli.generate import MaxNewTokens, Model, System, open_inference_mod
 from llmtune.cli.options import NoCuda
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from llmtune.evaluation.generate import Answer
     from llmtune.evaluation.inference_model import InferenceModel
 
@@ -45,7 +48,11 @@ def compare(
 
 
 def _answers(
-    loaded: InferenceModel, model: object, prompts: list[str], system: str | None, max_new_tokens: int
+    loaded: InferenceModel,
+    model: PreTrainedModel | PeftModel,
+    prompts: list[str],
+    system: str | None,
+    max_new_tokens: int,
 ) -> list[Answer]:
     from llmtune.evaluation.generate import TextPrompt, generate
 

@@ -104,21 +104,18 @@ def _located_at_option(problem: Problem) -> Problem:
 
 
 def _measure(loaded: InferenceModel, settings: Config, rows: ExampleSet, batch_size: int) -> dict[str, float]:
-    from llmtune.data.dataset.batches import eval_batches
     from llmtune.engine.forward import build_engine
     from llmtune.engine.precision import Precision
-    from llmtune.evaluation.heldout import evaluate as measure
-    from llmtune.evaluation.heldout import trained_bytes
+    from llmtune.evaluation.heldout import evaluate_examples, trained_bytes
 
     device = next(loaded.model.parameters()).device
     precision = Precision("fp32", device)
-    engine = build_engine(loaded.model, config=settings, device=device, precision=precision)
-    batches = eval_batches(
+    return evaluate_examples(
+        loaded.model,
         rows,
-        batch_size=batch_size,
-        layout=engine.layout,
+        engine=build_engine(loaded.model, config=settings, device=device, precision=precision),
+        precision=precision,
         pad_id=loaded.tokenizer.pad_token_id or 0,
-        max_group_tokens=engine.max_group_tokens,
+        batch_size=batch_size,
+        total_bytes=trained_bytes(rows, loaded.tokenizer),
     )
-    with precision.autocast():
-        return measure(engine.nll_sum, batches, model=loaded.model, total_bytes=trained_bytes(rows, loaded.tokenizer))

@@ -1,1 +1,1 @@
-"""How good the model is: held-out loss, and what it answers."""
+"""Measure a model: held-out loss, exact answers and generated text."""

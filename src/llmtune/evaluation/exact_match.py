@@ -1,29 +1,31 @@
-"""How many held-out answers the model gives exactly: prompt and reference are read from the held-out examples
-themselves.
-"""
+"""Count the held-out answers that the model gives exactly; prompts and references come from the examples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from llmtune.data.example import Example, ExampleSet
 from llmtune.evaluation.generate import continue_ids
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 __all__ = ["ExactCount", "count_exact_answers", "split_at_answer"]
 
 
 class ExactCount(NamedTuple):
-    """`exact` of `answers` references were given character by character."""
+    """The number of answers that equal their reference character by character, of all answers."""
 
     exact: int
     answers: int
 
 
 def split_at_answer(example: Example) -> tuple[list[int], list[int]] | None:
-    """Return (prompt, reference): what stands before the last run of trained tokens, and that run itself.
+    """Return (prompt, reference): the ids before the last run of trained tokens, and that run itself.
 
     None where either is empty.
 
@@ -41,8 +43,8 @@ def split_at_answer(example: Example) -> tuple[list[int], list[int]] | None:
 
 
 def count_exact_answers(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
     examples: ExampleSet,
     *,
     stop_token_ids: Sequence[int],
@@ -50,12 +52,12 @@ def count_exact_answers(
     max_new_tokens: int,
     batch_size: int = 20,
 ) -> ExactCount:
-    """Answer every held-out prompt greedily and count the answers whose text equals the reference's.
+    """Answer every held-out prompt greedily and count the answers whose text equals the reference.
 
-    Stop tokens are no part of either.
+    stop_token_ids: end an answer, and are left out of the comparison. max_new_tokens: raised to the longest reference,
+    so that no right answer is cut short. Weights and random state stay as they were (N12).
 
-    `max_new_tokens` is raised to the longest reference, so that no right answer is cut short. Weights and random state
-    stay as they were (N12).
+    Raises DataError for a prompt that fills the model's context.
     """
     pairs = [pair for index in range(len(examples)) if (pair := split_at_answer(examples[index])) is not None]
     if not pairs:
@@ -72,7 +74,7 @@ def count_exact_answers(
     stops = set(stop_token_ids)
 
     def text(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode([one for one in ids if one not in stops], skip_special_tokens=False))
+        return str(tokenizer.decode([token for token in ids if token not in stops], skip_special_tokens=False))
 
     exact = sum(text(answer) == text(reference) for answer, (_, reference) in zip(answers, pairs, strict=True))
     return ExactCount(exact, len(pairs))

@@ -1,35 +1,40 @@
-"""The model answers: prompts rendered exactly as in training, batched, stopping at every stop token.
+"""Generate answers: prompts are rendered exactly as in training, batched, and stopped at every stop token.
 
-Nothing that training uses is changed by it (promise N12): modes, random states and the model's own generation settings
-are what they were.
+Modes, random states and the model's own generation settings stay as they were (N12).
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from llmtune.data.example import Message
 from llmtune.errors import DataError
-from llmtune.evaluation.eval_mode import base_model_of, eval_mode
+from llmtune.evaluation.eval_mode import eval_mode
+from llmtune.models.parameters import base_model_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = ["Answer", "Prompt", "PromptRenderer", "TextPrompt", "continue_ids", "generate"]
 
 
 class TextPrompt(str):
-    """A text to be continued as it is, without a chat template: what a model trained on plain text is asked."""
+    """A text to be continued as it is, without a chat template, for models trained on plain text."""
 
     __slots__ = ()
 
 
 Prompt = str | TextPrompt | Sequence[Message]
-"""A user's message, a text to continue, or a conversation up to where the assistant speaks."""
+"""A user's message, a text to continue, or a conversation that ends before the assistant's turn."""
 
 
 class PromptRenderer(Protocol):
@@ -41,7 +46,7 @@ class PromptRenderer(Protocol):
         ...
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids a model sees before it answers: the prefix of what it was trained on."""
+        """Return the ids before an answer, the same as in training."""
         ...
 
     def text_prompt_ids(self, text: str) -> list[int]:
@@ -49,9 +54,12 @@ class PromptRenderer(Protocol):
         ...
 
 
+StopReason = Literal["stop_token", "max_new_tokens", "context"]
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to one prompt."""
+    """The model's answer to one prompt."""
 
     prompt: str
     """The last message before the answer."""
@@ -62,7 +70,7 @@ class Answer:
     num_tokens: int
     """Tokens of the answer, the stop token included."""
 
-    stopped_by: Literal["stop_token", "max_new_tokens", "context"]
+    stopped_by: StopReason
     """`max_new_tokens` and `context` (the model's longest sequence) mean that the answer was cut off."""
 
     ids: tuple[int, ...]
@@ -70,8 +78,8 @@ class Answer:
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
     renderer: PromptRenderer,
     prompts: Sequence[Prompt],
     *,
@@ -84,11 +92,11 @@ def generate(
 ) -> list[Answer]:
     """Return the model's answers, in the order of `prompts`.
 
-    model: a transformers causal LM, bare or inside peft's wrapper; left as it was. system: a system message put before
-    every prompt that is no text to continue. temperature: 0 takes the most likely token; above 0 tokens are drawn with
-    `seed`, from the smallest set of tokens that holds `top_p`.
+    model: a transformers causal LM, bare or inside peft's wrapper. system: system message before every prompt except
+    texts to continue. temperature: 0 takes the most likely token; above 0 tokens are drawn with `seed` from the
+    smallest set of tokens that holds `top_p` (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751).
 
-    Raises DataError for a prompt that leaves no room in the model's longest sequence.
+    Raises DataError for a prompt that is empty or fills the model's context.
     """
     ids = [
         renderer.text_prompt_ids(prompt)
@@ -111,17 +119,17 @@ def generate(
     return [
         Answer(
             prompt=prompt if isinstance(prompt, str) else prompt[-1].content,
-            text=tokenizer.decode([token for token in new if token not in stops], skip_special_tokens=True),
-            num_tokens=len(new),
-            stopped_by=_why(new, stops, max_new_tokens),
-            ids=tuple(new),
+            text=str(tokenizer.decode([token for token in answer if token not in stops], skip_special_tokens=True)),
+            num_tokens=len(answer),
+            stopped_by=_stop_reason(answer, stops, max_new_tokens),
+            ids=tuple(answer),
         )
-        for prompt, new in zip(prompts, answers, strict=True)
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
 
 
 def continue_ids(
-    model: Any,
+    model: PreTrainedModel | PeftModel,
     prompts: Sequence[Sequence[int]],
     *,
     stop_token_ids: Sequence[int],
@@ -132,64 +140,71 @@ def continue_ids(
     seed: int = 0,
     batch_size: int = 8,
 ) -> list[list[int]]:
-    """Return the ids the model adds to each prompt: up to and with the first stop token, or `max_new_tokens`, or until
-    its context is full.
+    """Return the ids the model adds to each prompt, in the order of `prompts`.
 
-    Prompts are answered in batches of `batch_size`, padded on the left. Raises DataError for a prompt that is empty or
-    fills the model's context.
+    An answer ends with the first stop token, after `max_new_tokens`, or when the model's context is full. Prompts are
+    answered in batches of `batch_size`, padded on the left. temperature, top_p, seed: as for `generate`.
+
+    Raises DataError for a prompt that is empty or fills the model's context.
     """
     base = base_model_of(model)
-    allowed = [min(max_new_tokens, room) for room in _room(base, prompts)]
-    # Only prompts that may go on equally long share a batch, so that a long neighbour never cuts a short one's answer.
-    order = sorted(range(len(prompts)), key=lambda index: (allowed[index], -len(prompts[index])))
+    limits = [min(max_new_tokens, free) for free in _free_context(base, prompts)]
+    stops = set(stop_token_ids)
     answers: list[list[int]] = [[] for _ in prompts]
-    with eval_mode(model), _own_settings(base), _contiguous_rows_for_head(base):
+    with eval_mode(model), _without_generation_settings(base), _contiguous_rows_for_head(base):
         torch.manual_seed(seed)
-        for limit, alike in itertools.groupby(order, key=allowed.__getitem__):
-            together = list(alike)
-            for start in range(0, len(together), batch_size):
-                group = together[start : start + batch_size]
-                new = _answer_batch(
-                    base, [prompts[index] for index in group], stop_token_ids, pad_id, limit, temperature, top_p
-                )
-                for index, ids in zip(group, new, strict=True):
-                    answers[index] = ids
+        for limit, batch in _batches(prompts, limits, batch_size):
+            config = _generation_config(stop_token_ids, pad_id, limit, temperature, top_p)
+            new_ids = _answer_batch(base, [prompts[index] for index in batch], config)
+            for index, ids in zip(batch, new_ids, strict=True):
+                answers[index] = _until_stop(ids, stops)
     return answers
 
 
-def _answer_batch(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    stop_token_ids: Sequence[int],
-    pad_id: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-) -> list[list[int]]:
+def _batches(
+    prompts: Sequence[Sequence[int]], limits: Sequence[int], batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield (new tokens allowed, indices of prompts), the longest prompts of each limit first."""
+    # Only prompts of one limit share a batch, so that a long neighbour never cuts a short one's answer.
+    order = sorted(range(len(prompts)), key=lambda index: (limits[index], -len(prompts[index])))
+    for limit, group in itertools.groupby(order, key=limits.__getitem__):
+        indices = list(group)
+        for start in range(0, len(indices), batch_size):
+            yield limit, indices[start : start + batch_size]
+
+
+def _generation_config(
+    stop_token_ids: Sequence[int], pad_id: int, max_new_tokens: int, temperature: float, top_p: float
+) -> GenerationConfig:
     from transformers import GenerationConfig
 
-    longest = max(len(prompt) for prompt in prompts)
-    device = model.get_input_embeddings().weight.device
-    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        mask[row, longest - len(prompt) :] = 1
-    drawing = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if temperature > 0
-        else {"do_sample": False}
-    )
-    config = GenerationConfig(
+    # top_k=0 draws from all tokens that top_p leaves; transformers' own default is 50.
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop_token_ids) or None,
         pad_token_id=pad_id,
         use_cache=True,
-        **drawing,
+        do_sample=temperature > 0,
+        **sampling,
     )
-    out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
-    stops = set(stop_token_ids)
-    return [_until_stop(row, stops) for row in out[:, longest:].tolist()]
+
+
+def _answer_batch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
+) -> list[list[int]]:
+    """Return the ids generated after each prompt, with padding after its stop token."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), config.pad_token_id, dtype=torch.long)
+    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        # Padding stands on the left, so that every answer begins in the same column.
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, longest - len(prompt) :] = 1
+    device = cast("Tensor", model.get_input_embeddings().weight).device
+    generate_ids = cast("Callable[..., Tensor]", model.generate)
+    output = generate_ids(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    return output[:, longest:].tolist()
 
 
 def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
@@ -202,9 +217,10 @@ def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
     return ids if end is None else ids[: end + 1]
 
 
-def _room(base: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Return how many tokens each prompt leaves free in the model's longest sequence, or far too many where the model
-    names none.
+def _free_context(base: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Return the tokens each prompt leaves free in the model's context; sys.maxsize less its length without a limit.
+
+    Raises DataError for a prompt that is empty or leaves none.
     """
     longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     for number, prompt in enumerate(prompts, start=1):
@@ -219,29 +235,27 @@ def _room(base: Any, prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 @contextmanager
-def _own_settings(base: Any) -> Iterator[None]:
-    """Set aside the model's own generation settings: transformers fills whatever we leave open from them (top_k,
-    penalties, ...).
-    """
+def _without_generation_settings(base: PreTrainedModel) -> Iterator[None]:
+    """Set aside the model's own generation settings, which transformers takes for every open key (penalties, ...)."""
     from transformers import GenerationConfig
 
-    theirs = base.generation_config
+    settings = base.generation_config
     base.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        base.generation_config = theirs
+        base.generation_config = settings
 
 
 @contextmanager
-def _contiguous_rows_for_head(base: Any) -> Iterator[None]:
-    """Hand the head the last token of each prompt as rows side by side.
+def _contiguous_rows_for_head(base: PreTrainedModel) -> Iterator[None]:
+    """Give the head the last token of each prompt as contiguous rows.
 
     transformers cuts them out as a view, and torch multiplies a view of several rows by a copy of the weight for each
-    row: 1.1 GB and 0.9 s for 20 prompts and a vocabulary of 49,152, where rows side by side take no copy and 4 ms.
+    row: 1.1 GB and 0.9 s for 20 prompts and a vocabulary of 49,152, where contiguous rows take no copy and 4 ms.
     """
     head = base.get_output_embeddings()
-    if head is None:  # a model of its own kind: its rows are its own affair
+    if head is None:  # a model that computes its logits in another way
         yield
         return
     hook = head.register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(), *inputs[1:]))
@@ -256,16 +270,14 @@ def _as_messages(prompt: Prompt, system: str | None) -> list[Message]:
     return [Message("system", system), *messages] if system is not None else messages
 
 
-def _pad_id(tokenizer: Any, renderer: PromptRenderer) -> int:
-    """Return any id for masked positions: the tokenizer's own, or a stop token, or 0; it is never seen."""
+def _pad_id(tokenizer: PreTrainedTokenizerFast, renderer: PromptRenderer) -> int:
+    """Return an id for masked positions, which the model never sees: the pad token, a stop token, or 0."""
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return renderer.stop_token_ids[0] if renderer.stop_token_ids else 0
 
 
-def _why(
-    new: Sequence[int], stops: set[int], max_new_tokens: int
-) -> Literal["stop_token", "max_new_tokens", "context"]:
-    if new and new[-1] in stops:
+def _stop_reason(answer: Sequence[int], stops: set[int], max_new_tokens: int) -> StopReason:
+    if answer and answer[-1] in stops:
         return "stop_token"
-    return "max_new_tokens" if len(new) >= max_new_tokens else "context"
+    return "max_new_tokens" if len(answer) >= max_new_tokens else "context"

@@ -1,11 +1,11 @@
-"""Held-out loss: what the model would pay, in nats, for rows it was never trained on.
+"""Held-out loss: negative log-likelihood, perplexity and bits per byte of rows outside of the training data.
 
 With the sum of weighted negative log-likelihoods L (nats), the sum of weights W and the weighted bytes B of the trained
 tokens' text:
 
     eval_mean_nll       L / W             nats per trained token, over all held-out rows; never a mean of means
     eval_perplexity     exp(L / W)
-    eval_bits_per_byte  L / (ln 2 * B)    the same whatever the tokenizer: what it costs to send one byte of the text
+    eval_bits_per_byte  L / (ln 2 * B)    comparable between tokenizers (Gao et al. 2020, arXiv:2101.00027, section 3.1)
 
 B counts the bytes of text only. A control token (end of turn) costs nats and brings no bytes, so an answer's end is
 part of its price.
@@ -16,19 +16,61 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from llmtune.data.dataset.batches import eval_batches
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.data.example import ExampleSet
+from llmtune.engine.devices import Devices
+from llmtune.engine.forward import Engine
+from llmtune.engine.precision import Precision
 from llmtune.errors import DataError
 from llmtune.evaluation.eval_mode import eval_mode
 
-__all__ = ["evaluate", "token_bytes", "trained_bytes"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["evaluate", "evaluate_examples", "token_bytes", "trained_bytes"]
+
+
+def evaluate_examples(
+    model: nn.Module,
+    examples: ExampleSet,
+    *,
+    engine: Engine,
+    precision: Precision,
+    pad_id: int,
+    batch_size: int,
+    total_bytes: float,
+    devices: Devices | None = None,
+) -> dict[str, float]:
+    """Return the evaluation metrics over `examples`, in the arithmetic of `precision` (see `evaluate`).
+
+    devices: the processes that share the examples; this one alone when None. Raises DataError when no example has a
+    trained token.
+    """
+    batches = eval_batches(
+        examples,
+        batch_size=batch_size,
+        layout=engine.layout,
+        pad_id=pad_id,
+        max_group_tokens=engine.max_group_tokens,
+        world_size=devices.world_size if devices else 1,
+        rank=devices.rank if devices else 0,
+    )
+    with precision.autocast():
+        return evaluate(
+            engine.nll_sum,
+            batches,
+            model=model,
+            total_bytes=total_bytes,
+            sum_over_devices=(lambda number: devices.sum(number)[0]) if devices else float,
+        )
 
 
 def evaluate(
@@ -39,13 +81,13 @@ def evaluate(
     total_bytes: float | None = None,
     sum_over_devices: Callable[[float], float] = float,
 ) -> dict[str, float]:
-    """Return the evaluation metrics over `batches`, and leave the model, its gradients and all random states as they
-    were.
+    """Return the evaluation metrics over `batches`; the model, its gradients and all random states stay as they were.
 
     nll_sum: sum of weighted negative log-likelihoods of one micro-batch, nats, shape []. total_bytes: weighted bytes of
-    the trained tokens' text over *all* devices (`trained_bytes`); without it there is no bits per byte.
+    the trained tokens' text over *all* devices (`trained_bytes`); without it there is no `eval_bits_per_byte`.
     sum_over_devices: adds a number over all processes, when each of them evaluates its share.
 
+    eval_mean_nll = L / W, eval_perplexity = exp(L / W), eval_bits_per_byte = L / (ln 2 * B); see the top of this file.
     Raises DataError when no held-out row has a trained token.
     """
     nats: Tensor | float = 0.0
@@ -69,10 +111,10 @@ def evaluate(
     return metrics | {"eval_num_loss_tokens": total_weight}
 
 
-def trained_bytes(examples: ExampleSet, tokenizer: Any) -> float:
-    """Return the weighted bytes of text of all trained tokens: the sum of `weights[i] * bytes(input_ids[i])`.
+def trained_bytes(examples: ExampleSet, tokenizer: PreTrainedTokenizerFast) -> float:
+    """Return the weighted bytes of text of all trained tokens, B = sum over i of weights[i] * bytes(input_ids[i]).
 
-    Counted once for each set of held-out rows. Raises nothing; a control token has no bytes.
+    A control token has no bytes.
     """
     bytes_V = token_bytes(tokenizer)
     total = 0.0
@@ -82,29 +124,27 @@ def trained_bytes(examples: ExampleSet, tokenizer: Any) -> float:
     return total
 
 
-def token_bytes(tokenizer: Any) -> npt.NDArray[np.int64]:
-    """Return how many bytes of UTF-8 text each token id stands for, int64 [V].
-
-    0 for control tokens and ids that are no token.
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int64]:
+    """Return the number of bytes of UTF-8 text of each token id, int64 [V]; 0 for control tokens and unused ids.
 
     Byte-level tokenizers spell a byte as one character, sentencepiece ones a space as U+2581 and a lone byte as
     `<0x0A>`.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     counts = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-    count = _piece_bytes_of(tokenizer)
+    piece_bytes = _piece_bytes(tokenizer)
     for piece, index in vocabulary.items():
-        counts[index] = count(piece)
+        counts[index] = piece_bytes(piece)
     for index, added in tokenizer.added_tokens_decoder.items():
         counts[index] = 0 if added.special else len(added.content.encode())
     counts[list(tokenizer.all_special_ids)] = 0
     return counts
 
 
-def _piece_bytes_of(tokenizer: Any) -> Callable[[str], int]:
-    decoder = (
-        json.loads(tokenizer.backend_tokenizer.decoder.__getstate__()) if tokenizer.backend_tokenizer.decoder else {}
-    )
+def _piece_bytes(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], int]:
+    """Return the function from a piece of the vocabulary to its bytes, by the tokenizer's decoder."""
+    backend = tokenizer.backend_tokenizer
+    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
     kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
     return len if "ByteLevel" in kinds else _sentencepiece_bytes
 
@@ -121,4 +161,5 @@ def _sentencepiece_bytes(piece: str) -> int:
 
 
 def _exp(nats: float) -> float:
+    # math.exp raises above 709; a diverged model has no finite perplexity.
     return math.exp(nats) if nats < 700 else math.inf

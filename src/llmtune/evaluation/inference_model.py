@@ -1,6 +1,4 @@
-"""Anything that can be asked a question - a run, an adapter, a merged or published model, a GGUF file - loaded as one
-thing.
-"""
+"""Load a run, an adapter, a merged or published model or a GGUF file for inference."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -26,19 +24,23 @@ from llmtune.models.load import load_model
 from llmtune.models.scan import read_json_file
 from llmtune.models.tokenizer import load_tokenizer, load_tokenizer_folder
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
 __all__ = ["InferenceModel", "load_inference_model"]
 
 
 @dataclass(frozen=True)
 class InferenceModel:
-    """A model that can be asked, rendered to exactly as it was trained."""
+    """A model ready to answer, with the tokenizer and renderer it was trained with."""
 
-    model: Any
-    """A transformers causal LM in evaluation mode, inside peft's wrapper when it is base and adapter."""
-    tokenizer: Any
+    model: PreTrainedModel | PeftModel
+    """In evaluation mode; inside peft's wrapper when it is base and adapter."""
+    tokenizer: PreTrainedTokenizerFast
     renderer: Renderer
     description: str
-    """One line: what was loaded, and from where."""
+    """One line: the kind of model and its folder or name."""
     is_adapted: bool
     answers_text: bool
     """It continues texts: it was trained on plain text, or has no chat template."""
@@ -48,50 +50,48 @@ class InferenceModel:
     """The base it was tuned from, where that is known."""
 
     @contextmanager
-    def as_before_tuning(self) -> Iterator[Any]:
+    def as_before_tuning(self) -> Iterator[PreTrainedModel | PeftModel]:
         """Yield the model as it was before it was tuned. Raises ModelError where that is not known."""
         if self.is_adapted:
-            with self.model.disable_adapter():
+            with cast("PeftModel", self.model).disable_adapter():
                 yield self.model
             return
         if self.base is None or self.base.kind == "scratch":
-            fix = "compare takes runs that tuned a pretrained model"
             raise ModelError(
                 "there is no model to compare with: this one was not tuned from another",
                 where=self.description,
-                fix=fix,
+                fix="compare takes runs that tuned a pretrained model",
             )
         device = next(self.model.parameters()).device
-        yield _load(self.base, ModelConfig(name=self.base.name), self.tokenizer, device)
+        yield _load_model(self.base, ModelConfig(name=self.base.name), self.tokenizer, device)
 
 
 def load_inference_model(
     name: str, *, output_dir: str = "runs", offline: bool = False, no_cuda: bool = False
 ) -> InferenceModel:
-    """Load RUN|MODEL: the folder or name of a run, an adapter's folder, a model's folder, a name of list-models, a hub
-    id, a .gguf file.
+    """Load RUN|MODEL: a run, an adapter's or a model's folder, a catalog name, a hub id, or a .gguf file.
 
-    Of a run the final model is taken, else the best, else the newest checkpoint. Raises ModelError (AdapterError,
-    TokenizerError).
+    Of a run the final model is taken, else the best, else the newest checkpoint. Raises ModelError, AdapterError or
+    TokenizerError for a model that cannot be found or loaded, MachineError when it cannot be fetched.
     """
     device = choose_device(no_cuda=no_cuda)[0]
-    folder = next((one for one in (Path(name), Path(output_dir) / name) if (one / "run.json").is_file()), Path(name))
+    folders = (Path(name), Path(output_dir) / name)
+    folder = next((folder for folder in folders if (folder / "run.json").is_file()), Path(name))
     config = load_config(str(folder / "config.yaml")).config if (folder / "run.json").is_file() else None
-    found = find_result(folder) if folder.is_dir() else None
-    if found is None:
-        return _published(name, device, offline=offline)
-    if (found / "adapter_config.json").is_file():
-        return _adapted(found, folder, config, device, offline=offline)
-    return _whole(found, folder, config, device, offline=offline)
+    result = find_result(folder) if folder.is_dir() else None
+    if result is None:
+        return _load_published(name, device, offline=offline)
+    if (result / "adapter_config.json").is_file():
+        return _load_adapted(result, folder, config, device, offline=offline)
+    return _load_full(result, folder, config, device, offline=offline)
 
 
-def _published(name: str, device: torch.device, *, offline: bool) -> InferenceModel:
+def _load_published(name: str, device: torch.device, *, offline: bool) -> InferenceModel:
     source = resolve_model_argument(name, offline=offline)
     model_config = ModelConfig(name=name)
     tokenizer = load_tokenizer(source, model_config).tokenizer
-    model = _load(source, model_config, tokenizer, device)
     return InferenceModel(
-        model=model,
+        model=_load_model(source, model_config, tokenizer, device),
         tokenizer=tokenizer,
         renderer=Renderer(tokenizer),
         description=f"{name}, as published",
@@ -101,81 +101,78 @@ def _published(name: str, device: torch.device, *, offline: bool) -> InferenceMo
     )
 
 
-def _adapted(
-    found: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool
+def _load_adapted(
+    adapter: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool
 ) -> InferenceModel:
-    source, record = find_base(found, offline=offline), read_base_record(found)
-    tokenizer = _tokenizer_of(found, folder, source, config)
-    held = ModelConfig(name=source.name, quantization=record.get("quantization") or "none")
-    if held.quantization != "none":
-        held = replace(
-            held, dtype=record.get("dtype") or "auto"
-        )  # it must be quantized from the same numbers as in training
-    base = _load(source, held, tokenizer, device)
+    source, record = find_base(adapter, offline=offline), read_base_record(adapter)
+    tokenizer = _find_tokenizer(adapter, folder, source, config)
+    model_config = ModelConfig(name=source.name)
+    if quantization := record.get("quantization"):
+        # Quantized from the same numbers as in training, or the adapter would meet another base.
+        model_config = replace(model_config, quantization=quantization, dtype=record.get("dtype") or "auto")
+    base = _load_model(source, model_config, tokenizer, device)
     return InferenceModel(
-        model=load_adapter(base, found),
+        model=load_adapter(base, adapter),
         tokenizer=tokenizer,
-        renderer=_renderer(tokenizer, config),
-        description=f"{base_name_of(found)} with the adapter {found}",
+        renderer=_make_renderer(tokenizer, config),
+        description=f"{base_name_of(adapter)} with the adapter {adapter}",
         is_adapted=True,
-        answers_text=_answers_text(folder, config, tokenizer),
+        answers_text=_continues_text(folder, config, tokenizer),
         config=config,
         base=source,
     )
 
 
-def _whole(found: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool) -> InferenceModel:
-    source = resolve(str(found), offline=offline)
+def _load_full(
+    model_folder: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool
+) -> InferenceModel:
+    source = resolve(str(model_folder), offline=offline)
     base = None if config is None else resolve(config.model.name, config.model.revision, offline=offline)
-    tokenizer = _tokenizer_of(found, folder, base or source, config)
+    tokenizer = _find_tokenizer(model_folder, folder, base or source, config)
     return InferenceModel(
-        model=_load(source, ModelConfig(name=str(found)), tokenizer, device),
+        model=_load_model(source, ModelConfig(name=str(model_folder)), tokenizer, device),
         tokenizer=tokenizer,
-        renderer=_renderer(tokenizer, config),
-        description=f"the model in {found}",
+        renderer=_make_renderer(tokenizer, config),
+        description=f"the model in {model_folder}",
         is_adapted=False,
-        answers_text=_answers_text(folder, config, tokenizer),
+        answers_text=_continues_text(folder, config, tokenizer),
         config=config,
         base=base,
     )
 
 
-def _load(source: ModelSource, model_config: ModelConfig, tokenizer: Any, device: torch.device) -> Any:
-    """Load for asking: float32 on a CPU; on a device in 16 bits, as it multiplies fastest."""
+def _load_model(
+    source: ModelSource, model_config: ModelConfig, tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> PreTrainedModel:
+    # float32 on a CPU; a GPU multiplies 16 bits fastest, and nothing here is trained.
     precision = "fp32" if device.type == "cpu" else "bf16"
-    loaded = load_model(
+    return load_model(
         source, model_config, tokenizer=tokenizer, device=device, trained="adapter", precision=precision, seed=0
-    )
-    return loaded.model
+    ).model
 
 
-def _tokenizer_of(found: Path, folder: Path, base: ModelSource, config: Config | None) -> Any:
-    """Return the tokenizer saved with the result, else the run's own, else the base's with what the config adds."""
-    for place in (found, folder / "tokenizer"):
-        if (place / "tokenizer_config.json").is_file():
-            return load_tokenizer_folder(place).tokenizer
+def _find_tokenizer(result: Path, folder: Path, base: ModelSource, config: Config | None) -> PreTrainedTokenizerFast:
+    """Return the tokenizer saved with the result, else the run's, else the base's with the tokens of the config."""
+    for path in (result, folder / "tokenizer"):
+        if (path / "tokenizer_config.json").is_file():
+            return load_tokenizer_folder(path).tokenizer
     if config is None:
         return load_tokenizer(base, ModelConfig(name=base.name)).tokenizer
     return load_tokenizer(base, config.model, new_tokens=config.adapter.train_tokens).tokenizer
 
 
-def _renderer(tokenizer: Any, config: Config | None) -> Renderer:
+def _make_renderer(tokenizer: PreTrainedTokenizerFast, config: Config | None) -> Renderer:
     if config is None:
         return Renderer(tokenizer)
     return Renderer(tokenizer, train_on=config.data.train_on, parse_control_tokens=config.data.parse_control_tokens)
 
 
-def _answers_text(folder: Path, config: Config | None, tokenizer: Any) -> bool:
-    """Say whether what was trained continues texts: by the config, by the format that was detected, or for lack of a
-    template.
-    """
+def _continues_text(folder: Path, config: Config | None, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return whether the model was trained on plain text: by the config, the detected format, or no chat template."""
     if config is None:
         return not tokenizer.chat_template
     if config.data.format != "auto":
         return config.data.format == "text"
-    chosen = [
-        one.get("value")
-        for one in read_json_file(folder / "run.json").get("decisions", ())
-        if one.get("key") == "data.format"
-    ]
-    return str(chosen[-1]) == "text" if chosen else False
+    decisions = read_json_file(folder / "run.json").get("decisions", ())
+    formats = [decision.get("value") for decision in decisions if decision.get("key") == "data.format"]
+    return bool(formats) and str(formats[-1]) == "text"

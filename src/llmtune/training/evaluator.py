@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmtune.data.dataset.batches import eval_batches
 from llmtune.data.example import ExampleSet
 from llmtune.engine.loop import StepResult
 from llmtune.evaluation.exact_match import count_exact_answers
 from llmtune.evaluation.generate import generate
-from llmtune.evaluation.heldout import evaluate, trained_bytes
+from llmtune.evaluation.heldout import evaluate_examples, trained_bytes
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.watch import HistogramWatch
@@ -125,23 +124,16 @@ class Evaluator:
         if self._heldout_bytes is None:
             self._heldout_bytes = trained_bytes(heldout, tokenizer)
         assert isinstance(self._config.training.batch_size, int)
-        batches = eval_batches(
+        return evaluate_examples(
+            setup.model,
             heldout,
-            batch_size=self._config.evaluation.batch_size or self._config.training.batch_size,
-            layout=setup.engine.layout,
+            engine=setup.engine,
+            precision=setup.precision,
             pad_id=tokenizer.pad_token_id or 0,
-            max_group_tokens=setup.engine.max_group_tokens,
-            world_size=setup.devices.world_size,
-            rank=setup.devices.rank,
+            batch_size=self._config.evaluation.batch_size or self._config.training.batch_size,
+            total_bytes=self._heldout_bytes,
+            devices=setup.devices,
         )
-        with setup.precision.autocast():
-            return evaluate(
-                setup.engine.nll_sum,
-                batches,
-                model=setup.model,
-                total_bytes=self._heldout_bytes,
-                sum_over_devices=lambda number: setup.devices.sum(number)[0],
-            )
 
     def _update_best(self, step: int, nll: float) -> bool:
         """Count a held-out loss, and return whether it is the best so far."""
