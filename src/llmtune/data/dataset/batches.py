@@ -112,7 +112,7 @@ class BatchPlan:
         self._layout: Layout = layout
         self._max_group_tokens = max_group_tokens
         self._build = functools.partial(_build, examples, layout, pad_id)
-        # Two epochs: a plan and an evaluation look one epoch ahead while windows are taken.
+        # All steps of an epoch use its order; two are kept for steps at the border of epochs.
         self._epoch_order = functools.lru_cache(maxsize=2)(self._make_epoch_order)
         self.steps_per_epoch = -(-len(packs) // self.global_batch)
         """Windows in an epoch."""

@@ -166,8 +166,8 @@ class LedgerPart:
                 counter[text if text in counter or len(counter) < REASONS_SHOWN else _OTHER_REASONS] += 1
             if status == "cut":
                 tokens_cut += int(self.store.rows["tokens_lost"][row])
-        kept = np.isin(self.store.examples["row"], self.rows_with_status("used", "cut"))
-        examples = self.store.examples[kept]
+        is_kept = np.isin(self.store.examples["row"], self.rows_with_status("used", "cut"))
+        examples = self.store.examples[is_kept]
         return {
             **self.balance(),
             "examples": len(examples),

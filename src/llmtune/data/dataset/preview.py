@@ -179,7 +179,7 @@ def _html_group(group: Group, tokenizer: PreTrainedTokenizerBase) -> Iterator[st
         yield f"<section><h2>{html.escape(_pack_line(group))}</h2>"
     for example in group.examples:
         yield f"<h3>{html.escape(row_line(example))}</h3>"
-        yield f"<pre>{''.join(_html_stretch(one) for one in stretches(example, tokenizer))}</pre>"
+        yield f"<pre>{''.join(_html_stretch(stretch) for stretch in stretches(example, tokenizer))}</pre>"
     if group.number is not None:
         yield "</section>"
 

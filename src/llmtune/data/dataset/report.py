@@ -106,8 +106,8 @@ def _sources(part: LedgerPart) -> Iterator[JsonObject]:
     for path in dict.fromkeys(paths):
         own = np.isin(file_of_row, [index for index, file_path in enumerate(paths) if file_path == path])
         counts = np.bincount(part.statuses[own], minlength=len(STATUSES)).tolist()
-        kept = own & np.isin(part.statuses, [STATUSES.index("used"), STATUSES.index("cut")])
-        examples = part.store.examples[kept[part.store.examples["row"]]]
+        is_kept = own & np.isin(part.statuses, [STATUSES.index("used"), STATUSES.index("cut")])
+        examples = part.store.examples[is_kept[part.store.examples["row"]]]
         yield {
             "part": part.name,
             "source": path,

@@ -26,7 +26,7 @@ _DATASET_BATCH = 128
 
 @dataclass(frozen=True)
 class DataFile:
-    """One file (or data set): the label that names its rows, its kind (a key of `READERS`), its place in the config."""
+    """One file (or data set): the label that names its rows, its kind (a key of `READERS`), its source in config."""
 
     label: str
     kind: str

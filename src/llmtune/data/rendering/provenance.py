@@ -268,8 +268,9 @@ def _with_words(value: object, nonce: str, strings: dict[str, Traced]) -> object
 
 
 def _traced_in(value: object) -> Iterator[Traced]:
-    if isinstance(value, Traced):
-        yield value
+    if isinstance(value, str):  # first, because most values are strings and the check for a Mapping is slow
+        if isinstance(value, Traced):
+            yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             yield from _traced_in(key)

@@ -153,9 +153,7 @@ def _extend_to_end(rendering: Rendering, index: int, start: int, content_stop: i
         return Span(start, run[0].stop, True)  # the common case, clear without another rendering
     bound = _latest_end(rendering, index, limit)
     if bound < content_stop:
-        bound = (
-            limit  # the message reads differently when it is the last one: that rendering does not show its end here
-        )
+        bound = limit  # the message reads differently as the last one, so that rendering does not show its end here
     run = [control for number, control in enumerate(run) if control.stop <= bound or (number == 0 and ends_here)]
     if not run:
         return Span(start, content_stop, False)
