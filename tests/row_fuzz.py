@@ -160,12 +160,14 @@ def table(rows, delimiter):
     writer.writerow(names)
     for row in rows:
         cells = [row.get(name, "") for name in names]
-        writer.writerow([one if isinstance(one, str) else json.dumps(one) for one in cells])
+        writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
     return as_bytes(out.getvalue()), None
 
 
 def lines(rows):
-    return as_bytes("\n".join(next((one for one in row.values() if isinstance(one, str)), "x") for row in rows)), None
+    return as_bytes(
+        "\n".join(next((value for value in row.values() if isinstance(value, str)), "x") for row in rows)
+    ), None
 
 
 def parquet(rows):
@@ -178,7 +180,7 @@ def parquet(rows):
         count = len(rows) if made.num_columns else None
     except (pa.ArrowException, OverflowError, UnicodeError, TypeError):
         plain = [
-            {name.encode("ascii", "replace").decode(): json.dumps(one) for name, one in row.items()} for row in rows
+            {name.encode("ascii", "replace").decode(): json.dumps(value) for name, value in row.items()} for row in rows
         ]
         made, count = pa.Table.from_pylist(plain), len(rows) if any(plain) else None
     out = io.BytesIO()
@@ -194,8 +196,8 @@ def parquet(rows):
 def edited(data, edits):
     """The bytes with some set, added or everything from there on cut off."""
     changed = bytearray(data)
-    for way, place, value in edits:
-        at = place % (len(changed) + 1)
+    for way, position, value in edits:
+        at = position % (len(changed) + 1)
         if way == "add":
             changed.insert(at, value)
         elif way == "cut":

@@ -30,11 +30,11 @@ def write(tmp_path):
 def config(tmp_path):
     """A data config over files, with its own cache."""
 
-    def config(*train, eval=(), **more):  # noqa: A002
-        given = {"max_length": 256, "cache_dir": str(tmp_path / "cache"), "num_workers": 1} | more
+    def config(*train, eval=(), **options):  # noqa: A002
+        given = {"max_length": 256, "cache_dir": str(tmp_path / "cache"), "num_workers": 1} | options
         return DataConfig(
-            train=tuple(one if isinstance(one, SourceConfig) else SourceConfig(str(one)) for one in train),
-            eval=tuple(one if isinstance(one, SourceConfig) else SourceConfig(str(one)) for one in eval),
+            train=tuple(source if isinstance(source, SourceConfig) else SourceConfig(str(source)) for source in train),
+            eval=tuple(source if isinstance(source, SourceConfig) else SourceConfig(str(source)) for source in eval),
             **given,
         )
 

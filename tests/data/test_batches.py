@@ -72,20 +72,22 @@ def test_without_a_seed_rows_come_in_the_order_of_the_files():
 @pytest.mark.parametrize("packing", ["none", "best_fit"])
 def test_a_step_has_the_same_rows_on_any_number_of_processes(packing):
     """P9: one global batch of 8, cut eight ways."""
-    whole = make_plan(packing=packing, batch_size=8, accumulation=1)
+    plan_of_one = make_plan(packing=packing, batch_size=8, accumulation=1)
     for world_size, batch_size, accumulation in [(1, 2, 4), (2, 4, 1), (2, 1, 4), (4, 2, 1), (8, 1, 1)]:
         cut = {"batch_size": batch_size, "accumulation": accumulation, "world_size": world_size, "packing": packing}
         ranks = [make_plan(rank=rank, **cut) for rank in range(world_size)]
-        assert {plan.total_steps for plan in ranks} == {whole.total_steps}
-        assert {plan.digest for plan in ranks} == {whole.digest}
-        for step in range(1, whole.total_steps + 1):
+        assert {plan.total_steps for plan in ranks} == {plan_of_one.total_steps}
+        assert {plan.digest for plan in ranks} == {plan_of_one.digest}
+        for step in range(1, plan_of_one.total_steps + 1):
             windows = [plan.window(step) for plan in ranks]
-            assert {window.sources for window in windows} == {whole.window(step).sources}
-            assert sorted(row for window in windows for row in rows_of(window)) == sorted(whole.window(step).sources)
-            assert sum(window.loss_weight for window in windows) == pytest.approx(
-                whole.window(step).loss_weight, rel=1e-12
+            assert {window.sources for window in windows} == {plan_of_one.window(step).sources}
+            assert sorted(row for window in windows for row in rows_of(window)) == sorted(
+                plan_of_one.window(step).sources
             )
-            assert sum(window.num_tokens for window in windows) == whole.window(step).num_tokens
+            assert sum(window.loss_weight for window in windows) == pytest.approx(
+                plan_of_one.window(step).loss_weight, rel=1e-12
+            )
+            assert sum(window.num_tokens for window in windows) == plan_of_one.window(step).num_tokens
 
 
 def test_a_process_may_get_no_row():
@@ -155,14 +157,14 @@ def test_epochs_are_counted_in_rows():
 @pytest.mark.parametrize("limit", [1, 20, 64])
 def test_groups_cut_micro_batches_and_leave_windows(layout, limit):
     """A group holds at most so many positions, unless one example alone has more; the rows of the step stay."""
-    whole, cut = make_plan(layout=layout, batch_size=8), make_plan(layout=layout, batch_size=8, max_group_tokens=limit)
-    for step in range(1, whole.total_steps + 1):
+    uncut, cut = make_plan(layout=layout, batch_size=8), make_plan(layout=layout, batch_size=8, max_group_tokens=limit)
+    for step in range(1, uncut.total_steps + 1):
         groups = list(cut.window(step).micro_batches)
         assert all(group.input_ids.numel() <= limit or group.num_sequences == 1 for group in groups)
-        assert sorted(rows_of(cut.window(step))) == sorted(rows_of(whole.window(step)))
-        assert cut.window(step).sources == whole.window(step).sources
-        assert cut.window(step).loss_weight == whole.window(step).loss_weight
-    assert cut.digest == whole.digest
+        assert sorted(rows_of(cut.window(step))) == sorted(rows_of(uncut.window(step)))
+        assert cut.window(step).sources == uncut.window(step).sources
+        assert cut.window(step).loss_weight == uncut.window(step).loss_weight
+    assert cut.digest == uncut.digest
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40), limit=st.integers(1, 80))
@@ -171,23 +173,23 @@ def test_groups_of_a_flat_row_are_few_and_even(sizes, limit):
     """Each example once and in order; only a single larger example is over the limit; at most one group more than
     filling one after the other takes; so even that without its smallest member no group holds more than another."""
     groups = even_groups(sizes, limit)
-    assert sorted(place for group in groups for place in group) == list(range(len(sizes)))
+    assert sorted(index for group in groups for index in group) == list(range(len(sizes)))
     assert groups == sorted(sorted(group) for group in groups)
     larger = [group for group in groups if sizes[group[0]] > limit]
     assert all(len(group) == 1 for group in larger)
-    sums = {tuple(group): sum(sizes[place] for place in group) for group in groups if group not in larger}
+    sums = {tuple(group): sum(sizes[index] for index in group) for group in groups if group not in larger}
     assert max(sums.values(), default=0) <= limit
     assert len(groups) <= in_order_count(sizes, limit) + 1
-    assert all(total - min(sizes[place] for place in group) <= min(sums.values()) for group, total in sums.items())
+    assert all(total - min(sizes[index] for index in group) <= min(sums.values()) for group, total in sums.items())
 
 
 def in_order_count(sizes, limit):
     """Groups that filling one after the other takes."""
-    count, held = 1, 0
+    count, total = 1, 0
     for size in sizes:
-        if held and held + size > limit:
-            count, held = count + 1, 0
-        held += size
+        if total and total + size > limit:
+            count, total = count + 1, 0
+        total += size
     return count
 
 
@@ -196,7 +198,7 @@ def test_a_window_is_cut_into_no_more_groups_than_needed():
     sizes = [466, 281, 872, 833, 334, 566, 652, 779]
     groups = even_groups(sizes, 1536)
     assert in_order_count(sizes, 1536) == 5
-    assert [sum(sizes[place] for place in group) for group in groups] == [1245, 1153, 1167, 1218]
+    assert [sum(sizes[index] for index in group) for group in groups] == [1245, 1153, 1167, 1218]
 
 
 def test_padded_micro_batches_put_equal_lengths_together():

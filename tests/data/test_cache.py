@@ -46,9 +46,9 @@ def test_a_second_start_reads_the_same_examples_and_ledger_from_the_cache(write,
     assert first.train.digest == second.train.digest
     assert first.eval.digest == second.eval.digest
     assert list(first.ledger.entries) == list(second.ledger.entries)
-    for one, other in zip(first.train, second.train, strict=True):
-        assert np.array_equal(one.input_ids, other.input_ids)
-        assert np.array_equal(one.weights, other.weights)
+    for example, other in zip(first.train, second.train, strict=True):
+        assert np.array_equal(example.input_ids, other.input_ids)
+        assert np.array_equal(example.weights, other.weights)
     assert isinstance(second.train.store.words, np.memmap)
 
 
@@ -193,7 +193,7 @@ def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     while int(process.stdout.readline()) <= 256:
         pass
-    workers = [int(one) for one in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.kill()
     process.wait()
     process.stdout.close()
@@ -201,7 +201,7 @@ def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(
     (litter,) = folders(tmp_path)
     assert litter.name.startswith(".")
     deadline = time.monotonic() + 20
-    while any(_alive(one) for one in workers):
+    while any(_alive(pid) for pid in workers):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.05)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -209,8 +209,8 @@ def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(
     given = config(path, max_length=512, cache_dir=str(tmp_path / "clean"))
     prepare_data(given, renderer)
     (clean,) = (tmp_path / "clean" / "rows").iterdir()
-    for one in sorted(clean.iterdir()):
-        assert one.name == "manifest.json" or (folder / one.name).read_bytes() == one.read_bytes()
+    for file in sorted(clean.iterdir()):
+        assert file.name == "manifest.json" or (folder / file.name).read_bytes() == file.read_bytes()
 
 
 def _alive(pid):
@@ -224,21 +224,21 @@ def test_the_cache_keeps_the_sets_used_last_and_says_what_it_deletes(write, conf
     """Never one that is in use; bounded in number and in bytes; one line."""
     monkeypatch.setattr(cache, "SETS_KEPT", 2)
     path = write("a.jsonl", ROWS)
-    held = prepare_data(config(path, max_length=100), renderer)
-    os.utime(held.train.store.folder, (1, 1))
+    in_use = prepare_data(config(path, max_length=100), renderer)
+    os.utime(in_use.train.store.folder, (1, 1))
     made = {}
     for length in (101, 102, 103):
         before = set(folders(tmp_path)) if (tmp_path / "cache").exists() else set()
         prepared = prepare_data(config(path, max_length=length), renderer)
         (made[length],) = set(folders(tmp_path)) - before
         os.utime(made[length], (length, length))
-        said = [str(one.value) for one in prepared.decisions if "deleted" in str(one.value)]
+        deletions = [str(decision.value) for decision in prepared.decisions if "deleted" in str(decision.value)]
         del prepared
     assert {made[101], made[102]} & set(folders(tmp_path)) == {made[102]}
-    assert held.train.store.folder in folders(tmp_path)
-    assert [line.split(" (")[0] for line in said] == ["1 older set of rows deleted"]
+    assert in_use.train.store.folder in folders(tmp_path)
+    assert [line.split(" (")[0] for line in deletions] == ["1 older set of rows deleted"]
     assert np.array_equal(
-        held.train[3].input_ids, prepare_data(config(path, max_length=100), renderer).train[3].input_ids
+        in_use.train[3].input_ids, prepare_data(config(path, max_length=100), renderer).train[3].input_ids
     )
 
 

@@ -144,7 +144,7 @@ def test_a_row_of_another_format_is_named_as_such():
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "field", "what"),
+    ("name", "fields", "field", "problem"),
     [
         ("messages", {"messages": {"role": "user"}}, "messages", "must be a list"),
         ("messages", {"messages": [{"role": "usr", "content": "a"}]}, "messages[0].role", 'unknown role "usr"'),
@@ -206,9 +206,9 @@ def test_a_row_of_another_format_is_named_as_such():
         ("text", {"txt": "a"}, "text", "is missing"),
     ],
 )
-def test_what_does_not_fit_is_named_with_its_field(name, fields, field, what):
+def test_what_does_not_fit_is_named_with_its_field(name, fields, field, problem):
     with pytest.raises(UnusableRowError) as caught:
         conversation_of(row(**fields), name)
     assert caught.value.field == field
-    assert what in caught.value.problem
+    assert problem in caught.value.problem
     assert caught.value.fix

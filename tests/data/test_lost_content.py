@@ -39,7 +39,7 @@ def test_a_template_that_leaves_out_a_message_makes_the_row_bad(way, write, conf
         prepare_data(config(path), renderer)
     assert any(f"the template leaves out {lost}" in problem.problem for problem in error.value.problems)
     prepared = prepare_data(config(path, on_bad_row="skip"), renderer)
-    (entry,) = [one for one in prepared.ledger.entries if one["source"].endswith(":1")]
+    (entry,) = [entry for entry in prepared.ledger.entries if entry["source"].endswith(":1")]
     assert (entry["fate"], entry["field"]) == ("bad", "messages")
     assert lost in entry["reason"]
     assert "model.chat_template" in entry["fix"]
@@ -85,10 +85,10 @@ def test_content_that_a_template_cuts_or_changes_is_noted(change, tiny_tokenizer
 @pytest.mark.parametrize("change", ["m.content", "m.content | trim", "m.content | tojson", "m.content.strip() + '!'"])
 def test_content_that_is_all_there_is_not_noted(change, tiny_tokenizer):
     template = "{% for m in messages %}" + HEAD + "{{ " + change + " }}<|im_end|>\n{% endfor %}" + TAIL
-    found = notes(
+    warnings = notes(
         tiny_tokenizer, template, Message("user", ' a "long"\nquestion\n'), Message("assistant", "an answer\nof two")
     )
-    assert "content-changed" not in found
+    assert "content-changed" not in warnings
 
 
 def test_a_thought_that_a_template_takes_out_of_an_answer_is_named_as_such(tiny_tokenizer):

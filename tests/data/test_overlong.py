@@ -89,5 +89,5 @@ def test_pieces_fit_and_split_trains_every_token_exactly_once(weights, length, p
         assert piece_weights[0] == 0
         assert piece_weights.any()
     assert len(ids) - len({token for piece, _ in result.pieces for token in piece.tolist()}) == result.tokens_lost
-    wanted = [(token, weight) for token, weight in zip(ids, weights, strict=True) if weight]
-    assert trained == wanted if policy == "split" else set(trained) <= set(wanted)
+    expected = [(token, weight) for token, weight in zip(ids, weights, strict=True) if weight]
+    assert trained == expected if policy == "split" else set(trained) <= set(expected)

@@ -119,14 +119,14 @@ def test_the_seeded_order_is_written_down():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "said"),
+    ("lengths", "problem"),
     [
         ([3, 11, 12], r"example 1 has 11 tokens, a pack holds 10 \(2 such examples\)"),
         ([3, 0], r"example 1 has no tokens \(1 such examples\)"),
     ],
 )
-def test_what_cannot_be_packed_is_refused_with_its_number(lengths, said):
-    with pytest.raises(DataError, match=said):
+def test_what_cannot_be_packed_is_refused_with_its_number(lengths, problem):
+    with pytest.raises(DataError, match=problem):
         plan(lengths, 10, "best_fit")
 
 

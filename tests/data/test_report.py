@@ -13,11 +13,11 @@ from llmtune.errors import DataError
 OK = b'{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}'
 
 
-def row(messages, **more):
-    return json.dumps({"messages": messages, **more}).encode()
+def row(messages, **fields):
+    return json.dumps({"messages": messages, **fields}).encode()
 
 
-def one(**message):
+def with_answer(**message):
     return row([{"role": "user", "content": "a"}, message])
 
 
@@ -62,35 +62,35 @@ FAULTY = [
     (row([None]), "messages[0]: a message must be an object, this is null"),
     (row([{"content": "a"}]), "messages[0].role: the message has no role"),
     (row([{"role": 1, "content": "a"}]), "messages[0].role: must be text, this is the number 1"),
-    (one(role="assistent", content="a"), 'messages[1].role: unknown role "assistent"'),
-    (one(role="Assistant", content="a"), 'messages[1].role: unknown role "Assistant"'),
-    (one(role="gpt", content="a"), 'messages[1].role: unknown role "gpt"'),
-    (one(role="", content="a"), 'messages[1].role: unknown role ""'),
-    (one(**A), "messages[1].content: is missing"),
-    (one(**A, content=None), "messages[1].content: is null"),
-    (one(**A, content=3), "messages[1].content: must be text, this is the number 3"),
-    (one(**A, content=True), "messages[1].content: must be text, this is the truth value true"),
-    (one(**A, content={"text": "a"}), "messages[1].content: must be text, this is an object with `text`"),
-    (one(**A, content=[3]), "messages[1].content[0]: must be a part with text, this is the number 3"),
-    (one(**A, content=[{"type": "text", "text": 3}]), "messages[1].content[0].text: must be text"),
+    (with_answer(role="assistent", content="a"), 'messages[1].role: unknown role "assistent"'),
+    (with_answer(role="Assistant", content="a"), 'messages[1].role: unknown role "Assistant"'),
+    (with_answer(role="gpt", content="a"), 'messages[1].role: unknown role "gpt"'),
+    (with_answer(role="", content="a"), 'messages[1].role: unknown role ""'),
+    (with_answer(**A), "messages[1].content: is missing"),
+    (with_answer(**A, content=None), "messages[1].content: is null"),
+    (with_answer(**A, content=3), "messages[1].content: must be text, this is the number 3"),
+    (with_answer(**A, content=True), "messages[1].content: must be text, this is the truth value true"),
+    (with_answer(**A, content={"text": "a"}), "messages[1].content: must be text, this is an object with `text`"),
+    (with_answer(**A, content=[3]), "messages[1].content[0]: must be a part with text, this is the number 3"),
+    (with_answer(**A, content=[{"type": "text", "text": 3}]), "messages[1].content[0].text: must be text"),
     (
-        one(**A, content=[{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]),
+        with_answer(**A, content=[{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]),
         'a part of type "image_url" is not text',
     ),
-    (one(**A, content=""), "messages[1].content: the answer is empty"),
-    (one(**A, content=" \n"), "messages[1].content: the answer is empty"),
+    (with_answer(**A, content=""), "messages[1].content: the answer is empty"),
+    (with_answer(**A, content=" \n"), "messages[1].content: the answer is empty"),
     (row([{"role": "user", "content": "a"}]), "messages: no message is from the assistant"),
     (
         row([{"role": "system", "content": "a"}, {"role": "user", "content": "a"}]),
         "messages: no message is from the assistant",
     ),
-    (one(**A, content="a", weight=-1), "messages[1].weight: -1 is not a weight"),
-    (one(**A, content="a", weight="1"), 'messages[1].weight: must be a number, this is the text "1"'),
-    (one(**A, content="a", weight=1e300), "messages[1].weight: 1e+300 is not a weight"),
-    (one(**CALLS, tool_calls={"name": "f"}), "messages[1].tool_calls: must be a list of calls"),
-    (one(**CALLS, tool_calls=[{"function": {}}]), "messages[1].tool_calls[0]: the call names no function"),
+    (with_answer(**A, content="a", weight=-1), "messages[1].weight: -1 is not a weight"),
+    (with_answer(**A, content="a", weight="1"), 'messages[1].weight: must be a number, this is the text "1"'),
+    (with_answer(**A, content="a", weight=1e300), "messages[1].weight: 1e+300 is not a weight"),
+    (with_answer(**CALLS, tool_calls={"name": "f"}), "messages[1].tool_calls: must be a list of calls"),
+    (with_answer(**CALLS, tool_calls=[{"function": {}}]), "messages[1].tool_calls[0]: the call names no function"),
     (
-        one(**CALLS, tool_calls=[{"function": {"name": "f", "arguments": 3}}]),
+        with_answer(**CALLS, tool_calls=[{"function": {"name": "f", "arguments": 3}}]),
         "messages[1].tool_calls[0].function.arguments: must be an object",
     ),
     (
@@ -118,8 +118,8 @@ def test_sixty_faulty_rows_give_sixty_named_reasons_with_their_lines(write, conf
     }
     for index, (_, reason) in enumerate(FAULTY):
         entry = entries.pop(2 * index + 2)
-        said = f"{entry['field']}: {entry['reason']}" if "field" in entry else entry["reason"]
-        assert reason in said
+        problem = f"{entry['field']}: {entry['reason']}" if "field" in entry else entry["reason"]
+        assert reason in problem
         assert entry["fix"]
     assert entries == {}
     summary = prepared.ledger.summary()["train"]
@@ -169,14 +169,14 @@ def test_the_report_counts_what_is_there(write, config, renderer):
 def test_the_fate_of_one_row_is_found_by_its_place(write, config, renderer):
     path = write("a.jsonl", [{"text": "x" * 100}, b"nope"])
     prepared = survey_data(config(path, max_length=64, overlong="split", on_bad_row="skip"), renderer)
-    for place in (f"{path}:1", "a.jsonl:1"):
-        (entry,) = row_report(prepared, place)
+    for name in (f"{path}:1", "a.jsonl:1"):
+        (entry,) = row_report(prepared, name)
         assert entry["fate"] == "cut"
         assert len(entry["examples"]) == 2
     assert row_line(row_report(prepared, "a.jsonl:2")[0]).startswith(f"{path}:2: bad: not JSON")
-    for place in ("a.jsonl:3", "a.jsonl[1]", "other.jsonl:1", "nonsense", ""):
+    for name in ("a.jsonl:3", "a.jsonl[1]", "other.jsonl:1", "nonsense", ""):
         with pytest.raises(DataError, match="there is no row"):
-            row_report(prepared, place)
+            row_report(prepared, name)
 
 
 def test_padding_share_is_the_part_of_positions_without_a_token():
@@ -189,6 +189,6 @@ def test_padding_share_is_the_part_of_positions_without_a_token():
 def test_histogram_bins_have_one_round_width_and_add_up():
     lengths = np.array([1, 130, 131, 1199])
     bins = histogram(lengths)
-    assert {one["to"] - one["from"] + 1 for one in bins} == {100}
-    assert sum(one["examples"] for one in bins) == 4
+    assert {interval["to"] - interval["from"] + 1 for interval in bins} == {100}
+    assert sum(interval["examples"] for interval in bins) == 4
     assert bins[1]["examples"] == 2

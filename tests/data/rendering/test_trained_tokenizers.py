@@ -60,7 +60,7 @@ def talks(draw):
 
 def by_library(name, messages, template=None, **options):
     return tokenizer_with(name).apply_chat_template(
-        [message_fields(one) for one in messages], chat_template=template, return_dict=True, **options
+        [message_fields(message) for message in messages], chat_template=template, return_dict=True, **options
     )
 
 
@@ -77,11 +77,11 @@ def test_q5_masks_and_prompts_hold_on_a_tokenizer_trained_here(template, message
     assert not rendered.warnings
     marked = by_library(template, messages, MARKED[template], return_assistant_tokens_mask=True)
     assert rendered.input_ids == by_library(template, messages)["input_ids"] == marked["input_ids"]
-    assert rendered.weights == [float(one) for one in marked["assistant_masks"]]
+    assert rendered.weights == [float(is_trained) for is_trained in marked["assistant_masks"]]
     begins = [at for at, weight in enumerate(rendered.weights) if weight and not rendered.weights[at - 1]]
-    asked = [messages[:at] for at, one in enumerate(messages) if one.role == "assistant"]
-    prompts = [by_library(template, one, add_generation_prompt=True)["input_ids"] for one in asked]
-    assert [renderer.prompt_ids(one) for one in asked] == prompts
+    questions = [messages[:at] for at, message in enumerate(messages) if message.role == "assistant"]
+    prompts = [by_library(template, question, add_generation_prompt=True)["input_ids"] for question in questions]
+    assert [renderer.prompt_ids(question) for question in questions] == prompts
     assert [rendered.input_ids[:begin] for begin in begins] == prompts
     ends = [at for at, weight in enumerate(rendered.weights) if weight and not (rendered.weights[at + 1 :] or [0.0])[0]]
     tokenizer = tokenizer_with(template)

@@ -20,8 +20,8 @@ from llmtune.errors import ConfigError, DataError
 FATES = ("used", "cut", "dropped", "duplicate", "held_out", "bad")
 
 
-def chat(question, answer="yes", **more):
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **more}]}
+def chat(question, answer="yes", **extra):
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **extra}]}
 
 
 def balance(prepared, part="train"):
@@ -77,9 +77,9 @@ def test_each_row_has_one_fate_and_its_reason(write, config, renderer):
     given = config(write("a.jsonl", rows), on_bad_row="skip", overlong="truncate_right", on_duplicate="drop")
     prepared = prepare_data(given, renderer)
     assert balance(prepared) == {"used": 3, "cut": 1, "dropped": 1, "duplicate": 1, "bad": 3}
-    found = fates(prepared)
-    assert found.pop("a.jsonl:2")[1].startswith("not JSON")
-    assert found == {
+    statuses = fates(prepared)
+    assert statuses.pop("a.jsonl:2")[1].startswith("not JSON")
+    assert statuses == {
         "a.jsonl:3": ("dropped", "the row has no trained token"),
         "a.jsonl:4": ("duplicate", "its tokens and weights repeat an earlier row"),
         "a.jsonl:5": ("cut", "longer than `data.max_length` of 256 tokens: truncate_right"),
@@ -91,10 +91,13 @@ def test_each_row_has_one_fate_and_its_reason(write, config, renderer):
     summary = prepared.ledger.summary()["train"]
     assert summary["notes"] == {"turns-in-a-row": 1, "control-string": 1}
     assert (
-        summary["tokens_cut"] == next(one["tokens_lost"] for one in prepared.ledger.entries if one["fate"] == "cut") > 0
+        summary["tokens_cut"]
+        == next(entry["tokens_lost"] for entry in prepared.ledger.entries if entry["fate"] == "cut")
+        > 0
     )
     lost = {
-        int(one["source"].rpartition(":")[2]): (one["tokens"], one["tokens_lost"]) for one in prepared.ledger.entries
+        int(entry["source"].rpartition(":")[2]): (entry["tokens"], entry["tokens_lost"])
+        for entry in prepared.ledger.entries
     }
     assert lost[3][0] == lost[3][1] > 0, "a dropped row loses all its tokens"
     assert lost[4][0] == lost[4][1] > 0, "and so does a duplicate"
@@ -110,12 +113,12 @@ def test_all_problems_of_both_sides_are_said_at_once_with_their_lines(write, con
     with pytest.raises(DataError) as caught:
         prepare_data(config(train, eval=[held_out]), renderer)
     assert caught.value.exit_code == 3
-    said = [str(problem) for problem in caught.value.problems]
-    assert len(said) == 3
-    assert said[0].startswith(f"{train}:2: not JSON")
-    assert said[1].startswith(f"{train}:3: ")
-    assert "tokens, longer than `data.max_length` of 256 tokens" in said[1]
-    assert said[2].startswith(f"{held_out}:2: messages[1].content: must be text, this is the number 3")
+    problems = [str(problem) for problem in caught.value.problems]
+    assert len(problems) == 3
+    assert problems[0].startswith(f"{train}:2: not JSON")
+    assert problems[1].startswith(f"{train}:3: ")
+    assert "tokens, longer than `data.max_length` of 256 tokens" in problems[1]
+    assert problems[2].startswith(f"{held_out}:2: messages[1].content: must be text, this is the number 3")
 
 
 def test_an_error_names_a_hundred_rows_and_counts_the_others(write, config, renderer):
@@ -167,8 +170,8 @@ def test_short_text_rows_are_dropped_and_counted(write, config, renderer):
 
 def test_the_weight_of_a_source_scales_its_trained_tokens(write, config, renderer):
     rows = [chat("a")]
-    one, half = write("a.jsonl", rows), write("b.jsonl", [chat("b")])
-    prepared = prepare_data(config(one, SourceConfig(str(half), weight=0.25)), renderer)
+    full, half = write("a.jsonl", rows), write("b.jsonl", [chat("b")])
+    prepared = prepare_data(config(full, SourceConfig(str(half), weight=0.25)), renderer)
     assert prepared.train.loss_weights.tolist() == [4.0, 1.0]
     assert set(prepared.train[1].weights.tolist()) == {0.0, 0.25}
 
@@ -208,9 +211,9 @@ def test_held_out_rows_leave_the_training_rows_and_take_their_duplicates_along(w
     rows = [chat(f"q{index}") for index in range(20)]
     path = write("a.jsonl", rows + rows)
     prepared = prepare_data(config(path, test_size=6), renderer)
-    held_out = {bytes(one.input_ids) for one in prepared.eval}
+    held_out = {bytes(example.input_ids) for example in prepared.eval}
     assert len(prepared.eval) == balance(prepared)["held_out"] == 6
-    assert not {bytes(one.input_ids) for one in prepared.train} & held_out
+    assert not {bytes(example.input_ids) for example in prepared.train} & held_out
     assert balance(prepared)["dropped"] == 2 * len(held_out) - 6
 
 
@@ -218,22 +221,25 @@ def test_held_out_rows_leave_the_training_rows_and_take_their_duplicates_along(w
 def test_test_size_is_rows_or_a_fraction_and_the_seed_chooses(write, config, renderer, test_size, count):
     path = write("a.jsonl", [chat(f"q{index}") for index in range(20)])
     first, again, other = (
-        [one.source for one in prepare_data(config(path, test_size=test_size, shuffle_seed=seed), renderer).eval]
+        [
+            example.source
+            for example in prepare_data(config(path, test_size=test_size, shuffle_seed=seed), renderer).eval
+        ]
         for seed in (1, 1, 2)
     )
     assert len(first) == count
     assert first == again
     assert first != other
     last = prepare_data(config(path, test_size=test_size, shuffle_seed=None), renderer).eval
-    assert [one.source for one in last] == [f"{path}:{line}" for line in range(21 - count, 21)]
+    assert [example.source for example in last] == [f"{path}:{line}" for line in range(21 - count, 21)]
 
 
 def test_eval_files_and_held_out_rows_are_judged_by_together(write, config, renderer):
     path, other = write("a.jsonl", [chat(f"q{index}") for index in range(8)]), write("b.jsonl", [chat("z"), chat("y")])
     prepared = prepare_data(config(path, eval=[other], test_size=2), renderer)
     examples = [prepared.eval[index] for index in range(4)]
-    assert [one.source for one in examples[:2]] == [f"{other}:1", f"{other}:2"]
-    assert prepared.eval.lengths.tolist() == [len(one) for one in examples]
+    assert [example.source for example in examples[:2]] == [f"{other}:1", f"{other}:2"]
+    assert prepared.eval.lengths.tolist() == [len(example) for example in examples]
     assert prepared.eval.digest == ExampleList(examples).digest
     with pytest.raises(IndexError):
         prepared.eval[4]
@@ -248,11 +254,11 @@ def test_held_out_files_of_the_training_folder_are_used_and_said(write, config, 
 
 
 def test_the_limit_on_rows_is_kept_and_unread_sources_are_named(write, config, renderer):
-    one, two = write("a.jsonl", [chat(f"a{index}") for index in range(5)]), write("b.jsonl", [chat("b")])
-    prepared = prepare_data(config(one, two, max_samples=4), renderer)
+    first, second = write("a.jsonl", [chat(f"a{index}") for index in range(5)]), write("b.jsonl", [chat("b")])
+    prepared = prepare_data(config(first, second, max_samples=4), renderer)
     assert prepared.ledger.summary()["train"]["input"] == 4
     assert [decision.reason for decision in prepared.decisions if decision.key == "data.max_samples"] == [
-        f"reached before these sources, of which nothing is used: {two}"
+        f"reached before these sources, of which nothing is used: {second}"
     ]
 
 
@@ -264,7 +270,7 @@ def test_nothing_left_to_train_on_is_refused_with_the_sum(write, config, rendere
 
 
 @pytest.mark.parametrize(
-    ("more", "key"),
+    ("options", "key"),
     [
         ({"test_size": 1.5}, "data.test_size"),
         ({"test_size": -1}, "data.test_size"),
@@ -273,17 +279,17 @@ def test_nothing_left_to_train_on_is_refused_with_the_sum(write, config, rendere
         ({"num_workers": -1}, "data.num_workers"),
     ],
 )
-def test_values_that_mean_nothing_are_refused_before_anything_is_read(config, renderer, more, key):
+def test_values_that_mean_nothing_are_refused_before_anything_is_read(config, renderer, options, key):
     with pytest.raises(ConfigError) as caught:
-        prepare_data(config("no-such-file.jsonl", **more), renderer)
+        prepare_data(config("no-such-file.jsonl", **options), renderer)
     assert caught.value.problems[0].where == key
 
 
 def test_each_file_has_its_own_format_and_the_choice_is_said(write, config, renderer):
-    one, two = write("a.jsonl", [chat("a")]), write("b.jsonl", [{"instruction": "x", "output": "y"}])
-    prepared = prepare_data(config(one, two), renderer)
-    told = [decision.value for decision in prepared.decisions if decision.key == "data.format"]
-    assert told == ["messages", "alpaca"]
+    first, second = write("a.jsonl", [chat("a")]), write("b.jsonl", [{"instruction": "x", "output": "y"}])
+    prepared = prepare_data(config(first, second), renderer)
+    formats = [decision.value for decision in prepared.decisions if decision.key == "data.format"]
+    assert formats == ["messages", "alpaca"]
     assert len(prepared.train) == 2
 
 
@@ -297,7 +303,7 @@ def test_rows_of_another_format_leave_no_texts_and_say_why(write, config):
     path = write("a.jsonl", [chat("a", "b"), chat("c", "d"), chat("e", "f"), chat("g", "h")])
     with pytest.raises(DataError, match="the row looks like messages, the others are alpaca") as caught:
         list(iter_texts(config(path, format="alpaca")))
-    assert [one.where for one in caught.value.problems] == [f"{path}:{line}" for line in (1, 2, 3)]
+    assert [problem.where for problem in caught.value.problems] == [f"{path}:{line}" for line in (1, 2, 3)]
 
 
 # --- whatever the rows, whatever the workers
@@ -341,11 +347,11 @@ def test_the_balance_adds_up_for_any_rows_and_only_data_errors_come_out(
         path, overlong=overlong, on_bad_row=on_bad_row, on_duplicate=on_duplicate, test_size=test_size, max_length=48
     )
     prepared = survey_data(given, renderer)
-    found = balance(prepared)
-    assert sum(found.values()) == len(rows) + 1
+    counts = balance(prepared)
+    assert sum(counts.values()) == len(rows) + 1
     assert len({entry["source"] for entry in prepared.ledger.entries}) == len(list(prepared.ledger.entries))
     if on_bad_row == "error":
-        assert len(prepared.problems) >= found.get("bad", 0)
+        assert len(prepared.problems) >= counts.get("bad", 0)
     if prepared.problems:
         with pytest.raises(DataError) as caught:
             prepare_data(given, renderer)
@@ -360,11 +366,11 @@ def test_the_result_does_not_depend_on_the_number_of_processes(write, config, re
     monkeypatch.setattr(workers, "BATCHES_IN_PROCESS", 1)
     path = write("a.jsonl", rows)
     given = config(path, on_bad_row="skip", overlong="split", max_length=64, test_size=0.1)
-    found = []
+    results = []
     for count in (1, 2, 3):
         prepared = prepare_data(replace(given, num_workers=count, cache_dir=str(tmp_path / f"cache{count}")), renderer)
-        found.append((prepared.train.digest, prepared.eval.digest, list(prepared.ledger.entries)))
-    assert found[0] == found[1] == found[2]
+        results.append((prepared.train.digest, prepared.eval.digest, list(prepared.ledger.entries)))
+    assert results[0] == results[1] == results[2]
 
 
 def test_a_worker_that_dies_costs_time_and_nothing_else(write, renderer, config, monkeypatch, tmp_path):
@@ -377,11 +383,11 @@ def test_a_worker_that_dies_costs_time_and_nothing_else(write, renderer, config,
 
 
 def test_progress_tells_rows_done_of_all_and_their_rate(write, config, renderer):
-    told = []
+    calls = []
     path = write("a.jsonl", [chat(f"q{index}") for index in range(10)])
-    prepare_data(config(path), renderer, progress=lambda *what: told.append(what))
-    assert told[-1][:2] == (10, 10)
-    assert told[-1][2] > 0
+    prepare_data(config(path), renderer, progress=lambda *arguments: calls.append(arguments))
+    assert calls[-1][:2] == (10, 10)
+    assert calls[-1][2] > 0
 
 
 def test_stopping_in_the_middle_leaves_no_process_and_no_folder(write, renderer, config, tmp_path, monkeypatch):

@@ -29,8 +29,8 @@ def test_the_tokens_of_pieces_are_those_of_the_whole(name, tokenizer_for, small_
     """Q5: ids and places, for every make of tokenizer."""
     backend, text = tokenizer_for(name).backend_tokenizer, "".join(parts)
     ids, starts, stops, _ = chunked_encoding._encode(backend, text, with_words=False)
-    found = located_tokens(backend, text)
-    assert (found[0], list(found[1]), list(found[2])) == (ids, starts, stops)
+    located = located_tokens(backend, text)
+    assert (located[0], list(located[1]), list(located[2])) == (ids, starts, stops)
 
 
 def test_most_makes_of_tokenizers_are_encoded_in_pieces(families, tokenizer_for, small_pieces):
@@ -47,9 +47,13 @@ def test_most_makes_of_tokenizers_are_encoded_in_pieces(families, tokenizer_for,
 def test_pieces_cut_anywhere_are_a_mutant_the_law_catches(tokenizer_for, small_pieces):
     backend = tokenizer_for("chatml").backend_tokenizer
     text = "assistant answers " * 40
-    whole = located_tokens(backend, text)[0]
-    cut = [one for place in range(0, len(text), 300) for one in located_tokens(backend, text[place : place + 300])[0]]
-    assert cut != whole
+    uncut = located_tokens(backend, text)[0]
+    cut = [
+        token_id
+        for start in range(0, len(text), 300)
+        for token_id in located_tokens(backend, text[start : start + 300])[0]
+    ]
+    assert cut != uncut
 
 
 MEASURED = """

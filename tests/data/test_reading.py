@@ -23,12 +23,12 @@ from read_rows import read_rows
 ROWS = [{"text": "one"}, {"text": "two\u2028lines, and \u0085"}, {"text": 'drei, "vier"\nfünf 🌱'}]
 
 
-def sources(*paths, **more):
-    return tuple(SourceConfig(str(path), **more) for path in paths)
+def sources(*paths, **options):
+    return tuple(SourceConfig(str(path), **options) for path in paths)
 
 
-def read(path, **more):
-    return list(read_rows(sources(path), **more))
+def read(path, **options):
+    return list(read_rows(sources(path), **options))
 
 
 def jsonl(rows):
@@ -70,10 +70,10 @@ PACKINGS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_file_gives_the_same_rows_with_their_places(tmp_path, kind, packing):
-    write, places = KINDS[kind]
+    write, names = KINDS[kind]
     path = tmp_path / f"rows{kind}{packing}"
     path.write_bytes(PACKINGS[packing](write(ROWS)))
-    assert read(path) == [Row(f"{path}{place}", fields) for place, fields in zip(places, ROWS, strict=True)]
+    assert read(path) == [Row(f"{path}{name}", fields) for name, fields in zip(names, ROWS, strict=True)]
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -119,14 +119,14 @@ def test_a_json_file_is_a_list_or_an_object_with_one_list_or_one_row_or_lines(tm
 def test_one_broken_element_of_a_json_list_does_not_take_the_others_with_it(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('[{"text": "a"}, {"text": nope}, 3, {"text": "b"}]')
-    found = read(path)
-    assert [type(one).__name__ for one in found] == ["Row", "BadRow", "BadRow", "Row"]
-    assert found[1].source == f"{path}[1]"
-    assert found[2].problem == "a row must be an object, this is the number 3"
+    rows = read(path)
+    assert [type(row).__name__ for row in rows] == ["Row", "BadRow", "BadRow", "Row"]
+    assert rows[1].source == f"{path}[1]"
+    assert rows[2].problem == "a row must be an object, this is the number 3"
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "what"),
+    ("name", "data", "problem"),
     [
         ("a.json", b'[{"text": "a"}, {"text": ', "the file ends before its list does"),
         ("a.json", b'[{"text": "a', "the file ends inside a quoted text"),
@@ -143,27 +143,27 @@ def test_one_broken_element_of_a_json_list_does_not_take_the_others_with_it(tmp_
         ("a.csv", b'"text"s,more\na,b\nc,d\n', "the header is not a table row"),
     ],
 )
-def test_a_damaged_file_is_named_and_never_silently_shorter(tmp_path, name, data, what):
+def test_a_damaged_file_is_named_and_never_silently_shorter(tmp_path, name, data, problem):
     path = tmp_path / name
     path.write_bytes(data)
-    *whole, last = read(path)
+    *rows, last = read(path)
     assert isinstance(last, BadRow)
     assert last.whole_file
-    assert what in last.problem
+    assert problem in last.problem
     assert last.source.startswith(str(path))
-    assert last.source not in {one.source for one in whole}
+    assert last.source not in {row.source for row in rows}
 
 
 @pytest.mark.parametrize(
-    ("line", "what"),
+    ("line", "problem"),
     [("a,b,c", "the row has 3 cells, the header 2"), ('"a"b,c', "not a table row"), ('"a', "not a table row")],
 )
-def test_a_table_row_that_does_not_fit_is_named_with_its_line(tmp_path, line, what):
+def test_a_table_row_that_does_not_fit_is_named_with_its_line(tmp_path, line, problem):
     path = tmp_path / "rows.csv"
     path.write_text(f"text,more\n\n{line}\n")
     (bad,) = read(path)
     assert bad.source == f"{path}:3"
-    assert what in bad.problem
+    assert problem in bad.problem
 
 
 def test_a_cell_of_a_table_may_hold_a_conversation_as_json(tmp_path):
@@ -185,11 +185,11 @@ def test_a_row_of_100_megabytes_is_refused_by_its_size_in_bounded_memory(tmp_pat
     with path.open("wb") as file:
         file.write(before + (huge[10:-2] if kind == ".csv" else huge) + after)
     tracemalloc.start()
-    found = read(path)
+    rows = read(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert [type(one).__name__ for one in found] == ["Row", "BadRow", "Row"]
-    assert "100,000,0" in found[1].problem
+    assert [type(row).__name__ for row in rows] == ["Row", "BadRow", "Row"]
+    assert "100,000,0" in rows[1].problem
     assert peak < 3 * MAX_ROW_BYTES
 
 
@@ -215,8 +215,8 @@ def test_mangled_bytes_never_raise_anything_but_are_rows_or_reasons(tmp_path_fac
     packing = kind.partition(".")[2].partition(".")[2]
     written = json.dumps(rows).encode() if kind == ".json" else jsonl(rows)
     data = bytearray(PACKINGS[f".{packing}" if packing else ""](written))
-    for place, value, edit in edits:
-        at = place % (len(data) + 1)
+    for position, value, edit in edits:
+        at = position % (len(data) + 1)
         if edit == "i":
             data.insert(at, value)
         elif at < len(data):
@@ -226,13 +226,13 @@ def test_mangled_bytes_never_raise_anything_but_are_rows_or_reasons(tmp_path_fac
                 del data[at:]
     path = tmp_path_factory.mktemp("mangled") / f"rows{kind}"
     path.write_bytes(data)
-    for one in read(path):
-        assert isinstance(one, Row | BadRow)
-        assert one.source.startswith(str(path))
-        if isinstance(one, BadRow):
-            assert one.problem
-            assert one.fix
-        json.dumps(dict(one.fields) if isinstance(one, Row) else list(one), ensure_ascii=False).encode()
+    for row in read(path):
+        assert isinstance(row, Row | BadRow)
+        assert row.source.startswith(str(path))
+        if isinstance(row, BadRow):
+            assert row.problem
+            assert row.fix
+        json.dumps(dict(row.fields) if isinstance(row, Row) else list(row), ensure_ascii=False).encode()
 
 
 # --- places
@@ -316,8 +316,8 @@ def test_everything_that_cannot_be_found_is_said_at_once(tmp_path):
     ]
     with pytest.raises(DataError) as caught:
         find_files(sources(*paths), "train")
-    said = [str(problem) for problem in caught.value.problems]
-    assert len(said) == len(paths)
+    problems = [str(problem) for problem in caught.value.problems]
+    assert len(problems) == len(paths)
     expected = [
         "did you mean",
         "no file matches",
@@ -329,7 +329,7 @@ def test_everything_that_cannot_be_found_is_said_at_once(tmp_path):
         "no path",
     ]
     expected += ["neither a file here nor a data set", "not a path", "there is no file"]
-    for index, (text, part) in enumerate(zip(said, expected, strict=True)):
+    for index, (text, part) in enumerate(zip(problems, expected, strict=True)):
         assert part in text
         assert text.startswith(f"data.train[{index}]: ")
 

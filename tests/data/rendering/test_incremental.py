@@ -118,7 +118,7 @@ def test_time_grows_with_the_turns_of_a_row_and_not_with_their_square(tokenizer_
     renderer = Renderer(tokenizer_for("smol"), now=NOW)
 
     def seconds(turns):
-        messages = tuple(Message(("user", "assistant")[place % 2], f"turn {place}") for place in range(turns))
+        messages = tuple(Message(("user", "assistant")[index % 2], f"turn {index}") for index in range(turns))
         best = float("inf")
         for _ in range(3):
             begin = time.process_time()
