@@ -27,8 +27,9 @@ from llmtune.kernels.attention import segment_mask, use_segment_attention
 from llmtune.kernels.attention_layout import lay_out
 from llmtune.kernels.head_loss import find_head, head_nll_sum
 from llmtune.kernels.patch_model import fuse
+from llmtune.models.parameters import base_model_of
 from llmtune.plan.attention_memory import fake_flex_attention, workspace_bytes
-from llmtune.plan.meta_model import base_of, decoder_blocks, to_fake_tensors
+from llmtune.plan.meta_model import decoder_blocks, to_fake_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -192,7 +193,7 @@ def trace(
     lay_out.cache_clear()  # or the masks of tiles would count in the first trace of a shape only
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake_tensors(model, mode)
-    base = base_of(model)
+    base = base_model_of(model)
     if checkpointing:
         checkpoint_blocks(base)
     if batch.layout == "flat":
@@ -307,7 +308,7 @@ def _flat(
     model: PreTrainedModel, batch: MicroBatchShape, inputs: _Inputs, live: LiveBytes, device_type: str
 ) -> tuple[torch.Tensor, int]:
     """The flat engine's forward, step by step as in `engine.forward`."""
-    base = base_of(model)
+    base = base_model_of(model)
     head = find_head(base)
     assert head is not None
     mask = segment_mask(inputs.segments, max(batch.lengths), torch.device("cpu"))
@@ -334,6 +335,6 @@ def _padded(
         kept = live.now
         live.enter("loss")
 
-    base_of(model).get_output_embeddings().register_forward_pre_hook(at_head)
+    base_model_of(model).get_output_embeddings().register_forward_pre_hook(at_head)
     logits = model(input_ids=inputs.ids, use_cache=False).logits
     return weighted_nll_sum(logits, inputs.ids, inputs.weights), kept

@@ -71,8 +71,8 @@ def plan_memory(
     A phase of the micro-batch takes weights + optimizer + gradients + what the trace counted + the allocator's gaps;
     the update weights + optimizer + gradients; saving, on a CPU, weights + twice the optimizer; loading weights + file.
 
-    kind: `cpu` or `cuda`. thread_caches: the allocator keeps small blocks for each thread. process_bytes: the process without a model, used
-    for a CPU only. file_bytes: of the weight files.
+    kind: `cpu` or `cuda`. thread_caches: the allocator keeps small blocks for each thread. process_bytes: the process
+    without a model, which counts for a CPU only. file_bytes: of the weight files.
     """
     is_cpu = kind == "cpu"
     base = {

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.adapters import attach
 from llmtune.config.process_options import Options
@@ -21,6 +21,7 @@ from llmtune.config.schema import Config
 from llmtune.errors import LlmtuneError, ModelError, in_one_line
 from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.load import refuse_foreign_quantization
+from llmtune.models.parameters import base_model_of
 from llmtune.models.quiet_libraries import quiet_libraries
 from llmtune.models.read_config import read_config
 from llmtune.models.scan import refuse_unsafe_folder, weight_files
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelShape",
     "ModelSizes",
-    "base_of",
     "build_meta_model",
     "count_sizes",
     "decoder_blocks",
@@ -143,16 +143,10 @@ def _keep_first_blocks(model_config: PretrainedConfig, blocks: int) -> None:
             setattr(text, key, getattr(text, key)[:blocks])
 
 
-def base_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The transformers model inside peft's wrapper, or the model itself."""
-    get_base_model: Callable[[], PreTrainedModel] | None = getattr(model, "get_base_model", None)
-    return model if get_base_model is None else get_base_model()
-
-
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder blocks in order: the longest list of modules in the decoder."""
-    lists = [module for module in base_of(model).get_decoder().modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len, default=[]))
+    """The decoder blocks in order; the decoder itself where a model's own code has no such blocks."""
+    decoder = base_model_of(model).get_decoder()
+    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)] or [decoder]
 
 
 def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:
@@ -195,7 +189,7 @@ def quantized_bytes(shape: torch.Size, kind: str) -> int:
 
 def _quantized_weights(model: PreTrainedModel) -> dict[int, torch.Tensor]:
     """The weights that loading quantizes, by id: those of every frozen linear layer but the output head."""
-    head = base_of(model).get_output_embeddings()
+    head = base_model_of(model).get_output_embeddings()
     layers = [
         module.get_base_layer() if hasattr(module, "get_base_layer") else module
         for name, module in model.named_modules()

@@ -83,39 +83,58 @@ def _decided(prepared: Prepared, config: Config, decisions: list[Decision]) -> P
     return replace(prepared, config=config, decisions=(*prepared.decisions, *decisions))
 
 
-def has_auto(config: Config) -> bool:
-    """Whether the config leaves something to the plan."""
-    return "auto" in (config.training.batch_size, config.model.gradient_checkpointing)
-
-
 def fit_to_memory(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
-    """Choose the values that the config leaves to the plan. The global batch stays, so the result does too.
+    """Choose micro-batch and recomputation where they are `auto`. The global batch stays, so the result does too.
 
     `training.batch_size: auto` stands for 8 sequences times `gradient_accumulation_steps`; that product is cut into the
     largest equal micro-batches that fit. Blocks are recomputed only where nothing fits without, their inputs offloaded
     only where that is not enough.
     """
-    config, decisions = _resolve_batch(forecaster, forecaster.config)
-    return _decided(forecaster.prepared, config, decisions), decisions
+    config, decisions = forecaster.config, []
+    if "auto" not in (config.training.batch_size, config.model.gradient_checkpointing):
+        return forecaster.prepared, []
+    chosen, reason = _largest_that_fits(forecaster, config)
+    if config.training.batch_size == "auto":
+        size, count = chosen.training.batch_size, chosen.training.gradient_accumulation_steps
+        assert isinstance(size, int)
+        text = f"{size}, gradient_accumulation_steps {count}"
+        decisions.append(Decision("training.batch_size", text, f"a step keeps its {size * count} sequences; {reason}"))
+    if config.model.gradient_checkpointing == "auto":
+        decisions.append(Decision("model.gradient_checkpointing", chosen.model.gradient_checkpointing, reason))
+    return _decided(forecaster.prepared, chosen, decisions), decisions
 
 
-def _resolve_batch(forecaster: Forecaster, config: Config) -> tuple[Config, list[Decision]]:
-    """Choose the micro-batch and whether blocks are recomputed, as far as `config` leaves them open."""
-    if not has_auto(config):
-        return config, []
+def _largest_that_fits(forecaster: Forecaster, config: Config) -> tuple[Config, str]:
+    """The config with the largest micro-batch at the lowest level of recomputation that fits, and the reason."""
     levels = LEVELS if forecaster.target.kind == "cuda" and not config.training.compile else LEVELS[:2]
     if config.model.gradient_checkpointing != "auto":
         levels = (config.model.gradient_checkpointing,)
-    sizes = micro_batches(config.training)
+    sizes, target = micro_batches(config.training), forecaster.target
+    budget = readable_bytes(target.budget_bytes)
     for recompute in levels:
-        largest = _largest_that_fits(forecaster, config, recompute, sizes)
-        if largest is not None:
-            chosen, memory = largest
-            return chosen, _decisions(config, chosen, _reason(memory, forecaster))
-    chosen = with_micro_batch(config, sizes[0], levels[-1])
-    needed, target = readable_bytes(forecaster.memory(chosen).peak_bytes), forecaster.target
-    budget = f"{target.name} has {readable_bytes(target.budget_bytes)} to fill"
-    return chosen, _decisions(config, chosen, f"nothing fits: even so the plan is {needed} and {budget}")
+        candidates = [with_micro_batch(config, size, recompute) for size in sizes]
+        if (last := _last_that_fits(forecaster, candidates)) is not None:
+            chosen, memory = last
+            peak = readable_bytes(memory.peak_bytes)
+            return chosen, f"planned {peak} of the {budget} that may be filled on {target.name}"
+    smallest = with_micro_batch(config, sizes[0], levels[-1])
+    peak = readable_bytes(forecaster.memory(smallest).peak_bytes)
+    return smallest, f"nothing fits: even so the plan is {peak} and {target.name} has {budget} to fill"
+
+
+def _last_that_fits(forecaster: Forecaster, candidates: list[Config]) -> tuple[Config, MemoryPlan] | None:
+    """The last candidate that fits, by bisection, and its memory, which grows along the list; None when none fits."""
+    best = None
+    low, high = 0, len(candidates) - 1
+    middle = high  # the last first, because on a machine with room it is the only one tried
+    while low <= high:
+        memory = forecaster.memory(candidates[middle])
+        if memory.peak_bytes <= forecaster.target.budget_bytes:
+            best, low = (candidates[middle], memory), middle + 1
+        else:
+            high = middle - 1
+        middle = (low + high) // 2
+    return best
 
 
 def micro_batches(training: TrainingConfig) -> list[tuple[int, int]]:
@@ -158,38 +177,3 @@ def keep_resolved(prepared: Prepared, earlier: Mapping[str, Any], decisions: Seq
     training, model = replace(config.training, **values["training"]), replace(config.model, **values["model"])
     config = replace(config, training=training, model=model)
     return replace(prepared, config=config, decisions=tuple(decisions) or prepared.decisions)
-
-
-def _largest_that_fits(
-    forecaster: Forecaster, config: Config, recompute: Recompute, sizes: list[tuple[int, int]]
-) -> tuple[Config, MemoryPlan] | None:
-    """The largest of `sizes` (ascending) that fits, by bisection: memory grows with the size. None when none fits."""
-    best = None
-    low, high = 0, len(sizes) - 1
-    middle = high  # the largest first, because on a machine with room it is the only one tried
-    while low <= high:
-        candidate = with_micro_batch(config, sizes[middle], recompute)
-        memory = forecaster.memory(candidate)
-        if memory.peak_bytes <= forecaster.target.budget_bytes:
-            best, low = (candidate, memory), middle + 1
-        else:
-            high = middle - 1
-        middle = (low + high) // 2
-    return best
-
-
-def _reason(memory: MemoryPlan, forecaster: Forecaster) -> str:
-    peak, budget = readable_bytes(memory.peak_bytes), readable_bytes(forecaster.target.budget_bytes)
-    return f"planned {peak} of the {budget} that may be filled on {forecaster.target.name}"
-
-
-def _decisions(requested: Config, chosen: Config, reason: str) -> list[Decision]:
-    decisions = []
-    if requested.training.batch_size == "auto":
-        size, count = chosen.training.batch_size, chosen.training.gradient_accumulation_steps
-        text = f"{size}, gradient_accumulation_steps {count}"
-        assert isinstance(size, int)
-        decisions.append(Decision("training.batch_size", text, f"a step keeps its {size * count} sequences; {reason}"))
-    if requested.model.gradient_checkpointing == "auto":
-        decisions.append(Decision("model.gradient_checkpointing", chosen.model.gradient_checkpointing, reason))
-    return decisions
