@@ -1,81 +1,32 @@
 """Q7: plans of long rows. A stand-in goes through few of many alike pieces and holds what all of them hold."""
 
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtune.kernels import chunked_mlp, chunks, head_loss
-from llmtune.models.load import choose_weight_dtype
-from llmtune.plan.activation_trace import MicroBatchShape, trace
+from llmtune.kernels import attention_layout, chunked_mlp, chunks, head_loss, tiled_attention
+from llmtune.plan.activation_trace import MicroBatchShape
 from llmtune.plan.hardware import Target
-from llmtune.plan.meta_model import build_meta_model
+from plan_helpers import traced
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from training_helpers import LORA
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch):
+def _small_chunks(monkeypatch):
     """Rows of a few hundred tokens are cut as those of a large model are with 100,000."""
     monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 64)
     monkeypatch.setattr(head_loss, "CHUNK_ROWS", 32)
     monkeypatch.setattr(head_loss, "TRAINED_CHUNK_ROWS", 48)
-
-
-def traced(
-    forecaster,
-    lengths,
-    *,
-    recompute="offload",
-    device_type="cuda",
-    trained=None,
-    seen: AbstractContextManager | None = None,
-):
-    config = forecaster.config
-    full = config.adapter.method == "none"
-    dtype, _ = choose_weight_dtype(config.model.dtype, trained=full, precision="bf16")
-    model = build_meta_model(forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=dtype)
-    batch = MicroBatchShape(lengths, trained or sum(lengths), "flat")
-    with seen or nullcontext():
-        return trace(
-            model, batch, device_type=device_type, compute=torch.bfloat16, checkpointing=recompute, gradients="single"
-        )
-
-
-@pytest.mark.parametrize(
-    ("method", "lengths", "options"),
-    [
-        (LORA[:2], (997,), {}),  # tiles of two sizes, a last chunk of 5 rows
-        (LORA[:2], (512,), {}),
-        (LORA[:2], (500, 30, 200), {"trained": 601}),
-        ((), (1013,), {}),  # the head is trained: longer chunks and its gradient
-        (LORA[:2], (1500,), {"recompute": False}),
-        (LORA[:2], (1500,), {"device_type": "cpu", "recompute": True}),  # runs of queries, with more keys each
-        (LORA[:2], (300, 1300, 450), {"device_type": "cpu"}),
-        ((), (1100,), {"device_type": "cpu"}),
-    ],
-)
-def test_q7_the_plan_of_few_pieces_is_the_plan_of_all(forecaster_of, monkeypatch, method, lengths, options):
-    """To the byte, but for the sums that chunks of the loss leave: 8 bytes each."""
-    forecaster = forecaster_of(*method)
-    few = traced(forecaster, lengths, **options)
-    monkeypatch.setattr(chunks, "FIRST", 1 << 30)
-    every = traced(forecaster, lengths, **options)
-    left_out = 8 * -(-sum(lengths) // 32)
-    assert few.phases == pytest.approx(every.phases, abs=left_out)
-    assert few.kept == pytest.approx(every.kept, abs=left_out)
-    assert few.gradients == every.gradients
-    assert few.host_bytes == every.host_bytes
-
-
-def test_q7_a_shape_traced_again_holds_as_much(forecaster_of):
-    """The masks of a CPU's tiles are made once for a shape, and belong to each trace of it: blocks follow from two of
-    them.
-    """
-    forecaster = forecaster_of(*LORA[:2])
-    assert traced(forecaster, (1300,), device_type="cpu") == traced(forecaster, (1300,), device_type="cpu")
+    for module in (attention_layout, tiled_attention):
+        monkeypatch.setattr(module, "TILE_TOKENS", 32)
+        monkeypatch.setattr(module, "KEPT_TOKENS", 256)
+    monkeypatch.setattr(tiled_attention, "TILE_ROWS", 64)
+    monkeypatch.setattr(attention_layout, "SHORT_TOKENS", 32)
+    monkeypatch.setattr(attention_layout, "LEAST_PIECE", 16)
 
 
 class Counting(TorchDispatchMode):
@@ -90,13 +41,52 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+long_traced = partial(traced, checkpointing="offload", device_type="cuda", compute=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("method", "lengths", "options"),
+    [
+        (LORA[:2], (421,), {}),  # tiles of two sizes, a last chunk of 5 rows
+        (LORA[:2], (448,), {}),
+        (LORA[:2], (250, 20, 130), {"trained_tokens": 301}),
+        ((), (421,), {}),  # the head is trained: longer chunks and its gradient
+        (LORA[:2], (448,), {"checkpointing": False}),
+        (LORA[:2], (421,), {"device_type": "cpu", "checkpointing": True}),  # runs of queries, with more keys each
+        (LORA[:2], (80, 330, 110), {"device_type": "cpu"}),
+        ((), (300,), {"device_type": "cpu"}),
+    ],
+)
+def test_q7_the_plan_of_few_pieces_is_the_plan_of_all(forecaster_of, monkeypatch, method, lengths, options):
+    """To the byte, but for the sums that chunks of the loss leave: 8 bytes each."""
+    forecaster = forecaster_of(*method)
+    with Counting() as planned_operators:
+        planned = long_traced(forecaster, lengths, blocks=1, **options)
+    monkeypatch.setattr(chunks, "FIRST", 1 << 30)
+    with Counting() as operators:
+        exact = long_traced(forecaster, lengths, blocks=1, **options)
+    assert planned_operators.count < operators.count
+    left_out = 8 * -(-sum(lengths) // 32)
+    assert planned.phases == pytest.approx(exact.phases, abs=left_out)
+    assert planned.kept == pytest.approx(exact.kept, abs=left_out)
+    assert planned.gradients == exact.gradients
+    assert planned.host_bytes == exact.host_bytes
+
+
+def test_q7_a_shape_traced_again_holds_as_much(forecaster_of):
+    """The masks of a CPU's tiles are made once for a shape, and belong to each trace of it."""
+    forecaster = forecaster_of(*LORA[:2])
+    first, second = (traced(forecaster, (330,), blocks=1) for _ in range(2))
+    assert first == second
+
+
 @pytest.mark.parametrize("method", [LORA[:2], ()])
 def test_q7_a_row_ten_times_as_long_is_planned_by_as_many_operators(forecaster_of, method):
     counts = []
     for tokens in (2_000, 20_000):
-        counting = Counting()
-        traced(forecaster_of(*method), (tokens,), seen=counting)
-        counts.append(counting.count)
+        with Counting() as operators:
+            long_traced(forecaster_of(*method), (tokens,), blocks=1)
+        counts.append(operators.count)
     assert counts[0] > 500
     assert counts[1] <= 1.01 * counts[0]
 
@@ -118,15 +108,12 @@ def test_q7_the_plan_of_many_blocks_is_the_trace_of_all_of_them(forecaster_of, r
 
     A page of the host is 16 MiB.
     """
-    there = Target("a GPU", "cuda", 1 << 40)
-    forecaster = forecaster_of(
-        *LORA[:2], "training.precision=bf16", f"model.gradient_checkpointing={recompute}", target=there
-    )
-    forecaster.shape.config.num_hidden_layers = 6
+    overrides = (*LORA[:2], "training.precision=bf16", f"model.gradient_checkpointing={recompute}")
+    forecaster = forecaster_of(*overrides, target=Target("a GPU", "cuda", 1 << 40))
+    forecaster.shape.config.num_hidden_layers = 5
     batch = MicroBatchShape((500,), 400, "flat")
     planned = forecaster.peaks(forecaster.config, batch, "single")
-    exact = traced(
-        forecaster, batch.lengths, trained=400, recompute={"true": True, "false": False}.get(recompute, recompute)
-    )
+    checkpointing = {"true": True, "false": False}.get(recompute, recompute)
+    exact = long_traced(forecaster, batch.lengths, trained_tokens=400, checkpointing=checkpointing)
     assert planned.phases == pytest.approx(exact.phases, rel=0.02)
     assert (planned.kept, planned.host_bytes) == (exact.kept, exact.host_bytes)

@@ -13,18 +13,16 @@ from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES
 from llmtune.errors import UsageError
 from llmtune.kernels import activation_offload, chunked_mlp
 from llmtune.kernels.activation_offload import PAGE_BYTES
-from llmtune.models.load import choose_weight_dtype
 from llmtune.plan import resolve_auto
-from llmtune.plan.activation_trace import MicroBatchShape, extrapolate, trace
+from llmtune.plan.activation_trace import extrapolate
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.hardware import Target, find_target, process_bytes
 from llmtune.plan.memory import optimizer_bytes
-from llmtune.plan.meta_model import build_meta_model
 from llmtune.plan.resolve_auto import with_micro_batch
 from llmtune.plan.suggestions import largest_batch, suggest
 from llmtune.plan.summary import as_dict, make_plan, plan_lines
 from llmtune.training.calibration import steps_from_the_start
-from plan_helpers import OPTIONS, ROOMY, assembled_like
+from plan_helpers import OPTIONS, ROOMY, assembled_like, traced
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from training_helpers import LORA
 
@@ -159,17 +157,6 @@ def test_q7_what_reading_rows_has_left_free_is_not_planned_twice():
     assert int(done.stdout) < 32 << 20
 
 
-def traced(forecaster, lengths, *, blocks=None, checkpointing=False, device_type="cpu"):
-    config = forecaster.config
-    full = config.adapter.method == "none"
-    dtype, _ = choose_weight_dtype(config.model.dtype, trained=full, precision="fp32")
-    model = build_meta_model(
-        forecaster.shape, config, forecaster.prepared.tokenizer.tokenizer, dtype=dtype, blocks=blocks
-    )
-    batch = MicroBatchShape(lengths, sum(lengths) // 2, "flat")
-    return trace(model, batch, device_type=device_type, compute=None, checkpointing=checkpointing, gradients="single")
-
-
 def test_q7_activations_grow_in_proportion_to_the_tokens(forecaster_of):
     forecaster = forecaster_of(*LORA[:2])
     one, two, three = (traced(forecaster, (100,) * count).kept for count in (1, 2, 3))
@@ -198,16 +185,14 @@ def test_q7_offloaded_blocks_leave_as_much_on_a_gpu_however_many_they_are(foreca
     forecaster = forecaster_of(*LORA[:2])
     forecaster.shape.config.num_hidden_layers = 5
     offloaded = {"checkpointing": "offload", "device_type": "cuda"}
-    two, three, five = (traced(forecaster, (900,), blocks=blocks, **offloaded) for blocks in (2, 3, 5))
+    two, three, five = (traced(forecaster, (200,), blocks=blocks, **offloaded) for blocks in (2, 3, 5))
     assert three.kept == two.kept
     assert three.phases["last block"] == pytest.approx(two.phases["last block"], rel=0.02)
-    assert [one.host_bytes for one in (two, three, five)] == [blocks * PAGE_BYTES for blocks in (2, 3, 5)]
+    assert [peaks.host_bytes for peaks in (two, three, five)] == [blocks * PAGE_BYTES for blocks in (2, 3, 5)]
     assert extrapolate(two, three, 5) == five
-    _masks, here, recomputed = (
-        traced(forecaster, (900,), blocks=3, checkpointing=kind) for kind in (True, "offload", True)
-    )
-    assert here.host_bytes == 0
-    assert here.kept == recomputed.kept > three.kept
+    on_a_cpu, recomputed = (traced(forecaster, (200,), blocks=3, checkpointing=kind) for kind in ("offload", True))
+    assert on_a_cpu.host_bytes == 0
+    assert on_a_cpu.kept == recomputed.kept > three.kept
 
 
 def test_q7_tiles_bound_what_feed_forward_layers_hold(forecaster_of, monkeypatch):

@@ -3,6 +3,7 @@ windows.
 """
 
 from llmtune.engine.step_in_backward import saves_uncut
+from llmtune.plan import suggestions as suggestions_module
 from llmtune.plan.hardware import Target
 from llmtune.plan.suggestions import suggest
 from plan_helpers import assembled_like
@@ -41,17 +42,22 @@ def test_moving_weights_in_the_backward_pass_is_proposed_where_it_helps_and_is_a
         "training.gradient_accumulation_steps=1",
     )
     few_tokens = (*short, "model.gradient_checkpointing=true")
-    wanted = "training.step_in_backward=true training.max_grad_norm=null"
-    proposed = {one.overrides: one.peak_bytes for one in suggest(forecaster_of(*few_tokens, target=tiny))}
-    changed = forecaster_of(*few_tokens, *EARLY, target=tiny).memory().peak_bytes
-    assert proposed[wanted] == changed < forecaster_of(*few_tokens, target=tiny).memory().peak_bytes
-    assert "training.step_in_backward=true" in {
-        one.overrides for one in suggest(forecaster_of(*few_tokens, "training.max_grad_norm=null", target=tiny))
+    overrides = "training.step_in_backward=true training.max_grad_norm=null"
+    suggestions = {
+        suggestion.overrides: suggestion.peak_bytes for suggestion in suggest(forecaster_of(*few_tokens, target=tiny))
     }
-    for not_allowed in ((*LORA[:2], *few_tokens), (*few_tokens, *EARLY), (*few_tokens, "training.precision=fp16")):
-        assert not [
-            one for one in suggest(forecaster_of(*not_allowed, target=tiny)) if "step_in_backward" in one.overrides
-        ]
+    changed = forecaster_of(*few_tokens, *EARLY, target=tiny).memory().peak_bytes
+    assert suggestions[overrides] == changed < forecaster_of(*few_tokens, target=tiny).memory().peak_bytes
+
+    def proposed(*more):
+        forecaster = forecaster_of(*few_tokens, *more, target=tiny)
+        change = suggestions_module._step_in_backward(forecaster.config, forecaster)
+        return None if change is None else change[0]
+
+    assert proposed() == overrides
+    assert proposed("training.max_grad_norm=null") == "training.step_in_backward=true"
+    for refused in (LORA[:2], EARLY, ("training.precision=fp16",)):
+        assert proposed(*refused) is None
 
 
 def test_windows_stay_whole_where_that_takes_less_and_the_plan_knows(forecaster_of, monkeypatch):
