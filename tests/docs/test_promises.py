@@ -10,8 +10,6 @@ PAGE = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
 
 PROMISES = dict(re.findall(r"^### ([NPQ]\d+)\. [^\n]*\n(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL))
 """Number -> the text below its heading."""
-NOT_KEPT_YET = {"P12"}
-"""Promises that no test holds; the page says so."""
 
 
 def numbers_cited(text: str) -> set[str]:
@@ -45,10 +43,6 @@ def test_every_number_that_is_cited_is_a_promise():
 @pytest.mark.parametrize("number", PROMISES)
 def test_a_promise_names_tests_that_cite_it(number):
     files = files_named(PROMISES[number])
-    if number in NOT_KEPT_YET:
-        assert files == []
-        assert "Not kept yet" in PROMISES[number]
-        return
     assert files
     for file in files:
         assert (ROOT / file).is_file(), f"{number} names {file}, which does not exist"
