@@ -1,6 +1,6 @@
-"""Everything that is known before a model is loaded: tokenizer, rows, examples, packs and, exactly, the steps.
+"""Everything that comes before a model is loaded: tokenizer, rows, examples, packs and, exactly, the steps.
 
-The commands that only look (`data preview`, `data report`, `plan`, `--dry-run`) stop here; training goes on from here.
+`data preview`, `data report`, `plan` and `--dry-run` stop here; training goes on from here.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Prepared:
     tokenizer_is_new: bool
     """The tokenizer was trained on this run's rows, and lives in the run."""
     decisions: tuple[Decision, ...]
-    """What was chosen so far, with reasons."""
+    """The choices made so far, with reasons."""
 
     def batch_plan(
         self, *, layout: Layout = "padded", max_group_tokens: int | None = None, rank: int = 0, world_size: int = 1
@@ -65,7 +65,7 @@ class Prepared:
 
 
 def find_model(config: Config, options: Options) -> ModelSource:
-    """What `model.name` means on this machine."""
+    """Resolve `model.name` to its files on this machine or on the hub. Raises ModelError."""
     return catalog.resolve(config.model.name, config.model.revision, offline=options.offline)
 
 
@@ -77,8 +77,9 @@ def trains_tokenizer(config: Config, source: ModelSource) -> bool:
 def open_tokenizer(
     config: Config, source: ModelSource, options: Options, *, folder: Path | None = None
 ) -> LoadedTokenizer:
-    """The run's tokenizer: from `folder` (a run's own), the model's, the one named, or, from scratch, trained on the
-    run's own rows.
+    """Load the run's tokenizer: from `folder` where it is given, else the model's or the one named in the config.
+
+    From scratch with none named, it is trained on the run's rows.
     """
     if folder is not None:
         return load_tokenizer_folder(folder)
@@ -105,8 +106,8 @@ def prepare(
 ) -> Prepared:
     """Do everything that needs no model: find it, open its tokenizer, turn rows into examples, lay them into packs.
 
-    `progress(done, total, rows_per_second)` is told how tokenizing goes. Raises what the rooms raise: ModelError,
-    DataError.
+    `progress(done, total, rows_per_second)` is called while rows are tokenized. Raises ConfigError, ModelError,
+    TokenizerError or DataError.
     """
     config = resolved.config
     if not config.data.train:

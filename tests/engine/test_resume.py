@@ -83,7 +83,7 @@ def test_a_run_stopped_anywhere_is_the_run_never_stopped(bench, optimizer):
             "pass",
         ),
         (state, "            part.state[parameter] = state", "            pass"),
-        (state, 'setattr(state, one.name, snapshot.state["training"][one.name])', "pass"),
+        (state, 'setattr(state, counter.name, snapshot.state["training"][counter.name])', "pass"),
     ],
     ids=["generators", "optimizer", "counters"],
 )

@@ -177,8 +177,8 @@ def test_clipping_each_micro_batch_is_caught(bench, mutant):
     """N10's test fails when gradients are clipped before the window is whole."""
     broken = mutant(
         loop,
-        "            precision.backward(batch_nats / divisor)",
-        "            precision.backward(batch_nats / divisor)\n            update.grad_norm()",
+        "            (loss * precision.scale if precision.scale != 1.0 else loss).backward()",
+        "            loss.backward(); update.reduce_and_clip()",
     )
     plan = bench.plan(bench.examples(), batch_size=2, accumulation=4)
     norms = [

@@ -1,4 +1,4 @@
-"""Two processes train one run through the real commands: one voice, one stop, one checkpoint, and a resume (P2, P8, P12)."""
+"""Two processes train one run through the real commands: one voice, stop and checkpoint, and a resume (P2, P8, P12)."""
 
 import json
 import os

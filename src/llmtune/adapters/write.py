@@ -33,7 +33,9 @@ def write_adapter(
 ) -> None:
     """Write the adapter, a record of its base, and the tokenizer with generation config when one is given.
 
-    tensors: those of `adapter_state_and_config(model)`, where they were gathered already. The adapter's config names the base as transformers can load it (a hub id or a folder). base_digest, base_name,
+    tensors: those of `adapter_state_and_config(model)`, where they were gathered already.
+
+    The adapter's config names the base as transformers can load it (a hub id or a folder). base_digest, base_name,
     base_revision: written to the record, and the revision to the config too.
 
     Raises MachineError when the system refuses to write.

@@ -288,7 +288,14 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     try:
         check_arguments(arguments)
         with signals_as_errors():
-            code = _invoke(arguments)
+            outcome: object
+            try:
+                # Not by `program.main`, which prints messages and exits by itself.
+                with build().make_context("llmtune", list(arguments)) as context:
+                    outcome = context.command.invoke(context)
+            except typer.Exit as end:
+                outcome = end.exit_code
+        code = outcome if isinstance(outcome, int) and not isinstance(outcome, bool) else 0
         if sys.stdout is not None:
             sys.stdout.flush()
     except LlmtuneError as error:
@@ -309,17 +316,6 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         else:
             code = report_crash(error, arguments, debug=debug)
     return code
-
-
-def _invoke(arguments: list[str]) -> int:
-    """Call the command without click's handling of errors, which prints messages and exits by itself."""
-    program = build()
-    try:
-        with program.make_context("llmtune", list(arguments)) as context:
-            outcome = program.invoke(context)
-    except typer.Exit as end:
-        outcome = end.exit_code
-    return outcome if isinstance(outcome, int) and not isinstance(outcome, bool) else 0
 
 
 _CLICK_ERROR = typer.BadParameter.__mro__[2]  # click's or typer's own copy of it

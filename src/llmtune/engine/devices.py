@@ -51,12 +51,11 @@ class Devices:
     def from_environment(
         cls, *, no_cuda: bool = False, timeout_s: float, environ: Mapping[str, str] = os.environ
     ) -> Devices:
-        """Join the processes started by `torchrun`, or by any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK,
-        MASTER_ADDR and MASTER_PORT.
+        """Join the processes that a launcher such as `torchrun` started.
 
-        Without WORLD_SIZE, or with 1, it is a single process. nccl on GPUs, gloo on CPUs.
-        `timeout_s`: seconds after which a silent process counts as lost.
-        Raises MachineError when the environment is incomplete.
+        It sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without WORLD_SIZE, or with 1, it is a single
+        process. nccl on GPUs, gloo on CPUs. `timeout_s`: seconds after which a silent process counts as lost. Raises
+        MachineError when the environment is incomplete, RankLostError when the others do not come.
         """
         local_rank = int(environ.get("LOCAL_RANK", "0"))
         device = choose_device(no_cuda=no_cuda, local_rank=local_rank)[0]
@@ -111,7 +110,7 @@ class Devices:
         return value
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """Call `work` on the main process alone; the others wait, get None, and raise the LlmtuneError that it raises."""
+        """Call `work` on the main process alone; the others wait, get None, and raise the LlmtuneError it raises."""
         if self.world_size == 1:
             return work()
         if not self.is_main:
@@ -152,9 +151,7 @@ class Devices:
 
     @contextmanager
     def errors_printed_once(self) -> Iterator[None]:
-        """While the body runs: of processes that fail, only the first reports its error; the others' are marked as
-        reported.
-        """
+        """Let the first process that fails in the body report its error, and mark those of others as reported."""
         try:
             yield
         except LlmtuneError as error:
@@ -272,7 +269,7 @@ def choose_device(*, no_cuda: bool = False, local_rank: int = 0) -> tuple[torch.
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Give the most memory held so far: bytes allocated by tensors on a GPU, resident bytes of this process on a CPU."""
+    """Give the most memory held so far: bytes of tensors on a GPU, resident bytes of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -311,9 +308,11 @@ def check_processes(config: Config, environ: Mapping[str, str] = os.environ) -> 
     """Raise ConfigError for several processes where weights move before the gradients of all could be summed."""
     count = environ.get("WORLD_SIZE", "1")
     if config.training.step_in_backward and count != "1":
-        what = f"{count} processes were started, and weights that move in the backward pass cannot wait for the gradients of all"
         raise ConfigError(
-            what, where="training.step_in_backward", fix="set it to false, or start one process (without `torchrun`)"
+            f"{count} processes were started, and weights that move in the backward pass "
+            "cannot wait for the gradients of all",
+            where="training.step_in_backward",
+            fix="set it to false, or start one process (without `torchrun`)",
         )
 
 

@@ -1,4 +1,4 @@
-"""What is not finite, and which rows it came from."""
+"""Values that are not finite, the rows they came from, and the errors they end in."""
 
 from __future__ import annotations
 
@@ -38,10 +38,12 @@ def describe_rows(rows: Sequence[str]) -> str:
 
 def too_many_skipped(reason: str, rows: Sequence[str], *, step: int, skipped: int, budget: int) -> DivergedError:
     """Make the error for a training whose budget of skipped windows is spent; `step` counts the updates applied."""
+    counts = f"{skipped} windows skipped, {budget} allowed"
     return DivergedError(
-        f"{reason} in the window after step {step}: {skipped} windows skipped, {budget} allowed; rows {describe_rows(rows)}",
+        f"{reason} in the window after step {step}: {counts}; rows {describe_rows(rows)}",
         where=f"step {step + 1}",
-        fix="look at these rows, lower `training.learning_rate` or lengthen the warm-up; the weights were not touched by these windows",
+        fix="look at these rows, lower `training.learning_rate` or lengthen the warm-up; "
+        "the weights were not touched by these windows",
     )
 
 
@@ -50,10 +52,12 @@ def half_updated(reason: str, rows: Sequence[str], *, step: int) -> DivergedErro
 
     `step` counts whole updates.
     """
+    when = f"in the window after step {step}, whose loss is finite"
     return DivergedError(
-        f"{reason} in the window after step {step}, whose loss is finite: weights have moved by then; rows {describe_rows(rows)}",
+        f"{reason} {when}: weights have moved by then; rows {describe_rows(rows)}",
         where=f"step {step + 1}",
-        fix="look at these rows or lower `training.learning_rate`; with `training.step_in_backward: false` such a window is skipped",
+        fix="look at these rows or lower `training.learning_rate`; "
+        "with `training.step_in_backward: false` such a window is skipped",
     )
 
 

@@ -27,7 +27,7 @@ __all__ = ["StepResult", "train_steps"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one window did: an update, or (`skipped`) nothing but being consumed and named."""
+    """The result of one window: an update, or (`skipped`) the rows for which none was made."""
 
     step: int
     """Updates applied so far."""
@@ -64,7 +64,7 @@ class StepResult:
         return self.reason is not None
 
     def metrics(self) -> dict[str, Any]:
-        """Give the line that goes to trackers; values that are not finite are None, and only a skipped window says so."""
+        """Give the line for trackers; values that are not finite are None, and skipped windows have further keys."""
         line: dict[str, Any] = {
             "step": self.step,
             "epoch": self.epoch,
@@ -101,12 +101,14 @@ def train_steps(
 ) -> Iterator[StepResult]:
     """Train on each window and yield its result; every yield is a safe place to stop.
 
-    `nll_sum(batch)`: weighted nats of a micro-batch, summed, shape []. `update`: how gradients become an update, and of
-    which parameters. `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after
-    `state.windows`. `mfu`: see `utilization`. A window whose loss or gradient norm is not finite is consumed but never
-    applied: it is yielded as skipped, with its rows. Beyond `max_skipped_steps` of them raises DivergedError; overflows
-    that are only the fp16 scale's doing are not counted. A gradient that is not finite raises it at once where the
-    update has begun by then (`StepInBackward`): there is no step boundary to go back to.
+    `nll_sum(batch)`: weighted nats of a micro-batch, summed, shape []. `update`: turns the gradients of its parameters
+    into an update. `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after
+    `state.windows`. `mfu`: see `utilization`.
+
+    A window whose loss or gradient norm is not finite is consumed but never applied: it is yielded as skipped, with its
+    rows. Raises DivergedError beyond `max_skipped_steps` of them (overflows that halving the fp16 scale mends are not
+    counted), and at once where the update has begun when a gradient is found not to be finite (`StepInBackward`): there
+    is no step boundary to go back to then.
     """
     update.clear()
     started = time.perf_counter()
@@ -123,9 +125,10 @@ def train_steps(
             rows.append(batch.sources)
             if len(losses) == len(window.micro_batches):
                 update.before_last_backward(losses, rate)
-            precision.backward(batch_nats / divisor)
+            loss = batch_nats / divisor  # the scale is a second rounding, so only fp16 has it
+            (loss * precision.scale if precision.scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
 
-        nats, grad_norm = _read(losses, update.grad_norm(), devices)
+        nats, grad_norm = _read(losses, update.reduce_and_clip(), devices)
         reason = _why_not(nats / divisor, grad_norm)  # the same answer on every process, before the optimizer moves
         named = () if reason is None else rows_of_non_finite_losses(losses, rows) or window.sources
         if reason is None:

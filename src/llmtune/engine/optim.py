@@ -1,4 +1,4 @@
-"""Optimizers: which parameters decay, which rule moves which, and one face for all of them.
+"""Optimizers: which parameters decay, which rule moves which, and one interface for all of them.
 
 Every rule is decoupled: a step first multiplies decayed parameters by `1 - learning rate x weight decay`. Matrices
 decay (those of embeddings and LoRA too); whatever has one dimension - norms, biases, DoRA's magnitudes - never does.
@@ -30,7 +30,7 @@ class Optimizer:
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
         self.param_groups: list[Group] = [group for part in parts for group in part.param_groups]
-        self._places = {
+        self._owners = {
             parameter: (part, group) for part in parts for group in part.param_groups for parameter in group["params"]
         }
 
@@ -45,11 +45,9 @@ class Optimizer:
             part.step()
 
     def step_only(self, parameter: nn.Parameter) -> None:
-        """Apply the gradient of one parameter: its part is shown nothing but it, with its group's rules and its state
-        as always.
-        """
-        part, group = self._places[parameter]
-        groups = part.param_groups
+        """Apply the gradient of one parameter, by the rules of its group and with its state."""
+        part, group = self._owners[parameter]
+        groups = part.param_groups  # torch's optimizers step over all of their groups, so this one gets a single one
         part.param_groups = [{**group, "params": [parameter]}]
         try:
             Optimizer(part).step()
@@ -63,7 +61,7 @@ class Optimizer:
 
     def part_of(self) -> Iterator[tuple[nn.Parameter, torch.optim.Optimizer]]:
         """Give each parameter with the part that moves it."""
-        yield from ((parameter, part) for parameter, (part, _) in self._places.items())
+        yield from ((parameter, part) for parameter, (part, _) in self._owners.items())
 
 
 _DECAY_APART = "decay_apart"
@@ -72,7 +70,7 @@ _DECAY_APART = "decay_apart"
 
 @dataclass(frozen=True)
 class _Request:
-    """What a builder gets."""
+    """The arguments of a function in `OPTIMIZERS`."""
 
     name: OptimizerName
     parameters: Mapping[str, nn.Parameter]
@@ -157,7 +155,8 @@ def _adamw(request: _Request) -> tuple[Optimizer, list[Decision]]:
 def _bitsandbytes(request: _Request) -> tuple[Optimizer, list[Decision]]:
     if request.name.startswith("paged") and request.device.type != "cuda":
         raise ConfigError(
-            f"optimizer `{request.name}` pages its state between GPU and CPU memory; this run is on the {request.device.type}",
+            f"optimizer `{request.name}` pages its state between GPU and CPU memory; "
+            f"this run is on the {request.device.type}",
             where="training.optimizer",
             fix=f"use `{request.name.removeprefix('paged_')}` here",
         )

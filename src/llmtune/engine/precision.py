@@ -1,6 +1,4 @@
-"""The arithmetic of forward and backward: fp32, bf16 autocast, or fp16 autocast with a loss scale whose state is plain
-numbers.
-"""
+"""The arithmetic of forward and backward: fp32, bf16 autocast, or fp16 autocast with a loss scale."""
 
 from __future__ import annotations
 
@@ -28,12 +26,10 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "
 
 
 class Precision:
-    """How a loss becomes gradients under `name`.
+    """The arithmetic called `name`: the context of a forward, the scale of a loss, clipping.
 
-    Fp16 multiplies the loss by a scale and divides it out of the gradients again.
-
-    Trained weights and their gradients are expected in float32; autocast only changes what the matrix multiplications
-    see.
+    Fp16 multiplies the loss by a scale and divides it out of the gradients again (arXiv:1710.03740). Trained weights
+    and their gradients are expected in float32; autocast only changes the type of matrix multiplications.
     """
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
@@ -58,10 +54,6 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of `loss`, times the scale, to those of the parameters."""
-        (loss * self._scale if self._scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
-
     def clip(self, parameters: Iterable[torch.Tensor], max_grad_norm: float | None) -> torch.Tensor:
         """Take the scale out of the gradients, then clip them to `max_grad_norm` (None: not at all).
 
@@ -69,23 +61,20 @@ class Precision:
         Call it once for a window, after accumulation and after the sum over devices.
         """
         with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-        if not with_gradient:
+        gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
+        if not gradients:
             return torch.zeros((), device=self.device)
         if self._scale != 1.0:
-            torch._foreach_mul_(
-                [parameter.grad for parameter in with_gradient if parameter.grad is not None], 1.0 / self._scale
-            )
+            torch._foreach_mul_(gradients, 1.0 / self._scale)
         if max_grad_norm is None:
-            return torch.nn.utils.get_total_norm(
-                [parameter.grad for parameter in with_gradient if parameter.grad is not None]
-            )
+            return torch.nn.utils.get_total_norm(gradients)
         return torch.nn.utils.clip_grad_norm_(with_gradient, max_grad_norm)
 
     def advance(self, *, applied: bool, loss_is_finite: bool) -> bool:
-        """Note what became of a window: 2000 applied in a row double the fp16 scale, one that was not halves it.
+        """Count a window: 2000 applied in a row double the fp16 scale, one that was not applied halves it.
 
-        Returns whether a window that was not applied is only this scale's doing: fp16, a finite loss, and a scale that
-        could still fall.
+        Returns whether a window was not applied only because the scale was too large: fp16, a finite loss, and a scale
+        that could still be halved.
         """
         if self.name != "fp16":
             return False
@@ -105,10 +94,7 @@ class Precision:
         return {"name": self.name, "scale": self._scale, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: Mapping[str, float | int | str]) -> None:
-        """Take over what `state_dict` gave.
-
-        A run that goes on in another precision starts with that precision's own scale.
-        """
+        """Set the state that `state_dict` gave; a run resumed in another precision starts with that one's own scale."""
         if state["name"] == self.name:
             self._scale = float(state["scale"])
             self._good_steps = int(state["good_steps"])

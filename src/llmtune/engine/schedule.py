@@ -1,5 +1,4 @@
-"""Learning-rate schedules as closed forms: the rate of a step depends on its number and nothing else, so a resumed run
-cannot drift.
+"""Learning-rate schedules as closed forms of the step, so that a resumed run cannot drift.
 
 A shape maps (updates already made, total, warm-up) to a fraction of the peak after the warm-up. In the warm-up all rise
 linearly from 0. All equal `transformers.get_scheduler` of the same name (`wsd`: `warmup_stable_decay`), step by step.
@@ -71,8 +70,10 @@ def warmup_length(total_steps: int, warmup_steps: int | None, warmup_ratio: floa
     The ratio counts as the decimal that was written: 0.07 of 100 steps are 7, where floating point makes
     7.000000000000001 and so 8. Raises ConfigError when both are given, or for a ratio outside [0, 1].
 
-    >>> warmup_length(100, None, 0.07), warmup_length(10, None, 0.01), warmup_length(10, 3, None), warmup_length(10, None, None)
-    (7, 1, 3, 0)
+    >>> warmup_length(100, None, 0.07), warmup_length(10, None, 0.01), warmup_length(10, 3, None)
+    (7, 1, 3)
+    >>> warmup_length(10, None, None)
+    0
     """
     if warmup_steps is not None and warmup_ratio is not None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Everything that training is at a step boundary, as tensors and plain numbers, and back: no pickle, no bit lost.
+"""The state of a training at a step boundary, captured as tensors and plain numbers, and restored bit for bit.
 
 A `Snapshot` holds named tensors (for safetensors) and a JSON-able tree. Floats survive JSON: Python writes the shortest
 text that reads back to the same bits.
@@ -24,7 +24,7 @@ __all__ = ["Snapshot", "TrainingState", "capture", "capture_rng", "restore", "re
 
 @dataclass
 class TrainingState:
-    """What has been done so far, counted over all devices.
+    """The progress of a training, counted over all devices.
 
     `step` counts updates applied, `windows` also those skipped.
     """
@@ -107,15 +107,15 @@ def restore(
 ) -> None:
     """Put a snapshot back, bit for bit, into objects built as those it was taken from.
 
-    Each process takes its own random generators. On another number of processes than before there is no such thing: a
-    process beyond them goes on from the first one's, at a point of its own. Raises CheckpointError when it belongs to
+    Each process restores its own random generators. A process that was not there before starts from the first one's,
+    reseeded by its rank. Raises CheckpointError when it belongs to
     another optimizer or to other parameters; nothing has been changed then.
     """
     rank = devices.rank if devices else 0
     _restore_optimizer(snapshot.tensors["optimizer"], snapshot.state["optimizer"], parameters, optimizer)
     precision.load_state_dict(snapshot.state["precision"])
-    for one in fields(TrainingState):
-        setattr(state, one.name, snapshot.state["training"][one.name])
+    for counter in fields(TrainingState):
+        setattr(state, counter.name, snapshot.state["training"][counter.name])
     rows = snapshot.tensors["rng"]
     known = rank < len(rows["torch"])
     restore_rng({name: row[rank if known else 0] for name, row in rows.items()}, precision.device)
@@ -126,9 +126,7 @@ def restore(
 def _capture_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """Give the optimizer's tensors as `parameter//key`, and by parameter its rule, its other values and where each
-    tensor lived.
-    """
+    """Give the optimizer's tensors as `parameter//key`, and by parameter its rule, other values and devices."""
     parts = dict(optimizer.part_of())
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
@@ -136,7 +134,7 @@ def _capture_optimizer(
         entry: dict[str, Any] = {"rule": type(parts[parameter]).__name__, "values": {}, "places": {}}
         for key, value in parts[parameter].state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                entry["places"][key] = _place_of(value, parameter)
+                entry["places"][key] = _device_of(value, parameter)
                 tensors[f"{name}//{key}"] = full_tensor(value.detach()).to("cpu", copy=True).contiguous()
             else:
                 assert value is None or isinstance(value, bool | int | float | str), (
@@ -147,8 +145,8 @@ def _capture_optimizer(
     return tensors, entries
 
 
-def _place_of(value: torch.Tensor, parameter: torch.nn.Parameter) -> str:
-    """Say where an optimizer tensor lives: paged by bitsandbytes, beside its parameter, or (step counters) on the CPU."""
+def _device_of(value: torch.Tensor, parameter: torch.nn.Parameter) -> str:
+    """Name the device of an optimizer tensor: paged by bitsandbytes, its parameter's, or (step counters) the CPU."""
     if vars(value).get("is_paged"):
         return "paged"
     return "parameter" if value.device == parameter.device else "cpu"
@@ -168,7 +166,8 @@ def _restore_optimizer(
     foreign = sorted(entries.keys() - parameters.keys())
     if absent or foreign:
         raise CheckpointError(
-            f"the checkpoint's optimizer knows other parameters: {len(absent)} of the model's are absent ({', '.join(absent[:3])}), "
+            "the checkpoint's optimizer knows other parameters: "
+            f"{len(absent)} of the model's are absent ({', '.join(absent[:3])}), "
             f"{len(foreign)} are not in the model ({', '.join(foreign[:3])})",
             fix="resume with the model, adapter and optimizer the run was started with",
         )

@@ -105,7 +105,7 @@ class StepInBackward:
         set_learning_rate(self._optimizer, rate)
         self._hooks = [one.register_post_accumulate_grad_hook(self._take) for one in self._parameters]
 
-    def grad_norm(self) -> torch.Tensor:
+    def reduce_and_clip(self) -> torch.Tensor:
         """Norm of all gradients that passed, and of those that earlier micro-batches left and the last one had no part
         in.
         """

@@ -47,8 +47,11 @@ class Update(Protocol):
         """
         ...
 
-    def grad_norm(self) -> torch.Tensor:
-        """Norm of the window's gradient over all devices, before clipping, shape [], without waiting for the device."""
+    def reduce_and_clip(self) -> torch.Tensor:
+        """Complete the window's gradient over all devices and clip it.
+
+        Returns its norm before clipping, shape [], without waiting for the device.
+        """
         ...
 
     def apply(self, rate: float) -> None:
@@ -80,7 +83,7 @@ class AfterBackward:
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
         """Nothing is done before gradients are whole."""
 
-    def grad_norm(self) -> torch.Tensor:
+    def reduce_and_clip(self) -> torch.Tensor:
         """Sum over all devices, take the loss scale out, clip; returns the norm before clipping."""
         self._devices.sync_gradients(self._parameters)
         return self._precision.clip(self._parameters, self._max_grad_norm)

@@ -1,6 +1,4 @@
-"""How much of a device's peak arithmetic rate a training uses (MFU: model FLOPs utilization, arXiv:2204.02311, appendix
-B).
-"""
+"""The part of a device's peak arithmetic rate that a training uses: MFU, arXiv:2204.02311, appendix B."""
 
 from __future__ import annotations
 
@@ -36,9 +34,9 @@ first match counts. From the makers' data sheets, without sparsity."""
 
 
 def flops_per_token(total: int, trained: int) -> float:
-    """Give the multiply-adds x 2 that a model spends on one token: 2 per parameter forward, 2 backward, 2 more per
-    trained parameter.
+    """Give the floating-point operations of one token: 4 per parameter, and 2 more per trained one.
 
+    A multiply-add counts as 2: one forward and one backward for each parameter, one more for each trained parameter.
     `total`: parameters that take part in matrix multiplications (an embedding that is only looked up does not).
     Attention between tokens is left out.
 

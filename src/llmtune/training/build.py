@@ -194,7 +194,8 @@ def _make_update(
     if not training.step_in_backward:
         return AfterBackward(parameters, optimizer, precision, devices, max_grad_norm=training.max_grad_norm), []
     sizes = [parameter.nbytes for parameter in parameters]
-    reason = f"asked for: a gradient goes once it is complete; all are {readable_bytes(sum(sizes))}, the largest {readable_bytes(max(sizes))}"
+    total, largest = readable_bytes(sum(sizes)), readable_bytes(max(sizes))
+    reason = f"asked for: a gradient goes once it is complete; all are {total}, the largest {largest}"
     return StepInBackward(parameters, optimizer), [Decision("training.step_in_backward", True, reason)]
 
 

@@ -133,7 +133,8 @@ def print_resume(
         print_line(f"{run.name}: no checkpoint was saved yet; training from step 1")
     elif run.info["state"] == "finished":
         print_line(
-            f"{run.name}: finished after step {loaded.step} already; it goes on only where a changed key asks for more steps"
+            f"{run.name}: finished after step {loaded.step} already; "
+            "it goes on only where a changed key asks for more steps"
         )
     else:
         print_line(f"{run.name}: going on after step {loaded.step}")

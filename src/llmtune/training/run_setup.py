@@ -1,4 +1,4 @@
-"""The run's folder: made for a new run, opened again for a stopped one, with the identity that the two are compared by."""
+"""The run's folder: made for a new run, opened again for a stopped one, and the identity they are compared by."""
 
 from __future__ import annotations
 
@@ -58,8 +58,9 @@ class StoppedRun:
     """The folder, locked, in the main process; None in the others, which only read."""
 
     def own_tokenizer(self, model: ModelConfig) -> Path | None:
-        """The folder of the tokenizer that the run trained for itself; None where it has none, or where `model` names
-        another tokenizer or chat template than when the run began.
+        """The folder of the tokenizer that the run trained for itself; None where `model` does not use it.
+
+        It uses none, or names another tokenizer or chat template than when the run began.
         """
         # Another one is opened as in a new run: then its digest decides whether the run can go on.
         folder, earlier = self.path / TOKENIZER_FOLDER, self.identity["config"]["model"]

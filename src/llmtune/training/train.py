@@ -220,11 +220,12 @@ def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine
 
 
 def refuse_secrets(resolved: ResolvedConfig) -> None:
-    """Raise ConfigError, without the values, for values that look like a secret: a run's config is written beside it."""
+    """Raise ConfigError, without the values, for those that look like a secret: a run's config is written beside it."""
     values = {key: functools.reduce(getattr, key.split("."), resolved.config) for key in resolved.origins}
     keys = find_secrets(values)
     if keys:
-        fix = "take it out; keys come from the environment (HF_TOKEN, WANDB_API_KEY) or from the login command of their service"
+        login = "or from the login command of their service"
+        fix = f"take it out; keys come from the environment (HF_TOKEN, WANDB_API_KEY) {login}"
         raise ConfigError.all(
             Problem(f"`{key}` holds what looks like a secret", str(resolved.origins[key]), fix) for key in keys
         )

@@ -278,8 +278,9 @@ class TrainingRun:
         """Raise DivergedError where a weight is infinite or NaN: such weights never become best or resumable (P10)."""
         broken = non_finite_parameters(self.setup.parameters)
         if broken:
+            count = f"{len(broken)} weights are no longer finite after step {self.state.step}"
             raise DivergedError(
-                f"{len(broken)} weights are no longer finite after step {self.state.step}, {broken[0]} first; this step is not saved",
+                f"{count}, {broken[0]} first; this step is not saved",
                 where=str(self.run.path) if self.run is not None else None,
                 fix="start again with a lower training.learning_rate",
             )
