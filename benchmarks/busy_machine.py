@@ -65,9 +65,7 @@ def main() -> None:
         print(train_steps(options.steps))
         return
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
-    print(
-        "| busy processes | spinning as found, s a step | limited, s a step | times as fast |\n| --- | --- | --- | --- |"
-    )
+    print("| busy processes | as found, s a step | limited, s a step | times as fast |\n| --- | --- | --- | --- |")
     for count in options.busy:
         busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
         try:
