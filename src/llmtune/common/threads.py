@@ -35,5 +35,5 @@ def spinning_in_force() -> list[Decision]:
     """The limit as a decision, in a process that has it from `limit_spinning` (or from the process that started it)."""
     if any(os.environ.get(name) != LIMITS.get(name) for name in OWN_SETTINGS):
         return []
-    reason = "threads that spin while they wait for each other hold the cores that other programs and they need"
+    reason = "threads that spin while they wait for each other keep other programs, and each other, from running"
     return [Decision("process.threads", "sleep soon while they wait", reason)]
