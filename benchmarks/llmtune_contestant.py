@@ -37,6 +37,7 @@ def train(
     from llmtune.engine.devices import Devices
     from llmtune.engine.forward import build_engine
     from llmtune.engine.loop import train_steps
+    from llmtune.engine.objective import next_token_objective
     from llmtune.engine.optim import build_optimizer
     from llmtune.engine.precision import Precision
     from llmtune.engine.state import TrainingState
@@ -78,7 +79,7 @@ def train(
     else:
         update = AfterBackward(weights, built_optimizer, precision, devices, max_grad_norm=max_grad_norm)
     results = train_steps(
-        nll_sum=built.nll_sum,
+        objective=next_token_objective(built.nll_sum),
         update=update,
         windows=timed_windows(windows.windows()),
         learning_rate=lambda _step: rate,

@@ -19,7 +19,7 @@ from llmtune.data.dataset.packing import plan_packs
 from llmtune.data.example import Example
 from llmtune.engine import loop
 from llmtune.engine.devices import Devices
-from llmtune.engine.objective import plain_nll_sum
+from llmtune.engine.objective import next_token_objective, plain_nll_sum
 from llmtune.engine.optim import build_optimizer
 from llmtune.engine.precision import Precision
 from llmtune.engine.schedule import learning_rate_at
@@ -156,7 +156,7 @@ class Training:
     def steps(self, windows=None):
         """The real loop, from where the state stands."""
         return self.train_steps(
-            nll_sum=self.nll_sum,
+            objective=next_token_objective(self.nll_sum),
             update=self.update(),
             windows=self.plan.windows(self.state.windows) if windows is None else windows,
             learning_rate=self.rate,

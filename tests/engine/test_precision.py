@@ -142,7 +142,7 @@ def test_an_unknown_precision_is_refused():
 
 def test_a_scale_left_in_the_gradients_is_caught(bench, mutant):
     """N10, N11: the test above fails when gradients are not unscaled."""
-    broken = mutant(precision, "1.0 / self._scale)", "1.0)")
+    broken = mutant(precision, "1.0 / self._scale", "1.0")
     plan = bench.plan(bench.examples(4), batch_size=4)
     training = bench.training(bench.model(), plan)
     norm = training.run()[0].grad_norm

@@ -47,7 +47,7 @@ def test_an_update_does_not_depend_on_how_a_window_is_cut(bench):
 
 def test_a_mean_of_means_is_caught(bench, mutant):
     """N1's test fails when each micro-batch is divided by its own weight."""
-    broken = mutant(loop, "batch_nats / divisor", "batch_nats / batch.loss_weight / len(window.micro_batches)")
+    broken = mutant(loop, "batch_loss / divisor", "batch_loss / batch.loss_weight / len(window.micro_batches)")
     assert worst_difference(bench, broken.train_steps) > 1e-3
 
 

@@ -225,7 +225,7 @@ def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = setup.nll_sum(real)
+        loss = setup.objective.loss_sum(real)
     held = sum(saved.values())
     loss.backward()
     planned = forecaster.peaks(forecaster.config, batch, "single").kept
@@ -317,18 +317,20 @@ def test_a_run_that_went_on_keeps_what_it_chose(forecaster_of):
 
 
 class OtherRank:
-    """A process that is not the first: the sum brings what the first one chose."""
+    """A process that is not the main one, which chose smaller micro-batches and recomputed blocks."""
 
     is_main = False
 
-    def sum(self, *values):
-        assert values == (0.0, 0.0, 0.0)
-        return (4.0, 2.0, 1.0)
+    def from_main(self, config):
+        training = config["training"] | {"batch_size": 4, "gradient_accumulation_steps": 2}
+        return config | {"training": training, "model": config["model"] | {"gradient_checkpointing": True}}
 
 
 def test_several_processes_do_as_the_first_one_does(forecaster_of):
-    forecaster = forecaster_of("training.batch_size=auto", "training.gradient_accumulation_steps=1")
-    assert resolve_auto.fit_to_memory(forecaster)[0].config.training.batch_size == 8
+    auto = ("training.batch_size=auto", "training.gradient_accumulation_steps=1", "model.gradient_checkpointing=auto")
+    forecaster = forecaster_of(*auto)
+    mine = resolve_auto.fit_to_memory(forecaster)[0].config
+    assert (mine.training.batch_size, mine.model.gradient_checkpointing) == (8, False)
     config = resolve_auto.resolve_on_all_ranks(forecaster, OtherRank()).config
     assert (config.training.batch_size, config.training.gradient_accumulation_steps) == (4, 2)
     assert config.model.gradient_checkpointing is True

@@ -7,6 +7,7 @@ run must differ from the run nobody stopped, or the resume must refuse. The hone
 
 import shutil
 import signal
+from dataclasses import replace
 
 import peft  # noqa: F401 - once here, not in every child
 import pytest
@@ -50,8 +51,9 @@ def restore_but_the_counters(snapshot, **named):
 
 def mean_of_means(**named):
     """Each micro-batch is averaged by itself, as if all had as many trained tokens."""
-    nll_sum = named["nll_sum"]
-    return train_steps(**{**named, "nll_sum": lambda batch: nll_sum(batch) / batch.loss_weight})
+    objective = named["objective"]
+    averaged = replace(objective, loss_sum=lambda batch: objective.loss_sum(batch) / batch.loss_weight)
+    return train_steps(**{**named, "objective": averaged})
 
 
 # What is left out of a resume -> (where, name, what stands in its place)

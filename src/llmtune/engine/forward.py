@@ -8,8 +8,8 @@ neighbour changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -28,7 +28,9 @@ from llmtune.kernels.activation_offload import offload_inputs, run_in_tiles
 from llmtune.kernels.attention import segment_mask, use_attention, use_segment_attention
 from llmtune.kernels.head_loss import Head, find_head, head_nll_sum, trained_rows
 from llmtune.kernels.patch_model import fuse, unfuse
+from llmtune.models.eval_mode import eval_mode
 from llmtune.models.load import ATTENTION_IMPLEMENTATIONS
+from llmtune.models.parameters import base_model_of
 
 __all__ = [
     "Engine",
@@ -84,7 +86,7 @@ def build_engine(model: Any, *, config: Config, device: torch.device, precision:
     engine = _choose(model, config, device, precision)
     if config.model.gradient_checkpointing != "offload":
         return engine
-    return replace(engine, decisions=(*engine.decisions, run_in_tiles(_base_model(model))))
+    return replace(engine, decisions=(*engine.decisions, run_in_tiles(base_model_of(model))))
 
 
 def _choose(model: Any, config: Config, device: torch.device, precision: Arithmetic) -> Engine:
@@ -95,19 +97,19 @@ def _choose(model: Any, config: Config, device: torch.device, precision: Arithme
             fix="use model.attention: auto",
         )
     compiled = config.training.compile
-    more = _recompute(_base_model(model), config.model.gradient_checkpointing, device)
+    more = _recompute(base_model_of(model), config.model.gradient_checkpointing, device)
     refusal = _refusal(model, config)
     tried: list[str] = [] if refusal is None else [refusal]
     if refusal is None:
         for backend in _backends(asked, device, precision):
-            fused = 0 if compiled else fuse(_base_model(model), device.type)  # the compiler fuses what is left to it
+            fused = 0 if compiled else fuse(base_model_of(model), device.type)  # the compiler fuses what is left to it
             reason = _try_flat(model, backend, device, precision)
             if reason is None:
-                more = _adapter_decision(fused) + more + (compile_blocks(_base_model(model)) if compiled else ())
+                more = _adapter_decision(fused) + more + (compile_blocks(base_model_of(model)) if compiled else ())
                 return _flat_engine(model, backend, device, asked, more)
-            unfuse(_base_model(model))
+            unfuse(base_model_of(model))
             tried.append(f"{backend}: {reason}")
-    more += compile_blocks(_base_model(model)) if compiled else ()
+    more += compile_blocks(base_model_of(model)) if compiled else ()
     return _plain_engine(model, asked, "; ".join(tried), more)
 
 
@@ -117,7 +119,7 @@ def _refusal(model: Any, config: Config) -> str | None:
         return "asked for by training.engine"
     if config.distributed.strategy in ("fsdp", "deepspeed"):
         return f"distributed.strategy {config.distributed.strategy} must see every call of the whole model"
-    base = _base_model(model)
+    base = base_model_of(model)
     if find_head(base) is None or base.get_decoder() is base:
         return f"{type(base).__name__} has no decoder and output head that can be called apart"
     return None
@@ -178,11 +180,6 @@ def compile_blocks(base: Any) -> tuple[Decision, ...]:
     )
 
 
-def _base_model(model: Any) -> Any:
-    """Return the transformers model inside peft's wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _backends(asked: str, device: torch.device, precision: Arithmetic) -> tuple[str, ...]:
     with precision.autocast():
         half = device.type == "cuda" and torch.is_autocast_enabled("cuda")
@@ -206,13 +203,13 @@ def group_tokens(shape: Any) -> int:
 
 
 def _flat_engine(model: Any, backend: str, device: torch.device, asked: str, more: tuple[Decision, ...]) -> Engine:
-    head = find_head(_base_model(model))
+    head = find_head(base_model_of(model))
     assert head is not None
     why = f"asked for ({asked})" if asked != "auto" else BACKEND_REASONS[backend]
     return Engine(
         nll_sum=lambda batch: flat_nll_sum(model, batch, head=head, device=device),
         layout="flat",
-        max_group_tokens=group_tokens(_base_model(model).config) if device.type == "cpu" else None,
+        max_group_tokens=group_tokens(base_model_of(model).config) if device.type == "cpu" else None,
         decisions=(
             Decision(
                 "training.engine",
@@ -228,7 +225,7 @@ def _flat_engine(model: Any, backend: str, device: torch.device, asked: str, mor
 def _plain_engine(model: Any, asked: str, reason: str, more: tuple[Decision, ...]) -> Engine:
     decisions = [Decision("training.engine", "plain", reason), *more]
     if asked != "auto":
-        use_attention(_base_model(model), ATTENTION_IMPLEMENTATIONS[asked])
+        use_attention(base_model_of(model), ATTENTION_IMPLEMENTATIONS[asked])
         decisions.append(Decision("model.attention", ATTENTION_IMPLEMENTATIONS[asked], f"asked for ({asked})"))
     return Engine(nll_sum=lambda batch: plain_nll_sum(model, batch), layout="padded", decisions=tuple(decisions))
 
@@ -243,7 +240,7 @@ def flat_nll_sum(model: Any, batch: MicroBatch, *, head: Head, device: torch.dev
     rows_N = trained_rows(batch.weights).to(device, non_blocking=True)
     batch = batch.to(device)
     assert batch.segments is not None
-    decoder: nn.Module = _base_model(model).get_decoder()
+    decoder: nn.Module = base_model_of(model).get_decoder()
     hidden = decoder(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
@@ -263,7 +260,7 @@ PROBE_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, Attrib
 
 def _try_flat(model: Any, backend: str, device: torch.device, precision: Arithmetic) -> str | None:
     """Switch `model` to a backend and prove it; on failure switch back and say what differed."""
-    base = _base_model(model)
+    base = base_model_of(model)
     before = str(base.config._attn_implementation)
     try:
         use_segment_attention(base, backend)
@@ -282,7 +279,7 @@ def _probe(model: Any, device: torch.device, precision: Arithmetic) -> str | Non
 
     None when both hold.
     """
-    head = find_head(_base_model(model))
+    head = find_head(base_model_of(model))
     assert head is not None
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     documents, changed = _documents(vocabulary, 0), _documents(vocabulary, 1)
@@ -290,7 +287,7 @@ def _probe(model: Any, device: torch.device, precision: Arithmetic) -> str | Non
     def flat(examples: list[Example]) -> float:
         return float(flat_nll_sum(model, make_micro_batch(examples, "flat", 0), head=head, device=device))
 
-    with _still(model), torch.no_grad(), precision.autocast():
+    with eval_mode(model), precision.autocast():
         fast, plain = flat(documents), float(plain_nll_sum(model, make_micro_batch(documents, "padded", 0)))
         one, other = flat(_quiet_first(documents)), flat(_quiet_first(changed))
         dtype = _compute_dtype(model, device)
@@ -305,18 +302,6 @@ def _compute_dtype(model: Any, device: torch.device) -> torch.dtype:
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """Run without dropout and leave every module's mode as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _documents(vocabulary: int, shift: int) -> list[Example]:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from llmtune.data.dataset.batches import Window
-from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.engine.devices import Devices, peak_memory_bytes
 from llmtune.engine.divergence import half_updated, rows_of_non_finite_losses, too_many_skipped
+from llmtune.engine.objective import Objective
 from llmtune.engine.precision import Precision
 from llmtune.engine.state import TrainingState
 from llmtune.engine.update import Update
@@ -35,8 +35,10 @@ class StepResult:
     """Epochs consumed."""
     progress: float
     """Part of the planned windows consumed, in (0, 1]; step / total steps when none was skipped."""
-    train_mean_nll: float
-    """Nats per trained token over the whole window and all devices, before the update."""
+    mean_loss: float
+    """Loss per trained token over the whole window and all devices, before the update, in the objective's unit."""
+    loss_name: str
+    """Name of that mean in the metrics, with `train_` before it."""
     learning_rate: float
     """Rate of this update; of the update that was not made, when skipped."""
     grad_norm: float
@@ -59,6 +61,11 @@ class StepResult:
     """Part of the device's peak arithmetic rate that the model's own work took, where the peak is known."""
 
     @property
+    def train_mean_nll(self) -> float:
+        """The mean loss under the name it has in supervised fine-tuning."""
+        return self.mean_loss
+
+    @property
     def skipped(self) -> bool:
         """Whether the window was consumed and nothing applied."""
         return self.reason is not None
@@ -69,7 +76,7 @@ class StepResult:
             "step": self.step,
             "epoch": self.epoch,
             "progress": self.progress,
-            "train_mean_nll": _finite_or_none(self.train_mean_nll),
+            f"train_{self.loss_name}": _finite_or_none(self.mean_loss),
             "learning_rate": self.learning_rate,
             "grad_norm": _finite_or_none(self.grad_norm),
             "num_tokens": self.num_tokens,
@@ -89,7 +96,7 @@ class StepResult:
 
 def train_steps(
     *,
-    nll_sum: Callable[[MicroBatch], torch.Tensor],
+    objective: Objective,
     update: Update,
     windows: Iterable[Window],
     learning_rate: Callable[[int], float],
@@ -101,8 +108,7 @@ def train_steps(
 ) -> Iterator[StepResult]:
     """Train on each window and yield its result; every yield is a safe place to stop.
 
-    `nll_sum(batch)`: weighted nats of a micro-batch, summed, shape []. `update`: turns the gradients of its parameters
-    into an update. `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after
+    `objective`: the loss to minimise. `update`: turns the gradients of its parameters into an update. `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after
     `state.windows`. `mfu`: see `utilization`.
 
     A window whose loss or gradient norm is not finite is consumed but never applied: it is yielded as skipped, with its
@@ -114,29 +120,31 @@ def train_steps(
     started = time.perf_counter()
     for window in windows:
         totals = devices.sum(window.loss_weight, window.num_tokens, window.num_sequences)
-        divisor = totals[0] or 1.0  # a window without trained tokens has no nats to divide
+        divisor = totals[0] or 1.0  # a window without trained tokens has no loss to divide
         rate = learning_rate(state.step)
         losses: list[torch.Tensor] = []
         rows: list[tuple[str, ...]] = []
         for batch in window.micro_batches:
             with precision.autocast():
-                batch_nats = nll_sum(batch)
-            losses.append(batch_nats.detach())  # .item() here would wait for the device on every micro-batch
+                batch_loss = objective.loss_sum(batch)
+            losses.append(batch_loss.detach())  # .item() here would wait for the device on every micro-batch
             rows.append(batch.sources)
             if len(losses) == len(window.micro_batches):
                 update.before_last_backward(losses, rate)
-            loss = batch_nats / divisor  # the scale is a second rounding, so only fp16 has it
+            loss = batch_loss / divisor  # the scale is a second rounding, so only fp16 has it
             (loss * precision.scale if precision.scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
 
-        nats, grad_norm = _read(losses, update.reduce_and_clip(), devices)
-        reason = _why_not(nats / divisor, grad_norm)  # the same answer on every process, before the optimizer moves
+        loss_sum, grad_norm = _read(losses, update.reduce_and_clip(), devices)
+        reason = _why_not(
+            objective.name, loss_sum / divisor, grad_norm
+        )  # the same answer on every process, before the optimizer moves
         named = () if reason is None else rows_of_non_finite_losses(losses, rows) or window.sources
         if reason is None:
             update.apply(rate)
         elif update.has_begun:
             raise half_updated(reason, named, step=state.step)
         update.clear()
-        overflow = precision.advance(applied=reason is None, loss_is_finite=math.isfinite(nats))
+        overflow = precision.advance(applied=reason is None, loss_is_finite=math.isfinite(loss_sum))
         state.advance(window.epoch, *totals, applied=reason is None, overflow=overflow)
         if state.skipped_steps > max_skipped_steps:
             raise too_many_skipped(
@@ -144,7 +152,8 @@ def train_steps(
             )
 
         yield StepResult(
-            train_mean_nll=nats / divisor,
+            mean_loss=loss_sum / divisor,
+            loss_name=objective.name,
             learning_rate=rate,
             grad_norm=grad_norm,
             reason=reason,
@@ -178,16 +187,16 @@ def _measure(
 
 
 def _read(losses: list[torch.Tensor], norm: torch.Tensor, devices: Devices) -> tuple[float, float]:
-    """Give the nats of the window over all devices and the gradient norm; the one wait for the device in a step."""
+    """Give the window's loss over all devices and the gradient norm; the one wait for the device in a step."""
     mine = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=devices.device)
-    nats, grad_norm = torch.stack([devices.sum_tensor(mine), norm.double()]).tolist()
-    return nats, grad_norm
+    loss_sum, grad_norm = torch.stack([devices.sum_tensor(mine), norm.double()]).tolist()
+    return loss_sum, grad_norm
 
 
-def _why_not(mean_nll: float, grad_norm: float) -> str | None:
+def _why_not(name: str, mean_loss: float, grad_norm: float) -> str | None:
     """Say why a window must not be applied, or None."""
-    if not math.isfinite(mean_nll):
-        return f"train_mean_nll is {mean_nll}"
+    if not math.isfinite(mean_loss):
+        return f"train_{name} is {mean_loss}"
     return None if math.isfinite(grad_norm) else f"grad_norm is {grad_norm}"
 
 

@@ -1,28 +1,50 @@
-"""The loss, plainly: nats per trained token, as a sum that the loop divides once for the whole window.
+"""What a training minimises, and the next-token loss on whole logits.
 
-Legend: B rows of a micro-batch, T positions, V vocabulary.
+The loss of a window is a sum over all its examples, on all devices, divided once by the window's number of trained
+tokens: never a mean of means, which would depend on how the window is cut into micro-batches.
+
+Shapes: B rows of a micro-batch, T positions, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from llmtune.data.dataset.micro_batch import MicroBatch
 
-__all__ = ["IGNORED", "plain_nll_sum", "weighted_nll_sum"]
+__all__ = ["IGNORED", "Objective", "next_token_objective", "plain_nll_sum", "weighted_nll_sum"]
 
 IGNORED = -100
 """Target of a position that is not trained; `cross_entropy` gives it loss 0 and gradient 0, exactly."""
 
 
-def plain_nll_sum(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Give the weighted negative log-likelihood of a micro-batch, summed: nats, float32, shape [].
+@dataclass(frozen=True)
+class Objective:
+    """A loss as the loop sees it: a sum over a micro-batch, and a name and unit for its mean over a window."""
 
-    The logits are those of the library's own forward. The batch is moved to the model's device. A flat batch needs a
-    model whose attention keeps documents apart by their restarting `position_ids` (transformers >= 5 does so when no
-    mask is given).
+    loss_sum: Callable[[MicroBatch], Tensor]
+    """Sum over the examples of a micro-batch, 0-d float32, joined to the graph unless under `no_grad`."""
+    name: str
+    """The metrics `train_NAME` and `eval_NAME` are means over a window and over the held-out rows."""
+    unit: str
+    """Unit of those means."""
+
+
+def next_token_objective(nll_sum: Callable[[MicroBatch], Tensor]) -> Objective:
+    """Supervised fine-tuning: the weighted negative log-likelihood of trained tokens, summed by `nll_sum`."""
+    return Objective(nll_sum, "mean_nll", "nats per trained token")
+
+
+def plain_nll_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Sum the weighted negative log-likelihoods of a micro-batch by the library's own forward: nats, float32 [].
+
+    The batch is moved to the model's device. A flat batch needs a model whose attention keeps documents apart by their
+    restarting `position_ids` (transformers >= 5 does so when no mask is given).
     """
     batch = batch.to(next(model.parameters()).device)
     output = model(
@@ -31,7 +53,7 @@ def plain_nll_sum(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     return weighted_nll_sum(output.logits, batch.input_ids, batch.weights)
 
 
-def weighted_nll_sum(logits_BTV: torch.Tensor, ids_BT: torch.Tensor, weights_BT: torch.Tensor) -> torch.Tensor:
+def weighted_nll_sum(logits_BTV: Tensor, ids_BT: Tensor, weights_BT: Tensor) -> Tensor:
     """Sum `weights[b, t] * -log softmax(logits[b, t - 1])[ids[b, t]]` over t >= 1, in float32; shape [].
 
     Positions of weight 0 are left out, so whatever stands there (NaN too) adds nothing; without any trained token the

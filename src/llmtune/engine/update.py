@@ -41,7 +41,7 @@ class Update(Protocol):
         ...
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
-        """The next backward pass completes the window's gradients. `losses`: nats of all its micro-batches.
+        """The next backward pass completes the window's gradients. `losses`: loss sums of all its micro-batches.
 
         `rate`: of its update.
         """

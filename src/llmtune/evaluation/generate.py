@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmtune.data.example import Message
 from llmtune.errors import DataError
-from llmtune.evaluation.eval_mode import eval_mode
+from llmtune.models.eval_mode import eval_mode
 from llmtune.models.parameters import base_model_of
 
 if TYPE_CHECKING:

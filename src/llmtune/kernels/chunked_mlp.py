@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.kernels.chunks import added, telling_pieces
 from llmtune.kernels.patching import original_class_name, patch
+from llmtune.models.eval_mode import eval_mode
 
 __all__ = ["Tiling", "tile_modules", "tile_tokens", "tiled_forward"]
 
@@ -238,16 +239,11 @@ def _difference(module: nn.Module, width: int) -> str | None:
     weight = next(module.parameters())
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     x = torch.arange(6 * width, device=weight.device, dtype=torch.float32).sin().to(dtype).view(1, 6, width)
-    modes = [(one, one.training) for one in module.modules()]
-    module.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(module):
             whole, cut = module(x), _over_tiles(module, x, 4)
     except PROBE_ERRORS as error:
         return f"it cannot be run on a few tokens ({type(error).__name__})"
-    finally:
-        for one, training in modes:
-            one.training = training
     apart = (whole.double() - cut.double()).norm() / whole.double().norm().clamp_min(1e-30)
     return None if float(apart) <= TOLERANCE else "its outputs depend on what other tokens stand beside"
 

@@ -23,6 +23,7 @@ from llmtune.engine.allocator import LEAN_LARGEST_BLOCK, allocator_in_force, bou
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine, build_engine
 from llmtune.engine.neftune import Neftune
+from llmtune.engine.objective import Objective, next_token_objective
 from llmtune.engine.optim import Optimizer, build_optimizer, matrices_of_blocks
 from llmtune.engine.precision import Precision
 from llmtune.engine.schedule import learning_rate_at, warmup_length
@@ -55,7 +56,7 @@ class TrainingSetup:
     model: PreTrainedModel
     """The transformers causal LM, inside peft's wrapper when an adapter is trained."""
     engine: Engine
-    nll_sum: Callable[[MicroBatch], torch.Tensor]
+    objective: Objective
     """The loss that training minimizes: the engine's, with noise on the embeddings where the config sets it."""
     parameters: dict[str, torch.nn.Parameter]
     """The trained ones, by name."""
@@ -130,7 +131,7 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
         prepared=prepared,
         model=model,
         engine=engine,
-        nll_sum=_with_noise(engine.nll_sum, model, config.training),
+        objective=next_token_objective(_with_noise(engine.nll_sum, model, config.training)),
         parameters=parameters,
         optimizer=optimizer,
         update=update,

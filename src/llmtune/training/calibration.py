@@ -34,7 +34,7 @@ def measure(forecaster: Forecaster, devices: Devices) -> tuple[float, int]:
 def steps_from_the_start(setup: TrainingSetup) -> Iterator[StepResult]:
     """Train a new model, without evaluation, checkpoint or record between two steps; raises DivergedError."""
     return train_steps(
-        nll_sum=setup.nll_sum,
+        objective=setup.objective,
         update=setup.update,
         windows=setup.batches.windows(),
         learning_rate=setup.learning_rate,

@@ -140,7 +140,7 @@ class TrainingRun:
             deadline = time.monotonic() + 60 * (config.training.max_minutes or math.inf)
             outcome: RunState = "finished"
             for result in train_steps(
-                nll_sum=setup.nll_sum,
+                objective=setup.objective,
                 update=setup.update,
                 windows=() if self.evaluator.should_stop_early else setup.batches.windows(self.state.windows),
                 learning_rate=self._rate,
