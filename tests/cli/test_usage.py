@@ -99,7 +99,7 @@ def test_a_usage_line_wraps_each_argument_once(row, capsys):
 def test_a_number_of_rows_that_is_estimated_is_said_to_be(monkeypatch):
     from llmtune.training import progress as reporting
 
-    monkeypatch.setattr(reporting, "_EVERY_S", 0.0)
+    monkeypatch.setattr(reporting, "PROGRESS_EVERY_S", 0.0)
     said = []
     progress = reporting.tokenizing_progress(said.append)
     progress(2048, 3010, 940.0)
@@ -155,3 +155,27 @@ def test_a_fix_that_is_the_same_for_several_problems_is_said_once():
         "    fix: else",
         "  four",
     ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--model", "custom-nano", "-m", "custom-tiny"],
+        ["train", "--samples=1", "--samples", "2"],
+        ["verify", "batching", "-c", "test", "-c", "test"],
+        ["generate", "x", "--max-new-tokens", "1", "--max-new-tokens", "2"],
+    ],
+)
+def test_an_option_given_twice_is_refused(arguments, capsys):
+    assert run(arguments) == 2
+    assert "is given twice\n  where: command line\n  fix: give it once" in capsys.readouterr().err
+
+
+def test_two_configs_and_a_repeated_key_are_said(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("training: {epochs: 5}\n")
+    arguments = ["-c", "mine.yaml", "-c", "test", "run.seed=1", "run.seed=2"]
+    for command in (["config", "show", *arguments], ["data", "report", *arguments, "data.train=no.jsonl"]):
+        run(command)
+        err = capsys.readouterr().err
+        assert "`test` comes last, so it sets `training.epochs` again" in err
+        assert "`run.seed` is given twice; the last one wins: `2`" in err

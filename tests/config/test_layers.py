@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
+from llmtune.config.arguments import PROCESS_VARIABLES
 from llmtune.config.keys import LEAVES
 from llmtune.config.layers import load_config, parse_config
 from llmtune.config.schema import Config, SourceConfig
@@ -330,3 +332,52 @@ def test_a_run_folder_stands_for_its_config(write):
     write("runs/one/config.yaml", "run: {seed: 9}\n")
     resolved = load_config("runs/one", environ={})
     assert (resolved.config.run.seed, resolved.name) == (9, "one")
+
+
+def test_several_configs_are_layers_and_a_line_names_what_the_last_sets_again(write):
+    write("a.yaml", "run: {seed: 1}\ntraining: {epochs: 2}\n")
+    write("b.yaml", "extends: test\nrun: {seed: 2}\n")
+    resolved = load_config(["a.yaml", "b.yaml"], environ={})
+    assert (resolved.config.run.seed, resolved.config.training.epochs, resolved.name) == (2, 1.0, "b")
+    assert resolved.notes == ("--config: `b.yaml` comes last, so it sets `training.epochs`, `run.seed` again",)
+    other = load_config(["b.yaml", "a.yaml"], environ={})
+    assert (other.config.run.seed, other.config.training.epochs, other.config.training.batch_size) == (1, 2.0, 2)
+    assert load_config(["a.yaml"], environ={}) == load_config("a.yaml", environ={})
+
+
+def test_every_missing_config_of_several_is_named(write):
+    write("a.yaml", "run: {seed: x}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(["no1.yaml", "a.yaml", "no2.yaml"], environ={})
+    assert [problem.where for problem in caught.value.problems] == ["--config", "a.yaml:1", "--config"]
+
+
+def test_an_override_that_is_given_twice_is_noted():
+    resolved = load_config(None, environ={}, overrides=["run.seed=1", "run.seed=2"])
+    assert resolved.notes == ("command line: `run.seed` is given twice; the last one wins: `2`",)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("TRAINING_LEARNING_RATE", ["TRAINING__LEARNING_RATE"]),
+        ("LEARNING_RATE", ["TRAINING__LEARNING_RATE"]),
+        ("LR", ["TRAINING__LEARNING_RATE"]),
+        ("MODEL_ARCHITECTURE_D_MODEL", ["MODEL__ARCHITECTURE__D_MODEL"]),
+        ("EVERY_STEPS", ["EVALUATION__EVERY_STEPS", "CHECKPOINT__EVERY_STEPS", "TRACKING__EVERY_STEPS"]),
+        ("TRAINING_BATCHSIZE", ["TRAINING__BATCH_SIZE"]),
+        ("OFLINE", ["OFFLINE"]),
+    ],
+)
+def test_a_variable_that_is_nearly_a_key_is_refused_with_the_one_that_works(name, meant):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, environ={f"LLMTUNE_{name}": "1"})
+    (problem,) = caught.value.problems
+    assert problem.where == f"env LLMTUNE_{name}"
+    assert re.findall(r"`LLMTUNE_(\w+)`", problem.fix) == meant
+
+
+def test_any_other_variable_of_that_prefix_is_noted():
+    (note,) = load_config(None, environ={"LLMTUNE_IMAGE": "x"}).notes
+    assert note.startswith("env LLMTUNE_IMAGE: it sets no config key")
+    assert load_config(None, environ=dict.fromkeys(PROCESS_VARIABLES, "1")).notes == ()

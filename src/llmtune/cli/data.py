@@ -125,8 +125,10 @@ def preview(
     raise_problems(data)
 
 
-def _survey(config: str | None, overrides: list[str] | None, *, trust_remote_code: bool) -> Survey:
+def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remote_code: bool) -> Survey:
     resolved = load_config(config, overrides=overrides or ())
+    for note in resolved.notes:
+        print_line(note)
     check_working_folder()
     from llmtune.data.dataset.make_dataset import survey_data
     from llmtune.prepare import find_model, open_renderer, open_tokenizer

@@ -77,7 +77,12 @@ def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None
     """Return the rows to evaluate on, and the config they were prepared by."""
     from llmtune.data.dataset.make_dataset import prepare_data
 
-    settings = load_config(config).config if config is not None else loaded.config or Config()
+    settings = loaded.config or Config()
+    if config is not None:
+        resolved = load_config(config)
+        for note in resolved.notes:
+            print_line(note)
+        settings = resolved.config
     if data:
         sources = tuple(SourceConfig(path=path) for path in data)
         rows = replace(settings.data, train=sources, eval=(), test_size=0, max_samples=None, shuffle_seed=None)

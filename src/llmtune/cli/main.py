@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from llmtune.cli.failure import print_line, report_crash, report_error
 from llmtune.cli.process import check_arguments, forbid_telemetry
@@ -185,6 +185,20 @@ class LazyGroup(TyperGroup):
                 formatter.write_dl(lines)
 
 
+class OnceOnlyCommand(TyperCommand):
+    """A command that refuses an option given twice, of which the parser would drop the first without a word."""
+
+    def parse_args(self, ctx: Click, args: list[str]) -> list[str]:
+        """Parse the arguments. Raises UsageError for a repeated option that takes one value."""
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in self.params:
+            is_single = parameter.param_type_name == "option" and not (parameter.multiple or parameter.is_flag)
+            if is_single and order.count(parameter) > 1:
+                raise UsageError(f"`{parameter.opts[0]}` is given twice", "command line", "give it once")
+        unparsed: list[str] = super().parse_args(ctx, args)
+        return unparsed
+
+
 def unknown_command(prefix: str, name: str, names: Sequence[str]) -> UsageError:
     """Return the error for a command that does not exist, with the nearest of `names`."""
     in_a_group = [row.words for row in COMMANDS if row.words.split()[-1] == name]
@@ -214,7 +228,7 @@ def _load(row: Command) -> Click:
     module_name, _, function_name = row.target.partition(":")
     function = getattr(importlib.import_module(f"llmtune.cli.{module_name}"), function_name)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(name=row.words.split()[-1], context_settings=_CONTEXT)(function)
+    app.command(name=row.words.split()[-1], cls=OnceOnlyCommand, context_settings=_CONTEXT)(function)
     command = typer.main.get_command(app)
     names = {option for parameter in command.params for option in parameter.opts}
     for parameter in _switches_everywhere():

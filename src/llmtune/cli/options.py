@@ -10,8 +10,12 @@ import typer
 __all__ = ["ConfigName", "Dtype", "NoCuda", "NoCudaInTraining", "Overrides", "TrustRemoteCode"]
 
 ConfigName = Annotated[
-    str | None,
-    typer.Option("--config", "-c", help="A preset (test, development, production, quickstart) or a YAML or JSON file."),
+    list[str] | None,
+    typer.Option(
+        "--config",
+        "-c",
+        help="A preset (test, development, production, quickstart) or a YAML or JSON file; of several, the last wins.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")

@@ -46,6 +46,8 @@ def plan(
             "--measure trains here, and --device plans for elsewhere", "command line", "give one of the two"
         )
     resolved = load_config(config, overrides=overrides or ())
+    for note in resolved.notes:
+        print_line(note)
     prepare_process(trains=True)  # as in the run: its memory is planned, and `--measure` takes its steps
     from llmtune.engine.devices import open_devices
     from llmtune.plan.forecast import Forecaster

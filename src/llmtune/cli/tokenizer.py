@@ -24,7 +24,8 @@ __all__ = ["train"]
 def train(
     overrides: Overrides = None,
     config: Annotated[
-        str | None, typer.Option("--config", "-c", help="A preset, or a YAML or JSON file; its data.train is read.")
+        list[str] | None,
+        typer.Option("--config", "-c", help="A preset, or a YAML or JSON file; its data.train is read."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")] = Path(
         "tokenizer"

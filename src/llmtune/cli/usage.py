@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llmtune.config.aliases import NAMES
+from llmtune.config.arguments import FLAGS
 from llmtune.config.keys import LEAVES
-from llmtune.config.layers import FLAGS
 from llmtune.errors import UsageError
 
 __all__ = ["keys_meant_by", "usage_error"]

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from llmtune.common.text import excerpt, is_text
+from llmtune.common.text import excerpt
+from llmtune.config.arguments import environment_layer, flag_layer, override_layer
 from llmtune.config.checks import contradictions
 from llmtune.config.collect import Findings, Setting, collect
 from llmtune.config.document import (
     Entry,
     Listing,
-    Node,
     Scalar,
     Table,
     Unreadable,
-    from_python,
     parse_yaml,
     read_text,
     shown,
@@ -43,15 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ResolvedConfig", "find_config", "load_config", "parse_config"]
 
-FLAGS = {
-    "model.name": "--model",
-    "data.max_samples": "--samples",
-    "tracking.project": "--project",
-    "run.output_dir": "--output-dir",
-    "run.name": "--name",
-}
 SUFFIXES = (".yaml", ".yml", ".json")
-ENVIRONMENT_PREFIX = "LLMTUNE_"
 MAX_FILES = 50
 
 
@@ -71,13 +61,13 @@ class ResolvedConfig:
 
 
 def load_config(
-    name_or_path: str | None,
+    name_or_path: str | Sequence[str] | None,
     *,
     flags: Mapping[str, object] | None = None,
     overrides: Sequence[str] | Mapping[str, object] = (),
     environ: Mapping[str, str] | None = None,
 ) -> ResolvedConfig:
-    """Resolve a preset or file and the layers above it.
+    """Resolve a preset or file, or several of them of which a later one wins, and the layers above.
 
     `flags` maps dotted keys to values (None: not given); `overrides` are `KEY=VALUE` texts, or a mapping of
     dotted keys to values; `environ` is the process's when not given.
@@ -88,14 +78,30 @@ def load_config(
     """
     findings = Findings()
     layers: list[dict[str, Setting]] = []
-    if name_or_path is not None:
-        path = _find_or_report(name_or_path, None, "--config", findings, [])
+    names = [name_or_path] if isinstance(name_or_path, str) else list(name_or_path or ())
+    files = _Files(findings)
+    for name in names:
+        path = _find_or_report(name, None, "--config", findings, [])
         if path is not None:
-            layers += _Files(findings).layers(path, [])
-    layers.append(_environment_layer(os.environ if environ is None else environ, findings))
-    layers.append(_flag_layer(flags or {}, findings))
-    layers.append(_override_layer(overrides, findings))
-    return _resolve(layers, findings, _config_name(name_or_path))
+            named_layers = files.layers(path, [])
+            _note_replaced(layers, named_layers, name, findings)
+            layers += named_layers
+    layers.append(environment_layer(os.environ if environ is None else environ, findings))
+    layers.append(flag_layer(flags or {}, findings))
+    layers.append(override_layer(overrides, findings))
+    return _resolve(layers, findings, _config_name(names[-1] if names else None))
+
+
+def _note_replaced(
+    before: Sequence[Mapping[str, Setting]], layers: Sequence[Mapping[str, Setting]], name: str, findings: Findings
+) -> None:
+    """Note the keys of an earlier `--config` to which this one gives another value."""
+    earlier = {key: setting.value for layer in before for key, setting in layer.items()}
+    later = {key: setting.value for layer in layers for key, setting in layer.items()}
+    keys = [key for key, value in later.items() if key in earlier and earlier[key] != value]
+    if keys:
+        listed = ", ".join(f"`{key}`" for key in keys)
+        findings.note(f"--config: `{excerpt(name)}` comes last, so it sets {listed} again")
 
 
 def parse_config(text: str, file: str = "config.yaml", *, is_json: bool = False) -> ResolvedConfig:
@@ -287,65 +293,3 @@ def show_path(path: Path) -> str:
         return excerpt(str(path.resolve().relative_to(Path.cwd().resolve())), 200)
     except (ValueError, OSError):
         return excerpt(str(path), 200)
-
-
-# --- environment, flags, command line
-
-
-def _environment_layer(environ: Mapping[str, str], findings: Findings) -> dict[str, Setting]:
-    entries = []
-    for name, text in sorted(environ.items()):
-        key = name.removeprefix(ENVIRONMENT_PREFIX)
-        if key == name or "__" not in key:
-            continue
-        origin = Origin("env", f"env {excerpt(name)}")
-        entries.append(Entry(key.lower().replace("__", "."), _argument(text, origin, findings), origin))
-    return collect(Table(tuple(entries), DEFAULT), findings)
-
-
-def _flag_layer(flags: Mapping[str, object], findings: Findings) -> dict[str, Setting]:
-    entries = []
-    for key, value in flags.items():
-        if value is not None:
-            origin = Origin("flag", FLAGS.get(key, "--" + key.rpartition(".")[2].replace("_", "-")))
-            entries.append(Entry(key, from_python(value, origin), origin))
-    return collect(Table(tuple(entries), DEFAULT), findings)
-
-
-def _override_layer(overrides: Sequence[str] | Mapping[str, object], findings: Findings) -> dict[str, Setting]:
-    if isinstance(overrides, Mapping):
-        origin = Origin("override", "overrides")
-        given = (Entry(str(key), from_python(value, origin), origin) for key, value in overrides.items())
-        return collect(Table(tuple(given), origin), findings)
-    origin = Origin("override", "command line")
-    entries: dict[str, Entry] = {}
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z0-9_.\-]+", key.strip()):
-            findings.problem(f"`{excerpt(text)}` is not KEY=VALUE", origin.where, _written_as(text))
-            continue
-        # The last of two overrides of one key wins, as with any command line.
-        entries[key.strip()] = Entry(key.strip(), _argument(value, origin, findings), origin)
-    return collect(Table(tuple(entries.values()), DEFAULT), findings)
-
-
-def _written_as(text: str) -> str:
-    """The fix for a bare word, which is most often a config or a data file without its key."""
-    word = excerpt(text)
-    if text in shipped_presets() or text.endswith((".yaml", ".yml")):
-        return f"did you mean `--config {word}`?"
-    if "=" not in text and (Path(text).exists() or text.startswith("example:")):
-        return f"did you mean `data.train={word}`?"
-    return "write for example `training.batch_size=4`"
-
-
-def _argument(text: str, origin: Origin, findings: Findings) -> Node:
-    """Read a value of the command line or the environment: lists, mappings and quotes as in YAML, else plain text."""
-    text = text.strip()
-    if text[:1] in ("[", "{", '"', "'") and is_text(text):
-        try:
-            return parse_yaml(text, lambda _: origin, findings.problems)
-        except Unreadable as unreadable:
-            findings.problem(*unreadable.problem)
-            return Listing((), origin)
-    return Scalar(text, True, origin)

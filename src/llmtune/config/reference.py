@@ -28,8 +28,10 @@ Later layers win, key by key. Lists are replaced, never joined.
 1. **Defaults**: the tables below.
 2. **`extends: production`**: a preset, a path, or a list of them (the last wins), looked for beside the file first.
 3. **The named file**, `--config dev.yaml`: a path as given, then `configs/` under the working folder, then the presets
-   that come with llmtune. A run folder stands for the `config.yaml` in it.
-4. **Environment**: `LLMTUNE_TRAINING__LEARNING_RATE=1e-4`.
+   that come with llmtune. A run folder stands for the `config.yaml` in it. `--config a.yaml --config b.yaml` are two
+   layers, of which the last wins; a line names the keys that it sets again.
+4. **Environment**: `LLMTUNE_TRAINING__LEARNING_RATE=1e-4`. A variable that is nearly one, such as
+   `LLMTUNE_LEARNING_RATE`, is refused with the name that works; any other `LLMTUNE_` name that is not used is said.
 5. **Flags** of the command: `--samples 50`.
 6. **Command line**: `training.batch_size=4 'data.train=[a.jsonl,b.jsonl]'`.
 
