@@ -7,8 +7,10 @@ the template itself:
   must be, character for character, a prefix of the complete rendering; a turn for which it is not is named and not
   trained.
 * The end is found after the last character that belongs to the message (its content, reasoning or tool calls): the
-  control tokens that follow. The control tokens that end a turn are learnt once from a small conversation; the header
-  of the next turn never counts, because it is missing when the turn is the last one.
+  control tokens that follow. Characters that a template writes again in a later turn (a function's name in the turn of
+  its result) do not count: the rendering of the messages up to this one lacks them. The control tokens that end a turn
+  are learnt once from a small conversation; the header of the next turn never counts, because it is missing when the
+  turn is the last one.
 
 Other messages (for the rules that train them) go from their first character through their own end-of-turn tokens.
 """
@@ -68,6 +70,8 @@ class Rendering:
     """`render(count, add_generation_prompt)` renders the first `count` messages as plain text."""
     prefixes: Mapping[tuple[int, bool], RenderedPrefix] = field(default_factory=dict)
     """Results of `render` that are known without calling it, by its arguments."""
+    render_traced: Callable[[int], str] | None = None
+    """`render(count, False)` with the origin of every character, where messages can be traced."""
 
     @functools.cached_property
     def extents(self) -> dict[int, tuple[int, int]]:
@@ -90,6 +94,21 @@ class Rendering:
         ]
         return [start for start, _, _ in runs], [stop for _, stop, _ in runs], [origin for _, _, origin in runs]
 
+    @functools.cached_property
+    def _runs_by_message(self) -> dict[int, list[tuple[int, int]]]:
+        """The stretches [start, stop) of each message's own characters, in order; neighbours are joined."""
+        runs_by_message: dict[int, list[tuple[int, int]]] = {}
+        for start, stop, message in zip(*self._message_runs, strict=True):
+            runs = runs_by_message.setdefault(message, [])
+            if runs and runs[-1][1] == start:
+                start = runs.pop()[0]
+            runs.append((start, stop))
+        return runs_by_message
+
+    def runs_of_message(self, index: int) -> list[tuple[int, int]]:
+        """The stretches [start, stop) of a message's own characters, in order."""
+        return self._runs_by_message.get(index, [])
+
     def next_foreign(self, index: int, start: int) -> int:
         """The first character at or after `start` that belongs to another message, or the end of the text."""
         starts, stops, messages = self._message_runs
@@ -107,11 +126,11 @@ class Rendering:
 
 def find_span(rendering: Rendering, index: int, shape: TurnShape) -> Span:
     """Find the trained part of message `index`; `problem` gives the reason where the template gives no clear answer."""
-    first, last = rendering.extents.get(index, (None, 0))
+    first, _ = rendering.extents.get(index, (None, 0))
     if rendering.roles[index] != "assistant":
         if first is None:
             return Span(0, 0, False, "the template does not render it")
-        return _extend_to_end(rendering, index, first, last, shape)
+        return _extend_to_end(rendering, index, first, shape)
     start = _known_prompt_length(rendering, index)
     if start is None:
         try:
@@ -127,7 +146,7 @@ def find_span(rendering: Rendering, index: int, shape: TurnShape) -> Span:
         start += len(shape.header)
     if first is not None and first < start:
         return Span(0, 0, False, "the template puts part of it before the place where the model begins to answer")
-    return _extend_to_end(rendering, index, start, max(last, start), shape)
+    return _extend_to_end(rendering, index, start, shape)
 
 
 def _known_prompt_length(rendering: Rendering, index: int) -> int | None:
@@ -138,9 +157,81 @@ def _known_prompt_length(rendering: Rendering, index: int) -> int | None:
     return prefix.length + len(prefix.tail)
 
 
-def _extend_to_end(rendering: Rendering, index: int, start: int, content_stop: int, shape: TurnShape) -> Span:
+def _content_stop(rendering: Rendering, index: int, start: int, shape: TurnShape) -> tuple[int, int]:
+    """Return where the message's own characters from `start` on end, and where they come again later (or the end)."""
+    runs = rendering.runs_of_message(index)
+    text_end = len(rendering.text)
+    if not runs or index == len(rendering.roles) - 1:
+        return max(start, runs[-1][1] if runs else start), text_end
+    if len(runs) == 1 and not _turn_ends_between(rendering, index, start, runs[0][0], shape):
+        return max(start, runs[0][1]), text_end  # the common case: one stretch of text, in its own turn
+    bound = _content_bound(rendering, index, start, shape)
+    own = [run for run in runs if run[0] < bound]
+    repeated = next((run[0] for run in runs if run[0] >= max(bound, start)), text_end)
+    return max(start, min(own[-1][1], bound) if own else start), repeated
+
+
+def _turn_ends_between(rendering: Rendering, index: int, start: int, stop: int, shape: TurnShape) -> bool:
+    """Whether another message or an end of turn lies in [start, stop)."""
+    ends = (control.token_id in shape.end_ids for control in rendering.controls_between(start, stop))
+    return rendering.next_foreign(index, start) < stop or any(ends)
+
+
+def _content_bound(rendering: Rendering, index: int, start: int, shape: TurnShape) -> int:
+    """A character that no own character of message `index` follows, but those that later turns repeat."""
+    prefix = rendering.prefixes.get((index + 1, False))
+    if prefix is not None:
+        return prefix.length
+    text_end = len(rendering.text)
+    try:
+        alone = rendering.render(index + 1, False)
+        if rendering.text.startswith(alone):
+            return len(alone)
+        traced = alone if rendering.render_traced is None else rendering.render_traced(index + 1)
+    except TemplateRefusal:
+        return _first_end(rendering, index, start, shape)
+    shared = _shared_length(alone, rendering.text)
+    alone_text = _own_text(alone, _own_runs(runs_of(traced), index), shared)
+    own_text = _own_text(rendering.text, rendering.runs_of_message(index), shared)
+    if not alone_text:
+        return shared  # the two renderings part after the message, so what comes later is a repetition
+    # The message reads differently as the last one (its reasoning is left out, say); both renderings end alike.
+    lengths = range(len(own_text), 0, -1)
+    ending = alone_text.rstrip()
+    length = next((length for length in lengths if ending.endswith(own_text[:length].rstrip())), 0)
+    if not own_text[:length].strip():
+        return _first_end(rendering, index, max(start, shared), shape)
+    for first, stop in rendering.runs_of_message(index):
+        first = max(first, shared)
+        if first < stop:
+            if length <= stop - first:
+                return first + length
+            length -= stop - first
+    return text_end
+
+
+def _first_end(rendering: Rendering, index: int, start: int, shape: TurnShape) -> int:
+    """The first end of turn after the first own character at or after `start`, or the end of the text."""
+    first = next((max(first, start) for first, stop in rendering.runs_of_message(index) if stop > start), start)
+    controls = rendering.controls_between(first, len(rendering.text))
+    return next((control.stop for control in controls if control.token_id in shape.end_ids), len(rendering.text))
+
+
+def _own_runs(runs: Sequence[Run], index: int) -> list[tuple[int, int]]:
+    """The stretches [start, stop) of one origin."""
+    stops = itertools.accumulate(length for length, _ in runs)
+    return [(stop - length, stop) for stop, (length, origin) in zip(stops, runs, strict=True) if origin == index]
+
+
+def _own_text(text: str, runs: Sequence[tuple[int, int]], start: int) -> str:
+    """The characters of these stretches from `start` on."""
+    return "".join(text[max(first, start) : stop] for first, stop in runs if stop > start)
+
+
+def _extend_to_end(rendering: Rendering, index: int, start: int, shape: TurnShape) -> Span:
     """Extend a message from its last own character through its end-of-turn tokens."""
-    limit = rendering.next_foreign(index, content_stop)
+    content_stop, repeated = _content_stop(rendering, index, start, shape)
+    limit = min(rendering.next_foreign(index, content_stop), repeated)
     following = rendering.controls_between(content_stop, limit)
     if rendering.next_foreign(index, start) < content_stop:
         return Span(0, 0, False, "the template puts other text of the row inside it")

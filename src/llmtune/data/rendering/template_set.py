@@ -84,8 +84,11 @@ class TemplateSet:
         def render(count: int, add_generation_prompt: bool) -> str:
             return template.render(fields[:count], tools, add_generation_prompt=add_generation_prompt)
 
+        def render_traced(count: int) -> str:
+            return template.render(traced_messages[:count], with_origin(tools, DATA), add_generation_prompt=False)
+
         try:
-            text = template.render(traced_messages, with_origin(tools, DATA), add_generation_prompt=False)
+            text = render_traced(len(fields))
             plain, prefixes = template.render_with_prefixes(fields, tools)
         except TemplateRefusal as refusal:
             raise _refused(refusal, conversation.source) from refusal
@@ -98,7 +101,7 @@ class TemplateSet:
             )
         runs = runs_of(text)
         roles = tuple(message.role for message in conversation.messages)
-        return Rendering(plain, runs, self._encoder.encode(plain, runs), roles, render, prefixes)
+        return Rendering(plain, runs, self._encoder.encode(plain, runs), roles, render, prefixes, render_traced)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools) -> list[int]:
         """The ids of messages and the generation prompt. Raises `DataError` when the template refuses the messages."""
