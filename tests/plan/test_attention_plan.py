@@ -1,6 +1,4 @@
-"""Q7: what attention keeps by the plan is what its kernel keeps on a GPU: key and value heads as they are, not one for
-each query head.
-"""
+"""Q7: planned attention keeps what its kernel keeps on a GPU: key and value heads as they are, not one a query head."""
 
 import pytest
 import torch
@@ -23,9 +21,10 @@ SUMS = TOKENS * HEADS * 4
 """Bytes of one float32 a query and head."""
 
 
-def held(attend, key_heads):
-    """Bytes that are alive after attention on fresh bf16 stand-ins, and the most in its backward pass, beside the
-    output's gradient.
+def bytes_of_attention(attend, key_heads):
+    """Bytes alive after attention on new bf16 fake tensors, and the most in its backward pass.
+
+    The output's gradient is counted in neither.
     """
     marks = torch.tensor([0, *LENGTHS], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -34,45 +33,45 @@ def held(attend, key_heads):
         rows = [torch.zeros(1, TOKENS, heads, WIDTH, dtype=torch.bfloat16) for heads in (HEADS, key_heads, key_heads)]
     live = LiveBytes([weight, gradient, marks, *rows], on_gpu=True)
     with mode, live:
-        query, key, value = ((one + weight).transpose(1, 2) for one in rows)
+        query, key, value = ((row + weight).transpose(1, 2) for row in rows)
         output = attend(query, key, value, Segments(marks, max(LENGTHS)), Rule(0.125))
         del query, key, value
-        kept = live.now - live.before
+        saved = live.now - live.before
         live.enter("end")
         torch.autograd.backward(output, gradient)
-    return kept, live.phases["end"] - live.before
+    return saved, live.phases["end"] - live.before
 
 
 @pytest.mark.parametrize("key_heads", [2, 8])
 def test_q7_flash_attention_keeps_grouped_heads_as_they_are(key_heads):
     """Queries, keys, values, output, a float32 a query and head, and 16 bytes for a dropout that never is."""
-    kept, _ = held(BACKENDS["varlen"], key_heads)
-    assert kept == 2 * QUERY + 2 * QUERY * key_heads // HEADS + SUMS + 16
+    saved, _ = bytes_of_attention(BACKENDS["varlen"], key_heads)
+    assert saved == 2 * QUERY + 2 * QUERY * key_heads // HEADS + SUMS + 16
 
 
 @pytest.mark.parametrize("key_heads", [2, 8])
 def test_q7_flash_attention_holds_its_kernels_own_sums_while_it_goes_back(key_heads):
     """Float32 sums for queries, and where heads are grouped, key and value gradients for each query head.
 
-    Beside what was kept, the three gradients, and the zeros that torch makes for results which are not differentiated.
+    Beside what was saved, the three gradients, and the zeros that torch makes for results which are not differentiated.
     """
-    kept, most = held(BACKENDS["varlen"], key_heads)
+    saved, peak = bytes_of_attention(BACKENDS["varlen"], key_heads)
     own = (TOKENS + 128 * len(LENGTHS)) * HEADS * (WIDTH + 1) * 4 + (2 * QUERY if key_heads < HEADS else 0)
     assert flash_backward_bytes(TOKENS, len(LENGTHS), HEADS, key_heads, WIDTH, 2) == own
-    assert most == kept + QUERY + 2 * QUERY * key_heads // HEADS + own + SUMS + 16
+    assert peak == saved + QUERY + 2 * QUERY * key_heads // HEADS + own + SUMS + 16
 
 
 @pytest.mark.parametrize("key_heads", [2, 8])
 def test_q7_flex_attention_keeps_grouped_heads_as_they_are(key_heads):
-    kept, _ = held(fake_flex_attention, key_heads)
-    assert kept == 2 * QUERY + 2 * QUERY * key_heads // HEADS + SUMS
+    saved, _ = bytes_of_attention(fake_flex_attention, key_heads)
+    assert saved == 2 * QUERY + 2 * QUERY * key_heads // HEADS + SUMS
 
 
 @pytest.mark.parametrize("key_heads", [2, 8])
 def test_q7_sdpa_keeps_keys_and_values_for_every_query_head_and_its_output_twice(key_heads):
     """By document, so the whole output is a copy."""
-    kept, _ = held(BACKENDS["sdpa"], key_heads)
-    assert kept == 5 * QUERY + SUMS
+    saved, _ = bytes_of_attention(BACKENDS["sdpa"], key_heads)
+    assert saved == 5 * QUERY + SUMS
 
 
 def test_variable_length_attention_is_given_grouped_heads(monkeypatch):
@@ -109,7 +108,7 @@ def worst_case(forecaster):
     return batch, "summed" if several else "single"
 
 
-def peaks_by(forecaster, way, compute):
+def peaks_by(forecaster, backend, compute):
     batch, gradients = worst_case(forecaster)
     return trace(
         meta_model(forecaster),
@@ -118,12 +117,12 @@ def peaks_by(forecaster, way, compute):
         compute=compute,
         checkpointing=False,
         gradients=gradients,
-        attention=way,
+        attention=backend,
     )
 
 
 @pytest.mark.parametrize(
-    ("overrides", "has_bf16", "way", "compute"),
+    ("overrides", "has_bf16", "backend", "compute"),
     [
         (("training.precision=bf16",), True, "varlen", torch.bfloat16),
         (("training.precision=fp16",), False, "flex", torch.float16),
@@ -133,14 +132,14 @@ def peaks_by(forecaster, way, compute):
     ],
 )
 def test_q7_a_gpu_is_planned_with_the_attention_that_it_will_train_with(
-    forecaster_of, overrides, has_bf16, way, compute
+    forecaster_of, overrides, has_bf16, backend, compute
 ):
     forecaster = on_a_gpu(forecaster_of, *LORA[:2], "model.dtype=float32", *overrides, has_bf16=has_bf16)
     forecaster.shape.config.num_hidden_layers = 2
     planned = forecaster.peaks(forecaster.config, *worst_case(forecaster))
-    kept = {one: peaks_by(forecaster, one, compute).kept for one in ("varlen", "flex", "sdpa")}
-    assert len({*kept.values()}) == 3
-    assert planned.kept == kept[way]
+    activations = {name: peaks_by(forecaster, name, compute).activation_bytes for name in ("varlen", "flex", "sdpa")}
+    assert len({*activations.values()}) == 3
+    assert planned.activation_bytes == activations[backend]
 
 
 def test_q7_a_model_with_a_soft_cap_is_planned_with_the_next_way(forecaster_of):
@@ -157,7 +156,7 @@ def test_q7_a_model_with_a_soft_cap_is_planned_with_the_next_way(forecaster_of):
     forecaster = on_a_gpu(forecaster_of, *LORA[:2], "training.precision=bf16", "model.dtype=float32")
     forecaster.__dict__["shape"] = ModelShape(Gemma2Config(**small, head_dim=16, vocab_size=400), 0)
     planned = forecaster.peaks(forecaster.config, *worst_case(forecaster))
-    assert planned.kept == peaks_by(forecaster, "flex", torch.bfloat16).kept
+    assert planned.activation_bytes == peaks_by(forecaster, "flex", torch.bfloat16).activation_bytes
     with pytest.raises(NotImplementedError, match="no soft cap"):
         peaks_by(forecaster, "varlen", torch.bfloat16)
 
@@ -173,7 +172,7 @@ def test_q7_a_gpu_takes_a_chunk_of_logits_at_once_and_a_cpu_a_few_rows_of_it(for
             forecaster.shape, forecaster.config, forecaster.prepared.tokenizer.tokenizer, dtype=torch.float32
         )
         peaks = trace(model, batch, device_type=kind, compute=torch.bfloat16, checkpointing=False, gradients="single")
-        losses.append(peaks.phases["loss"] - peaks.kept)
+        losses.append(peaks.phases["loss"] - peaks.activation_bytes)
     vocabulary = forecaster.shape.config.vocab_size
     assert losses[1] - losses[0] == pytest.approx(2 * (256 - 4) * vocabulary * 4, rel=0.1)
 

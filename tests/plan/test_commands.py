@@ -55,10 +55,10 @@ def test_q7_a_plan_is_made_and_measured_with_the_allocator_of_a_training(tiny_mo
 
 
 def test_q7_a_training_says_its_plan_first_and_compares_it_at_the_end(config_of):  # noqa: F811
-    said = []
+    lines_printed = []
     resolved = config_of("training.batch_size=auto", "training.gradient_accumulation_steps=1", "training.max_steps=2")
-    result = training.train(resolved, Options(no_cuda=True, offline=True), print_line=said.append)
-    talk = "\n".join(said)
+    result = training.train(resolved, Options(no_cuda=True, offline=True), print_line=lines_printed.append)
+    talk = "\n".join(lines_printed)
     assert "memory  " in talk
     assert "training.batch_size" in talk
     lines = comparison_lines(result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes)
@@ -69,7 +69,7 @@ def test_q7_a_training_says_its_plan_first_and_compares_it_at_the_end(config_of)
 
 def test_doctor_is_content_with_a_machine_on_which_the_tests_run(capsys):
     assert run(["doctor", "--json"]) == 0
-    findings = {one["what"]: one for one in map(json.loads, capsys.readouterr().out.splitlines())}
+    findings = {finding["what"]: finding for finding in map(json.loads, capsys.readouterr().out.splitlines())}
     assert {
         "torch",
         "transformers",
@@ -82,7 +82,7 @@ def test_doctor_is_content_with_a_machine_on_which_the_tests_run(capsys):
         "cache",
         "network",
     } <= set(findings)
-    assert all(one["fix"] for one in findings.values() if one["state"] != "ok")
+    assert all(finding["fix"] for finding in findings.values() if finding["state"] != "ok")
 
 
 def test_doctor_exits_6_where_a_version_is_too_old(monkeypatch, capsys):

@@ -1,6 +1,4 @@
-"""Q8: memory that is used up, for real: exit 6, one message with the numbers and three edits, and the newest checkpoint
-stands.
-"""
+"""Q8: memory is really used up: exit 6, one message with the numbers and three changes, and the newest checkpoint."""
 
 import json
 import re
@@ -29,14 +27,14 @@ LARGE = (
 )  # fmt: skip
 MIB = 1 << 20
 LEFT_MIB = 24
-"""What the child may still have once it is limited; a step of this run takes more than three times as much."""
+"""Memory that the child may still take once it is limited; a step of this run takes three times as much."""
 
 
 @pytest.fixture
 def rows_file(tmp_path):
     """64 long conversations, no two alike."""
     path = tmp_path / "long.jsonl"
-    answers = [" ".join(f"{(index * 7 + place) % 90}" for place in range(60)) for index in range(64)]
+    answers = [" ".join(f"{(index * 7 + position) % 90}" for position in range(60)) for index in range(64)]
     talks = [
         [{"role": "user", "content": f"words {index}"}, {"role": "assistant", "content": text}]
         for index, text in enumerate(answers)
@@ -50,7 +48,7 @@ def mapped_bytes():
 
 
 def limit_memory(left_mib=LEFT_MIB):
-    """Refuse this process more memory than it has, but for some MiB; returns what fills the gaps of its heap meanwhile."""  # noqa: E501
+    """Refuse this process more memory than it has, but for some MiB; returns tensors that fill the gaps of its heap."""
     resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes() + left_mib * MIB, resource.RLIM_INFINITY))
     ballast = []
     try:
@@ -60,48 +58,48 @@ def limit_memory(left_mib=LEFT_MIB):
         return ballast[: len(ballast) - left_mib]
 
 
-def train_and_tell(config, told, *, limit_after):
+def train_limited(config, report, *, limit_after):
     """Train, with little memory after some steps; write down how it ended."""
     try:
-        held = []
+        ballast = []
         with StopRequest() as stop:
             for result in training.open_run(config, Options(), stop, print_line=silent).steps():
-                held += limit_memory() if result.step == limit_after else []
+                ballast += limit_memory() if result.step == limit_after else []
     except MachineError as error:
-        told.write_text(message(error))
+        report.write_text(message(error))
         raise
 
 
 def test_q8_memory_that_runs_out_in_a_step_is_one_message_and_the_checkpoint_stands(config_of, tmp_path):  # noqa: F811
-    whole = training.train(config_of(*LARGE, name="whole")).folder
-    told = tmp_path / "told"
-    assert in_child(lambda: train_and_tell(config_of(*LARGE), told, limit_after=2)) == 6
-    said = told.read_text()
+    uninterrupted = training.train(config_of(*LARGE, name="uninterrupted")).folder
+    report = tmp_path / "report"
+    assert in_child(lambda: train_limited(config_of(*LARGE), report, limit_after=2)) == 6
+    text = report.read_text()
     assert re.search(
-        r"the memory is used up in step 3: [\d.]+ [MG]B more were asked for, [\d.]+ [MG]B were held and", said
-    ), said
-    assert re.search(r"the plan was [\d.]+ [MG]B; the newest checkpoint is step-000002", said), said
-    edits = re.findall(r"(\S+=\S+(?: \S+=\S+)*) \([\d.]+ [MG]B planned\)", said)
-    assert len(edits) == 3, said
-    assert said.count("error: ") == 1
+        r"the memory is used up in step 3: [\d.]+ [kMG]?B more were asked for, [\d.]+ [MG]B were held and", text
+    ), text
+    assert re.search(r"the plan was [\d.]+ [MG]B; the newest checkpoint is step-000002", text), text
+    edits = re.findall(r"(\S+=\S+(?: \S+=\S+)*) \([\d.]+ [MG]B planned\)", text)
+    assert len(edits) == 3, text
+    assert text.count("error: ") == 1
     run = tmp_path / "runs" / "run"
     assert json.loads((run / "run.json").read_text())["state"] == "failed"
     assert durable.verify_manifest(run / "checkpoints" / "step-000002") == []
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
     training.resume(str(run))
-    assert weights_of(run) == weights_of(whole)
-    assert lines_of(run) == lines_of(whole)
+    assert weights_of(run) == weights_of(uninterrupted)
+    assert lines_of(run) == lines_of(uninterrupted)
 
 
-def load_and_tell(config, told, *, left_mib, of_the_heap=False):
+def load_limited(config, report, *, left_mib, of_the_heap=False):
     """Train, with little memory from the moment at which everything but the model is there; write down how it ended."""
-    held = []
+    ballast = []
 
-    def print_line(text):
-        if not text.startswith("memory "):  # the plan, which is the last thing said before the model is loaded
+    def print_line(line):
+        if not line.startswith("memory "):  # the plan, which is the last line before the model is loaded
             return
         if of_the_heap:
-            held.extend(limit_memory(left_mib))
+            ballast.extend(limit_memory(left_mib))
         else:
             limit = mapped_bytes() + RESERVE_BYTES + left_mib * MIB
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
@@ -109,27 +107,30 @@ def load_and_tell(config, told, *, left_mib, of_the_heap=False):
     try:
         training.train(config, print_line=print_line)
     except MachineError as error:
-        told.write_text(message(error))
+        report.write_text(message(error))
         raise
 
 
-def assert_told(said, doing):
-    assert said.count("error: ") == 1
-    numbers = r"(?:[\d.]+ [MG]B more were|more was) asked for, [\d.]+ [MG]B were held and this process could hold [\d.]+ [MG]B here"  # noqa: E501
-    assert re.search(
-        rf"the memory is used up {doing}: {numbers}.*; the plan was [\d.]+ [MG]B; nothing is saved yet", said
+def assert_report(text, doing):
+    assert text.count("error: ") == 1
+    numbers = (
+        r"(?:[\d.]+ [kMG]?B more were|more was) asked for, [\d.]+ [MG]B were held "
+        r"and this process could hold [\d.]+ [MG]B here"
     )
-    return re.findall(r"(\S+=\S+(?: \S+=\S+)*) \([\d.]+ [MG]B planned\)", said)
+    assert re.search(
+        rf"the memory is used up {doing}: {numbers}.*; the plan was [\d.]+ [MG]B; nothing is saved yet", text
+    )
+    return re.findall(r"(\S+=\S+(?: \S+=\S+)*) \([\d.]+ [MG]B planned\)", text)
 
 
 def test_q8_memory_that_runs_out_while_a_model_is_built_is_one_message_with_three_edits_and_leaves_no_run(
     config_of,  # noqa: F811
     tmp_path,
 ):
-    told = tmp_path / "told"
+    report = tmp_path / "report"
     config = config_of(*LARGE, "model.name=custom-small", "model.architecture.n_layers=48")  # 600 MB
-    assert in_child(lambda: load_and_tell(config, told, left_mib=LEFT_MIB)) == 6
-    assert len(assert_told(told.read_text(), "while the model was loaded")) == 3, told.read_text()
+    assert in_child(lambda: load_limited(config, report, left_mib=LEFT_MIB)) == 6
+    assert len(assert_report(report.read_text(), "while the model was loaded")) == 3, report.read_text()
     assert list((tmp_path / "runs").glob("*")) == []
 
 
@@ -161,10 +162,10 @@ def test_q8_memory_that_runs_out_while_weights_are_read_is_not_blamed_on_the_mod
     heap,
 ):
     """Exit 6, not 4: while the file is opened, while its tensors are read, and while they become float32."""
-    told = tmp_path / "told"
+    report = tmp_path / "report"
     config = config_of(*LARGE, f"model.name={half_folder}")
-    assert in_child(lambda: load_and_tell(config, told, left_mib=left_mib, of_the_heap=heap)) == 6
-    assert_told(told.read_text(), "(?:while the model was loaded|in step 1)")
+    assert in_child(lambda: load_limited(config, report, left_mib=left_mib, of_the_heap=heap)) == 6
+    assert_report(report.read_text(), "(?:while the model was loaded|in step 1)")
 
 
 @pytest.mark.gpu
@@ -184,21 +185,22 @@ def test_q8_a_cuda_device_that_is_full_is_one_message_with_the_device_and_three_
     with pytest.raises(MachineError) as full:
         training.train(config_of(*LARGE, *huge))
     assert full.value.exit_code == 6
-    said = message(full.value)
+    text = message(full.value)
     assert re.search(
-        r"the memory is used up in step 1: [\d.]+ [MG]B more were asked for, [\d.]+ [MG]B were held and .* has [\d.]+ GB",  # noqa: E501
-        said,
-    ), said
-    assert len(re.findall(r"\([\d.]+ [MG]B planned\)", said)) == 3, said
+        r"the memory is used up in step 1: [\d.]+ [MG]B more were asked for, "
+        r"[\d.]+ [MG]B were held and .* has [\d.]+ GB",
+        text,
+    ), text
+    assert len(re.findall(r"\([\d.]+ [MG]B planned\)", text)) == 3, text
     assert torch.ones(2, device="cuda").sum().item() == 2  # the device goes on
 
 
 def test_an_edit_that_is_named_needs_less_and_gives_the_same_result(config_of, tmp_path):  # noqa: F811
     """N1: what is named first keeps the result but for rounding."""
-    whole = lines_of(training.train(config_of(*LARGE, name="whole")).folder)
+    plain = lines_of(training.train(config_of(*LARGE, name="plain")).folder)
     less = ("training.batch_size=1", "training.gradient_accumulation_steps=32")
-    other = lines_of(training.train(config_of(*LARGE, *less, name="less")).folder)
-    losses = [[line["train_mean_nll"] for line in lines if "train_mean_nll" in line] for lines in (whole, other)]
+    changed = lines_of(training.train(config_of(*LARGE, *less, name="less")).folder)
+    losses = [[line["train_mean_nll"] for line in lines if "train_mean_nll" in line] for lines in (plain, changed)]
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 

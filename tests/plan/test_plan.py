@@ -28,7 +28,7 @@ from training_helpers import LORA
 
 
 def bytes_of(tensors):
-    return sum(one.numel() * one.element_size() for one in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.parametrize("kind", [(), LORA, (*LORA, "training.precision=bf16")])
@@ -37,7 +37,7 @@ def test_q7_weights_adapter_gradients_and_optimizer_are_counted_to_the_byte(fore
     counted = forecaster.sizes(forecaster.config)
     setup = assembled_like(forecaster)
     step_once(setup)
-    frozen = [one for one in setup.model.parameters() if not one.requires_grad]
+    frozen = [parameter for parameter in setup.model.parameters() if not parameter.requires_grad]
     trained = list(setup.parameters.values())
     base = frozen if kind else trained
     assert counted.base_bytes == bytes_of(base) + bytes_of(setup.model.buffers())
@@ -51,9 +51,9 @@ def test_q7_weights_adapter_gradients_and_optimizer_are_counted_to_the_byte(fore
         for value in entry.values()
         if value.ndim
     ]
-    held = {value.data_ptr(): value for value in state}.values()
+    distinct = {value.data_ptr(): value for value in state}.values()
     planned = optimizer_bytes("adamw", entries=counted.trained, entry_bytes=counted.gradient_bytes)
-    assert planned == bytes_of(held)
+    assert planned == bytes_of(distinct)
 
 
 def test_q7_four_bit_weights_are_counted_as_bitsandbytes_holds_them(forecaster_of):
@@ -63,13 +63,12 @@ def test_q7_four_bit_weights_are_counted_as_bitsandbytes_holds_them(forecaster_o
     frozen = [weight for weight in model.parameters() if not weight.requires_grad]
     states = [weight.quant_state for weight in frozen if getattr(weight, "quant_state", None) is not None]
     scales = [
-        one
+        scale
         for state in states
-        for one in (state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset)
+        for scale in (state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset)
     ]
     assert len(states) == 14
-    held = bytes_of([*frozen, *model.buffers(), *scales])
-    assert counted.base_bytes == pytest.approx(held, rel=0.01)
+    assert counted.base_bytes == pytest.approx(bytes_of([*frozen, *model.buffers(), *scales]), rel=0.01)
 
 
 def step_once(setup):
@@ -77,7 +76,7 @@ def step_once(setup):
 
 
 def losses_of(setup):
-    return [one.train_mean_nll for one in steps_from_the_start(setup)]
+    return [result.train_mean_nll for result in steps_from_the_start(setup)]
 
 
 def test_q7_steps_and_tokens_are_those_of_the_batches(forecaster_of):
@@ -114,12 +113,14 @@ def test_q7_more_gaps_are_planned_where_threads_keep_small_blocks(forecaster_of,
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     gaps = 2 * forecaster.sizes(forecaster.config).largest_gradient_bytes
     monkeypatch.setenv("GLIBC_TUNABLES", "")
-    kept = forecaster.memory()
+    with_caches = forecaster.memory()
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
     without = forecaster.memory()
-    assert kept.moment == without.moment == "loss"
-    assert (kept.parts["allocator"] - gaps) / (without.parts["allocator"] - gaps) == pytest.approx(35 / 25, rel=1e-3)
-    assert kept.parts | {"allocator": 0} == without.parts | {"allocator": 0}
+    assert with_caches.moment == without.moment == "loss"
+    assert (with_caches.parts["allocator"] - gaps) / (without.parts["allocator"] - gaps) == pytest.approx(
+        35 / 25, rel=1e-3
+    )
+    assert with_caches.parts | {"allocator": 0} == without.parts | {"allocator": 0}
     monkeypatch.setenv("GLIBC_TUNABLES", "")
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4")  # no process is started in this test
     assert forecaster.memory().parts == without.parts
@@ -145,23 +146,23 @@ before = process_bytes(None)
 rows = [b"x" * (100_000 + n) for n in range(3_000)]
 stays = b"x" * 100_000
 del rows
-assert resident_bytes() > before + (250 << 20), "it was to be kept"
+assert resident_bytes() > before + (250 << 20), "the allocator returned it"
 print(process_bytes(None) - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator keeps what was freed")
 def test_q7_what_reading_rows_has_left_free_is_not_planned_twice():
-    """The steps will use it again: counted with the process it would stand in the plan beside what they put there."""
+    """The steps use it again: counted with the process it would be planned twice."""
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 32 << 20
 
 
 def test_q7_activations_grow_in_proportion_to_the_tokens(forecaster_of):
     forecaster = forecaster_of(*LORA[:2])
-    one, two, three = (traced(forecaster, (100,) * count).kept for count in (1, 2, 3))
-    assert two - one == pytest.approx(three - two, rel=0.01)
-    assert two == pytest.approx(2 * one, rel=0.02)
+    single, double, triple = (traced(forecaster, (100,) * count).activation_bytes for count in (1, 2, 3))
+    assert double - single == pytest.approx(triple - double, rel=0.01)
+    assert double == pytest.approx(2 * single, rel=0.02)
 
 
 def test_q7_more_blocks_follow_from_two_and_three(forecaster_of):
@@ -174,7 +175,10 @@ def test_q7_more_blocks_follow_from_two_and_three(forecaster_of):
 
 def test_q7_recomputed_blocks_keep_less(forecaster_of):
     forecaster = forecaster_of(*LORA[:2])
-    assert traced(forecaster, (100, 100), checkpointing=True).kept < 0.5 * traced(forecaster, (100, 100)).kept
+    assert (
+        traced(forecaster, (100, 100), checkpointing=True).activation_bytes
+        < 0.5 * traced(forecaster, (100, 100)).activation_bytes
+    )
 
 
 def test_q7_offloaded_blocks_leave_as_much_on_a_gpu_however_many_they_are(forecaster_of):
@@ -186,13 +190,13 @@ def test_q7_offloaded_blocks_leave_as_much_on_a_gpu_however_many_they_are(foreca
     forecaster.shape.config.num_hidden_layers = 5
     offloaded = {"checkpointing": "offload", "device_type": "cuda"}
     two, three, five = (traced(forecaster, (200,), blocks=blocks, **offloaded) for blocks in (2, 3, 5))
-    assert three.kept == two.kept
+    assert three.activation_bytes == two.activation_bytes
     assert three.phases["last block"] == pytest.approx(two.phases["last block"], rel=0.02)
     assert [peaks.host_bytes for peaks in (two, three, five)] == [blocks * PAGE_BYTES for blocks in (2, 3, 5)]
     assert extrapolate(two, three, 5) == five
     on_a_cpu, recomputed = (traced(forecaster, (200,), blocks=3, checkpointing=kind) for kind in ("offload", True))
     assert on_a_cpu.host_bytes == 0
-    assert on_a_cpu.kept == recomputed.kept > three.kept
+    assert on_a_cpu.activation_bytes == recomputed.activation_bytes > three.activation_bytes
 
 
 def test_q7_tiles_bound_what_feed_forward_layers_hold(forecaster_of, monkeypatch):
@@ -200,11 +204,11 @@ def test_q7_tiles_bound_what_feed_forward_layers_hold(forecaster_of, monkeypatch
     monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 100)
     forecaster = forecaster_of(*LORA[:2])
     forecaster.shape.config.intermediate_size = 4096
-    whole, tiled = (
-        traced(forecaster, (1200,), checkpointing=kind, device_type="cuda").bytes for kind in (True, "offload")
+    untiled, tiled = (
+        traced(forecaster, (1200,), checkpointing=kind, device_type="cuda").peak_bytes for kind in (True, "offload")
     )
-    assert whole > 3 * 1200 * 4096 * 4
-    assert tiled < 0.4 * whole
+    assert untiled > 3 * 1200 * 4096 * 4
+    assert tiled < 0.4 * untiled
 
 
 def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
@@ -213,10 +217,13 @@ def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
     setup = assembled_like(forecaster)
     batch, _ = forecaster.largest_micro_batch(forecaster.config)
     real = next(
-        one for window in setup.batches.windows() for one in window.micro_batches if one.num_tokens == batch.tokens
+        micro_batch
+        for window in setup.batches.windows()
+        for micro_batch in window.micro_batches
+        if micro_batch.num_tokens == batch.tokens
     )
     saved = {}
-    weights = {one.untyped_storage().data_ptr() for one in setup.model.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in setup.model.parameters()}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -226,10 +233,9 @@ def test_q7_what_autograd_really_keeps_is_what_was_traced(forecaster_of):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = setup.objective.loss_sum(real)
-    held = sum(saved.values())
     loss.backward()
-    planned = forecaster.peaks(forecaster.config, batch, "single").kept
-    assert planned == pytest.approx(held, rel=0.15)
+    planned = forecaster.peaks(forecaster.config, batch, "single").activation_bytes
+    assert planned == pytest.approx(sum(saved.values()), rel=0.15)
 
 
 def test_auto_batch_keeps_the_global_batch_and_the_losses(forecaster_of):
@@ -237,7 +243,7 @@ def test_auto_batch_keeps_the_global_batch_and_the_losses(forecaster_of):
     auto = ("training.batch_size=auto", "training.gradient_accumulation_steps=1")
     roomy, decisions = resolve_auto.fit_to_memory(forecaster_of(*auto))
     assert (roomy.config.training.batch_size, roomy.config.training.gradient_accumulation_steps) == (8, 1)
-    assert [one.key for one in decisions] == ["training.batch_size"]
+    assert [decision.key for decision in decisions] == ["training.batch_size"]
     forecaster = forecaster_of(*auto)
     between = forecaster.memory(with_micro_batch(forecaster.config, (2, 4), False)).peak_bytes
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((between + 1000) / 0.9)))
@@ -255,22 +261,24 @@ def test_auto_checkpointing_recomputes_only_where_nothing_fits_without(forecaste
     assert resolve_auto.fit_to_memory(forecaster)[0].config.model.gradient_checkpointing is False
     size = (8, 2)
     with_it, without = (
-        forecaster.memory(with_micro_batch(forecaster.config, size, one)).peak_bytes for one in (True, False)
+        forecaster.memory(with_micro_batch(forecaster.config, size, recompute)).peak_bytes
+        for recompute in (True, False)
     )
     assert with_it < without
     tight = forecaster_of(*auto, target=Target("a tight machine", "cpu", int((with_it + without) / 2 / 0.9)))
     prepared, decisions = resolve_auto.fit_to_memory(tight)
     assert prepared.config.model.gradient_checkpointing is True
-    assert [one.key for one in decisions] == ["model.gradient_checkpointing"]
+    assert [decision.key for decision in decisions] == ["model.gradient_checkpointing"]
 
 
-def gpu_too_small_for(forecaster, than):
-    """A GPU that holds the offloaded run and not the one recomputed as `than` says."""
-    offloaded, other = (
-        forecaster.memory(with_micro_batch(forecaster.config, (8, 2), one)).peak_bytes for one in ("offload", than)
+def gpu_too_small_for(forecaster, recompute):
+    """A GPU that holds the offloaded run and not the one with this `model.gradient_checkpointing`."""
+    offloaded, larger = (
+        forecaster.memory(with_micro_batch(forecaster.config, (8, 2), level)).peak_bytes
+        for level in ("offload", recompute)
     )
-    assert offloaded < other
-    return Target("a small GPU", "cuda", int((offloaded + other) / 2 / 0.95))
+    assert offloaded < larger
+    return Target("a small GPU", "cuda", int((offloaded + larger) / 2 / 0.95))
 
 
 @pytest.fixture
@@ -287,7 +295,7 @@ def test_auto_checkpointing_offloads_only_on_a_gpu_that_recomputing_alone_does_n
     small = gpu_too_small_for(forecaster, True)
     prepared, decisions = resolve_auto.fit_to_memory(forecaster_of(*auto, target=small))
     assert prepared.config.model.gradient_checkpointing == "offload"
-    assert [one.value for one in decisions] == ["offload"]
+    assert [decision.value for decision in decisions] == ["offload"]
     compiled = resolve_auto.fit_to_memory(forecaster_of(*auto, "training.compile=true", target=small))[0].config
     on_a_cpu = resolve_auto.fit_to_memory(forecaster_of(*auto, target=Target("a tiny CPU", "cpu", 1)))[0].config
     assert compiled.model.gradient_checkpointing is on_a_cpu.model.gradient_checkpointing is True
@@ -296,10 +304,10 @@ def test_auto_checkpointing_offloads_only_on_a_gpu_that_recomputing_alone_does_n
 def test_offloading_is_advised_where_recomputing_is_not_enough(forecaster_of, long_rows):
     recomputed = (*long_rows, "model.gradient_checkpointing=true")
     small = gpu_too_small_for(forecaster_of(*recomputed, target=Target("a GPU", "cuda", 1 << 40)), True)
-    advised = {one.overrides: one.fits for one in suggest(forecaster_of(*recomputed, target=small))}
+    advised = {change.overrides: change.fits for change in suggest(forecaster_of(*recomputed, target=small))}
     assert advised["model.gradient_checkpointing=offload"]
     enough = suggest(forecaster_of(*long_rows, target=Target("a GPU", "cuda", 1 << 40)))
-    assert not any("offload" in one.overrides for one in enough)
+    assert not any("offload" in change.overrides for change in enough)
     offloaded = make_plan(forecaster_of(*long_rows, "model.gradient_checkpointing=offload", target=small))
     assert offloaded.fits
     assert "of page-locked memory of the host, for the inputs of blocks" in "\n".join(plan_lines(offloaded))
@@ -342,8 +350,10 @@ def test_what_does_not_fit_gets_changes_that_need_less(forecaster_of):
     assert plan.fits is False
     assert plan.largest_batch is None
     assert plan.changes
-    assert all(one.peak_bytes < plan.memory.peak_bytes for one in plan.changes)
-    assert {"adapter.method=lora", "training.optimizer=adamw_8bit"} <= {one.overrides for one in suggest(forecaster)}
+    assert all(change.peak_bytes < plan.memory.peak_bytes for change in plan.changes)
+    assert {"adapter.method=lora", "training.optimizer=adamw_8bit"} <= {
+        change.overrides for change in suggest(forecaster)
+    }
     assert "DOES NOT FIT" in "\n".join(plan_lines(plan))
     assert json.loads(json.dumps(as_dict(plan)))["fits"] is False
 
@@ -351,10 +361,11 @@ def test_what_does_not_fit_gets_changes_that_need_less(forecaster_of):
 def test_the_largest_batch_fits_and_one_more_does_not(forecaster_of):
     forecaster = forecaster_of(*LORA[:2], target=Target("a GPU", "cuda", 1 << 40))
     assert largest_batch(forecaster, forecaster.memory()) == 20
-    one, four = (forecaster.memory(with_micro_batch(forecaster.config, (size, 1), False)).peak_bytes for size in (1, 4))
-    tight = forecaster_of(*LORA[:2], target=Target("a small GPU", "cuda", int((one + four) / 2 / 0.95)))
-    found = largest_batch(tight, tight.memory())
-    assert 1 <= found < 20
+    single, four = (
+        forecaster.memory(with_micro_batch(forecaster.config, (size, 1), False)).peak_bytes for size in (1, 4)
+    )
+    tight = forecaster_of(*LORA[:2], target=Target("a small GPU", "cuda", int((single + four) / 2 / 0.95)))
+    assert 1 <= largest_batch(tight, tight.memory()) < 20
 
 
 @pytest.mark.parametrize(
@@ -371,7 +382,7 @@ def test_an_unknown_device_is_refused_with_those_that_are_known():
 
 
 def test_t4_has_no_bf16():
-    """Training there chooses fp32 too (`choose_precision`); fp16 has to be asked for."""
+    """Training on it chooses fp32 too (`choose_precision`); fp16 has to be configured."""
     from llmtune.plan.hardware import precision_on
 
     config = load_config(None, overrides=["training.precision=auto"], environ={}).config

@@ -1,6 +1,4 @@
-"""Q7: the plan of weights that move in the backward pass (`training.step_in_backward`): its parts, its advice, its
-windows.
-"""
+"""Q7: plans of weights that move in the backward pass (`training.step_in_backward`): parts, suggestions, windows."""
 
 from llmtune.engine.step_in_backward import saves_uncut
 from llmtune.plan import suggestions as suggestions_module
@@ -24,9 +22,9 @@ def test_q7_gradients_that_go_at_once_are_planned_as_the_largest_of_them(forecas
     assert counted.largest_gradient_bytes < counted.gradient_bytes
     batch, several = early.largest_micro_batch(early.config)
     assert not several
-    kept, dropped = (early.peaks(early.config, batch, life).phases for life in ("single", "dropped"))
-    assert dropped["forward"] == kept["forward"]
-    assert kept["end"] - dropped["end"] > 0.3 * counted.gradient_bytes
+    single, dropped = (early.peaks(early.config, batch, life).phases for life in ("single", "dropped"))
+    assert dropped["forward"] == single["forward"]
+    assert single["end"] - dropped["end"] > 0.3 * counted.gradient_bytes
     assert early.memory().parts["gradients"] <= counted.largest_gradient_bytes
     summed = forecaster_of(*EARLY, "training.batch_size=2", "training.gradient_accumulation_steps=2")
     assert summed.memory().parts["gradients"] >= counted.gradient_bytes
@@ -66,17 +64,17 @@ def test_windows_stay_whole_where_that_takes_less_and_the_plan_knows(forecaster_
     """
     monkeypatch.setattr("llmtune.plan.forecast.group_tokens", lambda _shape: 40)
     monkeypatch.setattr("llmtune.engine.forward.group_tokens", lambda _shape: 40)
-    found = {}
+    chosen = {}
     for recompute in ("false", "true"):
         forecaster = forecaster_of(*ONE_MICRO_BATCH, *EARLY, f"model.gradient_checkpointing={recompute}")
         setup = assembled_like(forecaster)
         several = any(len(window.micro_batches) > 1 for window in setup.batches.windows())
         assert forecaster.largest_micro_batch(forecaster.config)[1] == several
-        found[recompute] = (
-            next(one.value for one in setup.decisions if one.key == "training.step_in_backward.windows"),
+        chosen[recompute] = (
+            next(decision.value for decision in setup.decisions if decision.key == "training.step_in_backward.windows"),
             several,
         )
-    assert found == {"false": ("cut", True), "true": ("whole", False)}
+    assert chosen == {"false": ("cut", True), "true": ("whole", False)}
 
 
 def test_a_window_is_whole_up_to_what_its_blocks_keep(forecaster_of):

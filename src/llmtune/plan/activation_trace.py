@@ -89,18 +89,18 @@ class Peaks:
     """The most bytes alive at once, by phase."""
     gradients: dict[str, int]
     """Of these, gradients of weights that the micro-batch itself had made by then and that stay."""
-    kept: int
+    activation_bytes: int
     """Bytes alive after the forward pass through the blocks: the activations."""
     host_bytes: int = 0
     """Bytes that wait in host memory for the backward pass."""
 
     @property
-    def bytes(self) -> int:
+    def peak_bytes(self) -> int:
         """The most of all phases."""
         return max(self.phases.values())
 
     @property
-    def phase(self) -> str:
+    def peak_phase(self) -> str:
         """The phase with the most."""
         return max(self.phases, key=lambda phase: self.phases[phase])
 
@@ -225,10 +225,10 @@ def trace(
     inputs = _inputs(batch, mode)
     with live:
         with autocast:
-            loss, kept = run(model, batch, inputs, live, device_type)
+            loss, after_forward = run(model, batch, inputs, live, device_type)
         loss.backward()  # type: ignore[no-untyped-call]
     phases = {phase: max(0, peak - live.before) for phase, peak in live.phases.items()}
-    return Peaks(phases, live.gradients, max(0, kept - live.before), live.host_bytes)
+    return Peaks(phases, live.gradients, max(0, after_forward - live.before), live.host_bytes)
 
 
 def _drop(weight: torch.Tensor) -> None:
@@ -250,7 +250,7 @@ def extrapolate(smaller: Peaks, larger: Peaks, blocks: int) -> Peaks:
     return Peaks(
         lines(smaller.phases, larger.phases),
         lines(smaller.gradients, larger.gradients),
-        line(smaller.kept, larger.kept),
+        line(smaller.activation_bytes, larger.activation_bytes),
         line(smaller.host_bytes, larger.host_bytes),
     )
 
@@ -317,24 +317,24 @@ def _flat(
         input_ids=inputs.ids, position_ids=inputs.positions, attention_mask=mask, use_cache=False
     ).last_hidden_state
     trained = hidden[0, inputs.rows]
-    kept = live.now
+    after_forward = live.now
     live.enter("loss")
     return head_nll_sum(
         head, trained, inputs.targets, inputs.weights[0, : len(inputs.targets)], device_type=device_type
-    ), kept
+    ), after_forward
 
 
 def _padded(
     model: PreTrainedModel, _batch: MicroBatchShape, inputs: _Inputs, live: LiveBytes, _device_type: str
 ) -> tuple[torch.Tensor, int]:
     """The plain engine's forward; without its padding mask, whose values a fake tensor does not have."""
-    kept = 0
+    after_forward = 0
 
     def at_head(_head: nn.Module, _inputs: tuple[object, ...]) -> None:
-        nonlocal kept
-        kept = live.now
+        nonlocal after_forward
+        after_forward = live.now
         live.enter("loss")
 
     base_model_of(model).get_output_embeddings().register_forward_pre_hook(at_head)
     logits = model(input_ids=inputs.ids, use_cache=False).logits
-    return weighted_nll_sum(logits, inputs.ids, inputs.weights), kept
+    return weighted_nll_sum(logits, inputs.ids, inputs.weights), after_forward

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # registers an operator of `_workspaces`
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd.function import BackwardCFunction, FunctionCtx
@@ -47,8 +48,6 @@ def workspace_bytes(operator: OpOverload, args: tuple[Any, ...]) -> int:
 
 @cache
 def _workspaces() -> dict[OpOverload, Callable[[tuple[Any, ...]], int]]:
-    import torch.nn.attention.varlen  # registers its operators
-
     return {
         torch.ops.torch_attn._varlen_attn_backward.default: _varlen_workspace,
         # Fake tensors are of the CPU, so a trace for a GPU meets the CPU's operator where the GPU will run its own.

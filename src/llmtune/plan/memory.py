@@ -83,7 +83,7 @@ def plan_memory(
     state = optimizer_bytes(optimizer, entries=sizes.trained, entry_bytes=sizes.gradient_bytes)
     at_update = sizes.largest_gradient_bytes if gradients == "dropped" else sizes.gradient_bytes
     moments = {
-        peaks.phase: {"optimizer": state, **_micro_batch_parts(sizes, peaks, gradients, kind, thread_caches)},
+        peaks.peak_phase: {"optimizer": state, **_micro_batch_parts(sizes, peaks, gradients, kind, thread_caches)},
         "update": {"gradients": at_update, "optimizer": state},
     }
     if is_cpu:
@@ -99,19 +99,23 @@ def _micro_batch_parts(
     """Bytes by part in the worst phase of the micro-batch, beside weights and optimizer state."""
     share = SHARE_WITH_THREAD_CACHES if thread_caches and kind == "cpu" else ALLOCATOR_SHARE[kind]
     earlier = sizes.gradient_bytes if gradients == "summed" else 0
-    made = min(peaks.bytes, sizes.gradient_bytes, peaks.gradients[peaks.phase])
+    made = min(peaks.peak_bytes, sizes.gradient_bytes, peaks.gradients[peaks.peak_phase])
     if gradients == "dropped":
         # One gradient at a time is alive in the backward pass; it is called so whatever phase it is in.
-        made = min(max(0, peaks.bytes - peaks.kept), sizes.largest_gradient_bytes) if peaks.phase != "forward" else 0
-    activations = min(peaks.kept, peaks.bytes - made)
-    rest = peaks.bytes - made - activations
-    in_loss = peaks.phase == "loss"
+        made = (
+            min(max(0, peaks.peak_bytes - peaks.activation_bytes), sizes.largest_gradient_bytes)
+            if peaks.peak_phase != "forward"
+            else 0
+        )
+    activations = min(peaks.activation_bytes, peaks.peak_bytes - made)
+    rest = peaks.peak_bytes - made - activations
+    in_loss = peaks.peak_phase == "loss"
     return {
         "gradients": earlier + made,
         "activations": activations,
         "loss": rest if in_loss else 0,
         "workspace": (0 if in_loss else rest) + sizes.largest_linear_bytes,
-        "allocator": round(share * (peaks.bytes + earlier)) + LARGEST_GAPS[kind] * sizes.largest_gradient_bytes,
+        "allocator": round(share * (peaks.peak_bytes + earlier)) + LARGEST_GAPS[kind] * sizes.largest_gradient_bytes,
     }
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.adapters import attach
@@ -112,8 +113,6 @@ def build_meta_model(
 
     Raises ModelError for an architecture that no model can have, AdapterError for an adapter that does not fit it.
     """
-    from transformers import AutoModelForCausalLM
-
     model_config = copy.deepcopy(shape.config)
     if blocks is not None:
         _keep_first_blocks(model_config, blocks)
