@@ -283,6 +283,39 @@ def test_a_poor_terminal_gets_the_same_plain_message(environ, empty):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "encoding", "words"),
+    [
+        (("config", "show", "-c", "mine.yaml"), "ascii", ("name: ", "\\u65e5")),
+        (("config", "show", "--origin", "-c", "mine.yaml"), "latin-1", ("run.name", "\\u65e5")),
+        (("config", "diff", "mine.yaml", "test"), "ascii", ("run.name", "\\u65e5")),
+        (("data", "preview", "-c", "mine.yaml"), "ascii", ("\\u21b5", "\\U0001f642")),
+        (("data", "preview", "-c", "mine.yaml"), "cp1252", ("\\u21b5", "\\U0001f642")),
+        (("runs", "läufe"), "ascii", ("\\u65e5",)),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, tuple) else value,
+)
+def test_characters_outside_the_encoding_of_the_output_are_escapes(arguments, encoding, words, empty):
+    (empty / "rows.jsonl").write_text(
+        '{"messages":[{"role":"user","content":"Où? 🙂"},{"role":"assistant","content":"Là — é"}]}\n', encoding="utf-8"
+    )
+    (empty / "mine.yaml").write_text(
+        "run: {name: été 日}\nmodel: {name: custom-nano}\ndata: {train: [rows.jsonl]}\n", encoding="utf-8"
+    )
+    run_folder = empty / "läufe" / "été 日"
+    run_folder.mkdir(parents=True)
+    (run_folder / "run.json").write_text('{"run_id": "a", "state": "finished"}', encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "llmtune", *arguments],
+        capture_output=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    assert [word for word in words if word.encode() not in done.stdout] == [], done.stdout
+
+
+@pytest.mark.parametrize(
     ("redirect", "code"), [("<&-", 0), (">&-", 0), ("2>&-", 0), (">/dev/full", 6), ("2>/dev/full", 0)]
 )
 def test_closed_and_full_streams_are_no_crash(redirect, code, empty):

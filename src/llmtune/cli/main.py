@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from llmtune.cli.failure import print_line, report_crash, report_error
-from llmtune.cli.process import check_arguments, forbid_telemetry
+from llmtune.cli.process import check_arguments, escape_unencodable_output, forbid_telemetry
 from llmtune.cli.usage import usage_error
 from llmtune.common.offline import go_offline
 from llmtune.errors import LlmtuneError, MachineError, UsageError
@@ -289,6 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run llmtune; always ends in `SystemExit` with one of the documented exit codes."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     before_dashes = words[: words.index("--")] if "--" in words else words
+    escape_unencodable_output()
     forbid_telemetry()
     if "--offline" in before_dashes:
         go_offline()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ __all__ = [
     "check_arguments",
     "check_surroundings",
     "check_working_folder",
+    "escape_unencodable_output",
     "forbid_telemetry",
     "prepare_process",
 ]
@@ -99,6 +101,13 @@ def _encoding_fix() -> str:
     if _encoding() == "UTF-8":
         return "give the file or folder a name in UTF-8"
     return "set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8"
+
+
+def escape_unencodable_output() -> None:
+    r"""Let stdout and stderr print characters outside their encoding as escapes (`\xe9`) instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def forbid_telemetry() -> None:
