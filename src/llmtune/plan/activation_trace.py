@@ -162,7 +162,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes[key] = 0 if self._is_on_host else storage.nbytes()
         self.host_bytes += storage.nbytes() if self._is_on_host else 0
         self.now += self._sizes[key]
-        weakref.finalize(storage, self._remove, key)
+        weakref.finalize(storage, self._remove, key)  # the moment at which the allocator would have it back
         self._update_peak()
 
     def _remove(self, key: int) -> None:
@@ -201,7 +201,7 @@ def trace(
         backend = attention or attention_ways("auto", device_type, half=compute is not None)[0]
         use_segment_attention(base, backend, fake_flex_attention if backend == "flex" else None)
     if checkpointing == "offload":
-        run_in_tiles(base, proven=True)
+        run_in_tiles(base, proven=True)  # the proof compares values, which fake tensors do not have
     model.train()
     tensors = [*model.parameters(), *model.buffers()]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -211,7 +211,7 @@ def trace(
                 weight.grad = torch.empty_like(weight)
                 tensors.append(weight.grad)
     live = LiveBytes(tensors, on_gpu=device_type == "cuda")
-    if gradients != "summed":
+    if gradients != "summed":  # summed ones are among `tensors`, and a sum takes no more
         for weight in trained:
             weight.register_post_accumulate_grad_hook(_drop if gradients == "dropped" else live.count_gradient)
     if checkpointing == "offload" and device_type == "cuda":
@@ -295,7 +295,7 @@ class _Inputs:
 
 
 def _inputs(batch: MicroBatchShape, mode: FakeTensorMode) -> _Inputs:
-    rows = min(batch.trained_tokens, batch.tokens - 1)
+    rows = min(batch.trained_tokens, batch.tokens - 1)  # the first token is never predicted
     shape = (1, batch.tokens) if batch.layout == "flat" else (len(batch.lengths), max(batch.lengths))
     with mode:
         ids, rows_N = torch.zeros(shape, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)

@@ -148,6 +148,7 @@ class Forecaster:
         lengths = np.asarray(data.lengths, dtype=np.int64)
         tokens = int(lengths.sum())
         epochs, rest = divmod(batches.total_steps, batches.steps_per_epoch)
+        # Whole epochs have all rows; of a part of one, every rank is taken to have as many tokens as this one.
         tail = range(epochs * batches.steps_per_epoch + 1, epochs * batches.steps_per_epoch + rest + 1)
         run_tokens = epochs * tokens + self.world_size * sum(
             int(lengths[group].sum()) for step in tail for group in batches.groups(step)
@@ -238,7 +239,7 @@ class Forecaster:
         half = COMPUTE[self.precision] is not None and self.target.has_bf16  # flash attention needs such a device
         *preferred, last = attention_ways(config.model.attention, self.target.kind, half=half)
         for backend in preferred:
-            with suppress(NotImplementedError):
+            with suppress(NotImplementedError):  # a soft cap, for example, which flash attention does not have
                 return self._trace_with(config, batch, gradients, backend)
         return self._trace_with(config, batch, gradients, last)
 

@@ -81,6 +81,7 @@ def plan_memory(
         "adapter": sizes.adapter_bytes,
     }
     state = optimizer_bytes(optimizer, entries=sizes.trained, entry_bytes=sizes.gradient_bytes)
+    # A dropped gradient lives until its weight has moved, so the update of one weight holds one of them.
     at_update = sizes.largest_gradient_bytes if gradients == "dropped" else sizes.gradient_bytes
     moments = {
         peaks.peak_phase: {"optimizer": state, **_micro_batch_parts(sizes, peaks, gradients, kind, thread_caches)},

@@ -58,7 +58,7 @@ def out_of_memory_refused(forecaster: Forecaster, circumstances: Callable[[], Ci
         if not is_out_of_memory(error):
             raise
         if reserve is not None:
-            reserve.close()
+            reserve.close()  # planning the changes needs some address space
         raise _out_of_memory_error(error, forecaster, circumstances()) from error
     finally:
         if reserve is not None:

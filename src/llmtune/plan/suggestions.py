@@ -81,7 +81,7 @@ def largest_batch(forecaster: Forecaster, memory: MemoryPlan) -> int | None:
     most = min(MOST_SEQUENCES, forecaster.batches(config).num_packs)
     if not fits(1):
         return None
-    low = 1
+    low = 1  # fits; `high` does not, or is more than there is
     while low * 2 <= most and fits(low * 2):
         low *= 2
     high = min(low * 2, most + 1)

@@ -52,7 +52,7 @@ def make_plan(forecaster: Forecaster, *, full: bool = False) -> Plan:
     memory, missing = None, None
     try:
         memory = forecaster.memory()
-    except TRACE_ERRORS as error:
+    except TRACE_ERRORS as error:  # the model may train all the same, so a missing plan stops nothing
         missing = f"this model cannot be traced without its weights ({type(error).__name__}: {in_one_line(error)})"
     budget, largest, suggestions = forecaster.target.budget_bytes, None, []
     if full and memory is not None:
