@@ -128,7 +128,7 @@ def test_q8_memory_that_runs_out_while_a_model_is_built_is_one_message_with_thre
     tmp_path,
 ):
     report = tmp_path / "report"
-    config = config_of(*LARGE, "model.name=custom-small", "model.architecture.n_layers=48")  # 600 MB
+    config = config_of(*LARGE, "model.name=custom-small", "model.architecture.n_layers=16")  # 220 MB
     assert in_child(lambda: load_limited(config, report, left_mib=LEFT_MIB)) == 6
     assert len(assert_report(report.read_text(), "while the model was loaded")) == 3, report.read_text()
     assert list((tmp_path / "runs").glob("*")) == []
