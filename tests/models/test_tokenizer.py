@@ -235,7 +235,8 @@ def test_the_report_counts_what_it_says():
 def test_the_vocabulary_does_not_depend_on_the_number_of_threads(tmp_path):
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
     code = (
-        "import json; from llmtune.models.tokenizer import tokenizer_digest; from llmtune.models.tokenizer_training import train_tokenizer;"
+        "import json; from llmtune.models.tokenizer import tokenizer_digest;"
+        "from llmtune.models.tokenizer_training import train_tokenizer;"
         "print(tokenizer_digest(train_tokenizer(json.load(open('texts.json')), 400)))"
     )
     digests = set()

@@ -57,7 +57,7 @@ def load_adapter_weights(model: PeftModel, folder: Path, tensors: Mapping[str, t
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Return every tensor of `adapter_model.safetensors`, checked to be finite.
+    """Return every tensor of `adapter_model.safetensors` by name (A [r, in], B [out, r], ...), checked to be finite.
 
     Raises AdapterError when the file is missing (also where there is only a `.bin`), damaged or changed since it was
     written, or has values that are not finite.

@@ -1,4 +1,7 @@
-"""Write a LoRA adapter in the format of peft, so that `PeftModel.from_pretrained` reads it."""
+"""Write a LoRA adapter in the format of peft, so that `PeftModel.from_pretrained` reads it.
+
+The format: https://huggingface.co/docs/peft/developer_guides/checkpoint
+"""
 
 from __future__ import annotations
 
@@ -33,10 +36,9 @@ def write_adapter(
 ) -> None:
     """Write the adapter, a record of its base, and the tokenizer with generation config when one is given.
 
-    tensors: those of `adapter_state_and_config(model)`, where they were gathered already.
-
-    The adapter's config names the base as transformers can load it (a hub id or a folder). base_digest, base_name,
-    base_revision: written to the record, and the revision to the config too.
+    The adapter's config names the base as transformers can load it (a hub id or a folder). tensors: those of
+    `adapter_state_and_config(model)`, where they were gathered already. base_digest, base_name, base_revision: written
+    to the record, and the revision to the config too.
 
     Raises MachineError when the system refuses to write.
     """
@@ -66,15 +68,17 @@ def write_adapter(
 def adapter_state_and_config(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Return the adapter's tensors and config as peft's files hold them.
 
-    Tensors are on the CPU, contiguous and in the order of their names; the config holds JSON values.
+    Tensors (A [r, in] and B [out, r] of each layer, DoRA's magnitudes [out], trained rows) are on the CPU, contiguous
+    and in the order of their names; the config holds JSON values.
     """
     from peft import get_peft_model_state_dict
 
     with quiet_libraries():
+        # By default peft also saves the base's embedding when it was resized, and asks a hub whether it was.
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
     config = model.peft_config["default"].to_dict()
-    config["inference_mode"] = True
+    config["inference_mode"] = True  # as peft's own save_pretrained writes it: a loaded adapter is frozen
     return tensors, {key: _as_json(config[key]) for key in sorted(config) if key != "runtime_config"}
 
 

@@ -106,7 +106,7 @@ def compare_logits(tuned: Sequence[Tensor], merged: Sequence[Tensor]) -> Differe
 def limit_for(logits: Sequence[Tensor], *, is_float32: bool) -> str:
     """Return the allowed difference from a model with these logits [T, V] as `measure <= limit`.
 
-    The measure is a field of `Difference`; its value is relative to the largest logit in float32, nats otherwise.
+    The measure is a field of `Difference`. In float32 limit = 1e-5 * max(1, largest |logit|), otherwise 1e-3 nats.
 
     >>> limit_for([torch.tensor([[0.5, 38.0]])], is_float32=True), limit_for([], is_float32=False)
     ('max_abs_logit <= 0.00038', 'mean_kl <= 0.001')

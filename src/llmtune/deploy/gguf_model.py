@@ -101,6 +101,8 @@ def write_gguf(model_folder: ModelFolder, path: Path, *, dtype: torch.dtype | No
 def split_pairs(weight: Tensor, heads: int) -> Tensor:
     """Put the rows of a query or key matrix [H D, I] in llama.cpp's order: 0, D/2, 1, D/2 + 1, ... within each head.
 
+    Both orders rotate the same pairs of entries (rotary positions, Su et al. 2021, arXiv:2104.09864).
+
     >>> split_pairs(torch.arange(8).unsqueeze(1), heads=2).flatten().tolist()
     [0, 2, 1, 3, 4, 6, 5, 7]
     """

@@ -65,7 +65,7 @@ def merge_low_rank(
 
 
 def merge_bias(bias: Tensor, delta: Tensor, *, scaling: float, dtype: torch.dtype) -> MergedWeight:
-    """Return b + scaling * b' in `dtype`, both [O], computed in float64."""
+    """Return merged = b + scaling * delta in `dtype`, all [O], computed in float64."""
     base = bias.double()
     tuned = base + scaling * delta.double()
     rounded = round_once(tuned, dtype)

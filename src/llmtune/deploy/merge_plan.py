@@ -68,7 +68,8 @@ class MergePlan:
     def as_held_in_training(self, name: str, weight: Tensor) -> Tensor:
         """Return a floating-point weight of the base as training computed with it, float32 of the same shape.
 
-        It went through the type it was loaded in, and through 4 or 8 bits where its layer was quantized.
+        It went through the type it was loaded in, and through 4 or 8 bits where its layer was quantized: an adapter
+        makes up for the errors of that base and not of the published one (QLoRA, arXiv:2305.14314).
         """
         layer = name.removesuffix(".weight")
         if self.trained_quantization is None or layer == name or layer not in self.quantized:

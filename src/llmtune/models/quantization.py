@@ -187,8 +187,10 @@ def quantized_layers(meta_model: nn.Module, kind: Literal["4bit", "8bit"]) -> se
 def quantize_dequantize(weight: Tensor, kind: Literal["4bit", "8bit"], dtype: torch.dtype) -> Tensor:
     """Return a linear layer's weight [out, in] as the arithmetic of its quantized layer uses it, float32 [out, in].
 
-    dtype: the type the base was loaded in, from which it was quantized. The settings are those of
-    `quantization_config`. Raises MachineError where bitsandbytes cannot work.
+    dtype: the type the base was loaded in, from which it was quantized. Settings and papers are those of
+    `quantization_config` (4bit: arXiv:2305.14314, 8bit: arXiv:2208.07339).
+
+    Raises MachineError where bitsandbytes cannot work.
     """
     bitsandbytes = import_bitsandbytes()
     outputs, inputs = weight.shape
