@@ -62,6 +62,8 @@ def report(
         return
     for decision in survey.data.decisions:
         print_line(str(decision))
+    for line in survey.data.ledger.unused_fields():
+        print_line(f"note: {line}")
     batch_size = survey.resolved.config.training.batch_size
     values = data_report(
         survey.data, survey.resolved.config.data, batch_size=batch_size if isinstance(batch_size, int) else 8
@@ -107,6 +109,8 @@ def preview(
 
     for decision in (*renderer.decisions, *data.decisions):
         print_line(str(decision))
+    for line in data.ledger.unused_fields():
+        print_line(f"note: {line}")
     limit = None if show_all else count
     groups = itertools.islice(_groups(data.train, resolved.config.data), limit)
     if as_json:

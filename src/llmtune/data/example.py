@@ -66,6 +66,10 @@ class Conversation:
     tools: tuple[Mapping[str, object], ...] = ()
     prompt_is_text: bool = False
     loss_weight: float = 1.0
+    template_args: Mapping[str, object] = field(default_factory=dict)
+    """Further arguments of the chat template (`enable_thinking`), given by the row."""
+    unused: tuple[str, ...] = ()
+    """Fields of the row and its messages that nothing reads, described."""
 
 
 @dataclass(frozen=True, slots=True)

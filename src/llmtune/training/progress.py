@@ -101,6 +101,8 @@ def print_preflight(
     for part, counts in data.ledger.summary().items():
         statuses = ", ".join(f"{counts[status]:,} {status.replace('_', ' ')}" for status in STATUSES if counts[status])
         print_line(f"{part:<7} {counts['input']:,} rows: {statuses}")
+    for line in data.ledger.unused_fields():
+        print_line(f"note    {line}")
     batches = prepared.batch_plan()
     tokens = int(data.train.lengths.sum())
     weights = float(data.train.loss_weights.sum())

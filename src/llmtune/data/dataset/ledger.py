@@ -18,12 +18,15 @@ import numpy.typing as npt
 from llmtune.data.dataset.row_result import STATUSES, Reason, Status
 from llmtune.data.dataset.store import RowStore
 from llmtune.data.rendering.row_warnings import RowWarning
+from llmtune.data.rows.field_names import UNUSED_SHOWN
 
 __all__ = ["REASONS_SHOWN", "Balance", "Ledger", "LedgerEntry", "LedgerPart", "PartSummary"]
 
 REASONS_SHOWN = 20
 """Different reasons listed in a summary; the rest are counted together."""
 
+UNUSED = "unused-field"
+"""Code of the warning about a field that nothing reads."""
 _OTHER_REASONS = "other reasons"
 _INDEX = re.compile(r"\[\d+\]")
 
@@ -129,11 +132,50 @@ class LedgerPart:
         return cast("LedgerEntry", {**entry, "notes": warnings} if warnings else entry)
 
     def affected(self) -> Iterator[int]:
-        """Numbers of the rows that are not simply used or that have warnings, ascending."""
-        with_warnings = [index for index, warnings in enumerate(self.store.warnings) if warnings]
+        """Numbers of the rows that are not simply used or that have warnings, ascending.
+
+        Unused fields alone are named by file (`notes`), not by row: nearly every row of a table has some.
+        """
+        with_warnings = [
+            index
+            for index, warnings in enumerate(self.store.warnings)
+            if any(warning.code != UNUSED for warning in warnings)
+        ]
         noted = np.isin(self.store.rows["warnings"], with_warnings)
         noted[list(self.warnings)] = True
         yield from (int(row) for row in np.flatnonzero(noted | (self.statuses != STATUSES.index("used"))))
+
+    def _rows_with_warning(self, code: str) -> npt.NDArray[np.int64]:
+        """Numbers of the rows with a warning of this code from the row itself, ascending."""
+        combinations = [
+            index
+            for index, warnings in enumerate(self.store.warnings)
+            if any(warning.code == code for warning in warnings)
+        ]
+        return np.flatnonzero(np.isin(self.store.rows["warnings"], combinations))
+
+    def unused_fields(self) -> Iterator[str]:
+        """A line for each file whose rows or messages have fields that nothing reads, with counts and an example."""
+        rows = self._rows_with_warning(UNUSED)
+        for file, label in enumerate(self.store.labels):
+            counts: Counter[str] = Counter()
+            first: dict[str, int] = {}
+            for row in rows[self.store.rows["file"][rows] == file].tolist():
+                for warning in self.store.warnings[int(self.store.rows["warnings"][row])]:
+                    if warning.code == UNUSED:
+                        field = warning.text.removesuffix(" is not used")
+                        counts[field] += 1
+                        first.setdefault(field, row)
+            if counts:
+                # Switches first: they mean to change the training.
+                ordered = sorted(counts, key=lambda field: (not field.startswith("switch "), -counts[field]))
+                shown = ", ".join(
+                    f"{field} ({counts[field]:,} row{'s' if counts[field] > 1 else ''}, "
+                    f"first {self.store.source(first[field]).rpartition('/')[2]})"
+                    for field in ordered[:UNUSED_SHOWN]
+                )
+                more = f" and {len(ordered) - UNUSED_SHOWN} more" if len(ordered) > UNUSED_SHOWN else ""
+                yield f"{label}: fields not used: {shown}{more}"
 
     def rows_named(self, name: str) -> list[int]:
         """Numbers of the rows `file:line` or `file[index]`, where `file` may be the end of a longer path."""
@@ -157,7 +199,7 @@ class LedgerPart:
         tokens_cut = 0
         for row in self.affected():
             reason, status = self.reason(row), STATUSES[self.statuses[row]]
-            warnings.update({warning.code for warning in self.warnings_of(row)})
+            warnings.update({warning.code for warning in self.warnings_of(row)} - {UNUSED})
             if reason is not None and status != "used":
                 counter = reasons.setdefault(status, Counter())
                 # Without their indices the fields of different rows count as one reason.
@@ -166,6 +208,9 @@ class LedgerPart:
                 counter[text if text in counter or len(counter) < REASONS_SHOWN else _OTHER_REASONS] += 1
             if status == "cut":
                 tokens_cut += int(self.store.rows["tokens_lost"][row])
+        unused_rows = self._rows_with_warning(UNUSED)
+        if len(unused_rows):
+            warnings[UNUSED] = len(unused_rows)
         is_kept = np.isin(self.store.examples["row"], self.rows_with_status("used", "cut"))
         examples = self.store.examples[is_kept]
         return {
@@ -189,6 +234,10 @@ class Ledger:
     def entries(self) -> Iterator[LedgerEntry]:
         """Objects for ledger.jsonl, in order: every row that is not simply used, or that has warnings."""
         return (part.entry(row) for part in self.parts for row in part.affected())
+
+    def unused_fields(self) -> list[str]:
+        """A line for each file with fields that nothing reads."""
+        return [line for part in self.parts for line in part.unused_fields()]
 
     def summary(self) -> dict[str, PartSummary]:
         """The summary of each part by its name."""

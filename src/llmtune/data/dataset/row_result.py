@@ -181,6 +181,8 @@ def _check_answers(conversation: Conversation, train_on: TrainOn) -> None:
 
 
 def _conversation_warnings(conversation: Conversation) -> Iterator[RowWarning]:
+    for field in conversation.unused:
+        yield RowWarning("unused-field", f"{field} is not used")
     roles = [message.role for message in conversation.messages]
     for role in ("user", "assistant"):
         if any(role == first == second for first, second in itertools.pairwise(roles)):

@@ -65,17 +65,22 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, object]],
         tools: Sequence[Mapping[str, object]] | None,
+        arguments: Mapping[str, object] | None = None,
         *,
         add_generation_prompt: bool,
     ) -> str:
-        """Render messages; the result is `Traced` where messages or tools hold traced strings.
+        """Render messages, with further `arguments` of the template.
 
-        Raises `TemplateRefusal` when the template refuses the conversation, fails on it, or goes over a limit.
+        The result is `Traced` where messages, tools or arguments hold traced strings. Raises `TemplateRefusal` when the
+        template refuses the conversation, fails on it, or goes over a limit.
         """
-        return self._render(messages, tools, add_generation_prompt)[0]
+        return self._render(messages, tools, add_generation_prompt, arguments)[0]
 
     def render_with_prefixes(
-        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None,
+        arguments: Mapping[str, object] | None = None,
     ) -> tuple[str, dict[tuple[int, bool], RenderedPrefix]]:
         """Render messages without the generation prompt, and give the renderings of their first k messages.
 
@@ -83,7 +88,7 @@ class ChatTemplate:
         empty for a template that does not render message by message (see `incremental`). Raises `TemplateRefusal` as
         `render` does.
         """
-        text, budget = self._render(messages, tools, False)
+        text, budget = self._render(messages, tools, False, arguments)
         incremental, starts = self._environment.incremental, budget.message_starts
         if incremental is None or len(messages) not in starts or len(messages) < incremental.least_messages:
             return text, {}
@@ -104,12 +109,14 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, object]],
         tools: Sequence[Mapping[str, object]] | None,
         add_generation_prompt: bool,
+        arguments: Mapping[str, object] | None = None,
     ) -> tuple[str, Budget]:
         size = sum(len(str(message.get("content", ""))) for message in messages)
         message_list = list(messages)
         budget = self._environment.budget = Budget(self._limits, size, message_list)
         context = self._template.new_context(
             {
+                **(arguments or {}),
                 "messages": message_list,
                 "tools": list(tools) if tools else None,
                 "documents": None,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_NOW", "Rendered", "Renderer", "RowWarning", "message_fields"]
 
-RENDER_VERSION = 2
+RENDER_VERSION = 3
 """Version of rendering and masking; raise it when the same row becomes other tokens.
 
 Cached tokens of another version are not used.

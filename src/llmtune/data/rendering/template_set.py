@@ -81,15 +81,20 @@ class TemplateSet:
         template = self._templates[self._name_for(tools)]
         traced_messages = [traced_fields(message, index) for index, message in enumerate(fields)]
 
+        arguments = conversation.template_args
+
         def render(count: int, add_generation_prompt: bool) -> str:
-            return template.render(fields[:count], tools, add_generation_prompt=add_generation_prompt)
+            return template.render(fields[:count], tools, arguments, add_generation_prompt=add_generation_prompt)
 
         def render_traced(count: int) -> str:
-            return template.render(traced_messages[:count], with_origin(tools, DATA), add_generation_prompt=False)
+            # Arguments come from the row as well: their text must not become a control token.
+            traced_arguments = {name: with_origin(value, DATA) for name, value in arguments.items()}
+            messages, traced_tools = traced_messages[:count], with_origin(tools, DATA)
+            return template.render(messages, traced_tools, traced_arguments, add_generation_prompt=False)
 
         try:
             text = render_traced(len(fields))
-            plain, prefixes = template.render_with_prefixes(fields, tools)
+            plain, prefixes = template.render_with_prefixes(fields, tools, arguments)
         except TemplateRefusal as refusal:
             raise _refused(refusal, conversation.source) from refusal
         # Prefixes are of plain strings; a template that can tell traced strings from them would spoil the mask.

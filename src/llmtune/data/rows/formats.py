@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import difflib
 import json
 from collections import Counter
@@ -18,14 +20,26 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from llmtune.common.decisions import Decision
-from llmtune.data.example import Conversation, Message, Row
+from llmtune.data.example import REASONING_FIELDS, Conversation, Message, Row
 from llmtune.data.reading.parse import describe_value
+from llmtune.data.rows.field_names import (
+    ALPACA_NAMES,
+    CHAT_COLUMNS,
+    LIST_FIELDS,
+    PAIRS,
+    SYSTEM_FIELDS,
+    list_field_of,
+    pair_of,
+    unused_fields,
+)
 from llmtune.data.rows.row_fields import (
     SPEAKER_ROLES,
     UnusableRowError,
     null_or_missing,
     read_content,
+    read_message_weight,
     read_messages,
+    read_template_args,
     read_text,
     read_tool_calls,
     read_tools,
@@ -41,9 +55,6 @@ DETECTION_ROWS = 100
 
 Fields = Mapping[str, object]
 
-_LIST_FIELDS = ("messages", "conversations", "conversation")
-_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
-
 
 class Format(NamedTuple):
     """One format of rows."""
@@ -58,21 +69,45 @@ class Format(NamedTuple):
 
 
 def _parse_messages(row: Row) -> Conversation:
-    field = _list_field(row.fields)
-    messages = read_messages(row.fields[field], field)
-    return Conversation(row.source, messages, tools=read_tools(row.fields.get("tools")), loss_weight=row.loss_weight)
+    field = list_field_of(row.fields)
+    return _chat(row, read_messages(row.fields[field], field))
 
 
-def _list_field(fields: Fields) -> str:
-    for field in _LIST_FIELDS:
-        if fields.get(field) is not None:
-            return field
-    raise UnusableRowError("messages", "the field is missing", "give the row a list of messages")
+def _chat(row: Row, messages: tuple[Message, ...]) -> Conversation:
+    """A conversation with what a row of any format may have beside it: system prompt, weight, tools, arguments."""
+    fields = row.fields
+    if not messages or messages[0].role not in ("system", "developer"):
+        messages = (*_system(fields), *messages)
+    weight = _row_weight(fields)
+    if weight is not None and not any(message.weight for message in messages):
+        # The rule `customized` trains messages with a weight of their own: here that of the row speaks for its answers.
+        messages = tuple(
+            Message("assistant", message.content, 1.0, message.extra)
+            if message.role == "assistant" and message.weight is None
+            else message
+            for message in messages
+        )
+    return Conversation(
+        row.source,
+        messages,
+        tools=read_tools(fields.get("tools")),
+        loss_weight=row.loss_weight * (1.0 if weight is None else weight),
+        template_args=read_template_args(fields.get("chat_template_kwargs")),
+    )
+
+
+def _row_weight(fields: Fields) -> float | None:
+    """The weight of all trained tokens of a row. A table without types has it as text."""
+    value = fields.get("weight")
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value) if value.strip() else None
+    return read_weight(value, "weight")
 
 
 def _list_and_first_turn(fields: Fields) -> tuple[str, Fields] | None:
     """The first list field that holds a list, and the first object in it."""
-    for field in _LIST_FIELDS:
+    for field in LIST_FIELDS:
         turns = fields.get(field)
         if isinstance(turns, (list, tuple)):
             return field, next((turn for turn in turns if isinstance(turn, Mapping)), {})
@@ -86,22 +121,21 @@ def _recognize_messages(fields: Fields) -> str | None:
     # Without a list in it such a field counts last: columnar files fill the fields of other formats with null.
     if _recognize_alpaca(fields) or _recognize_prompt_completion(fields):
         return None
-    return next((f"`{field}` with `role` and `content`" for field in _LIST_FIELDS if field in fields), None)
+    return next((f"`{field}` with `role` and `content`" for field in LIST_FIELDS if field in fields), None)
 
 
 # --- sharegpt
 
 
 def _parse_sharegpt(row: Row) -> Conversation:
-    field = _list_field(row.fields)
+    field = list_field_of(row.fields)
     turns = row.fields[field]
     if not isinstance(turns, (list, tuple)):
         raise wrong_type(field, "must be a list of turns", turns, 'write [{"from": "human", "value": "..."}, ...]')
     messages = [_read_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
     if not messages:
         raise UnusableRowError(field, "the list of turns is empty", "give the row turns, or delete it")
-    tools = read_tools(row.fields.get("tools"))
-    return Conversation(row.source, (*_system(row.fields), *messages), tools=tools, loss_weight=row.loss_weight)
+    return _chat(row, tuple(messages))
 
 
 def _recognize_sharegpt(fields: Fields) -> str | None:
@@ -119,7 +153,7 @@ def _read_turn(turn: object, field: str) -> Message:
         fix = "give the turn a text, or take the turn out"
         raise UnusableRowError(f"{field}.value", null_or_missing(turn, "value"), fix)
     text = read_content(turn["value"], f"{field}.value")
-    weight = read_weight(turn.get("weight"), f"{field}.weight")
+    weight = read_message_weight(turn, field)
     if speaker in ("function_call", "tool_call"):
         return Message("assistant", "", weight, {"tool_calls": _parse_tool_calls(text, f"{field}.value")})
     return Message(SPEAKER_ROLES[speaker], text, weight)
@@ -154,27 +188,38 @@ def _parse_tool_calls(text: str, field: str) -> list[object]:
 
 
 def _system(fields: Fields) -> tuple[Message, ...]:
-    value = fields.get("system")
-    return () if value is None or value == "" else (Message("system", read_text(value, "system")),)
+    name = next((name for name in SYSTEM_FIELDS if fields.get(name) not in (None, "")), None)
+    return () if name is None else (Message("system", read_text(fields[name], name)),)
+
+
+def _reasoning(fields: Fields) -> dict[str, object]:
+    """The reasoning that a row has in a column of its own, as a field of its answer."""
+    texts = (fields.get(name) for name in REASONING_FIELDS)
+    text = next((text for text in texts if isinstance(text, str) and text), None)
+    return {} if text is None else {"reasoning_content": text}
 
 
 # --- alpaca
 
 
 def _parse_alpaca(row: Row) -> Conversation:
-    for field in ("instruction", "output"):
+    output_name, input_name = (
+        next((name for name in names if row.fields.get(name) is not None), names[0]) for names in ALPACA_NAMES
+    )
+    for field in ("instruction", output_name):
         if row.fields.get(field) is None:
             raise UnusableRowError(field, null_or_missing(row.fields, field), "give it a text")
     question = read_text(row.fields["instruction"], "instruction")
-    if row.fields.get("input") is not None:
-        text = read_text(row.fields["input"], "input")
+    if row.fields.get(input_name) is not None:
+        text = read_text(row.fields[input_name], input_name)
         if text:
             question = f"{question}\n\n{text}" if question else text
     history = _read_history(row.fields.get("history"))
-    output = read_text(row.fields["output"], "output")
-    answer = Message("assistant", output, read_weight(row.fields.get("weight"), "weight"))
-    messages = (*_system(row.fields), *history, Message("user", question), answer)
-    return Conversation(row.source, messages, loss_weight=row.loss_weight)
+    output = read_text(row.fields[output_name], output_name)
+    # A weight of the row is that of its output; the answers of its history have none.
+    weight = None if row.fields.get("weight") is None else 1.0
+    answer = Message("assistant", output, weight, _reasoning(row.fields))
+    return _chat(row, (*history, Message("user", question), answer))
 
 
 def _read_history(value: object) -> list[Message]:
@@ -192,21 +237,26 @@ def _read_history(value: object) -> list[Message]:
 
 
 def _recognize_alpaca(fields: Fields) -> str | None:
-    return "`instruction` and `output`" if "instruction" in fields and "output" in fields else None
+    output = next((name for name in ALPACA_NAMES[0] if name in fields), None)
+    return f"`instruction` and `{output}`" if "instruction" in fields and output else None
 
 
 # --- prompt-completion
 
 
 def _parse_prompt_completion(row: Row) -> Conversation:
-    names = next((pair for pair in _PAIRS if all(row.fields.get(name) is not None for name in pair)), None)
+    names = pair_of(row.fields)
     if names is None:
         missing = "completion" if row.fields.get("prompt") is not None else "prompt"
         raise UnusableRowError(missing, null_or_missing(row.fields, missing), "give the row a prompt and a completion")
     prompt, completion = (row.fields[name] for name in names)
     if isinstance(prompt, str) and isinstance(completion, str):
-        pair = (Message("user", prompt), Message("assistant", completion))
-        return Conversation(row.source, pair, prompt_is_text=True, loss_weight=row.loss_weight)
+        conversation = _chat(
+            row, (Message("user", prompt), Message("assistant", completion, None, _reasoning(row.fields)))
+        )
+        # A column that only a chat has makes all rows of its file conversations, also those in which it is empty.
+        is_text = not any(name in row.fields for name in CHAT_COLUMNS)
+        return dataclasses.replace(conversation, prompt_is_text=is_text)
     if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
         # The completion alone is trained: weight 0 keeps earlier answers inside the prompt out of the loss.
         messages = (
@@ -216,8 +266,7 @@ def _parse_prompt_completion(row: Row) -> Conversation:
             ),
             *read_messages(completion, names[1]),
         )
-        tools = read_tools(row.fields.get("tools"))
-        return Conversation(row.source, messages, tools=tools, loss_weight=row.loss_weight)
+        return _chat(row, messages)
     for name, value in zip(names, (prompt, completion), strict=True):
         if not isinstance(value, (str, list, tuple)):
             raise wrong_type(name, "must be text or a list of messages", value, "write it as text, in quotes")
@@ -226,7 +275,7 @@ def _parse_prompt_completion(row: Row) -> Conversation:
 
 
 def _recognize_prompt_completion(fields: Fields) -> str | None:
-    pair = next((pair for pair in _PAIRS if all(name in fields for name in pair)), None)
+    pair = next((pair for pair in PAIRS if all(name in fields for name in pair)), None)
     return None if pair is None else f"`{pair[0]}` and `{pair[1]}`"
 
 
@@ -242,7 +291,8 @@ def _parse_text(row: Row, column: str = "text") -> Conversation:
     text = read_text(value, column)
     if not text:
         raise UnusableRowError(column, "the text is empty", "give the row a text, or delete it")
-    return Conversation(row.source, text=text, loss_weight=row.loss_weight)
+    weight = _row_weight(row.fields)
+    return Conversation(row.source, text=text, loss_weight=row.loss_weight * (1.0 if weight is None else weight))
 
 
 def _recognize_text(fields: Fields, column: str = "text") -> str | None:
@@ -300,8 +350,9 @@ def conversation_of(row: Row, format_name: str, text_column: str | None = None) 
     """
     try:
         if format_name == "text" and text_column is not None:
-            return _parse_text(row, text_column)
-        return FORMATS[format_name].parse(row)
+            conversation = _parse_text(row, text_column)
+        else:
+            conversation = FORMATS[format_name].parse(row)
     except UnusableRowError as error:
         other = looks_like(row.fields, text_column)
         if other is not None and other != format_name:
@@ -309,6 +360,8 @@ def conversation_of(row: Row, format_name: str, text_column: str | None = None) 
             fix = f"put {other} rows into a file of their own, or set `data.format`"
             raise UnusableRowError(error.field, problem, fix) from None
         raise
+    unused = tuple(unused_fields(row.fields, format_name, text_column or "text"))
+    return dataclasses.replace(conversation, unused=unused) if unused else conversation
 
 
 FORMATS: dict[str, Format] = {

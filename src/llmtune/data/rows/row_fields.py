@@ -14,11 +14,15 @@ from llmtune.data.example import REASONING_FIELDS, Message
 from llmtune.data.reading.parse import describe_value
 
 __all__ = [
+    "MARKS",
+    "MESSAGE_FIELDS",
     "SPEAKER_ROLES",
     "UnusableRowError",
     "null_or_missing",
     "read_content",
+    "read_message_weight",
     "read_messages",
+    "read_template_args",
     "read_text",
     "read_tool_calls",
     "read_tools",
@@ -46,6 +50,12 @@ SPEAKER_ROLES = {
 """Role of each speaker of the `sharegpt` format."""
 
 _EXTRA_TEXTS = ("name", "tool_call_id", *REASONING_FIELDS)
+MARKS = ("train", "trainable", "training", "loss")
+"""Switches of a message by which other tools say whether it is trained."""
+MESSAGE_FIELDS = frozenset({"role", "content", "weight", "tool_calls", *MARKS, *_EXTRA_TEXTS})
+"""Fields of a message that are read."""
+
+_TEMPLATE_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _TEXT_PART_TYPES = ("text", "input_text", "output_text")
 
 
@@ -87,6 +97,38 @@ def read_weight(value: object, field: str) -> float | None:
     return float(value)
 
 
+def read_message_weight(message: Mapping[str, object], field: str) -> float | None:
+    """The weight of a message: 0 where one of its `MARKS` is false, else its `weight`, or 1 where a mark is true."""
+    weight = read_weight(message.get("weight"), f"{field}.weight")
+    for name in MARKS:
+        mark = message.get(name)
+        if mark is None:
+            continue
+        if not isinstance(mark, (bool, int, float)) or mark not in (0, 1):
+            fix = "write false to leave the message out of the loss, true to keep it; other numbers are a `weight`"
+            raise wrong_type(f"{field}.{name}", "must be true or false", mark, fix)
+        weight = 0.0 if not mark else 1.0 if weight is None else weight
+    return weight
+
+
+def read_template_args(value: object) -> Mapping[str, object]:
+    """The `chat_template_kwargs` of a row, as an object or its JSON text. Raises UnusableRowError for others."""
+    field, fix = "chat_template_kwargs", 'write {"enable_thinking": false}'
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            raise UnusableRowError(field, f"is not JSON: {describe_value(value)}", fix) from None
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise wrong_type(field, "must be an object", value, fix)
+    for name in value:
+        if not isinstance(name, str) or name in _TEMPLATE_VARIABLES:
+            raise UnusableRowError(f"{field}.{name}", "is no argument that a row can set", "take it out")
+    return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+
+
 def read_messages(value: object, field: str) -> tuple[Message, ...]:
     """A list of `{"role", "content"}` as messages. Raises UnusableRowError for the first part that is none."""
     if not isinstance(value, (list, tuple)):
@@ -112,7 +154,7 @@ def _read_message(value: object, field: str) -> Message:
             raise UnusableRowError(f"{field}.content", null_or_missing(value, "content"), fix)
         content = ""
     text = read_content(content, f"{field}.content")
-    return Message(role, text, read_weight(value.get("weight"), f"{field}.weight"), extra)
+    return Message(role, text, read_message_weight(value, field), extra)
 
 
 def _read_role(value: object, field: str) -> str:
