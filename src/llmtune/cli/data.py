@@ -62,7 +62,7 @@ def report(
         return
     for decision in survey.data.decisions:
         print_line(str(decision))
-    for line in survey.data.ledger.unused_fields():
+    for line in (*survey.data.ledger.training_warnings(), *survey.data.ledger.unused_fields()):
         print_line(f"note: {line}")
     batch_size = survey.resolved.config.training.batch_size
     values = data_report(
@@ -109,7 +109,10 @@ def preview(
 
     for decision in (*renderer.decisions, *data.decisions):
         print_line(str(decision))
-    for line in data.ledger.unused_fields():
+    for name, counts in data.ledger.summary().items():
+        if counts["answers"]:
+            print_line(f"{name}: {counts['answers']:,} answers, {counts['trained_answers']:,} trained")
+    for line in (*data.ledger.training_warnings(), *data.ledger.unused_fields()):
         print_line(f"note: {line}")
     limit = None if show_all else count
     groups = itertools.islice(_groups(data.train, resolved.config.data), limit)

@@ -100,8 +100,9 @@ def print_preflight(
     print_line(f"model   {prepared.source.name}")
     for part, counts in data.ledger.summary().items():
         statuses = ", ".join(f"{counts[status]:,} {status.replace('_', ' ')}" for status in STATUSES if counts[status])
-        print_line(f"{part:<7} {counts['input']:,} rows: {statuses}")
-    for line in data.ledger.unused_fields():
+        answers = f"; {counts['answers']:,} answers, {counts['trained_answers']:,} trained" if counts["answers"] else ""
+        print_line(f"{part:<7} {counts['input']:,} rows: {statuses}{answers}")
+    for line in (*data.ledger.training_warnings(), *data.ledger.unused_fields()):
         print_line(f"note    {line}")
     batches = prepared.batch_plan()
     tokens = int(data.train.lengths.sum())

@@ -68,6 +68,9 @@ class PartSummary(Balance):
     tokens_cut: int
     reasons: dict[str, dict[str, int]]
     notes: dict[str, int]
+    answers: int
+    """Messages of the assistant in the rows that are kept."""
+    trained_answers: int
 
 
 @dataclass
@@ -145,7 +148,7 @@ class LedgerPart:
         noted[list(self.warnings)] = True
         yield from (int(row) for row in np.flatnonzero(noted | (self.statuses != STATUSES.index("used"))))
 
-    def _rows_with_warning(self, code: str) -> npt.NDArray[np.int64]:
+    def rows_with_warning(self, code: str) -> npt.NDArray[np.int64]:
         """Numbers of the rows with a warning of this code from the row itself, ascending."""
         combinations = [
             index
@@ -156,7 +159,7 @@ class LedgerPart:
 
     def unused_fields(self) -> Iterator[str]:
         """A line for each file whose rows or messages have fields that nothing reads, with counts and an example."""
-        rows = self._rows_with_warning(UNUSED)
+        rows = self.rows_with_warning(UNUSED)
         for file, label in enumerate(self.store.labels):
             counts: Counter[str] = Counter()
             first: dict[str, int] = {}
@@ -208,11 +211,12 @@ class LedgerPart:
                 counter[text if text in counter or len(counter) < REASONS_SHOWN else _OTHER_REASONS] += 1
             if status == "cut":
                 tokens_cut += int(self.store.rows["tokens_lost"][row])
-        unused_rows = self._rows_with_warning(UNUSED)
+        unused_rows = self.rows_with_warning(UNUSED)
         if len(unused_rows):
             warnings[UNUSED] = len(unused_rows)
         is_kept = np.isin(self.store.examples["row"], self.rows_with_status("used", "cut"))
         examples = self.store.examples[is_kept]
+        kept_rows = self.store.rows[self.rows_with_status("used", "cut")]
         return {
             **self.balance(),
             "examples": len(examples),
@@ -221,7 +225,32 @@ class LedgerPart:
             "tokens_cut": tokens_cut,
             "reasons": {status: dict(counter.most_common()) for status, counter in reasons.items()},
             "notes": dict(warnings.most_common()),
+            "answers": int(kept_rows["answers"].sum(dtype=np.int64)),
+            "trained_answers": int(kept_rows["trained_answers"].sum(dtype=np.int64)),
         }
+
+
+WAYS_OUT = {
+    "unstable": "give another template (`model.chat_template=FILE`), or train the last answers only "
+    "(`data.train_on=last_assistant_message`)",
+    "reasoning-dropped": "give a template that writes it (`model.chat_template=FILE`), or train the last answers only "
+    "(`data.train_on=last_assistant_message`)",
+    "tools-dropped": "give a template that writes tools: `model.chat_template=FILE`",
+    "no-end-of-turn": "give a template that closes answers with a control token: `model.chat_template=FILE`",
+    "weight-ignored": "set `data.train_on=customized`, or write weights of 0 and 1",
+}
+"""The way out of each warning that changes what is trained."""
+
+
+def training_warnings(part: LedgerPart) -> Iterator[str]:
+    """A line for each kind of warning of one side that changes what is trained: rows, an example, the way out."""
+    for code, way_out in WAYS_OUT.items():
+        rows = part.rows_with_warning(code)
+        if len(rows):
+            first = int(rows[0])
+            text = next(warning.text for warning in part.warnings_of(first) if warning.code == code)
+            count = f"{len(rows):,} {part.name} row{'s' if len(rows) > 1 else ''}"
+            yield f"{code}: {count}, such as {part.store.source(first)}: {text}; fix: {way_out}"
 
 
 class Ledger:
@@ -234,6 +263,10 @@ class Ledger:
     def entries(self) -> Iterator[LedgerEntry]:
         """Objects for ledger.jsonl, in order: every row that is not simply used, or that has warnings."""
         return (part.entry(row) for part in self.parts for row in part.affected())
+
+    def training_warnings(self) -> list[str]:
+        """A line for each kind of warning that changes what is trained: rows, an example, the way out."""
+        return [line for part in self.parts for line in training_warnings(part)]
 
     def unused_fields(self) -> list[str]:
         """A line for each file with fields that nothing reads."""

@@ -69,6 +69,8 @@ class RowResult(NamedTuple):
     pieces: tuple[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]], ...] = ()
     row_digest: bytes = bytes(16)
     full_digest: bytes = bytes(16)
+    answers: int = 0
+    trained_answers: int = 0
 
 
 def process_record(
@@ -104,6 +106,8 @@ def process_record(
         tokens=len(ids),
         row_digest=_digest(ids),
         full_digest=_digest(ids, weights),
+        answers=rendered.answers,
+        trained_answers=rendered.trained_answers,
     )
     return _fit(result, conversation, ids, weights, renderer, rules)
 
@@ -151,7 +155,10 @@ def _fit(
 def _untrained_reason(result: RowResult, rules: RowRules) -> Reason:
     unstable = next((warning.text for warning in result.warnings if warning.code == "unstable"), None)
     if unstable is not None:
-        fix = "give a template that renders answers after the prompt it gives: `model.chat_template=FILE`"
+        fix = (
+            "give a template that renders answers after the prompt it gives (`model.chat_template=FILE`), "
+            "or try `data.train_on=last_assistant_message`"
+        )
         return Reason(f"the row has no trained token: {unstable}", None, fix)
     fix = f"check its weights, and that `data.train_on` ({rules.train_on}) is the rule you want"
     return Reason("the row has no trained token", None, fix)

@@ -149,5 +149,10 @@ def no_rows_problem(part: LedgerPart, purpose: str) -> Problem:
     balance = part.balance()
     sums = " + ".join(f"{balance[status]} {status.replace('_', ' ')}" for status in STATUSES)
     reason = next((part.reason(row) for row in part.affected()), None)
-    fix = f"look at `llmtune data report`; the first row: {reason.problem}" if reason else "name a file that holds rows"
+    way_out = f" ({reason.fix})" if reason and reason.fix else ""
+    fix = (
+        f"look at `llmtune data report`; the first row: {reason.problem}{way_out}"
+        if reason
+        else "name a file that holds rows"
+    )
     return Problem(f"no row is left to {purpose}: {balance['input']} input rows = {sums}", f"data.{part.name}", fix)

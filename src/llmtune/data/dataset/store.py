@@ -34,6 +34,8 @@ ROW = np.dtype(
         ("tokens", "<i4"),
         ("tokens_lost", "<i4"),
         ("examples", "<i4"),
+        ("answers", "<i4"),
+        ("trained_answers", "<i4"),
         ("row_digest", "<u8", 2),
         ("full_digest", "<u8", 2),
     ]
@@ -49,7 +51,7 @@ EXAMPLE = np.dtype(
     ]
 )
 # The same layouts for `struct`, which packs single rows many times faster than NumPy.
-_ROW_BYTES = struct.Struct("<iqiiiiii16s16s")
+_ROW_BYTES = struct.Struct("<iqiiiiiiii16s16s")
 _EXAMPLE_BYTES = struct.Struct("<qqiid16s")
 assert (_ROW_BYTES.size, _EXAMPLE_BYTES.size) == (ROW.itemsize, EXAMPLE.itemsize)
 
@@ -77,7 +79,7 @@ class StoreBuilder:
         reason = -1 if result.reason is None else self._reasons.setdefault(result.reason, len(self._reasons))
         warnings = self._warnings.setdefault(result.warnings, len(self._warnings))
         numbers = (result.file_index, result.number, STATUSES.index(result.status), reason, warnings)
-        amounts = (result.tokens, result.tokens_lost, len(result.pieces))
+        amounts = (result.tokens, result.tokens_lost, len(result.pieces), result.answers, result.trained_answers)
         self._rows += _ROW_BYTES.pack(*numbers, *amounts, result.row_digest, result.full_digest)
         words = bytearray()
         for ids, weights in result.pieces:

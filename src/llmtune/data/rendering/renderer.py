@@ -56,6 +56,10 @@ class Rendered(NamedTuple):
     input_ids: list[int]
     weights: list[float]
     warnings: tuple[RowWarning, ...] = ()
+    answers: int = 0
+    """Messages of the assistant."""
+    trained_answers: int = 0
+    """Of these, the ones with a trained token."""
 
 
 class Renderer:
@@ -111,12 +115,14 @@ class Renderer:
         if not math.isfinite(conversation.loss_weight) or conversation.loss_weight < 0:
             problem = f"the weight {conversation.loss_weight} is not a weight"
             raise DataError(problem, where=conversation.source, fix="use 0 or more")
+        trained_answers = 0
         if conversation.text is not None:
             ids, weights, warnings = self._texts.text_row(conversation.text)
         elif conversation.prompt_is_text:
             ids, weights, warnings = self._texts.completion_row(conversation)
+            trained_answers = int(bool(weights) and weights[-1] > 0)
         else:
-            ids, weights, warnings = self._chat_row(conversation)
+            ids, weights, warnings, trained_answers = self._chat_row(conversation)
         if weights:
             weights[0] = 0.0  # nothing precedes the first token to predict it from
         if not any(weights):
@@ -124,11 +130,14 @@ class Renderer:
             warnings.append(RowWarning("no-trained-token", text))
         if conversation.loss_weight != 1:
             weights = [weight * conversation.loss_weight for weight in weights]
-        return Rendered(ids, weights, tuple(warnings))
+        answers = sum(message.role == "assistant" for message in conversation.messages)
+        trained_answers = trained_answers if conversation.loss_weight else 0
+        return Rendered(ids, weights, tuple(warnings), answers, trained_answers)
 
     # --- conversations
 
-    def _chat_row(self, conversation: Conversation) -> tuple[list[int], list[float], list[RowWarning]]:
+    def _chat_row(self, conversation: Conversation) -> tuple[list[int], list[float], list[RowWarning], int]:
+        """Return ids, weights, warnings, and the number of trained answers."""
         if not conversation.messages:
             raise DataError("the conversation has no messages", where=conversation.source, fix="remove the row")
         shape = self._templates.shape(conversation.source, conversation.tools)
@@ -136,6 +145,9 @@ class Renderer:
         ids = rendering.encoded.ids
         warnings = text_warnings(rendering.encoded, self.vocabulary.eos_id, self.vocabulary.bos_id)
         weights = [1.0 if self.train_on == "all_tokens" else 0.0] * len(ids)
+        trained = dict.fromkeys(
+            (index for index, role in enumerate(rendering.roles) if role == "assistant"), self.train_on == "all_tokens"
+        )
         for index, weight in self._message_weights(conversation, warnings):
             span = find_span(rendering, index, shape)
             name = f"message {index + 1} ({conversation.messages[index].role})"
@@ -152,8 +164,9 @@ class Renderer:
                 text = f"{name} begins inside a token that its prompt shares: {problem}"
                 warnings.append(RowWarning("joined-token", text))
             weights[low:high] = [weight] * (high - low)
+            trained[index] = weight > 0 and high > low
         warnings.extend(lost_content(conversation, rendering))
-        return ids, weights, warnings
+        return ids, weights, warnings, sum(trained[index] for index in trained if rendering.roles[index] == "assistant")
 
     def _message_weights(self, conversation: Conversation, warnings: list[RowWarning]) -> list[tuple[int, float]]:
         """Return (message, weight) for every message to whose tokens the mask rule gives a weight."""
