@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llmtune.common.decisions import Decision
 from llmtune.config.layers import ResolvedConfig
+from llmtune.config.paths import config_folder_named
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
 from llmtune.data.dataset.batches import BatchPlan
@@ -112,10 +113,11 @@ def prepare(
     config = resolved.config
     if not config.data.train:
         raise ConfigError("no training data is named", where="data.train", fix="name a file: `data.train=rows.jsonl`")
-    source = find_model(config, options)
-    loaded = open_tokenizer(config, source, options, folder=tokenizer_folder)
-    renderer = open_renderer(config, loaded)
-    data = prepare_data(config.data, renderer, progress=progress)
+    with config_folder_named(resolved):
+        source = find_model(config, options)
+        loaded = open_tokenizer(config, source, options, folder=tokenizer_folder)
+        renderer = open_renderer(config, loaded)
+        data = prepare_data(config.data, renderer, progress=progress)
     packs = plan_packs(data.train.lengths, config.data.max_length, config.data.packing, config.data.shuffle_seed or 0)
     decisions = (*source.decisions, *loaded.decisions, *renderer.decisions, *data.decisions)
     return Prepared(config, source, loaded, renderer, data, packs, trains_tokenizer(config, source), decisions)

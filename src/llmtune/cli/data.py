@@ -18,6 +18,7 @@ from llmtune.cli.options import ConfigName, Overrides, TrustRemoteCode
 from llmtune.cli.process import check_working_folder
 from llmtune.common.offline import is_offline
 from llmtune.config.layers import ResolvedConfig, load_config
+from llmtune.config.paths import config_folder_named
 from llmtune.config.process_options import Options
 
 if TYPE_CHECKING:
@@ -142,9 +143,10 @@ def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remo
     from llmtune.training.progress import tokenizing_progress
 
     options = Options(offline=is_offline(), trust_remote_code=trust_remote_code)
-    loaded = open_tokenizer(resolved.config, find_model(resolved.config, options), options)
-    renderer = open_renderer(resolved.config, loaded)
-    data = survey_data(resolved.config.data, renderer, progress=tokenizing_progress(print_line))
+    with config_folder_named(resolved):
+        loaded = open_tokenizer(resolved.config, find_model(resolved.config, options), options)
+        renderer = open_renderer(resolved.config, loaded)
+        data = survey_data(resolved.config.data, renderer, progress=tokenizing_progress(print_line))
     return Survey(resolved, loaded, renderer, data)
 
 

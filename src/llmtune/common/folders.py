@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["cache_folder", "state_folder", "user_cache_folder"]
+__all__ = ["cache_folder", "home_expanded", "state_folder", "user_cache_folder"]
+
+
+def home_expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with a leading `~` expanded, or unchanged where there is no such home folder."""
+    with contextlib.suppress(RuntimeError):
+        return Path(path).expanduser()
+    return Path(path)
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -16,7 +24,7 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
     '/var/cache/me/llmtune'
     """
     if named := environ.get("LLMTUNE_CACHE_DIR"):
-        return Path(os.path.expanduser(named))  # noqa: PTH111 - Path.expanduser raises where there is no home
+        return home_expanded(named)
     folder = user_cache_folder(environ)
     return folder / "llmtune" if folder else None
 

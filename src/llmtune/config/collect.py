@@ -14,6 +14,7 @@ from llmtune.config.checks import range_problem
 from llmtune.config.document import Entry, Listing, Node, Scalar, Table, shown
 from llmtune.config.keys import LEAVES, SECTIONS, default_of
 from llmtune.config.origin import Origin
+from llmtune.config.paths import path_problem
 from llmtune.config.translation import Translation
 from llmtune.errors import Problem
 
@@ -181,6 +182,11 @@ class _Reader:
         if problem is not None:
             self.findings.failed.add(key)
             self.findings.problem(f"`{excerpt(written)}` {problem}, not `{shown(value)}`", origin.where)
+            return
+        unusable = path_problem(key, converted)
+        if unusable is not None:
+            self.findings.failed.add(key)
+            self.findings.problem(f"`{excerpt(written)}` {unusable[0]}: `{shown(value)}`", origin.where, unusable[1])
             return
         self.keep(key, Setting(converted, origin, written, weak))
 

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from llmtune.common.decisions import Decision
-from llmtune.common.folders import user_cache_folder
+from llmtune.common.folders import home_expanded, user_cache_folder
 from llmtune.errors import ModelError
 from llmtune.models.catalog_entry import Availability, CatalogEntry, ModelSource, ScratchShape
 from llmtune.models.user_catalog import read_user_catalog
@@ -125,7 +125,7 @@ def _from_entry(entry: CatalogEntry, name: str, *, offline: bool, environ: Mappi
 
 
 def _from_path(name: str) -> ModelSource | None:
-    path = Path(name).expanduser()
+    path = home_expanded(name)
     if path.suffix.lower() == ".gguf":
         if path.is_file():
             return ModelSource("gguf", str(path.resolve()), name)

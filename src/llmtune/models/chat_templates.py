@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from importlib import resources
-from pathlib import Path
 
+from llmtune.common.folders import home_expanded
 from llmtune.errors import TokenizerError
 
 __all__ = ["find_chat_template", "shipped_chat_templates"]
@@ -24,7 +24,7 @@ def find_chat_template(name_or_path: str) -> str:
     if name_or_path in shipped:
         return shipped[name_or_path]
     where, fix = "model.chat_template", "name a Jinja chat template"
-    path = Path(name_or_path).expanduser()
+    path = home_expanded(name_or_path)
     try:
         if path.stat().st_size > 2**20:  # a mistaken path may name the weights
             raise TokenizerError(f"`{name_or_path}` has more than a million bytes", where=where, fix=fix)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.common.decisions import Decision
+from llmtune.common.folders import home_expanded
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import MachineError, ModelError, Problem, TokenizerError
 from llmtune.models.catalog import resolve
@@ -126,7 +127,7 @@ def _tokenizer_folder(
 ) -> tuple[Path, str, bool]:
     """Return (folder, config key that named it, whether its auto_map is known to be unneeded)."""
     if model_config.tokenizer is not None:
-        path = Path(model_config.tokenizer).expanduser()
+        path = home_expanded(model_config.tokenizer)
         if path.is_file() and path.suffix == ".json":
             path = path.parent
         if path.is_dir():

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from llmtune.common.folders import home_expanded
 from llmtune.config.convert import Mismatch, convert, expected
 from llmtune.config.document import Entry, Table, Unreadable, parse_yaml, read_text, shown
 from llmtune.config.json_document import parse_json
@@ -49,7 +50,7 @@ def read_user_catalog(environ: Mapping[str, str]) -> list[CatalogEntry]:
     Raises ModelError with all problems of the file, each with its line.
     """
     named = environ.get("LLMTUNE_MODELS")
-    candidates = [Path(named).expanduser()] if named else [Path("models.yaml"), Path("models.json")]
+    candidates = [home_expanded(named)] if named else [Path("models.yaml"), Path("models.json")]
     path = next((file for file in candidates if file.is_file()), None)
     if path is None:
         if named:

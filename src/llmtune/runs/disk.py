@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from llmtune import durable
 from llmtune.common.bytes import readable_bytes
+from llmtune.common.folders import home_expanded
 from llmtune.common.text import printable
 from llmtune.config.schema import Config
 from llmtune.errors import MachineError, Problem
@@ -80,7 +81,7 @@ def forecast_disk(
         "final": weights_bytes,
         "logs": _MARGIN_BYTES,
     }
-    free = free_bytes_at(folder) if free_bytes is None else free_bytes
+    free = free_bytes_at(home_expanded(folder)) if free_bytes is None else free_bytes
     forecast = DiskForecast(sum(parts.values()), free, {name: count for name, count in parts.items() if count})
     if forecast.needed_bytes > free:
         fewer = "checkpoint.keep_last=1" if keep_last != 1 else "checkpoint.keep_best=false"

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Unpack
 
 from llmtune import durable
+from llmtune.common.folders import home_expanded
 from llmtune.common.secrets import redacted
 from llmtune.common.text import printable
 from llmtune.errors import CheckpointError, MachineError, UsageError
@@ -130,7 +131,7 @@ def create_run(
     MachineError.
     """
     checked_name(name)
-    output_dir = Path(output_dir).absolute()
+    output_dir = home_expanded(output_dir).absolute()
     durable.make_folder(output_dir)
     removed: list[str] = []
     with contextlib.suppress(MachineError):  # another user's leftovers are not in the way
@@ -236,7 +237,7 @@ class RunSummary(NamedTuple):
 
 def list_runs(output_dir: Path | str) -> list[RunSummary]:
     """Return the runs in `output_dir`, the newest last; other folders are left out. Raises MachineError."""
-    output_dir = Path(output_dir)
+    output_dir = home_expanded(output_dir)
     if not output_dir.is_dir():
         return []
     with durable.translate_os_errors("list", output_dir):
@@ -291,7 +292,7 @@ def resolve_run(run: str | None, output_dir: Path | str) -> Path:
     """
     if run is None:
         return find_newest_unfinished(output_dir)
-    for candidate in (Path(run), Path(output_dir) / run):
+    for candidate in (Path(run), home_expanded(output_dir) / run):
         if (candidate / RUN_FILE).is_file():
             return candidate.absolute()
     names = [summary.name for summary in list_runs(output_dir)]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from llmtune.common.decisions import Decision
-from llmtune.common.folders import cache_folder
+from llmtune.common.folders import cache_folder, home_expanded
 from llmtune.config.schema import DataConfig
 from llmtune.data.dataset.cache import cache_key, open_or_build
 from llmtune.data.dataset.ledger import LedgerPart
@@ -15,7 +15,7 @@ from llmtune.data.dataset.row_result import RowResult, RowRules
 from llmtune.data.dataset.workers import Batch, Job, available_cores, tokenize_batches
 from llmtune.data.example import Row
 from llmtune.data.reading.data_file import DataFile, read_records
-from llmtune.data.reading.find_files import Purpose, home_expanded
+from llmtune.data.reading.find_files import Purpose
 from llmtune.data.reading.parse import BadRow
 from llmtune.data.reading.readers import Record
 from llmtune.data.rendering.renderer import Renderer

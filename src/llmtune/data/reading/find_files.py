@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from llmtune.common.folders import home_expanded
 from llmtune.common.text import printable
 from llmtune.config.presets import shipped_path
 from llmtune.config.schema import SourceConfig
@@ -22,7 +23,7 @@ from llmtune.errors import DataError, LlmtuneError, Problem, in_one_line
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-__all__ = ["Purpose", "find_files", "find_held_out_files", "folder_splits", "home_expanded", "split_of_name"]
+__all__ = ["Purpose", "find_files", "find_held_out_files", "folder_splits", "split_of_name"]
 
 Purpose = Literal["train", "eval"]
 
@@ -127,13 +128,6 @@ def _files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[DataFi
         fix = f"check the path; it is taken from the working folder{_near_name(path)}"
         raise _SourceError(f"there is no file {source.path!r}", fix)
     return [_hub_dataset(source, index, purpose)]
-
-
-def home_expanded(path: str) -> Path:
-    """The path with a leading `~` expanded, or unchanged where there is no such home folder."""
-    with contextlib.suppress(RuntimeError):
-        return Path(path).expanduser()
-    return Path(path)
 
 
 def _data_file(file: _LabeledPath, source: SourceConfig, index: int) -> DataFile:
