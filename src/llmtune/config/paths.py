@@ -33,8 +33,8 @@ PATH_KEYS = (
 )
 """Keys whose values may be paths."""
 
-# A short `$A` without braces or a slash behind it may be a name.
-_VARIABLE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}|\$[A-Za-z_][A-Za-z0-9_]*(?=/)|\$[A-Za-z_][A-Za-z0-9_]{2,}")
+# `$` may stand in a name: without braces a variable fills a whole part of the path, in capitals.
+_VARIABLE = re.compile(r"\$\{[A-Za-z_][A-Za-z0-9_]*\}|(?<![^/])\$[A-Z_][A-Z0-9_]{2,}(?![^/])")
 
 
 def path_problem(key: str, value: object) -> tuple[str, str] | None:
