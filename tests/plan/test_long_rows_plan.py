@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtune.kernels import attention_layout, chunked_mlp, chunks, head_loss, tiled_attention
+from llmtune.plan import representative_chunks
 from llmtune.plan.activation_trace import MicroBatchShape
 from llmtune.plan.hardware import Target
 from plan_helpers import traced
@@ -62,7 +62,7 @@ def test_q7_the_plan_of_few_pieces_is_the_plan_of_all(forecaster_of, monkeypatch
     forecaster = forecaster_of(*method)
     with Counting() as planned_operators:
         planned = long_traced(forecaster, lengths, blocks=1, **options)
-    monkeypatch.setattr(chunks, "FIRST", 1 << 30)
+    monkeypatch.setattr(representative_chunks, "FIRST", 1 << 30)
     with Counting() as operators:
         exact = long_traced(forecaster, lengths, blocks=1, **options)
     assert planned_operators.count < operators.count
@@ -91,15 +91,13 @@ def test_q7_a_row_ten_times_as_long_is_planned_by_as_many_operators(forecaster_o
     assert counts[1] <= 1.01 * counts[0]
 
 
-def test_real_tensors_go_through_every_piece():
-    """Also in the order they come; of a stand-in both ends stay, and the largest pair with what follows it."""
+def test_training_runs_every_chunk_and_a_plan_both_ends_and_the_largest_pair():
     sizes = [1, 2, 3, 4, 9, 9, 5, 1, 1, 1, 1]
-    assert list(chunks.telling_pieces(sizes, torch.zeros(1), lambda size: size)) == sizes
-    with FakeTensorMode():
-        stand_in = torch.zeros(1)
-    assert chunks.telling_pieces(range(11), stand_in) == [0, 1, 8, 9, 10]
-    assert chunks.telling_pieces(range(11), stand_in, lambda number: sizes[number]) == [0, 1, 4, 5, 6, 8, 9, 10]
-    assert list(chunks.telling_pieces(range(5), stand_in)) == [0, 1, 2, 3, 4]
+    assert list(chunks.every_chunk(sizes, lambda size: size)) == sizes
+    select = representative_chunks.representative_chunks
+    assert select(range(11)) == [0, 1, 8, 9, 10]
+    assert select(range(11), lambda number: sizes[number]) == [0, 1, 4, 5, 6, 8, 9, 10]
+    assert list(select(range(5))) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("recompute", ["false", "true", "offload"])

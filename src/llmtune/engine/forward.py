@@ -15,18 +15,19 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
 from llmtune.data.dataset.micro_batch import Layout, MicroBatch, make_micro_batch
 from llmtune.data.example import Example
+from llmtune.engine.flat_forward import flat_nll_sum
 from llmtune.engine.objective import plain_nll_sum
 from llmtune.errors import ConfigError, ModelError, in_one_line
 from llmtune.kernels.activation_offload import offload_inputs, run_in_tiles
-from llmtune.kernels.attention import segment_mask, use_attention, use_segment_attention
-from llmtune.kernels.head_loss import Head, find_head, head_nll_sum, trained_rows
+from llmtune.kernels.attention import use_attention, use_segment_attention
+from llmtune.kernels.head_loss import find_head
 from llmtune.kernels.patch_model import fuse, unfuse
 from llmtune.models.eval_mode import eval_mode
 from llmtune.models.load import ATTENTION_IMPLEMENTATIONS
@@ -37,7 +38,6 @@ __all__ = [
     "attention_ways",
     "build_engine",
     "checkpoint_blocks",
-    "flat_nll_sum",
     "group_tokens",
 ]
 
@@ -228,27 +228,6 @@ def _plain_engine(model: Any, asked: str, reason: str, more: tuple[Decision, ...
         use_attention(base_model_of(model), ATTENTION_IMPLEMENTATIONS[asked])
         decisions.append(Decision("model.attention", ATTENTION_IMPLEMENTATIONS[asked], f"asked for ({asked})"))
     return Engine(nll_sum=lambda batch: plain_nll_sum(model, batch), layout="padded", decisions=tuple(decisions))
-
-
-def flat_nll_sum(model: Any, batch: MicroBatch, *, head: Head, device: torch.device) -> Tensor:
-    """Sum of weighted negative log-likelihoods of one flat micro-batch: nats, 0-d float32.
-
-    `model` must have attention by segments, so that documents cannot see each other (promise N5).
-    """
-    assert batch.segments is not None, "the flat engine needs segments"
-    longest = int(batch.segments.diff().max())  # counted before the copy: afterwards it would wait for the device
-    rows_N = trained_rows(batch.weights).to(device, non_blocking=True)
-    batch = batch.to(device)
-    assert batch.segments is not None
-    decoder: nn.Module = base_model_of(model).get_decoder()
-    hidden = decoder(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=segment_mask(batch.segments, longest, device),
-        use_cache=False,
-    ).last_hidden_state
-    next_N = rows_N + 1
-    return head_nll_sum(head, hidden[0, rows_N], batch.input_ids[0, next_N], batch.weights[0, next_N])
 
 
 # ---- proof on the model at hand ----

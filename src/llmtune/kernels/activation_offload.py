@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llmtune.common.decisions import Decision
 from llmtune.errors import ModelError
 from llmtune.kernels.chunked_mlp import tile_modules
+from llmtune.kernels.chunks import SelectChunks, every_chunk
 
 __all__ = ["PAGE_BYTES", "HostStore", "keep_inputs_in", "offload_inputs", "run_in_tiles"]
 
@@ -183,12 +184,14 @@ def offload_inputs(base: Any, device: torch.device) -> Decision:
     )
 
 
-def run_in_tiles(base: Any, *, proven: bool = False) -> Decision:
+def run_in_tiles(base: Any, *, proven: bool = False, select: SelectChunks = every_chunk) -> Decision:
     """Run norms and feed-forward modules of a transformers model in tiles.
 
     The decision says which, how long, and what not. See `tiles`.
     """
-    tiling = tile_modules(base.get_decoder(), int(base.config.get_text_config().hidden_size), proven=proven)
+    tiling = tile_modules(
+        base.get_decoder(), int(base.config.get_text_config().hidden_size), proven=proven, select=select
+    )
     kinds = [f"{tiling.norms} norms"] * (tiling.norms > 0) + [f"{tiling.feed_forwards} feed-forward modules"] * (
         tiling.feed_forwards > 0
     )

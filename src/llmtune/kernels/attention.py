@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from llmtune.errors import ModelError
+from llmtune.kernels.chunks import SelectChunks, every_chunk
 from llmtune.kernels.tiled_attention import tiled_attention
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "dropout_by_sdpa",
     "is_segment_mask",
     "segment_mask",
+    "tiles_backend",
     "use_attention",
     "use_segment_attention",
 ]
@@ -109,12 +111,23 @@ def dropout_by_sdpa(backend: Backend) -> Backend:
     return attend
 
 
-@dropout_by_sdpa
-def _tiles(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
-    """Explicit matrix products over tiles of each document."""
-    return tiled_attention(
-        query, key, value, segments.on_host(), scale=rule.scale, window=rule.window, softcap=rule.softcap
-    )
+def tiles_backend(select: SelectChunks = every_chunk) -> Backend:
+    """Explicit matrix products over tiles of each document; only the tiles that `select` returns, for a plan."""
+
+    @dropout_by_sdpa
+    def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
+        return tiled_attention(
+            query,
+            key,
+            value,
+            segments.on_host(),
+            scale=rule.scale,
+            window=rule.window,
+            softcap=rule.softcap,
+            select=select,
+        )
+
+    return attend
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
@@ -299,7 +312,7 @@ def use_attention(model: Any, name: str) -> str:
 
 
 BACKENDS: dict[str, Backend] = {
-    "tiles": _tiles,
+    "tiles": tiles_backend(),
     "sdpa": _sdpa,
     "varlen": _varlen,
     "flex": _flex,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llmtune.kernels.chunks import added, telling_pieces
+from llmtune.kernels.chunks import SelectChunks, accumulate_float32, every_chunk
 from llmtune.kernels.patching import original_class_name, patch
 from llmtune.models.eval_mode import eval_mode
 
@@ -78,11 +78,17 @@ class _InTiles(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], tokens: int, aside: Any, *weights: Tensor
+        ctx: Any,
+        x: Tensor,
+        run: Callable[[Tensor], Tensor],
+        tokens: int,
+        select: SelectChunks,
+        aside: Any,
+        *weights: Tensor,
     ) -> Tensor:
-        ctx.run, ctx.tokens, ctx.aside, ctx.weights = run, tokens, aside, weights
+        ctx.run, ctx.tokens, ctx.select, ctx.aside, ctx.weights = run, tokens, select, aside, weights
         ctx.surroundings = _Surroundings(x.device)
-        return _over_tiles(run, x, tokens)
+        return _over_tiles(run, x, tokens, select)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -93,12 +99,12 @@ class _InTiles(torch.autograd.Function):
         if aside is None:
             raise RuntimeError("a second backward pass through tiles, whose inputs were let go by the first")
         (x,) = aside.saved_tensors
-        wants_x, _, _, _, *wants = ctx.needs_input_grad
+        wants_x, _, _, _, _, *wants = ctx.needs_input_grad
         grad_x = torch.empty_like(x) if wants_x else None
         weights = [weight for weight, wanted in zip(ctx.weights, wants, strict=True) if wanted]
         sums: list[Tensor | None] = [None] * len(weights)
         with ctx.surroundings.again(), torch.enable_grad():
-            for part in telling_pieces(_tiles(x.shape[1], ctx.tokens), x):
+            for part in ctx.select(_tiles(x.shape[1], ctx.tokens)):
                 tile = x[:, part].detach().requires_grad_(wants_x)
                 output = ctx.run(tile)
                 sources = [tile, *weights] if wants_x else weights
@@ -106,9 +112,9 @@ class _InTiles(torch.autograd.Function):
                 if grad_x is not None:
                     grad_x[:, part] = 0 if grads[0] is None else grads[0]
                 for number, one in enumerate(grads[wants_x:]):
-                    sums[number] = added(sums[number], one)
+                    sums[number] = accumulate_float32(sums[number], one)
         found = iter([None if one is None else one.to(weight.dtype) for one, weight in zip(sums, weights, strict=True)])
-        return (grad_x, None, None, None, *(next(found) if wanted else None for wanted in wants))
+        return (grad_x, None, None, None, None, *(next(found) if wanted else None for wanted in wants))
 
 
 class _Surroundings:
@@ -139,9 +145,9 @@ def _tiles(count: int, tokens: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(count * index // number for index in range(number + 1))]
 
 
-def _over_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int) -> Tensor:
+def _over_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, select: SelectChunks = every_chunk) -> Tensor:
     whole = None
-    for part in telling_pieces(_tiles(x.shape[1], tokens), x):
+    for part in select(_tiles(x.shape[1], tokens)):
         output = run(x[:, part])
         if whole is None:
             whole = output.new_empty(1, x.shape[1], output.shape[-1])
@@ -150,7 +156,13 @@ def _over_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int) -> Tens
     return whole
 
 
-def tiled_forward(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, weights: Sequence[Tensor]) -> Tensor:
+def tiled_forward(
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    tokens: int,
+    weights: Sequence[Tensor],
+    select: SelectChunks = every_chunk,
+) -> Tensor:
     """Return `run(x)`, computed over tiles of at most `tokens` rows, [..., K] -> [..., M].
 
     run: treats each row by itself. x: contiguous. weights: every tensor that `run` uses and that may want a gradient.
@@ -158,9 +170,9 @@ def tiled_forward(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, weigh
     rows = x.reshape(1, -1, x.shape[-1])
     if torch.is_grad_enabled():
         aside = _PutAside.apply(torch.empty(0, requires_grad=True), rows.detach()).grad_fn
-        output = _InTiles.apply(rows, run, tokens, aside, *weights)
+        output = _InTiles.apply(rows, run, tokens, select, aside, *weights)
     else:
-        output = _over_tiles(run, rows, tokens)
+        output = _over_tiles(run, rows, tokens, select)
     return output.view(*x.shape[:-1], -1)
 
 
@@ -170,6 +182,7 @@ class _Tiled:
     """
 
     _tile_numbers: int
+    _select: SelectChunks
     parameters: Callable[[], Iterator[nn.Parameter]]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -178,10 +191,12 @@ class _Tiled:
         rows = self._tile_numbers // x.shape[-1]
         if args or kwargs or x.numel() // x.shape[-1] <= rows or not x.is_contiguous():
             return run(x, *args, **kwargs)
-        return tiled_forward(run, x, rows, [weight for weight in self.parameters() if weight.requires_grad])
+        return tiled_forward(
+            run, x, rows, [weight for weight in self.parameters() if weight.requires_grad], self._select
+        )
 
 
-def tile_modules(decoder: nn.Module, width: int, *, proven: bool = False) -> Tiling:
+def tile_modules(decoder: nn.Module, width: int, *, proven: bool = False, select: SelectChunks = every_chunk) -> Tiling:
     """Run norms and feed-forward modules of a transformers decoder in tiles, in place.
 
     Returns what does and what does not, and why.
@@ -203,7 +218,7 @@ def tile_modules(decoder: nn.Module, width: int, *, proven: bool = False) -> Til
             feed_forwards.append(module)
     for module in (*norms, *feed_forwards):
         patch(module, _Tiled, "Tiled")
-        module.__dict__["_tile_numbers"] = tokens * width
+        module.__dict__.update(_tile_numbers=tokens * width, _select=select)
     return Tiling(
         tokens, len(norms), len(feed_forwards), {name: why for name, why in verdicts.items() if why is not None}
     )

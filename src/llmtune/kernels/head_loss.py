@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from llmtune.kernels.chunks import added, telling_pieces
+from llmtune.kernels.chunks import SelectChunks, accumulate_float32, every_chunk
 
 __all__ = ["Head", "find_head", "head_nll_sum", "trained_rows"]
 
@@ -68,7 +68,13 @@ def trained_rows(weights: Tensor) -> Tensor:
 
 
 def head_nll_sum(
-    head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor, *, device_type: str | None = None
+    head: Head,
+    hidden_NE: Tensor,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    *,
+    device_type: str | None = None,
+    select: SelectChunks = every_chunk,
 ) -> Tensor:
     """Sum of weighted negative log-likelihoods, in nats, of `targets_N` predicted from `hidden_NE`.
 
@@ -80,13 +86,13 @@ def head_nll_sum(
         return hidden_NE.float().sum()
     module = head.module
     if type(module) is not nn.Linear:
-        return _checkpointed_sum(head, hidden_NE, targets_N, weights_N)
+        return _checkpointed_sum(head, hidden_NE, targets_N, weights_N, select)
     kind = hidden_NE.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_NE.dtype
     with torch.autocast(kind, enabled=False):
         sliced = (device_type or kind) == "cpu"
         return _HeadLoss.apply(
-            hidden_NE.to(dtype), module.weight, module.bias, targets_N, weights_N, head.scale, head.cap, sliced
+            hidden_NE.to(dtype), module.weight, module.bias, targets_N, weights_N, head.scale, head.cap, sliced, select
         )
 
 
@@ -96,7 +102,9 @@ def _bend(logits: Tensor, head_scale: float, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _checkpointed_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
+def _checkpointed_sum(
+    head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor, select: SelectChunks
+) -> Tensor:
     """Any head at all (adapters on it, quantized, wrapped): called on chunks of rows and recomputed in the backward
     pass.
     """
@@ -106,7 +114,7 @@ def _checkpointed_sum(head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_
         return (functional.cross_entropy(logits_CV, targets_C, reduction="none") * weights_C).sum()
 
     total = hidden_NE.new_zeros((), dtype=torch.float32)
-    for start in telling_pieces(range(0, hidden_NE.shape[0], TRAINED_CHUNK_ROWS), hidden_NE):
+    for start in select(range(0, hidden_NE.shape[0], TRAINED_CHUNK_ROWS)):
         rows = slice(start, start + TRAINED_CHUNK_ROWS)
         total = total + checkpoint(chunk_sum, hidden_NE[rows], targets_N[rows], weights_N[rows], use_reentrant=False)
     return total
@@ -172,6 +180,7 @@ class _HeadLoss(torch.autograd.Function):
         scale: float,
         cap: float | None,
         sliced: bool,
+        select: SelectChunks,
     ) -> Tensor:
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         dtype = hidden_NE.dtype
@@ -182,7 +191,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_bias: Tensor | None = None
         chunk = TRAINED_CHUNK_ROWS if wants_weight else CHUNK_ROWS
         sums = []
-        for start in telling_pieces(range(0, hidden_NE.shape[0], chunk), hidden_NE):
+        for start in select(range(0, hidden_NE.shape[0], chunk)):
             rows = slice(start, start + chunk)
             hidden_CE, targets_C1, weights_C = hidden_NE[rows], targets_N[rows].unsqueeze(1), weights_N[rows]
             logits_CV = functional.linear(hidden_CE, rounded_VE, rounded_V)
@@ -193,9 +202,9 @@ class _HeadLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = (grad_CV @ rounded_VE) * factor_C1
             if wants_weight:
-                grad_weight = added(grad_weight, grad_CV.t() @ (hidden_CE * factor_C1).to(dtype))
+                grad_weight = accumulate_float32(grad_weight, grad_CV.t() @ (hidden_CE * factor_C1).to(dtype))
             if wants_bias:
-                grad_bias = added(grad_bias, (grad_CV.float() * factor_C1).sum(dim=0))
+                grad_bias = accumulate_float32(grad_bias, (grad_CV.float() * factor_C1).sum(dim=0))
         own = [None if grad is None else grad.to(weight_VE.dtype) for grad in (grad_weight, grad_bias)]
         ctx.save_for_backward(grad_hidden, *own)
         return torch.stack(sums).sum()
@@ -205,7 +214,7 @@ class _HeadLoss(torch.autograd.Function):
         # in place, since the head's is large: autograd refuses a second backward pass then, and does not give a wrong
         # one
         scaled = [None if grad is None else grad.mul_(grad_output.to(grad.dtype)) for grad in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 LOGIT_RULES = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llmtune.kernels.attention_layout import KEPT_TOKENS, TILE_ROWS, TILE_TOKENS, Layout, Tile, lay_out
-from llmtune.kernels.chunks import telling_pieces
+from llmtune.kernels.chunks import SelectChunks, every_chunk
 
 __all__ = ["tiled_attention"]
 
@@ -58,6 +58,7 @@ class _TiledAttention(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         keep: bool,
+        select: SelectChunks,
     ) -> Tensor:
         heads, total, width = query.shape
         rows = query.transpose(0, 1).reshape(-1, width).index_select(0, layout.order)
@@ -65,13 +66,13 @@ class _TiledAttention(torch.autograd.Function):
         output = torch.empty_like(rows)
         kept = []
         pieces = layout.by_tile(rows, output)
-        for tile, (own, own_output) in pieces if keep else telling_pieces(pieces, query, _scores):
+        for tile, (own, own_output) in pieces if keep else select(pieces, _scores):
             weights, _ = _probabilities(own, _keys(key, tile), tile, layout.repeats, softcap)
             torch.bmm(weights, _keys(value, tile), out=own_output)
             if keep:
                 kept.append(weights)
         ctx.save_for_backward(rows, key, value, *kept)
-        ctx.layout, ctx.scale, ctx.softcap = layout, scale, softcap
+        ctx.layout, ctx.scale, ctx.softcap, ctx.select = layout, scale, softcap, select
         return output.index_select(0, layout.places).view(total, heads, width)
 
     @staticmethod
@@ -83,7 +84,7 @@ class _TiledAttention(torch.autograd.Function):
         grad_both = torch.zeros(2 * groups, total, width, dtype=torch.float32, device=key.device)
         pieces = layout.by_tile(rows, grad_rows)
         held = iter(kept)
-        for tile, (own, grad) in pieces if kept else telling_pieces(pieces, rows, _scores):
+        for tile, (own, grad) in pieces if kept else ctx.select(pieces, _scores):
             keys = _keys(key, tile)
             weights, capped = (
                 (next(held), None) if kept else _probabilities(own, keys, tile, layout.repeats, ctx.softcap)
@@ -107,7 +108,7 @@ class _TiledAttention(torch.autograd.Function):
         grad_both[:groups].mul_(ctx.scale)
         grad_key, grad_value = grad_both.to(key.dtype).chunk(2)
         grad_query_HTD = grad_rows.index_select(0, layout.places).view(total, -1, width).transpose(0, 1)
-        return grad_query_HTD, grad_key, grad_value, None, None, None, None
+        return grad_query_HTD, grad_key, grad_value, None, None, None, None, None
 
 
 def _scores(piece: tuple[Tile, list[Tensor]]) -> int:
@@ -130,6 +131,7 @@ def tiled_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    select: SelectChunks = every_chunk,
 ) -> Tensor:
     """Causal attention of each document of one flat row over itself.
 
@@ -144,4 +146,4 @@ def tiled_attention(
     longest = max(stop - start for start, stop in pairwise(boundaries))
     keep = longest <= KEPT_TOKENS and softcap is None and torch.is_grad_enabled()
     with torch.autocast(query.device.type, enabled=False):
-        return _TiledAttention.apply(query[0], key[0], value[0], layout, scale, softcap, keep).unsqueeze(0)
+        return _TiledAttention.apply(query[0], key[0], value[0], layout, scale, softcap, keep, select).unsqueeze(0)

@@ -20,16 +20,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llmtune.engine.flat_forward import FlatInputs, flat_forward
 from llmtune.engine.forward import attention_ways, checkpoint_blocks
 from llmtune.engine.objective import weighted_nll_sum
 from llmtune.kernels.activation_offload import PAGE_BYTES, HostStore, keep_inputs_in, run_in_tiles
-from llmtune.kernels.attention import segment_mask, use_segment_attention
+from llmtune.kernels.attention import segment_mask, tiles_backend, use_segment_attention
 from llmtune.kernels.attention_layout import lay_out
 from llmtune.kernels.head_loss import find_head, head_nll_sum
 from llmtune.kernels.patch_model import fuse
 from llmtune.models.parameters import base_model_of
 from llmtune.plan.attention_memory import fake_flex_attention, workspace_bytes
 from llmtune.plan.meta_model import decoder_blocks, to_fake_tensors
+from llmtune.plan.representative_chunks import representative_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -199,9 +201,10 @@ def trace(
     if batch.layout == "flat":
         fuse(base, device_type)
         backend = attention or attention_ways("auto", device_type, half=compute is not None)[0]
-        use_segment_attention(base, backend, fake_flex_attention if backend == "flex" else None)
+        use_segment_attention(base, backend, PLANNED_ATTENTION.get(backend))
     if checkpointing == "offload":
-        run_in_tiles(base, proven=True)  # the proof compares values, which fake tensors do not have
+        # The proof compares values, which fake tensors do not have.
+        run_in_tiles(base, proven=True, select=representative_chunks)
     model.train()
     tensors = [*model.parameters(), *model.buffers()]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -307,21 +310,17 @@ def _inputs(batch: MicroBatchShape, mode: FakeTensorMode) -> _Inputs:
 def _flat(
     model: PreTrainedModel, batch: MicroBatchShape, inputs: _Inputs, live: LiveBytes, device_type: str
 ) -> tuple[torch.Tensor, int]:
-    """The flat engine's forward, step by step as in `engine.forward`."""
-    base = base_model_of(model)
-    head = find_head(base)
+    head = find_head(base_model_of(model))
     assert head is not None
     mask = segment_mask(inputs.segments, max(batch.lengths), torch.device("cpu"))
-    decoder: Any = base.get_decoder()
-    hidden = decoder(
-        input_ids=inputs.ids, position_ids=inputs.positions, attention_mask=mask, use_cache=False
-    ).last_hidden_state
-    trained = hidden[0, inputs.rows]
+    # Rows and targets are given, because a fake tensor has no values from which the engine could count them.
+    flat = FlatInputs(inputs.ids, inputs.positions, mask, inputs.rows, inputs.targets, inputs.weights)
+    hidden = flat_forward(model, flat)
     after_forward = live.now
     live.enter("loss")
-    return head_nll_sum(
-        head, trained, inputs.targets, inputs.weights[0, : len(inputs.targets)], device_type=device_type
-    ), after_forward
+    weights = inputs.weights[0, : len(inputs.targets)]
+    loss = head_nll_sum(head, hidden, inputs.targets, weights, device_type=device_type, select=representative_chunks)
+    return loss, after_forward
 
 
 def _padded(
@@ -338,3 +337,7 @@ def _padded(
     base_model_of(model).get_output_embeddings().register_forward_pre_hook(at_head)
     logits = model(input_ids=inputs.ids, use_cache=False).logits
     return weighted_nll_sum(logits, inputs.ids, inputs.weights), after_forward
+
+
+PLANNED_ATTENTION = {"flex": fake_flex_attention, "tiles": tiles_backend(representative_chunks)}
+"""Backends that a plan runs in another form: flex must be compiled for a device, tiles are many in a long row."""
