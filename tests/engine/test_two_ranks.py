@@ -18,7 +18,8 @@ WORKER = Path(__file__).with_name("rank_worker.py")
 
 
 def start(output, **environment):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | environment
     return subprocess.Popen(
         [sys.executable, str(WORKER), str(output)], env=environment, stderr=subprocess.PIPE, text=True
     )

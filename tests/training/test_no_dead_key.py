@@ -354,11 +354,18 @@ def test_distributed_timeout_s_is_used(resolve, monkeypatch):
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda *_, timeout, **__: waits.append(timeout.total_seconds())
     )
+    meetings = []
+
+    def meet(*_, timeout):
+        meetings.append(timeout.total_seconds())
+        yield torch.distributed.HashStore(), 0, 2
+
+    monkeypatch.setattr("llmtune.engine.devices.rendezvous", meet)
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     for overrides in ((), (flipped("distributed.timeout_s"),)):
         open_devices(resolve(*overrides).config, Options(no_cuda=True))
-    assert waits == [120.0, 5.0]
+    assert waits == meetings == [120.0, 5.0]
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])

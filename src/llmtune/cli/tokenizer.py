@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from llmtune.cli.options import Overrides
 from llmtune.cli.process import check_working_folder
 from llmtune.config.layers import load_config
 from llmtune.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from llmtune.models.tokenizer_training import TokenizerReport
 
 __all__ = ["train"]
 
@@ -84,6 +87,10 @@ def train(
         print_line(
             f"{entries:,} entries were asked for; these texts hold no more pairs that are seen {min_frequency} times"
         )
+    _print_report(output, report)
+
+
+def _print_report(output: Path, report: TokenizerReport) -> None:
     print(f"{output}: {report.vocab_size:,} entries from {report.texts:,} texts ({report.num_bytes:,} bytes)")
     unused = f"{report.unused_share:.1%} of the entries are unused in these texts"
     print(f"  {report.bytes_per_token:.3f} bytes per token; {unused}")

@@ -108,8 +108,9 @@ def train_steps(
 ) -> Iterator[StepResult]:
     """Train on each window and yield its result; every yield is a safe place to stop.
 
-    `objective`: the loss to minimise. `update`: turns the gradients of its parameters into an update. `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after
-    `state.windows`. `mfu`: see `utilization`.
+    `objective`: the loss to minimise. `update`: turns the gradients of its parameters into an update.
+    `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after `state.windows`. `mfu`: see
+    `utilization`.
 
     A window whose loss or gradient norm is not finite is consumed but never applied: it is yielded as skipped, with its
     rows. Raises DivergedError beyond `max_skipped_steps` of them (overflows that halving the fp16 scale mends are not
@@ -135,9 +136,9 @@ def train_steps(
             (loss * precision.scale if precision.scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
 
         loss_sum, grad_norm = _read(losses, update.reduce_and_clip(), devices)
-        reason = _why_not(
-            objective.name, loss_sum / divisor, grad_norm
-        )  # the same answer on every process, before the optimizer moves
+        mean_loss = loss_sum / divisor
+        # The same answer on every process, before the optimizer moves.
+        reason = _why_not(objective.name, mean_loss, grad_norm)
         named = () if reason is None else rows_of_non_finite_losses(losses, rows) or window.sources
         if reason is None:
             update.apply(rate)
@@ -152,7 +153,7 @@ def train_steps(
             )
 
         yield StepResult(
-            mean_loss=loss_sum / divisor,
+            mean_loss=mean_loss,
             loss_name=objective.name,
             learning_rate=rate,
             grad_norm=grad_norm,

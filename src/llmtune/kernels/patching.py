@@ -20,13 +20,13 @@ def patch(module: nn.Module, before: type, word: str) -> None:
     ...         return 2 * super().forward(x)
     >>> module = nn.Identity()
     >>> patch(module, Doubled, "Doubled")
-    >>> type(module).__name__, own_name(module), module(3)
+    >>> type(module).__name__, original_class_name(module), module(3)
     ('DoubledIdentity', 'Identity', 6)
     >>> class Negated:
     ...     def forward(self, x):
     ...         return -super().forward(x)
     >>> patch(module, Negated, "Negated")
-    >>> own_name(module), module(3)
+    >>> original_class_name(module), module(3)
     ('Identity', -6)
     >>> unpatch(module, Doubled), unpatch(module, Negated), unpatch(module, Doubled)
     (False, True, True)

@@ -14,6 +14,8 @@ from llmtune.errors import ConfigError, TokenizerError
 from llmtune.models.chat_templates import shipped_chat_templates
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
 
 __all__ = ["SPECIAL_TOKENS", "TokenizerReport", "measure_tokenizer", "train_tokenizer"]
@@ -58,7 +60,6 @@ def train_tokenizer(
 
     Raises ConfigError for a vocabulary too small for bytes and special tokens, TokenizerError when there is no text.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     specials = list(dict.fromkeys([*SPECIAL_TOKENS, *special_tokens]))
@@ -69,23 +70,7 @@ def train_tokenizer(
             where="model.architecture.vocab_size",
             fix=f"{least} or more",
         )
-    tokenizer = Tokenizer(models.BPE(byte_fallback=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
-        [
-            pre_tokenizers.Digits(individual_digits=True),  # one spelling for every number
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=specials,
-        # Every byte gets an entry, also those that occur in no text: without them a text would not come back.
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-        max_token_length=64,  # a ruler of 10,000 dashes is no word
-    )
+    tokenizer, trainer = _byte_level_bpe(vocab_size, specials, min_frequency)
     num_characters = 0
 
     def counted() -> Iterator[str]:
@@ -110,6 +95,30 @@ def train_tokenizer(
     if chat_template is not None:
         fast.chat_template = shipped_chat_templates().get(chat_template, chat_template)
     return fast
+
+
+def _byte_level_bpe(vocab_size: int, special_tokens: Sequence[str], min_frequency: int) -> tuple[Tokenizer, BpeTrainer]:
+    """Give an untrained tokenizer on bytes, and what trains it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            pre_tokenizers.Digits(individual_digits=True),  # one spelling for every number
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=list(special_tokens),
+        # Every byte gets an entry, also those that occur in no text: without them a text would not come back.
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+        max_token_length=64,  # a ruler of 10,000 dashes is no word
+    )
+    return tokenizer, trainer
 
 
 def measure_tokenizer(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> TokenizerReport:

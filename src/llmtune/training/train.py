@@ -145,9 +145,8 @@ def open_run(
                     printer.open(Path(devices.from_main(str(folder.path) if folder is not None else "")))
                 else:
                     folder = stopped.folder
-                    run_setup.compare_identity(
-                        stopped, setup, allow_changes=earlier is not None and earlier.allow_changes, print_line=printer
-                    )
+                    allowed = earlier is not None and earlier.allow_changes
+                    run_setup.compare_identity(stopped, setup, allow_changes=allowed, print_line=printer)
                 run = TrainingRun(
                     setup,
                     folder,
