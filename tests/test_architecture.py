@@ -178,9 +178,11 @@ def test_the_wings_of_data_import_only_from_those_before_them():
         if wing == "__init__":
             continue
         seen.add(wing)
-        for found in imported(module.tree):
-            if found.name.startswith("llmtune.data.") and WINGS.index(found.name.split(".")[2]) > WINGS.index(wing):
-                wrong.append(f"{module.path}:{found.line} imports {found.name}")
+        wrong += [
+            f"{module.path}:{found.line} imports {found.name}"
+            for found in imported(module.tree)
+            if found.name.startswith("llmtune.data.") and WINGS.index(found.name.split(".")[2]) > WINGS.index(wing)
+        ]
     assert wrong == []
     assert seen == set(WINGS)
 

@@ -192,7 +192,9 @@ class OnceOnlyCommand(TyperCommand):
         """Parse the arguments. Raises UsageError for a repeated option that takes one value."""
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for parameter in self.params:
-            is_single = parameter.param_type_name == "option" and not (parameter.multiple or parameter.is_flag)
+            is_single = parameter.param_type_name == "option" and not (
+                parameter.multiple or getattr(parameter, "is_flag", False)
+            )
             if is_single and order.count(parameter) > 1:
                 raise UsageError(f"`{parameter.opts[0]}` is given twice", "command line", "give it once")
         unparsed: list[str] = super().parse_args(ctx, args)

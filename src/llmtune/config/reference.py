@@ -43,8 +43,8 @@ Later layers win, key by key. Lists are replaced, never joined.
 - A value is read as the type its key declares, not as YAML guesses it: `1e-5` is a number, `010` is ten, `no` is the
   text "no" where text is declared. Quotes matter for text alone: `"null"` is the word, `null` is nothing.
 - A single value may stand where a list is declared. A data source is a path, or a mapping with `path` and more.
-- **Relative paths are relative to the working folder**, wherever the config file lies. A leading `~` is the home folder;
-  `$VAR` in a path is refused, because nothing fills it in.
+- **Relative paths are relative to the working folder**, wherever the config file lies. A leading `~` is the home
+  folder; `$VAR` in a path is refused, because nothing fills it in.
 - Unknown keys, keys that stand twice, values of the wrong type or out of range, and keys that contradict each other are
   refused, all at once, each with its line.
 - A file has at most 1 MB. Tags such as `!!python/...` are refused; anchors and merge keys (`<<`) work. Top-level keys

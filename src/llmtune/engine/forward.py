@@ -146,7 +146,8 @@ def checkpoint_blocks(base: Any) -> tuple[Decision, ...]:
     # transformers renamed the method in 5.23; the older name warns there
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable()
-    base.disable_input_require_grads()  # only re-entrant checkpoints need a gradient at the first input, and it costs the first block twice
+    # Only re-entrant checkpoints need a gradient at the first input, and it costs the first block twice.
+    base.disable_input_require_grads()
     return (
         Decision("model.gradient_checkpointing", True, "asked for: each block is computed again in the backward pass"),
     )
@@ -187,8 +188,9 @@ def _backends(asked: str, device: torch.device, precision: Arithmetic) -> tuple[
 
 
 def attention_ways(asked: str, device_type: str, *, half: bool) -> tuple[str, ...]:
-    """The ways of attention that the flat engine tries, best first: `asked` as `model.attention`, half: the arithmetic
-    has 16 bits.
+    """The ways of attention that the flat engine tries, best first.
+
+    asked: `model.attention`. half: the arithmetic has 16 bits.
     """
     if asked != "auto":
         return {"sdpa": ("sdpa",), "flash": ("varlen",), "flex": ("flex",), "eager": ("eager",)}[asked]

@@ -18,9 +18,9 @@ __all__ = ["Neftune", "noise_scale"]
 
 
 class Neftune:
-    """A loss function with noisy embeddings: each component of a token's embedding moves by up to alpha / sqrt(length x
-    D).
+    """A loss function with noisy embeddings (NEFTune, arXiv:2310.05914).
 
+    Each component of a token's embedding moves by up to alpha / sqrt(length x D).
     `length` is that of the token's own example, and noise is drawn for real tokens only, in order: neither padding nor
     packing has a part in it. It comes from torch's global generator of the device, so a resumed run draws on. There is
     none while `embedding` is in evaluation mode. Call it in place of `nll_sum`; `remove` gives the model back as it

@@ -60,7 +60,8 @@ def weighted_nll_sum(logits_BTV: Tensor, ids_BT: Tensor, weights_BT: Tensor) -> 
     sum is 0, with zero gradients.
 
     >>> uniform = torch.zeros(1, 3, 4)
-    >>> round(weighted_nll_sum(uniform, torch.tensor([[0, 1, 2]]), torch.tensor([[0.0, 1.0, 0.5]])).item(), 6)  # 1.5 x log 4
+    >>> weights = torch.tensor([[0.0, 1.0, 0.5]])
+    >>> round(weighted_nll_sum(uniform, torch.tensor([[0, 1, 2]]), weights).item(), 6)  # 1.5 x log 4
     2.079442
     """
     weights = weights_BT[:, 1:].flatten()

@@ -30,8 +30,7 @@ included.
 
 
 def saves_uncut(config: Config, *, window_tokens: int, shape: Any, gradient_bytes: int) -> bool:
-    """Whether windows take less memory whole than cut into micro-batches, whose summed gradients exist from the first
-    one on.
+    """Whether windows take less memory whole than cut into micro-batches with their summed gradients.
 
     Only where a window is one micro-batch by the config and blocks are recomputed, so that a token keeps one float32
     vector a block. Without that it keeps twelve times as much, and cutting saves more than all gradients take. `shape`:
@@ -76,7 +75,10 @@ def choose_windows(
     if saves_uncut(config, window_tokens=tokens, shape=shape, gradient_bytes=gradient_bytes()):
         reason = f"what blocks keep of up to {tokens:,} tokens is less than the gradients that cutting holds"
         return windows(None), [Decision(key, "whole", reason)]
-    reason = f"up to {tokens:,} tokens each are run {limit:,} at a time, so all gradients exist together: whole they would take more"
+    reason = (
+        f"up to {tokens:,} tokens each are run {limit:,} at a time, so all gradients exist together: "
+        "whole they would take more"
+    )
     return batches, [Decision(key, "cut", reason)]
 
 
@@ -98,17 +100,16 @@ class StepInBackward:
         self.has_begun = False
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
-        """Wait for the losses, then have every gradient that this backward pass completes applied (or, for a bad loss,
-        dropped) at once.
+        """Have every gradient applied as soon as it is complete, or dropped where a loss is not finite.
+
+        Waits for the losses.
         """
         self._is_finite = bool(torch.stack(list(losses)).double().sum().isfinite())
         set_learning_rate(self._optimizer, rate)
         self._hooks = [one.register_post_accumulate_grad_hook(self._take) for one in self._parameters]
 
     def reduce_and_clip(self) -> torch.Tensor:
-        """Norm of all gradients that passed, and of those that earlier micro-batches left and the last one had no part
-        in.
-        """
+        """Norm of all gradients that were applied, and of those that only earlier micro-batches have a part in."""
         self._unhook()
         for parameter in self._parameters:
             if parameter.grad is not None:

@@ -1,5 +1,4 @@
-"""What decoder blocks keep for the backward pass, in host memory: a device then holds two blocks' inputs, however many
-blocks there are.
+"""The inputs of decoder blocks in host memory: a device holds two of them, however many blocks there are.
 
 A recomputed block keeps nothing but its input. Here that input leaves for page-locked memory of the host on a stream of
 its own while the block computes, and comes back while the block after it is in its backward pass. Pages are taken from

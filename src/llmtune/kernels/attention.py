@@ -48,8 +48,9 @@ NAME = "llmtune_segments_{backend}"
 
 
 class Rule(NamedTuple):
-    """What a layer does to its scores: times `scale`, bent to `softcap * tanh(score / softcap)`, hidden beyond `window`
-    tokens.
+    """The rule of a layer for its scores.
+
+    Multiplied by `scale`, bent to `softcap * tanh(score / softcap)`, hidden beyond `window` tokens.
     """
 
     scale: float
@@ -59,7 +60,7 @@ class Rule(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Where the documents of a flat row begin: cumulative lengths, int32 [S+1], and the tokens of the longest document."""
+    """The documents of a flat row: cumulative lengths, int32 [S+1], and the tokens of the longest one."""
 
     marks: Tensor
     longest: int
@@ -100,8 +101,9 @@ Backend = Callable[[Tensor, Tensor, Tensor, Segments, Rule], Tensor]
 
 
 def dropout_by_sdpa(backend: Backend) -> Backend:
-    """Hand calls with dropout to SDPA, which draws it: for a backend that does not, and passes the probe of a model,
-    which runs without.
+    """Give calls with dropout to SDPA, for a backend that has none.
+
+    The probe of a model runs without dropout, so it does not see that such a backend would leave it out.
     """
 
     @wraps(backend)
@@ -157,7 +159,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: R
 
 @dropout_by_sdpa
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, rule: Rule) -> Tensor:
-    """Call torch's variable-length flash attention: CUDA, half precision, no extra package (torch.nn.attention.varlen)."""
+    """Call torch's variable-length flash attention (torch.nn.attention.varlen): CUDA, half precision."""
     from torch.nn.attention.varlen import varlen_attn
 
     if rule.softcap is not None:

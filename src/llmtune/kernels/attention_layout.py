@@ -1,5 +1,4 @@
-"""How a flat row is cut for attention by explicit products: into tiles, each a few large products instead of many small
-ones.
+"""A flat row in tiles for attention by explicit products: a few large products instead of many small ones.
 
 A tile is a run of queries and the keys they may see, of one document or of several: the first 128 queries of all that
 have so many see as many keys each and are one product, then the next 128, and so on; ends go together where they are
@@ -93,8 +92,9 @@ class Tile(NamedTuple):
         return self.pieces * (self.stop - self.start)
 
     def gather(self, x: Tensor, dim: int, start: int) -> Tensor:
-        """Tokens `start` to this tile's last of each of its pieces, from a row along `dim`: [..., C, tokens, ...], a
-        view if it can be.
+        """Tokens `start` to this tile's last of each of its pieces, from a row along `dim`: [..., C, tokens, ...].
+
+        A view where it can be.
         """
         if self.rearranged is not None:
             return (
@@ -104,17 +104,16 @@ class Tile(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
     def in_row(self, row: Tensor, found: Tensor, dim: int, start: int) -> list[tuple[Tensor, Tensor]]:
-        """Where `row` has what `gather` would give, as views, and the part of `found` [..., C, tokens, ...] that
-        belongs there.
-        """
+        """Views of `row` that cover what `gather` would give, each with its part of `found` [..., C, tokens, ...]."""
         if self.rearranged is not None:
             return [(self._whole(row, dim), found.flatten(dim, dim + 1).index_select(dim, self.rearranged.places))]
         parts = self._parts(row, dim, start)
         return list(zip(parts, found.split([part.shape[dim] for part in parts], dim), strict=True))
 
     def _parts(self, row: Tensor, dim: int, start: int) -> list[Tensor]:
-        """The pieces from `start` on, as views [..., pieces, tokens, ...]: all in one where they are evenly far apart,
-        else one by one.
+        """The pieces from `start` on, as views [..., pieces, tokens, ...].
+
+        All in one view where they are evenly far apart, else one by one.
         """
         tokens = self.stop - start
         steps = {after - before for before, after in pairwise(self.firsts)} or {tokens}
@@ -130,7 +129,7 @@ class Tile(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The tiles of a flat row and the order in which its queries, one for each token and head, are laid out for them."""
+    """The tiles of a flat row, and the order in which its queries (one a token and head) are laid out for them."""
 
     tiles: tuple[Tile, ...]
 
@@ -147,7 +146,7 @@ class Layout(NamedTuple):
     """[T x H]: the place of each of the row's queries in that order. int32."""
 
     def by_tile(self, *rows: Tensor) -> list[tuple[Tile, list[Tensor]]]:
-        """Each tile with its part of each of `rows` [places, D], which are laid out in this order: views [G*C, R*N, D]."""
+        """Each tile with its part of each of `rows` [places, D], laid out in this order: views [G*C, R*N, D]."""
         sizes = [self.groups * self.repeats * tile.queries for tile in self.tiles]
         return [
             (tile, [part.view(self.groups * tile.pieces, -1, part.shape[-1]) for part in parts])
@@ -266,9 +265,9 @@ def _hidden_in_piece(
 def _hidden(
     marks: tuple[int, ...], key_start: int, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return 0 where a query may look and -inf elsewhere, for the queries marks[0] to marks[-1] (documents begin at
-    each mark).
+    """Return 0 where a query may look and -inf elsewhere, for the queries marks[0] to marks[-1].
 
+    Documents begin at each mark.
     It has as many columns as need hiding, counted from the right: the diagonal block, or all M keys under a window.
     """
     column_start = marks[0] if window is None else key_start

@@ -1,5 +1,4 @@
-"""Feed-forward modules and norms over a row's tokens in tiles: what is as wide as the feed-forward layer never exists
-for a whole row.
+"""Feed-forward modules and norms in tiles of tokens: no tensor of the feed-forward width exists for a whole row.
 
 What treats each token by itself gives the same numbers a tile at a time. Each tile is computed again, from its input
 alone, when the backward pass comes to it, so of a row of 78,000 tokens only one tile's gate, up and product are alive.
@@ -49,8 +48,9 @@ class Tiling:
 
 
 def tile_tokens(width: int) -> int:
-    """Tokens of a tile for a model of that width: as many as it is wide, so that a tile's products are as large as the
-    weights it reads.
+    """Tokens of a tile for a model of that width.
+
+    As many as it is wide, so that a tile's products are as large as the weights it reads.
 
     >>> tile_tokens(4096), tile_tokens(576)
     (4096, 1024)
@@ -177,8 +177,9 @@ def tiled_forward(
 
 
 class _Tiled:
-    """What is put before a module that treats each token by itself: its own forward, a tile at a time where a row is
-    longer than one.
+    """A class put before that of a module which treats each token by itself.
+
+    It calls the module's own forward a tile at a time where a row is longer than a tile.
     """
 
     _tile_numbers: int

@@ -35,8 +35,9 @@ TRAINED_CHUNK_ROWS = 1024
 
 @dataclass(frozen=True)
 class Head:
-    """The output head of a model and what it does to its logits: multiplied by `scale`, then bent to `cap * tanh(logits
-    / cap)`.
+    """The output head of a model.
+
+    Its logits are multiplied by `scale`, then bent to `cap * tanh(logits / cap)`.
     """
 
     module: nn.Module
@@ -105,8 +106,9 @@ def _bend(logits: Tensor, head_scale: float, cap: float | None) -> Tensor:
 def _checkpointed_sum(
     head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor, select: SelectChunks
 ) -> Tensor:
-    """Any head at all (adapters on it, quantized, wrapped): called on chunks of rows and recomputed in the backward
-    pass.
+    """The loss of any head (with adapters, quantized, wrapped).
+
+    It is called on chunks of rows, and again in the backward pass.
     """
 
     def chunk_sum(hidden_CE: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:

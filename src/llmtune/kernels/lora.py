@@ -1,5 +1,6 @@
-"""LoRA layers as one step of the graph: frozen product and low-rank update together, keeping only what the backward
-pass needs.
+"""LoRA layers (arXiv:2106.09685) as one step of the graph: the frozen product and the low-rank update together.
+
+Only what the backward pass needs is kept.
 
 peft's own layer computes the update beside the frozen product: it casts the input to float32, keeps that copy, the
 low-rank product and their sum for the backward pass, and every layer that shares an input adds its own gradient to it.
@@ -111,8 +112,9 @@ class _Frozen:
 
 
 class _Group:
-    """Layers that are called one after the other with the same input: the first call computes all, the others pick up
-    their output.
+    """Layers that are called one after the other with the same input.
+
+    The first call computes all of them; the others return their output.
     """
 
     def __init__(self, members: Sequence[_FusedLora]) -> None:

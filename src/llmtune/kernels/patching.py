@@ -46,7 +46,7 @@ def unpatch(module: nn.Module, before: type) -> bool:
 
 
 def original_class_name(module: nn.Module) -> str:
-    """Name of the class that the module had before anything was put before it: the one that its library's users know."""
+    """Name of the class that the module had before anything was put before it, as its library calls it."""
     kind = type(module)
     while "_put_before" in vars(kind):
         kind = kind.__mro__[2]

@@ -23,8 +23,9 @@ class Recipe(NamedTuple):
 
 
 def with_recipe(tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-    """Note how `tensor` is made, on this very object: a view or a copy of it has no recipe, and what wants no gradient
-    needs none.
+    """Note on this very tensor how it is made.
+
+    A view or a copy of it has no recipe, and a tensor without a gradient needs none.
 
     sources: what others keep until the backward pass in any case.
     """

@@ -1,5 +1,4 @@
-"""The product of a SwiGLU feed-forward layer, silu(gate) * up, as one step of the graph that keeps gate and up and
-nothing else.
+"""The product of a SwiGLU feed-forward layer, silu(gate) * up, as one step of the graph that keeps gate and up alone.
 
 The library's two operations also keep silu(gate), a third tensor of that width in each layer. Here it is computed again
 in the backward pass, from the gate that is read there anyway, and the products are written over it where nobody else

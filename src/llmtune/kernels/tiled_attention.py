@@ -116,8 +116,9 @@ def _scores(piece: tuple[Tile, list[Tensor]]) -> int:
 
 
 def _keys(key: Tensor, tile: Tile) -> Tensor:
-    """The keys (or values) of a row [G, T, D] that the tile's queries may see, [G*C, M, D], in order: products would
-    copy others slowly.
+    """The keys (or values) of a row [G, T, D] that the tile's queries may see: [G*C, M, D].
+
+    In the order of memory, because a product copies others slowly.
     """
     return tile.gather(key, 1, tile.key_start).flatten(0, 1).contiguous()
 
