@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["train"]
 
 
+VocabSize = Annotated[
+    int | None, typer.Option("--vocab-size", help="Entries; model.architecture.vocab_size or 16,384 when left out.")
+]
+SpecialTokens = Annotated[
+    list[str] | None, typer.Option("--special-token", help="A further special token; may be repeated.")
+]
+ChatTemplate = Annotated[str | None, typer.Option("--chat-template", help="A shipped name or a Jinja file.")]
+MinFrequency = Annotated[int, typer.Option("--min-frequency", help="Times a pair must be seen to become an entry.")]
+
+
 def train(
     overrides: Overrides = None,
     config: Annotated[
@@ -33,18 +43,10 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.")] = Path(
         "tokenizer"
     ),
-    vocab_size: Annotated[
-        int | None, typer.Option("--vocab-size", help="Entries; model.architecture.vocab_size or 16,384 when left out.")
-    ] = None,
-    special_token: Annotated[
-        list[str] | None, typer.Option("--special-token", help="A further special token; may be repeated.")
-    ] = None,
-    chat_template: Annotated[
-        str | None, typer.Option("--chat-template", help="A shipped name or a Jinja file.")
-    ] = None,
-    min_frequency: Annotated[
-        int, typer.Option("--min-frequency", help="Times a pair must be seen to become an entry.")
-    ] = 2,
+    vocab_size: VocabSize = None,
+    special_token: SpecialTokens = None,
+    chat_template: ChatTemplate = None,
+    min_frequency: MinFrequency = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on the config's data and save it as a tokenizer folder."""
@@ -80,17 +82,17 @@ def train(
     durable.prepare_target(output, print_line)
     with durable.commit_folder(output, with_manifest=False, replace=False) as folder:
         write_tokenizer(tokenizer, folder)
-    if as_json:
-        print(json.dumps({"folder": str(output), **asdict(report)}))
-        return
-    if report.vocab_size < entries:
+    if report.vocab_size < entries and not as_json:
         print_line(
             f"{entries:,} entries were asked for; these texts hold no more pairs that are seen {min_frequency} times"
         )
-    _print_report(output, report)
+    _print_report(output, report, as_json)
 
 
-def _print_report(output: Path, report: TokenizerReport) -> None:
+def _print_report(output: Path, report: TokenizerReport, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"folder": str(output), **asdict(report)}))
+        return
     print(f"{output}: {report.vocab_size:,} entries from {report.texts:,} texts ({report.num_bytes:,} bytes)")
     unused = f"{report.unused_share:.1%} of the entries are unused in these texts"
     print(f"  {report.bytes_per_token:.3f} bytes per token; {unused}")

@@ -36,7 +36,7 @@ def describe_rows(rows: Sequence[str]) -> str:
     return f"{named} and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else named
 
 
-def too_many_skipped(reason: str, rows: Sequence[str], *, step: int, skipped: int, budget: int) -> DivergedError:
+def too_many_skipped(reason: str, rows: Sequence[str], step: int, skipped: int, *, budget: int) -> DivergedError:
     """Make the error for a training whose budget of skipped windows is spent; `step` counts the updates applied."""
     counts = f"{skipped} windows skipped, {budget} allowed"
     return DivergedError(

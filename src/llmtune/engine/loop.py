@@ -108,14 +108,9 @@ def train_steps(
 ) -> Iterator[StepResult]:
     """Train on each window and yield its result; every yield is a safe place to stop.
 
-    `objective`: the loss to minimise. `update`: turns the gradients of its parameters into an update.
-    `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after `state.windows`. `mfu`: see
-    `utilization`.
-
-    A window whose loss or gradient norm is not finite is consumed but never applied: it is yielded as skipped, with its
-    rows. Raises DivergedError beyond `max_skipped_steps` of them (overflows that halving the fp16 scale mends are not
-    counted), and at once where the update has begun when a gradient is found not to be finite (`StepInBackward`): there
-    is no step boundary to go back to then.
+    `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after `state.windows`. A window whose
+    loss or gradient norm is not finite is yielded as skipped, with its rows, and never applied. Raises DivergedError
+    beyond `max_skipped_steps` of them (but overflows of the fp16 scale), and at once where the update had begun.
     """
     update.clear()
     started = time.perf_counter()
@@ -137,8 +132,7 @@ def train_steps(
 
         loss_sum, grad_norm = _read(losses, update.reduce_and_clip(), devices)
         mean_loss = loss_sum / divisor
-        # The same answer on every process, before the optimizer moves.
-        reason = _why_not(objective.name, mean_loss, grad_norm)
+        reason = _why_not(objective.name, mean_loss, grad_norm)  # the same on every process, before the optimizer moves
         named = () if reason is None else rows_of_non_finite_losses(losses, rows) or window.sources
         if reason is None:
             update.apply(rate)
@@ -148,9 +142,7 @@ def train_steps(
         overflow = precision.advance(applied=reason is None, loss_is_finite=math.isfinite(loss_sum))
         state.advance(window.epoch, *totals, applied=reason is None, overflow=overflow)
         if state.skipped_steps > max_skipped_steps:
-            raise too_many_skipped(
-                reason or "", named, step=state.step, skipped=state.skipped_steps, budget=max_skipped_steps
-            )
+            raise too_many_skipped(reason or "", named, state.step, state.skipped_steps, budget=max_skipped_steps)
 
         yield StepResult(
             mean_loss=mean_loss,
