@@ -131,8 +131,8 @@ def test_the_bytes_of_a_conversation_are_those_of_its_answers(renderer, tiny_tok
     messages = tuple(
         message for answer in answers for message in (Message("user", "the user asks"), Message("assistant", answer))
     )
-    ids, weights, _ = renderer.render(Conversation("row:1", messages))
-    example = Example("row:1", np.array(ids, np.int32), np.array(weights, np.float32))
+    rendered = renderer.render(Conversation("row:1", messages))
+    example = Example("row:1", np.array(rendered.input_ids, np.int32), np.array(rendered.weights, np.float32))
     assert trained_bytes(ExampleList([example]), tiny_tokenizer) == sum(len(answer.encode()) for answer in answers)
 
 

@@ -118,6 +118,8 @@ def test_p8_a_signal_in_the_middle_of_an_accumulation_is_answered_after_its_step
 
         def counted(loss):
             backward(loss)
+            if sys._getframe(1).f_code.co_name != "train_steps":  # the plan computes gradients too
+                return
             calls.append(1)
             if len(calls) == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
