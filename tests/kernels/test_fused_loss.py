@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtune.kernels import head_loss
-from llmtune.kernels.head_loss import Head, head_nll_sum, trained_rows
+from llmtune.kernels.head_loss import Head, head_nll_sum, sequence_log_probs, trained_rows
 
 
 class Doubled(nn.Linear):
@@ -120,3 +121,122 @@ def test_a_second_backward_pass_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+ROWS = torch.tensor([70, 0, 130, 1, 99])
+"""Rows of five sequences: 300 in all, one without any, and chunks of 256 that begin within one."""
+
+
+def preference_loss(log_probs: torch.Tensor) -> torch.Tensor:
+    """A loss that is not linear in the log-probabilities: DPO's on two pairs, and one sequence squared."""
+    return -functional.logsigmoid(0.1 * (log_probs[0] - log_probs[2])) + (log_probs[3] - log_probs[4] / 50).square()
+
+
+def plain_log_probs(
+    module: nn.Linear,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    scale: float,
+    cap: float | None,
+) -> torch.Tensor:
+    logits = module(hidden).float() * scale
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    picked = torch.log_softmax(logits, dim=1).gather(1, targets[:, None]).squeeze(1) * weights
+    return torch.stack([part.sum() for part in picked.split(ROWS.tolist())])
+
+
+def differences_of_log_probs(
+    kind: type[nn.Linear] = nn.Linear,
+    bias: bool = True,
+    frozen: bool = False,
+    scale: float = 0.25,
+    cap: float | None = 1.5,
+) -> tuple[float, float]:
+    """Largest relative difference from the plain path: of the log-probabilities, and of gradients through a loss."""
+    module, hidden, targets, weights = problem(kind, bias, frozen)
+    found = sequence_log_probs(Head(module, scale, cap), hidden, targets, weights, ROWS)
+    expected = plain_log_probs(module, hidden, targets, weights, scale, cap)
+    pairs = zip(
+        gradients(preference_loss(found), module, hidden),
+        gradients(preference_loss(expected), module, hidden),
+        strict=True,
+    )
+    assert found.dtype == torch.float32
+    assert float(found[1].detach()) == 0
+    apart = float((found - expected).detach().abs().max() / expected.detach().abs().max())
+    return apart, max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Doubled])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.25, None), (3.0, 1.5)])
+def test_log_probabilities_of_sequences_equal_the_plain_ones_through_any_loss(
+    kind: type[nn.Linear], bias: bool, frozen: bool, scale: float, cap: float | None
+) -> None:
+    """N15: values 1e-6, gradients 1e-5 relative, through a loss that is not linear in them."""
+    value, gradient = differences_of_log_probs(kind, bias, frozen, scale, cap)
+    assert value < 1e-6
+    assert gradient < 1e-5
+
+
+def test_log_probabilities_sum_to_the_loss() -> None:
+    module, hidden, targets, weights = problem()
+    log_probs = sequence_log_probs(Head(module), hidden, targets, weights, ROWS)
+    assert -log_probs.sum().item() == pytest.approx(
+        head_nll_sum(Head(module), hidden, targets, weights).item(), rel=1e-6
+    )
+
+
+def test_logits_of_sequences_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the forward nor in the backward pass."""
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 32)
+    rows: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+            result = function(*arguments, **(named or {}))
+            if isinstance(result, torch.Tensor) and result.dim() == 2 and result.shape[1] == 61:
+                rows.append(result.shape[0])
+            return result
+
+    module, hidden, targets, weights = problem(frozen=True)
+    with Watch():
+        preference_loss(sequence_log_probs(Head(module), hidden, targets, weights, ROWS)).backward()
+    assert sorted(set(rows)) == [12, 24, 32]  # nine chunks and a last one; 24 is the weight, transposed
+
+
+def test_sequences_without_rows_have_log_probability_0_and_a_gradient() -> None:
+    module, hidden, targets, weights = problem()
+    log_probs = sequence_log_probs(
+        Head(module), hidden[:0], targets[:0], weights[:0], torch.zeros(3, dtype=torch.int64)
+    )
+    assert log_probs.tolist() == [0, 0, 0]
+    log_probs.sum().backward()
+    assert hidden.grad is not None
+    assert float(hidden.grad.abs().max()) == 0
+
+
+def _no_scale(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(head_loss._bend(head.module(hidden), 1.0, head.cap), targets, reduction="none")
+
+
+def _no_gradient(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = head_loss._bend(head.module(hidden.detach()), head.scale, head.cap)
+    return functional.cross_entropy(logits, targets, reduction="none") + 0 * hidden.sum(dim=1)
+
+
+def _half_softmax(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = head_loss._bend(head.module(hidden), head.scale, head.cap).bfloat16()
+    return functional.cross_entropy(logits, targets, reduction="none").float()
+
+
+@pytest.mark.parametrize("broken", [_no_scale, _no_gradient, _half_softmax])
+def test_a_broken_log_probability_is_caught(
+    broken: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The law above fails without the head's scale, without a gradient to the model, and with a softmax in bf16."""
+    monkeypatch.setattr(head_loss, "_chunk_nll", broken)
+    value, gradient = differences_of_log_probs()
+    assert value > 1e-6 or gradient > 1e-5

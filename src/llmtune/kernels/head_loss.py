@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtune.kernels.chunks import SelectChunks, accumulate_float32, every_chunk
 
-__all__ = ["Head", "find_head", "head_nll_sum", "trained_rows"]
+__all__ = ["Head", "find_head", "head_nll_sum", "sequence_log_probs", "trained_rows"]
 
 CHUNK_ROWS = 256
 """Rows of a chunk with a frozen head: fewer read the head too often, more gain nothing."""
@@ -97,6 +97,36 @@ def head_nll_sum(
         )
 
 
+def sequence_log_probs(
+    head: Head, hidden_NE: Tensor, targets_N: Tensor, weights_N: Tensor, rows_of_sequence_S: Tensor
+) -> Tensor:
+    """Log-probability of each sequence's trained tokens, log p = sum_n w_n log softmax(logits_n)[target_n]; nats [S].
+
+    The term that preference losses compare (DPO, arXiv:2305.18290). It is differentiable by any function of it, because
+    each chunk's logits are computed again in the backward pass; `head_nll_sum` need not, since its loss is linear.
+
+    hidden_NE: [N, E], the rows of one sequence after the other; targets_N: int64 [N]; weights_N: float32 [N].
+    rows_of_sequence_S: int64 [S] on the same device, rows of each sequence, sum N; one without rows has 0. Returns
+    float32 [S]; the softmax is in float32.
+    """
+    chunks = range(0, hidden_NE.shape[0], CHUNK_ROWS)
+    parts = [
+        checkpoint(_chunk_nll, head, hidden_NE[rows], targets_N[rows], use_reentrant=False)
+        for rows in (slice(start, start + CHUNK_ROWS) for start in chunks)
+    ]
+    if not parts:  # still joined to the graph, so that a backward pass gives zeros and not an error
+        return hidden_NE.float().sum() + weights_N.new_zeros(len(rows_of_sequence_S))
+    log_probs_N = -torch.cat(parts) * weights_N
+    # Not `index_add`: its order of sums is another in each run on a CUDA device, and a resumed run repeats every bit.
+    log_probs_S: Tensor = torch.segment_reduce(log_probs_N, "sum", lengths=rows_of_sequence_S)
+    return log_probs_S
+
+
+def _chunk_nll(head: Head, hidden_CE: Tensor, targets_C: Tensor) -> Tensor:
+    logits_CV = _bend(head.module(hidden_CE).float(), head.scale, head.cap)
+    return functional.cross_entropy(logits_CV, targets_C, reduction="none")
+
+
 def _bend(logits: Tensor, head_scale: float, cap: float | None) -> Tensor:
     if head_scale != 1.0:
         logits = logits * head_scale
@@ -112,8 +142,7 @@ def _checkpointed_sum(
     """
 
     def chunk_sum(hidden_CE: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
-        logits_CV = _bend(head.module(hidden_CE).float(), head.scale, head.cap)
-        return (functional.cross_entropy(logits_CV, targets_C, reduction="none") * weights_C).sum()
+        return (_chunk_nll(head, hidden_CE, targets_C) * weights_C).sum()
 
     total = hidden_NE.new_zeros((), dtype=torch.float32)
     for start in select(range(0, hidden_NE.shape[0], TRAINED_CHUNK_ROWS)):
