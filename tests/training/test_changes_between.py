@@ -14,8 +14,11 @@ import pytest
 
 from disk_faults import Unsynced
 from llmtune import durable
+from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.errors import CheckpointError
+from llmtune.evaluation.inference_model import load_inference_model
+from llmtune.plan.resolve_auto import OPEN_VALUES
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
 from training_helpers import LORA, lines_of, weights_of
@@ -73,6 +76,41 @@ def edit_json(path, *keys, to):
         value = value[key]
     value[keys[-1]] = to
     path.write_text(json.dumps(whole))
+
+
+def as_of_an_earlier_version(run):
+    """Edit a run to what earlier versions wrote: open values in its identity, and a key that is gone."""
+    given = load_config(str(run / "config.yaml"), environ={}).config
+    open_keys = [row for row in OPEN_VALUES if getattr(getattr(given, row[0]), row[1]) == row[2]]
+    assert ("training", "weight_decay", None) in open_keys
+    for section, key, is_open in open_keys:
+        edit_json(run / "run.json", "identity", "config", section, key, to=is_open)
+    edit_json(run / "run.json", "identity", "config", "model", "weights_prepack", to=False)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("\nmodel:\n", "\nmodel:\n  weights_prepack: auto\n", 1))
+    assert "weights_prepack" in config.read_text()
+
+
+def test_a_run_of_an_earlier_version_is_resumed_and_used(stopped, config_of):
+    whole = training.train(config_of(*LORA, "training.max_steps=2", name="whole")).folder
+    as_of_an_earlier_version(stopped)
+    said = resume(stopped)
+    assert "model.weights_prepack" in said
+    assert "another training" not in said
+    assert weights_of(stopped) == weights_of(whole)
+    assert load_inference_model(str(stopped), no_cuda=True).is_adapted
+
+
+def test_a_value_that_an_earlier_version_left_open_is_no_longer_when_it_is_changed(stopped):
+    as_of_an_earlier_version(stopped)
+    with pytest.raises(CheckpointError, match=r"weight_decay was None, is now 0\.5"):
+        resume(stopped, "training.weight_decay=0.5")
+
+
+def test_a_run_is_used_as_it_was_trained_whatever_the_environment_says(stopped, monkeypatch):
+    resume(stopped)
+    monkeypatch.setenv("LLMTUNE_DATA__TRAIN_ON", "all_tokens")
+    assert load_inference_model(str(stopped), no_cuda=True).config.data.train_on == "all_assistant_messages"
 
 
 def test_a_moved_or_touched_data_file_is_the_same_data(stopped, config_of, rows_file, tmp_path):

@@ -12,7 +12,7 @@ from llmtune.common.text import excerpt
 from llmtune.config import aliases, convert
 from llmtune.config.checks import range_problem
 from llmtune.config.document import Entry, Listing, Node, Scalar, Table, shown
-from llmtune.config.keys import LEAVES, SECTIONS, default_of
+from llmtune.config.keys import FORMER_KEYS, LEAVES, SECTIONS, default_of
 from llmtune.config.origin import Origin
 from llmtune.config.paths import path_problem
 from llmtune.config.translation import Translation
@@ -102,6 +102,8 @@ class _Reader:
             self.settle(key, key, value, origin)
         elif key in SECTIONS:
             self.section(key, value, origin)
+        elif key in FORMER_KEYS:
+            self.findings.note(f"{origin.where}: `{key}` is no longer a key and is not used: {FORMER_KEYS[key]}")
         elif self.findings.is_full:
             self.findings.hidden += 1
         elif SECRET_NAME.search(key) and aliases.translation_of(key) is None:

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from llmtune.config.schema import Config, SourceConfig
 
 __all__ = [
+    "FORMER_KEYS",
     "LEAVES",
     "SECTIONS",
     "SOURCE_FIELDS",
@@ -45,6 +46,11 @@ def _walk(cls: type, prefix: str = "") -> tuple[dict[str, object], dict[str, typ
 
 LEAVES, SECTIONS = _walk(Config)
 """Every key by its dotted name with its declared type, and every section with its dataclass."""
+
+FORMER_KEYS = {
+    "model.weights_prepack": "frozen weights are no longer laid out beforehand, which changed speed and not one bit",
+}
+"""Keys of earlier versions that nothing reads, and why: the config of every run that was made with them names them."""
 
 SOURCE_FIELDS = field_types(SourceConfig)
 """Every key of a data source with its declared type."""

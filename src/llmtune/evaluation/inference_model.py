@@ -77,7 +77,9 @@ def load_inference_model(
     device = choose_device(no_cuda=no_cuda)[0]
     folders = (Path(name), Path(output_dir) / name)
     folder = next((folder for folder in folders if (folder / "run.json").is_file()), Path(name))
-    config = load_config(str(folder / "config.yaml")).config if (folder / "run.json").is_file() else None
+    # Without the environment: a run is used as it was trained, whatever this shell sets.
+    is_run = (folder / "run.json").is_file()
+    config = load_config(str(folder / "config.yaml"), environ={}).config if is_run else None
     result = find_result(folder) if folder.is_dir() else None
     if result is None:
         return _load_published(name, device, offline=offline)

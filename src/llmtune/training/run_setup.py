@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,10 +14,11 @@ from llmtune.common.printing import PrintLine
 from llmtune.common.text import printable
 from llmtune.config.dump import config_to_dict, config_to_yaml
 from llmtune.config.layers import ResolvedConfig
-from llmtune.config.schema import ModelConfig
+from llmtune.config.schema import Config, ModelConfig
 from llmtune.engine.devices import Devices
 from llmtune.models import save
 from llmtune.plan.memory import optimizer_bytes
+from llmtune.plan.resolve_auto import OPEN_VALUES
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import forecast_disk
@@ -97,15 +99,32 @@ def open_stopped(path: Path, checkpoint: Path | None, devices: Devices, print_li
     return StoppedRun(path.absolute(), identity, loaded, folder)
 
 
-def compare_identity(stopped: StoppedRun, setup: TrainingSetup, *, allow_changes: bool, print_line: PrintLine) -> None:
+def compare_identity(
+    stopped: StoppedRun, setup: TrainingSetup, requested: Config, *, allow_changes: bool, print_line: PrintLine
+) -> None:
     """Print how the training differs from the one that was stopped.
 
-    Raises CheckpointError where it no longer fits the checkpoint, or would be another training and that is not allowed.
+    `requested`: the config before it was resolved. Raises CheckpointError where it no longer fits the checkpoint, or
+    would be another training and that is not allowed.
     """
-    differences = compare(stopped.identity, identity_of(setup))
+    now = identity_of(setup)
+    differences = compare({**stopped.identity, "config": with_open_values(stopped.identity, now, requested)}, now)
     allowed = refuse_changes(differences, where=str(stopped.path), allow_changes=allow_changes)
     for difference in allowed:
         print_difference(difference, print_line)
+
+
+def with_open_values(earlier: Identity, now: Identity, requested: Config) -> dict[str, Any]:
+    """The config of an earlier identity with its open values as now, where the config still leaves them open.
+
+    Earlier versions recorded `null` and `auto`, for which this one chooses the same: it follows from the model and the
+    device, which the identity has too.
+    """
+    config = {section: {**values} for section, values in earlier["config"].items()}
+    for section, key, is_open in OPEN_VALUES:
+        if config[section].get(key, is_open) == is_open == getattr(getattr(requested, section), key):
+            config[section][key] = now["config"][section][key]
+    return config
 
 
 def run_name(template: str, *, model: str, config: str, seed: int) -> str:

@@ -145,8 +145,8 @@ def open_run(
                     printer.open(Path(devices.from_main(str(folder.path) if folder is not None else "")))
                 else:
                     folder = stopped.folder
-                    allowed = earlier is not None and earlier.allow_changes
-                    run_setup.compare_identity(stopped, setup, allow_changes=allowed, print_line=printer)
+                    allow = earlier is not None and earlier.allow_changes
+                    run_setup.compare_identity(stopped, setup, resolved.config, allow_changes=allow, print_line=printer)
                 run = TrainingRun(
                     setup,
                     folder,
@@ -189,6 +189,8 @@ def _prepare_again(
     print_line: PrintLine,
 ) -> Forecaster:
     """Read the rows of a stopped run, and keep what was resolved when it began: going on changes no sum."""
+    for note in resolved.notes:
+        print_line(note)
     tokenizer_folder = stopped.own_tokenizer(resolved.config.model)
     progress = tokenizing_progress(print_line)
     prepared = prepare(resolved, options, tokenizer_folder=tokenizer_folder, progress=progress)
