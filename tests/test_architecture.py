@@ -49,7 +49,7 @@ RANKS = {
     "cli": 12,
 }
 """A module imports only from folders of smaller rank (and from its own)."""
-LIMITS = {"lines above 120 characters": 60, "`Any` per 1,000 lines": 8}
+LIMITS = {"lines above 120 characters": 0, "`Any` per 1,000 lines": 8}
 ONE_SUBJECT = {"config/schema.py"}
 """Files that may be long: every key of a run stands on one page."""
 LAZY_IMPORTS = {

@@ -7,22 +7,7 @@ import torch
 
 from llmtune.config.layers import load_config
 
-WORDS = [
-    "the",
-    "user",
-    "asks",
-    "and",
-    "the",
-    "assistant",
-    "answers",
-    "a",
-    "small",
-    "system",
-    "of",
-    "words",
-    "and",
-    "numbers",
-]
+WORDS = tuple("the user asks and the assistant answers a small system of words and numbers".split())
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.forward import build_engine
 from llmtune.engine.objective import plain_nll_sum
-from llmtune.kernels.lora import fuse_adapters, unfuse_adapters
+from llmtune.kernels.patch_model import patch_model, undo_patches
 from llmtune.models.quantization import disable_cpu_repacking, quantization_config
 
 Build = Callable[..., Any]
@@ -63,7 +63,7 @@ def test_in_bf16_fused_adapters_are_as_close_to_float32_as_peft(
 
 @pytest.mark.parametrize("config", [replace(LORA, dropout=0.1), replace(LORA, dora=True)])
 def test_dropout_and_dora_keep_the_layer_of_peft(config: AdapterConfig, build_model: Build) -> None:
-    assert fuse_adapters(adapted(build_model("llama"), config)) == 0
+    assert patch_model(adapted(build_model("llama"), config), "cuda")["LoRA"] == 0
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -96,7 +96,7 @@ def test_adapters_on_a_4bit_base_repeat_peft(
 
 def test_a_disabled_adapter_gives_the_base_model_back(build_model: Build, padded: MicroBatch) -> None:
     base, model = build_model("llama"), adapted(build_model("llama"), LORA)
-    fuse_adapters(model)
+    patch_model(model, "cuda")
     with model.disable_adapter():
         assert torch.equal(model(padded.input_ids).logits, base(padded.input_ids).logits)
     assert not torch.equal(model(padded.input_ids).logits, base(padded.input_ids).logits)
@@ -105,20 +105,20 @@ def test_a_disabled_adapter_gives_the_base_model_back(build_model: Build, padded
 def test_taking_layers_over_changes_no_name_and_can_be_undone(build_model: Build) -> None:
     model = adapted(build_model("llama"), LORA)
     before, classes = adapter_state_and_config(model), [type(module) for module in model.modules()]
-    assert fuse_adapters(model) == 14
+    assert patch_model(model, "cuda")["LoRA"] == 14
     after = adapter_state_and_config(model)
     assert list(before[0]) == list(after[0])
     assert before[1] == after[1]
-    unfuse_adapters(model)
+    undo_patches(model)
     assert [type(module) for module in model.modules()] == classes
 
 
 def test_shared_inputs_leave_nothing_waiting(build_model: Build, padded: MicroBatch) -> None:
     """Outputs computed for a neighbour are picked up in the same pass: memory does not hold them till the next one."""
     model = adapted(build_model("llama"), LORA)
-    fuse_adapters(model)
+    patch_model(model, "cuda")
     model(padded.input_ids)
-    groups = {id(module._group): module._group for module in model.modules() if "_group" in vars(module)}
+    groups = {id(module.group): module.group for module in model.modules() if "group" in vars(module)}
     assert sorted(len(group.members) for group in groups.values()) == [1, 1, 1, 1, 2, 2, 3, 3]
     assert all(group._input is None and not group._waiting for group in groups.values())
 
@@ -128,6 +128,6 @@ def test_a_layer_called_alone_answers_alone(build_model: Build) -> None:
     attention = model.get_base_model().model.layers[0].self_attn
     x = torch.randn(1, 5, 48)
     expected = [attention.v_proj(x), attention.v_proj(2 * x)]
-    fuse_adapters(model)
+    patch_model(model, "cuda")
     for found, wanted in zip([attention.v_proj(x), attention.v_proj(2 * x)], expected, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)

@@ -10,7 +10,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
-from llmtune.kernels.rms_norm import fuse_norms
+from llmtune.kernels.patch_model import patch_model
 
 
 def problem(dtype: torch.dtype) -> tuple[LlamaRMSNorm, torch.Tensor, torch.Tensor]:
@@ -37,14 +37,14 @@ def test_the_fused_norm_is_the_norm_of_the_library(dtype: torch.dtype, bound: fl
     exact, x64, grad64 = norm.double(), x.double(), grad.double()
     expected = run(exact, x64, grad64)
     norm = norm.to(dtype)
-    assert fuse_norms(norm) == 1
+    assert patch_model(norm, "cpu")["RMS norm"] == 1
     for found, wanted in zip(run(norm, x, grad), expected, strict=True):
         assert float((found.double() - wanted).norm() / wanted.norm()) < bound
 
 
 def test_a_norm_of_another_kind_is_left_alone(build_model: Callable[..., Any]) -> None:
     """Gemma multiplies by 1 + w, before it rounds."""
-    assert fuse_norms(build_model("gemma3")) == 0
+    assert patch_model(build_model("gemma3"), "cpu")["RMS norm"] == 0
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -59,7 +59,7 @@ def test_norms_before_products_round_for_them_and_others_do_not(
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         expected = model(ids).logits
-        fuse_norms(model)
+        patch_model(model, "cpu")
         for name, module in model.named_modules():
             if "norm" in name.rpartition(".")[2]:
                 module.register_forward_hook(
@@ -79,7 +79,7 @@ def test_norms_before_products_round_for_them_and_others_do_not(
 
 def test_a_mixture_of_experts_keeps_the_type_it_adds_up_in() -> None:
     block = torch.nn.ModuleDict({"input_layernorm": MixtralRMSNorm(64)})
-    assert fuse_norms(block) == 1
+    assert patch_model(block, "cpu")["RMS norm"] == 1
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert block["input_layernorm"](torch.randn(3, 64)).dtype == torch.float32
 
@@ -91,7 +91,7 @@ def test_a_narrow_gradient_is_widened_before_it_is_used() -> None:
     norm, x, grad = problem(torch.float32)
     expected = run(norm.double(), x.double(), grad.bfloat16().double())
     block = torch.nn.ModuleDict({"input_layernorm": norm.float()})
-    fuse_norms(block)
+    patch_model(block, "cpu")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output, grad_x, grad_weight = run(block["input_layernorm"], x, grad.bfloat16())  # type: ignore[arg-type]
     assert output.dtype == torch.bfloat16

@@ -19,7 +19,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3MLP
 
-from llmtune.kernels.swiglu import FEED_FORWARDS, fuse_swiglus
+from llmtune.kernels.patch_model import patch_model
+from llmtune.kernels.swiglu import FEED_FORWARDS
 
 CLASSES = [CohereMLP, GraniteMLP, LlamaMLP, MistralMLP, OlmoMLP, Olmo2MLP, Qwen2MLP, Qwen3MLP, SmolLM3MLP]
 
@@ -56,7 +57,7 @@ def test_the_fused_product_is_the_librarys_bit_by_bit(
     x = 2 * torch.randn(3, 50, module.gate_proj.in_features, dtype=dtype).to(device)  # type: ignore[union-attr]
     with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
         expected = run(module, x)
-        assert fuse_swiglus(module) == 1
+        assert patch_model(module, device)["SwiGLU"] == 1
         found = run(module, x)
     assert len(found) == 5
     for one, other in zip(found, expected, strict=True):
@@ -82,7 +83,7 @@ def test_gate_and_up_are_all_that_is_kept(build_model: Callable[..., Any]) -> No
         return count
 
     assert kept_wide_tensors() == 4  # gate, silu(gate), up and the product
-    fuse_swiglus(module)
+    patch_model(module, "cpu")
     assert kept_wide_tensors() == 3
 
 
@@ -104,9 +105,9 @@ def test_no_class_is_left_untested() -> None:
 
 
 def test_another_activation_is_left_alone(build_model: Callable[..., Any]) -> None:
-    assert fuse_swiglus(build_model("gemma3")) == 0
+    assert patch_model(build_model("gemma3"), "cpu")["SwiGLU"] == 0
     model = build_model("llama")
     for module in model.modules():
         if type(module).__name__ == "LlamaMLP":
             module.act_fn = nn.GELU()
-    assert fuse_swiglus(model) == 0
+    assert patch_model(model, "cpu")["SwiGLU"] == 0

@@ -13,9 +13,9 @@ from llmtune.config.schema import AdapterConfig, Config, ModelConfig
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.engine.forward import build_engine
 from llmtune.kernels import chunked_mlp, lora
-from llmtune.kernels.patch_model import fuse
+from llmtune.kernels.patch_model import patch_model
 from llmtune.kernels.recompute import recipe_of, with_recipe
-from llmtune.kernels.rms_norm import _FusedNorm
+from llmtune.kernels.rms_norm import FusedRmsNorm
 
 Build = Callable[..., Any]
 LORA = AdapterConfig(method="lora", r=4, alpha=8)
@@ -64,12 +64,12 @@ def test_an_input_that_the_layer_rounds_is_rounded_again(
 ) -> None:
     """A norm that stays float32 under autocast (as in a mixture of experts) before layers that multiply in bf16."""
     half, results = arithmetic(bf16=True), []
-    for into_products in (True, False):
+    for rounds_output in (True, False):
         model = adapted(build_model("llama"), LORA)
         engine = build_engine(model, config=Config(adapter=LORA), device=CPU, precision=half)
         for module in model.modules():
-            if isinstance(module, _FusedNorm):
-                module._into_products = into_products
+            if isinstance(module, FusedRmsNorm):
+                module.rounds_output = rounds_output
 
         def loss_of(engine: Any = engine) -> torch.Tensor:
             with half.autocast():  # and the backward pass outside, as in a training
@@ -105,13 +105,13 @@ def test_neither_a_norms_output_nor_the_product_is_kept(build_model: Build) -> N
         return found
 
     assert kept() == {"product", "normal"}
-    fuse(model, "cpu")
+    patch_model(model, "cpu")
     assert kept() == set()
 
 
 def test_a_source_that_was_overwritten_is_noticed(build_model: Build) -> None:
     model = adapted(build_model("llama"), LORA).get_base_model()
-    fuse(model, "cpu")
+    patch_model(model, "cpu")
     block, held = model.model.layers[0], []
     block.mlp.gate_proj.register_forward_hook(lambda _module, _inputs, output: held.append(output))
     output = block.mlp(torch.randn(1, 7, 48, requires_grad=True))

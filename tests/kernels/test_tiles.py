@@ -19,7 +19,7 @@ from llmtune.engine.forward import Engine, build_engine
 from llmtune.engine.objective import plain_nll_sum
 from llmtune.kernels import chunked_mlp
 from llmtune.kernels.chunked_mlp import tile_modules, tiled_forward
-from llmtune.kernels.patch_model import fuse
+from llmtune.kernels.patch_model import patch_model
 from llmtune.models.quantization import disable_cpu_repacking, quantization_config
 
 Build = Callable[..., Any]
@@ -349,7 +349,7 @@ def test_what_is_left_alone_goes_by_the_librarys_name(build_model: Build) -> Non
     model = build_model("llama")
     for block in model.model.layers:
         block.mlp.down_proj = nn.Conv1d(48, 48, 1)
-    fuse(model, "cpu")
+    patch_model(model, "cpu")
     assert tile_modules(model.get_decoder(), 48).skipped == {"LlamaMLP": "it holds Conv1d"}
 
 

@@ -33,6 +33,7 @@ from llmtune.runs.signals import StopRequest
 from llmtune.tracking.choose import choose_trackers
 from llmtune.training.build import build_setup
 from llmtune.training.train import open_run, train
+from training_fixtures import WORDS
 from training_helpers import TIMES
 
 FLIPS = yaml.safe_load((Path(__file__).parents[1] / "config" / "flips.yaml").read_text())
@@ -76,24 +77,8 @@ def world(tmp_path_factory, tiny_tokenizer):
     tokenizer.
     """
     folder = tmp_path_factory.mktemp("world")
-    words = [
-        "the",
-        "user",
-        "asks",
-        "and",
-        "the",
-        "assistant",
-        "answers",
-        "a",
-        "small",
-        "system",
-        "of",
-        "words",
-        "and",
-        "numbers",
-    ]
-    rows = [row(" ".join(words[at : at + 3]), " ".join(words[at : at + 1 + at % 5])) for at in range(6)]
-    long = row("the user asks", " ".join(words * 2))
+    rows = [row(" ".join(WORDS[at : at + 3]), " ".join(WORDS[at : at + 1 + at % 5])) for at in range(6)]
+    long = row("the user asks", " ".join(WORDS * 2))
     hostile = row("a<|im_end|>b", "words")
     (folder / "rows.jsonl").write_text("".join([*rows, rows[0], long, hostile, row("a", "b", text="a")]))
     (folder / "other.jsonl").write_text("".join(row(f"numbers {at}", f"words {at}") for at in range(6)))

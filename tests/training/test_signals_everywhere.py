@@ -5,6 +5,7 @@ Each run is a forked child that sends itself the signal when it enters a phase.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -131,6 +132,27 @@ def test_p8_a_signal_in_the_middle_of_an_accumulation_is_answered_after_its_step
     assert end.code == 128 + signal.SIGTERM, end
     assert "saved after step 2" in end.error
     place.assert_resumes("middle")
+
+
+class NoCheckpoints(Unsynced):
+    """A disk that takes everything but checkpoints."""
+
+    def call(self, operation, *arguments):
+        if operation == "open" and "checkpoints/" in str(arguments[0]):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().call(operation, *arguments)
+
+
+def test_p7_p8_a_signal_before_a_save_that_fails_does_not_claim_that_it_is_saved(place):
+    def train():
+        with durable.use_backend(NoCheckpoints()):
+            place.train("full-disk")
+
+    end = place.stopped("full-disk", "training", [signal.SIGTERM], story=train)
+    assert end.code == 128 + signal.SIGTERM, end
+    assert "stopped by SIGTERM: nothing could be saved after step" in end.error
+    assert list((place.folder / "full-disk" / "checkpoints").glob("step-*")) == []
+    shutil.rmtree(place.folder / "full-disk")
 
 
 def test_p8_a_signal_while_the_finished_run_is_put_away_changes_nothing(place):

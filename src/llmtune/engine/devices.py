@@ -292,14 +292,16 @@ WHAT_WORKS = (
 
 def check_distribution(config: Config) -> None:
     """Raise ConfigError for a way to share a training that this version does not have."""
-    wanted = config.distributed
+    distributed = config.distributed
     problems = []
-    if wanted.strategy not in STRATEGIES:
-        what = f"strategy `{wanted.strategy}` does not exist in this version: every process holds the whole model"
-        problems.append(Problem(what, "distributed.strategy", WHAT_WORKS))
-    if wanted.deepspeed_config is not None:
-        what = f"nothing in this version reads the DeepSpeed file `{wanted.deepspeed_config}`"
-        problems.append(Problem(what, "distributed.deepspeed_config", "remove the key"))
+    if distributed.strategy not in STRATEGIES:
+        problem = (
+            f"strategy `{distributed.strategy}` does not exist in this version: every process holds the whole model"
+        )
+        problems.append(Problem(problem, "distributed.strategy", WHAT_WORKS))
+    if distributed.deepspeed_config is not None:
+        problem = f"nothing in this version reads the DeepSpeed file `{distributed.deepspeed_config}`"
+        problems.append(Problem(problem, "distributed.deepspeed_config", "remove the key"))
     if problems:
         raise ConfigError.all(problems)
 
@@ -323,11 +325,11 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
     """
     check_distribution(config)
     check_processes(config)
-    wanted = config.distributed
-    devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=wanted.timeout_s)
+    distributed = config.distributed
+    devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=distributed.timeout_s)
     _, decision = choose_device(no_cuda=options.no_cuda)
     decisions = [decision]
-    if wanted.strategy == "ddp" or devices.world_size > 1:
+    if distributed.strategy == "ddp" or devices.world_size > 1:
         count = "1 process: no launcher started more" if devices.world_size == 1 else f"{devices.world_size} processes"
         decisions.append(Decision("distributed.strategy", "ddp", f"{count}; each holds the whole model"))
     return devices, decisions

@@ -28,7 +28,7 @@ from llmtune.errors import ConfigError, ModelError, in_one_line
 from llmtune.kernels.activation_offload import offload_inputs, run_in_tiles
 from llmtune.kernels.attention import use_attention, use_segment_attention
 from llmtune.kernels.head_loss import find_head
-from llmtune.kernels.patch_model import fuse, unfuse
+from llmtune.kernels.patch_model import patch_model, undo_patches
 from llmtune.models.eval_mode import eval_mode
 from llmtune.models.load import ATTENTION_IMPLEMENTATIONS
 from llmtune.models.parameters import base_model_of
@@ -102,12 +102,15 @@ def _choose(model: Any, config: Config, device: torch.device, precision: Arithme
     tried: list[str] = [] if refusal is None else [refusal]
     if refusal is None:
         for backend in _backends(asked, device, precision):
-            fused = 0 if compiled else fuse(base_model_of(model), device.type)  # the compiler fuses what is left to it
+            # The compiler fuses the library's own operations, so it gets the modules as they are.
+            lora_layers = 0 if compiled else patch_model(base_model_of(model), device.type)["LoRA"]
             reason = _try_flat(model, backend, device, precision)
             if reason is None:
-                more = _adapter_decision(fused) + more + (compile_blocks(base_model_of(model)) if compiled else ())
+                more = (
+                    _adapter_decision(lora_layers) + more + (compile_blocks(base_model_of(model)) if compiled else ())
+                )
                 return _flat_engine(model, backend, device, asked, more)
-            unfuse(base_model_of(model))
+            undo_patches(base_model_of(model))
             tried.append(f"{backend}: {reason}")
     more += compile_blocks(base_model_of(model)) if compiled else ()
     return _plain_engine(model, asked, "; ".join(tried), more)

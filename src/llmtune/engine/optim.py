@@ -86,9 +86,9 @@ class _Request:
 
         Of `names` only, when given.
         """
-        wanted = {name: parameter for name, parameter in self.parameters.items() if names is None or name in names}
-        matrices = [parameter for parameter in wanted.values() if parameter.ndim >= 2]
-        vectors = [parameter for parameter in wanted.values() if parameter.ndim < 2]
+        parameters = {name: parameter for name, parameter in self.parameters.items() if names is None or name in names}
+        matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
+        vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
         groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 

@@ -109,8 +109,8 @@ def choose_precision(device: torch.device) -> Decision:
             return Decision(key, "bf16", f"{name} multiplies bf16 natively")
         return Decision(key, "fp32", f"{name} has no native bf16; fp16 is faster there if you ask for it")
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        units = [unit for unit in ("amx_bf16", "avx512_bf16", "bf16") if found.get(unit)]
+        capabilities = torch.cpu.get_capabilities()
+        units = [unit for unit in ("amx_bf16", "avx512_bf16", "bf16") if capabilities.get(unit)]
         if units:
             return Decision(key, "bf16", f"this CPU multiplies bf16 natively ({units[0]})")
         return Decision(key, "fp32", "this CPU has no native bf16 multiplication")

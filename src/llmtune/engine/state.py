@@ -187,13 +187,13 @@ def _restore_optimizer(
     for name, parameter in parameters.items():
         part = parts[parameter]
         state: dict[str, Any] = dict(entries[name]["values"])
-        for key, place in entries[name]["places"].items():
+        for key, device_kind in entries[name]["places"].items():
             saved = tensors[f"{name}//{key}"]
-            if place == "paged":
+            if device_kind == "paged":
                 state[key] = part.get_state_buffer(parameter, dtype=saved.dtype)  # type: ignore[attr-defined]
                 state[key].copy_(saved)
             else:
-                state[key] = saved.to(parameter.device if place == "parameter" else "cpu", copy=True)
+                state[key] = saved.to(parameter.device if device_kind == "parameter" else "cpu", copy=True)
         part.state.pop(parameter, None)
         if state:
             part.state[parameter] = state
@@ -205,13 +205,13 @@ def capture_rng(device: torch.device) -> dict[str, torch.Tensor]:
     Shapes: `python` int64 [626] (version, then words), `numpy` int64 [626] (words, position, whether a normal draw is
     kept), `normals` float64 [3] (whether Python keeps one, Python's, NumPy's), `torch` and `cuda` uint8.
     """
-    version, words, kept = random.getstate()
+    version, words, normal_draw = random.getstate()
     kind, keys, position, has_normal, normal = np.random.get_state(legacy=True)
     assert kind == "MT19937", "NumPy's global generator is the Mersenne twister"
     tensors = {
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "numpy": torch.tensor([*np.asarray(keys).tolist(), position, has_normal], dtype=torch.int64),
-        "normals": torch.tensor([kept is not None, kept or 0.0, normal], dtype=torch.float64),
+        "normals": torch.tensor([normal_draw is not None, normal_draw or 0.0, normal], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":
@@ -222,8 +222,8 @@ def capture_rng(device: torch.device) -> dict[str, torch.Tensor]:
 def restore_rng(tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Set the generators to what `capture_rng` gave; a GPU's only where one was captured."""
     version, *words = tensors["python"].tolist()
-    keeps, kept, normal = tensors["normals"].tolist()
-    random.setstate((version, tuple(words), kept if keeps else None))
+    has_python_normal, python_normal, normal = tensors["normals"].tolist()
+    random.setstate((version, tuple(words), python_normal if has_python_normal else None))
     *keys, position, has_normal = tensors["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_normal, normal))
     torch.set_rng_state(tensors["torch"].cpu().clone())  # torch 2.13 crashes on a tensor that begins inside its storage

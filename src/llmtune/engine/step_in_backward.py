@@ -106,7 +106,7 @@ class StepInBackward:
         """
         self._is_finite = bool(torch.stack(list(losses)).double().sum().isfinite())
         set_learning_rate(self._optimizer, rate)
-        self._hooks = [one.register_post_accumulate_grad_hook(self._take) for one in self._parameters]
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self._parameters]
 
     def reduce_and_clip(self) -> torch.Tensor:
         """Norm of all gradients that were applied, and of those that only earlier micro-batches have a part in."""

@@ -64,39 +64,38 @@ class HostStore:
         """Copy a tensor to the host. It stays on its device until the next one comes."""
         self._settle()
         x = x.detach().contiguous()
-        held = _Held(x.shape, x.dtype, self._take_pages(x.nbytes), self._last, x)
-        weakref.finalize(
-            held, self._free.extend, held.pages
-        )  # pages are only ever touched on one stream, so they are free at once
-        self._last = weakref.ref(held)
-        with self._beside(held):
-            for page, part in _parts(held.pages, x):
+        stored = _Held(x.shape, x.dtype, self._take_pages(x.nbytes), self._last, x)
+        # Pages are only ever touched on one stream, so they are free at once.
+        weakref.finalize(stored, self._free.extend, stored.pages)
+        self._last = weakref.ref(stored)
+        with self._beside(stored):
+            for page, part in _parts(stored.pages, x):
                 page.copy_(part, non_blocking=True)
-        return held
+        return stored
 
-    def get(self, held: _Held) -> Tensor:
+    def get(self, stored: _Held) -> Tensor:
         """Return the tensor on its device, and have the one put before it fetched."""
-        if held.on_device is None:
-            self._fetch(held)
-        self._wait(held)
-        x, held.on_device, self._moving = held.on_device, None, None
+        if stored.on_device is None:
+            self._fetch(stored)
+        self._wait(stored)
+        x, stored.on_device, self._moving = stored.on_device, None, None
         assert x is not None
-        before = held.before()
+        before = stored.before()
         if before is not None:
             self._fetch(before)
         return x
 
-    def _fetch(self, held: _Held) -> None:
+    def _fetch(self, stored: _Held) -> None:
         self._settle()
-        held.on_device = held.pages[0].new_empty(held.shape, dtype=held.dtype, device=self._device)
-        with self._beside(held):
-            for page, part in _parts(held.pages, held.on_device):
+        stored.on_device = stored.pages[0].new_empty(stored.shape, dtype=stored.dtype, device=self._device)
+        with self._beside(stored):
+            for page, part in _parts(stored.pages, stored.on_device):
                 part.copy_(page, non_blocking=True)
 
     @contextmanager
-    def _beside(self, held: _Held) -> Iterator[None]:
+    def _beside(self, stored: _Held) -> Iterator[None]:
         """Copy on the other stream, after what has been computed so far."""
-        self._moving = held
+        self._moving = stored
         if self._stream is None:
             yield
             return
@@ -105,9 +104,9 @@ class HostStore:
             yield
         self._copied = self._stream.record_event()
 
-    def _wait(self, held: _Held) -> None:
+    def _wait(self, stored: _Held) -> None:
         """Have the stream that computes wait for this copy, if it may still be under way."""
-        if self._moving is held and self._copied is not None:
+        if self._moving is stored and self._copied is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copied)
 
     def _settle(self) -> None:
@@ -158,8 +157,8 @@ def keep_inputs_in(store: HostStore, base: Any) -> int:
             is_input = tensor.shape == shape and tensor.dtype == dtype  # else a mask, which all blocks share
             return store.put(tensor) if is_input else tensor
 
-        def unpack(kept: Tensor | _Held) -> Tensor:
-            return store.get(kept) if isinstance(kept, _Held) else kept
+        def unpack(saved: Tensor | _Held) -> Tensor:
+            return store.get(saved) if isinstance(saved, _Held) else saved
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return checkpoint(function, hidden, *others, use_reentrant=False)

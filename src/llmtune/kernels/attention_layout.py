@@ -103,12 +103,12 @@ class Tile(NamedTuple):
         parts = self._parts(x, dim, start)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
-    def in_row(self, row: Tensor, found: Tensor, dim: int, start: int) -> list[tuple[Tensor, Tensor]]:
+    def in_row(self, row: Tensor, gathered: Tensor, dim: int, start: int) -> list[tuple[Tensor, Tensor]]:
         """Views of `row` that cover what `gather` would give, each with its part of `found` [..., C, tokens, ...]."""
         if self.rearranged is not None:
-            return [(self._whole(row, dim), found.flatten(dim, dim + 1).index_select(dim, self.rearranged.places))]
+            return [(self._whole(row, dim), gathered.flatten(dim, dim + 1).index_select(dim, self.rearranged.places))]
         parts = self._parts(row, dim, start)
-        return list(zip(parts, found.split([part.shape[dim] for part in parts], dim), strict=True))
+        return list(zip(parts, gathered.split([part.shape[dim] for part in parts], dim), strict=True))
 
     def _parts(self, row: Tensor, dim: int, start: int) -> list[Tensor]:
         """The pieces from `start` on, as views [..., pieces, tokens, ...].
@@ -150,7 +150,7 @@ class Layout(NamedTuple):
         sizes = [self.groups * self.repeats * tile.queries for tile in self.tiles]
         return [
             (tile, [part.view(self.groups * tile.pieces, -1, part.shape[-1]) for part in parts])
-            for tile, *parts in zip(self.tiles, *(one.split(sizes) for one in rows), strict=True)
+            for tile, *parts in zip(self.tiles, *(row.split(sizes) for row in rows), strict=True)
         ]
 
 
@@ -173,12 +173,12 @@ def lay_out(
     place_TGR = torch.empty_like(query_TGR)
     order = []
     count = 0
-    for one in tiles:
-        order.append(one.gather(query_TGR, 0, one.start).permute(2, 0, 3, 1).flatten())
+    for part in tiles:
+        order.append(part.gather(query_TGR, 0, part.start).permute(2, 0, 3, 1).flatten())
         numbers = torch.arange(count, count + len(order[-1]), dtype=torch.int32, device=device)
-        place_GCRN = numbers.view(groups, one.pieces, repeats, -1)
-        for own, found in one.in_row(place_TGR, place_GCRN.permute(1, 3, 0, 2), 0, one.start):
-            own.copy_(found)
+        place_GCRN = numbers.view(groups, part.pieces, repeats, -1)
+        for own, gathered in part.in_row(place_TGR, place_GCRN.permute(1, 3, 0, 2), 0, part.start):
+            own.copy_(gathered)
         count += len(numbers)
     return Layout(tiles, groups, repeats, torch.cat(order), place_TGR.flatten())
 
@@ -195,11 +195,12 @@ def plan_tiles(
     tiles = [
         _short_tile(list(run), window, dtype, device) for is_short, run in groupby(documents, key=_is_short) if is_short
     ]
-    kept = [one for one in documents if not _is_short(one) and one[1] - one[0] <= KEPT_TOKENS]
-    alone = [
-        [one] for one in documents if one[1] - one[0] > KEPT_TOKENS
-    ]  # a few large products are enough, and their scores are many
-    for group in [kept, *alone]:
+    kept_documents = [
+        document for document in documents if not _is_short(document) and document[1] - document[0] <= KEPT_TOKENS
+    ]
+    # A few large products are enough, and their scores are many.
+    alone = [[document] for document in documents if document[1] - document[0] > KEPT_TOKENS]
+    for group in [kept_documents, *alone]:
         rows = tile if len(group) == 1 else min(tile, TILE_TOKENS)
         firsts_of: dict[Document, list[int]] = {}
         for first, end in group:
@@ -232,7 +233,9 @@ def _short_tile(documents: Sequence[Document], window: int | None, dtype: torch.
     rearranged = None
     if order != list(range(tokens)):
         places = [place_of[token] for token in range(tokens)]
-        rearranged = Rearranged(*(torch.tensor(one, dtype=torch.int64, device=device) for one in (order, places)))
+        rearranged = Rearranged(
+            *(torch.tensor(indices, dtype=torch.int64, device=device) for indices in (order, places))
+        )
     return Tile(tuple(first + length * number for number in range(len(pieces))), 0, length, 0, hidden, rearranged)
 
 

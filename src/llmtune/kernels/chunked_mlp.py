@@ -92,16 +92,14 @@ class _InTiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        aside, ctx.aside = (
-            ctx.aside,
-            None,
-        )  # it holds what a block's recomputation made, which nobody needs once this has run
+        # It holds what a block's recomputation made, which nobody needs once this has run.
+        aside, ctx.aside = ctx.aside, None
         if aside is None:
             raise RuntimeError("a second backward pass through tiles, whose inputs were let go by the first")
         (x,) = aside.saved_tensors
         wants_x, _, _, _, _, *wants = ctx.needs_input_grad
         grad_x = torch.empty_like(x) if wants_x else None
-        weights = [weight for weight, wanted in zip(ctx.weights, wants, strict=True) if wanted]
+        weights = [weight for weight, is_needed in zip(ctx.weights, wants, strict=True) if is_needed]
         sums: list[Tensor | None] = [None] * len(weights)
         with ctx.surroundings.again(), torch.enable_grad():
             for part in ctx.select(_tiles(x.shape[1], ctx.tokens)):
@@ -111,10 +109,15 @@ class _InTiles(torch.autograd.Function):
                 grads = torch.autograd.grad(output, sources, grad[:, part].to(output.dtype), allow_unused=True)
                 if grad_x is not None:
                     grad_x[:, part] = 0 if grads[0] is None else grads[0]
-                for number, one in enumerate(grads[wants_x:]):
-                    sums[number] = accumulate_float32(sums[number], one)
-        found = iter([None if one is None else one.to(weight.dtype) for one, weight in zip(sums, weights, strict=True)])
-        return (grad_x, None, None, None, None, *(next(found) if wanted else None for wanted in wants))
+                for number, gradient in enumerate(grads[wants_x:]):
+                    sums[number] = accumulate_float32(sums[number], gradient)
+        gradients = iter(
+            [
+                None if gradient is None else gradient.to(weight.dtype)
+                for gradient, weight in zip(sums, weights, strict=True)
+            ]
+        )
+        return (grad_x, None, None, None, None, *(next(gradients) if is_needed else None for is_needed in wants))
 
 
 class _Surroundings:
@@ -123,7 +126,10 @@ class _Surroundings:
     def __init__(self, device: torch.device) -> None:
         kind = self._kind = device.type
         self._devices = [device] if kind == "cuda" else []
-        self._states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(one) for one in self._devices)]
+        self._states = [
+            torch.get_rng_state(),
+            *(torch.cuda.get_rng_state(cuda_device) for cuda_device in self._devices),
+        ]
         self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     @contextmanager
@@ -146,14 +152,14 @@ def _tiles(count: int, tokens: int) -> list[slice]:
 
 
 def _over_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, select: SelectChunks = every_chunk) -> Tensor:
-    whole = None
+    output_of_row = None
     for part in select(_tiles(x.shape[1], tokens)):
         output = run(x[:, part])
-        if whole is None:
-            whole = output.new_empty(1, x.shape[1], output.shape[-1])
-        whole[:, part] = output
-    assert whole is not None, "there is at least one token"
-    return whole
+        if output_of_row is None:
+            output_of_row = output.new_empty(1, x.shape[1], output.shape[-1])
+        output_of_row[:, part] = output
+    assert output_of_row is not None, "there is at least one token"
+    return output_of_row
 
 
 def tiled_forward(
@@ -236,8 +242,8 @@ def _may_be_feed_forward(module: nn.Module) -> bool:
 
 def _strange_part(module: nn.Module) -> str | None:
     """Name what stands in a feed-forward module beside layers that treat each token by itself, or return None."""
-    working = [one for one in module.modules() if one._parameters or not any(one.children())]
-    strange = dict.fromkeys(original_class_name(one) for one in working if not _is_plain(one))
+    working = [child for child in module.modules() if child._parameters or not any(child.children())]
+    strange = dict.fromkeys(original_class_name(child) for child in working if not _is_plain(child))
     return f"it holds {' and '.join(strange)}" if strange else None
 
 
@@ -257,10 +263,10 @@ def _difference(module: nn.Module, width: int) -> str | None:
     x = torch.arange(6 * width, device=weight.device, dtype=torch.float32).sin().to(dtype).view(1, 6, width)
     try:
         with eval_mode(module):
-            whole, cut = module(x), _over_tiles(module, x, 4)
+            at_once, cut = module(x), _over_tiles(module, x, 4)
     except PROBE_ERRORS as error:
         return f"it cannot be run on a few tokens ({type(error).__name__})"
-    apart = (whole.double() - cut.double()).norm() / whole.double().norm().clamp_min(1e-30)
+    apart = (at_once.double() - cut.double()).norm() / at_once.double().norm().clamp_min(1e-30)
     return None if float(apart) <= TOLERANCE else "its outputs depend on what other tokens stand beside"
 
 

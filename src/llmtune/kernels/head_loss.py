@@ -55,8 +55,8 @@ def find_head(model: Any) -> Head | None:
     for key, rule in LOGIT_RULES.items():
         value = getattr(text, key, None)
         if value is not None:
-            factor, found = rule(float(value))
-            scale, cap = scale * factor, found if found is not None else cap
+            factor, cap_value = rule(float(value))
+            scale, cap = scale * factor, cap_value if cap_value is not None else cap
     return Head(module, scale, cap)
 
 

@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmtune.kernels.patching import patch, unpatch
 from llmtune.kernels.recompute import Recipe, recipe_of
 from llmtune.models.quantization import import_bitsandbytes
 
-__all__ = ["fuse_adapters", "unfuse_adapters"]
+__all__ = ["FusedLora", "group_shared_inputs", "is_plain_lora"]
 
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children that transformers' attention and feed-forward modules call with one input, in this order."""
@@ -52,9 +51,8 @@ class _LoraGroup(torch.autograd.Function):
         ranks = [a.shape[0] for a in masters[0::2]]
         down = torch.cat([a * scale for a, scale in zip(masters[0::2], scales, strict=True)]).to(x.dtype)
         ups = [b.to(x.dtype) for b in masters[1::2]]
-        lows = [
-            one.contiguous() for one in (x @ down.t()).split(ranks, dim=1)
-        ]  # columns of a matrix would be copied by each product
+        # Columns of a matrix would be copied by each product.
+        lows = [low.contiguous() for low in (x @ down.t()).split(ranks, dim=1)]
         outputs = [layer.output(x).addmm_(low, up.t()) for layer, low, up in zip(layers, lows, ups, strict=True)]
         ctx.save_for_backward(down, *ups, *lows, *((x,) if recipe is None else recipe.sources))
         ctx.make, ctx.width = None if recipe is None else recipe.make, x.shape[1]
@@ -80,7 +78,7 @@ class _LoraGroup(torch.autograd.Function):
             grad_x = grad_low @ down
             for layer, grad in zip(ctx.layers, grads, strict=True):
                 grad_x = layer.add_input_gradient(grad_x, grad)
-        pairs = [one for pair in zip(grad_down, grad_up, strict=True) for one in pair]
+        pairs = [gradient for pair in zip(grad_down, grad_up, strict=True) for gradient in pair]
         return (grad_x, None, None, None, *pairs)
 
 
@@ -117,12 +115,12 @@ class _Group:
     The first call computes all of them; the others return their output.
     """
 
-    def __init__(self, members: Sequence[_FusedLora]) -> None:
+    def __init__(self, members: Sequence[FusedLora]) -> None:
         self.members = tuple(members)
         self._input: Tensor | None = None
         self._waiting: dict[int, Tensor] = {}
 
-    def output(self, member: _FusedLora, x: Tensor) -> Tensor:
+    def output(self, member: FusedLora, x: Tensor) -> Tensor:
         """Return the member's output for `x`."""
         if self._input is x and id(member) in self._waiting:
             output = self._waiting.pop(id(member))
@@ -130,16 +128,16 @@ class _Group:
                 self._input = None
             return output
         self._input, self._waiting = None, {}
-        together = self.members if all(one.is_simple() for one in self.members) else (member,)
-        for one, output in zip(together, _run(together, x), strict=True):
-            self._waiting[id(one)] = output
+        together = self.members if all(layer.is_simple() for layer in self.members) else (member,)
+        for layer, output in zip(together, _run(together, x), strict=True):
+            self._waiting[id(layer)] = output
         output = self._waiting.pop(id(member))
         if self._waiting:
             self._input = x
         return output
 
 
-def _run(members: Sequence[_FusedLora], x: Tensor) -> list[Tensor]:
+def _run(members: Sequence[FusedLora], x: Tensor) -> list[Tensor]:
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = (
@@ -147,23 +145,23 @@ def _run(members: Sequence[_FusedLora], x: Tensor) -> list[Tensor]:
         if autocast
         else getattr(members[0].get_base_layer(), "compute_dtype", None) or x.dtype
     )
-    layers = tuple(one.frozen() for one in members)
-    names = [one.active_adapters[0] for one in members]
+    layers = tuple(member.frozen() for member in members)
+    names = [member.active_adapters[0] for member in members]
     masters = [
         matrix
-        for one, name in zip(members, names, strict=True)
-        for matrix in (one.lora_A[name].weight, one.lora_B[name].weight)
+        for member, name in zip(members, names, strict=True)
+        for matrix in (member.lora_A[name].weight, member.lora_B[name].weight)
     ]
-    scales = tuple(float(one.scaling[name]) for one, name in zip(members, names, strict=True))
+    scales = tuple(float(member.scaling[name]) for member, name in zip(members, names, strict=True))
     with torch.autocast(kind, enabled=False):
         outputs = _LoraGroup.apply(x.reshape(-1, x.shape[-1]).to(dtype), recipe_of(x), layers, scales, *masters)
     return [output.view(*x.shape[:-1], -1).to(dtype if autocast else x.dtype) for output in outputs]
 
 
-class _FusedLora:
+class FusedLora:
     """What is put before peft's LoRA layer: the fused forward where that is the same arithmetic, else peft's own."""
 
-    _group: _Group
+    group: _Group
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
@@ -196,37 +194,22 @@ class _FusedLora:
         """Compute the layer's output, [..., K] -> [..., N]."""
         if args or kwargs or not self.is_simple():
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        return self._group.output(self, x)
+        return self.group.output(self, x)
 
 
-def fuse_adapters(model: nn.Module) -> int:
-    """Give every plain LoRA layer of a peft model its fused forward; returns how many there are.
-
-    Undo with `unfuse_adapters`.
-    """
-    fused = [module for module in model.modules() if _can_fuse(module)]
-    for module in fused:
-        patch(module, _FusedLora, "Fused")
-        module.__dict__["_group"] = _Group([module])  # type: ignore[list-item]
-    for parent in model.modules():
-        children = dict(parent.named_children())
-        for names in SHARED_INPUTS:
-            members = [children[name] for name in names if isinstance(children.get(name), _FusedLora)]
-            if len(members) > 1:
-                group = _Group(members)  # type: ignore[arg-type]
-                for member in members:
-                    member.__dict__["_group"] = group
-    return len(fused)
+def group_shared_inputs(parent: nn.Module) -> None:
+    """Join the fused LoRA children of a module that it calls with one input; every other one is a group by itself."""
+    children = {name: child for name, child in parent.named_children() if isinstance(child, FusedLora)}
+    for child in children.values():
+        child.group = _Group([child])
+    for names in SHARED_INPUTS:
+        group = _Group([children[name] for name in names if name in children])
+        for member in group.members:
+            member.group = group
 
 
-def unfuse_adapters(model: nn.Module) -> None:
-    """Give every layer back peft's own forward."""
-    for module in model.modules():
-        if unpatch(module, _FusedLora):
-            module.__dict__.pop("_group")
-
-
-def _can_fuse(module: nn.Module) -> bool:
+def is_plain_lora(module: nn.Module) -> bool:
+    """Whether the module is a frozen layer with plain LoRA: no DoRA, dropout or trained base."""
     if type(module).__name__ not in ("Linear", "Linear4bit") or not type(module).__module__.startswith(
         "peft.tuners.lora"
     ):

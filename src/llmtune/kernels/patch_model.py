@@ -1,29 +1,63 @@
-"""All fused functions of a model at once: the engine and the plan's trace of it switch the same ones."""
+"""The fast forms of a model's modules in one table: the engine and the plan's trace of it patch the same ones."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
 from torch import nn
 
-from llmtune.kernels.lora import fuse_adapters, unfuse_adapters
-from llmtune.kernels.rms_norm import fuse_norms, unfuse_norms
-from llmtune.kernels.swiglu import fuse_swiglus, unfuse_swiglus
+from llmtune.kernels.lora import FusedLora, group_shared_inputs, is_plain_lora
+from llmtune.kernels.patching import patch, unpatch
+from llmtune.kernels.rms_norm import FusedRmsNorm, is_rms_norm, mark_norms_before_products
+from llmtune.kernels.swiglu import FusedSwiglu, is_swiglu
 
-__all__ = ["fuse", "unfuse"]
-
-
-def fuse(model: nn.Module, device_type: str) -> int:
-    """Give LoRA layers, feed-forward modules and, on a CPU, norms their fused forward; returns how many LoRA layers.
-
-    Undo with `unfuse`.
-    """
-    fuse_swiglus(model)
-    if device_type == "cpu":
-        fuse_norms(model)
-    return fuse_adapters(model)
+__all__ = ["PATCHES", "Patch", "patch_model", "undo_patches"]
 
 
-def unfuse(model: nn.Module) -> None:
-    """Give every module back its own forward."""
-    unfuse_adapters(model)
-    unfuse_norms(model)
-    unfuse_swiglus(model)
+class Patch(NamedTuple):
+    """One kind of module and its fast form."""
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    """Whether a module of the library does exactly this arithmetic."""
+    patched: type
+    """The class put before the module's own."""
+    only_on: str | None = None
+    """The device type it pays on; None for all."""
+    connect: Callable[[nn.Module], None] | None = None
+    """Called with every module of the model: tells its patched children what depends on where they stand."""
+    attribute: str | None = None
+    """The attribute that `connect` sets on patched modules."""
+
+
+def patch_model(model: nn.Module, device_type: str) -> Counter[str]:
+    """Give the modules of the table their fast form; returns how many of each kind. Undo with `undo_patches`."""
+    counts: Counter[str] = Counter()
+    for row in PATCHES:
+        if row.only_on not in (None, device_type):
+            continue
+        modules = [module for module in model.modules() if row.matches(module)]
+        for module in modules:
+            patch(module, row.patched, "Fused")
+        counts[row.name] = len(modules)
+        for parent in model.modules() if row.connect is not None else ():
+            row.connect(parent)
+    return counts
+
+
+def undo_patches(model: nn.Module) -> None:
+    """Give every module its own class back."""
+    for module in model.modules():
+        for row in PATCHES:
+            if unpatch(module, row.patched) and row.attribute is not None:
+                module.__dict__.pop(row.attribute, None)
+
+
+PATCHES = (
+    Patch("SwiGLU", is_swiglu, FusedSwiglu),
+    # Written for the kernels of a CPU; on a GPU it has never been measured.
+    Patch("RMS norm", is_rms_norm, FusedRmsNorm, "cpu", mark_norms_before_products, "rounds_output"),
+    Patch("LoRA", is_plain_lora, FusedLora, None, group_shared_inputs, "group"),
+)

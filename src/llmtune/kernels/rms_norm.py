@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmtune.kernels.patching import patch, unpatch
+from llmtune.kernels.patching import original_class_name
 from llmtune.kernels.recompute import with_recipe
 
-__all__ = ["fuse_norms", "unfuse_norms"]
+__all__ = ["FusedRmsNorm", "is_rms_norm", "mark_norms_before_products"]
 
 
 def _times_row(x: Tensor, factor: Tensor) -> Tensor:
@@ -79,38 +79,31 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-class _FusedNorm:
+class FusedRmsNorm:
     """What is put before a model's RMS norm: the same arithmetic in one step."""
 
     weight: Tensor
     variance_epsilon: float
-    _into_products: bool
+    rounds_output: bool = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise the last dimension."""
         kind = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(kind) if self._into_products and torch.is_autocast_enabled(kind) else None
+        dtype = torch.get_autocast_dtype(kind) if self.rounds_output and torch.is_autocast_enabled(kind) else None
         output, inverse = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
         return with_recipe(output, partial(_scaled, dtype=dtype), hidden_states, inverse, self.weight)
 
 
-def fuse_norms(model: nn.Module) -> int:
-    """Give every RMS norm that computes exactly this its fused forward; returns how many. Undo with `unfuse_norms`."""
-    norms = [module for module in model.modules() if type(module).__name__ in NORMS]
-    before_products = {
-        id(child) for module in model.modules() for name, child in module.named_children() if name in BEFORE_PRODUCTS
-    }
-    for module in norms:
-        module.__dict__["_into_products"] = id(module) in before_products and type(module).__name__ not in MIXTURE_NORMS
-        patch(module, _FusedNorm, "Fused")
-    return len(norms)
+def is_rms_norm(module: nn.Module) -> bool:
+    """Whether the module is an RMS norm with exactly this arithmetic."""
+    return type(module).__name__ in NORMS
 
 
-def unfuse_norms(model: nn.Module) -> None:
-    """Give every norm back its own forward."""
-    for module in model.modules():
-        if unpatch(module, _FusedNorm):
-            module.__dict__.pop("_into_products")
+def mark_norms_before_products(parent: nn.Module) -> None:
+    """Have those of its fused norms round their output whose output is used only as the input of linear layers."""
+    for name, child in parent.named_children():
+        if isinstance(child, FusedRmsNorm) and name in BEFORE_PRODUCTS:
+            child.rounds_output = original_class_name(child) not in MIXTURE_NORMS
 
 
 MIXTURE_NORMS = frozenset(("MixtralRMSNorm", "Qwen3MoeRMSNorm"))

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmtune.kernels.patching import patch, unpatch
 from llmtune.kernels.recompute import with_recipe
 
-__all__ = ["fuse_swiglus", "unfuse_swiglus"]
+__all__ = ["FusedSwiglu", "is_swiglu"]
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ class _Swiglu(torch.autograd.Function):
         return grad_gate, grad_up
 
 
-class _FusedSwiglu:
+class FusedSwiglu:
     """What is put before a model's feed-forward module: the same arithmetic, with silu(gate) * up in one step."""
 
     gate_proj: nn.Module
@@ -57,27 +56,9 @@ class _FusedSwiglu:
         return output
 
 
-def fuse_swiglus(model: nn.Module) -> int:
-    """Give every feed-forward module that computes exactly this its fused forward; returns how many.
-
-    Undo with `unfuse_swiglus`.
-    """
-    modules = [
-        module for module in model.modules() if type(module).__name__ in FEED_FORWARDS and _is_silu(module.act_fn)
-    ]
-    for module in modules:
-        patch(module, _FusedSwiglu, "Fused")
-    return len(modules)
-
-
-def unfuse_swiglus(model: nn.Module) -> None:
-    """Give every feed-forward module back its own forward."""
-    for module in model.modules():
-        unpatch(module, _FusedSwiglu)
-
-
-def _is_silu(activation: object) -> bool:
-    return type(activation).__name__ in ("SiLU", "SiLUActivation")
+def is_swiglu(module: nn.Module) -> bool:
+    """Whether the module computes down_proj(silu(gate_proj(x)) * up_proj(x)) and nothing more."""
+    return type(module).__name__ in FEED_FORWARDS and type(module.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 
 FEED_FORWARDS = frozenset(

@@ -64,30 +64,32 @@ class _TiledAttention(torch.autograd.Function):
         rows = query.transpose(0, 1).reshape(-1, width).index_select(0, layout.order)
         key, value = (key * scale).contiguous(), value.contiguous()
         output = torch.empty_like(rows)
-        kept = []
+        probabilities = []
         pieces = layout.by_tile(rows, output)
         for tile, (own, own_output) in pieces if keep else select(pieces, _scores):
             weights, _ = _probabilities(own, _keys(key, tile), tile, layout.repeats, softcap)
             torch.bmm(weights, _keys(value, tile), out=own_output)
             if keep:
-                kept.append(weights)
-        ctx.save_for_backward(rows, key, value, *kept)
+                probabilities.append(weights)
+        ctx.save_for_backward(rows, key, value, *probabilities)
         ctx.layout, ctx.scale, ctx.softcap, ctx.select = layout, scale, softcap, select
         return output.index_select(0, layout.places).view(total, heads, width)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows, key, value, *kept = ctx.saved_tensors
+        rows, key, value, *probabilities = ctx.saved_tensors
         layout = ctx.layout
         groups, total, width = key.shape
         grad_rows = grad_output.reshape(-1, width).index_select(0, layout.order)
         grad_both = torch.zeros(2 * groups, total, width, dtype=torch.float32, device=key.device)
         pieces = layout.by_tile(rows, grad_rows)
-        held = iter(kept)
-        for tile, (own, grad) in pieces if kept else ctx.select(pieces, _scores):
+        saved_probabilities = iter(probabilities)
+        for tile, (own, grad) in pieces if probabilities else ctx.select(pieces, _scores):
             keys = _keys(key, tile)
             weights, capped = (
-                (next(held), None) if kept else _probabilities(own, keys, tile, layout.repeats, ctx.softcap)
+                (next(saved_probabilities), None)
+                if probabilities
+                else _probabilities(own, keys, tile, layout.repeats, ctx.softcap)
             )
             grad_weights = torch.bmm(grad, _keys(value, tile).transpose(1, 2))
             # the first to read the probabilities, which lie far away by now: a pass in order fetches them sooner than a
@@ -100,10 +102,10 @@ class _TiledAttention(torch.autograd.Function):
             parts = keys.new_empty(2, *keys.shape)
             torch.bmm(weights.transpose(1, 2), grad, out=parts[1])
             torch.bmm(grad_scores.transpose(1, 2), own, out=parts[0])
-            for own_sum, found in tile.in_row(
+            for own_sum, gradient in tile.in_row(
                 grad_both, parts.view(2 * groups, tile.pieces, -1, width), 1, tile.key_start
             ):
-                own_sum += found
+                own_sum += gradient
             torch.bmm(grad_scores, keys, out=grad)  # its rows have served
         grad_both[:groups].mul_(ctx.scale)
         grad_key, grad_value = grad_both.to(key.dtype).chunk(2)

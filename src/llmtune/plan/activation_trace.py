@@ -27,7 +27,7 @@ from llmtune.kernels.activation_offload import PAGE_BYTES, HostStore, keep_input
 from llmtune.kernels.attention import segment_mask, tiles_backend, use_segment_attention
 from llmtune.kernels.attention_layout import lay_out
 from llmtune.kernels.head_loss import find_head, head_nll_sum
-from llmtune.kernels.patch_model import fuse
+from llmtune.kernels.patch_model import patch_model
 from llmtune.models.parameters import base_model_of
 from llmtune.plan.attention_memory import fake_flex_attention, workspace_bytes
 from llmtune.plan.meta_model import decoder_blocks, to_fake_tensors
@@ -199,7 +199,7 @@ def trace(
     if checkpointing:
         checkpoint_blocks(base)
     if batch.layout == "flat":
-        fuse(base, device_type)
+        patch_model(base, device_type)
         backend = attention or attention_ways("auto", device_type, half=compute is not None)[0]
         use_segment_attention(base, backend, PLANNED_ATTENTION.get(backend))
     if checkpointing == "offload":

@@ -88,11 +88,11 @@ def requested_bytes(error: BaseException) -> int | None:
 def _out_of_memory_error(error: BaseException, forecaster: Forecaster, circumstances: Circumstances) -> MachineError:
     """Make the error. The tensors of the failed step are freed, because planning the changes takes memory too."""
     doing, where, saved = circumstances
-    requested, held = requested_bytes(error), _held_bytes(forecaster)
+    requested, held_bytes = requested_bytes(error), _held_bytes(forecaster)
     traceback.clear_frames(error.__traceback__)  # their local variables are the tensors of the step that failed
     _free(forecaster)
-    more = f"{readable_bytes(requested)} more were asked for" if requested is not None else "more was asked for"
-    numbers = f"{more}, {readable_bytes(held)} were held and {_limit(forecaster)}; {_planned(forecaster)}"
+    request = f"{readable_bytes(requested)} more were asked for" if requested is not None else "more was asked for"
+    numbers = f"{request}, {readable_bytes(held_bytes)} were held and {_limit(forecaster)}; {_planned(forecaster)}"
     checkpoint = "nothing is saved yet" if saved is None else f"the newest checkpoint is {saved}"
     problem = f"the memory is used up {doing}: {numbers}; {checkpoint}"
     return MachineError(problem, where, _fix(_suggestions(forecaster), can_resume=saved is not None))

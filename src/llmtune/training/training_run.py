@@ -255,7 +255,8 @@ class TrainingRun:
 
     def _stopped_by(self, signal_number: int) -> StoppedBySignal:
         self.stop.request(signal_number)  # in the processes that it did not reach
-        error = self.stop.error(f"saved after step {self.state.step}")
+        is_saved = self._saved_windows == self.state.windows  # a disk may have refused
+        error = self.stop.error(f"{'saved' if is_saved else 'nothing could be saved'} after step {self.state.step}")
         error.is_reported = not self.devices.is_main
         return error
 
@@ -315,11 +316,11 @@ class TrainingRun:
     def _with_last_checkpoint(self, error: DivergedError) -> DivergedError:
         """The same error with the last good checkpoint in it."""
         saved = self._newest_saved()
-        stands = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
+        last = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
         problem, where, fix = error.problems[0]
-        told = DivergedError(problem, where, f"{fix}; {stands}")
-        told.is_reported = not self.devices.is_main  # every process diverges at the same step
-        return told
+        named = DivergedError(problem, where, f"{fix}; {last}")
+        named.is_reported = not self.devices.is_main  # every process diverges at the same step
+        return named
 
     def _newest_saved(self) -> Path | None:
         """The folder of the last checkpoint by step; None before the first, and in processes that write nothing."""

@@ -15,13 +15,13 @@ TIMES = ("step_seconds", "tokens_per_second", "loss_tokens_per_second", "memory_
 """Metrics that depend on the clock or the machine, and are not compared."""
 
 
-def compare_runs(whole: Path, other: Path, verdict: Verdict) -> None:
+def compare_runs(uninterrupted: Path, other: Path, verdict: Verdict) -> None:
     """Add a finding for each of: final weights, checkpoints, best model, samples, logged numbers.
 
     whole: the folder of the run nobody stopped. other: the folder of the resumed run, which may have more checkpoints,
     because the one it resumed from is never deleted.
     """
-    checkpoints, others = whole / "checkpoints", other / "checkpoints"
+    checkpoints, others = uninterrupted / "checkpoints", other / "checkpoints"
     verdict.add("final weights are byte-identical", *_compare_files(checkpoints / "final", others / "final"))
     if (checkpoints / "best").is_dir():
         verdict.add("weights of best are byte-identical", *_compare_files(checkpoints / "best", others / "best"))
@@ -31,11 +31,11 @@ def compare_runs(whole: Path, other: Path, verdict: Verdict) -> None:
         state = _state_of(folder)
         is_equal = bool(state) and state == _state_of(others / folder.name)
         verdict.add(f"every counter of {folder.name} is equal", f"{len(state)} groups", is_equal)
-    if (whole / "samples.jsonl").exists() or (other / "samples.jsonl").exists():
-        samples, other_samples = (durable.read_lines(run / "samples.jsonl") for run in (whole, other))
+    if (uninterrupted / "samples.jsonl").exists() or (other / "samples.jsonl").exists():
+        samples, other_samples = (durable.read_lines(run / "samples.jsonl") for run in (uninterrupted, other))
         counts = f"{len(samples)} and {len(other_samples)} answers"
         verdict.add("every sample is equal", counts, samples == other_samples)
-    verdict.add("every logged number is equal", *_compare_lines(_lines_of(whole), _lines_of(other)))
+    verdict.add("every logged number is equal", *_compare_lines(_lines_of(uninterrupted), _lines_of(other)))
 
 
 def _compare_files(folder: Path, other: Path) -> tuple[str, bool]:

@@ -34,9 +34,9 @@ def verify_checkpoint(run: Path, *, print_line: PrintLine) -> Verdict:
         if not saved:
             raise CheckpointError("this run has no checkpoint", where=str(run))
         print_line(f"damaging copies of {saved[-1].path.name}")
-        found, tried = _damage(saved[-1].path)
+        detected, tried = _damage(saved[-1].path)
         claim = "a flipped bit, a cut, a missing and a foreign file are found"
-        verdict.add(claim, f"{found} of {tried} damages", found == tried)
+        verdict.add(claim, f"{detected} of {tried} damages", detected == tried)
     return verdict
 
 
@@ -54,14 +54,14 @@ def _damage(checkpoint: Path) -> tuple[int, int]:
         position = (number * 7919) % max(1, len(content))  # a prime step spreads the flips over the file
         content[position] ^= 1 << (number % 8)
         damages += [{file.name: bytes(content)}, {file.name: bytes(content[:position])}]
-    found = 0
+    detected = 0
     with tempfile.TemporaryDirectory() as scratch:
         for changes in damages:
             copy = Path(scratch) / checkpoint.name
             _copy(files, copy, changes)
-            found += bool(durable.verify_manifest(copy))
+            detected += bool(durable.verify_manifest(copy))
             durable.remove_tree(copy)
-    return found, len(damages)
+    return detected, len(damages)
 
 
 def _copy(files: list[Path], target: Path, changes: dict[str, bytes | None]) -> None:

@@ -177,8 +177,8 @@ class LedgerPart:
                     f"first {self.store.source(first[field]).rpartition('/')[2]})"
                     for field in ordered[:UNUSED_SHOWN]
                 )
-                more = f" and {len(ordered) - UNUSED_SHOWN} more" if len(ordered) > UNUSED_SHOWN else ""
-                yield f"{label}: fields not used: {shown}{more}"
+                rest = f" and {len(ordered) - UNUSED_SHOWN} more" if len(ordered) > UNUSED_SHOWN else ""
+                yield f"{label}: fields not used: {shown}{rest}"
 
     def rows_named(self, name: str) -> list[int]:
         """Numbers of the rows `file:line` or `file[index]`, where `file` may be the end of a longer path."""

@@ -80,10 +80,10 @@ def unused_fields(fields: Mapping[str, object], format_name: str, text_column: s
     in_turns = dict(_unread(pair for turn in turns for pair in turn.items() if pair[0] not in read_in_turns))
     beside = dict(_unread(pair for pair in fields.items() if pair[0] not in read))
     for is_switch in (True, False):
-        for place, unread in ((" of a message", in_turns), ("", beside)):
+        for where, unread in ((" of a message", in_turns), ("", beside)):
             names = sorted(str(name) for name, value in unread.items() if isinstance(value, bool) == is_switch)
             for name in names[:UNUSED_SHOWN]:
-                yield f"{'switch ' if is_switch else ''}`{name[:60]}`{place}"
+                yield f"{'switch ' if is_switch else ''}`{name[:60]}`{where}"
 
 
 def _unread(pairs: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
