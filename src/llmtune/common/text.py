@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["excerpt", "is_text", "printable"]
+__all__ = ["excerpt", "is_text", "printable", "readable_bytes"]
 
 
 def is_text(text: str) -> bool:
@@ -41,3 +41,15 @@ def excerpt(text: str, limit: int = 60) -> str:
     """
     shown = printable(text[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 3] + "..."
+
+
+def readable_bytes(count: int) -> str:
+    """Return a number of bytes in decimal units, with two digits after the point.
+
+    >>> readable_bytes(999), readable_bytes(56_700_000), readable_bytes(1_500_000_000)
+    ('999 B', '56.70 MB', '1.50 GB')
+    """
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

@@ -10,9 +10,19 @@ from pathlib import Path
 from llmtune.common.text import excerpt, is_text
 from llmtune.config import aliases
 from llmtune.config.collect import Findings, Setting, collect
-from llmtune.config.document import Entry, Listing, Node, Scalar, Table, Unreadable, from_python, parse_yaml
+from llmtune.config.document import (
+    DEFAULT,
+    Entry,
+    Listing,
+    Node,
+    Origin,
+    Scalar,
+    Table,
+    Unreadable,
+    from_python,
+    parse_yaml,
+)
 from llmtune.config.keys import LEAVES
-from llmtune.config.origin import DEFAULT, Origin
 from llmtune.config.presets import shipped_presets
 
 __all__ = ["FLAGS", "PROCESS_VARIABLES", "environment_layer", "flag_layer", "override_layer"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.common.text import excerpt
+from llmtune.config.document import Origin
 from llmtune.config.keys import value_of
-from llmtune.config.origin import Origin
 from llmtune.config.schema import Config, SourceConfig
 from llmtune.config.value_text import value_text
 from llmtune.errors import Problem

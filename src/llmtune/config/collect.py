@@ -11,9 +11,8 @@ from llmtune.common.secrets import SECRET_NAME, SECRET_SHAPES
 from llmtune.common.text import excerpt
 from llmtune.config import aliases, convert
 from llmtune.config.checks import range_problem
-from llmtune.config.document import Entry, Listing, Node, Scalar, Table, shown
+from llmtune.config.document import Entry, Listing, Node, Origin, Scalar, Table, shown
 from llmtune.config.keys import FORMER_KEYS, LEAVES, SECTIONS, default_of
-from llmtune.config.origin import Origin
 from llmtune.config.paths import path_problem
 from llmtune.config.translation import Translation
 from llmtune.errors import Problem

@@ -10,17 +10,19 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
 from llmtune.common.text import excerpt
-from llmtune.config.origin import Origin
 from llmtune.errors import Problem
 
 __all__ = [
+    "DEFAULT",
     "Entry",
     "Listing",
     "Node",
+    "Origin",
     "Scalar",
     "Table",
     "Unreadable",
@@ -46,6 +48,27 @@ class Unreadable(Exception):
     def __init__(self, problem: str, where: str | None = None, fix: str | None = None) -> None:
         self.problem = Problem(problem, where, fix)
         super().__init__(str(self.problem))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The source of a value; printed as `where` alone.
+
+    >>> print(Origin("file", "configs/dev.yaml:14"))
+    configs/dev.yaml:14
+    """
+
+    kind: Literal["default", "file", "env", "flag", "override"]
+    """The layer that the value is written in."""
+
+    where: str
+    """For people: `configs/dev.yaml:14`, `env LLMTUNE_DATA__MAX_LENGTH`, `--samples`, `command line` or `default`."""
+
+    def __str__(self) -> str:
+        return self.where
+
+
+DEFAULT = Origin("default", "default")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from json.decoder import JSONDecodeError, scanstring  # type: ignore[attr-defined]
 
 from llmtune.common.text import excerpt
-from llmtune.config.document import MAX_DEPTH, Entry, Listing, Node, Scalar, Table, Unreadable, shown
-from llmtune.config.origin import Origin
+from llmtune.config.document import MAX_DEPTH, Entry, Listing, Node, Origin, Scalar, Table, Unreadable, shown
 from llmtune.errors import Problem
 
 __all__ = ["parse_json"]

@@ -18,8 +18,10 @@ from llmtune.config.arguments import environment_layer, flag_layer, override_lay
 from llmtune.config.checks import contradictions
 from llmtune.config.collect import Findings, Setting, collect
 from llmtune.config.document import (
+    DEFAULT,
     Entry,
     Listing,
+    Origin,
     Scalar,
     Table,
     Unreadable,
@@ -29,7 +31,6 @@ from llmtune.config.document import (
 )
 from llmtune.config.json_document import parse_json
 from llmtune.config.keys import LEAVES
-from llmtune.config.origin import DEFAULT, Origin
 from llmtune.config.presets import shipped_path, shipped_presets
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError, Problem

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llmtune.config.convert import Mismatch
-from llmtune.config.document import Listing, Node, Scalar
-from llmtune.config.origin import Origin
+from llmtune.config.document import Listing, Node, Origin, Scalar
 
 __all__ = ["Change", "Rule", "Translation", "nodes_of"]
 

@@ -42,8 +42,9 @@ def patch_model(model: nn.Module, device_type: str) -> Counter[str]:
         for module in modules:
             patch(module, row.patched, "Fused")
         counts[row.name] = len(modules)
-        for parent in model.modules() if row.connect is not None else ():
-            row.connect(parent)
+        if row.connect is not None:
+            for parent in model.modules():
+                row.connect(parent)
     return counts
 
 

@@ -21,10 +21,9 @@ from typing import Any
 
 from llmtune.common.folders import home_expanded
 from llmtune.config.convert import Mismatch, convert, expected
-from llmtune.config.document import Entry, Table, Unreadable, parse_yaml, read_text, shown
+from llmtune.config.document import Entry, Origin, Table, Unreadable, parse_yaml, read_text, shown
 from llmtune.config.json_document import parse_json
 from llmtune.config.keys import field_types
-from llmtune.config.origin import Origin
 from llmtune.config.schema import ArchitectureConfig
 from llmtune.errors import ModelError, Problem
 from llmtune.models.catalog_entry import CatalogEntry, ScratchShape

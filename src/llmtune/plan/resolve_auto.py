@@ -11,8 +11,8 @@ from typing import Any, Literal, cast
 
 import torch
 
-from llmtune.common.bytes import readable_bytes
 from llmtune.common.decisions import Decision
+from llmtune.common.text import readable_bytes
 from llmtune.config.dump import config_to_dict
 from llmtune.config.schema import Config, TrainingConfig
 from llmtune.engine.devices import Devices

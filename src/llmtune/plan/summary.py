@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from llmtune.common.bytes import readable_bytes
+from llmtune.common.text import readable_bytes
 from llmtune.errors import MachineError, in_one_line
 from llmtune.plan.activation_trace import TRACE_ERRORS
 from llmtune.plan.forecast import Forecaster, Steps

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from llmtune import durable
-from llmtune.common.bytes import readable_bytes
 from llmtune.common.folders import home_expanded
-from llmtune.common.text import printable
+from llmtune.common.text import printable, readable_bytes
 from llmtune.config.schema import Config
 from llmtune.errors import MachineError, Problem
 

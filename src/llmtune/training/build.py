@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from llmtune.adapters import attach
-from llmtune.common.bytes import readable_bytes
 from llmtune.common.decisions import Decision
+from llmtune.common.text import readable_bytes
 from llmtune.common.threads import spinning_in_force
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, TrainingConfig

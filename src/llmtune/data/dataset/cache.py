@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtune import durable
-from llmtune.common.bytes import readable_bytes
 from llmtune.common.decisions import Decision
+from llmtune.common.text import readable_bytes
 from llmtune.data.dataset.row_result import Reason, RowResult
 from llmtune.data.dataset.store import EXAMPLE, ROW, RowStore, StoreBuilder, Texts
 from llmtune.data.reading.data_file import DataFile
