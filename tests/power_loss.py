@@ -191,27 +191,34 @@ class _Replay:
 
 
 def disk_states(
-    root: Path, before: Mapping[str, bytes | None], operations: Sequence[Operation], *, seed: int = 0
+    root: Path,
+    before: Mapping[str, bytes | None],
+    operations: Sequence[Operation],
+    *,
+    seed: int = 0,
+    last_first: bool = False,
 ) -> Iterator[DiskState]:
     """Yield each different state in which a power loss during or after `operations` can leave the folder `root`.
 
     `before` is its tree before them, all of it durable (`read_tree`). After every operation all subsets of the changes
     not yet durable are taken when they are few; otherwise none, all, each prefix, each one alone, all but each one, and
-    some at random. Writes are dropped, torn and kept.
+    some at random. Writes are dropped, torn and kept. `last_first` begins with the states after the last operation.
     """
     replay = _Replay(root, before)
     for operation in operations:
         replay.add(operation)
     chance = random.Random(seed)
     seen: set[int] = set()
-    for end in range(len(replay.steps) + 1):
+    ends = range(len(replay.steps) + 1)
+    for end in reversed(ends) if last_first else ends:
         steps = replay.steps[:end]
         promises = tuple(step for step in steps if isinstance(step, str))
         changes = [(index, step) for index, step in enumerate(steps) if isinstance(step, _Change)]
         synced = {step: index for index, step in enumerate(steps) if isinstance(step, int)}
         pending = [index for index, change in changes if synced.get(change.saved_by, -1) < index]
+        writes = {index for index, change in changes if change.kind == "write"}
         for lost in _subsets(pending, chance):
-            for torn in (False, True):
+            for torn in (False, True) if lost & writes else (False,):
                 disk = replay.start.copy()
                 for index, change in changes:
                     if index not in lost:

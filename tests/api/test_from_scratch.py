@@ -91,13 +91,13 @@ def _first_trained_row(folder):
     return json.dumps(json.loads(rows[number - 1])["messages"])
 
 
-@pytest.mark.parametrize("flags", [("--model", "--config", "--samples", "--project"), ("-m", "-c", "-s", "-p")])
-def test_the_words_people_type_train_custom_nano_on_20_samples(flags, tmp_path):
-    model, config, samples, project = flags
-    typed = ["train", model, "custom-nano", config, "test", samples, "20", project, "proj", "--no-cuda"]
-    small = ["model.architecture.vocab_size=400", "evaluation.max_new_tokens=4"]
+SMALL = ["model.architecture.vocab_size=400", "evaluation.max_new_tokens=4"]
+
+
+def test_the_words_people_type_train_custom_nano_on_20_samples(tmp_path):
+    typed = ["train", "--model", "custom-nano", "--config", "test", "--samples", "20", "--project", "proj", "--no-cuda"]
     done = subprocess.run(
-        [sys.executable, "-m", "llmtune", *typed, *small],
+        [sys.executable, "-m", "llmtune", *typed, *SMALL],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -106,7 +106,16 @@ def test_the_words_people_type_train_custom_nano_on_20_samples(flags, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    folder = tmp_path / done.stdout.strip()
+    assert_trained_on_20_samples(tmp_path / done.stdout.strip())
+
+
+def test_short_flags_train_the_same(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert command(["train", "-m", "custom-nano", "-c", "test", "-s", "20", "-p", "proj", "--no-cuda", *SMALL]) == 0
+    assert_trained_on_20_samples(tmp_path / capfd.readouterr().out.strip())
+
+
+def assert_trained_on_20_samples(folder):
     assert (folder / "checkpoints" / "final" / "model.safetensors").is_file()
     resolved = load_config(str(folder / "config.yaml"), environ={}).config
     assert (resolved.data.max_samples, resolved.tracking.project) == (20, "proj")

@@ -297,11 +297,11 @@ class Scene:
             kills += 1
         return kills
 
-    def fail_everywhere(self, fault, *, for_ever):
-        """Return how many operations failed, and how many of the saves said so."""
+    def fail_everywhere(self, *faults, for_ever):
+        """Fail each operation with one of `faults`, in turn; (operations that failed, saves that said so)."""
         fired = refused = 0
         for at in range(1, self.count_operations() + 1):
-            path = self.copy()
+            path, fault = self.copy(), faults[at % len(faults)]
             with durable.use_backend(Failing(at, FAULTS[fault], for_ever=for_ever, below=Unsynced())) as failing:
                 error = refusal_of(self.tell, path)
             if error is not None:
@@ -315,13 +315,13 @@ class Scene:
             self.assert_survived(path)
         return fired, refused
 
-    def lose_power_everywhere(self):
+    def lose_power_everywhere(self, *, last_first=False):
         path = self.copy()
         before = read_tree(path)
         with durable.use_backend(Tracing(Unsynced())) as tracing:
             self.tell(path, tracing.mark)
         states = 0
-        for state in disk_states(path, before, tracing.operations):
+        for state in disk_states(path, before, tracing.operations, last_first=last_first):
             states += 1
             place = self.fresh_path()
             put_on_disk(state.tree, place)

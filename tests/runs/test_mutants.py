@@ -19,7 +19,7 @@ def kill(scene):
 
 
 def lose_power(scene):
-    scene.lose_power_everywhere()
+    scene.lose_power_everywhere(last_first=True)  # most promises are made at the end, and the first loss is enough
 
 
 def write_short(scene):
