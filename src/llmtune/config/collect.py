@@ -177,7 +177,8 @@ class _Reader:
             converted = convert.convert(value, LEAVES[key])
         except convert.Mismatch as mismatch:
             self.findings.failed.add(key)
-            self.findings.problem(*_mismatch_problem(key, written, value, mismatch, origin))
+            for each in (mismatch, *mismatch.others):
+                self.findings.problem(*_mismatch_problem(key, written, value, each, origin))
             return
         problem = range_problem(key, converted)
         if problem is not None:

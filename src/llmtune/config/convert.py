@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -22,7 +22,12 @@ _LARGEST = 2**63 - 1
 
 
 class Mismatch(Exception):
-    """A value that is not of the declared type; `expected` describes one that is, `fix` is how to write it."""
+    """A value that is not of the declared type; `expected` describes one that is, `fix` is how to write it.
+
+    `others` are the further mismatches of the same value: several keys of several data sources may be wrong.
+    """
+
+    others: tuple[Mismatch, ...] = ()
 
     def __init__(self, expected_text: str, node: Node, fix: str | None = None) -> None:
         self.expected = expected_text
@@ -107,10 +112,30 @@ def _list(node: Node, declared: object, arguments: tuple[object, ...]) -> tuple[
         return ()
     items = node.items if isinstance(node, Listing) else (node,)
     if is_open:
-        return tuple(convert(item, arguments[0]) for item in items)
+        return tuple(_convert_each([(item, arguments[0]) for item in items]))
     if len(items) != len(arguments):
         raise Mismatch(expected(declared), node)
     return tuple(convert(item, declared_item) for item, declared_item in zip(items, arguments, strict=True))
+
+
+def _convert_each(pairs: Sequence[tuple[Node, object]]) -> list[object]:
+    """Convert every node to the type beside it. Raises Mismatch with those of all of them."""
+    values: list[object] = []
+    mismatches: list[Mismatch] = []
+    for node, declared in pairs:
+        try:
+            values.append(convert(node, declared))
+        except Mismatch as mismatch:
+            mismatches += [mismatch, *mismatch.others]
+    _raise_all(mismatches)
+    return values
+
+
+def _raise_all(mismatches: Sequence[Mismatch]) -> None:
+    if mismatches:
+        first, *others = mismatches
+        first.others = tuple(others)
+        raise first
 
 
 def _source(node: Node) -> SourceConfig:
@@ -118,17 +143,23 @@ def _source(node: Node) -> SourceConfig:
         return SourceConfig(path=_text(node))
     if isinstance(node, Listing):
         raise Mismatch(expected(SourceConfig), node)
-    values: dict[str, Any] = {}
-    for entry in node.entries:
-        if entry.key not in SOURCE_FIELDS:
-            raise Mismatch(
-                "a mapping of " + ", ".join(f"`{name}`" for name in SOURCE_FIELDS),
-                Scalar(entry.key, True, entry.origin),
-            )
-        values[entry.key] = convert(entry.value, SOURCE_FIELDS[entry.key])
-    if not values.get("path"):
+    names = ", ".join(f"`{name}`" for name in SOURCE_FIELDS)
+    mismatches = [
+        Mismatch(f"a mapping of {names}", Scalar(entry.key, True, entry.origin))
+        for entry in node.entries
+        if entry.key not in SOURCE_FIELDS
+    ]
+    known = [entry for entry in node.entries if entry.key in SOURCE_FIELDS]
+    values: list[object] = []
+    try:
+        values = _convert_each([(entry.value, SOURCE_FIELDS[entry.key]) for entry in known])
+    except Mismatch as mismatch:
+        mismatches += [mismatch, *mismatch.others]
+    _raise_all(mismatches)
+    fields: dict[str, Any] = dict(zip((entry.key for entry in known), values, strict=True))
+    if not fields.get("path"):
         raise Mismatch("a mapping with `path`", node)
-    return SourceConfig(**values)
+    return SourceConfig(**fields)
 
 
 def _text(node: Node) -> str:

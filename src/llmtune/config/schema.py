@@ -200,10 +200,12 @@ class SourceConfig:
     """
 
     config: str | None = None
-    """Configuration of a `datasets` name, for example `wikitext-103-raw-v1`."""
+    """Configuration of a `datasets` name (for example `wikitext-103-raw-v1`) or of a folder that has several."""
 
     split: str | None = None
-    """Split of a `datasets` name or of a folder with train/valid/test files."""
+    """Split of a `datasets` name, or of a folder or pattern with train/valid/test files; also a slice of its rows such
+    as `train[:10%]` or `train[100:200]`, or several joined by `+`.
+    """
 
     weight: float = 1.0
     """Weight of every trained token of this source in the loss."""

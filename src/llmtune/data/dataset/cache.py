@@ -63,7 +63,9 @@ def cache_key(files: Sequence[DataFile], digests: Sequence[str], facts: Mapping[
     """
     sources = {file.source_index: (file.source.weight, file.source.max_samples) for file in files}
     inputs = {
-        "files": [[digest, file.kind, file.source_index] for file, digest in zip(files, digests, strict=True)],
+        "files": [
+            [digest, file.kind, file.rows, file.source_index] for file, digest in zip(files, digests, strict=True)
+        ],
         "sources": [[key, *value] for key, value in sources.items()],
         "facts": dict(facts),
         "code": code_digest(),

@@ -17,7 +17,7 @@ from llmtune.data.dataset.store import JoinedExamples, MappedExamples
 from llmtune.data.dataset.tokenize import Progress, detect_formats, row_rules, tokenize_side
 from llmtune.data.example import Conversation, ExampleSet
 from llmtune.data.reading.data_file import DataFile, digest_files, read_records
-from llmtune.data.reading.find_files import find_files, find_held_out_files
+from llmtune.data.reading.find_files import find_files, find_held_out_files, swept_in
 from llmtune.data.reading.parse import BadRow
 from llmtune.data.reading.readers import Record
 from llmtune.data.rendering.renderer import Renderer
@@ -177,10 +177,12 @@ def _find(config: DataConfig) -> tuple[list[DataFile], list[DataFile], list[Deci
         problems += error.problems
     if problems:
         raise DataError.all(problems)
+    decisions = [*swept_in(train, "train"), *swept_in(held_out, "eval")]
     if config.eval or config.test_size:
-        return train, held_out, []
+        return train, held_out, decisions
     held_out = find_held_out_files(config.train)
     if not held_out:
-        return train, [], []
+        return train, [], decisions
     labels = ", ".join(file.label for file in held_out[:4])
-    return train, held_out, [Decision("data.eval", labels, "the training folder holds files named as held out")]
+    decisions.append(Decision("data.eval", labels, "the training folder holds files named as held out"))
+    return train, held_out, decisions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.config.schema import SourceConfig
 from llmtune.data.example import Row
-from llmtune.data.reading.compression import COMPRESSION_ERRORS, open_bytes
+from llmtune.data.reading.compression import COMPRESSION_ERRORS, COMPRESSIONS, open_bytes
 from llmtune.data.reading.parse import BadRow
 from llmtune.data.reading.readers import READERS, DamagedFileError, Numbering, Record, source_name
 from llmtune.errors import DataError
@@ -19,7 +20,7 @@ from llmtune.errors import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["DataFile", "digest_files", "read_records"]
+__all__ = ["DataFile", "digest_files", "kind_of_file", "read_records"]
 
 _DATASET_BATCH = 128
 
@@ -35,6 +36,8 @@ class DataFile:
     path: Path | None = None
     dataset: Dataset | None = None
     """The opened data set where `kind` is `dataset`; it is never sent to another process."""
+    rows: tuple[int, int] | None = None
+    """Rows [begin, end) of the file, counted from 0, that a slice of its source's `split` takes; None: all."""
 
     @property
     def numbering(self) -> Numbering:
@@ -59,8 +62,16 @@ class DataFile:
             digest.update(_sha256(path).encode())
         return digest.hexdigest()
 
+    def count(self) -> int:
+        """Rows of the whole file, bad ones too; it is read for that."""
+        return sum(1 for _ in self._all_records())
+
     def records(self) -> Iterator[Record | BadRow]:
         """Yield the records in order, not yet parsed; a `BadRow` with `whole_file` stands for a damaged rest."""
+        records = self._all_records()
+        return records if self.rows is None else itertools.islice(records, *self.rows)
+
+    def _all_records(self) -> Iterator[Record | BadRow]:
         next_number = None
         try:
             if self.path is None:
@@ -99,6 +110,13 @@ class DataFile:
             return record
         source = source_name(self.label, self.numbering, record.number)
         return READERS[self.kind].parse(source, record, self.source.weight)
+
+
+def kind_of_file(path: Path) -> str | None:
+    """The key of `READERS` for this file name, below its .gz or .zst; None for a kind that is not read."""
+    name = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    kind = name.suffix.lower()
+    return kind if kind in READERS and kind.startswith(".") else None
 
 
 def read_records(files: Sequence[DataFile], max_samples: int | None = None) -> Iterator[tuple[int, Record | BadRow]]:

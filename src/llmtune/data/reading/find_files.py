@@ -11,33 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from llmtune.common.decisions import Decision
 from llmtune.common.folders import home_expanded
 from llmtune.common.text import printable
 from llmtune.config.presets import shipped_path
 from llmtune.config.schema import SourceConfig
-from llmtune.data.reading.compression import COMPRESSION_ERRORS, COMPRESSIONS, open_bytes
-from llmtune.data.reading.data_file import DataFile
-from llmtune.data.reading.readers import READERS, DamagedFileError, is_json_lines
+from llmtune.data.reading.compression import COMPRESSION_ERRORS, open_bytes
+from llmtune.data.reading.data_file import DataFile, kind_of_file
+from llmtune.data.reading.folders import SPLITS, Splits, UnknownConfigError, split_of_name, splits_of_config
+from llmtune.data.reading.readers import DamagedFileError, is_json_lines
+from llmtune.data.reading.split_slices import parse_split, slice_files
 from llmtune.errors import DataError, LlmtuneError, Problem, in_one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-__all__ = ["Purpose", "find_files", "find_held_out_files", "folder_splits", "split_of_name"]
+__all__ = ["Purpose", "find_files", "find_held_out_files", "swept_in"]
 
 Purpose = Literal["train", "eval"]
 
-_SPLITS = {
-    "train": "train",
-    "training": "train",
-    "valid": "validation",
-    "validation": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "eval": "validation",
-    "heldout": "validation",
-    "test": "test",
-}
 _SPLITS_OF_PURPOSE: dict[Purpose, list[str]] = {"train": ["train"], "eval": ["validation", "test"]}
 _SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -46,11 +38,11 @@ _MEDIA_FEATURES = ("Audio", "Image", "Video", "Pdf")
 
 
 class _SourceError(Exception):
-    """A source of the config leads to nothing that can be read."""
+    """A source of the config leads to nothing that can be read; holds (problem, fix) pairs, most often one."""
 
-    def __init__(self, problem: str, fix: str) -> None:
-        super().__init__(problem)
-        self.problem, self.fix = problem, fix
+    def __init__(self, *problems: tuple[str, str]) -> None:
+        super().__init__(*problems)
+        self.problems = problems
 
 
 class _LabeledPath(NamedTuple):
@@ -70,7 +62,7 @@ def find_files(sources: Sequence[SourceConfig], purpose: Purpose) -> list[DataFi
         try:
             files.extend(_files_of(source, index, purpose))
         except _SourceError as error:
-            problems.append(Problem(error.problem, f"data.{purpose}[{index}]", error.fix))
+            problems += [Problem(problem, f"data.{purpose}[{index}]", fix) for problem, fix in error.problems]
     if problems:
         raise DataError.all(problems)
     return files
@@ -88,9 +80,62 @@ def find_held_out_files(sources: Sequence[SourceConfig]) -> list[DataFile]:
     return files
 
 
-def _is_folder(source: SourceConfig) -> bool:
+def swept_in(files: Sequence[DataFile], purpose: Purpose) -> list[Decision]:
+    """A decision for each source in which a pattern or a folder also takes files that may not be meant.
+
+    A pattern takes those that are named after another split; a folder those of several folders inside, or of several
+    splits of one kind (`train_sft`, `train_gen`).
+    """
+    decisions: list[Decision] = []
+    for index in dict.fromkeys(file.source_index for file in files):
+        own = [file for file in files if file.source_index == index and file.path is not None]
+        if not own or own[0].source.split is not None:
+            continue
+        is_pattern = _is_pattern(own[0].source.path)
+        found = _swept_by_pattern(own, purpose) if is_pattern else _swept_by_folder(own)
+        if found is not None:
+            decisions.append(Decision(f"data.{purpose}[{index}]", *found))
+    return decisions
+
+
+def _swept_by_pattern(files: list[DataFile], purpose: Purpose) -> tuple[str, str] | None:
+    others = [file.label for file in files if not _fits(split_of_name(Path(file.label)), purpose)]
+    if len(others) in (0, len(files)):  # a pattern of test files alone says so itself
+        return None
+    shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+    way_out = f"to leave them out, set `split: {_SPLITS_OF_PURPOSE[purpose][0]}`"
+    return f"{len(files)} files", f"the pattern also takes {shown}; {way_out}"
+
+
+def _swept_by_folder(files: list[DataFile]) -> tuple[str, str] | None:
+    source = files[0].source
+    if source.config is not None or not _is_folder(source):
+        return None
+    root, paths = _root(source), [file.path for file in files if file.path is not None]
+    inside = {path.parent.name for path in paths if path.parent != root}
+    if len(inside) > 1:
+        return ", ".join(sorted(inside)), "files of all these folders are read; to read one, name it with `config`"
+    stems = {split_stem(path) for path in paths}
+    if len(stems) > 1 and all(split_of_name(Path(stem)) for stem in stems):
+        return ", ".join(sorted(stems)), "files of all these splits are read; to read one, name it with `split`"
+    return None
+
+
+def _fits(split: str | None, purpose: Purpose) -> bool:
+    return split is None or split in _SPLITS_OF_PURPOSE[purpose]
+
+
+def _is_pattern(path: str) -> bool:
+    return any(mark in path for mark in "*?[") and not home_expanded(path).exists()
+
+
+def _root(source: SourceConfig) -> Path:
     name = source.path.removeprefix("example:")
-    path = shipped_path("example-data") / name if name != source.path else home_expanded(name)
+    return _example_folder() / name if name != source.path else home_expanded(name)
+
+
+def _is_folder(source: SourceConfig) -> bool:
+    path = _root(source)
     return path.is_dir() and not _is_saved_dataset(path)
 
 
@@ -99,45 +144,97 @@ def _is_saved_dataset(path: Path) -> bool:
 
 
 def _files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[DataFile]:
+    """The files of a source, with the rows that its `split` takes."""
+    if source.split is None:
+        return _whole_files_of(source, index, purpose)
+    parts = parse_split(source.split)
+    if parts is None:
+        fix = "write a name, a slice such as `train[:10%]` or `train[100:200]`, or several joined by `+`"
+        raise _SourceError((f"`split: {source.split}` is no split", fix))
+    files: list[DataFile] = []
+    for part in parts:
+        whole = _whole_files_of(replace(source, split=part.name or None), index, purpose)
+        taken = slice_files(whole, part)
+        if not taken:
+            problem = f"`split: {source.split}` takes no row of the {sum(file.count() for file in whole):,} there are"
+            raise _SourceError((problem, "give bounds within the rows"))
+        files += [replace(file, source=source) for file in taken]
+    return files
+
+
+def _whole_files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[DataFile]:
     if not source.path.strip():
-        raise _SourceError("the source has no path", "name a file, folder, glob, `example:NAME` or `datasets` name")
+        raise _SourceError(("the source has no path", "name a file, folder, glob, `example:NAME` or `datasets` name"))
     if "\0" in source.path:
-        raise _SourceError(f"{source.path!r} is not a path", "take the NUL character out")
+        raise _SourceError((f"{source.path!r} is not a path", "take the NUL character out"))
     if source.path.startswith("example:"):
         return [_data_file(file, source, index) for file in _example(source, purpose)]
     path = home_expanded(source.path)
     try:
         if path.is_dir():
             if _is_saved_dataset(path):
+                _refuse_unused(source, "a saved data set", config=True)
                 return [_saved_dataset(path, source, index, purpose)]
-            return [_data_file(file, source, index) for file in _folder(path, source.path, source.split, purpose)]
+            return [_data_file(file, source, index) for file in _folder(path, source.path, source, purpose)]
         if path.exists():
+            own_split = split_of_name(Path(source.path))
+            _refuse_unused(source, "a file", config=True, split=_split_name(source) not in (None, "train", own_split))
             return [_data_file(_LabeledPath(path, source.path), source, index)]
     except OSError as error:
         problem = f"cannot look at {source.path!r}: {error.strerror}"
-        raise _SourceError(problem, "check the path and its permissions") from None
+        raise _SourceError((problem, "check the path and its permissions")) from None
     if any(mark in source.path for mark in "*?["):
-        names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - patterns may be absolute
-        matches = [_LabeledPath(Path(name), name) for name in names if Path(name).is_file()]
-        if not matches:
-            fix = "check the pattern; it is taken from the working folder"
-            raise _SourceError(f"no file matches {source.path!r}", fix)
-        return [_data_file(file, source, index) for file in matches]
+        return [_data_file(file, source, index) for file in _matches(path, source)]
     # A name with the ending of a file is a file that is missing, never the name of a data set to be downloaded.
-    if _kind(path) is not None or not _DATASET_NAME.fullmatch(source.path):
+    if kind_of_file(path) is not None or not _DATASET_NAME.fullmatch(source.path):
         fix = f"check the path; it is taken from the working folder{_near_name(path)}"
-        raise _SourceError(f"there is no file {source.path!r}", fix)
+        raise _SourceError((f"there is no file {source.path!r}", fix))
     return [_hub_dataset(source, index, purpose)]
 
 
+def _split_name(source: SourceConfig) -> str | None:
+    return SPLITS.get(source.split.lower(), source.split) if source.split else None
+
+
+def _refuse_unused(source: SourceConfig, what: str, *, config: bool = False, split: bool = False) -> None:
+    """Raise _SourceError with each key among those marked that is given: this kind of source does not use it."""
+    problems = []
+    if config and source.config is not None:
+        problem = f"{what} has no configurations, so `config: {source.config}` names nothing ({source.path!r})"
+        problems.append((problem, "take `config` out, or name the data set's folder"))
+    if split and source.split is not None:
+        problem = f"{what} has no split {source.split!r} ({source.path!r})"
+        problems.append((problem, "take `split` out; a slice such as `train[:10%]` takes some of its rows"))
+    if problems:
+        raise _SourceError(*problems)
+
+
+def _matches(path: Path, source: SourceConfig) -> list[_LabeledPath]:
+    """The files that match a pattern; with a split, those that are named after it, or all where no name says one."""
+    _refuse_unused(source, "a pattern", config=True)
+    names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - patterns may be absolute
+    matches = [_LabeledPath(Path(name), name) for name in names if Path(name).is_file()]
+    if not matches:
+        fix = "check the pattern; it is taken from the working folder"
+        raise _SourceError((f"no file matches {source.path!r}", fix))
+    requested = _split_name(source)
+    by_split: Splits = {}
+    for match in matches:
+        by_split.setdefault(split_of_name(match.path), []).append(match.path)
+    if requested is None or (set(by_split) == {None} and requested == "train"):
+        return matches
+    _refuse_unused(source, "the pattern", split=requested not in by_split)
+    return [match for match in matches if match.path in by_split[requested]]
+
+
 def _data_file(file: _LabeledPath, source: SourceConfig, index: int) -> DataFile:
-    kind = _kind(file.path)
+    kind = kind_of_file(file.path)
     if kind is None:
         fix = f"give it the right ending: {_SUFFIXES}"
-        raise _SourceError(f"{file.label!r} is not a kind of file that is read", fix)
+        raise _SourceError((f"{file.label!r} is not a kind of file that is read", fix))
     if not file.path.is_file():
         fix = "copy what it holds into a file: rows are read more than once"
-        raise _SourceError(f"{file.label!r} is not a plain file", fix)
+        raise _SourceError((f"{file.label!r} is not a plain file", fix))
     try:
         with open_bytes(file.path) as stream:
             if kind == ".json" and is_json_lines(stream):
@@ -147,15 +244,8 @@ def _data_file(file: _LabeledPath, source: SourceConfig, index: int) -> DataFile
         pass  # reported with its line when the file is read
     except OSError as error:
         problem = f"cannot read {file.label!r}: {error.strerror or error}"
-        raise _SourceError(problem, "check its permissions") from None
+        raise _SourceError((problem, "check its permissions")) from None
     return DataFile(printable(file.label), kind, source, index, path=file.path)
-
-
-def _kind(path: Path) -> str | None:
-    """The key of `READERS` for this file name, below its .gz or .zst."""
-    name = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
-    kind = name.suffix.lower()
-    return kind if kind in READERS and kind.startswith(".") else None
 
 
 def _near_name(path: Path) -> str:
@@ -170,44 +260,40 @@ def _near_name(path: Path) -> str:
 # --- folders
 
 
-def split_of_name(path: Path) -> str | None:
-    """The split in the name of a file (or of its folder), if any.
+def split_stem(path: Path) -> str:
+    """The name of a file without its endings and the number of its part.
 
-    >>> split_of_name(Path("train-00000-of-00002.parquet")), split_of_name(Path("my_dev.jsonl"))
-    ('train', 'validation')
-    >>> split_of_name(Path("rows.csv"))
+    >>> split_stem(Path("train_sft-00000-of-00003.parquet"))
+    'train_sft'
     """
-    for part in (path.name.split(".")[0], path.parent.name):
-        words = [word for word in re.split(r"[-_. ]", part.lower()) if word]
-        for word in (*words[:1], *words[-1:]):
-            if word in _SPLITS:
-                return _SPLITS[word]
-    return None
+    return re.sub(r"[-_.]?\d+([-_]of[-_]\d+)?$", "", path.name.split(".")[0])
 
 
-def folder_splits(path: Path) -> dict[str | None, list[Path]]:
-    """Data files of a folder and the folders in it, by the split in their names (None: without one)."""
-    splits: dict[str | None, list[Path]] = {}
-    for file in sorted([*path.glob("*"), *path.glob("*/*")]):
-        if _kind(file) is not None and file.is_file() and not file.name.startswith("."):
-            splits.setdefault(split_of_name(file.relative_to(path)), []).append(file)
-    return splits
-
-
-def _folder(path: Path, label: str, split: str | None, purpose: Purpose) -> list[_LabeledPath]:
-    splits = folder_splits(path)
+def _folder(path: Path, label: str, source: SourceConfig, purpose: Purpose) -> list[_LabeledPath]:
+    split = source.split
+    try:
+        splits = splits_of_config(path, source.config)
+    except UnknownConfigError as error:
+        known = ", ".join(error.names)
+        if source.config is not None:
+            problem = f"the folder {label!r} has no config {source.config!r} (there are: {known or 'none'})"
+            raise _SourceError((problem, "name one of them with `config`" if known else "take `config` out")) from None
+        problem = f"the folder {label!r} has {len(error.names)} configs: {known}"
+        raise _SourceError((problem, f"name one: `{{path: {label}, config: {error.names[0]}}}`")) from None
     if not splits:
         fix = f"put files into it that end in {_SUFFIXES}"
-        raise _SourceError(f"the folder {label!r} holds no file that is read", fix)
+        raise _SourceError((f"the folder {label!r} holds no file that is read", fix))
     named = {name for name in splits if name is not None}
-    requested = [_SPLITS.get(split.lower(), split)] if split else _SPLITS_OF_PURPOSE[purpose]
+    requested = [SPLITS.get(split.lower(), split)] if split else _SPLITS_OF_PURPOSE[purpose]
     files = next((splits[name] for name in requested if name in splits), None)
-    if files is None and not named and not split:
+    if files is None and split:
+        files = [file for found in splits.values() for file in found if split_stem(file) == split] or None
+    if files is None and not named and (not split or requested == ["train"]):
         files = splits[None]
     if files is None:
         known = ", ".join(sorted(named)) or "none"
         problem = f"the folder {label!r} has no {' or '.join(requested)} files (splits found by name: {known})"
-        raise _SourceError(problem, "name the file itself, or set `split`")
+        raise _SourceError((problem, "name the file itself, or set `split` to a split that is there"))
     return [_LabeledPath(file, str(Path(label) / file.relative_to(path))) for file in files]
 
 
@@ -217,14 +303,15 @@ def _example(source: SourceConfig, purpose: Purpose) -> list[_LabeledPath]:
     by_name = {
         path.relative_to(root).as_posix(): path
         for path in sorted(root.rglob("*"))
-        if path.is_dir() or _kind(path) is not None
+        if path.is_dir() or kind_of_file(path) is not None
     }
     by_stem = {key.split(".")[0]: path for key, path in by_name.items()}
     path = by_name.get(name) or by_stem.get(name)
     if path is None:
-        raise _SourceError(f"there is no example {name!r}", f"the examples are {', '.join(sorted(by_stem))}")
+        raise _SourceError((f"there is no example {name!r}", f"the examples are {', '.join(sorted(by_stem))}"))
     if path.is_dir():
-        return _folder(path, f"example:{name}", source.split, purpose)
+        return _folder(path, f"example:{name}", source, purpose)
+    _refuse_unused(source, "a file", config=True, split=_split_name(source) not in (None, "train", split_of_name(path)))
     return [_LabeledPath(path, f"example:{path.relative_to(root).as_posix()}")]
 
 
@@ -232,7 +319,7 @@ def _example_folder() -> Path:
     try:
         return Path(shipped_path("example-data"))
     except (LlmtuneError, FileNotFoundError) as error:
-        raise _SourceError(f"the example data is missing: {error}", "install llmtune again") from None
+        raise _SourceError((f"the example data is missing: {error}", "install llmtune again")) from None
 
 
 # --- data sets; `datasets` takes seconds to import, and most runs read plain files
@@ -246,7 +333,7 @@ def _saved_dataset(path: Path, source: SourceConfig, index: int, purpose: Purpos
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{source.path!r} is not a readable saved data set: {in_one_line(error)}"
-        raise _SourceError(problem, "save it again with save_to_disk") from None
+        raise _SourceError((problem, "save it again with save_to_disk")) from None
     return _dataset_file(loaded, source.path, source, index, purpose)
 
 
@@ -259,7 +346,7 @@ def _hub_dataset(source: SourceConfig, index: int, purpose: Purpose) -> DataFile
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         problem = f"{source.path!r} is neither a file here nor a data set that can be had: {in_one_line(error)}"
         fix = "check the name, or download the data once with a network and name the file"
-        raise _SourceError(problem, fix) from None
+        raise _SourceError((problem, fix)) from None
     label = "/".join(part for part in (source.path, source.config) if part)
     return _dataset_file(loaded, label, source, index, purpose)
 
@@ -274,8 +361,11 @@ def _dataset_file(
         split = next((name for name in requested if name in loaded), None)
         if split is None:
             problem = f"{label!r} has no split {' or '.join(requested)}"
-            raise _SourceError(problem, f"set `split` to one of {', '.join(loaded)}")
+            raise _SourceError((problem, f"set `split` to one of {', '.join(loaded)}"))
         loaded, label = loaded[split], f"{label}/{split}"
+    else:
+        own_split = str(loaded.split) if loaded.split is not None else None
+        _refuse_unused(source, "the saved data set", split=source.split not in (None, "train", own_split))
     media = [name for name, feature in loaded.features.items() if type(feature).__name__ in _MEDIA_FEATURES]
     if media:
         loaded = loaded.remove_columns(media)  # reading such a column would open the files or URLs in its rows
