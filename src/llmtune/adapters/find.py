@@ -6,11 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llmtune.adapters.config_file import read_adapter_config, read_base_record
-from llmtune.errors import AdapterError, LlmtuneError, ModelError
+from llmtune.errors import AdapterError, LlmtuneError, ModelError, UsageError
 from llmtune.models.catalog import resolve
 from llmtune.models.catalog_entry import ModelSource
 
-__all__ = ["base_name_of", "find_adapter", "find_base", "find_result", "named_folder"]
+__all__ = [
+    "base_name_of",
+    "find_adapter",
+    "find_base",
+    "find_result",
+    "find_result_named",
+    "named_folder",
+    "run_of",
+]
 
 
 def named_folder(name: Path | str, output_dir: Path | str) -> Path | None:
@@ -18,19 +26,66 @@ def named_folder(name: Path | str, output_dir: Path | str) -> Path | None:
     return next((folder for folder in (Path(name), Path(output_dir) / name) if folder.is_dir()), None)
 
 
-def find_result(folder: Path) -> Path | None:
+def run_of(result: Path) -> Path | None:
+    """Return the folder of the run that saved `result` (RUN/checkpoints/NAME, or RUN/final); None where there is none.
+
+    >>> run_of(Path("nowhere/checkpoints/best")) is None
+    True
+    """
+    path = result.absolute()
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return folder if (folder / "run.json").is_file() else None
+
+
+def find_result(folder: Path, checkpoint: str | None = None) -> Path | None:
     """Return the folder with the adapter or model to use in `folder`, which is one itself or holds a run.
 
-    Of a run that is the final one, else the best, else the newest checkpoint. None for a folder of another kind. Raises
-    ModelError for a run that has saved nothing yet.
+    Of a run that is the final one, else the best, else the newest checkpoint; or `checkpoint`: `final`, `best`, `last`
+    (the newest checkpoint) or `step-N`. None for a folder of another kind. Raises ModelError for a run that has saved
+    nothing yet, UsageError for a checkpoint that is not there.
     """
-    configs = ("adapter_config.json", "config.json")
-    result = next((path for path in _candidates(folder) if any((path / name).is_file() for name in configs)), None)
+    if checkpoint is not None:
+        return _named_checkpoint(folder, checkpoint)
+    result = next((path for path in _candidates(folder) if _is_result(path)), None)
     if result is None and (folder / "run.json").is_file():
         raise ModelError(
             "the run has saved nothing yet", where=str(folder), fix="wait for its first checkpoint, or resume it"
         )
     return result
+
+
+def find_result_named(name: Path | str, output_dir: Path | str, checkpoint: str | None) -> Path | None:
+    """Return the adapter or model of RUN|ADAPTER|MODEL where it is a folder here or a run's name, else None.
+
+    Raises what `find_result` raises, and UsageError for a `checkpoint` of anything but a run.
+    """
+    folder = named_folder(name, output_dir)
+    if folder is not None:
+        return find_result(folder, checkpoint)
+    if checkpoint is not None:
+        raise UsageError(f"`{name}` is no run here", "--checkpoint", "name a run (folder or name), or leave it out")
+    return None
+
+
+def _is_result(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
+
+
+def _named_checkpoint(folder: Path, name: str) -> Path:
+    """The result of this name in the run `folder`. Raises UsageError where there is no run, or no such result."""
+    if not (folder / "run.json").is_file():
+        problem = f"`{folder}` is no run, so it has no checkpoints"
+        raise UsageError(problem, "--checkpoint", "leave it out, or name a run")
+    found = {path.name: path for path in reversed(list(_candidates(folder))) if path != folder and _is_result(path)}
+    steps = [path for path_name, path in found.items() if path_name.startswith("step-")]
+    step = name.removeprefix("step-")
+    wanted = f"step-{int(step):06d}" if step.isdecimal() else name
+    path = steps[-1] if name == "last" and steps else found.get(wanted)
+    if path is None:
+        there = ", ".join([*(["last"] if steps else []), *reversed(found)])
+        fix = f"choose one of: {there}" if found else "the run has saved nothing yet; `llmtune resume` goes on with it"
+        raise UsageError(f"the run has no checkpoint `{name}`", str(folder), fix)
+    return path
 
 
 def _candidates(folder: Path) -> Iterator[Path]:

@@ -11,7 +11,7 @@ import typer
 
 from llmtune.cli.failure import print_line
 from llmtune.cli.generate import Model, open_inference_model
-from llmtune.cli.options import NoCuda
+from llmtune.cli.options import Checkpoint, NoCuda
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, SourceConfig
 from llmtune.errors import DataError, Problem, UsageError
@@ -32,6 +32,7 @@ def evaluate(
         str | None,
         typer.Option("--config", "-c", help="Config whose held-out rows are used; the run's own when not given."),
     ] = None,
+    checkpoint: Checkpoint = None,
     exact_match: Annotated[
         bool, typer.Option("--exact-match", help="Also count the answers given character by character.")
     ] = False,
@@ -47,7 +48,7 @@ def evaluate(
     """Measure loss, perplexity and bits per byte on held-out rows."""
     if data and config:
         raise UsageError("--data and --config both name rows", "command line", "give one of them")
-    loaded = open_inference_model(model, no_cuda=no_cuda)
+    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda)
     rows, settings = _held_out(loaded, data, config)
     print_line(f"{len(rows)} held-out rows, measured in float32 arithmetic")
     metrics = _measure(loaded, settings, rows, batch_size)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.options import Dtype
+from llmtune.cli.options import Checkpoint, Dtype
 from llmtune.cli.process import prepare_process
 from llmtune.common.offline import is_offline
 
@@ -31,6 +31,7 @@ def export(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, or FILE.gguf; it must not exist.")],
+    checkpoint: Checkpoint = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Type of the written weights; as they are stored when not given.")
     ] = None,
@@ -57,6 +58,7 @@ def export(
         file_format=None if file_format is None else file_format.value,
         dtype=None if dtype is None else dtype.value,
         base=base,
+        checkpoint=checkpoint,
         offline=is_offline(),
         print_line=print_line,
     )

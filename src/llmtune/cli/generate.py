@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.options import NoCuda
+from llmtune.cli.options import Checkpoint, NoCuda
 from llmtune.cli.process import prepare_process
 from llmtune.common.offline import is_offline
 from llmtune.errors import UsageError
@@ -42,6 +42,7 @@ def generate(
         list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; all of stdin is one when there is none.")
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="File with one prompt a line.")] = None,
+    checkpoint: Checkpoint = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -55,7 +56,7 @@ def generate(
 ) -> None:
     """Answer prompts, rendered exactly as in training."""
     texts = read_prompts(prompts or [], prompt_file)
-    loaded = open_inference_model(model, no_cuda=no_cuda)
+    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda)
     from llmtune.evaluation.generate import TextPrompt
     from llmtune.evaluation.generate import generate as answer_all
 
@@ -80,6 +81,7 @@ def generate(
 
 def chat(
     model: Model,
+    checkpoint: Checkpoint = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
@@ -88,7 +90,7 @@ def chat(
     no_cuda: NoCuda = False,
 ) -> None:
     """Talk with a model; /reset forgets what was said, /exit ends."""
-    loaded = open_inference_model(model, no_cuda=no_cuda)
+    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda)
     from llmtune.data.example import Message
     from llmtune.evaluation.generate import generate as answer_all
 
@@ -117,12 +119,12 @@ def chat(
         print(answer.text, flush=True)
 
 
-def open_inference_model(name: str, *, no_cuda: bool = False) -> InferenceModel:
+def open_inference_model(name: str, *, checkpoint: str | None = None, no_cuda: bool = False) -> InferenceModel:
     """Load the run, adapter or model of that name, and print its description."""
     prepare_process()
     from llmtune.evaluation.inference_model import load_inference_model
 
-    loaded = load_inference_model(name, offline=is_offline(), no_cuda=no_cuda)
+    loaded = load_inference_model(name, checkpoint=checkpoint, offline=is_offline(), no_cuda=no_cuda)
     print_line(loaded.description)
     return loaded
 

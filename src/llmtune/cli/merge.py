@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.options import Dtype
+from llmtune.cli.options import Checkpoint, Dtype
 from llmtune.cli.process import prepare_process
 from llmtune.common.offline import is_offline
 
@@ -21,6 +21,7 @@ def merge_lora(
         typer.Argument(metavar="RUN|ADAPTER", help="A run with an adapter (folder or name), or an adapter's folder."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make; it must not exist.")],
+    checkpoint: Checkpoint = None,
     base: Annotated[
         str | None,
         typer.Option("--base", help="Where its base is; a base trained in 4 or 8 bit is then taken unquantized."),
@@ -31,10 +32,11 @@ def merge_lora(
 ) -> None:
     """Merge an adapter into its base, weight by weight; the result is reloaded and compared before it gets its name."""
     prepare_process()
-    from llmtune.adapters.find import named_folder
+    from llmtune.adapters.find import find_result_named, named_folder
     from llmtune.deploy.merge import merge_lora as merge
 
-    folder = named_folder(source, "runs") or source
+    chosen = find_result_named(source, "runs", checkpoint) if checkpoint is not None else named_folder(source, "runs")
+    folder = chosen or source
     report = merge(
         folder,
         output,

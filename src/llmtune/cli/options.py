@@ -7,8 +7,14 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["ConfigName", "Dtype", "NoCuda", "NoCudaInTraining", "Overrides", "TrustRemoteCode"]
+__all__ = ["Checkpoint", "ConfigName", "Dtype", "NoCuda", "NoCudaInTraining", "Overrides", "TrustRemoteCode"]
 
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint", help="Of a run: final, best, last (the newest checkpoint) or step-N; final when not given."
+    ),
+]
 ConfigName = Annotated[
     list[str] | None,
     typer.Option(

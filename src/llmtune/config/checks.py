@@ -154,6 +154,16 @@ def _distinct(value: tuple[str, ...]) -> str | None:
     return "must name each only once" if len(set(value)) != len(value) else None
 
 
+METRIC_ENDINGS = ("mean_nll", "perplexity", "bits_per_byte", "exact_answers", "score", "accuracy", "margin")
+"""Last words of the metrics by which a best model can be chosen; between `eval_` and them may stand a data set."""
+
+
+def _metric(value: str) -> str | None:
+    if value.startswith("eval_") and value.endswith(METRIC_ENDINGS):
+        return None
+    return f"must be a metric of an evaluation ({', '.join(f'eval_{ending}' for ending in METRIC_ENDINGS)})"
+
+
 _SPECIAL: dict[str, Callable[[Any], str | None]] = {
     "run.name": _run_name,
     "run.output_dir": _not_empty,
@@ -162,6 +172,7 @@ _SPECIAL: dict[str, Callable[[Any], str | None]] = {
     "data.train": _sources,
     "data.eval": _sources,
     "data.test_size": _test_size,
+    "evaluation.best_by": _metric,
     "tracking.trackers": _distinct,
 }
 
@@ -297,6 +308,24 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         lambda c, _: c.evaluation.early_stopping_threshold > 0 and c.evaluation.early_stopping_patience is None,
         "the threshold of early stopping does nothing without a patience",
         "set `evaluation.early_stopping_patience`",
+    ),
+    Contradiction(
+        ("checkpoint.final", "checkpoint.keep_best"),
+        lambda c, _: c.checkpoint.final == "best" and not c.checkpoint.keep_best,
+        "the best model cannot become the result unless it is kept",
+        "set `checkpoint.keep_best: true`, or `checkpoint.final: last`",
+    ),
+    Contradiction(
+        ("checkpoint.final", "data.test_size", "data.eval"),
+        lambda c, _: c.checkpoint.final == "best" and not _has_held_out(c),
+        "which model is the best is decided by held-out rows, and there are none",
+        "set `data.test_size` or `data.eval`, or `checkpoint.final: last`",
+    ),
+    Contradiction(
+        ("evaluation.best_by", "evaluation.exact_match"),
+        lambda c, _: c.evaluation.best_by.startswith("eval_exact") and not c.evaluation.exact_match,
+        "the best model is chosen by exact answers, and they are not counted",
+        "set `evaluation.exact_match: true`",
     ),
     Contradiction(
         ("evaluation.every_steps", "data.test_size", "data.eval", "evaluation.prompts"),

@@ -374,6 +374,11 @@ class EvaluationConfig:
     exactly.
     """
 
+    best_by: str = "eval_mean_nll"
+    """Metric of the held-out rows by which the best model is chosen and early stopping decides; the highest
+    `eval_exact_answers`, `eval_score` or accuracy is the best, of every other metric the lowest value.
+    """
+
     batch_size: int | None = None
     """Sequences evaluated at once; `training.batch_size` when not given. The result does not depend on it."""
 
@@ -381,7 +386,7 @@ class EvaluationConfig:
     """Stop after this many evaluations in a row without improvement."""
 
     early_stopping_threshold: float = 0.0
-    """Smallest fall of the held-out loss, in nats per token, that counts as improvement."""
+    """Smallest improvement of `evaluation.best_by` (a fall of the held-out loss, in nats per token) that counts."""
 
 
 # `checkpoint.*`
@@ -398,7 +403,14 @@ class CheckpointConfig:
     """Newest checkpoints kept; older ones are deleted once their successor is verified. 0 keeps all."""
 
     keep_best: bool = True
-    """Keep the model with the lowest held-out loss in checkpoints/best."""
+    """Keep the model that is best by `evaluation.best_by`, of those evaluated after at least one step, in
+    checkpoints/best.
+    """
+
+    final: Literal["auto", "last", "best"] = "auto"
+    """Model that becomes the result, `final/`: that of the last step, or the best. `auto` takes the best where training
+    was stopped early, else the last.
+    """
 
 
 # `tracking.*`

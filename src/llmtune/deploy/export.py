@@ -12,9 +12,10 @@ from typing import Literal, get_args
 import torch
 
 from llmtune import durable
-from llmtune.adapters.find import find_result, named_folder
+from llmtune.adapters.find import find_result_named, named_folder, run_of
 from llmtune.common.dtypes import torch_dtype
 from llmtune.common.printing import PrintLine, silent
+from llmtune.config.layers import load_config
 from llmtune.deploy.compare_logits import (
     Difference,
     compare_logits,
@@ -29,7 +30,8 @@ from llmtune.deploy.gguf_vocabulary import refuse_other_ids
 from llmtune.deploy.merge import MergeReport, merge_lora
 from llmtune.deploy.model_folder import ModelFolder, open_model_folder, write_model_folder
 from llmtune.errors import UsageError
-from llmtune.models.catalog import resolve_model_argument
+from llmtune.evaluation.inference_model import find_tokenizer
+from llmtune.models.catalog import resolve, resolve_model_argument
 from llmtune.models.gguf import read_gguf
 
 __all__ = ["ExportReport", "Format", "export"]
@@ -58,6 +60,7 @@ def export(
     file_format: Format | None = None,
     dtype: str | None = None,
     base: str | None = None,
+    checkpoint: str | None = None,
     output_dir: str = "runs",
     offline: bool = False,
     print_line: PrintLine = silent,
@@ -65,17 +68,17 @@ def export(
     """Write `output` from RUN|MODEL|ADAPTER: a model folder, or a GGUF file.
 
     file_format: by the ending of `output` when None. dtype: float32, bfloat16 or float16, each weight rounded once; as
-    stored when None. base: another copy of an adapter's base.
+    stored when None. base: another copy of an adapter's base. checkpoint: of a run (see `find_result`).
 
-    Raises UsageError for an output that exists or contradicts the format, ModelError, AdapterError or TokenizerError
-    for a source that cannot be read or that the format cannot hold, CheckpointError when the result differs from the
-    source by more than the tolerance, MachineError when the system refuses to write; `output` then does not exist.
+    Raises UsageError for an output that exists or contradicts the format or a checkpoint that is not there, ModelError,
+    AdapterError or TokenizerError for a source that cannot be read or that the format cannot hold, CheckpointError when
+    the result differs from the source by more than the tolerance, MachineError when the system refuses to write;
+    `output` then does not exist.
     """
     file_format = _choose_format(output, file_format)
     if output.exists():
         raise UsageError(f"`{output}` already exists", where="--output", fix="name one that does not")
-    folder = named_folder(source, output_dir)
-    result = None if folder is None else find_result(folder) or folder
+    result = find_result_named(source, output_dir, checkpoint) or named_folder(source, output_dir)
     adapter = result if result is not None and (result / "adapter_config.json").is_file() else None
     if base is not None and adapter is None:
         raise UsageError("--base is for adapters, and this is a whole model", where="--base", fix="leave it out")
@@ -107,7 +110,12 @@ class _Request:
         )
 
     def open(self, name: str) -> ModelFolder:
-        return open_model_folder(resolve_model_argument(name, offline=self.offline))
+        source, run = resolve_model_argument(name, offline=self.offline), run_of(Path(name))
+        if run is None:
+            return open_model_folder(source)
+        config = load_config(str(run / "config.yaml"), environ={}).config
+        base = resolve(config.model.name, config.model.revision, offline=self.offline)
+        return open_model_folder(source, find_tokenizer(Path(name), run, base, config))
 
 
 def _choose_format(output: Path, requested: Format | None) -> Format:

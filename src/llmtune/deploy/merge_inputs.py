@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from llmtune.adapters.config_file import DtypeName, read_base_record
-from llmtune.adapters.find import base_name_of, find_adapter, find_base
+from llmtune.adapters.find import base_name_of, find_adapter, find_base, run_of
+from llmtune.config.layers import load_config
 from llmtune.deploy.base_weights import unquantized_folder
 from llmtune.errors import AdapterError
+from llmtune.evaluation.inference_model import find_tokenizer
 from llmtune.models.catalog import resolve
 from llmtune.models.catalog_entry import ModelSource
-from llmtune.models.tokenizer import load_tokenizer_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -51,7 +52,8 @@ def find_merge_inputs(source: Path, base: str | None, *, offline: bool = False) 
             f"the base `{base_source.name}` is built from scratch and stored nowhere", where=str(adapter), fix=fix
         )
     folder = unquantized_folder(base_source, noun="base", fix="name the unquantized model with --base")
-    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+    run = run_of(adapter)
+    config = load_config(str(run / "config.yaml"), environ={}).config if run is not None else None
     return MergeInputs(
         adapter=adapter,
         base=base_source,
@@ -60,5 +62,5 @@ def find_merge_inputs(source: Path, base: str | None, *, offline: bool = False) 
         recorded_digest=record.get("base_digest"),
         quantization=record.get("quantization"),
         loaded_dtype=record.get("dtype") or "float32",
-        tokenizer=load_tokenizer_folder(adapter if has_tokenizer else folder).tokenizer,
+        tokenizer=find_tokenizer(adapter, run or adapter, base_source, config),
     )

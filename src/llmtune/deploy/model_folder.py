@@ -80,8 +80,10 @@ class ModelFolder:
         return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
 
 
-def open_model_folder(source: ModelSource) -> ModelFolder:
+def open_model_folder(source: ModelSource, tokenizer: PreTrainedTokenizerFast | None = None) -> ModelFolder:
     """Open the model of `source`: a folder, a GGUF file (converted first) or a hub id.
+
+    tokenizer: of a checkpoint, whose folder has none; the model's own when None.
 
     Raises ModelError where there are no weights to write back: for a model that is only built from scratch, or is
     published quantized, or has unsafe or unreadable files; TokenizerError; MachineError when it cannot be fetched.
@@ -93,7 +95,7 @@ def open_model_folder(source: ModelSource) -> ModelFolder:
     config = read_config(folder)
     model = meta_model(config)
     weights = open_base_weights(weight_files(folder), model)
-    tokenizer = load_tokenizer(source, ModelConfig(name=source.name)).tokenizer
+    tokenizer = tokenizer or load_tokenizer(source, ModelConfig(name=source.name)).tokenizer
     tied = set(tied_names(model))
     names = tuple(name for name in weights.names if name not in tied)
     return ModelFolder(source, folder, config, type(model).__name__, weights, names, tokenizer)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from llmtune.adapters.config_file import read_base_record
-from llmtune.adapters.find import base_name_of, find_base, find_result
+from llmtune.adapters.find import base_name_of, find_base, find_result_named, run_of
 from llmtune.adapters.load import load_adapter
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, ModelConfig
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["InferenceModel", "load_inference_model"]
+__all__ = ["InferenceModel", "find_tokenizer", "load_inference_model"]
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,25 @@ class InferenceModel:
 
 
 def load_inference_model(
-    name: str, *, output_dir: str = "runs", offline: bool = False, no_cuda: bool = False
+    name: str,
+    *,
+    checkpoint: str | None = None,
+    output_dir: str = "runs",
+    offline: bool = False,
+    no_cuda: bool = False,
 ) -> InferenceModel:
     """Load RUN|MODEL: a run, an adapter's or a model's folder, a catalog name, a hub id, or a .gguf file.
 
-    Of a run the final model is taken, else the best, else the newest checkpoint. Raises ModelError, AdapterError or
-    TokenizerError for a model that cannot be found or loaded, MachineError when it cannot be fetched.
+    Of a run the final model is taken, else the best, else the newest checkpoint; or `checkpoint` (see `find_result`).
+    Raises ModelError, AdapterError or TokenizerError for a model that cannot be found or loaded, UsageError for a
+    checkpoint that is not there, MachineError when it cannot be fetched.
     """
     device = choose_device(no_cuda=no_cuda)[0]
-    folders = (Path(name), Path(output_dir) / name)
-    folder = next((folder for folder in folders if (folder / "run.json").is_file()), Path(name))
+    result = find_result_named(name, output_dir, checkpoint)
+    run = run_of(result) if result is not None else None
+    folder = run or Path(name)
     # Without the environment: a run is used as it was trained, whatever this shell sets.
-    is_run = (folder / "run.json").is_file()
-    config = load_config(str(folder / "config.yaml"), environ={}).config if is_run else None
-    result = find_result(folder) if folder.is_dir() else None
+    config = load_config(str(folder / "config.yaml"), environ={}).config if run is not None else None
     if result is None:
         return _load_published(name, device, offline=offline)
     if (result / "adapter_config.json").is_file():
@@ -107,7 +112,7 @@ def _load_adapted(
     adapter: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool
 ) -> InferenceModel:
     source, record = find_base(adapter, offline=offline), read_base_record(adapter)
-    tokenizer = _find_tokenizer(adapter, folder, source, config)
+    tokenizer = find_tokenizer(adapter, folder, source, config)
     model_config = ModelConfig(name=source.name)
     if quantization := record.get("quantization"):
         # Quantized from the same numbers as in training, or the adapter would meet another base.
@@ -130,7 +135,7 @@ def _load_full(
 ) -> InferenceModel:
     source = resolve(str(model_folder), offline=offline)
     base = None if config is None else resolve(config.model.name, config.model.revision, offline=offline)
-    tokenizer = _find_tokenizer(model_folder, folder, base or source, config)
+    tokenizer = find_tokenizer(model_folder, folder, base or source, config)
     return InferenceModel(
         model=_load_model(source, ModelConfig(name=str(model_folder)), tokenizer, device),
         tokenizer=tokenizer,
@@ -153,8 +158,11 @@ def _load_model(
     ).model
 
 
-def _find_tokenizer(result: Path, folder: Path, base: ModelSource, config: Config | None) -> PreTrainedTokenizerFast:
-    """Return the tokenizer saved with the result, else the run's, else the base's with the tokens of the config."""
+def find_tokenizer(result: Path, folder: Path, base: ModelSource, config: Config | None) -> PreTrainedTokenizerFast:
+    """Return the tokenizer saved with the result, else the run's, else the base's with the tokens of the config.
+
+    folder: of the run that saved the result; without a run that of the result itself.
+    """
     for path in (result, folder / "tokenizer"):
         if (path / "tokenizer_config.json").is_file():
             return load_tokenizer_folder(path).tokenizer

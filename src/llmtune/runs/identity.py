@@ -150,6 +150,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("config.data.train", Effect.HARMLESS),  # the digest of the data decides: a moved file is the same data
     ("config.data.eval", Effect.HARMLESS),
     ("config.evaluation.early_stopping_*", Effect.SCHEDULE),
+    ("config.evaluation.best_by", Effect.SCHEDULE),
     ("config.evaluation.*", Effect.HARMLESS),
     ("config.run.seed", Effect.SCHEDULE),
     ("config.run.*", Effect.HARMLESS),

@@ -128,16 +128,27 @@ class Checkpointer:
         write = self._model_writer(metrics, step)
         self._setup.devices.on_main(
             lambda: self._attempts.save(
-                lambda: checkpoints.save_folder(self._folder.checkpoints / BEST, write), subject="best model"
+                lambda: checkpoints.save_folder(self._folder.checkpoints / BEST, write, {"step": step}),
+                subject="best model",
             )
         )
 
-    def save_final(self, metrics: Mapping[str, Any], step: int) -> None:
+    def has_best(self, step: int) -> bool:
+        """Whether `best/` is whole and holds the model after `step` updates; the same answer in every process."""
+
+        def is_whole() -> bool:
+            best = self._folder.checkpoints / BEST
+            return not durable.verify_manifest(best) and durable.read_manifest(best).get("step") == step
+
+        return self._setup.devices.from_main(bool(self._setup.devices.on_main(is_whole)))
+
+    def save_final(self, metrics: Mapping[str, Any], step: int, *, from_best: bool = False) -> None:
         """Write the adapter or model, tokenizer, chat template, generation config and model card to `final/`.
 
-        It lies in `checkpoints/`, and a link in the run folder leads there where the file system has links.
+        It lies in `checkpoints/`, and a link in the run folder leads there where the file system has links. `from_best`
+        gives it the content of `best/`.
         """
-        write = self._model_writer(metrics, step)
+        write = self._copy_best if from_best else self._model_writer(metrics, step)
 
         def save_and_link() -> None:
             saved = self._attempts.save(
@@ -148,6 +159,11 @@ class Checkpointer:
                     durable.replace_symlink(self._folder.path / FINAL, f"{self._folder.checkpoints.name}/{FINAL}")
 
         self._setup.devices.on_main(save_and_link)
+
+    def _copy_best(self, folder: Path) -> None:
+        for path in sorted((self._folder.checkpoints / BEST).iterdir()):
+            if path.name != durable.MANIFEST:  # `final/` gets its own
+                durable.link_or_copy(path, folder / path.name)
 
     def raise_if_unsaved(self) -> None:
         """Raise MachineError (exit 6) when the last save never worked."""

@@ -5,13 +5,15 @@ Everything here happens at a step boundary and leaves weights, gradients and ran
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmtune.data.example import ExampleSet
 from llmtune.engine.loop import StepResult
+from llmtune.errors import ConfigError
 from llmtune.evaluation.exact_match import count_exact_answers
 from llmtune.evaluation.generate import generate
 from llmtune.evaluation.heldout import evaluate_examples, trained_bytes
@@ -20,16 +22,23 @@ from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.watch import HistogramWatch
 from llmtune.training.build import TrainingSetup
 
-__all__ = ["EvalState", "Evaluator"]
+__all__ = ["HIGHER_IS_BETTER", "EvalState", "Evaluator", "is_better"]
 
 
 @dataclass
 class EvalState:
     """The evaluations so far, in a few numbers; part of every checkpoint."""
 
-    best_nll: float | None = None
-    """Lowest held-out loss, nats per trained token."""
+    best_by: str = "eval_mean_nll"
+    """Metric of the values below."""
+    best_value: float | None = None
+    """Best value so far, that of the model before training included."""
     best_step: int | None = None
+    best_trained_value: float | None = None
+    """Best value after at least one step: that of checkpoints/best."""
+    best_trained_step: int | None = None
+    last_value: float | None = None
+    """Newest value of that metric."""
     last_step: int | None = None
     """Step of the newest evaluation."""
     first_nll: float | None = None
@@ -39,6 +48,26 @@ class EvalState:
     num_answers: int | None = None
     """Held-out answers that exact match was counted over."""
     evaluations_without_improvement: int = 0
+
+
+_FORMER_NAMES = {"best_nll": "best_value"}
+"""Fields of `EvalState` as earlier checkpoints call them."""
+
+_OF_ANY_METRIC = ("last_step", "first_nll", "first_exact", "last_nll", "last_exact", "num_answers")
+"""Fields of `EvalState` that stay true when `evaluation.best_by` becomes another."""
+
+HIGHER_IS_BETTER = ("_exact_answers", "_score", "_accuracy", "_margin")
+"""Endings of the metrics of which the highest value is the best; of every other it is the lowest."""
+
+
+def is_better(metric: str, value: float, than: float, *, by: float = 0.0) -> bool:
+    """Whether `value` of a metric beats another one by more than `by`.
+
+    >>> is_better("eval_mean_nll", 2.0, 2.1), is_better("eval_exact_answers", 3, 3), is_better("eval_score", 0.9, 0.5)
+    (True, False, True)
+    """
+    gain = value - than if metric.endswith(HIGHER_IS_BETTER) else than - value
+    return gain > by
 
 
 class Evaluator:
@@ -51,7 +80,7 @@ class Evaluator:
         self._heldout: ExampleSet | None = data if data is not None and len(data) else None
         self._heldout_bytes: float | None = None
         self._watch: HistogramWatch | None = None
-        self.eval_state = EvalState()
+        self.eval_state = self._new_state()
 
     def start_watching(self, step: int) -> None:
         """Collect histograms of gradients from here on, after `step` updates, where the config asks for them."""
@@ -67,7 +96,14 @@ class Evaluator:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Set the state to what `state()` returned."""
-        self.eval_state = EvalState(**state)
+        known = {_FORMER_NAMES.get(name, name): value for name, value in state.items()}
+        self.eval_state = EvalState(**known)
+        best_by = self._config.evaluation.best_by
+        if best_by != self.eval_state.best_by:  # values of another metric say nothing about this one
+            self.eval_state = replace(self._new_state(), **{name: known[name] for name in _OF_ANY_METRIC})
+
+    def _new_state(self) -> EvalState:
+        return EvalState(best_by=self._config.evaluation.best_by)
 
     def state(self) -> dict[str, Any]:
         """Return the state as plain numbers."""
@@ -97,16 +133,18 @@ class Evaluator:
     def evaluate(self, step: int, epoch: float, *, full: bool) -> tuple[bool, dict[str, Any]]:
         """Evaluate after `step` updates; `full` also counts exact answers where the config asks for them.
 
-        Returns whether the held-out loss is the best so far, and the metrics.
+        Returns whether the model is the best of those with at least one step, by `evaluation.best_by`, and the metrics.
         """
         metrics: dict[str, Any] = {}
         self.eval_state.last_step = step
         is_best = False
         if self._heldout is not None:
             metrics |= self._heldout_loss(self._heldout)
-            is_best = self._update_best(step, metrics["eval_mean_nll"])
-            if full and self._config.evaluation.exact_match:
+            self._count_loss(metrics["eval_mean_nll"])
+            is_chosen_by = self._config.evaluation.best_by.startswith("eval_exact")
+            if self._config.evaluation.exact_match and (full or is_chosen_by):
                 metrics |= self._exact_answers(self._heldout)
+            is_best = self._update_best(step, self._value_of(metrics))
         if metrics:
             self._write(step, {"epoch": epoch, **metrics})
         if self._config.evaluation.prompts:
@@ -115,7 +153,7 @@ class Evaluator:
 
     @property
     def should_stop_early(self) -> bool:
-        """Whether the held-out loss has not improved for `early_stopping_patience` evaluations."""
+        """Whether `evaluation.best_by` has not improved for `early_stopping_patience` evaluations."""
         patience = self._config.evaluation.early_stopping_patience
         return patience is not None and self.eval_state.evaluations_without_improvement >= patience
 
@@ -135,21 +173,40 @@ class Evaluator:
             devices=setup.devices,
         )
 
-    def _update_best(self, step: int, nll: float) -> bool:
-        """Count a held-out loss, and return whether it is the best so far."""
-        state = self.eval_state
-        state.last_nll = nll
-        if state.first_nll is None:
-            state.first_nll = nll
-        best = state.best_nll
-        if not math.isfinite(nll):
+    def _count_loss(self, nll: float) -> None:
+        self.eval_state.last_nll = nll
+        if self.eval_state.first_nll is None:
+            self.eval_state.first_nll = nll
+
+    def _value_of(self, metrics: Mapping[str, Any]) -> float:
+        """The metric by which the best model is chosen. Raises ConfigError where this evaluation has no such metric."""
+        name = self._config.evaluation.best_by
+        if name not in metrics:
+            numbers = [key for key, value in metrics.items() if isinstance(value, int | float)]
+            nearest = difflib.get_close_matches(name, numbers, n=1, cutoff=0.5) or numbers
+            raise ConfigError(
+                f"no evaluation of this run gives the metric `{name}`; there are {', '.join(numbers)}",
+                where="evaluation.best_by",
+                fix=f"set `evaluation.best_by: {nearest[0]}`",
+            )
+        return float(metrics[name])
+
+    def _update_best(self, step: int, value: float) -> bool:
+        """Count the value of an evaluation, and return whether it is the best of those with at least one step."""
+        state, config = self.eval_state, self._config.evaluation
+        state.last_value = value
+        if not math.isfinite(value):
             state.evaluations_without_improvement += 1
             return False
-        # A fall by less than the threshold is a new best, and still no reason to go on.
-        falls_enough = best is None or nll < best - self._config.evaluation.early_stopping_threshold
-        state.evaluations_without_improvement = 0 if falls_enough else state.evaluations_without_improvement + 1
-        if best is None or nll < best:
-            state.best_nll, state.best_step = nll, step
+        best, threshold = state.best_value, config.early_stopping_threshold
+        # An improvement by less than the threshold is a new best, and still no reason to go on.
+        improves_enough = best is None or is_better(config.best_by, value, best, by=threshold)
+        state.evaluations_without_improvement = 0 if improves_enough else state.evaluations_without_improvement + 1
+        if best is None or is_better(config.best_by, value, best):
+            state.best_value, state.best_step = value, step
+        trained_best = state.best_trained_value
+        if step and (trained_best is None or is_better(config.best_by, value, trained_best)):
+            state.best_trained_value, state.best_trained_step = value, step
             return True
         return False
 

@@ -25,6 +25,7 @@ from llmtune.training.evaluator import EvalState
 __all__ = [
     "RankPrinter",
     "eval_lines",
+    "final_lines",
     "print_decisions",
     "print_difference",
     "print_preflight",
@@ -158,14 +159,39 @@ def eval_lines(evaluations: EvalState) -> list[str]:
     lines = []
     first, last = evaluations.first_nll, evaluations.last_nll
     if first is not None and last is not None:
-        is_known = evaluations.best_nll is not None
-        best = f"; best {evaluations.best_nll:.4f} after step {evaluations.best_step}" if is_known else ""
+        is_known = evaluations.best_value is not None
+        name = "" if evaluations.best_by == "eval_mean_nll" else f" {evaluations.best_by}"
+        best = f"; best{name} {evaluations.best_value:.4f} after step {evaluations.best_step}" if is_known else ""
         lines.append(f"held-out loss {first:.4f} -> {last:.4f} nats per token{best}")
     count, first_exact, last_exact = evaluations.num_answers, evaluations.first_exact, evaluations.last_exact
     if count and first_exact is not None and last_exact is not None:
         lines.append(
             f"held-out answers exactly right: {first_exact} of {count} before, "
             f"{last_exact} of {count} after ({last_exact / count:.0%})"
+        )
+    return lines
+
+
+def final_lines(evaluations: EvalState, *, final_step: int, run: Path, has_best: bool) -> list[str]:
+    """Return which model became the result where it is not the last one, and how far it is from the best.
+
+    final_step: updates behind `final/`. has_best: whether checkpoints/best was kept.
+    """
+    best, last, trained = evaluations.best_value, evaluations.last_value, evaluations.best_trained_value
+    if best is None or trained is None or last is None:
+        return []
+    metric, is_last = evaluations.best_by, final_step == evaluations.last_step
+    value, lines = last if is_last else trained, []
+    if not is_last:
+        lines.append(f"final is the model after step {final_step}, the best by {metric} ({trained:.4f})")
+    elif trained != last:
+        use = f"; use it with `llmtune generate {run} --checkpoint best`" if has_best else ""
+        step = evaluations.best_trained_step
+        lines.append(f"final is worse than the best model by {abs(last - trained):.4f} ({metric}, step {step}){use}")
+    if evaluations.best_step == 0 and value != best:
+        lines.append(
+            f"warning: the model before training was better than final by {abs(value - best):.4f} ({metric}): "
+            "try a lower training.learning_rate, or more rows"
         )
     return lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,11 +121,20 @@ def with_open_values(earlier: Identity, now: Identity, requested: Config) -> dic
     Earlier versions recorded `null` and `auto`, for which this one chooses the same: it follows from the model and the
     device, which the identity has too.
     """
-    config = {section: {**values} for section, values in earlier["config"].items()}
+    # A key that this version has and the run's did not: its default says what the run did.
+    config = {**earlier["config"], **_with_defaults(earlier["config"], config_to_dict(Config()))}
     for section, key, is_open in OPEN_VALUES:
         if config[section].get(key, is_open) == is_open == getattr(getattr(requested, section), key):
             config[section][key] = now["config"][section][key]
     return config
+
+
+def _with_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, and the defaults of those that are not in it; sections are filled key by key."""
+    return {**values} | {
+        key: _with_defaults(values.get(key, {}), default) if isinstance(default, dict) else values.get(key, default)
+        for key, default in defaults.items()
+    }
 
 
 def run_name(template: str, *, model: str, config: str, seed: int) -> str:

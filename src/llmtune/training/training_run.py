@@ -59,6 +59,8 @@ class Result:
     eval_state: EvalState
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    final_step: int | None = None
+    """Updates behind the model in `final/`, which may be the best and not the last; None where there is none."""
     plan: Plan | None = None
     """The plan of this run; None for one that was resumed."""
     seconds: float = 0.0
@@ -102,6 +104,8 @@ class TrainingRun:
         self.evaluator = Evaluator(setup, self.record, self.trackers)
         self.checkpointer = Checkpointer(run, setup, print_line)
         self._config_name, self._forecaster = config_name, forecaster
+        self.final_step: int | None = None
+        """Updates behind the model in `final/`; None while there is none."""
         self._seconds, self._tokens = 0.0, 0
         self._saved_windows = -1
 
@@ -172,7 +176,7 @@ class TrainingRun:
                     break
             self.outcome = outcome
             if outcome == "finished":
-                self.checkpointer.save_final(self.metrics, self.state.step)
+                self._save_final(is_early=self.evaluator.should_stop_early)
             self.checkpointer.raise_if_unsaved()
 
     def close(self) -> None:
@@ -215,6 +219,15 @@ class TrainingRun:
         saved = self.checkpointer.save(self.state.step, snapshot, self.record)
         self._saved_windows = self.state.windows if saved else -1
 
+    def _save_final(self, *, is_early: bool) -> None:
+        """Write the result of the run: the last model, or the best where `checkpoint.final` says so."""
+        wants_best = self.config.checkpoint.final == "best" or (self.config.checkpoint.final == "auto" and is_early)
+        best_step = self.evaluator.eval_state.best_trained_step
+        # The model of this very step is written as it is; so is the last one where no best model was kept.
+        has_best = wants_best and best_step not in (None, self.state.step) and self.checkpointer.has_best(best_step)
+        self.checkpointer.save_final(self.metrics, self.state.step, from_best=has_best)
+        self.final_step = best_step if has_best else self.state.step
+
     def result(self) -> Result:
         """The outcome so far."""
         return Result(
@@ -223,6 +236,7 @@ class TrainingRun:
             step=self.state.step,
             metrics=self.metrics,
             eval_state=self.evaluator.eval_state,
+            final_step=self.final_step,
             model=self.setup.model,
             tokenizer=self.prepared.tokenizer.tokenizer,
             plan=self.plan,
