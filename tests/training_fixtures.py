@@ -42,6 +42,7 @@ def config_of(tiny_model_folder, rows_file, tmp_path):
             f"run.output_dir={tmp_path / 'runs'}",
             f"run.name={name}",
             "data.test_size=4",
+            "data.max_length=256",  # what the model sees
             "training.epochs=2",
             "training.batch_size=2",
             "training.gradient_accumulation_steps=2",

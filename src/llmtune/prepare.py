@@ -5,26 +5,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmtune.common.decisions import Decision
+from llmtune.config.document import DEFAULT, Origin
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.paths import config_folder_named
 from llmtune.config.process_options import Options
-from llmtune.config.schema import Config
+from llmtune.config.schema import ArchitectureConfig, Config
 from llmtune.data.dataset.batches import BatchPlan
 from llmtune.data.dataset.make_dataset import PreparedData, iter_texts, prepare_data
 from llmtune.data.dataset.micro_batch import Layout
 from llmtune.data.dataset.packing import Indices, plan_packs
+from llmtune.data.dataset.row_result import OVERLONG_FIX
 from llmtune.data.rendering.renderer import Renderer
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, DataError
 from llmtune.models import catalog
 from llmtune.models.catalog_entry import ModelSource
+from llmtune.models.hub import local_folder, may_ignore_auto_map
+from llmtune.models.read_config import Context, context_of, read_config
+from llmtune.models.scan import refuse_unsafe_folder
 from llmtune.models.tokenizer import LoadedTokenizer, load_tokenizer, load_tokenizer_folder, train_tokenizer_for
 
-__all__ = ["Prepared", "find_model", "open_renderer", "open_tokenizer", "prepare"]
+__all__ = [
+    "Prepared",
+    "find_context",
+    "find_model",
+    "fit_max_length",
+    "keep_fitted",
+    "open_renderer",
+    "open_tokenizer",
+    "overlong_named",
+    "prepare",
+]
 
 
 @dataclass(frozen=True)
@@ -98,17 +114,91 @@ def open_renderer(config: Config, loaded: LoadedTokenizer) -> Renderer:
     )
 
 
+def find_context(
+    source: ModelSource, architecture: ArchitectureConfig, *, trust_remote_code: bool = False
+) -> Context | None:
+    """Return the context of the model of `source` before it is loaded; of a hub model only small files are fetched.
+
+    architecture: `model.architecture`, for a model built from scratch. Raises ModelError for files that are unsafe or
+    unreadable, MachineError where the hub cannot be reached.
+    """
+    if source.kind == "scratch":
+        entry = source.entry
+        assert entry is not None
+        assert entry.shape is not None
+        row = ArchitectureConfig(**entry.architecture)  # type: ignore[arg-type]
+        tokens = architecture.max_seq_len or row.max_seq_len or entry.shape.max_seq_len
+        return Context(tokens, ends=(architecture.positions or row.positions) == "learned")
+    folder = local_folder(source, weights=False, code=trust_remote_code)
+    refuse_unsafe_folder(folder, trust_remote_code=trust_remote_code, ignore_auto_map=may_ignore_auto_map(source))
+    return context_of(read_config(folder, trust_remote_code=trust_remote_code))
+
+
+def fit_max_length(
+    config: Config, context: Context | None, origins: Mapping[str, Origin]
+) -> tuple[Config, list[Decision]]:
+    """Return the config with `data.max_length` within the model's context where it was not given, and that choice.
+
+    A given length above it is refused where the model's positions end there (ConfigError), and named where they are
+    rotary: such a model computes longer rows.
+    """
+    given, origin = config.data.max_length, origins.get("data.max_length", DEFAULT)
+    if context is None or given <= context.tokens:
+        return config, []
+    if origin.kind == "default":
+        fitted = replace(config, data=replace(config.data, max_length=context.tokens))
+        return fitted, [Decision("data.max_length", context.tokens, "the longest sequence this model sees, in tokens")]
+    if not context.ends:
+        reason = f"more than the {context.tokens:,} tokens this model was made for; longer rows mean little to it"
+        return config, [Decision("data.max_length", given, reason)]
+    raise _too_long_for_model(f"`data.max_length: {given}` is more", context, origin.where)
+
+
+def _too_long_for_model(problem: str, context: Context, where: str) -> ConfigError:
+    fix = f"set data.max_length={context.tokens} and data.overlong=truncate_right, drop or split"
+    return ConfigError(
+        f"{problem} than the {context.tokens:,} tokens this model sees: it has no position for a later one",
+        where=where,
+        fix=fix,
+    )
+
+
+@contextmanager
+def overlong_named(decisions: Sequence[Decision]) -> Iterator[None]:
+    """Let the errors for over-long rows name a length that was chosen here, as one of `decisions`, and not by the user.
+
+    Raises the DataError that the block raises.
+    """
+    try:
+        yield
+    except DataError as error:
+        reason = next((decision.reason for decision in decisions if decision.key == "data.max_length"), None)
+        if reason is None:
+            raise
+        fix = f"{OVERLONG_FIX.removeprefix('raise `data.max_length`, or ')} (the length is {reason})"
+        raise DataError.all(
+            problem._replace(fix=fix) if problem.fix == OVERLONG_FIX else problem for problem in error.problems
+        ) from error
+
+
+def keep_fitted(config: Config, fitted: Config) -> Config:
+    """Return `config` with the values that `prepare` fitted to the model, as they are in `fitted`."""
+    return replace(config, data=replace(config.data, max_length=fitted.data.max_length))
+
+
 def prepare(
     resolved: ResolvedConfig,
     options: Options,
     *,
     tokenizer_folder: Path | None = None,
+    is_stopped: bool = False,
     progress: Callable[[int, int | None, float], None] | None = None,
 ) -> Prepared:
     """Do everything that needs no model: find it, open its tokenizer, turn rows into examples, lay them into packs.
 
-    `progress(done, total, rows_per_second)` is called while rows are tokenized. Raises ConfigError, ModelError,
-    TokenizerError or DataError.
+    What the config leaves to the model is fitted to it (`fit_max_length`), unless the run is a stopped one: then its
+    values stand. `progress(done, total, rows_per_second)` is called while rows are tokenized. Raises ConfigError,
+    ModelError, TokenizerError or DataError.
     """
     config = resolved.config
     if not config.data.train:
@@ -117,10 +207,21 @@ def prepare(
         source = find_model(config, options)
         loaded = open_tokenizer(config, source, options, folder=tokenizer_folder)
         renderer = open_renderer(config, loaded)
-        data = prepare_data(config.data, renderer, progress=progress)
+        context = find_context(source, config.model.architecture, trust_remote_code=options.trust_remote_code)
+        config, fitted = (config, []) if is_stopped else fit_max_length(config, context, resolved.origins)
+        with overlong_named(fitted):
+            data = prepare_data(config.data, renderer, progress=progress)
+    _refuse_beyond(context, data)
     packs = plan_packs(data.train.lengths, config.data.max_length, config.data.packing, config.data.shuffle_seed or 0)
-    decisions = (*source.decisions, *loaded.decisions, *renderer.decisions, *data.decisions)
+    decisions = (*source.decisions, *loaded.decisions, *fitted, *renderer.decisions, *data.decisions)
     return Prepared(config, source, loaded, renderer, data, packs, trains_tokenizer(config, source), decisions)
+
+
+def _refuse_beyond(context: Context | None, data: PreparedData) -> None:
+    """Raise ConfigError for an example that is longer than the table of the model's positions."""
+    longest = max(int(max(part.lengths, default=0)) for part in (data.train, data.eval) if part is not None)
+    if context is not None and context.ends and longest > context.tokens:
+        raise _too_long_for_model(f"a row of {longest:,} tokens is longer", context, "data.max_length")
 
 
 def _texts(config: Config) -> Iterator[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ from llmtune.config.paths import config_folder_named
 from llmtune.config.process_options import Options
 
 if TYPE_CHECKING:
+    from llmtune.common.decisions import Decision
     from llmtune.config.schema import DataConfig
     from llmtune.data.dataset.make_dataset import PreparedData
     from llmtune.data.dataset.preview import Group
@@ -36,6 +38,8 @@ class Survey(NamedTuple):
     """The rows of a config as examples, with their tokenizer and renderer; unusable rows are only counted."""
 
     resolved: ResolvedConfig
+    """With `data.max_length` fitted to the model."""
+    decisions: list[Decision]
     loaded: LoadedTokenizer
     renderer: Renderer
     data: PreparedData
@@ -57,11 +61,12 @@ def report(
     survey = _survey(config, overrides, trust_remote_code=trust_remote_code)
     from llmtune.data.dataset.make_dataset import raise_problems
     from llmtune.data.dataset.report import data_report, report_lines
+    from llmtune.prepare import overlong_named
 
     if row is not None:
         _print_row(survey.data, row, as_json=as_json)
         return
-    for decision in survey.data.decisions:
+    for decision in (*survey.decisions, *survey.data.decisions):
         print_line(str(decision))
     for line in (*survey.data.ledger.training_warnings(), *survey.data.ledger.unused_fields()):
         print_line(f"note: {line}")
@@ -70,7 +75,8 @@ def report(
         survey.data, survey.resolved.config.data, batch_size=batch_size if isinstance(batch_size, int) else 8
     )
     print(json.dumps(values, ensure_ascii=False) if as_json else "\n".join(report_lines(values)))
-    raise_problems(survey.data)
+    with overlong_named(survey.decisions):
+        raise_problems(survey.data)
 
 
 def _print_row(data: PreparedData, row: str, *, as_json: bool) -> None:
@@ -104,11 +110,12 @@ def preview(
 
     Exit code 3 if training would refuse the data.
     """
-    resolved, loaded, renderer, data = _survey(config, overrides, trust_remote_code=trust_remote_code)
+    resolved, fitted, loaded, renderer, data = _survey(config, overrides, trust_remote_code=trust_remote_code)
     from llmtune.data.dataset.make_dataset import raise_problems
     from llmtune.data.dataset.preview import html_page, json_line, legend, terminal_text
+    from llmtune.prepare import overlong_named
 
-    for decision in (*renderer.decisions, *data.decisions):
+    for decision in (*fitted, *renderer.decisions, *data.decisions):
         print_line(str(decision))
     for name, counts in data.ledger.summary().items():
         if counts["answers"]:
@@ -130,7 +137,8 @@ def preview(
         for group in groups:
             for line in terminal_text(group, loaded.tokenizer, color=coloured):
                 print(line)
-    raise_problems(data)
+    with overlong_named(fitted):
+        raise_problems(data)
 
 
 def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remote_code: bool) -> Survey:
@@ -139,15 +147,19 @@ def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remo
         print_line(note)
     check_working_folder()
     from llmtune.data.dataset.make_dataset import survey_data
-    from llmtune.prepare import find_model, open_renderer, open_tokenizer
+    from llmtune.prepare import find_context, find_model, fit_max_length, open_renderer, open_tokenizer
     from llmtune.training.progress import tokenizing_progress
 
     options = Options(offline=is_offline(), trust_remote_code=trust_remote_code)
     with config_folder_named(resolved):
-        loaded = open_tokenizer(resolved.config, find_model(resolved.config, options), options)
+        source = find_model(resolved.config, options)
+        loaded = open_tokenizer(resolved.config, source, options)
         renderer = open_renderer(resolved.config, loaded)
+        context = find_context(source, resolved.config.model.architecture, trust_remote_code=trust_remote_code)
+        fitted, decisions = fit_max_length(resolved.config, context, resolved.origins)
+        resolved = replace(resolved, config=fitted)
         data = survey_data(resolved.config.data, renderer, progress=tokenizing_progress(print_line))
-    return Survey(resolved, loaded, renderer, data)
+    return Survey(resolved, decisions, loaded, renderer, data)
 
 
 def _groups(examples: ExampleSet, data: DataConfig) -> Iterator[Group]:

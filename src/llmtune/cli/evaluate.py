@@ -77,23 +77,33 @@ def evaluate(
 def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None) -> tuple[ExampleSet, Config]:
     """Return the rows to evaluate on, and the config they were prepared by."""
     from llmtune.data.dataset.make_dataset import prepare_data
+    from llmtune.models.read_config import context_of
+    from llmtune.prepare import fit_max_length, overlong_named
 
+    context, origins = context_of(loaded.model.config), {}
     settings = loaded.config or Config()
     if config is not None:
         resolved = load_config(config)
         for note in resolved.notes:
             print_line(note)
-        settings = resolved.config
+        settings, origins = resolved.config, dict(resolved.origins)
+    elif loaded.config is not None and context is not None and not context.ends:
+        context = None  # it was trained on rows of that length, so it is measured on them
+    settings, fitted = fit_max_length(settings, context, origins)
+    for decision in fitted:
+        print_line(str(decision))
     if data:
         sources = tuple(SourceConfig(path=path) for path in data)
         rows = replace(settings.data, train=sources, eval=(), test_size=0, max_samples=None, shuffle_seed=None)
         try:
-            return prepare_data(rows, loaded.renderer).train, settings
+            with overlong_named(fitted):
+                return prepare_data(rows, loaded.renderer).train, settings
         except DataError as error:
             raise DataError.all(_located_at_option(problem) for problem in error.problems) from error
     if not settings.data.train:
         raise UsageError("no rows are named", "command line", "name a file with --data, or a config with --config")
-    held_out = prepare_data(settings.data, loaded.renderer).eval
+    with overlong_named(fitted):
+        held_out = prepare_data(settings.data, loaded.renderer).eval
     if held_out is None or not len(held_out):
         raise DataError(
             "the config holds out no rows",
@@ -106,6 +116,9 @@ def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None
 def _located_at_option(problem: Problem) -> Problem:
     """Name the option `--data`, which the user typed, instead of the config key that its files were put under."""
     where = re.sub(r"data\.train(\[\d+\])?", "--data", problem.where) if problem.where else "--data"
+    if problem.fix and "`data.overlong`" in problem.fix:
+        fix = "take them out, or name the file in a config that sets `data.overlong`, and give that with --config"
+        return problem._replace(where=where, fix=fix)
     return problem._replace(where=where)
 
 

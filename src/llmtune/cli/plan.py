@@ -61,7 +61,7 @@ def plan(
     target = find_target(device, no_cuda=no_cuda)
     forecaster = Forecaster(prepare(resolved, options, progress=tokenizing_progress(print_line)), options, target)
     prepared, decisions = resolve(forecaster)
-    for decision in decisions:
+    for decision in (*forecaster.prepared.decisions, *decisions):
         print_line(str(decision))
     forecaster = forecaster.with_prepared(prepared)
     measured_bytes = None

@@ -347,8 +347,10 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
     ),
     Contradiction(
         ("data.max_length", "model.architecture.max_seq_len"),
-        lambda c, _: (
-            c.model.architecture.max_seq_len is not None and c.data.max_length > c.model.architecture.max_seq_len
+        lambda c, origins: (
+            c.model.architecture.max_seq_len is not None
+            and c.data.max_length > c.model.architecture.max_seq_len
+            and _is_given(origins, "data.max_length")  # else it is fitted to the model
         ),
         "examples may be longer than the model can see",
         "lower `data.max_length`, or raise `model.architecture.max_seq_len`",

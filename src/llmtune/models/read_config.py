@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
@@ -14,7 +15,7 @@ from llmtune.models.quiet_libraries import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-__all__ = ["garbage_collection_paused", "read_config", "read_fast_tokenizer"]
+__all__ = ["Context", "context_of", "garbage_collection_paused", "read_config", "read_fast_tokenizer"]
 
 _T = TypeVar("_T")
 _LIBRARY_ERRORS = (
@@ -67,6 +68,35 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedC
     return config
 
 
+@dataclass(frozen=True)
+class Context:
+    """The tokens a model sees at once."""
+
+    tokens: int
+    ends: bool
+    """Positions come from a table that ends there (GPT-2), so a longer row cannot be computed at all. False where they
+    are computed (rotary) or only hinted at: a longer row is computed, and means little to the model."""
+
+
+def context_of(config: PreTrainedConfig) -> Context | None:
+    """Return the context of the model with this config; None where its config names none.
+
+    Rotary positions that are stretched (YaRN, arXiv:2309.00071) reach `factor` times as far as those of pretraining.
+    """
+    text = config.get_text_config()
+    tokens = getattr(text, "max_position_embeddings", None)
+    if not isinstance(tokens, int) or tokens < 1:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    original, factor = (
+        (rope.get("original_max_position_embeddings"), rope.get("factor")) if isinstance(rope, dict) else (None, None)
+    )
+    if isinstance(original, int) and isinstance(factor, (int, float)):
+        tokens = max(tokens, int(original * factor))
+    is_computed = bool(rope) or getattr(text, "rope_theta", None) is not None or bool(getattr(text, "alibi", False))
+    return Context(tokens, ends=not is_computed and text.model_type not in _WITHOUT_TABLE)
+
+
 def _no_model(folder: Path, reason: str) -> ModelError:
     fix = "fetch the file again, or correct that value"
     return ModelError(
@@ -115,3 +145,9 @@ def _call_library(read: Callable[[], _T]) -> _T:
         if type(error) is not Exception:  # the tokenizers library, written in Rust, raises that bare class
             raise
         raise _Unreadable(in_one_line(error)) from error
+
+
+_WITHOUT_TABLE = frozenset(
+    ("inkling2_text", "inkling_text", "jamba", "kimi_linear", "nemotron_h", "rwkv", "xlnet", "zamba")
+)
+"""Model types that name a longest sequence and neither rotary positions nor a table of positions."""

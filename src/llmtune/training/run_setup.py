@@ -20,6 +20,7 @@ from llmtune.engine.devices import Devices
 from llmtune.models import save
 from llmtune.plan.memory import optimizer_bytes
 from llmtune.plan.resolve_auto import OPEN_VALUES
+from llmtune.prepare import keep_fitted
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import forecast_disk
@@ -163,8 +164,9 @@ def check_name(resolved: ResolvedConfig) -> None:
 def create(resolved: ResolvedConfig, setup: TrainingSetup, print_line: PrintLine) -> RunFolder:
     """Make the folder of a new run with everything that is known before step 1, and print where it is.
 
-    config.yaml holds the config as it was given, open values included. Raises MachineError when the disk is too small
-    for the whole run, UsageError for a name that cannot be one; nothing is left behind then.
+    config.yaml holds the config as it was given, open values included, with what was fitted to the model. Raises
+    MachineError when the disk is too small for the whole run, UsageError for a name that cannot be one; nothing is left
+    behind then.
     """
     prepared, config = setup.prepared, setup.config
     name = run_name(config.run.name, model=prepared.source.short_name, config=resolved.name, seed=config.run.seed)
@@ -181,7 +183,7 @@ def create(resolved: ResolvedConfig, setup: TrainingSetup, print_line: PrintLine
     )
 
     def fill(folder: Path) -> None:
-        durable.write_text(folder / CONFIG_FILE, config_to_yaml(resolved.config))
+        durable.write_text(folder / CONFIG_FILE, config_to_yaml(keep_fitted(resolved.config, config)))
         durable.write_json(folder / ORIGINS_FILE, {key: str(origin) for key, origin in resolved.origins.items()})
         with durable.AppendLog(folder / LEDGER_FILE) as log:
             for entry in prepared.data.ledger.entries:

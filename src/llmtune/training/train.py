@@ -193,7 +193,7 @@ def _prepare_again(
         print_line(note)
     tokenizer_folder = stopped.own_tokenizer(resolved.config.model)
     progress = tokenizing_progress(print_line)
-    prepared = prepare(resolved, options, tokenizer_folder=tokenizer_folder, progress=progress)
+    prepared = prepare(resolved, options, tokenizer_folder=tokenizer_folder, is_stopped=True, progress=progress)
     prepared = keep_resolved(prepared, stopped.identity["config"])
     forecaster = Forecaster.for_this_machine(prepared, options, devices)
     return forecaster.with_prepared(resolve_rates(forecaster)[0])

@@ -24,7 +24,10 @@ from llmtune.data.rendering.row_warnings import RowWarning
 from llmtune.data.rows.formats import UnusableRowError, conversation_of
 from llmtune.errors import DataError
 
-__all__ = ["STATUSES", "Reason", "RowResult", "RowRules", "Status", "process_record", "too_long_reason"]
+__all__ = ["OVERLONG_FIX", "STATUSES", "Reason", "RowResult", "RowRules", "Status", "process_record", "too_long_reason"]
+
+OVERLONG_FIX = "raise `data.max_length`, or set `data.overlong` to drop, truncate_right, truncate_left or split"
+"""What to do about a row that is too long."""
 
 Status = Literal["used", "cut", "dropped", "duplicate", "held_out", "bad"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -166,8 +169,7 @@ def _untrained_reason(result: RowResult, rules: RowRules) -> Reason:
 
 def too_long_reason(rules: RowRules) -> Reason:
     """The reason why a row over `max_length` is not used, where it is not cut."""
-    fix = "raise `data.max_length`, or set `data.overlong` to drop, truncate_right, truncate_left or split"
-    return Reason(f"longer than `data.max_length` of {rules.max_length} tokens", None, fix)
+    return Reason(f"longer than `data.max_length` of {rules.max_length} tokens", None, OVERLONG_FIX)
 
 
 def _check_answers(conversation: Conversation, train_on: TrainOn) -> None:
