@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
@@ -25,6 +26,16 @@ RENDER_ERRORS = (
     ValueError,
 )
 """Errors that a template can cause with the operations it has."""
+
+_PLAIN_TYPES = {
+    "Traced": "str",
+    "SizedLoop": "list",
+    "MessageLoop": "list",
+    "LimitedLoop": "iterator",
+    "_Namespace": "namespace",
+    "_DictMaker": "dict",
+}
+"""What the author of a template knows the types as that stand in for Python's own."""
 
 
 class RenderedPrefix(NamedTuple):
@@ -130,7 +141,14 @@ class ChatTemplate:
         except RecursionError as error:
             raise TemplateRefusal("the chat template calls itself without end", is_limit=True) from error
         except RENDER_ERRORS as error:
-            raise TemplateRefusal(f"the chat template fails: {type(error).__name__}: {error}") from error
+            raise TemplateRefusal(
+                f"the chat template fails: {type(error).__name__}: {_in_plain_types(error)}"
+            ) from error
+
+
+def _in_plain_types(error: BaseException) -> str:
+    """The text of an error with the types that its template was written for."""
+    return re.sub(rf"\b({'|'.join(_PLAIN_TYPES)})\b", lambda match: _PLAIN_TYPES[match[1]], str(error))
 
 
 def _does_not_compile(reason: str) -> TokenizerError:

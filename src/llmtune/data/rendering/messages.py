@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 from llmtune.data.example import REASONING_FIELDS, Message
+from llmtune.data.rendering.limits import TemplateRefusal
 from llmtune.data.rendering.provenance import DATA, with_origin
 
-__all__ = ["SELECTIONS", "message_fields", "traced_fields"]
+__all__ = ["SELECTIONS", "message_fields", "render_with_arguments", "traced_fields"]
 
 KNOWN_ROLES = frozenset(
     {"system", "developer", "user", "assistant", "tool", "function", "model", "ipython", "observation"}
@@ -20,33 +21,91 @@ HEADER_FIELDS = frozenset({"name", "tool_call_id", "id", "recipient"})
 """Fields of a message that templates write into headers: text of the row, but no part of the message's answer."""
 
 
-def message_fields(message: Message) -> dict[str, object]:
+ArgumentForm = Callable[[object], object]
+"""The form in which the arguments of a tool call are given to a template."""
+
+
+def _as_object(arguments: object) -> object:
+    """Arguments given as the JSON text of an object become that object."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _as_text(arguments: object) -> object:
+    """Arguments given as an object become its JSON text."""
+    return json.dumps(arguments, ensure_ascii=False, default=str) if isinstance(arguments, Mapping) else arguments
+
+
+def message_fields(message: Message, form: ArgumentForm = _as_object) -> dict[str, object]:
     """Return a message as the dictionary a chat template reads.
 
-    Fields without a value are left out, arguments of tool calls given as JSON text become objects (templates expect
-    objects; inference servers do the same), and reasoning is given under every name that templates read.
+    Fields without a value are left out, the arguments of tool calls are given in `form` (most templates expect
+    objects; inference servers give them too), and reasoning is given under every name that templates read.
     """
     extra = {key: value for key, value in message.extra.items() if value is not None}
     if "tool_calls" in extra:
-        extra["tool_calls"] = [_with_object_arguments(call) for call in cast("list[object]", extra["tool_calls"])]
+        extra["tool_calls"] = [_with_arguments(call, form) for call in cast("list[object]", extra["tool_calls"])]
     reasoning = next((extra[name] for name in REASONING_FIELDS if name in extra), None)
     if reasoning is not None:
         extra = {"thinking": reasoning, **extra, "reasoning_content": reasoning}
     return {"role": message.role, "content": message.content, **extra}
 
 
-def _with_object_arguments(call: object) -> object:
+def _with_arguments(call: object, form: ArgumentForm) -> object:
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _with_object_arguments(call["function"])}
-    if isinstance(call.get("arguments"), str):
-        try:
-            value = json.loads(call["arguments"])
-        except (ValueError, RecursionError):
-            return call
-        return {**call, "arguments": value} if isinstance(value, dict) else call
-    return call
+        return {**call, "function": _with_arguments(call["function"], form)}
+    return {**call, "arguments": form(call["arguments"])} if "arguments" in call else call
+
+
+def _arguments_of(messages: Sequence[Message]) -> list[object]:
+    """The arguments of all tool calls that are an object, or the JSON text of one."""
+    calls = [call for message in messages for call in cast("list[object]", message.extra.get("tool_calls") or ())]
+    functions = [call.get("function", call) for call in calls if isinstance(call, Mapping)]
+    values = [function.get("arguments") for function in functions if isinstance(function, Mapping)]
+    return [value for value in values if isinstance(_as_object(value), Mapping)]
+
+
+def render_with_arguments(
+    messages: Sequence[Message], render: Callable[[list[dict[str, object]]], str]
+) -> tuple[list[dict[str, object]], str]:
+    """Render messages with the arguments of their tool calls as the template takes them.
+
+    Objects come first. JSON text takes their place where the template fails on objects (it joins them to a text), or
+    where it prints them in Python's notation. Returns the fields of the messages and the text. Raises the
+    `TemplateRefusal` of `render` for objects where neither form can be rendered.
+    """
+    fields = [message_fields(message) for message in messages]
+    arguments = _arguments_of(messages)
+    printed = [str(value) for value in map(_as_object, arguments) if value]  # an empty one reads the same in both
+    refusal: TemplateRefusal | None = None
+    text = ""
+    try:
+        text = render(fields)
+    except TemplateRefusal as error:
+        if error.is_limit or not arguments:
+            raise
+        refusal = error
+    if refusal is None and not any(value in text for value in printed):
+        return fields, text
+    in_text = [message_fields(message, _as_text) for message in messages]
+    try:
+        other = render(in_text)
+    except TemplateRefusal:
+        if refusal is not None:
+            raise refusal from None
+        return fields, text
+    # A content of the row may hold Python's notation as well, which is there in both forms; and a template that makes
+    # JSON of the arguments in another place would make JSON of their JSON.
+    is_printed = any(other.count(value) < text.count(value) for value in printed)
+    is_doubled = any(json.dumps(_as_text(value), ensure_ascii=False) in other for value in arguments)
+    return (fields, text) if refusal is None and (not is_printed or is_doubled) else (in_text, other)
 
 
 def traced_fields(fields: Mapping[str, object], index: int) -> dict[str, object]:

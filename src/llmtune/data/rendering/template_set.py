@@ -11,7 +11,7 @@ from llmtune.data.example import Conversation, Message
 from llmtune.data.rendering.chat_template import ChatTemplate
 from llmtune.data.rendering.encoding import SafeEncoder
 from llmtune.data.rendering.limits import Limits, TemplateRefusal
-from llmtune.data.rendering.messages import message_fields, traced_fields
+from llmtune.data.rendering.messages import render_with_arguments, traced_fields
 from llmtune.data.rendering.provenance import DATA, runs_of, with_origin
 from llmtune.data.rendering.spans import Rendering, TurnShape, find_span, learn_turn_shape
 from llmtune.data.rendering.vocabulary import Vocabulary
@@ -76,24 +76,19 @@ class TemplateSet:
 
         Raises `DataError` when the template refuses it, `TokenizerError` when the template goes over a limit.
         """
-        fields = [message_fields(message) for message in conversation.messages]
         tools = list(conversation.tools) or None
         template = self._templates[self._name_for(tools)]
-        traced_messages = [traced_fields(message, index) for index, message in enumerate(fields)]
-
         arguments = conversation.template_args
 
-        def render(count: int, add_generation_prompt: bool) -> str:
-            return template.render(fields[:count], tools, arguments, add_generation_prompt=add_generation_prompt)
-
-        def render_traced(count: int) -> str:
+        def render_traced(fields: Sequence[Mapping[str, object]]) -> str:
             # Arguments come from the row as well: their text must not become a control token.
             traced_arguments = {name: with_origin(value, DATA) for name, value in arguments.items()}
-            messages, traced_tools = traced_messages[:count], with_origin(tools, DATA)
+            messages = [traced_fields(message, index) for index, message in enumerate(fields)]
+            traced_tools = with_origin(tools, DATA)
             return template.render(messages, traced_tools, traced_arguments, add_generation_prompt=False)
 
         try:
-            text = render_traced(len(fields))
+            fields, text = render_with_arguments(conversation.messages, render_traced)
             plain, prefixes = template.render_with_prefixes(fields, tools, arguments)
         except TemplateRefusal as refusal:
             raise _refused(refusal, conversation.source) from refusal
@@ -106,15 +101,28 @@ class TemplateSet:
             )
         runs = runs_of(text)
         roles = tuple(message.role for message in conversation.messages)
-        return Rendering(plain, runs, self._encoder.encode(plain, runs), roles, render, prefixes, render_traced)
+        return Rendering(
+            plain,
+            runs,
+            self._encoder.encode(plain, runs),
+            roles,
+            lambda count, generate: template.render(fields[:count], tools, arguments, add_generation_prompt=generate),
+            prefixes,
+            lambda count: render_traced(fields[:count]),
+        )
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools) -> list[int]:
         """The ids of messages and the generation prompt. Raises `DataError` when the template refuses the messages."""
         shape = self.shape("prompt", tools)
-        traced = [traced_fields(message_fields(message), index) for index, message in enumerate(messages)]
         template = self._templates[self._name_for(tools)]
+        traced_tools = with_origin(list(tools), DATA) or None
+
+        def render(fields: Sequence[Mapping[str, object]]) -> str:
+            traced = [traced_fields(message, index) for index, message in enumerate(fields)]
+            return template.render(traced, traced_tools, add_generation_prompt=True)
+
         try:
-            text = template.render(traced, with_origin(list(tools), DATA) or None, add_generation_prompt=True)
+            _, text = render_with_arguments(messages, render)
         except TemplateRefusal as refusal:
             raise _refused(refusal, "prompt") from refusal
         text = text + shape.header
