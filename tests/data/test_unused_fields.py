@@ -129,8 +129,8 @@ def test_a_system_prompt_beside_a_conversation_that_has_one_is_named():
 
 
 def test_rows_of_one_table_are_all_conversations_where_some_have_no_system_prompt():
-    assert not conversation(question="q", response="a", system_prompt="").prompt_is_text
-    assert conversation(question="q", response="a").prompt_is_text
+    assert not conversation(prompt="q", response="a", system_prompt="").prompt_is_text
+    assert conversation(prompt="q", response="a").prompt_is_text
 
 
 @pytest.mark.parametrize("chat", CHATS)

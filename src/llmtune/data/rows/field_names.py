@@ -1,20 +1,45 @@
-"""The names of fields by which rows are read, and the fields that nothing reads."""
+"""The names of fields by which rows and their turns are read, and the fields that nothing reads.
+
+| keys of a turn | of |
+| --- | --- |
+| `role` and `content` | the `messages` format |
+| `from` and `value` | the `sharegpt` format |
+| one of `role`, `from` and one of `content`, `value`, `text` | mixtures of the two |
+| a question and an answer, such as `input` and `output` (`TURN_PAIRS`) | two messages in one turn |
+
+Turns of one file, and of one row, may have different keys.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from llmtune.data.example import REASONING_FIELDS
-from llmtune.data.rows.row_fields import MARKS, MESSAGE_FIELDS, UnusableRowError
 
 __all__ = [
     "ALPACA_NAMES",
     "CHAT_COLUMNS",
+    "EXTRA_TEXTS",
     "LIST_FIELDS",
+    "MARKS",
     "PAIRS",
+    "RAW_PAIRS",
+    "ROLES",
+    "SPEAKER_ROLES",
     "SYSTEM_FIELDS",
+    "TOOL_FIELDS",
+    "TurnKeys",
+    "describe_turn",
+    "first_turn",
+    "is_raw_text",
+    "is_sharegpt_turn",
     "list_field_of",
     "pair_of",
+    "read_fields_of",
+    "roles_of",
+    "turn_keys_of",
+    "turn_pair_of",
     "unused_fields",
 ]
 
@@ -24,32 +49,171 @@ PAIRS = (
     ("prompt", "response"),
     ("question", "answer"),
     ("question", "response"),
+    ("question", "solution"),
     ("query", "response"),
+    ("query", "answer"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("instruction", "answer"),
+    ("instruction", "completion"),
     ("input", "output"),
+    ("input", "response"),
+    ("prompt", "answer"),
+    ("prompt", "output"),
+    ("user", "assistant"),
+    ("human", "assistant"),
 )
-"""Names of a prompt and its completion."""
+"""Names of a prompt and its completion; the first pair that a row has counts."""
+RAW_PAIRS = (("prompt", "completion"), ("prompt", "response"))
+"""Pairs of texts that are joined as they are, without a chat template; the others are a user's and an assistant's."""
 ALPACA_NAMES = (("output", "response"), ("input", "context"))
 """Fields of the `alpaca` format that have two names; the first one counts."""
 SYSTEM_FIELDS = ("system", "system_prompt")
 CHAT_COLUMNS = (*SYSTEM_FIELDS, *REASONING_FIELDS, "chat_template_kwargs")
 """Columns beside a prompt and its completion that only a conversation has."""
+TOOL_FIELDS = ("tools", "functions")
+"""Fields of a row with descriptions of tools; the second one is OpenAI's first name for them."""
+MARKS = ("train", "trainable", "training", "loss")
+"""Switches of a message by which other tools say whether it is trained."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SPEAKER_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+}
+"""Role of each speaker of the `sharegpt` format."""
+
+SPEAKER_KEYS = ("role", "from")
+TEXT_KEYS = ("content", "value", "text")
+TURN_PAIRS = (
+    ("input", "output"),
+    ("user", "assistant"),
+    ("human", "assistant"),
+    ("human", "gpt"),
+    ("question", "answer"),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("query", "response"),
+    ("instruction", "response"),
+    ("instruction", "output"),
+)
+"""Keys of a turn that holds a user's message and the answer to it."""
+
+EXTRA_TEXTS = ("name", "tool_call_id", *REASONING_FIELDS)
 UNUSED_SHOWN = 12
 """Unread fields of one row that are described; a file whose keys are data has no end of them."""
-TURN_FIELDS = frozenset({"from", "value", "weight", *MARKS})
-"""Fields of a `sharegpt` turn that are read."""
 
 
-def list_field_of(fields: Mapping[str, object]) -> str:
-    """The name of the field that holds a row's list of messages. Raises UnusableRowError where there is none."""
-    for field in LIST_FIELDS:
-        if fields.get(field) is not None:
-            return field
-    raise UnusableRowError("messages", "the field is missing", "give the row a list of messages")
+def list_field_of(fields: Mapping[str, object]) -> str | None:
+    """The name of the field that holds a row's list of messages, or None."""
+    return next((name for name in LIST_FIELDS if fields.get(name) is not None), None)
 
 
 def pair_of(fields: Mapping[str, object]) -> tuple[str, str] | None:
     """The names of a row's prompt and completion."""
     return next((pair for pair in PAIRS if all(fields.get(name) is not None for name in pair)), None)
+
+
+def is_raw_text(fields: Mapping[str, object]) -> bool:
+    """Whether a prompt and its completion are joined as text: a pair of `RAW_PAIRS`, without a column of a chat."""
+    pair = pair_of(fields)
+    return (
+        pair in RAW_PAIRS
+        and all(isinstance(fields[name], str) for name in pair)
+        # A column that only a chat has makes all rows of its file conversations, also those in which it is empty.
+        and not any(name in fields for name in CHAT_COLUMNS)
+    )
+
+
+def _tools_name(fields: Mapping[str, object]) -> str:
+    return next((name for name in TOOL_FIELDS if fields.get(name)), TOOL_FIELDS[0])
+
+
+# --- keys of turns
+
+
+class TurnKeys(NamedTuple):
+    """The keys under which a turn says who speaks, and what."""
+
+    speaker: str
+    text: str
+
+    @property
+    def are_of_messages(self) -> bool:
+        """Whether they are those of the `messages` format."""
+        return self == ("role", "content")
+
+
+def turn_keys_of(turn: Mapping[str, object]) -> TurnKeys:
+    """The keys of a turn; where it has none, those that go with its other key."""
+    speaker = next((key for key in SPEAKER_KEYS if turn.get(key) is not None), None)
+    speaker = speaker or next((key for key in SPEAKER_KEYS if key in turn), None)
+    text = next((key for key in TEXT_KEYS if turn.get(key) is not None), None)
+    text = text or next((key for key in TEXT_KEYS if key in turn), None)
+    if speaker is None:
+        speaker = "from" if text == "value" else "role"
+    return TurnKeys(speaker, text or ("value" if speaker == "from" else "content"))
+
+
+def turn_pair_of(turn: Mapping[str, object]) -> tuple[str, str] | None:
+    """The keys of a turn that holds a question and its answer, or None."""
+    if any(turn.get(key) is not None for key in SPEAKER_KEYS):
+        return None
+    return next((pair for pair in TURN_PAIRS if all(turn.get(key) is not None for key in pair)), None)
+
+
+def read_fields_of(turn: Mapping[str, object]) -> frozenset[str]:
+    """The fields of a turn that are read."""
+    pair = turn_pair_of(turn)
+    if pair is not None:
+        return frozenset({*pair, "weight", *MARKS, *REASONING_FIELDS})
+    return frozenset({*turn_keys_of(turn), "weight", *MARKS, *EXTRA_TEXTS, "tool_calls", "function_call"})
+
+
+def first_turn(turns: object) -> Mapping[str, object]:
+    """The first object in a list of turns, or an empty one."""
+    given = turns if isinstance(turns, (list, tuple)) else ()
+    return next((turn for turn in given if isinstance(turn, Mapping)), {})
+
+
+def is_sharegpt_turn(turn: Mapping[str, object]) -> bool:
+    """Whether a turn says under `from` who speaks."""
+    return "from" in turn and "role" not in turn
+
+
+def describe_turn(turn: Mapping[str, object]) -> str:
+    """The keys by which a turn is read, as text for users; other keys where there are none of those.
+
+    >>> describe_turn({"role": "user", "value": "q"}), describe_turn({"input": "q", "output": "a"})
+    ('`role` and `value`', '`input` and `output`')
+    >>> describe_turn({"author": "user", "message": "q"})
+    'neither `role` nor `content`, but `author`, `message`'
+    """
+    names: tuple[str, ...] = turn_pair_of(turn) or turn_keys_of(turn)
+    if not turn or any(name in turn for name in names):
+        return " and ".join(f"`{name}`" for name in names)
+    others = ", ".join(f"`{name}`" for name in list(turn)[:4])
+    return f"neither `{names[0]}` nor `{names[1]}`, but {others}"
+
+
+def roles_of(keys: TurnKeys) -> Mapping[str, str]:
+    """The role of each speaker that turns with these keys may have."""
+    own = {role: role for role in ROLES}
+    return {**own, "function": "tool"} if keys.are_of_messages else {**SPEAKER_ROLES, **own}
+
+
+# --- fields that are not read
 
 
 def unused_fields(fields: Mapping[str, object], format_name: str, text_column: str) -> Iterator[str]:
@@ -59,11 +223,11 @@ def unused_fields(fields: Mapping[str, object], format_name: str, text_column: s
     if format_name == "text":
         read.add(text_column)
     else:
-        read |= {"tools", "chat_template_kwargs", *SYSTEM_FIELDS}
+        read |= {_tools_name(fields), "chat_template_kwargs", *SYSTEM_FIELDS}
     if format_name in ("messages", "sharegpt"):
-        name = list_field_of(fields)
+        name = list_field_of(fields) or LIST_FIELDS[0]
         read.add(name)
-        lists = [fields[name]]
+        lists = [fields.get(name)]
     elif format_name == "alpaca":
         read |= {"instruction", "history", *REASONING_FIELDS}
         read |= {first if fields.get(first) is not None else other for first, other in ALPACA_NAMES}
@@ -71,13 +235,12 @@ def unused_fields(fields: Mapping[str, object], format_name: str, text_column: s
         pair = pair_of(fields) or ()
         lists = [fields[name] for name in pair]
         read |= {*pair, *(() if any(isinstance(value, (list, tuple)) for value in lists) else REASONING_FIELDS)}
-        if all(isinstance(value, str) for value in lists) and not any(name in fields for name in CHAT_COLUMNS):
-            read.remove("tools")  # plain text, without a template that could write them
-    read_in_turns = TURN_FIELDS if format_name == "sharegpt" else MESSAGE_FIELDS
+        if is_raw_text(fields):
+            read -= {*TOOL_FIELDS}  # plain text, without a template that could write them
     turns = [turn for turns in lists if isinstance(turns, (list, tuple)) for turn in turns if isinstance(turn, Mapping)]
     if turns and (turns[0].get("role") or turns[0].get("from")) in ("system", "developer"):
         read -= {*SYSTEM_FIELDS}  # the conversation has a system prompt of its own
-    in_turns = dict(_unread(pair for turn in turns for pair in turn.items() if pair[0] not in read_in_turns))
+    in_turns = dict(_unread(pair for turn in turns for pair in turn.items() if pair[0] not in read_fields_of(turn)))
     beside = dict(_unread(pair for pair in fields.items() if pair[0] not in read))
     for is_switch in (True, False):
         for where, unread in ((" of a message", in_turns), ("", beside)):

@@ -2,10 +2,10 @@
 
 | format | a row has |
 | --- | --- |
-| `messages` | `messages` (or `conversations`): a list of `{"role", "content"}`; also `tools` |
+| `messages` | `messages` (or `conversations`): a list of `{"role", "content"}` (or other keys); also `tools` |
 | `sharegpt` | `conversations` (or `messages`): a list of `{"from", "value"}`; also `system`, `tools` |
 | `alpaca` | `instruction` and `output`; also `input`, `system`, `history` |
-| `prompt-completion` | `prompt` and `completion` (or `response`), both texts or both lists of messages |
+| `prompt-completion` | `prompt` and `completion`, or another of `PAIRS`; both texts or both lists of messages |
 | `text` | `text`, or the column named by `data.text_column` |
 """
 
@@ -13,35 +13,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from llmtune.common.decisions import Decision
 from llmtune.data.example import REASONING_FIELDS, Conversation, Message, Row
-from llmtune.data.reading.parse import describe_value
 from llmtune.data.rows.field_names import (
     ALPACA_NAMES,
-    CHAT_COLUMNS,
     LIST_FIELDS,
     PAIRS,
+    RAW_PAIRS,
     SYSTEM_FIELDS,
+    describe_turn,
+    first_turn,
+    is_raw_text,
+    is_sharegpt_turn,
     list_field_of,
     pair_of,
     unused_fields,
 )
 from llmtune.data.rows.row_fields import (
-    SPEAKER_ROLES,
     UnusableRowError,
     null_or_missing,
-    read_content,
-    read_message_weight,
     read_messages,
     read_template_args,
     read_text,
-    read_tool_calls,
     read_tools,
     read_weight,
     wrong_type,
@@ -65,11 +62,13 @@ class Format(NamedTuple):
     """The fields (as text for users) by which a row shows that it has this format, or None."""
 
 
-# --- messages
+# --- messages, sharegpt
 
 
 def _parse_messages(row: Row) -> Conversation:
     field = list_field_of(row.fields)
+    if field is None:
+        raise UnusableRowError(LIST_FIELDS[0], "the field is missing", "give the row a list of messages")
     return _chat(row, read_messages(row.fields[field], field))
 
 
@@ -90,7 +89,7 @@ def _chat(row: Row, messages: tuple[Message, ...]) -> Conversation:
     return Conversation(
         row.source,
         messages,
-        tools=read_tools(fields.get("tools")),
+        tools=read_tools(fields),
         loss_weight=row.loss_weight * (1.0 if weight is None else weight),
         template_args=read_template_args(fields.get("chat_template_kwargs")),
     )
@@ -107,84 +106,26 @@ def _row_weight(fields: Fields) -> float | None:
 
 def _list_and_first_turn(fields: Fields) -> tuple[str, Fields] | None:
     """The first list field that holds a list, and the first object in it."""
-    for field in LIST_FIELDS:
-        turns = fields.get(field)
-        if isinstance(turns, (list, tuple)):
-            return field, next((turn for turn in turns if isinstance(turn, Mapping)), {})
-    return None
+    name = next((name for name in LIST_FIELDS if isinstance(fields.get(name), (list, tuple))), None)
+    return None if name is None else (name, first_turn(fields[name]))
 
 
 def _recognize_messages(fields: Fields) -> str | None:
-    turns = _list_and_first_turn(fields)
-    if turns is not None:
-        return None if _recognize_sharegpt(fields) else f"`{turns[0]}` with `role` and `content`"
+    found = _list_and_first_turn(fields)
+    if found is not None:
+        name, turn = found
+        return None if is_sharegpt_turn(turn) else f"`{name}` with {describe_turn(turn)}"
     # Without a list in it such a field counts last: columnar files fill the fields of other formats with null.
     if _recognize_alpaca(fields) or _recognize_prompt_completion(fields):
         return None
     return next((f"`{field}` with `role` and `content`" for field in LIST_FIELDS if field in fields), None)
 
 
-# --- sharegpt
-
-
-def _parse_sharegpt(row: Row) -> Conversation:
-    field = list_field_of(row.fields)
-    turns = row.fields[field]
-    if not isinstance(turns, (list, tuple)):
-        raise wrong_type(field, "must be a list of turns", turns, 'write [{"from": "human", "value": "..."}, ...]')
-    messages = [_read_turn(turn, f"{field}[{index}]") for index, turn in enumerate(turns)]
-    if not messages:
-        raise UnusableRowError(field, "the list of turns is empty", "give the row turns, or delete it")
-    return _chat(row, tuple(messages))
-
-
 def _recognize_sharegpt(fields: Fields) -> str | None:
-    turns = _list_and_first_turn(fields)
-    if turns is None or "from" not in turns[1] or "role" in turns[1]:
+    found = _list_and_first_turn(fields)
+    if found is None or not is_sharegpt_turn(found[1]):
         return None
-    return f"`{turns[0]}` with `from` and `value`"
-
-
-def _read_turn(turn: object, field: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise wrong_type(field, "a turn must be an object", turn, 'write {"from": "human", "value": "..."}')
-    speaker = _read_speaker(turn.get("from"), f"{field}.from")
-    if turn.get("value") is None:
-        fix = "give the turn a text, or take the turn out"
-        raise UnusableRowError(f"{field}.value", null_or_missing(turn, "value"), fix)
-    text = read_content(turn["value"], f"{field}.value")
-    weight = read_message_weight(turn, field)
-    if speaker in ("function_call", "tool_call"):
-        return Message("assistant", "", weight, {"tool_calls": _parse_tool_calls(text, f"{field}.value")})
-    return Message(SPEAKER_ROLES[speaker], text, weight)
-
-
-def _read_speaker(value: object, field: str) -> str:
-    fix = f"give it one of {', '.join(SPEAKER_ROLES)}"
-    if value is None:
-        raise UnusableRowError(field, "the turn says not whom it is from", fix)
-    if not isinstance(value, str):
-        raise wrong_type(field, "must be text", value, fix)
-    if value not in SPEAKER_ROLES:
-        near = difflib.get_close_matches(value.lower(), SPEAKER_ROLES, n=1)
-        hint = f"did you mean `{near[0]}`? " if near else ""
-        fix = f"{hint}speakers are {', '.join(SPEAKER_ROLES)}"
-        raise UnusableRowError(field, f"unknown speaker {json.dumps(value[:60])}", fix)
-    return value
-
-
-def _parse_tool_calls(text: str, field: str) -> list[object]:
-    """Tool calls that a turn gives as JSON text: one call, or a list of them."""
-    try:
-        calls = json.loads(text)
-    except (ValueError, RecursionError):
-        problem = f"the call is not JSON: {describe_value(text)}"
-        raise UnusableRowError(field, problem, 'write {"name": "...", "arguments": {...}}') from None
-    checked = read_tool_calls(calls if isinstance(calls, list) else [calls], field)
-    return [
-        call if isinstance(call, dict) and "function" in call else {"type": "function", "function": call}
-        for call in checked
-    ]
+    return f"`{found[0]}` with {describe_turn(found[1])}"
 
 
 def _system(fields: Fields) -> tuple[Message, ...]:
@@ -247,16 +188,15 @@ def _recognize_alpaca(fields: Fields) -> str | None:
 def _parse_prompt_completion(row: Row) -> Conversation:
     names = pair_of(row.fields)
     if names is None:
-        missing = "completion" if row.fields.get("prompt") is not None else "prompt"
+        named = next((pair for pair in PAIRS if all(name in row.fields for name in pair)), PAIRS[0])
+        missing = named[1] if row.fields.get(named[0]) is not None else named[0]
         raise UnusableRowError(missing, null_or_missing(row.fields, missing), "give the row a prompt and a completion")
     prompt, completion = (row.fields[name] for name in names)
     if isinstance(prompt, str) and isinstance(completion, str):
         conversation = _chat(
             row, (Message("user", prompt), Message("assistant", completion, None, _reasoning(row.fields)))
         )
-        # A column that only a chat has makes all rows of its file conversations, also those in which it is empty.
-        is_text = not any(name in row.fields for name in CHAT_COLUMNS)
-        return dataclasses.replace(conversation, prompt_is_text=is_text)
+        return dataclasses.replace(conversation, prompt_is_text=is_raw_text(row.fields))
     if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
         # The completion alone is trained: weight 0 keeps earlier answers inside the prompt out of the loss.
         messages = (
@@ -276,7 +216,14 @@ def _parse_prompt_completion(row: Row) -> Conversation:
 
 def _recognize_prompt_completion(fields: Fields) -> str | None:
     pair = next((pair for pair in PAIRS if all(name in fields for name in pair)), None)
-    return None if pair is None else f"`{pair[0]}` and `{pair[1]}`"
+    if pair is None:
+        return None
+    shown = f"`{pair[0]}` and `{pair[1]}`"
+    if not all(isinstance(fields[name], str) for name in pair):
+        return shown
+    is_text = pair in RAW_PAIRS and is_raw_text(fields)
+    way = "joined as one text, without a chat template" if is_text else "a user's and an assistant's message"
+    return f"{shown} ({way})"
 
 
 # --- text
@@ -366,7 +313,7 @@ def conversation_of(row: Row, format_name: str, text_column: str | None = None) 
 
 FORMATS: dict[str, Format] = {
     "messages": Format(_parse_messages, _recognize_messages),
-    "sharegpt": Format(_parse_sharegpt, _recognize_sharegpt),
+    "sharegpt": Format(_parse_messages, _recognize_sharegpt),
     "alpaca": Format(_parse_alpaca, _recognize_alpaca),
     "prompt-completion": Format(_parse_prompt_completion, _recognize_prompt_completion),
     "text": Format(_parse_text, _recognize_text),

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from llmtune.data.example import REASONING_FIELDS, Message
 from llmtune.data.reading.parse import describe_value
+from llmtune.data.rows.field_names import (
+    EXTRA_TEXTS,
+    MARKS,
+    ROLES,
+    SPEAKER_ROLES,
+    TOOL_FIELDS,
+    TurnKeys,
+    read_fields_of,
+    roles_of,
+    turn_keys_of,
+    turn_pair_of,
+)
 
 __all__ = [
-    "MARKS",
-    "MESSAGE_FIELDS",
-    "SPEAKER_ROLES",
     "UnusableRowError",
     "null_or_missing",
     "read_content",
-    "read_message_weight",
     "read_messages",
     "read_template_args",
     "read_text",
@@ -30,30 +38,6 @@ __all__ = [
     "wrong_type",
 ]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SPEAKER_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-}
-"""Role of each speaker of the `sharegpt` format."""
-
-_EXTRA_TEXTS = ("name", "tool_call_id", *REASONING_FIELDS)
-MARKS = ("train", "trainable", "training", "loss")
-"""Switches of a message by which other tools say whether it is trained."""
-MESSAGE_FIELDS = frozenset({"role", "content", "weight", "tool_calls", *MARKS, *_EXTRA_TEXTS})
-"""Fields of a message that are read."""
 
 _TEMPLATE_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _TEXT_PART_TYPES = ("text", "input_text", "output_text")
@@ -129,49 +113,6 @@ def read_template_args(value: object) -> Mapping[str, object]:
     return {name: _without_nulls(item) for name, item in value.items() if item is not None}
 
 
-def read_messages(value: object, field: str) -> tuple[Message, ...]:
-    """A list of `{"role", "content"}` as messages. Raises UnusableRowError for the first part that is none."""
-    if not isinstance(value, (list, tuple)):
-        raise wrong_type(field, "must be a list of messages", value, 'write [{"role": "user", "content": "..."}, ...]')
-    if not value:
-        raise UnusableRowError(field, "the list of messages is empty", "give the row messages, or delete it")
-    return tuple(_read_message(message, f"{field}[{index}]") for index, message in enumerate(value))
-
-
-def _read_message(value: object, field: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise wrong_type(field, "a message must be an object", value, 'write {"role": "user", "content": "..."}')
-    role = _read_role(value.get("role"), f"{field}.role")
-    tool_calls = read_tool_calls(value.get("tool_calls"), f"{field}.tool_calls")
-    extra: dict[str, object] = {"tool_calls": tool_calls} if tool_calls else {}
-    for name in _EXTRA_TEXTS:
-        if value.get(name) is not None:
-            extra[name] = read_text(value[name], f"{field}.{name}")
-    content = value.get("content")
-    if content is None:
-        if not extra.keys() & {"tool_calls", *REASONING_FIELDS}:
-            fix = "give the message a text, or take the message out"
-            raise UnusableRowError(f"{field}.content", null_or_missing(value, "content"), fix)
-        content = ""
-    text = read_content(content, f"{field}.content")
-    return Message(role, text, read_message_weight(value, field), extra)
-
-
-def _read_role(value: object, field: str) -> str:
-    fix = f"give it one of {', '.join(ROLES)}"
-    if value is None:
-        raise UnusableRowError(field, "the message has no role", fix)
-    if not isinstance(value, str):
-        raise wrong_type(field, "must be text", value, fix)
-    role = "tool" if value == "function" else value
-    if role not in ROLES:
-        near = difflib.get_close_matches(role.lower(), (*ROLES, *SPEAKER_ROLES), n=1)
-        hint = f"did you mean `{SPEAKER_ROLES.get(near[0], near[0])}`? " if near else ""
-        fix = f"{hint}roles are {', '.join(ROLES)}"
-        raise UnusableRowError(field, f"unknown role {json.dumps(role[:60])}", fix)
-    return role
-
-
 def read_content(value: object, field: str) -> str:
     """A text, or a list of text parts joined. Raises UnusableRowError for other parts: only text is trained on."""
     if not isinstance(value, (list, tuple)):
@@ -209,8 +150,10 @@ def read_tool_calls(value: object, field: str) -> list[object]:
     return [_without_nulls(call) for call in value]
 
 
-def read_tools(value: object) -> tuple[Mapping[str, object], ...]:
-    """The `tools` of a row, given as a list or as its JSON text. Raises UnusableRowError for anything else."""
+def read_tools(fields: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
+    """The `tools` of a row, or its `functions`, given as a list or as its JSON text. Raises UnusableRowError."""
+    name = next((name for name in TOOL_FIELDS if fields.get(name) not in (None, "", [], ())), TOOL_FIELDS[0])
+    value = fields.get(name)
     if isinstance(value, str):
         if not value.strip():
             return ()
@@ -218,12 +161,15 @@ def read_tools(value: object) -> tuple[Mapping[str, object], ...]:
             value = json.loads(value)
         except (ValueError, RecursionError):
             problem = f"is not JSON: {describe_value(value)}"
-            raise UnusableRowError("tools", problem, "write a list of tool descriptions") from None
+            raise UnusableRowError(name, problem, "write a list of tool descriptions") from None
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
-        raise wrong_type("tools", "must be a list of tool descriptions", value, "write a list of objects")
-    return tuple({key: _without_nulls(item) for key, item in tool.items() if item is not None} for tool in value)
+        raise wrong_type(name, "must be a list of tool descriptions", value, "write a list of objects")
+    tools = ({key: _without_nulls(item) for key, item in tool.items() if item is not None} for tool in value)
+    if name == "functions":  # OpenAI's first form had the descriptions bare
+        tools = (tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+    return tuple(tools)
 
 
 def _without_nulls(value: object) -> object:
@@ -233,3 +179,130 @@ def _without_nulls(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_without_nulls(item) for item in value]
     return value
+
+
+# --- messages
+
+
+_CALL_SPEAKERS = ("function_call", "tool_call")
+"""Speakers whose text is a call."""
+
+
+def read_messages(value: object, field: str) -> tuple[Message, ...]:
+    """A list of turns as messages. Raises UnusableRowError for the first part that is none."""
+    if not isinstance(value, (list, tuple)):
+        raise wrong_type(field, "must be a list of messages", value, 'write [{"role": "user", "content": "..."}, ...]')
+    if not value:
+        raise UnusableRowError(field, "the list of messages is empty", "give the row messages, or delete it")
+    return tuple(message for index, turn in enumerate(value) for message in _messages_of(turn, f"{field}[{index}]"))
+
+
+def _messages_of(turn: object, field: str) -> Iterator[Message]:
+    if not isinstance(turn, Mapping):
+        raise wrong_type(field, "a message must be an object", turn, 'write {"role": "user", "content": "..."}')
+    pair = turn_pair_of(turn)
+    if pair is None:
+        yield _read_message(turn, field)
+        return
+    weight = read_message_weight(turn, field)
+    question, answer = (read_content(turn[key], f"{field}.{key}") for key in pair)
+    yield Message("user", question, 0.0 if weight == 0 else None)
+    yield Message("assistant", answer, weight, _extra_texts(turn, field, REASONING_FIELDS))
+
+
+def _read_message(turn: Mapping[str, object], field: str) -> Message:
+    keys = turn_keys_of(turn)
+    speaker, role = _read_speaker(turn, keys, field)
+    extra = _extra_texts(turn, field, EXTRA_TEXTS)
+    calls = _read_calls(turn, field)
+    text = turn.get(keys.text)
+    weight = read_message_weight(turn, field)
+    if speaker in _CALL_SPEAKERS and text is not None and not calls:
+        calls = _parse_calls(read_content(text, f"{field}.{keys.text}"), f"{field}.{keys.text}")
+        text = ""
+    if calls:
+        extra = {"tool_calls": calls, **extra}
+    if text is None:
+        if not extra.keys() & {"tool_calls", *REASONING_FIELDS}:
+            raise _no_text(turn, keys, field)
+        text = ""
+    return Message(role, read_content(text, f"{field}.{keys.text}"), weight, extra)
+
+
+def _extra_texts(turn: Mapping[str, object], field: str, names: tuple[str, ...]) -> dict[str, object]:
+    given = [name for name in names if turn.get(name) is not None]
+    return {name: read_text(turn[name], f"{field}.{name}") for name in given}
+
+
+def _no_text(turn: Mapping[str, object], keys: TurnKeys, field: str) -> UnusableRowError:
+    """The error for a turn without a text; it names the fields that may hold the text."""
+    texts = [name for name, value in turn.items() if name not in read_fields_of(turn) and isinstance(value, str)]
+    problem = null_or_missing(turn, keys.text)
+    fix = "give the message a text, or take the message out"
+    if texts:
+        problem += f"; the message has {', '.join(f'`{str(name)[:60]}`' for name in texts[:4])}, which are not read"
+        longest = max(texts[:4], key=lambda name: len(str(turn[name])))
+        fix = f"rename `{str(longest)[:60]}` to `{keys.text}` if it holds the text, or {fix}"
+    return UnusableRowError(f"{field}.{keys.text}", problem, fix)
+
+
+# --- who speaks
+
+
+def _read_speaker(turn: Mapping[str, object], keys: TurnKeys, field: str) -> tuple[str, str]:
+    """The speaker of a turn as it is written, and its role."""
+    value, where = turn.get(keys.speaker), f"{field}.{keys.speaker}"
+    roles = roles_of(keys)
+    fix = f"give it one of {', '.join(ROLES if keys.are_of_messages else SPEAKER_ROLES)}"
+    if value is None:
+        names = ", ".join(f"`{str(name)[:60]}`" for name in list(turn)[:6]) or "no field"
+        problem = "the turn says not whom it is from" if keys.speaker == "from" else "the message has no role"
+        if keys.speaker in turn:
+            raise UnusableRowError(where, problem, fix)
+        fix = f"say under `{keys.speaker}` who speaks, and under `{keys.text}` what"
+        raise UnusableRowError(where, f"{problem}; it has {names}", fix)
+    if not isinstance(value, str):
+        raise wrong_type(where, "must be text", value, fix)
+    if value not in roles:
+        near = difflib.get_close_matches(value.lower(), (*roles, *SPEAKER_ROLES), n=1)
+        named = near and (SPEAKER_ROLES.get(near[0], near[0]) if keys.are_of_messages else near[0])
+        hint = f"did you mean `{named}`? " if near else ""
+        kind = "role" if keys.speaker == "role" else "speaker"
+        fix = f"{hint}{kind}s are {', '.join(ROLES if keys.are_of_messages else SPEAKER_ROLES)}"
+        raise UnusableRowError(where, f"unknown {kind} {json.dumps(value[:60])}", fix)
+    return value, roles[value]
+
+
+# --- calls
+
+
+def _read_calls(turn: Mapping[str, object], field: str) -> list[object]:
+    """The tool calls of a turn: its `tool_calls`, or its one `function_call`; either may be JSON text."""
+    for name in ("tool_calls", "function_call"):
+        value = turn.get(name)
+        if isinstance(value, str) and value.strip():
+            return _parse_calls(value, f"{field}.{name}")
+        if name == "function_call" and isinstance(value, Mapping):
+            # Columnar files give every message the fields of all others, as null.
+            value = [value] if any(item is not None for item in value.values()) else None
+        if value not in (None, "") and (calls := read_tool_calls(value, f"{field}.{name}")):
+            return calls if name == "tool_calls" else _as_functions(calls)
+    return []
+
+
+def _parse_calls(text: str, field: str) -> list[object]:
+    """Tool calls given as JSON text: one call, or a list of them."""
+    try:
+        calls = json.loads(text)
+    except (ValueError, RecursionError):
+        problem = f"the call is not JSON: {describe_value(text)}"
+        raise UnusableRowError(field, problem, 'write {"name": "...", "arguments": {...}}') from None
+    return _as_functions(read_tool_calls(calls if isinstance(calls, list) else [calls], field))
+
+
+def _as_functions(calls: list[object]) -> list[object]:
+    """The calls, each in the form with the key `function`."""
+    return [
+        call if isinstance(call, dict) and "function" in call else {"type": "function", "function": call}
+        for call in calls
+    ]
