@@ -12,7 +12,8 @@ Turns of one file, and of one row, may have different keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from llmtune.data.example import REASONING_FIELDS
@@ -240,8 +241,8 @@ def unused_fields(fields: Mapping[str, object], format_name: str, text_column: s
     turns = [turn for turns in lists if isinstance(turns, (list, tuple)) for turn in turns if isinstance(turn, Mapping)]
     if turns and (turns[0].get("role") or turns[0].get("from")) in ("system", "developer"):
         read -= {*SYSTEM_FIELDS}  # the conversation has a system prompt of its own
-    in_turns = dict(_unread(pair for turn in turns for pair in turn.items() if pair[0] not in read_fields_of(turn)))
-    beside = dict(_unread(pair for pair in fields.items() if pair[0] not in read))
+    in_turns = {name: value for turn in turns for name, value in _unread(turn, read_fields_of(turn))}
+    beside = dict(_unread(fields, read))
     for is_switch in (True, False):
         for where, unread in ((" of a message", in_turns), ("", beside)):
             names = sorted(str(name) for name, value in unread.items() if isinstance(value, bool) == is_switch)
@@ -249,6 +250,6 @@ def unused_fields(fields: Mapping[str, object], format_name: str, text_column: s
                 yield f"{'switch ' if is_switch else ''}`{name[:60]}`{where}"
 
 
-def _unread(pairs: Iterable[tuple[str, object]]) -> Iterator[tuple[str, object]]:
-    """Fields with a value: an empty one loses nothing, and tables give every row all columns."""
-    return ((name, value) for name, value in pairs if value not in (None, "", [], {}))
+def _unread(fields: Mapping[str, object], read: AbstractSet[str]) -> Iterator[tuple[str, object]]:
+    """Other fields than `read` with a value: an empty one loses nothing, and tables give every row all columns."""
+    return ((name, value) for name, value in fields.items() if name not in read and value not in (None, "", [], {}))
