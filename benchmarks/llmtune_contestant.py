@@ -42,7 +42,7 @@ def train(
     from llmtune.engine.precision import Precision
     from llmtune.engine.state import TrainingState
     from llmtune.engine.step_in_backward import StepInBackward
-    from llmtune.engine.update import AfterBackward
+    from llmtune.engine.update import StepAfterBackward
     from llmtune.models.parameters import trained_parameters
 
     device = torch.device(device_type)
@@ -77,7 +77,7 @@ def train(
     if step_in_backward:
         update = StepInBackward(weights, built_optimizer)
     else:
-        update = AfterBackward(weights, built_optimizer, precision, devices, max_grad_norm=max_grad_norm)
+        update = StepAfterBackward(weights, built_optimizer, precision, devices, max_grad_norm=max_grad_norm)
     results = train_steps(
         objective=next_token_objective(built.nll_sum),
         update=update,

@@ -34,7 +34,7 @@ OWNERS = (
     ("_RmsNorm", "norm"),
     ("layer_norm", "norm"),
     ("rms_norm", "norm"),
-    ("_HeadLoss", "loss"),
+    ("_LinearCrossEntropy", "loss"),
     ("cross_entropy", "loss"),
     ("log_softmax", "loss"),
     ("Optimizer.step", "optimizer"),

@@ -25,7 +25,7 @@ from llmtune.engine.precision import Precision
 from llmtune.engine.schedule import learning_rate_at
 from llmtune.engine.state import Snapshot, TrainingState, capture, restore
 from llmtune.engine.step_in_backward import StepInBackward
-from llmtune.engine.update import AfterBackward
+from llmtune.engine.update import StepAfterBackward
 
 CPU = torch.device("cpu")
 VOCABULARY = 64
@@ -173,7 +173,9 @@ class Training:
         if self.step_in_backward:
             assert self.max_grad_norm is None
             return StepInBackward(parameters, self.optimizer)
-        return AfterBackward(parameters, self.optimizer, self.precision, self.devices, max_grad_norm=self.max_grad_norm)
+        return StepAfterBackward(
+            parameters, self.optimizer, self.precision, self.devices, max_grad_norm=self.max_grad_norm
+        )
 
     def run(self):
         """All steps."""

@@ -309,7 +309,7 @@ def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
 
     from llmtune.engine.optim import build_optimizer, matrices_of_blocks
     from llmtune.engine.step_in_backward import StepInBackward
-    from llmtune.engine.update import AfterBackward
+    from llmtune.engine.update import StepAfterBackward
 
     device = torch.device("cuda")
     shape = LlamaConfig(
@@ -327,7 +327,7 @@ def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
         update = (
             StepInBackward(weights, built)
             if early
-            else AfterBackward(weights, built, precision, Devices(device), max_grad_norm=None)
+            else StepAfterBackward(weights, built, precision, Devices(device), max_grad_norm=None)
         )
         ids = torch.randint(512, (4, 2, 32), generator=torch.Generator().manual_seed(1)).to(device)
         losses, norms = [], []

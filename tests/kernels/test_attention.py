@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmtune.kernels.attention import BACKENDS, Rule, Segments, dense_mask, is_segment_mask, segment_mask
-from llmtune.kernels.attention_layout import Tile, lay_out, plan_tiles
+from llmtune.kernels.attention import BACKENDS, AttentionParams, Segments, dense_mask, is_segment_mask, segment_mask
+from llmtune.kernels.attention_layout import Tile, make_layout, plan_tiles
 from llmtune.kernels.tiled_attention import tiled_attention
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def heads(count: int, dtype: torch.dtype = torch.float32, total: int = MARKS[-1]
 
 
 def reference(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: Rule, marks: tuple[int, ...] = MARKS
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: AttentionParams, marks: tuple[int, ...] = MARKS
 ) -> torch.Tensor:
     """Attention from its definition in float64, with nothing shared with the code under test but the mask (which has
     its own test).
@@ -71,17 +71,17 @@ def test_the_dense_mask_is_the_definition_of_what_a_query_sees() -> None:
         (backend, rule)
         for backend in ("tiles", "sdpa", "flex", "eager")
         for rule in (
-            Rule(0.3),
-            Rule(0.3, window=37),
-            Rule(0.3, window=300),
-            Rule(0.3, softcap=0.8),
-            Rule(0.3, window=37, softcap=0.8),
+            AttentionParams(0.3),
+            AttentionParams(0.3, window=37),
+            AttentionParams(0.3, window=300),
+            AttentionParams(0.3, softcap=0.8),
+            AttentionParams(0.3, window=37, softcap=0.8),
         )
         if not (backend == "sdpa" and rule.softcap)
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
-def test_every_backend_equals_attention_under_the_dense_mask(backend: str, rule: Rule) -> None:
+def test_every_backend_equals_attention_under_the_dense_mask(backend: str, rule: AttentionParams) -> None:
     """N15: outputs within 1e-6, gradients within 1e-5 relative, float32."""
     query, key, value = heads(6, seed=1), heads(2, seed=2), heads(2, seed=3)
     segments = Segments(torch.tensor(MARKS, dtype=torch.int32), 580)
@@ -100,15 +100,19 @@ def test_tiles_of_heads_that_share_no_key_head_equal_attention_under_the_dense_m
     """N15 where a tile takes more queries because no heads are stacked in it: 256 of them, in a document of 580."""
     inputs = heads(3, seed=1), heads(3, seed=2), heads(3, seed=3)
     found = run(lambda q, k, v: tiled_attention(q, k, v, MARKS, scale=0.3), *inputs)
-    expected = run(lambda q, k, v: reference(q, k, v, Rule(0.3)), *inputs)
+    expected = run(lambda q, k, v: reference(q, k, v, AttentionParams(0.3)), *inputs)
     assert relative(found[0], expected[0]) < 1e-6
     assert max(relative(a, b) for a, b in zip(found[1:], expected[1:], strict=True)) < 1e-5
 
 
-@pytest.mark.parametrize("rule", [Rule(0.3), Rule(0.3, window=37), Rule(0.3, window=150, softcap=0.8)], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [AttentionParams(0.3), AttentionParams(0.3, window=37), AttentionParams(0.3, window=150, softcap=0.8)],
+    ids=str,
+)
 @pytest.mark.parametrize("marks", [SHORT, ALIKE, APART], ids=["packed", "alike", "apart"])
 def test_tiles_of_several_documents_at_once_equal_attention_under_the_dense_mask(
-    marks: tuple[int, ...], rule: Rule
+    marks: tuple[int, ...], rule: AttentionParams
 ) -> None:
     """N15 where short documents are packed into pieces in another order, with gaps, and where documents of one length
     are stacked.
@@ -125,7 +129,7 @@ def test_tiles_in_bf16_stay_within_a_hundredth() -> None:
     """N15: the stated bound in bf16, outputs and gradients, relative in norm."""
     inputs = heads(6, torch.bfloat16, seed=1), heads(2, torch.bfloat16, seed=2), heads(2, torch.bfloat16, seed=3)
     found = run(lambda q, k, v: tiled_attention(q, k, v, MARKS, scale=0.25), *inputs)
-    expected = run(lambda q, k, v: reference(q, k, v, Rule(0.25)), *inputs)
+    expected = run(lambda q, k, v: reference(q, k, v, AttentionParams(0.25)), *inputs)
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) < 1e-2
 
 
@@ -136,8 +140,8 @@ def test_a_document_does_not_feel_its_neighbour_by_one_bit(backend: str, dtype: 
     query, key, value = heads(6, dtype, seed=1), heads(2, dtype, seed=2), heads(2, dtype, seed=3)
     changed = [torch.cat([x[:, :, :4], 3 * x[:, :, 4:60] + 1, x[:, :, 60:]], dim=2) for x in (query, key, value)]
     segments = Segments(torch.tensor(MARKS, dtype=torch.int32), 580)
-    one = run(lambda q, k, v: BACKENDS[backend](q, k, v, segments, Rule(0.25)), query, key, value)
-    other = run(lambda q, k, v: BACKENDS[backend](q, k, v, segments, Rule(0.25)), *changed)
+    one = run(lambda q, k, v: BACKENDS[backend](q, k, v, segments, AttentionParams(0.25)), query, key, value)
+    other = run(lambda q, k, v: BACKENDS[backend](q, k, v, segments, AttentionParams(0.25)), *changed)
     assert torch.equal(one[0][:, :4], other[0][:, :4])
     assert torch.equal(one[0][:, 60:], other[0][:, 60:])
     assert not torch.equal(one[0][:, 4:60], other[0][:, 4:60])
@@ -164,12 +168,12 @@ def test_a_document_does_not_feel_another_of_the_same_products_by_one_bit(
 
 def places_of(tile: Tile) -> torch.Tensor:
     """The row's token at each place of a tile's pieces, from their beginning to the tile's end, [C, stop]; -1 in gaps."""  # noqa: E501
-    if tile.rearranged is None:
-        return torch.tensor(tile.firsts).unsqueeze(1) + torch.arange(tile.stop)
-    own = tile.firsts[0] + torch.arange(len(tile.rearranged.places))
+    if tile.rearrangement is None:
+        return torch.tensor(tile.offsets).unsqueeze(1) + torch.arange(tile.stop)
+    own = tile.offsets[0] + torch.arange(len(tile.rearrangement.inverse))
     at_places = torch.full((tile.pieces * tile.stop,), -1)
-    at_places[tile.rearranged.places] = own
-    assert torch.equal(own[tile.rearranged.tokens][at_places >= 0], at_places[at_places >= 0])
+    at_places[tile.rearrangement.inverse] = own
+    assert torch.equal(own[tile.rearrangement.order][at_places >= 0], at_places[at_places >= 0])
     return at_places.view(tile.pieces, tile.stop)
 
 
@@ -180,8 +184,8 @@ def places_of(tile: Tile) -> torch.Tensor:
 def test_tiles_cover_every_visible_pair_once(marks: tuple[int, ...], window: int | None) -> None:
     seen = torch.zeros(marks[-1], marks[-1], dtype=torch.int32)
     for tile in plan_tiles(marks, window, 64, torch.float32, CPU):
-        columns = tile.hidden.shape[-1]
-        hidden_CNc = tile.hidden.expand(tile.pieces, 1, *tile.hidden.shape[-2:])[:, 0]
+        columns = tile.mask.shape[-1]
+        hidden_CNc = tile.mask.expand(tile.pieces, 1, *tile.mask.shape[-2:])[:, 0]
         for tokens, hidden in zip(places_of(tile), hidden_CNc, strict=True):
             block = torch.ones(tile.stop - tile.start, tile.stop - tile.key_start, dtype=torch.int32)
             block[:, block.shape[1] - columns :] = (hidden == 0).int()
@@ -197,9 +201,9 @@ def test_tiles_cover_every_visible_pair_once(marks: tuple[int, ...], window: int
 
 @pytest.mark.parametrize("marks", [ALIKE, APART, SHORT, MARKS])
 def test_every_query_stands_once_where_the_layout_says_and_gaps_repeat_one(marks: tuple[int, ...]) -> None:
-    layout = lay_out(marks, None, 64, 6, 2, torch.float32, CPU)
+    layout = make_layout(marks, None, 64, 6, 2, torch.float32, CPU)
     queries = torch.arange(6 * marks[-1], dtype=torch.int32)
-    assert torch.equal(layout.order[layout.places], queries)
+    assert torch.equal(layout.order[layout.inverse], queries)
     for tile, (own,) in layout.by_tile(layout.order.unsqueeze(1)):
         token_GCRN, head_GCRN = (part.view(2, tile.pieces, 3, -1) for part in (own // 6, own % 6))
         assert torch.equal(head_GCRN, torch.arange(6).view(2, 1, 3, 1).expand_as(head_GCRN)), (
@@ -225,16 +229,16 @@ def test_documents_share_their_products() -> None:
     short = plan_tiles(SHORT, None, 256, torch.float32, CPU)
     assert [(tile.pieces, tile.stop) for tile in short] == [(4, 90)]
     in_order = plan_tiles((0, 30, 64, 104, 128), None, 256, torch.float32, CPU)
-    assert [(tile.pieces, tile.stop, tile.rearranged) for tile in in_order] == [(2, 64, None)]
+    assert [(tile.pieces, tile.stop, tile.rearrangement) for tile in in_order] == [(2, 64, None)]
     alike = plan_tiles((0, 256, 512, 768, 900), None, 256, torch.float32, CPU)
-    assert [(tile.firsts, tile.start, tile.stop) for tile in alike] == [
+    assert [(tile.offsets, tile.start, tile.stop) for tile in alike] == [
         ((0, 256, 512, 768), 0, 128), ((0, 256, 512), 128, 256), ((768,), 128, 132),
     ]  # fmt: skip
     of_all_lengths = plan_tiles((0, 300, 340, 600, 2000, 2300), None, 256, torch.float32, CPU)
-    assert [(tile.firsts, tile.start, tile.stop) for tile in of_all_lengths if tile.pieces > 1] == [
+    assert [(tile.offsets, tile.start, tile.stop) for tile in of_all_lengths if tile.pieces > 1] == [
         ((0, 340, 2000), 0, 128), ((0, 340, 2000), 128, 256), ((0, 2000), 256, 300),
     ]  # fmt: skip
-    assert {tile.stop - tile.start for tile in of_all_lengths if tile.firsts == (600,)} == {256, 1400 - 5 * 256}, (
+    assert {tile.stop - tile.start for tile in of_all_lengths if tile.offsets == (600,)} == {256, 1400 - 5 * 256}, (
         "probabilities not kept"
     )
     assert {tile.pieces for tile in plan_tiles((0, 1100, 2200), None, 256, torch.float32, CPU)} == {1}, "nor are these"
@@ -243,13 +247,15 @@ def test_documents_share_their_products() -> None:
 @pytest.mark.parametrize("backend", ["tiles", "varlen", "flex"])
 def test_dropout_is_drawn_by_sdpa_where_a_backend_has_none(backend: str) -> None:
     """The probe of a model runs without dropout, so a backend that passed it must also train with it."""
-    segments, rule = Segments(torch.tensor(MARKS, dtype=torch.int32), 580), Rule(0.25, dropout=0.3)
+    segments, rule = Segments(torch.tensor(MARKS, dtype=torch.int32), 580), AttentionParams(0.25, dropout=0.3)
     found = []
     for name in (backend, "sdpa"):
         torch.manual_seed(1)
         found.append(BACKENDS[name](heads(4), heads(2), heads(2, seed=1), segments, rule))
     assert torch.equal(*found)
-    assert not torch.equal(found[0], BACKENDS["sdpa"](heads(4), heads(2), heads(2, seed=1), segments, Rule(0.25)))
+    assert not torch.equal(
+        found[0], BACKENDS["sdpa"](heads(4), heads(2), heads(2, seed=1), segments, AttentionParams(0.25))
+    )
 
 
 def test_a_segment_mask_costs_a_few_numbers_and_is_told_from_other_masks() -> None:
@@ -271,8 +277,9 @@ def test_cuda_backends_equal_attention_under_the_dense_mask(backend: str, window
     """N15 on a GPU, bf16: within a hundredth of float64, relative in norm."""
     inputs = [torch.randn(1, count, MARKS[-1], 64).to(torch.bfloat16) for count in (6, 2, 2)]
     segments = Segments(torch.tensor(MARKS, dtype=torch.int32, device="cuda"), 580)
-    expected = run(lambda q, k, v: reference(q, k, v, Rule(0.125, window)), *inputs)
+    expected = run(lambda q, k, v: reference(q, k, v, AttentionParams(0.125, window)), *inputs)
     found = run(
-        lambda q, k, v: BACKENDS[backend](q, k, v, segments, Rule(0.125, window)).cpu(), *(x.cuda() for x in inputs)
+        lambda q, k, v: BACKENDS[backend](q, k, v, segments, AttentionParams(0.125, window)).cpu(),
+        *(x.cuda() for x in inputs),
     )
     assert max(relative(a.cpu(), b) for a, b in zip(found, expected, strict=True)) < 1e-2

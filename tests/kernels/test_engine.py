@@ -184,9 +184,14 @@ def test_attention_that_lets_documents_see_each_other_is_found_out(
     """A mutant of the backend with one segment for the whole row fails the probe."""
 
     def leaking(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: attention.Segments, rule: attention.Rule
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segments: attention.Segments,
+        params: attention.AttentionParams,
     ) -> torch.Tensor:
-        return attention._eager(query, key, value, segments._replace(marks=segments.marks[[0, -1]]), rule)
+        one_document = segments._replace(cu_seqlens=segments.cu_seqlens[[0, -1]])
+        return attention._eager(query, key, value, one_document, params)
 
     monkeypatch.setitem(attention.BACKENDS, "tiles", leaking)
     monkeypatch.setitem(attention.BACKENDS, "sdpa", leaking)

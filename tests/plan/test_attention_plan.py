@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llmtune.kernels import head_loss
-from llmtune.kernels.attention import BACKENDS, Rule, Segments
+from llmtune.kernels import linear_cross_entropy
+from llmtune.kernels.attention import BACKENDS, AttentionParams, Segments
 from llmtune.plan.activation_trace import LiveBytes, MicroBatchShape, trace
 from llmtune.plan.attention_memory import fake_flex_attention, flash_backward_bytes
 from llmtune.plan.hardware import Target
@@ -34,7 +34,7 @@ def bytes_of_attention(attend, key_heads):
     live = LiveBytes([weight, gradient, marks, *rows], on_gpu=True)
     with mode, live:
         query, key, value = ((row + weight).transpose(1, 2) for row in rows)
-        output = attend(query, key, value, Segments(marks, max(LENGTHS)), Rule(0.125))
+        output = attend(query, key, value, Segments(marks, max(LENGTHS)), AttentionParams(0.125))
         del query, key, value
         saved = live.now - live.before
         live.enter("end")
@@ -89,7 +89,7 @@ def test_variable_length_attention_is_given_grouped_heads(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", recorded)
     query, key, value = (torch.zeros(1, heads, 12, 16) for heads in (6, 2, 2))
     segments = Segments(torch.tensor([0, 5, 12], dtype=torch.int32), 7)
-    assert BACKENDS["varlen"](query, key, value, segments, Rule(0.25, window=4)).shape == (1, 12, 6, 16)
+    assert BACKENDS["varlen"](query, key, value, segments, AttentionParams(0.25, window=4)).shape == (1, 12, 6, 16)
     settings = {"scale": 0.25, "window_size": (3, 0), "enable_gqa": True}
     assert calls == [((12, 6, 16), (12, 2, 16), (12, 2, 16), (7, 7), settings)]
 
@@ -163,7 +163,7 @@ def test_q7_a_model_with_a_soft_cap_is_planned_with_the_next_way(forecaster_of):
 
 def test_q7_a_gpu_takes_a_chunk_of_logits_at_once_and_a_cpu_a_few_rows_of_it(forecaster_of, monkeypatch):
     """The chunk is in float32 twice then: its logits and its probabilities."""
-    monkeypatch.setattr(head_loss, "SLICE_NUMBERS", 4 * 400)
+    monkeypatch.setattr(linear_cross_entropy, "SLICE_NUMBERS", 4 * 400)
     forecaster = on_a_gpu(forecaster_of, *LORA[:2])
     batch = MicroBatchShape((300,), 256, "flat")
     losses = []

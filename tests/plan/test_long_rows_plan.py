@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtune.kernels import attention_layout, chunked_mlp, chunks, head_loss, tiled_attention
+from llmtune.kernels import attention_layout, chunks, linear_cross_entropy, tiled_attention, tiled_mlp
 from llmtune.plan import representative_chunks
 from llmtune.plan.activation_trace import MicroBatchShape
 from llmtune.plan.hardware import Target
@@ -18,12 +18,12 @@ from training_helpers import LORA
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     """Rows of a few hundred tokens are cut as those of a large model are with 100,000."""
-    monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 64)
-    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 32)
-    monkeypatch.setattr(head_loss, "TRAINED_CHUNK_ROWS", 48)
+    monkeypatch.setattr(tiled_mlp, "LEAST_TOKENS", 64)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(linear_cross_entropy, "TRAINED_CHUNK_ROWS", 48)
     for module in (attention_layout, tiled_attention):
         monkeypatch.setattr(module, "TILE_TOKENS", 32)
-        monkeypatch.setattr(module, "KEPT_TOKENS", 256)
+        monkeypatch.setattr(module, "MAX_SAVED_TOKENS", 256)
     monkeypatch.setattr(tiled_attention, "TILE_ROWS", 64)
     monkeypatch.setattr(attention_layout, "SHORT_TOKENS", 32)
     monkeypatch.setattr(attention_layout, "LEAST_PIECE", 16)

@@ -11,7 +11,7 @@ import torch
 from llmtune.config.layers import load_config
 from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES
 from llmtune.errors import UsageError
-from llmtune.kernels import activation_offload, chunked_mlp
+from llmtune.kernels import activation_offload, tiled_mlp
 from llmtune.kernels.activation_offload import PAGE_BYTES
 from llmtune.plan import resolve_auto
 from llmtune.plan.activation_trace import extrapolate
@@ -201,7 +201,7 @@ def test_q7_offloaded_blocks_leave_as_much_on_a_gpu_however_many_they_are(foreca
 
 def test_q7_tiles_bound_what_feed_forward_layers_hold(forecaster_of, monkeypatch):
     """Of 1,200 tokens the products of 100 are alive at a time."""
-    monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 100)
+    monkeypatch.setattr(tiled_mlp, "LEAST_TOKENS", 100)
     forecaster = forecaster_of(*LORA[:2])
     forecaster.shape.config.intermediate_size = 4096
     untiled, tiled = (
@@ -284,7 +284,7 @@ def gpu_too_small_for(forecaster, recompute):
 @pytest.fixture
 def long_rows(monkeypatch):
     """Rows that are much longer than a tile and a page."""
-    monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 64)
+    monkeypatch.setattr(tiled_mlp, "LEAST_TOKENS", 64)
     monkeypatch.setattr(activation_offload, "PAGE_BYTES", 1 << 12)
     return (*LORA[:2], "training.batch_size=8")
 

@@ -8,7 +8,7 @@ import pytest
 
 from llmtune.config.process_options import Options
 from llmtune.errors import CheckpointError, DivergedError, StoppedBySignal
-from llmtune.kernels import chunked_mlp
+from llmtune.kernels import tiled_mlp
 from llmtune.runs.folder import RunFolder
 from llmtune.runs.signals import StopRequest
 from llmtune.training import checkpointer
@@ -50,7 +50,7 @@ def test_p2_a_killed_run_resumes_to_the_same_bytes(kind, config_of, unbroken, tm
 
 def test_p2_a_run_in_tiles_stopped_and_resumed_ends_the_same(config_of, unbroken, tmp_path, monkeypatch):
     """Dropout inside tiles of 16 tokens is drawn again as it was."""
-    monkeypatch.setattr(chunked_mlp, "tile_tokens", lambda _width: 16)
+    monkeypatch.setattr(tiled_mlp, "tokens_of_tile", lambda _width: 16)
     settings = (*LORA, "model.gradient_checkpointing=offload")
     whole = unbroken(*settings)
     stopped = tmp_path / "runs" / "stopped"

@@ -8,7 +8,7 @@ Shapes: T tokens of the row, S documents, N trained tokens, E width of the model
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,11 @@ from transformers import PreTrainedModel
 
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.kernels.attention import segment_mask
-from llmtune.kernels.head_loss import Head, head_nll_sum, trained_rows
+from llmtune.kernels.linear_cross_entropy import Head, head_nll_sum, trained_rows
 from llmtune.models.parameters import base_model_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["FlatInputs", "flat_forward", "flat_inputs", "flat_nll_sum"]
 
@@ -54,7 +57,7 @@ def flat_inputs(batch: MicroBatch, device: torch.device) -> FlatInputs:
     )
 
 
-def flat_forward(model: PreTrainedModel, inputs: FlatInputs) -> Tensor:
+def flat_forward(model: PreTrainedModel | PeftModel, inputs: FlatInputs) -> Tensor:
     """Return the hidden states from which trained tokens are predicted, [N, E].
 
     `model` (bare or inside peft's wrapper) must have attention by segments, so that documents cannot see each other
@@ -68,7 +71,7 @@ def flat_forward(model: PreTrainedModel, inputs: FlatInputs) -> Tensor:
     return trained_NE
 
 
-def flat_nll_sum(model: PreTrainedModel, batch: MicroBatch, *, head: Head, device: torch.device) -> Tensor:
+def flat_nll_sum(model: PreTrainedModel | PeftModel, batch: MicroBatch, *, head: Head, device: torch.device) -> Tensor:
     """Sum of weighted negative log-likelihoods of one flat micro-batch: nats, float32 []."""
     inputs = flat_inputs(batch, device)
     return head_nll_sum(head, flat_forward(model, inputs), inputs.targets, inputs.weights)

@@ -1,22 +1,23 @@
-"""From a micro-batch to its loss, by the fastest way that is proven equal on the model at hand.
+"""The forward pass of a training: from a micro-batch to its loss sum, by the fastest way that is equal on this model.
 
 The flat engine gives the library's own decoder one row of documents without padding, attention by segments, and a loss
-over trained rows only; the plain engine gives the library's own forward padded batches. Which one runs is decided once:
-the flat one must repeat the plain one's loss on a small batch, and a document's loss must not move by one bit when its
-neighbour changes.
+over trained rows only. The plain engine gives the library's own forward padded batches. A probe decides once which one
+runs: the flat one must give the plain one's loss on a small batch, and a document's loss must not change by one bit
+when its neighbour changes (promises N5 and N15).
+
+Shapes: T tokens of a row, N trained tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
@@ -24,14 +25,20 @@ from llmtune.data.dataset.micro_batch import Layout, MicroBatch, make_micro_batc
 from llmtune.data.example import Example
 from llmtune.engine.flat_forward import flat_nll_sum
 from llmtune.engine.objective import plain_nll_sum
+from llmtune.engine.precision import Precision
 from llmtune.errors import ConfigError, ModelError, in_one_line
-from llmtune.kernels.activation_offload import offload_inputs, run_in_tiles
+from llmtune.kernels.activation_offload import offload_inputs
 from llmtune.kernels.attention import use_attention, use_segment_attention
-from llmtune.kernels.head_loss import find_head
+from llmtune.kernels.linear_cross_entropy import find_head
 from llmtune.kernels.patch_model import patch_model, undo_patches
+from llmtune.kernels.recompute import checkpointable_blocks
+from llmtune.kernels.tiled_mlp import run_in_tiles
 from llmtune.models.eval_mode import eval_mode
 from llmtune.models.load import ATTENTION_IMPLEMENTATIONS
 from llmtune.models.parameters import base_model_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = [
     "Engine",
@@ -42,25 +49,17 @@ __all__ = [
 ]
 
 GROUP_TOKENS = 2048
-"""Tokens that a flat micro-batch is cut to on a CPU (whole documents; a longer one goes alone): twice as many gain 3 to
-6 %, for 2 GB.
+"""Tokens to which a flat micro-batch is cut on a CPU (between documents; a longer document is alone): twice as many
+gain 3 to 6 %, for 2 GB.
 """
 
-NARROW, NARROW_GROUP_TOKENS = 256, 4096
+NARROW_WIDTH, NARROW_GROUP_TOKENS = 256, 4096
 """The same for a model of at most that width, whose products are too small otherwise: custom-tiny trains 8 % faster."""
-
-
-class Arithmetic(Protocol):
-    """What the engine needs of `training.precision`: the context in which forward passes run."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context of a forward pass."""
-        ...
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How this run turns micro-batches into losses."""
+    """The forward pass that a training runs, and the layout of micro-batches that it takes."""
 
     nll_sum: Callable[[MicroBatch], Tensor]
     """Sum of weighted negative log-likelihoods of a micro-batch in nats, 0-d float32, joined to the graph unless under
@@ -74,50 +73,52 @@ class Engine:
     """Flat micro-batches with more tokens than this may be cut further, between documents."""
 
     decisions: tuple[Decision, ...] = field(default=())
-    """What was chosen, and why."""
+    """The choices made, with their reasons."""
 
 
-def build_engine(model: Any, *, config: Config, device: torch.device, precision: Arithmetic) -> Engine:
+def build_engine(
+    model: PreTrainedModel | PeftModel, *, config: Config, device: torch.device, precision: Precision
+) -> Engine:
     """Choose the engine for `model` (a transformers causal LM, bare or inside peft's wrapper, already on `device`).
 
-    Raises ConfigError when `model.attention` asks for something this device does not have, ModelError when the model
+    Raises ConfigError when `model.attention` names a way that this device does not have, ModelError when the model
     refuses it.
     """
-    engine = _choose(model, config, device, precision)
+    engine = _choose_engine(model, config, device, precision)
     if config.model.gradient_checkpointing != "offload":
         return engine
     return replace(engine, decisions=(*engine.decisions, run_in_tiles(base_model_of(model))))
 
 
-def _choose(model: Any, config: Config, device: torch.device, precision: Arithmetic) -> Engine:
-    asked = config.model.attention
-    if asked in ("flash", "flex") and device.type != "cuda":
+def _choose_engine(
+    model: PreTrainedModel | PeftModel, config: Config, device: torch.device, precision: Precision
+) -> Engine:
+    attention = config.model.attention
+    if attention in ("flash", "flex") and device.type != "cuda":
         raise ConfigError(
-            f"model.attention is `{asked}`, which trains only on a CUDA device, not on `{device.type}`",
+            f"model.attention is `{attention}`, which trains only on a CUDA device, not on `{device.type}`",
             fix="use model.attention: auto",
         )
-    compiled = config.training.compile
-    more = _recompute(base_model_of(model), config.model.gradient_checkpointing, device)
-    refusal = _refusal(model, config)
-    tried: list[str] = [] if refusal is None else [refusal]
-    if refusal is None:
-        for backend in _backends(asked, device, precision):
-            # The compiler fuses the library's own operations, so it gets the modules as they are.
-            lora_layers = 0 if compiled else patch_model(base_model_of(model), device.type)["LoRA"]
-            reason = _try_flat(model, backend, device, precision)
-            if reason is None:
-                more = (
-                    _adapter_decision(lora_layers) + more + (compile_blocks(base_model_of(model)) if compiled else ())
-                )
-                return _flat_engine(model, backend, device, asked, more)
-            undo_patches(base_model_of(model))
-            tried.append(f"{backend}: {reason}")
-    more += compile_blocks(base_model_of(model)) if compiled else ()
-    return _plain_engine(model, asked, "; ".join(tried), more)
+    base, is_compiled = base_model_of(model), config.training.compile
+    decisions = _recompute_blocks(base, config.model.gradient_checkpointing, device)
+    reason_against = _reason_for_plain_engine(model, config)
+    failures: list[str] = [] if reason_against is None else [reason_against]
+    backends = () if failures else _backends(attention, device, precision)
+    for backend in backends:
+        # The compiler fuses the library's own operations, so it gets the modules as they are.
+        lora_layers = 0 if is_compiled else patch_model(base, device.type)["LoRA"]
+        failure = _try_backend(model, backend, device, precision)
+        if failure is None:
+            decisions = _lora_decision(lora_layers) + decisions + (compile_blocks(base) if is_compiled else ())
+            return _flat_engine(model, backend, device, attention, decisions)
+        undo_patches(base)
+        failures.append(f"{backend}: {failure}")
+    decisions += compile_blocks(base) if is_compiled else ()
+    return _plain_engine(model, attention, "; ".join(failures), decisions)
 
 
-def _refusal(model: Any, config: Config) -> str | None:
-    """Say why the flat engine is not even tried, or None."""
+def _reason_for_plain_engine(model: PreTrainedModel | PeftModel, config: Config) -> str | None:
+    """Give the reason why the flat engine is not even tried, or None."""
     if config.training.engine == "plain":
         return "asked for by training.engine"
     if config.distributed.strategy in ("fsdp", "deepspeed"):
@@ -128,7 +129,7 @@ def _refusal(model: Any, config: Config) -> str | None:
     return None
 
 
-def _adapter_decision(layers: int) -> tuple[Decision, ...]:
+def _lora_decision(layers: int) -> tuple[Decision, ...]:
     if not layers:
         return ()
     return (
@@ -140,8 +141,11 @@ def _adapter_decision(layers: int) -> tuple[Decision, ...]:
     )
 
 
-def checkpoint_blocks(base: Any) -> tuple[Decision, ...]:
-    """Recompute each decoder block in the backward pass. Raises ModelError when the model has no such blocks."""
+def checkpoint_blocks(base: PreTrainedModel) -> tuple[Decision, ...]:
+    """Recompute each decoder block in the backward pass (activation checkpointing, arXiv:1604.06174).
+
+    Raises ModelError when the model has no such blocks.
+    """
     if not base.supports_gradient_checkpointing:
         raise ModelError(
             f"{type(base).__name__} cannot recompute its blocks", fix="set model.gradient_checkpointing: false"
@@ -156,19 +160,19 @@ def checkpoint_blocks(base: Any) -> tuple[Decision, ...]:
     )
 
 
-def _recompute(base: Any, asked: bool | str, device: torch.device) -> tuple[Decision, ...]:
-    if asked == "offload":
+def _recompute_blocks(base: PreTrainedModel, mode: bool | str, device: torch.device) -> tuple[Decision, ...]:
+    if mode == "offload":
         checkpoint_blocks(base)
         return (offload_inputs(base, device),)
-    return checkpoint_blocks(base) if asked is True else ()
+    return checkpoint_blocks(base) if mode is True else ()
 
 
-def compile_blocks(base: Any) -> tuple[Decision, ...]:
+def compile_blocks(base: PreTrainedModel) -> tuple[Decision, ...]:
     """Compile each decoder block for any length; attention by segments stays outside.
 
-    Raises ModelError when it has no such blocks.
+    Raises ModelError when the model has no such blocks.
     """
-    blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks = checkpointable_blocks(base)
     if not blocks:
         raise ModelError(
             f"{type(base).__name__} has no blocks to compile one by one", fix="set training.compile: false"
@@ -184,33 +188,39 @@ def compile_blocks(base: Any) -> tuple[Decision, ...]:
     )
 
 
-def _backends(asked: str, device: torch.device, precision: Arithmetic) -> tuple[str, ...]:
+def _backends(attention: str, device: torch.device, precision: Precision) -> tuple[str, ...]:
     with precision.autocast():
         half = device.type == "cuda" and torch.is_autocast_enabled("cuda")
-    return attention_ways(asked, device.type, half=half)
+    return attention_ways(attention, device.type, half=half)
 
 
-def attention_ways(asked: str, device_type: str, *, half: bool) -> tuple[str, ...]:
-    """The ways of attention that the flat engine tries, best first.
+def attention_ways(attention: str, device_type: str, *, half: bool) -> tuple[str, ...]:
+    """Name the attention backends that the flat engine tries, best first.
 
-    asked: `model.attention`. half: the arithmetic has 16 bits.
+    attention: the value of `model.attention`. half: the arithmetic has 16 bits.
     """
-    if asked != "auto":
-        return {"sdpa": ("sdpa",), "flash": ("varlen",), "flex": ("flex",), "eager": ("eager",)}[asked]
+    if attention != "auto":
+        return {"sdpa": ("sdpa",), "flash": ("varlen",), "flex": ("flex",), "eager": ("eager",)}[attention]
     if device_type == "cuda":
         return ("varlen", "flex", "sdpa") if half else ("flex", "sdpa")
     return ("tiles", "sdpa")
 
 
-def group_tokens(shape: Any) -> int:
-    """Tokens that a flat micro-batch is cut to on a CPU, for a model of that shape (its transformers config)."""
-    return NARROW_GROUP_TOKENS if shape.get_text_config().hidden_size <= NARROW else GROUP_TOKENS
+def group_tokens(shape: PreTrainedConfig) -> int:
+    """Tokens to which a flat micro-batch is cut on a CPU, for a model of that shape."""
+    return NARROW_GROUP_TOKENS if shape.get_text_config().hidden_size <= NARROW_WIDTH else GROUP_TOKENS
 
 
-def _flat_engine(model: Any, backend: str, device: torch.device, asked: str, more: tuple[Decision, ...]) -> Engine:
+def _flat_engine(
+    model: PreTrainedModel | PeftModel,
+    backend: str,
+    device: torch.device,
+    attention: str,
+    decisions: tuple[Decision, ...],
+) -> Engine:
     head = find_head(base_model_of(model))
     assert head is not None
-    why = f"asked for ({asked})" if asked != "auto" else BACKEND_REASONS[backend]
+    reason = f"asked for ({attention})" if attention != "auto" else BACKEND_REASONS[backend]
     return Engine(
         nll_sum=lambda batch: flat_nll_sum(model, batch, head=head, device=device),
         layout="flat",
@@ -221,71 +231,83 @@ def _flat_engine(model: Any, backend: str, device: torch.device, asked: str, mor
                 "flat",
                 "no padding, loss on trained rows only; equal to the plain forward on a probe of this model",
             ),
-            Decision("model.attention", backend, why),
-            *more,
+            Decision("model.attention", backend, reason),
+            *decisions,
         ),
     )
 
 
-def _plain_engine(model: Any, asked: str, reason: str, more: tuple[Decision, ...]) -> Engine:
-    decisions = [Decision("training.engine", "plain", reason), *more]
-    if asked != "auto":
-        use_attention(base_model_of(model), ATTENTION_IMPLEMENTATIONS[asked])
-        decisions.append(Decision("model.attention", ATTENTION_IMPLEMENTATIONS[asked], f"asked for ({asked})"))
-    return Engine(nll_sum=lambda batch: plain_nll_sum(model, batch), layout="padded", decisions=tuple(decisions))
+def _plain_engine(
+    model: PreTrainedModel | PeftModel, attention: str, reason: str, decisions: tuple[Decision, ...]
+) -> Engine:
+    all_decisions = [Decision("training.engine", "plain", reason), *decisions]
+    if attention != "auto":
+        implementation = ATTENTION_IMPLEMENTATIONS[attention]
+        use_attention(base_model_of(model), implementation)
+        all_decisions.append(Decision("model.attention", implementation, f"asked for ({attention})"))
+    return Engine(nll_sum=lambda batch: plain_nll_sum(model, batch), layout="padded", decisions=tuple(all_decisions))
 
 
-# ---- proof on the model at hand ----
+# ---- the probe of the model at hand ----
 
 PROBE_LENGTHS = (7, 12, 5)
+"""Tokens of the probe's documents: of different lengths, so that a shifted position or boundary changes the loss."""
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Largest relative difference of the probe's two losses, some ten roundings of the arithmetic's type."""
+
 PROBE_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError)
+"""Errors of a model that does not take flat rows; it trains with the plain engine."""
 
 
-def _try_flat(model: Any, backend: str, device: torch.device, precision: Arithmetic) -> str | None:
-    """Switch `model` to a backend and prove it; on failure switch back and say what differed."""
+def _try_backend(
+    model: PreTrainedModel | PeftModel, backend: str, device: torch.device, precision: Precision
+) -> str | None:
+    """Switch `model` to a backend and probe it; when that fails, switch back and return the reason."""
     base = base_model_of(model)
     before = str(base.config._attn_implementation)
     try:
         use_segment_attention(base, backend)
-        difference = _probe(model, device, precision)
+        failure = _probe(model, device, precision)
     except ModelError as error:
-        difference = error.problems[0].problem
+        failure = error.problems[0].problem
     except PROBE_ERRORS as error:
-        difference = f"{type(error).__name__}: {in_one_line(error)}"
-    if difference is not None and base.config._attn_implementation != before:
+        failure = f"{type(error).__name__}: {in_one_line(error)}"
+    if failure is not None and base.config._attn_implementation != before:
         use_attention(base, before)
-    return difference
+    return failure
 
 
-def _probe(model: Any, device: torch.device, precision: Arithmetic) -> str | None:
+def _probe(model: PreTrainedModel | PeftModel, device: torch.device, precision: Precision) -> str | None:
     """Compare the flat loss with the plain one, and a document's loss before and after its neighbour changes.
 
-    None when both hold.
+    None when both are equal, else the difference in words.
     """
     head = find_head(base_model_of(model))
     assert head is not None
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, union-attr]
     documents, changed = _documents(vocabulary, 0), _documents(vocabulary, 1)
 
-    def flat(examples: list[Example]) -> float:
+    def flat_loss(examples: list[Example]) -> float:
         return float(flat_nll_sum(model, make_micro_batch(examples, "flat", 0), head=head, device=device))
 
     with eval_mode(model), precision.autocast():
-        fast, plain = flat(documents), float(plain_nll_sum(model, make_micro_batch(documents, "padded", 0)))
-        one, other = flat(_quiet_first(documents)), flat(_quiet_first(changed))
+        flat, plain = flat_loss(documents), float(plain_nll_sum(model, make_micro_batch(documents, "padded", 0)))
+        # The first document changes and carries no loss, so the sums are those of its neighbours alone.
+        before, after = flat_loss(_untrain_first(documents)), flat_loss(_untrain_first(changed))
         dtype = _compute_dtype(model, device)
-    if not abs(fast - plain) <= TOLERANCE[dtype] * abs(plain):
-        return f"its loss on a probe is {fast:.6g}, the plain forward's {plain:.6g}"
-    if one != other:
-        return f"a document's loss moved from {one:.8g} to {other:.8g} when its neighbour changed"
+    # Written so that a NaN fails as well.
+    if not abs(flat - plain) <= TOLERANCE[dtype] * abs(plain):
+        return f"its loss on a probe is {flat:.6g}, the plain forward's {plain:.6g}"
+    if before != after:
+        return f"a document's loss moved from {before:.8g} to {after:.8g} when its neighbour changed"
     return None
 
 
-def _compute_dtype(model: Any, device: torch.device) -> torch.dtype:
+def _compute_dtype(model: PreTrainedModel | PeftModel, device: torch.device) -> torch.dtype:
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
-    return model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return]
+    return model.get_input_embeddings().weight.dtype  # type: ignore[return-value]
 
 
 def _documents(vocabulary: int, shift: int) -> list[Example]:
@@ -299,7 +321,7 @@ def _documents(vocabulary: int, shift: int) -> list[Example]:
     return documents
 
 
-def _quiet_first(documents: list[Example]) -> list[Example]:
+def _untrain_first(documents: list[Example]) -> list[Example]:
     return [replace(documents[0], weights=np.zeros_like(documents[0].weights)), *documents[1:]]
 
 

@@ -15,7 +15,7 @@ import torch
 from llmtune.engine.devices import Devices
 from llmtune.engine.precision import Precision
 
-__all__ = ["AfterBackward", "Stepper", "Update", "set_learning_rate"]
+__all__ = ["StepAfterBackward", "Stepper", "Update", "set_learning_rate"]
 
 
 class Stepper(Protocol):
@@ -63,7 +63,7 @@ class Update(Protocol):
         ...
 
 
-class AfterBackward:
+class StepAfterBackward:
     """Sum the gradients over all devices, clip them, and let the optimizer move all weights at once."""
 
     def __init__(

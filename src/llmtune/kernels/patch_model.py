@@ -22,12 +22,12 @@ class Patch(NamedTuple):
     name: str
     matches: Callable[[nn.Module], bool]
     """Whether a module of the library does exactly this arithmetic."""
-    patched: type
-    """The class put before the module's own."""
+    mixin: type
+    """Put before the module's class; its forward is the fast form."""
     only_on: str | None = None
-    """The device type it pays on; None for all."""
+    """The device type on which it is faster; None for all."""
     connect: Callable[[nn.Module], None] | None = None
-    """Called with every module of the model: tells its patched children what depends on where they stand."""
+    """Called with every module of the model: sets on its patched children what depends on their parent."""
     attribute: str | None = None
     """The attribute that `connect` sets on patched modules."""
 
@@ -40,7 +40,7 @@ def patch_model(model: nn.Module, device_type: str) -> Counter[str]:
             continue
         modules = [module for module in model.modules() if row.matches(module)]
         for module in modules:
-            patch(module, row.patched, "Fused")
+            patch(module, row.mixin, "Fused")
         counts[row.name] = len(modules)
         if row.connect is not None:
             for parent in model.modules():
@@ -49,10 +49,10 @@ def patch_model(model: nn.Module, device_type: str) -> Counter[str]:
 
 
 def undo_patches(model: nn.Module) -> None:
-    """Give every module its own class back."""
+    """Give every module its library's class back, and remove the attributes that `connect` set."""
     for module in model.modules():
         for row in PATCHES:
-            if unpatch(module, row.patched) and row.attribute is not None:
+            if unpatch(module, row.mixin) and row.attribute is not None:
                 module.__dict__.pop(row.attribute, None)
 
 

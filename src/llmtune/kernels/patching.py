@@ -1,19 +1,21 @@
-"""Another forward for one module, by a subclass of its class: weights, names and what is saved stay as they are."""
+"""Another forward for one module, by a mixin put before its class.
+
+The module stays the same object with the same parameters, so names, hooks, optimizers and saved files do not change.
+"""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 from torch import nn
 
 __all__ = ["original_class_name", "patch", "unpatch"]
 
 
-def patch(module: nn.Module, before: type, word: str) -> None:
-    """Put the class `before` before the module's own: its methods are found first, `super()` is the module's own class.
+def patch(module: nn.Module, mixin: type, prefix: str) -> None:
+    """Put `mixin` before the module's class: its methods are found first, and `super()` in them is the module's class.
 
-    word: what the new class's name begins with.
+    prefix: with which the name of the new class begins.
 
     >>> class Doubled:
     ...     def forward(self, x):
@@ -33,26 +35,26 @@ def patch(module: nn.Module, before: type, word: str) -> None:
     >>> module(3)
     3
     """
-    module.__class__ = _class_with(before, type(module), word)  # type: ignore[arg-type]
+    module.__class__ = _class_with(mixin, type(module), prefix)  # type: ignore[arg-type]
 
 
-def unpatch(module: nn.Module, before: type) -> bool:
-    """Give the module back the class it had; returns whether `before` was what had been put before it, last of all."""
-    kind = type(module)
-    if vars(kind).get("_put_before") is not before:
+def unpatch(module: nn.Module, mixin: type) -> bool:
+    """Undo the module's last `patch` if that was with `mixin`; returns whether it was."""
+    patched = type(module)
+    if vars(patched).get("_mixin") is not mixin:
         return False
-    module.__class__ = kind.__mro__[2]  # after itself and `before`
+    module.__class__ = patched.__mro__[2]  # after itself and the mixin
     return True
 
 
 def original_class_name(module: nn.Module) -> str:
-    """Name of the class that the module had before anything was put before it, as its library calls it."""
-    kind = type(module)
-    while "_put_before" in vars(kind):
-        kind = kind.__mro__[2]
-    return kind.__name__
+    """Name of the class that the module had before its first `patch`: its library's name."""
+    original = type(module)
+    while "_mixin" in vars(original):
+        original = original.__mro__[2]
+    return original.__name__
 
 
-@cache
-def _class_with(before: type, own: type, word: str) -> Any:
-    return type(f"{word}{own.__name__}", (before, own), {"__doc__": before.__doc__, "_put_before": before})
+@cache  # modules of one class still have one class after it
+def _class_with(mixin: type, original: type, prefix: str) -> type:
+    return type(f"{prefix}{original.__name__}", (mixin, original), {"__doc__": mixin.__doc__, "_mixin": mixin})

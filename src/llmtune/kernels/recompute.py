@@ -1,8 +1,8 @@
-"""How a tensor was made, kept beside it: whoever needs it in the backward pass may make it again and store nothing.
+"""Recomputing instead of storing: how a tensor was made, noted beside it, and the blocks that a model can recompute.
 
-The output of a norm and the product of a feed-forward layer are cheap to make from what their own backward passes keep
-in any case. The fused LoRA layers behind them, which would store them, look here first. What is made again is the same,
-bit by bit.
+The output of a norm and the product of a feed-forward layer are cheap to compute again from what their own backward
+passes save in any case. The fused LoRA layers that take them as inputs, and would save them, look here first. The
+recomputed tensor has the same bits. This is activation checkpointing (arXiv:1604.06174) for single tensors.
 """
 
 from __future__ import annotations
@@ -10,30 +10,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-__all__ = ["Recipe", "recipe_of", "with_recipe"]
-
-
-class Recipe(NamedTuple):
-    """`make(*sources)` is the tensor."""
-
-    make: Callable[..., Tensor]
-    sources: tuple[Tensor, ...]
+__all__ = ["Recomputation", "checkpointable_blocks", "mark_recomputable", "recomputation_of"]
 
 
-def with_recipe(tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-    """Note on this very tensor how it is made.
+class Recomputation(NamedTuple):
+    """`function(*inputs)` gives the tensor again."""
 
-    A view or a copy of it has no recipe, and a tensor without a gradient needs none.
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
 
-    sources: what others keep until the backward pass in any case.
+
+def mark_recomputable(tensor: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Note on a tensor of any shape how it was computed, and return it.
+
+    inputs: tensors that are saved for the backward pass in any case. A tensor without a gradient is saved by nobody, so
+    it gets no note.
     """
     if tensor.requires_grad:
-        tensor.__dict__["_recipe"] = Recipe(make, tuple(source.detach() for source in sources))
+        # On the object, not on the storage: a view or a copy has another shape, and so no note.
+        tensor.__dict__["_recomputation"] = Recomputation(function, tuple(source.detach() for source in inputs))
     return tensor
 
 
-def recipe_of(tensor: Tensor) -> Recipe | None:
-    """Return the recipe of a tensor, if it has one."""
-    return tensor.__dict__.get("_recipe")
+def recomputation_of(tensor: Tensor) -> Recomputation | None:
+    """Return how to compute a tensor of any shape again, or None where that is not noted."""
+    return tensor.__dict__.get("_recomputation")
+
+
+def checkpointable_blocks(module: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the decoder blocks inside a module, in order: those that transformers can recompute one by one."""
+    return [block for block in module.modules() if isinstance(block, GradientCheckpointingLayer)]

@@ -1,9 +1,9 @@
-"""RMS normalisation as one step of the graph, keeping its input and one number a token.
+"""RMS normalisation (arXiv:1910.07467) as one autograd function, which saves its input and one number a token.
 
-The library's version, in single operations, keeps three tensors as large as its input, one of them in float32, and
-passes over them a dozen times. Where its output only feeds linear layers, it is rounded to autocast's type here, once,
-and not by each of those layers; and fused layers make it again in the backward pass where they would keep it
-(`recipe`).
+The library's version, in single operations, saves three tensors as large as its input, one of them in float32, and
+passes over them a dozen times. Where its output is only the input of linear layers, it is rounded to autocast's type
+here, once, and not by each of those layers; and fused LoRA layers compute it again in the backward pass where they
+would save it (`recompute`).
 
 Shapes: [..., E], E the width.
 """
@@ -11,87 +11,92 @@ Shapes: [..., E], E the width.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmtune.kernels.autograd import Context
 from llmtune.kernels.patching import original_class_name
-from llmtune.kernels.recompute import with_recipe
+from llmtune.kernels.recompute import mark_recomputable
 
 __all__ = ["FusedRmsNorm", "is_rms_norm", "mark_norms_before_products"]
 
 
-def _times_row(x: Tensor, factor: Tensor) -> Tensor:
-    """Return x [..., E] times one float32 number a row [..., 1], rounded once to the type of x.
-
-    Batch normalisation by known figures, 0 and 1, is just that in one pass, with each row as a channel; single
-    operations take three.
-    """
+def _scale_rows(x: Tensor, factor: Tensor) -> Tensor:
+    """Return x [..., E] times one float32 number a row [..., 1], rounded once to the type of x."""
     rows = x.reshape(1, -1, x.shape[-1])
     scale, shift = factor.reshape(-1), torch.zeros_like(factor).reshape(-1)
+    # Batch normalisation with mean 0 and variance 1, each row as a channel, is this product in one pass over memory;
+    # widening, multiplying and rounding are three.
     return torch.native_batch_norm(rows, scale, shift, shift, torch.ones_like(shift), False, 0.0, 0.0)[0].view(x.shape)
 
 
-def _scaled(x: Tensor, inverse: Tensor, weight: Tensor, *, dtype: torch.dtype | None) -> Tensor:
-    output = _times_row(x, inverse) * weight
+def _normalize(x: Tensor, inverse_rms: Tensor, weight: Tensor, *, dtype: torch.dtype | None) -> Tensor:
+    output = _scale_rows(x, inverse_rms) * weight
     return output if dtype is None else output.to(dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = w * round(x / rms(x)), rms in float32, rounded once to `dtype` where that is given, and 1 / rms(x).
+    """y = w * round(x / rms(x)) with rms(x) = sqrt(mean(x^2) + eps) in float32; returns y and 1 / rms(x).
 
-    ArXiv:1910.07467.
+    y is rounded to `dtype` where that is given. The gradient: with g = w * grad and r = 1 / rms(x),
+    d x = r g - r^3 x mean(g x).
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Context, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        # A norm with a float32 sum reads bf16 inputs directly, where `x.float()` would copy them.
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
-        inverse = squares.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, inverse, weight)
-        ctx.mark_non_differentiable(inverse)
-        return _scaled(x, inverse, weight, dtype=dtype), inverse
+        inverse_rms = squares.mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, inverse_rms, weight)
+        ctx.mark_non_differentiable(inverse_rms)
+        return _normalize(x, inverse_rms, weight, dtype=dtype), inverse_rms
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        x, inverse, weight = ctx.saved_tensors
+    def backward(  # type: ignore[override]
+        ctx: Context, grad: Tensor, _: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, inverse_rms, weight = ctx.saved_tensors
         width = x.shape[-1]
         if x.dtype == torch.float32:
             grad = grad.float()
-        # layer normalisation about a mean of 0 differs from this in one term, the mean of w * grad: its fused kernel
-        # does all the rest
+        # The gradient of layer normalisation about a mean of 0 is r (g - mean(g)) - r^3 x mean(g x). Its fused kernel
+        # computes all of that; the term with mean(g), which RMS normalisation does not have, is added back below.
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad.to(x.dtype).contiguous(),
             x,
             [width],
-            torch.zeros_like(inverse),
-            inverse,
+            torch.zeros_like(inverse_rms),
+            inverse_rms,
             weight.float(),
             None,
             [True, False, False],
         )
-        with torch.autocast(x.device.type, enabled=False):  # tiles run this inside it
+        with torch.autocast(x.device.type, enabled=False):  # tiles run a backward pass inside autocast
             mean = (grad @ weight.to(grad.dtype)).unsqueeze(-1).float() / width
-        grad_x.add_((mean * inverse).to(x.dtype))
+        grad_x.add_((mean * inverse_rms).to(x.dtype))
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.float() * _times_row(x, inverse)).flatten(0, -2).sum(dim=0).to(weight.dtype)
+            grad_weight = (grad.float() * _scale_rows(x, inverse_rms)).flatten(0, -2).sum(dim=0).to(weight.dtype)
         return grad_x, grad_weight, None, None
 
 
 class FusedRmsNorm:
-    """What is put before a model's RMS norm: the same arithmetic in one step."""
+    """Mixin for a model's RMS norm: the same arithmetic as one autograd function."""
 
     weight: Tensor
     variance_epsilon: float
     rounds_output: bool = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        kind = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(kind) if self.rounds_output and torch.is_autocast_enabled(kind) else None
-        output, inverse = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
-        return with_recipe(output, partial(_scaled, dtype=dtype), hidden_states, inverse, self.weight)
+        """Normalise the last dimension, [..., E] -> [..., E]."""
+        device_type = hidden_states.device.type
+        is_rounded = self.rounds_output and torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if is_rounded else None
+        output, inverse_rms = _RmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
+        return mark_recomputable(output, partial(_normalize, dtype=dtype), hidden_states, inverse_rms, self.weight)
 
 
 def is_rms_norm(module: nn.Module) -> bool:

@@ -1,22 +1,21 @@
-"""The product of a SwiGLU feed-forward layer, silu(gate) * up, as one step of the graph that keeps gate and up alone.
+"""The product of a SwiGLU feed-forward layer (arXiv:2002.05202), silu(gate) * up, as one autograd function.
 
-The library's two operations also keep silu(gate), a third tensor of that width in each layer. Here it is computed again
-in the backward pass, from the gate that is read there anyway, and the products are written over it where nobody else
-holds it; a fused layer behind it need not keep the product either (`recipe`). The numbers are the library's, bit by
-bit. arXiv:2002.05202.
+It saves gate and up only. The library's two operations also save silu(gate), a third tensor of that width in each
+layer. Here it is computed again in the backward pass, from the gate that is read there anyway, and the products are
+written over temporary tensors; a fused LoRA layer after it need not save the product either (`recompute`). The numbers
+are the library's, bit by bit.
 
 Shapes: [..., I], I the width of the feed-forward layer.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmtune.kernels.recompute import with_recipe
+from llmtune.kernels.autograd import Context
+from llmtune.kernels.recompute import mark_recomputable
 
 __all__ = ["FusedSwiglu", "is_swiglu"]
 
@@ -26,24 +25,25 @@ def _product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class _Swiglu(torch.autograd.Function):
-    """y = silu(gate) * up."""
+    """y = silu(gate) * up; d gate = grad * up * silu'(gate), d up = grad * silu(gate)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Context, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
         return _product(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
         grad_up = functional.silu(gate).mul_(grad)
         grad_gate = grad * up
+        # Into its own input: each entry is read before it is written, and no third tensor of this width is made.
         torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
         return grad_gate, grad_up
 
 
 class FusedSwiglu:
-    """What is put before a model's feed-forward module: the same arithmetic, with silu(gate) * up in one step."""
+    """Mixin for a model's feed-forward module: the same arithmetic, with silu(gate) * up as one autograd function."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -52,7 +52,7 @@ class FusedSwiglu:
     def forward(self, x: Tensor) -> Tensor:
         """Compute the module's output, [..., E] -> [..., E]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        output: Tensor = self.down_proj(with_recipe(_Swiglu.apply(gate, up), _product, gate, up))
+        output: Tensor = self.down_proj(mark_recomputable(_Swiglu.apply(gate, up), _product, gate, up))
         return output
 
 

@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 from llmtune.engine.flat_forward import FlatInputs, flat_forward
 from llmtune.engine.forward import attention_ways, checkpoint_blocks
 from llmtune.engine.objective import weighted_nll_sum
-from llmtune.kernels.activation_offload import PAGE_BYTES, HostStore, keep_inputs_in, run_in_tiles
+from llmtune.kernels.activation_offload import PAGE_BYTES, HostStore, offload_block_inputs
 from llmtune.kernels.attention import segment_mask, tiles_backend, use_segment_attention
-from llmtune.kernels.attention_layout import lay_out
-from llmtune.kernels.head_loss import find_head, head_nll_sum
+from llmtune.kernels.attention_layout import make_layout
+from llmtune.kernels.linear_cross_entropy import find_head, head_nll_sum
 from llmtune.kernels.patch_model import patch_model
+from llmtune.kernels.tiled_mlp import run_in_tiles
 from llmtune.models.parameters import base_model_of
 from llmtune.plan.attention_memory import fake_flex_attention, workspace_bytes
 from llmtune.plan.meta_model import decoder_blocks, to_fake_tensors
@@ -192,7 +193,7 @@ def trace(
     `model.gradient_checkpointing`. Raises any of TRACE_ERRORS for a model that cannot run on fake tensors; of these
     NotImplementedError also for one that this backend of attention cannot compute.
     """
-    lay_out.cache_clear()  # or the masks of tiles would count in the first trace of a shape only
+    make_layout.cache_clear()  # or the masks of tiles would count in the first trace of a shape only
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     to_fake_tensors(model, mode)
     base = base_model_of(model)
@@ -204,7 +205,7 @@ def trace(
         use_segment_attention(base, backend, PLANNED_ATTENTION.get(backend))
     if checkpointing == "offload":
         # The proof compares values, which fake tensors do not have.
-        run_in_tiles(base, proven=True, select=representative_chunks)
+        run_in_tiles(base, probe=False, select=representative_chunks)
     model.train()
     tensors = [*model.parameters(), *model.buffers()]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -218,7 +219,7 @@ def trace(
         for weight in trained:
             weight.register_post_accumulate_grad_hook(_drop if gradients == "dropped" else live.count_gradient)
     if checkpointing == "offload" and device_type == "cuda":
-        keep_inputs_in(_fake_host_store(live, mode), base)
+        offload_block_inputs(_fake_host_store(live, mode), base)
     _mark_phases(decoder_blocks(model), live)
     # A fake tensor is one of the CPU for either device type: the trace needs no GPU.
     autocast: AbstractContextManager[object] = (

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 
-from llmtune.kernels.attention import Rule, Segments, dropout_by_sdpa
+from llmtune.kernels.attention import AttentionParams, Segments, dropout_by_sdpa
 
 __all__ = ["fake_flex_attention", "flash_backward_bytes", "workspace_bytes"]
 
@@ -89,7 +89,9 @@ class _FakeFlex(torch.autograd.Function):
 
 
 @dropout_by_sdpa
-def fake_flex_attention(query: Tensor, key: Tensor, value: Tensor, _segments: Segments, _rule: Rule) -> Tensor:
+def fake_flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, _segments: Segments, _rule: AttentionParams
+) -> Tensor:
     """Flex attention on fake tensors, [1, H, T, D] -> [1, T, H, D]; the real one has to be compiled for a device."""
     output: Tensor = _FakeFlex.apply(query, key, value)
     return output.transpose(1, 2)

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.adapters import attach
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
 from llmtune.errors import LlmtuneError, ModelError, in_one_line
+from llmtune.kernels.recompute import checkpointable_blocks
 from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.load import refuse_foreign_quantization
 from llmtune.models.parameters import base_model_of
@@ -145,7 +145,7 @@ def _keep_first_blocks(model_config: PretrainedConfig, blocks: int) -> None:
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder blocks in order; the decoder itself where a model's own code has no such blocks."""
     decoder = base_model_of(model).get_decoder()
-    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)] or [decoder]
+    return [*checkpointable_blocks(decoder)] or [decoder]
 
 
 def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:

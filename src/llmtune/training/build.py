@@ -28,7 +28,7 @@ from llmtune.engine.optim import Optimizer, build_optimizer, matrices_of_blocks
 from llmtune.engine.precision import Precision
 from llmtune.engine.schedule import learning_rate_at, warmup_length
 from llmtune.engine.step_in_backward import StepInBackward, choose_windows
-from llmtune.engine.update import AfterBackward, Update
+from llmtune.engine.update import StepAfterBackward, Update
 from llmtune.engine.utilization import utilization
 from llmtune.models.load import load_model
 from llmtune.models.parameters import count_parameters, trained_parameters
@@ -193,7 +193,7 @@ def _make_update(
     devices: Devices,
 ) -> tuple[Update, list[Decision]]:
     if not training.step_in_backward:
-        return AfterBackward(parameters, optimizer, precision, devices, max_grad_norm=training.max_grad_norm), []
+        return StepAfterBackward(parameters, optimizer, precision, devices, max_grad_norm=training.max_grad_norm), []
     sizes = [parameter.nbytes for parameter in parameters]
     total, largest = readable_bytes(sum(sizes)), readable_bytes(max(sizes))
     reason = f"asked for: a gradient goes once it is complete; all are {total}, the largest {largest}"

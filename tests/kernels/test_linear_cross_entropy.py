@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtune.kernels import head_loss
-from llmtune.kernels.head_loss import Head, head_nll_sum, sequence_log_probs, trained_rows
+from llmtune.kernels import linear_cross_entropy
+from llmtune.kernels.linear_cross_entropy import Head, head_nll_sum, sequence_log_probs, trained_rows
 
 
 class Doubled(nn.Linear):
@@ -42,8 +42,8 @@ def test_the_chunked_loss_equals_the_whole_one(
     kind: type[nn.Linear], bias: bool, frozen: bool, scale: float, cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """N15: loss 1e-6, gradients 1e-5 relative; several chunks of several slices, the last ones partial."""
-    monkeypatch.setattr(head_loss, "TRAINED_CHUNK_ROWS", 128)
-    monkeypatch.setattr(head_loss, "SLICE_NUMBERS", 50 * 61)
+    monkeypatch.setattr(linear_cross_entropy, "TRAINED_CHUNK_ROWS", 128)
+    monkeypatch.setattr(linear_cross_entropy, "SLICE_NUMBERS", 50 * 61)
     module, hidden, targets, weights = problem(kind, bias, frozen)
     found = head_nll_sum(Head(module, scale, cap), hidden, targets, weights)
     logits = module(hidden) * scale
@@ -77,7 +77,7 @@ def test_a_heads_weight_is_rounded_once_for_all_chunks() -> None:
             return function(*arguments, **(named or {}))
 
     module, hidden, targets, weights = problem(frozen=True)
-    assert hidden.shape[0] > head_loss.CHUNK_ROWS
+    assert hidden.shape[0] > linear_cross_entropy.CHUNK_ROWS
     with torch.autocast("cpu", dtype=torch.bfloat16), Watch():
         head_nll_sum(Head(module), hidden, targets, weights)
     assert rounded.count(module.weight.shape) == 1
@@ -104,7 +104,7 @@ def test_evaluation_keeps_no_gradient() -> None:
 
 def test_a_trained_heads_gradient_is_summed_and_handed_over_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of bf16 products add up in float32, and the sum is rounded nowhere: masters are float32."""
-    monkeypatch.setattr(head_loss, "TRAINED_CHUNK_ROWS", 16)
+    monkeypatch.setattr(linear_cross_entropy, "TRAINED_CHUNK_ROWS", 16)
     module, hidden, targets, weights = problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = head_nll_sum(Head(module), hidden, targets, weights)
@@ -191,7 +191,7 @@ def test_log_probabilities_sum_to_the_loss() -> None:
 
 def test_logits_of_sequences_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in the forward nor in the backward pass."""
-    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 32)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_ROWS", 32)
     rows: list[int] = []
 
     class Watch(TorchDispatchMode):
@@ -219,16 +219,18 @@ def test_sequences_without_rows_have_log_probability_0_and_a_gradient() -> None:
 
 
 def _no_scale(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(head_loss._bend(head.module(hidden), 1.0, head.cap), targets, reduction="none")
+    return functional.cross_entropy(
+        linear_cross_entropy._scale_and_cap(head.module(hidden), 1.0, head.cap), targets, reduction="none"
+    )
 
 
 def _no_gradient(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = head_loss._bend(head.module(hidden.detach()), head.scale, head.cap)
+    logits = linear_cross_entropy._scale_and_cap(head.module(hidden.detach()), head.scale, head.cap)
     return functional.cross_entropy(logits, targets, reduction="none") + 0 * hidden.sum(dim=1)
 
 
 def _half_softmax(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = head_loss._bend(head.module(hidden), head.scale, head.cap).bfloat16()
+    logits = linear_cross_entropy._scale_and_cap(head.module(hidden), head.scale, head.cap).bfloat16()
     return functional.cross_entropy(logits, targets, reduction="none").float()
 
 
@@ -237,6 +239,6 @@ def test_a_broken_log_probability_is_caught(
     broken: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The law above fails without the head's scale, without a gradient to the model, and with a softmax in bf16."""
-    monkeypatch.setattr(head_loss, "_chunk_nll", broken)
+    monkeypatch.setattr(linear_cross_entropy, "_chunk_nll", broken)
     value, gradient = differences_of_log_probs()
     assert value > 1e-6 or gradient > 1e-5

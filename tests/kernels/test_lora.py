@@ -120,7 +120,7 @@ def test_shared_inputs_leave_nothing_waiting(build_model: Build, padded: MicroBa
     model(padded.input_ids)
     groups = {id(module.group): module.group for module in model.modules() if "group" in vars(module)}
     assert sorted(len(group.members) for group in groups.values()) == [1, 1, 1, 1, 2, 2, 3, 3]
-    assert all(group._input is None and not group._waiting for group in groups.values())
+    assert all(group._input is None and not group._pending for group in groups.values())
 
 
 def test_a_layer_called_alone_answers_alone(build_model: Build) -> None:

@@ -12,9 +12,9 @@ from gradient_helpers import adapted, loss_and_gradients
 from llmtune.config.schema import AdapterConfig, Config, ModelConfig
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.engine.forward import build_engine
-from llmtune.kernels import chunked_mlp, lora
+from llmtune.kernels import lora, tiled_mlp
 from llmtune.kernels.patch_model import patch_model
-from llmtune.kernels.recompute import recipe_of, with_recipe
+from llmtune.kernels.recompute import mark_recomputable, recomputation_of
 from llmtune.kernels.rms_norm import FusedRmsNorm
 
 Build = Callable[..., Any]
@@ -34,13 +34,13 @@ def test_the_same_loss_and_gradients_bit_by_bit(
     flat: MicroBatch,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """N15, with models whose norms and products have recipes, whose norms alone have, and that have none."""
+    """N15, with models whose norms and products are recomputed, whose norms alone are, and that recompute nothing."""
     precision = arithmetic(bf16=bf16)
     made = []
 
     def counted(tensor: torch.Tensor) -> Any:
-        made.append(recipe_of(tensor) is not None)
-        return recipe_of(tensor)
+        made.append(recomputation_of(tensor) is not None)
+        return recomputation_of(tensor)
 
     def found() -> Any:
         model = adapted(build_model(name).to(base), LORA)
@@ -49,11 +49,11 @@ def test_the_same_loss_and_gradients_bit_by_bit(
         with precision.autocast():
             return loss_and_gradients(model, lambda: engine.nll_sum(flat))
 
-    monkeypatch.setattr(lora, "recipe_of", counted)
+    monkeypatch.setattr(lora, "recomputation_of", counted)
     loss, gradients = found()
     # each of two blocks: behind either norm, and behind the product; before the first norm nothing wants a gradient
     assert sum(made) == {"llama": 5, "qwen3": 5, "granite": 5, "phi3": 3, "gpt2": 0}[name]
-    monkeypatch.setattr(lora, "recipe_of", lambda _tensor: None)
+    monkeypatch.setattr(lora, "recomputation_of", lambda _tensor: None)
     kept_loss, kept_gradients = found()
     assert loss == kept_loss
     assert all(torch.equal(gradients[one], kept_gradients[one]) for one in kept_gradients)
@@ -124,11 +124,11 @@ def test_a_source_that_was_overwritten_is_noticed(build_model: Build) -> None:
 def test_tiles_make_them_again_too(
     build_model: Build, arithmetic: Build, flat: MicroBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """N15 for rows in tiles: what a tile computes again has recipes of its own."""
-    monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 64)
+    """N15 for rows in tiles: what a tile computes again is itself marked recomputable."""
+    monkeypatch.setattr(tiled_mlp, "LEAST_TOKENS", 64)
     precision, results = arithmetic(), []
-    for recipe in (recipe_of, lambda _tensor: None):
-        monkeypatch.setattr(lora, "recipe_of", recipe)
+    for recipe in (recomputation_of, lambda _tensor: None):
+        monkeypatch.setattr(lora, "recomputation_of", recipe)
         model = adapted(build_model("llama"), LORA)
         config = Config(adapter=LORA, model=ModelConfig(gradient_checkpointing="offload"))
         engine = build_engine(model, config=config, device=CPU, precision=precision)
@@ -137,14 +137,14 @@ def test_tiles_make_them_again_too(
     assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[1][1])
 
 
-def test_a_recipe_stays_with_its_tensor_and_only_where_a_gradient_is_wanted() -> None:
+def test_a_recomputation_is_noted_on_its_tensor_alone_and_only_where_a_gradient_is_needed() -> None:
     source = torch.randn(3, 4, requires_grad=True)
     tensor = source * 2
-    assert with_recipe(tensor, lambda one: one * 2, source) is tensor
-    found = recipe_of(tensor)
+    assert mark_recomputable(tensor, lambda one: one * 2, source) is tensor
+    found = recomputation_of(tensor)
     assert found is not None
-    assert torch.equal(found.make(*found.sources), tensor)
-    assert not found.sources[0].requires_grad
-    assert found.sources[0].data_ptr() == source.data_ptr()
-    assert recipe_of(tensor.view(4, 3)) is None
-    assert recipe_of(with_recipe(torch.ones(3), torch.neg, source)) is None
+    assert torch.equal(found.function(*found.inputs), tensor)
+    assert not found.inputs[0].requires_grad
+    assert found.inputs[0].data_ptr() == source.data_ptr()
+    assert recomputation_of(tensor.view(4, 3)) is None
+    assert recomputation_of(mark_recomputable(torch.ones(3), torch.neg, source)) is None

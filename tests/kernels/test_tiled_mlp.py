@@ -17,9 +17,9 @@ from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.forward import Engine, build_engine
 from llmtune.engine.objective import plain_nll_sum
-from llmtune.kernels import chunked_mlp
-from llmtune.kernels.chunked_mlp import tile_modules, tiled_forward
+from llmtune.kernels import tiled_mlp
 from llmtune.kernels.patch_model import patch_model
+from llmtune.kernels.tiled_mlp import tile_decoder, tiled_forward
 from llmtune.models.quantization import disable_cpu_repacking, quantization_config
 
 Build = Callable[..., Any]
@@ -37,7 +37,7 @@ SHAPE = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidd
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", TILE)
+    monkeypatch.setattr(tiled_mlp, "LEAST_TOKENS", TILE)
 
 
 def engine_of(model: Any, precision: Any, recompute: Any = "offload") -> Engine:
@@ -339,7 +339,7 @@ class Shifted(nn.Module):
 def test_a_module_that_looks_at_other_tokens_is_found_out(build_model: Build) -> None:
     model = build_model("llama")
     model.model.layers[0].mlp = Shifted(48)
-    tiling = tile_modules(model.get_decoder(), 48)
+    tiling = tile_decoder(model.get_decoder(), 48)
     assert tiling.skipped == {"Shifted": "its outputs depend on what other tokens stand beside"}
     assert tiling.feed_forwards == 1
 
@@ -350,11 +350,11 @@ def test_what_is_left_alone_goes_by_the_librarys_name(build_model: Build) -> Non
     for block in model.model.layers:
         block.mlp.down_proj = nn.Conv1d(48, 48, 1)
     patch_model(model, "cpu")
-    assert tile_modules(model.get_decoder(), 48).skipped == {"LlamaMLP": "it holds Conv1d"}
+    assert tile_decoder(model.get_decoder(), 48).skipped == {"LlamaMLP": "it holds Conv1d"}
 
 
 def test_tiles_change_no_name_of_a_weight(build_model: Build) -> None:
     model = build_model("llama")
     before = list(model.state_dict())
-    tile_modules(model.get_decoder(), 48)
+    tile_decoder(model.get_decoder(), 48)
     assert list(model.state_dict()) == before

@@ -25,8 +25,9 @@ from llmtune.data.example import Example
 from llmtune.engine.forward import build_engine, checkpoint_blocks
 from llmtune.engine.precision import Precision
 from llmtune.errors import ModelError
-from llmtune.kernels import activation_offload, chunked_mlp
-from llmtune.kernels.activation_offload import HostStore, keep_inputs_in, run_in_tiles
+from llmtune.kernels import activation_offload, tiled_mlp
+from llmtune.kernels.activation_offload import HostStore, offload_block_inputs
+from llmtune.kernels.tiled_mlp import run_in_tiles
 
 Build = Callable[..., Any]
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_inputs_kept_on_the_host_change_no_bit(
         )
         if keep:
             stores.append(HostStore(CPU))
-            assert keep_inputs_in(stores[0], base) == 2
+            assert offload_block_inputs(stores[0], base) == 2
         torch.manual_seed(5)
         for lengths in ((23, 5, 40), (61, 9)):
 
@@ -89,8 +90,8 @@ def test_pages_are_taken_once_and_given_back(
     """
     model, store = build_model("llama"), HostStore(CPU)
     checkpoint_blocks(model)
-    keep_inputs_in(store, model)
-    monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", 48)
+    offload_block_inputs(store, model)
+    monkeypatch.setattr(tiled_mlp, "LEAST_TOKENS", 48)
     run_in_tiles(model)
     counts = []
     for length in (219, 219, 100, 219):
@@ -120,7 +121,7 @@ def test_the_device_holds_no_input_but_the_last_ones(build_model: Build, flat: M
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).train()
         checkpoint_blocks(model)
         if keep:
-            keep_inputs_in(HostStore(CPU), model)
+            offload_block_inputs(HostStore(CPU), model)
         inputs: list[Any] = []
         for block in model.model.layers:
             block.register_forward_pre_hook(lambda _module, args: inputs.append(weakref.ref(args[0].untyped_storage())))  # noqa: B023
@@ -163,7 +164,7 @@ def test_on_a_cpu_inputs_stay_where_they_are_and_that_is_said(build_model: Build
 
 def test_a_model_without_blocks_that_can_be_recomputed_is_refused() -> None:
     with pytest.raises(ModelError, match="the inputs of Linear's blocks cannot be kept elsewhere"):
-        keep_inputs_in(HostStore(CPU), torch.nn.Linear(2, 2))
+        offload_block_inputs(HostStore(CPU), torch.nn.Linear(2, 2))
 
 
 # ---- the benchmark ----
@@ -264,7 +265,7 @@ def test_on_a_gpu_offloaded_blocks_repeat_recomputed_ones(monkeypatch: pytest.Mo
     monkeypatch.setattr(activation_offload, "PAGE_BYTES", 1 << 20)
 
     def results(recompute: Any, least: int) -> list[tuple[float, dict[str, torch.Tensor]]]:
-        monkeypatch.setattr(chunked_mlp, "LEAST_TOKENS", least)
+        monkeypatch.setattr(tiled_mlp, "LEAST_TOKENS", least)
         model, loss = wide_model(recompute, 8192)
         return [loss_and_gradients(model, loss) for _ in range(3)]
 
