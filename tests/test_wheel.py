@@ -78,7 +78,7 @@ def test_presets_and_example_data_travel_inside_the_wheel(wheel):
 
 
 def test_what_is_installed_is_what_is_imported(llmtune, installed):
-    code = "import llmtune; from llmtune.config.presets import shipped_path as at; print(llmtune.__file__); print(at('configs/test.yaml'))"  # noqa: E501
+    code = "import llmtune; from llmtune.config.paths import shipped_path as at; print(llmtune.__file__); print(at('configs/test.yaml'))"  # noqa: E501
     where = llmtune("-c", code)
     assert all(Path(line).is_relative_to(installed) for line in where.splitlines())
     assert len(where.splitlines()) == 2

@@ -78,7 +78,7 @@ def test_custom_nano_from_nothing_is_trained_killed_resumed_evaluated_stops_by_i
 
 def _first_trained_row(folder):
     """Messages of a row of the shipped conversations that is not the held-out one, as JSON."""
-    from llmtune.config.presets import shipped_path
+    from llmtune.config.paths import shipped_path
 
     held_out = {
         entry["source"].rsplit(":", 1)[1]

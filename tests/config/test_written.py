@@ -12,13 +12,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.config.checks import CONTRADICTIONS, RANGES, SOURCE_RANGES, range_problem
+from llmtune.config.checks import RANGES, SOURCE_RANGES, range_problem
+from llmtune.config.contradictions import CONTRADICTIONS
 from llmtune.config.document import DEFAULT, Origin
 from llmtune.config.dump import config_to_dict, config_to_yaml
 from llmtune.config.json_schema import json_schema
 from llmtune.config.keys import LEAVES, SECTIONS, default_of, descriptions
 from llmtune.config.layers import load_config, parse_config
-from llmtune.config.presets import shipped_path, shipped_presets
+from llmtune.config.paths import shipped_path, shipped_presets
 from llmtune.config.reference import reference_page
 from llmtune.config.schema import Config, SourceConfig
 from llmtune.errors import ConfigError

@@ -8,7 +8,7 @@ from llmtune.engine.optim import OPTIMIZERS, build_optimizer, matrices_of_blocks
 from llmtune.errors import ConfigError
 
 CPU = torch.device("cpu")
-ON_CPU = ["adamw", "adamw_8bit", "lion", "muon", "sgd"]
+ON_CPU = ["adamw", "adamw_8bit", "lion", "adafactor", "muon", "sgd"]
 
 
 def build(name, parameters, *, rate=0.1, decay=0.5, orthogonal=(), device=CPU, module=optim):
@@ -117,3 +117,23 @@ def test_one_builder_for_every_name_of_the_config():
 
     assert set(get_args(get_type_hints(TrainingConfig)["optimizer"])) == OPTIMIZERS.keys()
     assert build_optimizer is optim.build_optimizer
+
+
+def test_adafactor_is_that_of_the_trainer_of_transformers(tmp_path):
+    """The same weights after three steps of `optim: adafactor`, bit for bit."""
+    from transformers import Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    gradients = [[torch.randn(6, 4), torch.randn(4)] for _ in range(3)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(6, 4)), torch.nn.Parameter(torch.ones(4))] for _ in range(2))
+    optimizer, _ = build("adafactor", {"matrix": ours[0], "vector": ours[1]}, rate=0.01, decay=0.1)
+    arguments = TrainingArguments(output_dir=tmp_path, optim="adafactor", learning_rate=0.01, report_to="none")
+    rule, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    groups = [{"params": theirs[:1], "weight_decay": 0.1}, {"params": theirs[1:], "weight_decay": 0.0}]
+    reference = rule(groups, **options)
+    for step in gradients:
+        for mine, other, gradient in zip(ours, theirs, step, strict=True):
+            mine.grad, other.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        reference.step()
+    assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))

@@ -1,12 +1,15 @@
 """N7: every schedule equals its closed form and `transformers.get_scheduler` at every step."""
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
+from llmtune.config.schema import TrainingConfig
 from llmtune.engine import schedule
-from llmtune.engine.schedule import SCHEDULES, learning_rate_at, warmup_length
+from llmtune.engine.schedule import SCHEDULES, interval, is_due, learning_rate_at, schedule_of, warmup_length
 from llmtune.errors import ConfigError
 
 PEAK = 3e-4
@@ -46,6 +49,17 @@ def our_rates(name, total, warmup, min_lr_ratio=0.0, module=schedule):
 def test_every_schedule_is_that_of_transformers_at_every_step(name, total, warmup):
     """N7, with no warm-up, nothing but warm-up, and one step in all."""
     assert our_rates(name, total, warmup) == pytest.approx(their_rates(name, total, warmup), rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize("cycles", [1, 2, 5])
+@pytest.mark.parametrize(("total", "warmup"), LENGTHS)
+def test_restarts_are_those_of_transformers_at_every_step(total, warmup, cycles):
+    """N7."""
+    rate = learning_rate_at(
+        "cosine_with_restarts", peak=PEAK, total_steps=total, warmup_steps=warmup, num_cycles=cycles
+    )
+    theirs = their_rates("cosine_with_restarts", total, warmup, num_cycles=cycles)
+    assert [rate(step) for step in range(total)] == pytest.approx(theirs, rel=1e-12, abs=1e-18)
 
 
 @pytest.mark.parametrize(("total", "warmup"), LENGTHS)
@@ -123,3 +137,51 @@ def test_a_warmup_ratio_is_rounded_up_from_the_decimal_that_was_written():
 def test_what_cannot_be_a_schedule_is_refused_with_its_value(call, said):
     with pytest.raises(ConfigError, match=said):
         call()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"warmup_ratio": 0.1}, {"warmup_steps": 1}, {"warmup_ratio": 1.0, "lr_schedule": "wsd"}],
+    ids=["a ratio rounded up to the only step", "one step", "all of the run"],
+)
+def test_a_run_of_which_every_rate_is_zero_is_refused_with_a_fix_that_works(settings):
+    """Rounding up makes one step of warm-up of any ratio, and the first step of a warm-up has rate 0."""
+    training = replace(TrainingConfig(), learning_rate=PEAK, **settings)
+    with pytest.raises(ConfigError, match="nothing would be trained: the learning rate of every step is 0") as error:
+        schedule_of(training, 1)
+    key = re.search(r"set `training\.(\w+)=0`", error.value.problems[0].fix)[1]
+    assert schedule_of(replace(training, **{key: 0}), 1)(0) == PEAK
+    assert schedule_of(training, 2)(1) > 0
+
+
+@pytest.mark.parametrize(
+    ("every_steps", "every_epochs", "steps"),
+    [
+        (None, None, None),
+        (4, None, [4, 8, 12, 16, 20]),
+        (0.3, None, [7, 14, 21]),
+        (0.001, None, list(range(1, 24))),
+        (100, None, []),
+        (None, 1, [6, 12, 18]),
+        (None, 0.5, [3, 6, 9, 12, 15, 18, 21]),
+        (None, 0.25, [2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21, 23]),
+        (None, 0.01, list(range(1, 24))),
+        (None, 2, [12]),
+        (None, 1.5, [9, 18]),
+    ],
+)
+def test_an_interval_in_steps_parts_of_the_run_or_epochs(every_steps, every_epochs, steps):
+    """23 steps, 6 an epoch. Epochs end where they end, also where the interval does not divide them."""
+    every = interval(every_steps, every_epochs, total_steps=23, steps_per_epoch=6)
+    assert (every if every is None else [step for step in range(1, 24) if is_due(step, every)]) == steps
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.07, 0.5, 0.999])
+@pytest.mark.parametrize("total", [1, 7, 100, 2300])
+def test_a_fraction_of_all_steps_is_that_of_the_trainer_of_transformers(fraction, total):
+    from transformers import TrainerState, TrainingArguments
+
+    arguments = TrainingArguments(output_dir="unused", eval_steps=fraction, eval_strategy="steps", report_to="none")
+    state = TrainerState(max_steps=total)
+    state.compute_steps(arguments, total)
+    assert abs(interval(fraction, None, total_steps=total, steps_per_epoch=1) - state.eval_steps) <= (fraction == 0.07)

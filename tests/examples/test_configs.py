@@ -13,7 +13,7 @@ import torch
 
 from llmtune.cli.main import run as command
 from llmtune.config.layers import load_config
-from llmtune.config.presets import shipped_path
+from llmtune.config.paths import shipped_path
 from llmtune.config.process_options import Options
 from llmtune.prepare import prepare
 

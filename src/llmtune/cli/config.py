@@ -9,10 +9,9 @@ import typer
 
 from llmtune.cli.failure import print_line
 from llmtune.cli.options import ConfigName, Overrides
-from llmtune.config.dump import config_to_dict, config_to_yaml, plain
+from llmtune.config.dump import config_to_dict, config_to_yaml, plain, value_text
 from llmtune.config.keys import LEAVES, value_of
 from llmtune.config.layers import ResolvedConfig, load_config
-from llmtune.config.value_text import value_text
 from llmtune.errors import ConfigError, Problem
 
 __all__ = ["diff", "schema", "show", "validate"]

@@ -11,7 +11,6 @@ import typer
 from llmtune.cli.failure import print_line
 from llmtune.cli.options import NoCudaInTraining, TrustRemoteCode
 from llmtune.cli.process import prepare_process
-from llmtune.cli.result import show_result
 from llmtune.common.offline import is_offline
 from llmtune.config.process_options import Options
 
@@ -55,14 +54,16 @@ def resume_run(
     """Resume `run` (or the run of `checkpoint`) and show how it ended."""
     prepare_process(trains=True)
     from llmtune.training import train as training
+    from llmtune.training.progress import print_result
 
-    show_result(
-        training.resume(
-            run,
-            overrides=overrides,
-            options=options,
-            allow_changes=allow_changes,
-            checkpoint=checkpoint,
-            print_line=print_line,
-        )
+    result = training.resume(
+        run,
+        overrides=overrides,
+        options=options,
+        allow_changes=allow_changes,
+        checkpoint=checkpoint,
+        print_line=print_line,
     )
+    print_result(result, print_line)
+    if result.folder is not None:
+        print(result.folder)

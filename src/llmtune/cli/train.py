@@ -10,7 +10,6 @@ import typer
 from llmtune.cli.failure import print_line
 from llmtune.cli.options import ConfigName, NoCudaInTraining, Overrides, TrustRemoteCode
 from llmtune.cli.process import prepare_process
-from llmtune.cli.result import show_result
 from llmtune.common.offline import is_offline
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
@@ -73,11 +72,15 @@ def train(
     resolved = load_config(config, flags=flags, overrides=overrides or ())
     prepare_process(trains=True)
     from llmtune.training import train as training
+    from llmtune.training.progress import print_result
 
     if dry_run:
         training.dry_run(resolved, options, print_line=print)
         return
-    show_result(training.train(resolved, options, print_line=print_line))
+    result = training.train(resolved, options, print_line=print_line)
+    print_result(result, print_line)
+    if result.folder is not None:
+        print(result.folder)
 
 
 def _refuse_beside_resume(flags: list[str]) -> None:

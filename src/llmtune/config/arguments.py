@@ -23,7 +23,7 @@ from llmtune.config.document import (
     parse_yaml,
 )
 from llmtune.config.keys import LEAVES
-from llmtune.config.presets import shipped_presets
+from llmtune.config.paths import shipped_presets
 
 __all__ = ["FLAGS", "PROCESS_VARIABLES", "environment_layer", "flag_layer", "override_layer"]
 

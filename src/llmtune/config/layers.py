@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llmtune.common.text import excerpt
 from llmtune.config.arguments import environment_layer, flag_layer, override_layer
-from llmtune.config.checks import contradictions
 from llmtune.config.collect import Findings, Setting, collect
+from llmtune.config.contradictions import contradictions
 from llmtune.config.document import (
     DEFAULT,
     Entry,
@@ -31,7 +31,7 @@ from llmtune.config.document import (
 )
 from llmtune.config.json_document import parse_json
 from llmtune.config.keys import LEAVES
-from llmtune.config.presets import shipped_path, shipped_presets
+from llmtune.config.paths import shipped_path, shipped_presets
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError, Problem
 

@@ -1,4 +1,7 @@
-"""Paths in a config: characters that no path here can have, and files that lie beside the config file."""
+"""Paths: those in a config (characters that none can have, files beside it), and the files that come with llmtune.
+
+Shipped are `configs/` and `example-data/`: in the installed package, or in the source checkout.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from llmtune.errors import LlmtuneError, Problem
 if TYPE_CHECKING:
     from llmtune.config.layers import ResolvedConfig
 
-__all__ = ["PATH_KEYS", "config_folder_named", "path_problem"]
+__all__ = ["PATH_KEYS", "config_folder_named", "path_problem", "shipped_path", "shipped_presets"]
 
 PATH_KEYS = (
     "run.output_dir",
@@ -90,3 +93,18 @@ def _with_config_folder(problem: Problem, resolved: ResolvedConfig) -> Problem:
             fix = f"paths are taken from the working folder, and this one lies beside the config file: write `{beside}`"
             return problem._replace(fix=fix)
     return problem
+
+
+def shipped_path(relative: str) -> Path:
+    """Return the path of a shipped file or folder such as `configs/test.yaml`; it need not exist.
+
+    The installed package has them under `_shipped/`, a source checkout at its root.
+    """
+    package = Path(__file__).parents[1]
+    installed = package / "_shipped"
+    return (installed if installed.is_dir() else package.parent.parent) / relative
+
+
+def shipped_presets() -> dict[str, Path]:
+    """Return the shipped presets by name."""
+    return {path.stem: path for path in sorted(shipped_path("configs").glob("*.yaml"))}

@@ -7,10 +7,11 @@ import sys
 
 from llmtune.config import convert
 from llmtune.config.aliases import NOT_HERE, other_names
-from llmtune.config.checks import CONTRADICTIONS, RANGES, SOURCE_RANGES, Range
+from llmtune.config.checks import RANGES, SOURCE_RANGES, Range
+from llmtune.config.contradictions import CONTRADICTIONS
+from llmtune.config.dump import value_text
 from llmtune.config.keys import LEAVES, SECTIONS, SOURCE_FIELDS, default_of, descriptions, source_descriptions
 from llmtune.config.schema import SourceConfig
-from llmtune.config.value_text import value_text
 
 __all__ = ["reference_page"]
 

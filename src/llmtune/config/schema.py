@@ -305,8 +305,10 @@ class TrainingConfig:
     scratch.
     """
 
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "muon", "sgd"] = "adamw"
-    """Optimizer; the 8-bit and paged ones and lion come from bitsandbytes."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "muon", "sgd"] = (
+        "adamw"
+    )
+    """Optimizer; the 8-bit and paged ones and lion come from bitsandbytes, adafactor from transformers."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's moments."""
@@ -314,8 +316,13 @@ class TrainingConfig:
     eps: float = 1e-8
     """Added to Adam's denominator."""
 
-    lr_schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd"] = "linear"
+    lr_schedule: Literal[
+        "linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "polynomial", "wsd"
+    ] = "linear"
     """Course of the learning rate after warm-up."""
+
+    num_cycles: int = 1
+    """Falls of the learning rate from its peak in `cosine_with_restarts`."""
 
     warmup_steps: int | None = None
     """Steps over which the learning rate rises linearly from 0 to its peak."""
@@ -324,7 +331,7 @@ class TrainingConfig:
     """Warm-up as a fraction of all steps, rounded up."""
 
     min_lr_ratio: float = 0.0
-    """Learning rate at the end as a fraction of the peak (linear, cosine, polynomial, wsd)."""
+    """Learning rate at the end as a fraction of the peak (not of the constant schedules)."""
 
     max_grad_norm: float | None = 1.0
     """Clip the gradient of a window to this norm; null does not clip, the norm is reported all the same."""
@@ -357,8 +364,13 @@ class TrainingConfig:
 class EvaluationConfig:
     """Measurements on held-out rows, and their steps."""
 
-    every_steps: int | None = None
-    """Evaluate after every so many steps; only before and after training when not given."""
+    every_steps: int | float | None = None
+    """Evaluate after every so many steps (below 1: this fraction of all steps); only before and after training when
+    neither this nor `every_epochs` is given.
+    """
+
+    every_epochs: float | None = None
+    """Evaluate after every so many epochs; 0.25 is four times an epoch."""
 
     before_training: bool = True
     """Evaluate the model before training, for comparison."""
@@ -396,8 +408,13 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Steps at which the run is saved, and checkpoints that are kept."""
 
-    every_steps: int | None = None
-    """Save after every so many steps; at each epoch's end when not given. The end and a stop always save."""
+    every_steps: int | float | None = None
+    """Save after every so many steps (below 1: this fraction of all steps); at each epoch's end when neither this nor
+    `every_epochs` is given. The end and a stop always save.
+    """
+
+    every_epochs: float | None = None
+    """Save after every so many epochs; 0.25 is four times an epoch."""
 
     keep_last: int = 3
     """Newest checkpoints kept; older ones are deleted once their successor is verified. 0 keeps all."""

@@ -20,7 +20,7 @@ from llmtune.models.quantization import bnb_optimizer
 
 __all__ = ["OPTIMIZERS", "Optimizer", "OptimizerName", "build_optimizer", "choose_rates", "matrices_of_blocks"]
 
-OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "muon", "sgd"]
+OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "muon", "sgd"]
 Group = dict[str, Any]
 
 
@@ -174,6 +174,15 @@ def _bitsandbytes(request: _Request) -> tuple[Optimizer, list[Decision]]:
     ]
 
 
+def _adafactor(request: _Request) -> tuple[Optimizer, list[Decision]]:
+    """Shazeer and Stern 2018 (arXiv:1804.04235) as the Trainer of transformers sets it up for `optim: adafactor`."""
+    from transformers.optimization import Adafactor
+
+    optimizer = Adafactor(request.groups(), lr=request.learning_rate, scale_parameter=False, relative_step=False)
+    reason = "transformers' own, with the learning rate as it is: neither scaled by the weights nor by the step"
+    return Optimizer(optimizer), [Decision("training.optimizer", "adafactor", reason)]
+
+
 def _muon(request: _Request) -> tuple[Optimizer, list[Decision]]:
     rest = [name for name in request.parameters if name not in request.orthogonal]
     parts: list[torch.optim.Optimizer] = []
@@ -210,6 +219,7 @@ OPTIMIZERS: dict[str, Callable[[_Request], tuple[Optimizer, list[Decision]]]] = 
     "paged_adamw": _bitsandbytes,
     "paged_adamw_8bit": _bitsandbytes,
     "lion": _bitsandbytes,
+    "adafactor": _adafactor,
     "muon": _muon,
     "sgd": _sgd,
 }

@@ -1,7 +1,8 @@
 """Learning-rate schedules as closed forms of the step, so that a resumed run cannot drift.
 
-A shape maps (updates already made, total, warm-up) to a fraction of the peak after the warm-up. In the warm-up all rise
-linearly from 0. All equal `transformers.get_scheduler` of the same name (`wsd`: `warmup_stable_decay`), step by step.
+A shape maps (updates already made, total, warm-up, cycles) to a fraction of the peak after the warm-up. In the warm-up
+all rise linearly from 0. All equal `transformers.get_scheduler` of the same name, step by step (`wsd` is its
+`warmup_stable_decay`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,24 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Literal
 
+from llmtune.config.schema import TrainingConfig
 from llmtune.errors import ConfigError
 
-__all__ = ["SCHEDULES", "WSD_DECAY_SHARE", "ScheduleName", "learning_rate_at", "warmup_length"]
+__all__ = [
+    "SCHEDULES",
+    "WSD_DECAY_SHARE",
+    "Interval",
+    "ScheduleName",
+    "interval",
+    "is_due",
+    "learning_rate_at",
+    "schedule_of",
+    "warmup_length",
+]
 
-ScheduleName = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd"]
+ScheduleName = Literal[
+    "linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "polynomial", "wsd"
+]
 
 WSD_DECAY_SHARE = Fraction(1, 5)
 """Last part of a `wsd` training in which the rate falls (arXiv:2405.18392 finds a fifth enough)."""
@@ -25,14 +39,20 @@ POLYNOMIAL_END = 1e-7
 
 
 def learning_rate_at(
-    name: ScheduleName, *, peak: float, total_steps: int, warmup_steps: int = 0, min_lr_ratio: float = 0.0
+    name: ScheduleName,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    min_lr_ratio: float = 0.0,
+    num_cycles: int = 1,
 ) -> Callable[[int], float]:
     """Give the function from "updates already made" to the learning rate of the next update.
 
     `warmup_steps`: updates over which the rate rises linearly from 0 (the first update has rate 0, as in
-    `transformers`); `constant` has none. `min_lr_ratio`: rate at the end as a fraction of `peak`, for `linear`,
-    `cosine`, `polynomial` and `wsd`; past the end the rate stays there. Raises ConfigError for a warm-up longer than
-    the training and for an unknown name.
+    `transformers`); `constant` has none. `min_lr_ratio`: rate at the end as a fraction of `peak`, for all but the
+    constant schedules; past the end the rate stays there. `num_cycles`: falls from the peak to that end of
+    `cosine_with_restarts`. Raises ConfigError for a warm-up longer than the training and for an unknown name.
 
     >>> rate = learning_rate_at("linear", peak=1.0, total_steps=6, warmup_steps=2)
     >>> [rate(step) for step in range(7)]
@@ -58,7 +78,7 @@ def learning_rate_at(
     def rate(step: int) -> float:
         if step < warmup_steps:
             return peak * (step / warmup_steps)
-        fall = shape(min(step, total_steps), total_steps, warmup_steps)
+        fall = shape(min(step, total_steps), total_steps, warmup_steps, num_cycles)
         return peak * (fall * (1.0 - floor) + floor)
 
     return rate
@@ -90,19 +110,83 @@ def warmup_length(total_steps: int, warmup_steps: int | None, warmup_ratio: floa
     return math.ceil(Fraction(str(warmup_ratio)) * total_steps)
 
 
-def _constant(_step: int, _total: int, _warmup: int) -> float:
+def schedule_of(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:
+    """Give the learning rate of each update of a run of `total_steps`, from a config whose rate is resolved.
+
+    Raises ConfigError where every one of them is 0, and what `learning_rate_at` raises.
+    """
+    assert training.learning_rate is not None, "a config is resolved before a run is planned"
+    warmup_steps = warmup_length(total_steps, training.warmup_steps, training.warmup_ratio)
+    rate = learning_rate_at(
+        training.lr_schedule,
+        peak=training.learning_rate,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        min_lr_ratio=training.min_lr_ratio,
+        num_cycles=training.num_cycles,
+    )
+    if not any(rate(step) > 0 for step in range(total_steps)):  # the first rate above 0 ends the search
+        key = "warmup_ratio" if training.warmup_ratio is not None else "warmup_steps"
+        raise ConfigError(
+            f"nothing would be trained: the learning rate of every step is 0, because the warm-up of {warmup_steps} "
+            f"begins at 0 and the run has {total_steps}",
+            where=f"training.{key}",
+            fix=f"set `training.{key}=0`, or train longer (training.epochs, a smaller training.batch_size)",
+        )
+    return rate
+
+
+Interval = int | Fraction
+"""Steps from one evaluation or save to the next; a fraction where they follow parts of epochs."""
+
+
+def interval(
+    every_steps: float | None, every_epochs: float | None, *, total_steps: int, steps_per_epoch: int
+) -> Interval | None:
+    """Give the steps between two evaluations or saves, at least 1; None where neither is given.
+
+    `every_steps`: a number of steps, or below 1 a fraction of all steps, rounded up (as in `transformers`).
+    `every_epochs`: epochs, a fraction allowed: the boundaries of epochs are kept also where it does not divide them.
+
+    >>> interval(0.1, None, total_steps=25, steps_per_epoch=5), interval(None, 0.5, total_steps=25, steps_per_epoch=5)
+    (3, Fraction(5, 2))
+    """
+    if every_steps is not None:
+        return math.ceil(Fraction(str(every_steps)) * total_steps) if every_steps < 1 else int(every_steps)
+    if every_epochs is not None:
+        return max(Fraction(1), Fraction(str(every_epochs)) * steps_per_epoch)
+    return None
+
+
+def is_due(step: int, every: Interval) -> bool:
+    """Whether an interval ends with update number `step`.
+
+    >>> [step for step in range(1, 11) if is_due(step, Fraction(5, 2))]
+    [3, 5, 8, 10]
+    """
+    return step // every > (step - 1) // every
+
+
+def _constant(_step: int, _total: int, _warmup: int, _cycles: int) -> float:
     return 1.0
 
 
-def _linear(step: int, total: int, warmup: int) -> float:
+def _linear(step: int, total: int, warmup: int, _cycles: int) -> float:
     return (total - step) / max(1, total - warmup)
 
 
-def _cosine(step: int, total: int, warmup: int) -> float:
+def _cosine(step: int, total: int, warmup: int, _cycles: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def _stable_then_cosine(step: int, total: int, warmup: int) -> float:
+def _cosine_with_restarts(step: int, total: int, warmup: int, cycles: int) -> float:
+    """Loshchilov and Hutter 2017 (arXiv:1608.03983), cycles of equal length."""
+    if step >= total:
+        return 0.0
+    return 0.5 * (1.0 + math.cos(math.pi * (cycles * (step - warmup) / max(1, total - warmup) % 1.0)))
+
+
+def _stable_then_cosine(step: int, total: int, warmup: int, _cycles: int) -> float:
     decay = min(math.ceil(WSD_DECAY_SHARE * total), total - warmup)
     begin = total - decay
     if step == total:
@@ -110,9 +194,10 @@ def _stable_then_cosine(step: int, total: int, warmup: int) -> float:
     return 1.0 if step < begin else 0.5 * (1.0 + math.cos(math.pi * (step - begin) / max(1, decay)))
 
 
-SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
+SCHEDULES: dict[str, Callable[[int, int, int, int], float]] = {
     "linear": _linear,
     "cosine": _cosine,
+    "cosine_with_restarts": _cosine_with_restarts,
     "constant": _constant,
     "constant_with_warmup": _constant,
     "polynomial": _linear,

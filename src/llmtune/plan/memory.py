@@ -49,7 +49,9 @@ def optimizer_bytes(name: str, *, entries: int, entry_bytes: int) -> int:
     """Bytes of an optimizer's state for `entries` trained weights that take `entry_bytes` in all.
 
     AdamW holds two moments in the type of the weights (arXiv:1711.05101), its paged form in float32; 8-bit states two
-    bytes a weight and float32 scales of blocks (arXiv:2110.02861); SGD and Lion one momentum (arXiv:2302.06675).
+    bytes a weight and float32 scales of blocks (arXiv:2110.02861); SGD and Lion one momentum (arXiv:2302.06675);
+    Adafactor a float32 row and column of each matrix (arXiv:1804.04235), an eighth of the weights at LoRA's ranks and
+    far less in full tuning.
     """
     return round(OPTIMIZER_BYTES[name](entries, entry_bytes))
 
@@ -139,6 +141,7 @@ OPTIMIZER_BYTES: dict[str, Callable[[int, int], float]] = {
     "adamw_8bit": lambda entries, _bytes: 2.1 * entries,
     "paged_adamw_8bit": lambda entries, _bytes: 2.1 * entries,
     "lion": lambda entries, _bytes: 4 * entries,
+    "adafactor": lambda entries, _bytes: entries / 2,
     "muon": lambda _entries, entry_bytes: 2 * entry_bytes,
     "sgd": lambda _entries, entry_bytes: entry_bytes,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from llmtune.common.text import readable_bytes
+from llmtune.engine.schedule import Interval, interval, is_due, schedule_of, warmup_length
 from llmtune.errors import MachineError, in_one_line
 from llmtune.plan.activation_trace import TRACE_ERRORS
 from llmtune.plan.forecast import Forecaster, Steps
@@ -35,6 +36,8 @@ class Plan:
     """Sequences of the largest micro-batch that fits."""
     changes: tuple[Suggestion, ...] = ()
     """Where the run does not fit: changes that need less."""
+    notes: tuple[str, ...] = ()
+    """Settings that do nothing, or not all they say, in a run of this length."""
 
     @property
     def fits(self) -> bool | None:
@@ -48,7 +51,11 @@ class Plan:
 
 
 def make_plan(forecaster: Forecaster, *, full: bool = False) -> Plan:
-    """Plan a run; `full` also looks for the largest micro-batch that fits, and for changes where the run does not."""
+    """Plan a run; `full` also looks for the largest micro-batch that fits, and for changes where the run does not.
+
+    Raises ConfigError for a run of which every step has learning rate 0.
+    """
+    notes = _length_notes(forecaster)
     memory, missing = None, None
     try:
         memory = forecaster.memory()
@@ -71,7 +78,49 @@ def make_plan(forecaster: Forecaster, *, full: bool = False) -> Plan:
         tokens_per_second=forecaster.cached_rate() if forecaster.target.is_local else None,
         largest_batch=largest,
         changes=tuple(suggestions),
+        notes=tuple(notes),
     )
+
+
+def _length_notes(forecaster: Forecaster) -> list[str]:
+    """Name each setting that a run as short as this one rounds to nothing, or never comes to."""
+    config, batches = forecaster.config, forecaster.batches(forecaster.config)
+    training, evaluation, total = config.training, config.evaluation, batches.total_steps
+    rate, peak = schedule_of(training, total), training.learning_rate
+    assert peak is not None, "a config is resolved before it is planned"
+    warmup, notes = warmup_length(total, training.warmup_steps, training.warmup_ratio), []
+    if warmup >= total:
+        notes.append(
+            f"the warm-up is all {total:,} steps of this run: the learning rate ends at {rate(total - 1):.3g} "
+            f"and never reaches its peak of {peak:.3g}; set training.warmup_steps or training.warmup_ratio lower"
+        )
+
+    def steps_between(every_steps: float | None, every_epochs: float | None) -> Interval | None:
+        spans = {"total_steps": total, "steps_per_epoch": batches.steps_per_epoch}
+        return interval(every_steps, every_epochs, **spans)
+
+    every = steps_between(evaluation.every_steps, evaluation.every_epochs)
+    if every is not None and every > total:
+        notes.append(
+            f"nothing is evaluated during training: every {float(every):g} steps is more than the {total:,} of this run"
+        )
+    if every is not None and evaluation.early_stopping_patience is not None:
+        # The first evaluation cannot be worse than another, and stopping at the last step is no stopping.
+        chances = sum(is_due(step, every) for step in range(1, total)) - (0 if evaluation.before_training else 1)
+        if chances < evaluation.early_stopping_patience:
+            notes.append(
+                f"this run cannot stop early: {chances} evaluations before its last step can be without improvement, "
+                f"and evaluation.early_stopping_patience is {evaluation.early_stopping_patience}"
+            )
+    saves = steps_between(config.checkpoint.every_steps, config.checkpoint.every_epochs)
+    if saves is not None and saves > total:
+        notes.append(f"saved at the end only: every {float(saves):g} steps is more than the {total:,} of this run")
+    if config.tracking.every_steps > total:
+        notes.append(
+            f"metrics of the last step only: tracking.every_steps is {config.tracking.every_steps:,} "
+            f"and the run has {total:,}"
+        )
+    return notes
 
 
 def _disk(forecaster: Forecaster, memory: MemoryPlan | None) -> tuple[DiskForecast | None, str | None]:
@@ -96,11 +145,12 @@ def _disk(forecaster: Forecaster, memory: MemoryPlan | None) -> tuple[DiskForeca
 def start_lines(plan: Plan) -> list[str]:
     """The lines that a training prints before it starts."""
     memory = plan.memory
+    notes = [f"note    {note}" for note in plan.notes]
     if memory is None:
-        return [f"memory  not planned: {plan.missing}"]
+        return [*notes, f"memory  not planned: {plan.missing}"]
     parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in memory.parts.items() if count)
     peak, budget = readable_bytes(memory.peak_bytes), readable_bytes(plan.budget_bytes)
-    lines = [f"memory  {peak} planned of {budget} on {plan.device} ({parts})"]
+    lines = [*notes, f"memory  {peak} planned of {budget} on {plan.device} ({parts})"]
     if memory.host_bytes:
         lines.append(f"host    {readable_bytes(memory.host_bytes)} of page-locked memory for the inputs of blocks")
     if not plan.fits:
@@ -113,7 +163,7 @@ def start_lines(plan: Plan) -> list[str]:
 
 def plan_lines(plan: Plan) -> list[str]:
     """The plan for people, one fact a line."""
-    lines = [*_step_lines(plan.steps), *_memory_lines(plan)]
+    lines = [*_step_lines(plan.steps), *(f"note       {note}" for note in plan.notes), *_memory_lines(plan)]
     if plan.largest_batch is not None:
         lines.append(f"batch      up to {plan.largest_batch} sequences a micro-batch fit")
     if plan.seconds is not None:
@@ -197,6 +247,7 @@ def as_dict(plan: Plan) -> dict[str, object]:
         "seconds": plan.seconds,
         "disk": None if plan.disk is None else plan.disk._asdict(),
         "disk_problem": plan.disk_problem,
+        "notes": list(plan.notes),
         "changes": [
             {"overrides": change.overrides, "peak_bytes": change.peak_bytes, "fits": change.fits}
             for change in plan.changes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -12,6 +14,7 @@ from llmtune import durable
 from llmtune.common.folders import home_expanded
 from llmtune.common.text import printable, readable_bytes
 from llmtune.config.schema import Config
+from llmtune.engine.schedule import interval
 from llmtune.errors import MachineError, Problem
 
 __all__ = ["DiskForecast", "SaveAttempts", "forecast_disk", "free_bytes_at"]
@@ -72,7 +75,13 @@ def forecast_disk(
     free_bytes: measured at `run.output_dir` when None.
     """
     keep_last, folder = config.checkpoint.keep_last, config.run.output_dir
-    saves = -(-total_steps // (config.checkpoint.every_steps or steps_per_epoch))
+    every = interval(
+        config.checkpoint.every_steps,
+        config.checkpoint.every_epochs,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+    )
+    saves = math.ceil(Fraction(total_steps) / (every or steps_per_epoch))
     checkpoints = saves if keep_last == 0 else min(saves, keep_last + 1)
     parts = {
         f"{checkpoints} checkpoints": checkpoints * (weights_bytes + optimizer_bytes),

@@ -26,7 +26,7 @@ from llmtune.engine.neftune import Neftune
 from llmtune.engine.objective import Objective, next_token_objective
 from llmtune.engine.optim import Optimizer, build_optimizer, matrices_of_blocks
 from llmtune.engine.precision import Precision
-from llmtune.engine.schedule import learning_rate_at, warmup_length
+from llmtune.engine.schedule import schedule_of
 from llmtune.engine.step_in_backward import StepInBackward, choose_windows
 from llmtune.engine.update import StepAfterBackward, Update
 from llmtune.engine.utilization import utilization
@@ -136,7 +136,7 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
         optimizer=optimizer,
         update=update,
         precision=precision,
-        learning_rate=_make_schedule(config.training, batches.total_steps),
+        learning_rate=schedule_of(config.training, batches.total_steps),
         mfu=utilization(devices, precision.name, total=counts.total, trained=counts.trained),
         devices=devices,
         batches=batches,
@@ -221,15 +221,4 @@ def _make_windows(
         prepared.config,
         shape=model.config,
         gradient_bytes=lambda: sum(parameter.nbytes for parameter in parameters.values()),
-    )
-
-
-def _make_schedule(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:
-    assert training.learning_rate is not None
-    return learning_rate_at(
-        training.lr_schedule,
-        peak=training.learning_rate,
-        total_steps=total_steps,
-        warmup_steps=warmup_length(total_steps, training.warmup_steps, training.warmup_ratio),
-        min_lr_ratio=training.min_lr_ratio,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmtune.data.example import ExampleSet
 from llmtune.engine.loop import StepResult
+from llmtune.engine.schedule import interval, is_due
 from llmtune.errors import ConfigError
 from llmtune.evaluation.exact_match import count_exact_answers
 from llmtune.evaluation.generate import generate
@@ -80,6 +81,12 @@ class Evaluator:
         self._heldout: ExampleSet | None = data if data is not None and len(data) else None
         self._heldout_bytes: float | None = None
         self._watch: HistogramWatch | None = None
+        self._interval = interval(
+            self._config.evaluation.every_steps,
+            self._config.evaluation.every_epochs,
+            total_steps=setup.batches.total_steps,
+            steps_per_epoch=setup.batches.steps_per_epoch,
+        )
         self.eval_state = self._new_state()
 
     def start_watching(self, step: int) -> None:
@@ -127,8 +134,8 @@ class Evaluator:
 
     def is_due(self, step: int, *, last: bool) -> bool:
         """Whether step `step` ends with an evaluation; the end of the training always does, once."""
-        every = self._config.evaluation.every_steps
-        return self.eval_state.last_step != step and (last or (every is not None and step % every == 0))
+        every = self._interval
+        return self.eval_state.last_step != step and (last or (every is not None and is_due(step, every)))
 
     def evaluate(self, step: int, epoch: float, *, full: bool) -> tuple[bool, dict[str, Any]]:
         """Evaluate after `step` updates; `full` also counts exact answers where the config asks for them.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmtune import durable
 from llmtune.common.decisions import Decision
@@ -14,7 +14,7 @@ from llmtune.common.printing import PrintLine
 from llmtune.data.dataset.row_result import STATUSES
 from llmtune.engine.devices import Devices
 from llmtune.errors import MachineError, Problem
-from llmtune.plan.summary import Plan, start_lines
+from llmtune.plan.summary import Plan, comparison_lines, start_lines
 from llmtune.prepare import Prepared
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.folder import RunFolder
@@ -22,16 +22,18 @@ from llmtune.runs.identity import Difference, Effect
 from llmtune.training.build import TrainingSetup
 from llmtune.training.evaluator import EvalState
 
+if TYPE_CHECKING:
+    from llmtune.training.training_run import Result
+
 __all__ = [
     "RankPrinter",
-    "eval_lines",
     "final_lines",
     "print_decisions",
     "print_difference",
     "print_preflight",
+    "print_result",
     "print_resume",
     "print_setup",
-    "summary_lines",
     "tokenizing_progress",
 ]
 
@@ -152,6 +154,25 @@ def print_difference(difference: Difference, print_line: PrintLine) -> None:
         Effect.SCHEDULE: "another training from here on, as you asked",
     }
     print_line(f"changed: {difference} ({meaning[difference.effect]})")
+
+
+def print_result(result: Result, print_line: PrintLine) -> None:
+    """Print how a run ended, in the process that wrote its folder."""
+    if result.folder is None:
+        return
+    print_line(f"{result.state} after step {result.step}")
+    lines = summary_lines(result.metrics, result.eval_state)
+    if result.final_step is not None:
+        has_best = (result.folder / "checkpoints" / "best").is_dir()
+        lines += final_lines(result.eval_state, final_step=result.final_step, run=result.folder, has_best=has_best)
+    if result.plan is not None:
+        lines += comparison_lines(
+            result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes
+        )
+    for line in lines:
+        print_line(line)
+    if result.state == "finished":
+        print_line(f"try it: llmtune generate {result.folder} 'your question'")
 
 
 def eval_lines(evaluations: EvalState) -> list[str]:

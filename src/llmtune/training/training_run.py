@@ -22,6 +22,7 @@ from llmtune.engine.allocator import release_free_memory
 from llmtune.engine.devices import peak_memory_bytes
 from llmtune.engine.divergence import non_finite_parameters
 from llmtune.engine.loop import StepResult, train_steps
+from llmtune.engine.schedule import interval, is_due
 from llmtune.engine.state import TrainingState, capture, restore
 from llmtune.errors import DivergedError, MachineError, StoppedBySignal
 from llmtune.plan.forecast import Forecaster
@@ -286,8 +287,14 @@ class TrainingRun:
             self.print_line(f"step {result.step + 1} skipped: {result.reason}; rows: {', '.join(result.sources)}")
 
     def _save_is_due(self, result: StepResult) -> bool:
-        every = self.config.checkpoint.every_steps or self.setup.batches.steps_per_epoch
-        return result.step % every == 0 and not result.skipped
+        batches, checkpoint = self.setup.batches, self.config.checkpoint
+        every = interval(
+            checkpoint.every_steps,
+            checkpoint.every_epochs,
+            total_steps=batches.total_steps,
+            steps_per_epoch=batches.steps_per_epoch,
+        )
+        return is_due(result.step, every or batches.steps_per_epoch) and not result.skipped
 
     def _refuse_non_finite_weights(self) -> None:
         """Raise DivergedError where a weight is infinite or NaN: such weights never become best or resumable (P10)."""

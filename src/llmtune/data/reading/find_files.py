@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from llmtune.common.decisions import Decision
 from llmtune.common.folders import home_expanded
 from llmtune.common.text import printable
-from llmtune.config.presets import shipped_path
+from llmtune.config.paths import shipped_path
 from llmtune.config.schema import SourceConfig
 from llmtune.data.reading.compression import COMPRESSION_ERRORS, open_bytes
 from llmtune.data.reading.data_file import DataFile, kind_of_file

@@ -1,0 +1,81 @@
+"""Settings that a short run rounds to nothing, or never comes to: refused, or said before the model is loaded."""
+
+import pytest
+
+from llmtune.config.process_options import Options
+from llmtune.errors import ConfigError
+from llmtune.training import train as training
+
+ONE_STEP = ("training.max_steps=1",)
+
+
+def notes(resolved):
+    """What a dry run notes."""
+    lines = []
+    training.dry_run(resolved, Options(no_cuda=True, offline=True), print_line=lines.append)
+    return [line.removeprefix("note    ") for line in lines if line.startswith("note ")]
+
+
+@pytest.mark.parametrize(
+    ("setting", "fix"),
+    [
+        ("training.warmup_ratio=0.1", "training.warmup_ratio=0"),
+        ("training.warmup_ratio=0.001", "training.warmup_ratio=0"),
+        ("training.warmup_steps=1", "training.warmup_steps=0"),
+    ],
+)
+def test_a_run_of_which_every_rate_is_zero_is_refused_and_its_fix_trains(config_of, setting, fix):
+    for start in (notes, training.train):
+        with pytest.raises(ConfigError, match="nothing would be trained") as error:
+            start(config_of(*ONE_STEP, setting))
+        assert f"set `{fix}`" in error.value.problems[0].fix
+    assert training.train(config_of(*ONE_STEP, setting, fix)).metrics["learning_rate"] == 0.01
+
+
+def test_ten_rows_in_one_batch_are_one_step(config_of):
+    with pytest.raises(ConfigError, match="the warm-up of 1 begins at 0 and the run has 1"):
+        notes(
+            config_of("data.max_samples=10", "training.epochs=1", "training.batch_size=16", "training.warmup_ratio=0.1")
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        (("training.warmup_ratio=1.0",), "the learning rate ends at 0.009 and never reaches its peak of 0.01"),
+        (("evaluation.every_steps=11",), "nothing is evaluated during training: every 11 steps is more than the 10"),
+        (("evaluation.every_steps=null", "evaluation.every_epochs=3"), "every 15 steps is more than the 10"),
+        (("checkpoint.every_steps=50",), "saved at the end only: every 50 steps is more than the 10"),
+        (("tracking.every_steps=11",), "metrics of the last step only: tracking.every_steps is 11"),
+        (
+            ("evaluation.every_steps=4", "evaluation.early_stopping_patience=3"),
+            "this run cannot stop early: 2 evaluations before its last step",
+        ),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_a_setting_that_the_run_never_comes_to_is_named(config_of, settings, note):
+    """The run has ten steps."""
+    assert [line for line in notes(config_of(*settings)) if note in line]
+
+
+def test_a_run_that_comes_to_all_of_its_settings_has_no_such_note(config_of):
+    settings = ("evaluation.every_steps=4", "evaluation.early_stopping_patience=2", "training.warmup_ratio=0.9")
+    assert notes(config_of(*settings)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluated"),
+    [
+        (("evaluation.every_steps=0.3",), [0, 3, 6, 9, 10]),
+        (("evaluation.every_steps=null", "evaluation.every_epochs=1"), [0, 5, 10]),
+        (("evaluation.every_steps=null", "evaluation.every_epochs=0.5"), [0, 3, 5, 8, 10]),
+    ],
+)
+def test_evaluations_and_saves_come_by_parts_of_the_run_and_by_epochs(config_of, settings, evaluated):
+    same_for_saves = [setting.replace("evaluation.", "checkpoint.") for setting in settings]
+    run = training.train(config_of(*settings, *same_for_saves, "checkpoint.keep_last=0"))
+    saved = sorted(int(path.name[5:]) for path in (run.folder / "checkpoints").glob("step-*"))
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert saved == evaluated[1:]
+    assert sum("eval_mean_nll" in line for line in lines) == len(evaluated)
