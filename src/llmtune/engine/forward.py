@@ -33,9 +33,8 @@ from llmtune.kernels.linear_cross_entropy import find_head
 from llmtune.kernels.patch_model import patch_model, undo_patches
 from llmtune.kernels.recompute import checkpointable_blocks
 from llmtune.kernels.tiled_mlp import run_in_tiles
-from llmtune.models.eval_mode import eval_mode
 from llmtune.models.load import ATTENTION_IMPLEMENTATIONS
-from llmtune.models.parameters import base_model_of
+from llmtune.models.parameters import base_model_of, eval_mode
 
 if TYPE_CHECKING:
     from peft import PeftModel

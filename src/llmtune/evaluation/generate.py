@@ -17,8 +17,7 @@ from torch import Tensor
 
 from llmtune.data.example import Message
 from llmtune.errors import DataError
-from llmtune.models.eval_mode import eval_mode
-from llmtune.models.parameters import base_model_of
+from llmtune.models.parameters import base_model_of, eval_mode
 
 if TYPE_CHECKING:
     from peft import PeftModel

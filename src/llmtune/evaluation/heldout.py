@@ -30,7 +30,7 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine
 from llmtune.engine.precision import Precision
 from llmtune.errors import DataError
-from llmtune.models.eval_mode import eval_mode
+from llmtune.models.parameters import eval_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -27,7 +27,7 @@ from llmtune.kernels.autograd import Context
 from llmtune.kernels.chunks import SelectChunks, accumulate_float32, every_chunk
 from llmtune.kernels.patching import original_class_name, patch
 from llmtune.kernels.recompute import checkpointable_blocks
-from llmtune.models.eval_mode import eval_mode
+from llmtune.models.parameters import eval_mode
 
 __all__ = ["Tiling", "run_in_tiles", "tile_decoder", "tiled_forward", "tokens_of_tile"]
 
