@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmtune.common.decisions import Decision
 from llmtune.config.document import DEFAULT, Origin
@@ -22,19 +23,30 @@ from llmtune.data.dataset.micro_batch import Layout
 from llmtune.data.dataset.packing import Indices, plan_packs
 from llmtune.data.dataset.row_result import OVERLONG_FIX
 from llmtune.data.rendering.renderer import Renderer
-from llmtune.errors import ConfigError, DataError
+from llmtune.errors import ConfigError, DataError, TokenizerError
 from llmtune.models import catalog
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.read_config import Context, context_of, read_config
 from llmtune.models.scan import refuse_unsafe_folder
-from llmtune.models.tokenizer import LoadedTokenizer, load_tokenizer, load_tokenizer_folder, train_tokenizer_for
+from llmtune.models.tokenizer import (
+    LoadedTokenizer,
+    load_tokenizer,
+    load_tokenizer_folder,
+    own_vocabulary,
+    train_tokenizer_for,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 __all__ = [
     "Prepared",
     "find_context",
     "find_model",
+    "find_model_config",
     "fit_max_length",
+    "fit_train_tokens",
     "keep_fitted",
     "open_renderer",
     "open_tokenizer",
@@ -114,24 +126,78 @@ def open_renderer(config: Config, loaded: LoadedTokenizer) -> Renderer:
     )
 
 
-def find_context(
-    source: ModelSource, architecture: ArchitectureConfig, *, trust_remote_code: bool = False
-) -> Context | None:
-    """Return the context of the model of `source` before it is loaded; of a hub model only small files are fetched.
+def find_model_config(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedConfig | None:
+    """Return the config of the model of `source` before it is loaded; None for a model that is built from scratch.
 
-    architecture: `model.architecture`, for a model built from scratch. Raises ModelError for files that are unsafe or
-    unreadable, MachineError where the hub cannot be reached.
+    Of a hub model only small files are fetched. Raises ModelError for files that are unsafe or unreadable, MachineError
+    where the hub cannot be reached.
     """
     if source.kind == "scratch":
-        entry = source.entry
-        assert entry is not None
-        assert entry.shape is not None
-        row = ArchitectureConfig(**entry.architecture)  # type: ignore[arg-type]
-        tokens = architecture.max_seq_len or row.max_seq_len or entry.shape.max_seq_len
-        return Context(tokens, ends=(architecture.positions or row.positions) == "learned")
+        return None
     folder = local_folder(source, weights=False, code=trust_remote_code)
     refuse_unsafe_folder(folder, trust_remote_code=trust_remote_code, ignore_auto_map=may_ignore_auto_map(source))
-    return context_of(read_config(folder, trust_remote_code=trust_remote_code))
+    return read_config(folder, trust_remote_code=trust_remote_code)
+
+
+def find_context(
+    source: ModelSource, model_config: PreTrainedConfig | None, architecture: ArchitectureConfig
+) -> Context | None:
+    """Return the context of the model of `source`; None where its config names none.
+
+    model_config: see `find_model_config`. architecture: `model.architecture`, for a model built from scratch.
+    """
+    if model_config is not None:
+        return context_of(model_config)
+    entry = source.entry
+    assert entry is not None
+    assert entry.shape is not None
+    row = ArchitectureConfig(**entry.architecture)  # type: ignore[arg-type]
+    tokens = architecture.max_seq_len or row.max_seq_len or entry.shape.max_seq_len
+    return Context(tokens, ends=(architecture.positions or row.positions) == "learned")
+
+
+def fit_train_tokens(
+    config: Config, source: ModelSource, model_config: PreTrainedConfig | None, loaded: LoadedTokenizer
+) -> tuple[Config, list[Decision]]:
+    """Return the config whose `adapter.train_tokens` has every token that is new to the model, and that choice.
+
+    New are tokens without a row in the model's embedding, and, where `model.tokenizer` names another tokenizer, tokens
+    that the model's own does not have in that place. Left frozen, their rows would stay untrained, and would be no part
+    of the adapter. Raises TokenizerError for a tokenizer that is another model's, where the embedding stays frozen.
+    """
+    if model_config is None:
+        return config, []
+    rows = int(model_config.get_text_config().vocab_size)
+    vocabulary = loaded.tokenizer.get_vocab()
+    own = own_vocabulary(source) if config.model.tokenizer is not None else None
+    new = {token for token, index in vocabulary.items() if index >= rows}
+    kept = 1 - len(new) / len(vocabulary)
+    if own is not None:
+        new |= {token for token, index in vocabulary.items() if own.get(token) != index}
+        kept = sum(vocabulary.get(token) == index for token, index in own.items()) / len(own)
+    if kept < 0.5:
+        return config, [_other_tokenizer(config, kept)]
+    added = sorted(new - set(config.adapter.train_tokens), key=vocabulary.__getitem__)
+    if not added or config.adapter.method == "none":
+        return config, []
+    train_tokens = (*config.adapter.train_tokens, *added)
+    shown = ", ".join(train_tokens[:8]) + (f" and {len(train_tokens) - 8:,} more" if len(train_tokens) > 8 else "")
+    reason = f"the tokenizer has {len(added):,} tokens that are new to the model; their rows are trained and saved"
+    fitted = replace(config, adapter=replace(config.adapter, train_tokens=train_tokens))
+    return fitted, [Decision("adapter.train_tokens", shown, reason)]
+
+
+def _other_tokenizer(config: Config, kept: float) -> Decision:
+    """Return the choice to train with another model's tokenizer; TokenizerError where nothing can learn its ids."""
+    problem = f"this is another model's tokenizer: {kept:.1%} of the model's tokens keep their id"
+    names = (config.adapter.target_modules, *config.adapter.modules_to_save)
+    if config.adapter.method != "none" and not any("embed" in str(name) or "wte" in str(name) for name in names):
+        fix = (
+            "leave model.tokenizer out; or train the embedding too: adapter.modules_to_save=[embed_tokens,lm_head] or "
+            "adapter.method=none"
+        )
+        raise TokenizerError(f"{problem}, and the embedding is frozen", where="model.tokenizer", fix=fix)
+    return Decision("model.tokenizer", config.model.tokenizer or "the model's own", f"{problem}; all must be learned")
 
 
 def fit_max_length(
@@ -183,7 +249,11 @@ def overlong_named(decisions: Sequence[Decision]) -> Iterator[None]:
 
 def keep_fitted(config: Config, fitted: Config) -> Config:
     """Return `config` with the values that `prepare` fitted to the model, as they are in `fitted`."""
-    return replace(config, data=replace(config.data, max_length=fitted.data.max_length))
+    return replace(
+        config,
+        data=replace(config.data, max_length=fitted.data.max_length),
+        adapter=replace(config.adapter, train_tokens=fitted.adapter.train_tokens),
+    )
 
 
 def prepare(
@@ -196,9 +266,9 @@ def prepare(
 ) -> Prepared:
     """Do everything that needs no model: find it, open its tokenizer, turn rows into examples, lay them into packs.
 
-    What the config leaves to the model is fitted to it (`fit_max_length`), unless the run is a stopped one: then its
-    values stand. `progress(done, total, rows_per_second)` is called while rows are tokenized. Raises ConfigError,
-    ModelError, TokenizerError or DataError.
+    What the config leaves to the model is fitted to it (`fit_max_length`, `fit_train_tokens`), unless the run is a
+    stopped one: then its values stand. `progress(done, total, rows_per_second)` is called while rows are tokenized.
+    Raises ConfigError, ModelError, TokenizerError or DataError.
     """
     config = resolved.config
     if not config.data.train:
@@ -207,8 +277,12 @@ def prepare(
         source = find_model(config, options)
         loaded = open_tokenizer(config, source, options, folder=tokenizer_folder)
         renderer = open_renderer(config, loaded)
-        context = find_context(source, config.model.architecture, trust_remote_code=options.trust_remote_code)
-        config, fitted = (config, []) if is_stopped else fit_max_length(config, context, resolved.origins)
+        model_config = find_model_config(source, trust_remote_code=options.trust_remote_code)
+        context, fitted = find_context(source, model_config, config.model.architecture), []
+        if not is_stopped:
+            config, fitted = fit_max_length(config, context, resolved.origins)
+            config, tokens_fitted = fit_train_tokens(config, source, model_config, loaded)
+            fitted += tokens_fitted
         with overlong_named(fitted):
             data = prepare_data(config.data, renderer, progress=progress)
     _refuse_beyond(context, data)

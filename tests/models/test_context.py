@@ -6,7 +6,7 @@ from transformers import CONFIG_MAPPING
 from llmtune.config.schema import ArchitectureConfig
 from llmtune.models.catalog import resolve
 from llmtune.models.read_config import Context, context_of
-from llmtune.prepare import find_context
+from llmtune.prepare import find_context, find_model_config
 
 YARN = {
     "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 512,
@@ -54,6 +54,8 @@ def test_a_model_whose_context_ends_fails_on_one_token_more(model_type):
 
 def test_a_model_from_scratch_has_the_context_that_its_shape_asks_for(tiny_model_folder):
     source = resolve("custom-nano")
-    assert find_context(source, ArchitectureConfig()) == Context(2048, ends=False)
-    assert find_context(source, ArchitectureConfig(max_seq_len=64, positions="learned")) == Context(64, ends=True)
-    assert find_context(resolve(str(tiny_model_folder)), ArchitectureConfig()) == Context(256, ends=False)
+    learned = ArchitectureConfig(max_seq_len=64, positions="learned")
+    assert find_context(source, find_model_config(source), ArchitectureConfig()) == Context(2048, ends=False)
+    assert find_context(source, find_model_config(source), learned) == Context(64, ends=True)
+    source = resolve(str(tiny_model_folder))
+    assert find_context(source, find_model_config(source), ArchitectureConfig()) == Context(256, ends=False)

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from llmtune.adapters.config_file import LoraOptions
-from llmtune.adapters.target_modules import check_modules_to_save, resolve_target_modules, targets_are_transposed
+from llmtune.adapters.target_modules import (
+    check_modules_to_save,
+    ends_with,
+    is_target,
+    resolve_target_modules,
+    targets_are_transposed,
+)
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import AdapterConfig
 from llmtune.errors import AdapterError
@@ -35,7 +41,7 @@ def attach_adapter(
     *,
     seed: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    token_ids: Sequence[int] = (),
+    used_ids: Sequence[int] = (),
 ) -> tuple[PeftModel, list[Decision]]:
     """Freeze the model and put LoRA beside its layers; returns the peft model and the choices made.
 
@@ -43,13 +49,19 @@ def attach_adapter(
     uniformly from +-1 / sqrt(in) as a function of (seed, names of the layers) alone, B [out, r] is 0, so outputs are
     unchanged before the first step. Trained weights are float32 whatever the type of the base.
 
-    tokenizer: gives the ids of `train_tokens`. token_ids: further rows of the embedding to train.
+    tokenizer: gives the ids of `train_tokens`. Their rows are trained in the embedding, and in the output head where it
+    is a weight of its own; a module that is trained anyway has them already. used_ids: control tokens of the training
+    rows; those whose row no training has ever moved are named where it stays frozen.
 
     Raises AdapterError for names that match no layer, with the nearest, and for unknown tokens.
     """
     targets = resolve_target_modules(model, adapter_config.target_modules)
     check_modules_to_save(model, adapter_config.modules_to_save)
-    ids = [*token_ids, *_token_ids(adapter_config.train_tokens, tokenizer)]
+    ids = sorted(set(_token_ids(adapter_config.train_tokens, tokenizer)))
+    trained_rows = _trained_rows(model, targets, adapter_config.modules_to_save, ids)
+    embedding = next(name for name, layer in model.named_modules() if layer is model.get_input_embeddings())
+    is_frozen = not _is_trained(embedding, targets, adapter_config.modules_to_save)
+    decisions = _untrained_tokens(model, tokenizer, sorted(set(used_ids) - set(ids))) if is_frozen else []
     options = LoraOptions(
         task_type="CAUSAL_LM",
         r=adapter_config.r,
@@ -59,7 +71,7 @@ def attach_adapter(
         use_rslora=adapter_config.rslora,
         use_dora=adapter_config.dora,
         modules_to_save=list(adapter_config.modules_to_save) or None,
-        trainable_token_indices=sorted(set(ids)) or None,
+        trainable_token_indices=trained_rows,
         fan_in_fan_out=targets_are_transposed(model, targets),
     )
     adapted = wrap_with_peft(model, options)
@@ -73,7 +85,7 @@ def attach_adapter(
     share = f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
     shown = targets if isinstance(targets, str) else ", ".join(targets[:12]) + (" ..." if len(targets) > 12 else "")
     decision = Decision("adapter.target_modules", shown, f"{layers} layers get rank {adapter_config.r}; {share}")
-    return adapted, [decision]
+    return adapted, [decision, *decisions]
 
 
 def wrap_with_peft(
@@ -122,6 +134,61 @@ def _token_ids(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase | None)
             fix="add it to the tokenizer first",
         )
     return [vocabulary[token] for token in tokens]
+
+
+def _trained_rows(
+    model: PreTrainedModel, targets: list[str] | str, modules_to_save: Sequence[str], ids: list[int]
+) -> list[int] | dict[str, list[int]] | None:
+    """Return the rows to train as peft takes them: ids alone for the embedding (and a head tied to it), else by module.
+
+    Raises AdapterError for a tied head that is trained apart from its embedding, which peft then computes wrongly.
+    """
+    if not ids:
+        return None
+    layers = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    names = {kind: name for name, module in model.named_modules() for kind, layer in layers.items() if module is layer}
+    trained = {kind: _is_trained(name, targets, modules_to_save) for kind, name in names.items()}
+    is_tied = "head" in names and layers["head"].weight is layers["embedding"].weight  # type: ignore[union-attr]
+    if is_tied and trained["head"] and not trained["embedding"]:
+        both = ",".join(name.rsplit(".", 1)[-1] for name in names.values())
+        raise AdapterError(
+            f"`{names['head']}` is tied to `{names['embedding']}`, of which adapter.train_tokens trains single rows",
+            where="adapter.train_tokens",
+            fix=f"train both as a whole: adapter.modules_to_save=[{both}]; or neither",
+        )
+    if is_tied:
+        return None if trained["embedding"] else ids
+    rows = {name: ids for kind, name in names.items() if not trained[kind]}
+    return ids if [*rows] == [names["embedding"]] else rows or None
+
+
+def _is_trained(name: str, targets: list[str] | str, modules_to_save: Sequence[str]) -> bool:
+    return is_target(name, targets) or any(ends_with(name, ending) for ending in modules_to_save)
+
+
+def _untrained_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]
+) -> list[Decision]:
+    """Return a line that names the tokens whose embedding rows are zero, or one of several equal rows.
+
+    Published models have such rows for tokens they were never trained on (`<|eot_id|>` of a base model).
+    """
+    embedding_VE = model.get_input_embeddings().weight
+    if tokenizer is None or not ids or embedding_VE.is_meta:
+        return []
+    untrained = []
+    for index in ids:
+        row_E = embedding_VE[index]
+        # By the first column before whole rows: an embedding may be a gigabyte.
+        near = (embedding_VE[:, 0] == row_E[0]).nonzero().squeeze(1)
+        equal = int((embedding_VE[near] == row_E).all(dim=1).sum())
+        if equal > 1 or not bool(row_E.any()):
+            untrained.append(str(tokenizer.convert_ids_to_tokens(index)))
+    if not untrained:
+        return []
+    names = ",".join(untrained)
+    reason = f"no training has moved their embedding rows, and here they stay frozen: adapter.train_tokens=[{names}]"
+    return [Decision("untrained tokens", ", ".join(untrained), f"{reason} trains them")]
 
 
 def _seed_weights(adapted: PeftModel, seed: int) -> None:

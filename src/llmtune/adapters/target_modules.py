@@ -14,7 +14,7 @@ from llmtune.errors import AdapterError, Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_modules_to_save", "resolve_target_modules", "targets_are_transposed"]
+__all__ = ["check_modules_to_save", "ends_with", "is_target", "resolve_target_modules", "targets_are_transposed"]
 
 _OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal_projector|multimodal)")
 """Parts of a multimodal model beside its language model."""
@@ -63,13 +63,15 @@ def targets_are_transposed(model: PreTrainedModel, targets: list[str] | str) -> 
     """Return whether the targeted layers store their weight as [in, out] (GPT-2's Conv1D), which peft must be told."""
     from transformers.pytorch_utils import Conv1D
 
-    def is_target(name: str) -> bool:
-        if isinstance(targets, str):
-            return bool(re.fullmatch(targets, name))
-        return any(ends_with(name, ending) for ending in targets)
-
-    kinds = {isinstance(module, Conv1D) for name, module in model.named_modules() if name and is_target(name)}
+    kinds = {isinstance(module, Conv1D) for name, module in model.named_modules() if name and is_target(name, targets)}
     return kinds == {True}
+
+
+def is_target(name: str, targets: list[str] | str) -> bool:
+    """Return whether peft puts an adapter on the module of that full name: a list holds endings, a text a pattern."""
+    if isinstance(targets, str):
+        return bool(re.fullmatch(targets, name))
+    return any(ends_with(name, ending) for ending in targets)
 
 
 def ends_with(name: str, ending: str) -> bool:

@@ -147,7 +147,14 @@ def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remo
         print_line(note)
     check_working_folder()
     from llmtune.data.dataset.make_dataset import survey_data
-    from llmtune.prepare import find_context, find_model, fit_max_length, open_renderer, open_tokenizer
+    from llmtune.prepare import (
+        find_context,
+        find_model,
+        find_model_config,
+        fit_max_length,
+        open_renderer,
+        open_tokenizer,
+    )
     from llmtune.training.progress import tokenizing_progress
 
     options = Options(offline=is_offline(), trust_remote_code=trust_remote_code)
@@ -155,7 +162,8 @@ def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remo
         source = find_model(resolved.config, options)
         loaded = open_tokenizer(resolved.config, source, options)
         renderer = open_renderer(resolved.config, loaded)
-        context = find_context(source, resolved.config.model.architecture, trust_remote_code=trust_remote_code)
+        model_config = find_model_config(source, trust_remote_code=trust_remote_code)
+        context = find_context(source, model_config, resolved.config.model.architecture)
         fitted, decisions = fit_max_length(resolved.config, context, resolved.origins)
         resolved = replace(resolved, config=fitted)
         data = survey_data(resolved.config.data, renderer, progress=tokenizing_progress(print_line))

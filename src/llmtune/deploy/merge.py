@@ -170,9 +170,11 @@ def _tuned_logits(
         precision="fp32",
         seed=0,
     ).model
-    if dequantized:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in plan.embeddings:  # loading added the mean of rows in float32
+                parameter.copy_(plan.with_added_rows(name, plan.base.read(name)))
+            if dequantized:
                 parameter.copy_(plan.as_held_in_training(name, parameter.data))
     logits = logits_of(load_adapter(model, inputs.adapter), prompts)
     del model

@@ -65,6 +65,18 @@ class MergePlan:
         """Token ids whose rows were trained, in order."""
         return sorted({row for updates in self.updates.values() for update in updates for row in update.rows})
 
+    def with_added_rows(self, name: str, weight: Tensor) -> Tensor:
+        """Return a weight of the base with a row for each token that training added; others as they are.
+
+        They are the very rows that `resize_for_tokenizer` added: the mean in the type the base was loaded in.
+        """
+        missing = self.rows - weight.shape[0] if name in self.embeddings else 0
+        if missing <= 0:
+            return weight
+        loaded = weight.to(self.loaded_dtype)
+        row = loaded.to(torch.float32).mean(dim=0).to(loaded.dtype).to(weight.dtype)
+        return torch.cat([weight, row.expand(missing, -1)])
+
     def as_held_in_training(self, name: str, weight: Tensor) -> Tensor:
         """Return a floating-point weight of the base as training computed with it, float32 of the same shape.
 

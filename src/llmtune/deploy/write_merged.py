@@ -98,13 +98,7 @@ def _merged_weight(plan: MergePlan, name: str, statistics: MergeStatistics) -> T
 
 def _base_weight(plan: MergePlan, name: str) -> Tensor:
     """Return a base weight as training computed with it: with the added rows, and through 4 or 8 bits."""
-    weight = plan.base.read(name)
-    missing_rows = plan.rows - weight.shape[0] if name in plan.embeddings else 0
-    if missing_rows > 0:
-        # The very rows that `resize_for_tokenizer` added in training: the mean in the type the base was loaded in.
-        loaded = weight.to(plan.loaded_dtype)
-        row = loaded.to(torch.float32).mean(dim=0).to(loaded.dtype).to(weight.dtype)
-        weight = torch.cat([weight, row.expand(missing_rows, -1)])
+    weight = plan.with_added_rows(name, plan.base.read(name))
     if plan.quantization is None or not weight.is_floating_point():
         return weight
     return plan.as_held_in_training(name, weight)

@@ -29,6 +29,7 @@ __all__ = [
     "LoadedTokenizer",
     "load_tokenizer",
     "load_tokenizer_folder",
+    "own_vocabulary",
     "tokenizer_digest",
     "train_tokenizer_for",
 ]
@@ -88,6 +89,17 @@ def load_tokenizer_folder(folder: Path) -> LoadedTokenizer:
     decisions = _choose_pad(tokenizer)
     tokenizer.clean_up_tokenization_spaces = False
     return LoadedTokenizer(tokenizer, tokenizer_digest(tokenizer), tuple(decisions))
+
+
+@garbage_collection_paused()
+def own_vocabulary(source: ModelSource) -> dict[str, int] | None:
+    """Return the ids of the tokens that the model itself was trained with; None where it has no readable tokenizer."""
+    try:
+        folder = local_folder(source, weights=False)
+        refuse_unsafe_folder(folder, ignore_auto_map=may_ignore_auto_map(source))
+        return _read_tokenizer(folder, str(folder), trust_remote_code=False).get_vocab()
+    except (TokenizerError, ModelError):
+        return None  # only then is another one needed: nothing can be compared
 
 
 def train_tokenizer_for(source: ModelSource, model_config: ModelConfig, texts: Iterable[str]) -> LoadedTokenizer:

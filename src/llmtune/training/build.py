@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["Counts", "TrainingSetup", "build_setup"]
 
 
+_ROWS_LOOKED_AT = 100
+"""Training rows in which control tokens are looked for."""
+
+
 @dataclass(frozen=True)
 class Counts:
     """Numbers of parameters, tied ones counted once."""
@@ -114,7 +118,11 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
     decisions += loaded.decisions
     if is_adapted:
         adapted, adapter_decisions = attach.attach_adapter(
-            model, config.adapter, seed=config.run.seed, tokenizer=prepared.tokenizer.tokenizer
+            model,
+            config.adapter,
+            seed=config.run.seed,
+            tokenizer=prepared.tokenizer.tokenizer,
+            used_ids=_control_tokens(prepared),
         )
         model = cast("PreTrainedModel", adapted)  # peft's wrapper passes on what it does not know
         decisions += adapter_decisions
@@ -158,6 +166,14 @@ def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
     if config.model.recomputes and devices.device.type == "cpu":
         return [*spinning_in_force(), tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
     return [*spinning_in_force(), *allocator_in_force()]
+
+
+def _control_tokens(prepared: Prepared) -> list[int]:
+    """Return the ids of the control tokens in the first training rows: a template writes the same ones in all."""
+    control = [index for index, token in prepared.tokenizer.tokenizer.added_tokens_decoder.items() if token.special]
+    rows = range(min(len(prepared.data.train), _ROWS_LOOKED_AT))
+    used = {int(index) for row in rows for index in np.unique(prepared.data.train[row].input_ids)}
+    return sorted(used.intersection(control))
 
 
 def _with_noise(
