@@ -79,7 +79,7 @@ def test_a_run_stopped_anywhere_is_the_run_never_stopped(bench, optimizer):
     [
         (
             state,
-            "restore_rng({name: row[rank if known else 0] for name, row in rows.items()}, precision.device)",
+            "restore_rng({name: row[rank if is_saved else 0] for name, row in rows.items()}, precision.device)",
             "pass",
         ),
         (state, "            part.state[parameter] = state", "            pass"),

@@ -1,4 +1,4 @@
-"""One process or several: sums over all of them, decisions taken once for all, and the device each of them has.
+"""One process or several: sums over all of them, decisions made once for all, and the device of each.
 
 The only module that uses `torch.distributed`. Numbers and tensors travel by collective operations, decisions and errors
 as JSON through the key-value store that the processes met at.
@@ -86,7 +86,7 @@ class Devices:
         return self.rank == 0
 
     def sum(self, *values: float) -> tuple[float, ...]:
-        """Add each value over all processes, in float64."""
+        """Add each value over all processes, in float64: sum_r value_r of each process r."""
         if self.world_size == 1:
             return values
         return self._reduce(values, dist.ReduceOp.SUM)
@@ -102,9 +102,9 @@ class Devices:
             return tuple(total.tolist())  # nccl raises here, where the result is waited for
 
     def sum_tensor(self, value: torch.Tensor) -> torch.Tensor:
-        """Add a tensor over all processes, on the device, without waiting."""
+        """Add a tensor of any shape over all processes, sum_r value_r, on the device and without waiting."""
         if self.world_size > 1:
-            value = value.clone()
+            value = value.clone()  # the sum is written into its argument
             with _lost_ranks_noticed():
                 dist.all_reduce(value)
         return value
@@ -164,8 +164,10 @@ class Devices:
     def sync_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
         """Replace each gradient by its sum over all processes; every process then holds the same bits.
 
-        A process without rows takes part with zeros. A parameter that has a gradient nowhere keeps none, as in a single
-        process. The order of the sum is fixed by the backend for a given number of processes.
+        grad = sum_r grad_r over processes r, of the parameter's shape: not a mean, because every loss is divided by the
+        trained tokens of all processes already. A process without rows contributes zeros. A parameter that has a
+        gradient nowhere keeps none, as in a single process. The order of the sum is fixed by the backend for a given
+        number of processes.
         """
         if self.world_size == 1:
             return
@@ -175,6 +177,7 @@ class Devices:
         with _lost_ranks_noticed():
             dist.all_reduce(present)
         somewhere = [parameter for parameter, count in zip(parameters, present.tolist(), strict=True) if count]
+        # All processes must send the same buckets, so those without a gradient send zeros.
         for parameter in somewhere:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -189,7 +192,7 @@ class Devices:
             )
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite each tensor with the main process's."""
+        """Overwrite each tensor with that of the main process, of the same shape."""
         if self.world_size > 1:
             with _lost_ranks_noticed():
                 for tensor in tensors:
@@ -241,7 +244,7 @@ def _error_of_main(failure: Mapping[str, Any]) -> LlmtuneError:
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Give the whole of a tensor that may be sharded over processes; each of them must call it then."""
+    """Give the full tensor, of the unsharded shape, where it may be sharded; each process must call it then."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -259,7 +262,7 @@ def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def choose_device(*, no_cuda: bool = False, local_rank: int = 0) -> tuple[torch.device, Decision]:
-    """Take this process's GPU when there is one and it is wanted, else the CPU, and say why."""
+    """Choose this process's GPU, or the CPU where there is none or `no_cuda` is set, with the reason."""
     if no_cuda:
         return torch.device("cpu"), Decision("device", "cpu", "--no-cuda was given")
     if torch.cuda.is_available():

@@ -17,9 +17,9 @@ ROWS_NAMED = 8
 
 
 def rows_of_non_finite_losses(losses: Sequence[torch.Tensor], sources: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """Give the rows of the micro-batches whose loss is not finite, in order; `losses[i]` belongs to `sources[i]`.
+    """Give the rows of the micro-batches whose loss is not finite, in order.
 
-    Waits for the device.
+    `losses`: one tensor of shape [] for each micro-batch; `sources`: the rows of each. Waits for the device.
     """
     return tuple(
         name for loss, names in zip(losses, sources, strict=True) if not math.isfinite(float(loss)) for name in names
@@ -62,8 +62,9 @@ def half_updated(reason: str, rows: Sequence[str], *, step: int) -> DivergedErro
 
 
 def non_finite_parameters(parameters: Mapping[str, torch.Tensor]) -> list[str]:
-    """Give the names of parameters that hold a value that is not finite. One wait for the device in all."""
+    """Give the names of parameters, of any shape, that hold a value that is not finite."""
     if not parameters:
         return []
+    # One tensor of all answers: on a CUDA device each question by itself would wait for the stream.
     good = torch.stack([torch.isfinite(full_tensor(value)).all() for value in parameters.values()]).tolist()
     return [name for name, finite in zip(parameters, good, strict=True) if not finite]

@@ -72,6 +72,9 @@ def flat_forward(model: PreTrainedModel | PeftModel, inputs: FlatInputs) -> Tens
 
 
 def flat_nll_sum(model: PreTrainedModel | PeftModel, batch: MicroBatch, *, head: Head, device: torch.device) -> Tensor:
-    """Sum of weighted negative log-likelihoods of one flat micro-batch: nats, float32 []."""
+    """Sum of weighted negative log-likelihoods of one flat micro-batch: nats, float32 [].
+
+    nll_sum = sum_n weights[n] * -log softmax(head(hidden[n]))[targets[n]]
+    """
     inputs = flat_inputs(batch, device)
     return head_nll_sum(head, flat_forward(model, inputs), inputs.targets, inputs.weights)

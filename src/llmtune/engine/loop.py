@@ -1,7 +1,7 @@
 """The training loop.
 
-The invariant to hold on to: **a yield is a step boundary**. Gradients are clear, `state` counts exactly the updates
-applied and the windows consumed, and saving there loses nothing.
+Its invariant: **a yield is a step boundary**. Gradients are clear, `state` counts exactly the updates applied and the
+windows consumed, and a checkpoint written there is complete.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -70,9 +70,9 @@ class StepResult:
         """Whether the window was consumed and nothing applied."""
         return self.reason is not None
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, object]:
         """Give the line for trackers; values that are not finite are None, and skipped windows have further keys."""
-        line: dict[str, Any] = {
+        line: dict[str, object] = {
             "step": self.step,
             "epoch": self.epoch,
             "progress": self.progress,
@@ -115,6 +115,7 @@ def train_steps(
     update.clear()
     started = time.perf_counter()
     for window in windows:
+        # Before any backward pass, because each gradient is divided by the total of all micro-batches and devices.
         totals = devices.sum(window.loss_weight, window.num_tokens, window.num_sequences)
         divisor = totals[0] or 1.0  # a window without trained tokens has no loss to divide
         rate = learning_rate(state.step)
@@ -133,16 +134,16 @@ def train_steps(
         loss_sum, grad_norm = _read(losses, update.reduce_and_clip(), devices)
         mean_loss = loss_sum / divisor
         reason = _why_not(objective.name, mean_loss, grad_norm)  # the same on every process, before the optimizer moves
-        named = () if reason is None else rows_of_non_finite_losses(losses, rows) or window.sources
+        bad_rows = () if reason is None else rows_of_non_finite_losses(losses, rows) or window.sources
         if reason is None:
             update.apply(rate)
         elif update.has_begun:
-            raise half_updated(reason, named, step=state.step)
+            raise half_updated(reason, bad_rows, step=state.step)
         update.clear()
         overflow = precision.advance(applied=reason is None, loss_is_finite=math.isfinite(loss_sum))
         state.advance(window.epoch, *totals, applied=reason is None, overflow=overflow)
         if state.skipped_steps > max_skipped_steps:
-            raise too_many_skipped(reason or "", named, state.step, state.skipped_steps, budget=max_skipped_steps)
+            raise too_many_skipped(reason or "", bad_rows, state.step, state.skipped_steps, budget=max_skipped_steps)
 
         yield StepResult(
             mean_loss=mean_loss,
@@ -150,10 +151,22 @@ def train_steps(
             learning_rate=rate,
             grad_norm=grad_norm,
             reason=reason,
-            sources=named,
+            sources=bad_rows,
             **_measure(window, totals, state, time.perf_counter() - started, devices, mfu),
         )
         started = time.perf_counter()
+
+
+class _Measures(TypedDict):
+    step: int
+    epoch: float
+    progress: float
+    num_tokens: int
+    num_loss_tokens: float
+    num_sequences: int
+    step_seconds: float
+    memory_bytes: int
+    mfu: float | None
 
 
 def _measure(
@@ -163,7 +176,7 @@ def _measure(
     seconds: float,
     devices: Devices,
     mfu: Callable[[float], float] | None,
-) -> dict[str, Any]:
+) -> _Measures:
     """Give the fields of a result that count and measure; `totals` as `devices.sum` gave them."""
     loss_weight, tokens, sequences = totals
     return {
@@ -181,13 +194,17 @@ def _measure(
 
 def _read(losses: list[torch.Tensor], norm: torch.Tensor, devices: Devices) -> tuple[float, float]:
     """Give the window's loss over all devices and the gradient norm; the one wait for the device in a step."""
-    mine = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=devices.device)
-    loss_sum, grad_norm = torch.stack([devices.sum_tensor(mine), norm.double()]).tolist()
+    if losses:
+        own_sum = torch.stack(losses).double().sum()
+    else:  # a window with fewer micro-batches than processes
+        own_sum = torch.zeros((), dtype=torch.float64, device=devices.device)
+    # Both in one tensor: on a CUDA device each `tolist` would wait for the stream.
+    loss_sum, grad_norm = torch.stack([devices.sum_tensor(own_sum), norm.double()]).tolist()
     return loss_sum, grad_norm
 
 
 def _why_not(name: str, mean_loss: float, grad_norm: float) -> str | None:
-    """Say why a window must not be applied, or None."""
+    """Give the reason why a window must not be applied, or None."""
     if not math.isfinite(mean_loss):
         return f"train_{name} is {mean_loss}"
     return None if math.isfinite(grad_norm) else f"grad_norm is {grad_norm}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +20,10 @@ class Neftune:
     """A loss function with noisy embeddings (NEFTune, arXiv:2310.05914).
 
     Each component of a token's embedding moves by up to alpha / sqrt(length x D).
-    `length` is that of the token's own example, and noise is drawn for real tokens only, in order: neither padding nor
-    packing has a part in it. It comes from torch's global generator of the device, so a resumed run draws on. There is
-    none while `embedding` is in evaluation mode. Call it in place of `nll_sum`; `remove` gives the model back as it
-    was.
+    `length` is that of the token's example, and noise is drawn for real tokens only, in order, so that it depends
+    neither on padding nor on packing. It comes from torch's global generator of the device, whose state a checkpoint
+    holds. There is none while `embedding` is in evaluation mode. Call it in place of `nll_sum`; `remove` removes the
+    noise from the model.
     """
 
     def __init__(self, nll_sum: Callable[[MicroBatch], torch.Tensor], embedding: nn.Module, alpha: float) -> None:
@@ -34,7 +33,7 @@ class Neftune:
         self._hook = embedding.register_forward_hook(self._add_noise)
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
-        """Give the sum of weighted nats of a micro-batch, shape []."""
+        """Sum the weighted negative log-likelihoods of a micro-batch under noise: nats, float32 []."""
         self._batch = batch
         try:
             return self._nll_sum(batch)
@@ -42,14 +41,15 @@ class Neftune:
             self._batch = None
 
     def remove(self) -> None:
-        """Take the noise off the model."""
+        """Remove the noise from the model."""
         self._hook.remove()
 
-    def _add_noise(self, embedding: nn.Module, _inputs: Any, embedded_BTD: torch.Tensor) -> torch.Tensor | None:
+    def _add_noise(self, embedding: nn.Module, _inputs: object, embedded_BTD: torch.Tensor) -> torch.Tensor | None:
         if self._batch is None or not embedding.training:
             return None
         batch, width = self._batch, embedded_BTD.shape[-1]
         assert embedded_BTD.shape[:-1] == batch.input_ids.shape, "the model embeds another batch than the one at hand"
+        # Only as many draws as there are real tokens: the same row then gets the same noise with and without padding.
         draws_ND = torch.rand(batch.num_tokens, width, device=embedded_BTD.device) * 2 - 1
         if batch.attention_mask is None:
             noise_BTD = draws_ND.view(*batch.input_ids.shape, width)
@@ -61,7 +61,10 @@ class Neftune:
 
 
 def noise_scale(batch: MicroBatch, alpha: float, width: int) -> torch.Tensor:
-    """Give alpha / sqrt(length of the token's example x width) for every position, float32 [B, T]."""
+    """Give the noise's scale for every position, float32 [B, T].
+
+    scale = alpha / sqrt(L D) with L the length of the token's example and D the width (arXiv:2310.05914, algorithm 1)
+    """
     if batch.segments is not None:
         lengths = batch.segments.diff()
         lengths_BT = lengths.repeat_interleave(lengths)[None]

@@ -1,4 +1,4 @@
-"""What a training minimises, and the next-token loss on whole logits.
+"""The objective that a training minimises, and the next-token loss on the logits of a whole micro-batch.
 
 The loss of a window is a sum over all its examples, on all devices, divided once by the window's number of trained
 tokens: never a mean of means, which would depend on how the window is cut into micro-batches.
@@ -36,15 +36,19 @@ class Objective:
 
 
 def next_token_objective(nll_sum: Callable[[MicroBatch], Tensor]) -> Objective:
-    """Supervised fine-tuning: the weighted negative log-likelihood of trained tokens, summed by `nll_sum`."""
+    """Make the objective of supervised fine-tuning: the weighted negative log-likelihood of trained tokens.
+
+    `nll_sum`: that sum over a micro-batch, sum_n w_n (-log p_n), in nats, float32 [].
+    """
     return Objective(nll_sum, "mean_nll", "nats per trained token")
 
 
 def plain_nll_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
     """Sum the weighted negative log-likelihoods of a micro-batch by the library's own forward: nats, float32 [].
 
-    The batch is moved to the model's device. A flat batch needs a model whose attention keeps documents apart by their
-    restarting `position_ids` (transformers >= 5 does so when no mask is given).
+    nll_sum = sum_n weights[n] * -log softmax(logits)[n]. The batch is moved to the model's device. A flat batch needs a
+    model whose attention keeps documents apart by their restarting `position_ids` (transformers >= 5 does so when no
+    mask is given).
     """
     batch = batch.to(next(model.parameters()).device)
     output = model(
@@ -54,7 +58,9 @@ def plain_nll_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
 
 
 def weighted_nll_sum(logits_BTV: Tensor, ids_BT: Tensor, weights_BT: Tensor) -> Tensor:
-    """Sum `weights[b, t] * -log softmax(logits[b, t - 1])[ids[b, t]]` over t >= 1, in float32; shape [].
+    """Sum the weighted negative log-likelihoods of tokens, in nats, float32 [].
+
+    nll_sum = sum_b sum_{t >= 1} weights[b, t] * -log softmax(logits[b, t - 1])[ids[b, t]]
 
     Positions of weight 0 are left out, so whatever stands there (NaN too) adds nothing; without any trained token the
     sum is 0, with zero gradients.
@@ -64,6 +70,7 @@ def weighted_nll_sum(logits_BTV: Tensor, ids_BT: Tensor, weights_BT: Tensor) -> 
     >>> round(weighted_nll_sum(uniform, torch.tensor([[0, 1, 2]]), weights).item(), 6)  # 1.5 x log 4
     2.079442
     """
+    # Masked, and not only multiplied by 0, because 0 x NaN is NaN in the sum and in the gradient.
     weights = weights_BT[:, 1:].flatten()
     targets = ids_BT[:, 1:].flatten().masked_fill(weights == 0, IGNORED)
     logits = logits_BTV[:, :-1].flatten(0, 1).float()

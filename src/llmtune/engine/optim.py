@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -18,14 +18,19 @@ from llmtune.config.schema import TrainingConfig
 from llmtune.errors import ConfigError
 from llmtune.models.quantization import bnb_optimizer
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 __all__ = ["OPTIMIZERS", "Optimizer", "OptimizerName", "build_optimizer", "choose_rates", "matrices_of_blocks"]
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "muon", "sgd"]
 Group = dict[str, Any]
+"""A group of parameters as `torch.optim` has it: `params`, `lr`, `weight_decay` and the optimizer's further options."""
 
 
 class Optimizer:
-    """One or several `torch.optim` optimizers that step together, each over parameters of its own."""
+    """One or several `torch.optim` optimizers that step together, each over different parameters."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -40,6 +45,7 @@ class Optimizer:
             for group in part.param_groups:
                 if group.get(_DECAY_APART):
                     with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
+                    # Before the step, as AdamW does it: the gradient's part is not decayed.
                     with torch.no_grad():
                         torch._foreach_mul_(with_gradient, 1.0 - group["lr"] * group[_DECAY_APART])
             part.step()
@@ -47,7 +53,8 @@ class Optimizer:
     def step_only(self, parameter: nn.Parameter) -> None:
         """Apply the gradient of one parameter, by the rules of its group and with its state."""
         part, group = self._owners[parameter]
-        groups = part.param_groups  # torch's optimizers step over all of their groups, so this one gets a single one
+        groups = part.param_groups
+        # torch's optimizers step over all their groups, so for this step the part has only one, with one parameter.
         part.param_groups = [{**group, "params": [parameter]}]
         try:
             Optimizer(part).step()
@@ -118,10 +125,10 @@ def build_optimizer(
     return OPTIMIZERS[name](_Request(name, parameters, orthogonal, learning_rate, weight_decay, betas, eps, device))
 
 
-def matrices_of_blocks(model: Any, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+def matrices_of_blocks(model: PreTrainedModel | PeftModel, parameters: Mapping[str, nn.Parameter]) -> set[str]:
     """Name the trained matrices that are no embedding and no output head: those that Muon is made for.
 
-    `model`: a transformers or peft model, which names its output head.
+    https://kellerjordan.github.io/posts/muon
     """
     outside = {
         id(weight) for module in model.modules() if isinstance(module, nn.Embedding) for weight in module.parameters()
@@ -188,6 +195,7 @@ def _muon(request: _Request) -> tuple[Optimizer, list[Decision]]:
     parts: list[torch.optim.Optimizer] = []
     if request.orthogonal:
         parts.append(
+            # Scaled to the size of AdamW's updates (arXiv:2502.16982), so that one learning rate serves both.
             torch.optim.Muon(
                 request.groups(request.orthogonal), lr=request.learning_rate, adjust_lr_fn="match_rms_adamw"
             )
@@ -226,11 +234,7 @@ OPTIMIZERS: dict[str, Callable[[_Request], tuple[Optimizer, list[Decision]]]] = 
 
 
 FULL_LEARNING_RATE = 2e-5
-
-
 LORA_LEARNING_RATE = 2e-4
-
-
 SCRATCH_LEARNING_RATES = ((20_000_000, 1e-3), (100_000_000, 6e-4), (300_000_000, 3e-4))
 """(parameters up to, peak rate): smaller models take larger steps; the last rate holds for all larger ones."""
 
@@ -238,7 +242,7 @@ SCRATCH_LEARNING_RATES = ((20_000_000, 1e-3), (100_000_000, 6e-4), (300_000_000,
 def choose_rates(
     training: TrainingConfig, *, scratch: bool, adapter: bool, parameters: int
 ) -> tuple[TrainingConfig, list[Decision]]:
-    """Fill in learning rate and weight decay where the config leaves them open, and say why these.
+    """Fill in learning rate and weight decay where the config leaves them open, with the reason for each.
 
     >>> choose_rates(TrainingConfig(), scratch=False, adapter=True, parameters=135_000_000)[0].learning_rate
     0.0002

@@ -26,7 +26,7 @@ DTYPES: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "
 
 
 class Precision:
-    """The arithmetic called `name`: the context of a forward, the scale of a loss, clipping.
+    """The arithmetic called `name`: the context of a forward pass, the scale of the loss, clipping.
 
     Fp16 multiplies the loss by a scale and divides it out of the gradients again (arXiv:1710.03740). Trained weights
     and their gradients are expected in float32; autocast only changes the type of matrix multiplications.
@@ -55,10 +55,11 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self._dtype)
 
     def clip(self, parameters: Iterable[torch.Tensor], max_grad_norm: float | None) -> torch.Tensor:
-        """Take the scale out of the gradients, then clip them to `max_grad_norm` (None: not at all).
+        """Divide the gradients by the loss scale, then clip them to `max_grad_norm` (None: not at all).
 
-        Returns the norm before clipping, shape [], without waiting for the device. Not finite when any gradient is not.
-        Call it once for a window, after accumulation and after the sum over devices.
+        g <- g min(1, max_grad_norm / ||g||), over all parameters together (arXiv:1211.5063). Returns ||g|| before
+        clipping, shape [], without waiting for the device; not finite when any gradient is not. Called once for a
+        window, after accumulation and after the sum over devices.
         """
         with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
         gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
@@ -79,6 +80,7 @@ class Precision:
         if self.name != "fp16":
             return False
         if applied:
+            # A scale as large as possible keeps small gradients out of fp16's subnormal numbers.
             self._good_steps += 1
             if self._good_steps == GROWTH_INTERVAL:
                 self._scale *= 2.0
@@ -94,7 +96,7 @@ class Precision:
         return {"name": self.name, "scale": self._scale, "good_steps": self._good_steps}
 
     def load_state_dict(self, state: Mapping[str, float | int | str]) -> None:
-        """Set the state that `state_dict` gave; a run resumed in another precision starts with that one's own scale."""
+        """Set the state that `state_dict` gave; a run resumed in another precision starts with its first scale."""
         if state["name"] == self.name:
             self._scale = float(state["scale"])
             self._good_steps = int(state["good_steps"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -61,15 +61,28 @@ class TrainingState:
         self.skipped_steps += not applied and not overflow
 
 
+Scalar = bool | int | float | str | None
+
+
+class _ParameterState(TypedDict):
+    """The optimizer's state of one parameter, but for its tensors. The keys are those of checkpoint files."""
+
+    rule: str
+    """Class of the optimizer that moves the parameter."""
+    values: dict[str, Scalar]
+    """State that is no tensor."""
+    places: dict[str, str]
+    """Device of each state tensor, as `_device_of` names it."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """A step boundary. `tensors`: by group (`optimizer`, `rng`), then name, on the CPU, none sharing memory.
-
-    `state`: JSON-able.
-    """
+    """The state of a training at a step boundary."""
 
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """By group (`optimizer`, `rng`), then name; on the CPU, none sharing memory with another."""
     state: dict[str, Any] = field(default_factory=dict)
+    """A tree of plain values that JSON can hold."""
 
 
 def capture(
@@ -108,8 +121,8 @@ def restore(
     """Put a snapshot back, bit for bit, into objects built as those it was taken from.
 
     Each process restores its own random generators. A process that was not there before starts from the first one's,
-    reseeded by its rank. Raises CheckpointError when it belongs to
-    another optimizer or to other parameters; nothing has been changed then.
+    reseeded by its rank. Raises CheckpointError when it belongs to another optimizer or to other parameters; nothing
+    has been changed then.
     """
     rank = devices.rank if devices else 0
     _restore_optimizer(snapshot.tensors["optimizer"], snapshot.state["optimizer"], parameters, optimizer)
@@ -117,21 +130,21 @@ def restore(
     for counter in fields(TrainingState):
         setattr(state, counter.name, snapshot.state["training"][counter.name])
     rows = snapshot.tensors["rng"]
-    known = rank < len(rows["torch"])
-    restore_rng({name: row[rank if known else 0] for name, row in rows.items()}, precision.device)
-    if not known:
+    is_saved = rank < len(rows["torch"])
+    restore_rng({name: row[rank if is_saved else 0] for name, row in rows.items()}, precision.device)
+    if not is_saved:  # more processes than before: no two may draw the same numbers
         torch.manual_seed(int(torch.randint(2**62, ())) + rank)
 
 
 def _capture_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """Give the optimizer's tensors as `parameter//key`, and by parameter its rule, other values and devices."""
+) -> tuple[dict[str, torch.Tensor], dict[str, _ParameterState]]:
+    """Give the optimizer's tensors as `parameter//key`, and the rest of its state by parameter."""
     parts = dict(optimizer.part_of())
     tensors: dict[str, torch.Tensor] = {}
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, _ParameterState] = {}
     for name, parameter in parameters.items():
-        entry: dict[str, Any] = {"rule": type(parts[parameter]).__name__, "values": {}, "places": {}}
+        entry: _ParameterState = {"rule": type(parts[parameter]).__name__, "values": {}, "places": {}}
         for key, value in parts[parameter].state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 entry["places"][key] = _device_of(value, parameter)
@@ -154,13 +167,13 @@ def _device_of(value: torch.Tensor, parameter: torch.nn.Parameter) -> str:
 
 def _restore_optimizer(
     tensors: Mapping[str, torch.Tensor],
-    entries: Mapping[str, Mapping[str, Any]],
+    entries: Mapping[str, _ParameterState],
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: Optimizer,
 ) -> None:
-    """Put tensors back with the type and place they had.
+    """Put the state back; nothing is changed before everything has been checked.
 
-    Torch's own `load_state_dict` would cast them to the parameter's type.
+    torch's `load_state_dict` is not used, because it casts state tensors to the parameter's type.
     """
     absent = sorted(parameters.keys() - entries.keys())
     foreign = sorted(entries.keys() - parameters.keys())
@@ -186,12 +199,13 @@ def _restore_optimizer(
             )
     for name, parameter in parameters.items():
         part = parts[parameter]
-        state: dict[str, Any] = dict(entries[name]["values"])
+        state: dict[str, torch.Tensor | Scalar] = dict(entries[name]["values"])
         for key, device_kind in entries[name]["places"].items():
             saved = tensors[f"{name}//{key}"]
             if device_kind == "paged":
-                state[key] = part.get_state_buffer(parameter, dtype=saved.dtype)  # type: ignore[attr-defined]
-                state[key].copy_(saved)
+                # Paged memory is bitsandbytes' own; a tensor moved with `.to` would lose its paging.
+                paged: torch.Tensor = part.get_state_buffer(parameter, dtype=saved.dtype)  # type: ignore[attr-defined]
+                state[key] = paged.copy_(saved)
             else:
                 state[key] = saved.to(parameter.device if device_kind == "parameter" else "cpu", copy=True)
         part.state.pop(parameter, None)
@@ -220,7 +234,7 @@ def capture_rng(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_rng(tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Set the generators to what `capture_rng` gave; a GPU's only where one was captured."""
+    """Set the generators to the states that `capture_rng` gave, in its shapes; a GPU's only where one was captured."""
     version, *words = tensors["python"].tolist()
     has_python_normal, python_normal, normal = tensors["normals"].tolist()
     random.setstate((version, tuple(words), python_normal if has_python_normal else None))

@@ -1,5 +1,7 @@
 """Full tuning in less memory: each weight moves, and its gradient is dropped, as soon as that gradient is complete.
 
+This fuses the optimizer step into the backward pass (LOMO, arXiv:2306.09782), with any optimizer.
+
 In a window of one micro-batch there is then never more than a gradient or two at a time. With several micro-batches
 gradients are sums, which exist from the first one on; they go one by one in the last backward pass.
 
@@ -11,9 +13,9 @@ histograms, a sum over processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
@@ -29,12 +31,12 @@ included.
 """
 
 
-def saves_uncut(config: Config, *, window_tokens: int, shape: Any, gradient_bytes: int) -> bool:
+def saves_uncut(config: Config, *, window_tokens: int, shape: PreTrainedConfig, gradient_bytes: int) -> bool:
     """Whether windows take less memory whole than cut into micro-batches with their summed gradients.
 
-    Only where a window is one micro-batch by the config and blocks are recomputed, so that a token keeps one float32
-    vector a block. Without that it keeps twelve times as much, and cutting saves more than all gradients take. `shape`:
-    the model's transformers config.
+    1.5 x tokens x blocks x width x 4 bytes <= gradient_bytes. Only where a window is one micro-batch by the config and
+    blocks are recomputed, so that a token saves one float32 vector a block. Without that it saves twelve times as much,
+    and cutting saves more than all gradients take.
     """
     training = config.training
     if not (training.step_in_backward and config.model.recomputes and training.gradient_accumulation_steps == 1):
@@ -48,15 +50,13 @@ def choose_windows(
     limit: int | None,
     config: Config,
     *,
-    shape: Any,
+    shape: PreTrainedConfig,
     gradient_bytes: Callable[[], int],
 ) -> tuple[BatchPlan, list[Decision]]:
-    """The windows, cut as the engine likes them, unless all gradients would exist only because of that.
+    """Make the windows, cut as the engine prefers, unless all gradients would exist at once only because of that.
 
-    For the plan and for the run.
-
-    windows: makes them, with micro-batches of at most that many tokens. limit: the engine's. shape, gradient_bytes: see
-    `saves_uncut`.
+    windows: makes them with micro-batches of at most that many tokens. limit: the engine's `max_group_tokens`. shape,
+    gradient_bytes: see `saves_uncut`.
     """
     batches = windows(limit)
     if not config.training.step_in_backward:
@@ -100,16 +100,19 @@ class StepInBackward:
         self.has_begun = False
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
-        """Have every gradient applied as soon as it is complete, or dropped where a loss is not finite.
+        """Apply every gradient as soon as it is complete, or drop it where a loss is not finite.
 
-        Waits for the losses.
+        `losses`: float32 [] each. Waits for them.
         """
         self._is_finite = bool(torch.stack(list(losses)).double().sum().isfinite())
         set_learning_rate(self._optimizer, rate)
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self._parameters]
 
     def reduce_and_clip(self) -> torch.Tensor:
-        """Norm of all gradients that were applied, and of those that only earlier micro-batches have a part in."""
+        """Give the norm of the window's gradient, shape []: ||g|| = sqrt(sum_i ||g_i||^2) over the parameters i.
+
+        Those whose gradient the last micro-batch had no part in are counted here; the hooks counted the others.
+        """
         self._unhook()
         for parameter in self._parameters:
             if parameter.grad is not None:

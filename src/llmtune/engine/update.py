@@ -1,39 +1,24 @@
-"""How the gradients of a window become one update.
+"""The update of a window: sum its gradients over the devices, clip them, step the optimizer.
 
-The ordinary way: once they are all there, and then all weights at once.
-
-The other way is in `step_in_backward`.
+`StepAfterBackward` moves all weights at once, after the last backward pass; `step_in_backward` has the other way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from llmtune.engine.devices import Devices
+from llmtune.engine.optim import Optimizer
 from llmtune.engine.precision import Precision
 
-__all__ = ["StepAfterBackward", "Stepper", "Update", "set_learning_rate"]
-
-
-class Stepper(Protocol):
-    """What an update needs of an optimizer."""
-
-    param_groups: list[dict[str, Any]]
-
-    def step(self) -> object:
-        """Apply the gradients."""
-        ...
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients."""
-        ...
+__all__ = ["StepAfterBackward", "Update", "set_learning_rate"]
 
 
 class Update(Protocol):
-    """What the loop asks for in every window, in this order; `clear` also once before the first."""
+    """The calls that the loop makes in every window, in this order; `clear` also once before the first window."""
 
     @property
     def has_begun(self) -> bool:
@@ -41,16 +26,16 @@ class Update(Protocol):
         ...
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
-        """The next backward pass completes the window's gradients. `losses`: loss sums of all its micro-batches.
+        """Prepare for the backward pass that completes the window's gradients.
 
-        `rate`: of its update.
+        `losses`: loss sums of all its micro-batches, float32 [] each. `rate`: learning rate of its update.
         """
         ...
 
     def reduce_and_clip(self) -> torch.Tensor:
-        """Complete the window's gradient over all devices and clip it.
+        """Sum the window's gradient over all devices and clip it (arXiv:1211.5063).
 
-        Returns its norm before clipping, shape [], without waiting for the device.
+        Returns its norm before clipping, ||g|| = sqrt(sum_i g_i^2), shape [], without waiting for the device.
         """
         ...
 
@@ -69,7 +54,7 @@ class StepAfterBackward:
     def __init__(
         self,
         parameters: Sequence[torch.nn.Parameter],
-        optimizer: Stepper,
+        optimizer: Optimizer,
         precision: Precision,
         devices: Devices,
         *,
@@ -81,15 +66,15 @@ class StepAfterBackward:
     has_begun = False
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
-        """Nothing is done before gradients are whole."""
+        """Do nothing: no weight moves before all gradients are summed. `losses` are scalars, shape [] each."""
 
     def reduce_and_clip(self) -> torch.Tensor:
-        """Sum over all devices, take the loss scale out, clip; returns the norm before clipping."""
+        """Sum over all devices, divide by the loss scale, clip; returns the norm before clipping, shape []."""
         self._devices.sync_gradients(self._parameters)
         return self._precision.clip(self._parameters, self._max_grad_norm)
 
     def apply(self, rate: float) -> None:
-        """One step of the optimizer at this rate."""
+        """Step the optimizer once at this learning rate."""
         set_learning_rate(self._optimizer, rate)
         self._optimizer.step()
 
@@ -98,7 +83,7 @@ class StepAfterBackward:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def set_learning_rate(optimizer: Stepper, rate: float) -> None:
-    """Give every group of parameters this rate."""
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give every group of parameters this learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = rate

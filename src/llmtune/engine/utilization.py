@@ -1,4 +1,4 @@
-"""The part of a device's peak arithmetic rate that a training uses: MFU, arXiv:2204.02311, appendix B."""
+"""Model FLOPs utilization (MFU, arXiv:2204.02311, appendix B): the used share of a device's peak arithmetic rate."""
 
 from __future__ import annotations
 
