@@ -115,8 +115,7 @@ def train_steps(
     update.clear()
     started = time.perf_counter()
     for window in windows:
-        # Before any backward pass, because each gradient is divided by the total of all micro-batches and devices.
-        totals = devices.sum(window.loss_weight, window.num_tokens, window.num_sequences)
+        totals = devices.sum(window.loss_weight, window.num_tokens, window.num_sequences)  # before any backward pass
         divisor = totals[0] or 1.0  # a window without trained tokens has no loss to divide
         rate = learning_rate(state.step)
         losses: list[torch.Tensor] = []
