@@ -48,7 +48,7 @@ FAULTY = [
     (b'{"a\\ud800": 1}', "half a surrogate pair (\\ud800)"),
     (b"[" * 100_000, "brackets are nested too deep"),
     (b'{"a": ' + b"9" * 5000 + b"}", "a number has more digits than can be read"),
-    (b"[" + OK + b"]", "a row must be an object, this is a list of 2"),
+    (b'["a", "b"]', "a row must be an object, this is a list of 2"),
     (b'"text"', 'a row must be an object, this is the text "text"'),
     (b"3", "a row must be an object, this is the number 3"),
     (b"null", "a row must be an object, this is null"),

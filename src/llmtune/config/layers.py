@@ -275,6 +275,7 @@ def _read_table(text: str, file: str, is_json: bool, findings: Findings) -> Tabl
         findings.problem(*unreadable.problem)
         return None
     if isinstance(root, Scalar) and root.is_null:
+        findings.note(f"{file}: the file is empty, so every key has its default")
         return Table((), root.origin)
     if not isinstance(root, Table):
         findings.problem(

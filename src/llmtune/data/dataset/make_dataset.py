@@ -18,8 +18,7 @@ from llmtune.data.dataset.tokenize import Progress, detect_formats, row_rules, t
 from llmtune.data.example import Conversation, ExampleSet
 from llmtune.data.reading.data_file import DataFile, digest_files, read_records
 from llmtune.data.reading.find_files import find_files, find_held_out_files, swept_in
-from llmtune.data.reading.parse import BadRow
-from llmtune.data.reading.readers import Record
+from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.formats import UnusableRowError, conversation_of
 from llmtune.errors import ConfigError, DataError, Problem

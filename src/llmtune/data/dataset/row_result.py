@@ -17,8 +17,7 @@ from llmtune.config.schema import TrainOn
 from llmtune.data.dataset.overlong import cut_example
 from llmtune.data.example import REASONING_FIELDS, Conversation
 from llmtune.data.reading.data_file import DataFile
-from llmtune.data.reading.parse import BadRow
-from llmtune.data.reading.readers import Record
+from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rendering.row_warnings import RowWarning
 from llmtune.data.rows.formats import UnusableRowError, conversation_of

@@ -16,8 +16,8 @@ from llmtune.data.dataset.workers import Batch, Job, available_cores, tokenize_b
 from llmtune.data.example import Row
 from llmtune.data.reading.data_file import DataFile, read_records
 from llmtune.data.reading.find_files import Purpose
-from llmtune.data.reading.parse import BadRow
-from llmtune.data.reading.readers import Record
+from llmtune.data.reading.parse import BadRow, Record
+from llmtune.data.reading.readers import READERS
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.formats import DETECTION_ROWS, detect_format
 from llmtune.errors import DataError, Problem
@@ -41,28 +41,49 @@ def row_rules(config: DataConfig) -> RowRules:
 def detect_formats(config: DataConfig, files: Sequence[DataFile]) -> tuple[list[str], list[Decision]]:
     """The format of each file, detected from its first rows, and a decision for each format of a source.
 
-    Raises DataError for files whose rows have the fields of no format.
+    Raises DataError for files whose rows have the fields of no format, and for sources without a row.
     """
+    empty = _empty_files(files)
     if config.format != "auto":
-        return [config.format] * len(files), []
+        return [config.format] * len(files), empty
     formats: list[str] = []
     decisions: dict[tuple[int, str], Decision] = {}
     problems: list[Problem] = []
     for file in files:
         first = (record for _, record in itertools.islice(read_records([file]), DETECTION_ROWS))
-        rows = (file.parse(record) for record in first)
+        rows = [row for record in first if isinstance(row := file.parse(record), Row)]
         try:
-            name, decision = detect_format((row for row in rows if isinstance(row, Row)), config.text_column)
+            name, decision = detect_format(rows, config.text_column)
         except DataError as error:
             problems += error.problems
             continue
         formats.append(name)
+        if not rows:  # the file is empty, or its rows are named as bad ones
+            continue
         # One decision speaks for all files of a source with the same format.
-        named = Decision("data.format", name, f"{file.label}: {decision.reason}")
-        decisions.setdefault((file.source_index, name), named)
+        shape = READERS[file.kind].shape
+        place = file.label if shape is None else f"{file.label}, read as {shape}"
+        decisions.setdefault((file.source_index, name), Decision("data.format", name, f"{place}: {decision.reason}"))
     if problems:
         raise DataError.all(problems)
-    return formats, list(decisions.values())
+    return formats, [*empty, *decisions.values()]
+
+
+def _empty_files(files: Sequence[DataFile]) -> list[Decision]:
+    """Name the files without a record. Raises DataError for sources of which no file has one."""
+    is_empty = [next(file.records(), None) is None for file in files]
+    with_rows = {file.source_index for file, without in zip(files, is_empty, strict=True) if not without}
+    problems, decisions = list[Problem](), list[Decision]()
+    for file in itertools.compress(files, is_empty):
+        size = file.size_bytes() if file.path is not None else 0
+        problem = "the file is empty" if file.path is not None and not size else f"no row is in it ({size:,} bytes)"
+        if file.source_index in with_rows:
+            decisions.append(Decision(file.label, "no row", f"{problem}, so nothing of it is used"))
+        else:
+            problems.append(Problem(problem, file.label, "write rows into it, or take it out of the data"))
+    if problems:
+        raise DataError.all(problems)
+    return decisions
 
 
 def tokenize_side(

@@ -21,8 +21,7 @@ from typing import NamedTuple
 
 from llmtune.data.dataset.row_result import RowResult, RowRules, process_record
 from llmtune.data.reading.data_file import DataFile
-from llmtune.data.reading.parse import BadRow
-from llmtune.data.reading.readers import Record
+from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.rendering.renderer import Renderer
 
 __all__ = ["Batch", "Job", "available_cores", "run_batches", "tokenize_batches"]

@@ -11,7 +11,7 @@ from typing import IO, Protocol, cast
 
 import zstandard
 
-from llmtune.data.reading.json_stream import CHUNK_BYTES
+from llmtune.data.reading.json_file import CHUNK_BYTES
 
 __all__ = ["COMPRESSIONS", "COMPRESSION_ERRORS", "is_seekable", "open_bytes"]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from llmtune.config.schema import SourceConfig
 from llmtune.data.example import Row
 from llmtune.data.reading.compression import COMPRESSION_ERRORS, COMPRESSIONS, open_bytes
-from llmtune.data.reading.parse import BadRow
-from llmtune.data.reading.readers import READERS, DamagedFileError, Numbering, Record, source_name
+from llmtune.data.reading.parse import BadRow, DamagedFileError, Record
+from llmtune.data.reading.readers import READERS, Numbering, source_name
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:

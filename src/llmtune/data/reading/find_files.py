@@ -19,7 +19,8 @@ from llmtune.config.schema import SourceConfig
 from llmtune.data.reading.compression import COMPRESSION_ERRORS, open_bytes
 from llmtune.data.reading.data_file import DataFile, kind_of_file
 from llmtune.data.reading.folders import SPLITS, Splits, UnknownConfigError, split_of_name, splits_of_config
-from llmtune.data.reading.readers import DamagedFileError, is_json_lines
+from llmtune.data.reading.parse import DamagedFileError
+from llmtune.data.reading.readers import kind_of_content
 from llmtune.data.reading.split_slices import parse_split, slice_files
 from llmtune.errors import DataError, LlmtuneError, Problem, in_one_line
 
@@ -237,8 +238,7 @@ def _data_file(file: _LabeledPath, source: SourceConfig, index: int) -> DataFile
         raise _SourceError((f"{file.label!r} is not a plain file", fix))
     try:
         with open_bytes(file.path) as stream:
-            if kind == ".json" and is_json_lines(stream):
-                kind = ".jsonl"
+            kind = kind_of_content(stream, kind)
             stream.read(1)
     except (DamagedFileError, *COMPRESSION_ERRORS):
         pass  # reported with its line when the file is read

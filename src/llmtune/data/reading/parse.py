@@ -15,12 +15,17 @@ from llmtune.errors import Problem
 __all__ = [
     "MAX_ROW_BYTES",
     "BadRow",
+    "DamagedFileError",
+    "Payload",
+    "Record",
     "TooLong",
     "describe_value",
+    "is_conversation",
     "parse_fields",
     "parse_json_row",
     "parse_json_value",
     "too_long_row",
+    "without_byte_order_mark",
 ]
 
 MAX_ROW_BYTES = 16 * 2**20
@@ -29,6 +34,7 @@ MAX_ROW_BYTES = 16 * 2**20
 A longer one is nearly always a file without line ends, and would not fit any model's context.
 """
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SHOWN_CHARACTERS = 60
 
 
@@ -55,6 +61,29 @@ class TooLong(NamedTuple):
     """Stands for a record longer than `MAX_ROW_BYTES`."""
 
     size_bytes: int
+
+
+Payload = bytes | str | TooLong | Mapping[str, object]
+
+
+class Record(NamedTuple):
+    """One record, not yet parsed: its number (a line from 1, or an index from 0) and its content.
+
+    The content is bytes, the fields of a table row, or text: the reason why the record is no table row. `cut_off` marks
+    a last line without a line end.
+    """
+
+    number: int
+    payload: Payload
+    cut_off: bool = False
+
+
+class DamagedFileError(Exception):
+    """The file cannot be read from record `number` on (None: from its beginning)."""
+
+    def __init__(self, number: int | None, problem: str, fix: str) -> None:
+        super().__init__(problem)
+        self.number, self.problem, self.fix = number, problem, fix
 
 
 class _RefusedError(Exception):
@@ -93,8 +122,16 @@ def too_long_row(source: str, record: TooLong) -> BadRow:
     return BadRow(source, None, problem, "split it into several rows, one JSON object to a line")
 
 
+def without_byte_order_mark(start: bytes) -> bytes:
+    """The first bytes of a file without their byte order mark. Raises DamagedFileError for UTF-16."""
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        fix = "save it as UTF-8, for example with `iconv -f UTF-16 -t UTF-8`"
+        raise DamagedFileError(None, "the file is UTF-16, not UTF-8", fix)
+    return start.removeprefix(BYTE_ORDER_MARK)
+
+
 def parse_json_row(source: str, record: bytes | TooLong, loss_weight: float, *, cut_off: bool = False) -> Row | BadRow:
-    """Parse one JSON object.
+    """Parse one JSON object, or a bare list of messages; a comma after it is ignored.
 
     Refused, each with its reason: invalid UTF-8, anything but one object, NaN and Infinity, a repeated key, text with
     half a surrogate pair, nesting too deep to read, and records longer than `MAX_ROW_BYTES`. `cut_off` marks the last
@@ -108,15 +145,27 @@ def parse_json_row(source: str, record: bytes | TooLong, loss_weight: float, *, 
     """
     if isinstance(record, TooLong):
         return too_long_row(source, record)
+    if (without_space := record.rstrip(b" \t\r\n")).endswith(b","):  # as in a list that was cut into lines
+        record = without_space[:-1]
     parsed = parse_json_value(source, record, cut_off=cut_off)
     if isinstance(parsed, BadRow):
         return parsed
     (value,) = parsed
+    if is_conversation(value):
+        value = {"messages": value}
     if not isinstance(value, dict):
-        is_list = record.lstrip().startswith(b"[")
-        fix = "name a file that holds one list `.json`" if is_list else "give each row as one JSON object {...}"
+        fix = "give each row as one JSON object {...}"
+        if isinstance(value, list):
+            example = '{"prompt": "...", "completion": "..."}' if len(value) == 2 else '{"messages": [...]}'
+            fix = f"name what is in the list, for example {example}"
         return BadRow(source, None, f"a row must be an object, this is {describe_value(value)}", fix)
     return Row(source, value, loss_weight)
+
+
+def is_conversation(value: object) -> bool:
+    """Whether a value is a list that begins with a message, which is a row without its name."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and ({"role", "content"} <= first.keys() or {"from", "value"} <= first.keys())
 
 
 def parse_json_value(source: str, record: bytes, *, cut_off: bool = False) -> tuple[object] | BadRow:

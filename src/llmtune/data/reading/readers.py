@@ -8,56 +8,40 @@ To add a kind of file, write its two functions and add a row to `READERS`.
 from __future__ import annotations
 
 import csv
-import json
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Literal, NamedTuple
 
 from llmtune.data.example import Row
 from llmtune.data.reading.compression import is_seekable
-from llmtune.data.reading.json_stream import CHUNK_BYTES, DamagedListError, ListScanner
+from llmtune.data.reading.json_file import (
+    CHUNK_BYTES,
+    json_kind,
+    split_conversation,
+    split_json,
+    split_json_table,
+    split_objects,
+)
 from llmtune.data.reading.parse import (
     MAX_ROW_BYTES,
     BadRow,
+    DamagedFileError,
+    Record,
     TooLong,
     parse_fields,
     parse_json_row,
     parse_json_value,
     too_long_row,
+    without_byte_order_mark,
 )
 from llmtune.errors import in_one_line
 
-__all__ = ["READERS", "DamagedFileError", "Numbering", "Reader", "Record", "is_json_lines", "source_name"]
+__all__ = ["READERS", "Numbering", "Reader", "kind_of_content", "source_name"]
 
 MAX_PACKED_PARQUET_BYTES = 512 * 2**20
 """A compressed parquet file is unpacked in memory, because parquet is read from its end; this is the largest."""
 
-_BOM = b"\xef\xbb\xbf"
-_ROW_LISTS = frozenset({"messages", "conversations", "conversation"})
-"""Keys of a single row in a `.json` file; a list under any other key is a list of rows."""
 _JSON_CELLS = ("messages", "conversations", "conversation", "tools", "history")
-
-Payload = bytes | str | TooLong | Mapping[str, object]
-
-
-class Record(NamedTuple):
-    """One record, not yet parsed: its number (a line from 1, or an index from 0) and its content.
-
-    The content is bytes, the fields of a table row, or text: the reason why the record is no table row. `cut_off` marks
-    a last line without a line end.
-    """
-
-    number: int
-    payload: Payload
-    cut_off: bool = False
-
-
-class DamagedFileError(Exception):
-    """The file cannot be read from record `number` on (None: from its beginning)."""
-
-    def __init__(self, number: int | None, problem: str, fix: str) -> None:
-        super().__init__(problem)
-        self.number, self.problem, self.fix = number, problem, fix
-
 
 Numbering = Literal["line", "index"]
 
@@ -68,6 +52,8 @@ class Reader(NamedTuple):
     numbering: Numbering
     split: Callable[[IO[bytes]], Iterator[Record]]
     parse: Callable[[str, Record, float], Row | BadRow]
+    shape: str | None = None
+    """How a file is read that is not what its name says, for users."""
 
 
 def source_name(label: str, numbering: Numbering, number: int) -> str:
@@ -82,13 +68,6 @@ def source_name(label: str, numbering: Numbering, number: int) -> str:
 # --- lines: jsonl, txt
 
 
-def _without_bom(start: bytes) -> bytes:
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        fix = "save it as UTF-8, for example with `iconv -f UTF-16 -t UTF-8`"
-        raise DamagedFileError(None, "the file is UTF-16, not UTF-8", fix)
-    return start.removeprefix(_BOM)
-
-
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | TooLong, bool]]:
     r"""Lines with their numbers from 1, without their end; only `\n` ends a line.
 
@@ -98,7 +77,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | TooLong, bool]]:
     while line := stream.readline(MAX_ROW_BYTES + 2):
         number += 1
         if number == 1:
-            line = _without_bom(line)
+            line = without_byte_order_mark(line)
         if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
             # Skip to the end of the line in pieces: it may be as long as the file.
             size = len(line)
@@ -128,82 +107,6 @@ def _parse_text(source: str, record: Record, loss_weight: float) -> Row | BadRow
     return parse_fields(source, {"text": record.payload.decode("utf-8", "surrogateescape")}, loss_weight)
 
 
-# --- json
-
-_HEAD_BYTES = CHUNK_BYTES
-
-
-def is_json_lines(stream: IO[bytes]) -> bool:
-    """Whether a file named `.json` holds one object a line, as many do."""
-    head = _without_bom(stream.read(_HEAD_BYTES)).lstrip(b" \t\r\n")
-    first_line, _, rest = head.partition(b"\n")
-    return bool(rest.strip()) and isinstance(parse_json_row("", first_line.rstrip(b"\r"), 1.0), Row)
-
-
-def _split_json(stream: IO[bytes]) -> Iterator[Record]:
-    """Elements of a list, or of the one list inside an object; or a single row as an object."""
-    head = _without_bom(stream.read(_HEAD_BYTES)).lstrip(b" \t\r\n")
-    if not head:
-        return
-    if head[:1] == b"[":
-        yield from _elements(ListScanner(stream, head[1:]), None)
-        return
-    name, start = _list_inside(head)
-    if name is None or name in _ROW_LISTS:
-        text = head + stream.read(MAX_ROW_BYTES + 1 - len(head))
-        yield Record(0, text if len(text) <= MAX_ROW_BYTES else TooLong(len(text)))
-        return
-    yield from _elements(ListScanner(stream, head[start:]), name)
-
-
-def _elements(scanner: ListScanner, name: str | None) -> Iterator[Record]:
-    """Records of a list, which is the value of `name` in an object unless that is None."""
-    rewrite = "write the file again; it was cut off or edited"
-    count = 0
-    try:
-        for count, element in enumerate(scanner, start=1):
-            yield Record(count - 1, element)
-    except DamagedListError as damage:
-        raise DamagedFileError(count, f"{damage}, after about {count} rows", rewrite) from None
-    rest = scanner.rest(_HEAD_BYTES)
-    if name is None:
-        if rest.strip():
-            raise DamagedFileError(count, "something follows the end of the list", "keep one list in the file")
-        return
-    # The list was scanned, not parsed: put a number in its place to parse the object around it.
-    parsed = parse_json_value("", b'{"":0' + rest)
-    if isinstance(parsed, BadRow):
-        raise DamagedFileError(count, f"what follows the list `{name}` is {parsed.problem}", rewrite)
-    (fields,) = parsed
-    assert isinstance(fields, dict)
-    others = [key for key, value in fields.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if others:
-        problem = f"the object holds more than one list of rows: `{name}`, `{others[0]}`"
-        raise DamagedFileError(count, problem, "keep one list in each file")
-
-
-def _list_inside(head: bytes) -> tuple[str | None, int]:
-    """The key of the first list of objects in the object `head` begins, and where its first element begins."""
-    decoder = json.JSONDecoder()
-    text = head.decode("latin-1")  # one character a byte, so that positions agree; only ASCII marks are looked for
-    position = 1
-    try:
-        while True:
-            position += len(text[position:]) - len(text[position:].lstrip(" \t\r\n,"))
-            if text[position : position + 1] != '"':
-                return None, 0
-            key, position = decoder.raw_decode(text, position)
-            after = text[position:].lstrip(" \t\r\n")
-            position = len(text) - len(after) + 1
-            value = text[position:].lstrip(" \t\r\n")
-            position = len(text) - len(value)
-            if value[:1] == "[" and value[1:].lstrip(" \t\r\n")[:1] in ("{", "]"):
-                return key.encode("latin-1").decode("utf-8", "replace"), position + 1
-            _, position = decoder.raw_decode(text, position)
-    except (ValueError, RecursionError):
-        return None, 0
-
-
 # --- csv, tsv
 
 
@@ -222,17 +125,77 @@ class _CsvLines:
             yield line.decode("utf-8", "surrogateescape") + ("" if cut_off else "\n")
 
 
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def _table_kind(stream: IO[bytes], kind: str) -> str:
+    """The kind of a table: another delimiter counts where it alone cuts the first two lines into as many cells."""
+    text = without_byte_order_mark(stream.read(2**16)).decode("utf-8", "surrogateescape")
+    lines = text.splitlines(keepends=True)
+    counts = {delimiter: _cells_of_first_rows(lines, delimiter) for delimiter in (",", ";", "\t", "|")}
+    own = _DELIMITERS[kind]
+    others = [
+        delimiter for delimiter, count in counts.items() if delimiter != own and len(count) == 1 and max(count) > 1
+    ]
+    return f"table {others[0]}" if counts[own] <= {1} and len(others) == 1 else kind
+
+
+def _cells_of_first_rows(lines: list[str], delimiter: str) -> set[int]:
+    """The numbers of cells that the first two rows have under a delimiter; empty where they are no table rows."""
+    try:
+        rows = itertools.islice((row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row), 2)
+        return {len(row) for row in rows}
+    except csv.Error:
+        return set()
+
+
+class _Header:
+    """The names of a table's columns, without those that hold nothing: row numbers in front, empty cells at the end.
+
+    pandas writes row numbers below an empty name. Raises DamagedFileError for a name that is missing or repeated.
+    """
+
+    def __init__(self, names: list[str], line: int) -> None:
+        self.width = len(names)
+        self._first = int(len(names) > 1 and not names[0].strip())
+        self._last = self.width
+        while self._last - self._first > 1 and not names[self._last - 1].strip():
+            self._last -= 1
+        self.names = names[self._first : self._last]
+        for name in self.names:
+            if not name.strip():
+                raise _unnamed_column(line)
+            if self.names.count(name) > 1:
+                fix = "give each column its own name in the first line"
+                raise DamagedFileError(line, f"the header names the column {name!r} twice", fix)
+
+    def row(self, cells: list[str], line: int) -> dict[str, object]:
+        """The cells of a row by their names. Raises DamagedFileError for a column without a name that holds data."""
+        if self._first and not cells[0].strip().isdigit():
+            raise _unnamed_column(line, cells[0])
+        for cell in cells[self._last :]:
+            if cell.strip():
+                raise _unnamed_column(line, cell)
+        return dict(zip(self.names, cells[self._first : self._last], strict=True))
+
+
+def _unnamed_column(line: int, cell: str = "") -> DamagedFileError:
+    holds = f", and it holds {cell[:60]!r}" if cell else ""
+    problem = f"the header has a column without a name{holds}"
+    return DamagedFileError(line, problem, "give each column its own name in the first line")
+
+
 def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _CsvLines(stream)
     table = csv.reader(iter(lines), delimiter=delimiter, strict=True)
-    names: list[str] | None = None
+    header: _Header | None = None
     while True:
         start = table.line_num + 1
         try:
             cells = next(table, None)
         except csv.Error as error:
-            if names is None:
+            if header is None:
                 problem = f"the header is not a table row: {error}"
                 raise DamagedFileError(start, problem, "name each column once in the first line") from None
             yield Record(start, f"not a table row: {error}")
@@ -241,26 +204,15 @@ def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
         if cells is None:
             return
         long_lines = [lines.too_long.pop(number) for number in range(start, line + 1) if number in lines.too_long]
-        if long_lines and names is not None:
+        if long_lines and header is not None:
             yield Record(start, long_lines[0])
-        elif names is None:
+        elif header is None:
             if cells:  # an empty line is no header
-                names = cells
-                _check_header(names, start)
-        elif len(cells) == len(names):
-            yield Record(start, dict(zip(names, cells, strict=True)))
+                header = _Header(cells, start)
+        elif len(cells) == header.width:
+            yield Record(start, header.row(cells, start))
         elif cells:
-            yield Record(start, f"the row has {len(cells)} cells, the header {len(names)}")
-
-
-def _check_header(names: list[str], line: int) -> None:
-    for name in names:
-        repeated = bool(name.strip()) and names.count(name) > 1
-        if repeated or not name.strip():
-            problem = (
-                f"the header names the column {name!r} twice" if repeated else "the header has a column without a name"
-            )
-            raise DamagedFileError(line, problem, "give each column its own name in the first line")
+            yield Record(start, f"the row has {len(cells)} cells, the header {header.width}")
 
 
 def _parse_cells(source: str, record: Record, loss_weight: float) -> Row | BadRow:
@@ -322,13 +274,32 @@ def _split_nothing(stream: IO[bytes]) -> Iterator[Record]:
     raise AssertionError(f"a data set has no byte stream: {stream}")
 
 
+def kind_of_content(stream: IO[bytes], kind: str) -> str:
+    """The kind of a file (a key of `READERS`) by what it holds, where that is another than its name says."""
+    if kind in (".json", ".jsonl", ".ndjson"):
+        return json_kind(stream, kind)
+    return _table_kind(stream, kind) if kind in _DELIMITERS else kind
+
+
+def _table_reader(delimiter: str, shape: str | None = None) -> Reader:
+    return Reader("line", lambda stream: _split_table(stream, delimiter), _parse_cells, shape)
+
+
 READERS: dict[str, Reader] = {
     ".jsonl": Reader("line", _split_lines, _parse_json),
     ".ndjson": Reader("line", _split_lines, _parse_json),
-    ".json": Reader("index", _split_json, _parse_json),
-    ".csv": Reader("line", lambda stream: _split_table(stream, ","), _parse_cells),
-    ".tsv": Reader("line", lambda stream: _split_table(stream, "\t"), _parse_cells),
+    ".json": Reader("index", split_json, _parse_json),
+    "json objects": Reader("index", split_objects, _parse_json, "objects one after another"),
+    "json table": Reader("index", split_json_table, _parse_mapping, "one table, as pandas and `datasets` write it"),
+    "json conversation": Reader("index", split_conversation, _parse_json, "the messages of one conversation"),
+    ".csv": _table_reader(","),
+    ".tsv": _table_reader("\t"),
+    "table ;": _table_reader(";", "a table with `;` between its columns"),
+    "table |": _table_reader("|", "a table with `|` between its columns"),
+    "table ,": _table_reader(",", "a table with commas between its columns"),
+    "table \t": _table_reader("\t", "a table with tabs between its columns"),
     ".parquet": Reader("index", _split_parquet, _parse_mapping),
     ".txt": Reader("line", _split_lines, _parse_text),
     "dataset": Reader("index", _split_nothing, _parse_mapping),
 }
+"""Readers by the ending of a file, or by what a file holds whose ending says something else."""

@@ -279,6 +279,10 @@ def detect_format(rows: Iterable[Row], text_column: str | None = None) -> tuple[
     if not recognized:
         names = ", ".join(f"`{name}`" for name in list(first[0].fields)[:8]) or "none"
         missing = f"a field `{text_column}`" if text_column else "the fields of a format"
+        if {"role", "content"} <= first[0].fields.keys() or {"from", "value"} <= first[0].fields.keys():
+            problem = f"a row is a whole conversation, and here it is one message; it has these fields: {names}"
+            fix = 'put the messages of each conversation into one list: {"messages": [{...}, {...}]}'
+            raise DataError(problem, first[0].source, fix)
         formats = ", ".join(FORMATS)
         fix = f"rename the fields to those of a format ({formats}), or set `data.text_column`"
         raise DataError(f"no row has {missing}; the first has these fields: {names}", first[0].source, fix)
