@@ -16,12 +16,14 @@ from llmtune.config.document import DEFAULT, Origin
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.paths import config_folder_named
 from llmtune.config.process_options import Options
-from llmtune.config.schema import ArchitectureConfig, Config
+from llmtune.config.schema import ArchitectureConfig, Config, DataConfig
 from llmtune.data.dataset.batches import BatchPlan
 from llmtune.data.dataset.make_dataset import PreparedData, iter_texts, prepare_data
 from llmtune.data.dataset.micro_batch import Layout
+from llmtune.data.dataset.mixture import EpochDraws, plan_epochs
 from llmtune.data.dataset.packing import Indices, plan_packs
 from llmtune.data.dataset.row_result import OVERLONG_FIX
+from llmtune.data.dataset.store import MappedExamples
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.errors import ConfigError, DataError, TokenizerError
 from llmtune.models import catalog
@@ -66,6 +68,8 @@ class Prepared:
     data: PreparedData
     packs: list[Indices]
     """Indices of the examples of each sequence (without packing: one each)."""
+    draws: EpochDraws | None
+    """What draws the examples of each epoch; None where every epoch has all packs."""
     tokenizer_is_new: bool
     """The tokenizer was trained on this run's rows, and lives in the run."""
     decisions: tuple[Decision, ...]
@@ -90,6 +94,7 @@ class Prepared:
             layout=layout,
             max_group_tokens=max_group_tokens,
             pad_id=self.tokenizer.tokenizer.pad_token_id or 0,
+            draws=self.draws,
         )
 
 
@@ -286,9 +291,9 @@ def prepare(
         with overlong_named(fitted):
             data = prepare_data(config.data, renderer, progress=progress)
     _refuse_beyond(context, data)
-    packs = plan_packs(data.train.lengths, config.data.max_length, config.data.packing, config.data.shuffle_seed or 0)
+    packs, draws = _lay_out(data.train, config.data)
     decisions = (*source.decisions, *loaded.decisions, *fitted, *renderer.decisions, *data.decisions)
-    return Prepared(config, source, loaded, renderer, data, packs, trains_tokenizer(config, source), decisions)
+    return Prepared(config, source, loaded, renderer, data, packs, draws, trains_tokenizer(config, source), decisions)
 
 
 def _refuse_beyond(context: Context | None, data: PreparedData) -> None:
@@ -296,6 +301,13 @@ def _refuse_beyond(context: Context | None, data: PreparedData) -> None:
     longest = max(int(max(part.lengths, default=0)) for part in (data.train, data.eval) if part is not None)
     if context is not None and context.ends and longest > context.tokens:
         raise _too_long_for_model(f"a row of {longest:,} tokens is longer", context, "data.max_length")
+
+
+def _lay_out(examples: MappedExamples, data: DataConfig) -> tuple[list[Indices], EpochDraws | None]:
+    """The packs, and what draws the examples of each epoch where sources have a share or are repeated."""
+    if data.is_mixed:
+        return plan_epochs(examples, data)
+    return plan_packs(examples.lengths, data.max_length, data.packing, data.shuffle_seed or 0), None
 
 
 def _texts(config: Config) -> Iterator[str]:

@@ -22,6 +22,7 @@ from llmtune.config.layers import load_config, parse_config
 from llmtune.config.paths import shipped_path, shipped_presets
 from llmtune.config.reference import reference_page
 from llmtune.config.schema import Config, SourceConfig
+from llmtune.config.sources import COLUMN_FIELDS
 from llmtune.errors import ConfigError
 
 TEXTS = st.text(max_size=12) | st.sampled_from(
@@ -69,6 +70,13 @@ def values_of(declared, bounds=None):
             split=st.none() | TEXTS,
             weight=values_of(float, SOURCE_RANGES["weight"]),
             max_samples=st.none() | values_of(int, SOURCE_RANGES["max_samples"]),
+            name=st.none() | TEXTS,
+            format=st.sampled_from([None, "auto", "text"]),
+            text_column=st.none() | TEXTS,
+            train_on=st.sampled_from([None, "all_tokens"]),
+            columns=st.dictionaries(st.sampled_from(COLUMN_FIELDS), TEXTS, max_size=2),
+            roles=st.dictionaries(TEXTS, st.sampled_from(["user", "assistant"]), max_size=2),
+            repeat=values_of(float, SOURCE_RANGES["repeat"]),
         )
     if kind is typing.Literal:
         return st.sampled_from(arguments)

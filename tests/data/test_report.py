@@ -146,6 +146,7 @@ def test_the_report_counts_what_is_there(write, config, renderer):
     assert report["sources"][0] | {"tokens": 0} == {
         "part": "train",
         "source": str(path),
+        "name": "a",
         "input": 5,
         "used": 3,
         "cut": 1,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from llmtune.config.schema import SourceConfig
+from llmtune.config.sources import source_problems
 
 __all__ = ["METRIC_ENDINGS", "NAME_FIELDS", "RANGES", "SOURCE_RANGES", "Range", "range_problem"]
 
@@ -39,7 +41,12 @@ _COUNT = Range(minimum=1)
 _FRACTION = Range(minimum=0, below=1)
 _SHARE = Range(minimum=0, maximum=1)
 
-SOURCE_RANGES: dict[str, Range] = {"weight": Range(above=0), "max_samples": _COUNT}
+SOURCE_RANGES: dict[str, Range] = {
+    "weight": Range(above=0),
+    "max_samples": _COUNT,
+    "repeat": Range(above=0, maximum=1000),
+    "share": Range(above=0, maximum=1),
+}
 
 RANGES: dict[str, Range] = {
     "run.seed": Range(minimum=0, maximum=2**32 - 1),
@@ -109,15 +116,10 @@ def range_problem(key: str, value: object) -> str | None:
     return None
 
 
-def _sources(value: tuple[SourceConfig, ...]) -> str | None:
-    for source in value:
-        if not source.path:
-            return "must not hold an empty path"
-        for name, bounds in SOURCE_RANGES.items():
-            number = getattr(source, name)
-            if number is not None and not bounds.holds(number):
-                return f"must have `{name}` {bounds}"
-    return None
+def _sources(value: tuple[SourceConfig, ...], *, held_out: bool = False) -> str | None:
+    if all(source == SourceConfig(source.path) for source in value):  # paths alone
+        return None if all(source.path for source in value) else "must not hold an empty path"
+    return "; ".join(dict.fromkeys(source_problems(value, SOURCE_RANGES, held_out=held_out))) or None
 
 
 def _test_size(value: float) -> str | None:
@@ -165,7 +167,7 @@ _SPECIAL: dict[str, Callable[[Any], str | None]] = {
     "model.name": _not_empty,
     "adapter.target_modules": _not_empty,
     "data.train": _sources,
-    "data.eval": _sources,
+    "data.eval": partial(_sources, held_out=True),
     "data.test_size": _test_size,
     "evaluation.best_by": _metric,
     "evaluation.every_steps": _steps,

@@ -214,6 +214,12 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `data.format: text`, or remove `data.text_column`",
     ),
     Contradiction(
+        ("data.train", "data.packing"),
+        lambda c, _: c.data.packing != "none" and any(source.share or source.repeat % 1 for source in c.data.train),
+        "packs are laid once, and rows of a `share` or of a fraction of `repeat` are drawn anew each epoch",
+        "set `data.packing: none`, or whole numbers of `repeat`",
+    ),
+    Contradiction(
         ("data.max_length", "model.architecture.max_seq_len"),
         lambda c, origins: (
             c.model.architecture.max_seq_len is not None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from llmtune.common.text import is_text
-from llmtune.config.document import Listing, Node, Scalar, shown
+from llmtune.config.document import Listing, Node, Scalar, Table, shown
 from llmtune.config.keys import SOURCE_FIELDS
 from llmtune.config.schema import SourceConfig
 
@@ -55,6 +55,8 @@ def expected(declared: object) -> str:
         return words[0] if len(words) == 1 else "one of " + ", ".join(words)
     if kind in (Union, UnionType):
         return " or ".join(expected(option) for option in arguments)
+    if kind is Mapping:
+        return f"a mapping of names to {expected(arguments[1])}"
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return f"a list, each {expected(arguments[0])}"
     return f"a list of {len(arguments)}, each {expected(arguments[0])}"
@@ -77,6 +79,8 @@ def convert(node: Node, declared: object) -> Any:
         return _choice(node, declared)
     if kind in (Union, UnionType):
         return _union(node, declared)
+    if kind is Mapping:
+        return _mapping(node, declared)
     assert kind is tuple, f"no conversion to {declared}"
     return _list(node, declared, arguments)
 
@@ -116,6 +120,16 @@ def _list(node: Node, declared: object, arguments: tuple[object, ...]) -> tuple[
     if len(items) != len(arguments):
         raise Mismatch(expected(declared), node)
     return tuple(convert(item, declared_item) for item, declared_item in zip(items, arguments, strict=True))
+
+
+def _mapping(node: Node, declared: object) -> dict[str, object]:
+    if isinstance(node, Scalar) and node.is_null:
+        return {}
+    if not isinstance(node, Table):
+        raise Mismatch(expected(declared), node)
+    value_type = get_args(declared)[1]
+    values = _convert_each([(entry.value, value_type) for entry in node.entries])
+    return dict(zip((entry.key for entry in node.entries), values, strict=True))
 
 
 def _convert_each(pairs: Sequence[tuple[Node, object]]) -> list[object]:

@@ -38,6 +38,8 @@ def plain(value: object) -> object:
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
         return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
     return value
 
 
@@ -87,6 +89,8 @@ def value_text(value: object) -> str:
         return f"{mantissa}{'' if '.' in mantissa or not exponent else '.0'}{exponent}{power}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(value_text(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_text(name)}: {value_text(item)}" for name, item in value.items()) + "}"
     if isinstance(value, SourceConfig):
         return source_text(value)
     return _text(value) if isinstance(value, str) else str(value)
@@ -94,8 +98,9 @@ def value_text(value: object) -> str:
 
 def source_text(source: SourceConfig) -> str:
     """Return a data source: its path alone where every other key has its default, a mapping otherwise."""
-    values = {field.name: (getattr(source, field.name), field.default) for field in fields(source)}
-    changed = {name: value for name, (value, default) in values.items() if value != default}
+    values = {field.name: getattr(source, field.name) for field in fields(source)}
+    default = SourceConfig()
+    changed = {name: value for name, value in values.items() if value != getattr(default, name)}
     if set(changed) == {"path"}:
         return value_text(source.path)
     return "{" + ", ".join(f"{name}: {value_text(value)}" for name, value in changed.items()) + "}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -81,6 +82,8 @@ def _type(declared: object, bounds: Range | None) -> Schema:
         return {"enum": list(arguments)}
     if kind in (Union, UnionType):
         return {"anyOf": [_type(each, bounds) for each in arguments]}
+    if kind is Mapping:
+        return {"type": "object", "additionalProperties": _type(arguments[1], bounds)}
     if arguments[1] is Ellipsis:
         item = _type(arguments[0], bounds)
         return {"anyOf": [item, {"type": "array", "items": item}]}

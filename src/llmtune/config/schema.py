@@ -9,6 +9,7 @@ chooses and prints the choice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -187,6 +188,7 @@ TrainOn = Literal[
     "all_user_and_system_messages",
     "customized",
 ]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
 
 
@@ -212,6 +214,35 @@ class SourceConfig:
 
     max_samples: int | None = None
     """Use at most this many rows of this source."""
+
+    name: str | None = None
+    """Name of the source in reports and metrics; the end of its path when not given."""
+
+    format: RowFormat | None = None
+    """Format of its rows; `data.format` when not given."""
+
+    text_column: str | None = None
+    """Field of its text rows; `data.text_column` when not given."""
+
+    train_on: TrainOn | None = None
+    """Messages of its conversations that carry loss; `data.train_on` when not given."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Fields of a format and the columns they are read from: `{prompt: question, completion: answers.text.0}`. Dots go
+    into nested columns; a text such as `"{context}\\n{question}"` joins several. `role` and `content` are the keys of
+    each message.
+    """
+
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    """Roles by the names its messages have: `{customer: user, agent: assistant}`; case does not matter."""
+
+    repeat: float = 1.0
+    """Times each row of this source is seen in an epoch; of a fraction, as many rows are drawn anew each epoch."""
+
+    share: float | None = None
+    """Fraction of an epoch's rows that are drawn from this source, anew each epoch. Sources without a share keep their
+    rows and make up the rest; where each has one, an epoch has as many rows as all sources together.
+    """
 
 
 @dataclass(frozen=True)
@@ -273,6 +304,11 @@ class DataConfig:
 
     cache_dir: str | None = None
     """Folder of the tokenized-data cache; the user's cache folder when not given."""
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether an epoch is anything but every training row once."""
+        return any(source.share is not None or source.repeat != 1 for source in self.train)
 
 
 # `training.*`

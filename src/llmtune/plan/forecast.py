@@ -146,11 +146,14 @@ class Forecaster:
         """Count steps and tokens."""
         batches, data = self.batches(self.config), self.prepared.data.train
         lengths = np.asarray(data.lengths, dtype=np.int64)
-        tokens = int(lengths.sum())
+        tokens, trained_tokens = batches.tokens_of_epoch()
         epochs, rest = divmod(batches.total_steps, batches.steps_per_epoch)
-        # Whole epochs have all rows; of a part of one, every rank is taken to have as many tokens as this one.
+        # Of a part of one, every rank is taken to have as many tokens as this one.
         tail = range(epochs * batches.steps_per_epoch + 1, epochs * batches.steps_per_epoch + rest + 1)
-        run_tokens = epochs * tokens + self.world_size * sum(
+        whole = (
+            sum(batches.tokens_of_epoch(epoch)[0] for epoch in range(epochs)) if batches.draws_anew else epochs * tokens
+        )
+        run_tokens = whole + self.world_size * sum(
             int(lengths[group].sum()) for step in tail for group in batches.groups(step)
         )
         real = positions = 0
@@ -164,7 +167,7 @@ class Forecaster:
             steps_per_epoch=batches.steps_per_epoch,
             sequences=batches.num_packs,
             tokens=tokens,
-            trained_tokens=float(np.asarray(data.loss_weights, dtype=np.float64).sum()),
+            trained_tokens=trained_tokens,
             run_tokens=run_tokens,
             padding_share=1 - real / positions,
         )

@@ -108,8 +108,7 @@ def print_preflight(
     for line in (*data.ledger.training_warnings(), *data.ledger.unused_fields()):
         print_line(f"note    {line}")
     batches = prepared.batch_plan()
-    tokens = int(data.train.lengths.sum())
-    weights = float(data.train.loss_weights.sum())
+    tokens, weights = batches.tokens_of_epoch()
     print_line(
         f"plan    {batches.total_steps:,} steps, {batches.steps_per_epoch:,} an epoch; {tokens:,} tokens an epoch, "
         f"{weights:,.0f} of them trained"

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmtune.data.dataset.micro_batch import Layout, MicroBatch, MicroBatches, make_micro_batch, split_group
+from llmtune.data.dataset.mixture import EpochDraws
 from llmtune.data.dataset.packing import Indices, seeded_order
 from llmtune.data.example import ExampleSet
 from llmtune.errors import ConfigError, DataError
@@ -69,7 +70,8 @@ class BatchPlan:
     `packs`: P arrays of example indices (see `plan_packs`). `epochs` may be a fraction: the part of an epoch is rounded
     up to whole windows. `max_steps` replaces `epochs`, with as many epochs as it takes. `shuffle_seed` None keeps the
     order of `packs` in every epoch. `rank` is this process of `world_size`. `max_group_tokens` cuts micro-batches
-    further where they hold more tokens (padding counted); the window stays the same.
+    further where they hold more tokens (padding counted); the window stays the same. `draws` gives the packs of each
+    epoch, which then are single examples in their order; without it an epoch has every pack once.
 
     Raises DataError without any pack, ConfigError for `epochs` or `max_steps` that make no step.
     """
@@ -89,6 +91,7 @@ class BatchPlan:
         layout: Layout = "padded",
         max_group_tokens: int | None = None,
         pad_id: int = 0,
+        draws: EpochDraws | None = None,
     ) -> None:
         if not packs:
             fix = "look at `llmtune data report` for what became of the rows"
@@ -103,6 +106,7 @@ class BatchPlan:
         self._lengths = np.asarray(examples.lengths, dtype=np.int64)
         self._weights = np.asarray(examples.loss_weights, dtype=np.float64)
         self._pack_tokens = np.add.reduceat(self._lengths[self._members], self._begins)
+        self._draws = draws
         self._batch_size = batch_size
         self._world_size = world_size
         self._rank = rank
@@ -114,7 +118,7 @@ class BatchPlan:
         self._build = functools.partial(_build, examples, layout, pad_id)
         # All steps of an epoch use its order; two are kept for steps at the border of epochs.
         self._epoch_order = functools.lru_cache(maxsize=2)(self._make_epoch_order)
-        self.steps_per_epoch = -(-len(packs) // self.global_batch)
+        self.steps_per_epoch = -(-self.num_packs // self.global_batch)
         """Windows in an epoch."""
         self.total_steps = _total_steps(self.steps_per_epoch, epochs, max_steps)
         """Windows in the training; steps, when none is skipped."""
@@ -122,11 +126,13 @@ class BatchPlan:
     @property
     def num_packs(self) -> int:
         """Sequences in an epoch."""
-        return len(self._ends)
+        return len(self._ends) if self._draws is None else self._draws.count
 
     @property
     def most_window_tokens(self) -> int:
         """Upper bound of the tokens of a window in any order: those of the `global_batch` longest sequences."""
+        if self._draws is not None:  # which may draw the longest of them more than once
+            return int(self._pack_tokens.max()) * min(self.global_batch, self.num_packs)
         return int(np.sort(self._pack_tokens)[-self.global_batch :].sum())
 
     @functools.cached_property
@@ -138,6 +144,8 @@ class BatchPlan:
         digest = hashlib.sha256(f"{self._examples.digest} {self.global_batch} {self._shuffle_seed}".encode())
         digest.update(self._members.astype("<i8").tobytes())
         digest.update(self._ends.astype("<i8").tobytes())
+        if self._draws is not None:
+            digest.update(self._draws.digest.encode())
         return digest.hexdigest()
 
     def window(self, step: int) -> Window:
@@ -178,7 +186,19 @@ class BatchPlan:
         """Give the examples of an epoch (from 0) in the order in which steps take them, int64 [N]."""
         return self._examples_of(self._epoch_order(epoch))
 
+    @property
+    def draws_anew(self) -> bool:
+        """Whether an epoch has other examples than the one before it."""
+        return self._draws is not None
+
+    def tokens_of_epoch(self, epoch: int = 0) -> tuple[int, float]:
+        """Give the tokens of an epoch (from 0) and the sum of their weights."""
+        examples = self._members if self._draws is None else self._draws.order(epoch)
+        return int(self._lengths[examples].sum()), float(self._weights[examples].sum())
+
     def _make_epoch_order(self, epoch: int) -> Indices:
+        if self._draws is not None:
+            return self._draws.order(epoch)
         if self._shuffle_seed is None:
             return np.arange(self.num_packs, dtype=np.int64)
         return seeded_order(self.num_packs, self._shuffle_seed, epoch)

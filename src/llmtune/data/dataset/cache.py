@@ -24,6 +24,8 @@ import numpy.typing as npt
 from llmtune import durable
 from llmtune.common.decisions import Decision
 from llmtune.common.text import readable_bytes
+from llmtune.config.dump import plain
+from llmtune.config.schema import SourceConfig
 from llmtune.data.dataset.row_result import Reason, RowResult
 from llmtune.data.dataset.store import EXAMPLE, ROW, RowStore, StoreBuilder, Texts
 from llmtune.data.reading.data_file import DataFile
@@ -38,6 +40,7 @@ SETS_KEPT = 24
 BYTES_KEPT = 32 * 10**9
 """Bytes that the kept sets have together at most; the newest set is kept whatever its size."""
 
+_OF_NO_ROW = ("path", "config", "split", "name", "repeat", "share")
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "pyarrow", "datasets")
 
 
@@ -61,16 +64,22 @@ def cache_key(files: Sequence[DataFile], digests: Sequence[str], facts: Mapping[
 
     File names are not part of it.
     """
-    sources = {file.source_index: (file.source.weight, file.source.max_samples) for file in files}
+    sources = {file.source_index: _row_settings(file.source) for file in files}
     inputs = {
         "files": [
             [digest, file.kind, file.rows, file.source_index] for file, digest in zip(files, digests, strict=True)
         ],
-        "sources": [[key, *value] for key, value in sources.items()],
+        "sources": list(sources.items()),
         "facts": dict(facts),
         "code": code_digest(),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _row_settings(source: SourceConfig) -> dict[str, object]:
+    """The settings of a source that decide what its rows become; where it lies and how it is mixed do not."""
+    kept = {name: plain(value) for name, value in vars(source).items() if name not in _OF_NO_ROW}
+    return kept | {"columns": list(source.columns.items())}  # order counts: two fields may be read from one column
 
 
 def open_or_build(
@@ -201,7 +210,8 @@ def _store(
     return RowStore(
         labels=tuple(file.label for file in files),
         numberings=tuple(file.numbering for file in files),
-        source_paths=tuple(file.source.path for file in files),
+        sources=tuple(file.source_index for file in files),
+        source_configs={file.source_index: file.source for file in files},
         rows=np.frombuffer(rows, dtype=ROW),
         examples=np.frombuffer(examples, dtype=EXAMPLE),
         words=words,

@@ -7,15 +7,16 @@ is computed here, on the tables, each time.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import DataConfig
 from llmtune.data.dataset import selection
 from llmtune.data.dataset.ledger import Ledger, LedgerPart
+from llmtune.data.dataset.mixture import mixture_of
 from llmtune.data.dataset.store import JoinedExamples, MappedExamples
 from llmtune.data.dataset.tokenize import Progress, detect_formats, row_rules, tokenize_side
-from llmtune.data.example import Conversation, ExampleSet
+from llmtune.data.example import Conversation
 from llmtune.data.reading.data_file import DataFile, digest_files, read_records
 from llmtune.data.reading.find_files import find_files, find_held_out_files, swept_in
 from llmtune.data.reading.parse import BadRow, Record
@@ -33,8 +34,8 @@ BAD_ROWS_SHOWN = 3
 class PreparedData:
     """The examples to train on and to evaluate on, and the status of every row."""
 
-    train: ExampleSet
-    eval: ExampleSet | None
+    train: MappedExamples
+    eval: MappedExamples | JoinedExamples | None
     ledger: Ledger
     decisions: list[Decision]
     problems: tuple[Problem, ...] = ()
@@ -91,7 +92,7 @@ def survey_data(config: DataConfig, renderer: Renderer, *, progress: Progress | 
         held_out, held_out_problems = selection.hold_out(train, config.test_size, config.shuffle_seed)
         problems += held_out_problems
         problems += selection.mark_overlap(train, train.store, held_out, config.on_overlap)
-    return _collect(parts, decisions, problems)
+    return _mixed(_collect(parts, decisions, problems), config)
 
 
 def _collect(parts: list[LedgerPart], decisions: list[Decision], problems: list[Problem]) -> PreparedData:
@@ -108,6 +109,17 @@ def _collect(parts: list[LedgerPart], decisions: list[Decision], problems: list[
     return PreparedData(train, joined, Ledger(parts), decisions, tuple(problems))
 
 
+def _mixed(prepared: PreparedData, config: DataConfig) -> PreparedData:
+    """Add what an epoch has of each source, where that is not every row once, or why it cannot be."""
+    if not config.is_mixed or prepared.problems:
+        return prepared
+    try:
+        mixture = mixture_of(prepared.train, config.train)
+    except DataError as error:
+        return replace(prepared, problems=error.problems)
+    return replace(prepared, decisions=[*prepared.decisions, *mixture.decisions(config.train)])
+
+
 def iter_texts(config: DataConfig) -> Iterator[str]:
     """Yield every text of the training rows (contents of messages, plain texts), for training a tokenizer.
 
@@ -117,7 +129,8 @@ def iter_texts(config: DataConfig) -> Iterator[str]:
     formats, _ = detect_formats(config, files)
     good, bad = 0, list[Problem]()
     for index, record in read_records(files, config.max_samples):
-        conversation = _conversation(record, files[index], formats[index], config.text_column)
+        text_column = files[index].source.text_column or config.text_column
+        conversation = _conversation(record, files[index], formats[index], text_column)
         if isinstance(conversation, BadRow):
             bad += [conversation.as_problem()] if len(bad) < BAD_ROWS_SHOWN else []
             continue

@@ -101,16 +101,17 @@ def _packing(lengths_N: npt.NDArray[np.int64], config: DataConfig) -> JsonObject
 
 def _sources(part: LedgerPart) -> Iterator[JsonObject]:
     """The balance of each source of one side."""
-    file_of_row = part.store.rows["file"]
-    paths = part.store.source_paths
-    for path in dict.fromkeys(paths):
-        own = np.isin(file_of_row, [index for index, file_path in enumerate(paths) if file_path == path])
+    source_of_row = np.asarray(part.store.sources, dtype=np.int64)[part.store.rows["file"]]
+    names = part.store.source_names
+    for place, source in part.store.source_configs.items():
+        own = source_of_row == place
         counts = np.bincount(part.statuses[own], minlength=len(STATUSES)).tolist()
         is_kept = own & np.isin(part.statuses, [STATUSES.index("used"), STATUSES.index("cut")])
         examples = part.store.examples[is_kept[part.store.examples["row"]]]
         yield {
             "part": part.name,
-            "source": path,
+            "source": source.path,
+            "name": names[place],
             "input": int(own.sum()),
             **dict(zip(STATUSES, counts, strict=True)),
             "tokens": int(examples["tokens"].sum(dtype=np.int64)),
@@ -160,10 +161,15 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
 def _source_lines(sources: list[JsonObject]) -> Iterator[str]:
     yield ""
     columns = ("input", *STATUSES, "tokens")
-    width = max(len(source) for source in ("source", *(row["source"] for row in sources)))
+    paths = [row["source"] for row in sources]
+    shown = [
+        path if paths.count(path) == 1 and row["name"] in path else f"{path} ({row['name']})"
+        for path, row in zip(paths, sources, strict=True)
+    ]
+    width = max(len(source) for source in ("source", *shown))
     yield f"{'source':<{width}}  {'part':<5}" + "".join(f" {column.replace('_', ' '):>10}" for column in columns)
-    for row in sources:
-        yield f"{row['source']:<{width}}  {row['part']:<5}" + "".join(f" {row[column]:>10,}" for column in columns)
+    for source, row in zip(shown, sources, strict=True):
+        yield f"{source:<{width}}  {row['part']:<5}" + "".join(f" {row[column]:>10,}" for column in columns)
 
 
 def _length_lines(report: Mapping[str, Any]) -> Iterator[str]:

@@ -36,7 +36,7 @@ _ASSISTANT_RULES = frozenset({"last_assistant_message", "last_assistant_turn", "
 
 
 class RowRules(NamedTuple):
-    """The settings that decide about a row by itself, beside those of the renderer."""
+    """The settings that decide about a row by itself, beside those of the renderer; its source may have its own."""
 
     train_on: TrainOn
     text_column: str | None
@@ -79,6 +79,11 @@ def process_record(
     file_index: int, file: DataFile, record: Record | BadRow, format_name: str, renderer: Renderer, rules: RowRules
 ) -> RowResult:
     """Make the examples of one record; every problem with it becomes the reason of the result."""
+    source = file.source
+    if source.train_on or source.text_column:
+        text_column = source.text_column or rules.text_column
+        rules = rules._replace(train_on=source.train_on or rules.train_on, text_column=text_column)
+        renderer = renderer.with_rule(rules.train_on)
     row = file.parse(record)
     if isinstance(row, BadRow):
         reason = Reason(row.problem, row.field, row.fix, row.whole_file)
@@ -88,7 +93,9 @@ def process_record(
         _check_answers(conversation, rules.train_on)
         rendered = renderer.render(conversation)
     except UnusableRowError as error:
-        return RowResult(file_index, record.number, "bad", Reason(error.problem, error.field, error.fix))
+        column = source.columns.get(error.field or "")
+        problem = f"{error.problem} (`columns` reads it from {column!r})" if column else error.problem
+        return RowResult(file_index, record.number, "bad", Reason(problem, error.field, error.fix))
     except DataError as error:
         problem = error.problems[0]
         return RowResult(file_index, record.number, "bad", Reason(problem.problem, None, problem.fix))

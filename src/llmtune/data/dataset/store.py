@@ -8,7 +8,7 @@ of one a token.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -16,6 +16,8 @@ from typing import TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from llmtune.config.schema import SourceConfig
+from llmtune.config.sources import source_names
 from llmtune.data.dataset.row_result import STATUSES, Reason, RowResult
 from llmtune.data.example import Example, example_digest, set_digest
 from llmtune.data.reading.readers import Numbering, source_name
@@ -124,8 +126,10 @@ class RowStore:
 
     labels: tuple[str, ...]
     numberings: tuple[Numbering, ...]
-    source_paths: tuple[str, ...]
-    """The path of each file's source in the config."""
+    sources: tuple[int, ...]
+    """The place of each file's source in the config, from 0."""
+    source_configs: Mapping[int, SourceConfig]
+    """The sources by their place."""
     rows: npt.NDArray[np.void]
     """`ROW` table [R]."""
     examples: npt.NDArray[np.void]
@@ -145,6 +149,11 @@ class RowStore:
         """`file:line` or `file[index]` of a row; the file alone where reading it failed before any row."""
         file, number = int(self.rows["file"][row]), int(self.rows["number"][row])
         return self.labels[file] if number < 0 else source_name(self.labels[file], self.numberings[file], number)
+
+    @property
+    def source_names(self) -> dict[int, str]:
+        """A name for each source, by its place in the config."""
+        return dict(zip(self.source_configs, source_names(list(self.source_configs.values())), strict=True))
 
     def example(self, index: int) -> Example:
         """One example with its weights unpacked."""
@@ -207,6 +216,20 @@ class MappedExamples:
         """sha256 over all ids and weights in order."""
         return set_digest(self.digests())
 
+    @property
+    def sources(self) -> npt.NDArray[np.int64]:
+        """Place in the config of the source of each example, int64 [N]."""
+        file_of_example = self.store.rows["file"][self.store.examples["row"][self.selection]]
+        return np.asarray(self.store.sources, dtype=np.int64)[file_of_example]
+
+    def by_source(self) -> dict[str, MappedExamples]:
+        """The examples of each source by its name, in the order of the config."""
+        sources, names = self.sources, self.store.source_names
+        return {
+            names[int(place)]: MappedExamples(self.store, self.selection[sources == place])
+            for place in np.unique(sources)
+        }
+
     def digests(self) -> Iterator[bytes]:
         """`example_digest` of every example, in order."""
         digests = self.store.examples["digest"]
@@ -235,6 +258,14 @@ class JoinedExamples:
 
     def __iter__(self) -> Iterator[Example]:
         return (example for part in self.parts for example in part)
+
+    def by_source(self) -> dict[str, MappedExamples | JoinedExamples]:
+        """The examples of each source by its name, in the order of the parts."""
+        found: dict[str, list[MappedExamples]] = {}
+        for part in self.parts:
+            for name, examples in part.by_source().items():
+                found.setdefault(name, []).append(examples)
+        return {name: JoinedExamples(sets) if len(sets) > 1 else sets[0] for name, sets in found.items()}
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

@@ -14,6 +14,7 @@ from llmtune.data.dataset.ledger import LedgerPart
 from llmtune.data.dataset.row_result import RowResult, RowRules
 from llmtune.data.dataset.workers import Batch, Job, available_cores, tokenize_batches
 from llmtune.data.example import Row
+from llmtune.data.reading.columns import missing_columns
 from llmtune.data.reading.data_file import DataFile, read_records
 from llmtune.data.reading.find_files import Purpose
 from llmtune.data.reading.parse import BadRow, Record
@@ -44,29 +45,45 @@ def detect_formats(config: DataConfig, files: Sequence[DataFile]) -> tuple[list[
     Raises DataError for files whose rows have the fields of no format, and for sources without a row.
     """
     empty = _empty_files(files)
-    if config.format != "auto":
-        return [config.format] * len(files), empty
     formats: list[str] = []
     decisions: dict[tuple[int, str], Decision] = {}
     problems: list[Problem] = []
     for file in files:
-        first = (record for _, record in itertools.islice(read_records([file]), DETECTION_ROWS))
-        rows = [row for record in first if isinstance(row := file.parse(record), Row)]
         try:
-            name, decision = detect_format(rows, config.text_column)
+            name, decision = _format_of(file, config)
         except DataError as error:
             problems += error.problems
             continue
         formats.append(name)
-        if not rows:  # the file is empty, or its rows are named as bad ones
-            continue
-        # One decision speaks for all files of a source with the same format.
-        shape = READERS[file.kind].shape
-        place = file.label if shape is None else f"{file.label}, read as {shape}"
-        decisions.setdefault((file.source_index, name), Decision("data.format", name, f"{place}: {decision.reason}"))
+        if decision is not None:
+            # One decision speaks for all files of a source with the same format.
+            decisions.setdefault((file.source_index, name), decision)
     if problems:
         raise DataError.all(problems)
     return formats, [*empty, *decisions.values()]
+
+
+def _format_of(file: DataFile, config: DataConfig) -> tuple[str, Decision | None]:
+    """The format of a file: that of its source or the config, else detected, with a decision.
+
+    Raises DataError where its rows have the fields of no format, or lack a column that the source names.
+    """
+    source = file.source
+    given = source.format or ("text" if source.text_column else config.format)
+    if given != "auto" and not source.columns:
+        return given, None
+    first = [record for _, record in itertools.islice(read_records([file]), DETECTION_ROWS)]
+    if source.columns:
+        _refuse_missing_columns(file, first)
+    if given != "auto":
+        return given, None
+    rows = [row for record in first if isinstance(row := file.parse(record), Row)]
+    name, decision = detect_format(rows, config.text_column)
+    if not rows:  # the file is empty, or its rows are named as bad ones
+        return name, None
+    shape = READERS[file.kind].shape
+    place = file.label if shape is None else f"{file.label}, read as {shape}"
+    return name, Decision("data.format", name, f"{place}: {decision.reason}")
 
 
 def _empty_files(files: Sequence[DataFile]) -> list[Decision]:
@@ -84,6 +101,19 @@ def _empty_files(files: Sequence[DataFile]) -> list[Decision]:
     if problems:
         raise DataError.all(problems)
     return decisions
+
+
+def _refuse_missing_columns(file: DataFile, first: Sequence[Record | BadRow]) -> None:
+    """Raise DataError with every column of the source's `columns` that none of these first records has."""
+    rows = [row for record in first if isinstance(row := file.parse_as_written(record), Row)]
+    if not rows:
+        return
+    problems = [
+        Problem(f"no row has the column `{name}` that `columns` names", file.label, hint)
+        for name, hint in missing_columns(rows, file.source)
+    ]
+    if problems:
+        raise DataError.all(problems)
 
 
 def tokenize_side(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmtune.config.schema import SourceConfig
 from llmtune.data.example import Row
+from llmtune.data.reading.columns import renamed
 from llmtune.data.reading.compression import COMPRESSION_ERRORS, COMPRESSIONS, open_bytes
 from llmtune.data.reading.parse import BadRow, DamagedFileError, Record
 from llmtune.data.reading.readers import READERS, Numbering, source_name
@@ -105,7 +106,17 @@ class DataFile:
         return BadRow(source, None, problem, fix, whole_file=True, number=-1 if number is None else number)
 
     def parse(self, record: Record | BadRow) -> Row | BadRow:
-        """Make a row of a record of this file; needs its label, its kind and the weight of its source only."""
+        """Make a row of a record of this file, under the names of a format where its source has `columns` or `roles`.
+
+        Needs the label, the kind and the source of the file only.
+        """
+        row = self.parse_as_written(record)
+        if isinstance(row, BadRow) or not (self.source.columns or self.source.roles):
+            return row
+        return renamed(row, self.source)
+
+    def parse_as_written(self, record: Record | BadRow) -> Row | BadRow:
+        """Make a row of a record of this file with the fields that it has there."""
         if isinstance(record, BadRow):
             return record
         source = source_name(self.label, self.numbering, record.number)

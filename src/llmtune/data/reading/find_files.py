@@ -178,8 +178,7 @@ def _whole_files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[
                 return [_saved_dataset(path, source, index, purpose)]
             return [_data_file(file, source, index) for file in _folder(path, source.path, source, purpose)]
         if path.exists():
-            own_split = split_of_name(Path(source.path))
-            _refuse_unused(source, "a file", config=True, split=_split_name(source) not in (None, "train", own_split))
+            _refuse_unused(source, "a file", config=True, split=bool(source.split) and not _is_split_of(path, source))
             return [_data_file(_LabeledPath(path, source.path), source, index)]
     except OSError as error:
         problem = f"cannot look at {source.path!r}: {error.strerror}"
@@ -195,6 +194,11 @@ def _whole_files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[
 
 def _split_name(source: SourceConfig) -> str | None:
     return SPLITS.get(source.split.lower(), source.split) if source.split else None
+
+
+def _is_split_of(path: Path, source: SourceConfig) -> bool:
+    """Whether the split of a source is that of a single file: `train`, or the one that its name says."""
+    return _split_name(source) in ("train", split_of_name(path))
 
 
 def _refuse_unused(source: SourceConfig, what: str, *, config: bool = False, split: bool = False) -> None:
@@ -311,7 +315,7 @@ def _example(source: SourceConfig, purpose: Purpose) -> list[_LabeledPath]:
         raise _SourceError((f"there is no example {name!r}", f"the examples are {', '.join(sorted(by_stem))}"))
     if path.is_dir():
         return _folder(path, f"example:{name}", source, purpose)
-    _refuse_unused(source, "a file", config=True, split=_split_name(source) not in (None, "train", split_of_name(path)))
+    _refuse_unused(source, "a file", config=True, split=bool(source.split) and not _is_split_of(path, source))
     return [_LabeledPath(path, f"example:{path.relative_to(root).as_posix()}")]
 
 

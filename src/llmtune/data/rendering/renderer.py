@@ -10,6 +10,7 @@ Shapes: T tokens of one example; `weights[i]` is the weight of *predicting* `inp
 from __future__ import annotations
 
 import bisect
+import copy
 import functools
 import hashlib
 import json
@@ -92,6 +93,7 @@ class Renderer:
         self._templates = TemplateSet(vocabulary, self._encoder, chat_template=chat_template, now=now, limits=limits)
         self._texts = TextRows(vocabulary, self._encoder, train_on)
         self._encoded_ends: dict[str, list[int]] = {}
+        self._by_rule: dict[TrainOn, Renderer] = {}
         # A renderer is sent to other processes as its arguments: compiled templates cannot be pickled.
         self._make: Callable[[Vocabulary], Renderer] = functools.partial(
             Renderer,
@@ -104,6 +106,17 @@ class Renderer:
 
     def __reduce__(self) -> tuple[Callable[[Vocabulary], Renderer], tuple[Vocabulary]]:
         return self._make, (self.vocabulary,)
+
+    def with_rule(self, train_on: TrainOn) -> Renderer:
+        """The same renderer with another mask rule; templates, encoder and what they have kept are shared."""
+        if train_on == self.train_on:
+            return self
+        if train_on not in self._by_rule:
+            other = copy.copy(self)
+            other.train_on = train_on
+            other._texts = TextRows(self.vocabulary, self._encoder, train_on)
+            self._by_rule[train_on] = other
+        return self._by_rule[train_on]
 
     def render(self, conversation: Conversation) -> Rendered:
         """Render one row.
