@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from llmtune.config import aliases
@@ -36,7 +38,6 @@ READ = {
     "eval_every: 10\ndata: {test_size: 5}": {"evaluation.every_steps": 10},
     "save_total_limit: 2": {"checkpoint.keep_last": 2},
     "log_path: out": {"run.output_dir": "out"},
-    "checkpoint_dir: out": {"run.output_dir": "out"},
     "bf16: true": {"training.precision": "bf16"},
     "fp16: true": {"training.precision": "fp16"},
     "bf16: false\nfp16: true": {"training.precision": "fp16"},
@@ -46,6 +47,57 @@ READ = {
     "amp_dtype: bfloat16": {"training.precision": "bf16"},
     "use_amp: false": {"training.precision": "fp32"},
     "lora_rank: 8": {"adapter.r": 8, "adapter.method": "lora"},
+    "lora_target: all": {"adapter.target_modules": "all-linear", "adapter.method": "lora"},
+    "lora_target: q_proj,v_proj": {"adapter.target_modules": ("q_proj", "v_proj")},
+    "lora_target: 'q_proj, k_proj , v_proj'": {"adapter.target_modules": ("q_proj", "k_proj", "v_proj")},
+    "lora_target_linear: true\nlora_r: 8\nlora_alpha: 8": {"adapter.target_modules": "all-linear", "adapter.r": 8},
+    "adapter: lora\nlora_target_linear: false": {"adapter.method": "lora"},
+    "adapter: lora\nadditional_target: embed_tokens,lm_head": {"adapter.modules_to_save": ("embed_tokens", "lm_head")},
+    "adapter: {method: lora, target_modules: all}": {"adapter.target_modules": "all-linear"},
+    "max_steps: -1": {"training.max_steps": None},
+    "training: {max_steps: -1}": {"training.max_steps": None},
+    "max_grad_norm: 0": {"training.max_grad_norm": None},
+    "gradient_clipping: 0.0": {"training.max_grad_norm": None},
+    "neftune_noise_alpha: 0": {"training.neftune_alpha": None},
+    "max_samples: -1": {"data.max_samples": None},
+    "save_total_limit: null": {"checkpoint.keep_last": 0},
+    "save_total_limit:": {"checkpoint.keep_last": 0},
+    "eval_steps: 0.1\nsave_steps: 0.2\nval_set_size: 5": {"evaluation.every_steps": 0.1, "checkpoint.every_steps": 0.2},
+    "warmup_steps: 0.1": {"training.warmup_ratio": 0.1},
+    "warmup_steps: 10": {"training.warmup_steps": 10},
+    "bf16: auto": {"training.precision": "auto"},
+    "bf16: auto\nfp16: false": {"training.precision": "auto"},
+    "fp16: false\nbf16: auto": {"training.precision": "auto"},
+    "bf16: full": {"training.precision": "bf16", "model.dtype": "bfloat16"},
+    'eval_strategy: "no"': {"evaluation.every_steps": None},
+    "eval_strategy: epoch\nval_size: 5": {"evaluation.every_epochs": 1.0},
+    "eval_strategy: steps\neval_steps: 5\nval_size: 5": {"evaluation.every_steps": 5},
+    "evals_per_epoch: 4\nval_set_size: 0.1": {"evaluation.every_epochs": 0.25},
+    "saves_per_epoch: 2": {"checkpoint.every_epochs": 0.5},
+    "saves_per_epoch: 0": {"checkpoint.every_epochs": None},
+    "save_strategy: epoch": {"checkpoint.every_epochs": 1.0},
+    'save_strategy: "no"': {"checkpoint.every_steps": 1_000_000_000},
+    "save_strategy: best": {"checkpoint.every_steps": 1_000_000_000, "checkpoint.keep_best": True},
+    "optim: adafactor": {"training.optimizer": "adafactor"},
+    "optim: adamw_torch_8bit": {"training.optimizer": "adamw_8bit"},
+    "lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: {num_cycles: 3}": {
+        "training.lr_schedule": "cosine_with_restarts",
+        "training.num_cycles": 3,
+    },
+    "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: 0.1}": {
+        "training.lr_schedule": "cosine",
+        "training.min_lr_ratio": 0.1,
+    },
+    "lr_scheduler_type: warmup_stable_decay": {"training.lr_schedule": "wsd"},
+    "load_best_model_at_end: true\nval_size: 5": {"checkpoint.final": "best"},
+    "load_best_model_at_end: false": {"checkpoint.final": "last"},
+    "metric_for_best_model: eval_loss": {"evaluation.best_by": "eval_mean_nll"},
+    "metric_for_best_model: perplexity": {"evaluation.best_by": "eval_perplexity"},
+    "train_on_prompt: true": {"data.train_on": "all_tokens"},
+    "completion_only_loss: true": {"data.train_on": "all_assistant_messages"},
+    "mask_history: true": {"data.train_on": "last_assistant_turn"},
+    "auto_find_batch_size: true": {"training.batch_size": "auto"},
+    "report_to: tensorboard,wandb": {"tracking.trackers": ("console", "jsonl", "tensorboard", "wandb")},
     "lora_r: 8\nlora_alpha: 16\nlora_dropout: 0.05": {
         "adapter.r": 8,
         "adapter.alpha": 16.0,
@@ -157,6 +209,92 @@ def test_another_toolkits_name_is_read_with_a_line_that_says_ours(text):
     assert resolved.notes
 
 
+UNUSED = {
+    "tf32: true": "training.precision",
+    "logging_first_step: true": "tracking.every_steps",
+    "group_by_length: true": "without padding",
+    "dataloader_num_workers: 4": "data.num_workers",
+    "overwrite_output_dir: true": "a folder of its own",
+    "gradient_checkpointing_kwargs: {use_reentrant: false}": "without re-entry",
+    "training_args: {disable_tqdm: true}": "nothing that is trained",
+    "pad_to_sequence_len: true": "without padding",
+}
+
+
+@pytest.mark.parametrize("text", UNUSED)
+def test_a_name_that_changes_nothing_is_named_with_its_reason_and_not_used(text):
+    resolved = parse_config(text, "their.yaml")
+    (note,) = resolved.notes
+    assert note.startswith("their.yaml:1: `")
+    assert "is not used here: " in note
+    assert UNUSED[text] in note
+    assert resolved.config == parse_config("").config
+
+
+REFUSED = {
+    "wandb_entity: me": "WANDB_ENTITY",
+    "checkpoint_dir: checkpoints/meta/Llama": "`model.name: DIR`",
+    "eos_token: <|im_end|>": "model.tokenizer",
+    "special_tokens: {pad_token: <pad>}": "model.tokenizer",
+    "lr_scheduler_kwargs: {min_lr: 1e-6}": "training.min_lr_ratio",
+    "response_template: '### Answer'": "data.train_on",
+    "template: qwen": "model.chat_template",
+    "fsdp: full_shard": "distributed.strategy: fsdp",
+    "dataloader_drop_last: true": "`false`",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_refusal_names_the_nearest_thing_that_works(text):
+    with pytest.raises(ConfigError) as error:
+        parse_config(text)
+    (problem,) = error.value.problems
+    assert REFUSED[text] in f"{problem.problem} {problem.fix}"
+    assert "secret" not in problem.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "alpha"),
+    [("lora_rank: 8", True), ("lora_r: 8\nlora_alpha: 16", False), ("adapter: {method: lora, r: 8}", False)],
+)
+def test_a_rank_without_its_scale_is_said(text, alpha):
+    """Other toolkits take twice the rank, or 16, where nothing is given; here it is 32."""
+    told = [note for note in parse_config(text).notes if "alone keeps `adapter.alpha: 32`" in note]
+    assert bool(told) is alpha
+    assert all("updates count 4 times" in note and "`adapter.alpha: 16`" in note for note in told)
+
+
+OUT_OF_RANGE = [
+    ("training.warmup_steps", "0.1"),
+    ("training.max_steps", "0"),
+    ("training.max_steps", "-5"),
+    ("training.max_grad_norm", "-1"),
+    ("checkpoint.keep_last", "-2"),
+    ("training.batch_size", "0"),
+    ("evaluation.every_steps", "0"),
+    ("checkpoint.every_steps", "1.5"),
+    ("adapter.dropout", "1"),
+    ("data.max_length", "1"),
+    ("evaluation.best_by", "loss"),
+    ("training.warmup_ratio", "3"),
+    ("run.seed", "-1"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_with_a_line_that_works(key, value):
+    section, _, name = key.partition(".")
+    with pytest.raises(ConfigError) as error:
+        parse_config(f"{section}: {{{name}: {value}}}")
+    fixes = [problem.fix for problem in error.value.problems if f"`{key}`" in problem.problem]
+    assert fixes
+    assert all(fix is not None for fix in fixes)
+    for setting in re.findall(r"`([\w.]+: [^`]+)`", fixes[0]):
+        fixed, _, written = setting.partition(": ")
+        inner, _, leaf = fixed.partition(".")
+        parse_config(f"use_lora: true\n{inner}: {{{leaf}: {written}}}")
+
+
 def test_our_own_names_say_nothing():
     assert parse_config("training: {epochs: 1, precision: bf16}\n").notes == ()
 
@@ -202,6 +340,7 @@ SAMPLES = {
 }
 EXTRA = {
     "evaluation.every_steps": "evaluation: {prompts: [a]}\n",
+    "evaluation.every_epochs": "evaluation: {prompts: [a]}\n",
     "evaluation.early_stopping_patience": "evaluation: {every_steps: 1}\ndata: {test_size: 1}\n",
     "evaluation.early_stopping_threshold": "evaluation: {every_steps: 1, early_stopping_patience: 1}\ndata: {test_size: 1}\n",  # noqa: E501
     "tracking.wandb_mode": "tracking: {trackers: [wandb]}\n",

@@ -247,7 +247,7 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
     # refused names
     "resume from yaml": ("resume_from_checkpoint: x\n", [(1, ("llmtune resume",))]),
     "upload": ("push_to_hub: true\n", [(1, ("uploads nothing",))]),
-    "evaluation by epoch": ("eval_strategy: epoch\n", [(1, ("`eval_strategy`", "`evaluation.every_steps`"))]),
+    "evaluation by a word of nobody": ("eval_strategy: often\n", [(1, ("`eval_strategy`", "`epoch`"))]),
     "wrong value under another name": (
         "num_train_epochs: many\n",
         [(1, ("`num_train_epochs` (`training.epochs` here)", "`many`"))],

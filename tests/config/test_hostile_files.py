@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.cli.failure import message
-from llmtune.config import aliases
+from llmtune.config import alias_refusals, aliases
 from llmtune.config.keys import LEAVES, SECTIONS
 from llmtune.config.layers import load_config, parse_config
 from llmtune.errors import ConfigError
@@ -49,7 +49,8 @@ KEYS = [
     *SECTIONS,
     *aliases.NAMES,
     *aliases.TRANSLATED,
-    *aliases.NOT_HERE,
+    *alias_refusals.NOT_HERE,
+    *alias_refusals.UNUSED,
     "extends",
     "<<",
     "x-a",

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from llmtune.config.dump import value_text
+from llmtune.config.keys import default_of
 from llmtune.config.schema import SourceConfig
 from llmtune.config.sources import source_problems
 
-__all__ = ["METRIC_ENDINGS", "NAME_FIELDS", "RANGES", "SOURCE_RANGES", "Range", "range_problem"]
+__all__ = ["METRIC_ENDINGS", "NAME_FIELDS", "RANGES", "SOURCE_RANGES", "Range", "range_fix", "range_problem"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,24 @@ def range_problem(key: str, value: object) -> str | None:
         ):
             return f"must be {bounds}"
     return None
+
+
+_SPELLED_FIXES = {
+    "training.warmup_steps": "a fraction of all steps is `training.warmup_ratio`",
+    "training.max_steps": "leave it out, or set `training.max_steps: null`, to train for `training.epochs`",
+    "training.max_grad_norm": "set `training.max_grad_norm: null` to clip nothing",
+    "checkpoint.keep_last": "set `checkpoint.keep_last: 0` to keep all",
+}
+
+
+def range_fix(key: str) -> str | None:
+    """Return what to write instead of a value that is out of range: nothing, or the default, which never is."""
+    if key in _SPELLED_FIXES:
+        return _SPELLED_FIXES[key]
+    default = default_of(key)
+    if default is None:
+        return f"leave it out, or set `{key}: null`"
+    return f"the default is `{key}: {value_text(default)}`" if default != () else None
 
 
 def _sources(value: tuple[SourceConfig, ...], *, held_out: bool = False) -> str | None:

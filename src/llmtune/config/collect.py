@@ -10,7 +10,8 @@ from typing import Any
 from llmtune.common.secrets import SECRET_NAME, SECRET_SHAPES
 from llmtune.common.text import excerpt
 from llmtune.config import aliases, convert
-from llmtune.config.checks import range_problem
+from llmtune.config.alias_refusals import NOT_HERE, UNUSED
+from llmtune.config.checks import range_fix, range_problem
 from llmtune.config.document import Entry, Listing, Node, Origin, Scalar, Table, shown
 from llmtune.config.keys import FORMER_KEYS, LEAVES, SECTIONS, default_of
 from llmtune.config.paths import path_problem
@@ -103,12 +104,14 @@ class _Reader:
             self.section(key, value, origin)
         elif key in FORMER_KEYS:
             self.findings.note(f"{origin.where}: `{key}` is no longer a key and is not used: {FORMER_KEYS[key]}")
+        elif leaf in UNUSED and aliases.translation_of(key) is None:
+            self.findings.note(f"{origin.where}: `{excerpt(key)}` is not used here: {UNUSED[leaf]}")
         elif self.findings.is_full:
             self.findings.hidden += 1
         elif SECRET_NAME.search(key) and aliases.translation_of(key) is None:
             self.findings.problem(f"`{excerpt(key)}` would keep a secret in a config", origin.where, _FIX_SECRET)
-        elif leaf in aliases.NOT_HERE:
-            reason, fix = aliases.NOT_HERE[leaf]
+        elif leaf in NOT_HERE:
+            reason, fix = NOT_HERE[leaf]
             self.findings.problem(
                 f"`{excerpt(key)}` (`{shown(value)}`) is not a config key: {reason}", origin.where, fix
             )
@@ -165,10 +168,10 @@ class _Reader:
         """Convert and check one value, and keep it unless the same layer gives the key another value."""
         if isinstance(value, Scalar):
             origin = value.origin  # a value may stand on a line below its key, or where its anchor does
-        spelling = aliases.VALUES.get(key, {}).get(value.text.lower()) if isinstance(value, Scalar) else None
+        spelling = aliases.own_spelling(key, value)
         if spelling is not None:
-            self.findings.note(f"{origin.where}: `{key}: {shown(value)}` is written `{spelling}` here")
-            value = Scalar(spelling, False, value.origin)
+            self.findings.note(f"{origin.where}: `{key}: {shown(value)}` is written `{shown(spelling)}` here")
+            value = spelling
         if _holds_secret(value):
             self.findings.problem(f"`{excerpt(written)}` holds what looks like a secret", origin.where, _FIX_SECRET)
             self.findings.failed.add(key)
@@ -183,7 +186,8 @@ class _Reader:
         problem = range_problem(key, converted)
         if problem is not None:
             self.findings.failed.add(key)
-            self.findings.problem(f"`{excerpt(written)}` {problem}, not `{shown(value)}`", origin.where)
+            said = f"`{excerpt(written)}` {problem}, not `{shown(value)}`"
+            self.findings.problem(said, origin.where, range_fix(key))
             return
         unusable = path_problem(key, converted)
         if unusable is not None:
@@ -309,6 +313,8 @@ def _mismatch_problem(
     if fix is None and isinstance(mismatch.node, Scalar) and choices:
         nearest = difflib.get_close_matches(mismatch.node.text.lower(), choices, n=1, cutoff=0.5)
         fix = f"did you mean `{nearest[0]}`?" if nearest else None
+    if fix is None and "number" in mismatch.expected and key in LEAVES:
+        fix = range_fix(key)
     outer = f" (in `{shown(value)}`)" if mismatch.node is not value else ""
     problem = f"{subject} must be {mismatch.expected}, not `{shown(mismatch.node)}`{outer}"
     return problem, mismatch.node.origin.where or origin.where, fix

@@ -120,11 +120,19 @@ def parse_config(text: str, file: str = "config.yaml", *, is_json: bool = False)
 def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: str) -> ResolvedConfig:
     values: dict[str, object] = {}
     origins = dict.fromkeys(LEAVES, DEFAULT)
+    written: dict[str, str] = {}
     for layer in layers:
         for key, setting in layer.items():
             values[key] = setting.value
             origins[key] = setting.origin
+            written[key] = setting.written
     config = _build(values)
+    if written.get("adapter.r", "adapter.r") != "adapter.r" and "adapter.alpha" not in values:
+        findings.note(
+            f"{origins['adapter.r'].where}: `{excerpt(written['adapter.r'])}` alone keeps "
+            f"`adapter.alpha: {config.adapter.alpha:g}`, so updates count {config.adapter.alpha / config.adapter.r:g} "
+            f"times; for LLaMA-Factory's twice the rank write `adapter.alpha: {2 * config.adapter.r}` here"
+        )
     problems = findings.problems + contradictions(config, origins, findings.failed)
     if findings.hidden:
         problems.append(

@@ -6,7 +6,8 @@ import re
 import sys
 
 from llmtune.config import convert
-from llmtune.config.aliases import NOT_HERE, other_names
+from llmtune.config.alias_refusals import NOT_HERE, UNUSED
+from llmtune.config.aliases import other_names
 from llmtune.config.checks import RANGES, SOURCE_RANGES, Range
 from llmtune.config.contradictions import CONTRADICTIONS
 from llmtune.config.dump import value_text
@@ -113,6 +114,9 @@ def _contradictions() -> str:
 def _refused() -> str:
     lines = ["## Names of other toolkits that are refused", "", "| name | because | instead |", "| --- | --- | --- |"]
     lines += [f"| `{name}` | {_cell(reason)} | {_cell(fix)} |" for name, (reason, fix) in NOT_HERE.items()]
+    lines += ["", "## Names of other toolkits that change nothing", ""]
+    lines += ["Each is read, named in a line, and not used.", "", "| name | because |", "| --- | --- |"]
+    lines += [f"| `{name}` | {_cell(reason)} |" for name, reason in UNUSED.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,7 +10,22 @@ from typing import NamedTuple
 from llmtune.config.convert import Mismatch
 from llmtune.config.document import Listing, Node, Origin, Scalar
 
-__all__ = ["Change", "Rule", "Translation", "nodes_of"]
+__all__ = [
+    "NO",
+    "YES",
+    "Change",
+    "Rule",
+    "Translation",
+    "names_in",
+    "nodes_of",
+    "only",
+    "report_to",
+    "switch",
+    "times_an_epoch",
+    "warmup",
+    "when_on",
+    "words_of",
+]
 
 
 class Change(NamedTuple):
@@ -67,7 +83,78 @@ def nodes_of(values: Values, origin: Origin) -> dict[str, Node]:
 
     def node(value: str | tuple[str, ...]) -> Node:
         if isinstance(value, str):
-            return Scalar(value, False, origin)
+            return Scalar(value, value == "null", origin)
         return Listing(tuple(Scalar(item, False, origin) for item in value), origin)
 
     return {key: node(value) for key, value in values.items()}
+
+
+YES = ("true", "yes", "on", "1")
+NO = ("false", "no", "off", "0")
+
+
+def words_of(key: str, words: Mapping[str, str]) -> Rule:
+    """Other spellings of a choice; a value that is not in `words` is taken as it is written."""
+    return Rule(key, {word: {key: value} for word, value in words.items()})
+
+
+def switch(key: str, on: str | tuple[str, ...], off: str | tuple[str, ...], *, is_vague: bool = False) -> Rule:
+    """`true` stands for `on`, `false` weakly for `off`: `bf16: false` beside `fp16: true` gives way.
+
+    A vague `true` gives way too.
+    """
+    words = {word: {key: on} for word in YES} | {word: {key: off} for word in NO}
+    return Rule(words=words, expected="true or false", weak=frozenset((*NO, *YES) if is_vague else NO))
+
+
+def when_on(values: Values) -> Rule:
+    """`true` stands for these values, `false` for what happens here anyway."""
+    nothing: Values = {}
+    return Rule(words=dict.fromkeys(YES, values) | dict.fromkeys(NO, nothing), expected="true or false")
+
+
+def only(word: str, reason: str) -> Rule:
+    """A key with one possible value here, which changes nothing; any other value is refused."""
+    return Rule(words={word: {}}, expected=f"`{word}`: {reason}")
+
+
+def report_to(node: Node) -> list[Change]:
+    """The console and metrics.jsonl are always trackers; `none` adds none, `all` adds both others."""
+    items = node.items if isinstance(node, Listing) else names_in(node) or (node,)
+    names = tuple(item.text.lower() if isinstance(item, Scalar) else "" for item in items)
+    if len(names) == 1:
+        names = {"none": (), "": (), "null": (), "all": ("tensorboard", "wandb")}.get(names[0], names)
+    return [Change(*row) for row in nodes_of({"tracking.trackers": ("console", "jsonl", *names)}, node.origin).items()]
+
+
+def names_in(node: Node) -> tuple[Scalar, ...]:
+    """Return the names of a text such as `q_proj,v_proj`, as other toolkits write lists; empty for any other value."""
+    if not isinstance(node, Scalar) or not re.fullmatch(r"[\w.-]+(\s*,\s*[\w.-]+)+", node.text):
+        return ()
+    return tuple(Scalar(name.strip(), False, node.origin) for name in node.text.split(","))
+
+
+def warmup(node: Node) -> list[Change]:
+    """`warmup_steps` below 1 is a ratio of all steps, as transformers reads it since version 5."""
+    number = _number_of(node)
+    is_ratio = number is not None and 0 < number < 1
+    return [Change("training.warmup_ratio" if is_ratio else "training.warmup_steps", node)]
+
+
+def times_an_epoch(key: str) -> Translation:
+    """So many times an epoch are every 1/so many epochs; 0 is never."""
+
+    def translate(node: Node) -> list[Change]:
+        number = _number_of(node)
+        if number is None or number < 0:
+            raise Mismatch("a number of times an epoch", node)
+        return [Change(key, Scalar(repr(1 / number) if number else "null", True, node.origin))]
+
+    return translate
+
+
+def _number_of(node: Node) -> float | None:
+    try:
+        return float(node.text) if isinstance(node, Scalar) else None
+    except ValueError:
+        return None

@@ -1,0 +1,122 @@
+"""Other toolkits' names that have no equivalent here: those that are refused, and those that would change nothing."""
+
+from __future__ import annotations
+
+__all__ = ["NOT_HERE", "UNUSED"]
+
+_UPLOADS = ("llmtune uploads nothing", "upload the run's `final/` folder with the hub's own tool")
+_IMPORTS = "it names code to import, and llmtune imports nothing that a config names"
+_DEVICE = ("the device is chosen where the command runs", "run `llmtune train --no-cuda`")
+_PROCESSES = ("the number of processes is chosen where the command runs", "start it with `torchrun --nproc-per-node N`")
+_MASK = (
+    "the answers are found from the chat template itself",
+    "remove it; `data.train_on` says which messages are trained",
+)
+_TOKENS = (
+    "the tokens that end and pad a text belong to the tokenizer",
+    "set it in a tokenizer's folder, and name that with `model.tokenizer`",
+)
+NOT_HERE: dict[str, tuple[str, str]] = {
+    "trust_remote_code": (
+        "it runs code that comes with the model, so it is allowed on the command line only, where you see it",
+        "remove it here, and add `--trust-remote-code` to the command if you have read that code",
+    ),
+    "resume_from_checkpoint": ("resuming is a command of its own", "run `llmtune resume RUN`"),
+    "auto_resume_from_checkpoints": ("resuming is a command of its own", "run `llmtune resume`"),
+    "push_to_hub": _UPLOADS,
+    "hub_model_id": _UPLOADS,
+    "_component_": (_IMPORTS, "use the keys of `llmtune config schema`"),
+    "_target_": (_IMPORTS, "use the keys of `llmtune config schema`"),
+    "plugins": (_IMPORTS, "remove it"),
+    "no_cuda": _DEVICE,
+    "use_cpu": _DEVICE,
+    "world_size": _PROCESSES,
+    "local_rank": _PROCESSES,
+    "checkpoint_dir": (
+        "litgpt and torchtune call their base model's folder so, others the folder of the runs",
+        "write `model.name: DIR` for the base model, or `run.output_dir: DIR` for the runs",
+    ),
+    "wandb_entity": ("wandb takes it from its own setting", "set the environment variable WANDB_ENTITY"),
+    "wandb_group": ("wandb takes it from its own setting", "set the environment variable WANDB_RUN_GROUP"),
+    "wandb_run_id": ("every run has an id of its own, and keeps it when it is resumed", "remove it"),
+    "wandb_log_model": _UPLOADS,
+    "hub_strategy": _UPLOADS,
+    "hub_private_repo": _UPLOADS,
+    "template": (
+        "conversations are written by the chat template that belongs to the tokenizer",
+        "remove it, or name a file with `model.chat_template`",
+    ),
+    "response_template": _MASK,
+    "instruction_template": _MASK,
+    "instruction_part": _MASK,
+    "response_part": _MASK,
+    "min_lr": (
+        "the end of a schedule is given as a fraction of its peak",
+        "divide it by the learning rate: `training.min_lr_ratio`",
+    ),
+    "predict_with_generate": ("answers are written by a command of its own", "run `llmtune generate`"),
+    "do_predict": ("answers are written by a command of its own", "run `llmtune generate`"),
+    "fsdp": ("it has another name here", "set `distributed.strategy: fsdp`"),
+    "fsdp_config": ("weights are sharded in one way, whole decoder blocks", "set `distributed.strategy: fsdp`"),
+    "dataset_dir": ("data files are named by their whole path", "write it before the names in `data.train`"),
+    "dataset_info": ("data files are named by their path", "name them in `data.train`"),
+    "save_adapter": ("a run with an adapter always saves it", "remove it"),
+    "eval_max_new_tokens": ("it has another name here", "set `evaluation.max_new_tokens`"),
+    "eos_token": _TOKENS,
+    "pad_token": _TOKENS,
+    "bos_token": _TOKENS,
+    "unk_token": _TOKENS,
+    "special_tokens": _TOKENS,
+    "label_smoothing_factor": ("the loss here is the plain negative log-likelihood", "remove it"),
+    "logging_dir": ("logs stand in the run's own folder", "set `run.output_dir`"),
+    "micro_batch_size_eval": ("it has another name here", "set `evaluation.batch_size`"),
+    "unsloth": ("fast paths need no switch here", "leave `training.engine: auto`"),
+}
+"""Names people know from elsewhere that are refused: the reason and what to do."""
+
+_FAST = "the fast paths of llmtune are chosen for the device and need no switch"
+_LOADED = "rows are tokenized before training starts (`data.num_workers`), and none is loaded while it runs"
+_SHOWN = "it changes what a trainer shows, and nothing that is trained"
+_KNOWN = "it is read from the model's own folder"
+UNUSED: dict[str, str] = {
+    "tf32": "products of float32 keep their precision; `training.precision: bf16` is the fast form",
+    "logging_first_step": "`tracking.every_steps` says which steps are logged; the last always is",
+    "logging_strategy": "`tracking.every_steps` says which steps are logged",
+    "group_by_length": "rows are laid end to end without padding, so nothing is gained by their order",
+    "length_column_name": "rows are laid end to end without padding, so nothing is gained by their order",
+    "pad_to_sequence_len": "rows are laid end to end without padding",
+    "pad_to_multiple_of": "rows are laid end to end without padding",
+    "padding_side": "rows are laid end to end without padding",
+    "dataloader_num_workers": _LOADED,
+    "dataloader_pin_memory": _LOADED,
+    "dataloader_prefetch_factor": _LOADED,
+    "dataloader_persistent_workers": _LOADED,
+    "remove_unused_columns": "fields that are not used are named once for each file",
+    "overwrite_output_dir": "a run never writes over another one; each has a folder of its own",
+    "overwrite_cache": "the cache knows which rows have changed",
+    "save_only_model": "a checkpoint holds all that a resumed run needs; `final/` is the model alone",
+    "greater_is_better": "the direction follows from the metric",
+    "average_tokens_across_devices": "the loss is always the mean over the tokens of all devices",
+    "gradient_checkpointing_kwargs": "recomputation has one form here, without re-entry",
+    "torch_empty_cache_steps": _FAST,
+    "use_liger_kernel": _FAST,
+    "use_liger": _FAST,
+    "enable_liger_kernel": _FAST,
+    "use_unsloth": _FAST,
+    "lora_mlp_kernel": _FAST,
+    "lora_qkv_kernel": _FAST,
+    "lora_o_kernel": _FAST,
+    "low_cpu_mem_usage": _FAST,
+    "full_determinism": "a run with the same seed on the same machine gives the same bytes without it",
+    "ddp_find_unused_parameters": "every trained weight is used",
+    "disable_tqdm": _SHOWN,
+    "log_level": _SHOWN,
+    "plot_loss": _SHOWN,
+    "include_num_input_tokens_seen": _SHOWN,
+    "include_tokens_per_second": _SHOWN,
+    "model_type": _KNOWN,
+    "tokenizer_type": _KNOWN,
+    "use_fast_tokenizer": _KNOWN,
+    "is_llama_derived_model": _KNOWN,
+}
+"""Names whose value makes no difference to what is trained here: named in a line, with the reason, and not used."""
