@@ -17,8 +17,10 @@ from llmtune.config.schema import Config, SourceConfig
 from llmtune.errors import DataError, Problem, UsageError
 
 if TYPE_CHECKING:
-    from llmtune.data.example import ExampleSet
+    from llmtune.data.dataset.store import JoinedExamples, MappedExamples
     from llmtune.evaluation.inference_model import InferenceModel
+
+    HeldOut = MappedExamples | JoinedExamples
 
 __all__ = ["evaluate"]
 
@@ -68,13 +70,14 @@ def evaluate(
     if as_json:
         print(json.dumps(metrics))
         return
+    width = max(22, *(len(name) for name in metrics))
     for name, value in metrics.items():
-        print(f"{name:22} {value:.6g}" if isinstance(value, float) else f"{name:22} {value}")
+        print(f"{name:{width}} {value:.6g}" if isinstance(value, float) else f"{name:{width}} {value}")
     if exact_match:
         print(f"exactly right: {metrics['eval_exact_answers']} of {metrics['eval_num_answers']}")
 
 
-def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None) -> tuple[ExampleSet, Config]:
+def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None) -> tuple[HeldOut, Config]:
     """Return the rows to evaluate on, and the config they were prepared by."""
     from llmtune.data.dataset.make_dataset import prepare_data
     from llmtune.models.read_config import context_of
@@ -122,7 +125,7 @@ def _located_at_option(problem: Problem) -> Problem:
     return problem._replace(where=where)
 
 
-def _measure(loaded: InferenceModel, settings: Config, rows: ExampleSet, batch_size: int) -> dict[str, float]:
+def _measure(loaded: InferenceModel, settings: Config, rows: HeldOut, batch_size: int) -> dict[str, float]:
     from llmtune.engine.forward import build_engine
     from llmtune.engine.precision import Precision
     from llmtune.evaluation.heldout import evaluate_examples, trained_bytes
@@ -137,4 +140,5 @@ def _measure(loaded: InferenceModel, settings: Config, rows: ExampleSet, batch_s
         pad_id=loaded.tokenizer.pad_token_id or 0,
         batch_size=batch_size,
         total_bytes=trained_bytes(rows, loaded.tokenizer),
+        sets=rows.by_source(),
     )

@@ -7,6 +7,8 @@ tokens' text:
     eval_perplexity     exp(L / W)
     eval_bits_per_byte  L / (ln 2 * B)    comparable between tokenizers (Gao et al. 2020, arXiv:2101.00027, section 3.1)
 
+Where held-out rows come from several sources, eval_NAME_mean_nll is L / W of the rows of the source NAME.
+
 B counts the bytes of text only. A control token (end of turn) costs nats and brings no bytes, so an answer's end is
 part of its price.
 """
@@ -15,8 +17,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,29 +50,38 @@ def evaluate_examples(
     batch_size: int,
     total_bytes: float,
     devices: Devices | None = None,
+    sets: Mapping[str, ExampleSet] | None = None,
 ) -> dict[str, float]:
     """Return the evaluation metrics over `examples`, in the arithmetic of `precision` (see `evaluate`).
 
-    devices: the processes that share the examples; this one alone when None. Raises DataError when no example has a
-    trained token.
+    devices: the processes that share the examples; this one alone when None. sets: the same examples by source; where
+    there are several, each is evaluated by itself, also gets a mean of its own, and the sums are added up. Raises
+    DataError when no example has a trained token.
     """
-    batches = eval_batches(
-        examples,
-        batch_size=batch_size,
-        layout=engine.layout,
-        pad_id=pad_id,
-        max_group_tokens=engine.max_group_tokens,
-        world_size=devices.world_size if devices else 1,
-        rank=devices.rank if devices else 0,
-    )
-    with precision.autocast():
-        return evaluate(
-            engine.nll_sum,
-            batches,
-            model=model,
-            total_bytes=total_bytes,
-            sum_over_devices=(lambda number: devices.sum(number)[0]) if devices else float,
+    named = sets if sets and len(sets) > 1 else {"": examples}
+    sums: dict[str, _Sums] = {}
+    for name, own in named.items():
+        batches = eval_batches(
+            own,
+            batch_size=batch_size,
+            layout=engine.layout,
+            pad_id=pad_id,
+            max_group_tokens=engine.max_group_tokens,
+            world_size=devices.world_size if devices else 1,
+            rank=devices.rank if devices else 0,
         )
+        with precision.autocast():
+            sums[name] = _add_up(
+                engine.nll_sum,
+                batches,
+                model=model,
+                sum_over_devices=(lambda number: devices.sum(number)[0]) if devices else float,
+            )
+    pooled = _Sums(sum(each.nats for each in sums.values()), sum(each.weight for each in sums.values()))
+    own_means = {
+        f"eval_{name}_mean_nll": each.nats / each.weight for name, each in sums.items() if each.weight and name
+    }
+    return _metrics(pooled, total_bytes) | own_means
 
 
 def evaluate(
@@ -90,6 +101,23 @@ def evaluate(
     eval_mean_nll = L / W, eval_perplexity = exp(L / W), eval_bits_per_byte = L / (ln 2 * B); see the top of this file.
     Raises DataError when no held-out row has a trained token.
     """
+    return _metrics(_add_up(nll_sum, batches, model=model, sum_over_devices=sum_over_devices), total_bytes)
+
+
+class _Sums(NamedTuple):
+    """L and W of some rows over all processes: nats, and the sum of weights."""
+
+    nats: float
+    weight: float
+
+
+def _add_up(
+    nll_sum: Callable[[MicroBatch], Tensor],
+    batches: Iterable[MicroBatch],
+    *,
+    model: nn.Module,
+    sum_over_devices: Callable[[float], float],
+) -> _Sums:
     nats: Tensor | float = 0.0
     weight = 0.0
     with eval_mode(model):
@@ -97,18 +125,21 @@ def evaluate(
             # In float64 and on the device: reading the number here would wait for the device at every batch.
             nats = nats + nll_sum(batch).detach().to(torch.float64)
             weight += batch.loss_weight
-    total_nats, total_weight = sum_over_devices(float(nats)), sum_over_devices(weight)
-    if total_weight == 0:
+    return _Sums(sum_over_devices(float(nats)), sum_over_devices(weight))
+
+
+def _metrics(sums: _Sums, total_bytes: float | None) -> dict[str, float]:
+    if sums.weight == 0:
         raise DataError(
             "the held-out rows have no trained token",
             where="data.eval / data.test_size",
             fix="see `llmtune data preview`",
         )
-    mean = total_nats / total_weight
+    mean = sums.nats / sums.weight
     metrics = {"eval_mean_nll": mean, "eval_perplexity": _exp(mean)}
     if total_bytes:
-        metrics["eval_bits_per_byte"] = total_nats / (math.log(2) * total_bytes)
-    return metrics | {"eval_num_loss_tokens": total_weight}
+        metrics["eval_bits_per_byte"] = sums.nats / (math.log(2) * total_bytes)
+    return metrics | {"eval_num_loss_tokens": sums.weight}
 
 
 def trained_bytes(examples: ExampleSet, tokenizer: PreTrainedTokenizerFast) -> float:

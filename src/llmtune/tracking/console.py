@@ -7,6 +7,7 @@ the window. Everything goes to stderr; stdout is for data.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ NARROW_COLUMNS = 60
 """Below this width the bar is left out and only the numbers are shown."""
 
 SECONDS_BETWEEN_DRAWINGS = 0.2
+
+_OF_SET = re.compile(r"eval_(.+)_mean_nll")
+"""The held-out loss of one source of several."""
 
 SHOWN_CHARACTERS = 300
 """Characters of a prompt or an answer that are shown; samples.jsonl has all of them."""
@@ -120,6 +124,8 @@ def eval_line(metrics: Metrics) -> str:
 
     >>> eval_line({"eval_mean_nll": 1.5, "eval_perplexity": 4.481689, "epoch": 1.0})
     "{'eval_loss': 1.5, 'eval_perplexity': 4.4817, 'epoch': 1.0}"
+    >>> eval_line({"eval_mean_nll": 1.5, "eval_chats_mean_nll": 1.0, "eval_sums_mean_nll": 2.0})
+    "{'eval_loss': 1.5, 'eval_chats_loss': 1.0, 'eval_sums_loss': 2.0}"
     """
     names = {
         "eval_loss": "eval_mean_nll",
@@ -127,6 +133,8 @@ def eval_line(metrics: Metrics) -> str:
         "eval_bits_per_byte": "eval_bits_per_byte",
     }
     line = {name: _rounded(metrics, key, 5) for name, key in names.items() if metrics.get(key) is not None}
+    of_sets = (key for key in metrics if _OF_SET.fullmatch(key))
+    line |= {_OF_SET.sub(r"eval_\1_loss", key): _rounded(metrics, key, 5) for key in of_sets}
     if "eval_exact_answers" in metrics:
         line["eval_exact"] = f"{metrics['eval_exact_answers']} of {metrics.get('eval_num_answers', '?')}"
     return str(line | ({"epoch": _epoch(metrics)} if "epoch" in metrics else {}))

@@ -79,6 +79,7 @@ class Evaluator:
         self._record, self._trackers = record, trackers
         data = setup.prepared.data.eval
         self._heldout: ExampleSet | None = data if data is not None and len(data) else None
+        self._heldout_sets: Mapping[str, ExampleSet] = {} if data is None else data.by_source()
         self._heldout_bytes: float | None = None
         self._watch: HistogramWatch | None = None
         self._interval = interval(
@@ -178,6 +179,7 @@ class Evaluator:
             batch_size=self._config.evaluation.batch_size or self._config.training.batch_size,
             total_bytes=self._heldout_bytes,
             devices=setup.devices,
+            sets=self._heldout_sets,
         )
 
     def _count_loss(self, nll: float) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune import durable
 from llmtune.common.decisions import Decision
 from llmtune.common.printing import PrintLine
+from llmtune.common.text import printable
 from llmtune.data.dataset.row_result import STATUSES
 from llmtune.engine.devices import Devices
 from llmtune.errors import MachineError, Problem
@@ -220,4 +221,10 @@ def summary_lines(metrics: Mapping[str, Any], evaluations: EvalState) -> list[st
     """Return how a run ended, in a few lines."""
     loss = metrics.get("train_mean_nll")
     lines = [] if loss is None else [f"last training loss {loss:.4f} nats per token"]
-    return lines + eval_lines(evaluations)
+    of_sets = {
+        key.removeprefix("eval_").removesuffix("_mean_nll"): value
+        for key, value in metrics.items()
+        if key.startswith("eval_") and key.endswith("_mean_nll") and key != "eval_mean_nll"
+    }
+    by_set = ", ".join(f"{printable(name)} {value:.4f}" for name, value in of_sets.items())
+    return [*lines, *eval_lines(evaluations), *([f"held-out loss by source: {by_set}"] if by_set else [])]
