@@ -231,9 +231,7 @@ def test_a_run_is_merged_from_what_it_produced(make):
 
 
 def test_shards_are_cut_at_the_given_size_and_load_together(make, monkeypatch):
-    from llmtune.deploy import write_merged as write
-
-    monkeypatch.setattr(write.write_merged, "__kwdefaults__", {"max_shard_bytes": 30_000})
+    monkeypatch.setattr("llmtune.deploy.model_files.MAX_SHARD_BYTES", 30_000)
     base = make.base(tied=False)
     adapter, merged = make.adapter(base), make.path("merged")
     merge_lora(adapter, merged, dtype="float32")

@@ -129,14 +129,16 @@ import torch
 from llmtune import durable
 from llmtune.deploy.merge_inputs import find_merge_inputs
 from llmtune.deploy.merge_plan import plan_merge
+from llmtune.deploy import model_files
 from llmtune.deploy.write_merged import write_merged
+model_files.MAX_SHARD_BYTES = 30_000_000
 origin = find_merge_inputs(Path(sys.argv[1]), None)
 plan = plan_merge(origin, dtype=torch.float32, dequantize=True)
 for _ in plan.base.stored():
     pass
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with durable.commit_folder(Path(sys.argv[2]), replace=False) as staging:
-    write_merged(plan, origin, staging, max_shard_bytes=30_000_000)
+    write_merged(plan, origin, staging)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["load_adapter", "load_adapter_weights", "read_adapter_tensors"]
 
 
-def load_adapter(
-    base_model: PreTrainedModel, folder: Path, *, base_digest: str | None = None, trainable: bool = False
-) -> PeftModel:
+def load_adapter(base_model: PreTrainedModel, folder: Path, *, base_digest: str | None = None) -> PeftModel:
     """Put the adapter in `folder` on a base model, and return the peft model in evaluation mode.
 
     base_digest: digest of this base; an adapter that records another one is refused.
@@ -41,7 +39,7 @@ def load_adapter(
             fix=f"use its own base, `{options.get('base_model_name_or_path') or 'unknown'}` {digests}",
         )
     tensors = read_adapter_tensors(folder)
-    adapted = wrap_with_peft(base_model, {**options, "inference_mode": not trainable})
+    adapted = wrap_with_peft(base_model, {**options, "inference_mode": True})
     _copy_tensors(adapted, tensors, str(folder))
     adapted.eval()
     return adapted
@@ -50,14 +48,16 @@ def load_adapter(
 def load_adapter_weights(model: PeftModel, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
     """Put the adapter weights saved in `folder` into a model that `attach_adapter` made, bit for bit.
 
-    tensors: the contents of its file, where they were read and checked before. Raises AdapterError when names or shapes
-    are not exactly those of this adapter.
+    tensors: A [r, in], B [out, r] and others by name, where they were read and checked before. Raises AdapterError when
+    names or shapes are not exactly those of this adapter.
     """
     _copy_tensors(model, read_adapter_tensors(folder) if tensors is None else dict(tensors), str(folder))
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of `adapter_model.safetensors` by name (A [r, in], B [out, r], ...), checked to be finite.
+
+    The format is peft's: https://huggingface.co/docs/peft/developer_guides/checkpoint
 
     Raises AdapterError when the file is missing (also where there is only a `.bin`), damaged or changed since it was
     written, or has values that are not finite.

@@ -36,9 +36,11 @@ def write_adapter(
 ) -> None:
     """Write the adapter, a record of its base, and the tokenizer with generation config when one is given.
 
-    The adapter's config names the base as transformers can load it (a hub id or a folder). tensors: those of
-    `adapter_state_and_config(model)`, where they were gathered already. base_digest, base_name, base_revision: written
-    to the record, and the revision to the config too.
+    The adapter's config names the base as transformers can load it (a hub id or a folder). The format is peft's:
+    https://huggingface.co/docs/peft/developer_guides/checkpoint
+
+    tensors: those of `adapter_state_and_config(model)`, A [r, in] and B [out, r] of each layer, where they were
+    gathered already. base_digest, base_name, base_revision: written to the record, and the revision to the config too.
 
     Raises MachineError when the system refuses to write.
     """
@@ -67,6 +69,8 @@ def write_adapter(
 
 def adapter_state_and_config(model: PeftModel) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Return the adapter's tensors and config as peft's files hold them.
+
+    https://huggingface.co/docs/peft/developer_guides/checkpoint
 
     Tensors (A [r, in] and B [out, r] of each layer, DoRA's magnitudes [out], trained rows) are on the CPU, contiguous
     and in the order of their names; the config holds JSON values.

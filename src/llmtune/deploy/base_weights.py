@@ -53,7 +53,7 @@ class BaseWeights:
         return self._weights[name].dtype
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name in the files, tensor) for every tensor, in the order of those names, as a digest takes them."""
+        """Yield (name in the files, tensor of any shape) for every tensor, in the order of names, as digests do."""
         for tensor in sorted(self._all_tensors, key=lambda tensor: tensor.name):
             yield tensor.name, _read(tensor)
 

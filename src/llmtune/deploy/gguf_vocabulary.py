@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -121,14 +120,13 @@ def refuse_other_ids(
     written: PreTrainedTokenizerFast,
     *,
     normalizes: bool,
-    texts: Sequence[str] = HOSTILE_TEXTS,
 ) -> None:
     """Raise TokenizerError where the tokenizer read back gives other ids, special ids or another chat template.
 
     normalizes: compare composed text (NFC), which the source makes of every text.
     """
     added = [token.content for token in source.added_tokens_decoder.values()]
-    for text in (*texts, *(f"a{token} b" for token in added)):
+    for text in (*HOSTILE_TEXTS, *(f"a{token} b" for token in added)):
         text = unicodedata.normalize("NFC", text) if normalizes else text
         expected = source.backend_tokenizer.encode(text, add_special_tokens=False).ids
         if written.backend_tokenizer.encode(text, add_special_tokens=False).ids != expected:

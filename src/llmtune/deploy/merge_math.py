@@ -73,7 +73,10 @@ def merge_bias(bias: Tensor, delta: Tensor, *, scaling: float, dtype: torch.dtyp
 
 
 def count_changes(base: Tensor, tuned: Tensor, rounded: Tensor) -> tuple[int, int]:
-    """Return (entries that differ from the base, those of them that rounding puts back); tensors of one shape."""
+    """Return (entries that differ from the base, those of them that rounding puts back); tensors of one shape.
+
+    With r the rounding to the written type: changed = #(tuned != base), of these unchanged = #(r(tuned) == r(base)).
+    """
     moved = tuned != base
     return int(moved.sum()), int((moved & (rounded == round_once(base, rounded.dtype))).sum())
 

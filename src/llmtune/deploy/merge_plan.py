@@ -66,9 +66,9 @@ class MergePlan:
         return sorted({row for updates in self.updates.values() for update in updates for row in update.rows})
 
     def with_added_rows(self, name: str, weight: Tensor) -> Tensor:
-        """Return a weight of the base with a row for each token that training added; others as they are.
+        """Return a base weight, [rows, width], with a row for each token that training added; others as they are.
 
-        They are the very rows that `resize_for_tokenizer` added: the mean in the type the base was loaded in.
+        They are the rows that `resize_for_tokenizer` added: row = mean over all rows, in the type of the loaded base.
         """
         missing = self.rows - weight.shape[0] if name in self.embeddings else 0
         if missing <= 0:

@@ -24,16 +24,17 @@ def write_shards(
     folder: Path,
     described: Mapping[str, Tensor],
     compute: Callable[[str], Tensor],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> str:
     """Write weights as safetensors, in several files with an index where one would be too large.
+
+    https://huggingface.co/docs/safetensors
 
     Returns the sha256 over the files' digests in order.
 
     described: name -> tensor of the weight's shape and type on the meta device. compute(name): the tensor, called when
     it is written. Raises MachineError when the system refuses to write.
     """
-    shards = _shards(described, max_shard_bytes)
+    shards = _shards(described, MAX_SHARD_BYTES)
     digest = hashlib.sha256()
     weight_map = {}
     for number, names in enumerate(shards, start=1):
@@ -83,7 +84,7 @@ def write_model_files(
 
 
 def refuse_overflow(name: str, weight: Tensor, *, command: str) -> None:
-    """Raise ModelError for a weight with values too large for its type; command: `merge` or `export`."""
+    """Raise ModelError for a weight, of any shape, with values too large for its type; command: `merge` or `export`."""
     if not bool(torch.isfinite(weight).all()):
         problem = f"`{name}` has values that do not fit {weight.dtype}".replace("torch.", "")
         raise ModelError(problem, where="--dtype", fix=f"{command} with --dtype bfloat16 or float32")

@@ -19,7 +19,6 @@ from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.load import load_model
 from llmtune.models.model_card import exported_model_card
 from llmtune.models.read_config import read_config
-from llmtune.models.save import MAX_SHARD_BYTES
 from llmtune.models.scan import read_json_file, weight_files
 from llmtune.models.tokenizer import load_tokenizer
 
@@ -48,7 +47,10 @@ class ModelFolder:
         return requested if requested is not None and stored.is_floating_point else stored
 
     def rounded(self, name: str, requested: torch.dtype | None) -> Tensor:
-        """Read a weight and round it once to `dtype(name, requested)`. Raises ModelError for values that do not fit."""
+        """Read a weight, in its stored shape, and round it once to `dtype(name, requested)`.
+
+        Raises ModelError for values that do not fit that type.
+        """
         weight = round_once(self.weights.read(name), self.dtype(name, requested))
         refuse_overflow(name, weight, command="export")
         return weight
@@ -101,9 +103,7 @@ def open_model_folder(source: ModelSource, tokenizer: PreTrainedTokenizerFast | 
     return ModelFolder(source, folder, config, type(model).__name__, weights, names, tokenizer)
 
 
-def write_model_folder(
-    model_folder: ModelFolder, output: Path, *, dtype: torch.dtype | None, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
+def write_model_folder(model_folder: ModelFolder, output: Path, *, dtype: torch.dtype | None) -> None:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads: weights, config, tokenizer and card.
 
     dtype: type of every floating-point weight, rounded once; as stored when None. Raises ModelError for a weight that
@@ -113,7 +113,7 @@ def write_model_folder(
         name: torch.empty(model_folder.weights.shape(name), dtype=model_folder.dtype(name, dtype), device="meta")
         for name in model_folder.names
     }
-    write_shards(output, described, lambda name: model_folder.rounded(name, dtype), max_shard_bytes)
+    write_shards(output, described, lambda name: model_folder.rounded(name, dtype))
     source = model_folder.source
     write_model_files(
         output,

@@ -16,7 +16,6 @@ from llmtune.deploy.merge_math import MergedWeight, count_changes, merge_bias, m
 from llmtune.deploy.merge_plan import MergePlan
 from llmtune.deploy.model_files import refuse_overflow, write_model_files, write_shards
 from llmtune.models.model_card import merged_model_card
-from llmtune.models.save import MAX_SHARD_BYTES
 
 __all__ = ["MergeStatistics", "write_merged"]
 
@@ -36,9 +35,7 @@ class MergeStatistics:
     """sha256 over the weight files in order."""
 
 
-def write_merged(
-    plan: MergePlan, inputs: MergeInputs, folder: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
-) -> MergeStatistics:
+def write_merged(plan: MergePlan, inputs: MergeInputs, folder: Path) -> MergeStatistics:
     """Write weights, config, generation config, tokenizer and card into `folder`.
 
     Raises ModelError when a weight does not fit the requested type, MachineError when the system refuses to write.
@@ -53,7 +50,7 @@ def write_merged(
         return weight
 
     described = {name: _description(plan, name) for name in plan.sources}
-    statistics.digest = write_shards(folder, described, merged, max_shard_bytes)
+    statistics.digest = write_shards(folder, described, merged)
     statistics.dtypes = {tensor.dtype for tensor in described.values() if tensor.is_floating_point()}
     write_model_files(
         folder,

@@ -25,7 +25,6 @@ from llmtune.durable.folders import (
     commit_file,
     commit_folder,
     prepare_target,
-    remove_file,
     remove_leftovers,
     remove_tree,
 )
@@ -66,7 +65,6 @@ __all__ = [
     "read_lines",
     "read_manifest",
     "read_tensors",
-    "remove_file",
     "remove_leftovers",
     "remove_tree",
     "rename",

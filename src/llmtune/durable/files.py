@@ -96,7 +96,7 @@ def write_stream(path: Path | str, chunks: Iterable[bytes | bytearray | memoryvi
             # Sync before the rename: otherwise a power loss may leave the final name on a file without its content.
             _write_new(part, chunks, sync=True)
             call("rename", os.fspath(part), os.fspath(path))
-        except BaseException:
+        except BaseException:  # an interrupt too must leave no part behind
             with contextlib.suppress(OSError):
                 call("unlink", os.fspath(part))
             raise

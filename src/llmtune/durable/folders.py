@@ -27,7 +27,7 @@ from llmtune.durable.manifest import MANIFEST, FileEntry, manifest_text, measure
 from llmtune.durable.system import call, sync_file, sync_folder, translate_os_errors
 from llmtune.errors import MachineError
 
-__all__ = ["commit_file", "commit_folder", "prepare_target", "remove_file", "remove_leftovers", "remove_tree"]
+__all__ = ["commit_file", "commit_folder", "prepare_target", "remove_leftovers", "remove_tree"]
 
 OLD_PREFIX = f"{UNFINISHED_PREFIX}old-"
 
@@ -60,7 +60,7 @@ def commit_folder(
             _complete(staging, dict(manifest or {}) if with_manifest else None)
             stagings.remove(staging)
             _put_in_place(staging.folder, target, replace=replace)
-    except BaseException:
+    except BaseException:  # an interrupt too must leave nothing of the unfinished folder
         if staging in stagings:
             stagings.remove(staging)
         with contextlib.suppress(MachineError):  # the first error is the one to tell; a leftover is removed later
@@ -155,12 +155,6 @@ def remove_tree(path: Path | str) -> None:
     path = Path(path).absolute()
     if os.path.lexists(path):
         _remove(path)
-
-
-def remove_file(path: Path | str) -> None:
-    """Delete one file; a missing one is no error. Raises MachineError."""
-    with translate_os_errors("delete", path), contextlib.suppress(FileNotFoundError):
-        call("unlink", os.fspath(path))
 
 
 def _remove(path: Path) -> None:

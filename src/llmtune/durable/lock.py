@@ -52,7 +52,7 @@ class FileLock:
             with translate_os_errors("lock", self.path):
                 call("truncate", self._descriptor, 0)
                 write_fully(self._descriptor, json.dumps({"pid": os.getpid(), "machine": gethostname()}).encode())
-        except BaseException:
+        except BaseException:  # whatever happened, nobody else knows this descriptor
             os.close(self._descriptor)
             raise
         _held_descriptors.add(self._descriptor)
@@ -89,7 +89,7 @@ class ReadLock:
             # Between open and lock another process may have deleted the folder; its lock would then be on a lost file.
             if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 raise FileNotFoundError(errno.ENOENT, "it was just deleted", os.fspath(path))
-        except BaseException:
+        except BaseException:  # whatever happened, nobody else knows this descriptor
             os.close(descriptor)
             raise
         _held_descriptors.add(descriptor)

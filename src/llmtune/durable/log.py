@@ -37,7 +37,7 @@ class AppendLog:
         self._size = 0
         try:
             self._cut()
-        except BaseException:
+        except BaseException:  # the caller gets no object that it could close
             self.close()
             raise
 

@@ -92,7 +92,9 @@ def _bytes_of(tensor: AnyTensor) -> memoryview:
 
 
 def read_tensors(path: Path | str, *, sha256: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a safetensors file into CPU tensors and return them with the file's metadata.
+    """Read a safetensors file into CPU tensors, in their stored shapes, and return them with the file's metadata.
+
+    https://huggingface.co/docs/safetensors
 
     The digest is taken of the bytes that fill the tensors, not in a second reading: with `sha256` given, a changed
     tensor is never returned. Raises CheckpointError when the digest or the format does not fit, MachineError when the

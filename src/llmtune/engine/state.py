@@ -216,6 +216,8 @@ def _restore_optimizer(
 def capture_rng(device: torch.device) -> dict[str, torch.Tensor]:
     """Copy the state of Python's, NumPy's and torch's generators, of the CPU and (key `cuda`) of a GPU `device`.
 
+    Python and NumPy use MT19937 (https://doi.org/10.1145/272991.272995): 624 words and a position.
+
     Shapes: `python` int64 [626] (version, then words), `numpy` int64 [626] (words, position, whether a normal draw is
     kept), `normals` float64 [3] (whether Python keeps one, Python's, NumPy's), `torch` and `cuda` uint8.
     """

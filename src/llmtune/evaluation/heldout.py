@@ -158,8 +158,8 @@ def trained_bytes(examples: ExampleSet, tokenizer: PreTrainedTokenizerFast) -> f
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int64]:
     """Return the number of bytes of UTF-8 text of each token id, int64 [V]; 0 for control tokens and unused ids.
 
-    Byte-level tokenizers spell a byte as one character, sentencepiece ones a space as U+2581 and a lone byte as
-    `<0x0A>`.
+    Byte-level tokenizers spell a byte as one character (GPT-2, https://github.com/openai/gpt-2), sentencepiece ones
+    (arXiv:1808.06226) a space as U+2581 and a lone byte as `<0x0A>`.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     counts = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)

@@ -70,7 +70,6 @@ def load_inference_model(
     name: str,
     *,
     checkpoint: str | None = None,
-    output_dir: str = "runs",
     offline: bool = False,
     no_cuda: bool = False,
 ) -> InferenceModel:
@@ -81,7 +80,7 @@ def load_inference_model(
     checkpoint that is not there, MachineError when it cannot be fetched.
     """
     device = choose_device(no_cuda=no_cuda)[0]
-    result = find_result_named(name, output_dir, checkpoint)
+    result = find_result_named(name, "runs", checkpoint)
     run = run_of(result) if result is not None else None
     folder = run or Path(name)
     # Without the environment: a run is used as it was trained, whatever this shell sets.
@@ -97,15 +96,8 @@ def _load_published(name: str, device: torch.device, *, offline: bool) -> Infere
     source = resolve_model_argument(name, offline=offline)
     model_config = ModelConfig(name=name)
     tokenizer = load_tokenizer(source, model_config).tokenizer
-    return InferenceModel(
-        model=_load_model(source, model_config, tokenizer, device),
-        tokenizer=tokenizer,
-        renderer=Renderer(tokenizer),
-        description=f"{name}, as published",
-        is_adapted=False,
-        answers_text=not tokenizer.chat_template,
-        base=source,
-    )
+    model = _load_model(source, model_config, tokenizer, device)
+    return _with_renderer(model, tokenizer, f"{name}, as published", source, Path(name), None, is_adapted=False)
 
 
 def _load_adapted(
@@ -117,17 +109,9 @@ def _load_adapted(
     if quantization := record.get("quantization"):
         # Quantized from the same numbers as in training, or the adapter would meet another base.
         model_config = replace(model_config, quantization=quantization, dtype=record.get("dtype") or "auto")
-    base = _load_model(source, model_config, tokenizer, device)
-    return InferenceModel(
-        model=load_adapter(base, adapter),
-        tokenizer=tokenizer,
-        renderer=_make_renderer(tokenizer, config),
-        description=f"{base_name_of(adapter)} with the adapter {adapter}",
-        is_adapted=True,
-        answers_text=_continues_text(folder, config, tokenizer),
-        config=config,
-        base=source,
-    )
+    model = load_adapter(_load_model(source, model_config, tokenizer, device), adapter)
+    description = f"{base_name_of(adapter)} with the adapter {adapter}"
+    return _with_renderer(model, tokenizer, description, source, folder, config, is_adapted=True)
 
 
 def _load_full(
@@ -136,16 +120,22 @@ def _load_full(
     source = resolve(str(model_folder), offline=offline)
     base = None if config is None else resolve(config.model.name, config.model.revision, offline=offline)
     tokenizer = find_tokenizer(model_folder, folder, base or source, config)
-    return InferenceModel(
-        model=_load_model(source, ModelConfig(name=str(model_folder)), tokenizer, device),
-        tokenizer=tokenizer,
-        renderer=_make_renderer(tokenizer, config),
-        description=f"the model in {model_folder}",
-        is_adapted=False,
-        answers_text=_continues_text(folder, config, tokenizer),
-        config=config,
-        base=base,
-    )
+    model = _load_model(source, ModelConfig(name=str(model_folder)), tokenizer, device)
+    return _with_renderer(model, tokenizer, f"the model in {model_folder}", base, folder, config, is_adapted=False)
+
+
+def _with_renderer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    description: str,
+    base: ModelSource | None,
+    folder: Path,
+    config: Config | None,
+    *,
+    is_adapted: bool,
+) -> InferenceModel:
+    renderer, answers_text = _make_renderer(tokenizer, config), _continues_text(folder, config, tokenizer)
+    return InferenceModel(model, tokenizer, renderer, description, is_adapted, answers_text, config, base)
 
 
 def _load_model(

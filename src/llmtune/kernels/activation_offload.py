@@ -72,7 +72,7 @@ class HostStore:
         return stored
 
     def get(self, stored: _StoredTensor) -> Tensor:
-        """Return the tensor on its device, and start to fetch the one put before it."""
+        """Return the tensor on its device, in its shape, and start to fetch the one put before it."""
         if stored.on_device is None:
             self._fetch(stored)
         self._wait(stored)

@@ -77,6 +77,8 @@ class Segments(NamedTuple):
 def segment_mask(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> Tensor:
     """Wrap cumulative document lengths as the attention mask of a flat row.
 
+    The lengths are those of variable-length attention: https://github.com/Dao-AILab/flash-attention
+
     cu_seqlens: int32 [S+1], first 0, last T, strictly rising. max_seqlen: tokens of the longest document. Returns int32
     [1, 1, max_seqlen, S+1] that occupies S+1 numbers.
     """
@@ -86,14 +88,14 @@ def segment_mask(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> T
 
 
 def is_segment_mask(mask: Tensor | None) -> bool:
-    """Whether an attention mask carries document boundaries made by `segment_mask`."""
+    """Whether an attention mask of any shape carries document boundaries made by `segment_mask`."""
     return mask is not None and mask.dtype == torch.int32 and mask.dim() == 4
 
 
 def dense_mask(boundaries: tuple[int, ...], window: int | None, device: torch.device) -> Tensor:
     """Return bool [T, T]: True where query i may see key j. Tests compare every backend with this definition.
 
-    visible[i, j] = document(i) == document(j) and 0 <= i - j < window
+    visible[i, j] = (document(i) is document(j)) and 0 <= i - j < window
     """
     position_T = torch.arange(boundaries[-1], device=device)
     document_T = torch.bucketize(position_T, torch.tensor(boundaries[1:], device=device), right=True)

@@ -81,7 +81,7 @@ def head_nll_sum(
 ) -> Tensor:
     """Sum of weighted negative log-likelihoods of `targets_N` predicted from `hidden_NE`, in nats, float32 [].
 
-    sum_n w_n (log sum_v exp(logits_nv) - logits_n[target_n])
+    nll_sum = sum_n w_n (log sum_v exp(logits_nv) - logits_n[target_n])
 
     hidden_NE: [N, E]; targets_N: int64 [N]; weights_N: float32 [N]. device_type: the device whose code runs, that of
     the tensors when None (a plan's fake tensors are all of the CPU). select: the chunks that run. Without rows it is 0,

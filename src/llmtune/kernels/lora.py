@@ -204,7 +204,10 @@ class FusedLora:
         return _FrozenLinear(self.get_base_layer())
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Compute the layer's output, [..., K] -> [..., N]."""
+        """Compute the layer's output, [..., K] -> [..., N].
+
+        y = x W^T + b + s (x A^T) B^T (arXiv:2106.09685)
+        """
         if args or kwargs or not self.is_fusable():
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         return self.group.output(self, x)

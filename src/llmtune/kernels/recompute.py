@@ -24,7 +24,7 @@ class Recomputation(NamedTuple):
 
 
 def mark_recomputable(tensor: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Note on a tensor of any shape how it was computed, and return it.
+    """Note on a tensor of any shape how it was computed, and return it: tensor = function(*inputs).
 
     inputs: tensors that are saved for the backward pass in any case. A tensor without a gradient is saved by nobody, so
     it gets no note.

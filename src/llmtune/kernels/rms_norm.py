@@ -91,7 +91,10 @@ class FusedRmsNorm:
     rounds_output: bool = False
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise the last dimension, [..., E] -> [..., E]."""
+        """Normalise the last dimension, [..., E] -> [..., E].
+
+        y = w x / sqrt(mean(x^2) + eps) (arXiv:1910.07467)
+        """
         device_type = hidden_states.device.type
         is_rounded = self.rounds_output and torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if is_rounded else None

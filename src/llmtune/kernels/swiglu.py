@@ -50,7 +50,10 @@ class FusedSwiglu:
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the module's output, [..., E] -> [..., E]."""
+        """Compute the module's output, [..., E] -> [..., E].
+
+        y = down(silu(gate(x)) * up(x)) (arXiv:2002.05202)
+        """
         gate, up = self.gate_proj(x), self.up_proj(x)
         output: Tensor = self.down_proj(mark_recomputable(_Swiglu.apply(gate, up), _product, gate, up))
         return output

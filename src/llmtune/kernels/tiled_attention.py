@@ -147,7 +147,9 @@ def tiled_attention(
     softcap: float | None = None,
     select: SelectChunks = every_chunk,
 ) -> Tensor:
-    """Causal attention of each document of one flat row over itself: softmax(scale * q k^T + mask) v.
+    """Causal attention of each document of one flat row over itself.
+
+    output = softmax(scale q k^T + mask) v (arXiv:1706.03762, equation 1), tile by tile (arXiv:2205.14135).
 
     query: [1, H, T, D]; key, value: [1, G, T, D], one dtype. boundaries: cumulative document lengths. scale multiplies
     the scores; window: tokens a query sees, itself included; softcap c replaces a score s by c tanh(s / c). Returns [1,

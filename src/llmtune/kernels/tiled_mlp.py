@@ -190,7 +190,7 @@ def tiled_forward(
     weights: Sequence[Tensor],
     select: SelectChunks = every_chunk,
 ) -> Tensor:
-    """Return `function(x)`, computed over tiles of at most `tokens` rows, [..., K] -> [..., M].
+    """Return `function(x)`, computed over tiles of at most `tokens` rows, [..., K] -> [..., M] (arXiv:2506.13996).
 
     function: treats each row by itself. x: contiguous. weights: every tensor of `function` that may need a gradient.
     """

@@ -39,24 +39,20 @@ def write_model(
     folder: Path,
     *,
     state: Mapping[str, torch.Tensor] | None = None,
-    dtype: torch.dtype | None = None,
     stop_token_ids: Sequence[int] = (),
-    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model as transformers and vLLM read it: config, safetensors, tokenizer, generation config.
 
-    state: the model's tensors, where they were gathered already. dtype: type that weights are rounded to, once; as they
-    are when None. stop_token_ids: all tokens that end an answer. Raises MachineError when the system refuses to write.
+    state: the model's tensors by name, in their full shapes, where they were gathered already. stop_token_ids: all
+    tokens that end an answer. Raises MachineError when the system refuses to write.
     """
-    state = _rounded(model.state_dict() if state is None else state, dtype)
     before = model.config.dtype
     with translate_save_errors(folder):
-        model.save_pretrained(str(folder), state_dict=state, max_shard_size=max_shard_bytes)
+        model.save_pretrained(
+            str(folder), state_dict=model.state_dict() if state is None else dict(state), max_shard_size=MAX_SHARD_BYTES
+        )
     model.config.dtype = before  # save_pretrained replaces it by its name; saving must change nothing (N12)
     write_generation_config(model, tokenizer, stop_token_ids, folder)
-    if dtype is not None:  # save_pretrained writes the type of the model in memory
-        config = read_json_file(folder / "config.json")
-        durable.write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
     write_tokenizer(tokenizer, folder)
 
 
@@ -73,13 +69,13 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     durable.write_json(path, {key: value for key, value in read_json_file(path).items() if key not in traces})
 
 
-def write_weights(model: torch.nn.Module, path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
+def write_weights(model: torch.nn.Module, path: Path) -> None:
     """Write the trained weights by parameter name, bit for bit, as a checkpoint of a full training needs them.
 
     Raises MachineError when the system refuses to write.
     """
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()}
-    durable.write_tensors(path, tensors, dict(metadata or {}))
+    durable.write_tensors(path, tensors, {})
 
 
 def restore_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -111,19 +107,6 @@ def restore_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor])
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-
-
-def _rounded(state: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Return the floating-point tensors in `dtype`."""
-    if dtype is None:
-        return dict(state)
-    # Tensors that share memory (a tied head) must share the rounded one, or they would be written twice.
-    rounded: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    for tensor in state.values():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in rounded:
-            rounded[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return {name: rounded[tensor.data_ptr(), tensor.shape] for name, tensor in state.items()}
 
 
 def write_generation_config(

@@ -147,7 +147,7 @@ class LiveBytes(TorchDispatchMode):
         self._update_peak()
 
     def count_gradient(self, weight: torch.Tensor) -> None:
-        """Note that this weight's gradient is complete, and stays."""
+        """Note that the gradient of a weight, of the weight's shape, is complete and stays."""
         self._gradient_bytes += weight.nbytes
 
     @contextmanager

@@ -92,6 +92,9 @@ class _FakeFlex(torch.autograd.Function):
 def fake_flex_attention(
     query: Tensor, key: Tensor, value: Tensor, _segments: Segments, _rule: AttentionParams
 ) -> Tensor:
-    """Flex attention on fake tensors, [1, H, T, D] -> [1, T, H, D]; the real one has to be compiled for a device."""
+    """Flex attention (arXiv:2412.05496) on fake tensors, [1, H, T, D] -> [1, T, H, D].
+
+    The real one has to be compiled for a device.
+    """
     output: Tensor = _FakeFlex.apply(query, key, value)
     return output.transpose(1, 2)

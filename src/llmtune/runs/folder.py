@@ -64,7 +64,7 @@ class RunFolder:
             if (path / "checkpoints").is_dir():
                 removed += durable.remove_leftovers(path / "checkpoints", everything=True)
             return cls(path, lock, removed=tuple(removed))
-        except BaseException:
+        except BaseException:  # an interrupt too: the caller gets no folder that it could close
             lock.release()
             raise
 
@@ -156,7 +156,7 @@ def create_run(
                     fill(staging)
                 # Locked before the folder has its name, so that no other process can find it and take it first.
                 lock = _lock(staging)
-        except BaseException as error:
+        except BaseException as error:  # an interrupt too must not keep the lock
             if lock is not None:
                 lock.release()
             if isinstance(error, MachineError) and durable.errno_of(error) in (

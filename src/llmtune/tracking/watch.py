@@ -65,7 +65,7 @@ class HistogramWatch:
 
 
 def histogram_of(values: Tensor) -> Histogram:
-    """Return `BINS` counts of the finite values between the smallest and the largest of them.
+    """Return `BINS` counts of the finite values between the smallest and the largest of them; values of any shape.
 
     >>> sum(histogram_of(torch.tensor([0.0, 1.0, 2.0, float("inf")])).counts)
     3

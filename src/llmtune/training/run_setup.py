@@ -94,7 +94,7 @@ def open_stopped(path: Path, checkpoint: Path | None, devices: Devices, print_li
         step, name = devices.from_main((loaded.step, str(loaded.path)) if loaded is not None else (0, ""))
         if name and not devices.is_main:
             loaded = checkpoints.load(CheckpointFolder(step, Path(name)))
-    except BaseException:
+    except BaseException:  # an interrupt too: the lock must not outlive the attempt
         if folder is not None:
             folder.close()
         raise

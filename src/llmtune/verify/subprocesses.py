@@ -62,7 +62,7 @@ def run_forked(
         except LlmtuneError as error:
             code = error.exit_code
             os.write(writer, str(error).encode("utf-8", "replace")[:_LONGEST_MESSAGE])
-        except BaseException as error:
+        except BaseException as error:  # the parent learns of anything only through this pipe
             os.write(writer, f"{type(error).__name__}: {error}".encode("utf-8", "replace")[:_LONGEST_MESSAGE])
             raise
         finally:

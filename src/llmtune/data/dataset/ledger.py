@@ -94,7 +94,7 @@ class LedgerPart:
         self.statuses = self.store.rows["status"].astype(np.int8)
 
     def rows_with_status(self, *statuses: Status) -> npt.NDArray[np.int64]:
-        """Numbers of the rows with one of these statuses, ascending."""
+        """Numbers of the rows with one of these statuses, ascending, int64 [rows]."""
         return np.flatnonzero(np.isin(self.statuses, [STATUSES.index(status) for status in statuses]))
 
     def set_status(self, row: int, status: Status, reason: Reason | None, other: str | None = None) -> None:
@@ -149,7 +149,7 @@ class LedgerPart:
         yield from (int(row) for row in np.flatnonzero(noted | (self.statuses != STATUSES.index("used"))))
 
     def rows_with_warning(self, code: str) -> npt.NDArray[np.int64]:
-        """Numbers of the rows with a warning of this code from the row itself, ascending."""
+        """Numbers of the rows with a warning of this code from the row itself, ascending, int64 [rows]."""
         combinations = [
             index
             for index, warnings in enumerate(self.store.warnings)

@@ -68,12 +68,15 @@ def plan_packs(
 
 
 def packing_efficiency(lengths: npt.NDArray[np.int64], packs: list[Indices], max_length: int) -> float:
-    """Give the fraction of all pack positions that hold a token, in [0, 1]; 1.0 for no packs."""
+    """Give the fraction of all positions of P packs that hold a token, in [0, 1]; 1.0 for no packs.
+
+    efficiency = sum(lengths) / (P max_length), with `lengths` int64 [N].
+    """
     return float(np.sum(lengths) / (len(packs) * max_length)) if packs else 1.0
 
 
 def refuse_unpackable(lengths: npt.NDArray[np.int64], max_length: int | None) -> None:
-    """Raise DataError for the first example that is empty or longer than `max_length` tokens."""
+    """Raise DataError for the first example that is empty or longer than `max_length` tokens; `lengths`: int64 [N]."""
     empty = np.flatnonzero(lengths < 1)
     if len(empty):
         problem = f"example {empty[0]} has no tokens ({len(empty)} such examples)"

@@ -80,7 +80,7 @@ def histogram(lengths_N: npt.NDArray[np.int64]) -> list[dict[str, int]]:
 def padding_share(lengths_N: npt.NDArray[np.int64], batch_size: int, seed: int | None) -> float:
     """Share of positions, in [0, 1), that are padding in micro-batches of `batch_size` in the order of epoch 0.
 
-    `lengths_N`: int64 [N]. A micro-batch of B examples takes B times its longest length.
+    share = 1 - sum(lengths) / sum over micro-batches of (examples x longest length); `lengths_N`: int64 [N].
     """
     if not len(lengths_N):
         return 0.0

@@ -187,7 +187,7 @@ class MappedExamples:
 
     @classmethod
     def of_rows(cls, store: RowStore, rows: npt.NDArray[np.int64]) -> MappedExamples:
-        """The examples of these rows, in the order of the store."""
+        """The examples of these rows, int64 [rows], in the order of the store."""
         selected = np.zeros(len(store), dtype=bool)
         selected[rows] = True
         return cls(store, np.flatnonzero(selected[store.examples["row"]]))
