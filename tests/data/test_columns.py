@@ -92,6 +92,41 @@ def test_roles_of_any_name_and_case_in_messages_and_in_sharegpt_turns(
     assert same_rows(write, config, renderer, [{field: turns}], [CHAT], roles=roles)
 
 
+DIALOGUES = {
+    "empty lines": ("\n\nHuman: Hi?\n\nAssistant: Hello.", {}),
+    "headings": ("### Human: Hi?### Assistant: Hello.</s>", {}),
+    "lines": ("user: Hi?\nAgent: Hello. <|im_end|>\n", {"agent": "assistant"}),
+    "names of two words": ("Desk clerk: Hello.\n\nUSER: Bye?", {"Desk clerk": "assistant"}),
+    "by turns": (["Hi?", "Hello."], {}),
+}
+
+
+@pytest.mark.parametrize("form", DIALOGUES)
+def test_a_dialogue_in_one_text_is_a_list_of_messages(write, config, renderer, form):
+    text, roles = DIALOGUES[form]
+    plain = CHAT
+    if form == "names of two words":
+        plain = {"messages": [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Bye?"}]}
+    keys = {"columns": {"messages": "log"}, "roles": roles}
+    assert same_rows(write, config, renderer, [{"log": text}] * 2, [plain] * 2, **keys)
+
+
+def test_a_speaker_inside_of_a_turn_begins_no_turn_and_text_before_the_first_is_the_system_message():
+    messages = rename({"log": "Be kind.\n\nHuman: Say\nAssistant: x\n\nAssistant: x"}, {"messages": "log"})["messages"]
+    assert [(message["role"], message["content"]) for message in messages] == [
+        ("system", "Be kind."),
+        ("user", "Say\nAssistant: x"),
+        ("assistant", "x"),
+    ]
+
+
+def test_a_text_that_is_no_dialogue_is_a_bad_row(write, config, renderer):
+    path = write("a.jsonl", [{"log": "Human: Hi?\n\nAssistant: Hello."}, {"log": "A plain text: no turns."}])
+    with pytest.raises(DataError, match="no two of its turns begin with a speaker") as caught:
+        prepare_data(config(SourceConfig(str(path), columns={"messages": "log"})), renderer)
+    assert caught.value.problems[0].where == f"{path}:2"
+
+
 def test_a_list_in_a_cell_of_a_table_is_read_under_its_new_name(tmp_path, config, renderer, write):
     path = tmp_path / "rows.csv"
     with path.open("w", newline="") as file:

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from llmtune.config.schema import SourceConfig
 from llmtune.config.sources import TURN_COLUMNS, columns_of, is_template
 from llmtune.data.example import Row
+from llmtune.data.reading.dialogue import alternating, messages_of_text
 from llmtune.data.reading.parse import BadRow, parse_json_value
 
 __all__ = ["missing_columns", "renamed"]
 
 REPLACED = "(its place is taken by `columns`)"
-_LIST_FIELDS = ("messages", "conversations", "conversation", "history", "tools")
+_MESSAGE_FIELDS = ("messages", "conversations", "conversation")
+_LIST_FIELDS = (*_MESSAGE_FIELDS, "history", "tools")
 _SPEAKER_KEYS = ("role", "from")
 _MISSING = object()
 
@@ -30,6 +32,7 @@ def renamed(row: Row, source: SourceConfig) -> Row | BadRow:
     """
     of_row = {field: text for field, text in source.columns.items() if field not in TURN_COLUMNS}
     of_turns = {field: text for field, text in source.columns.items() if field in TURN_COLUMNS}
+    roles = {name.casefold(): role for name, role in source.roles.items()}
     fields: dict[str, object] = {}
     taken: set[str] = set()
     for field, text in of_row.items():
@@ -40,12 +43,17 @@ def renamed(row: Row, source: SourceConfig) -> Row | BadRow:
             if isinstance(parsed, BadRow):
                 return parsed._replace(field=text)
             (value,) = parsed
+        if field in _MESSAGE_FIELDS:
+            value = _as_messages(value, roles)
+            if value is None:
+                problem = "the text is no list of messages, and no two of its turns begin with a speaker"
+                fix = "name a column with messages, or give its speakers with `roles`: {prompter: user}"
+                return BadRow(row.source, text, problem, fix)
         if value is not _MISSING:
             fields[field] = value
     rest = {name: value for name, value in row.fields.items() if name not in taken}
     # Kept under a name that nothing reads, so that it is named among the unused fields.
     replaced = {f"{name} {REPLACED}": rest.pop(name) for name in list(rest) if name in fields}
-    roles = {name.casefold(): role for name, role in source.roles.items()}
     named = {name: _turns(value, of_turns, roles) for name, value in (rest | fields).items()}
     return Row(row.source, named | replaced, row.loss_weight)
 
@@ -88,6 +96,15 @@ def _joined(fields: Fields, template: str) -> object:
 
 def _as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _as_messages(value: object, roles: Mapping[str, str]) -> object:
+    """A dialogue in one text, or a list of plain texts, as a list of messages; None for a text that is no dialogue."""
+    if isinstance(value, str) and value.strip():
+        return messages_of_text(value, roles)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(turn, str) for turn in value):
+        return alternating(value)
+    return _MISSING if value is None else value
 
 
 def _turns(value: object, columns: Mapping[str, str], roles: Mapping[str, str]) -> object:
