@@ -127,6 +127,7 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
         model = cast("PreTrainedModel", adapted)  # peft's wrapper passes on what it does not know
         decisions += adapter_decisions
     parameters = trained_parameters(model)
+    # One seed gives all processes the same weights; this makes it so where their devices or libraries differ.
     devices.broadcast(parameters.values())
     counts = Counts(count_parameters(model), trained=sum(parameter.numel() for parameter in parameters.values()))
     engine = build_engine(model, config=config, device=devices.device, precision=precision)
@@ -159,10 +160,13 @@ def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
     """Seed the random generators and bound the memory that torch and the C library keep for later."""
     # Here and not only in the commands, because a program that uses the Python API passes nowhere else.
     bound_kernel_caches()
+    # Each process draws other dropout masks: with the same ones, two would be one.
     seed = config.run.seed + devices.rank
     random.seed(seed)
+    # NumPy takes 32 bits only.
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    # Whoever recomputes blocks is short of memory; see LEAN_LARGEST_BLOCK for what it costs others.
     if config.model.recomputes and devices.device.type == "cpu":
         return [*spinning_in_force(), tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
     return [*spinning_in_force(), *allocator_in_force()]

@@ -101,6 +101,8 @@ class Checkpointer:
         weights = self._gather_weights()
 
         def commit() -> Path:
+            # First the lines, then the checkpoint that counts them: a crash in between leaves lines to cut, never a
+            # gap.
             if record is not None:
                 record.sync()
             return checkpoints.save_checkpoint(
@@ -114,6 +116,8 @@ class Checkpointer:
                     f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}"
                 )
                 return False
+            # Deleted, it could not be resumed from again, if the new checkpoints turn out to be of a training gone
+            # wrong.
             protected = {self._resumed_from} if self._resumed_from is not None else set()
             keep_last = self._setup.config.checkpoint.keep_last
             for warning in checkpoints.delete_old_checkpoints(self._folder, keep_last, protected_steps=protected):
@@ -121,6 +125,7 @@ class Checkpointer:
             return True
 
         devices = self._setup.devices
+        # All processes must agree whether it was saved: they decide by it what to do at the next boundary.
         return devices.from_main(bool(devices.on_main(save_and_delete)))
 
     def save_best(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -155,6 +160,7 @@ class Checkpointer:
                 lambda: checkpoints.save_folder(self._folder.checkpoints / FINAL, write), subject="final model"
             )
             if saved is not None:
+                # The link is a convenience; the model is complete without it.
                 with contextlib.suppress(MachineError):
                     durable.replace_symlink(self._folder.path / FINAL, f"{self._folder.checkpoints.name}/{FINAL}")
 

@@ -97,6 +97,7 @@ def find_run(
     only = [override for override in overrides if override.startswith("run.output_dir=")]  # the rest is for the run
     output_dir = load_config(None, overrides=only).config.run.output_dir
     path = checkpoint.parent.parent if checkpoint else resolve_run(name, output_dir)
+    # Without the environment: the run goes on as it began, whatever this shell sets.
     resolved = load_config(str(config_file_of(path)), overrides=overrides, environ={})
     return resolved, Continuation(path, checkpoint, allow_changes)
 
@@ -159,6 +160,7 @@ def open_run(
                 )
                 if stopped is not None:
                     run.restore(stopped.loaded)
+        # From here the run closes what it holds by itself.
         on_failure.pop_all()
     return run
 
@@ -223,6 +225,7 @@ def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine
 def refuse_secrets(resolved: ResolvedConfig) -> None:
     """Raise ConfigError, without the values, for those that look like a secret: a run's config is written beside it."""
     values = {key: functools.reduce(getattr, key.split("."), resolved.config) for key in resolved.origins}
+    # Before anything is written, because the run folder is what people share.
     keys = find_secrets(values)
     if keys:
         login = "or from the login command of their service"

@@ -112,6 +112,7 @@ class TrainingRun:
 
     def restore(self, loaded: LoadedCheckpoint | None) -> None:
         """Restore the checkpoint's step boundary, or the state before step 1 where nothing was saved."""
+        # The run was stopped before its first checkpoint: lines that it wrote are of steps that will be made again.
         if loaded is None:
             if self.record is not None:
                 self.record.rewind({"metrics": 0, "samples": 0})
@@ -130,6 +131,7 @@ class TrainingRun:
         self.metrics = dict(saved["metrics"])
         if self.record is not None:
             self.record.rewind(saved["record"])
+        # A run gone wrong after a resume can be resumed from there once more.
         self.checkpointer.never_delete(loaded.step)
         self._saved_windows = self.state.windows
 
@@ -191,9 +193,11 @@ class TrainingRun:
         `full` also counts exact answers where the config asks for them.
         """
         release_free_memory()
+        # Evaluation makes tensors of other shapes, which cannot reuse the gaps of training, and the other way round.
         is_best, metrics = self.evaluator.evaluate(self.state.step, self.state.epoch, full=full)
         release_free_memory()
         self.metrics |= metrics
+        # Before step 1 the best model is the one that the user already has.
         if is_best and self.state.step and self.config.checkpoint.keep_best:
             self._refuse_non_finite_weights()
             self.checkpointer.save_best(metrics, self.state.step)
@@ -201,6 +205,7 @@ class TrainingRun:
 
     def save(self) -> None:
         """Commit a checkpoint of this step boundary; a disk that refuses costs the save, never the run (P7)."""
+        # A boundary may be saved for two reasons: a checkpoint is due, and then the caller leaves the loop there.
         if self._saved_windows == self.state.windows:
             return
         self._refuse_non_finite_weights()
@@ -218,6 +223,7 @@ class TrainingRun:
         }
         snapshot = replace(snapshot, state={**snapshot.state, "pipeline": pipeline})
         saved = self.checkpointer.save(self.state.step, snapshot, self.record)
+        # After a refused save the next reason to save tries again.
         self._saved_windows = self.state.windows if saved else -1
 
     def _save_final(self, *, is_early: bool) -> None:
@@ -254,6 +260,7 @@ class TrainingRun:
 
     def _start_recording(self) -> None:
         assert self.run is not None, "the main process has the folder"
+        # Before the first step, so that whoever looks at the folder sees a run at work.
         self.run.update(state="running", total_steps=self.setup.batches.total_steps)
         self.trackers.start(run_setup.run_info(self.run, self._config_name, self.setup, self.state.step))
         self.evaluator.start_watching(self.state.step)
@@ -263,6 +270,7 @@ class TrainingRun:
 
         A signal may have reached one process only, and each has its own clock: they must not part at a step boundary.
         """
+        # The largest of each is `any`, and of the signals one that really came.
         number, late, early = self.devices.largest(
             self.stop.signal_number or 0, time.monotonic() > deadline, self.evaluator.should_stop_early
         )
@@ -366,6 +374,7 @@ class TrainingRun:
             closers.append(self.record.close)
         if run is not None:
             closers.append(lambda: run.update(state=self.outcome, step=self.state.step))
+        # Each is tried: a full disk must not keep the others open.
         for close in closers:
             try:
                 close()
@@ -374,6 +383,7 @@ class TrainingRun:
                 refusals.append(error)
         if run is not None:
             run.close()
+        # A launcher kills the other processes as soon as one has ended, the main one in the middle of its last write.
         self.devices.close(wait_for_main=self.outcome != "failed")
         if refusals and self.outcome == "finished":
             raise refusals[0]

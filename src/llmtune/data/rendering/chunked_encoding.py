@@ -91,6 +91,7 @@ class _Chunk:
         borders = {}
         for index in range(AGREEING_TOKENS, len(self.ids) - AGREEING_TOKENS):
             start = self.starts[index]
+            # Tokens never cross words, so at a border of words both chunks may be cut.
             begins_word = self._words[index] != self._words[index - 1] and self.stops[index - 1] <= start
             if low <= start < high and begins_word:
                 borders[start] = index
@@ -109,6 +110,7 @@ def _encode_chunks(backend: Tokenizer, text: str) -> Located | None:
     chunk = _Chunk(backend, text, 0)
     first = 0
     while chunk.end < len(text):
+        # Only two chunks exist at a time, whatever the length of the text.
         following = _Chunk(backend, text, chunk.begin + CHUNK_CHARACTERS)
         ending = chunk.word_borders(following.begin, chunk.end)
         beginning = following.word_borders(following.begin, chunk.end)

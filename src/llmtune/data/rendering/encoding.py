@@ -100,6 +100,7 @@ class SafeEncoder:
     def _controls(self, text: str, ids: Sequence[int], starts: Sequence[int], stops: Sequence[int]) -> list[Control]:
         controls = []
         control_tokens = self.control_tokens
+        # A comprehension first: few tokens are control tokens, and a loop body for every other one would be slow.
         for index in [index for index, token_id in enumerate(ids) if token_id in control_tokens]:
             token_id, start = ids[index], starts[index]
             covered = text[start : stops[index]]
@@ -114,6 +115,7 @@ class SafeEncoder:
         return controls
 
     def _count_unknown(self, ids: Sequence[int], controls: Sequence[Control]) -> int:
+        # `in` runs in C; most rows end here.
         if self._unknown_id is None or self._unknown_id not in ids:
             return 0
         return ids.count(self._unknown_id) - sum(control.token_id == self._unknown_id for control in controls)
@@ -127,6 +129,7 @@ class SafeEncoder:
         renamed_length = position = 0
         for control in template_controls:
             name = names[control.token_id]
+            # Both borders of every piece are anchors, so that positions inside it map back exactly.
             for piece, end in ((text[position : control.start], control.start), (name, control.stop)):
                 pieces.append(piece)
                 renamed_length += len(piece)
@@ -137,6 +140,7 @@ class SafeEncoder:
         to_original = _PositionMap(anchors).to_original
         starts, stops = array("l", map(to_original, renamed_starts)), array("l", map(to_original, renamed_stops))
         controls = self._controls(text, ids, starts, stops)
+        # Only the template's control tokens have a name that can be found, so one more was made out of letters.
         if len(controls) != len(template_controls):
             raise TokenizerError(
                 f"the tokenizer makes control tokens out of plain text ({spelled[0]!r} in a row)",
@@ -172,9 +176,11 @@ class SafeEncoder:
     @functools.cached_property
     def _renamed_tokenizer(self) -> tuple[Tokenizer, dict[int, str]]:
         """The tokenizer with an unguessable name for every control token, and those names by id."""
+        # Guessable names would only be other spellings of the control tokens.
         nonce = secrets.token_hex(16)
         names = {token_id: f"zq{nonce}{number:06d}zq" for number, token_id in enumerate(self.control_tokens)}
         new_name = {self.control_tokens[token_id]: name for token_id, name in names.items()}
+        # The library cannot rename a token in place, so its JSON form is changed and read again.
         definition = json.loads(self.definition)
         for token in definition["added_tokens"]:
             token["content"] = new_name.get(token["content"], token["content"])
@@ -208,6 +214,7 @@ class _ContentMap:
 
     def overlaps(self, start: int, stop: int) -> bool:
         """Whether any character in [start, stop) is content."""
+        # The last interval that begins before `stop` is the only one that can reach past `start` there.
         index = bisect.bisect_left(self._starts, stop) - 1
         return index >= 0 and self._stops[index] > start
 
@@ -221,6 +228,7 @@ class _ContentMap:
         runs: list[Run] = []
         anchors = [(0, 0)]
         length = position = 0
+        # A long content is cut to its ends: only they can join with text of the template into a control token.
         for start, stop in zip(self._starts, self._stops, strict=True):
             is_short = stop - start <= 2 * _EDGE
             ends = text[start:stop] if is_short else text[start : start + _EDGE] + text[stop - _EDGE : stop]

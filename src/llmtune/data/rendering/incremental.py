@@ -49,6 +49,7 @@ def find_incremental(tree: nodes.Template, constants: Iterable[str]) -> Incremen
     root = list(_root_nodes(tree))
     names = _names_of_messages(tree)
     loops = [node for node in root if isinstance(node, nodes.For) and _is_messages(node.iter, names)]
+    # With two loops the first k messages are two pieces of the text.
     if len(loops) != 1:
         return None
     (loop,) = loops
@@ -150,9 +151,11 @@ class _Checker:
                 return False
             self.highest_index = max(self.highest_index, index)
             return True
+        # `loop.last` of a shorter conversation is true at another message; `loop.first` is not.
         if in_loop and isinstance(node, nodes.Getattr) and _is_name(node.node, "loop"):
             return node.attr in _BACKWARD_ATTRIBUTES
         if isinstance(node, nodes.Name):
+            # Any other use of the list, such as its length, would differ in a shorter conversation.
             return node.name not in {*self._names, _GENERATE} and not (in_loop and node.name == "loop")
         if isinstance(node, nodes.For):  # its body sees a `loop` of its own
             parts = [node.iter, *([node.test] if node.test is not None else []), node.target, *node.else_]

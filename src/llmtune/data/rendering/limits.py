@@ -37,6 +37,7 @@ class Budget:
     def __init__(self, limits: Limits, input_characters: int, messages: Sequence[object]) -> None:
         self.deadline = time.monotonic() + limits.seconds
         self.seconds = limits.seconds
+        # In proportion to the row: a template writes a long conversation out more than once, but not without bound.
         self.characters = limits.characters + 16 * input_characters
         self.turns = 0
         self.written = 0
@@ -96,7 +97,7 @@ class MessageLoop(SizedLoop):
         is_known = first >= 0 and all(
             item is message for item, message in zip(self._sequence, messages[first:], strict=True)
         )
-        for index, item in enumerate(super().__iter__(), first):
+        for index, item in enumerate(super().__iter__(), first):  # a template may begin at `messages[1:]`
             if is_known:
                 starts[index] = self._budget.written
             yield item

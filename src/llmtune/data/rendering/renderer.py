@@ -112,6 +112,7 @@ class Renderer:
         if train_on == self.train_on:
             return self
         if train_on not in self._by_rule:
+            # A shallow copy shares the compiled templates and the caches.
             other = copy.copy(self)
             other.train_on = train_on
             other._texts = TextRows(self.vocabulary, self._encoder, train_on)
@@ -141,6 +142,7 @@ class Renderer:
         if not any(weights):
             text = f"`data.train_on: {self.train_on}` trains nothing in this row"
             warnings.append(RowWarning("no-trained-token", text))
+        # Multiplying by 1 would copy the list of nearly every row.
         if conversation.loss_weight != 1:
             weights = [weight * conversation.loss_weight for weight in weights]
         answers = sum(message.role == "assistant" for message in conversation.messages)
@@ -204,11 +206,13 @@ class Renderer:
         A token that also holds part of a header is trained only if it holds visible text of the answer.
         """
         encoded = rendering.encoded
+        # Starts never decrease, so the tokens of a span are found by bisection.
         low = bisect.bisect_left(encoded.starts, span.start)
         high = bisect.bisect_left(encoded.starts, span.stop)
         is_shared = (
             low > 0 and encoded.stops[low - 1] > span.start and encoded.ids[low - 1] not in self._encoder.control_tokens
         )
+        # White space that a header token takes in is no reason to train the header.
         if is_shared and rendering.text[span.start : encoded.stops[low - 1]].strip():
             low -= 1
         is_joined = is_answer and (is_shared or not self._prompt_is_prefix(rendering, span.start, low))

@@ -92,10 +92,13 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox of transformers' chat templates, with origins and a budget."""
 
     code_generator_class = _TracingCode
+    # The operators with which a short template makes a huge text, or a huge number.
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self, now: datetime, constants: Iterable[str]) -> None:
+        # The settings and extensions of transformers: others would give other tokens.
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
+        # A budget for each thread: renderings at the same time do not count for each other.
         self._local = threading.local()
         self._constants = frozenset({*constants, "strftime_now"})
         self.incremental: IncrementalTemplate | None = None
@@ -105,6 +108,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters["join"] = self._guarded_filter("join", self._join_filter)
         self.filters["replace"] = self._guarded_filter("replace", self._replace_filter)
         self.globals["raise_exception"] = _raise_exception
+        # The clock of the run and not of the machine: the same row makes the same tokens tomorrow.
         self.globals["strftime_now"] = now.strftime
         self.globals["dict"] = _DictMaker()
         self.globals["namespace"] = _Namespace
@@ -128,14 +132,17 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             is_message_loop = self.incremental is not None and loop is self.incremental.loop
             wrap = jinja2.nodes.EnvironmentAttribute("message_loop" if is_message_loop else "limited_loop", lineno=line)
             loop.iter = jinja2.nodes.Call(wrap, [loop.iter], [], None, None, lineno=line)
+        # The nodes that were added know no environment, and the compiler asks for it.
         tree.set_environment(self)
         return tree
 
     def limited_loop(self, items: object) -> object:
         """Wrap the items of a loop so that its turns count."""
         self.budget.count_turn()
+        # jinja2 decides what a loop over nothing does: an error or no turn.
         if isinstance(items, jinja2.Undefined) or items is None:
             return items
+        # Some templates read `loop.length`, for which jinja2 needs a length.
         if isinstance(items, Sized):
             return SizedLoop(cast("Sequence[object]", items), self.budget)
         return LimitedLoop(cast("Iterable[object]", items), self.budget)
@@ -173,6 +180,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Turn an output value into text as jinja2 does; a printed list or mapping of the row is content."""
         if isinstance(value, str):
             return value
+        # A printed list or mapping: no character of it can be told apart, so all of it counts as content of the row.
         text = str(value)
         return label_as_content(text, value) if contains_traced(value) else text
 
@@ -180,7 +188,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Run `+ * ** %` within the limits and with origins."""
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
             if len(left) + len(right) > UNCHECKED_CHARACTERS:
-                self.budget.check_size(len(left) + len(right))
+                self.budget.check_size(len(left) + len(right))  # before the sum is made
             return left + right
         if operator in ("*", "**"):
             self._check_numbers((left, right))
@@ -188,6 +196,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             # Checked beforehand: the product itself could exhaust the memory.
             self.budget.check_size(max(len(left), 1) * right if isinstance(right, int) else max(len(right), 1) * left)
         if operator == "%" and isinstance(left, str):
+            # `%` fills in widths that the template names; the sandbox of jinja2 checks only the attributes.
             _check_widths(left)
             return call_with_origins(_format_percent, (left, right), {})
         result = super().call_binop(context, operator, left, right)
@@ -200,10 +209,12 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         plain = super().wrap_str_format(value)
         if plain is None:
             return None
+        # jinja2 hands over the bound method, and the text it is bound to is the format.
         form = cast("str", cast("types.MethodType", value).__self__)
 
         def formatted(*args: object, **kwargs: object) -> str:
             _check_widths(form)
+            # A format that is itself content: everything made from it is content.
             if isinstance(form, Traced):
                 return label_as_content(str.__str__(plain(*args, **kwargs)), (form, args, kwargs))
             return call_with_origins(plain, args, kwargs)
@@ -216,11 +227,13 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._check_numbers(args)
         owner = getattr(function, "__self__", None)
         name = getattr(function, "__name__", "")
+        # Only methods of texts make texts of other texts; jinja2's own checks are enough for the rest.
         if not isinstance(owner, str) or not isinstance(function, (types.BuiltinMethodType, types.MethodType)):
             return super().call(context, function, *args, **kwargs)
         if not isinstance(owner, Traced) and name in PRECISE_METHODS and contains_traced((args, kwargs)):
             # A text of the template takes in content, as in ", ".join(contents).
             function = getattr(Traced(owner, [(len(owner), TEMPLATE)]), name)
+        # A small text replaced many times, or joined many times, grows beyond any input: measured before it is made.
         if name == "replace" and len(args) > 1:
             self._check_replacement(owner, *args[:2])
         if name == "join" and args:
@@ -229,6 +242,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         result = super().call(context, function, *args, **kwargs)
         if isinstance(result, str):
             self.budget.check_size(len(result))
+            # Such a method (center, zfill, ...) loses track of single characters, so its result is content as a whole.
             if name not in PRECISE_METHODS and contains_traced((owner, args, kwargs)):
                 return label_as_content(str.__str__(result), (owner, args, kwargs))
         return result
@@ -251,6 +265,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _join_filter(self, value: Iterable[object], d: str = "", attribute: str | int | None = None) -> str:
         if attribute is not None:
             value = map(jinja2.filters.make_attrgetter(self, attribute), value)
+        # str.join of a plain text would return a plain text and lose the origins of the items.
         glue = d if isinstance(d, Traced) else Traced(d, ((len(d), TEMPLATE),))
         return glue.join([self.as_text(item) for item in value])
 

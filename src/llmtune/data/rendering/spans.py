@@ -285,6 +285,7 @@ def _contiguous(controls: Sequence[Control]) -> list[Control]:
 
 def _shared_length(left: str, right: str) -> int:
     """The length of the longest common prefix, by bisection: slices compare much faster than a loop."""
+    # Invariant: the first `low` characters are equal, and at most `high` are.
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2
@@ -305,6 +306,7 @@ def learn_turn_shape(
 
     Returns the refusal of a template that does not render even one question and one answer.
     """
+    # Their characters are found again by origin; the words only must not be changed by a filter such as `trim`.
     words = ("Kupuka", "Lomina", "Tarevo", "Sidaru")  # words that no template contains
     plain = [{"role": ("user", "assistant")[index % 2], "content": word} for index, word in enumerate(words)]
     traced = [message | {"content": with_origin(message["content"], index)} for index, message in enumerate(plain)]
@@ -312,6 +314,7 @@ def learn_turn_shape(
         try:
             text, count = render(traced, False), 4
         except TemplateRefusal:
+            # Some templates accept a single question with its answer only.
             text, count = render(traced[:2], False), 2
         prompt, bare = render(plain[: count - 1], True), render(plain[: count - 1], False)
     except TemplateRefusal as refusal:
@@ -345,6 +348,7 @@ def _middle_end_ids(rendering: Rendering) -> list[int]:
     if not following:
         return []
     run = _contiguous(following)
+    # What the answer as the last message also ends with belongs to it; the rest opens the next question.
     bound = _latest_end(rendering, 1, stop)
     own = [control for control in run if control.stop <= bound]
     if not own and not rendering.text[stop : run[0].start].strip():
