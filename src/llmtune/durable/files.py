@@ -68,6 +68,7 @@ def staging_of(path: Path) -> Staging | None:
 
 def part_name() -> str:
     """Return a new name for something unfinished, with the machine and the process that work on it."""
+    # Of the machine too, because on a shared file system two machines have processes of the same number.
     machine = zlib.crc32(gethostname().encode("utf-8", "replace"))
     return f"{PART_PREFIX}{machine:08x}-{os.getpid()}-{next(_part_numbers)}"
 
@@ -88,6 +89,7 @@ def write_stream(path: Path | str, chunks: Iterable[bytes | bytearray | memoryvi
     staging = staging_of(path)
     with translate_os_errors("write", path):
         if staging is not None:
+            # The commit syncs all files of the folder.
             staging.written[os.fspath(path)] = _write_new(path, chunks, sync=False)
             return
         part = path.parent / part_name()
@@ -115,6 +117,7 @@ def _write_new(path: Path, chunks: Iterable[bytes | bytearray | memoryview], *, 
             size += memoryview(chunk).nbytes
         if sync:
             call("fsync", descriptor)
+        # From the open file: a name could be another file by now.
         return WrittenFile(size, digest.hexdigest(), stamp_of(os.fstat(descriptor)))
 
 
@@ -166,6 +169,7 @@ def json_text(value: object, *, indent: int | None = None, sort_keys: bool = Fal
 
 
 def _to_strict_json(value: object) -> object:
+    # NaN and Infinity are no JSON, and most readers refuse the file for one of them.
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
@@ -224,6 +228,7 @@ def replace_symlink(link: Path | str, target: str) -> None:
     link = Path(link).absolute()
     part = link.with_name(part_name())
     with translate_os_errors("link", link):
+        # A link cannot be replaced in one call, but a rename over it is one.
         call("symlink", target, os.fspath(part))
         call("rename", os.fspath(part), os.fspath(link))
         sync_folder(link.parent)

@@ -57,6 +57,7 @@ def commit_folder(
         with translate_os_errors("save", target):
             call("mkdir", os.fspath(staging.folder), 0o777)
             yield staging.folder
+            # Everything is on the disk before the name is: a power loss cannot leave a name without its content.
             _complete(staging, dict(manifest or {}) if with_manifest else None)
             stagings.remove(staging)
             _put_in_place(staging.folder, target, replace=replace)
@@ -118,6 +119,7 @@ def _complete(staging: Staging, manifest: dict[str, object] | None) -> None:
         # Last, because its presence says that every other file of the folder is complete and synced.
         write_text(folder / MANIFEST, manifest_text({**manifest, "files": dict(sorted(files.items()))}))
         sync_file(folder / MANIFEST)
+    # The deepest first, so that no synced folder names one that is not.
     for subfolder in reversed(folders):
         sync_folder(subfolder)
 
@@ -139,6 +141,7 @@ def _put_in_place(folder: Path, target: Path, *, replace: bool) -> None:
         call("rename", os.fspath(folder), os.fspath(target))
     except OSError:
         if replaces:
+            # The second rename failed: the old folder gets its name back, as if nothing had begun.
             call("rename", os.fspath(old), os.fspath(target))
         raise
     sync_folder(target.parent)
@@ -168,6 +171,7 @@ def _remove(path: Path) -> None:
             doomed = path.parent / part_name()
             call("rename", os.fspath(path), os.fspath(doomed))
             sync_folder(path.parent)
+        # What is inside goes before its folder.
         for inner, status in reversed(list(walk(doomed))):
             call("rmdir" if stat.S_ISDIR(status.st_mode) else "unlink", os.fspath(inner))
         call("rmdir", os.fspath(doomed))

@@ -144,7 +144,7 @@ def open_descriptor(path: Path, flags: int) -> Iterator[int]:
 
 
 _LARGEST_WRITE_BYTES = 64 << 20  # some systems refuse single writes of 2 GiB and more
-_FRUITLESS_WRITES = 3
+_FRUITLESS_WRITES = 3  # a disk that accepts nothing and gives no error would be written to for ever
 
 
 def write_fully(descriptor: int, data: bytes | bytearray | memoryview) -> None:
@@ -152,6 +152,7 @@ def write_fully(descriptor: int, data: bytes | bytearray | memoryview) -> None:
 
     Raises OSError; EIO when the system accepts no byte several times in a row.
     """
+    # As bytes, because a view of floats would count in floats.
     rest = memoryview(data).cast("B")
     fruitless = 0
     while rest:

@@ -59,12 +59,14 @@ def converted_folder(gguf: Path, *, weights: bool = True, environ: Mapping[str, 
 
     Raises ModelError when the file cannot be read as a model, MachineError when the cache cannot be written.
     """
+    # By content: another file under the same name must not get the old folder.
     digest = _file_digest(gguf, _stamp(gguf))
     folder = model_cache_folder(environ) / f"gguf-{digest[:32]}-v{_FORMAT}"
     if folder.is_dir():
         stamps = tuple(_stamp(file) for file in sorted(folder.rglob("*")))
         if _is_intact(folder, "" if weights else "*.safetensors", stamps):
             return folder
+        # It can be made again from the GGUF file, so nothing is lost.
         durable.remove_tree(folder)
     durable.make_folder(folder.parent)
     durable.remove_leftovers(folder.parent)  # of a conversion that was killed

@@ -88,6 +88,7 @@ def load_model(
     folder = local_folder(source, code=trust_remote_code)
     refuse_unsafe_folder(folder, trust_remote_code=trust_remote_code, ignore_auto_map=may_ignore_auto_map(source))
     refuse_foreign_quantization(folder, trained)
+    # Before a library maps the files: a changed byte is found by digest, whatever it would do.
     refuse_changed_weights(folder)
     weights = inspect_weights(weight_files(folder))
     dtype, decisions = choose_weight_dtype(
@@ -148,6 +149,7 @@ def resize_for_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
     """
     rows = cast("nn.Embedding", model.get_input_embeddings()).weight.shape[0]
     needed = max(tokenizer.get_vocab().values()) + 1
+    # Many models have spare rows, rounded up for their kernels.
     if needed <= rows:
         return []
     with quiet_libraries(), torch.no_grad():
@@ -155,6 +157,7 @@ def resize_for_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:  # a tied head holds the same weight, which gets the same values again
                 weight = cast("Tensor", layer.weight)
+                # In float32, so that the mean is rounded once.
                 weight[rows:] = weight[:rows].to(torch.float32).mean(dim=0).to(weight.dtype)
     reason = f"the tokenizer has {needed - rows} more tokens than the model's {rows} rows"
     return [Decision("embedding rows", needed, reason)]
@@ -208,6 +211,7 @@ def _load_pretrained(folder: Path, device: torch.device, attention: str, options
     from transformers import AutoModelForCausalLM
 
     where = str(folder)
+    # Straight to the device: a copy on the CPU first would take the memory of the model twice.
     if "quantization_config" in options or device.type != "cpu":
         options["device_map"] = {"": device}
     config = read_config(folder, trust_remote_code=options["trust_remote_code"])
@@ -234,6 +238,7 @@ def _load_pretrained(folder: Path, device: torch.device, attention: str, options
         ImportError,
         SafetensorError,
     ) as error:
+        # A model that is too large is not a damaged one; the caller has its own message for it.
         if is_out_of_memory(error):
             raise
         fix = (

@@ -102,6 +102,7 @@ def quantization_config(kind: Literal["4bit", "8bit"], compute_dtype: torch.dtyp
     from transformers import BitsAndBytesConfig
 
     if kind == "8bit":
+        # Columns with values above 6 stay in 16 bits, as in the paper.
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -133,6 +134,7 @@ def dequantized_weight(module: nn.Module) -> Tensor:
     bitsandbytes = import_bitsandbytes()
     weight: Any = module.weight
     if type(module).__name__ == "Linear4bit":
+        # In the type of the layer's arithmetic, as training multiplied it; only then widened.
         return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)
     state: Any = module.state
     # The first forward moves the codes from the weight to the layer's state.

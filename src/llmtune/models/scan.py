@@ -94,6 +94,7 @@ def weight_files(folder: Path) -> list[Path]:
 def read_json_file(path: Path) -> Any:
     """Return the value in a JSON file. Raises ModelError when it is no JSON, unreadable or larger than 64 MiB."""
     try:
+        # Before it is read: a file made to fill the memory must not get that far.
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(
                 f"{path.name} has {path.stat().st_size:,} bytes",
@@ -101,6 +102,7 @@ def read_json_file(path: Path) -> Any:
                 fix="a config file is smaller than 64 MiB",
             )
         return json.loads(path.read_text(encoding="utf-8"))
+    # RecursionError: JSON nested a thousand deep is a known way to crash a reader.
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path.name} is not JSON: {error}", where=str(path), fix="fetch the file again") from error
     except OSError as error:
@@ -120,6 +122,7 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
             "the shard index has no `weight_map` of file names", where=str(index), fix="fetch the file again"
         )
     names = sorted(set(weight_map.values()))
+    # Only plain names: `../x`, an absolute path or a link by a strange name would leave the folder.
     outside = [name for name in names if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name)]
     if outside:
         problem = f"the shard index names `{outside[0]}`, which is not a plain file name in its folder"
@@ -143,6 +146,7 @@ def _code_references(value: object, key: str) -> Iterator[tuple[str, str]]:
         if name == "auto_map" and item:
             yield item_key, f"`auto_map` names code that comes with the model: {_shortened(item)}"
         elif name == "trust_remote_code" and item:
+            # A file may not grant itself what only the user may grant.
             yield item_key, "`trust_remote_code` is asked for by the model's own files"
         elif name in ("custom_pipelines", "custom_generate") and item:
             yield item_key, f"`{name}` names code that comes with the model: {_shortened(item)}"

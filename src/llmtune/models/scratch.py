@@ -148,6 +148,8 @@ def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.config.architectures = [type(model).__name__]
+    # A generator of its own: the library's initialization has drawn from the global one, and may draw otherwise
+    # tomorrow.
     generator = torch.Generator().manual_seed(seed)
     into_residual = INITIAL_STD / math.sqrt(2 * config.num_hidden_layers)
     with torch.no_grad():
@@ -205,6 +207,7 @@ def _problems(shape: Architecture, requested: ArchitectureConfig, vocabulary: in
     if problems:
         return problems
     if shape.d_model % shape.n_heads:
+        # The two nearest divisors, one on either side where there are two.
         near = sorted(
             (n for n in range(1, shape.d_model + 1) if shape.d_model % n == 0), key=lambda n: abs(n - shape.n_heads)
         )[:2]

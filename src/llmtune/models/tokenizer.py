@@ -130,6 +130,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     rules.pop("padding", None)
     rules.pop("truncation", None)
     special = {name: str(value) for name, value in sorted(tokenizer.special_tokens_map.items())}
+    # Sorted and in ASCII, so that the same rules give the same bytes in every version of Python.
     content = json.dumps([rules, special, tokenizer.chat_template], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(content.encode("ascii")).hexdigest()
 
@@ -200,6 +201,7 @@ def _choose_template(
     requested = model_config.chat_template
     if requested is not None:
         tokenizer.chat_template = find_chat_template(requested)
+        # Spelled out in pieces, `<|im_end|>` would be text that a model learns to write, and never a stop.
         missing = [token for token in _REQUIRED_TOKENS.get(requested, ()) if token not in tokenizer.get_vocab()]
         if missing:
             add = f"'adapter.train_tokens=[{','.join(missing)}]'"
@@ -217,6 +219,7 @@ def _choose_template(
     has_chatml = all(token in vocabulary for token in _REQUIRED_TOKENS["chatml"])
     published = source.entry.chat_template if source.entry else None
     choice = published or ("chatml" if has_chatml else "turns")
+    # Without an end token nothing could end a turn of that template.
     if choice == "turns" and tokenizer.eos_token is None:
         return []  # text can still be trained on; a conversation will be refused by name
     tokenizer.chat_template = find_chat_template(choice)

@@ -94,6 +94,7 @@ def save_checkpoint(
     """
     durable.make_folder(run.checkpoints)
     target = run.checkpoints / checkpoint_name(step)
+    # The caller names its own files, and one of these names would be overwritten without a word.
     reserved = {durable.MANIFEST, STATE_FILE, *(f"{group}.safetensors" for group in snapshot.tensors)}
     manifest = {
         **(manifest_extra or {}),
@@ -153,6 +154,7 @@ def verify(checkpoint: CheckpointFolder, *, run_id: str | None = None, past_cach
     Besides every change of a file, a valid checkpoint under another one's name is found: by its step, and by `run_id`.
     `past_cache` reads from the disk, not from the memory in which the system still has the files.
     """
+    # The bytes first: the manifest of a damaged folder says nothing that could be relied on.
     problems = durable.verify_manifest(checkpoint.path, past_cache=past_cache)
     if problems:
         return problems
@@ -215,6 +217,7 @@ def _set_aside(bad: list[CheckpointFolder]) -> Iterator[Problem]:
     for checkpoint in bad:
         new_path = next(path for path in _aside_paths(checkpoint.path) if not path.exists())
         try:
+            # Renamed and not deleted, because weights that are partly damaged may be all that a person has left.
             durable.rename(checkpoint.path, new_path)
             yield Problem(f"damaged; set aside as {new_path.name}", printable(checkpoint.path))
         except MachineError as error:

@@ -47,6 +47,7 @@ def free_bytes_at(folder: Path | str) -> int:
     Raises MachineError.
     """
     folder = Path(folder).absolute()
+    # The system answers only for a folder that exists; the new one will be on the same disk.
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     with durable.translate_os_errors("ask for the free space of", nearest):
         status = os.statvfs(nearest)
@@ -119,6 +120,7 @@ class SaveAttempts:
         Only errors a disk may recover from are tried again or passed over (full, input/output error, read-only); any
         other is raised. A later success makes up only for failures of the same `subject`.
         """
+        # At once, because the first attempt may have failed on space that its own leftovers take.
         for _ in range(self._attempts):
             try:
                 result = save()
@@ -132,6 +134,7 @@ class SaveAttempts:
                     error.add_note(str(second))
             else:
                 self.failure = None
+                # A checkpoint that was saved says nothing about a best model that was not.
                 self._failures.pop(subject, None)
                 return result
         return None

@@ -95,6 +95,7 @@ class RunFolder:
 
     def update(self, **fields: Unpack[RunUpdate]) -> None:
         """Replace fields of run.json, durably and without secrets. Raises MachineError."""
+        # The file first, then memory: after a refused write both still hold the old state.
         info: RunFile = {**self._info, **redacted(fields)}
         durable.write_json(self.path / RUN_FILE, info)
         self._info = info
@@ -138,6 +139,7 @@ def create_run(
         removed = durable.remove_leftovers(output_dir)
     for number in range(1, _MOST_SUFFIXES):
         path = output_dir / (name if number == 1 else f"{name}-{number}")
+        # lexists: a dangling link takes the name as well.
         if os.path.lexists(path):
             continue
         info = {
@@ -244,6 +246,7 @@ def list_runs(output_dir: Path | str) -> list[RunSummary]:
         folders = [path for path in output_dir.iterdir() if not path.name.startswith(".")]
     runs = []
     for folder in folders:
+        # Folders of other programs may lie beside the runs.
         with contextlib.suppress(CheckpointError):
             runs.append(_summary(folder, read_run_file(folder)))
     return sorted(runs, key=lambda run: (run.created, run.name))
@@ -292,6 +295,7 @@ def resolve_run(run: str | None, output_dir: Path | str) -> Path:
     """
     if run is None:
         return find_newest_unfinished(output_dir)
+    # A folder as typed wins over a name, because the shell completes folders.
     for candidate in (Path(run), home_expanded(output_dir) / run):
         if (candidate / RUN_FILE).is_file():
             return candidate.absolute()

@@ -184,6 +184,7 @@ def compare(was: Mapping[str, object], now: Mapping[str, object]) -> list[Differ
     has_global_batch = GLOBAL_BATCH in flat_was and GLOBAL_BATCH in flat_now
     differences = []
     for key in sorted(flat_was.keys() | flat_now.keys()):
+        # One of them was read from JSON, which has no tuples.
         before, after = _listed(flat_was.get(key)), _listed(flat_now.get(key))
         if before != after:
             effect = Effect.SCHEDULE if key in _CUTS_OF_A_STEP and not has_global_batch else effect_of(key)

@@ -97,6 +97,7 @@ class StopRequest:
         del frame
         if self.signal_number is None:
             self.request(number)
+            # Nothing is trained yet, so there is nothing to save and no reason to wait.
             if self._may_interrupt:
                 raise self.error()
             if self.announces:
@@ -138,6 +139,7 @@ def deferred_signals() -> Iterator[None]:
     finally:
         _reinstall(previous)
         if received:
+            # After the old handlers are back, so that one of them acts on it.
             signal.raise_signal(received[0])
 
 
@@ -154,6 +156,7 @@ def signals_as_errors() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
         signal.signal(number, signal.SIG_DFL)
+        # The default first, so that a second signal ends a clean-up that hangs.
         raised.append(StoppedBySignal(number, f"stopped by {_name(number)}: there was nothing to save"))
         raise raised[0]
 
@@ -177,11 +180,13 @@ def exit_at_once(number: int) -> None:
         if os.isatty(2):
             os.write(2, _SHOW_CURSOR)  # a progress bar had hidden it
     _print_line(f"\nllmtune: {_name(number)} again: left at once; the last checkpoint stands\n")
+    # Not sys.exit, whose exception could be caught, or wait for threads.
     os._exit(128 + number)
 
 
 def _print_line(text: str) -> None:
     """Write to standard error without Python's buffers, whose lock the interrupted code may hold."""
+    # None in a process that was started without one.
     if sys.stderr is not None:
         with contextlib.suppress(OSError):  # the terminal may be closed
             os.write(2, text.encode())

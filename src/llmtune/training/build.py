@@ -127,8 +127,7 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
         model = cast("PreTrainedModel", adapted)  # peft's wrapper passes on what it does not know
         decisions += adapter_decisions
     parameters = trained_parameters(model)
-    # One seed gives all processes the same weights; this makes it so where their devices or libraries differ.
-    devices.broadcast(parameters.values())
+    devices.broadcast(parameters.values())  # one seed made them alike; now they are, on any mix of devices
     counts = Counts(count_parameters(model), trained=sum(parameter.numel() for parameter in parameters.values()))
     engine = build_engine(model, config=config, device=devices.device, precision=precision)
     model.train()  # dropout and noise are on from here; evaluation switches them off for itself

@@ -116,8 +116,6 @@ class Checkpointer:
                     f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}"
                 )
                 return False
-            # Deleted, it could not be resumed from again, if the new checkpoints turn out to be of a training gone
-            # wrong.
             protected = {self._resumed_from} if self._resumed_from is not None else set()
             keep_last = self._setup.config.checkpoint.keep_last
             for warning in checkpoints.delete_old_checkpoints(self._folder, keep_last, protected_steps=protected):

@@ -160,7 +160,6 @@ def open_run(
                 )
                 if stopped is not None:
                     run.restore(stopped.loaded)
-        # From here the run closes what it holds by itself.
         on_failure.pop_all()
     return run
 
