@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmtune.adapters.start import fit_start
 from llmtune.common.decisions import Decision
 from llmtune.config.document import DEFAULT, Origin
 from llmtune.config.layers import ResolvedConfig
@@ -170,7 +171,7 @@ def fit_train_tokens(
     that the model's own does not have in that place. Left frozen, their rows would stay untrained, and would be no part
     of the adapter. Raises TokenizerError for a tokenizer that is another model's, where the embedding stays frozen.
     """
-    if model_config is None:
+    if model_config is None or config.adapter.start_from is not None:  # an adapter to start from has its own rows
         return config, []
     rows = int(model_config.get_text_config().vocab_size)
     vocabulary = loaded.tokenizer.get_vocab()
@@ -257,7 +258,14 @@ def keep_fitted(config: Config, fitted: Config) -> Config:
     return replace(
         config,
         data=replace(config.data, max_length=fitted.data.max_length),
-        adapter=replace(config.adapter, train_tokens=fitted.adapter.train_tokens),
+        adapter=fitted.adapter,
+        model=replace(
+            config.model,
+            name=fitted.model.name,
+            revision=fitted.model.revision,
+            tokenizer=fitted.model.tokenizer,
+            quantization=fitted.model.quantization,
+        ),
     )
 
 
@@ -271,23 +279,26 @@ def prepare(
 ) -> Prepared:
     """Do everything that needs no model: find it, open its tokenizer, turn rows into examples, lay them into packs.
 
-    What the config leaves to the model is fitted to it (`fit_max_length`, `fit_train_tokens`), unless the run is a
-    stopped one: then its values stand. `progress(done, total, rows_per_second)` is called while rows are tokenized.
-    Raises ConfigError, ModelError, TokenizerError or DataError.
+    What the config leaves open is fitted to the model (`fit_max_length`, `fit_train_tokens`) and to the adapter it
+    starts from (`fit_start`), unless the run is a stopped one: then its values stand. `progress(done, total,
+    rows_per_second)` is called while rows are tokenized. Raises ConfigError, ModelError, TokenizerError or DataError.
     """
     config = resolved.config
     if not config.data.train:
         raise ConfigError("no training data is named", where="data.train", fix="name a file: `data.train=rows.jsonl`")
     with config_folder_named(resolved):
+        fitted: list[Decision] = []
+        if config.adapter.start_from is not None and not is_stopped:
+            config, fitted = fit_start(config, resolved.origins)
         source = find_model(config, options)
         loaded = open_tokenizer(config, source, options, folder=tokenizer_folder)
         renderer = open_renderer(config, loaded)
         model_config = find_model_config(source, trust_remote_code=options.trust_remote_code)
-        context, fitted = find_context(source, model_config, config.model.architecture), []
+        context = find_context(source, model_config, config.model.architecture)
         if not is_stopped:
-            config, fitted = fit_max_length(config, context, resolved.origins)
-            config, tokens_fitted = fit_train_tokens(config, source, model_config, loaded)
-            fitted += tokens_fitted
+            config, length = fit_max_length(config, context, resolved.origins)
+            config, tokens = fit_train_tokens(config, source, model_config, loaded)
+            fitted += [*length, *tokens]
         with overlong_named(fitted):
             data = prepare_data(config.data, renderer, progress=progress)
     _refuse_beyond(context, data)

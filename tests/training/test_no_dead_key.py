@@ -72,9 +72,9 @@ def row(question: str, answer: str, **more: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_tokenizer):
+def world(tmp_path_factory, tiny_tokenizer, tiny_model_folder):
     """The files that flips name: rows, other rows, held-out rows (one of them also a training row), a template, a
-    tokenizer.
+    tokenizer, an adapter.
     """
     folder = tmp_path_factory.mktemp("world")
     rows = [row(" ".join(WORDS[at : at + 3]), " ".join(WORDS[at : at + 1 + at % 5])) for at in range(6)]
@@ -93,6 +93,12 @@ def world(tmp_path_factory, tiny_tokenizer):
     other = tiny_tokenizer.train_new_from_iterator(["words of another language, with other pieces"] * 3, 300)
     other.chat_template = tiny_tokenizer.chat_template
     other.save_pretrained(folder / "another-tokenizer")
+    shape = ["adapter.method=lora", "adapter.r=4", "adapter.alpha=8", "adapter.target_modules=[q_proj]"]
+    with contextlib.chdir(folder):
+        words = [f"model.name={tiny_model_folder}", *BASIS, *shape, "training.max_steps=1", "run.output_dir=runs"]
+        run = train(load_config(None, overrides=words, environ={}), Options()).folder
+    shutil.copytree(run / "checkpoints" / "final", folder / "earlier-adapter")
+    shutil.rmtree(folder / "runs")
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from llmtune.adapters.config_file import LoraOptions
+from llmtune.adapters.config_file import LoraOptions, shape_of, trained_token_ids
 from llmtune.adapters.target_modules import (
     check_modules_to_save,
     ends_with,
@@ -22,8 +22,9 @@ from llmtune.adapters.target_modules import (
     targets_are_transposed,
 )
 from llmtune.common.decisions import Decision
+from llmtune.config.dump import value_text
 from llmtune.config.schema import AdapterConfig
-from llmtune.errors import AdapterError
+from llmtune.errors import AdapterError, Problem
 from llmtune.models.parameters import count_parameters, trained_parameters
 from llmtune.models.quantization import import_bitsandbytes
 from llmtune.models.quiet_libraries import quiet_libraries
@@ -42,6 +43,7 @@ def attach_adapter(
     seed: int,
     tokenizer: PreTrainedTokenizerBase | None = None,
     used_ids: Sequence[int] = (),
+    start: LoraOptions | None = None,
 ) -> tuple[PeftModel, list[Decision]]:
     """Freeze the model and put LoRA beside its layers; returns the peft model and the choices made.
 
@@ -51,7 +53,8 @@ def attach_adapter(
 
     tokenizer: gives the ids of `train_tokens`. Their rows are trained in the embedding, and in the output head where it
     is a weight of its own; a module that is trained anyway has them already. used_ids: control tokens of the training
-    rows; those whose row no training has ever moved are named where it stays frozen.
+    rows; those whose row no training has ever moved are named where it stays frozen. start: options of the adapter to
+    start from (see `start_options`), whose shape this one gets.
 
     Raises AdapterError for names that match no layer, with the nearest, and for unknown tokens.
     """
@@ -62,7 +65,9 @@ def attach_adapter(
     embedding = next(name for name, layer in model.named_modules() if layer is model.get_input_embeddings())
     is_frozen = not _is_trained(embedding, targets, adapter_config.modules_to_save)
     decisions = _untrained_tokens(model, tokenizer, sorted(set(used_ids) - set(ids))) if is_frozen else []
-    options = LoraOptions(
+    if start is not None:
+        _refuse_other_shape(adapter_config, start, targets, ids)
+    options = start or LoraOptions(
         task_type="CAUSAL_LM",
         r=adapter_config.r,
         lora_alpha=adapter_config.alpha,
@@ -86,6 +91,32 @@ def attach_adapter(
     shown = targets if isinstance(targets, str) else ", ".join(targets[:12]) + (" ..." if len(targets) > 12 else "")
     decision = Decision("adapter.target_modules", shown, f"{layers} layers get rank {adapter_config.r}; {share}")
     return adapted, [decision, *decisions]
+
+
+def _refuse_other_shape(adapter: AdapterConfig, options: LoraOptions, targets: list[str] | str, ids: list[int]) -> None:
+    """Raise AdapterError for every given value that is not that of the adapter to start from.
+
+    targets: those of the config, resolved for this model. ids: tokens to train by the config.
+    """
+    problems = []
+    for key, value in shape_of(options).items():
+        given = targets if key == "target_modules" else getattr(adapter, key)
+        if value is not None and _as_set(given) != _as_set(value):
+            problem = (
+                f"the adapter to start from has `{key}: {value_text(value)}`, and here it is `{value_text(given)}`"
+            )
+            fix = f"leave adapter.{key} out, which takes it over; or adapter.{key}={value_text(value)}"
+            problems.append(Problem(problem, f"adapter.{key}", fix))
+    untrained = sorted(set(ids) - set(trained_token_ids(options)))
+    if untrained:
+        problem = f"the adapter to start from trains no rows of the tokens with ids {untrained[:8]}"
+        problems.append(Problem(problem, "adapter.train_tokens", "leave adapter.train_tokens out"))
+    if problems:
+        raise AdapterError.all(problems)
+
+
+def _as_set(value: object) -> object:
+    return frozenset(value) if isinstance(value, (list, tuple)) else value
 
 
 def wrap_with_peft(

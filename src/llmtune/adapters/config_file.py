@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 from llmtune.errors import AdapterError, ModelError, Problem
 from llmtune.models.scan import read_json_file
 
-__all__ = ["BASE_RECORD", "BaseRecord", "LoraOptions", "read_adapter_config", "read_base_record"]
+__all__ = [
+    "BASE_RECORD",
+    "BaseRecord",
+    "LoraOptions",
+    "read_adapter_config",
+    "read_base_record",
+    "shape_of",
+    "trained_token_ids",
+]
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -101,6 +109,25 @@ def read_base_record(folder: Path) -> BaseRecord:
     content = read_json_file(path) if path.is_file() else {}
     entries = content.items() if isinstance(content, dict) else ()
     return cast("BaseRecord", {key: value for key, value in entries if isinstance(value, str)})
+
+
+def shape_of(options: LoraOptions) -> dict[str, Any]:
+    """Return what decides the shape of an adapter, by our keys of `adapter`; None for what its file leaves out."""
+    targets = options.get("target_modules")
+    return {
+        "r": options.get("r"),
+        "alpha": float(options.get("lora_alpha", 8)),
+        "rslora": options.get("use_rslora", False),
+        "dora": options.get("use_dora", False),
+        "target_modules": tuple(sorted(targets)) if isinstance(targets, list) else targets,
+        "modules_to_save": tuple(options.get("modules_to_save") or ()),
+    }
+
+
+def trained_token_ids(options: LoraOptions) -> list[int]:
+    """Return the ids of the tokens whose rows the adapter trains, in order."""
+    rows = options.get("trainable_token_indices") or []
+    return sorted({index for ids in rows.values() for index in ids} if isinstance(rows, dict) else set(rows))
 
 
 def _objection(key: str, value: object) -> str | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["load_adapter", "load_adapter_weights", "read_adapter_tensors"]
+__all__ = ["copy_tensors", "load_adapter", "load_adapter_weights", "read_adapter_tensors", "refuse_other_base"]
 
 
 def load_adapter(base_model: PreTrainedModel, folder: Path, *, base_digest: str | None = None) -> PeftModel:
@@ -30,19 +30,26 @@ def load_adapter(base_model: PreTrainedModel, folder: Path, *, base_digest: str 
     unexpected, of another shape, not finite or stored in another format than safetensors.
     """
     options = read_adapter_config(folder)
+    if base_digest:
+        refuse_other_base(folder, base_digest)
+    tensors = read_adapter_tensors(folder)
+    adapted = wrap_with_peft(base_model, {**options, "inference_mode": True})
+    copy_tensors(adapted, tensors, str(folder))
+    adapted.eval()
+    return adapted
+
+
+def refuse_other_base(folder: Path, base_digest: str) -> None:
+    """Raise AdapterError for an adapter that records another base than the one with this digest."""
     recorded = read_base_record(folder).get("base_digest")
-    if base_digest and recorded and recorded != base_digest:
+    if recorded and recorded != base_digest:
+        own = read_adapter_config(folder).get("base_model_name_or_path") or "unknown"
         digests = f"(digest {str(recorded)[:12]}..., here {base_digest[:12]}...)"
         raise AdapterError(
             "this adapter was trained on other weights than this base has",
             where=str(folder),
-            fix=f"use its own base, `{options.get('base_model_name_or_path') or 'unknown'}` {digests}",
+            fix=f"use its own base, `{own}` {digests}",
         )
-    tensors = read_adapter_tensors(folder)
-    adapted = wrap_with_peft(base_model, {**options, "inference_mode": True})
-    _copy_tensors(adapted, tensors, str(folder))
-    adapted.eval()
-    return adapted
 
 
 def load_adapter_weights(model: PeftModel, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -51,7 +58,7 @@ def load_adapter_weights(model: PeftModel, folder: Path, tensors: Mapping[str, t
     tensors: A [r, in], B [out, r] and others by name, where they were read and checked before. Raises AdapterError when
     names or shapes are not exactly those of this adapter.
     """
-    _copy_tensors(model, read_adapter_tensors(folder) if tensors is None else dict(tensors), str(folder))
+    copy_tensors(model, read_adapter_tensors(folder) if tensors is None else dict(tensors), str(folder))
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -80,7 +87,7 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def _copy_tensors(adapted: PeftModel, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+def copy_tensors(adapted: PeftModel, tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """Copy the file's tensors into the adapter. Raises AdapterError unless names and shapes are the adapter's."""
     from peft import set_peft_model_state_dict
 

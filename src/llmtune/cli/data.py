@@ -146,6 +146,7 @@ def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remo
     for note in resolved.notes:
         print_line(note)
     check_working_folder()
+    from llmtune.adapters.start import fit_start
     from llmtune.data.dataset.make_dataset import survey_data
     from llmtune.prepare import (
         find_context,
@@ -159,13 +160,15 @@ def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remo
 
     options = Options(offline=is_offline(), trust_remote_code=trust_remote_code)
     with config_folder_named(resolved):
+        started, decisions = fit_start(resolved.config, resolved.origins)
+        resolved = replace(resolved, config=started)
         source = find_model(resolved.config, options)
         loaded = open_tokenizer(resolved.config, source, options)
         renderer = open_renderer(resolved.config, loaded)
         model_config = find_model_config(source, trust_remote_code=trust_remote_code)
         context = find_context(source, model_config, resolved.config.model.architecture)
-        fitted, decisions = fit_max_length(resolved.config, context, resolved.origins)
-        resolved = replace(resolved, config=fitted)
+        fitted, length = fit_max_length(resolved.config, context, resolved.origins)
+        resolved, decisions = replace(resolved, config=fitted), [*decisions, *length]
         data = survey_data(resolved.config.data, renderer, progress=tokenizing_progress(print_line))
     return Survey(resolved, decisions, loaded, renderer, data)
 

@@ -10,9 +10,11 @@ import typer
 from llmtune.cli.failure import print_line
 from llmtune.cli.options import ConfigName, NoCudaInTraining, Overrides, TrustRemoteCode
 from llmtune.cli.process import prepare_process
+from llmtune.common.folders import home_expanded
 from llmtune.common.offline import is_offline
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
+from llmtune.config.schema import RunConfig
 from llmtune.errors import UsageError
 
 __all__ = ["train"]
@@ -27,6 +29,12 @@ OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Folder in w
 Name = Annotated[str | None, typer.Option("--name", help="Name of the run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 ListModels = Annotated[bool, typer.Option("--list-models", help="List the models that have a name, and stop.")]
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from", metavar="RUN|FOLDER", help="Start from what was trained: a run, an adapter, a model's folder."
+    ),
+]
 ResumeFrom = Annotated[
     Path | None,
     typer.Option("--resume-from-checkpoint", help="Go on with the run this checkpoint folder belongs to."),
@@ -45,6 +53,7 @@ def train(
     dry_run: DryRun = False,
     trust_remote_code: TrustRemoteCode = False,
     list_models: ListModels = False,
+    start_from: From = None,
     resume_from_checkpoint: ResumeFrom = None,
 ) -> None:
     """Train a model: from a preset or file, with any key overridden."""
@@ -57,7 +66,14 @@ def train(
     if resume_from_checkpoint is not None:
         from llmtune.cli.resume import resume_run
 
-        given = {"--config": config, "--model": model, "--samples": samples, "--name": name, "--output-dir": output_dir}
+        given = {
+            "--config": config,
+            "--model": model,
+            "--from": start_from,
+            "--samples": samples,
+            "--name": name,
+            "--output-dir": output_dir,
+        }
         _refuse_beside_resume([flag for flag, value in given.items() if value is not None])
         resume_run(None, overrides or [], options, checkpoint=resume_from_checkpoint)
         return
@@ -68,6 +84,8 @@ def train(
         "run.output_dir": output_dir,
         "run.name": name,
     }
+    if start_from is not None:
+        flags |= _start_flags(start_from, output_dir)
     # Before anything heavy is imported: a config error is answered at once.
     resolved = load_config(config, flags=flags, overrides=overrides or ())
     prepare_process(trains=True)
@@ -81,6 +99,16 @@ def train(
     print_result(result, print_line)
     if result.folder is not None:
         print(result.folder)
+
+
+def _start_flags(name: str, output_dir: str | None) -> dict[str, object]:
+    """Return the keys that `--from` stands for: an adapter is trained further, a whole model becomes the base."""
+    from llmtune.adapters.find import find_result_named
+
+    result = find_result_named(home_expanded(name), output_dir or RunConfig.output_dir, None)
+    if result is not None and not (result / "adapter_config.json").is_file():
+        return {"model.name": str(result)}
+    return {"adapter.start_from": name, "adapter.method": "lora"}
 
 
 def _refuse_beside_resume(flags: list[str]) -> None:

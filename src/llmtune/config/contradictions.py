@@ -58,7 +58,17 @@ def _does_not_divide(divisor: int | None, number: int | None) -> bool:
     return divisor is not None and number is not None and number % divisor != 0
 
 
-_LORA_KEYS = ("r", "alpha", "dropout", "target_modules", "rslora", "dora", "modules_to_save", "train_tokens")
+_LORA_KEYS = (
+    "start_from",
+    "r",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "rslora",
+    "dora",
+    "modules_to_save",
+    "train_tokens",
+)
 
 CONTRADICTIONS: tuple[Contradiction, ...] = (
     Contradiction(

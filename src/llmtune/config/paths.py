@@ -29,6 +29,7 @@ PATH_KEYS = (
     "model.name",
     "model.tokenizer",
     "model.chat_template",
+    "adapter.start_from",
     "data.train",
     "data.eval",
     "data.cache_dir",

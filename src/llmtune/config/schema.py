@@ -151,6 +151,9 @@ class AdapterConfig:
     method: Literal["none", "lora"] = "none"
     """`none` trains every weight of the model, `lora` only low-rank updates."""
 
+    start_from: str | None = None
+    """Run or adapter folder whose weights training starts from; its shape is taken over. Anew when not given."""
+
     r: int = 16
     """Rank of the update."""
 

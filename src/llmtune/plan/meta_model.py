@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from llmtune.adapters import attach
+from llmtune.adapters.start import start_options
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
 from llmtune.errors import LlmtuneError, ModelError, in_one_line
@@ -126,7 +127,9 @@ def build_meta_model(
             fix = "fetch the file again, or name another model"
             raise ModelError(problem, where=config.model.name, fix=fix) from error
         if config.adapter.method != "none":
-            model, _ = attach.attach_adapter(model, config.adapter, seed=0, tokenizer=tokenizer)
+            model, _ = attach.attach_adapter(
+                model, config.adapter, seed=0, tokenizer=tokenizer, start=start_options(config)
+            )
     return model
 
 

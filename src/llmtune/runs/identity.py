@@ -45,6 +45,8 @@ class Digests(TypedDict):
     """The sha256 of everything a run reads."""
 
     base: str
+    start: str | None
+    """Of the adapter that training started from."""
     tokenizer: str
     renderer: str
     train: str
@@ -142,6 +144,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("config.model.chat_template", Effect.HARMLESS),
     ("config.model.weights_prepack", Effect.HARMLESS),  # a former key; it changed no bit
     ("config.model.*", Effect.SHAPES),
+    ("config.adapter.start_from", Effect.HARMLESS),  # the digest of its weights decides
     ("config.adapter.alpha", Effect.SCHEDULE),
     ("config.adapter.dropout", Effect.SCHEDULE),
     ("config.adapter.*", Effect.SHAPES),

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llmtune.adapters import attach
+from llmtune.adapters.start import load_start, start_options
 from llmtune.common.decisions import Decision
 from llmtune.common.text import readable_bytes
 from llmtune.common.threads import spinning_in_force
@@ -30,7 +31,7 @@ from llmtune.engine.schedule import schedule_of
 from llmtune.engine.step_in_backward import StepInBackward, choose_windows
 from llmtune.engine.update import StepAfterBackward, Update
 from llmtune.engine.utilization import utilization
-from llmtune.models.load import load_model
+from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.parameters import count_parameters, trained_parameters
 from llmtune.prepare import Prepared
 
@@ -75,6 +76,8 @@ class TrainingSetup:
     devices: Devices
     batches: BatchPlan
     base_digest: str
+    start_digest: str | None
+    """sha256 over the adapter that training started from, where it started from one."""
     is_adapted: bool
     """Only an adapter is trained; `model` is peft's wrapper."""
     counts: Counts
@@ -116,15 +119,9 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
     )
     model: PreTrainedModel = loaded.model
     decisions += loaded.decisions
+    start_digest: str | None = None
     if is_adapted:
-        adapted, adapter_decisions = attach.attach_adapter(
-            model,
-            config.adapter,
-            seed=config.run.seed,
-            tokenizer=prepared.tokenizer.tokenizer,
-            used_ids=_control_tokens(prepared),
-        )
-        model = cast("PreTrainedModel", adapted)  # peft's wrapper passes on what it does not know
+        model, start_digest, adapter_decisions = _attach_adapter(prepared, loaded)
         decisions += adapter_decisions
     parameters = trained_parameters(model)
     devices.broadcast(parameters.values())  # one seed made them alike; now they are, on any mix of devices
@@ -149,10 +146,27 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
         devices=devices,
         batches=batches,
         base_digest=loaded.base_digest,
+        start_digest=start_digest,
         is_adapted=is_adapted,
         counts=counts,
         decisions=tuple(decisions),
     )
+
+
+def _attach_adapter(prepared: Prepared, loaded: LoadedModel) -> tuple[PreTrainedModel, str | None, list[Decision]]:
+    """Return the model with its adapter, the digest of the adapter it starts from (None for a new one), the choices."""
+    config, start_digest = prepared.config, None
+    adapted, decisions = attach.attach_adapter(
+        loaded.model,
+        config.adapter,
+        seed=config.run.seed,
+        tokenizer=prepared.tokenizer.tokenizer,
+        used_ids=_control_tokens(prepared),
+        start=start_options(config),
+    )
+    if config.adapter.start_from is not None:
+        start_digest = load_start(adapted, config, base_digest=loaded.base_digest)
+    return cast("PreTrainedModel", adapted), start_digest, decisions  # peft's wrapper passes on what it does not know
 
 
 def _set_up_process(config: Config, devices: Devices) -> list[Decision]:

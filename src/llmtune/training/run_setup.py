@@ -226,6 +226,7 @@ def identity_of(setup: TrainingSetup) -> Identity:
         "config": config_to_dict(setup.config),
         "digests": {
             "base": setup.base_digest,
+            "start": setup.start_digest,
             "tokenizer": prepared.tokenizer.digest,
             "renderer": prepared.renderer.digest,
             "train": prepared.data.train.digest,
