@@ -80,8 +80,10 @@ def attach_adapter(
         fan_in_fan_out=targets_are_transposed(model, targets),
     )
     adapted = wrap_with_peft(model, options)
+    # Again, because peft draws from the global generator in the order in which it finds the layers.
     _seed_weights(adapted, seed)
     adapted.eval()
+    # By the names of A: DoRA, rows and biases have other tensors too, but each layer has one A.
     layers = sum(
         name.endswith(("lora_A.default.weight", "lora_embedding_A.default")) for name, _ in adapted.named_parameters()
     )
@@ -145,6 +147,7 @@ def wrap_with_peft(
         raise AdapterError(f"the adapter does not fit this {model_word}: {error}", where=where, fix=fix) from error
     for parameter in adapted.parameters():
         if parameter.requires_grad and parameter.is_floating_point():
+            # Updates are smaller than a 16-bit weight can add (arXiv:1710.03740).
             parameter.data = parameter.data.to(torch.float32)
     return adapted
 
@@ -212,6 +215,7 @@ def _untrained_tokens(
         row_E = embedding_VE[index]
         # By the first column before whole rows: an embedding may be a gigabyte.
         near = (embedding_VE[:, 0] == row_E[0]).nonzero().squeeze(1)
+        # A row that equals another one was filled in (zeros, a mean) and never trained.
         equal = int((embedding_VE[near] == row_E).all(dim=1).sum())
         if equal > 1 or not bool(row_E.any()):
             untrained.append(str(tokenizer.convert_ids_to_tokens(index)))

@@ -63,6 +63,7 @@ def targets_are_transposed(model: PreTrainedModel, targets: list[str] | str) -> 
     """Return whether the targeted layers store their weight as [in, out] (GPT-2's Conv1D), which peft must be told."""
     from transformers.pytorch_utils import Conv1D
 
+    # peft has one setting for all layers, so it is set only where all of them are of that kind.
     kinds = {isinstance(module, Conv1D) for name, module in model.named_modules() if name and is_target(name, targets)}
     return kinds == {True}
 
@@ -94,6 +95,7 @@ def _checked_pattern(requested: str, names: Sequence[str], linear: Sequence[str]
         ) from error
     if any(pattern.fullmatch(name) for name in names):
         return requested
+    # The usual slip: a list of one name written as that name.
     if any(ends_with(name, requested) for name in names):
         fix = (
             "a single string is a regular expression over full names; "

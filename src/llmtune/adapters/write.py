@@ -89,6 +89,7 @@ def adapter_state_and_config(model: PeftModel) -> tuple[dict[str, torch.Tensor],
 def _as_json(value: object) -> object:
     """Return a JSON value with one spelling: sets and tuples as lists, enums as their value."""
     if isinstance(value, (set, frozenset)):
+        # peft keeps names in sets, whose order is another in each process: the file would never be the same twice.
         return sorted(value)
     if isinstance(value, tuple):
         return list(value)

@@ -53,6 +53,7 @@ def merge_low_rank(
     for start in range(0, weight_OI.shape[0], rows_at_once):
         rows = slice(start, start + rows_at_once)
         base = weight_OI[rows].double()
+        # In float64 the product is exact enough that the rounding below is the only one that is seen.
         tuned = torch.addmm(base, b_OR[rows].double(), a_RI, alpha=scaling)
         if magnitude_O is not None:
             tuned *= (magnitude_O[rows].double() / torch.linalg.vector_norm(tuned, dim=1)).unsqueeze(1)

@@ -87,6 +87,7 @@ class MergePlan:
         if self.trained_quantization is None or layer == name or layer not in self.quantized:
             return weight.to(self.loaded_dtype).to(torch.float32)
         is_transposed = layer in self.transposed
+        # Blocks of 64 entries are quantized along the inputs, so the orientation decides which entries share a scale.
         weight_OI = weight.T if is_transposed else weight
         held_OI = quantize_dequantize(weight_OI, self.trained_quantization, self.loaded_dtype)
         return held_OI.T if is_transposed else held_OI
@@ -103,6 +104,7 @@ def plan_merge(inputs: MergeInputs, *, dtype: torch.dtype | None, dequantize: bo
     config = read_config(inputs.base_folder)
     text = config.get_text_config()
     stored_rows = int(text.vocab_size)
+    # As in training, which gave the embedding a row for each token of the tokenizer.
     text.vocab_size = rows = max(stored_rows, max(inputs.tokenizer.get_vocab().values()) + 1)
     model = meta_model(config)
     base = open_base_weights(weight_files(inputs.base_folder), model)
@@ -112,6 +114,7 @@ def plan_merge(inputs: MergeInputs, *, dtype: torch.dtype | None, dequantize: bo
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     updates = find_weight_updates(meta_model(config), inputs.adapter, shapes)
     sources, by_weight, notes = _separate_tied_weights(model, base, updates, tensors)
+    # A head that gets values of its own must not be tied again by whoever loads the result.
     if any(name not in base.names for name in sources):
         config.tie_word_embeddings = text.tie_word_embeddings = False
     if rows > stored_rows:
@@ -180,6 +183,7 @@ def _separate_tied_weights(
         # it names.
         shared = [update for update in by_weight[embedding] if update.kind == "rows"]
         head_updates = [update for update in by_weight[head] if update.kind != "rows"] + shared
+        # Still one weight: written once, and tied in the result as it was in the base.
         if _end_equal(by_weight[embedding], head_updates, tensors):
             by_weight.pop(head, None)
             continue

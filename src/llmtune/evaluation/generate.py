@@ -151,6 +151,7 @@ def continue_ids(
     stops = set(stop_token_ids)
     answers: list[list[int]] = [[] for _ in prompts]
     with eval_mode(model), _without_generation_settings(base), _contiguous_rows_for_head(base):
+        # Inside `eval_mode`, which puts the generators back.
         torch.manual_seed(seed)
         for limit, batch in _batches(prompts, limits, batch_size):
             config = _generation_config(stop_token_ids, pad_id, limit, temperature, top_p)
@@ -221,6 +222,7 @@ def _free_context(base: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> li
 
     Raises DataError for a prompt that is empty or leaves none.
     """
+    # Some architectures (ALiBi, state spaces) have no longest sequence.
     longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:

@@ -136,6 +136,7 @@ def _metrics(sums: _Sums, total_bytes: float | None) -> dict[str, float]:
             fix="see `llmtune data preview`",
         )
     mean = sums.nats / sums.weight
+    # One division, after all sums: a mean over batches would weigh short batches too much.
     metrics = {"eval_mean_nll": mean, "eval_perplexity": _exp(mean)}
     if total_bytes:
         metrics["eval_bits_per_byte"] = sums.nats / (math.log(2) * total_bytes)
@@ -151,6 +152,7 @@ def trained_bytes(examples: ExampleSet, tokenizer: PreTrainedTokenizerFast) -> f
     total = 0.0
     for index in range(len(examples)):
         example = examples[index]
+        # In float64: the sum over many rows would lose whole bytes in float32.
         total += float(np.dot(example.weights.astype(np.float64), bytes_V[example.input_ids].astype(np.float64)))
     return total
 
@@ -167,6 +169,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int64]:
     for piece, index in vocabulary.items():
         counts[index] = piece_bytes(piece)
     for index, added in tokenizer.added_tokens_decoder.items():
+        # Added tokens are spelled as they are, without the alphabet of the other pieces.
         counts[index] = 0 if added.special else len(added.content.encode())
     counts[list(tokenizer.all_special_ids)] = 0
     return counts
@@ -175,6 +178,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> npt.NDArray[np.int64]:
 def _piece_bytes(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], int]:
     """Return the function from a piece of the vocabulary to its bytes, by the tokenizer's decoder."""
     backend = tokenizer.backend_tokenizer
+    # The library has no other way to ask a decoder for its kind.
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {}
     kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
     return len if "ByteLevel" in kinds else _sentencepiece_bytes

@@ -84,6 +84,7 @@ class Forecaster:
     @classmethod
     def for_this_machine(cls, prepared: Prepared, options: Options, devices: Devices) -> Forecaster:
         """Plans for the device of this process, and for its rank among the processes that share the run."""
+        # The machine's own free memory, measured here; another device is planned by its published size.
         target = find_target(None, no_cuda=devices.device.type == "cpu")
         return cls(prepared, options, target, world_size=devices.world_size, rank=devices.rank)
 
@@ -178,6 +179,7 @@ class Forecaster:
         A lower `data.max_length` than the run's cuts its rows as `overlong: truncate_right` would.
         """
         data = self.prepared.data.train
+        # A search for what would fit asks for shorter rows too, and must not render them again for it.
         lengths = np.minimum(np.asarray(data.lengths, dtype=np.int64), config.data.max_length)
         weights = np.asarray(data.loss_weights, dtype=np.float64)
         batches = self.batches(config)
@@ -258,6 +260,7 @@ class Forecaster:
                 attention=backend,
             )
 
+        # A model of so few blocks is traced as it is, in the same time.
         if self.shape.blocks <= TRACED_BLOCKS + 1:
             return peaks_of(self.shape.blocks)
         return extrapolate(peaks_of(TRACED_BLOCKS), peaks_of(TRACED_BLOCKS + 1), self.shape.blocks)
@@ -289,6 +292,7 @@ def _sampled_steps(batches: BatchPlan) -> range:
 @cache
 def _code_digest() -> str:
     """Digest of the code that decides a trace, and torch's version: another code may hold other tensors."""
+    # Part of every cache key: after a change of a kernel an old trace is wrong.
     digest = hashlib.sha256(torch.__version__.encode())
     package = Path(__file__).parents[1]
     for folder in ("models", "adapters", "kernels", "engine", "plan"):

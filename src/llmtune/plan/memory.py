@@ -77,7 +77,7 @@ def plan_memory(
     without a model, which counts for a CPU only. file_bytes: of the weight files.
     """
     is_cpu = kind == "cpu"
-    base = {
+    base = {  # in every moment
         "process": process_bytes if is_cpu else CUDA_CONTEXT_BYTES,
         "weights": sizes.base_bytes,
         "adapter": sizes.adapter_bytes,
@@ -85,12 +85,14 @@ def plan_memory(
     state = optimizer_bytes(optimizer, entries=sizes.trained, entry_bytes=sizes.gradient_bytes)
     # A dropped gradient lives until its weight has moved, so the update of one weight holds one of them.
     at_update = sizes.largest_gradient_bytes if gradients == "dropped" else sizes.gradient_bytes
+    # Only the worst moment counts: what one moment frees, another may take.
     moments = {
         peaks.peak_phase: {"optimizer": state, **_micro_batch_parts(sizes, peaks, gradients, kind, thread_caches)},
         "update": {"gradients": at_update, "optimizer": state},
     }
     if is_cpu:
         moments["saving"] = {"optimizer": state, "workspace": state}  # a checkpoint is written from a copy
+        # The files are mapped while their tensors are copied, so both are in memory for a moment.
         moments["loading"] = {"workspace": file_bytes}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return MemoryPlan(dict.fromkeys(PARTS, 0) | base | moments[moment], moment, batch, sizes, peaks.host_bytes)
@@ -102,6 +104,8 @@ def _micro_batch_parts(
     """Bytes by part in the worst phase of the micro-batch, beside weights and optimizer state."""
     share = SHARE_WITH_THREAD_CACHES if thread_caches and kind == "cpu" else ALLOCATOR_SHARE[kind]
     earlier = sizes.gradient_bytes if gradients == "summed" else 0
+    # Each line is a straight line of its own (`extrapolate`), so the parts are kept from adding up to more than the
+    # peak.
     made = min(peaks.peak_bytes, sizes.gradient_bytes, peaks.gradients[peaks.peak_phase])
     if gradients == "dropped":
         # One gradient at a time is alive in the backward pass; it is called so whatever phase it is in.

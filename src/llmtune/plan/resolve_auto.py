@@ -109,6 +109,7 @@ def _largest_that_fits(forecaster: Forecaster, config: Config) -> tuple[Config, 
     levels = LEVELS if forecaster.target.kind == "cuda" and not config.training.compile else LEVELS[:2]
     if config.model.gradient_checkpointing != "auto":
         levels = (config.model.gradient_checkpointing,)
+    # Less recomputation before a larger micro-batch: computing blocks twice costs more than small products do.
     sizes, target = micro_batches(config.training), forecaster.target
     budget = readable_bytes(target.budget_bytes)
     for recompute in levels:
@@ -119,6 +120,7 @@ def _largest_that_fits(forecaster: Forecaster, config: Config) -> tuple[Config, 
             return chosen, f"planned {peak} of the {budget} that may be filled on {target.name}"
     smallest = with_micro_batch(config, sizes[0], levels[-1])
     peak = readable_bytes(forecaster.memory(smallest).peak_bytes)
+    # The run is not refused: a plan may be wrong, and the message says what it found.
     return smallest, f"nothing fits: even so the plan is {peak} and {target.name} has {budget} to fill"
 
 

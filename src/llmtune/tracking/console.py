@@ -104,6 +104,7 @@ class ConsoleTracker:
         numbers = f"loss {_short(metrics.get('train_mean_nll'))} {_rate(metrics.get('tokens_per_second'))}".rstrip()
         self._progress.update(self._task, completed=step, numbers=numbers, left=f"ETA {_clock(left_s)}")
         now = time.monotonic()
+        # A tiny model makes a hundred steps a second, which no terminal can draw.
         if now - self._drawn_at >= SECONDS_BETWEEN_DRAWINGS or step >= self._info.total_steps:
             self._drawn_at = now
             self._progress.refresh()
@@ -163,6 +164,7 @@ def _make_progress(console: Console) -> Progress:
     return Progress(
         *columns,
         console=console,
+        # Its refresh thread would draw while the training computes.
         auto_refresh=False,
         expand=False,
         redirect_stdout=sys.stdout.isatty(),

@@ -86,6 +86,7 @@ class _RetryingLog:
     def _write(self) -> None:
         while self._waiting:
             self._log.append(self._waiting[0])
+            # After the write: a refused line stays first in order.
             self._waiting.popleft()
 
     def sync(self) -> None:

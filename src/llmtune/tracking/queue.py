@@ -98,6 +98,7 @@ class _Lane:
         self._hang_after_s = hang_after_s
         self._print_line = print_line
         self._calls: queue.Queue[tuple[Call, bool]] = queue.Queue(maxsize=capacity)
+        # A daemon, because a tracker that hangs must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.name}", daemon=True)
         self._busy_since: float | None = None
         self._failure: str | None = None
@@ -120,6 +121,7 @@ class _Lane:
             self._calls.put_nowait((call, False))
         except queue.Full:
             self._dropped += 1
+            # Once: a line for each dropped entry would fill the screen.
             if self._dropped == 1:
                 self._print_line(f"tracker {self._tracker.name} is too slow: entries it has no room for are dropped")
 
