@@ -223,6 +223,7 @@ def _alive(pid):
 def test_the_cache_keeps_the_sets_used_last_and_says_what_it_deletes(write, config, renderer, tmp_path, monkeypatch):
     """Never one that is in use; bounded in number and in bytes; one line."""
     monkeypatch.setattr(cache, "SETS_KEPT", 2)
+    monkeypatch.setattr(cache, "WORTH_SAYING_BYTES", 0)
     path = write("a.jsonl", ROWS)
     in_use = prepare_data(config(path, max_length=100), renderer)
     os.utime(in_use.train.store.folder, (1, 1))

@@ -7,8 +7,21 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Checkpoint", "ConfigName", "Dtype", "NoCuda", "NoCudaInTraining", "Overrides", "TrustRemoteCode"]
+__all__ = [
+    "AllowChanges",
+    "Checkpoint",
+    "ConfigName",
+    "Dtype",
+    "NoCuda",
+    "NoCudaInTraining",
+    "Overrides",
+    "TrustRemoteCode",
+]
 
+AllowChanges = Annotated[
+    bool,
+    typer.Option("--allow-changes", help="Go on although something changed that makes it another training from here."),
+]
 Checkpoint = Annotated[
     str | None,
     typer.Option(

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.options import NoCudaInTraining, TrustRemoteCode
+from llmtune.cli.options import AllowChanges, NoCudaInTraining, TrustRemoteCode
 from llmtune.cli.process import prepare_process
 from llmtune.common.offline import is_offline
 from llmtune.config.process_options import Options
@@ -22,19 +22,15 @@ def resume(
         list[str] | None,
         typer.Argument(
             metavar="RUN|KEY=VALUE",
-            help="A run's folder or name (the newest unfinished when not given), and overrides.",
+            help="A run's folder or name (the newest unfinished when not given), or one of its checkpoints; "
+            "and overrides.",
         ),
     ] = None,
     no_cuda: NoCudaInTraining = False,
     trust_remote_code: TrustRemoteCode = False,
-    allow_changes: Annotated[
-        bool,
-        typer.Option(
-            "--allow-changes", help="Go on although something changed that makes it another training from here."
-        ),
-    ] = False,
+    allow_changes: AllowChanges = False,
 ) -> None:
-    """Go on with a run from its newest valid checkpoint."""
+    """Go on with a run from its newest valid checkpoint, or from the one that is named."""
     overrides = list(arguments or [])
     # A run's folder may have `=` in its name.
     has_run = bool(overrides) and ("=" not in overrides[0] or Path(overrides[0]).exists())

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.options import ConfigName, NoCudaInTraining, Overrides, TrustRemoteCode
+from llmtune.cli.options import AllowChanges, ConfigName, NoCudaInTraining, Overrides, TrustRemoteCode
 from llmtune.cli.process import prepare_process
 from llmtune.common.folders import home_expanded
 from llmtune.common.offline import is_offline
@@ -55,6 +55,7 @@ def train(
     list_models: ListModels = False,
     start_from: From = None,
     resume_from_checkpoint: ResumeFrom = None,
+    allow_changes: AllowChanges = False,
 ) -> None:
     """Train a model: from a preset or file, with any key overridden."""
     if list_models:
@@ -63,19 +64,19 @@ def train(
         show_models()
         return
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
-    if resume_from_checkpoint is not None:
+    beside_resume = {
+        "--config": config,
+        "--model": model,
+        "--from": start_from,
+        "--samples": samples,
+        "--name": name,
+        "--output-dir": output_dir,
+    }
+    if resume_from_checkpoint is not None or allow_changes:
+        _check_resume(resume_from_checkpoint, [flag for flag, value in beside_resume.items() if value is not None])
         from llmtune.cli.resume import resume_run
 
-        given = {
-            "--config": config,
-            "--model": model,
-            "--from": start_from,
-            "--samples": samples,
-            "--name": name,
-            "--output-dir": output_dir,
-        }
-        _refuse_beside_resume([flag for flag, value in given.items() if value is not None])
-        resume_run(None, overrides or [], options, checkpoint=resume_from_checkpoint)
+        resume_run(None, overrides or [], options, allow_changes=allow_changes, checkpoint=resume_from_checkpoint)
         return
     flags = {
         "model.name": model,
@@ -111,7 +112,13 @@ def _start_flags(name: str, output_dir: str | None) -> dict[str, object]:
     return {"adapter.start_from": name, "adapter.method": "lora"}
 
 
-def _refuse_beside_resume(flags: list[str]) -> None:
+def _check_resume(checkpoint: Path | None, flags: list[str]) -> None:
+    if checkpoint is None:
+        raise UsageError(
+            "--allow-changes is for a run that goes on",
+            where="command line",
+            fix="name its checkpoint with --resume-from-checkpoint, or leave it out",
+        )
     if flags:
         raise UsageError(
             f"{' and '.join(flags)} cannot be given with --resume-from-checkpoint",

@@ -202,9 +202,16 @@ def _find_or_report(name: str, beside: Path | None, where: str, findings: Findin
         presets = sorted({*shipped_presets(), *(path.stem for path in Path("configs").glob("*.y*ml"))} - {"schema"})
         nearest = difflib.get_close_matches(name, presets, n=1, cutoff=0.5)
         hint = f"did you mean `{nearest[0]}`? " if nearest else ""
+        hint = next((f"did you mean `{other}`? " for other in _other_endings(name) if other.is_file()), hint)
         fix = f"{hint}the presets are {', '.join(presets)}" if presets else "name a YAML or JSON file"
         findings.problem(f"no preset or file `{excerpt(name)}`", where, fix)
     return path
+
+
+def _other_endings(name: str) -> list[Path]:
+    """The paths beside `name` that differ in the ending alone: `c.yaml` for `c.yml`."""
+    path = Path(name)
+    return [path.with_suffix(suffix) for suffix in SUFFIXES if path.suffix not in ("", suffix)]
 
 
 class _Files:

@@ -83,5 +83,8 @@ class ModelSource:
     @property
     def short_name(self) -> str:
         """The value of `{model}` in a run's name: the catalog name, or the last part of the path or hub id."""
-        name = self.entry.name if self.entry else Path(self.name.rstrip("/")).name
+        path = Path(self.name.rstrip("/"))
+        if re.fullmatch(r"final|best|step-\d+", path.name):  # what a run saved bears the run's name
+            path = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        name = self.entry.name if self.entry else path.name
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name.removesuffix(".gguf")).strip("-.") or "model"

@@ -44,10 +44,14 @@ def find_checkpoint(run: RunFolder, requested: Path | None) -> tuple[LoadedCheck
         return (checkpoints.load(newest) if newest is not None else None), problems
     step = requested.name.removeprefix("step-")
     if not step.isdigit():
+        saved = [checkpoint.path.name for checkpoint in checkpoints.all_checkpoints(run)]
+        is_model = requested.name in (BEST, FINAL)
         raise CheckpointError(
-            f"`{requested.name}` is not the name of a checkpoint",
+            f"`{requested.name}` holds the model alone, and going on needs the state of the optimizer too"
+            if is_model
+            else f"`{requested.name}` is not the name of a checkpoint",
             str(requested),
-            "name a folder such as checkpoints/step-000100",
+            f"name one of {run.checkpoints}: {', '.join(saved)}" if saved else "this run has saved no checkpoint",
         )
     checkpoint = checkpoints.checkpoint_of(run, int(step))
     problems = checkpoints.verify(checkpoint, run_id=run.run_id)

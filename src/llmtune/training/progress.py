@@ -31,6 +31,7 @@ __all__ = [
     "final_lines",
     "print_decisions",
     "print_difference",
+    "print_length",
     "print_preflight",
     "print_result",
     "print_resume",
@@ -128,15 +129,28 @@ def print_setup(setup: TrainingSetup, tracker_decisions: Iterable[Decision], pri
 
 
 def print_resume(
-    run: RunFolder, loaded: LoadedCheckpoint | None, problems: Iterable[Problem], print_line: PrintLine
+    run: RunFolder,
+    loaded: LoadedCheckpoint | None,
+    problems: Iterable[Problem],
+    print_line: PrintLine,
+    *,
+    newest_step: int | None = None,
 ) -> None:
-    """Print where a run goes on, what was cleaned up and which checkpoints were damaged."""
+    """Print where a run goes on, what was cleaned up and which checkpoints were damaged.
+
+    newest_step: of the newest checkpoint, where another one was asked for.
+    """
     for line in run.removed:
         print_line(f"cleaned up: {line}")
     for problem in problems:
         print_line(f"warning: {problem}")
     if loaded is None:
         print_line(f"{run.name}: no checkpoint was saved yet; training from step 1")
+    elif newest_step is not None and newest_step > loaded.step:
+        print_line(
+            f"{run.name}: going back from step {newest_step} to step {loaded.step}, and on from there; "
+            "later checkpoints are replaced when their step comes"
+        )
     elif run.info["state"] == "finished":
         print_line(
             f"{run.name}: finished after step {loaded.step} already; "
@@ -144,6 +158,12 @@ def print_resume(
         )
     else:
         print_line(f"{run.name}: going on after step {loaded.step}")
+
+
+def print_length(done: int, total: int, print_line: PrintLine) -> None:
+    """Print that a resumed run is as long as, or longer than, its config now asks for."""
+    if done > total:
+        print_line(f"the run is {total:,} steps long now, and {done:,} are done: none is left to train")
 
 
 def print_difference(difference: Difference, print_line: PrintLine) -> None:

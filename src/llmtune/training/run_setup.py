@@ -29,7 +29,7 @@ from llmtune.runs.identity import Identity, compare, describe_machine, refuse_ch
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.build import TrainingSetup
 from llmtune.training.checkpointer import find_checkpoint
-from llmtune.training.progress import print_difference, print_resume
+from llmtune.training.progress import print_difference, print_length, print_resume
 
 __all__ = ["StoppedRun", "check_name", "compare_identity", "create", "identity_of", "open_stopped", "run_info"]
 
@@ -85,7 +85,8 @@ def open_stopped(path: Path, checkpoint: Path | None, devices: Devices, print_li
         nonlocal loaded
         assert folder is not None, "the main process has opened it"
         loaded, problems = find_checkpoint(folder, checkpoint)
-        print_resume(folder, loaded, problems, print_line)
+        newest = checkpoints.all_checkpoints(folder)[-1].step if checkpoint is not None else None
+        print_resume(folder, loaded, problems, print_line, newest_step=newest)
 
     try:
         devices.on_main(find)
@@ -114,6 +115,8 @@ def compare_identity(
     allowed = refuse_changes(differences, where=str(stopped.path), allow_changes=allow_changes)
     for difference in allowed:
         print_difference(difference, print_line)
+    if stopped.loaded is not None:
+        print_length(stopped.loaded.step, setup.batches.total_steps, print_line)
 
 
 def with_open_values(earlier: Identity, now: Identity, requested: Config) -> dict[str, Any]:

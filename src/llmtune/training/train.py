@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llmtune.adapters.find import run_of
 from llmtune.common.decisions import Decision
 from llmtune.common.printing import PrintLine, silent
 from llmtune.common.secrets import find_secrets
@@ -25,6 +26,7 @@ from llmtune.plan.resolve_auto import keep_resolved, resolve_on_all_ranks, resol
 from llmtune.plan.summary import Plan, make_plan
 from llmtune.prepare import prepare
 from llmtune.runs.folder import config_file_of, resolve_run
+from llmtune.runs.run_file import RUN_FILE
 from llmtune.runs.signals import StopRequest
 from llmtune.tracking.choose import choose_trackers
 from llmtune.training import run_setup
@@ -91,12 +93,15 @@ def find_run(
 ) -> tuple[ResolvedConfig, Continuation]:
     """Find the run to go on with, and read its config with the overrides on top.
 
-    Raises CheckpointError where there is none, ConfigError for a config that cannot be read.
+    `name` may be a checkpoint's folder too. Raises CheckpointError where there is none, ConfigError for a config that
+    cannot be read.
     """
     # Every process finds it by itself: the main one locks it only after all of them have met.
     only = [override for override in overrides if override.startswith("run.output_dir=")]  # the rest is for the run
     output_dir = load_config(None, overrides=only).config.run.output_dir
-    path = checkpoint.parent.parent if checkpoint else resolve_run(name, output_dir)
+    if name is not None and checkpoint is None and not (Path(name) / RUN_FILE).is_file() and run_of(Path(name)):
+        checkpoint = Path(name)  # RUN/checkpoints/step-N names run and checkpoint at once
+    path = checkpoint.absolute().parent.parent if checkpoint else resolve_run(name, output_dir)
     # Without the environment: the run goes on as it began, whatever this shell sets.
     resolved = load_config(str(config_file_of(path)), overrides=overrides, environ={})
     return resolved, Continuation(path, checkpoint, allow_changes)

@@ -34,6 +34,9 @@ from llmtune.errors import MachineError, in_one_line
 
 __all__ = ["cache_key", "code_digest", "open_or_build"]
 
+WORTH_SAYING_BYTES = 1_000_000
+"""Deleting less than this is not worth a line in every command."""
+
 SETS_KEPT = 24
 """Sets of tokenized rows that the cache keeps at most: those used last."""
 
@@ -161,7 +164,7 @@ def _prune(parent: Path) -> list[Decision]:
             with contextlib.suppress(MachineError):
                 if durable.delete_unless_locked(folder, durable.MANIFEST):
                     deleted, freed = deleted + 1, freed + size
-    if not deleted:
+    if not deleted or freed < WORTH_SAYING_BYTES:
         return []
     choice = f"{deleted} older set{'s' * (deleted > 1)} of rows deleted ({readable_bytes(freed)})"
     reason = f"the {SETS_KEPT} used last are kept, of at most {BYTES_KEPT / 1e9:,.0f} GB together"

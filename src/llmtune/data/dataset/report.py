@@ -65,6 +65,8 @@ def _lengths(lengths_N: npt.NDArray[np.int64], max_length: int) -> JsonObject:
 def histogram(lengths_N: npt.NDArray[np.int64]) -> list[dict[str, int]]:
     """Count examples by length, int64 [N], in at most 12 bins of one round width; the counts add up to N.
 
+    The bins go from the shortest example to the longest.
+
     >>> [tuple(interval.values()) for interval in histogram(np.array([1, 9, 10, 19]))]
     [(0, 4, 1), (5, 9, 1), (10, 14, 1), (15, 19, 1)]
     """
@@ -73,7 +75,9 @@ def histogram(lengths_N: npt.NDArray[np.int64]) -> list[dict[str, int]]:
     width = max(width, 5)
     counts = np.bincount(lengths_N // width).tolist()
     return [
-        {"from": index * width, "to": (index + 1) * width - 1, "examples": count} for index, count in enumerate(counts)
+        {"from": index * width, "to": (index + 1) * width - 1, "examples": count}
+        for index, count in enumerate(counts)
+        if index >= lengths_N.min() // width
     ]
 
 

@@ -187,7 +187,10 @@ def _whole_files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[
         return [_data_file(file, source, index) for file in _matches(path, source)]
     # A name with the ending of a file is a file that is missing, never the name of a data set to be downloaded.
     if kind_of_file(path) is not None or not _DATASET_NAME.fullmatch(source.path):
+        names = [name.strip() for name in source.path.split(",")]
         fix = f"check the path; it is taken from the working folder{_near_name(path)}"
+        if len(names) > 1 and all(kind_of_file(Path(name)) is not None for name in names):
+            fix = f"write several as a list: 'data.{purpose}=[{','.join(names)}]'"
         raise _SourceError((f"there is no file {source.path!r}", fix))
     return [_hub_dataset(source, index, purpose)]
 
