@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from llmtune.errors import AdapterError, Problem
 
@@ -61,8 +62,6 @@ def check_modules_to_save(model: PreTrainedModel, requested: Sequence[str]) -> N
 
 def targets_are_transposed(model: PreTrainedModel, targets: list[str] | str) -> bool:
     """Return whether the targeted layers store their weight as [in, out] (GPT-2's Conv1D), which peft must be told."""
-    from transformers.pytorch_utils import Conv1D
-
     # peft has one setting for all layers, so it is set only where all of them are of that kind.
     kinds = {isinstance(module, Conv1D) for name, module in model.named_modules() if name and is_target(name, targets)}
     return kinds == {True}
@@ -118,8 +117,6 @@ def _no_match(requested: str, linear: Sequence[str]) -> Problem:
 
 def _linear_names(model: PreTrainedModel) -> Iterator[str]:
     """Yield the full names of the language model's linear layers; output head and other towers are left out."""
-    from transformers.pytorch_utils import Conv1D
-
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not _OTHER_TOWERS.search(name):

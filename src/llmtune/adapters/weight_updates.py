@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapters.attach import wrap_with_peft
 from llmtune.adapters.config_file import read_adapter_config
@@ -136,8 +137,6 @@ def _updates_of(full_name: str, module: nn.Module, shapes: _Shapes, where: str) 
 def _low_rank(
     name: str, full_name: str, module: Linear | Embedding, shapes: _Shapes, where: str
 ) -> Iterator[WeightUpdate]:
-    from transformers.pytorch_utils import Conv1D
-
     base = module.get_base_layer()
     is_embedding = isinstance(base, nn.Embedding)
     ends = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmtune.common.dtypes import torch_dtype
 from llmtune.errors import ModelError
@@ -109,8 +110,6 @@ def _stored_tensors(files: Sequence[Path]) -> Iterable[_StoredTensor]:
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model of this config on the meta device: classes, names and shapes without any numbers."""
-    from transformers import AutoModelForCausalLM
-
     # Without numbers a model of 8B parameters takes a few megabytes, and its names and shapes are all that is needed.
     with torch.device("meta"), quiet_libraries():
         return AutoModelForCausalLM.from_config(config)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmtune.errors import CheckpointError
 from llmtune.models.quiet_libraries import quiet_libraries
@@ -132,8 +133,6 @@ def reloaded_logits(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Tens
 
     Raises CheckpointError for a missing or unexpected weight.
     """
-    from transformers import AutoModelForCausalLM
-
     from_pretrained: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
     with quiet_libraries():
         model, info = from_pretrained(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from llmtune.adapters.load import read_adapter_tensors
 from llmtune.adapters.weight_updates import WeightUpdate, find_weight_updates
@@ -147,8 +148,6 @@ def _embedding_names(model: PreTrainedModel) -> set[str]:
 
 
 def _transposed_layers(model: PreTrainedModel) -> set[str]:
-    from transformers.pytorch_utils import Conv1D
-
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 

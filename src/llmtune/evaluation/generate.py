@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from llmtune.data.example import Message
 from llmtune.errors import DataError
@@ -21,7 +22,7 @@ from llmtune.models.parameters import base_model_of, eval_mode
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = ["Answer", "Prompt", "PromptRenderer", "TextPrompt", "continue_ids", "generate"]
 
@@ -176,8 +177,6 @@ def _batches(
 def _generation_config(
     stop_token_ids: Sequence[int], pad_id: int, max_new_tokens: int, temperature: float, top_p: float
 ) -> GenerationConfig:
-    from transformers import GenerationConfig
-
     # top_k=0 draws from all tokens that top_p leaves; transformers' own default is 50.
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
@@ -238,8 +237,6 @@ def _free_context(base: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> li
 @contextmanager
 def _without_generation_settings(base: PreTrainedModel) -> Iterator[None]:
     """Set aside the model's own generation settings, which transformers takes for every open key (penalties, ...)."""
-    from transformers import GenerationConfig
-
     settings = base.generation_config
     base.generation_config = GenerationConfig()
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from llmtune.common.decisions import Decision
 from llmtune.common.dtypes import torch_dtype
@@ -208,8 +209,6 @@ def _from_scratch(
 
 
 def _load_pretrained(folder: Path, device: torch.device, attention: str, options: dict[str, Any]) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     where = str(folder)
     # Straight to the device: a copy on the CPU first would take the memory of the model twice.
     if "quantization_config" in options or device.type != "cpu":

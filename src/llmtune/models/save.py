@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from llmtune import durable
 from llmtune.errors import CheckpointError, Problem
 from llmtune.models.parameters import trained_parameters
@@ -17,7 +19,6 @@ from llmtune.models.quiet_libraries import translate_save_errors
 from llmtune.models.scan import read_json_file
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = [
@@ -84,8 +85,6 @@ def restore_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor])
     tensors: by parameter name, as `write_weights` wrote them. Raises CheckpointError unless names, shapes and types are
     exactly those of the model's trained weights.
     """
-    import torch
-
     parameters = trained_parameters(model)
     problems = [
         Problem(f"the weight `{name}` is missing in the checkpoint")
