@@ -207,7 +207,7 @@ def _untrained_tokens(
 
     Published models have such rows for tokens they were never trained on (`<|eot_id|>` of a base model).
     """
-    embedding_VE = model.get_input_embeddings().weight
+    embedding_VE = cast("torch.Tensor", model.get_input_embeddings().weight)
     if tokenizer is None or not ids or embedding_VE.is_meta:
         return []
     untrained = []

@@ -78,7 +78,7 @@ def train(
 
         resume_run(None, overrides or [], options, allow_changes=allow_changes, checkpoint=resume_from_checkpoint)
         return
-    flags = {
+    flags: dict[str, object] = {
         "model.name": model,
         "data.max_samples": samples,
         "tracking.project": project,

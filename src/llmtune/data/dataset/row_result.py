@@ -97,8 +97,8 @@ def process_record(
         problem = f"{error.problem} (`columns` reads it from {column!r})" if column else error.problem
         return RowResult(file_index, record.number, "bad", Reason(problem, error.field, error.fix))
     except DataError as error:
-        problem = error.problems[0]
-        return RowResult(file_index, record.number, "bad", Reason(problem.problem, None, problem.fix))
+        refusal = error.problems[0]
+        return RowResult(file_index, record.number, "bad", Reason(refusal.problem, None, refusal.fix))
     lost = next((warning for warning in rendered.warnings if warning.code == "not-rendered"), None)
     if lost is not None:
         fix = "set `model.chat_template` to a template that renders it, or take it out of the row"

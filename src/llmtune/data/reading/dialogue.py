@@ -52,11 +52,11 @@ def messages_of_text(text: str, roles: Mapping[str, str]) -> list[dict[str, obje
             continue
         ends = [*(mark.start() for mark in marks[1:]), len(text)]
         head = text[: marks[0].start()].strip()
-        turns = [
+        turns: list[dict[str, object]] = [
             {"role": known[mark.group(1).lower()], "content": _END_MARKS.sub("", text[mark.end() : end]).strip()}
             for mark, end in zip(marks, ends, strict=True)
         ]
-        return [*([{"role": "system", "content": head}] if head else []), *turns]
+        return [{"role": "system", "content": head}, *turns] if head else turns
     return None
 
 

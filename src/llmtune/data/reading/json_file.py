@@ -183,13 +183,15 @@ def json_kind(stream: IO[bytes], kind: str) -> str:
     line, _, rest = head.partition(b"\n")
     on_line = _value_at_start(line)
     is_line = on_line is not None and not line[on_line[1] :].strip(_SPACE + b",")
-    if is_line and rest.strip() and (isinstance(on_line[0], dict) or is_conversation(on_line[0]) or kind != ".json"):
+    value = on_line[0] if on_line is not None else None
+    if is_line and rest.strip() and (isinstance(value, dict) or is_conversation(value) or kind != ".json"):
         return ".jsonl"
     if head[:1] == b"[":
-        if is_line and kind != ".json" and is_conversation(on_line[0]):
+        if is_line and kind != ".json" and is_conversation(value):
             return kind
         element = _value_at_start(head[1:].lstrip(_SPACE))
-        is_message = element is not None and is_conversation([element[0]]) and element[0].keys() <= _MESSAGE_KEYS
+        first = element[0] if element is not None else None
+        is_message = isinstance(first, dict) and is_conversation([first]) and first.keys() <= _MESSAGE_KEYS
         return "json conversation" if is_message else ".json"
     if head[:1] != b"{":
         return kind
