@@ -69,6 +69,7 @@ class Trainer:
         self._metrics = tuple(metrics)
         self._print_line = print_line
         self._stop = StopRequest()
+        # Opened late: making a trainer in a notebook must neither load a model nor lock a folder.
         self._open: Callable[[], TrainingRun] = lambda: training.open_run(
             resolved, self._options, self._stop, print_line=print_line
         )
@@ -86,6 +87,7 @@ class Trainer:
         Raises ConfigError when the config of the folder cannot be read; the first call of a method raises
         CheckpointError when no checkpoint can be used.
         """
+        # A folder as given wins over the name of a run.
         folder = Path(run) if (Path(run) / "config.yaml").is_file() else Path("runs") / run
         trainer = cls(load_config(str(folder / "config.yaml"), environ={}), **keywords)
 
@@ -176,6 +178,7 @@ class Trainer:
         if self._session is None or self._ended:
             return
         running = self._running()
+        # Closing the generator saves the run at its step, as leaving the loop does.
         if running is not None:
             running.close()
         if not self._ended:  # opened by another method than `steps`

@@ -37,6 +37,7 @@ def message(error: LlmtuneError) -> str:
         lines += [f"  fix: {problem.fix}"] if problem.fix else []
         return "\n".join(lines)
     lines = [f"error: {len(problems)} problems"]
+    # Only neighbours share a fix: sorting would take the problems out of the order of the file.
     for fix, alike in itertools.groupby(problems, key=lambda row: row.fix):
         group = [f"  {row.where}: {row.problem}" if row.where else f"  {row.problem}" for row in alike]
         lines += group
@@ -74,6 +75,7 @@ def _another_prints(error: LlmtuneError) -> bool:
 
 def report_crash(error: BaseException, arguments: Sequence[str], *, debug: bool = False) -> int:
     """Write the traceback of a bug to a file, print where it is, and return exit code 1."""
+    # People paste crash files into public issues.
     text = redacted(crash_text(error, arguments))
     summary = redacted("".join(traceback.format_exception_only(error)).strip().splitlines()[-1])
     path = _write_crash(text)
@@ -99,6 +101,7 @@ def crash_text(error: BaseException, arguments: Sequence[str]) -> str:
 def _write_crash(text: str) -> Path | None:
     name = f"crash-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     temporary = Path(tempfile.gettempdir())
+    # The second is for a home folder that is full or read-only, which may be what crashed.
     for folder in (state_folder() or temporary / "llmtune", temporary):
         try:
             durable.make_folder(folder)

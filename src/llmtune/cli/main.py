@@ -157,6 +157,7 @@ class LazyGroup(TyperGroup):
 
     def parse_args(self, ctx: Click, args: list[str]) -> list[str]:
         """Answer a bare `llmtune` or `llmtune config` with its help."""
+        # Without this a bare group would be a usage error, and the help is what such a user needs.
         unparsed: list[str] = super().parse_args(ctx, args or ["--help"])
         return unparsed
 
@@ -167,6 +168,7 @@ class LazyGroup(TyperGroup):
             UsageError: there is none; names the nearest one.
         """
         name = args[0]
+        # Before click looks, which would answer without the nearest name.
         if not name.startswith("-") and name not in self.names():
             raise unknown_command(self.prefix, name, self.names())
         return super().resolve_command(ctx, args)
@@ -190,6 +192,7 @@ class OnceOnlyCommand(TyperCommand):
 
     def parse_args(self, ctx: Click, args: list[str]) -> list[str]:
         """Parse the arguments. Raises UsageError for a repeated option that takes one value."""
+        # A first parsing only for the order of options, which the result no longer holds.
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for parameter in self.params:
             is_single = parameter.param_type_name == "option" and not (
@@ -234,6 +237,7 @@ def _load(row: Command) -> Click:
     command = typer.main.get_command(app)
     names = {option for parameter in command.params for option in parameter.opts}
     for parameter in _switches_everywhere():
+        # A command that has the option itself keeps its own.
         if not names & set(parameter.opts):
             command.params.append(parameter)
     return command
@@ -290,6 +294,7 @@ def build(commands: tuple[Command, ...] = COMMANDS) -> Click:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run llmtune; always ends in `SystemExit` with one of the documented exit codes."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # After `--` every word is data: a prompt may be `--offline`.
     before_dashes = words[: words.index("--")] if "--" in words else words
     escape_unencodable_output()
     forbid_telemetry()
@@ -312,8 +317,10 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
                     outcome = context.command.invoke(context)
             except typer.Exit as end:
                 outcome = end.exit_code
+        # bool is an int: a command that returned False has not asked for exit code 0.
         code = outcome if isinstance(outcome, int) and not isinstance(outcome, bool) else 0
         if sys.stdout is not None:
+            # Here, where a closed pipe is still caught, and not while Python ends.
             sys.stdout.flush()
     except LlmtuneError as error:
         code = report_error(error, debug=debug)
@@ -327,6 +334,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except Exception as error:  # noqa: BLE001 - the one place where anything becomes a message and an exit code
         if isinstance(error, _CLICK_ERROR):
             code = report_error(usage_error(error, arguments, (row.words for row in COMMANDS)), debug=debug)
+        # Not our bug: the machine is full, and a crash file would hide that.
         elif isinstance(error, MemoryError) or getattr(error, "errno", None) in _MACHINE_ERRORS:
             _discard_output()
             code = report_error(_machine(error), debug=debug)

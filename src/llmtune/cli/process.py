@@ -36,10 +36,12 @@ def prepare_process(*, trains: bool = False) -> None:
     libraries cannot work.
     """
     check_surroundings()
+    # Before torch is imported: OpenMP reads its variables when it is loaded.
     limit_spinning()
     bound_kernel_caches()
     if trains:
         tune_allocator()
+    # Its threads do not survive the fork of a data worker, and it warns at each one.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -58,6 +60,7 @@ def _import_libraries() -> None:
     from llmtune.runs.signals import deferred_signals
 
     with deferred_signals(), garbage_collection_paused():
+        # A signal in the middle of an import would leave half a library behind.
         importlib.import_module(LIBRARY)
         gc.freeze()
 

@@ -90,6 +90,7 @@ class _Reader:
         """Take every key of a table; `prefix` is the dotted name of its section."""
         for entry in table.entries:
             key = f"{prefix}.{entry.key}" if prefix else entry.key
+            # `extends` was followed before; `x-` keys are the user's own place for YAML anchors.
             if key == "extends" or (not prefix and entry.key.startswith("x-")):
                 continue
             self.entry(key, entry)
@@ -98,6 +99,7 @@ class _Reader:
         """Read one key: one of ours, a section, a secret, another toolkit's, or unknown. Problems go to `findings`."""
         value, origin = entry.value, entry.origin
         leaf = key.rpartition(".")[2]
+        # The order of these tests decides: a known key is never taken for a secret or another toolkit's.
         if key in LEAVES:
             self.settle(key, key, value, origin)
         elif key in SECTIONS:
@@ -153,6 +155,7 @@ class _Reader:
                 )
                 continue
             self.settle(change.key, written, change.value, origin, change.weak)
+        # Only a plain renaming is told as one ("is called"); everything else shows what became of the value.
         strong = [change for change in changes if not change.weak and "[" not in change.key]
         if len(strong) == 1 and strong[0].value is value:
             self.findings.note(f"{origin.where}: `{excerpt(written)}` is called `{strong[0].key}` here")
@@ -173,6 +176,7 @@ class _Reader:
             self.findings.note(f"{origin.where}: `{key}: {shown(value)}` is written `{shown(spelling)}` here")
             value = spelling
         if _holds_secret(value):
+            # Without the value, which would end up in a log.
             self.findings.problem(f"`{excerpt(written)}` holds what looks like a secret", origin.where, _FIX_SECRET)
             self.findings.failed.add(key)
             return
@@ -199,6 +203,7 @@ class _Reader:
     def keep(self, key: str, setting: Setting) -> None:
         """Keep a setting; a weak one gives way, and two that differ are a problem."""
         before = self.settings.get(key)
+        # Weak: what another toolkit's name implies beside its own key, such as LoRA from `lora_r`.
         if before is None or (before.weak and not setting.weak):
             self.settings[key] = setting
         elif setting.weak or before.value == setting.value:

@@ -89,6 +89,7 @@ def _union(node: Node, declared: object) -> object:
     options = get_args(declared)
     if NoneType in options and isinstance(node, Scalar) and node.is_null:
         return None
+    # null was answered above; here it would only appear in the message.
     options = tuple(option for option in options if option is not NoneType)
     if len(options) == 1:
         return convert(node, options[0])  # its own mismatch is more precise than one of the union

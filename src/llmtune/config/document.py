@@ -167,6 +167,7 @@ def parse_yaml(text: str, origin_of: Callable[[int], Origin], problems: list[Pro
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
     composer = _Composer(origin_of, problems)
     try:
+        # Events and not objects: PyYAML's objects know neither their line nor that a key came twice.
         return composer.document(yaml.parse(text, Loader=loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -229,6 +230,7 @@ class _Composer:
         self._check_tag(tag, origin)
         anchor = getattr(event, "anchor", None)
         if anchor:
+            # Open until its value is complete: an alias to it inside would be a circle.
             self.open_anchors.add(anchor)
         node: Node
         if isinstance(event, yaml.ScalarEvent):
@@ -237,6 +239,7 @@ class _Composer:
             node = self._listing(stream, origin, depth)
         else:
             node = self._table(stream, origin, depth)
+        # A few lines of nested aliases expand to billions of values (the billion laughs attack).
         if node.size > MAX_EXPANDED:
             raise Unreadable("aliases expand this value beyond all bounds", origin.where, "write it out")
         if anchor:
@@ -297,6 +300,7 @@ class _Composer:
             else:
                 # The value of an alias has the origin of its anchor: there it is written.
                 entries[key.text] = Entry(key.text, value, key.origin)
+        # After the mapping's own keys, which win over merged ones wherever `<<` is written.
         for source in merged:
             if not isinstance(source, Table):
                 self.problems.append(Problem(f"`<<` needs a mapping, not `{shown(source)}`", source.origin.where))
@@ -312,6 +316,7 @@ def from_python(value: object, origin: Origin) -> Node:
     """Turn a plain Python value (of a flag or a dict) into a tree in which every node has the same origin."""
     if value is None:
         return Scalar("null", True, origin)
+    # Before the numbers: a bool is an int in Python.
     if isinstance(value, bool):
         return Scalar("true" if value else "false", True, origin)
     if isinstance(value, dict):

@@ -123,6 +123,7 @@ def _choose_format(output: Path, requested: Format | None) -> Format:
     if requested is None:
         return "gguf" if is_file else "safetensors"
     assert requested in get_args(Format)
+    # A folder called model.gguf, or a file without an ending, would surprise the program that opens it.
     if is_file != (requested == "gguf"):
         fix = "name a file that ends in .gguf" if requested == "gguf" else "name a folder"
         raise UsageError(f"--format {requested} does not go with the output `{output}`", where="--output", fix=fix)
@@ -163,6 +164,7 @@ def _export_gguf(request: _Request) -> ExportReport:
         request.print_line("reading the file back and comparing it with its source")
         empty_folder = path.parent / "nothing"
         durable.make_folder(empty_folder)
+        # An empty folder stands for the model's, so that nothing beside the file can make the comparison pass.
         model, tokenizer = read_gguf(path, empty_folder)
         refuse_other_ids(model_folder.tokenizer, tokenizer, normalizes=vocabulary.normalizes)
         prompts = probe_prompts(model_folder.tokenizer, model_folder.rows)

@@ -85,6 +85,7 @@ def write_gguf(model_folder: ModelFolder, path: Path, *, dtype: torch.dtype | No
             gguf_names[weight], shape, np.dtype(kind.numpy), size, raw_dtype=gguf.GGMLQuantizationType[kind.name]
         )
     try:
+        # Header and sizes first, then one weight at a time: the file never has to fit into memory.
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -160,6 +161,7 @@ def _gguf_names(model_folder: ModelFolder, architecture: GgufArchitecture) -> di
     """Return name in the model -> name in the file. Raises ModelError for a weight without one."""
     import gguf
 
+    # The package names architectures by number.
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = gguf.get_tensor_name_map(number, model_folder.config.num_hidden_layers)
     gguf_names = {weight: names.get_name(weight, try_suffixes=(".weight", ".bias")) for weight in model_folder.names}
@@ -194,6 +196,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model_folde
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
     writer.add_token_merges(vocabulary.merges)
+    # llama.cpp stops at both, so an answer ends though the template closes turns with another token than EOS.
     end_of_turn = next((token for token in model_folder.stop_token_ids if token != tokenizer.eos_token_id), None)
     for add, index in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),

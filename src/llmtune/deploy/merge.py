@@ -88,12 +88,14 @@ def merge_lora(
     inputs = find_merge_inputs(source, base, offline=offline)
     print_line(f"merging {inputs.adapter} into {inputs.base_name}")
     plan = plan_merge(inputs, dtype=None if dtype is None else torch_dtype(dtype), dequantize=base is None)
+    # Before anything is written: an adapter on another base gives a model that answers nonsense fluently.
     base_digest = _checked_digest(inputs, plan)
     durable.prepare_target(output, print_line)
     with durable.commit_folder(output, replace=False) as staging:
         statistics = write_merged(plan, inputs, staging)
         prompts = probe_prompts(inputs.tokenizer, plan.rows, plan.trained_rows)
         print_line(f"comparing the result with base + adapter on {len(prompts)} prompts")
+        # From the files and by plain transformers, as a user will load it.
         merged = reloaded_logits(staging, prompts)
         report = _report(inputs, plan, statistics, prompts, merged, base_digest=base_digest, dtype=dtype)
         refuse_if_different(

@@ -156,6 +156,7 @@ class _Campaign:
         deaths: list[Death] = []
         while True:
             before = trace_of(run)
+            # Uniform over the expected life, so that no moment is left out for good.
             kill_after_s = float(self._random.uniform(0, self._expected_s(run))) if len(deaths) < kills else None
             # After a crash a user types the same command again where there is no run yet, otherwise `resume`.
             if before.is_run:
@@ -167,6 +168,7 @@ class _Campaign:
             phase = phase_between(before, trace_of(run), steps=self._steps)
             deaths.append(Death(life, "resume" if before.is_run else "train", f"after {kill_after_s:.2f} s", phase))
         outcome = self._judge(run, end)
+        # Those that differ stay, to be looked at.
         if outcome == "identical":
             durable.remove_tree(run)
         return [replace(death, outcome=outcome) for death in deaths]

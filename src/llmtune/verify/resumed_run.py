@@ -45,6 +45,7 @@ def verify_resume(
     stopped, verdict = folder / "stopped", Verdict("resume")
     command = [*train, *shared, "run.name=stopped"]
     for kill in range(kills):
+        # Evenly spread over the steps.
         lines = 1 + (kill + 1) * steps // (kills + 1)
         killed = _kill_at(command, stopped / "metrics.jsonl", lines)
         verdict.add(f"kill -9 number {kill + 1} met a running training", f"after {lines} lines of metrics", killed)
@@ -70,6 +71,7 @@ def _kill_at(arguments: Sequence[str], metrics: Path, lines: int) -> bool:
         while child.poll() is None and time.monotonic() < deadline:
             if metrics.is_file() and metrics.read_bytes().count(b"\n") >= lines:
                 break
+            # A step of the smallest model takes a few milliseconds.
             time.sleep(0.005)
         if child.poll() is None:
             os.kill(child.pid, signal.SIGKILL)

@@ -74,8 +74,10 @@ def run_forked(
         if done:
             with os.fdopen(reader, "rb") as message:
                 return ProcessEnd(os.waitstatus_to_exitcode(status), message.read().decode("utf-8", "replace"), lived_s)
+        # Short naps, because a kill must come within milliseconds of its moment.
         time.sleep(max(0.0, min(0.002, end_s - lived_s)))
     os.kill(child, signal.SIGKILL)
+    # It may have ended by itself in this very moment; then the status says so.
     _, status = os.waitpid(child, 0)
     os.close(reader)
     if kill_after_s is None:
@@ -87,6 +89,7 @@ def run_command(arguments: Sequence[str], *, kill_after_s: float | None = None) 
     """Run `llmtune` with `arguments` in a new process; with `kill_after_s` it gets SIGKILL when it lives that long."""
     begin = time.monotonic()
     with (
+        # A file and not a pipe, which fills up when nobody reads it, and then the process hangs.
         tempfile.TemporaryFile() as stderr,
         subprocess.Popen(
             llmtune_command(arguments), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr

@@ -106,10 +106,12 @@ def open_or_build(
     if folder is None:
         decide("in memory", "there is no home folder to keep tokenized rows in")
         return _build_in_memory(files, results()), decisions
+    # 160 bits of the digest: short enough for file systems that limit paths, and no two inputs will share it.
     target = folder / "rows" / key[:40]
     try:
         lock = _lock(target)
         if lock is not None:
+            # Every byte is read: a flipped bit in a token id would train another model without a word.
             problems = durable.verify_manifest(target)
             if not problems:
                 _touch(target)
@@ -117,6 +119,7 @@ def open_or_build(
                 return _open(target, files, lock), decisions
             decide("made again", f"the cached rows are damaged: {problems[0].problem}")
         durable.make_folder(target.parent)
+        # Of a process that was killed while it tokenized.
         durable.remove_leftovers(target.parent)
         _build(target, key, results())
         store = _open(target, files, _lock(target))  # pruning deletes only folders that are not locked
@@ -185,6 +188,7 @@ def _words(builder: StoreBuilder, results: Iterable[RowResult]) -> Iterator[byte
     pending = bytearray()
     for result in results:
         pending += builder.add(result)
+        # A write for each row would be a call of the system for each row.
         if len(pending) >= 2**20:
             yield bytes(pending)
             pending.clear()
