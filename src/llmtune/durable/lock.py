@@ -50,6 +50,7 @@ class FileLock:
             if not _try_lock(self._descriptor, _TIMEOUT_S):
                 raise _in_use(self.path, subject, _owner(self._descriptor))
             with translate_os_errors("lock", self.path):
+                # Written only for the message of others; the lock itself is the system's and ends with the process.
                 call("truncate", self._descriptor, 0)
                 write_fully(self._descriptor, json.dumps({"pid": os.getpid(), "machine": gethostname()}).encode())
         except BaseException:  # whatever happened, nobody else knows this descriptor
@@ -123,6 +124,7 @@ def delete_unless_locked(folder: Path, name: str) -> bool:
 
 
 def _try_lock(descriptor: int, timeout_s: float) -> bool:
+    # Tried again and again, because flock has no time limit of its own.
     deadline = time.monotonic() + timeout_s
     while True:
         with contextlib.suppress(BlockingIOError):

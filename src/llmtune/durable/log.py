@@ -31,6 +31,7 @@ class AppendLog:
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             self._descriptor: int | None = call("open", os.fspath(self.path), flags, 0o666)
             if is_new:
+                # Or a power loss could take the name of the file with all its lines.
                 sync_folder(self.path.parent)
         self.lines = 0
         """Lines in the file."""

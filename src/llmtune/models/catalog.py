@@ -43,6 +43,7 @@ def resolve(
     """
     rows = catalog(environ)
     name = name.strip()
+    # As written first: a user's own row may differ from an alias only in case.
     entry = rows.get(name) or rows.get(ALIASES.get(name.lower(), name.lower()))
     if entry is not None:
         source = _from_entry(entry, name, offline=offline, environ=environ)
@@ -89,6 +90,7 @@ def availability(entry: CatalogEntry, environ: Mapping[str, str] = os.environ) -
 
 def in_hub_cache(hub_id: str, environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether the hub cache (HF_HUB_CACHE, HF_HOME) holds a snapshot of this hub id with a config.json."""
+    # The rules of huggingface_hub, without its import.
     home = Path(environ.get("HF_HOME") or (user_cache_folder(environ) or Path()) / "huggingface")
     cache = Path(environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
     return any((cache / f"models--{hub_id.replace('/', '--')}" / "snapshots").glob("*/config.json"))
@@ -138,6 +140,7 @@ def _from_path(name: str) -> ModelSource | None:
             where="model.name",
             fix="name the folder that holds config.json",
         )
+    # Such a name was meant as a path, so it must not be looked up on a hub.
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"there is no folder `{name}`",
@@ -200,6 +203,7 @@ def _package_file(entry: CatalogEntry) -> Path | None:
     if entry.package_file is None:
         return None
     package, file_name = entry.package_file
+    # Found and not imported, because importing runs the package's code.
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     paths = [Path(folder) / file_name for folder in folders or ()]

@@ -80,6 +80,7 @@ def train_tokenizer(
             yield text
 
     tokenizer.train_from_iterator(counted(), trainer)
+    # Counted on the way, because the texts are a stream that can be read once.
     if not num_characters:
         raise TokenizerError(
             "there is no text to train a tokenizer on", where="data.train", fix="name data with text in it"

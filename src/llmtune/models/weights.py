@@ -117,6 +117,7 @@ def _tensors_by_name(files: Sequence[Path]) -> Iterator[tuple[str, Path, torch.T
                     fix="fetch the model again",
                 )
             file_of[name] = path
+    # Memory-mapped, so a tensor is read when its turn comes and not all shards at once.
     handles = {path: safe_open(path, framework="pt") for path in files}
     for name in sorted(file_of):
         path = file_of[name]

@@ -57,6 +57,7 @@ def available_cores() -> int:
 def tokenize_batches(job: Job, batches: Iterable[Batch], workers: int) -> Iterator[list[RowResult]]:
     """Yield the results of every batch, in order, using `workers` processes where there is enough to do."""
     remaining = iter(batches)
+    # One more than the limit shows that there is enough work, without reading the whole data.
     first = list(itertools.islice(remaining, BATCHES_IN_PROCESS + 1))
     all_batches = itertools.chain(first, remaining)
     if workers <= 1 or len(first) <= BATCHES_IN_PROCESS:
@@ -114,6 +115,7 @@ def run_batches(job: Job, batches: Iterator[Batch], workers: int) -> Iterator[li
                     finished[number] = connection.recv()
                     idle.append(connection)
                 except (EOFError, OSError):
+                    # The worker died (killed for memory, say); the batch is whole here, so no row is lost.
                     finished[number] = job.run(batch)
 
 
@@ -127,6 +129,7 @@ def _send(connection: Connection, message: Job | Batch) -> bool:
 
 @contextlib.contextmanager
 def _worker() -> Iterator[Connection]:
+    # A fresh process and not a fork: torch's threads may be running in this one.
     parent_end, child_end = socket.socketpair()
     with child_end:
         # -P: a file in the working folder cannot replace a library. A new session: Ctrl-C reaches this process alone.

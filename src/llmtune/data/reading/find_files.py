@@ -166,6 +166,7 @@ def _files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[DataFi
 def _whole_files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[DataFile]:
     if not source.path.strip():
         raise _SourceError(("the source has no path", "name a file, folder, glob, `example:NAME` or `datasets` name"))
+    # Every call of the system would fail on it, with a ValueError that names nothing.
     if "\0" in source.path:
         raise _SourceError((f"{source.path!r} is not a path", "take the NUL character out"))
     if source.path.startswith("example:"):
@@ -220,6 +221,7 @@ def _refuse_unused(source: SourceConfig, what: str, *, config: bool = False, spl
 def _matches(path: Path, source: SourceConfig) -> list[_LabeledPath]:
     """The files that match a pattern; with a split, those that are named after it, or all where no name says one."""
     _refuse_unused(source, "a pattern", config=True)
+    # Sorted, because a file system lists names in any order, and the order of rows must not depend on it.
     names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - patterns may be absolute
     matches = [_LabeledPath(Path(name), name) for name in names if Path(name).is_file()]
     if not matches:
@@ -241,11 +243,13 @@ def _data_file(file: _LabeledPath, source: SourceConfig, index: int) -> DataFile
         fix = f"give it the right ending: {_SUFFIXES}"
         raise _SourceError((f"{file.label!r} is not a kind of file that is read", fix))
     if not file.path.is_file():
+        # A pipe (`<(zcat ...)`) gives its bytes one time only.
         fix = "copy what it holds into a file: rows are read more than once"
         raise _SourceError((f"{file.label!r} is not a plain file", fix))
     try:
         with open_bytes(file.path) as stream:
             kind = kind_of_content(stream, kind)
+            # So that a file which may not be read is refused here, with all the others.
             stream.read(1)
     except (DamagedFileError, *COMPRESSION_ERRORS):
         pass  # reported with its line when the file is read

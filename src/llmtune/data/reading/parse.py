@@ -107,6 +107,7 @@ def _refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return fields
 
 
+# Python reads NaN and keeps the last of two equal keys; both are slips that would go unnoticed.
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
 
 

@@ -74,6 +74,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | TooLong, bool]]:
     The flag marks a last line without an end.
     """
     number = 0
+    # Two more than the limit, so that a line of exactly that length still comes with its end.
     while line := stream.readline(MAX_ROW_BYTES + 2):
         number += 1
         if number == 1:
@@ -104,6 +105,7 @@ def _parse_text(source: str, record: Record, loss_weight: float) -> Row | BadRow
     if isinstance(record.payload, TooLong):
         return too_long_row(source, record.payload)
     assert isinstance(record.payload, bytes)
+    # Bytes that are not UTF-8 become surrogates, which the check of the fields finds and names.
     return parse_fields(source, {"text": record.payload.decode("utf-8", "surrogateescape")}, loss_weight)
 
 
@@ -130,6 +132,7 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 def _table_kind(stream: IO[bytes], kind: str) -> str:
     """The kind of a table: another delimiter counts where it alone cuts the first two lines into as many cells."""
+    # The beginning is enough for two rows, and a file may be larger than the memory.
     text = without_byte_order_mark(stream.read(2**16)).decode("utf-8", "surrogateescape")
     lines = text.splitlines(keepends=True)
     counts = {delimiter: _cells_of_first_rows(lines, delimiter) for delimiter in (",", ";", "\t", "|")}
@@ -186,6 +189,7 @@ def _unnamed_column(line: int, cell: str = "") -> DamagedFileError:
 
 
 def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
+    # Python's own limit is 128 KiB, which a long document in a cell exceeds.
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _CsvLines(stream)
     table = csv.reader(iter(lines), delimiter=delimiter, strict=True)
@@ -243,6 +247,7 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
 
     file: IO[bytes] | pa.BufferReader = stream
     if not is_seekable(stream):
+        # Parquet is read from its end, so a compressed one has to be unpacked into memory.
         data = stream.read(MAX_PACKED_PARQUET_BYTES + 1)
         if len(data) > MAX_PACKED_PARQUET_BYTES:
             problem = f"a compressed parquet file may unpack to {MAX_PACKED_PARQUET_BYTES // 2**20} MiB at most"
@@ -250,6 +255,7 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
         file = pa.BufferReader(data)
     number = -1
     try:
+        # In small batches: rows with long texts would fill the memory by the default of 65,536.
         for batch in ParquetFile(file).iter_batches(batch_size=128):
             for fields in batch.to_pylist():
                 number += 1

@@ -65,6 +65,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise _does_not_compile(f"{error.message} (line {error.lineno})") from error
         except (RecursionError, SyntaxError, MemoryError, OverflowError, ValueError, TypeError) as error:
+            # A template made to break the compiler (nested a thousand deep, say) ends here.
             raise _does_not_compile(f"{type(error).__name__}: {error}") from error
 
     @property
@@ -108,6 +109,7 @@ class ChatTemplate:
             prompt, prompt_budget = self._render(messages, tools, True)
             self._prompt_tail = prompt[prompt_budget.message_starts[len(messages)] :]
         tails = {False: text[starts[len(messages)] :], True: self._prompt_tail}
+        # A shorter conversation would not have the message that the template takes by its number.
         counts = [count for count in starts if count >= incremental.least_messages]
         return text, {
             (count, generate): RenderedPrefix(starts[count], tail)

@@ -85,9 +85,11 @@ class Traced(str):
         start, stop, step = key.indices(len(self))
         if step == 1:
             return Traced(text, _cut(self._runs, start, stop))
+        # A slice with a step (`text[::-1]`) takes characters one by one; templates hardly ever do.
         origins = [origin for length, origin in self._runs for _ in range(length)]
         return Traced(text, [(1, origin) for origin in origins[key]])
 
+    # Without it `for character in text` would give plain characters.
     def __iter__(self) -> Iterator[Traced]:
         return (self[index] for index in range(len(self)))
 
@@ -220,6 +222,7 @@ def contains_traced(value: object) -> bool:
 
 def label_as_content(text: str, sources: object) -> Traced:
     """Give all of `text` one origin: that of the `sources` it was made from if they share one, DATA otherwise."""
+    # The template's part is left out: text that is only partly content counts as content.
     origins = {origin for source in _traced_in(sources) for _, origin in source._runs if origin != TEMPLATE}
     return Traced(text, [(len(text), origins.pop() if len(origins) == 1 else DATA)])
 
@@ -249,6 +252,7 @@ def call_with_origins(function: Callable[..., T], args: tuple[object, ...], kwar
     if isinstance(other, str):
         pieces = re.split(f"(zq{nonce}x[0-9]+zq)", str.__str__(other))
         guess = concat(strings.get(piece, piece) for piece in pieces)
+        # Otherwise the function looked at what the strings hold, and a guess would be wrong somewhere.
         if str.__eq__(guess, result):
             return cast("T", guess)
     return cast("T", label_as_content(result, (args, kwargs)))

@@ -125,6 +125,7 @@ class TemplateSet:
             _, text = render_with_arguments(messages, render)
         except TemplateRefusal as refusal:
             raise _refused(refusal, "prompt") from refusal
+        # Where the template has no generation prompt, the words with which its answers begin stand for it.
         text = text + shape.header
         return self._encoder.encode(text, runs_of(text)).ids
 
@@ -168,6 +169,7 @@ class TemplateSet:
     @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Every token that ends an answer: those with which templates close turns, and the tokenizer's end token."""
+        # The tokenizer's end token too, though the template may close turns with another: models write both.
         ids: set[int] = set() if self._eos_id is None else {self._eos_id}
         for shape in self._shapes.values():
             if not isinstance(shape, TemplateRefusal):

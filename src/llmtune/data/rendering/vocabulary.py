@@ -79,6 +79,7 @@ class Vocabulary:
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids that the tokenizer adds around a text, read off one letter encoded with and without them."""
+    # By trying, because tokenizers keep these ids in several places, and which one counts depends on their class.
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     framed = list(tokenizer("a", add_special_tokens=True)["input_ids"])
     starts = range(len(framed) - len(bare) + 1)
