@@ -9,10 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from llmtune.api.callbacks import CALLBACK_METHODS, UserCallbacks, check_callbacks
 from llmtune.api.curve import Curve
 from llmtune.api.display import Display, progress_html
 from llmtune.api.display import print_line as print_to_notebook
 from llmtune.api.metrics import Metric, Stop, UserMetrics, Values
+from llmtune.api.rows import FormattingFunc, GivenRows, Rows
 from llmtune.common.offline import is_offline
 from llmtune.common.printing import PrintLine
 from llmtune.config.layers import ResolvedConfig, load_config
@@ -38,21 +40,31 @@ class Trainer:
     Evaluating, saving and generating change no weight, no gradient and no random generator (N12).
 
     config: the result of `load_config`, or its argument: a preset, a file or a run's folder.
+    train_dataset, eval_dataset: rows in memory, instead of those of `data.train` and `data.eval`: mappings in any
+    format of docs/data.md, as a list or a `datasets.Dataset`. They are written to a file beside the runs when the run
+    begins.
+    formatting_func: makes a row of each of them, or None to leave it out.
     metrics: functions of a step, or objects with `on_step(step)`, whose values are added to the step's line (see
     `llmtune.api.metrics`); the method `on_step` of a subclass is one more. They cannot change the run, and end it only
     by returning `Stop(reason)`.
+    callbacks: objects with `on_evaluate(step, metrics)` or `on_save(step, folder)` (see `llmtune.api.callbacks`); these
+    methods of a subclass are one more.
     no_cuda, offline, trust_remote_code: as the flags of `llmtune train`; offline follows HF_HUB_OFFLINE and
     LLMTUNE_OFFLINE when None.
     print_line: receives every line for the user; by default they go to stderr, in a notebook to the cell's output.
 
-    Raises ConfigError where a config cannot be read.
+    Raises ConfigError where a config cannot be read, UsageError for rows or callbacks that are none.
     """
 
     def __init__(
         self,
         config: ResolvedConfig | str | Path,
         *,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        formatting_func: FormattingFunc | None = None,
         metrics: Iterable[Metric] = (),
+        callbacks: Iterable[object] = (),
         no_cuda: bool = False,
         offline: bool | None = None,
         trust_remote_code: bool = False,
@@ -66,15 +78,18 @@ class Trainer:
         self._options = Options(
             no_cuda=no_cuda, offline=is_offline() if offline is None else offline, trust_remote_code=trust_remote_code
         )
+        self._rows = GivenRows(train_dataset, eval_dataset, formatting_func)
+        self._rows.check()
         self._metrics = tuple(metrics)
+        self._callbacks = (*callbacks, *([self] if _has_callbacks(type(self)) else []))
+        check_callbacks(self._callbacks)
         self._print_line = print_line
         self._stop = StopRequest()
         # Opened late: making a trainer in a notebook must neither load a model nor lock a folder.
-        self._open: Callable[[], TrainingRun] = lambda: training.open_run(
-            resolved, self._options, self._stop, print_line=print_line
-        )
+        self._open: Callable[[], TrainingRun] = self._open_new
         self._session: TrainingRun | None = None
         self._user_metrics: UserMetrics | None = None
+        self._user_callbacks: UserCallbacks | None = None
         self._running: Callable[[], Generator[StepResult, None, None] | None] = lambda: None
         self._ended = False
 
@@ -83,12 +98,18 @@ class Trainer:
         """Return a trainer that resumes a run (its folder or name) from its newest valid checkpoint.
 
         allow_changes: resume even if the config has changed such that it is another training from here on.
-        keywords: as for a new trainer.
+        keywords: as for a new trainer, without rows: a run goes on with those it was begun with.
         Raises ConfigError when the config of the folder cannot be read; the first call of a method raises
         CheckpointError when no checkpoint can be used.
         """
         # A folder as given wins over the name of a run.
         folder = Path(run) if (Path(run) / "config.yaml").is_file() else Path("runs") / run
+        given = [
+            name for name in ("train_dataset", "eval_dataset", "formatting_func") if keywords.get(name) is not None
+        ]
+        if given:
+            fix = "leave them out: the run's folder names the rows it was begun with"
+            raise UsageError(f"a run that goes on takes no {', '.join(given)}", where="Trainer.resume", fix=fix)
         trainer = cls(load_config(str(folder / "config.yaml"), environ={}), **keywords)
 
         def open_again() -> TrainingRun:
@@ -129,6 +150,12 @@ class Trainer:
 
     def on_step(self, step: StepResult) -> Values | Stop | None:
         """Return values for the step's line, `Stop(reason)` or None; for subclasses."""
+
+    def on_evaluate(self, step: int, metrics: dict[str, Any]) -> Stop | None:
+        """Look at an evaluation after `step` updates, and return `Stop(reason)` or None; for subclasses."""
+
+    def on_save(self, step: int, folder: Path) -> Stop | None:
+        """Look at a folder that was written after `step` updates, and return `Stop(reason)` or None; for subclasses."""
 
     def save(self) -> None:
         """Commit a checkpoint of this step, unless it is saved already or the run has ended (saved)."""
@@ -198,6 +225,12 @@ class Trainer:
             )
             if metrics:
                 self._session.measure = self._user_metrics
+            self._user_callbacks = UserCallbacks(
+                self._callbacks, device=self._session.setup.devices.device, print_line=self._print_line
+            )
+            if len(self._user_callbacks):
+                self._session.on_evaluate = self._user_callbacks.on_evaluate
+                self._session.checkpointer.on_save = self._user_callbacks.on_save
             self.curve = self._curve_so_far(self._session)
         return self._session
 
@@ -246,12 +279,17 @@ class Trainer:
             self._end()
             display.refresh(now=True)
 
+    def _open_new(self) -> TrainingRun:
+        self.config = self._rows.into(self.config, self._print_line)
+        return training.open_run(self.config, self._options, self._stop, print_line=self._print_line)
+
     def _must_stop(self) -> bool:
-        """Whether a metric of any process returned `Stop`: all processes must stop at the same step."""
+        """Whether a metric or callback of any process returned `Stop`: all processes must stop at the same step."""
         assert self._user_metrics is not None
-        if not len(self._user_metrics):
+        assert self._user_callbacks is not None
+        if not len(self._user_metrics) and not len(self._user_callbacks):
             return False
-        stop = self._user_metrics.stop
+        stop = self._user_metrics.stop or self._user_callbacks.stop
         if not self.session.setup.devices.sum(float(stop is not None))[0]:
             return False
         self.session.print_line(
@@ -302,6 +340,10 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _has_callbacks(trainer: type[Trainer]) -> bool:
+    return any(getattr(trainer, name) is not getattr(Trainer, name) for name in CALLBACK_METHODS)
 
 
 def train(config: ResolvedConfig | str | Path, *, metrics: Iterable[Metric] = (), **keywords: Any) -> Result:

@@ -87,6 +87,8 @@ class Checkpointer:
         self._attempts = SaveAttempts(lambda: durable.remove_leftovers(self._folder.checkpoints))
         self._manifest = {"threads": torch.get_num_threads(), "world_size": setup.devices.world_size}
         self._resumed_from: int | None = None
+        self.on_save: Callable[[int, Path], None] | None = None
+        """Called with step and folder after each save, in the process that writes; must never raise."""
 
     @property
     def _folder(self) -> RunFolder:
@@ -120,6 +122,7 @@ class Checkpointer:
                     f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}"
                 )
                 return False
+            self._announce(step, saved)
             protected = {self._resumed_from} if self._resumed_from is not None else set()
             keep_last = self._setup.config.checkpoint.keep_last
             for warning in checkpoints.delete_old_checkpoints(self._folder, keep_last, protected_steps=protected):
@@ -133,12 +136,13 @@ class Checkpointer:
     def save_best(self, metrics: Mapping[str, Any], step: int) -> None:
         """Replace `best/` by the model as it is now."""
         write = self._model_writer(metrics, step)
-        self._setup.devices.on_main(
-            lambda: self._attempts.save(
-                lambda: checkpoints.save_folder(self._folder.checkpoints / BEST, write, {"step": step}),
-                subject="best model",
-            )
-        )
+
+        def save() -> None:
+            best = self._folder.checkpoints / BEST
+            commit = lambda: checkpoints.save_folder(best, write, {"step": step})  # noqa: E731 - tried again by `save`
+            self._announce(step, self._attempts.save(commit, subject="best model"))
+
+        self._setup.devices.on_main(save)
 
     def has_best(self, step: int) -> bool:
         """Whether `best/` is whole and holds the model after `step` updates; the same answer in every process."""
@@ -165,8 +169,13 @@ class Checkpointer:
                 # The link is a convenience; the model is complete without it.
                 with contextlib.suppress(MachineError):
                     durable.replace_symlink(self._folder.path / FINAL, f"{self._folder.checkpoints.name}/{FINAL}")
+            self._announce(step, saved)
 
         self._setup.devices.on_main(save_and_link)
+
+    def _announce(self, step: int, folder: Path | None) -> None:
+        if self.on_save is not None and folder is not None:
+            self.on_save(step, folder)
 
     def _copy_best(self, folder: Path) -> None:
         for path in sorted((self._folder.checkpoints / BEST).iterdir()):

@@ -97,6 +97,8 @@ class TrainingRun:
         """Rate of the next update as a function of the updates made; may be replaced between two steps."""
         self.measure: Callable[[StepResult], Mapping[str, Any]] | None = None
         """Further values of a step for its line (the Python API's metrics): plain numbers; must never raise."""
+        self.on_evaluate: Callable[[int, Mapping[str, Any]], None] | None = None
+        """Called with step and metrics after an evaluation; must never raise."""
         self.state = TrainingState()
         self.metrics: dict[str, Any] = {}
         self.outcome: RunState = "running"
@@ -201,6 +203,8 @@ class TrainingRun:
         if is_best and self.state.step and self.config.checkpoint.keep_best:
             self._refuse_non_finite_weights()
             self.checkpointer.save_best(metrics, self.state.step)
+        if self.on_evaluate is not None and metrics:
+            self.on_evaluate(self.state.step, metrics)
         return metrics
 
     def save(self) -> None:
