@@ -127,9 +127,7 @@ def open_tokenizer(
 
 def open_renderer(config: Config, loaded: LoadedTokenizer) -> Renderer:
     """The renderer that turns this config's conversations into ids and weights."""
-    return Renderer(
-        loaded.tokenizer, train_on=config.data.train_on, parse_control_tokens=config.data.parse_control_tokens
-    )
+    return Renderer.of_config(loaded.tokenizer, config.data)
 
 
 def find_model_config(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import json
 import types
@@ -82,6 +83,8 @@ def values_of(declared, bounds=None):
         return st.sampled_from(arguments)
     if kind in (typing.Union, types.UnionType):
         return st.one_of(*(values_of(each, bounds) for each in arguments))
+    if kind is collections.abc.Mapping:
+        return st.dictionaries(TEXTS, values_of(arguments[1], bounds), max_size=2)
     if arguments[1] is Ellipsis:
         return st.lists(values_of(arguments[0], bounds), max_size=3).map(tuple)
     return st.tuples(*(values_of(each, bounds) for each in arguments))

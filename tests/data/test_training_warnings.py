@@ -44,7 +44,7 @@ def test_half_of_the_answers_left_out_by_the_template_is_counted_and_named(write
     (line,) = ledger.training_warnings()
     assert line.startswith("unstable: 8 train rows, such as ")
     assert "a.jsonl:1: message 2 (assistant) is not trained: the prompt for it goes on with" in line
-    assert "fix: give another template (`model.chat_template=FILE`)" in line
+    assert "fix: make an example of each answer (`data.one_example_per_turn=true`), give another template" in line
     assert "`data.train_on=last_assistant_message`" in line
 
 

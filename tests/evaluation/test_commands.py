@@ -155,3 +155,31 @@ def test_the_tuned_model_of_a_whole_run_is_found_and_described(adapter, tmp_path
     assert subject.config is not None
     assert not subject.answers_text
     assert "final" in subject.description
+
+
+def test_a_run_remembers_its_system_prompt_and_its_template_arguments(run, adapter, tmp_path, tiny_model_folder):
+    from llmtune.config.dump import config_to_yaml
+    from llmtune.config.schema import Config, DataConfig
+    from llmtune.data.example import Message
+    from llmtune.evaluation.inference_model import load_inference_model
+
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    final = adapter.rename(folder / "checkpoints" / "final")
+    template = "{{ mood or '' }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}"
+    (final / "chat_template.jinja").write_text(
+        template + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    data = DataConfig(system="You add.", template_args={"mood": "kind", "brief": False})
+    config = dataclasses.replace(Config(), model=ModelConfig(name=str(tiny_model_folder)), data=data)
+    (folder / "config.yaml").write_text(config_to_yaml(config))
+    (folder / "run.json").write_text(json.dumps({"run_id": "1", "state": "finished"}))
+    subject = load_inference_model(str(folder))
+    assert subject.config.data.template_args == {"mood": "kind", "brief": False}
+    prompt = subject.tokenizer.decode(subject.renderer.prompt_ids([Message("user", "1+1?")]))
+    assert prompt == "kind<|im_start|>system\nYou add.<|im_end|><|im_start|>user\n1+1?<|im_end|><|im_start|>assistant\n"
+    own = subject.tokenizer.decode(subject.renderer.prompt_ids([Message("system", "Own."), Message("user", "1+1?")]))
+    assert own.startswith("kind<|im_start|>system\nOwn.<|im_end|><|im_start|>user")
+    code, out, _ = run("generate", folder, "1+1?", "--max-new-tokens", "2")
+    assert code == 0
+    assert out

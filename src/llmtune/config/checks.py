@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -181,6 +181,14 @@ def _steps(value: float | None) -> str | None:
     return "must be a whole number of steps, or a fraction below 1 of all steps"
 
 
+_TEMPLATE_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+def _template_args(value: Mapping[str, object]) -> str | None:
+    taken = [name for name in _TEMPLATE_VARIABLES if name in value]
+    return f"must not set `{taken[0]}`, which comes from the rows" if taken else None
+
+
 _SPECIAL: dict[str, Callable[[Any], str | None]] = {
     "run.name": _run_name,
     "run.output_dir": _not_empty,
@@ -189,6 +197,7 @@ _SPECIAL: dict[str, Callable[[Any], str | None]] = {
     "data.train": _sources,
     "data.eval": partial(_sources, held_out=True),
     "data.test_size": _test_size,
+    "data.template_args": _template_args,
     "evaluation.best_by": _metric,
     "evaluation.every_steps": _steps,
     "checkpoint.every_steps": _steps,

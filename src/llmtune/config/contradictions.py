@@ -72,6 +72,12 @@ _LORA_KEYS = (
 
 CONTRADICTIONS: tuple[Contradiction, ...] = (
     Contradiction(
+        ("data.one_example_per_turn", "data.train_on"),
+        lambda c, _: c.data.one_example_per_turn and c.data.train_on == "all_tokens",
+        "every token would be trained once for each later turn",
+        "set `data.train_on: all_messages`, or `data.one_example_per_turn: false`",
+    ),
+    Contradiction(
         ("model.quantization", "adapter.method"),
         lambda c, _: c.model.quantization != "none" and c.adapter.method == "none",
         "a quantized base is frozen, so it needs an adapter to train",

@@ -91,6 +91,8 @@ def _union(node: Node, declared: object) -> object:
         return None
     # null was answered above; here it would only appear in the message.
     options = tuple(option for option in options if option is not NoneType)
+    if str in options and isinstance(node, Scalar) and not node.plain:
+        return _text(node)
     if len(options) == 1:
         return convert(node, options[0])  # its own mismatch is more precise than one of the union
     fix = None

@@ -61,6 +61,8 @@ def default_of(key: str) -> Any:
     """Return the default of the key with this dotted name."""
     section, _, name = key.rpartition(".")
     (field,) = (field for field in fields(SECTIONS[section] if section else Config) if field.name == name)
+    if field.default_factory is not MISSING:
+        return field.default_factory()
     return field.default if field.default is not MISSING else None
 
 

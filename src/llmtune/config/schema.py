@@ -278,6 +278,19 @@ class DataConfig:
     train_on: TrainOn = "all_assistant_messages"
     """Messages of a conversation that carry loss."""
 
+    system: str | None = None
+    """System prompt of conversations that have none, in training and wherever the run's model answers."""
+
+    template_args: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    """Further arguments of the chat template (`{enable_thinking: false}`), in training and wherever the run's model
+    answers; a row's `chat_template_kwargs` come before them.
+    """
+
+    one_example_per_turn: bool = False
+    """Make an example of each turn of the assistant, in which it is the last one. For templates that write the last
+    turn differently, such as those that leave out earlier thoughts.
+    """
+
     max_length: int = 2048
     """Longest example, and length of a pack, in tokens."""
 

@@ -164,7 +164,7 @@ def find_tokenizer(result: Path, folder: Path, base: ModelSource, config: Config
 def _make_renderer(tokenizer: PreTrainedTokenizerFast, config: Config | None) -> Renderer:
     if config is None:
         return Renderer(tokenizer)
-    return Renderer(tokenizer, train_on=config.data.train_on, parse_control_tokens=config.data.parse_control_tokens)
+    return Renderer.of_config(tokenizer, config.data)
 
 
 def _continues_text(folder: Path, config: Config | None, tokenizer: PreTrainedTokenizerFast) -> bool:

@@ -231,10 +231,11 @@ class LedgerPart:
 
 
 WAYS_OUT = {
-    "unstable": "give another template (`model.chat_template=FILE`), or train the last answers only "
-    "(`data.train_on=last_assistant_message`)",
-    "reasoning-dropped": "give a template that writes it (`model.chat_template=FILE`), or train the last answers only "
-    "(`data.train_on=last_assistant_message`)",
+    "unstable": "make an example of each answer (`data.one_example_per_turn=true`), give another template "
+    "(`model.chat_template=FILE`), or train the last answers only (`data.train_on=last_assistant_message`)",
+    "reasoning-dropped": "make an example of each answer (`data.one_example_per_turn=true`), give a template that "
+    "writes it (`model.chat_template=FILE`), or train the last answers only (`data.train_on=last_assistant_message`)",
+    "system-unused": "give the rows as messages, or take `data.system` out",
     "tools-dropped": "give a template that writes tools: `model.chat_template=FILE`",
     "no-end-of-turn": "give a template that closes answers with a control token: `model.chat_template=FILE`",
     "weight-ignored": "set `data.train_on=customized`, or write weights of 0 and 1",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -33,6 +33,10 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 """Tables hold a status by its index in this order."""
 
 _ASSISTANT_RULES = frozenset({"last_assistant_message", "last_assistant_turn", "all_assistant_messages"})
+
+
+Piece = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
+"""Ids and weights [T] of one example."""
 
 
 class RowRules(NamedTuple):
@@ -68,7 +72,7 @@ class RowResult(NamedTuple):
     warnings: tuple[RowWarning, ...] = ()
     tokens: int = 0
     tokens_lost: int = 0
-    pieces: tuple[tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]], ...] = ()
+    pieces: tuple[Piece, ...] = ()
     row_digest: bytes = bytes(16)
     full_digest: bytes = bytes(16)
     answers: int = 0
@@ -91,7 +95,7 @@ def process_record(
     try:
         conversation = conversation_of(row, format_name, rules.text_column)
         _check_answers(conversation, rules.train_on)
-        rendered = renderer.render(conversation)
+        rendered = renderer.render_examples(conversation)
     except UnusableRowError as error:
         column = source.columns.get(error.field or "")
         problem = f"{error.problem} (`columns` reads it from {column!r})" if column else error.problem
@@ -99,65 +103,79 @@ def process_record(
     except DataError as error:
         refusal = error.problems[0]
         return RowResult(file_index, record.number, "bad", Reason(refusal.problem, None, refusal.fix))
-    lost = next((warning for warning in rendered.warnings if warning.code == "not-rendered"), None)
+    # Each once: the examples of one row share most of their messages.
+    warnings = list(dict.fromkeys(warning for example in rendered for warning in example.warnings))
+    lost = next((warning for warning in warnings if warning.code == "not-rendered"), None)
     if lost is not None:
         fix = "set `model.chat_template` to a template that renders it, or take it out of the row"
         return RowResult(file_index, record.number, "bad", Reason(lost.text, "messages", fix))
-    ids = np.asarray(rendered.input_ids, dtype=np.int32)
-    weights = np.asarray(rendered.weights, dtype=np.float32)
+    examples = [
+        (np.asarray(example.input_ids, dtype=np.int32), np.asarray(example.weights, dtype=np.float32))
+        for example in rendered
+    ]
     # "no-trained-token" becomes the reason why the row is dropped.
-    warnings = [warning for warning in rendered.warnings if warning.code != "no-trained-token"]
+    warnings = [warning for warning in warnings if warning.code != "no-trained-token"]
+    trained = [(ids, weights) for ids, weights in examples if weights.any()]
     result = RowResult(
         file_index,
         record.number,
         "used",
         warnings=(*warnings, *_conversation_warnings(conversation)),
-        tokens=len(ids),
-        row_digest=_digest(ids),
-        full_digest=_digest(ids, weights),
-        answers=rendered.answers,
-        trained_answers=rendered.trained_answers,
+        tokens=sum(len(ids) for ids, _ in trained or examples),
+        row_digest=_digest(*(ids for ids, _ in examples)),
+        full_digest=_digest(*(array for example in examples for array in example)),
+        answers=sum(message.role == "assistant" for message in conversation.messages),
+        trained_answers=sum(example.trained_answers for example in rendered),
     )
-    return _fit(result, conversation, ids, weights, renderer, rules)
+    return _fit(result, conversation, trained, renderer, rules)
 
 
 def _fit(
-    result: RowResult,
-    conversation: Conversation,
-    ids_T: npt.NDArray[np.int32],
-    weights_T: npt.NDArray[np.float32],
-    renderer: Renderer,
-    rules: RowRules,
+    result: RowResult, conversation: Conversation, trained: Sequence[Piece], renderer: Renderer, rules: RowRules
 ) -> RowResult:
-    """Drop a row that is too short or trains nothing, cut one that is too long."""
-    tokens = len(ids_T)
-    dropped = result._replace(status="dropped", tokens_lost=tokens)
-    if conversation.text is not None and rules.min_length is not None and tokens < rules.min_length:
+    """Drop a row that is too short or trains nothing, cut one with an example that is too long.
+
+    `trained` holds its examples with a trained token.
+    """
+    dropped = result._replace(status="dropped", tokens_lost=result.tokens)
+    if conversation.text is not None and rules.min_length is not None and result.tokens < rules.min_length:
         return dropped._replace(reason=Reason(f"shorter than `data.min_length` of {rules.min_length} tokens"))
-    if not weights_T.any():
+    if not trained:
         return dropped._replace(reason=_untrained_reason(result, rules))
-    if tokens <= rules.max_length:
-        return result._replace(pieces=((ids_T, weights_T),))
     too_long = too_long_reason(rules)
-    if rules.overlong in ("error", "drop"):
+    lengths = [len(ids) for ids, _ in trained]
+    if max(lengths) <= rules.max_length:
+        return result._replace(pieces=tuple(trained))
+    if rules.overlong == "error" or (rules.overlong == "drop" and min(lengths) > rules.max_length):
         return dropped._replace(reason=too_long)
-    cut = cut_example(
-        ids_T,
-        weights_T,
-        max_length=rules.max_length,
-        policy=rules.overlong,
-        end_token_ids=renderer.stop_token_ids,
-        bos_token_id=renderer.vocabulary.bos_id,
-    )
-    if not cut.pieces:
+    pieces: list[Piece] = []
+    warnings, tokens_lost = list(result.warnings), 0
+    for ids, weights in trained:
+        if len(ids) <= rules.max_length:
+            pieces.append((ids, weights))
+        elif rules.overlong == "drop":
+            tokens_lost += len(ids)
+        else:
+            cut = cut_example(
+                ids,
+                weights,
+                max_length=rules.max_length,
+                policy=rules.overlong,
+                end_token_ids=renderer.stop_token_ids,
+                bos_token_id=renderer.vocabulary.bos_id,
+            )
+            pieces += cut.pieces
+            warnings += cut.warnings
+            tokens_lost += cut.tokens_lost
+    if not pieces:
         problem = f"{too_long.problem}, and nothing trained is left after {rules.overlong}"
         return dropped._replace(reason=Reason(problem))
     return result._replace(
         status="cut",
         reason=Reason(f"{too_long.problem}: {rules.overlong}"),
-        warnings=(*result.warnings, *cut.warnings),
-        tokens_lost=cut.tokens_lost,
-        pieces=tuple(cut.pieces),
+        warnings=tuple(warnings),
+        tokens_lost=tokens_lost,
+        pieces=tuple(pieces),
     )
 
 
@@ -166,7 +184,7 @@ def _untrained_reason(result: RowResult, rules: RowRules) -> Reason:
     if unstable is not None:
         fix = (
             "give a template that renders answers after the prompt it gives (`model.chat_template=FILE`), "
-            "or try `data.train_on=last_assistant_message`"
+            "or try `data.one_example_per_turn=true` or `data.train_on=last_assistant_message`"
         )
         return Reason(f"the row has no trained token: {unstable}", None, fix)
     fix = f"check its weights, and that `data.train_on` ({rules.train_on}) is the rule you want"

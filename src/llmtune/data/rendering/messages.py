@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 from llmtune.data.example import REASONING_FIELDS, Message
 from llmtune.data.rendering.limits import TemplateRefusal
 from llmtune.data.rendering.provenance import DATA, with_origin
 
-__all__ = ["SELECTIONS", "message_fields", "render_with_arguments", "traced_fields"]
+__all__ = ["SELECTIONS", "by_turn", "message_fields", "render_with_arguments", "traced_fields", "with_system"]
 
 KNOWN_ROLES = frozenset(
     {"system", "developer", "user", "assistant", "tool", "function", "model", "ipython", "observation"}
@@ -115,6 +117,35 @@ def traced_fields(fields: Mapping[str, object], index: int) -> dict[str, object]
     role = fields["role"]
     traced["role"] = role if role in KNOWN_ROLES else with_origin(role, DATA)
     return traced
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> Sequence[Message]:
+    """The messages after a system prompt, where one is given and they have none of their own."""
+    if system is None or any(message.role in ("system", "developer") for message in messages):
+        return messages
+    return (Message("system", system), *messages)
+
+
+def by_turn(messages: tuple[Message, ...], *, with_rest: bool) -> list[tuple[int, tuple[Message, ...]]]:
+    """For each turn of the assistant, its first message (by index, what it answers included) and all messages up to it.
+
+    A turn of the assistant is all of its messages, and the results of its calls, before someone else speaks. Messages
+    of earlier turns get the weight 0. Messages after the last turn are a turn of their own `with_rest`, and where there
+    is no other.
+    """
+    roles = [message.role for message in messages]
+    stops = [
+        index + 1
+        for index, role in enumerate(roles)
+        if role == "assistant" and next((later for later in roles[index + 1 :] if later != "tool"), "") != "assistant"
+    ]
+    if not stops or (with_rest and stops[-1] < len(messages)):
+        stops.append(len(messages))
+    turns = []
+    for first, stop in itertools.pairwise([0, *stops]):
+        earlier = (replace(message, weight=0.0) for message in messages[:first])
+        turns.append((first, (*earlier, *messages[first:stop])))
+    return turns
 
 
 def _last_turn(messages: Sequence[Message]) -> list[int]:

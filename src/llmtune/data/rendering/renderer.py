@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -20,11 +21,11 @@ from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from llmtune.common.decisions import Decision
-from llmtune.config.schema import TrainOn
+from llmtune.config.schema import DataConfig, TrainOn
 from llmtune.data.example import Conversation, Message
 from llmtune.data.rendering.encoding import SafeEncoder
 from llmtune.data.rendering.limits import DEFAULT_LIMITS, Limits
-from llmtune.data.rendering.messages import SELECTIONS, message_fields
+from llmtune.data.rendering.messages import SELECTIONS, by_turn, message_fields, with_system
 from llmtune.data.rendering.plain_text import TextRows
 from llmtune.data.rendering.provenance import Traced, runs_of
 from llmtune.data.rendering.row_warnings import RowWarning, lost_content, text_warnings
@@ -67,7 +68,9 @@ class Renderer:
     """Turns conversations and text rows into ids and weights; picklable, and free of state that a row could change.
 
     `train_on` is the mask rule. `chat_template` replaces the tokenizer's own. `now` is the date for templates.
-    `parse_control_tokens` lets content match control tokens, as the libraries do.
+    `parse_control_tokens` lets content match control tokens, as the libraries do. `system` is the system prompt of
+    conversations without one, `template_args` are further arguments of the chat template, below those of a row. With
+    `one_example_per_turn` each turn of the assistant is an example, in which it is the last one.
 
     Raises `TokenizerError` for a tokenizer or template that cannot be used at all, `ValueError` for an unknown rule.
     """
@@ -79,6 +82,9 @@ class Renderer:
         train_on: TrainOn = "all_assistant_messages",
         parse_control_tokens: bool = False,
         chat_template: str | None = None,
+        system: str | None = None,
+        template_args: Mapping[str, object] | None = None,
+        one_example_per_turn: bool = False,
         now: datetime = DEFAULT_NOW,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
@@ -87,10 +93,20 @@ class Renderer:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary = tokenizer if isinstance(tokenizer, Vocabulary) else Vocabulary.of(tokenizer)
         self.train_on: TrainOn = train_on
+        self._system = system
+        self._template_args = dict(template_args or {})
+        self._one_example_per_turn = one_example_per_turn
         self._now = now
         self._parse_control_tokens = parse_control_tokens
         self._encoder = SafeEncoder(vocabulary, parse_control_tokens=parse_control_tokens)
-        self._templates = TemplateSet(vocabulary, self._encoder, chat_template=chat_template, now=now, limits=limits)
+        self._templates = TemplateSet(
+            vocabulary,
+            self._encoder,
+            chat_template=chat_template,
+            template_args=self._template_args,
+            now=now,
+            limits=limits,
+        )
         self._texts = TextRows(vocabulary, self._encoder, train_on)
         self._encoded_ends: dict[str, list[int]] = {}
         self._by_rule: dict[TrainOn, Renderer] = {}
@@ -100,8 +116,23 @@ class Renderer:
             train_on=train_on,
             parse_control_tokens=parse_control_tokens,
             chat_template=chat_template,
+            system=system,
+            template_args=template_args,
+            one_example_per_turn=one_example_per_turn,
             now=now,
             limits=limits,
+        )
+
+    @classmethod
+    def of_config(cls, tokenizer: PreTrainedTokenizerBase | Vocabulary, data: DataConfig) -> Renderer:
+        """The renderer that a config asks for, in training and in every use of what was trained."""
+        return cls(
+            tokenizer,
+            train_on=data.train_on,
+            parse_control_tokens=data.parse_control_tokens,
+            system=data.system,
+            template_args=data.template_args,
+            one_example_per_turn=data.one_example_per_turn,
         )
 
     def __reduce__(self) -> tuple[Callable[[Vocabulary], Renderer], tuple[Vocabulary]]:
@@ -119,8 +150,22 @@ class Renderer:
             self._by_rule[train_on] = other
         return self._by_rule[train_on]
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """Render one row.
+    def render_examples(self, conversation: Conversation) -> list[Rendered]:
+        """Render the examples of one row: one, or with `one_example_per_turn` one for each turn of the assistant.
+
+        Raises what `render` raises.
+        """
+        if not self._one_example_per_turn or conversation.prompt_is_text or not conversation.messages:
+            return [self.render(conversation)]
+        rest = self.train_on in ("all_messages", "all_user_and_system_messages", "customized")
+        turns = by_turn(conversation.messages, with_rest=rest)
+        return [
+            self.render(dataclasses.replace(conversation, messages=messages), first_new=first)
+            for first, messages in turns
+        ]
+
+    def render(self, conversation: Conversation, *, first_new: int = 0) -> Rendered:
+        """Render one row as one example; warnings are about its messages from `first_new` on.
 
         Raises `DataError` when the row cannot be rendered (the template refuses it, a weight is no weight),
         `TokenizerError` when the template cannot render at all. A row without a trained token is returned with a
@@ -130,13 +175,18 @@ class Renderer:
             problem = f"the weight {conversation.loss_weight} is not a weight"
             raise DataError(problem, where=conversation.source, fix="use 0 or more")
         trained_answers = 0
+        is_text = conversation.text is not None or conversation.prompt_is_text
         if conversation.text is not None:
             ids, weights, warnings = self._texts.text_row(conversation.text)
         elif conversation.prompt_is_text:
             ids, weights, warnings = self._texts.completion_row(conversation)
             trained_answers = int(bool(weights) and weights[-1] > 0)
         else:
-            ids, weights, warnings, trained_answers = self._chat_row(conversation)
+            ids, weights, warnings, trained_answers = self._chat_row(conversation, first_new)
+        if is_text and self._system is not None:
+            warnings.append(
+                RowWarning("system-unused", "`data.system` is not used: the row is text, not a conversation")
+            )
         if weights:
             weights[0] = 0.0  # nothing precedes the first token to predict it from
         if not any(weights):
@@ -151,8 +201,13 @@ class Renderer:
 
     # --- conversations
 
-    def _chat_row(self, conversation: Conversation) -> tuple[list[int], list[float], list[RowWarning], int]:
+    def _chat_row(
+        self, conversation: Conversation, first_new: int
+    ) -> tuple[list[int], list[float], list[RowWarning], int]:
         """Return ids, weights, warnings, and the number of trained answers."""
+        messages = tuple(with_system(conversation.messages, self._system))
+        first_new += len(messages) - len(conversation.messages)
+        conversation = dataclasses.replace(conversation, messages=messages)
         if not conversation.messages:
             raise DataError("the conversation has no messages", where=conversation.source, fix="remove the row")
         shape = self._templates.shape(conversation.source, conversation.tools)
@@ -180,7 +235,7 @@ class Renderer:
                 warnings.append(RowWarning("joined-token", text))
             weights[low:high] = [weight] * (high - low)
             trained[index] = weight > 0 and high > low
-        warnings.extend(lost_content(conversation, rendering))
+        warnings.extend(lost_content(conversation, rendering, first_new))
         return ids, weights, warnings, sum(trained[index] for index in trained if rendering.roles[index] == "assistant")
 
     def _message_weights(self, conversation: Conversation, warnings: list[RowWarning]) -> list[tuple[int, float]]:
@@ -242,7 +297,7 @@ class Renderer:
 
         Raises `DataError` when the template refuses the messages.
         """
-        return self._templates.prompt_ids(messages, tools)
+        return self._templates.prompt_ids(with_system(messages, self._system), tools)
 
     def text_prompt_ids(self, text: str) -> list[int]:
         """Return the ids of a text to be continued, begun as text rows are."""
@@ -278,4 +333,7 @@ class Renderer:
             "parse_control_tokens": self._parse_control_tokens,
             "now": self._now.isoformat() if self._templates.uses_the_date else None,
         }
+        # Without them the digest is that of earlier versions, which rendered the same.
+        chosen = {"system": self._system, "template_args": self._template_args, "by_turn": self._one_example_per_turn}
+        parts |= {name: value for name, value in chosen.items() if value}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

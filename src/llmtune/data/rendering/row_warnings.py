@@ -44,10 +44,13 @@ def text_warnings(encoded: Encoded, eos_id: int | None, bos_id: int | None) -> l
     return warnings
 
 
-def lost_content(conversation: Conversation, rendering: Rendering) -> list[RowWarning]:
-    """Warn about content that the template leaves out: messages, parts of them, reasoning, tool calls, tools."""
+def lost_content(conversation: Conversation, rendering: Rendering, first: int = 0) -> list[RowWarning]:
+    """Warn about content that the template leaves out: messages, parts of them, reasoning, tool calls, tools.
+
+    Messages before `first` (an index) are context, of which the template may leave out what it likes.
+    """
     warnings = []
-    for index, message in enumerate(conversation.messages):
+    for index, message in list(enumerate(conversation.messages))[first:]:
         name = f"message {index + 1} ({message.role})"
         start, stop = rendering.extents.get(index, (0, 0))
         shown = rendering.text[start:stop]

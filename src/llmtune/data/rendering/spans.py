@@ -12,6 +12,8 @@ the template itself:
   are learnt once from a small conversation; the header of the next turn never counts, because it is missing when the
   turn is the last one.
 
+An empty thought that the template itself writes at the beginning of an answer is never trained.
+
 Other messages (for the rules that train them) go from their first character through their own end-of-turn tokens.
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -32,6 +35,13 @@ from llmtune.data.rendering.provenance import Run, runs_of, with_origin
 __all__ = ["Rendering", "Span", "TurnShape", "find_span", "learn_turn_shape"]
 
 MessageFields = Mapping[str, object]
+
+_THOUGHT_NAME = r"[^<>\[\]/\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]]\s*"
+_THOUGHT_BEGINS = re.compile(rf"[<\[]{_THOUGHT_NAME}", re.IGNORECASE)
+_THOUGHT_ENDS = re.compile(rf"\s*[<\[](?:/|[^<>\[\]\s]*end){_THOUGHT_NAME}", re.IGNORECASE)
+"""Both ends of a thought: `<think></think>`, `[THINK][/THINK]`, `<|START_THINKING|><|END_THINKING|>`."""
+_LONGEST_MARK = 64
+"""Characters before an answer among which its prompt may open a thought."""
 
 
 class TurnShape(NamedTuple):
@@ -146,7 +156,30 @@ def find_span(rendering: Rendering, index: int, shape: TurnShape) -> Span:
         start += len(shape.header)
     if first is not None and first < start:
         return Span(0, 0, False, "the template puts part of it before the place where the model begins to answer")
+    start = _after_empty_thought(rendering, index, start)
     return _extend_to_end(rendering, index, start, shape)
+
+
+def _after_empty_thought(rendering: Rendering, index: int, start: int) -> int:
+    """The place after an empty thought that the template writes at the beginning of an answer, or `start`.
+
+    Such a block stands where the row has no thought; trained, it would teach the model not to think.
+    """
+    text, next_foreign = rendering.text, rendering.next_foreign
+    begins = _THOUGHT_BEGINS.match(text, start) or next(
+        (
+            mark
+            for mark in _THOUGHT_BEGINS.finditer(text, max(0, start - _LONGEST_MARK), start)
+            if mark.end() == start and next_foreign(index, mark.start()) >= start  # the prompt opens it
+        ),
+        None,
+    )
+    ends = _THOUGHT_ENDS.match(text, begins.end()) if begins is not None else None
+    if ends is None:
+        return start
+    own = next((max(first, start) for first, stop in rendering.runs_of_message(index) if stop > start), len(text))
+    stop = min(ends.end(), next_foreign(index, start), own)
+    return stop if stop >= ends.start() + len(ends.group().rstrip()) else start
 
 
 def _known_prompt_length(rendering: Rendering, index: int) -> int | None:

@@ -43,12 +43,21 @@ Tools = Sequence[Mapping[str, object]]
 class TemplateSet:
     """The chat templates of a tokenizer: `default` and, for rows with tools, `tool_use` if there is one.
 
-    `chat_template` replaces the tokenizer's own. Raises `TokenizerError` for templates that cannot be used at all.
+    `chat_template` replaces the tokenizer's own, `template_args` are further arguments of every template. Raises
+    `TokenizerError` for templates that cannot be used at all.
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, encoder: SafeEncoder, *, chat_template: str | None, now: datetime, limits: Limits
+        self,
+        vocabulary: Vocabulary,
+        encoder: SafeEncoder,
+        *,
+        chat_template: str | None,
+        template_args: Mapping[str, object],
+        now: datetime,
+        limits: Limits,
     ) -> None:
+        self._arguments = template_args
         self._encoder = encoder
         self._eos_id = vocabulary.eos_id
         self._now = now
@@ -78,13 +87,12 @@ class TemplateSet:
         """
         tools = list(conversation.tools) or None
         template = self._templates[self._name_for(tools)]
-        arguments = conversation.template_args
+        arguments = {**self._arguments, **conversation.template_args}
 
         def render_traced(fields: Sequence[Mapping[str, object]]) -> str:
             # Arguments come from the row as well: their text must not become a control token.
-            traced_arguments = {name: with_origin(value, DATA) for name, value in arguments.items()}
             messages = [traced_fields(message, index) for index, message in enumerate(fields)]
-            traced_tools = with_origin(tools, DATA)
+            traced_tools, traced_arguments = with_origin(tools, DATA), _traced(arguments)
             return template.render(messages, traced_tools, traced_arguments, add_generation_prompt=False)
 
         try:
@@ -119,7 +127,7 @@ class TemplateSet:
 
         def render(fields: Sequence[Mapping[str, object]]) -> str:
             traced = [traced_fields(message, index) for index, message in enumerate(fields)]
-            return template.render(traced, traced_tools, add_generation_prompt=True)
+            return template.render(traced, traced_tools, _traced(self._arguments), add_generation_prompt=True)
 
         try:
             _, text = render_with_arguments(messages, render)
@@ -140,7 +148,9 @@ class TemplateSet:
 
     def _learn(self, template: ChatTemplate, tools: Tools | None) -> TurnShape | TemplateRefusal:
         return learn_turn_shape(
-            lambda messages, generate: template.render(messages, tools, add_generation_prompt=generate),
+            lambda messages, generate: template.render(
+                messages, tools, self._arguments, add_generation_prompt=generate
+            ),
             self._encoder.encode,
         )
 
@@ -218,6 +228,11 @@ class TemplateSet:
         if not shape.end_ids:
             reason = "the template closes answers with no control token; the model will not learn to stop"
             yield "no end-of-turn token", reason
+
+
+def _traced(arguments: Mapping[str, object]) -> dict[str, object]:
+    """Arguments with the origin of their texts: data, of which nothing may become a control token."""
+    return {name: with_origin(value, DATA) for name, value in arguments.items()}
 
 
 def _template_sources(templates: str | dict[str, str] | list[dict[str, str]] | None) -> dict[str, str]:
