@@ -157,8 +157,6 @@ MAX_TABLE_BYTES = 128 * 2**20
 TABLE_FIX = 'write one row a line: `DataFrame.to_json(FILE, orient="records", lines=True)`'
 _ROW_LISTS = frozenset({"messages", "conversations", "conversation"})
 """Keys of a single row in a `.json` file; a list under any other key is a list of rows."""
-_HEAD_BYTES = 2**18
-"""Bytes from which the kind of a file is told."""
 _TABLE_HEAD = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]')
 """The beginning of an object whose first value is a list or an object."""
 _MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "name", "weight"})
@@ -166,8 +164,8 @@ _MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "name", "weight"}
 _DECODER = json.JSONDecoder()
 
 
-def json_kind(stream: IO[bytes], kind: str) -> str:
-    """The kind of a `.json` or `.jsonl` file by what it holds, which is often another than its name says.
+def json_kind(head: bytes, stream: IO[bytes], kind: str) -> str:
+    """The kind of a `.json` or `.jsonl` file by its beginning and the rest, which is often another than its name says.
 
     | kind | what the file holds |
     | --- | --- |
@@ -179,13 +177,12 @@ def json_kind(stream: IO[bytes], kind: str) -> str:
 
     Where the beginning of the file does not decide, it is what its name says.
     """
-    head = without_byte_order_mark(stream.read(_HEAD_BYTES)).lstrip(_SPACE)
     line, _, rest = head.partition(b"\n")
     on_line = _value_at_start(line)
     is_line = on_line is not None and not line[on_line[1] :].strip(_SPACE + b",")
     value = on_line[0] if on_line is not None else None
-    if is_line and rest.strip() and (isinstance(value, dict) or is_conversation(value) or kind != ".json"):
-        return ".jsonl"
+    if is_line and rest.strip() and (isinstance(value, dict) or kind != ".json"):
+        return ".jsonl"  # rows that are refused one by one
     if head[:1] == b"[":
         if is_line and kind != ".json" and is_conversation(value):
             return kind

@@ -41,6 +41,9 @@ __all__ = ["READERS", "Numbering", "Reader", "kind_of_content", "source_name"]
 MAX_PACKED_PARQUET_BYTES = 512 * 2**20
 """A compressed parquet file is unpacked in memory, because parquet is read from its end; this is the largest."""
 
+KIND_BYTES = 2**18
+"""Bytes from which the kind of a JSON file is told."""
+
 _JSON_CELLS = ("messages", "conversations", "conversation", "tools", "history")
 
 Numbering = Literal["line", "index"]
@@ -283,7 +286,11 @@ def _split_nothing(stream: IO[bytes]) -> Iterator[Record]:
 def kind_of_content(stream: IO[bytes], kind: str) -> str:
     """The kind of a file (a key of `READERS`) by what it holds, where that is another than its name says."""
     if kind in (".json", ".jsonl", ".ndjson"):
-        return json_kind(stream, kind)
+        head = without_byte_order_mark(stream.read(KIND_BYTES)).lstrip(b" \t\r\n")
+        line, _, rest = head.partition(b"\n")
+        # The common case: more than one line, of which the first one is a row.
+        is_lines = bool(rest.strip()) and isinstance(parse_json_row("", line.rstrip(b"\r"), 1.0), Row)
+        return ".jsonl" if is_lines else json_kind(head, stream, kind)
     return _table_kind(stream, kind) if kind in _DELIMITERS else kind
 
 

@@ -6,10 +6,9 @@ import bisect
 
 from llmtune.config.schema import TrainOn
 from llmtune.data.example import Conversation, Message
-from llmtune.data.rendering.encoding import Encoded, SafeEncoder
+from llmtune.data.rendering.encoding import Encoded, SafeEncoder, Vocabulary
 from llmtune.data.rendering.provenance import DATA
 from llmtune.data.rendering.row_warnings import RowWarning, text_warnings
-from llmtune.data.rendering.vocabulary import Vocabulary
 from llmtune.errors import DataError
 
 __all__ = ["TextRows"]

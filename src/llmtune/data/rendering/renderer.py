@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import DataConfig, TrainOn
 from llmtune.data.example import Conversation, Message
-from llmtune.data.rendering.encoding import SafeEncoder
+from llmtune.data.rendering.encoding import SafeEncoder, Vocabulary
 from llmtune.data.rendering.limits import DEFAULT_LIMITS, Limits
 from llmtune.data.rendering.messages import SELECTIONS, by_turn, message_fields, with_system
 from llmtune.data.rendering.plain_text import TextRows
@@ -31,7 +31,6 @@ from llmtune.data.rendering.provenance import Traced, runs_of
 from llmtune.data.rendering.row_warnings import RowWarning, lost_content, text_warnings
 from llmtune.data.rendering.spans import Rendering, Span, find_span
 from llmtune.data.rendering.template_set import TemplateSet
-from llmtune.data.rendering.vocabulary import Vocabulary
 from llmtune.errors import DataError
 
 if TYPE_CHECKING:

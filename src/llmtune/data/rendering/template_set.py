@@ -9,12 +9,11 @@ from datetime import datetime
 from llmtune.common.decisions import Decision
 from llmtune.data.example import Conversation, Message
 from llmtune.data.rendering.chat_template import ChatTemplate
-from llmtune.data.rendering.encoding import SafeEncoder
+from llmtune.data.rendering.encoding import SafeEncoder, Vocabulary
 from llmtune.data.rendering.limits import Limits, TemplateRefusal
 from llmtune.data.rendering.messages import render_with_arguments, traced_fields
 from llmtune.data.rendering.provenance import DATA, runs_of, with_origin
 from llmtune.data.rendering.spans import Rendering, TurnShape, find_span, learn_turn_shape
-from llmtune.data.rendering.vocabulary import Vocabulary
 from llmtune.errors import DataError, TokenizerError
 
 __all__ = ["PLAIN_TEMPLATE", "TemplateSet"]
