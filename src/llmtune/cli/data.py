@@ -75,6 +75,7 @@ def report(
         survey.data, survey.resolved.config.data, batch_size=batch_size if isinstance(batch_size, int) else 8
     )
     print(json.dumps(values, ensure_ascii=False) if as_json else "\n".join(report_lines(values)))
+    # Last, so that the report is there to look the rows up in.
     with overlong_named(survey.decisions):
         raise_problems(survey.data)
 
@@ -132,6 +133,7 @@ def preview(
         durable.write_text(page, html_page(groups, loaded.tokenizer, title=title))
         print_line(f"wrote {page}")
     else:
+        # https://no-color.org: any value of that variable switches colours off.
         coloured = color == "always" or (color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
         print_line(legend(color=coloured))
         for group in groups:

@@ -97,6 +97,7 @@ def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None
         print_line(str(decision))
     if data:
         sources = tuple(SourceConfig(path=path) for path in data)
+        # Every row counts: nothing is held out, limited or shuffled.
         rows = replace(settings.data, train=sources, eval=(), test_size=0, max_samples=None, shuffle_seed=None)
         try:
             with overlong_named(fitted):
@@ -131,6 +132,7 @@ def _measure(loaded: InferenceModel, settings: Config, rows: HeldOut, batch_size
     from llmtune.evaluation.heldout import evaluate_examples, trained_bytes
 
     device = next(loaded.model.parameters()).device
+    # float32, so that the number is the same on every device as far as sums allow.
     precision = Precision("fp32", device)
     return evaluate_examples(
         loaded.model,

@@ -113,6 +113,7 @@ def chat(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
+            # Another seed for each turn, or the same question would be answered by the same draws.
             seed=seed + len(messages),
         )
         messages.append(Message("assistant", answer.text))
@@ -142,6 +143,7 @@ def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
             raise UsageError(
                 f"the prompts cannot be read: {error}", "--prompt-file", "name a UTF-8 file with one prompt a line"
             ) from error
+    # A terminal would be waited for without a word.
     if not texts and sys.stdin is not None and not sys.stdin.isatty():
         piped = sys.stdin.read().strip("\n")
         texts = [piped] if piped.strip() else []

@@ -72,6 +72,7 @@ def train(
         "--name": name,
         "--output-dir": output_dir,
     }
+    # The flag that other toolkits have; a run goes on with its own config, so most flags beside it are a mistake.
     if resume_from_checkpoint is not None or allow_changes:
         _check_resume(resume_from_checkpoint, [flag for flag, value in beside_resume.items() if value is not None])
         from llmtune.cli.resume import resume_run

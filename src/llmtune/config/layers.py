@@ -133,6 +133,7 @@ def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: 
             f"`adapter.alpha: {config.adapter.alpha:g}`, so updates count {config.adapter.alpha / config.adapter.r:g} "
             f"times; for LLaMA-Factory's twice the rank write `adapter.alpha: {2 * config.adapter.r}` here"
         )
+    # Not for keys that could not be read: their default would contradict by accident.
     problems = findings.problems + contradictions(config, origins, findings.failed)
     if findings.hidden:
         problems.append(
@@ -235,6 +236,7 @@ class _Files:
             if entry.key == "extends":
                 for base in _bases(entry, self.findings):
                     layers += self.base(base, path, [*chain, path])
+        # After its bases: a later layer wins.
         layers.append(collect(table, self.findings))
         return layers
 
@@ -248,6 +250,7 @@ class _Files:
         if base is None:
             return []
         self.count += 1
+        # By file and not by name, which links and `..` can spell in several ways.
         if any(base.samefile(file) for file in chain):
             self.findings.problem(f"`extends: {excerpt(name.text)}` comes back to this file", where, "remove it")
             return []
@@ -258,6 +261,7 @@ class _Files:
 
     def table(self, path: Path) -> Table | None:
         """The content of the file; None, and one problem, where it cannot be read."""
+        # Read once, though several files may extend it, so that its problems are reported once.
         if path not in self.tables:
             shown_path = show_path(path)
             try:

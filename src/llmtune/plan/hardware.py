@@ -87,8 +87,10 @@ def resident_bytes() -> int:
 
 def attainable_bytes() -> int:
     """Bytes this process could hold: its own now, and those free on the machine or under its control group's limit."""
+    # `available` and not `free`: the system gives up its file cache when a program needs the memory.
     free = int(psutil.virtual_memory().available)
     try:
+        # A container's limit, which the machine's own numbers do not show.
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
         used = Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii").strip()
     except OSError:
@@ -121,6 +123,7 @@ def process_bytes(compute: torch.dtype | None) -> int:
     """
     with torch.random.fork_rng(devices=[]):
         layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+    # Every kind of operation once, because each loads code and makes buffers at its first use.
     optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
     with torch.autocast("cpu", dtype=compute or torch.bfloat16, enabled=compute is not None):
         output = layers(torch.ones(WIDTH, WIDTH))

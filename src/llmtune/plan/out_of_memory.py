@@ -55,6 +55,7 @@ def out_of_memory_refused(forecaster: Forecaster, circumstances: Callable[[], Ci
     try:
         yield
     except MEMORY_ERRORS as error:
+        # RuntimeError is among them, and most of those are something else.
         if not is_out_of_memory(error):
             raise
         if reserve is not None:
@@ -88,6 +89,7 @@ def requested_bytes(error: BaseException) -> int | None:
 def _out_of_memory_error(error: BaseException, forecaster: Forecaster, circumstances: Circumstances) -> MachineError:
     """Make the error. The tensors of the failed step are freed, because planning the changes takes memory too."""
     doing, where, saved = circumstances
+    # Read first: the next lines free what was held.
     requested, held_bytes = requested_bytes(error), _held_bytes(forecaster)
     traceback.clear_frames(error.__traceback__)  # their local variables are the tensors of the step that failed
     _free(forecaster)

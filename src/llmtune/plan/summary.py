@@ -63,6 +63,7 @@ def make_plan(forecaster: Forecaster, *, full: bool = False) -> Plan:
         missing = f"this model cannot be traced without its weights ({type(error).__name__}: {in_one_line(error)})"
     budget, largest, suggestions = forecaster.target.budget_bytes, None, []
     if full and memory is not None:
+        # Each of these searches traces the model several times, which a training must not wait for.
         largest = largest_batch(forecaster, memory)
         if memory.peak_bytes > budget:
             suggestions = suggest(forecaster)
@@ -75,6 +76,7 @@ def make_plan(forecaster: Forecaster, *, full: bool = False) -> Plan:
         missing=missing,
         disk=disk,
         disk_problem=problem,
+        # A rate measured here says nothing about another device.
         tokens_per_second=forecaster.cached_rate() if forecaster.target.is_local else None,
         largest_batch=largest,
         changes=tuple(suggestions),

@@ -88,6 +88,7 @@ def tokenizing_progress(print_line: PrintLine) -> Callable[[int, int | None, flo
         nonlocal last
         if time.monotonic() - last >= PROGRESS_EVERY_S:
             last = time.monotonic()
+            # Before the end the number of rows is an estimate from the bytes read so far.
             of = f" of {'' if done == total else 'about '}{total:,}" if total else ""
             print_line(f"tokenizing: {done:,}{of} rows, {rows_per_second:,.0f} rows/s")
 

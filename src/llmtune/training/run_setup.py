@@ -93,6 +93,7 @@ def open_stopped(path: Path, checkpoint: Path | None, devices: Devices, print_li
         identity = devices.from_main(folder.info["identity"] if folder is not None else None)
         assert identity is not None
         step, name = devices.from_main((loaded.step, str(loaded.path)) if loaded is not None else (0, ""))
+        # Read once more by each process: the tensors would be far more to send than to read.
         if name and not devices.is_main:
             loaded = checkpoints.load(CheckpointFolder(step, Path(name)))
     except BaseException:  # an interrupt too: the lock must not outlive the attempt
@@ -112,6 +113,7 @@ def compare_identity(
     """
     now = identity_of(setup)
     differences = compare({**stopped.identity, "config": with_open_values(stopped.identity, now, requested)}, now)
+    # Before a step is made: another training under the same name would be found out only by its results.
     allowed = refuse_changes(differences, where=str(stopped.path), allow_changes=allow_changes)
     for difference in allowed:
         print_difference(difference, print_line)
@@ -154,6 +156,7 @@ def run_name(template: str, *, model: str, config: str, seed: int) -> str:
         "seed": seed,
     }
     for key, value in values.items():
+        # Not str.format, which would also read attributes of what it fills in.
         template = template.replace("{" + key + "}", str(value))
     return template
 
@@ -173,6 +176,7 @@ def create(resolved: ResolvedConfig, setup: TrainingSetup, print_line: PrintLine
     """
     prepared, config = setup.prepared, setup.config
     name = run_name(config.run.name, model=prepared.source.short_name, config=resolved.name, seed=config.run.seed)
+    # A checkpoint holds the trained weights only; a frozen base stays where it came from.
     weight_bytes = sum(parameter.nbytes for parameter in setup.parameters.values())
     forecast = forecast_disk(
         config,
@@ -191,6 +195,7 @@ def create(resolved: ResolvedConfig, setup: TrainingSetup, print_line: PrintLine
         with durable.AppendLog(folder / LEDGER_FILE) as log:
             for entry in prepared.data.ledger.entries:
                 log.append(entry)
+        # It exists nowhere else, and a resumed run must not train another one.
         if prepared.tokenizer_is_new:
             checkpoints.save_folder(
                 folder / TOKENIZER_FOLDER, lambda staging: save.write_tokenizer(prepared.tokenizer.tokenizer, staging)

@@ -119,6 +119,7 @@ def hold_out(part: LedgerPart, test_size: float, shuffle_seed: int | None) -> tu
     stay together.
     """
     rows = part.rows_with_status("used", "cut")
+    # Rounded half up, as people do; `round` would take 2 of 2.5.
     count = int(test_size) if test_size >= 1 else max(1, int(test_size * len(rows) + 0.5))
     if count >= len(rows):
         problem = f"{count} held-out rows leave nothing of {len(rows)} usable rows to train on"
@@ -127,6 +128,7 @@ def hold_out(part: LedgerPart, test_size: float, shuffle_seed: int | None) -> tu
         order = np.arange(len(rows))[::-1]
     else:
         order = np.random.Generator(np.random.PCG64(shuffle_seed)).permutation(len(rows))
+    # In the order of the files again, so that held-out rows do not depend on how they were drawn.
     held_out = np.sort(rows[order[:count]])
     part.statuses[held_out] = STATUSES.index("held_out")
     return held_out, []

@@ -286,6 +286,7 @@ def detect_format(rows: Iterable[Row], text_column: str | None = None) -> tuple[
         formats = ", ".join(FORMATS)
         fix = f"rename the fields to those of a format ({formats}), or set `data.text_column`"
         raise DataError(f"no row has {missing}; the first has these fields: {names}", first[0].source, fix)
+    # The most common and not the first: one odd row must not decide for all.
     (name, count), *others = Counter(name for name, _ in recognized).most_common()
     shown = dict(reversed(recognized))[name]  # the fields of the first row with this format
     reason = f"{count} of the first {len(first)} rows have {shown}" if len(first) > 1 else f"the only row has {shown}"
@@ -309,6 +310,7 @@ def conversation_of(row: Row, format_name: str, text_column: str | None = None) 
         if other is not None and other != format_name:
             problem = f"the row looks like {other}, the others are {format_name}"
             fix = f"put {other} rows into a file of their own, or set `data.format`"
+            # The row is fine in its own format, so the message must not send the user to a missing field.
             raise UnusableRowError(error.field, problem, fix) from None
         raise
     unused = tuple(unused_fields(row.fields, format_name, text_column or "text"))
