@@ -101,8 +101,8 @@ def test_the_run_that_starts_from_another_is_resumed_to_the_same_bytes(config_of
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("adapter.r=8", r"has `r: 4`, and here it is `8`"),
-        ("adapter.alpha=32", r"has `alpha: 12.0`, and here it is `32.0`"),
+        ("adapter.r=8", r"has `r: 4`, here it is `8`"),
+        ("adapter.alpha=32", r"has `alpha: 12.0`, here it is `32.0`"),
         ("adapter.target_modules=all-linear", "has `target_modules: "),
         ("adapter.dora=true", "has `dora: false`"),
         ("adapter.modules_to_save=[norm]", "modules_to_save"),
@@ -174,7 +174,7 @@ def test_a_folder_that_peft_wrote_is_started_from(config_of, tiny_model_folder, 
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     options = LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], layers_to_transform=[0],
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], layers_to_transform=[1],
         rank_pattern={"up_proj": 2}, init_lora_weights=False,
     )  # fmt: skip
     with quiet_libraries():

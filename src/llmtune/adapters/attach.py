@@ -15,10 +15,11 @@ import torch
 
 from llmtune.adapters.config_file import LoraOptions, shape_of, trained_token_ids
 from llmtune.adapters.target_modules import (
+    adapted_layers,
     check_modules_to_save,
+    check_pattern,
+    chosen_layers,
     ends_with,
-    is_target,
-    resolve_target_modules,
     targets_are_transposed,
 )
 from llmtune.common.decisions import Decision
@@ -58,56 +59,66 @@ def attach_adapter(
 
     Raises AdapterError for names that match no layer, with the nearest, and for unknown tokens.
     """
-    targets = resolve_target_modules(model, adapter_config.target_modules)
     check_modules_to_save(model, adapter_config.modules_to_save)
+    chosen = chosen_layers(model, adapter_config)
+    targets, layers = cast("list[str] | str", chosen["target_modules"]), adapted_layers(model, start or chosen)
+    for key in ("rank_pattern", "alpha_pattern"):
+        check_pattern(f"adapter.{key}", getattr(adapter_config, key), layers)
     ids = sorted(set(_token_ids(adapter_config.train_tokens, tokenizer)))
-    trained_rows = _trained_rows(model, targets, adapter_config.modules_to_save, ids)
+    trained_rows = _trained_rows(model, layers, adapter_config.modules_to_save, ids)
     embedding = next(name for name, layer in model.named_modules() if layer is model.get_input_embeddings())
-    is_frozen = not _is_trained(embedding, targets, adapter_config.modules_to_save)
+    is_frozen = not _is_trained(embedding, layers, adapter_config.modules_to_save)
     decisions = _untrained_tokens(model, tokenizer, sorted(set(used_ids) - set(ids))) if is_frozen else []
     if start is not None:
-        _refuse_other_shape(adapter_config, start, targets, ids)
+        _refuse_other_shape(adapter_config, start, chosen, ids)
     options = start or LoraOptions(
         task_type="CAUSAL_LM",
         r=adapter_config.r,
         lora_alpha=adapter_config.alpha,
         lora_dropout=adapter_config.dropout,
-        target_modules=targets,
+        rank_pattern=dict(adapter_config.rank_pattern),
+        alpha_pattern=dict(adapter_config.alpha_pattern),
         use_rslora=adapter_config.rslora,
         use_dora=adapter_config.dora,
-        modules_to_save=list(adapter_config.modules_to_save) or None,
         trainable_token_indices=trained_rows,
         fan_in_fan_out=targets_are_transposed(model, targets),
+        **chosen,
     )
     adapted = wrap_with_peft(model, options)
     # Again, because peft draws from the global generator in the order in which it finds the layers.
     _seed_weights(adapted, seed)
     adapted.eval()
-    # By the names of A: DoRA, rows and biases have other tensors too, but each layer has one A.
-    layers = sum(
-        name.endswith(("lora_A.default.weight", "lora_embedding_A.default")) for name, _ in adapted.named_parameters()
-    )
     trained = sum(parameter.numel() for parameter in trained_parameters(adapted).values())
     total = count_parameters(adapted)
     share = f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+    varied = " (others by adapter.rank_pattern)" if adapter_config.rank_pattern else ""
     shown = targets if isinstance(targets, str) else ", ".join(targets[:12]) + (" ..." if len(targets) > 12 else "")
-    decision = Decision("adapter.target_modules", shown, f"{layers} layers get rank {adapter_config.r}; {share}")
+    decision = Decision(
+        "adapter.target_modules", shown, f"{len(layers)} layers get rank {adapter_config.r}{varied}; {share}"
+    )
     return adapted, [decision, *decisions]
 
 
-def _refuse_other_shape(adapter: AdapterConfig, options: LoraOptions, targets: list[str] | str, ids: list[int]) -> None:
+def _refuse_other_shape(adapter: AdapterConfig, options: LoraOptions, chosen: LoraOptions, ids: list[int]) -> None:
     """Raise AdapterError for every given value that is not that of the adapter to start from.
 
-    targets: those of the config, resolved for this model. ids: tokens to train by the config.
+    options: of that adapter. chosen: the layers by the config, resolved for this model. ids: tokens to train by it.
     """
+    given = {**vars(adapter), "target_modules": chosen.get("target_modules")}
+    found = shape_of(options)
+    for key, name in (("exclude_modules", "exclude_modules"), ("layers", "layers_to_transform")):
+        if getattr(adapter, key):  # left out, they are the adapter's own
+            given[key], found[key] = chosen.get(name), options.get(name)
+    for key in ("rank_pattern", "alpha_pattern"):
+        if getattr(adapter, key):
+            found[key] = options.get(key) or {}
     problems = []
-    for key, value in shape_of(options).items():
-        given = targets if key == "target_modules" else getattr(adapter, key)
-        if value is not None and _as_set(given) != _as_set(value):
+    for key, value in found.items():
+        if value is not None and _as_set(given[key]) != _as_set(value):
             problem = (
-                f"the adapter to start from has `{key}: {value_text(value)}`, and here it is `{value_text(given)}`"
+                f"the adapter to start from has `{key}: {value_text(value)}`, here it is `{value_text(given[key])}`"
             )
-            fix = f"leave adapter.{key} out, which takes it over; or adapter.{key}={value_text(value)}"
+            fix = f"leave adapter.{key} out: it is taken over"
             problems.append(Problem(problem, f"adapter.{key}", fix))
     untrained = sorted(set(ids) - set(trained_token_ids(options)))
     if untrained:
@@ -171,7 +182,7 @@ def _token_ids(tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase | None)
 
 
 def _trained_rows(
-    model: PreTrainedModel, targets: list[str] | str, modules_to_save: Sequence[str], ids: list[int]
+    model: PreTrainedModel, layers: Sequence[str], modules_to_save: Sequence[str], ids: list[int]
 ) -> list[int] | dict[str, list[int]] | None:
     """Return the rows to train as peft takes them: ids alone for the embedding (and a head tied to it), else by module.
 
@@ -179,10 +190,10 @@ def _trained_rows(
     """
     if not ids:
         return None
-    layers = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
-    names = {kind: name for name, module in model.named_modules() for kind, layer in layers.items() if module is layer}
-    trained = {kind: _is_trained(name, targets, modules_to_save) for kind, name in names.items()}
-    is_tied = "head" in names and layers["head"].weight is layers["embedding"].weight  # type: ignore[union-attr]
+    ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    names = {kind: name for name, module in model.named_modules() for kind, layer in ends.items() if module is layer}
+    trained = {kind: _is_trained(name, layers, modules_to_save) for kind, name in names.items()}
+    is_tied = "head" in names and ends["head"].weight is ends["embedding"].weight  # type: ignore[union-attr]
     if is_tied and trained["head"] and not trained["embedding"]:
         both = ",".join(name.rsplit(".", 1)[-1] for name in names.values())
         raise AdapterError(
@@ -196,8 +207,8 @@ def _trained_rows(
     return ids if [*rows] == [names["embedding"]] else rows or None
 
 
-def _is_trained(name: str, targets: list[str] | str, modules_to_save: Sequence[str]) -> bool:
-    return is_target(name, targets) or any(ends_with(name, ending) for ending in modules_to_save)
+def _is_trained(name: str, layers: Sequence[str], modules_to_save: Sequence[str]) -> bool:
+    return name in layers or any(ends_with(name, ending) for ending in modules_to_save)
 
 
 def _untrained_tokens(

@@ -1,21 +1,35 @@
-"""Resolve which layers of a model get an adapter: `adapter.target_modules` and `adapter.modules_to_save`."""
+"""Resolve which layers of a model get an adapter: `target_modules`, `exclude_modules`, `layers`, `modules_to_save`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from llmtune.adapters.config_file import LoraOptions
+from llmtune.config.schema import AdapterConfig
 from llmtune.errors import AdapterError, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["check_modules_to_save", "ends_with", "is_target", "resolve_target_modules", "targets_are_transposed"]
+__all__ = [
+    "adapted_layers",
+    "block_of",
+    "check_modules_to_save",
+    "check_pattern",
+    "chosen_layers",
+    "ends_with",
+    "resolve_target_modules",
+    "targets_are_transposed",
+]
+
+_MARKS = re.compile(r"[*+?()\[\]|\\^$]")
+"""Characters of regular expressions that no module's name has."""
 
 _OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|image|multi_modal_projector|multimodal)")
 """Parts of a multimodal model beside its language model."""
@@ -43,13 +57,111 @@ def resolve_target_modules(model: PreTrainedModel, requested: str | Sequence[str
     return endings
 
 
+def chosen_layers(model: PreTrainedModel, adapter_config: AdapterConfig) -> LoraOptions:
+    """Return the options of peft that choose layers: targets, those left out of them, and the blocks.
+
+    Raises AdapterError for names and patterns that match no layer, and for more blocks than the model has.
+    """
+    targets = resolve_target_modules(model, adapter_config.target_modules)
+    options = LoraOptions(target_modules=targets, modules_to_save=list(adapter_config.modules_to_save) or None)
+    before = adapted_layers(model, options)
+    excluded = adapter_config.exclude_modules
+    if excluded:
+        options["exclude_modules"] = excluded if isinstance(excluded, str) else list(excluded)
+        _check_excluded(excluded, before)
+    if adapter_config.layers is not None:
+        blocks = int(model.config.get_text_config().num_hidden_layers)
+        if adapter_config.layers > blocks:
+            fix = f"adapter.layers={blocks} or less; leave it out for all of them"
+            raise AdapterError(f"the model has {blocks} blocks", where="adapter.layers", fix=fix)
+        last = range(blocks - adapter_config.layers, blocks)
+        if isinstance(targets, str) or not set(targets).isdisjoint(before):
+            # peft takes blocks beside the ends of names only, not beside a pattern or full names.
+            options["target_modules"] = [name for name in before if (place := block_of(name)) and place[0] in last]
+        else:
+            options["layers_to_transform"] = list(last)
+    if not adapted_layers(model, options):
+        problem = "no layer is left to get an adapter"
+        raise AdapterError(problem, where="adapter.exclude_modules / adapter.layers", fix="leave one of them out")
+    return options
+
+
+def adapted_layers(model: PreTrainedModel, options: LoraOptions) -> list[str]:
+    """Return the full names of the modules that get an adapter, by peft's own rules.
+
+    Raises AdapterError where one of them is no layer with a weight.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from transformers.pytorch_utils import Conv1D
+
+    keys = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+    config = LoraConfig(**{key: value for key, value in options.items() if key in keys})  # type: ignore[arg-type]
+    matched = {name: module for name, module in model.named_modules() if check_target_module_exists(config, name)}
+    layers = (nn.Linear, nn.Embedding, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    containers = [name for name, module in matched.items() if not isinstance(module, layers)]
+    if containers:
+        module = matched[containers[0]]
+        inside = sorted({_last_part(name) for name, part in module.named_modules() if isinstance(part, nn.Linear)})
+        requested = options.get("target_modules")
+        written = requested if isinstance(requested, str) else _last_part(containers[0])
+        names = "|".join(inside) or "q_proj|v_proj"
+        fix = (
+            f"let the pattern end with names of layers, such as `.*({names})`"
+            if isinstance(requested, str)
+            else f"name the layers in it: {', '.join(inside)}"
+        )
+        problem = f"`{written}` matches `{containers[0]}`, a {type(module).__name__}, which is no layer with a weight"
+        raise AdapterError(problem, where="adapter.target_modules", fix=fix)
+    return list(matched)
+
+
+def check_pattern(key: str, pattern: Mapping[str, float], layers: Sequence[str]) -> None:
+    """Raise AdapterError for each entry of `adapter.rank_pattern` or `adapter.alpha_pattern` that is 0, or no layer's.
+
+    layers: full names of the adapted layers. An entry is the end of a name, or a regular expression for it, as in peft.
+    """
+    problems = []
+    for entry, value in pattern.items():
+        if value <= 0:
+            problems.append(Problem(f"`{entry}: {value}` is not above 0", key, "give a number above 0"))
+            continue
+        try:
+            if any(re.match(rf"(.*\.)?({entry})$", name) for name in layers):
+                continue
+            problem = f"no adapted layer is called `{entry}`"
+        except re.error as error:
+            problem = f"`{entry}` is no regular expression: {error}"
+        names = ", ".join(sorted({_last_part(name) for name in layers}))
+        problems.append(Problem(problem, key, f"adapted are {names}; an entry is the end of a name"))
+    if problems:
+        raise AdapterError.all(problems)
+
+
+def _check_excluded(excluded: str | Sequence[str], layers: Sequence[str]) -> None:
+    """Raise AdapterError for what leaves nothing out."""
+    problems = []
+    for entry in [excluded] if isinstance(excluded, str) else excluded:
+        try:
+            if any(is_target(name, entry if isinstance(excluded, str) else [entry]) for name in layers):
+                continue
+            problem = f"no targeted layer is called `{entry}`, so it leaves nothing out"
+        except re.error as error:
+            problem = f"`{entry}` is no regular expression: {error}"
+        names = ", ".join(sorted({_last_part(name) for name in layers}))
+        fix = f"targeted are {names}; a list holds ends of names, one text is a regular expression over full names"
+        problems.append(Problem(problem, "adapter.exclude_modules", fix))
+    if problems:
+        raise AdapterError.all(problems)
+
+
 def check_modules_to_save(model: PreTrainedModel, requested: Sequence[str]) -> None:
     """Raise AdapterError for each of `adapter.modules_to_save` that no module is called, with the nearest names."""
     names = [name for name, _ in model.named_modules() if name]
     problems = []
     for ending in requested:
         if not any(ends_with(name, ending) for name in names):
-            near = get_close_matches(ending, sorted({_last_part(name) for name in names}), n=2, cutoff=0.4)
+            near = get_close_matches(_last_part(ending), sorted({_last_part(name) for name in names}), n=2, cutoff=0.4)
             fix = (
                 f"did you mean {' or '.join(f'`{name}`' for name in near)}?"
                 if near
@@ -72,6 +184,16 @@ def is_target(name: str, targets: list[str] | str) -> bool:
     if isinstance(targets, str):
         return bool(re.fullmatch(targets, name))
     return any(ends_with(name, ending) for ending in targets)
+
+
+def block_of(name: str) -> tuple[int, str] | None:
+    """Return the block of a layer and its name within it; None for one outside of the blocks.
+
+    >>> block_of("model.layers.12.self_attn.q_proj"), block_of("lm_head")
+    ((12, 'self_attn.q_proj'), None)
+    """
+    found = re.match(r".*?\.(\d+)\.(.*)", name)
+    return (int(found[1]), found[2]) if found else None
 
 
 def ends_with(name: str, ending: str) -> bool:
@@ -101,10 +223,15 @@ def _checked_pattern(requested: str, names: Sequence[str], linear: Sequence[str]
             f"write a list: adapter.target_modules=[{requested}]"
         )
         raise AdapterError(f"no full name matches `{requested}`", where="adapter.target_modules", fix=fix)
-    raise AdapterError.all([_no_match(requested, linear)])
+    full = next(iter(linear), "model.layers.0.self_attn.q_proj")
+    fix = f"a full name is `{full}`: a pattern begins with `.*`, and a list holds ends of names"
+    raise AdapterError(f"no layer's full name matches `{requested}`", where="adapter.target_modules", fix=fix)
 
 
 def _no_match(requested: str, linear: Sequence[str]) -> Problem:
+    if _MARKS.search(requested):
+        fix = f"a list holds ends of names; one text is a regular expression: 'adapter.target_modules={requested}'"
+        return Problem(f"no layer is called `{requested}`", "adapter.target_modules", fix)
     endings = sorted({_last_part(name) for name in linear})
     near = get_close_matches(_last_part(requested), endings, n=2, cutoff=0.4)
     hint = f"did you mean {' or '.join(f'`{ending}`' for ending in near)}? " if near else ""

@@ -63,6 +63,7 @@ RANGES: dict[str, Range] = {
     "model.architecture.vocab_size": Range(minimum=257),
     "adapter.r": _COUNT,
     "adapter.alpha": Range(above=0),
+    "adapter.layers": _COUNT,
     "adapter.dropout": _FRACTION,
     "data.min_length": _COUNT,
     "data.test_size": Range(minimum=0),

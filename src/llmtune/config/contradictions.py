@@ -60,6 +60,10 @@ def _does_not_divide(divisor: int | None, number: int | None) -> bool:
 
 _LORA_KEYS = (
     "start_from",
+    "exclude_modules",
+    "layers",
+    "rank_pattern",
+    "alpha_pattern",
     "r",
     "alpha",
     "dropout",

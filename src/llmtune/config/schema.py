@@ -166,6 +166,18 @@ class AdapterConfig:
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get an adapter: `all-linear`, a list of name endings, or one regular expression over full names."""
 
+    exclude_modules: str | tuple[str, ...] = ()
+    """Layers left out of those: a list of name endings, or one regular expression over full names."""
+
+    layers: int | None = None
+    """Adapt only the last so many blocks; all when not given."""
+
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks by name ending or regular expression: `{down_proj: 32}`."""
+
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """Other scales by name ending or regular expression: `{down_proj: 64}`."""
+
     rslora: bool = False
     """Rank-stabilised scaling (arXiv:2312.03732)."""
 

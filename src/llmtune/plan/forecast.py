@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from llmtune.adapters.target_modules import block_of
 from llmtune.config.process_options import Options
-from llmtune.config.schema import Config
+from llmtune.config.schema import AdapterConfig, Config
 from llmtune.data.dataset.batches import BatchPlan
 from llmtune.data.dataset.micro_batch import Layout
 from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES, has_thread_caches
@@ -27,7 +29,14 @@ from llmtune.models.load import choose_weight_dtype
 from llmtune.plan.activation_trace import TRACED_BLOCKS, Gradients, MicroBatchShape, Peaks, extrapolate, trace
 from llmtune.plan.hardware import Target, find_target, precision_on, process_bytes
 from llmtune.plan.memory import MemoryPlan, plan_memory
-from llmtune.plan.meta_model import ModelShape, ModelSizes, build_meta_model, count_sizes, read_shape
+from llmtune.plan.meta_model import (
+    ModelShape,
+    ModelSizes,
+    adapted_layers_of,
+    build_meta_model,
+    count_sizes,
+    read_shape,
+)
 from llmtune.plan.plan_cache import cached, read_entry, write_entry
 from llmtune.prepare import Prepared
 from llmtune.version import __version__
@@ -80,6 +89,7 @@ class Forecaster:
     rank: int = 0
     _peaks: dict[str, Peaks] = field(default_factory=dict)
     _sizes: dict[str, ModelSizes] = field(default_factory=dict)
+    _layers: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
     def for_this_machine(cls, prepared: Prepared, options: Options, devices: Devices) -> Forecaster:
@@ -113,7 +123,7 @@ class Forecaster:
         if self.target.kind != "cpu":
             return 0
         # Loading imports libraries that the process then holds; a plan from the cache must not be without them.
-        self._build(self.config, blocks=1)
+        self._build(replace(self.config, adapter=AdapterConfig(method=self.config.adapter.method)), blocks=1)
         compute = COMPUTE[self.precision]
         return process_bytes(compute) + (FULL_KERNEL_CACHES_BYTES if compute is not None else 0)
 
@@ -249,9 +259,11 @@ class Forecaster:
         return self._trace_with(config, batch, gradients, last)
 
     def _trace_with(self, config: Config, batch: MicroBatchShape, gradients: Gradients, backend: str) -> Peaks:
-        def peaks_of(blocks: int) -> Peaks:
+        layers = self._adapted_layers(config)
+
+        def peaks_of(blocks: int | None) -> Peaks:
             return trace(
-                self._build(config, blocks=blocks),
+                self._build(config, blocks, layers if blocks is not None and layers else None),
                 batch,
                 device_type=self.target.kind,
                 compute=COMPUTE[self.precision],
@@ -262,13 +274,28 @@ class Forecaster:
 
         # A model of so few blocks is traced as it is, in the same time.
         if self.shape.blocks <= TRACED_BLOCKS + 1:
-            return peaks_of(self.shape.blocks)
-        return extrapolate(peaks_of(TRACED_BLOCKS), peaks_of(TRACED_BLOCKS + 1), self.shape.blocks)
+            return peaks_of(None)
+        frozen = self._frozen_blocks(config, layers)
+        return extrapolate(peaks_of(TRACED_BLOCKS), peaks_of(TRACED_BLOCKS + 1), self.shape.blocks - frozen)
 
-    def _build(self, config: Config, blocks: int | None = None) -> PreTrainedModel:
+    def _adapted_layers(self, config: Config) -> list[str]:
+        key = self._key("layers", config)
+        if key not in self._layers:
+            self._layers[key] = adapted_layers_of(self.shape, config, self.prepared.tokenizer.tokenizer)
+        return self._layers[key]
+
+    def _frozen_blocks(self, config: Config, layers: Sequence[str]) -> int:
+        """Count the first blocks through which no gradient goes: they keep nothing for the backward pass."""
+        adapter = config.adapter
+        blocks = [block_of(name) for name in layers]
+        trained_elsewhere = adapter.train_tokens or adapter.modules_to_save or adapter.start_from or None in blocks
+        return 0 if trained_elsewhere else min((block[0] for block in blocks if block), default=0)
+
+    def _build(self, config: Config, blocks: int | None = None, layers: Sequence[str] | None = None) -> PreTrainedModel:
         trained = config.adapter.method == "none" or self.prepared.source.kind == "scratch"
         dtype, _ = choose_weight_dtype(config.model.dtype, trained=trained, precision=self.precision)
-        return build_meta_model(self.shape, config, self.prepared.tokenizer.tokenizer, dtype=dtype, blocks=blocks)
+        tokenizer = self.prepared.tokenizer.tokenizer
+        return build_meta_model(self.shape, config, tokenizer, dtype=dtype, blocks=blocks, layers=layers)
 
     def _key(self, kind: str, config: Config, *details: object) -> str:
         """Digest of everything that decides a number: shape, adapter, arithmetic, engine, code and library versions."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.adapters import attach
 from llmtune.adapters.start import start_options
+from llmtune.adapters.target_modules import adapted_layers, block_of, chosen_layers, ends_with
 from llmtune.config.process_options import Options
-from llmtune.config.schema import Config
+from llmtune.config.schema import AdapterConfig, Config
 from llmtune.errors import LlmtuneError, ModelError, in_one_line
 from llmtune.kernels.recompute import checkpointable_blocks
 from llmtune.models.hub import local_folder, may_ignore_auto_map
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ModelShape",
     "ModelSizes",
+    "adapted_layers_of",
     "build_meta_model",
     "count_sizes",
     "decoder_blocks",
@@ -109,8 +112,12 @@ def build_meta_model(
     *,
     dtype: torch.dtype,
     blocks: int | None = None,
+    layers: Sequence[str] | None = None,
 ) -> PreTrainedModel:
     """Build the model on the meta device, with the adapter of `config`; only its first `blocks` blocks when given.
+
+    layers: full names of the layers that get an adapter, in place of those of `config`: what that says of a block may
+    be of one that a model of few blocks lacks. None is adapted where the list is empty.
 
     Raises ModelError for an architecture that no model can have, AdapterError for an adapter that does not fit it.
     """
@@ -126,11 +133,40 @@ def build_meta_model(
             problem = f"the model that its config.json describes cannot be built: {in_one_line(error)}"
             fix = "fetch the file again, or name another model"
             raise ModelError(problem, where=config.model.name, fix=fix) from error
-        if config.adapter.method != "none":
-            model, _ = attach.attach_adapter(
-                model, config.adapter, seed=0, tokenizer=tokenizer, start=start_options(config)
-            )
+        if layers is not None:
+            adapter, start = _adapter_on(model, config.adapter, layers), None
+        else:
+            adapter, start = config.adapter, start_options(config)
+        if adapter.method != "none":
+            model, _ = attach.attach_adapter(model, adapter, seed=0, tokenizer=tokenizer, start=start)
     return model
+
+
+def adapted_layers_of(shape: ModelShape, config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the full names of the layers of the whole model that get an adapter; none without one.
+
+    Raises AdapterError for names that match no layer of any block.
+    """
+    if config.adapter.method == "none":
+        return []
+    model = build_meta_model(shape, config, tokenizer, dtype=torch.float32, layers=())
+    start = start_options(config)
+    return adapted_layers(model, start or chosen_layers(model, config.adapter))
+
+
+def _adapter_on(model: PreTrainedModel, adapter: AdapterConfig, layers: Sequence[str]) -> AdapterConfig:
+    """Return an adapter on a model of few blocks: every block gets what any block of the whole model gets."""
+    parts = [block_of(name) for name in layers]
+    inside, outside = {part[1] for part in parts if part}, {name for name in layers if block_of(name) is None}
+    names = [name for name, _ in model.named_modules() if name]
+    targets = [name for name in names if name in outside or ((part := block_of(name)) and part[1] in inside)]
+    if not targets:
+        return replace(adapter, method="none")
+    saved = tuple(end for end in adapter.modules_to_save if any(ends_with(name, end) for name in names))
+    return replace(
+        adapter, target_modules=tuple(targets), exclude_modules=(), layers=None, rank_pattern={}, alpha_pattern={},
+        modules_to_save=saved, start_from=None,
+    )  # fmt: skip
 
 
 BUILD_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, ImportError)
