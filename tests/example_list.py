@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.example import Example, example_digest, set_digest
+from llmtune.data.example import SIDES, Example, example_digest, set_digest
 
 
 class ExampleList:
@@ -32,5 +32,11 @@ class ExampleList:
         return np.array([example.weights.sum(dtype=np.float64) for example in self._examples], dtype=np.float64)
 
     @property
+    def sides(self) -> npt.NDArray[np.int8]:
+        return np.array([SIDES.index(one.side) if one.side else -1 for one in self._examples], dtype=np.int8)
+
+    @property
     def digest(self) -> str:
-        return set_digest(example_digest(example.input_ids, example.weights) for example in self._examples)
+        return set_digest(
+            example_digest(example.input_ids, example.weights, example.side) for example in self._examples
+        )

@@ -17,12 +17,12 @@ from llmtune.config.document import DEFAULT, Origin
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.paths import config_folder_named
 from llmtune.config.process_options import Options
-from llmtune.config.schema import ArchitectureConfig, Config, DataConfig
+from llmtune.config.schema import ArchitectureConfig, Config, DataConfig, EvaluationConfig
 from llmtune.data.dataset.batches import BatchPlan
 from llmtune.data.dataset.make_dataset import PreparedData, iter_texts, prepare_data
 from llmtune.data.dataset.micro_batch import Layout
 from llmtune.data.dataset.mixture import EpochDraws, plan_epochs
-from llmtune.data.dataset.packing import Indices, plan_packs
+from llmtune.data.dataset.packing import Indices, examples_together, plan_sequences
 from llmtune.data.dataset.row_result import OVERLONG_FIX
 from llmtune.data.dataset.store import MappedExamples
 from llmtune.data.rendering.renderer import Renderer
@@ -96,6 +96,7 @@ class Prepared:
             max_group_tokens=max_group_tokens,
             pad_id=self.tokenizer.tokenizer.pad_token_id or 0,
             draws=self.draws,
+            together=examples_together(self.data.train),
         )
 
 
@@ -281,7 +282,7 @@ def prepare(
     starts from (`fit_start`), unless the run is a stopped one: then its values stand. `progress(done, total,
     rows_per_second)` is called while rows are tokenized. Raises ConfigError, ModelError, TokenizerError or DataError.
     """
-    config = resolved.config
+    config, still = _for_comparison(resolved.config)
     if not config.data.train:
         raise ConfigError("no training data is named", where="data.train", fix="name a file: `data.train=rows.jsonl`")
     with config_folder_named(resolved):
@@ -298,11 +299,34 @@ def prepare(
             config, tokens = fit_train_tokens(config, source, model_config, loaded)
             fitted += [*length, *tokens]
         with overlong_named(fitted):
-            data = prepare_data(config.data, renderer, progress=progress)
+            data = prepare_data(config.data, renderer, method=config.objective.method, progress=progress)
     _refuse_beyond(context, data)
     packs, draws = _lay_out(data.train, config.data)
-    decisions = (*source.decisions, *loaded.decisions, *fitted, *renderer.decisions, *data.decisions)
+    decisions = (*source.decisions, *loaded.decisions, *still, *fitted, *renderer.decisions, *data.decisions)
     return Prepared(config, source, loaded, renderer, data, packs, draws, trains_tokenizer(config, source), decisions)
+
+
+def _for_comparison(config: Config) -> tuple[Config, list[Decision]]:
+    """The config of a run that compares answers: no dropout, and the best model by a loss that there is."""
+    if config.objective.method == "sft":
+        return config, []
+    chosen = []
+    if config.evaluation.best_by == EvaluationConfig().best_by:
+        config = replace(config, evaluation=replace(config.evaluation, best_by="eval_loss"))
+        reason = f"the held-out loss of {config.objective.method}"
+        chosen.append(Decision("evaluation.best_by", "eval_loss", reason))
+    reason = "answers are compared with a reference, whose numbers dropout would blur"
+    rates = {
+        "adapter.dropout": config.adapter.dropout,
+        "model.architecture.dropout": config.model.architecture.dropout,
+        "model.architecture.attention_dropout": config.model.architecture.attention_dropout,
+    }
+    shape = replace(config.model.architecture, dropout=0.0, attention_dropout=0.0)
+    if config.model.architecture.dropout or config.model.architecture.attention_dropout:
+        config = replace(config, model=replace(config.model, architecture=shape))
+    config = replace(config, adapter=replace(config.adapter, dropout=0.0))
+    off = [Decision(key, 0.0, f"{reason} (asked for: {rate:g})") for key, rate in rates.items() if rate]
+    return config, [*chosen, *off]
 
 
 def _refuse_beyond(context: Context | None, data: PreparedData) -> None:
@@ -316,8 +340,8 @@ def _lay_out(examples: MappedExamples, data: DataConfig) -> tuple[list[Indices],
     """The packs, and what draws the examples of each epoch where sources have a share or are repeated."""
     if data.is_mixed:
         return plan_epochs(examples, data)
-    return plan_packs(examples.lengths, data.max_length, data.packing, data.shuffle_seed or 0), None
+    return plan_sequences(examples, data.max_length, data.packing, data.shuffle_seed or 0), None
 
 
 def _texts(config: Config) -> Iterator[str]:
-    return iter_texts(config.data)
+    return iter_texts(config.data, config.objective.method)

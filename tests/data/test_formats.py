@@ -7,6 +7,7 @@ import pytest
 from llmtune.config.schema import RowFormat
 from llmtune.data.example import Conversation, Message, Row
 from llmtune.data.rows.formats import FORMATS, UnusableRowError, conversation_of, detect_format, looks_like
+from llmtune.data.rows.preferences import PREFERENCE_FORMATS
 from llmtune.errors import DataError
 
 USER, ANSWER = Message("user", "2+3?"), Message("assistant", "5")
@@ -113,7 +114,7 @@ def test_tools_come_as_a_list_or_as_its_json_text():
 
 
 def test_every_format_can_be_configured_and_recognizes_its_rows():
-    assert set(get_args(RowFormat)) == {"auto", *FORMATS}
+    assert set(get_args(RowFormat)) == {"auto", *FORMATS, *PREFERENCE_FORMATS}
     for name, given, _ in MEANS:
         assert looks_like(given.fields) == name
         assert FORMATS[name].recognize(given.fields)

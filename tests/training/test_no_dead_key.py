@@ -85,6 +85,10 @@ def world(tmp_path_factory, tiny_tokenizer, tiny_model_folder):
     (folder / "held-out.jsonl").write_text(row("the words", "of the user") + rows[1])
     (folder / "bad.jsonl").write_text("".join(rows) + '{"messages": 5}\n')
     (folder / "ds.json").write_text("{}")
+    pairs = [{"prompt": WORDS[at], "chosen": WORDS[at + 1], "rejected": WORDS[at + 2]} for at in range(6)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    labels = [{"prompt": WORDS[at], "completion": WORDS[at + 1], "label": at % 2 == 0} for at in range(6)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(one) + "\n" for one in labels))
     template = tiny_tokenizer.chat_template.replace("'] }}\n{{ message['content", "'] }}: {{ message['content").replace(
         "<|im_start|>assistant\n", "<|im_start|>assistant: "
     )

@@ -113,20 +113,24 @@ def preview(
     """
     resolved, fitted, loaded, renderer, data = _survey(config, overrides, trust_remote_code=trust_remote_code)
     from llmtune.data.dataset.make_dataset import raise_problems
+    from llmtune.data.dataset.packing import examples_together
     from llmtune.data.dataset.preview import html_page, json_line, legend, terminal_text
     from llmtune.prepare import overlong_named
 
     for decision in (*fitted, *renderer.decisions, *data.decisions):
         print_line(str(decision))
     for name, counts in data.ledger.summary().items():
-        if counts["answers"]:
+        if "pairs" in counts:
+            print_line(f"{name}: {counts['pairs']:,} pairs of answers")
+        elif counts["answers"]:
             print_line(f"{name}: {counts['answers']:,} answers, {counts['trained_answers']:,} trained")
     for line in (*data.ledger.training_warnings(), *data.ledger.unused_fields()):
         print_line(f"note: {line}")
     limit = None if show_all else count
     groups = itertools.islice(_groups(data.train, resolved.config.data), limit)
     if as_json:
-        for index in range(len(data.train))[:limit]:
+        count = examples_together(data.train)
+        for index in range(len(data.train))[: limit and limit * count]:
             print(json_line(data.train[index], loaded.tokenizer))
     elif page is not None:
         title = f"{resolved.name}: rows as the model sees them"
@@ -171,18 +175,26 @@ def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remo
         context = find_context(source, model_config, resolved.config.model.architecture)
         fitted, length = fit_max_length(resolved.config, context, resolved.origins)
         resolved, decisions = replace(resolved, config=fitted), [*decisions, *length]
-        data = survey_data(resolved.config.data, renderer, progress=tokenizing_progress(print_line))
+        data = survey_data(
+            resolved.config.data,
+            renderer,
+            method=resolved.config.objective.method,
+            progress=tokenizing_progress(print_line),
+        )
     return Survey(resolved, decisions, loaded, renderer, data)
 
 
 def _groups(examples: ExampleSet, data: DataConfig) -> Iterator[Group]:
     """Yield the examples that are shown together: a pack, or a single row where the config does not pack."""
-    from llmtune.data.dataset.packing import plan_packs
+    from llmtune.data.dataset.packing import examples_together, plan_sequences
     from llmtune.data.dataset.preview import Group
 
     if data.packing == "none":
-        yield from (Group([examples[index]]) for index in range(len(examples)))
+        count = examples_together(examples)
+        yield from (
+            Group([examples[index + side] for side in range(count)]) for index in range(0, len(examples), count)
+        )
         return
-    packs = plan_packs(examples.lengths, data.max_length, data.packing, data.shuffle_seed or 0)
+    packs = plan_sequences(examples, data.max_length, data.packing, data.shuffle_seed or 0)
     for number, pack in enumerate(packs, 1):
         yield Group([examples[int(index)] for index in pack], number, data.max_length)

@@ -39,8 +39,10 @@ def runs(
 def _row(run: RunSummary) -> tuple[str, ...]:
     step = "-" if run.step is None else str(run.step) if run.total_steps is None else f"{run.step}/{run.total_steps}"
     created = run.created.replace("T", " ")[:16]
-    return printable(run.name), run.state, step, _loss(run.train_mean_nll), _loss(run.eval_mean_nll), created
+    train, held_out = _loss(run.train_mean_nll, run.train_loss), _loss(run.eval_mean_nll, run.eval_loss)
+    return printable(run.name), run.state, step, train, held_out, created
 
 
-def _loss(nats_per_token: float | None) -> str:
-    return "-" if nats_per_token is None else f"{float(nats_per_token):.4f}"
+def _loss(*losses: float | None) -> str:
+    """The first loss that there is: a run has one of nats per token, or one that compares answers."""
+    return next((f"{float(loss):.4f}" for loss in losses if loss is not None), "-")

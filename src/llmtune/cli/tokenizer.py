@@ -71,14 +71,14 @@ def train(
     architecture = settings.model.architecture
     entries = vocab_size or architecture.vocab_size or 16_384
     tokenizer = train_tokenizer(
-        _with_progress(iter_texts(settings.data)),
+        _with_progress(iter_texts(settings.data, settings.objective.method)),
         entries,
         chat_template=find_chat_template(chat_template or settings.model.chat_template or "chatml"),
         special_tokens=special_token or (),
         min_frequency=min_frequency,
         max_length=architecture.max_seq_len or 2048,
     )
-    report = measure_tokenizer(tokenizer, iter_texts(settings.data))
+    report = measure_tokenizer(tokenizer, iter_texts(settings.data, settings.objective.method))
     durable.prepare_target(output, print_line)
     with durable.commit_folder(output, with_manifest=False, replace=False) as folder:
         write_tokenizer(tokenizer, folder)

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 
 from llmtune.common.text import excerpt
+from llmtune.config.contradiction import Contradiction
 from llmtune.config.document import Origin
 from llmtune.config.dump import value_text
 from llmtune.config.keys import value_of
-from llmtune.config.schema import Config
+from llmtune.config.objective_checks import OBJECTIVE_CONTRADICTIONS
+from llmtune.config.schema import Config, ObjectiveConfig
 from llmtune.errors import Problem
 
 __all__ = ["CONTRADICTIONS", "Contradiction", "contradictions"]
 
 
-@dataclass(frozen=True)
-class Contradiction:
-    """Keys whose values contradict each other where `when(config, origins)` is true."""
-
-    keys: tuple[str, ...]
-    when: Callable[[Config, Mapping[str, Origin]], bool]
-    problem: str
-    fix: str
-
-
 def contradictions(config: Config, origins: Mapping[str, Origin], failed: Collection[str] = ()) -> list[Problem]:
     """Return every contradiction between keys that were read; each names where their values are written."""
     problems = []
-    for row in CONTRADICTIONS:
+    # Most runs compare no answers, and need not go through what contradicts a comparison.
+    compares = config.objective != ObjectiveConfig()
+    for row in CONTRADICTIONS if compares else _OF_EVERY_RUN:
         if not any(key in failed for key in row.keys) and row.when(config, origins):
             given = [key for key in row.keys if _is_given(origins, key)]
             where = " and ".join(dict.fromkeys(origins[key].where for key in given))
@@ -74,7 +67,7 @@ _LORA_KEYS = (
     "train_tokens",
 )
 
-CONTRADICTIONS: tuple[Contradiction, ...] = (
+_OF_EVERY_RUN: tuple[Contradiction, ...] = (
     Contradiction(
         ("data.one_example_per_turn", "data.train_on"),
         lambda c, _: c.data.one_example_per_turn and c.data.train_on == "all_tokens",
@@ -279,4 +272,17 @@ CONTRADICTIONS: tuple[Contradiction, ...] = (
         "a DeepSpeed file is given, but the strategy is another",
         "set `distributed.strategy: deepspeed`, or remove the file",
     ),
+    Contradiction(
+        ("data.format", "data.train", "data.eval", "objective.method"),
+        lambda c, _: (
+            c.objective.method == "sft"
+            and bool(
+                {"preference", "unpaired"} & {c.data.format, *(one.format for one in (*c.data.train, *c.data.eval))}
+            )
+        ),
+        "rows of this format judge answers, and supervised fine-tuning compares none",
+        "set `objective.method` to dpo, simpo, orpo (pairs) or kto, or another format",
+    ),
 )
+
+CONTRADICTIONS: tuple[Contradiction, ...] = (*_OF_EVERY_RUN, *OBJECTIVE_CONTRADICTIONS)

@@ -22,6 +22,8 @@ __all__ = [
     "DistributedConfig",
     "EvaluationConfig",
     "ModelConfig",
+    "ObjectiveConfig",
+    "ObjectiveMethod",
     "RunConfig",
     "SourceConfig",
     "TrackingConfig",
@@ -204,7 +206,7 @@ TrainOn = Literal[
     "customized",
 ]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text"]
+RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference", "unpaired"]
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ class DataConfig:
     """Held-out rows, never trained on."""
 
     format: RowFormat = "auto"
-    """Format of a row; `auto` detects it from the first rows."""
+    """Format of a row; `auto` detects it from the first rows, among those that `objective.method` can learn from."""
 
     text_column: str | None = None
     """Field of a text row; `text` when not given."""
@@ -362,7 +364,9 @@ class TrainingConfig:
     """Micro-batches summed into one step on each device."""
 
     learning_rate: float | None = None
-    """Peak learning rate; when not given 2e-4 for LoRA, 2e-5 for full tuning, by size from scratch."""
+    """Peak learning rate; when not given 2e-4 for LoRA, 2e-5 for full tuning (a twentieth of both where answers are
+    compared), by size from scratch.
+    """
 
     weight_decay: float | None = None
     """Decoupled decay of matrices (never of norms, biases); when not given 0 for LoRA, 0.01 for full tuning, 0.1 from
@@ -419,6 +423,51 @@ class TrainingConfig:
 
     max_skipped_steps: int = 3
     """Windows with non-finite loss or gradients that are skipped, and named, before the run stops with exit 7."""
+
+
+# `objective.*`
+
+
+ObjectiveMethod = Literal["sft", "dpo", "simpo", "orpo", "kto"]
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What training minimizes: the loss of the answers, or a loss that compares answers."""
+
+    method: ObjectiveMethod = "sft"
+    """`sft` learns answers; `dpo`, `simpo` and `orpo` learn from pairs of a chosen and a rejected answer, `kto` also
+    from single answers with a label.
+    """
+
+    loss: Literal["auto", "sigmoid", "ipo", "hinge", "kto", "apo_zero"] = "auto"
+    """Form of the loss: `sigmoid` (chosen by `auto`), `ipo` or `hinge` for `dpo`; `kto` (chosen by `auto`) or
+    `apo_zero` for `kto`.
+    """
+
+    beta: float | None = None
+    """Strength of the comparison (`orpo`: weight of the odds ratio); when not given 2.0 for `simpo`, else 0.1."""
+
+    label_smoothing: float = 0.0
+    """Probability that the two sides of a pair are exchanged (`dpo` with `sigmoid`)."""
+
+    sft_weight: float = 0.0
+    """Weight of the loss of chosen answers, in nats per chosen token of the window, added to `dpo`."""
+
+    gamma_beta_ratio: float = 0.5
+    """Margin that `simpo` asks for, as a part of beta."""
+
+    desirable_weight: float = 1.0
+    """Weight of desirable answers in `kto`."""
+
+    undesirable_weight: float = 1.0
+    """Weight of undesirable answers in `kto`."""
+
+    reference: Literal["auto", "base", "start", "precomputed"] = "auto"
+    """Model that `dpo` and `kto` compare with: `base` is the model without its adapter, `start` a frozen copy of what
+    is trained as it was before step 1, `precomputed` the same measured once before step 1. `auto` takes `base` where
+    training begins with a new adapter, else `start`.
+    """
 
 
 # `evaluation.*`
@@ -555,6 +604,9 @@ class Config:
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How weights are updated."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What it minimizes."""
 
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Measurements on held-out rows."""

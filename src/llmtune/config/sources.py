@@ -20,6 +20,7 @@ TURN_COLUMNS = ("role", "content", "tool_calls", "tool_call_id")
 COLUMN_FIELDS = (
     *("messages", "conversations", "conversation", *TURN_COLUMNS),
     *("prompt", "completion", "instruction", "input", "output", "history", "question", "answer", "query", "response"),
+    *("chosen", "rejected", "chosen_response", "rejected_response", "label", "kto_tag"),
     *("text", "system", "system_prompt", "tools", "weight", "reasoning_content", "thinking", "reasoning"),
     "chat_template_kwargs",
 )

@@ -8,24 +8,31 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
     "REASONING_FIELDS",
+    "SIDES",
     "Conversation",
     "Example",
     "ExampleSet",
     "Message",
     "Row",
+    "Side",
     "example_digest",
     "set_digest",
 ]
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning in the wild; chat templates read the first (a few the second)."""
+
+Side = Literal["chosen", "rejected", "desirable", "undesirable"]
+"""What a preference says of an answer: the two of a pair, or an answer that is judged by itself."""
+SIDES: tuple[Side, ...] = get_args(Side)
+"""Tables hold a side by its index in this order, and -1 for an example without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,8 @@ class Conversation:
     """Further arguments of the chat template (`enable_thinking`), given by the row."""
     unused: tuple[str, ...] = ()
     """Fields of the row and its messages that nothing reads, described."""
+    side: Side | None = None
+    """What the row says of its answer, which is then the only trained part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,8 @@ class Example:
     source: str
     input_ids: npt.NDArray[np.int32]
     weights: npt.NDArray[np.float32]
+    side: Side | None = None
+    """What a preference says of the answer; None in supervised fine-tuning."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -106,14 +117,21 @@ class ExampleSet(Protocol):
         ...
 
     @property
+    def sides(self) -> npt.NDArray[np.int8]:
+        """The side of each example by its index in `SIDES`, -1 for none; int8 [N]."""
+        ...
+
+    @property
     def digest(self) -> str:
-        """sha256 over all ids and weights in order: two sets with the same digest train alike."""
+        """sha256 over all ids, weights and sides in order: two sets with the same digest train alike."""
         ...
 
 
-def example_digest(input_ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32]) -> bytes:
-    """16-byte digest of one example: ids int32 [T] and weights float32 [T]."""
-    digest = hashlib.blake2b(digest_size=16)
+def example_digest(
+    input_ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32], side: Side | None = None
+) -> bytes:
+    """16-byte digest of one example: ids int32 [T], weights float32 [T], and the side where it has one."""
+    digest = hashlib.blake2b(digest_size=16, person=(side or "").encode())
     # Little-endian on every machine, so that digests in checkpoints and caches agree.
     digest.update(input_ids.astype("<i4", copy=False).tobytes())
     digest.update(weights.astype("<f4", copy=False).tobytes())

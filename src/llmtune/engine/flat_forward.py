@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.kernels.attention import segment_mask
-from llmtune.kernels.linear_cross_entropy import Head, head_nll_sum, trained_rows
+from llmtune.kernels.linear_cross_entropy import Head, head_nll_sum, sequence_log_probs, trained_rows
 from llmtune.models.parameters import base_model_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["FlatInputs", "flat_forward", "flat_inputs", "flat_nll_sum"]
+__all__ = ["FlatInputs", "flat_forward", "flat_inputs", "flat_log_probs", "flat_nll_sum"]
 
 
 class FlatInputs(NamedTuple):
@@ -78,3 +78,12 @@ def flat_nll_sum(model: PreTrainedModel | PeftModel, batch: MicroBatch, *, head:
     """
     inputs = flat_inputs(batch, device)
     return head_nll_sum(head, flat_forward(model, inputs), inputs.targets, inputs.weights)
+
+
+def flat_log_probs(
+    model: PreTrainedModel | PeftModel, batch: MicroBatch, *, head: Head, device: torch.device
+) -> Tensor:
+    """Log-probability of the trained tokens of each document of a flat micro-batch: nats, float32 [S]."""
+    inputs = flat_inputs(batch, device)
+    rows_of_sequence_S = batch.sequence_rows.to(device)
+    return sequence_log_probs(head, flat_forward(model, inputs), inputs.targets, inputs.weights, rows_of_sequence_S)

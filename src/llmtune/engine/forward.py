@@ -23,8 +23,8 @@ from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
 from llmtune.data.dataset.micro_batch import Layout, MicroBatch, make_micro_batch
 from llmtune.data.example import Example
-from llmtune.engine.flat_forward import flat_nll_sum
-from llmtune.engine.objective import plain_nll_sum
+from llmtune.engine.flat_forward import flat_log_probs, flat_nll_sum
+from llmtune.engine.objective import plain_log_probs, plain_nll_sum
 from llmtune.engine.precision import Precision
 from llmtune.errors import ConfigError, ModelError, in_one_line
 from llmtune.kernels.activation_offload import offload_inputs
@@ -64,6 +64,9 @@ class Engine:
     """Sum of weighted negative log-likelihoods of a micro-batch in nats, 0-d float32, joined to the graph unless under
     `no_grad`.
     """
+
+    log_probs: Callable[[MicroBatch], Tensor]
+    """Log-probability of the trained tokens of each example in nats, float32 [S], joined to the graph likewise."""
 
     layout: Layout
     """`flat` (one row, no padding, `segments` given) or `padded`: how micro-batches must be laid out for `nll_sum`."""
@@ -222,6 +225,7 @@ def _flat_engine(
     reason = f"asked for ({attention})" if attention != "auto" else BACKEND_REASONS[backend]
     return Engine(
         nll_sum=lambda batch: flat_nll_sum(model, batch, head=head, device=device),
+        log_probs=lambda batch: flat_log_probs(model, batch, head=head, device=device),
         layout="flat",
         max_group_tokens=group_tokens(base_model_of(model).config) if device.type == "cpu" else None,
         decisions=(
@@ -244,7 +248,12 @@ def _plain_engine(
         implementation = ATTENTION_IMPLEMENTATIONS[attention]
         use_attention(base_model_of(model), implementation)
         all_decisions.append(Decision("model.attention", implementation, f"asked for ({attention})"))
-    return Engine(nll_sum=lambda batch: plain_nll_sum(model, batch), layout="padded", decisions=tuple(all_decisions))
+    return Engine(
+        nll_sum=lambda batch: plain_nll_sum(model, batch),
+        log_probs=lambda batch: plain_log_probs(model, batch),
+        layout="padded",
+        decisions=tuple(all_decisions),
+    )
 
 
 # ---- the probe of the model at hand ----

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 import torch
@@ -57,6 +57,8 @@ class StepResult:
     """Why nothing was applied: the loss or the gradients were not finite."""
     sources: tuple[str, ...] = ()
     """Rows of a skipped window: those of the micro-batches whose loss is not finite, or else all."""
+    further: Mapping[str, float] = field(default_factory=dict)
+    """Further means over the window that the objective measures, by their names in the metrics."""
     mfu: float | None = None
     """Part of the device's peak arithmetic rate that the model's own work took, where the peak is known."""
 
@@ -86,6 +88,7 @@ class StepResult:
             "loss_tokens_per_second": self.num_loss_tokens / self.step_seconds,
             "step_seconds": self.step_seconds,
             "memory_bytes": self.memory_bytes,
+            **{name: _finite_or_none(value) for name, value in self.further.items()},
         }
         if self.mfu is not None:
             line["mfu"] = self.mfu
@@ -116,7 +119,7 @@ def train_steps(
     started = time.perf_counter()
     for window in windows:
         totals = devices.sum(window.loss_weight, window.num_tokens, window.num_sequences)  # before any backward pass
-        divisor = totals[0] or 1.0  # a window without trained tokens has no loss to divide
+        divisor = _divisor(objective, window, devices, totals[0])
         rate = learning_rate(state.step)
         losses: list[torch.Tensor] = []
         rows: list[tuple[str, ...]] = []
@@ -146,17 +149,18 @@ def train_steps(
 
         yield StepResult(
             mean_loss=mean_loss,
-            loss_name=objective.name,
             learning_rate=rate,
             grad_norm=grad_norm,
             reason=reason,
             sources=bad_rows,
-            **_measure(window, totals, state, time.perf_counter() - started, devices, mfu),
+            **_measure(objective, window, totals, state, time.perf_counter() - started, devices, mfu),
         )
         started = time.perf_counter()
 
 
 class _Measures(TypedDict):
+    loss_name: str
+    further: Mapping[str, float]
     step: int
     epoch: float
     progress: float
@@ -169,6 +173,7 @@ class _Measures(TypedDict):
 
 
 def _measure(
+    objective: Objective,
     window: Window,
     totals: tuple[float, ...],
     state: TrainingState,
@@ -179,6 +184,8 @@ def _measure(
     """Give the fields of a result that count and measure; `totals` as `devices.sum` gave them."""
     loss_weight, tokens, sequences = totals
     return {
+        "loss_name": objective.name,
+        "further": objective.measure(devices) if objective.measure is not None else {},
         "step": state.step,
         "epoch": window.epoch,
         "progress": window.progress,
@@ -189,6 +196,12 @@ def _measure(
         "memory_bytes": peak_memory_bytes(devices.device),
         "mfu": mfu(tokens / seconds) if mfu else None,
     }
+
+
+def _divisor(objective: Objective, window: Window, devices: Devices, loss_weight: float) -> float:
+    """Give what a window's loss is divided by, counted over all devices; `loss_weight`: its sum of weights."""
+    count = loss_weight if objective.begin_window is None else objective.begin_window(window, devices)
+    return count or 1.0  # a window without trained tokens has no loss to divide
 
 
 def _read(losses: list[torch.Tensor], norm: torch.Tensor, devices: Devices) -> tuple[float, float]:

@@ -10,17 +10,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from llmtune.data.dataset.micro_batch import MicroBatch
+from llmtune.data.dataset.packing import Indices
+from llmtune.engine.devices import Devices
 
-__all__ = ["IGNORED", "Objective", "next_token_objective", "plain_nll_sum", "weighted_nll_sum"]
+__all__ = [
+    "IGNORED",
+    "Objective",
+    "WindowRows",
+    "next_token_objective",
+    "plain_log_probs",
+    "plain_nll_sum",
+    "weighted_nll_sum",
+]
 
 IGNORED = -100
 """Target of a position that is not trained; `cross_entropy` gives it loss 0 and gradient 0, exactly."""
+
+
+class WindowRows(Protocol):
+    """What an objective may know of a window before its first micro-batch; all held-out rows are one window."""
+
+    @property
+    def indices(self) -> Indices:
+        """Numbers of this process's examples, int64."""
+        ...
+
+    @property
+    def all_indices(self) -> Indices:
+        """Those of all processes, in the order of the window, int64."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,6 +58,12 @@ class Objective:
     """The metrics `train_NAME` and `eval_NAME` are means over a window and over the held-out rows."""
     unit: str
     """Unit of those means."""
+    begin_window: Callable[[WindowRows, Devices], float] | None = None
+    """Called before a window's first micro-batch, in every process; gives what its loss is divided by, counted over all
+    devices. None: its number of trained tokens.
+    """
+    measure: Callable[[Devices], dict[str, float]] | None = None
+    """Called after a window's last micro-batch, in every process: further metrics of the window, over all devices."""
 
 
 def next_token_objective(nll_sum: Callable[[MicroBatch], Tensor]) -> Objective:
@@ -55,6 +86,25 @@ def plain_nll_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     )
     return weighted_nll_sum(output.logits, batch.input_ids, batch.weights)
+
+
+def plain_log_probs(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Log-probability of the trained tokens of each example by the library's own forward: nats, float32 [S].
+
+    log p = sum over t >= 1 of weights[t] * log softmax(logits[t - 1])[ids[t]], the softmax in float32. `batch` is
+    padded, one example a row; it is moved to the model's device.
+    """
+    assert batch.segments is None, "the plain forward tells examples apart by their rows"
+    batch = batch.to(next(model.parameters()).device)
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
+    ).logits
+    weights_BT = batch.weights[:, 1:]
+    targets = batch.input_ids[:, 1:].masked_fill(weights_BT == 0, IGNORED)
+    nats = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return -(nats.view_as(weights_BT) * weights_BT).sum(dim=1)
 
 
 def weighted_nll_sum(logits_BTV: Tensor, ids_BT: Tensor, weights_BT: Tensor) -> Tensor:

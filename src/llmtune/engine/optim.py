@@ -235,14 +235,20 @@ OPTIMIZERS: dict[str, Callable[[_Request], tuple[Optimizer, list[Decision]]]] = 
 
 FULL_LEARNING_RATE = 2e-5
 LORA_LEARNING_RATE = 2e-4
+COMPARISON_DIVISOR = 20
+"""A loss that compares answers moves a tuned model away from its reference; usual rates are that much lower."""
+
 SCRATCH_LEARNING_RATES = ((20_000_000, 1e-3), (100_000_000, 6e-4), (300_000_000, 3e-4))
 """(parameters up to, peak rate): smaller models take larger steps; the last rate holds for all larger ones."""
 
 
 def choose_rates(
-    training: TrainingConfig, *, scratch: bool, adapter: bool, parameters: int
+    training: TrainingConfig, *, scratch: bool, adapter: bool, parameters: int, compares: bool = False
 ) -> tuple[TrainingConfig, list[Decision]]:
     """Fill in learning rate and weight decay where the config leaves them open, with the reason for each.
+
+    compares: the objective compares answers, which asks for a far lower rate (DPO's authors used 1e-6 for full tuning,
+    arXiv:2305.18290, appendix B).
 
     >>> choose_rates(TrainingConfig(), scratch=False, adapter=True, parameters=135_000_000)[0].learning_rate
     0.0002
@@ -260,6 +266,8 @@ def choose_rates(
                 if adapter
                 else (FULL_LEARNING_RATE, "usual for full tuning of a pretrained model")
             )
+            if compares:
+                rate, why = rate / COMPARISON_DIVISOR, f"{why}, divided by {COMPARISON_DIVISOR}: answers are compared"
         training = replace(training, learning_rate=rate)
         decisions.append(Decision("training.learning_rate", rate, why))
     if training.weight_decay is None:

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 
 from llmtune.data.dataset.batches import eval_batches
 from llmtune.data.dataset.micro_batch import MicroBatch
+from llmtune.data.dataset.packing import examples_together
 from llmtune.data.example import ExampleSet
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine
+from llmtune.engine.objective import Objective
 from llmtune.engine.precision import Precision
 from llmtune.errors import DataError
 from llmtune.models.parameters import eval_mode
@@ -37,7 +39,7 @@ from llmtune.models.parameters import eval_mode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["evaluate", "evaluate_examples", "token_bytes", "trained_bytes"]
+__all__ = ["evaluate", "evaluate_examples", "evaluate_objective", "token_bytes", "trained_bytes"]
 
 
 def evaluate_examples(
@@ -82,6 +84,54 @@ def evaluate_examples(
         f"eval_{name}_mean_nll": each.nats / each.weight for name, each in sums.items() if each.weight and name
     }
     return _metrics(pooled, total_bytes) | own_means
+
+
+class _HeldoutRows(NamedTuple):
+    """All held-out rows as one window, of which each process counts a share."""
+
+    indices: npt.NDArray[np.int64]
+    all_indices: npt.NDArray[np.int64]
+
+
+def evaluate_objective(
+    model: nn.Module,
+    examples: ExampleSet,
+    objective: Objective,
+    *,
+    engine: Engine,
+    precision: Precision,
+    pad_id: int,
+    batch_size: int,
+    devices: Devices,
+) -> dict[str, float]:
+    """Return the metrics of an objective that compares answers, `eval_` before each; nothing of the model changes.
+
+    All examples count as one window: their loss is a sum over all of them, divided once.
+    """
+    assert objective.begin_window is not None
+    assert objective.measure is not None
+    together = examples_together(examples)
+    batches = eval_batches(
+        examples,
+        batch_size=batch_size,
+        layout=engine.layout,
+        pad_id=pad_id,
+        max_group_tokens=engine.max_group_tokens,
+        world_size=devices.world_size,
+        rank=devices.rank,
+        together=together,
+    )
+    order = np.arange(len(examples), dtype=np.int64)
+    mine = order.reshape(-1, together)[devices.rank :: devices.world_size].reshape(-1)
+    with eval_mode(model):
+        count = objective.begin_window(_HeldoutRows(mine, order), devices)
+        total = torch.zeros((), dtype=torch.float64, device=devices.device)
+        with precision.autocast():
+            for batch in batches:
+                total += objective.loss_sum(batch).detach().double()
+        mean = float(devices.sum_tensor(total)) / count
+        metrics = {objective.name: mean, **objective.measure(devices)}
+    return {f"eval_{name}": value for name, value in metrics.items()}
 
 
 def evaluate(

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from llmtune.kernels.autograd import Context
 from llmtune.kernels.chunks import SelectChunks, accumulate_float32, every_chunk
 
-__all__ = ["Head", "find_head", "head_nll_sum", "sequence_log_probs", "trained_rows"]
+__all__ = ["Head", "find_head", "head_nll_sum", "sequence_log_probs", "token_nll", "trained_rows"]
 
 CHUNK_ROWS = 256
 """Rows of a chunk with a frozen head: fewer read the head's weight too often, more gain nothing."""
@@ -113,17 +113,25 @@ def sequence_log_probs(
     rows_of_sequence_S: int64 [S] on the same device, rows of each sequence, sum N; one without rows has 0. Returns
     float32 [S]; the softmax is in float32.
     """
+    if hidden_NE.shape[0] == 0:  # joined to the graph, so that a backward pass gives zeros and not an error
+        return hidden_NE.float().sum() + weights_N.new_zeros(len(rows_of_sequence_S))
+    log_probs_N = -token_nll(head, hidden_NE, targets_N) * weights_N
+    # Not `index_add`: its order of sums is another in each run on a CUDA device, and a resumed run repeats every bit.
+    log_probs_S: Tensor = torch.segment_reduce(log_probs_N, "sum", lengths=rows_of_sequence_S)
+    return log_probs_S
+
+
+def token_nll(head: Head, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, nats, float32 [N], at least one; logits of one chunk are alive at a time.
+
+    hidden_NE: [N, E]; targets_N: int64 [N].
+    """
     chunks = range(0, hidden_NE.shape[0], CHUNK_ROWS)
     parts = [
         checkpoint(_chunk_nll, head, hidden_NE[rows], targets_N[rows], use_reentrant=False)
         for rows in (slice(start, start + CHUNK_ROWS) for start in chunks)
     ]
-    if not parts:  # joined to the graph, so that a backward pass gives zeros and not an error
-        return hidden_NE.float().sum() + weights_N.new_zeros(len(rows_of_sequence_S))
-    log_probs_N = -torch.cat(parts) * weights_N
-    # Not `index_add`: its order of sums is another in each run on a CUDA device, and a resumed run repeats every bit.
-    log_probs_S: Tensor = torch.segment_reduce(log_probs_N, "sum", lengths=rows_of_sequence_S)
-    return log_probs_S
+    return torch.cat(parts)
 
 
 def _chunk_nll(head: Head, hidden_CE: Tensor, targets_C: Tensor) -> Tensor:

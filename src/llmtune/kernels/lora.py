@@ -149,13 +149,18 @@ class _SharedInput:
         return output
 
 
+def _arithmetic(member: FusedLora, x: Tensor) -> torch.dtype:
+    """The type in which a layer is multiplied: autocast's, a quantized layer's own, or that of its input."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    # bitsandbytes' 4-bit layers name the type of their products
+    return getattr(member.get_base_layer(), "compute_dtype", None) or x.dtype
+
+
 def _run(members: Sequence[FusedLora], x: Tensor) -> list[Tensor]:
     device_type = x.device.type
     is_autocast = torch.is_autocast_enabled(device_type)
-    if is_autocast:
-        dtype = torch.get_autocast_dtype(device_type)
-    else:  # bitsandbytes' 4-bit layers name the type of their products
-        dtype = getattr(members[0].get_base_layer(), "compute_dtype", None) or x.dtype
+    dtype = _arithmetic(members[0], x)
     layers = tuple(member.frozen() for member in members)
     names = [member.active_adapters[0] for member in members]
     masters = [
@@ -203,11 +208,20 @@ class FusedLora:
         """Return the layer that the adapter is added to."""
         return _FrozenLinear(self.get_base_layer())
 
+    def without_adapter(self, x: Tensor) -> Tensor:
+        """The output of the frozen layer alone, [..., K] -> [..., N], bit for bit what an update of 0 would give."""
+        device_type, dtype = x.device.type, _arithmetic(self, x)
+        with torch.autocast(device_type, enabled=False):
+            output = self.frozen().output(x.reshape(-1, x.shape[-1]).to(dtype))
+        return output.view(*x.shape[:-1], -1).to(dtype if torch.is_autocast_enabled(device_type) else x.dtype)
+
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Compute the layer's output, [..., K] -> [..., N].
 
         y = x W^T + b + s (x A^T) B^T (arXiv:2106.09685)
         """
+        if self.disable_adapters and not (args or kwargs or self.merged or torch.is_grad_enabled()):
+            return self.without_adapter(x)
         if args or kwargs or not self.is_fusable():
             return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
         return self.group.output(self, x)

@@ -14,7 +14,11 @@ __all__ = ["exported_model_card", "merged_model_card", "trained_model_card"]
 
 _METRICS = (
     "train_mean_nll",
+    "train_loss",
     "eval_mean_nll",
+    "eval_loss",
+    "eval_accuracy",
+    "eval_rewards_margin",
     "eval_perplexity",
     "eval_bits_per_byte",
     "eval_exact_answers",
@@ -46,13 +50,15 @@ def trained_model_card(
     counts = "; ".join(f"{part}: {count['input']:,} rows, {count['used']:,} used" for part, count in data.items())
     kind, method = ("adapter", "LoRA") if is_adapter else ("model", "full")
     summary = f"after {step} of {total_steps} steps of {method} tuning with llmtune {__version__}"
+    is_sft = "train_loss" not in metrics and "eval_loss" not in metrics
+    unit = "Loss is in nats per trained token." if is_sft else "Loss is the mean of a pair of answers, or of an answer."
     text = f"""This {kind} is `{base}` {summary}.
 
 | metric | value |
 | --- | --- |
 {rows}
 
-Loss is in nats per trained token. Data: {counts}.
+{unit} Data: {counts}.
 """
     card = _card(run, text, tags=(method.lower(),), base_model=base_path, is_adapter=is_adapter)
     return f"{card}\n## Config\n\n```yaml\n{config.rstrip()}\n```\n"

@@ -26,7 +26,7 @@ from llmtune.engine.objective import weighted_nll_sum
 from llmtune.kernels.activation_offload import PAGE_BYTES, HostStore, offload_block_inputs
 from llmtune.kernels.attention import segment_mask, tiles_backend, use_segment_attention
 from llmtune.kernels.attention_layout import make_layout
-from llmtune.kernels.linear_cross_entropy import find_head, head_nll_sum
+from llmtune.kernels.linear_cross_entropy import find_head, head_nll_sum, token_nll
 from llmtune.kernels.patch_model import patch_model
 from llmtune.kernels.tiled_mlp import run_in_tiles
 from llmtune.models.parameters import base_model_of
@@ -77,6 +77,8 @@ class MicroBatchShape:
     """Tokens that carry loss."""
     layout: str
     """`flat` or `padded`."""
+    compares: bool = False
+    """The loss compares answers, so autograd differentiates it; else it is a sum over tokens."""
 
     @property
     def tokens(self) -> int:
@@ -320,6 +322,8 @@ def _flat(
     after_forward = live.now
     live.enter("loss")
     weights = inputs.weights[0, : len(inputs.targets)]
+    if batch.compares:
+        return (token_nll(head, hidden, inputs.targets) * weights).sum(), after_forward
     loss = head_nll_sum(head, hidden, inputs.targets, weights, device_type=device_type, select=representative_chunks)
     return loss, after_forward
 

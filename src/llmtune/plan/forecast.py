@@ -24,6 +24,7 @@ from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES, has_thread_caches
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import attention_ways, group_tokens
 from llmtune.engine.precision import DTYPES as COMPUTE
+from llmtune.engine.preference import begins_anew, resolve_objective
 from llmtune.engine.step_in_backward import choose_windows
 from llmtune.models.load import choose_weight_dtype
 from llmtune.plan.activation_trace import TRACED_BLOCKS, Gradients, MicroBatchShape, Peaks, extrapolate, trace
@@ -192,13 +193,14 @@ class Forecaster:
         # A search for what would fit asks for shorter rows too, and must not render them again for it.
         lengths = np.minimum(np.asarray(data.lengths, dtype=np.int64), config.data.max_length)
         weights = np.asarray(data.loss_weights, dtype=np.float64)
-        batches = self.batches(config)
+        batches, compares = self.batches(config), config.objective.method != "sft"
         largest, several = None, False
         for step in _sampled_steps(batches):
             groups = batches.groups(step)
             several |= len(groups) > 1
             for group in groups:
-                shape = MicroBatchShape(tuple(lengths[group].tolist()), round(weights[group].sum()), self.layout)
+                trained = round(weights[group].sum())
+                shape = MicroBatchShape(tuple(lengths[group].tolist()), trained, self.layout, compares=compares)
                 if largest is None or _size(shape) > _size(largest):
                     largest = shape
         assert largest is not None
@@ -219,6 +221,7 @@ class Forecaster:
             thread_caches=has_thread_caches(),
             process_bytes=self.process_bytes,
             file_bytes=self.shape.file_bytes,
+            reference_bytes=self.sizes(config).gradient_bytes if _keeps_copy(config) else 0,
         )
 
     def sizes(self, config: Config) -> ModelSizes:
@@ -306,6 +309,13 @@ class Forecaster:
         device = [self.target.kind, self.target.has_bf16, self.precision, model.attention]
         facts = [kind, shape, weights, device, self.prepared.tokenizer.digest, details, __version__, _code_digest()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _keeps_copy(config: Config) -> bool:
+    """Whether answers are compared with a frozen copy of the trained weights."""
+    if config.objective.method not in ("dpo", "kto"):
+        return False
+    return resolve_objective(config.objective, new_adapter=begins_anew(config.adapter)).reference == "start"
 
 
 def _size(shape: MicroBatchShape) -> tuple[int, int]:

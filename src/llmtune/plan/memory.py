@@ -67,6 +67,7 @@ def plan_memory(
     thread_caches: bool,
     process_bytes: int,
     file_bytes: int,
+    reference_bytes: int = 0,
 ) -> MemoryPlan:
     """Add the parts up for every moment of a run and return the moment with the largest sum; all sizes in bytes.
 
@@ -74,13 +75,15 @@ def plan_memory(
     the update weights + optimizer + gradients; saving, on a CPU, weights + twice the optimizer; loading weights + file.
 
     kind: `cpu` or `cuda`. thread_caches: the allocator keeps small blocks for each thread. process_bytes: the process
-    without a model, which counts for a CPU only. file_bytes: of the weight files.
+    without a model, which counts for a CPU only. file_bytes: of the weight files. reference_bytes: of a copy
+    of the trained weights that preferences are compared with.
     """
     is_cpu = kind == "cpu"
     base = {  # in every moment
         "process": process_bytes if is_cpu else CUDA_CONTEXT_BYTES,
         "weights": sizes.base_bytes,
         "adapter": sizes.adapter_bytes,
+        "reference": reference_bytes,
     }
     state = optimizer_bytes(optimizer, entries=sizes.trained, entry_bytes=sizes.gradient_bytes)
     # A dropped gradient lives until its weight has moved, so the update of one weight holds one of them.
@@ -130,6 +133,7 @@ PARTS = (
     "process",
     "weights",
     "adapter",
+    "reference",
     "gradients",
     "optimizer",
     "activations",

@@ -14,10 +14,11 @@ import torch
 from llmtune.common.decisions import Decision
 from llmtune.common.text import readable_bytes
 from llmtune.config.dump import config_to_dict
-from llmtune.config.schema import Config, TrainingConfig
+from llmtune.config.schema import Config, ObjectiveConfig, TrainingConfig
 from llmtune.engine.devices import Devices
 from llmtune.engine.optim import choose_rates
 from llmtune.engine.precision import PrecisionName, choose_precision
+from llmtune.engine.preference import begins_anew, resolve_objective
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.memory import MemoryPlan
 from llmtune.prepare import Prepared
@@ -43,6 +44,9 @@ OPEN_VALUES: tuple[tuple[str, str, object], ...] = (
     ("training", "weight_decay", None),
     ("training", "batch_size", "auto"),
     ("model", "gradient_checkpointing", "auto"),
+    ("objective", "loss", "auto"),
+    ("objective", "beta", None),
+    ("objective", "reference", "auto"),
 )
 """(section, key, value with which a config leaves the choice to llmtune)."""
 
@@ -66,9 +70,23 @@ def resolve_rates(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
         # Only from scratch the number of parameters decides, and counting them builds the model without weights.
         parameters = forecaster.sizes(config).parameters if scratch else 0
         adapter = config.adapter.method != "none"
-        training, rates = choose_rates(training, scratch=scratch, adapter=adapter, parameters=parameters)
+        compares = config.objective.method != "sft"
+        training, rates = choose_rates(
+            training, scratch=scratch, adapter=adapter, parameters=parameters, compares=compares
+        )
         decisions += rates
-    return _decided(forecaster.prepared, replace(config, training=training), decisions), decisions
+    objective = config.objective
+    if objective.method != "sft":
+        objective, choices = _resolve_objective(config)
+        decisions += choices
+    return _decided(forecaster.prepared, replace(config, training=training, objective=objective), decisions), decisions
+
+
+def _resolve_objective(config: Config) -> tuple[ObjectiveConfig, list[Decision]]:
+    resolved = resolve_objective(config.objective, new_adapter=begins_anew(config.adapter))
+    reasons = {"loss": f"the usual one of {resolved.method}", "beta": f"the usual one of {resolved.method}"}
+    changed = [name for name in reasons if getattr(resolved, name) != getattr(config.objective, name)]
+    return resolved, [Decision(f"objective.{name}", getattr(resolved, name), reasons[name]) for name in changed]
 
 
 def _precision_decision(forecaster: Forecaster) -> Decision:
@@ -170,12 +188,12 @@ def keep_resolved(prepared: Prepared, earlier: Mapping[str, Any], decisions: Seq
     decisions: those of the resolved run, where they are known. Values that `earlier` leaves open stay open.
     """
     config = prepared.config
-    values: dict[str, dict[str, Any]] = {"training": {}, "model": {}}
+    values: dict[str, dict[str, Any]] = {"training": {}, "model": {}, "objective": {}}
     for section, key, is_open in OPEN_VALUES:
         if getattr(getattr(config, section), key) == is_open:
-            values[section][key] = earlier[section].get(key, is_open)
+            values[section][key] = earlier.get(section, {}).get(key, is_open)
     if "batch_size" in values["training"]:
         values["training"]["gradient_accumulation_steps"] = earlier["training"]["gradient_accumulation_steps"]
     training, model = replace(config.training, **values["training"]), replace(config.model, **values["model"])
-    config = replace(config, training=training, model=model)
+    config = replace(config, training=training, model=model, objective=replace(config.objective, **values["objective"]))
     return replace(prepared, config=config, decisions=tuple(decisions) or prepared.decisions)

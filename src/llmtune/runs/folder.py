@@ -235,6 +235,10 @@ class RunSummary(NamedTuple):
     """Nats per trained token at the last logged step."""
     eval_mean_nll: float | None
     """Nats per trained token on held-out rows at the last evaluation."""
+    train_loss: float | None = None
+    """Loss of a pair or an answer at the last logged step, where answers are compared."""
+    eval_loss: float | None = None
+    """The same over the held-out rows at the last evaluation."""
 
 
 def list_runs(output_dir: Path | str) -> list[RunSummary]:
@@ -266,6 +270,8 @@ def _summary(folder: Path, info: RunFile) -> RunSummary:
         total_steps=info.get("total_steps"),
         train_mean_nll=newest.get("train_mean_nll"),
         eval_mean_nll=newest.get("eval_mean_nll"),
+        train_loss=newest.get("train_loss"),
+        eval_loss=newest.get("eval_loss"),
     )
 
 

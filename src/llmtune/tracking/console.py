@@ -101,7 +101,7 @@ class ConsoleTracker:
         # By the steps of this process alone: the first part of a resumed run may have been on another machine.
         steps_made = step - self._info.start_step
         left_s = (time.monotonic() - self._started_at) / max(steps_made, 1) * max(self._info.total_steps - step, 0)
-        numbers = f"loss {_short(metrics.get('train_mean_nll'))} {_rate(metrics.get('tokens_per_second'))}".rstrip()
+        numbers = f"loss {_short(_loss(metrics))} {_rate(metrics.get('tokens_per_second'))}".rstrip()
         self._progress.update(self._task, completed=step, numbers=numbers, left=f"ETA {_clock(left_s)}")
         now = time.monotonic()
         # A tiny model makes a hundred steps a second, which no terminal can draw.
@@ -116,8 +116,19 @@ def train_line(metrics: Metrics) -> str:
     >>> train_line({"step": 3, "train_mean_nll": 2.45123, "learning_rate": 2e-4, "epoch": 0.0123, "grad_norm": 1.0})
     "{'loss': 2.4512, 'learning_rate': 0.0002, 'epoch': 0.01}"
     """
-    line = {"loss": _rounded(metrics, "train_mean_nll", 5), "learning_rate": _rounded(metrics, "learning_rate", 4)}
-    return str(line | {"epoch": _epoch(metrics)})
+    name = "train_mean_nll" if "train_mean_nll" in metrics or "train_loss" not in metrics else "train_loss"
+    line = {"loss": _rounded(metrics, name, 5)} | _comparison(metrics)
+    return str(line | {"learning_rate": _rounded(metrics, "learning_rate", 4), "epoch": _epoch(metrics)})
+
+
+def _comparison(metrics: Metrics, prefix: str = "") -> dict[str, float | None]:
+    """Margin and accuracy of an objective that compares answers, where the line has them."""
+    keys = [name for name in ("rewards_margin", "accuracy") if metrics.get(prefix + name) is not None]
+    return {prefix + name: _rounded(metrics, prefix + name, 4) for name in keys}
+
+
+def _loss(metrics: Metrics) -> object:
+    return metrics.get("train_mean_nll", metrics.get("train_loss"))
 
 
 def eval_line(metrics: Metrics) -> str:
@@ -129,13 +140,14 @@ def eval_line(metrics: Metrics) -> str:
     "{'eval_loss': 1.5, 'eval_chats_loss': 1.0, 'eval_sums_loss': 2.0}"
     """
     names = {
-        "eval_loss": "eval_mean_nll",
+        "eval_loss": "eval_mean_nll" if "eval_mean_nll" in metrics else "eval_loss",
         "eval_perplexity": "eval_perplexity",
         "eval_bits_per_byte": "eval_bits_per_byte",
     }
     line = {name: _rounded(metrics, key, 5) for name, key in names.items() if metrics.get(key) is not None}
     of_sets = (key for key in metrics if _OF_SET.fullmatch(key))
     line |= {_OF_SET.sub(r"eval_\1_loss", key): _rounded(metrics, key, 5) for key in of_sets}
+    line |= _comparison(metrics, "eval_")
     if "eval_exact_answers" in metrics:
         line["eval_exact"] = f"{metrics['eval_exact_answers']} of {metrics.get('eval_num_answers', '?')}"
     return str(line | ({"epoch": _epoch(metrics)} if "epoch" in metrics else {}))

@@ -34,6 +34,7 @@ from llmtune.engine.utilization import utilization
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.parameters import count_parameters, trained_parameters
 from llmtune.prepare import Prepared
+from llmtune.training.preference import Objectives, build_objectives
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,7 +63,9 @@ class TrainingSetup:
     """The transformers causal LM, inside peft's wrapper when an adapter is trained."""
     engine: Engine
     objective: Objective
-    """The loss that training minimizes: the engine's, with noise on the embeddings where the config sets it."""
+    """The loss that training minimizes: the engine's, with noise on the embeddings where the config sets it, or a loss
+    that compares answers.
+    """
     parameters: dict[str, torch.nn.Parameter]
     """The trained ones, by name."""
     optimizer: Optimizer
@@ -81,6 +84,8 @@ class TrainingSetup:
     is_adapted: bool
     """Only an adapter is trained; `model` is peft's wrapper."""
     counts: Counts
+    heldout_objective: Objective | None
+    """The same over the held-out rows, where answers are compared; else their loss is the engine's."""
     decisions: tuple[Decision, ...]
     """The choices made while it was built."""
 
@@ -128,15 +133,17 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
     counts = Counts(count_parameters(model), trained=sum(parameter.numel() for parameter in parameters.values()))
     engine = build_engine(model, config=config, device=devices.device, precision=precision)
     model.train()  # dropout and noise are on from here; evaluation switches them off for itself
+    objectives = _make_objectives(prepared, model, engine, parameters, precision, devices, loaded.base_digest)
     optimizer, optimizer_decisions = _make_optimizer(model, parameters, config.training, devices)
     update, update_decisions = _make_update(list(parameters.values()), optimizer, config.training, precision, devices)
     batches, window_decisions = _make_windows(prepared, engine, model, parameters, devices)
-    decisions += [*engine.decisions, *optimizer_decisions, *update_decisions, *window_decisions]
+    decisions += [*objectives.decisions, *engine.decisions, *optimizer_decisions, *update_decisions, *window_decisions]
     return TrainingSetup(
         prepared=prepared,
         model=model,
         engine=engine,
-        objective=next_token_objective(_with_noise(engine.nll_sum, model, config.training)),
+        objective=objectives.training,
+        heldout_objective=objectives.heldout,
         parameters=parameters,
         optimizer=optimizer,
         update=update,
@@ -191,6 +198,21 @@ def _control_tokens(prepared: Prepared) -> list[int]:
     rows = range(min(len(prepared.data.train), _ROWS_LOOKED_AT))
     used = {int(index) for row in rows for index in np.unique(prepared.data.train[row].input_ids)}
     return sorted(used.intersection(control))
+
+
+def _make_objectives(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    engine: Engine,
+    parameters: dict[str, torch.nn.Parameter],
+    precision: Precision,
+    devices: Devices,
+    base_digest: str,
+) -> Objectives:
+    if prepared.config.objective.method == "sft":
+        noisy = _with_noise(engine.nll_sum, model, prepared.config.training)
+        return Objectives(next_token_objective(noisy), None, [])
+    return build_objectives(prepared, model, engine, parameters, precision, devices, base_digest=base_digest)
 
 
 def _with_noise(

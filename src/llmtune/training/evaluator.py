@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from llmtune.data.dataset.packing import answers_to_learn
 from llmtune.data.example import ExampleSet
 from llmtune.engine.loop import StepResult
 from llmtune.engine.schedule import interval, is_due
 from llmtune.errors import ConfigError
 from llmtune.evaluation.exact_match import count_exact_answers
 from llmtune.evaluation.generate import generate
-from llmtune.evaluation.heldout import evaluate_examples, trained_bytes
+from llmtune.evaluation.heldout import evaluate_examples, evaluate_objective, trained_bytes
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.watch import HistogramWatch
@@ -49,12 +50,14 @@ class EvalState:
     num_answers: int | None = None
     """Held-out answers that exact match was counted over."""
     evaluations_without_improvement: int = 0
+    loss_unit: str = "nats per token"
+    """Unit of `first_nll` and `last_nll`: where answers are compared, they are the loss of a pair or of an answer."""
 
 
 _FORMER_NAMES = {"best_nll": "best_value"}
 """Fields of `EvalState` as earlier checkpoints call them."""
 
-_OF_ANY_METRIC = ("last_step", "first_nll", "first_exact", "last_nll", "last_exact", "num_answers")
+_OF_ANY_METRIC = ("last_step", "first_nll", "first_exact", "last_nll", "last_exact", "num_answers", "loss_unit")
 """Fields of `EvalState` that stay true when `evaluation.best_by` becomes another."""
 
 HIGHER_IS_BETTER = ("_exact_answers", "_score", "_accuracy", "_margin")
@@ -108,10 +111,14 @@ class Evaluator:
         self.eval_state = EvalState(**known)
         best_by = self._config.evaluation.best_by
         if best_by != self.eval_state.best_by:  # values of another metric say nothing about this one
-            self.eval_state = replace(self._new_state(), **{name: known[name] for name in _OF_ANY_METRIC})
+            self.eval_state = replace(
+                self._new_state(), **{name: known[name] for name in _OF_ANY_METRIC if name in known}
+            )
 
     def _new_state(self) -> EvalState:
-        return EvalState(best_by=self._config.evaluation.best_by)
+        is_sft = self._setup.heldout_objective is None
+        unit = EvalState.loss_unit if is_sft else self._setup.objective.unit
+        return EvalState(best_by=self._config.evaluation.best_by, loss_unit=unit)
 
     def state(self) -> dict[str, Any]:
         """Return the state as plain numbers."""
@@ -148,7 +155,7 @@ class Evaluator:
         is_best = False
         if self._heldout is not None:
             metrics |= self._heldout_loss(self._heldout)
-            self._count_loss(metrics["eval_mean_nll"])
+            self._count_loss(metrics[f"eval_{self._setup.objective.name}"])
             is_chosen_by = self._config.evaluation.best_by.startswith("eval_exact")
             if self._config.evaluation.exact_match and (full or is_chosen_by):
                 metrics |= self._exact_answers(self._heldout)
@@ -167,9 +174,20 @@ class Evaluator:
 
     def _heldout_loss(self, heldout: ExampleSet) -> dict[str, Any]:
         setup, tokenizer = self._setup, self._setup.prepared.tokenizer.tokenizer
+        assert isinstance(self._config.training.batch_size, int)
+        if setup.heldout_objective is not None:
+            return evaluate_objective(
+                setup.model,
+                heldout,
+                setup.heldout_objective,
+                engine=setup.engine,
+                precision=setup.precision,
+                pad_id=tokenizer.pad_token_id or 0,
+                batch_size=self._config.evaluation.batch_size or self._config.training.batch_size,
+                devices=setup.devices,
+            )
         if self._heldout_bytes is None:
             self._heldout_bytes = trained_bytes(heldout, tokenizer)
-        assert isinstance(self._config.training.batch_size, int)
         return evaluate_examples(
             setup.model,
             heldout,
@@ -226,7 +244,7 @@ class Evaluator:
             count = count_exact_answers(
                 self._setup.model,
                 tokenizer,
-                heldout,
+                answers_to_learn(heldout),
                 stop_token_ids=prepared.renderer.stop_token_ids,
                 pad_id=tokenizer.pad_token_id or 0,
                 max_new_tokens=self._config.evaluation.max_new_tokens,

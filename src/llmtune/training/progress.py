@@ -107,6 +107,8 @@ def print_preflight(
     for part, counts in data.ledger.summary().items():
         statuses = ", ".join(f"{counts[status]:,} {status.replace('_', ' ')}" for status in STATUSES if counts[status])
         answers = f"; {counts['answers']:,} answers, {counts['trained_answers']:,} trained" if counts["answers"] else ""
+        if "pairs" in counts:
+            answers = f"; {counts['pairs']:,} pairs of answers"
         print_line(f"{part:<7} {counts['input']:,} rows: {statuses}{answers}")
     for line in (*data.ledger.training_warnings(), *data.ledger.unused_fields()):
         print_line(f"note    {line}")
@@ -204,7 +206,7 @@ def eval_lines(evaluations: EvalState) -> list[str]:
         is_known = evaluations.best_value is not None
         name = "" if evaluations.best_by == "eval_mean_nll" else f" {evaluations.best_by}"
         best = f"; best{name} {evaluations.best_value:.4f} after step {evaluations.best_step}" if is_known else ""
-        lines.append(f"held-out loss {first:.4f} -> {last:.4f} nats per token{best}")
+        lines.append(f"held-out loss {first:.4f} -> {last:.4f} {evaluations.loss_unit}{best}")
     count, first_exact, last_exact = evaluations.num_answers, evaluations.first_exact, evaluations.last_exact
     if count and first_exact is not None and last_exact is not None:
         lines.append(
@@ -240,8 +242,11 @@ def final_lines(evaluations: EvalState, *, final_step: int, run: Path, has_best:
 
 def summary_lines(metrics: Mapping[str, Any], evaluations: EvalState) -> list[str]:
     """Return how a run ended, in a few lines."""
-    loss = metrics.get("train_mean_nll")
-    lines = [] if loss is None else [f"last training loss {loss:.4f} nats per token"]
+    loss = metrics.get("train_mean_nll", metrics.get("train_loss"))
+    lines = [] if loss is None else [f"last training loss {loss:.4f} {evaluations.loss_unit}"]
+    accuracy, margin = metrics.get("eval_accuracy"), metrics.get("eval_rewards_margin")
+    if accuracy is not None and margin is not None:
+        lines.append(f"held-out pairs told apart: {accuracy:.0%}, mean margin {margin:.4f}")
     of_sets = {
         key.removeprefix("eval_").removesuffix("_mean_nll"): value
         for key, value in metrics.items()

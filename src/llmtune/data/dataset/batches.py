@@ -14,7 +14,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -47,6 +47,10 @@ class Window:
     """Real tokens of this process."""
     num_sequences: int
     """Examples of this process."""
+    indices: Indices
+    """Numbers of this process's examples, in the order of the window; int64 [S]."""
+    all_indices: Indices
+    """Those of all processes, in the order of the window, which no cut into micro-batches changes; int64."""
     row_names: Callable[[], tuple[str, ...]]
     """Reads the names of the rows (see `sources`), which few steps need."""
 
@@ -71,7 +75,8 @@ class BatchPlan:
     up to whole windows. `max_steps` replaces `epochs`, with as many epochs as it takes. `shuffle_seed` None keeps the
     order of `packs` in every epoch. `rank` is this process of `world_size`. `max_group_tokens` cuts micro-batches
     further where they hold more tokens (padding counted); the window stays the same. `draws` gives the packs of each
-    epoch, which then are single examples in their order; without it an epoch has every pack once.
+    epoch, which then are single examples in their order; without it an epoch has every pack once. `together`:
+    examples that stay in one micro-batch, in order (2: the sides of a pair).
 
     Raises DataError without any pack, ConfigError for `epochs` or `max_steps` that make no step.
     """
@@ -92,6 +97,7 @@ class BatchPlan:
         max_group_tokens: int | None = None,
         pad_id: int = 0,
         draws: EpochDraws | None = None,
+        together: int = 1,
     ) -> None:
         if not packs:
             fix = "look at `llmtune data report` for what became of the rows"
@@ -114,7 +120,7 @@ class BatchPlan:
         """Sequences of a full window, over all processes."""
         self._shuffle_seed = shuffle_seed
         self._layout: Layout = layout
-        self._max_group_tokens = max_group_tokens
+        self._max_group_tokens, self._together = max_group_tokens, together
         self._build = functools.partial(_build, examples, layout, pad_id)
         # All steps of an epoch use its order; two are kept for steps at the border of epochs.
         self._epoch_order = functools.lru_cache(maxsize=2)(self._make_epoch_order)
@@ -162,6 +168,8 @@ class BatchPlan:
             loss_weight=float(np.sum(self._weights[mine])),
             num_tokens=int(np.sum(self._lengths[mine])),
             num_sequences=len(mine),
+            indices=self._examples_of(self._deal(packs)),
+            all_indices=self._examples_of(packs),
             row_names=lambda: tuple(self._examples[int(index)].source for index in self._examples_of(packs)),
         )
 
@@ -174,7 +182,9 @@ class BatchPlan:
         return packs, [
             group
             for batch in self._micro_batches(self._deal(packs))
-            for group in split_group(batch, self._lengths, self._layout, self._max_group_tokens)
+            for group in split_group(
+                batch, self._lengths, self._layout, self._max_group_tokens, together=self._together
+            )
         ]
 
     def windows(self, start_step: int = 0) -> Iterator[Window]:
@@ -243,20 +253,25 @@ def eval_batches(
     max_group_tokens: int | None = None,
     world_size: int = 1,
     rank: int = 0,
+    together: int = 1,
 ) -> Iterator[MicroBatch]:
     """Give every example once, longest first, `batch_size` at a time; each process takes every `world_size`-th.
 
-    Longest first needs the least padding, and if memory runs out, it does so at once.
+    Longest first needs the least padding, and if memory runs out, it does so at once. Each run of `together` examples
+    (2: pairs) counts as one and stays in one micro-batch.
     """
     lengths = np.asarray(examples.lengths, dtype=np.int64)
-    mine = np.argsort(-lengths, kind="stable").astype(np.int64)[rank::world_size]
+    units = np.argsort(-lengths.reshape(-1, together).sum(axis=1), kind="stable").astype(np.int64)[rank::world_size]
+    mine = units[:, None] * together + np.arange(together, dtype=np.int64)
     for begin in range(0, len(mine), batch_size):
-        for group in split_group(mine[begin : begin + batch_size], lengths, layout, max_group_tokens):
+        batch = mine[begin : begin + batch_size].reshape(-1)
+        for group in split_group(batch, lengths, layout, max_group_tokens, together=together):
             yield _build(examples, layout, pad_id, group)
 
 
 def _build(examples: ExampleSet, layout: Layout, pad_id: int, indices: Indices) -> MicroBatch:
-    return make_micro_batch([examples[int(index)] for index in indices], layout, pad_id)
+    batch = make_micro_batch([examples[int(index)] for index in indices], layout, pad_id)
+    return replace(batch, indices=indices)
 
 
 def _total_steps(steps_per_epoch: int, epochs: float, max_steps: int | None) -> int:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from llmtune.data.dataset.row_result import STATUSES, Reason, Status
 from llmtune.data.dataset.store import RowStore
+from llmtune.data.example import SIDES
 from llmtune.data.rendering.row_warnings import RowWarning
 from llmtune.data.rows.field_names import UNUSED_SHOWN
 
@@ -71,6 +72,8 @@ class PartSummary(Balance):
     answers: int
     """Messages of the assistant in the rows that are kept."""
     trained_answers: int
+    pairs: NotRequired[int]
+    """Pairs of a chosen and a rejected answer, where the rows are such pairs."""
 
 
 @dataclass
@@ -217,7 +220,8 @@ class LedgerPart:
         is_kept = np.isin(self.store.examples["row"], self.rows_with_status("used", "cut"))
         examples = self.store.examples[is_kept]
         kept_rows = self.store.rows[self.rows_with_status("used", "cut")]
-        return {
+        pairs = int((examples["side"] == SIDES.index("chosen")).sum())
+        summary: PartSummary = {
             **self.balance(),
             "examples": len(examples),
             "tokens": int(examples["tokens"].sum(dtype=np.int64)),
@@ -228,6 +232,9 @@ class LedgerPart:
             "answers": int(kept_rows["answers"].sum(dtype=np.int64)),
             "trained_answers": int(kept_rows["trained_answers"].sum(dtype=np.int64)),
         }
+        if pairs:
+            summary["pairs"] = pairs
+        return summary
 
 
 WAYS_OUT = {

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from llmtune.common.decisions import Decision
-from llmtune.config.schema import DataConfig
+from llmtune.config.schema import DataConfig, ObjectiveMethod
 from llmtune.data.dataset import selection
 from llmtune.data.dataset.ledger import Ledger, LedgerPart
 from llmtune.data.dataset.mixture import mixture_of
+from llmtune.data.dataset.row_result import conversations_of
 from llmtune.data.dataset.store import JoinedExamples, MappedExamples
 from llmtune.data.dataset.tokenize import Progress, detect_formats, row_rules, tokenize_side
 from llmtune.data.example import Conversation
@@ -21,7 +22,7 @@ from llmtune.data.reading.data_file import DataFile, digest_files, read_records
 from llmtune.data.reading.find_files import find_files, find_held_out_files, swept_in
 from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.rendering.renderer import Renderer
-from llmtune.data.rows.formats import UnusableRowError, conversation_of
+from llmtune.data.rows.row_fields import UnusableRowError
 from llmtune.errors import ConfigError, DataError, Problem
 
 __all__ = ["PreparedData", "Progress", "iter_texts", "prepare_data", "raise_problems", "survey_data"]
@@ -42,13 +43,19 @@ class PreparedData:
     """Why these data may not be used; always empty when they come from `prepare_data`."""
 
 
-def prepare_data(config: DataConfig, renderer: Renderer, *, progress: Progress | None = None) -> PreparedData:
-    """Make the examples of all sources in `config`.
+def prepare_data(
+    config: DataConfig,
+    renderer: Renderer,
+    *,
+    method: ObjectiveMethod = "sft",
+    progress: Progress | None = None,
+) -> PreparedData:
+    """Make the examples of all sources in `config`, for an objective of this `method`.
 
     Raises DataError with every problem at once: rows that cannot be used (unless `on_bad_row` is skip), rows over
     `max_length` where `overlong` is error, overlap where `on_overlap` is error, no row left to train on.
     """
-    prepared = survey_data(config, renderer, progress=progress)
+    prepared = survey_data(config, renderer, method=method, progress=progress)
     raise_problems(prepared)
     return prepared
 
@@ -59,7 +66,13 @@ def raise_problems(prepared: PreparedData) -> None:
         raise DataError.all(prepared.problems)
 
 
-def survey_data(config: DataConfig, renderer: Renderer, *, progress: Progress | None = None) -> PreparedData:
+def survey_data(
+    config: DataConfig,
+    renderer: Renderer,
+    *,
+    method: ObjectiveMethod = "sft",
+    progress: Progress | None = None,
+) -> PreparedData:
     """Make the examples like `prepare_data`, but return problems instead of raising them: a report shows them all.
 
     Raises ConfigError for settings out of range, DataError where there is nothing to show: a source that leads to no
@@ -69,13 +82,13 @@ def survey_data(config: DataConfig, renderer: Renderer, *, progress: Progress | 
     train_files, eval_files, decisions = _find(config)
     digests = digest_files([*train_files, *eval_files])
     train, train_decisions = tokenize_side(
-        config, "train", train_files, digests[: len(train_files)], renderer, progress
+        config, "train", train_files, digests[: len(train_files)], renderer, progress, method
     )
     parts = [train]
     decisions += train_decisions
     if eval_files:
         side, side_decisions = tokenize_side(
-            config, "eval", eval_files, digests[len(train_files) :], renderer, progress
+            config, "eval", eval_files, digests[len(train_files) :], renderer, progress, method
         )
         parts.append(side)
         decisions += [decision for decision in side_decisions if decision not in decisions]
@@ -120,36 +133,40 @@ def _mixed(prepared: PreparedData, config: DataConfig) -> PreparedData:
     return replace(prepared, decisions=[*prepared.decisions, *mixture.decisions(config.train)])
 
 
-def iter_texts(config: DataConfig) -> Iterator[str]:
+def iter_texts(config: DataConfig, method: ObjectiveMethod = "sft") -> Iterator[str]:
     """Yield every text of the training rows (contents of messages, plain texts), for training a tokenizer.
 
     Bad rows are skipped. Raises DataError for a source that leads to no file, and at the end where every row was bad.
     """
     files = find_files(config.train, "train")
-    formats, _ = detect_formats(config, files)
+    formats, _ = detect_formats(config, files, method)
     good, bad = 0, list[Problem]()
     for index, record in read_records(files, config.max_samples):
         text_column = files[index].source.text_column or config.text_column
-        conversation = _conversation(record, files[index], formats[index], text_column)
-        if isinstance(conversation, BadRow):
-            bad += [conversation.as_problem()] if len(bad) < BAD_ROWS_SHOWN else []
+        conversations = _conversations(record, files[index], formats[index], text_column)
+        if isinstance(conversations, BadRow):
+            bad += [conversations.as_problem()] if len(bad) < BAD_ROWS_SHOWN else []
             continue
         good += 1
-        if conversation.text is not None:
-            yield conversation.text
-        yield from (message.content for message in conversation.messages)
+        first, *others = conversations
+        if first.text is not None:
+            yield first.text
+        yield from (message.content for message in first.messages)
+        # The prompt of a pair counts once: what the other side has beside it begins where the two part.
+        for other in others:
+            yield from (message.content for message in other.messages if message not in first.messages)
     if bad and not good:
         raise DataError.all(bad)
 
 
-def _conversation(
+def _conversations(
     record: Record | BadRow, file: DataFile, row_format: str, text_column: str | None
-) -> Conversation | BadRow:
+) -> tuple[Conversation, ...] | BadRow:
     row = file.parse(record)
     if isinstance(row, BadRow):
         return row
     try:
-        return conversation_of(row, row_format, text_column)
+        return conversations_of(row, row_format, text_column)
     except UnusableRowError as error:
         return BadRow(row.source, error.field, error.problem, error.fix)
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from llmtune.data.dataset.packing import Indices
-from llmtune.data.example import Example
+from llmtune.data.example import Example, Side
 
 __all__ = ["Layout", "MicroBatch", "MicroBatches", "even_groups", "make_micro_batch", "split_group"]
 
@@ -51,6 +51,18 @@ class MicroBatch:
     """Examples."""
     loss_weight: float
     """Sum of weights, summed in float64."""
+    sides: tuple[Side | None, ...] = ()
+    """Side of each example. The chosen and the rejected side of a pair follow each other."""
+    indices: Indices | None = None
+    """int64 [S], number of each example in its set, where the micro-batch was made from one."""
+
+    @property
+    def sequence_rows(self) -> torch.Tensor:
+        """Trained tokens of each example, int64 [S], on the CPU where the micro-batch is."""
+        if self.segments is None:
+            return (self.weights[:, 1:] != 0).sum(dim=1)
+        ends = torch.cat([self.weights.new_zeros(1, dtype=torch.int64), (self.weights[0] != 0).cumsum(0)])
+        return ends[self.segments.long()].diff()
 
     def to(self, device: torch.device) -> MicroBatch:
         """Give the same micro-batch with its tensors on `device`, or itself when they are there."""
@@ -118,6 +130,7 @@ def make_micro_batch(examples: Sequence[Example], layout: Layout, pad_id: int) -
         num_tokens=int(lengths_S.sum()),
         num_sequences=len(examples),
         loss_weight=float(weights_BT.sum(dtype=np.float64)),
+        sides=tuple(example.side for example in examples),
     )
 
 
@@ -125,17 +138,27 @@ def make_micro_batch(examples: Sequence[Example], layout: Layout, pad_id: int) -
 
 
 def split_group(
-    indices: Indices, lengths_N: npt.NDArray[np.int64], layout: Layout, max_group_tokens: int | None
+    indices: Indices,
+    lengths_N: npt.NDArray[np.int64],
+    layout: Layout,
+    max_group_tokens: int | None,
+    *,
+    together: int = 1,
 ) -> list[Indices]:
     """Divide examples into groups of at most `max_group_tokens` positions; a longer example is a group by itself.
 
-    `indices`: int64, into `lengths_N`, int64 [N]. Padded rows are cut in order. A flat row may hold any examples, so
-    its groups are few and even, because each has fixed costs.
+    `indices`: int64, into `lengths_N`, int64 [N]. Each run of `together` examples (2: pairs) stays in one group, and
+    counts as an example. Padded rows are cut in order. A flat row may hold any examples, so its groups are few and
+    even, because each has fixed costs.
     """
     if max_group_tokens is None or len(indices) == 0:
         return [indices] if len(indices) else []
-    groups = (even_groups if layout == "flat" else _padded_runs)(lengths_N[indices].tolist(), max_group_tokens)
-    return [indices[group] for group in groups]
+    units = indices.reshape(-1, together)
+    if layout == "flat":
+        groups = even_groups(lengths_N[units].sum(axis=1).tolist(), max_group_tokens)
+    else:
+        groups = _padded_runs(lengths_N[units].max(axis=1).tolist(), max_group_tokens // together)
+    return [units[group].reshape(-1) for group in groups]
 
 
 def _padded_runs(sizes: Sequence[int], limit: int) -> list[list[int]]:

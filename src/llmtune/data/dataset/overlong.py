@@ -16,7 +16,7 @@ out. `error` cuts like `drop`; the caller stops the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from llmtune.data.rendering.row_warnings import RowWarning
 
-__all__ = ["OVERLONG", "Cut", "cut_example"]
+__all__ = ["OVERLONG", "Cut", "cut_example", "cut_sides"]
 
 Ids = npt.NDArray[np.int32]
 Weights = npt.NDArray[np.float32]
@@ -62,6 +62,46 @@ def cut_example(
     assert len(ids_T) > max_length >= 2
     cut = OVERLONG[policy](ids_T, weights_T, max_length, end_token_ids, bos_token_id)
     return cut if any(weights.any() for _, weights in cut.pieces) else Cut([], len(ids_T), cut.warnings)
+
+
+def cut_sides(
+    sides: Sequence[Piece],
+    *,
+    max_length: int,
+    policy: str,
+    end_token_ids: Collection[int],
+    bos_token_id: int | None,
+) -> Cut:
+    """Cut answers to one prompt, of which one or more have over `max_length` tokens; the prompt stays the same in all.
+
+    `truncate_right` cuts each side by itself, `truncate_left` takes the same tokens off each prompt. Gives no piece at
+    all where a side would have no trained token, a prompt would be lost whole, or all sides would become equal.
+    """
+    excess = max(len(ids) for ids, _ in sides) - max_length
+    cuts = []
+    for ids, weights in sides:
+        length = len(ids) - excess if policy == "truncate_left" else max_length
+        if length < 2 or (policy == "truncate_left" and weights[: excess + 1].any()):
+            return Cut([], sum(len(ids) for ids, _ in sides))
+        if len(ids) <= length:
+            cuts.append(Cut([(ids, weights)], 0))
+            continue
+        cuts.append(
+            cut_example(
+                ids,
+                weights,
+                max_length=length,
+                policy=policy,
+                end_token_ids=end_token_ids,
+                bos_token_id=bos_token_id,
+            )
+        )
+    pieces = [piece for cut in cuts for piece in cut.pieces]
+    is_equal = len(pieces) > 1 and all(np.array_equal(pieces[0][0], ids) for ids, _ in pieces[1:])
+    if len(pieces) < len(sides) or is_equal:
+        return Cut([], sum(len(ids) for ids, _ in sides))
+    warnings = tuple(dict.fromkeys(warning for cut in cuts for warning in cut.warnings))
+    return Cut(pieces, sum(cut.tokens_lost for cut in cuts), warnings)
 
 
 def _drop(ids: Ids, weights: Weights, length: int, ends: Collection[int], bos: int | None) -> Cut:

@@ -12,9 +12,19 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from llmtune.data.example import SIDES, Example, ExampleSet, example_digest, set_digest
 from llmtune.errors import DataError
 
-__all__ = ["STRATEGIES", "PackingStrategy", "packing_efficiency", "plan_packs", "seeded_order"]
+__all__ = [
+    "STRATEGIES",
+    "PackingStrategy",
+    "answers_to_learn",
+    "examples_together",
+    "packing_efficiency",
+    "plan_packs",
+    "plan_sequences",
+    "seeded_order",
+]
 
 PackingStrategy = Literal["none", "greedy", "first_fit", "best_fit"]
 Indices = npt.NDArray[np.int64]
@@ -65,6 +75,75 @@ def plan_packs(
     order = np.arange(len(lengths), dtype=np.int64) if seed is None else seeded_order(len(lengths), seed)
     pack_of = STRATEGIES[strategy](lengths[order], max_length)
     return _in_order(order, pack_of)
+
+
+def examples_together(examples: ExampleSet) -> int:
+    """Examples that stay in one micro-batch, in order: 2 for pairs of a chosen and a rejected answer, else 1.
+
+    Raises DataError for a set in which some rows are pairs and others are not.
+    """
+    in_pairs = examples.sides == SIDES.index("chosen")
+    rejected = examples.sides == SIDES.index("rejected")
+    if not (in_pairs | rejected).any():
+        return 1
+    if not (in_pairs | rejected).all():
+        raise DataError(
+            "some rows are pairs of answers, others single answers with a label",
+            where="data.train / data.eval",
+            fix="train on one kind: leave out the files of the other",
+        )
+    assert in_pairs[0::2].all()
+    assert rejected[1::2].all()
+    return 2
+
+
+class _Chosen:
+    """Some examples of a set, int64 [M], as a set."""
+
+    def __init__(self, examples: ExampleSet, numbers: Indices) -> None:
+        self._examples, self._numbers = examples, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[int(self._numbers[index])]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return self._examples.lengths[self._numbers]
+
+    @property
+    def loss_weights(self) -> npt.NDArray[np.float64]:
+        return self._examples.loss_weights[self._numbers]
+
+    @property
+    def sides(self) -> npt.NDArray[np.int8]:
+        return self._examples.sides[self._numbers]
+
+    @property
+    def digest(self) -> str:
+        examples = (self[index] for index in range(len(self)))
+        return set_digest(example_digest(one.input_ids, one.weights, one.side) for one in examples)
+
+
+def answers_to_learn(examples: ExampleSet) -> ExampleSet:
+    """The examples whose answers are right ones: those without a side, the chosen and the desirable."""
+    wrong = [SIDES.index("rejected"), SIDES.index("undesirable")]
+    numbers = np.flatnonzero(~np.isin(examples.sides, wrong))
+    return examples if len(numbers) == len(examples) else _Chosen(examples, numbers)
+
+
+def plan_sequences(examples: ExampleSet, max_length: int, strategy: PackingStrategy, seed: int | None) -> list[Indices]:
+    """Plan the packs of a set of examples (see `plan_packs`); the sides of a pair lie in one pack, one after the other.
+
+    A pack of pairs holds up to twice `max_length` tokens, so that each pair has a place. Raises DataError.
+    """
+    together = examples_together(examples)
+    lengths = np.asarray(examples.lengths, dtype=np.int64).reshape(-1, together).sum(axis=1)
+    sides = np.arange(together, dtype=np.int64)
+    packs = plan_packs(lengths, together * max_length, strategy, seed)
+    return [(pack[:, None] * together + sides).reshape(-1) for pack in packs]
 
 
 def packing_efficiency(lengths: npt.NDArray[np.int64], packs: list[Indices], max_length: int) -> float:

@@ -37,16 +37,14 @@ class Group(NamedTuple):
 
 
 def json_line(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return `{"source", "input_ids", "weights", "text"}` as one line.
+    """Return `{"source", "input_ids", "weights", "text"}` as one line, with `side` where the row judges answers.
 
     `weights[i]` is the weight of predicting `input_ids[i]`.
     """
     ids = example.input_ids.tolist()
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return json.dumps(
-        {"source": example.source, "input_ids": ids, "weights": example.weights.tolist(), "text": text},
-        ensure_ascii=False,
-    )
+    line = {"source": example.source, "input_ids": ids, "weights": example.weights.tolist(), "text": text}
+    return json.dumps(line if example.side is None else line | {"side": example.side}, ensure_ascii=False)
 
 
 def stretches(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Stretch]:

@@ -15,8 +15,15 @@ import numpy.typing as npt
 from llmtune.config.schema import DataConfig
 from llmtune.data.dataset.ledger import LedgerPart
 from llmtune.data.dataset.make_dataset import PreparedData
-from llmtune.data.dataset.packing import PackingStrategy, packing_efficiency, plan_packs, seeded_order
+from llmtune.data.dataset.packing import (
+    PackingStrategy,
+    examples_together,
+    packing_efficiency,
+    plan_sequences,
+    seeded_order,
+)
 from llmtune.data.dataset.row_result import STATUSES
+from llmtune.data.example import ExampleSet
 from llmtune.errors import DataError
 
 __all__ = ["ROWS_LISTED", "data_report", "histogram", "padding_share", "report_lines", "row_report"]
@@ -39,9 +46,11 @@ def data_report(prepared: PreparedData, config: DataConfig, *, batch_size: int) 
         "balance": prepared.ledger.summary(),
         "sources": [source for part in prepared.ledger.parts for source in _sources(part)],
         "lengths": _lengths(lengths, config.max_length),
-        "padding_share": padding_share(lengths, batch_size, config.shuffle_seed),
+        "padding_share": padding_share(
+            lengths, batch_size, config.shuffle_seed, together=examples_together(prepared.train)
+        ),
         "batch_size": batch_size,
-        "packing": _packing(lengths, config),
+        "packing": _packing(prepared.train, config),
         "decisions": [decision._asdict() for decision in prepared.decisions],
         "rows": rows,
         "rows_not_listed": affected - len(rows),
@@ -81,24 +90,28 @@ def histogram(lengths_N: npt.NDArray[np.int64]) -> list[dict[str, int]]:
     ]
 
 
-def padding_share(lengths_N: npt.NDArray[np.int64], batch_size: int, seed: int | None) -> float:
+def padding_share(lengths_N: npt.NDArray[np.int64], batch_size: int, seed: int | None, *, together: int = 1) -> float:
     """Share of positions, in [0, 1), that are padding in micro-batches of `batch_size` in the order of epoch 0.
 
     share = 1 - sum(lengths) / sum over micro-batches of (examples x longest length); `lengths_N`: int64 [N].
+    Each run of `together` examples (2: pairs) counts as one in `batch_size`.
     """
     if not len(lengths_N):
         return 0.0
-    ordered = lengths_N[seeded_order(len(lengths_N), seed, 0)] if seed is not None else lengths_N
+    units = lengths_N.reshape(-1, together)
+    ordered = (units[seeded_order(len(units), seed, 0)] if seed is not None else units).reshape(-1)
+    batch_size *= together
     batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
     return 1.0 - float(lengths_N.sum()) / sum(int(batch.max()) * len(batch) for batch in batches)
 
 
-def _packing(lengths_N: npt.NDArray[np.int64], config: DataConfig) -> JsonObject:
+def _packing(examples: ExampleSet, config: DataConfig) -> JsonObject:
     """Sequences and efficiency of each strategy, and which one the config chooses."""
     strategies = {}
+    capacity = examples_together(examples) * config.max_length
     for strategy in get_args(PackingStrategy):
-        packs = plan_packs(lengths_N, config.max_length, strategy, config.shuffle_seed)
-        efficiency = packing_efficiency(lengths_N, packs, config.max_length)
+        packs = plan_sequences(examples, config.max_length, strategy, config.shuffle_seed)
+        efficiency = packing_efficiency(examples.lengths, packs, capacity)
         strategies[strategy] = {"sequences": len(packs), "efficiency": efficiency}
     return {"chosen": config.packing, "strategies": strategies}
 

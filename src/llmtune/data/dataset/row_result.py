@@ -14,16 +14,27 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtune.config.schema import TrainOn
-from llmtune.data.dataset.overlong import cut_example
-from llmtune.data.example import REASONING_FIELDS, Conversation
+from llmtune.data.dataset.overlong import cut_example, cut_sides
+from llmtune.data.example import REASONING_FIELDS, Conversation, Row, Side
 from llmtune.data.reading.data_file import DataFile
 from llmtune.data.reading.parse import BadRow, Record
-from llmtune.data.rendering.renderer import Renderer
+from llmtune.data.rendering.renderer import Rendered, Renderer
 from llmtune.data.rendering.row_warnings import RowWarning
 from llmtune.data.rows.formats import UnusableRowError, conversation_of
+from llmtune.data.rows.preferences import PREFERENCE_FORMATS
 from llmtune.errors import DataError
 
-__all__ = ["OVERLONG_FIX", "STATUSES", "Reason", "RowResult", "RowRules", "Status", "process_record", "too_long_reason"]
+__all__ = [
+    "OVERLONG_FIX",
+    "STATUSES",
+    "Reason",
+    "RowResult",
+    "RowRules",
+    "Status",
+    "conversations_of",
+    "process_record",
+    "too_long_reason",
+]
 
 OVERLONG_FIX = "raise `data.max_length`, or set `data.overlong` to drop, truncate_right, truncate_left or split"
 """What to do about a row that is too long."""
@@ -77,6 +88,8 @@ class RowResult(NamedTuple):
     full_digest: bytes = bytes(16)
     answers: int = 0
     trained_answers: int = 0
+    sides: tuple[Side, ...] = ()
+    """The side of each of the `pieces`, where the row judges answers."""
 
 
 def process_record(
@@ -89,26 +102,46 @@ def process_record(
         rules = rules._replace(train_on=source.train_on or rules.train_on, text_column=text_column)
         renderer = renderer.with_rule(rules.train_on)
     row = file.parse(record)
+    blank = RowResult(file_index, record.number, "bad")
     if isinstance(row, BadRow):
-        reason = Reason(row.problem, row.field, row.fix, row.whole_file)
-        return RowResult(file_index, record.number, "bad", reason)
+        return blank._replace(reason=Reason(row.problem, row.field, row.fix, row.whole_file))
     try:
-        conversation = conversation_of(row, format_name, rules.text_column)
-        _check_answers(conversation, rules.train_on)
-        rendered = renderer.render_examples(conversation)
+        conversations = conversations_of(row, format_name, rules.text_column)
+        for conversation in conversations:
+            _check_answers(conversation, rules.train_on)
+        if conversations[0].side is not None:
+            return _judged(blank, conversations, renderer, rules)
+        rendered = renderer.render_examples(conversations[0])
     except UnusableRowError as error:
         column = source.columns.get(error.field or "")
         problem = f"{error.problem} (`columns` reads it from {column!r})" if column else error.problem
-        return RowResult(file_index, record.number, "bad", Reason(problem, error.field, error.fix))
+        return blank._replace(reason=Reason(problem, error.field, error.fix))
     except DataError as error:
         refusal = error.problems[0]
-        return RowResult(file_index, record.number, "bad", Reason(refusal.problem, None, refusal.fix))
+        return blank._replace(reason=Reason(refusal.problem, None, refusal.fix))
+    result, examples = _of_examples(blank, conversations[0], rendered)
+    if result.status == "bad":
+        return result
+    return _fit(result, conversations[0], [one for one in examples if one[1].any()], renderer, rules)
+
+
+def conversations_of(row: Row, format_name: str, text_column: str | None = None) -> tuple[Conversation, ...]:
+    """Make the conversations of a row in any format: one, or one for each side of a pair. Raises UnusableRowError."""
+    if format_name in PREFERENCE_FORMATS:
+        return PREFERENCE_FORMATS[format_name].parse(row)
+    return (conversation_of(row, format_name, text_column),)
+
+
+def _of_examples(
+    blank: RowResult, conversation: Conversation, rendered: Sequence[Rendered]
+) -> tuple[RowResult, list[Piece]]:
+    """A used row, still without its pieces, and all examples of its conversation; or a bad row."""
     # Each once: the examples of one row share most of their messages.
     warnings = list(dict.fromkeys(warning for example in rendered for warning in example.warnings))
     lost = next((warning for warning in warnings if warning.code == "not-rendered"), None)
     if lost is not None:
         fix = "set `model.chat_template` to a template that renders it, or take it out of the row"
-        return RowResult(file_index, record.number, "bad", Reason(lost.text, "messages", fix))
+        return blank._replace(reason=Reason(lost.text, "messages", fix)), []
     examples = [
         (np.asarray(example.input_ids, dtype=np.int32), np.asarray(example.weights, dtype=np.float32))
         for example in rendered
@@ -116,10 +149,8 @@ def process_record(
     # "no-trained-token" becomes the reason why the row is dropped.
     warnings = [warning for warning in warnings if warning.code != "no-trained-token"]
     trained = [(ids, weights) for ids, weights in examples if weights.any()]
-    result = RowResult(
-        file_index,
-        record.number,
-        "used",
+    result = blank._replace(
+        status="used",
         warnings=(*warnings, *_conversation_warnings(conversation)),
         tokens=sum(len(ids) for ids, _ in trained or examples),
         row_digest=_digest(*(ids for ids, _ in examples)),
@@ -127,7 +158,19 @@ def process_record(
         answers=sum(message.role == "assistant" for message in conversation.messages),
         trained_answers=sum(example.trained_answers for example in rendered),
     )
-    return _fit(result, conversation, trained, renderer, rules)
+    return result, examples
+
+
+def _judged(blank: RowResult, conversations: Sequence[Conversation], renderer: Renderer, rules: RowRules) -> RowResult:
+    """The result of a row that judges answers: one example for each side. Raises DataError."""
+    results: list[RowResult] = []
+    for conversation in conversations:
+        result, examples = _of_examples(blank, conversation, [renderer.render(conversation)])
+        if result.status == "bad":
+            return result
+        results.append(result._replace(pieces=tuple(examples)))
+    sides = tuple(conversation.side for conversation in conversations if conversation.side is not None)
+    return _fit_sides(results, sides, renderer, rules)
 
 
 def _fit(
@@ -179,6 +222,55 @@ def _fit(
     )
 
 
+def _fit_sides(results: Sequence[RowResult], sides: tuple[Side, ...], renderer: Renderer, rules: RowRules) -> RowResult:
+    """Join the sides of a row that judges answers; what happens to one of them happens to all."""
+    pieces = tuple(result.pieces[0] for result in results)
+    names = [side.encode() for side in sides]
+    row = results[0]._replace(
+        warnings=tuple(dict.fromkeys(warning for result in results for warning in result.warnings)),
+        tokens=sum(result.tokens for result in results),
+        pieces=pieces,
+        sides=sides,
+        row_digest=_digest(*(ids for ids, _ in pieces)),
+        # The same answer as desirable and as undesirable is no repetition.
+        full_digest=_digest(*(part for piece in pieces for part in piece), *(np.frombuffer(n, "u1") for n in names)),
+        answers=sum(result.answers for result in results),
+        trained_answers=sum(result.trained_answers for result in results),
+    )
+    dropped = row._replace(status="dropped", tokens_lost=row.tokens, pieces=(), sides=())
+    for result, (_, weights) in zip(results, pieces, strict=True):
+        if not weights.any():
+            return dropped._replace(reason=_untrained_reason(result, rules))
+    prompts = [ids[: int(np.flatnonzero(weights)[0])] for ids, weights in pieces]
+    if not all(np.array_equal(prompts[0], prompt) for prompt in prompts):
+        problem = "the prompt has other tokens before the chosen answer than before the rejected one"
+        fix = "give both sides the same messages up to their answers, or another template (`model.chat_template=FILE`)"
+        return dropped._replace(status="bad", tokens_lost=0, reason=Reason(problem, "prompt", fix))
+    too_long = [side for side, (ids, _) in zip(sides, pieces, strict=True) if len(ids) > rules.max_length]
+    if not too_long:
+        return row
+    reason = too_long_reason(rules)
+    if rules.overlong in ("error", "drop"):
+        return dropped._replace(reason=reason)
+    cut = cut_sides(
+        pieces,
+        max_length=rules.max_length,
+        policy=rules.overlong,
+        end_token_ids=renderer.stop_token_ids,
+        bos_token_id=renderer.vocabulary.bos_id,
+    )
+    named = f"{reason.problem} ({' and '.join(too_long)})"
+    if not cut.pieces:
+        return dropped._replace(reason=Reason(f"{named}, and {rules.overlong} leaves nothing to compare"))
+    return row._replace(
+        status="cut",
+        reason=Reason(f"{named}: {rules.overlong}"),
+        warnings=(*row.warnings, *cut.warnings),
+        tokens_lost=cut.tokens_lost,
+        pieces=tuple(cut.pieces),
+    )
+
+
 def _untrained_reason(result: RowResult, rules: RowRules) -> Reason:
     unstable = next((warning.text for warning in result.warnings if warning.code == "unstable"), None)
     if unstable is not None:
@@ -224,7 +316,7 @@ def _conversation_warnings(conversation: Conversation) -> Iterator[RowWarning]:
         yield RowWarning("late-system", "a system message that is not the first message")
 
 
-def _digest(*arrays: npt.NDArray[np.int32] | npt.NDArray[np.float32]) -> bytes:
+def _digest(*arrays: npt.NDArray[np.int32] | npt.NDArray[np.float32] | npt.NDArray[np.uint8]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for array in arrays:
         digest.update(array.tobytes())

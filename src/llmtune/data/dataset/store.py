@@ -19,7 +19,7 @@ import numpy.typing as npt
 from llmtune.config.schema import SourceConfig
 from llmtune.config.sources import source_names
 from llmtune.data.dataset.row_result import STATUSES, Reason, RowResult
-from llmtune.data.example import Example, example_digest, set_digest
+from llmtune.data.example import SIDES, Example, Side, example_digest, set_digest
 from llmtune.data.reading.readers import Numbering, source_name
 from llmtune.data.rendering.row_warnings import RowWarning
 
@@ -48,13 +48,14 @@ EXAMPLE = np.dtype(
         ("words_end", "<i8"),
         ("tokens", "<i4"),
         ("runs", "<i4"),
+        ("side", "<i8"),
         ("loss_weight", "<f8"),
         ("digest", "<u8", 2),
     ]
 )
 # The same layouts for `struct`, which packs single rows many times faster than NumPy.
 _ROW_BYTES = struct.Struct("<iqiiiiiiii16s16s")
-_EXAMPLE_BYTES = struct.Struct("<qqiid16s")
+_EXAMPLE_BYTES = struct.Struct("<qqiiqd16s")
 assert (_ROW_BYTES.size, _EXAMPLE_BYTES.size) == (ROW.itemsize, EXAMPLE.itemsize)
 
 
@@ -84,14 +85,16 @@ class StoreBuilder:
         amounts = (result.tokens, result.tokens_lost, len(result.pieces), result.answers, result.trained_answers)
         self._rows += _ROW_BYTES.pack(*numbers, *amounts, result.row_digest, result.full_digest)
         words = bytearray()
-        for ids, weights in result.pieces:
+        for index, (ids, weights) in enumerate(result.pieces):
+            side = result.sides[index] if result.sides else None
             runs = _runs(weights)
             words += ids.astype("<i4", copy=False).tobytes() + runs.tobytes()
             self._words += len(ids) + runs.size
             loss_weight = float(weights.sum(dtype=np.float64))
-            digest = example_digest(ids, weights)
+            digest = example_digest(ids, weights, side)
+            side_number = -1 if side is None else SIDES.index(side)
             self._examples += _EXAMPLE_BYTES.pack(
-                self._row_count, self._words, len(ids), len(runs), loss_weight, digest
+                self._row_count, self._words, len(ids), len(runs), side_number, loss_weight, digest
             )
         self._row_count += 1
         return bytes(words)
@@ -165,15 +168,26 @@ class RowStore:
         for (first, length, _), weight in zip(packed.tolist(), packed[:, 2].copy().view("<f4"), strict=True):
             weights[first : first + length] = weight
         return Example(
-            self.source_of_example(index), np.array(self.words[start : start + tokens], dtype=np.int32), weights
+            self.source_of_example(index),
+            np.array(self.words[start : start + tokens], dtype=np.int32),
+            weights,
+            self.side(index),
         )
 
+    def side(self, index: int) -> Side | None:
+        """The side of one example."""
+        number = int(self.examples["side"][index])
+        return None if number < 0 else SIDES[number]
+
     def source_of_example(self, index: int) -> str:
-        """The source of an example's row; pieces of a split row add `#1`, `#2` and so on."""
+        """The source of an example's row; pieces of a split row add `#1`, `#2` and so on, sides of a pair a name."""
         row = int(self.examples["row"][index])
         source = self.source(row)
         if int(self.rows["examples"][row]) == 1:
             return source
+        side = self.side(index)
+        if side is not None:
+            return f"{source}#{side}"
         first = int(np.searchsorted(self.examples["row"], row))
         return f"{source}#{index - first + 1}"
 
@@ -212,8 +226,13 @@ class MappedExamples:
         return self.store.examples["loss_weight"][self.selection].astype(np.float64)
 
     @property
+    def sides(self) -> npt.NDArray[np.int8]:
+        """The side of each example by its index in `SIDES`, -1 for none; int8 [N]."""
+        return self.store.examples["side"][self.selection].astype(np.int8)
+
+    @property
     def digest(self) -> str:
-        """sha256 over all ids and weights in order."""
+        """sha256 over all ids, weights and sides in order."""
         return set_digest(self.digests())
 
     @property
@@ -278,6 +297,11 @@ class JoinedExamples:
         return np.concatenate([part.loss_weights for part in self.parts])
 
     @property
+    def sides(self) -> npt.NDArray[np.int8]:
+        """The side of each example by its index in `SIDES`, -1 for none; int8 [N]."""
+        return np.concatenate([part.sides for part in self.parts])
+
+    @property
     def digest(self) -> str:
-        """sha256 over all ids and weights in order."""
+        """sha256 over all ids, weights and sides in order."""
         return set_digest(digest for part in self.parts for digest in part.digests())

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from llmtune.common.decisions import Decision
 from llmtune.common.folders import cache_folder, home_expanded
-from llmtune.config.schema import DataConfig
+from llmtune.config.schema import DataConfig, ObjectiveMethod
 from llmtune.data.dataset.cache import cache_key, open_or_build
 from llmtune.data.dataset.ledger import LedgerPart
 from llmtune.data.dataset.row_result import RowResult, RowRules
@@ -21,6 +21,7 @@ from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.reading.readers import READERS
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.formats import DETECTION_ROWS, detect_format
+from llmtune.data.rows.preferences import RECOGNIZED_BY
 from llmtune.errors import DataError, Problem
 
 __all__ = ["Progress", "detect_formats", "row_rules", "tokenize_side"]
@@ -39,10 +40,13 @@ def row_rules(config: DataConfig) -> RowRules:
     return RowRules(config.train_on, config.text_column, config.min_length, config.max_length, config.overlong)
 
 
-def detect_formats(config: DataConfig, files: Sequence[DataFile]) -> tuple[list[str], list[Decision]]:
+def detect_formats(
+    config: DataConfig, files: Sequence[DataFile], method: ObjectiveMethod = "sft"
+) -> tuple[list[str], list[Decision]]:
     """The format of each file, detected from its first rows, and a decision for each format of a source.
 
-    Raises DataError for files whose rows have the fields of no format, and for sources without a row.
+    Only formats that the objective's `method` learns from are considered. Raises DataError for files whose rows have
+    the fields of none, and for sources without a row.
     """
     empty = _empty_files(files)
     formats: list[str] = []
@@ -50,7 +54,7 @@ def detect_formats(config: DataConfig, files: Sequence[DataFile]) -> tuple[list[
     problems: list[Problem] = []
     for file in files:
         try:
-            name, decision = _format_of(file, config)
+            name, decision = _format_of(file, config, method)
         except DataError as error:
             problems += error.problems
             continue
@@ -63,7 +67,7 @@ def detect_formats(config: DataConfig, files: Sequence[DataFile]) -> tuple[list[
     return formats, [*empty, *decisions.values()]
 
 
-def _format_of(file: DataFile, config: DataConfig) -> tuple[str, Decision | None]:
+def _format_of(file: DataFile, config: DataConfig, method: ObjectiveMethod) -> tuple[str, Decision | None]:
     """The format of a file: that of its source or the config, else detected, with a decision.
 
     Raises DataError where its rows have the fields of no format, or lack a column that the source names.
@@ -78,7 +82,7 @@ def _format_of(file: DataFile, config: DataConfig) -> tuple[str, Decision | None
     if given != "auto":
         return given, None
     rows = [row for record in first if isinstance(row := file.parse(record), Row)]
-    name, decision = detect_format(rows, config.text_column)
+    name, decision = detect_format(rows, config.text_column, RECOGNIZED_BY[method])
     if not rows:  # the file is empty, or its rows are named as bad ones
         return name, None
     shape = READERS[file.kind].shape
@@ -123,13 +127,14 @@ def tokenize_side(
     digests: list[str],
     renderer: Renderer,
     progress: Progress | None,
+    method: ObjectiveMethod = "sft",
 ) -> tuple[LedgerPart, list[Decision]]:
     """Return every row of one side with its status before rows are compared, and the decisions made on the way.
 
     `digests` are those of `files`, in order. Raises DataError for a file in no known format, MachineError where
     `cache_dir` cannot be used.
     """
-    formats, decisions = detect_formats(config, files)
+    formats, decisions = detect_formats(config, files, method)
     rules = row_rules(config)
     limit = config.max_samples if purpose == "train" else None
     facts = {"renderer": renderer.digest, "formats": formats, "rules": rules._asdict(), "max_samples": limit}

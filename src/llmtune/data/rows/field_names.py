@@ -32,6 +32,7 @@ __all__ = [
     "TOOL_FIELDS",
     "TurnKeys",
     "describe_turn",
+    "describe_unread",
     "first_turn",
     "is_raw_text",
     "is_sharegpt_turn",
@@ -242,9 +243,16 @@ def unused_fields(fields: Mapping[str, object], format_name: str, text_column: s
     if turns and (turns[0].get("role") or turns[0].get("from")) in ("system", "developer"):
         read -= {*SYSTEM_FIELDS}  # the conversation has a system prompt of its own
     in_turns = {name: value for turn in turns for name, value in _unread(turn, read_fields_of(turn))}
+    yield from describe_unread(fields, read, in_turns)
+
+
+def describe_unread(
+    fields: Mapping[str, object], read: AbstractSet[str], in_turns: Mapping[str, object] | None = None
+) -> Iterator[str]:
+    """Describe the fields of a row beside those `read`, and those `in_turns`, of its messages; switches come first."""
     beside = dict(_unread(fields, read))
     for is_switch in (True, False):
-        for where, unread in ((" of a message", in_turns), ("", beside)):
+        for where, unread in ((" of a message", in_turns or {}), ("", beside)):
             names = sorted(str(name) for name, value in unread.items() if isinstance(value, bool) == is_switch)
             for name in names[:UNUSED_SHOWN]:
                 yield f"{'switch ' if is_switch else ''}`{name[:60]}`{where}"

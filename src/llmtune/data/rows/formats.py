@@ -45,12 +45,24 @@ from llmtune.data.rows.row_fields import (
 )
 from llmtune.errors import DataError
 
-__all__ = ["DETECTION_ROWS", "FORMATS", "Format", "UnusableRowError", "conversation_of", "detect_format", "looks_like"]
+__all__ = [
+    "DETECTION_ROWS",
+    "FORMATS",
+    "Format",
+    "Recognize",
+    "UnusableRowError",
+    "chat_of",
+    "conversation_of",
+    "detect_format",
+    "looks_like",
+]
 
 DETECTION_ROWS = 100
 """First rows of a file from which its format is detected."""
 
 Fields = Mapping[str, object]
+Recognize = Callable[[Fields], str | None]
+"""Gives the fields (as text for users) by which a row shows that it has a format, or None."""
 
 
 class Format(NamedTuple):
@@ -58,8 +70,7 @@ class Format(NamedTuple):
 
     parse: Callable[[Row], Conversation]
     """Makes a conversation of a row. Raises UnusableRowError."""
-    recognize: Callable[[Fields], str | None]
-    """The fields (as text for users) by which a row shows that it has this format, or None."""
+    recognize: Recognize
 
 
 # --- messages, sharegpt
@@ -69,10 +80,10 @@ def _parse_messages(row: Row) -> Conversation:
     field = list_field_of(row.fields)
     if field is None:
         raise UnusableRowError(LIST_FIELDS[0], "the field is missing", "give the row a list of messages")
-    return _chat(row, read_messages(row.fields[field], field))
+    return chat_of(row, read_messages(row.fields[field], field))
 
 
-def _chat(row: Row, messages: tuple[Message, ...]) -> Conversation:
+def chat_of(row: Row, messages: tuple[Message, ...]) -> Conversation:
     """A conversation with what a row of any format may have beside it: system prompt, weight, tools, arguments."""
     fields = row.fields
     if not messages or messages[0].role not in ("system", "developer"):
@@ -160,7 +171,7 @@ def _parse_alpaca(row: Row) -> Conversation:
     # A weight of the row is that of its output; the answers of its history have none.
     weight = None if row.fields.get("weight") is None else 1.0
     answer = Message("assistant", output, weight, _reasoning(row.fields))
-    return _chat(row, (*history, Message("user", question), answer))
+    return chat_of(row, (*history, Message("user", question), answer))
 
 
 def _read_history(value: object) -> list[Message]:
@@ -193,7 +204,7 @@ def _parse_prompt_completion(row: Row) -> Conversation:
         raise UnusableRowError(missing, null_or_missing(row.fields, missing), "give the row a prompt and a completion")
     prompt, completion = (row.fields[name] for name in names)
     if isinstance(prompt, str) and isinstance(completion, str):
-        conversation = _chat(
+        conversation = chat_of(
             row, (Message("user", prompt), Message("assistant", completion, None, _reasoning(row.fields)))
         )
         return dataclasses.replace(conversation, prompt_is_text=is_raw_text(row.fields))
@@ -206,7 +217,7 @@ def _parse_prompt_completion(row: Row) -> Conversation:
             ),
             *read_messages(completion, names[1]),
         )
-        return _chat(row, messages)
+        return chat_of(row, messages)
     for name, value in zip(names, (prompt, completion), strict=True):
         if not isinstance(value, (str, list, tuple)):
             raise wrong_type(name, "must be text or a list of messages", value, "write it as text, in quotes")
@@ -249,12 +260,15 @@ def _recognize_text(fields: Fields, column: str = "text") -> str | None:
 # --- detection
 
 
-def _recognized(fields: Fields, text_column: str | None) -> tuple[str, str] | None:
-    """The name of a row's format and the fields that show it, or None."""
-    if text_column is not None:
+def _recognized(
+    fields: Fields, text_column: str | None, formats: Mapping[str, Recognize] | None = None
+) -> tuple[str, str] | None:
+    """The name of a row's format, one of `formats` or FORMATS, and the fields that show it, or None."""
+    if formats is None and text_column is not None:
         shown = _recognize_text(fields, text_column)
         return None if shown is None else ("text", shown)
-    return next(((name, shown) for name, row in FORMATS.items() if (shown := row.recognize(fields))), None)
+    recognizers = formats or {name: row.recognize for name, row in FORMATS.items()}
+    return next(((name, shown) for name, recognize in recognizers.items() if (shown := recognize(fields))), None)
 
 
 def looks_like(fields: Fields, text_column: str | None = None) -> str | None:
@@ -267,15 +281,18 @@ def looks_like(fields: Fields, text_column: str | None = None) -> str | None:
     return None if recognized is None else recognized[0]
 
 
-def detect_format(rows: Iterable[Row], text_column: str | None = None) -> tuple[str, Decision]:
-    """Detect the format that most of the first `DETECTION_ROWS` rows have.
+def detect_format(
+    rows: Iterable[Row], text_column: str | None = None, formats: Mapping[str, Recognize] | None = None
+) -> tuple[str, Decision]:
+    """Detect the format, one of `formats` or FORMATS, that most of the first `DETECTION_ROWS` rows have.
 
-    An empty file counts as text. Raises DataError if no row has the fields of any format.
+    An empty file has the last one. Raises DataError if no row has the fields of any format.
     """
     first = [row for row, _ in zip(rows, range(DETECTION_ROWS), strict=False)]
     if not first:
-        return "text", Decision("data.format", "text", "there are no rows to tell it from")
-    recognized = [pair for row in first if (pair := _recognized(row.fields, text_column)) is not None]
+        last = list(FORMATS if formats is None else formats)[-1]
+        return last, Decision("data.format", last, "there are no rows to tell it from")
+    recognized = [pair for row in first if (pair := _recognized(row.fields, text_column, formats)) is not None]
     if not recognized:
         names = ", ".join(f"`{name}`" for name in list(first[0].fields)[:8]) or "none"
         missing = f"a field `{text_column}`" if text_column else "the fields of a format"
@@ -283,8 +300,8 @@ def detect_format(rows: Iterable[Row], text_column: str | None = None) -> tuple[
             problem = f"a row is a whole conversation, and here it is one message; it has these fields: {names}"
             fix = 'put the messages of each conversation into one list: {"messages": [{...}, {...}]}'
             raise DataError(problem, first[0].source, fix)
-        formats = ", ".join(FORMATS)
-        fix = f"rename the fields to those of a format ({formats}), or set `data.text_column`"
+        fix = f"rename the fields to those of a format ({', '.join(FORMATS if formats is None else formats)})"
+        fix += ", or set `data.text_column`" if formats is None else ""
         raise DataError(f"no row has {missing}; the first has these fields: {names}", first[0].source, fix)
     # The most common and not the first: one odd row must not decide for all.
     (name, count), *others = Counter(name for name, _ in recognized).most_common()

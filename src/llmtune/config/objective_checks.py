@@ -1,0 +1,134 @@
+"""What `objective` contradicts: keys of another method, and rows and noise that cannot be compared."""
+
+from __future__ import annotations
+
+from llmtune.config.contradiction import Contradiction
+from llmtune.config.schema import Config, ObjectiveConfig, ObjectiveMethod, SourceConfig
+
+__all__ = ["OBJECTIVE_CONTRADICTIONS"]
+
+PAIRED: tuple[ObjectiveMethod, ...] = ("dpo", "simpo", "orpo")
+METHODS_OF: dict[str, tuple[ObjectiveMethod, ...]] = {
+    "loss": ("dpo", "kto"),
+    "beta": (*PAIRED, "kto"),
+    "label_smoothing": ("dpo",),
+    "sft_weight": ("dpo",),
+    "gamma_beta_ratio": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "reference": ("dpo", "kto"),
+}
+"""Methods in which each key of `objective` counts."""
+LOSSES_OF: dict[ObjectiveMethod, tuple[str, ...]] = {"dpo": ("sigmoid", "ipo", "hinge"), "kto": ("kto", "apo_zero")}
+ANSWER_RULES = ("last_assistant_message", "last_assistant_turn", "all_assistant_messages")
+
+
+def _compares(config: Config) -> bool:
+    return config.objective.method != "sft"
+
+
+def _sources(config: Config) -> tuple[SourceConfig, ...]:
+    return (*config.data.train, *config.data.eval)
+
+
+def _a_format_does_not_fit(config: Config) -> bool:
+    method, names = config.objective.method, {config.data.format, *(one.format for one in _sources(config))}
+    names -= {"auto", None}
+    return method != "sft" and not names <= ({"preference", "unpaired"} if method == "kto" else {"preference"})
+
+
+def _rules(config: Config) -> set[str]:
+    return {config.data.train_on, *(one.train_on for one in _sources(config) if one.train_on is not None)}
+
+
+_OF_ANOTHER_METHOD: list[Contradiction] = []
+for _name, _methods in METHODS_OF.items():
+    _OF_ANOTHER_METHOD.append(
+        Contradiction(
+            (f"objective.{_name}", "objective.method"),
+            lambda c, _, name=_name, methods=_methods: (  # type: ignore[misc]
+                getattr(c.objective, name) != getattr(ObjectiveConfig(), name) and c.objective.method not in methods
+            ),
+            f"this setting counts only where the method is {' or '.join(_methods)}",
+            f"remove it, or set `objective.method: {_methods[0]}`",
+        )
+    )
+for _method, _losses in LOSSES_OF.items():
+    _OF_ANOTHER_METHOD.append(
+        Contradiction(
+            ("objective.loss", "objective.method"),
+            lambda c, _, method=_method, losses=_losses: (  # type: ignore[misc]
+                c.objective.method == method and c.objective.loss not in ("auto", *losses)
+            ),
+            f"{_method} has no such loss",
+            f"set `objective.loss` to {' or '.join(_losses)}, or remove it",
+        )
+    )
+
+OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
+    *_OF_ANOTHER_METHOD,
+    Contradiction(
+        ("objective.label_smoothing", "objective.loss"),
+        lambda c, _: c.objective.label_smoothing > 0 and c.objective.loss not in ("auto", "sigmoid"),
+        "labels are smoothed in the sigmoid loss only",
+        "set `objective.loss: sigmoid`, or `objective.label_smoothing: 0`",
+    ),
+    Contradiction(
+        ("objective.reference", "adapter.method"),
+        lambda c, _: c.objective.reference == "base" and c.adapter.method == "none",
+        "without an adapter there is no base to compare with: every weight is trained",
+        "set `objective.reference: start` (a frozen copy) or `precomputed`",
+    ),
+    Contradiction(
+        ("objective.reference", "objective.loss", "objective.method"),
+        lambda c, _: (
+            c.objective.method == "kto" and c.objective.reference == "precomputed" and c.objective.loss != "apo_zero"
+        ),
+        "the reference point of kto is measured on other pairs in each window, which cannot be precomputed",
+        "set `objective.reference: start` (or base), or `objective.loss: apo_zero`",
+    ),
+    Contradiction(
+        ("data.format", "data.train", "data.eval", "objective.method"),
+        lambda c, _: _a_format_does_not_fit(c),
+        "rows of this format are not what this method learns from",
+        "give pairs (`preference`), or to kto also answers with a label (`unpaired`); other formats are for sft",
+    ),
+    Contradiction(
+        ("data.text_column", "data.train", "data.eval", "objective.method"),
+        lambda c, _: (
+            _compares(c) and bool(c.data.text_column or any(one.text_column is not None for one in _sources(c)))
+        ),
+        "rows with a text column have no answers to compare",
+        "remove `data.text_column`, or set `objective.method: sft`",
+    ),
+    Contradiction(
+        ("data.overlong", "objective.method"),
+        lambda c, _: _compares(c) and c.data.overlong == "split",
+        "answers that are compared cannot be split",
+        "set `data.overlong` to drop, truncate_right or truncate_left",
+    ),
+    Contradiction(
+        ("data.train_on", "data.train", "data.eval", "objective.method"),
+        lambda c, _: _compares(c) and not _rules(c) <= {*ANSWER_RULES},
+        "where answers are compared, their own tokens are trained and nothing else",
+        "remove `data.train_on`",
+    ),
+    Contradiction(
+        ("data.train", "data.eval", "objective.method"),
+        lambda c, _: _compares(c) and any(source.weight != 1 for source in _sources(c)),
+        "the weight of a source is not used where answers are compared",
+        "remove `weight` from the source",
+    ),
+    Contradiction(
+        ("data.train", "objective.method"),
+        lambda c, _: _compares(c) and c.data.is_mixed,
+        "sources are mixed by `repeat` and `share` in supervised fine-tuning only",
+        "remove `repeat` and `share` from the sources",
+    ),
+    Contradiction(
+        ("training.neftune_alpha", "objective.method"),
+        lambda c, _: _compares(c) and c.training.neftune_alpha is not None,
+        "noise on the embeddings would make the model differ from its reference at once",
+        "set `training.neftune_alpha: null`",
+    ),
+)

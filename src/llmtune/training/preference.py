@@ -1,0 +1,214 @@
+"""Build the objectives of a run that compares answers: their reference, and what it takes to have it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from llmtune import durable
+from llmtune.common.decisions import Decision
+from llmtune.common.folders import cache_folder, home_expanded
+from llmtune.common.text import readable_bytes
+from llmtune.data.dataset.batches import eval_batches
+from llmtune.data.dataset.packing import examples_together
+from llmtune.data.example import ExampleSet
+from llmtune.engine.devices import Devices
+from llmtune.engine.forward import Engine
+from llmtune.engine.objective import Objective
+from llmtune.engine.precision import Precision
+from llmtune.engine.preference import Mismatches, PreferenceObjective
+from llmtune.engine.reference import FrozenCopy, LiveReference, PrecomputedReference, Reference
+from llmtune.errors import MachineError
+from llmtune.models.dropout import switch_off_dropout
+from llmtune.prepare import Prepared
+from llmtune.version import __version__
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+__all__ = ["Objectives", "build_objectives"]
+
+PRECOMPUTED_ROWS = 8
+"""Rows of a micro-batch in which the reference is measured: always the same, so that its bits are."""
+
+
+class Objectives(NamedTuple):
+    """The objective over the training rows, the one over the held-out rows, and the choices made."""
+
+    training: Objective
+    heldout: Objective | None
+    """None without held-out rows, and where their loss is that of the engine."""
+    decisions: list[Decision]
+
+
+def build_objectives(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    engine: Engine,
+    parameters: Mapping[str, nn.Parameter],
+    precision: Precision,
+    devices: Devices,
+    *,
+    base_digest: str,
+) -> Objectives:
+    """Build the objectives of a model as it is before step 1, and switch its dropout off.
+
+    `prepared.config` is resolved. Measures the reference over all rows where the config says `precomputed`.
+    """
+    config = prepared.config
+    decisions = []
+    changed = switch_off_dropout(model)
+    if changed:
+        reason = "answers are compared with a reference, whose numbers dropout would blur"
+        decisions.append(Decision("dropout", f"off in {changed} modules", reason))
+    sets = [prepared.data.train, *([prepared.data.eval] if prepared.data.eval is not None else [])]
+    references: list[Reference | None] = [None] * len(sets)
+    if config.objective.method in ("dpo", "kto"):
+        made = _References(prepared, model, engine, parameters, precision, devices, base_digest)
+        references = [made.of(examples) for examples in sets]
+        decisions.append(made.decision)
+    objectives = [
+        _objective(prepared, examples, engine, precision, reference)
+        for examples, reference in zip(sets, references, strict=True)
+    ]
+    return Objectives(objectives[0], objectives[1] if len(objectives) > 1 else None, decisions)
+
+
+def _objective(
+    prepared: Prepared, examples: ExampleSet, engine: Engine, precision: Precision, reference: Reference | None
+) -> Objective:
+    config, batch_size = prepared.config, prepared.config.training.batch_size
+    assert isinstance(batch_size, int)
+    mismatches = None
+    if config.objective.method == "kto" and config.objective.loss == "kto":
+        mismatches = Mismatches(
+            examples,
+            autocast=precision.autocast,
+            layout=engine.layout,
+            pad_id=prepared.tokenizer.tokenizer.pad_token_id or 0,
+            batch_size=batch_size,
+            max_group_tokens=engine.max_group_tokens,
+            max_length=config.data.max_length,
+        )
+    return PreferenceObjective(config.objective, examples, engine.log_probs, reference, mismatches).as_objective()
+
+
+class _References:
+    """The reference of each set of examples, by the resolved `objective.reference`."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        model: PreTrainedModel,
+        engine: Engine,
+        parameters: Mapping[str, nn.Parameter],
+        precision: Precision,
+        devices: Devices,
+        base_digest: str,
+    ) -> None:
+        self._prepared, self._engine, self._precision, self._devices = prepared, engine, precision, devices
+        self._parameters, self._base_digest = parameters, base_digest
+        self._live: LiveReference | None = None
+        kind = prepared.config.objective.reference
+        self.decision: Decision
+        """What the reference is, and what it costs."""
+        if kind == "base":
+            peft_model: PeftModel = model  # type: ignore[assignment]
+            self._live = LiveReference(engine.log_probs, peft_model.disable_adapter)
+            self.decision = Decision("objective.reference", kind, "the model without its adapter: no second model")
+        elif kind == "start":
+            copy = FrozenCopy(tuple(parameters.values()))
+            self._live = LiveReference(engine.log_probs, copy.in_place)
+            size = readable_bytes(sum(parameter.nbytes for parameter in parameters.values()))
+            reason = f"a frozen copy of the trained weights as they are before step 1, {size}"
+            self.decision = Decision("objective.reference", kind, reason)
+        else:
+            reason = "log-probabilities of all answers by the model as it is before step 1; no second model"
+            self.decision = Decision("objective.reference", kind, reason)
+
+    def of(self, examples: ExampleSet) -> Reference:
+        """The reference for these examples; measured, or read from the cache, where it is precomputed."""
+        if self._live is not None:
+            return self._live
+        folder = self._folder()
+        path = None if folder is None else folder / f"{self._key(examples)}.bin"
+        values = None if path is None else _read(path, len(examples))
+        # The processes share the measuring: where one of them lacks the numbers, all measure.
+        (missing,) = self._devices.largest(float(values is None))
+        if values is None or missing:
+            values = self._measure(examples)
+            if path is not None and self._devices.is_main:
+                _write(path, values)
+        return PrecomputedReference(torch.from_numpy(values), self._devices.device)
+
+    def _folder(self) -> Path | None:
+        named = self._prepared.config.data.cache_dir
+        folder = home_expanded(named) if named else cache_folder()
+        return None if folder is None else folder / "reference"
+
+    def _key(self, examples: ExampleSet) -> str:
+        """Digest of everything that decides the numbers: weights, rows (with template and length), arithmetic, code."""
+        weights = hashlib.sha256()
+        for name, parameter in sorted(self._parameters.items()):
+            weights.update(name.encode())
+            weights.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        config = self._prepared.config
+        facts = [
+            self._base_digest,
+            weights.hexdigest(),
+            examples.digest,
+            config.model.quantization,
+            [self._precision.name, self._devices.device.type, self._engine.layout, torch.get_num_threads()],
+            [__version__, torch.__version__, importlib.metadata.version("transformers")],
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:40]
+
+    def _measure(self, examples: ExampleSet) -> npt.NDArray[np.float32]:
+        """Log-probabilities of all examples by the model as it is now, float32 [N]; processes share the work."""
+        values = torch.zeros(len(examples), dtype=torch.float64, device=self._devices.device)
+        batches = eval_batches(
+            examples,
+            batch_size=PRECOMPUTED_ROWS,
+            layout=self._engine.layout,
+            pad_id=self._prepared.tokenizer.tokenizer.pad_token_id or 0,
+            max_group_tokens=self._engine.max_group_tokens,
+            world_size=self._devices.world_size,
+            rank=self._devices.rank,
+            together=examples_together(examples),
+        )
+        with torch.no_grad(), self._precision.autocast():
+            for batch in batches:
+                assert batch.indices is not None
+                values[torch.from_numpy(batch.indices).to(values.device)] = self._engine.log_probs(batch).double()
+        measured: npt.NDArray[np.float32] = self._devices.sum_tensor(values).float().cpu().numpy()
+        return measured
+
+
+def _read(path: Path, count: int) -> npt.NDArray[np.float32] | None:
+    """The cached numbers, float32 [count]; None where they are missing or damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, data = content[:32], content[32:]
+    if hashlib.sha256(data).digest() != digest or len(data) != 4 * count:
+        return None
+    return np.frombuffer(data, dtype="<f4").astype(np.float32)
+
+
+def _write(path: Path, values: npt.NDArray[np.float32]) -> None:
+    data = values.astype("<f4").tobytes()
+    with suppress(MachineError):  # a disk that refuses costs the next run the measuring, and this one nothing
+        durable.make_folder(path.parent)
+        durable.write_bytes(path, hashlib.sha256(data).digest() + data)

@@ -1,0 +1,246 @@
+"""Whole runs that compare answers: they start at exactly the loss of no difference, their reference never moves, and a
+run that was stopped ends as the run that never was.
+"""
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from llmtune.config.layers import load_config
+from llmtune.config.process_options import Options
+from llmtune.runs.signals import StopRequest
+from llmtune.training import train as training
+from training_fixtures import WORDS
+from training_helpers import FOUR_BIT, LORA, lines_of, weights_of
+
+LN2 = float(-torch.nn.functional.logsigmoid(torch.zeros(())))
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
+    """16 pairs of different lengths, no two alike."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(16):
+            question = " ".join(WORDS[(index * 3 + place) % len(WORDS)] for place in range(2 + index % 5)) + f" {index}"
+            chosen = " ".join(WORDS[(index * 5 + place) % len(WORDS)] for place in range(1 + index % 6))
+            rejected = " ".join(WORDS[(index * 7 + place + 1) % len(WORDS)] for place in range(1 + index % 4)) + " no"
+            prompt = [{"role": "user", "content": question}]
+            sides = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
+            file.write(json.dumps({"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}) + "\n")
+    return path
+
+
+@pytest.fixture
+def labels_file(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    rows = [{"prompt": f"{WORDS[at]} {at}", "completion": WORDS[-at], "label": at % 3 > 0} for at in range(1, 13)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def resolve(tiny_model_folder, pairs_file, tmp_path):
+    """The config of a short DPO run on the pairs; further KEY=VALUE on top."""
+
+    def resolve(*overrides, name="run"):
+        basis = [
+            f"model.name={tiny_model_folder}",
+            f"data.train={pairs_file}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            "data.num_workers=1",
+            "data.test_size=4",
+            f"run.output_dir={tmp_path / 'runs'}",
+            f"run.name={name}",
+            "objective.method=dpo",
+            "training.batch_size=2",
+            "training.gradient_accumulation_steps=2",
+            "training.learning_rate=0.003",
+            "training.precision=fp32",
+            "training.max_steps=2",
+            "tracking.trackers=[jsonl]",
+        ]
+        return load_config(None, overrides=[*basis, *overrides], environ={})
+
+    return resolve
+
+
+@pytest.fixture
+def first_lines(resolve):
+    """Train a run; returns its first evaluation and its first step."""
+
+    def first_lines(*overrides, name="run"):
+        lines = lines_of(training.train(resolve(*overrides, name=name)).folder)
+        assert lines[0].keys() >= {"eval_loss"}
+        return lines[0], next(line for line in lines if "train_loss" in line)
+
+    return first_lines
+
+
+STARTS = {
+    "full": (),
+    "lora with dropout": LORA,
+    "bf16": (*LORA, "training.precision=bf16"),
+    "4bit": FOUR_BIT,
+    "plain engine": ("training.engine=plain", *LORA),
+    "recomputed blocks": ("model.gradient_checkpointing=true",),
+    "packed": ("data.packing=best_fit", "data.max_length=128", *LORA),
+    "start copy of an adapter": (*LORA, "objective.reference=start"),
+}
+
+
+@pytest.mark.parametrize("overrides", STARTS.values(), ids=STARTS)
+def test_a_run_starts_at_ln_2_to_the_last_bit(first_lines, overrides):
+    """Policy and reference are the same model: no margin, and no pair is won by a tie."""
+    for line, prefix in zip(first_lines(*overrides), ("eval_", ""), strict=True):
+        assert line[f"{prefix or 'train_'}loss"] == LN2
+        assert line[f"{prefix}rewards_margin"] == line[f"{prefix}rewards_chosen"] == line[f"{prefix}accuracy"] == 0.0
+
+
+LOSSES = {
+    "hinge": ("objective.loss=hinge", 1.0),
+    "ipo": ("objective.loss=ipo", 25.0),
+    "kto": ("objective.method=kto", 0.5),
+    "apo_zero": ("objective.loss=apo_zero objective.method=kto", 0.5),
+}
+
+
+@pytest.mark.parametrize(("objective", "value"), LOSSES.values(), ids=LOSSES)
+def test_other_losses_start_at_their_value_of_no_difference(first_lines, objective, value):
+    evaluation, step = first_lines(*objective.split(), *LORA)
+    assert evaluation["eval_loss"] == step["train_loss"] == pytest.approx(value, rel=1e-6)
+
+
+def test_kto_learns_from_answers_with_a_label(resolve, labels_file):
+    run = training.train(resolve(f"data.train={labels_file}", "objective.method=kto", "training.max_steps=4")).folder
+    lines = [line for line in lines_of(run) if "train_loss" in line]
+    assert lines[0]["train_loss"] == 0.5
+    assert lines[0]["kl"] == 0.0
+    assert lines[-1]["train_loss"] < 0.5
+    assert "accuracy" not in lines[0]
+    assert lines[0]["num_answers"] == 4
+
+
+def test_a_run_from_a_trained_adapter_is_compared_with_that_adapter(resolve, first_lines):
+    """And not with the bare base: then training would begin with margins that nobody learned."""
+    start = training.train(resolve("adapter.method=lora", "adapter.r=4", "training.max_steps=6", name="first")).folder
+    evaluation, step = first_lines(f"adapter.start_from={start}", "adapter.method=lora", name="second")
+    assert evaluation["eval_loss"] == step["train_loss"] == LN2
+    assert evaluation["eval_accuracy"] == 0.0
+    base, _ = first_lines(
+        f"adapter.start_from={start}", "adapter.method=lora", "objective.reference=base", name="third"
+    )
+    assert base["eval_rewards_margin"] != 0.0
+
+
+@pytest.mark.parametrize("method", ["simpo", "orpo"])
+def test_methods_without_a_reference_run_the_model_once_and_plan_no_copy(resolve, method):
+    with StopRequest() as stop:
+        run = training.open_run(resolve(f"objective.method={method}"), Options(), stop, print_line=lambda _: None)
+        assert run.plan.memory.parts["reference"] == 0
+        assert not [one for one in run.setup.decisions if one.key == "objective.reference"]
+        calls = []
+        run.setup.model.get_input_embeddings().register_forward_pre_hook(lambda *_: calls.append(1))
+        batch = next(iter(run.setup.batches.windows())).micro_batches[0]
+        run.setup.objective.begin_window(run.setup.batches.window(1), run.devices)
+        run.setup.objective.loss_sum(batch)
+        assert len(calls) == 1
+        run.close()
+
+
+def test_the_plan_counts_a_frozen_copy_and_the_reference_never_moves(resolve):
+    with StopRequest() as stop:
+        run = training.open_run(resolve(), Options(), stop, print_line=lambda _: None)
+        weights = sum(parameter.nbytes for parameter in run.setup.parameters.values())
+        assert run.plan.memory.parts["reference"] == weights
+        window = run.setup.batches.window(1)
+        run.setup.objective.begin_window(window, run.devices)
+        before = [run.setup.objective.loss_sum(batch).item() for batch in window.micro_batches]
+        at_start = run.setup.objective.measure(run.devices)
+        assert sum(before) == pytest.approx(4 * LN2)
+        moved = {name: parameter.detach().clone() for name, parameter in run.setup.parameters.items()}
+        assert list(run.steps())
+        with torch.no_grad():
+            assert any(not torch.equal(moved[name], weight) for name, weight in run.setup.parameters.items())
+            for name, parameter in run.setup.parameters.items():
+                parameter.copy_(moved[name])
+        run.setup.objective.begin_window(window, run.devices)
+        again = [run.setup.objective.loss_sum(batch).item() for batch in window.micro_batches]
+        assert run.setup.objective.measure(run.devices) == at_start
+        assert again == before
+
+
+def test_the_base_below_an_adapter_is_the_same_bytes_after_training(resolve):
+    def digest(run):
+        frozen = {name: value for name, value in run.setup.model.named_parameters() if not value.requires_grad}
+        return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in frozen.items()}
+
+    with StopRequest() as stop:
+        run = training.open_run(resolve("adapter.method=lora"), Options(), stop, print_line=lambda _: None)
+        before = digest(run)
+        assert list(run.steps())
+        assert digest(run) == before
+        assert all(value.requires_grad for name, value in run.setup.model.named_parameters() if "lora_" in name)
+
+
+def test_precomputed_equals_live_and_its_cache_is_of_these_weights_and_rows(resolve, pairs_file, tmp_path):
+    live = lines_of(training.train(resolve(name="live")).folder)
+    settings = "objective.reference=precomputed"
+    cached = tmp_path / "cache" / "reference"
+    found = lines_of(training.train(resolve(settings, name="measured")).folder)
+    for line, other in zip(found, live, strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+    files = {path: path.read_bytes() for path in cached.iterdir()}
+    assert len(files) == 2  # training and held-out rows
+    assert lines_of(training.train(resolve(settings, name="read")).folder) == found
+    assert {path: path.read_bytes() for path in cached.iterdir()} == files
+    for path, content in files.items():  # a damaged file is measured again
+        path.write_bytes(content[:-4] + b"\0\0\0\0")
+    assert lines_of(training.train(resolve(settings, name="damaged")).folder) == found
+    assert {path: path.read_bytes() for path in cached.iterdir()} == files
+    other_rows = tmp_path / "other.jsonl"
+    other_rows.write_text("".join(pairs_file.read_text().splitlines(keepends=True)[:-1]))
+    for number, change in enumerate((f"data.train={other_rows}", "run.seed=7 adapter.method=lora")):
+        training.train(resolve(settings, *change.split(), "training.max_steps=1", name=f"changed-{number}"))
+        assert len(list(cached.iterdir())) > len(files)
+        files = dict.fromkeys(cached.iterdir())
+
+
+KINDS = {
+    "full": ("training.epochs=2", "training.max_steps=null"),
+    "lora": ("training.epochs=2", "training.max_steps=null", *LORA),
+    "kto": ("objective.method=kto", "training.max_steps=4", *LORA),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_p2_a_stopped_run_resumes_to_the_same_bytes(resolve, kind):
+    """The reference of the resumed run is the model as it was before step 1, not as it was at the stop."""
+    settings = (*KINDS[kind], "checkpoint.every_steps=1", "evaluation.every_steps=2")
+    whole = training.train(resolve(*settings, name="whole")).folder
+    with StopRequest() as stop:
+        run = training.open_run(resolve(*settings, name="stopped"), Options(), stop, print_line=lambda _: None)
+        steps = run.steps()
+        next(steps)
+        next(steps)
+        steps.close()
+    result = training.resume(str(run.run.path))
+    assert result.state == "finished"
+    assert lines_of(result.folder) == lines_of(whole)
+    assert weights_of(result.folder) == weights_of(whole)
+
+
+def test_early_stopping_and_the_best_model_go_by_the_held_out_loss(resolve):
+    settings = ("evaluation.every_steps=1", "evaluation.early_stopping_patience=1", "training.max_steps=6")
+    result = training.train(resolve(*settings, "training.learning_rate=1e-9", "adapter.method=lora"))
+    assert result.step < 6
+    assert result.eval_state.best_by == "eval_loss"
+    by_accuracy = training.train(resolve("evaluation.best_by=eval_accuracy", "training.max_steps=3", name="accuracy"))
+    assert by_accuracy.eval_state.best_value == by_accuracy.metrics["eval_accuracy"]
+
+
+def test_exact_answers_are_counted_over_chosen_ones(resolve):
+    result = training.train(resolve("evaluation.exact_match=true"))
+    assert result.metrics["eval_num_answers"] == 4
