@@ -180,6 +180,7 @@ def fit_train_tokens(
     if own is not None:
         new |= {token for token, index in vocabulary.items() if own.get(token) != index}
         kept = sum(vocabulary.get(token) == index for token, index in own.items()) / len(own)
+    # A few moved ids are new tokens; most of them moved is another vocabulary, which rows cannot mend.
     if kept < 0.5:
         return config, [_other_tokenizer(config, kept)]
     added = sorted(new - set(config.adapter.train_tokens), key=vocabulary.__getitem__)

@@ -12,7 +12,7 @@ from llmtune.engine.neftune import Neftune
 from llmtune.engine.state import capture_rng, restore_rng
 from llmtune.errors import CheckpointError
 
-OPTIMIZERS = ["adamw", "adamw_8bit", "lion", "muon", "sgd"]
+OPTIMIZERS = ["adamw", "adafactor", "adamw_8bit", "lion", "muon", "sgd"]
 
 
 def start(bench, optimizer="adamw", **more):

@@ -139,6 +139,7 @@ def find_base(adapter: Path, *, offline: bool = False) -> ModelSource:
     recorded = (record.get("base_name"), record.get("base_path"), options.get("base_model_name_or_path"))
     names = [name for name in recorded if name]
     refusal: LlmtuneError | None = None
+    # The name that the user wrote first: recorded paths are of the machine that trained.
     for name in dict.fromkeys(names):
         try:
             return resolve(name, revision, offline=offline)

@@ -76,6 +76,7 @@ def find_weight_updates(meta_model: PreTrainedModel, folder: Path, shapes: _Shap
     updates = [
         update for name, module in adapted.named_modules() for update in _updates_of(name, module, shapes, str(folder))
     ]
+    # A tensor that is merged nowhere would be lost from the result without a word.
     unused = sorted(shapes.keys() - {tensor for update in updates for tensor in update.tensors.values()})
     if unused:
         raise AdapterError(

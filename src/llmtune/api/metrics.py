@@ -94,6 +94,7 @@ class UserMetrics:
             except (Exception, SystemExit) as error:  # noqa: BLE001 - the user's code may raise anything and never ends a run
                 reason = f"{type(error).__name__}: {error}"
                 self._warn_once(f"{name}:error", f"metric {name} failed at step {step.step}: {reason}")
+        # A metric that draws a number must not change the next step's dropout.
         restore_rng(generators, self._device)
         return values
 

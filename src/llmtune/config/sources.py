@@ -43,6 +43,7 @@ def columns_of(text: str) -> list[str]:
     if not is_template(text):
         return [text]
     names = []
+    # Python's own parser of braces, so that `{{` is a brace here too.
     for _, name, form, conversion in string.Formatter().parse(text):
         if name is None:
             continue

@@ -92,6 +92,7 @@ def gguf_vocabulary(tokenizer: PreTrainedTokenizerFast, rows: int) -> Vocabulary
         raise _refused(tokenizer, "splits text in a way that llama.cpp has no name for")
     if max(tokenizer.get_vocab().values()) >= rows:
         raise _refused(tokenizer, f"has ids beyond the {rows:,} rows of the model's embedding")
+    # llama.cpp needs a token for each row of the embedding, and calls spare ones so.
     tokens = [f"[PAD{index}]" for index in range(rows)]
     kinds = [UNUSED] * rows
     for piece, index in model["vocab"].items():
@@ -127,6 +128,7 @@ def refuse_other_ids(
     """
     added = [token.content for token in source.added_tokens_decoder.values()]
     for text in (*HOSTILE_TEXTS, *(f"a{token} b" for token in added)):
+        # llama.cpp does not compose text, so only text that is composed already can agree.
         text = unicodedata.normalize("NFC", text) if normalizes else text
         expected = source.backend_tokenizer.encode(text, add_special_tokens=False).ids
         if written.backend_tokenizer.encode(text, add_special_tokens=False).ids != expected:

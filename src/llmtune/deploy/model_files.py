@@ -72,6 +72,7 @@ def write_model_files(
     """
     content = {**config.to_dict(), "architectures": [class_name]}
     content.pop("quantization_config", None)  # of the base in training; what is written is not quantized
+    # With several types no one name would be true.
     if len(dtypes) == 1:
         content["dtype"] = str(next(iter(dtypes))).removeprefix("torch.")
     durable.write_json(folder / "config.json", content)
@@ -116,6 +117,7 @@ def _shards(described: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
     size = 0
     for name, tensor in described.items():
         num_bytes = tensor.numel() * tensor.itemsize
+        # A weight that is too large alone still needs a file.
         if shards[-1] and size + num_bytes > max_bytes:
             shards.append([])
             size = 0

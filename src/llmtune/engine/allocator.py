@@ -65,6 +65,7 @@ def bound_kernel_caches() -> None:
     a kernel is made again.
     """
     for name, value in KERNEL_CACHES.items():
+        # Through the environment, because torch has no function for them.
         os.environ.setdefault(name, value)
 
 
@@ -82,6 +83,7 @@ def tune_allocator(*, largest_block: int = LARGEST_BLOCK) -> Decision:
     if not _set(M_MMAP_THRESHOLD, largest_block) and not _set(M_MMAP_MAX, 0):  # the first is refused before glibc 2.35
         return Decision(key, "unchanged", "this allocator takes no settings")
     _tuned.append(largest_block)
+    # Or the end of the heap would go back to the system after each step, and be cleared again in the next.
     _set(M_TRIM_THRESHOLD, KEPT)
     return allocator_in_force()[0]
 

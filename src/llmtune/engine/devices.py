@@ -57,6 +57,7 @@ class Devices:
         process. nccl on GPUs, gloo on CPUs. `timeout_s`: seconds after which a silent process counts as lost. Raises
         MachineError when the environment is incomplete, RankLostError when the others do not come.
         """
+        # The number on this machine chooses the GPU; RANK counts over all machines.
         local_rank = int(environ.get("LOCAL_RANK", "0"))
         device = choose_device(no_cuda=no_cuda, local_rank=local_rank)[0]
         world_size = int(environ.get("WORLD_SIZE", "1"))
@@ -171,6 +172,7 @@ class Devices:
         """
         if self.world_size == 1:
             return
+        # An expert that no row of a process reached has no gradient there; all must send the same buckets.
         present = torch.tensor(
             [parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=self.device
         )
@@ -183,6 +185,7 @@ class Devices:
                 parameter.grad = torch.zeros_like(parameter)
         for bucket in _buckets(somewhere):
             gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
+            # One message for each bucket: hundreds of small ones would cost their latency each.
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
             with _lost_ranks_noticed():
                 dist.all_reduce(flat)
@@ -227,6 +230,7 @@ def _lost_ranks_noticed() -> Iterator[None]:
     """Turn what torch raises where a process has died or is silent into RankLostError."""
     try:
         yield
+    # A RuntimeError too, and of this process alone.
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo raises nothing narrower

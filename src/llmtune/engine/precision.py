@@ -86,6 +86,7 @@ class Precision:
                 self._scale *= 2.0
                 self._good_steps = 0
             return False
+        # A loss that is not finite is no overflow of the scale: the scale is applied after it.
         overflow = loss_is_finite and self._scale > SMALLEST_SCALE
         self._scale = max(self._scale * 0.5, SMALLEST_SCALE)
         self._good_steps = 0

@@ -73,12 +73,15 @@ def learning_rate_at(
     shape = SCHEDULES[name]
     floor = min_lr_ratio
     if name == "polynomial" and not floor and peak > POLYNOMIAL_END:
+        # A floor of 0 would still differ from transformers, whose polynomial ends at that rate and not at 0.
         floor = POLYNOMIAL_END / peak
 
     def rate(step: int) -> float:
         if step < warmup_steps:
+            # The first update has rate 0: it only fills the optimizer's moments, as with transformers.
             return peak * (step / warmup_steps)
         fall = shape(min(step, total_steps), total_steps, warmup_steps, num_cycles)
+        # From the peak to the floor instead of to 0; the shape in between is the same.
         return peak * (fall * (1.0 - floor) + floor)
 
     return rate
@@ -164,6 +167,7 @@ def is_due(step: int, every: Interval) -> bool:
     >>> [step for step in range(1, 11) if is_due(step, Fraction(5, 2))]
     [3, 5, 8, 10]
     """
+    # With fractions of epochs a multiple falls between two steps, and the later one is due.
     return step // every > (step - 1) // every
 
 
@@ -187,6 +191,7 @@ def _cosine_with_restarts(step: int, total: int, warmup: int, cycles: int) -> fl
 
 
 def _stable_then_cosine(step: int, total: int, warmup: int, _cycles: int) -> float:
+    # A long warm-up leaves less than a fifth for the decay, which then begins at once.
     decay = min(math.ceil(WSD_DECAY_SHARE * total), total - warmup)
     begin = total - decay
     if step == total:

@@ -148,6 +148,7 @@ def _capture_optimizer(
         for key, value in parts[parameter].state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 entry["places"][key] = _device_of(value, parameter)
+                # A copy, because the optimizer goes on to change its tensors while the file is written.
                 tensors[f"{name}//{key}"] = full_tensor(value.detach()).to("cpu", copy=True).contiguous()
             else:
                 assert value is None or isinstance(value, bool | int | float | str), (
@@ -184,6 +185,7 @@ def _restore_optimizer(
             f"{len(foreign)} are not in the model ({', '.join(foreign[:3])})",
             fix="resume with the model, adapter and optimizer the run was started with",
         )
+    # Everything is compared before anything is set: a half-restored optimizer would train on without a word.
     expected = {f"{name}//{key}" for name, entry in entries.items() for key in entry["places"]}
     if expected != tensors.keys():
         odd = sorted(expected ^ tensors.keys())
@@ -208,6 +210,7 @@ def _restore_optimizer(
                 state[key] = paged.copy_(saved)
             else:
                 state[key] = saved.to(parameter.device if device_kind == "parameter" else "cpu", copy=True)
+        # A parameter without saved state (never moved) must not keep that of a step made in between.
         part.state.pop(parameter, None)
         if state:
             part.state[parameter] = state

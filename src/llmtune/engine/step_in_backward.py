@@ -58,6 +58,7 @@ def choose_windows(
     windows: makes them with micro-batches of at most that many tokens. limit: the engine's `max_group_tokens`. shape,
     gradient_bytes: see `saves_uncut`.
     """
+    # Cut first, because only the cut windows say how long the longest of them is.
     batches = windows(limit)
     if not config.training.step_in_backward:
         return batches, []
@@ -104,6 +105,7 @@ class StepInBackward:
 
         `losses`: float32 [] each. Waits for them.
         """
+        # Asked before the first weight moves: afterwards the window could no longer be skipped.
         self._is_finite = bool(torch.stack(list(losses)).double().sum().isfinite())
         set_learning_rate(self._optimizer, rate)
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self._parameters]
@@ -117,6 +119,7 @@ class StepInBackward:
         for parameter in self._parameters:
             if parameter.grad is not None:
                 self._norms[parameter] = _norm([parameter.grad])
+        # In the order of the parameters, not of the backward pass: a sum in another order rounds otherwise.
         norms = [self._norms[parameter] for parameter in self._parameters if parameter in self._norms]
         return _norm(norms) if norms else torch.zeros((), device=self._parameters[0].device)
 
@@ -140,7 +143,7 @@ class StepInBackward:
         if self._is_finite:
             self.has_begun = True
             self._optimizer.step_only(parameter)
-        parameter.grad = None
+        parameter.grad = None  # before the next one is made: this is the memory that is saved
 
     def _unhook(self) -> None:
         for hook in self._hooks:

@@ -70,6 +70,7 @@ class StepAfterBackward:
 
     def reduce_and_clip(self) -> torch.Tensor:
         """Sum over all devices, divide by the loss scale, clip; returns the norm before clipping, shape []."""
+        # Summed before clipping: the norm is that of the whole window.
         self._devices.sync_gradients(self._parameters)
         return self._precision.clip(self._parameters, self._max_grad_norm)
 

@@ -68,4 +68,5 @@ def utilization(
     if peak is None:
         return None
     per_token = flops_per_token(total, trained)
+    # The rate is that of all devices together, so their peaks add up.
     return lambda tokens_per_second: tokens_per_second * per_token / (peak * devices.world_size)

@@ -175,6 +175,7 @@ BUILD_ERRORS = (ValueError, TypeError, AttributeError, LookupError, ArithmeticEr
 
 def _keep_first_blocks(model_config: PretrainedConfig, blocks: int) -> None:
     text = model_config.get_text_config()
+    # Fewer blocks, each of its full size, because blocks are alike.
     text.num_hidden_layers = blocks
     for key in ("layer_types", "mlp_layer_types"):  # one entry a block, where a model's blocks differ
         if getattr(text, key, None):

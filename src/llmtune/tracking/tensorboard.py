@@ -43,9 +43,11 @@ class _EventFile:
         durable.make_folder(folder)
         self._event = Event
         now = time.time()
+        # The form in which TensorBoard looks for files; the last number keeps two of one second apart.
         name = f"events.out.tfevents.{now:.0f}.{platform.node()}.{os.getpid()}.{time.monotonic_ns()}"
         self._records = RecordWriter(GFile(str(folder / name), "wb"))
         self._write(Event(wall_time=now, file_version="brain.Event:2"))
+        # A resumed run makes these steps again, and both would be drawn.
         if purge_step is not None:
             self._write(Event(wall_time=now, step=purge_step, file_version="brain.Event:2"))
             self._write(Event(wall_time=now, step=purge_step, session_log=SessionLog(status=SessionLog.START)))
@@ -107,6 +109,7 @@ class TensorBoardTracker:
 
         assert self._events is not None, "start comes first"
         for name, (counts, edges) in histograms.items():
+            # The values are gone, so sums are those of the bins' middles.
             middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
             self._events.add(
                 histogram_raw(

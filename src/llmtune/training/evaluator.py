@@ -186,6 +186,7 @@ class Evaluator:
                 batch_size=self._config.evaluation.batch_size or self._config.training.batch_size,
                 devices=setup.devices,
             )
+        # Counted once: the rows do not change.
         if self._heldout_bytes is None:
             self._heldout_bytes = trained_bytes(heldout, tokenizer)
         return evaluate_examples(
@@ -222,6 +223,7 @@ class Evaluator:
         """Count the value of an evaluation, and return whether it is the best of those with at least one step."""
         state, config = self.eval_state, self._config.evaluation
         state.last_value = value
+        # NaN is neither better nor worse than anything, and would never count as no improvement.
         if not math.isfinite(value):
             state.evaluations_without_improvement += 1
             return False
@@ -232,6 +234,7 @@ class Evaluator:
         if best is None or is_better(config.best_by, value, best):
             state.best_value, state.best_step = value, step
         trained_best = state.best_trained_value
+        # The untouched model is no result of the training, even where it is better than all.
         if step and (trained_best is None or is_better(config.best_by, value, trained_best)):
             state.best_trained_value, state.best_trained_step = value, step
             return True

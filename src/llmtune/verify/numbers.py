@@ -106,6 +106,7 @@ def _build(
     setup = build_setup(prepared, options, devices)
     _randomize_zero_weights(setup)
     by_length = np.argsort(prepared.data.train.lengths, kind="stable")
+    # Short and long ones: rows of one length would hide what depends on padding.
     ranks = np.unique(np.linspace(0, len(by_length) - 1, min(_MOST_ROWS, len(by_length))).round().astype(int))
     examples = [prepared.data.train[int(by_length[rank])] for rank in ranks]
     if len(examples) < 2:
