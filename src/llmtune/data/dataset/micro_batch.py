@@ -106,6 +106,7 @@ def make_micro_batch(examples: Sequence[Example], layout: Layout, pad_id: int) -
         ids_BT = np.concatenate([example.input_ids for example in examples])[None].astype(np.int64)
         weights_BT = np.concatenate([example.weights for example in examples])[None].astype(np.float32)
         ends_S = np.cumsum(lengths_S)
+        # The row's positions less those at which each example begins.
         positions_BT = (np.arange(ends_S[-1]) - np.repeat(ends_S - lengths_S, lengths_S))[None]
         mask_BT = None
         segments = torch.from_numpy(np.concatenate([[0], ends_S]).astype(np.int32))
@@ -197,6 +198,7 @@ def even_groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 def _deal(indices: Sequence[int], sizes: Sequence[int], limit: int, count: int) -> list[list[int]] | None:
     """Deal items, in this order, to `count` groups, each to the one with the smallest sum; None if one goes over."""
+    # Sum first, so that the heap's top is the emptiest group; ties go to the lower number, on every machine.
     heap = [(0, number) for number in range(count)]
     groups: list[list[int]] = [[] for _ in heap]
     for index in indices:

@@ -171,6 +171,7 @@ def _in_order(order: Indices, pack_of: Indices) -> list[Indices]:
     """Give the example indices of each pack, by first example: `order[i]` lies in pack `pack_of[i]`, both int64 [N]."""
     _, first, inverse = np.unique(pack_of, return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
+    # A pack is numbered by its first example, so that packs keep the seeded order.
     rank[np.argsort(first, kind="stable")] = np.arange(len(first))
     pack_of = rank[inverse]
     members = order[np.argsort(pack_of, kind="stable")]
@@ -213,6 +214,7 @@ def _first_fit(lengths: Indices, max_length: int) -> Indices:
         placed = min(int(filled[-1]) if len(filled) else 0, end - begin)
         takes = np.minimum(takes, np.maximum(placed - (filled - takes), 0))  # no more than the run has, oldest first
         open_room = (open_room - takes * length).astype(np.int32)
+        # What no open pack had room for goes into new ones, as many of this length in each as fit.
         each = max_length // length
         fresh = -(-(end - begin - placed) // each)
         fresh_takes = np.full(fresh, each, dtype=np.int64)

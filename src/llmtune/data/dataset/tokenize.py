@@ -136,6 +136,7 @@ def tokenize_side(
     """
     formats, decisions = detect_formats(config, files, method)
     rules = row_rules(config)
+    # Held-out rows are never cut short: a smaller set would be another measurement.
     limit = config.max_samples if purpose == "train" else None
     facts = {"renderer": renderer.digest, "formats": formats, "rules": rules._asdict(), "max_samples": limit}
     folder = home_expanded(config.cache_dir) if config.cache_dir else cache_folder()
@@ -188,6 +189,7 @@ class _CountedRecords:
 def _estimate(records: _CountedRecords, total_bytes: int, max_samples: int | None) -> int | None:
     if not total_bytes or not records.bytes:
         return max_samples
+    # By bytes, because the number of rows is known only at the end; never below those already seen.
     rows = max(records.rows, total_bytes * records.rows // records.bytes)
     return rows if max_samples is None else min(rows, max_samples)
 
