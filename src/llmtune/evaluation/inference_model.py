@@ -20,7 +20,7 @@ from llmtune.engine.devices import choose_device
 from llmtune.errors import ModelError
 from llmtune.models.catalog import resolve, resolve_model_argument
 from llmtune.models.catalog_entry import ModelSource
-from llmtune.models.load import load_model
+from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.scan import read_json_file
 from llmtune.models.tokenizer import load_tokenizer, load_tokenizer_folder
 
@@ -63,7 +63,7 @@ class InferenceModel:
                 fix="compare takes runs that tuned a pretrained model",
             )
         device = next(self.model.parameters()).device
-        yield _load_model(self.base, ModelConfig(name=self.base.name), self.tokenizer, device)
+        yield _load_model(self.base, ModelConfig(name=self.base.name), self.tokenizer, device).model
 
 
 def load_inference_model(
@@ -96,7 +96,7 @@ def _load_published(name: str, device: torch.device, *, offline: bool) -> Infere
     source = resolve_model_argument(name, offline=offline)
     model_config = ModelConfig(name=name)
     tokenizer = load_tokenizer(source, model_config).tokenizer
-    model = _load_model(source, model_config, tokenizer, device)
+    model = _load_model(source, model_config, tokenizer, device).model
     return _with_renderer(model, tokenizer, f"{name}, as published", source, Path(name), None, is_adapted=False)
 
 
@@ -105,11 +105,14 @@ def _load_adapted(
 ) -> InferenceModel:
     source, record = find_base(adapter, offline=offline), read_base_record(adapter)
     tokenizer = find_tokenizer(adapter, folder, source, config)
-    model_config = ModelConfig(name=source.name)
+    model_config, seed = ModelConfig(name=source.name), 0
+    if source.kind == "scratch" and config is not None:  # the same random weights again
+        model_config, seed = replace(model_config, architecture=config.model.architecture), config.run.seed
     if quantization := record.get("quantization"):
         # Quantized from the same numbers as in training, or the adapter would meet another base.
         model_config = replace(model_config, quantization=quantization, dtype=record.get("dtype") or "auto")
-    model = load_adapter(_load_model(source, model_config, tokenizer, device), adapter)
+    base = _load_model(source, model_config, tokenizer, device, seed=seed)
+    model = load_adapter(base.model, adapter, base_digest=base.base_digest)
     description = f"{base_name_of(adapter)} with the adapter {adapter}"
     return _with_renderer(model, tokenizer, description, source, folder, config, is_adapted=True)
 
@@ -120,7 +123,7 @@ def _load_full(
     source = resolve(str(model_folder), offline=offline)
     base = None if config is None else resolve(config.model.name, config.model.revision, offline=offline)
     tokenizer = find_tokenizer(model_folder, folder, base or source, config)
-    model = _load_model(source, ModelConfig(name=str(model_folder)), tokenizer, device)
+    model = _load_model(source, ModelConfig(name=str(model_folder)), tokenizer, device).model
     return _with_renderer(model, tokenizer, f"the model in {model_folder}", base, folder, config, is_adapted=False)
 
 
@@ -139,13 +142,18 @@ def _with_renderer(
 
 
 def _load_model(
-    source: ModelSource, model_config: ModelConfig, tokenizer: PreTrainedTokenizerFast, device: torch.device
-) -> PreTrainedModel:
+    source: ModelSource,
+    model_config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+    *,
+    seed: int = 0,
+) -> LoadedModel:
     # float32 on a CPU; a GPU multiplies 16 bits fastest, and nothing here is trained.
     precision = "fp32" if device.type == "cpu" else "bf16"
     return load_model(
-        source, model_config, tokenizer=tokenizer, device=device, trained="adapter", precision=precision, seed=0
-    ).model
+        source, model_config, tokenizer=tokenizer, device=device, trained="adapter", precision=precision, seed=seed
+    )
 
 
 def find_tokenizer(result: Path, folder: Path, base: ModelSource, config: Config | None) -> PreTrainedTokenizerFast:

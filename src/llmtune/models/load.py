@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = [
+    "ADDED_ROWS",
     "ATTENTION_IMPLEMENTATIONS",
     "LoadedModel",
     "choose_weight_dtype",
@@ -45,6 +46,9 @@ ATTENTION_IMPLEMENTATIONS = {
     "flex": "flex_attention",
 }
 """Value of `model.attention` -> transformers' name; `auto` keeps the library's choice, sdpa where a model has it."""
+
+ADDED_ROWS = "embedding rows"
+"""Key of the choice to add rows; its value is the number of all rows."""
 
 LARGEST_FLOAT16 = 65504.0
 
@@ -161,7 +165,7 @@ def resize_for_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerF
                 # In float32, so that the mean is rounded once.
                 weight[rows:] = weight[:rows].to(torch.float32).mean(dim=0).to(weight.dtype)
     reason = f"the tokenizer has {needed - rows} more tokens than the model's {rows} rows"
-    return [Decision("embedding rows", needed, reason)]
+    return [Decision(ADDED_ROWS, needed, reason)]
 
 
 def refuse_foreign_quantization(folder: Path, trained: Literal["full", "adapter"]) -> None:

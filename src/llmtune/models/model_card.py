@@ -31,6 +31,7 @@ def trained_model_card(
     run: str,
     base: str,
     base_path: str | None,
+    num_rows: int | None,
     is_adapter: bool,
     step: int,
     total_steps: int,
@@ -41,7 +42,8 @@ def trained_model_card(
     """Return the card of a run's adapter or fully tuned model, in Markdown.
 
     base: name of the base model. base_path: folder or hub id that transformers loads it from, None for a model made
-    from scratch. metrics: as in metrics.jsonl. data: the ledger's summary. config: the run's config as YAML, redacted.
+    from scratch. num_rows: those of the embedding, where tokens were added beyond the base's. metrics: as in
+    metrics.jsonl. data: the ledger's summary. config: the run's config as YAML, redacted.
     """
     numbers = {name: metrics.get(name) for name in _METRICS}
     rows = "\n".join(
@@ -60,7 +62,8 @@ def trained_model_card(
 
 {unit} Data: {counts}.
 """
-    card = _card(run, text, tags=(method.lower(),), base_model=base_path, is_adapter=is_adapter)
+    load = _load_code(base_path if is_adapter else "THIS_FOLDER", is_adapter=is_adapter, num_rows=num_rows)
+    card = _card(run, text, load, tags=(method.lower(),), base_model=base_path, library="peft" if is_adapter else None)
     return f"{card}\n## Config\n\n```yaml\n{config.rstrip()}\n```\n"
 
 
@@ -70,28 +73,50 @@ def merged_model_card(*, adapter: str, base: str) -> str:
         f"The adapter `{adapter}` merged into `{base}` with llmtune. "
         "`merge_report.json` says how close the result is to base and adapter.\n"
     )
-    return _card(f"{base}, tuned", text, tags=("merged",), base_model=base)
+    return _card(f"{base}, tuned", text, _load_code("THIS_FOLDER"), tags=("merged",), base_model=base)
 
 
 def exported_model_card(name: str) -> str:
     """Return the card of a model that was exported as it is, in Markdown."""
     text = "Exported with llmtune. `export_report.json` says how close the weights are to the source.\n"
-    return _card(json.dumps(name).strip('"'), text)  # the name of a folder may hold any character
+    return _card(
+        json.dumps(name).strip('"'), text, _load_code("THIS_FOLDER")
+    )  # the name of a folder may hold any character
+
+
+def _load_code(base: str | None, *, is_adapter: bool = False, num_rows: int | None = None) -> str:
+    """Return the Markdown that says how the folder is loaded.
+
+    base: what transformers loads; None for the base of an adapter that was built from scratch. num_rows: see
+    `trained_model_card`.
+    """
+    if base is None:
+        return "Its base was built from scratch and is stored nowhere: use it with `llmtune generate RUN`.\n"
+    lines = [
+        *(["from peft import PeftModel"] if is_adapter else []),
+        "from transformers import AutoModelForCausalLM",
+        "",
+    ]
+    lines.append(f"model = AutoModelForCausalLM.from_pretrained({json.dumps(base)})")
+    if is_adapter and num_rows is not None:
+        lines.append(f"model.resize_token_embeddings({num_rows}, mean_resizing=False)  # rows for the tokens it added")
+    if is_adapter:
+        lines.append('model = PeftModel.from_pretrained(model, "THIS_FOLDER")')
+    code = "\n".join(lines)
+    return f"```python\n{code}\n```\n"
 
 
 def _card(
-    title: str, text: str, *, tags: Sequence[str] = (), base_model: str | None = None, is_adapter: bool = False
+    title: str,
+    text: str,
+    load: str,
+    *,
+    tags: Sequence[str] = (),
+    base_model: str | None = None,
+    library: str | None = None,
 ) -> str:
-    """Return front matter, title, text and the code that loads the folder."""
+    """Return front matter, title, text and the Markdown that says how the folder is loaded."""
     origin = f"base_model: {base_model}\n" if base_model else ""
-    library = "peft" if is_adapter else "transformers"
-    imports = ["from peft import PeftModel"] if is_adapter else []
-    imports.append("from transformers import AutoModelForCausalLM")
-    base = 'AutoModelForCausalLM.from_pretrained("{}")'
-    if is_adapter:
-        model = f'PeftModel.from_pretrained({base.format(base_model)}, "THIS_FOLDER")'
-    else:
-        model = base.format("THIS_FOLDER")
-    load = "\n".join([*imports, "", f"model = {model}"])
-    front = f"{origin}library_name: {library}\npipeline_tag: text-generation\ntags: [{', '.join(['llmtune', *tags])}]"
-    return f"---\n{front}\n---\n\n# {title}\n\n{text}\n```python\n{load}\n```\n"
+    listed = ", ".join(["llmtune", *tags])
+    front = f"{origin}library_name: {library or 'transformers'}\npipeline_tag: text-generation\ntags: [{listed}]"
+    return f"---\n{front}\n---\n\n# {title}\n\n{text}\n{load}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from llmtune.engine.devices import full_tensor
 from llmtune.engine.state import Snapshot
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.models import save
+from llmtune.models.load import ADDED_ROWS
 from llmtune.models.model_card import trained_model_card
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import LoadedCheckpoint
@@ -226,10 +227,14 @@ class Checkpointer:
 
     def _card(self, metrics: Mapping[str, Any], step: int) -> str:
         setup, source = self._setup, self._setup.prepared.source
+        base = Path(setup.model.config._name_or_path)
+        num_rows = next((one.value for one in setup.decisions if one.key == ADDED_ROWS), None)
         return trained_model_card(
             run=self._folder.name,
             base=source.name,
-            base_path=None if source.kind == "scratch" else setup.model.config._name_or_path,
+            # A folder is written in full: the code in the card is run elsewhere.
+            base_path=None if source.kind == "scratch" else str(base.absolute() if base.is_dir() else base),
+            num_rows=cast("int | None", num_rows),
             is_adapter=setup.is_adapted,
             step=step,
             total_steps=setup.batches.total_steps,
