@@ -269,7 +269,11 @@ class Renderer:
         # White space that a header token takes in is no reason to train the header.
         if is_shared and rendering.text[span.start : encoded.stops[low - 1]].strip():
             low -= 1
-        is_joined = is_answer and (is_shared or not self._prompt_is_prefix(rendering, span.start, low))
+        prompt_stop, prompt_low = span.start, low
+        if span.prompt_stop is not None:
+            prompt_stop, prompt_low = span.prompt_stop, bisect.bisect_left(encoded.starts, span.prompt_stop)
+            is_shared = prompt_low > 0 and encoded.stops[prompt_low - 1] > prompt_stop
+        is_joined = is_answer and (is_shared or not self._prompt_is_prefix(rendering, prompt_stop, prompt_low))
         return low, max(low, high), is_joined
 
     def _prompt_is_prefix(self, rendering: Rendering, start: int, low: int) -> bool:

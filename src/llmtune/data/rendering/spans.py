@@ -59,13 +59,15 @@ class TurnShape(NamedTuple):
 class Span(NamedTuple):
     """Trained characters [start, stop) of one message, or the reason why there are none (`problem`).
 
-    `ended` is true where an end-of-turn token closes it.
+    `ended` is true where an end-of-turn token closes it. `prompt_stop` is the end of the prompt where the answer does
+    not begin with it, because the template writes an empty thought between them.
     """
 
     start: int
     stop: int
     ended: bool
     problem: str | None = None
+    prompt_stop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,9 @@ def find_span(rendering: Rendering, index: int, shape: TurnShape) -> Span:
         start += len(shape.header)
     if first is not None and first < start:
         return Span(0, 0, False, "the template puts part of it before the place where the model begins to answer")
-    start = _after_empty_thought(rendering, index, start)
-    return _extend_to_end(rendering, index, start, shape)
+    after_thought = _after_empty_thought(rendering, index, start)
+    span = _extend_to_end(rendering, index, after_thought, shape)
+    return span if after_thought == start else span._replace(prompt_stop=start)
 
 
 def _after_empty_thought(rendering: Rendering, index: int, start: int) -> int:
