@@ -154,7 +154,7 @@ def test_the_windows_do_not_depend_on_processes_or_micro_batches(two_files, conf
     data = config(SourceConfig(small, share=0.4), large)
     prepared = prepare_data(data, renderer)
     whole = plan_of(prepared, data, batch_size=4)
-    cut = [plan_of(prepared, data, batch_size=1, accumulation=2, world_size=2, rank=rank) for rank in (0, 1)]
+    cut = [plan_of(prepared, data, batch_size=1, accumulation=4, world_size=2, rank=rank) for rank in (0, 1)]
     assert [plan.digest for plan in cut] == [whole.digest] * 2
     for step in (1, 5, 9, whole.total_steps):
         assert cut[0].window(step).sources == whole.window(step).sources

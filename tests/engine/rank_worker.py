@@ -111,7 +111,7 @@ def main(output):
         plan = bench.make_plan(
             bench.make_examples(13, empty_every=6),
             packing=packing,
-            batch_size=4 // devices.world_size,
+            batch_size=4,
             accumulation=1,
             epochs=3,
             world_size=devices.world_size,

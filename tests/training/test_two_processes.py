@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from llmtune.cli.main import run as command
+from llmtune.errors import ConfigError
 from training_helpers import line_count, lines_of, small_run, weights_of
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmtune"]
@@ -34,14 +36,15 @@ def launched(*words, code=0):
 class TwoRanks:
     """Two processes of one command, as a launcher starts them, each with its output and exit code of its own."""
 
-    def __init__(self, *words):
+    def __init__(self, *words, own=((), ())):
+        """`own`: further words of each process."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "llmtune", *words],
+                [sys.executable, "-m", "llmtune", *words, *own[rank]],
                 env=environment(**together, RANK=str(rank), LOCAL_RANK=str(rank)),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -119,6 +122,32 @@ def test_p2_a_run_of_two_processes_goes_on_to_the_same_bytes(whole, stopped):
     assert said.count("going on after step") == 1, said
     assert weights_of(run) == weights_of(whole[0])
     assert lines_of(run) == lines_of(whole[0])
+
+
+def test_p9_the_same_config_on_one_process_is_the_same_run(words, whole):
+    """Dropout is drawn in each process, and changes the loss from the second step on; `tests/engine/test_two_ranks.py`
+    compares all losses without it.
+    """
+    folder, given = words
+    assert command(["train", *given, "run.name=alone"]) == 0
+    alone, together = lines_of(folder / "alone"), lines_of(whole[0])
+    assert sum("rows_digest" in line for line in alone) == 40
+    for key in ("step", "epoch", "progress", "learning_rate", "num_tokens", "num_loss_tokens", "rows_digest"):
+        assert [line.get(key) for line in alone] == [line.get(key) for line in together], key
+    first, second = (next(line for line in lines if "train_mean_nll" in line) for lines in (alone, together))
+    assert second["train_mean_nll"] == pytest.approx(first["train_mean_nll"], rel=1e-6)
+
+
+def test_processes_that_are_started_otherwise_are_refused_before_the_first_step(words):
+    """The keys are named, and the process; the error is printed once."""
+    folder, given = words
+    ranks = TwoRanks("train", *given, "run.name=otherwise", own=((), ("training.learning_rate=0.1", "run.seed=7")))
+    codes, said = ranks.end()
+    assert codes == [ConfigError.exit_code] * 2, said
+    for key, there, here in (("training.learning_rate", 0.1, 0.01), ("run.seed", 7, 42)):
+        text = f"process 1 ({socket.gethostname()}) differs from process 0: {key} is {there} there and {here} here"
+        assert "".join(said).count(text) == 1, said
+    assert not (folder / "otherwise").exists()
 
 
 def test_a_wrong_command_is_refused_once(words):

@@ -358,10 +358,10 @@ class TrainingConfig:
     """Stop, saved and resumable, after this many minutes of training."""
 
     batch_size: int | Literal["auto"] = 8
-    """Sequences in one micro-batch on one device. `auto` finds one that fits and keeps the global batch."""
+    """Sequences in one micro-batch. `auto` finds one that fits and keeps the global batch."""
 
     gradient_accumulation_steps: int = 1
-    """Micro-batches summed into one step on each device."""
+    """Micro-batches in one step: it takes this many times `batch_size` sequences, shared by all processes."""
 
     learning_rate: float | None = None
     """Peak learning rate; when not given 2e-4 for LoRA, 2e-5 for full tuning (a twentieth of both where answers are

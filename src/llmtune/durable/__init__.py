@@ -28,7 +28,7 @@ from llmtune.durable.folders import (
     remove_leftovers,
     remove_tree,
 )
-from llmtune.durable.lock import FileLock, ReadLock, delete_unless_locked, is_locked
+from llmtune.durable.lock import FileLock, ReadLock, delete_unless_locked, is_locked, waiting_lock
 from llmtune.durable.log import AppendLog, read_lines
 from llmtune.durable.manifest import (
     MANIFEST,
@@ -72,6 +72,7 @@ __all__ = [
     "translate_os_errors",
     "use_backend",
     "verify_manifest",
+    "waiting_lock",
     "write_bytes",
     "write_json",
     "write_stream",

@@ -9,6 +9,7 @@ import json
 import os
 import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from socket import gethostname
 
@@ -17,7 +18,7 @@ from llmtune.durable.folders import remove_tree
 from llmtune.durable.system import call, translate_os_errors, write_fully
 from llmtune.errors import MachineError
 
-__all__ = ["FileLock", "ReadLock", "delete_unless_locked", "is_locked"]
+__all__ = ["FileLock", "ReadLock", "delete_unless_locked", "is_locked", "waiting_lock"]
 
 _TIMEOUT_S = 0.5  # `is_locked` in another process takes the lock for a moment
 _held_descriptors: set[int] = set()
@@ -72,6 +73,23 @@ def is_locked(path: Path | str) -> bool:
         return False
     try:
         return not _try_lock(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def waiting_lock(path: Path | str) -> Iterator[None]:
+    """Run the body while no other process runs one for the file `path`; wait for their end first.
+
+    Raises MachineError where the file cannot be made. On a file system without locks nobody waits.
+    """
+    with translate_os_errors("lock", Path(path)):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        with contextlib.suppress(OSError):
+            while not _try_lock(descriptor, 1.0):  # in short waits, so that a signal is answered
+                pass
+        yield
     finally:
         os.close(descriptor)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
@@ -74,11 +75,14 @@ class Devices:
             torch.cuda.set_device(device)
         rank, timeout = int(environ["RANK"]), dt.timedelta(seconds=timeout_s)
         with _lost_ranks_noticed():
-            store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-            store.set_timeout(timeout)
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            group_store = PrefixStore("group", store)
-            dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
+            if dist.is_initialized():  # by the program around this one, such as Ray Train
+                store = _get_default_store()
+            else:
+                store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+                store.set_timeout(timeout)
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                group_store = PrefixStore("group", store)
+                dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
         return cls(device, rank=rank, world_size=world_size, store=PrefixStore("llmtune", store))
 
     @property
@@ -135,6 +139,39 @@ class Devices:
             self._send(value)
             return value
         return self._receive()
+
+    def check_alike(self, facts: Mapping[str, object]) -> None:
+        """Compare `facts` (plain JSON values) of every process with those of the main one.
+
+        Raises ConfigError on all processes, with each key that differs and the process in which it does.
+        """
+        if self.world_size == 1:
+            return
+        place = f"facts/{self._messages}"
+        own = {"facts": dict(facts), "host": socket.gethostname()}
+        if not self.is_main:
+            with _lost_ranks_noticed():
+                self._store_of_all().set(f"{place}/{self.rank}", json.dumps(own))
+        self.on_main(lambda: self._compare_facts(place, own["facts"]))
+
+    def _compare_facts(self, place: str, facts: object) -> None:
+        problems, expected = [], json.loads(json.dumps(facts))  # JSON makes lists of tuples
+        for rank in range(1, self.world_size):
+            with _lost_ranks_noticed():
+                other = json.loads(self._store_of_all().get(f"{place}/{rank}"))
+            found = other["facts"]
+            problems += [
+                Problem(
+                    f"process {rank} ({other['host']}) differs from process 0: "
+                    f"{key} is {found.get(key)!r} there and {expected.get(key)!r} here",
+                    "distributed",
+                    "start every process with the same command, files, environment and versions",
+                )
+                for key in sorted(expected.keys() | found.keys())
+                if found.get(key) != expected.get(key)
+            ]
+        if problems:
+            raise ConfigError.all(problems)
 
     def _send(self, message: object) -> None:
         self._messages += 1
@@ -338,5 +375,6 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
     decisions = [decision]
     if distributed.strategy == "ddp" or devices.world_size > 1:
         count = "1 process: no launcher started more" if devices.world_size == 1 else f"{devices.world_size} processes"
-        decisions.append(Decision("distributed.strategy", "ddp", f"{count}; each holds the whole model"))
+        reason = f"{count}; each holds the whole model and takes its share of the sequences of a step"
+        decisions.append(Decision("distributed.strategy", "ddp", reason))
     return devices, decisions

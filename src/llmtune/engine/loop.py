@@ -49,6 +49,8 @@ class StepResult:
     """Sum of weights of the window, over all devices."""
     num_sequences: int
     """Examples of the window, over all devices."""
+    rows_digest: str
+    """Digest of the window's rows in their order, over all devices: equal in runs that saw the same rows."""
     step_seconds: float
     """From the end of the step before (or the return from its yield) to this one's."""
     memory_bytes: int
@@ -84,6 +86,7 @@ class StepResult:
             "num_tokens": self.num_tokens,
             "num_loss_tokens": self.num_loss_tokens,
             "num_sequences": self.num_sequences,
+            "rows_digest": self.rows_digest,
             "tokens_per_second": self.num_tokens / self.step_seconds,
             "loss_tokens_per_second": self.num_loss_tokens / self.step_seconds,
             "step_seconds": self.step_seconds,
@@ -167,6 +170,7 @@ class _Measures(TypedDict):
     num_tokens: int
     num_loss_tokens: float
     num_sequences: int
+    rows_digest: str
     step_seconds: float
     memory_bytes: int
     mfu: float | None
@@ -192,6 +196,7 @@ def _measure(
         "num_tokens": int(tokens),
         "num_loss_tokens": loss_weight,
         "num_sequences": int(sequences),
+        "rows_digest": window.rows_digest,
         "step_seconds": seconds,
         "memory_bytes": peak_memory_bytes(devices.device),
         "mfu": mfu(tokens / seconds) if mfu else None,

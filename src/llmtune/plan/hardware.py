@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,9 @@ def find_target(name: str | None, *, no_cuda: bool = False) -> Target:
 def _local_target(*, no_cuda: bool) -> Target:
     device, _ = choose_device(no_cuda=no_cuda)
     if device.type != "cuda":
-        return Target("this CPU", "cpu", attainable_bytes(), is_local=True)
+        shared = local_processes()
+        name = "this CPU" if shared == 1 else f"this CPU, shared by {shared} processes"
+        return Target(name, "cpu", attainable_bytes(), is_local=True)
     free, total = torch.cuda.mem_get_info(device)
     # What torch has reserved is not free for the driver, but it is for the training of this process.
     usable = min(total, free + torch.cuda.memory_reserved(device))
@@ -86,7 +89,10 @@ def resident_bytes() -> int:
 
 
 def attainable_bytes() -> int:
-    """Bytes this process could hold: its own now, and those free on the machine or under its control group's limit."""
+    """Bytes this process could hold: its own now, and those free on the machine or under its control group's limit.
+
+    Processes that a launcher started on this machine (LOCAL_WORLD_SIZE) share what is free.
+    """
     # `available` and not `free`: the system gives up its file cache when a program needs the memory.
     free = int(psutil.virtual_memory().available)
     try:
@@ -97,7 +103,12 @@ def attainable_bytes() -> int:
         limit = used = ""
     if limit.isdigit() and used.isdigit():  # a group without a limit reads `max`
         free = min(free, max(0, int(limit) - int(used)))
-    return resident_bytes() + free
+    return resident_bytes() + free // local_processes()
+
+
+def local_processes() -> int:
+    """Processes of this training on this machine, as `torchrun` says; 1 without a launcher."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 GPUS: dict[str, tuple[int, bool]] = {

@@ -112,16 +112,7 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
     assert config.training.precision != "auto", "a config is resolved before a model is built"
     precision = Precision(config.training.precision, devices.device)
     is_adapted = config.adapter.method != "none"
-    loaded = load_model(
-        prepared.source,
-        config.model,
-        tokenizer=prepared.tokenizer.tokenizer,
-        device=devices.device,
-        trained="adapter" if is_adapted else "full",
-        precision=precision.name,
-        seed=config.run.seed,
-        trust_remote_code=options.trust_remote_code,
-    )
+    loaded = _load(prepared, options, devices, precision)
     model: PreTrainedModel = loaded.model
     decisions += loaded.decisions
     start_digest: str | None = None
@@ -253,6 +244,23 @@ def _make_update(
     total, largest = readable_bytes(sum(sizes)), readable_bytes(max(sizes))
     reason = f"asked for: a gradient goes once it is complete; all are {total}, the largest {largest}"
     return StepInBackward(parameters, optimizer), [Decision("training.step_in_backward", True, reason)]
+
+
+def _load(prepared: Prepared, options: Options, devices: Devices, precision: Precision) -> LoadedModel:
+    """Load the base model. Raises ConfigError where other processes have another one."""
+    config = prepared.config
+    loaded = load_model(
+        prepared.source,
+        config.model,
+        tokenizer=prepared.tokenizer.tokenizer,
+        device=devices.device,
+        trained="full" if config.adapter.method == "none" else "adapter",
+        precision=precision.name,
+        seed=config.run.seed,
+        trust_remote_code=options.trust_remote_code,
+    )
+    devices.check_alike({"base model": loaded.base_digest})
+    return loaded
 
 
 def _make_windows(

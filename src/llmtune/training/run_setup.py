@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llmtune import durable
+from llmtune.common.mappings import flat_items
 from llmtune.common.printing import PrintLine
 from llmtune.common.text import printable
 from llmtune.config.dump import config_to_dict, config_to_yaml
@@ -20,7 +21,7 @@ from llmtune.engine.devices import Devices
 from llmtune.models import save
 from llmtune.plan.memory import optimizer_bytes
 from llmtune.plan.resolve_auto import OPEN_VALUES
-from llmtune.prepare import keep_fitted
+from llmtune.prepare import Prepared, keep_fitted
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import forecast_disk
@@ -31,7 +32,16 @@ from llmtune.training.build import TrainingSetup
 from llmtune.training.checkpointer import find_checkpoint
 from llmtune.training.progress import print_difference, print_length, print_resume
 
-__all__ = ["StoppedRun", "check_name", "compare_identity", "create", "identity_of", "open_stopped", "run_info"]
+__all__ = [
+    "StoppedRun",
+    "check_name",
+    "compare_identity",
+    "create",
+    "facts_of",
+    "identity_of",
+    "open_stopped",
+    "run_info",
+]
 
 ORIGINS_FILE = "origins.json"
 LEDGER_FILE = "ledger.jsonl"
@@ -47,6 +57,8 @@ SHAPE_KEYS = (
     "vocab_size",
 )
 """Keys of a transformers config that trackers show."""
+OWN_TO_A_PROCESS = ("data.cache_dir", "data.num_workers")
+"""Keys of the config that may differ between the processes of a run: nothing in the run depends on them."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +260,20 @@ def identity_of(setup: TrainingSetup) -> Identity:
         "engine": setup.engine.layout,
         "threads": torch.get_num_threads(),
         "world_size": setup.devices.world_size,
+    }
+
+
+def facts_of(prepared: Prepared) -> dict[str, object]:
+    """Facts that must be equal in all processes of a run, known before its model is loaded: a key for each value."""
+    config = {key: value for key, value in flat_items(config_to_dict(prepared.config)) if key not in OWN_TO_A_PROCESS}
+    heldout = prepared.data.eval
+    return {
+        **config,
+        "tokenizer": prepared.tokenizer.digest,
+        "chat template and masks": prepared.renderer.digest,
+        "training rows": prepared.data.train.digest,
+        "held-out rows": heldout.digest if heldout is not None else None,
+        **{f"version of {name}": version for name, version in describe_machine()["versions"].items()},
     }
 
 

@@ -180,10 +180,15 @@ def _prepare_and_plan(
     for note in resolved.notes:
         print_line(note)
     prepared = prepare(resolved, options, progress=tokenizing_progress(print_line))
+    devices.check_alike(run_setup.facts_of(prepared))
     forecaster = Forecaster.for_this_machine(prepared, options, devices)
     forecaster = forecaster.with_prepared(resolve_on_all_ranks(forecaster, devices))
     plan = make_plan(forecaster)
     print_preflight(forecaster.prepared, device_decisions, plan, print_line)
+    sequences = forecaster.batches(forecaster.config).global_batch
+    if sequences < devices.world_size:
+        idle = f"{sequences:,} of {devices.world_size:,} processes have rows in a step"
+        print_line(f"note    {idle}: raise `training.batch_size` or `training.gradient_accumulation_steps`")
     return forecaster, plan
 
 
@@ -200,6 +205,7 @@ def _prepare_again(
     tokenizer_folder = stopped.own_tokenizer(resolved.config.model)
     progress = tokenizing_progress(print_line)
     prepared = prepare(resolved, options, tokenizer_folder=tokenizer_folder, is_stopped=True, progress=progress)
+    devices.check_alike(run_setup.facts_of(prepared))
     prepared = keep_resolved(prepared, stopped.identity["config"])
     forecaster = Forecaster.for_this_machine(prepared, options, devices)
     return forecaster.with_prepared(resolve_rates(forecaster)[0])

@@ -1,9 +1,9 @@
 """The examples of every step: order, windows and micro-batches, each a pure function of its number.
 
-A *sequence* is a pack (without packing: one example). A window takes the next `batch_size x accumulation x world_size`
-sequences of the epoch's order, so its rows depend on the global batch only, not on the number of processes or
-micro-batches that share it. The last window of an epoch is smaller when the rows run out. Windows have no state:
-resuming at step k needs none of the steps before it.
+A *sequence* is a pack (without packing: one example). A window takes the next `batch_size x accumulation` sequences of
+the epoch's order, however many processes share them, so the same config is the same run on one process and on many. The
+last window of an epoch is smaller when the rows run out. Windows have no state: resuming at step k needs none of the
+steps before it.
 
 Shapes: N examples, P sequences.
 """
@@ -53,6 +53,11 @@ class Window:
     """Those of all processes, in the order of the window, which no cut into micro-batches changes; int64."""
     row_names: Callable[[], tuple[str, ...]]
     """Reads the names of the rows (see `sources`), which few steps need."""
+
+    @property
+    def rows_digest(self) -> str:
+        """sha256 over the window's examples in their order, 16 hex digits: equal on any number of processes."""
+        return hashlib.sha256(self.all_indices.astype("<i8").tobytes()).hexdigest()[:16]
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -116,7 +121,7 @@ class BatchPlan:
         self._batch_size = batch_size
         self._world_size = world_size
         self._rank = rank
-        self.global_batch = batch_size * accumulation * world_size
+        self.global_batch = batch_size * accumulation
         """Sequences of a full window, over all processes."""
         self._shuffle_seed = shuffle_seed
         self._layout: Layout = layout

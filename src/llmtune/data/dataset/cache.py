@@ -109,26 +109,40 @@ def open_or_build(
     # 160 bits of the digest: short enough for file systems that limit paths, and no two inputs will share it.
     target = folder / "rows" / key[:40]
     try:
-        lock = _lock(target)
-        if lock is not None:
-            # Every byte is read: a flipped bit in a token id would train another model without a word.
-            problems = durable.verify_manifest(target)
-            if not problems:
-                _touch(target)
-                decide(str(target), "the rows were tokenized before; nothing has changed")
-                return _open(target, files, lock), decisions
-            decide("made again", f"the cached rows are damaged: {problems[0].problem}")
+        store = _open_cached(target, files, decide)
+        if store is not None:
+            return store, decisions
         durable.make_folder(target.parent)
-        # Of a process that was killed while it tokenized.
-        durable.remove_leftovers(target.parent)
-        _build(target, key, results())
-        store = _open(target, files, _lock(target))  # pruning deletes only folders that are not locked
-        return store, [*decisions, *_prune(target.parent)]
+        with durable.waiting_lock(folder / f".tokenizing-{key[0]}"):
+            # The processes of one run come here together: the first tokenizes, the others find its rows.
+            decisions.clear()
+            store = _open_cached(target, files, decide)
+            if store is not None:
+                return store, decisions
+            durable.remove_leftovers(target.parent)  # of a process that was killed while it tokenized
+            _build(target, key, results())
+            store = _open(target, files, _lock(target))  # pruning deletes only folders that are not locked
+            return store, [*decisions, *_prune(target.parent)]
     except (MachineError, PermissionError) as error:
         if must_be_cached:
             raise
         decide("in memory", f"the cache folder cannot be used: {in_one_line(error)}")
         return _build_in_memory(files, results()), decisions
+
+
+def _open_cached(target: Path, files: Sequence[DataFile], decide: Callable[[str, str], None]) -> RowStore | None:
+    """Open the store in `target`; None where there is none, or a damaged one, which is then named."""
+    lock = _lock(target)
+    if lock is None:
+        return None
+    # Every byte is read: a flipped bit in a token id would train another model without a word.
+    problems = durable.verify_manifest(target)
+    if problems:
+        decide("made again", f"the cached rows are damaged: {problems[0].problem}")
+        return None
+    _touch(target)
+    decide(str(target), "the rows were tokenized before; nothing has changed")
+    return _open(target, files, lock)
 
 
 def _lock(target: Path) -> durable.ReadLock | None:
