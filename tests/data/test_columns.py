@@ -150,6 +150,28 @@ def test_a_column_that_no_row_has_is_refused_with_the_nearest_one(write, config,
     assert "no row has the column `reply.txt`" in second
 
 
+def test_keys_that_no_message_has_and_keys_that_a_format_does_not_use_are_refused(write, config, renderer):
+    chats = write("chats.jsonl", [{"log": [{"who": "user", "say": "Hi?"}, {"who": "assistant", "say": "Hello."}]}])
+    texts, tasks = write("t.jsonl", [{"text": "a"}] * 2), write("i.jsonl", [{"instruction": "a", "output": "b"}] * 2)
+    sources = (
+        SourceConfig(str(chats), columns={"messages": "log", "role": "whom", "content": "text"}),
+        SourceConfig(str(texts), roles={"a": "user"}, train_on="last_assistant_message"),
+        SourceConfig(str(tasks), roles={"a": "user"}),
+    )
+    with pytest.raises(DataError) as caught:
+        prepare_data(config(*sources), renderer)
+    expected = [
+        ("no message has the key `whom`", "did you mean `who`?"),
+        ("no message has the key `text`", "the keys of messages are `who`, `say`"),
+        ("`roles` is not used: rows of the format `text`", "take it out"),
+        ("`train_on` is not used", "all of a text is trained"),
+        ("`roles` is not used: rows of the format `alpaca`", "take it out"),
+    ]
+    for problem, (said, fix) in zip(caught.value.problems, expected, strict=True):
+        assert said in problem.problem
+        assert fix in problem.fix
+
+
 def test_a_row_without_the_column_is_bad_and_the_column_is_named(write, config, renderer):
     path = write("a.jsonl", [{"q": "Two?", "a": "2"}, {"q": "Three?"}])
     source = SourceConfig(str(path), columns={"prompt": "q", "completion": "a"}, format="prompt-completion")

@@ -130,8 +130,11 @@ def _share_problem(sources: Sequence[SourceConfig]) -> str | None:
     if not shares:
         return None
     total = sum(shares)
+    way_out = "(a part of a source's own rows is drawn by `repeat: 0.5`)"
     if len(shares) == len(sources):
-        return None if abs(total - 1) <= _SUM_TOLERANCE else f"must have shares that add up to 1, not to {total:g}"
+        is_whole = abs(total - 1) <= _SUM_TOLERANCE
+        return None if is_whole else f"must have shares of an epoch that add up to 1, not to {total:g} {way_out}"
     if total < 1:
         return None
-    return f"must have shares below 1 together, not {total:g}: a source without `share` makes up the rest of an epoch"
+    rest = "a source without `share` makes up the rest of an epoch"
+    return f"must have shares below 1 together, not {total:g}: {rest} {way_out}"

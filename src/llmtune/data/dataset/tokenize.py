@@ -29,6 +29,12 @@ __all__ = ["Progress", "detect_formats", "row_rules", "tokenize_side"]
 Progress = Callable[[int, int | None, float], None]
 """Called with `(rows done, estimate of all rows, rows per second)` a few times a second."""
 
+_UNUSED_KEYS = {
+    "text": {"roles": "take it out", "train_on": "take it out: all of a text is trained"},
+    "alpaca": {"roles": "take it out"},
+}
+"""Keys of a source that rows of a format do not use, and what to do."""
+
 _BATCH_ROWS = 256
 _BATCH_BYTES = 2**19
 _SIZE_OF_FIELDS = 1024
@@ -70,8 +76,21 @@ def detect_formats(
 def _format_of(file: DataFile, config: DataConfig, method: ObjectiveMethod) -> tuple[str, Decision | None]:
     """The format of a file: that of its source or the config, else detected, with a decision.
 
-    Raises DataError where its rows have the fields of no format, or lack a column that the source names.
+    Raises DataError where its rows have the fields of no format, or lack a column that the source names, and for keys
+    of the source that rows of this format do not use.
     """
+    name, decision = _given_or_detected(file, config)
+    problems = [
+        Problem(f"`{key}` is not used: rows of the format `{name}` have no messages with roles", file.label, fix)
+        for key, fix in _UNUSED_KEYS.get(name, {}).items()
+        if getattr(file.source, key) not in (None, {}, "all_tokens")
+    ]
+    if problems:
+        raise DataError.all(problems)
+    return name, decision
+
+
+def _given_or_detected(file: DataFile, config: DataConfig) -> tuple[str, Decision | None]:
     source = file.source
     given = source.format or ("text" if source.text_column else config.format)
     if given != "auto" and not source.columns:
@@ -113,8 +132,8 @@ def _refuse_missing_columns(file: DataFile, first: Sequence[Record | BadRow]) ->
     if not rows:
         return
     problems = [
-        Problem(f"no row has the column `{name}` that `columns` names", file.label, hint)
-        for name, hint in missing_columns(rows, file.source)
+        Problem(f"no {what} that `columns` names", file.label, hint)
+        for what, hint in missing_columns(rows, file.source)
     ]
     if problems:
         raise DataError.all(problems)

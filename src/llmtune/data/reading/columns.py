@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from llmtune.config.schema import SourceConfig
 from llmtune.config.sources import TURN_COLUMNS, columns_of, is_template
@@ -125,13 +125,21 @@ def _turn(turn: Fields, columns: Mapping[str, str], roles: Mapping[str, str]) ->
     return changed
 
 
-def missing_columns(rows: Sequence[Row], source: SourceConfig) -> Iterable[tuple[str, str]]:
-    """(column of `columns`, what is there instead) of each column that none of these unrenamed rows has."""
+def missing_columns(rows: Sequence[Row], source: SourceConfig) -> Iterator[tuple[str, str]]:
+    """(what is missing, what is there instead) for each column and key of messages that no unrenamed row has."""
+    paths = [text for field, text in source.columns.items() if field not in TURN_COLUMNS and not is_template(text)]
+    lists = [value for row in rows for value in (*row.fields.values(), *(_value(row.fields, path) for path in paths))]
+    turns = [turn for value in lists if isinstance(value, (list, tuple)) for turn in value if isinstance(turn, Mapping)]
     for field, text in source.columns.items():
+        if field in TURN_COLUMNS and field not in ("role", "content"):
+            continue  # few messages have calls
+        owners: Sequence[Fields] = turns if field in TURN_COLUMNS else [row.fields for row in rows]
         for name in columns_of(text):
-            if field in TURN_COLUMNS or any(_value(row.fields, name) is not _MISSING for row in rows):
+            if any(_value(fields, name) is not _MISSING for fields in owners):
                 continue
-            known = list(dict.fromkeys(key for row in rows for key in row.fields))
+            known = list(dict.fromkeys(str(key) for fields in owners for key in fields))
             near = difflib.get_close_matches(name, known, n=1)
-            listed = ", ".join(f"`{key}`" for key in known[:12])
-            yield name, f"did you mean `{near[0]}`?" if near else f"the columns are {listed}"
+            kind = "keys of messages" if field in TURN_COLUMNS else "columns"
+            listed = ", ".join(f"`{key[:60]}`" for key in known[:12]) or "none"
+            what = f"message has the key `{name}`" if field in TURN_COLUMNS else f"row has the column `{name}`"
+            yield what, f"did you mean `{near[0]}`?" if near else f"the {kind} are {listed}"

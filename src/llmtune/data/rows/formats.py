@@ -300,7 +300,10 @@ def detect_format(
             problem = f"a row is a whole conversation, and here it is one message; it has these fields: {names}"
             fix = 'put the messages of each conversation into one list: {"messages": [{...}, {...}]}'
             raise DataError(problem, first[0].source, fix)
-        fix = f"rename the fields to those of a format ({', '.join(FORMATS if formats is None else formats)})"
+        fix = (
+            "say in the source which they are (`columns: {question: ..., answer: ...}`), or rename them to those of a "
+            f"format ({', '.join(FORMATS if formats is None else formats)})"
+        )
         fix += ", or set `data.text_column`" if formats is None else ""
         raise DataError(f"no row has {missing}; the first has these fields: {names}", first[0].source, fix)
     # The most common and not the first: one odd row must not decide for all.

@@ -269,6 +269,9 @@ def _read_speaker(turn: Mapping[str, object], keys: TurnKeys, field: str) -> tup
         hint = f"did you mean `{named}`? " if near else ""
         kind = "role" if keys.speaker == "role" else "speaker"
         fix = f"{hint}{kind}s are {', '.join(ROLES if keys.are_of_messages else SPEAKER_ROLES)}"
+        if value.strip():
+            role = SPEAKER_ROLES.get(near[0], near[0]) if near else "user"
+            fix += f"; or say what it is in the source: `roles: {{{json.dumps(value[:60])}: {role}}}`"
         raise UnusableRowError(where, f"unknown {kind} {json.dumps(value[:60])}", fix)
     return value, roles[value]
 
