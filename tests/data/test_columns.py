@@ -14,6 +14,7 @@ from llmtune.data.dataset.report import data_report
 from llmtune.data.example import Row
 from llmtune.data.reading.columns import renamed
 from llmtune.data.rows.formats import conversation_of, looks_like
+from llmtune.data.rows.preferences import PREFERENCE_FORMATS
 from llmtune.errors import ConfigError, DataError
 
 CHAT = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}
@@ -109,6 +110,21 @@ def test_a_dialogue_in_one_text_is_a_list_of_messages(write, config, renderer, f
         plain = {"messages": [{"role": "assistant", "content": "Hello."}, {"role": "user", "content": "Bye?"}]}
     keys = {"columns": {"messages": "log"}, "roles": roles}
     assert same_rows(write, config, renderer, [{"log": text}] * 2, [plain] * 2, **keys)
+
+
+def test_dialogues_of_which_one_is_preferred_are_pairs_and_plain_answers_stay_text(write, config, renderer):
+    chosen, rejected = ("\n\nHuman: Two?\n\nAssistant: " + answer for answer in ("2", "3"))
+    source = SourceConfig(
+        str(write("a.jsonl", [{"good": chosen, "bad": rejected}] * 2)), columns={"chosen": "good", "rejected": "bad"}
+    )
+    user = {"role": "user", "content": "Two?"}
+    sides = {"chosen": "2", "rejected": "3"}
+    plain = write(
+        "b.jsonl", [{side: [user, {"role": "assistant", "content": text}] for side, text in sides.items()}] * 2
+    )
+    found, expected = (prepare_data(config(each), renderer, method="dpo").train for each in (source, plain))
+    assert found.digest == expected.digest
+    assert rename({"a": "A note: x"}, {"chosen": "a"})["chosen"] == "A note: x"
 
 
 def test_a_speaker_inside_of_a_turn_begins_no_turn_and_text_before_the_first_is_the_system_message():
@@ -211,6 +227,13 @@ def test_every_field_that_columns_may_fill_is_read_by_a_format():
     for fields in rows:
         conversation = conversation_of(Row("a:1", fields), looks_like(fields))
         assert conversation.unused == ()
+        read |= set(fields)
+    answers = [{"chosen": "b", "rejected": "c"}, {"chosen_response": "b", "rejected_response": "c"}]
+    answers += [{"completion": "b", "label": True}, {"completion": "b", "kto_tag": False}]
+    for fields in answers:
+        (format_name,) = [name for name, row in PREFERENCE_FORMATS.items() if row.recognize({"prompt": "a"} | fields)]
+        conversations = PREFERENCE_FORMATS[format_name].parse(Row("a:1", {"prompt": "a"} | fields))
+        assert [conversation.unused for conversation in conversations] == [()] * len(conversations)
         read |= set(fields)
     assert read == set(COLUMN_FIELDS) - set(TURN_COLUMNS)
 

@@ -171,6 +171,24 @@ def test_whole_numbers_of_repeat_are_that_many_times_every_row_also_in_packs(two
         assert names(plan, epoch) == Counter(small=12, large=20)
 
 
+@pytest.mark.parametrize("keys", [{"share": 0.4}, {"repeat": 2.0}, {"repeat": 1.5}])
+def test_pairs_of_answers_are_drawn_together(write, config, renderer, keys):
+    def pairs(name, count):
+        rows = [{"prompt": f"{name} {number}", "chosen": "yes", "rejected": "no"} for number in range(count)]
+        return str(write(f"{name}.jsonl", rows))
+
+    data = config(SourceConfig(pairs("few", 3), **keys), pairs("many", 6))
+    prepared = prepare_data(data, renderer, method="dpo")
+    plan = plan_of(prepared, data, batch_size=2, together=2)
+    expected = {"share": 4, "repeat": int(keys.get("repeat", 0) * 3 + 0.5)}[next(iter(keys))]
+    for epoch in range(3):
+        order = plan.order(epoch).reshape(-1, 2)
+        assert (order[:, 0] % 2 == 0).all()
+        assert (order[:, 1] == order[:, 0] + 1).all()
+        assert (order[:, 0] < 6).sum() == expected
+        assert len(order) == expected + 6 == plan.num_packs
+
+
 def test_other_mixtures_are_other_batches_and_names_and_plain_sources_are_not(two_files, config, renderer):
     small, large = two_files
 

@@ -22,7 +22,7 @@ COLUMN_FIELDS = (
     *("prompt", "completion", "instruction", "input", "output", "history", "question", "answer", "query", "response"),
     *("chosen", "rejected", "chosen_response", "rejected_response", "label", "kto_tag"),
     *("text", "system", "system_prompt", "tools", "weight", "reasoning_content", "thinking", "reasoning"),
-    "chat_template_kwargs",
+    *("chat_template_kwargs", "chosen", "rejected", "chosen_response", "rejected_response", "label", "kto_tag"),
 )
 """Fields of the formats: what `columns` may give another name."""
 

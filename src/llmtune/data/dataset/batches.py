@@ -80,8 +80,8 @@ class BatchPlan:
     up to whole windows. `max_steps` replaces `epochs`, with as many epochs as it takes. `shuffle_seed` None keeps the
     order of `packs` in every epoch. `rank` is this process of `world_size`. `max_group_tokens` cuts micro-batches
     further where they hold more tokens (padding counted); the window stays the same. `draws` gives the packs of each
-    epoch, which then are single examples in their order; without it an epoch has every pack once. `together`:
-    examples that stay in one micro-batch, in order (2: the sides of a pair).
+    epoch, which then are single examples (or pairs) in their order; without it an epoch has every pack once.
+    `together`: examples that stay in one micro-batch, in order (2: the sides of a pair).
 
     Raises DataError without any pack, ConfigError for `epochs` or `max_steps` that make no step.
     """
@@ -208,7 +208,7 @@ class BatchPlan:
 
     def tokens_of_epoch(self, epoch: int = 0) -> tuple[int, float]:
         """Give the tokens of an epoch (from 0) and the sum of their weights."""
-        examples = self._members if self._draws is None else self._draws.order(epoch)
+        examples = self._members if self._draws is None else self.order(epoch)
         return int(self._lengths[examples].sum()), float(self._weights[examples].sum())
 
     def _make_epoch_order(self, epoch: int) -> Indices:

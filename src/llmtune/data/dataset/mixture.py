@@ -7,7 +7,7 @@ Source i has n_i examples, of which an epoch has k_i:
 
 N is the number of examples in an epoch. With R examples of the sources without a share and shares that add up to S < 1,
 N = R / (1 - S), rounded. Where every source has a share, N is the number of all examples. A row that
-`data.overlong: split` has cut counts as its pieces.
+`data.overlong: split` has cut counts as its pieces; a pair of answers is one example here.
 
 The examples of a source are read in passes, each in an order of its own. Epoch e, from 0, takes those at positions
 e * k_i to (e + 1) * k_i of its passes: a pure function of e, so a resumed run needs nothing of the epochs before. After
@@ -28,7 +28,7 @@ import numpy as np
 
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import DataConfig, SourceConfig
-from llmtune.data.dataset.packing import Indices, plan_packs, seeded_order
+from llmtune.data.dataset.packing import Indices, examples_together, plan_packs, seeded_order
 from llmtune.data.dataset.store import MappedExamples
 from llmtune.errors import DataError, Problem
 
@@ -97,8 +97,8 @@ class Mixture(NamedTuple):
 
 
 def mixture_of(examples: MappedExamples, sources: Sequence[SourceConfig]) -> Mixture:
-    """How the examples are mixed by their `sources`. Raises DataError where they cannot be (see `epoch_counts`)."""
-    source_of_example = examples.sources
+    """How the examples (a pair of answers is one) are mixed. Raises DataError (see `epoch_counts`)."""
+    source_of_example = examples.sources[:: examples_together(examples)]
     groups = tuple(np.flatnonzero(source_of_example == place).astype(np.int64) for place in range(len(sources)))
     return Mixture(groups, tuple(epoch_counts([len(group) for group in groups], sources)))
 
@@ -176,12 +176,15 @@ def plan_epochs(examples: MappedExamples, data: DataConfig) -> tuple[list[Indice
     into packs once. Raises DataError (see `epoch_counts`, `plan_packs`).
     """
     mixture = mixture_of(examples, data.train)
+    together = examples_together(examples)
+    sequences = np.arange(len(examples), dtype=np.int64).reshape(-1, together)
     members = repeated(mixture.groups, mixture.counts)
     if members is not None:
-        packs = plan_packs(examples.lengths[members], data.max_length, data.packing, data.shuffle_seed or 0)
-        return [members[pack] for pack in packs], None
+        lengths = examples.lengths.reshape(-1, together).sum(axis=1)[members]
+        packs = plan_packs(lengths, together * data.max_length, data.packing, data.shuffle_seed or 0)
+        return [sequences[members[pack]].reshape(-1) for pack in packs], None
     assert data.packing == "none", "rows that are drawn anew are not packed: the config is checked"
-    return list(np.arange(len(examples))[:, None]), EpochDraws(mixture.groups, mixture.counts, data.shuffle_seed)
+    return list(sequences), EpochDraws(mixture.groups, mixture.counts, data.shuffle_seed)
 
 
 def repeated(groups: Sequence[Indices], counts: Sequence[int]) -> Indices | None:

@@ -79,7 +79,7 @@ def _format_of(file: DataFile, config: DataConfig, method: ObjectiveMethod) -> t
     Raises DataError where its rows have the fields of no format, or lack a column that the source names, and for keys
     of the source that rows of this format do not use.
     """
-    name, decision = _given_or_detected(file, config)
+    name, decision = _given_or_detected(file, config, method)
     problems = [
         Problem(f"`{key}` is not used: rows of the format `{name}` have no messages with roles", file.label, fix)
         for key, fix in _UNUSED_KEYS.get(name, {}).items()
@@ -90,7 +90,7 @@ def _format_of(file: DataFile, config: DataConfig, method: ObjectiveMethod) -> t
     return name, decision
 
 
-def _given_or_detected(file: DataFile, config: DataConfig) -> tuple[str, Decision | None]:
+def _given_or_detected(file: DataFile, config: DataConfig, method: ObjectiveMethod) -> tuple[str, Decision | None]:
     source = file.source
     given = source.format or ("text" if source.text_column else config.format)
     if given != "auto" and not source.columns:

@@ -17,6 +17,8 @@ __all__ = ["missing_columns", "renamed"]
 
 REPLACED = "(its place is taken by `columns`)"
 _MESSAGE_FIELDS = ("messages", "conversations", "conversation")
+_SIDE_FIELDS = ("chosen", "rejected", "chosen_response", "rejected_response")
+"""Answers that are compared: also a whole dialogue in one text."""
 _LIST_FIELDS = (*_MESSAGE_FIELDS, "history", "tools")
 _SPEAKER_KEYS = ("role", "from")
 _MISSING = object()
@@ -43,7 +45,9 @@ def renamed(row: Row, source: SourceConfig) -> Row | BadRow:
             if isinstance(parsed, BadRow):
                 return parsed._replace(field=text)
             (value,) = parsed
-        if field in _MESSAGE_FIELDS:
+        if field in _SIDE_FIELDS and isinstance(value, str):
+            value = messages_of_text(value, roles) or value
+        elif field in _MESSAGE_FIELDS:
             value = _as_messages(value, roles)
             if value is None:
                 problem = "the text is no list of messages, and no two of its turns begin with a speaker"
