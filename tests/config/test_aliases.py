@@ -323,6 +323,8 @@ def test_every_plain_name_reaches_its_key(name):
 
 SAMPLES_BY_TYPE = {str: "word", str | None: "word", bool: "true"}
 SAMPLES = {
+    "adapter.rank_pattern": "{q_proj: 2}",
+    "adapter.alpha_pattern": "{q_proj: 2}",
     "data.format": "text",
     "data.packing": "greedy",
     "data.train_on": "all_tokens",
@@ -339,6 +341,7 @@ SAMPLES = {
     "tracking.watch": "all",
 }
 EXTRA = {
+    "training.loraplus_lr_ratio": "adapter: {method: lora}\n",
     "evaluation.every_steps": "evaluation: {prompts: [a]}\n",
     "evaluation.every_epochs": "evaluation: {prompts: [a]}\n",
     "evaluation.early_stopping_patience": "evaluation: {every_steps: 1}\ndata: {test_size: 1}\n",

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from llmtune.engine import optim
-from llmtune.engine.optim import OPTIMIZERS, build_optimizer, matrices_of_blocks
+from llmtune.engine.optim import OPTIMIZERS, build_optimizer, learning_rate_scales, matrices_of_blocks
+from llmtune.engine.update import set_learning_rate
 from llmtune.errors import ConfigError
+from llmtune.models.parameters import trained_parameters
 
 CPU = torch.device("cpu")
 ON_CPU = ["adamw", "adamw_8bit", "lion", "adafactor", "muon", "sgd"]
@@ -137,3 +139,87 @@ def test_adafactor_is_that_of_the_trainer_of_transformers(tmp_path):
         optimizer.step()
         reference.step()
     assert all(torch.equal(mine, other) for mine, other in zip(ours, theirs, strict=True))
+
+
+# --- rates of their own
+
+
+@pytest.fixture
+def lora_model(tiny_model_folder):
+    from transformers import AutoModelForCausalLM
+
+    from llmtune.adapters.attach import attach_adapter
+    from llmtune.config.schema import AdapterConfig
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    config = AdapterConfig(method="lora", r=4, modules_to_save=("lm_head",), target_modules=("q_proj", "up_proj"))
+    return attach_adapter(model, config, seed=0)[0]
+
+
+def rates_of(optimizer, parameters, rate):
+    """Name of each parameter -> its rate where that of the schedule is `rate`."""
+    set_learning_rate(optimizer, rate)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return {names[id(one)]: group["lr"] for group in optimizer.param_groups for one in group["params"]}
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_lora_plus_gives_the_rates_that_peft_gives(name, lora_model):
+    from peft.optimizers import create_loraplus_optimizer
+
+    parameters = trained_parameters(lora_model)
+    scales, decisions = learning_rate_scales(
+        lora_model, parameters, learning_rate=0.25, embedding_learning_rate=None, loraplus_lr_ratio=16.0
+    )
+    assert [decision.key for decision in decisions] == ["training.loraplus_lr_ratio"]
+    orthogonal = matrices_of_blocks(lora_model, parameters)
+    optimizer, _ = build_optimizer(
+        name, parameters, learning_rate=0.25, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, device=CPU,
+        orthogonal=orthogonal, lr_scales=scales,
+    )  # fmt: skip
+    theirs = create_loraplus_optimizer(lora_model, torch.optim.AdamW, lr=0.25, loraplus_lr_ratio=16.0)
+    expected = {
+        names: group["lr"]
+        for group in theirs.param_groups
+        for one in group["params"]
+        for names, parameter in parameters.items()
+        if parameter is one
+    }
+    assert rates_of(optimizer, parameters, 0.25) == expected
+    assert set(expected.values()) == {0.25, 4.0}
+    assert set(rates_of(optimizer, parameters, 0.125).values()) == {0.125, 2.0}
+
+
+def test_the_embedding_has_a_rate_of_its_own_beside_lora_plus(lora_model):
+    parameters = trained_parameters(lora_model)
+    scales, _ = learning_rate_scales(
+        lora_model, parameters, learning_rate=0.5, embedding_learning_rate=0.125, loraplus_lr_ratio=4.0
+    )
+    assert {scale for name, scale in scales.items() if "lora_B" in name} == {4.0}
+    assert {name: scale for name, scale in scales.items() if "lora_B" not in name} == {
+        "base_model.model.lm_head.modules_to_save.default.weight": 0.25
+    }
+
+
+def test_a_rate_for_what_is_not_trained_is_refused(lora_model, tiny_model_folder):
+    from transformers import AutoModelForCausalLM
+
+    full = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    named = {name: p for name, p in full.named_parameters() if "norm" in name}
+    for ratio, rate, says in ((4.0, None, "no LoRA layer"), (None, 0.1, "neither the embedding")):
+        with pytest.raises(ConfigError, match=says):
+            learning_rate_scales(full, named, learning_rate=0.5, embedding_learning_rate=rate, loraplus_lr_ratio=ratio)
+
+
+def test_a_builder_that_passes_over_the_factors_is_caught(mutant, lora_model):
+    parameters = trained_parameters(lora_model)
+    scales = {name: 8.0 for name in parameters if "lora_B" in name}
+    broken = mutant(optim, "own = {} if scale == 1.0 else {LR_SCALE: scale}", "own = {}")
+    found = []
+    for module in (optim, broken):
+        optimizer, _ = module.build_optimizer(
+            "adamw", parameters, learning_rate=0.5, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8, device=CPU,
+            lr_scales=scales,
+        )  # fmt: skip
+        found.append({rates_of(optimizer, parameters, 0.5)[name] for name in scales})
+    assert found == [{4.0}, {0.5}]

@@ -27,6 +27,11 @@ NAMES_OF = {
     "adapter.target_modules": "lora_target lora_target_modules target_modules",
     "adapter.modules_to_save": "modules_to_save lora_modules_to_save additional_target",
     "adapter.rslora": "use_rslora peft_use_rslora",
+    "adapter.exclude_modules": "exclude_modules lora_exclude_modules",
+    "adapter.rank_pattern": "rank_pattern",
+    "adapter.alpha_pattern": "alpha_pattern",
+    "training.loraplus_lr_ratio": "loraplus_lr_ratio",
+    "training.embedding_learning_rate": "embedding_learning_rate embedding_lr loraplus_lr_embedding",
     "adapter.dora": "use_dora peft_use_dora",
     "data.train": (
         "train_file train_files train_data train_dataset file_path data_path dataset datasets dataset_name dataset_path"

@@ -76,6 +76,8 @@ RANGES: dict[str, Range] = {
     "training.max_minutes": Range(above=0),
     "training.batch_size": _COUNT,
     "training.gradient_accumulation_steps": _COUNT,
+    "training.embedding_learning_rate": Range(above=0),
+    "training.loraplus_lr_ratio": Range(above=0),
     "training.learning_rate": Range(above=0),
     "training.weight_decay": Range(minimum=0),
     "training.betas": _FRACTION,

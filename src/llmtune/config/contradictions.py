@@ -92,6 +92,12 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         for name in _LORA_KEYS
     ),
     Contradiction(
+        ("training.loraplus_lr_ratio", "adapter.method"),
+        lambda c, _: c.training.loraplus_lr_ratio is not None and c.adapter.method == "none",
+        "LoRA+ sets the rates of an adapter's matrices, and none is trained",
+        "set `adapter.method: lora`, or remove the ratio",
+    ),
+    Contradiction(
         ("training.warmup_steps", "training.warmup_ratio"),
         lambda c, _: c.training.warmup_steps is not None and c.training.warmup_ratio is not None,
         "warm-up is given both in steps and as a ratio",

@@ -368,6 +368,13 @@ class TrainingConfig:
     compared), by size from scratch.
     """
 
+    embedding_learning_rate: float | None = None
+    """Peak learning rate of the embedding and the output head where they are trained; `learning_rate` when not
+    given."""
+
+    loraplus_lr_ratio: float | None = None
+    """LoRA+ (arXiv:2402.12354): learning rate of the B matrices as a multiple of that of the A matrices."""
+
     weight_decay: float | None = None
     """Decoupled decay of matrices (never of norms, biases); when not given 0 for LoRA, 0.01 for full tuning, 0.1 from
     scratch.

@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["OPTIMIZERS", "Optimizer", "OptimizerName", "build_optimizer", "choose_rates", "matrices_of_blocks"]
+__all__ = [
+    "LR_SCALE",
+    "OPTIMIZERS",
+    "Optimizer",
+    "OptimizerName",
+    "build_optimizer",
+    "choose_rates",
+    "learning_rate_scales",
+    "matrices_of_blocks",
+]
 
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "muon", "sgd"]
 Group = dict[str, Any]
@@ -71,6 +80,9 @@ class Optimizer:
         yield from ((parameter, part) for parameter, (part, _) in self._owners.items())
 
 
+LR_SCALE = "lr_scale"
+"""Key of a group whose learning rate is that of the schedule times this factor."""
+
 _DECAY_APART = "decay_apart"
 """Key of a group whose optimizer has no decoupled decay of its own; `Optimizer.step` applies it."""
 
@@ -87,17 +99,24 @@ class _Request:
     betas: tuple[float, float]
     eps: float
     device: torch.device
+    lr_scales: Mapping[str, float]
 
     def groups(self, names: Collection[str] | None = None) -> list[Group]:
         """Give decayed and undecayed parameters as two groups (those that are not empty), in order.
 
-        Of `names` only, when given.
+        Of `names` only, when given. Parameters with a rate of their own follow, in groups with `LR_SCALE`.
         """
-        parameters = {name: parameter for name, parameter in self.parameters.items() if names is None or name in names}
-        matrices = [parameter for parameter in parameters.values() if parameter.ndim >= 2]
-        vectors = [parameter for parameter in parameters.values() if parameter.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
+        named = {name: parameter for name, parameter in self.parameters.items() if names is None or name in names}
+        scales = {name: self.lr_scales.get(name, 1.0) for name in named}
+        groups: list[Group] = []
+        for scale in sorted(set(scales.values()), key=lambda scale: (scale != 1.0, scale)):
+            parameters = [parameter for name, parameter in named.items() if scales[name] == scale]
+            matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+            vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+            both = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+            own = {} if scale == 1.0 else {LR_SCALE: scale}
+            groups += [{**group, **own} for group in both if group["params"]]
+        return groups
 
 
 def build_optimizer(
@@ -110,19 +129,65 @@ def build_optimizer(
     eps: float,
     device: torch.device,
     orthogonal: Collection[str] = (),
+    lr_scales: Mapping[str, float] | None = None,
 ) -> tuple[Optimizer, list[Decision]]:
     """Build the optimizer `name` over the trained `parameters` (by name), all on `device`.
 
     `orthogonal`: names of the matrices that `muon` moves (see `matrices_of_blocks`); AdamW moves the rest, at the same
-    learning rate. `sgd` takes its momentum from `betas[0]`; `lion` uses `betas` as they are. Raises ConfigError for a
-    name that is unknown or cannot work on `device`.
+    learning rate. `lr_scales`: factors of the learning rate by name (see `learning_rate_scales`). `sgd` takes its
+    momentum from `betas[0]`; `lion` uses `betas` as they are. Raises ConfigError for a name that is unknown or cannot
+    work on `device`.
     """
     if name not in OPTIMIZERS:
         raise ConfigError(
             f"unknown optimizer `{name}`", where="training.optimizer", fix=f"one of {', '.join(OPTIMIZERS)}"
         )
     assert parameters, "there is at least one trained parameter"
-    return OPTIMIZERS[name](_Request(name, parameters, orthogonal, learning_rate, weight_decay, betas, eps, device))
+    return OPTIMIZERS[name](
+        _Request(name, parameters, orthogonal, learning_rate, weight_decay, betas, eps, device, lr_scales or {})
+    )
+
+
+def learning_rate_scales(
+    model: PreTrainedModel | PeftModel,
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    learning_rate: float,
+    embedding_learning_rate: float | None,
+    loraplus_lr_ratio: float | None,
+) -> tuple[dict[str, float], list[Decision]]:
+    """Return the factor of the learning rate of each trained parameter that has another one, and those choices.
+
+    loraplus_lr_ratio: factor of LoRA's B, which is 0 at first, and of DoRA's magnitudes; A keeps the rate (LoRA+, Hayou
+    et al. 2024, arXiv:2402.12354). embedding_learning_rate: peak rate of the embedding and the output head, or of the
+    rows of them that are trained.
+
+    Raises ConfigError where no parameter is of that kind.
+    """
+    scales: dict[str, float] = {}
+    decisions = []
+    if loraplus_lr_ratio is not None:
+        names = [
+            name for name in parameters if any(part in name for part in ("lora_B", "lora_embedding_B", "lora_mag"))
+        ]
+        if not names:
+            fix = "set adapter.method=lora, or leave training.loraplus_lr_ratio out"
+            raise ConfigError("no LoRA layer is trained", where="training.loraplus_lr_ratio", fix=fix)
+        scales |= dict.fromkeys(names, loraplus_lr_ratio)
+        reason = f"the learning rate of {len(names)} tensors that begin at 0 is {loraplus_lr_ratio * learning_rate:g}"
+        decisions.append(Decision("training.loraplus_lr_ratio", loraplus_lr_ratio, reason))
+    if embedding_learning_rate is not None:
+        layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+        ids = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        names = [name for name, parameter in parameters.items() if id(parameter) in ids]
+        if not names:
+            fix = "train it: adapter.modules_to_save or adapter.train_tokens; or leave it out"
+            problem = "neither the embedding nor the output head is trained"
+            raise ConfigError(problem, where="training.embedding_learning_rate", fix=fix)
+        scales |= dict.fromkeys(names, embedding_learning_rate / learning_rate if learning_rate else 1.0)
+        reason = f"the learning rate of {', '.join(names[:4])}"
+        decisions.append(Decision("training.embedding_learning_rate", embedding_learning_rate, reason))
+    return scales, decisions
 
 
 def matrices_of_blocks(model: PreTrainedModel | PeftModel, parameters: Mapping[str, nn.Parameter]) -> set[str]:
@@ -208,10 +273,7 @@ def _muon(request: _Request) -> tuple[Optimizer, list[Decision]]:
 
 
 def _sgd(request: _Request) -> tuple[Optimizer, list[Decision]]:
-    groups = [
-        {"params": group["params"], "weight_decay": 0.0, _DECAY_APART: group["weight_decay"]}
-        for group in request.groups()
-    ]
+    groups = [{**group, "weight_decay": 0.0, _DECAY_APART: group["weight_decay"]} for group in request.groups()]
     optimizer = torch.optim.SGD(groups, lr=request.learning_rate, momentum=request.betas[0])
     return Optimizer(optimizer), [
         Decision("training.optimizer", "sgd", f"momentum {request.betas[0]}, the first of `training.betas`")

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from llmtune.engine.devices import Devices
-from llmtune.engine.optim import Optimizer
+from llmtune.engine.optim import LR_SCALE, Optimizer
 from llmtune.engine.precision import Precision
 
 __all__ = ["StepAfterBackward", "Update", "set_learning_rate"]
@@ -85,6 +85,6 @@ class StepAfterBackward:
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give every group of parameters this learning rate."""
+    """Give every group of parameters this learning rate, times the group's own factor where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(LR_SCALE, 1.0)

@@ -25,7 +25,7 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine, build_engine
 from llmtune.engine.neftune import Neftune
 from llmtune.engine.objective import Objective, next_token_objective
-from llmtune.engine.optim import Optimizer, build_optimizer, matrices_of_blocks
+from llmtune.engine.optim import Optimizer, build_optimizer, learning_rate_scales, matrices_of_blocks
 from llmtune.engine.precision import Precision
 from llmtune.engine.schedule import schedule_of
 from llmtune.engine.step_in_backward import StepInBackward, choose_windows
@@ -219,7 +219,14 @@ def _make_optimizer(
 ) -> tuple[Optimizer, list[Decision]]:
     assert training.learning_rate is not None
     assert training.weight_decay is not None
-    return build_optimizer(
+    scales, decisions = learning_rate_scales(
+        model,
+        parameters,
+        learning_rate=training.learning_rate,
+        embedding_learning_rate=training.embedding_learning_rate,
+        loraplus_lr_ratio=training.loraplus_lr_ratio,
+    )
+    optimizer, optimizer_decisions = build_optimizer(
         training.optimizer,
         parameters,
         learning_rate=training.learning_rate,
@@ -228,7 +235,9 @@ def _make_optimizer(
         eps=training.eps,
         device=devices.device,
         orthogonal=matrices_of_blocks(model, parameters),
+        lr_scales=scales,
     )
+    return optimizer, [*optimizer_decisions, *decisions]
 
 
 def _make_update(
