@@ -45,6 +45,7 @@ def test_verify_can_be_used_alone(tmp_path, tiny_model_folder):
         "model.name": str(tiny_model_folder),
         "data.max_samples": 6,
         "data.packing": "best_fit",
+        "data.overlong": "truncate_right",
         "data.cache_dir": str(tmp_path),
     }
     verdict = verify_packing(

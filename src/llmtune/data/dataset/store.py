@@ -242,6 +242,10 @@ class MappedExamples:
         return np.asarray(self.store.sources, dtype=np.int64)[file_of_example]
 
     def by_source(self) -> dict[str, MappedExamples]:
+        """The examples of each source by its name, in the order of the config; nothing where all are of one source."""
+        return self.named_sources() if len(np.unique(self.sources)) > 1 else {}
+
+    def named_sources(self) -> dict[str, MappedExamples]:
         """The examples of each source by its name, in the order of the config."""
         sources, names = self.sources, self.store.source_names
         return {
@@ -282,7 +286,7 @@ class JoinedExamples:
         """The examples of each source by its name, in the order of the parts."""
         found: dict[str, list[MappedExamples]] = {}
         for part in self.parts:
-            for name, examples in part.by_source().items():
+            for name, examples in part.named_sources().items():
                 found.setdefault(name, []).append(examples)
         return {name: JoinedExamples(sets) if len(sets) > 1 else sets[0] for name, sets in found.items()}
 
