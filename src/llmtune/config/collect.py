@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_origin
 
 from llmtune.common.secrets import SECRET_NAME, SECRET_SHAPES
 from llmtune.common.text import excerpt
@@ -276,8 +277,12 @@ def nearest_key(key: str) -> str:
     'did you mean `training.learning_rate`?'
     >>> nearest_key("model.learning_rate")
     '`learning_rate` stands in another section: write `training.learning_rate`'
+    >>> nearest_key("data.template_args.enable_thinking")
+    'a mapping is written as one value: `data.template_args={enable_thinking: ...}`'
     """
     section, _, leaf = key.lower().replace("-", "_").rpartition(".")
+    if section in LEAVES and get_origin(LEAVES[section]) is Mapping:
+        return f"a mapping is written as one value: `{section}={{{leaf}: ...}}`"
     elsewhere = [name for name in LEAVES if name.rpartition(".")[2] == leaf]
     if len(elsewhere) == 1:
         return f"`{leaf}` stands in another section: write `{elsewhere[0]}`"
