@@ -200,6 +200,12 @@ def test_a_broken_line_at_the_beginning_is_one_bad_row(file):
         assert not rows[0].whole_file
 
 
+def test_several_objects_on_one_line_are_named(file):
+    (row,) = rows_of(file("a.jsonl", '{"text": "a"} {"text": "b"}\n'))
+    assert row.problem.startswith("not JSON: extra data")
+    assert row.fix == "write each row on a line of its own; several stand on this one"
+
+
 # --- what is said
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llmtune.cli.main import main
+from llmtune.data.dataset.make_dataset import survey_data
 from llmtune.data.example import Message, Row
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.formats import UnusableRowError, conversation_of, detect_format, looks_like
@@ -208,3 +209,11 @@ def test_the_command_shows_questions_and_answers_as_turns(tiny_model_folder, tmp
         main(["data", "preview", *arguments, "--json"])
     (line,) = capsys.readouterr().out.splitlines()
     assert "<|im_start|>user\n2+3?<|im_end|>" in json.loads(line)["text"]
+
+
+@pytest.mark.parametrize("fields", [{"question": "q", "answer": " "}, {"instruction": "q", "response": ""}])
+def test_an_empty_answer_is_named_by_its_own_field(fields, write, config, renderer):
+    ledger = survey_data(config(write("a.jsonl", [fields])), renderer).ledger
+    (entry,) = ledger.entries
+    assert entry["reason"] == "the answer is empty"
+    assert entry["field"] == list(fields)[1]

@@ -20,6 +20,7 @@ from llmtune.data.reading.data_file import DataFile
 from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.rendering.renderer import Rendered, Renderer
 from llmtune.data.rendering.row_warnings import RowWarning
+from llmtune.data.rows.field_names import answer_field
 from llmtune.data.rows.formats import UnusableRowError, conversation_of
 from llmtune.data.rows.preferences import PREFERENCE_FORMATS
 from llmtune.errors import DataError
@@ -108,7 +109,7 @@ def process_record(
     try:
         conversations = conversations_of(row, format_name, rules.text_column)
         for conversation in conversations:
-            _check_answers(conversation, rules.train_on)
+            _check_answers(conversation, rules.train_on, answer_field(row.fields, format_name))
         if conversations[0].side is not None:
             return _judged(blank, conversations, renderer, rules)
         rendered = renderer.render_examples(conversations[0])
@@ -288,8 +289,11 @@ def too_long_reason(rules: RowRules) -> Reason:
     return Reason(f"longer than `data.max_length` of {rules.max_length} tokens", None, OVERLONG_FIX)
 
 
-def _check_answers(conversation: Conversation, train_on: TrainOn) -> None:
-    """Raise UnusableRowError for a conversation whose trained answers are missing or empty."""
+def _check_answers(conversation: Conversation, train_on: TrainOn, last_field: str | None) -> None:
+    """Raise UnusableRowError for a conversation whose trained answers are missing or empty.
+
+    `last_field` names the field of the row that holds the last answer, where it is not in a list of messages.
+    """
     if not conversation.messages:
         return
     answers = [message for message in conversation.messages if message.role == "assistant"]
@@ -300,7 +304,8 @@ def _check_answers(conversation: Conversation, train_on: TrainOn) -> None:
         if message.role != "assistant" or message.weight == 0 or message.content.strip():
             continue
         if not any(message.extra.get(name) for name in ("tool_calls", *REASONING_FIELDS)):
-            field = "completion" if conversation.prompt_is_text else f"messages[{index}].content"
+            is_last = last_field is not None and index == len(conversation.messages) - 1
+            field = last_field if is_last else f"messages[{index}].content"
             fix = "give it a text, delete the row, or give the message weight 0"
             raise UnusableRowError(field, "the answer is empty", fix)
 

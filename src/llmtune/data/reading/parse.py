@@ -184,6 +184,8 @@ def parse_json_value(source: str, record: bytes, *, cut_off: bool = False) -> tu
             return BadRow(source, None, "the last row is cut off in the middle", fix)
         reason = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
         problem = f"not JSON: {reason} at character {error.pos + 1}: {_excerpt(text, error.pos)}"
+        if error.msg == "Extra data" and text[error.pos :].lstrip()[:1] == "{":
+            return BadRow(source, None, problem, "write each row on a line of its own; several stand on this one")
         return BadRow(source, None, problem, _json_fix(text, cut_off))
     except _RefusedError as refusal:
         return BadRow(source, refusal.field, refusal.problem, refusal.fix)

@@ -31,6 +31,7 @@ __all__ = [
     "SYSTEM_FIELDS",
     "TOOL_FIELDS",
     "TurnKeys",
+    "answer_field",
     "describe_turn",
     "describe_unread",
     "first_turn",
@@ -136,6 +137,14 @@ def is_raw_text(fields: Mapping[str, object]) -> bool:
         # A column that only a chat has makes all rows of its file conversations, also those in which it is empty.
         and not any(name in fields for name in CHAT_COLUMNS)
     )
+
+
+def answer_field(fields: Mapping[str, object], format_name: str) -> str | None:
+    """The name of the field that holds the last answer of a row as text, or None where it is in a list of messages."""
+    if format_name == "alpaca":
+        return next((name for name in ALPACA_NAMES[0] if fields.get(name) is not None), None)
+    pair = pair_of(fields) if format_name == "prompt-completion" else None
+    return pair[1] if pair is not None and isinstance(fields[pair[1]], str) else None
 
 
 def _tools_name(fields: Mapping[str, object]) -> str:
