@@ -41,8 +41,7 @@ def train(
     from llmtune.engine.optim import build_optimizer
     from llmtune.engine.precision import Precision
     from llmtune.engine.state import TrainingState
-    from llmtune.engine.step_in_backward import StepInBackward
-    from llmtune.engine.update import StepAfterBackward
+    from llmtune.engine.update import StepAfterBackward, StepInBackward
     from llmtune.models.parameters import trained_parameters
 
     device = torch.device(device_type)

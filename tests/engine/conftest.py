@@ -24,8 +24,7 @@ from llmtune.engine.optim import build_optimizer
 from llmtune.engine.precision import Precision
 from llmtune.engine.schedule import learning_rate_at
 from llmtune.engine.state import Snapshot, TrainingState, capture, restore
-from llmtune.engine.step_in_backward import StepInBackward
-from llmtune.engine.update import StepAfterBackward
+from llmtune.engine.update import StepAfterBackward, StepInBackward
 
 CPU = torch.device("cpu")
 VOCABULARY = 64

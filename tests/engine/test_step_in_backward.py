@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from llmtune.engine import optim, state, step_in_backward
+from llmtune.engine import optim, state, update
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import checkpoint_blocks
 from llmtune.engine.neftune import Neftune
@@ -260,13 +260,13 @@ def test_a_run_goes_on_either_way_bit_for_bit(bench, optimizer):
 )
 def test_leaving_one_thing_out_is_caught(bench, mutant, monkeypatch, before, after):
     """The laws above fail on each of these."""
-    assert laws_broken_by(mutant(step_in_backward, before, after), bench, monkeypatch)
+    assert laws_broken_by(mutant(update, before, after), bench, monkeypatch)
 
 
 def test_the_rules_of_another_group_are_caught(bench, mutant, monkeypatch):
     broken = mutant(optim, '[{**group, "params": [parameter]}]', '[{**part.param_groups[0], "params": [parameter]}]')
     monkeypatch.setattr(optim.Optimizer, "step_only", broken.Optimizer.step_only)
-    assert laws_broken_by(step_in_backward, bench, monkeypatch)
+    assert laws_broken_by(update, bench, monkeypatch)
 
 
 def laws_broken_by(broken, bench, monkeypatch):
@@ -308,8 +308,7 @@ def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llmtune.engine.optim import build_optimizer, matrices_of_blocks
-    from llmtune.engine.step_in_backward import StepInBackward
-    from llmtune.engine.update import StepAfterBackward
+    from llmtune.engine.update import StepAfterBackward, StepInBackward
 
     device = torch.device("cuda")
     shape = LlamaConfig(

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmtune.kernels import attention_layout, chunks, linear_cross_entropy, tiled_attention, tiled_mlp
-from llmtune.plan import representative_chunks
+from llmtune.plan import activation_trace
 from llmtune.plan.activation_trace import MicroBatchShape
 from llmtune.plan.hardware import Target
 from plan_helpers import traced
@@ -62,7 +62,7 @@ def test_q7_the_plan_of_few_pieces_is_the_plan_of_all(forecaster_of, monkeypatch
     forecaster = forecaster_of(*method)
     with Counting() as planned_operators:
         planned = long_traced(forecaster, lengths, blocks=1, **options)
-    monkeypatch.setattr(representative_chunks, "FIRST", 1 << 30)
+    monkeypatch.setattr(activation_trace, "FIRST", 1 << 30)
     with Counting() as operators:
         exact = long_traced(forecaster, lengths, blocks=1, **options)
     assert planned_operators.count < operators.count
@@ -94,7 +94,7 @@ def test_q7_a_row_ten_times_as_long_is_planned_by_as_many_operators(forecaster_o
 def test_training_runs_every_chunk_and_a_plan_both_ends_and_the_largest_pair():
     sizes = [1, 2, 3, 4, 9, 9, 5, 1, 1, 1, 1]
     assert list(chunks.every_chunk(sizes, lambda size: size)) == sizes
-    select = representative_chunks.representative_chunks
+    select = activation_trace.representative_chunks
     assert select(range(11)) == [0, 1, 8, 9, 10]
     assert select(range(11), lambda number: sizes[number]) == [0, 1, 4, 5, 6, 8, 9, 10]
     assert list(select(range(5))) == [0, 1, 2, 3, 4]

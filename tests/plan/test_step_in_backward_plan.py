@@ -1,6 +1,6 @@
 """Q7: plans of weights that move in the backward pass (`training.step_in_backward`): parts, suggestions, windows."""
 
-from llmtune.engine.step_in_backward import saves_uncut
+from llmtune.engine.update import saves_uncut
 from llmtune.plan import suggestions as suggestions_module
 from llmtune.plan.hardware import Target
 from llmtune.plan.suggestions import suggest

@@ -23,8 +23,7 @@ from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
 from llmtune.data.dataset.micro_batch import Layout, MicroBatch, make_micro_batch
 from llmtune.data.example import Example
-from llmtune.engine.flat_forward import flat_log_probs, flat_nll_sum
-from llmtune.engine.objective import plain_log_probs, plain_nll_sum
+from llmtune.engine.objective import flat_log_probs, flat_nll_sum, plain_log_probs, plain_nll_sum
 from llmtune.engine.precision import Precision
 from llmtune.errors import ConfigError, ModelError, in_one_line
 from llmtune.kernels.activation_offload import offload_inputs

@@ -18,8 +18,7 @@ from pathlib import Path
 from llmtune.common.decisions import Decision
 from llmtune.common.folders import home_expanded, user_cache_folder
 from llmtune.errors import ModelError
-from llmtune.models.catalog_entry import Availability, CatalogEntry, ModelSource, ScratchShape
-from llmtune.models.user_catalog import read_user_catalog
+from llmtune.models.catalog_entry import Availability, CatalogEntry, ModelSource, ScratchShape, read_user_catalog
 
 __all__ = ["CATALOG", "availability", "catalog", "in_hub_cache", "resolve", "resolve_model_argument"]
 

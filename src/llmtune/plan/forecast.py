@@ -1,21 +1,26 @@
-"""Forecaster: from a prepared run and a device to its exact steps and its memory plan."""
+"""Forecaster: from a prepared run and a device to its exact steps and its memory plan.
+
+Traces, counts and measured rates are cached in the user's cache folder, one small JSON file for each key.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 
+from llmtune import durable
 from llmtune.adapters.target_modules import block_of
+from llmtune.common.folders import cache_folder
 from llmtune.config.process_options import Options
 from llmtune.config.schema import AdapterConfig, Config
 from llmtune.data.dataset.batches import BatchPlan
@@ -25,7 +30,8 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.forward import attention_ways, group_tokens
 from llmtune.engine.precision import DTYPES as COMPUTE
 from llmtune.engine.preference import begins_anew, resolve_objective
-from llmtune.engine.step_in_backward import choose_windows
+from llmtune.engine.update import choose_windows
+from llmtune.errors import LlmtuneError
 from llmtune.models.load import choose_weight_dtype
 from llmtune.plan.activation_trace import TRACED_BLOCKS, Gradients, MicroBatchShape, Peaks, extrapolate, trace
 from llmtune.plan.hardware import Target, find_target, precision_on, process_bytes
@@ -38,14 +44,20 @@ from llmtune.plan.meta_model import (
     count_sizes,
     read_shape,
 )
-from llmtune.plan.plan_cache import cached, read_entry, write_entry
 from llmtune.prepare import Prepared
 from llmtune.version import __version__
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from transformers import PreTrainedModel
 
-__all__ = ["Forecaster", "Steps"]
+__all__ = [
+    "Forecaster",
+    "Steps",
+    "cached",
+    "read_entry",
+    "write_entry",
+]
 
 SAMPLED_WINDOWS = 4000
 """Windows of which the padding and the largest micro-batch are found: all of a shorter run, else evenly spread ones."""
@@ -336,3 +348,43 @@ def _code_digest() -> str:
         for path in sorted((package / folder).glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+Entry = TypeVar("Entry", bound="DataclassInstance")
+
+
+def cached(kind: type[Entry], key: str, compute: Callable[[], Entry]) -> Entry:
+    """The entry of that key; where there is none, the one that `compute` returns, which is then written."""
+    entry = read_entry(kind, key)
+    if entry is None:
+        entry = compute()
+        write_entry(key, entry)
+    return entry
+
+
+def read_entry(kind: type[Entry], key: str) -> Entry | None:
+    """The entry of that key, a dataclass of plain values; None when there is none, or none that can be read."""
+    path = _path(key)
+    if path is None:
+        return None
+    try:
+        return kind(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # missing, not JSON, or of other fields
+        return None
+
+
+def write_entry(key: str, entry: DataclassInstance) -> None:
+    """Write an entry; a cache that cannot be written only costs the next process its time."""
+    path = _path(key)
+    if path is None:
+        return
+    try:
+        durable.make_folder(path.parent)
+        durable.write_json(path, asdict(entry))
+    except LlmtuneError:
+        return
+
+
+def _path(key: str) -> Path | None:
+    folder = cache_folder()
+    return folder / "plan" / f"{key}.json" if folder is not None else None

@@ -121,7 +121,7 @@ def train_line(metrics: Metrics) -> str:
     return str(line | {"learning_rate": _rounded(metrics, "learning_rate", 4), "epoch": _epoch(metrics)})
 
 
-def _comparison(metrics: Metrics, prefix: str = "") -> dict[str, float | None]:
+def _comparison(metrics: Metrics, prefix: str = "") -> dict[str, object]:
     """Margin and accuracy of an objective that compares answers, where the line has them."""
     keys = [name for name in ("rewards_margin", "accuracy") if metrics.get(prefix + name) is not None]
     return {prefix + name: _rounded(metrics, prefix + name, 4) for name in keys}

@@ -28,8 +28,7 @@ from llmtune.engine.objective import Objective, next_token_objective
 from llmtune.engine.optim import Optimizer, build_optimizer, learning_rate_scales, matrices_of_blocks
 from llmtune.engine.precision import Precision
 from llmtune.engine.schedule import schedule_of
-from llmtune.engine.step_in_backward import StepInBackward, choose_windows
-from llmtune.engine.update import StepAfterBackward, Update
+from llmtune.engine.update import StepAfterBackward, StepInBackward, Update, choose_windows
 from llmtune.engine.utilization import utilization
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.parameters import count_parameters, trained_parameters

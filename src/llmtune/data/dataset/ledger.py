@@ -222,7 +222,7 @@ class LedgerPart:
         kept_rows = self.store.rows[self.rows_with_status("used", "cut")]
         pairs = int((examples["side"] == SIDES.index("chosen")).sum())
         summary: PartSummary = {
-            **self.balance(),
+            **self.balance(),  # type: ignore[typeddict-item]  # it has no `pairs`
             "examples": len(examples),
             "tokens": int(examples["tokens"].sum(dtype=np.int64)),
             "loss_tokens": float(examples["loss_weight"].sum()),
