@@ -234,8 +234,8 @@ def test_a_name_that_changes_nothing_is_named_with_its_reason_and_not_used(text)
 REFUSED = {
     "wandb_entity: me": "WANDB_ENTITY",
     "checkpoint_dir: checkpoints/meta/Llama": "`model.name: DIR`",
-    "eos_token: <|im_end|>": "model.tokenizer",
-    "special_tokens: {pad_token: <pad>}": "model.tokenizer",
+    "bos_token: <s>": "model.tokenizer",
+    "special_tokens: {pad_token: <pad>}": "model.pad_token",
     "lr_scheduler_kwargs: {min_lr: 1e-6}": "training.min_lr_ratio",
     "response_template: '### Answer'": "data.train_on",
     "template: qwen": "model.chat_template",

@@ -64,7 +64,7 @@ GROWN = ("model.tokenizer={folders}/grown",)
 WAYS = {
     "grown, LoRA": (*LORA, *GROWN),
     "grown, QLoRA": (*FOUR_BIT, *GROWN),
-    "grown, full": GROWN,
+    "grown, full": (*GROWN, "adapter.train_tokens=[<more>]", "model.pad_token=<note>"),
     "grown, LoRA in bf16": (*LORA, *GROWN, "model.dtype=bfloat16"),
     "grown, with further tokens": (*LORA, *GROWN, "adapter.train_tokens=[<|im_start|>,<more>]"),
     "grown, embedding saved": (*LORA, *GROWN, "adapter.modules_to_save=[embed_tokens]"),

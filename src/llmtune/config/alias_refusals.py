@@ -13,8 +13,8 @@ _MASK = (
     "remove it; `data.train_on` says which messages are trained",
 )
 _TOKENS = (
-    "the tokens that end and pad a text belong to the tokenizer",
-    "set it in a tokenizer's folder, and name that with `model.tokenizer`",
+    "special tokens belong to the tokenizer",
+    "set `model.pad_token` and `model.eos_token`; others in a tokenizer's folder, and name that with `model.tokenizer`",
 )
 NOT_HERE: dict[str, tuple[str, str]] = {
     "trust_remote_code": (
@@ -62,8 +62,6 @@ NOT_HERE: dict[str, tuple[str, str]] = {
     "dataset_info": ("data files are named by their path", "name them in `data.train`"),
     "save_adapter": ("a run with an adapter always saves it", "remove it"),
     "eval_max_new_tokens": ("it has another name here", "set `evaluation.max_new_tokens`"),
-    "eos_token": _TOKENS,
-    "pad_token": _TOKENS,
     "bos_token": _TOKENS,
     "unk_token": _TOKENS,
     "special_tokens": _TOKENS,

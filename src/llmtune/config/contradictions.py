@@ -64,7 +64,6 @@ _LORA_KEYS = (
     "rslora",
     "dora",
     "modules_to_save",
-    "train_tokens",
 )
 
 _OF_EVERY_RUN: tuple[Contradiction, ...] = (

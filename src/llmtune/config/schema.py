@@ -120,6 +120,12 @@ class ModelConfig:
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's own, or the name of a shipped one (`chatml`)."""
 
+    pad_token: str | None = None
+    """Token that fills up short rows; the tokenizer's own when not given."""
+
+    eos_token: str | None = None
+    """Token that ends an answer or a text; the tokenizer's own when not given."""
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type in which frozen weights are held; trained weights are held in float32 unless this names another type."""
 
@@ -190,7 +196,7 @@ class AdapterConfig:
     """Modules trained in full and saved beside the adapter, by name ending (for example `lm_head`)."""
 
     train_tokens: tuple[str, ...] = ()
-    """Tokens (added when new) whose embedding rows are trained beside the adapter."""
+    """Tokens (added when new) whose embedding rows are trained beside the adapter; full tuning trains all rows."""
 
 
 # `data.*`

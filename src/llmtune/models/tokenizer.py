@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,8 @@ def load_tokenizer(
 
     new_tokens: added as special tokens where the vocabulary lacks them (`adapter.train_tokens`).
 
-    Raises TokenizerError when there is no tokenizer, when it has no fast form, or when the chat template does not fit
-    it; ModelError or MachineError when the model it belongs to cannot be found or fetched.
+    Raises TokenizerError when there is no tokenizer, when it has no fast form, or when the chat template or a token of
+    the config does not fit it; ModelError or MachineError when the model it belongs to cannot be found or fetched.
     """
     folder, where, ignore_auto_map = _tokenizer_folder(source, model_config, trust_remote_code)
     refuse_unsafe_folder(folder, trust_remote_code=trust_remote_code, ignore_auto_map=ignore_auto_map)
@@ -72,6 +73,7 @@ def load_tokenizer(
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
         decisions.append(Decision("adapter.train_tokens", ", ".join(missing), "not in the vocabulary, so added to it"))
+    _set_tokens(tokenizer, model_config)
     decisions += _choose_template(tokenizer, source, model_config)
     decisions += _choose_pad(tokenizer)
     tokenizer.clean_up_tokenization_spaces = False  # decoding must give the text back, not a prettier one (Q6)
@@ -117,6 +119,7 @@ def train_tokenizer_for(source: ModelSource, model_config: ModelConfig, texts: I
     reason = (
         f"`{source.name}` is built from scratch and no tokenizer is named: byte-level BPE trained on this run's rows"
     )
+    _set_tokens(tokenizer, model_config)
     decision = Decision("model.tokenizer", f"{len(tokenizer):,} of {vocab_size:,} entries", reason)
     return LoadedTokenizer(tokenizer, tokenizer_digest(tokenizer), (decision,))
 
@@ -237,6 +240,25 @@ def _choose_named_template(tokenizer: PreTrainedTokenizerFast, templates: dict[s
     choice = "default" if "default" in templates else min(templates)
     tokenizer.chat_template = templates[choice]
     return Decision("model.chat_template", choice, f"the tokenizer has {len(templates)}: {names}")
+
+
+def _set_tokens(tokenizer: PreTrainedTokenizerFast, model_config: ModelConfig) -> None:
+    """Set the pad and end token that the config names. Raises TokenizerError for one that the vocabulary lacks."""
+    vocabulary = tokenizer.get_vocab()
+    problems = []
+    for key in ("pad_token", "eos_token"):
+        token = getattr(model_config, key)
+        if token is None:
+            continue
+        if token not in vocabulary:
+            near = get_close_matches(token, [name for name in vocabulary if len(name) > 2], n=2)
+            hint = f"did you mean {' or '.join(f'`{name}`' for name in near)}? " if near else ""
+            fix = f"{hint}a new token is added with 'adapter.train_tokens=[{token}]'"
+            problems.append(Problem(f"the tokenizer has no token `{token}`", f"model.{key}", fix))
+        else:
+            setattr(tokenizer, key, token)
+    if problems:
+        raise TokenizerError.all(problems)
 
 
 def _choose_pad(tokenizer: PreTrainedTokenizerFast) -> list[Decision]:

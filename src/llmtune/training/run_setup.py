@@ -76,11 +76,12 @@ class StoppedRun:
     def own_tokenizer(self, model: ModelConfig) -> Path | None:
         """The folder of the tokenizer that the run trained for itself; None where `model` does not use it.
 
-        It uses none, or names another tokenizer or chat template than when the run began.
+        It uses none, or names another tokenizer, chat template or token than when the run began.
         """
         # Another one is opened as in a new run: then its digest decides whether the run can go on.
         folder, earlier = self.path / TOKENIZER_FOLDER, self.identity["config"]["model"]
-        is_same = (model.tokenizer, model.chat_template) == (earlier["tokenizer"], earlier["chat_template"])
+        keys = ("tokenizer", "chat_template", "pad_token", "eos_token")
+        is_same = all(getattr(model, key) == earlier.get(key) for key in keys)
         return folder if folder.is_dir() and is_same else None
 
 
