@@ -95,9 +95,17 @@ def _build(
     config = replace(
         config,
         adapter=replace(config.adapter, dropout=0.0),
-        # Rates are needed to build an optimizer; no step is made.
+        # Rates are needed to build an optimizer and its schedule; no step is made.
         training=replace(
-            config.training, precision="fp32", neftune_alpha=None, batch_size=1, learning_rate=0.0, weight_decay=0.0
+            config.training,
+            precision="fp32",
+            neftune_alpha=None,
+            batch_size=1,
+            learning_rate=1.0,
+            lr_schedule="constant",
+            warmup_steps=None,
+            warmup_ratio=None,
+            weight_decay=0.0,
         ),
         model=replace(config.model, dtype="float32"),
     )
