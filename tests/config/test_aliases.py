@@ -27,6 +27,9 @@ READ = {
     "per_device_train_batch_size: 2": {"training.batch_size": 2},
     "train_batch_size: 2": {"training.batch_size": 2},
     "batch_size: 2": {"training.batch_size": 2},
+    "default_system: Be brief.": {"data.system": "Be brief."},
+    "system_prompt: Be brief.": {"data.system": "Be brief."},
+    "chat_template_kwargs: {enable_thinking: false}": {"data.template_args": {"enable_thinking": False}},
     "max_seq_length: 512": {"data.max_length": 512},
     "max_seq_len: 512": {"data.max_length": 512},
     "max_length: 512": {"data.max_length": 512},
@@ -323,6 +326,7 @@ def test_every_plain_name_reaches_its_key(name):
 
 SAMPLES_BY_TYPE = {str: "word", str | None: "word", bool: "true"}
 SAMPLES = {
+    "data.template_args": "{a: 1}",
     "adapter.rank_pattern": "{q_proj: 2}",
     "adapter.alpha_pattern": "{q_proj: 2}",
     "data.format": "text",

@@ -381,3 +381,12 @@ def test_any_other_variable_of_that_prefix_is_noted():
     (note,) = load_config(None, environ={"LLMTUNE_IMAGE": "x"}).notes
     assert note.startswith("env LLMTUNE_IMAGE: it sets no config key")
     assert load_config(None, environ=dict.fromkeys(PROCESS_VARIABLES, "1")).notes == ()
+
+
+def test_values_of_a_mapping_keep_their_types_and_quotes_make_text(write):
+    path = write("a.yaml", "data: {template_args: {effort: high, budget: 3, share: 0.5, switch: 'no', other: no}}")
+    given = load_config(str(path), environ={}, overrides=["data.system=Be brief."]).config.data
+    assert given.template_args == {"effort": "high", "budget": 3, "share": 0.5, "switch": "no", "other": False}
+    assert given.system == "Be brief."
+    again = load_config(str(path), environ={}, overrides=["data.template_args={enable_thinking: false}"]).config.data
+    assert again.template_args == {"enable_thinking": False}

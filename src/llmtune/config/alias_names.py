@@ -41,6 +41,8 @@ NAMES_OF = {
     "data.eval": "eval_file eval_files eval_data eval_dataset validation_file test_datasets",
     "data.format": "dataset_format",
     "data.text_column": "dataset_text_field text_column text_field",
+    "data.system": "system default_system default_system_message system_prompt",
+    "data.template_args": "chat_template_kwargs template_kwargs",
     "data.test_size": "val_set_size val_size test_size",
     "data.shuffle_seed": "shuffle_seed data_seed",
     "data.max_length": "max_length max_seq_length max_seq_len sequence_len model_max_length block_size cutoff_len",
