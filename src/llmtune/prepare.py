@@ -26,6 +26,7 @@ from llmtune.data.dataset.packing import Indices, examples_together, plan_sequen
 from llmtune.data.dataset.row_result import OVERLONG_FIX
 from llmtune.data.dataset.store import MappedExamples
 from llmtune.data.rendering.renderer import Renderer
+from llmtune.data.rows.preferences import RECOGNIZED_BY
 from llmtune.errors import ConfigError, DataError, TokenizerError
 from llmtune.models import catalog
 from llmtune.models.catalog_entry import ModelSource
@@ -300,7 +301,9 @@ def prepare(
             config, tokens = fit_train_tokens(config, source, model_config, loaded)
             fitted += [*length, *tokens]
         with overlong_named(fitted):
-            data = prepare_data(config.data, renderer, method=config.objective.method, progress=progress)
+            data = prepare_data(
+                config.data, renderer, formats=RECOGNIZED_BY[config.objective.method], progress=progress
+            )
     _refuse_beyond(context, data)
     packs, draws = _lay_out(data.train, config.data)
     decisions = (*source.decisions, *loaded.decisions, *still, *fitted, *renderer.decisions, *data.decisions)
@@ -345,4 +348,4 @@ def _lay_out(examples: MappedExamples, data: DataConfig) -> tuple[list[Indices],
 
 
 def _texts(config: Config) -> Iterator[str]:
-    return iter_texts(config.data, config.objective.method)
+    return iter_texts(config.data, RECOGNIZED_BY[config.objective.method])

@@ -14,6 +14,7 @@ from llmtune.data.dataset.overlong import cut_sides
 from llmtune.data.dataset.packing import examples_together, plan_sequences
 from llmtune.data.dataset.row_result import conversations_of
 from llmtune.data.example import Message, Row
+from llmtune.data.rows.preferences import RECOGNIZED_BY
 from llmtune.data.rows.row_fields import UnusableRowError
 from llmtune.errors import DataError
 
@@ -160,7 +161,7 @@ def pairs(count):
 
 def test_prompt_ids_are_those_of_generate_and_only_the_answer_with_its_end_is_trained(write, config, renderer):
     rows = list(pairs(6))
-    prepared = prepare_data(config(write("a.jsonl", rows)), renderer, method="dpo")
+    prepared = prepare_data(config(write("a.jsonl", rows)), renderer, formats=RECOGNIZED_BY["dpo"])
     assert len(prepared.train) == 12
     assert prepared.train.sides.tolist() == [0, 1] * 6
     for number, row in enumerate(rows):
@@ -182,25 +183,25 @@ def test_prompt_ids_are_those_of_generate_and_only_the_answer_with_its_end_is_tr
 def test_the_format_is_told_among_those_the_method_learns_from(write, config, renderer):
     both = write("a.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
     for method, name in (("sft", "prompt-completion"), ("kto", "unpaired")):
-        prepared = prepare_data(config(both), renderer, method=method)
+        prepared = prepare_data(config(both), renderer, formats=RECOGNIZED_BY[method])
         assert [decision.value for decision in prepared.decisions if decision.key == "data.format"] == [name]
     with pytest.raises(DataError, match=r"no row has the fields of a format.*") as caught:
-        prepare_data(config(both), renderer, method="dpo")
+        prepare_data(config(both), renderer, formats=RECOGNIZED_BY["dpo"])
     assert "(preference)" in caught.value.problems[0].fix
     pair = write("b.jsonl", list(pairs(2)))
-    assert prepare_data(config(pair), renderer, method="kto").train.sides.tolist() == [0, 1, 0, 1]
+    assert prepare_data(config(pair), renderer, formats=RECOGNIZED_BY["kto"]).train.sides.tolist() == [0, 1, 0, 1]
     with pytest.raises(DataError, match="some rows are pairs"):
-        examples_together(prepare_data(config(pair, both), renderer, method="kto").train)
+        examples_together(prepare_data(config(pair, both), renderer, formats=RECOGNIZED_BY["kto"]).train)
 
 
 def test_policies_for_long_rows_hold_for_the_pair(write, config, renderer):
     short, long = {"prompt": "a", "chosen": "b", "rejected": "c"}, "word " * 60
     path = write("a.jsonl", [short, {"prompt": "a", "chosen": long, "rejected": "c"}])
     with pytest.raises(DataError, match=r"longer than `data\.max_length` of 32 tokens"):
-        prepare_data(config(path, max_length=32), renderer, method="dpo")
-    dropped = prepare_data(config(path, max_length=32, overlong="drop"), renderer, method="dpo")
+        prepare_data(config(path, max_length=32), renderer, formats=RECOGNIZED_BY["dpo"])
+    dropped = prepare_data(config(path, max_length=32, overlong="drop"), renderer, formats=RECOGNIZED_BY["dpo"])
     assert len(dropped.train) == 2
-    cut = prepare_data(config(path, max_length=32, overlong="truncate_right"), renderer, method="dpo")
+    cut = prepare_data(config(path, max_length=32, overlong="truncate_right"), renderer, formats=RECOGNIZED_BY["dpo"])
     assert cut.train.lengths.tolist()[2] == 32
     (entry,) = cut.ledger.entries
     assert "(chosen): truncate_right" in entry["reason"]
@@ -228,14 +229,14 @@ def test_a_cut_on_the_left_takes_the_same_tokens_off_both_prompts():
 
 def test_equal_rows_are_duplicates_but_not_the_same_answer_with_the_other_label(write, config, renderer):
     rows = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False, True)]
-    prepared = prepare_data(config(write("a.jsonl", rows), on_duplicate="drop"), renderer, method="kto")
+    prepared = prepare_data(config(write("a.jsonl", rows), on_duplicate="drop"), renderer, formats=RECOGNIZED_BY["kto"])
     assert prepared.ledger.summary()["train"]["duplicate"] == 1
     assert prepared.train.sides.tolist() == [2, 3]
 
 
 def test_a_pair_with_one_bad_side_is_bad_and_named(write, config, renderer):
     rows = [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
-    survey = survey_data(config(write("a.jsonl", rows)), renderer, method="dpo")
+    survey = survey_data(config(write("a.jsonl", rows)), renderer, formats=RECOGNIZED_BY["dpo"])
     assert [problem.where.rpartition("/")[2] for problem in survey.problems] == ["a.jsonl:1"]
     assert "rejected: the two sides are equal" in survey.problems[0].problem
 
@@ -243,7 +244,7 @@ def test_a_pair_with_one_bad_side_is_bad_and_named(write, config, renderer):
 @pytest.mark.parametrize("packing", ["none", "greedy", "first_fit", "best_fit"])
 @pytest.mark.parametrize("layout", ["flat", "padded"])
 def test_both_sides_of_a_pair_lie_in_one_micro_batch(write, config, renderer, packing, layout):
-    prepared = prepare_data(config(write("a.jsonl", list(pairs(23)))), renderer, method="dpo")
+    prepared = prepare_data(config(write("a.jsonl", list(pairs(23)))), renderer, formats=RECOGNIZED_BY["dpo"])
     examples = prepared.train
     packs = plan_sequences(examples, 64, packing, 3)
     assert sorted(np.concatenate(packs).tolist()) == list(range(46))
@@ -269,7 +270,7 @@ def test_both_sides_of_a_pair_lie_in_one_micro_batch(write, config, renderer, pa
 
 
 def test_trained_tokens_of_each_sequence_are_counted_alike_in_both_layouts(write, config, renderer):
-    examples = prepare_data(config(write("a.jsonl", list(pairs(5)))), renderer, method="dpo").train
+    examples = prepare_data(config(write("a.jsonl", list(pairs(5)))), renderer, formats=RECOGNIZED_BY["dpo"]).train
     counts = [int((example.weights != 0).sum()) for example in examples]
     for layout in ("flat", "padded"):
         (batch,) = eval_batches(examples, batch_size=8, layout=layout, pad_id=0, together=2)
@@ -284,13 +285,13 @@ def test_groups_of_pairs_are_cut_between_pairs():
 
 def test_texts_for_a_tokenizer_hold_each_prompt_once(write, config):
     path = write("a.jsonl", [{"prompt": "p", "chosen": "b", "rejected": "c"}])
-    assert list(iter_texts(config(path), "dpo")) == ["p", "b", "c"]
+    assert list(iter_texts(config(path), RECOGNIZED_BY["dpo"])) == ["p", "b", "c"]
 
 
 def test_preview_shows_both_sides_with_their_masks(write, config, renderer, tiny_tokenizer):
     from llmtune.data.dataset.preview import Group, json_line, terminal_text
 
-    examples = prepare_data(config(write("a.jsonl", list(pairs(1)))), renderer, method="dpo").train
+    examples = prepare_data(config(write("a.jsonl", list(pairs(1)))), renderer, formats=RECOGNIZED_BY["dpo"]).train
     text = "\n".join(terminal_text(Group(list(examples)), tiny_tokenizer, color=False))
     assert "#chosen: " in text
     assert "#rejected: " in text

@@ -86,6 +86,10 @@ def workplace(tmp_path_factory, tiny_model_folder):
                 {"role": "assistant", "content": "words " * (1 + number % 3)},
             ]
             file.write(json.dumps({"messages": words}) + "\n")
+    pairs = [{"prompt": f"number {n}", "chosen": "words", "rejected": "no words"} for n in range(8)]
+    labels = [{"prompt": f"number {n}", "completion": "words", "label": n % 2 == 0} for n in range(8)]
+    for name, rows in (("pairs", pairs), ("labels", labels)):
+        (folder / f"my-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = [
         "model:",
         f"  name: {json.dumps(str(tiny_model_folder))}",

@@ -191,7 +191,9 @@ def test_precomputed_equals_live_and_its_cache_is_of_these_weights_and_rows(reso
     cached = tmp_path / "cache" / "reference"
     found = lines_of(training.train(resolve(settings, name="measured")).folder)
     for line, other in zip(found, live, strict=True):
-        assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+        assert line.keys() == other.keys()
+        numbers = [key for key, value in line.items() if isinstance(value, float)]
+        assert [line[key] for key in numbers] == pytest.approx([other[key] for key in numbers], rel=1e-4, abs=1e-5)
     files = {path: path.read_bytes() for path in cached.iterdir()}
     assert len(files) == 2  # training and held-out rows
     assert lines_of(training.train(resolve(settings, name="read")).folder) == found

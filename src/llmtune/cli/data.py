@@ -154,6 +154,7 @@ def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remo
     check_working_folder()
     from llmtune.adapters.start import fit_start
     from llmtune.data.dataset.make_dataset import survey_data
+    from llmtune.data.rows.preferences import RECOGNIZED_BY
     from llmtune.prepare import (
         find_context,
         find_model,
@@ -178,7 +179,7 @@ def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remo
         data = survey_data(
             resolved.config.data,
             renderer,
-            method=resolved.config.objective.method,
+            formats=RECOGNIZED_BY[resolved.config.objective.method],
             progress=tokenizing_progress(print_line),
         )
     return Survey(resolved, decisions, loaded, renderer, data)

@@ -80,6 +80,7 @@ def evaluate(
 def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None) -> tuple[HeldOut, Config]:
     """Return the rows to evaluate on, and the config they were prepared by."""
     from llmtune.data.dataset.make_dataset import prepare_data
+    from llmtune.data.rows.preferences import EVERY_FORMAT
     from llmtune.models.read_config import context_of
     from llmtune.prepare import fit_max_length, overlong_named
 
@@ -95,26 +96,27 @@ def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None
     settings, fitted = fit_max_length(settings, context, origins)
     for decision in fitted:
         print_line(str(decision))
+    formats = None if settings.objective.method == "sft" else EVERY_FORMAT
     if data:
         sources = tuple(SourceConfig(path=path) for path in data)
         # Every row counts: nothing is held out, limited or shuffled.
         rows = replace(settings.data, train=sources, eval=(), test_size=0, max_samples=None, shuffle_seed=None)
         try:
             with overlong_named(fitted):
-                return prepare_data(rows, loaded.renderer).train, settings
+                return prepare_data(rows, loaded.renderer, formats=formats).train.right_answers(), settings
         except DataError as error:
             raise DataError.all(_located_at_option(problem) for problem in error.problems) from error
     if not settings.data.train:
         raise UsageError("no rows are named", "command line", "name a file with --data, or a config with --config")
     with overlong_named(fitted):
-        held_out = prepare_data(settings.data, loaded.renderer).eval
+        held_out = prepare_data(settings.data, loaded.renderer, formats=formats).eval
     if held_out is None or not len(held_out):
         raise DataError(
             "the config holds out no rows",
             "data.eval / data.test_size",
             "name a file with --data, or set data.test_size",
         )
-    return held_out, settings
+    return held_out.right_answers(), settings
 
 
 def _located_at_option(problem: Problem) -> Problem:

@@ -51,6 +51,7 @@ def train(
 ) -> None:
     """Train a byte-level BPE tokenizer on the config's data and save it as a tokenizer folder."""
     from llmtune.data.dataset.make_dataset import iter_texts
+    from llmtune.data.rows.preferences import RECOGNIZED_BY
     from llmtune.models.chat_templates import find_chat_template
     from llmtune.models.save import write_tokenizer
     from llmtune.models.tokenizer_training import measure_tokenizer, train_tokenizer
@@ -71,14 +72,14 @@ def train(
     architecture = settings.model.architecture
     entries = vocab_size or architecture.vocab_size or 16_384
     tokenizer = train_tokenizer(
-        _with_progress(iter_texts(settings.data, settings.objective.method)),
+        _with_progress(iter_texts(settings.data, RECOGNIZED_BY[settings.objective.method])),
         entries,
         chat_template=find_chat_template(chat_template or settings.model.chat_template or "chatml"),
         special_tokens=special_token or (),
         min_frequency=min_frequency,
         max_length=architecture.max_seq_len or 2048,
     )
-    report = measure_tokenizer(tokenizer, iter_texts(settings.data, settings.objective.method))
+    report = measure_tokenizer(tokenizer, iter_texts(settings.data, RECOGNIZED_BY[settings.objective.method]))
     durable.prepare_target(output, print_line)
     with durable.commit_folder(output, with_manifest=False, replace=False) as folder:
         write_tokenizer(tokenizer, folder)

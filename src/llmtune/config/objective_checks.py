@@ -108,6 +108,12 @@ OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `data.overlong` to drop, truncate_right or truncate_left",
     ),
     Contradiction(
+        ("data.one_example_per_turn", "objective.method"),
+        lambda c, _: _compares(c) and bool(c.data.one_example_per_turn),
+        "where answers are compared, a row is one prompt and its answers",
+        "remove `data.one_example_per_turn`",
+    ),
+    Contradiction(
         ("data.train_on", "data.train", "data.eval", "objective.method"),
         lambda c, _: _compares(c) and not _rules(c) <= {*ANSWER_RULES},
         "where answers are compared, their own tokens are trained and nothing else",

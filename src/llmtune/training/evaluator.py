@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llmtune.data.dataset.packing import answers_to_learn
 from llmtune.data.example import ExampleSet
 from llmtune.engine.loop import StepResult
 from llmtune.engine.schedule import interval, is_due
@@ -83,6 +82,7 @@ class Evaluator:
         data = setup.prepared.data.eval
         self._heldout: ExampleSet | None = data if data is not None and len(data) else None
         self._heldout_sets: Mapping[str, ExampleSet] = {} if data is None else data.by_source()
+        self._right_answers: ExampleSet | None = None if data is None else data.right_answers()
         self._heldout_bytes: float | None = None
         self._watch: HistogramWatch | None = None
         self._interval = interval(
@@ -158,7 +158,7 @@ class Evaluator:
             self._count_loss(metrics[f"eval_{self._setup.objective.name}"])
             is_chosen_by = self._config.evaluation.best_by.startswith("eval_exact")
             if self._config.evaluation.exact_match and (full or is_chosen_by):
-                metrics |= self._exact_answers(self._heldout)
+                metrics |= self._exact_answers()
             is_best = self._update_best(step, self._value_of(metrics))
         if metrics:
             self._write(step, {"epoch": epoch, **metrics})
@@ -240,14 +240,15 @@ class Evaluator:
             return True
         return False
 
-    def _exact_answers(self, heldout: ExampleSet) -> dict[str, Any]:
+    def _exact_answers(self) -> dict[str, Any]:
+        assert self._right_answers is not None, "answers are counted over held-out rows"
         prepared = self._setup.prepared
         tokenizer = prepared.tokenizer.tokenizer
         with self._setup.precision.autocast():
             count = count_exact_answers(
                 self._setup.model,
                 tokenizer,
-                answers_to_learn(heldout),
+                self._right_answers,
                 stop_token_ids=prepared.renderer.stop_token_ids,
                 pad_id=tokenizer.pad_token_id or 0,
                 max_new_tokens=self._config.evaluation.max_new_tokens,

@@ -6,11 +6,11 @@ is computed here, on the tables, each time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from llmtune.common.decisions import Decision
-from llmtune.config.schema import DataConfig, ObjectiveMethod
+from llmtune.config.schema import DataConfig
 from llmtune.data.dataset import selection
 from llmtune.data.dataset.ledger import Ledger, LedgerPart
 from llmtune.data.dataset.mixture import mixture_of
@@ -22,6 +22,7 @@ from llmtune.data.reading.data_file import DataFile, digest_files, read_records
 from llmtune.data.reading.find_files import find_files, find_held_out_files, swept_in
 from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.rendering.renderer import Renderer
+from llmtune.data.rows.formats import Recognize
 from llmtune.data.rows.row_fields import UnusableRowError
 from llmtune.errors import ConfigError, DataError, Problem
 
@@ -47,15 +48,15 @@ def prepare_data(
     config: DataConfig,
     renderer: Renderer,
     *,
-    method: ObjectiveMethod = "sft",
+    formats: Mapping[str, Recognize] | None = None,
     progress: Progress | None = None,
 ) -> PreparedData:
-    """Make the examples of all sources in `config`, for an objective of this `method`.
+    """Make the examples of all sources in `config`, their format detected among `formats` (FORMATS where None).
 
     Raises DataError with every problem at once: rows that cannot be used (unless `on_bad_row` is skip), rows over
     `max_length` where `overlong` is error, overlap where `on_overlap` is error, no row left to train on.
     """
-    prepared = survey_data(config, renderer, method=method, progress=progress)
+    prepared = survey_data(config, renderer, formats=formats, progress=progress)
     raise_problems(prepared)
     return prepared
 
@@ -70,7 +71,7 @@ def survey_data(
     config: DataConfig,
     renderer: Renderer,
     *,
-    method: ObjectiveMethod = "sft",
+    formats: Mapping[str, Recognize] | None = None,
     progress: Progress | None = None,
 ) -> PreparedData:
     """Make the examples like `prepare_data`, but return problems instead of raising them: a report shows them all.
@@ -82,13 +83,13 @@ def survey_data(
     train_files, eval_files, decisions = _find(config)
     digests = digest_files([*train_files, *eval_files])
     train, train_decisions = tokenize_side(
-        config, "train", train_files, digests[: len(train_files)], renderer, progress, method
+        config, "train", train_files, digests[: len(train_files)], renderer, progress, formats
     )
     parts = [train]
     decisions += train_decisions
     if eval_files:
         side, side_decisions = tokenize_side(
-            config, "eval", eval_files, digests[len(train_files) :], renderer, progress, method
+            config, "eval", eval_files, digests[len(train_files) :], renderer, progress, formats
         )
         parts.append(side)
         decisions += [decision for decision in side_decisions if decision not in decisions]
@@ -133,17 +134,17 @@ def _mixed(prepared: PreparedData, config: DataConfig) -> PreparedData:
     return replace(prepared, decisions=[*prepared.decisions, *mixture.decisions(config.train)])
 
 
-def iter_texts(config: DataConfig, method: ObjectiveMethod = "sft") -> Iterator[str]:
+def iter_texts(config: DataConfig, formats: Mapping[str, Recognize] | None = None) -> Iterator[str]:
     """Yield every text of the training rows (contents of messages, plain texts), for training a tokenizer.
 
     Bad rows are skipped. Raises DataError for a source that leads to no file, and at the end where every row was bad.
     """
     files = find_files(config.train, "train")
-    formats, _ = detect_formats(config, files, method)
+    names, _ = detect_formats(config, files, formats)
     good, bad = 0, list[Problem]()
     for index, record in read_records(files, config.max_samples):
         text_column = files[index].source.text_column or config.text_column
-        conversations = _conversations(record, files[index], formats[index], text_column)
+        conversations = _conversations(record, files[index], names[index], text_column)
         if isinstance(conversations, BadRow):
             bad += [conversations.as_problem()] if len(bad) < BAD_ROWS_SHOWN else []
             continue

@@ -12,13 +12,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from llmtune.data.example import SIDES, Example, ExampleSet, example_digest, set_digest
+from llmtune.data.example import SIDES, ExampleSet
 from llmtune.errors import DataError
 
 __all__ = [
     "STRATEGIES",
     "PackingStrategy",
-    "answers_to_learn",
     "examples_together",
     "packing_efficiency",
     "plan_packs",
@@ -95,43 +94,6 @@ def examples_together(examples: ExampleSet) -> int:
     assert in_pairs[0::2].all()
     assert rejected[1::2].all()
     return 2
-
-
-class _Chosen:
-    """Some examples of a set, int64 [M], as a set."""
-
-    def __init__(self, examples: ExampleSet, numbers: Indices) -> None:
-        self._examples, self._numbers = examples, numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._examples[int(self._numbers[index])]
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        return self._examples.lengths[self._numbers]
-
-    @property
-    def loss_weights(self) -> npt.NDArray[np.float64]:
-        return self._examples.loss_weights[self._numbers]
-
-    @property
-    def sides(self) -> npt.NDArray[np.int8]:
-        return self._examples.sides[self._numbers]
-
-    @property
-    def digest(self) -> str:
-        examples = (self[index] for index in range(len(self)))
-        return set_digest(example_digest(one.input_ids, one.weights, one.side) for one in examples)
-
-
-def answers_to_learn(examples: ExampleSet) -> ExampleSet:
-    """The examples whose answers are right ones: those without a side, the chosen and the desirable."""
-    wrong = [SIDES.index("rejected"), SIDES.index("undesirable")]
-    numbers = np.flatnonzero(~np.isin(examples.sides, wrong))
-    return examples if len(numbers) == len(examples) else _Chosen(examples, numbers)
 
 
 def plan_sequences(examples: ExampleSet, max_length: int, strategy: PackingStrategy, seed: int | None) -> list[Indices]:

@@ -59,6 +59,9 @@ _EXAMPLE_BYTES = struct.Struct("<qqiiqd16s")
 assert (_ROW_BYTES.size, _EXAMPLE_BYTES.size) == (ROW.itemsize, EXAMPLE.itemsize)
 
 
+WRONG_SIDES = (SIDES.index("rejected"), SIDES.index("undesirable"))
+
+
 class Texts(TypedDict):
     """The texts that the tables refer to by number; JSON-able. `Reason` and `RowWarning` are lists of their fields."""
 
@@ -253,6 +256,10 @@ class MappedExamples:
             for place in np.unique(sources)
         }
 
+    def right_answers(self) -> MappedExamples:
+        """The examples without a side, the chosen and the desirable ones."""
+        return MappedExamples(self.store, self.selection[~np.isin(self.sides, WRONG_SIDES)])
+
     def digests(self) -> Iterator[bytes]:
         """`example_digest` of every example, in order."""
         digests = self.store.examples["digest"]
@@ -289,6 +296,10 @@ class JoinedExamples:
             for name, examples in part.named_sources().items():
                 found.setdefault(name, []).append(examples)
         return {name: JoinedExamples(sets) if len(sets) > 1 else sets[0] for name, sets in found.items()}
+
+    def right_answers(self) -> JoinedExamples:
+        """The examples without a side, the chosen and the desirable ones."""
+        return JoinedExamples([part.right_answers() for part in self.parts])
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from llmtune.common.decisions import Decision
 from llmtune.common.folders import cache_folder, home_expanded
-from llmtune.config.schema import DataConfig, ObjectiveMethod
+from llmtune.config.schema import DataConfig
 from llmtune.data.dataset.cache import cache_key, open_or_build
 from llmtune.data.dataset.ledger import LedgerPart
 from llmtune.data.dataset.row_result import RowResult, RowRules
@@ -20,8 +20,7 @@ from llmtune.data.reading.find_files import Purpose
 from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.reading.readers import READERS
 from llmtune.data.rendering.renderer import Renderer
-from llmtune.data.rows.formats import DETECTION_ROWS, detect_format
-from llmtune.data.rows.preferences import RECOGNIZED_BY
+from llmtune.data.rows.formats import DETECTION_ROWS, Recognize, detect_format
 from llmtune.errors import DataError, Problem
 
 __all__ = ["Progress", "detect_formats", "row_rules", "tokenize_side"]
@@ -47,39 +46,41 @@ def row_rules(config: DataConfig) -> RowRules:
 
 
 def detect_formats(
-    config: DataConfig, files: Sequence[DataFile], method: ObjectiveMethod = "sft"
+    config: DataConfig, files: Sequence[DataFile], formats: Mapping[str, Recognize] | None = None
 ) -> tuple[list[str], list[Decision]]:
     """The format of each file, detected from its first rows, and a decision for each format of a source.
 
-    Only formats that the objective's `method` learns from are considered. Raises DataError for files whose rows have
+    It is one of `formats`, or of FORMATS where None. Raises DataError for files whose rows have
     the fields of none, and for sources without a row.
     """
     empty = _empty_files(files)
-    formats: list[str] = []
+    names: list[str] = []
     decisions: dict[tuple[int, str], Decision] = {}
     problems: list[Problem] = []
     for file in files:
         try:
-            name, decision = _format_of(file, config, method)
+            name, decision = _format_of(file, config, formats)
         except DataError as error:
             problems += error.problems
             continue
-        formats.append(name)
+        names.append(name)
         if decision is not None:
             # One decision speaks for all files of a source with the same format.
             decisions.setdefault((file.source_index, name), decision)
     if problems:
         raise DataError.all(problems)
-    return formats, [*empty, *decisions.values()]
+    return names, [*empty, *decisions.values()]
 
 
-def _format_of(file: DataFile, config: DataConfig, method: ObjectiveMethod) -> tuple[str, Decision | None]:
+def _format_of(
+    file: DataFile, config: DataConfig, formats: Mapping[str, Recognize] | None
+) -> tuple[str, Decision | None]:
     """The format of a file: that of its source or the config, else detected, with a decision.
 
     Raises DataError where its rows have the fields of no format, or lack a column that the source names, and for keys
     of the source that rows of this format do not use.
     """
-    name, decision = _given_or_detected(file, config, method)
+    name, decision = _given_or_detected(file, config, formats)
     problems = [
         Problem(f"`{key}` is not used: rows of the format `{name}` have no messages with roles", file.label, fix)
         for key, fix in _UNUSED_KEYS.get(name, {}).items()
@@ -90,7 +91,9 @@ def _format_of(file: DataFile, config: DataConfig, method: ObjectiveMethod) -> t
     return name, decision
 
 
-def _given_or_detected(file: DataFile, config: DataConfig, method: ObjectiveMethod) -> tuple[str, Decision | None]:
+def _given_or_detected(
+    file: DataFile, config: DataConfig, formats: Mapping[str, Recognize] | None
+) -> tuple[str, Decision | None]:
     source = file.source
     given = source.format or ("text" if source.text_column else config.format)
     if given != "auto" and not source.columns:
@@ -101,7 +104,7 @@ def _given_or_detected(file: DataFile, config: DataConfig, method: ObjectiveMeth
     if given != "auto":
         return given, None
     rows = [row for record in first if isinstance(row := file.parse(record), Row)]
-    name, decision = detect_format(rows, config.text_column, RECOGNIZED_BY[method])
+    name, decision = detect_format(rows, config.text_column, formats)
     if not rows:  # the file is empty, or its rows are named as bad ones
         return name, None
     shape = READERS[file.kind].shape
@@ -146,20 +149,20 @@ def tokenize_side(
     digests: list[str],
     renderer: Renderer,
     progress: Progress | None,
-    method: ObjectiveMethod = "sft",
+    formats: Mapping[str, Recognize] | None = None,
 ) -> tuple[LedgerPart, list[Decision]]:
     """Return every row of one side with its status before rows are compared, and the decisions made on the way.
 
     `digests` are those of `files`, in order. Raises DataError for a file in no known format, MachineError where
     `cache_dir` cannot be used.
     """
-    formats, decisions = detect_formats(config, files, method)
+    names, decisions = detect_formats(config, files, formats)
     rules = row_rules(config)
     # Held-out rows are never cut short: a smaller set would be another measurement.
     limit = config.max_samples if purpose == "train" else None
-    facts = {"renderer": renderer.digest, "formats": formats, "rules": rules._asdict(), "max_samples": limit}
+    facts = {"renderer": renderer.digest, "formats": names, "rules": rules._asdict(), "max_samples": limit}
     folder = home_expanded(config.cache_dir) if config.cache_dir else cache_folder()
-    job = Job(tuple(files), tuple(formats), renderer, rules)
+    job = Job(tuple(files), tuple(names), renderer, rules)
     workers = available_cores() if config.num_workers is None else config.num_workers
     store, cache_decisions = open_or_build(
         folder,

@@ -30,7 +30,7 @@ from llmtune.data.rows.formats import (
 )
 from llmtune.data.rows.row_fields import null_or_missing, read_messages, wrong_type
 
-__all__ = ["PREFERENCE_FORMATS", "RECOGNIZED_BY", "PreferenceFormat"]
+__all__ = ["EVERY_FORMAT", "PREFERENCE_FORMATS", "RECOGNIZED_BY", "PreferenceFormat"]
 
 SIDE_FIELDS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 """Names of the two sides of a pair."""
@@ -233,3 +233,8 @@ RECOGNIZED_BY: dict[ObjectiveMethod, Mapping[str, Recognize] | None] = {
     "kto": {**_PAIRS, "unpaired": _recognize_unpaired},
 }
 """The formats of rows that each method of `objective` can learn from; None: those of `FORMATS`."""
+
+EVERY_FORMAT: Mapping[str, Recognize] = {**(RECOGNIZED_BY["kto"] or {})} | {
+    name: row.recognize for name, row in FORMATS.items()
+}
+"""The formats of rows on which a run that compares answers can be measured."""
