@@ -76,3 +76,21 @@ def test_one_source_has_the_loss_of_all_rows_alone(config_of):
     result = training.train(config_of("training.max_steps=1"))
     names = {key for line in lines_of(result.folder) for key in line if key.startswith("eval_")}
     assert names == {"eval_mean_nll", "eval_perplexity", "eval_bits_per_byte", "eval_num_loss_tokens"}
+
+
+def test_evaluate_reads_rows_as_a_source_says(config_of, two_sets, tmp_path, capsys):
+    """`--data` takes what an entry of `data.train` may be, and its errors name the option."""
+    result = training.train(config_of("training.max_steps=1"))
+    pairs = [json.loads(line)["messages"] for line in (two_sets / "short.jsonl").read_text().splitlines()]
+    path = tmp_path / "renamed.jsonl"
+    path.write_text("".join(json.dumps({"ask": ask["content"], "say": say["content"]}) + "\n" for ask, say in pairs))
+    renamed = measured(capsys, result.folder, "--data", f"{{path: {path}, columns: {{question: ask, answer: say}}}}")
+    assert renamed == measured(capsys, result.folder, "--data", two_sets / "short.jsonl")
+    for value, code, said in (
+        (path, 3, "--data '{path: FILE, columns: {question: ..., answer: ...}}'"),
+        (f"{{path: {path}, columns: {{questoin: ask}}}}", 2, "did you mean `question`?"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["evaluate", str(result.folder), "--data", str(value)])
+        assert stopped.value.code == code
+        assert said in capsys.readouterr().err

@@ -14,7 +14,7 @@ from llmtune.cli.generate import Model, open_inference_model
 from llmtune.cli.options import Checkpoint, NoCuda
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, SourceConfig
-from llmtune.errors import DataError, Problem, UsageError
+from llmtune.errors import ConfigError, DataError, Problem, UsageError
 
 if TYPE_CHECKING:
     from llmtune.data.dataset.store import JoinedExamples, MappedExamples
@@ -24,11 +24,17 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
+IN_THE_SOURCE = "say in the source which they are"
+"""How the fix of fields without a format begins, which an option `--data` cannot follow as it stands."""
+
 
 def evaluate(
     model: Model,
     data: Annotated[
-        list[str] | None, typer.Option("--data", help="Rows to evaluate on, all of them; may be given again.")
+        list[str] | None,
+        typer.Option(
+            "--data", help="Rows to evaluate on, all of them: a path, or {path: ..., columns: ...}; may be given again."
+        ),
     ] = None,
     config: Annotated[
         str | None,
@@ -98,7 +104,7 @@ def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None
         print_line(str(decision))
     formats = None if settings.objective.method == "sft" else EVERY_FORMAT
     if data:
-        sources = tuple(SourceConfig(path=path) for path in data)
+        sources = tuple(source for text in data for source in _sources_of(text))
         # Every row counts: nothing is held out, limited or shuffled.
         rows = replace(settings.data, train=sources, eval=(), test_size=0, max_samples=None, shuffle_seed=None)
         try:
@@ -119,12 +125,25 @@ def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None
     return held_out.right_answers(), settings
 
 
+def _sources_of(text: str) -> tuple[SourceConfig, ...]:
+    """The source that an option `--data` names: a path, or a mapping as an entry of `data.train` is written."""
+    if not text.startswith("{"):
+        return (SourceConfig(path=text),)
+    try:
+        return load_config(None, overrides=[f"data.train=[{text}]"], environ={}).config.data.train
+    except ConfigError as error:
+        raise UsageError.all(problem._replace(where="--data") for problem in error.problems) from error
+
+
 def _located_at_option(problem: Problem) -> Problem:
     """Name the option `--data`, which the user typed, instead of the config key that its files were put under."""
     where = re.sub(r"data\.train(\[\d+\])?", "--data", problem.where) if problem.where else "--data"
     if problem.fix and "`data.overlong`" in problem.fix:
         fix = "take them out, or name the file in a config that sets `data.overlong`, and give that with --config"
         return problem._replace(where=where, fix=fix)
+    if problem.fix and problem.fix.startswith(IN_THE_SOURCE):
+        option = "--data '{path: FILE, columns: {question: ..., answer: ...}}'"
+        return problem._replace(where=where, fix=f"say which they are: {option}")
     return problem._replace(where=where)
 
 
