@@ -86,7 +86,7 @@ class Objective:
 def next_token_objective(nll_sum: Callable[[MicroBatch], Tensor]) -> Objective:
     """Make the objective of supervised fine-tuning: the weighted negative log-likelihood of trained tokens.
 
-    `nll_sum`: that sum over a micro-batch, sum_n w_n (-log p_n), in nats, float32 [].
+    nll_sum = sum_n w_n (-log p_n): that sum over a micro-batch, in nats, float32 [].
     """
     return Objective(nll_sum, "mean_nll", "nats per trained token")
 
@@ -178,7 +178,7 @@ def flat_inputs(batch: MicroBatch, device: torch.device) -> FlatInputs:
 
 
 def flat_forward(model: PreTrainedModel | PeftModel, inputs: FlatInputs) -> Tensor:
-    """Return the hidden states from which trained tokens are predicted, [N, E].
+    """Return the hidden states from which trained tokens are predicted, [N, E]: hidden = decoder(ids)[rows].
 
     `model` (bare or inside peft's wrapper) must have attention by segments, so that documents cannot see each other
     (promise N5).
@@ -203,7 +203,10 @@ def flat_nll_sum(model: PreTrainedModel | PeftModel, batch: MicroBatch, *, head:
 def flat_log_probs(
     model: PreTrainedModel | PeftModel, batch: MicroBatch, *, head: Head, device: torch.device
 ) -> Tensor:
-    """Log-probability of the trained tokens of each document of a flat micro-batch: nats, float32 [S]."""
+    """Log-probability of the trained tokens of each document of a flat micro-batch: nats, float32 [S].
+
+    log p = sum over the document's rows n of weights[n] * log softmax(head(hidden[n]))[targets[n]]
+    """
     inputs = flat_inputs(batch, device)
     rows_of_sequence_S = batch.sequence_rows.to(device)
     return sequence_log_probs(head, flat_forward(model, inputs), inputs.targets, inputs.weights, rows_of_sequence_S)

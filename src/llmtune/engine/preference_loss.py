@@ -39,16 +39,20 @@ class PairLogProbs(NamedTuple):
 
 
 def log_ratios(pairs: PairLogProbs, *, by_token: bool = False) -> tuple[Tensor, Tensor]:
-    """Log p - log p_ref of the chosen and of the rejected side, [P] each; `by_token`: divided by its trained tokens.
+    """Log-ratios of the chosen and of the rejected side to the reference, [P] each.
 
-    Each side is compared with its own reference first: a model equal to its reference then has exactly 0 on both.
+    ratio = log p - log p_ref (arXiv:2305.18290, section 4); `by_token`: divided by the side's trained tokens. Each side
+    is compared with its own reference first: a model equal to its reference then has exactly 0 on both.
     """
     chosen, rejected = pairs.chosen - pairs.reference_chosen, pairs.rejected - pairs.reference_rejected
     return (chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens) if by_token else (chosen, rejected)
 
 
 def token_means(pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
-    """Mean log-probability of a token of the chosen and of the rejected side, [P] each."""
+    """Mean log-probability of a token of the chosen and of the rejected side, [P] each.
+
+    mean = log p / trained tokens of the side (arXiv:2405.14734, section 2.2).
+    """
     return pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
 
 
@@ -91,11 +95,11 @@ def simpo_losses(chosen: Tensor, rejected: Tensor, *, beta: float, gamma_beta_ra
 
 
 def log_odds(mean: Tensor) -> Tensor:
-    """log(p / (1 - p)) of mean log-probabilities of a token, which are below 0: m - log(1 - e^m).
+    """Log-odds of mean log-probabilities m of a token, which are below 0, of any shape (arXiv:2403.07691).
 
-    The second term is log(-expm1(m)) near 0 and log1p(-exp(m)) far from it (M. Maechler, "Accurately computing
-    log(1 - exp(-|a|))", 2012), so it is right to rounding for m from -30 to -1e-7. Above -1e-7, where float32 has no
-    number between p and 1, m counts as -1e-7.
+    log_odds = log(p / (1 - p)) = m - log(1 - e^m). The second term is log(-expm1(m)) near 0 and log1p(-exp(m)) far from
+    it (M. Maechler, "Accurately computing log(1 - exp(-|a|))", 2012), so it is right to rounding for m from -30 to
+    -1e-7. Above -1e-7, where float32 has no number between p and 1, m counts as -1e-7.
 
     >>> import torch
     >>> log_odds(torch.tensor([-0.6931472, -30.0])).round(decimals=3).tolist()

@@ -23,7 +23,10 @@ class Reference(Protocol):
     """Gives the log-probabilities of answers by the reference."""
 
     def log_probs(self, batch: MicroBatch) -> Tensor:
-        """Log-probability of the trained tokens of each example: nats, float32 [S], never joined to a graph."""
+        """Log-probability of the trained tokens of each example: nats, float32 [S], never joined to a graph.
+
+        log p = sum over trained tokens t of w_t log softmax(logits_t)[id_t]
+        """
         ...
 
 

@@ -45,7 +45,7 @@ class Update(Protocol):
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
         """Prepare for the backward pass that completes the window's gradients.
 
-        `losses`: loss sums of all its micro-batches, float32 [] each. `rate`: learning rate of its update.
+        `losses`: loss sums of all its micro-batches, of shape [] each. `rate`: learning rate of its update.
         """
         ...
 
@@ -86,7 +86,10 @@ class StepAfterBackward:
         """Do nothing: no weight moves before all gradients are summed. `losses` are scalars, shape [] each."""
 
     def reduce_and_clip(self) -> torch.Tensor:
-        """Sum over all devices, divide by the loss scale, clip; returns the norm before clipping, shape []."""
+        """Sum over all devices, divide by the loss scale, clip (arXiv:1211.5063).
+
+        Returns the norm before clipping, shape [].
+        """
         # Summed before clipping: the norm is that of the whole window.
         self._devices.sync_gradients(self._parameters)
         return self._precision.clip(self._parameters, self._max_grad_norm)
@@ -183,9 +186,9 @@ class StepInBackward:
         self.has_begun = False
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
-        """Apply every gradient as soon as it is complete, or drop it where a loss is not finite.
+        """Apply every gradient as soon as it is complete, or drop it where a loss is not finite (arXiv:2306.09782).
 
-        `losses`: float32 [] each. Waits for them.
+        `losses`: scalars, shape [] each. Waits for them.
         """
         # Asked before the first weight moves: afterwards the window could no longer be skipped.
         self._is_finite = bool(torch.stack(list(losses)).double().sum().isfinite())

@@ -96,7 +96,7 @@ class Tile(NamedTuple):
     def gather(self, x: Tensor, dim: int, start: int) -> Tensor:
         """Give tokens `start` to `stop` of each piece from a row along `dim`: [..., T, ...] -> [..., C, tokens, ...].
 
-        A view where the pieces are evenly spaced, else a copy.
+        gathered[c, n] = x[offsets[c] + start + n]. A view where the pieces are evenly spaced, else a copy.
         """
         if self.rearrangement is not None:
             return (
@@ -110,7 +110,7 @@ class Tile(NamedTuple):
     def scatter(self, row: Tensor, gathered: Tensor, dim: int, start: int) -> list[tuple[Tensor, Tensor]]:
         """Pair views of `row` with their parts of `gathered` [..., C, tokens, ...], for the caller to copy or to add.
 
-        The inverse of `gather`; padding is dropped.
+        row[offsets[c] + start + n] = gathered[c, n]. The inverse of `gather`; padding is dropped.
         """
         if self.rearrangement is not None:
             tokens = gathered.flatten(dim, dim + 1).index_select(dim, self.rearrangement.inverse)

@@ -64,7 +64,7 @@ def find_head(model: PreTrainedModel) -> Head | None:
 def trained_rows(weights: Tensor) -> Tensor:
     """Return int64 [N]: the positions in a flat row from which a trained token is predicted (one before it).
 
-    weights: float32 [1, T].
+    rows = {t - 1 : weights[0, t] != 0}. weights: float32 [1, T].
     """
     # A document's first token has weight 0, so no position predicts a token of the next document.
     return weights[0, 1:].nonzero().squeeze(1)

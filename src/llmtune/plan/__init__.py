@@ -6,7 +6,7 @@
 3. The largest micro-batch is run forward and backward on fake tensors through two decoder blocks and through three,
    and the bytes alive are counted; more blocks follow on a straight line (`activation_trace`, `attention_memory`).
 4. Weights, gradients, optimizer state and activations are added up for each moment of a step; the largest sum is the
-   plan (`memory`). It is compared with what the device has (`hardware`); traces are cached on disk (`plan_cache`).
+   plan (`memory`). It is compared with what the device has (`hardware`); traces are cached on disk (`forecast`).
 5. `auto` values become the largest micro-batch and the least recomputation that fit (`resolve_auto`); where nothing
    fits, or memory runs out during training, changes are proposed (`suggestions`, `out_of_memory`).
 6. Measured, not computed: what the process holds without a model, and tokens per second (`llmtune plan --measure`).
