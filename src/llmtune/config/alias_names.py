@@ -18,6 +18,7 @@ NAMES_OF = {
     "model.revision": "model_revision revision_of_model",
     "model.tokenizer": "tokenizer_name tokenizer_name_or_path tokenizer_config",
     "model.chat_template": "chat_template chat_template_path chat_template_jinja",
+    "model.train_only": "unfrozen_parameters",
     "model.pad_token": "pad_token",
     "model.eos_token": "eos_token",
     "model.gradient_checkpointing": (

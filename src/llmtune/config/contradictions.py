@@ -91,6 +91,12 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         for name in _LORA_KEYS
     ),
     Contradiction(
+        ("model.train_only", "adapter.method"),
+        lambda c, _: bool(c.model.train_only) and c.adapter.method != "none",
+        "an adapter freezes the whole model, and some of its own parameters are to be trained",
+        "name modules with `adapter.modules_to_save`, or set `adapter.method: none`",
+    ),
+    Contradiction(
         ("training.loraplus_lr_ratio", "adapter.method"),
         lambda c, _: c.training.loraplus_lr_ratio is not None and c.adapter.method == "none",
         "LoRA+ sets the rates of an adapter's matrices, and none is trained",

@@ -132,6 +132,9 @@ class ModelConfig:
     quantization: Literal["none", "4bit", "8bit"] = "none"
     """Hold the frozen base in 4-bit NF4 with double quantization (QLoRA) or in 8 bit; needs an adapter."""
 
+    train_only: tuple[str, ...] = ()
+    """Full tuning of these parameters alone: regular expressions over their full names; all when not given."""
+
     attention: Literal["auto", "sdpa", "flash", "flex", "eager"] = "auto"
     """Attention implementation; `auto` takes the fastest exact one for this device."""
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
+from llmtune.common.decisions import Decision
+from llmtune.errors import ConfigError, Problem
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["base_model_of", "count_parameters", "eval_mode", "trained_parameters"]
+__all__ = ["base_model_of", "count_parameters", "eval_mode", "freeze_all_but", "trained_parameters"]
 
 
 def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -26,6 +30,36 @@ def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that training changes, by name, in the model's order; tied ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> Decision:
+    """Freeze every parameter whose full name none of the `patterns` matches, and return that choice.
+
+    A pattern is a regular expression over the full name (`model.layers.2[0-9].*`). Raises ConfigError for one that
+    matches no parameter.
+    """
+    # Tied weights under all of their names: a pattern may know the head and not the embedding.
+    named = list(model.named_parameters(remove_duplicate=False))
+    kept: set[int] = set()
+    problems = []
+    for pattern in patterns:
+        try:
+            found = {id(parameter) for name, parameter in named if re.fullmatch(pattern, name)}
+            problem = f"`{pattern}` matches no parameter"
+        except re.error as error:
+            found, problem = set(), f"`{pattern}` is no regular expression: {error}"
+        kept |= found
+        if not found:
+            fix = f"a full name is `{named[len(named) // 2][0]}`: a pattern matches the whole of it"
+            problems.append(Problem(problem, "model.train_only", fix))
+    if problems:
+        raise ConfigError.all(problems)
+    for _, parameter in named:
+        parameter.requires_grad_(id(parameter) in kept)
+    trained = trained_parameters(model)
+    entries, total = sum(map(_entries, trained.values())), count_parameters(model)
+    reason = f"{entries:,} of {total:,} parameters are trained ({entries / total:.2%})"
+    return Decision("model.train_only", f"{len(trained)} tensors", reason)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -136,7 +136,10 @@ class Forecaster:
         if self.target.kind != "cpu":
             return 0
         # Loading imports libraries that the process then holds; a plan from the cache must not be without them.
-        self._build(replace(self.config, adapter=AdapterConfig(method=self.config.adapter.method)), blocks=1)
+        config = self.config
+        # What names blocks or tokens says nothing of the libraries.
+        adapter, model = AdapterConfig(method=config.adapter.method), replace(config.model, train_only=())
+        self._build(replace(config, adapter=adapter, model=model), blocks=1)
         compute = COMPUTE[self.precision]
         return process_bytes(compute) + (FULL_KERNEL_CACHES_BYTES if compute is not None else 0)
 
@@ -303,8 +306,11 @@ class Forecaster:
         """Count the first blocks through which no gradient goes: they keep nothing for the backward pass."""
         adapter = config.adapter
         blocks = [block_of(name) for name in layers]
-        trained_elsewhere = adapter.train_tokens or adapter.modules_to_save or adapter.start_from or None in blocks
-        return 0 if trained_elsewhere else min((block[0] for block in blocks if block), default=0)
+        # In the model's order, what stands before the first block is the embedding.
+        reaches_embedding = (
+            adapter.train_tokens or adapter.modules_to_save or adapter.start_from or blocks[:1] == [None]
+        )
+        return 0 if reaches_embedding else min((block[0] for block in blocks if block), default=0)
 
     def _build(self, config: Config, blocks: int | None = None, layers: Sequence[str] | None = None) -> PreTrainedModel:
         trained = config.adapter.method == "none" or self.prepared.source.kind == "scratch"
@@ -317,7 +323,7 @@ class Forecaster:
         model = config.model
         # `_name_or_path` is the folder, which may move without changing the model.
         shape = {key: value for key, value in self.shape.config.to_dict().items() if key != "_name_or_path"}
-        weights = [model.dtype, model.quantization, self.prepared.source.kind, asdict(config.adapter)]
+        weights = [model.dtype, model.quantization, model.train_only, self.prepared.source.kind, asdict(config.adapter)]
         device = [self.target.kind, self.target.has_bf16, self.precision, model.attention]
         facts = [kind, shape, weights, device, self.prepared.tokenizer.digest, details, __version__, _code_digest()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]

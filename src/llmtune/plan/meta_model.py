@@ -25,7 +25,7 @@ from llmtune.errors import LlmtuneError, ModelError, in_one_line
 from llmtune.kernels.recompute import checkpointable_blocks
 from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.load import refuse_foreign_quantization
-from llmtune.models.parameters import base_model_of
+from llmtune.models.parameters import base_model_of, freeze_all_but, trained_parameters
 from llmtune.models.quiet_libraries import quiet_libraries
 from llmtune.models.read_config import read_config
 from llmtune.models.scan import refuse_unsafe_folder, weight_files
@@ -116,8 +116,9 @@ def build_meta_model(
 ) -> PreTrainedModel:
     """Build the model on the meta device, with the adapter of `config`; only its first `blocks` blocks when given.
 
-    layers: full names of the layers that get an adapter, in place of those of `config`: what that says of a block may
-    be of one that a model of few blocks lacks. None is adapted where the list is empty.
+    layers: full names of the layers that get an adapter (with `model.train_only`: of the parameters that are trained),
+    in place of those of `config`: what that says of a block may be of one that a model of few blocks lacks. None is
+    adapted where the list is empty.
 
     Raises ModelError for an architecture that no model can have, AdapterError for an adapter that does not fit it.
     """
@@ -139,19 +140,39 @@ def build_meta_model(
             adapter, start = config.adapter, start_options(config)
         if adapter.method != "none":
             model, _ = attach.attach_adapter(model, adapter, seed=0, tokenizer=tokenizer, start=start)
+        elif config.model.train_only:
+            _freeze(model, config.model.train_only, layers)
     return model
 
 
 def adapted_layers_of(shape: ModelShape, config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the full names of the layers of the whole model that get an adapter; none without one.
+    """Return the full names of the layers of the whole model that get an adapter, in the model's order.
 
-    Raises AdapterError for names that match no layer of any block.
+    With `model.train_only`: of the parameters that are trained. None where every weight is. Raises AdapterError or
+    ConfigError for names that match nothing in any block.
     """
+    if config.model.train_only:
+        return list(trained_parameters(build_meta_model(shape, config, tokenizer, dtype=torch.float32)))
     if config.adapter.method == "none":
         return []
     model = build_meta_model(shape, config, tokenizer, dtype=torch.float32, layers=())
     start = start_options(config)
     return adapted_layers(model, start or chosen_layers(model, config.adapter))
+
+
+def _freeze(model: PreTrainedModel, patterns: Sequence[str], names: Sequence[str] | None) -> None:
+    """Freeze what `patterns` leave out; on a model of few blocks, what no block of the whole model trains.
+
+    names: parameters that the whole model trains; None for the whole model itself.
+    """
+    if names is None:
+        freeze_all_but(model, patterns)
+        return
+    parts = [block_of(name) for name in names]
+    inside, outside = {part[1] for part in parts if part}, {name for name in names if block_of(name) is None}
+    for name, parameter in model.named_parameters():
+        part = block_of(name)
+        parameter.requires_grad_(name in outside if part is None else part[1] in inside)
 
 
 def _adapter_on(model: PreTrainedModel, adapter: AdapterConfig, layers: Sequence[str]) -> AdapterConfig:

@@ -31,7 +31,7 @@ from llmtune.engine.schedule import schedule_of
 from llmtune.engine.update import StepAfterBackward, StepInBackward, Update, choose_windows
 from llmtune.engine.utilization import utilization
 from llmtune.models.load import LoadedModel, load_model
-from llmtune.models.parameters import count_parameters, trained_parameters
+from llmtune.models.parameters import count_parameters, freeze_all_but, trained_parameters
 from llmtune.prepare import Prepared
 from llmtune.training.preference import Objectives, build_objectives
 
@@ -118,6 +118,8 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
     if is_adapted:
         model, start_digest, adapter_decisions = _attach_adapter(prepared, loaded)
         decisions += adapter_decisions
+    elif config.model.train_only:
+        decisions.append(freeze_all_but(model, config.model.train_only))
     parameters = trained_parameters(model)
     devices.broadcast(parameters.values())  # one seed made them alike; now they are, on any mix of devices
     counts = Counts(count_parameters(model), trained=sum(parameter.numel() for parameter in parameters.values()))
