@@ -20,7 +20,7 @@ PHASES = (
     (training_run.TrainingRun, "steps", "training"),
     (evaluator.Evaluator, "evaluate", "evaluation"),
     (evaluator, "generate", "generation"),
-    (evaluator, "count_exact_answers", "generation"),
+    (evaluator, "predict_answers", "generation"),
     (checkpointer.Checkpointer, "save", "saving"),
     (checkpointer.Checkpointer, "save_best", "saving"),
     (checkpoint, "delete_old_checkpoints", "retention"),

@@ -9,6 +9,7 @@ import torch
 from llmtune.data.example import Message
 from llmtune.errors import DataError
 from llmtune.evaluation.generate import TextPrompt, continue_ids, generate
+from llmtune.evaluation.sampling import Sampling
 
 PROMPTS = ["the user asks", "a", "the assistant answers: a small system of words and numbers 0123456789"]
 
@@ -94,7 +95,7 @@ def test_asking_changes_nothing(tiny_model, renderer, tiny_tokenizer, states):
     tiny_model.generation_config.top_k = 7
     tiny_model.train()
     before, python_state, numpy_state = states(tiny_model), random.getstate(), np.random.get_state()[1].copy()
-    generate(tiny_model, tiny_tokenizer, renderer, PROMPTS, max_new_tokens=4, temperature=1.0)
+    generate(tiny_model, tiny_tokenizer, renderer, PROMPTS, max_new_tokens=4, sampling=Sampling(temperature=1.0))
     after = states(tiny_model)
     assert before[0] == after[0]
     assert all(torch.equal(one, other) for one, other in zip(before[1], after[1], strict=True))
@@ -115,9 +116,14 @@ def test_the_models_own_generation_settings_have_no_say(tiny_model, renderer):
 
 def test_drawn_answers_repeat_with_their_seed_and_differ_without(tiny_model, renderer, tiny_tokenizer):
     def drawn(seed):
-        return generate(tiny_model, tiny_tokenizer, renderer, ["a"], max_new_tokens=20, temperature=1.5, seed=seed)[
-            0
-        ].ids
+        return generate(
+            tiny_model,
+            tiny_tokenizer,
+            renderer,
+            ["a"],
+            max_new_tokens=20,
+            sampling=Sampling(temperature=1.5, seed=seed),
+        )[0].ids
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llmtune.cli.main import main
+from llmtune.config.process_options import Options
 from llmtune.errors import ConfigError
 from llmtune.training import train as training
 from llmtune.training.evaluator import EvalState, is_better
@@ -172,3 +173,14 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(config_o
     code, _, err = program("generate", tiny_model_folder, "hello", "--checkpoint", "best")
     assert code == 2
     assert "is no run, so it has no checkpoints" in err
+
+
+def test_answers_are_judged_at_every_evaluation_and_can_choose_the_best_model(config_of, tmp_path):
+    (tmp_path / "mine.py").write_text("def few(prompt, reference, answer):\n    return -len(answer)\n")
+    options = Options(score=f"{tmp_path / 'mine.py'}:few")
+    settings = (*RISING, "evaluation.best_by=eval_score", "evaluation.max_new_tokens=8")
+    scores = values(training.train(config_of(*settings), options).folder, "eval_score")
+    assert set(scores) == {1, 2}
+    built_in = values(training.train(config_of(*RISING, "evaluation.score=f1"), Options()).folder, "eval_score")
+    assert all(0 <= score <= 1 for score in built_in.values())
+    assert best_step(tmp_path / "runs" / "run") == max(scores, key=lambda step: (scores[step], -step))

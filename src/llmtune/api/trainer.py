@@ -22,6 +22,7 @@ from llmtune.config.process_options import Options
 from llmtune.engine.loop import StepResult
 from llmtune.errors import UsageError
 from llmtune.evaluation.generate import Answer, Prompt, generate
+from llmtune.evaluation.sampling import Sampling
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
 from llmtune.training.training_run import Result, TrainingRun
@@ -176,12 +177,13 @@ class Trainer:
         return metrics
 
     def generate(
-        self, *prompts: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+        self, *prompts: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0, **sampling: Any
     ) -> list[Answer]:
         """Return answers of the model as it is now to prompts, which are rendered as in training.
 
         prompts: questions, or lists of messages; a text to be continued is wrapped in `TextPrompt`.
         temperature: 0 takes the most probable token each time.
+        sampling: `top_k`, `top_p`, `repetition_penalty` and `stop`, as fields of `evaluation.sampling.Sampling`.
         Raises DataError for a prompt that leaves no room in the model's longest sequence.
         """
         session = self.session
@@ -192,8 +194,7 @@ class Trainer:
                 session.prepared.renderer,
                 prompts,
                 max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
+                sampling=Sampling(temperature=temperature, seed=seed, **sampling),
             )
 
     def result(self) -> Result:

@@ -24,27 +24,63 @@ __all__ = ["compare"]
 def compare(
     run: Model,
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; those of the run's config when none.")
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="Prompts; those of the run's config when none. A second run or model may stand before them.",
+        ),
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="File with one prompt a line.")] = None,
+    other: Annotated[
+        str | None, typer.Option("--with", metavar="RUN|MODEL", help="The second model, whatever the prompts are.")
+    ] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
     no_cuda: NoCuda = False,
 ) -> None:
-    """Show what the base says and what the tuned model says."""
+    """Show what the base says and what the tuned model says, or what any two models say."""
+    texts = list(prompts or [])
+    if other is None and texts and _names_a_model(texts[0]):
+        other = texts.pop(0)
     loaded = open_inference_model(run, no_cuda=no_cuda)
     configured = list(loaded.config.evaluation.prompts) if loaded.config is not None else []
-    use_configured = configured and not prompts and prompt_file is None
-    texts = configured if use_configured else read_prompts(prompts or [], prompt_file)
-    tuned = _answers(loaded, loaded.model, texts, system, max_new_tokens)
+    use_configured = configured and not texts and prompt_file is None
+    texts = configured if use_configured else read_prompts(texts, prompt_file)
+    first = _answers(loaded, loaded.model, texts, system, max_new_tokens)
+    if other is not None:
+        del loaded  # the two need not fit into memory together
+        second_model = open_inference_model(other, no_cuda=no_cuda)
+        second = _answers(second_model, second_model.model, texts, system, max_new_tokens)
+        _show({run: first, other: second} if run != other else {"first": first, "second": second}, as_json=as_json)
+        return
     with loaded.as_before_tuning() as model:
         base = _answers(loaded, model, texts, system, max_new_tokens)
-    for before, after in zip(base, tuned, strict=True):
+    _show({"base": base, "tuned": first}, as_json=as_json)
+
+
+def _names_a_model(text: str) -> bool:
+    """Whether a text is a run, a folder, a .gguf file or a name of `llmtune list-models`, and so no prompt."""
+    from llmtune.adapters.find import named_folder
+    from llmtune.models.catalog import catalog
+
+    is_file = text.endswith(".gguf") and Path(text).is_file()
+    return is_file or text in catalog() or (bool(text.strip()) and named_folder(text, "runs") is not None)
+
+
+def _show(answers: dict[str, list[Answer]], *, as_json: bool) -> None:
+    """Print the answers of the models side by side, prompt by prompt."""
+    width = max(map(len, answers))
+    for row in zip(*answers.values(), strict=True):
+        texts = dict(zip(answers, (answer.text for answer in row), strict=True))
         if as_json:
-            print(json.dumps({"prompt": after.prompt, "base": before.text, "tuned": after.text}, ensure_ascii=False))
-        else:
-            print(f"prompt: {after.prompt}\n  base:  {_indented(before.text)}\n  tuned: {_indented(after.text)}\n")
+            print(json.dumps({"prompt": row[0].prompt, **texts}, ensure_ascii=False))
+            continue
+        print(f"prompt: {row[0].prompt}")
+        for name, text in texts.items():
+            indent = "\n" + " " * (width + 4)
+            print(f"  {name + ':':<{width + 1}} {text.strip()}".replace("\n", indent))
+        print()
 
 
 def _answers(
@@ -59,7 +95,3 @@ def _answers(
     as_text = loaded.answers_text and system is None
     texts = [TextPrompt(prompt) if as_text else prompt for prompt in prompts]
     return generate(model, loaded.tokenizer, loaded.renderer, texts, max_new_tokens=max_new_tokens, system=system)
-
-
-def _indented(text: str) -> str:
-    return text.strip().replace("\n", "\n         ")

@@ -11,7 +11,7 @@ import typer
 
 from llmtune.cli.failure import print_line
 from llmtune.cli.generate import Model, open_inference_model
-from llmtune.cli.options import Checkpoint, NoCuda
+from llmtune.cli.options import Checkpoint, NoCuda, Score
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, SourceConfig
 from llmtune.errors import ConfigError, DataError, Problem, UsageError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     HeldOut = MappedExamples | JoinedExamples
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "held_out_rows"]
 
 IN_THE_SOURCE = "say in the source which they are"
 """How the fix of fields without a format begins, which an option `--data` cannot follow as it stands."""
@@ -44,6 +44,7 @@ def evaluate(
     exact_match: Annotated[
         bool, typer.Option("--exact-match", help="Also count the answers given character by character.")
     ] = False,
+    score: Score = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Rows at once; the result does not depend on it.")
     ] = 8,
@@ -57,22 +58,11 @@ def evaluate(
     if data and config:
         raise UsageError("--data and --config both name rows", "command line", "give one of them")
     loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda)
-    rows, settings = _held_out(loaded, data, config)
+    rows, settings = held_out_rows(loaded, data, config)
     print_line(f"{len(rows)} held-out rows, measured in float32 arithmetic")
     metrics = _measure(loaded, settings, rows, batch_size)
-    if exact_match:
-        from llmtune.evaluation.exact_match import count_exact_answers
-
-        count = count_exact_answers(
-            loaded.model,
-            loaded.tokenizer,
-            rows,
-            stop_token_ids=loaded.renderer.stop_token_ids,
-            pad_id=loaded.tokenizer.pad_token_id or 0,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-        )
-        metrics |= {"eval_exact_answers": count.exact, "eval_num_answers": count.answers}
+    if exact_match or score is not None:
+        metrics |= _judge(loaded, rows, score, exact_match=exact_match, max_new_tokens=max_new_tokens, batch=batch_size)
     if as_json:
         print(json.dumps(metrics))
         return
@@ -83,7 +73,33 @@ def evaluate(
         print(f"exactly right: {metrics['eval_exact_answers']} of {metrics['eval_num_answers']}")
 
 
-def _held_out(loaded: InferenceModel, data: list[str] | None, config: str | None) -> tuple[HeldOut, Config]:
+def _judge(
+    loaded: InferenceModel, rows: HeldOut, score: str | None, *, exact_match: bool, max_new_tokens: int, batch: int
+) -> dict[str, float]:
+    """Answer the prompts of the rows, and count the exact answers or judge all of them, as asked."""
+    from llmtune.evaluation.predictions import predict_answers
+    from llmtune.evaluation.scores import find_score, mean_score
+
+    judge = find_score(score) if score is not None else None
+    predictions = predict_answers(
+        loaded.model,
+        loaded.tokenizer,
+        rows,
+        stop_token_ids=loaded.renderer.stop_token_ids,
+        pad_id=loaded.tokenizer.pad_token_id or 0,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch,
+    )
+    metrics: dict[str, float] = {}
+    if exact_match:
+        exact = sum(prediction.is_exact for prediction in predictions)
+        metrics |= {"eval_exact_answers": exact, "eval_num_answers": len(predictions)}
+    if judge is not None and predictions:
+        metrics["eval_score"] = mean_score(predictions, judge)
+    return metrics
+
+
+def held_out_rows(loaded: InferenceModel, data: list[str] | None, config: str | None) -> tuple[HeldOut, Config]:
     """Return the rows to evaluate on, and the config they were prepared by."""
     from llmtune.data.dataset.make_dataset import prepare_data
     from llmtune.data.rows.preferences import EVERY_FORMAT

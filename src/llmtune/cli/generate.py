@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +34,12 @@ TopP = Annotated[
     float,
     typer.Option("--top-p", min=0, max=1, help="Draw from the smallest set of tokens that holds this probability."),
 ]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many most likely tokens; 0 from all.")]
+RepetitionPenalty = Annotated[
+    float,
+    typer.Option("--repetition-penalty", min=1e-3, help="Above 1: tokens that stand before become less likely."),
+]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="Text that ends an answer; may be given again.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of drawn answers.")]
 
 
@@ -46,7 +53,10 @@ def generate(
     system: System = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
+    top_k: TopK = 0,
     top_p: TopP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
     seed: Seed = 0,
     text: Annotated[
         bool, typer.Option("--text", help="Continue the prompt as plain text, without a chat template.")
@@ -59,6 +69,7 @@ def generate(
     loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda)
     from llmtune.evaluation.generate import TextPrompt
     from llmtune.evaluation.generate import generate as answer_all
+    from llmtune.evaluation.sampling import Sampling
 
     as_text = text or (loaded.answers_text and system is None)
     answers = answer_all(
@@ -68,13 +79,11 @@ def generate(
         [TextPrompt(prompt) if as_text else prompt for prompt in texts],
         max_new_tokens=max_new_tokens,
         system=system,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+        sampling=Sampling(repetition_penalty, temperature, top_k, top_p, seed, tuple(stop or ())),
     )
     for answer in answers:
         print(json.dumps(_as_dict(answer), ensure_ascii=False) if as_json else answer.text, flush=True)
-        if answer.stopped_by != "stop_token" and not as_json:
+        if answer.stopped_by in ("max_new_tokens", "context") and not as_json:
             limit = "--max-new-tokens" if answer.stopped_by == "max_new_tokens" else "the end of the model context"
             print_line(f"(cut off by {limit})")
 
@@ -85,7 +94,10 @@ def chat(
     system: System = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
+    top_k: TopK = 0,
     top_p: TopP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
     seed: Seed = 0,
     no_cuda: NoCuda = False,
 ) -> None:
@@ -93,7 +105,9 @@ def chat(
     loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda)
     from llmtune.data.example import Message
     from llmtune.evaluation.generate import generate as answer_all
+    from llmtune.evaluation.sampling import Sampling
 
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, seed, tuple(stop or ()))
     start = [Message("system", system)] if system is not None else []
     messages: list[Message] = list(start)
     print_line("/reset forgets what was said, /exit ends")
@@ -111,10 +125,8 @@ def chat(
             loaded.renderer,
             [messages],
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
             # Another seed for each turn, or the same question would be answered by the same draws.
-            seed=seed + len(messages),
+            sampling=replace(sampling, seed=seed + len(messages)),
         )
         messages.append(Message("assistant", answer.text))
         print(answer.text, flush=True)

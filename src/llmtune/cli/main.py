@@ -120,6 +120,12 @@ COMMANDS: tuple[Command, ...] = (
         "Measure loss, perplexity and bits per byte on held-out rows.",
         "Use the result",
     ),
+    Command(
+        "predict",
+        "predict:predict",
+        "Answer the prompts of a data file; answers beside references as JSON lines.",
+        "Use the result",
+    ),
     Command("generate", "generate:generate", "Answer prompts, rendered exactly as in training.", "Use the result"),
     Command("chat", "generate:chat", "Talk with a model.", "Use the result"),
     Command(

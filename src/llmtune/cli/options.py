@@ -15,12 +15,21 @@ __all__ = [
     "NoCuda",
     "NoCudaInTraining",
     "Overrides",
+    "Score",
     "TrustRemoteCode",
 ]
 
 AllowChanges = Annotated[
     bool,
     typer.Option("--allow-changes", help="Go on although something changed that makes it another training from here."),
+]
+Score = Annotated[
+    str | None,
+    typer.Option(
+        "--score",
+        metavar="NAME|FILE.py:FUNCTION",
+        help="Judge answers: exact, contains, f1, number, or a function of (prompt, reference, answer), which is run.",
+    ),
 ]
 Checkpoint = Annotated[
     str | None,

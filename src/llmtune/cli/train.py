@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.options import AllowChanges, ConfigName, NoCudaInTraining, Overrides, TrustRemoteCode
+from llmtune.cli.options import AllowChanges, ConfigName, NoCudaInTraining, Overrides, Score, TrustRemoteCode
 from llmtune.cli.process import prepare_process
 from llmtune.common.folders import home_expanded
 from llmtune.common.offline import is_offline
+from llmtune.config.arguments import FLAGS
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import RunConfig
@@ -56,6 +58,7 @@ def train(
     start_from: From = None,
     resume_from_checkpoint: ResumeFrom = None,
     allow_changes: AllowChanges = False,
+    score: Score = None,
 ) -> None:
     """Train a model: from a preset or file, with any key overridden."""
     if list_models:
@@ -63,22 +66,7 @@ def train(
 
         show_models()
         return
-    options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code)
-    beside_resume = {
-        "--config": config,
-        "--model": model,
-        "--from": start_from,
-        "--samples": samples,
-        "--name": name,
-        "--output-dir": output_dir,
-    }
-    # The flag that other toolkits have; a run goes on with its own config, so most flags beside it are a mistake.
-    if resume_from_checkpoint is not None or allow_changes:
-        _check_resume(resume_from_checkpoint, [flag for flag, value in beside_resume.items() if value is not None])
-        from llmtune.cli.resume import resume_run
-
-        resume_run(None, overrides or [], options, allow_changes=allow_changes, checkpoint=resume_from_checkpoint)
-        return
+    options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code, score=score)
     flags: dict[str, object] = {
         "model.name": model,
         "data.max_samples": samples,
@@ -86,6 +74,12 @@ def train(
         "run.output_dir": output_dir,
         "run.name": name,
     }
+    if resume_from_checkpoint is not None or allow_changes:
+        _check_resume(resume_from_checkpoint, {"config": config, "from": start_from, **flags})
+        from llmtune.cli.resume import resume_run
+
+        resume_run(None, overrides or [], options, allow_changes=allow_changes, checkpoint=resume_from_checkpoint)
+        return
     if start_from is not None:
         flags |= _start_flags(start_from, output_dir)
     # Before anything heavy is imported: a config error is answered at once.
@@ -113,16 +107,19 @@ def _start_flags(name: str, output_dir: str | None) -> dict[str, object]:
     return {"adapter.start_from": name, "adapter.method": "lora"}
 
 
-def _check_resume(checkpoint: Path | None, flags: list[str]) -> None:
+def _check_resume(checkpoint: Path | None, beside: Mapping[str, object]) -> None:
+    """Raise UsageError where nothing is named to go on with, or flags of a new run stand beside it."""
     if checkpoint is None:
         raise UsageError(
             "--allow-changes is for a run that goes on",
             where="command line",
             fix="name its checkpoint with --resume-from-checkpoint, or leave it out",
         )
-    if flags:
+    given = [FLAGS.get(key, f"--{key}") for key, value in beside.items() if value is not None]
+    # The flag that other toolkits have; a run goes on with its own config, so most flags beside it are a mistake.
+    if given:
         raise UsageError(
-            f"{' and '.join(flags)} cannot be given with --resume-from-checkpoint",
+            f"{' and '.join(given)} cannot be given with --resume-from-checkpoint",
             where="command line",
             fix="a run goes on with its own config; override single keys with KEY=VALUE",
         )

@@ -193,6 +193,12 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         "set `data.test_size` or `data.eval`, or `checkpoint.final: last`",
     ),
     Contradiction(
+        ("evaluation.score", "data.test_size", "data.eval"),
+        lambda c, _: c.evaluation.score is not None and not _has_held_out(c),
+        "answers to held-out prompts are judged, and no rows are held out",
+        "set `data.test_size` or `data.eval`, or `evaluation.score: null`",
+    ),
+    Contradiction(
         ("evaluation.best_by", "evaluation.exact_match"),
         lambda c, _: c.evaluation.best_by.startswith("eval_exact") and not c.evaluation.exact_match,
         "the best model is chosen by exact answers, and they are not counted",

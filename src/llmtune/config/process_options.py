@@ -19,3 +19,6 @@ class Options:
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+    score: str | None = None
+    """FILE.py:FUNCTION that judges answers in place of `evaluation.score`: code of the user's own, which is run."""

@@ -515,6 +515,11 @@ class EvaluationConfig:
     exactly.
     """
 
+    score: Literal["exact", "contains", "f1", "number"] | None = None
+    """At each evaluation, answer the held-out prompts greedily and judge the answers: the mean is `eval_score`. `f1`
+    compares words, `number` the last number; `--score FILE.py:FUNCTION` judges by a function of your own.
+    """
+
     best_by: str = "eval_mean_nll"
     """Metric of the held-out rows by which the best model is chosen and early stopping decides; the highest
     `eval_exact_answers`, `eval_score` or accuracy is the best, of every other metric the lowest value.

@@ -18,6 +18,14 @@ from transformers import GenerationConfig
 
 from llmtune.data.example import Message
 from llmtune.errors import DataError
+from llmtune.evaluation.sampling import (
+    GREEDY,
+    RepetitionPenalty,
+    Sampling,
+    StopTexts,
+    generation_config,
+    through_stop_text,
+)
 from llmtune.models.parameters import base_model_of, eval_mode
 
 if TYPE_CHECKING:
@@ -54,7 +62,7 @@ class PromptRenderer(Protocol):
         ...
 
 
-StopReason = Literal["stop_token", "max_new_tokens", "context"]
+StopReason = Literal["stop_token", "stop_text", "max_new_tokens", "context"]
 
 
 @dataclass(frozen=True)
@@ -85,16 +93,13 @@ def generate(
     *,
     max_new_tokens: int,
     system: str | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     batch_size: int = 8,
 ) -> list[Answer]:
     """Return the model's answers, in the order of `prompts`.
 
     model: a transformers causal LM, bare or inside peft's wrapper. system: system message before every prompt except
-    texts to continue. temperature: 0 takes the most likely token; above 0 tokens are drawn with `seed` from the
-    smallest set of tokens that holds `top_p` (nucleus sampling, Holtzman et al. 2020, arXiv:1904.09751).
+    texts to continue. sampling: how tokens are chosen and which texts end an answer.
 
     Raises DataError for a prompt that is empty or fills the model's context.
     """
@@ -110,22 +115,34 @@ def generate(
         stop_token_ids=renderer.stop_token_ids,
         pad_id=_pad_id(tokenizer, renderer),
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+        sampling=sampling,
+        tokenizer=tokenizer,
         batch_size=batch_size,
     )
     stops = set(renderer.stop_token_ids)
+    texts = [prompt if isinstance(prompt, str) else prompt[-1].content for prompt in prompts]
     return [
-        Answer(
-            prompt=prompt if isinstance(prompt, str) else prompt[-1].content,
-            text=str(tokenizer.decode([token for token in answer if token not in stops], skip_special_tokens=True)),
-            num_tokens=len(answer),
-            stopped_by=_stop_reason(answer, stops, max_new_tokens),
-            ids=tuple(answer),
-        )
-        for prompt, answer in zip(prompts, answers, strict=True)
+        _answer(text, ids, tokenizer, stops, sampling, max_new_tokens) for text, ids in zip(texts, answers, strict=True)
     ]
+
+
+def _answer(
+    prompt: str,
+    ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerFast,
+    stops: set[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+) -> Answer:
+    text = str(tokenizer.decode([token for token in ids if token not in stops], skip_special_tokens=True))
+    _, stop_text = through_stop_text(ids, sampling.stop, tokenizer)
+    return Answer(
+        prompt=prompt,
+        text=text if stop_text is None else text.partition(stop_text)[0],
+        num_tokens=len(ids),
+        stopped_by="stop_text" if stop_text is not None else _stop_reason(ids, stops, max_new_tokens),
+        ids=tuple(ids),
+    )
 
 
 def continue_ids(
@@ -135,15 +152,15 @@ def continue_ids(
     stop_token_ids: Sequence[int],
     pad_id: int,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     batch_size: int = 8,
 ) -> list[list[int]]:
     """Return the ids the model adds to each prompt, in the order of `prompts`.
 
     An answer ends with the first stop token, after `max_new_tokens`, or when the model's context is full. Prompts are
-    answered in batches of `batch_size`, padded on the left. temperature, top_p, seed: as for `generate`.
+    answered in batches of `batch_size`, padded on the left. sampling: as for `generate`; its `stop` needs the
+    `tokenizer`.
 
     Raises DataError for a prompt that is empty or fills the model's context.
     """
@@ -153,12 +170,15 @@ def continue_ids(
     answers: list[list[int]] = [[] for _ in prompts]
     with eval_mode(model), _without_generation_settings(base), _contiguous_rows_for_head(base):
         # Inside `eval_mode`, which puts the generators back.
-        torch.manual_seed(seed)
+        torch.manual_seed(sampling.seed)
         for limit, batch in _batches(prompts, limits, batch_size):
-            config = _generation_config(stop_token_ids, pad_id, limit, temperature, top_p)
-            new_ids = _answer_batch(base, [prompts[index] for index in batch], config)
+            config = generation_config(sampling, stop_token_ids=stop_token_ids, pad_id=pad_id, max_new_tokens=limit)
+            new_ids = _answer_batch(base, [prompts[index] for index in batch], config, sampling, tokenizer)
             for index, ids in zip(batch, new_ids, strict=True):
                 answers[index] = _until_stop(ids, stops)
+                if sampling.stop:
+                    assert tokenizer is not None, "texts that end an answer are found in its text"
+                    answers[index], _ = through_stop_text(answers[index], sampling.stop, tokenizer)
     return answers
 
 
@@ -174,23 +194,12 @@ def _batches(
             yield limit, indices[start : start + batch_size]
 
 
-def _generation_config(
-    stop_token_ids: Sequence[int], pad_id: int, max_new_tokens: int, temperature: float, top_p: float
-) -> GenerationConfig:
-    # top_k=0 draws from all tokens that top_p leaves; transformers' own default is 50.
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop_token_ids) or None,
-        pad_token_id=pad_id,
-        use_cache=True,
-        do_sample=temperature > 0,
-        **sampling,
-    )
-
-
 def _answer_batch(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    sampling: Sampling,
+    tokenizer: PreTrainedTokenizerFast | None,
 ) -> list[list[int]]:
     """Return the ids generated after each prompt, with padding after its stop token."""
     longest = max(len(prompt) for prompt in prompts)
@@ -202,7 +211,14 @@ def _answer_batch(
         mask[row, longest - len(prompt) :] = 1
     device = cast("Tensor", model.get_input_embeddings().weight).device
     generate_ids = cast("Callable[..., Tensor]", model.generate)
-    output = generate_ids(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    further: dict[str, object] = {}
+    if sampling.repetition_penalty != 1.0:
+        padding = [longest - len(prompt) for prompt in prompts]
+        further["logits_processor"] = [RepetitionPenalty(sampling.repetition_penalty, padding)]
+    if sampling.stop:
+        assert tokenizer is not None, "texts that end an answer are found in its text"
+        further["stopping_criteria"] = [StopTexts(sampling.stop, tokenizer, longest)]
+    output = generate_ids(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, **further)
     return output[:, longest:].tolist()
 
 

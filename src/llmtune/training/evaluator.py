@@ -15,9 +15,10 @@ from llmtune.data.example import ExampleSet
 from llmtune.engine.loop import StepResult
 from llmtune.engine.schedule import interval, is_due
 from llmtune.errors import ConfigError
-from llmtune.evaluation.exact_match import count_exact_answers
 from llmtune.evaluation.generate import generate
 from llmtune.evaluation.heldout import evaluate_examples, evaluate_objective, trained_bytes
+from llmtune.evaluation.predictions import predict_answers
+from llmtune.evaluation.scores import Score, mean_score
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.watch import HistogramWatch
@@ -76,9 +77,16 @@ def is_better(metric: str, value: float, than: float, *, by: float = 0.0) -> boo
 class Evaluator:
     """Evaluates the model at step boundaries, and writes its numbers and those of each step to record and trackers."""
 
-    def __init__(self, setup: TrainingSetup, record: RunRecord | None, trackers: TrackerQueue) -> None:
+    def __init__(
+        self,
+        setup: TrainingSetup,
+        record: RunRecord | None,
+        trackers: TrackerQueue,
+        score: Score | None = None,
+    ) -> None:
+        """`score` judges the answers to held-out prompts at each evaluation; None judges nothing."""
         self._setup, self._config = setup, setup.config
-        self._record, self._trackers = record, trackers
+        self._record, self._trackers, self._score = record, trackers, score
         data = setup.prepared.data.eval
         self._heldout: ExampleSet | None = data if data is not None and len(data) else None
         self._heldout_sets: Mapping[str, ExampleSet] = {} if data is None else data.by_source()
@@ -156,9 +164,7 @@ class Evaluator:
         if self._heldout is not None:
             metrics |= self._heldout_loss(self._heldout)
             self._count_loss(metrics[f"eval_{self._setup.objective.name}"])
-            is_chosen_by = self._config.evaluation.best_by.startswith("eval_exact")
-            if self._config.evaluation.exact_match and (full or is_chosen_by):
-                metrics |= self._exact_answers()
+            metrics |= self._judged_answers(full=full)
             is_best = self._update_best(step, self._value_of(metrics))
         if metrics:
             self._write(step, {"epoch": epoch, **metrics})
@@ -240,24 +246,33 @@ class Evaluator:
             return True
         return False
 
-    def _exact_answers(self) -> dict[str, Any]:
-        assert self._right_answers is not None, "answers are counted over held-out rows"
-        prepared = self._setup.prepared
+    def _judged_answers(self, *, full: bool) -> dict[str, Any]:
+        """Answer the held-out prompts where the config asks for it; `full`: also where only exact answers count."""
+        config, prepared = self._config.evaluation, self._setup.prepared
+        counts_exact = config.exact_match and (full or config.best_by.startswith("eval_exact"))
+        if not counts_exact and self._score is None:
+            return {}
+        assert self._right_answers is not None, "answers are judged over held-out rows"
         tokenizer = prepared.tokenizer.tokenizer
         with self._setup.precision.autocast():
-            count = count_exact_answers(
+            predictions = predict_answers(
                 self._setup.model,
                 tokenizer,
                 self._right_answers,
                 stop_token_ids=prepared.renderer.stop_token_ids,
                 pad_id=tokenizer.pad_token_id or 0,
-                max_new_tokens=self._config.evaluation.max_new_tokens,
+                max_new_tokens=config.max_new_tokens,
             )
-        state = self.eval_state
-        state.num_answers, state.last_exact = count.answers, count.exact
-        if state.first_exact is None:
-            state.first_exact = count.exact
-        return {"eval_exact_answers": count.exact, "eval_num_answers": count.answers}
+        metrics: dict[str, Any] = {}
+        if counts_exact:
+            exact, state = sum(prediction.is_exact for prediction in predictions), self.eval_state
+            state.num_answers, state.last_exact = len(predictions), exact
+            if state.first_exact is None:
+                state.first_exact = exact
+            metrics |= {"eval_exact_answers": exact, "eval_num_answers": len(predictions)}
+        if self._score is not None and predictions:
+            metrics["eval_score"] = mean_score(predictions, self._score)
+        return metrics
 
     def _write_samples(self, step: int) -> None:
         prepared = self._setup.prepared

@@ -20,11 +20,12 @@ from llmtune.config.process_options import Options
 from llmtune.config.schema import DistributedConfig
 from llmtune.engine.devices import Devices, check_distribution, open_devices
 from llmtune.errors import ConfigError, Problem
+from llmtune.evaluation.scores import Score, find_score
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
 from llmtune.plan.resolve_auto import keep_resolved, resolve_on_all_ranks, resolve_rates
 from llmtune.plan.summary import Plan, make_plan
-from llmtune.prepare import prepare
+from llmtune.prepare import Prepared, prepare
 from llmtune.runs.folder import config_file_of, resolve_run
 from llmtune.runs.run_file import RUN_FILE
 from llmtune.runs.signals import StopRequest
@@ -123,8 +124,8 @@ def open_run(
     with ExitStack() as on_failure:
         with stop.interrupting():
             if earlier is None:
-                refuse_secrets(resolved)
-                run_setup.check_name(resolved)
+                _check_new(resolved)
+            score = _score_of(resolved, options)
             explicit = resolved.origins["tracking.trackers"].kind != "default"
             trackers, tracker_decisions = choose_trackers(resolved.config.tracking, explicit=explicit)
             devices, device_decisions = open_devices(resolved.config, options)
@@ -142,8 +143,7 @@ def open_run(
                     printer.open(stopped.path)
                     forecaster = _prepare_again(resolved, options, devices, stopped, printer)
                 prepared = forecaster.prepared
-                loading = Circumstances("while the model was loaded", prepared.config.model.name, saved=None)
-                with out_of_memory_refused(forecaster, lambda: loading):
+                with out_of_memory_refused(forecaster, lambda: _while_loading(prepared)):
                     setup = build_setup(prepared, options, devices)
                 if stopped is None:
                     print_setup(setup, tracker_decisions, printer)
@@ -162,11 +162,27 @@ def open_run(
                     print_line=printer,
                     forecaster=forecaster,
                     plan=plan,
+                    score=score,
                 )
                 if stopped is not None:
                     run.restore(stopped.loaded)
         on_failure.pop_all()
     return run
+
+
+def _check_new(resolved: ResolvedConfig) -> None:
+    refuse_secrets(resolved)
+    run_setup.check_name(resolved)
+
+
+def _while_loading(prepared: Prepared) -> Circumstances:
+    return Circumstances("while the model was loaded", prepared.config.model.name, saved=None)
+
+
+def _score_of(resolved: ResolvedConfig, options: Options) -> Score | None:
+    """The judge of answers that the command line or the config names. Raises UsageError where there is no such one."""
+    name = options.score or resolved.config.evaluation.score
+    return find_score(name) if name is not None else None
 
 
 def _prepare_and_plan(

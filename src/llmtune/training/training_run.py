@@ -25,6 +25,7 @@ from llmtune.engine.loop import StepResult, train_steps
 from llmtune.engine.schedule import interval, is_due
 from llmtune.engine.state import TrainingState, capture, restore
 from llmtune.errors import DivergedError, MachineError, StoppedBySignal
+from llmtune.evaluation.scores import Score
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
 from llmtune.plan.summary import Plan
@@ -90,6 +91,7 @@ class TrainingRun:
         print_line: PrintLine,
         forecaster: Forecaster,
         plan: Plan | None = None,
+        score: Score | None = None,
     ) -> None:
         self.setup, self.run, self.stop, self.print_line, self.plan = setup, run, stop, print_line, plan
         self.config, self.prepared, self.devices = setup.config, setup.prepared, setup.devices
@@ -104,7 +106,7 @@ class TrainingRun:
         self.outcome: RunState = "running"
         self.record = RunRecord(run.path) if run is not None and keeps_record(self.config.tracking) else None
         self.trackers = TrackerQueue(trackers if run is not None else [], print_line=print_line)
-        self.evaluator = Evaluator(setup, self.record, self.trackers)
+        self.evaluator = Evaluator(setup, self.record, self.trackers, score)
         self.checkpointer = Checkpointer(run, setup, print_line)
         self._config_name, self._forecaster = config_name, forecaster
         self.final_step: int | None = None

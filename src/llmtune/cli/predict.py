@@ -1,0 +1,98 @@
+"""`llmtune predict`: answers to the prompts of a data file, beside the answers in it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmtune.cli.evaluate import held_out_rows
+from llmtune.cli.failure import print_line
+from llmtune.cli.generate import (
+    MaxNewTokens,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    open_inference_model,
+)
+from llmtune.cli.options import Checkpoint, NoCuda, Score
+from llmtune.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmtune.evaluation.predictions import Prediction
+
+__all__ = ["predict"]
+
+
+def predict(
+    model: Model,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Rows to answer, all of them; may be given again.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", help="Config whose held-out rows are answered; the run's own when not given."),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    score: Score = None,
+    only_wrong: Annotated[
+        bool, typer.Option("--only-wrong", help="Print only answers that do not equal their reference.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Rows at once; a greedy answer does not depend on it.")
+    ] = 8,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
+    no_cuda: NoCuda = False,
+) -> None:
+    """Print one JSON object for each row: prompt, reference, answer, and whether they are exactly equal."""
+    if data and config:
+        raise UsageError("--data and --config both name rows", "command line", "give one of them")
+    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda)
+    from llmtune.evaluation.predictions import predict_answers
+    from llmtune.evaluation.sampling import Sampling
+    from llmtune.evaluation.scores import find_score, scores_of
+
+    judge = find_score(score) if score is not None else None
+    rows, _ = held_out_rows(loaded, data, config)
+    predictions = predict_answers(
+        loaded.model,
+        loaded.tokenizer,
+        rows,
+        stop_token_ids=loaded.renderer.stop_token_ids,
+        pad_id=loaded.tokenizer.pad_token_id or 0,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(repetition_penalty, temperature, top_k, top_p, seed, tuple(stop or ())),
+        batch_size=batch_size,
+    )
+    scores = scores_of(predictions, judge) if judge is not None else []
+    for index, prediction in enumerate(predictions):
+        if only_wrong and prediction.is_exact:
+            continue
+        score_of_it = {"score": scores[index]} if scores else {}
+        print(json.dumps(_as_dict(prediction) | score_of_it, ensure_ascii=False), flush=True)
+    exact = sum(prediction.is_exact for prediction in predictions)
+    skipped = f"; {len(rows) - len(predictions)} rows hold no prompt and answer" * (len(predictions) < len(rows))
+    mean = f"; mean score {sum(scores) / len(scores):.4g}" if scores else ""
+    print_line(f"{exact} of {len(predictions)} answers exactly right{mean}{skipped}")
+
+
+def _as_dict(prediction: Prediction) -> dict[str, object]:
+    return {
+        "source": prediction.source,
+        "prompt": prediction.prompt,
+        "reference": prediction.reference,
+        "answer": prediction.answer,
+        "exact": prediction.is_exact,
+        "num_tokens": prediction.num_tokens,
+    }

@@ -1,0 +1,115 @@
+"""Judge generated answers: built-in scores, and functions of the user's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from llmtune.errors import UsageError
+from llmtune.evaluation.predictions import Prediction
+
+__all__ = ["SCORES", "Score", "find_score", "mean_score", "scores_of"]
+
+Score = Callable[[str, str, str], float]
+"""(prompt, reference, answer) -> a number; higher is better."""
+
+
+def find_score(name: str) -> Score:
+    """Return the built-in score of that name, or the function of `FILE.py:FUNCTION`.
+
+    Such a file is run, so its name comes from a command line or a Python caller, never from a config. Raises UsageError
+    where there is no such score, file or function.
+    """
+    path, separator, function = name.rpartition(":")
+    if not separator:
+        if name not in SCORES:
+            raise UsageError(
+                f"there is no score `{name}`", "--score", f"one of {', '.join(SCORES)}, or FILE.py:FUNCTION"
+            )
+        return SCORES[name]
+    if not Path(path).is_file():
+        raise UsageError(f"there is no file `{path}`", "--score", "name a Python file, as FILE.py:FUNCTION")
+    module_name = f"_llmtune_score_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"`{path}` is no Python file", "--score", "name one that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses of the file look their module up
+    spec.loader.exec_module(module)
+    score = getattr(module, function, None)
+    if not callable(score):
+        known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise UsageError(f"`{path}` has no function `{function}`", "--score", f"it has {known or 'none'}")
+    found: Score = score
+    return found
+
+
+def scores_of(predictions: Sequence[Prediction], score: Score) -> list[float]:
+    """Return the score of each prediction. Raises UsageError for one that is no finite number."""
+    values = []
+    for prediction in predictions:
+        value = score(prediction.prompt, prediction.reference, prediction.answer)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            fix = "return a finite number, or True and False"
+            raise UsageError(f"the score of {prediction.source} is {value!r}", "--score", fix)
+        values.append(float(value))
+    return values
+
+
+def mean_score(predictions: Sequence[Prediction], score: Score) -> float:
+    """Return the mean over all answers."""
+    return fmean(scores_of(predictions, score))
+
+
+def _exact(_prompt: str, reference: str, answer: str) -> float:
+    return float(answer == reference)
+
+
+def _contains(_prompt: str, reference: str, answer: str) -> float:
+    """1 where the answer holds the reference; case and white space do not count.
+
+    >>> _contains("", "Paris", "It is  paris.")
+    1.0
+    """
+    return float(" ".join(reference.lower().split()) in " ".join(answer.lower().split()))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _f1(_prompt: str, reference: str, answer: str) -> float:
+    """F1 of the words both have, counted as often as they stand (Rajpurkar et al. 2016, arXiv:1606.05250).
+
+    >>> round(_f1("", "the cat sat", "a cat sat down"), 3)
+    0.571
+    """
+    wanted, given = Counter(_words(reference)), Counter(_words(answer))
+    shared = (wanted & given).total()
+    if not shared:
+        return float(not wanted and not given)
+    precision, recall = shared / given.total(), shared / wanted.total()
+    return 2 * precision * recall / (precision + recall)
+
+
+def _number(_prompt: str, reference: str, answer: str) -> float:
+    """1 where the last number of both is the same (GSM8K, Cobbe et al. 2021, arXiv:2110.14168).
+
+    >>> _number("", "2 + 2 #### 1,004", "so it is 1004.0 in all"), _number("", "4", "none")
+    (1.0, 0.0)
+    """
+    numbers = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) for text in (reference, answer)]
+    if not all(numbers):
+        return 0.0
+    wanted, given = (float(found[-1].replace(",", "")) for found in numbers)
+    return float(wanted == given)
+
+
+SCORES: dict[str, Score] = {"exact": _exact, "contains": _contains, "f1": _f1, "number": _number}
+"""Names that `evaluation.score` and `--score` accept."""

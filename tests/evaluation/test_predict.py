@@ -1,0 +1,145 @@
+"""Answers beside references: the command, the scores, and two models beside each other."""
+
+import json
+
+import pytest
+
+from llmtune.cli.main import main
+from llmtune.errors import UsageError
+from llmtune.evaluation.predictions import Prediction
+from llmtune.evaluation.scores import SCORES, find_score
+
+
+@pytest.fixture
+def run(capsys):
+    """Run one command line; return (exit code, stdout, stderr)."""
+
+    def run_one(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return run_one
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Three conversations."""
+    path = tmp_path / "rows.jsonl"
+    pairs = [("a", "system of words"), ("hello", "numbers"), ("the user asks", "0123456789")]
+    path.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]})
+            + "\n"
+            for user, answer in pairs
+        )
+    )
+    return path
+
+
+def test_an_answer_is_exact_character_by_character():
+    assert Prediction("a:1", "p", "x y", "x y", 2).is_exact
+    assert not Prediction("a:1", "p", "x y", "x  y", 2).is_exact
+
+
+def lines_of(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_each_row_is_answered_beside_its_reference_in_its_order(run, rows, tiny_model_folder):
+    code, out, err = run("predict", tiny_model_folder, "--data", rows, "--max-new-tokens", "6")
+    assert code == 0, err
+    lines = lines_of(out)
+    assert [line["source"].rpartition(":")[2] for line in lines] == ["1", "2", "3"]
+    assert [line["reference"] for line in lines] == ["system of words", "numbers", "0123456789"]
+    assert all("<|im_start|>assistant\n" in line["prompt"] for line in lines)
+    assert all(line["exact"] is (line["answer"] == line["reference"]) for line in lines)
+    assert f"{sum(line['exact'] for line in lines)} of 3 answers exactly right" in err
+    one = run("predict", tiny_model_folder, "--data", rows, "--max-new-tokens", "6", "--batch-size", "1")[1]
+    assert lines_of(one) == lines
+
+
+def test_only_wrong_answers_are_printed_where_they_are_asked_for(run, rows, tiny_model_folder):
+    arguments = ("predict", tiny_model_folder, "--data", rows, "--max-new-tokens", "6")
+    wrong = [line for line in lines_of(run(*arguments)[1]) if not line["exact"]]
+    assert lines_of(run(*arguments, "--only-wrong")[1]) == wrong
+
+
+def test_the_count_of_evaluate_and_the_marks_of_predict_are_one(run, rows, tiny_model_folder):
+    marks = [line["exact"] for line in lines_of(run("predict", tiny_model_folder, "--data", rows)[1])]
+    code, out, err = run("evaluate", tiny_model_folder, "--data", rows, "--exact-match", "--score", "exact", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["eval_exact_answers"], found["eval_num_answers"]) == (sum(marks), 3)
+    assert found["eval_score"] == pytest.approx(sum(marks) / 3)
+
+
+def test_a_function_of_the_user_judges_each_answer(run, rows, tiny_model_folder, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def length(prompt, reference, answer):\n    assert prompt\n    return len(reference)\n"
+    )
+    arguments = ("--data", rows, "--max-new-tokens", "4", "--score", f"{tmp_path / 'mine.py'}:length")
+    code, out, err = run("predict", tiny_model_folder, *arguments)
+    assert code == 0, err
+    scores = [line["score"] for line in lines_of(out)]
+    assert scores == [float(len(line["reference"])) for line in lines_of(out)]
+    assert f"mean score {sum(scores) / 3:.4g}" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("bleu", "there is no score `bleu`"),
+        ("nowhere.py:score", "there is no file `nowhere.py`"),
+        ("{}:other", "has no function `other`"),
+    ],
+)
+def test_a_score_that_is_not_there_is_answered_with_those_that_are(name, problem, tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(prompt, reference, answer):\n    return 1\n")
+    with pytest.raises(UsageError, match=problem) as error:
+        find_score(name.format(tmp_path / "mine.py"))
+    assert error.value.problems[0].fix
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "answer", "value"),
+    [
+        ("exact", "Paris", "Paris", 1.0),
+        ("exact", "Paris", "Paris.", 0.0),
+        ("contains", "Paris", "It is paris.", 1.0),
+        ("contains", "Paris", "Pa ris", 0.0),
+        ("f1", "", "", 1.0),
+        ("f1", "a b", "c d", 0.0),
+        ("f1", "a a b", "a b b", pytest.approx(2 / 3)),
+        ("number", "#### 42", "6 * 7 = 42.0", 1.0),
+        ("number", "#### -3", "3", 0.0),
+        ("number", "none", "none", 0.0),
+    ],
+)
+def test_the_built_in_scores(name, reference, answer, value):
+    assert SCORES[name]("", reference, answer) == value
+
+
+def test_any_two_models_are_compared(run, tiny_model_folder, tmp_path):
+    other = tmp_path / "other"
+    code, _, err = run("export", tiny_model_folder, "--output", other, "--dtype", "bfloat16")
+    assert code == 0, err
+    alone = [
+        json.loads(run("generate", model, "hello", "--max-new-tokens", "6", "--json")[1])["text"]
+        for model in (tiny_model_folder, other)
+    ]
+    for words in ((other, "hello"), ("hello", "--with", other)):
+        code, out, err = run("compare", tiny_model_folder, *words, "--max-new-tokens", "6", "--json")
+        assert code == 0, err
+        assert json.loads(out) == {"prompt": "hello", str(tiny_model_folder): alone[0], str(other): alone[1]}
+
+
+def test_sampling_options_reach_the_model(run, tiny_model_folder):
+    arguments = ("generate", tiny_model_folder, "the user asks", "--max-new-tokens", "12", "--json")
+    plain = json.loads(run(*arguments)[1])
+    assert json.loads(run(*arguments, "--temperature", "2", "--top-k", "1")[1]) == plain
+    assert json.loads(run(*arguments, "--repetition-penalty", "5")[1])["text"] != plain["text"]
+    stopped = json.loads(run(*arguments, "--stop", plain["text"][3:5])[1])
+    assert stopped["stopped_by"] == "stop_text"
+    assert stopped["text"] == plain["text"].partition(plain["text"][3:5])[0]
