@@ -329,6 +329,8 @@ SAMPLES = {
     "data.template_args": "{a: 1}",
     "adapter.rank_pattern": "{q_proj: 2}",
     "adapter.alpha_pattern": "{q_proj: 2}",
+    "objective.beta": "0.2",
+    "objective.label_smoothing": "0.2",
     "data.format": "text",
     "data.packing": "greedy",
     "data.train_on": "all_tokens",
@@ -345,6 +347,10 @@ SAMPLES = {
     "tracking.watch": "all",
 }
 EXTRA = {
+    "objective.beta": "objective: {method: dpo}\n",
+    "objective.label_smoothing": "objective: {method: dpo}\n",
+    "objective.desirable_weight": "objective: {method: kto}\n",
+    "objective.undesirable_weight": "objective: {method: kto}\n",
     "training.loraplus_lr_ratio": "adapter: {method: lora}\n",
     "evaluation.every_steps": "evaluation: {prompts: [a]}\n",
     "evaluation.every_epochs": "evaluation: {prompts: [a]}\n",

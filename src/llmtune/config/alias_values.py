@@ -57,6 +57,14 @@ _ATTENTION = {
     "fa2": "flash",
     "flex_attention": "flex",
 }
+_METHODS = {method: {"objective.method": method} for method in ("sft", "dpo", "kto")}
+_PAIR_LOSSES = {
+    "sigmoid": {"objective.method": "dpo", "objective.loss": "sigmoid"},
+    "hinge": {"objective.method": "dpo", "objective.loss": "hinge"},
+    "ipo": {"objective.method": "dpo", "objective.loss": "ipo"},
+    "orpo": {"objective.method": "orpo"},
+    "simpo": {"objective.method": "simpo"},
+}
 _OWN_TRAIN_ON = dict(zip(get_args(TrainOn), get_args(TrainOn), strict=True))
 _TRAIN_ON = {"trainonwhat.all_assistant_messages": "all_assistant_messages"}
 _SCHEDULES = {
@@ -195,6 +203,11 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         "sample_packing": switch("data.packing", "best_fit", "none"),
         "pack_sequences": switch("data.packing", "greedy", "none", is_vague=True),
     },
+    "objective.method": {
+        "stage": Rule("objective.method", _METHODS, "sft, dpo or kto: other stages are not there"),
+        "rl": Rule("objective.method", _METHODS | _PAIR_LOSSES, "dpo, ipo, simpo, orpo or kto: others are not there"),
+        "pref_loss": Rule("objective.loss", _PAIR_LOSSES, "sigmoid, hinge, ipo, orpo or simpo: others are not there"),
+    },
     "data.train[].config": {
         "dataset_config": Rule("data.train[].config"),
         "dataset_config_name": Rule("data.train[].config"),
@@ -212,7 +225,6 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         "bnb_4bit_quant_type": only("nf4", "4 bit is always NF4 here"),
         "bnb_4bit_use_double_quant": only("true", "4 bit always quantizes its constants too"),
         **LORA_ONLY,
-        "stage": only("sft", "llmtune does supervised fine-tuning"),
         "dataloader_drop_last": only("false", "every row is trained in every epoch"),
         "save_safetensors": only("true", "weights are always safetensors"),
         "do_train": only("true", "`llmtune train` trains; `llmtune evaluate` only measures"),

@@ -1,0 +1,66 @@
+"""What `objective` contradicts is refused by name, and other toolkits' words for it are read."""
+
+import pytest
+
+from llmtune.config.layers import load_config
+from llmtune.errors import ConfigError
+
+REFUSED = {
+    "beta without a method": ("objective.beta=0.2", "counts only where the method is"),
+    "a key of another method": ("objective.method=dpo objective.gamma_beta_ratio=1", "counts only where"),
+    "a loss of another method": ("objective.method=dpo objective.loss=apo_zero", "dpo has no such loss"),
+    "smoothing of a hinge": (
+        "objective.method=dpo objective.loss=hinge objective.label_smoothing=0.1",
+        "sigmoid loss only",
+    ),
+    "no base": ("objective.method=dpo objective.reference=base", "there is no base to compare with"),
+    "kto precomputed": ("objective.method=kto objective.reference=precomputed", "cannot be precomputed"),
+    "rows of sft": ("objective.method=dpo data.format=alpaca", "not what this method learns from"),
+    "single answers": ("objective.method=simpo data.format=unpaired", "not what this method learns from"),
+    "pairs in sft": ("data.format=preference", "supervised fine-tuning compares none"),
+    "a text column": ("objective.method=dpo data.text_column=body", "no answers to compare"),
+    "splitting": ("objective.method=dpo data.overlong=split", "cannot be split"),
+    "another mask": ("objective.method=dpo data.train_on=all_tokens", "their own tokens are trained"),
+    "turn by turn": ("objective.method=dpo data.one_example_per_turn=true", "one prompt and its answers"),
+    "noise": ("objective.method=dpo training.neftune_alpha=5", "differ from its reference"),
+    "a weight": ("objective.method=dpo 'data.train=[{path: a.jsonl, weight: 0.5}]'", "weight of a source"),
+    "a mixture": ("objective.method=dpo 'data.train=[{path: a.jsonl, repeat: 2}]'", "mixed by `repeat` and `share`"),
+}
+
+
+def resolved(words):
+    import shlex
+
+    return load_config(None, environ={}, overrides=shlex.split(words)).config
+
+
+@pytest.mark.parametrize(("words", "problem"), REFUSED.values(), ids=REFUSED)
+def test_what_an_objective_contradicts_is_refused_with_a_fix(words, problem):
+    with pytest.raises(ConfigError) as caught:
+        resolved(words)
+    (found,) = [one for one in caught.value.problems if problem in one.problem]
+    assert found.fix
+
+
+WORDS = {
+    "stage: dpo\npref_beta: 0.3": {"method": "dpo", "beta": 0.3},
+    "stage: sft": {"method": "sft"},
+    "rl: ipo\nrl_beta: 0.2": {"method": "dpo", "loss": "ipo", "beta": 0.2},
+    "pref_loss: orpo": {"method": "orpo"},
+    "rl: kto\nkto_desirable_weight: 1.5": {"method": "kto", "desirable_weight": 1.5},
+}
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_words_of_other_toolkits_are_read(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text + "\n")
+    objective = load_config(str(path), environ={}).config.objective
+    assert {name: getattr(objective, name) for name in WORDS[text]} == WORDS[text]
+
+
+def test_a_stage_that_is_not_there_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("stage: ppo\n")
+    with pytest.raises(ConfigError, match="sft, dpo or kto"):
+        load_config(str(path), environ={})
