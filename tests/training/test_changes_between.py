@@ -86,6 +86,9 @@ def as_of_an_earlier_version(run):
     for section, key, is_open in open_keys:
         edit_json(run / "run.json", "identity", "config", section, key, to=is_open)
     edit_json(run / "run.json", "identity", "config", "model", "weights_prepack", to=False)
+    (source,) = given.data.train
+    known = {key: getattr(source, key) for key in ("path", "config", "split", "weight", "max_samples")}
+    edit_json(run / "run.json", "identity", "config", "data", "train", to=[known])
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("\nmodel:\n", "\nmodel:\n  weights_prepack: auto\n", 1))
     assert "weights_prepack" in config.read_text()
@@ -96,6 +99,7 @@ def test_a_run_of_an_earlier_version_is_resumed_and_used(stopped, config_of):
     as_of_an_earlier_version(stopped)
     said = resume(stopped)
     assert "model.weights_prepack" in said
+    assert "data.train" not in said.partition("changed:")[2]
     assert "another training" not in said
     assert weights_of(stopped) == weights_of(whole)
     assert load_inference_model(str(stopped), no_cuda=True).is_adapted

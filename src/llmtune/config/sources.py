@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 from llmtune.config.schema import SourceConfig
@@ -34,6 +35,7 @@ def is_template(text: str) -> bool:
     return "{" in text or "}" in text
 
 
+@cache
 def columns_of(text: str) -> list[str]:
     """The columns that a value of `columns` names. Raises ValueError for a template that is not well formed.
 

@@ -14,9 +14,9 @@ from llmtune import durable
 from llmtune.common.mappings import flat_items
 from llmtune.common.printing import PrintLine
 from llmtune.common.text import printable
-from llmtune.config.dump import config_to_dict, config_to_yaml
+from llmtune.config.dump import config_to_dict, config_to_yaml, plain
 from llmtune.config.layers import ResolvedConfig
-from llmtune.config.schema import Config, ModelConfig
+from llmtune.config.schema import Config, ModelConfig, SourceConfig
 from llmtune.engine.devices import Devices
 from llmtune.models import save
 from llmtune.plan.memory import optimizer_bytes
@@ -142,6 +142,10 @@ def with_open_values(earlier: Identity, now: Identity, requested: Config) -> dic
     """
     # A key that this version has and the run's did not: its default says what the run did.
     config = {**earlier["config"], **_with_defaults(earlier["config"], config_to_dict(Config()))}
+    source = plain(SourceConfig())
+    assert isinstance(source, dict)
+    for side in ("train", "eval"):
+        config["data"][side] = [_with_defaults(given, source) for given in config["data"][side]]
     for section, key, is_open in OPEN_VALUES:
         if config[section].get(key, is_open) == is_open == getattr(getattr(requested, section), key):
             config[section][key] = now["config"][section][key]
