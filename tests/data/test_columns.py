@@ -14,7 +14,7 @@ from llmtune.data.dataset.report import data_report
 from llmtune.data.example import Row
 from llmtune.data.reading.columns import renamed
 from llmtune.data.rows.formats import conversation_of, looks_like
-from llmtune.data.rows.preferences import PREFERENCE_FORMATS
+from llmtune.data.rows.preferences import PREFERENCE_FORMATS, RECOGNIZED_BY
 from llmtune.errors import ConfigError, DataError
 
 CHAT = {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]}
@@ -122,7 +122,9 @@ def test_dialogues_of_which_one_is_preferred_are_pairs_and_plain_answers_stay_te
     plain = write(
         "b.jsonl", [{side: [user, {"role": "assistant", "content": text}] for side, text in sides.items()}] * 2
     )
-    found, expected = (prepare_data(config(each), renderer, method="dpo").train for each in (source, plain))
+    found, expected = (
+        prepare_data(config(each), renderer, formats=RECOGNIZED_BY["dpo"]).train for each in (source, plain)
+    )
     assert found.digest == expected.digest
     assert rename({"a": "A note: x"}, {"chosen": "a"})["chosen"] == "A note: x"
 

@@ -15,6 +15,7 @@ from llmtune.config.schema import SourceConfig
 from llmtune.data.dataset.batches import BatchPlan
 from llmtune.data.dataset.make_dataset import prepare_data, survey_data
 from llmtune.data.dataset.mixture import EpochDraws, epoch_counts, plan_epochs
+from llmtune.data.rows.preferences import RECOGNIZED_BY
 from llmtune.errors import ConfigError, DataError
 
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=5)
@@ -178,7 +179,7 @@ def test_pairs_of_answers_are_drawn_together(write, config, renderer, keys):
         return str(write(f"{name}.jsonl", rows))
 
     data = config(SourceConfig(pairs("few", 3), **keys), pairs("many", 6))
-    prepared = prepare_data(data, renderer, method="dpo")
+    prepared = prepare_data(data, renderer, formats=RECOGNIZED_BY["dpo"])
     plan = plan_of(prepared, data, batch_size=2, together=2)
     expected = {"share": 4, "repeat": int(keys.get("repeat", 0) * 3 + 0.5)}[next(iter(keys))]
     for epoch in range(3):
