@@ -161,3 +161,38 @@ def test_blocks_below_the_first_adapted_one_keep_nothing(model_folder, rows_file
     small, large = (each.peaks(each.config, batch, "single").activation_bytes for each in (few, all_blocks))
     assert small < 0.5 * large
     assert torch.get_num_threads() == 1
+
+
+# --- first values
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal"])
+def test_first_values_are_drawn_as_peft_draws_them_and_change_no_output(init, model, model_folder):
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        ours, _ = attach_adapter(model, AdapterConfig(method="lora", r=16, init=init), seed=0)
+        assert float((ours(ids).logits - before).abs().max()) < 1e-5
+    with quiet_libraries(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(model_folder),
+            LoraConfig(
+                task_type="CAUSAL_LM", r=16, target_modules="all-linear",
+                init_lora_weights=True if init == "kaiming" else init,
+            ),
+        )  # fmt: skip
+    for part in ("lora_A.default.weight", "lora_B.default.weight"):
+        spreads = [
+            torch.cat([p.detach().flatten() for name, p in each.named_parameters() if name.endswith(part)]).std()
+            for each in (ours, theirs)
+        ]
+        assert float(spreads[0]) == pytest.approx(float(spreads[1]), rel=0.05)
+        assert (float(spreads[0]) == 0) == (init != "orthogonal" and "lora_B" in part)
+
+
+def test_an_orthogonal_pair_needs_an_even_rank(model):
+    with pytest.raises(AdapterError, match="needs an even rank"):
+        attach_adapter(model, AdapterConfig(method="lora", r=3, init="orthogonal"), seed=0)

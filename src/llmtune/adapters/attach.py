@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
 
 from llmtune.adapters.config_file import LoraOptions, shape_of, trained_token_ids
 from llmtune.adapters.target_modules import (
@@ -48,9 +49,9 @@ def attach_adapter(
 ) -> tuple[PeftModel, list[Decision]]:
     """Freeze the model and put LoRA beside its layers; returns the peft model and the choices made.
 
-    Each targeted layer computes W x + alpha / r * B A x, with alpha / sqrt(r) when `rslora`; A [r, in] is drawn
-    uniformly from +-1 / sqrt(in) as a function of (seed, names of the layers) alone, B [out, r] is 0, so outputs are
-    unchanged before the first step. Trained weights are float32 whatever the type of the base.
+    Each targeted layer computes W x + alpha / r * B A x, with alpha / sqrt(r) when `rslora`; A [r, in] is drawn by
+    `adapter.init` as a function of (seed, names of the layers) alone, and B A = 0, so outputs are unchanged before the
+    first step. Trained weights are float32 whatever the type of the base.
 
     tokenizer: gives the ids of `train_tokens`. Their rows are trained in the embedding, and in the output head where it
     is a weight of its own; a module that is trained anyway has them already. used_ids: control tokens of the training
@@ -86,7 +87,7 @@ def attach_adapter(
     )
     adapted = wrap_with_peft(model, options)
     # Again, because peft draws from the global generator in the order in which it finds the layers.
-    _seed_weights(adapted, seed)
+    _seed_weights(adapted, seed, adapter_config.init)
     adapted.eval()
     trained = sum(parameter.numel() for parameter in trained_parameters(adapted).values())
     total = count_parameters(adapted)
@@ -237,16 +238,58 @@ def _untrained_tokens(
     return [Decision("untrained tokens", ", ".join(untrained), f"{reason} trains them")]
 
 
-def _seed_weights(adapted: PeftModel, seed: int) -> None:
-    """Draw A anew, layer by layer in the order of names, as peft draws it: U(+-1 / sqrt(in)).
+def _seed_weights(adapted: PeftModel, seed: int, init: str) -> None:
+    """Draw the first weights anew, layer by layer in the order of names, as peft draws them (`INITS`).
 
     On the CPU and from a generator of its own, so that it is the same on every device, library version and rank.
     """
     generator = torch.Generator().manual_seed(seed)
+    parameters = dict(adapted.named_parameters())
     with torch.no_grad():
-        for name, weight in sorted(adapted.named_parameters()):
+        for name in sorted(parameters):
+            weight = parameters[name]
             if name.endswith("lora_A.default.weight"):
-                bound = 1 / math.sqrt(math.prod(weight.shape[1:]))
-                weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=generator))
+                other = parameters[name.replace("lora_A.default", "lora_B.default")]
+                first, second = INITS[init](weight.shape, other.shape, generator)
+                weight.copy_(first)
+                if second is not None:
+                    other.copy_(second)
             elif name.endswith("lora_embedding_B.default"):
                 weight.copy_(torch.empty(weight.shape).normal_(generator=generator))
+
+
+def _kaiming(shape_A: torch.Size, _: torch.Size, generator: torch.Generator) -> tuple[Tensor, None]:
+    """A ~ U(+-1 / sqrt(in)), as in He et al. 2015 (arXiv:1502.01852) with a = sqrt(5); B stays 0."""
+    bound = 1 / math.sqrt(math.prod(shape_A[1:]))
+    return torch.empty(shape_A).uniform_(-bound, bound, generator=generator), None
+
+
+def _gaussian(shape_A: torch.Size, _: torch.Size, generator: torch.Generator) -> tuple[Tensor, None]:
+    """A ~ N(0, 1 / r^2); B stays 0."""
+    return torch.empty(shape_A).normal_(std=1 / shape_A[0], generator=generator), None
+
+
+def _orthogonal(shape_A: torch.Size, shape_B: torch.Size, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A = Q_odd^T R / 10 and B = R' Q_even / 10, whose rows of one orthogonal Q [r, r] make B A = 0 with neither 0.
+
+    https://datta0.github.io/posts/rethink-lora-init/. Raises AdapterError for an odd rank or a layer without a matrix.
+    """
+    rank = shape_A[0]
+    if rank % 2 or len(shape_A) != 2:
+        problem = f"an orthogonal pair needs an even rank and a matrix, and this layer's A is {tuple(shape_A)}"
+        raise AdapterError(problem, where="adapter.init", fix="make adapter.r even, or adapter.init=gaussian")
+
+    def normal(*size: int) -> Tensor:
+        return torch.empty(size).normal_(generator=generator)
+
+    q_RR, _ = torch.linalg.qr(normal(rank, rank))
+    first = (normal(shape_A[1], rank // 2) @ q_RR[0::2]).T / 10
+    return first, normal(shape_B[0], rank // 2) @ q_RR[1::2] / 10
+
+
+INITS: dict[str, Callable[[torch.Size, torch.Size, torch.Generator], tuple[Tensor, Tensor | None]]] = {
+    "kaiming": _kaiming,
+    "gaussian": _gaussian,
+    "orthogonal": _orthogonal,
+}
+"""Shapes of A [r, in] and B [out, r] to their first values; None where B stays 0."""

@@ -152,6 +152,9 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         "activation_offloading": _OFFLOADED,
         "enable_activation_offloading": _OFFLOADED,
     },
+    "adapter.init": {
+        "init_lora_weights": words_of("adapter.init", dict.fromkeys(("true", "default"), "kaiming")),
+    },
     "model.quantization": {
         "load_in_4bit": switch("model.quantization", "4bit", "none"),
         "load_in_8bit": switch("model.quantization", "8bit", "none"),

@@ -53,6 +53,7 @@ def _does_not_divide(divisor: int | None, number: int | None) -> bool:
 
 _LORA_KEYS = (
     "start_from",
+    "init",
     "exclude_modules",
     "layers",
     "rank_pattern",
@@ -95,6 +96,12 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         lambda c, _: bool(c.model.train_only) and c.adapter.method != "none",
         "an adapter freezes the whole model, and some of its own parameters are to be trained",
         "name modules with `adapter.modules_to_save`, or set `adapter.method: none`",
+    ),
+    Contradiction(
+        ("adapter.init", "adapter.start_from"),
+        lambda c, _: c.adapter.init != "kaiming" and c.adapter.start_from is not None,
+        "an adapter that is started from has its first values",
+        "remove one of the two",
     ),
     Contradiction(
         ("training.loraplus_lr_ratio", "adapter.method"),

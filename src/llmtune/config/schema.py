@@ -177,6 +177,10 @@ class AdapterConfig:
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get an adapter: `all-linear`, a list of name endings, or one regular expression over full names."""
 
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    """First values of the adapter: A uniform by its inputs or normal by the rank and B 0, or an orthogonal pair whose
+    product is 0. The base stays as it is."""
+
     exclude_modules: str | tuple[str, ...] = ()
     """Layers left out of those: a list of name endings, or one regular expression over full names."""
 
