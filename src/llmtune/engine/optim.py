@@ -178,6 +178,7 @@ def learning_rate_scales(
         decisions.append(Decision("training.loraplus_lr_ratio", loraplus_lr_ratio, reason))
     if embedding_learning_rate is not None:
         layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+        # By identity: names differ between architectures, and a tied weight is listed under one of its two.
         ids = {id(parameter) for layer in layers for parameter in layer.parameters()}
         names = [name for name, parameter in parameters.items() if id(parameter) in ids]
         if not names:
@@ -198,6 +199,7 @@ def matrices_of_blocks(model: PreTrainedModel | PeftModel, parameters: Mapping[s
     outside = {
         id(weight) for module in model.modules() if isinstance(module, nn.Embedding) for weight in module.parameters()
     }
+    # A head that is not tied is a Linear, which the look at embeddings misses.
     head = model.get_output_embeddings()
     if head is not None:
         outside |= {id(weight) for weight in head.parameters()}

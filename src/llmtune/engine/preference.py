@@ -96,6 +96,7 @@ class PreferenceObjective:
         """Count the window over all devices, and find KTO's reference point; gives the divisor of its loss."""
         mine = window.indices
         chosen = mine[self._is_chosen[mine]]
+        # KTO judges each answer by itself; elsewhere the chosen sides count the pairs.
         answers = len(mine) if self._settings.method == "kto" else len(chosen)
         self._count, self._chosen_tokens = devices.sum(answers, float(self._loss_weights[chosen].sum()))
         self._sums = []
@@ -106,7 +107,9 @@ class PreferenceObjective:
     def _reference_point(self, mismatches: Mismatches, window: WindowRows, devices: Devices) -> float:
         """z0 = max(0, mean of log p - log p_ref over the mismatched pairs of the window)."""
         assert self._reference is not None
+        # A process whose share makes no mismatched pair has something to add up too.
         ratios = [torch.zeros((), dtype=torch.float64, device=devices.device)]
+        # The reference point is a constant for the gradient (arXiv:2402.01306, section 4).
         with torch.no_grad(), mismatches.autocast():
             for batch in mismatches.batches(window):
                 reference = self._reference.log_probs(batch)

@@ -61,6 +61,7 @@ class FrozenCopy:
         current = [parameter.data for parameter in self._parameters]
         try:
             for parameter, copy in zip(self._parameters, self._copies, strict=True):
+                # By `.data`: the optimizer, peft and the hooks hold the parameter objects, which must stay the same.
                 parameter.data = copy
             yield
         finally:

@@ -27,7 +27,6 @@ __all__ = [
     "write_generation_config",
     "write_model",
     "write_tokenizer",
-    "write_weights",
 ]
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -70,20 +69,11 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     durable.write_json(path, {key: value for key, value in read_json_file(path).items() if key not in traces})
 
 
-def write_weights(model: torch.nn.Module, path: Path) -> None:
-    """Write the trained weights by parameter name, bit for bit, as a checkpoint of a full training needs them.
-
-    Raises MachineError when the system refuses to write.
-    """
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in trained_parameters(model).items()}
-    durable.write_tensors(path, tensors, {})
-
-
 def restore_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put trained weights back, bit for bit.
 
-    tensors: by parameter name, as `write_weights` wrote them. Raises CheckpointError unless names, shapes and types are
-    exactly those of the model's trained weights.
+    tensors: by parameter name. Raises CheckpointError unless names, shapes and types are exactly those of the model's
+    trained weights.
     """
     parameters = trained_parameters(model)
     problems = [

@@ -62,7 +62,7 @@ class StopRequest:
 
     def request(self, signal_number: int = signal.SIGTERM) -> None:
         """Request a stop, as the first signal does."""
-        if self.signal_number is None:
+        if not self.is_requested:
             self._requested_at_s = time.monotonic()
             self.signal_number = int(signal_number)
 
@@ -82,7 +82,7 @@ class StopRequest:
 
     def raise_if_requested(self, saved: str | None = None) -> None:
         """Raise StoppedBySignal if the run was asked to stop; `saved` is the part of its message about the save."""
-        if self.signal_number is not None:
+        if self.is_requested:
             raise self.error(saved)
 
     def error(self, saved: str | None = None) -> StoppedBySignal:
@@ -95,7 +95,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.signal_number is None:
+        if not self.is_requested:
             self.request(number)
             # Nothing is trained yet, so there is nothing to save and no reason to wait.
             if self._may_interrupt:
