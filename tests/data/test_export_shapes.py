@@ -200,6 +200,15 @@ def test_a_broken_line_at_the_beginning_is_one_bad_row(file):
         assert not rows[0].whole_file
 
 
+def test_a_list_that_is_no_list_of_rows_is_one_bad_row(file):
+    for line in ("[1, 2]", '["q", "a"]', "[" * 50_000, '[{"role": "user"'):
+        rows = rows_of(file("a.jsonl", line + "\n" + json.dumps(CHAT) + "\n"))
+        assert [type(row) for row in rows] == [BadRow, Row]
+        assert not rows[0].whole_file
+    (row,) = rows_of(file("a.jsonl", "[1, 2]\n"))
+    assert row.source.endswith("a.jsonl:1")
+
+
 def test_several_objects_on_one_line_are_named(file):
     (row,) = rows_of(file("a.jsonl", '{"text": "a"} {"text": "b"}\n'))
     assert row.problem.startswith("not JSON: extra data")

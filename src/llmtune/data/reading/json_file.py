@@ -159,6 +159,8 @@ _ROW_LISTS = frozenset({"messages", "conversations", "conversation"})
 """Keys of a single row in a `.json` file; a list under any other key is a list of rows."""
 _TABLE_HEAD = re.compile(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:\s*[\[{]')
 """The beginning of an object whose first value is a list or an object."""
+_LIST_HEAD = re.compile(rb"\[\s*(?:\[\s*)?\{")
+"""The beginning of a list of objects, or of lists of objects."""
 _MESSAGE_KEYS = frozenset({"role", "content", "from", "value", "name", "weight"})
 """Keys of the messages of one conversation; with another (a number of the conversation) there may be several."""
 _DECODER = json.JSONDecoder()
@@ -184,8 +186,9 @@ def json_kind(head: bytes, stream: IO[bytes], kind: str) -> str:
     if is_line and rest.strip() and (isinstance(value, dict) or kind != ".json"):
         return ".jsonl"  # rows that are refused one by one
     if head[:1] == b"[":
-        if is_line and kind != ".json" and is_conversation(value):
-            return kind
+        is_list_a_line = line.strip() != b"[" and rest.lstrip(_SPACE)[:1] == b"["
+        if kind != ".json" and (is_conversation(value) or is_list_a_line or not _LIST_HEAD.match(head)):
+            return kind  # one row, or a broken one
         element = _value_at_start(head[1:].lstrip(_SPACE))
         first = element[0] if element is not None else None
         is_message = isinstance(first, dict) and is_conversation([first]) and first.keys() <= _MESSAGE_KEYS
