@@ -17,16 +17,17 @@ from training_helpers import line_count, lines_of, small_run, weights_of
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmtune"]
 LONGEST_S = 180
+LONG = "training.max_steps=100000"
 
 
 def environment(**more):
     return os.environ | {"OMP_NUM_THREADS": "1", "LLMTUNE_OFFLINE": "1"} | more
 
 
-def launched(*words, code=0):
-    """Run a command under torch's launcher and return what all of its processes printed."""
+def launched(*words, code=0, launcher=LAUNCHER):
+    """Run a command under a launcher and return what all of its processes printed."""
     done = subprocess.run(
-        [*LAUNCHER, *words], env=environment(), capture_output=True, text=True, timeout=LONGEST_S, check=False
+        [*launcher, *words], env=environment(), capture_output=True, text=True, timeout=LONGEST_S, check=False
     )
     said = done.stdout + done.stderr
     assert done.returncode == code, said
@@ -81,9 +82,10 @@ def words(tiny_model_folder, rows_file, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(words):
-    """(folder, everything printed) of a run of two processes that nobody stopped."""
+    """(folder, everything printed) of a run of two processes that nobody stopped, started by `--devices 2`."""
     folder, given = words
-    return folder / "whole", launched("train", *given, "run.name=whole")
+    own = [sys.executable, "-m", "llmtune"]
+    return folder / "whole", launched("train", "--devices", "2", *given, "run.name=whole", launcher=own)
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +182,33 @@ def test_p8_a_signal_to_the_launcher_saves_once(words, number):
 
 
 @pytest.mark.campaign
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("whom", ["the command", "its process group"])
+def test_p8_a_signal_to_a_command_with_devices_saves_once_and_is_its_exit_code(words, number, whom):
+    folder, given = words
+    run = folder / f"devices-{number}-{whom}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmtune", "train", "--devices", "2", *given, f"run.name={run.name}", LONG],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    wait_for_lines(run, 4)
+    if whom == "the command":
+        process.send_signal(number)
+    else:
+        os.killpg(process.pid, number)  # as a terminal does at Ctrl-C
+    said = process.communicate(timeout=LONGEST_S)[0]
+    assert process.returncode == 128 + number, said
+    assert len(re.findall(r"stopped by \w+: saved after step", said)) == 1, said
+    assert "elastic" not in said
+    assert json.loads((run / "run.json").read_text())["state"] == "stopped"
+
+
+def test_devices_must_be_at_least_one(words):
+    said = launched("train", "--devices", "0", *words[1], code=2, launcher=[sys.executable, "-m", "llmtune"])
+    assert "name how many processes train, from 1" in said
+
+
+@pytest.mark.campaign
 @pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_p8_every_signal_to_any_process_stops_all(words, number, ranks):
@@ -198,7 +227,7 @@ def test_p8_every_signal_to_any_process_stops_all(words, number, ranks):
 @pytest.mark.campaign
 def test_minutes_end_all_processes_at_the_same_step(words):
     folder, given = words
-    both = TwoRanks("train", *given, "run.name=minutes", "training.max_steps=100000", "training.max_minutes=0.02")
+    both = TwoRanks("train", *given, "run.name=minutes", LONG, "training.max_minutes=0.02")
     codes, said = both.end()
     assert codes == [0, 0], said
     assert "".join(said).count("stopped after 0.02 minutes") == 1
@@ -209,7 +238,7 @@ def test_minutes_end_all_processes_at_the_same_step(words):
 def test_p7_a_disk_that_refuses_the_main_process_ends_all(words):
     """The folder of checkpoints becomes a file while they train: nothing can be saved there."""
     folder, given = words
-    both = TwoRanks("train", *given, "run.name=refused", "training.max_steps=100000", "checkpoint.every_steps=50")
+    both = TwoRanks("train", *given, "run.name=refused", LONG, "checkpoint.every_steps=50")
     wait_for_lines(folder / "refused", 4)
     (folder / "refused" / "checkpoints").rename(folder / "away")
     (folder / "refused" / "checkpoints").write_text("")
@@ -221,7 +250,7 @@ def test_p7_a_disk_that_refuses_the_main_process_ends_all(words):
 @pytest.mark.campaign
 def test_a_run_that_another_process_has_is_refused_once_on_two_processes(words):
     folder, given = words
-    both = TwoRanks("train", *given, "run.name=busy", "training.max_steps=100000")
+    both = TwoRanks("train", *given, "run.name=busy", LONG)
     wait_for_lines(folder / "busy", 4)
     said = launched("resume", str(folder / "busy"), code=1)
     for process in both.processes:
@@ -234,7 +263,7 @@ def test_a_run_that_another_process_has_is_refused_once_on_two_processes(words):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_p12_a_killed_process_ends_the_other_with_exit_code_8(words, killed):
     folder, given = words
-    both = TwoRanks("train", *given, f"run.name=killed-{killed}", "training.max_steps=100000")
+    both = TwoRanks("train", *given, f"run.name=killed-{killed}", LONG)
     wait_for_lines(folder / f"killed-{killed}", 4)
     both.processes[killed].kill()
     codes, said = both.end()

@@ -319,7 +319,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
             outcome: object
             try:
                 # Not by `program.main`, which prints messages and exits by itself.
-                with build().make_context("llmtune", list(arguments)) as context:
+                with build().make_context("llmtune", list(arguments), obj=tuple(arguments)) as context:
                     outcome = context.command.invoke(context)
             except typer.Exit as end:
                 outcome = end.exit_code

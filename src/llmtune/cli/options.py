@@ -11,6 +11,7 @@ __all__ = [
     "AllowChanges",
     "Checkpoint",
     "ConfigName",
+    "Devices",
     "Dtype",
     "NoCuda",
     "NoCudaInTraining",
@@ -44,6 +45,10 @@ ConfigName = Annotated[
         "-c",
         help="A preset (test, development, production, quickstart) or a YAML or JSON file; of several, the last wins.",
     ),
+]
+Devices = Annotated[
+    int | None,
+    typer.Option("--devices", help="Train with this many processes, one for each device of this machine."),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")

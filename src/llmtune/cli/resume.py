@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.options import AllowChanges, NoCudaInTraining, Score, TrustRemoteCode
+from llmtune.cli.launch import launch, launches
+from llmtune.cli.options import AllowChanges, Devices, NoCudaInTraining, Score, TrustRemoteCode
 from llmtune.cli.process import prepare_process
 from llmtune.common.offline import is_offline
 from llmtune.config.process_options import Options
@@ -18,6 +19,7 @@ __all__ = ["resume", "resume_run"]
 
 
 def resume(
+    context: typer.Context,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -26,18 +28,22 @@ def resume(
             "and overrides.",
         ),
     ] = None,
+    devices: Devices = None,
     no_cuda: NoCudaInTraining = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_changes: AllowChanges = False,
     score: Score = None,
-) -> None:
+) -> int | None:
     """Go on with a run from its newest valid checkpoint, or from the one that is named."""
+    if launches(devices):
+        return launch(devices, context.find_root().obj)
     overrides = list(arguments or [])
     # A run's folder may have `=` in its name.
     has_run = bool(overrides) and ("=" not in overrides[0] or Path(overrides[0]).exists())
     run = overrides.pop(0) if has_run else None
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code, score=score)
     resume_run(run, overrides, options, allow_changes=allow_changes)
+    return None
 
 
 def resume_run(

@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.options import AllowChanges, ConfigName, NoCudaInTraining, Overrides, Score, TrustRemoteCode
+from llmtune.cli.launch import launch, launches
+from llmtune.cli.options import AllowChanges, ConfigName, Devices, NoCudaInTraining, Overrides, Score, TrustRemoteCode
 from llmtune.cli.process import prepare_process
 from llmtune.common.folders import home_expanded
 from llmtune.common.offline import is_offline
 from llmtune.config.arguments import FLAGS
-from llmtune.config.layers import load_config
+from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import RunConfig
 from llmtune.errors import UsageError
@@ -44,6 +45,7 @@ ResumeFrom = Annotated[
 
 
 def train(
+    context: typer.Context,
     overrides: Overrides = None,
     config: ConfigName = None,
     model: Model = None,
@@ -51,6 +53,7 @@ def train(
     project: Project = None,
     output_dir: OutputDir = None,
     name: Name = None,
+    devices: Devices = None,
     no_cuda: NoCudaInTraining = False,
     dry_run: DryRun = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -59,13 +62,13 @@ def train(
     resume_from_checkpoint: ResumeFrom = None,
     allow_changes: AllowChanges = False,
     score: Score = None,
-) -> None:
+) -> int | None:
     """Train a model: from a preset or file, with any key overridden."""
     if list_models:
         from llmtune.cli.models import list_models as show_models
 
         show_models()
-        return
+        return None
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code, score=score)
     flags: dict[str, object] = {
         "model.name": model,
@@ -74,16 +77,27 @@ def train(
         "run.output_dir": output_dir,
         "run.name": name,
     }
-    if resume_from_checkpoint is not None or allow_changes:
+    # The flag that other toolkits have; a run goes on with its own config, so most flags beside it are a mistake.
+    goes_on = resume_from_checkpoint is not None or allow_changes
+    if goes_on:
         _check_resume(resume_from_checkpoint, {"config": config, "from": start_from, **flags})
+    else:
+        if start_from is not None:
+            flags |= _start_flags(start_from, output_dir)
+        # Before anything heavy is imported: a config error is answered at once.
+        resolved = load_config(config, flags=flags, overrides=overrides or ())
+    if launches(devices):
+        return launch(devices, context.find_root().obj)
+    if goes_on:
         from llmtune.cli.resume import resume_run
 
         resume_run(None, overrides or [], options, allow_changes=allow_changes, checkpoint=resume_from_checkpoint)
-        return
-    if start_from is not None:
-        flags |= _start_flags(start_from, output_dir)
-    # Before anything heavy is imported: a config error is answered at once.
-    resolved = load_config(config, flags=flags, overrides=overrides or ())
+        return None
+    _train(resolved, options, dry_run=dry_run)
+    return None
+
+
+def _train(resolved: ResolvedConfig, options: Options, *, dry_run: bool) -> None:
     prepare_process(trains=True)
     from llmtune.training import train as training
     from llmtune.training.progress import print_result

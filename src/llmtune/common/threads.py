@@ -11,7 +11,7 @@ import sys
 
 from llmtune.common.decisions import Decision
 
-__all__ = ["limit_spinning", "spinning_in_force"]
+__all__ = ["available_cores", "limit_spinning", "spinning_in_force"]
 
 LIMITS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 """GNU's runtime, which torch's wheels for Linux contain, counts rounds (300,000 by default); LLVM's and Intel's, which
@@ -20,6 +20,11 @@ those for macOS and conda's packages use, milliseconds (200 by default). 1,000 r
 
 OWN_SETTINGS = (*LIMITS, "OMP_WAIT_POLICY", "KMP_LIBRARY")
 """Variables with which a user decides it."""
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def limit_spinning() -> None:

@@ -7,7 +7,10 @@ __all__ = ["NOT_HERE", "UNUSED"]
 _UPLOADS = ("llmtune uploads nothing", "upload the run's `final/` folder with the hub's own tool")
 _IMPORTS = "it names code to import, and llmtune imports nothing that a config names"
 _DEVICE = ("the device is chosen where the command runs", "run `llmtune train --no-cuda`")
-_PROCESSES = ("the number of processes is chosen where the command runs", "start it with `torchrun --nproc-per-node N`")
+_PROCESSES = (
+    "the number of processes is chosen where the command runs",
+    "start it with `llmtune train --devices N`, or `torchrun`",
+)
 _MASK = (
     "the answers are found from the chat template itself",
     "remove it; `data.train_on` says which messages are trained",

@@ -329,7 +329,7 @@ summed.
 
 
 WHAT_WORKS = (
-    "use `auto` or `ddp` and start with `torchrun --nproc-per-node N -m llmtune train ...`; "
+    "use `auto` or `ddp` and start with `llmtune train --devices N` or `torchrun`; "
     "a model too large for one device may fit with `adapter.method: lora` and `model.quantization: 4bit`"
 )
 

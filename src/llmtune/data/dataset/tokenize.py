@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from llmtune.common.decisions import Decision
 from llmtune.common.folders import cache_folder, home_expanded
+from llmtune.common.threads import available_cores
 from llmtune.config.schema import DataConfig
 from llmtune.data.dataset.cache import cache_key, open_or_build
 from llmtune.data.dataset.ledger import LedgerPart
 from llmtune.data.dataset.row_result import RowResult, RowRules
-from llmtune.data.dataset.workers import Batch, Job, available_cores, tokenize_batches
+from llmtune.data.dataset.workers import Batch, Job, tokenize_batches
 from llmtune.data.example import Row
 from llmtune.data.reading.columns import missing_columns
 from llmtune.data.reading.data_file import DataFile, read_records

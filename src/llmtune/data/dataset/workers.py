@@ -24,7 +24,7 @@ from llmtune.data.reading.data_file import DataFile
 from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.rendering.renderer import Renderer
 
-__all__ = ["Batch", "Job", "available_cores", "run_batches", "tokenize_batches"]
+__all__ = ["Batch", "Job", "run_batches", "tokenize_batches"]
 
 Batch = list[tuple[int, Record | BadRow]]
 """Records with the index of their file."""
@@ -47,11 +47,6 @@ class Job(NamedTuple):
             process_record(index, self.files[index], record, self.formats[index], self.renderer, self.rules)
             for index, record in batch
         ]
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def tokenize_batches(job: Job, batches: Iterable[Batch], workers: int) -> Iterator[list[RowResult]]:

@@ -1,0 +1,64 @@
+"""`--devices N`: one process of the command for each device of this machine, by torch's elastic launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import TypeGuard
+
+from llmtune.cli.process import check_surroundings
+from llmtune.common.threads import available_cores, limit_spinning
+from llmtune.errors import UsageError
+
+__all__ = ["launch", "launches"]
+
+SHUTDOWN_S = 24 * 60 * 60
+"""Seconds that a stopped process may take to save before the launcher kills it. Each process ends by itself."""
+
+
+def launches(devices: int | None) -> TypeGuard[int]:
+    """Whether this process has to start others: several devices were asked for, and it is not one of those yet."""
+    return devices is not None and "WORLD_SIZE" not in os.environ
+
+
+def launch(devices: int, words: Sequence[str]) -> int:
+    """Run `llmtune WORDS` in `devices` processes that train together, and return the exit code of the run.
+
+    Signals are passed on. Each process takes its share of the cores unless OMP_NUM_THREADS is set. Raises UsageError
+    for fewer than one device.
+    """
+    if devices < 1:
+        raise UsageError(f"{devices} devices were asked for", "--devices", "name how many processes train, from 1")
+    check_surroundings()
+    limit_spinning()
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # What the launcher says of a signal or a failure stands in the message of the process itself.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // devices)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        run_id="llmtune",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # any free port
+        max_restarts=0,
+        local_addr="localhost",
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGUSR1",
+        shutdown_timeout=SHUTDOWN_S,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "llmtune", *words)
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+        return 128 - code if code < 0 else code  # negative: the number of the signal that killed it
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    return 0
