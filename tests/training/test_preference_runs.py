@@ -4,10 +4,14 @@ run that was stopped ends as the run that never was.
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from llmtune.config.dump import config_to_yaml
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.runs.signals import StopRequest
@@ -113,6 +117,14 @@ def test_other_losses_start_at_their_value_of_no_difference(first_lines, objecti
     assert evaluation["eval_loss"] == step["train_loss"] == pytest.approx(value, rel=1e-6)
 
 
+def test_dropout_is_off_and_said(resolve):
+    said = []
+    result = training.train(resolve(*LORA, "training.max_steps=1"), print_line=said.append)
+    assert any("adapter.dropout = 0.0" in line and "asked for: 0.1" in line for line in said)
+    adapter = json.loads((result.folder / "checkpoints" / "final" / "adapter_config.json").read_text())
+    assert adapter["lora_dropout"] == 0.0
+
+
 def test_kto_learns_from_answers_with_a_label(resolve, labels_file):
     run = training.train(resolve(f"data.train={labels_file}", "objective.method=kto", "training.max_steps=4")).folder
     lines = [line for line in lines_of(run) if "train_loss" in line]
@@ -162,6 +174,12 @@ def test_the_plan_counts_a_frozen_copy_and_the_reference_never_moves(resolve):
         assert sum(before) == pytest.approx(4 * LN2)
         moved = {name: parameter.detach().clone() for name, parameter in run.setup.parameters.items()}
         assert list(run.steps())
+        run.setup.objective.begin_window(window, run.devices)
+        for batch in window.micro_batches:
+            run.setup.objective.loss_sum(batch)
+        assert (
+            abs(run.setup.objective.measure(run.devices)["rewards_margin"]) > 1e-3
+        )  # the trained model has moved away
         with torch.no_grad():
             assert any(not torch.equal(moved[name], weight) for name, weight in run.setup.parameters.items())
             for name, parameter in run.setup.parameters.items():
@@ -246,3 +264,28 @@ def test_early_stopping_and_the_best_model_go_by_the_held_out_loss(resolve):
 def test_exact_answers_are_counted_over_chosen_ones(resolve):
     result = training.train(resolve("evaluation.exact_match=true"))
     assert result.metrics["eval_num_answers"] == 4
+
+
+def test_two_processes_give_the_numbers_of_one(resolve, tmp_path):
+    """Counts, KTO's reference point and metrics are those of the whole window, over both processes."""
+    settings = ("objective.method=kto", "adapter.method=lora")
+    alone = lines_of(training.train(resolve(*settings, name="alone")).folder)
+    path = tmp_path / "shared.yaml"
+    path.write_text(config_to_yaml(resolve(*settings, name="shared").config))
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "llmtune"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "train", "--config", str(path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "LLMTUNE_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    shared = lines_of(tmp_path / "runs" / "shared")
+    assert len(shared) == len(alone)
+    for line, other in zip(shared, alone, strict=True):
+        numbers = [key for key, value in other.items() if isinstance(value, float) and key in line]
+        assert {"train_loss", "eval_loss"} & set(numbers)
+        for key in numbers:
+            assert line[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
