@@ -205,6 +205,7 @@ def test_a_run_is_found_by_its_name_and_its_final_model_taken(trained, tmp_path,
     final.parent.mkdir(parents=True)
     trained.base().rename(final)
     (tmp_path / "runs" / "mine" / "run.json").write_text("{}")
+    (tmp_path / "runs" / "mine" / "config.yaml").write_text("model: {name: custom-nano}\n")
     assert export("mine", tmp_path / "out").source.endswith("final")
 
 

@@ -27,6 +27,7 @@ from llmtune.evaluation.sampling import (
     through_stop_text,
 )
 from llmtune.models.parameters import base_model_of, eval_mode
+from llmtune.models.read_config import context_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -238,7 +239,8 @@ def _free_context(base: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> li
     Raises DataError for a prompt that is empty or leaves none.
     """
     # Some architectures (ALiBi, state spaces) have no longest sequence.
-    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    context = context_of(base.config)
+    longest = sys.maxsize if context is None else context.tokens
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise DataError("the prompt is empty", where=f"prompt {number}")
