@@ -25,6 +25,7 @@ NAMES_OF = {
         "gradient_checkpointing activation_checkpointing enable_activation_checkpointing use_gradient_checkpointing"
     ),
     "adapter.r": "lora_r lora_rank",
+    "adapter.start_from": "adapter_name_or_path lora_model_dir resume_adapter_file adapter_path",
     "adapter.alpha": "lora_alpha",
     "adapter.dropout": "lora_dropout",
     "adapter.target_modules": "lora_target lora_target_modules target_modules",
@@ -105,5 +106,8 @@ SECTION_NAMES = {
     "lr_scheduler_kwargs.min_lr_rate": "training.min_lr_ratio",
     "lr_scheduler_kwargs.min_lr_ratio": "training.min_lr_ratio",
     "tokenizer.path": "model.tokenizer",
+    "adapter.path": "adapter.start_from",
+    "special_tokens.pad_token": "model.pad_token",
+    "special_tokens.eos_token": "model.eos_token",
 }
 """Names in sections of other toolkits -> our keys."""

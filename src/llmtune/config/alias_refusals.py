@@ -67,7 +67,6 @@ NOT_HERE: dict[str, tuple[str, str]] = {
     "eval_max_new_tokens": ("it has another name here", "set `evaluation.max_new_tokens`"),
     "bos_token": _TOKENS,
     "unk_token": _TOKENS,
-    "special_tokens": _TOKENS,
     "label_smoothing_factor": ("the loss here is the plain negative log-likelihood", "remove it"),
     "logging_dir": ("logs stand in the run's own folder", "set `run.output_dir`"),
     "micro_batch_size_eval": ("it has another name here", "set `evaluation.batch_size`"),
