@@ -14,6 +14,7 @@ import pytest
 
 import badinputs_explained as explained
 import badinputs_runner as runner
+import fix_lines
 from llmtune.data.rendering.limits import Limits
 from llmtune.data.rendering.renderer import Renderer
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
@@ -93,6 +94,7 @@ def assert_answered(case, outcome):
     for part in case.says.split(" & "):
         assert re.search(part, text), f"{part!r} is not in: {outcome.err}"
     assert outcome.new == [], f"left behind: {outcome.new}"
+    assert fix_lines.refused_in(outcome.err, case.command) == [], outcome.err
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
