@@ -70,7 +70,10 @@ _LORA_KEYS = (
 _OF_EVERY_RUN: tuple[Contradiction, ...] = (
     Contradiction(
         ("data.one_example_per_turn", "data.train_on"),
-        lambda c, _: c.data.one_example_per_turn and c.data.train_on == "all_tokens",
+        lambda c, _: (
+            c.data.one_example_per_turn
+            and "all_tokens" in {c.data.train_on, *(source.train_on for source in (*c.data.train, *c.data.eval))}
+        ),
         "every token would be trained once for each later turn",
         "set `data.train_on: all_messages`, or `data.one_example_per_turn: false`",
     ),
