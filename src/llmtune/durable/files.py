@@ -234,8 +234,8 @@ def replace_symlink(link: Path | str, target: str) -> None:
         sync_folder(link.parent)
 
 
-def read_chunks(path: Path, chunk_bytes: int = 4 << 20, *, past_cache: bool = False) -> Iterator[bytes]:
-    """Yield the content of `path` in chunks; `past_cache` reads from the disk where the system allows to ask for it.
+def read_chunks(path: Path, *, past_cache: bool = False) -> Iterator[bytes]:
+    """Yield `path` in chunks of 4 MiB; `past_cache` reads from the disk where the system allows to ask for it.
 
     Raises OSError.
     """
@@ -243,5 +243,5 @@ def read_chunks(path: Path, chunk_bytes: int = 4 << 20, *, past_cache: bool = Fa
         if past_cache and sys.platform == "linux":
             # Drop the pages that the system remembers from the write, which may differ from what the disk stored.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while chunk := file.read(chunk_bytes):
+        while chunk := file.read(4 << 20):
             yield chunk

@@ -105,7 +105,7 @@ def through_stop_text(
     if not texts:
         return list(ids), None
     for end in range(1, len(ids) + 1):
-        answer = tokenizer.decode(ids[:end], skip_special_tokens=False)
+        answer = tokenizer.decode(list(ids[:end]), skip_special_tokens=False)
         found = [(answer.index(text), text) for text in texts if text in answer]
         if found:
             return list(ids[:end]), min(found)[1]

@@ -106,10 +106,9 @@ def forecast_disk(
 class SaveAttempts:
     """Saves that may fail: tried again at once, then passed over until `raise_if_failed`, at the end of the run."""
 
-    def __init__(self, clean_up: Callable[[], object], *, attempts: int = 2) -> None:
-        """`clean_up` removes the leftovers of a failed save; each save is tried `attempts` times."""
+    def __init__(self, clean_up: Callable[[], object]) -> None:
+        """`clean_up` removes the leftovers of a failed save."""
         self._clean_up = clean_up
-        self._attempts = attempts
         self._failures: dict[str, MachineError] = {}
         self.failure: MachineError | None = None
         """The error of the newest save; None when it worked."""
@@ -120,8 +119,8 @@ class SaveAttempts:
         Only errors a disk may recover from are tried again or passed over (full, input/output error, read-only); any
         other is raised. A later success makes up only for failures of the same `subject`.
         """
-        # At once, because the first attempt may have failed on space that its own leftovers take.
-        for _ in range(self._attempts):
+        # Twice, because the first attempt may have failed on space that its own leftovers take.
+        for _ in range(2):
             try:
                 result = save()
             except MachineError as error:

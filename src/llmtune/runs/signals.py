@@ -80,13 +80,13 @@ class StopRequest:
             self._may_interrupt = False
         self.raise_if_requested()  # in case a library swallowed the exception
 
-    def raise_if_requested(self, saved: str | None = None) -> None:
-        """Raise StoppedBySignal if the run was asked to stop; `saved` is the part of its message about the save."""
+    def raise_if_requested(self) -> None:
+        """Raise StoppedBySignal if the run was asked to stop."""
         if self.is_requested:
-            raise self.error(saved)
+            raise self.error()
 
     def error(self, saved: str | None = None) -> StoppedBySignal:
-        """Return the error with which a stopped run ends."""
+        """Return the error with which a stopped run ends; `saved` is the part of its message about the save."""
         number = self.signal_number or int(signal.SIGTERM)
         outcome = saved or "there was nothing to save yet"
         return StoppedBySignal(

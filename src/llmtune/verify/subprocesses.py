@@ -17,6 +17,7 @@ from llmtune.errors import LlmtuneError, MachineError
 __all__ = ["ProcessEnd", "run_command", "run_forked"]
 
 _LONGEST_S = 3600.0
+_LONGEST_FORK_S = 600.0
 _LONGEST_MESSAGE = 4000
 
 
@@ -36,14 +37,12 @@ class ProcessEnd(NamedTuple):
         return self.code == -signal.SIGKILL
 
 
-def run_forked(
-    function: Callable[[], object], *, timeout_s: float = 600.0, kill_after_s: float | None = None
-) -> ProcessEnd:
+def run_forked(function: Callable[[], object], *, kill_after_s: float | None = None) -> ProcessEnd:
     """Run `function` in a forked process without output; an LlmtuneError gives its own exit code, another error 1.
 
     torch is not imported again, so the process starts in milliseconds; in return this process must not have computed
     anything yet (threads do not survive a fork). With `kill_after_s` it gets SIGKILL when it lives that long. Raises
-    MachineError when it lives longer than `timeout_s`.
+    MachineError when it lives longer than ten minutes.
     """
     reader, writer = os.pipe()
     begin = time.monotonic()
@@ -68,7 +67,7 @@ def run_forked(
         finally:
             os._exit(code)  # no clean-up of what belongs to the parent
     os.close(writer)
-    end_s = timeout_s if kill_after_s is None else kill_after_s
+    end_s = _LONGEST_FORK_S if kill_after_s is None else kill_after_s
     while (lived_s := time.monotonic() - begin) < end_s:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -81,7 +80,7 @@ def run_forked(
     _, status = os.waitpid(child, 0)
     os.close(reader)
     if kill_after_s is None:
-        raise MachineError(f"a child process did not end within {timeout_s:.0f} s")
+        raise MachineError(f"a child process did not end within {_LONGEST_FORK_S:.0f} s")
     return ProcessEnd(os.waitstatus_to_exitcode(status), "", lived_s)
 
 
