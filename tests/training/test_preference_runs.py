@@ -261,6 +261,17 @@ def test_early_stopping_and_the_best_model_go_by_the_held_out_loss(resolve):
     assert by_accuracy.eval_state.best_value == by_accuracy.metrics["eval_accuracy"]
 
 
+def test_the_rows_of_pairs_can_be_verified_as_others(resolve):
+    from llmtune.verify.numbers import verify_batching, verify_packing
+
+    said = []
+    for verify in (verify_batching, verify_packing):
+        verdict = verify(resolve("adapter.method=lora"), Options(no_cuda=True), print_line=said.append)
+        assert verdict.findings
+        assert all(finding.holds for finding in verdict.findings)
+    assert any("rows of dpo" in line for line in said)
+
+
 def test_exact_answers_are_counted_over_chosen_ones(resolve):
     result = training.train(resolve("evaluation.exact_match=true"))
     assert result.metrics["eval_num_answers"] == 4

@@ -12,6 +12,7 @@ import torch
 from llmtune.common.printing import PrintLine
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.process_options import Options
+from llmtune.config.schema import ObjectiveConfig
 from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.devices import open_devices
@@ -110,6 +111,9 @@ def _build(
         model=replace(config.model, dtype="float32"),
     )
     prepared = prepare(replace(resolved, config=config), options)
+    if config.objective.method != "sft":
+        print_line(f"rows of {config.objective.method}: the loss of their answers' tokens is compared, side by side")
+        prepared = replace(prepared, config=replace(prepared.config, objective=ObjectiveConfig()))
     devices, _ = open_devices(config, options)
     setup = build_setup(prepared, options, devices)
     _randomize_zero_weights(setup)
