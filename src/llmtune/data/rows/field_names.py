@@ -12,6 +12,7 @@ Turns of one file, and of one row, may have different keys.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
@@ -114,6 +115,7 @@ TURN_PAIRS = (
 """Keys of a turn that holds a user's message and the answer to it."""
 
 EXTRA_TEXTS = ("name", "tool_call_id", *REASONING_FIELDS)
+_FIELDS_BESIDE_A_PAIR = ("weight", *MARKS, *REASONING_FIELDS)
 UNUSED_SHOWN = 12
 """Unread fields of one row that are described; a file whose keys are data has no end of them."""
 
@@ -168,6 +170,8 @@ class TurnKeys(NamedTuple):
 
 def turn_keys_of(turn: Mapping[str, object]) -> TurnKeys:
     """The keys of a turn; where it has none, those that go with its other key."""
+    if turn.get("role") is not None and turn.get("content") is not None:
+        return TurnKeys("role", "content")  # nearly all turns
     speaker = next((key for key in SPEAKER_KEYS if turn.get(key) is not None), None)
     speaker = speaker or next((key for key in SPEAKER_KEYS if key in turn), None)
     text = next((key for key in TEXT_KEYS if turn.get(key) is not None), None)
@@ -179,7 +183,7 @@ def turn_keys_of(turn: Mapping[str, object]) -> TurnKeys:
 
 def turn_pair_of(turn: Mapping[str, object]) -> tuple[str, str] | None:
     """The keys of a turn that holds a question and its answer, or None."""
-    if any(turn.get(key) is not None for key in SPEAKER_KEYS):
+    if turn.get("role") is not None or turn.get("from") is not None:
         return None
     return next((pair for pair in TURN_PAIRS if all(turn.get(key) is not None for key in pair)), None)
 
@@ -187,9 +191,13 @@ def turn_pair_of(turn: Mapping[str, object]) -> tuple[str, str] | None:
 def read_fields_of(turn: Mapping[str, object]) -> frozenset[str]:
     """The fields of a turn that are read."""
     pair = turn_pair_of(turn)
-    if pair is not None:
-        return frozenset({*pair, "weight", *MARKS, *REASONING_FIELDS})
-    return frozenset({*turn_keys_of(turn), "weight", *MARKS, *EXTRA_TEXTS, "tool_calls", "function_call"})
+    return _fields_beside(turn_keys_of(turn)) if pair is None else frozenset({*pair, *_FIELDS_BESIDE_A_PAIR})
+
+
+@functools.cache
+def _fields_beside(keys: TurnKeys) -> frozenset[str]:
+    """The fields that are read of a turn with these keys."""
+    return frozenset({*keys, "weight", *MARKS, *EXTRA_TEXTS, "tool_calls", "function_call"})
 
 
 def first_turn(turns: object) -> Mapping[str, object]:
@@ -218,6 +226,7 @@ def describe_turn(turn: Mapping[str, object]) -> str:
     return f"neither `{names[0]}` nor `{names[1]}`, but {others}"
 
 
+@functools.cache
 def roles_of(keys: TurnKeys) -> Mapping[str, str]:
     """The role of each speaker that turns with these keys may have."""
     own = {role: role for role in ROLES}
