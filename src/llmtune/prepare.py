@@ -189,7 +189,7 @@ def fit_train_tokens(
         return config, []
     train_tokens = (*config.adapter.train_tokens, *added)
     shown = ", ".join(train_tokens[:8]) + (f" and {len(train_tokens) - 8:,} more" if len(train_tokens) > 8 else "")
-    reason = f"the tokenizer has {len(added):,} tokens that are new to the model; their rows are trained and saved"
+    reason = f"new to the model are {len(added):,} of the tokenizer's tokens; their rows are trained and saved"
     fitted = replace(config, adapter=replace(config.adapter, train_tokens=train_tokens))
     return fitted, [Decision("adapter.train_tokens", shown, reason)]
 
