@@ -237,3 +237,14 @@ def test_shards_are_cut_at_the_given_size_and_load_together(make, monkeypatch):
     merge_lora(adapter, merged, dtype="float32")
     assert len(list(merged.glob("model-*-of-*.safetensors"))) > 2
     assert largest_difference(base, adapter, merged) <= 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_that_training_added_and_left_frozen_are_merged_as_training_had_them(make, tmp_path, precision):
+    """Of an adapter whose tokenizer has more tokens than its base has rows, and that trains none of them."""
+    base = make.base()
+    grown = type(make.tokenizer).from_pretrained(base)
+    grown.add_tokens(["<one>", "<two>"], special_tokens=True)
+    grown.save_pretrained(base)
+    report = merge_lora(make.adapter(base, precision=precision, target_modules=("q_proj",)), tmp_path / "merged")
+    assert "2 embedding rows are added" in report.notes[0]
