@@ -102,6 +102,23 @@ def test_a_disabled_adapter_gives_the_base_model_back(build_model: Build, padded
     assert not torch.equal(model(padded.input_ids).logits, base(padded.input_ids).logits)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_disabled_adapter_gives_the_bits_of_an_update_of_0(
+    build_model: Build, arithmetic: Build, padded: MicroBatch, bf16: bool
+) -> None:
+    """A new adapter's model is its own reference: preference losses then begin at exactly no difference."""
+    model = adapted(build_model("llama"), LORA)
+    patch_model(model.base_model.model, "cpu")
+    with torch.no_grad(), arithmetic(bf16=bf16).autocast():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.zero_()
+        enabled = model(padded.input_ids).logits
+        with model.disable_adapter():
+            disabled = model(padded.input_ids).logits
+    assert torch.equal(enabled, disabled)
+
+
 def test_taking_layers_over_changes_no_name_and_can_be_undone(build_model: Build) -> None:
     model = adapted(build_model("llama"), LORA)
     before, classes = adapter_state_and_config(model), [type(module) for module in model.modules()]
