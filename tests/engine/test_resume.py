@@ -149,7 +149,7 @@ def test_metrics_have_exactly_the_names_of_the_design(bench):
     line = start(bench).run()[0].metrics()
     assert " ".join(line) == (
         "step epoch progress train_mean_nll learning_rate grad_norm num_tokens num_loss_tokens num_sequences "
-        "tokens_per_second loss_tokens_per_second step_seconds memory_bytes"
+        "rows_digest tokens_per_second loss_tokens_per_second step_seconds memory_bytes"
     )
     assert line["memory_bytes"] > 10_000_000
     assert line["tokens_per_second"] == pytest.approx(line["num_tokens"] / line["step_seconds"])

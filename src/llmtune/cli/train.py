@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,10 +15,13 @@ from llmtune.cli.process import prepare_process
 from llmtune.common.folders import home_expanded
 from llmtune.common.offline import is_offline
 from llmtune.config.arguments import FLAGS
-from llmtune.config.layers import ResolvedConfig, load_config
+from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import RunConfig
 from llmtune.errors import UsageError
+
+if TYPE_CHECKING:
+    from llmtune.training.training_run import Result
 
 __all__ = ["train"]
 
@@ -93,19 +96,19 @@ def train(
 
         resume_run(None, overrides or [], options, allow_changes=allow_changes, checkpoint=resume_from_checkpoint)
         return None
-    _train(resolved, options, dry_run=dry_run)
-    return None
-
-
-def _train(resolved: ResolvedConfig, options: Options, *, dry_run: bool) -> None:
     prepare_process(trains=True)
     from llmtune.training import train as training
-    from llmtune.training.progress import print_result
 
     if dry_run:
         training.dry_run(resolved, options, print_line=print)
-        return
-    result = training.train(resolved, options, print_line=print_line)
+    else:
+        _print_outcome(training.train(resolved, options, print_line=print_line))
+    return None
+
+
+def _print_outcome(result: Result) -> None:
+    from llmtune.training.progress import print_result
+
     print_result(result, print_line)
     if result.folder is not None:
         print(result.folder)
