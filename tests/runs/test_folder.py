@@ -276,7 +276,7 @@ def test_runs_are_listed_by_their_making_with_what_their_logs_say(tmp_path):
     (tmp_path / "broken" / "run.json").write_text("{")
     runs = list_runs(tmp_path)
     assert [(run.name, run.state) for run in runs] == [("b", "finished"), ("a", "stopped"), ("c", "interrupted")]
-    assert runs[0][4:] == (1, 9, 2.5, 2.25)
+    assert runs[0][4:] == (1, 9, 2.5, 2.25, None, None)
     assert list_runs(tmp_path / "nowhere") == []
 
 

@@ -136,7 +136,7 @@ def test_the_run_folder_holds_what_the_design_says(config_of):
     }
     line = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()][-2]
     wanted = "step epoch progress train_mean_nll learning_rate grad_norm num_tokens num_loss_tokens num_sequences tokens_per_second"  # noqa: E501
-    assert set(line) == {*wanted.split(), "loss_tokens_per_second", "step_seconds", "memory_bytes"}
+    assert set(line) == {*wanted.split(), "loss_tokens_per_second", "step_seconds", "memory_bytes", "rows_digest"}
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert (run / "final").resolve() == run / "checkpoints" / "final"
     assert {"eval_mean_nll", "eval_perplexity", "eval_bits_per_byte", "eval_num_loss_tokens"} <= set(last)

@@ -50,13 +50,13 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on the config's data and save it as a tokenizer folder."""
+    check_working_folder()  # before torch, which ends the process where there is none
     from llmtune.data.dataset.make_dataset import iter_texts
     from llmtune.data.rows.preferences import RECOGNIZED_BY
     from llmtune.models.chat_templates import find_chat_template
     from llmtune.models.save import write_tokenizer
     from llmtune.models.tokenizer_training import measure_tokenizer, train_tokenizer
 
-    check_working_folder()
     resolved = load_config(config, overrides=overrides or ())
     settings = resolved.config
     if not settings.data.train:

@@ -142,7 +142,8 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("config.model.revision", Effect.HARMLESS),
     ("config.model.tokenizer", Effect.HARMLESS),  # the digest of the tokenizer decides, which covers its template
     ("config.model.chat_template", Effect.HARMLESS),
-    ("config.model.*_token", Effect.HARMLESS),
+    ("config.model.pad_token", Effect.HARMLESS),
+    ("config.model.eos_token", Effect.HARMLESS),
     ("config.model.weights_prepack", Effect.HARMLESS),  # a former key; it changed no bit
     ("config.model.*", Effect.SHAPES),
     ("config.adapter.start_from", Effect.HARMLESS),  # the digest of its weights decides
