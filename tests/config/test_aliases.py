@@ -245,7 +245,7 @@ REFUSED = {
     "lr_scheduler_kwargs: {min_lr: 1e-6}": "training.min_lr_ratio",
     "response_template: '### Answer'": "data.train_on",
     "template: qwen": "model.chat_template",
-    "fsdp: full_shard": "distributed.strategy: fsdp",
+    "fsdp: full_shard": "llmtune train --devices N",
     "dataloader_drop_last: true": "`false`",
 }
 

@@ -274,7 +274,7 @@ def test_trained_tokens_of_each_sequence_are_counted_alike_in_both_layouts(write
     counts = [int((example.weights != 0).sum()) for example in examples]
     for layout in ("flat", "padded"):
         (batch,) = eval_batches(examples, batch_size=8, layout=layout, pad_id=0, together=2)
-        assert batch.sequence_rows.tolist() == [counts[index] for index in batch.indices]
+        assert batch.trained_tokens_per_example.tolist() == [counts[index] for index in batch.indices]
 
 
 def test_groups_of_pairs_are_cut_between_pairs():

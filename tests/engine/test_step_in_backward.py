@@ -337,7 +337,7 @@ def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
                 loss = model(batch, labels=batch).loss
             update.before_last_backward([loss.detach()], 1e-3)
             loss.backward()
-            norms.append(float(update.reduce_and_clip()))
+            norms.append(float(update.finish_gradients()))
             update.apply(1e-3)
             update.clear()
             losses.append(float(loss))

@@ -178,7 +178,7 @@ def test_clipping_each_micro_batch_is_caught(bench, mutant):
     broken = mutant(
         loop,
         "            (loss * precision.scale if precision.scale != 1.0 else loss).backward()",
-        "            loss.backward(); update.reduce_and_clip()",
+        "            loss.backward(); update.finish_gradients()",
     )
     plan = bench.plan(bench.examples(), batch_size=2, accumulation=4)
     norms = [

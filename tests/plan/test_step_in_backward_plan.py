@@ -1,6 +1,6 @@
 """Q7: plans of weights that move in the backward pass (`training.step_in_backward`): parts, suggestions, windows."""
 
-from llmtune.engine.update import saves_uncut
+from llmtune.engine.update import whole_window_is_smaller
 from llmtune.plan import suggestions as suggestions_module
 from llmtune.plan.hardware import Target
 from llmtune.plan.suggestions import suggest
@@ -81,8 +81,8 @@ def test_a_window_is_whole_up_to_what_its_blocks_keep(forecaster_of):
     """2 blocks of 32 floats a token, half as much again for the allocator: 384 bytes; without recomputing never."""
     forecaster = forecaster_of(*ONE_MICRO_BATCH, *EARLY, "model.gradient_checkpointing=true")
     shape = forecaster.shape.config
-    assert saves_uncut(forecaster.config, window_tokens=100, shape=shape, gradient_bytes=38_400)
-    assert not saves_uncut(forecaster.config, window_tokens=101, shape=shape, gradient_bytes=38_400)
-    assert not saves_uncut(
+    assert whole_window_is_smaller(forecaster.config, window_tokens=100, shape=shape, gradient_bytes=38_400)
+    assert not whole_window_is_smaller(forecaster.config, window_tokens=101, shape=shape, gradient_bytes=38_400)
+    assert not whole_window_is_smaller(
         forecaster_of(*ONE_MICRO_BATCH, *EARLY).config, window_tokens=1, shape=shape, gradient_bytes=1 << 40
     )

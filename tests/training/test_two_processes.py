@@ -100,7 +100,8 @@ def stopped(words):
 
 def test_one_process_prints_and_the_others_write_to_a_log(whole):
     run, said = whole
-    for line in ("chosen for you:", "training 4,096 of", "finished after step 40"):
+    shared = "sequences in all, shared by 2 processes"
+    for line in ("chosen for you:", shared, "training 4,096 of", "finished after step 40"):
         assert said.count(line) == 1, said
     log = (run / "logs" / "rank-1.log").read_text()
     assert "chosen for you:" in log

@@ -11,6 +11,10 @@ _PROCESSES = (
     "the number of processes is chosen where the command runs",
     "start it with `llmtune train --devices N`, or `torchrun`",
 )
+_SHARDING = (
+    "weights are not sharded in this version: every process holds the whole model",
+    "remove it; `llmtune train --devices N` sums the gradients of N processes",
+)
 _MASK = (
     "the answers are found from the chat template itself",
     "remove it; `data.train_on` says which messages are trained",
@@ -59,8 +63,8 @@ NOT_HERE: dict[str, tuple[str, str]] = {
     ),
     "predict_with_generate": ("answers are written by a command of its own", "run `llmtune generate`"),
     "do_predict": ("answers are written by a command of its own", "run `llmtune generate`"),
-    "fsdp": ("it has another name here", "set `distributed.strategy: fsdp`"),
-    "fsdp_config": ("weights are sharded in one way, whole decoder blocks", "set `distributed.strategy: fsdp`"),
+    "fsdp": _SHARDING,
+    "fsdp_config": _SHARDING,
     "dataset_dir": ("data files are named by their whole path", "write it before the names in `data.train`"),
     "dataset_info": ("data files are named by their path", "name them in `data.train`"),
     "save_adapter": ("a run with an adapter always saves it", "remove it"),

@@ -602,7 +602,7 @@ class DistributedConfig:
     """Several processes training one model."""
 
     strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
-    """How weights and gradients are shared between processes."""
+    """How weights and gradients are shared between processes; `fsdp` and `deepspeed` do not exist in this version."""
 
     deepspeed_config: str | None = None
     """JSON file for DeepSpeed."""

@@ -116,7 +116,7 @@ def train_steps(
 
     `learning_rate(n)`: rate of the update after n applied ones. `windows`: those after `state.windows`. A window whose
     loss or gradient norm is not finite is yielded as skipped, with its rows, and never applied. Raises DivergedError
-    beyond `max_skipped_steps` of them (but overflows of the fp16 scale), and at once where the update had begun.
+    beyond `max_skipped_steps` of them, overflows of the fp16 scale not counted, and at once where the update had begun.
     """
     update.clear()
     started = time.perf_counter()
@@ -136,7 +136,7 @@ def train_steps(
             loss = batch_loss / divisor  # the scale is a second rounding, so only fp16 has it
             (loss * precision.scale if precision.scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
 
-        loss_sum, grad_norm = _read(losses, update.reduce_and_clip(), devices)
+        loss_sum, grad_norm = _read(losses, update.finish_gradients(), devices)
         mean_loss = loss_sum / divisor
         reason = _why_not(objective.name, mean_loss, grad_norm)  # the same on every process, before the optimizer moves
         bad_rows = () if reason is None else rows_of_non_finite_losses(losses, rows) or window.sources

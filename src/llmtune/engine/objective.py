@@ -208,5 +208,5 @@ def flat_log_probs(
     log p = sum over the document's rows n of weights[n] * log softmax(head(hidden[n]))[targets[n]]
     """
     inputs = flat_inputs(batch, device)
-    rows_of_sequence_S = batch.sequence_rows.to(device)
+    rows_of_sequence_S = batch.trained_tokens_per_example.to(device)
     return sequence_log_probs(head, flat_forward(model, inputs), inputs.targets, inputs.weights, rows_of_sequence_S)

@@ -129,7 +129,7 @@ class PreferenceObjective:
 
     def _pair_losses(self, batch: MicroBatch, policy: Tensor, reference: Tensor) -> Tensor:
         assert batch.sides == ("chosen", "rejected") * (len(batch.sides) // 2)
-        tokens = batch.sequence_rows.to(policy.device)
+        tokens = batch.trained_tokens_per_example.to(policy.device)
         pairs = PairLogProbs(policy[0::2], policy[1::2], tokens[0::2], tokens[1::2], reference[0::2], reference[1::2])
         settings, beta = self._settings, self._beta
         nll_weight = 0.0

@@ -29,8 +29,8 @@ __all__ = [
     "StepInBackward",
     "Update",
     "choose_windows",
-    "saves_uncut",
     "set_learning_rate",
+    "whole_window_is_smaller",
 ]
 
 
@@ -49,8 +49,8 @@ class Update(Protocol):
         """
         ...
 
-    def reduce_and_clip(self) -> torch.Tensor:
-        """Sum the window's gradient over all devices and clip it (arXiv:1211.5063).
+    def finish_gradients(self) -> torch.Tensor:
+        """Complete the window's gradient: summed over all devices and clipped (arXiv:1211.5063), as far as it is held.
 
         Returns its norm before clipping, ||g|| = sqrt(sum_i g_i^2), shape [], without waiting for the device.
         """
@@ -85,7 +85,7 @@ class StepAfterBackward:
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
         """Do nothing: no weight moves before all gradients are summed. `losses` are scalars, shape [] each."""
 
-    def reduce_and_clip(self) -> torch.Tensor:
+    def finish_gradients(self) -> torch.Tensor:
         """Sum over all devices, divide by the loss scale, clip (arXiv:1211.5063).
 
         Returns the norm before clipping, shape [].
@@ -110,13 +110,15 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get(LR_SCALE, 1.0)
 
 
-HELD_OF_A_BLOCK = 1.5
+BLOCK_INPUT_OVERHEAD = 1.5
 """Bytes that a recomputed block's input takes, as a multiple of the tensor's own: by the plan, gaps of the allocator
 included.
 """
 
 
-def saves_uncut(config: Config, *, window_tokens: int, shape: PreTrainedConfig, gradient_bytes: int) -> bool:
+def whole_window_is_smaller(
+    config: Config, *, window_tokens: int, shape: PreTrainedConfig, gradient_bytes: int
+) -> bool:
     """Whether windows take less memory whole than cut into micro-batches with their summed gradients.
 
     1.5 x tokens x blocks x width x 4 bytes <= gradient_bytes. Only where a window is one micro-batch by the config and
@@ -127,7 +129,7 @@ def saves_uncut(config: Config, *, window_tokens: int, shape: PreTrainedConfig, 
     if not (training.step_in_backward and config.model.recomputes and training.gradient_accumulation_steps == 1):
         return False
     text = shape.get_text_config()
-    return bool(HELD_OF_A_BLOCK * window_tokens * text.num_hidden_layers * text.hidden_size * 4 <= gradient_bytes)
+    return bool(BLOCK_INPUT_OVERHEAD * window_tokens * text.num_hidden_layers * text.hidden_size * 4 <= gradient_bytes)
 
 
 def choose_windows(
@@ -141,7 +143,7 @@ def choose_windows(
     """Make the windows, cut as the engine prefers, unless all gradients would exist at once only because of that.
 
     windows: makes them with micro-batches of at most that many tokens. limit: the engine's `max_group_tokens`. shape,
-    gradient_bytes: see `saves_uncut`.
+    gradient_bytes: see `whole_window_is_smaller`.
     """
     # Cut first, because only the cut windows say how long the longest of them is.
     batches = windows(limit)
@@ -158,7 +160,7 @@ def choose_windows(
         ]
     if limit is None or tokens <= limit:
         return batches, [Decision(key, "whole", "one micro-batch each, so gradients never exist together")]
-    if saves_uncut(config, window_tokens=tokens, shape=shape, gradient_bytes=gradient_bytes()):
+    if whole_window_is_smaller(config, window_tokens=tokens, shape=shape, gradient_bytes=gradient_bytes()):
         reason = f"what blocks keep of up to {tokens:,} tokens is less than the gradients that cutting holds"
         return windows(None), [Decision(key, "whole", reason)]
     reason = (
@@ -195,7 +197,7 @@ class StepInBackward:
         set_learning_rate(self._optimizer, rate)
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self._parameters]
 
-    def reduce_and_clip(self) -> torch.Tensor:
+    def finish_gradients(self) -> torch.Tensor:
         """Give the norm of the window's gradient, shape []: ||g|| = sqrt(sum_i ||g_i||^2) over the parameters i.
 
         Those whose gradient the last micro-batch had no part in are counted here; the hooks counted the others.

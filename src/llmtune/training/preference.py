@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Objectives", "build_objectives"]
 
-PRECOMPUTED_ROWS = 8
-"""Rows of a micro-batch in which the reference is measured: always the same, so that its bits are."""
+REFERENCE_BATCH_SIZE = 8
+"""Rows of a micro-batch when the reference is measured before training: fixed, so that its values are bit-identical."""
 
 
 class Objectives(NamedTuple):
@@ -179,7 +179,7 @@ class _References:
         values = torch.zeros(len(examples), dtype=torch.float64, device=self._devices.device)
         batches = eval_batches(
             examples,
-            batch_size=PRECOMPUTED_ROWS,
+            batch_size=REFERENCE_BATCH_SIZE,
             layout=self._engine.layout,
             pad_id=self._prepared.tokenizer.tokenizer.pad_token_id or 0,
             max_group_tokens=self._engine.max_group_tokens,

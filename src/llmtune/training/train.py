@@ -201,11 +201,17 @@ def _prepare_and_plan(
     forecaster = forecaster.with_prepared(resolve_on_all_ranks(forecaster, devices))
     plan = make_plan(forecaster)
     print_preflight(forecaster.prepared, device_decisions, plan, print_line)
-    sequences = forecaster.batches(forecaster.config).global_batch
-    if sequences < devices.world_size:
-        idle = f"{sequences:,} of {devices.world_size:,} processes have rows in a step"
-        print_line(f"note    {idle}: raise `training.batch_size` or `training.gradient_accumulation_steps`")
+    if devices.world_size > 1:
+        _print_shares(forecaster.batches(forecaster.config).global_batch, devices.world_size, print_line)
     return forecaster, plan
+
+
+def _print_shares(sequences: int, processes: int, print_line: PrintLine) -> None:
+    """Print how the processes share a step's sequences: in other toolkits each of them takes a batch of its own."""
+    print_line(f"note    a step has {sequences:,} sequences in all, shared by {processes:,} processes")
+    if sequences < processes:
+        idle = f"{processes - sequences:,} of {processes:,} processes have no row in a step"
+        print_line(f"note    {idle}: raise `training.batch_size` or `training.gradient_accumulation_steps`")
 
 
 def _prepare_again(

@@ -57,7 +57,7 @@ class MicroBatch:
     """int64 [S], number of each example in its set, where the micro-batch was made from one."""
 
     @property
-    def sequence_rows(self) -> torch.Tensor:
+    def trained_tokens_per_example(self) -> torch.Tensor:
         """Trained tokens of each example, int64 [S], on the CPU where the micro-batch is."""
         if self.segments is None:
             return (self.weights[:, 1:] != 0).sum(dim=1)

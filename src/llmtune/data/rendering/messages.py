@@ -164,4 +164,6 @@ SELECTIONS: Mapping[str, Callable[[Sequence[Message]], list[int]]] = {
     "all_messages": lambda messages: list(range(len(messages))),
     "all_user_and_system_messages": _of_roles("user", "system", "developer"),
 }
-"""Mask rules that choose messages, as functions to their indices; `all_tokens` and `customized` choose by token."""
+"""Mask rules that choose messages, as functions to their indices. `all_tokens` needs no choice, and `customized` reads
+each message's own weight.
+"""

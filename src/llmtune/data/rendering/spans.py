@@ -214,7 +214,10 @@ def _turn_ends_between(rendering: Rendering, index: int, start: int, stop: int, 
 
 
 def _content_bound(rendering: Rendering, index: int, start: int, shape: TurnShape) -> int:
-    """A character that no own character of message `index` follows, but those that later turns repeat."""
+    """The place in the text by which the content of message `index` has ended.
+
+    What looks like its content after that is a later turn that repeats it: the name of a call before its result, say.
+    """
     prefix = rendering.prefixes.get((index + 1, False))
     if prefix is not None:
         return prefix.length
