@@ -116,6 +116,22 @@ def test_bitsandbytes_is_imported_without_a_word_and_without_a_look_at_a_hub(tmp
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_layers_are_chosen_without_a_word_of_bitsandbytes():
+    """peft, which chooses them, imports it."""
+    code = """
+import sys, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from llmtune.adapters.target_modules import adapted_layers
+small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+with torch.device("meta"):
+    model = LlamaForCausalLM(LlamaConfig(**small))
+assert adapted_layers(model, {"target_modules": ["q_proj"]}) == ["model.layers.0.self_attn.q_proj"]
+assert "bitsandbytes" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_bitsandbytes_brings_no_compiler_until_what_it_compiles_is_called():
     """0.8 s of every start with an adapter; what is decorated is still compiled, with its options."""
     code = """

@@ -101,6 +101,8 @@ def load_limited(config, report, *, left_mib, of_the_heap=False):
         if of_the_heap:
             ballast.extend(limit_memory(left_mib))
         else:
+            # Other tests of this process may have left gaps in its heap into which the whole model fits.
+            ballast.extend(limit_memory(left_mib=0))
             limit = mapped_bytes() + RESERVE_BYTES + left_mib * MIB
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 

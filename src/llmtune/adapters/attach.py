@@ -6,7 +6,6 @@ arXiv:2402.09353. With a quantized base: QLoRA, Dettmers et al. 2023, arXiv:2305
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
@@ -28,7 +27,7 @@ from llmtune.config.dump import value_text
 from llmtune.config.schema import AdapterConfig
 from llmtune.errors import AdapterError, Problem
 from llmtune.models.parameters import count_parameters, trained_parameters
-from llmtune.models.quantization import import_bitsandbytes
+from llmtune.models.quantization import import_bitsandbytes_before_peft
 from llmtune.models.quiet_libraries import quiet_libraries
 
 if TYPE_CHECKING:
@@ -146,8 +145,7 @@ def wrap_with_peft(
     The global random state, the network and the screen are left alone. model_word, where, fix: words of the error.
     Raises AdapterError when the options do not fit the model.
     """
-    if importlib.util.find_spec("bitsandbytes"):
-        import_bitsandbytes()  # peft imports it when it looks for quantized layers, and then it asks a hub for code
+    import_bitsandbytes_before_peft()
     from peft import LoraConfig, get_peft_model
 
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

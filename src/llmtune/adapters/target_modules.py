@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from llmtune.adapters.config_file import LoraOptions
 from llmtune.config.schema import AdapterConfig
 from llmtune.errors import AdapterError, Problem
+from llmtune.models.quantization import import_bitsandbytes_before_peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +92,7 @@ def adapted_layers(model: PreTrainedModel, options: LoraOptions) -> list[str]:
 
     Raises AdapterError where one of them is no layer with a weight.
     """
+    import_bitsandbytes_before_peft()
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
     from transformers.pytorch_utils import Conv1D

@@ -8,7 +8,7 @@ module switches both off, so no other module may import bitsandbytes.
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +29,7 @@ __all__ = [
     "dequantized_weight",
     "disable_cpu_repacking",
     "import_bitsandbytes",
+    "import_bitsandbytes_before_peft",
     "is_quantized_linear",
     "quantization_config",
     "quantize_dequantize",
@@ -61,6 +62,15 @@ def import_bitsandbytes() -> Any:
         del sys.modules["kernels"]
         if kernels is not None:
             sys.modules["kernels"] = kernels
+
+
+def import_bitsandbytes_before_peft() -> None:
+    """Import bitsandbytes where it is installed, as `import_bitsandbytes` does.
+
+    peft imports it when it is loaded, and then it asks a hub for code; so this comes before every first import of peft.
+    """
+    if importlib.util.find_spec("bitsandbytes"):
+        import_bitsandbytes()
 
 
 @contextmanager
