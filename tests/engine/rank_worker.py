@@ -140,6 +140,24 @@ def main(output):
     assert devices.sum(1.0, float(devices.rank)) == (devices.world_size, sum(range(devices.world_size)))
     decisions_are_the_main_process_s(devices)
     devices.close()
+    if devices.world_size > 1:
+        a_group_of_another_program_is_joined_and_left_standing(output, devices)
+
+
+def a_group_of_another_program_is_joined_and_left_standing(output, devices):
+    """Ray Train, for one, has made the process group before a training begins."""
+    import torch.distributed as dist
+
+    from llmtune.engine.devices import Devices
+
+    assert not dist.is_initialized()
+    place = {"rank": devices.rank, "world_size": devices.world_size}
+    dist.init_process_group("gloo", init_method=f"file://{output}/group", **place)
+    joined = Devices.from_environment(no_cuda=True, timeout_s=60)
+    assert joined.sum(1.0) == (joined.world_size,)
+    assert joined.from_main("same" if joined.is_main else "other") == "same"
+    joined.close()
+    assert dist.is_initialized()
 
 
 if __name__ == "__main__":

@@ -88,6 +88,13 @@ def test_the_device_is_chosen_with_a_reason():
     assert (device.type, decision.value, decision.reason) == ("cpu", "cpu", "--no-cuda was given")
 
 
+def test_a_process_without_a_gpu_beside_others_that_have_one_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(MachineError, match="process 2 of this machine has no GPU: there are 2"):
+        choose_device(local_rank=2)
+
+
 def test_peak_memory_never_falls():
     before = peak_memory_bytes(torch.device("cpu"))
     block = torch.ones(50_000_000 // 4)

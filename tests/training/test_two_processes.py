@@ -209,6 +209,12 @@ def test_devices_must_be_at_least_one(words):
     assert "name how many processes train, from 1" in said
 
 
+def test_devices_are_not_passed_over_under_another_launcher(words, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert command(["train", "--devices", "2", *words[1]]) == 2
+    assert "2 devices were asked for, and 4 processes are started already" in capsys.readouterr().err
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])

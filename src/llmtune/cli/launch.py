@@ -19,8 +19,15 @@ SHUTDOWN_S = 24 * 60 * 60
 
 
 def launches(devices: int | None) -> TypeGuard[int]:
-    """Whether this process has to start others: several devices were asked for, and it is not one of those yet."""
-    return devices is not None and "WORLD_SIZE" not in os.environ
+    """Whether this process has to start others: devices were asked for, and it is not one of those processes yet.
+
+    Raises UsageError where another launcher has started another number of them.
+    """
+    started = os.environ.get("WORLD_SIZE")
+    if devices is not None and started not in (None, str(devices)):
+        problem = f"{devices} devices were asked for, and {started} processes are started already"
+        raise UsageError(problem, "--devices", "leave it out under another launcher, which decides how many train")
+    return devices is not None and started is None
 
 
 def launch(devices: int, words: Sequence[str]) -> int:

@@ -41,8 +41,18 @@ class Devices:
     order. Raises RankLostError where another process has died or is silent for too long.
     """
 
-    def __init__(self, device: torch.device, *, rank: int = 0, world_size: int = 1, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        store: Store | None = None,
+        owns_group: bool = True,
+    ) -> None:
+        """`owns_group`: the process group was made here, and ends with `close`."""
         self.device = device
+        self._owns_group = owns_group
         self.rank = rank
         self.world_size = world_size
         self._store = store
@@ -75,7 +85,8 @@ class Devices:
             torch.cuda.set_device(device)
         rank, timeout = int(environ["RANK"]), dt.timedelta(seconds=timeout_s)
         with _lost_ranks_noticed():
-            if dist.is_initialized():  # by the program around this one, such as Ray Train
+            owns_group = not dist.is_initialized()  # else it is that of the program around this one (Ray Train)
+            if not owns_group:
                 store = _get_default_store()
             else:
                 store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
@@ -83,7 +94,8 @@ class Devices:
                 backend = "nccl" if device.type == "cuda" else "gloo"
                 group_store = PrefixStore("group", store)
                 dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
-        return cls(device, rank=rank, world_size=world_size, store=PrefixStore("llmtune", store))
+        store = PrefixStore("llmtune", store)
+        return cls(device, rank=rank, world_size=world_size, store=store, owns_group=owns_group)
 
     @property
     def is_main(self) -> bool:
@@ -209,14 +221,13 @@ class Devices:
         """
         if self.world_size == 1:
             return
-        # An expert that no row of a process reached has no gradient there; all must send the same buckets.
+        # All must send the same buckets, and an expert that no row of a process reached has no gradient there.
         present = torch.tensor(
             [parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=self.device
         )
         with _lost_ranks_noticed():
             dist.all_reduce(present)
         somewhere = [parameter for parameter, count in zip(parameters, present.tolist(), strict=True) if count]
-        # All processes must send the same buckets, so those without a gradient send zeros.
         for parameter in somewhere:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -259,7 +270,8 @@ class Devices:
                 self._store_of_all().set("closed", "")
             elif wait_for_main:
                 self._store_of_all().wait(["closed"])
-        dist.destroy_process_group()
+        if self._owns_group:
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -303,10 +315,19 @@ def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def choose_device(*, no_cuda: bool = False, local_rank: int = 0) -> tuple[torch.device, Decision]:
-    """Choose this process's GPU, or the CPU where there is none or `no_cuda` is set, with the reason."""
+    """Choose this process's GPU, or the CPU where there is none or `no_cuda` is set, with the reason.
+
+    Raises MachineError where there are GPUs, and fewer than processes.
+    """
     if no_cuda:
         return torch.device("cpu"), Decision("device", "cpu", "--no-cuda was given")
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise MachineError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}",
+                where="distributed",
+                fix="start as many processes as there are GPUs, or say --no-cuda",
+            )
         device = torch.device("cuda", local_rank)
         return device, Decision("device", str(device), torch.cuda.get_device_name(device))
     return torch.device("cpu"), Decision("device", "cpu", "no CUDA device was found")
@@ -327,7 +348,6 @@ STRATEGIES = ("auto", "ddp")
 summed.
 """
 
-
 WHAT_WORKS = (
     "use `auto` or `ddp` and start with `llmtune train --devices N` or `torchrun`; "
     "a model too large for one device may fit with `adapter.method: lora` and `model.quantization: 4bit`"
@@ -339,9 +359,8 @@ def check_distribution(config: Config) -> None:
     distributed = config.distributed
     problems = []
     if distributed.strategy not in STRATEGIES:
-        problem = (
-            f"strategy `{distributed.strategy}` does not exist in this version: every process holds the whole model"
-        )
+        name = distributed.strategy
+        problem = f"strategy `{name}` does not exist in this version: every process holds the whole model"
         problems.append(Problem(problem, "distributed.strategy", WHAT_WORKS))
     if distributed.deepspeed_config is not None:
         problem = f"nothing in this version reads the DeepSpeed file `{distributed.deepspeed_config}`"
