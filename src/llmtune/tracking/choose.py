@@ -26,8 +26,8 @@ class TrackerKind:
     """Returns the tracker; None for the run's record, which is not behind the queue (see `jsonl`)."""
     package: str | None = None
     """The package that must be installed."""
-    extra: str | None = None
-    """The extra of llmtune that installs it."""
+    requirement: str | None = None
+    """What pip is given to install it."""
 
 
 def choose_trackers(
@@ -71,7 +71,7 @@ def _is_installed(kind: TrackerKind) -> bool:
 
 
 def _how_to_install(name: str) -> str:
-    return f"pip install 'llmtune[{TRACKERS[name].extra}]'"
+    return f"pip install {TRACKERS[name].requirement}"
 
 
 def _with_project(config: TrackingConfig, environ: Mapping[str, str]) -> tuple[TrackingConfig, list[Decision]]:
@@ -85,11 +85,13 @@ def _with_project(config: TrackingConfig, environ: Mapping[str, str]) -> tuple[T
 TRACKERS: dict[str, TrackerKind] = {
     "console": TrackerKind(lambda _: ConsoleTracker()),
     "jsonl": TrackerKind(lambda _: None),
-    "tensorboard": TrackerKind(lambda _: TensorBoardTracker(), package="tensorboard", extra="tensorboard"),
+    "tensorboard": TrackerKind(
+        lambda _: TensorBoardTracker(), package="tensorboard", requirement="'llmtune[tensorboard]'"
+    ),
     "wandb": TrackerKind(
         lambda config: WandbTracker(config.project, tags=config.tags, mode=config.wandb_mode),
         package="wandb",
-        extra="wandb",
+        requirement="wandb",
     ),
 }
 """By name in `tracking.trackers`. A new tracker is one row here."""
