@@ -44,9 +44,10 @@ RANKS = {
     "plan": 9,
     "tracking": 9,
     "training": 10,
-    "api": 11,
-    "verify": 11,
-    "cli": 12,
+    "watch": 11,
+    "api": 12,
+    "verify": 12,
+    "cli": 13,
 }
 """A module imports only from folders of smaller rank (and from its own)."""
 LIMITS = {"lines above 120 characters": 0, "`Any` per 1,000 lines": 8}
