@@ -5,10 +5,11 @@ import json
 import pytest
 
 from llmtune.cli.main import main
+from llmtune.common.metrics import is_better
 from llmtune.config.process_options import Options
 from llmtune.errors import ConfigError
 from llmtune.training import train as training
-from llmtune.training.evaluator import EvalState, is_better
+from llmtune.training.evaluator import EvalState
 from llmtune.training.progress import final_lines
 from training_helpers import LORA
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["excerpt", "is_text", "printable", "readable_bytes"]
+__all__ = ["excerpt", "is_text", "printable", "readable_bytes", "readable_duration"]
 
 
 def is_text(text: str) -> bool:
@@ -53,3 +53,14 @@ def readable_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} B"
+
+
+def readable_duration(seconds: float) -> str:
+    """Seconds as people read them, in seconds, minutes or hours.
+
+    >>> readable_duration(42), readable_duration(200), readable_duration(7500)
+    ('42 s', '3.3 min', '2.1 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

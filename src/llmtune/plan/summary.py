@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from llmtune.common.text import readable_bytes
+from llmtune.common.text import readable_bytes, readable_duration
 from llmtune.engine.schedule import Interval, interval, is_due, schedule_of, warmup_length
 from llmtune.errors import MachineError, in_one_line
 from llmtune.plan.activation_trace import TRACE_ERRORS
@@ -13,7 +13,7 @@ from llmtune.plan.memory import MemoryPlan, optimizer_bytes
 from llmtune.plan.suggestions import Suggestion, largest_batch, suggest
 from llmtune.runs.disk import DiskForecast, forecast_disk
 
-__all__ = ["Plan", "as_dict", "comparison_lines", "make_plan", "plan_lines", "readable_duration", "start_lines"]
+__all__ = ["Plan", "as_dict", "comparison_lines", "make_plan", "plan_lines", "start_lines"]
 
 
 @dataclass(frozen=True)
@@ -255,14 +255,3 @@ def as_dict(plan: Plan) -> dict[str, object]:
             for change in plan.changes
         ],
     }
-
-
-def readable_duration(seconds: float) -> str:
-    """Seconds as people read them, in seconds, minutes or hours.
-
-    >>> readable_duration(42), readable_duration(200), readable_duration(7500)
-    ('42 s', '3.3 min', '2.1 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -40,6 +40,8 @@ class RunDetails(MachineDescription, total=False):
     """Summary of the ledger: rows by status."""
     parameters: dict[str, int]
     disk_forecast_bytes: int
+    plan: dict[str, object] | None
+    """Steps, memory by part, time and disk as they were planned."""
 
 
 class RunUpdate(TypedDict, total=False):
@@ -49,6 +51,8 @@ class RunUpdate(TypedDict, total=False):
     step: int
     total_steps: int
     last_saved_step: int
+    measured_bytes: dict[str, int]
+    """Bytes of the parts of memory that can be counted at the end, by their names in the plan."""
 
 
 class RunFile(RunDetails, RunUpdate):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from llmtune.common.metrics import is_better
 from llmtune.data.example import ExampleSet
 from llmtune.engine.loop import StepResult
 from llmtune.engine.schedule import interval, is_due
@@ -24,7 +25,7 @@ from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.watch import HistogramWatch
 from llmtune.training.build import TrainingSetup
 
-__all__ = ["HIGHER_IS_BETTER", "EvalState", "Evaluator", "is_better"]
+__all__ = ["EvalState", "Evaluator"]
 
 
 @dataclass
@@ -59,19 +60,6 @@ _FORMER_NAMES = {"best_nll": "best_value"}
 
 _OF_ANY_METRIC = ("last_step", "first_nll", "first_exact", "last_nll", "last_exact", "num_answers", "loss_unit")
 """Fields of `EvalState` that stay true when `evaluation.best_by` becomes another."""
-
-HIGHER_IS_BETTER = ("_exact_answers", "_score", "_accuracy", "_margin")
-"""Endings of the metrics of which the highest value is the best; of every other it is the lowest."""
-
-
-def is_better(metric: str, value: float, than: float, *, by: float = 0.0) -> bool:
-    """Whether `value` of a metric beats another one by more than `by`.
-
-    >>> is_better("eval_mean_nll", 2.0, 2.1), is_better("eval_exact_answers", 3, 3), is_better("eval_score", 0.9, 0.5)
-    (True, False, True)
-    """
-    gain = value - than if metric.endswith(HIGHER_IS_BETTER) else than - value
-    return gain > by
 
 
 class Evaluator:

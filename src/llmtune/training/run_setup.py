@@ -21,6 +21,7 @@ from llmtune.engine.devices import Devices
 from llmtune.models import save
 from llmtune.plan.memory import optimizer_bytes
 from llmtune.plan.resolve_auto import OPEN_VALUES
+from llmtune.plan.summary import Plan, as_dict
 from llmtune.prepare import Prepared, keep_fitted
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
@@ -30,6 +31,7 @@ from llmtune.runs.identity import Identity, compare, describe_machine, refuse_ch
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.build import TrainingSetup
 from llmtune.training.checkpointer import find_checkpoint
+from llmtune.training.data_excerpt import DATA_FILE, data_excerpt
 from llmtune.training.progress import print_difference, print_length, print_resume
 
 __all__ = [
@@ -184,7 +186,9 @@ def check_name(resolved: ResolvedConfig) -> None:
     checked_name(run_name(config.run.name, model=config.model.name, config=resolved.name, seed=config.run.seed))
 
 
-def create(resolved: ResolvedConfig, setup: TrainingSetup, print_line: PrintLine) -> RunFolder:
+def create(
+    resolved: ResolvedConfig, setup: TrainingSetup, print_line: PrintLine, plan: Plan | None = None
+) -> RunFolder:
     """Make the folder of a new run with everything that is known before step 1, and print where it is.
 
     config.yaml holds the config as it was given, open values included, with what was fitted to the model. Raises
@@ -209,6 +213,7 @@ def create(resolved: ResolvedConfig, setup: TrainingSetup, print_line: PrintLine
     def fill(folder: Path) -> None:
         durable.write_text(folder / CONFIG_FILE, config_to_yaml(keep_fitted(resolved.config, config)))
         durable.write_json(folder / ORIGINS_FILE, {key: str(origin) for key, origin in resolved.origins.items()})
+        durable.write_json(folder / DATA_FILE, data_excerpt(prepared))
         with durable.AppendLog(folder / LEDGER_FILE) as log:
             for entry in prepared.data.ledger.entries:
                 log.append(entry)
@@ -235,6 +240,7 @@ def create(resolved: ResolvedConfig, setup: TrainingSetup, print_line: PrintLine
             "data": {**prepared.data.ledger.summary()},
             "parameters": {"total": setup.counts.total, "trained": setup.counts.trained},
             "disk_forecast_bytes": forecast.needed_bytes,
+            "plan": as_dict(plan) if plan is not None else None,
             **describe_machine(),
         },
     )

@@ -147,7 +147,7 @@ def open_run(
                     setup = build_setup(prepared, options, devices)
                 if stopped is None:
                     print_setup(setup, tracker_decisions, printer)
-                    folder = devices.on_main(lambda: run_setup.create(resolved, setup, printer))
+                    folder = devices.on_main(lambda: run_setup.create(resolved, setup, printer, plan))
                     printer.open(Path(devices.from_main(str(folder.path) if folder is not None else "")))
                 else:
                     folder = stopped.folder

@@ -42,6 +42,7 @@ from llmtune.training import checkpointer, run_setup
 from llmtune.training.build import TrainingSetup
 from llmtune.training.checkpointer import Checkpointer
 from llmtune.training.evaluator import EvalState, Evaluator
+from llmtune.training.measured import measured_bytes
 
 __all__ = ["Result", "TrainingRun"]
 
@@ -379,7 +380,8 @@ class TrainingRun:
         if self.record is not None:
             closers.append(self.record.close)
         if run is not None:
-            closers.append(lambda: run.update(state=self.outcome, step=self.state.step))
+            parts = measured_bytes(self.setup)
+            closers.append(lambda: run.update(state=self.outcome, step=self.state.step, measured_bytes=parts))
         # Each is tried: a full disk must not keep the others open.
         for close in closers:
             try:

@@ -84,6 +84,8 @@ class RunData:
         """run.json."""
         self.origins: dict[str, str] = {}
         """Where each value of the config came from, by dotted key."""
+        self.data: dict[str, Any] = {}
+        """data.json: lengths of the examples and a few of them, by side."""
         self.metrics: dict[str, Series] = {}
         """Every number of metrics.jsonl over steps, by its name there; skipped windows are not in them."""
         self.system: dict[str, Series] = {}
@@ -108,7 +110,9 @@ class RunData:
             "system": self._take_system,
             "ledger": self.ledger.extend,
         }
-        is_new = self._refresh_json("run.json", "info") | self._refresh_json("origins.json", "origins")
+        is_new = False
+        for file, attribute in (("run.json", "info"), ("origins.json", "origins"), ("data.json", "data")):
+            is_new |= self._refresh_json(file, attribute)
         for name, take in takers.items():
             lines, is_restart = getattr(self._logs, name).read()
             if is_restart:

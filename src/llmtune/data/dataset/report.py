@@ -45,7 +45,7 @@ def data_report(prepared: PreparedData, config: DataConfig, *, batch_size: int) 
     return {
         "balance": prepared.ledger.summary(),
         "sources": [source for part in prepared.ledger.parts for source in _sources(part)],
-        "lengths": _lengths(lengths, config.max_length),
+        "lengths": length_summary(lengths, config.max_length),
         "padding_share": padding_share(
             lengths, batch_size, config.shuffle_seed, together=examples_together(prepared.train)
         ),
@@ -57,7 +57,8 @@ def data_report(prepared: PreparedData, config: DataConfig, *, batch_size: int) 
     }
 
 
-def _lengths(lengths_N: npt.NDArray[np.int64], max_length: int) -> JsonObject:
+def length_summary(lengths_N: npt.NDArray[np.int64], max_length: int) -> JsonObject:
+    """Shortest, median, longest, mean and a histogram of lengths in tokens, int64 [N]."""
     if not len(lengths_N):
         return {"examples": 0, "max_length": max_length, "histogram": []}
     quantiles = np.quantile(lengths_N, [0, 0.5, 0.95, 1], method="higher")

@@ -1,0 +1,1 @@
+"""A run, or several, as HTML: charts, sections, one self-contained page."""

@@ -1,0 +1,158 @@
+"""The charts of one run or of several over each other: a table of kinds, each a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llmtune.watch.report.chart import Chart, Line, Mark
+from llmtune.watch.report.markup import Markup
+from llmtune.watch.run_data import RunData
+from llmtune.watch.series import Series
+
+__all__ = ["CHARTS", "charts_html", "loss_chart", "planned_peak_bytes", "smoothing_for"]
+
+UNINTERESTING = ("epoch", "progress", "num_tokens", "num_loss_tokens", "num_sequences", "step_seconds")
+"""Numbers of a training line that count up or say the same as another chart."""
+UNINTERESTING_ENDINGS = ("_num_loss_tokens", "_num_answers", "_num_pairs", "loss_tokens_per_second")
+FEWEST_SMOOTHED = 20
+"""Below so many points a smoothed line says nothing that the points do not."""
+MOST_OTHER_CHARTS = 24
+
+
+@dataclass(frozen=True)
+class ChartKind:
+    """One row of `CHARTS`."""
+
+    title: str
+    metric: str
+    note: str
+    unit: str = ""
+    kind: Literal["noisy", "plain"] = "noisy"
+    from_zero: bool = True
+    limit: Callable[[RunData], tuple[str, float | None]] | None = None
+    """A level that the line is held against: its name and value."""
+
+
+def smoothing_for(points: int) -> float:
+    """Share of the past in the smoothed line of so many points: it follows a tenth of a short run, less of a long one.
+
+    >>> smoothing_for(10), smoothing_for(100), smoothing_for(100_000)
+    (0.0, 0.9, 0.97)
+    """
+    return 0.0 if points < FEWEST_SMOOTHED else min(0.97, round(1 - 10 / points, 2))
+
+
+def planned_peak_bytes(run: RunData) -> float | None:
+    """Memory that the plan foresaw; None where the run has no plan."""
+    plan = run.info.get("plan")
+    memory = plan.get("memory") if isinstance(plan, dict) else None
+    peak = memory.get("peak_bytes") if isinstance(memory, dict) else None
+    return float(peak) if isinstance(peak, int | float) else None
+
+
+def _clip(run: RunData) -> tuple[str, float | None]:
+    value = run.flat_config.get("training.max_grad_norm")
+    return "clipped above", float(value) if isinstance(value, int | float) and value else None
+
+
+def _planned(run: RunData) -> tuple[str, float | None]:
+    return "planned", planned_peak_bytes(run)
+
+
+CHARTS: tuple[ChartKind, ...] = (
+    ChartKind(
+        "Gradient norm",
+        "grad_norm",
+        "Length of the gradient before clipping. Even is good; spikes are unusual rows, or a learning rate too high.",
+        limit=_clip,
+    ),
+    ChartKind("Learning rate", "learning_rate", "Size of each update: warm-up, then the schedule.", kind="plain"),
+    ChartKind("Speed", "tokens_per_second", "Real tokens a second, padding not counted.", "tokens/s"),
+    ChartKind(
+        "Memory", "memory_bytes", "Most memory held so far, and what was planned.", "bytes", "plain", limit=_planned
+    ),
+    ChartKind(
+        "Model FLOPs utilization", "mfu", "Part of the device's peak rate that the model's own work took.", "percent"
+    ),
+)
+"""Every chart but the loss, in their order. A new one is one row."""
+
+
+def loss_chart(runs: Sequence[RunData]) -> Chart:
+    """Training loss, smoothed, with the held-out points, and a mark at every event and skipped window."""
+    several, lines, marks, longest = len(runs) > 1, [], [], 0
+    for place, run in enumerate(runs):
+        prefix = f"{run.name}: " if several else ""
+        train = run.metrics.get(run.loss_metric, Series())
+        longest = max(longest, len(train))
+        lines.append(Line(f"{prefix}training", train, "noisy", place))
+        for number, (name, series) in enumerate(run.heldout_sets.items()):
+            if several and name:
+                continue  # the table has each data set; here they would hide the lines
+            words = f"{prefix}held-out {name}".rstrip()
+            lines.append(Line(words, series, "points", place if several else 1 + number))
+        if not several:
+            marks += [Mark(skip.step, f"window skipped after step {skip.step}: {skip.reason}") for skip in run.skipped]
+            marks += [Mark(event.step, f"step {event.step}: {event.message}") for event in run.events]
+    return Chart(
+        "Loss",
+        lines,
+        unit=runs[0].loss_unit,
+        note="Lower is better. Held-out loss that rises while training loss falls means the rows are being memorized.",
+        smoothing=smoothing_for(longest),
+        marks=marks,
+        wide=True,
+    )
+
+
+def charts_html(runs: Sequence[RunData]) -> Markup:
+    """All charts, those without a value left out."""
+    charts = [loss_chart(runs), *(_chart(kind, runs) for kind in CHARTS), *_other_charts(runs), *_system_charts(runs)]
+    return "".join(chart.html() for chart in charts)
+
+
+def _chart(kind: ChartKind, runs: Sequence[RunData]) -> Chart:
+    several, lines, longest = len(runs) > 1, [], 0
+    for place, run in enumerate(runs):
+        series = run.metrics.get(kind.metric, Series())
+        longest = max(longest, len(series))
+        lines.append(Line(run.name if several else kind.title.lower(), series, kind.kind, place))
+        name, value = kind.limit(run) if kind.limit is not None else ("", None)
+        if value is not None and len(series):
+            ends = Series([series.xs[0], series.xs[-1]], [value, value])
+            lines.append(Line(f"{run.name}: {name}" if several else name, ends, "limit", place if several else 1))
+    return Chart(kind.title, lines, kind.unit, kind.note, from_zero=kind.from_zero, smoothing=smoothing_for(longest))
+
+
+def _other_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """A chart for every further number of the record, held-out losses excepted."""
+    shown = {kind.metric for kind in CHARTS} | set(UNINTERESTING)
+    names: dict[str, None] = {}
+    for run in runs:
+        losses = {run.loss_metric, run.heldout_metric}
+        names |= dict.fromkeys(
+            name
+            for name in run.metrics
+            if name not in shown | losses and not name.endswith(("_mean_nll", *UNINTERESTING_ENDINGS))
+        )
+    return [_plain(name, [run.metrics for run in runs], runs, "step") for name in list(names)[:MOST_OTHER_CHARTS]]
+
+
+def _system_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """Figures of the machine over time."""
+    names = dict.fromkeys(name for run in runs for name in run.system if name != "step")
+    return [_plain(name, [run.system for run in runs], runs, "seconds") for name in list(names)[:MOST_OTHER_CHARTS]]
+
+
+def _plain(name: str, values: Sequence[dict[str, Series]], runs: Sequence[RunData], x_name: str) -> Chart:
+    several = len(runs) > 1
+    is_evaluation = name.startswith("eval_")
+    words = name.removeprefix("eval_").replace("_", " ").replace(".", " ")
+    title = f"Held-out {words}" if is_evaluation else words.capitalize()
+    lines = [
+        Line(run.name if several else words, of_run.get(name, Series()), "points" if is_evaluation else "plain", place)
+        for place, (run, of_run) in enumerate(zip(runs, values, strict=True))
+    ]
+    return Chart(title, lines, "bytes" if name.endswith("_bytes") else "", x_name=x_name)
