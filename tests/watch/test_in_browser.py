@@ -2,8 +2,21 @@
 
 import json
 
+import pytest
+
 from llmtune.watch.report.page import read_run, report_html
 from report_helpers import HOSTILE, make_run, quiet_losses
+
+FIRST_PAINT = """
+const done = arguments[0];
+new PerformanceObserver(list => {
+  for (const entry of list.getEntries()) if (entry.name === "first-contentful-paint") done(entry.startTime);
+}).observe({ type: "paint", buffered: true });
+"""
+
+
+def coordinates(path):
+    return [float(number) for number in path[1:].replace("L", ",").split(",")]
 
 
 def requests_of(browser):
@@ -26,8 +39,11 @@ def test_a_long_report_of_hostile_text_opens_without_an_error_or_a_request_in_a_
     address = open_report(browser, tmp_path, [read_run(run)])
     assert browser.get_log("browser") == []
     assert [url for url in requests_of(browser) if not url.startswith("data:")] == [address]
-    paint = browser.execute_script("return performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    assert 0 < paint < 1000
+    paints = []
+    for _ in range(3):  # the machine may be busy with something else
+        browser.refresh()
+        paints.append(browser.execute_async_script(FIRST_PAINT))
+    assert 0 < min(paints) < 1000
 
 
 def test_hovering_shows_the_values_of_the_step_and_the_slider_smooths(browser, tmp_path):
@@ -47,5 +63,6 @@ def test_hovering_shows_the_values_of_the_step_and_the_slider_smooths(browser, t
     set_slider = "const s = document.querySelector('.smoothing input'); s.value = arguments[0];"
     browser.execute_script(set_slider + "s.dispatchEvent(new Event('input'))", 0)
     raw = browser.find_element(By.CSS_SELECTOR, ".chart.wide path.noisy").get_attribute("d")
-    assert smooth.get_attribute("d") == raw != before
+    assert coordinates(smooth.get_attribute("d")) == pytest.approx(coordinates(raw), abs=0.1)
+    assert coordinates(before) != pytest.approx(coordinates(raw), abs=10)
     assert browser.get_log("browser") == []

@@ -28,6 +28,7 @@ from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import forecast_disk
 from llmtune.runs.folder import CONFIG_FILE, RunFolder, checked_name, clean_name_part, create_run
 from llmtune.runs.identity import Identity, compare, describe_machine, refuse_changes
+from llmtune.runs.run_file import RunDetails
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.build import TrainingSetup
 from llmtune.training.checkpointer import find_checkpoint
@@ -227,26 +228,32 @@ def create(
         config.run.output_dir,
         name,
         fill=fill,
-        details={
-            "config_name": resolved.name,
-            "seed": config.run.seed,
-            "tags": list(config.run.tags),
-            "notes": config.run.notes,
-            "identity": identity_of(setup),
-            "decisions": [
-                {"key": decision.key, "value": str(decision.value), "reason": decision.reason}
-                for decision in (*prepared.decisions, *setup.decisions)
-            ],
-            "data": {**prepared.data.ledger.summary()},
-            "parameters": {"total": setup.counts.total, "trained": setup.counts.trained},
-            "disk_forecast_bytes": forecast.needed_bytes,
-            "plan": as_dict(plan) if plan is not None else None,
-            **describe_machine(),
-        },
+        details=_details(resolved, setup, plan, forecast.needed_bytes),
     )
     taken = "" if run.name == name else f" (there is a run `{printable(name)}` already)"
     print_line(f"run     {printable(run.path)}{taken}")
     return run
+
+
+def _details(resolved: ResolvedConfig, setup: TrainingSetup, plan: Plan | None, disk_forecast_bytes: int) -> RunDetails:
+    """What run.json holds from the first moment."""
+    prepared, config = setup.prepared, setup.config
+    return {
+        "config_name": resolved.name,
+        "seed": config.run.seed,
+        "tags": list(config.run.tags),
+        "notes": config.run.notes,
+        "identity": identity_of(setup),
+        "decisions": [
+            {"key": decision.key, "value": str(decision.value), "reason": decision.reason}
+            for decision in (*prepared.decisions, *setup.decisions)
+        ],
+        "data": {**prepared.data.ledger.summary()},
+        "parameters": {"total": setup.counts.total, "trained": setup.counts.trained},
+        "disk_forecast_bytes": disk_forecast_bytes,
+        "plan": as_dict(plan) if plan is not None else None,
+        **describe_machine(),
+    }
 
 
 def identity_of(setup: TrainingSetup) -> Identity:
