@@ -10,7 +10,7 @@ from llmtune.cli import doctor
 from llmtune.cli.main import run
 from llmtune.config.process_options import Options
 from llmtune.engine import allocator
-from llmtune.plan.summary import comparison_lines
+from llmtune.plan.summary import comparison_facts
 from llmtune.training import train as training
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 
@@ -61,7 +61,8 @@ def test_q7_a_training_says_its_plan_first_and_compares_it_at_the_end(config_of)
     talk = "\n".join(lines_printed)
     assert "memory  " in talk
     assert "training.batch_size" in talk
-    lines = comparison_lines(result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes)
+    facts = comparison_facts(result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes)
+    lines = [str(fact) for fact in facts]
     assert lines[0] == "steps   2 planned, 2 made"
     assert "measured" in lines[1]
     assert result.seconds > 0

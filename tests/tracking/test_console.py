@@ -5,6 +5,7 @@ import fcntl
 import io
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -101,7 +102,14 @@ def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left():
     assert "ETA 0:00:00" in shown
     assert "100%" in shown
     assert "4/4" in shown
-    assert "{'eval_loss': 1.25" in shown
+    assert "held-out 1.25" in shown
+
+
+def test_a_terminal_shows_evaluations_and_samples_as_rows():
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", run_in_terminal(80))
+    assert " held-out  step 4       loss 1.25   perplexity 3.49\r\n" in shown
+    assert " samples   hello\r\n           → a\\x1b" in shown
+    assert "{'" not in shown
 
 
 def test_a_terminal_of_twenty_columns_keeps_step_and_loss():

@@ -10,7 +10,7 @@ from llmtune.config.process_options import Options
 from llmtune.errors import ConfigError
 from llmtune.training import train as training
 from llmtune.training.evaluator import EvalState
-from llmtune.training.progress import final_lines
+from llmtune.training.progress import final_facts
 from training_helpers import LORA
 
 EVERY = ("evaluation.every_steps=1", "training.lr_schedule=constant")
@@ -111,17 +111,16 @@ def test_the_end_of_a_run_says_how_much_worse_the_result_is_and_the_command(tmp_
     state = EvalState(
         best_value=2.0, best_step=4, best_trained_value=2.0, best_trained_step=4, last_value=2.5, last_step=8
     )
-    (line,) = final_lines(state, final_step=8, run=tmp_path, has_best=True)
-    assert line == (
+    (fact,) = final_facts(state, final_step=8, run=tmp_path, has_best=True)
+    assert str(fact) == (
         "final is worse than the best model by 0.5000 (eval_mean_nll, step 4); "
         f"use it with `llmtune generate {tmp_path} --checkpoint best`"
     )
-    (line,) = final_lines(state, final_step=4, run=tmp_path, has_best=True)
-    assert line == "final is the model after step 4, the best by eval_mean_nll (2.0000)"
+    (fact,) = final_facts(state, final_step=4, run=tmp_path, has_best=True)
+    assert str(fact) == "final is the model after step 4, the best by eval_mean_nll (2.0000)"
     state.best_value, state.best_step = 1.9, 0
-    assert "before training was better than final by 0.1000" in final_lines(
-        state, final_step=4, run=tmp_path, has_best=True
-    )[-1]  # fmt: skip
+    warning = final_facts(state, final_step=4, run=tmp_path, has_best=True)[-1]
+    assert "warning: the model before training was better than final by 0.1000" in str(warning)
 
 
 @pytest.fixture

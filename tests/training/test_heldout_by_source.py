@@ -6,7 +6,7 @@ import pytest
 
 from llmtune.cli.main import main
 from llmtune.training import train as training
-from llmtune.training.progress import summary_lines
+from llmtune.training.progress import summary_facts
 from training_helpers import lines_of
 
 
@@ -54,7 +54,7 @@ def test_every_source_has_its_mean_and_all_rows_are_their_sum(evaluated, two_set
     assert last["eval_mean_nll"] == pytest.approx(nats / sum(weights), rel=1e-6)
     assert last["eval_num_loss_tokens"] == sum(weights)
     assert result.eval_state.best_value == min(line["eval_first_mean_nll"] for line in lines)
-    own = summary_lines(result.metrics, result.eval_state)[-1]
+    own = str(summary_facts(result.metrics, result.eval_state)[-1])
     assert (
         own
         == f"held-out loss by source: first {last['eval_first_mean_nll']:.4f}, long {last['eval_long_mean_nll']:.4f}"

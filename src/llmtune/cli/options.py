@@ -18,6 +18,7 @@ __all__ = [
     "Overrides",
     "Score",
     "TrustRemoteCode",
+    "Verbose",
 ]
 
 AllowChanges = Annotated[
@@ -59,6 +60,10 @@ NoCudaInTraining = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", help="On a terminal, show the reasons of choices in full; elsewhere they always are."),
 ]
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
 from llmtune.cli.launch import launch, launches
-from llmtune.cli.options import AllowChanges, Devices, NoCudaInTraining, Score, TrustRemoteCode
+from llmtune.cli.options import AllowChanges, Devices, NoCudaInTraining, Score, TrustRemoteCode, Verbose
 from llmtune.cli.process import prepare_process
+from llmtune.cli.training_output import show_training
 from llmtune.common.offline import is_offline
+from llmtune.common.printing import PrintLine
 from llmtune.config.process_options import Options
+
+if TYPE_CHECKING:
+    from llmtune.tracking.screen import Screen
+    from llmtune.training.training_run import Result
 
 __all__ = ["resume", "resume_run"]
 
@@ -33,6 +38,7 @@ def resume(
     trust_remote_code: TrustRemoteCode = False,
     allow_changes: AllowChanges = False,
     score: Score = None,
+    verbose: Verbose = False,
 ) -> int | None:
     """Go on with a run from its newest valid checkpoint, or from the one that is named."""
     if launches(devices):
@@ -42,7 +48,7 @@ def resume(
     has_run = bool(overrides) and ("=" not in overrides[0] or Path(overrides[0]).exists())
     run = overrides.pop(0) if has_run else None
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code, score=score)
-    resume_run(run, overrides, options, allow_changes=allow_changes)
+    resume_run(run, overrides, options, allow_changes=allow_changes, verbose=verbose)
     return None
 
 
@@ -53,20 +59,21 @@ def resume_run(
     *,
     allow_changes: bool = False,
     checkpoint: Path | None = None,
+    verbose: bool = False,
 ) -> None:
     """Resume `run` (or the run of `checkpoint`) and show how it ended."""
     prepare_process(trains=True)
     from llmtune.training import train as training
-    from llmtune.training.progress import print_result
 
-    result = training.resume(
-        run,
-        overrides=overrides,
-        options=options,
-        allow_changes=allow_changes,
-        checkpoint=checkpoint,
-        print_line=print_line,
-    )
-    print_result(result, print_line)
-    if result.folder is not None:
-        print(result.folder)
+    def go_on(say: PrintLine, screen: Screen | None) -> Result:
+        return training.resume(
+            run,
+            overrides=overrides,
+            options=options,
+            allow_changes=allow_changes,
+            checkpoint=checkpoint,
+            print_line=say,
+            screen=screen,
+        )
+
+    show_training(go_on, verbose=verbose)

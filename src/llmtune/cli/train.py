@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
 from llmtune.cli.launch import launch, launches
-from llmtune.cli.options import AllowChanges, ConfigName, Devices, NoCudaInTraining, Overrides, Score, TrustRemoteCode
+from llmtune.cli.options import (
+    AllowChanges,
+    ConfigName,
+    Devices,
+    NoCudaInTraining,
+    Overrides,
+    Score,
+    TrustRemoteCode,
+    Verbose,
+)
 from llmtune.cli.process import prepare_process
+from llmtune.cli.training_output import print_plan, train_and_print
 from llmtune.common.folders import home_expanded
 from llmtune.common.offline import is_offline
 from llmtune.config.arguments import FLAGS
@@ -19,9 +28,6 @@ from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import RunConfig
 from llmtune.errors import UsageError
-
-if TYPE_CHECKING:
-    from llmtune.training.training_run import Result
 
 __all__ = ["train"]
 
@@ -65,6 +71,7 @@ def train(
     resume_from_checkpoint: ResumeFrom = None,
     allow_changes: AllowChanges = False,
     score: Score = None,
+    verbose: Verbose = False,
 ) -> int | None:
     """Train a model: from a preset or file, with any key overridden."""
     if list_models:
@@ -94,24 +101,12 @@ def train(
     if goes_on:
         from llmtune.cli.resume import resume_run
 
-        resume_run(None, overrides or [], options, allow_changes=allow_changes, checkpoint=resume_from_checkpoint)
+        more = {"allow_changes": allow_changes, "verbose": verbose}
+        resume_run(None, overrides or [], options, checkpoint=resume_from_checkpoint, **more)
         return None
     prepare_process(trains=True)
-    from llmtune.training import train as training
-
-    if dry_run:
-        training.dry_run(resolved, options, print_line=print)
-    else:
-        _print_outcome(training.train(resolved, options, print_line=print_line))
+    (print_plan if dry_run else train_and_print)(resolved, options, verbose=verbose)
     return None
-
-
-def _print_outcome(result: Result) -> None:
-    from llmtune.training.progress import print_result
-
-    print_result(result, print_line)
-    if result.folder is not None:
-        print(result.folder)
 
 
 def _start_flags(name: str, output_dir: str | None) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from llmtune.common.printing import Fact
 from llmtune.common.text import readable_bytes, readable_duration
 from llmtune.engine.schedule import Interval, interval, is_due, schedule_of, warmup_length
 from llmtune.errors import MachineError, in_one_line
@@ -13,7 +14,7 @@ from llmtune.plan.memory import MemoryPlan, optimizer_bytes
 from llmtune.plan.suggestions import Suggestion, largest_batch, suggest
 from llmtune.runs.disk import DiskForecast, forecast_disk
 
-__all__ = ["Plan", "as_dict", "comparison_lines", "make_plan", "plan_lines", "start_lines"]
+__all__ = ["Plan", "as_dict", "comparison_facts", "make_plan", "plan_lines", "start_facts"]
 
 
 @dataclass(frozen=True)
@@ -144,23 +145,24 @@ def _disk(forecaster: Forecaster, memory: MemoryPlan | None) -> tuple[DiskForeca
         return None, str(error)
 
 
-def start_lines(plan: Plan) -> list[str]:
-    """The lines that a training prints before it starts."""
+def start_facts(plan: Plan) -> list[Fact]:
+    """What a training says of its plan before it starts."""
     memory = plan.memory
-    notes = [f"note    {note}" for note in plan.notes]
+    notes = [Fact("note", note) for note in plan.notes]
     if memory is None:
-        return [*notes, f"memory  not planned: {plan.missing}"]
-    parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in memory.parts.items() if count)
+        return [*notes, Fact("memory", f"not planned: {plan.missing}")]
     peak, budget = readable_bytes(memory.peak_bytes), readable_bytes(plan.budget_bytes)
-    lines = [*notes, f"memory  {peak} planned of {budget} on {plan.device} ({parts})"]
+    facts = [*notes, Fact("memory", f"{peak} planned of {budget} on {plan.device}", memory.parts)]
     if memory.host_bytes:
-        lines.append(f"host    {readable_bytes(memory.host_bytes)} of page-locked memory for the inputs of blocks")
+        facts.append(
+            Fact("host", f"{readable_bytes(memory.host_bytes)} of page-locked memory for the inputs of blocks")
+        )
     if not plan.fits:
-        lines.append("warning: by the plan this does not fit; `llmtune plan` says what to change")
+        facts.append(Fact("warning:", "by the plan this does not fit; `llmtune plan` says what to change"))
     if plan.seconds is not None:
         rate = f"{plan.tokens_per_second:,.0f} tokens/s"
-        lines.append(f"time    {readable_duration(plan.seconds)} planned at the {rate} measured here before")
-    return lines
+        facts.append(Fact("time", f"{readable_duration(plan.seconds)} planned at the {rate} measured here before"))
+    return facts
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -210,17 +212,15 @@ def _memory_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def comparison_lines(plan: Plan, *, steps: int, seconds: float, memory_bytes: int) -> list[str]:
+def comparison_facts(plan: Plan, *, steps: int, seconds: float, memory_bytes: int) -> list[Fact]:
     """Planned beside measured, at the end of a run: `steps` made, seconds spent in them, most memory held in bytes."""
-    lines = [f"steps   {plan.steps.total_steps:,} planned, {steps:,} made"]
+    facts = [Fact("steps", f"{plan.steps.total_steps:,} planned, {steps:,} made")]
     if plan.memory is not None and memory_bytes:
         planned, measured = readable_bytes(plan.memory.peak_bytes), readable_bytes(memory_bytes)
-        lines.append(
-            f"memory  {planned} planned, {measured} measured ({plan.memory.peak_bytes / memory_bytes - 1:+.0%})"
-        )
+        change = f"{plan.memory.peak_bytes / memory_bytes - 1:+.0%}"
+        facts.append(Fact("memory", f"{planned} planned, {measured} measured ({change})"))
     planned = f"{readable_duration(plan.seconds)} planned, " if plan.seconds is not None else ""
-    lines.append(f"time    {planned}{readable_duration(seconds)} measured in steps")
-    return lines
+    return [*facts, Fact("time", f"{planned}{readable_duration(seconds)} measured in steps")]
 
 
 def as_dict(plan: Plan) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""The terminal as a tracker: a progress bar where there is a terminal, plain lines where there is none.
+"""The terminal as a tracker: a progress bar and rows where there is a terminal, plain lines where there is none.
 
 A plain line is a Python dict in the form of the Hugging Face Trainer, which people grep for, such as
 `{'loss': 2.451, 'learning_rate': 0.0002, 'epoch': 0.01}`. Its `loss` is `train_mean_nll`, in nats per trained token of
@@ -10,21 +10,25 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
 # Not imported lazily: importing rich draws from Python's global random numbers, which are the training's once a run
 # has started.
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TaskProgressColumn, TextColumn
+from rich.text import Text
 
-from llmtune.common.text import printable
+from llmtune.common.text import printable, readable_bytes
+from llmtune.tracking.screen import LABEL_COLUMNS, is_ascii, side_by_side
 from llmtune.tracking.tracker import Histogram, Metrics, RunInfo, Sample
 
-__all__ = ["ConsoleTracker", "eval_line", "on_one_line", "train_line"]
+__all__ = ["ConsoleTracker", "eval_line", "heldout_losses", "on_one_line", "progress_numbers", "train_line"]
 
 NARROW_COLUMNS = 60
 """Below this width the bar is left out and only the numbers are shown."""
+
+LEAST_BAR_COLUMNS = 12
 
 SECONDS_BETWEEN_DRAWINGS = 0.2
 
@@ -48,6 +52,8 @@ class ConsoleTracker:
         self._info: RunInfo | None = None
         self._started_at = 0.0
         self._drawn_at = 0.0
+        self._newest: Metrics = {}
+        self._heldout: list[float] = []
 
     def start(self, info: RunInfo) -> None:
         """Open the progress bar where there is a terminal."""
@@ -58,27 +64,27 @@ class ConsoleTracker:
         if not console.is_terminal or console.is_dumb_terminal:
             return
         self._progress = _make_progress(console)
-        self._task = self._progress.add_task(
-            "", total=max(info.total_steps, 1), completed=info.start_step, numbers="", left=""
-        )
+        self._task = self._progress.add_task("", total=max(info.total_steps, 1), completed=info.start_step, numbers="")
         self._progress.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Move the bar, or print a line where there is none; an evaluation is always printed."""
         is_evaluation = any(key.startswith("eval_") for key in metrics)
-        if is_evaluation:
-            self._print(eval_line(metrics))
         if self._progress is None:
-            if not is_evaluation:
-                self._print(train_line(metrics))
-            return
-        if not is_evaluation:
-            self._move(step, metrics)
+            self._print(eval_line(metrics) if is_evaluation else train_line(metrics))
+        elif is_evaluation:
+            self._show_evaluation(step, metrics)
+        else:
+            self._newest = metrics
+            self._draw(step)
 
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
         """Print each prompt with its answer, one line each, without control characters."""
-        for row in rows:
-            prompt, answer = (on_one_line(str(row.get(key, ""))) for key in ("prompt", "text"))
+        shown = [(on_one_line(str(row.get("prompt", ""))), on_one_line(str(row.get("text", "")))) for row in rows]
+        if self._progress is not None:
+            self._show_samples(shown)
+            return
+        for prompt, answer in shown:
             self._print(f"[step {step}] {prompt} -> {answer}")
 
     def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
@@ -94,20 +100,102 @@ class ConsoleTracker:
         assert self._console is not None, "start comes first"
         self._console.print(line)
 
-    def _move(self, step: int, metrics: Metrics) -> None:
+    def _show_evaluation(self, step: int, metrics: Metrics) -> None:
+        """Print an evaluation as a row, with the change since the last one."""
+        assert self._console is not None
+        row = {f"loss {name}".rstrip(): value for name, value in heldout_losses(metrics).items()}
+        row |= {name: metrics[key] for name, key in OTHER_NUMBERS.items() if metrics.get(key) is not None}
+        cells = [f"{name} {_short(value)}" for name, value in row.items()]
+        loss = row.get("loss")
+        if isinstance(loss, (int, float)):
+            if self._heldout:
+                cells[0] += f" ({loss - self._heldout[-1]:+.4f}{', best' if loss < min(self._heldout) else ''})"
+            self._heldout.append(loss)
+        if "eval_exact_answers" in metrics:
+            cells.append(f"exact {metrics['eval_exact_answers']} of {metrics.get('eval_num_answers', '?')}")
+        room = self._console.width - LABEL_COLUMNS - 2
+        self._row("held-out", side_by_side([Text(cell) for cell in (f"step {step:<5,}", *cells)], room))
+        self._draw(step)
+
+    def _row(self, label: str, lines: Iterable[Text]) -> None:
+        """Print lines behind a label."""
+        assert self._console is not None
+        for line in lines:
+            self._console.print(Text.assemble((f" {label:<{LABEL_COLUMNS}}", "cyan"), line))
+            label = ""
+
+    def _show_samples(self, rows: Iterable[tuple[str, str]]) -> None:
+        assert self._console is not None
+        arrow = "->" if is_ascii(self._console) else "→"
+        room = self._console.width - LABEL_COLUMNS - 2
+        texts = [text for prompt, answer in rows for text in (Text(prompt, "bold"), Text(f"{arrow} {answer}"))]
+        self._row("samples", [line for text in texts for line in text.wrap(self._console, room)])
+
+    def _draw(self, step: int) -> None:
+        """Draw the bar after `step` steps with the newest numbers."""
         assert self._progress is not None
         assert self._task is not None
         assert self._info is not None
         # By the steps of this process alone: the first part of a resumed run may have been on another machine.
         steps_made = step - self._info.start_step
         left_s = (time.monotonic() - self._started_at) / max(steps_made, 1) * max(self._info.total_steps - step, 0)
-        numbers = f"loss {_short(_loss(metrics))} {_rate(metrics.get('tokens_per_second'))}".rstrip()
-        self._progress.update(self._task, completed=step, numbers=numbers, left=f"ETA {_clock(left_s)}")
+        numbers = progress_numbers(
+            self._newest,
+            heldout=self._heldout[-1] if self._heldout else None,
+            left_s=left_s if steps_made else None,
+            columns=self._progress.console.width - 2 * len(f"{self._info.total_steps}") - LEAST_BAR_COLUMNS - 9,
+        )
+        self._progress.update(self._task, completed=step, numbers=numbers)
         now = time.monotonic()
         # A tiny model makes a hundred steps a second, which no terminal can draw.
         if now - self._drawn_at >= SECONDS_BETWEEN_DRAWINGS or step >= self._info.total_steps:
             self._drawn_at = now
             self._progress.refresh()
+
+
+OTHER_NUMBERS = {
+    "perplexity": "eval_perplexity",
+    "bits/byte": "eval_bits_per_byte",
+    "margin": "eval_rewards_margin",
+    "accuracy": "eval_accuracy",
+    "score": "eval_score",
+}
+"""Numbers of an evaluation beside its losses, by the name shown."""
+
+
+def heldout_losses(metrics: Metrics) -> dict[str, object]:
+    """Return the held-out losses of an evaluation: that of all rows under "", and that of each source by its name.
+
+    >>> heldout_losses({"eval_mean_nll": 1.5, "eval_chats_mean_nll": 1.0, "eval_perplexity": 4.5})
+    {'': 1.5, 'chats': 1.0}
+    """
+    of_all = metrics.get("eval_mean_nll", metrics.get("eval_loss"))
+    of_sets = {found[1]: value for key, value in metrics.items() if (found := _OF_SET.fullmatch(key))}
+    return ({} if of_all is None else {"": of_all}) | of_sets
+
+
+def progress_numbers(metrics: Metrics, *, heldout: float | None, left_s: float | None, columns: int) -> str:
+    """Return the numbers beside the bar: those that fit into `columns`, the loss always.
+
+    >>> metrics = {"train_mean_nll": 2.451, "tokens_per_second": 2345.6, "memory_bytes": 614_000_000}
+    >>> progress_numbers(metrics, heldout=2.5, left_s=75, columns=80)
+    'loss 2.451  held-out 2.5  2.3k tok/s  614.00 MB  ETA 0:01:15'
+    >>> progress_numbers(metrics, heldout=2.5, left_s=75, columns=40)
+    'loss 2.451  2.3k tok/s  ETA 0:01:15'
+    """
+    memory = metrics.get("memory_bytes")
+    # From the left to the right as shown; the number says which is given up last.
+    pieces = [
+        (0, f"loss {_short(_loss(metrics))}"),
+        (3, f"held-out {_short(heldout)}" if heldout is not None else ""),
+        (2, _rate(metrics.get("tokens_per_second"))),
+        (4, readable_bytes(int(memory)) if isinstance(memory, (int, float)) and memory else ""),
+        (1, f"ETA {_clock(left_s)}" if left_s is not None else ""),
+    ]
+    shown = [piece for piece in pieces if piece[1]]
+    while len(shown) > 1 and len("  ".join(text for _, text in shown)) > columns:
+        shown.remove(max(shown))
+    return "  ".join(text for _, text in shown)
 
 
 def train_line(metrics: Metrics) -> str:
@@ -167,18 +255,14 @@ def _make_progress(console: Console) -> Progress:
         TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[numbers]}", markup=False)
     ]
     if console.width >= NARROW_COLUMNS:
-        columns = [
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            *columns,
-            TextColumn("{task.fields[left]}", markup=False),
-        ]
+        bar = BarColumn(bar_width=None, style="dim", complete_style="cyan", finished_style="green")
+        columns = [bar, TaskProgressColumn(), *columns]
     return Progress(
         *columns,
         console=console,
         # Its refresh thread would draw while the training computes.
         auto_refresh=False,
-        expand=False,
+        expand=console.width >= NARROW_COLUMNS,
         redirect_stdout=sys.stdout.isatty(),
         redirect_stderr=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -10,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune import durable
 from llmtune.common.decisions import Decision
-from llmtune.common.printing import PrintLine
+from llmtune.common.printing import Fact, PrintLine
 from llmtune.common.text import printable
 from llmtune.data.dataset.row_result import STATUSES
 from llmtune.engine.devices import Devices
 from llmtune.errors import MachineError, Problem
-from llmtune.plan.summary import Plan, comparison_lines, start_lines
+from llmtune.plan.summary import Plan, comparison_facts, start_facts
 from llmtune.prepare import Prepared
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.folder import RunFolder
 from llmtune.runs.identity import Difference, Effect
+from llmtune.tracking.screen import Screen
 from llmtune.training.build import TrainingSetup
 from llmtune.training.evaluator import EvalState
 
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RankPrinter",
-    "final_lines",
-    "print_decisions",
+    "final_facts",
+    "next_commands",
     "print_difference",
     "print_length",
     "print_preflight",
@@ -46,10 +48,12 @@ class RankPrinter:
     """Prints the lines of the main process; those of the others go to `logs/rank-N.log` in the run's folder.
 
     What the others have to say before there is a folder is written when it is opened, and lost when it never is.
+    screen: lays out what the main process says; plain lines when None.
     """
 
-    def __init__(self, devices: Devices, print_line: PrintLine) -> None:
+    def __init__(self, devices: Devices, print_line: PrintLine, screen: Screen | None = None) -> None:
         self._rank, self._print_line = devices.rank, print_line
+        self.screen = screen if devices.rank == 0 else None
         self._early_lines: list[str] = []
         self._file: Path | None = None
 
@@ -74,12 +78,6 @@ class RankPrinter:
             self(line)
 
 
-def print_decisions(decisions: Iterable[Decision], print_line: PrintLine) -> None:
-    """Print each choice with its reason."""
-    for decision in decisions:
-        print_line(f"  {decision}")
-
-
 def tokenizing_progress(print_line: PrintLine) -> Callable[[int, int | None, float], None]:
     """Return a progress function for `prepare` that prints a line every two seconds."""
     last = time.monotonic()
@@ -96,39 +94,50 @@ def tokenizing_progress(print_line: PrintLine) -> Callable[[int, int | None, flo
 
 
 def print_preflight(
-    prepared: Prepared, device_decisions: Iterable[Decision], plan: Plan, print_line: PrintLine
+    prepared: Prepared, config_name: str, device_decisions: Iterable[Decision], plan: Plan, printer: RankPrinter
 ) -> None:
     """Print what is known before the model is loaded: rows, exact steps, memory, and last every choice made so far.
 
     The choices made while the model is built follow as lines of the same list (`print_setup`).
     """
+    decisions = [*device_decisions, *prepared.decisions]
+    facts = [*_data_facts(prepared), *start_facts(plan)]
+    if printer.screen is not None:
+        printer.screen.title(prepared.source.short_name, config_name)
+        printer.screen.facts(facts)
+        printer.screen.decisions("chosen for you", decisions)
+        return
+    for line in (*facts, "chosen for you:", *(f"  {decision}" for decision in decisions)):
+        printer(str(line))
+
+
+def _data_facts(prepared: Prepared) -> list[Fact]:
     data = prepared.data
-    print_line(f"model   {prepared.source.name}")
+    facts = [Fact("model", prepared.source.name)]
     for part, counts in data.ledger.summary().items():
         statuses = ", ".join(f"{counts[status]:,} {status.replace('_', ' ')}" for status in STATUSES if counts[status])
         answers = f"; {counts['answers']:,} answers, {counts['trained_answers']:,} trained" if counts["answers"] else ""
         if "pairs" in counts:
             answers = f"; {counts['pairs']:,} pairs of answers"
-        print_line(f"{part:<7} {counts['input']:,} rows: {statuses}{answers}")
-    for line in (*data.ledger.training_warnings(), *data.ledger.unused_fields()):
-        print_line(f"note    {line}")
+        facts.append(Fact(part, f"{counts['input']:,} rows: {statuses}{answers}"))
+    facts += [Fact("note", line) for line in (*data.ledger.training_warnings(), *data.ledger.unused_fields())]
     batches = prepared.batch_plan()
     tokens, weights = batches.tokens_of_epoch()
-    print_line(
-        f"plan    {batches.total_steps:,} steps, {batches.steps_per_epoch:,} an epoch; {tokens:,} tokens an epoch, "
-        f"{weights:,.0f} of them trained"
-    )
-    for line in start_lines(plan):
-        print_line(line)
-    print_line("chosen for you:")
-    print_decisions([*device_decisions, *prepared.decisions], print_line)
+    of_epoch = f"{tokens:,} tokens an epoch, {weights:,.0f} of them trained"
+    return [*facts, Fact("plan", f"{batches.total_steps:,} steps, {batches.steps_per_epoch:,} an epoch; {of_epoch}")]
 
 
-def print_setup(setup: TrainingSetup, tracker_decisions: Iterable[Decision], print_line: PrintLine) -> None:
+def print_setup(setup: TrainingSetup, tracker_decisions: Iterable[Decision], printer: RankPrinter) -> None:
     """Print the choices made while model, engine and optimizer were built."""
-    print_decisions([*setup.decisions, *tracker_decisions], print_line)
-    counts = setup.counts
-    print_line(f"training {counts.trained:,} of {counts.total:,} parameters")
+    decisions, counts = [*setup.decisions, *tracker_decisions], setup.counts
+    fact = Fact("training", f"{counts.trained:,} of {counts.total:,} parameters")
+    if printer.screen is not None:
+        printer.screen.decisions("", decisions)
+        printer.screen.end_of_decisions()
+        printer.screen.facts([fact])
+        return
+    for line in (*(f"  {decision}" for decision in decisions), fact):
+        printer(str(line))
 
 
 def print_resume(
@@ -179,44 +188,68 @@ def print_difference(difference: Difference, print_line: PrintLine) -> None:
     print_line(f"changed: {difference} ({meaning[difference.effect]})")
 
 
-def print_result(result: Result, print_line: PrintLine) -> None:
-    """Print how a run ended, in the process that wrote its folder."""
+def print_result(result: Result, print_line: PrintLine, screen: Screen | None = None) -> None:
+    """Print how a run ended, and what to do next, in the process that wrote its folder."""
     if result.folder is None:
         return
-    print_line(f"{result.state} after step {result.step}")
-    lines = summary_lines(result.metrics, result.eval_state)
+    facts = [
+        Fact("result", f"{result.state} after step {result.step}", plain=f"{result.state} after step {result.step}")
+    ]
+    facts += summary_facts(result.metrics, result.eval_state)
     if result.final_step is not None:
         has_best = (result.folder / "checkpoints" / "best").is_dir()
-        lines += final_lines(result.eval_state, final_step=result.final_step, run=result.folder, has_best=has_best)
+        facts += final_facts(result.eval_state, final_step=result.final_step, run=result.folder, has_best=has_best)
     if result.plan is not None:
-        lines += comparison_lines(
+        facts += comparison_facts(
             result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes
         )
-    for line in lines:
-        print_line(line)
+    if screen is not None:
+        screen.title(result.folder.name)
+        screen.facts([*facts, Fact("run", printable(result.folder))])
+        screen.commands("next", next_commands(result.folder, result.state))
+        return
+    for fact in facts:
+        print_line(str(fact))
     if result.state == "finished":
         print_line(f"try it: llmtune generate {result.folder} 'your question'")
 
 
-def eval_lines(evaluations: EvalState) -> list[str]:
+def next_commands(folder: Path, state: str) -> list[tuple[str, str]]:
+    """Return what to do with a run that ended so: each purpose with a command that can be copied.
+
+    >>> next_commands(Path("runs/a b"), "stopped")
+    [('resume', "llmtune resume 'runs/a b'")]
+    """
+    here = Path.cwd()
+    run = shlex.quote(str(folder.relative_to(here) if folder.is_relative_to(here) else folder))
+    if state != "finished":
+        return [("resume", f"llmtune resume {run}")]
+    is_adapter = (folder / "final" / "adapter_config.json").is_file()
+    return [
+        ("ask", f"llmtune generate {run} 'your question'"),
+        ("talk", f"llmtune chat {run}"),
+        ("compare", f"llmtune compare {run}"),
+        *([("merge", f"llmtune merge-lora {run} merged")] if is_adapter else []),
+    ]
+
+
+def eval_facts(evaluations: EvalState) -> list[Fact]:
     """Return the first and the last evaluation side by side, as far as they were made."""
-    lines = []
+    facts = []
     first, last = evaluations.first_nll, evaluations.last_nll
     if first is not None and last is not None:
         is_known = evaluations.best_value is not None
         name = "" if evaluations.best_by == "eval_mean_nll" else f" {evaluations.best_by}"
         best = f"; best{name} {evaluations.best_value:.4f} after step {evaluations.best_step}" if is_known else ""
-        lines.append(f"held-out loss {first:.4f} -> {last:.4f} {evaluations.loss_unit}{best}")
+        facts.append(Fact("held-out", f"loss {first:.4f} -> {last:.4f} {evaluations.loss_unit}{best}"))
     count, first_exact, last_exact = evaluations.num_answers, evaluations.first_exact, evaluations.last_exact
     if count and first_exact is not None and last_exact is not None:
-        lines.append(
-            f"held-out answers exactly right: {first_exact} of {count} before, "
-            f"{last_exact} of {count} after ({last_exact / count:.0%})"
-        )
-    return lines
+        before, after = f"{first_exact} of {count} before", f"{last_exact} of {count} after ({last_exact / count:.0%})"
+        facts.append(Fact("held-out", f"answers exactly right: {before}, {after}"))
+    return facts
 
 
-def final_lines(evaluations: EvalState, *, final_step: int, run: Path, has_best: bool) -> list[str]:
+def final_facts(evaluations: EvalState, *, final_step: int, run: Path, has_best: bool) -> list[Fact]:
     """Return which model became the result where it is not the last one, and how far it is from the best.
 
     final_step: updates behind `final/`. has_best: whether checkpoints/best was kept.
@@ -225,32 +258,36 @@ def final_lines(evaluations: EvalState, *, final_step: int, run: Path, has_best:
     if best is None or trained is None or last is None:
         return []
     metric, is_last = evaluations.best_by, final_step == evaluations.last_step
-    value, lines = last if is_last else trained, []
+    value, facts = last if is_last else trained, []
     if not is_last:
-        lines.append(f"final is the model after step {final_step}, the best by {metric} ({trained:.4f})")
+        line = f"final is the model after step {final_step}, the best by {metric} ({trained:.4f})"
+        facts.append(Fact("final", line.removeprefix("final "), plain=line))
     elif trained != last:
         use = f"; use it with `llmtune generate {run} --checkpoint best`" if has_best else ""
         step = evaluations.best_trained_step
-        lines.append(f"final is worse than the best model by {abs(last - trained):.4f} ({metric}, step {step}){use}")
+        line = f"final is worse than the best model by {abs(last - trained):.4f} ({metric}, step {step}){use}"
+        facts.append(Fact("final", line.removeprefix("final "), plain=line))
     if evaluations.best_step == 0 and value != best:
-        lines.append(
-            f"warning: the model before training was better than final by {abs(value - best):.4f} ({metric}): "
-            "try a lower training.learning_rate, or more rows"
-        )
-    return lines
+        worse = f"the model before training was better than final by {abs(value - best):.4f} ({metric})"
+        facts.append(Fact("warning:", f"{worse}: try a lower training.learning_rate, or more rows"))
+    return facts
 
 
-def summary_lines(metrics: Mapping[str, Any], evaluations: EvalState) -> list[str]:
-    """Return how a run ended, in a few lines."""
+def summary_facts(metrics: Mapping[str, Any], evaluations: EvalState) -> list[Fact]:
+    """Return how a run ended, in a few facts."""
     loss = metrics.get("train_mean_nll", metrics.get("train_loss"))
-    lines = [] if loss is None else [f"last training loss {loss:.4f} {evaluations.loss_unit}"]
+    facts = []
+    if loss is not None:
+        last = f"{loss:.4f} {evaluations.loss_unit}"
+        facts.append(Fact("training", f"last loss {last}", plain=f"last training loss {last}"))
     accuracy, margin = metrics.get("eval_accuracy"), metrics.get("eval_rewards_margin")
     if accuracy is not None and margin is not None:
-        lines.append(f"held-out pairs told apart: {accuracy:.0%}, mean margin {margin:.4f}")
+        facts.append(Fact("held-out", f"pairs told apart: {accuracy:.0%}, mean margin {margin:.4f}"))
     of_sets = {
         key.removeprefix("eval_").removesuffix("_mean_nll"): value
         for key, value in metrics.items()
         if key.startswith("eval_") and key.endswith("_mean_nll") and key != "eval_mean_nll"
     }
     by_set = ", ".join(f"{printable(name)} {value:.4f}" for name, value in of_sets.items())
-    return [*lines, *eval_lines(evaluations), *([f"held-out loss by source: {by_set}"] if by_set else [])]
+    by_source = [Fact("held-out", f"loss by source: {by_set}")] if by_set else []
+    return [*facts, *eval_facts(evaluations), *by_source]

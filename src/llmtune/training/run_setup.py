@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llmtune import durable
+from llmtune.common.decisions import Decision
 from llmtune.common.mappings import flat_items
 from llmtune.common.printing import PrintLine
 from llmtune.common.text import printable
@@ -188,13 +189,17 @@ def check_name(resolved: ResolvedConfig) -> None:
 
 
 def create(
-    resolved: ResolvedConfig, setup: TrainingSetup, print_line: PrintLine, plan: Plan | None = None
+    resolved: ResolvedConfig,
+    setup: TrainingSetup,
+    decisions: Sequence[Decision],
+    print_line: PrintLine,
+    plan: Plan | None = None,
 ) -> RunFolder:
     """Make the folder of a new run with everything that is known before step 1, and print where it is.
 
-    config.yaml holds the config as it was given, open values included, with what was fitted to the model. Raises
-    MachineError when the disk is too small for the whole run, UsageError for a name that cannot be one; nothing is left
-    behind then.
+    decisions: choices about devices and trackers; those about rows and model are in the setup. config.yaml holds the
+    config as it was given, open values included, with what was fitted to the model. Raises MachineError when the disk
+    is too small for the whole run, UsageError for a name that cannot be one; nothing is left behind then.
     """
     prepared, config = setup.prepared, setup.config
     name = run_name(config.run.name, model=prepared.source.short_name, config=resolved.name, seed=config.run.seed)
@@ -228,14 +233,20 @@ def create(
         config.run.output_dir,
         name,
         fill=fill,
-        details=_details(resolved, setup, plan, forecast.needed_bytes),
+        details=_details(resolved, setup, decisions, plan, forecast.needed_bytes),
     )
     taken = "" if run.name == name else f" (there is a run `{printable(name)}` already)"
     print_line(f"run     {printable(run.path)}{taken}")
     return run
 
 
-def _details(resolved: ResolvedConfig, setup: TrainingSetup, plan: Plan | None, disk_forecast_bytes: int) -> RunDetails:
+def _details(
+    resolved: ResolvedConfig,
+    setup: TrainingSetup,
+    decisions: Sequence[Decision],
+    plan: Plan | None,
+    disk_forecast_bytes: int,
+) -> RunDetails:
     """What run.json holds from the first moment."""
     prepared, config = setup.prepared, setup.config
     return {
@@ -246,7 +257,7 @@ def _details(resolved: ResolvedConfig, setup: TrainingSetup, plan: Plan | None, 
         "identity": identity_of(setup),
         "decisions": [
             {"key": decision.key, "value": str(decision.value), "reason": decision.reason}
-            for decision in (*prepared.decisions, *setup.decisions)
+            for decision in (*prepared.decisions, *setup.decisions, *decisions)
         ],
         "data": {**prepared.data.ledger.summary()},
         "parameters": {"total": setup.counts.total, "trained": setup.counts.trained},

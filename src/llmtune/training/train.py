@@ -30,6 +30,7 @@ from llmtune.runs.folder import config_file_of, resolve_run
 from llmtune.runs.run_file import RUN_FILE
 from llmtune.runs.signals import StopRequest
 from llmtune.tracking.choose import choose_trackers
+from llmtune.tracking.screen import Screen
 from llmtune.training import run_setup
 from llmtune.training.build import build_setup
 from llmtune.training.progress import (
@@ -43,13 +44,20 @@ from llmtune.training.training_run import Result, TrainingRun
 __all__ = ["Continuation", "Result", "dry_run", "find_run", "open_run", "resume", "train"]
 
 
-def train(resolved: ResolvedConfig, options: Options | None = None, *, print_line: PrintLine = silent) -> Result:
+def train(
+    resolved: ResolvedConfig,
+    options: Options | None = None,
+    *,
+    print_line: PrintLine = silent,
+    screen: Screen | None = None,
+) -> Result:
     """Train a new run from its first step to its end, or to the signal that stops it.
 
-    Raises ConfigError, DataError, ModelError, MachineError, DivergedError; StoppedBySignal after saving.
+    screen: lays out for a terminal what is said before the first step; plain lines when None. Raises ConfigError,
+    DataError, ModelError, MachineError, DivergedError; StoppedBySignal after saving.
     """
     with StopRequest() as stop:
-        run = open_run(resolved, options or Options(), stop, print_line=print_line)
+        run = open_run(resolved, options or Options(), stop, print_line=print_line, screen=screen)
         for _ in run.steps():
             pass  # what was due at the step is done when it is yielded
         return run.result()
@@ -63,6 +71,7 @@ def resume(
     allow_changes: bool = False,
     checkpoint: Path | None = None,
     print_line: PrintLine = silent,
+    screen: Screen | None = None,
 ) -> Result:
     """Go on with a run, bit for bit, from its newest valid checkpoint (or `checkpoint`), to its end or a stop.
 
@@ -72,7 +81,7 @@ def resume(
     with StopRequest() as stop:
         with stop.interrupting():
             resolved, earlier = find_run(name, overrides=overrides, checkpoint=checkpoint, allow_changes=allow_changes)
-        run = open_run(resolved, options or Options(), stop, print_line=print_line, earlier=earlier)
+        run = open_run(resolved, options or Options(), stop, print_line=print_line, earlier=earlier, screen=screen)
         for _ in run.steps():
             pass
         return run.result()
@@ -115,6 +124,7 @@ def open_run(
     *,
     print_line: PrintLine,
     earlier: Continuation | None = None,
+    screen: Screen | None = None,
 ) -> TrainingRun:
     """Do everything that comes before the first step of a new run, or of one to go on with.
 
@@ -123,15 +133,13 @@ def open_run(
     """
     with ExitStack() as on_failure:
         with stop.interrupting():
-            if earlier is None:
-                _check_new(resolved)
-            score = _score_of(resolved, options)
-            explicit = resolved.origins["tracking.trackers"].kind != "default"
-            trackers, tracker_decisions = choose_trackers(resolved.config.tracking, explicit=explicit)
+            score = _check(resolved, options, is_new=earlier is None)
+            is_asked = resolved.origins["tracking.trackers"].kind != "default"
+            trackers, tracker_decisions = choose_trackers(resolved.config.tracking, explicit=is_asked)
             devices, device_decisions = open_devices(resolved.config, options)
             on_failure.callback(devices.close)
             stop.announces = devices.is_main
-            printer = RankPrinter(devices, print_line)
+            printer = RankPrinter(devices, print_line, screen)
             with devices.errors_printed_once():
                 stopped, plan = None, None
                 if earlier is None:
@@ -142,12 +150,12 @@ def open_run(
                         on_failure.callback(stopped.folder.close)
                     printer.open(stopped.path)
                     forecaster = _prepare_again(resolved, options, devices, stopped, printer)
-                prepared = forecaster.prepared
-                with out_of_memory_refused(forecaster, lambda: _while_loading(prepared)):
-                    setup = build_setup(prepared, options, devices)
+                with out_of_memory_refused(forecaster, lambda: _while_loading(forecaster.prepared)):
+                    setup = build_setup(forecaster.prepared, options, devices)
                 if stopped is None:
                     print_setup(setup, tracker_decisions, printer)
-                    folder = devices.on_main(lambda: run_setup.create(resolved, setup, printer, plan))
+                    around = (*device_decisions, *tracker_decisions)
+                    folder = devices.on_main(lambda: run_setup.create(resolved, setup, around, printer, plan))
                     printer.open(Path(devices.from_main(str(folder.path) if folder is not None else "")))
                 else:
                     folder = stopped.folder
@@ -170,19 +178,21 @@ def open_run(
     return run
 
 
-def _check_new(resolved: ResolvedConfig) -> None:
-    refuse_secrets(resolved)
-    run_setup.check_name(resolved)
+def _check(resolved: ResolvedConfig, options: Options, *, is_new: bool) -> Score | None:
+    """Check what needs no model, and return the judge of answers that the command line or the config names.
+
+    Raises ConfigError for a secret in a new run's config, UsageError for a name that no new run can have, or a judge
+    that does not exist.
+    """
+    if is_new:
+        refuse_secrets(resolved)
+        run_setup.check_name(resolved)
+    name = options.score or resolved.config.evaluation.score
+    return find_score(name) if name is not None else None
 
 
 def _while_loading(prepared: Prepared) -> Circumstances:
     return Circumstances("while the model was loaded", prepared.config.model.name, saved=None)
-
-
-def _score_of(resolved: ResolvedConfig, options: Options) -> Score | None:
-    """The judge of answers that the command line or the config names. Raises UsageError where there is no such one."""
-    name = options.score or resolved.config.evaluation.score
-    return find_score(name) if name is not None else None
 
 
 def _prepare_and_plan(
@@ -190,7 +200,7 @@ def _prepare_and_plan(
     options: Options,
     devices: Devices,
     device_decisions: Sequence[Decision],
-    print_line: PrintLine,
+    print_line: RankPrinter,
 ) -> tuple[Forecaster, Plan]:
     """Read the rows of a new run, resolve what its config leaves open, plan and print it."""
     for note in resolved.notes:
@@ -200,7 +210,7 @@ def _prepare_and_plan(
     forecaster = Forecaster.for_this_machine(prepared, options, devices)
     forecaster = forecaster.with_prepared(resolve_on_all_ranks(forecaster, devices))
     plan = make_plan(forecaster)
-    print_preflight(forecaster.prepared, device_decisions, plan, print_line)
+    print_preflight(forecaster.prepared, resolved.name, device_decisions, plan, print_line)
     if devices.world_size > 1:
         _print_shares(forecaster.batches(forecaster.config).global_batch, devices.world_size, print_line)
     return forecaster, plan
@@ -233,7 +243,7 @@ def _prepare_again(
     return forecaster.with_prepared(resolve_rates(forecaster)[0])
 
 
-def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine) -> None:
+def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine, screen: Screen | None = None) -> None:
     """Do and print everything that comes before a model is loaded.
 
     A way to share a model between devices that does not exist yet is planned as one process, and refused with
@@ -248,7 +258,7 @@ def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine
         print_line(f"planned as one process that holds the whole model: {error.problems[0].problem}")
     run_setup.check_name(resolved)
     devices, device_decisions = open_devices(resolved.config, options)
-    _prepare_and_plan(resolved, options, devices, device_decisions, RankPrinter(devices, print_line))
+    _prepare_and_plan(resolved, options, devices, device_decisions, RankPrinter(devices, print_line, screen))
     devices.close()
     if refusal is not None:
         raise refusal
