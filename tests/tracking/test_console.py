@@ -108,7 +108,7 @@ def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left():
 def test_a_terminal_shows_evaluations_and_samples_as_rows():
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", run_in_terminal(80))
     assert " held-out  step 4       loss 1.25   perplexity 3.49\r\n" in shown
-    assert " samples   hello\r\n           → a\\x1b" in shown
+    assert " samples   hello\r\n           → a\\x1b[31mb\r\n" in shown
     assert "{'" not in shown
 
 

@@ -117,12 +117,13 @@ class ConsoleTracker:
         self._row("held-out", side_by_side([Text(cell) for cell in (f"step {step:<5,}", *cells)], room))
         self._draw(step)
 
-    def _row(self, label: str, lines: Iterable[Text]) -> None:
+    def _row(self, label: str, lines: Sequence[Text]) -> None:
         """Print lines behind a label."""
         assert self._console is not None
-        for line in lines:
-            self._console.print(Text.assemble((f" {label:<{LABEL_COLUMNS}}", "cyan"), line))
-            label = ""
+        labels = [f" {label:<{LABEL_COLUMNS}}", *[" " * (LABEL_COLUMNS + 1)] * len(lines)]
+        rows = [Text.assemble((label, "cyan"), line) for label, line in zip(labels, lines, strict=False)]
+        # At once, because the bar is drawn again after each call.
+        self._console.print(Text("\n").join(rows))
 
     def _show_samples(self, rows: Iterable[tuple[str, str]]) -> None:
         assert self._console is not None
