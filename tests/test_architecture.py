@@ -57,6 +57,7 @@ LAZY_IMPORTS = {
     "cli": "`llmtune --help` and every config error answer without torch",
     "* wandb": "optional package",
     "* tensorboard": "optional package",
+    "* triton": "optional package",
     "* torch": "light modules answer without torch; flex and variable-length attention exist on some machines only",
     "* transformers": "takes seconds to import, and needs torch",
     "* peft": "takes seconds to import, and needs torch",

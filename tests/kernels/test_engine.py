@@ -212,7 +212,7 @@ def test_the_attention_asked_for_is_the_one_that_runs(asked: Any, build_model: B
     model = build_model("llama")
     engine = engine_of(model, arithmetic(), Config(model=ModelConfig(attention=asked)))
     assert engine.layout == "flat"
-    assert model.config._attn_implementation == f"llmtune_segments_{asked}"
+    assert model.config._attn_implementation == attention.IMPLEMENTATION_NAMES.get(asked, f"llmtune_segments_{asked}")
 
 
 def test_building_the_engine_leaves_modes_and_random_numbers_alone(build_model: Build, arithmetic: Build) -> None:

@@ -1,39 +1,37 @@
 """The forward pass of a training: from a micro-batch to its loss sum, by the fastest way that is equal on this model.
 
 The flat engine gives the library's own decoder one row of documents without padding, attention by segments, and a loss
-over trained rows only. The plain engine gives the library's own forward padded batches. A probe decides once which one
-runs: the flat one must give the plain one's loss on a small batch, and a document's loss must not change by one bit
-when its neighbour changes (promises N5 and N15).
+over trained rows only. The plain engine gives the library's own forward padded batches. A probe (`probe.py`) decides
+once which one runs.
 
 Shapes: T tokens of a row, N trained tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
-from llmtune.data.dataset.micro_batch import Layout, MicroBatch, make_micro_batch
-from llmtune.data.example import Example
+from llmtune.data.dataset.micro_batch import Layout, MicroBatch
 from llmtune.engine.objective import flat_log_probs, flat_nll_sum, plain_log_probs, plain_nll_sum
 from llmtune.engine.precision import Precision
-from llmtune.errors import ConfigError, ModelError, in_one_line
+from llmtune.engine.probe import try_backend
+from llmtune.errors import ConfigError, ModelError
 from llmtune.kernels.activation_offload import offload_inputs
-from llmtune.kernels.attention import use_attention, use_segment_attention
+from llmtune.kernels.attention import use_attention
 from llmtune.kernels.linear_cross_entropy import find_head
 from llmtune.kernels.patch_model import patch_model, undo_patches
 from llmtune.kernels.recompute import checkpointable_blocks
 from llmtune.kernels.tiled_mlp import run_in_tiles
 from llmtune.models.load import ATTENTION_IMPLEMENTATIONS
-from llmtune.models.parameters import base_model_of, eval_mode
+from llmtune.models.parameters import base_model_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -108,10 +106,10 @@ def _choose_engine(
     for backend in backends:
         # The compiler fuses the library's own operations, so it gets the modules as they are.
         lora_layers = 0 if is_compiled else patch_model(base, device.type)["LoRA"]
-        failure = _try_backend(model, backend, device, precision)
+        failure = try_backend(model, backend, device, precision)
         if failure is None:
             decisions = _lora_decision(lora_layers) + decisions + (compile_blocks(base) if is_compiled else ())
-            return _flat_engine(model, backend, device, attention, decisions)
+            return _flat_engine(model, backend, device, attention, decisions, failures)
         undo_patches(base)
         failures.append(f"{backend}: {failure}")
     decisions += compile_blocks(base) if is_compiled else ()
@@ -203,7 +201,7 @@ def attention_ways(attention: str, device_type: str, *, half: bool) -> tuple[str
     if attention != "auto":
         return {"sdpa": ("sdpa",), "flash": ("varlen",), "flex": ("flex",), "eager": ("eager",)}[attention]
     if device_type == "cuda":
-        return ("varlen", "flex", "sdpa") if half else ("flex", "sdpa")
+        return ("varlen", "flex", "sdpa", "tiles") if half else ("flex", "sdpa", "tiles")
     return ("tiles", "sdpa")
 
 
@@ -218,10 +216,13 @@ def _flat_engine(
     device: torch.device,
     attention: str,
     decisions: tuple[Decision, ...],
+    failures: Sequence[str],
 ) -> Engine:
     head = find_head(base_model_of(model))
     assert head is not None
     reason = f"asked for ({attention})" if attention != "auto" else BACKEND_REASONS[backend]
+    if failures:
+        reason += f"; what is faster failed: {'; '.join(failures)}"
     return Engine(
         nll_sum=lambda batch: flat_nll_sum(model, batch, head=head, device=device),
         log_probs=lambda batch: flat_log_probs(model, batch, head=head, device=device),
@@ -255,86 +256,9 @@ def _plain_engine(
     )
 
 
-# ---- the probe of the model at hand ----
-
-PROBE_LENGTHS = (7, 12, 5)
-"""Tokens of the probe's documents: of different lengths, so that a shifted position or boundary changes the loss."""
-
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Largest relative difference of the probe's two losses, some ten roundings of the arithmetic's type."""
-
-PROBE_ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, IndexError, KeyError)
-"""Errors of a model that does not take flat rows; it trains with the plain engine."""
-
-
-def _try_backend(
-    model: PreTrainedModel | PeftModel, backend: str, device: torch.device, precision: Precision
-) -> str | None:
-    """Switch `model` to a backend and probe it; when that fails, switch back and return the reason."""
-    base = base_model_of(model)
-    before = str(base.config._attn_implementation)
-    try:
-        use_segment_attention(base, backend)
-        failure = _probe(model, device, precision)
-    except ModelError as error:
-        failure = error.problems[0].problem
-    except PROBE_ERRORS as error:
-        failure = f"{type(error).__name__}: {in_one_line(error)}"
-    if failure is not None and base.config._attn_implementation != before:
-        use_attention(base, before)
-    return failure
-
-
-def _probe(model: PreTrainedModel | PeftModel, device: torch.device, precision: Precision) -> str | None:
-    """Compare the flat loss with the plain one, and a document's loss before and after its neighbour changes.
-
-    None when both are equal, else the difference in words.
-    """
-    head = find_head(base_model_of(model))
-    assert head is not None
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, union-attr]
-    documents, changed = _documents(vocabulary, 0), _documents(vocabulary, 1)
-
-    def flat_loss(examples: list[Example]) -> float:
-        return float(flat_nll_sum(model, make_micro_batch(examples, "flat", 0), head=head, device=device))
-
-    with eval_mode(model), precision.autocast():
-        flat, plain = flat_loss(documents), float(plain_nll_sum(model, make_micro_batch(documents, "padded", 0)))
-        # The first document changes and carries no loss, so the sums are those of its neighbours alone.
-        before, after = flat_loss(_untrain_first(documents)), flat_loss(_untrain_first(changed))
-        dtype = _compute_dtype(model, device)
-    # Written so that a NaN fails as well.
-    if not abs(flat - plain) <= TOLERANCE[dtype] * abs(plain):
-        return f"its loss on a probe is {flat:.6g}, the plain forward's {plain:.6g}"
-    if before != after:
-        return f"a document's loss moved from {before:.8g} to {after:.8g} when its neighbour changed"
-    return None
-
-
-def _compute_dtype(model: PreTrainedModel | PeftModel, device: torch.device) -> torch.dtype:
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return model.get_input_embeddings().weight.dtype  # type: ignore[return-value]
-
-
-def _documents(vocabulary: int, shift: int) -> list[Example]:
-    """Three short documents of arbitrary, fixed tokens; `shift` changes the first one only."""
-    documents = []
-    for number, length in enumerate(PROBE_LENGTHS):
-        ids = (7919 * (100 * number + np.arange(length)) + 13 + (shift if number == 0 else 0)) % vocabulary
-        weights = np.ones(length, dtype=np.float32)
-        weights[0] = 0
-        documents.append(Example(source=f"probe:{number}", input_ids=ids.astype(np.int32), weights=weights))
-    return documents
-
-
-def _untrain_first(documents: list[Example]) -> list[Example]:
-    return [replace(documents[0], weights=np.zeros_like(documents[0].weights)), *documents[1:]]
-
-
 BACKEND_REASONS = {
     "tiles": "explicit matrix products by document: the fastest exact attention on a CPU",
-    "sdpa": "scaled_dot_product_attention by document: the fastest exact attention this model takes here",
+    "sdpa": "scaled_dot_product_attention by document",
     "varlen": "torch's variable-length flash attention: no padding, no mask, no extra package",
     "flex": "flex attention with a document mask",
     "eager": "all scores written out",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from llmtune.common.page_locked import copy_to
 from llmtune.data.dataset.micro_batch import MicroBatch
 
 __all__ = ["Neftune", "noise_scale"]
@@ -54,9 +55,9 @@ class Neftune:
         if batch.attention_mask is None:
             noise_BTD = draws_ND.view(*batch.input_ids.shape, width)
         else:
-            real_BT = batch.attention_mask.to(embedded_BTD.device)[..., None]
+            real_BT = copy_to(batch.attention_mask, embedded_BTD.device)[..., None]
             noise_BTD = torch.zeros_like(embedded_BTD, dtype=draws_ND.dtype).masked_scatter(real_BT, draws_ND)
-        scale_BT = noise_scale(batch, self._alpha, width).to(embedded_BTD.device)
+        scale_BT = copy_to(noise_scale(batch, self._alpha, width), embedded_BTD.device)
         return embedded_BTD + (noise_BTD * scale_BT[..., None]).to(embedded_BTD.dtype)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from llmtune.common.page_locked import copy_to
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.data.dataset.packing import Indices
 from llmtune.engine.devices import Devices
@@ -167,10 +168,9 @@ def flat_inputs(batch: MicroBatch, device: torch.device) -> FlatInputs:
     assert batch.segments is not None, "the flat engine needs segments"
     # Both are counted on the host before the copy: on a CUDA device each would wait for the stream.
     longest = int(batch.segments.diff().max())
-    rows_N = trained_rows(batch.weights).to(device, non_blocking=True)
-    batch = batch.to(device)
-    assert batch.segments is not None
+    rows_N = copy_to(trained_rows(batch.weights), device)
     mask = segment_mask(batch.segments, longest, device)
+    batch = batch.to(device)
     next_N = rows_N + 1
     return FlatInputs(
         batch.input_ids, batch.position_ids, mask, rows_N, batch.input_ids[0, next_N], batch.weights[0, next_N]
@@ -208,5 +208,5 @@ def flat_log_probs(
     log p = sum over the document's rows n of weights[n] * log softmax(head(hidden[n]))[targets[n]]
     """
     inputs = flat_inputs(batch, device)
-    rows_of_sequence_S = batch.trained_tokens_per_example.to(device)
+    rows_of_sequence_S = copy_to(batch.trained_tokens_per_example, device)
     return sequence_log_probs(head, flat_forward(model, inputs), inputs.targets, inputs.weights, rows_of_sequence_S)

@@ -9,6 +9,7 @@ Shapes: T tokens of the row, E width of the model.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llmtune.common.decisions import Decision
+from llmtune.common.memory_errors import is_out_of_memory
+from llmtune.common.text import readable_bytes
 from llmtune.errors import ModelError
 from llmtune.kernels.recompute import checkpointable_blocks
 
@@ -54,6 +57,7 @@ class HostStore:
         self._copy_done: torch.cuda.Event | None = None
         self._new_page = new_page or self._allocate_page
         self._free: list[Tensor] = []
+        self._locks_pages = device.type == "cuda"  # only from page-locked memory does a copy run beside the computation
         self._in_flight: _StoredTensor | None = None  # the one whose copy may still be under way
         self._last: Callable[[], _StoredTensor | None] = _no_tensor
         self.num_pages = 0
@@ -117,14 +121,27 @@ class HostStore:
 
     def _take_pages(self, num_bytes: int) -> tuple[Tensor, ...]:
         needed = -(-num_bytes // PAGE_BYTES)
-        missing = needed - len(self._free)
-        self._free += [self._new_page() for _ in range(missing)]
-        self.num_pages += max(0, missing)
+        for _ in range(needed - len(self._free)):
+            self._free.append(self._new_page())
+            self.num_pages += 1
         return tuple(self._free.pop() for _ in range(needed))
 
     def _allocate_page(self) -> Tensor:
-        # Only from page-locked memory does a copy run beside the computation.
-        return torch.empty(PAGE_BYTES, dtype=torch.uint8, pin_memory=self._stream is not None)
+        if self._locks_pages:
+            try:
+                return torch.empty(PAGE_BYTES, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._locks_pages = False
+            locked = readable_bytes(self.num_pages * PAGE_BYTES)
+            warnings.warn(
+                f"the system refuses more page-locked memory than {locked} (WSL2 gives 1 to 2 GB): further inputs of "
+                "blocks wait in ordinary memory, and the device waits for each copy of them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return torch.empty(PAGE_BYTES, dtype=torch.uint8)
 
 
 def _no_tensor() -> None:

@@ -15,9 +15,11 @@ Shapes: T tokens of the row, S documents, H query heads, G key/value heads, D he
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache, wraps
+from inspect import signature
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +28,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from llmtune.common.page_locked import copy_to
 from llmtune.errors import ModelError
 from llmtune.kernels.chunks import SelectChunks, every_chunk
 from llmtune.kernels.tiled_attention import tiled_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = [
     "BACKENDS",
@@ -39,13 +45,17 @@ __all__ = [
     "dropout_by_sdpa",
     "is_segment_mask",
     "segment_mask",
+    "segments_of",
     "tiles_backend",
     "use_attention",
     "use_segment_attention",
 ]
 
-IMPLEMENTATION_NAME = "llmtune_segments_{backend}"
-"""Name under which a backend is registered with transformers."""
+IMPLEMENTATION_NAMES = {"sdpa": "llmtune_segments_by_document"}
+"""Names under which backends are registered with transformers, where not `llmtune_segments_` and their own.
+
+A model that has no attention by `sdpa` refuses every name that holds that word.
+"""
 
 
 class AttentionParams(NamedTuple):
@@ -61,17 +71,24 @@ class AttentionParams(NamedTuple):
     """Probability with which an attention weight becomes 0."""
 
 
-class Segments(NamedTuple):
+@dataclass(eq=False)
+class Segments:
     """The documents of a flat row, as variable-length flash attention takes them."""
 
     cu_seqlens: Tensor
     """Cumulative document lengths, int32 [S+1]: first 0, last T."""
     max_seqlen: int
     """Tokens of the longest document."""
+    numbers: tuple[int, ...] | None = None
+    """The cumulative lengths as numbers, where the host had them."""
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
+    """Masks of flex attention by window, made by the first layer of each."""
 
     def boundaries(self) -> tuple[int, ...]:
-        """Return the cumulative lengths as numbers; on a CUDA device this waits for it."""
-        return tuple(self.cu_seqlens.tolist())
+        """Return the cumulative lengths as numbers; only without `numbers` this waits for a CUDA device."""
+        if self.numbers is None:
+            self.numbers = tuple(self.cu_seqlens.tolist())
+        return self.numbers
 
 
 def segment_mask(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> Tensor:
@@ -82,9 +99,18 @@ def segment_mask(cu_seqlens: Tensor, max_seqlen: int, device: torch.device) -> T
     cu_seqlens: int32 [S+1], first 0, last T, strictly rising. max_seqlen: tokens of the longest document. Returns int32
     [1, 1, max_seqlen, S+1] that occupies S+1 numbers.
     """
-    marks = cu_seqlens.to(device=device, dtype=torch.int32, non_blocking=True)
+    numbers = tuple(cu_seqlens.tolist()) if cu_seqlens.device.type == "cpu" else None
+    marks = copy_to(cu_seqlens.to(torch.int32), device)
     # The longest length travels in the shape: read from the tensor, every layer would wait for the device.
-    return marks.view(1, 1, 1, -1).expand(1, 1, max_seqlen, -1)
+    mask = marks.view(1, 1, 1, -1).expand(1, 1, max_seqlen, -1)
+    mask.__dict__["_segments"] = Segments(marks, max_seqlen, numbers)  # on the object, so all layers share it
+    return mask
+
+
+def segments_of(mask: Tensor) -> Segments:
+    """Return the documents of a mask made by `segment_mask`, int32 [1, 1, max_seqlen, S+1], also of a copy of it."""
+    segments: Segments | None = mask.__dict__.get("_segments")
+    return Segments(mask[0, 0, 0], mask.shape[2]) if segments is None else segments
 
 
 def is_segment_mask(mask: Tensor | None) -> bool:
@@ -98,7 +124,9 @@ def dense_mask(boundaries: tuple[int, ...], window: int | None, device: torch.de
     visible[i, j] = (document(i) is document(j)) and 0 <= i - j < window
     """
     position_T = torch.arange(boundaries[-1], device=device)
-    document_T = torch.bucketize(position_T, torch.tensor(boundaries[1:], device=device), right=True)
+    document_T = torch.zeros_like(position_T)
+    for start in boundaries[1:-1]:  # a tensor of the boundaries would be copied, and waited for
+        document_T[start:] += 1
     distance_TT = position_T[:, None] - position_T[None, :]
     visible_TT = (document_T[:, None] == document_T[None, :]) & (distance_TT >= 0)
     return visible_TT if window is None else visible_TT & (distance_TT < window)
@@ -179,10 +207,15 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, param
     if params.softcap is not None:
         raise NotImplementedError("variable-length flash attention has no soft cap on scores")
     cu_seqlens = segments.cu_seqlens.contiguous()  # the mask that carries it is an expanded view
+    grouped: dict[str, Any] = {"enable_gqa": True}
+    if "enable_gqa" not in signature(varlen_attn).parameters:  # torch 2.11
+        grouped = {}
+        key, value = _repeat_heads(key, query.shape[1]), _repeat_heads(value, query.shape[1])
     output = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        # Not `query[0]`, whose backward pass fills a tensor with zeros first.
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
         cu_seqlens,
         cu_seqlens,
         segments.max_seqlen,
@@ -190,7 +223,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, param
         scale=params.scale,
         # Tokens to the left and right of the query, which itself is not counted; -1 is no bound.
         window_size=(-1 if params.window is None else params.window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **(grouped if query.shape[1] != key.shape[1] else {}),
     )
     assert isinstance(output, Tensor)
     return output.unsqueeze(0)
@@ -213,13 +246,15 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, params:
 
     # Uncompiled it writes all scores out, which on a CPU serves tests only.
     attend: Callable[..., Tensor] = _compiled_flex() if device.type == "cuda" else flex_attention  # type: ignore[assignment]
-    blocks = create_block_mask(visible, None, None, total, total, device=str(device))
+    # One mask for all layers of a window, and for their recomputation: it costs more than the attention of a layer.
+    if params.window not in segments.block_masks:
+        segments.block_masks[params.window] = create_block_mask(visible, None, None, total, total, device=str(device))
     output = attend(
         query,
         key,
         value,
         score_mod=capped,
-        block_mask=blocks,
+        block_mask=segments.block_masks[params.window],
         scale=params.scale,
         enable_gqa=query.shape[1] != key.shape[1],
     )
@@ -314,8 +349,7 @@ def _attention_function(backend: Backend) -> Callable[..., tuple[Tensor, None]]:
         # Autocast does not reach into the backends' own functions, so its type is given to their inputs here.
         device_type = query.device.type
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
-        segments = Segments(attention_mask[0, 0, 0], attention_mask.shape[2])
-        return backend(query.to(dtype), key.to(dtype), value.to(dtype), segments, params), None
+        return backend(query.to(dtype), key.to(dtype), value.to(dtype), segments_of(attention_mask), params), None
 
     return attend
 
@@ -330,7 +364,7 @@ def use_segment_attention(model: PreTrainedModel, backend: str, attend: Backend 
     Ordinary calls (any other mask) still get the library's own attention, so generation needs no switching back. Raises
     ModelError when the model does not take it.
     """
-    name = IMPLEMENTATION_NAME.format(backend=backend if attend is None else f"{backend}_stand_in")
+    name = IMPLEMENTATION_NAMES.get(backend, f"llmtune_segments_{backend}") + ("" if attend is None else "_stand_in")
     AttentionInterface.register(name, _attention_function(attend or BACKENDS[backend]))
     AttentionMaskInterface.register(name, sdpa_mask)
     return use_attention(model, name)

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.common.decisions import Decision
 from llmtune.common.dtypes import torch_dtype
+from llmtune.common.memory_errors import is_out_of_memory
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError, ModelError, Problem, in_one_line
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.hub import local_folder, may_ignore_auto_map
-from llmtune.models.memory_errors import is_out_of_memory
 from llmtune.models.quantization import disable_cpu_repacking, quantization_config
 from llmtune.models.quiet_libraries import quiet_libraries
 from llmtune.models.read_config import read_config

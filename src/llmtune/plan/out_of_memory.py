@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from llmtune.common.memory_errors import MEMORY_ERRORS, is_out_of_memory
 from llmtune.common.text import readable_bytes
 from llmtune.engine.allocator import release_free_memory
 from llmtune.errors import LlmtuneError, MachineError
-from llmtune.models.memory_errors import MEMORY_ERRORS, is_out_of_memory
 from llmtune.plan.activation_trace import TRACE_ERRORS
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.hardware import attainable_bytes, resident_bytes

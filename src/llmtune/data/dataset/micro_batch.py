@@ -8,12 +8,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from llmtune.common.page_locked import copy_to
 from llmtune.data.dataset.packing import Indices
 from llmtune.data.example import Example, Side
 
@@ -70,10 +71,8 @@ class MicroBatch:
             return self
         names = ("input_ids", "weights", "position_ids", "attention_mask", "segments")
         present = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
-        if device.type == "cuda":
-            # Only copies from pinned memory run beside the work of the device; others make the program wait for it.
-            present = {name: tensor.pin_memory() for name, tensor in present.items()}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in present.items()})
+        copies: dict[str, Any] = {name: copy_to(tensor, device) for name, tensor in present.items()}
+        return replace(self, **copies)
 
 
 class MicroBatches(Sequence[MicroBatch]):

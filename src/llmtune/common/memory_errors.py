@@ -13,9 +13,12 @@ __all__ = ["MEMORY_ERRORS", "is_out_of_memory"]
 MEMORY_ERRORS = (MemoryError, RuntimeError, OSError, SafetensorError)
 """Types of the errors that refused memory raises; `is_out_of_memory` tells those from others of the same type."""
 
-# torch has no type of its own for a CPU allocation that failed: its RuntimeErrors are told by their text.
-_CPU_REFUSAL = re.compile(
+# Beside torch.OutOfMemoryError there are RuntimeErrors that only their text tells: of the CPU's allocator, of
+# page-locked memory, and of CUDA's libraries, which allocate by themselves.
+_REFUSAL = re.compile(
     r"can't allocate memory|not enough memory|std::bad_alloc|Cannot allocate memory|could not create a memory object"
+    r"|CUDA error: out of memory|cudaErrorMemoryAllocation|CUDA driver error: out of memory"
+    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|CUSOLVER_STATUS_ALLOC_FAILED"
 )
 
 
@@ -24,9 +27,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     >>> is_out_of_memory(OSError(errno.ENOMEM, "")), is_out_of_memory(RuntimeError("shape mismatch"))
     (True, False)
+    >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    True
     """
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, (RuntimeError, SafetensorError)) and bool(_CPU_REFUSAL.search(str(error)))
+    return isinstance(error, (RuntimeError, SafetensorError)) and bool(_REFUSAL.search(str(error)))

@@ -1,0 +1,50 @@
+"""What the GPU's path computes is what the CPU's does; copies that arrive late change nothing."""
+
+import pytest
+import torch
+from pretend import numbers
+
+from llmtune.errors import DivergedError
+from llmtune.kernels import activation_offload, attention
+from llmtune.kernels.activation_offload import HostStore
+
+
+def same(one, other):
+    return (
+        one.losses == other.losses
+        and one.norms == other.norms
+        and all(torch.equal(a, b) for a, b in zip(one.weights, other.weights, strict=True))
+    )
+
+
+@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.campaign)])
+def test_n15_losses_and_norms_are_those_of_the_cpu(train_on, lora):
+    gpu, cpu = train_on("rtx4090", lora=lora), train_on("cpu", lora=lora)
+    assert cpu.decided["model.attention"] == "tiles"
+    assert gpu.losses == pytest.approx(cpu.losses, rel=1e-3)
+    assert gpu.norms == pytest.approx(cpu.norms, rel=2e-2)
+
+
+@pytest.mark.campaign
+def test_n13_a_training_repeats_every_bit(train_on):
+    assert same(train_on(), train_on())
+
+
+def test_offload_with_copies_that_arrive_late_repeats_every_bit_of_recomputation(train_on, monkeypatch):
+    monkeypatch.setattr(activation_offload, "PAGE_BYTES", 1 << 12)
+    recomputed, offloaded = train_on(recompute=True), train_on(recompute="offload")
+    assert offloaded.decided["model.gradient_checkpointing"] == "offload"
+    assert same(offloaded, recomputed)
+    # The tester is tested: without the wait the backward pass reads what has not arrived.
+    monkeypatch.setattr(HostStore, "_wait", lambda _store, _stored: None)
+    with pytest.raises(DivergedError, match="nan"):
+        train_on(recompute="offload")
+
+
+def test_a_tensor_left_on_the_host_is_an_error(train_on, monkeypatch):
+    """The tester is tested: what meets on two devices fails here as it does on a GPU."""
+    monkeypatch.setattr(attention, "copy_to", lambda tensor, _device: tensor)
+    with numbers.machine():
+        ends = attention.segment_mask(torch.tensor([0, 2, 5], dtype=torch.int32), 3, torch.device("cuda"))
+        with pytest.raises(RuntimeError, match="at least two devices"):
+            torch.zeros(1, 1, 3, 3, device="cuda") + ends
