@@ -21,9 +21,7 @@ def report(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write; RUN/report.html when not given."),
     ] = None,
-    output_dir: Annotated[
-        str, typer.Option("--runs", metavar="DIR", help="Folder in which names are looked up.")
-    ] = "runs",
+    output_dir: Annotated[str, typer.Option("--runs", metavar="DIR", help="Folder of runs with names.")] = "runs",
 ) -> None:
     """Write one self-contained HTML file: curves, held-out metrics, samples, rows, config, plan, health.
 

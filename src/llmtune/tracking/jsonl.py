@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl: the record of a run.
+"""metrics.jsonl, samples.jsonl and events.jsonl: the record of a run.
 
 This is the one tracker that is not behind the queue. No line of the record may be dropped, and after a resume the file
 must be byte for byte (but for times) the one of the run never stopped; so the training writes it itself, at the step
@@ -13,27 +13,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmtune import durable
+from llmtune.common.printing import PrintLine, silent
 from llmtune.errors import MachineError
+from llmtune.tracking.health import HealthMonitor
 from llmtune.tracking.tracker import Metrics, Sample
 
 __all__ = ["RunRecord"]
 
 
 class RunRecord:
-    """The two files, open for appending.
+    """The three files, open for appending; events.jsonl holds what the health checks see in metrics.jsonl.
 
     A checkpoint stores `position()` and a resumed run passes it to `rewind`, which drops the lines of steps that will
     be made again. A full disk does not end a run here: refused lines wait in memory, in order, until `sync` or `close`
-    raises for those that are still refused (P7).
+    raises for those that are still refused (P7). Each new event is printed as a line.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, print_line: PrintLine = silent) -> None:
+        self._folder, self._print_line = folder, print_line
         self._metrics = _RetryingLog(folder / "metrics.jsonl")
         self._samples = _RetryingLog(folder / "samples.jsonl")
+        self._events = _RetryingLog(folder / "events.jsonl")
+        self._health = HealthMonitor()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Append one line of metrics."""
-        self._metrics.append({"step": step, **metrics})
+        """Append one line of metrics, and the events that it gives rise to."""
+        line = {"step": step, **metrics}
+        self._metrics.append(line)
+        for event in self._health.see(line):
+            self._events.append(event)
+            self._print_line(f"{event['level']}: step {event['step']}: {event['message']}; {event['advice']}")
 
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
         """Append one line for each answer."""
@@ -46,7 +55,13 @@ class RunRecord:
 
     def rewind(self, position: Mapping[str, int]) -> int:
         """Drop the lines after `position` and return their number. Raises MachineError when the disk refuses."""
-        return self._metrics.truncate_to(position["metrics"]) + self._samples.truncate_to(position["samples"])
+        dropped = self._metrics.truncate_to(position["metrics"]) + self._samples.truncate_to(position["samples"])
+        # The checks go on as if the run was never stopped: their state follows from the lines that are kept.
+        self._health = HealthMonitor()
+        self._events.truncate_to(0)
+        for event in self._health.see_all(durable.read_lines(self._folder / "metrics.jsonl")):
+            self._events.append(event)
+        return dropped
 
     def sync(self) -> None:
         """Wait until every line is on the disk.
@@ -55,6 +70,7 @@ class RunRecord:
         """
         self._metrics.sync()
         self._samples.sync()
+        self._events.sync()
 
     def close(self) -> None:
         """Sync and close both files. Raises MachineError for lines that are still refused."""
@@ -63,6 +79,7 @@ class RunRecord:
         finally:
             self._metrics.close()
             self._samples.close()
+            self._events.close()
 
 
 class _RetryingLog:

@@ -105,7 +105,8 @@ class TrainingRun:
         self.state = TrainingState()
         self.metrics: dict[str, Any] = {}
         self.outcome: RunState = "running"
-        self.record = RunRecord(run.path) if run is not None and keeps_record(self.config.tracking) else None
+        keeps = keeps_record(self.config.tracking)
+        self.record = RunRecord(run.path, print_line) if run is not None and keeps else None
         self.trackers = TrackerQueue(trackers if run is not None else [], print_line=print_line)
         self.evaluator = Evaluator(setup, self.record, self.trackers, score)
         self.checkpointer = Checkpointer(run, setup, print_line)

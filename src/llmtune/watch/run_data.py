@@ -106,7 +106,7 @@ class RunData:
         takers: dict[str, Callable[[list[dict[str, Any]]], None]] = {
             "metrics": self._take_metrics,
             "samples": self._take_samples,
-            "events": self._take_events,
+            "events": self.take_events,
             "system": self._take_system,
             "ledger": self.ledger.extend,
         }
@@ -234,7 +234,8 @@ class RunData:
                 self._samples[step, sample.prompt] = sample
         self.samples = sorted(self._samples.values(), key=lambda sample: sample.step)
 
-    def _take_events(self, lines: Iterable[Mapping[str, Any]]) -> None:
+    def take_events(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines of events.jsonl."""
         for line in lines:
             step = _whole(line.get("step"))
             if step is not None:
