@@ -7,69 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
 from llmtune.cli.main import run as command
 from llmtune.errors import ConfigError
-from training_helpers import line_count, lines_of, small_run, weights_of
-
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmtune"]
-LONGEST_S = 180
-LONG = "training.max_steps=100000"
-
-
-def environment(**more):
-    return os.environ | {"OMP_NUM_THREADS": "1", "LLMTUNE_OFFLINE": "1"} | more
-
-
-def launched(*words, code=0, launcher=LAUNCHER):
-    """Run a command under a launcher and return what all of its processes printed."""
-    done = subprocess.run(
-        [*launcher, *words], env=environment(), capture_output=True, text=True, timeout=LONGEST_S, check=False
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == code, said
-    return said
-
-
-class TwoRanks:
-    """Two processes of one command, as a launcher starts them, each with its output and exit code of its own."""
-
-    def __init__(self, *words, own=((), ())):
-        """`own`: further words of each process."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "llmtune", *words, *own[rank]],
-                env=environment(**together, RANK=str(rank), LOCAL_RANK=str(rank)),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-
-    def end(self):
-        """Wait for both, and return their exit codes and what each printed."""
-        try:
-            said = [process.communicate(timeout=LONGEST_S)[0] for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
-        return [process.returncode for process in self.processes], said
-
-
-def wait_for_lines(run, count):
-    deadline = time.monotonic() + LONGEST_S
-    while line_count(run / "metrics.jsonl") < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+from rank_helpers import LAUNCHER, LONG, LONGEST_S, TwoRanks, environment, launched, wait_for_lines
+from training_helpers import lines_of, small_run, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -264,15 +208,3 @@ def test_a_run_that_another_process_has_is_refused_once_on_two_processes(words):
         process.send_signal(signal.SIGTERM)
     assert said.count("the run is in use by process") == 1, said
     assert both.end()[0] == [143, 143]
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("killed", [0, 1])
-def test_p12_a_killed_process_ends_the_other_with_exit_code_8(words, killed):
-    folder, given = words
-    both = TwoRanks("train", *given, f"run.name=killed-{killed}", LONG)
-    wait_for_lines(folder / f"killed-{killed}", 4)
-    both.processes[killed].kill()
-    codes, said = both.end()
-    assert codes[1 - killed] == 8, said
-    assert "another process of this training died" in said[1 - killed]

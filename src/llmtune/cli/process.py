@@ -45,6 +45,8 @@ def prepare_process(*, trains: bool = False) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Where a process of several is lost it prints C++ frames; the error that follows has the message.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if trains:
         _import_libraries()
 

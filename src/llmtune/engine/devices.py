@@ -1,30 +1,30 @@
 """One process or several: sums over all of them, decisions made once for all, and the device of each.
 
-The only module that uses `torch.distributed`. Numbers and tensors travel by collective operations, decisions and errors
-as JSON through the key-value store that the processes met at.
+The only module that uses collective operations, by which numbers and tensors travel. Decisions and errors go another
+way, see `rank_messages`; the death of a process is noticed in `rank_watch`.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import json
 import os
-import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from llmtune.common.decisions import Decision
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
-from llmtune.errors import ConfigError, LlmtuneError, MachineError, Problem, RankLostError, in_one_line
+from llmtune.engine.rank_messages import RankMessages, lost_ranks_noticed
+from llmtune.engine.rank_watch import watch_ranks
+from llmtune.errors import ConfigError, MachineError, Problem
 
 __all__ = ["Devices", "check_distribution", "choose_device", "full_tensor", "open_devices", "peak_memory_bytes"]
 
@@ -37,8 +37,8 @@ BUCKET_BYTES = 25 * 2**20
 class Devices:
     """One process among those that train together; a single process sums nothing and waits for nobody.
 
-    `store`: where the processes meet. Every method that involves the others must be called by all of them, in the same
-    order. Raises RankLostError where another process has died or is silent for too long.
+    `messages`: how they tell each other decisions. Every method that involves the others must be called by all of them,
+    in the same order. Raises RankLostError where another process has died or is silent for too long.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class Devices:
         *,
         rank: int = 0,
         world_size: int = 1,
-        store: Store | None = None,
+        messages: RankMessages | None = None,
         owns_group: bool = True,
+        unwatched: Sequence[int] = (),
     ) -> None:
-        """`owns_group`: the process group was made here, and ends with `close`."""
+        """`owns_group`: the process group was made here, and ends with `close`. `unwatched`: see `watch_ranks`."""
         self.device = device
         self._owns_group = owns_group
         self.rank = rank
         self.world_size = world_size
-        self._store = store
-        self._messages = 0
+        self._messages, self._unwatched = messages, unwatched
 
     @classmethod
     def from_environment(
@@ -84,7 +84,7 @@ class Devices:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         rank, timeout = int(environ["RANK"]), dt.timedelta(seconds=timeout_s)
-        with _lost_ranks_noticed():
+        with lost_ranks_noticed():
             owns_group = not dist.is_initialized()  # else it is that of the program around this one (Ray Train)
             if not owns_group:
                 store = _get_default_store()
@@ -94,8 +94,20 @@ class Devices:
                 backend = "nccl" if device.type == "cuda" else "gloo"
                 group_store = PrefixStore("group", store)
                 dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
-        store = PrefixStore("llmtune", store)
-        return cls(device, rank=rank, world_size=world_size, store=store, owns_group=owns_group)
+            store = PrefixStore("llmtune", store)
+            watch, unwatched = watch_ranks(store, rank, world_size, address=environ["MASTER_ADDR"], timeout_s=timeout_s)
+        messages = RankMessages(rank, world_size, store, watch)
+        return cls(
+            device, rank=rank, world_size=world_size, messages=messages, owns_group=owns_group, unwatched=unwatched
+        )
+
+    def watch_decision(self) -> list[Decision]:
+        """Say which processes could not be reached to be watched, where there are any."""
+        if not self._unwatched:
+            return []
+        names = ", ".join(map(str, self._unwatched))
+        reason = f"process {names} found no way to the main one; its death is noticed after distributed.timeout_s"
+        return [Decision("distributed.watch", "not all", reason)]
 
     @property
     def is_main(self) -> bool:
@@ -114,7 +126,7 @@ class Devices:
 
     def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> tuple[float, ...]:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with _lost_ranks_noticed():
+        with lost_ranks_noticed():
             dist.all_reduce(total, operation)
             return tuple(total.tolist())  # nccl raises here, where the result is waited for
 
@@ -122,94 +134,33 @@ class Devices:
         """Add a tensor of any shape over all processes, sum_r value_r, on the device and without waiting."""
         if self.world_size > 1:
             value = value.clone()  # the sum is written into its argument
-            with _lost_ranks_noticed():
+            with lost_ranks_noticed():
                 dist.all_reduce(value)
         return value
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Call `work` on the main process alone; the others wait, get None, and raise the LlmtuneError it raises."""
-        if self.world_size == 1:
-            return work()
-        if not self.is_main:
-            failure = self._receive()
-            if failure is not None:
-                raise _error_of_main(failure)
-            return None
-        try:
-            result = work()
-        except LlmtuneError as error:
-            self._send({"exit_code": error.exit_code, "problems": error.problems})
-            raise
-        self._send(None)
-        return result
+        return work() if self.world_size == 1 else self._told().on_main(work)
 
     def from_main(self, value: T) -> T:
         """Give the main process's `value`, which must be plain JSON; those of the others do not count."""
-        if self.world_size == 1:
-            return value
-        if self.is_main:
-            self._send(value)
-            return value
-        return self._receive()
+        return value if self.world_size == 1 else self._told().from_main(value)
 
     def check_alike(self, facts: Mapping[str, object]) -> None:
         """Compare `facts` (plain JSON values) of every process with those of the main one.
 
         Raises ConfigError on all processes, with each key that differs and the process in which it does.
         """
-        if self.world_size == 1:
-            return
-        place = f"facts/{self._messages}"
-        own = {"facts": dict(facts), "host": socket.gethostname()}
-        if not self.is_main:
-            with _lost_ranks_noticed():
-                self._store_of_all().set(f"{place}/{self.rank}", json.dumps(own))
-        self.on_main(lambda: self._compare_facts(place, own["facts"]))
+        if self.world_size > 1:
+            self._told().check_alike(facts)
 
-    def _compare_facts(self, place: str, facts: object) -> None:
-        problems, expected = [], json.loads(json.dumps(facts))  # JSON makes lists of tuples
-        for rank in range(1, self.world_size):
-            with _lost_ranks_noticed():
-                other = json.loads(self._store_of_all().get(f"{place}/{rank}"))
-            found = other["facts"]
-            problems += [
-                Problem(
-                    f"process {rank} ({other['host']}) differs from process 0: "
-                    f"{key} is {found.get(key)!r} there and {expected.get(key)!r} here",
-                    "distributed",
-                    "start every process with the same command, files, environment and versions",
-                )
-                for key in sorted(expected.keys() | found.keys())
-                if found.get(key) != expected.get(key)
-            ]
-        if problems:
-            raise ConfigError.all(problems)
-
-    def _send(self, message: object) -> None:
-        self._messages += 1
-        with _lost_ranks_noticed():
-            self._store_of_all().set(f"message/{self._messages}", json.dumps(message))
-
-    def _receive(self) -> Any:
-        self._messages += 1
-        with _lost_ranks_noticed():
-            return json.loads(self._store_of_all().get(f"message/{self._messages}"))
-
-    def _store_of_all(self) -> Store:
-        assert self._store is not None, "processes that train together met at a store"
-        return self._store
-
-    @contextmanager
-    def errors_printed_once(self) -> Iterator[None]:
+    def errors_printed_once(self) -> AbstractContextManager[None]:
         """Let the first process that fails in the body report its error, and mark those of others as reported."""
-        try:
-            yield
-        except LlmtuneError as error:
-            if error.is_reported is None and self._store is not None:
-                error.is_reported = False  # where the store went with the main process, twice is better than never
-                with suppress(RuntimeError):
-                    error.is_reported = self._store.add("reports", 1) > 1
-            raise
+        return nullcontext() if self.world_size == 1 else self._told().errors_printed_once()
+
+    def _told(self) -> RankMessages:
+        assert self._messages is not None, "processes that train together met at a store"
+        return self._messages
 
     def sync_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
         """Replace each gradient by its sum over all processes; every process then holds the same bits.
@@ -225,7 +176,7 @@ class Devices:
         present = torch.tensor(
             [parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=self.device
         )
-        with _lost_ranks_noticed():
+        with lost_ranks_noticed():
             dist.all_reduce(present)
         somewhere = [parameter for parameter, count in zip(parameters, present.tolist(), strict=True) if count]
         for parameter in somewhere:
@@ -235,7 +186,7 @@ class Devices:
             gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
             # One message for each bucket: hundreds of small ones would cost their latency each.
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            with _lost_ranks_noticed():
+            with lost_ranks_noticed():
                 dist.all_reduce(flat)
             parts = flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(
@@ -245,7 +196,7 @@ class Devices:
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite each tensor with that of the main process, of the same shape."""
         if self.world_size > 1:
-            with _lost_ranks_noticed():
+            with lost_ranks_noticed():
                 for tensor in tensors:
                     dist.broadcast(tensor.detach(), src=0)
 
@@ -254,7 +205,7 @@ class Devices:
         if self.world_size == 1:
             return row[None].cpu()
         rows = [torch.empty_like(row, device=self.device) for _ in range(self.world_size)]
-        with _lost_ranks_noticed():
+        with lost_ranks_noticed():
             dist.all_gather(rows, row.to(self.device).contiguous())
         return torch.stack(rows).cpu()
 
@@ -265,35 +216,9 @@ class Devices:
         """
         if self.world_size == 1 or not dist.is_initialized():
             return
-        with suppress(RuntimeError):  # the main process is gone, and its store with it
-            if self.is_main:
-                self._store_of_all().set("closed", "")
-            elif wait_for_main:
-                self._store_of_all().wait(["closed"])
+        self._told().close(wait_for_main=wait_for_main)
         if self._owns_group:
             dist.destroy_process_group()
-
-
-@contextmanager
-def _lost_ranks_noticed() -> Iterator[None]:
-    """Turn what torch raises where a process has died or is silent into RankLostError."""
-    try:
-        yield
-    # A RuntimeError too, and of this process alone.
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # gloo raises nothing narrower
-        raise RankLostError(
-            f"another process of this training died or stopped answering ({in_one_line(error)})",
-            where="distributed",
-            fix="see what the other process printed; `llmtune resume`, started in the same way, goes on",
-        ) from error
-
-
-def _error_of_main(failure: Mapping[str, Any]) -> LlmtuneError:
-    error = LlmtuneError.all(Problem(*problem) for problem in failure["problems"])
-    error.exit_code, error.is_reported = failure["exit_code"], True
-    return error
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -395,5 +320,5 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
     if distributed.strategy == "ddp" or devices.world_size > 1:
         count = "1 process: no launcher started more" if devices.world_size == 1 else f"{devices.world_size} processes"
         reason = f"{count}; each holds the whole model and takes its share of the sequences of a step"
-        decisions.append(Decision("distributed.strategy", "ddp", reason))
+        decisions += [Decision("distributed.strategy", "ddp", reason), *devices.watch_decision()]
     return devices, decisions

@@ -1,0 +1,153 @@
+"""Decisions and errors of the main process, told to the other processes of a training.
+
+They travel as JSON through the key-value store that the processes met at.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.distributed_c10d import Store
+
+from llmtune.engine.rank_watch import FIX, RankWatch
+from llmtune.errors import ConfigError, LlmtuneError, Problem, RankLostError, in_one_line
+
+__all__ = ["RankMessages", "lost_ranks_noticed"]
+
+T = TypeVar("T")
+
+
+class RankMessages:
+    """What the main process tells the others: each method must be called by all of them, in the same order.
+
+    Raises RankLostError where another process has died or is silent for longer than the store's time-out.
+    """
+
+    def __init__(self, rank: int, world_size: int, store: Store, watch: RankWatch) -> None:
+        self._rank, self._world_size, self._store, self._watch = rank, world_size, store, watch
+        self._count = 0
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Call `work` on the main process alone; the others wait, get None, and raise the LlmtuneError it raises."""
+        if self._rank != 0:
+            failure = self._receive()
+            if failure is not None:
+                raise _error_of_main(failure)
+            return None
+        try:
+            with self._watch.working():
+                result = work()
+        except LlmtuneError as error:
+            self._send({"exit_code": error.exit_code, "problems": error.problems})
+            raise
+        self._send(None)
+        return result
+
+    def from_main(self, value: T) -> T:
+        """Give the main process's `value`, which must be plain JSON; those of the others do not count."""
+        if self._rank != 0:
+            return self._receive()  # type: ignore[no-any-return]
+        self._send(value)
+        return value
+
+    def check_alike(self, facts: Mapping[str, object]) -> None:
+        """Compare `facts` (plain JSON values) of every process with those of the main one.
+
+        Raises ConfigError on all processes, with each key that differs and the process in which it does.
+        """
+        place = f"facts/{self._count}"
+        own = {"facts": dict(facts), "host": socket.gethostname()}
+        if self._rank != 0:
+            with lost_ranks_noticed():
+                self._store.set(f"{place}/{self._rank}", json.dumps(own))
+        self.on_main(lambda: self._compare_facts(place, own["facts"]))
+
+    def _compare_facts(self, place: str, facts: object) -> None:
+        problems, expected = [], json.loads(json.dumps(facts))  # JSON makes lists of tuples
+        for rank in range(1, self._world_size):
+            with lost_ranks_noticed():
+                other = json.loads(self._store.get(f"{place}/{rank}"))
+            found = other["facts"]
+            problems += [
+                Problem(
+                    f"process {rank} ({other['host']}) differs from process 0: "
+                    f"{key} is {found.get(key)!r} there and {expected.get(key)!r} here",
+                    "distributed",
+                    "start every process with the same command, files, environment and versions",
+                )
+                for key in sorted(expected.keys() | found.keys())
+                if found.get(key) != expected.get(key)
+            ]
+        if problems:
+            raise ConfigError.all(problems)
+
+    def _send(self, message: object) -> None:
+        self._count += 1
+        with lost_ranks_noticed():
+            self._store.set(f"message/{self._count}", json.dumps(message))
+
+    def _receive(self) -> Any:
+        self._count += 1
+        with lost_ranks_noticed(), self._watch.waiting():
+            while True:
+                try:
+                    return json.loads(self._store.get(f"message/{self._count}"))
+                except RuntimeError:
+                    # A save may take longer than a process may be silent; a stopped process does not answer.
+                    if not self._watch.main_is_working():
+                        raise
+
+    @contextmanager
+    def errors_printed_once(self) -> Iterator[None]:
+        """Let the first process that fails in the body report its error, and mark those of others as reported."""
+        try:
+            yield
+        except RankLostError as error:
+            self._watch.name_lost(error)
+            self._watch.leave(failed=False)  # it is not the one to blame
+            raise
+        except LlmtuneError as error:
+            is_shared = error.is_reported is not None  # all end with it
+            if not is_shared:
+                error.is_reported = False  # where the store went with the main process, twice is better than never
+                with suppress(RuntimeError), self._watch.waiting(must_work=False):
+                    error.is_reported = self._store.add("reports", 1) > 1
+            self._watch.leave(failed=not is_shared)
+            raise
+        except Exception:
+            self._watch.leave(failed=True)
+            raise
+
+    def close(self, *, wait_for_main: bool) -> None:
+        """Tell the others that this process ends; `wait_for_main`: not before the main one does."""
+        with suppress(RuntimeError):  # the main process is gone, and its store with it
+            if self._rank == 0:
+                self._store.set("closed", "")
+            elif wait_for_main:
+                with self._watch.waiting(must_work=False):
+                    self._store.wait(["closed"])
+        self._watch.leave(failed=False)
+
+
+@contextmanager
+def lost_ranks_noticed() -> Iterator[None]:
+    """Turn what torch raises where a process has died or is silent into RankLostError."""
+    try:
+        yield
+    # A RuntimeError too, and of this process alone.
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # gloo raises nothing narrower
+        problem = f"another process of this training died or stopped answering ({in_one_line(error)})"
+        raise RankLostError(problem, where="distributed", fix=FIX) from error
+
+
+def _error_of_main(failure: Mapping[str, Any]) -> LlmtuneError:
+    error = LlmtuneError.all(Problem(*problem) for problem in failure["problems"])
+    error.exit_code, error.is_reported = failure["exit_code"], True
+    return error

@@ -1,0 +1,298 @@
+"""Notice within ten seconds that another process of the training, or its machine, has died.
+
+Each process keeps a connection to the main one. The kernel closes that of a process that dies, and ends one whose
+machine no longer acknowledges anything; for a stopped process it goes on acknowledging. So no busy or stopped process
+is taken for a dead one, as a heartbeat sent from Python would do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+from torch.distributed.distributed_c10d import Store
+
+from llmtune.errors import Problem, RankLostError
+
+__all__ = ["RankWatch", "watch_ranks"]
+
+DEAD_AFTER_S = 8
+"""Seconds without an acknowledgement after which a machine is lost."""
+LEAVE_S = 2.0
+"""Seconds in which the main thread may end by itself after another process was lost."""
+ANSWER_S = 2.0
+"""Seconds in which a process that runs answers, however busy it is."""
+CONNECT_S = 10.0
+LONGEST_HELLO = 1000
+"""Bytes of the first line of a process that connects."""
+SILENT = "stopped answering, and no connection broke: it is stopped, or its machine is"
+FIX = "see what the other process printed; `llmtune resume`, started in the same way, goes on"
+
+
+class Peer(NamedTuple):
+    """A process at the other end of a connection."""
+
+    rank: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"process {self.rank} ({self.host})"
+
+
+class RankWatch:
+    """The connections of this process: the main one has one to each other process, the others have one to it.
+
+    A thread reads them. When a process is lost it gives the main thread a moment to end by itself, waits for a save
+    that is being written, and then ends this process with the exit code of RankLostError.
+    """
+
+    def __init__(
+        self, rank: int, links: Mapping[socket.socket, Peer], *, timeout_s: float, prints: bool = True
+    ) -> None:
+        """`timeout_s`: seconds after which a silent process is lost. `prints`: reports the main one's loss here."""
+        self._rank, self._links, self._prints = rank, dict(links), prints
+        self._problem = ""
+        self._is_lost, self._is_leaving = threading.Event(), threading.Event()
+        self._timeout_s = timeout_s
+        self._answers: dict[Peer, tuple[float, bool]] = {}
+        self._has_answer = threading.Condition()
+        self._at_work, self._is_working = threading.RLock(), False
+        self._wait: tuple[float, bool] | None = None
+        self._received = dict.fromkeys(self._links, b"")
+        if self._links:
+            # A data worker that was forked would keep the connections of a dead process open.
+            os.register_at_fork(after_in_child=self._close)
+            threading.Thread(target=self._run, name="rank watch", daemon=True).start()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Let others wait for this process as long as the body takes, and do not end it in the body."""
+        with self._at_work:
+            self._is_working, was_working = True, self._is_working
+            try:
+                yield
+            finally:
+                self._is_working = was_working
+
+    @contextmanager
+    def waiting(self, *, must_work: bool = True) -> Iterator[None]:
+        """End this process where the main one, waited for in the body, no longer answers after the time-out.
+
+        `must_work`: or answers that it is not working. The body may wait in a library without a time-out of its own.
+        """
+        self._wait = time.monotonic(), must_work
+        try:
+            yield
+        finally:
+            self._wait = None
+
+    def main_is_working(self) -> bool:
+        """Whether the main process, asked now, is in the body of `working`."""
+        return any(is_working for _, is_working in self._ask())
+
+    def name_lost(self, error: RankLostError) -> None:
+        """Name in `error` the process that is lost or silent, and leave the report to one of those that notice."""
+        if not self._links and not self._is_lost.is_set():
+            return  # nobody could be reached
+        # The kernel closes the connections of a dead process in any order: this one may be a moment behind.
+        if not self._is_lost.wait(1.0):
+            answering = {peer for peer, _ in self._ask()}
+            silent = [peer for peer in self._links.values() if peer not in answering]
+            if silent:
+                names = " and ".join(map(str, silent))
+                self._lose(f"{names} {SILENT}")
+            elif self._rank != 0:
+                error.is_reported = True  # the main process sees the others, and names the one that is silent
+                return
+        if self._is_lost.is_set():
+            (problem,) = error.problems
+            error.problems = (Problem(self._problem, problem.where, problem.fix),)
+        error.is_reported = not self._prints
+
+    def leave(self, *, failed: bool) -> None:
+        """Tell the others that this process ends by itself; they end too where it `failed` alone."""
+        if not self._is_leaving.is_set():
+            self._is_leaving.set()
+            for link in list(self._links):
+                _send(link, {"left": "failed" if failed else "done"})
+
+    def _ask(self) -> list[tuple[Peer, bool]]:
+        """Ask each process at the other end whether it is working; those that answer in time."""
+        peers, began = list(self._links.values()), time.monotonic()
+        if self._is_lost.is_set():
+            return []
+        for link in list(self._links):
+            _send(link, {"question": "working"})
+
+        def new() -> list[tuple[Peer, bool]]:
+            return [(peer, answer) for peer, (at, answer) in self._answers.items() if at >= began]
+
+        with self._has_answer:
+            self._has_answer.wait_for(lambda: len(new()) == len(peers), ANSWER_S)
+            return new()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for link in self._links:
+                selector.register(link, selectors.EVENT_READ)
+            while self._links:
+                ready = {key.fd for key, _ in selector.select(1.0)}
+                for link in [link for link in self._links if link.fileno() in ready]:
+                    if not self._read(link):
+                        selector.unregister(link)
+                        del self._links[link]
+                self._check_wait()
+                if self._is_lost.is_set():
+                    self._leave_or_exit()
+                    return
+
+    def _check_wait(self) -> None:
+        """Ask the main process for a sign of life where it is waited for, and lose it where there is none in time."""
+        if (wait := self._wait) is None:
+            return
+        (began, must_work), now = wait, time.monotonic()
+        for link, peer in list(self._links.items()):
+            answered, is_working = self._answers.get(peer, (0.0, False))
+            is_fine = answered >= began and (is_working or not must_work)
+            late_s = now - (max(began, answered) if is_fine else began) - self._timeout_s
+            if late_s > 0:
+                answers = "answers, and does not go on" if answered >= began else SILENT
+                self._lose(f"{peer} {answers}")
+            elif late_s > -2 * ANSWER_S:  # asked in time for the answer to come
+                _send(link, {"question": "working"})
+
+    def _read(self, link: socket.socket) -> bool:
+        """Read what has come, and return whether the process at the other end is still there."""
+        peer = self._links[link]
+        try:
+            data = link.recv(2**16)
+        except ConnectionResetError:
+            data = b""
+        except OSError as error:
+            self._lose(f"the machine of {peer} no longer answers ({error.strerror or 'timed out'})")
+            return False
+        if not data:
+            self._lose(f"{peer} died: its connection was closed")
+            return False
+        *lines, self._received[link] = (self._received[link] + data).split(b"\n")
+        stays = [self._answer(link, peer, json.loads(line)) for line in lines]
+        return all(stays)
+
+    def _answer(self, link: socket.socket, peer: Peer, message: Mapping[str, Any]) -> bool:
+        """Do what a message asks for, and return whether its sender stays."""
+        if "question" in message:
+            _send(link, {"answer": self._is_working})
+        elif "answer" in message:
+            with self._has_answer:
+                self._answers[peer] = time.monotonic(), message["answer"]
+                self._has_answer.notify_all()
+        elif "lost" in message:
+            self._lose(message["lost"], is_printed=True)  # by the main process
+        elif message["left"] == "failed":
+            self._lose(f"{peer} ended with an error", is_printed=True)  # by itself
+        return "left" not in message
+
+    def _lose(self, problem: str, *, is_printed: bool = False) -> None:
+        if self._is_lost.is_set():
+            return
+        self._problem, self._prints = problem, self._prints and not is_printed
+        self._is_lost.set()
+        if self._rank == 0:
+            for link in list(self._links):
+                _send(link, {"lost": problem})
+
+    def _leave_or_exit(self) -> None:
+        """End this process, unless its main thread does so by itself; never in the middle of a save."""
+        with self._at_work:
+            pass
+        if self._is_leaving.wait(LEAVE_S):
+            return
+        if self._prints:
+            error = RankLostError(self._problem, "distributed", FIX)
+            with suppress(OSError):  # past Python's buffers, whose lock the main thread may hold
+                os.write(2, f"error: {self._problem}\n  where: distributed\n  fix: {FIX}\n".encode())
+            os._exit(error.exit_code)
+        os._exit(RankLostError.exit_code)
+
+    def _close(self) -> None:
+        for link in self._links:
+            link.close()
+
+
+def watch_ranks(
+    store: Store, rank: int, world_size: int, *, address: str, timeout_s: float
+) -> tuple[RankWatch, list[int]]:
+    """Connect all processes with the main one, and return the watch and the processes that could not be reached.
+
+    `address`: of the main process, as the others know it. The processes without a connection are not watched.
+    """
+    if rank != 0:
+        return _connect(store, rank, address, timeout_s), []
+    token, links, missing = secrets.token_hex(16), {}, set(range(1, world_size))
+    kind = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+    with socket.create_server(("", 0), backlog=world_size, **kind) as server:  # type: ignore[arg-type]
+        here = {"host": socket.gethostname(), "port": server.getsockname()[1], "token": token}
+        store.set("watch", json.dumps(here))
+        deadline = time.monotonic() + CONNECT_S
+        while missing and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            with suppress(OSError, ValueError, KeyError):  # a stranger: it is not let in
+                link, _ = server.accept()
+                link.settimeout(ANSWER_S)
+                hello = _read_line(link)
+                if hello["token"] == token:
+                    links[link] = Peer(hello["rank"], hello["host"])
+                    missing.discard(hello["rank"])
+    first = {peer.host: peer.rank for peer in sorted(links.values(), reverse=True)}
+    for link, peer in links.items():
+        _keep_alive(link)
+        _send(link, {"prints": first[peer.host] == peer.rank})
+    return RankWatch(0, links, timeout_s=timeout_s), sorted(missing)
+
+
+def _connect(store: Store, rank: int, address: str, timeout_s: float) -> RankWatch:
+    there = json.loads(store.get("watch"))
+    for name in (address, there["host"]):
+        with suppress(OSError, ValueError):
+            link = socket.create_connection((name, there["port"]), timeout=CONNECT_S / 2)
+            _send(link, {"token": there["token"], "rank": rank, "host": socket.gethostname()})
+            link.settimeout(2 * CONNECT_S)  # the main process waits for all before it answers
+            prints = _read_line(link)["prints"]
+            _keep_alive(link)
+            return RankWatch(rank, {link: Peer(0, there["host"])}, timeout_s=timeout_s, prints=prints)
+    return RankWatch(rank, {}, timeout_s=timeout_s)
+
+
+def _read_line(link: socket.socket) -> Any:
+    """Read one line of JSON and nothing behind it. Raises ValueError where the other side is no process of ours."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = link.recv(1)
+        line += byte
+        if not byte or len(line) > LONGEST_HELLO:
+            raise ValueError(line)
+    return json.loads(line)
+
+
+def _keep_alive(link: socket.socket) -> None:
+    """Let the kernel ask every two seconds for a sign of life, and end the connection after `DEAD_AFTER_S`."""
+    link.settimeout(ANSWER_S)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {"TCP_KEEPIDLE": 2, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 1000 * DEAD_AFTER_S}
+    for name, value in options.items():
+        # The last one is Linux's: where it is missing the kernel counts the lost signs of life.
+        if (option := getattr(socket, name, None)) is not None:
+            link.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _send(link: socket.socket, message: Mapping[str, object]) -> None:
+    with suppress(OSError):  # it is gone, and the thread that reads will notice
+        link.sendall(json.dumps(message).encode() + b"\n")

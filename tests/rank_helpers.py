@@ -1,0 +1,111 @@
+"""Several processes of one command, as launchers start them, and two machines in network namespaces."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+
+from training_helpers import line_count
+
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmtune"]
+LONGEST_S = 180
+LONG = "training.max_steps=100000"
+
+
+def environment(**more):
+    return os.environ | {"OMP_NUM_THREADS": "1", "LLMTUNE_OFFLINE": "1"} | more
+
+
+def launched(*words, code=0, launcher=LAUNCHER):
+    """Run a command under a launcher and return what all of its processes printed."""
+    done = subprocess.run(
+        [*launcher, *words], env=environment(), capture_output=True, text=True, timeout=LONGEST_S, check=False
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == code, said
+    return said
+
+
+class TwoRanks:
+    """Two processes of one command, as a launcher starts them, each with its output and exit code of its own."""
+
+    def __init__(self, *words, own=((), ()), program=("-m", "llmtune"), machines=((), ()), address="127.0.0.1"):
+        """`own`: further words of each process. `machines`: what starts a command on each machine."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        together = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
+        self.processes = [
+            subprocess.Popen(
+                [*machines[rank], sys.executable, *program, *words, *own[rank]],
+                env=environment(**together, RANK=str(rank), LOCAL_RANK=str(rank)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+
+    def end(self):
+        """Wait for both, and return their exit codes and what each printed."""
+        try:
+            said = [process.communicate(timeout=LONGEST_S)[0] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+        return [process.returncode for process in self.processes], said
+
+
+def wait_for_lines(run, count):
+    deadline = time.monotonic() + LONGEST_S
+    while line_count(run / "metrics.jsonl") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class TwoMachines:
+    """Two network namespaces with a cable between them."""
+
+    def __init__(self):
+        self.names = [f"llmtune-{uuid.uuid4().hex[:6]}" for _ in range(2)]
+        self.ends = [name.replace("llmtune", "v") for name in self.names]
+
+    def __enter__(self):
+        for name in self.names:
+            _ip("netns", "add", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+        _ip("link", "add", self.ends[0], "netns", self.names[0], "type", "veth",
+            "peer", "name", self.ends[1], "netns", self.names[1])  # fmt: skip
+        for number, (name, end) in enumerate(zip(self.names, self.ends, strict=True), 1):
+            _ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end)
+            _ip("-n", name, "link", "set", end, "up")
+        return self
+
+    def __exit__(self, *_):
+        for name in self.names:
+            _ip("netns", "del", name)
+
+    def start(self, *words):
+        machines = [
+            ("ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={end}")
+            for name, end in zip(self.names, self.ends, strict=True)
+        ]
+        return TwoRanks(*words, machines=machines, address="10.77.0.1")
+
+    def cut(self):
+        _ip("-n", self.names[0], "link", "set", self.ends[0], "down")
+
+    def traffic(self):
+        """Bytes that the first machine has sent."""
+        path = f"/sys/class/net/{self.ends[0]}/statistics/tx_bytes"
+        done = subprocess.run(
+            ["ip", "netns", "exec", self.names[0], "cat", path], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+
+def _ip(*words):
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
