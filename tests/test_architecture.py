@@ -70,6 +70,7 @@ LAZY_IMPORTS = {
     "engine/devices.py resource": "does not exist on Windows",
     "durable/tensors.py numpy": "`llmtune runs` and config errors answer without it",
     "tracking/wandb.py numpy": "only runs with wandb need it",
+    "watch/ui/answers.py llmtune": "the page shows runs without torch; only a chat loads a model",
     "runs/checkpoint.py llmtune": "loads torch, which `llmtune runs` does without",
 }
 """Folder, file, `file package` or `* package` -> why its imports may stand inside functions."""
