@@ -1,0 +1,140 @@
+"""Command lines of shell scripts and of fenced blocks in pages -> one table of options each. Nothing is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+
+from llmtune.config.document import Entry, Listing, Node, Origin, Scalar, Table
+
+__all__ = ["COMMANDS", "command_tables"]
+
+COMMANDS: tuple[tuple[str, str], ...] = (
+    (r"(swift|megatron) (sft|pt|rlhf)\b", "ms-swift"),
+    (r"trl (sft|dpo|kto|grpo|reward|rloo)\b", "trl"),
+    (r"(?:python[\d.]* -m |python[\d.]* )?mlx_lm[. ](lora)(?:\.py)?\b", "mlx-lm"),
+    (r"(?:accelerate launch|python[\d.]*|torchrun|uv run|deepspeed)\b.*?\b([\w-]+)\.py\b", "trl"),
+)
+"""The beginning of a command that trains (its first or last group names the method) and the peer it belongs to."""
+
+_SCRIPTS = re.compile(r"(^|_)(sft|dpo|kto|orpo|cpo|bco|ppo|grpo|rloo|reward|gkd|online_dpo|nash_md|xpo|prm)($|_)")
+_FENCE = re.compile(r"^\s*(```+|~~~+)\s*(\w*)")
+_ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
+_ENDS = {"|", "&&", "||", ";", "&", ">", ">>", "2>&1", "<"}
+
+
+def command_tables(text: str, file: str) -> Iterator[tuple[str, Table]]:
+    """Return the place and the options of every command that trains.
+
+    `--key value` is an entry; several values are a list, none is `true`. `$command` is the method, `$peer` the toolkit,
+    and variables set before the command (`NPROC_PER_NODE=4`) are entries with a `$` before their name. A variable that
+    the same script sets is replaced by its value.
+    """
+    variables: dict[str, str] = {}
+    for words in _logical_lines(_shell_text(text)):
+        setting = [_ASSIGNMENT.fullmatch(word) for word, _ in words]
+        if all(setting):
+            variables.update((match[1], match[2]) for match in setting if match)
+            continue
+        words = [(_VARIABLE.sub(lambda match: variables.get(match[1], match[0]), word), line) for word, line in words]
+        ends = next((place for place, (word, _) in enumerate(words) if word in _ENDS), len(words))
+        table = _table(words[:ends], file)
+        if table is not None:
+            yield f"{file}:{words[0][1]}", table
+
+
+def _shell_text(text: str) -> list[tuple[str, int]]:
+    """The lines with their numbers; of a page (or the docstring of a script), those in fenced blocks of shell."""
+    lines = [(line, number) for number, line in enumerate(text.splitlines(), 1)]
+    if not any(_FENCE.match(line) for line, _ in lines):
+        return lines
+    kept, language = [], None
+    for line, number in lines:
+        fence = _FENCE.match(line)
+        if fence:
+            language = None if language is not None else (fence[2].lower() or "text")
+        elif language in ("bash", "sh", "shell", "console", "text"):
+            kept.append((re.sub(r"^\s*[$>] ", "", line), number))
+    return kept
+
+
+def _logical_lines(lines: list[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+    """The words of each command with their lines: a backslash, or an open quote, goes on in the next line."""
+    words: list[tuple[str, int]] = []
+    pending, start = "", 0
+    for raw, number in lines:
+        line = raw.rstrip()
+        continues = line.endswith("\\")
+        text = pending + (line[:-1] if continues else line)
+        start = start if pending else number
+        try:
+            words += [(word, start) for word in shlex.split(text, comments=True)]
+            pending = ""
+        except ValueError:  # an open quote
+            pending = text + "\n" if len(text) < 4000 else ""
+            continue
+        if not continues:
+            if words:
+                yield words
+            words = []
+    if words:
+        yield words
+
+
+def _table(words: list[tuple[str, int]], file: str) -> Table | None:
+    assigned = []
+    while words and (match := _ASSIGNMENT.fullmatch(words[0][0])):
+        assigned.append((f"${match[1]}", match[2], words[0][1]))
+        words = words[1:]
+    said = " ".join(word for word, _ in words)
+    found = next(((match, peer) for pattern, peer in COMMANDS if (match := re.match(pattern, said))), None)
+    if found is None:
+        return None
+    match, peer = found
+    method = match[match.lastindex or 1]
+    if "." in said[: match.end()] and peer == "trl":
+        script = _SCRIPTS.search(method)
+        if script is None:
+            return None
+        method = script[2]
+    line = words[0][1]
+    if peer == "ms-swift" and match[1] == "megatron":
+        assigned.append(("$megatron", "true", line))
+    entries: dict[str, Entry] = {}
+    for key, value, at in [("$peer", peer, line), ("$command", method, line), *assigned]:
+        origin = Origin("file", f"{file}:{at}")
+        entries[key] = Entry(key, Scalar(value, True, origin), origin)
+    for key, value, at in _options(words, file):
+        entries[key] = Entry(key, value, Origin("file", f"{file}:{at}"))
+    return Table(tuple(entries.values()), Origin("file", f"{file}:{line}"))
+
+
+def _options(words: list[tuple[str, int]], file: str) -> Iterator[tuple[str, Node, int]]:
+    key, line, values = "", 0, list[Scalar]()
+
+    def finished() -> Iterator[tuple[str, Node, int]]:
+        if not key:
+            return
+        origin = Origin("file", f"{file}:{line}")
+        if not values:
+            off = key.startswith("no_")
+            yield key, Scalar("true", True, origin), line
+            if off:
+                return
+        elif len(values) == 1:
+            yield key, values[0], line
+        else:
+            yield key, Listing(tuple(values), origin), line
+
+    for word, at in words:
+        if word.startswith("--") and len(word) > 2:
+            yield from finished()
+            name, equals, value = word[2:].partition("=")
+            key, line, values = name.replace("-", "_"), at, []
+            if equals:
+                values.append(Scalar(value, True, Origin("file", f"{file}:{at}")))
+        elif key:
+            values.append(Scalar(word, True, Origin("file", f"{file}:{at}")))
+    yield from finished()

@@ -1,0 +1,336 @@
+"""A foreign config -> one of ours, with what became of every key, and the peer's own defaults written out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmtune.common.secrets import SECRET_NAME, SECRET_SHAPES
+from llmtune.common.text import excerpt
+from llmtune.config import aliases
+from llmtune.config.convert import Mismatch, convert
+from llmtune.config.document import Entry, Listing, Node, Origin, Scalar, Table, shown
+from llmtune.config.importers.arithmetic import Unknown, evaluate
+from llmtune.config.importers.datasets import ALL_RULES, READS_VALUE
+from llmtune.config.importers.detect import detect
+from llmtune.config.importers.python_calls import is_code
+from llmtune.config.importers.rules import NO_VALUE, Context, Outcome, Result, plain_text, words_of_row
+from llmtune.config.importers.source import Given, Source, flatten
+from llmtune.config.importers.tables import Default, Peer, Row, peer_names, peer_of
+from llmtune.config.importers.unused import unused_settings
+from llmtune.config.importers.yaml_text import Setting, write_yaml
+from llmtune.config.keys import LEAVES
+from llmtune.config.layers import parse_config
+from llmtune.config.translation import Change
+from llmtune.errors import ConfigError, UsageError
+
+__all__ = ["Imported", "KeyReport", "import_source"]
+
+
+@dataclass
+class KeyReport:
+    """What became of one key of the file."""
+
+    key: str
+    value: str
+    where: str
+    outcome: Outcome
+    ours: tuple[str, ...] = ()
+    text: str = ""
+
+
+@dataclass
+class Imported:
+    """The result of an import."""
+
+    peer: Peer
+    recognised_by: tuple[str, ...]
+    keys: list[KeyReport]
+    settings: dict[str, Setting]
+    """Values by our keys, those of the file and the peer's own defaults."""
+    yaml: str = ""
+    rejected: list[str] = field(default_factory=list)
+    """Defaults of the peer that a config of ours cannot have, each with the reason."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is without an equivalent."""
+        return not self.rejected and all(row.outcome is not Outcome.NONE for row in self.keys)
+
+
+def import_source(source: Source, peer_id: str | None = None) -> Imported:
+    """Translate one foreign config; its keys, in their order, decide, and the peer's defaults fill in.
+
+    Raises:
+        UsageError: `peer_id` is no toolkit that has a table.
+        ConfigError: it was not given, and the keys speak for none.
+    """
+    peer, keys = _peer(source, peer_id)
+    values = {given.key: given.node for given in flatten(source.table)}
+    folders = tuple(str(folder) for folder in (Path(), *Path(source.file).resolve().parents))
+    translation = _Translation(Context(peer, values, folders))
+    for key, node in values.items():
+        translation.take(Given(key, node))
+    translation.join_sources()
+    translation.fill_in(peer.defaults)
+    imported = Imported(peer, keys, translation.rows, translation.settings)
+    for setting, outcome, text in unused_settings(imported.settings, values):
+        _remove(imported, setting, outcome, text)
+    _make_valid(imported, source)
+    return imported
+
+
+def _peer(source: Source, peer_id: str | None) -> tuple[Peer, tuple[str, ...]]:
+    if peer_id is not None:
+        if peer_id not in peer_names():
+            listed = ", ".join(peer_names())
+            raise UsageError(f"no toolkit is called `{excerpt(peer_id)}`", "--from", f"the toolkits are {listed}")
+        return peer_of(peer_id), ("--from",)
+    found = detect(source.table)
+    if found is None:
+        listed = ", ".join(peer_names())
+        raise ConfigError(
+            "the keys of this file belong to no toolkit that has a table",
+            source.place,
+            f"name it with `--from`: {listed}",
+        )
+    return peer_of(found.peer), found.keys
+
+
+class _Translation:
+    """Collects the settings and the report, key by key."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.rows: list[KeyReport] = []
+        self.settings: dict[str, Setting] = {}
+        self.sources: dict[str, dict[int, dict[str, Change]]] = {}
+        self.betas: dict[int, tuple[Node, KeyReport]] = {}
+        self.of_source: dict[str, list[KeyReport]] = {}
+
+    def take(self, given: Given) -> None:
+        """Read one key by its row, and report what became of it."""
+        row = self.context.peer.row(given.name)
+        result = self.result(given, row)
+        report = KeyReport(given.key, _shown(given), given.node.origin.where, result.outcome, (), result.text)
+        self.rows.append(report)
+        for change in result.changes:
+            self.apply(change, given, report)
+
+    def result(self, given: Given, row: Row | None) -> Result:
+        """What the row makes of the value; a value that cannot be read yet is named, and null is not set."""
+        if row is None:
+            return self.unknown(given)
+        rule = ALL_RULES[row.rule]
+        if rule in READS_VALUE:
+            known = words_of_row(row)
+            said = shown(given.node).lower()
+            if isinstance(given.node, Scalar) and given.node.is_null and "null" not in known:
+                return Result(Outcome.DROPPED, NO_VALUE)
+            if is_code(said) and said not in known:
+                return Result(Outcome.NEEDS, "only running the script tells its value: write it by hand")
+            if re.search(r"\$\{?\w", plain_text(given.node)):
+                return Result(Outcome.NEEDS, "the value comes from outside the file: write it by hand")
+        try:
+            return rule(self.context, given, row)
+        except Mismatch as mismatch:
+            return Result(Outcome.NONE, f"it must be {mismatch.expected}")
+
+    def unknown(self, given: Given) -> Result:
+        """A key that the table does not have."""
+        name = self.context.peer.name
+        if self.context.peer.unknown == "ignored":
+            return Result(Outcome.IGNORED, f"{name} has no such key and reads past it")
+        if isinstance(given.node, Scalar) and given.node.is_null:
+            return Result(Outcome.DROPPED, NO_VALUE)
+        return Result(Outcome.NONE, f"the table of {name} does not have this key")
+
+    def apply(self, change: Change, given: Given, report: KeyReport) -> None:
+        """Keep one value, unless the file says it already; what cannot be a value here has no equivalent."""
+        part = re.fullmatch(r"(data\.(?:train|eval))\[(\d*)\]\.(.+)", change.key)
+        if part:
+            place = re.search(r"\[(\d+)\]", given.key)
+            index = int(part[2] or (place[1] if place else 0))
+            self.sources.setdefault(part[1], {}).setdefault(index, {}).setdefault(part[3], change)
+            self.of_source.setdefault(part[1], []).append(report)
+            report.ours = tuple(dict.fromkeys((*report.ours, f"{part[1]}[].{part[3]}")))
+            return
+        if change.key.startswith("training.betas["):
+            index = int(change.key[-2])
+            self.betas[index] = (change.value, report)
+            self.join_betas(report)
+            return
+        self.settle(change, given.key, report)
+
+    def join_betas(self, report: KeyReport) -> None:
+        """Adam's betas that are given one by one; the other one is the peer's own default."""
+        assumed = (self.context.peer.assume.get("adam_beta1", "0.9"), self.context.peer.assume.get("adam_beta2", "0.999"))
+        origin = next(iter(self.betas.values()))[0].origin
+        items = tuple(
+            self.betas[index][0] if index in self.betas else Scalar(assumed[index], True, origin) for index in (0, 1)
+        )
+        self.settings.pop("training.betas", None)
+        self.settle(Change("training.betas", Listing(items, origin)), report.key, report)
+
+    def settle(self, change: Change, key: str, report: KeyReport) -> None:
+        """Convert one value and keep it; a weak one gives way."""
+        before = self.settings.get(change.key)
+        if before is not None and change.weak:
+            return
+        try:
+            value = _converted(change.key, change.value)
+        except Mismatch as mismatch:
+            report.outcome, report.text = Outcome.NONE, f"`{change.key}` must be {mismatch.expected}"
+            return
+        if change.key == "data.template_args" and before is not None:
+            value = {**before.value, **value}
+        elif before is not None and not before.weak and before.value != value:
+            report.outcome = Outcome.NONE
+            report.text = f"`{before.written}` has set `{change.key}` to another value"
+            return
+        report.ours = (*report.ours, change.key)
+        said = report.text if report.outcome is Outcome.COMPUTED else ""
+        self.settings[change.key] = Setting(value, change.value.origin.where, key, said, change.weak)
+
+    def join_sources(self) -> None:
+        """Put the parts of each data set together; one without a path cannot be read."""
+        for key, by_index in self.sources.items():
+            rows = []
+            for _, fields in sorted(by_index.items()):
+                if key == "data.eval" and "path" not in fields and "data.train" in self.sources:
+                    fields = {**{"path": p for p in [self.sources["data.train"].get(0, {}).get("path")] if p}, **fields}
+                if "path" in fields:
+                    rows.append(_source_table({name: change.value for name, change in fields.items()}))
+            if not rows:
+                continue
+            written = self.of_source[key][0]
+            try:
+                value = convert(Listing(tuple(rows), rows[0].origin), LEAVES[key])
+            except Mismatch as mismatch:
+                written.outcome, written.text = Outcome.NONE, f"`{key}` must be {mismatch.expected}"
+                continue
+            places = tuple(row.origin.where for row in rows)
+            self.settings[key] = Setting(value, rows[0].origin.where, written.key, "", item_places=places)
+
+    def fill_in(self, defaults: list[Default]) -> None:
+        """Write the peer's own default of every key that the file leaves out."""
+        for default in defaults:
+            if default.key in self.settings and not self.settings[default.key].weak:
+                continue
+            if not self.holds(default.when):
+                continue
+            text = default.value
+            said = default.text
+            if text.startswith("="):
+                try:
+                    number, arithmetic = evaluate(text[1:], self.number)
+                except Unknown:
+                    continue
+                text, said = repr(number), f"{said}: {arithmetic}"
+            origin = Origin("default", f"default of {self.context.peer.name}")
+            value = convert(_default_node(text, origin), LEAVES[default.key])
+            self.settings[default.key] = Setting(value, "", "", said, is_default=True)
+
+    def number(self, key: str) -> float | None:
+        """A number under one of our keys, or one of the peer's."""
+        value = self.settings[key].value if key in self.settings else None
+        return float(value) if isinstance(value, int | float) else self.context.lookup(key)
+
+    def holds(self, when: str) -> bool:
+        """Whether every word holds: `lora`, `full`, `KEY=VALUE`, `KEY!=VALUE`, `has:KEY`, `no:KEY` (theirs or ours)."""
+        return all(self._holds(word) for word in when.split())
+
+    def _holds(self, word: str) -> bool:
+        if word in ("lora", "full"):
+            method = self.settings.get("adapter.method")
+            return (method is not None and method.value == "lora") == (word == "lora")
+        if word.startswith(("has:", "no:")):
+            kind, _, key = word.partition(":")
+            is_given = key in self.settings or key in self.context.values and bool(self.context.text(key))
+            is_given = is_given or any(name.startswith((f"{key}.", f"{key}[")) for name in self.context.values)
+            return is_given == (kind == "has")
+        key, wrong, value = word.partition("!=")
+        if wrong:
+            return not self._holds(f"{key}={value}")
+        key, _, value = word.partition("=")
+        if key in self.settings:
+            return str(self.settings[key].value).lower() in value.split("|")
+        return (self.context.text(key) or self.context.peer.assume.get(key, "")) in value.split("|")
+
+
+def _default_node(text: str, origin: Origin) -> Node:
+    if text.startswith("["):
+        return Listing(tuple(Scalar(item.strip(), True, origin) for item in text[1:-1].split(",")), origin)
+    return Scalar(text, True, origin)
+
+
+def _converted(key: str, node: Node) -> object:
+    spelling = aliases.own_spelling(key, node)
+    return convert(node if spelling is None else spelling, LEAVES[key])
+
+
+def _source_table(fields: Mapping[str, Node]) -> Table:
+    """One data set as a table; `columns.prompt` goes into `columns`."""
+    first = next(iter(fields.values()))
+    inner: dict[str, list[Entry]] = {}
+    entries = []
+    for name, node in fields.items():
+        outer, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(outer, []).append(Entry(rest, node, node.origin))
+        else:
+            entries.append(Entry(name, node, node.origin))
+    entries += [Entry(name, Table(tuple(items), first.origin), first.origin) for name, items in inner.items()]
+    return Table(tuple(entries), fields["path"].origin)
+
+
+def _shown(given: Given) -> str:
+    """A value for the report; never one that looks like a secret."""
+    text = shown(given.node)
+    if SECRET_SHAPES.search(text) or (SECRET_NAME.search(given.key) and not _is_empty(given.node)):
+        return "(not shown)"
+    return text
+
+
+def _is_empty(node: Node) -> bool:
+    return isinstance(node, Scalar) and node.is_null
+
+
+# --- what our own checks say
+
+
+def _make_valid(imported: Imported, source: Source) -> None:
+    """Write the YAML; a value that our own checks refuse has no equivalent, with their reason."""
+    for _ in range(len(imported.settings) + 1):
+        imported.yaml, lines = write_yaml(imported.settings, imported.peer, Path(source.file).name, _unmatched(imported))
+        try:
+            parse_config(imported.yaml, "import.yaml")
+        except ConfigError as error:
+            problem = error.problems[0]
+            keys = [lines[int(number)] for number in re.findall(r"import\.yaml:(\d+)", problem.where or "")]
+            assert keys, f"the import cannot be written: {problem}"
+            # A default gives way to what the file says, and what is said later to what is said first.
+            key = next((key for key in reversed(keys) if imported.settings[key].is_default), keys[-1])
+            _remove(imported, key, Outcome.NONE, problem.problem)
+        else:
+            return
+
+
+def _unmatched(imported: Imported) -> list[str]:
+    rows = [f"{row.key}: {row.value} ({row.text})" for row in imported.keys if row.outcome is Outcome.NONE]
+    return rows + imported.rejected
+
+
+def _remove(imported: Imported, key: str, outcome: Outcome, text: str) -> None:
+    setting = imported.settings.pop(key)
+    if setting.is_default:
+        if outcome is Outcome.NONE:
+            imported.rejected.append(f"{imported.peer.name}'s own `{key}`: {text}")
+        return
+    for row in imported.keys:
+        if key in row.ours or any(ours.startswith(f"{key}[") for ours in row.ours):
+            row.ours = tuple(ours for ours in row.ours if ours != key)
+            if not row.ours:
+                row.outcome, row.text = outcome, text

@@ -1,0 +1,60 @@
+"""The toolkit whose config a file is, by the keys it has."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from llmtune.config.document import Entry, Listing, Table
+from llmtune.config.importers.source import flatten
+from llmtune.config.importers.tables import peer_names, peer_of
+from llmtune.config.keys import SECTIONS
+
+__all__ = ["Detected", "detect", "looks_foreign"]
+
+ENOUGH = 6
+"""Points from which a file is taken for a peer's: one key that only this peer has, and one that it shares."""
+
+
+class Detected(NamedTuple):
+    """A peer, and the keys by which it was recognised."""
+
+    peer: str
+    keys: tuple[str, ...]
+    points: int
+
+
+def detect(table: Table) -> Detected | None:
+    """Return the peer that the keys of a file speak for most; None where they speak for none."""
+    for entry in table.entries:
+        if entry.key == "$peer":  # a command line names its program
+            return Detected(getattr(entry.value, "text", ""), ("the command",), ENOUGH)
+    names = _names(table)
+    found = sorted((_points(peer, names) for peer in peer_names()), key=lambda found: -found.points)
+    return found[0] if found and found[0].points >= ENOUGH else None
+
+
+def looks_foreign(table: Table) -> Detected | None:
+    """Return the peer of a file that does not have the sections of our configs, if it speaks for one."""
+    own = [entry for entry in table.entries if entry.key in SECTIONS and isinstance(entry.value, Table)]
+    found = detect(table)
+    if found is None or 2 * len(own) >= len(table.entries) > 0 and found.points < 2 * ENOUGH:
+        return None
+    return found
+
+
+def _names(table: Table) -> set[str]:
+    names = {given.name for given in flatten(table)}
+    # A section counts by its own name too.
+    names |= {name.rpartition(".")[0] for name in names}
+    return names | set(_tables(table.entries))
+
+
+def _tables(entries: Iterable[Entry]) -> Iterable[str]:
+    return (entry.key for entry in entries if isinstance(entry.value, Table | Listing))
+
+
+def _points(peer_id: str, names: Collection[str]) -> Detected:
+    keys = {key: points for key, points in peer_of(peer_id).detect.items() if key in names}
+    known = tuple(sorted((key for key, points in keys.items() if points > 0), key=lambda key: -keys[key]))
+    return Detected(peer_id, known, sum(keys.values()))

@@ -1,0 +1,359 @@
+"""How one value of another toolkit becomes values of ours: the rules that the tables name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from llmtune.common.text import excerpt
+from llmtune.config import aliases
+from llmtune.config.alias_refusals import NOT_HERE, UNUSED
+from llmtune.config.document import Entry, Listing, Node, Scalar, Table, from_python, shown
+from llmtune.config.importers.arithmetic import Unknown, evaluate
+from llmtune.config.importers.python_calls import is_code
+from llmtune.config.importers.source import Given
+from llmtune.config.importers.tables import Peer, Row
+from llmtune.config.translation import Change
+
+__all__ = [
+    "NO_VALUE",
+    "RULES",
+    "VALUE_RULES",
+    "Context",
+    "Outcome",
+    "Result",
+    "Rule",
+    "is_off",
+    "plain_text",
+    "words",
+    "words_of_row",
+]
+
+
+class Outcome(StrEnum):
+    """What became of one key."""
+
+    KEPT = "kept"
+    COMPUTED = "computed"
+    DROPPED = "dropped"
+    NEEDS = "needs"
+    NONE = "no equivalent"
+    IGNORED = "did nothing"
+
+
+class Result(NamedTuple):
+    """What a rule makes of one value."""
+
+    outcome: Outcome
+    text: str = ""
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass
+class Context:
+    """What a rule may look at beside its own value."""
+
+    peer: Peer
+    values: Mapping[str, Node]
+    """Every value of the file by its key."""
+    folders: tuple[str, ...] = ()
+    """Folders in which a file that the config names may lie."""
+    handled: dict[str, Result] = field(default_factory=dict)
+    """What a rule has already decided about other keys than its own."""
+
+    def text(self, key: str) -> str:
+        """The text of a key's value in lower case; empty where it is not set, or no single value."""
+        node = self.values.get(key)
+        return node.text.lower() if isinstance(node, Scalar) and not node.is_null else ""
+
+    def lookup(self, key: str) -> float | None:
+        """The number under a key, or the peer's own default of it."""
+        # Variables of a command line (`NPROC_PER_NODE=4`) have a `$` before their name.
+        for text in (self.text(key), self.text(f"${key}"), self.peer.assume.get(key, "")):
+            try:
+                return float(text)
+            except ValueError:
+                continue
+        return None
+
+
+Rule = Callable[[Context, Given, Row], Result]
+
+OFF = ("", "null", "none", "false", "no", "off", "0", "0.0", "-1", "disabled")
+NO_VALUE = "not set"
+
+
+def is_off(node: Node) -> bool:
+    """Whether a value switches something off, or is empty."""
+    if isinstance(node, Scalar):
+        return node.is_null or node.text.lower() in OFF
+    return not (node.items if isinstance(node, Listing) else node.entries)
+
+
+def plain_text(node: Node) -> str:
+    """A single value in lower case, else nothing."""
+    return node.text.lower() if isinstance(node, Scalar) else ""
+
+
+# --- the rules
+
+
+def keep(context: Context, given: Given, row: Row) -> Result:
+    """The same value under our name."""
+    return Result(Outcome.KEPT, row.text, (Change(row.argument, given.node),))
+
+
+def alias(context: Context, given: Given, row: Row) -> Result:
+    """As the alias of that name in our own configs is read."""
+    name = row.argument or given.name.rpartition(".")[2]
+    translation = aliases.translation_of(name)
+    assert translation is not None, f"no alias is called {name}"
+    changes = tuple(translation(given.node))
+    if not changes:
+        return Result(Outcome.DROPPED, "it asks for what happens here anyway")
+    same = len(changes) == 1 and changes[0].value is given.node
+    return Result(Outcome.KEPT if same else Outcome.COMPUTED, row.text, changes)
+
+
+def drop(context: Context, given: Given, row: Row) -> Result:
+    """A value that changes nothing that is trained here."""
+    return Result(Outcome.DROPPED, row.text or UNUSED.get(given.name.rpartition(".")[2], ""))
+
+
+def ignored(context: Context, given: Given, row: Row) -> Result:
+    """A key that the peer reads past."""
+    return Result(Outcome.IGNORED, row.text or f"{context.peer.name} has no such key and reads past it")
+
+
+def none(context: Context, given: Given, row: Row) -> Result:
+    """A feature that does not exist here; nothing is lost where it is off."""
+    if is_off(given.node):
+        return Result(Outcome.DROPPED, "off")
+    return Result(Outcome.NONE, row.text)
+
+
+def needs(context: Context, given: Given, row: Row) -> Result:
+    """Something that is done in another place here."""
+    if is_off(given.node):
+        return Result(Outcome.DROPPED, "off")
+    leaf = given.name.rpartition(".")[2]
+    return Result(Outcome.NEEDS, row.text or ": ".join(NOT_HERE.get(leaf, ())))
+
+
+def words_of_row(row: Row) -> dict[str, str]:
+    """The words of a row of the rule `words`: `a=b; c=d`, in lower case."""
+    return dict(part.partition("=")[::2] for part in row.text.split("; ")) if row.rule in ("words", "holds", "component") else {}
+
+
+def words(context: Context, given: Given, row: Row) -> Result:
+    """Each word has its translation.
+
+    `word=value` gives the row's own key, `word=key:value+key:value` others, `word=` none, `word=!text` is no
+    equivalent, `*=` keeps every other word as it is.
+    """
+    table = words_of_row(row)
+    text = shown(given.node).lower() if is_code(shown(given.node)) else plain_text(given.node)
+    if isinstance(given.node, Listing) and len(given.node.items) == 1:
+        text = plain_text(given.node.items[0])
+    value = table.get(text, table.get("*"))
+    if value is None:
+        known = ", ".join(f"`{word}`" for word in table if word != "*")
+        return Result(Outcome.NONE, f"`{excerpt(shown(given.node))}` does not exist here (only {known})")
+    if value.startswith("!"):
+        return Result(Outcome.NONE, value[1:])
+    if text not in table:
+        return Result(Outcome.KEPT, "", (Change(row.argument, given.node),))
+    if not value:
+        return Result(Outcome.DROPPED, "it asks for what happens here anyway")
+    pairs = [part.partition(":") for part in value.split("+")] if ":" in value else [(row.argument, ":", value)]
+    changes = tuple(Change(key, made(word, given), text in OFF) for key, _, word in pairs)
+    same = len(pairs) == 1 and pairs[0][2] == text
+    return Result(Outcome.KEPT if same else Outcome.COMPUTED, "", changes)
+
+
+def made(text: str, given: Given) -> Node:
+    """A value as it would stand in a config, at the place of the value it is made of; `a,b` in brackets is a list."""
+    origin = given.node.origin
+    if text.startswith("["):
+        return Listing(tuple(Scalar(item.strip(), False, origin) for item in text[1:-1].split(",")), origin)
+    return Scalar(text, True, origin)
+
+
+def compute(context: Context, given: Given, row: Row) -> Result:
+    """Arithmetic over the file's own keys."""
+    try:
+        value, said = evaluate(row.text, context.lookup)
+    except Unknown as unknown:
+        return Result(Outcome.NEEDS, f"`{unknown}` is needed for {row.text}: write `{row.argument}` by hand")
+    same = plain_text(given.node) in (f"{value!r}", f"{value:g}")
+    outcome = Outcome.KEPT if same else Outcome.COMPUTED
+    return Result(outcome, "" if same else f"{said} = {value:g}", (Change(row.argument, made(f"{value!r}", given)),))
+
+
+def positive(context: Context, given: Given, row: Row) -> Result:
+    """A number; none or below zero stands for no limit."""
+    try:
+        number = float(plain_text(given.node))
+    except ValueError:
+        number = 1.0
+    return Result(Outcome.DROPPED, "no limit") if number <= 0 else keep(context, given, row)
+
+
+def share(context: Context, given: Given, row: Row) -> Result:
+    """A number of rows or a fraction of them: a whole set is no share."""
+    return Result(Outcome.DROPPED, "the whole set") if plain_text(given.node) in ("1", "1.0") else keep(
+        context, given, row
+    )
+
+
+def only_with(context: Context, given: Given, row: Row) -> Result:
+    """A key that acts only where another has a value: `KEY=VALUE TARGET`."""
+    condition, _, target = row.argument.partition(" ")
+    key, _, value = condition.partition("=")
+    if (context.text(key) or context.peer.assume.get(key, "")) != value:
+        return Result(Outcome.IGNORED, row.text or f"nothing reads it without `{key}: {value}`")
+    return keep(context, given, row._replace(argument=target, text=""))
+
+
+def unless(context: Context, given: Given, row: Row) -> Result:
+    """A key that another one overrides: `KEY TARGET`."""
+    key, _, target = row.argument.partition(" ")
+    node = context.values.get(key)
+    if node is not None and not is_off(node):
+        return Result(Outcome.IGNORED, row.text)
+    return keep(context, given, row._replace(argument=target, text=""))
+
+
+def switches(context: Context, given: Given, row: Row) -> Result:
+    """One of several switches that name layers together: the argument lists them as `switch=layers`."""
+    table = dict(part.partition("=")[::2] for part in row.text.split("; "))
+    on = [
+        name
+        for switch, names in table.items()
+        if (context.text(switch) or context.peer.assume.get(switch, "false")) == "true"
+        for name in names.split("+")
+    ]
+    if not on:
+        return Result(Outcome.DROPPED, "off")
+    return Result(Outcome.COMPUTED, "the switches as a list", (Change(row.argument, made(f"[{', '.join(on)}]", given)),))
+
+
+def last_names(context: Context, given: Given, row: Row) -> Result:
+    """Names of layers: `self_attn.q_proj` and `*.q_proj` are found by their end."""
+    items = given.node.items if isinstance(given.node, Listing) else (given.node,)
+    names = [shown(item).strip("*").rpartition(".")[2] for item in items if isinstance(item, Scalar)]
+    renamed = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    found = [renamed.get(name, name) for name in names]
+    if found == ["all-linear"] or not found:
+        return Result(Outcome.KEPT, "", (Change(row.argument, made("all-linear", given)),))
+    return Result(Outcome.COMPUTED, "", (Change(row.argument, made(f"[{', '.join(found)}]", given)),))
+
+
+def chat_template(context: Context, given: Given, row: Row) -> Result:
+    """Templates by name belong to the peer; the one of the tokenizer is used here, and a file is a file here too."""
+    text = plain_text(given.node)
+    if text in ("tokenizer_default", "tokenizer_default_fallback_chatml", "default"):
+        return Result(Outcome.DROPPED, "the template of the tokenizer is used here too")
+    if text == "chatml":
+        return Result(Outcome.KEPT, "", (Change("model.chat_template", given.node),))
+    if text.endswith((".jinja", ".j2", ".txt")):
+        return Result(Outcome.KEPT, "", (Change("model.chat_template", made(shown(given.node), given)),))
+    if "{%" in text or "{{" in text:
+        return Result(Outcome.NEEDS, "write this template to a file and name that with `model.chat_template`")
+    thinks = (Change("data.template_args", _no_thinking(given)),) if text.endswith("_nothink") else ()
+    said = "the tokenizer's own template is used here: compare them with `llmtune data preview`"
+    return Result(Outcome.COMPUTED if thinks else Outcome.NEEDS, said, thinks)
+
+
+def _no_thinking(given: Given) -> Node:
+    return from_python({"enable_thinking": False}, given.node.origin)
+
+
+def template_args(context: Context, given: Given, row: Row) -> Result:
+    """One argument of the chat template: the key's last name."""
+    entry = Entry(given.name.rpartition(".")[2], given.node, given.node.origin)
+    return Result(Outcome.COMPUTED, "", (Change("data.template_args", Table((entry,), given.node.origin)),))
+
+
+def devices(context: Context, given: Given, row: Row) -> Result:
+    """A number of processes: chosen where the command runs; the step of all of them is the arithmetic's."""
+    if plain_text(given.node) in ("1", "auto"):
+        return Result(Outcome.DROPPED, "one process, as here")
+    return Result(Outcome.NEEDS, f"start it with `llmtune train --devices {shown(given.node)}`")
+
+
+def holds(context: Context, given: Given, row: Row) -> Result:
+    """As `words`, for the first word that the value holds."""
+    text = plain_text(given.node)
+    word = next((word for word in words_of_row(row) if word in text), "*")
+    return words(context, Given(given.key, Scalar(word, True, given.node.origin)), row._replace(rule="words"))
+
+
+def declared(context: Context, given: Given, row: Row) -> Result:
+    """A feature that the peer has (the text lists them) and llmtune has not; it reads past any other key."""
+    if given.name.rpartition(".")[2] not in row.text.split():
+        return ignored(context, given, row._replace(text=""))
+    return none(context, given, row._replace(text="a method that does not exist here"))
+
+
+def torchtune_layers(context: Context, given: Given, row: Row) -> Result:
+    """The attention layers that torchtune lists, and those its two switches add."""
+    items = given.node.items if isinstance(given.node, Listing) else ()
+    names = ["o_proj" if shown(item) == "output_proj" else shown(item) for item in items]
+    names += ["gate_proj", "up_proj", "down_proj"] if context.text("model.apply_lora_to_mlp") == "true" else []
+    names += ["lm_head"] if context.text("model.apply_lora_to_output") == "true" else []
+    return Result(
+        Outcome.COMPUTED, "with those of its switches", (Change(row.argument, made(f"[{', '.join(names)}]", given)),)
+    )
+
+
+def mlx_schedule(context: Context, given: Given, row: Row) -> Result:
+    """`[peak, steps, end]`: the peak counts before `learning_rate`, and the end becomes a fraction of it."""
+    numbers = [float(plain_text(item)) for item in given.node.items] if isinstance(given.node, Listing) else []
+    if not numbers:
+        return Result(Outcome.NONE, "the arguments of the schedule are no list of numbers")
+    changes = [Change(row.argument, made(repr(numbers[0]), given))]
+    if len(numbers) > 2:
+        changes.append(Change("training.min_lr_ratio", made(repr(numbers[2] / numbers[0]), given)))
+    return Result(Outcome.COMPUTED, "peak, steps and end of the rate; it falls over all steps here", tuple(changes))
+
+
+def each_of(context: Context, given: Given, row: Row) -> Result:
+    """A list in which every item must hold one of the argument's words; then it changes nothing here."""
+    items = given.node.items if isinstance(given.node, Listing) else (given.node,)
+    others = [shown(item) for item in items if not any(word in shown(item) for word in row.argument.split())]
+    if others:
+        return Result(Outcome.NONE, f"{', '.join(others)} does not exist here")
+    return Result(Outcome.DROPPED, row.text)
+
+
+RULES: dict[str, Rule] = {
+    "keep": keep,
+    "alias": alias,
+    "words": words,
+    "compute": compute,
+    "positive": positive,
+    "share": share,
+    "only-with": only_with,
+    "unless": unless,
+    "switches": switches,
+    "last-names": last_names,
+    "chat-template": chat_template,
+    "template-args": template_args,
+    "devices": devices,
+    "each-of": each_of,
+    "holds": holds,
+    "declared": declared,
+    "torchtune-layers": torchtune_layers,
+    "mlx-schedule": mlx_schedule,
+    "drop": drop,
+    "none": none,
+    "needs": needs,
+    "ignored": ignored,
+}
+"""Name in a table -> rule; `datasets.DATASET_RULES` has those about rows."""
+
+VALUE_RULES = (keep, alias, words, compute, positive, share, only_with, last_names, chat_template, template_args)
+"""Rules that read the value, and so cannot read one that is not there yet."""
