@@ -77,6 +77,13 @@ def test_presets_and_example_data_travel_inside_the_wheel(wheel):
     assert not [name for name in inside if name.startswith(("tests/", "src/"))]
 
 
+def test_the_tables_of_other_toolkits_travel_inside_the_wheel(wheel):
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    tables = sorted((ROOT / "src/llmtune/config/importers/peers").glob("*.tsv"))
+    assert len(tables) == 14
+    assert {f"llmtune/config/importers/peers/{table.name}" for table in tables} <= inside
+
+
 def test_what_is_installed_is_what_is_imported(llmtune, installed):
     code = "import llmtune; from llmtune.config.paths import shipped_path as at; print(llmtune.__file__); print(at('configs/test.yaml'))"  # noqa: E501
     where = llmtune("-c", code)

@@ -78,6 +78,12 @@ COMMANDS: tuple[Command, ...] = (
     Command("config schema", "config:schema", "Print a JSON Schema that editors can use.", "Before a run"),
     Command("config validate", "config:validate", "Check config files; every problem at once.", "Before a run"),
     Command(
+        "config import",
+        "import_config:import_config",
+        "Turn another toolkit's config into one of ours; every key is accounted for.",
+        "Before a run",
+    ),
+    Command(
         "data preview",
         "data:preview",
         "Show rows as the model will see them, trained tokens coloured.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from llmtune.config.document import (
     read_text,
     shown,
 )
+from llmtune.config.importers.detect import looks_foreign
+from llmtune.config.importers.tables import peer_of
 from llmtune.config.json_document import parse_json
 from llmtune.config.keys import LEAVES
 from llmtune.config.paths import shipped_path, shipped_presets
@@ -236,9 +239,30 @@ class _Files:
             if entry.key == "extends":
                 for base in _bases(entry, self.findings):
                     layers += self.base(base, path, [*chain, path])
+        before = len(self.findings.problems)
         # After its bases: a later layer wins.
         layers.append(collect(table, self.findings))
+        if len(self.findings.problems) > before:
+            self.name_toolkit(path, table, before)
         return layers
+
+    def name_toolkit(self, path: Path, table: Table, before: int) -> None:
+        """Replace the problems of a file that is another toolkit's config by one that says so."""
+        found = looks_foreign(table)
+        if found is None:
+            return
+        peer = peer_of(found.peer)
+        count = len(self.findings.problems) - before + self.findings.hidden
+        del self.findings.problems[before:]
+        self.findings.hidden = 0
+        # What it would have meant here is not what it means there.
+        self.findings.notes.clear()
+        keys = ", ".join(f"`{key}`" for key in found.keys[:3])
+        self.findings.problem(
+            f"this looks like a config of {peer.name} ({keys}): {count} of its keys or values mean nothing here",
+            show_path(path),
+            f"translate it: `llmtune config import {shlex.quote(str(path))} --output FILE`",
+        )
 
     def base(self, name: Scalar, path: Path, chain: list[Path]) -> list[dict[str, Setting]]:
         """The layers of one file named in an `extends`.

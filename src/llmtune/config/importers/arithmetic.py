@@ -65,11 +65,11 @@ class _Numbers(ast.NodeTransformer):
     def __init__(self, lookup: Callable[[str], float | None]) -> None:
         self.lookup = lookup
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:  # noqa: N802 - the name the library calls
+    def visit_Name(self, node: ast.Name) -> ast.expr:
         number = self.lookup(node.id)
         return node if number is None else ast.Name(f"{number:g}")
 
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:  # noqa: N802 - the name the library calls
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         name = _name(node)
         number = self.lookup(name) if name else None
         return node if number is None else ast.Name(f"{number:g}")

@@ -135,6 +135,9 @@ def _options(words: list[tuple[str, int]], file: str) -> Iterator[tuple[str, Nod
             key, line, values = name.replace("-", "_"), at, []
             if equals:
                 values.append(Scalar(value, True, Origin("file", f"{file}:{at}")))
+        elif word.endswith(".py"):  # the program that a launcher starts, and no value of the option before it
+            yield from finished()
+            key = ""
         elif key:
             values.append(Scalar(word, True, Origin("file", f"{file}:{at}")))
     yield from finished()

@@ -70,13 +70,13 @@ def import_source(source: Source, peer_id: str | None = None) -> Imported:
     peer, keys = _peer(source, peer_id)
     values = {given.key: given.node for given in flatten(source.table)}
     folders = tuple(str(folder) for folder in (Path(), *Path(source.file).resolve().parents))
-    translation = _Translation(Context(peer, values, folders))
+    translation = _Translation(Context(peer, values, folders), source.file)
     for key, node in values.items():
         translation.take(Given(key, node))
     translation.join_sources()
     translation.fill_in(peer.defaults)
-    imported = Imported(peer, keys, translation.rows, translation.settings)
-    for setting, outcome, text in unused_settings(imported.settings, values):
+    imported = Imported(peer, keys, translation.rows, translation.settings, rejected=translation.rejected)
+    for setting, outcome, text in unused_settings(imported.settings):
         _remove(imported, setting, outcome, text)
     _make_valid(imported, source)
     return imported
@@ -102,9 +102,11 @@ def _peer(source: Source, peer_id: str | None) -> tuple[Peer, tuple[str, ...]]:
 class _Translation:
     """Collects the settings and the report, key by key."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, file: str) -> None:
         self.context = context
+        self.file = file
         self.rows: list[KeyReport] = []
+        self.rejected: list[str] = []
         self.settings: dict[str, Setting] = {}
         self.sources: dict[str, dict[int, dict[str, Change]]] = {}
         self.betas: dict[int, tuple[Node, KeyReport]] = {}
@@ -114,10 +116,15 @@ class _Translation:
         """Read one key by its row, and report what became of it."""
         row = self.context.peer.row(given.name)
         result = self.result(given, row)
-        report = KeyReport(given.key, _shown(given), given.node.origin.where, result.outcome, (), result.text)
+        report = KeyReport(given.key, _shown(given), self.place(given.node), result.outcome, (), result.text)
         self.rows.append(report)
         for change in result.changes:
             self.apply(change, given, report)
+
+    def place(self, node: Node) -> str:
+        """Where a value stands in the file, for people: its line, or the cell of a notebook."""
+        place = node.origin.where.removeprefix(f"{self.file}:")
+        return f"line {place}" if place.isdigit() else place
 
     def result(self, given: Given, row: Row | None) -> Result:
         """What the row makes of the value; a value that cannot be read yet is named, and null is not set."""
@@ -166,7 +173,10 @@ class _Translation:
 
     def join_betas(self, report: KeyReport) -> None:
         """Adam's betas that are given one by one; the other one is the peer's own default."""
-        assumed = (self.context.peer.assume.get("adam_beta1", "0.9"), self.context.peer.assume.get("adam_beta2", "0.999"))
+        assumed = (
+            self.context.peer.assume.get("adam_beta1", "0.9"),
+            self.context.peer.assume.get("adam_beta2", "0.999"),
+        )
         origin = next(iter(self.betas.values()))[0].origin
         items = tuple(
             self.betas[index][0] if index in self.betas else Scalar(assumed[index], True, origin) for index in (0, 1)
@@ -185,34 +195,46 @@ class _Translation:
             report.outcome, report.text = Outcome.NONE, f"`{change.key}` must be {mismatch.expected}"
             return
         if change.key == "data.template_args" and before is not None:
-            value = {**before.value, **value}
+            value = {**before.value, **dict(value)}  # type: ignore[call-overload]
         elif before is not None and not before.weak and before.value != value:
             report.outcome = Outcome.NONE
             report.text = f"`{before.written}` has set `{change.key}` to another value"
             return
         report.ours = (*report.ours, change.key)
         said = report.text if report.outcome is Outcome.COMPUTED else ""
-        self.settings[change.key] = Setting(value, change.value.origin.where, key, said, change.weak)
+        self.settings[change.key] = Setting(value, self.place(change.value), key, said, change.weak)
 
     def join_sources(self) -> None:
         """Put the parts of each data set together; one without a path cannot be read."""
         for key, by_index in self.sources.items():
             rows = []
             for _, fields in sorted(by_index.items()):
-                if key == "data.eval" and "path" not in fields and "data.train" in self.sources:
-                    fields = {**{"path": p for p in [self.sources["data.train"].get(0, {}).get("path")] if p}, **fields}
+                trained = self.sources.get("data.train", {}).get(0, {}).get("path")
+                if key == "data.eval" and "path" not in fields and trained is not None:
+                    fields = {"path": trained, **fields}
                 if "path" in fields:
                     rows.append(_source_table({name: change.value for name, change in fields.items()}))
             if not rows:
                 continue
+            rows = [self.for_method(row) for row in rows]
             written = self.of_source[key][0]
             try:
                 value = convert(Listing(tuple(rows), rows[0].origin), LEAVES[key])
             except Mismatch as mismatch:
                 written.outcome, written.text = Outcome.NONE, f"`{key}` must be {mismatch.expected}"
                 continue
-            places = tuple(row.origin.where for row in rows)
-            self.settings[key] = Setting(value, rows[0].origin.where, written.key, "", item_places=places)
+            places = tuple(self.place(row) for row in rows)
+            self.settings[key] = Setting(value, places[0], written.key, "", item_places=places)
+
+    def for_method(self, row: Table) -> Table:
+        """A data set whose rows have the form that the method learns from: a family of chats may hold pairs."""
+        method = self.settings.get("objective.method")
+        wanted = {"dpo": "preference", "orpo": "preference", "simpo": "preference", "kto": "unpaired"}
+        form = wanted.get(str(method.value)) if method else None
+        if form is None:
+            return row
+        entries = [entry for entry in row.entries if entry.key not in ("format", "train_on")]
+        return Table((*entries, Entry("format", Scalar(form, True, row.origin), row.origin)), row.origin)
 
     def fill_in(self, defaults: list[Default]) -> None:
         """Write the peer's own default of every key that the file leaves out."""
@@ -230,7 +252,11 @@ class _Translation:
                     continue
                 text, said = repr(number), f"{said}: {arithmetic}"
             origin = Origin("default", f"default of {self.context.peer.name}")
-            value = convert(_default_node(text, origin), LEAVES[default.key])
+            try:
+                value = convert(_default_node(text, origin), LEAVES[default.key])
+            except Mismatch as mismatch:
+                self.rejected.append(f"`{default.key}`: {text} ({said}) must be {mismatch.expected}")
+                continue
             self.settings[default.key] = Setting(value, "", "", said, is_default=True)
 
     def number(self, key: str) -> float | None:
@@ -248,7 +274,7 @@ class _Translation:
             return (method is not None and method.value == "lora") == (word == "lora")
         if word.startswith(("has:", "no:")):
             kind, _, key = word.partition(":")
-            is_given = key in self.settings or key in self.context.values and bool(self.context.text(key))
+            is_given = key in self.settings or (key in self.context.values and bool(self.context.text(key)))
             is_given = is_given or any(name.startswith((f"{key}.", f"{key}[")) for name in self.context.values)
             return is_given == (kind == "has")
         key, wrong, value = word.partition("!=")
@@ -288,7 +314,7 @@ def _source_table(fields: Mapping[str, Node]) -> Table:
 
 def _shown(given: Given) -> str:
     """A value for the report; never one that looks like a secret."""
-    text = shown(given.node)
+    text = "null" if _is_empty(given.node) else shown(given.node)
     if SECRET_SHAPES.search(text) or (SECRET_NAME.search(given.key) and not _is_empty(given.node)):
         return "(not shown)"
     return text
@@ -304,7 +330,9 @@ def _is_empty(node: Node) -> bool:
 def _make_valid(imported: Imported, source: Source) -> None:
     """Write the YAML; a value that our own checks refuse has no equivalent, with their reason."""
     for _ in range(len(imported.settings) + 1):
-        imported.yaml, lines = write_yaml(imported.settings, imported.peer, Path(source.file).name, _unmatched(imported))
+        imported.yaml, lines = write_yaml(
+            imported.settings, imported.peer, Path(source.file).name, _unmatched(imported)
+        )
         try:
             parse_config(imported.yaml, "import.yaml")
         except ConfigError as error:

@@ -1,5 +1,6 @@
 """Rows by name: classes of data sets, LLaMA-Factory's `dataset_info.json`, `NAME#500`, splits and fractions."""
 
+# ruff: noqa: ARG001 - every rule of the table has the same parameters
 from __future__ import annotations
 
 import contextlib
@@ -24,10 +25,21 @@ def component(context: Context, given: Given, row: Row) -> Result:
     table = dict(part.partition("=")[::2] for part in row.text.split("; "))
     name = next((name for name in spellings if name in table), None)
     if name is None and "*" not in table:
-        said = f"`{shown(given.node)}` is code of {context.peer.name}: write rows of a format of `llmtune docs data`"
+        said = f"`{shown(given.node)}` is code of {context.peer.name}: write rows of a format of docs/data.md"
         return Result(Outcome.NONE, said)
+    if name is None and not table["*"]:
+        return Result(Outcome.KEPT, "", (Change(row.argument, given.node),))
     node = Scalar(name or "*", True, given.node.origin)
     return words(context, Given(given.key, node), row._replace(rule="words"))
+
+
+def adam(context: Context, given: Given, row: Row) -> Result:
+    """An optimizer's class; Adam adds its decay to the gradient, so it is AdamW only where the decay is 0."""
+    decay = context.lookup("optimizer.weight_decay")
+    if plain_text(given.node).rpartition(".")[2] == "adam" and decay:
+        said = f"Adam with decay {decay:g} adds it to the gradient: write `training.optimizer: adamw` to decouple it"
+        return Result(Outcome.NONE, said)
+    return component(context, given, row)
 
 
 # --- LLaMA-Factory
@@ -132,7 +144,7 @@ def swift_names(context: Context, given: Given, row: Row) -> Result:
 
 
 def train_and_eval_set(context: Context, given: Given, row: Row) -> Result:
-    """One data set of which a split is held out, where the peer evaluates at all: the argument names the split's key."""
+    """One data set; where the peer evaluates at all, a split is held out: the argument names the split's key."""
     changes = [Change("data.train[].path", given.node)]
     strategy = context.text("eval_strategy") or context.text("evaluation_strategy")
     if strategy in ("steps", "epoch"):
@@ -199,6 +211,7 @@ def shown_whole(node: Node) -> str:
 
 DATASET_RULES: dict[str, Rule] = {
     "component": component,
+    "adam": adam,
     "lf-names": llama_factory_names,
     "swift-names": swift_names,
     "train-and-eval": train_and_eval_set,

@@ -38,7 +38,7 @@ def looks_foreign(table: Table) -> Detected | None:
     """Return the peer of a file that does not have the sections of our configs, if it speaks for one."""
     own = [entry for entry in table.entries if entry.key in SECTIONS and isinstance(entry.value, Table)]
     found = detect(table)
-    if found is None or 2 * len(own) >= len(table.entries) > 0 and found.points < 2 * ENOUGH:
+    if found is None or (2 * len(own) >= len(table.entries) > 0 and found.points < 2 * ENOUGH):
         return None
     return found
 

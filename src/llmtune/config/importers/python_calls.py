@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from llmtune.config.document import Entry, Origin, Scalar, Table, Unreadable, from_python
+from llmtune.config.document import Entry, Origin, Table, Unreadable, from_python
 
 __all__ = ["CODE", "is_code", "notebook_table", "script_table"]
 
@@ -66,7 +66,7 @@ def notebook_table(text: str, file: str) -> Table:
 def _table(trees: list[tuple[ast.Module, str]], file: str) -> Table:
     constants: dict[str, object] = {}
     entries: dict[str, Entry] = {}
-    for tree, place in trees:
+    for tree, _ in trees:
         for statement in ast.walk(tree):
             if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
                 value = _value(statement.value, constants)
@@ -77,14 +77,9 @@ def _table(trees: list[tuple[ast.Module, str]], file: str) -> Table:
             origin = Origin("file", place.format(line=line))
             value = _value(node, constants)
             # The first call counts: later ones load the model again to try it.
-            entries.setdefault(key, Entry(key, _node(value, origin), origin))
-    is_training = any(entry.key in ("$trainer", "r", "output_dir") for entry in entries.values())
+            entries.setdefault(key, Entry(key, from_python(value, origin), origin))
+    is_training = any(key in entries for key in ("$trainer", "r", "output_dir")) and "$fast_model" in entries
     return Table(tuple(entries.values()) if is_training else (), Origin("file", file))
-
-
-def _node(value: object, origin: Origin) -> Scalar:
-    node = from_python(value, origin)
-    return node  # type: ignore[return-value]
 
 
 def _keywords(tree: ast.Module) -> Iterator[tuple[str, ast.expr, int]]:
@@ -94,6 +89,8 @@ def _keywords(tree: ast.Module) -> Iterator[tuple[str, ast.expr, int]]:
         prefix = next((prefix for pattern, prefix in _CALLS if re.fullmatch(pattern, name.split("(")[0])), None)
         if prefix is None:
             continue
+        if name.startswith("Fast"):
+            yield "$fast_model", ast.Constant(name), call.lineno
         if name.endswith("Trainer"):
             yield "$trainer", ast.Constant(name), call.lineno
         if prefix == "train_on_responses_only.":

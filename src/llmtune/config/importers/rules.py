@@ -1,5 +1,6 @@
 """How one value of another toolkit becomes values of ours: the rules that the tables name."""
 
+# ruff: noqa: ARG001 - every rule of the table has the same parameters
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -144,14 +145,18 @@ def needs(context: Context, given: Given, row: Row) -> Result:
 
 def words_of_row(row: Row) -> dict[str, str]:
     """The words of a row of the rule `words`: `a=b; c=d`, in lower case."""
-    return dict(part.partition("=")[::2] for part in row.text.split("; ")) if row.rule in ("words", "holds", "component") else {}
+    return (
+        dict(part.partition("=")[::2] for part in row.text.split("; "))
+        if row.rule in ("words", "holds", "component", "adam")
+        else {}
+    )
 
 
 def words(context: Context, given: Given, row: Row) -> Result:
     """Each word has its translation.
 
     `word=value` gives the row's own key, `word=key:value+key:value` others, `word=` none, `word=!text` is no
-    equivalent, `*=` keeps every other word as it is.
+    equivalent. `*` stands for every other word, which `*=` keeps as it is. A value with `?` behind it gives way.
     """
     table = words_of_row(row)
     text = shown(given.node).lower() if is_code(shown(given.node)) else plain_text(given.node)
@@ -163,13 +168,15 @@ def words(context: Context, given: Given, row: Row) -> Result:
         return Result(Outcome.NONE, f"`{excerpt(shown(given.node))}` does not exist here (only {known})")
     if value.startswith("!"):
         return Result(Outcome.NONE, value[1:])
-    if text not in table:
+    if text not in table and not value:
         return Result(Outcome.KEPT, "", (Change(row.argument, given.node),))
     if not value:
         return Result(Outcome.DROPPED, "it asks for what happens here anyway")
     pairs = [part.partition(":") for part in value.split("+")] if ":" in value else [(row.argument, ":", value)]
-    changes = tuple(Change(key, made(word, given), text in OFF) for key, _, word in pairs)
-    same = len(pairs) == 1 and pairs[0][2] == text
+    changes = tuple(
+        Change(key, made(word.rstrip("?"), given), text in OFF or word.endswith("?")) for key, _, word in pairs
+    )
+    same = len(pairs) == 1 and pairs[0][2].rstrip("?") == text
     return Result(Outcome.KEPT if same else Outcome.COMPUTED, "", changes)
 
 
@@ -203,8 +210,10 @@ def positive(context: Context, given: Given, row: Row) -> Result:
 
 def share(context: Context, given: Given, row: Row) -> Result:
     """A number of rows or a fraction of them: a whole set is no share."""
-    return Result(Outcome.DROPPED, "the whole set") if plain_text(given.node) in ("1", "1.0") else keep(
-        context, given, row
+    return (
+        Result(Outcome.DROPPED, "the whole set")
+        if plain_text(given.node) in ("1", "1.0")
+        else keep(context, given, row)
     )
 
 
@@ -237,7 +246,9 @@ def switches(context: Context, given: Given, row: Row) -> Result:
     ]
     if not on:
         return Result(Outcome.DROPPED, "off")
-    return Result(Outcome.COMPUTED, "the switches as a list", (Change(row.argument, made(f"[{', '.join(on)}]", given)),))
+    return Result(
+        Outcome.COMPUTED, "the switches as a list", (Change(row.argument, made(f"[{', '.join(on)}]", given)),)
+    )
 
 
 def last_names(context: Context, given: Given, row: Row) -> Result:

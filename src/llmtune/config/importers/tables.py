@@ -126,8 +126,8 @@ def _read_line(peer: Peer, columns: list[str], prefix: str) -> None:
     elif kind == "@assume":
         peer.assume[rest[0]] = rest[1]
     elif kind == "@default":
-        peer.defaults.append(Default(*(rest + ["", "", ""])[:4]))
+        peer.defaults.append(Default(*([*rest, "", "", ""])[:4]))
     else:
         # Several keys with spaces between them may share one line.
         for key in kind.split(" "):
-            peer.add(Row(prefix + key, *(rest + ["", "", ""])[:3]))
+            peer.add(Row(prefix + key, *([*rest, "", "", ""])[:3]))

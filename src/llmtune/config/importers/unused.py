@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from llmtune.config.document import Node
 from llmtune.config.importers.rules import Outcome
 from llmtune.config.importers.yaml_text import Setting
 
@@ -44,7 +43,13 @@ UNUSED_WHEN = (
         "every weight is trained, so no adapter is made",
     ),
     Unused(
-        ("evaluation.every", "evaluation.early", "checkpoint.final", "evaluation.best_by", "evaluation.before_training"),
+        (
+            "evaluation.every",
+            "evaluation.early",
+            "checkpoint.final",
+            "evaluation.best_by",
+            "evaluation.before_training",
+        ),
         _no_held_out,
         "no rows are held out, so nothing is evaluated",
     ),
@@ -58,7 +63,9 @@ UNUSED_WHEN = (
         _is("training.lr_schedule", "constant"),
         "a constant schedule has none",
     ),
-    Unused(("training.min_lr_ratio",), _is("training.lr_schedule", "constant_with_warmup"), "a constant schedule has none"),
+    Unused(
+        ("training.min_lr_ratio",), _is("training.lr_schedule", "constant_with_warmup"), "a constant schedule has none"
+    ),
     Unused(
         ("training.num_cycles",),
         lambda settings: not _is("training.lr_schedule", "cosine_with_restarts")(settings),
@@ -73,7 +80,7 @@ UNUSED_WHEN = (
 )
 
 
-def unused_settings(settings: Settings, values: Mapping[str, Node]) -> Iterator[tuple[str, Outcome, str]]:
+def unused_settings(settings: Settings) -> Iterator[tuple[str, Outcome, str]]:
     """Return each key that does nothing, with what became of it; `adapter.method: none` itself says so and stays."""
     gone: set[str] = set()
     for row in UNUSED_WHEN:

@@ -18,7 +18,7 @@ class Setting(NamedTuple):
 
     value: Any
     where: str
-    """`file:line`; empty for a default of the peer."""
+    """The line; empty for a default of the peer."""
     written: str
     """The key as the peer calls it."""
     said: str = ""
@@ -26,7 +26,7 @@ class Setting(NamedTuple):
     weak: bool = False
     is_default: bool = False
     item_places: tuple[str, ...] = ()
-    """`file:line` of each data set."""
+    """The line of each data set."""
 
 
 def write_yaml(
@@ -49,8 +49,9 @@ def write_yaml(
             section = name
         if marks_defaults:
             lines.append(f"  # {peer.name}'s own defaults, which the file leaves out:")
+        first = len(lines) + 1
         _write_setting(key, leaf, settings[key], lines)
-        places |= {number: key for number in range(len(places) and max(places) + 1 or 1, len(lines) + 1)}
+        places |= dict.fromkeys(range(first, len(lines) + 1), key)
     return "\n".join(lines) + "\n", places
 
 
