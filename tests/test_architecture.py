@@ -286,6 +286,7 @@ def test_a_file_above_four_hundred_lines_or_a_function_above_sixty_has_a_second_
 
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "datasets", "pyarrow", "peft", "wandb"])
 def test_light_modules_import_nothing_heavy(heavy):
-    light = ("errors", "common.decisions", "durable", "config.layers", "models.catalog", "runs.folder", "cli.main")
+    base = ("errors", "common.decisions", "durable", "config.layers", "models.catalog", "runs.folder", "cli.main")
+    light = (*base, "watch.run_data", "watch.health", "watch.report.page", "watch.ui.server")
     code = f"import sys, {', '.join(f'llmtune.{name}' for name in light)}; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -61,7 +61,7 @@ def test_a_notebook_runs_headless_and_draws_its_progress_and_curve(path, tmp_pat
     live = [one.data["text/html"] for one in outputs if one.output_type == "display_data" and "text/html" in one.data]
     assert live
     assert "finished, step 4 of 4" in live[-1]  # one output, drawn anew until the end
-    assert live[-1].count("<svg") == live[-1].count("</svg>") == 1
+    assert live[-1].count("<svg") == live[-1].count("</svg>") >= 5
     assert not [
         one.text for one in outputs if one.output_type == "stream" and one.name == "stderr" and "llmtune:" in one.text
     ]

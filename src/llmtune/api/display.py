@@ -1,4 +1,4 @@
-"""Progress and lines in a notebook: one output that is redrawn at most twice a second, and lines as plain output."""
+"""Progress and lines in a notebook: one output that is redrawn now and then, and lines as plain output."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from llmtune.common.printing import print_to_stderr
 __all__ = ["Display", "print_line", "progress_html"]
 
 EVERY_S = 0.5
+MOST_OF_TIME = 0.01
+"""Share of the time that drawing may take of a training."""
 
 
 class Display:
@@ -20,20 +22,22 @@ class Display:
 
     def __init__(self, draw: Callable[[], str]) -> None:
         self._draw = draw
-        self._last_s = float("-inf")
+        self._next_s = float("-inf")
         self._handle: Any = None
         self._notebook = _notebook()
 
     def refresh(self, *, now: bool = False) -> None:
-        """Redraw, unless that was done within the last half second; `now` redraws in any case."""
-        if self._notebook is None or (not now and time.monotonic() - self._last_s < EVERY_S):
+        """Redraw, at most twice a second and less often where drawing takes long; `now` redraws in any case."""
+        started = time.monotonic()
+        if self._notebook is None or (not now and started < self._next_s):
             return
-        self._last_s = time.monotonic()
         picture = self._notebook.HTML(self._draw())
         if self._handle is None:
             self._handle = self._notebook.display(picture, display_id=True)
         else:
             self._handle.update(picture)
+        ended = time.monotonic()
+        self._next_s = ended + max(EVERY_S, (ended - started) / MOST_OF_TIME)
 
 
 def _notebook() -> Any:

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from llmtune.api.callbacks import CALLBACK_METHODS, UserCallbacks, check_callbacks
-from llmtune.api.curve import Curve
 from llmtune.api.display import Display, progress_html
 from llmtune.api.display import print_line as print_to_notebook
 from llmtune.api.metrics import Metric, Stop, UserMetrics, Values
@@ -26,6 +25,7 @@ from llmtune.evaluation.sampling import Sampling
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
 from llmtune.training.training_run import Result, TrainingRun
+from llmtune.watch.report.curve import Curve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ class Trainer:
         resolved = config if isinstance(config, ResolvedConfig) else load_config(str(config))
         self.config = resolved
         """The config as it was resolved; `session.config` also has the values that llmtune chose."""
-        self.curve = Curve(title=resolved.name)
+        self.curve = Curve(resolved.name)
         """The losses so far; a notebook shows them as a picture."""
         self._options = Options(
             no_cuda=no_cuda, offline=is_offline() if offline is None else offline, trust_remote_code=trust_remote_code
@@ -120,7 +120,7 @@ class Trainer:
             )
 
         trainer._open = open_again
-        trainer.curve = Curve(title=folder.name)
+        trainer.curve = Curve(folder.name)
         return trainer
 
     def steps(self) -> Iterator[StepResult]:
@@ -268,7 +268,7 @@ class Trainer:
                     step = next(steps, None)
                 if step is None:
                     break
-                self.curve.train.append((step.step, step.train_mean_nll))
+                self.curve.add(step.metrics())
                 self._note_heldout()
                 display.refresh()
                 yield step
@@ -310,11 +310,10 @@ class Trainer:
         return Curve.of_run(session.run.path, last_step=session.state.step)
 
     def _note_heldout(self) -> None:
-        state = self.session.evaluator.eval_state
-        if state.last_nll is None or state.last_step is None:
-            return
-        if not self.curve.heldout or self.curve.heldout[-1] != (state.last_step, state.last_nll):
-            self.curve.heldout.append((state.last_step, state.last_nll))
+        last_step = self.session.evaluator.eval_state.last_step
+        values = {name: value for name, value in self.session.metrics.items() if name.startswith("eval_")}
+        if last_step is not None and values:
+            self.curve.add({"step": last_step, **values})
 
     @contextmanager
     def _handling_signals(self) -> Iterator[None]:
@@ -323,7 +322,7 @@ class Trainer:
             yield
 
     def _repr_html_(self) -> str:
-        """Return the state, the progress and the curve for a notebook."""
+        """Return the state, the progress and the charts for a notebook."""
         if self._session is None:
             return progress_html(self.config.name, "not begun", 0, None) + self.curve._repr_html_()
         session = self._session

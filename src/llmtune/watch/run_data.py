@@ -104,7 +104,7 @@ class RunData:
     def refresh(self) -> bool:
         """Read what is new, and return whether anything was."""
         takers: dict[str, Callable[[list[dict[str, Any]]], None]] = {
-            "metrics": self._take_metrics,
+            "metrics": self.take_metrics,
             "samples": self._take_samples,
             "events": self.take_events,
             "system": self._take_system,
@@ -212,7 +212,8 @@ class RunData:
         setattr(self, attribute, value if isinstance(value, dict) else {})
         return True
 
-    def _take_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
+    def take_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines of metrics.jsonl, or lines of their kind from elsewhere."""
         for line in lines:
             step = _whole(line.get("step"))
             if step is None:

@@ -66,8 +66,11 @@ class Chart:
     x_name: str = "step"
     wide: bool = False
 
-    def html(self) -> Markup:
-        """The chart; nothing where no line has a value."""
+    def html(self, *, with_values: bool = True) -> Markup:
+        """The chart; nothing where no line has a value.
+
+        `with_values`: with the values beside it, which the page's script needs.
+        """
         drawn = [line for line in self.lines if len(line.series.finite())]
         if not any(line.kind != "limit" for line in drawn):
             return ""
@@ -75,6 +78,7 @@ class Chart:
         visible = [line for line in drawn if line.kind != "limit" or _is_within(line, frame)]
         body = "".join(_paths(line, frame, self.smoothing) for line in visible)
         marks = "".join(_mark(mark, frame) for mark in self.marks if frame.x0 <= mark.x <= frame.x1)
+        values = self._values(visible, frame) if with_values else ""
         unit = f' <span class="unit">{text(self.unit)}</span>' if self.unit else ""
         svg = (
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
@@ -83,7 +87,7 @@ class Chart:
         return (
             f'<figure class="chart{" wide" if self.wide else ""}"><figcaption><b>{text(self.title)}</b>{unit}'
             f'{_legend(drawn, visible, self.unit)}</figcaption><div class="plot">{svg}{_labels(frame, self)}</div>'
-            f"{f'<p class=note>{text(self.note)}</p>' if self.note else ''}{self._values(visible, frame)}</figure>"
+            f"{f'<p class=note>{text(self.note)}</p>' if self.note else ''}{values}</figure>"
         )
 
     def _values(self, lines: Iterable[Line], frame: _Frame) -> Markup:

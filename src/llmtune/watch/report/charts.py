@@ -107,10 +107,10 @@ def loss_chart(runs: Sequence[RunData]) -> Chart:
     )
 
 
-def charts_html(runs: Sequence[RunData]) -> Markup:
-    """All charts, those without a value left out."""
+def charts_html(runs: Sequence[RunData], *, with_values: bool = True) -> Markup:
+    """All charts, those without a value left out; `with_values` as in `Chart.html`."""
     charts = [loss_chart(runs), *(_chart(kind, runs) for kind in CHARTS), *_other_charts(runs), *_system_charts(runs)]
-    return "".join(chart.html() for chart in charts)
+    return "".join(chart.html(with_values=with_values) for chart in charts)
 
 
 def _chart(kind: ChartKind, runs: Sequence[RunData]) -> Chart:

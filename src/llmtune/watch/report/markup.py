@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
 
 from llmtune.common.text import printable, readable_bytes
 
-__all__ = ["Markup", "json_for_script", "number", "section", "table", "text"]
+__all__ = ["Markup", "asset", "json_for_script", "number", "section", "table", "text"]
 
 Markup = str
 """HTML that is ready for the page; plain text becomes such by `text`."""
+
+
+@cache
+def asset(name: str) -> str:
+    """The text of a style sheet or script that lies beside this file."""
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def text(value: object, *, most: int | None = None) -> Markup:

@@ -17,12 +17,12 @@ from llmtune.watch.health import health_of
 from llmtune.watch.report.charts import charts_html
 from llmtune.watch.report.data_html import data_html, examples_html, plan_html
 from llmtune.watch.report.facts_html import config_html, differences_html, environment_html, repeat_html
-from llmtune.watch.report.markup import Markup, section, text
+from llmtune.watch.report.markup import Markup, asset, section, text
 from llmtune.watch.report.overview import overview_html
 from llmtune.watch.report.results_html import health_html, heldout_html, samples_html, win_html
 from llmtune.watch.run_data import RunData
 
-__all__ = ["SECTIONS", "asset", "document", "read_run", "report_html", "sections_html", "write_report"]
+__all__ = ["SECTIONS", "document", "read_run", "report_html", "sections_html", "style_sheet", "write_report"]
 
 
 class Section(NamedTuple):
@@ -83,14 +83,14 @@ def sections_html(runs: Sequence[RunData]) -> Markup:
 
 
 @cache
-def asset(name: str) -> str:
-    """The text of a style sheet or script of the package."""
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+def style_sheet() -> str:
+    """The style of a page; that of charts alone is `chart.css` on the palette."""
+    return asset("palette.css") + asset("chart.css") + asset("report.css")
 
 
 def document(title: str, body: Markup, *, script: str) -> str:
     """A page with the style and the named script inside; its policy lets nothing else run and nothing load."""
-    code, style = asset(script), asset("report.css")
+    code, style = asset(script), style_sheet()
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     return (

@@ -11,8 +11,9 @@ from typing import Any
 
 from llmtune.errors import UsageError
 from llmtune.runs.run_file import RUN_FILE
+from llmtune.watch.report.markup import asset
 from llmtune.watch.report.overview import overview_html, results
-from llmtune.watch.report.page import asset, sections_html
+from llmtune.watch.report.page import sections_html, style_sheet
 from llmtune.watch.run_data import RunData
 from llmtune.watch.series import Series
 
@@ -112,7 +113,7 @@ def page_policy() -> str:
 @cache
 def page() -> str:
     """The page without any data; its script asks for that."""
-    style = asset("report.css") + (Path(__file__).parent / "ui.css").read_text(encoding="utf-8")
+    style = style_sheet() + (Path(__file__).parent / "ui.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
