@@ -78,7 +78,13 @@ class Prepared:
     """The choices made so far, with reasons."""
 
     def batch_plan(
-        self, *, layout: Layout = "padded", max_group_tokens: int | None = None, rank: int = 0, world_size: int = 1
+        self,
+        *,
+        layout: Layout = "padded",
+        max_group_tokens: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        equal_counts: bool = False,
     ) -> BatchPlan:
         """The windows of the training; layout and groups change how a window is cut, never what is in it."""
         training = self.config.training
@@ -98,6 +104,7 @@ class Prepared:
             pad_id=self.tokenizer.tokenizer.pad_token_id or 0,
             draws=self.draws,
             together=examples_together(self.data.train),
+            equal_counts=equal_counts,
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from gradient_helpers import difference, loss_and_gradients
-from llmtune.config.schema import Config, DistributedConfig, ModelConfig, TrainingConfig
+from llmtune.config.schema import Config, ModelConfig, TrainingConfig
 from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.forward import Engine, build_engine, group_tokens
@@ -161,11 +161,6 @@ def test_the_plain_engine_is_taken_when_asked_for(build_model: Build, arithmetic
     assert engine.layout == "padded"
     assert str(engine.decisions[0]) == "training.engine = plain: asked for by training.engine"
     assert torch.equal(engine.nll_sum(padded), plain_nll_sum(model, padded))
-
-
-def test_sharded_models_get_the_plain_engine(build_model: Build, arithmetic: Build) -> None:
-    engine = engine_of(build_model("llama"), arithmetic(), Config(distributed=DistributedConfig(strategy="fsdp")))
-    assert "fsdp" in str(engine.decisions[0])
 
 
 def test_a_model_that_bends_its_logits_in_an_unknown_way_is_found_out(build_model: Build, arithmetic: Build) -> None:

@@ -12,8 +12,8 @@ _PROCESSES = (
     "start it with `llmtune train --devices N`, or `torchrun`",
 )
 _SHARDING = (
-    "weights are not sharded in this version: every process holds the whole model",
-    "remove it; `llmtune train --devices N` sums the gradients of N processes",
+    "what to shard and how is decided here",
+    "set `distributed.strategy: fsdp`, and start with `llmtune train --devices N`",
 )
 _MASK = (
     "the answers are found from the chat template itself",

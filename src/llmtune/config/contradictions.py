@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 
 from llmtune.common.text import excerpt
 from llmtune.config.contradiction import Contradiction
+from llmtune.config.distributed_checks import DISTRIBUTED_CONTRADICTIONS
 from llmtune.config.document import Origin
 from llmtune.config.dump import value_text
 from llmtune.config.keys import value_of
@@ -293,12 +294,7 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         "no tracker takes histograms",
         "add `tensorboard` or `wandb` to `tracking.trackers`, or set `tracking.watch: false`",
     ),
-    Contradiction(
-        ("distributed.deepspeed_config", "distributed.strategy"),
-        lambda c, _: c.distributed.deepspeed_config is not None and c.distributed.strategy in ("ddp", "fsdp"),
-        "a DeepSpeed file is given, but the strategy is another",
-        "set `distributed.strategy: deepspeed`, or remove the file",
-    ),
+    *DISTRIBUTED_CONTRADICTIONS,
     Contradiction(
         ("data.format", "data.train", "data.eval", "objective.method"),
         lambda c, _: (

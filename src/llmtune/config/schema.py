@@ -602,7 +602,9 @@ class DistributedConfig:
     """Several processes training one model."""
 
     strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
-    """How weights and gradients are shared between processes; `fsdp` and `deepspeed` do not exist in this version."""
+    """How several processes hold the weights: each all of them (`ddp`) or a part of each (`fsdp`). `auto`: `ddp` where
+    the planned memory fits, else `fsdp`. `deepspeed` does not exist in this version.
+    """
 
     deepspeed_config: str | None = None
     """JSON file for DeepSpeed."""

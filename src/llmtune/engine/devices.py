@@ -1,7 +1,7 @@
 """One process or several: sums over all of them, decisions made once for all, and the device of each.
 
-The only module that uses collective operations, by which numbers and tensors travel. Decisions and errors go another
-way, see `rank_messages`; the death of a process is noticed in `rank_watch`.
+This module and `sharding` alone use collective operations, by which numbers and tensors travel. Decisions and errors go
+another way, see `rank_messages`; the death of a process is noticed in `rank_watch`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 
 from llmtune.common.decisions import Decision
 from llmtune.config.process_options import Options
@@ -26,7 +25,7 @@ from llmtune.engine.rank_messages import RankMessages, lost_ranks_noticed
 from llmtune.engine.rank_watch import watch_ranks
 from llmtune.errors import ConfigError, MachineError, Problem
 
-__all__ = ["Devices", "check_distribution", "choose_device", "full_tensor", "open_devices", "peak_memory_bytes"]
+__all__ = ["Devices", "check_distribution", "choose_device", "open_devices", "peak_memory_bytes"]
 
 T = TypeVar("T")
 
@@ -221,11 +220,6 @@ class Devices:
             dist.destroy_process_group()
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Give the full tensor, of the unsharded shape, where it may be sharded; each process must call it then."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Group parameters of one dtype, in order, into buckets of about `BUCKET_BYTES`."""
     buckets: list[list[torch.Tensor]] = []
@@ -268,13 +262,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-STRATEGIES = ("auto", "ddp")
-"""Ways to share a training between processes that exist: one process alone, or the whole model in each and gradients
-summed.
-"""
+STRATEGIES = ("auto", "ddp", "fsdp")
+"""Ways to share a training between processes that exist: the whole model in each, or a part of every weight."""
 
 WHAT_WORKS = (
-    "use `auto` or `ddp` and start with `llmtune train --devices N` or `torchrun`; "
+    "use `auto`, `ddp` or `fsdp` and start with `llmtune train --devices N` or `torchrun`; "
     "a model too large for one device may fit with `adapter.method: lora` and `model.quantization: 4bit`"
 )
 
@@ -316,9 +308,9 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
     distributed = config.distributed
     devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=distributed.timeout_s)
     _, decision = choose_device(no_cuda=options.no_cuda)
-    decisions = [decision]
-    if distributed.strategy == "ddp" or devices.world_size > 1:
+    decisions = [decision, *devices.watch_decision()]
+    if distributed.strategy == "ddp":
         count = "1 process: no launcher started more" if devices.world_size == 1 else f"{devices.world_size} processes"
         reason = f"{count}; each holds the whole model and takes its share of the sequences of a step"
-        decisions += [Decision("distributed.strategy", "ddp", reason), *devices.watch_decision()]
+        decisions.append(Decision("distributed.strategy", "ddp", reason))
     return devices, decisions

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from llmtune.engine.devices import full_tensor
+from llmtune.engine.devices import Devices
+from llmtune.engine.sharding import local_part
 from llmtune.errors import DivergedError
 
 __all__ = ["describe_rows", "half_updated", "non_finite_parameters", "rows_of_non_finite_losses", "too_many_skipped"]
@@ -61,10 +62,14 @@ def half_updated(reason: str, rows: Sequence[str], *, step: int) -> DivergedErro
     )
 
 
-def non_finite_parameters(parameters: Mapping[str, torch.Tensor]) -> list[str]:
-    """Give the names of parameters, of any shape, that hold a value that is not finite."""
+def non_finite_parameters(parameters: Mapping[str, torch.Tensor], devices: Devices | None = None) -> list[str]:
+    """Give the names of parameters, of any shape, that hold a value that is not finite.
+
+    devices: the processes that hold parts of them, each of which must call it and gets the same answer.
+    """
     if not parameters:
         return []
     # One tensor of all answers: on a CUDA device each question by itself would wait for the stream.
-    good = torch.stack([torch.isfinite(full_tensor(value)).all() for value in parameters.values()]).tolist()
-    return [name for name, finite in zip(parameters, good, strict=True) if not finite]
+    bad = torch.stack([(~torch.isfinite(local_part(value))).any() for value in parameters.values()]).double()
+    counts = (bad if devices is None else devices.sum_tensor(bad)).tolist()
+    return [name for name, count in zip(parameters, counts, strict=True) if count]

@@ -20,9 +20,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
 from llmtune.data.dataset.micro_batch import Layout, MicroBatch
+from llmtune.engine.devices import Devices
 from llmtune.engine.objective import flat_log_probs, flat_nll_sum, plain_log_probs, plain_nll_sum
 from llmtune.engine.precision import Precision
 from llmtune.engine.probe import try_backend
+from llmtune.engine.sharding import Strategy, Whole
 from llmtune.errors import ConfigError, ModelError
 from llmtune.kernels.activation_offload import offload_inputs
 from llmtune.kernels.attention import use_attention
@@ -71,26 +73,44 @@ class Engine:
     max_group_tokens: int | None = None
     """Flat micro-batches with more tokens than this may be cut further, between documents."""
 
+    equal_counts: bool = False
+    """Whether every process must run the same number of micro-batches, because their weights are sharded."""
+
     decisions: tuple[Decision, ...] = field(default=())
     """The choices made, with their reasons."""
 
 
 def build_engine(
-    model: PreTrainedModel | PeftModel, *, config: Config, device: torch.device, precision: Precision
+    model: PreTrainedModel | PeftModel,
+    *,
+    config: Config,
+    device: torch.device,
+    precision: Precision,
+    strategy: Strategy | None = None,
 ) -> Engine:
     """Choose the engine for `model` (a transformers causal LM, bare or inside peft's wrapper, already on `device`).
+
+    strategy: how its weights are held, where several processes train it; all of them call this then.
 
     Raises ConfigError when `model.attention` names a way that this device does not have, ModelError when the model
     refuses it.
     """
-    engine = _choose_engine(model, config, device, precision)
+    strategy = strategy or Whole(Devices(device))
+    engine = _choose_engine(model, config, device, precision, strategy)
+    nll_sum, log_probs = engine.nll_sum, engine.log_probs
+    engine = replace(
+        engine,
+        nll_sum=lambda batch: strategy.run(nll_sum, batch),
+        log_probs=lambda batch: strategy.run(log_probs, batch),
+        equal_counts=strategy.is_sharded,
+    )
     if config.model.gradient_checkpointing != "offload":
         return engine
     return replace(engine, decisions=(*engine.decisions, run_in_tiles(base_model_of(model))))
 
 
 def _choose_engine(
-    model: PreTrainedModel | PeftModel, config: Config, device: torch.device, precision: Precision
+    model: PreTrainedModel | PeftModel, config: Config, device: torch.device, precision: Precision, strategy: Strategy
 ) -> Engine:
     attention = config.model.attention
     if attention in ("flash", "flex") and device.type != "cuda":
@@ -106,7 +126,7 @@ def _choose_engine(
     for backend in backends:
         # The compiler fuses the library's own operations, so it gets the modules as they are.
         lora_layers = 0 if is_compiled else patch_model(base, device.type)["LoRA"]
-        failure = try_backend(model, backend, device, precision)
+        failure = try_backend(model, backend, device, precision, strategy)
         if failure is None:
             decisions = _lora_decision(lora_layers) + decisions + (compile_blocks(base) if is_compiled else ())
             return _flat_engine(model, backend, device, attention, decisions, failures)
@@ -120,8 +140,6 @@ def _reason_for_plain_engine(model: PreTrainedModel | PeftModel, config: Config)
     """Give the reason why the flat engine is not even tried, or None."""
     if config.training.engine == "plain":
         return "asked for by training.engine"
-    if config.distributed.strategy in ("fsdp", "deepspeed"):
-        return f"distributed.strategy {config.distributed.strategy} must see every call of the whole model"
     base = base_model_of(model)
     if find_head(base) is None or base.get_decoder() is base:
         return f"{type(base).__name__} has no decoder and output head that can be called apart"

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from llmtune.common.decisions import Decision
+from llmtune.engine.sharding import full_tensor
 from llmtune.errors import ConfigError
 
 __all__ = ["Precision", "PrecisionName", "choose_precision"]
@@ -68,8 +69,8 @@ class Precision:
         if self._scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / self._scale)
         if max_grad_norm is None:
-            return torch.nn.utils.get_total_norm(gradients)
-        return torch.nn.utils.clip_grad_norm_(with_gradient, max_grad_norm)
+            return full_tensor(torch.nn.utils.get_total_norm(gradients))
+        return full_tensor(torch.nn.utils.clip_grad_norm_(with_gradient, max_grad_norm))
 
     def advance(self, *, applied: bool, loss_is_finite: bool) -> bool:
         """Count a window: 2000 applied in a row double the fp16 scale, one that was not applied halves it.

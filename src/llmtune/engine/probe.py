@@ -23,6 +23,7 @@ from llmtune.data.dataset.micro_batch import make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.objective import flat_nll_sum, plain_nll_sum
 from llmtune.engine.precision import Precision
+from llmtune.engine.sharding import Strategy
 from llmtune.errors import ModelError, in_one_line
 from llmtune.kernels.attention import use_attention, use_segment_attention
 from llmtune.kernels.linear_cross_entropy import find_head
@@ -72,7 +73,7 @@ def _probe_errors() -> tuple[type[Exception], ...]:
 
 
 def try_backend(
-    model: PreTrainedModel | PeftModel, backend: str, device: torch.device, precision: Precision
+    model: PreTrainedModel | PeftModel, backend: str, device: torch.device, precision: Precision, strategy: Strategy
 ) -> str | None:
     """Switch `model` to a backend and probe it; when that fails, switch back and return the reason.
 
@@ -82,7 +83,7 @@ def try_backend(
     before = str(base.config._attn_implementation)
     try:
         use_segment_attention(base, backend)
-        failure = _probe(model, device, precision)
+        failure = strategy.run(_probe, model, device, precision, with_gradients=not strategy.is_sharded)
     except ModelError as error:
         failure = error.problems[0].problem
     except _probe_errors() as error:
@@ -102,10 +103,13 @@ class _Losses:
     plain: Callable[[Sequence[Example]], Tensor]
 
 
-def _probe(model: PreTrainedModel | PeftModel, device: torch.device, precision: Precision) -> str | None:
+def _probe(
+    model: PreTrainedModel | PeftModel, device: torch.device, precision: Precision, *, with_gradients: bool
+) -> str | None:
     """Compare flat and plain losses (and gradients), and a document's loss before and after its neighbour changes.
 
-    None when they are equal, else the difference in words.
+    None when they are equal, else the difference in words. with_gradients: on a CUDA device. Where weights are sharded
+    there is none to compare: a backward pass leaves each process the gradient of its part.
     """
     head = find_head(base_model_of(model))
     assert head is not None
@@ -126,7 +130,7 @@ def _probe(model: PreTrainedModel | PeftModel, device: torch.device, precision: 
         return f"its loss on a probe is {flat:.6g}, the plain forward's {plain:.6g}"
     if before != after:
         return f"a document's loss moved from {before:.8g} to {after:.8g} when its neighbour changed"
-    if device.type != "cuda" or torch.is_inference_mode_enabled():
+    if not with_gradients or device.type != "cuda" or torch.is_inference_mode_enabled():
         return None
     apart = _gradients_apart(model, losses, documents, precision)
     if not apart <= GRADIENT_TOLERANCE[dtype]:

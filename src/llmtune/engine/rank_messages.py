@@ -106,7 +106,8 @@ class RankMessages:
     def errors_printed_once(self) -> Iterator[None]:
         """Let the first process that fails in the body report its error, and mark those of others as reported."""
         try:
-            yield
+            with _communication_errors_named():
+                yield
         except RankLostError as error:
             self._watch.name_lost(error)
             self._watch.leave(failed=False)  # it is not the one to blame
@@ -132,6 +133,21 @@ class RankMessages:
                 with self._watch.waiting(must_work=False):
                     self._store.wait(["closed"])
         self._watch.leave(failed=False)
+
+
+@contextmanager
+def _communication_errors_named() -> Iterator[None]:
+    """Turn an error of torch's communication into RankLostError, and let every other pass.
+
+    With sharded weights a forward or backward pass waits for others inside torch, where no call of ours stands.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        with lost_ranks_noticed():
+            raise
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 
-from llmtune.engine.devices import Devices, full_tensor
+from llmtune.engine.devices import Devices
 from llmtune.engine.optim import Optimizer
 from llmtune.engine.precision import Precision
+from llmtune.engine.sharding import full_tensor, shard_like
 from llmtune.errors import CheckpointError
 
 __all__ = ["Snapshot", "TrainingState", "capture", "capture_rng", "restore", "restore_rng"]
@@ -209,7 +210,8 @@ def _restore_optimizer(
                 paged: torch.Tensor = part.get_state_buffer(parameter, dtype=saved.dtype)  # type: ignore[attr-defined]
                 state[key] = paged.copy_(saved)
             else:
-                state[key] = saved.to(parameter.device if device_kind == "parameter" else "cpu", copy=True)
+                copy = saved.to(parameter.device if device_kind == "parameter" else "cpu", copy=True)
+                state[key] = shard_like(copy, parameter)
         # A parameter without saved state (never moved) must not keep that of a step made in between.
         part.state.pop(parameter, None)
         if state:

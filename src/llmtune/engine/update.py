@@ -20,9 +20,9 @@ from transformers import PreTrainedConfig
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
 from llmtune.data.dataset.batches import BatchPlan
-from llmtune.engine.devices import Devices
 from llmtune.engine.optim import LR_SCALE, Optimizer
 from llmtune.engine.precision import Precision
+from llmtune.engine.sharding import Strategy
 
 __all__ = [
     "StepAfterBackward",
@@ -73,11 +73,11 @@ class StepAfterBackward:
         parameters: Sequence[torch.nn.Parameter],
         optimizer: Optimizer,
         precision: Precision,
-        devices: Devices,
+        strategy: Strategy,
         *,
         max_grad_norm: float | None,
     ) -> None:
-        self._parameters, self._optimizer, self._precision, self._devices = parameters, optimizer, precision, devices
+        self._parameters, self._optimizer, self._precision, self._strategy = parameters, optimizer, precision, strategy
         self._max_grad_norm = max_grad_norm
 
     has_begun = False
@@ -91,7 +91,7 @@ class StepAfterBackward:
         Returns the norm before clipping, shape [].
         """
         # Summed before clipping: the norm is that of the whole window.
-        self._devices.sync_gradients(self._parameters)
+        self._strategy.sum_gradients(self._parameters)
         return self._precision.clip(self._parameters, self._max_grad_norm)
 
     def apply(self, rate: float) -> None:

@@ -71,6 +71,7 @@ def evaluate_examples(
             max_group_tokens=engine.max_group_tokens,
             world_size=devices.world_size if devices else 1,
             rank=devices.rank if devices else 0,
+            equal_counts=engine.equal_counts,
         )
         with precision.autocast():
             sums[name] = _add_up(

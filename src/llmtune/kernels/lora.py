@@ -252,7 +252,7 @@ def is_plain_lora(module: nn.Module) -> bool:
 
 
 def _dequantized(layer: nn.Module) -> Tensor:
-    weight: Tensor = import_bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)  # type: ignore[union-attr]
+    weight: Tensor = import_bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.quant_state)  # type: ignore[union-attr]
     return weight
 
 

@@ -127,6 +127,8 @@ def disable_cpu_repacking(model: nn.Module) -> int:
     layers = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
     for module in layers:
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        # Where weights are sharded the parameter is another object, without its scales; the layer keeps them.
+        module.quant_state = module.weight.quant_state  # type: ignore[assignment, union-attr]
     return len(layers)
 
 

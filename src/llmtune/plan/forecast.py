@@ -147,7 +147,7 @@ class Forecaster:
     def layout(self) -> Layout:
         """How the engine lays micro-batches out, as far as that is known before the model is loaded."""
         config = self.config
-        plain = config.training.engine == "plain" or config.distributed.strategy in ("fsdp", "deepspeed")
+        plain = config.training.engine == "plain"
         return "padded" if plain else "flat"
 
     def batches(self, config: Config) -> BatchPlan:
@@ -237,6 +237,7 @@ class Forecaster:
             process_bytes=self.process_bytes,
             file_bytes=self.shape.file_bytes,
             reference_bytes=self.sizes(config).gradient_bytes if _keeps_copy(config) else 0,
+            shards=self.world_size if config.distributed.strategy == "fsdp" else 1,
         )
 
     def sizes(self, config: Config) -> ModelSizes:

@@ -68,6 +68,7 @@ def plan_memory(
     process_bytes: int,
     file_bytes: int,
     reference_bytes: int = 0,
+    shards: int = 1,
 ) -> MemoryPlan:
     """Add the parts up for every moment of a run and return the moment with the largest sum; all sizes in bytes.
 
@@ -76,29 +77,39 @@ def plan_memory(
 
     kind: `cpu` or `cuda`. thread_caches: the allocator keeps small blocks for each thread. process_bytes: the process
     without a model, which counts for a CPU only. file_bytes: of the weight files. reference_bytes: of a copy
-    of the trained weights that preferences are compared with.
+    of the trained weights that preferences are compared with. shards: processes that each hold an equal part of the
+    weights, gradients and optimizer state, beside what is whole at once (`ModelSizes.unit_bytes`).
     """
     is_cpu = kind == "cpu"
     base = {  # in every moment
         "process": process_bytes if is_cpu else CUDA_CONTEXT_BYTES,
-        "weights": sizes.base_bytes,
-        "adapter": sizes.adapter_bytes,
+        "weights": _held(sizes.base_bytes, shards, whole=sizes.unit_bytes),
+        "adapter": _held(sizes.adapter_bytes, shards),
         "reference": reference_bytes,
     }
     state = optimizer_bytes(optimizer, entries=sizes.trained, entry_bytes=sizes.gradient_bytes)
     # A dropped gradient lives until its weight has moved, so the update of one weight holds one of them.
     at_update = sizes.largest_gradient_bytes if gradients == "dropped" else sizes.gradient_bytes
     # Only the worst moment counts: what one moment frees, another may take.
+    own_state, micro_batch = _held(state, shards), _micro_batch_parts(sizes, peaks, gradients, kind, thread_caches)
+    # A gradient is whole until it is summed.
+    micro_batch["gradients"] = _held(micro_batch["gradients"], shards, whole=min(sizes.unit_bytes, at_update))
     moments = {
-        peaks.peak_phase: {"optimizer": state, **_micro_batch_parts(sizes, peaks, gradients, kind, thread_caches)},
-        "update": {"gradients": at_update, "optimizer": state},
+        peaks.peak_phase: {"optimizer": own_state, **micro_batch},
+        "update": {"gradients": _held(at_update, shards), "optimizer": own_state},
     }
     if is_cpu:
-        moments["saving"] = {"optimizer": state, "workspace": state}  # a checkpoint is written from a copy
-        # The files are mapped while their tensors are copied, so both are in memory for a moment.
-        moments["loading"] = {"workspace": file_bytes}
+        # A checkpoint is written from a copy, the whole of it by the main process.
+        moments["saving"] = {"optimizer": own_state, "workspace": state}
+        # The files are mapped while their tensors are copied, so both are in memory for a moment, whole.
+        moments["loading"] = {"workspace": file_bytes + sizes.base_bytes - base["weights"]}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return MemoryPlan(dict.fromkeys(PARTS, 0) | base | moments[moment], moment, batch, sizes, peaks.host_bytes)
+
+
+def _held(size: int, shards: int, *, whole: int = 0) -> int:
+    """Bytes that a process holds of `size` bytes in equal parts, and of those `whole` at once."""
+    return size if shards == 1 else min(size, -(-size // shards) + whole)
 
 
 def _micro_batch_parts(

@@ -81,6 +81,10 @@ class ModelSizes:
     """Bytes of the largest gradient, usually the embedding's."""
     largest_linear_bytes: int
     """Bytes of the largest quantized weight, dequantized in the type of the arithmetic; 0 when none is quantized."""
+    unit_bytes: int
+    """Bytes of the weights that are whole at once where weights are sharded: those outside of the blocks, and the two
+    largest blocks (the next one is gathered while one is computed).
+    """
 
 
 def read_shape(prepared: Prepared, options: Options) -> ModelShape:
@@ -227,7 +231,15 @@ def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:
         gradient_bytes=sum(weight.nbytes for weight in trained),
         largest_gradient_bytes=max((weight.nbytes for weight in trained), default=0),
         largest_linear_bytes=max((weight.nbytes for weight in quantized.values()), default=0),
+        unit_bytes=_unit_bytes(model),
     )
+
+
+def _unit_bytes(model: PreTrainedModel) -> int:
+    blocks = [{id(weight): weight.nbytes for weight in block.parameters()} for block in checkpointable_blocks(model)]
+    inside = {name for block in blocks for name in block}
+    outside = sum(weight.nbytes for weight in model.parameters() if id(weight) not in inside)
+    return outside + sum(sorted((sum(block.values()) for block in blocks), reverse=True)[:2])
 
 
 def quantized_bytes(shape: torch.Size, kind: str) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from llmtune.common.decisions import Decision
 from llmtune.common.text import readable_bytes
+from llmtune.config.distributed_checks import reason_against_sharding
 from llmtune.config.dump import config_to_dict
 from llmtune.config.schema import Config, ObjectiveConfig, TrainingConfig
 from llmtune.engine.devices import Devices
@@ -23,7 +24,7 @@ from llmtune.plan.forecast import Forecaster
 from llmtune.plan.memory import MemoryPlan
 from llmtune.prepare import Prepared
 
-__all__ = ["fit_to_memory", "keep_resolved", "resolve", "resolve_on_all_ranks", "resolve_rates"]
+__all__ = ["fit_to_memory", "keep_resolved", "resolve", "resolve_on_all_ranks", "resolve_rates", "resolve_strategy"]
 
 SEQUENCES = TrainingConfig().batch_size
 """Sequences of a micro-batch where `training.batch_size` is `auto`; times `gradient_accumulation_steps` they are the
@@ -124,9 +125,7 @@ def fit_to_memory(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
 
 def _largest_that_fits(forecaster: Forecaster, config: Config) -> tuple[Config, str]:
     """The config with the largest micro-batch at the lowest level of recomputation that fits, and the reason."""
-    levels = LEVELS if forecaster.target.kind == "cuda" and not config.training.compile else LEVELS[:2]
-    if config.model.gradient_checkpointing != "auto":
-        levels = (config.model.gradient_checkpointing,)
+    levels = _levels(forecaster, config)
     # Less recomputation before a larger micro-batch: computing blocks twice costs more than small products do.
     sizes, target = micro_batches(config.training), forecaster.target
     budget = readable_bytes(target.budget_bytes)
@@ -140,6 +139,13 @@ def _largest_that_fits(forecaster: Forecaster, config: Config) -> tuple[Config, 
     peak = readable_bytes(forecaster.memory(smallest).peak_bytes)
     # The run is not refused: a plan may be wrong, and the message says what it found.
     return smallest, f"nothing fits: even so the plan is {peak} and {target.name} has {budget} to fill"
+
+
+def _levels(forecaster: Forecaster, config: Config) -> tuple[Recompute, ...]:
+    """The levels of recomputation that may be chosen."""
+    if config.model.gradient_checkpointing != "auto":
+        return (config.model.gradient_checkpointing,)
+    return LEVELS if forecaster.target.kind == "cuda" and not config.training.compile else LEVELS[:2]
 
 
 def _last_that_fits(forecaster: Forecaster, candidates: list[Config]) -> tuple[Config, MemoryPlan] | None:
@@ -174,6 +180,33 @@ def with_micro_batch(config: Config, size: tuple[int, int], recompute: Recompute
     """The config with this (micro-batch, accumulation) pair, and blocks recomputed or not."""
     training = replace(config.training, batch_size=size[0], gradient_accumulation_steps=size[1])
     return replace(config, training=training, model=replace(config.model, gradient_checkpointing=recompute))
+
+
+def resolve_strategy(forecaster: Forecaster, devices: Devices) -> Prepared:
+    """The run with `distributed.strategy: auto` resolved, as on the main process; a process alone needs none.
+
+    `fsdp` where the least that every process could hold with `ddp` does not fit its device. Fast paths and rows are the
+    same with both; `ddp` sends less.
+    """
+    config = forecaster.config
+    if config.distributed.strategy != "auto" or devices.world_size == 1:
+        return forecaster.prepared
+    name, reason = devices.from_main(_strategy_that_fits(forecaster) if devices.is_main else ("ddp", ""))
+    config = replace(config, distributed=replace(config.distributed, strategy=name))
+    return _decided(forecaster.prepared, config, [Decision("distributed.strategy", name, reason)])
+
+
+def _strategy_that_fits(forecaster: Forecaster) -> tuple[Literal["ddp", "fsdp"], str]:
+    config = resolve_rates(forecaster)[0].config
+    least = with_micro_batch(config, micro_batches(config.training)[0], _levels(forecaster, config)[-1])
+    peak, budget = forecaster.memory(least).peak_bytes, forecaster.target.budget_bytes
+    planned = f"at least {readable_bytes(peak)} in each process are planned"
+    if peak <= budget:
+        return "ddp", f"{planned}, and {readable_bytes(budget)} may be filled"
+    against = reason_against_sharding(config)
+    if against is not None:
+        return "ddp", f"{planned}, more than the {readable_bytes(budget)}; but `{against}` cannot be sharded"
+    return "fsdp", f"{planned} with ddp, and only {readable_bytes(budget)} may be filled"
 
 
 def resolve_on_all_ranks(forecaster: Forecaster, devices: Devices) -> Prepared:

@@ -28,6 +28,7 @@ from llmtune.engine.objective import Objective, next_token_objective
 from llmtune.engine.optim import Optimizer, build_optimizer, learning_rate_scales, matrices_of_blocks
 from llmtune.engine.precision import Precision
 from llmtune.engine.schedule import schedule_of
+from llmtune.engine.sharding import Strategy, make_strategy
 from llmtune.engine.update import StepAfterBackward, StepInBackward, Update, choose_windows
 from llmtune.engine.utilization import utilization
 from llmtune.models.load import LoadedModel, load_model
@@ -76,6 +77,8 @@ class TrainingSetup:
     mfu: Callable[[float], float] | None
     """From tokens per second to the part of the device's peak rate in use; None where the peak is not known."""
     devices: Devices
+    strategy: Strategy
+    """How the processes hold the weights."""
     batches: BatchPlan
     base_digest: str
     start_digest: str | None
@@ -110,8 +113,9 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
     decisions = _set_up_process(config, devices)
     assert config.training.precision != "auto", "a config is resolved before a model is built"
     precision = Precision(config.training.precision, devices.device)
+    strategy = make_strategy(config.distributed.strategy, devices)
     is_adapted = config.adapter.method != "none"
-    loaded = _load(prepared, options, devices, precision)
+    loaded = _load(prepared, options, devices, precision, strategy)
     model: PreTrainedModel = loaded.model
     decisions += loaded.decisions
     start_digest: str | None = None
@@ -120,14 +124,15 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
         decisions += adapter_decisions
     elif config.model.train_only:
         decisions.append(freeze_all_but(model, config.model.train_only))
+    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    counts = Counts(count_parameters(model), trained=trained)
+    decisions += strategy.shard(model)
     parameters = trained_parameters(model)
-    devices.broadcast(parameters.values())  # one seed made them alike; now they are, on any mix of devices
-    counts = Counts(count_parameters(model), trained=sum(parameter.numel() for parameter in parameters.values()))
-    engine = build_engine(model, config=config, device=devices.device, precision=precision)
+    engine = build_engine(model, config=config, device=devices.device, precision=precision, strategy=strategy)
     model.train()  # dropout and noise are on from here; evaluation switches them off for itself
     objectives = _make_objectives(prepared, model, engine, parameters, precision, devices, loaded.base_digest)
     optimizer, optimizer_decisions = _make_optimizer(model, parameters, config.training, devices)
-    update, update_decisions = _make_update(list(parameters.values()), optimizer, config.training, precision, devices)
+    update, update_decisions = _make_update(list(parameters.values()), optimizer, config.training, precision, strategy)
     batches, window_decisions = _make_windows(prepared, engine, model, parameters, devices)
     decisions += [*objectives.decisions, *engine.decisions, *optimizer_decisions, *update_decisions, *window_decisions]
     return TrainingSetup(
@@ -143,6 +148,7 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
         learning_rate=schedule_of(config.training, batches.total_steps),
         mfu=utilization(devices, precision.name, total=counts.total, trained=counts.trained),
         devices=devices,
+        strategy=strategy,
         batches=batches,
         base_digest=loaded.base_digest,
         start_digest=start_digest,
@@ -246,24 +252,29 @@ def _make_update(
     optimizer: Optimizer,
     training: TrainingConfig,
     precision: Precision,
-    devices: Devices,
+    strategy: Strategy,
 ) -> tuple[Update, list[Decision]]:
     if not training.step_in_backward:
-        return StepAfterBackward(parameters, optimizer, precision, devices, max_grad_norm=training.max_grad_norm), []
+        return StepAfterBackward(parameters, optimizer, precision, strategy, max_grad_norm=training.max_grad_norm), []
     sizes = [parameter.nbytes for parameter in parameters]
     total, largest = readable_bytes(sum(sizes)), readable_bytes(max(sizes))
     reason = f"asked for: a gradient goes once it is complete; all are {total}, the largest {largest}"
     return StepInBackward(parameters, optimizer), [Decision("training.step_in_backward", True, reason)]
 
 
-def _load(prepared: Prepared, options: Options, devices: Devices, precision: Precision) -> LoadedModel:
+def _load(
+    prepared: Prepared, options: Options, devices: Devices, precision: Precision, strategy: Strategy
+) -> LoadedModel:
     """Load the base model. Raises ConfigError where other processes have another one."""
     config = prepared.config
+    # Weights that will be sharded go to the device part by part, so that it never holds the whole model. Only there are
+    # they quantized.
+    on_host = strategy.is_sharded and config.model.quantization == "none"
     loaded = load_model(
         prepared.source,
         config.model,
         tokenizer=prepared.tokenizer.tokenizer,
-        device=devices.device,
+        device=torch.device("cpu") if on_host else devices.device,
         trained="full" if config.adapter.method == "none" else "adapter",
         precision=precision.name,
         seed=config.run.seed,
@@ -286,6 +297,7 @@ def _make_windows(
             max_group_tokens=max_group_tokens,
             rank=devices.rank,
             world_size=devices.world_size,
+            equal_counts=engine.equal_counts,
         )
 
     return choose_windows(

@@ -15,7 +15,7 @@ from llmtune.adapters.write import adapter_state_and_config, write_adapter
 from llmtune.common.printing import PrintLine
 from llmtune.common.secrets import redacted
 from llmtune.config.dump import config_to_yaml
-from llmtune.engine.devices import full_tensor
+from llmtune.engine.sharding import gather, shard_like
 from llmtune.engine.state import Snapshot
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.models import save
@@ -69,10 +69,17 @@ def restore_weights(setup: TrainingSetup, loaded: LoadedCheckpoint) -> None:
     name = ADAPTER_FILE if setup.is_adapted else WEIGHTS_FILE
     # The digest is taken of the very bytes that fill the tensors, so nothing can come between check and use.
     tensors, _ = durable.read_tensors(loaded.path / name, sha256=loaded.manifest["files"][name]["sha256"])
+    held = _trained_weights(setup)
+    tensors = {name: shard_like(full, held[name]) if name in held else full for name, full in tensors.items()}
     if setup.is_adapted:
         load_adapter_weights(setup.peft_model, loaded.path, tensors)
     else:
         save.restore_weights(setup.model, tensors)
+
+
+def _trained_weights(setup: TrainingSetup) -> Mapping[str, torch.Tensor]:
+    """The trained weights as a checkpoint names them: by peft's names for an adapter, else by parameter name."""
+    return adapter_state_and_config(setup.peft_model)[0] if setup.is_adapted else setup.parameters
 
 
 class Checkpointer:
@@ -188,10 +195,8 @@ class Checkpointer:
         self._setup.devices.on_main(self._attempts.raise_if_failed)
 
     def _gather_weights(self) -> dict[str, torch.Tensor]:
-        """The trained weights as a checkpoint holds them: by peft's names for an adapter, else by parameter name."""
-        setup = self._setup
-        tensors = adapter_state_and_config(setup.peft_model)[0] if setup.is_adapted else setup.parameters
-        return {name: full_tensor(tensor.detach()) for name, tensor in tensors.items()}
+        """The trained weights as a checkpoint holds them."""
+        return gather(_trained_weights(self._setup), keep=self._setup.devices.is_main)
 
     def _write_weights(self, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
         if self._setup.is_adapted:
@@ -223,7 +228,8 @@ class Checkpointer:
         return write
 
     def _gather_state(self) -> dict[str, torch.Tensor]:
-        return {name: full_tensor(tensor) for name, tensor in self._setup.model.state_dict().items()}
+        # The parameters themselves, because only they show which names are one tied weight.
+        return gather(self._setup.model.state_dict(keep_vars=True), keep=self._setup.devices.is_main)
 
     def _card(self, metrics: Mapping[str, Any], step: int) -> str:
         setup, source = self._setup, self._setup.prepared.source

@@ -243,7 +243,8 @@ class Evaluator:
         assert self._right_answers is not None, "answers are judged over held-out rows"
         tokenizer = prepared.tokenizer.tokenizer
         with self._setup.precision.autocast():
-            predictions = predict_answers(
+            predictions = self._setup.strategy.run(
+                predict_answers,
                 self._setup.model,
                 tokenizer,
                 self._right_answers,
@@ -265,7 +266,8 @@ class Evaluator:
     def _write_samples(self, step: int) -> None:
         prepared = self._setup.prepared
         with self._setup.precision.autocast():
-            answers = generate(
+            answers = self._setup.strategy.run(
+                generate,
                 self._setup.model,
                 prepared.tokenizer.tokenizer,
                 prepared.renderer,

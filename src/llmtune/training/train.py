@@ -23,7 +23,7 @@ from llmtune.errors import ConfigError, Problem
 from llmtune.evaluation.scores import Score, find_score
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
-from llmtune.plan.resolve_auto import keep_resolved, resolve_on_all_ranks, resolve_rates
+from llmtune.plan.resolve_auto import keep_resolved, resolve_on_all_ranks, resolve_rates, resolve_strategy
 from llmtune.plan.summary import Plan, make_plan
 from llmtune.prepare import Prepared, prepare
 from llmtune.runs.folder import config_file_of, resolve_run
@@ -208,6 +208,7 @@ def _prepare_and_plan(
     prepared = prepare(resolved, options, progress=tokenizing_progress(print_line))
     devices.check_alike(run_setup.facts_of(prepared))
     forecaster = Forecaster.for_this_machine(prepared, options, devices)
+    forecaster = forecaster.with_prepared(resolve_strategy(forecaster, devices))
     forecaster = forecaster.with_prepared(resolve_on_all_ranks(forecaster, devices))
     plan = make_plan(forecaster)
     print_preflight(forecaster.prepared, resolved.name, device_decisions, plan, print_line)
@@ -240,6 +241,8 @@ def _prepare_again(
     devices.check_alike(run_setup.facts_of(prepared))
     prepared = keep_resolved(prepared, stopped.identity["config"])
     forecaster = Forecaster.for_this_machine(prepared, options, devices)
+    # Another number of processes may hold the weights in another way.
+    forecaster = forecaster.with_prepared(resolve_strategy(forecaster, devices))
     return forecaster.with_prepared(resolve_rates(forecaster)[0])
 
 

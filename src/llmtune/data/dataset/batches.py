@@ -20,7 +20,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmtune.data.dataset.micro_batch import Layout, MicroBatch, MicroBatches, make_micro_batch, split_group
+from llmtune.data.dataset.micro_batch import (
+    Layout,
+    MicroBatch,
+    MicroBatches,
+    idle_micro_batch,
+    make_micro_batch,
+    split_group,
+)
 from llmtune.data.dataset.mixture import EpochDraws
 from llmtune.data.dataset.packing import Indices, seeded_order
 from llmtune.data.example import ExampleSet
@@ -81,7 +88,8 @@ class BatchPlan:
     order of `packs` in every epoch. `rank` is this process of `world_size`. `max_group_tokens` cuts micro-batches
     further where they hold more tokens (padding counted); the window stays the same. `draws` gives the packs of each
     epoch, which then are single examples (or pairs) in their order; without it an epoch has every pack once.
-    `together`: examples that stay in one micro-batch, in order (2: the sides of a pair).
+    `together`: examples that stay in one micro-batch, in order (2: the sides of a pair). `equal_counts`: every process
+    gets as many micro-batches as the one with the most, the last of them idle ones, without rows.
 
     Raises DataError without any pack, ConfigError for `epochs` or `max_steps` that make no step.
     """
@@ -103,6 +111,7 @@ class BatchPlan:
         pad_id: int = 0,
         draws: EpochDraws | None = None,
         together: int = 1,
+        equal_counts: bool = False,
     ) -> None:
         if not packs:
             fix = "look at `llmtune data report` for what became of the rows"
@@ -126,6 +135,7 @@ class BatchPlan:
         self._shuffle_seed = shuffle_seed
         self._layout: Layout = layout
         self._max_group_tokens, self._together = max_group_tokens, together
+        self._equal_counts = equal_counts
         self._build = functools.partial(_build, examples, layout, pad_id)
         # All steps of an epoch use its order; two are kept for steps at the border of epochs.
         self._epoch_order = functools.lru_cache(maxsize=2)(self._make_epoch_order)
@@ -163,30 +173,37 @@ class BatchPlan:
         """Give the window of step number `step`, from 1 to `total_steps`."""
         assert 1 <= step <= self.total_steps, f"step {step} is not in 1..{self.total_steps}"
         span = self._span(step)
-        packs, groups = self._packs_and_groups(span)
+        packs = self._packs_of(span)
+        groups = self._groups_of(packs, self._rank)
+        idle = [_NO_ROWS] * (self._most_groups(packs) - len(groups)) if self._equal_counts else []
         mine = np.concatenate([np.empty(0, dtype=np.int64), *groups])
         return Window(
             step=step,
             epoch=span.epoch + span.end / self.num_packs,
             progress=step / self.total_steps,
-            micro_batches=MicroBatches(groups, self._build),
+            micro_batches=MicroBatches([*groups, *idle], self._build),
             loss_weight=float(np.sum(self._weights[mine])),
             num_tokens=int(np.sum(self._lengths[mine])),
             num_sequences=len(mine),
-            indices=self._examples_of(self._deal(packs)),
+            indices=self._examples_of(self._deal(packs, self._rank)),
             all_indices=self._examples_of(packs),
             row_names=lambda: tuple(self._examples[int(index)].source for index in self._examples_of(packs)),
         )
 
     def groups(self, step: int) -> list[Indices]:
         """Give the example indices of each micro-batch of this process at a step, without reading a token."""
-        return self._packs_and_groups(self._span(step))[1]
+        return self._groups_of(self._packs_of(self._span(step)), self._rank)
 
-    def _packs_and_groups(self, span: _Span) -> tuple[Indices, list[Indices]]:
-        packs = self._epoch_order(span.epoch)[span.begin : span.end]
-        return packs, [
+    def _packs_of(self, span: _Span) -> Indices:
+        return self._epoch_order(span.epoch)[span.begin : span.end]
+
+    def _most_groups(self, packs: Indices) -> int:
+        return max(len(self._groups_of(packs, rank)) for rank in range(self._world_size))
+
+    def _groups_of(self, packs: Indices, rank: int) -> list[Indices]:
+        return [
             group
-            for batch in self._micro_batches(self._deal(packs))
+            for batch in self._micro_batches(self._deal(packs, rank))
             for group in split_group(
                 batch, self._lengths, self._layout, self._max_group_tokens, together=self._together
             )
@@ -227,17 +244,17 @@ class BatchPlan:
         spans = zip(self._begins[packs], self._ends[packs], strict=True)
         return np.concatenate([np.empty(0, dtype=np.int64), *(self._members[begin:end] for begin, end in spans)])
 
-    def _deal(self, packs: Indices) -> Indices:
-        """Give this process's share of a window, longest first, to and fro over the processes to even their work."""
+    def _deal(self, packs: Indices, rank: int) -> Indices:
+        """Give a process's share of a window, longest first, to and fro over the processes to even their work."""
         if self._world_size == 1:
             return packs
         by_length = np.argsort(-self._pack_tokens[packs], kind="stable")
         turn, seat = np.divmod(np.arange(len(packs)), self._world_size)
         receiver = np.where(turn % 2 == 0, seat, self._world_size - 1 - seat)
-        return packs[np.sort(by_length[receiver == self._rank])]
+        return packs[np.sort(by_length[receiver == rank])]
 
     def _micro_batches(self, packs: Indices) -> list[Indices]:
-        """Cut this process's packs of a window into micro-batches of `batch_size` and give the examples of each.
+        """Cut a process's packs of a window into micro-batches of `batch_size` and give the examples of each.
 
         Rows are padded to the longest of their micro-batch, so the padded layout puts equal lengths together.
         """
@@ -259,22 +276,39 @@ def eval_batches(
     world_size: int = 1,
     rank: int = 0,
     together: int = 1,
+    equal_counts: bool = False,
 ) -> Iterator[MicroBatch]:
     """Give every example once, longest first, `batch_size` at a time; each process takes every `world_size`-th.
 
     Longest first needs the least padding, and if memory runs out, it does so at once. Each run of `together` examples
-    (2: pairs) counts as one and stays in one micro-batch.
+    (2: pairs) counts as one and stays in one micro-batch. `equal_counts`: as in `BatchPlan`.
     """
     lengths = np.asarray(examples.lengths, dtype=np.int64)
-    units = np.argsort(-lengths.reshape(-1, together).sum(axis=1), kind="stable").astype(np.int64)[rank::world_size]
-    mine = units[:, None] * together + np.arange(together, dtype=np.int64)
-    for begin in range(0, len(mine), batch_size):
-        batch = mine[begin : begin + batch_size].reshape(-1)
-        for group in split_group(batch, lengths, layout, max_group_tokens, together=together):
-            yield _build(examples, layout, pad_id, group)
+    units = np.argsort(-lengths.reshape(-1, together).sum(axis=1), kind="stable").astype(np.int64)
+    members = units[:, None] * together + np.arange(together, dtype=np.int64)
+
+    def groups_of(rank: int) -> list[Indices]:
+        mine = members[rank::world_size]
+        return [
+            group
+            for begin in range(0, len(mine), batch_size)
+            for group in split_group(
+                mine[begin : begin + batch_size].reshape(-1), lengths, layout, max_group_tokens, together=together
+            )
+        ]
+
+    groups = groups_of(rank)
+    most = max(len(groups_of(one)) for one in range(world_size)) if equal_counts else len(groups)
+    for group in [*groups, *[_NO_ROWS] * (most - len(groups))]:
+        yield _build(examples, layout, pad_id, group)
+
+
+_NO_ROWS: Indices = np.empty(0, dtype=np.int64)
 
 
 def _build(examples: ExampleSet, layout: Layout, pad_id: int, indices: Indices) -> MicroBatch:
+    if not len(indices):
+        return idle_micro_batch(layout)
     batch = make_micro_batch([examples[int(index)] for index in indices], layout, pad_id)
     return replace(batch, indices=indices)
 

@@ -18,7 +18,7 @@ from llmtune.common.page_locked import copy_to
 from llmtune.data.dataset.packing import Indices
 from llmtune.data.example import Example, Side
 
-__all__ = ["Layout", "MicroBatch", "MicroBatches", "even_groups", "make_micro_batch", "split_group"]
+__all__ = ["Layout", "MicroBatch", "MicroBatches", "even_groups", "idle_micro_batch", "make_micro_batch", "split_group"]
 
 Layout = Literal["flat", "padded"]
 
@@ -132,6 +132,14 @@ def make_micro_batch(examples: Sequence[Example], layout: Layout, pad_id: int) -
         loss_weight=float(weights_BT.sum(dtype=np.float64)),
         sides=tuple(example.side for example in examples),
     )
+
+
+def idle_micro_batch(layout: Layout) -> MicroBatch:
+    """A micro-batch that adds nothing, for a process that has fewer rows than the others: two tokens of weight 0."""
+    token = np.zeros(2, dtype=np.int32)
+    batch = make_micro_batch([Example("", token, np.zeros(2, dtype=np.float32))], layout, 0)
+    none = np.empty(0, dtype=np.int64)
+    return replace(batch, sources=(), num_tokens=0, num_sequences=0, sides=(), indices=none)
 
 
 # --- the size of a micro-batch

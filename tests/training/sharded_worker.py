@@ -1,0 +1,67 @@
+"""One process of sharded runs: the real commands, in which no pickle can be read, and what it holds written down.
+
+Run as `python sharded_worker.py COMMANDS RANK WORLD_SIZE`. COMMANDS is a JSON file: a list of commands, each with its
+`name`, its `port` for several processes, and its `words`. Beside it, NAME-RANK.json gets what this process holds in it.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def refuse(*_args, **_named):
+    """Stands for everything that reads a pickle."""
+    raise AssertionError("a pickle was read")
+
+
+def forbid_unpickling():
+    """A pickle runs code of whoever wrote it. Torch binds its own reader when it is imported."""
+    import torch.distributed.distributed_c10d as c10d
+
+    modules = [sys.modules[name] for name in ("pickle", "_pickle")]
+    readers = [(module, name) for module in modules for name in ("loads", "load", "Unpickler")]
+    for module, name in [*readers, (c10d, "_unpickler")]:
+        setattr(module, name, refuse)
+
+
+def written_down(build_setup, path):
+    """`build_setup`, after which the share of this process in every weight and the decisions are in `path`."""
+
+    def build(*args):
+        from torch.distributed.tensor import DTensor
+
+        setup = build_setup(*args)
+        shares = {
+            name: [weight.to_local().numel() if isinstance(weight, DTensor) else None, weight.numel()]
+            for name, weight in setup.model.named_parameters()
+        }
+        decisions = {decision.key: str(decision.value) for decision in setup.decisions}
+        path.write_text(json.dumps({"shares": shares, "decisions": decisions}))
+        return setup
+
+    return build
+
+
+def main(commands, rank, world_size):
+    """Run the commands one after the other, and exit with the code of the first that fails."""
+    from llmtune.cli.main import run
+    from llmtune.training import train
+
+    forbid_unpickling()
+
+    build_setup, code = train.build_setup, 0
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    for command in json.loads(commands.read_text()):
+        os.environ["MASTER_PORT"] = str(command["port"])
+        train.build_setup = written_down(build_setup, commands.with_name(f"{command['name']}-{rank}.json"))
+        code = run(command["words"])
+        if code:
+            break
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads may abort a process while its interpreter is shutting down
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
