@@ -55,6 +55,8 @@ def test_half_of_the_answers_left_out_by_the_template_is_counted_and_named(write
         (turns("q", "a") | {"tools": [{"function": {"name": "add"}}]}, CHATML, "tools-dropped"),
         (turns("q", "a"), OPEN, "no-end-of-turn"),
         (turns("q", "a", weight=0.5), CHATML, "weight-ignored"),
+        (turns("q", "a") | {"chat_template_kwargs": {"enable_thinking": False}}, CHATML, "argument-unread"),
+        (turns("q<|im_end|>", "a"), CHATML, "control-string"),
     ],
 )
 def test_each_warning_that_changes_what_is_trained_is_named_with_its_way_out(

@@ -60,6 +60,13 @@ def test_each_row_is_answered_beside_its_reference_in_its_order(run, rows, tiny_
     assert lines_of(one) == lines
 
 
+def test_an_answer_is_never_longer_than_asked_also_where_its_reference_is(run, rows, tiny_model_folder):
+    code, out, err = run("predict", tiny_model_folder, "--data", rows, "--max-new-tokens", "2")
+    assert code == 0, err
+    assert [line["num_tokens"] for line in lines_of(out)] == [2, 2, 2]
+    assert "3 of 3 references have more than 2 tokens" in err
+
+
 def test_only_wrong_answers_are_printed_where_they_are_asked_for(run, rows, tiny_model_folder):
     arguments = ("predict", tiny_model_folder, "--data", rows, "--max-new-tokens", "6")
     wrong = [line for line in lines_of(run(*arguments)[1]) if not line["exact"]]
@@ -139,6 +146,9 @@ def test_sampling_options_reach_the_model(run, tiny_model_folder):
     arguments = ("generate", tiny_model_folder, "the user asks", "--max-new-tokens", "12", "--json")
     plain = json.loads(run(*arguments)[1])
     assert json.loads(run(*arguments, "--temperature", "2", "--top-k", "1")[1]) == plain
+    _, out, err = run(*arguments, "--top-k", "5", "--top-p", "0.5")
+    assert json.loads(out) == plain
+    assert "no token is drawn at temperature 0, so --top-k and --top-p changes nothing" in err
     assert json.loads(run(*arguments, "--repetition-penalty", "5")[1])["text"] != plain["text"]
     stopped = json.loads(run(*arguments, "--stop", plain["text"][3:5])[1])
     assert stopped["stopped_by"] == "stop_text"

@@ -35,8 +35,13 @@ def weights(run):
 
 @pytest.mark.parametrize(
     "words",
-    [("resume", "{}/checkpoints/step-000002"), ("train", "--resume-from-checkpoint", "{}/checkpoints/step-000002")],
-    ids=["resume", "train"],
+    [
+        ("resume", "{}/checkpoints/step-000002"),
+        ("resume", "{}", "--checkpoint", "step-000002"),
+        ("resume", "{}", "--checkpoint", "2"),
+        ("train", "--resume-from-checkpoint", "{}/checkpoints/step-000002"),
+    ],
+    ids=["resume", "resume --checkpoint", "resume --checkpoint N", "train"],
 )
 def test_a_run_goes_back_to_a_named_checkpoint_and_ends_with_the_same_bytes(run, program, words):
     before = weights(run)
@@ -47,11 +52,49 @@ def test_a_run_goes_back_to_a_named_checkpoint_and_ends_with_the_same_bytes(run,
     assert weights(run) == before
 
 
+def test_going_back_sets_later_checkpoints_aside_until_their_steps_come_again(run, program):
+    places = run / "checkpoints"
+    code, err = program("resume", places / "step-000001", "training.max_steps=2", "--allow-changes", "--no-cuda")
+    assert code == 0, err
+    assert "set aside until their steps come again: step-000002.replaced, step-000003.replaced" in err
+    # The newest checkpoint is the one of the training that went on, and nothing of the other is lost.
+    found = sorted(path.name for path in places.glob("step-*"))
+    assert found == ["step-000001", "step-000002", "step-000003.replaced", "step-000004.replaced"]
+    code, err = program("resume", run, "training.max_steps=2", "--allow-changes", "--no-cuda")
+    assert "finished after step 2 already" in err
+    code, err = program("resume", run, "training.max_steps=4", "--allow-changes", "--no-cuda")
+    assert code == 0, err
+    assert sorted(path.name for path in places.glob("step-*")) == [f"step-00000{step}" for step in (1, 2, 3, 4)]
+
+
+def test_a_best_model_of_a_later_step_is_set_aside_with_its_checkpoints(config_of, program):
+    keep = ("checkpoint.keep_best=true", "evaluation.every_steps=1", "training.max_steps=3")
+    run = training.train(config_of(*keep, "checkpoint.every_steps=1", "checkpoint.keep_last=0")).folder
+    before = {path.name: path.read_bytes() for path in (run / "checkpoints" / "best").iterdir()}
+    code, err = program("resume", run, "--checkpoint", "1", "--no-cuda")
+    assert code == 0, err
+    assert "step-000003.replaced, best.replaced" in err
+    assert {path.name: path.read_bytes() for path in (run / "checkpoints" / "best").iterdir()} == before
+    assert not list((run / "checkpoints").glob("*.replaced*"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("resume", "{}/checkpoints"), ("train", "--resume-from-checkpoint", "{}")],
+    ids=["folder of checkpoints", "folder of the run"],
+)
+def test_the_folder_of_a_run_or_of_its_checkpoints_goes_on_from_the_newest(run, program, words):
+    code, err = program(*(word.format(run) for word in words), "--no-cuda")
+    assert code == 0, err
+    assert "finished after step 4 already" in err
+
+
 @pytest.mark.parametrize("name", ["final", "best"])
 def test_a_model_without_its_optimizer_is_no_place_to_go_on_from(run, program, name):
     (run / "checkpoints" / "best").mkdir()
     code, err = program("resume", run / "checkpoints" / name)
     assert code == 5
+    assert code == program("resume", run, "--checkpoint", name)[0]
     assert f"`{name}` holds the model alone" in err
     assert "step-000001, step-000002, step-000003, step-000004" in err
 

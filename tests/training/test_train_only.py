@@ -1,5 +1,7 @@
 """`model.train_only`: full tuning that moves some parameters and no bit of the others."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -7,7 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
-from llmtune.errors import ConfigError
+from llmtune.deploy.export import export
+from llmtune.errors import ConfigError, ModelError
+from llmtune.evaluation.inference_model import load_inference_model
 from llmtune.models.parameters import freeze_all_but, trained_parameters
 from llmtune.plan import forecast
 from llmtune.plan.forecast import Forecaster
@@ -46,6 +50,22 @@ def test_it_resumes_to_the_same_bytes(config_of):
     same = training.train(config_of(*FAST, LAST, "training.lr_schedule=constant", name="same")).folder
     training.resume(str(part.folder), overrides=["training.max_steps=4"], allow_changes=True)
     assert weights_of(part.folder) == weights_of(same) != weights_of(whole)
+
+
+def test_a_run_that_has_checkpoints_only_answers_with_the_base_s_other_weights(config_of, tmp_path):
+    run = training.train(config_of(*FAST, LAST)).folder
+    final = load_inference_model(str(run), no_cuda=True).model.state_dict()
+    shutil.rmtree(run / "checkpoints" / "final")
+    stopped = load_inference_model(str(run), no_cuda=True)
+    assert stopped.description.endswith("step-000004")
+    assert all(torch.equal(tensor, final[name]) for name, tensor in stopped.model.state_dict().items())
+    earlier = load_inference_model(str(run), checkpoint="2", no_cuda=True).model.state_dict()
+    moved = {name for name in final if not torch.equal(earlier[name], final[name])}
+    assert moved
+    assert all(".layers.1." in name or name == "model.norm.weight" for name in moved)
+    with pytest.raises(ModelError, match="holds the trained weights alone") as refused:
+        export(str(run), tmp_path / "exported")
+    assert "llmtune resume" in refused.value.problems[0].fix
 
 
 def test_a_pattern_of_a_tied_head_is_one_of_the_embedding(tiny_model_folder):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.generate import MaxNewTokens, Model, System, open_inference_model, read_prompts
-from llmtune.cli.options import NoCuda
+from llmtune.cli.options import NoCuda, TemplateArgs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,20 +37,21 @@ def compare(
     system: System = None,
     max_new_tokens: MaxNewTokens = 128,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
+    template_args: TemplateArgs = None,
     no_cuda: NoCuda = False,
 ) -> None:
     """Show what the base says and what the tuned model says, or what any two models say."""
     texts = list(prompts or [])
     if other is None and texts and _names_a_model(texts[0]):
         other = texts.pop(0)
-    loaded = open_inference_model(run, no_cuda=no_cuda)
+    loaded = open_inference_model(run, no_cuda=no_cuda, template_args=template_args)
     configured = list(loaded.config.evaluation.prompts) if loaded.config is not None else []
     use_configured = configured and not texts and prompt_file is None
     texts = configured if use_configured else read_prompts(texts, prompt_file)
     first = _answers(loaded, loaded.model, texts, system, max_new_tokens)
     if other is not None:
         del loaded  # the two need not fit into memory together
-        second_model = open_inference_model(other, no_cuda=no_cuda)
+        second_model = open_inference_model(other, no_cuda=no_cuda, template_args=template_args)
         second = _answers(second_model, second_model.model, texts, system, max_new_tokens)
         _show({run: first, other: second} if run != other else {"first": first, "second": second}, as_json=as_json)
         return

@@ -11,7 +11,7 @@ import typer
 
 from llmtune.cli.failure import print_line
 from llmtune.cli.generate import Model, open_inference_model
-from llmtune.cli.options import Checkpoint, NoCuda, Score
+from llmtune.cli.options import Checkpoint, NoCuda, Score, TemplateArgs
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, SourceConfig
 from llmtune.errors import ConfigError, DataError, Problem, UsageError
@@ -52,12 +52,13 @@ def evaluate(
         int, typer.Option("--max-new-tokens", min=1, help="Longest answer of --exact-match, in tokens.")
     ] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    template_args: TemplateArgs = None,
     no_cuda: NoCuda = False,
 ) -> None:
     """Measure loss, perplexity and bits per byte on held-out rows."""
     if data and config:
         raise UsageError("--data and --config both name rows", "command line", "give one of them")
-    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda)
+    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
     rows, settings = held_out_rows(loaded, data, config)
     print_line(f"{len(rows)} held-out rows, measured in float32 arithmetic")
     metrics = _measure(loaded, settings, rows, batch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,17 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.failure import print_line
-from llmtune.cli.options import Checkpoint, NoCuda
+from llmtune.cli.options import Checkpoint, NoCuda, TemplateArgs
 from llmtune.cli.process import prepare_process
 from llmtune.common.offline import is_offline
-from llmtune.errors import UsageError
+from llmtune.config.layers import load_config
+from llmtune.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     from llmtune.data.example import Message
     from llmtune.evaluation.generate import Answer
     from llmtune.evaluation.inference_model import InferenceModel
+    from llmtune.evaluation.sampling import Sampling
 
-__all__ = ["chat", "generate", "open_inference_model", "read_prompts"]
+__all__ = ["chat", "generate", "open_inference_model", "read_prompts", "read_sampling"]
 
 SUBJECT_HELP = "A run (folder or name), an adapter, a model's folder, a name of list-models, a hub id, a .gguf file."
 Model = Annotated[str, typer.Argument(metavar="RUN|MODEL", help=SUBJECT_HELP)]
@@ -62,14 +65,14 @@ def generate(
         bool, typer.Option("--text", help="Continue the prompt as plain text, without a chat template.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")] = False,
+    template_args: TemplateArgs = None,
     no_cuda: NoCuda = False,
 ) -> None:
     """Answer prompts, rendered exactly as in training."""
     texts = read_prompts(prompts or [], prompt_file)
-    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda)
+    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
     from llmtune.evaluation.generate import TextPrompt
     from llmtune.evaluation.generate import generate as answer_all
-    from llmtune.evaluation.sampling import Sampling
 
     as_text = text or (loaded.answers_text and system is None)
     answers = answer_all(
@@ -79,7 +82,7 @@ def generate(
         [TextPrompt(prompt) if as_text else prompt for prompt in texts],
         max_new_tokens=max_new_tokens,
         system=system,
-        sampling=Sampling(repetition_penalty, temperature, top_k, top_p, seed, tuple(stop or ())),
+        sampling=read_sampling(repetition_penalty, temperature, top_k, top_p, seed, stop),
     )
     for answer in answers:
         print(json.dumps(_as_dict(answer), ensure_ascii=False) if as_json else answer.text, flush=True)
@@ -99,15 +102,15 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     stop: Stop = None,
     seed: Seed = 0,
+    template_args: TemplateArgs = None,
     no_cuda: NoCuda = False,
 ) -> None:
     """Talk with a model; /reset forgets what was said, /exit ends."""
-    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda)
+    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
     from llmtune.data.example import Message
     from llmtune.evaluation.generate import generate as answer_all
-    from llmtune.evaluation.sampling import Sampling
 
-    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, seed, tuple(stop or ()))
+    sampling = read_sampling(repetition_penalty, temperature, top_k, top_p, seed, stop)
     start = [Message("system", system)] if system is not None else []
     messages: list[Message] = list(start)
     print_line("/reset forgets what was said, /exit ends")
@@ -132,14 +135,48 @@ def chat(
         print(answer.text, flush=True)
 
 
-def open_inference_model(name: str, *, checkpoint: str | None = None, no_cuda: bool = False) -> InferenceModel:
-    """Load the run, adapter or model of that name, and print its description."""
+def open_inference_model(
+    name: str, *, checkpoint: str | None = None, no_cuda: bool = False, template_args: str | None = None
+) -> InferenceModel:
+    """Load the run, adapter or model of that name, and print its description and what stands around its prompts.
+
+    Raises UsageError for `template_args` that are no arguments of a chat template.
+    """
+    arguments = _read_template_args(template_args)
     prepare_process()
     from llmtune.evaluation.inference_model import load_inference_model
 
-    loaded = load_inference_model(name, checkpoint=checkpoint, offline=is_offline(), no_cuda=no_cuda)
+    loaded = load_inference_model(
+        name, checkpoint=checkpoint, offline=is_offline(), no_cuda=no_cuda, template_args=arguments
+    )
     print_line(loaded.description)
+    if around := loaded.defaults.described():
+        print_line(f"prompts are written with: {around}")
+    for line in loaded.renderer.unread_arguments():
+        print_line(f"note: {line}")
     return loaded
+
+
+def read_sampling(
+    repetition_penalty: float, temperature: float, top_k: int, top_p: float, seed: int, stop: list[str] | None
+) -> Sampling:
+    """The sampling that the options ask for; options that change nothing at temperature 0 are named."""
+    from llmtune.evaluation.sampling import Sampling
+
+    given = [name for name, is_given in (("--top-k", top_k > 0), ("--top-p", top_p < 1)) if is_given]
+    if given and temperature == 0:
+        print_line(f"note: no token is drawn at temperature 0, so {' and '.join(given)} changes nothing")
+    return Sampling(repetition_penalty, temperature, top_k, top_p, seed, tuple(stop or ()))
+
+
+def _read_template_args(text: str | None) -> Mapping[str, object]:
+    """The mapping of an option `--template-args`, read as the config key is."""
+    if text is None:
+        return {}
+    try:
+        return load_config(None, overrides=[f"data.template_args={text}"], environ={}).config.data.template_args
+    except ConfigError as error:
+        raise UsageError.all(problem._replace(where="--template-args") for problem in error.problems) from error
 
 
 def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:

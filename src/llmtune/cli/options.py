@@ -17,6 +17,7 @@ __all__ = [
     "NoCudaInTraining",
     "Overrides",
     "Score",
+    "TemplateArgs",
     "TrustRemoteCode",
     "Verbose",
 ]
@@ -31,6 +32,14 @@ Score = Annotated[
         "--score",
         metavar="NAME|FILE.py:FUNCTION",
         help="Judge answers: exact, contains, f1, number, or a function of (prompt, reference, answer), which is run.",
+    ),
+]
+TemplateArgs = Annotated[
+    str | None,
+    typer.Option(
+        "--template-args",
+        metavar="{NAME: VALUE}",
+        help="Arguments of the chat template, such as '{enable_thinking: false}'; those of training count below.",
     ),
 ]
 Checkpoint = Annotated[

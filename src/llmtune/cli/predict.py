@@ -10,7 +10,6 @@ import typer
 from llmtune.cli.evaluate import held_out_rows
 from llmtune.cli.failure import print_line
 from llmtune.cli.generate import (
-    MaxNewTokens,
     Model,
     RepetitionPenalty,
     Seed,
@@ -19,8 +18,9 @@ from llmtune.cli.generate import (
     TopK,
     TopP,
     open_inference_model,
+    read_sampling,
 )
-from llmtune.cli.options import Checkpoint, NoCuda, Score
+from llmtune.cli.options import Checkpoint, NoCuda, Score, TemplateArgs
 from llmtune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,21 +46,26 @@ def predict(
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Rows at once; a greedy answer does not depend on it.")
     ] = 8,
-    max_new_tokens: MaxNewTokens = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", min=1, help="Longest answer, in tokens; 256 or the longest reference when not given."
+        ),
+    ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     stop: Stop = None,
     seed: Seed = 0,
+    template_args: TemplateArgs = None,
     no_cuda: NoCuda = False,
 ) -> None:
     """Print one JSON object for each row: prompt, reference, answer, and whether they are exactly equal."""
     if data and config:
         raise UsageError("--data and --config both name rows", "command line", "give one of them")
-    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda)
-    from llmtune.evaluation.predictions import predict_answers
-    from llmtune.evaluation.sampling import Sampling
+    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
+    from llmtune.evaluation.predictions import predict_answers, split_at_answer
     from llmtune.evaluation.scores import find_score, scores_of
 
     judge = find_score(score) if score is not None else None
@@ -71,8 +76,9 @@ def predict(
         rows,
         stop_token_ids=loaded.renderer.stop_token_ids,
         pad_id=loaded.tokenizer.pad_token_id or 0,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(repetition_penalty, temperature, top_k, top_p, seed, tuple(stop or ())),
+        max_new_tokens=max_new_tokens or 256,
+        fits_references=max_new_tokens is None,
+        sampling=read_sampling(repetition_penalty, temperature, top_k, top_p, seed, stop),
         batch_size=batch_size,
     )
     scores = scores_of(predictions, judge) if judge is not None else []
@@ -81,6 +87,11 @@ def predict(
             continue
         score_of_it = {"score": scores[index]} if scores else {}
         print(json.dumps(_as_dict(prediction) | score_of_it, ensure_ascii=False), flush=True)
+    if max_new_tokens is not None:
+        references = [pair[1] for row in range(len(rows)) if (pair := split_at_answer(rows[row])) is not None]
+        cut = sum(len(reference) > max_new_tokens for reference in references)
+        if cut:
+            print_line(f"{cut} of {len(references)} references have more than {max_new_tokens} tokens")
     exact = sum(prediction.is_exact for prediction in predictions)
     skipped = f"; {len(rows) - len(predictions)} rows hold no prompt and answer" * (len(predictions) < len(rows))
     mean = f"; mean score {sum(scores) / len(scores):.4g}" if scores else ""

@@ -33,6 +33,9 @@ def resume(
             "and overrides.",
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="Of the run: step-N; the newest valid one when not given.")
+    ] = None,
     devices: Devices = None,
     no_cuda: NoCudaInTraining = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -48,7 +51,7 @@ def resume(
     has_run = bool(overrides) and ("=" not in overrides[0] or Path(overrides[0]).exists())
     run = overrides.pop(0) if has_run else None
     options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code, score=score)
-    resume_run(run, overrides, options, allow_changes=allow_changes, verbose=verbose)
+    resume_run(run, overrides, options, allow_changes=allow_changes, checkpoint=checkpoint, verbose=verbose)
     return None
 
 
@@ -58,7 +61,7 @@ def resume_run(
     options: Options,
     *,
     allow_changes: bool = False,
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
     verbose: bool = False,
 ) -> None:
     """Resume `run` (or the run of `checkpoint`) and show how it ended."""

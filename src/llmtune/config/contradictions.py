@@ -204,6 +204,18 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         "set `data.test_size` or `data.eval`, or `checkpoint.final: last`",
     ),
     Contradiction(
+        ("evaluation.top_k", "evaluation.temperature"),
+        lambda c, _: c.evaluation.top_k > 0 and c.evaluation.temperature == 0,
+        "no token is drawn at temperature 0, so this changes nothing",
+        "set `evaluation.temperature: 0.7`, or leave `evaluation.top_k` out",
+    ),
+    Contradiction(
+        ("evaluation.top_p", "evaluation.temperature"),
+        lambda c, _: c.evaluation.top_p < 1 and c.evaluation.temperature == 0,
+        "no token is drawn at temperature 0, so this changes nothing",
+        "set `evaluation.temperature: 0.7`, or leave `evaluation.top_p` out",
+    ),
+    Contradiction(
         ("evaluation.score", "data.test_size", "data.eval"),
         lambda c, _: c.evaluation.score is not None and not _has_held_out(c),
         "answers to held-out prompts are judged, and no rows are held out",

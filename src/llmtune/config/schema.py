@@ -514,6 +514,23 @@ class EvaluationConfig:
     max_new_tokens: int = 128
     """Longest answer to a prompt, in tokens."""
 
+    temperature: float = 0.0
+    """For the answers to `evaluation.prompts`: 0 takes the most likely token, above 0 tokens are drawn, with `run.seed`
+    as their seed.
+    """
+
+    top_k: int = 0
+    """Draw from so many most likely tokens; 0 from all."""
+
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens that holds this probability."""
+
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that stand before become less likely in the answers to `evaluation.prompts`."""
+
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer to `evaluation.prompts`."""
+
     exact_match: bool = False
     """Before and after training, answer the held-out prompts greedily and count the answers that equal the reference
     exactly.

@@ -29,8 +29,8 @@ from llmtune.deploy.gguf_model import refuse_unwritable, write_gguf
 from llmtune.deploy.gguf_vocabulary import refuse_other_ids
 from llmtune.deploy.merge import MergeReport, merge_lora
 from llmtune.deploy.model_folder import ModelFolder, open_model_folder, write_model_folder
-from llmtune.errors import UsageError
-from llmtune.evaluation.inference_model import find_tokenizer
+from llmtune.errors import ModelError, UsageError
+from llmtune.evaluation.inference_model import find_prompt_defaults, find_tokenizer
 from llmtune.models.catalog import resolve, resolve_model_argument
 from llmtune.models.gguf import read_gguf
 
@@ -115,7 +115,12 @@ class _Request:
             return open_model_folder(source)
         config = load_config(str(run / "config.yaml"), environ={}).config
         base = resolve(config.model.name, config.model.revision, offline=self.offline)
-        return open_model_folder(source, find_tokenizer(Path(name), run, base, config))
+        if config.model.train_only and Path(name).name.startswith("step-"):
+            problem = "a checkpoint of `model.train_only` holds the trained weights alone, not a whole model"
+            fix = f"finish the run (`llmtune resume {run}`), or export its best model with --checkpoint best"
+            raise ModelError(problem, where=name, fix=fix)
+        tokenizer = find_tokenizer(Path(name), run, base, config)
+        return open_model_folder(source, tokenizer, find_prompt_defaults(Path(name), run, config))
 
 
 def _choose_format(output: Path, requested: Format | None) -> Format:
@@ -170,6 +175,8 @@ def _export_gguf(request: _Request) -> ExportReport:
         prompts = probe_prompts(model_folder.tokenizer, model_folder.rows)
         written = logits_of(model.eval(), prompts)
         del model  # the comparison loads the source
+        if prompts_in_training := model_folder.defaults.described():
+            notes.append(f"a GGUF file cannot hold what stood around each prompt in training: {prompts_in_training}")
         if vocabulary.normalizes:
             notes.append(
                 "this tokenizer composes its text first (NFC), and llama.cpp does not: "

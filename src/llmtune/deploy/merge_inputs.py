@@ -11,9 +11,10 @@ from llmtune.adapters.find import base_name_of, find_adapter, find_base, run_of
 from llmtune.config.layers import load_config
 from llmtune.deploy.base_weights import unquantized_folder
 from llmtune.errors import AdapterError
-from llmtune.evaluation.inference_model import find_tokenizer
+from llmtune.evaluation.inference_model import find_prompt_defaults, find_tokenizer
 from llmtune.models.catalog import resolve
 from llmtune.models.catalog_entry import ModelSource
+from llmtune.models.prompt_defaults import PromptDefaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,6 +37,8 @@ class MergeInputs:
     loaded_dtype: DtypeName
     """Type the base was loaded in, and quantized from; float32 where none is recorded."""
     tokenizer: PreTrainedTokenizerFast
+    defaults: PromptDefaults
+    """What training put around each prompt."""
 
 
 def find_merge_inputs(source: Path, base: str | None, *, offline: bool = False) -> MergeInputs:
@@ -63,4 +66,5 @@ def find_merge_inputs(source: Path, base: str | None, *, offline: bool = False) 
         quantization=record.get("quantization"),
         loaded_dtype=record.get("dtype") or "float32",
         tokenizer=find_tokenizer(adapter, run or adapter, base_source, config),
+        defaults=find_prompt_defaults(adapter, run or adapter, config),
     )

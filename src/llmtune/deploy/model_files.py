@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmtune import durable
 from llmtune.errors import ModelError
+from llmtune.models.prompt_defaults import PromptDefaults, write_prompt_defaults
 from llmtune.models.save import MAX_SHARD_BYTES, write_tokenizer
 
 if TYPE_CHECKING:
@@ -62,11 +63,13 @@ def write_model_files(
     generation_config_from: Sequence[Path],
     tokenizer: PreTrainedTokenizerFast,
     card: str,
+    defaults: PromptDefaults,
 ) -> None:
     """Write everything beside the weights: config, generation config, tokenizer and README.md.
 
     dtypes: types of the floating-point weights; the config names the type when there is one. generation_config_from:
-    folders, the first of which with a generation_config.json gives it; it says where an answer ends.
+    folders, the first of which with a generation_config.json gives it; it says where an answer ends. defaults: what
+    stands around each prompt.
 
     Raises MachineError when the system refuses to write.
     """
@@ -81,6 +84,7 @@ def write_model_files(
     if generation_config is not None:
         durable.write_bytes(folder / "generation_config.json", generation_config.read_bytes())
     write_tokenizer(tokenizer, folder)
+    write_prompt_defaults(folder, defaults)
     durable.write_text(folder / "README.md", card)
 
 

@@ -18,6 +18,7 @@ from llmtune.errors import ModelError
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.load import load_model
 from llmtune.models.model_card import exported_model_card
+from llmtune.models.prompt_defaults import PromptDefaults, read_prompt_defaults
 from llmtune.models.read_config import read_config
 from llmtune.models.scan import read_json_file, weight_files
 from llmtune.models.tokenizer import load_tokenizer
@@ -40,6 +41,8 @@ class ModelFolder:
     names: tuple[str, ...]
     """Names of the weights to write; a tied head is left out, because it is one with its embedding."""
     tokenizer: PreTrainedTokenizerFast
+    defaults: PromptDefaults
+    """What training put around each prompt."""
 
     def dtype(self, name: str, requested: torch.dtype | None) -> torch.dtype:
         """Return the type a weight is written in: `requested` for floating-point weights, else as stored."""
@@ -82,10 +85,14 @@ class ModelFolder:
         return tuple(dict.fromkeys(int(token) for token in ids if token is not None))
 
 
-def open_model_folder(source: ModelSource, tokenizer: PreTrainedTokenizerFast | None = None) -> ModelFolder:
+def open_model_folder(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    defaults: PromptDefaults | None = None,
+) -> ModelFolder:
     """Open the model of `source`: a folder, a GGUF file (converted first) or a hub id.
 
-    tokenizer: of a checkpoint, whose folder has none; the model's own when None.
+    tokenizer, defaults: of a run, whose checkpoints have none; the model's own when None.
 
     Raises ModelError where there are no weights to write back: for a model that is only built from scratch, or is
     published quantized, or has unsafe or unreadable files; TokenizerError; MachineError when it cannot be fetched.
@@ -100,7 +107,16 @@ def open_model_folder(source: ModelSource, tokenizer: PreTrainedTokenizerFast | 
     tokenizer = tokenizer or load_tokenizer(source, ModelConfig(name=source.name)).tokenizer
     tied = set(tied_names(model))
     names = tuple(name for name in weights.names if name not in tied)
-    return ModelFolder(source, folder, config, type(model).__name__, weights, names, tokenizer)
+    return ModelFolder(
+        source,
+        folder,
+        config,
+        type(model).__name__,
+        weights,
+        names,
+        tokenizer,
+        defaults or read_prompt_defaults(folder),
+    )
 
 
 def write_model_folder(model_folder: ModelFolder, output: Path, *, dtype: torch.dtype | None) -> None:
@@ -122,5 +138,9 @@ def write_model_folder(model_folder: ModelFolder, output: Path, *, dtype: torch.
         dtypes={tensor.dtype for tensor in described.values() if tensor.is_floating_point()},
         generation_config_from=(model_folder.folder,),
         tokenizer=model_folder.tokenizer,
-        card=exported_model_card(source.name if source.kind == "hub" else model_folder.folder.name),
+        card=exported_model_card(
+            source.name if source.kind == "hub" else model_folder.folder.name,
+            prompts=model_folder.defaults.described(),
+        ),
+        defaults=model_folder.defaults,
     )

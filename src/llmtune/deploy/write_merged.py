@@ -59,7 +59,8 @@ def write_merged(plan: MergePlan, inputs: MergeInputs, folder: Path) -> MergeSta
         dtypes=statistics.dtypes,
         generation_config_from=(inputs.adapter, inputs.base_folder),
         tokenizer=inputs.tokenizer,
-        card=merged_model_card(adapter=inputs.adapter.name, base=inputs.base_name),
+        card=merged_model_card(adapter=inputs.adapter.name, base=inputs.base_name, prompts=inputs.defaults.described()),
+        defaults=inputs.defaults,
     )
     return statistics
 

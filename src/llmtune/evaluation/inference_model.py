@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -14,21 +14,23 @@ from llmtune.adapters.config_file import read_base_record
 from llmtune.adapters.find import base_name_of, find_base, find_result_named, run_of
 from llmtune.adapters.load import load_adapter
 from llmtune.config.layers import load_config
-from llmtune.config.schema import Config, ModelConfig
+from llmtune.config.schema import Config, DataConfig, ModelConfig
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.engine.devices import choose_device
 from llmtune.errors import ModelError
 from llmtune.models.catalog import resolve, resolve_model_argument
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.prompt_defaults import PromptDefaults, prompt_defaults_of, read_prompt_defaults
 from llmtune.models.scan import read_json_file
 from llmtune.models.tokenizer import load_tokenizer, load_tokenizer_folder
+from llmtune.models.weights import load_trained_part
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["InferenceModel", "find_tokenizer", "load_inference_model"]
+__all__ = ["InferenceModel", "find_prompt_defaults", "find_tokenizer", "load_inference_model"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class InferenceModel:
     """Config of its run."""
     base: ModelSource | None = None
     """The base it was tuned from, where that is known."""
+    defaults: PromptDefaults = field(default_factory=PromptDefaults)
+    """What stands around each prompt."""
 
     @contextmanager
     def as_before_tuning(self) -> Iterator[PreTrainedModel | PeftModel]:
@@ -72,10 +76,12 @@ def load_inference_model(
     checkpoint: str | None = None,
     offline: bool = False,
     no_cuda: bool = False,
+    template_args: Mapping[str, object] | None = None,
 ) -> InferenceModel:
     """Load RUN|MODEL: a run, an adapter's or a model's folder, a catalog name, a hub id, or a .gguf file.
 
     Of a run the final model is taken, else the best, else the newest checkpoint; or `checkpoint` (see `find_result`).
+    template_args: arguments of the chat template, before those of its training.
     Raises ModelError, AdapterError or TokenizerError for a model that cannot be found or loaded, UsageError for a
     checkpoint that is not there, MachineError when it cannot be fetched.
     """
@@ -86,10 +92,15 @@ def load_inference_model(
     # Without the environment: a run is used as it was trained, whatever this shell sets.
     config = load_config(str(folder / "config.yaml"), environ={}).config if run is not None else None
     if result is None:
-        return _load_published(name, device, offline=offline)
-    if (result / "adapter_config.json").is_file():
-        return _load_adapted(result, folder, config, device, offline=offline)
-    return _load_full(result, folder, config, device, offline=offline)
+        loaded = _load_published(name, device, offline=offline)
+    elif (result / "adapter_config.json").is_file():
+        loaded = _load_adapted(result, folder, config, device, offline=offline)
+    else:
+        loaded = _load_full(result, folder, config, device, offline=offline)
+    if not template_args:
+        return loaded
+    defaults = replace(loaded.defaults, template_args={**loaded.defaults.template_args, **template_args})
+    return replace(loaded, defaults=defaults, renderer=_make_renderer(loaded.tokenizer, config, defaults))
 
 
 def _load_published(name: str, device: torch.device, *, offline: bool) -> InferenceModel:
@@ -97,7 +108,7 @@ def _load_published(name: str, device: torch.device, *, offline: bool) -> Infere
     model_config = ModelConfig(name=name)
     tokenizer = load_tokenizer(source, model_config).tokenizer
     model = _load_model(source, model_config, tokenizer, device).model
-    return _with_renderer(model, tokenizer, f"{name}, as published", source, Path(name), None, is_adapted=False)
+    return _with_renderer(model, tokenizer, f"{name}, as published", source, Path(name), None, result=Path(name))
 
 
 def _load_adapted(
@@ -114,7 +125,7 @@ def _load_adapted(
     base = _load_model(source, model_config, tokenizer, device, seed=seed)
     model = load_adapter(base.model, adapter, base_digest=base.base_digest)
     description = f"{base_name_of(adapter)} with the adapter {adapter}"
-    return _with_renderer(model, tokenizer, description, source, folder, config, is_adapted=True)
+    return _with_renderer(model, tokenizer, description, source, folder, config, result=adapter)
 
 
 def _load_full(
@@ -123,8 +134,14 @@ def _load_full(
     source = resolve(str(model_folder), offline=offline)
     base = None if config is None else resolve(config.model.name, config.model.revision, offline=offline)
     tokenizer = find_tokenizer(model_folder, folder, base or source, config)
-    model = _load_model(source, ModelConfig(name=str(model_folder)), tokenizer, device).model
-    return _with_renderer(model, tokenizer, f"the model in {model_folder}", base, folder, config, is_adapted=False)
+    is_part = config is not None and bool(config.model.train_only) and model_folder.name.startswith("step-")
+    if config is not None and base is not None and is_part:
+        # A checkpoint holds what is trained; the rest is the base's.
+        model = _load_model(base, config.model, tokenizer, device, seed=config.run.seed).model
+        load_trained_part(model, model_folder)
+    else:
+        model = _load_model(source, ModelConfig(name=str(model_folder)), tokenizer, device).model
+    return _with_renderer(model, tokenizer, f"the model in {model_folder}", base, folder, config, result=model_folder)
 
 
 def _with_renderer(
@@ -135,10 +152,13 @@ def _with_renderer(
     folder: Path,
     config: Config | None,
     *,
-    is_adapted: bool,
+    result: Path,
 ) -> InferenceModel:
-    renderer, answers_text = _make_renderer(tokenizer, config), _continues_text(folder, config, tokenizer)
-    return InferenceModel(model, tokenizer, renderer, description, is_adapted, answers_text, config, base)
+    defaults = find_prompt_defaults(result, folder, config)
+    renderer = _make_renderer(tokenizer, config, defaults)
+    is_adapted = (result / "adapter_config.json").is_file()
+    answers_text = defaults.continues_text or (config is None and not tokenizer.chat_template)
+    return InferenceModel(model, tokenizer, renderer, description, is_adapted, answers_text, config, base, defaults)
 
 
 def _load_model(
@@ -169,18 +189,27 @@ def find_tokenizer(result: Path, folder: Path, base: ModelSource, config: Config
     return load_tokenizer(base, config.model, new_tokens=config.adapter.train_tokens).tokenizer
 
 
-def _make_renderer(tokenizer: PreTrainedTokenizerFast, config: Config | None) -> Renderer:
-    if config is None:
-        return Renderer(tokenizer)
-    return Renderer.of_config(tokenizer, config.data)
+def find_prompt_defaults(result: Path, folder: Path, config: Config | None) -> PromptDefaults:
+    """Return what training put around each prompt: by the config of the run in `folder`, else by the file in `result`.
 
-
-def _continues_text(folder: Path, config: Config | None, tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return whether the model was trained on plain text: by the config, the detected format, or no chat template."""
+    Raises ModelError for a file that cannot be read.
+    """
     if config is None:
-        return not tokenizer.chat_template
-    if config.data.format != "auto":
-        return config.data.format == "text"
+        return read_prompt_defaults(result)
     decisions = read_json_file(folder / "run.json").get("decisions", ())
-    formats = [decision.get("value") for decision in decisions if decision.get("key") == "data.format"]
-    return bool(formats) and str(formats[-1]) == "text"
+    formats = [str(decision.get("value")) for decision in decisions if decision.get("key") == "data.format"]
+    return prompt_defaults_of(config.data, formats)
+
+
+def _make_renderer(tokenizer: PreTrainedTokenizerFast, config: Config | None, defaults: PromptDefaults) -> Renderer:
+    data = DataConfig() if config is None else config.data
+    template_args = dict(defaults.template_args)
+    return Renderer.of_config(
+        tokenizer,
+        replace(
+            data,
+            system=defaults.system,
+            template_args=template_args,  # type: ignore[arg-type]  # any JSON values, which templates take
+            parse_control_tokens=defaults.parse_control_tokens,
+        ),
+    )

@@ -68,14 +68,15 @@ def predict_answers(
     stop_token_ids: Sequence[int],
     pad_id: int,
     max_new_tokens: int,
+    fits_references: bool = True,
     sampling: Sampling = GREEDY,
     batch_size: int = 20,
 ) -> list[Prediction]:
     """Answer the prompt of every example that has one, in the order of the examples.
 
     The answer is the last one of an example; those before it stand in the prompt. stop_token_ids: end an answer, and
-    are left out of the comparison. max_new_tokens: raised to the longest reference, so that no right answer is cut
-    short. Weights and random state stay as they were (N12).
+    are left out of the comparison. max_new_tokens: with `fits_references` raised to the longest reference, so that no
+    right answer is cut short. Weights and random state stay as they were (N12).
 
     Raises DataError for a prompt that fills the model's context.
     """
@@ -92,7 +93,7 @@ def predict_answers(
         [prompt for _, prompt, _ in pairs],
         stop_token_ids=stop_token_ids,
         pad_id=pad_id,
-        max_new_tokens=max(max_new_tokens, longest),
+        max_new_tokens=max(max_new_tokens, longest) if fits_references else max_new_tokens,
         sampling=sampling,
         tokenizer=tokenizer,
         batch_size=batch_size,

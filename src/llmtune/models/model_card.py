@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
+from llmtune.models.prompt_defaults import PROMPT_DEFAULTS
 from llmtune.version import __version__
 
 __all__ = ["exported_model_card", "merged_model_card", "trained_model_card"]
@@ -38,12 +39,14 @@ def trained_model_card(
     metrics: Mapping[str, object],
     data: Mapping[str, Mapping[str, object]],
     config: str,
+    prompts: str = "",
 ) -> str:
     """Return the card of a run's adapter or fully tuned model, in Markdown.
 
     base: name of the base model. base_path: folder or hub id that transformers loads it from, None for a model made
     from scratch. num_rows: those of the embedding, where tokens were added beyond the base's. metrics: as in
-    metrics.jsonl. data: the ledger's summary. config: the run's config as YAML, redacted.
+    metrics.jsonl. data: the ledger's summary. config: the run's config as YAML, redacted. prompts: what stands around
+    each prompt.
     """
     numbers = {name: metrics.get(name) for name in _METRICS}
     rows = "\n".join(
@@ -61,27 +64,41 @@ def trained_model_card(
 {rows}
 
 {unit} Data: {counts}.
-"""
+{_about_prompts(prompts)}"""
     load = _load_code(base_path if is_adapter else "THIS_FOLDER", is_adapter=is_adapter, num_rows=num_rows)
     card = _card(run, text, load, tags=(method.lower(),), base_model=base_path, library="peft" if is_adapter else None)
     return f"{card}\n## Config\n\n```yaml\n{config.rstrip()}\n```\n"
 
 
-def merged_model_card(*, adapter: str, base: str) -> str:
-    """Return the card of `base` with the adapter merged into it, in Markdown."""
+def merged_model_card(*, adapter: str, base: str, prompts: str = "") -> str:
+    """Return the card of `base` with the adapter merged into it, in Markdown. prompts: as in `trained_model_card`."""
     text = (
         f"The adapter `{adapter}` merged into `{base}` with llmtune. "
         "`merge_report.json` says how close the result is to base and adapter.\n"
+        f"{_about_prompts(prompts)}"
     )
     return _card(f"{base}, tuned", text, _load_code("THIS_FOLDER"), tags=("merged",), base_model=base)
 
 
-def exported_model_card(name: str) -> str:
-    """Return the card of a model that was exported as it is, in Markdown."""
-    text = "Exported with llmtune. `export_report.json` says how close the weights are to the source.\n"
+def exported_model_card(name: str, *, prompts: str = "") -> str:
+    """Return the card of a model that was exported as it is, in Markdown. prompts: as in `trained_model_card`."""
+    text = (
+        "Exported with llmtune. `export_report.json` says how close the weights are to the source.\n"
+        f"{_about_prompts(prompts)}"
+    )
     return _card(
         json.dumps(name).strip('"'), text, _load_code("THIS_FOLDER")
     )  # the name of a folder may hold any character
+
+
+def _about_prompts(prompts: str) -> str:
+    """Return the sentence on what stands around each prompt; '' for a plain chat."""
+    if not prompts:
+        return ""
+    return (
+        f"\nIn training: {prompts}. llmtune reads that from `{PROMPT_DEFAULTS}`. In other programs add the system "
+        "message yourself, and give the arguments to `tokenizer.apply_chat_template`.\n"
+    )
 
 
 def _load_code(base: str | None, *, is_adapter: bool = False, num_rows: int | None = None) -> str:

@@ -15,7 +15,7 @@ from llmtune.errors import ModelError, Problem
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WeightsReport", "digest_tensors", "inspect_weights", "refuse_changed_weights"]
+__all__ = ["WeightsReport", "digest_tensors", "inspect_weights", "load_trained_part", "refuse_changed_weights"]
 
 _MOST_NAMED = 5
 
@@ -79,6 +79,23 @@ def refuse_changed_weights(folder: Path) -> None:
     changed = durable.verify_manifest(folder, only="*.safetensors", links=True)
     if changed:
         raise ModelError.all(changed)
+
+
+def load_trained_part(model: torch.nn.Module, folder: Path) -> None:
+    """Put the weights of a checkpoint that holds the trained ones alone into the model, in the model's types.
+
+    Raises ModelError for weights that were changed since, or that the model does not have in this shape.
+    """
+    import torch
+
+    refuse_changed_weights(folder)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, path, tensor in _tensors_by_name([folder / "model.safetensors"]):
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                problem = f"the base has no weight `{name}` of shape {tuple(tensor.shape)}"
+                raise ModelError(problem, where=str(path), fix="put back the base that the run was trained on")
+            parameters[name].copy_(tensor)
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -29,17 +29,21 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointFolder",
     "all_checkpoints",
+    "checkpoint_named",
     "checkpoint_of",
     "delete_old_checkpoints",
+    "delete_replaced",
     "load",
     "newest_valid",
     "save_checkpoint",
     "save_folder",
+    "set_aside_later",
     "verify",
 ]
 
 STATE_FILE = "state.json"
 DAMAGED_SUFFIX = ".damaged"
+REPLACED_SUFFIX = ".replaced"
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -77,6 +81,16 @@ def checkpoint_name(step: int) -> str:
     'step-000100'
     """
     return f"step-{step:06d}"
+
+
+def checkpoint_named(name: str) -> str:
+    """Return the folder name of a checkpoint as people name it: `100`, `step-100`, or any other name as it is.
+
+    >>> checkpoint_named("100"), checkpoint_named("step-100"), checkpoint_named("best")
+    ('step-000100', 'step-000100', 'best')
+    """
+    step = name.removeprefix("step-")
+    return checkpoint_name(int(step)) if step.isdecimal() else name
 
 
 def save_checkpoint(
@@ -215,7 +229,7 @@ def newest_valid(run: RunFolder) -> tuple[CheckpointFolder | None, list[Problem]
 def _set_aside(bad: list[CheckpointFolder]) -> Iterator[Problem]:
     """Rename damaged checkpoints, so that nobody takes them for valid ones, and yield what happened."""
     for checkpoint in bad:
-        new_path = next(path for path in _aside_paths(checkpoint.path) if not path.exists())
+        new_path = _aside_path(checkpoint.path, DAMAGED_SUFFIX)
         try:
             # Renamed and not deleted, because weights that are partly damaged may be all that a person has left.
             durable.rename(checkpoint.path, new_path)
@@ -224,10 +238,49 @@ def _set_aside(bad: list[CheckpointFolder]) -> Iterator[Problem]:
             yield error.problems[0]
 
 
-def _aside_paths(path: Path) -> Iterator[Path]:
-    yield path.with_name(f"{path.name}{DAMAGED_SUFFIX}")
-    for number in itertools.count(2):
-        yield path.with_name(f"{path.name}{DAMAGED_SUFFIX}-{number}")
+def _aside_path(path: Path, suffix: str) -> Path:
+    """A free name for a folder that is set aside: `NAME.suffix`, then `NAME.suffix-2` and so on."""
+    names = itertools.chain([suffix], (f"{suffix}-{number}" for number in itertools.count(2)))
+    paths = (path.with_name(path.name + name) for name in names)
+    return next(path for path in paths if not path.exists())
+
+
+def set_aside_later(run: RunFolder, step: int, *, best: Path) -> list[str]:
+    """Rename the checkpoints after `step` to `NAME.replaced`, and then a later `best` too; return the new names.
+
+    The run goes on from `step`, so they belong to a training that it leaves: the newest of them would be taken for the
+    newest of the run. Raises MachineError.
+    """
+    later = [checkpoint.path for checkpoint in all_checkpoints(run) if checkpoint.step > step]
+    # Without a later checkpoint it is the best of this very training, saved after the last checkpoint.
+    if later and _step_of_best(best) > step:
+        later.append(best)
+    moved = []
+    for path in later:
+        new_path = _aside_path(path, REPLACED_SUFFIX)
+        durable.rename(path, new_path)
+        moved.append(new_path.name)
+    return moved
+
+
+def _step_of_best(best: Path) -> int:
+    try:
+        return int(cast("int", durable.read_manifest(best).get("step", 0)))
+    except (ValueError, OSError):
+        return 0
+
+
+def delete_replaced(run: RunFolder, step: int) -> list[str]:
+    """Delete what `set_aside_later` renamed, of steps up to `step`, whose successor is committed; return warnings."""
+    warnings = []
+    for path in sorted(run.checkpoints.glob(f"*{REPLACED_SUFFIX}*")):
+        match = _NAME.match(path.name)
+        if match is None or int(match[1]) <= step:
+            try:
+                durable.remove_tree(path)
+            except MachineError as error:
+                warnings.append(f"a replaced checkpoint stays: {error.problems[0].problem} ({printable(path)})")
+    return warnings
 
 
 def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:

@@ -21,6 +21,7 @@ from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.models import save
 from llmtune.models.load import ADDED_ROWS
 from llmtune.models.model_card import trained_model_card
+from llmtune.models.prompt_defaults import PromptDefaults, prompt_defaults_of, write_prompt_defaults
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.disk import SaveAttempts
@@ -107,6 +108,16 @@ class Checkpointer:
         """Keep the checkpoint of `step`, from which this process has resumed."""
         self._resumed_from = step
 
+    def leave_later(self, step: int) -> None:
+        """Set aside what a training left behind from which the run goes back to `step`."""
+
+        def set_aside() -> None:
+            names = checkpoints.set_aside_later(self._folder, step, best=self._folder.checkpoints / BEST)
+            if names:
+                self._print_line(f"set aside until their steps come again: {', '.join(names)}")
+
+        self._setup.devices.on_main(set_aside)
+
     def save(self, step: int, snapshot: Snapshot, record: RunRecord | None) -> bool:
         """Commit the checkpoint of `step`, then delete older ones; returns whether it was saved.
 
@@ -133,7 +144,8 @@ class Checkpointer:
             self._announce(step, saved)
             protected = {self._resumed_from} if self._resumed_from is not None else set()
             keep_last = self._setup.config.checkpoint.keep_last
-            for warning in checkpoints.delete_old_checkpoints(self._folder, keep_last, protected_steps=protected):
+            warnings = checkpoints.delete_old_checkpoints(self._folder, keep_last, protected_steps=protected)
+            for warning in (*warnings, *checkpoints.delete_replaced(self._folder, step)):
                 self._print_line(f"warning: {warning}")
             return True
 
@@ -223,6 +235,7 @@ class Checkpointer:
                 )
             else:
                 save.write_model(setup.model, tokenizer, folder, state=tensors, stop_token_ids=stops)
+            write_prompt_defaults(folder, self._prompt_defaults())
             durable.write_text(folder / "README.md", self._card(metrics, step))
 
         return write
@@ -230,6 +243,11 @@ class Checkpointer:
     def _gather_state(self) -> dict[str, torch.Tensor]:
         # The parameters themselves, because only they show which names are one tied weight.
         return gather(self._setup.model.state_dict(keep_vars=True), keep=self._setup.devices.is_main)
+
+    def _prompt_defaults(self) -> PromptDefaults:
+        prepared = self._setup.prepared
+        formats = [str(one.value) for one in prepared.decisions if one.key == "data.format"]
+        return prompt_defaults_of(self._setup.config.data, formats)
 
     def _card(self, metrics: Mapping[str, Any], step: int) -> str:
         setup, source = self._setup, self._setup.prepared.source
@@ -247,4 +265,5 @@ class Checkpointer:
             metrics=metrics,
             data=setup.prepared.data.ledger.summary(),
             config=redacted(config_to_yaml(setup.config)),
+            prompts=self._prompt_defaults().described(),
         )

@@ -19,6 +19,7 @@ from llmtune.errors import ConfigError
 from llmtune.evaluation.generate import generate
 from llmtune.evaluation.heldout import evaluate_examples, evaluate_objective, trained_bytes
 from llmtune.evaluation.predictions import predict_answers
+from llmtune.evaluation.sampling import Sampling
 from llmtune.evaluation.scores import Score, mean_score
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import TrackerQueue
@@ -264,15 +265,24 @@ class Evaluator:
         return metrics
 
     def _write_samples(self, step: int) -> None:
-        prepared = self._setup.prepared
+        prepared, config = self._setup.prepared, self._config.evaluation
+        sampling = Sampling(
+            config.repetition_penalty,
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            self._config.run.seed,
+            config.stop,
+        )
         with self._setup.precision.autocast():
             answers = self._setup.strategy.run(
                 generate,
                 self._setup.model,
                 prepared.tokenizer.tokenizer,
                 prepared.renderer,
-                self._config.evaluation.prompts,
-                max_new_tokens=self._config.evaluation.max_new_tokens,
+                config.prompts,
+                max_new_tokens=config.max_new_tokens,
+                sampling=sampling,
             )
         rows = [{"prompt": answer.prompt, "text": answer.text} for answer in answers]
         if self._record is not None:

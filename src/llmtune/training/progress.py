@@ -159,10 +159,7 @@ def print_resume(
     if loaded is None:
         print_line(f"{run.name}: no checkpoint was saved yet; training from step 1")
     elif newest_step is not None and newest_step > loaded.step:
-        print_line(
-            f"{run.name}: going back from step {newest_step} to step {loaded.step}, and on from there; "
-            "later checkpoints are replaced when their step comes"
-        )
+        print_line(f"{run.name}: going back from step {newest_step} to step {loaded.step}, and on from there")
     elif run.info["state"] == "finished":
         print_line(
             f"{run.name}: finished after step {loaded.step} already; "

@@ -26,6 +26,7 @@ from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
 from llmtune.plan.resolve_auto import keep_resolved, resolve_on_all_ranks, resolve_rates, resolve_strategy
 from llmtune.plan.summary import Plan, make_plan
 from llmtune.prepare import Prepared, prepare
+from llmtune.runs.checkpoint import checkpoint_named
 from llmtune.runs.folder import config_file_of, resolve_run
 from llmtune.runs.run_file import RUN_FILE
 from llmtune.runs.signals import StopRequest
@@ -69,7 +70,7 @@ def resume(
     overrides: Sequence[str] = (),
     options: Options | None = None,
     allow_changes: bool = False,
-    checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
     print_line: PrintLine = silent,
     screen: Screen | None = None,
 ) -> Result:
@@ -99,18 +100,28 @@ class Continuation:
 
 
 def find_run(
-    name: str | None, *, overrides: Sequence[str] = (), checkpoint: Path | None = None, allow_changes: bool = False
+    name: str | None,
+    *,
+    overrides: Sequence[str] = (),
+    checkpoint: Path | str | None = None,
+    allow_changes: bool = False,
 ) -> tuple[ResolvedConfig, Continuation]:
     """Find the run to go on with, and read its config with the overrides on top.
 
-    `name` may be a checkpoint's folder too. Raises CheckpointError where there is none, ConfigError for a config that
-    cannot be read.
+    `name` may be a checkpoint's folder too, `checkpoint` a folder or the name of a checkpoint of the run. Raises
+    CheckpointError where there is none, ConfigError for a config that cannot be read.
     """
     # Every process finds it by itself: the main one locks it only after all of them have met.
     only = [override for override in overrides if override.startswith("run.output_dir=")]  # the rest is for the run
     output_dir = load_config(None, overrides=only).config.run.output_dir
+    if isinstance(checkpoint, str):
+        checkpoint = resolve_run(name, output_dir) / "checkpoints" / checkpoint_named(checkpoint)
+    if name is None and checkpoint is not None and (checkpoint / RUN_FILE).is_file():
+        name, checkpoint = str(checkpoint), None  # other toolkits take the folder of the run here
     if name is not None and checkpoint is None and not (Path(name) / RUN_FILE).is_file() and run_of(Path(name)):
-        checkpoint = Path(name)  # RUN/checkpoints/step-N names run and checkpoint at once
+        named = Path(name).resolve()  # RUN/final is a link into RUN/checkpoints
+        # RUN/checkpoints/step-N names run and checkpoint at once.
+        name, checkpoint = (str(named.parent), None) if named.name == "checkpoints" else (name, named)
     path = checkpoint.absolute().parent.parent if checkpoint else resolve_run(name, output_dir)
     # Without the environment: the run goes on as it began, whatever this shell sets.
     resolved = load_config(str(config_file_of(path)), overrides=overrides, environ={})

@@ -139,6 +139,7 @@ class TrainingRun:
             self.record.rewind(saved["record"])
         # A run gone wrong after a resume can be resumed from there once more.
         self.checkpointer.never_delete(loaded.step)
+        self.checkpointer.leave_later(loaded.step)
         self._saved_windows = self.state.windows
 
     def steps(self) -> Iterator[StepResult]:

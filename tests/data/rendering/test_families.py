@@ -1,4 +1,4 @@
-"""The laws of the masks over 24 kinds of templates and 40 conversations each: tools, reasoning, several turns.
+"""The laws of the masks over 37 kinds of templates and 40 conversations each: tools, reasoning, several turns.
 
 Every trained stretch holds one answer and ends at its own end of turn; the prompt of inference is a prefix; an answer
 that is not trained is named, and with an example per turn none is lost. Answers are told apart by a word of their own.
@@ -66,6 +66,71 @@ KINDS = {
     "answers are trimmed and escaped": kind(answer="{{ m.content | trim | replace('&', '&amp;') }}"),
 }
 """Templates of our own, each with a trait of a family of models, for the tokenizer `qwen3`."""
+ODD = {
+    "content is indented": kind(answer="{{ m.content | indent(4) }}"),
+    "content is stripped of every line's end": kind(answer="{{ m.content.split('\\n') | map('trim') | join('\\n') }}"),
+    "what stands before a closed thought is cut": kind(answer="{{ m.content.split('</think>')[-1].lstrip('\\n') }}"),
+    "the user's turn ends with the generation prompt": HEAD
+    + "{%- if m.role == 'assistant' -%}"
+    + "{{ m.content }}"
+    + CALLS.replace("ARGUMENTS", "c.function.arguments | tojson")
+    + "{{ '<|im_end|>\\n' }}"
+    + "{%- else -%}"
+    + OTHER
+    + "{%- if m.role != 'system' and not (loop.nextitem and loop.nextitem.role != 'assistant') -%}"
+    + "{{ '<|im_start|>assistant\\n' }}{%- endif -%}{%- endif -%}{%- endfor -%}",
+    "the prompt stands in the last turn alone": HEAD
+    + "{%- if m.role == 'assistant' -%}{{ '<|im_start|>assistant\\n' + m.content }}"
+    + CALLS.replace("ARGUMENTS", "c.function.arguments | tojson")
+    + "{{ '<|im_end|>\\n' }}"
+    + "{%- else -%}"
+    + OTHER
+    + "{%- if loop.last and add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}{%- endif -%}{%- endfor -%}",
+    "tools are sorted and stand before the last question": HEAD.replace(
+        "{%- for m in messages -%}{%- for c in",
+        "{%- for m in messages -%}"
+        "{%- if tools and loop.index0 == ns.last -%}{{ '<|im_start|>system\\n' }}"
+        "{%- for t in tools | sort(attribute='function.name', reverse=true) -%}{{ t.function.name + '\\n' }}{%- endfor -%}"
+        "{{ '<|im_end|>\\n' }}{%- endif -%}{%- for c in",
+        1,
+    )
+    + kind()[len(HEAD) :],
+    "a summary of all answers follows": HEAD
+    + kind()[len(HEAD) :].replace(
+        "{%- endfor -%}{%- if add_gen",
+        "{%- endfor -%}"
+        "{%- if not add_generation_prompt -%}{{ '<|im_start|>system\\nsummary: ' }}"
+        "{%- for m in messages if m.role == 'assistant' -%}{{ m.content + '; ' }}{%- endfor -%}{{ '<|im_end|>\\n' }}{%- endif -%}"
+        "{%- if add_gen",
+    ),
+    "the thought is written twice": kind(
+        thought="{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}" * 2
+    ),
+    "the thought is repeated in the tool's turn": kind(
+        other="{{ '<|im_start|>' + m.role + '\\n' + (messages[loop.index0 - 1].reasoning_content or '' if m.role == 'tool' and loop.index0 else '') + m.content + '<|im_end|>\\n' }}",
+        thought=THOUGHT,
+    ),
+    "ids of all calls stand in a list": kind(
+        other="{{ '<|im_start|>' + m.role + '\\n' + m.content + (ns.names | join(',')) + ns.id + '<|im_end|>\\n' }}",
+        arguments="c.id + ' ' + c.function.arguments | tojson + ' ' + c.id",
+    ),
+    "the answer is written twice": kind(answer="{{ m.content + '\\n' + m.content }}"),
+    "a title of the first question heads every answer": kind(answer="{{ messages[0].content[:3] + ': ' + m.content }}"),
+    "turns are numbered from the end": kind(
+        other="{{ '<|im_start|>' + m.role + ' ' + (loop.revindex | string) + '\\n' + m.content + '<|im_end|>\\n' }}"
+    ),
+}
+"""Odd ones: they change content, give the prompt in other places, sort tools, repeat texts."""
+KINDS |= ODD
+OTHERS_INSIDE = frozenset(
+    {
+        "a summary of all answers follows",
+        "a title of the first question heads every answer",
+        "turns are numbered from the end",
+        "tools are sorted and stand before the last question",
+    }
+)
+"""Kinds whose answers hold other text of the row, or whose earlier turns change: not trained there, and named."""
 SHIPPED = (
     "chatml", "llama31", "qwen25", "qwen3", "thinker", "harmony", "mistral3", "gemma", "granite", "kimi", "phi4mini",
     "zephyr",
@@ -164,16 +229,20 @@ def test_the_laws_of_masks_hold_for_every_kind_of_template(name, families, token
         assert rendered.answers - trained_by_turn == named_by_turn
         answers, lost, lost_by_turn = answers + rendered.answers, lost + named, lost_by_turn + named_by_turn
     assert answers > 60
-    if name != "mistral3":  # it moves the system prompt and the tools into the last question, and out of it again
+    if (
+        name not in OTHERS_INSIDE and name != "mistral3"
+    ):  # it moves the system prompt and the tools into the last question, and out of it again
         assert lost_by_turn == 0
     treats_last_turn = (
-        name in ("thinker", "mistral3", "qwen3", "harmony") or "prompt opens" in name or "last turn" in name
+        name in ("thinker", "mistral3", "qwen3", "harmony", *OTHERS_INSIDE)
+        or "prompt opens" in name
+        or "last turn" in name
     )
     assert (lost > 0) <= treats_last_turn
 
 
-def test_there_are_24_kinds_and_their_conversations_differ():
-    assert len(FAMILIES) == len(set(FAMILIES)) == 24
+def test_there_are_37_kinds_and_their_conversations_differ():
+    assert len(FAMILIES) == len(set(FAMILIES)) == 37
     talks = list(conversations(ALL))
     assert len(talks) == 40
     assert len({str(talk) for talk in talks}) > 35

@@ -14,7 +14,7 @@ from llmtune.config.schema import SourceConfig
 from llmtune.data.example import Row
 from llmtune.data.reading.columns import renamed
 from llmtune.data.reading.compression import COMPRESSION_ERRORS, COMPRESSIONS, open_bytes
-from llmtune.data.reading.parse import BadRow, DamagedFileError, Record
+from llmtune.data.reading.parse import BadRow, DamagedFileError, Record, with_lists
 from llmtune.data.reading.readers import READERS, Numbering, source_name
 from llmtune.errors import DataError
 
@@ -120,7 +120,8 @@ class DataFile:
         if isinstance(record, BadRow):
             return record
         source = source_name(self.label, self.numbering, record.number)
-        return READERS[self.kind].parse(source, record, self.source.weight)
+        row = READERS[self.kind].parse(source, record, self.source.weight)
+        return row if isinstance(row, BadRow) else with_lists(row)
 
 
 def kind_of_file(path: Path) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO
 
 from llmtune.data.reading.parse import (
@@ -200,9 +200,16 @@ def json_kind(head: bytes, stream: IO[bytes], kind: str) -> str:
         return _kind_of_long_object(stream, head, line, kind)
     if after := head[whole[1] :].strip(_SPACE + b","):
         return "json objects" if after[:1] == b"{" and whole[1] > len(line) else kind
-    if _list_inside(head)[0] is None and table_rows(whole[0]) is not None:
+    is_row = kind != ".json" and isinstance(whole[0], dict) and _is_one_row(whole[0])
+    if _list_inside(head)[0] is None and not is_row and table_rows(whole[0]) is not None:
         return "json table"
     return kind if is_line else ".json"
+
+
+def _is_one_row(value: Mapping[str, object]) -> bool:
+    """Whether an object of lists on a line of its own is a row with a list, and no table by columns."""
+    are_lists = all(isinstance(part, list) for part in value.values())
+    return are_lists and (len(value) == 1 or not _ROW_LISTS.isdisjoint(value))
 
 
 def _value_at_start(text: bytes) -> tuple[object, int] | None:
@@ -282,7 +289,7 @@ def table_rows(value: object) -> list[dict[str, object]] | None:
     """The rows of a table that is one object, or None for an object that is no table.
 
     The columns may be lists (`Dataset.to_dict`) or objects by row number (`DataFrame.to_json`); the rows may be objects
-    by their number (`orient="index"`) or lists beside the names (`orient="split"`).
+    by their number or name (`orient="index"`) or lists beside the names (`orient="split"`).
 
     >>> table_rows({"q": ["a", "b"]}) == table_rows({"q": {"0": "a", "1": "b"}})
     True
@@ -306,7 +313,9 @@ def table_rows(value: object) -> list[dict[str, object]] | None:
     numbers = parts[0].keys()
     if all(number.isdigit() for number in numbers) and all(part.keys() == numbers for part in parts):
         return [{name: part[number] for name, part in value.items()} for number in numbers]
-    return parts if all(name.isdigit() for name in names) else None
+    # `orient="index"`: rows by their number or name, all with the same columns. Two messages are no rows.
+    is_by_name = len(parts) > 1 and all(part.keys() == numbers for part in parts) and not numbers <= _MESSAGE_KEYS
+    return parts if is_by_name or all(name.isdigit() for name in names) else None
 
 
 def _elements(scanner: ListScanner, name: str | None) -> Iterator[Record]:

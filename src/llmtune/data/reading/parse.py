@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from llmtune.data.example import Row
@@ -25,6 +26,7 @@ __all__ = [
     "parse_json_row",
     "parse_json_value",
     "too_long_row",
+    "with_lists",
     "without_byte_order_mark",
 ]
 
@@ -163,6 +165,23 @@ def parse_json_row(source: str, record: bytes | TooLong, loss_weight: float, *, 
     return Row(source, value, loss_weight)
 
 
+LIST_CELLS = ("messages", "conversations", "conversation", "tools", "history")
+"""Fields that hold lists, which tables carry as JSON text."""
+
+
+def with_lists(row: Row) -> Row | BadRow:
+    """The row with the lists that stand in it as JSON text; BadRow for a text that begins as a list and is none."""
+    lists: dict[str, object] = {}
+    for name in LIST_CELLS:
+        cell = row.fields.get(name)
+        if isinstance(cell, str) and cell.lstrip()[:1] == "[":
+            value = parse_json_value(row.source, cell.encode("utf-8", "surrogateescape"))
+            if isinstance(value, BadRow):
+                return value._replace(field=name)
+            lists[name] = value[0]
+    return replace(row, fields={**row.fields, **lists}) if lists else row
+
+
 def is_conversation(value: object) -> bool:
     """Whether a value is a list that begins with a message, which is a row without its name."""
     first = value[0] if isinstance(value, list) and value else None
@@ -206,7 +225,7 @@ def parse_json_value(source: str, record: bytes, *, cut_off: bool = False) -> tu
 def _json_fix(text: str, cut_off: bool) -> str:
     if cut_off:
         return "the file ends here without a line end; if it was cut off, write it again or delete its last line"
-    if text.lstrip()[:1] in ("'", "{") and "'" in text[:20]:
+    if text.lstrip()[:1] in ("'", "{", "[") and "'" in text[:20]:
         return "JSON wants double quotes: write rows with a JSON library, not with str()"
     return "give each row as one JSON object on one line"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Literal, NamedTuple
 
@@ -30,7 +31,6 @@ from llmtune.data.reading.parse import (
     TooLong,
     parse_fields,
     parse_json_row,
-    parse_json_value,
     too_long_row,
     without_byte_order_mark,
 )
@@ -41,10 +41,11 @@ __all__ = ["READERS", "Numbering", "Reader", "kind_of_content", "source_name"]
 MAX_PACKED_PARQUET_BYTES = 512 * 2**20
 """A compressed parquet file is unpacked in memory, because parquet is read from its end; this is the largest."""
 
+JSON_LINES = 10
+"""Lines of a text file by which it is told from one with a JSON object in each line."""
+
 KIND_BYTES = 2**18
 """Bytes from which the kind of a JSON file is told."""
-
-_JSON_CELLS = ("messages", "conversations", "conversation", "tools", "history")
 
 Numbering = Literal["line", "index"]
 
@@ -131,6 +132,8 @@ class _CsvLines:
 
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_NAMED_DELIMITER = re.compile(r'"?sep=(.)"?\s*')
+"""A first line by which Excel is told the delimiter."""
 
 
 def _table_kind(stream: IO[bytes], kind: str) -> str:
@@ -138,6 +141,8 @@ def _table_kind(stream: IO[bytes], kind: str) -> str:
     # The beginning is enough for two rows, and a file may be larger than the memory.
     text = without_byte_order_mark(stream.read(2**16)).decode("utf-8", "surrogateescape")
     lines = text.splitlines(keepends=True)
+    if lines and (named := _NAMED_DELIMITER.fullmatch(lines[0])):
+        return f"table {named[1]}" if f"table {named[1]}" in READERS else kind
     counts = {delimiter: _cells_of_first_rows(lines, delimiter) for delimiter in (",", ";", "\t", "|")}
     own = _DELIMITERS[kind]
     others = [
@@ -214,7 +219,8 @@ def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
         if long_lines and header is not None:
             yield Record(start, long_lines[0])
         elif header is None:
-            if cells:  # an empty line is no header
+            # Neither an empty line nor Excel's `sep=;` is a header.
+            if cells and not _NAMED_DELIMITER.fullmatch(delimiter.join(cells)):
                 header = _Header(cells, start)
         elif len(cells) == header.width:
             yield Record(start, header.row(cells, start))
@@ -230,15 +236,7 @@ def _parse_cells(source: str, record: Record, loss_weight: float) -> Row | BadRo
         fix = "put cells with commas, quotes or line ends in double quotes, and double the quotes in them"
         return BadRow(source, None, payload, fix)
     assert isinstance(payload, dict)
-    fields: dict[str, object] = dict(payload)
-    for name in _JSON_CELLS:  # a table can only carry lists as JSON inside a cell
-        cell = payload.get(name)
-        if cell is not None and cell.lstrip()[:1] == "[":
-            value = parse_json_value(source, cell.encode("utf-8", "surrogateescape"))
-            if isinstance(value, BadRow):
-                return value._replace(field=name)
-            fields[name] = value[0]
-    return parse_fields(source, fields, loss_weight)
+    return parse_fields(source, payload, loss_weight)
 
 
 # --- parquet, datasets
@@ -291,7 +289,20 @@ def kind_of_content(stream: IO[bytes], kind: str) -> str:
         # The common case: more than one line, of which the first one is a row.
         is_lines = bool(rest.strip()) and isinstance(parse_json_row("", line.rstrip(b"\r"), 1.0), Row)
         return ".jsonl" if is_lines else json_kind(head, stream, kind)
+    if kind == ".txt" and _holds_json_lines(stream):
+        return "json lines"
     return _table_kind(stream, kind) if kind in _DELIMITERS else kind
+
+
+def _holds_json_lines(stream: IO[bytes]) -> bool:
+    """Whether the first lines of a text file are JSON objects, each on a line of its own."""
+    first = list(itertools.islice(_split_lines(stream), JSON_LINES))
+    return bool(first) and all(
+        isinstance(record.payload, bytes)
+        and record.payload.lstrip()[:1] == b"{"
+        and isinstance(parse_json_row("", record.payload, 1.0), Row)
+        for record in first
+    )
 
 
 def _table_reader(delimiter: str, shape: str | None = None) -> Reader:
@@ -301,6 +312,7 @@ def _table_reader(delimiter: str, shape: str | None = None) -> Reader:
 READERS: dict[str, Reader] = {
     ".jsonl": Reader("line", _split_lines, _parse_json),
     ".ndjson": Reader("line", _split_lines, _parse_json),
+    "json lines": Reader("line", _split_lines, _parse_json, "one JSON object a line"),
     ".json": Reader("index", split_json, _parse_json),
     "json objects": Reader("index", split_objects, _parse_json, "objects one after another"),
     "json table": Reader("index", split_json_table, _parse_mapping, "one table, as pandas and `datasets` write it"),

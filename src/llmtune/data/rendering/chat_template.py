@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
 import jinja2
+import jinja2.meta
 
 from llmtune.data.rendering.limits import DEFAULT_LIMITS, Budget, Limits, TemplateRefusal
 from llmtune.data.rendering.sandbox import SandboxEnvironment
@@ -67,6 +69,11 @@ class ChatTemplate:
         except (RecursionError, SyntaxError, MemoryError, OverflowError, ValueError, TypeError) as error:
             # A template made to break the compiler (nested a thousand deep, say) ends here.
             raise _does_not_compile(f"{type(error).__name__}: {error}") from error
+
+    @functools.cached_property
+    def variables_read(self) -> frozenset[str]:
+        """Names of the variables that the template reads and does not set itself."""
+        return frozenset(jinja2.meta.find_undeclared_variables(self._environment.parse(self.source)))
 
     @property
     def uses_the_date(self) -> bool:

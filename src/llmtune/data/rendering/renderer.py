@@ -235,6 +235,8 @@ class Renderer:
             weights[low:high] = [weight] * (high - low)
             trained[index] = weight > 0 and high > low
         warnings.extend(lost_content(conversation, rendering, first_new))
+        unread = self._templates.unread(conversation.template_args, conversation.tools)
+        warnings.extend(RowWarning("argument-unread", line) for line in unread)
         return ids, weights, warnings, sum(trained[index] for index in trained if rendering.roles[index] == "assistant")
 
     def _message_weights(self, conversation: Conversation, warnings: list[RowWarning]) -> list[tuple[int, float]]:
@@ -315,6 +317,10 @@ class Renderer:
         `generation_config` must list them all, so that a tuned model stops by itself.
         """
         return self._templates.stop_token_ids
+
+    def unread_arguments(self) -> list[str]:
+        """A line for each of the template arguments that the chat template does not read."""
+        return list(self._templates.unread(self._template_args))
 
     @property
     def decisions(self) -> tuple[Decision, ...]:

@@ -65,7 +65,7 @@ def lost_content(conversation: Conversation, rendering: Rendering, first: int = 
             json.dumps(content, ensure_ascii=is_ascii)[1:-1] in shown for is_ascii in (False, True)
         ):
             warnings.append(_changed_warning(content, shown, name))
-        if isinstance(reasoning, str) and reasoning.strip() and reasoning.strip() not in rendering.text:
+        if isinstance(reasoning, str) and reasoning.strip() and reasoning.strip() not in shown:
             text = f"the template leaves out the reasoning of message {index + 1}"
             warnings.append(RowWarning("reasoning-dropped", text))
     if any(tool not in rendering.text for tool in _function_names(conversation.tools)):

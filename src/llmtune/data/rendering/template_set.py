@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
 from llmtune.common.decisions import Decision
@@ -35,6 +36,9 @@ _EXAMPLE_TOOL: Mapping[str, object] = {
     "function": {"name": "Kupuka", "description": "Sidaru", "parameters": {"type": "object", "properties": {}}},
 }
 """A tool to learn the turns of templates with; its words occur in no template."""
+
+_NO_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Variables of templates that no argument can set."""
 
 Tools = Sequence[Mapping[str, object]]
 
@@ -136,6 +140,15 @@ class TemplateSet:
         text = text + shape.header
         return self._encoder.encode(text, runs_of(text)).ids
 
+    def unread(self, arguments: Iterable[str], tools: Tools | None = None) -> Iterator[str]:
+        """Say of each of the arguments that the template for rows with these tools does not read, what it reads."""
+        read = self._templates[self._name_for(tools)].variables_read - _NO_ARGUMENTS
+        for name in arguments:
+            if name not in read:
+                near = difflib.get_close_matches(name, read, n=1)
+                hint = f"; did you mean `{near[0]}`?" if near else ""
+                yield f"the chat template does not read the argument `{name[:60]}`{hint}"
+
     # --- the turns of the templates
 
     @functools.cached_property
@@ -208,7 +221,9 @@ class TemplateSet:
     @functools.cached_property
     def decisions(self) -> tuple[Decision, ...]:
         """The choices about the template that the config did not make, each with its reason."""
-        return tuple(Decision("model.chat_template", choice, reason) for choice, reason in self._choices())
+        choices = [Decision("model.chat_template", choice, reason) for choice, reason in self._choices()]
+        unread = [Decision("data.template_args", "not used", line) for line in self.unread(self._arguments)]
+        return (*choices, *unread)
 
     def _choices(self) -> Iterator[tuple[str, str]]:
         if not self._is_given:

@@ -13,7 +13,7 @@ Turns of one file, and of one row, may have different keys.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
@@ -28,8 +28,10 @@ __all__ = [
     "PAIRS",
     "RAW_PAIRS",
     "ROLES",
+    "SPEAKER_KEYS",
     "SPEAKER_ROLES",
     "SYSTEM_FIELDS",
+    "TEXT_KEYS",
     "TOOL_FIELDS",
     "TurnKeys",
     "answer_field",
@@ -41,9 +43,11 @@ __all__ = [
     "list_field_of",
     "pair_of",
     "read_fields_of",
-    "roles_of",
+    "renamed_speakers",
+    "role_of",
     "turn_keys_of",
     "turn_pair_of",
+    "unread_of_turns",
     "unused_fields",
 ]
 
@@ -72,7 +76,7 @@ RAW_PAIRS = (("prompt", "completion"), ("prompt", "response"))
 """Pairs of texts that are joined as they are, without a chat template; the others are a user's and an assistant's."""
 ALPACA_NAMES = (("output", "response"), ("input", "context"))
 """Fields of the `alpaca` format that have two names; the first one counts."""
-SYSTEM_FIELDS = ("system", "system_prompt")
+SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction")
 CHAT_COLUMNS = (*SYSTEM_FIELDS, *REASONING_FIELDS, "chat_template_kwargs")
 """Columns beside a prompt and its completion that only a conversation has."""
 TOOL_FIELDS = ("tools", "functions")
@@ -83,20 +87,29 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKER_ROLES = {
     "human": "user",
     "user": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "assistant": "assistant",
+    "ai": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "system": "system",
+    "developer": "developer",
     "tool": "tool",
     "function": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
     "observation": "tool",
+    "ipython": "tool",
     "function_call": "assistant",
     "tool_call": "assistant",
 }
-"""Role of each speaker of the `sharegpt` format."""
+"""The role of each well-known speaker, under whatever key a turn names it; upper and lower case are the same."""
+COMMON_SPEAKERS = frozenset({"human", "gpt", *ROLES})
+"""Speakers whose role is not said: those of the formats' own descriptions."""
 
 SPEAKER_KEYS = ("role", "from")
 TEXT_KEYS = ("content", "value", "text")
@@ -162,11 +175,6 @@ class TurnKeys(NamedTuple):
     speaker: str
     text: str
 
-    @property
-    def are_of_messages(self) -> bool:
-        """Whether they are those of the `messages` format."""
-        return self == ("role", "content")
-
 
 def turn_keys_of(turn: Mapping[str, object]) -> TurnKeys:
     """The keys of a turn; where it has none, those that go with its other key."""
@@ -226,11 +234,24 @@ def describe_turn(turn: Mapping[str, object]) -> str:
     return f"neither `{names[0]}` nor `{names[1]}`, but {others}"
 
 
-@functools.cache
-def roles_of(keys: TurnKeys) -> Mapping[str, str]:
-    """The role of each speaker that turns with these keys may have."""
-    own = {role: role for role in ROLES}
-    return {**own, "function": "tool"} if keys.are_of_messages else {**SPEAKER_ROLES, **own}
+def role_of(speaker: str) -> str | None:
+    """The role of a well-known speaker, or None.
+
+    >>> role_of("user"), role_of("Human"), role_of("AI"), role_of("narrator")
+    ('user', 'user', 'assistant', None)
+    """
+    return SPEAKER_ROLES.get(speaker) or SPEAKER_ROLES.get(speaker.strip().casefold())
+
+
+def renamed_speakers(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """The speakers of a row's messages that are read as a role of another name, with it."""
+    name = list_field_of(fields)
+    turns = fields[name] if name is not None else ()
+    for turn in turns if isinstance(turns, (list, tuple)) else ():
+        speaker = turn.get(turn_keys_of(turn).speaker) if isinstance(turn, Mapping) else None
+        role = role_of(speaker) if isinstance(speaker, str) and speaker not in COMMON_SPEAKERS else None
+        if isinstance(speaker, str) and role is not None:
+            yield speaker, role
 
 
 # --- fields that are not read
@@ -253,15 +274,20 @@ def unused_fields(fields: Mapping[str, object], format_name: str, text_column: s
         read |= {first if fields.get(first) is not None else other for first, other in ALPACA_NAMES}
     elif format_name == "prompt-completion":
         pair = pair_of(fields) or ()
-        lists = [fields[name] for name in pair]
+        # A list of text parts is a text.
+        lists = [fields[name] for name in pair if first_turn(fields[name]).keys() & {"role", "from"}]
         read |= {*pair, *(() if any(isinstance(value, (list, tuple)) for value in lists) else REASONING_FIELDS)}
         if is_raw_text(fields):
             read -= {*TOOL_FIELDS}  # plain text, without a template that could write them
     turns = [turn for turns in lists if isinstance(turns, (list, tuple)) for turn in turns if isinstance(turn, Mapping)]
     if turns and (turns[0].get("role") or turns[0].get("from")) in ("system", "developer"):
         read -= {*SYSTEM_FIELDS}  # the conversation has a system prompt of its own
-    in_turns = {name: value for turn in turns for name, value in _unread(turn, read_fields_of(turn))}
-    yield from describe_unread(fields, read, in_turns)
+    yield from describe_unread(fields, read, unread_of_turns(turns))
+
+
+def unread_of_turns(turns: Iterable[Mapping[str, object]]) -> dict[str, object]:
+    """The fields of messages that nothing reads, with one value of each."""
+    return {name: value for turn in turns for name, value in _unread(turn, read_fields_of(turn))}
 
 
 def describe_unread(

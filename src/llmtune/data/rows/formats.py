@@ -31,12 +31,17 @@ from llmtune.data.rows.field_names import (
     is_sharegpt_turn,
     list_field_of,
     pair_of,
+    renamed_speakers,
     unused_fields,
 )
+from llmtune.data.rows.proposals import proposed_columns
 from llmtune.data.rows.row_fields import (
     UnusableRowError,
+    is_parts,
     null_or_missing,
+    read_content,
     read_messages,
+    read_system,
     read_template_args,
     read_text,
     read_tools,
@@ -141,7 +146,7 @@ def _recognize_sharegpt(fields: Fields) -> str | None:
 
 def _system(fields: Fields) -> tuple[Message, ...]:
     name = next((name for name in SYSTEM_FIELDS if fields.get(name) not in (None, "")), None)
-    return () if name is None else (Message("system", read_text(fields[name], name)),)
+    return () if name is None else (Message("system", read_system(fields[name], name)),)
 
 
 def _reasoning(fields: Fields) -> dict[str, object]:
@@ -202,7 +207,10 @@ def _parse_prompt_completion(row: Row) -> Conversation:
         named = next((pair for pair in PAIRS if all(name in row.fields for name in pair)), PAIRS[0])
         missing = named[1] if row.fields.get(named[0]) is not None else named[0]
         raise UnusableRowError(missing, null_or_missing(row.fields, missing), "give the row a prompt and a completion")
-    prompt, completion = (row.fields[name] for name in names)
+    values = (row.fields[name] for name in names)
+    prompt, completion = (
+        read_content(value, name) if is_parts(value) else value for name, value in zip(names, values, strict=True)
+    )
     if isinstance(prompt, str) and isinstance(completion, str):
         conversation = chat_of(
             row, (Message("user", prompt), Message("assistant", completion, None, _reasoning(row.fields)))
@@ -301,8 +309,8 @@ def detect_format(
             fix = 'put the messages of each conversation into one list: {"messages": [{...}, {...}]}'
             raise DataError(problem, first[0].source, fix)
         fix = (
-            "say in the source which they are (`columns: {question: ..., answer: ...}`), or rename them to those of a "
-            f"format ({', '.join(FORMATS if formats is None else formats)})"
+            f"{proposed_columns(first[0].fields, first[0].source)}, or rename them to those of a format "
+            f"({', '.join(FORMATS if formats is None else formats)})"
         )
         fix += ", or set `data.text_column`" if formats is None else ""
         raise DataError(f"no row has {missing}; the first has these fields: {names}", first[0].source, fix)
@@ -310,6 +318,9 @@ def detect_format(
     (name, count), *others = Counter(name for name, _ in recognized).most_common()
     shown = dict(reversed(recognized))[name]  # the fields of the first row with this format
     reason = f"{count} of the first {len(first)} rows have {shown}" if len(first) > 1 else f"the only row has {shown}"
+    renamed = dict(pair for row in first for pair in renamed_speakers(row.fields))
+    if renamed:
+        reason += "; " + ", ".join(f"`{speaker[:60]}` is {role}" for speaker, role in list(renamed.items())[:6])
     if others:
         reason += "; " + ", ".join(f"{other_count} look like {other}" for other, other_count in others)
     return name, Decision("data.format", name, reason)

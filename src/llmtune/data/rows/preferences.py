@@ -18,7 +18,14 @@ from typing import NamedTuple
 
 from llmtune.config.schema import ObjectiveMethod
 from llmtune.data.example import Conversation, Message, Row, Side
-from llmtune.data.rows.field_names import CHAT_COLUMNS, LIST_FIELDS, SYSTEM_FIELDS, TOOL_FIELDS, describe_unread
+from llmtune.data.rows.field_names import (
+    CHAT_COLUMNS,
+    LIST_FIELDS,
+    SYSTEM_FIELDS,
+    TOOL_FIELDS,
+    describe_unread,
+    unread_of_turns,
+)
 from llmtune.data.rows.formats import (
     FORMATS,
     Fields,
@@ -84,7 +91,9 @@ def _parse_preference(row: Row) -> tuple[Conversation, ...]:
     read = {*names, prompt_name or "", *_READ_BESIDE}
     if prompt_name == "instruction":
         read |= {"input", "history"}
-    unused = tuple(describe_unread(fields, read))
+    lists = [value for name in (*names, prompt_name or "") if isinstance(value := fields.get(name), (list, tuple))]
+    turns = [turn for turns in lists for turn in turns if isinstance(turn, Mapping)]
+    unused = tuple(describe_unread(fields, read, unread_of_turns(turns)))
     sides: tuple[Side, Side] = ("chosen", "rejected")
     return tuple(
         _sided(chat_of(row, (*_untrained(prompt), *answer)), side, is_text=is_text, unused=unused)

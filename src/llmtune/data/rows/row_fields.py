@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from llmtune.data.example import REASONING_FIELDS, Message
 from llmtune.data.reading.parse import describe_value
+from llmtune.data.rows.content_blocks import without_blocks
 from llmtune.data.rows.field_names import (
     EXTRA_TEXTS,
     MARKS,
@@ -20,16 +21,19 @@ from llmtune.data.rows.field_names import (
     TOOL_FIELDS,
     TurnKeys,
     read_fields_of,
-    roles_of,
+    role_of,
     turn_keys_of,
     turn_pair_of,
 )
+from llmtune.data.rows.proposals import columns_of_turn
 
 __all__ = [
     "UnusableRowError",
+    "is_parts",
     "null_or_missing",
     "read_content",
     "read_messages",
+    "read_system",
     "read_template_args",
     "read_text",
     "read_tool_calls",
@@ -132,6 +136,23 @@ def read_content(value: object, field: str) -> str:
     return "".join(texts)
 
 
+def read_system(value: object, field: str) -> str:
+    """A system prompt: a text, text parts, or a message with either (`content`, `parts` or `text`)."""
+    if isinstance(value, Mapping):
+        name = next((name for name in ("content", "parts", "text") if value.get(name) is not None), "content")
+        return read_content(value.get(name), f"{field}.{name}")
+    return read_content(value, field)
+
+
+def is_parts(value: object) -> bool:
+    """Whether a value is a list of text parts, and not a list of messages."""
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(part, Mapping) and "text" in part and not part.keys() & {"role", "from"} for part in value)
+    )
+
+
 def read_tool_calls(value: object, field: str) -> list[object]:
     """A list of tool calls without their null fields. Raises UnusableRowError for a call that names no function."""
     if value is None:
@@ -202,7 +223,8 @@ def _messages_of(turn: object, field: str) -> Iterator[Message]:
         raise wrong_type(field, "a message must be an object", turn, 'write {"role": "user", "content": "..."}')
     pair = turn_pair_of(turn)
     if pair is None:
-        yield _read_message(turn, field)
+        for one in without_blocks(turn):
+            yield _read_message(one, field)
         return
     weight = read_message_weight(turn, field)
     question, answer = (read_content(turn[key], f"{field}.{key}") for key in pair)
@@ -252,28 +274,33 @@ def _no_text(turn: Mapping[str, object], keys: TurnKeys, field: str) -> Unusable
 def _read_speaker(turn: Mapping[str, object], keys: TurnKeys, field: str) -> tuple[str, str]:
     """The speaker of a turn as it is written, and its role."""
     value, where = turn.get(keys.speaker), f"{field}.{keys.speaker}"
-    roles = roles_of(keys)
-    fix = f"give it one of {', '.join(ROLES if keys.are_of_messages else SPEAKER_ROLES)}"
+    fix = f"give it one of {', '.join(ROLES)}"
     if value is None:
         names = ", ".join(f"`{str(name)[:60]}`" for name in list(turn)[:6]) or "no field"
         problem = "the turn says not whom it is from" if keys.speaker == "from" else "the message has no role"
         if keys.speaker in turn:
             raise UnusableRowError(where, problem, fix)
-        fix = f"say under `{keys.speaker}` who speaks, and under `{keys.text}` what"
+        fix = f"say under `{keys.speaker}` who speaks, and under `{keys.text}` what{_columns_for(turn)}"
         raise UnusableRowError(where, f"{problem}; it has {names}", fix)
     if not isinstance(value, str):
         raise wrong_type(where, "must be text", value, fix)
-    if value not in roles:
-        near = difflib.get_close_matches(value.lower(), (*roles, *SPEAKER_ROLES), n=1)
-        named = near and (SPEAKER_ROLES.get(near[0], near[0]) if keys.are_of_messages else near[0])
-        hint = f"did you mean `{named}`? " if near else ""
+    role = role_of(value)
+    if role is None:
+        near = difflib.get_close_matches(value.strip().casefold(), SPEAKER_ROLES, n=1)
         kind = "role" if keys.speaker == "role" else "speaker"
-        fix = f"{hint}{kind}s are {', '.join(ROLES if keys.are_of_messages else SPEAKER_ROLES)}"
+        fix = f"did you mean `{near[0]}`? " if near else ""
+        fix += f"{kind}s are {', '.join(ROLES)}"
         if value.strip():
-            role = SPEAKER_ROLES.get(near[0], near[0]) if near else "user"
-            fix += f"; or say what it is in the source: `roles: {{{json.dumps(value[:60])}: {role}}}`"
+            meant = SPEAKER_ROLES[near[0]] if near else "user"
+            fix += f"; or say what it is in the source: `roles: {{{json.dumps(value[:60])}: {meant}}}`"
         raise UnusableRowError(where, f"unknown {kind} {json.dumps(value[:60])}", fix)
-    return value, roles[value]
+    return value.strip().casefold(), role
+
+
+def _columns_for(turn: Mapping[str, object]) -> str:
+    """The `columns` that would read a turn with keys of its own, for the fix; '' where there are none."""
+    named = ", ".join(f"{field}: {name}" for field, name in (columns_of_turn(turn) or {}).items())
+    return f", or name the keys in the source: `columns: {{{named}}}`" if named else ""
 
 
 # --- calls

@@ -1,0 +1,72 @@
+"""What a source could say about rows that have the fields of no format, for the fix of the error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from llmtune.data.rows.field_names import SPEAKER_KEYS, TEXT_KEYS, first_turn
+
+__all__ = ["columns_of_turn", "proposed_columns"]
+
+_SPEAKER_KEYS = ("speaker", "author", "sender", "participant", "who", "type")
+_TEXT_KEYS = ("parts", "message", "utterance", "body", "say", "response", "msg")
+"""Keys of other programs' messages; the first that a message has is proposed."""
+_DEPTH = 3
+"""Levels of objects that are searched for a list of messages."""
+_TABLE_ROW = re.compile(r"\.(csv|tsv)(\.gz|\.zst)?:\d+")
+
+
+def proposed_columns(fields: Mapping[str, object], source: str) -> str:
+    """The fix for a row without the fields of a format: where its messages seem to be, or what a table's header is.
+
+    >>> proposed_columns({"body": {"messages": [{"role": "user", "content": "q"}]}}, "a.jsonl:1")
+    'say in the source where the messages are: `columns: {messages: body.messages}`'
+    """
+    if {"chosen", "rejected"} <= fields.keys():
+        is_text = isinstance(fields["chosen"], str)
+        columns = "prompt: prompt, completion: chosen" if is_text else "messages: chosen"
+        return (
+            "learn from both answers with `objective.method=dpo`, or say in the source which are trained: "
+            f"`columns: {{{columns}}}`"
+        )
+    for path, turns in _lists(fields, "", _DEPTH):
+        turn = first_turn(turns)
+        if not turn:
+            continue
+        keys = columns_of_turn(turn)
+        if keys is not None:
+            named = ", ".join(f"{field}: {name}" for field, name in {"messages": path, **keys}.items())
+            return f"say in the source where the messages are: `columns: {{{named}}}`"
+    header = "check that the first line of the file names its columns, or " if _TABLE_ROW.search(source) else ""
+    return f"{header}say in the source which they are (`columns: {{question: ..., answer: ...}}`)"
+
+
+def columns_of_turn(turn: Mapping[str, object]) -> dict[str, str] | None:
+    """The `columns` under which a message could be read, {} where it needs none, None where it shows no speaker."""
+    columns: dict[str, str] = {}
+    if not any(turn.get(key) is not None for key in SPEAKER_KEYS):
+        speaker = next((key for key in _SPEAKER_KEYS if turn.get(key) is not None), None)
+        if speaker is None:
+            return None
+        inside = turn[speaker]
+        columns["role"] = f"{speaker}.role" if isinstance(inside, Mapping) and "role" in inside else speaker
+    text = next((key for key in (*TEXT_KEYS, *_TEXT_KEYS) if turn.get(key) is not None), None)
+    if text is None:
+        return None
+    inside = turn[text]
+    if isinstance(inside, Mapping) and "parts" in inside:
+        columns["content"] = f"{text}.parts"
+    elif text not in TEXT_KEYS:
+        columns["content"] = text
+    return columns
+
+
+def _lists(fields: Mapping[str, object], prefix: str, depth: int) -> Iterator[tuple[str, object]]:
+    """Every list inside objects, with its dotted path."""
+    for name, value in fields.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, (list, tuple)):
+            yield path, value
+        elif isinstance(value, Mapping) and depth:
+            yield from _lists(value, f"{path}.", depth - 1)

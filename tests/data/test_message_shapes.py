@@ -1,0 +1,231 @@
+"""Conversations as other programs export them: speakers under other names, content in blocks, lists as text."""
+
+import json
+
+import pytest
+import yaml
+
+from llmtune.config.schema import SourceConfig
+from llmtune.data.dataset.make_dataset import prepare_data
+from llmtune.data.example import Message, Row
+from llmtune.data.rows.field_names import SPEAKER_ROLES
+from llmtune.data.rows.formats import conversation_of, detect_format, looks_like
+from llmtune.data.rows.proposals import proposed_columns
+from llmtune.errors import DataError
+from read_rows import read_rows
+
+USER, ANSWER = Message("user", "q"), Message("assistant", "a")
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def conversation(**fields):
+    return conversation_of(Row("f:1", fields), looks_like(fields))
+
+
+# --- speakers
+
+
+@pytest.mark.parametrize("spelled", [str, str.upper, str.title, lambda name: f" {name} "])
+@pytest.mark.parametrize(("who", "what"), [("role", "content"), ("from", "value"), ("role", "value")])
+def test_well_known_speakers_are_roles_under_every_key_and_in_every_case(who, what, spelled):
+    for speaker, role in SPEAKER_ROLES.items():
+        if speaker not in ("function_call", "tool_call"):  # their text is a call
+            given = conversation(messages=[{who: spelled("user"), what: "q"}, {who: spelled(speaker), what: "a"}])
+            assert given.messages == (USER, Message(role, "a"))
+
+
+def test_speakers_of_other_names_are_said_once_with_their_roles():
+    rows = [
+        Row("f:1", {"messages": [{"role": "Human", "content": "q"}, {"role": "ai", "content": "a"}]}),
+        Row("f:2", {"messages": [{"role": "user", "content": "q"}, {"role": "model", "content": "a"}]}),
+    ]
+    _, decision = detect_format(rows)
+    assert decision.reason.endswith("; `Human` is user, `ai` is assistant, `model` is assistant")
+    plain = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    _, decision = detect_format([Row("f:1", {"conversations": plain})])
+    assert decision.reason == "the only row has `conversations` with `from` and `value`"
+
+
+def test_a_call_may_be_a_turn_of_its_own_in_messages_too():
+    call = {"name": "get_weather", "arguments": {"town": "Pisa"}}
+    turns = [*CHAT[:1], {"role": "tool_call", "content": json.dumps(call)}, {"role": "tool_response", "content": "21"}]
+    given = conversation(messages=turns).messages
+    assert given[1] == Message("assistant", "", None, {"tool_calls": [{"type": "function", "function": call}]})
+    assert given[2] == Message("tool", "21")
+
+
+# --- blocks, parts, system prompts
+
+
+@pytest.mark.parametrize(
+    "system",
+    [
+        "S",
+        [{"type": "text", "text": "S", "cache_control": {"type": "ephemeral"}}],
+        [{"text": "S"}],
+        {"role": "system", "content": "S"},
+        {"parts": [{"text": "S"}]},
+    ],
+)
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message", "systemInstruction"])
+def test_a_system_prompt_may_be_text_parts_or_a_message(name, system):
+    turns = [{"role": "user", "content": [{"text": "q"}]}, {"role": "assistant", "content": [{"text": "a"}]}]
+    given = conversation(**{name: system, "messages": turns})
+    assert given.messages == (Message("system", "S"), USER, ANSWER)
+    assert not given.unused
+
+
+def test_calls_results_and_thoughts_in_blocks_become_messages_of_their_own():
+    use = {"type": "tool_use", "id": "t1", "name": "get_weather", "input": {"town": "Pisa"}}
+    results = [
+        {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "21"}]},
+        {"type": "tool_result", "tool_use_id": "t2", "content": "22"},
+    ]
+    turns = [
+        *CHAT[:1],
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "so", "signature": "x"},
+                {"type": "text", "text": "I look."},
+                use,
+            ],
+        },
+        {"role": "user", "content": [*results, {"type": "text", "text": "and?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}], "train": False},
+    ]
+    call = {"type": "function", "id": "t1", "function": {"name": "get_weather", "arguments": {"town": "Pisa"}}}
+    assert conversation(messages=turns).messages == (
+        USER,
+        Message("assistant", "I look.", None, {"tool_calls": [call], "thinking": "so"}),
+        Message("tool", "21", None, {"tool_call_id": "t1"}),
+        Message("tool", "22", None, {"tool_call_id": "t2"}),
+        Message("user", "and?"),
+        Message("assistant", "a", 0.0),
+    )
+
+
+def test_a_message_with_a_result_alone_is_the_tool_s_alone():
+    turns = [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "21"}]}]
+    assert conversation(messages=[*CHAT, *turns]).messages[2:] == (Message("tool", "21", None, {"tool_call_id": "t"}),)
+
+
+def test_a_prompt_in_text_parts_is_a_user_s_message():
+    given = conversation(prompt=[{"type": "text", "text": "q"}], completion=[{"text": "a"}])
+    assert (given.messages, given.prompt_is_text, given.unused) == ((USER, ANSWER), False, ())
+
+
+# --- lists as text
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+def test_a_list_of_messages_may_stand_as_json_text_in_every_kind_of_file(name, field, tmp_path):
+    path, row = tmp_path / name, {field: json.dumps(CHAT)}
+    if name.endswith("parquet"):
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps([row] if name == "a.json" else row))
+    (read,) = read_rows((SourceConfig(str(path)),))
+    assert read.fields == {field: CHAT}
+
+
+def test_a_list_in_python_s_notation_is_named_as_that(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": str(CHAT)}) + "\n")
+    (bad,) = read_rows((SourceConfig(str(path)),))
+    assert (bad.field, bad.fix) == (
+        "messages",
+        "JSON wants double quotes: write rows with a JSON library, not with str()",
+    )
+
+
+# --- what else a file may be
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "sep=;\nprompt;completion\nq;a\n"),
+        ("a.csv", '"sep=|"\r\nprompt|completion\r\nq|a\r\n'),
+        ("a.tsv", "sep=,\nprompt,completion\nq,a\n"),
+        ("a.txt", '{"prompt": "q", "completion": "a"}\n'),
+        ("a.json", '{"x1": {"prompt": "q", "completion": "a"}, "x2": {"prompt": "q", "completion": "a"}}'),
+        ("a.jsonl", '{"prompt": ["q", "q"], "completion": ["a", "a"]}'),
+    ],
+)
+def test_a_file_is_read_as_what_it_holds(name, text, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(text.encode())
+    rows = list(read_rows((SourceConfig(str(path)),)))
+    assert {json.dumps(row.fields) for row in rows} == {'{"prompt": "q", "completion": "a"}'}
+
+
+@pytest.mark.parametrize(
+    "row", [{"turns": ["q", "a"]}, {"messages": ["q", "a"], "tags": ["x", "y"]}, {"text": ["one", "two"]}]
+)
+def test_a_line_with_a_list_is_a_row_and_no_table_of_one_column(row, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (read,) = read_rows((SourceConfig(str(path)),))
+    assert read.fields == row
+
+
+@pytest.mark.parametrize("row", [{"chosen": CHAT[1], "rejected": CHAT[1]}, {"text": "{}"}])
+def test_a_row_with_messages_in_objects_is_no_table(row, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(row))
+    (read,) = read_rows((SourceConfig(str(path)),))
+    assert read.fields == row
+
+
+def test_lines_of_prose_are_texts_though_the_first_is_json(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text('{"a": 1}\nis an object\n')
+    assert [row.fields["text"] for row in read_rows((SourceConfig(str(path)),))] == ['{"a": 1}', "is an object"]
+
+
+# --- proposals
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns"),
+    [
+        ({"id": 1, "dialogue": CHAT}, "{messages: dialogue}"),
+        ({"body": {"messages": CHAT}}, "{messages: body.messages}"),
+        (
+            {"contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
+            "{messages: contents, content: parts}",
+        ),
+        (
+            {"log": [{"speaker": "user", "utterance": "q"}, {"speaker": "ai", "utterance": "a"}]},
+            "{messages: log, role: speaker, content: utterance}",
+        ),
+        (
+            {"turns": [{"author": {"role": role}, "content": {"parts": [role]}} for role in ("user", "assistant")]},
+            "{messages: turns, role: author.role, content: content.parts}",
+        ),
+    ],
+)
+def test_a_fix_names_the_columns_under_which_the_messages_are_read(fields, columns, write, config, renderer):
+    with pytest.raises(DataError) as refused:
+        detect_format([Row("f:1", fields)])
+    assert f"`columns: {columns}`" in refused.value.problems[0].fix
+    # ... and they are: the proposal is taken as it stands.
+    source = SourceConfig(str(write("a.jsonl", [fields])), columns=yaml.safe_load(columns))
+    assert prepare_data(config(source), renderer).ledger.summary()["train"]["used"] == 1
+
+
+def test_rows_that_compare_answers_are_named_as_that():
+    fix = proposed_columns({"prompt": "q", "chosen": "a", "rejected": "b"}, "a.jsonl:1")
+    assert "`objective.method=dpo`" in fix
+    assert "`columns: {prompt: prompt, completion: chosen}`" in fix
+    assert "`columns: {messages: chosen}`" in proposed_columns({"chosen": CHAT, "rejected": CHAT}, "a.jsonl:1")
+
+
+def test_a_table_without_a_header_is_asked_for_one():
+    assert "first line of the file names its columns" in proposed_columns({"What?": "a"}, "a.csv:2")
+    assert "first line" not in proposed_columns({"What?": "a"}, "a.jsonl:2")
