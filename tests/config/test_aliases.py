@@ -29,6 +29,8 @@ READ = {
     "batch_size: 2": {"training.batch_size": 2},
     "default_system: Be brief.": {"data.system": "Be brief."},
     "system_prompt: Be brief.": {"data.system": "Be brief."},
+    "enable_thinking: false": {"data.template_args": {"enable_thinking": False}},
+    "stage: pt": {"objective.method": "sft", "data.format": "text"},
     "chat_template_kwargs: {enable_thinking: false}": {"data.template_args": {"enable_thinking": False}},
     "max_seq_length: 512": {"data.max_length": 512},
     "max_seq_len: 512": {"data.max_length": 512},
@@ -366,3 +368,58 @@ EXTRA = {
 
 def test_remote_code_is_no_other_name_for_anything():
     assert not [name for name in (*aliases.NAMES, *aliases.TRANSLATED) if "remote_code" in name]
+
+
+@pytest.mark.parametrize("value", ["false", "null", "0", "''", "[]", "no"])
+@pytest.mark.parametrize(
+    "name", ["push_to_hub", "trust_remote_code", "resume_from_checkpoint", "do_predict", "use_cpu"]
+)
+def test_a_switch_that_is_not_here_may_be_off(name, value):
+    (note,) = parse_config(f"{name}: {value}").notes
+    assert note.endswith("asks for what happens here anyway")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "fix"),
+    [
+        ("adapter: {method: lora, init: pissa}", "a base with other weights", "`adapter.init: orthogonal`"),
+        ("adapter: {method: lora, init: loftq}", "a base with other weights", "`adapter.init: orthogonal`"),
+        ("lr_scheduler_type: reduce_lr_on_plateau", "before the first step", "early_stopping_patience"),
+        ("finetuning_type: freeze", "without an adapter", "`model.train_only`"),
+        ("layers_to_transform: [0, 1]", "from the end", "`adapter.layers: 4`"),
+        ("roles_to_train: [assistant]", "by a rule", "`data.train_on: all_messages`"),
+        ("add_tokens: <a>,<b>", "in full tuning too", "adapter.train_tokens"),
+        ("interleave_probs: 0.5,0.5", "at its sources", "`share`"),
+        ("train_on_eos: all", "must be `turn`", "write `turn`, or take it out"),
+        ("report_to: mlflow", "must be one of", "the default is `tracking.trackers:"),
+        ("data: {path: a.jsonl}", "unknown key", "write `data.train`"),
+        ("resize_everything: true", "unknown key", "`llmtune config schema`"),
+    ],
+)
+def test_what_is_not_here_is_refused_with_the_nearest_thing_that_works(text, problem, fix):
+    with pytest.raises(ConfigError) as refused:
+        parse_config(text)
+    (row,) = refused.value.problems
+    assert problem in row.problem
+    assert fix in row.fix
+
+
+@pytest.mark.parametrize(
+    ("entry", "fix"),
+    [
+        ("{path: a.jsonl, type: chat_template}", "set `format`"),
+        ("{file: a.jsonl}", "write it as `path`"),
+        ("{path: a.jsonl, field_messages: turns}", "say it in `columns`"),
+        ("{path: a.jsonl, ds_type: json}", "take it out"),
+        ("{path: a.jsonl, repeet: 3}", "did you mean `repeat`?"),
+    ],
+)
+def test_keys_that_sources_have_elsewhere_are_refused_with_their_form_here(entry, fix):
+    with pytest.raises(ConfigError) as refused:
+        parse_config(f"data: {{train: [{entry}]}}")
+    assert any(fix in row.fix for row in refused.value.problems)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_default", "default"])
+def test_the_usual_words_for_the_tokenizer_s_own_template_name_no_other(name):
+    assert value_of(parse_config(f"chat_template: {name}"), "model.chat_template") is None

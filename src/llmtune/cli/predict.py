@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +25,7 @@ from llmtune.cli.options import Checkpoint, NoCuda, Score, TemplateArgs
 from llmtune.errors import UsageError
 
 if TYPE_CHECKING:
+    from llmtune.cli.evaluate import HeldOut
     from llmtune.evaluation.predictions import Prediction
 
 __all__ = ["predict"]
@@ -65,7 +67,7 @@ def predict(
     if data and config:
         raise UsageError("--data and --config both name rows", "command line", "give one of them")
     loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
-    from llmtune.evaluation.predictions import predict_answers, split_at_answer
+    from llmtune.evaluation.predictions import predict_answers
     from llmtune.evaluation.scores import find_score, scores_of
 
     judge = find_score(score) if score is not None else None
@@ -88,14 +90,25 @@ def predict(
         score_of_it = {"score": scores[index]} if scores else {}
         print(json.dumps(_as_dict(prediction) | score_of_it, ensure_ascii=False), flush=True)
     if max_new_tokens is not None:
-        references = [pair[1] for row in range(len(rows)) if (pair := split_at_answer(rows[row])) is not None]
-        cut = sum(len(reference) > max_new_tokens for reference in references)
-        if cut:
-            print_line(f"{cut} of {len(references)} references have more than {max_new_tokens} tokens")
+        _say_longer_references(rows, max_new_tokens)
+    _say_outcome(predictions, scores, skipped=len(rows) - len(predictions))
+
+
+def _say_outcome(predictions: Sequence[Prediction], scores: Sequence[float], *, skipped: int) -> None:
     exact = sum(prediction.is_exact for prediction in predictions)
-    skipped = f"; {len(rows) - len(predictions)} rows hold no prompt and answer" * (len(predictions) < len(rows))
+    without = f"; {skipped} rows hold no prompt and answer" * (skipped > 0)
     mean = f"; mean score {sum(scores) / len(scores):.4g}" if scores else ""
-    print_line(f"{exact} of {len(predictions)} answers exactly right{mean}{skipped}")
+    print_line(f"{exact} of {len(predictions)} answers exactly right{mean}{without}")
+
+
+def _say_longer_references(rows: HeldOut, max_new_tokens: int) -> None:
+    """Print how many references no answer of this length can equal."""
+    from llmtune.evaluation.predictions import split_at_answer
+
+    references = [pair[1] for row in range(len(rows)) if (pair := split_at_answer(rows[row])) is not None]
+    longer = sum(len(reference) > max_new_tokens for reference in references)
+    if longer:
+        print_line(f"{longer} of {len(references)} references have more than {max_new_tokens} tokens")
 
 
 def _as_dict(prediction: Prediction) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["NOT_HERE", "UNUSED"]
+__all__ = ["NOT_HERE", "REFUSED_VALUES", "UNUSED"]
 
 _UPLOADS = ("llmtune uploads nothing", "upload the run's `final/` folder with the hub's own tool")
 _IMPORTS = "it names code to import, and llmtune imports nothing that a config names"
@@ -23,6 +23,23 @@ _TOKENS = (
     "special tokens belong to the tokenizer",
     "set `model.pad_token` and `model.eos_token`; others in a tokenizer's folder, and name that with `model.tokenizer`",
 )
+_OTHER_BASE = (
+    "it starts from a base with other weights, to which a saved adapter would not fit",
+    "set `adapter.init: orthogonal`, a start that leaves the base as it is",
+)
+_LAYERS = (
+    "layers are chosen by their number from the end, or by name",
+    "set `adapter.layers: 4` for the last four blocks, or write a regular expression in `adapter.target_modules`",
+)
+_NEW_TOKENS = (
+    "new tokens are listed with the adapter, in full tuning too",
+    "set `adapter.train_tokens: ['<tool>', '</tool>']`",
+)
+_MIXTURE = (
+    "a mixture is written at its sources",
+    "give each entry of `data.train` a `share` of the epoch, or a `repeat`",
+)
+_CONTEXT = ("the shape of a model is read from its own folder", "change it in that folder's config.json")
 NOT_HERE: dict[str, tuple[str, str]] = {
     "trust_remote_code": (
         "it runs code that comes with the model, so it is allowed on the command line only, where you see it",
@@ -67,16 +84,65 @@ NOT_HERE: dict[str, tuple[str, str]] = {
     "fsdp_config": _SHARDING,
     "dataset_dir": ("data files are named by their whole path", "write it before the names in `data.train`"),
     "dataset_info": ("data files are named by their path", "name them in `data.train`"),
-    "save_adapter": ("a run with an adapter always saves it", "remove it"),
     "eval_max_new_tokens": ("it has another name here", "set `evaluation.max_new_tokens`"),
     "bos_token": _TOKENS,
     "unk_token": _TOKENS,
     "label_smoothing_factor": ("the loss here is the plain negative log-likelihood", "remove it"),
     "logging_dir": ("logs stand in the run's own folder", "set `run.output_dir`"),
     "micro_batch_size_eval": ("it has another name here", "set `evaluation.batch_size`"),
+    "pissa_init": _OTHER_BASE,
+    "loftq_config": _OTHER_BASE,
+    "relora_steps": ("an adapter is trained once, and merged when it is done", "remove it"),
+    "relora": ("an adapter is trained once, and merged when it is done", "remove it"),
+    "layers_to_transform": _LAYERS,
+    "peft_layers_to_transform": _LAYERS,
+    "freeze_trainable_layers": ("layers are chosen by name", "set `model.train_only: ['.*layers.(30|31).*']`"),
+    "tokens": _NEW_TOKENS,
+    "add_tokens": _NEW_TOKENS,
+    "new_special_tokens": _NEW_TOKENS,
+    "added_tokens_overrides": ("a tokenizer is changed in its own folder", "name that with `model.tokenizer`"),
+    "roles_to_train": ("messages are chosen by a rule", "set `data.train_on: all_messages` or another rule"),
+    "train_on_split": ("a split belongs to a source", "write `data.train: [{path: ..., split: train}]`"),
+    "mix_strategy": _MIXTURE,
+    "interleave_probs": _MIXTURE,
+    "streaming": ("rows are tokenized once, and read from the disk while a run trains", "remove it"),
+    "skip_prepare_dataset": ("rows are always tokenized here", "give them as text or messages"),
+    "xformers_attention": ("there is no such backend here", "leave `model.attention: auto`, which takes the fastest"),
+    "torch_compile_backend": ("it compiles with torch's own default", "set `training.compile: true` alone"),
+    "torch_compile_mode": ("it compiles with torch's own default", "set `training.compile: true` alone"),
+    "use_mlflow": ("there is no such tracker", "set `tracking.trackers: [console, jsonl, tensorboard]`"),
+    "loss_type": ("the loss follows from the objective", "set `objective.method`"),
+    "use_dft_loss": ("the loss here is the plain negative log-likelihood", "remove it"),
+    "rope_scaling": _CONTEXT,
+    "rope_theta": _CONTEXT,
     "unsloth": ("fast paths need no switch here", "leave `training.engine: auto`"),
 }
 """Names people know from elsewhere that are refused: the reason and what to do."""
+
+REFUSED_VALUES: dict[str, dict[str, tuple[str, str]]] = {
+    "adapter.init": dict.fromkeys(
+        ("pissa", "olora", "loftq", "corda", "eva", "lora_ga", *(f"pissa_niter_{number}" for number in (4, 8, 16, 32))),
+        _OTHER_BASE,
+    ),
+    "training.lr_schedule": {
+        "reduce_lr_on_plateau": (
+            "every rate is known before the first step",
+            "set `evaluation.early_stopping_patience`, or `training.lr_schedule: cosine`",
+        ),
+        "inverse_sqrt": ("there is no such schedule here", "set `training.lr_schedule: wsd`, or `cosine`"),
+        "one_cycle": (
+            "there is no such schedule here",
+            "set `training.lr_schedule: cosine` and `training.warmup_ratio`",
+        ),
+    },
+    "adapter.method": {
+        "freeze": (
+            "some weights of a model are trained without an adapter",
+            "set `adapter.method: none` and name them in `model.train_only`",
+        ),
+    },
+}
+"""Values of our keys that people know from elsewhere: the reason why they are not taken, and what to do."""
 
 _FAST = "the fast paths of llmtune are chosen for the device and need no switch"
 _LOADED = "rows are tokenized before training starts (`data.num_workers`), and none is loaded while it runs"
@@ -90,6 +156,24 @@ UNUSED: dict[str, str] = {
     "length_column_name": "rows are laid end to end without padding, so nothing is gained by their order",
     "pad_to_sequence_len": "rows are laid end to end without padding",
     "pad_to_multiple_of": "rows are laid end to end without padding",
+    "neat_packing": "packed rows never see each other here",
+    "padding_free": "rows are laid end to end without padding",
+    "eval_packing": "held-out rows are measured one by one, whatever their batch",
+    "shuffle_merged_datasets": "rows of all sources are shuffled together (`data.shuffle_seed`)",
+    "fp16_full_eval": "held-out rows are measured in the precision of training",
+    "bf16_full_eval": "held-out rows are measured in the precision of training",
+    "eval_accumulation_steps": "held-out losses are added up as they come",
+    "use_cache": "it is off in training and on where answers are written",
+    "resize_vocab": "the embedding gets the rows that new tokens need",
+    "resize_token_embeddings": "the embedding gets the rows that new tokens need",
+    "deterministic": "a run with the same seed on the same machine gives the same bytes without it",
+    "lora_fan_in_fan_out": _KNOWN,
+    "lora_on_cpu": _FAST,
+    **dict.fromkeys(
+        ("liger_rope", "liger_rms_norm", "liger_layer_norm", "liger_glu_activation", "liger_cross_entropy"), _FAST
+    ),
+    "liger_fused_linear_cross_entropy": _FAST,
+    "ds_type": "the kind of a file is read from its name and content",
     "padding_side": "rows are laid end to end without padding",
     "dataloader_num_workers": _LOADED,
     "dataloader_pin_memory": _LOADED,

@@ -14,6 +14,7 @@ from llmtune.config.translation import (
     only,
     report_to,
     switch,
+    template_argument,
     times_an_epoch,
     warmup,
     when_on,
@@ -93,7 +94,10 @@ _ADAPTER = Rule(
 )
 _OFFLOADED = when_on({"model.gradient_checkpointing": "offload"})
 LORA_ONLY = {
-    "bias": only("none", "biases are trained in full tuning only"),
+    **dict.fromkeys(
+        ("bias", "lora_bias"),
+        Rule(words={"none": {}, "false": {}, "null": {}}, expected="`none`: biases are trained in full tuning only"),
+    ),
     "task_type": only("causal_lm", "llmtune trains causal language models"),
 }
 _BF16 = Rule(
@@ -153,7 +157,10 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         "enable_activation_offloading": _OFFLOADED,
     },
     "adapter.init": {
-        "init_lora_weights": words_of("adapter.init", dict.fromkeys(("true", "default"), "kaiming")),
+        **dict.fromkeys(
+            ("init_lora_weights", "lora_init_weights", "peft_init_lora_weights"),
+            words_of("adapter.init", dict.fromkeys(("true", "default"), "kaiming")),
+        ),
     },
     "model.quantization": {
         "load_in_4bit": switch("model.quantization", "4bit", "none"),
@@ -173,7 +180,7 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         "attn_implementation": words_of("model.attention", _ATTENTION),
         "flash_attn": words_of("model.attention", {"true": "flash", "false": "auto", **_ATTENTION}),
         **dict.fromkeys(
-            ("flash_attention", "use_flash_attention", "use_flash_attention_2"),
+            ("flash_attention", "flash_attention_2", "use_flash_attention", "use_flash_attention_2"),
             switch("model.attention", "flash", "auto"),
         ),
         "sdp_attention": switch("model.attention", "sdpa", "auto"),
@@ -201,13 +208,18 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         "mask_history": when_on({"data.train_on": "last_assistant_turn"}),
         "assistant_only_loss": switch("data.train_on", "all_assistant_messages", "all_tokens"),
     },
+    "data.template_args": {name: template_argument(name) for name in ("enable_thinking", "reasoning_effort")},
     "data.packing": {
         "packing": words_of("data.packing", {"true": "best_fit", "false": "none"}),
         "sample_packing": switch("data.packing", "best_fit", "none"),
         "pack_sequences": switch("data.packing", "greedy", "none", is_vague=True),
     },
     "objective.method": {
-        "stage": Rule("objective.method", _METHODS, "sft, dpo or kto: other stages are not there"),
+        "stage": Rule(
+            "objective.method",
+            _METHODS | {"pt": {"objective.method": "sft", "data.format": "text"}},
+            "`sft`, `pt`, `dpo` or `kto`: other stages are not there",
+        ),
         "rl": Rule("objective.method", _METHODS | _PAIR_LOSSES, "dpo, ipo, simpo, orpo or kto: others are not there"),
         "pref_loss": Rule("objective.loss", _PAIR_LOSSES, "sigmoid, hinge, ipo, orpo or simpo: others are not there"),
     },
@@ -227,8 +239,11 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
     "": {  # keys with one possible value
         "bnb_4bit_quant_type": only("nf4", "4 bit is always NF4 here"),
         "bnb_4bit_use_double_quant": only("true", "4 bit always quantizes its constants too"),
+        "double_quantization": only("true", "4 bit always quantizes its constants too"),
+        "train_on_eos": only("turn", "the token that ends a trained answer is trained, and no other"),
         **LORA_ONLY,
         "dataloader_drop_last": only("false", "every row is trained in every epoch"),
+        "save_adapter": only("true", "a run with an adapter always saves it"),
         "save_safetensors": only("true", "weights are always safetensors"),
         "do_train": only("true", "`llmtune train` trains; `llmtune evaluate` only measures"),
         "do_eval": only("true", "held-out rows are always measured"),
@@ -244,7 +259,6 @@ SECTION_VALUES: dict[str, Translation] = {
 """Sections for which a bare value is a well-known short form."""
 
 VALUES: dict[str, dict[str, str]] = {
-    "data.packing": {"true": "best_fit", "false": "none"},
     "training.precision": _PRECISIONS,
     "training.optimizer": _OPTIMIZERS,
     "training.lr_schedule": _SCHEDULES,
@@ -257,6 +271,8 @@ VALUES: dict[str, dict[str, str]] = {
     "model.dtype": _DTYPES,
     "model.attention": _ATTENTION,
     "model.gradient_checkpointing": {"unsloth": "offload"},
+    "model.chat_template": {"tokenizer_default": "null", "default": "null", "jinja": "null"},
+    "data.packing": {"true": "best_fit", "false": "none", "bfd": "best_fit", "ffd": "first_fit", "wrapped": "greedy"},
     "data.train_on": _TRAIN_ON,
 }
 """Other spellings of a choice under our own key."""

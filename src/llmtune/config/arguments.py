@@ -46,9 +46,6 @@ def environment_layer(environ: Mapping[str, str], findings: Findings) -> dict[st
     entries = []
     for name, text in sorted(environ.items()):
         key = name.removeprefix(ENVIRONMENT_PREFIX)
-        if key == name and name.upper().startswith(ENVIRONMENT_PREFIX):
-            fix = f"variables are written in capitals: `{excerpt(name.upper())}`"
-            findings.problem(f"`{excerpt(name)}` sets no config key", f"env {excerpt(name)}", fix)
         if key == name or name in PROCESS_VARIABLES:
             continue
         if "__" not in key:

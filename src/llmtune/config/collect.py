@@ -11,12 +11,12 @@ from typing import Any, get_origin
 from llmtune.common.secrets import SECRET_NAME, SECRET_SHAPES
 from llmtune.common.text import excerpt
 from llmtune.config import aliases, convert
-from llmtune.config.alias_refusals import NOT_HERE, UNUSED
+from llmtune.config.alias_refusals import NOT_HERE, REFUSED_VALUES, UNUSED
 from llmtune.config.checks import range_fix, range_problem
 from llmtune.config.document import Entry, Listing, Node, Origin, Scalar, Table, shown
 from llmtune.config.keys import FORMER_KEYS, LEAVES, SECTIONS, default_of
 from llmtune.config.paths import path_problem
-from llmtune.config.translation import Translation
+from llmtune.config.translation import NO, Translation
 from llmtune.errors import Problem
 
 __all__ = ["Findings", "Setting", "collect", "nearest_key"]
@@ -113,6 +113,8 @@ class _Reader:
             self.findings.hidden += 1
         elif SECRET_NAME.search(key) and aliases.translation_of(key) is None:
             self.findings.problem(f"`{excerpt(key)}` would keep a secret in a config", origin.where, _FIX_SECRET)
+        elif leaf in NOT_HERE and _asks_for_nothing(value):
+            self.findings.note(f"{origin.where}: `{excerpt(key)}: {shown(value)}` asks for what happens here anyway")
         elif leaf in NOT_HERE:
             reason, fix = NOT_HERE[leaf]
             self.findings.problem(
@@ -145,7 +147,7 @@ class _Reader:
             self.findings.problem(
                 f"`{excerpt(written)}` must be {mismatch.expected}, not `{shown(mismatch.node)}`",
                 origin.where,
-                mismatch.fix,
+                mismatch.fix or _fix_of_expected(mismatch.expected),
             )
             return
         for change in changes:
@@ -263,6 +265,19 @@ class _Reader:
         self.findings.problem(f"unknown key `{excerpt(key)}` (`{shown(value)}`)", origin.where, nearest_key(key))
 
 
+def _fix_of_expected(expected: str) -> str:
+    """The fix for a value that a translation refuses: the first one that it takes."""
+    taken = re.search(r"`([^`]+)`", expected)
+    return f"write `{taken[1]}`, or take it out" if taken else "take it out, or write one of those"
+
+
+def _asks_for_nothing(value: Node) -> bool:
+    """Whether a switch that is not there is off: `false`, `null`, 0 or empty."""
+    if isinstance(value, Scalar):
+        return value.is_null or value.text.lower() in (*NO, "", "none", "0.0")
+    return not (value.items if isinstance(value, Listing) else value.entries)
+
+
 def _holds_secret(value: Node) -> bool:
     if isinstance(value, Scalar):
         return bool(SECRET_SHAPES.search(value.text))
@@ -288,10 +303,13 @@ def nearest_key(key: str) -> str:
         return f"`{leaf}` stands in another section: write `{elsewhere[0]}`"
     if elsewhere:
         return f"`{leaf}` stands in other sections: write " + " or ".join(f"`{name}`" for name in elsewhere)
+    if (joined := key.lower().replace(".", "_")) in aliases.NAMES:
+        return f"write `{aliases.NAMES[joined]}`"
     if leaf in aliases.NAMES:
         return f"write `{aliases.NAMES[leaf]}`"
     best = max(LEAVES, key=lambda name: _likeness(section, leaf, name))
-    if _likeness(section, leaf, best) >= 0.62:
+    # Without a section more of the name must agree: many keys of other toolkits share a word with one of ours.
+    if _likeness(section, leaf, best) >= (0.62 if section else 0.72):
         return f"did you mean `{best}`?"
     other = difflib.get_close_matches(leaf, aliases.NAMES, n=1, cutoff=0.75)
     if other:
@@ -317,13 +335,17 @@ def _likeness(section: str, leaf: str, name: str) -> float:
 def _mismatch_problem(
     key: str, written: str, value: Node, mismatch: convert.Mismatch, origin: Origin
 ) -> tuple[str, str, str | None]:
+    refused = REFUSED_VALUES.get(key, {}).get(mismatch.node.text.lower() if isinstance(mismatch.node, Scalar) else "")
+    if refused is not None:
+        where = mismatch.node.origin.where or origin.where
+        return f"`{excerpt(written)}: {shown(value)}` is not taken: {refused[0]}", where, refused[1]
     subject = f"`{excerpt(written)}`" if written == key else f"`{excerpt(written)}` (`{key}` here)"
     fix = mismatch.fix
     choices = re.findall(r"`([^`]+)`", mismatch.expected)
     if fix is None and isinstance(mismatch.node, Scalar) and choices:
         nearest = difflib.get_close_matches(mismatch.node.text.lower(), choices, n=1, cutoff=0.5)
         fix = f"did you mean `{nearest[0]}`?" if nearest else None
-    if fix is None and "number" in mismatch.expected and key in LEAVES:
+    if fix is None and key in LEAVES and ("number" in mismatch.expected or choices):
         fix = range_fix(key)
     outer = f" (in `{shown(value)}`)" if mismatch.node is not value else ""
     problem = f"{subject} must be {mismatch.expected}, not `{shown(mismatch.node)}`{outer}"

@@ -12,6 +12,7 @@ from llmtune.common.text import is_text
 from llmtune.config.document import Listing, Node, Scalar, Table, shown
 from llmtune.config.keys import SOURCE_FIELDS
 from llmtune.config.schema import SourceConfig
+from llmtune.config.sources import SOURCE_HINTS
 
 __all__ = ["Mismatch", "convert", "expected"]
 
@@ -162,7 +163,7 @@ def _source(node: Node) -> SourceConfig:
         raise Mismatch(expected(SourceConfig), node)
     names = ", ".join(f"`{name}`" for name in SOURCE_FIELDS)
     mismatches = [
-        Mismatch(f"a mapping of {names}", Scalar(entry.key, True, entry.origin))
+        Mismatch(f"a mapping of {names}", Scalar(entry.key, True, entry.origin), SOURCE_HINTS.get(entry.key))
         for entry in node.entries
         if entry.key not in SOURCE_FIELDS
     ]

@@ -13,7 +13,15 @@ from llmtune.config.schema import SourceConfig
 if TYPE_CHECKING:
     from llmtune.config.checks import Range
 
-__all__ = ["COLUMN_FIELDS", "TURN_COLUMNS", "columns_of", "is_template", "source_names", "source_problems"]
+__all__ = [
+    "COLUMN_FIELDS",
+    "SOURCE_HINTS",
+    "TURN_COLUMNS",
+    "columns_of",
+    "is_template",
+    "source_names",
+    "source_problems",
+]
 
 TURN_COLUMNS = ("role", "content", "tool_calls", "tool_call_id")
 """Names in `columns` that mean the keys of each message of a conversation, not columns of the row."""
@@ -26,6 +34,31 @@ COLUMN_FIELDS = (
     *("chat_template_kwargs", "chosen", "rejected", "chosen_response", "rejected_response", "label", "kto_tag"),
 )
 """Fields of the formats: what `columns` may give another name."""
+
+_PATH = "write it as `path`"
+_COLUMNS = "say it in `columns`, such as `columns: {messages: dialogue, role: speaker, content: text}`"
+SOURCE_HINTS = {
+    **dict.fromkeys(("file", "files", "file_name", "data_files", "data", "name_or_path", "hf_hub_url"), _PATH),
+    "type": "take it out: the format is told from the rows, or set `format`",
+    "formatting": "take it out: the format is told from the rows, or set `format`",
+    "ds_type": "take it out: the kind of a file is read from its name and content",
+    "chat_template": "set `model.chat_template`: one template counts for all sources",
+    "roles_to_train": "set `train_on`",
+    "train_on_inputs": "set `train_on: all_tokens`",
+    "train_on_eos": "take it out: the token that ends a trained answer is trained, and no other",
+    "shards": "write a slice: `split: 'train[:10%]'`",
+    "num_samples": "write it as `max_samples`",
+    "samples": "write it as `max_samples`",
+    "probability": "write it as `share`",
+    "ratio": "write it as `share`",
+    "subset": "write it as `config`",
+    "data_dir": "write it as part of `path`",
+    "field": _COLUMNS,
+    **dict.fromkeys(("field_messages", "field_instruction", "field_output", "field_input", "field_system"), _COLUMNS),
+    **dict.fromkeys(("message_property_mappings", "message_field_role", "message_field_content", "tags"), _COLUMNS),
+    "drop_system_message": "take it out: a system message is never trained",
+}
+"""The fix for keys that sources have in other toolkits."""
 
 _SUM_TOLERANCE = 1e-6
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llmtune.config.convert import Mismatch
-from llmtune.config.document import Listing, Node, Origin, Scalar
+from llmtune.config.document import Entry, Listing, Node, Origin, Scalar, Table
 
 __all__ = [
     "NO",
@@ -139,6 +139,15 @@ def warmup(node: Node) -> list[Change]:
     number = _number_of(node)
     is_ratio = number is not None and 0 < number < 1
     return [Change("training.warmup_ratio" if is_ratio else "training.warmup_steps", node)]
+
+
+def template_argument(name: str) -> Translation:
+    """An argument of the chat template that other toolkits have as a key of its own."""
+
+    def translate(node: Node) -> list[Change]:
+        return [Change("data.template_args", Table((Entry(name, node, node.origin),), node.origin))]
+
+    return translate
 
 
 def times_an_epoch(key: str) -> Translation:
