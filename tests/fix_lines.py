@@ -47,6 +47,44 @@ def refused_in(output, command_line):
     return [wrong for fix in re.findall(r"^ *fix: (.*)$", output, re.MULTILINE) for wrong in refused(fix, command)]
 
 
+def settings_in(fix):
+    """Every setting with a value that a fix proposes, as KEY=VALUE."""
+    found = [re.fullmatch(r"([a-z_]+(?:\.[a-z_]+)+)(?:: |=)(.+)", quoted) for quoted in re.findall(r"`([^`]+)`", fix)]
+    pairs = [(match[1], match[2]) for match in found if match and HOLE not in match[2]]
+    return [
+        f"{key}={value}" for key, value in pairs if not re.search(r"\.\.\.|…", value) and not CAPITALS.search(value)
+    ]
+
+
+def command_lines_in(output, typed):
+    """The command lines by which the fixes of an error message are tried; `typed`: the words of the one that failed.
+
+    A setting is tried on the config that was typed, a command with all its words as it stands, an option that is to be
+    said behind the words that were typed.
+    """
+    lines = []
+    for fix in re.findall(r"^ *fix: (.*)$", output, re.MULTILINE):
+        lines += [["config", "show", *_config_words(typed), setting] for setting in settings_in(fix)]
+        for quoted in re.findall(r"`(llmtune [^`]+)`", fix):
+            words = shlex.split(quoted)[1:]
+            if not any(CAPITALS.fullmatch(word) or word == "..." for word in words):
+                # Without what it is to work on, a command is only named.
+                lines.append(words if len(words) > 1 or words[0] in ("list-models", "runs") else [*words, "--help"])
+        lines += [[*typed, option] for option in re.findall(r"(?:say|add) `?(--[a-z][a-z-]+)`? to go on", fix)]
+    return lines
+
+
+def _config_words(typed):
+    """The configs and settings among the words of a command line."""
+    words, pairs = [], list(zip(typed, [*typed[1:], ""], strict=True))
+    for word, following in pairs:
+        if word in ("-c", "--config"):
+            words += [word, following]
+        elif word.startswith("--config=") or re.match(r"[a-z_]+(\.[a-z_]+)*=", word):
+            words.append(word)
+    return words
+
+
 def _refused_command(text):
     words = [word for word in shlex.split(text)[1:] if word != "..."]
     names = [row.words for row in COMMANDS]

@@ -5,8 +5,10 @@ The corpus is data: one table a kind in `badinputs/`. A case lays out a working 
 the answer.
 """
 
+import io
 import os
 import re
+import sys
 import tempfile
 from collections import Counter
 
@@ -15,6 +17,7 @@ import pytest
 import badinputs_explained as explained
 import badinputs_runner as runner
 import fix_lines
+from llmtune.cli.main import main
 from llmtune.data.rendering.limits import Limits
 from llmtune.data.rendering.renderer import Renderer
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
@@ -83,6 +86,29 @@ def try_case(places, tmp_path, monkeypatch, capsys):
     return attempt
 
 
+@pytest.fixture
+def try_fixes(capsys, monkeypatch):
+    """Run every fix of an outcome, where it was laid out, and give those that the program refuses."""
+
+    def refused(case, outcome, here, places):
+        wrong = []
+        if case.environ or case.child or not here.is_dir():
+            return wrong  # the surroundings are at fault, not the words
+        monkeypatch.chdir(here)
+        for words in fix_lines.command_lines_in(outcome.err, runner.arguments_of(case, here, places)):
+            monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+            with pytest.raises(SystemExit) as end:
+                main(words)
+            err = capsys.readouterr().err
+            # What a file says wrongly stays wrong; the setting itself stands on the command line.
+            is_setting, is_of_setting = words[:2] == ["config", "show"], "command line" in err
+            if end.value.code == 2 and (is_of_setting or not is_setting):
+                wrong.append((words, err))
+        return wrong
+
+    return refused
+
+
 def assert_answered(case, outcome):
     """The law: its code, one message that says what and where or the fix, and nothing left behind."""
     text = runner.one_line(outcome.err)
@@ -98,9 +124,10 @@ def assert_answered(case, outcome):
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
-def test_q8_a_bad_input_ends_with_its_code_and_one_message(case, try_case, places, tmp_path):
+def test_q8_a_bad_input_ends_with_its_code_and_one_message(case, try_case, try_fixes, places, tmp_path):
     outcome = try_case(case)
     assert_answered(case, outcome)
+    assert try_fixes(case, outcome, tmp_path / "top" / case.folder, places) == []
     if case in explained.CHOSEN:
         shown = explained.entry(case, outcome, tmp_path / "top" / case.folder, places)
         if os.environ.get("WRITE_EXPLAINED"):
@@ -122,3 +149,35 @@ def test_q8_the_corpus_is_whole():
     bad = [case for case in CASES if case.code]
     assert len(bad) >= 150
     assert {case.code for case in bad} >= {2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize(
+    "fix",
+    [
+        "set `training.epochs: none`",
+        "set `checkpoint.final: best`",  # of this config, which holds nothing out
+        "run `llmtune resum here`",
+        "run `llmtune generate here --shorter`",
+        "say --allow-everything to go on",
+    ],
+)
+def test_a_fix_that_would_be_refused_is_found_by_running_it(fix, try_fixes, places, tmp_path):
+    case = next(case for case in CASES if case.id == "config-three-problems")
+    here = tmp_path / "top" / case.folder
+    here.mkdir(parents=True)
+    (here / "bad.yaml").write_text("run: {seed: 1}\n")
+    outcome = runner.RowResult(2, "", f"error: bad\n  fix: {fix}\n", [])
+    ((words, _),) = try_fixes(case, outcome, here, places)
+    assert words[0] in ("config", "resum", "generate", "train")
+
+
+def test_a_fix_becomes_the_command_lines_by_which_it_is_tried():
+    err = (
+        "  fix: set `a.b: 1` or `a.c=x`, or run `llmtune runs` or `llmtune resume RUN`; say --allow-changes to go on\n"
+    )
+    assert fix_lines.command_lines_in(err, ["train", "-c", "c.yaml", "d.e=2", "--no-cuda"]) == [
+        ["config", "show", "-c", "c.yaml", "d.e=2", "a.b=1"],
+        ["config", "show", "-c", "c.yaml", "d.e=2", "a.c=x"],
+        ["runs"],
+        ["train", "-c", "c.yaml", "d.e=2", "--no-cuda", "--allow-changes"],
+    ]

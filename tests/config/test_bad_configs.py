@@ -6,8 +6,12 @@ from __future__ import annotations
 
 import pytest
 
+import fix_lines
+from llmtune.config.contradictions import CONTRADICTIONS
 from llmtune.config.layers import load_config
 from llmtune.errors import ConfigError
+
+CONTRADICTION_FIXES = {row.fix for row in CONTRADICTIONS}
 
 # name -> (text of the file, [(line, words the problem and its fix must hold), ...])
 BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
@@ -273,6 +277,27 @@ def test_a_bad_config_is_refused_with_its_line_its_value_and_the_way_out(name, t
         assert where.split(" and ")[0] == f"bad.yaml:{line}", said
         for word in words:
             assert word in message, message
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_each_setting_that_a_fix_proposes_takes_its_problem_away(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(BAD[name][0])
+    for problem in problems_of():
+        for setting in fix_lines.settings_in(problem.fix or ""):
+            left = problems_of(setting)
+            # A value that cannot be read stays wrong below one that can: there the setting itself must be taken.
+            is_contradiction = problem.fix in CONTRADICTION_FIXES
+            assert not is_contradiction or problem.problem not in [row.problem for row in left], setting
+            assert not [row for row in left if row.where == "command line"], setting
+
+
+def problems_of(*settings):
+    try:
+        load_config("bad.yaml", overrides=settings, environ={})
+    except ConfigError as error:
+        return error.problems
+    return ()
 
 
 def test_the_table_is_long_enough_to_mean_something():
