@@ -7,7 +7,8 @@ import pytest
 from llmtune.config.layers import load_config
 from llmtune.config.schema import SourceConfig
 from llmtune.data.dataset.make_dataset import prepare_data
-from llmtune.data.reading.find_files import find_files, swept_in
+from llmtune.data.reading.find_files import find_files
+from llmtune.data.reading.source_notes import named_twice, swept_in
 from llmtune.data.reading.split_slices import parse_split
 from llmtune.errors import ConfigError, DataError
 from read_rows import read_rows
@@ -222,3 +223,45 @@ def test_a_split_that_is_none_and_a_slice_without_rows_are_refused(tmp_path):
         assert "is no split" in refusal(SourceConfig(path, split=split))[0]
         assert parse_split(split) is None
     assert "takes no row of the 3" in refusal(SourceConfig(path, split="train[3:]"))[0]
+
+
+def test_a_file_that_two_sources_read_in_the_same_way_is_named(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"question": "q", "answer": "a"}\n' * 4)
+    one, all_files = SourceConfig(f"{tmp_path}/./a.jsonl"), SourceConfig(f"{tmp_path}/*.jsonl")
+    (said,) = named_twice(find_files([one, all_files], "train"), "train")
+    assert (said.key, said.value) == ("data.train[1]", f"{tmp_path}/a.jsonl")
+    assert "data.train[0] too" in said.reason
+    assert "`repeat: 2`" in said.reason
+    others = [
+        SourceConfig(str(tmp_path / "a.jsonl"), columns={"prompt": "answer", "completion": "question"}),
+        SourceConfig(str(tmp_path / "a.jsonl"), split="train[:50%]"),
+        SourceConfig(str(tmp_path / "a.jsonl"), split="train[50%:]"),
+        SourceConfig(str(tmp_path / "b.jsonl")),
+    ]
+    assert list(named_twice(find_files([one, *others], "train"), "train")) == []
+
+
+def test_a_folder_without_configs_is_the_default_one(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000-of-00001.jsonl").write_text('{"text": "a"}\n')
+    for config in ("default", None):
+        (file,) = find_files([SourceConfig(str(tmp_path), config=config)], "train")
+        assert file.path.name == "train-00000-of-00001.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("path", "fix"),
+    [
+        ("https://x.y/z.jsonl", "no address is opened here"),
+        ("s3://bucket/z.jsonl", "no address is opened here"),
+        ("{}/rows", "write its ending: '{}/rows.jsonl'"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_answered_with_what_was_meant(path, fix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "rows.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(DataError) as refused:
+        find_files([SourceConfig(path.format("sub"))], "train")
+    assert fix.format("sub") in refused.value.problems[0].fix

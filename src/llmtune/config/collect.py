@@ -345,7 +345,7 @@ def _mismatch_problem(
     if fix is None and isinstance(mismatch.node, Scalar) and choices:
         nearest = difflib.get_close_matches(mismatch.node.text.lower(), choices, n=1, cutoff=0.5)
         fix = f"did you mean `{nearest[0]}`?" if nearest else None
-    if fix is None and key in LEAVES and ("number" in mismatch.expected or choices):
+    if fix is None and key in LEAVES:
         fix = range_fix(key)
     outer = f" (in `{shown(value)}`)" if mismatch.node is not value else ""
     problem = f"{subject} must be {mismatch.expected}, not `{shown(mismatch.node)}`{outer}"

@@ -176,7 +176,7 @@ def _source(node: Node) -> SourceConfig:
     _raise_all(mismatches)
     fields: dict[str, Any] = dict(zip((entry.key for entry in known), values, strict=True))
     if not fields.get("path"):
-        raise Mismatch("a mapping with `path`", node)
+        raise Mismatch("a mapping with `path`", node, "write `{path: rows.jsonl}`, with other keys beside it")
     return SourceConfig(**fields)
 
 

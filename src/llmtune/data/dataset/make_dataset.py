@@ -19,8 +19,9 @@ from llmtune.data.dataset.store import JoinedExamples, MappedExamples
 from llmtune.data.dataset.tokenize import Progress, detect_formats, row_rules, tokenize_side
 from llmtune.data.example import Conversation
 from llmtune.data.reading.data_file import DataFile, digest_files, read_records
-from llmtune.data.reading.find_files import find_files, find_held_out_files, swept_in
+from llmtune.data.reading.find_files import find_files, find_held_out_files
 from llmtune.data.reading.parse import BadRow, Record
+from llmtune.data.reading.source_notes import named_twice, swept_in
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.formats import Recognize
 from llmtune.data.rows.row_fields import UnusableRowError
@@ -207,7 +208,7 @@ def _find(config: DataConfig) -> tuple[list[DataFile], list[DataFile], list[Deci
         problems += error.problems
     if problems:
         raise DataError.all(problems)
-    decisions = [*swept_in(train, "train"), *swept_in(held_out, "eval")]
+    decisions = [*swept_in(train, "train"), *swept_in(held_out, "eval"), *named_twice(train, "train")]
     if config.eval or config.test_size:
         return train, held_out, decisions
     held_out = find_held_out_files(config.train)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from llmtune.common.decisions import Decision
 from llmtune.common.folders import home_expanded
 from llmtune.common.text import printable
 from llmtune.config.paths import shipped_path
@@ -27,12 +26,23 @@ from llmtune.errors import DataError, LlmtuneError, Problem, in_one_line
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-__all__ = ["Purpose", "find_files", "find_held_out_files", "swept_in"]
+__all__ = [
+    "SPLITS_OF_PURPOSE",
+    "Purpose",
+    "find_files",
+    "find_held_out_files",
+    "is_folder",
+    "is_pattern",
+    "root_of",
+    "split_stem",
+]
 
 Purpose = Literal["train", "eval"]
 
-_SPLITS_OF_PURPOSE: dict[Purpose, list[str]] = {"train": ["train"], "eval": ["validation", "test"]}
+SPLITS_OF_PURPOSE: dict[Purpose, list[str]] = {"train": ["train"], "eval": ["validation", "test"]}
+"""The splits whose files are of a purpose, the usual one first."""
 _SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SUFFIXES = ".jsonl, .json, .csv, .tsv, .parquet or .txt, each also with .gz or .zst"
 _MEDIA_FEATURES = ("Audio", "Image", "Video", "Pdf")
@@ -74,69 +84,27 @@ def find_held_out_files(sources: Sequence[SourceConfig]) -> list[DataFile]:
     files: list[DataFile] = []
     for index, source in enumerate(sources):
         unlimited = replace(source, max_samples=None)
-        for split in ("validation", "test") if source.split is None and _is_folder(source) else ():
+        for split in ("validation", "test") if source.split is None and is_folder(source) else ():
             with contextlib.suppress(_SourceError):
                 files += _files_of(replace(unlimited, split=split), index, "eval")
                 break
     return files
 
 
-def swept_in(files: Sequence[DataFile], purpose: Purpose) -> list[Decision]:
-    """A decision for each source in which a pattern or a folder also takes files that may not be meant.
-
-    A pattern takes those that are named after another split; a folder those of several folders inside, or of several
-    splits of one kind (`train_sft`, `train_gen`).
-    """
-    decisions: list[Decision] = []
-    for index in dict.fromkeys(file.source_index for file in files):
-        own = [file for file in files if file.source_index == index and file.path is not None]
-        if not own or own[0].source.split is not None:
-            continue
-        is_pattern = _is_pattern(own[0].source.path)
-        found = _swept_by_pattern(own, purpose) if is_pattern else _swept_by_folder(own)
-        if found is not None:
-            decisions.append(Decision(f"data.{purpose}[{index}]", *found))
-    return decisions
-
-
-def _swept_by_pattern(files: list[DataFile], purpose: Purpose) -> tuple[str, str] | None:
-    others = [file.label for file in files if not _fits(split_of_name(Path(file.label)), purpose)]
-    if len(others) in (0, len(files)):  # a pattern of test files alone says so itself
-        return None
-    shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
-    way_out = f"to leave them out, set `split: {_SPLITS_OF_PURPOSE[purpose][0]}`"
-    return f"{len(files)} files", f"the pattern also takes {shown}; {way_out}"
-
-
-def _swept_by_folder(files: list[DataFile]) -> tuple[str, str] | None:
-    source = files[0].source
-    if source.config is not None or not _is_folder(source):
-        return None
-    root, paths = _root(source), [file.path for file in files if file.path is not None]
-    inside = {path.parent.name for path in paths if path.parent != root}
-    if len(inside) > 1:
-        return ", ".join(sorted(inside)), "files of all these folders are read; to read one, name it with `config`"
-    stems = {split_stem(path) for path in paths}
-    if len(stems) > 1 and all(split_of_name(Path(stem)) for stem in stems):
-        return ", ".join(sorted(stems)), "files of all these splits are read; to read one, name it with `split`"
-    return None
-
-
-def _fits(split: str | None, purpose: Purpose) -> bool:
-    return split is None or split in _SPLITS_OF_PURPOSE[purpose]
-
-
-def _is_pattern(path: str) -> bool:
+def is_pattern(path: str) -> bool:
+    """Whether a path is a pattern, and not the name of a file that has such a mark in it."""
     return any(mark in path for mark in "*?[") and not home_expanded(path).exists()
 
 
-def _root(source: SourceConfig) -> Path:
+def root_of(source: SourceConfig) -> Path:
+    """The path of a source; that of an example lies among the files that come with the program."""
     name = source.path.removeprefix("example:")
     return _example_folder() / name if name != source.path else home_expanded(name)
 
 
-def _is_folder(source: SourceConfig) -> bool:
-    path = _root(source)
+def is_folder(source: SourceConfig) -> bool:
+    """Whether a source is a folder of data files."""
+    path = root_of(source)
     return path.is_dir() and not _is_saved_dataset(path)
 
 
@@ -190,9 +158,15 @@ def _whole_files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[
     if kind_of_file(path) is not None or not _DATASET_NAME.fullmatch(source.path):
         names = [name.strip() for name in source.path.split(",")]
         fix = f"check the path; it is taken from the working folder{_near_name(path)}"
-        if len(names) > 1 and all(kind_of_file(Path(name)) is not None for name in names):
+        if _URL.match(source.path):
+            fix = "download it and name the file: no address is opened here"
+        elif len(names) > 1 and all(kind_of_file(Path(name)) is not None for name in names):
             fix = f"write several as a list: 'data.{purpose}=[{','.join(names)}]'"
         raise _SourceError((f"there is no file {source.path!r}", fix))
+    endings = [near for near in sorted(path.parent.glob(f"{glob.escape(path.name)}.*")) if kind_of_file(near)]
+    if endings:
+        fix = f"write its ending: {str(endings[0])!r}"
+        raise _SourceError((f"there is no file {source.path!r}, and one of that name with an ending", fix))
     return [_hub_dataset(source, index, purpose)]
 
 
@@ -295,7 +269,7 @@ def _folder(path: Path, label: str, source: SourceConfig, purpose: Purpose) -> l
         fix = f"put files into it that end in {_SUFFIXES}"
         raise _SourceError((f"the folder {label!r} holds no file that is read", fix))
     named = {name for name in splits if name is not None}
-    requested = [SPLITS.get(split.lower(), split)] if split else _SPLITS_OF_PURPOSE[purpose]
+    requested = [SPLITS.get(split.lower(), split)] if split else SPLITS_OF_PURPOSE[purpose]
     files = next((splits[name] for name in requested if name in splits), None)
     if files is None and split:
         files = [file for found in splits.values() for file in found if split_stem(file) == split] or None
@@ -368,7 +342,7 @@ def _dataset_file(
     import datasets
 
     if isinstance(loaded, datasets.DatasetDict):
-        requested = [source.split] if source.split else _SPLITS_OF_PURPOSE[purpose]
+        requested = [source.split] if source.split else SPLITS_OF_PURPOSE[purpose]
         split = next((name for name in requested if name in loaded), None)
         if split is None:
             problem = f"{label!r} has no split {' or '.join(requested)}"

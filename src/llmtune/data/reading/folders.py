@@ -99,6 +99,8 @@ def splits_of_config(path: Path, name: str | None) -> Splits:
         return configs[default or next(iter(configs))] if configs else folder_splits(path)
     if name in configs:
         return configs[name]
+    if name == "default" and len(configs) <= 1:  # as `datasets` calls the only one
+        return splits_of_config(path, None)
     inside = {folder.name: folder for folder in sorted(path.iterdir()) if folder.is_dir() and folder_splits(folder)}
     if name in inside:
         return folder_splits(inside[name])
