@@ -31,6 +31,7 @@ from llmtune.errors import ConfigError, DataError, TokenizerError
 from llmtune.models import catalog
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.hub import local_folder, may_ignore_auto_map
+from llmtune.models.prompt_defaults import PromptDefaults, read_prompt_defaults
 from llmtune.models.read_config import Context, context_of, read_config
 from llmtune.models.scan import refuse_unsafe_folder
 from llmtune.models.tokenizer import (
@@ -306,7 +307,7 @@ def prepare(
         if not is_stopped:
             config, length = fit_max_length(config, context, resolved.origins)
             config, tokens = fit_train_tokens(config, source, model_config, loaded)
-            fitted += [*length, *tokens]
+            fitted += [*length, *tokens, *_prompts_of_base(config)]
         with overlong_named(fitted):
             data = prepare_data(
                 config.data, renderer, formats=RECOGNIZED_BY[config.objective.method], progress=progress
@@ -315,6 +316,20 @@ def prepare(
     packs, draws = _lay_out(data.train, config.data)
     decisions = (*source.decisions, *loaded.decisions, *still, *fitted, *renderer.decisions, *data.decisions)
     return Prepared(config, source, loaded, renderer, data, packs, draws, trains_tokenizer(config, source), decisions)
+
+
+def _prompts_of_base(config: Config) -> Iterator[Decision]:
+    """A decision where the model was trained with other prompts than this run will give it."""
+    folder = Path(config.adapter.start_from or config.model.name)
+    if not folder.is_dir():
+        return
+    before = read_prompt_defaults(folder)
+    now = PromptDefaults(config.data.system, dict(config.data.template_args), config.data.parse_control_tokens)
+    if (before.system, dict(before.template_args)) not in ((None, {}), (now.system, dict(now.template_args))):
+        reason = (
+            f"{folder.name} was trained with {before.described()}; set data.system and data.template_args to keep that"
+        )
+        yield Decision("data.system", now.described() or "none", reason)
 
 
 def _for_comparison(config: Config) -> tuple[Config, list[Decision]]:

@@ -196,6 +196,10 @@ def test_lines_of_prose_are_texts_though_the_first_is_json(tmp_path):
     [
         ({"id": 1, "dialogue": CHAT}, "{messages: dialogue}"),
         ({"body": {"messages": CHAT}}, "{messages: body.messages}"),
+        ({"Question": "q", "Answer": "a", "id": "7"}, "{question: Question, answer: Answer}"),
+        ({"src_text": "q", "tgt_text": "a", "lang": "x"}, "{question: src_text, answer: tgt_text}"),
+        ({"userQuery": "q", "modelReply": "a"}, "{question: userQuery, answer: modelReply}"),
+        ({"article": "q", "title": "t", "summary": "a"}, "{question: article, answer: summary}"),
         (
             {"contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}]},
             "{messages: contents, content: parts}",

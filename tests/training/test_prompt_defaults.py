@@ -63,6 +63,10 @@ def test_system_prompt_and_template_arguments_go_with_every_form_of_the_result(
         assert prompt_of(form) == expected
         card = (form / "README.md").read_text()
         assert 'system prompt "You add.", template arguments {"brief": true}' in card
+    # A run that starts from it with other prompts says so.
+    lines = []
+    training.train(config_of(*FAST, f"model.name={forms[2]}", name="next"), print_line=lines.append)
+    assert any('exported was trained with system prompt "You add."' in line for line in lines)
     # What is typed comes before what was trained.
     assert prompt_of(forms[2], template_args={"brief": False}) == expected.removesuffix("brief ")
     code, _, err = prompt_typed(capsys, "generate", forms[2], "hi", "--max-new-tokens", 1)

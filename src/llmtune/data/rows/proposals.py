@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from llmtune.data.rows.field_names import SPEAKER_KEYS, TEXT_KEYS, first_turn
 
@@ -12,6 +12,15 @@ __all__ = ["columns_of_turn", "proposed_columns"]
 _SPEAKER_KEYS = ("speaker", "author", "sender", "participant", "who", "type")
 _TEXT_KEYS = ("parts", "message", "utterance", "body", "say", "response", "msg")
 """Keys of other programs' messages; the first that a message has is proposed."""
+_ASKED = (
+    *("question", "prompt", "instruction", "query", "problem", "input", "user", "human", "request"),
+    *("source", "src", "ask", "q", "message", "article", "document", "text", "title"),
+)
+_ANSWERED = (
+    *("answer", "response", "completion", "output", "solution", "assistant", "reply", "gpt"),
+    *("target", "tgt", "a", "label", "summary", "translation", "sql", "code", "body"),
+)
+"""Words in the names of columns that often hold what is asked, and what is answered."""
 _DEPTH = 3
 """Levels of objects that are searched for a list of messages."""
 _TABLE_ROW = re.compile(r"\.(csv|tsv)(\.gz|\.zst)?:\d+")
@@ -38,8 +47,26 @@ def proposed_columns(fields: Mapping[str, object], source: str) -> str:
         if keys is not None:
             named = ", ".join(f"{field}: {name}" for field, name in {"messages": path, **keys}.items())
             return f"say in the source where the messages are: `columns: {{{named}}}`"
+    pair = _pair_like(fields)
+    if pair is not None:
+        return f"say in the source which they are: `columns: {{question: {pair[0]}, answer: {pair[1]}}}`"
     header = "check that the first line of the file names its columns, or " if _TABLE_ROW.search(source) else ""
     return f"{header}say in the source which they are (`columns: {{question: ..., answer: ...}}`)"
+
+
+def _pair_like(fields: Mapping[str, object]) -> tuple[str, str] | None:
+    """The names of two text columns that look like a question and its answer."""
+    texts = [name for name, value in fields.items() if isinstance(value, str) and re.fullmatch(r"[\w. -]+", str(name))]
+    words = {
+        name: re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(name)).strip().lower()) for name in texts
+    }
+
+    def first(known: Sequence[str], other: str | None = None) -> str | None:
+        return next((name for word in known for name in texts if word in words[name] and name != other), None)
+
+    answer = first(_ANSWERED)
+    question = first(_ASKED, answer)
+    return None if question is None or answer is None else (question, answer)
 
 
 def columns_of_turn(turn: Mapping[str, object]) -> dict[str, str] | None:
