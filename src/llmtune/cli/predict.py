@@ -84,14 +84,18 @@ def predict(
         batch_size=batch_size,
     )
     scores = scores_of(predictions, judge) if judge is not None else []
+    _print_rows(predictions, scores, only_wrong=only_wrong)
+    if max_new_tokens is not None:
+        _say_longer_references(rows, max_new_tokens)
+    _say_outcome(predictions, scores, skipped=len(rows) - len(predictions))
+
+
+def _print_rows(predictions: Sequence[Prediction], scores: Sequence[float], *, only_wrong: bool) -> None:
     for index, prediction in enumerate(predictions):
         if only_wrong and prediction.is_exact:
             continue
         score_of_it = {"score": scores[index]} if scores else {}
         print(json.dumps(_as_dict(prediction) | score_of_it, ensure_ascii=False), flush=True)
-    if max_new_tokens is not None:
-        _say_longer_references(rows, max_new_tokens)
-    _say_outcome(predictions, scores, skipped=len(rows) - len(predictions))
 
 
 def _say_outcome(predictions: Sequence[Prediction], scores: Sequence[float], *, skipped: int) -> None:
