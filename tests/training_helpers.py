@@ -3,9 +3,14 @@
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 from llmtune.verify.compare_runs import compare_runs
@@ -50,39 +55,108 @@ def lines_of(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
+class Forked:
+    """A function that runs in a forked process, with the methods of `subprocess.Popen`.
+
+    It starts with the libraries that are loaded here: a new interpreter would import them for seconds first. It may
+    be a command: `Forked(lambda: command(words))`, whose exit code is what the function returns (None is 0).
+    """
+
+    def __init__(self, function, *, environ=None):
+        """`environ`: variables that the child has beside those of this process."""
+        self.returncode = None
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - read when the child has ended
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of threads; the child touches none of them
+            self.pid = os.fork()
+        if self.pid == 0:
+            self._run(function, environ or {})
+
+    def _run(self, function, environ):
+        code = 70
+        try:
+            os.environ.update(environ)
+            os.dup2(self._output.fileno(), 1)
+            os.dup2(self._output.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+            code = function() or 0
+        except Exception as error:  # noqa: BLE001 - the parent reads the exit code
+            traceback.print_exc()
+            code = getattr(error, "exit_code", 1)
+        finally:
+            os._exit(code)
+
+    def poll(self):
+        """The exit code, or minus the number of the signal that ended it; None while it runs."""
+        if self.returncode is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                self.returncode = os.waitstatus_to_exitcode(status)
+                with self._output:
+                    self._output.seek(0)
+                    self._printed = self._output.read().decode()
+        return self.returncode
+
+    def wait(self, timeout=None):
+        """Wait for its end and return its exit code."""
+        deadline = time.monotonic() + (timeout or 1e9)
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.001)
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        """Wait for its end and return what it printed, stderr included, and None."""
+        self.wait(timeout)
+        return self._printed, None
+
+    def send_signal(self, number):
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        """Send SIGKILL, unless it has ended."""
+        self.send_signal(signal.SIGKILL)
+
+
 def in_child(function, *, kill_when=None, signal_number=signal.SIGKILL, timeout_s=120) -> int:
     """Run `function` in a forked process; send it a signal as soon as `kill_when()` is true.
 
     Returns its exit code, or minus the signal's number where that ended it.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # Python 3.12 warns of threads; those here do not touch what the child uses
-        child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
-            function()
-            code = 0
-        except Exception as error:  # noqa: BLE001 - the parent reads the exit code
-            code = getattr(error, "exit_code", 1)
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + timeout_s
-    sent = False
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if kill_when is not None and not sent and kill_when():
-            os.kill(child, signal_number)
-            sent = True
-        time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError(f"the child did not end within {timeout_s} s")
+    child = Forked(function)
+    try:
+        while kill_when is not None and child.poll() is None:
+            if kill_when():
+                child.send_signal(signal_number)
+                break
+            time.sleep(0.001)
+        return child.wait(timeout_s)
+    finally:
+        child.kill()
+        print(child.communicate()[0])  # pytest shows it beside what failed
+
+
+def in_two_ranks(function, timeout_s=180) -> list[tuple[int, str]]:
+    """Run `function(rank)` in two processes that find each other as those of a launcher; (exit code, printed) of each.
+
+    A rank that fails does not leave the other waiting: it is killed.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    ranks = [
+        Forked(partial(function, rank), environ=together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        return [(rank.wait(timeout_s), rank.communicate()[0]) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
 
 
 def line_count(path: Path) -> int:

@@ -11,7 +11,22 @@ from llmtune.common.threads import LIMITS, OWN_SETTINGS
 
 SHOW = "import json, os; print(json.dumps({name: os.environ.get(name) for name in %r}))" % (OWN_SETTINGS,)  # noqa: UP031
 DECISIONS = "from llmtune.common.threads import spinning_in_force; print([str(row) for row in spinning_in_force()])"
+SHOW_AT = """
+import sys
+class Show:
+    def find_spec(self, name, *_):
+        if name == MODULE:
+            sys.meta_path.remove(self)
+            SHOW
+            raise SystemExit(0)
+sys.meta_path.insert(0, Show())
+"""
 ALL_LIMITED = {**dict.fromkeys(OWN_SETTINGS), **LIMITS}
+
+
+def show_before(module):
+    """Code that shows what is set when `module` is about to be imported, and ends there: torch takes seconds."""
+    return SHOW_AT.replace("MODULE", repr(module)).replace("SHOW", f"{SHOW}; {DECISIONS}")
 
 
 def output_of(code, **environment):
@@ -31,8 +46,8 @@ def output_of(code, **environment):
     [
         "from llmtune.cli.process import prepare_process; prepare_process(trains=True)",
         "from llmtune.cli.process import prepare_process; prepare_process()",
-        "from llmtune import Trainer",
-        "from llmtune.api import train",
+        show_before("torch") + "from llmtune import Trainer",
+        show_before("torch") + "from llmtune.api import train",
     ],
     ids=["a command that trains", "a command that computes", "the package's names", "the API"],
 )
@@ -55,7 +70,7 @@ def test_what_the_user_has_set_of_waiting_threads_stands(name, value):
 
 
 def test_nothing_is_set_where_torch_has_read_it_already():
-    environment, decisions = output_of("import torch, llmtune.api")
+    environment, decisions = output_of("import torch" + show_before("transformers") + "import llmtune.api")
     assert environment == dict.fromkeys(OWN_SETTINGS)
     assert decisions == "[]"
 

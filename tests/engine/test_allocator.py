@@ -106,8 +106,8 @@ def used_after(lengths):
         torch.nn.functional.linear(torch.ones(length, inputs, dtype=torch.bfloat16), weight)
     return read().used + read().mapped
 
-before = used_after(range(100, 500))
-print(used_after(range(500, 800)) - before)
+before = used_after(range(100, 350))
+print(used_after(range(350, 500)) - before)
 """
 
 
@@ -115,10 +115,11 @@ print(used_after(range(500, 800)) - before)
 def test_ever_new_lengths_of_rows_use_no_more_memory(tiny_model_folder: Path, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
     """Q7: a longer run needs no more memory, by the command or the API.
 
-    300 new lengths of one product keep 80 MB without the bound.
+    150 new lengths of one product keep 40 MB without the bound.
     """
     import torch
 
+    native = torch.cpu.get_capabilities().get("avx512_bf16")  # elsewhere the kernels may be others, and smaller
     unbounded = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
     run = small_run(tiny_model_folder, rows_file, tmp_path)
     grown = {
@@ -127,11 +128,11 @@ def test_ever_new_lengths_of_rows_use_no_more_memory(tiny_model_folder: Path, ro
                 [sys.executable, "-c", KERNELS, *words], capture_output=True, text=True, check=True, env=unbounded
             ).stdout
         )
-        for kind, *words in (("bounded", "bounded"), ("api", "api", *run), ("free", "free"))
+        for kind, *words in (("bounded", "bounded"), ("api", "api", *run), *([("free", "free")] if native else []))
     }
     assert grown["bounded"] < 10e6
     assert grown["api"] < 10e6
-    if torch.cpu.get_capabilities().get("avx512_bf16"):  # elsewhere the kernels may be others, and smaller
+    if native:
         assert grown["free"] > 4 * max(grown["bounded"], 5e6)
 
 

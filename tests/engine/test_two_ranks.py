@@ -1,46 +1,152 @@
 """N2: two processes are one process, whatever falls to each of them."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from llmtune.engine.devices import Devices, choose_device, peak_memory_bytes
-from llmtune.errors import MachineError
+from llmtune.engine.state import capture, restore
+from llmtune.errors import LlmtuneError, MachineError, Problem
+from training_helpers import in_child, in_two_ranks
 
-WORKER = Path(__file__).with_name("rank_worker.py")
+
+def resume_is_exact(bench, devices):
+    """P2 with dropout, each rank drawing from generators of its own: stopped after 3 steps and gone on with, nothing
+    differs.
+    """
+
+    def start():
+        model = bench.model(attention_dropout=0.2)
+        plan = bench.plan(
+            bench.examples(13),
+            batch_size=2,
+            accumulation=1,
+            epochs=2,
+            world_size=devices.world_size,
+            rank=devices.rank,
+        )
+        torch.manual_seed(100 + devices.rank)
+        return bench.training(model, plan, devices=devices)
+
+    whole = start()
+    losses = [result.train_mean_nll for result in whole.run()]
+    first = start()
+    steps = first.steps()
+    for _ in range(3):
+        next(steps)
+    parts = {
+        "parameters": first.parameters,
+        "optimizer": first.optimizer,
+        "precision": first.precision,
+        "state": first.state,
+    }
+    snapshot = capture(**parts, devices=devices)
+    assert len(snapshot.tensors["rng"]["torch"]) == devices.world_size
+    second = start()
+    torch.manual_seed(0)
+    second.model.load_state_dict(first.model.state_dict())
+    parts = {
+        "parameters": second.parameters,
+        "optimizer": second.optimizer,
+        "precision": second.precision,
+        "state": second.state,
+    }
+    restore(snapshot, **parts, devices=devices)
+    assert [result.train_mean_nll for result in second.run()] == losses[3:]
+    assert bench.same_bits(second.weights(), whole.weights())
 
 
-def start(output, **environment):
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | environment
-    return subprocess.Popen(
-        [sys.executable, str(WORKER), str(output)], env=environment, stderr=subprocess.PIPE, text=True
-    )
+def decisions_are_the_main_process_s(devices):
+    """Answers, work and refusals of rank 0 are those of every rank; the largest of each value wins; an error is
+    reported by one rank alone.
+    """
+    assert devices.largest(devices.rank, -1.0, 7) == (devices.world_size - 1, -1.0, 7)
+    assert devices.from_main({"rank": devices.rank}) == {"rank": 0}
+    done = devices.on_main(lambda: devices.rank)
+    assert done == (0 if devices.is_main else None)
+
+    def refuse():
+        raise MachineError.all([Problem("the disk is full", "/there", "make room"), Problem("and slow")])
+
+    with pytest.raises(LlmtuneError) as refused:
+        devices.on_main(refuse)
+    assert refused.value.exit_code == 6
+    assert [problem.problem for problem in refused.value.problems] == ["the disk is full", "and slow"]
+    assert refused.value.is_reported is (None if devices.is_main else True)
+    own = MachineError("each by itself")
+    with pytest.raises(MachineError), devices.errors_printed_once():
+        raise own
+    assert devices.sum(float(not own.is_reported)) == (1.0,)
+
+
+def train_and_compare(bench, output):
+    """Train 13 sequences an epoch in windows of 4: the last window of an epoch has a single row, so one of two ranks
+    gets none.
+    """
+    devices = Devices.from_environment(no_cuda=True, timeout_s=60)
+    for packing in ("none", "best_fit"):
+        model = bench.model(seed=devices.rank)  # only the broadcast makes them equal
+        model.unused = torch.nn.Parameter(torch.ones(3))  # has a gradient on no rank
+        devices.broadcast(model.parameters())
+        plan = bench.plan(
+            bench.examples(13, empty_every=6),
+            packing=packing,
+            batch_size=4,
+            accumulation=1,
+            epochs=3,
+            world_size=devices.world_size,
+            rank=devices.rank,
+        )
+        training = bench.training(model, plan, learning_rate=3e-3)
+        training.devices = devices
+        shares = [plan.window(step).num_sequences for step in range(1, plan.total_steps + 1)]
+        results = training.run()
+        name = f"{packing}-{devices.world_size}-{devices.rank}"
+        save_file(training.weights(), f"{output}/{name}.safetensors")
+        lines = [
+            {
+                "loss": r.train_mean_nll,
+                "norm": r.grad_norm,
+                "tokens": r.num_tokens,
+                "weight": r.num_loss_tokens,
+                "rows": r.num_sequences,
+            }
+            for r in results
+        ]
+        Path(f"{output}/{name}.json").write_text(json.dumps({"lines": lines, "shares": shares}))
+    resume_is_exact(bench, devices)
+    ranks = devices.gather_rows(torch.tensor([devices.rank, 7]))
+    assert ranks.tolist() == [[rank, 7] for rank in range(devices.world_size)]
+    assert devices.sum(1.0, float(devices.rank)) == (devices.world_size, sum(range(devices.world_size)))
+    decisions_are_the_main_process_s(devices)
+    devices.close()
+    if devices.world_size > 1:
+        a_group_of_another_program_is_joined_and_left_standing(output, devices)
+
+
+def a_group_of_another_program_is_joined_and_left_standing(output, devices):
+    """Ray Train, for one, has made the process group before a training begins."""
+    assert not dist.is_initialized()
+    place = {"rank": devices.rank, "world_size": devices.world_size}
+    dist.init_process_group("gloo", init_method=f"file://{output}/group", **place)
+    joined = Devices.from_environment(no_cuda=True, timeout_s=60)
+    assert joined.sum(1.0) == (joined.world_size,)
+    assert joined.from_main("same" if joined.is_main else "other") == "same"
+    joined.close()
+    assert dist.is_initialized()
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    """Trains as one process and, at the same time, as two."""
+def outputs(bench, tmp_path_factory):
+    """Trains as one process and as two."""
     output = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    processes = [start(output), *(start(output, **together, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2))]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(errors)
+    assert in_child(lambda: train_and_compare(bench, output)) == 0
+    ranks = in_two_ranks(lambda rank: train_and_compare(bench, output))
+    assert [code for code, _ in ranks] == [0, 0], "\n".join(said for _, said in ranks)
     return output
 
 

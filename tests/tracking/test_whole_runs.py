@@ -5,6 +5,7 @@ The bound: at the end all trackers together get 30 s (`TrackerQueue.finish`); no
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -19,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from llmtune.cli.main import run as command
 from training_fixtures import rows_file  # noqa: F401
-from training_helpers import LORA, lines_of, weights_of
+from training_helpers import LORA, Forked, lines_of, weights_of
 
 pytest.importorskip("wandb", reason="wandb is not installed")
 
@@ -75,7 +77,7 @@ def nobody():
 
 
 class Runs:
-    """Starts `llmtune` for real, in a working folder of its own."""
+    """Starts `llmtune` in a process and a working folder of its own."""
 
     def __init__(self, here, model, rows):
         self.here, self.model, self.rows = here, model, rows
@@ -101,16 +103,25 @@ class Runs:
         return {**kept, **own, **more}
 
     def start(self, *words, before=(), **environ):
-        return subprocess.Popen(
-            [*before, sys.executable, "-m", "llmtune", *words],
-            cwd=self.here, env=self.environ(**environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,  # noqa: E501
-        )  # fmt: skip
+        if before or "PYTHONPATH" in environ:  # what is imported already is not looked for again
+            return subprocess.Popen(
+                [*before, sys.executable, "-m", "llmtune", *words],
+                cwd=self.here, env=self.environ(**environ), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,  # noqa: E501
+            )  # fmt: skip
+        return Forked(lambda: self.command(words, environ))
+
+    def command(self, words, environ):
+        environment = self.environ(**environ)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(self.here)
+        return command(list(words))
 
     def end(self, process, *, code=0):
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == code, err
-        assert "Traceback" not in out + err, err
-        return err
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == code, said
+        assert "Traceback" not in said, said
+        return said
 
     def run(self, *words, code=0, **more):
         return self.end(self.start(*words, **more), code=code)
@@ -256,13 +267,10 @@ def test_p11_a_tracker_whose_package_is_broken_costs_a_run_one_line(runs, tracke
     assert_the_same(runs, f"no {tracker}", err, tracker)
 
 
-def test_p11_a_tracker_asked_for_and_not_installed_is_refused_before_anything_starts(runs):
+def test_p11_a_tracker_asked_for_and_not_installed_is_refused_before_anything_starts(runs, monkeypatch):
     """Not a failure in the middle of a run but a request that cannot be met: exit 6 with the command that installs it."""  # noqa: E501
-    hide = "import sys, importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'wandb' else f(n, *a)\n"  # noqa: E501
-    code = f"{hide}from llmtune.cli.main import main; main({runs.words('missing', 'wandb')!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=runs.here, env=runs.environ(), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 6
-    assert "pip install wandb" in done.stderr
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name, *more))
+    said = runs.run(*runs.words("missing", "wandb"), code=6)
+    assert "pip install wandb" in said
     assert not runs.folder("missing").exists()

@@ -16,35 +16,21 @@ from training_helpers import FOUR_BIT, LORA
 
 IDS = [5, 17, 200, 33, 9, 120, 61]
 
-PLAIN_ADAPTER = """
+PLAIN = """
 import json, sys, torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-base, folder, ids = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
-assert "llmtune" not in sys.modules
-with torch.no_grad():
-    print(json.dumps(model(torch.tensor([ids])).logits[0, -1].tolist()))
-"""
-
-PLAIN_MODEL = """
-import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, ids = sys.argv[1], json.loads(sys.argv[2])
-model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+base, adapter, *models, ids = sys.argv[1:]
+for folder in [base, *models]:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template
+    assert model.generation_config.eos_token_id is not None
+    if folder == base:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        print(json.dumps(model(torch.tensor([json.loads(ids)])).logits[0, -1].tolist()))
 assert "llmtune" not in sys.modules
-assert tokenizer.chat_template
-assert model.generation_config.eos_token_id is not None
-with torch.no_grad():
-    print(json.dumps(model(torch.tensor([ids])).logits[0, -1].tolist()))
 """  # noqa: E501
-
-
-def plain(script, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, check=True
-    )
-    return torch.tensor(json.loads(done.stdout))
 
 
 def ours(where):
@@ -53,24 +39,21 @@ def ours(where):
         return subject.model(torch.tensor([IDS], device=subject.model.device)).logits[0, -1].float()
 
 
-def test_a_lora_run_loads_in_plain_peft_with_the_logits_of_generate(config_of, tiny_model_folder):
-    run = training.train(config_of(*LORA)).folder
-    theirs = plain(PLAIN_ADAPTER, tiny_model_folder, run / "checkpoints" / "final", json.dumps(IDS))
-    assert torch.allclose(theirs, ours(run), atol=1e-6, rtol=0)
-
-
-def test_n8_a_merged_run_loads_in_plain_transformers_with_the_logits_of_generate(config_of, tmp_path):
-    run = training.train(config_of(*LORA)).folder
-    merge_lora(run, tmp_path / "merged", offline=True)
-    theirs = plain(PLAIN_MODEL, tmp_path / "merged", json.dumps(IDS))
-    assert torch.allclose(theirs, ours(tmp_path / "merged"), atol=1e-6, rtol=0)
-    assert torch.allclose(theirs, ours(run), atol=1e-5, rtol=0)
-
-
-def test_a_full_run_loads_in_plain_transformers_with_the_logits_of_generate(config_of):
-    run = training.train(config_of()).folder
-    theirs = plain(PLAIN_MODEL, run / "checkpoints" / "final", json.dumps(IDS))
-    assert torch.allclose(theirs, ours(run), atol=1e-6, rtol=0)
+def test_n8_results_load_in_plain_peft_and_transformers_with_the_logits_of_generate(
+    config_of, tmp_path, tiny_model_folder
+):
+    """A LoRA run, its merged model, and a full run; one process without llmtune reads them all."""
+    lora, full = training.train(config_of(*LORA)).folder, training.train(config_of(name="full")).folder
+    merge_lora(lora, tmp_path / "merged", offline=True)
+    paths = tiny_model_folder, lora / "checkpoints" / "final", tmp_path / "merged", full / "checkpoints" / "final"
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, *map(str, paths), json.dumps(IDS)], capture_output=True, text=True, check=True
+    )
+    adapted, merged, trained = (torch.tensor(json.loads(line)) for line in done.stdout.splitlines())
+    assert torch.allclose(adapted, ours(lora), atol=1e-6, rtol=0)
+    assert torch.allclose(merged, ours(tmp_path / "merged"), atol=1e-6, rtol=0)
+    assert torch.allclose(merged, ours(lora), atol=1e-5, rtol=0)
+    assert torch.allclose(trained, ours(full), atol=1e-6, rtol=0)
 
 
 def test_n8_a_qlora_run_falls_in_loss_and_merges_within_the_bound(config_of, tmp_path):

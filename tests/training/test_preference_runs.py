@@ -4,20 +4,18 @@ run that was stopped ends as the run that never was.
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from llmtune.cli.main import run as command
 from llmtune.config.dump import config_to_yaml
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
 from training_fixtures import WORDS
-from training_helpers import FOUR_BIT, LORA, lines_of, weights_of
+from training_helpers import FOUR_BIT, LORA, in_two_ranks, lines_of, weights_of
 
 LN2 = float(-torch.nn.functional.logsigmoid(torch.zeros(())))
 
@@ -283,16 +281,8 @@ def test_two_processes_give_the_numbers_of_one(resolve, tmp_path):
     alone = lines_of(training.train(resolve(*settings, name="alone")).folder)
     path = tmp_path / "shared.yaml"
     path.write_text(config_to_yaml(resolve(*settings, name="shared").config))
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "llmtune"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "train", "--config", str(path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "LLMTUNE_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    for code, said in in_two_ranks(lambda _: command(["train", "--config", str(path)])):
+        assert code == 0, said
     shared = lines_of(tmp_path / "runs" / "shared")
     assert len(shared) == len(alone)
     for line, other in zip(shared, alone, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import re
@@ -237,6 +238,7 @@ def describe_machine(command: Sequence[str] | None = None) -> MachineDescription
     }
 
 
+@functools.cache  # a package's metadata is parsed as an e-mail: ten of them cost a third of a small run's start
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
