@@ -7,7 +7,8 @@ import sys
 import time
 import uuid
 
-from training_helpers import line_count
+from llmtune.cli.main import run as command
+from training_helpers import Forked, line_count
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmtune"]
 LONGEST_S = 180
@@ -28,35 +29,57 @@ def launched(*words, code=0, launcher=LAUNCHER):
     return said
 
 
-class TwoRanks:
-    """Two processes of one command, as a launcher starts them, each with its output and exit code of its own."""
+def places(address="127.0.0.1"):
+    """The variables by which a launcher tells each of two processes where they meet and who it is."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
+    return [together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
-    def __init__(self, *words, own=((), ()), program=("-m", "llmtune"), machines=((), ()), address="127.0.0.1"):
+
+def end_of(processes):
+    """Wait for all, and return their exit codes and what each printed."""
+    try:
+        said = [process.communicate(timeout=LONGEST_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [process.returncode for process in processes], said
+
+
+def in_two_ranks(function):
+    """Run `function()` in two forked processes, as a launcher starts them: their exit codes and what each printed."""
+    return end_of([Forked(function, environ=environment(**place)) for place in places()])
+
+
+class TwoRanks:
+    """Two processes of one command, as a launcher starts them, each with its output and exit code of its own.
+
+    They are forked, so that they need not import the libraries, unless they are of another program or machine.
+    """
+
+    def __init__(self, *words, own=((), ()), program=(), machines=((), ()), address="127.0.0.1"):
         """`own`: further words of each process. `machines`: what starts a command on each machine."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        together = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
-        self.processes = [
-            subprocess.Popen(
-                [*machines[rank], sys.executable, *program, *words, *own[rank]],
-                env=environment(**together, RANK=str(rank), LOCAL_RANK=str(rank)),
+
+        def start(rank, place):
+            given = [*words, *own[rank]]
+            if not program and not machines[rank]:
+                return Forked(lambda: command(given), environ=environment(**place))
+            return subprocess.Popen(
+                [*machines[rank], sys.executable, *(program or ("-m", "llmtune")), *given],
+                env=environment(**place),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            for rank in range(2)
-        ]
+
+        self.processes = [start(rank, place) for rank, place in enumerate(places(address))]
 
     def end(self):
         """Wait for both, and return their exit codes and what each printed."""
-        try:
-            said = [process.communicate(timeout=LONGEST_S)[0] for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
-        return [process.returncode for process in self.processes], said
+        return end_of(self.processes)
 
 
 def wait_for_lines(run, count):

@@ -3,14 +3,12 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from functools import partial
 from pathlib import Path
 
 from llmtune.verify.compare_runs import compare_runs
@@ -137,26 +135,6 @@ def in_child(function, *, kill_when=None, signal_number=signal.SIGKILL, timeout_
     finally:
         child.kill()
         print(child.communicate()[0])  # pytest shows it beside what failed
-
-
-def in_two_ranks(function, timeout_s=180) -> list[tuple[int, str]]:
-    """Run `function(rank)` in two processes that find each other as those of a launcher; (exit code, printed) of each.
-
-    A rank that fails does not leave the other waiting: it is killed.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    ranks = [
-        Forked(partial(function, rank), environ=together | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        return [(rank.wait(timeout_s), rank.communicate()[0]) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
 
 
 def line_count(path: Path) -> int:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from llmtune.engine.devices import Devices, choose_device, peak_memory_bytes
 from llmtune.engine.state import capture, restore
 from llmtune.errors import LlmtuneError, MachineError, Problem
-from training_helpers import in_child, in_two_ranks
+from rank_helpers import in_two_ranks
+from training_helpers import in_child
 
 
 def resume_is_exact(bench, devices):
@@ -145,8 +146,8 @@ def outputs(bench, tmp_path_factory):
     """Trains as one process and as two."""
     output = tmp_path_factory.mktemp("ranks")
     assert in_child(lambda: train_and_compare(bench, output)) == 0
-    ranks = in_two_ranks(lambda rank: train_and_compare(bench, output))
-    assert [code for code, _ in ranks] == [0, 0], "\n".join(said for _, said in ranks)
+    codes, said = in_two_ranks(lambda: train_and_compare(bench, output))
+    assert codes == [0, 0], "\n".join(said)
     return output
 
 

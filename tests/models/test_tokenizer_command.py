@@ -1,21 +1,34 @@
 """`llmtune tokenizer train`, as a user types it."""
 
 import json
-import subprocess
-import sys
+import os
+import signal
+from typing import NamedTuple
 
 import pytest
 from transformers import AutoTokenizer
 
+from llmtune.cli.main import run as command
+from llmtune.models import save
+from training_helpers import Forked
 
-def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-c", "from llmtune.cli.main import main; main()", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(rows, monkeypatch, capsys):
+    """Run a command in the folder of the rows, in this process: a new one would import the libraries for seconds."""
+    monkeypatch.chdir(rows)
+
+    def run(*arguments):
+        capsys.readouterr()
+        return Done(command(arguments), *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture
@@ -33,7 +46,7 @@ def rows(tmp_path):
     return tmp_path
 
 
-def test_a_tokenizer_is_trained_saved_reported_and_loads_in_plain_transformers(rows):
+def test_a_tokenizer_is_trained_saved_reported_and_loads_in_plain_transformers(run, rows):
     done = run(
         "tokenizer",
         "train",
@@ -45,7 +58,6 @@ def test_a_tokenizer_is_trained_saved_reported_and_loads_in_plain_transformers(r
         "-o",
         "tok",
         "--json",
-        cwd=rows,
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -59,36 +71,37 @@ def test_a_tokenizer_is_trained_saved_reported_and_loads_in_plain_transformers(r
     assert {path.name for path in rows.iterdir()} == {"rows.jsonl", "tok"}
 
 
-def test_p1_what_a_killed_training_left_is_swept_by_the_next(rows):
-    code = (
-        "import os, signal; from llmtune import durable; from llmtune.models import save; from llmtune.cli.main import main\n"  # noqa: E501
-        "save.write_tokenizer = lambda tokenizer, folder: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "main(['tokenizer', 'train', 'data.train=rows.jsonl', '--vocab-size', '265', '-o', 'tok'])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=rows, capture_output=True, check=False).returncode == -9
+def test_p1_what_a_killed_training_left_is_swept_by_the_next(run, rows):
+    words = ["tokenizer", "train", "data.train=rows.jsonl", "--vocab-size", "265", "-o", "tok"]
+
+    def killed():
+        save.write_tokenizer = lambda tokenizer, folder: os.kill(os.getpid(), signal.SIGKILL)
+        command(words)
+
+    assert Forked(killed).wait(60) == -signal.SIGKILL
     left = [path.name for path in rows.iterdir() if path.name != "rows.jsonl"]
     assert len(left) == 1
     assert left[0].startswith(".llmtune")
-    done = run("tokenizer", "train", "data.train=rows.jsonl", "--vocab-size", "265", "-o", "tok", cwd=rows)
+    done = run(*words)
     assert done.returncode == 0, done.stderr
     assert left[0] in done.stderr
     assert {path.name for path in rows.iterdir()} == {"rows.jsonl", "tok"}
 
 
-def test_a_folder_that_exists_is_not_overwritten(rows):
+def test_a_folder_that_exists_is_not_overwritten(run, rows):
     (rows / "tok").mkdir()
-    done = run("tokenizer", "train", "data.train=rows.jsonl", "-o", "tok", cwd=rows)
+    done = run("tokenizer", "train", "data.train=rows.jsonl", "-o", "tok")
     assert done.returncode == 2
     assert "`tok` exists already" in done.stderr
     assert list((rows / "tok").iterdir()) == []
 
 
-def test_no_data_and_too_small_a_vocabulary_end_in_one_message(rows):
+def test_no_data_and_too_small_a_vocabulary_end_in_one_message(run, rows):
     for arguments, words in (
         (["-o", "t"], "no training data"),
         (["data.train=rows.jsonl", "--vocab-size", "9"], "cannot hold the 256 bytes"),
     ):
-        done = run("tokenizer", "train", *arguments, cwd=rows)
+        done = run("tokenizer", "train", *arguments)
         assert done.returncode == 2
         assert words in done.stderr
         assert "Traceback" not in done.stderr

@@ -242,7 +242,7 @@ def test_p8_a_closed_pipe_costs_the_talk_and_never_the_run(place):
     place.assert_whole("pipe")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.campaign)])
 def test_p8_a_signal_while_the_libraries_are_imported_ends_the_command_in_one_line(place, number):
     words = [sys.executable, "-X", "importtime", *command(place, "import")[1:]]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -65,8 +65,9 @@ def test_p8_a_signal_to_one_process_stops_all_at_the_same_step_saved_once(stoppe
 
 def test_p2_a_run_of_two_processes_goes_on_to_the_same_bytes(whole, stopped):
     run, _, _ = stopped
-    said = launched("resume", str(run))
-    assert said.count("going on after step") == 1, said
+    codes, said = TwoRanks("resume", str(run)).end()
+    assert codes == [0, 0], said
+    assert "".join(said).count("going on after step") == 1, said
     assert weights_of(run) == weights_of(whole[0])
     assert lines_of(run) == lines_of(whole[0])
 

@@ -113,7 +113,7 @@ class ExampleSet(Protocol):
 
     @property
     def loss_weights(self) -> npt.NDArray[np.float64]:
-        """Sum of weights of each example, float64 [N]."""
+        """Sum of weights of each example, float64 [N]: loss_weight_n = sum_t weight_nt."""
         ...
 
     @property

@@ -78,7 +78,7 @@ def probe_prompts(tokenizer: PreTrainedTokenizerFast, rows: int, trained_ids: Se
 
 
 def logits_of(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the logits of each prompt alone, float32 [T, V]."""
+    """Return the logits of each prompt alone, float32 [T, V]: logits_t = head(hidden(ids_0..t)), without a cache."""
     with torch.no_grad():
         return [model(input_ids=torch.tensor([list(prompt)]), use_cache=False).logits[0].float() for prompt in prompts]
 

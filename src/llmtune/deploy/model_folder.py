@@ -52,6 +52,8 @@ class ModelFolder:
     def rounded(self, name: str, requested: torch.dtype | None) -> Tensor:
         """Read a weight, in its stored shape, and round it once to `dtype(name, requested)`.
 
+        To the nearest, ties to even (IEEE 754, section 4.3.1): twice would be another number.
+
         Raises ModelError for values that do not fit that type.
         """
         weight = round_once(self.weights.read(name), self.dtype(name, requested))

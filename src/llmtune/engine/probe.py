@@ -32,7 +32,7 @@ from llmtune.models.parameters import base_model_of, eval_mode
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["try_backend"]
+__all__ = ["MODEL_ERRORS", "try_backend"]
 
 LENGTHS = {"cpu": (7, 12, 5), "cuda": (7, 300, 5)}
 """Tokens of the probe's documents: of different lengths, so that a shifted position or boundary changes the loss."""
@@ -47,7 +47,7 @@ COMPARED_WEIGHTS, LARGEST_WEIGHT = 16, 1 << 26
 """Trained weights whose gradients are compared, the model's first of at most that many entries: a gradient there has
 come through every block, and holding those of all weights twice would take memory that no plan counts."""
 
-PROBE_ERRORS = (
+MODEL_ERRORS = (
     TypeError,
     ValueError,
     RuntimeError,
@@ -56,10 +56,10 @@ PROBE_ERRORS = (
     IndexError,
     KeyError,
     AssertionError,
-    ImportError,
-    OSError,
-    subprocess.SubprocessError,
 )
+"""Errors of a model's own code on an input it was not written for."""
+
+PROBE_ERRORS = (*MODEL_ERRORS, ImportError, OSError, subprocess.SubprocessError)
 """Errors of a model that does not take flat rows, or of a kernel that cannot be built or started here."""
 
 

@@ -42,6 +42,7 @@ class LiveReference:
     def log_probs(self, batch: MicroBatch) -> Tensor:
         """Log-probability of the trained tokens of each example: nats, float32 [S].
 
+        log pi_ref(y | x) = sum_t weight_t log pi_ref(y_t | x, y_<t), the reference of DPO (arXiv:2305.18290).
         Call it before the policy's own forward pass: autograd must not see weights change that it holds.
         """
         with torch.no_grad(), self._as_reference():
@@ -76,6 +77,6 @@ class PrecomputedReference:
         self._log_probs_N = log_probs_N.to(device)
 
     def log_probs(self, batch: MicroBatch) -> Tensor:
-        """Those of a micro-batch made from the set, float32 [S]."""
+        """Those of a micro-batch made from the set, float32 [S], as of `LiveReference`: result_s = values[index_s]."""
         assert batch.indices is not None, "the micro-batch does not know its examples"
         return self._log_probs_N[torch.from_numpy(batch.indices).to(self._log_probs_N.device)]

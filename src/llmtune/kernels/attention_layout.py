@@ -155,7 +155,10 @@ class TileLayout(NamedTuple):
     """int32 [T x H]: the position of each of the row's queries in that order."""
 
     def by_tile(self, *rows: Tensor) -> list[tuple[Tile, list[Tensor]]]:
-        """Give each tile with its part of each of `rows`, [positions, D] in this order, as views [G*C, R*N, D]."""
+        """Give each tile with its part of each of `rows`, [positions, D] in this order, as views [G*C, R*N, D].
+
+        Tiles of queries are those of FlashAttention (arXiv:2307.08691, section 3).
+        """
         sizes = [self.groups * self.repeats * tile.queries for tile in self.tiles]
         return [
             (tile, [part.view(self.groups * tile.pieces, -1, part.shape[-1]) for part in parts])

@@ -124,6 +124,9 @@ def sequence_log_probs(
 def token_nll(head: Head, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
     """Negative log-likelihood of each target, nats, float32 [N], at least one; logits of one chunk are alive at a time.
 
+    nll_n = log sum_v exp(logit_nv) - logit_n,target. Large vocabularies make all logits at once the largest tensor of a
+    step (arXiv:2411.09009).
+
     hidden_NE: [N, E]; targets_N: int64 [N].
     """
     chunks = range(0, hidden_NE.shape[0], CHUNK_ROWS)

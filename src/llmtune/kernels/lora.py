@@ -209,7 +209,10 @@ class FusedLora:
         return _FrozenLinear(self.get_base_layer())
 
     def without_adapter(self, x: Tensor) -> Tensor:
-        """The output of the frozen layer alone, [..., K] -> [..., N], bit for bit what an update of 0 would give."""
+        """The output of the frozen layer alone, [..., K] -> [..., N], bit for bit what an update of 0 would give.
+
+        y = W x + b, in LoRA's y = W x + b + (alpha / r) B A x (arXiv:2106.09685, equation 3).
+        """
         device_type, dtype = x.device.type, _arithmetic(self, x)
         with torch.autocast(device_type, enabled=False):
             output = self.frozen().output(x.reshape(-1, x.shape[-1]).to(dtype))

@@ -36,7 +36,7 @@ def mark_recomputable(tensor: Tensor, function: Callable[..., Tensor], *inputs: 
 
 
 def recomputation_of(tensor: Tensor) -> Recomputation | None:
-    """Return how to compute a tensor of any shape again, or None where that is not noted."""
+    """Return how to compute a tensor of any shape again, or None where that is not noted (arXiv:1604.06174)."""
     return tensor.__dict__.get("_recomputation")
 
 

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TRACED_BLOCKS",
-    "TRACE_ERRORS",
     "Gradients",
     "MicroBatchShape",
     "Peaks",
@@ -91,18 +90,6 @@ Gradients = Literal["single", "summed", "dropped"]
 window is one micro-batch); all of them from the start, because an earlier micro-batch made them (`summed`); or one at a
 time, because each is dropped when its weight has moved (`dropped`: `training.step_in_backward`).
 """
-
-TRACE_ERRORS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    NotImplementedError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    AssertionError,
-)
-"""Errors of a model on tensors without values: it then has no memory plan, and trains all the same."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +217,7 @@ def trace(
 
     device_type: `cpu` or `cuda`, whose engine is traced. attention: its backend of attention by segments, the first it
     tries when not given. compute: autocast's type, None for float32 arithmetic. checkpointing: the resolved value of
-    `model.gradient_checkpointing`. Raises any of TRACE_ERRORS for a model that cannot run on fake tensors; of these
+    `model.gradient_checkpointing`. Raises any of MODEL_ERRORS for a model that cannot run on fake tensors; of these
     NotImplementedError also for one that this backend of attention cannot compute.
     """
     make_layout.cache_clear()  # or the masks of tiles would count in the first trace of a shape only

@@ -222,7 +222,7 @@ class Forecaster:
         return largest, several
 
     def memory(self, config: Config | None = None) -> MemoryPlan:
-        """Memory by part of the run, or of a variant of it. Raises any of TRACE_ERRORS for a model without a plan."""
+        """Memory by part of the run, or of a variant of it. Raises any of MODEL_ERRORS for a model without a plan."""
         config = config or self.config
         batch, several = self.largest_micro_batch(config)
         gradients: Gradients = "summed" if several else "dropped" if config.training.step_in_backward else "single"

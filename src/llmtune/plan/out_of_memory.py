@@ -15,8 +15,8 @@ import torch
 from llmtune.common.memory_errors import MEMORY_ERRORS, is_out_of_memory
 from llmtune.common.text import readable_bytes
 from llmtune.engine.allocator import release_free_memory
+from llmtune.engine.probe import MODEL_ERRORS
 from llmtune.errors import LlmtuneError, MachineError
-from llmtune.plan.activation_trace import TRACE_ERRORS
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.hardware import attainable_bytes, resident_bytes
 from llmtune.plan.suggestions import Suggestion, suggest
@@ -28,7 +28,7 @@ SHOWN_SUGGESTIONS = 3
 RESERVE_BYTES = 256 << 20
 """Address space kept, and never touched, until no other is left: without any, Python cannot even raise an error."""
 
-PLAN_ERRORS = (LlmtuneError, MemoryError, *TRACE_ERRORS)
+PLAN_ERRORS = (LlmtuneError, MemoryError, *MODEL_ERRORS)
 """Errors of planning for a model that has no plan, or where no memory is left even to plan."""
 
 _REQUESTED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?", re.IGNORECASE)

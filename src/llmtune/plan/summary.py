@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 
 from llmtune.common.printing import Fact
 from llmtune.common.text import readable_bytes, readable_duration
+from llmtune.engine.probe import MODEL_ERRORS
 from llmtune.engine.schedule import Interval, interval, is_due, schedule_of, warmup_length
 from llmtune.errors import MachineError, in_one_line
-from llmtune.plan.activation_trace import TRACE_ERRORS
 from llmtune.plan.forecast import Forecaster, Steps
 from llmtune.plan.memory import MemoryPlan, optimizer_bytes
 from llmtune.plan.suggestions import Suggestion, largest_batch, suggest
@@ -60,7 +60,7 @@ def make_plan(forecaster: Forecaster, *, full: bool = False) -> Plan:
     memory, missing = None, None
     try:
         memory = forecaster.memory()
-    except TRACE_ERRORS as error:  # the model may train all the same, so a missing plan stops nothing
+    except MODEL_ERRORS as error:  # the model may train all the same, so a missing plan stops nothing
         missing = f"this model cannot be traced without its weights ({type(error).__name__}: {in_one_line(error)})"
     budget, largest, suggestions = forecaster.target.budget_bytes, None, []
     if full and memory is not None:

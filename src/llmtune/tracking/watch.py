@@ -67,6 +67,8 @@ class HistogramWatch:
 def histogram_of(values: Tensor) -> Histogram:
     """Return `BINS` counts of the finite values between the smallest and the largest of them; values of any shape.
 
+    Of equal width: width = (largest - smallest) / BINS.
+
     >>> sum(histogram_of(torch.tensor([0.0, 1.0, 2.0, float("inf")])).counts)
     3
     """

@@ -1,11 +1,10 @@
 """The examples of every step: order, windows and micro-batches, each a pure function of its number.
 
-A *sequence* is a pack (without packing: one example). A window takes the next `batch_size x accumulation` sequences of
-the epoch's order, however many processes share them, so the same config is the same run on one process and on many. The
-last window of an epoch is smaller when the rows run out. Windows have no state: resuming at step k needs none of the
-steps before it.
+Without packing, a pack is one example. A window takes the next `batch_size x accumulation` packs of the epoch's order,
+however many processes share them, so the same config is the same run on one process and on many. The last window of an
+epoch is smaller when the rows run out. Windows have no state: resuming at step k needs none of the steps before it.
 
-Shapes: N examples, P sequences.
+Shapes: N examples, P packs. What metrics call a sequence (`num_sequences`) is an example, packed or not.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class Window:
 
 
 class _Span(NamedTuple):
-    """The sequences of a window: [begin, end) of the order of an epoch, from 0."""
+    """The packs of a window: [begin, end) of the order of an epoch, from 0."""
 
     epoch: int
     begin: int
@@ -151,7 +150,7 @@ class BatchPlan:
 
     @property
     def most_window_tokens(self) -> int:
-        """Upper bound of the tokens of a window in any order: those of the `global_batch` longest sequences."""
+        """Upper bound of the tokens of a window in any order: those of the `global_batch` longest packs."""
         if self._draws is not None:  # which may draw the longest of them more than once
             return int(self._pack_tokens.max()) * min(self.global_batch, self.num_packs)
         return int(np.sort(self._pack_tokens)[-self.global_batch :].sum())

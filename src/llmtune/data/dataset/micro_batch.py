@@ -59,7 +59,10 @@ class MicroBatch:
 
     @property
     def trained_tokens_per_example(self) -> torch.Tensor:
-        """Trained tokens of each example, int64 [S], on the CPU where the micro-batch is."""
+        """Trained tokens of each example, int64 [S], on the CPU where the micro-batch is.
+
+        tokens_s = number of t with weight_st != 0; losses of token means divide by it (SimPO, arXiv:2405.14734).
+        """
         if self.segments is None:
             return (self.weights[:, 1:] != 0).sum(dim=1)
         ends = torch.cat([self.weights.new_zeros(1, dtype=torch.int64), (self.weights[0] != 0).cumsum(0)])

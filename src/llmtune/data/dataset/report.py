@@ -58,7 +58,10 @@ def data_report(prepared: PreparedData, config: DataConfig, *, batch_size: int) 
 
 
 def length_summary(lengths_N: npt.NDArray[np.int64], max_length: int) -> JsonObject:
-    """Shortest, median, longest, mean and a histogram of lengths in tokens, int64 [N]."""
+    """Shortest, median, longest, mean and a histogram of lengths in tokens, int64 [N].
+
+    A quantile is a length that occurs: quantile_q = the shortest that at least a share q of all do not exceed.
+    """
     if not len(lengths_N):
         return {"examples": 0, "max_length": max_length, "histogram": []}
     quantiles = np.quantile(lengths_N, [0, 0.5, 0.95, 1], method="higher")
@@ -75,7 +78,7 @@ def length_summary(lengths_N: npt.NDArray[np.int64], max_length: int) -> JsonObj
 def histogram(lengths_N: npt.NDArray[np.int64]) -> list[dict[str, int]]:
     """Count examples by length, int64 [N], in at most 12 bins of one round width; the counts add up to N.
 
-    The bins go from the shortest example to the longest.
+    The bins go from the shortest example to the longest: bin = length // width.
 
     >>> [tuple(interval.values()) for interval in histogram(np.array([1, 9, 10, 19]))]
     [(0, 4, 1), (5, 9, 1), (10, 14, 1), (15, 19, 1)]

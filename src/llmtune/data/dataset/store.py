@@ -225,7 +225,7 @@ class MappedExamples:
 
     @property
     def loss_weights(self) -> npt.NDArray[np.float64]:
-        """Sum of weights of each example, float64 [N]."""
+        """Sum of weights of each example, float64 [N]: loss_weight_n = sum_t weight_nt."""
         return self.store.examples["loss_weight"][self.selection].astype(np.float64)
 
     @property
@@ -308,7 +308,7 @@ class JoinedExamples:
 
     @property
     def loss_weights(self) -> npt.NDArray[np.float64]:
-        """Sum of weights of each example, float64 [N]."""
+        """Sum of weights of each example, float64 [N]: loss_weight_n = sum_t weight_nt."""
         return np.concatenate([part.loss_weights for part in self.parts])
 
     @property

@@ -28,8 +28,9 @@ from llmtune.data.rendering.limits import DEFAULT_LIMITS, Limits
 from llmtune.data.rendering.messages import SELECTIONS, by_turn, message_fields, with_system
 from llmtune.data.rendering.plain_text import TextRows
 from llmtune.data.rendering.provenance import Traced, runs_of
+from llmtune.data.rendering.rendering import Rendering
 from llmtune.data.rendering.row_warnings import RowWarning, lost_content, text_warnings
-from llmtune.data.rendering.spans import Rendering, Span, find_span
+from llmtune.data.rendering.spans import Span, find_span
 from llmtune.data.rendering.template_set import TemplateSet
 from llmtune.errors import DataError
 

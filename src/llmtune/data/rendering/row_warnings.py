@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 
 from llmtune.data.example import REASONING_FIELDS, Conversation
 from llmtune.data.rendering.encoding import Encoded
-from llmtune.data.rendering.spans import Rendering
+from llmtune.data.rendering.rendering import Rendering
 
 __all__ = ["RowWarning", "lost_content", "text_warnings"]
 
