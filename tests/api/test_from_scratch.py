@@ -4,10 +4,8 @@ no network.
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 
+import pytest
 import torch
 
 from llmtune.cli.main import run as command
@@ -93,24 +91,14 @@ def _first_trained_row(folder):
 SMALL = ["model.architecture.vocab_size=400", "evaluation.max_new_tokens=4"]
 
 
-def test_the_words_people_type_train_custom_nano_on_20_samples(tmp_path):
-    typed = ["train", "--model", "custom-nano", "--config", "test", "--samples", "20", "--project", "proj", "--no-cuda"]
-    done = subprocess.run(
-        [sys.executable, "-m", "llmtune", *typed, *SMALL],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert_trained_on_20_samples(tmp_path / done.stdout.strip())
+LONG_FLAGS = ("--model", "custom-nano", "--config", "test", "--samples", "20", "--project", "proj")
+SHORT_FLAGS = ("-m", "custom-nano", "-c", "test", "-s", "20", "-p", "proj")
 
 
-def test_short_flags_train_the_same(tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("flags", [LONG_FLAGS, SHORT_FLAGS], ids=["long", "short"])
+def test_the_words_people_type_train_custom_nano_on_20_samples(flags, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    assert command(["train", "-m", "custom-nano", "-c", "test", "-s", "20", "-p", "proj", "--no-cuda", *SMALL]) == 0
+    assert command(["train", *flags, "--no-cuda", *SMALL]) == 0
     assert_trained_on_20_samples(tmp_path / capfd.readouterr().out.strip())
 
 
