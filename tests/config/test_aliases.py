@@ -240,7 +240,6 @@ def test_a_name_that_changes_nothing_is_named_with_its_reason_and_not_used(text)
 
 
 REFUSED = {
-    "wandb_entity: me": "WANDB_ENTITY",
     "checkpoint_dir: checkpoints/meta/Llama": "`model.name: DIR`",
     "bos_token: <s>": "model.tokenizer",
     "special_tokens: {bos_token: <s>}": "model.pad_token",
@@ -362,6 +361,8 @@ EXTRA = {
     "evaluation.early_stopping_patience": "evaluation: {every_steps: 1}\ndata: {test_size: 1}\n",
     "evaluation.early_stopping_threshold": "evaluation: {every_steps: 1, early_stopping_patience: 1}\ndata: {test_size: 1}\n",  # noqa: E501
     "tracking.wandb_mode": "tracking: {trackers: [wandb]}\n",
+    "tracking.wandb_entity": "tracking: {trackers: [wandb]}\n",
+    "tracking.wandb_group": "tracking: {trackers: [wandb]}\n",
     "training.step_in_backward": "training: {max_grad_norm: null}\n",
 }
 

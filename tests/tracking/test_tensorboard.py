@@ -32,6 +32,35 @@ def test_scalars_samples_and_histograms_come_back(tmp_path):
     assert b"training.batch_size" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
+def test_the_config_its_origins_modules_ledger_and_hyperparameters_come_back(tmp_path):
+    tracker = TensorBoardTracker()
+    given = {"modules": {"layers.0.q_proj": 64}, "origins": {"training.batch_size": "c.yaml:3"}}
+    ledger = {"train": {"used": 7, "bad": 1}}
+    config = {"training": {"batch_size": 2, "optimizer": "adamw"}}
+    tracker.start(RunInfo(name="a-run", folder=tmp_path, total_steps=2, config=config, ledger=ledger, **given))
+    tracker.log(1, {"step": 1, "eval_mean_nll": 3.5})
+    tracker.log(2, {"step": 2, "eval_mean_nll": 2.5})
+    tracker.finish("finished")
+    events = read(tmp_path)
+    for title, row in {
+        "modules": b"| layers.0.q_proj | `64` |",
+        "origins": b"| training.batch_size | `c.yaml:3` |",
+        "ledger": b"| train.bad | `1` |",
+    }.items():
+        assert row in events.Tensors(f"{title}/text_summary")[0].tensor_proto.string_val[0]
+    plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2", reason="tensorboard is not installed")
+    content = {name: plugin.HParamsPluginData.FromString(data) for name, data in hyperparameters(events).items()}
+    experiment = content["_hparams_/experiment"].experiment
+    assert [info.name.tag for info in experiment.metric_infos] == ["eval/mean_nll"]
+    values = content["_hparams_/session_start_info"].session_start_info.hparams
+    assert values["training.batch_size"].number_value == 2
+    assert values["training.optimizer"].string_value == "adamw"
+
+
+def hyperparameters(events):
+    return {tag: events.SummaryMetadata(tag).plugin_data.content for tag in events.PluginTagToContent("hparams")}
+
+
 def test_after_a_resume_the_steps_made_again_are_shown_once(tmp_path):
     for start_step, steps in ((0, range(1, 6)), (3, range(4, 7))):
         tracker = TensorBoardTracker()

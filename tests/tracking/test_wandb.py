@@ -24,7 +24,8 @@ from llmtune.tracking.wandb import WandbTracker
 folder, mode, start_step, timeout_s = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 info = RunInfo(name="tiny-test-20260101", folder=folder, total_steps=4, start_step=start_step, model="someone/tiny", config_name="test",
                tags=("mine",), config={"training": {"batch_size": 2}}, parameters={"total": 100, "trained": 10},
-               architecture={"class": "LlamaForCausalLM"})
+               architecture={"class": "LlamaForCausalLM"}, modules={"q_proj": 10},
+               origins={"training.batch_size": "c.yaml:3"}, ledger={"train": {"used": 7}})
 said, exit_function, hook = [], sys.exit, sys.excepthook
 def generators():
     if mode != "offline":  # importing torch takes longer than the rest, and one mode shows it
@@ -32,7 +33,7 @@ def generators():
     import numpy, torch
     return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 state = generators()
-tracked = TrackerQueue([WandbTracker("a-project", mode=mode or None, print_line=said.append)], print_line=said.append)
+tracked = TrackerQueue([WandbTracker("a-project", mode=mode or None, entity="us", group="trials", print_line=said.append)], print_line=said.append)
 began = time.perf_counter()
 tracked.start(info)
 for step in range(start_step + 1, 5):
@@ -134,6 +135,10 @@ def test_an_offline_run_lies_in_the_run_folder_with_name_project_tags_and_config
     assert config["training"] == {"batch_size": 2}
     assert config["parameters"] == {"total": 100, "trained": 10}
     assert config["architecture"] == {"class": "LlamaForCausalLM"}
+    assert config["modules"] == {"q_proj": 10}
+    assert config["origins"] == {"training.batch_size": "c.yaml:3"}
+    assert config["ledger"] == {"train": {"used": 7}}
+    assert (made.entity, made.run_group) == ("us", "trials")
     assert any("wandb sync" in line for line in found["said"])
 
 
@@ -183,6 +188,28 @@ def test_online_without_a_key_is_switched_off_at_once_and_never_asks(tmp_path):
     found, took = run(tmp_path / "run", "online", WANDB_BASE_URL="http://127.0.0.1:9")
     assert "wandb has no API key" in found["failure"]
     assert took < 30
+
+
+def test_the_key_of_an_env_file_is_used_and_stays_out_of_the_netrc(tmp_path, monkeypatch):
+    (tmp_path / ".env").write_text("OTHER=1\nexport WANDB_API_KEY='from-a-file'\n")
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    monkeypatch.delenv("WANDB_API_KEY")
+    seen = []
+
+    class Wandb:
+        def login(self, prompt):
+            seen.append(os.environ.get("WANDB_API_KEY"))
+            return True
+
+    llmtune_wandb.WandbTracker("p", mode="online")._log_in(Wandb())
+    assert seen == ["from-a-file"]
+    assert [path.name for path in tmp_path.iterdir()] == [".env"]
+    monkeypatch.setenv("WANDB_API_KEY", "of-the-environment")
+    llmtune_wandb.WandbTracker("p", mode="online")._log_in(Wandb())
+    assert seen[1] == "of-the-environment"
 
 
 class Refuser(BaseHTTPRequestHandler):

@@ -198,6 +198,8 @@ ELSEWHERE = {
     "tracking.project": "test_trackers_are_made_with_what_the_config_says",
     "tracking.tags": "test_trackers_are_made_with_what_the_config_says",
     "tracking.wandb_mode": "test_trackers_are_made_with_what_the_config_says",
+    "tracking.wandb_entity": "test_trackers_are_made_with_what_the_config_says",
+    "tracking.wandb_group": "test_trackers_are_made_with_what_the_config_says",
     "tracking.watch": "test_tracking_watch_is_used",
     "distributed.timeout_s": "test_distributed_timeout_s_is_used",
 }
@@ -312,7 +314,7 @@ def test_evaluation_batch_size_is_used(here, resolve):
     assert losses["1"] == pytest.approx(losses[None], rel=1e-6)
 
 
-@pytest.mark.parametrize("key", ["tracking.project", "tracking.tags", "tracking.wandb_mode"])
+@pytest.mark.parametrize("key", [key for key, test in ELSEWHERE.items() if test.startswith("test_trackers_are_made")])
 def test_trackers_are_made_with_what_the_config_says(key):
     pytest.importorskip("wandb", reason="wandb is not installed")
     made = []

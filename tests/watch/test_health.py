@@ -12,6 +12,8 @@ from llmtune.errors import DivergedError
 from llmtune.tracking.health import CHECKS, HealthMonitor
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.training import train as training
+from llmtune.watch.health import health_of
+from report_helpers import write_lines
 
 
 def record(count=1000, *, total=1000, seed=0, **changes):
@@ -157,6 +159,34 @@ def test_a_diverged_run_ends_the_command_with_its_exit_code(config_of, capsys):
     assert code == 7
     assert "error" in out
     assert "diverged" in out
+
+
+def figures(*, gpu=None, own=1.0, everyone=0.4):
+    """A minute of system.jsonl on a machine of eight processors."""
+    gpus = [] if gpu is None else [{"use": gpu}]
+    line = {"cpu_use": everyone, "cpu_count": 8, "process_cpus": own, "gpus": gpus}
+    return [{"time": 100.0 + 5 * number, **line} for number in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "seen"),
+    [
+        (figures(gpu=0.95), None),
+        (figures(gpu=0.2, own=1.0), "computed in 20% of the time: the processor's work"),
+        (figures(gpu=0.2, own=0.3), "the steps are small"),
+        (figures(gpu=0.2, own=1.0, everyone=0.97), "other programs keep the processors busy"),
+        (figures(own=7.5, everyone=0.97), None),
+        (figures(own=2.0, everyone=0.97), "this run had 2.0 of 8 processors while all were busy"),
+        (figures(gpu=0.1)[:3], None),
+        ([], None),
+    ],
+)
+def test_low_use_of_the_device_is_said_with_its_likely_cause(tmp_path, lines, seen):
+    write_lines(tmp_path / "system.jsonl", lines)
+    (tmp_path / "run.json").write_text('{"run_id": "0", "state": "finished"}')
+    messages = [event["message"] for event in health_of(tmp_path)]
+    assert len(messages) == (seen is not None)
+    assert all(seen in message for message in messages)
 
 
 def test_a_quiet_run_is_said_to_be_quiet(tmp_path, capsys):

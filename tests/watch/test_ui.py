@@ -1,5 +1,6 @@
 """`llmtune ui`: who is let in, what is answered, and the page in a real browser beside a run at work."""
 
+import contextlib
 import http.client
 import json
 import threading
@@ -7,8 +8,10 @@ import time
 
 import pytest
 
+from llmtune.durable import FileLock
 from llmtune.training import train as training
 from llmtune.watch.ui.server import ROUTES, UiServer
+from llmtune.watch.ui.views import RunViews
 from report_helpers import HOSTILE, make_run, quiet_losses, write_lines
 
 
@@ -136,6 +139,27 @@ def test_runs_are_listed_viewed_compared_and_searched(server):
     found = json.loads(ask(server, "/api/ledger?run=first&text=BAD")[2])
     assert (found["count"], found["rows"][0]["fate"]) == (1, "bad")
     assert json.loads(ask(server, "/api/ledger?run=first&text=nothing")[2])["count"] == 0
+
+
+def test_a_run_at_work_is_drawn_again_only_as_often_as_it_costs_a_hundredth(tmp_path):
+    run = make_run(tmp_path / "a", quiet_losses(2000))
+    (run / "run.json").write_text('{"run_id": "0", "state": "running"}')
+    with contextlib.ExitStack() as stack:
+        stack.callback(FileLock(run / ".lock", "the run").release)
+        views, drawn, asked, spent, stamp = RunViews(tmp_path), 0, 0, 0.0, ""
+        began = time.monotonic()
+        while time.monotonic() - began < 1.5:
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": 2001 + asked, "train_mean_nll": 1.0}) + "\n")
+            before = time.monotonic()
+            view = views.view(["a"], since=stamp)
+            if "html" in view:
+                drawn, spent = drawn + 1, spent + time.monotonic() - before
+            stamp, asked = view["stamp"], asked + 1
+            time.sleep(0.02)
+    assert asked > 10
+    assert drawn == 1 or (drawn - 1) * spent / drawn < 0.05 * 1.5
+    assert "html" in views.view(["a"], since="")  # who has just opened the page waits for nothing
 
 
 def test_the_tuned_model_answers_beside_its_base(config_of, tmp_path):

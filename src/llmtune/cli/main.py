@@ -111,6 +111,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("verify merge", "verify:merge", "A merge gives the logits of base plus adapter.", "Check"),
     Command("verify checkpoint", "verify:checkpoint", "Every byte of a run's checkpoints is what was saved.", "Check"),
     Command("runs", "runs:runs", "List the runs of a folder: state, step, loss.", "Watch"),
+    Command("sync", "sync:sync", "Send a run that is over to wandb, or write it for TensorBoard.", "Watch"),
     Command("ui", "ui:ui", "Open the runs of a folder as a live page: compare, search, chat.", "Watch"),
     Command("health", "health:health", "Say what looked wrong in a run, and what to try.", "Watch"),
     Command("report", "report:report", "Write a run, or several over each other, as one HTML file.", "Watch"),

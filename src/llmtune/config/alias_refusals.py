@@ -60,8 +60,6 @@ NOT_HERE: dict[str, tuple[str, str]] = {
         "litgpt and torchtune call their base model's folder so, others the folder of the runs",
         "write `model.name: DIR` for the base model, or `run.output_dir: DIR` for the runs",
     ),
-    "wandb_entity": ("wandb takes it from its own setting", "set the environment variable WANDB_ENTITY"),
-    "wandb_group": ("wandb takes it from its own setting", "set the environment variable WANDB_RUN_GROUP"),
     "wandb_run_id": ("every run has an id of its own, and keeps it when it is resumed", "remove it"),
     "wandb_log_model": _UPLOADS,
     "hub_strategy": _UPLOADS,

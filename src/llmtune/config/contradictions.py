@@ -301,6 +301,18 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         "add `wandb` to `tracking.trackers`, or remove the mode",
     ),
     Contradiction(
+        ("tracking.wandb_entity", "tracking.trackers"),
+        lambda c, _: c.tracking.wandb_entity is not None and "wandb" not in c.tracking.trackers,
+        "an entity of wandb does nothing while wandb is not a tracker",
+        "add `wandb` to `tracking.trackers`, or remove the entity",
+    ),
+    Contradiction(
+        ("tracking.wandb_group", "tracking.trackers"),
+        lambda c, _: c.tracking.wandb_group is not None and "wandb" not in c.tracking.trackers,
+        "a group of wandb does nothing while wandb is not a tracker",
+        "add `wandb` to `tracking.trackers`, or remove the group",
+    ),
+    Contradiction(
         ("tracking.watch", "tracking.trackers"),
         lambda c, _: bool(c.tracking.watch) and not {"tensorboard", "wandb"} & set(c.tracking.trackers),
         "no tracker takes histograms",

@@ -607,6 +607,12 @@ class TrackingConfig:
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
     """Mode of wandb; its own setting (WANDB_MODE) when not given."""
 
+    wandb_entity: str | None = None
+    """User or team that the run belongs to on wandb; its own setting (WANDB_ENTITY) when not given."""
+
+    wandb_group: str | None = None
+    """Group of runs on wandb; its own setting (WANDB_RUN_GROUP) when not given."""
+
     watch: Literal[False, "gradients", "all"] = False
     """Send histograms of gradients, or of gradients and weights, to trackers that take them."""
 

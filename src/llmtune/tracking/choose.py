@@ -89,7 +89,13 @@ TRACKERS: dict[str, TrackerKind] = {
         lambda _: TensorBoardTracker(), package="tensorboard", requirement="'llmtune[tensorboard]'"
     ),
     "wandb": TrackerKind(
-        lambda config: WandbTracker(config.project, tags=config.tags, mode=config.wandb_mode),
+        lambda config: WandbTracker(
+            config.project,
+            tags=config.tags,
+            mode=config.wandb_mode,
+            entity=config.wandb_entity,
+            group=config.wandb_group,
+        ),
         package="wandb",
         requirement="wandb",
     ),

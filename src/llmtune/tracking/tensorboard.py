@@ -69,16 +69,25 @@ class TensorBoardTracker:
 
     def __init__(self) -> None:
         self._events: _EventFile | None = None
+        self._hparams: dict[str, bool | str | float] = {}
+        self._evaluated: dict[str, float] = {}
 
     def start(self, info: RunInfo) -> None:
         """Open the event file and write the config and the architecture as text."""
         from torch.utils.tensorboard.summary import text
 
         self._events = _EventFile(info.folder / "tensorboard", info.start_step + 1 if info.start_step else None)
+        self._hparams = {
+            key: value if isinstance(value, bool | int | float) else str(value)
+            for key, value in flat_items(redacted(info.config))
+        }
         for title, values in (
             ("config", redacted(info.config)),
             ("parameters", info.parameters),
             ("architecture", info.architecture),
+            ("modules", info.modules),
+            ("origins", info.origins),
+            ("ledger", info.ledger),
         ):
             if values:
                 self._events.add(text(title, _as_markdown_table(values)), info.start_step)
@@ -90,6 +99,8 @@ class TensorBoardTracker:
         assert self._events is not None, "start comes first"
         for key, value in metrics.items():
             if key != "step" and isinstance(value, (int, float)):
+                if key.startswith("eval_"):
+                    self._evaluated[grouped_name(key)] = value
                 self._events.add(scalar(grouped_name(key), value), step)
 
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
@@ -126,10 +137,13 @@ class TensorBoardTracker:
             )
 
     def finish(self, state: str) -> None:
-        """Write the run's state and close the file."""
-        from torch.utils.tensorboard.summary import text
+        """Write the run's state and its row of the hyperparameter table, and close the file."""
+        from torch.utils.tensorboard.summary import hparams, text
 
         assert self._events is not None, "start comes first"
+        # The table's columns of results are the newest values of these scalars.
+        for summary in hparams(self._hparams, self._evaluated):
+            self._events.add(summary, 0)
         self._events.add(text("state", state), 0)
         self._events.close()
 

@@ -56,6 +56,15 @@ class RunInfo:
     architecture: Mapping[str, object] = field(default_factory=dict)
     """Shape of the model: class, layers, width, heads, vocabulary."""
 
+    modules: Mapping[str, int] = field(default_factory=dict)
+    """Trained parameters by the module that they belong to."""
+
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Where each value of the config came from, by dotted key."""
+
+    ledger: Mapping[str, object] = field(default_factory=dict)
+    """What became of the rows: counts by side and status, reasons, tokens."""
+
 
 class Histogram(NamedTuple):
     """The distribution of one tensor's values: `counts` has one entry less than `edges`."""

@@ -11,9 +11,11 @@ import atexit
 import contextlib
 import logging
 import os
+import re
 import secrets
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from llmtune import durable
+from llmtune.common.env_file import value_in_env_file
 from llmtune.common.printing import PrintLine, print_to_stderr
 from llmtune.common.secrets import redacted
 from llmtune.errors import MachineError
@@ -41,7 +44,8 @@ SERVICE_MODULE = "wandb.sdk.lib.service.service_connection"
 class WandbTracker:
     """Sends metrics, samples and histograms to wandb.
 
-    mode: online, offline or disabled; wandb's setting (`WANDB_MODE`) when None.
+    mode: online, offline or disabled; wandb's setting (`WANDB_MODE`) when None. entity and group: likewise. The key may
+    also stand in a `.env` file of the working folder. finish_timeout_s: longest wait for the upload at the end.
     print_line: receives the address of the run, or the command that uploads an offline one.
     """
 
@@ -53,11 +57,16 @@ class WandbTracker:
         *,
         tags: Sequence[str] = (),
         mode: str | None = None,
+        entity: str | None = None,
+        group: str | None = None,
+        finish_timeout_s: float = FINISH_TIMEOUT_S,
         print_line: PrintLine = print_to_stderr,
     ) -> None:
         self._project = project
         self._tags = tuple(tags)
         self._mode = mode
+        self._entity, self._group = entity, group
+        self._finish_timeout_s = finish_timeout_s
         self._print_line = print_line
         self._opened: wandb.Run | None = None
         self._samples: list[list[object]] = []
@@ -82,6 +91,8 @@ class WandbTracker:
             self._log_in(wandb)
             self._opened = wandb.init(
                 project=self._project,
+                entity=self._entity,
+                group=self._group,
                 name=info.name,
                 id=None if os.environ.get("WANDB_RUN_ID") else _run_id(info.folder),
                 resume="allow",
@@ -92,9 +103,12 @@ class WandbTracker:
                     **redacted(info.config),
                     "parameters": dict(info.parameters),
                     "architecture": dict(info.architecture),
+                    "modules": dict(info.modules),
+                    "origins": dict(info.origins),
+                    "ledger": dict(info.ledger),
                 },
                 mode=self._mode,  # type: ignore[arg-type]
-                settings=_settings(wandb),
+                settings=_settings(wandb, self._finish_timeout_s),
             )
         finally:
             # wandb replaces these functions; a run that fails must end as it does without a tracker.
@@ -131,16 +145,40 @@ class WandbTracker:
         }
         self._run.log({"step": step, **values})
 
+    def upload(self, name: str, folder: Path) -> None:
+        """Send the files of a folder as an artifact of type `model`."""
+        import wandb
+
+        artifact = wandb.Artifact(name=re.sub(r"[^\w.-]", "-", name), type="model")
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact)
+
     def finish(self, state: str) -> None:
         """Record the run's state, let wandb upload in bounded time, and end the service process it started."""
+        deadline = time.monotonic() + self._finish_timeout_s
         self._run.summary["state"] = state
         self._run.finish(exit_code=0 if state in ("finished", "stopped") else 1)
+        self._let_service_write(max(deadline - time.monotonic(), 1.0))
         self._end_service()
 
     @property
     def _run(self) -> wandb.Run:
         assert self._opened is not None, "start comes first"
         return self._opened
+
+    def _let_service_write(self, timeout_s: float) -> None:
+        """Wait until the service has ended by itself, `timeout_s` seconds at most."""
+
+        # `finish` of an offline run only tells the service to finish: ended at once, it leaves a file without records.
+        def tear_down() -> None:
+            import wandb
+
+            with contextlib.suppress(Exception):  # a service that was killed before
+                wandb.teardown()
+
+        thread = threading.Thread(target=tear_down, name="wandb-teardown", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
 
     def _end_service(self) -> None:
         """End the service process of this tracker, for which wandb would wait without a limit."""
@@ -150,9 +188,12 @@ class WandbTracker:
         self._service = []
 
     def _log_in(self, wandb: ModuleType) -> None:
+        if "WANDB_API_KEY" not in os.environ and (key := value_in_env_file("WANDB_API_KEY")):
+            # In the environment alone: `wandb.login(key=...)` would write it to the user's netrc.
+            os.environ["WANDB_API_KEY"] = key
         mode = self._mode or wandb.setup().settings.mode
         if mode in ("online", "run", "shared") and not wandb.login(prompt=False):
-            fix = "run `wandb login`, set WANDB_API_KEY, or use `tracking.wandb_mode=offline`"
+            fix = "run `wandb login`, set WANDB_API_KEY (or write it to `.env`), or use `tracking.wandb_mode=offline`"
             raise MachineError("wandb has no API key", where="tracking.trackers", fix=fix)
 
     def _print_address(self) -> None:
@@ -162,7 +203,7 @@ class WandbTracker:
             self._print_line(f"wandb shows the run at {self._run.url}")
 
 
-def _settings(wandb: ModuleType) -> wandb.Settings:
+def _settings(wandb: ModuleType, finish_timeout_s: float) -> wandb.Settings:
     return wandb.Settings(
         console="off",
         silent=True,
@@ -170,7 +211,7 @@ def _settings(wandb: ModuleType) -> wandb.Settings:
         disable_git=True,
         disable_job_creation=True,
         init_timeout=INIT_TIMEOUT_S,
-        finish_timeout=FINISH_TIMEOUT_S,
+        finish_timeout=finish_timeout_s,
         login_timeout=1,
         stop_fn=_ignore_stop_button,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,6 +308,22 @@ def facts_of(prepared: Prepared) -> dict[str, object]:
     }
 
 
+def _trained_by_module(setup: TrainingSetup) -> dict[str, int]:
+    """Trained parameters by the module that they belong to."""
+    counts: Counter[str] = Counter()
+    for name, parameter in setup.parameters.items():
+        counts[name.rpartition(".")[0]] += parameter.numel()
+    return dict(counts)
+
+
+def _origins_of(folder: Path) -> dict[str, str]:
+    try:
+        origins = json.loads((folder / ORIGINS_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}  # a run of an earlier version, or a damaged file: nothing in the training depends on it
+    return origins if isinstance(origins, dict) else {}
+
+
 def run_info(run: RunFolder, config_name: str, setup: TrainingSetup, start_step: int) -> RunInfo:
     """What trackers are told of the run when it starts."""
     shape, config = setup.model.config.to_dict(), setup.config
@@ -321,4 +339,7 @@ def run_info(run: RunFolder, config_name: str, setup: TrainingSetup, start_step:
         config=config_to_dict(config),
         parameters={"total": setup.counts.total, "trained": setup.counts.trained},
         architecture={key: shape[key] for key in SHAPE_KEYS if key in shape},
+        modules=_trained_by_module(setup),
+        origins=_origins_of(run.path),
+        ledger=run.info.get("data", {}),
     )

@@ -179,7 +179,8 @@ def _plan(run: RunData, plan: Mapping[str, Any]) -> Markup:
     parts = {name: size for name, size in _mapping(memory.get("parts")).items() if size}
     rows += [_row(f"  {name}", size, measured.get(name), "bytes") for name, size in parts.items()]
     needed = disk.get("needed_bytes", run.info.get("disk_forecast_bytes"))
-    rows.append(_row("disk, at most", needed, folder_bytes(run.path), "bytes"))
+    # The forecast is the most that the folder ever holds, while old checkpoints are still there.
+    rows.append(["disk, at most", number(needed, "bytes"), number(folder_bytes(run.path), "bytes"), ""])
     bar = ""
     if total := sum(parts.values()):
         pieces = "".join(

@@ -33,10 +33,10 @@ def _config(run: RunData) -> Markup:
         if key not in run.flat_config
     ]
     head = ["key", "value", "from", "why"]
-    rest = table(head[:3], (row[:3] for row in defaults))
+    rest = table(head[:3], (row[:3] for row in defaults), kind="config")
     folded = f"<details><summary>{len(defaults)} defaults</summary>{rest}</details>"
     more = f"<h4>Chosen besides</h4>{table(['what', 'choice', 'why'], chosen)}" if chosen else ""
-    return table(head, rows) + more + (folded if defaults else "")
+    return table(head, rows, kind="config") + more + (folded if defaults else "")
 
 
 def _decisions(run: RunData) -> dict[str, tuple[str, str]]:

@@ -13,7 +13,7 @@ from llmtune import durable
 from llmtune.errors import CheckpointError
 from llmtune.runs.run_file import read_run_file
 from llmtune.version import __version__
-from llmtune.watch.health import health_of
+from llmtune.watch.health import health_of, machine_event
 from llmtune.watch.report.charts import charts_html
 from llmtune.watch.report.data_html import data_html, examples_html, plan_html
 from llmtune.watch.report.facts_html import config_html, differences_html, environment_html, repeat_html
@@ -65,6 +65,8 @@ def read_run(path: Path) -> RunData:
     run.refresh()
     if not (path / "events.jsonl").is_file():  # a run of an earlier version
         run.take_events(health_of(path))
+    elif (event := machine_event(run)) is not None:
+        run.take_events([event])
     return run
 
 

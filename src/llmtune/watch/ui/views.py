@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ __all__ = ["RunViews", "page", "page_policy"]
 
 MOST_COMPARED = 8
 LEDGER_ROWS = 200
+MOST_OF_TIME = 0.01
+"""Share of a processor that drawing runs at work may take: the training beside needs it."""
 
 
 class RunViews:
@@ -30,6 +33,9 @@ class RunViews:
         self.folder = folder.absolute()
         self._runs: dict[str, RunData] = {}
         self._versions: dict[str, int] = {}
+        self._last_names: list[str] = []
+        self._next_s = 0.0
+        """When the same runs may be drawn again, by the monotonic clock."""
 
     def summaries(self) -> list[dict[str, Any]]:
         """One object for each run, the newest first."""
@@ -40,14 +46,22 @@ class RunViews:
     def view(self, names: Sequence[str], *, since: str) -> dict[str, Any]:
         """The overview and sections of some runs as HTML with a stamp; only the stamp where it is still `since`.
 
-        Raises UsageError for a name that is no run of the folder.
+        Runs at work are drawn again only as often as takes `MOST_OF_TIME` of a processor. Raises UsageError for a name
+        that is no run of the folder.
         """
         runs = [self._fresh(name) for name in names[:MOST_COMPARED]]
         # The state is part of it: a run that is killed changes no file.
         stamp = "|".join(f"{run.name}:{self._versions[run.name]}:{run.state}" for run in runs)
         if stamp == since or not runs:
             return {"stamp": stamp}
-        return {"stamp": stamp, "html": overview_html(runs) + sections_html(runs)}
+        names, started = [run.name for run in runs], time.monotonic()
+        is_follow_up = bool(since) and names == self._last_names and any(run.state == "running" for run in runs)
+        if is_follow_up and started < self._next_s:
+            return {"stamp": since}
+        html = overview_html(runs) + sections_html(runs)
+        ended = time.monotonic()
+        self._last_names, self._next_s = names, ended + (ended - started) / MOST_OF_TIME
+        return {"stamp": stamp, "html": html}
 
     def ledger(self, name: str, words: str) -> dict[str, Any]:
         """The rows of a run's ledger in which `words` stand, any case. Raises UsageError."""
