@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,8 +24,10 @@ from llmtune.data.dataset.make_dataset import PreparedData, iter_texts, prepare_
 from llmtune.data.dataset.micro_batch import Layout
 from llmtune.data.dataset.mixture import EpochDraws, plan_epochs
 from llmtune.data.dataset.packing import Indices, examples_together, plan_sequences
+from llmtune.data.dataset.planned_answers import PlannedAnswers
 from llmtune.data.dataset.row_result import OVERLONG_FIX
 from llmtune.data.dataset.store import MappedExamples
+from llmtune.data.example import ExampleSet
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.preferences import RECOGNIZED_BY
 from llmtune.errors import ConfigError, DataError, TokenizerError
@@ -78,6 +81,11 @@ class Prepared:
     decisions: tuple[Decision, ...]
     """The choices made so far, with reasons."""
 
+    @functools.cached_property
+    def examples(self) -> ExampleSet:
+        """What steps are made of: the training rows, or for prompts the longest answers that may be drawn to them."""
+        return _examples_of(self.config, self.data)
+
     def batch_plan(
         self,
         *,
@@ -91,7 +99,7 @@ class Prepared:
         training = self.config.training
         assert isinstance(training.batch_size, int), "`auto` is resolved before windows are planned"
         return BatchPlan(
-            self.data.train,
+            self.examples,
             self.packs,
             batch_size=training.batch_size,
             accumulation=training.gradient_accumulation_steps,
@@ -104,7 +112,7 @@ class Prepared:
             max_group_tokens=max_group_tokens,
             pad_id=self.tokenizer.tokenizer.pad_token_id or 0,
             draws=self.draws,
-            together=examples_together(self.data.train),
+            together=examples_together(self.examples),
             equal_counts=equal_counts,
         )
 
@@ -312,8 +320,9 @@ def prepare(
             data = prepare_data(
                 config.data, renderer, formats=RECOGNIZED_BY[config.objective.method], progress=progress
             )
-    _refuse_beyond(context, data)
-    packs, draws = _lay_out(data.train, config.data)
+    examples = _examples_of(config, data)
+    _refuse_beyond(context, [examples, *([data.eval] if data.eval is not None else [])])
+    packs, draws = _lay_out(examples, data.train, config.data)
     decisions = (*source.decisions, *loaded.decisions, *still, *fitted, *renderer.decisions, *data.decisions)
     return Prepared(config, source, loaded, renderer, data, packs, draws, trains_tokenizer(config, source), decisions)
 
@@ -338,9 +347,11 @@ def _for_comparison(config: Config) -> tuple[Config, list[Decision]]:
         return config, []
     chosen = []
     if config.evaluation.best_by == EvaluationConfig().best_by:
-        config = replace(config, evaluation=replace(config.evaluation, best_by="eval_loss"))
-        reason = f"the held-out loss of {config.objective.method}"
-        chosen.append(Decision("evaluation.best_by", "eval_loss", reason))
+        draws = config.objective.method == "grpo"
+        metric = "eval_reward" if draws else "eval_loss"
+        config = replace(config, evaluation=replace(config.evaluation, best_by=metric))
+        reason = "the mean reward of held-out prompts" if draws else f"the held-out loss of {config.objective.method}"
+        chosen.append(Decision("evaluation.best_by", metric, reason))
     reason = "answers are compared with a reference, whose numbers dropout would blur"
     rates = {
         "adapter.dropout": config.adapter.dropout,
@@ -355,17 +366,26 @@ def _for_comparison(config: Config) -> tuple[Config, list[Decision]]:
     return config, [*chosen, *off]
 
 
-def _refuse_beyond(context: Context | None, data: PreparedData) -> None:
+def _examples_of(config: Config, data: PreparedData) -> ExampleSet:
+    objective = config.objective
+    if objective.method != "grpo":
+        return data.train
+    return PlannedAnswers(data.train, objective.num_generations, objective.max_new_tokens)
+
+
+def _refuse_beyond(context: Context | None, sets: Sequence[ExampleSet]) -> None:
     """Raise ConfigError for an example that is longer than the table of the model's positions."""
-    longest = max(int(max(part.lengths, default=0)) for part in (data.train, data.eval) if part is not None)
+    longest = max(int(max(examples.lengths, default=0)) for examples in sets)
     if context is not None and context.ends and longest > context.tokens:
         raise _too_long_for_model(f"a row of {longest:,} tokens is longer", context, "data.max_length")
 
 
-def _lay_out(examples: MappedExamples, data: DataConfig) -> tuple[list[Indices], EpochDraws | None]:
+def _lay_out(examples: ExampleSet, rows: MappedExamples, data: DataConfig) -> tuple[list[Indices], EpochDraws | None]:
     """The packs, and what draws the examples of each epoch where sources have a share or are repeated."""
+    if isinstance(examples, PlannedAnswers):
+        return examples.packs(), None
     if data.is_mixed:
-        return plan_epochs(examples, data)
+        return plan_epochs(rows, data)
     return plan_sequences(examples, data.max_length, data.packing, data.shuffle_seed or 0), None
 
 

@@ -2,6 +2,7 @@
 answer with the end-of-turn token is all that is trained (Q4, Q5, Q6).
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -14,7 +15,7 @@ from llmtune.data.dataset.overlong import cut_sides
 from llmtune.data.dataset.packing import examples_together, plan_sequences
 from llmtune.data.dataset.row_result import conversations_of
 from llmtune.data.example import Message, Row
-from llmtune.data.rows.preferences import RECOGNIZED_BY
+from llmtune.data.rows.preferences import RECOGNIZED_BY, right_answer
 from llmtune.data.rows.row_fields import UnusableRowError
 from llmtune.errors import DataError
 
@@ -297,3 +298,60 @@ def test_preview_shows_both_sides_with_their_masks(write, config, renderer, tiny
     assert "#rejected: " in text
     assert text.count("⟦") == 4  # each answer, and each end-of-turn token
     assert [json.loads(json_line(example, tiny_tokenizer))["side"] for example in examples] == ["chosen", "rejected"]
+
+
+# --- prompts whose answers are drawn
+
+
+RECORD = {"name": "Ada", "age": 36}
+PROMPTS = {
+    "trl, messages": ({"prompt": [user("2+3?")], "answer": "5"}, "5"),
+    "gsm8k": ({"question": "2+3?", "answer": "so #### 5"}, "so #### 5"),
+    "a number": ({"instruction": "2+3?", "solution": 5}, "5"),
+    "an object": ({"query": "Who?", "ground_truth": RECORD}, json.dumps(RECORD)),
+    "a prompt alone": ({"input": "2+3?"}, None),
+    "a conversation": ({"messages": [user("2+3?"), assistant("5")]}, "5"),
+    "a conversation that ends with the question": ({"conversations": [human("2+3?")]}, None),
+    "a pair": ({"prompt": [user("2+3?")], "chosen": [assistant("5")], "rejected": [assistant("6")]}, "5"),
+    "messages as completion": ({"prompt": [user("2+3?")], "completion": [assistant("5")]}, "5"),
+    "system beside it": ({"system": "Be short.", "question": "2+3?", "answer": "5"}, "5"),
+}
+
+
+@pytest.mark.parametrize(("fields", "answer"), PROMPTS.values(), ids=PROMPTS)
+def test_a_prompt_has_the_ids_that_generate_would_give_and_nothing_is_trained(write, config, renderer, fields, answer):
+    examples = prepare_data(config(write("a.jsonl", [fields])), renderer, formats=RECOGNIZED_BY["grpo"]).train
+    question = next(text for text in ("2+3?", "Who?") if text in json.dumps(fields))
+    system = [Message("system", "Be short.")] if "system" in fields else []
+    assert examples[0].input_ids.tolist() == renderer.prompt_ids([*system, Message("user", question)])
+    assert not examples[0].weights.any()
+    assert (examples[0].side, right_answer(Row("a:1", fields))) == ("prompt", answer)
+
+
+def test_a_bare_text_is_continued_as_it_is(write, config, renderer):
+    examples = prepare_data(
+        config(write("a.jsonl", [{"prompt": "2+3=", "answer": "5"}])), renderer, formats=RECOGNIZED_BY["grpo"]
+    ).train
+    assert examples[0].input_ids.tolist() == renderer.text_prompt_ids("2+3=")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"messages": [assistant("5")]}, "nothing stands before the answer"),
+        ({"prompt": None, "question": None}, "prompt: is null"),
+        ({"prompt": 5}, "must be text or messages"),
+    ],
+)
+def test_a_row_without_a_prompt_is_named(fields, problem):
+    with pytest.raises(UnusableRowError) as refusal:
+        conversations_of(Row("a:1", fields), "prompt")
+    assert problem in f"{refusal.value.field}: {refusal.value.problem}"
+
+
+def test_a_prompt_that_is_too_long_is_dropped_and_said(write, config, renderer):
+    path = write("a.jsonl", [{"question": "2+3?"}, {"question": "word " * 200}])
+    settings = dataclasses.replace(config(path), max_length=64, overlong="drop")
+    survey = survey_data(settings, renderer, formats=RECOGNIZED_BY["grpo"])
+    assert len(survey.train) == 1
+    assert survey.ledger.summary()["train"]["dropped"] == 1

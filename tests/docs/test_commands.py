@@ -88,7 +88,11 @@ def workplace(tmp_path_factory, tiny_model_folder):
             file.write(json.dumps({"messages": words}) + "\n")
     pairs = [{"prompt": f"number {n}", "chosen": "words", "rejected": "no words"} for n in range(8)]
     labels = [{"prompt": f"number {n}", "completion": "words", "label": n % 2 == 0} for n in range(8)]
-    for name, rows in (("pairs", pairs), ("labels", labels)):
+    prompts = [{"question": f"number {n}", "answer": "words"} for n in range(8)]
+    reward = "def closeness(prompts, completions, answer, **columns):\n"
+    reward += "    return [-abs(len(text) - len(right)) for text, right in zip(completions, answer)]\n"
+    (folder / "my_reward.py").write_text(reward)
+    for name, rows in (("pairs", pairs), ("labels", labels), ("prompts", prompts)):
         (folder / f"my-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = [
         "model:",

@@ -88,6 +88,8 @@ def world(tmp_path_factory, tiny_tokenizer, tiny_model_folder):
     pairs = [{"prompt": WORDS[at], "chosen": WORDS[at + 1], "rejected": WORDS[at + 2]} for at in range(6)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     labels = [{"prompt": WORDS[at], "completion": WORDS[at + 1], "label": at % 2 == 0} for at in range(6)]
+    prompts = [{"prompt": WORDS[at], "answer": WORDS[at + 1]} for at in range(6)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts))
     (folder / "labels.jsonl").write_text("".join(json.dumps(one) + "\n" for one in labels))
     template = tiny_tokenizer.chat_template.replace("'] }}\n{{ message['content", "'] }}: {{ message['content").replace(
         "<|im_start|>assistant\n", "<|im_start|>assistant: "

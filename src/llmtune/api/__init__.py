@@ -12,7 +12,7 @@ limit_spinning()  # before the imports below load torch, whose OpenMP reads its 
 # ruff: noqa: E402
 from llmtune.api.metrics import Stop
 from llmtune.api.trainer import Trainer, train, train_single_model
-from llmtune.training.training_run import Result
+from llmtune.training.result import Result
 from llmtune.watch.report.curve import Curve
 
 __all__ = ["Curve", "Result", "Stop", "Trainer", "train", "train_single_model"]

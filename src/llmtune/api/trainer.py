@@ -24,7 +24,8 @@ from llmtune.evaluation.generate import Answer, Prompt, generate
 from llmtune.evaluation.sampling import Sampling
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
-from llmtune.training.training_run import Result, TrainingRun
+from llmtune.training.result import Result
+from llmtune.training.training_run import TrainingRun
 from llmtune.watch.report.curve import Curve
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ __all__ = [
     "NoCuda",
     "NoCudaInTraining",
     "Overrides",
+    "Rewards",
     "Score",
     "TemplateArgs",
     "TrustRemoteCode",
@@ -40,6 +41,15 @@ TemplateArgs = Annotated[
         "--template-args",
         metavar="{NAME: VALUE}",
         help="Arguments of the chat template, such as '{enable_thinking: false}'; those of training count below.",
+    ),
+]
+Rewards = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reward",
+        metavar="FILE.py:FUNCTION[=WEIGHT]",
+        help="With grpo: a reward of your own, a function of (prompts, completions, completion_ids, **columns), "
+        "which is run; may be given several times.",
     ),
 ]
 Checkpoint = Annotated[

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from llmtune.cli.launch import launch, launches
-from llmtune.cli.options import AllowChanges, Devices, NoCudaInTraining, Score, TrustRemoteCode, Verbose
+from llmtune.cli.options import AllowChanges, Devices, NoCudaInTraining, Rewards, Score, TrustRemoteCode, Verbose
 from llmtune.cli.process import prepare_process
-from llmtune.cli.training_output import show_training
+from llmtune.cli.training_output import open_training_output
 from llmtune.common.offline import is_offline
-from llmtune.common.printing import PrintLine
 from llmtune.config.process_options import Options
-
-if TYPE_CHECKING:
-    from llmtune.tracking.screen import Screen
-    from llmtune.training.training_run import Result
 
 __all__ = ["resume", "resume_run"]
 
@@ -41,6 +36,7 @@ def resume(
     trust_remote_code: TrustRemoteCode = False,
     allow_changes: AllowChanges = False,
     score: Score = None,
+    reward: Rewards = None,
     verbose: Verbose = False,
 ) -> int | None:
     """Go on with a run from its newest valid checkpoint, or from the one that is named."""
@@ -50,7 +46,7 @@ def resume(
     # A run's folder may have `=` in its name.
     has_run = bool(overrides) and ("=" not in overrides[0] or Path(overrides[0]).exists())
     run = overrides.pop(0) if has_run else None
-    options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code, score=score)
+    options = Options(no_cuda, is_offline(), trust_remote_code, score, tuple(reward or ()))
     resume_run(run, overrides, options, allow_changes=allow_changes, checkpoint=checkpoint, verbose=verbose)
     return None
 
@@ -68,15 +64,14 @@ def resume_run(
     prepare_process(trains=True)
     from llmtune.training import train as training
 
-    def go_on(say: PrintLine, screen: Screen | None) -> Result:
-        return training.resume(
-            run,
-            overrides=overrides,
-            options=options,
-            allow_changes=allow_changes,
-            checkpoint=checkpoint,
-            print_line=say,
-            screen=screen,
-        )
-
-    show_training(go_on, verbose=verbose)
+    output = open_training_output(verbose=verbose)
+    result = training.resume(
+        run,
+        overrides=overrides,
+        options=options,
+        allow_changes=allow_changes,
+        checkpoint=checkpoint,
+        print_line=output.line,
+        screen=output.screen,
+    )
+    output.print_result(result)

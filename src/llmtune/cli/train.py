@@ -15,12 +15,13 @@ from llmtune.cli.options import (
     Devices,
     NoCudaInTraining,
     Overrides,
+    Rewards,
     Score,
     TrustRemoteCode,
     Verbose,
 )
 from llmtune.cli.process import prepare_process
-from llmtune.cli.training_output import print_plan, train_and_print
+from llmtune.cli.training_output import open_training_output, print_plan
 from llmtune.common.folders import home_expanded
 from llmtune.common.offline import is_offline
 from llmtune.config.arguments import FLAGS
@@ -71,6 +72,7 @@ def train(
     resume_from_checkpoint: ResumeFrom = None,
     allow_changes: AllowChanges = False,
     score: Score = None,
+    reward: Rewards = None,
     verbose: Verbose = False,
 ) -> int | None:
     """Train a model: from a preset or file, with any key overridden."""
@@ -79,14 +81,9 @@ def train(
 
         show_models()
         return None
-    options = Options(no_cuda=no_cuda, offline=is_offline(), trust_remote_code=trust_remote_code, score=score)
-    flags: dict[str, object] = {
-        "model.name": model,
-        "data.max_samples": samples,
-        "tracking.project": project,
-        "run.output_dir": output_dir,
-        "run.name": name,
-    }
+    options = Options(no_cuda, is_offline(), trust_remote_code, score, tuple(reward or ()))
+    flags: dict[str, object] = {"model.name": model, "data.max_samples": samples, "tracking.project": project}
+    flags |= {"run.output_dir": output_dir, "run.name": name}
     # The flag that other toolkits have; a run goes on with its own config, so most flags beside it are a mistake.
     goes_on = resume_from_checkpoint is not None or allow_changes
     if goes_on:
@@ -105,7 +102,13 @@ def train(
         resume_run(None, overrides or [], options, checkpoint=resume_from_checkpoint, **more)
         return None
     prepare_process(trains=True)
-    (print_plan if dry_run else train_and_print)(resolved, options, verbose=verbose)
+    if dry_run:
+        print_plan(resolved, options, verbose=verbose)
+    else:
+        from llmtune.training.train import train as train_run
+
+        output = open_training_output(verbose=verbose)
+        output.print_result(train_run(resolved, options, print_line=output.line, screen=output.screen))
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmtune.cli.failure import print_line
@@ -13,30 +13,35 @@ from llmtune.config.process_options import Options
 
 if TYPE_CHECKING:
     from llmtune.tracking.screen import Screen
-    from llmtune.training.training_run import Result
+    from llmtune.training.result import Result
 
-__all__ = ["print_plan", "show_training", "train_and_print"]
+__all__ = ["TrainingOutput", "open_training_output", "print_plan"]
 
 
-def show_training(training: Callable[[PrintLine, Screen | None], Result], *, verbose: bool) -> None:
-    """Train, and show everything from the first fact to what can be done with the result."""
+@dataclass(frozen=True)
+class TrainingOutput:
+    """Where a training is shown. The command that trains holds it, and nothing of it stands between the two."""
+
+    line: PrintLine
+    screen: Screen | None
+    """None where stderr is no terminal."""
+
+    def print_result(self, result: Result) -> None:
+        """Show how a run ended and what can be done with it."""
+        from llmtune.training.progress import print_result
+
+        print_result(result, self.line, self.screen)
+        # On a screen it was just shown; a program reads it here.
+        if result.folder is not None and not (self.screen and sys.stdout.isatty()):
+            print(result.folder)
+
+
+def open_training_output(*, verbose: bool) -> TrainingOutput:
+    """Return the output of this process."""
     from llmtune.tracking.screen import open_screen
-    from llmtune.training.progress import print_result
 
     screen = open_screen(verbose=verbose)
-    say = screen.line if screen else print_line
-    result = training(say, screen)
-    print_result(result, say, screen)
-    # On a screen it was just shown; a program reads it here.
-    if result.folder is not None and not (screen and sys.stdout.isatty()):
-        print(result.folder)
-
-
-def train_and_print(resolved: ResolvedConfig, options: Options, *, verbose: bool) -> None:
-    """Train a new run and show it."""
-    from llmtune.training.train import train
-
-    show_training(lambda say, screen: train(resolved, options, print_line=say, screen=screen), verbose=verbose)
+    return TrainingOutput(screen.line if screen else print_line, screen)
 
 
 def print_plan(resolved: ResolvedConfig, options: Options, *, verbose: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["HIGHER_IS_BETTER", "is_better"]
 
-HIGHER_IS_BETTER = ("_exact_answers", "_score", "_accuracy", "_margin")
+HIGHER_IS_BETTER = ("_exact_answers", "_score", "_accuracy", "_margin", "_reward")
 """Endings of the metrics of which the highest value is the best; of every other it is the lowest."""
 
 

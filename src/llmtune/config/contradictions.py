@@ -324,11 +324,12 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         lambda c, _: (
             c.objective.method == "sft"
             and bool(
-                {"preference", "unpaired"} & {c.data.format, *(one.format for one in (*c.data.train, *c.data.eval))}
+                {"preference", "unpaired", "prompt"}
+                & {c.data.format, *(one.format for one in (*c.data.train, *c.data.eval))}
             )
         ),
-        "rows of this format judge answers, and supervised fine-tuning compares none",
-        "set `objective.method` to dpo, simpo, orpo (pairs) or kto, or another format",
+        "rows of this format are for methods that compare answers, and supervised fine-tuning compares none",
+        "set `objective.method` to dpo, simpo, orpo (pairs), kto or grpo (prompts), or another format",
     ),
 )
 

@@ -9,17 +9,35 @@ __all__ = ["OBJECTIVE_CONTRADICTIONS"]
 
 PAIRED: tuple[ObjectiveMethod, ...] = ("dpo", "simpo", "orpo")
 METHODS_OF: dict[str, tuple[ObjectiveMethod, ...]] = {
-    "loss": ("dpo", "kto"),
-    "beta": (*PAIRED, "kto"),
+    "loss": ("dpo", "kto", "grpo"),
+    "beta": (*PAIRED, "kto", "grpo"),
     "label_smoothing": ("dpo",),
     "sft_weight": ("dpo",),
     "gamma_beta_ratio": ("simpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
-    "reference": ("dpo", "kto"),
+    "reference": ("dpo", "kto", "grpo"),
+    "num_generations": ("grpo",),
+    "max_new_tokens": ("grpo",),
+    "temperature": ("grpo",),
+    "steps_per_generation": ("grpo",),
+    "rewards": ("grpo",),
+    "reward_pattern": ("grpo",),
+    "scale_rewards": ("grpo",),
+    "clip": ("grpo",),
+    "clip_high": ("grpo",),
+    "mask_truncated": ("grpo",),
 }
 """Methods in which each key of `objective` counts."""
-LOSSES_OF: dict[ObjectiveMethod, tuple[str, ...]] = {"dpo": ("sigmoid", "ipo", "hinge"), "kto": ("kto", "apo_zero")}
+LOSSES_OF: dict[ObjectiveMethod, tuple[str, ...]] = {
+    "dpo": ("sigmoid", "ipo", "hinge"),
+    "kto": ("kto", "apo_zero"),
+    "grpo": ("dapo", "grpo", "dr_grpo"),
+}
+FORMATS_OF: dict[ObjectiveMethod, set[str]] = {"kto": {"preference", "unpaired"}, "grpo": {"prompt"}}
+"""Formats of rows by method; other methods that compare answers take pairs."""
+REWARDS = ("exact", "contains", "f1", "number", "json_fields", "regex", "length")
+"""Names that `objective.rewards` accepts."""
 ANSWER_RULES = ("last_assistant_message", "last_assistant_turn", "all_assistant_messages")
 
 
@@ -34,7 +52,11 @@ def _sources(config: Config) -> tuple[SourceConfig, ...]:
 def _a_format_does_not_fit(config: Config) -> bool:
     method, names = config.objective.method, {config.data.format, *(one.format for one in _sources(config))}
     names -= {"auto", None}
-    return method != "sft" and not names <= ({"preference", "unpaired"} if method == "kto" else {"preference"})
+    return method != "sft" and not names <= FORMATS_OF.get(method, {"preference"})
+
+
+def _draws(config: Config) -> bool:
+    return config.objective.method == "grpo"
 
 
 def _rules(config: Config) -> set[str]:
@@ -91,7 +113,7 @@ OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
         ("data.format", "data.train", "data.eval", "objective.method"),
         lambda c, _: _a_format_does_not_fit(c),
         "rows of this format are not what this method learns from",
-        "give pairs (`preference`), or to kto also answers with a label (`unpaired`); other formats are for sft",
+        "give pairs (`preference`), to kto also answers with a label (`unpaired`), to grpo a `prompt`",
     ),
     Contradiction(
         ("data.text_column", "data.train", "data.eval", "objective.method"),
@@ -130,6 +152,48 @@ OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
         lambda c, _: _compares(c) and c.data.is_mixed,
         "sources are mixed by `repeat` and `share` in supervised fine-tuning only",
         "remove `repeat` and `share` from the sources",
+    ),
+    Contradiction(
+        ("objective.rewards", "objective.method"),
+        lambda c, _: _draws(c) and not set(c.objective.rewards) <= {*REWARDS},
+        "there is no reward of that name",
+        f"take some of {', '.join(REWARDS)}, or `--reward FILE.py:FUNCTION`",
+    ),
+    Contradiction(
+        ("objective.reward_pattern", "objective.rewards"),
+        lambda c, _: _draws(c) and ("regex" in c.objective.rewards) != (c.objective.reward_pattern is not None),
+        "the reward `regex` and `reward_pattern` need each other",
+        "set both, or neither",
+    ),
+    Contradiction(
+        ("objective.reference", "objective.method"),
+        lambda c, _: _draws(c) and c.objective.reference == "precomputed",
+        "the answers of grpo are new in each step, so nothing about them can be precomputed",
+        "set `objective.reference: auto`",
+    ),
+    Contradiction(
+        ("data.overlong", "objective.method"),
+        lambda c, _: _draws(c) and c.data.overlong not in ("error", "drop"),
+        "a prompt that is cut asks something else",
+        "set `data.overlong` to drop or error",
+    ),
+    Contradiction(
+        ("data.packing", "objective.method"),
+        lambda c, _: _draws(c) and c.data.packing != "none",
+        "the length of an answer that will be drawn is not known, so nothing can be packed beforehand",
+        "set `data.packing: none`",
+    ),
+    Contradiction(
+        ("evaluation.exact_match", "evaluation.score", "objective.method"),
+        lambda c, _: _draws(c) and (c.evaluation.exact_match or c.evaluation.score is not None),
+        "grpo judges held-out answers by its rewards",
+        "remove `evaluation.exact_match` and `evaluation.score`, and give the reward instead",
+    ),
+    Contradiction(
+        ("distributed.strategy", "objective.method"),
+        lambda c, _: _draws(c) and c.distributed.strategy in ("fsdp", "deepspeed"),
+        "answers are drawn from a whole model, and this strategy divides it",
+        "set `distributed.strategy: ddp`",
     ),
     Contradiction(
         ("training.neftune_alpha", "objective.method"),

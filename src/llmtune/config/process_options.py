@@ -22,3 +22,6 @@ class Options:
 
     score: str | None = None
     """FILE.py:FUNCTION that judges answers in place of `evaluation.score`: code of the user's own, which is run."""
+
+    rewards: tuple[str, ...] = ()
+    """FILE.py:FUNCTION[=WEIGHT] of rewards beside `objective.rewards`: code of the user's own, which is run."""

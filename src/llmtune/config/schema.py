@@ -219,7 +219,9 @@ TrainOn = Literal[
     "customized",
 ]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-RowFormat = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference", "unpaired"]
+RowFormat = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference", "unpaired", "prompt"
+]
 
 
 @dataclass(frozen=True)
@@ -448,7 +450,7 @@ class TrainingConfig:
 # `objective.*`
 
 
-ObjectiveMethod = Literal["sft", "dpo", "simpo", "orpo", "kto"]
+ObjectiveMethod = Literal["sft", "dpo", "simpo", "orpo", "kto", "grpo"]
 
 
 @dataclass(frozen=True)
@@ -457,16 +459,19 @@ class ObjectiveConfig:
 
     method: ObjectiveMethod = "sft"
     """`sft` learns answers; `dpo`, `simpo` and `orpo` learn from pairs of a chosen and a rejected answer, `kto` also
-    from single answers with a label.
+    from single answers with a label; `grpo` draws answers to prompts and learns from their rewards.
     """
 
-    loss: Literal["auto", "sigmoid", "ipo", "hinge", "kto", "apo_zero"] = "auto"
+    loss: Literal["auto", "sigmoid", "ipo", "hinge", "kto", "apo_zero", "dapo", "grpo", "dr_grpo"] = "auto"
     """Form of the loss: `sigmoid` (chosen by `auto`), `ipo` or `hinge` for `dpo`; `kto` (chosen by `auto`) or
-    `apo_zero` for `kto`.
+    `apo_zero` for `kto`; for `grpo` the mean over all tokens of a step (`dapo`, chosen by `auto`), over the mean of
+    each answer (`grpo`), or the sum of tokens divided by a constant (`dr_grpo`).
     """
 
     beta: float | None = None
-    """Strength of the comparison (`orpo`: weight of the odds ratio); when not given 2.0 for `simpo`, else 0.1."""
+    """Strength of the comparison (`orpo`: weight of the odds ratio; `grpo`: weight of the KL divergence from the
+    reference); when not given 2.0 for `simpo`, 0 for `grpo`, else 0.1.
+    """
 
     label_smoothing: float = 0.0
     """Probability that the two sides of a pair are exchanged (`dpo` with `sigmoid`)."""
@@ -483,10 +488,47 @@ class ObjectiveConfig:
     undesirable_weight: float = 1.0
     """Weight of undesirable answers in `kto`."""
 
+    num_generations: int = 8
+    """Answers that `grpo` draws to each prompt; a step has `training.batch_size` x `gradient_accumulation_steps`
+    prompts.
+    """
+
+    max_new_tokens: int = 256
+    """Longest answer that `grpo` draws, in tokens."""
+
+    temperature: float = 1.0
+    """Temperature at which `grpo` draws answers."""
+
+    steps_per_generation: int = 1
+    """Steps for which `grpo` draws answers at once: from the second of them on, the policy is no longer the one that
+    drew, and the ratio of the two is clipped.
+    """
+
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    """Rewards of `grpo` and their weights: `exact`, `contains`, `f1`, `number` and `json_fields` compare with the
+    row's answer, `regex` asks for `reward_pattern`, `length` punishes answers that are nearly too long.
+    `--reward FILE.py:FUNCTION` adds one of your own.
+    """
+
+    reward_pattern: str | None = None
+    """Regular expression that an answer holds to earn the reward `regex`."""
+
+    scale_rewards: bool = True
+    """Divide the advantages of a prompt's answers by the standard deviation of their rewards (`grpo`)."""
+
+    clip: float = 0.2
+    """Distance from 1 below which the ratio of probabilities no longer counts (`grpo`)."""
+
+    clip_high: float = 0.28
+    """The same above 1; more than `clip` keeps unlikely tokens possible."""
+
+    mask_truncated: bool = False
+    """Leave answers that reached `max_new_tokens` out of the loss (`grpo`)."""
+
     reference: Literal["auto", "base", "start", "precomputed"] = "auto"
-    """Model that `dpo` and `kto` compare with: `base` is the model without its adapter, `start` a frozen copy of what
-    is trained as it was before step 1, `precomputed` the same measured once before step 1. `auto` takes `base` where
-    training begins with a new adapter, else `start`.
+    """Model that `dpo`, `kto` and (with `beta`) `grpo` compare with: `base` is the model without its adapter, `start` a
+    frozen copy of what is trained as it was before step 1, `precomputed` the same measured once before step 1. `auto`
+    takes `base` where training begins with a new adapter, else `start`.
     """
 
 

@@ -29,8 +29,10 @@ __all__ = [
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning in the wild; chat templates read the first (a few the second)."""
 
-Side = Literal["chosen", "rejected", "desirable", "undesirable"]
-"""What a preference says of an answer: the two of a pair, or an answer that is judged by itself."""
+Side = Literal["chosen", "rejected", "desirable", "undesirable", "prompt"]
+"""What a preference says of an answer: the two of a pair, or an answer that is judged by itself. A `prompt` has none
+yet: its answers are drawn in training.
+"""
 SIDES: tuple[Side, ...] = get_args(Side)
 """Tables hold a side by its index in this order, and -1 for an example without one."""
 

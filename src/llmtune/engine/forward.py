@@ -21,7 +21,14 @@ from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
 from llmtune.data.dataset.micro_batch import Layout, MicroBatch
 from llmtune.engine.devices import Devices
-from llmtune.engine.objective import flat_log_probs, flat_nll_sum, plain_log_probs, plain_nll_sum
+from llmtune.engine.objective import (
+    flat_log_probs,
+    flat_nll_sum,
+    flat_token_log_probs,
+    plain_log_probs,
+    plain_nll_sum,
+    plain_token_log_probs,
+)
 from llmtune.engine.precision import Precision
 from llmtune.engine.probe import try_backend
 from llmtune.engine.sharding import Strategy, Whole
@@ -66,6 +73,11 @@ class Engine:
 
     log_probs: Callable[[MicroBatch], Tensor]
     """Log-probability of the trained tokens of each example in nats, float32 [S], joined to the graph likewise."""
+
+    token_log_probs: Callable[[MicroBatch, float], Tensor]
+    """Log-probability of each trained token at a temperature, in nats, float32 [N], example after example, joined to
+    the graph likewise.
+    """
 
     layout: Layout
     """`flat` (one row, no padding, `segments` given) or `padded`: how micro-batches must be laid out for `nll_sum`."""
@@ -244,6 +256,9 @@ def _flat_engine(
     return Engine(
         nll_sum=lambda batch: flat_nll_sum(model, batch, head=head, device=device),
         log_probs=lambda batch: flat_log_probs(model, batch, head=head, device=device),
+        token_log_probs=lambda batch, temperature: flat_token_log_probs(
+            model, batch, temperature, head=head, device=device
+        ),
         layout="flat",
         max_group_tokens=group_tokens(base_model_of(model).config) if device.type == "cpu" else None,
         decisions=(
@@ -269,6 +284,7 @@ def _plain_engine(
     return Engine(
         nll_sum=lambda batch: plain_nll_sum(model, batch),
         log_probs=lambda batch: plain_log_probs(model, batch),
+        token_log_probs=lambda batch, temperature: plain_token_log_probs(model, batch, temperature),
         layout="padded",
         decisions=tuple(all_decisions),
     )

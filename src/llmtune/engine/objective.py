@@ -27,7 +27,7 @@ from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.data.dataset.packing import Indices
 from llmtune.engine.devices import Devices
 from llmtune.kernels.attention import segment_mask
-from llmtune.kernels.linear_cross_entropy import Head, head_nll_sum, sequence_log_probs, trained_rows
+from llmtune.kernels.linear_cross_entropy import Head, head_nll_sum, sequence_log_probs, token_nll, trained_rows
 from llmtune.models.parameters import base_model_of
 
 if TYPE_CHECKING:
@@ -42,9 +42,11 @@ __all__ = [
     "flat_inputs",
     "flat_log_probs",
     "flat_nll_sum",
+    "flat_token_log_probs",
     "next_token_objective",
     "plain_log_probs",
     "plain_nll_sum",
+    "plain_token_log_probs",
     "weighted_nll_sum",
 ]
 
@@ -112,17 +114,31 @@ def plain_log_probs(model: nn.Module, batch: MicroBatch) -> Tensor:
     log p = sum over t >= 1 of weights[t] * log softmax(logits[t - 1])[ids[t]], the softmax in float32. `batch` is
     padded, one example a row; it is moved to the model's device.
     """
-    assert batch.segments is None, "the plain forward tells examples apart by their rows"
     batch = batch.to(next(model.parameters()).device)
+    return (_plain_log_probs(model, batch) * batch.weights[:, 1:]).sum(dim=1)
+
+
+def plain_token_log_probs(model: nn.Module, batch: MicroBatch, temperature: float) -> Tensor:
+    """Log-probability of each trained token by the library's own forward: nats, float32 [N], example after example.
+
+    log p_n = log softmax(logits[t - 1] / temperature)[ids[t]] of the n-th position t with a weight, in float32.
+    """
+    batch = batch.to(next(model.parameters()).device)
+    return _plain_log_probs(model, batch, temperature)[batch.weights[:, 1:] != 0]
+
+
+def _plain_log_probs(model: nn.Module, batch: MicroBatch, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each token but the first of a row, 0 where it is not trained: nats, float32 [B, T - 1]."""
+    assert batch.segments is None, "the plain forward tells examples apart by their rows"
     logits = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids, use_cache=False
     ).logits
     weights_BT = batch.weights[:, 1:]
     targets = batch.input_ids[:, 1:].masked_fill(weights_BT == 0, IGNORED)
     nats = functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        logits[:, :-1].flatten(0, 1).float() / temperature, targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
-    return -(nats.view_as(weights_BT) * weights_BT).sum(dim=1)
+    return -nats.view_as(weights_BT)
 
 
 def weighted_nll_sum(logits_BTV: Tensor, ids_BT: Tensor, weights_BT: Tensor) -> Tensor:
@@ -210,3 +226,17 @@ def flat_log_probs(
     inputs = flat_inputs(batch, device)
     rows_of_sequence_S = copy_to(batch.trained_tokens_per_example, device)
     return sequence_log_probs(head, flat_forward(model, inputs), inputs.targets, inputs.weights, rows_of_sequence_S)
+
+
+def flat_token_log_probs(
+    model: PreTrainedModel | PeftModel, batch: MicroBatch, temperature: float, *, head: Head, device: torch.device
+) -> Tensor:
+    """Log-probability of each trained token of a flat micro-batch: nats, float32 [N], document after document.
+
+    log p_n = log softmax(head(hidden[n]) / temperature)[targets[n]]
+    """
+    inputs = flat_inputs(batch, device)
+    hidden_NE = flat_forward(model, inputs)
+    if hidden_NE.shape[0] == 0:  # joined to the graph, so that a backward pass gives zeros and not an error
+        return hidden_NE.float().sum(dim=1)
+    return -token_nll(head, hidden_NE, inputs.targets, temperature=temperature)

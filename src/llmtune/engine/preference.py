@@ -34,7 +34,14 @@ from llmtune.engine.preference_loss import (
 )
 from llmtune.engine.reference import Reference
 
-__all__ = ["Mismatches", "PreferenceObjective", "begins_anew", "mismatched_example", "resolve_objective"]
+__all__ = [
+    "Mismatches",
+    "PreferenceObjective",
+    "begins_anew",
+    "mismatched_example",
+    "needs_reference",
+    "resolve_objective",
+]
 
 LogProbs = Callable[[MicroBatch], Tensor]
 
@@ -53,14 +60,19 @@ def resolve_objective(objective: ObjectiveConfig, *, new_adapter: bool) -> Objec
     >>> resolve_objective(ObjectiveConfig(method="simpo"), new_adapter=True).beta
     2.0
     """
-    losses = {"dpo": "sigmoid", "kto": "kto"}
+    losses = {"dpo": "sigmoid", "kto": "kto", "grpo": "dapo"}
     if objective.loss == "auto" and objective.method in losses:
         objective = replace(objective, loss=losses[objective.method])  # type: ignore[arg-type]
     if objective.beta is None:
-        objective = replace(objective, beta=2.0 if objective.method == "simpo" else 0.1)
+        objective = replace(objective, beta={"simpo": 2.0, "grpo": 0.0}.get(objective.method, 0.1))
     if objective.reference == "auto":
         objective = replace(objective, reference="base" if new_adapter else "start")
     return objective
+
+
+def needs_reference(objective: ObjectiveConfig) -> bool:
+    """Whether a resolved objective compares with a reference: those of `dpo` and `kto`, and of `grpo` with a beta."""
+    return objective.method in ("dpo", "kto") or (objective.method == "grpo" and bool(objective.beta))
 
 
 class PreferenceObjective:

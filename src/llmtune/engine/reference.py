@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from llmtune.data.dataset.micro_batch import MicroBatch
 
-__all__ = ["FrozenCopy", "LiveReference", "PrecomputedReference", "Reference"]
+__all__ = ["FrozenCopy", "LiveReference", "LogProbs", "PrecomputedReference", "Reference"]
 
 LogProbs = Callable[[MicroBatch], Tensor]
+"""Log-probabilities of a micro-batch by one model, nats: one for each example, or for each of their trained tokens."""
 
 
 class Reference(Protocol):

@@ -33,7 +33,15 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["Answer", "Prompt", "PromptRenderer", "TextPrompt", "continue_ids", "generate"]
+__all__ = [
+    "Answer",
+    "Prompt",
+    "PromptRenderer",
+    "TextPrompt",
+    "contiguous_rows_for_head",
+    "continue_ids",
+    "generate",
+]
 
 
 class TextPrompt(str):
@@ -169,7 +177,7 @@ def continue_ids(
     limits = [min(max_new_tokens, free) for free in _free_context(base, prompts)]
     stops = set(stop_token_ids)
     answers: list[list[int]] = [[] for _ in prompts]
-    with eval_mode(model), _without_generation_settings(base), _contiguous_rows_for_head(base):
+    with eval_mode(model), _without_generation_settings(base), contiguous_rows_for_head(base):
         # Inside `eval_mode`, which puts the generators back.
         torch.manual_seed(sampling.seed)
         for limit, batch in _batches(prompts, limits, batch_size):
@@ -264,7 +272,7 @@ def _without_generation_settings(base: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def _contiguous_rows_for_head(base: PreTrainedModel) -> Iterator[None]:
+def contiguous_rows_for_head(base: PreTrainedModel) -> Iterator[None]:
     """Give the head the last token of each prompt as contiguous rows.
 
     transformers cuts them out as a view, and torch multiplies a view of several rows by a copy of the weight for each

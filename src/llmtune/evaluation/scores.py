@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any, cast
 
 from llmtune.errors import UsageError
 from llmtune.evaluation.predictions import Prediction
 
-__all__ = ["SCORES", "Score", "find_score", "mean_score", "scores_of"]
+__all__ = ["SCORES", "Score", "find_score", "mean_score", "scores_of", "user_function"]
 
 Score = Callable[[str, str, str], float]
 """(prompt, reference, answer) -> a number; higher is better."""
@@ -26,28 +27,33 @@ def find_score(name: str) -> Score:
     Such a file is run, so its name comes from a command line or a Python caller, never from a config. Raises UsageError
     where there is no such score, file or function.
     """
-    path, separator, function = name.rpartition(":")
-    if not separator:
-        if name not in SCORES:
-            raise UsageError(
-                f"there is no score `{name}`", "--score", f"one of {', '.join(SCORES)}, or FILE.py:FUNCTION"
-            )
-        return SCORES[name]
+    if ":" in name:
+        return user_function(name, "--score")
+    if name not in SCORES:
+        raise UsageError(f"there is no score `{name}`", "--score", f"one of {', '.join(SCORES)}, or FILE.py:FUNCTION")
+    return SCORES[name]
+
+
+def user_function(name: str, option: str) -> Callable[..., Any]:
+    """Run the file of `FILE.py:FUNCTION`, the value of `option`, and return its function.
+
+    Raises UsageError where there is no such file or function.
+    """
+    path, _, function = name.rpartition(":")
     if not Path(path).is_file():
-        raise UsageError(f"there is no file `{path}`", "--score", "name a Python file, as FILE.py:FUNCTION")
-    module_name = f"_llmtune_score_{Path(path).stem}"
+        raise UsageError(f"there is no file `{path}`", option, "name a Python file, as FILE.py:FUNCTION")
+    module_name = f"_llmtune_user_{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"`{path}` is no Python file", "--score", "name one that ends in .py")
+        raise UsageError(f"`{path}` is no Python file", option, "name one that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses of the file look their module up
     spec.loader.exec_module(module)
-    score = getattr(module, function, None)
-    if not callable(score):
+    found = getattr(module, function, None)
+    if not callable(found):
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise UsageError(f"`{path}` has no function `{function}`", "--score", f"it has {known or 'none'}")
-    found: Score = score
-    return found
+        raise UsageError(f"`{path}` has no function `{function}`", option, f"it has {known or 'none'}")
+    return cast("Callable[..., Any]", found)
 
 
 def scores_of(predictions: Sequence[Prediction], score: Score) -> list[float]:

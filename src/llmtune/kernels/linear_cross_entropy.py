@@ -121,24 +121,26 @@ def sequence_log_probs(
     return log_probs_S
 
 
-def token_nll(head: Head, hidden_NE: Tensor, targets_N: Tensor) -> Tensor:
+def token_nll(head: Head, hidden_NE: Tensor, targets_N: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Negative log-likelihood of each target, nats, float32 [N], at least one; logits of one chunk are alive at a time.
 
-    nll_n = log sum_v exp(logit_nv) - logit_n,target. Large vocabularies make all logits at once the largest tensor of a
-    step (arXiv:2411.09009).
+    nll_n = -log softmax(logits_n / temperature)[target_n]. All logits at once would be the largest tensor of a step
+    (arXiv:2411.09009).
 
     hidden_NE: [N, E]; targets_N: int64 [N].
     """
     chunks = range(0, hidden_NE.shape[0], CHUNK_ROWS)
     parts = [
-        checkpoint(_chunk_nll, head, hidden_NE[rows], targets_N[rows], use_reentrant=False)
+        checkpoint(_chunk_nll, head, hidden_NE[rows], targets_N[rows], temperature, use_reentrant=False)
         for rows in (slice(start, start + CHUNK_ROWS) for start in chunks)
     ]
     return torch.cat(parts)
 
 
-def _chunk_nll(head: Head, hidden_CE: Tensor, targets_C: Tensor) -> Tensor:
+def _chunk_nll(head: Head, hidden_CE: Tensor, targets_C: Tensor, temperature: float = 1.0) -> Tensor:
     logits_CV = _scale_and_cap(head.module(hidden_CE).float(), head.scale, head.cap)
+    if temperature != 1.0:
+        logits_CV = logits_CV / temperature
     return functional.cross_entropy(logits_CV, targets_C, reduction="none")
 
 

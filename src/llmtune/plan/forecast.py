@@ -29,7 +29,7 @@ from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES, has_thread_caches
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import attention_ways, group_tokens
 from llmtune.engine.precision import DTYPES as COMPUTE
-from llmtune.engine.preference import begins_anew, resolve_objective
+from llmtune.engine.preference import begins_anew, needs_reference, resolve_objective
 from llmtune.engine.update import choose_windows
 from llmtune.errors import LlmtuneError
 from llmtune.models.load import choose_weight_dtype
@@ -171,7 +171,7 @@ class Forecaster:
 
     def steps(self) -> Steps:
         """Count steps and tokens."""
-        batches, data = self.batches(self.config), self.prepared.data.train
+        batches, data = self.batches(self.config), self.prepared.examples
         lengths = np.asarray(data.lengths, dtype=np.int64)
         tokens, trained_tokens = batches.tokens_of_epoch()
         epochs, rest = divmod(batches.total_steps, batches.steps_per_epoch)
@@ -204,9 +204,10 @@ class Forecaster:
 
         A lower `data.max_length` than the run's cuts its rows as `overlong: truncate_right` would.
         """
-        data = self.prepared.data.train
+        data = replace(self.prepared, config=config).examples
+        drawn = config.objective.max_new_tokens if config.objective.method == "grpo" else 0
         # A search for what would fit asks for shorter rows too, and must not render them again for it.
-        lengths = np.minimum(np.asarray(data.lengths, dtype=np.int64), config.data.max_length)
+        lengths = np.minimum(np.asarray(data.lengths, dtype=np.int64), config.data.max_length + drawn)
         weights = np.asarray(data.loss_weights, dtype=np.float64)
         batches, compares = self.batches(config), config.objective.method != "sft"
         largest, several = None, False
@@ -332,9 +333,8 @@ class Forecaster:
 
 def _keeps_copy(config: Config) -> bool:
     """Whether answers are compared with a frozen copy of the trained weights."""
-    if config.objective.method not in ("dpo", "kto"):
-        return False
-    return resolve_objective(config.objective, new_adapter=begins_anew(config.adapter)).reference == "start"
+    objective = resolve_objective(config.objective, new_adapter=begins_anew(config.adapter))
+    return needs_reference(objective) and objective.reference == "start"
 
 
 def _size(shape: MicroBatchShape) -> tuple[int, int]:

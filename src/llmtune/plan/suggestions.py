@@ -158,6 +158,10 @@ def _adapter(config: Config, forecaster: Forecaster) -> tuple[str, Config] | Non
 
 
 def _shorter_rows(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
+    if config.objective.method == "grpo":  # its prompts are never cut
+        tokens = config.objective.max_new_tokens // 2
+        objective = replace(config.objective, max_new_tokens=tokens)
+        return (f"objective.max_new_tokens={tokens}", replace(config, objective=objective)) if tokens else None
     longest = min(int(max(forecaster.prepared.data.train.lengths)), config.data.max_length)
     if longest < 2:
         return None

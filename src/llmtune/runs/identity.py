@@ -53,6 +53,8 @@ class Digests(TypedDict):
     train: str
     heldout: str | None
     batches: str
+    rewards: str | None
+    """Of the rewards that drawn answers are judged by, the user's own code included."""
 
 
 class Identity(TypedDict):

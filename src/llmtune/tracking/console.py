@@ -160,6 +160,7 @@ OTHER_NUMBERS = {
     "margin": "eval_rewards_margin",
     "accuracy": "eval_accuracy",
     "score": "eval_score",
+    "reward": "eval_reward",
 }
 """Numbers of an evaluation beside its losses, by the name shown."""
 
@@ -211,8 +212,8 @@ def train_line(metrics: Metrics) -> str:
 
 
 def _comparison(metrics: Metrics, prefix: str = "") -> dict[str, object]:
-    """Margin and accuracy of an objective that compares answers, where the line has them."""
-    keys = [name for name in ("rewards_margin", "accuracy") if metrics.get(prefix + name) is not None]
+    """Reward, margin and accuracy of an objective that compares answers, where the line has them."""
+    keys = [name for name in ("reward", "rewards_margin", "accuracy") if metrics.get(prefix + name) is not None]
     return {prefix + name: _rounded(metrics, prefix + name, 4) for name in keys}
 
 

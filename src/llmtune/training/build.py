@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -18,7 +18,7 @@ from llmtune.common.text import readable_bytes
 from llmtune.common.threads import spinning_in_force
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, TrainingConfig
-from llmtune.data.dataset.batches import BatchPlan
+from llmtune.data.dataset.batches import BatchPlan, Window
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.engine.allocator import LEAN_LARGEST_BLOCK, allocator_in_force, bound_kernel_caches, tune_allocator
 from llmtune.engine.devices import Devices
@@ -31,10 +31,12 @@ from llmtune.engine.schedule import schedule_of
 from llmtune.engine.sharding import Strategy, make_strategy
 from llmtune.engine.update import StepAfterBackward, StepInBackward, Update, choose_windows
 from llmtune.engine.utilization import utilization
+from llmtune.evaluation.rewards import Reward
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.parameters import count_parameters, freeze_all_but, trained_parameters
 from llmtune.prepare import Prepared
-from llmtune.training.preference import Objectives, build_objectives
+from llmtune.training.preference import Objectives, build_objectives, build_policy_gradient
+from llmtune.training.rollouts import Rollouts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -88,8 +90,16 @@ class TrainingSetup:
     counts: Counts
     heldout_objective: Objective | None
     """The same over the held-out rows, where answers are compared; else their loss is the engine's."""
+    rollouts: Rollouts | None
+    """The answers that are drawn to prompts, where training learns from their rewards."""
     decisions: tuple[Decision, ...]
     """The choices made while it was built."""
+
+    def windows(self, start_step: int) -> Iterator[Window]:
+        """The windows of the training after the first `start_step`."""
+        if self.rollouts is None:
+            return self.batches.windows(start_step)
+        return self.rollouts.windows(self.batches, start_step)
 
     @property
     def config(self) -> Config:
@@ -103,11 +113,13 @@ class TrainingSetup:
         return cast("PeftModel", self.model)
 
 
-def build_setup(prepared: Prepared, options: Options, devices: Devices) -> TrainingSetup:
+def build_setup(
+    prepared: Prepared, options: Options, devices: Devices, rewards: Sequence[Reward] = ()
+) -> TrainingSetup:
     """Load the model, attach the adapter, choose the engine, build the optimizer: all as before step 1.
 
-    `prepared.config` must be resolved (see `plan.resolve_auto`). Seeds the random generators from `run.seed`. Raises
-    ModelError, AdapterError, ConfigError or MachineError.
+    `prepared.config` must be resolved (see `plan.resolve_auto`). rewards: those of a run that draws answers. Seeds the
+    random generators from `run.seed`. Raises ModelError, AdapterError, ConfigError or MachineError.
     """
     config = prepared.config
     decisions = _set_up_process(config, devices)
@@ -130,7 +142,7 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
     parameters = trained_parameters(model)
     engine = build_engine(model, config=config, device=devices.device, precision=precision, strategy=strategy)
     model.train()  # dropout and noise are on from here; evaluation switches them off for itself
-    objectives = _make_objectives(prepared, model, engine, parameters, precision, devices, loaded.base_digest)
+    objectives = _make_objectives(prepared, model, engine, parameters, precision, devices, rewards, loaded.base_digest)
     optimizer, optimizer_decisions = _make_optimizer(model, parameters, config.training, devices)
     update, update_decisions = _make_update(list(parameters.values()), optimizer, config.training, precision, strategy)
     batches, window_decisions = _make_windows(prepared, engine, model, parameters, devices)
@@ -141,6 +153,7 @@ def build_setup(prepared: Prepared, options: Options, devices: Devices) -> Train
         engine=engine,
         objective=objectives.training,
         heldout_objective=objectives.heldout,
+        rollouts=objectives.rollouts,
         parameters=parameters,
         optimizer=optimizer,
         update=update,
@@ -205,11 +218,16 @@ def _make_objectives(
     parameters: dict[str, torch.nn.Parameter],
     precision: Precision,
     devices: Devices,
+    rewards: Sequence[Reward],
     base_digest: str,
 ) -> Objectives:
     if prepared.config.objective.method == "sft":
         noisy = _with_noise(engine.nll_sum, model, prepared.config.training)
         return Objectives(next_token_objective(noisy), None, [])
+    if prepared.config.objective.method == "grpo":
+        return build_policy_gradient(
+            prepared, model, engine, parameters, precision, devices, rewards, base_digest=base_digest
+        )
     return build_objectives(prepared, model, engine, parameters, precision, devices, base_digest=base_digest)
 
 

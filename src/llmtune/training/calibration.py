@@ -36,7 +36,7 @@ def steps_from_the_start(setup: TrainingSetup) -> Iterator[StepResult]:
     return train_steps(
         objective=setup.objective,
         update=setup.update,
-        windows=setup.batches.windows(),
+        windows=setup.windows(0),
         learning_rate=setup.learning_rate,
         precision=setup.precision,
         state=TrainingState(),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from llmtune.evaluation.sampling import Sampling
 from llmtune.evaluation.scores import Score, mean_score
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.tracking.queue import TrackerQueue
+from llmtune.tracking.tracker import Sample
 from llmtune.tracking.watch import HistogramWatch
 from llmtune.training.build import TrainingSetup
 
@@ -115,6 +116,8 @@ class Evaluator:
     def _new_state(self) -> EvalState:
         is_sft = self._setup.heldout_objective is None
         unit = EvalState.loss_unit if is_sft else self._setup.objective.unit
+        if self._setup.rollouts is not None:
+            unit = "mean reward"
         return EvalState(best_by=self._config.evaluation.best_by, loss_unit=unit)
 
     def state(self) -> dict[str, Any]:
@@ -134,6 +137,8 @@ class Evaluator:
         if result.step % self._config.tracking.every_steps and not result.skipped and result.progress < 1:
             return
         self._write(result.step, {**measured, **result.metrics()})
+        if self._setup.rollouts is not None:
+            self._record_samples(result.step, self._setup.rollouts.samples())
         if histograms:
             self._trackers.histograms(result.step, histograms)
 
@@ -152,7 +157,8 @@ class Evaluator:
         is_best = False
         if self._heldout is not None:
             metrics |= self._heldout_loss(self._heldout)
-            self._count_loss(metrics[f"eval_{self._setup.objective.name}"])
+            name = self._setup.objective.name if self._setup.rollouts is None else "reward"
+            self._count_loss(metrics[f"eval_{name}"])
             metrics |= self._judged_answers(full=full)
             is_best = self._update_best(step, self._value_of(metrics))
         if metrics:
@@ -170,6 +176,8 @@ class Evaluator:
     def _heldout_loss(self, heldout: ExampleSet) -> dict[str, Any]:
         setup, tokenizer = self._setup, self._setup.prepared.tokenizer.tokenizer
         assert isinstance(self._config.training.batch_size, int)
+        if setup.rollouts is not None:
+            return setup.rollouts.evaluate(heldout)
         if setup.heldout_objective is not None:
             return evaluate_objective(
                 setup.model,
@@ -284,7 +292,9 @@ class Evaluator:
                 max_new_tokens=config.max_new_tokens,
                 sampling=sampling,
             )
-        rows = [{"prompt": answer.prompt, "text": answer.text} for answer in answers]
+        self._record_samples(step, [{"prompt": answer.prompt, "text": answer.text} for answer in answers])
+
+    def _record_samples(self, step: int, rows: Sequence[Sample]) -> None:
         if self._record is not None:
             self._record.samples(step, rows)
         self._trackers.samples(step, rows)

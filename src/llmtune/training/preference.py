@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,24 +20,28 @@ from llmtune.common.decisions import Decision
 from llmtune.common.folders import cache_folder, home_expanded
 from llmtune.common.text import readable_bytes
 from llmtune.data.dataset.batches import eval_batches
+from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.data.dataset.packing import examples_together
 from llmtune.data.example import ExampleSet
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine
 from llmtune.engine.objective import Objective
+from llmtune.engine.policy_gradient import PolicyGradientObjective
 from llmtune.engine.precision import Precision
-from llmtune.engine.preference import Mismatches, PreferenceObjective
-from llmtune.engine.reference import FrozenCopy, LiveReference, PrecomputedReference, Reference
+from llmtune.engine.preference import Mismatches, PreferenceObjective, needs_reference
+from llmtune.engine.reference import FrozenCopy, LiveReference, LogProbs, PrecomputedReference, Reference
 from llmtune.errors import MachineError
+from llmtune.evaluation.rewards import Reward
 from llmtune.models.dropout import switch_off_dropout
 from llmtune.prepare import Prepared
+from llmtune.training.rollouts import Rollouts
 from llmtune.version import __version__
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["Objectives", "build_objectives"]
+__all__ = ["Objectives", "build_objectives", "build_policy_gradient"]
 
 REFERENCE_BATCH_SIZE = 8
 """Rows of a micro-batch when the reference is measured before training: fixed, so that its values are bit-identical."""
@@ -50,6 +54,8 @@ class Objectives(NamedTuple):
     heldout: Objective | None
     """None without held-out rows, and where their loss is that of the engine."""
     decisions: list[Decision]
+    rollouts: Rollouts | None = None
+    """What draws the answers that training learns from."""
 
 
 def build_objectives(
@@ -67,15 +73,11 @@ def build_objectives(
     `prepared.config` is resolved. Measures the reference over all rows where the config says `precomputed`.
     """
     config = prepared.config
-    decisions = []
-    changed = switch_off_dropout(model)
-    if changed:
-        reason = "answers are compared with a reference, whose numbers dropout would blur"
-        decisions.append(Decision("dropout", f"off in {changed} modules", reason))
+    decisions = _without_dropout(model)
     sets = [prepared.data.train, *([prepared.data.eval] if prepared.data.eval is not None else [])]
     references: list[Reference | None] = [None] * len(sets)
     if config.objective.method in ("dpo", "kto"):
-        made = _References(prepared, model, engine, parameters, precision, devices, base_digest)
+        made = _References(prepared, model, engine, engine.log_probs, parameters, precision, devices, base_digest)
         references = [made.of(examples) for examples in sets]
         decisions.append(made.decision)
     objectives = [
@@ -83,6 +85,46 @@ def build_objectives(
         for examples, reference in zip(sets, references, strict=True)
     ]
     return Objectives(objectives[0], objectives[1] if len(objectives) > 1 else None, decisions)
+
+
+def build_policy_gradient(
+    prepared: Prepared,
+    model: PreTrainedModel,
+    engine: Engine,
+    parameters: Mapping[str, nn.Parameter],
+    precision: Precision,
+    devices: Devices,
+    rewards: Sequence[Reward],
+    *,
+    base_digest: str,
+) -> Objectives:
+    """Build the objective of a run that draws answers, and what draws them; switch the model's dropout off.
+
+    `prepared.config` is resolved.
+    """
+    settings = prepared.config.objective
+    decisions = _without_dropout(model)
+
+    def log_probs(batch: MicroBatch) -> torch.Tensor:
+        # At the temperature of the draw: that is the policy whose answers have the rewards.
+        return engine.token_log_probs(batch, settings.temperature)
+
+    reference: Reference | None = None
+    if needs_reference(settings):
+        made = _References(prepared, model, engine, log_probs, parameters, precision, devices, base_digest)
+        reference = made.of(prepared.data.train)
+        decisions.append(made.decision)
+    rollouts = Rollouts(prepared, model, engine, precision, devices, rewards)
+    objective = PolicyGradientObjective(settings, rollouts, log_probs, reference, rollouts.reward_names)
+    return Objectives(objective.as_objective(), None, decisions, rollouts)
+
+
+def _without_dropout(model: PreTrainedModel) -> list[Decision]:
+    changed = switch_off_dropout(model)
+    if not changed:
+        return []
+    reason = "answers are compared with a reference, whose numbers dropout would blur"
+    return [Decision("dropout", f"off in {changed} modules", reason)]
 
 
 def _objective(
@@ -112,6 +154,7 @@ class _References:
         prepared: Prepared,
         model: PreTrainedModel,
         engine: Engine,
+        log_probs: LogProbs,
         parameters: Mapping[str, nn.Parameter],
         precision: Precision,
         devices: Devices,
@@ -125,11 +168,11 @@ class _References:
         """What the reference is, and what it costs."""
         if kind == "base":
             peft_model: PeftModel = model  # type: ignore[assignment]
-            self._live = LiveReference(engine.log_probs, peft_model.disable_adapter)
+            self._live = LiveReference(log_probs, peft_model.disable_adapter)
             self.decision = Decision("objective.reference", kind, "the model without its adapter: no second model")
         elif kind == "start":
             copy = FrozenCopy(tuple(parameters.values()))
-            self._live = LiveReference(engine.log_probs, copy.in_place)
+            self._live = LiveReference(log_probs, copy.in_place)
             size = readable_bytes(sum(parameter.nbytes for parameter in parameters.values()))
             reason = f"a frozen copy of the trained weights as they are before step 1, {size}"
             self.decision = Decision("objective.reference", kind, reason)

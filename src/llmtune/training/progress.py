@@ -26,7 +26,7 @@ from llmtune.training.build import TrainingSetup
 from llmtune.training.evaluator import EvalState
 
 if TYPE_CHECKING:
-    from llmtune.training.training_run import Result
+    from llmtune.training.result import Result
 
 __all__ = [
     "RankPrinter",
@@ -238,7 +238,8 @@ def eval_facts(evaluations: EvalState) -> list[Fact]:
         is_known = evaluations.best_value is not None
         name = "" if evaluations.best_by == "eval_mean_nll" else f" {evaluations.best_by}"
         best = f"; best{name} {evaluations.best_value:.4f} after step {evaluations.best_step}" if is_known else ""
-        facts.append(Fact("held-out", f"loss {first:.4f} -> {last:.4f} {evaluations.loss_unit}{best}"))
+        noun = "" if evaluations.loss_unit.endswith("reward") else "loss "
+        facts.append(Fact("held-out", f"{noun}{first:.4f} -> {last:.4f} {evaluations.loss_unit}{best}"))
     count, first_exact, last_exact = evaluations.num_answers, evaluations.first_exact, evaluations.last_exact
     if count and first_exact is not None and last_exact is not None:
         before, after = f"{first_exact} of {count} before", f"{last_exact} of {count} after ({last_exact / count:.0%})"
@@ -277,6 +278,8 @@ def summary_facts(metrics: Mapping[str, Any], evaluations: EvalState) -> list[Fa
     if loss is not None:
         last = f"{loss:.4f} {evaluations.loss_unit}"
         facts.append(Fact("training", f"last loss {last}", plain=f"last training loss {last}"))
+    if "reward" in metrics:  # the loss of drawn answers is near 0 whatever they are worth
+        facts = [Fact("training", f"last mean reward {metrics['reward']:.4f}")]
     accuracy, margin = metrics.get("eval_accuracy"), metrics.get("eval_rewards_margin")
     if accuracy is not None and margin is not None:
         facts.append(Fact("held-out", f"pairs told apart: {accuracy:.0%}, mean margin {margin:.4f}"))

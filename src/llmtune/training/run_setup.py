@@ -283,6 +283,7 @@ def identity_of(setup: TrainingSetup) -> Identity:
             "train": prepared.data.train.digest,
             "heldout": heldout.digest if heldout is not None else None,
             "batches": setup.batches.digest,
+            "rewards": setup.rollouts.rewards_digest if setup.rollouts is not None else None,
         },
         "versions": machine["versions"],
         "processor": machine["processor"],

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from llmtune.adapters.find import run_of
 from llmtune.common.decisions import Decision
@@ -19,7 +20,8 @@ from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import DistributedConfig
 from llmtune.engine.devices import Devices, check_distribution, open_devices
-from llmtune.errors import ConfigError, Problem
+from llmtune.errors import ConfigError, Problem, UsageError
+from llmtune.evaluation.rewards import Reward, find_rewards
 from llmtune.evaluation.scores import Score, find_score
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
@@ -40,7 +42,8 @@ from llmtune.training.progress import (
     print_setup,
     tokenizing_progress,
 )
-from llmtune.training.training_run import Result, TrainingRun
+from llmtune.training.result import Result
+from llmtune.training.training_run import TrainingRun
 
 __all__ = ["Continuation", "Result", "dry_run", "find_run", "open_run", "resume", "train"]
 
@@ -144,7 +147,7 @@ def open_run(
     """
     with ExitStack() as on_failure:
         with stop.interrupting():
-            score = _check(resolved, options, is_new=earlier is None)
+            judges = _check(resolved, options, is_new=earlier is None)
             is_asked = resolved.origins["tracking.trackers"].kind != "default"
             trackers, tracker_decisions = choose_trackers(resolved.config.tracking, explicit=is_asked)
             devices, device_decisions = open_devices(resolved.config, options)
@@ -162,7 +165,7 @@ def open_run(
                     printer.open(stopped.path)
                     forecaster = _prepare_again(resolved, options, devices, stopped, printer)
                 with out_of_memory_refused(forecaster, lambda: _while_loading(forecaster.prepared)):
-                    setup = build_setup(forecaster.prepared, options, devices)
+                    setup = build_setup(forecaster.prepared, options, devices, judges.rewards)
                 if stopped is None:
                     print_setup(setup, tracker_decisions, printer)
                     around = (*device_decisions, *tracker_decisions)
@@ -181,7 +184,7 @@ def open_run(
                     print_line=printer,
                     forecaster=forecaster,
                     plan=plan,
-                    score=score,
+                    score=judges.score,
                 )
                 if stopped is not None:
                     run.restore(stopped.loaded)
@@ -189,17 +192,30 @@ def open_run(
     return run
 
 
-def _check(resolved: ResolvedConfig, options: Options, *, is_new: bool) -> Score | None:
-    """Check what needs no model, and return the judge of answers that the command line or the config names.
+class _Judges(NamedTuple):
+    """What judges answers in a run."""
 
-    Raises ConfigError for a secret in a new run's config, UsageError for a name that no new run can have, or a judge
-    that does not exist.
+    score: Score | None
+    rewards: list[Reward]
+
+
+def _check(resolved: ResolvedConfig, options: Options, *, is_new: bool) -> _Judges:
+    """Check what needs no model, and return the judges of answers that the command line or the config names.
+
+    Raises ConfigError for a secret in a new run's config and for a run of grpo without a reward, UsageError for a name
+    that no new run can have, or a judge that does not exist.
     """
     if is_new:
         refuse_secrets(resolved)
         run_setup.check_name(resolved)
-    name = options.score or resolved.config.evaluation.score
-    return find_score(name) if name is not None else None
+    name, objective = options.score or resolved.config.evaluation.score, resolved.config.objective
+    score = find_score(name) if name is not None else None
+    if objective.method == "grpo":
+        return _Judges(score, find_rewards(objective, options.rewards))
+    if options.rewards:
+        method = f"objective.method is {objective.method}"
+        raise UsageError(f"a reward counts only with grpo, and {method}", "--reward", "set `objective.method: grpo`")
+    return _Judges(score, [])
 
 
 def _while_loading(prepared: Prepared) -> Circumstances:

@@ -11,11 +11,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmtune.common.printing import PrintLine
 from llmtune.engine.allocator import release_free_memory
@@ -24,7 +22,7 @@ from llmtune.engine.divergence import non_finite_parameters
 from llmtune.engine.loop import StepResult, train_steps
 from llmtune.engine.schedule import interval, is_due
 from llmtune.engine.state import TrainingState, capture, restore
-from llmtune.errors import DivergedError, MachineError, StoppedBySignal
+from llmtune.errors import DivergedError, MachineError, StoppedBySignal, UsageError
 from llmtune.evaluation.scores import Score
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
@@ -41,37 +39,10 @@ from llmtune.tracking.tracker import Tracker
 from llmtune.training import checkpointer, run_setup
 from llmtune.training.build import TrainingSetup
 from llmtune.training.checkpointer import Checkpointer
-from llmtune.training.evaluator import EvalState, Evaluator
-from llmtune.training.measured import measured_bytes
+from llmtune.training.evaluator import Evaluator
+from llmtune.training.result import Result, measured_bytes
 
 __all__ = ["Result", "TrainingRun"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """The outcome of a training."""
-
-    folder: Path | None
-    """The run folder; None in processes that write nothing."""
-    state: str
-    """`finished`, or `stopped` (saved, to be resumed)."""
-    step: int
-    """Updates applied."""
-    metrics: dict[str, Any]
-    """The last training line, and the newest value of every evaluation metric."""
-    eval_state: EvalState
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    final_step: int | None = None
-    """Updates behind the model in `final/`, which may be the best and not the last; None where there is none."""
-    plan: Plan | None = None
-    """The plan of this run; None for one that was resumed."""
-    seconds: float = 0.0
-    """Time spent in steps."""
-    tokens: int = 0
-    """Real tokens trained on."""
-    memory_bytes: int = 0
-    """Most memory held (see `peak_memory_bytes`)."""
 
 
 class TrainingRun:
@@ -134,6 +105,8 @@ class TrainingRun:
         )
         saved = loaded.snapshot.state["pipeline"]
         self.evaluator.restore(saved["outlook"])
+        if self.setup.rollouts is not None:
+            self.setup.rollouts.restore(saved["rollouts"])
         self.metrics = dict(saved["metrics"])
         if self.record is not None:
             self.record.rewind(saved["record"])
@@ -156,7 +129,7 @@ class TrainingRun:
             for result in train_steps(
                 objective=setup.objective,
                 update=setup.update,
-                windows=() if self.evaluator.should_stop_early else setup.batches.windows(self.state.windows),
+                windows=() if self.evaluator.should_stop_early else setup.windows(self.state.windows),
                 learning_rate=self._rate,
                 precision=setup.precision,
                 state=self.state,
@@ -229,6 +202,7 @@ class TrainingRun:
             "outlook": self.evaluator.state(),
             "metrics": self.metrics,
             "record": self.record.position() if self.record is not None else {"metrics": 0, "samples": 0},
+            "rollouts": self.setup.rollouts.state() if self.setup.rollouts is not None else {},
         }
         snapshot = replace(snapshot, state={**snapshot.state, "pipeline": pipeline})
         saved = self.checkpointer.save(self.state.step, snapshot, self.record)
@@ -336,14 +310,14 @@ class TrainingRun:
         except StoppedBySignal:
             self.outcome = "stopped"
             raise
-        except GeneratorExit:  # the caller has left the loop
-            self._save_before_leaving()
+        except (GeneratorExit, UsageError) as reason:  # the caller left the loop, or a reward of the user's own failed
+            self._save_before_leaving("failed" if isinstance(reason, UsageError) else "stopped")
             raise
         finally:
             self._cleanup()
 
-    def _save_before_leaving(self) -> None:
-        self.outcome = "stopped"
+    def _save_before_leaving(self, outcome: RunState = "stopped") -> None:
+        self.outcome = outcome
         try:
             if self.state.windows:
                 self.save()

@@ -17,7 +17,7 @@ from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.devices import open_devices
 from llmtune.engine.objective import plain_nll_sum
-from llmtune.errors import DataError
+from llmtune.errors import ConfigError, DataError
 from llmtune.prepare import Prepared, prepare
 from llmtune.training.build import TrainingSetup, build_setup
 from llmtune.verify.result import Verdict
@@ -93,6 +93,9 @@ def _build(
 ) -> tuple[Prepared, TrainingSetup, list[Example]]:
     """Build the config's model in float32 without dropout, and choose up to twelve rows of all lengths."""
     config = resolved.config
+    if config.objective.method == "grpo":
+        problem = "the prompts of grpo have no answers before they are drawn, so there are no rows to compare"
+        raise ConfigError(problem, where="objective.method", fix="verify it with rows that have answers, as sft")
     config = replace(
         config,
         adapter=replace(config.adapter, dropout=0.0),

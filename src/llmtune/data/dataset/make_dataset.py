@@ -17,7 +17,7 @@ from llmtune.data.dataset.mixture import mixture_of
 from llmtune.data.dataset.row_result import conversations_of
 from llmtune.data.dataset.store import JoinedExamples, MappedExamples
 from llmtune.data.dataset.tokenize import Progress, detect_formats, row_rules, tokenize_side
-from llmtune.data.example import Conversation
+from llmtune.data.example import Conversation, Row
 from llmtune.data.reading.data_file import DataFile, digest_files, read_records
 from llmtune.data.reading.find_files import find_files, find_held_out_files
 from llmtune.data.reading.parse import BadRow, Record
@@ -27,7 +27,7 @@ from llmtune.data.rows.formats import Recognize
 from llmtune.data.rows.row_fields import UnusableRowError
 from llmtune.errors import ConfigError, DataError, Problem
 
-__all__ = ["PreparedData", "Progress", "iter_texts", "prepare_data", "raise_problems", "survey_data"]
+__all__ = ["PreparedData", "Progress", "iter_texts", "prepare_data", "raise_problems", "rows_of", "survey_data"]
 
 BAD_ROWS_SHOWN = 3
 """Bad rows listed where none of the rows could be read for a tokenizer; `data report` lists them all."""
@@ -159,6 +159,21 @@ def iter_texts(config: DataConfig, formats: Mapping[str, Recognize] | None = Non
             yield from (message.content for message in other.messages if message not in first.messages)
     if bad and not good:
         raise DataError.all(bad)
+
+
+def rows_of(config: DataConfig) -> dict[str, Row]:
+    """Read the training and held-out rows once more, by their source; those that cannot be read are left out.
+
+    Raises DataError for a source that leads to no file.
+    """
+    train, held_out, _ = _find(config)
+    found: dict[str, Row] = {}
+    for files, limit in ((train, config.max_samples), (held_out, None)):
+        for index, record in read_records(files, limit):
+            row = files[index].parse(record)
+            if not isinstance(row, BadRow):
+                found[row.source] = row
+    return found
 
 
 def _conversations(

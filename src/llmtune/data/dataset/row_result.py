@@ -109,7 +109,11 @@ def process_record(
     try:
         conversations = conversations_of(row, format_name, rules.text_column)
         for conversation in conversations:
+            if conversation.side == "prompt":
+                continue
             _check_answers(conversation, rules.train_on, answer_field(row.fields, format_name))
+        if conversations[0].side == "prompt":
+            return _prompt(blank, conversations[0], renderer, rules)
         if conversations[0].side is not None:
             return _judged(blank, conversations, renderer, rules)
         rendered = renderer.render_examples(conversations[0])
@@ -172,6 +176,30 @@ def _judged(blank: RowResult, conversations: Sequence[Conversation], renderer: R
         results.append(result._replace(pieces=tuple(examples)))
     sides = tuple(conversation.side for conversation in conversations if conversation.side is not None)
     return _fit_sides(results, sides, renderer, rules)
+
+
+def _prompt(blank: RowResult, conversation: Conversation, renderer: Renderer, rules: RowRules) -> RowResult:
+    """The result of a row whose answers are drawn: the ids that `generate` would be given, none trained.
+
+    Raises DataError.
+    """
+    if conversation.prompt_is_text:
+        ids = renderer.text_prompt_ids(conversation.messages[0].content)
+    else:
+        ids = renderer.prompt_ids(conversation.messages, conversation.tools, conversation.template_args)
+    piece = (np.asarray(ids, dtype=np.int32), np.zeros(len(ids), dtype=np.float32))
+    result = blank._replace(
+        status="used",
+        warnings=tuple(_conversation_warnings(conversation)),
+        tokens=len(ids),
+        pieces=(piece,),
+        sides=("prompt",),
+        row_digest=_digest(piece[0]),
+        full_digest=_digest(*piece),
+    )
+    if len(ids) <= rules.max_length:
+        return result
+    return result._replace(status="dropped", tokens_lost=len(ids), pieces=(), sides=(), reason=too_long_reason(rules))
 
 
 def _fit(

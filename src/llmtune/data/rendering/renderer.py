@@ -298,12 +298,18 @@ class Renderer:
 
     # --- prompts
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]] = ()) -> list[int]:
+    def prompt_ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, object]] = (),
+        template_args: Mapping[str, object] | None = None,
+    ) -> list[int]:
         """Return the ids of a prompt: messages and the generation prompt, content encoded as safely as in training.
 
-        Raises `DataError` when the template refuses the messages.
+        template_args: arguments of the template above those of the renderer. Raises `DataError` when the template
+        refuses the messages.
         """
-        return self._templates.prompt_ids(with_system(messages, self._system), tools)
+        return self._templates.prompt_ids(with_system(messages, self._system), tools, template_args or {})
 
     def text_prompt_ids(self, text: str) -> list[int]:
         """Return the ids of a text to be continued, begun as text rows are."""

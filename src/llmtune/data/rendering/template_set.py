@@ -124,15 +124,19 @@ class TemplateSet:
             lambda count: render_traced(fields[:count]),
         )
 
-    def prompt_ids(self, messages: Sequence[Message], tools: Tools) -> list[int]:
-        """The ids of messages and the generation prompt. Raises `DataError` when the template refuses the messages."""
+    def prompt_ids(self, messages: Sequence[Message], tools: Tools, template_args: Mapping[str, object]) -> list[int]:
+        """The ids of messages and the generation prompt; `template_args` are above the template's own arguments.
+
+        Raises `DataError` when the template refuses the messages.
+        """
+        arguments = {**self._arguments, **template_args}
         shape = self.shape("prompt", tools)
         template = self._templates[self._name_for(tools)]
         traced_tools = with_origin(list(tools), DATA) or None
 
         def render(fields: Sequence[Mapping[str, object]]) -> str:
             traced = [traced_fields(message, index) for index, message in enumerate(fields)]
-            return template.render(traced, traced_tools, _traced(self._arguments), add_generation_prompt=True)
+            return template.render(traced, traced_tools, _traced(arguments), add_generation_prompt=True)
 
         try:
             _, text = render_with_arguments(messages, render)

@@ -1,9 +1,10 @@
-"""The formats of rows that judge answers: a pair of them, or one with a label.
+"""The formats of rows whose answers are compared: a pair, one with a label, or a prompt to which they are drawn.
 
 | format | a row has |
 | --- | --- |
 | `preference` | `chosen` and `rejected` (or `chosen_response`, `rejected_response`), and the prompt |
 | `unpaired` | the fields of another format, and `label` or `kto_tag`: whether the answer is desirable |
+| `prompt` | a prompt; the last answer of a list of messages is left out; every field is given to rewards |
 
 A prompt is `prompt`, `question`, `query` or `input` (text or messages), `instruction` (with `input`, `history`,
 `system`) or `messages` / `conversations`; without one it is what the conversations of both sides have in common. Each
@@ -13,11 +14,13 @@ side is text, one message, or a list of messages that may repeat the prompt.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from llmtune.config.schema import ObjectiveMethod
 from llmtune.data.example import Conversation, Message, Row, Side
+from llmtune.data.reading.parse import is_conversation
 from llmtune.data.rows.field_names import (
     CHAT_COLUMNS,
     LIST_FIELDS,
@@ -37,7 +40,7 @@ from llmtune.data.rows.formats import (
 )
 from llmtune.data.rows.row_fields import null_or_missing, read_messages, wrong_type
 
-__all__ = ["EVERY_FORMAT", "PREFERENCE_FORMATS", "RECOGNIZED_BY", "PreferenceFormat"]
+__all__ = ["EVERY_FORMAT", "PREFERENCE_FORMATS", "RECOGNIZED_BY", "PreferenceFormat", "right_answer"]
 
 SIDE_FIELDS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 """Names of the two sides of a pair."""
@@ -85,9 +88,7 @@ def _parse_preference(row: Row) -> tuple[Conversation, ...]:
         prompt, answers = _split_prompt(prompt, chosen, rejected, names[0])
     if answers[0] == answers[1]:
         raise UnusableRowError(names[1], "the two sides are equal", "write another rejected answer, or delete the row")
-    # As in the format `prompt-completion`: texts under these names alone are joined as they are.
-    is_text = prompt_name == "prompt" and isinstance(fields["prompt"], str) and isinstance(chosen, str)
-    is_text &= not any(name in fields for name in CHAT_COLUMNS)
+    is_text = prompt_name is not None and _is_raw_prompt(fields, prompt_name) and isinstance(chosen, str)
     read = {*names, prompt_name or "", *_READ_BESIDE}
     if prompt_name == "instruction":
         read |= {"input", "history"}
@@ -213,7 +214,59 @@ def _recognize_unpaired(fields: Fields) -> str | None:
     return None if label is None or shown is None else f"{shown}, and `{label}`"
 
 
-# --- both
+# --- prompts whose answers are drawn
+
+
+def _parse_prompt(row: Row) -> tuple[Conversation, ...]:
+    fields = row.fields
+    name = next((name for name in PROMPT_FIELDS if fields.get(name) is not None), None)
+    if name is None:
+        raise UnusableRowError("prompt", null_or_missing(fields, "prompt"), "give the row a prompt")
+    messages = _read_prompt(fields, name)
+    if name in LIST_FIELDS and messages[-1].role == "assistant":
+        messages = messages[:-1]
+    if not messages or messages[-1].role == "assistant":
+        raise UnusableRowError(name, "nothing stands before the answer", "give the row a question to answer")
+    # No field is unused: rewards are given all of them.
+    return (_sided(chat_of(row, messages), "prompt", is_text=_is_raw_prompt(fields, name), unused=()),)
+
+
+def _is_raw_prompt(fields: Fields, name: str) -> bool:
+    """Whether a prompt is continued as it is: as in the format `prompt-completion`, texts under these names alone."""
+    return name == "prompt" and isinstance(fields["prompt"], str) and not any(key in fields for key in CHAT_COLUMNS)
+
+
+def _recognize_prompt(fields: Fields) -> str | None:
+    name = next((name for name in PROMPT_FIELDS if name in fields), None)
+    return None if name is None else f"`{name}`"
+
+
+ANSWER_FIELDS = ("answer", "solution", "ground_truth", "target", "completion", "response", "output", "chosen")
+"""Names of the right answer beside a prompt; the first with a value counts."""
+
+
+def right_answer(row: Row) -> str | None:
+    """The answer that a row of format `prompt` has for its prompt, as text; None where it has none.
+
+    It is the last message where that is the assistant's, else the first of `ANSWER_FIELDS`: text, messages (of which
+    the last one counts), or any other value as JSON.
+
+    >>> right_answer(Row("a:1", {"prompt": "2 + 2?", "answer": 4}))
+    '4'
+    """
+    fields = row.fields
+    found = next((name for name in LIST_FIELDS if fields.get(name) is not None), None)
+    if found is not None:
+        last = _read_turns(fields[found], found)[-1]
+        if last.role == "assistant":
+            return last.content
+    value = next((fields[name] for name in ANSWER_FIELDS if fields.get(name) is not None), None)
+    if is_conversation(value):
+        return _read_turns(value, "answer")[-1].content
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# --- all
 
 
 def _untrained(messages: Sequence[Message]) -> Messages:
@@ -230,6 +283,7 @@ def _sided(conversation: Conversation, side: Side, *, is_text: bool, unused: tup
 PREFERENCE_FORMATS: dict[str, PreferenceFormat] = {
     "preference": PreferenceFormat(_parse_preference, _recognize_preference),
     "unpaired": PreferenceFormat(_parse_unpaired, _recognize_unpaired),
+    "prompt": PreferenceFormat(_parse_prompt, _recognize_prompt),
 }
 """Formats by the name that `data.format` gives them."""
 
@@ -240,6 +294,7 @@ RECOGNIZED_BY: dict[ObjectiveMethod, Mapping[str, Recognize] | None] = {
     "simpo": _PAIRS,
     "orpo": _PAIRS,
     "kto": {**_PAIRS, "unpaired": _recognize_unpaired},
+    "grpo": {"prompt": _recognize_prompt},
 }
 """The formats of rows that each method of `objective` can learn from; None: those of `FORMATS`."""
 

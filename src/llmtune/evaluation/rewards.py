@@ -1,0 +1,181 @@
+"""Rewards of drawn answers: rows of a table, and functions of the user's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from llmtune.config.schema import ObjectiveConfig
+from llmtune.errors import ConfigError, UsageError
+from llmtune.evaluation.scores import SCORES, Score, user_function
+
+__all__ = ["REWARDS", "AnswerGroup", "Reward", "find_rewards", "rewards_digest", "total_reward"]
+
+
+class AnswerGroup(NamedTuple):
+    """The answers to one prompt, with the row that the prompt comes from."""
+
+    source: str
+    """The row, as `file:line`."""
+    prompt: str
+    """The text of the prompt as the model sees it."""
+    answers: Sequence[str]
+    """Their texts, without the tokens that end them."""
+    ids: Sequence[Sequence[int]]
+    """Their tokens, the stop token included."""
+    reference: str | None
+    """The right answer, where the row has one."""
+    columns: Mapping[str, object]
+    """All fields of the row."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One reward and its weight in the sum."""
+
+    name: str
+    weight: float
+    code: str = field(repr=False)
+    """sha256 of the file of a user's function; empty for a row of the table."""
+    judge: Callable[[AnswerGroup], Sequence[float | None]]
+    """Gives a number for each answer of a group, higher is better; None for one that it does not judge."""
+
+
+def find_rewards(objective: ObjectiveConfig, functions: Sequence[str] = ()) -> list[Reward]:
+    """Return the rewards of a config and those of `--reward FILE.py:FUNCTION[=WEIGHT]`.
+
+    Such a file is run, so its name comes from a command line or a Python caller, never from a config. Raises
+    ConfigError where there is no reward at all, UsageError where there is no such file or function.
+    """
+    rewards = [Reward(name, weight, "", REWARDS[name](objective)) for name, weight in objective.rewards.items()]
+    for text in functions:
+        name, separator, weight = text.rpartition("=")
+        try:
+            own = _own(name or text, float(weight) if separator else 1.0)
+        except ValueError as error:
+            fix = "write FILE.py:FUNCTION or FILE.py:FUNCTION=0.5"
+            raise UsageError(f"the weight `{weight}` is no number", "--reward", fix) from error
+        rewards.append(own)
+    if not rewards:
+        fix = "set `objective.rewards: {exact: 1.0}`, or give `--reward FILE.py:FUNCTION`"
+        raise ConfigError("grpo learns from rewards, and none is named", where="objective.rewards", fix=fix)
+    names = [reward.name for reward in rewards]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise UsageError(f"two rewards are called `{repeated}`", "--reward", "give the function another name")
+    return rewards
+
+
+def rewards_digest(rewards: Sequence[Reward]) -> str | None:
+    """sha256 over names, weights and code of rewards; None without any."""
+    facts = [[reward.name, reward.weight, reward.code] for reward in rewards]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest() if facts else None
+
+
+def total_reward(rewards: Sequence[Reward], judged: Mapping[str, float | None]) -> float | None:
+    """Weighted sum of the rewards of one answer that are not None; None where all are."""
+    known = [reward.weight * value for reward in rewards if (value := judged[reward.name]) is not None]
+    return math.fsum(known) if known else None
+
+
+def _own(name: str, weight: float) -> Reward:
+    """A function of the user's: fn(prompts, completions, completion_ids, **columns) -> a number or None for each."""
+    path, _, short_name = name.rpartition(":")
+    if not path:
+        raise UsageError(f"`{name}` names no function", "--reward", "write FILE.py:FUNCTION")
+    function = user_function(name, "--reward")
+
+    def judge(group: AnswerGroup) -> Sequence[float | None]:
+        count = len(group.answers)
+        columns: dict[str, list[object]] = {column: [value] * count for column, value in group.columns.items()}
+        if group.reference is not None:
+            columns.setdefault("answer", [group.reference] * count)
+        columns |= {"prompts": [group.prompt] * count, "completions": list(group.answers)}
+        columns["completion_ids"] = [list(ids) for ids in group.ids]
+        try:
+            values = list(function(**columns))
+        except Exception as error:
+            problem = f"the reward failed on the answers to {group.source}: {type(error).__name__}: {error}"
+            raise UsageError(problem, f"--reward {name}", "mend the function, then `llmtune resume`") from error
+        if len(values) != count:
+            problem = f"the reward gave {len(values)} numbers for the {count} answers to {group.source}"
+            raise UsageError(problem, f"--reward {name}", "return a number or None for each answer")
+        for value in values:
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+                fix = "return finite numbers, or None for an answer that is not judged"
+                raise UsageError(f"the reward of an answer to {group.source} is {value!r}", f"--reward {name}", fix)
+        return [None if value is None else float(value) for value in values]
+
+    return Reward(short_name, weight, hashlib.sha256(Path(path).read_bytes()).hexdigest(), judge)
+
+
+# --- the rows of the table
+
+
+Make = Callable[[ObjectiveConfig], Callable[[AnswerGroup], Sequence[float | None]]]
+
+
+def _by_score(score: Score) -> Make:
+    """Compare each answer with the row's answer; None where it has none."""
+
+    def judge(group: AnswerGroup) -> Sequence[float | None]:
+        if group.reference is None:
+            return [None] * len(group.answers)
+        reference = group.reference.strip()
+        return [score(group.prompt, reference, answer.strip()) for answer in group.answers]
+
+    return lambda _objective: judge
+
+
+def _json_fields(_prompt: str, reference: str, answer: str) -> float:
+    """Part of the fields that are right, of all that either object has; 0 for an answer that is no JSON object.
+
+    >>> _json_fields("", '{"name": "Ada", "age": 36}', '{"name": "Ada", "age": 30, "x": 1}')
+    0.3333333333333333
+    """
+    wanted, given = _json_object(reference), _json_object(answer)
+    if wanted is None or given is None:
+        return 0.0
+    names = wanted.keys() | given.keys()
+    right = sum(name in wanted and name in given and wanted[name] == given[name] for name in names)
+    return right / len(names) if names else 1.0
+
+
+def _json_object(text: str) -> dict[str, object] | None:
+    with suppress(ValueError):
+        value = json.loads(text)
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def _regex(objective: ObjectiveConfig) -> Callable[[AnswerGroup], Sequence[float | None]]:
+    """1 for an answer that holds `objective.reward_pattern`."""
+    try:
+        pattern = re.compile(objective.reward_pattern or "", re.DOTALL)
+    except re.error as error:
+        problem = f"`{objective.reward_pattern}` is no regular expression: {error}"
+        raise ConfigError(problem, where="objective.reward_pattern") from error
+    return lambda group: [float(pattern.search(answer) is not None) for answer in group.answers]
+
+
+def _length(objective: ObjectiveConfig) -> Callable[[AnswerGroup], Sequence[float | None]]:
+    """0 up to three quarters of `max_new_tokens`, then down to -1 at all of them (DAPO, arXiv:2503.14476, eq. 13)."""
+    longest = objective.max_new_tokens
+    margin = max(1, longest // 4)
+    return lambda group: [min(0.0, (longest - margin - len(ids)) / margin) for ids in group.ids]
+
+
+REWARDS: dict[str, Make] = {
+    **{name: _by_score(score) for name, score in SCORES.items()},
+    "json_fields": _by_score(_json_fields),
+    "regex": _regex,
+    "length": _length,
+}
+"""Names that `objective.rewards` accepts; each makes its judge from the settings."""

@@ -1,0 +1,125 @@
+"""Rewards: the rows of the table, and functions of the user's own by the contract that everyone uses."""
+
+import pytest
+
+from llmtune.config.schema import ObjectiveConfig
+from llmtune.errors import ConfigError, UsageError
+from llmtune.evaluation.rewards import REWARDS, AnswerGroup, find_rewards, total_reward
+
+
+def group(*answers, reference=None, columns=None, ids=None):
+    ids = ids if ids is not None else [[1] * len(answer) for answer in answers]
+    return AnswerGroup("rows.jsonl:3", "2 + 2?", answers, ids, reference, columns or {})
+
+
+def judge(name, *answers, reference=None, ids=None, **settings):
+    return list(REWARDS[name](ObjectiveConfig("grpo", **settings))(group(*answers, reference=reference, ids=ids)))
+
+
+RECORD = '{"name": "Ada", "age": 36, "tags": ["a", "b"]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "answers", "rewards"),
+    [
+        ("exact", "4", ["4", " 4\n", "5"], [1.0, 1.0, 0.0]),
+        ("contains", "Paris", ["It is paris.", "Rome"], [1.0, 0.0]),
+        ("number", "so 4", ["4.0", "5", "none"], [1.0, 0.0, 0.0]),
+        ("json_fields", RECORD, [RECORD, '{"name": "Ada"}', "Ada", '{"age": 36, "name": "Bob", "tags": ["a", "b"]}'],
+         [1.0, 1 / 3, 0.0, 2 / 3]),
+        ("json_fields", RECORD, [RECORD[:-1] + ', "more": 1}', f"Here: {RECORD}", "[1]"], [0.75, 0.0, 0.0]),
+    ],
+)  # fmt: skip
+def test_rewards_compare_with_the_row_s_answer(name, reference, answers, rewards):
+    assert judge(name, *answers, reference=reference) == pytest.approx(rewards)
+
+
+@pytest.mark.parametrize("name", ["exact", "contains", "f1", "number", "json_fields"])
+def test_a_row_without_an_answer_is_not_judged(name):
+    assert judge(name, "4", "5") == [None, None]
+
+
+def test_a_pattern_is_looked_for_in_the_answer():
+    assert judge("regex", "<answer>4</answer>", "4", reward_pattern=r"<answer>.*</answer>") == [1.0, 0.0]
+    with pytest.raises(ConfigError, match="is no regular expression"):
+        judge("regex", "4", reward_pattern="(")
+
+
+def test_only_the_last_quarter_of_the_length_is_punished():
+    ids = [[0] * length for length in (10, 75, 80, 100)]
+    assert judge("length", *"abcd", ids=ids, max_new_tokens=100) == pytest.approx([0.0, 0.0, -0.2, -1.0])
+
+
+def test_the_sum_leaves_out_rewards_that_do_not_judge(tmp_path):
+    rewards = find_rewards(ObjectiveConfig("grpo", rewards={"exact": 2.0, "number": 0.5}))
+    assert total_reward(rewards, {"exact": 1.0, "number": 1.0}) == 2.5
+    assert total_reward(rewards, {"exact": None, "number": 1.0}) == 0.5
+    assert total_reward(rewards, {"exact": None, "number": None}) is None
+
+
+# --- functions of the user's own
+
+
+@pytest.fixture
+def reward_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def by_column(prompts, completions, completion_ids, level, **columns):\n"
+        "    assert prompts == ['2 + 2?'] * 2 and columns['answer'] == ['4', '4']\n"
+        "    return [len(ids) * step for ids, step in zip(completion_ids, level)]\n"
+        "def some(prompts, completions, **columns):\n"
+        "    return [None if text == 'skip' else 1 for text in completions]\n"
+        "def fails(completions, **columns):\n"
+        "    return [1 / 0 for _ in completions]\n"
+        "def too_few(**columns):\n    return [1.0]\n"
+        "def text(completions, **columns):\n    return ['good'] * len(completions)\n"
+        "def nan(completions, **columns):\n    return [float('nan')] * len(completions)\n"
+    )
+    return path
+
+
+def own(path, name, *answers, **more):
+    (reward,) = find_rewards(ObjectiveConfig("grpo"), [f"{path}:{name}"])
+    return list(reward.judge(group(*answers, **more)))
+
+
+def test_a_function_is_given_prompts_completions_ids_and_every_column(reward_file):
+    assert own(reward_file, "by_column", "4", "five", reference="4", columns={"level": 2}) == [2.0, 8.0]
+    assert own(reward_file, "some", "skip", "go") == [None, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("fails", "the reward failed on the answers to rows.jsonl:3: ZeroDivisionError"),
+        ("too_few", "gave 1 numbers for the 2 answers to rows.jsonl:3"),
+        ("text", "of an answer to rows.jsonl:3 is 'good'"),
+        ("nan", "of an answer to rows.jsonl:3 is nan"),
+    ],
+)
+def test_a_function_that_fails_names_the_row(reward_file, name, problem):
+    with pytest.raises(UsageError) as refusal:
+        own(reward_file, name, "a", "b")
+    assert problem in str(refusal.value)
+
+
+def test_a_weight_stands_behind_the_function(reward_file):
+    (reward,) = find_rewards(ObjectiveConfig("grpo"), [f"{reward_file}:some=0.25"])
+    assert (reward.name, reward.weight) == ("some", 0.25)
+
+
+@pytest.mark.parametrize(
+    ("functions", "problem"),
+    [
+        ((), "none is named"),
+        (("exact",), "names no function"),
+        (("no.py:f",), "there is no file `no.py`"),
+        (("{file}:other",), "has no function `other`"),
+        (("{file}:some=much",), "the weight `much` is no number"),
+        (("{file}:some", "{file}:some"), "two rewards are called `some`"),
+    ],
+)
+def test_rewards_that_cannot_be_used_are_refused_before_anything_is_loaded(reward_file, functions, problem):
+    with pytest.raises((ConfigError, UsageError)) as refusal:
+        find_rewards(ObjectiveConfig("grpo"), [text.format(file=reward_file) for text in functions])
+    assert problem in str(refusal.value)

@@ -1,0 +1,202 @@
+"""Whole runs of GRPO: they earn more, and a run that was stopped ends as the run that never was."""
+
+import json
+
+import pytest
+
+from llmtune.config.layers import load_config
+from llmtune.config.process_options import Options
+from llmtune.errors import CheckpointError, ConfigError, UsageError
+from llmtune.runs.signals import StopRequest
+from llmtune.training import train as training
+from llmtune.verify.numbers import verify_batching, verify_packing
+from training_fixtures import WORDS
+from training_helpers import LORA, lines_of, weights_of
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"prompt": [{"role": "user", "content": f"{WORDS[at]} {at}"}], "answer": WORDS[-at]} for at in range(1, 9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def resolve(tiny_model_folder, prompts_file, tmp_path):
+    """The config of a short GRPO run on the prompts; further KEY=VALUE on top."""
+
+    def resolve(*overrides, name="run"):
+        basis = [
+            f"model.name={tiny_model_folder}",
+            f"data.train={prompts_file}",
+            f"data.cache_dir={tmp_path / 'cache'}",
+            "data.num_workers=1",
+            "data.test_size=2",
+            "data.max_length=128",
+            f"run.output_dir={tmp_path / 'runs'}",
+            f"run.name={name}",
+            "objective.method=grpo",
+            "objective.num_generations=4",
+            "objective.max_new_tokens=6",
+            "objective.rewards={regex: 1.0, length: 0.2}",
+            "objective.reward_pattern='[aeiou]'",
+            "training.batch_size=2",
+            "training.learning_rate=0.003",
+            "training.precision=fp32",
+            "training.max_steps=4",
+            "tracking.trackers=[jsonl]",
+        ]
+        return load_config(None, overrides=[*basis, *overrides], environ={})
+
+    return resolve
+
+
+@pytest.fixture
+def stopped(resolve):
+    """Run so many steps and leave the run; returns its folder."""
+
+    def stopped(count, *settings, options=None, name="stopped"):
+        with StopRequest() as stop:
+            run = training.open_run(
+                resolve(*settings, name=name), options or Options(), stop, print_line=lambda _: None
+            )
+            steps = run.steps()
+            for _ in range(count):
+                next(steps)
+            steps.close()
+        return str(run.run.path)
+
+    return stopped
+
+
+def test_a_run_earns_more_than_before(resolve):
+    settings = ("training.max_steps=12", "training.lr_schedule=constant", "objective.num_generations=12")
+    result = training.train(resolve(*settings))
+    lines = lines_of(result.folder)
+    steps = [line for line in lines if "reward" in line]
+    assert sum(line["reward"] for line in steps[-3:]) > sum(line["reward"] for line in steps[:3]) + 0.3
+    first, last = lines[0], lines[-1]
+    assert last["eval_reward"] > first["eval_reward"]
+    assert result.eval_state.best_by == "eval_reward"
+    assert {"entropy", "reward_std", "answer_tokens", "truncated", "reward_regex", "reward_length"} <= steps[0].keys()
+    assert steps[0]["num_sequences"] == steps[0]["num_answers"] == 24
+    assert steps[0]["clipped"] == 0.0  # one step a round: every step is made by the policy that drew
+
+
+def test_drawn_answers_and_their_rewards_are_recorded(resolve):
+    run = training.train(resolve("training.max_steps=2")).folder
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [1, 1, 2, 2]
+    assert samples[0]["reward"] >= samples[1]["reward"]
+    assert samples[0]["rewards"].keys() == {"regex", "length"}
+    assert WORDS[1] in samples[0]["prompt"] or any(word in samples[0]["prompt"] for word in WORDS)
+
+
+KINDS = {
+    "one step a round": (),
+    "rounds of three steps": ("objective.steps_per_generation=3", "objective.clip=0.01", "objective.clip_high=0.01"),
+    "with kl": ("objective.beta=0.1", "objective.steps_per_generation=2"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_p2_a_stopped_run_resumes_to_the_same_bytes(resolve, stopped, kind):
+    """Also in the middle of a round, whose answers were drawn by weights that are gone."""
+    settings = (*KINDS[kind], "training.max_steps=5", "checkpoint.every_steps=1")
+    whole = training.train(resolve(*settings, name="whole")).folder
+    result = training.resume(stopped(2, *settings))
+    assert result.state == "finished"
+    assert lines_of(result.folder) == lines_of(whole)
+    assert weights_of(result.folder) == weights_of(whole)
+    assert (result.folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    if kind == "rounds of three steps":
+        ratios = [line["clipped"] for line in lines_of(whole) if "clipped" in line]
+        assert ratios[0] == ratios[3] == 0.0
+        assert max(ratios) > 0.0  # from the second step of a round on, the policy has moved
+
+
+def test_with_a_beta_the_divergence_is_0_before_step_1_and_grows(resolve):
+    lines = lines_of(training.train(resolve("objective.beta=0.1", *LORA)).folder)
+    steps = [line["kl"] for line in lines if "kl" in line]
+    assert steps[0] == 0.0
+    assert steps[-1] > 0.0
+
+
+def test_rewards_that_are_all_equal_change_no_weight(resolve):
+    settings = ("objective.rewards={regex: 1.0}", "objective.reward_pattern=.*", "training.weight_decay=0")
+    lines = lines_of(training.train(resolve(*settings)).folder)
+    assert {line["grad_norm"] for line in lines if "grad_norm" in line} == {0.0}
+
+
+# --- rewards of the user's own
+
+
+@pytest.fixture
+def reward_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "calls = 0\n"
+        "def vowels(prompts, completions, answer, **columns):\n"
+        "    return [sum(letter in 'aeiou' for letter in text) / 10 for text in completions]\n"
+        "def fails_later(completions, **columns):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if calls > 6: raise ValueError('no more')\n"
+        "    return [float(len(text)) for text in completions]\n"
+    )
+    return path
+
+
+def test_a_reward_of_ones_own_trains_and_is_needed_to_go_on(resolve, stopped, reward_file):
+    options = Options(rewards=(f"{reward_file}:vowels",))
+    run = stopped(2, options=options)
+    with pytest.raises(CheckpointError, match=r"digests\.rewards"):
+        training.resume(run)
+    reward_file.write_text(reward_file.read_text().replace("/ 10", "/ 20"))
+    with pytest.raises(CheckpointError, match=r"digests\.rewards"):
+        training.resume(run, options=options)
+    reward_file.write_text(reward_file.read_text().replace("/ 20", "/ 10"))
+    assert training.resume(run, options=options).state == "finished"
+
+
+def test_a_reward_that_fails_names_the_row_and_leaves_a_run_that_goes_on(resolve, reward_file, prompts_file):
+    settings = ("evaluation.before_training=false", "data.test_size=0", "checkpoint.every_steps=100")
+    whole = training.train(resolve(*settings, name="whole"), Options(rewards=(f"{reward_file}:vowels",))).folder
+    options = Options(rewards=(f"{reward_file}:fails_later",))
+    with pytest.raises(UsageError, match=rf"answers to .*{prompts_file.name}:\d+: ValueError: no more"):
+        training.train(resolve(*settings, name="fails"), options)
+    run = whole.parent / "fails"
+    assert json.loads((run / "run.json").read_text())["state"] == "failed"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000003"]
+    result = training.resume(str(run), options=Options(rewards=(f"{reward_file}:vowels",)), allow_changes=True)
+    assert (result.state, result.step) == ("finished", 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (("objective.rewards={}", "objective.reward_pattern=null"), "none is named"),
+        (("objective.rewards={best: 1.0}", "objective.reward_pattern=null"), "no reward of that name"),
+        (("objective.rewards={exact: 1.0}",), "need each other"),
+        (("data.packing=greedy",), "nothing can be packed"),
+        (("objective.reference=precomputed",), "nothing about them can be precomputed"),
+        (("evaluation.exact_match=true",), "judges held-out answers by its rewards"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(resolve, settings, problem):
+    with pytest.raises(ConfigError) as refusal:
+        training.train(resolve(*settings))
+    assert problem in str(refusal.value)
+
+
+@pytest.mark.parametrize("verify", [verify_batching, verify_packing])
+def test_what_compares_rows_says_that_prompts_have_no_answers(resolve, verify):
+    with pytest.raises(ConfigError, match="no answers before they are drawn"):
+        verify(resolve(), Options(no_cuda=True), print_line=lambda _: None)
+
+
+def test_a_reward_without_grpo_is_refused(reward_file):
+    resolved = load_config(None, overrides=["data.train=x.jsonl"], environ={})
+    with pytest.raises(UsageError, match="counts only with grpo"):
+        training.train(resolved, Options(rewards=(f"{reward_file}:vowels",)))
