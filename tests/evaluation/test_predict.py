@@ -95,6 +95,37 @@ def test_a_function_of_the_user_judges_each_answer(run, rows, tiny_model_folder,
 
 
 @pytest.mark.parametrize(
+    ("code", "problem"),
+    [
+        ("def mine(prompt, reference, answer):\n    return 1 / 0\n", "ZeroDivisionError: division by zero (mine.py:2)"),
+        ("def mine(prompt, reference):\n    return 1\n", "takes 2 positional arguments but 3 were given"),
+        ("def mine(:\n", "SyntaxError"),
+        ("import nothing_of_that_name\n", "No module named 'nothing_of_that_name' (mine.py:1)"),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_fault_in_the_code_of_the_user_is_named_as_that(
+    command, code, problem, run, rows, tiny_model_folder, tmp_path
+):
+    (tmp_path / "mine.py").write_text(code)
+    more = ("--max-new-tokens", "1") if command == "predict" else ()
+    words = (command, tiny_model_folder, "--data", rows, *more, "--score", f"{tmp_path / 'mine.py'}:mine")
+    exit_code, _, err = run(*words)
+    assert exit_code == 2
+    assert problem in err
+    assert "(prompt, reference, answer)" in err
+
+
+def test_rows_of_other_columns_are_answered_with_the_option_that_reads_them(run, rows, tiny_model_folder):
+    rows.write_text(json.dumps({"chat": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}))
+    code, _, err = run("predict", tiny_model_folder, "--data", rows)
+    assert code == 3
+    assert "--data '{path: FILE, columns: {messages: chat}}'" in err
+    option = f"{{path: {rows}, columns: {{messages: chat}}}}"
+    assert run("predict", tiny_model_folder, "--data", option, "--max-new-tokens", "1")[0] == 0
+
+
+@pytest.mark.parametrize(
     ("name", "problem"),
     [
         ("bleu", "there is no score `bleu`"),

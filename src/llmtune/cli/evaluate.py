@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "held_out_rows"]
 
-IN_THE_SOURCE = "say in the source which they are"
-"""How the fix of fields without a format begins, which an option `--data` cannot follow as it stands."""
-
 
 def evaluate(
     model: Model,
@@ -158,8 +155,9 @@ def _located_at_option(problem: Problem) -> Problem:
     if problem.fix and "`data.overlong`" in problem.fix:
         fix = "take them out, or name the file in a config that sets `data.overlong`, and give that with --config"
         return problem._replace(where=where, fix=fix)
-    if problem.fix and problem.fix.startswith(IN_THE_SOURCE):
-        option = "--data '{path: FILE, columns: {question: ..., answer: ...}}'"
+    columns = re.search(r"`columns: (\{.*?\})`", problem.fix or "")
+    if columns:  # an entry of `data.train` would say it; here it stands in the option
+        option = f"--data '{{path: FILE, columns: {columns[1]}}}'"
         return problem._replace(where=where, fix=f"say which they are: {option}")
     return problem._replace(where=where)
 

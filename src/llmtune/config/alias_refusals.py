@@ -118,10 +118,13 @@ NOT_HERE: dict[str, tuple[str, str]] = {
 """Names people know from elsewhere that are refused: the reason and what to do."""
 
 REFUSED_VALUES: dict[str, dict[str, tuple[str, str]]] = {
-    "adapter.init": dict.fromkeys(
-        ("pissa", "olora", "loftq", "corda", "eva", "lora_ga", *(f"pissa_niter_{number}" for number in (4, 8, 16, 32))),
-        _OTHER_BASE,
-    ),
+    "adapter.init": {r"pissa(_niter_\d+)?|olora|loftq|corda|eva|lora_ga": _OTHER_BASE},
+    "evaluation.score": {
+        r".*\.py(:.*)?": (
+            "it is a file with code, and llmtune imports nothing that a config names",
+            "name it on the command line: `llmtune train --score FILE.py:FUNCTION`",
+        ),
+    },
     "training.lr_schedule": {
         "reduce_lr_on_plateau": (
             "every rate is known before the first step",
@@ -140,7 +143,7 @@ REFUSED_VALUES: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
 }
-"""Values of our keys that people know from elsewhere: the reason why they are not taken, and what to do."""
+"""Values of our keys that people know from elsewhere, as regular expressions: why they are not taken, what to do."""
 
 _FAST = "the fast paths of llmtune are chosen for the device and need no switch"
 _LOADED = "rows are tokenized before training starts (`data.num_workers`), and none is loaded while it runs"

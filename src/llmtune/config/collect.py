@@ -335,7 +335,9 @@ def _likeness(section: str, leaf: str, name: str) -> float:
 def _mismatch_problem(
     key: str, written: str, value: Node, mismatch: convert.Mismatch, origin: Origin
 ) -> tuple[str, str, str | None]:
-    refused = REFUSED_VALUES.get(key, {}).get(mismatch.node.text.lower() if isinstance(mismatch.node, Scalar) else "")
+    text = mismatch.node.text.lower() if isinstance(mismatch.node, Scalar) else ""
+    known = REFUSED_VALUES.get(key, {})
+    refused = next((row for pattern, row in known.items() if re.fullmatch(pattern, text)), None)
     if refused is not None:
         where = mismatch.node.origin.where or origin.where
         return f"`{excerpt(written)}: {shown(value)}` is not taken: {refused[0]}", where, refused[1]

@@ -64,7 +64,7 @@ class InferenceModel:
             raise ModelError(
                 "there is no model to compare with: this one was not tuned from another",
                 where=self.description,
-                fix="compare takes runs that tuned a pretrained model",
+                fix="name the second run or model with --with, or a run that tuned a pretrained model",
             )
         device = next(self.model.parameters()).device
         yield _load_model(self.base, ModelConfig(name=self.base.name), self.tokenizer, device).model

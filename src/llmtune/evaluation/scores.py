@@ -6,13 +6,15 @@ import importlib.util
 import math
 import re
 import sys
+import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
-from llmtune.errors import UsageError
+from llmtune.errors import UsageError, in_one_line
 from llmtune.evaluation.predictions import Prediction
 
 __all__ = ["SCORES", "Score", "find_score", "mean_score", "scores_of", "user_function"]
@@ -48,7 +50,8 @@ def user_function(name: str, option: str) -> Callable[..., Any]:
         raise UsageError(f"`{path}` is no Python file", option, "name one that ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses of the file look their module up
-    spec.loader.exec_module(module)
+    with _named_as_theirs(path, option):
+        spec.loader.exec_module(module)
     found = getattr(module, function, None)
     if not callable(found):
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
@@ -57,15 +60,31 @@ def user_function(name: str, option: str) -> Callable[..., Any]:
 
 
 def scores_of(predictions: Sequence[Prediction], score: Score) -> list[float]:
-    """Return the score of each prediction. Raises UsageError for one that is no finite number."""
+    """Return the score of each prediction. Raises UsageError where `score` fails or gives no finite number."""
     values = []
     for prediction in predictions:
-        value = score(prediction.prompt, prediction.reference, prediction.answer)
+        with _named_as_theirs(prediction.source, "--score"):
+            value = score(prediction.prompt, prediction.reference, prediction.answer)
         if not isinstance(value, int | float) or not math.isfinite(value):
             fix = "return a finite number, or True and False"
             raise UsageError(f"the score of {prediction.source} is {value!r}", "--score", fix)
         values.append(float(value))
     return values
+
+
+@contextmanager
+def _named_as_theirs(what: str, option: str) -> Iterator[None]:
+    """Raise UsageError for whatever the user's own code raises: it is no bug of llmtune."""
+    try:
+        yield
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        place = (
+            f" ({Path(line.filename).name}:{line.lineno})" if not line.filename.startswith(str(Path(__file__))) else ""
+        )
+        called = "; a score is called with three texts: (prompt, reference, answer)" if option == "--score" else ""
+        problem = f"your code fails on {what}: {type(error).__name__}: {in_one_line(error)}{place}"
+        raise UsageError(problem, option, f"correct it{called}") from error
 
 
 def mean_score(predictions: Sequence[Prediction], score: Score) -> float:
