@@ -8,6 +8,7 @@ from llmtune.cli.main import main
 from llmtune.common.metrics import is_better
 from llmtune.config.process_options import Options
 from llmtune.errors import ConfigError
+from llmtune.runs.checkpoint import save_folder
 from llmtune.training import train as training
 from llmtune.training.evaluator import EvalState
 from llmtune.training.progress import final_facts
@@ -52,6 +53,19 @@ def test_the_result_is_the_last_model_unless_the_best_is_asked_for(config_of):
     newest = max((last.folder / "checkpoints").glob("step-*")).name
     assert weights(last.folder, "final") == weights(last.folder, newest) != weights(last.folder, "best")
     assert weights(best.folder, "final") == weights(best.folder, "best") == weights(last.folder, "best")
+
+
+def test_a_best_model_of_another_step_is_not_taken(config_of):
+    run = training.train(config_of(*RISING, "checkpoint.final=best", "training.max_steps=1")).folder
+    best = run / "checkpoints" / "best"
+    files = {path.name: path.read_bytes() for path in best.iterdir() if path.name != "manifest.json"}
+    write = lambda folder: [(folder / name).write_bytes(content) for name, content in files.items()]  # noqa: E731
+    save_folder(best, write, {"step": 9})
+    result = training.resume(str(run), overrides=["training.max_steps=2"], allow_changes=True)
+    losses = values(run)
+    assert min(losses, key=losses.get) == 1
+    assert result.final_step == 2
+    assert weights(run, "final") == weights(run, "step-000002") != weights(run, "best")
 
 
 def test_a_result_asked_to_be_the_last_model_is_that_after_early_stopping_too(config_of):
