@@ -37,7 +37,8 @@ def written_down(build_setup, path):
             for name, weight in setup.model.named_parameters()
         }
         decisions = {decision.key: str(decision.value) for decision in setup.decisions}
-        path.write_text(json.dumps({"shares": shares, "decisions": decisions}))
+        reasons = {decision.key: decision.reason for decision in setup.decisions}
+        path.write_text(json.dumps({"shares": shares, "decisions": decisions, "reasons": reasons}))
         return setup
 
     return build

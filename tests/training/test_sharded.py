@@ -31,6 +31,7 @@ CASES = {
     "saved": (*LORA, "adapter.modules_to_save=[lm_head]"),
     "tokens": (*LORA, 'adapter.train_tokens=["<|im_start|>"]'),
     "recomputed": (*LORA, "model.gradient_checkpointing=true"),
+    "tiled": (*LORA, "model.gradient_checkpointing=offload"),
     "packed": (*FULL, "data.packing=best_fit", "data.max_length=64"),
     "plain": (*LORA, "training.engine=plain"),
 }
@@ -174,6 +175,7 @@ def test_a_sharded_run_is_the_run_of_one_process(ranks_of, tiny_model_folder, un
         is_one_run(ranks.folder / f"{name}-1", ranks.folder / f"{name}-{count}")
         fused = "adapter.method=none" not in words and name not in ("dora", "plain")
         is_sharded(held[name], engine="plain" if name == "plain" else "flat", fused=fused)
+    assert "2 feed-forward modules" in held["tiled"][0]["reasons"]["training.tiles"]
 
 
 STATE = ("optimizer.safetensors", "rng.safetensors", "model.safetensors", "adapter_model.safetensors")

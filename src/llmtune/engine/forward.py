@@ -118,7 +118,7 @@ def build_engine(
     )
     if config.model.gradient_checkpointing != "offload":
         return engine
-    return replace(engine, decisions=(*engine.decisions, run_in_tiles(base_model_of(model))))
+    return replace(engine, decisions=(*engine.decisions, run_in_tiles(base_model_of(model), whole=strategy.whole)))
 
 
 def _choose_engine(

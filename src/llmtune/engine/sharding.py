@@ -11,7 +11,8 @@ evaluation and for answers, and whatever reads a whole tensor is called by all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ParamSpec, Protocol, TypeVar
 
 import torch
@@ -51,7 +52,11 @@ class Strategy(Protocol):
         """Call a function that computes with the model; each process must call it."""
         ...
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    def whole(self, block: nn.Module, /) -> AbstractContextManager[object]:
+        """Give the context in which a block of the model has all of its weights; each process must enter it."""
+        ...
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], /) -> None:
         """Complete the gradients of a window: their sum over all processes."""
         ...
 
@@ -74,7 +79,11 @@ class Whole:
         """Call the function."""
         return function(*args, **named)
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    def whole(self, _block: nn.Module, /) -> AbstractContextManager[object]:
+        """Do nothing: it always has."""
+        return nullcontext()
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter], /) -> None:
         """Sum the gradients over all processes, after the last backward pass of the window."""
         self._devices.sync_gradients(parameters)
 
@@ -125,7 +134,17 @@ class Sharded:
             self._root.reshard()  # type: ignore[operator]
         return result
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    @contextmanager
+    def whole(self, block: nn.Module, /) -> Iterator[None]:
+        """Gather the block's weights, and keep this process's part of them again at the end."""
+        assert isinstance(block, FSDPModule), "each block is a unit"
+        block.unshard()
+        try:
+            yield
+        finally:
+            block.reshard()
+
+    def sum_gradients(self, _parameters: Sequence[nn.Parameter], /) -> None:
         """Do nothing: each backward pass has summed them, and kept this process's part."""
 
 

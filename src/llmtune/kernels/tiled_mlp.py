@@ -13,7 +13,7 @@ Shapes: N tokens, K inputs, M outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -221,10 +221,16 @@ class _Tiled:
         return tiled_forward(forward, x, tokens, trained, self._select)
 
 
-def run_in_tiles(base: PreTrainedModel, *, probe: bool = True, select: SelectChunks = every_chunk) -> Decision:
+def run_in_tiles(
+    base: PreTrainedModel,
+    *,
+    probe: bool = True,
+    select: SelectChunks = every_chunk,
+    whole: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
+) -> Decision:
     """Run norms and feed-forward modules of a transformers model in tiles; see `tile_decoder`."""
     width = int(base.config.get_text_config().hidden_size)
-    tiling = tile_decoder(base.get_decoder(), width, probe=probe, select=select)
+    tiling = tile_decoder(base.get_decoder(), width, probe=probe, select=select, whole=whole)
     kinds = [f"{tiling.norms} norms"] * (tiling.norms > 0) + [f"{tiling.feed_forwards} feed-forward modules"] * (
         tiling.feed_forwards > 0
     )
@@ -235,22 +241,32 @@ def run_in_tiles(base: PreTrainedModel, *, probe: bool = True, select: SelectChu
     return Decision("training.tiles", f"{tiling.tokens:,} tokens", f"{' and '.join(kinds)}; {size}{skipped}")
 
 
-def tile_decoder(decoder: nn.Module, width: int, *, probe: bool = True, select: SelectChunks = every_chunk) -> Tiling:
+def tile_decoder(
+    decoder: nn.Module,
+    width: int,
+    *,
+    probe: bool = True,
+    select: SelectChunks = every_chunk,
+    whole: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
+) -> Tiling:
     """Run norms and feed-forward modules of a transformers decoder in tiles, in place.
 
     width: of the residual stream. probe: run one module of each feed-forward class whole and in tiles on a few tokens,
     and leave the class as it is where the outputs differ; fake tensors have no values to compare. select: the tiles
-    that run.
+    that run. whole: the context in which a block has all of its weights, for a model whose weights are sharded.
     """
     tokens = tokens_of_tile(width)
     norms = [module for module in decoder.modules() if _is_norm(module)]
     reasons_against: dict[str, str | None] = {}
     feed_forwards = []
-    children = (child for block in checkpointable_blocks(decoder) for child in block.children())
-    for module in filter(_may_be_feed_forward, children):
+    children = [(block, child) for block in checkpointable_blocks(decoder) for child in block.children()]
+    for block, module in children:
+        if not _may_be_feed_forward(module):
+            continue
         name = original_class_name(module)
         if name not in reasons_against:
-            reasons_against[name] = _unknown_layers(module) or (_probe(module, width) if probe else None)
+            with whole(block):
+                reasons_against[name] = _unknown_layers(module) or (_probe(module, width) if probe else None)
         if reasons_against[name] is None:
             feed_forwards.append(module)
     for module in (*norms, *feed_forwards):
