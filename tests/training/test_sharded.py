@@ -18,8 +18,10 @@ from training_helpers import lines_of, small_run, weights_of
 WORKER = Path(__file__).with_name("sharded_worker.py")
 LONGEST_S = 240
 
-ROWS = ("training.batch_size=3", "training.gradient_accumulation_steps=1", "training.learning_rate=0.001")
-"""20 training rows in windows of 3: of four processes one has no row, and of a last window of 2 the half have none."""
+ROWS = ("training.batch_size=1", "training.gradient_accumulation_steps=3", "training.learning_rate=0.001")
+"""20 training rows in windows of 3 micro-batches: of two processes one has a row less, of four one has none, and in the
+last window, of 2 rows, two have none.
+"""
 LOOKS = ("evaluation.every_steps=7", "evaluation.prompts=[the user asks]", "evaluation.max_new_tokens=4")
 FULL = ("adapter.method=none",)
 LORA = ("adapter.dropout=0",)
@@ -211,7 +213,7 @@ def test_p2_a_sharded_run_stopped_and_gone_on_with_is_the_same_bit_for_bit(ranks
 @pytest.mark.parametrize("words", [FULL, LORA], ids=["full", "lora"])
 def test_p9_a_run_goes_on_with_other_processes_and_another_strategy(ranks_of, untied_model_folder, words):
     """1 -> 2 sharded -> 4 sharded -> 2 whole -> 1, four steps each; a checkpoint has the same files in all."""
-    constant = ("training.schedule=constant", "training.warmup_steps=0")
+    constant = ("training.lr_schedule=constant", "training.warmup_steps=0")
     ranks = ranks_of(untied_model_folder, "checkpoint.every_steps=4", "checkpoint.keep_last=0", *constant, *words)
     length = [f"training.max_steps={steps}" for steps in (4, 8, 12, 16, 20)]
     ranks.run(1, ("train", "moved", [length[0]]), ("train", "straight", [length[4]]))
