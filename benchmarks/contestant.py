@@ -19,14 +19,16 @@ import llmtune_contestant
 import numpy as np
 import psutil
 import trainer_contestant
-from starting_point import Rows, Training, zero_first
+from starting_point import Rows, Step, Training, zero_first
 from workloads import Workload, matrix_rate, needed_operations, read
 
 
-def step_tokens(workload: Workload, lengths: np.ndarray, steps: int) -> list[int]:
-    """Real tokens of each step; an even share where rows are packed first."""
-    if workload.pack is not None:
-        return [int(lengths.sum() / steps)] * steps
+def step_tokens(workload: Workload, lengths: np.ndarray, steps: list[Step]) -> list[int]:
+    """Real tokens of each step: as the contestant counted them, else those of `rows_a_step` rows after one another."""
+    counted = [step.tokens for step in steps if step.tokens is not None]
+    if len(counted) == len(steps):
+        return counted
+    assert workload.pack is None, "who packs rows must count the tokens of its steps"
     return [
         int(part.sum()) for part in np.split(lengths, range(workload.rows_a_step, len(lengths), workload.rows_a_step))
     ]
@@ -52,9 +54,9 @@ def main() -> None:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     figures = {
         "name": options.name,
-        "seconds": [seconds for seconds, _ in steps],
-        "losses": [loss for _, loss in steps],
-        "step_tokens": step_tokens(workload, lengths, len(steps)),
+        "seconds": [step.seconds for step in steps],
+        "losses": [step.loss for step in steps],
+        "step_tokens": step_tokens(workload, lengths, steps),
         "tokens": int(lengths.sum()),
         "trained_tokens": trained,
         "needed_operations": needed_operations(workload, training.config, lengths, trained).total,

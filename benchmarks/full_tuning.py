@@ -45,12 +45,12 @@ def train(variant: str, shape: str, tokens: int, steps: int, device: str) -> dic
 
     import torch
 
-    from llmtune.engine.devices import peak_memory_bytes
+    from llmtune.engine.choose_device import peak_memory_bytes
 
     return {
-        "tokens_per_second": tokens * (steps - 1) / sum(seconds for seconds, _ in results[1:]),
+        "tokens_per_second": tokens * (steps - 1) / sum(step.seconds for step in results[1:]),
         "peak_bytes": peak_memory_bytes(torch.device(device)),
-        "losses": [loss for _, loss in results],
+        "losses": [step.loss for step in results],
     }
 
 

@@ -67,7 +67,7 @@ def _steps(workload: Workload, model: GPT, rows: Rows, device: str, micro_batch:
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
-        yield time.perf_counter() - began, mean
+        yield Step(time.perf_counter() - began, mean)
 
 
 def padded(rows: Rows) -> tuple[Tensor, Tensor]:

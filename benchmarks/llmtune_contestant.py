@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from starting_point import Rows, Training, adapter_of, example_list, load_model
+from starting_point import Rows, Step, Training, adapter_of, example_list, load_model
 from workloads import Workload
 
 if TYPE_CHECKING:
@@ -62,11 +62,13 @@ def train(
     )
     lengths = np.array([len(ids) for ids, _ in rows])
     packing = "none" if workload.pack is None else "best_fit"
+    packs = plan_packs(lengths, workload.pack or int(lengths.max()), packing, None)
     windows = BatchPlan(
         example_list(rows),
-        plan_packs(lengths, workload.pack or int(lengths.max()), packing, None),
-        batch_size=workload.rows_a_step,
-        accumulation=1,
+        packs,
+        # A sequence of packed rows is a micro-batch: all those of a step together would be 65,000 tokens of 8B.
+        batch_size=workload.rows_a_step if workload.pack is None else 1,
+        accumulation=packs_a_step(len(packs), len(rows), workload),
         epochs=1,
         max_steps=None,
         shuffle_seed=None,
@@ -88,8 +90,18 @@ def train(
         devices=devices,
         max_skipped_steps=0,
     )
-    steps = ((result.step_seconds, result.train_mean_nll) for result in results)
+    steps = (Step(result.step_seconds, result.train_mean_nll, result.num_tokens) for result in results)
     return Training(model.config, steps, tuple(map(str, built.decisions)))
+
+
+def packs_a_step(packs: int, rows: int, workload: Workload) -> int:
+    """Micro-batches of a step: so many packs as hold about `rows_a_step` rows; 1 where nothing is packed.
+
+    >>> from workloads import WORKLOADS
+    >>> packs_a_step(36, 192, WORKLOADS["gpu-8b"]), packs_a_step(192, 192, WORKLOADS["lora"])
+    (3, 1)
+    """
+    return 1 if workload.pack is None else max(1, round(packs * workload.rows_a_step / rows))
 
 
 class TimedMicroBatches:

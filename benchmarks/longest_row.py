@@ -67,7 +67,7 @@ def attempt(tokens: int, limit: float, options: argparse.Namespace) -> dict[str,
     ]
     training = llmtune_contestant.train(workload, rows, options.device)
     context = _limit_device(limit) if options.device == "cuda" else 0
-    seconds, loss = list(training.steps)[-1]
+    seconds, loss, _ = list(training.steps)[-1]
     peak = (_peak_bytes(options.device) + context) / GB
     return {"peak_gb": peak, "tokens_per_second": tokens / seconds, "loss": loss, "decisions": training.decisions}
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from workloads import SCRATCH_VOCABULARY, SHAPES, Workload
@@ -29,7 +29,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # for `e
 Rows = list[tuple[np.ndarray, np.ndarray]]
 """Token ids, int32 [T], and loss weights, float32 [T], of each row."""
 
-Step = tuple[float, float]
+
+class Step(NamedTuple):
+    """One step of a contestant."""
+
+    seconds: float
+    loss: float
+    tokens: int | None = None
+    """Real tokens, where the contestant counts them."""
+
+
 """Seconds and mean loss (nats per trained token) of one step."""
 
 

@@ -40,7 +40,7 @@ def _steps(
 
         def on_log(self, *_args: object, logs: dict[str, float] | None = None, **_kwargs: object) -> None:
             if logs and "loss" in logs:
-                results.append((self.seconds, float(logs["loss"])))
+                results.append(Step(self.seconds, float(logs["loss"])))
 
     make_trainer(workload, model, rows, device, micro_batch, sft=sft, callbacks=[Clock()]).train()
     yield from results

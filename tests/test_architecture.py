@@ -67,7 +67,7 @@ LAZY_IMPORTS = {
     "* gguf": "needed only for GGUF files",
     "* safetensors": "imports torch",
     "* tokenizers": "needed only where a tokenizer is trained",
-    "engine/devices.py resource": "does not exist on Windows",
+    "engine/choose_device.py resource": "does not exist on Windows",
     "durable/tensors.py numpy": "`llmtune runs` and config errors answer without it",
     "tracking/wandb.py numpy": "only runs with wandb need it",
     "watch/ui/answers.py llmtune": "the page shows runs without torch; only a chat loads a model",

@@ -32,6 +32,7 @@ CHECKED_ELSEWHERE = {
     "scripts/test --all": "the same script with the long campaigns",
     "scripts/lint": "run by .ci/run in a fresh environment",
     "scripts/gpu": "needs a GPU",
+    "scripts/gpu --pretend": "tests/gpu/test_script.py",
     "scripts/audit": "a part of scripts/lint; tests/test_audit.py",
     "scripts/house": "tests/test_architecture.py",
     "scripts/lock": "needs the package index; tests/test_audit.py holds what it wrote",

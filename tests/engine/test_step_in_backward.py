@@ -341,7 +341,7 @@ def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
             norms.append(float(update.finish_gradients()))
             update.apply(1e-3)
             update.clear()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return (
             losses,
             norms,

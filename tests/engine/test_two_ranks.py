@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from llmtune.engine.devices import Devices, choose_device, peak_memory_bytes
+from llmtune.engine.choose_device import choose_device, peak_memory_bytes
+from llmtune.engine.devices import Devices
 from llmtune.engine.state import capture, restore
 from llmtune.errors import LlmtuneError, MachineError, Problem
 from rank_helpers import in_two_ranks

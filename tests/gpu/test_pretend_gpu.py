@@ -44,3 +44,49 @@ def test_the_laws_of_the_gpu_path_hold_on_the_pretend_gpu():
 @pytest.mark.campaign
 def test_they_hold_for_every_family_card_and_variant():
     assert passed("tests/gpu/laws", "-o", "addopts=", "-m", "campaign") >= 20
+
+
+@pytest.mark.campaign
+def test_the_tests_that_need_a_gpu_run_on_it_too():
+    """So that they cannot rot; flex attention has to be compiled for a real device."""
+    files = ("tests/kernels/test_swiglu.py", "tests/kernels/test_attention.py", "tests/engine/test_step_in_backward.py")
+    more = ("-o", "addopts=", "--import-mode=importlib", "-W", "default")
+    chosen = ("-m", "gpu", "-k", "not flex and not paged and not 8bit")
+    assert passed(*files, *more, *chosen, card="rtx4090") >= 4
+
+
+@pytest.mark.campaign
+def test_training_resuming_answering_merging_and_verifying_run_whole_on_it(tmp_path):
+    folder = tmp_path / "runs"
+
+    def llmtune(*arguments: str) -> str:
+        done = run("-m", "llmtune", *arguments, card="rtx4090", LLMTUNE_CACHE_DIR=str(tmp_path / "cache"))
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    small = ["data.max_samples=24", f"run.output_dir={folder}", "evaluation.prompts=[]", "checkpoint.every_steps=2"]
+    scratch = ["train", "-c", "test", *small, "model.name=custom-nano"]
+    said = llmtune(*scratch, "run.name=base", "training.max_steps=2")
+    assert "varlen" in said
+    base = folder / "base" / "checkpoints" / "final"
+    lora = ["train", "-c", "test", *small, f"model.name={base}", "adapter.method=lora", "adapter.r=4"]
+    for name, steps in (("whole", 4), ("stopped", 2)):
+        llmtune(
+            *lora,
+            f"run.name={name}",
+            f"training.max_steps={steps}",
+            "training.lr_schedule=constant",
+            "training.warmup_ratio=0",
+        )
+    llmtune("resume", str(folder / "stopped"), "training.max_steps=4")
+    lines = [
+        [line for line in (folder / name / "metrics.jsonl").read_text().splitlines() if '"train_mean_nll"' in line]
+        for name in ("whole", "stopped")
+    ]
+    losses = [re.findall(r'"train_mean_nll": ([\d.]+)', "\n".join(one)) for one in lines]
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1], "P2: a run stopped and resumed repeats every loss"
+    assert llmtune("generate", str(folder / "whole"), "a question").strip()
+    llmtune("merge-lora", str(folder / "whole"), "--output", str(tmp_path / "merged"))
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    llmtune("verify", "packing", "model.name=custom-nano")

@@ -271,6 +271,7 @@ def test_a_segment_mask_costs_a_few_numbers_and_is_told_from_other_masks() -> No
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own imports
 @pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize("backend", ["varlen", "flex"])
 def test_cuda_backends_equal_attention_under_the_dense_mask(backend: str, window: int | None) -> None:

@@ -185,7 +185,7 @@ def test_attention_that_lets_documents_see_each_other_is_found_out(
         segments: attention.Segments,
         params: attention.AttentionParams,
     ) -> torch.Tensor:
-        one_document = segments._replace(cu_seqlens=segments.cu_seqlens[[0, -1]])
+        one_document = attention.Segments(segments.cu_seqlens[[0, -1]], segments.max_seqlen)
         return attention._eager(query, key, value, one_document, params)
 
     monkeypatch.setitem(attention.BACKENDS, "tiles", leaking)

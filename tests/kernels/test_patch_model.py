@@ -14,7 +14,7 @@ from llmtune.kernels.patch_model import patch_model, undo_patches
 
 
 @pytest.mark.parametrize(
-    ("name", "device_type", "norms"), [("llama", "cpu", 5), ("llama", "cuda", 0), ("qwen3", "cpu", 9)]
+    ("name", "device_type", "norms"), [("llama", "cpu", 5), ("llama", "cuda", 5), ("qwen3", "cpu", 9)]
 )
 def test_everything_that_is_fused_is_told_and_undone(
     build_model: Callable[..., Any], name: str, device_type: str, norms: int

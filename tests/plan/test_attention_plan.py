@@ -82,7 +82,8 @@ def test_variable_length_attention_is_given_grouped_heads(monkeypatch):
 
     calls = []
 
-    def recorded(query, key, value, *marks, **settings):
+    def recorded(query, key, value, *marks, enable_gqa=False, **settings):
+        settings["enable_gqa"] = enable_gqa
         calls.append((tuple(query.shape), tuple(key.shape), tuple(value.shape), marks[2:], settings))
         return query
 

@@ -175,7 +175,7 @@ def test_q8_memory_that_runs_out_while_weights_are_read_is_not_blamed_on_the_mod
 def test_q8_a_cuda_device_that_is_full_is_one_message_with_the_device_and_three_edits(config_of, tmp_path):  # noqa: F811
     """A micro-batch of 65,536 rows of this model needs more than any device has."""
     rows = tmp_path / "many.jsonl"
-    talk = {"messages": [{"role": "user", "content": "words"}, {"role": "assistant", "content": " ".join(["90"] * 80)}]}
+    talk = {"messages": [{"role": "user", "content": "words"}, {"role": "assistant", "content": " ".join(["90"] * 70)}]}
     rows.write_text((json.dumps(talk) + "\n") * 65536)
     huge = (
         "model.name=custom-large",

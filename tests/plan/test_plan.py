@@ -383,11 +383,10 @@ def test_an_unknown_device_is_refused_with_those_that_are_known():
 
 
 def test_t4_has_no_bf16():
-    """Training on it chooses fp32 too (`choose_precision`); fp16 has to be configured."""
+    """An adapter takes fp16 there, full tuning fp32, as `choose_precision` says on the card itself."""
     from llmtune.plan.hardware import precision_on
 
-    config = load_config(None, overrides=["training.precision=auto"], environ={}).config
-    assert (precision_on(find_target("t4"), config.training), precision_on(find_target("l4"), config.training)) == (
-        "fp32",
-        "bf16",
-    )
+    full = load_config(None, overrides=["training.precision=auto"], environ={}).config
+    lora = load_config(None, overrides=["training.precision=auto", "adapter.method=lora"], environ={}).config
+    assert [precision_on(find_target("t4"), one) for one in (full, lora)] == ["fp32", "fp16"]
+    assert [precision_on(find_target("l4"), one) for one in (full, lora)] == ["bf16", "bf16"]

@@ -116,28 +116,25 @@ def _versions() -> list[Finding]:
 def _devices() -> list[Finding]:
     import torch
 
+    from llmtune.cli.doctor_gpu import gpu_findings
     from llmtune.plan.hardware import attainable_bytes
 
     memory = readable_bytes(attainable_bytes())
     findings = [Finding("cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory} free")]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            free, total = torch.cuda.mem_get_info(index)
-            memory = f"{readable_bytes(free)} of {readable_bytes(total)} free"
-            findings.append(Finding(f"cuda:{index}", "ok", f"{torch.cuda.get_device_name(index)}, {memory}"))
-    else:
-        fix = "training runs on the CPU; for a GPU, install its driver and a CUDA build of torch"
-        findings.append(Finding("cuda", "warn", "no CUDA device", fix))
-    return findings
+    return [*findings, *(Finding(*finding) for finding in gpu_findings())]
 
 
 def _arithmetic() -> list[Finding]:
     import torch
 
-    from llmtune.engine.devices import choose_device
+    from llmtune.engine.choose_device import choose_device
     from llmtune.engine.precision import choose_precision
 
-    choice = choose_precision(choose_device()[0])
+    try:
+        device, _ = choose_device()
+    except LlmtuneError as error:  # said above
+        return [Finding("precision", "bad", "no device is chosen", error.problems[0].fix or "")]
+    choice = choose_precision(device)
     amx = "has" if torch.cpu._is_amx_tile_supported() else "has no"
     return [Finding("precision", "ok", f"auto takes {choice.value}: {choice.reason}; this CPU {amx} AMX tiles")]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmtune.common.text import excerpt, is_text
 from llmtune.common.threads import limit_spinning
-from llmtune.engine.allocator import bound_kernel_caches, tune_allocator
+from llmtune.engine.allocator import bound_kernel_caches, grow_segments, tune_allocator
 from llmtune.errors import MachineError, UsageError
 
 __all__ = [
@@ -39,6 +39,7 @@ def prepare_process(*, trains: bool = False) -> None:
     # Before torch is imported: OpenMP reads its variables when it is loaded.
     limit_spinning()
     bound_kernel_caches()
+    grow_segments()
     if trains:
         tune_allocator()
     # Its threads do not survive the fork of a data worker, and it warns at each one.

@@ -437,6 +437,10 @@ class TrainingConfig:
     compile: bool = False
     """Compile each decoder block with torch.compile."""
 
+    deterministic: bool = False
+    """On a GPU, take only kernels that add in a fixed order, so that the same training repeats every bit; slower. A CPU
+    does so in any case."""
+
     engine: Literal["auto", "plain"] = "auto"
     """`auto` uses the fast paths that are proven equal here; `plain` the library's own forward on padded batches."""
 

@@ -44,6 +44,9 @@ KEPT = (1 << 31) - 1
 _tuned: list[int] = []
 """The largest blocks asked for of glibc's allocator so far; empty where it was not tuned."""
 
+CUDA_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables of torch's CUDA allocator, the newer name first."""
+
 KERNEL_CACHES = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "96"}
 """Kernels that torch's CPU library keeps, for each of its two caches. Each shape of a product has a kernel of its own,
 and a micro-batch's are used in every layer, so these hold them. More (1,024 of each, as found) grow with every new
@@ -67,6 +70,26 @@ def bound_kernel_caches() -> None:
     for name, value in KERNEL_CACHES.items():
         # Through the environment, because torch has no function for them.
         os.environ.setdefault(name, value)
+
+
+def grow_segments() -> None:
+    """Have torch's CUDA allocator grow its segments in place of adding others; before torch is imported.
+
+    A setting of the environment is left alone, and WSL, whose driver refuses it (pytorch issue 192330).
+    """
+    if not is_wsl() and not any(name in os.environ for name in CUDA_ALLOCATOR_SETTINGS):
+        os.environ[CUDA_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+
+
+def has_expandable_segments() -> bool:
+    """Whether the CUDA allocator of this process grows its segments, or would where `grow_segments` is called."""
+    settings = [os.environ[name] for name in CUDA_ALLOCATOR_SETTINGS if name in os.environ]
+    return any("expandable_segments:True" in one for one in settings) if settings else not is_wsl()
+
+
+def is_wsl() -> bool:
+    """Whether this is Linux inside Windows."""
+    return "microsoft" in platform.release().lower()
 
 
 def tune_allocator(*, largest_block: int = LARGEST_BLOCK) -> Decision:

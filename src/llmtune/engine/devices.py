@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -21,11 +20,12 @@ from torch.distributed.rendezvous import rendezvous
 from llmtune.common.decisions import Decision
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
+from llmtune.engine.choose_device import choose_device
 from llmtune.engine.rank_messages import RankMessages, lost_ranks_noticed
 from llmtune.engine.rank_watch import watch_ranks
 from llmtune.errors import ConfigError, MachineError, Problem
 
-__all__ = ["Devices", "check_distribution", "choose_device", "open_devices", "peak_memory_bytes"]
+__all__ = ["Devices", "check_distribution", "open_devices"]
 
 T = TypeVar("T")
 
@@ -231,35 +231,6 @@ def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
         buckets[-1].append(parameter)
         size += parameter.numel() * parameter.element_size()
     return buckets
-
-
-def choose_device(*, no_cuda: bool = False, local_rank: int = 0) -> tuple[torch.device, Decision]:
-    """Choose this process's GPU, or the CPU where there is none or `no_cuda` is set, with the reason.
-
-    Raises MachineError where there are GPUs, and fewer than processes.
-    """
-    if no_cuda:
-        return torch.device("cpu"), Decision("device", "cpu", "--no-cuda was given")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise MachineError(
-                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}",
-                where="distributed",
-                fix="start as many processes as there are GPUs, or say --no-cuda",
-            )
-        device = torch.device("cuda", local_rank)
-        return device, Decision("device", str(device), torch.cuda.get_device_name(device))
-    return torch.device("cpu"), Decision("device", "cpu", "no CUDA device was found")
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Give the most memory held so far: bytes of tensors on a GPU, resident bytes of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 STRATEGIES = ("auto", "ddp", "fsdp")

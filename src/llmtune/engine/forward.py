@@ -9,8 +9,10 @@ Shapes: T tokens of a row, N trained tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,15 +137,23 @@ def _choose_engine(
     reason_against = _reason_for_plain_engine(model, config)
     failures: list[str] = [] if reason_against is None else [reason_against]
     backends = () if failures else _backends(attention, device, precision)
-    for backend in backends:
+    # On a GPU each backend is tried with the device's kernels for other parts, and without them.
+    patched: Counter[str] = Counter()
+    kernels = (True, False) if device.type == "cuda" and not is_compiled else (True,)
+    for backend, with_kernels in product(backends, kernels):
         # The compiler fuses the library's own operations, so it gets the modules as they are.
-        lora_layers = 0 if is_compiled else patch_model(base, device.type)["LoRA"]
+        counts = Counter() if is_compiled else patch_model(base, device.type, kernels=with_kernels)
+        if not with_kernels and counts == patched:
+            undo_patches(base)
+            continue  # the model has no part with such a kernel
+        patched = counts
         failure = try_backend(model, backend, device, precision, strategy)
         if failure is None:
-            decisions = _lora_decision(lora_layers) + decisions + (compile_blocks(base) if is_compiled else ())
+            decisions = _patch_decisions(counts, device) + decisions
+            decisions += compile_blocks(base) if is_compiled else ()
             return _flat_engine(model, backend, device, attention, decisions, failures)
         undo_patches(base)
-        failures.append(f"{backend}: {failure}")
+        failures.append(f"{backend}{'' if with_kernels else ' without kernels for norms'}: {failure}")
     decisions += compile_blocks(base) if is_compiled else ()
     return _plain_engine(model, attention, "; ".join(failures), decisions)
 
@@ -158,16 +168,15 @@ def _reason_for_plain_engine(model: PreTrainedModel | PeftModel, config: Config)
     return None
 
 
-def _lora_decision(layers: int) -> tuple[Decision, ...]:
-    if not layers:
-        return ()
-    return (
-        Decision(
-            "adapter.engine",
-            "fused",
-            f"{layers} LoRA layers add their update inside the frozen product and keep only their input",
-        ),
-    )
+def _patch_decisions(counts: Counter[str], device: torch.device) -> tuple[Decision, ...]:
+    decisions = []
+    if layers := counts["LoRA"]:
+        reason = f"{layers} LoRA layers add their update inside the frozen product and keep only their input"
+        decisions.append(Decision("adapter.engine", "fused", reason))
+    if (norms := counts["RMS norm"]) and device.type == "cuda":
+        reason = f"{norms} norms in torch's fused kernel, one pass over memory each way; rounded once, not twice"
+        decisions.append(Decision("training.kernels", "RMS norm", reason))
+    return tuple(decisions)
 
 
 def checkpoint_blocks(base: PreTrainedModel) -> tuple[Decision, ...]:

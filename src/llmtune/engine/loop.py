@@ -15,7 +15,8 @@ from typing import TypedDict
 import torch
 
 from llmtune.data.dataset.batches import Window
-from llmtune.engine.devices import Devices, peak_memory_bytes
+from llmtune.engine.choose_device import peak_memory_bytes
+from llmtune.engine.devices import Devices
 from llmtune.engine.divergence import half_updated, rows_of_non_finite_losses, too_many_skipped
 from llmtune.engine.objective import Objective
 from llmtune.engine.precision import Precision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
@@ -12,7 +13,7 @@ from llmtune.common.decisions import Decision
 from llmtune.engine.sharding import full_tensor
 from llmtune.errors import ConfigError
 
-__all__ = ["Precision", "PrecisionName", "choose_precision"]
+__all__ = ["Precision", "PrecisionName", "choose_precision", "fixed_order_of_sums", "gpu_without_bf16", "without_tf32"]
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
@@ -104,13 +105,19 @@ class Precision:
             self._good_steps = int(state["good_steps"])
 
 
-def choose_precision(device: torch.device) -> Decision:
-    """Answer `training.precision: auto`: bf16 where the hardware multiplies it natively, else fp32."""
+def choose_precision(device: torch.device, *, has_adapter: bool = False) -> Decision:
+    """Answer `training.precision: auto`: bf16 where the hardware multiplies it natively, else fp32.
+
+    A GPU without bf16 takes fp16 where only an adapter is trained.
+    """
     key = "training.precision"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Decision(key, "bf16", f"{name} multiplies bf16 natively")
+        if gpu_without_bf16(has_adapter=has_adapter) == "fp16":
+            reason = f"{name} has no native bf16, and multiplies fp16 several times faster than fp32"
+            return Decision(key, "fp16", f"{reason}; the trained weights stay float32")
         return Decision(key, "fp32", f"{name} has no native bf16; fp16 is faster there if you ask for it")
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
@@ -119,3 +126,31 @@ def choose_precision(device: torch.device) -> Decision:
             return Decision(key, "bf16", f"this CPU multiplies bf16 natively ({units[0]})")
         return Decision(key, "fp32", "this CPU has no native bf16 multiplication")
     return Decision(key, "fp32", f"bf16 on {device.type} is not verified")
+
+
+def gpu_without_bf16(*, has_adapter: bool) -> PrecisionName:
+    """The arithmetic of a GPU before Ampere: fp16 for an adapter, whose frozen base is held in 16 bits anyway."""
+    return "fp16" if has_adapter else "fp32"
+
+
+def fixed_order_of_sums(device: torch.device) -> Decision:
+    """Take only kernels that add in a fixed order from here on, in this process (`training.deterministic`)."""
+    key = "training.deterministic"
+    if device.type != "cuda":
+        return Decision(key, True, f"asked for: sums on this {device.type} have a fixed order in any case")
+    # cuBLAS reads it with its first product; of several workspaces it may take another one each time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Warnings and not errors: the loss adds one number a row (`scatter_add`), for which there is no such kernel and
+    # whose order cannot matter.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # That costs a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return Decision(key, True, "asked for: attention's backward pass and others add in a fixed order, and take longer")
+
+
+def without_tf32(device: torch.device, precision: PrecisionName) -> list[Decision]:
+    """Say that float32 products keep their 24 bits, where a GPU could round their inputs to TF32's 11."""
+    if precision != "fp32" or device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return []
+    reason = "fp32 was asked for, and TF32 rounds the inputs of products to 11 bits; bf16 is faster than either"
+    return [Decision("training.precision.tf32", False, reason)]

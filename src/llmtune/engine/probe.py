@@ -32,7 +32,7 @@ from llmtune.models.parameters import base_model_of, eval_mode
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["MODEL_ERRORS", "try_backend"]
+__all__ = ["MODEL_ERRORS", "PROBE_ERRORS", "try_backend"]
 
 LENGTHS = {"cpu": (7, 12, 5), "cuda": (7, 300, 5)}
 """Tokens of the probe's documents: of different lengths, so that a shifted position or boundary changes the loss."""
@@ -55,11 +55,12 @@ MODEL_ERRORS = (
     AttributeError,
     IndexError,
     KeyError,
+    ArithmeticError,
     AssertionError,
 )
 """Errors of a model's own code on an input it was not written for."""
 
-PROBE_ERRORS = (*MODEL_ERRORS, ImportError, OSError, subprocess.SubprocessError)
+PROBE_ERRORS = (*MODEL_ERRORS, MemoryError, ImportError, OSError, subprocess.SubprocessError)
 """Errors of a model that does not take flat rows, or of a kernel that cannot be built or started here."""
 
 

@@ -16,7 +16,8 @@ from llmtune.adapters.load import load_adapter
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, DataConfig, ModelConfig
 from llmtune.data.rendering.renderer import Renderer
-from llmtune.engine.devices import choose_device
+from llmtune.engine.choose_device import choose_device
+from llmtune.engine.precision import choose_precision
 from llmtune.errors import ModelError
 from llmtune.models.catalog import resolve, resolve_model_argument
 from llmtune.models.catalog_entry import ModelSource
@@ -170,7 +171,9 @@ def _load_model(
     seed: int = 0,
 ) -> LoadedModel:
     # float32 on a CPU; a GPU multiplies 16 bits fastest, and nothing here is trained.
-    precision = "fp32" if device.type == "cpu" else "bf16"
+    precision = "fp32"
+    if device.type != "cpu":
+        precision = str(choose_precision(device, has_adapter=True).value)
     return load_model(
         source, model_config, tokenizer=tokenizer, device=device, trained="adapter", precision=precision, seed=seed
     )

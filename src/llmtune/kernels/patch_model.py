@@ -10,7 +10,7 @@ from torch import nn
 
 from llmtune.kernels.lora import FusedLora, group_shared_inputs, is_plain_lora
 from llmtune.kernels.patching import patch, unpatch
-from llmtune.kernels.rms_norm import FusedRmsNorm, is_rms_norm, mark_norms_before_products
+from llmtune.kernels.rms_norm import FusedRmsNorm, KernelRmsNorm, is_rms_norm, mark_norms_before_products
 from llmtune.kernels.swiglu import FusedSwiglu, is_swiglu
 
 __all__ = ["PATCHES", "Patch", "patch_model", "undo_patches"]
@@ -30,13 +30,18 @@ class Patch(NamedTuple):
     """Called with every module of the model: sets on its patched children what depends on their parent."""
     attribute: str | None = None
     """The attribute that `connect` sets on patched modules."""
+    is_kernel: bool = False
+    """It calls a kernel of the device that may be missing or wrong there; the engine tries without it then."""
 
 
-def patch_model(model: nn.Module, device_type: str) -> Counter[str]:
-    """Give the modules of the table their fast form; returns how many of each kind. Undo with `undo_patches`."""
+def patch_model(model: nn.Module, device_type: str, *, kernels: bool = True) -> Counter[str]:
+    """Give the modules of the table their fast form; returns how many of each kind. Undo with `undo_patches`.
+
+    kernels: also those that call a kernel of the device.
+    """
     counts: Counter[str] = Counter()
     for row in PATCHES:
-        if row.only_on not in (None, device_type):
+        if row.only_on not in (None, device_type) or (row.is_kernel and not kernels):
             continue
         modules = [module for module in model.modules() if row.matches(module)]
         for module in modules:
@@ -58,7 +63,7 @@ def undo_patches(model: nn.Module) -> None:
 
 PATCHES = (
     Patch("SwiGLU", is_swiglu, FusedSwiglu),
-    # Written for the kernels of a CPU; on a GPU it has never been measured.
     Patch("RMS norm", is_rms_norm, FusedRmsNorm, "cpu", mark_norms_before_products, "rounds_output"),
+    Patch("RMS norm", is_rms_norm, KernelRmsNorm, "cuda", mark_norms_before_products, "rounds_output", is_kernel=True),
     Patch("LoRA", is_plain_lora, FusedLora, None, group_shared_inputs, "group"),
 )

@@ -19,7 +19,7 @@ from llmtune.kernels.autograd import Context
 from llmtune.kernels.patching import original_class_name
 from llmtune.kernels.recompute import mark_recomputable
 
-__all__ = ["FusedRmsNorm", "is_rms_norm", "mark_norms_before_products"]
+__all__ = ["FusedRmsNorm", "KernelRmsNorm", "is_rms_norm", "mark_norms_before_products"]
 
 
 def _scale_rows(x: Tensor, factor: Tensor) -> Tensor:
@@ -102,6 +102,93 @@ class FusedRmsNorm:
         return mark_recomputable(output, partial(_normalize, dtype=dtype), hidden_states, inverse_rms, self.weight)
 
 
+# ---- on CUDA: torch's own kernel ----
+
+
+def _kernel(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):  # which would widen all of it to float32
+        return torch.ops.aten._fused_rms_norm(x, [x.shape[-1]], weight, eps)
+
+
+def _kernel_backward(
+    grad: Tensor, x: Tensor, inverse_rms: Tensor, weight: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        grad_x, grad_weight = torch.ops.aten._fused_rms_norm_backward(
+            grad.contiguous(), x, [x.shape[-1]], inverse_rms, weight, [True, needs_weight]
+        )
+    return grad_x, grad_weight if needs_weight else weight.new_empty(0)
+
+
+def _shapes(x: Tensor, _weight: Tensor, _eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+def _shapes_backward(
+    _grad: Tensor, x: Tensor, _inverse_rms: Tensor, weight: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), weight.new_empty(weight.shape if needs_weight else 0)
+
+
+# Operators of their own: a build of torch without CUDA takes torch's apart into single operations, and a memory plan
+# made there would count those.
+OPERATORS = torch.library.Library("llmtune", "DEF")
+OPERATORS.define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
+OPERATORS.define(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor inverse_rms, Tensor weight, bool needs_weight) -> (Tensor, Tensor)"
+)
+for _key, _forward, _backward in (("CUDA", _kernel, _kernel_backward), ("Meta", _shapes, _shapes_backward)):
+    OPERATORS.impl("rms_norm", _forward, _key)
+    OPERATORS.impl("rms_norm_backward", _backward, _key)
+
+
+def _normalize_by_kernel(x: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype | None) -> Tensor:
+    output: Tensor = torch.ops.llmtune.rms_norm(x, weight, eps)[0]
+    return output if dtype is None else output.to(dtype)
+
+
+class _KernelRmsNorm(torch.autograd.Function):
+    """y = round(w x / rms(x)) by torch's kernel: rounded once, where the library rounds before the weight too."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None) -> Tensor:
+        x = x.contiguous()
+        output, inverse_rms = torch.ops.llmtune.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, inverse_rms, weight)
+        return output if dtype is None else output.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
+        x, inverse_rms, weight = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[1]
+        grad_x, grad_weight = torch.ops.llmtune.rms_norm_backward(
+            grad.to(x.dtype), x, inverse_rms, weight, needs_weight
+        )
+        return grad_x, grad_weight if needs_weight else None, None, None
+
+
+class KernelRmsNorm:
+    """Mixin for a model's RMS norm on a CUDA device: torch's fused kernel, which passes over memory once."""
+
+    weight: Tensor
+    variance_epsilon: float
+    rounds_output: bool = False
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last dimension, [..., E] -> [..., E].
+
+        y = w x / sqrt(mean(x^2) + eps) (arXiv:1910.07467)
+        """
+        if self.weight.dtype != hidden_states.dtype:
+            return super().forward(hidden_states)  # type: ignore[misc, no-any-return]
+        device_type = hidden_states.device.type
+        is_rounded = self.rounds_output and torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if is_rounded else None
+        output = _KernelRmsNorm.apply(hidden_states, self.weight, self.variance_epsilon, dtype)
+        again = partial(_normalize_by_kernel, eps=self.variance_epsilon, dtype=dtype)
+        return mark_recomputable(output, again, hidden_states, self.weight)
+
+
 def is_rms_norm(module: nn.Module) -> bool:
     """Whether the module is an RMS norm with exactly this arithmetic."""
     return type(module).__name__ in NORMS
@@ -110,7 +197,7 @@ def is_rms_norm(module: nn.Module) -> bool:
 def mark_norms_before_products(parent: nn.Module) -> None:
     """Have those of its fused norms round their output whose output is used only as the input of linear layers."""
     for name, child in parent.named_children():
-        if isinstance(child, FusedRmsNorm) and name in BEFORE_PRODUCTS:
+        if isinstance(child, (FusedRmsNorm, KernelRmsNorm)) and name in BEFORE_PRODUCTS:
             child.rounds_output = original_class_name(child) not in MIXTURE_NORMS
 
 

@@ -128,7 +128,7 @@ class Forecaster:
     @cached_property
     def precision(self) -> str:
         """The arithmetic on the target: fp32, bf16 or fp16."""
-        return precision_on(self.target, self.config.training)
+        return precision_on(self.target, self.config)
 
     @cached_property
     def process_bytes(self) -> int:

@@ -12,10 +12,10 @@ import psutil
 import torch
 from torch import nn
 
-from llmtune.config.schema import TrainingConfig
+from llmtune.config.schema import Config
 from llmtune.engine.allocator import release_free_memory
-from llmtune.engine.devices import choose_device
-from llmtune.engine.precision import choose_precision
+from llmtune.engine.choose_device import choose_device
+from llmtune.engine.precision import choose_precision, gpu_without_bf16
 from llmtune.errors import UsageError
 
 __all__ = ["GPUS", "Target", "attainable_bytes", "find_target", "precision_on", "process_bytes", "resident_bytes"]
@@ -71,16 +71,17 @@ def _local_target(*, no_cuda: bool) -> Target:
     # What torch has reserved is not free for the driver, but it is for the training of this process.
     usable = min(total, free + torch.cuda.memory_reserved(device))
     name = torch.cuda.get_device_name(device)
-    return Target(name, "cuda", usable, torch.cuda.is_bf16_supported(), is_local=True)
+    return Target(name, "cuda", usable, torch.cuda.is_bf16_supported(including_emulation=False), is_local=True)
 
 
-def precision_on(target: Target, training: TrainingConfig) -> str:
-    """The arithmetic of a training on `target`: as configured, else bf16 where the device multiplies it natively."""
-    if training.precision != "auto":
-        return training.precision
+def precision_on(target: Target, config: Config) -> str:
+    """The arithmetic of a training on `target`: as configured, else what `choose_precision` says for it."""
+    if config.training.precision != "auto":
+        return config.training.precision
+    has_adapter = config.adapter.method != "none"
     if target.kind == "cpu" or target.is_local:
-        return str(choose_precision(torch.device(target.kind)).value)
-    return "bf16" if target.has_bf16 else "fp32"
+        return str(choose_precision(torch.device(target.kind), has_adapter=has_adapter).value)
+    return "bf16" if target.has_bf16 else gpu_without_bf16(has_adapter=has_adapter)
 
 
 def resident_bytes() -> int:

@@ -93,7 +93,8 @@ def _resolve_objective(config: Config) -> tuple[ObjectiveConfig, list[Decision]]
 def _precision_decision(forecaster: Forecaster) -> Decision:
     target = forecaster.target
     if target.kind == "cpu" or target.is_local:
-        return choose_precision(torch.device(target.kind))
+        has_adapter = forecaster.config.adapter.method != "none"
+        return choose_precision(torch.device(target.kind), has_adapter=has_adapter)
     native = "multiplies bf16 natively" if target.has_bf16 else "has no native bf16"
     return Decision("training.precision", forecaster.precision, f"{target.name} {native}")
 

@@ -135,6 +135,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("config.training.gradient_accumulation_steps", Effect.ROUNDING),
     ("config.training.engine", Effect.ROUNDING),
     ("config.training.compile", Effect.ROUNDING),
+    ("config.training.deterministic", Effect.ROUNDING),
     ("config.training.step_in_backward", Effect.ROUNDING),  # the same update; windows may be cut otherwise on a CPU
     ("config.training.max_minutes", Effect.HARMLESS),
     ("config.training.max_skipped_steps", Effect.HARMLESS),

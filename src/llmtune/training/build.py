@@ -26,7 +26,7 @@ from llmtune.engine.forward import Engine, build_engine
 from llmtune.engine.neftune import Neftune
 from llmtune.engine.objective import Objective, next_token_objective
 from llmtune.engine.optim import Optimizer, build_optimizer, learning_rate_scales, matrices_of_blocks
-from llmtune.engine.precision import Precision
+from llmtune.engine.precision import Precision, PrecisionName, fixed_order_of_sums, without_tf32
 from llmtune.engine.schedule import schedule_of
 from llmtune.engine.sharding import Strategy, make_strategy
 from llmtune.engine.update import StepAfterBackward, StepInBackward, Update, choose_windows
@@ -197,10 +197,12 @@ def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
     # NumPy takes 32 bits only.
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    decisions = [fixed_order_of_sums(devices.device)] if config.training.deterministic else []
+    decisions += without_tf32(devices.device, cast("PrecisionName", config.training.precision))
     # Whoever recomputes blocks is short of memory; see LEAN_LARGEST_BLOCK for what it costs others.
     if config.model.recomputes and devices.device.type == "cpu":
-        return [*spinning_in_force(), tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
-    return [*spinning_in_force(), *allocator_in_force()]
+        return [*decisions, *spinning_in_force(), tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]
+    return [*decisions, *spinning_in_force(), *allocator_in_force()]
 
 
 def _control_tokens(prepared: Prepared) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from llmtune.common.printing import PrintLine
 from llmtune.engine.allocator import release_free_memory
-from llmtune.engine.devices import peak_memory_bytes
+from llmtune.engine.choose_device import peak_memory_bytes
 from llmtune.engine.divergence import non_finite_parameters
 from llmtune.engine.loop import StepResult, train_steps
 from llmtune.engine.schedule import interval, is_due

@@ -38,6 +38,7 @@ def verify_resume(
     """
     shared = [*overrides, f"training.max_steps={steps}", f"run.output_dir={folder}", "tracking.trackers=[jsonl]"]
     shared += [f"checkpoint.every_steps={max(1, steps // 4)}", "checkpoint.keep_last=0", "evaluation.prompts=[]"]
+    shared.append("training.deterministic=true")  # on a GPU two equal trainings differ without it
     train = ["train", *(["--config", config] if config else [])]
     print_line(f"training {steps} steps without a stop")
     _run([*train, *shared, "run.name=whole"])

@@ -37,7 +37,7 @@ def test_offload_with_copies_that_arrive_late_repeats_every_bit_of_recomputation
     assert same(offloaded, recomputed)
     # The tester is tested: without the wait the backward pass reads what has not arrived.
     monkeypatch.setattr(HostStore, "_wait", lambda _store, _stored: None)
-    with pytest.raises(DivergedError, match="nan"):
+    with pytest.raises(DivergedError, match="nan"):  # what fresh memory of the pretend device holds
         train_on(recompute="offload")
 
 

@@ -20,6 +20,8 @@ LIBRARY = library.load()
 import torch  # noqa: E402 - only now
 import torch.utils._device  # noqa: E402
 from pretend.card import CARDS, Card  # noqa: E402
+from torch.overrides import _get_current_function_mode_stack  # noqa: E402
+from torch.utils._device import DeviceContext  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
 CONTEXT_BYTES = 600 << 20
@@ -226,10 +228,13 @@ def _tensor(real: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         requires_grad: bool = False,
         **options: object,
     ) -> torch.Tensor:
-        if device is None or torch.device(device).type != "cuda":
+        if device is None:  # `with torch.device(...)` names it
+            modes = _get_current_function_mode_stack()
+            device = next((mode.device for mode in reversed(modes) if isinstance(mode, DeviceContext)), "cpu")
+        if torch.device(device).type != "cuda":
             return real(data, dtype=dtype, device=device, requires_grad=requires_grad, **options)
         with outside_modes():
-            host = real(data, dtype=dtype)
+            host = real(data, dtype=dtype, device="cpu")
         return host.to(device).requires_grad_(requires_grad)
 
     return tensor

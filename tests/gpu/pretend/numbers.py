@@ -113,6 +113,20 @@ def _histogram(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return torch.histc(x.float(), *args, **kwargs).to(x.dtype)  # of integers, which the host's operator refuses
 
 
+def _rms_norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, inverse_rms: torch.Tensor, weight: torch.Tensor, needs_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normed, scaled = x.float() * inverse_rms, grad.float() * weight.float()
+    grad_x = inverse_rms * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    grad_weight = (grad.float() * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    return grad_x.to(x.dtype), grad_weight if needs_weight else weight.new_empty(0)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    inverse_rms = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (x.float() * inverse_rms * weight.float()).to(x.dtype), inverse_rms
+
+
 TWINS: dict[Any, Callable[..., Any]] = {
     torch.ops.torch_attn._varlen_attn.default: varlen.forward,
     torch.ops.torch_attn._varlen_attn_backward.default: varlen.backward,
@@ -124,6 +138,14 @@ WAITING = {
     **{one: str(one) for one in (aten.nonzero.default, aten.equal.default, aten.masked_select.default)},
 }
 """Operators whose result's shape or value the host must know."""
+EMPTY = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+"""Operators whose result holds what the memory held before: here NaN, so that reading it too early shows."""
 HOST_INDICES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 """Operators that accept indices on the host."""
 
@@ -146,6 +168,8 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             DEVICE.wait(WAITING[func])
             run_pending()
     result = TWINS.get(func, func)(*host_args, **host_kwargs)
+    if func in EMPTY and to_device and result.is_floating_point():
+        result.fill_(float("nan"))
     if func is aten._to_copy.default and result is host_args[0]:
         result = result.clone()
     return _on_device(result, on_device) if to_device else result
@@ -234,6 +258,10 @@ class Numbers(TorchDispatchMode):
 def machine(card: str = "rtx4090", pinned_limit: int = 2**63) -> Iterator[Device]:
     """A process with that card, whose tensors have numbers."""
     PENDING.clear()
+    import llmtune.kernels.rms_norm  # noqa: F401 - registers its operators; not earlier, since pytest wants to rewrite what it imports
+
+    TWINS.setdefault(torch.ops.llmtune.rms_norm.default, _rms_norm)
+    TWINS.setdefault(torch.ops.llmtune.rms_norm_backward.default, _rms_norm_backward)
     with cuda_of(card, LateStream, pinned_limit) as device:
         device.default_stream = device.stream = ComputingStream()
         torch.__future__.set_overwrite_module_params_on_conversion(

@@ -1,0 +1,185 @@
+"""Tokens a second of a GPU at best, counted and not measured: `python benchmarks/roofline.py [--card h100] [...]`.
+
+The engine itself runs one micro-batch, forward and backward, on tensors that have a shape and no values. Each operation
+takes the longest of its arithmetic at the card's rate of products, its bytes at the card's bandwidth, and 2 us. Nothing
+waits for the host, so a real card reaches less: most where models are small. The count needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from workloads import SHAPES
+
+from llmtune.adapters.attach import attach_adapter
+from llmtune.config.schema import AdapterConfig
+from llmtune.kernels.chunks import every_chunk
+from llmtune.kernels.patch_model import patch_model
+from llmtune.plan import activation_trace
+from llmtune.plan.activation_trace import TRACED_BLOCKS, MicroBatchShape
+
+aten = torch.ops.aten
+
+CARDS = {
+    "t4": (65e12 * 0.6, 320e9 * 0.8),
+    "rtx3090": (71e12 * 0.9, 936e9 * 0.85),
+    "rtx4090": (165e12 * 0.9, 1008e9 * 0.88),
+    "a100-80": (312e12 * 0.85, 2039e9 * 0.85),
+    "h100": (700e12, 3350e9 * 0.85),
+    "h200": (790e12, 4800e9 * 0.85),
+}
+"""Operations a second of large bf16 products and bytes a second of memory: parts of the data sheets' that good kernels
+reach. """
+
+LEAST_S = 2e-6
+"""Seconds of the smallest kernel."""
+
+ATTENTION = {"_varlen_attn": (2, 0.55), "_varlen_attn_backward": (5, 0.45)}
+"""Products of flash attention's two passes, and the part of the rate of products that they reach."""
+
+FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "set_", "_unsafe_view", "_reshape_alias")
+
+
+@dataclass
+class Count:
+    """Seconds, bytes and operations, of products, attention and everything else."""
+
+    product_s: float = 0.0
+    attention_s: float = 0.0
+    other_s: float = 0.0
+    other_bytes: float = 0.0
+    operations: float = 0.0
+
+    def line(self, larger: Count, blocks: int) -> Count:
+        """The count of a model of so many blocks, from those of TRACED_BLOCKS (this one) and of one more."""
+        more = blocks - TRACED_BLOCKS
+        return Count(**{name: one + more * (getattr(larger, name) - one) for name, one in vars(self).items()})
+
+    @property
+    def seconds(self) -> float:
+        """All of it, one after the other."""
+        return self.product_s + self.attention_s + self.other_s
+
+
+class Meter(TorchDispatchMode):
+    """Counts every operation that runs under it."""
+
+    def __init__(self, card: str, lengths: Sequence[int]) -> None:
+        super().__init__()
+        self.matmul, self.bandwidth = CARDS[card]
+        self.lengths = lengths
+        self.count = Count()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._add(func, args, kwargs or {}, result)
+        return result
+
+    def _add(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        name = func._schema.name.split("::")[1]
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if not written or name.startswith(FREE) or _is_view(func):
+            return
+        moved = sum(map(_bytes, read)) + sum(map(_bytes, written))
+        if name in ATTENTION:
+            products, share = ATTENTION[name]
+            query = args[0] if name == "_varlen_attn" else args[1]
+            scores = sum(length * length / 2 for length in self.lengths)
+            work = products * 2 * query.shape[1] * query.shape[2] * scores
+            self.count.attention_s += max(work / (share * self.matmul), moved / self.bandwidth)
+        elif work := _work(func, args, kwargs, result):
+            self.count.product_s += max(work / self.matmul, moved / self.bandwidth, LEAST_S)
+        else:
+            self.count.other_s += max(moved / self.bandwidth, LEAST_S)
+            self.count.other_bytes += moved
+        self.count.operations += 1
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation only describes the memory of its input anew."""
+    return any(one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    size = tensor.numel() * tensor.element_size()
+    return min(size, tensor.untyped_storage().nbytes()) if 0 in tensor.stride() else size
+
+
+def _work(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> float:
+    packet = aten.addmm if func is aten.addmm_.default else func._overloadpacket
+    if packet not in flop_registry:
+        return 0.0
+    options = {key: value for key, value in kwargs.items() if key not in ("beta", "alpha")}
+    return float(flop_registry[packet](*args, **options, out_val=result))
+
+
+def build(shape: str, blocks: int) -> Any:
+    """A LoRA of rank 16 on all linear layers of a model in bf16, without values."""
+    config = transformers.LlamaConfig(**{**SHAPES[shape], "num_hidden_layers": blocks})
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return attach_adapter(model, AdapterConfig(method="lora", r=16, alpha=32.0), seed=0)[0]
+
+
+def count(
+    card: str, shape: str, lengths: Sequence[int], *, recompute: bool, kernels: bool, trained: float = 0.8
+) -> Count:
+    """Count one micro-batch of these documents, `trained` of whose tokens carry loss."""
+    batch = MicroBatchShape(tuple(lengths), round(trained * sum(lengths)), "flat")
+    patches: list[tuple[str, Callable[..., object]]] = [("representative_chunks", every_chunk)]
+    if not kernels:
+        patches.append(("patch_model", partial(patch_model, kernels=False)))
+
+    def of_blocks(blocks: int) -> Count:
+        with ExitStack() as stack:
+            for name, value in patches:
+                stack.enter_context(mock.patch.object(activation_trace, name, value))
+            meter = stack.enter_context(Meter(card, lengths))
+            activation_trace.trace(
+                build(shape, blocks),
+                batch,
+                device_type="cuda",
+                compute=torch.bfloat16,
+                checkpointing=recompute,
+                gradients="single",
+                attention="varlen",
+            )
+        return meter.count
+
+    return of_blocks(TRACED_BLOCKS).line(of_blocks(TRACED_BLOCKS + 1), int(SHAPES[shape]["num_hidden_layers"]))
+
+
+def main() -> None:
+    """Print a table, without and with the device's kernels."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--card", nargs="+", choices=sorted(CARDS), default=["h100"])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
+    parser.add_argument("--documents", type=int, nargs="+", default=[1024] * 4, help="their tokens")
+    parser.add_argument("--recompute", action="store_true", help="blocks are recomputed in the backward pass")
+    options = parser.parse_args()
+    tokens = sum(options.documents)
+    print(f"LoRA of {options.shape}, {len(options.documents)} documents, {tokens:,} tokens; counted, not measured\n")
+    print("| card | norms | products ms | attention ms | other ms | other GB | operations | tokens/s |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for card in options.card:
+        for kernels in (False, True):
+            found = count(card, options.shape, options.documents, recompute=options.recompute, kernels=kernels)
+            cells = [f"{1e3 * one:.1f}" for one in (found.product_s, found.attention_s, found.other_s)]
+            cells += [f"{found.other_bytes / 1e9:.0f}", f"{found.operations:,.0f}", f"{tokens / found.seconds:,.0f}"]
+            print(f"| {card} | {'kernel' if kernels else 'library'} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
