@@ -119,10 +119,10 @@ def _own(name: str, weight: float) -> Reward:
 # --- the rows of the table
 
 
-Make = Callable[[ObjectiveConfig], Callable[[AnswerGroup], Sequence[float | None]]]
+Judge = Callable[[AnswerGroup], Sequence[float | None]]
 
 
-def _by_score(score: Score) -> Make:
+def _by_score(score: Score) -> Judge:
     """Compare each answer with the row's answer; None where it has none."""
 
     def judge(group: AnswerGroup) -> Sequence[float | None]:
@@ -131,7 +131,7 @@ def _by_score(score: Score) -> Make:
         reference = group.reference.strip()
         return [score(group.prompt, reference, answer.strip()) for answer in group.answers]
 
-    return lambda _objective: judge
+    return judge
 
 
 def _json_fields(_prompt: str, reference: str, answer: str) -> float:
@@ -155,7 +155,7 @@ def _json_object(text: str) -> dict[str, object] | None:
     return None
 
 
-def _regex(objective: ObjectiveConfig) -> Callable[[AnswerGroup], Sequence[float | None]]:
+def _regex(objective: ObjectiveConfig) -> Judge:
     """1 for an answer that holds `objective.reward_pattern`."""
     try:
         pattern = re.compile(objective.reward_pattern or "", re.DOTALL)
@@ -165,16 +165,16 @@ def _regex(objective: ObjectiveConfig) -> Callable[[AnswerGroup], Sequence[float
     return lambda group: [float(pattern.search(answer) is not None) for answer in group.answers]
 
 
-def _length(objective: ObjectiveConfig) -> Callable[[AnswerGroup], Sequence[float | None]]:
+def _length(objective: ObjectiveConfig) -> Judge:
     """0 up to three quarters of `max_new_tokens`, then down to -1 at all of them (DAPO, arXiv:2503.14476, eq. 13)."""
     longest = objective.max_new_tokens
     margin = max(1, longest // 4)
     return lambda group: [min(0.0, (longest - margin - len(ids)) / margin) for ids in group.ids]
 
 
-REWARDS: dict[str, Make] = {
-    **{name: _by_score(score) for name, score in SCORES.items()},
-    "json_fields": _by_score(_json_fields),
+REWARDS: dict[str, Callable[[ObjectiveConfig], Judge]] = {
+    **{name: (lambda _, score=score: _by_score(score)) for name, score in SCORES.items()},
+    "json_fields": lambda _: _by_score(_json_fields),
     "regex": _regex,
     "length": _length,
 }

@@ -333,6 +333,8 @@ class Forecaster:
 
 def _keeps_copy(config: Config) -> bool:
     """Whether answers are compared with a frozen copy of the trained weights."""
+    if config.objective.method == "sft":
+        return False
     objective = resolve_objective(config.objective, new_adapter=begins_anew(config.adapter))
     return needs_reference(objective) and objective.reference == "start"
 
