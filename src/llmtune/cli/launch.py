@@ -8,14 +8,18 @@ import sys
 from collections.abc import Sequence
 from typing import TypeGuard
 
+from llmtune.cli.failure import print_line
 from llmtune.cli.process import check_surroundings
 from llmtune.common.threads import available_cores, limit_spinning
-from llmtune.errors import UsageError
+from llmtune.errors import MachineError, RankLostError, UsageError
 
 __all__ = ["launch", "launches"]
 
 SHUTDOWN_S = 24 * 60 * 60
 """Seconds that a stopped process may take to save before the launcher kills it. Each process ends by itself."""
+
+RESTARTED = (RankLostError.exit_code, MachineError.exit_code)
+"""Exit codes after which the same command may do better; a wrong config or a diverged run would fail again."""
 
 
 def launches(devices: int | None) -> TypeGuard[int]:
@@ -30,16 +34,27 @@ def launches(devices: int | None) -> TypeGuard[int]:
     return devices is not None and started is None
 
 
-def launch(devices: int, words: Sequence[str]) -> int:
+def launch(devices: int, words: Sequence[str], *, max_restarts: int = 0) -> int:
     """Run `llmtune WORDS` in `devices` processes that train together, and return the exit code of the run.
 
-    Signals are passed on. Each process takes its share of the cores unless OMP_NUM_THREADS is set. Raises UsageError
-    for fewer than one device.
+    They are started again, at most `max_restarts` times, where they may do better then (`RESTARTED`). Signals are
+    passed on. Each process takes its share of the cores unless OMP_NUM_THREADS is set. Raises UsageError for fewer than
+    one device.
     """
     if devices < 1:
         raise UsageError(f"{devices} devices were asked for", "--devices", "name how many processes train, from 1")
     check_surroundings()
     limit_spinning()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // devices)))
+    for left in range(max_restarts, -1, -1):
+        code = _launch_once(devices, words)
+        if code not in RESTARTED or not left:
+            break
+        print_line(f"\nllmtune: exit code {code}: starting again ({left - 1} more times)")
+    return code
+
+
+def _launch_once(devices: int, words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -48,7 +63,6 @@ def launch(devices: int, words: Sequence[str]) -> int:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // devices)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -65,7 +79,7 @@ def launch(devices: int, words: Sequence[str]) -> int:
         elastic_launch(config, sys.executable)("-m", "llmtune", *words)
     except ChildFailedError as failed:
         code = failed.get_first_failure()[1].exitcode
-        return 128 - code if code < 0 else code  # negative: the number of the signal that killed it
+        return RankLostError.exit_code if code < 0 else code  # negative: it was killed, and the others left
     except SignalException as stopped:
         return 128 + stopped.sigval
     return 0

@@ -13,6 +13,7 @@ __all__ = [
     "ConfigName",
     "Devices",
     "Dtype",
+    "MaxRestarts",
     "NoCuda",
     "NoCudaInTraining",
     "Overrides",
@@ -69,6 +70,14 @@ ConfigName = Annotated[
 Devices = Annotated[
     int | None,
     typer.Option("--devices", help="Train with this many processes, one for each device of this machine."),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        "--max-restarts",
+        metavar="N",
+        help="With --devices: start again at most N times after a process was lost or the machine refused.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values that override the config, by dotted key.")

@@ -13,6 +13,7 @@ from llmtune.cli.options import (
     AllowChanges,
     ConfigName,
     Devices,
+    MaxRestarts,
     NoCudaInTraining,
     Overrides,
     Rewards,
@@ -21,7 +22,7 @@ from llmtune.cli.options import (
     Verbose,
 )
 from llmtune.cli.process import prepare_process
-from llmtune.cli.training_output import open_training_output, print_plan
+from llmtune.cli.training_output import go_on_and_print, open_training_output, print_plan
 from llmtune.common.folders import home_expanded
 from llmtune.common.offline import is_offline
 from llmtune.config.arguments import FLAGS
@@ -48,6 +49,14 @@ From = Annotated[
         "--from", metavar="RUN|FOLDER", help="Start from what was trained: a run, an adapter, a model's folder."
     ),
 ]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="auto",
+        help="Go on with the run that this very command began before, or begin it: for jobs that are started again.",
+    ),
+]
 ResumeFrom = Annotated[
     Path | None,
     typer.Option("--resume-from-checkpoint", help="Go on with the run this checkpoint folder belongs to."),
@@ -69,6 +78,8 @@ def train(
     trust_remote_code: TrustRemoteCode = False,
     list_models: ListModels = False,
     start_from: From = None,
+    resume: Resume = None,
+    max_restarts: MaxRestarts = 0,
     resume_from_checkpoint: ResumeFrom = None,
     allow_changes: AllowChanges = False,
     score: Score = None,
@@ -87,14 +98,15 @@ def train(
     # The flag that other toolkits have; a run goes on with its own config, so most flags beside it are a mistake.
     goes_on = resume_from_checkpoint is not None or allow_changes
     if goes_on:
-        _check_resume(resume_from_checkpoint, {"config": config, "from": start_from, **flags})
+        _check_resume(resume_from_checkpoint, {"config": config, "from": start_from, "resume": resume, **flags})
     else:
         if start_from is not None:
             flags |= _start_flags(start_from, output_dir)
         # Before anything heavy is imported: a config error is answered at once.
         resolved = load_config(config, flags=flags, overrides=overrides or ())
+        _check_same_command(resume, resolved.config.run.name, max_restarts=max_restarts, devices=devices)
     if launches(devices):
-        return launch(devices, context.find_root().obj)
+        return launch(devices, context.find_root().obj, max_restarts=max_restarts)
     if goes_on:
         from llmtune.cli.resume import resume_run
 
@@ -102,14 +114,28 @@ def train(
         resume_run(None, overrides or [], options, checkpoint=resume_from_checkpoint, **more)
         return None
     prepare_process(trains=True)
-    if dry_run:
-        print_plan(resolved, options, verbose=verbose)
+    if dry_run or resume:
+        (print_plan if dry_run else go_on_and_print)(resolved, options, verbose=verbose)
     else:
         from llmtune.training.train import train as train_run
 
         output = open_training_output(verbose=verbose)
         output.print_result(train_run(resolved, options, print_line=output.line, screen=output.screen))
     return None
+
+
+def _check_same_command(resume: str | None, name: str, *, max_restarts: int, devices: int | None) -> None:
+    """Raise UsageError where the same command, started again, could not find its run."""
+    where = "command line"
+    if resume not in (None, "auto"):
+        fix = "say --resume auto for the run of this very command; a named one goes on with `llmtune resume RUN`"
+        raise UsageError(f"--resume takes `auto`, not `{resume}`", where, fix)
+    if max_restarts and (resume is None or devices is None):
+        fix = "add --resume auto and --devices N"
+        raise UsageError("--max-restarts starts processes again, which must find their run", where, fix)
+    if resume is not None and "{timestamp}" in name:
+        fix = "give it one that stays: --name NAME"
+        raise UsageError(f"--resume auto finds its run by name, and `{name}` is another at each start", where, fix)
 
 
 def _start_flags(name: str, output_dir: str | None) -> dict[str, object]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from llmtune.tracking.screen import Screen
     from llmtune.training.result import Result
 
-__all__ = ["TrainingOutput", "open_training_output", "print_plan"]
+__all__ = ["TrainingOutput", "go_on_and_print", "open_training_output", "print_plan"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,24 @@ def open_training_output(*, verbose: bool) -> TrainingOutput:
 
     screen = open_screen(verbose=verbose)
     return TrainingOutput(screen.line if screen else print_line, screen)
+
+
+def go_on_and_print(resolved: ResolvedConfig, options: Options, *, verbose: bool) -> None:
+    """Go on with the run that this command began before, or begin it, and show it."""
+    from llmtune.training.auto_resume import find_own_run
+    from llmtune.training.train import train_or_resume
+
+    own = find_own_run(resolved, options)
+    devices = own.joined[0]
+    if devices.is_main:
+        print_line(own.sentence())
+    if own.path is not None and own.state == "finished":
+        devices.close()
+        if devices.is_main:
+            print(own.path)
+        return
+    output = open_training_output(verbose=verbose)
+    output.print_result(train_or_resume(own, options, print_line=output.line, screen=output.screen))
 
 
 def print_plan(resolved: ResolvedConfig, options: Options, *, verbose: bool) -> None:

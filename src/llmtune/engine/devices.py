@@ -71,6 +71,13 @@ class Devices:
         local_rank = int(environ.get("LOCAL_RANK", "0"))
         device = choose_device(no_cuda=no_cuda, local_rank=local_rank)[0]
         world_size = int(environ.get("WORLD_SIZE", "1"))
+        # Asked for several processes on a CPU, accelerate names the place where they meet and starts one.
+        if "WORLD_SIZE" not in environ and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environ.keys():
+            raise MachineError(
+                "`accelerate launch` was asked for several processes, and has started this one alone",
+                where="environment",
+                fix="start them with `llmtune train --devices N` or `torchrun --nproc-per-node N -m llmtune train`",
+            )
         if world_size == 1:
             return cls(device)
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environ]

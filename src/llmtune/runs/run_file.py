@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from llmtune import durable
 from llmtune.common.text import printable
@@ -34,6 +34,8 @@ class RunDetails(MachineDescription, total=False):
     seed: int
     tags: list[str]
     notes: str | None
+    requested: dict[str, Any]
+    """The config as the command gave it, before anything was fitted to the model or resolved."""
     identity: Identity
     decisions: list[RecordedDecision]
     data: dict[str, object]

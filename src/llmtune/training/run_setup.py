@@ -47,6 +47,8 @@ __all__ = [
     "identity_of",
     "open_stopped",
     "run_info",
+    "run_name",
+    "with_defaults",
 ]
 
 ORIGINS_FILE = "origins.json"
@@ -147,21 +149,21 @@ def with_open_values(earlier: Identity, now: Identity, requested: Config) -> dic
     device, which the identity has too.
     """
     # A key that this version has and the run's did not: its default says what the run did.
-    config = {**earlier["config"], **_with_defaults(earlier["config"], config_to_dict(Config()))}
+    config = {**earlier["config"], **with_defaults(earlier["config"], config_to_dict(Config()))}
     source = plain(SourceConfig())
     assert isinstance(source, dict)
     for side in ("train", "eval"):
-        config["data"][side] = [_with_defaults(given, source) for given in config["data"][side]]
+        config["data"][side] = [with_defaults(given, source) for given in config["data"][side]]
     for section, key, is_open in OPEN_VALUES:
         if config[section].get(key, is_open) == is_open == getattr(getattr(requested, section), key):
             config[section][key] = now["config"][section][key]
     return config
 
 
-def _with_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`values`, and the defaults of those that are not in it; sections are filled key by key."""
     return {**values} | {
-        key: _with_defaults(values.get(key, {}), default) if isinstance(default, dict) else values.get(key, default)
+        key: with_defaults(values.get(key, {}), default) if isinstance(default, dict) else values.get(key, default)
         for key, default in defaults.items()
     }
 
@@ -256,6 +258,7 @@ def _details(
         "seed": config.run.seed,
         "tags": list(config.run.tags),
         "notes": config.run.notes,
+        "requested": config_to_dict(resolved.config),
         "identity": identity_of(setup),
         "decisions": [
             {"key": decision.key, "value": str(decision.value), "reason": decision.reason}

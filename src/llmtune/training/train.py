@@ -35,6 +35,7 @@ from llmtune.runs.signals import StopRequest
 from llmtune.tracking.choose import choose_trackers
 from llmtune.tracking.screen import Screen
 from llmtune.training import run_setup
+from llmtune.training.auto_resume import Joined, OwnRun
 from llmtune.training.build import build_setup
 from llmtune.training.progress import (
     RankPrinter,
@@ -45,7 +46,7 @@ from llmtune.training.progress import (
 from llmtune.training.result import Result
 from llmtune.training.training_run import TrainingRun
 
-__all__ = ["Continuation", "Result", "dry_run", "find_run", "open_run", "resume", "train"]
+__all__ = ["Continuation", "Result", "dry_run", "find_run", "open_run", "resume", "train", "train_or_resume"]
 
 
 def train(
@@ -86,6 +87,20 @@ def resume(
         with stop.interrupting():
             resolved, earlier = find_run(name, overrides=overrides, checkpoint=checkpoint, allow_changes=allow_changes)
         run = open_run(resolved, options or Options(), stop, print_line=print_line, earlier=earlier, screen=screen)
+        for _ in run.steps():
+            pass
+        return run.result()
+
+
+def train_or_resume(
+    own: OwnRun, options: Options, *, print_line: PrintLine = silent, screen: Screen | None = None
+) -> Result:
+    """Go on with the run that this command began before (see `find_own_run`), or begin it."""
+    earlier = Continuation(own.path) if own.path is not None else None
+    with StopRequest() as stop:
+        run = open_run(
+            own.resolved, options, stop, print_line=print_line, earlier=earlier, screen=screen, joined=own.joined
+        )
         for _ in run.steps():
             pass
         return run.result()
@@ -139,23 +154,24 @@ def open_run(
     print_line: PrintLine,
     earlier: Continuation | None = None,
     screen: Screen | None = None,
+    joined: Joined | None = None,
 ) -> TrainingRun:
     """Do everything that comes before the first step of a new run, or of one to go on with.
 
     Cheap checks first; a failure leaves nothing behind. What differs from the run when it stopped is printed, and
-    refused where it would make it another training (unless that is allowed) or where the checkpoint no longer fits.
+    refused where it would be another training (unless that is allowed) or where the checkpoint no longer fits.
     """
     with ExitStack() as on_failure:
         with stop.interrupting():
             judges = _check(resolved, options, is_new=earlier is None)
             is_asked = resolved.origins["tracking.trackers"].kind != "default"
             trackers, tracker_decisions = choose_trackers(resolved.config.tracking, explicit=is_asked)
-            devices, device_decisions = open_devices(resolved.config, options)
+            devices, device_decisions = joined or open_devices(resolved.config, options)
             on_failure.callback(devices.close)
             stop.announces = devices.is_main
             printer = RankPrinter(devices, print_line, screen)
             with devices.errors_printed_once():
-                stopped, plan = None, None
+                stopped = plan = None
                 if earlier is None:
                     forecaster, plan = _prepare_and_plan(resolved, options, devices, device_decisions, printer)
                 else:
@@ -166,9 +182,9 @@ def open_run(
                     forecaster = _prepare_again(resolved, options, devices, stopped, printer)
                 with out_of_memory_refused(forecaster, lambda: _while_loading(forecaster.prepared)):
                     setup = build_setup(forecaster.prepared, options, devices, judges.rewards)
+                around = (*device_decisions, *tracker_decisions)
                 if stopped is None:
                     print_setup(setup, tracker_decisions, printer)
-                    around = (*device_decisions, *tracker_decisions)
                     folder = devices.on_main(lambda: run_setup.create(resolved, setup, around, printer, plan))
                     printer.open(Path(devices.from_main(str(folder.path) if folder is not None else "")))
                 else:
