@@ -77,7 +77,8 @@ LAZY_IMPORTS = {
 FENCES = {
     "typer": ("cli",),
     "rich.prompt": ("cli",),
-    "rich": ("cli", "tracking"),
+    "rich": ("cli", "tracking", "watch"),
+    "textual": ("watch",),
     "wandb": ("tracking",),
     "tensorboard": ("tracking",),
     "torch.utils.tensorboard": ("tracking",),

@@ -24,20 +24,20 @@ def without(monkeypatch):
 
 def test_the_default_trackers_are_made_and_the_record_stands_outside_the_queue():
     trackers, decisions = choose_trackers(TrackingConfig(), explicit=False, environ={})
-    assert [tracker.name for tracker in trackers] == ["console", "tensorboard"]
+    assert [tracker.name for tracker in trackers] == ["console", "system", "tensorboard"]
     assert decisions == []
     assert keeps_record(TrackingConfig())
     assert not keeps_record(TrackingConfig(trackers=("console",)))
 
 
 def test_every_tracker_has_a_row():
-    assert list(TRACKERS) == ["console", "jsonl", "tensorboard", "wandb"]
+    assert list(TRACKERS) == ["console", "jsonl", "system", "tensorboard", "wandb"]
 
 
 def test_a_default_tracker_that_is_not_installed_is_left_out_and_that_is_said(without):
     without("tensorboard")
     trackers, decisions = choose_trackers(TrackingConfig(), explicit=False, environ={})
-    assert [tracker.name for tracker in trackers] == ["console"]
+    assert [tracker.name for tracker in trackers] == ["console", "system"]
     assert [str(decision) for decision in decisions] == [
         "tracking.trackers = without tensorboard: it is not installed; pip install 'llmtune[tensorboard]'"
     ]
@@ -55,7 +55,7 @@ def test_trackers_asked_for_and_not_installed_are_refused_all_at_once_with_the_c
 
 
 def test_a_name_that_is_no_tracker_is_refused_with_those_that_are():
-    with pytest.raises(ConfigError, match=r"unknown tracker `mlflow`(.|\n)*console, jsonl, tensorboard, wandb"):
+    with pytest.raises(ConfigError, match=r"unknown tracker `mlflow`(.|\n)*console, jsonl, system, tensorboard, wandb"):
         choose_trackers(TrackingConfig(trackers=("mlflow",)), explicit=True, environ={})
 
 

@@ -110,6 +110,18 @@ COMMANDS: tuple[Command, ...] = (
     Command("verify packing", "verify:packing", "Packed rows train as rows alone and see no neighbour.", "Check"),
     Command("verify merge", "verify:merge", "A merge gives the logits of base plus adapter.", "Check"),
     Command("verify checkpoint", "verify:checkpoint", "Every byte of a run's checkpoints is what was saved.", "Check"),
+    Command(
+        "dashboard",
+        "dashboard:dashboard",
+        "Show runs as charts in the terminal, also while they train.",
+        "Watch",
+    ),
+    Command(
+        "gpu-monitor",
+        "gpu_monitor:gpu_monitor",
+        "Show what GPUs, processors and memory do now.",
+        "Watch",
+    ),
     Command("runs", "runs:runs", "List the runs of a folder: state, step, loss.", "Watch"),
     Command("sync", "sync:sync", "Send a run that is over to wandb, or write it for TensorBoard.", "Watch"),
     Command("ui", "ui:ui", "Open the runs of a folder as a live page: compare, search, chat.", "Watch"),

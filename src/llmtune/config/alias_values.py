@@ -232,7 +232,9 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
     "tracking.trackers": {
         "report_to": report_to,
         "use_wandb": switch(
-            "tracking.trackers", ("console", "jsonl", "tensorboard", "wandb"), ("console", "jsonl", "tensorboard")
+            "tracking.trackers",
+            ("console", "jsonl", "system", "tensorboard", "wandb"),
+            ("console", "jsonl", "system", "tensorboard"),
         ),
     },
     "distributed.strategy": {"use_deepspeed": switch("distributed.strategy", "deepspeed", "auto")},

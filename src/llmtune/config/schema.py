@@ -641,8 +641,13 @@ class TrackingConfig:
     every_steps: int = 1
     """Steps between two lines of metrics."""
 
-    trackers: tuple[Literal["console", "jsonl", "tensorboard", "wandb"], ...] = ("console", "jsonl", "tensorboard")
-    """Trackers that receive the metrics."""
+    trackers: tuple[Literal["console", "jsonl", "system", "tensorboard", "wandb"], ...] = (
+        "console",
+        "jsonl",
+        "system",
+        "tensorboard",
+    )
+    """Trackers that receive the metrics; `system` writes the figures of the machine."""
 
     project: str = "llmtune"
     """Project name for trackers that have projects."""

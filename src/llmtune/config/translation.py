@@ -119,12 +119,13 @@ def only(word: str, reason: str) -> Rule:
 
 
 def report_to(node: Node) -> list[Change]:
-    """The console and metrics.jsonl are always trackers; `none` adds none, `all` adds both others."""
+    """The console and the run's own files are always trackers; `none` adds none, `all` adds both others."""
     items = node.items if isinstance(node, Listing) else names_in(node) or (node,)
     names = tuple(item.text.lower() if isinstance(item, Scalar) else "" for item in items)
     if len(names) == 1:
         names = {"none": (), "": (), "null": (), "all": ("tensorboard", "wandb")}.get(names[0], names)
-    return [Change(*row) for row in nodes_of({"tracking.trackers": ("console", "jsonl", *names)}, node.origin).items()]
+    trackers = ("console", "jsonl", "system", *names)
+    return [Change(*row) for row in nodes_of({"tracking.trackers": trackers}, node.origin).items()]
 
 
 def names_in(node: Node) -> tuple[Scalar, ...]:

@@ -11,6 +11,7 @@ from llmtune.common.decisions import Decision
 from llmtune.config.schema import TrackingConfig
 from llmtune.errors import ConfigError, MachineError, Problem
 from llmtune.tracking.console import ConsoleTracker
+from llmtune.tracking.system import SystemTracker
 from llmtune.tracking.tensorboard import TensorBoardTracker
 from llmtune.tracking.tracker import Tracker
 from llmtune.tracking.wandb import WandbTracker
@@ -85,6 +86,7 @@ def _with_project(config: TrackingConfig, environ: Mapping[str, str]) -> tuple[T
 TRACKERS: dict[str, TrackerKind] = {
     "console": TrackerKind(lambda _: ConsoleTracker()),
     "jsonl": TrackerKind(lambda _: None),
+    "system": TrackerKind(lambda _: SystemTracker()),
     "tensorboard": TrackerKind(
         lambda _: TensorBoardTracker(), package="tensorboard", requirement="'llmtune[tensorboard]'"
     ),

@@ -226,6 +226,8 @@ def next_commands(folder: Path, state: str) -> list[tuple[str, str]]:
         ("ask", f"llmtune generate {run} 'your question'"),
         ("talk", f"llmtune chat {run}"),
         ("compare", f"llmtune compare {run}"),
+        ("look", f"llmtune dashboard {run}"),
+        ("report", f"llmtune report {run}"),
         *([("merge", f"llmtune merge-lora {run} merged")] if is_adapter else []),
     ]
 

@@ -1,0 +1,148 @@
+"""The dashboard in a terminal: charts, figures, answers and messages of runs, while they are written and afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from textual import events
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.widgets import Footer, Static
+
+from llmtune.common.text import printable
+from llmtune.watch.frame import SMOOTHING, chart_texts, figure_table, head_lines, message_lines, sample_lines
+from llmtune.watch.run_data import RunData
+
+__all__ = ["Dashboard", "Source"]
+
+SECONDS_BETWEEN_READINGS = 2.0
+"""A look at the files takes some milliseconds of a processor that the run needs."""
+
+WEIGHTS = (0.0, 0.6, SMOOTHING, 0.98)
+"""Shares of the past in the smoothed loss, in the order of the key."""
+
+
+class Source(Protocol):
+    """Where the data of a run come from: a run folder, or a log."""
+
+    @property
+    def data(self) -> RunData:
+        """What was read so far; another object after a file was cut."""
+        ...
+
+    def refresh(self) -> bool:
+        """Read what is new, and return whether anything was."""
+        ...
+
+
+class Dashboard(App[None]):
+    """Shows the runs of `sources`; reads them again every two seconds."""
+
+    CSS = """
+    Screen { layout: vertical; }
+    #head { height: auto; padding: 0 1; }
+    #body { padding: 0 1; scrollbar-size-vertical: 1; }
+    #view { width: 100%; height: auto; }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q", "quit", "quit"),
+        Binding("1", "show('charts')", "charts"),
+        Binding("2", "show('figures')", "figures"),
+        Binding("3", "show('answers')", "answers"),
+        Binding("4", "show('messages')", "messages"),
+        Binding("m", "memory", "memory"),
+        Binding("s", "smooth", "smooth"),
+    ]
+    ENABLE_COMMAND_PALETTE = False
+    TITLE = "llmtune"
+
+    def __init__(self, sources: Sequence[Source], *, seconds: float = SECONDS_BETWEEN_READINGS) -> None:
+        # The terminal's own colours: a dark page in a light terminal would be unlike everything around it.
+        super().__init__()
+        self._sources = sources
+        self._seconds = seconds
+        self._shown = "charts"
+        self._with_memory = False
+        self._smoothing = WEIGHTS.index(SMOOTHING)
+
+    @property
+    def runs(self) -> list[RunData]:
+        """The data of the runs."""
+        return [source.data for source in self._sources]
+
+    def compose(self) -> ComposeResult:
+        """Make the head, the view and the line of keys."""
+        yield Static(id="head")
+        with VerticalScroll(id="body"):
+            yield Static(id="view")
+        yield Footer()
+
+    def on_mount(self) -> None:
+        """Draw, and read again from now on."""
+        self.theme = "ansi-dark"
+        self.read()
+        self.set_interval(self._seconds, self.read)
+
+    def on_resize(self, event: events.Resize) -> None:  # noqa: ARG002
+        """Draw for the new size."""
+        self.draw()
+
+    def read(self) -> None:
+        """Read what is new, and draw where anything was."""
+        # Every one of them, and not only up to the first that has something new.
+        news = [source.refresh() for source in self._sources]
+        if any(news) or not self.query_one("#head", Static).content:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw head and view for the size of the terminal."""
+        columns = self.size.width - 3  # the margins, and the scroll bar
+        head = head_lines(self.runs, columns)
+        self.query_one("#head", Static).update(head)
+        rows = self.size.height - 1 - len(head.split("\n"))
+        view = self._charts(columns, rows) if self._shown == "charts" else self._each(VIEWS[self._shown])
+        self.query_one("#view", Static).update(view)
+
+    def action_show(self, view: str) -> None:
+        """Show another view, from its top."""
+        self._shown = view
+        self.query_one("#body", VerticalScroll).scroll_home(animate=False)
+        self.draw()
+
+    def action_memory(self) -> None:
+        """Show memory instead of speed as the fourth chart, or the other way round."""
+        self._with_memory = not self._with_memory
+        self.draw()
+
+    def action_smooth(self) -> None:
+        """Smooth the loss more, and after the most not at all."""
+        self._smoothing = (self._smoothing + 1) % len(WEIGHTS)
+        self.notify(f"smoothing {WEIGHTS[self._smoothing]:g}", timeout=2)
+        self.draw()
+
+    def _charts(self, columns: int, rows: int) -> RenderableType:
+        weight = WEIGHTS[self._smoothing]
+        *charts, speed, memory = chart_texts(self.runs, columns // 2 - 1, rows // 2, smoothing=weight)
+        loss, gradients, learning_rate = charts
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_row(loss, gradients)
+        grid.add_row(learning_rate, memory if self._with_memory else speed)
+        return grid
+
+    def _each(self, show: Callable[[RunData], RenderableType]) -> RenderableType:
+        if len(self.runs) == 1:
+            return show(self.runs[0])
+        return Group(*(part for run in self.runs for part in (Text(printable(run.name), "bold"), show(run), Text())))
+
+
+VIEWS: dict[str, Callable[[RunData], RenderableType]] = {
+    "figures": figure_table,
+    "answers": sample_lines,
+    "messages": message_lines,
+}
+"""Views of one run at a time."""
