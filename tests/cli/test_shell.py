@@ -150,7 +150,7 @@ def broken(monkeypatch, tmp_path):
         module = type(sys)("llmtune.cli.broken_for_a_test")
         module.command = command
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        row = shell.Command("broken", "broken_for_a_test:command", "Fail.", PANELS[0])
+        row = shell.Command("broken", "broken_for_a_test:command", "Fail.", PANELS[0], ("llmtune broken",))
         build = shell.build
         monkeypatch.setattr(shell, "build", lambda: build((*COMMANDS, row)))
 

@@ -97,7 +97,7 @@ def test_several_runs_are_told_apart_by_letters_and_not_by_colour_alone(tmp_path
     for run in runs:
         run.refresh()
     text = draw(charts_of(runs, 0.5)[0], 60, 12).plain
-    assert "A 4.3" in text
+    assert "loss A 4  B 3" in text
     assert "\n" in text
     plot = text.split("\n", 1)[1]
     assert plot.count("A") == plot.count("B") == 1

@@ -39,8 +39,6 @@ def import_config(
 
     The report says of every key: kept, computed, dropped because, needs you, no equivalent. Exit code 0 when nothing
     is without an equivalent, else 3.
-
-    Example: `llmtune config import lora.yml --output lora-here.yaml`
     """
     from llmtune.config.importers.convert import import_source
     from llmtune.config.importers.report import as_data, report_lines

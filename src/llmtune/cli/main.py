@@ -1,9 +1,4 @@
-"""`llmtune`: the table of commands, and the one place where errors become messages and exit codes.
-
-To add a command, write a function with Typer parameters in a module of `llmtune.cli` (heavy imports inside the
-function) and add its row to `COMMANDS`. The help line is in the row, so that `llmtune --help` imports no command.
-A command returns None, or its exit code.
-"""
+"""`llmtune`: the program, and the one place where errors become messages and exit codes; its table is in `commands`."""
 
 from __future__ import annotations
 
@@ -15,11 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from llmtune.cli.commands import COMMANDS, GROUPS, PANELS, Command
 from llmtune.cli.failure import print_line, report_crash, report_error
 from llmtune.cli.process import check_arguments, escape_unencodable_output, forbid_telemetry
 from llmtune.cli.usage import usage_error
@@ -29,131 +25,6 @@ from llmtune.runs.signals import signals_as_errors
 from llmtune.version import __version__
 
 __all__ = ["COMMANDS", "Command", "build", "main"]
-
-
-class Command(NamedTuple):
-    """One command: its words, its function, and its line in the help."""
-
-    words: str
-    """`train`, or `config show` for a command of a group."""
-
-    target: str
-    """`module:function` under `llmtune.cli`."""
-
-    help: str
-    panel: str
-    """Heading under which the help lists it; one of `PANELS`."""
-
-
-PANELS = ("Train", "Before a run", "Watch", "Use the result", "Check")
-
-GROUPS: dict[str, str] = {
-    "config": "Show, compare, check and describe configs.",
-    "data": "Look at rows, tokens and weights before training.",
-    "tokenizer": "Train a tokenizer.",
-    "verify": "Prove a claim of llmtune on this machine.",
-}
-
-COMMANDS: tuple[Command, ...] = (
-    Command("train", "train:train", "Train a model from a preset or a config file.", "Train"),
-    Command(
-        "resume",
-        "resume:resume",
-        "Go on with a run, bit for bit, from its newest valid checkpoint.",
-        "Train",
-    ),
-    Command(
-        "list-models",
-        "models:list_models",
-        "List the models that have a name, and which are on this machine.",
-        "Before a run",
-    ),
-    Command(
-        "config show",
-        "config:show",
-        "Print the resolved config; --origin says where each value comes from.",
-        "Before a run",
-    ),
-    Command("config diff", "config:diff", "Print the keys in which two configs or runs differ.", "Before a run"),
-    Command("config schema", "config:schema", "Print a JSON Schema that editors can use.", "Before a run"),
-    Command("config validate", "config:validate", "Check config files; every problem at once.", "Before a run"),
-    Command(
-        "config import",
-        "import_config:import_config",
-        "Turn another toolkit's config into one of ours; every key is accounted for.",
-        "Before a run",
-    ),
-    Command(
-        "data preview",
-        "data:preview",
-        "Show rows as the model will see them, trained tokens coloured.",
-        "Before a run",
-    ),
-    Command("data report", "data:report", "Show what becomes of every row.", "Before a run"),
-    Command(
-        "tokenizer train", "tokenizer:train", "Train a byte-level BPE tokenizer on the config's data.", "Before a run"
-    ),
-    Command(
-        "plan",
-        "plan:plan",
-        "Steps, memory by part, time and disk of a run; whether it fits, and what to change.",
-        "Before a run",
-    ),
-    Command(
-        "verify resume",
-        "verify:resume",
-        "Kill a run, resume it, compare it byte for byte with one nobody stopped.",
-        "Check",
-    ),
-    Command("verify crash", "verify:crash", "Kill runs at random moments, resume them, compare.", "Check"),
-    Command("verify batching", "verify:batching", "Loss and gradients do not depend on how a step is cut.", "Check"),
-    Command("verify packing", "verify:packing", "Packed rows train as rows alone and see no neighbour.", "Check"),
-    Command("verify merge", "verify:merge", "A merge gives the logits of base plus adapter.", "Check"),
-    Command("verify checkpoint", "verify:checkpoint", "Every byte of a run's checkpoints is what was saved.", "Check"),
-    Command(
-        "dashboard",
-        "dashboard:dashboard",
-        "Show runs as charts in the terminal, also while they train.",
-        "Watch",
-    ),
-    Command(
-        "gpu-monitor",
-        "gpu_monitor:gpu_monitor",
-        "Show what GPUs, processors and memory do now.",
-        "Watch",
-    ),
-    Command("runs", "runs:runs", "List the runs of a folder: state, step, loss.", "Watch"),
-    Command("sync", "sync:sync", "Send a run that is over to wandb, or write it for TensorBoard.", "Watch"),
-    Command("ui", "ui:ui", "Open the runs of a folder as a live page: compare, search, chat.", "Watch"),
-    Command("health", "health:health", "Say what looked wrong in a run, and what to try.", "Watch"),
-    Command("report", "report:report", "Write a run, or several over each other, as one HTML file.", "Watch"),
-    Command("doctor", "doctor:doctor", "Versions, devices, what works here and what does not, with the fix.", "Check"),
-    Command("explain", "explain:explain", "Say what an exit code or a kind of error means, and the way out.", "Check"),
-    Command("merge-lora", "merge:merge_lora", "Fold an adapter into its base, and check the result.", "Use the result"),
-    Command(
-        "export",
-        "export:export",
-        "Write a model for transformers and vLLM, or as GGUF for llama.cpp, and check it.",
-        "Use the result",
-    ),
-    Command(
-        "evaluate",
-        "evaluate:evaluate",
-        "Measure loss, perplexity and bits per byte on held-out rows.",
-        "Use the result",
-    ),
-    Command(
-        "predict",
-        "predict:predict",
-        "Answer the prompts of a data file; answers beside references as JSON lines.",
-        "Use the result",
-    ),
-    Command("generate", "generate:generate", "Answer prompts, rendered exactly as in training.", "Use the result"),
-    Command("chat", "generate:chat", "Talk with a model.", "Use the result"),
-    Command(
-        "compare", "compare:compare", "Show base and tuned model side by side on the same prompts.", "Use the result"
-    ),
-)
 
 
 Click = Any
@@ -261,7 +132,9 @@ def _load(row: Command) -> Click:
     module_name, _, function_name = row.target.partition(":")
     function = getattr(importlib.import_module(f"llmtune.cli.{module_name}"), function_name)
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command(name=row.words.split()[-1], cls=OnceOnlyCommand, context_settings=_CONTEXT)(function)
+    # `\b` keeps the lines as they are.
+    examples = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in row.examples)
+    app.command(name=row.words.split()[-1], cls=OnceOnlyCommand, context_settings=_CONTEXT, epilog=examples)(function)
     command = typer.main.get_command(app)
     names = {option for parameter in command.params for option in parameter.opts}
     for parameter in _switches_everywhere():
@@ -271,7 +144,7 @@ def _load(row: Command) -> Click:
     return command
 
 
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 80}
 _OFFLINE = "Make no connection; use only what is on this machine."
 _DEBUG = "Show the traceback of an error."
 
@@ -326,6 +199,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before_dashes = words[: words.index("--")] if "--" in words else words
     escape_unencodable_output()
     forbid_telemetry()
+    if "_LLMTUNE_COMPLETE" in os.environ:
+        from llmtune.cli.completion import answer_shell
+
+        sys.exit(answer_shell(build()))
     if "--offline" in before_dashes:
         go_offline()
     code = run(words, debug="--debug" in before_dashes)

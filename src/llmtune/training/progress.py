@@ -228,7 +228,7 @@ def next_commands(folder: Path, state: str) -> list[tuple[str, str]]:
         ("compare", f"llmtune compare {run}"),
         ("look", f"llmtune dashboard {run}"),
         ("report", f"llmtune report {run}"),
-        *([("merge", f"llmtune merge-lora {run} merged")] if is_adapter else []),
+        *([("merge", f"llmtune merge-lora {run} -o merged")] if is_adapter else []),
     ]
 
 

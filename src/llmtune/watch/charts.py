@@ -17,6 +17,9 @@ __all__ = ["STYLES", "Chart", "Line", "charts_of", "draw", "letter", "planned_by
 STYLES = ("cyan", "magenta", "green", "red", "blue")
 """Colours of the runs in turn; each line also ends in the letter of its run where there are several."""
 
+STEPS_OF_A_SHORT_RUN = 10
+"""Up to so many steps nothing is smoothed, and in ten times as many as much as was asked for."""
+
 AXIS_COLUMNS = 8
 LEAST_COLUMNS, LEAST_ROWS = 24, 5
 
@@ -121,10 +124,11 @@ def _series(run: RunData, name: str) -> Series:
 
 
 def _lines(runs: Sequence[RunData], name: str) -> list[Line]:
-    return [
-        Line(_series(run, name), STYLES[index % len(STYLES)], end_mark=letter(index, runs))
-        for index, run in enumerate(runs)
-    ]
+    return _lines_of([_series(run, name) for run in runs], runs)
+
+
+def _lines_of(series: Sequence[Series], runs: Sequence[RunData]) -> list[Line]:
+    return [Line(one, STYLES[index % len(STYLES)], end_mark=letter(index, runs)) for index, one in enumerate(series)]
 
 
 def _newest(lines: Sequence[Line], number: Callable[[float], str] = short) -> str:
@@ -139,9 +143,11 @@ def _loss(runs: Sequence[RunData], smoothing: float) -> Chart:
     heldout: list[Line] = []
     for index, run in enumerate(runs):
         style, loss = STYLES[index % len(STYLES)], _series(run, run.loss_metric)
+        # An average over more steps than a short run has would lag behind it.
+        weight = min(smoothing, max(1 - STEPS_OF_A_SHORT_RUN / max(len(loss), 1), 0.0))
         # The raw line of several runs would hide the others.
         lines += [Line(loss, "dim")] if len(runs) == 1 else []
-        smooth.append(Line(loss.smoothed(smoothing), style, end_mark=letter(index, runs)))
+        smooth.append(Line(loss.smoothed(weight), style, end_mark=letter(index, runs)))
         heldout.append(Line(_series(run, run.heldout_metric), f"{style} bold", marks="o"))
     newest = _newest(
         [Line(line.series, "", end_mark=mark.end_mark) for line, mark in zip(heldout, smooth, strict=True)]
