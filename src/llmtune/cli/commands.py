@@ -297,7 +297,7 @@ COMMANDS: tuple[Command, ...] = (
         "Use the result",
         (
             "llmtune evaluate runs/NAME",
-            "llmtune evaluate runs/NAME --data rows.jsonl --exact-match",
+            "llmtune evaluate runs/NAME --data rows.jsonl --exact-match --token-accuracy",
         ),
     ),
     Command(
@@ -335,6 +335,7 @@ COMMANDS: tuple[Command, ...] = (
         (
             "llmtune compare runs/NAME",
             "llmtune compare runs/A runs/B 'Why does bread rise?'",
+            "llmtune compare runs/NAME --held-out",
         ),
     ),
 )

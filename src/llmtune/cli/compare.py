@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmtune.cli.compare_rows import compare_rows
 from llmtune.cli.generate import MaxNewTokens, Model, System, open_inference_model, read_prompts
 from llmtune.cli.options import NoCuda, TemplateArgs
 
@@ -34,14 +35,26 @@ def compare(
     other: Annotated[
         str | None, typer.Option("--with", metavar="RUN|MODEL", help="The second model, whatever the prompts are.")
     ] = None,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Compare the loss of each held-out row of the run, instead of answers.")
+    ] = False,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="Rows for --held-out instead of the run's; may be given again.")
+    ] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 128,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each prompt, or for all rows.")
+    ] = False,
     template_args: TemplateArgs = None,
     no_cuda: NoCuda = False,
 ) -> None:
     """Show what the base says and what the tuned model says, or what any two models say."""
     texts = list(prompts or [])
+    if held_out or data:
+        other = other or (texts.pop(0) if texts and _names_a_model(texts[0]) else None)
+        compare_rows(run, other, data, as_json=as_json, no_cuda=no_cuda)
+        return
     if other is None and texts and _names_a_model(texts[0]):
         other = texts.pop(0)
     loaded = open_inference_model(run, no_cuda=no_cuda, template_args=template_args)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,12 +19,17 @@ from llmtune.config.schema import Config, SourceConfig
 from llmtune.errors import ConfigError, DataError, Problem, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from llmtune.data.dataset.store import JoinedExamples, MappedExamples
     from llmtune.evaluation.inference_model import InferenceModel
 
     HeldOut = MappedExamples | JoinedExamples
 
-__all__ = ["evaluate", "held_out_rows"]
+__all__ = ["evaluate", "held_out_rows", "measure_rows"]
 
 
 def evaluate(
@@ -42,6 +49,9 @@ def evaluate(
         bool, typer.Option("--exact-match", help="Also count the answers given character by character.")
     ] = False,
     score: Score = None,
+    token_accuracy: Annotated[
+        bool, typer.Option("--token-accuracy", help="Also count the tokens the model would have chosen itself.")
+    ] = False,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Rows at once; the result does not depend on it.")
     ] = 8,
@@ -61,14 +71,46 @@ def evaluate(
     metrics = _measure(loaded, settings, rows, batch_size)
     if exact_match or score is not None:
         metrics |= _judge(loaded, rows, score, exact_match=exact_match, max_new_tokens=max_new_tokens, batch=batch_size)
+    if token_accuracy:
+        from llmtune.evaluation import heldout
+
+        pad_id = loaded.tokenizer.pad_token_id or 0
+        metrics["eval_token_accuracy"] = heldout.token_accuracy(loaded.model, rows, pad_id=pad_id)
     if as_json:
         print(json.dumps(metrics))
+        return
+    if sys.stdout.isatty():
+        _print_table(metrics)
         return
     width = max(22, *(len(name) for name in metrics))
     for name, value in metrics.items():
         print(f"{name:{width}} {value:.6g}" if isinstance(value, float) else f"{name:{width}} {value}")
     if exact_match:
         print(f"exactly right: {metrics['eval_exact_answers']} of {metrics['eval_num_answers']}")
+
+
+def _print_table(metrics: Mapping[str, float]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for name, value in metrics.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else f"{value:,}"
+        grid.add_row(Text(name, "cyan"), Text(shown, "bold", justify="right"), Text(MEANINGS.get(name, ""), "dim"))
+    Console(highlight=False, markup=False, emoji=False).print(grid)
+
+
+MEANINGS = {
+    "eval_mean_nll": "nats per trained token; lower is better",
+    "eval_perplexity": "exp of that: among so many tokens it hesitates",
+    "eval_bits_per_byte": "of the text; comparable between tokenizers",
+    "eval_num_loss_tokens": "trained tokens, by weight",
+    "eval_token_accuracy": "share of tokens it would have chosen itself",
+    "eval_exact_answers": "answers that equal their reference",
+    "eval_num_answers": "answers that were counted",
+    "eval_score": "mean of the judge",
+}
 
 
 def _judge(
@@ -160,6 +202,20 @@ def _located_at_option(problem: Problem) -> Problem:
         option = f"--data '{{path: FILE, columns: {columns[1]}}}'"
         return problem._replace(where=where, fix=f"say which they are: {option}")
     return problem._replace(where=where)
+
+
+def measure_rows(
+    loaded: InferenceModel, model: PreTrainedModel | PeftModel, settings: Config, rows: HeldOut
+) -> npt.NDArray[np.float64]:
+    """Return the loss of each row in float32 arithmetic, nats per trained token, float64 [rows]."""
+    from llmtune.engine.forward import build_engine
+    from llmtune.engine.precision import Precision
+    from llmtune.evaluation.heldout import row_losses
+
+    device = next(model.parameters()).device
+    precision = Precision("fp32", device)
+    engine = build_engine(model, config=settings, device=device, precision=precision)
+    return row_losses(model, rows, engine=engine, precision=precision, pad_id=loaded.tokenizer.pad_token_id or 0)
 
 
 def _measure(loaded: InferenceModel, settings: Config, rows: HeldOut, batch_size: int) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,7 +19,6 @@ from llmtune.config.layers import load_config
 from llmtune.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
-    from llmtune.data.example import Message
     from llmtune.evaluation.generate import Answer
     from llmtune.evaluation.inference_model import InferenceModel
     from llmtune.evaluation.sampling import Sampling
@@ -75,20 +74,45 @@ def generate(
     from llmtune.evaluation.generate import generate as answer_all
 
     as_text = text or (loaded.answers_text and system is None)
-    answers = answer_all(
-        loaded.model,
-        loaded.tokenizer,
-        loaded.renderer,
-        [TextPrompt(prompt) if as_text else prompt for prompt in texts],
-        max_new_tokens=max_new_tokens,
-        system=system,
-        sampling=read_sampling(repetition_penalty, temperature, top_k, top_p, seed, stop),
-    )
-    for answer in answers:
-        print(json.dumps(_as_dict(answer), ensure_ascii=False) if as_json else answer.text, flush=True)
-        if answer.stopped_by in ("max_new_tokens", "context") and not as_json:
-            limit = "--max-new-tokens" if answer.stopped_by == "max_new_tokens" else "the end of the model context"
-            print_line(f"(cut off by {limit})")
+
+    def answer(some: Sequence[str], show: Callable[[str], None] | None = None) -> list[Answer]:
+        return answer_all(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.renderer,
+            [TextPrompt(prompt) if as_text else prompt for prompt in some],
+            max_new_tokens=max_new_tokens,
+            system=system,
+            sampling=read_sampling(repetition_penalty, temperature, top_k, top_p, seed, stop),
+            show=show,
+        )
+
+    if len(texts) == 1 and not as_json:
+        (only,) = answer(texts, _show_piece)
+        print(flush=True)
+        _say_cut(only)
+        return
+    # As they come, where an answer does not depend on those before it: drawn ones do.
+    together = len(texts) if temperature > 0 else ANSWERS_AT_ONCE
+    for first in range(0, len(texts), together):
+        for each in answer(texts[first : first + together]):
+            print(json.dumps(_as_dict(each), ensure_ascii=False) if as_json else each.text, flush=True)
+            if not as_json:
+                _say_cut(each)
+
+
+ANSWERS_AT_ONCE = 8
+"""Prompts that are answered side by side before their answers are shown."""
+
+
+def _show_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _say_cut(answer: Answer) -> None:
+    if answer.stopped_by in ("max_new_tokens", "context"):
+        limit = "--max-new-tokens" if answer.stopped_by == "max_new_tokens" else "the end of the model context"
+        print_line(f"(cut off by {limit})")
 
 
 def chat(
@@ -105,34 +129,35 @@ def chat(
     template_args: TemplateArgs = None,
     no_cuda: NoCuda = False,
 ) -> None:
-    """Talk with a model; /reset forgets what was said, /exit ends."""
+    """Talk with a model; /reset, /system, /save and /exit are commands."""
     loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
+    from llmtune.cli.conversation import Conversation
     from llmtune.data.example import Message
     from llmtune.evaluation.generate import generate as answer_all
 
     sampling = read_sampling(repetition_penalty, temperature, top_k, top_p, seed, stop)
-    start = [Message("system", system)] if system is not None else []
-    messages: list[Message] = list(start)
-    print_line("/reset forgets what was said, /exit ends")
+    conversation = Conversation(system)
+    print_line(conversation.help)
     while (line := _read_line()) is not None and line != "/exit":
-        if line == "/reset":
-            messages = list(start)
-            print_line("forgotten")
-            continue
         if not line:
             continue
-        messages.append(Message("user", line))
+        if line.startswith("/"):
+            print_line(conversation.obey(line))
+            continue
+        asked = [*conversation.messages, Message("user", line)]
         (answer,) = answer_all(
             loaded.model,
             loaded.tokenizer,
             loaded.renderer,
-            [messages],
+            [asked],
             max_new_tokens=max_new_tokens,
             # Another seed for each turn, or the same question would be answered by the same draws.
-            sampling=replace(sampling, seed=seed + len(messages)),
+            sampling=replace(sampling, seed=seed + len(asked)),
+            show=_show_piece,
         )
-        messages.append(Message("assistant", answer.text))
-        print(answer.text, flush=True)
+        conversation.messages = [*asked, Message("assistant", answer.text)]
+        print(flush=True)
+        _say_cut(answer)
 
 
 def open_inference_model(

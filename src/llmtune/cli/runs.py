@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,16 +11,29 @@ import typer
 
 from llmtune.cli.failure import print_line
 from llmtune.common.text import printable
-from llmtune.runs.folder import RunSummary, list_runs
+from llmtune.errors import UsageError
+from llmtune.runs.folder import RunSummary, list_runs, resolve_run
 
 __all__ = ["runs"]
 
 
 def runs(
-    output_dir: Annotated[str, typer.Argument(metavar="DIR", help="Folder in which the runs are.")] = "runs",
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DIR|RUN", help="Folder in which the runs are (runs/); with --compare the runs."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Print in which keys and numbers the runs that are named differ.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """Print the runs of a folder, the newest last: state, step, loss."""
+    """Print the runs of a folder, the newest last: state, step, loss; or how some of them differ."""
+    if compare:
+        _compare(names or [], as_json=as_json)
+        return
+    if len(names or []) > 1:
+        raise UsageError(f"{len(names or [])} folders are named", "command line", "name one, or add --compare")
+    output_dir = names[0] if names else "runs"
     summaries = list_runs(output_dir)
     if as_json:
         for run in summaries:
@@ -31,6 +45,32 @@ def runs(
         )
         return
     rows = [("RUN", "STATE", "STEP", "TRAIN LOSS", "EVAL LOSS", "CREATED (UTC)"), *(_row(run) for run in summaries)]
+    _print_table(rows)
+
+
+def _compare(names: list[str], *, as_json: bool) -> None:
+    from llmtune.watch.differences import differing_keys, numbers_of
+    from llmtune.watch.run_data import RunData
+
+    if len(names) < 2:
+        raise UsageError("there is nothing to compare", "command line", "name two runs or more behind --compare")
+    found = [RunData(resolve_run(name, "runs")) for name in names]
+    for run in found:
+        run.refresh()
+    keys, numbers = differing_keys(found), numbers_of(found)
+    if as_json:
+        print(json.dumps({"runs": names, "keys": keys, "numbers": numbers}, ensure_ascii=False))
+        return
+    rows = [("KEY", *(printable(run.name) for run in found))]
+    rows += [(key, *(printable(json.dumps(value, ensure_ascii=False)) for value in row)) for key, row in keys.items()]
+    if not keys:
+        print_line("their configs are equal")
+    rows.append(("NUMBER", *("" for _ in found)))
+    rows += [(key, *("-" if value is None else f"{value:,.6g}" for value in row)) for key, row in numbers.items()]
+    _print_table(rows)
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -26,12 +26,14 @@ from llmtune.evaluation.sampling import (
     generation_config,
     through_stop_text,
 )
+from llmtune.evaluation.streaming import AnswerStream
 from llmtune.models.parameters import base_model_of, eval_mode
 from llmtune.models.read_config import context_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers.generation.streamers import BaseStreamer
 
 __all__ = [
     "Answer",
@@ -104,11 +106,13 @@ def generate(
     system: str | None = None,
     sampling: Sampling = GREEDY,
     batch_size: int = 8,
+    show: Callable[[str], None] | None = None,
 ) -> list[Answer]:
     """Return the model's answers, in the order of `prompts`.
 
     model: a transformers causal LM, bare or inside peft's wrapper. system: system message before every prompt except
-    texts to continue. sampling: how tokens are chosen and which texts end an answer.
+    texts to continue. sampling: how tokens are chosen and which texts end an answer. show: receives the text of the
+    answer to a single prompt piece by piece while it is made.
 
     Raises DataError for a prompt that is empty or fills the model's context.
     """
@@ -118,7 +122,10 @@ def generate(
         else renderer.prompt_ids(_as_messages(prompt, system))
         for prompt in prompts
     ]
-    answers = continue_ids(
+    assert show is None or len(prompts) == 1, "the answers of a batch grow side by side"
+    stops = set(renderer.stop_token_ids)
+    stream = AnswerStream(tokenizer, stops, sampling.stop, show) if show is not None else None
+    new_ids = continue_ids(
         model,
         ids,
         stop_token_ids=renderer.stop_token_ids,
@@ -127,12 +134,15 @@ def generate(
         sampling=sampling,
         tokenizer=tokenizer,
         batch_size=batch_size,
+        stream=stream,
     )
-    stops = set(renderer.stop_token_ids)
     texts = [prompt if isinstance(prompt, str) else prompt[-1].content for prompt in prompts]
-    return [
-        _answer(text, ids, tokenizer, stops, sampling, max_new_tokens) for text, ids in zip(texts, answers, strict=True)
+    answers = [
+        _answer(text, ids, tokenizer, stops, sampling, max_new_tokens) for text, ids in zip(texts, new_ids, strict=True)
     ]
+    if stream is not None:
+        stream.finish(answers[0].text)
+    return answers
 
 
 def _answer(
@@ -164,12 +174,13 @@ def continue_ids(
     sampling: Sampling = GREEDY,
     tokenizer: PreTrainedTokenizerFast | None = None,
     batch_size: int = 8,
+    stream: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """Return the ids the model adds to each prompt, in the order of `prompts`.
 
     An answer ends with the first stop token, after `max_new_tokens`, or when the model's context is full. Prompts are
     answered in batches of `batch_size`, padded on the left. sampling: as for `generate`; its `stop` needs the
-    `tokenizer`.
+    `tokenizer`. stream: receives the ids of a single prompt's answer as they are made.
 
     Raises DataError for a prompt that is empty or fills the model's context.
     """
@@ -182,7 +193,7 @@ def continue_ids(
         torch.manual_seed(sampling.seed)
         for limit, batch in _batches(prompts, limits, batch_size):
             config = generation_config(sampling, stop_token_ids=stop_token_ids, pad_id=pad_id, max_new_tokens=limit)
-            new_ids = _answer_batch(base, [prompts[index] for index in batch], config, sampling, tokenizer)
+            new_ids = _answer_batch(base, [prompts[index] for index in batch], config, sampling, tokenizer, stream)
             for index, ids in zip(batch, new_ids, strict=True):
                 answers[index] = _until_stop(ids, stops)
                 if sampling.stop:
@@ -209,6 +220,7 @@ def _answer_batch(
     config: GenerationConfig,
     sampling: Sampling,
     tokenizer: PreTrainedTokenizerFast | None,
+    stream: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """Return the ids generated after each prompt, with padding after its stop token."""
     longest = max(len(prompt) for prompt in prompts)
@@ -220,7 +232,7 @@ def _answer_batch(
         mask[row, longest - len(prompt) :] = 1
     device = cast("Tensor", model.get_input_embeddings().weight).device
     generate_ids = cast("Callable[..., Tensor]", model.generate)
-    further: dict[str, object] = {}
+    further: dict[str, object] = {} if stream is None else {"streamer": stream}
     if sampling.repetition_penalty != 1.0:
         padding = [longest - len(prompt) for prompt in prompts]
         further["logits_processor"] = [RepetitionPenalty(sampling.repetition_penalty, padding)]

@@ -34,12 +34,21 @@ from llmtune.engine.forward import Engine
 from llmtune.engine.objective import Objective
 from llmtune.engine.precision import Precision
 from llmtune.errors import DataError
-from llmtune.models.parameters import eval_mode
+from llmtune.models.parameters import base_model_of, eval_mode
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["evaluate", "evaluate_examples", "evaluate_objective", "token_bytes", "trained_bytes"]
+__all__ = [
+    "evaluate",
+    "evaluate_examples",
+    "evaluate_objective",
+    "row_losses",
+    "token_accuracy",
+    "token_bytes",
+    "trained_bytes",
+]
 
 
 def evaluate_examples(
@@ -85,6 +94,46 @@ def evaluate_examples(
         f"eval_{name}_mean_nll": each.nats / each.weight for name, each in sums.items() if each.weight and name
     }
     return _metrics(pooled, total_bytes) | own_means
+
+
+def row_losses(
+    model: nn.Module, examples: ExampleSet, *, engine: Engine, precision: Precision, pad_id: int
+) -> npt.NDArray[np.float64]:
+    """Return the loss of each example by itself, nats per trained token, float64 [rows]; NaN for one without any."""
+    losses_R = np.full(len(examples), np.nan)
+    with eval_mode(model), precision.autocast():
+        for batch in eval_batches(examples, batch_size=1, layout=engine.layout, pad_id=pad_id):
+            assert batch.indices is not None, "a batch of an example set has their numbers"
+            if batch.loss_weight:
+                losses_R[batch.indices[0]] = float(engine.nll_sum(batch)) / batch.loss_weight
+    return losses_R
+
+
+def token_accuracy(model: PreTrainedModel | PeftModel, examples: ExampleSet, *, pad_id: int) -> float:
+    """Return the share of trained tokens that the model holds for the most likely one, given all that comes before.
+
+    Every trained token counts once, whatever its weight. Raises DataError when no example has a trained token.
+    """
+    base = base_model_of(model)
+    head = base.get_output_embeddings()
+    assert head is not None, "a causal language model has a head"
+    right, count = 0, 0
+    with eval_mode(model):
+        for batch in eval_batches(examples, batch_size=1, layout="padded", pad_id=pad_id):
+            batch = batch.to(next(model.parameters()).device)
+            trained_N = batch.weights[0, 1:].nonzero().squeeze(1)
+            hidden_TD = base.base_model(input_ids=batch.input_ids, use_cache=False)[0][0]
+            # The head on trained tokens alone, in pieces: all logits of a long row are hundreds of megabytes.
+            for piece in trained_N.split(HEAD_ROWS):
+                guess = head(hidden_TD[piece]).argmax(-1)
+                right += int((guess == batch.input_ids[0, piece + 1]).sum())
+                count += len(piece)
+    if not count:
+        raise _no_trained_token()
+    return right / count
+
+
+HEAD_ROWS = 512
 
 
 class _HeldoutRows(NamedTuple):
@@ -181,17 +230,18 @@ def _add_up(
 
 def _metrics(sums: _Sums, total_bytes: float | None) -> dict[str, float]:
     if sums.weight == 0:
-        raise DataError(
-            "the held-out rows have no trained token",
-            where="data.eval / data.test_size",
-            fix="see `llmtune data preview`",
-        )
+        raise _no_trained_token()
     mean = sums.nats / sums.weight
     # One division, after all sums: a mean over batches would weigh short batches too much.
     metrics = {"eval_mean_nll": mean, "eval_perplexity": _exp(mean)}
     if total_bytes:
         metrics["eval_bits_per_byte"] = sums.nats / (math.log(2) * total_bytes)
     return metrics | {"eval_num_loss_tokens": sums.weight}
+
+
+def _no_trained_token() -> DataError:
+    where, fix = "data.eval / data.test_size", "see `llmtune data preview`"
+    return DataError("the held-out rows have no trained token", where=where, fix=fix)
 
 
 def trained_bytes(examples: ExampleSet, tokenizer: PreTrainedTokenizerFast) -> float:
