@@ -83,7 +83,7 @@ def _gradients(run: RunData) -> Figure | None:
         verdict = f"{share:.0%} of the newest {len(newest)} steps clipped at {clip:g}"
         verdict += "" if is_fine else ": nearly all"
     return Figure(
-        "gradient norm", short(norms.values[-1]), "how far a step would go, before the clip", verdict, is_fine
+        "gradient norm", short(norms.values[-1]), "length of the gradient before the clip", verdict, is_fine
     )
 
 

@@ -51,7 +51,7 @@ def _head(run: RunData, index: int, runs: Sequence[RunData], columns: int) -> Te
     left_s = run.eta_seconds() if state == "running" else None
     words = f" {step:,}/{total:,} {share:4.0%}" if total else f" step {step:,}"
     words += f"  {_clock(left_s)} left" if left_s is not None else ""
-    head = Text(f"{letter(index, runs)} ".lstrip(), f"bold {STYLES[index % len(STYLES)]}")
+    head = Text.assemble((f"{letter(index, runs)} ".lstrip(), f"bold {STYLES[index % len(STYLES)]}"))
     head.append(printable(run.name)[: max(columns // 2 - 4, 12)], "bold").append(" ")
     head.append(state, STATES.get(state, "dim")).append(" ")
     width = min(columns - len(head) - len(words) - 1, 50)
