@@ -10,12 +10,16 @@ from rich.console import Console
 
 from llmtune.cli import gpu_monitor
 from llmtune.cli.main import run
+from llmtune.tracking.choose import TRACKERS, TrackerKind
 from llmtune.tracking.machine import GPU, Machine
 from llmtune.tracking.queue import TrackerQueue
 from llmtune.tracking.system import SystemTracker
 from llmtune.tracking.tracker import RunInfo
+from llmtune.training import train as training
 from llmtune.watch.machine_view import machine_view
 from llmtune.watch.run_data import RunData
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_helpers import lines_of, weights_of
 
 
 class NVML:
@@ -146,3 +150,16 @@ def test_a_folder_that_takes_no_file_switches_the_tracker_off(tmp_path):
     queue.start(RunInfo(name="a", folder=tmp_path / "missing" / Path("x"), total_steps=1))
     assert "system" in queue.finish("finished")[0].tracker
     assert any("tracker system is switched off" in line for line in said)
+
+
+def test_n12_a_run_is_byte_identical_with_figures_of_the_machine(config_of, monkeypatch):  # noqa: F811
+    """The thread wakes up many times within each step."""
+    monkeypatch.setitem(TRACKERS, "system", TrackerKind(lambda _: SystemTracker(seconds=0.005)))
+    folders = [
+        training.train(config_of(f"tracking.trackers={trackers}", name=name)).folder
+        for name, trackers in (("without", "[jsonl]"), ("with", "[jsonl, system]"))
+    ]
+    assert len((folders[1] / "system.jsonl").read_text().splitlines()) > 5
+    assert not (folders[0] / "system.jsonl").exists()
+    assert weights_of(folders[0]) == weights_of(folders[1])
+    assert lines_of(folders[0]) == lines_of(folders[1])

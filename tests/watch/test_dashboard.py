@@ -9,6 +9,7 @@ import pytest
 
 from llmtune.cli.dashboard import _Folder
 from llmtune.cli.main import run as run_command
+from llmtune.watch import dashboard
 from llmtune.watch.dashboard import Dashboard
 from llmtune.watch.run_data import RunData
 from report_helpers import HOSTILE, make_run, quiet_losses
@@ -178,3 +179,20 @@ def test_a_log_is_shown_without_a_folder(tmp_path, capsys):
     )
     assert run_command(["dashboard", "--once", "--log", str(log)]) == 0
     assert "loss 3.1" in capsys.readouterr().out.replace("loss 3.10", "loss 3.1")
+
+
+def test_a_dashboard_rests_until_it_has_taken_one_percent_of_a_processor(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "a-run", quiet_losses(20))
+
+    async def scenario(app, pilot):
+        clock, read = {"now": 1000.0, "busy": 5.0}, []
+        monkeypatch.setattr(dashboard.time, "monotonic", lambda: clock["now"])
+        monkeypatch.setattr(dashboard.time, "process_time", lambda: clock["busy"])
+        app._busy_s = 4.75
+        monkeypatch.setattr(app, "read", lambda: read.append(clock["now"]))
+        for clock["now"] in (1000.0, 1010.0, 1024.9, 1025.1, 1026.0):  # a quarter of a second is 1 % of 25 s
+            app.read_sparingly()
+        assert read == [1000.0, 1025.1, 1026.0]
+        monkeypatch.undo()
+
+    watched([source(folder)], scenario)

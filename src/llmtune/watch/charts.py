@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from rich.text import Text
 
@@ -77,7 +78,7 @@ def draw(chart: Chart, columns: int, rows: int) -> Text:
         plot.level(level, "dim")
     for line in chart.lines:
         # Smallest and largest of each dot column; more points would fall on the same dots.
-        series = line.series.thinned(6 * DOTS_ACROSS * width) if not line.marks else line.series
+        series = line.series.thinned(3 * DOTS_ACROSS * width) if not line.marks else line.series
         if line.marks:
             for x, value in series.finite():
                 plot.mark(x, value, line.marks, line.style)
@@ -89,8 +90,9 @@ def draw(chart: Chart, columns: int, rows: int) -> Text:
     for index, cells in enumerate(plot.cells()):
         label = chart.number(up.high) if index == 0 else chart.number(up.low) if index == rows - 3 else ""
         row = Text(f"{label[: AXIS_COLUMNS - 1]:>{AXIS_COLUMNS - 1}}", "dim").append("┤" if label else "│", "dim")
-        for cell in cells:
-            row.append(cell.character, cell.style)
+        # A stretch of one style at once: each piece costs the terminal library more than drawing it did.
+        for style, stretch in groupby(cells, key=lambda cell: cell.style):
+            row.append("".join(cell.character for cell in stretch), style)
         lines.append(row)
     return Text("\n").join([*lines, _axis(across, width)])
 

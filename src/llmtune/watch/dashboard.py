@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
@@ -15,13 +16,16 @@ from textual.containers import VerticalScroll
 from textual.widgets import Footer, Static
 
 from llmtune.common.text import printable
-from llmtune.watch.frame import SMOOTHING, chart_texts, figure_table, head_lines, message_lines, sample_lines
+from llmtune.watch.charts import charts_of, draw
+from llmtune.watch.frame import SMOOTHING, figure_table, head_lines, message_lines, sample_lines
 from llmtune.watch.run_data import RunData
 
 __all__ = ["Dashboard", "Source"]
 
 SECONDS_BETWEEN_READINGS = 2.0
-"""A look at the files takes some milliseconds of a processor that the run needs."""
+
+SHARE_OF_A_PROCESSOR = 0.01
+"""What the dashboard takes at most while nobody presses a key: the run beside it needs the processors."""
 
 WEIGHTS = (0.0, 0.6, SMOOTHING, 0.98)
 """Shares of the past in the smoothed loss, in the order of the key."""
@@ -69,6 +73,8 @@ class Dashboard(App[None]):
         self._shown = "charts"
         self._with_memory = False
         self._smoothing = WEIGHTS.index(SMOOTHING)
+        self._busy_s = 0.0
+        self._rests_until = 0.0
 
     @property
     def runs(self) -> list[RunData]:
@@ -86,11 +92,22 @@ class Dashboard(App[None]):
         """Draw, and read again from now on."""
         self.theme = "ansi-dark"
         self.read()
-        self.set_interval(self._seconds, self.read)
+        self._busy_s = time.process_time()
+        self.set_interval(self._seconds, self.read_sparingly)
 
     def on_resize(self, event: events.Resize) -> None:  # noqa: ARG002
         """Draw for the new size."""
         self.draw()
+
+    def read_sparingly(self) -> None:
+        """Read, unless that and drawing would take more than a share of a processor."""
+        now, busy_s = time.monotonic(), time.process_time()
+        if now < self._rests_until:
+            return
+        # Everything since the last reading: most of the work is done after it, when the screen is drawn.
+        self._rests_until = now + (busy_s - self._busy_s) / SHARE_OF_A_PROCESSOR
+        self._busy_s = busy_s
+        self.read()
 
     def read(self) -> None:
         """Read what is new, and draw where anything was."""
@@ -127,11 +144,10 @@ class Dashboard(App[None]):
 
     def _charts(self, columns: int, rows: int) -> RenderableType:
         weight = WEIGHTS[self._smoothing]
-        *charts, speed, memory = chart_texts(self.runs, columns // 2 - 1, rows // 2, smoothing=weight)
-        loss, gradients, learning_rate = charts
+        loss, gradients, learning_rate, speed, memory = charts_of(self.runs, weight)
         grid = Table.grid(padding=(0, 1, 0, 0))
-        grid.add_row(loss, gradients)
-        grid.add_row(learning_rate, memory if self._with_memory else speed)
+        for pair in ((loss, gradients), (learning_rate, memory if self._with_memory else speed)):
+            grid.add_row(*(draw(chart, columns // 2 - 1, rows // 2) for chart in pair))
         return grid
 
     def _each(self, show: Callable[[RunData], RenderableType]) -> RenderableType:

@@ -82,9 +82,7 @@ def _gradients(run: RunData) -> Figure | None:
         is_fine = share <= USUAL_CLIPPED_SHARE or len(newest) < 100  # the first steps of any run are large
         verdict = f"{share:.0%} of the newest {len(newest)} steps clipped at {clip:g}"
         verdict += "" if is_fine else ": nearly all"
-    return Figure(
-        "gradient norm", short(norms.values[-1]), "length of the gradient before the clip", verdict, is_fine
-    )
+    return Figure("gradient norm", short(norms.values[-1]), "length of the gradient before the clip", verdict, is_fine)
 
 
 def _learning_rate(run: RunData) -> Figure | None:
