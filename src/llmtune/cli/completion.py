@@ -7,7 +7,8 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
-from typer.completion import completion_init, get_completion_script, shell_complete
+from typer._completion_classes import completion_init
+from typer.completion import shell_complete
 
 __all__ = ["answer_shell", "completion"]
 
@@ -23,9 +24,12 @@ class Shell(StrEnum):
     fish = "fish"
 
 
-def completion(shell: Annotated[Shell, typer.Argument(help="The shell that loads it.")]) -> None:
+def completion(
+    context: typer.Context, shell: Annotated[Shell, typer.Argument(help="The shell that loads it.")]
+) -> int:
     """Print a script; a shell that loads it completes commands and options of llmtune."""
-    print(get_completion_script(prog_name="llmtune", complete_var=VARIABLE, shell=shell.value))
+    completion_init()
+    return shell_complete(context.find_root().command, {}, "llmtune", VARIABLE, f"source_{shell.value}")
 
 
 def answer_shell(program: Any) -> int:
