@@ -24,9 +24,7 @@ class Shell(StrEnum):
     fish = "fish"
 
 
-def completion(
-    context: typer.Context, shell: Annotated[Shell, typer.Argument(help="The shell that loads it.")]
-) -> int:
+def completion(context: typer.Context, shell: Annotated[Shell, typer.Argument(help="The shell that loads it.")]) -> int:
     """Print a script; a shell that loads it completes commands and options of llmtune."""
     completion_init()
     return shell_complete(context.find_root().command, {}, "llmtune", VARIABLE, f"source_{shell.value}")
