@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,8 +123,8 @@ def _own(name: str, weight: float) -> Reward:
 Judge = Callable[[AnswerGroup], Sequence[float | None]]
 
 
-def _by_score(score: Score) -> Judge:
-    """Compare each answer with the row's answer; None where it has none."""
+def _compare(score: Score, _objective: ObjectiveConfig) -> Judge:
+    """Compare each answer with the row's answer by a score; None where it has none."""
 
     def judge(group: AnswerGroup) -> Sequence[float | None]:
         if group.reference is None:
@@ -173,8 +174,8 @@ def _length(objective: ObjectiveConfig) -> Judge:
 
 
 REWARDS: dict[str, Callable[[ObjectiveConfig], Judge]] = {
-    **{name: (lambda _, score=score: _by_score(score)) for name, score in SCORES.items()},
-    "json_fields": lambda _: _by_score(_json_fields),
+    **{name: partial(_compare, score) for name, score in SCORES.items()},
+    "json_fields": partial(_compare, _json_fields),
     "regex": _regex,
     "length": _length,
 }
