@@ -35,7 +35,7 @@ from llmtune.evaluation.rewards import Reward
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.parameters import count_parameters, freeze_all_but, trained_parameters
 from llmtune.prepare import Prepared
-from llmtune.training.preference import Objectives, build_objectives, build_policy_gradient
+from llmtune.training.objectives import Objectives, build_objectives, build_policy_gradient
 from llmtune.training.rollouts import Rollouts
 
 if TYPE_CHECKING:

@@ -1,14 +1,14 @@
-"""Build the objectives of a run that compares answers: their reference, and what it takes to have it."""
+"""The log-probabilities of answers by a reference: of a live model, or measured once before step 1 and cached."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,133 +20,27 @@ from llmtune.common.decisions import Decision
 from llmtune.common.folders import cache_folder, home_expanded
 from llmtune.common.text import readable_bytes
 from llmtune.data.dataset.batches import eval_batches
-from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.data.dataset.packing import examples_together
 from llmtune.data.example import ExampleSet
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine
-from llmtune.engine.objective import Objective
-from llmtune.engine.policy_gradient import PolicyGradientObjective
 from llmtune.engine.precision import Precision
-from llmtune.engine.preference import Mismatches, PreferenceObjective, needs_reference
 from llmtune.engine.reference import FrozenCopy, LiveReference, LogProbs, PrecomputedReference, Reference
 from llmtune.errors import MachineError
-from llmtune.evaluation.rewards import Reward
-from llmtune.models.dropout import switch_off_dropout
 from llmtune.prepare import Prepared
-from llmtune.training.rollouts import Rollouts
 from llmtune.version import __version__
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["Objectives", "build_objectives", "build_policy_gradient"]
+__all__ = ["ReferenceLogProbs"]
 
 REFERENCE_BATCH_SIZE = 8
 """Rows of a micro-batch when the reference is measured before training: fixed, so that its values are bit-identical."""
 
 
-class Objectives(NamedTuple):
-    """The objective over the training rows, the one over the held-out rows, and the choices made."""
-
-    training: Objective
-    heldout: Objective | None
-    """None without held-out rows, and where their loss is that of the engine."""
-    decisions: list[Decision]
-    rollouts: Rollouts | None = None
-    """What draws the answers that training learns from."""
-
-
-def build_objectives(
-    prepared: Prepared,
-    model: PreTrainedModel,
-    engine: Engine,
-    parameters: Mapping[str, nn.Parameter],
-    precision: Precision,
-    devices: Devices,
-    *,
-    base_digest: str,
-) -> Objectives:
-    """Build the objectives of a model as it is before step 1, and switch its dropout off.
-
-    `prepared.config` is resolved. Measures the reference over all rows where the config says `precomputed`.
-    """
-    config = prepared.config
-    decisions = _without_dropout(model)
-    sets = [prepared.data.train, *([prepared.data.eval] if prepared.data.eval is not None else [])]
-    references: list[Reference | None] = [None] * len(sets)
-    if config.objective.method in ("dpo", "kto"):
-        made = _References(prepared, model, engine, engine.log_probs, parameters, precision, devices, base_digest)
-        references = [made.of(examples) for examples in sets]
-        decisions.append(made.decision)
-    objectives = [
-        _objective(prepared, examples, engine, precision, reference)
-        for examples, reference in zip(sets, references, strict=True)
-    ]
-    return Objectives(objectives[0], objectives[1] if len(objectives) > 1 else None, decisions)
-
-
-def build_policy_gradient(
-    prepared: Prepared,
-    model: PreTrainedModel,
-    engine: Engine,
-    parameters: Mapping[str, nn.Parameter],
-    precision: Precision,
-    devices: Devices,
-    rewards: Sequence[Reward],
-    *,
-    base_digest: str,
-) -> Objectives:
-    """Build the objective of a run that draws answers, and what draws them; switch the model's dropout off.
-
-    `prepared.config` is resolved.
-    """
-    settings = prepared.config.objective
-    decisions = _without_dropout(model)
-
-    def log_probs(batch: MicroBatch) -> torch.Tensor:
-        # At the temperature of the draw: that is the policy whose answers have the rewards.
-        return engine.token_log_probs(batch, settings.temperature)
-
-    reference: Reference | None = None
-    if needs_reference(settings):
-        made = _References(prepared, model, engine, log_probs, parameters, precision, devices, base_digest)
-        reference = made.of(prepared.data.train)
-        decisions.append(made.decision)
-    rollouts = Rollouts(prepared, model, engine, precision, devices, rewards)
-    objective = PolicyGradientObjective(settings, rollouts, log_probs, reference, rollouts.reward_names)
-    return Objectives(objective.as_objective(), None, decisions, rollouts)
-
-
-def _without_dropout(model: PreTrainedModel) -> list[Decision]:
-    changed = switch_off_dropout(model)
-    if not changed:
-        return []
-    reason = "answers are compared with a reference, whose numbers dropout would blur"
-    return [Decision("dropout", f"off in {changed} modules", reason)]
-
-
-def _objective(
-    prepared: Prepared, examples: ExampleSet, engine: Engine, precision: Precision, reference: Reference | None
-) -> Objective:
-    config, batch_size = prepared.config, prepared.config.training.batch_size
-    assert isinstance(batch_size, int)
-    mismatches = None
-    if config.objective.method == "kto" and config.objective.loss == "kto":
-        mismatches = Mismatches(
-            examples,
-            autocast=precision.autocast,
-            layout=engine.layout,
-            pad_id=prepared.tokenizer.tokenizer.pad_token_id or 0,
-            batch_size=batch_size,
-            max_group_tokens=engine.max_group_tokens,
-            max_length=config.data.max_length,
-        )
-    return PreferenceObjective(config.objective, examples, engine.log_probs, reference, mismatches).as_objective()
-
-
-class _References:
+class ReferenceLogProbs:
     """The reference of each set of examples, by the resolved `objective.reference`."""
 
     def __init__(
