@@ -233,7 +233,8 @@ def test_every_field_that_columns_may_fill_is_read_by_a_format():
     answers = [{"chosen": "b", "rejected": "c"}, {"chosen_response": "b", "rejected_response": "c"}]
     answers += [{"completion": "b", "label": True}, {"completion": "b", "kto_tag": False}]
     for fields in answers:
-        (format_name,) = [name for name, row in PREFERENCE_FORMATS.items() if row.recognize({"prompt": "a"} | fields)]
+        # The first that recognizes a row counts: a prompt alone is a format too, for rewards.
+        format_name = next(name for name, row in PREFERENCE_FORMATS.items() if row.recognize({"prompt": "a"} | fields))
         conversations = PREFERENCE_FORMATS[format_name].parse(Row("a:1", {"prompt": "a"} | fields))
         assert [conversation.unused for conversation in conversations] == [()] * len(conversations)
         read |= set(fields)
