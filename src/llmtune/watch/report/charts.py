@@ -115,12 +115,15 @@ def charts_html(runs: Sequence[RunData], *, with_values: bool = True) -> Markup:
 
 def _chart(kind: ChartKind, runs: Sequence[RunData]) -> Chart:
     several, lines, longest = len(runs) > 1, [], 0
+    drawn: set[float] = set()
     for place, run in enumerate(runs):
         series = run.metrics.get(kind.metric, Series())
         longest = max(longest, len(series))
         lines.append(Line(run.name if several else kind.title.lower(), series, kind.kind, place))
         name, value = kind.limit(run) if kind.limit is not None else ("", None)
-        if value is not None and len(series):
+        # Runs that share a level share its line.
+        if value is not None and len(series) and value not in drawn:
+            drawn.add(value)
             ends = Series([series.xs[0], series.xs[-1]], [value, value])
             lines.append(Line(f"{run.name}: {name}" if several else name, ends, "limit", place if several else 1))
     return Chart(kind.title, lines, kind.unit, kind.note, from_zero=kind.from_zero, smoothing=smoothing_for(longest))
