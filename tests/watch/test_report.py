@@ -11,7 +11,7 @@ from llmtune.training import train as training
 from llmtune.watch.report.chart import Chart, Line
 from llmtune.watch.report.page import SECTIONS, read_run, report_html
 from llmtune.watch.series import Series
-from report_helpers import HOSTILE, Page, make_run, quiet_losses
+from report_helpers import HOSTILE, Page, make_run, quiet_losses, write_lines
 
 
 def run_command(*words):
@@ -160,3 +160,14 @@ def test_two_runs_are_drawn_over_each_other_with_what_differs_and_who_wins(tmp_p
 def test_a_folder_that_is_no_run_is_refused_with_its_name(tmp_path, capsys):
     assert run_command("report", str(tmp_path)) == 5
     assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_figures_of_the_machine_are_drawn_over_seconds_and_constants_are_not(tmp_path):
+    folder = make_run(tmp_path / "a", [3.0, 2.0])
+    gpu = {"index": 0, "use": 0.5, "memory_total_bytes": 8e9, "memory_used_bytes": 4e9}
+    write_lines(
+        folder / "system.jsonl", [{"time": 10.0 + t, "cpu_count": 8, "cpu_use": 0.25, "gpus": [gpu]} for t in (0, 5)]
+    )
+    page = Page(report_html([read_run(folder)]))
+    drawn_over_seconds = {chart["lines"][0]["name"]: chart["unit"] for chart in page.charts if chart["x"] == "seconds"}
+    assert drawn_over_seconds == {"cpu use": "percent", "gpus 0 use": "percent", "gpus 0 memory used bytes": "bytes"}

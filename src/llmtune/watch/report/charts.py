@@ -16,9 +16,13 @@ __all__ = ["CHARTS", "charts_html", "loss_chart", "planned_peak_bytes", "smoothi
 UNINTERESTING = ("epoch", "progress", "num_tokens", "num_loss_tokens", "num_sequences", "step_seconds")
 """Numbers of a training line that count up or say the same as another chart."""
 UNINTERESTING_ENDINGS = ("_num_loss_tokens", "_num_answers", "_num_pairs", "loss_tokens_per_second")
+CONSTANT_ENDINGS = ("step", "cpu_count", ".index", "_total_bytes", "power_limit_watts")
+"""Figures of the machine that are the same all the time."""
 FEWEST_SMOOTHED = 20
 """Below so many points a smoothed line says nothing that the points do not."""
 MOST_OTHER_CHARTS = 24
+UNITS = {"_bytes": "bytes", "_use": "percent", ".use": "percent"}
+"""Endings of names -> the unit of their values."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def _other_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 def _system_charts(runs: Sequence[RunData]) -> list[Chart]:
     """Figures of the machine over time."""
-    names = dict.fromkeys(name for run in runs for name in run.system if name != "step")
+    names = dict.fromkeys(name for run in runs for name in run.system if not name.endswith(CONSTANT_ENDINGS))
     return [_plain(name, [run.system for run in runs], runs, "seconds") for name in list(names)[:MOST_OTHER_CHARTS]]
 
 
@@ -158,4 +162,5 @@ def _plain(name: str, values: Sequence[dict[str, Series]], runs: Sequence[RunDat
         Line(run.name if several else words, of_run.get(name, Series()), "points" if is_evaluation else "plain", place)
         for place, (run, of_run) in enumerate(zip(runs, values, strict=True))
     ]
-    return Chart(title, lines, "bytes" if name.endswith("_bytes") else "", x_name=x_name)
+    unit = next((unit for ending, unit in UNITS.items() if name.endswith(ending)), "")
+    return Chart(title, lines, unit, from_zero=bool(unit), x_name=x_name)
