@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from llmtune.cli.main import run
 from llmtune.config.dump import config_to_yaml
 from llmtune.config.importers.convert import import_source
 from llmtune.config.importers.datasets import ALL_RULES
+from llmtune.config.importers.page import page
 from llmtune.config.importers.report import report_lines
 from llmtune.config.importers.rules import Outcome
 from llmtune.config.importers.source import flatten, read_sources
@@ -19,6 +21,8 @@ from llmtune.config.importers.tables import peer_names, peer_of
 from llmtune.config.keys import LEAVES, SOURCE_FIELDS, value_of
 from llmtune.config.layers import parse_config
 from llmtune.errors import ConfigError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +252,12 @@ def test_trl_trains_all_tokens_of_messages_and_starts_from_its_own_lora(tmp_path
     assert of("training.max_steps") is None
     assert [source.split for source in of("data.eval")] == ["test"]
     assert of("data.overlong") == "truncate_right"
+
+
+def test_a_switch_that_is_off_is_no_missing_one(tmp_path):
+    """TRL has bf16 and gradient checkpointing on where nothing is said."""
+    of = values(sample(tmp_path, "trl", ("packing: true", "packing: true\nbf16: false\ngradient_checkpointing: false")))
+    assert (of("training.precision"), of("model.gradient_checkpointing")) == ("fp32", False)
 
 
 def test_trl_dpo_on_a_command_line_has_another_rate_and_counts_the_devices(tmp_path):
@@ -483,3 +493,9 @@ def test_a_config_of_ours_with_a_typo_is_told_the_key_and_no_toolkit(tmp_path, c
     err = capsys.readouterr().err
     assert "lerning_rate" in err
     assert "looks like a config of" not in err
+
+
+def test_the_page_for_those_who_switch_is_made_of_the_tables():
+    """`python -m llmtune.config.importers.page > docs/switching.md`."""
+    assert (ROOT / "docs" / "switching.md").read_text(encoding="utf-8") == page()
+    assert all(f"## Coming from {peer_of(peer).name}\n" in page() for peer in SAMPLES)

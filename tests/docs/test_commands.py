@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from import_samples import SAMPLES
 from llmtune.cli.main import COMMANDS, GROUPS, main
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,9 @@ def workplace(tmp_path_factory, tiny_model_folder):
     ]
     settings = ["training:", "  max_steps: 4", "  batch_size: 2", "tracking:", "  trackers: [jsonl]"]
     (folder / "c.yaml").write_text("\n".join([*config, *settings]) + "\n")
+    for peer, (name, text) in SAMPLES.items():  # of docs/switching.md
+        (folder / f"{peer}{Path(name).suffix.replace('yml', 'yaml')}").write_text(text)
+    (folder / "lora.yml").write_text(SAMPLES["axolotl"][1])
     return folder
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llmtune.data.rendering.renderer import Renderer
     from llmtune.models.tokenizer import LoadedTokenizer
 
-__all__ = ["preview", "report"]
+__all__ = ["preview", "report", "survey"]
 
 
 class Survey(NamedTuple):
@@ -58,26 +58,26 @@ def report(
 
     Exit code 3 if training would refuse them.
     """
-    survey = _survey(config, overrides, trust_remote_code=trust_remote_code)
+    found = _survey(config, overrides, trust_remote_code=trust_remote_code)
     from llmtune.data.dataset.make_dataset import raise_problems
     from llmtune.data.dataset.report import data_report, report_lines
     from llmtune.prepare import overlong_named
 
     if row is not None:
-        _print_row(survey.data, row, as_json=as_json)
+        _print_row(found.data, row, as_json=as_json)
         return
-    for decision in (*survey.decisions, *survey.data.decisions):
+    for decision in (*found.decisions, *found.data.decisions):
         print_line(str(decision))
-    for line in (*survey.data.ledger.training_warnings(), *survey.data.ledger.unused_fields()):
+    for line in (*found.data.ledger.training_warnings(), *found.data.ledger.unused_fields()):
         print_line(f"note: {line}")
-    batch_size = survey.resolved.config.training.batch_size
+    batch_size = found.resolved.config.training.batch_size
     values = data_report(
-        survey.data, survey.resolved.config.data, batch_size=batch_size if isinstance(batch_size, int) else 8
+        found.data, found.resolved.config.data, batch_size=batch_size if isinstance(batch_size, int) else 8
     )
     print(json.dumps(values, ensure_ascii=False) if as_json else "\n".join(report_lines(values)))
     # Last, so that the report is there to look the rows up in.
-    with overlong_named(survey.decisions):
-        raise_problems(survey.data)
+    with overlong_named(found.decisions):
+        raise_problems(found.data)
 
 
 def _print_row(data: PreparedData, row: str, *, as_json: bool) -> None:
@@ -151,6 +151,11 @@ def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remo
     resolved = load_config(config, overrides=overrides or ())
     for note in resolved.notes:
         print_line(note)
+    return survey(resolved, trust_remote_code=trust_remote_code)
+
+
+def survey(resolved: ResolvedConfig, *, trust_remote_code: bool) -> Survey:
+    """Make examples of the rows of a config, with the tokenizer of its model."""
     check_working_folder()
     from llmtune.adapters.start import fit_start
     from llmtune.data.dataset.make_dataset import survey_data

@@ -239,9 +239,7 @@ class _Translation:
     def fill_in(self, defaults: list[Default]) -> None:
         """Write the peer's own default of every key that the file leaves out."""
         for default in defaults:
-            if default.key in self.settings and not self.settings[default.key].weak:
-                continue
-            if not self.holds(default.when):
+            if default.key in self.settings or not self.holds(default.when):
                 continue
             text = default.value
             said = default.text

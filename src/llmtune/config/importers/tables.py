@@ -22,7 +22,7 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple
 
-__all__ = ["Default", "Peer", "Row", "peer_names", "peer_of", "table_lines"]
+__all__ = ["Default", "Peer", "Row", "own_table", "peer_names", "peer_of"]
 
 
 class Row(NamedTuple):
@@ -59,6 +59,8 @@ class Peer:
     detect: dict[str, int] = field(default_factory=dict)
     """Key -> how much it speaks for this peer."""
     unknown: str = "none"
+    includes: list[tuple[str, str]] = field(default_factory=list)
+    """Other tables, each with the prefix that its keys have."""
     assume: dict[str, str] = field(default_factory=dict)
     defaults: list[Default] = field(default_factory=list)
     rows: dict[str, Row] = field(default_factory=dict)
@@ -90,21 +92,26 @@ def peer_names() -> tuple[str, ...]:
 @cache
 def peer_of(peer_id: str) -> Peer:
     """Return a peer with the rows of its own table and of those it includes."""
-    peer = Peer(peer_id)
-    includes = []
-    for columns in table_lines(peer_id):
-        if columns[0] == "@include":
-            includes.append((columns[1], columns[2] if len(columns) > 2 else ""))
-        elif columns[0] == "@unknown":
-            peer.unknown = columns[1]
-        else:
-            _read_line(peer, columns, "")
-    for name, prefix in includes:
+    peer = own_table(peer_id)
+    for name, prefix in peer.includes:
         for columns in table_lines(name):
             if columns[0] == "@assume":
                 peer.assume.setdefault(prefix + columns[1], columns[2])
             elif not columns[0].startswith("@"):
                 _read_line(peer, columns, prefix)
+    return peer
+
+
+def own_table(name: str) -> Peer:
+    """Return a peer with the rows of its own table alone."""
+    peer = Peer(name)
+    for columns in table_lines(name):
+        if columns[0] == "@include":
+            peer.includes.append((columns[1], columns[2] if len(columns) > 2 else ""))
+        elif columns[0] == "@unknown":
+            peer.unknown = columns[1]
+        else:
+            _read_line(peer, columns, "")
     return peer
 
 
