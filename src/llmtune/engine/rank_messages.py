@@ -5,6 +5,7 @@ They travel as JSON through the key-value store that the processes met at.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,9 @@ from llmtune.errors import ConfigError, LlmtuneError, Problem, RankLostError, in
 __all__ = ["RankMessages", "lost_ranks_noticed"]
 
 T = TypeVar("T")
+
+LONGEST_LEAVING_S = 10
+"""Seconds that the main process waits at the end for the others to have read its last message."""
 
 
 class RankMessages:
@@ -129,9 +133,13 @@ class RankMessages:
         with suppress(RuntimeError):  # the main process is gone, and its store with it
             if self._rank == 0:
                 self._store.set("closed", "")
+                if wait_for_main:  # the store ends with this process, and the others may still read in it
+                    others = [f"left/{rank}" for rank in range(1, self._world_size)]
+                    self._store.wait(others, dt.timedelta(seconds=LONGEST_LEAVING_S))
             elif wait_for_main:
                 with self._watch.waiting(must_work=False):
                     self._store.wait(["closed"])
+                self._store.set(f"left/{self._rank}", "")
         self._watch.leave(failed=False)
 
 

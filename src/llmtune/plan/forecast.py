@@ -106,10 +106,10 @@ class Forecaster:
 
     @classmethod
     def for_this_machine(cls, prepared: Prepared, options: Options, devices: Devices) -> Forecaster:
-        """Plans for the device of this process, and for its rank among the processes that share the run."""
+        """Plans for the device of this process as the main one plans: it has the most rows, and some may have none."""
         # The machine's own free memory, measured here; another device is planned by its published size.
         target = find_target(None, no_cuda=devices.device.type == "cpu")
-        return cls(prepared, options, target, world_size=devices.world_size, rank=devices.rank)
+        return cls(prepared, options, target, world_size=devices.world_size)
 
     def with_prepared(self, prepared: Prepared) -> Forecaster:
         """Plans for the same device and rank of a variant of the run; counts and traces are shared."""
