@@ -51,6 +51,13 @@ COMMANDS: tuple[Command, ...] = (
         ),
     ),
     Command(
+        "init",
+        "init:init",
+        "Write a commented config for your rows and this device.",
+        "Train",
+        ("llmtune init", "llmtune init my-rows.jsonl --output mine.yaml"),
+    ),
+    Command(
         "resume",
         "resume:resume",
         "Go on with a run, bit for bit, from its newest valid checkpoint.",

@@ -41,10 +41,7 @@ def init(
     no_cuda: NoCuda = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Look at your rows and this device, and write a commented config that trains.
-
-    Example: `llmtune init rows.jsonl`, then `llmtune train --config llmtune.yaml`
-    """
+    """Look at your rows and this device, and write a commented config that trains."""
     if output.exists():
         raise UsageError(f"`{output}` exists already", "--output", "choose another name, or move it away")
     method, found = _look(file, model, trust_remote_code=trust_remote_code)
