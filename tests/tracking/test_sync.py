@@ -41,6 +41,7 @@ def test_tensorboard_gets_every_step_once(run, capsys):
     assert "already" in capsys.readouterr().err
 
 
+@pytest.mark.campaign
 def test_wandb_gets_the_record_and_on_request_the_model(run):
     """In a process of its own: wandb leaves threads behind."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
