@@ -90,6 +90,8 @@ class Devices:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         rank, timeout = int(environ["RANK"]), dt.timedelta(seconds=timeout_s)
+        # The store of a launcher outlives the processes that it starts again, with the addresses of the dead.
+        attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         with lost_ranks_noticed():
             owns_group = not dist.is_initialized()  # else it is that of the program around this one (Ray Train)
             if not owns_group:
@@ -98,9 +100,9 @@ class Devices:
                 store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
                 store.set_timeout(timeout)
                 backend = "nccl" if device.type == "cuda" else "gloo"
-                group_store = PrefixStore("group", store)
+                group_store = PrefixStore(f"group/{attempt}", store)
                 dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
-            store = PrefixStore("llmtune", store)
+            store = PrefixStore(f"llmtune/{attempt}", store)
             watch, unwatched = watch_ranks(store, rank, world_size, address=environ["MASTER_ADDR"], timeout_s=timeout_s)
         messages = RankMessages(rank, world_size, store, watch)
         return cls(
