@@ -1,5 +1,5 @@
-"""What `pip install` of the built wheel gives: presets and example data travel inside, and it trains from anywhere
-without the checkout.
+"""What `pip install` of the built wheel gives: presets, pages and example data travel inside, and it trains from
+anywhere without the checkout.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def llmtune(installed, tmp_path):
     return run
 
 
-def test_presets_and_example_data_travel_inside_the_wheel(wheel):
+def test_presets_pages_and_example_data_travel_inside_the_wheel(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
-    for name in ("configs", "example-data"):
+    for name in ("configs", "docs", "example-data"):
         files = {path.relative_to(ROOT).as_posix() for path in (ROOT / name).rglob("*") if path.is_file()}
         assert len(files) >= 5
         assert {f"llmtune/_shipped/{file}" for file in files} <= inside
@@ -101,6 +101,13 @@ def test_a_preset_is_found_in_the_wheel_from_another_working_folder(llmtune):
 def test_the_models_are_listed_without_the_checkout(llmtune):
     names = {json.loads(line)["name"] for line in llmtune("-m", "llmtune", "list-models", "--json").splitlines()}
     assert {"smollm2-135m-instruct", "custom-tiny"} <= names
+
+
+def test_every_page_is_printed_without_the_checkout(llmtune, installed):
+    pages = [json.loads(line) for line in llmtune("-m", "llmtune", "docs", "--json").splitlines()]
+    assert {page["topic"] for page in pages} == {path.stem for path in (ROOT / "docs").glob("*.md")}
+    assert all(Path(page["path"]).is_relative_to(installed) for page in pages)
+    assert llmtune("-m", "llmtune", "docs", "promises") == (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
 
 
 def test_production_trains_a_users_model_on_a_users_file(llmtune, tiny_model_folder, tmp_path):

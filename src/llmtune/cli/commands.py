@@ -281,6 +281,13 @@ COMMANDS: tuple[Command, ...] = (
         ("llmtune explain 5",),
     ),
     Command(
+        "docs",
+        "docs:docs",
+        "Print a page of the documentation; without a topic, list the pages.",
+        "Check",
+        ("llmtune docs", "llmtune docs data"),
+    ),
+    Command(
         "merge-lora",
         "merge:merge_lora",
         "Fold an adapter into its base, and check the result.",

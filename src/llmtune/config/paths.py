@@ -1,6 +1,6 @@
 """Paths: those in a config (characters that none can have, files beside it), and the files that come with llmtune.
 
-Shipped are `configs/` and `example-data/`: in the installed package, or in the source checkout.
+Shipped are `configs/`, `docs/` and `example-data/`: in the installed package, or in the source checkout.
 """
 
 from __future__ import annotations
