@@ -9,11 +9,16 @@ import subprocess
 import sys
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from llmtune.cli.main import run as command
-from llmtune.errors import ConfigError
+from llmtune.engine.devices import Devices
+from llmtune.errors import ConfigError, MachineError
 from rank_helpers import LAUNCHER, LONG, LONGEST_S, TwoRanks, environment, launched, wait_for_lines
 from training_helpers import lines_of, small_run, weights_of
+
+ALONE = "`accelerate launch` was asked for several processes, and has started this one alone"
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +163,34 @@ def test_devices_are_not_passed_over_under_another_launcher(words, monkeypatch, 
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert command(["train", "--devices", "2", *words[1]]) == 2
     assert "2 devices were asked for, and 4 processes are started already" in capsys.readouterr().err
+
+
+def of_accelerate(*options):
+    """The environment in which the installed accelerate starts a command with these options of its launcher."""
+    own_defaults = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    arguments = launch_command_parser().parse_args([*options, *own_defaults, "-m", "llmtune"])
+    return prepare_simple_launcher_cmd_env(arguments)[1]
+
+
+def test_a_process_that_accelerate_starts_alone_for_several_on_a_cpu_is_refused():
+    for options in (["--cpu"], ["--cpu", "--num_processes", "1"]):
+        alone = Devices.from_environment(no_cuda=True, timeout_s=1, environ=of_accelerate(*options))
+        assert alone.world_size == 1
+    with pytest.raises(MachineError, match=ALONE) as refused:
+        Devices.from_environment(no_cuda=True, timeout_s=1, environ=of_accelerate("--cpu", "--num_processes", "2"))
+    assert "`llmtune train --devices N`" in str(refused.value)
+
+
+@pytest.mark.campaign
+def test_accelerate_on_a_cpu_trains_alone_where_asked_and_is_refused_for_two(words):
+    folder, given = words
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes"]
+    said = launched("train", *given, "run.name=for-two", code=1, launcher=[*launcher, "2", "-m", "llmtune"])
+    assert said.count(ALONE) == 1, said
+    assert f"non-zero exit status {MachineError.exit_code}" in said  # accelerate ends with 1 of its own
+    assert not (folder / "for-two").exists()
+    said = launched("train", *given, "run.name=for-one", launcher=[*launcher, "1", "-m", "llmtune"])
+    assert "finished after step 40" in said
 
 
 @pytest.mark.campaign
