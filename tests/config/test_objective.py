@@ -47,6 +47,24 @@ WORDS = {
     "stage: sft": {"method": "sft"},
     "rl: ipo\nrl_beta: 0.2": {"method": "dpo", "loss": "ipo", "beta": 0.2},
     "pref_loss: orpo": {"method": "orpo"},
+    "stage: grpo": {"method": "grpo"},
+    "loss_type: hinge\nobjective: {method: dpo}": {"method": "dpo", "loss": "hinge"},
+    "loss_type: apo_zero_unpaired\nrl: kto": {"loss": "apo_zero"},
+    "rl: grpo\nnum_generations: 4\nmax_completion_length: 64\ntemperature: 0.7\nbeta: 0.04\nepsilon: 0.1\n"
+    "epsilon_high: 0.3\nloss_type: dr_grpo\nscale_rewards: none\nmask_truncated_completions: true\n"
+    "num_iterations: 1": {
+        "method": "grpo",
+        "num_generations": 4,
+        "max_new_tokens": 64,
+        "temperature": 0.7,
+        "beta": 0.04,
+        "clip": 0.1,
+        "clip_high": 0.3,
+        "loss": "dr_grpo",
+        "scale_rewards": False,
+        "mask_truncated": True,
+    },
+    "rl: grpo\nscale_rewards: group": {"scale_rewards": True},
     "rl: kto\nkto_desirable_weight: 1.5": {"method": "kto", "desirable_weight": 1.5},
 }
 
@@ -59,8 +77,21 @@ def test_words_of_other_toolkits_are_read(tmp_path, text):
     assert {name: getattr(objective, name) for name in WORDS[text]} == WORDS[text]
 
 
-def test_a_stage_that_is_not_there_is_refused(tmp_path):
+WITHOUT_EQUAL = {
+    "stage: ppo": "`dpo`, `kto` or `grpo`",
+    "rl: gdpo": "kto or grpo",
+    "rl: grpo\nloss_type: bnpo": "a loss of dpo, kto or grpo",
+    "rl: grpo\nscale_rewards: batch": "among the answers to one prompt",
+    "rl: grpo\nnum_iterations: 2": "learnt from once",
+    "rl: grpo\nsteps_per_generation: 4": "counts micro-batches",
+    "rl: grpo\nreward_weights: [1.0, 0.5]": "named with their weights",
+    "epsilon: 1.0e-8": "counts only where the method is grpo",
+}
+
+
+@pytest.mark.parametrize("text", WITHOUT_EQUAL)
+def test_a_word_of_another_toolkit_that_means_something_else_here_is_refused(tmp_path, text):
     path = tmp_path / "c.yaml"
-    path.write_text("stage: ppo\n")
-    with pytest.raises(ConfigError, match="sft, dpo or kto"):
+    path.write_text(text + "\n")
+    with pytest.raises(ConfigError, match=WITHOUT_EQUAL[text]):
         load_config(str(path), environ={})

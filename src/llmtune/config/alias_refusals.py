@@ -39,6 +39,10 @@ _MIXTURE = (
     "a mixture is written at its sources",
     "give each entry of `data.train` a `share` of the epoch, or a `repeat`",
 )
+_REWARDS = (
+    "rewards are named with their weights; code for one is named on the command line",
+    "write `objective.rewards: {f1: 1.0}`, or `llmtune train --reward FILE.py:FUNCTION=WEIGHT`",
+)
 _CONTEXT = ("the shape of a model is read from its own folder", "change it in that folder's config.json")
 NOT_HERE: dict[str, tuple[str, str]] = {
     "trust_remote_code": (
@@ -109,7 +113,12 @@ NOT_HERE: dict[str, tuple[str, str]] = {
     "torch_compile_backend": ("it compiles with torch's own default", "set `training.compile: true` alone"),
     "torch_compile_mode": ("it compiles with torch's own default", "set `training.compile: true` alone"),
     "use_mlflow": ("there is no such tracker", "set `tracking.trackers: [console, jsonl, tensorboard]`"),
-    "loss_type": ("the loss follows from the objective", "set `objective.method`"),
+    "steps_per_generation": (
+        "TRL counts micro-batches with it, and llmtune counts steps",
+        "divide it by the gradient accumulation steps: `objective.steps_per_generation`",
+    ),
+    "reward_funcs": _REWARDS,
+    "reward_weights": _REWARDS,
     "use_dft_loss": ("the loss here is the plain negative log-likelihood", "remove it"),
     "rope_scaling": _CONTEXT,
     "rope_theta": _CONTEXT,

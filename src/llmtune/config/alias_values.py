@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import get_args
 
 from llmtune.config.alias_names import NAMES_OF
-from llmtune.config.schema import TrainOn
+from llmtune.config.schema import ObjectiveLoss, TrainOn
 from llmtune.config.translation import (
     NO,
     YES,
     Rule,
     Translation,
+    Values,
     only,
     report_to,
     switch,
@@ -58,7 +59,7 @@ _ATTENTION = {
     "fa2": "flash",
     "flex_attention": "flex",
 }
-_METHODS = {method: {"objective.method": method} for method in ("sft", "dpo", "kto")}
+_METHODS = {method: {"objective.method": method} for method in ("sft", "dpo", "kto", "grpo")}
 _PAIR_LOSSES = {
     "sigmoid": {"objective.method": "dpo", "objective.loss": "sigmoid"},
     "hinge": {"objective.method": "dpo", "objective.loss": "hinge"},
@@ -66,6 +67,17 @@ _PAIR_LOSSES = {
     "orpo": {"objective.method": "orpo"},
     "simpo": {"objective.method": "simpo"},
 }
+_TRL_LOSSES = {
+    **{loss: {"objective.loss": loss} for loss in get_args(ObjectiveLoss)},
+    "apo_zero_unpaired": {"objective.loss": "apo_zero"},
+    "simpo": {"objective.method": "simpo"},
+}
+_PER_PROMPT: Values = {"objective.scale_rewards": "true"}
+_UNSCALED: Values = {"objective.scale_rewards": "false"}
+_SCALE_REWARDS = Rule(
+    words=dict.fromkeys((*YES, "group"), _PER_PROMPT) | dict.fromkeys((*NO, "none"), _UNSCALED),
+    expected="`group` or `none`: rewards are scaled among the answers to one prompt",
+)
 _OWN_TRAIN_ON = dict(zip(get_args(TrainOn), get_args(TrainOn), strict=True))
 _TRAIN_ON = {"trainonwhat.all_assistant_messages": "all_assistant_messages"}
 _SCHEDULES = {
@@ -218,11 +230,17 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         "stage": Rule(
             "objective.method",
             _METHODS | {"pt": {"objective.method": "sft", "data.format": "text"}},
-            "`sft`, `pt`, `dpo` or `kto`: other stages are not there",
+            "`sft`, `pt`, `dpo`, `kto` or `grpo`: other stages are not there",
         ),
-        "rl": Rule("objective.method", _METHODS | _PAIR_LOSSES, "dpo, ipo, simpo, orpo or kto: others are not there"),
+        "rl": Rule(
+            "objective.method", _METHODS | _PAIR_LOSSES, "dpo, ipo, simpo, orpo, kto or grpo: others are not there"
+        ),
         "pref_loss": Rule("objective.loss", _PAIR_LOSSES, "sigmoid, hinge, ipo, orpo or simpo: others are not there"),
     },
+    "objective.loss": {
+        "loss_type": Rule("objective.loss", _TRL_LOSSES, "a loss of dpo, kto or grpo, or simpo: others are not there"),
+    },
+    "objective.scale_rewards": {"scale_rewards": _SCALE_REWARDS},
     "data.train[].config": {
         "dataset_config": Rule("data.train[].config"),
         "dataset_config_name": Rule("data.train[].config"),
@@ -247,6 +265,7 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         "dataloader_drop_last": only("false", "every row is trained in every epoch"),
         "save_adapter": only("true", "a run with an adapter always saves it"),
         "save_safetensors": only("true", "weights are always safetensors"),
+        "num_iterations": only("1", "drawn answers are learnt from once; `objective.steps_per_generation` draws ahead"),
         "do_train": only("true", "`llmtune train` trains; `llmtune evaluate` only measures"),
         "do_eval": only("true", "held-out rows are always measured"),
     },

@@ -23,6 +23,7 @@ __all__ = [
     "EvaluationConfig",
     "ModelConfig",
     "ObjectiveConfig",
+    "ObjectiveLoss",
     "ObjectiveMethod",
     "RunConfig",
     "SourceConfig",
@@ -455,6 +456,7 @@ class TrainingConfig:
 
 
 ObjectiveMethod = Literal["sft", "dpo", "simpo", "orpo", "kto", "grpo"]
+ObjectiveLoss = Literal["auto", "sigmoid", "ipo", "hinge", "kto", "apo_zero", "dapo", "grpo", "dr_grpo"]
 
 
 @dataclass(frozen=True)
@@ -466,7 +468,7 @@ class ObjectiveConfig:
     from single answers with a label; `grpo` draws answers to prompts and learns from their rewards.
     """
 
-    loss: Literal["auto", "sigmoid", "ipo", "hinge", "kto", "apo_zero", "dapo", "grpo", "dr_grpo"] = "auto"
+    loss: ObjectiveLoss = "auto"
     """Form of the loss: `sigmoid` (chosen by `auto`), `ipo` or `hinge` for `dpo`; `kto` (chosen by `auto`) or
     `apo_zero` for `kto`; for `grpo` the mean over all tokens of a step (`dapo`, chosen by `auto`), over the mean of
     each answer (`grpo`), or the sum of tokens divided by a constant (`dr_grpo`).
