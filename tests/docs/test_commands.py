@@ -36,6 +36,7 @@ CHECKED_ELSEWHERE = {
     "scripts/gpu --pretend": "tests/gpu/test_script.py",
     "scripts/audit": "a part of scripts/lint; tests/test_audit.py",
     "scripts/house": "tests/test_architecture.py",
+    "scripts/docs": "needs the package index; tests/docs/test_site.py holds its navigation",
     "scripts/lock": "needs the package index; tests/test_audit.py holds what it wrote",
     "pip install .": "tests/test_wheel.py builds, installs and uses the wheel",
 }
