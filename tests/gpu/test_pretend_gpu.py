@@ -87,4 +87,7 @@ def test_training_resuming_answering_and_verifying_run_whole_on_it(tmp_path):
     assert len(losses[0]) == 4
     assert losses[0] == losses[1], "P2: a run stopped and resumed repeats every loss"
     assert llmtune("generate", str(folder / "whole"), "a question").strip()
+    merged = tmp_path / "merged"
+    assert "against base + adapter" in llmtune("merge-lora", str(folder / "whole"), "-o", str(merged))
+    assert b'"lm_head.weight"' not in (merged / "model.safetensors").read_bytes(), "its base is tied"
     llmtune("verify", "packing", "model.name=custom-nano")

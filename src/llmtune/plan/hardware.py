@@ -14,7 +14,7 @@ from torch import nn
 
 from llmtune.config.schema import Config
 from llmtune.engine.allocator import release_free_memory
-from llmtune.engine.choose_device import choose_device
+from llmtune.engine.choose_device import CUDA_CONTEXT_BYTES, choose_device
 from llmtune.engine.precision import choose_precision, gpu_without_bf16
 from llmtune.errors import UsageError
 
@@ -68,8 +68,9 @@ def _local_target(*, no_cuda: bool) -> Target:
         name = "this CPU" if shared == 1 else f"this CPU, shared by {shared} processes"
         return Target(name, "cpu", attainable_bytes(), is_local=True)
     free, total = torch.cuda.mem_get_info(device)
-    # What torch has reserved is not free for the driver, but it is for the training of this process.
-    usable = min(total, free + torch.cuda.memory_reserved(device))
+    # What torch has reserved is not free for the driver, but it is for the training of this process; and so is what the
+    # driver took for this process when it was asked, which a plan counts.
+    usable = min(total, free + torch.cuda.memory_reserved(device) + CUDA_CONTEXT_BYTES)
     name = torch.cuda.get_device_name(device)
     return Target(name, "cuda", usable, torch.cuda.is_bf16_supported(including_emulation=False), is_local=True)
 

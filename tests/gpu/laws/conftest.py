@@ -106,7 +106,7 @@ def train(
     neftune_alpha: float | None = None,
     steps: int = 2,
 ) -> Trained:
-    """Train a small random model for two steps of two micro-batches on `device`."""
+    """Train a small random model on `device`, two micro-batches a step; with no steps its engine is built only."""
     torch.manual_seed(0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision if lora else "fp32"]
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype)
@@ -127,6 +127,8 @@ def train(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         built = build_engine(model, config=config, device=device, precision=arithmetic)
+    if steps == 0:
+        return Trained(built, [], [], [], Counter(), Counter())
     model.train()
     parameters = trained_parameters(model)
     rule = {"learning_rate": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "device": device}
@@ -177,14 +179,21 @@ def train(
     )
 
 
+def on(card: str = "rtx4090", family: str = "llama", *, pinned_limit: int = 2**63, **options: Any) -> Trained:
+    """Train on a pretended card, or on the CPU where that is named."""
+    if card == "cpu":
+        return train(torch.device("cpu"), family, **options)
+    with numbers.machine(card, pinned_limit):
+        return train(torch.device("cuda", 0), family, **options)
+
+
 @pytest.fixture
 def train_on() -> Callable[..., Trained]:
-    """Train on a pretended card, or on the CPU where that is named."""
-
-    def on(card: str = "rtx4090", family: str = "llama", *, pinned_limit: int = 2**63, **options: Any) -> Trained:
-        if card == "cpu":
-            return train(torch.device("cpu"), family, **options)
-        with numbers.machine(card, pinned_limit):
-            return train(torch.device("cuda", 0), family, **options)
-
+    """Train as the test has set things up."""
     return on
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> dict[str, Trained]:
+    """Trainings with which others are compared."""
+    return {"gpu": on(), "cpu": on("cpu"), "recomputed": on(recompute=True)}

@@ -8,13 +8,13 @@ def rarely(*names):
     return [pytest.param(name, marks=pytest.mark.campaign) for name in names]
 
 
-FAST = ["gpt2", *rarely("llama", "gemma3", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "mixtral")]
+FAST = ["llama", *rarely("gpt2", "gemma3", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "mixtral")]
 AMPERE_AND_LATER = ("rtx3090", "rtx4090", "a100-80", "h100", "h200")
 
 
 @pytest.mark.parametrize("family", FAST)
 def test_a_model_takes_variable_length_flash_attention_and_nothing_else_is_tried(train_on, family):
-    trained = train_on("rtx4090", family)
+    trained = train_on("rtx4090", family, steps=1)
     assert trained.decided["training.engine"] == "flat", trained.reasons
     assert trained.decided["model.attention"] == "varlen"
 
@@ -70,7 +70,7 @@ def test_the_host_waits_once_a_step_and_copies_only_from_page_locked_memory(trai
     [("t4", "fp16", "sdpa"), *(pytest.param("t4", one, "sdpa", marks=pytest.mark.campaign) for one in ("fp32",))],
 )
 def test_a_card_before_ampere_takes_attention_by_document_and_says_what_was_faster(train_on, card, precision, expected):
-    trained = train_on(card, precision=precision)
+    trained = train_on(card, precision=precision, steps=0)
     assert trained.decided["model.attention"] == expected
     assert "what is faster failed" in trained.reasons["model.attention"]
 

@@ -1,5 +1,6 @@
 """What is said of a GPU that torch cannot use, of its arithmetic, and of what it holds."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,12 +8,17 @@ import pytest
 import torch
 from pretend import machine, numbers
 
+from llmtune.config.schema import Config, TrainingConfig
 from llmtune.engine import choose_device as devices
 from llmtune.engine.allocator import grow_segments, has_expandable_segments
 from llmtune.engine.choose_device import CUDA_CONTEXT_BYTES, choose_device, peak_memory_bytes
+from llmtune.engine.devices import Devices
 from llmtune.engine.precision import choose_precision
 from llmtune.errors import MachineError
 from llmtune.plan.hardware import find_target
+from llmtune.training.build import _set_up_process
+
+DETERMINISTIC = Config(training=TrainingConfig(deterministic=True))
 
 
 def test_a_card_for_which_torch_holds_no_code_is_named_with_the_fix():
@@ -77,6 +83,40 @@ def test_a_t4_takes_fp16_for_adapters_and_nothing_takes_emulated_bf16():
         assert choose_precision(device, has_adapter=True).value == "bf16"
 
 
+@pytest.fixture
+def settings_of_torch(monkeypatch):
+    """What `training.deterministic` sets is set back afterwards."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_n13_deterministic_takes_kernels_of_a_fixed_order_and_changes_no_number(
+    train_on, undisturbed, settings_of_torch
+):
+    on_cpu = _set_up_process(DETERMINISTIC, Devices(torch.device("cpu")))[0]
+    assert (on_cpu.key, on_cpu.value) == ("training.deterministic", True)
+    assert not torch.are_deterministic_algorithms_enabled(), "sums on a CPU have a fixed order in any case"
+    with numbers.machine():
+        on_gpu = _set_up_process(DETERMINISTIC, Devices(torch.device("cuda", 0)))[0]
+    assert "fixed order" in on_gpu.reason
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert train_on().losses == undisturbed["gpu"].losses
+
+
+def test_deterministic_leaves_everything_as_it_was_where_it_is_not_asked_for(settings_of_torch):
+    with numbers.machine():
+        decisions = _set_up_process(Config(), Devices(torch.device("cuda", 0)))
+    assert "training.deterministic" not in {decision.key for decision in decisions}
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
 def test_what_a_gpu_held_is_counted_with_the_driver_s_share():
     with numbers.machine() as device:
         held = torch.zeros(1 << 20, device="cuda")
@@ -95,8 +135,6 @@ def test_segments_grow_but_in_windows_and_where_the_user_said_otherwise(monkeypa
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("platform.release", lambda: release)
         grow_segments()
-        import os
-
         return os.environ.get("PYTORCH_ALLOC_CONF"), has_expandable_segments()
 
     assert setting("6.8.0-generic") == ("expandable_segments:True", True)

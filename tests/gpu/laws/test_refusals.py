@@ -5,9 +5,9 @@ import torch
 from pretend import numbers, varlen
 
 
-def test_page_locked_memory_that_is_refused_is_said_and_the_training_goes_on(train_on):
+def test_page_locked_memory_that_is_refused_is_said_and_the_training_goes_on(train_on, undisturbed):
     """WSL2 gives 1 to 2 GB."""
-    expected = train_on(recompute=True)
+    expected = undisturbed["recomputed"]
     with pytest.warns(RuntimeWarning, match="page-locked memory than 0 B .WSL2"):
         found = train_on(recompute="offload", pinned_limit=0)
     assert found.decided["training.engine"] == "flat"
@@ -21,7 +21,7 @@ def test_a_backend_whose_backward_pass_fails_is_replaced_and_its_reason_shown(tr
 
     backward = torch.ops.torch_attn._varlen_attn_backward.default
     monkeypatch.setitem(numbers.TWINS, backward, no_config)
-    trained = train_on()
+    trained = train_on(steps=0)
     assert trained.decided["model.attention"] == "sdpa"
     assert "varlen: RuntimeError: No valid triton configs" in trained.reasons["model.attention"]
 
@@ -35,7 +35,7 @@ def test_a_backend_that_fails_on_longer_documents_only_is_replaced(train_on, mon
         return varlen.forward(query, key, value, ends, key_ends, longest, *others)
 
     monkeypatch.setitem(numbers.TWINS, torch.ops.torch_attn._varlen_attn.default, short_only)
-    trained = train_on()
+    trained = train_on(steps=0)
     assert trained.decided["model.attention"] == "sdpa"
     assert "cuDNN refuses" in trained.reasons["model.attention"]
 
@@ -45,7 +45,7 @@ def test_gradients_that_differ_from_the_plain_engine_s_replace_a_backend(train_o
         return tuple(one * 0.5 for one in varlen.backward(*args))
 
     monkeypatch.setitem(numbers.TWINS, torch.ops.torch_attn._varlen_attn_backward.default, halved)
-    trained = train_on()
+    trained = train_on(steps=0)
     assert trained.decided["model.attention"] == "sdpa"
     assert "gradient" in trained.reasons["model.attention"]
 
@@ -56,10 +56,14 @@ def test_memory_that_runs_out_in_the_probe_is_not_a_backend_that_does_not_work(t
 
     monkeypatch.setitem(numbers.TWINS, torch.ops.torch_attn._varlen_attn.default, full)
     with pytest.raises(torch.OutOfMemoryError):
-        train_on()
+        train_on(steps=0)
 
 
-def test_a_torch_without_grouped_heads_in_varlen_attention_gets_them_repeated(train_on, monkeypatch):
+def test_a_torch_without_grouped_heads_in_varlen_attention_gets_them_repeated(
+    train_on,
+    undisturbed,
+    monkeypatch,
+):
     """Torch 2.11 has no `enable_gqa`."""
     module = torch.nn.attention.varlen
     real = module.varlen_attn
@@ -67,7 +71,7 @@ def test_a_torch_without_grouped_heads_in_varlen_attention_gets_them_repeated(tr
     def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
         return real(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
-    expected = train_on()
+    expected = undisturbed["gpu"]
     monkeypatch.setattr(module, "varlen_attn", of_2_11)
     trained = train_on()
     assert trained.decided["model.attention"] == "varlen", trained.reasons

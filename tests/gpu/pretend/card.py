@@ -31,5 +31,5 @@ CARDS = {
     "a100-80": Card("NVIDIA A100-SXM4-80GB", (8, 0), 81920, 312e12 * 0.85, 2039e9 * 0.85),
     "h100": Card("NVIDIA H100 80GB HBM3", (9, 0), 81559, 700e12, 3350e9 * 0.85),
     "h200": Card("NVIDIA H200", (9, 0), 143771, 790e12, 4800e9 * 0.85),
-    "small": Card("a card of 1 GB", (8, 9), 1024),
+    "small": Card("a card of 0.7 GB", (8, 9), 700),
 }

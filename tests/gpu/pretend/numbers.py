@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pretend.machine import DEVICE, Device, Event, Stream, cuda_of, outside_modes, where
+from pretend.machine import DEVICE, Device, Event, Stream, cuda_of, outside_modes, patched, where
 
 import torch  # isort: skip
 import torch.nn.attention.varlen  # registers its operators
@@ -262,7 +262,8 @@ def machine(card: str = "rtx4090", pinned_limit: int = 2**63) -> Iterator[Device
 
     TWINS.setdefault(torch.ops.llmtune.rms_norm.default, _rms_norm)
     TWINS.setdefault(torch.ops.llmtune.rms_norm_backward.default, _rms_norm_backward)
-    with cuda_of(card, LateStream, pinned_limit) as device:
+    ties = [(torch.nn.Module, "_apply", _keeping_ties(torch.nn.Module._apply))]
+    with cuda_of(card, LateStream, pinned_limit) as device, patched(ties):
         device.default_stream = device.stream = ComputingStream()
         torch.__future__.set_overwrite_module_params_on_conversion(
             True
@@ -272,6 +273,24 @@ def machine(card: str = "rtx4090", pinned_limit: int = 2**63) -> Iterator[Device
                 yield device
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+def _keeping_ties(real: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """`Module._apply`, after which modules that shared a parameter share the new one, as on a GPU."""
+
+    def apply(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
+        owners: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+        for owner in module.modules():
+            for name, parameter in owner._parameters.items():
+                if parameter is not None:
+                    owners.setdefault(id(parameter), []).append((owner, name))
+        real(module, *args, **options)
+        for (first, first_name), *others in owners.values():
+            for owner, name in others:
+                owner._parameters[name] = first._parameters[first_name]
+        return module
+
+    return apply
 
 
 def _never(*_args: object, **_kwargs: object) -> None:
