@@ -8,7 +8,7 @@ def rarely(*names):
     return [pytest.param(name, marks=pytest.mark.campaign) for name in names]
 
 
-FAST = ["llama", *rarely("gpt2", "gemma3", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "mixtral")]
+FAST = rarely("llama", "gpt2", "gemma3", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "mixtral")
 AMPERE_AND_LATER = ("rtx3090", "rtx4090", "a100-80", "h100", "h200")
 
 
@@ -52,7 +52,7 @@ KNOWN_WAITS = {
 }
 
 
-OFTEN = ("lora offloaded", "sdpa recomputed")
+OFTEN = ("lora offloaded",)
 
 
 @pytest.mark.parametrize("variant", [*OFTEN, *rarely(*sorted(VARIANTS.keys() - OFTEN))])
@@ -67,10 +67,10 @@ def test_the_host_waits_once_a_step_and_copies_only_from_page_locked_memory(trai
 
 @pytest.mark.parametrize(
     ("card", "precision", "expected"),
-    [("t4", "fp16", "sdpa"), *(pytest.param("t4", one, "sdpa", marks=pytest.mark.campaign) for one in ("fp32",))],
+    [pytest.param("t4", one, "sdpa", marks=pytest.mark.campaign) for one in ("fp16", "fp32")],
 )
 def test_a_card_before_ampere_takes_attention_by_document_and_says_what_was_faster(train_on, card, precision, expected):
-    trained = train_on(card, precision=precision, steps=0)
+    trained = train_on(card, precision=precision)
     assert trained.decided["model.attention"] == expected
     assert "what is faster failed" in trained.reasons["model.attention"]
 

@@ -15,6 +15,7 @@ def test_page_locked_memory_that_is_refused_is_said_and_the_training_goes_on(tra
     assert found.pageable != {}
 
 
+@pytest.mark.campaign
 def test_a_backend_whose_backward_pass_fails_is_replaced_and_its_reason_shown(train_on, monkeypatch):
     def no_config(*_args):
         raise RuntimeError("No valid triton configs. OutOfMemoryError: out of resource: Required: 114688 Limit:101376")
@@ -26,6 +27,7 @@ def test_a_backend_whose_backward_pass_fails_is_replaced_and_its_reason_shown(tr
     assert "varlen: RuntimeError: No valid triton configs" in trained.reasons["model.attention"]
 
 
+@pytest.mark.campaign
 def test_a_backend_that_fails_on_longer_documents_only_is_replaced(train_on, monkeypatch):
     """Torch 2.15 chooses another kernel above 128 tokens."""
 
@@ -59,6 +61,7 @@ def test_memory_that_runs_out_in_the_probe_is_not_a_backend_that_does_not_work(t
         train_on(steps=0)
 
 
+@pytest.mark.campaign
 def test_a_torch_without_grouped_heads_in_varlen_attention_gets_them_repeated(
     train_on,
     undisturbed,
