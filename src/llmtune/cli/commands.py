@@ -183,6 +183,13 @@ COMMANDS: tuple[Command, ...] = (
         ("llmtune verify packing -c my.yaml",),
     ),
     Command(
+        "verify preference",
+        "verify:preference",
+        "Start, cut, swap and reference of a loss that compares answers.",
+        "Check",
+        ("llmtune verify preference -c my.yaml objective.method=dpo data.train=my-pairs.jsonl",),
+    ),
+    Command(
         "verify merge",
         "verify:merge",
         "A merge gives the logits of base plus adapter.",

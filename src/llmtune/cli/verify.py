@@ -21,7 +21,7 @@ from llmtune.runs.folder import resolve_run
 if TYPE_CHECKING:
     from llmtune.verify.result import Verdict
 
-__all__ = ["batching", "checkpoint", "crash", "merge", "packing", "resume"]
+__all__ = ["batching", "checkpoint", "crash", "merge", "packing", "preference", "resume"]
 
 ConfigName = Annotated[
     str | None,
@@ -31,6 +31,7 @@ Steps = Annotated[int, typer.Option("--steps", min=2, help="Steps of the trainin
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name under runs/.")]
 
 DEFAULT = ("test", ["model.name=custom-nano", "data.max_samples=24"])
+OF_PAIRS = ("data.train=example:preferences/pairs", "objective.method=dpo")
 
 
 def resume(
@@ -104,6 +105,15 @@ def packing(overrides: Overrides = None, config: ConfigName = None) -> None:
     from llmtune.verify.numbers import verify_packing
 
     _end(verify_packing(resolved, Options(offline=is_offline()), print_line=print_line))
+
+
+def preference(overrides: Overrides = None, config: ConfigName = None) -> None:
+    """Check start, cut, swap and reference of a loss that compares answers, on the config's own rows."""
+    resolved = _resolved(config, overrides if config else [*OF_PAIRS, *(overrides or [])])
+    prepare_process()
+    from llmtune.verify.preference import verify_preference
+
+    _end(verify_preference(resolved, Options(offline=is_offline()), print_line=print_line))
 
 
 def checkpoint(run: Run) -> None:

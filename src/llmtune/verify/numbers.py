@@ -12,7 +12,7 @@ import torch
 from llmtune.common.printing import PrintLine
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.process_options import Options
-from llmtune.config.schema import ObjectiveConfig
+from llmtune.config.schema import Config, ObjectiveConfig
 from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.devices import open_devices
@@ -22,7 +22,17 @@ from llmtune.prepare import Prepared, prepare
 from llmtune.training.build import TrainingSetup, build_setup
 from llmtune.verify.result import Verdict
 
-__all__ = ["CUT_BOUND", "LOSS_BOUND", "PATH_BOUND", "verify_batching", "verify_packing"]
+__all__ = [
+    "CUT_BOUND",
+    "LOSS_BOUND",
+    "PATH_BOUND",
+    "WindowResult",
+    "compare_windows",
+    "in_float32",
+    "train_window",
+    "verify_batching",
+    "verify_packing",
+]
 
 CUT_BOUND = 1e-6
 """Largest relative difference of gradients between two cuts of a window, float32: norm of the difference over norm of
@@ -50,19 +60,19 @@ def verify_batching(resolved: ResolvedConfig, options: Options, *, print_line: P
     prepared, setup, examples = _build(resolved, options, print_line)
     verdict = Verdict("batching")
     layout, pad_id = setup.engine.layout, prepared.tokenizer.tokenizer.pad_token_id or 0
-    reference = _train_window(setup, setup.engine.nll_sum, [make_micro_batch(examples, layout, pad_id)])
+    reference = train_window(setup, setup.engine.nll_sum, [make_micro_batch(examples, layout, pad_id)])
     cuts = {"one row a micro-batch": 1, "two rows a micro-batch": 2, "three rows a micro-batch": 3}
     for name, size in cuts.items():
         batches = [
             make_micro_batch(examples[begin : begin + size], layout, pad_id) for begin in range(0, len(examples), size)
         ]
-        cut = _train_window(setup, setup.engine.nll_sum, batches)
-        _compare(verdict, f"{len(examples)} rows at once = {name}", reference, cut, CUT_BOUND)
-    reversed_rows = _train_window(setup, setup.engine.nll_sum, [make_micro_batch(examples[::-1], layout, pad_id)])
-    _compare(verdict, "rows in another order", reference, reversed_rows, CUT_BOUND)
+        cut = train_window(setup, setup.engine.nll_sum, batches)
+        compare_windows(verdict, f"{len(examples)} rows at once = {name}", reference, cut, CUT_BOUND)
+    reversed_rows = train_window(setup, setup.engine.nll_sum, [make_micro_batch(examples[::-1], layout, pad_id)])
+    compare_windows(verdict, "rows in another order", reference, reversed_rows, CUT_BOUND)
     padded = [make_micro_batch(examples, "padded", pad_id)]
-    plain = _train_window(setup, lambda batch: plain_nll_sum(setup.model, batch), padded)
-    _compare(verdict, "the library's own forward on a padded batch", reference, plain, PATH_BOUND)
+    plain = train_window(setup, lambda batch: plain_nll_sum(setup.model, batch), padded)
+    compare_windows(verdict, "the library's own forward on a padded batch", reference, plain, PATH_BOUND)
     return verdict
 
 
@@ -79,9 +89,9 @@ def verify_packing(resolved: ResolvedConfig, options: Options, *, print_line: Pr
         return verdict
     pad_id = prepared.tokenizer.tokenizer.pad_token_id or 0
     alone = [make_micro_batch([example], "padded", pad_id) for example in examples]
-    plain = _train_window(setup, lambda batch: plain_nll_sum(setup.model, batch), alone)
-    packed = _train_window(setup, setup.engine.nll_sum, [make_micro_batch(examples, "flat", pad_id)])
-    _compare(verdict, f"{len(examples)} packed rows = each alone", plain, packed, PATH_BOUND)
+    plain = train_window(setup, lambda batch: plain_nll_sum(setup.model, batch), alone)
+    packed = train_window(setup, setup.engine.nll_sum, [make_micro_batch(examples, "flat", pad_id)])
+    compare_windows(verdict, f"{len(examples)} packed rows = each alone", plain, packed, PATH_BOUND)
     moved = _moved_neighbours(setup, examples, pad_id)
     measured = f"{moved} of {len(examples) - 1} neighbours moved"
     verdict.add("changing one row changes no bit of its neighbours", measured, moved == 0)
@@ -96,23 +106,7 @@ def _build(
     if config.objective.method == "grpo":
         problem = "the prompts of grpo have no answers before they are drawn, so there are no rows to compare"
         raise ConfigError(problem, where="objective.method", fix="verify it with rows that have answers, as sft")
-    config = replace(
-        config,
-        adapter=replace(config.adapter, dropout=0.0),
-        # Rates are needed to build an optimizer and its schedule; no step is made.
-        training=replace(
-            config.training,
-            precision="fp32",
-            neftune_alpha=None,
-            batch_size=1,
-            learning_rate=1.0,
-            lr_schedule="constant",
-            warmup_steps=None,
-            warmup_ratio=None,
-            weight_decay=0.0,
-        ),
-        model=replace(config.model, dtype="float32"),
-    )
+    config = in_float32(config)
     prepared = prepare(replace(resolved, config=config), options)
     if config.objective.method != "sft":
         print_line(f"rows of {config.objective.method}: the loss of their answers' tokens is compared, side by side")
@@ -131,6 +125,27 @@ def _build(
     return prepared, setup, examples
 
 
+def in_float32(config: Config) -> Config:
+    """The config in float32, without dropout and noise: what is compared then differs by rounding alone."""
+    return replace(
+        config,
+        adapter=replace(config.adapter, dropout=0.0),
+        # Rates are needed to build an optimizer and its schedule.
+        training=replace(
+            config.training,
+            precision="fp32",
+            neftune_alpha=None,
+            batch_size=1,
+            learning_rate=1.0,
+            lr_schedule="constant",
+            warmup_steps=None,
+            warmup_ratio=None,
+            weight_decay=0.0,
+        ),
+        model=replace(config.model, dtype="float32"),
+    )
+
+
 def _randomize_zero_weights(setup: TrainingSetup) -> None:
     """Give a new adapter an effect: its B is zero, and with it most gradients, which then would prove nothing."""
     generator = torch.Generator().manual_seed(0)
@@ -141,30 +156,41 @@ def _randomize_zero_weights(setup: TrainingSetup) -> None:
                 assert parameter.any(), name
 
 
-def _train_window(
-    setup: TrainingSetup, nll_sum: Callable[[MicroBatch], torch.Tensor], batches: Iterable[MicroBatch]
+def train_window(
+    setup: TrainingSetup,
+    loss_sum: Callable[[MicroBatch], torch.Tensor],
+    batches: Iterable[MicroBatch],
+    divisor: float | None = None,
 ) -> WindowResult:
-    """Return the mean loss and the gradients of one window, as the training loop computes them."""
+    """Return the mean loss and the gradients of one window, as the training loop computes them.
+
+    divisor: of the loss; None for the number of trained tokens.
+    """
     batches = list(batches)
-    weight = sum(batch.loss_weight for batch in batches)
+    divisor = divisor or sum(batch.loss_weight for batch in batches)
     setup.model.train()
-    total_nats = 0.0
+    total_loss = 0.0
     for parameter in setup.parameters.values():
         parameter.grad = None
     for batch in batches:
-        nats = nll_sum(batch.to(setup.devices.device))
-        (nats / weight).backward()
-        total_nats += float(nats.detach())
+        loss = loss_sum(batch.to(setup.devices.device))
+        (loss / divisor).backward()
+        total_loss += float(loss.detach())
     gradients = {
         name: parameter.grad.clone() for name, parameter in setup.parameters.items() if parameter.grad is not None
     }
-    return WindowResult(total_nats / weight, gradients)
+    return WindowResult(total_loss / divisor, gradients)
 
 
-def _compare(
-    verdict: Verdict, claim: str, reference: WindowResult, result: WindowResult, gradient_bound: float
+def compare_windows(
+    verdict: Verdict,
+    claim: str,
+    reference: WindowResult,
+    result: WindowResult,
+    gradient_bound: float,
+    loss_bound: float = LOSS_BOUND,
 ) -> None:
-    """Add a finding: the loss within `LOSS_BOUND`, the gradient of all parameters together within `gradient_bound`."""
+    """Add a finding: the loss within `loss_bound`, the gradient of all parameters together within `gradient_bound`."""
     loss = abs(reference.loss - result.loss) / max(abs(reference.loss), 1e-12)
     squared_difference = sum(
         float((gradient.double() - result.gradients[name].double()).square().sum())
@@ -173,9 +199,9 @@ def _compare(
     squared_norm = sum(float(gradient.double().square().sum()) for gradient in reference.gradients.values())
     gradient = (squared_difference / squared_norm) ** 0.5 if squared_norm else float("inf")
     measured = (
-        f"loss {loss:.1e} (bound {LOSS_BOUND:.0e}), gradient {gradient:.1e} (bound {gradient_bound:.0e}), relative"
+        f"loss {loss:.1e} (bound {loss_bound:.0e}), gradient {gradient:.1e} (bound {gradient_bound:.0e}), relative"
     )
-    verdict.add(claim, measured, loss <= LOSS_BOUND and gradient <= gradient_bound)
+    verdict.add(claim, measured, loss <= loss_bound and gradient <= gradient_bound)
 
 
 def _moved_neighbours(setup: TrainingSetup, examples: list[Example], pad_id: int) -> int:
