@@ -109,6 +109,9 @@ def workplace(tmp_path_factory, tiny_model_folder):
     for peer, (name, text) in SAMPLES.items():  # of docs/switching.md
         (folder / f"{peer}{Path(name).suffix.replace('yml', 'yaml')}").write_text(text)
     (folder / "lora.yml").write_text(SAMPLES["axolotl"][1])
+    watching = (ROOT / "docs" / "watching.md").read_text(encoding="utf-8")
+    for name, text in re.findall(r"^```yaml\n# (\w+\.yaml)\n(.*?)^```", watching, re.MULTILINE | re.DOTALL):
+        (folder / name).write_text(text)
     return folder
 
 

@@ -69,6 +69,13 @@ COMMANDS: tuple[Command, ...] = (
         ),
     ),
     Command(
+        "sweep",
+        "sweep:sweep",
+        "Train a run for each of several values of config keys, and compare them.",
+        "Train",
+        ("llmtune sweep sweep.yaml", "llmtune sweep sweep.yaml --status"),
+    ),
+    Command(
         "list-models",
         "models:list_models",
         "List the models that have a name, and which are on this machine.",

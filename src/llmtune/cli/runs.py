@@ -14,7 +14,7 @@ from llmtune.common.text import printable
 from llmtune.errors import UsageError
 from llmtune.runs.folder import RunSummary, list_runs, resolve_run
 
-__all__ = ["runs"]
+__all__ = ["print_table", "runs"]
 
 
 def runs(
@@ -45,7 +45,7 @@ def runs(
         )
         return
     rows = [("RUN", "STATE", "STEP", "TRAIN LOSS", "EVAL LOSS", "CREATED (UTC)"), *(_row(run) for run in summaries)]
-    _print_table(rows)
+    print_table(rows)
 
 
 def _compare(names: list[str], *, as_json: bool) -> None:
@@ -67,10 +67,11 @@ def _compare(names: list[str], *, as_json: bool) -> None:
         print_line("their configs are equal")
     rows.append(("NUMBER", *("" for _ in found)))
     rows += [(key, *("-" if value is None else f"{value:,.6g}" for value in row)) for key, row in numbers.items()]
-    _print_table(rows)
+    print_table(rows)
 
 
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+def print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows of as many cells each, the columns below each other."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

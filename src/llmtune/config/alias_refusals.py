@@ -49,6 +49,7 @@ NOT_HERE: dict[str, tuple[str, str]] = {
         "it runs code that comes with the model, so it is allowed on the command line only, where you see it",
         "remove it here, and add `--trust-remote-code` to the command if you have read that code",
     ),
+    "sweep": ("it describes several runs", "name the file itself: `llmtune sweep FILE`"),
     "resume_from_checkpoint": ("resuming is a command of its own", "run `llmtune resume RUN`"),
     "auto_resume_from_checkpoints": ("resuming is a command of its own", "run `llmtune resume`"),
     "push_to_hub": _UPLOADS,

@@ -99,8 +99,10 @@ def flag_layer(flags: Mapping[str, object], findings: Findings) -> dict[str, Set
     return collect(Table(tuple(entries), DEFAULT), findings)
 
 
-def override_layer(overrides: Sequence[str] | Mapping[str, object], findings: Findings) -> dict[str, Setting]:
-    """Return the settings of `KEY=VALUE` texts or of a mapping; the last text of a key wins, with a note."""
+def override_layer(overrides: Sequence[str] | Mapping[str, object] | Table, findings: Findings) -> dict[str, Setting]:
+    """Return the settings of `KEY=VALUE` texts, a mapping or a table; the last text of a key wins, with a note."""
+    if isinstance(overrides, Table):
+        return collect(overrides, findings)
     if isinstance(overrides, Mapping):
         origin = Origin("override", "overrides")
         given = (Entry(str(key), from_python(value, origin), origin) for key, value in overrides.items())

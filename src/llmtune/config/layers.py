@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     Section = TypeVar("Section", bound=DataclassInstance)
 
-__all__ = ["ResolvedConfig", "find_config", "load_config", "parse_config"]
+__all__ = ["ResolvedConfig", "find_config", "load_config", "parse_config", "read_table", "show_path"]
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_FILES = 50
@@ -68,13 +68,15 @@ def load_config(
     name_or_path: str | Sequence[str] | None,
     *,
     flags: Mapping[str, object] | None = None,
-    overrides: Sequence[str] | Mapping[str, object] = (),
+    overrides: Sequence[str] | Mapping[str, object] | Table = (),
     environ: Mapping[str, str] | None = None,
+    apart: Collection[str] = (),
 ) -> ResolvedConfig:
     """Resolve a preset or file, or several of them of which a later one wins, and the layers above.
 
     `flags` maps dotted keys to values (None: not given); `overrides` are `KEY=VALUE` texts, or a mapping of
-    dotted keys to values; `environ` is the process's when not given.
+    dotted keys to values, or a table whose values have their own lines; `environ` is the process's when not given;
+    `apart` are sections of the named files that the caller reads itself.
     Relative paths *in* a config (data files, output folders) are relative to the working folder, not to the file.
 
     Raises:
@@ -83,7 +85,7 @@ def load_config(
     findings = Findings()
     layers: list[dict[str, Setting]] = []
     names = [name_or_path] if isinstance(name_or_path, str) else list(name_or_path or ())
-    files = _Files(findings)
+    files = _Files(findings, apart)
     for name in names:
         path = _find_or_report(name, None, "--config", findings, [])
         if path is not None:
@@ -115,7 +117,7 @@ def parse_config(text: str, file: str = "config.yaml", *, is_json: bool = False)
         ConfigError: with every problem at once, each at `file:line`.
     """
     findings = Findings()
-    table = _read_table(text, file, is_json, findings)
+    table = read_table(text, file, is_json, findings)
     layers = [] if table is None else [collect(table, findings)]
     return _resolve(layers, findings, Path(file).stem)
 
@@ -221,8 +223,9 @@ def _other_endings(name: str) -> list[Path]:
 class _Files:
     """Reads a file and the chain it extends, bases first; every file is read once."""
 
-    def __init__(self, findings: Findings) -> None:
+    def __init__(self, findings: Findings, apart: Collection[str]) -> None:
         self.findings = findings
+        self.apart = apart
         self.tables: dict[Path, Table | None] = {}
         self.count = 0
 
@@ -241,7 +244,9 @@ class _Files:
                     layers += self.base(base, path, [*chain, path])
         before = len(self.findings.problems)
         # After its bases: a later layer wins.
-        layers.append(collect(table, self.findings))
+        # Of the named file alone: nobody would read such a section of a base.
+        own = [entry for entry in table.entries if chain or entry.key not in self.apart]
+        layers.append(collect(replace(table, entries=tuple(own)), self.findings))
         if len(self.findings.problems) > before:
             self.name_toolkit(path, table, before)
         return layers
@@ -290,7 +295,7 @@ class _Files:
             shown_path = show_path(path)
             try:
                 text = read_text(path, shown_path)
-                self.tables[path] = _read_table(text, shown_path, path.suffix == ".json", self.findings)
+                self.tables[path] = read_table(text, shown_path, path.suffix == ".json", self.findings)
             except Unreadable as unreadable:
                 self.findings.problem(*unreadable.problem)
                 self.tables[path] = None
@@ -310,7 +315,8 @@ def _bases(entry: Entry, findings: Findings) -> list[Scalar]:
     return bases
 
 
-def _read_table(text: str, file: str, is_json: bool, findings: Findings) -> Table | None:
+def read_table(text: str, file: str, is_json: bool, findings: Findings) -> Table | None:
+    """Return the tree of a config's text; None, and a problem in `findings`, where it is none."""
     origin_of: Callable[[int], Origin] = lambda line: Origin("file", f"{file}:{line}")  # noqa: E731 - typed here
     try:
         root = (parse_json if is_json else parse_yaml)(text, origin_of, findings.problems)

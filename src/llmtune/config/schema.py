@@ -27,6 +27,7 @@ __all__ = [
     "ObjectiveMethod",
     "RunConfig",
     "SourceConfig",
+    "SweepConfig",
     "TrackingConfig",
     "TrainOn",
     "TrainingConfig",
@@ -687,6 +688,23 @@ class DistributedConfig:
 
     timeout_s: float = 120.0
     """Seconds after which a silent process counts as lost."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """The section `sweep` of a file for `llmtune sweep`, beside its `keys`; no part of a run's config."""
+
+    name: str | None = None
+    """Folder of the runs, below `run.output_dir`; the file's name when not given."""
+
+    method: Literal["grid", "random"] = "grid"
+    """`grid`: every combination of the values. `random`: `runs` draws from the values and ranges."""
+
+    runs: int | None = None
+    """Draws of `random`."""
+
+    seed: int = 0
+    """Seed of the draws. More `runs` with the same seed keep those that were drawn before."""
 
 
 @dataclass(frozen=True)

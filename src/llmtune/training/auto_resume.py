@@ -23,7 +23,7 @@ from llmtune.runs.identity import compare
 from llmtune.runs.run_file import read_run_file
 from llmtune.training.run_setup import check_name, run_name, with_defaults
 
-__all__ = ["Joined", "OwnRun", "find_own_run"]
+__all__ = ["Joined", "OwnRun", "find_own_run", "refuse_another"]
 
 
 Joined = tuple[Devices, list[Decision]]
