@@ -194,7 +194,7 @@ COMMANDS: tuple[Command, ...] = (
         "verify:preference",
         "Start, cut, swap and reference of a loss that compares answers.",
         "Check",
-        ("llmtune verify preference -c my.yaml objective.method=dpo data.train=my-pairs.jsonl",),
+        ("llmtune verify preference -c my.yaml objective.method=dpo",),
     ),
     Command(
         "verify merge",
