@@ -316,6 +316,7 @@ COMMANDS: tuple[Command, ...] = (
         (
             "llmtune export runs/NAME -o model",
             "llmtune export runs/NAME -o model.gguf",
+            "llmtune export runs/NAME -o model.gguf --type q8_0",
         ),
     ),
     Command(

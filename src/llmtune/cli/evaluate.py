@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from llmtune.data.dataset.store import JoinedExamples, MappedExamples
     from llmtune.evaluation.inference_model import InferenceModel
 
     HeldOut = MappedExamples | JoinedExamples
 
-__all__ = ["evaluate", "held_out_rows", "measure_rows"]
+__all__ = ["evaluate", "held_out_rows", "measure", "measure_rows"]
 
 
 def evaluate(
@@ -68,7 +68,7 @@ def evaluate(
     loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
     rows, settings = held_out_rows(loaded, data, config)
     print_line(f"{len(rows)} held-out rows, measured in float32 arithmetic")
-    metrics = _measure(loaded, settings, rows, batch_size)
+    metrics = measure(loaded.model, loaded.tokenizer, settings, rows, batch_size)
     if exact_match or score is not None:
         metrics |= _judge(loaded, rows, score, exact_match=exact_match, max_new_tokens=max_new_tokens, batch=batch_size)
     if token_accuracy:
@@ -218,21 +218,28 @@ def measure_rows(
     return row_losses(model, rows, engine=engine, precision=precision, pad_id=loaded.tokenizer.pad_token_id or 0)
 
 
-def _measure(loaded: InferenceModel, settings: Config, rows: HeldOut, batch_size: int) -> dict[str, float]:
+def measure(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: Config,
+    rows: HeldOut,
+    batch_size: int,
+) -> dict[str, float]:
+    """Return the metrics of a model on held-out rows (see `evaluate_examples`)."""
     from llmtune.engine.forward import build_engine
     from llmtune.engine.precision import Precision
     from llmtune.evaluation.heldout import evaluate_examples, trained_bytes
 
-    device = next(loaded.model.parameters()).device
+    device = next(model.parameters()).device
     # float32, so that the number is the same on every device as far as sums allow.
     precision = Precision("fp32", device)
     return evaluate_examples(
-        loaded.model,
+        model,
         rows,
-        engine=build_engine(loaded.model, config=settings, device=device, precision=precision),
+        engine=build_engine(model, config=settings, device=device, precision=precision),
         precision=precision,
-        pad_id=loaded.tokenizer.pad_token_id or 0,
+        pad_id=tokenizer.pad_token_id or 0,
         batch_size=batch_size,
-        total_bytes=trained_bytes(rows, loaded.tokenizer),
+        total_bytes=trained_bytes(rows, tokenizer),
         sets=rows.by_source(),
     )

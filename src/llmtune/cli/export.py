@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmtune.cli.evaluate import held_out_rows, measure
 from llmtune.cli.failure import print_line
 from llmtune.cli.options import Checkpoint, Dtype
 from llmtune.cli.process import prepare_process
 from llmtune.common.offline import is_offline
+from llmtune.errors import LlmtuneError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    from llmtune.cli.evaluate import HeldOut
+    from llmtune.config.schema import Config
+    from llmtune.deploy.export import ExportReport, Format
 
 __all__ = ["export"]
 
@@ -21,6 +33,19 @@ class FileFormat(StrEnum):
 
     safetensors = "safetensors"
     gguf = "gguf"
+
+
+class GgufTypeName(StrEnum):
+    """Number types of a GGUF file."""
+
+    q8_0 = "q8_0"
+    q5_1 = "q5_1"
+    q5_0 = "q5_0"
+    q4_1 = "q4_1"
+    q4_0 = "q4_0"
+    f16 = "f16"
+    bf16 = "bf16"
+    f32 = "f32"
 
 
 def export(
@@ -34,6 +59,16 @@ def export(
     checkpoint: Checkpoint = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Type of the written weights; as they are stored when not given.")
+    ] = None,
+    gguf_type: Annotated[
+        GgufTypeName | None,
+        typer.Option("--type", help="Type of the matrices in a GGUF file; those that begin with q are quantized."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", help="With a quantized --type: rows to measure its perplexity on; the run's own when not given."
+        ),
     ] = None,
     file_format: Annotated[
         FileFormat | None,
@@ -50,13 +85,25 @@ def export(
     It is read back and compared first.
     """
     prepare_process()
+    from llmtune.deploy.export import check_output
     from llmtune.deploy.export import export as write
+    from llmtune.deploy.gguf_types import GGUF_TYPES
 
+    format_name: Format | None = None if file_format is None else file_format.value
+    dtype_name = None if dtype is None else dtype.value
+    type_name = None if gguf_type is None else gguf_type.value
+    check_output(output, format_name, dtype=dtype_name, gguf_type=type_name)
+    is_quantized = type_name is not None and GGUF_TYPES[type_name].is_quantized
+    if data and not is_quantized:
+        problem = "--data names rows to measure a quantized file on, and no quantized type is asked for"
+        raise UsageError(problem, where="--data", fix="add --type q8_0, or leave --data out")
+    unquantized = _measure_unquantized(source, checkpoint, data) if is_quantized else None
     report = write(
         source,
         output,
-        file_format=None if file_format is None else file_format.value,
-        dtype=None if dtype is None else dtype.value,
+        file_format=format_name,
+        dtype=dtype_name,
+        gguf_type=type_name,
         base=base,
         checkpoint=checkpoint,
         offline=is_offline(),
@@ -64,10 +111,76 @@ def export(
     )
     for note in report.notes:
         print_line(note)
-    difference = report.difference
+    _print_differences(report)
+    if unquantized is not None:
+        before, after = unquantized.perplexity, _perplexity_of_file(output, unquantized)
+        print_line(
+            f"perplexity of {len(unquantized.rows)} held-out rows: {before:.5g} unquantized, "
+            f"{after:.5g} as {report.dtype} ({100 * (after / before - 1):+.2f} %)"
+        )
+    print(output)
+
+
+def _print_differences(report: ExportReport) -> None:
+    difference, rounded = report.difference, report.quantization
+    against = "its source" if rounded is None else f"its source rounded to {report.dtype} in memory"
     print_line(
-        f"{report.format}, {report.dtype}; against its source: "
+        f"{report.format}, {report.dtype}; against {against}: "
         f"largest logit difference {difference.max_abs_logit:.3g}, "
         f"mean KL {difference.mean_kl:.3g} nats ({report.tolerance})"
     )
-    print(output)
+    if rounded is not None:
+        print_line(
+            f"against its source unquantized: mean KL {rounded.mean_kl:.3g} nats, "
+            f"the same most likely token at {100 * rounded.same_top_token:.1f} % of the positions"
+        )
+
+
+@dataclass(frozen=True)
+class _Unquantized:
+    """The perplexity of a source before it is quantized, and all that measures the file in the same way."""
+
+    perplexity: float
+    rows: HeldOut
+    settings: Config
+    tokenizer: PreTrainedTokenizerFast
+    device: torch.device
+
+
+def _measure_unquantized(source: str, checkpoint: str | None, data: list[str] | None) -> _Unquantized | None:
+    """Measure the source on held-out rows; None, with the reason printed, where no rows are at hand."""
+    from llmtune.deploy.gguf_model import refuse_unwritable
+    from llmtune.evaluation.inference_model import load_inference_model
+
+    try:
+        loaded = load_inference_model(source, checkpoint=checkpoint, offline=is_offline())
+    except LlmtuneError as error:  # its base may be where --base says; the export refuses what cannot be read at all
+        print_line(f"the perplexity is not measured: {error.problems[0].problem}")
+        return None
+    refuse_unwritable(loaded.model.config)  # before the rows are measured, which takes longer
+    try:
+        rows, settings = held_out_rows(loaded, data, None)
+    except LlmtuneError as error:
+        if data:
+            raise
+        print_line(f"the perplexity is not measured: {error.problems[0].problem}; name rows with --data FILE")
+        return None
+    print_line(f"measuring the unquantized model on {len(rows)} held-out rows")
+    device = next(loaded.model.parameters()).device
+    perplexity = measure(loaded.model, loaded.tokenizer, settings, rows, ROWS_AT_ONCE)["eval_perplexity"]
+    return _Unquantized(perplexity, rows, settings, loaded.tokenizer, device)
+
+
+def _perplexity_of_file(path: Path, source: _Unquantized) -> float:
+    """Return the perplexity of a GGUF file on the rows that its source was measured on."""
+    from llmtune.models.gguf import read_gguf
+
+    print_line("measuring the file on them")
+    with tempfile.TemporaryDirectory() as empty_folder:
+        model = read_gguf(path, Path(empty_folder))[0]
+    model.to(source.device)  # type: ignore[arg-type]  # transformers' wrapper hides its signature
+    return measure(model, source.tokenizer, source.settings, source.rows, ROWS_AT_ONCE)["eval_perplexity"]
+
+
+ROWS_AT_ONCE = 8
+"""Rows of a batch in which a perplexity is measured; the result does not depend on it."""

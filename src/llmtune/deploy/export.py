@@ -25,7 +25,8 @@ from llmtune.deploy.compare_logits import (
     refuse_if_different,
     reloaded_logits,
 )
-from llmtune.deploy.gguf_model import refuse_unwritable, write_gguf
+from llmtune.deploy.gguf_model import refuse_unwritable, types_of, write_gguf
+from llmtune.deploy.gguf_types import GGUF_TYPES, GgufType
 from llmtune.deploy.gguf_vocabulary import refuse_other_ids
 from llmtune.deploy.merge import MergeReport, merge_lora
 from llmtune.deploy.model_folder import ModelFolder, open_model_folder, write_model_folder
@@ -34,7 +35,7 @@ from llmtune.evaluation.inference_model import find_prompt_defaults, find_tokeni
 from llmtune.models.catalog import resolve, resolve_model_argument
 from llmtune.models.gguf import read_gguf
 
-__all__ = ["ExportReport", "Format", "export"]
+__all__ = ["ExportReport", "Format", "check_output", "export"]
 
 Format = Literal["safetensors", "gguf"]
 
@@ -48,8 +49,12 @@ class ExportReport:
     dtype: str
     """Type of the written weights; `as stored` when none was requested."""
     difference: Difference
-    """Result against its source, both in float32 arithmetic; of an adapter, against base + adapter."""
+    """Result against its source, both in float32 arithmetic; of an adapter, against base + adapter. For a quantized
+    type the source's weights are first rounded to that type.
+    """
     tolerance: str
+    quantization: Difference | None = None
+    """Result against its source as it is: what a quantized type costs. None for other types."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -59,6 +64,7 @@ def export(
     *,
     file_format: Format | None = None,
     dtype: str | None = None,
+    gguf_type: str | None = None,
     base: str | None = None,
     checkpoint: str | None = None,
     output_dir: str = "runs",
@@ -68,22 +74,25 @@ def export(
     """Write `output` from RUN|MODEL|ADAPTER: a model folder, or a GGUF file.
 
     file_format: by the ending of `output` when None. dtype: float32, bfloat16 or float16, each weight rounded once; as
-    stored when None. base: another copy of an adapter's base. checkpoint: of a run (see `find_result`).
+    stored when None. gguf_type: a name of `GGUF_TYPES`, instead of `dtype`. base: another copy of an adapter's base.
+    checkpoint: of a run (see `find_result`).
 
     Raises UsageError for an output that exists or contradicts the format or a checkpoint that is not there, ModelError,
     AdapterError or TokenizerError for a source that cannot be read or that the format cannot hold, CheckpointError when
     the result differs from the source by more than the tolerance, MachineError when the system refuses to write;
     `output` then does not exist.
     """
-    file_format = _choose_format(output, file_format)
-    if output.exists():
-        raise UsageError(f"`{output}` already exists", where="--output", fix="name one that does not")
+    file_format = check_output(output, file_format, dtype=dtype, gguf_type=gguf_type)
     result = find_result_named(source, output_dir, checkpoint) or named_folder(source, output_dir)
     adapter = result if result is not None and (result / "adapter_config.json").is_file() else None
     if base is not None and adapter is None:
         raise UsageError("--base is for adapters, and this is a whole model", where="--base", fix="leave it out")
     durable.prepare_target(output, print_line)  # an export that was killed leaves a folder as large as the model
-    request = _Request(str(result or source), adapter, output, dtype, base, offline, print_line)
+    named_type = GGUF_TYPES[gguf_type] if gguf_type is not None else None
+    if named_type is not None:
+        # An adapter is merged in float32 before a quantized type rounds it: each weight is rounded once.
+        dtype = str(named_type.torch_dtype).removeprefix("torch.")
+    request = _Request(str(result or source), adapter, output, dtype, named_type, base, offline, print_line)
     return _export_gguf(request) if file_format == "gguf" else _export_safetensors(request)
 
 
@@ -96,6 +105,8 @@ class _Request:
     """The source, where it is an adapter."""
     output: Path
     dtype: str | None
+    named_type: GgufType | None
+    """The type of GGUF that was named."""
     base: str | None
     offline: bool
     print_line: PrintLine
@@ -103,6 +114,19 @@ class _Request:
     @property
     def torch_dtype(self) -> torch.dtype | None:
         return None if self.dtype is None else torch_dtype(self.dtype)
+
+    @property
+    def gguf_type(self) -> GgufType | None:
+        plain = {kind.torch_dtype: kind for kind in GGUF_TYPES.values() if not kind.is_quantized}
+        return self.named_type or (None if self.torch_dtype is None else plain[self.torch_dtype])
+
+    @property
+    def quantized_type(self) -> GgufType | None:
+        return self.named_type if self.named_type is not None and self.named_type.is_quantized else None
+
+    @property
+    def described_type(self) -> str:
+        return self.quantized_type.name.lower() if self.quantized_type else self.dtype or "as stored"
 
     def merge(self, adapter: Path, output: Path) -> MergeReport:
         return merge_lora(
@@ -123,6 +147,22 @@ class _Request:
         return open_model_folder(source, tokenizer, find_prompt_defaults(Path(name), run, config))
 
 
+def check_output(
+    output: Path, requested: Format | None, *, dtype: str | None = None, gguf_type: str | None = None
+) -> Format:
+    """Return the format of `output`. Raises UsageError for one that exists, or contradicts the format or the type."""
+    file_format = _choose_format(output, requested)
+    if gguf_type is not None and dtype is not None:
+        problem = f"--type {gguf_type} and --dtype {dtype} both name the type of the weights"
+        raise UsageError(problem, where="command line", fix="give one of them")
+    if gguf_type is not None and file_format != "gguf":
+        problem = f"--type {gguf_type} is a type of GGUF files, and `{output}` is a folder"
+        raise UsageError(problem, where="--type", fix="name a file that ends in .gguf, or give --dtype instead")
+    if output.exists():
+        raise UsageError(f"`{output}` already exists", where="--output", fix="name one that does not")
+    return file_format
+
+
 def _choose_format(output: Path, requested: Format | None) -> Format:
     is_file = output.suffix.lower() == ".gguf"
     if requested is None:
@@ -139,7 +179,7 @@ def _export_safetensors(request: _Request) -> ExportReport:
     if request.adapter is not None:
         merged = request.merge(request.adapter, request.output)  # compares its result itself
         return ExportReport(
-            request.source, "safetensors", merged.dtype, merged.difference, merged.tolerance, list(merged.notes)
+            request.source, "safetensors", merged.dtype, merged.difference, merged.tolerance, notes=list(merged.notes)
         )
     model_folder = request.open(request.source)
     with durable.commit_folder(request.output, replace=False) as staging:
@@ -165,7 +205,7 @@ def _export_gguf(request: _Request) -> ExportReport:
         request.print_line(
             f"writing the model in {model_folder.folder}" if request.adapter is None else "writing the merged model"
         )
-        vocabulary = write_gguf(model_folder, path, dtype=request.torch_dtype, name=request.output.stem)
+        vocabulary = write_gguf(model_folder, path, requested=request.gguf_type, name=request.output.stem)
         request.print_line("reading the file back and comparing it with its source")
         empty_folder = path.parent / "nothing"
         durable.make_folder(empty_folder)
@@ -175,6 +215,8 @@ def _export_gguf(request: _Request) -> ExportReport:
         prompts = probe_prompts(model_folder.tokenizer, model_folder.rows)
         written = logits_of(model.eval(), prompts)
         del model  # the comparison loads the source
+        if request.quantized_type is not None:
+            notes.append(_kept_weights(model_folder, request.quantized_type))
         if prompts_in_training := model_folder.defaults.described():
             notes.append(f"a GGUF file cannot hold what stood around each prompt in training: {prompts_in_training}")
         if vocabulary.normalizes:
@@ -195,13 +237,22 @@ def _compare(
 ) -> ExportReport:
     """Compare logits [T, V] with the source's own. Raises CheckpointError beyond the tolerance."""
     source = model_folder.logits(prompts)
+    quantized, quantization = request.quantized_type, None
+    if quantized is not None:
+        # A quantized file differs from its source as much as its type does. So that a wrong byte is still seen, it is
+        # compared with the source's own weights, rounded in memory.
+        quantization = compare_logits(source, written)
+        source = model_folder.logits(
+            prompts, {name: kind.round for name, kind in types_of(model_folder, quantized).items()}
+        )
     dtypes = {model_folder.dtype(name, request.torch_dtype) for name in model_folder.names}
     report = ExportReport(
         source=request.source,
         format=file_format,
-        dtype=request.dtype or "as stored",
+        dtype=request.described_type,
         difference=compare_logits(source, written),
-        tolerance=limit_for(source, is_float32=dtypes == {torch.float32}),
+        tolerance=limit_for(source, is_float32=quantized is not None or dtypes == {torch.float32}),
+        quantization=quantization,
         notes=notes or [],
     )
     refuse_if_different(
@@ -212,3 +263,16 @@ def _compare(
         fix="export with --dtype float32",
     )
     return report
+
+
+def _kept_weights(model_folder: ModelFolder, quantized: GgufType) -> str:
+    """Name the weights that are not quantized."""
+    types = types_of(model_folder, quantized)
+    vectors = [name for name in types if types[name].name == "F32"]
+    unfit = [name for name in types if types[name].name == "F16"]
+    quantized_count, name = len(types) - len(vectors) - len(unfit), quantized.name.lower()
+    text = f"{quantized_count} matrices are in {name}, {len(vectors)} vectors in f32"
+    if unfit:
+        reason = f"because their rows are no multiple of {quantized.block}"
+        text += f", {len(unfit)} matrices in f16, {reason}: {', '.join(unfit)}"
+    return text

@@ -2,7 +2,7 @@
 
 Each architecture is a row of `ARCHITECTURES`: its name in llama.cpp, and the features that llama.cpp computes otherwise
 or that the file cannot express. Names of tensors come from the gguf package. Vectors are written in float32, as
-llama.cpp requires; matrices in the requested type.
+llama.cpp requires; matrices in the requested type where their rows fit it.
 
 Legend: H heads, D width of a head, I inputs.
 """
@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from llmtune.deploy.gguf_types import GGUF_TYPES, GgufType, gguf_type_of
 from llmtune.deploy.gguf_vocabulary import Vocabulary, gguf_vocabulary
 from llmtune.deploy.model_folder import ModelFolder
 from llmtune.errors import ModelError
 
 if TYPE_CHECKING:
     import gguf
-    import numpy.typing as npt
     from transformers import PreTrainedConfig
 
-__all__ = ["ARCHITECTURES", "refuse_unwritable", "split_pairs", "write_gguf"]
+__all__ = ["ARCHITECTURES", "refuse_unwritable", "split_pairs", "types_of", "write_gguf"]
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,11 @@ def refuse_unwritable(config: PreTrainedConfig) -> GgufArchitecture:
     return architecture
 
 
-def write_gguf(model_folder: ModelFolder, path: Path, *, dtype: torch.dtype | None, name: str) -> Vocabulary:
+def write_gguf(model_folder: ModelFolder, path: Path, *, requested: GgufType | None, name: str) -> Vocabulary:
     """Write the model and its tokenizer as the GGUF file `path`, one weight in memory at a time.
 
-    Returns the vocabulary written. dtype: float32, bfloat16 or float16, of all matrices; as each is stored when None.
-    name: shown by programs.
+    Returns the vocabulary written. requested: type of all matrices that fit it; as each is stored when None. name:
+    shown by programs.
 
     Raises ModelError and TokenizerError for what a GGUF file cannot express, OSError when the system refuses to write.
     """
@@ -69,31 +68,32 @@ def write_gguf(model_folder: ModelFolder, path: Path, *, dtype: torch.dtype | No
 
     architecture = refuse_unwritable(model_folder.config)
     vocabulary = gguf_vocabulary(model_folder.tokenizer, model_folder.rows)
-    main_type = _main_type(model_folder, dtype)
+    main_type = requested or _stored_type(model_folder)
     logging.getLogger("gguf").setLevel(logging.WARNING)
     writer = gguf.GGUFWriter(path, architecture.name)
     gguf_names = _gguf_names(model_folder, architecture)
-    types = {weight: _TYPES[_type_of(model_folder, weight, dtype)] for weight in model_folder.names}
+    types = types_of(model_folder, main_type)
     _add_shape(writer, model_folder.config, name)
-    writer.add_file_type(_FILE_TYPES[main_type])
+    writer.add_file_type(main_type.file_type)
+    if main_type.is_quantized:
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_vocabulary(writer, vocabulary, model_folder)
     for weight in model_folder.names:
         shape = model_folder.weights.shape(weight)
         kind = types[weight]
-        size = int(np.prod(shape)) * kind.itemsize
-        writer.add_tensor_info(
-            gguf_names[weight], shape, np.dtype(kind.numpy), size, raw_dtype=gguf.GGMLQuantizationType[kind.name]
-        )
+        # The numpy type decides nothing beside a `raw_dtype`, unless it is uint8: then the shape would be one in bytes.
+        raw_dtype = gguf.GGMLQuantizationType[kind.name]
+        writer.add_tensor_info(gguf_names[weight], shape, np.dtype(np.float32), kind.size(shape), raw_dtype=raw_dtype)
     try:
         # Header and sizes first, then one weight at a time: the file never has to fit into memory.
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for weight in model_folder.names:
-            tensor = model_folder.rounded(weight, types[weight].torch)
+            tensor = model_folder.rounded(weight, types[weight].torch_dtype)
             if architecture.splits_pairs and weight.endswith(("q_proj.weight", "k_proj.weight")):
                 tensor = split_pairs(tensor, _heads_of(weight, model_folder.config))
-            writer.write_tensor_data(_as_numpy(tensor, types[weight]))
+            writer.write_tensor_data(types[weight].encode(tensor))
     finally:
         writer.close()
     return vocabulary
@@ -114,47 +114,21 @@ def _heads_of(weight: str, config: PreTrainedConfig) -> int:
     return int(config.num_attention_heads if weight.endswith("q_proj.weight") else config.num_key_value_heads)
 
 
-@dataclass(frozen=True)
-class _GgufType:
-    """A number type of GGUF: its name, the torch type of its values and the numpy type of its bytes."""
-
-    name: str
-    torch: torch.dtype
-    numpy: type
-    itemsize: int
+def types_of(model_folder: ModelFolder, requested: GgufType) -> dict[str, GgufType]:
+    """Return the type that each weight is written in."""
+    return {weight: gguf_type_of(model_folder.weights.shape(weight), requested) for weight in model_folder.names}
 
 
-_TYPES = {
-    torch.float32: _GgufType("F32", torch.float32, np.float32, 4),
-    torch.float16: _GgufType("F16", torch.float16, np.float16, 2),
-    torch.bfloat16: _GgufType("BF16", torch.bfloat16, np.int16, 2),
-}
-_FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
-"""`general.file_type`: the type of most weights, as llama.cpp numbers them."""
-
-
-def _type_of(model_folder: ModelFolder, weight: str, requested: torch.dtype | None) -> torch.dtype:
-    return torch.float32 if len(model_folder.weights.shape(weight)) == 1 else model_folder.dtype(weight, requested)
-
-
-def _main_type(model_folder: ModelFolder, requested: torch.dtype | None) -> torch.dtype:
-    dtypes = {
-        _type_of(model_folder, weight, requested)
-        for weight in model_folder.names
-        if len(model_folder.weights.shape(weight)) > 1
-    }
-    if len(dtypes) > 1 or not dtypes <= _TYPES.keys():
-        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+def _stored_type(model_folder: ModelFolder) -> GgufType:
+    matrices = [weight for weight in model_folder.names if len(model_folder.weights.shape(weight)) > 1]
+    stored = {model_folder.dtype(weight, None) for weight in matrices}
+    plain = [kind for kind in GGUF_TYPES.values() if {kind.torch_dtype} == stored and not kind.is_quantized]
+    if not plain:
+        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in stored))
         raise ModelError(
-            f"the weights are stored as {kinds}", where="--format gguf", fix="say which type to write, with --dtype"
+            f"the weights are stored as {kinds}", where="--format gguf", fix="say which type to write, with --type"
         )
-    return dtypes.pop()
-
-
-def _as_numpy(tensor: Tensor, kind: _GgufType) -> npt.NDArray[np.generic]:
-    values = tensor.to(kind.torch).contiguous()
-    # numpy has no bfloat16: its bytes are handed over as model_folder numbers of 16 bits.
-    return (values.view(torch.int16) if kind.torch == torch.bfloat16 else values).numpy()
+    return plain[0]
 
 
 def _gguf_names(model_folder: ModelFolder, architecture: GgufArchitecture) -> dict[str, str]:

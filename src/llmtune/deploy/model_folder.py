@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,8 +61,13 @@ class ModelFolder:
         refuse_overflow(name, weight, command="export")
         return weight
 
-    def logits(self, prompts: list[list[int]]) -> list[Tensor]:
-        """Return the source's own logits on each prompt, float32 [T, V]."""
+    def logits(
+        self, prompts: list[list[int]], rounded: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+    ) -> list[Tensor]:
+        """Return the source's own logits on each prompt, float32 [T, V].
+
+        rounded: name of a weight -> function that rounds it first.
+        """
         loaded = load_model(
             self.source,
             ModelConfig(name=self.source.name, dtype="float32"),
@@ -71,6 +77,10 @@ class ModelFolder:
             precision="fp32",
             seed=0,
         )
+        parameters = dict(loaded.model.named_parameters())
+        with torch.no_grad():
+            for name, round_weight in (rounded or {}).items():
+                parameters[name].copy_(round_weight(parameters[name].detach()))
         return logits_of(loaded.model, prompts)
 
     @property
