@@ -48,6 +48,18 @@ class GgufTypeName(StrEnum):
     f32 = "f32"
 
 
+GgufTypeOption = Annotated[
+    GgufTypeName | None,
+    typer.Option("--type", help="Type of the matrices in a GGUF file; those that begin with q are quantized."),
+]
+HeldOutData = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data", help="With a quantized --type: rows to measure its perplexity on; the run's own when not given."
+    ),
+]
+
+
 def export(
     source: Annotated[
         str,
@@ -60,16 +72,8 @@ def export(
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Type of the written weights; as they are stored when not given.")
     ] = None,
-    gguf_type: Annotated[
-        GgufTypeName | None,
-        typer.Option("--type", help="Type of the matrices in a GGUF file; those that begin with q are quantized."),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data", help="With a quantized --type: rows to measure its perplexity on; the run's own when not given."
-        ),
-    ] = None,
+    gguf_type: GgufTypeOption = None,
+    data: HeldOutData = None,
     file_format: Annotated[
         FileFormat | None,
         typer.Option(
@@ -113,11 +117,7 @@ def export(
         print_line(note)
     _print_differences(report)
     if unquantized is not None:
-        before, after = unquantized.perplexity, _perplexity_of_file(output, unquantized)
-        print_line(
-            f"perplexity of {len(unquantized.rows)} held-out rows: {before:.5g} unquantized, "
-            f"{after:.5g} as {report.dtype} ({100 * (after / before - 1):+.2f} %)"
-        )
+        _print_perplexities(output, unquantized, report.dtype)
     print(output)
 
 
@@ -169,6 +169,14 @@ def _measure_unquantized(source: str, checkpoint: str | None, data: list[str] | 
     device = next(loaded.model.parameters()).device
     perplexity = measure(loaded.model, loaded.tokenizer, settings, rows, ROWS_AT_ONCE)["eval_perplexity"]
     return _Unquantized(perplexity, rows, settings, loaded.tokenizer, device)
+
+
+def _print_perplexities(path: Path, source: _Unquantized, dtype: str) -> None:
+    before, after = source.perplexity, _perplexity_of_file(path, source)
+    print_line(
+        f"perplexity of {len(source.rows)} held-out rows: {before:.5g} unquantized, "
+        f"{after:.5g} as {dtype} ({100 * (after / before - 1):+.2f} %)"
+    )
 
 
 def _perplexity_of_file(path: Path, source: _Unquantized) -> float:
