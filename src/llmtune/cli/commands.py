@@ -155,6 +155,7 @@ COMMANDS: tuple[Command, ...] = (
         (
             "llmtune plan -c production",
             "llmtune plan -c production --device 24GB",
+            "llmtune plan -c production --device h100 --devices 8",
             "llmtune plan -c my.yaml --measure",
         ),
     ),

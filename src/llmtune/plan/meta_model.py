@@ -85,6 +85,10 @@ class ModelSizes:
     """Bytes of the weights that are whole at once where weights are sharded: those outside of the blocks, and the two
     largest blocks (the next one is gathered while one is computed).
     """
+    block_bytes: int
+    """Bytes of the weights in blocks; quantized ones as they are stored."""
+    outside_bytes: int
+    """Bytes of the weights outside of the blocks."""
 
 
 def read_shape(prepared: Prepared, options: Options) -> ModelShape:
@@ -221,6 +225,8 @@ def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:
         part = "adapter" if weight.requires_grad and config.adapter.method != "none" else "base"
         is_quantized = id(weight) in quantized
         part_bytes[part] += quantized_bytes(weight.shape, config.model.quantization) if is_quantized else weight.nbytes
+    outside, two_blocks = _unit_bytes(model)
+    in_blocks = part_bytes.total() - outside
     part_bytes["base"] += sum(buffer.nbytes for buffer in model.buffers())
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     return ModelSizes(
@@ -231,15 +237,18 @@ def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:
         gradient_bytes=sum(weight.nbytes for weight in trained),
         largest_gradient_bytes=max((weight.nbytes for weight in trained), default=0),
         largest_linear_bytes=max((weight.nbytes for weight in quantized.values()), default=0),
-        unit_bytes=_unit_bytes(model),
+        unit_bytes=outside + two_blocks,
+        block_bytes=in_blocks,
+        outside_bytes=outside,
     )
 
 
-def _unit_bytes(model: PreTrainedModel) -> int:
+def _unit_bytes(model: PreTrainedModel) -> tuple[int, int]:
+    """Bytes of the weights outside of the blocks, and of the two largest blocks."""
     blocks = [{id(weight): weight.nbytes for weight in block.parameters()} for block in checkpointable_blocks(model)]
     inside = {name for block in blocks for name in block}
     outside = sum(weight.nbytes for weight in model.parameters() if id(weight) not in inside)
-    return outside + sum(sorted((sum(block.values()) for block in blocks), reverse=True)[:2])
+    return outside, sum(sorted((sum(block.values()) for block in blocks), reverse=True)[:2])
 
 
 def quantized_bytes(shape: torch.Size, kind: str) -> int:

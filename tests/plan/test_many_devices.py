@@ -1,0 +1,88 @@
+"""`llmtune plan --devices N`: memory of each device and bytes sent in a step, by strategy."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llmtune.cli.main import run
+from llmtune.plan.hardware import Target
+from llmtune.plan.many_devices import plan_strategies, strategy_lines, traffic_bytes
+from plan_helpers import assembled_like
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_helpers import LORA
+
+H100 = Target("h100", "cuda", 81559 * 2**20)
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+COUNTS = {"gradient_bytes": 1000, "block_bytes": 600, "outside_bytes": 400, "micro_batches": 3}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices", "sent"),
+    [
+        ("ddp", 1, 0),
+        ("ddp", 2, 1000),
+        ("ddp", 8, 1750),
+        ("fsdp", 1, 0),
+        ("fsdp", 2, 3900),  # half of (2 x 600 + 400 + 1000) x 3
+        ("fsdp", 8, 6825),
+    ],
+)
+def test_bytes_sent_in_a_step_follow_the_formula(strategy, devices, sent):
+    assert traffic_bytes(strategy, devices, **COUNTS) == sent
+
+
+@pytest.mark.parametrize("kind", [(), LORA])
+def test_blocks_and_what_is_outside_of_them_are_all_weights(forecaster_of, kind):
+    forecaster = replace(forecaster_of(*kind, target=H100), world_size=8)
+    ddp, fsdp = plan_strategies(forecaster)
+    model = assembled_like(forecaster_of(*kind)).model
+    inside = sum(weight.nbytes for name, weight in model.named_parameters() if ".layers." in name)
+    assert ddp.block_bytes == inside
+    assert ddp.block_bytes + ddp.outside_bytes == sum(weight.nbytes for weight in model.parameters())
+    assert ddp.gradient_bytes == sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    assert fsdp.peak_bytes < ddp.peak_bytes
+    assert ddp.sent_bytes == -(-2 * ddp.gradient_bytes * 7 // 8)
+
+
+def test_a_strategy_that_a_training_would_refuse_is_named(forecaster_of):
+    forecaster = replace(forecaster_of("training.optimizer=lion", target=H100), world_size=8)
+    ddp, fsdp = strategy_lines(plan_strategies(forecaster))[1:3]
+    assert fsdp.endswith("refused for training.optimizer")
+    assert "refused" not in ddp
+
+
+def test_the_command_prints_each_strategy_with_its_formula(tiny_model_folder, rows_file, capsys):  # noqa: F811
+    words = ["plan", f"model.name={tiny_model_folder}", f"data.train={rows_file}", "--device", "h100", "--devices", "8"]
+    words += ["training.precision=fp32", "training.batch_size=4", "training.gradient_accumulation_steps=4"]
+    assert run([*words, "--json"]) == 0
+    ddp, fsdp = json.loads(capsys.readouterr().out)["strategies"]
+    counts = {name: fsdp[name] for name in COUNTS}
+    # 16 sequences on 8 devices are 2 for each of them, one micro-batch.
+    assert counts["micro_batches"] == 1
+    assert [ddp["sent_bytes"], fsdp["sent_bytes"]] == [traffic_bytes(name, 8, **counts) for name in ("ddp", "fsdp")]
+    assert run(words) == 0
+    said = capsys.readouterr().out
+    assert "a step = 2(N-1)/N x gradients" in said
+    assert "a step = (N-1)/N x (2 x blocks + outside + gradients) x micro-batches" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [(["--devices", "8"], "name it, as `--device h100`"), (["--devices", "1", "--device", "h100"], "from 2")],
+)
+def test_devices_are_several_of_a_named_kind(words, problem, capsys):
+    assert run(["plan", *words]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_the_table_of_the_page_follows_the_formula():
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| ([\d.]+) GB \| ([\d,]+) MB \|$", PAGE.read_text(), re.MULTILINE)
+    assert [(name, count) for name, count, *_ in rows] == [(n, c) for c in ("8", "64", "512") for n in ("ddp", "fsdp")]
+    sizes = dict(re.findall(r"(gradients|blocks|outside) ([\d,]+) bytes", PAGE.read_text()))
+    gradients, blocks, outside = (int(sizes[name].replace(",", "")) for name in ("gradients", "blocks", "outside"))
+    for strategy, devices, _, sent in rows:
+        counts = {"gradient_bytes": gradients, "block_bytes": blocks, "outside_bytes": outside, "micro_batches": 1}
+        assert int(sent.replace(",", "")) == round(traffic_bytes(strategy, int(devices), **counts) / 1e6)
