@@ -218,18 +218,18 @@ def test_sequences_without_rows_have_log_probability_0_and_a_gradient() -> None:
     assert float(hidden.grad.abs().max()) == 0
 
 
-def _no_scale(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _no_scale(head: Head, hidden: torch.Tensor, targets: torch.Tensor, _temperature: float) -> torch.Tensor:
     return functional.cross_entropy(
         linear_cross_entropy._scale_and_cap(head.module(hidden), 1.0, head.cap), targets, reduction="none"
     )
 
 
-def _no_gradient(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _no_gradient(head: Head, hidden: torch.Tensor, targets: torch.Tensor, _temperature: float) -> torch.Tensor:
     logits = linear_cross_entropy._scale_and_cap(head.module(hidden.detach()), head.scale, head.cap)
     return functional.cross_entropy(logits, targets, reduction="none") + 0 * hidden.sum(dim=1)
 
 
-def _half_softmax(head: Head, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _half_softmax(head: Head, hidden: torch.Tensor, targets: torch.Tensor, _temperature: float) -> torch.Tensor:
     logits = linear_cross_entropy._scale_and_cap(head.module(hidden), head.scale, head.cap).bfloat16()
     return functional.cross_entropy(logits, targets, reduction="none").float()
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from conftest import CHATML
+from chat_templates import CHATML
 from llmtune.cli.main import main
 from llmtune.data.example import Message
 from llmtune.deploy.export import export

@@ -132,14 +132,20 @@ def _shapes_backward(
 
 # Operators of their own: a build of torch without CUDA takes torch's apart into single operations, and a memory plan
 # made there would count those.
-OPERATORS = torch.library.Library("llmtune", "DEF")
-OPERATORS.define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
-OPERATORS.define(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor inverse_rms, Tensor weight, bool needs_weight) -> (Tensor, Tensor)"
-)
-for _key, _forward, _backward in (("CUDA", _kernel, _kernel_backward), ("Meta", _shapes, _shapes_backward)):
-    OPERATORS.impl("rms_norm", _forward, _key)
-    OPERATORS.impl("rms_norm_backward", _backward, _key)
+OPERATORS = torch.library.Library("llmtune", "FRAGMENT")
+if not hasattr(torch.ops.llmtune, "rms_norm"):  # a module that is loaded under two names must not define them twice
+    OPERATORS.define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)")
+    OPERATORS.define(
+        "rms_norm_backward(Tensor grad, Tensor x, Tensor inverse_rms, Tensor weight, bool needs_weight) "
+        "-> (Tensor, Tensor)"
+    )
+    for _key, _forward, _backward in (
+        ("CUDA", _kernel, _kernel_backward),
+        ("CPU", _kernel, _kernel_backward),
+        ("Meta", _shapes, _shapes_backward),
+    ):
+        OPERATORS.impl("rms_norm", _forward, _key)
+        OPERATORS.impl("rms_norm_backward", _backward, _key)
 
 
 def _normalize_by_kernel(x: Tensor, weight: Tensor, *, eps: float, dtype: torch.dtype | None) -> Tensor:
