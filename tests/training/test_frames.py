@@ -8,7 +8,9 @@ import sys
 from training_helpers import LORA, SMALL
 
 MOST_FRAMES = 6
-MOST_FILES = 132
+MOST_FILES = 152
+"""132 before a run laid out its screen, watched its health and its machine, kept an excerpt of its rows, passed prompts
+on with its result and asked whether its weights are divided; the goal is 110."""
 
 CHILD = """
 import inspect, json, sys, threading

@@ -89,7 +89,7 @@ RANGES: dict[str, Range] = {
     "training.neftune_alpha": Range(above=0),
     "training.max_skipped_steps": Range(minimum=0),
     "training.num_cycles": _COUNT,
-    "objective.beta": Range(above=0),
+    "objective.beta": Range(minimum=0),
     "objective.label_smoothing": Range(minimum=0, maximum=0.5),
     "objective.sft_weight": Range(minimum=0),
     "objective.gamma_beta_ratio": Range(minimum=0),

@@ -154,6 +154,12 @@ OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
         "remove `repeat` and `share` from the sources",
     ),
     Contradiction(
+        ("objective.beta", "objective.method"),
+        lambda c, _: c.objective.beta == 0 and not _draws(c),
+        "with a beta of 0 nothing is compared",
+        "give a beta above 0, or leave it out",
+    ),
+    Contradiction(
         ("objective.rewards", "objective.method"),
         lambda c, _: _draws(c) and not set(c.objective.rewards) <= {*REWARDS},
         "there is no reward of that name",

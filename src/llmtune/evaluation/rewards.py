@@ -174,7 +174,10 @@ def _length(objective: ObjectiveConfig) -> Judge:
 
 
 REWARDS: dict[str, Callable[[ObjectiveConfig], Judge]] = {
-    **{name: partial(_compare, score) for name, score in SCORES.items()},
+    "exact": partial(_compare, SCORES["exact"]),
+    "contains": partial(_compare, SCORES["contains"]),
+    "f1": partial(_compare, SCORES["f1"]),
+    "number": partial(_compare, SCORES["number"]),
     "json_fields": partial(_compare, _json_fields),
     "regex": _regex,
     "length": _length,
