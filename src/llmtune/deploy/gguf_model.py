@@ -104,6 +104,7 @@ def split_pairs(weight: Tensor, heads: int) -> Tensor:
 
     Both orders rotate the same pairs of entries (rotary positions, Su et al. 2021, arXiv:2104.09864).
 
+    >>> import torch
     >>> split_pairs(torch.arange(8).unsqueeze(1), heads=2).flatten().tolist()
     [0, 2, 1, 3, 4, 6, 5, 7]
     """

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import TextIO
 
 # Not imported lazily: importing rich draws from Python's global random numbers, which are the training's once a run
@@ -143,7 +144,8 @@ class Screen:
         return Text("\n").join([bar, *side_by_side(legend, columns)])
 
     def _print(self, shown: Padding | Text | str, *, soft_wrap: bool = False) -> None:
-        self._console.print(shown, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
+        with suppress(OSError):  # the terminal is gone, and the run is not: as with plain lines
+            self._console.print(shown, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
 
 
 def open_screen(stream: TextIO | None = None, *, verbose: bool = False) -> Screen | None:
