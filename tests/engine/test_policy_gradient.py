@@ -8,11 +8,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmtune.config.schema import ObjectiveConfig
 from llmtune.data.dataset.micro_batch import make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.devices import Devices
+from llmtune.engine.objective import flat_token_log_probs, plain_token_log_probs
 from llmtune.engine.policy_gradient import (
     DrawnAnswer,
     PolicyGradientObjective,
@@ -21,6 +23,8 @@ from llmtune.engine.policy_gradient import (
     token_losses,
 )
 from llmtune.engine.preference import resolve_objective
+from llmtune.kernels.attention import use_segment_attention
+from llmtune.kernels.linear_cross_entropy import find_head
 
 DEVICES = Devices(torch.device("cpu"))
 VOCABULARY = 12
@@ -229,3 +233,23 @@ def test_an_answer_without_a_reward_has_no_gradient():
     batch = make_micro_batch(only[0], "padded", 0)
     objective.loss_sum(type(batch)(**{**vars(batch), "indices": np.array([0])})).backward()
     assert not table.logits.grad.any()
+
+
+# --- the log-probabilities of a model
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_are_those_at_the_temperature_of_the_draw_in_both_layouts(temperature):
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("llama", **shape, num_attention_heads=2, num_key_value_heads=2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    examples, _ = answers_of_a_window(count=4)
+    padded, flat = (make_micro_batch(examples, layout, 0) for layout in ("padded", "flat"))
+    logits = model(padded.input_ids, attention_mask=padded.attention_mask).logits[:, :-1] / temperature
+    expected = logits.log_softmax(-1).gather(2, padded.input_ids[:, 1:, None])[..., 0][padded.weights[:, 1:] != 0]
+    torch.testing.assert_close(plain_token_log_probs(model, padded, temperature), expected, atol=1e-6, rtol=0)
+    use_segment_attention(model, "tiles")
+    head = find_head(model)
+    found = flat_token_log_probs(model, flat, temperature, head=head, device=torch.device("cpu"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
