@@ -244,7 +244,7 @@ def test_log_probabilities_are_those_at_the_temperature_of_the_draw_in_both_layo
     shape = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     config = AutoConfig.for_model("llama", **shape, num_attention_heads=2, num_key_value_heads=2)
     model = AutoModelForCausalLM.from_config(config).eval()
-    examples, _ = answers_of_a_window(count=4)
+    examples = answers_of_a_window()[0][:4]
     padded, flat = (make_micro_batch(examples, layout, 0) for layout in ("padded", "flat"))
     logits = model(padded.input_ids, attention_mask=padded.attention_mask).logits[:, :-1] / temperature
     expected = logits.log_softmax(-1).gather(2, padded.input_ids[:, 1:, None])[..., 0][padded.weights[:, 1:] != 0]
