@@ -200,6 +200,15 @@ def test_the_loss_is_that_of_the_paper(name):
     assert metrics["reward"] == pytest.approx(np.mean(rewards), abs=1e-12)
     assert metrics["reward_std"] == pytest.approx(np.std(rewards), abs=1e-12)
     assert metrics["truncated"] == pytest.approx(1 / 12)
+    table = Table(1).logits.log_softmax(dim=1).numpy()
+    ratios = [
+        np.exp(table[example.input_ids[place - 1], example.input_ids[place]] - log_prob)
+        for example, answer in zip(examples, answers, strict=True)
+        for place, log_prob in enumerate(answer.log_probs, start=PROMPT_TOKENS)
+    ]
+    beyond = [not 1 - settings.clip <= ratio <= 1 + settings.clip_high for ratio in ratios]
+    assert metrics["clipped"] == pytest.approx(np.mean(beyond))
+    assert any(1.2 < ratio < 1.28 for ratio in ratios)
 
 
 def test_equal_rewards_give_no_gradient_at_all():
