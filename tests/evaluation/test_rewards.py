@@ -103,6 +103,11 @@ def test_a_function_that_fails_names_the_row(reward_file, name, problem):
     assert problem in str(refusal.value)
 
 
+def test_a_field_that_an_argument_would_hide_is_named(reward_file):
+    with pytest.raises(UsageError, match=r"the field `completions` of rows\.jsonl:3 has the name"):
+        own(reward_file, "some", "a", columns={"completions": 1})
+
+
 def test_a_weight_stands_behind_the_function(reward_file):
     (reward,) = find_rewards(ObjectiveConfig("grpo"), [f"{reward_file}:some=0.25"])
     assert (reward.name, reward.weight) == ("some", 0.25)

@@ -9,7 +9,7 @@ Shapes: S answers, G answers to one prompt, N trained tokens of a micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,11 +21,9 @@ from llmtune.config.schema import ObjectiveConfig
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.engine.devices import Devices
 from llmtune.engine.objective import Objective, WindowRows
-from llmtune.engine.reference import Reference
+from llmtune.engine.reference import LogProbs, Reference
 
 __all__ = ["DrawnAnswer", "DrawnAnswers", "PolicyGradientObjective", "group_advantages", "token_losses"]
-
-TokenLogProbs = Callable[[MicroBatch], Tensor]
 
 STANDARD_DEVIATION_FLOOR = 1e-4
 """Added to the standard deviation of rewards, so that rewards that are nearly equal are not blown up."""
@@ -107,7 +105,7 @@ class PolicyGradientObjective:
         self,
         settings: ObjectiveConfig,
         answers: DrawnAnswers,
-        token_log_probs: TokenLogProbs,
+        token_log_probs: LogProbs,
         reference: Reference | None,
         reward_names: Sequence[str],
     ) -> None:

@@ -32,7 +32,7 @@ from llmtune.engine.preference_loss import (
     simpo_losses,
     token_means,
 )
-from llmtune.engine.reference import Reference
+from llmtune.engine.reference import LogProbs, Reference
 
 __all__ = [
     "Mismatches",
@@ -42,8 +42,6 @@ __all__ = [
     "needs_reference",
     "resolve_objective",
 ]
-
-LogProbs = Callable[[MicroBatch], Tensor]
 
 UNITS = {"kto": "per answer"}
 """Unit of the mean loss by method; others are per pair."""

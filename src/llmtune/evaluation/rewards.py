@@ -98,11 +98,15 @@ def _own(name: str, weight: float) -> Reward:
         columns: dict[str, list[object]] = {column: [value] * count for column, value in group.columns.items()}
         if group.reference is not None:
             columns.setdefault("answer", [group.reference] * count)
-        columns |= {"prompts": [group.prompt] * count, "completions": list(group.answers)}
-        columns["completion_ids"] = [list(ids) for ids in group.ids]
+        given: dict[str, list[object]] = {"prompts": [group.prompt] * count, "completions": list(group.answers)}
+        given["completion_ids"] = [list(ids) for ids in group.ids]
+        hidden = sorted(columns.keys() & given.keys())
+        if hidden:
+            problem = f"the field `{hidden[0]}` of {group.source} has the name of what every reward is given"
+            raise UsageError(problem, f"--reward {name}", "give the field another name")
         try:
-            values = list(function(**columns))
-        except Exception as error:
+            values = list(function(**columns, **given))
+        except Exception as error:  # the user's own code may raise anything
             problem = f"the reward failed on the answers to {group.source}: {type(error).__name__}: {error}"
             raise UsageError(problem, f"--reward {name}", "mend the function, then `llmtune resume`") from error
         if len(values) != count:
