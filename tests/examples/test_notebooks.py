@@ -1,7 +1,8 @@
-"""Issue 6, must show 5: the notebooks run headless from top to bottom, in a kernel of their own, here with small
+"""Issue 6, must show 5: the notebooks run headless from top to bottom, each with no name but its own, here with small
 settings.
 """
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -25,18 +26,29 @@ class ThisPython(AsyncKernelManager):
         )
 
 
-def executed(path, folder):
-    """Run all cells; raises CellExecutionError with the cell and its traceback where one fails."""
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory, tiny_model_folder):
+    """One kernel for all notebooks: the libraries are imported once."""
+    small = {"EXAMPLE_STEPS": "4", "EXAMPLE_MODEL": str(tiny_model_folder)}
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython"))}
+    kernel = ThisPython()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {**small, **quiet}.items():
+            environment.setenv(name, value)
+        yield kernel
+    asyncio.run(kernel.shutdown_kernel(now=True))
+
+
+def executed(path, kernel, folder):
+    """Run all cells in `folder`, without the names of an earlier notebook; raises CellExecutionError with the cell and
+    its traceback where one fails.
+    """
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook,
-        timeout=240,
-        kernel_manager_class=ThisPython,
-        resources={"metadata": {"path": str(folder)}},
-    )
-    client.execute()
+    for line in (f"%cd -q {folder}", "%reset -f"):
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(line))
+    NotebookClient(notebook, timeout=240, km=kernel).execute()
     nbformat.validate(notebook)
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs], client
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
 def test_there_are_three_and_they_are_kept_without_outputs():
@@ -48,16 +60,8 @@ def test_there_are_three_and_they_are_kept_without_outputs():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_headless_and_draws_its_progress_and_curve(path, tmp_path, tiny_model_folder, monkeypatch):
-    small = {
-        "EXAMPLE_STEPS": "4",
-        "EXAMPLE_MODEL": str(tiny_model_folder),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    for name, value in {**small, "IPYTHONDIR": str(tmp_path / "ipython")}.items():
-        monkeypatch.setenv(name, value)
-    outputs, _ = executed(path, tmp_path)
+def test_a_notebook_runs_headless_and_draws_its_progress_and_curve(path, tmp_path, kernel):
+    outputs = executed(path, kernel, tmp_path)
     live = [one.data["text/html"] for one in outputs if one.output_type == "display_data" and "text/html" in one.data]
     assert live
     assert "finished, step 4 of 4" in live[-1]  # one output, drawn anew until the end
