@@ -4,6 +4,7 @@ import ipaddress
 import os
 import signal
 import socket
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = (
@@ -21,6 +22,21 @@ for _number, _answer in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal
         signal.getsignal(_number) == signal.SIG_IGN
     ):  # as under nohup or in the background of a script: children would inherit it
         signal.signal(_number, _answer)
+
+
+LONG_FIRST = ("training", "runs", "verify", "examples", "tracking", "deploy", "gpu", "docs", "engine", "plan", "models")
+"""Folders whose files take longest."""
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: then short ones are left for the end, and the workers end together."""
+    here = Path(__file__).parent
+
+    def place(item):
+        folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
+        return LONG_FIRST.index(folder) if folder in LONG_FIRST else len(LONG_FIRST)
+
+    items.sort(key=place)  # stable: the tests of a file stay together
 
 
 @pytest.fixture(autouse=True)

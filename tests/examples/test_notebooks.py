@@ -46,7 +46,9 @@ def executed(path, kernel, folder):
     notebook = nbformat.read(path, as_version=4)
     for line in (f"%cd -q {folder}", "%reset -f"):
         notebook.cells.insert(0, nbformat.v4.new_code_cell(line))
-    NotebookClient(notebook, timeout=240, km=kernel).execute()
+    client = NotebookClient(notebook, timeout=240, km=kernel)
+    client.execute()
+    client.kc.stop_channels()  # the kernel lives on, and who talks to it next opens its own
     nbformat.validate(notebook)
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
