@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from llmtune.common.threads import LIMITS, OWN_SETTINGS
+from llmtune.common.environment import LIMITS, OWN_SETTINGS
 
 BUSY = "while True: pass"
 

@@ -82,7 +82,7 @@ def prepare(
     from llmtune.config.layers import load_config
     from llmtune.config.process_options import Options
     from llmtune.data.dataset.batches import eval_batches
-    from llmtune.models.quiet_libraries import quiet_libraries
+    from llmtune.models.read_config import quiet_libraries
     from llmtune.models.save import write_tokenizer
     from llmtune.models.scratch import build_config, build_model
     from llmtune.prepare import prepare as prepare_run

@@ -34,8 +34,8 @@ from llmtune.errors import ConfigError, DataError, TokenizerError
 from llmtune.models import catalog
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.hub import local_folder, may_ignore_auto_map
-from llmtune.models.prompt_defaults import PromptDefaults, read_prompt_defaults
 from llmtune.models.read_config import Context, context_of, read_config
+from llmtune.models.save import PromptDefaults, read_prompt_defaults
 from llmtune.models.scan import refuse_unsafe_folder
 from llmtune.models.tokenizer import (
     LoadedTokenizer,

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from llmtune.common.threads import LIMITS, OWN_SETTINGS
+from llmtune.common.environment import LIMITS, OWN_SETTINGS
 
 SHOW = "import json, os; print(json.dumps({name: os.environ.get(name) for name in %r}))" % (OWN_SETTINGS,)  # noqa: UP031
-DECISIONS = "from llmtune.common.threads import spinning_in_force; print([str(row) for row in spinning_in_force()])"
+DECISIONS = "from llmtune.common.environment import spinning_in_force; print([str(row) for row in spinning_in_force()])"
 SHOW_AT = """
 import sys
 class Show:
@@ -81,7 +81,7 @@ def test_importing_the_package_alone_sets_nothing():
 
 def test_the_openmp_of_torch_reads_the_limit():
     """GNU's runtime prints what is in force when it is loaded; another one prints its own variables."""
-    code = "import os; os.environ['OMP_DISPLAY_ENV'] = 'VERBOSE'; from llmtune.common.threads import limit_spinning; limit_spinning(); import torch"  # noqa: E501
+    code = "import os; os.environ['OMP_DISPLAY_ENV'] = 'VERBOSE'; from llmtune.common.environment import limit_spinning; limit_spinning(); import torch"  # noqa: E501
     plain = {name: value for name, value in os.environ.items() if name not in OWN_SETTINGS}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=plain)
     if "GOMP_SPINCOUNT" not in done.stderr:

@@ -6,9 +6,8 @@ import pytest
 
 from llmtune.config.layers import load_config
 from llmtune.config.schema import SourceConfig
-from llmtune.data.dataset.make_dataset import prepare_data
+from llmtune.data.dataset.make_dataset import named_twice, prepare_data, swept_in
 from llmtune.data.reading.find_files import find_files
-from llmtune.data.reading.source_notes import named_twice, swept_in
 from llmtune.data.reading.split_slices import parse_split
 from llmtune.errors import ConfigError, DataError
 from read_rows import read_rows

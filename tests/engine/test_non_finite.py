@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmtune.engine import loop
-from llmtune.engine.divergence import describe_rows, non_finite_parameters
+from llmtune.engine.loop import describe_rows, non_finite_parameters
 from llmtune.errors import DivergedError
 
 POISONED = "rows.jsonl:7"

@@ -11,7 +11,7 @@ from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import AdapterConfig
 from llmtune.errors import AdapterError
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 from llmtune.plan import forecast
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.hardware import find_target

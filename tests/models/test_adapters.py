@@ -12,7 +12,7 @@ from llmtune.adapters.load import load_adapter, load_adapter_weights
 from llmtune.adapters.write import adapter_state_and_config, write_adapter
 from llmtune.errors import AdapterError
 from llmtune.models.parameters import count_parameters, trained_parameters
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 
 IDS_BT = torch.arange(4, 28).reshape(2, 12)
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

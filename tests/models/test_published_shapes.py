@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from llmtune.models.catalog import CATALOG
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 
 
 def shape(kind, vocab, width, layers, heads, kv_heads, feed_forward, *, tied, **more):

@@ -14,7 +14,7 @@ from llmtune.adapters.write import write_adapter
 from llmtune.errors import CheckpointError, MachineError
 from llmtune.models import save
 from llmtune.models.parameters import trained_parameters
-from llmtune.models.quiet_libraries import translate_save_errors
+from llmtune.models.read_config import translate_save_errors
 from llmtune.models.save import restore_weights, write_model, write_tokenizer
 from training_helpers import in_child
 

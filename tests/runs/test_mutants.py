@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmtune import durable
-from llmtune.durable import files, folders, log, manifest, system
+from llmtune.durable import files, folders, manifest, system
 from llmtune.errors import LlmtuneError
 from llmtune.runs import checkpoint
 
@@ -107,7 +107,7 @@ MUTANTS = {
     "folders deleted under their final name": (durable, "remove_tree", delete_under_the_final_name, kill),
     "no sweep": (durable, "remove_leftovers", lambda folder, **_: [], kill),
     "predecessors not put back": (folders, "_restore_or_remove", forget_the_predecessor, kill),
-    "torn lines kept": (log, "parse_line", lambda line: {"step": 1}, kill),
+    "torn lines kept": (files, "parse_line", lambda line: {"step": 1}, kill),
     "log not cut to the checkpoint's step": (durable.AppendLog, "truncate_to", lambda self, lines: 0, kill),
     "short writes taken for whole ones": (
         files,

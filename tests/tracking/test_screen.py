@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from llmtune.common.decisions import Decision
-from llmtune.common.printing import Fact
+from llmtune.common.text import Fact
 from llmtune.config.process_options import Options
 from llmtune.tracking.screen import Screen, open_screen, shares
 from llmtune.training import train as training

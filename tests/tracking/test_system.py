@@ -10,9 +10,8 @@ from rich.console import Console
 
 from llmtune.cli import gpu_monitor
 from llmtune.cli.main import run
-from llmtune.tracking.choose import TRACKERS, TrackerKind
 from llmtune.tracking.machine import GPU, Machine
-from llmtune.tracking.queue import TrackerQueue
+from llmtune.tracking.queue import TRACKERS, TrackerKind, TrackerQueue
 from llmtune.tracking.system import SystemTracker
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training import train as training

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmtune.cli.main import main
-from llmtune.common.metrics import is_better
+from llmtune.common.records import is_better
 from llmtune.config.process_options import Options
 from llmtune.errors import ConfigError
 from llmtune.runs.checkpoint import save_folder

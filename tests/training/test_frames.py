@@ -8,9 +8,8 @@ import sys
 from training_helpers import LORA, SMALL
 
 MOST_FRAMES = 6
-MOST_FILES = 152
-"""132 before a run laid out its screen, watched its health and its machine, kept an excerpt of its rows, passed prompts
-on with its result and asked whether its weights are divided; the goal is 110."""
+MOST_FILES = 132
+"""The goal is 110."""
 
 CHILD = """
 import inspect, json, sys, threading

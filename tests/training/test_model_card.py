@@ -8,7 +8,7 @@ import torch
 from llmtune.config.layers import load_config
 from llmtune.deploy.export import export
 from llmtune.evaluation.inference_model import load_inference_model
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 from llmtune.training import train as training
 
 LORA = ("adapter.method=lora", "adapter.r=4")

@@ -30,7 +30,7 @@ from llmtune.plan.forecast import Forecaster
 from llmtune.plan.resolve_auto import resolve_rates
 from llmtune.prepare import prepare
 from llmtune.runs.signals import StopRequest
-from llmtune.tracking.choose import choose_trackers
+from llmtune.tracking.queue import choose_trackers
 from llmtune.training.build import build_setup
 from llmtune.training.train import open_run, train
 from training_fixtures import WORDS

@@ -13,7 +13,7 @@ from llmtune.deploy.export import export
 from llmtune.deploy.merge import merge_lora
 from llmtune.errors import ModelError
 from llmtune.evaluation.inference_model import load_inference_model
-from llmtune.models.prompt_defaults import PROMPT_DEFAULTS, PromptDefaults, read_prompt_defaults
+from llmtune.models.save import PROMPT_DEFAULTS, PromptDefaults, read_prompt_defaults
 from llmtune.training import train as training
 
 LORA = ("adapter.method=lora", "adapter.r=2")

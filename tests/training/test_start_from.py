@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from llmtune.cli.main import main
 from llmtune.config.process_options import Options
 from llmtune.errors import AdapterError, CheckpointError, ConfigError
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 from llmtune.prepare import prepare
 from llmtune.training import train as training
 from llmtune.training.build import build_setup

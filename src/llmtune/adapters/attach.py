@@ -28,7 +28,7 @@ from llmtune.config.schema import AdapterConfig
 from llmtune.errors import AdapterError, Problem
 from llmtune.models.parameters import count_parameters, trained_parameters
 from llmtune.models.quantization import import_bitsandbytes_before_peft
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -165,8 +165,12 @@ def _is_names(value: object) -> bool:
     return _is_text(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
-def _is_pattern(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or (isinstance(value, dict) and all(check(item) for item in value.values()))
+def _is_ranks(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and all(_is_int(rank) for rank in value.values()))
+
+
+def _is_alphas(value: object) -> bool:
+    return value is None or (isinstance(value, dict) and all(_is_number(alpha) for alpha in value.values()))
 
 
 def _is_ids(value: object) -> bool:
@@ -205,8 +209,8 @@ _ALLOWED: dict[str, Callable[[object], bool]] = {
     "init_lora_weights": _is_plain_init,
     "layers_to_transform": _is_layers,
     "layers_pattern": _is_names,
-    "rank_pattern": _is_pattern(_is_int),
-    "alpha_pattern": _is_pattern(_is_number),
+    "rank_pattern": _is_ranks,
+    "alpha_pattern": _is_alphas,
     "trainable_token_indices": _is_ids,
     "ensure_weight_tying": _is_bool,
 }

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import load_file
+
 from llmtune.adapters.attach import wrap_with_peft
 from llmtune.adapters.config_file import read_adapter_config, read_base_record
 from llmtune.adapters.write import adapter_state_and_config
 from llmtune.errors import AdapterError, ModelError, Problem
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 from llmtune.models.weights import inspect_weights, refuse_changed_weights
 
 if TYPE_CHECKING:
@@ -69,8 +71,6 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     Raises AdapterError when the file is missing (also where there is only a `.bin`), damaged or changed since it was
     written, or has values that are not finite.
     """
-    from safetensors.torch import load_file
-
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():

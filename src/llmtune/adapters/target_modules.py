@@ -95,7 +95,6 @@ def adapted_layers(model: PreTrainedModel, options: LoraOptions) -> list[str]:
     import_bitsandbytes_before_peft()
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
-    from transformers.pytorch_utils import Conv1D
 
     keys = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
     config = LoraConfig(**{key: value for key, value in options.items() if key in keys})  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from llmtune.adapters.attach import wrap_with_peft
 from llmtune.adapters.config_file import read_adapter_config
 from llmtune.errors import AdapterError, Problem
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from llmtune import durable
 from llmtune.adapters.config_file import BASE_RECORD, BaseRecord, DtypeName
 from llmtune.models.parameters import base_model_of
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 from llmtune.models.save import write_generation_config, write_tokenizer
 
 if TYPE_CHECKING:

@@ -5,14 +5,14 @@
 'custom-small'
 """
 
-from llmtune.common.threads import limit_spinning
+from llmtune.common.environment import limit_spinning
 
 limit_spinning()  # before the imports below load torch, whose OpenMP reads its settings once
 
 # ruff: noqa: E402
 from llmtune.api.metrics import Stop
 from llmtune.api.trainer import Trainer, train, train_single_model
-from llmtune.training.result import Result
+from llmtune.training.progress import Result
 from llmtune.watch.report.curve import Curve
 
 __all__ = ["Curve", "Result", "Stop", "Trainer", "train", "train_single_model"]

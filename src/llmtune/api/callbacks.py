@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from llmtune.api.metrics import Stop
-from llmtune.common.printing import PrintLine
+from llmtune.common.text import PrintLine
 from llmtune.engine.state import capture_rng, restore_rng
 from llmtune.errors import UsageError
 

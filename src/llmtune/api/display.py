@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llmtune.common.printing import print_to_stderr
+from llmtune.common.text import print_to_stderr
 
 __all__ = ["Display", "print_line", "progress_html"]
 

@@ -21,7 +21,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
-from llmtune.common.printing import PrintLine
+from llmtune.common.text import PrintLine
 from llmtune.engine.loop import StepResult
 from llmtune.engine.state import capture_rng, restore_rng
 from llmtune.errors import UsageError

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 
 from llmtune import durable
 from llmtune.common.folders import home_expanded
-from llmtune.common.printing import PrintLine
+from llmtune.common.text import PrintLine
 from llmtune.config.document import Origin
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.schema import SourceConfig

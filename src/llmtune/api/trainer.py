@@ -14,8 +14,8 @@ from llmtune.api.display import Display, progress_html
 from llmtune.api.display import print_line as print_to_notebook
 from llmtune.api.metrics import Metric, Stop, UserMetrics, Values
 from llmtune.api.rows import FormattingFunc, GivenRows, Rows
-from llmtune.common.offline import is_offline
-from llmtune.common.printing import PrintLine
+from llmtune.common.environment import is_offline
+from llmtune.common.text import PrintLine
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.engine.loop import StepResult
@@ -24,7 +24,7 @@ from llmtune.evaluation.generate import Answer, Prompt, generate
 from llmtune.evaluation.sampling import Sampling
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
-from llmtune.training.result import Result
+from llmtune.training.progress import Result
 from llmtune.training.training_run import TrainingRun
 from llmtune.watch.report.curve import Curve
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
 from llmtune.cli.options import ConfigName, Overrides
+from llmtune.common.text import print_line
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain, value_text
 from llmtune.config.keys import LEAVES, value_of
 from llmtune.config.layers import ResolvedConfig, load_config

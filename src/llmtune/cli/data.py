@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import typer
 
 from llmtune import durable
-from llmtune.cli.failure import print_line
 from llmtune.cli.options import ConfigName, Overrides, TrustRemoteCode
 from llmtune.cli.process import check_working_folder
-from llmtune.common.offline import is_offline
+from llmtune.common.environment import is_offline
+from llmtune.common.text import print_line
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.paths import config_folder_named
 from llmtune.config.process_options import Options

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
 from llmtune.cli.generate import Model, open_inference_model
 from llmtune.cli.options import Checkpoint, NoCuda, Score, TemplateArgs
+from llmtune.common.text import print_line
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, SourceConfig
 from llmtune.errors import ConfigError, DataError, Problem, UsageError
@@ -142,7 +142,7 @@ def _judge(
 def held_out_rows(loaded: InferenceModel, data: list[str] | None, config: str | None) -> tuple[HeldOut, Config]:
     """Return the rows to evaluate on, and the config they were prepared by."""
     from llmtune.data.dataset.make_dataset import prepare_data
-    from llmtune.data.rows.preferences import EVERY_FORMAT
+    from llmtune.data.rows.preferences import every_format
     from llmtune.models.read_config import context_of
     from llmtune.prepare import fit_max_length, overlong_named
 
@@ -158,7 +158,7 @@ def held_out_rows(loaded: InferenceModel, data: list[str] | None, config: str | 
     settings, fitted = fit_max_length(settings, context, origins)
     for decision in fitted:
         print_line(str(decision))
-    formats = None if settings.objective.method == "sft" else EVERY_FORMAT
+    formats = None if settings.objective.method == "sft" else every_format()
     if data:
         sources = tuple(source for text in data for source in _sources_of(text))
         # Every row counts: nothing is held out, limited or shuffled.

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.evaluate import held_out_rows, measure
-from llmtune.cli.failure import print_line
 from llmtune.cli.options import Checkpoint, Dtype
 from llmtune.cli.process import prepare_process
-from llmtune.common.offline import is_offline
+from llmtune.common.environment import is_offline
+from llmtune.common.text import print_line
 from llmtune.errors import LlmtuneError, UsageError
 
 if TYPE_CHECKING:

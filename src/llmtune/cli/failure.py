@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import platform
-import sys
 import tempfile
 import time
 import traceback
@@ -16,11 +14,11 @@ from pathlib import Path
 from llmtune import durable
 from llmtune.common.folders import state_folder
 from llmtune.common.secrets import redacted, redacted_command
-from llmtune.common.text import printable
+from llmtune.common.text import print_line, printable
 from llmtune.errors import LlmtuneError, Problem
 from llmtune.version import __version__
 
-__all__ = ["message", "print_line", "report_crash", "report_error"]
+__all__ = ["message", "report_crash", "report_error"]
 
 
 def message(error: LlmtuneError) -> str:
@@ -47,13 +45,6 @@ def message(error: LlmtuneError) -> str:
 
 def _escaped(text: str | None) -> str | None:
     return text and printable(text, keep="\n\t")
-
-
-def print_line(text: str) -> None:
-    """Print a line on stderr, with escapes for characters outside its encoding; do nothing where it is closed."""
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    with contextlib.suppress(OSError):
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
 
 
 def report_error(error: LlmtuneError, *, debug: bool = False) -> int:

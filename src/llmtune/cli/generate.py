@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
 from llmtune.cli.options import Checkpoint, NoCuda, TemplateArgs
 from llmtune.cli.process import prepare_process
-from llmtune.common.offline import is_offline
+from llmtune.common.environment import is_offline
+from llmtune.common.text import print_line
 from llmtune.config.layers import load_config
 from llmtune.errors import ConfigError, UsageError
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from llmtune import durable
-from llmtune.cli.failure import print_line
+from llmtune.common.text import print_line
 from llmtune.errors import UsageError
 
 __all__ = ["import_config"]

@@ -10,9 +10,9 @@ import typer
 
 from llmtune import durable
 from llmtune.cli.data import Survey, survey
-from llmtune.cli.failure import print_line
 from llmtune.cli.options import NoCuda, TrustRemoteCode
 from llmtune.common.decisions import Decision
+from llmtune.common.text import print_line
 from llmtune.config.dump import value_text
 from llmtune.config.layers import load_config, parse_config
 from llmtune.errors import DataError, UsageError

@@ -6,11 +6,10 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TypeGuard
 
-from llmtune.cli.failure import print_line
 from llmtune.cli.process import check_surroundings
-from llmtune.common.threads import available_cores, limit_spinning
+from llmtune.common.environment import available_cores, limit_spinning
+from llmtune.common.text import print_line
 from llmtune.errors import MachineError, RankLostError, UsageError
 
 __all__ = ["launch", "launches"]
@@ -22,16 +21,16 @@ RESTARTED = (RankLostError.exit_code, MachineError.exit_code)
 """Exit codes after which the same command may do better; a wrong config or a diverged run would fail again."""
 
 
-def launches(devices: int | None) -> TypeGuard[int]:
-    """Whether this process has to start others: devices were asked for, and it is not one of those processes yet.
+def launches(devices: int) -> bool:
+    """Whether this process has to start those that train on the devices that were asked for, and is none of them yet.
 
     Raises UsageError where another launcher has started another number of them.
     """
     started = os.environ.get("WORLD_SIZE")
-    if devices is not None and started not in (None, str(devices)):
+    if started not in (None, str(devices)):
         problem = f"{devices} devices were asked for, and {started} processes are started already"
         raise UsageError(problem, "--devices", "leave it out under another launcher, which decides how many train")
-    return devices is not None and started is None
+    return started is None
 
 
 def launch(devices: int, words: Sequence[str], *, max_restarts: int = 0) -> int:

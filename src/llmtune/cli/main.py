@@ -16,10 +16,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from llmtune.cli.commands import COMMANDS, GROUPS, PANELS, Command
-from llmtune.cli.failure import print_line, report_crash, report_error
+from llmtune.cli.failure import report_crash, report_error
 from llmtune.cli.process import check_arguments, escape_unencodable_output, forbid_telemetry
 from llmtune.cli.usage import usage_error
-from llmtune.common.offline import go_offline
+from llmtune.common.environment import go_offline
+from llmtune.common.text import print_line
 from llmtune.errors import LlmtuneError, MachineError, UsageError
 from llmtune.runs.signals import signals_as_errors
 from llmtune.version import __version__

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
 from llmtune.cli.options import Checkpoint, Dtype
 from llmtune.cli.process import prepare_process
-from llmtune.common.offline import is_offline
+from llmtune.common.environment import is_offline
+from llmtune.common.text import print_line
 
 __all__ = ["merge_lora"]
 

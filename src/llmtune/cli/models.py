@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
+from llmtune.common.text import print_line
 
 if TYPE_CHECKING:
     from llmtune.models.catalog_entry import CatalogEntry

@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
 from llmtune.cli.options import ConfigName, Overrides, TrustRemoteCode
 from llmtune.cli.process import prepare_process
-from llmtune.common.offline import is_offline
-from llmtune.common.text import readable_bytes
+from llmtune.common.environment import is_offline
+from llmtune.common.text import print_line, readable_bytes
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.errors import UsageError

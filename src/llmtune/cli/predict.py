@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.evaluate import held_out_rows
-from llmtune.cli.failure import print_line
 from llmtune.cli.generate import (
     Model,
     RepetitionPenalty,
@@ -22,6 +21,7 @@ from llmtune.cli.generate import (
     read_sampling,
 )
 from llmtune.cli.options import Checkpoint, NoCuda, Score, TemplateArgs
+from llmtune.common.text import print_line
 from llmtune.errors import UsageError
 
 if TYPE_CHECKING:

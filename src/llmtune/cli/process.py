@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmtune.common.environment import limit_spinning
 from llmtune.common.text import excerpt, is_text
-from llmtune.common.threads import limit_spinning
 from llmtune.engine.allocator import bound_kernel_caches, grow_segments, tune_allocator
 from llmtune.errors import MachineError, UsageError
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
-from llmtune.common.text import printable, readable_bytes
+from llmtune.common.text import print_line, printable, readable_bytes
 
 __all__ = ["report"]
 

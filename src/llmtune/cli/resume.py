@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,12 +9,11 @@ import typer
 
 from llmtune.cli.launch import launch, launches
 from llmtune.cli.options import AllowChanges, Devices, NoCudaInTraining, Rewards, Score, TrustRemoteCode, Verbose
-from llmtune.cli.process import prepare_process
-from llmtune.cli.training_output import open_training_output
-from llmtune.common.offline import is_offline
+from llmtune.cli.train import resume_run
+from llmtune.common.environment import is_offline
 from llmtune.config.process_options import Options
 
-__all__ = ["resume", "resume_run"]
+__all__ = ["resume"]
 
 
 def resume(
@@ -40,7 +38,7 @@ def resume(
     verbose: Verbose = False,
 ) -> int | None:
     """Go on with a run from its newest valid checkpoint, or from the one that is named."""
-    if launches(devices):
+    if devices is not None and launches(devices):
         return launch(devices, context.find_root().obj)
     overrides = list(arguments or [])
     # A run's folder may have `=` in its name.
@@ -49,29 +47,3 @@ def resume(
     options = Options(no_cuda, is_offline(), trust_remote_code, score, tuple(reward or ()))
     resume_run(run, overrides, options, allow_changes=allow_changes, checkpoint=checkpoint, verbose=verbose)
     return None
-
-
-def resume_run(
-    run: str | None,
-    overrides: Sequence[str],
-    options: Options,
-    *,
-    allow_changes: bool = False,
-    checkpoint: Path | str | None = None,
-    verbose: bool = False,
-) -> None:
-    """Resume `run` (or the run of `checkpoint`) and show how it ended."""
-    prepare_process(trains=True)
-    from llmtune.training import train as training
-
-    output = open_training_output(verbose=verbose)
-    result = training.resume(
-        run,
-        overrides=overrides,
-        options=options,
-        allow_changes=allow_changes,
-        checkpoint=checkpoint,
-        print_line=output.line,
-        screen=output.screen,
-    )
-    output.print_result(result)

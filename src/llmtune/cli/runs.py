@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
-from llmtune.common.text import printable
+from llmtune.common.text import print_line, printable
 from llmtune.errors import UsageError
 from llmtune.runs.folder import RunSummary, list_runs, resolve_run
 

@@ -11,14 +11,14 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from llmtune.cli.failure import print_line, report_error
+from llmtune.cli.failure import report_error
 from llmtune.cli.options import NoCudaInTraining, TrustRemoteCode, Verbose
 from llmtune.cli.process import prepare_process
 from llmtune.cli.runs import print_table
-from llmtune.cli.training_output import open_training_output
-from llmtune.common.metrics import is_better
-from llmtune.common.offline import is_offline
-from llmtune.common.text import printable
+from llmtune.cli.train import open_training_output
+from llmtune.common.environment import is_offline
+from llmtune.common.records import is_better
+from llmtune.common.text import print_line, printable
 from llmtune.config.process_options import Options
 from llmtune.config.sweep import Sweep, SweepRun, load_sweep
 from llmtune.errors import ConfigError, DivergedError, LlmtuneError, Problem, StoppedBySignal

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from llmtune.cli.failure import print_line
-from llmtune.common.offline import is_offline
+from llmtune.common.environment import is_offline
+from llmtune.common.text import print_line
 from llmtune.errors import MachineError, UsageError
 
 __all__ = ["sync"]

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune import durable
-from llmtune.cli.failure import print_line
 from llmtune.cli.options import Overrides
 from llmtune.cli.process import check_working_folder
+from llmtune.common.text import print_line
 from llmtune.config.layers import load_config
 from llmtune.errors import ConfigError, UsageError
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,16 +24,100 @@ from llmtune.cli.options import (
     Verbose,
 )
 from llmtune.cli.process import prepare_process
-from llmtune.cli.training_output import go_on_and_print, open_training_output, print_plan
+from llmtune.common.environment import is_offline
 from llmtune.common.folders import home_expanded
-from llmtune.common.offline import is_offline
+from llmtune.common.text import PrintLine, print_line
 from llmtune.config.arguments import FLAGS
-from llmtune.config.layers import load_config
+from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import RunConfig
 from llmtune.errors import UsageError
 
-__all__ = ["train"]
+if TYPE_CHECKING:
+    from llmtune.tracking.screen import Screen
+    from llmtune.training.progress import Result
+
+__all__ = ["TrainingOutput", "go_on_and_print", "open_training_output", "print_plan", "resume_run", "train"]
+
+
+@dataclass(frozen=True)
+class TrainingOutput:
+    """Where a training is shown. The command that trains holds it, and nothing of it stands between the two."""
+
+    line: PrintLine
+    screen: Screen | None
+    """None where stderr is no terminal."""
+
+    def print_result(self, result: Result) -> None:
+        """Show how a run ended and what can be done with it."""
+        from llmtune.training.progress import print_result
+
+        print_result(result, self.line, self.screen)
+        # On a screen it was just shown; a program reads it here.
+        if result.folder is not None and not (self.screen and sys.stdout.isatty()):
+            print(result.folder)
+
+
+def open_training_output(*, verbose: bool) -> TrainingOutput:
+    """Return the output of this process."""
+    from llmtune.tracking.screen import open_screen
+
+    screen = open_screen(verbose=verbose)
+    return TrainingOutput(screen.line if screen else print_line, screen)
+
+
+def go_on_and_print(resolved: ResolvedConfig, options: Options, *, verbose: bool) -> None:
+    """Go on with the run that this command began before, or begin it, and show it."""
+    from llmtune.training.auto_resume import find_own_run
+    from llmtune.training.train import train_or_resume
+
+    own = find_own_run(resolved, options)
+    devices = own.joined[0]
+    if devices.is_main:
+        print_line(own.sentence())
+    if own.path is not None and own.state == "finished":
+        devices.close()
+        if devices.is_main:
+            print(own.path)
+        return
+    output = open_training_output(verbose=verbose)
+    output.print_result(train_or_resume(own, options, print_line=output.line, screen=output.screen))
+
+
+def resume_run(
+    run: str | None,
+    overrides: Sequence[str],
+    options: Options,
+    *,
+    allow_changes: bool = False,
+    checkpoint: Path | str | None = None,
+    verbose: bool = False,
+) -> None:
+    """Resume `run` (or the run of `checkpoint`) and show how it ended."""
+    prepare_process(trains=True)
+    from llmtune.training import train as training
+
+    output = open_training_output(verbose=verbose)
+    result = training.resume(
+        run,
+        overrides=overrides,
+        options=options,
+        allow_changes=allow_changes,
+        checkpoint=checkpoint,
+        print_line=output.line,
+        screen=output.screen,
+    )
+    output.print_result(result)
+
+
+def print_plan(resolved: ResolvedConfig, options: Options, *, verbose: bool) -> None:
+    """Print on stdout what is known of a run before its model is loaded."""
+    from llmtune.tracking.screen import open_screen
+    from llmtune.training.train import dry_run
+
+    screen = open_screen(sys.stdout, verbose=verbose)
+    dry_run(resolved, options, print_line=screen.line if screen else print, screen=screen)
+
 
 Model = Annotated[
     str | None,
@@ -105,11 +191,9 @@ def train(
         # Before anything heavy is imported: a config error is answered at once.
         resolved = load_config(config, flags=flags, overrides=overrides or ())
         _check_same_command(resume, resolved.config.run.name, max_restarts=max_restarts, devices=devices)
-    if launches(devices):
+    if devices is not None and launches(devices):
         return launch(devices, context.find_root().obj, max_restarts=max_restarts)
     if goes_on:
-        from llmtune.cli.resume import resume_run
-
         more = {"allow_changes": allow_changes, "verbose": verbose}
         resume_run(None, overrides or [], options, checkpoint=resume_from_checkpoint, **more)
         return None

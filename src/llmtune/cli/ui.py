@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
 from llmtune.cli.options import NoCuda
+from llmtune.common.environment import is_offline
 from llmtune.common.folders import home_expanded
-from llmtune.common.offline import is_offline
-from llmtune.common.text import printable
+from llmtune.common.text import print_line, printable
 
 __all__ = ["ui"]
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.cli.failure import print_line
 from llmtune.cli.options import Overrides
 from llmtune.cli.process import prepare_process
-from llmtune.common.offline import is_offline
+from llmtune.common.environment import is_offline
+from llmtune.common.text import print_line
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.runs.folder import resolve_run

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
-__all__ = ["excerpt", "is_text", "printable", "readable_bytes", "readable_duration"]
+__all__ = [
+    "Fact",
+    "PrintLine",
+    "excerpt",
+    "is_text",
+    "print_line",
+    "print_to_stderr",
+    "printable",
+    "readable_bytes",
+    "readable_duration",
+    "silent",
+]
 
 
 def is_text(text: str) -> bool:
@@ -64,3 +80,45 @@ def readable_duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+PrintLine = Callable[[str], None]
+"""Takes one line of text, without its line end."""
+
+
+class Fact(NamedTuple):
+    """A line with a label, which a terminal sets in columns.
+
+    >>> print(Fact("memory", "3.00 kB planned", {"weights": 2000, "loss": 1000}))
+    memory  3.00 kB planned (weights 2.00 kB, loss 1.00 kB)
+    """
+
+    label: str
+    text: str
+    parts: Mapping[str, int] = MappingProxyType({})
+    """Bytes by name, in the order of a bar; those of 0 are left out."""
+    plain: str = ""
+    """The line where there is no terminal, if it is not label and text."""
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {readable_bytes(count)}" for name, count in self.parts.items() if count)
+        return self.plain or f"{self.label:<7} {self.text}" + (f" ({parts})" if parts else "")
+
+
+def silent(line: str) -> None:
+    """Print nothing."""
+
+
+def print_line(line: str) -> None:
+    """Print a line on stderr, with escapes for characters outside its encoding.
+
+    A closed stderr is no error, because training goes on without it.
+    """
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError, ValueError):
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def print_to_stderr(line: str) -> None:
+    """Print one line with the program's name."""
+    print_line(f"llmtune: {line}")

@@ -16,7 +16,7 @@ from llmtune.common.dtypes import torch_dtype
 from llmtune.errors import ModelError
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.hub import local_folder, may_ignore_auto_map
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmtune.errors import CheckpointError
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 
 if TYPE_CHECKING:
     from peft import PeftModel

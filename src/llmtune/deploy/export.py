@@ -14,7 +14,7 @@ import torch
 from llmtune import durable
 from llmtune.adapters.find import find_result_named, named_folder, run_of
 from llmtune.common.dtypes import torch_dtype
-from llmtune.common.printing import PrintLine, silent
+from llmtune.common.text import PrintLine, silent
 from llmtune.config.layers import load_config
 from llmtune.deploy.compare_logits import (
     Difference,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,16 +53,12 @@ class GgufType:
 
     def encode(self, weight: Tensor) -> npt.NDArray[np.generic]:
         """Return the bytes of a weight [O, I] or [I], as numbers of one, two or four bytes."""
-        import gguf
-
         values = weight.to(torch.float32).contiguous().numpy()
         encoded: npt.NDArray[np.generic] = gguf.quants.quantize(values, gguf.GGMLQuantizationType[self.name])
         return encoded
 
     def round(self, weight: Tensor) -> Tensor:
         """Return the numbers that a program reads from the encoded weight, float32 in its shape."""
-        import gguf
-
         values = gguf.quants.dequantize(self.encode(weight), gguf.GGMLQuantizationType[self.name])
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(weight.shape)
 

@@ -15,7 +15,7 @@ import torch
 from llmtune import durable
 from llmtune.adapters.load import load_adapter
 from llmtune.common.dtypes import torch_dtype
-from llmtune.common.printing import PrintLine, silent
+from llmtune.common.text import PrintLine, silent
 from llmtune.config.schema import ModelConfig
 from llmtune.deploy.compare_logits import (
     Difference,

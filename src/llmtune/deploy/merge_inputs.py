@@ -14,7 +14,7 @@ from llmtune.errors import AdapterError
 from llmtune.evaluation.inference_model import find_prompt_defaults, find_tokenizer
 from llmtune.models.catalog import resolve
 from llmtune.models.catalog_entry import ModelSource
-from llmtune.models.prompt_defaults import PromptDefaults
+from llmtune.models.save import PromptDefaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from llmtune import durable
 from llmtune.errors import ModelError
-from llmtune.models.prompt_defaults import PromptDefaults, write_prompt_defaults
-from llmtune.models.save import MAX_SHARD_BYTES, write_tokenizer
+from llmtune.models.save import MAX_SHARD_BYTES, PromptDefaults, write_prompt_defaults, write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast

@@ -19,8 +19,8 @@ from llmtune.errors import ModelError
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.load import load_model
 from llmtune.models.model_card import exported_model_card
-from llmtune.models.prompt_defaults import PromptDefaults, read_prompt_defaults
 from llmtune.models.read_config import read_config
+from llmtune.models.save import PromptDefaults, read_prompt_defaults
 from llmtune.models.scan import read_json_file, weight_files
 from llmtune.models.tokenizer import load_tokenizer
 

@@ -10,10 +10,12 @@ Not covered: a file system that tears a rename apart, and a disk that claims to 
 
 from llmtune.durable.files import (
     UNFINISHED_PREFIX,
+    AppendLog,
     append_line,
     json_text,
     link_or_copy,
     make_folder,
+    read_lines,
     rename,
     replace_symlink,
     write_bytes,
@@ -29,7 +31,6 @@ from llmtune.durable.folders import (
     remove_tree,
 )
 from llmtune.durable.lock import FileLock, ReadLock, delete_unless_locked, is_locked, waiting_lock
-from llmtune.durable.log import AppendLog, read_lines
 from llmtune.durable.manifest import (
     MANIFEST,
     DamagedManifestError,

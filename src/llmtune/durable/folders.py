@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from socket import gethostname
 
-from llmtune.common.printing import PrintLine
-from llmtune.common.text import printable
+from llmtune.common.text import PrintLine, printable
 from llmtune.durable.files import (
     PART_PREFIX,
     UNFINISHED_PREFIX,

@@ -22,7 +22,7 @@ from llmtune.errors import ModelError
 from llmtune.models.catalog import resolve, resolve_model_argument
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.load import LoadedModel, load_model
-from llmtune.models.prompt_defaults import PromptDefaults, prompt_defaults_of, read_prompt_defaults
+from llmtune.models.save import PromptDefaults, prompt_defaults_of, read_prompt_defaults
 from llmtune.models.scan import read_json_file
 from llmtune.models.tokenizer import load_tokenizer, load_tokenizer_folder
 from llmtune.models.weights import load_trained_part

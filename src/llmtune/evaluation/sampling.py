@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["GREEDY", "RepetitionPenalty", "Sampling", "StopTexts", "generation_config", "through_stop_text"]
 
@@ -47,8 +48,6 @@ def generation_config(
     sampling: Sampling, *, stop_token_ids: Sequence[int], pad_id: int, max_new_tokens: int
 ) -> GenerationConfig:
     """Return the settings of transformers' `generate`; the repetition penalty is not among them (see below)."""
-    from transformers import GenerationConfig
-
     # top_k=0 draws from all tokens that top_p leaves; transformers' own default is 50.
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return GenerationConfig(

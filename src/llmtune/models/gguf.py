@@ -17,15 +17,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
 from llmtune import durable
 from llmtune.common.folders import cache_folder
 from llmtune.durable.files import stamp_of
 from llmtune.errors import MachineError, ModelError, in_one_line
-from llmtune.models.quiet_libraries import quiet_libraries, translate_save_errors
+from llmtune.models.read_config import quiet_libraries, translate_save_errors
 from llmtune.models.weights import inspect_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
 __all__ = ["converted_folder", "model_cache_folder", "read_gguf"]
 
@@ -81,9 +85,6 @@ def read_gguf(gguf: Path, empty_folder: Path) -> tuple[PreTrainedModel, PreTrain
     empty_folder: stands for the model's folder, so that no file beside the GGUF file (an adapter, a config that names
     code) is read. Raises ModelError when the file cannot be read as a model.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
     options: dict[str, Any] = {"gguf_file": str(gguf.resolve()), "local_files_only": True}
     try:
         with quiet_libraries(), redirect_stderr(io.StringIO()):  # its progress bar has no switch
@@ -119,8 +120,6 @@ def _restore_digit_splitting(gguf: Path, tokenizer: PreTrainedTokenizerFast) -> 
 
     Without it "  7" becomes other tokens than in pretraining.
     """
-    from tokenizers import pre_tokenizers
-
     if _metadata_text(gguf, "tokenizer.ggml.pre") not in _DIGIT_BY_DIGIT:
         return
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]

@@ -20,8 +20,7 @@ from llmtune.errors import ConfigError, ModelError, Problem, in_one_line
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.quantization import disable_cpu_repacking, quantization_config
-from llmtune.models.quiet_libraries import quiet_libraries
-from llmtune.models.read_config import read_config
+from llmtune.models.read_config import quiet_libraries, read_config
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
 from llmtune.models.scratch import build_config, build_model
 from llmtune.models.weights import digest_tensors, inspect_weights, refuse_changed_weights

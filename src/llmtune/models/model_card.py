@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from llmtune.models.prompt_defaults import PROMPT_DEFAULTS
+from llmtune.models.save import PROMPT_DEFAULTS
 from llmtune.version import __version__
 
 __all__ = ["exported_model_card", "merged_model_card", "trained_model_card"]

@@ -19,7 +19,7 @@ from llmtune.config.schema import ArchitectureConfig
 from llmtune.errors import ConfigError, ModelError, Problem
 from llmtune.models.catalog import CATALOG
 from llmtune.models.catalog_entry import CatalogEntry
-from llmtune.models.quiet_libraries import quiet_libraries
+from llmtune.models.read_config import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -125,12 +125,14 @@ def build_config(
 
     Raises ConfigError for an impossible shape, ModelError for a name of no from-scratch model.
     """
+    from transformers import AutoConfig  # only here: models are listed and counted without transformers
+
     shape = choose_architecture(entry, architecture, max(tokenizer.get_vocab().values()) + 1)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     # A pad id that also ends a document would give that row of the embedding no gradient.
     ids = _TokenIds(bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=pad if pad != end else None)
     family = "gpt2" if shape.positions == "learned" else "llama" if shape.pre_norm else "olmo2"
-    config = _FAMILIES[family](shape, ids)
+    config = AutoConfig.for_model(family, **_FAMILIES[family](shape), **ids)
     config.dtype = "float32"
     return config
 
@@ -141,7 +143,7 @@ def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
     Matrices are drawn from N(0, 0.02^2), those that write into the residual stream from N(0, 0.02^2 / (2 L)); biases
     are 0, weights of norms 1. The global random state stays as it was.
     """
-    import torch
+    import torch  # as above
     from transformers import AutoModelForCausalLM
 
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
@@ -253,16 +255,8 @@ def _problems(shape: Architecture, requested: ArchitectureConfig, vocabulary: in
     return problems
 
 
-def _llama(shape: Architecture, ids: _TokenIds) -> PreTrainedConfig:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(**_gated_options(shape), head_dim=shape.d_model // shape.n_heads, **ids)
-
-
-def _olmo2(shape: Architecture, ids: _TokenIds) -> PreTrainedConfig:
-    from transformers import Olmo2Config
-
-    return Olmo2Config(**_gated_options(shape), **ids)
+def _llama(shape: Architecture) -> dict[str, Any]:
+    return {**_gated_options(shape), "head_dim": shape.d_model // shape.n_heads}
 
 
 def _gated_options(shape: Architecture) -> dict[str, Any]:
@@ -282,29 +276,26 @@ def _gated_options(shape: Architecture) -> dict[str, Any]:
     }
 
 
-def _gpt2(shape: Architecture, ids: _TokenIds) -> PreTrainedConfig:
-    from transformers import GPT2Config
-
-    return GPT2Config(
-        vocab_size=shape.vocab_size,
-        n_embd=shape.d_model,
-        n_inner=shape.d_ff,
-        n_layer=shape.n_layers,
-        n_head=shape.n_heads,
-        n_positions=shape.max_seq_len,
-        activation_function="gelu_new" if shape.activation == "gelu" else shape.activation,
-        resid_pdrop=shape.dropout,
-        embd_pdrop=shape.dropout,
-        attn_pdrop=shape.attention_dropout,
-        tie_word_embeddings=shape.tie_embeddings,
-        initializer_range=INITIAL_STD,
-        **ids,
-    )
+def _gpt2(shape: Architecture) -> dict[str, Any]:
+    return {
+        "vocab_size": shape.vocab_size,
+        "n_embd": shape.d_model,
+        "n_inner": shape.d_ff,
+        "n_layer": shape.n_layers,
+        "n_head": shape.n_heads,
+        "n_positions": shape.max_seq_len,
+        "activation_function": "gelu_new" if shape.activation == "gelu" else shape.activation,
+        "resid_pdrop": shape.dropout,
+        "embd_pdrop": shape.dropout,
+        "attn_pdrop": shape.attention_dropout,
+        "tie_word_embeddings": shape.tie_embeddings,
+        "initializer_range": INITIAL_STD,
+    }
 
 
 _WRITES_INTO_RESIDUAL = ("self_attn.o_proj.weight", "mlp.down_proj.weight", "attn.c_proj.weight", "mlp.c_proj.weight")
-_FAMILIES: dict[str, Callable[[Architecture, _TokenIds], PreTrainedConfig]] = {
+_FAMILIES: dict[str, Callable[[Architecture], dict[str, Any]]] = {
     "llama": _llama,
-    "olmo2": _olmo2,
+    "olmo2": _gated_options,
     "gpt2": _gpt2,
 }

@@ -26,8 +26,7 @@ from llmtune.kernels.recompute import checkpointable_blocks
 from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.load import refuse_foreign_quantization
 from llmtune.models.parameters import base_model_of, freeze_all_but, trained_parameters
-from llmtune.models.quiet_libraries import quiet_libraries
-from llmtune.models.read_config import read_config
+from llmtune.models.read_config import quiet_libraries, read_config
 from llmtune.models.scan import refuse_unsafe_folder, weight_files
 from llmtune.models.scratch import build_config
 from llmtune.prepare import Prepared

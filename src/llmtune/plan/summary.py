@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from llmtune.common.printing import Fact
-from llmtune.common.text import readable_bytes, readable_duration
+from llmtune.common.text import Fact, readable_bytes, readable_duration
 from llmtune.engine.probe import MODEL_ERRORS
 from llmtune.engine.schedule import Interval, interval, is_due, schedule_of, warmup_length
 from llmtune.errors import MachineError, in_one_line

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from llmtune.common.mappings import flat_items
+from llmtune.common.records import flat_items
 from llmtune.common.secrets import redacted_command
 from llmtune.errors import CheckpointError, Problem
 

@@ -1,8 +1,7 @@
 """Where a run is shown and recorded: the terminal, metrics.jsonl, TensorBoard, wandb."""
 
-from llmtune.tracking.choose import TRACKERS, choose_trackers, keeps_record
 from llmtune.tracking.jsonl import RunRecord
-from llmtune.tracking.queue import LaneReport, TrackerQueue
+from llmtune.tracking.queue import TRACKERS, LaneReport, TrackerQueue, choose_trackers, keeps_record
 from llmtune.tracking.tracker import Histogram, RunInfo, Tracker
 
 __all__ = [

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmtune import durable
-from llmtune.common.printing import PrintLine, silent
+from llmtune.common.text import PrintLine, silent
 from llmtune.errors import MachineError
 from llmtune.tracking.health import HealthMonitor
 from llmtune.tracking.tracker import Metrics, Sample

@@ -21,8 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmtune.common.decisions import Decision
-from llmtune.common.printing import Fact
-from llmtune.common.text import readable_bytes
+from llmtune.common.text import Fact, readable_bytes
 
 __all__ = ["LABEL_COLUMNS", "Screen", "is_ascii", "open_screen", "shares", "shortened", "side_by_side"]
 

@@ -12,10 +12,11 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from llmtune import durable
-from llmtune.common.mappings import flat_items
+from llmtune.common.records import flat_items
 from llmtune.common.secrets import redacted
 from llmtune.tracking.tracker import Histogram, Metrics, RunInfo, Sample, grouped_name
 
@@ -68,14 +69,17 @@ class TensorBoardTracker:
     name = "tensorboard"
 
     def __init__(self) -> None:
+        self._summary: ModuleType
+        """torch's functions that make a record, from `start` on: tensorboard may not be installed."""
         self._events: _EventFile | None = None
         self._hparams: dict[str, bool | str | float] = {}
         self._evaluated: dict[str, float] = {}
 
     def start(self, info: RunInfo) -> None:
         """Open the event file and write the config and the architecture as text."""
-        from torch.utils.tensorboard.summary import text
+        from torch.utils.tensorboard import summary
 
+        self._summary = summary
         self._events = _EventFile(info.folder / "tensorboard", info.start_step + 1 if info.start_step else None)
         self._hparams = {
             key: value if isinstance(value, bool | int | float) else str(value)
@@ -90,40 +94,36 @@ class TensorBoardTracker:
             ("ledger", info.ledger),
         ):
             if values:
-                self._events.add(text(title, _as_markdown_table(values)), info.start_step)
+                self._events.add(summary.text(title, _as_markdown_table(values)), info.start_step)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write every number but the step, which is the axis, as a scalar."""
-        from torch.utils.tensorboard.summary import scalar
-
         assert self._events is not None, "start comes first"
         for key, value in metrics.items():
             if key != "step" and isinstance(value, (int, float)):
                 if key.startswith("eval_"):
                     self._evaluated[grouped_name(key)] = value
-                self._events.add(scalar(grouped_name(key), value), step)
+                self._events.add(self._summary.scalar(grouped_name(key), value), step)
 
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
         """Write each answer as text under the number of its prompt."""
-        from torch.utils.tensorboard.summary import text
-
         assert self._events is not None, "start comes first"
         for number, row in enumerate(rows):
             self._events.add(
-                text(f"samples/{number}", _as_code(row.get("prompt", "")) + "\n\n" + _as_code(row.get("text", ""))),
+                self._summary.text(
+                    f"samples/{number}", _as_code(row.get("prompt", "")) + "\n\n" + _as_code(row.get("text", ""))
+                ),
                 step,
             )
 
     def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Write histograms as they were counted."""
-        from torch.utils.tensorboard.summary import histogram_raw
-
         assert self._events is not None, "start comes first"
         for name, (counts, edges) in histograms.items():
             # The values are gone, so sums are those of the bins' middles.
             middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
             self._events.add(
-                histogram_raw(
+                self._summary.histogram_raw(
                     name,
                     min=edges[0],
                     max=edges[-1],
@@ -138,13 +138,11 @@ class TensorBoardTracker:
 
     def finish(self, state: str) -> None:
         """Write the run's state and its row of the hyperparameter table, and close the file."""
-        from torch.utils.tensorboard.summary import hparams, text
-
         assert self._events is not None, "start comes first"
         # The table's columns of results are the newest values of these scalars.
-        for summary in hparams(self._hparams, self._evaluated):
+        for summary in self._summary.hparams(self._hparams, self._evaluated):
             self._events.add(summary, 0)
-        self._events.add(text("state", state), 0)
+        self._events.add(self._summary.text("state", state), 0)
         self._events.close()
 
 

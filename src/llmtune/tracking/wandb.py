@@ -21,12 +21,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
 import psutil
 
 from llmtune import durable
 from llmtune.common.env_file import value_in_env_file
-from llmtune.common.printing import PrintLine, print_to_stderr
 from llmtune.common.secrets import redacted
+from llmtune.common.text import PrintLine, print_to_stderr
 from llmtune.errors import MachineError
 from llmtune.tracking.tracker import Histogram, Metrics, RunInfo, Sample, grouped_name
 
@@ -68,6 +69,8 @@ class WandbTracker:
         self._entity, self._group = entity, group
         self._finish_timeout_s = finish_timeout_s
         self._print_line = print_line
+        self._library: ModuleType
+        """wandb, from `start` on: importing it takes a second, and it reads the environment."""
         self._opened: wandb.Run | None = None
         self._samples: list[list[object]] = []
         self._service: list[psutil.Process] = []
@@ -82,6 +85,7 @@ class WandbTracker:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        self._library = wandb
         exit_function, hook, raises = sys.exit, sys.excepthook, logging.raiseExceptions
         before = _wandb_processes()
         atexit.register(self._end_service)
@@ -129,27 +133,20 @@ class WandbTracker:
 
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
         """Send all answers so far as one table; wandb shows the newest table of a name."""
-        import wandb
-
         self._samples += [[step, row.get("prompt", ""), row.get("text", "")] for row in rows]
-        self._run.log({"step": step, "samples": wandb.Table(columns=["step", "prompt", "answer"], data=self._samples)})
+        self._run.log({"step": step, "samples": self._library.Table(["step", "prompt", "answer"], self._samples)})
 
     def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Send histograms as they were counted."""
-        import numpy as np
-        import wandb
-
         values = {
-            name: wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+            name: self._library.Histogram(np_histogram=(np.array(counts), np.array(edges)))
             for name, (counts, edges) in histograms.items()
         }
         self._run.log({"step": step, **values})
 
     def upload(self, name: str, folder: Path) -> None:
         """Send the files of a folder as an artifact of type `model`."""
-        import wandb
-
-        artifact = wandb.Artifact(name=re.sub(r"[^\w.-]", "-", name), type="model")
+        artifact = self._library.Artifact(name=re.sub(r"[^\w.-]", "-", name), type="model")
         artifact.add_dir(str(folder))
         self._run.log_artifact(artifact)
 
@@ -171,10 +168,8 @@ class WandbTracker:
 
         # `finish` of an offline run only tells the service to finish: ended at once, it leaves a file without records.
         def tear_down() -> None:
-            import wandb
-
             with contextlib.suppress(Exception):  # a service that was killed before
-                wandb.teardown()
+                self._library.teardown()
 
         thread = threading.Thread(target=tear_down, name="wandb-teardown", daemon=True)
         thread.start()

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from llmtune.adapters import attach
 from llmtune.adapters.start import load_start, start_options
 from llmtune.common.decisions import Decision
+from llmtune.common.environment import spinning_in_force
 from llmtune.common.text import readable_bytes
-from llmtune.common.threads import spinning_in_force
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, TrainingConfig
 from llmtune.data.dataset.batches import BatchPlan, Window

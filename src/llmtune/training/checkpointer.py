@@ -12,8 +12,8 @@ import torch
 from llmtune import durable
 from llmtune.adapters.load import load_adapter_weights
 from llmtune.adapters.write import adapter_state_and_config, write_adapter
-from llmtune.common.printing import PrintLine
 from llmtune.common.secrets import redacted
+from llmtune.common.text import PrintLine
 from llmtune.config.dump import config_to_yaml
 from llmtune.engine.sharding import gather, shard_like
 from llmtune.engine.state import Snapshot
@@ -21,7 +21,7 @@ from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.models import save
 from llmtune.models.load import ADDED_ROWS
 from llmtune.models.model_card import trained_model_card
-from llmtune.models.prompt_defaults import PromptDefaults, prompt_defaults_of, write_prompt_defaults
+from llmtune.models.save import PromptDefaults, prompt_defaults_of, write_prompt_defaults
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.disk import SaveAttempts

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from llmtune.common.metrics import is_better
+from llmtune.common.records import is_better
 from llmtune.data.example import ExampleSet
 from llmtune.engine.loop import StepResult
 from llmtune.engine.schedule import interval, is_due

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 
 from llmtune import durable
 from llmtune.common.decisions import Decision
-from llmtune.common.mappings import flat_items
-from llmtune.common.printing import PrintLine
-from llmtune.common.text import printable
+from llmtune.common.records import flat_items
+from llmtune.common.text import PrintLine, printable
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.schema import Config, ModelConfig, SourceConfig
+from llmtune.data.dataset.preview import stretches
+from llmtune.data.dataset.report import length_summary
+from llmtune.data.example import Example, ExampleSet
 from llmtune.engine.devices import Devices
 from llmtune.models import save
 from llmtune.plan.memory import optimizer_bytes
@@ -35,14 +37,15 @@ from llmtune.runs.run_file import RunDetails
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.build import TrainingSetup
 from llmtune.training.checkpointer import find_checkpoint
-from llmtune.training.data_excerpt import DATA_FILE, data_excerpt
 from llmtune.training.progress import print_difference, print_length, print_resume
 
 __all__ = [
+    "DATA_FILE",
     "StoppedRun",
     "check_name",
     "compare_identity",
     "create",
+    "data_excerpt",
     "facts_of",
     "identity_of",
     "open_stopped",
@@ -50,6 +53,7 @@ __all__ = [
     "run_name",
     "with_defaults",
 ]
+
 
 ORIGINS_FILE = "origins.json"
 LEDGER_FILE = "ledger.jsonl"
@@ -347,3 +351,39 @@ def run_info(run: RunFolder, config_name: str, setup: TrainingSetup, start_step:
         origins=_origins_of(run.path),
         ledger=run.info.get("data", {}),
     )
+
+
+DATA_FILE = "data.json"
+EXAMPLES = 3
+MOST_TOKENS = 700
+"""Tokens of an example that are kept."""
+
+
+def data_excerpt(prepared: Prepared) -> dict[str, Any]:
+    """The lengths of the examples of each side in tokens, and some examples spread over it with their weights.
+
+    A run's rows may be gone or changed by the time someone asks what it was trained on.
+    """
+    sides = {"train": prepared.data.train, "eval": prepared.data.eval}
+    return {name: _side(examples, prepared) for name, examples in sides.items() if examples is not None}
+
+
+def _side(examples: ExampleSet, prepared: Prepared) -> dict[str, Any]:
+    count = len(examples)
+    chosen = sorted({count * place // EXAMPLES for place in range(EXAMPLES)}) if count else []
+    return {
+        "lengths": length_summary(examples.lengths, prepared.config.data.max_length),
+        "examples": [_example(examples[place], prepared) for place in chosen],
+    }
+
+
+def _example(example: Example, prepared: Prepared) -> dict[str, Any]:
+    shown = replace(example, input_ids=example.input_ids[:MOST_TOKENS], weights=example.weights[:MOST_TOKENS])
+    return {
+        "source": example.source,
+        "side": example.side,
+        "tokens": len(example),
+        "trained_tokens": int((example.weights > 0).sum()),
+        "shown_tokens": len(shown),
+        "stretches": [list(stretch) for stretch in stretches(shown, prepared.tokenizer.tokenizer)],
+    }

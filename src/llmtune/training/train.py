@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from llmtune.adapters.find import run_of
 from llmtune.common.decisions import Decision
-from llmtune.common.printing import PrintLine, silent
 from llmtune.common.secrets import find_secrets
+from llmtune.common.text import PrintLine, silent
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import DistributedConfig
@@ -32,18 +32,18 @@ from llmtune.runs.checkpoint import checkpoint_named
 from llmtune.runs.folder import config_file_of, resolve_run
 from llmtune.runs.run_file import RUN_FILE
 from llmtune.runs.signals import StopRequest
-from llmtune.tracking.choose import choose_trackers
+from llmtune.tracking.queue import choose_trackers
 from llmtune.tracking.screen import Screen
 from llmtune.training import run_setup
 from llmtune.training.auto_resume import Joined, OwnRun
 from llmtune.training.build import build_setup
 from llmtune.training.progress import (
     RankPrinter,
+    Result,
     print_preflight,
     print_setup,
     tokenizing_progress,
 )
-from llmtune.training.result import Result
 from llmtune.training.training_run import TrainingRun
 
 __all__ = ["Continuation", "Result", "dry_run", "find_run", "open_run", "resume", "train", "train_or_resume"]

@@ -15,11 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmtune.common.printing import PrintLine
+from llmtune.common.text import PrintLine
 from llmtune.engine.allocator import release_free_memory
 from llmtune.engine.choose_device import peak_memory_bytes
-from llmtune.engine.divergence import non_finite_parameters
-from llmtune.engine.loop import StepResult, train_steps
+from llmtune.engine.loop import StepResult, non_finite_parameters, train_steps
 from llmtune.engine.schedule import interval, is_due
 from llmtune.engine.state import TrainingState, capture, restore
 from llmtune.errors import DivergedError, MachineError, StoppedBySignal, UsageError
@@ -32,15 +31,14 @@ from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.folder import RunFolder
 from llmtune.runs.run_file import RunState
 from llmtune.runs.signals import StopRequest
-from llmtune.tracking.choose import keeps_record
 from llmtune.tracking.jsonl import RunRecord
-from llmtune.tracking.queue import TrackerQueue
+from llmtune.tracking.queue import TrackerQueue, keeps_record
 from llmtune.tracking.tracker import Tracker
 from llmtune.training import checkpointer, run_setup
 from llmtune.training.build import TrainingSetup
 from llmtune.training.checkpointer import Checkpointer
 from llmtune.training.evaluator import Evaluator
-from llmtune.training.result import Result, measured_bytes
+from llmtune.training.progress import Result, measured_bytes
 
 __all__ = ["Result", "TrainingRun"]
 

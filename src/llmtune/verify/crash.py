@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmtune import durable
-from llmtune.common.printing import PrintLine
+from llmtune.common.text import PrintLine
 from llmtune.config.layers import load_config
 from llmtune.errors import CheckpointError
 from llmtune.runs.run_file import read_run_file

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from llmtune import durable
-from llmtune.common.printing import PrintLine
+from llmtune.common.text import PrintLine
 from llmtune.deploy.merge import merge_lora
 from llmtune.errors import CheckpointError, Problem
 from llmtune.runs import checkpoint as checkpoints

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llmtune.common.printing import PrintLine
+from llmtune.common.text import PrintLine
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, ObjectiveConfig

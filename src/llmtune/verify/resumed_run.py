@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmtune.common.printing import PrintLine
+from llmtune.common.text import PrintLine
 from llmtune.errors import CheckpointError
 from llmtune.verify.compare_runs import compare_runs
 from llmtune.verify.result import Verdict

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from llmtune.durable.log import parse_line
+from llmtune.durable.files import parse_line
 
 __all__ = ["LogReader", "NewLines"]
 

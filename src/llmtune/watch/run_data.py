@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from llmtune import durable
-from llmtune.common.mappings import flat_items
+from llmtune.common.records import flat_items
 from llmtune.watch.log_reader import LogReader
 from llmtune.watch.series import Series
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from llmtune.common.decisions import Decision
+from llmtune.common.environment import available_cores
 from llmtune.common.folders import cache_folder, home_expanded
-from llmtune.common.threads import available_cores
 from llmtune.config.schema import DataConfig
 from llmtune.data.dataset.cache import cache_key, open_or_build
 from llmtune.data.dataset.ledger import LedgerPart

@@ -107,7 +107,6 @@ class Renderer:
             now=now,
             limits=limits,
         )
-        self._texts = TextRows(vocabulary, self._encoder, train_on)
         self._encoded_ends: dict[str, list[int]] = {}
         self._by_rule: dict[TrainOn, Renderer] = {}
         # A renderer is sent to other processes as its arguments: compiled templates cannot be pickled.
@@ -146,9 +145,12 @@ class Renderer:
             # A shallow copy shares the compiled templates and the caches.
             other = copy.copy(self)
             other.train_on = train_on
-            other._texts = TextRows(self.vocabulary, self._encoder, train_on)
             self._by_rule[train_on] = other
         return self._by_rule[train_on]
+
+    @property
+    def _texts(self) -> TextRows:
+        return TextRows(self.vocabulary, self._encoder, self.train_on)
 
     def render_examples(self, conversation: Conversation) -> list[Rendered]:
         """Render the examples of one row: one, or with `one_example_per_turn` one for each turn of the assistant.

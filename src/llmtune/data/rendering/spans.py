@@ -13,7 +13,7 @@ Both ends come from the template itself:
 * The start is the length of the prompt for this answer: the earlier messages rendered with `add_generation_prompt`. It
   must be, character for character, a prefix of the complete text; an answer for which it is not is named and not
   trained.
-* The stop is that of the control tokens which follow the content (`content_end.py`) and end a turn (`turn_shape.py`).
+* The stop is that of the control tokens which follow the content (`content_end`) and end a turn (`learn_turn_shape`).
   The newline after `<|im_end|>` and the header of the next turn are the template's, and a model never writes them.
 
 An empty thought that the template itself writes at the beginning of an answer is never trained.
@@ -23,15 +23,216 @@ Other messages (for the rules that train them) go from their first character thr
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from llmtune.data.rendering.content_end import content_end, latest_end
+from llmtune.data.rendering.encoding import Encoded
 from llmtune.data.rendering.limits import TemplateRefusal
+from llmtune.data.rendering.provenance import Run, runs_of, with_origin
 from llmtune.data.rendering.rendering import Rendering, adjacent_controls, shared_length
-from llmtune.data.rendering.turn_shape import TurnShape
 
-__all__ = ["Span", "find_span"]
+__all__ = ["Span", "TurnShape", "content_end", "find_span", "latest_end", "learn_turn_shape"]
+
+
+def content_end(rendering: Rendering, index: int, start: int, end_ids: frozenset[int]) -> tuple[int, int]:
+    """Return where the content of message `index` from `start` on ends, and where it comes again (or the text's end).
+
+    `end_ids` are the control tokens that end a turn. The content is what comes from the row: text, reasoning, tool
+    calls. A *stretch* is characters [start, stop) that all come from one message. Three things make the end of the last
+    stretch the wrong answer:
+
+    * A later turn repeats the content. The name `f` of a call stands again in the turn of its result, and is no content
+      of the call there:
+
+          <|call|>f(1)<|end|><|result|>f: 2<|end|>
+                  ----                 -
+
+    * The template writes the last message differently, so that the rendering of the messages up to this one
+      (`as_last`) does not show where it ends. Here the thought of an earlier answer is left out:
+
+          as last    <|assistant|><think>T</think>A<|end|>
+          in full    <|assistant|>A<|end|><|user|>...
+
+    * The template refuses to render the messages up to this one: the first end of turn is taken.
+    """
+    stretches = rendering.stretches_of(index)
+    text_end = len(rendering.text)
+    if not stretches or index == len(rendering.roles) - 1:
+        return max(start, stretches[-1][1] if stretches else start), text_end
+    if len(stretches) == 1 and not _turn_ends_between(rendering, index, start, stretches[0][0], end_ids):
+        return max(start, stretches[0][1]), text_end  # the common case: one stretch, in its own turn
+    limit = _content_limit(rendering, index, start, end_ids)
+    stops = [stop for first, stop in stretches if first < limit]
+    repeated = next((first for first, _ in stretches if first >= max(limit, start)), text_end)
+    return max(start, min(stops[-1], limit) if stops else start), repeated
+
+
+def _turn_ends_between(rendering: Rendering, index: int, start: int, stop: int, end_ids: frozenset[int]) -> bool:
+    """Whether another message or an end of turn lies in [start, stop)."""
+    ends = (control.token_id in end_ids for control in rendering.controls_between(start, stop))
+    return rendering.next_other_message(index, start) < stop or any(ends)
+
+
+def _content_limit(rendering: Rendering, index: int, start: int, end_ids: frozenset[int]) -> int:
+    """The place in the text by which the content of message `index` has ended.
+
+    What looks like its content after that is a later turn that repeats it: the name of a call before its result, say.
+    """
+    prefix = rendering.prefixes.get((index + 1, False))
+    if prefix is not None:
+        return prefix.length
+    try:
+        as_last = rendering.render(index + 1, False)
+        if rendering.text.startswith(as_last):
+            return len(as_last)
+        traced = as_last if rendering.render_traced is None else rendering.render_traced(index + 1)
+    except TemplateRefusal:
+        return _first_end(rendering, index, start, end_ids)
+    last_stretches = _stretches_of_origin(runs_of(traced), index)
+    return _limit_by_ending(rendering, index, start, as_last, last_stretches, end_ids)
+
+
+def _limit_by_ending(
+    rendering: Rendering,
+    index: int,
+    start: int,
+    as_last: str,
+    last_stretches: Sequence[tuple[int, int]],
+    end_ids: frozenset[int],
+) -> int:
+    """The limit where a message is written differently as the last one (its thought is left out, say).
+
+    Both texts are equal up to a place, and from there on the content is the end of what it is in `as_last`.
+    """
+    shared = shared_length(as_last, rendering.text)
+    last_content = _content(as_last, last_stretches, shared)
+    content = _content(rendering.text, rendering.stretches_of(index), shared)
+    if not last_content:
+        return shared  # the two renderings part after the message, so what comes later is a repetition
+    lengths = range(len(content), 0, -1)
+    ending = last_content.rstrip()
+    length = next((length for length in lengths if ending.endswith(content[:length].rstrip())), 0)
+    if not content[:length].strip():
+        return _first_end(rendering, index, max(start, shared), end_ids)
+    for first, stop in rendering.stretches_of(index):
+        first = max(first, shared)
+        if first < stop:
+            if length <= stop - first:
+                return first + length
+            length -= stop - first
+    return len(rendering.text)
+
+
+def _first_end(rendering: Rendering, index: int, start: int, end_ids: frozenset[int]) -> int:
+    """The first end of turn after the first own character at or after `start`, or the end of the text."""
+    first = next((max(first, start) for first, stop in rendering.stretches_of(index) if stop > start), start)
+    controls = rendering.controls_between(first, len(rendering.text))
+    return next((control.stop for control in controls if control.token_id in end_ids), len(rendering.text))
+
+
+def _stretches_of_origin(runs: Sequence[Run], index: int) -> list[tuple[int, int]]:
+    """The stretches [start, stop) of one origin."""
+    stops = itertools.accumulate(length for length, _ in runs)
+    return [(stop - length, stop) for stop, (length, origin) in zip(stops, runs, strict=True) if origin == index]
+
+
+def _content(text: str, stretches: Sequence[tuple[int, int]], start: int) -> str:
+    """The characters of stretches from `start` on."""
+    return "".join(text[max(first, start) : stop] for first, stop in stretches if stop > start)
+
+
+def latest_end(rendering: Rendering, index: int, limit: int) -> int:
+    """An upper bound of the end of message `index`: the text that its rendering as the last message shares."""
+    if index == len(rendering.roles) - 1:
+        return len(rendering.text)
+    prefix = rendering.prefixes.get((index + 1, False))
+    if prefix is not None:
+        rest = rendering.text[prefix.length : prefix.length + len(prefix.tail)]
+        return prefix.length + shared_length(prefix.tail, rest)
+    try:
+        as_last = rendering.render(index + 1, False)
+    except TemplateRefusal:
+        return limit
+    return shared_length(as_last, rendering.text)
+
+
+MessageFields = Mapping[str, object]
+
+
+class TurnShape(NamedTuple):
+    """The form of a template's turns, learnt from a small conversation."""
+
+    end_ids: frozenset[int]
+    """Ids of the control tokens that end a plain assistant turn."""
+    header: str
+    """Text of the template between the end of its generation prompt and an answer.
+
+    Empty unless the template ignores `add_generation_prompt`.
+    """
+
+
+def learn_turn_shape(
+    render: Callable[[Sequence[MessageFields], bool], str], encode: Callable[[str, Sequence[Run]], Encoded]
+) -> TurnShape | TemplateRefusal:
+    """Learn a template's turns from a conversation of two questions and two answers.
+
+    In the example above a turn ends with `<|im_end|>`: that token follows both answers. What opens the next question
+    (`<|im_start|>`) follows the first answer only, and is no end. The header is empty: the generation prompt ends with
+    `assistant` and a newline, and the answer begins there.
+
+    Returns the refusal of a template that does not render even one question and one answer.
+    """
+    # Their characters are found again by origin; the words only must not be changed by a filter such as `trim`.
+    words = ("Kupuka", "Lomina", "Tarevo", "Sidaru")  # words that no template contains
+    plain = [{"role": ("user", "assistant")[index % 2], "content": word} for index, word in enumerate(words)]
+    traced = [message | {"content": with_origin(message["content"], index)} for index, message in enumerate(plain)]
+    try:
+        try:
+            text, count = render(traced, False), 4
+        except TemplateRefusal:
+            # Some templates accept a single question with its answer only.
+            text, count = render(traced[:2], False), 2
+        prompt, bare = render(plain[: count - 1], True), render(plain[: count - 1], False)
+    except TemplateRefusal as refusal:
+        return refusal
+    rendering = Rendering(
+        text=str.__str__(text),
+        runs=runs_of(text),
+        encoded=encode(text, runs_of(text)),
+        roles=tuple(message["role"] for message in plain[:count]),
+        render=lambda first, generate: render(plain[:first], generate),
+    )
+    start, stop = rendering.extents.get(count - 1, (None, 0))
+    if start is None:
+        return TurnShape(frozenset(), "")
+    final = [control for control in rendering.encoded.controls if control.start >= stop]
+    end_ids = [control.token_id for control in adjacent_controls(final)] if final else []
+    if count == 4 and end_ids:
+        middle = _middle_end_ids(rendering)
+        # A token that only closes the whole conversation, after the one that closes every turn, is no end of a turn.
+        end_ids = middle if middle and end_ids[: len(middle)] == middle else end_ids + middle
+    gap = rendering.text[len(prompt) : start] if rendering.text.startswith(prompt) else ""
+    header = gap if prompt == bare and gap.strip() else ""
+    return TurnShape(frozenset(end_ids), header)
+
+
+def _middle_end_ids(rendering: Rendering) -> list[int]:
+    """Control tokens, in order, that end the first answer, which another question follows."""
+    _, stop = rendering.extents.get(1, (0, 0))
+    next_start, _ = rendering.extents.get(2, (0, 0))
+    following = rendering.controls_between(stop, next_start)
+    if not following:
+        return []
+    run = adjacent_controls(following)
+    # What the answer as the last message also ends with belongs to it; the rest opens the next question.
+    bound = latest_end(rendering, 1, stop)
+    own = [control for control in run if control.stop <= bound]
+    if not own and not rendering.text[stop : run[0].start].strip():
+        own = run[:1]
+    return [control.token_id for control in own]
+
 
 _THOUGHT_NAME = r"[^<>\[\]/\s]*(?:think|thought|reason)[^<>\[\]\s]*[>\]]\s*"
 _THOUGHT_BEGINS = re.compile(rf"[<\[]{_THOUGHT_NAME}", re.IGNORECASE)

@@ -15,8 +15,7 @@ from llmtune.data.rendering.limits import Limits, TemplateRefusal
 from llmtune.data.rendering.messages import render_with_arguments, traced_fields
 from llmtune.data.rendering.provenance import DATA, runs_of, with_origin
 from llmtune.data.rendering.rendering import Rendering
-from llmtune.data.rendering.spans import find_span
-from llmtune.data.rendering.turn_shape import TurnShape, learn_turn_shape
+from llmtune.data.rendering.spans import TurnShape, find_span, learn_turn_shape
 from llmtune.errors import DataError, TokenizerError
 
 __all__ = ["PLAIN_TEMPLATE", "TemplateSet"]

@@ -40,7 +40,7 @@ from llmtune.data.rows.formats import (
 )
 from llmtune.data.rows.row_fields import null_or_missing, read_messages, wrong_type
 
-__all__ = ["EVERY_FORMAT", "PREFERENCE_FORMATS", "RECOGNIZED_BY", "PreferenceFormat", "right_answer"]
+__all__ = ["PREFERENCE_FORMATS", "RECOGNIZED_BY", "PreferenceFormat", "every_format", "right_answer"]
 
 SIDE_FIELDS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 """Names of the two sides of a pair."""
@@ -269,6 +269,11 @@ def right_answer(row: Row) -> str | None:
 # --- all
 
 
+def every_format() -> dict[str, Recognize]:
+    """Return the formats of rows on which a run that compares answers can be measured."""
+    return {**(RECOGNIZED_BY["kto"] or {})} | {name: row.recognize for name, row in FORMATS.items()}
+
+
 def _untrained(messages: Sequence[Message]) -> Messages:
     return tuple(dataclasses.replace(message, weight=0.0) for message in messages)
 
@@ -297,8 +302,3 @@ RECOGNIZED_BY: dict[ObjectiveMethod, Mapping[str, Recognize] | None] = {
     "grpo": {"prompt": _recognize_prompt},
 }
 """The formats of rows that each method of `objective` can learn from; None: those of `FORMATS`."""
-
-EVERY_FORMAT: Mapping[str, Recognize] = {**(RECOGNIZED_BY["kto"] or {})} | {
-    name: row.recognize for name, row in FORMATS.items()
-}
-"""The formats of rows on which a run that compares answers can be measured."""

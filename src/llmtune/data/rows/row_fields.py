@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 
 from llmtune.data.example import REASONING_FIELDS, Message
 from llmtune.data.reading.parse import describe_value
-from llmtune.data.rows.content_blocks import without_blocks
 from llmtune.data.rows.field_names import (
     EXTRA_TEXTS,
     MARKS,
@@ -39,8 +38,53 @@ __all__ = [
     "read_tool_calls",
     "read_tools",
     "read_weight",
+    "without_blocks",
     "wrong_type",
 ]
+
+
+_BLOCKS = ("thinking", "tool_use", "tool_result")
+
+
+def without_blocks(turn: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    """The turn without the blocks that Anthropic writes into its content; as it is where it has none.
+
+    `text` is content, `thinking` the reasoning of the message, `tool_use` a call of it, and `tool_result` a message of
+    the tool before it. Other blocks stay in the content.
+    """
+    content = turn.get("content")
+    blocks = content if isinstance(content, (list, tuple)) else ()
+    if not any(_type_of(block) in _BLOCKS for block in blocks):
+        yield turn
+        return
+    rest: list[object] = []
+    changed = dict(turn)
+    calls: list[object] = []
+    for block in blocks:
+        kind = _type_of(block)
+        if kind == "tool_result":
+            result = block.get("content")
+            yield {
+                "role": "tool",
+                "content": "" if result is None else result,
+                "tool_call_id": block.get("tool_use_id"),
+            }
+        elif kind == "tool_use":
+            function = {"name": block.get("name"), "arguments": block.get("input") or {}}
+            call = {"type": "function", "id": block.get("id"), "function": function}
+            calls.append({key: value for key, value in call.items() if value is not None})
+        elif kind == "thinking":
+            changed["thinking"] = f"{changed.get('thinking') or ''}{block.get('thinking') or ''}"
+        else:
+            rest.append(block)
+    if calls:
+        changed["tool_calls"] = calls
+    if rest or calls or changed.get("thinking"):
+        yield {**changed, "content": rest or None}
+
+
+def _type_of(block: object) -> object:
+    return block.get("type") if isinstance(block, Mapping) else None
 
 
 _TEMPLATE_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeGuard
 
-from llmtune.common.metrics import is_better
+from llmtune.common.records import is_better
 from llmtune.common.text import readable_bytes, readable_duration
 from llmtune.watch.report.markup import Markup, number, table, text
 from llmtune.watch.run_data import RunData

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmtune.common.metrics import is_better
+from llmtune.common.records import is_better
 from llmtune.watch.report.markup import Markup, number, table, text
 from llmtune.watch.report.overview import results
 from llmtune.watch.run_data import RunData, Sample

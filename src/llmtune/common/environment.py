@@ -1,7 +1,8 @@
-"""How long the threads that compute spin while they wait for each other, before they sleep.
+"""Settings of the process that libraries read when they are loaded: no connections, and less spinning.
 
-OpenMP's threads spin: alone on a machine that saves the time of waking up. Beside other work a spinning thread holds
-the core that the thread it waits for needs, and a training takes 3 to 10 times as long (docs/performance.md).
+OpenMP's threads spin while they wait for each other, before they sleep: alone on a machine that saves the time of
+waking up. Beside other work a spinning thread holds the core that the thread it waits for needs, and a training takes
+3 to 10 times as long (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import sys
 
 from llmtune.common.decisions import Decision
 
-__all__ = ["available_cores", "limit_spinning", "spinning_in_force"]
+__all__ = ["available_cores", "go_offline", "is_offline", "limit_spinning", "spinning_in_force"]
+
 
 LIMITS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
 """GNU's runtime, which torch's wheels for Linux contain, counts rounds (300,000 by default); LLVM's and Intel's, which
@@ -42,3 +44,17 @@ def spinning_in_force() -> list[Decision]:
         return []
     reason = "threads that spin while they wait for each other keep other programs, and each other, from running"
     return [Decision("process.threads", "sleep soon while they wait", reason)]
+
+
+def is_offline() -> bool:
+    """Whether this process may open no connection: `--offline`, or the libraries' own switch."""
+    return "1" in (os.environ.get("LLMTUNE_OFFLINE"), os.environ.get("HF_HUB_OFFLINE"))
+
+
+def go_offline() -> None:
+    """Set the environment such that the libraries make no connection; wandb keeps its records on disk."""
+    os.environ.update(
+        dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "LLMTUNE_OFFLINE"), "1")
+    )
+    if os.environ.get("WANDB_MODE") != "disabled":
+        os.environ["WANDB_MODE"] = "offline"
