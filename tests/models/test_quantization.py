@@ -105,17 +105,6 @@ def test_4bit_gradients_are_those_of_the_dequantized_base(tiny_model_folder, loa
         torch.testing.assert_close(found[name].grad, wanted[name].grad, atol=1e-6, rtol=1e-4)
 
 
-def test_bitsandbytes_is_imported_without_a_word_and_without_a_look_at_a_hub(tmp_path):
-    (tmp_path / "kernels.py").write_text("raise SystemExit('bitsandbytes went looking for code on a hub')")
-    code = (
-        "import sys; sys.path.insert(0, '.');"
-        "from llmtune.models.quantization import import_bitsandbytes; import_bitsandbytes();"
-        "assert 'kernels' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 def test_layers_are_chosen_without_a_word_of_bitsandbytes():
     """peft, which chooses them, imports it."""
     code = """
@@ -132,13 +121,16 @@ assert "bitsandbytes" in sys.modules
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_bitsandbytes_brings_no_compiler_until_what_it_compiles_is_called():
-    """0.8 s of every start with an adapter; what is decorated is still compiled, with its options."""
+def test_bitsandbytes_is_imported_without_a_word_a_look_at_a_hub_or_a_compiler(tmp_path):
+    """The compiler is 0.8 s of every start with an adapter; what is decorated is still compiled, with its options."""
+    (tmp_path / "kernels.py").write_text("raise SystemExit('bitsandbytes went looking for code on a hub')")
     code = """
 import sys, torch
+sys.path.insert(0, ".")
 at_once = torch.compile
 from llmtune.models import quantization
 quantization.import_bitsandbytes()
+assert "kernels" not in sys.modules
 assert torch.compile is at_once
 assert "torch._inductor.compile_fx" not in sys.modules
 from bitsandbytes.backends.default import ops
@@ -155,8 +147,8 @@ assert (asked, bare.__name__, torch.compile) == ([], "plain", compiled)
 assert (bare(1), bare(2), asked) == (2, 3, [{}])
 assert (given(1), given(2), asked) == (11, 21, [{}, {"dynamic": False}])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "lion"])

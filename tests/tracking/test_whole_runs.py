@@ -126,6 +126,10 @@ class Runs:
     def run(self, *words, code=0, **more):
         return self.end(self.start(*words, **more), code=code)
 
+    def run_forked(self, *words, **environ):
+        """For a run in which wandb starts no process."""
+        return self.end(Forked(lambda: self.command(words, environ)))
+
     def folder(self, name):
         return self.here / "runs" / name
 
@@ -229,11 +233,11 @@ def test_p11_wandb_s_own_process_may_die_in_the_middle_of_a_run(runs):
 def test_p11_folders_no_tracker_can_write_cost_a_resumed_run_one_line_each(runs):
     """What a read-only folder does, without asking the system for one: a file stands where the folder should be."""
     stop = runs.words("blocked", "tensorboard,wandb", "training.max_minutes=1e-6", "tracking.wandb_mode=offline")
-    runs.run(*stop, WANDB_MODE="disabled")
+    runs.run_forked(*stop, WANDB_MODE="disabled")
     for name in ("tensorboard", "wandb"):
         shutil.rmtree(runs.folder("blocked") / name)
         (runs.folder("blocked") / name).write_text("in the way")
-    err = runs.run("resume", str(runs.folder("blocked")), "training.max_minutes=null", "--allow-changes")
+    err = runs.run_forked("resume", str(runs.folder("blocked")), "training.max_minutes=null", "--allow-changes")
     assert_the_same(runs, "blocked", err, "tensorboard", "wandb")
 
 
