@@ -64,6 +64,7 @@ def group_advantages(rewards_G: Sequence[float | None], *, scale: bool) -> list[
     [0.5, -0.5, 0.0, 0.0]
     """
     known = np.array([reward for reward in rewards_G if reward is not None], dtype=np.float64)
+    # One answer cannot be compared, and its standard deviation would be 0 / 0.
     if len(known) < 2:
         return [0.0] * len(rewards_G)
     mean = float(known.mean())
@@ -82,6 +83,7 @@ def token_losses(
     """
     ratio_N = (log_probs_N - drawn_N).exp()
     clipped_N = ratio_N.clamp(1 - clip, 1 + clip_high)
+    # The smaller of both: the bound takes away the reward for going far, never the penalty.
     return -torch.minimum(ratio_N * advantages_N, clipped_N * advantages_N)
 
 
@@ -91,6 +93,7 @@ def kl_estimates(log_probs_N: Tensor, reference_N: Tensor) -> Tensor:
     It is never negative and has the right mean (J. Schulman, "Approximating KL divergence", 2020; GRPO, equation 4).
     """
     log_ratio_N = reference_N - log_probs_N
+    # `expm1`: close to the reference the difference of two nearly equal numbers would be all rounding.
     return torch.expm1(log_ratio_N) - log_ratio_N
 
 
@@ -130,6 +133,7 @@ class PolicyGradientObjective:
         count, tokens = devices.sum(len(trained), sum(len(answer.ids) for answer in trained))
         if self._settings.loss == "dapo":
             return tokens
+        # A constant for each answer, so that long answers weigh by their length (Dr. GRPO).
         return count if self._settings.loss == "grpo" else count * self._settings.max_new_tokens
 
     def _is_masked(self, answer: DrawnAnswer) -> bool:
@@ -160,6 +164,7 @@ class PolicyGradientObjective:
         if reference_N is not None:
             kl_N = kl_estimates(log_probs_N, reference_N)
             losses_N = losses_N + self._beta * kl_N
+        # Masked answers are computed all the same: every process makes the same number of forward passes.
         shares = [0.0 if self._is_masked(answer) else 1.0 for answer in answers]
         if self._settings.loss == "grpo":
             shares = [share / len(answer.ids) for share, answer in zip(shares, answers, strict=True)]
@@ -176,6 +181,7 @@ class PolicyGradientObjective:
     @torch.no_grad()
     def _count(self, log_probs_N: Tensor, answers: Sequence[DrawnAnswer], kl_N: Tensor) -> None:
         ratio_N = (log_probs_N.detach() - self._drawn_log_probs(answers, log_probs_N)).exp()
+        # By the ratio alone, whichever sign the advantage has: it tells how far the policy went.
         is_clipped_N = (ratio_N < 1 - self._settings.clip) | (ratio_N > 1 + self._settings.clip_high)
         sums = [-log_probs_N.detach(), kl_N.detach(), is_clipped_N.float()]
         self._sums.append(torch.stack([values.double().sum() for values in sums]))

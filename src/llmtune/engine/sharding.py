@@ -108,8 +108,10 @@ class Sharded:
         """Shard each block as a unit, and what is outside of them (embedding, last norm, head) as one."""
         mesh = init_device_mesh(self._devices.device.type, (self._devices.world_size,))
         blocks = checkpointable_blocks(model)
+        # Blocks before the root: a unit takes what no unit inside it has.
         for block in blocks:
             fully_shard(block, mesh=mesh)
+        # Around the model and not the model itself: its forward is then whatever `run` is given.
         self._root = _Root(model)
         fully_shard(self._root, mesh=mesh)
         for module in self._root.modules():
@@ -195,6 +197,7 @@ def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
             gathered[name] = tensor.detach()
             continue
         if id(tensor) not in made:
+            # Every process takes part, also one that keeps nothing: the others would wait for it.
             whole = full_tensor(tensor.detach())
             made[id(tensor)] = whole.cpu() if keep else None
         full = made[id(tensor)]

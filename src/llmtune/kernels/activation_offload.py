@@ -67,6 +67,7 @@ class HostStore:
 
         What `get` returns has the same bits: get(put(x)) = x. The scheme is that of vDNN (arXiv:1602.08124).
         """
+        # Two tensors at most are on the device: this one, and the one whose copy it waits for.
         self._release_in_flight()
         x = x.detach().contiguous()
         stored = _StoredTensor(x.shape, x.dtype, self._take_pages(x.nbytes), self._last, x)

@@ -57,6 +57,7 @@ def find_head(model: PreTrainedModel) -> Head | None:
         value = getattr(text, key, None)
         if value is not None:
             factor, bound = rule(float(value))
+            # A config may name a factor and a bound.
             scale, cap = scale * factor, cap if bound is None else bound
     return Head(module, scale, cap)
 
@@ -244,6 +245,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_CE, targets_C1, weights_C = hidden_NE[rows], targets_N[rows].unsqueeze(1), weights_N[rows]
             logits_CV = functional.linear(hidden_CE, rounded_VE, rounded_V)
             nll_C = _nll(logits_CV, targets_C1, scale, cap, sliced=sliced, with_gradient=any(ctx.needs_input_grad))
+            # On the device: to read it here would wait for every chunk.
             sums.append((nll_C * weights_C).sum())
             grad_CV = logits_CV  # overwritten where a gradient is needed
             # Applied to the operand or result of width E: C x E numbers are multiplied and not C x V.
@@ -254,6 +256,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight = accumulate_float32(grad_weight, grad_CV.t() @ (hidden_CE * factor_C1).to(dtype))
             if needs_bias:
                 grad_bias = accumulate_float32(grad_bias, (grad_CV.float() * factor_C1).sum(dim=0))
+        # Autograd takes no gradient of another type than its tensor's.
         head_grads = [None if grad is None else grad.to(weight_VE.dtype) for grad in (grad_weight, grad_bias)]
         ctx.save_for_backward(grad_hidden, *head_grads)  # type: ignore[arg-type]  # torch saves None as well
         return torch.stack(sums).sum()

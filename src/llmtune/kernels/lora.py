@@ -86,6 +86,7 @@ class _LoraGroup(torch.autograd.Function):
         ]
         grad_low = torch.cat([grad @ up for grad, up in zip(grads, ups, strict=True)], dim=1)
         grad_parts = (grad_low.t() @ x).to(ctx.master_dtype).split(ctx.ranks)
+        # The scale was put on A in the forward pass, so it is a factor of the gradient too.
         grad_down = [part.mul_(scale) for part, scale in zip(grad_parts, ctx.scales, strict=True)]
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -108,6 +109,7 @@ class _FrozenLinear:
 
     def weight(self) -> Tensor:
         """Return the weight [N, K]."""
+        # Detached: 4-bit weights are dequantized by operations that autograd would record.
         return FROZEN_WEIGHTS[type(self.layer).__name__](self.layer).detach()
 
     def output(self, x: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ class _TiledAttention(torch.autograd.Function):
             torch.bmm(probabilities, _keys(value, tile), out=tile_output)
             if save_probabilities:
                 saved.append(probabilities)
+        # The queries in their new order: the given ones would be laid out a second time.
         ctx.save_for_backward(rows, key, value, *saved)
         ctx.layout, ctx.scale, ctx.softcap, ctx.select = layout, scale, softcap, select
         return output.index_select(0, layout.inverse).view(total, heads, width)
@@ -90,6 +91,7 @@ class _TiledAttention(torch.autograd.Function):
         rows, key, value, *saved = ctx.saved_tensors
         layout = ctx.layout
         groups, total, width = key.shape
+        # As the queries are laid out, so that each tile reads one contiguous range of both.
         grad_rows = grad_output.reshape(-1, width).index_select(0, layout.order)
         # Keys and values gather gradients from several tiles: in float32, and both in one tensor, so that one scatter
         # serves both.
@@ -110,6 +112,7 @@ class _TiledAttention(torch.autograd.Function):
                 grad_probabilities, probabilities, -1, probabilities.dtype, grad_input=grad_probabilities
             )
             if tanh_scores is not None:
+                # The derivative of c tanh(s / c); s itself was overwritten.
                 grad_scores.mul_(1 - tanh_scores.square())
             parts = keys.new_empty(2, *keys.shape)
             torch.bmm(probabilities.transpose(1, 2), tile_grad, out=parts[1])

@@ -124,6 +124,7 @@ class _TiledForward(torch.autograd.Function):
                 tile = x[:, part].detach().requires_grad_(needs_x)
                 output = ctx.function(tile)
                 inputs = [tile, *weights] if needs_x else weights
+                # Not `backward`: it would add to the weights' gradients in their own, perhaps 16-bit, type.
                 grads = torch.autograd.grad(output, inputs, grad[:, part].to(output.dtype), allow_unused=True)
                 if grad_x is not None:
                     grad_x[:, part] = 0 if grads[0] is None else grads[0]
@@ -256,6 +257,7 @@ def tile_decoder(
     that run. whole: the context in which a block has all of its weights, for a model whose weights are sharded.
     """
     tokens = tokens_of_tile(width)
+    # Norms need no probe: they are over the last dimension alone.
     norms = [module for module in decoder.modules() if _is_norm(module)]
     reasons_against: dict[str, str | None] = {}
     feed_forwards = []

@@ -201,6 +201,7 @@ class SafeEncoder:
     def _encode_renamed(self, text: str, content: _ContentMap, spelled: tuple[str, ...]) -> Encoded:
         """Encode a text whose content spells control tokens, by the tokenizer with renamed control tokens."""
         template_controls = self._template_controls(text, content)
+        # Content may spell the old names now: they are plain letters to this tokenizer.
         tokenizer, names = self._renamed_tokenizer
         pieces: list[str] = []
         anchors: list[tuple[int, int]] = [(0, 0)]
@@ -248,6 +249,7 @@ class SafeEncoder:
         return self._unused("\u00a7\u00b6\u2020\u2030\u203b\u00a4\u00ac")
 
     def _unused(self, candidates: str) -> str:
+        # A letter of a control token could complete one at the border of content.
         used = "".join(self.control_tokens.values())
         return next(character for character in candidates if character not in used)
 

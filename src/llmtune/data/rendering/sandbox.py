@@ -103,6 +103,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._constants = frozenset({*constants, "strftime_now"})
         self.incremental: IncrementalTemplate | None = None
         """The message loop of the template that was compiled last, if it renders message by message."""
+        # Templates call filters without `call`, so each has its own check.
         self.filters = {name: self._guarded_filter(name, function) for name, function in self.filters.items()}
         self.filters["tojson"] = self._guarded_filter("tojson", _tojson)
         self.filters["join"] = self._guarded_filter("join", self._join_filter)
@@ -190,6 +191,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if len(left) + len(right) > UNCHECKED_CHARACTERS:
                 self.budget.check_size(len(left) + len(right))  # before the sum is made
             return left + right
+        # 2 ** 10 ** 9 would take hours inside one operation, where no budget is asked.
         if operator in ("*", "**"):
             self._check_numbers((left, right))
         if operator == "*" and any(isinstance(side, (str, list, tuple)) for side in (left, right)):
@@ -282,6 +284,7 @@ class SandboxEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _check_numbers(self, values: Iterable[object]) -> None:
         """Raise TemplateRefusal for a huge integer: padding to it or a power of it takes time and memory at once."""
         for value in values:
+            # Exactly `int`: a bool counts nothing, and floats neither pad nor repeat.
             if type(value) is int and abs(value) > LARGEST_NUMBER:
                 raise TemplateRefusal(f"the chat template asks for {value:,} of something", is_limit=True)
 

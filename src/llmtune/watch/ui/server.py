@@ -24,13 +24,19 @@ from llmtune.watch.ui.views import RunViews, page, page_policy
 
 __all__ = ["UiServer"]
 
+# Not 0.0.0.0: no other machine can reach the rows and the model of a run.
 ADDRESS = "127.0.0.1"
 MOST_BODY_BYTES = 200_000
 HEADERS = {
+    # Rows and answers stay out of the browser's cache on the disk.
     "Cache-Control": "no-store",
+    # JSON holds texts of rows, which a browser must not take for a page or a script.
     "X-Content-Type-Options": "nosniff",
+    # The page's address holds the token.
     "Referrer-Policy": "no-referrer",
+    # Another page that embeds an answer could measure it.
     "Cross-Origin-Resource-Policy": "same-origin",
+    # Another page that shows this one in a frame could steer the user's clicks.
     "X-Frame-Options": "DENY",
 }
 
@@ -71,9 +77,11 @@ class Route(NamedTuple):
 class UiServer(ThreadingHTTPServer):
     """Serves the runs of a folder until `shutdown`; port 0 takes a free one. Raises MachineError for a taken port."""
 
+    # A browser keeps connections open, and the program ends without waiting for them.
     daemon_threads = True
 
     def __init__(self, folder: Path, *, port: int = 0, offline: bool = False, no_cuda: bool = False) -> None:
+        # 192 random bits, new at every start: an address from an old log opens nothing.
         self.token = secrets.token_urlsafe(24)
         self.views = RunViews(folder)
         self.chat = Chat(offline=offline, no_cuda=no_cuda)
@@ -103,7 +111,9 @@ class UiServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: UiServer
     server_version = "llmtune"
+    # Neither its own version nor Python's: whoever probes the port learns nothing to attack.
     sys_version = ""
+    # A client that connects and says nothing holds its thread no longer.
     timeout = 30
 
     def do_GET(self) -> None:
@@ -137,10 +147,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _checked(self) -> Query:
         """The query of a request that may be answered. Raises Refused."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        # A foreign name that is made to point at 127.0.0.1 (DNS rebinding) shows here.
         if host not in self.server.hosts:
             raise Refused(403, "this server answers to 127.0.0.1 and localhost only")
+        # Browsers send it with every request of another page, and no page can leave it out or change it.
         if origin is not None and origin not in tuple(f"http://{name}" for name in self.server.hosts):
             raise Refused(403, "another page may not ask this server")
+        # Also said where there is no origin, as for an image. Programs and old browsers do not say it.
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise Refused(403, "another page may not ask this server")
         query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
@@ -153,12 +166,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _body(self) -> dict[str, object]:
         length = self.headers.get("Content-Length", "")
+        # Another page may post a form unasked, but for JSON its browser asks this server first, which does not answer.
+        # Without a length reading would go on as long as the client likes.
         if self.headers.get_content_type() != "application/json" or not length.isdigit():
             raise Refused(400, "a JSON body is needed")
         if int(length) > MOST_BODY_BYTES:
             raise Refused(413, f"more than {MOST_BODY_BYTES:,} bytes")
         try:
             value = json.loads(self.rfile.read(int(length)))
+        # Thousands of open brackets end in a RecursionError.
         except (ValueError, RecursionError) as error:
             raise Refused(400, "the body is not JSON") from error
         if not isinstance(value, dict):
@@ -176,6 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
+# The views read on in files where they stopped, so one request at a time; a chat, which takes long, holds no lock.
 def _list(request: Request) -> object:
     with request.server.lock:
         return request.server.views.summaries()
