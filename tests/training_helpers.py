@@ -11,6 +11,11 @@ import traceback
 import warnings
 from pathlib import Path
 
+from llmtune.common.text import silent
+from llmtune.config.layers import ResolvedConfig
+from llmtune.config.process_options import Options
+from llmtune.runs.signals import StopRequest
+from llmtune.training.train import open_run
 from llmtune.verify.compare_runs import compare_runs
 from llmtune.verify.result import Verdict
 
@@ -30,6 +35,33 @@ KINDS = {"lora": LORA, "full": (), "4bit": FOUR_BIT, "packed": ("data.packing=be
 def small_run(model: Path, rows: Path, folder: Path, *more: str) -> list[str]:
     """The KEY=VALUE words of a short LoRA run in `folder`, evaluated at every second step; `more` on top."""
     return [f"model.name={model}", f"data.train={rows}", f"run.output_dir={folder}", *LORA, *SMALL, *more]
+
+
+def comparing_run(model: Path, rows: Path, folder: Path, *more: str) -> list[str]:
+    """The KEY=VALUE words that short runs which compare or judge answers share, in `folder`; `more` on top."""
+    return [
+        f"model.name={model}",
+        f"data.train={rows}",
+        f"data.cache_dir={folder / 'cache'}",
+        "data.num_workers=1",
+        f"run.output_dir={folder / 'runs'}",
+        "training.batch_size=2",
+        "training.learning_rate=0.003",
+        "training.precision=fp32",
+        "tracking.trackers=[jsonl]",
+        *more,
+    ]
+
+
+def stopped_after(steps: int, resolved: ResolvedConfig, options: Options | None = None) -> str:
+    """Make so many steps of a run and leave it; returns its folder."""
+    with StopRequest() as stop:
+        run = open_run(resolved, options or Options(), stop, print_line=silent)
+        made = run.steps()
+        for _ in range(steps):
+            next(made)
+        made.close()
+    return str(run.run.path)
 
 
 def difference(whole: Path, run: Path) -> str:

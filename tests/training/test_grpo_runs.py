@@ -7,11 +7,10 @@ import pytest
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.errors import CheckpointError, ConfigError, UsageError
-from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
 from llmtune.verify.numbers import verify_batching, verify_packing
 from training_fixtures import WORDS
-from training_helpers import LORA, lines_of, weights_of
+from training_helpers import LORA, comparing_run, lines_of, stopped_after, weights_of
 
 
 @pytest.fixture(scope="session")
@@ -28,26 +27,18 @@ def resolve(tiny_model_folder, prompts_file, tmp_path):
 
     def resolve(*overrides, name="run"):
         basis = [
-            f"model.name={tiny_model_folder}",
-            f"data.train={prompts_file}",
-            f"data.cache_dir={tmp_path / 'cache'}",
-            "data.num_workers=1",
+            f"run.name={name}",
             "data.test_size=2",
             "data.max_length=128",
-            f"run.output_dir={tmp_path / 'runs'}",
-            f"run.name={name}",
             "objective.method=grpo",
             "objective.num_generations=4",
             "objective.max_new_tokens=6",
             "objective.rewards={regex: 1.0, length: 0.2}",
             "objective.reward_pattern='[aeiou]'",
-            "training.batch_size=2",
-            "training.learning_rate=0.003",
-            "training.precision=fp32",
             "training.max_steps=4",
-            "tracking.trackers=[jsonl]",
         ]
-        return load_config(None, overrides=[*basis, *overrides], environ={})
+        words = comparing_run(tiny_model_folder, prompts_file, tmp_path, *basis, *overrides)
+        return load_config(None, overrides=words, environ={})
 
     return resolve
 
@@ -57,15 +48,7 @@ def stopped(resolve):
     """Run so many steps and leave the run; returns its folder."""
 
     def stopped(count, *settings, options=None, name="stopped"):
-        with StopRequest() as stop:
-            run = training.open_run(
-                resolve(*settings, name=name), options or Options(), stop, print_line=lambda _: None
-            )
-            steps = run.steps()
-            for _ in range(count):
-                next(steps)
-            steps.close()
-        return str(run.run.path)
+        return stopped_after(count, resolve(*settings, name=name), options)
 
     return stopped
 

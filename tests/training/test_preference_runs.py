@@ -16,7 +16,7 @@ from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
 from rank_helpers import in_two_ranks
 from training_fixtures import WORDS
-from training_helpers import FOUR_BIT, LORA, lines_of, weights_of
+from training_helpers import FOUR_BIT, LORA, comparing_run, lines_of, stopped_after, weights_of
 
 LN2 = float(-torch.nn.functional.logsigmoid(torch.zeros(())))
 
@@ -50,22 +50,14 @@ def resolve(tiny_model_folder, pairs_file, tmp_path):
 
     def resolve(*overrides, name="run"):
         basis = [
-            f"model.name={tiny_model_folder}",
-            f"data.train={pairs_file}",
-            f"data.cache_dir={tmp_path / 'cache'}",
-            "data.num_workers=1",
-            "data.test_size=4",
-            f"run.output_dir={tmp_path / 'runs'}",
             f"run.name={name}",
+            "data.test_size=4",
             "objective.method=dpo",
-            "training.batch_size=2",
             "training.gradient_accumulation_steps=2",
-            "training.learning_rate=0.003",
-            "training.precision=fp32",
             "training.max_steps=2",
-            "tracking.trackers=[jsonl]",
         ]
-        return load_config(None, overrides=[*basis, *overrides], environ={})
+        words = comparing_run(tiny_model_folder, pairs_file, tmp_path, *basis, *overrides)
+        return load_config(None, overrides=words, environ={})
 
     return resolve
 
@@ -239,13 +231,7 @@ def test_p2_a_stopped_run_resumes_to_the_same_bytes(resolve, kind):
     """The reference of the resumed run is the model as it was before step 1, not as it was at the stop."""
     settings = (*KINDS[kind], "checkpoint.every_steps=1", "evaluation.every_steps=2")
     whole = training.train(resolve(*settings, name="whole")).folder
-    with StopRequest() as stop:
-        run = training.open_run(resolve(*settings, name="stopped"), Options(), stop, print_line=lambda _: None)
-        steps = run.steps()
-        next(steps)
-        next(steps)
-        steps.close()
-    result = training.resume(str(run.run.path))
+    result = training.resume(stopped_after(2, resolve(*settings, name="stopped")))
     assert result.state == "finished"
     assert lines_of(result.folder) == lines_of(whole)
     assert weights_of(result.folder) == weights_of(whole)

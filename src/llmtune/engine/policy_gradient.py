@@ -23,7 +23,14 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.objective import Objective, WindowRows
 from llmtune.engine.reference import LogProbs, Reference
 
-__all__ = ["DrawnAnswer", "DrawnAnswers", "PolicyGradientObjective", "group_advantages", "token_losses"]
+__all__ = [
+    "DrawnAnswer",
+    "DrawnAnswers",
+    "PolicyGradientObjective",
+    "count_answers",
+    "group_advantages",
+    "token_losses",
+]
 
 STANDARD_DEVIATION_FLOOR = 1e-4
 """Added to the standard deviation of rewards, so that rewards that are nearly equal are not blown up."""
@@ -95,6 +102,55 @@ def kl_estimates(log_probs_N: Tensor, reference_N: Tensor) -> Tensor:
     log_ratio_N = reference_N - log_probs_N
     # `expm1`: close to the reference the difference of two nearly equal numbers would be all rounding.
     return torch.expm1(log_ratio_N) - log_ratio_N
+
+
+@dataclass(frozen=True)
+class AnswerCounts:
+    """Answers added up over all devices."""
+
+    answers: float
+    tokens: float
+    truncated: float
+    judged: float
+    """Answers with a reward."""
+    rewards: float
+    """Sum of the rewards."""
+    squares: float
+    """Sum of their squares."""
+    with_advantage: float
+    by_name: Mapping[str, float | None]
+    """The mean of each reward over the answers that it judges; None where it judges none."""
+
+    @property
+    def reward(self) -> float:
+        """Mean reward of the judged answers, 0 without any."""
+        return self.rewards / (self.judged or 1.0)
+
+    @property
+    def tokens_per_answer(self) -> float:
+        """Mean length, 0 without an answer."""
+        return self.tokens / (self.answers or 1.0)
+
+
+def count_answers(answers: Sequence[DrawnAnswer], reward_names: Sequence[str], devices: Devices) -> AnswerCounts:
+    """Add up the answers that each process has. Every process calls it, also one without an answer."""
+    known = [answer.reward for answer in answers if answer.reward is not None]
+    own = [
+        float(len(answers)),
+        float(sum(len(answer.ids) for answer in answers)),
+        float(sum(answer.is_truncated for answer in answers)),
+        float(len(known)),
+        math.fsum(known),
+        math.fsum(reward**2 for reward in known),
+        float(sum(answer.advantage != 0 for answer in answers)),  # without a reward it is 0
+    ]
+    for name in reward_names:
+        values = [value for answer in answers if (value := answer.rewards[name]) is not None]
+        own += [math.fsum(values), float(len(values))]
+    totals = devices.sum(*own)
+    counts, sums, numbers = totals[:7], totals[7::2], totals[8::2]
+    means = [value / number if number else None for value, number in zip(sums, numbers, strict=True)]
+    return AnswerCounts(*counts, by_name=dict(zip(reward_names, means, strict=True)))
 
 
 class PolicyGradientObjective:
@@ -197,35 +253,19 @@ class PolicyGradientObjective:
         zero = torch.zeros(3, dtype=torch.float64, device=devices.device)
         by_token = devices.sum_tensor(torch.stack([zero, *self._sums]).sum(dim=0)).tolist()
         self._sums = []
-        drawn = self._drawn
-        judged = [answer for answer in drawn if answer.reward is not None]
-        own = [
-            float(len(drawn)),
-            float(sum(len(answer.ids) for answer in drawn)),
-            float(sum(answer.is_truncated for answer in drawn)),
-            float(len(judged)),
-            math.fsum(answer.reward or 0.0 for answer in judged),
-            math.fsum((answer.reward or 0.0) ** 2 for answer in judged),
-            float(sum(answer.advantage != 0 for answer in judged)),
-        ]
-        for name in self._reward_names:
-            values = [value for answer in drawn if (value := answer.rewards[name]) is not None]
-            own += [math.fsum(values), float(len(values))]
-        count, tokens, truncated, judged_count, total, squares, useful, *by_name = devices.sum(*own)
-        mean = total / judged_count if judged_count else 0.0
+        seen = count_answers(self._drawn, self._reward_names, devices)
         line = {
-            "reward": mean,
-            "reward_std": math.sqrt(max(0.0, squares / judged_count - mean**2)) if judged_count else 0.0,
-            "answer_tokens": tokens / (count or 1.0),
-            "truncated": truncated / (count or 1.0),
-            "with_advantage": useful / (judged_count or 1.0),
-            "entropy": by_token[0] / (tokens or 1.0),
-            "clipped": by_token[2] / (tokens or 1.0),
-            "num_answers": count,
+            "reward": seen.reward,
+            "reward_std": math.sqrt(max(0.0, seen.squares / (seen.judged or 1.0) - seen.reward**2)),
+            "answer_tokens": seen.tokens_per_answer,
+            "truncated": seen.truncated / (seen.answers or 1.0),
+            "with_advantage": seen.with_advantage / (seen.judged or 1.0),
+            "entropy": by_token[0] / (seen.tokens or 1.0),
+            "clipped": by_token[2] / (seen.tokens or 1.0),
+            "num_answers": seen.answers,
         }
         if self._reference is not None:
-            line["kl"] = by_token[1] / (tokens or 1.0)
-        for name, value, number in zip(self._reward_names, by_name[::2], by_name[1::2], strict=True):
-            if number and len(self._reward_names) > 1:
-                line[f"reward_{name}"] = value / number
+            line["kl"] = by_token[1] / (seen.tokens or 1.0)
+        if len(self._reward_names) > 1:
+            line |= {f"reward_{name}": value for name, value in seen.by_name.items() if value is not None}
         return line

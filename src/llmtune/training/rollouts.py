@@ -10,7 +10,6 @@ Shapes: G answers to a prompt; answer g of prompt p has number p G + g (see `Pla
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,7 +26,7 @@ from llmtune.data.example import Example, ExampleSet
 from llmtune.data.rows.preferences import right_answer
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine
-from llmtune.engine.policy_gradient import DrawnAnswer, group_advantages
+from llmtune.engine.policy_gradient import DrawnAnswer, count_answers, group_advantages
 from llmtune.engine.precision import Precision
 from llmtune.evaluation.draw import answer_seed, draw_answers
 from llmtune.evaluation.rewards import AnswerGroup, Reward, rewards_digest, total_reward
@@ -215,25 +214,14 @@ class Rollouts:
         examples = [prompts[index] for index in mine]
         judged = self._answer(examples, [[0]] * len(examples), temperature=0.0)
         answers = [group.answers[0] for group in judged]
-        known = [answer.reward for answer in answers if answer.reward is not None]
-        own = [
-            float(len(answers)),
-            float(sum(len(answer.ids) for answer in answers)),
-            math.fsum(known),
-            float(len(known)),
-        ]
-        for name in self.reward_names:
-            values = [value for answer in answers if (value := answer.rewards[name]) is not None]
-            own += [math.fsum(values), float(len(values))]
-        count, tokens, total, judged_count, *by_name = self._devices.sum(*own)
+        seen = count_answers(answers, self.reward_names, self._devices)
         metrics = {
-            "eval_reward": total / (judged_count or 1.0),
-            "eval_answer_tokens": tokens / (count or 1.0),
-            "eval_num_answers": int(count),
+            "eval_reward": seen.reward,
+            "eval_answer_tokens": seen.tokens_per_answer,
+            "eval_num_answers": int(seen.answers),
         }
         if len(self._rewards) > 1:
-            for name, value, number in zip(self.reward_names, by_name[::2], by_name[1::2], strict=True):
-                metrics[f"eval_reward_{name}"] = value / (number or 1.0)
+            metrics |= {f"eval_reward_{name}": value or 0.0 for name, value in seen.by_name.items()}
         return metrics
 
     # --- checkpoints
