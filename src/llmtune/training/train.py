@@ -29,14 +29,14 @@ from llmtune.plan.resolve_auto import keep_resolved, resolve_on_all_ranks, resol
 from llmtune.plan.summary import Plan, make_plan
 from llmtune.prepare import Prepared, prepare
 from llmtune.runs.checkpoint import checkpoint_named
-from llmtune.runs.folder import config_file_of, resolve_run
+from llmtune.runs.folder import RunFolder, config_file_of, resolve_run
 from llmtune.runs.run_file import RUN_FILE
 from llmtune.runs.signals import StopRequest
 from llmtune.tracking.queue import choose_trackers
 from llmtune.tracking.screen import Screen
 from llmtune.training import run_setup
 from llmtune.training.auto_resume import Joined, OwnRun
-from llmtune.training.build import build_setup
+from llmtune.training.build import TrainingSetup, build_setup
 from llmtune.training.progress import (
     RankPrinter,
     Result,
@@ -163,34 +163,34 @@ def open_run(
     """
     with ExitStack() as on_failure:
         with stop.interrupting():
+            # 1. What can be refused before rows are read and before processes wait for each other.
             judges = _check(resolved, options, is_new=earlier is None)
             is_asked = resolved.origins["tracking.trackers"].kind != "default"
             trackers, tracker_decisions = choose_trackers(resolved.config.tracking, explicit=is_asked)
+            # 2. The processes meet. What fails from here on is printed by one of them, and all end.
             devices, device_decisions = joined or open_devices(resolved.config, options)
             on_failure.callback(devices.close)
             stop.announces = devices.is_main
             printer = RankPrinter(devices, print_line, screen)
             with devices.errors_printed_once():
-                stopped = plan = None
+                # 3. Rows, and what the config leaves open: planned for a new run, as it was for a stopped one.
                 if earlier is None:
+                    stopped = None
                     forecaster, plan = _prepare_and_plan(resolved, options, devices, device_decisions, printer)
                 else:
-                    stopped = run_setup.open_stopped(earlier.path, earlier.checkpoint, devices, printer)
-                    if stopped.folder is not None:
-                        on_failure.callback(stopped.folder.close)
-                    printer.open(stopped.path)
+                    stopped, plan = _open_stopped(earlier, devices, printer, on_failure), None
                     forecaster = _prepare_again(resolved, options, devices, stopped, printer)
+                # 4. The model, which takes the memory.
                 with out_of_memory_refused(forecaster, lambda: _while_loading(forecaster.prepared)):
                     setup = build_setup(forecaster.prepared, options, devices, judges.rewards)
-                around = (*device_decisions, *tracker_decisions)
-                if stopped is None:
+                # 5. The folder of a new run, last: until here nothing was written.
+                if earlier is None or stopped is None:
                     print_setup(setup, tracker_decisions, printer)
-                    folder = devices.on_main(lambda: run_setup.create(resolved, setup, around, printer, plan))
-                    printer.open(Path(devices.from_main(str(folder.path) if folder is not None else "")))
+                    folder = _new_folder(resolved, setup, (*device_decisions, *tracker_decisions), plan, printer)
                 else:
-                    folder = stopped.folder
-                    allow = earlier is not None and earlier.allow_changes
+                    folder, allow = stopped.folder, earlier.allow_changes
                     run_setup.compare_identity(stopped, setup, resolved.config, allow_changes=allow, print_line=printer)
+                # 6. The run, at its first step or at that of its checkpoint.
                 run = TrainingRun(
                     setup,
                     folder,
@@ -204,8 +204,32 @@ def open_run(
                 )
                 if stopped is not None:
                     run.restore(stopped.loaded)
-        on_failure.pop_all()
+        on_failure.pop_all()  # devices and folder belong to the run now
     return run
+
+
+def _open_stopped(
+    earlier: Continuation, devices: Devices, printer: RankPrinter, on_failure: ExitStack
+) -> run_setup.StoppedRun:
+    """Lock a run's folder and read its checkpoint; what the other processes print goes there from here on."""
+    stopped = run_setup.open_stopped(earlier.path, earlier.checkpoint, devices, printer)
+    if stopped.folder is not None:
+        on_failure.callback(stopped.folder.close)
+    printer.open(stopped.path)
+    return stopped
+
+
+def _new_folder(
+    resolved: ResolvedConfig,
+    setup: TrainingSetup,
+    decisions: Sequence[Decision],
+    plan: Plan | None,
+    printer: RankPrinter,
+) -> RunFolder | None:
+    """Make the folder on the main process, None on the others; what those print goes there from here on."""
+    folder = setup.devices.on_main(lambda: run_setup.create(resolved, setup, decisions, printer, plan))
+    printer.open(Path(setup.devices.from_main(str(folder.path) if folder is not None else "")))
+    return folder
 
 
 class _Judges(NamedTuple):
