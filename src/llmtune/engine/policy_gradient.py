@@ -147,10 +147,11 @@ def count_answers(answers: Sequence[DrawnAnswer], reward_names: Sequence[str], d
     for name in reward_names:
         values = [value for answer in answers if (value := answer.rewards[name]) is not None]
         own += [math.fsum(values), float(len(values))]
-    totals = devices.sum(*own)
-    counts, sums, numbers = totals[:7], totals[7::2], totals[8::2]
-    means = [value / number if number else None for value, number in zip(sums, numbers, strict=True)]
-    return AnswerCounts(*counts, by_name=dict(zip(reward_names, means, strict=True)))
+    count, tokens, truncated, judged, rewards, squares, useful, *by_name = devices.sum(*own)
+    means = [value / number if number else None for value, number in zip(by_name[::2], by_name[1::2], strict=True)]
+    return AnswerCounts(
+        count, tokens, truncated, judged, rewards, squares, useful, dict(zip(reward_names, means, strict=True))
+    )
 
 
 class PolicyGradientObjective:
