@@ -44,7 +44,7 @@ def output_of(code, **environment):
 @pytest.mark.parametrize(
     "code",
     [
-        "from llmtune.cli.process import prepare_process; prepare_process(trains=True)",
+        show_before("torch") + "from llmtune.cli.process import prepare_process; prepare_process(trains=True)",
         "from llmtune.cli.process import prepare_process; prepare_process()",
         show_before("torch") + "from llmtune import Trainer",
         show_before("torch") + "from llmtune.api import train",

@@ -23,7 +23,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(chunked_encoding, "OVERLAP_CHARACTERS", 150)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(parts=st.lists(words, min_size=200, max_size=400))
 def test_the_tokens_of_pieces_are_those_of_the_whole(name, tokenizer_for, small_pieces, parts):
     """Q5: ids and places, for every make of tokenizer."""

@@ -11,9 +11,10 @@ import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import NamedTemporaryFile, gettempdir
+from tempfile import NamedTemporaryFile
 
 SOURCE = Path(__file__).with_name("device.cpp")
+FOLDER = Path(__file__).resolve().parents[3] / "build"
 FLAGS = ("-shared", "-fPIC", "-O1", "-std=c++20", "-D_GLIBCXX_USE_CXX11_ABI=1")
 
 
@@ -23,18 +24,17 @@ def compiler() -> str | None:
 
 
 def build() -> Path:
-    """Compile the library, or find it among those of temporary files; about 5 s where it is compiled."""
+    """Compile the library, or find what an earlier run of the tests has left; about 5 s where it is compiled."""
     torch = Path(find_spec("torch").submodule_search_locations[0])  # not imported
     facts = (SOURCE.read_bytes(), version("torch"), str(torch), FLAGS)
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    library = Path(gettempdir()) / f"llmtune-pretend-cuda-{os.getuid()}-{digest}.so"
+    library = FOLDER / f"pretend-cuda-{digest}.so"
     if library.exists():
         return library
     includes = [f"-I{torch / 'include'}", f"-I{torch / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
     links = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
-    with NamedTemporaryFile(
-        suffix=".so", dir=gettempdir(), delete=False
-    ) as made:  # two test processes may build at once
+    FOLDER.mkdir(exist_ok=True)
+    with NamedTemporaryFile(suffix=".so", dir=FOLDER, delete=False) as made:  # two test processes may build at once
         command = [compiler(), *FLAGS, *includes, str(SOURCE), *links, "-o", made.name]
     subprocess.run(command, check=True, capture_output=True, text=True)
     Path(made.name).rename(library)
