@@ -227,9 +227,10 @@ def refused(error, words, source, output, **options):
 def test_what_a_gguf_file_cannot_say_is_refused_with_the_way_out(trained, tmp_path):
     (tmp_path / "o").mkdir()
     output = tmp_path / "o" / "out.gguf"
-    refused(ModelError, r"(?s)`gpt2` is not written as GGUF.*export as safetensors", trained.base(kind="gpt2"), output)
     base = trained.base()
     config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "olmo"}))
+    refused(ModelError, r"(?s)`olmo` is not written as GGUF.*export as safetensors.*convert_hf_to_gguf", base, output)
     (base / "config.json").write_text(json.dumps({**config, "hidden_act": "gelu"}))
     refused(ModelError, "a feed-forward activated by `gelu`", base, output)
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
@@ -272,9 +273,9 @@ def test_an_output_that_exists_or_contradicts_the_format_is_refused(trained, tmp
     with pytest.raises(UsageError, match="already exists"):
         export(str(base), tmp_path / "taken.gguf")
     assert (tmp_path / "taken.gguf").read_bytes() == b"mine"
-    with pytest.raises(UsageError, match="--format safetensors does not go with"):
+    with pytest.raises(UsageError, match="--to safetensors does not go with"):
         export(str(base), tmp_path / "x.gguf", file_format="safetensors")
-    with pytest.raises(UsageError, match=r"(?s)--format gguf does not go with.*ends in \.gguf"):
+    with pytest.raises(UsageError, match=r"(?s)--to gguf does not go with.*ends in \.gguf"):
         export(str(base), tmp_path / "x", file_format="gguf")
     with pytest.raises(UsageError, match="--base is for adapters"):
         export(str(base), tmp_path / "x", base=str(base))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.evaluate import held_out_rows, measure
-from llmtune.cli.options import Checkpoint, Dtype
+from llmtune.cli.merge import adapter_folder, check_push, print_usage, push_result
+from llmtune.cli.options import Checkpoint, Dtype, Push
 from llmtune.cli.process import prepare_process
 from llmtune.common.environment import is_offline
 from llmtune.common.text import print_line
@@ -33,6 +35,7 @@ class FileFormat(StrEnum):
 
     safetensors = "safetensors"
     gguf = "gguf"
+    ollama = "ollama"
 
 
 class GgufTypeName(StrEnum):
@@ -43,6 +46,7 @@ class GgufTypeName(StrEnum):
     q5_0 = "q5_0"
     q4_1 = "q4_1"
     q4_0 = "q4_0"
+    mxfp4 = "mxfp4"
     f16 = "f16"
     bf16 = "bf16"
     f32 = "f32"
@@ -50,7 +54,7 @@ class GgufTypeName(StrEnum):
 
 GgufTypeOption = Annotated[
     GgufTypeName | None,
-    typer.Option("--type", help="Type of the matrices in a GGUF file; those that begin with q are quantized."),
+    typer.Option("--type", help="Type of the matrices in a GGUF file; q... and mxfp4 are quantized."),
 ]
 HeldOutData = Annotated[
     list[str] | None,
@@ -77,18 +81,31 @@ def export(
     file_format: Annotated[
         FileFormat | None,
         typer.Option(
-            "--format", help="safetensors (a folder) or gguf (a file); by the name of the output when not given."
+            "--to",
+            "--format",
+            help="safetensors (a folder), gguf (a file) or ollama (a folder with a Modelfile); by the output's name "
+            "when not given.",
         ),
     ] = None,
     base: Annotated[
         str | None, typer.Option("--base", help="Where an adapter's base is, when not where it was in training.")
     ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write a GGUF file of the adapter alone, to be added to its base's.")
+    ] = False,
+    push: Push = None,
 ) -> None:
-    """Write a model as one self-contained folder (transformers, vLLM) or one GGUF file (llama.cpp).
+    """Write a model as one self-contained folder (transformers, vLLM), one GGUF file (llama.cpp) or for Ollama.
 
     It is read back and compared first.
     """
     prepare_process()
+    check_push(push)
+    if adapter_only:
+        given = {"--type": gguf_type, "--dtype": dtype, "--to": file_format, "--data": data}
+        _export_adapter(adapter_folder(Path(source), checkpoint), output, base, given)
+        push_result(output, push)
+        return
     from llmtune.deploy.export import check_output
     from llmtune.deploy.export import export as write
     from llmtune.deploy.gguf_types import GGUF_TYPES
@@ -118,6 +135,19 @@ def export(
     _print_differences(report)
     if unquantized is not None:
         _print_perplexities(output, unquantized, report.dtype)
+    print_usage(report.usage)
+    push_result(output, push)
+    print(output)
+
+
+def _export_adapter(source: Path, output: Path, base: str | None, given: Mapping[str, object]) -> None:
+    """given: options that are about a whole model, by name."""
+    from llmtune.deploy.gguf_adapter import export_adapter
+
+    for option in (option for option, value in given.items() if value):
+        problem = f"{option} is about a whole model, and --adapter-only writes an adapter in float32"
+        raise UsageError(problem, where=option, fix="leave one of them out")
+    print_usage(export_adapter(source, output, base=base, offline=is_offline()))
     print(output)
 
 
@@ -149,7 +179,7 @@ class _Unquantized:
 
 def _measure_unquantized(source: str, checkpoint: str | None, data: list[str] | None) -> _Unquantized | None:
     """Measure the source on held-out rows; None, with the reason printed, where no rows are at hand."""
-    from llmtune.deploy.gguf_model import refuse_unwritable
+    from llmtune.deploy.gguf_architectures import refuse_unwritable
     from llmtune.evaluation.inference_model import load_inference_model
 
     try:
@@ -181,9 +211,11 @@ def _print_perplexities(path: Path, source: _Unquantized, dtype: str) -> None:
 
 def _perplexity_of_file(path: Path, source: _Unquantized) -> float:
     """Return the perplexity of a GGUF file on the rows that its source was measured on."""
+    from llmtune.deploy.usage import GGUF_NAME
     from llmtune.models.gguf import read_gguf
 
     print_line("measuring the file on them")
+    path = path / GGUF_NAME if path.is_dir() else path
     with tempfile.TemporaryDirectory() as empty_folder:
         model = read_gguf(path, Path(empty_folder))[0]
     model.to(source.device)  # type: ignore[arg-type]  # transformers' wrapper hides its signature

@@ -17,6 +17,7 @@ __all__ = [
     "NoCuda",
     "NoCudaInTraining",
     "Overrides",
+    "Push",
     "Rewards",
     "Score",
     "TemplateArgs",
@@ -51,6 +52,14 @@ Rewards = Annotated[
         metavar="FILE.py:FUNCTION[=WEIGHT]",
         help="With grpo: a reward of your own, a function of (prompts, completions, completion_ids, **columns), "
         "which is run; may be given several times.",
+    ),
+]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="OWNER/NAME",
+        help="Also upload the result to the Hugging Face Hub; a new repository is private.",
     ),
 ]
 Checkpoint = Annotated[

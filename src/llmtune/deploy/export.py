@@ -5,6 +5,7 @@ The result is read back and compared with its source before it gets its name (N8
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,19 +26,21 @@ from llmtune.deploy.compare_logits import (
     refuse_if_different,
     reloaded_logits,
 )
-from llmtune.deploy.gguf_model import refuse_unwritable, types_of, write_gguf
+from llmtune.deploy.gguf_architectures import refuse_unwritable
+from llmtune.deploy.gguf_model import places_of, read_back, write_gguf
 from llmtune.deploy.gguf_types import GGUF_TYPES, GgufType
-from llmtune.deploy.gguf_vocabulary import refuse_other_ids
+from llmtune.deploy.gguf_vocabulary import gguf_vocabulary, refuse_other_ids
 from llmtune.deploy.merge import MergeReport, merge_lora
 from llmtune.deploy.model_folder import ModelFolder, open_model_folder, write_model_folder
+from llmtune.deploy.ollama import modelfile as modelfile_of
+from llmtune.deploy.usage import GGUF_NAME, Result, usage
 from llmtune.errors import ModelError, UsageError
 from llmtune.evaluation.inference_model import find_prompt_defaults, find_tokenizer
 from llmtune.models.catalog import resolve, resolve_model_argument
-from llmtune.models.gguf import read_gguf
 
 __all__ = ["ExportReport", "Format", "check_output", "export"]
 
-Format = Literal["safetensors", "gguf"]
+Format = Literal["safetensors", "gguf", "ollama"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class ExportReport:
     quantization: Difference | None = None
     """Result against its source as it is: what a quantized type costs. None for other types."""
     notes: list[str] = field(default_factory=list)
+    usage: list[str] = field(default_factory=list)
+    """Command lines that serve the result."""
 
 
 def export(
@@ -71,11 +76,11 @@ def export(
     offline: bool = False,
     print_line: PrintLine = silent,
 ) -> ExportReport:
-    """Write `output` from RUN|MODEL|ADAPTER: a model folder, or a GGUF file.
+    """Write `output` from RUN|MODEL|ADAPTER: a model folder, a GGUF file, or a folder for Ollama.
 
-    file_format: by the ending of `output` when None. dtype: float32, bfloat16 or float16, each weight rounded once; as
-    stored when None. gguf_type: a name of `GGUF_TYPES`, instead of `dtype`. base: another copy of an adapter's base.
-    checkpoint: of a run (see `find_result`).
+    file_format: by the ending of `output` when None, a model folder or a file. dtype: float32, bfloat16 or float16,
+    each weight rounded once; as stored when None. gguf_type: a name of `GGUF_TYPES`, instead of `dtype`. base: another
+    copy of an adapter's base. checkpoint: of a run (see `find_result`).
 
     Raises UsageError for an output that exists or contradicts the format or a checkpoint that is not there, ModelError,
     AdapterError or TokenizerError for a source that cannot be read or that the format cannot hold, CheckpointError when
@@ -92,8 +97,10 @@ def export(
     if named_type is not None:
         # An adapter is merged in float32 before a quantized type rounds it: each weight is rounded once.
         dtype = str(named_type.torch_dtype).removeprefix("torch.")
-    request = _Request(str(result or source), adapter, output, dtype, named_type, base, offline, print_line)
-    return _export_gguf(request) if file_format == "gguf" else _export_safetensors(request)
+    request = _Request(
+        str(result or source), adapter, output, dtype, named_type, base, offline, print_line, file_format
+    )
+    return _EXPORTS[file_format](request)
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ class _Request:
     base: str | None
     offline: bool
     print_line: PrintLine
+    file_format: Format
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -127,6 +135,13 @@ class _Request:
     @property
     def described_type(self) -> str:
         return self.quantized_type.name.lower() if self.quantized_type else self.dtype or "as stored"
+
+    def result(self, model_folder: ModelFolder) -> Result:
+        """Describe what is written, for the command lines that serve it."""
+        if self.file_format == "safetensors":
+            return model_folder.result(str(self.output))
+        is_quantized = self.quantized_type is not None
+        return Result(self.file_format, str(self.output), model_folder.defaults, is_quantized=is_quantized)
 
     def merge(self, adapter: Path, output: Path) -> MergeReport:
         return merge_lora(
@@ -155,7 +170,7 @@ def check_output(
     if gguf_type is not None and dtype is not None:
         problem = f"--type {gguf_type} and --dtype {dtype} both name the type of the weights"
         raise UsageError(problem, where="command line", fix="give one of them")
-    if gguf_type is not None and file_format != "gguf":
+    if gguf_type is not None and file_format == "safetensors":
         problem = f"--type {gguf_type} is a type of GGUF files, and `{output}` is a folder"
         raise UsageError(problem, where="--type", fix="name a file that ends in .gguf, or give --dtype instead")
     if output.exists():
@@ -171,7 +186,7 @@ def _choose_format(output: Path, requested: Format | None) -> Format:
     # A folder called model.gguf, or a file without an ending, would surprise the program that opens it.
     if is_file != (requested == "gguf"):
         fix = "name a file that ends in .gguf" if requested == "gguf" else "name a folder"
-        raise UsageError(f"--format {requested} does not go with the output `{output}`", where="--output", fix=fix)
+        raise UsageError(f"--to {requested} does not go with the output `{output}`", where="--output", fix=fix)
     return requested
 
 
@@ -179,7 +194,13 @@ def _export_safetensors(request: _Request) -> ExportReport:
     if request.adapter is not None:
         merged = request.merge(request.adapter, request.output)  # compares its result itself
         return ExportReport(
-            request.source, "safetensors", merged.dtype, merged.difference, merged.tolerance, notes=list(merged.notes)
+            request.source,
+            "safetensors",
+            merged.dtype,
+            merged.difference,
+            merged.tolerance,
+            notes=list(merged.notes),
+            usage=list(merged.usage),
         )
     model_folder = request.open(request.source)
     with durable.commit_folder(request.output, replace=False) as staging:
@@ -187,44 +208,70 @@ def _export_safetensors(request: _Request) -> ExportReport:
         write_model_folder(model_folder, staging, dtype=request.torch_dtype)
         prompts = probe_prompts(model_folder.tokenizer, model_folder.rows)
         request.print_line(f"comparing what was written with its source on {len(prompts)} prompts")
-        report = _compare(request, model_folder, prompts, reloaded_logits(staging, prompts), "safetensors")
+        report = _compare(request, model_folder, prompts, reloaded_logits(staging, prompts))
         durable.write_json(staging / "export_report.json", asdict(report))
     return report
 
 
 def _export_gguf(request: _Request) -> ExportReport:
     with durable.commit_file(request.output) as path:
-        notes: list[str] = []
-        if request.adapter is None:
-            model_folder = request.open(request.source)
-        else:
-            merged_folder = path.parent / "merged"
-            notes += request.merge(request.adapter, merged_folder).notes
-            model_folder = request.open(str(merged_folder))
-        refuse_unwritable(model_folder.config)
-        request.print_line(
-            f"writing the model in {model_folder.folder}" if request.adapter is None else "writing the merged model"
+        return _write_file(request, path)
+
+
+def _export_ollama(request: _Request) -> ExportReport:
+    with durable.commit_folder(request.output, replace=False) as staging:
+        with durable.commit_file(staging / GGUF_NAME) as path:
+            report = _write_file(request, path, modelfile=staging / "Modelfile")
+        durable.write_json(staging / "export_report.json", asdict(report))
+    return report
+
+
+def _write_file(request: _Request, path: Path, *, modelfile: Path | None = None) -> ExportReport:
+    """Write the GGUF file `path`, and a Modelfile for it. What is needed on the way lies beside `path`."""
+    notes: list[str] = []
+    if request.adapter is None:
+        model_folder = request.open(request.source)
+    else:
+        merged_folder = path.parent / "merged"
+        notes += request.merge(request.adapter, merged_folder).notes
+        model_folder = request.open(str(merged_folder))
+    refuse_unwritable(model_folder.config)
+    if modelfile is not None:
+        durable.write_text(modelfile, _modelfile(model_folder))
+    request.print_line(
+        f"writing the model in {model_folder.folder}" if request.adapter is None else "writing the merged model"
+    )
+    vocabulary = write_gguf(model_folder, path, requested=request.gguf_type, name=request.output.stem)
+    request.print_line("reading the file back and comparing it with its source")
+    empty_folder = path.parent / "nothing"
+    durable.make_folder(empty_folder)
+    # An empty folder stands for the model's, so that nothing beside the file can make the comparison pass.
+    model, tokenizer = read_back(path, model_folder, empty_folder)
+    refuse_other_ids(model_folder.tokenizer, tokenizer, normalizes=vocabulary.normalizes)
+    prompts = probe_prompts(model_folder.tokenizer, model_folder.rows)
+    written = logits_of(model.eval(), prompts)
+    del model  # the comparison loads the source
+    if request.quantized_type is not None:
+        notes.append(_kept_weights(model_folder, request.quantized_type))
+    prompts_in_training = model_folder.defaults.described()
+    if modelfile is not None and not model_folder.defaults.parse_control_tokens:
+        notes.append("in Ollama a text that spells a control token is that token, which llmtune keeps from users")
+    elif modelfile is None and prompts_in_training:
+        notes.append(f"a GGUF file cannot hold what stood around each prompt in training: {prompts_in_training}")
+    if vocabulary.normalizes:
+        notes.append(
+            "this tokenizer composes its text first (NFC), and llama.cpp does not: "
+            "text in decomposed form gets other tokens"
         )
-        vocabulary = write_gguf(model_folder, path, requested=request.gguf_type, name=request.output.stem)
-        request.print_line("reading the file back and comparing it with its source")
-        empty_folder = path.parent / "nothing"
-        durable.make_folder(empty_folder)
-        # An empty folder stands for the model's, so that nothing beside the file can make the comparison pass.
-        model, tokenizer = read_gguf(path, empty_folder)
-        refuse_other_ids(model_folder.tokenizer, tokenizer, normalizes=vocabulary.normalizes)
-        prompts = probe_prompts(model_folder.tokenizer, model_folder.rows)
-        written = logits_of(model.eval(), prompts)
-        del model  # the comparison loads the source
-        if request.quantized_type is not None:
-            notes.append(_kept_weights(model_folder, request.quantized_type))
-        if prompts_in_training := model_folder.defaults.described():
-            notes.append(f"a GGUF file cannot hold what stood around each prompt in training: {prompts_in_training}")
-        if vocabulary.normalizes:
-            notes.append(
-                "this tokenizer composes its text first (NFC), and llama.cpp does not: "
-                "text in decomposed form gets other tokens"
-            )
-        return _compare(request, model_folder, prompts, written, "gguf", notes)
+    return _compare(request, model_folder, prompts, written, notes)
+
+
+def _modelfile(model_folder: ModelFolder) -> str:
+    adds_bos = gguf_vocabulary(model_folder.tokenizer, model_folder.rows).adds_bos
+    stops = model_folder.stop_token_ids
+    return modelfile_of(
+        model_folder.tokenizer, model_folder.defaults, file=GGUF_NAME, stop_token_ids=stops, adds_bos=adds_bos
+    )
 
 
 def _compare(
@@ -232,7 +279,6 @@ def _compare(
     model_folder: ModelFolder,
     prompts: list[list[int]],
     written: list[torch.Tensor],
-    file_format: Format,
     notes: list[str] | None = None,
 ) -> ExportReport:
     """Compare logits [T, V] with the source's own. Raises CheckpointError beyond the tolerance."""
@@ -243,17 +289,18 @@ def _compare(
         # compared with the source's own weights, rounded in memory.
         quantization = compare_logits(source, written)
         source = model_folder.logits(
-            prompts, {name: kind.round for name, kind in types_of(model_folder, quantized).items()}
+            prompts, {name: place.round for name, place in places_of(model_folder, quantized).items()}
         )
     dtypes = {model_folder.dtype(name, request.torch_dtype) for name in model_folder.names}
     report = ExportReport(
         source=request.source,
-        format=file_format,
+        format=request.file_format,
         dtype=request.described_type,
         difference=compare_logits(source, written),
         tolerance=limit_for(source, is_float32=quantized is not None or dtypes == {torch.float32}),
         quantization=quantization,
         notes=notes or [],
+        usage=usage(request.result(model_folder)),
     )
     refuse_if_different(
         report.difference,
@@ -267,12 +314,19 @@ def _compare(
 
 def _kept_weights(model_folder: ModelFolder, quantized: GgufType) -> str:
     """Name the weights that are not quantized."""
-    types = types_of(model_folder, quantized)
-    vectors = [name for name in types if types[name].name == "F32"]
-    unfit = [name for name in types if types[name].name == "F16"]
-    quantized_count, name = len(types) - len(vectors) - len(unfit), quantized.name.lower()
+    kinds = {name: place.kind.name for name, place in places_of(model_folder, quantized).items()}
+    vectors = [name for name in kinds if kinds[name] == "F32"]
+    unfit = [name for name in kinds if kinds[name] == "F16"]
+    quantized_count, name = len(kinds) - len(vectors) - len(unfit), quantized.name.lower()
     text = f"{quantized_count} matrices are in {name}, {len(vectors)} vectors in f32"
     if unfit:
         reason = f"because their rows are no multiple of {quantized.block}"
         text += f", {len(unfit)} matrices in f16, {reason}: {', '.join(unfit)}"
     return text
+
+
+_EXPORTS: dict[Format, Callable[[_Request], ExportReport]] = {
+    "safetensors": _export_safetensors,
+    "gguf": _export_gguf,
+    "ollama": _export_ollama,
+}

@@ -1,59 +1,36 @@
 """Write a model as one GGUF file, which llama.cpp and the programs built on it run.
 
-Each architecture is a row of `ARCHITECTURES`: its name in llama.cpp, and the features that llama.cpp computes otherwise
-or that the file cannot express. Names of tensors come from the gguf package. Vectors are written in float32, as
-llama.cpp requires; matrices in the requested type where their rows fit it.
-
-Legend: H heads, D width of a head, I inputs.
+Each architecture is a row of `ARCHITECTURES` (`gguf_architectures.py`). Names of tensors come from the gguf package.
+Vectors are written in float32, as llama.cpp requires; matrices in the requested type where their rows fit it.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from llmtune.deploy.gguf_architectures import gguf_name_map, refuse_unwritable, refused
 from llmtune.deploy.gguf_types import GGUF_TYPES, GgufType, gguf_type_of
 from llmtune.deploy.gguf_vocabulary import Vocabulary, gguf_vocabulary
 from llmtune.deploy.model_folder import ModelFolder
 from llmtune.errors import ModelError
+from llmtune.models.gguf import read_gguf, read_gguf_tokenizer
+from llmtune.models.read_config import quiet_libraries
 
 if TYPE_CHECKING:
     import gguf
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerFast as Tokenizer
 
-__all__ = ["ARCHITECTURES", "refuse_unwritable", "split_pairs", "types_of", "write_gguf"]
-
-
-@dataclass(frozen=True)
-class GgufArchitecture:
-    """The way a `model_type` of transformers is written."""
-
-    name: str
-    """Its name in llama.cpp."""
-    splits_pairs: bool
-    """Rows of q and k change places: llama.cpp rotates neighbouring entries of a head, transformers entries half a head
-    apart.
-    """
-    obstacles: Callable[[PreTrainedConfig], Iterator[str]]
-    """Yields the features of a config that llama.cpp would compute otherwise."""
-
-
-def refuse_unwritable(config: PreTrainedConfig) -> GgufArchitecture:
-    """Return the way this model is written. Raises ModelError with everything that the format cannot express."""
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise _refused(f"the architecture `{config.model_type}` is not written as GGUF; these are: {known}")
-    obstacles = [*_common_obstacles(config), *architecture.obstacles(config)]
-    if obstacles:
-        raise _refused(f"llama.cpp has no place for {'; '.join(obstacles)}")
-    return architecture
+__all__ = ["Place", "places_of", "read_back", "write_gguf"]
 
 
 def write_gguf(model_folder: ModelFolder, path: Path, *, requested: GgufType | None, name: str) -> Vocabulary:
@@ -71,53 +48,92 @@ def write_gguf(model_folder: ModelFolder, path: Path, *, requested: GgufType | N
     main_type = requested or _stored_type(model_folder)
     logging.getLogger("gguf").setLevel(logging.WARNING)
     writer = gguf.GGUFWriter(path, architecture.name)
-    gguf_names = _gguf_names(model_folder, architecture)
-    types = types_of(model_folder, main_type)
-    _add_shape(writer, model_folder.config, name)
+    # llama.cpp expects other tokens of a file whose name says Phi-3, and does not load one that lacks them.
+    writer.add_name("model" if re.search(r"phi-?3", name, re.IGNORECASE) else name)
+    writer.add_vocab_size(model_folder.rows)
+    for method, value in architecture.keys(model_folder.config):
+        getattr(writer, method)(value)
     writer.add_file_type(main_type.file_type)
     if main_type.is_quantized:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_vocabulary(writer, vocabulary, model_folder)
-    for weight in model_folder.names:
-        shape = model_folder.weights.shape(weight)
-        kind = types[weight]
+    places = places_of(model_folder, main_type)
+    settings = [(name, np.array(numbers, np.float32)) for name, numbers in architecture.tensors(model_folder.config)]
+    for name, numbers in settings:
+        writer.add_tensor_info(name, numbers.shape, numbers.dtype, numbers.nbytes)
+    for place in places.values():
         # The numpy type decides nothing beside a `raw_dtype`, unless it is uint8: then the shape would be one in bytes.
-        raw_dtype = gguf.GGMLQuantizationType[kind.name]
-        writer.add_tensor_info(gguf_names[weight], shape, np.dtype(np.float32), kind.size(shape), raw_dtype=raw_dtype)
+        raw_dtype, size = gguf.GGMLQuantizationType[place.kind.name], place.kind.size(place.shape)
+        writer.add_tensor_info(place.name, place.shape, np.dtype(np.float32), size, raw_dtype=raw_dtype)
     try:
         # Header and sizes first, then one weight at a time: the file never has to fit into memory.
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for weight in model_folder.names:
-            tensor = model_folder.rounded(weight, types[weight].torch_dtype)
-            if architecture.splits_pairs and weight.endswith(("q_proj.weight", "k_proj.weight")):
-                tensor = split_pairs(tensor, _heads_of(weight, model_folder.config))
-            writer.write_tensor_data(types[weight].encode(tensor))
+        for _, numbers in settings:
+            writer.write_tensor_data(numbers)
+        for weight, place in places.items():
+            tensor = model_folder.rounded(weight, place.kind.torch_dtype)
+            writer.write_tensor_data(place.kind.encode(place.write(tensor)))
     finally:
         writer.close()
     return vocabulary
 
 
-def split_pairs(weight: Tensor, heads: int) -> Tensor:
-    """Put the rows of a query or key matrix [H D, I] in llama.cpp's order: 0, D/2, 1, D/2 + 1, ... within each head.
+class Place(NamedTuple):
+    """Where and how a weight stands in the file."""
 
-    Both orders rotate the same pairs of entries (rotary positions, Su et al. 2021, arXiv:2104.09864).
+    name: str
+    shape: tuple[int, ...]
+    kind: GgufType
+    write: Callable[[Tensor], Tensor]
+    """The weight in the file's order."""
+    read: Callable[[Tensor], Tensor]
+    """The weight in the model's order again."""
 
-    >>> import torch
-    >>> split_pairs(torch.arange(8).unsqueeze(1), heads=2).flatten().tolist()
-    [0, 2, 1, 3, 4, 6, 5, 7]
+    def round(self, weight: Tensor) -> Tensor:
+        """Return the numbers that a program reads for this weight, of any shape."""
+        return self.read(self.kind.round(self.write(weight)))
+
+
+def places_of(model_folder: ModelFolder, requested: GgufType) -> dict[str, Place]:
+    """Return the place of each weight. Raises ModelError for a weight that llama.cpp has none for."""
+    architecture, config = refuse_unwritable(model_folder.config), model_folder.config
+    places = {}
+    for weight, name in _gguf_names(model_folder).items():
+        write = functools.partial(architecture.layout.write, weight, config)
+        read = functools.partial(architecture.layout.read, weight, config)
+        shape = tuple(write(torch.empty(model_folder.weights.shape(weight), device="meta")).shape)
+        # llama.cpp adds positions up as they are, without decoding them.
+        kind = GGUF_TYPES["f32"] if name == "position_embd.weight" else gguf_type_of(shape, requested)
+        places[weight] = Place(name, shape, kind, write, read)
+    return places
+
+
+def read_back(path: Path, model_folder: ModelFolder, empty_folder: Path) -> tuple[PreTrainedModel, Tokenizer]:
+    """Return (model in float32, tokenizer) as they stand in the file.
+
+    The model is read by transformers where it reads all of it. Else its weights are read by the names and into the
+    shapes they were written from, so that the numbers are checked, and not the keys.
+
+    empty_folder: see `read_gguf`. Raises ModelError when the file cannot be read as a model.
     """
-    return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+    import gguf
+    from transformers import AutoModelForCausalLM
 
-
-def _heads_of(weight: str, config: PreTrainedConfig) -> int:
-    return int(config.num_attention_heads if weight.endswith("q_proj.weight") else config.num_key_value_heads)
-
-
-def types_of(model_folder: ModelFolder, requested: GgufType) -> dict[str, GgufType]:
-    """Return the type that each weight is written in."""
-    return {weight: gguf_type_of(model_folder.weights.shape(weight), requested) for weight in model_folder.names}
+    if refuse_unwritable(model_folder.config).reads_back:
+        return read_gguf(path, empty_folder)
+    tokenizer = read_gguf_tokenizer(path, empty_folder)
+    stored = {one.name: one for one in gguf.GGUFReader(path).tensors}
+    with quiet_libraries():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_folder.config, dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for weight, place in places_of(model_folder, GGUF_TYPES["f32"]).items():
+            one = stored[place.name]
+            values = np.array(gguf.quants.dequantize(one.data, one.tensor_type), np.float32)
+            parameters[weight].copy_(place.read(torch.from_numpy(values).reshape(place.shape)))
+    return model, tokenizer
 
 
 def _stored_type(model_folder: ModelFolder) -> GgufType:
@@ -127,40 +143,19 @@ def _stored_type(model_folder: ModelFolder) -> GgufType:
     if not plain:
         kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in stored))
         raise ModelError(
-            f"the weights are stored as {kinds}", where="--format gguf", fix="say which type to write, with --type"
+            f"the weights are stored as {kinds}", where="--to gguf", fix="say which type to write, with --type"
         )
     return plain[0]
 
 
-def _gguf_names(model_folder: ModelFolder, architecture: GgufArchitecture) -> dict[str, str]:
+def _gguf_names(model_folder: ModelFolder) -> dict[str, str]:
     """Return name in the model -> name in the file. Raises ModelError for a weight without one."""
-    import gguf
-
-    # The package names architectures by number.
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = gguf.get_tensor_name_map(number, model_folder.config.num_hidden_layers)
+    names = gguf_name_map(model_folder.config)
     gguf_names = {weight: names.get_name(weight, try_suffixes=(".weight", ".bias")) for weight in model_folder.names}
     unknown = [weight for weight, name in gguf_names.items() if name is None]
     if unknown:
-        raise _refused(f"llama.cpp has no place for the weight `{unknown[0]}`")
+        raise refused(f"llama.cpp has no place for the weight `{unknown[0]}`")
     return {weight: str(name) for weight, name in gguf_names.items()}
-
-
-def _add_shape(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str) -> None:
-    width = _head_width(config)
-    writer.add_name(name)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    writer.add_rope_dimension_count(width)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model_folder: ModelFolder) -> None:
@@ -188,48 +183,3 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model_folde
     if template:
         named = template.items() if isinstance(template, dict) else ()
         writer.add_chat_template([{"name": name, "template": text} for name, text in named] if named else template)
-
-
-def _head_width(config: PreTrainedConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
-def _common_obstacles(config: PreTrainedConfig) -> Iterator[str]:
-    rope = config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        yield f"rotary positions of type `{rope['rope_type']}` (as this writes them)"
-    if config.hidden_act != "silu":
-        yield f"a feed-forward activated by `{config.hidden_act}` in this architecture"
-    if getattr(config, "mlp_bias", False):
-        yield "biases in the feed-forward"
-
-
-def _no_attention_bias(config: PreTrainedConfig) -> Iterator[str]:
-    if getattr(config, "attention_bias", False):
-        yield "biases in the attention"
-
-
-def _no_window(config: PreTrainedConfig) -> Iterator[str]:
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
-        config.model_type == "mistral" and config.sliding_window is not None
-    ):
-        yield "a sliding window of attention"
-
-
-def _qwen3_obstacles(config: PreTrainedConfig) -> Iterator[str]:
-    yield from _no_attention_bias(config)
-    yield from _no_window(config)
-    if _head_width(config) != 128:
-        yield f"heads of a width of {_head_width(config)} that transformers could check (it reads 128 from a file)"
-
-
-def _refused(problem: str) -> ModelError:
-    return ModelError(problem, where="--format gguf", fix="export as safetensors, which keeps every model")
-
-
-ARCHITECTURES: dict[str, GgufArchitecture] = {
-    "llama": GgufArchitecture("llama", True, _no_attention_bias),
-    "mistral": GgufArchitecture("llama", True, _no_window),
-    "qwen2": GgufArchitecture("qwen2", False, _no_window),
-    "qwen3": GgufArchitecture("qwen3", False, _qwen3_obstacles),
-}

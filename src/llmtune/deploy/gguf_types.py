@@ -86,5 +86,6 @@ GGUF_TYPES: dict[str, GgufType] = {
     "q5_0": GgufType("Q5_0", torch.float32, 8, 32, 22),
     "q4_1": GgufType("Q4_1", torch.float32, 3, 32, 20),
     "q4_0": GgufType("Q4_0", torch.float32, 2, 32, 18),
+    "mxfp4": GgufType("MXFP4", torch.float32, 38, 32, 17),
 }
 """Value of `--type` -> the number type."""

@@ -152,4 +152,4 @@ def _step(rule: dict[str, Any] | None) -> _Step:
 
 def _refused(tokenizer: PreTrainedTokenizerFast, reason: str) -> TokenizerError:
     problem = f"the tokenizer ({type(tokenizer).__name__}) {reason}"
-    return TokenizerError(problem, where="--format gguf", fix="export as safetensors, which keeps every tokenizer")
+    return TokenizerError(problem, where="--to gguf", fix="export as safetensors, which keeps every tokenizer")

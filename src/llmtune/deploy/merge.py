@@ -28,6 +28,7 @@ from llmtune.deploy.compare_logits import (
 )
 from llmtune.deploy.merge_inputs import MergeInputs, find_merge_inputs
 from llmtune.deploy.merge_plan import MergePlan, plan_merge
+from llmtune.deploy.usage import folder_result, usage
 from llmtune.deploy.write_merged import MergeStatistics, write_merged
 from llmtune.errors import AdapterError, UsageError
 from llmtune.models.load import load_model
@@ -63,6 +64,8 @@ class MergeReport:
     form.
     """
     notes: list[str] = field(default_factory=list)
+    usage: list[str] = field(default_factory=list)
+    """Command lines that serve the result."""
 
 
 def merge_lora(
@@ -97,7 +100,8 @@ def merge_lora(
         print_line(f"comparing the result with base + adapter on {len(prompts)} prompts")
         # From the files and by plain transformers, as a user will load it.
         merged = reloaded_logits(staging, prompts)
-        report = _report(inputs, plan, statistics, prompts, merged, base_digest=base_digest, dtype=dtype)
+        served = usage(folder_result(str(output), plan.config, inputs.tokenizer, inputs.defaults))
+        report = _report(inputs, plan, statistics, prompts, merged, base_digest=base_digest, dtype=dtype, usage=served)
         refuse_if_different(
             report.difference,
             report.tolerance,
@@ -131,6 +135,7 @@ def _report(
     *,
     base_digest: str,
     dtype: str | None,
+    usage: list[str],
 ) -> MergeReport:
     is_dequantized = plan.quantization is not None
     tuned = _tuned_logits(inputs, plan, prompts, dequantized=is_dequantized)
@@ -153,6 +158,7 @@ def _report(
         tolerance=limit_for(tuned, is_float32=statistics.dtypes == {torch.float32}),
         other_base=other_base,
         notes=list(plan.notes),
+        usage=usage,
     )
 
 

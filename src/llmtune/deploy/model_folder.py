@@ -15,10 +15,11 @@ from llmtune.deploy.base_weights import BaseWeights, meta_model, open_base_weigh
 from llmtune.deploy.compare_logits import logits_of
 from llmtune.deploy.merge_math import round_once
 from llmtune.deploy.model_files import refuse_overflow, write_model_files, write_shards
+from llmtune.deploy.usage import Result, folder_result, usage
 from llmtune.errors import ModelError
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.load import load_model
-from llmtune.models.model_card import exported_model_card
+from llmtune.models.model_card import THIS_FOLDER, exported_model_card
 from llmtune.models.read_config import read_config
 from llmtune.models.save import PromptDefaults, read_prompt_defaults
 from llmtune.models.scan import read_json_file, weight_files
@@ -88,6 +89,10 @@ class ModelFolder:
         """Rows of the embedding."""
         return int(self.config.get_text_config().vocab_size)
 
+    def result(self, path: str) -> Result:
+        """Describe it, for the command lines that serve it from the folder `path`."""
+        return folder_result(path, self.config, self.tokenizer, self.defaults)
+
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer, by generation_config.json and the tokenizer."""
@@ -153,6 +158,7 @@ def write_model_folder(model_folder: ModelFolder, output: Path, *, dtype: torch.
         card=exported_model_card(
             source.name if source.kind == "hub" else model_folder.folder.name,
             prompts=model_folder.defaults.described(),
+            usage=usage(model_folder.result(THIS_FOLDER)),
         ),
         defaults=model_folder.defaults,
     )

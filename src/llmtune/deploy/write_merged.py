@@ -15,7 +15,8 @@ from llmtune.deploy.merge_inputs import MergeInputs
 from llmtune.deploy.merge_math import MergedWeight, count_changes, merge_bias, merge_low_rank, round_once
 from llmtune.deploy.merge_plan import MergePlan
 from llmtune.deploy.model_files import refuse_overflow, write_model_files, write_shards
-from llmtune.models.model_card import merged_model_card
+from llmtune.deploy.usage import folder_result, usage
+from llmtune.models.model_card import THIS_FOLDER, merged_model_card
 
 __all__ = ["MergeStatistics", "write_merged"]
 
@@ -59,7 +60,12 @@ def write_merged(plan: MergePlan, inputs: MergeInputs, folder: Path) -> MergeSta
         dtypes=statistics.dtypes,
         generation_config_from=(inputs.adapter, inputs.base_folder),
         tokenizer=inputs.tokenizer,
-        card=merged_model_card(adapter=inputs.adapter.name, base=inputs.base_name, prompts=inputs.defaults.described()),
+        card=merged_model_card(
+            adapter=inputs.adapter.name,
+            base=inputs.base_name,
+            prompts=inputs.defaults.described(),
+            usage=usage(folder_result(THIS_FOLDER, plan.config, inputs.tokenizer, inputs.defaults)),
+        ),
         defaults=inputs.defaults,
     )
     return statistics

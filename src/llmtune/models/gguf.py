@@ -31,7 +31,7 @@ from llmtune.models.weights import inspect_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["converted_folder", "model_cache_folder", "read_gguf"]
+__all__ = ["converted_folder", "model_cache_folder", "read_gguf", "read_gguf_tokenizer"]
 
 _FORMAT = 1
 """Raise it when a change of this module makes another folder from the same file."""
@@ -85,12 +85,23 @@ def read_gguf(gguf: Path, empty_folder: Path) -> tuple[PreTrainedModel, PreTrain
     empty_folder: stands for the model's folder, so that no file beside the GGUF file (an adapter, a config that names
     code) is read. Raises ModelError when the file cannot be read as a model.
     """
-    options: dict[str, Any] = {"gguf_file": str(gguf.resolve()), "local_files_only": True}
+    tokenizer = read_gguf_tokenizer(gguf, empty_folder)
+    model = _read(gguf, empty_folder, AutoModelForCausalLM, dtype=torch.float32, trust_remote_code=False)
+    return model, tokenizer
+
+
+def read_gguf_tokenizer(gguf: Path, empty_folder: Path) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a file (see `read_gguf`)."""
+    tokenizer: PreTrainedTokenizerFast = _read(gguf, empty_folder, PreTrainedTokenizerFast)
+    _restore_digit_splitting(gguf, tokenizer)
+    return tokenizer
+
+
+def _read(gguf: Path, empty_folder: Path, kind: Any, **options: object) -> Any:
     try:
         with quiet_libraries(), redirect_stderr(io.StringIO()):  # its progress bar has no switch
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(empty_folder), **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                str(empty_folder), dtype=torch.float32, trust_remote_code=False, **options
+            return kind.from_pretrained(
+                str(empty_folder), gguf_file=str(gguf.resolve()), local_files_only=True, **options
             )
     except _READER_ERRORS as error:
         raise ModelError(
@@ -98,8 +109,6 @@ def read_gguf(gguf: Path, empty_folder: Path) -> tuple[PreTrainedModel, PreTrain
             where=str(gguf),
             fix="check the file (a GGUF of a language model), or use the model's own safetensors folder",
         ) from error
-    _restore_digit_splitting(gguf, tokenizer)
-    return model, tokenizer
 
 
 def _convert(gguf: Path, folder: Path) -> None:

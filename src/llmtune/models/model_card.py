@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from llmtune.models.save import PROMPT_DEFAULTS
 from llmtune.version import __version__
 
-__all__ = ["exported_model_card", "merged_model_card", "trained_model_card"]
+__all__ = ["THIS_FOLDER", "exported_model_card", "merged_model_card", "trained_model_card"]
+
+THIS_FOLDER = "THIS_FOLDER"
+"""Stands for the folder in the code and the commands of its card."""
 
 _METRICS = (
     "train_mean_nll",
@@ -40,13 +43,14 @@ def trained_model_card(
     data: Mapping[str, Mapping[str, object]],
     config: str,
     prompts: str = "",
+    usage: Sequence[str] = (),
 ) -> str:
     """Return the card of a run's adapter or fully tuned model, in Markdown.
 
     base: name of the base model. base_path: folder or hub id that transformers loads it from, None for a model made
     from scratch. num_rows: those of the embedding, where tokens were added beyond the base's. metrics: as in
     metrics.jsonl. data: the ledger's summary. config: the run's config as YAML, redacted. prompts: what stands around
-    each prompt.
+    each prompt. usage: command lines that serve the folder `THIS_FOLDER`.
     """
     numbers = {name: metrics.get(name) for name in _METRICS}
     rows = "\n".join(
@@ -65,30 +69,36 @@ def trained_model_card(
 
 {unit} Data: {counts}.
 {_about_prompts(prompts)}"""
-    load = _load_code(base_path if is_adapter else "THIS_FOLDER", is_adapter=is_adapter, num_rows=num_rows)
-    card = _card(run, text, load, tags=(method.lower(),), base_model=base_path, library="peft" if is_adapter else None)
+    load = _load_code(base_path if is_adapter else THIS_FOLDER, is_adapter=is_adapter, num_rows=num_rows)
+    library = "peft" if is_adapter else None
+    card = _card(run, text, load, tags=(method.lower(),), base_model=base_path, library=library, usage=usage)
     return f"{card}\n## Config\n\n```yaml\n{config.rstrip()}\n```\n"
 
 
-def merged_model_card(*, adapter: str, base: str, prompts: str = "") -> str:
-    """Return the card of `base` with the adapter merged into it, in Markdown. prompts: as in `trained_model_card`."""
+def merged_model_card(*, adapter: str, base: str, prompts: str = "", usage: Sequence[str] = ()) -> str:
+    """Return the card of `base` with the adapter merged into it, in Markdown.
+
+    prompts, usage: as in `trained_model_card`.
+    """
     text = (
         f"The adapter `{adapter}` merged into `{base}` with llmtune. "
         "`merge_report.json` says how close the result is to base and adapter.\n"
         f"{_about_prompts(prompts)}"
     )
-    return _card(f"{base}, tuned", text, _load_code("THIS_FOLDER"), tags=("merged",), base_model=base)
+    return _card(f"{base}, tuned", text, _load_code(THIS_FOLDER), tags=("merged",), base_model=base, usage=usage)
 
 
-def exported_model_card(name: str, *, prompts: str = "") -> str:
-    """Return the card of a model that was exported as it is, in Markdown. prompts: as in `trained_model_card`."""
+def exported_model_card(name: str, *, prompts: str = "", usage: Sequence[str] = ()) -> str:
+    """Return the card of a model that was exported as it is, in Markdown.
+
+    prompts, usage: as in `trained_model_card`.
+    """
     text = (
         "Exported with llmtune. `export_report.json` says how close the weights are to the source.\n"
         f"{_about_prompts(prompts)}"
     )
-    return _card(
-        json.dumps(name).strip('"'), text, _load_code("THIS_FOLDER")
-    )  # the name of a folder may hold any character
+    title = json.dumps(name).strip('"')  # the name of a folder may hold any character
+    return _card(title, text, _load_code(THIS_FOLDER), usage=usage)
 
 
 def _about_prompts(prompts: str) -> str:
@@ -118,7 +128,7 @@ def _load_code(base: str | None, *, is_adapter: bool = False, num_rows: int | No
     if is_adapter and num_rows is not None:
         lines.append(f"model.resize_token_embeddings({num_rows}, mean_resizing=False)  # rows for the tokens it added")
     if is_adapter:
-        lines.append('model = PeftModel.from_pretrained(model, "THIS_FOLDER")')
+        lines.append(f'model = PeftModel.from_pretrained(model, "{THIS_FOLDER}")')
     code = "\n".join(lines)
     return f"```python\n{code}\n```\n"
 
@@ -131,9 +141,11 @@ def _card(
     tags: Sequence[str] = (),
     base_model: str | None = None,
     library: str | None = None,
+    usage: Sequence[str] = (),
 ) -> str:
-    """Return front matter, title, text and the Markdown that says how the folder is loaded."""
+    """Return front matter, title, text and the Markdown that says how the folder is loaded and served."""
     origin = f"base_model: {base_model}\n" if base_model else ""
     listed = ", ".join(["llmtune", *tags])
     front = f"{origin}library_name: {library or 'transformers'}\npipeline_tag: text-generation\ntags: [{listed}]"
-    return f"---\n{front}\n---\n\n# {title}\n\n{text}\n{load}"
+    served = "\n```bash\n" + "\n".join(usage) + "\n```\n" if usage else ""
+    return f"---\n{front}\n---\n\n# {title}\n\n{text}\n{load}{served}"

@@ -10,17 +10,19 @@ from typing import Any, cast
 import torch
 
 from llmtune import durable
+from llmtune.adapters.config_file import LoraOptions
 from llmtune.adapters.load import load_adapter_weights
 from llmtune.adapters.write import adapter_state_and_config, write_adapter
 from llmtune.common.secrets import redacted
 from llmtune.common.text import PrintLine
 from llmtune.config.dump import config_to_yaml
+from llmtune.deploy.usage import Result, adapter_result, usage
 from llmtune.engine.sharding import gather, shard_like
 from llmtune.engine.state import Snapshot
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.models import save
 from llmtune.models.load import ADDED_ROWS
-from llmtune.models.model_card import trained_model_card
+from llmtune.models.model_card import THIS_FOLDER, trained_model_card
 from llmtune.models.save import PromptDefaults, prompt_defaults_of, write_prompt_defaults
 from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import LoadedCheckpoint
@@ -249,15 +251,24 @@ class Checkpointer:
         formats = [str(one.value) for one in prepared.decisions if one.key == "data.format"]
         return prompt_defaults_of(self._setup.config.data, formats)
 
+    def _served(self, base_path: str | None, *, adds_rows: bool) -> list[str]:
+        """Return the command lines that serve what is written."""
+        setup = self._setup
+        if setup.is_adapted:
+            options = cast("LoraOptions", setup.peft_model.peft_config["default"].to_dict())
+            return usage(adapter_result(THIS_FOLDER, options, base_path, adds_rows=adds_rows))
+        return usage(Result("folder", THIS_FOLDER, self._prompt_defaults(), setup.model.config.model_type))
+
     def _card(self, metrics: Mapping[str, Any], step: int) -> str:
         setup, source = self._setup, self._setup.prepared.source
         base = Path(setup.model.config._name_or_path)
         num_rows = next((one.value for one in setup.decisions if one.key == ADDED_ROWS), None)
+        # A folder is written in full: the code in the card is run elsewhere.
+        base_path = None if source.kind == "scratch" else str(base.absolute() if base.is_dir() else base)
         return trained_model_card(
             run=self._folder.name,
             base=source.name,
-            # A folder is written in full: the code in the card is run elsewhere.
-            base_path=None if source.kind == "scratch" else str(base.absolute() if base.is_dir() else base),
+            base_path=base_path,
             num_rows=cast("int | None", num_rows),
             is_adapter=setup.is_adapted,
             step=step,
@@ -266,4 +277,5 @@ class Checkpointer:
             data=setup.prepared.data.ledger.summary(),
             config=redacted(config_to_yaml(setup.config)),
             prompts=self._prompt_defaults().described(),
+            usage=self._served(base_path, adds_rows=num_rows is not None),
         )
