@@ -64,6 +64,20 @@ HeldOutData = Annotated[
 ]
 
 
+FormatOption = Annotated[
+    FileFormat | None,
+    typer.Option(
+        "--to",
+        "--format",
+        help="safetensors (a folder), gguf (a file) or ollama (a folder with a Modelfile); by the output's name when "
+        "not given.",
+    ),
+]
+AdapterOnly = Annotated[
+    bool, typer.Option("--adapter-only", help="Write a GGUF file of the adapter alone, to be added to its base's.")
+]
+
+
 def export(
     source: Annotated[
         str,
@@ -78,21 +92,11 @@ def export(
     ] = None,
     gguf_type: GgufTypeOption = None,
     data: HeldOutData = None,
-    file_format: Annotated[
-        FileFormat | None,
-        typer.Option(
-            "--to",
-            "--format",
-            help="safetensors (a folder), gguf (a file) or ollama (a folder with a Modelfile); by the output's name "
-            "when not given.",
-        ),
-    ] = None,
+    file_format: FormatOption = None,
     base: Annotated[
         str | None, typer.Option("--base", help="Where an adapter's base is, when not where it was in training.")
     ] = None,
-    adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="Write a GGUF file of the adapter alone, to be added to its base's.")
-    ] = False,
+    adapter_only: AdapterOnly = False,
     push: Push = None,
 ) -> None:
     """Write a model as one self-contained folder (transformers, vLLM), one GGUF file (llama.cpp) or for Ollama.
