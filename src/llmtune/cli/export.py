@@ -73,6 +73,12 @@ FormatOption = Annotated[
         "not given.",
     ),
 ]
+WrittenType = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Type of the written weights; as they are stored when not given.")
+]
+Base = Annotated[
+    str | None, typer.Option("--base", help="Where an adapter's base is, when not where it was in training.")
+]
 AdapterOnly = Annotated[
     bool, typer.Option("--adapter-only", help="Write a GGUF file of the adapter alone, to be added to its base's.")
 ]
@@ -87,15 +93,11 @@ def export(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make, or FILE.gguf; it must not exist.")],
     checkpoint: Checkpoint = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Type of the written weights; as they are stored when not given.")
-    ] = None,
+    dtype: WrittenType = None,
     gguf_type: GgufTypeOption = None,
     data: HeldOutData = None,
     file_format: FormatOption = None,
-    base: Annotated[
-        str | None, typer.Option("--base", help="Where an adapter's base is, when not where it was in training.")
-    ] = None,
+    base: Base = None,
     adapter_only: AdapterOnly = False,
     push: Push = None,
 ) -> None:
