@@ -168,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         # Another page may post a form unasked, but for JSON its browser asks this server first, which does not answer.
         # Without a length reading would go on as long as the client likes.
-        if self.headers.get_content_type() != "application/json" or not length.isdigit():
+        if self.headers.get_content_type() != "application/json" or not length.isdecimal():
             raise Refused(400, "a JSON body is needed")
         if int(length) > MOST_BODY_BYTES:
             raise Refused(413, f"more than {MOST_BODY_BYTES:,} bytes")
