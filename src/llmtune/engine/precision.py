@@ -68,6 +68,7 @@ class Precision:
         if not gradients:
             return torch.zeros((), device=self.device)
         if self._scale != 1.0:
+            # Before the norm is taken: the bound is one on the gradient of the loss.
             torch._foreach_mul_(gradients, 1.0 / self._scale)
         if max_grad_norm is None:
             return full_tensor(torch.nn.utils.get_total_norm(gradients))
@@ -101,6 +102,7 @@ class Precision:
     def load_state_dict(self, state: Mapping[str, float | int | str]) -> None:
         """Set the state that `state_dict` gave; a run resumed in another precision starts with its first scale."""
         if state["name"] == self.name:
+            # Without it a resumed run would begin with overflows again, and skip windows that the other did not.
             self._scale = float(state["scale"])
             self._good_steps = int(state["good_steps"])
 

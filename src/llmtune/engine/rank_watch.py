@@ -64,6 +64,7 @@ class RankWatch:
         self._timeout_s = timeout_s
         self._answers: dict[Peer, tuple[float, bool]] = {}
         self._has_answer = threading.Condition()
+        # Reentrant: a save inside a longer piece of work takes it again.
         self._at_work, self._is_working = threading.RLock(), False
         self._wait: tuple[float, bool] | None = None
         self._received = dict.fromkeys(self._links, b"")
@@ -119,6 +120,7 @@ class RankWatch:
 
     def leave(self, *, failed: bool) -> None:
         """Tell the others that this process ends by itself; they end too where it `failed` alone."""
+        # First the flag: the answer of the others, who end at once, must not look like a loss.
         if not self._is_leaving.is_set():
             self._is_leaving.set()
             for link in list(self._links):
@@ -135,6 +137,7 @@ class RankWatch:
         def new() -> list[tuple[Peer, bool]]:
             return [(peer, answer) for peer, (at, answer) in self._answers.items() if at >= began]
 
+        # The thread that reads the answers takes this lock too, and waiting lets go of it.
         with self._has_answer:
             self._has_answer.wait_for(lambda: len(new()) == len(peers), ANSWER_S)
             return new()
@@ -144,6 +147,7 @@ class RankWatch:
             for link in self._links:
                 selector.register(link, selectors.EVENT_READ)
             while self._links:
+                # At least once a second, for `_check_wait`: silence wakes no selector.
                 ready = {key.fd for key, _ in selector.select(1.0)}
                 for link in [link for link in self._links if link.fileno() in ready]:
                     if not self._read(link):
@@ -174,6 +178,7 @@ class RankWatch:
         peer = self._links[link]
         try:
             data = link.recv(2**16)
+        # The kernel of a process that was killed with unread data says it this way.
         except ConnectionResetError:
             data = b""
         except OSError as error:
@@ -182,6 +187,7 @@ class RankWatch:
         if not data:
             self._lose(f"{peer} died: its connection was closed")
             return False
+        # What is behind the last line end is the beginning of a message that comes later.
         *lines, self._received[link] = (self._received[link] + data).split(b"\n")
         stays = [self._answer(link, peer, json.loads(line)) for line in lines]
         return all(stays)
@@ -205,12 +211,14 @@ class RankWatch:
             return
         self._problem, self._prints = problem, self._prints and not is_printed
         self._is_lost.set()
+        # The others have no connection between them: the main process tells them.
         if self._rank == 0:
             for link in list(self._links):
                 _send(link, {"lost": problem})
 
     def _leave_or_exit(self) -> None:
         """End this process, unless its main thread does so by itself; never in the middle of a save."""
+        # Until a save has ended: what it was writing is what the run goes on from.
         with self._at_work:
             pass
         if self._is_leaving.wait(LEAVE_S):
@@ -220,6 +228,7 @@ class RankWatch:
             with suppress(OSError):  # past Python's buffers, whose lock the main thread may hold
                 os.write(2, f"error: {self._problem}\n  where: distributed\n  fix: {FIX}\n".encode())
             os._exit(error.exit_code)
+        # Not `sys.exit`: this is not the main thread, which may wait in a library for ever.
         os._exit(RankLostError.exit_code)
 
     def _close(self) -> None:
@@ -236,6 +245,7 @@ def watch_ranks(
     """
     if rank != 0:
         return _connect(store, rank, address, timeout_s), []
+    # Any program may connect to an open port; only processes of this run can read the token in the store.
     token, links, missing = secrets.token_hex(16), {}, set(range(1, world_size))
     kind = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
     with socket.create_server(("", 0), backlog=world_size, **kind) as server:  # type: ignore[arg-type]

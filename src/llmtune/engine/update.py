@@ -101,6 +101,7 @@ class StepAfterBackward:
 
     def clear(self) -> None:
         """Drop all gradients."""
+        # To None and not to zero: zeros would be read, added to and kept.
         self._optimizer.zero_grad(set_to_none=True)
 
 
@@ -195,6 +196,7 @@ class StepInBackward:
         # Asked before the first weight moves: afterwards the window could no longer be skipped.
         self._is_finite = bool(torch.stack(list(losses)).double().sum().isfinite())
         set_learning_rate(self._optimizer, rate)
+        # Only now: in the micro-batches before, gradients are summed and no weight may move.
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in self._parameters]
 
     def finish_gradients(self) -> torch.Tensor:

@@ -96,6 +96,7 @@ class Rollouts:
         every = self._objective.steps_per_generation
         for step in range(start_step + 1, plan.total_steps + 1):
             if step not in self._drawn:
+                # Rounds begin where they would in a run that nobody stopped.
                 last = min(((step - 1) // every + 1) * every, plan.total_steps)
                 self._draw_round(plan, range(step, last + 1))
             self._current = self._drawn.pop(step)
@@ -115,6 +116,7 @@ class Rollouts:
         }
         places = [(step, prompt) for step in steps for prompt in prompts_of[step]]
         seeds = [
+            # A seed for each answer, so that neither the number of processes nor their batches change what is drawn.
             [answer_seed(seed, step, prompt * per_prompt + generation) for generation in range(per_prompt)]
             for step, prompt in places
         ]
@@ -153,6 +155,7 @@ class Rollouts:
             str(self._tokenizer.decode([token for token in ids if token not in stops], skip_special_tokens=False))
             for ids in ids_of
         ]
+        # As the model sees it, template included.
         text = str(self._tokenizer.decode(prompt.input_ids.tolist()))
         group = AnswerGroup(prompt.source, text, texts, ids_of, right_answer(row), row.fields)
         by_name = {reward.name: reward.judge(group) for reward in self._rewards}
@@ -170,6 +173,7 @@ class Rollouts:
         answers = self._drawn[step]
         with eval_mode(self._model), self._precision.autocast():
             for batch in self._micro_batches(plan, step, answers):
+                # By the engine that trains and not as it was drawn: roundings differ, and a ratio must begin at 1.
                 values = self._engine.token_log_probs(batch, self._objective.temperature).float().cpu()
                 assert batch.indices is not None
                 parts = values.split(batch.trained_tokens_per_example.tolist())
@@ -211,6 +215,7 @@ class Rollouts:
         `eval_reward`, each reward by its name where there are several, `eval_answer_tokens` and `eval_num_answers`.
         """
         mine = range(self._devices.rank, len(prompts), self._devices.world_size)
+        # Every n-th, so that long prompts that stand together are shared.
         examples = [prompts[index] for index in mine]
         judged = self._answer(examples, [[0]] * len(examples), temperature=0.0)
         answers = [group.answers[0] for group in judged]
