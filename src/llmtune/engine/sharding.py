@@ -1,9 +1,9 @@
 """How the processes of a run hold its weights: each of them all (`ddp`), or each a part of every weight (`fsdp`).
 
-With `fsdp` (FSDP2; the scheme: arXiv:2304.11277) a weight exists whole only while its block is computed. The unit around all blocks
-is a module whose forward is any function over the model, so the fast forward, evaluation and generation run as they are
-on weights that are gathered for them. Gradients are summed, never averaged: a window's loss is divided once, by the
-trained tokens of all processes.
+With `fsdp` (FSDP2; the scheme: arXiv:2304.11277) a weight exists whole only while its block is computed. The unit
+around all blocks is a module whose forward is any function over the model, so the fast forward, evaluation and
+generation run as they are on weights that are gathered for them. Gradients are summed, never averaged: a window's loss
+is divided once, by the trained tokens of all processes.
 
 A collective operation waits for every process. So every process runs the same number of forward passes, in training, in
 evaluation and for answers, and whatever reads a whole tensor is called by all.

@@ -13,15 +13,16 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from llmtune.errors import MachineError
 from llmtune.models.read_config import quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
 
 __all__ = [
     "bnb_optimizer",
@@ -108,6 +109,8 @@ def quantization_config(kind: Literal["4bit", "8bit"], compute_dtype: torch.dtyp
     Raises MachineError where bitsandbytes cannot work.
     """
     import_bitsandbytes()
+    from transformers import BitsAndBytesConfig  # takes seconds, and `doctor` asks for bitsandbytes alone
+
     if kind == "8bit":
         # Columns with values above 6 stay in 16 bits, as in the paper.
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
@@ -187,6 +190,8 @@ def quantized_layers(meta_model: nn.Module, kind: Literal["4bit", "8bit"]) -> se
     meta_model: the unquantized model on the meta device; its layers are replaced. Raises MachineError where
     bitsandbytes cannot work.
     """
+    from transformers.quantizers.auto import AutoHfQuantizer  # as above
+
     with quiet_libraries(), torch.device("meta"):
         quantizer = AutoHfQuantizer.from_config(quantization_config(kind, torch.float32), pre_quantized=False)
         quantizer.preprocess_model(model=meta_model, device_map={"": "cpu"})
