@@ -16,12 +16,21 @@ from llmtune.training import train as training
 from training_helpers import KINDS, LORA, in_child, line_count, lines_of, weights_of
 
 
+@pytest.fixture(scope="module")
+def finished():
+    """Folders of runs that nobody stopped, by their settings."""
+    return {}
+
+
 @pytest.fixture
-def unbroken(config_of):
-    """Train a run that nobody stops, and return its folder."""
+def unbroken(config_of, finished, tmp_path_factory):
+    """Train a run that nobody stops, once for all tests, and return its folder; read only."""
 
     def train(*overrides):
-        return training.train(config_of(*overrides, name="unbroken")).folder
+        if overrides not in finished:
+            elsewhere = f"run.output_dir={tmp_path_factory.mktemp('unbroken')}"
+            finished[overrides] = training.train(config_of(*overrides, elsewhere, name="unbroken")).folder
+        return finished[overrides]
 
     return train
 
