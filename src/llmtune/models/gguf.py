@@ -17,10 +17,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
 from llmtune import durable
 from llmtune.common.folders import cache_folder
 from llmtune.durable.files import stamp_of
@@ -29,7 +25,7 @@ from llmtune.models.read_config import quiet_libraries, translate_save_errors
 from llmtune.models.weights import inspect_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = ["converted_folder", "model_cache_folder", "read_gguf", "read_gguf_tokenizer"]
 
@@ -85,6 +81,9 @@ def read_gguf(gguf: Path, empty_folder: Path) -> tuple[PreTrainedModel, PreTrain
     empty_folder: stands for the model's folder, so that no file beside the GGUF file (an adapter, a config that names
     code) is read. Raises ModelError when the file cannot be read as a model.
     """
+    import torch  # only here and below: this file also finds tokenizers, for which nothing that computes is loaded
+    from transformers import AutoModelForCausalLM
+
     tokenizer = read_gguf_tokenizer(gguf, empty_folder)
     model = _read(gguf, empty_folder, AutoModelForCausalLM, dtype=torch.float32, trust_remote_code=False)
     return model, tokenizer
@@ -92,6 +91,8 @@ def read_gguf(gguf: Path, empty_folder: Path) -> tuple[PreTrainedModel, PreTrain
 
 def read_gguf_tokenizer(gguf: Path, empty_folder: Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a file (see `read_gguf`)."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer: PreTrainedTokenizerFast = _read(gguf, empty_folder, PreTrainedTokenizerFast)
     _restore_digit_splitting(gguf, tokenizer)
     return tokenizer
@@ -129,6 +130,8 @@ def _restore_digit_splitting(gguf: Path, tokenizer: PreTrainedTokenizerFast) -> 
 
     Without it "  7" becomes other tokens than in pretraining.
     """
+    from tokenizers import pre_tokenizers
+
     if _metadata_text(gguf, "tokenizer.ggml.pre") not in _DIGIT_BY_DIGIT:
         return
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]

@@ -4,16 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from llmtune.errors import MachineError, ModelError, in_one_line
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.gguf import converted_folder
@@ -36,6 +26,16 @@ def fetch_snapshot(hub_id: str, revision: str | None, *, weights: bool, offline:
     Raises ModelError for an unknown model or revision and for one that needs consent, MachineError when the hub cannot
     be reached.
     """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     patterns = _SMALL_FILES + (["*.safetensors"] if weights else []) + (["*.py"] if code else [])
     where = "model.name"
     try:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from llmtune.errors import ConfigError, TokenizerError
 from llmtune.models.chat_templates import shipped_chat_templates
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
 
 __all__ = ["SPECIAL_TOKENS", "TokenizerReport", "measure_tokenizer", "train_tokenizer"]
 
@@ -58,6 +60,8 @@ def train_tokenizer(
 
     Raises ConfigError for a vocabulary too small for bytes and special tokens, TokenizerError when there is no text.
     """
+    from transformers import PreTrainedTokenizerFast
+
     specials = list(dict.fromkeys([*SPECIAL_TOKENS, *special_tokens]))
     least = _BYTES + len(specials)
     if vocab_size < least:
@@ -96,6 +100,8 @@ def train_tokenizer(
 
 def _byte_level_bpe(vocab_size: int, special_tokens: Sequence[str], min_frequency: int) -> tuple[Tokenizer, BpeTrainer]:
     """Give an untrained tokenizer on bytes, and what trains it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE(byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
         [
