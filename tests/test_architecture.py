@@ -287,7 +287,7 @@ def test_a_file_above_four_hundred_lines_or_a_function_above_sixty_has_a_second_
 
 def test_light_modules_import_nothing_heavy():
     heavy = {"torch", "transformers", "datasets", "pyarrow", "peft", "wandb"}
-    base = ("errors", "common.decisions", "durable", "config.layers", "models.catalog", "runs.folder", "cli.main")
+    base = ("errors", "durable", "config.layers", "models.catalog", "models.tokenizer", "runs.folder", "cli.main")
     light = (*base, "watch.run_data", "watch.health", "watch.report.page", "watch.ui.server")
     code = f"import sys, {', '.join(f'llmtune.{name}' for name in light)}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
