@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+from llmtune.cli.main import main
+
 
 def in_a_new_process(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -46,3 +50,17 @@ from llmtune.cli.process import prepare_process
 prepare_process()
 assert "transformers" not in sys.modules and gc.get_freeze_count() == 0
 """)
+
+
+@pytest.mark.parametrize("words", [["list-models"], ["runs"], ["doctor"], ["gpu-monitor", "--once"], ["docs"]])
+def test_a_command_whose_streams_the_shell_has_closed_does_its_work(words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    opened = [sys.stdin, sys.stdout, sys.stderr]
+    monkeypatch.undo()
+    assert end.value.code == 0
+    for stream in opened:
+        stream.close()

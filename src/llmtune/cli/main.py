@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from llmtune.cli.commands import COMMANDS, GROUPS, PANELS, Command
 from llmtune.cli.failure import report_crash, report_error
-from llmtune.cli.process import check_arguments, escape_unencodable_output, forbid_telemetry
+from llmtune.cli.process import check_arguments, escape_unencodable_output, forbid_telemetry, open_closed_streams
 from llmtune.cli.usage import usage_error
 from llmtune.common.environment import go_offline
 from llmtune.common.text import print_line
@@ -198,6 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     # After `--` every word is data: a prompt may be `--offline`.
     before_dashes = words[: words.index("--")] if "--" in words else words
+    open_closed_streams()
     escape_unencodable_output()
     forbid_telemetry()
     if "_LLMTUNE_COMPLETE" in os.environ:

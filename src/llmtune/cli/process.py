@@ -109,6 +109,17 @@ def _encoding_fix() -> str:
     return "set PYTHONUTF8=1, or a locale with UTF-8 such as LC_ALL=C.UTF-8"
 
 
+def open_closed_streams() -> None:
+    """Give a stream that the shell closed (`>&-`) nowhere to read from or write to, instead of none at all.
+
+    Every command and library may then ask it whether it is a terminal. Its number is taken too, which the next file
+    that is opened would get: a library that prints to number 1 would print into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 - open as long as we run
+
+
 def escape_unencodable_output() -> None:
     r"""Let stdout and stderr print characters outside their encoding as escapes (`\xe9`) instead of failing."""
     for stream in (sys.stdout, sys.stderr):
