@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmtune.errors import UsageError
 from llmtune.evaluation.generate import continue_ids, generate
 from llmtune.evaluation.sampling import RepetitionPenalty, Sampling
 
@@ -75,3 +76,20 @@ def test_a_stop_text_in_the_prompt_ends_nothing(tiny_model, tiny_tokenizer, rend
         tiny_model, tiny_tokenizer, renderer, ["zzz"], max_new_tokens=5, sampling=Sampling(stop=("zzz",))
     )
     assert answer.stopped_by == "max_new_tokens"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"stop": ("",)}, "an empty stop text would end every answer"),
+        ({"stop": ("x", "")}, "an empty stop text"),
+        ({"temperature": -1.0}, "`temperature` must be 0 or more, not `-1.0`"),
+        ({"temperature": float("nan")}, "`temperature` must be 0 or more"),
+        ({"top_k": -1}, "`top_k` must be 0 or more"),
+        ({"top_p": 0.0}, "`top_p` must be above 0"),
+        ({"repetition_penalty": 0.0}, "`repetition_penalty` must be above 0"),
+    ],
+)
+def test_what_no_answer_can_be_drawn_with_is_refused_before_a_model_is_asked(given, says):
+    with pytest.raises(UsageError, match=says):
+        Sampling(**given)

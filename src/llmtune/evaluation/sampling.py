@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from llmtune.errors import Problem, UsageError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -39,6 +41,24 @@ class Sampling:
 
     stop: tuple[str, ...] = ()
     """Texts that end an answer; they are no part of it."""
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a value that no answer could be drawn with."""
+        problems = [
+            Problem(f"`{name}` must be {bounds}, not `{getattr(self, name)}`", "sampling", f"leave out `{name}`")
+            for name, bounds, is_right in (
+                ("repetition_penalty", "above 0", self.repetition_penalty > 0),
+                ("temperature", "0 or more", self.temperature >= 0),
+                ("top_k", "0 or more", self.top_k >= 0),
+                ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            )
+            if not is_right
+        ]
+        if not all(self.stop):
+            fix = "leave it out, or name the text that ends an answer"
+            problems.append(Problem("an empty stop text would end every answer before its first word", "--stop", fix))
+        if problems:
+            raise UsageError.all(problems)
 
 
 GREEDY = Sampling()
