@@ -143,6 +143,17 @@ def test_a_list_in_python_s_notation_is_named_as_that(tmp_path):
     )
 
 
+@pytest.mark.parametrize("row", ["{'prompt': 'q'}", "[{'role': 'user'}]", "  { 'prompt': 'q'}"])
+def test_a_row_in_python_s_notation_is_named_as_that_on_a_last_line_without_its_end_too(row, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(row)
+    (bad,) = read_rows((SourceConfig(str(path)),))
+    assert bad.fix.startswith("JSON wants double quotes")
+    path.write_text('{"prompt": "it\'s cut')
+    (bad,) = read_rows((SourceConfig(str(path)),))
+    assert "if it was cut off" in bad.fix
+
+
 # --- what else a file may be
 
 

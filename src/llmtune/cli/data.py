@@ -123,7 +123,8 @@ def preview(
         if "pairs" in counts:
             print_line(f"{name}: {counts['pairs']:,} pairs of answers")
         elif counts["answers"]:
-            print_line(f"{name}: {counts['answers']:,} answers, {counts['trained_answers']:,} trained")
+            noun = "answer" if counts["answers"] == 1 else "answers"
+            print_line(f"{name}: {counts['answers']:,} {noun}, {counts['trained_answers']:,} trained")
     for line in (*data.ledger.training_warnings(), *data.ledger.unused_fields()):
         print_line(f"note: {line}")
     limit = None if show_all else count

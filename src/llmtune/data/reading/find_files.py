@@ -18,6 +18,7 @@ from llmtune.config.schema import SourceConfig
 from llmtune.data.reading.compression import COMPRESSION_ERRORS, open_bytes
 from llmtune.data.reading.data_file import DataFile, kind_of_file
 from llmtune.data.reading.folders import SPLITS, Splits, UnknownConfigError, split_of_name, splits_of_config
+from llmtune.data.reading.foreign_files import READ_ENDINGS, foreign_content, part_of_a_file, way_from_ending
 from llmtune.data.reading.parse import DamagedFileError
 from llmtune.data.reading.readers import kind_of_content
 from llmtune.data.reading.split_slices import parse_split, slice_files
@@ -44,7 +45,6 @@ SPLITS_OF_PURPOSE: dict[Purpose, list[str]] = {"train": ["train"], "eval": ["val
 _SAVED_DATASET_FILES = ("dataset_info.json", "dataset_dict.json")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _DATASET_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SUFFIXES = ".jsonl, .json, .csv, .tsv, .parquet or .txt, each also with .gz or .zst"
 _MEDIA_FEATURES = ("Audio", "Image", "Video", "Pdf")
 
 
@@ -158,7 +158,10 @@ def _whole_files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[
     if kind_of_file(path) is not None or not _DATASET_NAME.fullmatch(source.path):
         names = [name.strip() for name in source.path.split(",")]
         fix = f"check the path; it is taken from the working folder{_near_name(path)}"
-        if _URL.match(source.path):
+        part = part_of_a_file(source.path)
+        if part is not None:
+            fix = part
+        elif _URL.match(source.path):
             fix = "download it and name the file: no address is opened here"
         elif len(names) > 1 and all(kind_of_file(Path(name)) is not None for name in names):
             fix = f"write several as a list: 'data.{purpose}=[{','.join(names)}]'"
@@ -199,7 +202,7 @@ def _matches(path: Path, source: SourceConfig) -> list[_LabeledPath]:
     names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - patterns may be absolute
     matches = [_LabeledPath(Path(name), name) for name in names if Path(name).is_file()]
     if not matches:
-        fix = "check the pattern; it is taken from the working folder"
+        fix = part_of_a_file(source.path) or "check the pattern; it is taken from the working folder"
         raise _SourceError((f"no file matches {source.path!r}", fix))
     requested = _split_name(source)
     by_split: Splits = {}
@@ -214,13 +217,16 @@ def _matches(path: Path, source: SourceConfig) -> list[_LabeledPath]:
 def _data_file(file: _LabeledPath, source: SourceConfig, index: int) -> DataFile:
     kind = kind_of_file(file.path)
     if kind is None:
-        fix = f"give it the right ending: {_SUFFIXES}"
-        raise _SourceError((f"{file.label!r} is not a kind of file that is read", fix))
+        raise _SourceError((f"{file.label!r} is not a kind of file that is read", way_from_ending(file.path)))
     if not file.path.is_file():
         # A pipe (`<(zcat ...)`) gives its bytes one time only.
         fix = "copy what it holds into a file: rows are read more than once"
         raise _SourceError((f"{file.label!r} is not a plain file", fix))
     try:
+        with open_bytes(file.path) as stream:
+            foreign = foreign_content(stream.read(32), kind)
+        if foreign is not None:
+            raise _SourceError((f"{file.label!r} is {foreign[0]}, whatever its name says", foreign[1]))
         with open_bytes(file.path) as stream:
             kind = kind_of_content(stream, kind)
             # So that a file which may not be read is refused here, with all the others.
@@ -266,7 +272,7 @@ def _folder(path: Path, label: str, source: SourceConfig, purpose: Purpose) -> l
         problem = f"the folder {label!r} has {len(error.names)} configs: {known}"
         raise _SourceError((problem, f"name one: `{{path: {label}, config: {error.names[0]}}}`")) from None
     if not splits:
-        fix = f"put files into it that end in {_SUFFIXES}"
+        fix = f"put files into it that end in {READ_ENDINGS}"
         raise _SourceError((f"the folder {label!r} holds no file that is read", fix))
     named = {name for name in splits if name is not None}
     requested = [SPLITS.get(split.lower(), split)] if split else SPLITS_OF_PURPOSE[purpose]

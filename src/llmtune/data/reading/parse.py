@@ -6,6 +6,7 @@ No URL, path or name inside a record is ever opened.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -158,7 +159,9 @@ def parse_json_row(source: str, record: bytes | TooLong, loss_weight: float, *, 
         value = {"messages": value}
     if not isinstance(value, dict):
         fix = "give each row as one JSON object {...}"
-        if isinstance(value, list):
+        if isinstance(value, str):
+            fix = 'name what the text is, for example {"text": "..."}, or save the texts line by line as .txt'
+        elif isinstance(value, list):
             example = '{"prompt": "...", "completion": "..."}' if len(value) == 2 else '{"messages": [...]}'
             fix = f"name what is in the list, for example {example}"
         return BadRow(source, None, f"a row must be an object, this is {describe_value(value)}", fix)
@@ -223,10 +226,11 @@ def parse_json_value(source: str, record: bytes, *, cut_off: bool = False) -> tu
 
 
 def _json_fix(text: str, cut_off: bool) -> str:
+    # The quote that opens a key, and not an apostrophe in its value: that line may be cut off too.
+    if re.match(r"\s*[\[{]*\s*'", text):
+        return "JSON wants double quotes: write rows with a JSON library, not with str()"
     if cut_off:
         return "the file ends here without a line end; if it was cut off, write it again or delete its last line"
-    if text.lstrip()[:1] in ("'", "{", "[") and "'" in text[:20]:
-        return "JSON wants double quotes: write rows with a JSON library, not with str()"
     return "give each row as one JSON object on one line"
 
 

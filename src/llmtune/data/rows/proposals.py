@@ -39,6 +39,8 @@ def proposed_columns(fields: Mapping[str, object], source: str) -> str:
             "learn from both answers with `objective.method=dpo`, or say in the source which are trained: "
             f"`columns: {{{columns}}}`"
         )
+    if "input_ids" in fields:
+        return "give the texts or messages themselves: rows are tokenized here, by the tokenizer of the model"
     for path, turns in _lists(fields, "", _DEPTH):
         turn = first_turn(turns)
         if not turn:

@@ -1,0 +1,60 @@
+"""A file that holds no rows is named as what it is, by its bytes or its ending, with the way to rows."""
+
+import gzip
+
+import pytest
+
+from llmtune.config.schema import SourceConfig
+from llmtune.data.reading.find_files import find_files
+from llmtune.errors import DataError
+
+
+def answer(path):
+    with pytest.raises(DataError) as refused:
+        find_files((SourceConfig(str(path)),), "train")
+    (problem,) = refused.value.problems
+    return problem
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says", "fix"),
+    [
+        ("a.jsonl", gzip.compress(b'{"text": "x"}'), "is gzip, whatever its name says", "end its name in .gz"),
+        ("a.json", b"\x28\xb5\x2f\xfd....", "is zstd", "end its name in .zst"),
+        ("a.csv", b"PK\x03\x04....", "is a zip archive, as workbooks are", "save its sheet as CSV"),
+        ("a.jsonl", b"PAR1....", "is parquet", "end its name in .parquet"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(b"x")), "is gzip", "end its name in .gz"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS", "`git lfs pull`"),
+        ("a.csv", b"<!DOCTYPE html><html>", "is a web page", "download the file itself"),
+        ("a.xlsx", b"PK", "is not a kind of file that is read", "save its sheet as CSV"),
+        ("a.zip", b"PK", "is not a kind of file that is read", "unpack it"),
+        ("a.arrow", b"ARROW1", "is not a kind of file that is read", "`save_to_disk`"),
+        ("a.yaml", b"- x", "is not a kind of file that is read", "JSON lines"),
+        ("a.strange", b"x", "is not a kind of file that is read", "give it the right ending: .jsonl"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_with_the_way_to_rows(name, content, says, fix, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    problem = answer(path)
+    assert says in problem.problem
+    assert fix in problem.fix
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_text_that_only_begins_alike_is_read(name, tmp_path):
+    path = tmp_path / name
+    path.write_text('{"text": "PAR1 and <html>"}\n' if name == "a.jsonl" else "PAR1 is a golf course\n")
+    assert [file.path for file in find_files((SourceConfig(str(path)),), "train")] == [path]
+
+
+@pytest.mark.parametrize(
+    ("part", "slice_"),
+    [("[:10]", "train[:10]"), ("[5:9]", "train[5:9]"), ("[:10%]", "train[:10%]"), (":10", "train[:10]")],
+)
+def test_a_part_of_a_file_is_answered_with_the_split_that_takes_it(part, slice_, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "x"}\n' * 20)
+    fix = answer(f"{path}{part}").fix
+    assert f'{{path: {path}, split: "{slice_}"}}' in fix
+    find_files((SourceConfig(str(path), split=slice_),), "train")
