@@ -104,6 +104,15 @@ def test_validate_says_ok_or_every_problem_of_every_file(tmp_path, capsys):
     assert "\n  b.yaml:2: " in captured.err
 
 
+def test_validate_takes_settings_alone_and_on_top_of_files(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("adapter: {method: lora, init: pissa}\n")
+    assert run(["config", "validate", "training.epochs=2"]) == 0
+    assert run(["config", "validate", "a.yaml", "model.quantization=4bit"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "training.epochs=2: ok\n"
+    assert "quantized again" in captured.err
+
+
 def test_five_problems_of_one_file_are_one_answer_of_the_real_program(tmp_path):
     """Q1: the seventh thing the main job must show, through `llmtune train`."""
     (tmp_path / "my.yaml").write_text(

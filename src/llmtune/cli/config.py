@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -79,13 +80,17 @@ def schema() -> None:
 
 
 def validate(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Presets or YAML or JSON files.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...|KEY=VALUE...", help="Presets, YAML or JSON files; settings on top.")
+    ],
 ) -> None:
     """Check config files and print every problem of all of them."""
     problems: list[Problem] = []
-    for name in files:
+    settings = [word for word in files if "=" in word and not Path(word).exists()]
+    names: list[str | None] = [word for word in files if word not in settings]
+    for name in names or [None]:
         try:
-            resolved = load_config(name, environ={})
+            resolved = load_config(name, overrides=settings, environ={})
         except ConfigError as error:
             problems += (  # a file that does not exist was named by an argument here
                 problem._replace(where="command line") if problem.where == "--config" else problem
@@ -94,6 +99,6 @@ def validate(
             continue
         for note in resolved.notes:
             print_line(note)
-        print(f"{name}: ok")
+        print(f"{name or ' '.join(settings)}: ok")
     if problems:
         raise ConfigError.all(dict.fromkeys(problems))

@@ -347,6 +347,8 @@ def _mismatch_problem(
     if fix is None and isinstance(mismatch.node, Scalar) and choices:
         nearest = difflib.get_close_matches(mismatch.node.text.lower(), choices, n=1, cutoff=0.5)
         fix = f"did you mean `{nearest[0]}`?" if nearest else None
+    if fix is None and re.fullmatch(r"[+-]?\d+,\d+", text):
+        fix = f"write it with a point: `{key}={text.replace(',', '.')}`"
     if fix is None and key in LEAVES:
         fix = range_fix(key)
     outer = f" (in `{shown(value)}`)" if mismatch.node is not value else ""

@@ -57,7 +57,12 @@ class _Reader:
     def wrong(self, reason: str, position: int) -> Unreadable:
         """The error to raise for the text at a position; it shows the next 20 characters."""
         shown_text = excerpt(self.text[position : position + 20], 20) or "the end of the file"
-        return Unreadable(f"not valid JSON: {reason}, found `{shown_text}`", self.origin(position).where)
+        fix = None
+        if shown_text.startswith(("//", "/*", "#")):
+            fix = "JSON has no comments: take it out, or end the file's name in .yaml and begin comments with #"
+        elif shown_text.startswith("'"):
+            fix = "JSON wants double quotes"
+        return Unreadable(f"not valid JSON: {reason}, found `{shown_text}`", self.origin(position).where, fix)
 
     def skip(self, position: int) -> int:
         """The next position that is not blank."""
