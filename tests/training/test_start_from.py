@@ -187,6 +187,20 @@ def test_a_folder_that_peft_wrote_is_started_from(config_of, tiny_model_folder, 
     assert {tensor.shape[0] for name, tensor in trained.items() if "lora_A" in name} == {4, 2}
 
 
+@pytest.mark.parametrize("name", ["half", "half/checkpoints/step-000001"])
+def test_a_run_that_has_not_finished_is_named_as_such_by_the_short_form(name, tmp_path, capsys):
+    step = tmp_path / "half" / "checkpoints" / "step-000001"
+    step.mkdir(parents=True)
+    (tmp_path / "half" / "run.json").write_text("{}")
+    (step / "config.json").write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--from", name, "--output-dir", str(tmp_path), "--dry-run"])
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert "the run `half` has not finished: after step-000001" in told
+    assert f"llmtune resume {tmp_path / 'half'}" in " ".join(told.split())
+
+
 def test_the_short_form_takes_a_run_or_a_whole_model(
     config_of, earlier, rows_file, tmp_path, tiny_model_folder, capsys
 ):

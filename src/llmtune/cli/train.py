@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -224,10 +225,16 @@ def _check_same_command(resume: str | None, name: str, *, max_restarts: int, dev
 
 def _start_flags(name: str, output_dir: str | None) -> dict[str, object]:
     """Return the keys that `--from` stands for: an adapter is trained further, a whole model becomes the base."""
-    from llmtune.adapters.find import find_result_named
+    from llmtune.adapters.find import find_result_named, run_of
 
     result = find_result_named(home_expanded(name), output_dir or RunConfig.output_dir, None)
     if result is not None and not (result / "adapter_config.json").is_file():
+        run = run_of(result)
+        if run is not None and result.name.startswith("step-"):
+            # A checkpoint holds the state of a training, and no tokenizer that a new run could begin with.
+            problem = f"the run `{run.name}` has not finished: after {result.name} it has saved no best or final model"
+            fix = f"finish it: `llmtune resume {shlex.quote(str(run))}`, or name a folder that holds a whole model"
+            raise UsageError(problem, "--from", fix)
         return {"model.name": str(result)}
     return {"adapter.start_from": name, "adapter.method": "lora"}
 
