@@ -205,6 +205,14 @@ def arguments_of(case: Case, here: Path, places: dict) -> list[str]:
     return [filled(word, here, places) for word in shlex.split(case.command)]
 
 
+def problems_in(err: str) -> set[str]:
+    """Each problem of an error message, with its place where there are several."""
+    first = re.search(r"^error: (.*)$", err, re.MULTILINE)
+    if first is None or not re.fullmatch(r"\d+ problems", first[1]):
+        return {first[1]} if first else set()
+    return set(re.findall(r"^  (\S.*)$", err[first.end() :], re.MULTILINE))
+
+
 def seen(*folders: Path) -> dict:
     """Every path below, with its size and time of change."""
     found = {}

@@ -74,6 +74,27 @@ def command_lines_in(output, typed):
     return lines
 
 
+def healed_command_lines(output, typed):
+    """For each fix of an error message that names settings: the command typed with each of them, then with all."""
+    lines = []
+    for fix in re.findall(r"^ *fix: (.*)$", output, re.MULTILINE):
+        settings = settings_in(fix)
+        if settings:
+            every = [[setting] for setting in settings] + ([settings] if len(settings) > 1 else [])
+            lines.append((fix, [[*typed, *one] for one in every]))
+    return lines
+
+
+def filled_command_lines(output, places):
+    """Every command that a fix names, with what stands in capitals filled in; without those that nothing fills."""
+    lines = []
+    for quoted in re.findall(r"`(llmtune [^`]+)`", " ".join(re.findall(r"^ *fix: (.*)$", output, re.MULTILINE))):
+        words = [places.get(word, word) for word in shlex.split(quoted)[1:]]
+        if not any(re.search(r"\b[A-Z]{2,}\b|\.\.\.", word) for word in words if word not in places.values()):
+            lines.append(words)
+    return lines
+
+
 def _config_words(typed):
     """The configs and settings among the words of a command line."""
     words, pairs = [], list(zip(typed, [*typed[1:], ""], strict=True))

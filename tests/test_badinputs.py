@@ -8,6 +8,7 @@ the answer.
 import io
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -133,6 +134,52 @@ def test_q8_a_bad_input_ends_with_its_code_and_one_message(case, try_case, try_f
         if os.environ.get("WRITE_EXPLAINED"):
             explained.write(shown)
         assert shown in explained.entries(), "what `llmtune explain` shows is old: see badinputs_explained.py"
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("case", [case for case in CASES if case.code and not case.child], ids=lambda case: case.id)
+def test_a_command_that_a_fix_names_is_run_and_not_refused(case, try_case, places, tmp_path, capsys, monkeypatch):
+    outcome = try_case(case)
+    here, run = tmp_path / "top" / case.folder, tmp_path / "the run"
+    if not here.is_dir() or case.environ:
+        return
+    shutil.copytree(places["run"], run, symlinks=True)
+    given = {"RUN": run, "FOLDER": run.parent, "MODEL": places["model"], "ADAPTER": run / "checkpoints" / "final"}
+    places_of_words = {**{word: str(path) for word, path in given.items()}, "N": "2"}
+    for words in fix_lines.filled_command_lines(outcome.err, places_of_words):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        with pytest.raises(SystemExit) as end:
+            main([*words, "--dry-run"] if words[0] == "train" else words)
+        err = capsys.readouterr().err
+        # Named without what it is to work on, a command asks for that.
+        assert end.value.code != 2 or re.search("Missing (argument|option)|no training data is named", err), (
+            words,
+            err,
+        )
+
+
+TAKES_SETTINGS = ("train", "data preview", "data report", "plan", "config show", "resume", "verify")
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if case.code and not case.child and case.command.startswith(TAKES_SETTINGS)],
+    ids=lambda case: case.id,
+)
+def test_a_setting_that_a_fix_proposes_heals_the_command_that_was_typed(case, try_case, places, tmp_path, capsys):
+    outcome = try_case(case)
+    here = tmp_path / "top" / case.folder
+    if not here.is_dir():
+        return
+    said = runner.problems_in(outcome.err)
+    for fix, attempts in fix_lines.healed_command_lines(outcome.err, runner.arguments_of(case, here, places)):
+        left = []
+        for words in attempts:
+            with pytest.raises(SystemExit):
+                main([*words, "--dry-run"] if words[0] == "train" and "--dry-run" not in words else words)
+            left.append(said & runner.problems_in(capsys.readouterr().err))
+        assert any(still < said or not said for still in left), f"{fix!r} heals nothing of {said}"
 
 
 def test_what_explain_shows_is_of_this_corpus_and_nothing_else():
