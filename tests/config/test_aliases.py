@@ -390,9 +390,8 @@ def test_a_switch_that_is_not_here_may_be_off(name, value):
 @pytest.mark.parametrize(
     ("text", "problem", "fix"),
     [
-        ("adapter: {method: lora, init: pissa}", "a base with other weights", "`adapter.init: orthogonal`"),
-        ("adapter: {method: lora, init: loftq}", "a base with other weights", "`adapter.init: orthogonal`"),
-        ("adapter: {method: lora, init: pissa_niter_16}", "a base with other weights", "`adapter.init: orthogonal`"),
+        ("adapter: {method: lora, init: eva}", "activations for eva", "`adapter.init: pissa`"),
+        ("adapter: {method: lora, init: pissa_niter_7}", "4 or 16 iterations", "`adapter.init: pissa_niter_16`"),
         ("data: {test_size: 2}\nevaluation: {score: mine.py:judge}", "a file with code", "--score FILE.py:FUNCTION"),
         ("lr_scheduler_type: reduce_lr_on_plateau", "before the first step", "early_stopping_patience"),
         ("finetuning_type: freeze", "without an adapter", "`model.train_only`"),

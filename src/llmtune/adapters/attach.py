@@ -248,7 +248,8 @@ def _seed_weights(adapted: PeftModel, seed: int, init: str) -> None:
             weight = parameters[name]
             if name.endswith("lora_A.default.weight"):
                 other = parameters[name.replace("lora_A.default", "lora_B.default")]
-                first, second = INITS[init](weight.shape, other.shape, generator)
+                # Those that are computed from the base come later: here it may have no numbers.
+                first, second = INITS.get(init, _kaiming)(weight.shape, other.shape, generator)
                 weight.copy_(first)
                 if second is not None:
                     other.copy_(second)

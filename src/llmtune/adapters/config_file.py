@@ -14,6 +14,7 @@ from llmtune.models.scan import read_json_file
 
 __all__ = [
     "BASE_RECORD",
+    "WEIGHTS_FILE",
     "BaseRecord",
     "LoraOptions",
     "read_adapter_config",
@@ -23,6 +24,9 @@ __all__ = [
 ]
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+"""Tensors of an adapter, beside its `adapter_config.json`."""
 
 BASE_RECORD = "adapter_base.json"
 """Written beside an adapter: the base it was trained on, as a `BaseRecord`."""

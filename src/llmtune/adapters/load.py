@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 
 from llmtune.adapters.attach import wrap_with_peft
-from llmtune.adapters.config_file import read_adapter_config, read_base_record
+from llmtune.adapters.config_file import WEIGHTS_FILE, read_adapter_config, read_base_record
 from llmtune.adapters.write import adapter_state_and_config
 from llmtune.errors import AdapterError, ModelError, Problem
 from llmtune.models.read_config import quiet_libraries
@@ -71,7 +71,7 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     Raises AdapterError when the file is missing (also where there is only a `.bin`), damaged or changed since it was
     written, or has values that are not finite.
     """
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS_FILE
     if not path.is_file():
         if (folder / "adapter_model.bin").is_file():
             problem = "is only there as adapter_model.bin, a format that can run code when it is opened"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from llmtune import durable
-from llmtune.adapters.config_file import BASE_RECORD, BaseRecord, DtypeName
+from llmtune.adapters.config_file import BASE_RECORD, WEIGHTS_FILE, BaseRecord, DtypeName
+from llmtune.adapters.residual_base import TakenPart
 from llmtune.models.parameters import base_model_of
 from llmtune.models.read_config import quiet_libraries
 from llmtune.models.save import write_generation_config, write_tokenizer
@@ -33,6 +34,7 @@ def write_adapter(
     base_digest: str | None = None,
     base_name: str | None = None,
     base_revision: str | None = None,
+    taken: TakenPart | None = None,
 ) -> None:
     """Write the adapter, a record of its base, and the tokenizer with generation config when one is given.
 
@@ -42,13 +44,17 @@ def write_adapter(
     tensors: those of `adapter_state_and_config(model)`, A [r, in] and B [out, r] of each layer, where they were
     gathered already. base_digest, base_name, base_revision: written to the record, and the revision to the config too.
 
+    taken: what was taken out of the base in memory; written, the adapter fits the base on the disk.
+
     Raises MachineError when the system refuses to write.
     """
     own_tensors, config = adapter_state_and_config(model)
     tensors = own_tensors if tensors is None else tensors
+    if taken is not None:
+        tensors, config = taken.as_lora(tensors), taken.config_as_lora(config)
     if base_revision is not None:
         config["revision"] = base_revision
-    durable.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    durable.write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     durable.write_json(folder / "adapter_config.json", config)
     base = base_model_of(model)
     # A merge needs the very numbers the adapter was trained beside: the type they were loaded in, and how quantized.

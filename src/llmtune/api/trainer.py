@@ -19,6 +19,7 @@ from llmtune.common.text import PrintLine
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.engine.loop import StepResult
+from llmtune.engine.own_loss import LossFunction
 from llmtune.errors import UsageError
 from llmtune.evaluation.generate import Answer, Prompt, generate
 from llmtune.evaluation.sampling import Sampling
@@ -49,6 +50,9 @@ class Trainer:
     metrics: functions of a step, or objects with `on_step(step)`, whose values are added to the step's line (see
     `llmtune.api.metrics`); the method `on_step` of a subclass is one more. They cannot change the run, and end it only
     by returning `Stop(reason)`.
+    loss: a function of your own that is minimized: `loss(log_probs, weights)` gets the log-probabilities of the trained
+    tokens of a micro-batch and their weights, [N] each, and returns the sum of their losses. It is divided by the
+    trained tokens of the whole window. Held-out rows keep the usual loss.
     callbacks: objects with `on_evaluate(step, metrics)` or `on_save(step, folder)` (see `llmtune.api.callbacks`); these
     methods of a subclass are one more.
     no_cuda, offline, trust_remote_code: as the flags of `llmtune train`; offline follows HF_HUB_OFFLINE and
@@ -65,6 +69,7 @@ class Trainer:
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
         formatting_func: FormattingFunc | None = None,
+        loss: LossFunction | None = None,
         metrics: Iterable[Metric] = (),
         callbacks: Iterable[object] = (),
         no_cuda: bool = False,
@@ -77,9 +82,7 @@ class Trainer:
         """The config as it was resolved; `session.config` also has the values that llmtune chose."""
         self.curve = Curve(resolved.name)
         """The losses so far; a notebook shows them as a picture."""
-        self._options = Options(
-            no_cuda=no_cuda, offline=is_offline() if offline is None else offline, trust_remote_code=trust_remote_code
-        )
+        self._options = Options(no_cuda, is_offline() if offline is None else offline, trust_remote_code, loss=loss)
         self._rows = GivenRows(train_dataset, eval_dataset, formatting_func)
         self._rows.check()
         self._metrics = tuple(metrics)

@@ -23,9 +23,9 @@ _TOKENS = (
     "special tokens belong to the tokenizer",
     "set `model.pad_token` and `model.eos_token`; others in a tokenizer's folder, and name that with `model.tokenizer`",
 )
-_OTHER_BASE = (
-    "it starts from a base with other weights, to which a saved adapter would not fit",
-    "set `adapter.init: orthogonal`, a start that leaves the base as it is",
+_FROM_ROWS = (
+    "it begins with what the training rows do to the base (activations for eva and corda, gradients for lora_ga)",
+    "set `adapter.init: pissa`, which begins with the weights alone",
 )
 _LAYERS = (
     "layers are chosen by their number from the end, or by name",
@@ -93,8 +93,7 @@ NOT_HERE: dict[str, tuple[str, str]] = {
     "label_smoothing_factor": ("the loss here is the plain negative log-likelihood", "remove it"),
     "logging_dir": ("logs stand in the run's own folder", "set `run.output_dir`"),
     "micro_batch_size_eval": ("it has another name here", "set `evaluation.batch_size`"),
-    "pissa_init": _OTHER_BASE,
-    "loftq_config": _OTHER_BASE,
+    "loftq_config": ("it has one step and 4 bits here", "set `adapter.init: loftq` and `model.quantization: 4bit`"),
     "relora_steps": ("an adapter is trained once, and merged when it is done", "remove it"),
     "relora": ("an adapter is trained once, and merged when it is done", "remove it"),
     "layers_to_transform": _LAYERS,
@@ -128,7 +127,10 @@ NOT_HERE: dict[str, tuple[str, str]] = {
 """Names people know from elsewhere that are refused: the reason and what to do."""
 
 REFUSED_VALUES: dict[str, dict[str, tuple[str, str]]] = {
-    "adapter.init": {r"pissa(_niter_\d+)?|olora|loftq|corda|eva|lora_ga": _OTHER_BASE},
+    "adapter.init": {
+        "corda|eva|lora_ga": _FROM_ROWS,
+        r"pissa_niter_\d+": ("here it takes 4 or 16 iterations", "set `adapter.init: pissa_niter_16`, or `pissa`"),
+    },
     "evaluation.score": {
         r".*\.py(:.*)?": (
             "it is a file with code, and llmtune imports nothing that a config names",

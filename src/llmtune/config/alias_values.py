@@ -173,6 +173,7 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
             ("init_lora_weights", "lora_init_weights", "peft_init_lora_weights"),
             words_of("adapter.init", dict.fromkeys(("true", "default"), "kaiming")),
         ),
+        "pissa_init": switch("adapter.init", "pissa_niter_16", "kaiming"),
     },
     "model.quantization": {
         "load_in_4bit": switch("model.quantization", "4bit", "none"),

@@ -108,6 +108,18 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         "remove one of the two",
     ),
     Contradiction(
+        ("adapter.init", "model.quantization"),
+        lambda c, _: c.adapter.takes_from_base and c.model.quantization != "none",
+        "it changes the base's weights, and quantized again they are others than the base that is saved with the run",
+        "set `model.quantization: none`, or `adapter.init: orthogonal`",
+    ),
+    Contradiction(
+        ("adapter.init", "model.quantization"),
+        lambda c, _: c.adapter.init == "loftq" and c.model.quantization != "4bit",
+        "it begins with what quantizing to 4 bits took from the base",
+        "set `model.quantization: 4bit`, or `adapter.init: pissa`",
+    ),
+    Contradiction(
         ("training.loraplus_lr_ratio", "adapter.method"),
         lambda c, _: c.training.loraplus_lr_ratio is not None and c.adapter.method == "none",
         "LoRA+ sets the rates of an adapter's matrices, and none is trained",

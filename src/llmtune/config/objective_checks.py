@@ -102,6 +102,12 @@ OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `objective.reference: start` (a frozen copy) or `precomputed`",
     ),
     Contradiction(
+        ("objective.reference", "adapter.init"),
+        lambda c, _: c.objective.reference == "base" and c.adapter.takes_from_base,
+        "without this adapter the model in memory is not the base: the adapter's first values were taken out of it",
+        "set `objective.reference: start` (a frozen copy, which answers as the base does) or `precomputed`",
+    ),
+    Contradiction(
         ("objective.reference", "objective.loss", "objective.method"),
         lambda c, _: (
             c.objective.method == "kto" and c.objective.reference == "precomputed" and c.objective.loss != "apo_zero"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Options"]
 
@@ -25,3 +27,6 @@ class Options:
 
     rewards: tuple[str, ...] = ()
     """FILE.py:FUNCTION[=WEIGHT] of rewards beside `objective.rewards`: code of the user's own, which is run."""
+
+    loss: Callable[[Any, Any], Any] | None = None
+    """The caller's own loss in place of the usual one (see `engine.own_loss`)."""

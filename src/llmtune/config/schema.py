@@ -157,6 +157,9 @@ class ModelConfig:
 # `adapter.*`
 
 
+AdapterInit = Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "loftq"]
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """LoRA: small matrices that are trained beside the frozen base."""
@@ -179,9 +182,10 @@ class AdapterConfig:
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers that get an adapter: `all-linear`, a list of name endings, or one regular expression over full names."""
 
-    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    init: AdapterInit = "kaiming"
     """First values of the adapter: A uniform by its inputs or normal by the rank and B 0, or an orthogonal pair whose
-    product is 0. The base stays as it is."""
+    product is 0. `pissa` (fast and nearly: `pissa_niter_4`) and `olora` begin with a part of each weight of the base;
+    saved, the adapter has twice the rank and fits the base as it is. `loftq` begins with what 4-bit quantizing took."""
 
     exclude_modules: str | tuple[str, ...] = ()
     """Layers left out of those: a list of name endings, or one regular expression over full names."""
@@ -206,6 +210,16 @@ class AdapterConfig:
 
     train_tokens: tuple[str, ...] = ()
     """Tokens (added when new) whose embedding rows are trained beside the adapter; full tuning trains all rows."""
+
+    @property
+    def begins_at_zero(self) -> bool:
+        """Whether its first values change no output: B A = 0."""
+        return self.init in ("kaiming", "gaussian", "orthogonal")
+
+    @property
+    def takes_from_base(self) -> bool:
+        """Whether the adapter's first values are a part of the base, which in memory is then without it."""
+        return not self.begins_at_zero and self.init != "loftq"
 
 
 # `data.*`

@@ -111,11 +111,12 @@ def build_engine(
     """
     strategy = strategy or Whole(Devices(device))
     engine = _choose_engine(model, config, device, precision, strategy)
-    nll_sum, log_probs = engine.nll_sum, engine.log_probs
+    nll_sum, log_probs, token_log_probs = engine.nll_sum, engine.log_probs, engine.token_log_probs
     engine = replace(
         engine,
         nll_sum=lambda batch: strategy.run(nll_sum, batch),
         log_probs=lambda batch: strategy.run(log_probs, batch),
+        token_log_probs=lambda batch, temperature: strategy.run(token_log_probs, batch, temperature),
         equal_counts=strategy.is_sharded,
     )
     if config.model.gradient_checkpointing != "offload":

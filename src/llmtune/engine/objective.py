@@ -84,6 +84,8 @@ class Objective:
     """
     measure: Callable[[Devices], dict[str, float]] | None = None
     """Called after a window's last micro-batch, in every process: further metrics of the window, over all devices."""
+    code: str | None = None
+    """The sha256 of the user's own function that computes it."""
 
 
 def next_token_objective(nll_sum: Callable[[MicroBatch], Tensor]) -> Objective:

@@ -49,7 +49,7 @@ UNITS = {"kto": "per answer"}
 
 def begins_anew(adapter: AdapterConfig) -> bool:
     """Whether training begins with a new adapter, without which the model is what it was before step 1."""
-    return adapter.method != "none" and adapter.start_from is None
+    return adapter.method != "none" and adapter.start_from is None and adapter.begins_at_zero
 
 
 def resolve_objective(objective: ObjectiveConfig, *, new_adapter: bool) -> ObjectiveConfig:

@@ -24,6 +24,8 @@ from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.runs.folder import RunFolder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from llmtune.engine.state import Snapshot
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "delete_replaced",
     "load",
     "newest_valid",
+    "read_weights",
     "save_checkpoint",
     "save_folder",
     "set_aside_later",
@@ -308,6 +311,12 @@ def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
         group: durable.read_tensors(checkpoint.path / name, sha256=digests[name])[0] for group, name in groups.items()
     }
     return LoadedCheckpoint(checkpoint.step, checkpoint.path, Snapshot(tensors, json.loads(raw)), manifest)
+
+
+def read_weights(checkpoint: LoadedCheckpoint, name: str) -> dict[str, Tensor]:
+    """Read one of its files of weights. Raises CheckpointError when it was changed since `verify`."""
+    # The digest is taken of the very bytes that fill the tensors, so nothing can come between check and use.
+    return durable.read_tensors(checkpoint.path / name, sha256=checkpoint.manifest["files"][name]["sha256"])[0]
 
 
 def delete_old_checkpoints(run: RunFolder, keep_last: int, *, protected_steps: Collection[int] = ()) -> list[str]:

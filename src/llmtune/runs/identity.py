@@ -55,6 +55,8 @@ class Digests(TypedDict):
     batches: str
     rewards: str | None
     """Of the rewards that drawn answers are judged by, the user's own code included."""
+    loss: str | None
+    """Of a loss function of the user's own."""
 
 
 class Identity(TypedDict):
@@ -111,7 +113,13 @@ class Difference(NamedTuple):
 
 
 def _short(value: object) -> str:
-    """Return a value as a person reads it; of a digest only the beginning."""
+    """Return a value as a person reads it; of a digest only the beginning, of a source of rows what was set.
+
+    >>> _short([{"path": "rows.jsonl", "split": None, "columns": {}, "weight": 1.0}])
+    "[{'path': 'rows.jsonl', 'weight': 1.0}]"
+    """
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = [{key: entry for key, entry in item.items() if entry not in (None, {}, [])} for item in value]
     return f"{value[:12]}..." if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) else repr(value)
 
 

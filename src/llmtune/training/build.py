@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from llmtune.adapters import attach
+from llmtune.adapters.config_file import WEIGHTS_FILE
+from llmtune.adapters.residual_base import TakenPart, take_part
 from llmtune.adapters.start import load_start, start_options
 from llmtune.common.decisions import Decision
 from llmtune.common.environment import spinning_in_force
@@ -26,16 +28,20 @@ from llmtune.engine.forward import Engine, build_engine
 from llmtune.engine.neftune import Neftune
 from llmtune.engine.objective import Objective, next_token_objective
 from llmtune.engine.optim import Optimizer, build_optimizer, learning_rate_scales, matrices_of_blocks
+from llmtune.engine.own_loss import own_objective
 from llmtune.engine.precision import Precision, PrecisionName, fixed_order_of_sums, without_tf32
 from llmtune.engine.schedule import schedule_of
 from llmtune.engine.sharding import Strategy, make_strategy
 from llmtune.engine.update import StepAfterBackward, StepInBackward, Update, choose_windows
 from llmtune.engine.utilization import utilization
+from llmtune.errors import UsageError
 from llmtune.evaluation.rewards import Reward
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.parameters import count_parameters, freeze_all_but, trained_parameters
 from llmtune.prepare import Prepared
+from llmtune.runs.checkpoint import LoadedCheckpoint, read_weights
 from llmtune.training.objectives import Objectives, build_objectives, build_policy_gradient
+from llmtune.training.quantization_error import begin_with_quantization_error
 from llmtune.training.rollouts import Rollouts
 
 if TYPE_CHECKING:
@@ -85,6 +91,8 @@ class TrainingSetup:
     base_digest: str
     start_digest: str | None
     """sha256 over the adapter that training started from, where it started from one."""
+    taken: TakenPart | None
+    """What the adapter's first values took out of the base."""
     is_adapted: bool
     """Only an adapter is trained; `model` is peft's wrapper."""
     counts: Counts
@@ -114,12 +122,16 @@ class TrainingSetup:
 
 
 def build_setup(
-    prepared: Prepared, options: Options, devices: Devices, rewards: Sequence[Reward] = ()
+    prepared: Prepared,
+    options: Options,
+    devices: Devices,
+    rewards: Sequence[Reward] = (),
+    saved: LoadedCheckpoint | None = None,
 ) -> TrainingSetup:
     """Load the model, attach the adapter, choose the engine, build the optimizer: all as before step 1.
 
-    `prepared.config` must be resolved (see `plan.resolve_auto`). rewards: those of a run that draws answers. Seeds the
-    random generators from `run.seed`. Raises ModelError, AdapterError, ConfigError or MachineError.
+    `prepared.config` must be resolved (see `plan.resolve_auto`). rewards: those of a run that draws answers. saved: the
+    checkpoint to restore. Seeds the generators from `run.seed`. Raises ModelError, ConfigError, MachineError or others.
     """
     config = prepared.config
     decisions = _set_up_process(config, devices)
@@ -130,19 +142,18 @@ def build_setup(
     loaded = _load(prepared, options, devices, precision, strategy)
     model: PreTrainedModel = loaded.model
     decisions += loaded.decisions
-    start_digest: str | None = None
+    start_digest = taken = None
     if is_adapted:
-        model, start_digest, adapter_decisions = _attach_adapter(prepared, loaded)
+        model, start_digest, taken, adapter_decisions = _attach_adapter(prepared, loaded, devices, saved)
         decisions += adapter_decisions
     elif config.model.train_only:
         decisions.append(freeze_all_but(model, config.model.train_only))
-    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
-    counts = Counts(count_parameters(model), trained=trained)
+    counts = _count(model)
     decisions += strategy.shard(model)
     parameters = trained_parameters(model)
     engine = build_engine(model, config=config, device=devices.device, precision=precision, strategy=strategy)
     model.train()  # dropout and noise are on from here; evaluation switches them off for itself
-    objectives = _make_objectives(prepared, model, engine, parameters, precision, devices, rewards, loaded.base_digest)
+    objectives = _make_objectives(prepared, options, model, engine, parameters, precision, devices, rewards, loaded)
     optimizer, optimizer_decisions = _make_optimizer(model, parameters, config.training, devices)
     update, update_decisions = _make_update(list(parameters.values()), optimizer, config.training, precision, strategy)
     batches, window_decisions = _make_windows(prepared, engine, model, parameters, devices)
@@ -165,15 +176,32 @@ def build_setup(
         batches=batches,
         base_digest=loaded.base_digest,
         start_digest=start_digest,
+        taken=taken,
         is_adapted=is_adapted,
         counts=counts,
         decisions=tuple(decisions),
     )
 
 
-def _attach_adapter(prepared: Prepared, loaded: LoadedModel) -> tuple[PreTrainedModel, str | None, list[Decision]]:
-    """Return the model with its adapter, the digest of the adapter it starts from (None for a new one), the choices."""
-    config, start_digest = prepared.config, None
+def _count(model: PreTrainedModel) -> Counts:
+    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+    return Counts(count_parameters(model), trained=trained)
+
+
+class _Adapted(NamedTuple):
+    """The model with its adapter, where the adapter's values come from, and the choices made."""
+
+    model: PreTrainedModel
+    start_digest: str | None
+    """Of the adapter it starts from; None for a new one."""
+    taken: TakenPart | None
+    decisions: list[Decision]
+
+
+def _attach_adapter(
+    prepared: Prepared, loaded: LoadedModel, devices: Devices, saved: LoadedCheckpoint | None
+) -> _Adapted:
+    config, start_digest, taken = prepared.config, None, None
     adapted, decisions = attach.attach_adapter(
         loaded.model,
         config.adapter,
@@ -184,7 +212,23 @@ def _attach_adapter(prepared: Prepared, loaded: LoadedModel) -> tuple[PreTrained
     )
     if config.adapter.start_from is not None:
         start_digest = load_start(adapted, config, base_digest=loaded.base_digest)
-    return cast("PreTrainedModel", adapted), start_digest, decisions  # peft's wrapper passes on what it does not know
+    elif config.adapter.takes_from_base:
+        taken, decision = _take_part(adapted, config, devices, saved)
+        decisions.append(decision)
+    elif config.adapter.init == "loftq" and saved is None:  # a saved adapter has what it learned since
+        decisions.append(begin_with_quantization_error(adapted, prepared.source))
+    # peft's wrapper passes on what it does not know.
+    return _Adapted(cast("PreTrainedModel", adapted), start_digest, taken, decisions)
+
+
+def _take_part(
+    adapted: PeftModel, config: Config, devices: Devices, saved: LoadedCheckpoint | None
+) -> tuple[TakenPart, Decision]:
+    """Take the adapter's first values out of the base. Raises ConfigError where other processes took others."""
+    tensors = read_weights(saved, WEIGHTS_FILE) if saved is not None else None
+    taken, decision = take_part(adapted, config.adapter.init, seed=config.run.seed, saved=tensors)
+    devices.check_alike({"adapter's first values": taken.digest()})
+    return taken, decision
 
 
 def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
@@ -215,22 +259,37 @@ def _control_tokens(prepared: Prepared) -> list[int]:
 
 def _make_objectives(
     prepared: Prepared,
+    options: Options,
     model: PreTrainedModel,
     engine: Engine,
     parameters: dict[str, torch.nn.Parameter],
     precision: Precision,
     devices: Devices,
     rewards: Sequence[Reward],
-    base_digest: str,
+    loaded: LoadedModel,
 ) -> Objectives:
+    if options.loss is not None:
+        return _own_objectives(own_objective(engine, options.loss), model, prepared.config)
     if prepared.config.objective.method == "sft":
         noisy = _with_noise(engine.nll_sum, model, prepared.config.training)
         return Objectives(next_token_objective(noisy), None, [])
     if prepared.config.objective.method == "grpo":
         return build_policy_gradient(
-            prepared, model, engine, parameters, precision, devices, rewards, base_digest=base_digest
+            prepared, model, engine, parameters, precision, devices, rewards, base_digest=loaded.base_digest
         )
-    return build_objectives(prepared, model, engine, parameters, precision, devices, base_digest=base_digest)
+    return build_objectives(prepared, model, engine, parameters, precision, devices, base_digest=loaded.base_digest)
+
+
+def _own_objectives(own: Objective, model: PreTrainedModel, config: Config) -> Objectives:
+    """Raises UsageError where the config asks for another objective than the usual one."""
+    if config.objective.method != "sft":
+        problem = (
+            f"a loss of your own takes the place of the usual one, and objective.method is {config.objective.method}"
+        )
+        raise UsageError(problem, "Trainer(loss=...)", "set `objective.method: sft`, or leave the loss out")
+    reason = "your function of the log-probabilities of trained tokens; held-out rows have the usual loss"
+    noisy = replace(own, loss_sum=_with_noise(own.loss_sum, model, config.training))
+    return Objectives(noisy, None, [Decision("objective", own.name, reason)])
 
 
 def _with_noise(

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from llmtune import durable
+from llmtune.adapters.config_file import WEIGHTS_FILE as ADAPTER_FILE
 from llmtune.adapters.config_file import LoraOptions
 from llmtune.adapters.load import load_adapter_weights
 from llmtune.adapters.write import adapter_state_and_config, write_adapter
@@ -34,7 +35,6 @@ from llmtune.training.build import TrainingSetup
 __all__ = ["Checkpointer", "find_checkpoint", "restore_weights"]
 
 WEIGHTS_FILE = "model.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
 BEST, FINAL = "best", "final"
 
 
@@ -69,9 +69,8 @@ def restore_weights(setup: TrainingSetup, loaded: LoadedCheckpoint) -> None:
 
     Raises CheckpointError when they were changed since the checkpoint was verified.
     """
-    name = ADAPTER_FILE if setup.is_adapted else WEIGHTS_FILE
-    # The digest is taken of the very bytes that fill the tensors, so nothing can come between check and use.
-    tensors, _ = durable.read_tensors(loaded.path / name, sha256=loaded.manifest["files"][name]["sha256"])
+    tensors = checkpoints.read_weights(loaded, ADAPTER_FILE if setup.is_adapted else WEIGHTS_FILE)
+    tensors = setup.taken.trained(tensors) if setup.taken is not None else tensors
     held = _trained_weights(setup)
     tensors = {name: shard_like(full, held[name]) if name in held else full for name, full in tensors.items()}
     if setup.is_adapted:
@@ -222,7 +221,8 @@ class Checkpointer:
     def _base(self) -> dict[str, Any]:
         source = self._setup.prepared.source
         name = self._setup.config.model.name if source.kind in ("hub", "gguf") else source.location
-        return {"base_digest": self._setup.base_digest, "base_name": name, "base_revision": source.revision}
+        base = {"base_digest": self._setup.base_digest, "base_name": name, "base_revision": source.revision}
+        return {**base, "taken": self._setup.taken}
 
     def _model_writer(self, metrics: Mapping[str, Any], step: int) -> Callable[[Path], None]:
         """Gather the weights, and return the function that writes the model as users load it into a folder."""
@@ -255,7 +255,8 @@ class Checkpointer:
         """Return the command lines that serve what is written."""
         setup = self._setup
         if setup.is_adapted:
-            options = cast("LoraOptions", setup.peft_model.peft_config["default"].to_dict())
+            held = setup.peft_model.peft_config["default"].to_dict()
+            options = cast("LoraOptions", setup.taken.config_as_lora(held) if setup.taken is not None else held)
             return usage(adapter_result(THIS_FOLDER, options, base_path, adds_rows=adds_rows))
         return usage(Result("folder", THIS_FOLDER, self._prompt_defaults(), setup.model.config.model_type))
 

@@ -157,8 +157,10 @@ class Evaluator:
         is_best = False
         if self._heldout is not None:
             metrics |= self._heldout_loss(self._heldout)
-            name = self._setup.objective.name if self._setup.rollouts is None else "reward"
-            self._count_loss(metrics[f"eval_{name}"])
+            # Without an objective of their own, held-out rows have the usual loss, whatever training minimizes.
+            objective = self._setup.heldout_objective
+            usual = "mean_nll" if self._setup.rollouts is None else "reward"
+            self._count_loss(metrics[f"eval_{usual if objective is None else objective.name}"])
             metrics |= self._judged_answers(full=full)
             is_best = self._update_best(step, self._value_of(metrics))
         if metrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 
 from llmtune import durable
 from llmtune.common.decisions import Decision
+from llmtune.common.folders import home_expanded
 from llmtune.common.records import flat_items
 from llmtune.common.text import PrintLine, printable
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain
@@ -23,6 +25,7 @@ from llmtune.data.dataset.preview import stretches
 from llmtune.data.dataset.report import length_summary
 from llmtune.data.example import Example, ExampleSet
 from llmtune.engine.devices import Devices
+from llmtune.errors import MachineError
 from llmtune.models import save
 from llmtune.plan.memory import optimizer_bytes
 from llmtune.plan.resolve_auto import OPEN_VALUES
@@ -191,8 +194,13 @@ def run_name(template: str, *, model: str, config: str, seed: int) -> str:
 
 
 def check_name(resolved: ResolvedConfig) -> None:
-    """Raise UsageError when `run.name` cannot be the name of a run, before anything is loaded."""
+    """Raise UsageError for a `run.name` that no run can have, MachineError for a `run.output_dir` that is no folder."""
     config = resolved.config
+    folder = home_expanded(config.run.output_dir).absolute()
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), folder)
+    if not there.is_dir():
+        problem = f"the runs are to lie in `{printable(folder)}`, and `{printable(there)}` is no folder"
+        raise MachineError(problem, "run.output_dir", "name another folder: `run.output_dir=DIR`")
     checked_name(run_name(config.run.name, model=config.model.name, config=resolved.name, seed=config.run.seed))
 
 
@@ -291,6 +299,7 @@ def identity_of(setup: TrainingSetup) -> Identity:
             "heldout": heldout.digest if heldout is not None else None,
             "batches": setup.batches.digest,
             "rewards": setup.rollouts.rewards_digest if setup.rollouts is not None else None,
+            "loss": setup.objective.code,
         },
         "versions": machine["versions"],
         "processor": machine["processor"],
