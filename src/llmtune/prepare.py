@@ -35,7 +35,7 @@ from llmtune.models import catalog
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.read_config import Context, context_of, read_config
-from llmtune.models.save import PromptDefaults, read_prompt_defaults
+from llmtune.models.save import other_prompts_of_base
 from llmtune.models.scan import refuse_unsafe_folder
 from llmtune.models.tokenizer import (
     LoadedTokenizer,
@@ -84,7 +84,7 @@ class Prepared:
     @functools.cached_property
     def examples(self) -> ExampleSet:
         """What steps are made of: the training rows, or for prompts the longest answers that may be drawn to them."""
-        return _examples_of(self.config, self.data)
+        return _examples_of(self.config, self.data.train)
 
     def batch_plan(
         self,
@@ -315,30 +315,17 @@ def prepare(
         if not is_stopped:
             config, length = fit_max_length(config, context, resolved.origins)
             config, tokens = fit_train_tokens(config, source, model_config, loaded)
-            fitted += [*length, *tokens, *_prompts_of_base(config)]
+            fitted += [*length, *tokens, *other_prompts_of_base(config)]
         with overlong_named(fitted):
             data = prepare_data(
                 config.data, renderer, formats=RECOGNIZED_BY[config.objective.method], progress=progress
             )
-    examples = _examples_of(config, data)
-    _refuse_beyond(context, [examples, *([data.eval] if data.eval is not None else [])])
+    examples = _examples_of(config, data.train)
+    sets = [examples, *([_examples_of(config, data.eval)] if data.eval is not None else [])]
+    fitted += _beyond_context(config, context, sets)
     packs, draws = _lay_out(examples, data.train, config.data)
     decisions = (*source.decisions, *loaded.decisions, *still, *fitted, *renderer.decisions, *data.decisions)
     return Prepared(config, source, loaded, renderer, data, packs, draws, trains_tokenizer(config, source), decisions)
-
-
-def _prompts_of_base(config: Config) -> Iterator[Decision]:
-    """A decision where the model was trained with other prompts than this run will give it."""
-    folder = Path(config.adapter.start_from or config.model.name)
-    if not folder.is_dir():
-        return
-    before = read_prompt_defaults(folder)
-    now = PromptDefaults(config.data.system, dict(config.data.template_args), config.data.parse_control_tokens)
-    if (before.system, dict(before.template_args)) not in ((None, {}), (now.system, dict(now.template_args))):
-        reason = (
-            f"{folder.name} was trained with {before.described()}; set data.system and data.template_args to keep that"
-        )
-        yield Decision("data.system", now.described() or "none", reason)
 
 
 def _for_comparison(config: Config) -> tuple[Config, list[Decision]]:
@@ -366,18 +353,38 @@ def _for_comparison(config: Config) -> tuple[Config, list[Decision]]:
     return config, [*chosen, *off]
 
 
-def _examples_of(config: Config, data: PreparedData) -> ExampleSet:
+def _examples_of(config: Config, rows: MappedExamples) -> ExampleSet:
     objective = config.objective
     if objective.method != "grpo":
-        return data.train
-    return PlannedAnswers(data.train, objective.num_generations, objective.max_new_tokens)
+        return rows
+    return PlannedAnswers(rows, objective.num_generations, objective.max_new_tokens)
 
 
-def _refuse_beyond(context: Context | None, sets: Sequence[ExampleSet]) -> None:
-    """Raise ConfigError for an example that is longer than the table of the model's positions."""
+def _beyond_context(config: Config, context: Context | None, sets: Sequence[ExampleSet]) -> list[Decision]:
+    """Name answers that may be drawn beyond rotary positions, which `fit_max_length` cannot know of.
+
+    Raises ConfigError for an example that is longer than the table of the model's positions.
+    """
     longest = max(int(max(examples.lengths, default=0)) for examples in sets)
-    if context is not None and context.ends and longest > context.tokens:
-        raise _too_long_for_model(f"a row of {longest:,} tokens is longer", context, "data.max_length")
+    if context is None or longest <= context.tokens:
+        return []
+    draws, answer = config.objective.method == "grpo", config.objective.max_new_tokens
+    if not draws:
+        if context.ends:
+            raise _too_long_for_model(f"a row of {longest:,} tokens is longer", context, "data.max_length")
+        return []  # `data.max_length` is named
+    told = f"with a prompt of {longest - answer:,} tokens more than the {context.tokens:,} tokens"
+    if not context.ends:
+        reason = f"{told} this model was made for; what is drawn beyond them means little to it"
+        return [Decision("objective.max_new_tokens", answer, reason)]
+    free, left = context.tokens - (longest - answer), context.tokens - answer
+    fixes = [f"set objective.max_new_tokens={free}"] if free > 0 else []
+    fixes += [f"leave long prompts out: data.max_length={left} and data.overlong=drop"] if left > 1 else []
+    raise ConfigError(
+        f"`objective.max_new_tokens: {answer}` is {told} this model sees: it has no position for a later one",
+        where="objective.max_new_tokens",
+        fix=", or ".join(fixes) or "shorten both, or use a model with a longer context",
+    )
 
 
 def _lay_out(examples: ExampleSet, rows: MappedExamples, data: DataConfig) -> tuple[list[Indices], EpochDraws | None]:

@@ -1,6 +1,7 @@
 """Rows beyond the model's context are known before a model is loaded, wherever sequences are made."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -106,6 +107,38 @@ def test_a_stopped_run_is_refused_where_its_rows_reach_beyond_the_last_position(
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"a row of .* is longer than the 64 tokens this model sees"):
         prepare(given, Options(), is_stopped=True)
+
+
+DRAWS = ("objective.method=grpo", "objective.rewards={length: 1.0}", "data.overlong=drop")
+
+
+@pytest.mark.parametrize("part", ["data.train", "data.eval"])
+def test_answers_beyond_the_last_position_are_refused_with_what_fits(config_of, learned, rows_file, part, tmp_path):
+    """Also those that held-out prompts may get. The shortest prompt has room for its answer, and no token more."""
+    short, mixed = tmp_path / "short.jsonl", tmp_path / "mixed.jsonl"
+    short.write_text('{"prompt": "the user", "answer": "asks"}\n')
+    mixed.write_text(short.read_text() + rows_file.read_text())
+    files = [f"data.train={short}", f"data.eval={short}", "data.test_size=0", "data.on_overlap=keep"]
+    basis = [f"model.name={learned}", *files, *DRAWS]
+    prompt = int(prepare(config_of(*basis, "objective.max_new_tokens=1"), Options()).data.train.lengths.max())
+    given = [*basis, f"{part}={mixed}", f"objective.max_new_tokens={CONTEXT - prompt}"]
+    with pytest.raises(ConfigError) as refused:
+        prepare(config_of(*given), Options())
+    (problem,) = refused.value.problems
+    assert f"`objective.max_new_tokens: {CONTEXT - prompt}` is with a prompt of" in problem.problem
+    assert "than the 64 tokens this model sees" in problem.problem
+    fixes = re.findall(r"[a-z.]+[a-z_]+=\w+(?: and [a-z.]+[a-z_]+=\w+)?", problem.fix)
+    assert len(fixes) == 2
+    for fix in fixes:
+        prepare(config_of(*given, *fix.split(" and ")), Options())
+
+
+def test_answers_beyond_rotary_positions_are_named(config_of, rows_file):
+    given = ("data.max_length=128", "objective.max_new_tokens=250", *DRAWS)
+    decision = decisions_of(prepare(config_of(*given), Options()))["objective.max_new_tokens"]
+    assert decision.value == 250
+    assert "more than the 256 tokens this model was made for" in decision.reason
+    assert "objective.max_new_tokens" not in decisions_of(prepare(config_of("data.max_length=128"), Options()))
 
 
 def test_the_run_keeps_the_length_it_was_given_by_the_model(config_of, learned):

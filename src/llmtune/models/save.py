@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmtune import durable
-from llmtune.config.schema import DataConfig
+from llmtune.common.decisions import Decision
+from llmtune.config.schema import Config, DataConfig
 from llmtune.errors import CheckpointError, ModelError, Problem
 from llmtune.models.parameters import trained_parameters
 from llmtune.models.read_config import translate_save_errors
@@ -28,6 +29,7 @@ __all__ = [
     "MAX_SHARD_BYTES",
     "PROMPT_DEFAULTS",
     "PromptDefaults",
+    "other_prompts_of_base",
     "prompt_defaults_of",
     "read_prompt_defaults",
     "restore_weights",
@@ -195,3 +197,17 @@ def read_prompt_defaults(folder: Path) -> PromptDefaults:
         fix = "delete the file, or write it as `llmtune merge-lora` does"
         raise ModelError(f"`{PROMPT_DEFAULTS}` holds values of the wrong type", where=str(path), fix=fix)
     return defaults
+
+
+def other_prompts_of_base(config: Config) -> Iterator[Decision]:
+    """A decision where the model was trained with other prompts than this run will give it."""
+    folder = Path(config.adapter.start_from or config.model.name)
+    if not folder.is_dir():
+        return
+    before = read_prompt_defaults(folder)
+    now = PromptDefaults(config.data.system, dict(config.data.template_args), config.data.parse_control_tokens)
+    if (before.system, dict(before.template_args)) not in ((None, {}), (now.system, dict(now.template_args))):
+        reason = (
+            f"{folder.name} was trained with {before.described()}; set data.system and data.template_args to keep that"
+        )
+        yield Decision("data.system", now.described() or "none", reason)
