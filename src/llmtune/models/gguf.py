@@ -22,7 +22,6 @@ from llmtune.common.folders import cache_folder
 from llmtune.durable.files import stamp_of
 from llmtune.errors import MachineError, ModelError, in_one_line
 from llmtune.models.read_config import quiet_libraries, translate_save_errors
-from llmtune.models.weights import inspect_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -113,6 +112,8 @@ def _read(gguf: Path, empty_folder: Path, kind: Any, **options: object) -> Any:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    from llmtune.models.weights import inspect_weights  # loads torch
+
     model, tokenizer = read_gguf(gguf, folder)
     # The config still says "gguf": transformers would neither save this model nor load it as safetensors.
     if hasattr(model.config, "quantization_config"):

@@ -7,13 +7,12 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
 
 from llmtune import durable
 from llmtune.errors import ModelError, Problem
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["WeightsReport", "digest_tensors", "inspect_weights", "load_trained_part", "refuse_changed_weights"]
 
@@ -86,8 +85,6 @@ def load_trained_part(model: torch.nn.Module, folder: Path) -> None:
 
     Raises ModelError for weights that were changed since, or that the model does not have in this shape.
     """
-    import torch
-
     refuse_changed_weights(folder)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -103,8 +100,6 @@ def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
     tensors: of any shape and type, on any device; their values are taken in row-major order.
     """
-    import torch  # only here and below: tokenizers and lists of models are read without torch
-
     total = hashlib.sha256()
     for name, tensor in tensors:
         total.update(f"{name}\0{str(tensor.dtype).removeprefix('torch.')}\0{tuple(tensor.shape)}\0".encode())
@@ -115,8 +110,6 @@ def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _tensors_by_name(files: Sequence[Path]) -> Iterator[tuple[str, Path, torch.Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
     file_of: dict[str, Path] = {}
     for path in files:
         try:
@@ -146,8 +139,6 @@ def _largest_value(tensor: torch.Tensor) -> float:
 
     0 for whole numbers, empty tensors and 8-bit floats (which quantizers write, and torch cannot compare).
     """
-    import torch
-
     if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.element_size() < 2:
         return 0.0
     low, high = torch.aminmax(tensor)
