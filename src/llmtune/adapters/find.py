@@ -22,7 +22,13 @@ __all__ = [
 
 
 def named_folder(name: Path | str, output_dir: Path | str) -> Path | None:
-    """Return the folder `name`, or that of the run `name` in `output_dir`; None where neither exists."""
+    """Return the folder `name`, or that of the run `name` in `output_dir`; None where neither exists.
+
+    Raises UsageError for an empty name, which would be the working folder.
+    """
+    if name == "":
+        fix = "name a run, an adapter or a model; a variable of the shell may be unset"
+        raise UsageError("the name of the run or model is empty", "command line", fix)
     return next((folder for folder in (Path(name), Path(output_dir) / name) if folder.is_dir()), None)
 
 
