@@ -1,11 +1,14 @@
 """Run an exported GGUF file in llama.cpp and compare its tokens with those of its source in plain transformers.
 
     llmtune export MODEL --output model.gguf
-    python benchmarks/llama_cpp.py FOLDER model.gguf [--server-python PYTHON] [--tokens 48]
+    python benchmarks/llama_cpp.py FOLDER model.gguf [--server-python PYTHON] [--tokens 48] [--answers ROWS.jsonl]
+    python benchmarks/llama_cpp.py --families [--server-python PYTHON]
 
 FOLDER: the model as plain transformers loads it. PYTHON: an interpreter that has `xllamacpp`, a package that carries
-llama.cpp's server (https://pypi.org/project/xllamacpp/); this one when not given. Compared
-are token ids, greedy tokens and their log-probabilities. Exit code 1 where anything differs.
+llama.cpp's server (https://pypi.org/project/xllamacpp/); this one when not given. Compared are token ids, greedy tokens
+and their log-probabilities. `--answers`: the model answers the last question of each row as a chat; compared are the
+ids of its prompt, and its answer with the row's own. `--families`: a tiny random model of each family, exported, and
+its log-probabilities of every token. Exit code 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +36,8 @@ TOLERANCE = 2e-2
 SERVER = """
 import sys, xllamacpp
 params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1], 512, 1, False
+params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1], int(sys.argv[2]), 1, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 server = xllamacpp.Server(params)
 print("address", server.listening_address, flush=True)
 sys.stdin.read()
@@ -94,20 +101,60 @@ def compare_tokens(
     return wrong, largest, compared
 
 
-def main() -> int:
-    """Start the server, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--server-python", default=sys.executable)
-    parser.add_argument("--tokens", type=int, default=48)
-    options = parser.parse_args()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def compare_answers(address: str, tokenizer: PreTrainedTokenizerBase, rows: Path) -> tuple[list[str], int, int]:
+    """Ask the last question of each row as a chat.
 
-    tokenizer = AutoTokenizer.from_pretrained(options.folder)
-    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
-    command = [options.server_python, "-c", SERVER, str(options.file)]
+    Returns the prompts with other ids, the answers that are the row's own, and the answers.
+    """
+    wrong, right, count = [], 0, 0
+    for line in rows.read_text(encoding="utf-8").splitlines():
+        *messages, answer = json.loads(line)["messages"]
+        prompt = post(address, "apply-template", {"messages": messages})["prompt"]
+        ids = post(address, "tokenize", {"content": prompt, "add_special": True, "parse_special": True})["tokens"]
+        if ids != tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]:
+            wrong.append(f"{messages[-1]['content']!r} has another prompt in llama.cpp")
+        request = {"messages": messages, "temperature": 0, "max_tokens": 120}
+        given = post(address, "v1/chat/completions", request)["choices"][0]["message"]["content"]
+        right, count = right + (given.strip() == answer["content"].strip()), count + 1
+    return wrong, right, count
+
+
+def compare_families(python: str) -> int:
+    """Export a tiny model of each family, and compare the log-probabilities of every token after a few prompts."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from gguf_families import FAMILIES, write_family
+    from llmtune.deploy.export import export
+    from llmtune.models.tokenizer_training import train_tokenizer
+
+    tokenizer = train_tokenizer(["the user asks and the assistant answers", "12 and 345 are numbers"] * 4, 280)
+    (seen,) = tokenizer.encode("a")  # drawn always: a piece of a character would be held back with its probabilities
+    prompts = [torch.randint(4, 280, (count,)).tolist() for count in (1, 2, 9, 33, 100)]
+    failed = 0
+    for name in FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            base, file = write_family(name, Path(folder) / "base", tokenizer), Path(folder) / "model.gguf"
+            export(str(base), file, gguf_type="f32")
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+            with llama_cpp(python, file, context=256) as address:
+                wrong, largest = compare_ids(address, tokenizer), 0.0
+                for ids in prompts:
+                    request = {"prompt": ids, "n_predict": 1, "n_probs": 300, "logit_bias": [[seen, 1000.0]]}
+                    listed = post(address, "completion", request)["completion_probabilities"][0]["top_logprobs"]
+                    with torch.no_grad():
+                        expected = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+                    largest = max(largest, *(abs(float(expected[one["id"]]) - one["logprob"]) for one in listed))
+        print(f"{name:14} {len(HOSTILE_TEXTS)} texts as ids, log-probabilities within {largest:.1e}", *wrong)
+        failed += bool(wrong) or largest > TOLERANCE
+    return 1 if failed else 0
+
+
+@contextmanager
+def llama_cpp(python: str, file: Path, *, context: int) -> Iterator[str]:
+    """Run the server on a file; yield its address."""
+    command = [python, "-c", SERVER, str(file), str(context)]
     server = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -116,14 +163,39 @@ def main() -> int:
         line = next((line for line in server.stdout if line.startswith("address")), None)
         if line is None:
             raise SystemExit("llama.cpp does not load the file")
-        address = line.split()[1]
-        wrong = compare_ids(address, tokenizer)
-        differences, largest, compared = compare_tokens(address, model, tokenizer, options.tokens)
+        yield line.split()[1]
     finally:
         server.terminate()
-    wrong += differences
-    counts = f"{len(HOSTILE_TEXTS)} texts as ids, {compared} greedy tokens"
-    print(f"{counts}; largest difference of a log-probability {largest:.2e}")
+
+
+def main() -> int:
+    """Start the server, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("file", type=Path, nargs="?")
+    parser.add_argument("--server-python", default=sys.executable)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--answers", type=Path)
+    parser.add_argument("--families", action="store_true")
+    options = parser.parse_args()
+    if options.families:
+        return compare_families(options.server_python)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
+    with llama_cpp(options.server_python, options.file, context=512) as address:
+        wrong, largest = compare_ids(address, tokenizer), 0.0
+        counts = f"{len(HOSTILE_TEXTS)} texts as ids"
+        if options.answers is None:
+            differences, largest, compared = compare_tokens(address, model, tokenizer, options.tokens)
+            counts += f", {compared} greedy tokens; largest difference of a log-probability {largest:.2e}"
+        else:
+            differences, right, count = compare_answers(address, tokenizer, options.answers)
+            counts += f", {count} prompts as ids; {right} of {count} answers are the rows' own"
+        wrong += differences
+    print(counts)
     print("\n".join(wrong) or "all the same")
     return 1 if wrong or largest > TOLERANCE else 0
 

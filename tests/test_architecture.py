@@ -62,6 +62,7 @@ LAZY_IMPORTS = {
     "* datasets": "takes seconds to import; few runs read with it",
     "* pyarrow": "takes long to import; only parquet files need it",
     "* gguf": "needed only for GGUF files",
+    "* lm_eval": "optional package",
     "engine/choose_device.py resource": "does not exist on Windows",
     "durable/tensors.py numpy": "`llmtune runs` and config errors answer without it",
     "* huggingface_hub": "models are listed and tokenizers found without it",

@@ -13,6 +13,7 @@ import typer
 
 from llmtune.cli.generate import Model, open_inference_model
 from llmtune.cli.options import Checkpoint, NoCuda, Score, TemplateArgs
+from llmtune.cli.tasks import ChatTemplate, Limit, Tasks, print_tasks, run_tasks
 from llmtune.common.text import print_line
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, SourceConfig
@@ -60,12 +61,22 @@ def evaluate(
     ] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     template_args: TemplateArgs = None,
+    tasks: Tasks = None,
+    chat_template: ChatTemplate = False,
+    limit: Limit = None,
     no_cuda: NoCuda = False,
 ) -> None:
-    """Measure loss, perplexity and bits per byte on held-out rows."""
+    """Measure loss, perplexity and bits per byte on held-out rows, or run benchmarks of lm-eval."""
     if data and config:
         raise UsageError("--data and --config both name rows", "command line", "give one of them")
     loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
+    if tasks:
+        if given := [name for name, value in (("--data", data), ("--config", config), ("--score", score)) if value]:
+            problem = f"{given[0]} is about held-out rows, and --tasks brings its own"
+            raise UsageError(problem, given[0], "leave one of them out")
+        results = run_tasks(loaded, tasks, chat_template=chat_template, batch_size=batch_size, limit=limit)
+        print_tasks(results, as_json=as_json)
+        return
     rows, settings = held_out_rows(loaded, data, config)
     print_line(f"{len(rows)} held-out rows, measured in float32 arithmetic")
     metrics = measure(loaded.model, loaded.tokenizer, settings, rows, batch_size)
