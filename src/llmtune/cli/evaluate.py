@@ -13,7 +13,7 @@ import typer
 
 from llmtune.cli.generate import Model, open_inference_model
 from llmtune.cli.options import Checkpoint, NoCuda, Score, TemplateArgs
-from llmtune.cli.tasks import ChatTemplate, Limit, Tasks, print_tasks, run_tasks
+from llmtune.cli.tasks import ChatTemplate, Limit, Tasks, print_tasks, refuse_beside_tasks, run_tasks
 from llmtune.common.text import print_line
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, SourceConfig
@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "held_out_rows", "measure", "measure_rows"]
 
 
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at once; the result does not depend on it.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Longest answer of --exact-match, in tokens.")
+]
+ExactMatch = Annotated[bool, typer.Option("--exact-match", help="Also count the answers given character by character.")]
+TokenAccuracy = Annotated[
+    bool, typer.Option("--token-accuracy", help="Also count the tokens the model would have chosen itself.")
+]
+
+
 def evaluate(
     model: Model,
     data: Annotated[
@@ -46,19 +56,11 @@ def evaluate(
         typer.Option("--config", "-c", help="Config whose held-out rows are used; the run's own when not given."),
     ] = None,
     checkpoint: Checkpoint = None,
-    exact_match: Annotated[
-        bool, typer.Option("--exact-match", help="Also count the answers given character by character.")
-    ] = False,
+    exact_match: ExactMatch = False,
     score: Score = None,
-    token_accuracy: Annotated[
-        bool, typer.Option("--token-accuracy", help="Also count the tokens the model would have chosen itself.")
-    ] = False,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Rows at once; the result does not depend on it.")
-    ] = 8,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Longest answer of --exact-match, in tokens.")
-    ] = 256,
+    token_accuracy: TokenAccuracy = False,
+    batch_size: BatchSize = 8,
+    max_new_tokens: MaxNewTokens = 256,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     template_args: TemplateArgs = None,
     tasks: Tasks = None,
@@ -71,9 +73,7 @@ def evaluate(
         raise UsageError("--data and --config both name rows", "command line", "give one of them")
     loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
     if tasks:
-        if given := [name for name, value in (("--data", data), ("--config", config), ("--score", score)) if value]:
-            problem = f"{given[0]} is about held-out rows, and --tasks brings its own"
-            raise UsageError(problem, given[0], "leave one of them out")
+        refuse_beside_tasks({"--data": data, "--config": config, "--score": score})
         results = run_tasks(loaded, tasks, chat_template=chat_template, batch_size=batch_size, limit=limit)
         print_tasks(results, as_json=as_json)
         return

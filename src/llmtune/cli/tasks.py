@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmtune.errors import UsageError
+
 if TYPE_CHECKING:
     from llmtune.evaluation.inference_model import InferenceModel
 
-__all__ = ["ChatTemplate", "Limit", "Tasks", "print_tasks", "run_tasks"]
+__all__ = ["ChatTemplate", "Limit", "Tasks", "print_tasks", "refuse_beside_tasks", "run_tasks"]
 
 Tasks = Annotated[
     list[str] | None,
@@ -34,6 +36,14 @@ def run_tasks(
 
     names = [name for text in tasks for name in text.split(",") if name]
     return run(loaded, names, chat_template=chat_template, batch_size=batch_size, limit=limit)
+
+
+def refuse_beside_tasks(given: Mapping[str, object]) -> None:
+    """Raise UsageError for options, by name, that are about held-out rows."""
+    for option in (option for option, value in given.items() if value):
+        raise UsageError(
+            f"{option} is about held-out rows, and --tasks brings its own", option, "leave one of them out"
+        )
 
 
 def print_tasks(results: Mapping[str, Mapping[str, float]], *, as_json: bool) -> None:
