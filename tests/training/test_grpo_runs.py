@@ -4,11 +4,14 @@ import json
 
 import pytest
 
+from llmtune.cli.main import run as command
+from llmtune.config.dump import config_to_yaml
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.errors import CheckpointError, ConfigError, UsageError
 from llmtune.training import train as training
 from llmtune.verify.numbers import verify_batching, verify_packing
+from rank_helpers import in_two_ranks
 from training_fixtures import WORDS
 from training_helpers import LORA, comparing_run, lines_of, stopped_after, weights_of
 
@@ -97,6 +100,36 @@ def test_p2_a_stopped_run_resumes_to_the_same_bytes(resolve, stopped, kind):
         ratios = [line["clipped"] for line in lines_of(whole) if "clipped" in line]
         assert ratios[0] == ratios[3] == 0.0
         assert max(ratios) > 0.0  # from the second step of a round on, the policy has moved
+
+
+@pytest.mark.campaign
+def test_p9_two_processes_give_the_numbers_of_one_and_go_on_to_the_same_bytes(resolve, tmp_path):
+    """Both stop after two steps, inside of a round of three whose answers both had drawn."""
+    settings = ("objective.steps_per_generation=3", "checkpoint.every_steps=1", "objective.beta=0.1", *LORA)
+    settings += ("training.max_steps=5", "training.batch_size=3")
+    alone = training.train(resolve(*settings, name="alone")).folder
+    path = tmp_path / "shared.yaml"
+    path.write_text(config_to_yaml(resolve(*settings, name="shared").config))
+    shared, stopped = tmp_path / "runs" / "shared", tmp_path / "runs" / "stopped"
+
+    def two_steps():
+        stopped_after(2, load_config(str(path), overrides=["run.name=stopped"]))
+
+    for work in (
+        lambda: command(["train", "--config", str(path)]),
+        two_steps,
+        lambda: command(["resume", str(stopped)]),
+    ):
+        codes, said = in_two_ranks(work)
+        assert codes == [0, 0], said
+    assert weights_of(stopped) == weights_of(shared)
+    assert lines_of(stopped) == lines_of(shared)
+    assert len(lines_of(shared)) == len(lines_of(alone))
+    for line, other in zip(lines_of(shared), lines_of(alone), strict=True):
+        numbers = [key for key, value in other.items() if isinstance(value, int | float) and key in line]
+        assert {"train_loss", "eval_reward"} & set(numbers)
+        for key in numbers:
+            assert line[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
 
 
 def test_with_a_beta_the_divergence_is_0_before_step_1_and_grows(resolve):

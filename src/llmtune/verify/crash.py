@@ -33,7 +33,6 @@ PHASES = ("starting", "resuming", "training", "saving", "finishing")
 beside the checkpoints; finishing: the last step is recorded; training: every other moment.
 """
 
-_KILLS_IN_A_LIFE = 2
 _FRUITLESS_LIVES = 50  # this many lives in a row without a kill: the measured lifetimes are of no use
 
 
@@ -58,6 +57,7 @@ def verify_crash(
     *,
     steps: int,
     kills: int,
+    kills_in_a_life: int = 2,
     print_line: PrintLine,
     seed: int = 0,
     through_commands: bool = False,
@@ -65,8 +65,9 @@ def verify_crash(
 ) -> Verdict:
     """Kill trainings of `steps` steps `kills` times with SIGKILL and resume them; `seed` decides the moments.
 
-    The moments are uniform over the time a process is expected to live. `through_commands` starts `llmtune train` and
-    `llmtune resume` instead of forked processes. `record` gets one JSON line for each kill.
+    The moments spread over the time that a run is expected to live (see `_Campaign.live`). A run is finished and
+    compared after `kills_in_a_life` of them. `through_commands` starts `llmtune train` and `llmtune resume` instead of
+    forked processes. `record` gets one JSON line for each kill.
 
     Processes are forked, so this one must not have computed anything, nor set torch's number of threads (each thread
     of a child would then set it again, and torch's pool does not survive that after a fork). Raises CheckpointError
@@ -84,7 +85,7 @@ def verify_crash(
     for life in itertools.count(1):
         if len(deaths) >= kills or fruitless == _FRUITLESS_LIVES:
             break
-        deaths_of_life = campaign.live(life, min(_KILLS_IN_A_LIFE, kills - len(deaths)))
+        deaths_of_life = campaign.live(life, min(kills_in_a_life, kills - len(deaths)))
         fruitless = 0 if deaths_of_life else fruitless + 1
         for number, death in enumerate(deaths_of_life, len(deaths) + 1):
             print_line(f"kill {number} of {kills}: {death.process} in {death.phase}, {death.moment}: {death.outcome}")
@@ -156,8 +157,10 @@ class _Campaign:
         deaths: list[Death] = []
         while True:
             before = trace_of(run)
-            # Uniform over the expected life, so that no moment is left out for good.
-            kill_after_s = float(self._random.uniform(0, self._expected_s(run))) if len(deaths) < kills else None
+            # The last one uniform over the expected life, so that no moment is left out for good; those before it over
+            # a part, so that the kills after them find the run unfinished.
+            left = kills - len(deaths)
+            kill_after_s = float(self._random.uniform(0, 2 / (left + 1) * self._expected_s(run))) if left else None
             # After a crash a user types the same command again where there is no run yet, otherwise `resume`.
             if before.is_run:
                 end = self._trainings.resume(run, kill_after_s)
