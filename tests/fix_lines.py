@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import llmtune
@@ -15,6 +16,7 @@ from llmtune.errors import ConfigError
 
 HOLE = "\N{REPLACEMENT CHARACTER}"
 """Stands for a value that the program fills in."""
+CAPITAL_FOLDERS = ("DIR", "FOLDER", "FILE")
 CAPITALS = re.compile(r"\b(RUN|MODEL|FILE|DIR|NAME|N|KEY=VALUE|ADAPTER)\b")
 
 
@@ -75,11 +77,15 @@ def command_lines_in(output, typed):
 
 
 def healed_command_lines(output, typed):
-    """For each fix of an error message that names settings: the command typed with each of them, then with all."""
+    """For each fix of an error message that names settings: the command typed with each of them, then with all.
+
+    Without those that are written in the place of a wrong word: on top of it they heal nothing, and `command_lines_in`
+    tries them by themselves.
+    """
     lines = []
     for fix in re.findall(r"^ *fix: (.*)$", output, re.MULTILINE):
         settings = settings_in(fix)
-        if settings:
+        if settings and not re.match("write |leave it out|the default is", fix):
             every = [[setting] for setting in settings] + ([settings] if len(settings) > 1 else [])
             lines.append((fix, [[*typed, *one] for one in every]))
     return lines
@@ -89,7 +95,10 @@ def filled_command_lines(output, places):
     """Every command that a fix names, with what stands in capitals filled in; without those that nothing fills."""
     lines = []
     for quoted in re.findall(r"`(llmtune [^`]+)`", " ".join(re.findall(r"^ *fix: (.*)$", output, re.MULTILINE))):
-        words = [places.get(word, word) for word in shlex.split(quoted)[1:]]
+        words = shlex.split(quoted)[1:]
+        # What is to be written must not be there yet.
+        new = [before in ("-o", "--output") and word in CAPITAL_FOLDERS for before, word in pairwise(["", *words])]
+        words = [places["NEW"] if is_new else places.get(word, word) for word, is_new in zip(words, new, strict=True)]
         if not any(re.search(r"\b[A-Z]{2,}\b|\.\.\.", word) for word in words if word not in places.values()):
             lines.append(words)
     return lines

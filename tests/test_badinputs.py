@@ -145,7 +145,7 @@ def test_a_command_that_a_fix_names_is_run_and_not_refused(case, try_case, place
         return
     shutil.copytree(places["run"], run, symlinks=True)
     given = {"RUN": run, "FOLDER": run.parent, "MODEL": places["model"], "ADAPTER": run / "checkpoints" / "final"}
-    places_of_words = {**{word: str(path) for word, path in given.items()}, "N": "2"}
+    places_of_words = {**{word: str(path) for word, path in given.items()}, "N": "2", "NEW": str(tmp_path / "new")}
     for words in fix_lines.filled_command_lines(outcome.err, places_of_words):
         monkeypatch.setattr(sys, "stdin", io.StringIO(""))
         with pytest.raises(SystemExit) as end:
