@@ -158,13 +158,12 @@ def open_run(
 ) -> TrainingRun:
     """Do everything that comes before the first step of a new run, or of one to go on with.
 
-    Cheap checks first; a failure leaves nothing behind. What differs from the run when it stopped is printed, and
-    refused where it would be another training (unless that is allowed) or where the checkpoint no longer fits.
+    A failure leaves nothing behind. What differs from when the run stopped is printed, or refused (see `identity`).
     """
     with ExitStack() as on_failure:
         with stop.interrupting():
             # 1. What can be refused before rows are read and before processes wait for each other.
-            code = _check(resolved, options, is_new=earlier is None)
+            judges = _check(resolved, options, is_new=earlier is None)
             is_asked = resolved.origins["tracking.trackers"].kind != "default"
             trackers, tracker_decisions = choose_trackers(resolved.config.tracking, explicit=is_asked)
             # 2. The processes meet. What fails from here on is printed by one of them, and all end.
@@ -182,7 +181,8 @@ def open_run(
                     forecaster = _prepare_again(resolved, options, devices, stopped, printer)
                 # 4. The model, which takes the memory.
                 with out_of_memory_refused(forecaster, lambda: _while_loading(forecaster.prepared)):
-                    setup = build_setup(forecaster.prepared, options, devices, code.rewards, stopped and stopped.loaded)
+                    saved = stopped.loaded if stopped is not None else None
+                    setup = build_setup(forecaster.prepared, options, devices, judges.rewards, saved)
                 # 5. The folder of a new run, last: until here nothing was written.
                 if earlier is None or stopped is None:
                     print_setup(setup, tracker_decisions, printer)
@@ -200,7 +200,7 @@ def open_run(
                     print_line=printer,
                     forecaster=forecaster,
                     plan=plan,
-                    score=code.score,
+                    score=judges.score,
                 )
                 if stopped is not None:
                     run.restore(stopped.loaded)
