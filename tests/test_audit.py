@@ -1,9 +1,10 @@
 """`scripts/audit` names what is not as it was tested."""
 
+import contextlib
+import io
 import re
+import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,9 @@ def audit(tmp_path):
             changed = re.sub(old[3:], new, text, flags=re.DOTALL) if old.startswith("re:") else text.replace(old, new)
             assert changed != text
             (tmp_path / file).write_text(changed)
-        done = subprocess.run(
-            [sys.executable, tmp_path / "scripts" / "audit"], capture_output=True, text=True, check=False
-        )
-        return done.returncode, done.stderr
+        with pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(io.StringIO()) as said:
+            runpy.run_path(str(tmp_path / "scripts" / "audit"), run_name="__main__")
+        return int(ended.value.code), said.getvalue()
 
     return run
 
