@@ -102,12 +102,14 @@ def merge_lora(
         merged = reloaded_logits(staging, prompts)
         served = usage(folder_result(str(output), plan.config, inputs.tokenizer, inputs.defaults))
         report = _report(inputs, plan, statistics, prompts, merged, base_digest=base_digest, dtype=dtype, usage=served)
+        is_float32 = statistics.dtypes == {torch.float32}
         refuse_if_different(
             report.difference,
             report.tolerance,
             problem="the merged model is not the tuned one",
             where=report.adapter,
-            fix="merge with --dtype float32, or use the adapter on its base",
+            # Of a large update the order of sums alone can go beyond the limit of float32; that of 16 bits is in nats.
+            fix=f"merge with --dtype {'bfloat16' if is_float32 else 'float32'}, or use the adapter on its base",
         )
         durable.write_json(staging / "merge_report.json", asdict(report))
     return report
