@@ -124,6 +124,13 @@ COMMANDS: tuple[Command, ...] = (
         ("llmtune config import lora.yml --output lora-here.yaml",),
     ),
     Command(
+        "data prepare",
+        "data:prepare",
+        "Tokenize the rows into the cache, in parts where several jobs share the work.",
+        "Before a run",
+        ("llmtune data prepare -c my.yaml --part 1/4",),
+    ),
+    Command(
         "data preview",
         "data:preview",
         "Show rows as the model will see them, trained tokens coloured.",

@@ -1,15 +1,16 @@
-"""`llmtune data report` and `llmtune data preview`: the rows of a config, before anything is trained."""
+"""`llmtune data report`, `preview` and `prepare`: the rows of a config, before anything is trained."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -21,6 +22,7 @@ from llmtune.common.text import print_line
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.paths import config_folder_named
 from llmtune.config.process_options import Options
+from llmtune.errors import UsageError
 
 if TYPE_CHECKING:
     from llmtune.common.decisions import Decision
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from llmtune.data.rendering.renderer import Renderer
     from llmtune.models.tokenizer import LoadedTokenizer
 
-__all__ = ["preview", "report", "survey"]
+__all__ = ["prepare", "preview", "report", "survey"]
 
 
 class Survey(NamedTuple):
@@ -157,10 +159,25 @@ def _survey(config: list[str] | None, overrides: list[str] | None, *, trust_remo
 
 def survey(resolved: ResolvedConfig, *, trust_remote_code: bool) -> Survey:
     """Make examples of the rows of a config, with the tokenizer of its model."""
+    with config_folder_named(resolved):
+        opened = _open(resolved, trust_remote_code=trust_remote_code)
+        from llmtune.data.dataset.make_dataset import survey_data
+
+        data = survey_data(opened.resolved.config.data, opened.renderer, **_how_to_read(opened))
+    return Survey(*opened, data)
+
+
+class _Opened(NamedTuple):
+    resolved: ResolvedConfig
+    decisions: list[Decision]
+    loaded: LoadedTokenizer
+    renderer: Renderer
+
+
+def _open(resolved: ResolvedConfig, *, trust_remote_code: bool) -> _Opened:
+    """Open the tokenizer of a config's model, and fit to the model what the config leaves open of its rows."""
     check_working_folder()
     from llmtune.adapters.start import fit_start
-    from llmtune.data.dataset.make_dataset import survey_data
-    from llmtune.data.rows.preferences import RECOGNIZED_BY
     from llmtune.prepare import (
         find_context,
         find_model,
@@ -169,26 +186,54 @@ def survey(resolved: ResolvedConfig, *, trust_remote_code: bool) -> Survey:
         open_renderer,
         open_tokenizer,
     )
-    from llmtune.training.progress import tokenizing_progress
 
     options = Options(offline=is_offline(), trust_remote_code=trust_remote_code)
+    started, decisions = fit_start(resolved.config, resolved.origins)
+    resolved = replace(resolved, config=started)
+    source = find_model(resolved.config, options)
+    loaded = open_tokenizer(resolved.config, source, options)
+    renderer = open_renderer(resolved.config, loaded)
+    model_config = find_model_config(source, trust_remote_code=trust_remote_code)
+    context = find_context(source, model_config, resolved.config.model.architecture)
+    fitted, length = fit_max_length(resolved.config, context, resolved.origins)
+    return _Opened(replace(resolved, config=fitted), [*decisions, *length], loaded, renderer)
+
+
+def _how_to_read(opened: _Opened) -> dict[str, Any]:
+    from llmtune.data.rows.preferences import RECOGNIZED_BY
+    from llmtune.training.progress import tokenizing_progress
+
+    formats = RECOGNIZED_BY[opened.resolved.config.objective.method]
+    return {"formats": formats, "progress": tokenizing_progress(print_line)}
+
+
+def prepare(
+    part: Annotated[
+        str, typer.Option("--part", metavar="K/N", help="Tokenize the K-th of N parts, as one job of an array.")
+    ] = "1/1",
+    overrides: Overrides = None,
+    config: ConfigName = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Tokenize the rows into the cache, where a training finds them; the last of several parts joins them."""
+    matched = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    if matched is None or int(matched[1]) > int(matched[2]):
+        raise UsageError(f"`{part}` is no part", "--part", "give K/N with K from 1 to N, as `--part 1/4`")
+    number, count = int(matched[1]), int(matched[2])
+    resolved = load_config(config, overrides=overrides or ())
+    for note in resolved.notes:
+        print_line(note)
     with config_folder_named(resolved):
-        started, decisions = fit_start(resolved.config, resolved.origins)
-        resolved = replace(resolved, config=started)
-        source = find_model(resolved.config, options)
-        loaded = open_tokenizer(resolved.config, source, options)
-        renderer = open_renderer(resolved.config, loaded)
-        model_config = find_model_config(source, trust_remote_code=trust_remote_code)
-        context = find_context(source, model_config, resolved.config.model.architecture)
-        fitted, length = fit_max_length(resolved.config, context, resolved.origins)
-        resolved, decisions = replace(resolved, config=fitted), [*decisions, *length]
-        data = survey_data(
-            resolved.config.data,
-            renderer,
-            formats=RECOGNIZED_BY[resolved.config.objective.method],
-            progress=tokenizing_progress(print_line),
-        )
-    return Survey(resolved, decisions, loaded, renderer, data)
+        opened = _open(resolved, trust_remote_code=trust_remote_code)
+        from llmtune.data.dataset.make_dataset import prepare_part
+        from llmtune.data.dataset.parts import Part
+
+        data = opened.resolved.config.data
+        missing = prepare_part(data, opened.renderer, Part(number, count), **_how_to_read(opened))
+    if missing:
+        print(f"part {number} of {count} is tokenized; missing: {', '.join(map(str, missing))}")
+    else:
+        print("all rows are tokenized: a training with this config finds them")
 
 
 def _groups(examples: ExampleSet, data: DataConfig) -> Iterator[Group]:

@@ -127,7 +127,8 @@ class BatchPlan:
         self._pack_tokens = np.add.reduceat(self._lengths[self._members], self._begins)
         self._draws = draws
         self._batch_size = batch_size
-        self._world_size = world_size
+        self.world_size = world_size
+        """Processes, or groups of them, among which windows are dealt."""
         self._rank = rank
         self.global_batch = batch_size * accumulation
         """Sequences of a full window, over all processes."""
@@ -197,7 +198,7 @@ class BatchPlan:
         return self._epoch_order(span.epoch)[span.begin : span.end]
 
     def _most_groups(self, packs: Indices) -> int:
-        return max(len(self._groups_of(packs, rank)) for rank in range(self._world_size))
+        return max(len(self._groups_of(packs, rank)) for rank in range(self.world_size))
 
     def _groups_of(self, packs: Indices, rank: int) -> list[Indices]:
         return [
@@ -245,11 +246,11 @@ class BatchPlan:
 
     def _deal(self, packs: Indices, rank: int) -> Indices:
         """Give a process's share of a window, longest first, to and fro over the processes to even their work."""
-        if self._world_size == 1:
+        if self.world_size == 1:
             return packs
         by_length = np.argsort(-self._pack_tokens[packs], kind="stable")
-        turn, seat = np.divmod(np.arange(len(packs)), self._world_size)
-        receiver = np.where(turn % 2 == 0, seat, self._world_size - 1 - seat)
+        turn, seat = np.divmod(np.arange(len(packs)), self.world_size)
+        receiver = np.where(turn % 2 == 0, seat, self.world_size - 1 - seat)
         return packs[np.sort(by_length[receiver == rank])]
 
     def _micro_batches(self, packs: Indices) -> list[Indices]:

@@ -32,7 +32,7 @@ from llmtune.data.reading.data_file import DataFile
 from llmtune.data.rendering.row_warnings import RowWarning
 from llmtune.errors import MachineError, in_one_line
 
-__all__ = ["cache_key", "code_digest", "open_or_build"]
+__all__ = ["build_set", "cache_key", "code_digest", "open_or_build", "open_set", "set_folder"]
 
 WORTH_SAYING_BYTES = 1_000_000
 """Deleting less than this is not worth a line in every command."""
@@ -106,8 +106,7 @@ def open_or_build(
     if folder is None:
         decide("in memory", "there is no home folder to keep tokenized rows in")
         return _build_in_memory(files, results()), decisions
-    # 160 bits of the digest: short enough for file systems that limit paths, and no two inputs will share it.
-    target = folder / "rows" / key[:40]
+    target = set_folder(folder, key)
     try:
         store = _open_cached(target, files, decide)
         if store is not None:
@@ -120,7 +119,7 @@ def open_or_build(
             if store is not None:
                 return store, decisions
             durable.remove_leftovers(target.parent)  # of a process that was killed while it tokenized
-            _build(target, key, results())
+            build_set(target, key, results())
             store = _open(target, files, _lock(target))  # pruning deletes only folders that are not locked
             return store, [*decisions, *_prune(target.parent)]
     except (MachineError, PermissionError) as error:
@@ -128,6 +127,17 @@ def open_or_build(
             raise
         decide("in memory", f"the cache folder cannot be used: {in_one_line(error)}")
         return _build_in_memory(files, results()), decisions
+
+
+def set_folder(folder: Path, key: str) -> Path:
+    """Give the folder of the set of `key` below the cache folder."""
+    # 160 bits of the digest: short enough for file systems that limit paths, and no two inputs will share it.
+    return folder / "rows" / key[:40]
+
+
+def open_set(target: Path, files: Sequence[DataFile]) -> RowStore | None:
+    """Open the set of rows in `target`; None where there is none, or a damaged one."""
+    return _open_cached(target, files, lambda _value, _reason: None)
 
 
 def _open_cached(target: Path, files: Sequence[DataFile], decide: Callable[[str, str], None]) -> RowStore | None:
@@ -188,7 +198,8 @@ def _prune(parent: Path) -> list[Decision]:
     return [Decision("data.cache_dir", choice, reason)]
 
 
-def _build(target: Path, key: str, results: Iterable[RowResult]) -> None:
+def build_set(target: Path, key: str, results: Iterable[RowResult]) -> None:
+    """Commit the results of all rows, in their order, as the set in `target`."""
     builder = StoreBuilder()
     with durable.commit_folder(target, manifest={"kind": "tokenized rows", "key": key}) as staging:
         durable.write_stream(staging / "words.i32", _words(builder, results))

@@ -15,9 +15,10 @@ from llmtune.config.schema import DataConfig
 from llmtune.data.dataset import selection
 from llmtune.data.dataset.ledger import Ledger, LedgerPart
 from llmtune.data.dataset.mixture import mixture_of
+from llmtune.data.dataset.parts import Part
 from llmtune.data.dataset.row_result import conversations_of
 from llmtune.data.dataset.store import JoinedExamples, MappedExamples
-from llmtune.data.dataset.tokenize import Progress, detect_formats, row_rules, tokenize_side
+from llmtune.data.dataset.tokenize import Progress, detect_formats, row_rules, tokenize_part, tokenize_side
 from llmtune.data.example import Conversation, Row
 from llmtune.data.reading.data_file import DataFile, digest_files, read_records
 from llmtune.data.reading.find_files import (
@@ -43,12 +44,12 @@ __all__ = [
     "iter_texts",
     "named_twice",
     "prepare_data",
+    "prepare_part",
     "raise_problems",
     "rows_of",
     "survey_data",
     "swept_in",
 ]
-
 
 BAD_ROWS_SHOWN = 3
 """Bad rows listed where none of the rows could be read for a tokenizer; `data report` lists them all."""
@@ -87,6 +88,28 @@ def raise_problems(prepared: PreparedData) -> None:
     """Raise DataError with the problems of a survey, if there are any."""
     if prepared.problems:
         raise DataError.all(prepared.problems)
+
+
+def prepare_part(
+    config: DataConfig,
+    renderer: Renderer,
+    part: Part,
+    *,
+    formats: Mapping[str, Recognize] | None = None,
+    progress: Progress | None = None,
+) -> list[int]:
+    """Tokenize one part of the rows of all sources into the cache, and join the parts with the last one.
+
+    Returns the numbers of the parts that are missing. Raises as `survey_data`, and MachineError without a cache folder.
+    """
+    _check(config)
+    train, held_out, _ = _find(config)
+    digests = digest_files([*train, *held_out])
+    missing = tokenize_part(config, "train", train, digests[: len(train)], renderer, part, progress, formats)
+    if held_out:
+        own = digests[len(train) :]
+        missing += tokenize_part(config, "eval", held_out, own, renderer, part, progress, formats)
+    return sorted(set(missing))
 
 
 def survey_data(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TypedDict
 
@@ -176,6 +177,27 @@ class RowStore:
             weights,
             self.side(index),
         )
+
+    def results(self) -> Iterator[RowResult]:
+        """Every row as it was added to the store's builder, in order."""
+        ends = np.searchsorted(self.examples["row"], np.arange(len(self)), side="right").tolist()
+        for row, (begin, end) in zip(self.rows, pairwise([0, *ends]), strict=True):
+            examples = [self.example(index) for index in range(begin, end)]
+            yield RowResult(
+                file_index=int(row["file"]),
+                number=int(row["number"]),
+                status=STATUSES[int(row["status"])],
+                reason=None if row["reason"] < 0 else self.reasons[int(row["reason"])],
+                warnings=self.warnings[int(row["warnings"])],
+                tokens=int(row["tokens"]),
+                tokens_lost=int(row["tokens_lost"]),
+                pieces=tuple((example.input_ids, example.weights) for example in examples),
+                row_digest=row["row_digest"].tobytes(),
+                full_digest=row["full_digest"].tobytes(),
+                answers=int(row["answers"]),
+                trained_answers=int(row["trained_answers"]),
+                sides=tuple(example.side for example in examples if example.side is not None),
+            )
 
     def side(self, index: int) -> Side | None:
         """The side of one example."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from llmtune.common.decisions import Decision
 from llmtune.common.environment import available_cores
@@ -12,6 +14,7 @@ from llmtune.common.folders import cache_folder, home_expanded
 from llmtune.config.schema import DataConfig
 from llmtune.data.dataset.cache import cache_key, open_or_build
 from llmtune.data.dataset.ledger import LedgerPart
+from llmtune.data.dataset.parts import EVERYTHING, Part, build_part
 from llmtune.data.dataset.row_result import RowResult, RowRules
 from llmtune.data.dataset.workers import Batch, Job, tokenize_batches
 from llmtune.data.example import Row
@@ -22,9 +25,9 @@ from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.reading.readers import READERS
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.formats import DETECTION_ROWS, Recognize, detect_format
-from llmtune.errors import DataError, Problem
+from llmtune.errors import DataError, MachineError, Problem
 
-__all__ = ["Progress", "detect_formats", "row_rules", "tokenize_side"]
+__all__ = ["Progress", "detect_formats", "row_rules", "tokenize_part", "tokenize_side"]
 
 Progress = Callable[[int, int | None, float], None]
 """Called with `(rows done, estimate of all rows, rows per second)` a few times a second."""
@@ -143,6 +146,40 @@ def _refuse_missing_columns(file: DataFile, first: Sequence[Record | BadRow]) ->
         raise DataError.all(problems)
 
 
+class _Side(NamedTuple):
+    """One side (train or eval) before it is tokenized."""
+
+    job: Job
+    key: str
+    folder: Path | None
+    """Where tokenized rows are kept; None for nowhere."""
+    limit: int | None
+    """Records that are read at most."""
+    decisions: list[Decision]
+
+
+def _side(
+    config: DataConfig,
+    purpose: Purpose,
+    files: list[DataFile],
+    digests: list[str],
+    renderer: Renderer,
+    formats: Mapping[str, Recognize] | None,
+) -> _Side:
+    names, decisions = detect_formats(config, files, formats)
+    rules = row_rules(config)
+    # Held-out rows are never cut short: a smaller set would be another measurement.
+    limit = config.max_samples if purpose == "train" else None
+    facts = {"renderer": renderer.digest, "formats": names, "rules": rules._asdict(), "max_samples": limit}
+    folder = home_expanded(config.cache_dir) if config.cache_dir else cache_folder()
+    job = Job(tuple(files), tuple(names), renderer, rules)
+    return _Side(job, cache_key(files, digests, facts), folder, limit, decisions)
+
+
+def _workers(config: DataConfig) -> int:
+    return available_cores() if config.num_workers is None else config.num_workers
+
+
 def tokenize_side(
     config: DataConfig,
     purpose: Purpose,
@@ -157,37 +194,54 @@ def tokenize_side(
     `digests` are those of `files`, in order. Raises DataError for a file in no known format, MachineError where
     `cache_dir` cannot be used.
     """
-    names, decisions = detect_formats(config, files, formats)
-    rules = row_rules(config)
-    # Held-out rows are never cut short: a smaller set would be another measurement.
-    limit = config.max_samples if purpose == "train" else None
-    facts = {"renderer": renderer.digest, "formats": names, "rules": rules._asdict(), "max_samples": limit}
-    folder = home_expanded(config.cache_dir) if config.cache_dir else cache_folder()
-    job = Job(tuple(files), tuple(names), renderer, rules)
-    workers = available_cores() if config.num_workers is None else config.num_workers
+    side = _side(config, purpose, files, digests, renderer, formats)
     store, cache_decisions = open_or_build(
-        folder,
-        cache_key(files, digests, facts),
+        side.folder,
+        side.key,
         files,
-        lambda: _results(job, limit, workers, progress),
+        lambda: _results(side, _workers(config), progress, EVERYTHING),
         must_be_cached=config.cache_dir is not None,
     )
-    return LedgerPart(purpose, store), [*decisions, *cache_decisions]
+    return LedgerPart(purpose, store), [*side.decisions, *cache_decisions]
 
 
-def _results(job: Job, max_samples: int | None, workers: int, progress: Progress | None) -> Iterator[RowResult]:
-    """Tokenize all records, in order, and report the progress."""
-    total_bytes = sum(file.size_bytes() for file in job.files)
-    records = _CountedRecords(read_records(job.files, max_samples))
+def tokenize_part(
+    config: DataConfig,
+    purpose: Purpose,
+    files: list[DataFile],
+    digests: list[str],
+    renderer: Renderer,
+    part: Part,
+    progress: Progress | None,
+    formats: Mapping[str, Recognize] | None = None,
+) -> list[int]:
+    """Tokenize a part of one side into the cache, and join all parts with the last one; returns which are missing.
+
+    Raises DataError as `tokenize_side`, MachineError where there is no cache folder or it cannot be used.
+    """
+    side = _side(config, purpose, files, digests, renderer, formats)
+    if side.folder is None:
+        raise MachineError(
+            "there is no home folder to keep tokenized rows in", "data.cache_dir", "name a shared folder"
+        )
+    return build_part(side.folder, side.key, files, lambda: _results(side, _workers(config), progress, part), part)
+
+
+def _results(side: _Side, workers: int, progress: Progress | None, part: Part) -> Iterator[RowResult]:
+    """Tokenize all records of a part, in order, and report the progress."""
+    files, limit = side.job.files, side.limit
+    total_bytes = sum(file.size_bytes() for file in files)
+    records = _CountedRecords(read_records(files, limit))
     started = reported = time.monotonic()
     done = 0
-    for results in tokenize_batches(job, _batches(records), workers):
+    for results in tokenize_batches(side.job, _batches(part.of(records)), workers):
         yield from results
         done += len(results)
         now = time.monotonic()
         if progress is not None and now - reported >= _PROGRESS_EVERY_S:
             reported = now
-            progress(done, _estimate(records, total_bytes, max_samples), done / (now - started))
+            rows = _estimate(records, total_bytes, limit)
+            progress(done, rows and max(done, rows // part.count), done / (now - started))
     if progress is not None:
         progress(done, done, done / max(time.monotonic() - started, 1e-9))
 
@@ -217,7 +271,7 @@ def _estimate(records: _CountedRecords, total_bytes: int, max_samples: int | Non
     return rows if max_samples is None else min(rows, max_samples)
 
 
-def _batches(records: _CountedRecords) -> Iterator[Batch]:
+def _batches(records: Iterable[tuple[tuple[int, Record | BadRow], int]]) -> Iterator[Batch]:
     batch: Batch = []
     size = 0
     for record, record_bytes in records:
