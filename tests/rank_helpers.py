@@ -1,11 +1,14 @@
 """Several processes of one command, as launchers start them, and two machines in network namespaces."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import uuid
+
+import pytest
 
 from llmtune.cli.main import run as command
 from training_helpers import Forked, line_count
@@ -87,6 +90,11 @@ def wait_for_lines(run, count):
     while line_count(run / "metrics.jsonl") < count:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+needs_namespaces = pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("ip") is None, reason="making network namespaces needs root and iproute2"
+)
 
 
 class TwoMachines:

@@ -101,6 +101,7 @@ def objective_of(module, settings, examples, *, batch_size=4, layout="padded"):
             batch_size=batch_size,
             max_group_tokens=None,
             max_length=14,
+            equal_counts=False,
         )
     needs = settings.method in ("dpo", "kto")
     objective = module.PreferenceObjective(

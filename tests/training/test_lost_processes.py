@@ -1,7 +1,5 @@
 """P12: a process that dies, a machine that vanishes and a process that hangs end the others with exit code 8."""
 
-import os
-import shutil
 import signal
 import socket
 import time
@@ -9,7 +7,7 @@ import time
 import pytest
 
 from llmtune.cli.main import run as command
-from rank_helpers import LONG, TwoMachines, TwoRanks, wait_for_lines
+from rank_helpers import LONG, TwoMachines, TwoRanks, needs_namespaces, wait_for_lines
 from training_helpers import small_run
 
 SLOW_SAVE = """
@@ -117,11 +115,6 @@ def test_p12_a_process_that_hangs_in_a_save_is_named_too(words, where):
     time.sleep(1)
     both.processes[0].send_signal(signal.SIGSTOP)
     assert "process 0" in left_alone(both, 0, 3 + 6)
-
-
-needs_namespaces = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("ip") is None, reason="making network namespaces needs root and iproute2"
-)
 
 
 @pytest.mark.campaign

@@ -21,21 +21,6 @@ from training_helpers import FOUR_BIT, LORA, comparing_run, lines_of, stopped_af
 LN2 = float(-torch.nn.functional.logsigmoid(torch.zeros(())))
 
 
-@pytest.fixture(scope="session")
-def pairs_file(tmp_path_factory):
-    """16 pairs of different lengths, no two alike."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for index in range(16):
-            question = " ".join(WORDS[(index * 3 + place) % len(WORDS)] for place in range(2 + index % 5)) + f" {index}"
-            chosen = " ".join(WORDS[(index * 5 + place) % len(WORDS)] for place in range(1 + index % 6))
-            rejected = " ".join(WORDS[(index * 7 + place + 1) % len(WORDS)] for place in range(1 + index % 4)) + " no"
-            prompt = [{"role": "user", "content": question}]
-            sides = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
-            file.write(json.dumps({"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}) + "\n")
-    return path
-
-
 @pytest.fixture
 def labels_file(tmp_path):
     path = tmp_path / "labels.jsonl"

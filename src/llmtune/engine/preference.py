@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmtune.config.schema import AdapterConfig, ObjectiveConfig
-from llmtune.data.dataset.micro_batch import Layout, MicroBatch, make_micro_batch, split_group
+from llmtune.data.dataset.micro_batch import Layout, MicroBatch, idle_micro_batch, make_micro_batch, split_group
 from llmtune.data.dataset.packing import examples_together
 from llmtune.data.example import SIDES, Example, ExampleSet
 from llmtune.engine.devices import Devices
@@ -119,9 +119,13 @@ class PreferenceObjective:
         assert self._reference is not None
         # A process whose share makes no mismatched pair has something to add up too.
         ratios = [torch.zeros((), dtype=torch.float64, device=devices.device)]
+        batches = list(mismatches.batches(window))
+        if mismatches.equal_counts:
+            (most,) = devices.largest(len(batches))
+            batches += [idle_micro_batch(mismatches.layout)] * (int(most) - len(batches))
         # The reference point is a constant for the gradient (arXiv:2402.01306, section 4).
         with torch.no_grad(), mismatches.autocast():
-            for batch in mismatches.batches(window):
+            for batch in batches:
                 reference = self._reference.log_probs(batch)
                 ratios.append((self._log_probs(batch) - reference).double().sum())
         total = float(devices.sum_tensor(torch.stack(ratios).sum()))
@@ -136,6 +140,8 @@ class PreferenceObjective:
         # The reference first: see `LiveReference`.
         reference = self._reference.log_probs(batch) if self._reference is not None else None
         policy = self._log_probs(batch)
+        if not batch.num_sequences:  # an idle one: 0, joined to the graph
+            return policy.sum()
         if reference is None:
             reference = torch.zeros_like(policy)
         compare = self._answer_losses if self._settings.method == "kto" else self._pair_losses
@@ -240,11 +246,14 @@ class Mismatches:
         batch_size: int,
         max_group_tokens: int | None,
         max_length: int,
+        equal_counts: bool,
     ) -> None:
         self.autocast = autocast
         """The context of a forward pass."""
+        self.equal_counts = equal_counts
+        """Whether every process must run the same number of micro-batches."""
         self._examples, self._together = examples, examples_together(examples)
-        self._layout: Layout = layout
+        self.layout: Layout = layout
         self._pad_id, self._max_group_tokens, self._max_length = pad_id, max_group_tokens, max_length
         self._batch_size = batch_size * self._together
 
@@ -262,8 +271,8 @@ class Mismatches:
             ]
             lengths = np.array([len(example) for example in made], dtype=np.int64)
             places = np.arange(len(made), dtype=np.int64)
-            for group in split_group(places, lengths, self._layout, self._max_group_tokens):
-                yield make_micro_batch([made[int(place)] for place in group], self._layout, self._pad_id)
+            for group in split_group(places, lengths, self.layout, self._max_group_tokens):
+                yield make_micro_batch([made[int(place)] for place in group], self.layout, self._pad_id)
 
 
 def mismatched_example(prompt_of: Example, answer_of: Example, max_length: int) -> Example:

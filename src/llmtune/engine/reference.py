@@ -11,8 +11,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llmtune.data.dataset.micro_batch import MicroBatch
+from llmtune.engine.sharding import local_part
 
 __all__ = ["FrozenCopy", "LiveReference", "LogProbs", "PrecomputedReference", "Reference"]
 
@@ -51,24 +53,37 @@ class LiveReference:
 
 
 class FrozenCopy:
-    """The trained weights as they are when this is made; costs their bytes once more."""
+    """The trained weights as they are when this is made; costs the bytes that this process holds of them once more."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = tuple(parameters)
-        self._copies = tuple(parameter.detach().clone() for parameter in self._parameters)
+        self._copies = tuple(local_part(parameter.detach()).clone() for parameter in self._parameters)
+        self.nbytes = sum(copy.nbytes for copy in self._copies)
+        """Bytes of the copy."""
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the copies in the place of the weights, and the weights back at the end; nothing is copied."""
-        current = [parameter.data for parameter in self._parameters]
+        """Put the copies in the place of the weights, and the weights back at the end."""
+        self._swap()
         try:
-            for parameter, copy in zip(self._parameters, self._copies, strict=True):
-                # By `.data`: the optimizer, peft and the hooks hold the parameter objects, which must stay the same.
-                parameter.data = copy
             yield
         finally:
-            for parameter, data in zip(self._parameters, current, strict=True):
-                parameter.data = data
+            self._swap()
+
+    def _swap(self) -> None:
+        swapped = []
+        for parameter, copy in zip(self._parameters, self._copies, strict=True):
+            if isinstance(parameter, DTensor):
+                # Whoever gathers the parts reads the memory that they lie in, so there the numbers change places.
+                part, before = local_part(parameter.detach()), copy.clone()
+                copy.copy_(part)
+                part.copy_(before)
+                swapped.append(copy)
+            else:
+                # By `.data`: the optimizer, peft and the hooks hold the parameter objects, which must stay the same.
+                swapped.append(parameter.data)
+                parameter.data = copy
+        self._copies = tuple(swapped)
 
 
 class PrecomputedReference:

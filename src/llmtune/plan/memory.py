@@ -88,7 +88,7 @@ def plan_memory(
         "process": process_bytes if is_cpu else CUDA_CONTEXT_BYTES,
         "weights": _held(sizes.base_bytes, shards, whole=sizes.unit_bytes),
         "adapter": _held(sizes.adapter_bytes, shards),
-        "reference": reference_bytes,
+        "reference": _held(reference_bytes, shards),
     }
     state = optimizer_bytes(optimizer, entries=sizes.trained, entry_bytes=sizes.gradient_bytes)
     # A dropped gradient lives until its weight has moved, so the update of one weight holds one of them.

@@ -125,5 +125,6 @@ def _objective(
             batch_size=batch_size,
             max_group_tokens=engine.max_group_tokens,
             max_length=config.data.max_length,
+            equal_counts=engine.equal_counts,
         )
     return PreferenceObjective(config.objective, examples, engine.log_probs, reference, mismatches).as_objective()

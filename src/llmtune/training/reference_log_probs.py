@@ -26,6 +26,7 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine
 from llmtune.engine.precision import Precision
 from llmtune.engine.reference import FrozenCopy, LiveReference, LogProbs, PrecomputedReference, Reference
+from llmtune.engine.sharding import full_tensor
 from llmtune.errors import MachineError
 from llmtune.prepare import Prepared
 from llmtune.version import __version__
@@ -67,8 +68,7 @@ class ReferenceLogProbs:
         elif kind == "start":
             copy = FrozenCopy(tuple(parameters.values()))
             self._live = LiveReference(log_probs, copy.in_place)
-            size = readable_bytes(sum(parameter.nbytes for parameter in parameters.values()))
-            reason = f"a frozen copy of the trained weights as they are before step 1, {size}"
+            reason = f"a frozen copy of the trained weights as they are before step 1, {readable_bytes(copy.nbytes)}"
             self.decision = Decision("objective.reference", kind, reason)
         else:
             reason = "log-probabilities of all answers by the model as it is before step 1; no second model"
@@ -99,7 +99,8 @@ class ReferenceLogProbs:
         weights = hashlib.sha256()
         for name, parameter in sorted(self._parameters.items()):
             weights.update(name.encode())
-            weights.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            whole = full_tensor(parameter.detach()).cpu().contiguous()
+            weights.update(whole.view(torch.uint8).numpy().tobytes())
         config = self._prepared.config
         facts = [
             self._base_digest,
@@ -123,11 +124,14 @@ class ReferenceLogProbs:
             world_size=self._devices.world_size,
             rank=self._devices.rank,
             together=examples_together(examples),
+            equal_counts=self._engine.equal_counts,
         )
         with torch.no_grad(), self._precision.autocast():
             for batch in batches:
                 assert batch.indices is not None
-                values[torch.from_numpy(batch.indices).to(values.device)] = self._engine.log_probs(batch).double()
+                log_probs_S = self._engine.log_probs(batch).double()
+                # An idle micro-batch has a document that is no example.
+                values[torch.from_numpy(batch.indices).to(values.device)] = log_probs_S[: len(batch.indices)]
         measured: npt.NDArray[np.float32] = self._devices.sum_tensor(values).float().cpu().numpy()
         return measured
 
