@@ -47,6 +47,34 @@ def test_blocks_and_what_is_outside_of_them_are_all_weights(forecaster_of, kind)
     assert ddp.sent_bytes == -(-2 * ddp.gradient_bytes * 7 // 8)
 
 
+def test_devices_that_share_rows_take_a_part_of_the_activations_and_send_heads(forecaster_of):
+    """The tiny model has 2 blocks, 4 heads and 2 key heads of 8 numbers; four devices need two of each key head."""
+    words = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
+    forecaster = replace(forecaster_of(*words, target=H100), world_size=4)
+    shared = replace(forecaster_of(*words, "distributed.sequence_parallel=4", target=H100), world_size=4)
+    batch = shared.batches(shared.config)
+    lengths = shared.prepared.examples.lengths
+    tokens = sum(int(lengths[group].sum()) for group in batch.groups(1))
+    assert batch.global_batch == 4
+    assert len(batch.groups(1)[0]) == 4, "one group of devices has all rows"
+    number_bytes = 2 if shared.precision == "bf16" else 4
+    row_bytes = 2 * (4 + 4) * 8 * 2 * number_bytes
+    ddp, whole = plan_strategies(shared)[0], plan_strategies(forecaster)[0]
+    assert ddp.exchanged_bytes == -(-2 * tokens * row_bytes * 3 // 16)
+    assert ddp.sent_bytes - ddp.exchanged_bytes == whole.sent_bytes
+    assert ddp.formula.endswith(" + exchanged")
+    parts = shared.memory().parts
+    one = replace(forecaster, world_size=1).memory().parts
+    assert parts["activations"] == pytest.approx(one["activations"] / 4, rel=0.01)
+
+
+@pytest.mark.parametrize(("devices", "sharing"), [(8, 3), (3, 3)])
+def test_rows_that_devices_cannot_share_are_named(forecaster_of, devices, sharing):
+    """Three divide neither eight devices nor the model's four heads."""
+    forecaster = replace(forecaster_of(f"distributed.sequence_parallel={sharing}", target=H100), world_size=devices)
+    assert [plan.refused_for for plan in plan_strategies(forecaster)] == ["distributed.sequence_parallel"] * 2
+
+
 def test_a_strategy_that_a_training_would_refuse_is_named(forecaster_of):
     forecaster = replace(forecaster_of("training.optimizer=lion", target=H100), world_size=8)
     ddp, fsdp = strategy_lines(plan_strategies(forecaster))[1:3]

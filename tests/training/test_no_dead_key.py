@@ -45,6 +45,7 @@ REFUSED = {
     "data.on_bad_row",
     "training.max_skipped_steps",  # the run of the other value diverges at once
     "distributed.deepspeed_config",
+    "distributed.sequence_parallel",  # one process shares its rows with nobody
 }
 """Keys of which one value, or both, end with an error here; every other flip must end with a finished run."""
 

@@ -95,6 +95,7 @@ NAMES_OF = {
     "tracking.tags": "wandb_tags",
     "tracking.watch": "wandb_watch",
     "distributed.deepspeed_config": "deepspeed deepspeed_config",
+    "distributed.sequence_parallel": "context_parallel_size sequence_parallel_degree sequence_parallel_size cp_size",
     "distributed.timeout_s": "ddp_timeout",
 }
 """Our keys -> names of the same value at the top of a file."""

@@ -115,6 +115,7 @@ RANGES: dict[str, Range] = {
     "checkpoint.every_epochs": Range(above=0),
     "checkpoint.keep_last": Range(minimum=0),
     "tracking.every_steps": _COUNT,
+    "distributed.sequence_parallel": _COUNT,
     "distributed.timeout_s": Range(above=0),
 }
 

@@ -1,4 +1,4 @@
-"""What `distributed.strategy` contradicts: keys that need whole weights or gradients in one process."""
+"""What the section `distributed` contradicts: keys that need whole weights, gradients or rows in one process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ __all__ = ["DISTRIBUTED_CONTRADICTIONS", "SHARDED_OPTIMIZERS", "reason_against_s
 SHARDED_OPTIMIZERS = ("adamw", "sgd", "muon")
 """Optimizers that move a weight of which each process holds a part."""
 
+SHARDED_OBJECTIVES = ("sft", "dpo", "simpo", "orpo", "kto")
+"""Objectives for which every process runs the same number of forward passes; drawn answers end when they end."""
+
 
 def _shards(config: Config) -> bool:
     return config.distributed.strategy == "fsdp"
@@ -20,11 +23,15 @@ def reason_against_sharding(config: Config) -> str | None:
     against = {
         "training.optimizer": config.training.optimizer not in SHARDED_OPTIMIZERS,
         "model.quantization": config.model.quantization == "8bit",
-        "objective.method": config.objective.method != "sft",
+        "objective.method": config.objective.method not in SHARDED_OBJECTIVES,
         "training.step_in_backward": config.training.step_in_backward,
         "tracking.watch": bool(config.tracking.watch),
     }
     return next((key for key, is_against in against.items() if is_against), None)
+
+
+def _shares_rows(config: Config) -> bool:
+    return config.distributed.sequence_parallel > 1
 
 
 DISTRIBUTED_CONTRADICTIONS: tuple[Contradiction, ...] = (
@@ -48,8 +55,8 @@ DISTRIBUTED_CONTRADICTIONS: tuple[Contradiction, ...] = (
     ),
     Contradiction(
         ("objective.method", "distributed.strategy"),
-        lambda c, _: _shards(c) and c.objective.method != "sft",
-        "answers are compared only where every process holds the whole model",
+        lambda c, _: _shards(c) and c.objective.method not in SHARDED_OBJECTIVES,
+        "answers are drawn only where every process holds the whole model",
         "set `distributed.strategy: ddp`",
     ),
     Contradiction(
@@ -63,5 +70,29 @@ DISTRIBUTED_CONTRADICTIONS: tuple[Contradiction, ...] = (
         lambda c, _: _shards(c) and bool(c.tracking.watch),
         "histograms are made by one process, which does not have the whole gradient",
         "set `tracking.watch: false`, or `distributed.strategy: ddp`",
+    ),
+    Contradiction(
+        ("distributed.sequence_parallel", "distributed.strategy"),
+        lambda c, _: _shares_rows(c) and c.distributed.strategy == "deepspeed",
+        "processes share rows only where they hold the weights in ways of llmtune's own",
+        "set `distributed.strategy: fsdp`, or `distributed.sequence_parallel: 1`",
+    ),
+    Contradiction(
+        ("distributed.sequence_parallel", "objective.method"),
+        lambda c, _: _shares_rows(c) and c.objective.method != "sft",
+        "answers are drawn and compared only where a process computes the whole row",
+        "set `distributed.sequence_parallel: 1`; `distributed.strategy: fsdp` saves memory too",
+    ),
+    Contradiction(
+        ("distributed.sequence_parallel", "training.engine"),
+        lambda c, _: _shares_rows(c) and c.training.engine == "plain",
+        "the plain engine computes whole rows",
+        "set `training.engine: auto`, or `distributed.sequence_parallel: 1`",
+    ),
+    Contradiction(
+        ("distributed.sequence_parallel", "training.neftune_alpha"),
+        lambda c, _: _shares_rows(c) and c.training.neftune_alpha is not None,
+        "noise is drawn for whole rows",
+        "remove `training.neftune_alpha`, or set `distributed.sequence_parallel: 1`",
     ),
 )

@@ -697,6 +697,11 @@ class DistributedConfig:
     the planned memory fits, else `fsdp`. `deepspeed` does not exist in this version.
     """
 
+    sequence_parallel: int = 1
+    """Processes that share each row, for rows too long for one device: each computes a part of its positions, and all
+    positions of a part of the attention heads (Ulysses). Divides the processes and the model's attention heads.
+    """
+
     deepspeed_config: str | None = None
     """JSON file for DeepSpeed."""
 

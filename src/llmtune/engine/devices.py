@@ -55,6 +55,9 @@ class Devices:
         self._owns_group = owns_group
         self.rank = rank
         self.world_size = world_size
+        self.row_size = 1
+        """Processes that share each row (see `share_rows`)."""
+        self._row_group: dist.ProcessGroup | None = None
         self._messages, self._unwatched = messages, unwatched
 
     @classmethod
@@ -117,6 +120,31 @@ class Devices:
         reason = f"process {names} found no way to the main one; its death is noticed after distributed.timeout_s"
         return [Decision("distributed.watch", "not all", reason)]
 
+    def share_rows(self, size: int, *, timeout_s: float) -> None:
+        """Let each `size` processes, counted from the main one, take the same rows and compute a part of each.
+
+        `size` divides the number of processes. `timeout_s` as in `from_environment`.
+        """
+        assert self.world_size % size == 0, "groups of one size"
+        self.row_size = size
+        if size == 1:
+            return
+        with lost_ranks_noticed():
+            for first in range(0, self.world_size, size):  # every process takes part in making every group
+                group = dist.new_group(range(first, first + size), timeout=dt.timedelta(seconds=timeout_s))
+                if first <= self.rank < first + size:
+                    self._row_group = group
+
+    @property
+    def reader(self) -> int:
+        """Number of the rows' share that this process takes, alone or with others."""
+        return self.rank // self.row_size
+
+    @property
+    def readers(self) -> int:
+        """Shares into which rows are dealt."""
+        return self.world_size // self.row_size
+
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes files and prints."""
@@ -127,6 +155,10 @@ class Devices:
         if self.world_size == 1:
             return values
         return self._reduce(values, dist.ReduceOp.SUM)
+
+    def count(self, *values: float) -> tuple[float, ...]:
+        """Add what each process counted of its rows, in float64; rows that several share count once."""
+        return self.sum(*(values if self.rank % self.row_size == 0 else [0.0] * len(values)))
 
     def largest(self, *values: float) -> tuple[float, ...]:
         """Give the largest of each value over all processes, in float64: the same answer to a question on each."""
@@ -145,6 +177,24 @@ class Devices:
             with lost_ranks_noticed():
                 dist.all_reduce(value)
         return value
+
+    def sum_of_row(self, value: torch.Tensor) -> torch.Tensor:
+        """Add a tensor of any shape over the processes that share this one's rows."""
+        if self._row_group is not None:
+            value = value.clone()
+            with lost_ranks_noticed():
+                dist.all_reduce(value, group=self._row_group)
+        return value
+
+    def exchange(self, parts: torch.Tensor) -> torch.Tensor:
+        """Send parts[p] to the p-th of the processes that share rows, and give what each has sent to this one.
+
+        [row_size, ...] -> [row_size, ...], received[p] = parts_of_p[own]; contiguous. The same map gives the gradient.
+        """
+        received = torch.empty_like(parts)
+        with lost_ranks_noticed():
+            dist.all_to_all_single(received, parts, group=self._row_group)
+        return received
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Call `work` on the main process alone; the others wait, get None, and raise the LlmtuneError it raises."""
@@ -227,6 +277,8 @@ class Devices:
         self._told().close(wait_for_main=wait_for_main)
         if self._owns_group:
             dist.destroy_process_group()
+        elif self._row_group is not None:
+            dist.destroy_process_group(self._row_group)
 
 
 def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
@@ -267,8 +319,18 @@ def check_distribution(config: Config) -> None:
 
 
 def check_processes(config: Config, environ: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError for several processes where weights move before the gradients of all could be summed."""
-    count = environ.get("WORLD_SIZE", "1")
+    """Raise ConfigError for a number of processes that the config cannot be trained with.
+
+    Several, where weights move before the gradients of all could be summed; one that those of a row do not divide.
+    """
+    count, shared = environ.get("WORLD_SIZE", "1"), config.distributed.sequence_parallel
+    if int(count) % shared:
+        started = "1 process was" if count == "1" else f"{count} processes were"
+        raise ConfigError(
+            f"{started} started, and {shared} share each row",
+            where="distributed.sequence_parallel",
+            fix=f"start {shared} of them or a multiple, as `llmtune train --devices {shared}`, or set it to 1",
+        )
     if config.training.step_in_backward and count != "1":
         raise ConfigError(
             f"{count} processes were started, and weights that move in the backward pass "
@@ -287,6 +349,7 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
     check_processes(config)
     distributed = config.distributed
     devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=distributed.timeout_s)
+    devices.share_rows(distributed.sequence_parallel, timeout_s=distributed.timeout_s)
     _, decision = choose_device(no_cuda=options.no_cuda)
     decisions = [decision, *devices.watch_decision()]
     if distributed.strategy == "ddp":

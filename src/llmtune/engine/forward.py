@@ -24,6 +24,8 @@ from llmtune.config.schema import Config
 from llmtune.data.dataset.micro_batch import Layout, MicroBatch
 from llmtune.engine.devices import Devices
 from llmtune.engine.objective import (
+    WHOLE_ROW,
+    RowPart,
     flat_log_probs,
     flat_nll_sum,
     flat_token_log_probs,
@@ -33,6 +35,7 @@ from llmtune.engine.objective import (
 )
 from llmtune.engine.precision import Precision
 from llmtune.engine.probe import try_backend
+from llmtune.engine.sequence_parallel import SharedRows
 from llmtune.engine.sharding import Strategy, Whole
 from llmtune.errors import ConfigError, ModelError
 from llmtune.kernels.activation_offload import offload_inputs
@@ -101,16 +104,19 @@ def build_engine(
     device: torch.device,
     precision: Precision,
     strategy: Strategy | None = None,
+    rows: SharedRows | None = None,
 ) -> Engine:
     """Choose the engine for `model` (a transformers causal LM, bare or inside peft's wrapper, already on `device`).
 
-    strategy: how its weights are held, where several processes train it; all of them call this then.
+    strategy: how its weights are held, where several processes train it; all of them call this then. rows: the part of
+    this process in rows that several share.
 
-    Raises ConfigError when `model.attention` names a way that this device does not have, ModelError when the model
-    refuses it.
+    Raises ConfigError when `model.attention` names a way that this device does not have or the model's heads cannot be
+    shared, ModelError when the model refuses it, or needs whole rows where several processes share them.
     """
     strategy = strategy or Whole(Devices(device))
-    engine = _choose_engine(model, config, device, precision, strategy)
+    shared = (rows.check_heads(base_model_of(model).config),) if rows else ()
+    engine = _choose_engine(model, config, device, precision, strategy, rows)
     nll_sum, log_probs, token_log_probs = engine.nll_sum, engine.log_probs, engine.token_log_probs
     engine = replace(
         engine,
@@ -118,6 +124,7 @@ def build_engine(
         log_probs=lambda batch: strategy.run(log_probs, batch),
         token_log_probs=lambda batch, temperature: strategy.run(token_log_probs, batch, temperature),
         equal_counts=strategy.is_sharded,
+        decisions=(*shared, *engine.decisions),
     )
     if config.model.gradient_checkpointing != "offload":
         return engine
@@ -125,7 +132,12 @@ def build_engine(
 
 
 def _choose_engine(
-    model: PreTrainedModel | PeftModel, config: Config, device: torch.device, precision: Precision, strategy: Strategy
+    model: PreTrainedModel | PeftModel,
+    config: Config,
+    device: torch.device,
+    precision: Precision,
+    strategy: Strategy,
+    rows: SharedRows | None,
 ) -> Engine:
     attention = config.model.attention
     if attention in ("flash", "flex") and device.type != "cuda":
@@ -148,13 +160,20 @@ def _choose_engine(
             undo_patches(base)
             continue  # the model has no part with such a kernel
         patched = counts
-        failure = try_backend(model, backend, device, precision, strategy)
+        failure = try_backend(model, backend, device, precision, strategy, rows)
         if failure is None:
             decisions = _patch_decisions(counts, device) + decisions
             decisions += compile_blocks(base) if is_compiled else ()
-            return _flat_engine(model, backend, device, attention, decisions, failures)
+            part = rows.part if rows else WHOLE_ROW
+            return _flat_engine(model, backend, device, part, attention, decisions, failures)
         undo_patches(base)
         failures.append(f"{backend}{'' if with_kernels else ' without kernels for norms'}: {failure}")
+    if rows:
+        raise ModelError(
+            f"{type(base).__name__} needs whole rows: {'; '.join(failures)}",
+            where="distributed.sequence_parallel",
+            fix="set it to 1; `distributed.strategy: fsdp` and `model.gradient_checkpointing: offload` save memory too",
+        )
     decisions += compile_blocks(base) if is_compiled else ()
     return _plain_engine(model, attention, "; ".join(failures), decisions)
 
@@ -254,6 +273,7 @@ def _flat_engine(
     model: PreTrainedModel | PeftModel,
     backend: str,
     device: torch.device,
+    part: RowPart,
     attention: str,
     decisions: tuple[Decision, ...],
     failures: Sequence[str],
@@ -264,7 +284,7 @@ def _flat_engine(
     if failures:
         reason += f"; what is faster failed: {'; '.join(failures)}"
     return Engine(
-        nll_sum=lambda batch: flat_nll_sum(model, batch, head=head, device=device),
+        nll_sum=lambda batch: flat_nll_sum(model, batch, head=head, device=device, part=part),
         log_probs=lambda batch: flat_log_probs(model, batch, head=head, device=device),
         token_log_probs=lambda batch, temperature: flat_token_log_probs(
             model, batch, temperature, head=head, device=device

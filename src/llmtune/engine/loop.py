@@ -131,7 +131,7 @@ def train_steps(
     update.clear()
     started = time.perf_counter()
     for window in windows:
-        totals = devices.sum(window.loss_weight, window.num_tokens, window.num_sequences)  # before any backward pass
+        totals = devices.count(window.loss_weight, window.num_tokens, window.num_sequences)  # before any backward pass
         divisor = _divisor(objective, window, devices, totals[0])
         rate = learning_rate(state.step)
         losses: list[torch.Tensor] = []
@@ -195,7 +195,7 @@ def _measure(
     devices: Devices,
     mfu: Callable[[float], float] | None,
 ) -> _Measures:
-    """Give the fields of a result that count and measure; `totals` as `devices.sum` gave them."""
+    """Give the fields of a result that count and measure; `totals` as `devices.count` gave them."""
     loss_weight, tokens, sequences = totals
     return {
         "loss_name": objective.name,

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IGNORED",
+    "WHOLE_ROW",
     "FlatInputs",
     "Objective",
+    "RowPart",
     "WindowRows",
     "flat_forward",
     "flat_inputs",
@@ -168,22 +170,38 @@ class FlatInputs(NamedTuple):
     """A flat micro-batch on its device, as decoder and loss take it."""
 
     input_ids: Tensor
-    """int64 [1, T]."""
+    """int64 [1, T]; T / count where this process computes a part of the row."""
     position_ids: Tensor
     """int64 [1, T], from 0 in each document."""
     mask: Tensor
     """Document boundaries as an attention mask, int32 [1, 1, longest, S+1] (see `segment_mask`)."""
     rows: Tensor
-    """int64 [N]: positions from which a trained token is predicted, one before it."""
+    """int64 [N]: positions from which a trained token is predicted, one before it; counted from the part's first."""
     targets: Tensor
     """int64 [N]: the trained tokens."""
     weights: Tensor
     """float32 [N]: their loss weights."""
 
 
-def flat_inputs(batch: MicroBatch, device: torch.device) -> FlatInputs:
-    """Move a flat micro-batch to `device`."""
+@dataclass(frozen=True)
+class RowPart:
+    """The part of each flat row that this process computes: the whole, unless several share its rows."""
+
+    number: int = 0
+    count: int = 1
+
+
+WHOLE_ROW = RowPart()
+
+
+def flat_inputs(batch: MicroBatch, device: torch.device, part: RowPart = WHOLE_ROW) -> FlatInputs:
+    """Move a flat micro-batch, or a part of its positions, to `device`; the document boundaries are those of the row.
+
+    A part has ceil(T / count) positions. What the last one lacks is filled up with a document of its own, of weight 0.
+    """
     assert batch.segments is not None, "the flat engine needs segments"
+    if part.count > 1:
+        return _part_inputs(batch, batch.segments, device, part)
     # Both are counted on the host before the copy: on a CUDA device each would wait for the stream.
     longest = int(batch.segments.diff().max())
     rows_N = copy_to(trained_rows(batch.weights), device)
@@ -192,6 +210,30 @@ def flat_inputs(batch: MicroBatch, device: torch.device) -> FlatInputs:
     next_N = rows_N + 1
     return FlatInputs(
         batch.input_ids, batch.position_ids, mask, rows_N, batch.input_ids[0, next_N], batch.weights[0, next_N]
+    )
+
+
+def _part_inputs(batch: MicroBatch, segments: Tensor, device: torch.device, part: RowPart) -> FlatInputs:
+    tokens = batch.input_ids.shape[1]
+    length = -(-tokens // part.count)
+    begin, padding = part.number * length, part.count * length - tokens
+    if padding:
+        segments = torch.cat([segments, segments[-1:] + padding])
+
+    def own(values_1T: Tensor) -> Tensor:
+        return copy_to(functional.pad(values_1T, (0, padding))[:, begin : begin + length].contiguous(), device)
+
+    rows_N = trained_rows(batch.weights)
+    rows_N = rows_N[(rows_N >= begin) & (rows_N < begin + length)]
+    # Read from the whole row: the token after the last position of this part lies in the next one.
+    targets_N, weights_N = batch.input_ids[0, rows_N + 1], batch.weights[0, rows_N + 1]
+    return FlatInputs(
+        own(batch.input_ids),
+        own(batch.position_ids),
+        segment_mask(segments, int(segments.diff().max()), device),
+        copy_to(rows_N - begin, device),
+        copy_to(targets_N, device),
+        copy_to(weights_N, device),
     )
 
 
@@ -209,12 +251,19 @@ def flat_forward(model: PreTrainedModel | PeftModel, inputs: FlatInputs) -> Tens
     return trained_NE
 
 
-def flat_nll_sum(model: PreTrainedModel | PeftModel, batch: MicroBatch, *, head: Head, device: torch.device) -> Tensor:
-    """Sum of weighted negative log-likelihoods of one flat micro-batch: nats, float32 [].
+def flat_nll_sum(
+    model: PreTrainedModel | PeftModel,
+    batch: MicroBatch,
+    *,
+    head: Head,
+    device: torch.device,
+    part: RowPart = WHOLE_ROW,
+) -> Tensor:
+    """Sum of weighted negative log-likelihoods of one flat micro-batch, or of a part of it: nats, float32 [].
 
     nll_sum = sum_n weights[n] * -log softmax(head(hidden[n]))[targets[n]]
     """
-    inputs = flat_inputs(batch, device)
+    inputs = flat_inputs(batch, device, part)
     return head_nll_sum(head, flat_forward(model, inputs), inputs.targets, inputs.weights)
 
 

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from llmtune.common.memory_errors import is_out_of_memory
 from llmtune.data.dataset.micro_batch import make_micro_batch
 from llmtune.data.example import Example
-from llmtune.engine.objective import flat_nll_sum, plain_nll_sum
+from llmtune.engine.objective import WHOLE_ROW, flat_nll_sum, plain_nll_sum
 from llmtune.engine.precision import Precision
+from llmtune.engine.sequence_parallel import SharedRows
 from llmtune.engine.sharding import Strategy
 from llmtune.errors import ModelError, in_one_line
-from llmtune.kernels.attention import use_attention, use_segment_attention
+from llmtune.kernels.attention import BACKENDS, use_attention, use_segment_attention
 from llmtune.kernels.linear_cross_entropy import find_head
 from llmtune.models.parameters import base_model_of, eval_mode
 
@@ -74,17 +75,23 @@ def _probe_errors() -> tuple[type[Exception], ...]:
 
 
 def try_backend(
-    model: PreTrainedModel | PeftModel, backend: str, device: torch.device, precision: Precision, strategy: Strategy
+    model: PreTrainedModel | PeftModel,
+    backend: str,
+    device: torch.device,
+    precision: Precision,
+    strategy: Strategy,
+    rows: SharedRows | None = None,
 ) -> str | None:
     """Switch `model` to a backend and probe it; when that fails, switch back and return the reason.
 
-    Raises the error of memory that runs out, which says nothing of the backend.
+    rows: the part of this process in rows that several share; those then compute the probe's flat loss together. Raises
+    the error of memory that runs out, which says nothing of the backend.
     """
     base = base_model_of(model)
     before = str(base.config._attn_implementation)
     try:
-        use_segment_attention(base, backend)
-        failure = strategy.run(_probe, model, device, precision, with_gradients=not strategy.is_sharded)
+        use_segment_attention(base, backend, rows.attention(BACKENDS[backend]) if rows else None)
+        failure = strategy.run(_probe, model, device, precision, rows, with_gradients=not strategy.is_sharded)
     except ModelError as error:
         failure = error.problems[0].problem
     except _probe_errors() as error:
@@ -102,10 +109,17 @@ class _Losses:
 
     flat: Callable[[Sequence[Example]], Tensor]
     plain: Callable[[Sequence[Example]], Tensor]
+    together: Callable[[Tensor], Tensor]
+    """Adds what a flat loss and its gradient are on each of the processes that share a row."""
 
 
 def _probe(
-    model: PreTrainedModel | PeftModel, device: torch.device, precision: Precision, *, with_gradients: bool
+    model: PreTrainedModel | PeftModel,
+    device: torch.device,
+    precision: Precision,
+    rows: SharedRows | None,
+    *,
+    with_gradients: bool,
 ) -> str | None:
     """Compare flat and plain losses (and gradients), and a document's loss before and after its neighbour changes.
 
@@ -114,17 +128,21 @@ def _probe(
     """
     head = find_head(base_model_of(model))
     assert head is not None
+    part = rows.part if rows else WHOLE_ROW
     losses = _Losses(
-        lambda examples: flat_nll_sum(model, make_micro_batch(examples, "flat", 0), head=head, device=device),
+        lambda examples: flat_nll_sum(
+            model, make_micro_batch(examples, "flat", 0), head=head, device=device, part=part
+        ),
         lambda examples: plain_nll_sum(model, make_micro_batch(examples, "padded", 0)),
+        rows.sum if rows else lambda value: value,
     )
     lengths = _lengths(model, device)
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, union-attr]
     documents, changed = _documents(vocabulary, lengths, 0), _documents(vocabulary, lengths, 1)
     with eval_mode(model), precision.autocast():
-        flat, plain = float(losses.flat(documents)), float(losses.plain(documents))
+        flat, plain = float(losses.together(losses.flat(documents))), float(losses.plain(documents))
         # The first document changes and carries no loss, so the sums are those of its neighbours alone.
-        before, after = float(losses.flat(_untrain_first(documents))), float(losses.flat(_untrain_first(changed)))
+        before, after = (float(losses.together(losses.flat(_untrain_first(some)))) for some in (documents, changed))
         dtype = _compute_dtype(model, device)
     # Written so that a NaN fails as well.
     if not abs(flat - plain) <= LOSS_TOLERANCE[dtype] * abs(plain):
@@ -156,7 +174,7 @@ def _gradients_apart(
         return torch.cat([part.flatten().float() for part in parts if part is not None])
 
     with eval_mode(model):
-        flat, plain = gradient(losses.flat), gradient(losses.plain)
+        flat, plain = losses.together(gradient(losses.flat)), gradient(losses.plain)
     return float((flat - plain).norm() / plain.norm())
 
 

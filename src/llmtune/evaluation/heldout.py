@@ -78,8 +78,8 @@ def evaluate_examples(
             layout=engine.layout,
             pad_id=pad_id,
             max_group_tokens=engine.max_group_tokens,
-            world_size=devices.world_size if devices else 1,
-            rank=devices.rank if devices else 0,
+            world_size=devices.readers if devices else 1,
+            rank=devices.reader if devices else 0,
             equal_counts=engine.equal_counts,
         )
         with precision.autocast():
@@ -88,6 +88,7 @@ def evaluate_examples(
                 batches,
                 model=model,
                 sum_over_devices=(lambda number: devices.sum(number)[0]) if devices else float,
+                count_over_devices=(lambda number: devices.count(number)[0]) if devices else float,
             )
     pooled = _Sums(sum(each.nats for each in sums.values()), sum(each.weight for each in sums.values()))
     own_means = {
@@ -170,6 +171,7 @@ def evaluate_objective(
         world_size=devices.world_size,
         rank=devices.rank,
         together=together,
+        equal_counts=engine.equal_counts,
     )
     order = np.arange(len(examples), dtype=np.int64)
     mine = order.reshape(-1, together)[devices.rank :: devices.world_size].reshape(-1)
@@ -201,7 +203,10 @@ def evaluate(
     eval_mean_nll = L / W, eval_perplexity = exp(L / W), eval_bits_per_byte = L / (ln 2 * B); see the top of this file.
     Raises DataError when no held-out row has a trained token.
     """
-    return _metrics(_add_up(nll_sum, batches, model=model, sum_over_devices=sum_over_devices), total_bytes)
+    sums = _add_up(
+        nll_sum, batches, model=model, sum_over_devices=sum_over_devices, count_over_devices=sum_over_devices
+    )
+    return _metrics(sums, total_bytes)
 
 
 class _Sums(NamedTuple):
@@ -217,7 +222,9 @@ def _add_up(
     *,
     model: nn.Module,
     sum_over_devices: Callable[[float], float],
+    count_over_devices: Callable[[float], float],
 ) -> _Sums:
+    """Add up the rows of all processes; those that share a row have a part of its nats each, and all of its weight."""
     nats: Tensor | float = 0.0
     weight = 0.0
     with eval_mode(model):
@@ -225,7 +232,7 @@ def _add_up(
             # In float64 and on the device: reading the number here would wait for the device at every batch.
             nats = nats + nll_sum(batch).detach().to(torch.float64)
             weight += batch.loss_weight
-    return _Sums(sum_over_devices(float(nats)), sum_over_devices(weight))
+    return _Sums(sum_over_devices(float(nats)), count_over_devices(weight))
 
 
 def _metrics(sums: _Sums, total_bytes: float | None) -> dict[str, float]:

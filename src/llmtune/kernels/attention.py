@@ -359,7 +359,7 @@ def use_segment_attention(model: PreTrainedModel, backend: str, attend: Backend 
 
     Returns the name of the implementation it had before; `use_attention` sets that again.
 
-    attend: used in place of the backend, for a plan where the backend itself cannot run on tensors without numbers.
+    attend: used in place of the backend: around it, or in a plan where it cannot run on tensors without numbers.
 
     Ordinary calls (any other mask) still get the library's own attention, so generation needs no switching back. Raises
     ModelError when the model does not take it.

@@ -124,6 +124,18 @@ class Peaks:
     host_bytes: int = 0
     """Bytes that wait in host memory for the backward pass."""
 
+    def of_part(self, count: int) -> Peaks:
+        """What each of `count` processes that share a row takes: its part of all but gradients and the loss's chunk."""
+
+        def part(phase: str) -> int:
+            whole = self.gradients[phase]
+            if phase == "loss":  # a chunk of logits is as large as ever
+                whole = max(whole, self.phases[phase] - self.activation_bytes)
+            return whole + max(0, self.phases[phase] - whole) // count
+
+        phases = {phase: part(phase) for phase in self.phases}
+        return Peaks(phases, self.gradients, self.activation_bytes // count, self.host_bytes // count)
+
     @property
     def peak_bytes(self) -> int:
         """The most of all phases."""

@@ -156,10 +156,11 @@ class Forecaster:
         shape = self.shape.config
         is_cut = self.target.kind == "cpu" and self.layout == "flat"
 
+        # Of devices that share each row, a group takes a share.
+        readers = max(1, self.world_size // config.distributed.sequence_parallel)
+
         def windows(limit: int | None) -> BatchPlan:
-            return prepared.batch_plan(
-                layout=self.layout, max_group_tokens=limit, rank=self.rank, world_size=self.world_size
-            )
+            return prepared.batch_plan(layout=self.layout, max_group_tokens=limit, rank=self.rank, world_size=readers)
 
         return choose_windows(
             windows,
@@ -180,7 +181,7 @@ class Forecaster:
         whole = (
             sum(batches.tokens_of_epoch(epoch)[0] for epoch in range(epochs)) if batches.draws_anew else epochs * tokens
         )
-        run_tokens = whole + self.world_size * sum(
+        run_tokens = whole + batches.world_size * sum(
             int(lengths[group].sum()) for step in tail for group in batches.groups(step)
         )
         real = positions = 0
@@ -229,7 +230,7 @@ class Forecaster:
         gradients: Gradients = "summed" if several else "dropped" if config.training.step_in_backward else "single"
         return plan_memory(
             self.sizes(config),
-            self.peaks(config, batch, gradients),
+            self.peaks(config, batch, gradients).of_part(config.distributed.sequence_parallel),
             batch,
             kind=self.target.kind,
             optimizer=config.training.optimizer,

@@ -5,8 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+import numpy as np
+import torch
+
 from llmtune.common.text import readable_bytes
 from llmtune.config.distributed_checks import reason_against_sharding
+from llmtune.engine.precision import DTYPES
+from llmtune.engine.sequence_parallel import shared_heads
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.meta_model import ModelSizes
 
@@ -17,6 +22,9 @@ FORMULAS = {
     "fsdp": "(N-1)/N x (2 x blocks + outside + gradients) x micro-batches",
 }
 """What a device sends in a step, in words for people; `traffic_bytes` computes it."""
+
+EXCHANGE = " + exchanged"
+"""What is added where several devices share each row; `exchange_bytes` computes it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class StrategyPlan:
     """Bytes of the other weights, which fsdp gathers once."""
     micro_batches: int
     """Micro-batches of the main process in the first step."""
+    exchanged_bytes: int
+    """Of the bytes sent, those of attention where several devices share each row."""
     formula: str
     refused_for: str | None
     """The key because of which a training would refuse this strategy."""
@@ -68,10 +78,50 @@ def traffic_bytes(
     return -(-once[strategy] * (devices - 1) // devices)
 
 
+def exchange_bytes(sharing: int, *, tokens: int, row_bytes: int, passes: int) -> int:
+    """Bytes that each of P devices sends in a step for the rows that they share (arXiv:2309.14509).
+
+    Each has a P-th of the tokens, and sends all but a P-th of what attention takes and gives there: in the forward
+    pass, in the backward pass, and where blocks are recomputed once more (`passes`). row_bytes: queries, keys, values
+    and outputs of one position in all blocks.
+
+    >>> exchange_bytes(2, tokens=100, row_bytes=10, passes=2), exchange_bytes(1, tokens=100, row_bytes=10, passes=2)
+    (500, 0)
+    """
+    return -(-passes * tokens * row_bytes * (sharing - 1) // sharing**2)
+
+
+def _exchanged(forecaster: Forecaster) -> int:
+    config, shape = forecaster.config, forecaster.shape.config.get_text_config()
+    sharing = config.distributed.sequence_parallel
+    if sharing == 1:
+        return 0
+    lengths = np.asarray(forecaster.prepared.examples.lengths)
+    heads = shape.num_attention_heads
+    width = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    key_heads = shared_heads(getattr(shape, "num_key_value_heads", None) or heads, sharing)
+    number_bytes = (DTYPES[forecaster.precision] or torch.float32).itemsize  # type: ignore[index]
+    return exchange_bytes(
+        sharing,
+        tokens=sum(int(lengths[group].sum()) for group in forecaster.batches(config).groups(1)),
+        row_bytes=2 * (heads + key_heads) * width * shape.num_hidden_layers * number_bytes,
+        passes=3 if config.model.recomputes else 2,
+    )
+
+
+def _refused_for(forecaster: Forecaster, strategy: str) -> str | None:
+    config, sharing = forecaster.config, forecaster.config.distributed.sequence_parallel
+    heads = getattr(forecaster.shape.config.get_text_config(), "num_attention_heads", 1)
+    if forecaster.world_size % sharing or heads % sharing:
+        return "distributed.sequence_parallel"
+    return reason_against_sharding(config) if strategy == "fsdp" else None
+
+
 def plan_strategies(forecaster: Forecaster) -> list[StrategyPlan]:
     """Plan ddp and fsdp on the forecaster's `world_size` devices. Raises any of MODEL_ERRORS as `memory` does."""
     config, devices = forecaster.config, forecaster.world_size
     sizes, micro_batches = forecaster.sizes(config), len(forecaster.batches(config).groups(1))
+    exchanged = _exchanged(forecaster)
     plans = []
     for strategy in STRATEGIES:
         chosen = replace(config, distributed=replace(config.distributed, strategy=strategy))
@@ -83,9 +133,10 @@ def plan_strategies(forecaster: Forecaster) -> list[StrategyPlan]:
                 devices=devices,
                 peak_bytes=peak,
                 fits=peak <= forecaster.target.budget_bytes,
-                sent_bytes=traffic_bytes(strategy, devices, **counts),
-                formula=FORMULAS[strategy],
-                refused_for=reason_against_sharding(config) if strategy == "fsdp" else None,
+                sent_bytes=traffic_bytes(strategy, devices, **counts) + exchanged,
+                exchanged_bytes=exchanged,
+                formula=FORMULAS[strategy] + (EXCHANGE if exchanged else ""),
+                refused_for=_refused_for(forecaster, strategy),
                 **counts,
             )
         )
@@ -112,6 +163,8 @@ def strategy_lines(plans: list[StrategyPlan]) -> list[str]:
         peak, sent = readable_bytes(plan.peak_bytes), readable_bytes(plan.sent_bytes)
         lines.append(f"  {plan.strategy:<5} {peak:>10}  {verdict}; sends {sent} a step = {plan.formula}{refused}")
     sizes = {"gradients": plan.gradient_bytes, "blocks": plan.block_bytes, "outside": plan.outside_bytes}
+    if plan.exchanged_bytes:
+        sizes["exchanged"] = plan.exchanged_bytes
     counted = ", ".join(f"{name} {readable_bytes(size)}" for name, size in sizes.items())
     return [*lines, f"  N = {plan.devices}, {counted}, micro-batches {plan.micro_batches}"]
 

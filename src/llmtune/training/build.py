@@ -31,6 +31,7 @@ from llmtune.engine.optim import Optimizer, build_optimizer, learning_rate_scale
 from llmtune.engine.own_loss import own_objective
 from llmtune.engine.precision import Precision, PrecisionName, fixed_order_of_sums, without_tf32
 from llmtune.engine.schedule import schedule_of
+from llmtune.engine.sequence_parallel import shared_rows
 from llmtune.engine.sharding import Strategy, make_strategy
 from llmtune.engine.update import StepAfterBackward, StepInBackward, Update, choose_windows
 from llmtune.engine.utilization import utilization
@@ -151,7 +152,7 @@ def build_setup(
     counts = _count(model)
     decisions += strategy.shard(model)
     parameters = trained_parameters(model)
-    engine = build_engine(model, config=config, device=devices.device, precision=precision, strategy=strategy)
+    engine = _make_engine(model, config, devices, precision, strategy)
     model.train()  # dropout and noise are on from here; evaluation switches them off for itself
     objectives = _make_objectives(prepared, options, model, engine, parameters, precision, devices, rewards, loaded)
     optimizer, optimizer_decisions = _make_optimizer(model, parameters, config.training, devices)
@@ -181,6 +182,13 @@ def build_setup(
         counts=counts,
         decisions=tuple(decisions),
     )
+
+
+def _make_engine(
+    model: PreTrainedModel, config: Config, devices: Devices, precision: Precision, strategy: Strategy
+) -> Engine:
+    rows = shared_rows(devices)
+    return build_engine(model, config=config, device=devices.device, precision=precision, strategy=strategy, rows=rows)
 
 
 def _count(model: PreTrainedModel) -> Counts:
@@ -281,12 +289,15 @@ def _make_objectives(
 
 
 def _own_objectives(own: Objective, model: PreTrainedModel, config: Config) -> Objectives:
-    """Raises UsageError where the config asks for another objective than the usual one."""
+    """Raises UsageError where the config asks for another objective than the usual one, or for rows that are cut."""
     if config.objective.method != "sft":
         problem = (
             f"a loss of your own takes the place of the usual one, and objective.method is {config.objective.method}"
         )
         raise UsageError(problem, "Trainer(loss=...)", "set `objective.method: sft`, or leave the loss out")
+    if config.distributed.sequence_parallel > 1:
+        problem = "a loss of your own is given the log-probabilities of whole rows, and processes share them here"
+        raise UsageError(problem, "Trainer(loss=...)", "set `distributed.sequence_parallel: 1`, or leave the loss out")
     reason = "your function of the log-probabilities of trained tokens; held-out rows have the usual loss"
     noisy = replace(own, loss_sum=_with_noise(own.loss_sum, model, config.training))
     return Objectives(noisy, None, [Decision("objective", own.name, reason)])
@@ -374,8 +385,8 @@ def _make_windows(
         return prepared.batch_plan(
             layout=engine.layout,
             max_group_tokens=max_group_tokens,
-            rank=devices.rank,
-            world_size=devices.world_size,
+            rank=devices.reader,
+            world_size=devices.readers,
             equal_counts=engine.equal_counts,
         )
 

@@ -280,15 +280,17 @@ def _prepare_and_plan(
     plan = make_plan(forecaster)
     print_preflight(forecaster.prepared, resolved.name, device_decisions, plan, print_line)
     if devices.world_size > 1:
-        _print_shares(forecaster.batches(forecaster.config).global_batch, devices.world_size, print_line)
+        _print_shares(forecaster.batches(forecaster.config).global_batch, devices, print_line)
     return forecaster, plan
 
 
-def _print_shares(sequences: int, processes: int, print_line: PrintLine) -> None:
+def _print_shares(sequences: int, devices: Devices, print_line: PrintLine) -> None:
     """Print how the processes share a step's sequences: in other toolkits each of them takes a batch of its own."""
-    print_line(f"note    a step has {sequences:,} sequences in all, shared by {processes:,} processes")
-    if sequences < processes:
-        idle = f"{processes - sequences:,} of {processes:,} processes have no row in a step"
+    count = devices.readers
+    of = "processes" if devices.row_size == 1 else f"group{'s' * (count > 1)} of {devices.row_size} processes"
+    print_line(f"note    a step has {sequences:,} sequences in all, shared by {count:,} {of}")
+    if sequences < count:
+        idle = f"{count - sequences:,} of {count:,} {of} have no row in a step"
         print_line(f"note    {idle}: raise `training.batch_size` or `training.gradient_accumulation_steps`")
 
 
