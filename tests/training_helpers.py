@@ -54,14 +54,14 @@ def comparing_run(model: Path, rows: Path, folder: Path, *more: str) -> list[str
 
 
 def stopped_after(steps: int, resolved: ResolvedConfig, options: Options | None = None) -> str:
-    """Make so many steps of a run and leave it; returns its folder."""
+    """Make so many steps of a run and leave it; returns its folder, which the first process alone holds ('')."""
     with StopRequest() as stop:
         run = open_run(resolved, options or Options(), stop, print_line=silent)
         made = run.steps()
         for _ in range(steps):
             next(made)
         made.close()
-    return str(run.run.path)
+    return "" if run.run is None else str(run.run.path)
 
 
 def difference(whole: Path, run: Path) -> str:
