@@ -124,9 +124,9 @@ def stand_ins(path, tmp_path, tiny_models):
     else:
         small.append(f"model.name={tiny_models['qwen3' if config.model.name.startswith('qwen3') else 'llama']}")
     if not config.data.train or not config.data.train[0].path.startswith("example:"):
-        small += [f"data.train=[{rows_like(tmp_path, config.data.format, 12)}]", "data.eval=[]", "data.test_size=4"]
+        small += [f"data.train=[{rows_like(tmp_path, config.data.format)}]", "data.eval=[]", "data.test_size=4"]
         small.append("training.max_steps=100")  # so few rows are one step, and a warm-up of one step trains nothing
-    return [*small, "data.max_samples=12"]  # a trace of the plan takes as long as the packs are
+    return [*small, "data.max_samples=40"]
 
 
 @pytest.mark.parametrize("path", [*SHIPPED, *EXAMPLES], ids=lambda path: path.stem)
