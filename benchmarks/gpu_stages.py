@@ -16,12 +16,14 @@ import subprocess
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from workloads import SHAPES, Workload
@@ -177,7 +179,7 @@ def engine() -> None:
         finding(f"blocks recomputed: {recompute}", lambda mode=recompute: _engine_case(mode))
 
 
-def _engine_case(recompute: bool | str) -> str:
+def _engine_case(recompute: bool | str, libraries: Sequence[str] | None = None) -> str:
     import torch
     from starting_point import adapter_of, example_list, load_model
 
@@ -195,7 +197,6 @@ def _engine_case(recompute: bool | str) -> str:
             if "lora_B" in name:
                 weight.normal_(std=0.05)
     config = Config(model=ModelConfig(gradient_checkpointing=recompute), adapter=adapter_of(workload))  # type: ignore[arg-type]
-    built = build_engine(model, config=config, device=device, precision=precision)
     model.train()
     examples = list(example_list(drawn_rows(workload, 4)))
 
@@ -207,13 +208,44 @@ def _engine_case(recompute: bool | str) -> str:
         parts = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
         return float(value.detach()), torch.cat(parts)
 
-    fast = gradient(lambda: built.nll_sum(make_micro_batch(examples, built.layout, 0)))
+    # First, because the engine patches the model that it is built for.
     plain = gradient(lambda: plain_nll_sum(model, make_micro_batch(examples, "padded", 0)))
+    with kernels_of(libraries):
+        built = build_engine(model, config=config, device=device, precision=precision)
+    model.train()
+    fast = gradient(lambda: built.nll_sum(make_micro_batch(examples, built.layout, 0)))
     losses, grads = abs(fast[0] - plain[0]) / plain[0], float((fast[1] - plain[1]).norm() / plain[1].norm())
     chosen = {decision.key: str(decision.value) for decision in built.decisions}
     label = f"{chosen['training.engine']}, {chosen.get('model.attention', 'the library')}"
+    label += f", kernels: {chosen.get('training.kernels', 'none')}"
     assert losses < 2e-2 and grads < 0.1, f"{label}: loss {losses:.1e}, gradient {grads:.1e} away"  # noqa: PT018
     return f"{label}: loss {losses:.0e}, gradient {grads:.0e} away"
+
+
+# ---- kernels ----
+
+
+def kernels_of(libraries: Sequence[str] | None) -> AbstractContextManager[object]:
+    """Have engines built inside try the kernels of these libraries only; all that are installed when None."""
+    from llmtune.engine import forward
+
+    if libraries is None:
+        return nullcontext()
+    return mock.patch.object(forward, "kernel_libraries", return_value=frozenset(libraries))
+
+
+def kernels() -> None:
+    """Loss, gradients and speed by the kernels that an engine may use: none, torch's, Liger's as well."""
+    from llmtune.kernels.liger import is_installed
+
+    for name, libraries in {"none": (), "torch": ("torch",), "torch, Liger": ("torch", "liger-kernel")}.items():
+        if "Liger" in name and not is_installed():
+            say(f"kernels: {name}", "not installed: pip install 'llmtune[gpu]'")
+            continue
+        finding(f"kernels: {name}", lambda chosen=libraries: _engine_case(False, chosen))
+        shape, tokens = ("tiny", 64) if SMALL else ("llama-3.2-1b", 4096)
+        case = (workload_of(shape, tokens), "auto", libraries)
+        finding(f"kernels: {name}, {shape} lora, rows of {tokens:,}", lambda case=case: _speed_case(*case))
 
 
 # ---- speed ----
@@ -246,11 +278,12 @@ def speed() -> None:
             finding(f"{shape} {method}, rows of {tokens:,}, {way}", lambda case=case: _speed_case(*case))
 
 
-def _speed_case(workload: Workload, way: str) -> str:
+def _speed_case(workload: Workload, way: str, libraries: Sequence[str] | None = None) -> str:
     import llmtune_contestant
     import torch
 
-    training = llmtune_contestant.train(workload, drawn_rows(workload, 3 if SMALL else 8), "cuda:0", engine=way)
+    with kernels_of(libraries):
+        training = llmtune_contestant.train(workload, drawn_rows(workload, 3 if SMALL else 8), "cuda:0", engine=way)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()  # the steps' own: the probe of the engine came before
     first = [next(training.steps) for _ in range(2)]  # they make kernels and the optimizer's state
@@ -345,6 +378,7 @@ STAGES: dict[str, Callable[[], None]] = {
     "machine": machine,
     "attention": attention,
     "engine": engine,
+    "kernels": kernels,
     "speed": speed,
     "longest": longest,
 }

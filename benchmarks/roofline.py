@@ -8,10 +8,8 @@ waits for the host, so a real card reaches less: most where models are small. Th
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -25,7 +23,7 @@ from workloads import SHAPES
 from llmtune.adapters.attach import attach_adapter
 from llmtune.config.schema import AdapterConfig
 from llmtune.kernels.chunks import every_chunk
-from llmtune.kernels.patch_model import patch_model
+from llmtune.kernels.liger import LIGER
 from llmtune.plan import activation_trace
 from llmtune.plan.activation_trace import TRACED_BLOCKS, MicroBatchShape
 
@@ -49,6 +47,13 @@ ATTENTION = {"_varlen_attn": (2, 0.55), "_varlen_attn_backward": (5, 0.45)}
 """Products of flash attention's two passes, and the part of the rate of products that they reach."""
 
 FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "set_", "_unsafe_view", "_reshape_alias")
+
+WRITES_ONLY = ("zero", "fill", "full", "ones", "new_zeros", "new_full", "new_ones", "uniform", "normal")
+
+GATHERS = ("embedding", "gather", "index", "index_select")
+
+PASSES = {"cross_entropy_": 2}
+"""Times that an operation of several passes reads its inputs: no cache holds a chunk of logits."""
 
 
 @dataclass
@@ -88,11 +93,11 @@ class Meter(TorchDispatchMode):
 
     def _add(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         name = func._schema.name.split("::")[1]
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        if not written or name.startswith(FREE) or _is_view(func):
+        if name.startswith(FREE) or _is_view(func):
             return
-        moved = sum(map(_bytes, read)) + sum(map(_bytes, written))
+        moved = _moved(name, func, args, kwargs, result)
+        if not moved:
+            return
         if name in ATTENTION:
             products, share = ATTENTION[name]
             query = args[0] if name == "_varlen_attn" else args[1]
@@ -105,6 +110,33 @@ class Meter(TorchDispatchMode):
             self.count.other_s += max(moved / self.bandwidth, LEAST_S)
             self.count.other_bytes += moved
         self.count.operations += 1
+
+
+def _moved(name: str, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> float:
+    """Bytes that an operation reads and writes."""
+    read = sum(map(_bytes, _tensors((args, kwargs))))
+    in_place = [
+        value
+        for argument, value in zip(func._schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    outputs = {id(one): one for one in _tensors((result, in_place))}  # most operations in place return what they wrote
+    written = sum(map(_bytes, outputs.values()))
+    if not written:  # a question about a tensor
+        return 0.0
+    if name.startswith(WRITES_ONLY):
+        return written
+    if name == "copy_":
+        return _bytes(args[0]) + _bytes(args[1])
+    if name in GATHERS:  # a few entries of the first tensor
+        return 2 * written + sum(map(_bytes, _tensors(args[1:])))
+    if name == "scatter_add_":
+        return _bytes(args[2]) + 3 * _bytes(args[3])
+    return PASSES.get(name, 1) * read + written
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _is_view(func: Any) -> bool:
@@ -125,40 +157,49 @@ def _work(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> float:
     return float(flop_registry[packet](*args, **options, out_val=result))
 
 
-def build(shape: str, blocks: int) -> Any:
-    """A LoRA of rank 16 on all linear layers of a model in bf16, without values."""
+def build(shape: str, blocks: int, method: str = "lora") -> Any:
+    """A model without values: in bf16 with a LoRA of rank 16 on all linear layers, or all of it trained, in float32."""
     config = transformers.LlamaConfig(**{**SHAPES[shape], "num_hidden_layers": blocks})
     with torch.device("meta"):
+        if method == "full":
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         return attach_adapter(model, AdapterConfig(method="lora", r=16, alpha=32.0), seed=0)[0]
 
 
 def count(
-    card: str, shape: str, lengths: Sequence[int], *, recompute: bool, kernels: bool, trained: float = 0.8
+    card: str,
+    shape: str,
+    lengths: Sequence[int],
+    libraries: Collection[str],
+    *,
+    method: str = "lora",
+    recompute: bool = False,
+    trained: float = 0.8,
 ) -> Count:
-    """Count one micro-batch of these documents, `trained` of whose tokens carry loss."""
+    """Count one micro-batch of these documents, `trained` of whose tokens carry loss, by the kernels of libraries."""
     batch = MicroBatchShape(tuple(lengths), round(trained * sum(lengths)), "flat")
-    patches: list[tuple[str, Callable[..., object]]] = [("representative_chunks", every_chunk)]
-    if not kernels:
-        patches.append(("patch_model", partial(patch_model, kernels=False)))
 
     def of_blocks(blocks: int) -> Count:
-        with ExitStack() as stack:
-            for name, value in patches:
-                stack.enter_context(mock.patch.object(activation_trace, name, value))
-            meter = stack.enter_context(Meter(card, lengths))
+        model = build(shape, blocks, method)  # not under the meter: no step makes weights
+        with mock.patch.object(activation_trace, "representative_chunks", every_chunk), Meter(card, lengths) as meter:
             activation_trace.trace(
-                build(shape, blocks),
+                model,
                 batch,
                 device_type="cuda",
                 compute=torch.bfloat16,
                 checkpointing=recompute,
                 gradients="single",
                 attention="varlen",
+                libraries=libraries,
             )
         return meter.count
 
     return of_blocks(TRACED_BLOCKS).line(of_blocks(TRACED_BLOCKS + 1), int(SHAPES[shape]["num_hidden_layers"]))
+
+
+LIBRARIES: dict[str, tuple[str, ...]] = {"none": (), "torch": ("torch",), "torch, Liger": ("torch", LIGER)}
+"""Rows of the table: the libraries whose kernels are called."""
 
 
 def main() -> None:
@@ -166,19 +207,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--card", nargs="+", choices=sorted(CARDS), default=["h100"])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
     parser.add_argument("--documents", type=int, nargs="+", default=[1024] * 4, help="their tokens")
     parser.add_argument("--recompute", action="store_true", help="blocks are recomputed in the backward pass")
     options = parser.parse_args()
     tokens = sum(options.documents)
-    print(f"LoRA of {options.shape}, {len(options.documents)} documents, {tokens:,} tokens; counted, not measured\n")
-    print("| card | norms | products ms | attention ms | other ms | other GB | operations | tokens/s |")
+    print(f"{options.method} of {options.shape}, {len(options.documents)} documents, {tokens:,} tokens; ", end="")
+    print("counted, not measured\n")
+    print("| card | kernels | products ms | attention ms | other ms | other GB | operations | tokens/s |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for card in options.card:
-        for kernels in (False, True):
-            found = count(card, options.shape, options.documents, recompute=options.recompute, kernels=kernels)
+        for name, libraries in LIBRARIES.items():
+            rest = {"method": options.method, "recompute": options.recompute}
+            found = count(card, options.shape, options.documents, libraries, **rest)
             cells = [f"{1e3 * one:.1f}" for one in (found.product_s, found.attention_s, found.other_s)]
             cells += [f"{found.other_bytes / 1e9:.0f}", f"{found.operations:,.0f}", f"{tokens / found.seconds:,.0f}"]
-            print(f"| {card} | {'kernel' if kernels else 'library'} | {' | '.join(cells)} |", flush=True)
+            print(f"| {card} | {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

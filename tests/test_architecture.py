@@ -56,6 +56,7 @@ LAZY_IMPORTS = {
     "* wandb": "optional package",
     "* tensorboard": "optional package",
     "* triton": "optional package",
+    "* liger_kernel": "optional package, and it imports triton",
     "* torch": "light modules answer without torch; flex and variable-length attention exist on some machines only",
     "* transformers": "takes seconds to import, and needs torch",
     "* peft": "takes seconds to import, and needs torch",

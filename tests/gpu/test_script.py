@@ -94,7 +94,7 @@ def test_all_stages_run_on_a_pretend_gpu_and_nothing_fails(tmp_path):
     arguments = ["scripts/gpu", "--pretend", "--minutes", "60", "--out", str(out), *tests]
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert {row[0] for row in rows(out.read_text().partition("\n\n")[2])} == {
-        "machine", "attention", "engine", "speed", "longest", "tests",
+        "machine", "attention", "engine", "kernels", "speed", "longest", "tests",
     }  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "**failed**" not in done.stdout

@@ -15,6 +15,7 @@ from llmtune.common.text import readable_bytes
 from llmtune.engine.choose_device import choose_device, has_nvidia_gpu
 from llmtune.engine.probe import PROBE_ERRORS
 from llmtune.errors import MachineError, in_one_line
+from llmtune.kernels.liger import is_installed
 from llmtune.models.quantization import import_bitsandbytes
 
 __all__ = ["GpuFinding", "gpu_findings"]
@@ -86,6 +87,17 @@ def _varlen() -> str:
     return "variable-length flash attention works, forward and backward"
 
 
+def _liger() -> str:
+    if not is_installed():
+        raise ImportError("it is not installed")
+    gate, up = (torch.randn(4, 256, device="cuda", dtype=torch.float16) for _ in range(2))
+    expected = torch.nn.functional.silu(gate) * up
+    apart = float((torch.ops.llmtune.swiglu(gate, up) - expected).abs().max())
+    if not apart < 0.05:
+        raise ArithmeticError(f"its SwiGLU is {apart:.2g} away from torch's")
+    return "Liger's kernels are built and work"
+
+
 def _four_bit() -> str:
     functional = import_bitsandbytes().functional
     matrix = torch.linspace(-1, 1, 4096, device="cuda").reshape(64, 64)
@@ -108,13 +120,16 @@ def _compiler() -> GpuFinding:
     missing += [] if headers.is_file() else [f"{headers}"]
     if not missing:
         return GpuFinding("triton", "ok", "a C compiler and Python.h are there for kernels built at their first use")
-    fix = "install gcc and python3-dev; only flex attention and training.compile need them"
+    fix = "install gcc and python3-dev; only Liger's kernels, flex attention and training.compile need them"
     return GpuFinding("triton", "warn", f"missing: {', '.join(missing)}", fix)
 
 
 TRIALS = (
     Trial("product", _product, "the driver and torch's build do not fit: see `nvidia-smi`, and reinstall torch"),
     Trial("attention", _varlen, "cards from Ampere on have it; before, attention runs document by document"),
+    Trial(
+        "liger", _liger, "pip install -U 'llmtune[gpu]'; without it SwiGLU, rotary positions and the loss are slower"
+    ),
     Trial("4-bit on cuda", _four_bit, "pip install -U bitsandbytes; only model.quantization needs it"),
     Trial("page-locked", _pinned, "offload takes ordinary memory then, slower; in WSL2 raise `memory` in .wslconfig"),
 )

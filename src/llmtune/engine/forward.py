@@ -34,14 +34,15 @@ from llmtune.engine.objective import (
     plain_token_log_probs,
 )
 from llmtune.engine.precision import Precision
-from llmtune.engine.probe import try_backend
+from llmtune.engine.probe import Probe
 from llmtune.engine.sequence_parallel import SharedRows
 from llmtune.engine.sharding import Strategy, Whole
 from llmtune.errors import ConfigError, ModelError
 from llmtune.kernels.activation_offload import offload_inputs
 from llmtune.kernels.attention import use_attention
-from llmtune.kernels.linear_cross_entropy import find_head
-from llmtune.kernels.patch_model import patch_model, undo_patches
+from llmtune.kernels.liger import LIGER
+from llmtune.kernels.linear_cross_entropy import Head, find_head
+from llmtune.kernels.patch_model import NO_LIBRARIES, kernel_libraries, patch_model, undo_patches
 from llmtune.kernels.recompute import checkpointable_blocks
 from llmtune.kernels.tiled_mlp import run_in_tiles
 from llmtune.models.load import ATTENTION_IMPLEMENTATIONS
@@ -150,24 +151,28 @@ def _choose_engine(
     reason_against = _reason_for_plain_engine(model, config)
     failures: list[str] = [] if reason_against is None else [reason_against]
     backends = () if failures else _backends(attention, device, precision)
-    # On a GPU each backend is tried with the device's kernels for other parts, and without them.
-    patched: Counter[str] = Counter()
-    kernels = (True, False) if device.type == "cuda" and not is_compiled else (True,)
-    for backend, with_kernels in product(backends, kernels):
-        # The compiler fuses the library's own operations, so it gets the modules as they are.
-        counts = Counter() if is_compiled else patch_model(base, device.type, kernels=with_kernels)
-        if not with_kernels and counts == patched:
+    if backends:
+        probe = Probe(model, device, precision, strategy, rows)
+        backends, failures = ((), [probe.failure]) if probe.failure else (backends, failures)
+    # The compiler fuses the library's own operations, so it gets the modules as they are.
+    libraries = (NO_LIBRARIES,) if is_compiled else _fewer_and_fewer(kernel_libraries(device.type))
+    tried: tuple[Counter[str], Head | None] | None = None
+    for backend, chosen in product(backends, libraries):
+        counts = Counter() if is_compiled else patch_model(base, device.type, chosen)
+        head = find_head(base, chosen)
+        assert head is not None
+        if chosen != libraries[0] and (counts, head) == tried:
             undo_patches(base)
             continue  # the model has no part with such a kernel
-        patched = counts
-        failure = try_backend(model, backend, device, precision, strategy, rows)
+        tried = counts, head
+        failure = probe.failure_of(backend, head)
         if failure is None:
-            decisions = _patch_decisions(counts, device) + decisions
+            decisions = _patch_decisions(counts, head, device) + decisions
             decisions += compile_blocks(base) if is_compiled else ()
             part = rows.part if rows else WHOLE_ROW
-            return _flat_engine(model, backend, device, part, attention, decisions, failures)
+            return _flat_engine(model, backend, head, device, part, attention, decisions, failures)
         undo_patches(base)
-        failures.append(f"{backend}{'' if with_kernels else ' without kernels for norms'}: {failure}")
+        failures.append(f"{backend}{_words(chosen, device)}: {failure}")
     if rows:
         raise ModelError(
             f"{type(base).__name__} needs whole rows: {'; '.join(failures)}",
@@ -176,6 +181,17 @@ def _choose_engine(
         )
     decisions += compile_blocks(base) if is_compiled else ()
     return _plain_engine(model, attention, "; ".join(failures), decisions)
+
+
+def _fewer_and_fewer(libraries: frozenset[str]) -> tuple[frozenset[str], ...]:
+    """The libraries whose kernels are tried: all of them, without Liger, none."""
+    return tuple(dict.fromkeys((libraries, libraries - {LIGER}, NO_LIBRARIES)))
+
+
+def _words(libraries: frozenset[str], device: torch.device) -> str:
+    if LIGER in libraries:
+        return " with Liger's kernels"
+    return "" if libraries or device.type != "cuda" else " without kernels"
 
 
 def _reason_for_plain_engine(model: PreTrainedModel | PeftModel, config: Config) -> str | None:
@@ -188,14 +204,21 @@ def _reason_for_plain_engine(model: PreTrainedModel | PeftModel, config: Config)
     return None
 
 
-def _patch_decisions(counts: Counter[str], device: torch.device) -> tuple[Decision, ...]:
+def _patch_decisions(counts: Counter[str], head: Head, device: torch.device) -> tuple[Decision, ...]:
     decisions = []
     if layers := counts["LoRA"]:
         reason = f"{layers} LoRA layers add their update inside the frozen product and keep only their input"
         decisions.append(Decision("adapter.engine", "fused", reason))
-    if (norms := counts["RMS norm"]) and device.type == "cuda":
-        reason = f"{norms} norms in torch's fused kernel, one pass over memory each way; rounded once, not twice"
-        decisions.append(Decision("training.kernels", "RMS norm", reason))
+    if device.type != "cuda":
+        return tuple(decisions)
+    reasons = {name: KERNEL_REASONS[name].format(counts[name]) for name in KERNEL_REASONS if counts[name]}
+    if head.in_place:
+        reasons["cross-entropy by Liger"] = "the loss writes its gradient over the logits"
+    if reasons:
+        if LIGER not in kernel_libraries(device.type):
+            reasons[""] = "Liger's kernels, for more parts, are not installed (pip install 'llmtune[gpu]')"
+        names = ", ".join(filter(None, reasons))
+        decisions.append(Decision("training.kernels", names, "; ".join(reasons.values())))
     return tuple(decisions)
 
 
@@ -272,14 +295,13 @@ def group_tokens(shape: PreTrainedConfig) -> int:
 def _flat_engine(
     model: PreTrainedModel | PeftModel,
     backend: str,
+    head: Head,
     device: torch.device,
     part: RowPart,
     attention: str,
     decisions: tuple[Decision, ...],
     failures: Sequence[str],
 ) -> Engine:
-    head = find_head(base_model_of(model))
-    assert head is not None
     reason = f"asked for ({attention})" if attention != "auto" else BACKEND_REASONS[backend]
     if failures:
         reason += f"; what is faster failed: {'; '.join(failures)}"
@@ -327,3 +349,10 @@ BACKEND_REASONS = {
     "flex": "flex attention with a document mask",
     "eager": "all scores written out",
 }
+
+KERNEL_REASONS = {
+    "RMS norm": "{} norms in torch's fused kernel, one pass over memory each way; rounded once, not twice",
+    "SwiGLU by Liger": "{} feed-forward products in one pass each way, gradients written over their inputs",
+    "rotary positions by Liger": "queries and keys of {} attention layers rotated in place",
+}
+"""What is said of the parts of a model that run in a kernel of the device."""

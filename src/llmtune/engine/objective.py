@@ -247,7 +247,8 @@ def flat_forward(model: PreTrainedModel | PeftModel, inputs: FlatInputs) -> Tens
     hidden = decoder(
         input_ids=inputs.input_ids, position_ids=inputs.position_ids, attention_mask=inputs.mask, use_cache=False
     ).last_hidden_state
-    trained_NE: Tensor = hidden[0, inputs.rows]
+    # Not `hidden[0, rows]`, whose backward pass copies the whole row once more.
+    trained_NE: Tensor = hidden.squeeze(0)[inputs.rows]
     return trained_NE
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,13 +27,13 @@ from llmtune.engine.sequence_parallel import SharedRows
 from llmtune.engine.sharding import Strategy
 from llmtune.errors import ModelError, in_one_line
 from llmtune.kernels.attention import BACKENDS, use_attention, use_segment_attention
-from llmtune.kernels.linear_cross_entropy import find_head
+from llmtune.kernels.linear_cross_entropy import Head
 from llmtune.models.parameters import base_model_of, eval_mode
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["MODEL_ERRORS", "PROBE_ERRORS", "try_backend"]
+__all__ = ["MODEL_ERRORS", "PROBE_ERRORS", "Probe"]
 
 LENGTHS = {"cpu": (7, 12, 5), "cuda": (7, 300, 5)}
 """Tokens of the probe's documents: of different lengths, so that a shifted position or boundary changes the loss."""
@@ -74,108 +74,120 @@ def _probe_errors() -> tuple[type[Exception], ...]:
     return (*PROBE_ERRORS, TritonError)
 
 
-def try_backend(
-    model: PreTrainedModel | PeftModel,
-    backend: str,
-    device: torch.device,
-    precision: Precision,
-    strategy: Strategy,
-    rows: SharedRows | None = None,
-) -> str | None:
-    """Switch `model` to a backend and probe it; when that fails, switch back and return the reason.
+class Probe:
+    """A small batch through a model, first as the library computes it and then by each way that is tried."""
 
-    rows: the part of this process in rows that several share; those then compute the probe's flat loss together. Raises
-    the error of memory that runs out, which says nothing of the backend.
-    """
-    base = base_model_of(model)
-    before = str(base.config._attn_implementation)
-    try:
-        use_segment_attention(base, backend, rows.attention(BACKENDS[backend]) if rows else None)
-        failure = strategy.run(_probe, model, device, precision, rows, with_gradients=not strategy.is_sharded)
-    except ModelError as error:
-        failure = error.problems[0].problem
-    except _probe_errors() as error:
-        if is_out_of_memory(error):
-            raise
-        failure = f"{type(error).__name__}: {in_one_line(error)}"
-    if failure is not None and base.config._attn_implementation != before:
-        use_attention(base, before)
-    return failure
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        device: torch.device,
+        precision: Precision,
+        strategy: Strategy,
+        rows: SharedRows | None = None,
+    ) -> None:
+        """Run the library's own forward (and backward, on a CUDA device): the model must not be patched yet.
 
+        rows: the part of this process in rows that several share; those then compute the flat loss together.
+        Where weights are sharded no gradients are compared: a backward pass leaves each process those of its part.
+        """
+        self._model, self._device, self._precision, self._strategy = model, device, precision, strategy
+        self._rows = rows
+        vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, union-attr]
+        lengths = _lengths(model, device)
+        self._documents, self._changed = _documents(vocabulary, lengths, 0), _documents(vocabulary, lengths, 1)
+        self._with_gradients = (
+            device.type == "cuda" and not strategy.is_sharded and not torch.is_inference_mode_enabled()
+        )
+        self._loss = 0.0
+        self._gradient: Tensor | None = None
+        self.failure = self._caught(self._measure_library)
+        """Why the library's own way does not work on such a batch; None where it does."""
 
-@dataclass(frozen=True)
-class _Losses:
-    """The two ways to the loss of the probe's documents."""
+    def failure_of(self, backend: str, head: Head) -> str | None:
+        """Switch the model to a backend and compare, with that head; when that fails, switch back and say why.
 
-    flat: Callable[[Sequence[Example]], Tensor]
-    plain: Callable[[Sequence[Example]], Tensor]
-    together: Callable[[Tensor], Tensor]
-    """Adds what a flat loss and its gradient are on each of the processes that share a row."""
+        Raises the error of memory that runs out, which says nothing of the backend.
+        """
+        base = base_model_of(self._model)
+        before = str(base.config._attn_implementation)
 
+        def compare() -> str | None:
+            use_segment_attention(base, backend, self._rows.attention(BACKENDS[backend]) if self._rows else None)
+            return self._strategy.run(self._compare, head)
 
-def _probe(
-    model: PreTrainedModel | PeftModel,
-    device: torch.device,
-    precision: Precision,
-    rows: SharedRows | None,
-    *,
-    with_gradients: bool,
-) -> str | None:
-    """Compare flat and plain losses (and gradients), and a document's loss before and after its neighbour changes.
+        failure = self._caught(compare)
+        if failure is not None and base.config._attn_implementation != before:
+            use_attention(base, before)
+        return failure
 
-    None when they are equal, else the difference in words. with_gradients: on a CUDA device. Where weights are sharded
-    there is none to compare: a backward pass leaves each process the gradient of its part.
-    """
-    head = find_head(base_model_of(model))
-    assert head is not None
-    part = rows.part if rows else WHOLE_ROW
-    losses = _Losses(
-        lambda examples: flat_nll_sum(
-            model, make_micro_batch(examples, "flat", 0), head=head, device=device, part=part
-        ),
-        lambda examples: plain_nll_sum(model, make_micro_batch(examples, "padded", 0)),
-        rows.sum if rows else lambda value: value,
-    )
-    lengths = _lengths(model, device)
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, union-attr]
-    documents, changed = _documents(vocabulary, lengths, 0), _documents(vocabulary, lengths, 1)
-    with eval_mode(model), precision.autocast():
-        flat, plain = float(losses.together(losses.flat(documents))), float(losses.plain(documents))
-        # The first document changes and carries no loss, so the sums are those of its neighbours alone.
-        before, after = (float(losses.together(losses.flat(_untrain_first(some)))) for some in (documents, changed))
-        dtype = _compute_dtype(model, device)
-    # Written so that a NaN fails as well.
-    if not abs(flat - plain) <= LOSS_TOLERANCE[dtype] * abs(plain):
-        return f"its loss on a probe is {flat:.6g}, the plain forward's {plain:.6g}"
-    if before != after:
-        return f"a document's loss moved from {before:.8g} to {after:.8g} when its neighbour changed"
-    if not with_gradients or device.type != "cuda" or torch.is_inference_mode_enabled():
+    def _caught(self, work: Callable[[], str | None]) -> str | None:
+        try:
+            return work()
+        except ModelError as error:
+            return error.problems[0].problem
+        except _probe_errors() as error:
+            if is_out_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {in_one_line(error)}"
+
+    def _measure_library(self) -> None:
+        def plain(examples: Sequence[Example]) -> Tensor:
+            return plain_nll_sum(self._model, make_micro_batch(examples, "padded", 0))
+
+        def measure() -> None:
+            with eval_mode(self._model), self._precision.autocast():
+                self._loss = float(plain(self._documents))
+            if self._with_gradients:
+                self._gradient = self._gradient_of(plain)
+
+        self._strategy.run(measure)
+
+    def _compare(self, head: Head) -> str | None:
+        """Compare losses (and gradients), and a document's loss before and after its neighbour changes.
+
+        None when they are equal, else the difference in words.
+        """
+
+        def flat(examples: Sequence[Example]) -> Tensor:
+            batch = make_micro_batch(examples, "flat", 0)
+            part = self._rows.part if self._rows else WHOLE_ROW
+            return flat_nll_sum(self._model, batch, head=head, device=self._device, part=part)
+
+        def together(value: Tensor) -> Tensor:
+            return self._rows.sum(value) if self._rows else value
+
+        with eval_mode(self._model), self._precision.autocast():
+            found = float(together(flat(self._documents)))
+            # The first document changes and carries no loss, so the sums are those of its neighbours alone.
+            both = (self._documents, self._changed)
+            before, after = (float(together(flat(_untrain_first(some)))) for some in both)
+            dtype = _compute_dtype(self._model, self._device)
+        # Written so that a NaN fails as well.
+        if not abs(found - self._loss) <= LOSS_TOLERANCE[dtype] * abs(self._loss):
+            return f"its loss on a probe is {found:.6g}, the plain forward's {self._loss:.6g}"
+        if before != after:
+            return f"a document's loss moved from {before:.8g} to {after:.8g} when its neighbour changed"
+        if self._gradient is None:
+            return None
+        gradient = self._gradient_of(flat)
+        assert gradient is not None, "the same weights are trained"
+        apart = float((together(gradient) - self._gradient).norm() / self._gradient.norm())
+        if not apart <= GRADIENT_TOLERANCE[dtype]:
+            return f"its gradient on a probe is {apart:.2g} of its norm away from the plain backward's"
         return None
-    apart = _gradients_apart(model, losses, documents, precision)
-    if not apart <= GRADIENT_TOLERANCE[dtype]:
-        return f"its gradient on a probe is {apart:.2g} of its norm away from the plain backward's"
-    return None
 
-
-def _gradients_apart(
-    model: PreTrainedModel | PeftModel, losses: _Losses, documents: Sequence[Example], precision: Precision
-) -> float:
-    """Return ||g - g'|| / ||g'|| of the first trained weights' gradients g (flat) and g' (plain); 0 without any."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad and weight.numel() <= LARGEST_WEIGHT]
-    weights = weights[:COMPARED_WEIGHTS]
-    if not weights:
-        return 0.0
-    tokens = sum(map(len, documents))
-
-    def gradient(loss: Callable[[Sequence[Example]], Tensor]) -> Tensor:
-        with torch.enable_grad(), precision.autocast():
-            mean = loss(documents) / tokens * precision.scale
-        parts = torch.autograd.grad(mean, weights, allow_unused=True)
+    def _gradient_of(self, loss: Callable[[Sequence[Example]], Tensor]) -> Tensor | None:
+        """The gradients of the first trained weights, behind one another, float32; None without any."""
+        weights = [one for one in self._model.parameters() if one.requires_grad and one.numel() <= LARGEST_WEIGHT]
+        weights = weights[:COMPARED_WEIGHTS]
+        if not weights:
+            return None
+        tokens = sum(map(len, self._documents))
+        with eval_mode(self._model):
+            with torch.enable_grad(), self._precision.autocast():
+                mean = loss(self._documents) / tokens * self._precision.scale
+            parts = torch.autograd.grad(mean, weights, allow_unused=True)
         return torch.cat([part.flatten().float() for part in parts if part is not None])
-
-    with eval_mode(model):
-        flat, plain = losses.together(gradient(losses.flat)), gradient(losses.plain)
-    return float((flat - plain).norm() / plain.norm())
 
 
 def _compute_dtype(model: PreTrainedModel | PeftModel, device: torch.device) -> torch.dtype:

@@ -10,7 +10,7 @@ Shapes: N trained rows, E width of the model, V vocabulary, C rows of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from llmtune.kernels import liger
 from llmtune.kernels.autograd import Context
 from llmtune.kernels.chunks import SelectChunks, accumulate_float32, every_chunk
 
@@ -34,6 +35,11 @@ not."""
 TRAINED_CHUNK_ROWS = 1024
 """Rows of a chunk when the head is trained: each chunk also updates a gradient as large as the head."""
 
+IN_PLACE_BYTES, TRAINED_IN_PLACE_BYTES = 1 << 28, 1 << 30
+"""Logits of a chunk where a kernel writes their gradient over them. Without it a chunk of the rows above makes several
+tensors of float32 beside its logits, and takes more memory than these.
+"""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -44,10 +50,26 @@ class Head:
     """Factor of the logits."""
     cap: float | None = None
     """Bound of the logits after that (Gemma 2, arXiv:2408.00118); None for no bound."""
+    in_place: bool = False
+    """Loss and gradient by Liger's kernel, which writes the gradient over the logits."""
+
+    def rows_of_chunk(self, vocabulary: int, entry_bytes: int, *, is_trained: bool) -> int:
+        """Rows whose logits are alive at a time, of so many bytes an entry; is_trained: the head has a gradient.
+
+        >>> Head(nn.Identity(), in_place=True).rows_of_chunk(128256, 2, is_trained=False)
+        1024
+        """
+        if not self.in_place:
+            return TRAINED_CHUNK_ROWS if is_trained else CHUNK_ROWS
+        rows = (TRAINED_IN_PLACE_BYTES if is_trained else IN_PLACE_BYTES) // (vocabulary * entry_bytes)
+        return max(CHUNK_ROWS, rows - rows % CHUNK_ROWS)
 
 
-def find_head(model: PreTrainedModel) -> Head | None:
-    """Read a transformers model's head and the rules its config names for logits; None when it has no output head."""
+def find_head(model: PreTrainedModel, libraries: Collection[str] = ()) -> Head | None:
+    """Read a transformers model's head and the rules its config names for logits; None when it has no output head.
+
+    libraries: whose kernels it may use (see `patch_model`).
+    """
     module = model.get_output_embeddings()
     if module is None:
         return None
@@ -59,7 +81,7 @@ def find_head(model: PreTrainedModel) -> Head | None:
             factor, bound = rule(float(value))
             # A config may name a factor and a bound.
             scale, cap = scale * factor, cap if bound is None else bound
-    return Head(module, scale, cap)
+    return Head(module, scale, cap, liger.LIGER in libraries and type(module) is nn.Linear)
 
 
 def trained_rows(weights: Tensor) -> Tensor:
@@ -98,7 +120,7 @@ def head_nll_sum(
     with torch.autocast(own_type, enabled=False):
         sliced = (device_type or own_type) == "cpu"
         return _LinearCrossEntropy.apply(
-            hidden_NE.to(dtype), module.weight, module.bias, targets_N, weights_N, head.scale, head.cap, sliced, select
+            hidden_NE.to(dtype), module.weight, module.bias, targets_N, weights_N, head, sliced, select
         )
 
 
@@ -169,14 +191,17 @@ def _checkpointed_sum(
     return total
 
 
-def _nll(
-    logits_CV: Tensor, targets_C1: Tensor, scale: float, cap: float | None, *, sliced: bool, with_gradient: bool
-) -> Tensor:
+def _nll(logits_CV: Tensor, targets_C1: Tensor, head: Head, *, sliced: bool, with_gradient: bool) -> Tensor:
     """Return the negative log-likelihoods of a chunk's rows, float32 [C].
 
     sliced: a few rows at a time, so that float32 values stay in a CPU's cache. with_gradient: overwrite the logits with
     their gradient, but for the factor `scale`.
     """
+    scale, cap = head.scale, head.cap
+    if head.in_place:
+        scaled_CV = logits_CV if scale == 1.0 else logits_CV.mul_(scale)
+        nll_C: Tensor = torch.ops.llmtune.cross_entropy_(scaled_CV, targets_C1.squeeze(1), cap, with_gradient)
+        return nll_C
     rows, vocabulary = logits_CV.shape
     step = max(1, SLICE_NUMBERS // vocabulary) if sliced else rows
     slices = [slice(start, start + step) for start in range(0, rows, step)]
@@ -225,8 +250,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_N: Tensor,
         weights_N: Tensor,
-        scale: float,
-        cap: float | None,
+        head: Head,
         sliced: bool,
         select: SelectChunks,
     ) -> Tensor:
@@ -238,18 +262,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_NE) if needs_hidden else None
         grad_weight: Tensor | None = None
         grad_bias: Tensor | None = None
-        chunk = TRAINED_CHUNK_ROWS if needs_weight else CHUNK_ROWS
+        chunk = head.rows_of_chunk(len(weight_VE), hidden_NE.element_size(), is_trained=needs_weight)
         sums = []
         for start in select(range(0, hidden_NE.shape[0], chunk)):
             rows = slice(start, start + chunk)
             hidden_CE, targets_C1, weights_C = hidden_NE[rows], targets_N[rows].unsqueeze(1), weights_N[rows]
             logits_CV = functional.linear(hidden_CE, rounded_VE, rounded_V)
-            nll_C = _nll(logits_CV, targets_C1, scale, cap, sliced=sliced, with_gradient=any(ctx.needs_input_grad))
+            nll_C = _nll(logits_CV, targets_C1, head, sliced=sliced, with_gradient=any(ctx.needs_input_grad))
             # On the device: to read it here would wait for every chunk.
             sums.append((nll_C * weights_C).sum())
             grad_CV = logits_CV  # overwritten where a gradient is needed
             # Applied to the operand or result of width E: C x E numbers are multiplied and not C x V.
-            factor_C1 = (weights_C * scale).unsqueeze(1)
+            factor_C1 = (weights_C * head.scale).unsqueeze(1)
             if grad_hidden is not None:
                 grad_hidden[rows] = (grad_CV @ rounded_VE) * factor_C1
             if needs_weight:
@@ -266,7 +290,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # In place, because the head's gradient is large. A second backward pass would scale it twice: autograd notices
         # the overwritten tensors and refuses.
         scaled = [None if grad is None else grad.mul_(grad_output.to(grad.dtype)) for grad in ctx.saved_tensors]
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 LOGIT_RULES: dict[str, Callable[[float], tuple[float, float | None]]] = {

@@ -58,7 +58,7 @@ class _LoraGroup(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ranks = [a.shape[0] for a in masters[0::2]]
         # One product with all A below each other reads x once. The scale is put on A, the smallest operand.
-        down = torch.cat([a * scale for a, scale in zip(masters[0::2], scales, strict=True)]).to(x.dtype)
+        down = _scaled(masters[0::2], scales).to(x.dtype)
         ups = [b.to(x.dtype) for b in masters[1::2]]
         # Contiguous, because each product would copy a strided range of columns.
         lows = [low.contiguous() for low in (x @ down.t()).split(ranks, dim=1)]
@@ -84,10 +84,9 @@ class _LoraGroup(torch.autograd.Function):
             (low.t() @ grad).t().to(ctx.master_dtype, memory_format=torch.contiguous_format)
             for low, grad in zip(lows, grads, strict=True)
         ]
-        grad_low = torch.cat([grad @ up for grad, up in zip(grads, ups, strict=True)], dim=1)
-        grad_parts = (grad_low.t() @ x).to(ctx.master_dtype).split(ctx.ranks)
+        grad_low = _joined([grad @ up for grad, up in zip(grads, ups, strict=True)], dim=1)
         # The scale was put on A in the forward pass, so it is a factor of the gradient too.
-        grad_down = [part.mul_(scale) for part, scale in zip(grad_parts, ctx.scales, strict=True)]
+        grad_down = _scale_parts((grad_low.t() @ x).to(ctx.master_dtype), ctx.ranks, ctx.scales)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_low @ down
@@ -95,6 +94,24 @@ class _LoraGroup(torch.autograd.Function):
                 grad_x = layer.add_input_gradient(grad_x, grad)
         pairs = [gradient for pair in zip(grad_down, grad_up, strict=True) for gradient in pair]
         return (grad_x, None, None, None, *pairs)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
+def _scaled(matrices: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """The matrices times their scales, below each other: small tensors, of which a GPU feels each launch."""
+    if len(set(scales)) == 1:
+        return _joined(matrices, 0) * scales[0]
+    return torch.cat([matrix * scale for matrix, scale in zip(matrices, scales, strict=True)])
+
+
+def _scale_parts(joined: Tensor, ranks: list[int], scales: Sequence[float]) -> Sequence[Tensor]:
+    """The reverse for their gradients; `joined` is overwritten."""
+    if len(set(scales)) == 1:
+        return joined.mul_(scales[0]).split(ranks)
+    return [part.mul_(scale) for part, scale in zip(joined.split(ranks), scales, strict=True)]
 
 
 class _FrozenLinear:

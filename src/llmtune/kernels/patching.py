@@ -43,7 +43,7 @@ def unpatch(module: nn.Module, mixin: type) -> bool:
     patched = type(module)
     if vars(patched).get("_mixin") is not mixin:
         return False
-    module.__class__ = patched.__mro__[2]  # after itself and the mixin
+    module.__class__ = vars(patched)["_original"]  # not by its place in the order: a mixin may have bases
     return True
 
 
@@ -51,10 +51,11 @@ def original_class_name(module: nn.Module) -> str:
     """Name of the class that the module had before its first `patch`: its library's name."""
     original = type(module)
     while "_mixin" in vars(original):
-        original = original.__mro__[2]
+        original = vars(original)["_original"]
     return original.__name__
 
 
 @cache  # modules of one class still have one class after it
 def _class_with(mixin: type, original: type, prefix: str) -> type:
-    return type(f"{prefix}{original.__name__}", (mixin, original), {"__doc__": mixin.__doc__, "_mixin": mixin})
+    marks = {"__doc__": mixin.__doc__, "_mixin": mixin, "_original": original}
+    return type(f"{prefix}{original.__name__}", (mixin, original), marks)

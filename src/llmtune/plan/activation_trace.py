@@ -12,8 +12,8 @@ operators as one of 8,000.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -29,8 +29,8 @@ from llmtune.engine.objective import FlatInputs, flat_forward, weighted_nll_sum
 from llmtune.kernels.activation_offload import PAGE_BYTES, HostStore, offload_block_inputs
 from llmtune.kernels.attention import segment_mask, tiles_backend, use_segment_attention
 from llmtune.kernels.attention_layout import make_layout
-from llmtune.kernels.linear_cross_entropy import find_head, head_nll_sum, token_nll
-from llmtune.kernels.patch_model import patch_model
+from llmtune.kernels.linear_cross_entropy import Head, find_head, head_nll_sum, token_nll
+from llmtune.kernels.patch_model import kernel_libraries, patch_model
 from llmtune.kernels.tiled_mlp import run_in_tiles
 from llmtune.models.parameters import base_model_of
 from llmtune.plan.attention_memory import fake_flex_attention, workspace_bytes
@@ -224,11 +224,13 @@ def trace(
     checkpointing: bool | str,
     gradients: Gradients,
     attention: str | None = None,
+    libraries: Collection[str] | None = None,
 ) -> Peaks:
     """Run a meta model forward and backward on a micro-batch of that shape, and count bytes; the model is used up.
 
     device_type: `cpu` or `cuda`, whose engine is traced. attention: its backend of attention by segments, the first it
-    tries when not given. compute: autocast's type, None for float32 arithmetic. checkpointing: the resolved value of
+    tries when not given. libraries: whose kernels it calls; those of the device that are installed here when not given.
+    compute: autocast's type, None for float32 arithmetic. checkpointing: the resolved value of
     `model.gradient_checkpointing`. Raises any of MODEL_ERRORS for a model that cannot run on fake tensors; of these
     NotImplementedError also for one that this backend of attention cannot compute.
     """
@@ -239,7 +241,8 @@ def trace(
     if checkpointing:
         checkpoint_blocks(base)
     if batch.layout == "flat":
-        patch_model(base, device_type)
+        libraries = kernel_libraries(device_type) if libraries is None else libraries
+        patch_model(base, device_type, libraries)
         backend = attention or attention_ways("auto", device_type, half=compute is not None)[0]
         use_segment_attention(base, backend, PLANNED_ATTENTION.get(backend))
     if checkpointing == "offload":
@@ -261,14 +264,13 @@ def trace(
         offload_block_inputs(_fake_host_store(live, mode), base)
     _mark_phases(decoder_blocks(model), live)
     # A fake tensor is one of the CPU for either device type: the trace needs no GPU.
-    autocast: AbstractContextManager[object] = (
-        torch.autocast("cpu", dtype=compute) if compute is not None else nullcontext()
-    )
+    autocast = torch.autocast("cpu", dtype=compute, enabled=compute is not None)
     run = _flat if batch.layout == "flat" else _padded
     inputs = _inputs(batch, mode)
+    head = find_head(base, libraries or ())
     with live:
         with autocast:
-            loss, after_forward = run(model, batch, inputs, live, device_type)
+            loss, after_forward = run(model, batch, inputs, live, device_type, head)
         loss.backward()  # type: ignore[no-untyped-call]
     phases = {phase: max(0, peak - live.before) for phase, peak in live.phases.items()}
     return Peaks(phases, live.gradients, max(0, after_forward - live.before), live.host_bytes)
@@ -348,9 +350,13 @@ def _inputs(batch: MicroBatchShape, mode: FakeTensorMode) -> _Inputs:
 
 
 def _flat(
-    model: PreTrainedModel, batch: MicroBatchShape, inputs: _Inputs, live: LiveBytes, device_type: str
+    model: PreTrainedModel,
+    batch: MicroBatchShape,
+    inputs: _Inputs,
+    live: LiveBytes,
+    device_type: str,
+    head: Head | None,
 ) -> tuple[torch.Tensor, int]:
-    head = find_head(base_model_of(model))
     assert head is not None
     mask = segment_mask(inputs.segments, max(batch.lengths), torch.device("cpu"))
     # Rows and targets are given, because a fake tensor has no values from which the engine could count them.
@@ -366,7 +372,12 @@ def _flat(
 
 
 def _padded(
-    model: PreTrainedModel, _batch: MicroBatchShape, inputs: _Inputs, live: LiveBytes, _device_type: str
+    model: PreTrainedModel,
+    _batch: MicroBatchShape,
+    inputs: _Inputs,
+    live: LiveBytes,
+    _device_type: str,
+    _head: Head | None,
 ) -> tuple[torch.Tensor, int]:
     """The plain engine's forward; without its padding mask, whose values a fake tensor does not have."""
     after_forward = 0

@@ -35,6 +35,7 @@ LIBRARIES = (
     "tokenizers",
     "safetensors",
     "bitsandbytes",
+    "liger-kernel",
     "accelerate",
     "datasets",
     "numpy",

@@ -127,11 +127,51 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.
     return (x.float() * inverse_rms * weight.float()).to(x.dtype), inverse_rms
 
 
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.silu(gate.float()).to(gate.dtype) * up
+
+
+def _swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> None:
+    grad, wide, sigmoid = grad.float(), gate.float(), gate.float().sigmoid()
+    grad_gate = grad * up.float() * (sigmoid + wide * sigmoid * (1 - sigmoid))
+    up.copy_(grad * wide * sigmoid)
+    gate.copy_(grad_gate)
+
+
+def _rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool) -> None:
+    cos, sin = cos.float().unsqueeze(2), sin.float().unsqueeze(2) * (-1 if backward else 1)
+    for rows in (query, key):
+        assert rows.is_contiguous(), "the kernel writes into what is contiguous, else into a copy"
+        one, two = rows.float().chunk(2, dim=-1)
+        rows.copy_(rows.float() * cos + torch.cat((-two, one), dim=-1) * sin)
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor, cap: float | None, with_gradient: bool) -> torch.Tensor:
+    scores = logits.float()
+    bent = None if cap is None else torch.tanh(scores / cap)
+    scores = scores if bent is None else cap * bent
+    nll = torch.logsumexp(scores, dim=1) - scores.gather(1, targets[:, None]).squeeze(1)
+    if with_gradient:
+        grad = torch.softmax(scores, dim=1) - torch.nn.functional.one_hot(targets, scores.shape[1])
+        logits.copy_(grad if bent is None else grad * (1 - bent * bent))
+    return nll
+
+
 TWINS: dict[Any, Callable[..., Any]] = {
     torch.ops.torch_attn._varlen_attn.default: varlen.forward,
     torch.ops.torch_attn._varlen_attn_backward.default: varlen.backward,
     aten.histc.default: _histogram,
 }
+
+OF_KERNELS: dict[str, Callable[..., Any]] = {
+    "rms_norm": _rms_norm,
+    "rms_norm_backward": _rms_norm_backward,
+    "swiglu": _swiglu,
+    "swiglu_backward_": _swiglu_backward,
+    "rotate_": _rotate,
+    "cross_entropy_": _cross_entropy,
+}
+"""Operators of the package that call a kernel."""
 
 WAITING = {
     aten._local_scalar_dense.default: "item",
@@ -258,10 +298,12 @@ class Numbers(TorchDispatchMode):
 def machine(card: str = "rtx4090", pinned_limit: int = 2**63) -> Iterator[Device]:
     """A process with that card, whose tensors have numbers."""
     PENDING.clear()
-    import llmtune.kernels.rms_norm  # noqa: F401 - registers its operators; not earlier, since pytest wants to rewrite what it imports
+    # Register their operators; not earlier, since pytest wants to rewrite what it imports.
+    import llmtune.kernels.liger
+    import llmtune.kernels.rms_norm  # noqa: F401
 
-    TWINS.setdefault(torch.ops.llmtune.rms_norm.default, _rms_norm)
-    TWINS.setdefault(torch.ops.llmtune.rms_norm_backward.default, _rms_norm_backward)
+    for name, twin in OF_KERNELS.items():
+        TWINS.setdefault(getattr(torch.ops.llmtune, name).default, twin)
     ties = [(torch.nn.Module, "_apply", _keeping_ties(torch.nn.Module._apply))]
     with cuda_of(card, LateStream, pinned_limit) as device, patched(ties):
         device.default_stream = device.stream = ComputingStream()
