@@ -353,7 +353,7 @@ def _for_comparison(config: Config) -> tuple[Config, list[Decision]]:
     return config, [*chosen, *off]
 
 
-def _examples_of(config: Config, rows: MappedExamples) -> ExampleSet:
+def _examples_of(config: Config, rows: ExampleSet) -> ExampleSet:
     objective = config.objective
     if objective.method != "grpo":
         return rows
