@@ -54,6 +54,8 @@ ONE_SUBJECT = {"config/schema.py"}
 LAZY_IMPORTS = {
     "cli": "`llmtune --help` and every config error answer without torch",
     "* wandb": "optional package",
+    "* mlflow": "optional package",
+    "* trackio": "optional package",
     "* tensorboard": "optional package",
     "* triton": "optional package",
     "* liger_kernel": "optional package, and it imports triton",
@@ -79,6 +81,8 @@ FENCES = {
     "rich": ("cli", "tracking", "watch"),
     "textual": ("watch",),
     "wandb": ("tracking",),
+    "mlflow": ("tracking",),
+    "trackio": ("tracking",),
     "tensorboard": ("tracking",),
     "torch.utils.tensorboard": ("tracking",),
     "yaml": ("config",),

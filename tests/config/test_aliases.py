@@ -400,7 +400,7 @@ def test_a_switch_that_is_not_here_may_be_off(name, value):
         ("add_tokens: <a>,<b>", "in full tuning too", "adapter.train_tokens"),
         ("interleave_probs: 0.5,0.5", "at its sources", "`share`"),
         ("train_on_eos: all", "must be `turn`", "write `turn`, or take it out"),
-        ("report_to: mlflow", "must be one of", "the default is `tracking.trackers:"),
+        ("report_to: comet_ml", "must be one of", "the default is `tracking.trackers:"),
         ("data: {path: a.jsonl}", "unknown key", "write `data.train`"),
         ("resize_everything: true", "unknown key", "`llmtune config schema`"),
     ],

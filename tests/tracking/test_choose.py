@@ -31,7 +31,7 @@ def test_the_default_trackers_are_made_and_the_record_stands_outside_the_queue()
 
 
 def test_every_tracker_has_a_row():
-    assert list(TRACKERS) == ["console", "jsonl", "system", "tensorboard", "wandb"]
+    assert list(TRACKERS) == ["console", "jsonl", "system", "tensorboard", "wandb", "mlflow", "trackio"]
 
 
 def test_a_default_tracker_that_is_not_installed_is_left_out_and_that_is_said(without):
@@ -55,8 +55,8 @@ def test_trackers_asked_for_and_not_installed_are_refused_all_at_once_with_the_c
 
 
 def test_a_name_that_is_no_tracker_is_refused_with_those_that_are():
-    with pytest.raises(ConfigError, match=r"unknown tracker `mlflow`(.|\n)*console, jsonl, system, tensorboard, wandb"):
-        choose_trackers(TrackingConfig(trackers=("mlflow",)), explicit=True, environ={})
+    with pytest.raises(ConfigError, match=r"unknown tracker `comet`(.|\n)*console, jsonl, system, tensorboard, wandb"):
+        choose_trackers(TrackingConfig(trackers=("comet",)), explicit=True, environ={})
 
 
 def test_a_project_in_the_environment_fills_a_config_that_names_none():

@@ -1,8 +1,11 @@
 """TensorBoard's event files hold what the run logged."""
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
 from llmtune.tracking import Histogram, RunInfo
+from llmtune.tracking.model_graph import model_graph
 from llmtune.tracking.tensorboard import TensorBoardTracker
 
 accumulator = pytest.importorskip(
@@ -22,14 +25,41 @@ def test_scalars_samples_and_histograms_come_back(tmp_path):
     tracker.log(1, {"step": 1, "train_mean_nll": 2.5, "learning_rate": 1e-4})
     tracker.log(1, {"step": 1, "eval_mean_nll": 3.5})
     tracker.samples(1, [{"prompt": "p", "text": "an *answer*"}])
-    tracker.histograms(1, {"gradients/w": Histogram((1, 2), (0.0, 1.0, 2.0))})
+    tracker.histograms(1, {"gradients/w": Histogram((1, 2), (0.0, 1.0, 2.0), 1.5)})
     tracker.finish("finished")
     events = read(tmp_path)
-    assert sorted(events.Tags()["scalars"]) == ["eval/mean_nll", "train/learning_rate", "train/mean_nll"]
+    assert sorted(events.Tags()["scalars"]) == [
+        "eval/mean_nll",
+        "gradient_flow/w",
+        "train/learning_rate",
+        "train/mean_nll",
+    ]
+    assert [(event.step, event.value) for event in events.Scalars("gradient_flow/w")] == [(1, 1.5)]
     assert [(event.step, event.value) for event in events.Scalars("train/mean_nll")] == [(1, 2.5)]
     assert events.Histograms("gradients/w")[0].histogram_value.bucket == [1.0, 2.0]
     assert b"    an *answer*" in events.Tensors("samples/0/text_summary")[0].tensor_proto.string_val[0]
     assert b"training.batch_size" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_the_graph_has_two_blocks_and_drawing_it_draws_no_random_number(tmp_path):
+    shape = LlamaConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=9,
+    )
+    before = torch.get_rng_state()
+    graph = model_graph(shape)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert shape.num_hidden_layers == 3
+    tracker = TensorBoardTracker()
+    tracker.start(RunInfo(name="a-run", folder=tmp_path, total_steps=2, graph=graph))
+    tracker.finish("finished")
+    names = " ".join(node.name for node in read(tmp_path).Graph().node)
+    assert "[1]/LlamaAttention[self_attn]" in names
+    assert "[2]/LlamaAttention[self_attn]" not in names
 
 
 def test_the_config_its_origins_modules_ledger_and_hyperparameters_come_back(tmp_path):

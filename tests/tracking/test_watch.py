@@ -42,6 +42,7 @@ def test_a_histogram_is_of_the_whole_windows_gradient():
         assert sum(found.counts) == gradient.numel()
         assert found.edges[0] == pytest.approx(float(gradient.min()))
         assert found.edges[-1] == pytest.approx(float(gradient.max()))
+        assert found.norm == pytest.approx(float(gradient.norm()))
 
 
 def test_only_steps_that_are_logged_are_looked_at():

@@ -112,7 +112,6 @@ NOT_HERE: dict[str, tuple[str, str]] = {
     "xformers_attention": ("there is no such backend here", "leave `model.attention: auto`, which takes the fastest"),
     "torch_compile_backend": ("it compiles with torch's own default", "set `training.compile: true` alone"),
     "torch_compile_mode": ("it compiles with torch's own default", "set `training.compile: true` alone"),
-    "use_mlflow": ("there is no such tracker", "set `tracking.trackers: [console, jsonl, tensorboard]`"),
     "steps_per_generation": (
         "TRL counts micro-batches with it, and llmtune counts steps",
         "divide it by the gradient accumulation steps: `objective.steps_per_generation`",

@@ -255,6 +255,11 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
             ("console", "jsonl", "system", "tensorboard", "wandb"),
             ("console", "jsonl", "system", "tensorboard"),
         ),
+        "use_mlflow": switch(
+            "tracking.trackers",
+            ("console", "jsonl", "system", "mlflow"),
+            ("console", "jsonl", "system", "tensorboard"),
+        ),
     },
     "distributed.strategy": {"use_deepspeed": switch("distributed.strategy", "deepspeed", "auto")},
     "": {  # keys with one possible value

@@ -307,6 +307,12 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         "make `n_heads` a multiple of `n_kv_heads`",
     ),
     Contradiction(
+        ("tracking.graph", "tracking.trackers"),
+        lambda c, _: c.tracking.graph and "tensorboard" not in c.tracking.trackers,
+        "a graph is drawn by TensorBoard alone, and it is not a tracker",
+        "add `tensorboard` to `tracking.trackers`, or remove the graph",
+    ),
+    Contradiction(
         ("tracking.wandb_mode", "tracking.trackers"),
         lambda c, _: c.tracking.wandb_mode is not None and "wandb" not in c.tracking.trackers,
         "a mode for wandb does nothing while wandb is not a tracker",

@@ -658,7 +658,7 @@ class TrackingConfig:
     every_steps: int = 1
     """Steps between two lines of metrics."""
 
-    trackers: tuple[Literal["console", "jsonl", "system", "tensorboard", "wandb"], ...] = (
+    trackers: tuple[Literal["console", "jsonl", "system", "tensorboard", "wandb", "mlflow", "trackio"], ...] = (
         "console",
         "jsonl",
         "system",
@@ -682,7 +682,12 @@ class TrackingConfig:
     """Group of runs on wandb; its own setting (WANDB_RUN_GROUP) when not given."""
 
     watch: Literal[False, "gradients", "all"] = False
-    """Send histograms of gradients, or of gradients and weights, to trackers that take them."""
+    """Send histograms of gradients, or of gradients and weights, and the gradient norm of each block, to trackers that
+    take them.
+    """
+
+    graph: bool = False
+    """Draw the model's operations in TensorBoard (two of its blocks: the others are alike)."""
 
 
 # `distributed.*`

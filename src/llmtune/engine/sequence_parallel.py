@@ -24,7 +24,7 @@ from llmtune.errors import ConfigError, ModelError
 from llmtune.kernels.attention import AttentionParams, Backend, Segments
 from llmtune.kernels.autograd import Context
 
-__all__ = ["SharedRows", "shared_heads", "shared_rows"]
+__all__ = ["SharedRows", "shared_heads"]
 
 
 class SharedRows:
@@ -84,11 +84,6 @@ class SharedRows:
     def _exchange(self, parts: Tensor) -> Tensor:
         received: Tensor = _Exchange.apply(parts, self._devices)
         return received
-
-
-def shared_rows(devices: Devices) -> SharedRows | None:
-    """Give the part of this process in its rows, where it shares them."""
-    return SharedRows(devices) if devices.row_size > 1 else None
 
 
 def shared_heads(heads: int, count: int) -> int:

@@ -20,9 +20,11 @@ from llmtune.common.text import PrintLine, print_to_stderr
 from llmtune.config.schema import TrackingConfig
 from llmtune.errors import ConfigError, MachineError, Problem, in_one_line
 from llmtune.tracking.console import ConsoleTracker
+from llmtune.tracking.mlflow import MlflowTracker
 from llmtune.tracking.system import SystemTracker
 from llmtune.tracking.tensorboard import TensorBoardTracker
 from llmtune.tracking.tracker import Histogram, Metrics, RunInfo, Sample, Tracker
+from llmtune.tracking.trackio import TrackioTracker
 from llmtune.tracking.wandb import WandbTracker
 
 __all__ = ["TRACKERS", "LaneReport", "TrackerKind", "TrackerQueue", "choose_trackers", "keeps_record"]
@@ -259,6 +261,14 @@ TRACKERS: dict[str, TrackerKind] = {
         ),
         package="wandb",
         requirement="wandb",
+    ),
+    "mlflow": TrackerKind(
+        lambda config: MlflowTracker(config.project, tags=config.tags),
+        package="mlflow",
+        requirement="'llmtune[mlflow]'",
+    ),
+    "trackio": TrackerKind(
+        lambda config: TrackioTracker(config.project), package="trackio", requirement="'llmtune[trackio]'"
     ),
 }
 """By name in `tracking.trackers`. A new tracker is one row here."""

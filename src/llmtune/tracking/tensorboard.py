@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from llmtune import durable
 from llmtune.common.records import flat_items
 from llmtune.common.secrets import redacted
-from llmtune.tracking.tracker import Histogram, Metrics, RunInfo, Sample, grouped_name
+from llmtune.tracking.tracker import Histogram, Metrics, RunInfo, Sample, gradient_flow, grouped_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +52,9 @@ class _EventFile:
         if purge_step is not None:
             self._write(Event(wall_time=now, step=purge_step, file_version="brain.Event:2"))
             self._write(Event(wall_time=now, step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add_graph(self, graph: bytes) -> None:
+        self._write(self._event(wall_time=time.time(), graph_def=graph))
 
     def add(self, summary: Summary, step: int) -> None:
         self._write(self._event(wall_time=time.time(), step=step, summary=summary))
@@ -95,6 +98,8 @@ class TensorBoardTracker:
         ):
             if values:
                 self._events.add(summary.text(title, _as_markdown_table(values)), info.start_step)
+        if info.graph is not None:
+            self._events.add_graph(info.graph)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write every number but the step, which is the axis, as a scalar."""
@@ -119,7 +124,7 @@ class TensorBoardTracker:
     def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Write histograms as they were counted."""
         assert self._events is not None, "start comes first"
-        for name, (counts, edges) in histograms.items():
+        for name, (counts, edges, _) in histograms.items():
             # The values are gone, so sums are those of the bins' middles.
             middles = [(low + high) / 2 for low, high in itertools.pairwise(edges)]
             self._events.add(
@@ -135,6 +140,9 @@ class TensorBoardTracker:
                 ),
                 step,
             )
+
+        for name, norm in gradient_flow(histograms).items():
+            self._events.add(self._summary.scalar(name, norm), step)
 
     def finish(self, state: str) -> None:
         """Write the run's state and its row of the hyperparameter table, and close the file."""

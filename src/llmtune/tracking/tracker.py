@@ -5,12 +5,15 @@ The values are copies and arrive on a thread of the tracker; a model, an optimiz
 
 from __future__ import annotations
 
+import math
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
 
-__all__ = ["Histogram", "Metrics", "RunInfo", "Sample", "Tracker", "grouped_name"]
+__all__ = ["Histogram", "Metrics", "RunInfo", "Sample", "Tracker", "gradient_flow", "grouped_name"]
 
 Metrics: TypeAlias = Mapping[str, object]
 """Metrics of a step by name: JSON values, nearly all of them numbers."""
@@ -65,12 +68,17 @@ class RunInfo:
     ledger: Mapping[str, object] = field(default_factory=dict)
     """What became of the rows: counts by side and status, reasons, tokens."""
 
+    graph: bytes | None = None
+    """The model's operations as a serialized GraphDef of TensorBoard, where `tracking.graph` asks for it."""
+
 
 class Histogram(NamedTuple):
     """The distribution of one tensor's values: `counts` has one entry less than `edges`."""
 
     counts: tuple[int, ...]
     edges: tuple[float, ...]
+    norm: float
+    """Euclidean norm of the finite values."""
 
 
 class Tracker(Protocol):
@@ -100,6 +108,27 @@ class Tracker(Protocol):
     def finish(self, state: str) -> None:
         """Write everything pending and close. `state` of the run: finished, stopped, failed or diverged."""
         ...
+
+
+BLOCK = re.compile(r"(?:.*\.)?([^.]+\.\d+)\.")
+"""A parameter's block: the list of blocks and the number in it."""
+
+
+def gradient_flow(histograms: Mapping[str, Histogram]) -> dict[str, float]:
+    """Return the Euclidean norm of the gradients of each block, and of each module outside of the blocks.
+
+    >>> row = Histogram((1,), (0.0, 1.0), norm=3.0)
+    >>> gradient_flow({"gradients/model.layers.0.mlp.up_proj.weight": row, "gradients/model.norm.weight": row})
+    {'gradient_flow/layers.0': 3.0, 'gradient_flow/norm': 3.0}
+    """
+    squares: dict[str, float] = defaultdict(float)
+    for name, row in histograms.items():
+        kind, _, parameter = name.partition("/")
+        if kind == "gradients":
+            block = BLOCK.match(parameter)
+            module = block[1] if block else (parameter.rpartition(".")[0] or parameter).rpartition(".")[2]
+            squares[f"gradient_flow/{module}"] += row.norm**2
+    return {name: math.sqrt(square) for name, square in squares.items()}
 
 
 def grouped_name(metric: str) -> str:

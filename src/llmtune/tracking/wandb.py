@@ -29,7 +29,7 @@ from llmtune.common.env_file import value_in_env_file
 from llmtune.common.secrets import redacted
 from llmtune.common.text import PrintLine, print_to_stderr
 from llmtune.errors import MachineError
-from llmtune.tracking.tracker import Histogram, Metrics, RunInfo, Sample, grouped_name
+from llmtune.tracking.tracker import Histogram, Metrics, RunInfo, Sample, gradient_flow, grouped_name
 
 if TYPE_CHECKING:
     import wandb
@@ -140,9 +140,9 @@ class WandbTracker:
         """Send histograms as they were counted."""
         values = {
             name: self._library.Histogram(np_histogram=(np.array(counts), np.array(edges)))
-            for name, (counts, edges) in histograms.items()
+            for name, (counts, edges, _) in histograms.items()
         }
-        self._run.log({"step": step, **values})
+        self._run.log({"step": step, **values, **gradient_flow(histograms)})
 
     def upload(self, name: str, folder: Path) -> None:
         """Send the files of a folder as an artifact of type `model`."""

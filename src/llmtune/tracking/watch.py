@@ -75,10 +75,11 @@ def histogram_of(values: Tensor) -> Histogram:
     finite = values.detach().float().flatten()
     finite = finite[torch.isfinite(finite)]
     if finite.numel() == 0:
-        return Histogram((0,) * BINS, tuple(float(edge) for edge in range(BINS + 1)))
+        return Histogram((0,) * BINS, tuple(float(edge) for edge in range(BINS + 1)), norm=0.0)
+    norm = float(torch.linalg.vector_norm(finite))
     low, high = (float(bound) for bound in torch.aminmax(finite))
     if low == high:
         low, high = low - 0.5, high + 0.5
     counts = torch.histc(finite, bins=BINS, min=low, max=high)
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
-    return Histogram(tuple(int(count) for count in counts.tolist()), tuple(edges.tolist()))
+    return Histogram(tuple(int(count) for count in counts.tolist()), tuple(edges.tolist()), norm)

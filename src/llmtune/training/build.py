@@ -31,7 +31,7 @@ from llmtune.engine.optim import Optimizer, build_optimizer, learning_rate_scale
 from llmtune.engine.own_loss import own_objective
 from llmtune.engine.precision import Precision, PrecisionName, fixed_order_of_sums, without_tf32
 from llmtune.engine.schedule import schedule_of
-from llmtune.engine.sequence_parallel import shared_rows
+from llmtune.engine.sequence_parallel import SharedRows
 from llmtune.engine.sharding import Strategy, make_strategy
 from llmtune.engine.update import StepAfterBackward, StepInBackward, Update, choose_windows
 from llmtune.engine.utilization import utilization
@@ -187,7 +187,7 @@ def build_setup(
 def _make_engine(
     model: PreTrainedModel, config: Config, devices: Devices, precision: Precision, strategy: Strategy
 ) -> Engine:
-    rows = shared_rows(devices)
+    rows = SharedRows(devices) if devices.row_size > 1 else None
     return build_engine(model, config=config, device=devices.device, precision=precision, strategy=strategy, rows=rows)
 
 

@@ -21,9 +21,8 @@ from llmtune.common.text import PrintLine, printable
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.schema import Config, ModelConfig, SourceConfig
-from llmtune.data.dataset.preview import stretches
 from llmtune.data.dataset.report import length_summary
-from llmtune.data.example import Example, ExampleSet
+from llmtune.data.example import Example, ExampleSet, stretches
 from llmtune.engine.devices import Devices
 from llmtune.errors import MachineError
 from llmtune.models import save
@@ -37,6 +36,7 @@ from llmtune.runs.disk import forecast_disk
 from llmtune.runs.folder import CONFIG_FILE, RunFolder, checked_name, clean_name_part, create_run
 from llmtune.runs.identity import Identity, compare, describe_machine, refuse_changes
 from llmtune.runs.run_file import RunDetails
+from llmtune.tracking.model_graph import model_graph
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.build import TrainingSetup
 from llmtune.training.checkpointer import find_checkpoint
@@ -359,6 +359,7 @@ def run_info(run: RunFolder, config_name: str, setup: TrainingSetup, start_step:
         modules=_trained_by_module(setup),
         origins=_origins_of(run.path),
         ledger=run.info.get("data", {}),
+        graph=model_graph(setup.model.config) if config.tracking.graph else None,
     )
 
 

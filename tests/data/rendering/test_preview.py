@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llmtune.cli.main import run
-from llmtune.data.dataset.preview import Group, html_page, json_line, legend, stretches, terminal_text
-from llmtune.data.example import Conversation, Example, Message
+from llmtune.data.dataset.preview import Group, html_page, json_line, legend, terminal_text
+from llmtune.data.example import Conversation, Example, Message, stretches
 from llmtune.data.rendering.renderer import Renderer
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

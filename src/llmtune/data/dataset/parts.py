@@ -19,7 +19,7 @@ from llmtune.data.dataset.row_result import RowResult
 from llmtune.data.dataset.store import RowStore
 from llmtune.data.reading.data_file import DataFile
 
-__all__ = ["EVERYTHING", "Part", "build_part"]
+__all__ = ["Part", "build_part"]
 
 T = TypeVar("T")
 
@@ -43,9 +43,6 @@ class Part:
         (256, 256)
         """
         return (record for row, record in enumerate(records) if row // BLOCK_ROWS % self.count == self.number - 1)
-
-
-EVERYTHING = Part(1, 1)
 
 
 def build_part(

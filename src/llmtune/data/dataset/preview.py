@@ -12,20 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmtune.common.text import printable
-from llmtune.data.example import Example
+from llmtune.data.example import Example, Stretch, stretches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Group", "Stretch", "html_page", "json_line", "legend", "stretches", "terminal_text"]
-
-
-class Stretch(NamedTuple):
-    """Neighbouring tokens of one kind: their text, their weight, and whether they are control tokens."""
-
-    text: str
-    weight: float
-    is_control: bool
+__all__ = ["Group", "html_page", "json_line", "legend", "terminal_text"]
 
 
 class Group(NamedTuple):
@@ -45,47 +37,6 @@ def json_line(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     line = {"source": example.source, "input_ids": ids, "weights": example.weights.tolist(), "text": text}
     return json.dumps(line if example.side is None else line | {"side": example.side}, ensure_ascii=False)
-
-
-def stretches(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Stretch]:
-    """Yield an example's text in stretches of one weight and kind; together they are the text of all its tokens."""
-    added = tokenizer.added_tokens_decoder.items()
-    control_ids = {token_id for token_id, token in added if token.content.replace("\u2581", " ").strip()}
-    pending: list[str] = []
-    kind: tuple[float, bool] | None = None
-    for text, weight, token in _token_texts(example, tokenizer):
-        if kind != (weight, token in control_ids):
-            if kind is not None:
-                yield Stretch("".join(pending), *kind)
-            pending, kind = [], (weight, token in control_ids)
-        pending.append(text)
-    if kind is not None:
-        yield Stretch("".join(pending), *kind)
-
-
-def _token_texts(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, float, int]]:
-    """Yield (text, weight, id) of every token.
-
-    A character made of several tokens is the text of its last, at the weight they share.
-    """
-
-    def decode(ids: list[int]) -> str:
-        text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return str(text)
-
-    ids, weights = example.input_ids.tolist(), example.weights.tolist()
-    before: list[int] = []
-    pending: list[int] = []
-    for index, (token, weight) in enumerate(zip(ids, weights, strict=True)):
-        pending.append(token)
-        # A decoder may drop a leading space, so a token is decoded after the one before it.
-        text = decode([*before, *pending])[len(decode(before)) :]
-        # A replacement character is either half a character, which the next tokens complete, or in the text itself.
-        ends = index + 1 == len(ids) or weights[index + 1] != weight or len(pending) > 8
-        if text.endswith("\ufffd") and not ends:
-            continue
-        yield text, weight, token
-        before, pending = [token] if len(pending) == 1 else pending, []
 
 
 # --- terminal

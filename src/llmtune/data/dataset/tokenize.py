@@ -14,7 +14,7 @@ from llmtune.common.folders import cache_folder, home_expanded
 from llmtune.config.schema import DataConfig
 from llmtune.data.dataset.cache import cache_key, open_or_build
 from llmtune.data.dataset.ledger import LedgerPart
-from llmtune.data.dataset.parts import EVERYTHING, Part, build_part
+from llmtune.data.dataset.parts import Part, build_part
 from llmtune.data.dataset.row_result import RowResult, RowRules
 from llmtune.data.dataset.workers import Batch, Job, tokenize_batches
 from llmtune.data.example import Row
@@ -199,7 +199,7 @@ def tokenize_side(
         side.folder,
         side.key,
         files,
-        lambda: _results(side, _workers(config), progress, EVERYTHING),
+        lambda: _results(side, _workers(config), progress),
         must_be_cached=config.cache_dir is not None,
     )
     return LedgerPart(purpose, store), [*side.decisions, *cache_decisions]
@@ -227,21 +227,22 @@ def tokenize_part(
     return build_part(side.folder, side.key, files, lambda: _results(side, _workers(config), progress, part), part)
 
 
-def _results(side: _Side, workers: int, progress: Progress | None, part: Part) -> Iterator[RowResult]:
-    """Tokenize all records of a part, in order, and report the progress."""
+def _results(side: _Side, workers: int, progress: Progress | None, part: Part | None = None) -> Iterator[RowResult]:
+    """Tokenize all records, or those of a part, in order, and report the progress."""
     files, limit = side.job.files, side.limit
     total_bytes = sum(file.size_bytes() for file in files)
     records = _CountedRecords(read_records(files, limit))
     started = reported = time.monotonic()
     done = 0
-    for results in tokenize_batches(side.job, _batches(part.of(records)), workers):
+    own, count = (records, 1) if part is None else (part.of(records), part.count)
+    for results in tokenize_batches(side.job, _batches(own), workers):
         yield from results
         done += len(results)
         now = time.monotonic()
         if progress is not None and now - reported >= _PROGRESS_EVERY_S:
             reported = now
             rows = _estimate(records, total_bytes, limit)
-            progress(done, rows and max(done, rows // part.count), done / (now - started))
+            progress(done, rows and max(done, rows // count), done / (now - started))
     if progress is not None:
         progress(done, done, done / max(time.monotonic() - started, 1e-9))
 

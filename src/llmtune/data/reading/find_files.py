@@ -16,9 +16,15 @@ from llmtune.common.text import printable
 from llmtune.config.paths import shipped_path
 from llmtune.config.schema import SourceConfig
 from llmtune.data.reading.compression import COMPRESSION_ERRORS, open_bytes
-from llmtune.data.reading.data_file import DataFile, kind_of_file
+from llmtune.data.reading.data_file import (
+    READ_ENDINGS,
+    DataFile,
+    foreign_content,
+    kind_of_file,
+    part_of_a_file,
+    way_from_ending,
+)
 from llmtune.data.reading.folders import SPLITS, Splits, UnknownConfigError, split_of_name, splits_of_config
-from llmtune.data.reading.foreign_files import READ_ENDINGS, foreign_content, part_of_a_file, way_from_ending
 from llmtune.data.reading.parse import DamagedFileError
 from llmtune.data.reading.readers import kind_of_content
 from llmtune.data.reading.split_slices import parse_split, slice_files
