@@ -19,11 +19,11 @@ def answer(path):
 @pytest.mark.parametrize(
     ("name", "content", "says", "fix"),
     [
-        ("a.jsonl", gzip.compress(b'{"text": "x"}'), "is gzip, whatever its name says", "end its name in .gz"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}', mtime=0), "is gzip, whatever its name says", "end its name in .gz"),
         ("a.json", b"\x28\xb5\x2f\xfd....", "is zstd", "end its name in .zst"),
         ("a.csv", b"PK\x03\x04....", "is a zip archive, as workbooks are", "save its sheet as CSV"),
         ("a.jsonl", b"PAR1....", "is parquet", "end its name in .parquet"),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(b"x")), "is gzip", "end its name in .gz"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(b"x", mtime=0), mtime=0), "is gzip", "end its name in .gz"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS", "`git lfs pull`"),
         ("a.csv", b"<!DOCTYPE html><html>", "is a web page", "download the file itself"),
         ("a.xlsx", b"PK", "is not a kind of file that is read", "save its sheet as CSV"),
