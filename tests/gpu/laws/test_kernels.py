@@ -68,17 +68,26 @@ def _wrong_swiglu(grad, gate, up):
     gate.mul_(2)
 
 
+def _wrong_rotary(query, key, cos, sin, backward):
+    numbers._rotate(query, key, cos, sin, backward=False)
+
+
 WRONG = {
+    "rotate_": _wrong_rotary,
     "swiglu_backward_": _wrong_swiglu,
     "cross_entropy_": lambda logits, *others: numbers._cross_entropy(logits.clone(), *others),
 }
 
 
+@pytest.mark.parametrize("lora", [True, pytest.param(False, marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("name", sorted(WRONG))
-def test_a_kernel_of_liger_that_is_wrong_costs_those_of_liger_only(train_on, monkeypatch, with_liger, name):
-    """Both ways through such a kernel would agree with each other: the probe compares with the library's own."""
+def test_a_kernel_of_liger_that_is_wrong_costs_those_of_liger_only(train_on, monkeypatch, with_liger, name, lora):
+    """Both ways through such a kernel would agree with each other: the probe compares with the library's own.
+
+    The wrong rotation shows in queries and keys only, whose gradients are a hundredth of all.
+    """
     monkeypatch.setitem(numbers.TWINS, getattr(torch.ops.llmtune, name).default, WRONG[name])
-    trained = train_on(steps=0)
+    trained = train_on(steps=0, lora=lora)
     assert trained.decided["model.attention"] == "varlen"
     assert trained.decided["training.kernels"] == "RMS norm"
     assert "varlen with Liger's kernels: its gradient on a probe is" in trained.reasons["model.attention"]
