@@ -6,6 +6,7 @@ import pytest
 
 from llmtune.kernels import lora
 
+pytestmark = pytest.mark.campaign  # 5 s of tracing
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GB, OPERATIONS = 79.2, 3_440
 """Of LoRA with all kernels; 1 % above what is counted now."""
@@ -29,7 +30,6 @@ def test_bytes_and_operations_beside_the_products_stay_within_their_budget(count
     assert OPERATIONS / 1.02 < operations <= OPERATIONS, "a lower count is a new budget"
 
 
-@pytest.mark.campaign
 def test_a_copy_more_in_a_block_is_noticed(counted, monkeypatch):
     """The tester is tested."""
     real = lora._run
