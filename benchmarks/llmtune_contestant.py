@@ -40,7 +40,6 @@ def train(
     from llmtune.engine.objective import next_token_objective
     from llmtune.engine.optim import build_optimizer
     from llmtune.engine.precision import Precision
-    from llmtune.engine.sharding import Whole
     from llmtune.engine.state import TrainingState
     from llmtune.engine.update import StepAfterBackward, StepInBackward
     from llmtune.models.parameters import trained_parameters
@@ -79,7 +78,9 @@ def train(
     if step_in_backward:
         update = StepInBackward(weights, built_optimizer)
     else:
-        update = StepAfterBackward(weights, built_optimizer, precision, Whole(devices), max_grad_norm=max_grad_norm)
+        update = StepAfterBackward(
+            weights, built_optimizer, precision, devices.sync_gradients, max_grad_norm=max_grad_norm
+        )
     results = train_steps(
         objective=next_token_objective(built.nll_sum),
         update=update,

@@ -35,7 +35,17 @@ class Ranks:
         self.numbers = itertools.count()
 
     def run(self, count, *commands, strategy="fsdp", code=0):
-        """Run commands, (verb, name, words) each, in `count` processes; returns what each printed."""
+        """Run commands, (verb, name, words) each, in `count` processes; returns what each printed.
+
+        The same processes run all of them, but for DeepSpeed, which takes one training a process.
+        """
+        if strategy == "deepspeed" and len(commands) > 1:
+            held, said = {}, []
+            for one in commands:
+                said += self.run(count, one, strategy=strategy, code=code)
+                held |= self.held
+            self.held = held
+            return said
         jobs = self.folder / f"commands-{next(self.numbers)}"
         jobs.mkdir()
         file, written = jobs / "commands.json", []
@@ -124,7 +134,12 @@ def trained(ranks, count, cases, *more, together=()):
     """
     for name, words in cases.items():
         assert command(["train", *ranks.base, f"run.name={name}-1", *words, *more]) == 0
-    ranks.run(count, *(("train", f"{name}-{count}", [*words, *more, *together]) for name, words in cases.items()))
+    strategy = "deepspeed" if "distributed.strategy=deepspeed" in together else "fsdp"
+    ranks.run(
+        count,
+        *(("train", f"{name}-{count}", [*words, *more, *together]) for name, words in cases.items()),
+        strategy=strategy,
+    )
     return {name: ranks.held[f"{name}-{count}"] for name in cases}
 
 

@@ -59,6 +59,8 @@ LAZY_IMPORTS = {
     "* tensorboard": "optional package",
     "* triton": "optional package",
     "* liger_kernel": "optional package, and it imports triton",
+    "* deepspeed": "optional package",
+    "engine/strategies.py llmtune": "what only the optional package DeepSpeed needs",
     "* torch": "light modules answer without torch; flex and variable-length attention exist on some machines only",
     "* transformers": "takes seconds to import, and needs torch",
     "* peft": "takes seconds to import, and needs torch",
@@ -88,6 +90,7 @@ FENCES = {
     "yaml": ("config",),
     "peft": ("adapters",),
     "bitsandbytes": ("models", "engine"),
+    "deepspeed": ("engine",),
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "yaml.load", "os.system", "os.popen"}

@@ -23,7 +23,6 @@ from llmtune.engine.objective import next_token_objective, plain_nll_sum
 from llmtune.engine.optim import build_optimizer
 from llmtune.engine.precision import Precision
 from llmtune.engine.schedule import learning_rate_at
-from llmtune.engine.sharding import Whole
 from llmtune.engine.state import Snapshot, TrainingState, capture, restore
 from llmtune.engine.update import StepAfterBackward, StepInBackward
 
@@ -174,7 +173,7 @@ class Training:
             assert self.max_grad_norm is None
             return StepInBackward(parameters, self.optimizer)
         return StepAfterBackward(
-            parameters, self.optimizer, self.precision, Whole(self.devices), max_grad_norm=self.max_grad_norm
+            parameters, self.optimizer, self.precision, self.devices.sync_gradients, max_grad_norm=self.max_grad_norm
         )
 
     def run(self):

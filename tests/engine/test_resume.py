@@ -82,7 +82,7 @@ def test_a_run_stopped_anywhere_is_the_run_never_stopped(bench, optimizer):
             "restore_rng({name: row[rank if is_saved else 0] for name, row in rows.items()}, precision.device)",
             "pass",
         ),
-        (state, "            part.state[parameter] = state", "            pass"),
+        (state, "        optimizer.set_state(parameter, state)", "        pass"),
         (state, 'setattr(state, counter.name, snapshot.state["training"][counter.name])', "pass"),
     ],
     ids=["generators", "optimizer", "counters"],

@@ -177,8 +177,8 @@ def test_clipping_each_micro_batch_is_caught(bench, mutant):
     """N10's test fails when gradients are clipped before the window is whole."""
     broken = mutant(
         loop,
-        "            (loss * precision.scale if precision.scale != 1.0 else loss).backward()",
-        "            loss.backward(); update.finish_gradients()",
+        "            update.backward(loss * precision.scale if precision.scale != 1.0 else loss)",
+        "            update.backward(loss); update.finish_gradients()",
     )
     plan = bench.plan(bench.examples(), batch_size=2, accumulation=4)
     norms = [

@@ -87,13 +87,17 @@ def test_only_the_places_before_a_trained_token_are_rows() -> None:
     assert trained_rows(torch.tensor([[0.0, 1.0, 0.0, 0.5, 1.0]])).tolist() == [0, 2, 3]
 
 
-def test_no_rows_give_zero_that_still_has_a_gradient() -> None:
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_no_rows_give_zero_that_still_has_a_gradient_in_the_head_too(is_wrapped) -> None:
+    """Where its gradient is summed over processes, each waits for that of all others."""
     module, hidden, targets, weights = problem()
-    loss = head_nll_sum(Head(module), hidden[:0], targets[:0], weights[:0])
+    head = torch.nn.Sequential(module) if is_wrapped else module
+    loss = head_nll_sum(Head(head), hidden[:0], targets[:0], weights[:0])
     assert loss.item() == 0
     loss.backward()
-    assert hidden.grad is not None
-    assert float(hidden.grad.abs().max()) == 0
+    for tensor in (hidden, *module.parameters()):
+        assert tensor.grad is not None
+        assert float(tensor.grad.abs().max()) == 0
 
 
 def test_evaluation_keeps_no_gradient() -> None:

@@ -24,7 +24,14 @@ def load(tiny_tokenizer):
     """Load a folder as a run does: `load(folder, trained="adapter", precision="fp32", **model_config)`."""
 
     def load_it(
-        folder, trained="adapter", precision="fp32", seed=1, tokenizer=None, trust_remote_code=False, **settings
+        folder,
+        trained="adapter",
+        precision="fp32",
+        seed=1,
+        tokenizer=None,
+        trust_remote_code=False,
+        blocks_as_stored=False,
+        **settings,
     ):
         config = ModelConfig(name=str(folder), **settings)
         source = resolve(config.name)
@@ -38,6 +45,7 @@ def load(tiny_tokenizer):
             precision=precision,
             seed=seed,
             trust_remote_code=trust_remote_code,
+            blocks_as_stored=blocks_as_stored,
         )
 
     return load_it

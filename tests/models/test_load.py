@@ -1,6 +1,7 @@
 """What comes back from disk is exactly what was there."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from llmtune import durable
 from llmtune.errors import ConfigError, ModelError
 from llmtune.models.load import resize_for_tokenizer
+from llmtune.models.parameters import checkpointable_blocks
 from llmtune.models.weights import digest_tensors, inspect_weights, refuse_changed_weights
 
 
@@ -49,6 +51,52 @@ def test_frozen_weights_follow_the_arithmetic_and_trained_ones_are_float32_unles
     loaded = load(tiny_model_folder, trained=trained, precision=precision, dtype=dtype)
     assert {one.dtype for one in loaded.model.parameters()} == {expected}
     assert [one.key for one in loaded.decisions] == (["model.dtype"] if dtype == "auto" else [])
+
+
+@pytest.mark.parametrize(
+    ("stored", "trained", "precision", "held"),
+    [
+        (torch.bfloat16, "full", "fp32", torch.float32),
+        (torch.float32, "adapter", "bf16", torch.bfloat16),
+        (torch.float32, "full", "fp32", torch.float32),
+    ],
+)
+def test_blocks_as_stored_stay_in_their_file_and_are_converted_to_the_same_bits(
+    model_folder, load, stored, trained, precision, held
+):
+    """No copy of them is made before: all lie in the mapped file."""
+    weights = load_file(model_folder / "model.safetensors")
+    whole = {name: weight.to(stored) for name, weight in weights.items()}
+    save_file(whole, model_folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(model_folder, trained=trained, precision=precision, blocks_as_stored=True)
+    blocks = checkpointable_blocks(loaded.model)
+    inside = [weight for block in blocks for weight in block.parameters()]
+    assert len(inside) > 10
+    assert {weight.dtype for weight in inside} == {stored}
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("model.safetensors")]
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in mapped]
+    assert all(any(low <= weight.data_ptr() < high for low, high in ranges) for weight in inside)
+    assert loaded.blocks_dtype == loaded.model.config.dtype == held
+    for block in blocks:
+        block.to(loaded.blocks_dtype)
+    as_ever = load(model_folder, trained=trained, precision=precision)
+    assert as_ever.blocks_dtype is None
+    expected, got = as_ever.model.state_dict(), loaded.model.state_dict()
+    assert expected.keys() == got.keys()
+    for name, weight in expected.items():
+        assert got[name].dtype == weight.dtype
+        assert torch.equal(got[name], weight), name
+
+
+def test_files_of_several_types_are_loaded_in_one(model_folder, load):
+    """Else a weight that its file holds exactly could be rounded by way of another type."""
+    weights = load_file(model_folder / "model.safetensors")
+    name = next(name for name in weights if "mlp" in name)
+    weights[name] = weights[name].bfloat16()
+    save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(model_folder, trained="full", blocks_as_stored=True)
+    assert loaded.blocks_dtype is None
+    assert {one.dtype for one in loaded.model.parameters()} == {torch.float32}
 
 
 def test_a_weight_too_large_for_float16_is_kept_in_float32_or_refused_by_name(model_folder, load):

@@ -6,10 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmtune.cli.main import run
-from llmtune.plan.hardware import Target
-from llmtune.plan.many_devices import plan_strategies, strategy_lines, traffic_bytes
+from llmtune.common.text import readable_bytes
+from llmtune.engine.devices import Devices
+from llmtune.plan.hardware import SHARE, Target
+from llmtune.plan.many_devices import FORMULAS, plan_strategies, strategy_lines, traffic_bytes
+from llmtune.plan.resolve_auto import resolve_strategy
 from plan_helpers import assembled_like
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from training_helpers import LORA
@@ -28,6 +32,9 @@ COUNTS = {"gradient_bytes": 1000, "block_bytes": 600, "outside_bytes": 400, "mic
         ("fsdp", 1, 0),
         ("fsdp", 2, 3900),  # half of (2 x 600 + 400 + 1000) x 3
         ("fsdp", 8, 6825),
+        ("zero-1", 8, 1750),  # the same bytes as ddp: gradients one way, moved weights the other
+        ("zero-2", 8, 3500),  # gradients of three micro-batches, and the moved weights
+        ("zero-3", 8, 7875),  # 7/8 of (2 x 1000 + 1000) x 3
     ],
 )
 def test_bytes_sent_in_a_step_follow_the_formula(strategy, devices, sent):
@@ -37,13 +44,16 @@ def test_bytes_sent_in_a_step_follow_the_formula(strategy, devices, sent):
 @pytest.mark.parametrize("kind", [(), LORA])
 def test_blocks_and_what_is_outside_of_them_are_all_weights(forecaster_of, kind):
     forecaster = replace(forecaster_of(*kind, target=H100), world_size=8)
-    ddp, fsdp = plan_strategies(forecaster)
+    ddp, fsdp, *zero = plan_strategies(forecaster)
     model = assembled_like(forecaster_of(*kind)).model
     inside = sum(weight.nbytes for name, weight in model.named_parameters() if ".layers." in name)
     assert ddp.block_bytes == inside
     assert ddp.block_bytes + ddp.outside_bytes == sum(weight.nbytes for weight in model.parameters())
     assert ddp.gradient_bytes == sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     assert fsdp.peak_bytes < ddp.peak_bytes
+    peaks = [stage.peak_bytes for stage in zero]
+    assert sorted(peaks, reverse=True) == peaks  # each stage divides more
+    assert zero[2].peak_bytes < ddp.peak_bytes
     assert ddp.sent_bytes == -(-2 * ddp.gradient_bytes * 7 // 8)
 
 
@@ -72,13 +82,14 @@ def test_devices_that_share_rows_take_a_part_of_the_activations_and_send_heads(f
 def test_rows_that_devices_cannot_share_are_named(forecaster_of, devices, sharing):
     """Three divide neither eight devices nor the model's four heads."""
     forecaster = replace(forecaster_of(f"distributed.sequence_parallel={sharing}", target=H100), world_size=devices)
-    assert [plan.refused_for for plan in plan_strategies(forecaster)] == ["distributed.sequence_parallel"] * 2
+    assert [plan.refused_for for plan in plan_strategies(forecaster)] == ["distributed.sequence_parallel"] * 5
 
 
 def test_a_strategy_that_a_training_would_refuse_is_named(forecaster_of):
     forecaster = replace(forecaster_of("training.optimizer=lion", target=H100), world_size=8)
-    ddp, fsdp = strategy_lines(plan_strategies(forecaster))[1:3]
-    assert fsdp.endswith("refused for training.optimizer")
+    ddp, *others = strategy_lines(plan_strategies(forecaster))[1:6]
+    assert len(others) == 4
+    assert all(line.endswith("refused for training.optimizer") for line in others)
     assert "refused" not in ddp
 
 
@@ -86,11 +97,12 @@ def test_the_command_prints_each_strategy_with_its_formula(tiny_model_folder, ro
     words = ["plan", f"model.name={tiny_model_folder}", f"data.train={rows_file}", "--device", "h100", "--devices", "8"]
     words += ["training.precision=fp32", "training.batch_size=4", "training.gradient_accumulation_steps=4"]
     assert run([*words, "--json"]) == 0
-    ddp, fsdp = json.loads(capsys.readouterr().out)["strategies"]
-    counts = {name: fsdp[name] for name in COUNTS}
+    planned = json.loads(capsys.readouterr().out)["strategies"]
+    counts = {name: planned[1][name] for name in COUNTS}
     # 16 sequences on 8 devices are 2 for each of them, one micro-batch.
     assert counts["micro_batches"] == 1
-    assert [ddp["sent_bytes"], fsdp["sent_bytes"]] == [traffic_bytes(name, 8, **counts) for name in ("ddp", "fsdp")]
+    assert [plan["strategy"] for plan in planned] == ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"]
+    assert all(plan["sent_bytes"] == traffic_bytes(plan["strategy"], 8, **counts) for plan in planned)
     assert run(words) == 0
     said = capsys.readouterr().out
     assert "a step = 2(N-1)/N x gradients" in said
@@ -107,10 +119,58 @@ def test_devices_are_several_of_a_named_kind(words, problem, capsys):
 
 
 def test_the_table_of_the_page_follows_the_formula():
-    rows = re.findall(r"^\| (\w+) \| (\d+) \| ([\d.]+) GB \| ([\d,]+) MB \|$", PAGE.read_text(), re.MULTILINE)
-    assert [(name, count) for name, count, *_ in rows] == [(n, c) for c in ("8", "64", "512") for n in ("ddp", "fsdp")]
+    rows = re.findall(r"^\| ([\w-]+) \| (\d+) \| ([\d.]+) GB \| ([\d,]+) MB \|$", PAGE.read_text(), re.MULTILINE)
+    assert [(name, count) for name, count, *_ in rows] == [(n, c) for c in ("8", "64", "512") for n in FORMULAS]
     sizes = dict(re.findall(r"(gradients|blocks|outside) ([\d,]+) bytes", PAGE.read_text()))
     gradients, blocks, outside = (int(sizes[name].replace(",", "")) for name in ("gradients", "blocks", "outside"))
     for strategy, devices, _, sent in rows:
         counts = {"gradient_bytes": gradients, "block_bytes": blocks, "outside_bytes": outside, "micro_batches": 1}
         assert int(sent.replace(",", "")) == round(traffic_bytes(strategy, int(devices), **counts) / 1e6)
+
+
+class MainProcess(Devices):
+    """The main one of two, which asks nobody."""
+
+    def __init__(self):
+        super().__init__(torch.device("cpu"), world_size=2)
+
+    def from_main(self, value):
+        return value
+
+
+def chosen(forecaster):
+    """The strategy that `auto` becomes on two processes, with its reason."""
+    prepared = resolve_strategy(forecaster, MainProcess())
+    (decision,) = [one for one in prepared.decisions if one.key == "distributed.strategy"]
+    assert prepared.config.distributed.strategy == decision.value
+    return decision.value, decision.reason
+
+
+def test_auto_is_ddp_where_its_plan_fits_to_the_byte_and_else_fsdp(forecaster_of):
+    """By the memory of a micro-batch of one row, which the reason gives with what may be filled."""
+
+    def on(budget, *words):
+        target = Target("a card", "cuda", -(-budget * 100 // round(100 * SHARE["cuda"])))
+        return chosen(replace(forecaster_of("training.batch_size=2", *words, target=target), world_size=2))
+
+    peak = replace(forecaster_of("training.batch_size=2", target=H100), world_size=2).memory().peak_bytes
+    name, reason = on(peak + 100)
+    assert (name, readable_bytes(peak) in reason, "may be filled" in reason) == ("ddp", True, True)
+    name, reason = on(peak - 100)
+    assert (name, readable_bytes(peak) in reason) == ("fsdp", True)
+    assert "with ddp, and only" in reason
+    # What cannot be sharded keeps whole weights, and the reason says why the plan is passed over.
+    name, reason = on(peak // 2, "training.optimizer=lion")
+    assert (name, "`training.optimizer` cannot be sharded" in reason) == ("ddp", True)
+
+
+@pytest.mark.parametrize("total", [H100.total_bytes, 1])
+@pytest.mark.parametrize("key", ["zero_stage", "deepspeed_config"])
+def test_auto_is_deepspeed_only_where_its_keys_are_set(forecaster_of, tmp_path, key, total):
+    """Whatever fits: whoever names a stage or a file wants what they are of."""
+    (tmp_path / "ds.json").write_text("{}")
+    value = 2 if key == "zero_stage" else tmp_path / "ds.json"
+    forecaster = forecaster_of(f"distributed.{key}={value}", target=Target("a card", "cuda", total))
+    name, reason = chosen(replace(forecaster, world_size=2))
+    assert (name, f"`distributed.{key}` is set" in reason) == ("deepspeed", True)
+    assert chosen(replace(forecaster_of(target=H100), world_size=2))[0] == "ddp"

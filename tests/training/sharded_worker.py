@@ -29,16 +29,15 @@ def written_down(build_setup, path):
     """`build_setup`, after which the share of this process in every weight and the decisions are in `path`."""
 
     def build(*args):
-        from torch.distributed.tensor import DTensor
-
         setup = build_setup(*args)
-        shares = {
-            name: [weight.to_local().numel() if isinstance(weight, DTensor) else None, weight.numel()]
-            for name, weight in setup.model.named_parameters()
-        }
+        strategy, weights = setup.strategy, dict(setup.model.named_parameters())
+        shares = {name: [strategy.part(one).numel(), strategy.shape(one).numel()] for name, one in weights.items()}
+        kinds = sorted({type(one).__name__ for one in weights.values()})
+        here = sum(weight.numel() for weight in weights.values())
         decisions = {decision.key: str(decision.value) for decision in setup.decisions}
         reasons = {decision.key: decision.reason for decision in setup.decisions}
-        path.write_text(json.dumps({"shares": shares, "decisions": decisions, "reasons": reasons}))
+        facts = {"shares": shares, "kinds": kinds, "here": here, "decisions": decisions, "reasons": reasons}
+        path.write_text(json.dumps(facts))
         return setup
 
     return build

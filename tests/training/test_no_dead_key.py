@@ -25,9 +25,11 @@ import yaml
 from llmtune.config.keys import LEAVES
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
+from llmtune.engine.deepspeed_settings import engine_settings
 from llmtune.engine.devices import open_devices
-from llmtune.errors import ConfigError, LlmtuneError
+from llmtune.errors import LlmtuneError
 from llmtune.plan.forecast import Forecaster
+from llmtune.plan.memory import division_of
 from llmtune.plan.resolve_auto import resolve_rates
 from llmtune.prepare import prepare
 from llmtune.runs.signals import StopRequest
@@ -44,7 +46,6 @@ REFUSED = {
     "data.overlong",
     "data.on_bad_row",
     "training.max_skipped_steps",  # the run of the other value diverges at once
-    "distributed.deepspeed_config",
     "distributed.sequence_parallel",  # one process shares its rows with nobody
 }
 """Keys of which one value, or both, end with an error here; every other flip must end with a finished run."""
@@ -206,6 +207,9 @@ ELSEWHERE = {
     "tracking.wandb_group": "test_trackers_are_made_with_what_the_config_says",
     "tracking.watch": "test_tracking_watch_is_used",
     "distributed.timeout_s": "test_distributed_timeout_s_is_used",
+    "distributed.zero_stage": "test_the_keys_of_several_processes_are_used",
+    "distributed.offload": "test_the_keys_of_several_processes_are_used",
+    "distributed.deepspeed_config": "test_the_keys_of_several_processes_are_used",
 }
 """Keys on which outputs do not depend, by promise (or that are too slow to run), with the test below that looks where
 they are used.
@@ -384,12 +388,17 @@ def test_distributed_timeout_s_is_used(resolve, monkeypatch):
     assert waits == meetings == [120.0, 5.0]
 
 
-def test_a_strategy_that_does_not_exist_is_refused_with_what_works(resolve):
-    with pytest.raises(ConfigError, match="strategy `deepspeed` does not exist in this version") as refused:
-        open_devices(resolve("distributed.strategy=deepspeed").config, Options())
-    assert "torchrun" in str(refused.value)
-
-
-def test_a_deepspeed_file_is_never_passed_over_in_silence(resolve):
-    with pytest.raises(ConfigError, match=r"DeepSpeed file `ds\.json`"):
-        open_devices(resolve("distributed.deepspeed_config=ds.json").config, Options())
+def test_the_keys_of_several_processes_are_used(here, resolve):
+    """In the settings of DeepSpeed's engine, and in the plan of what waits on the host."""
+    (here / "ds.json").write_text('{"zero_optimization": {"sub_group_size": 1000}}')
+    settings = {}
+    for key in ("distributed.zero_stage", "distributed.deepspeed_config"):
+        config = resolve("distributed.strategy=deepspeed", flipped(key)).config
+        settings[key], _ = engine_settings(config, world_size=2, hidden_size=64, page_locked=False)
+    zero = {key: value["zero_optimization"] for key, value in settings.items()}
+    assert [one["stage"] for one in zero.values()] == [1, 3]
+    assert [one.get("sub_group_size") for one in zero.values()] == [None, 1000]
+    offloads = [
+        resolve("distributed.strategy=fsdp", *words).config for words in ((), (flipped("distributed.offload"),))
+    ]
+    assert [division_of(config, 2).offload for config in offloads] == ["none", "all"]

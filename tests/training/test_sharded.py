@@ -1,7 +1,10 @@
 """Sharded runs through the real commands: the run is that of one process, whatever is trained (N2, P9)."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sharded_runs import FULL, LORA, is_one_run, state_of, trained
 from training_helpers import lines_of, weights_of
@@ -26,10 +29,10 @@ def is_sharded(held, *, engine="flat", fused=True):
         assert rank["decisions"]["distributed.strategy"] == "fsdp"
         assert rank["decisions"]["training.engine"] == engine
         assert rank["decisions"].get("adapter.engine") == ("fused" if fused else None)
+        assert all("DTensor" in kind for kind in rank["kinds"]), rank["kinds"]
     shares = [rank["shares"] for rank in held]
     for name, (_, whole) in shares[0].items():
         parts = [share[name][0] for share in shares]
-        assert None not in parts, name
         assert sum(parts) == whole
     total = sum(whole for _, whole in shares[0].values())
     for share in shares:
@@ -61,6 +64,17 @@ def test_a_sharded_run_is_the_run_of_one_process(ranks_of, tiny_model_folder, un
         fused = "adapter.method=none" not in words and name not in ("dora", "plain")
         is_sharded(held[name], engine="plain" if name == "plain" else "flat", fused=fused)
     assert "2 feed-forward modules" in held["tiled"][0]["reasons"]["training.tiles"]
+
+
+@pytest.mark.campaign
+def test_files_in_another_type_are_converted_block_by_block(ranks_of, untied_model_folder, tmp_path):
+    shutil.copytree(untied_model_folder, tmp_path / "stored")
+    file = tmp_path / "stored" / "model.safetensors"
+    save_file({name: weight.bfloat16() for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    ranks = ranks_of(tmp_path / "stored")
+    held = trained(ranks, 2, {"full": FULL}, "training.max_steps=9")
+    is_one_run(ranks.folder / "full-1", ranks.folder / "full-2")
+    is_sharded(held["full"], fused=False)
 
 
 @pytest.mark.campaign

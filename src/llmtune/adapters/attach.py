@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["attach_adapter", "wrap_with_peft"]
+__all__ = ["attach_adapter", "reads_base", "wrap_with_peft"]
 
 
 def attach_adapter(
@@ -97,6 +97,12 @@ def attach_adapter(
         "adapter.target_modules", shown, f"{len(layers)} layers get rank {adapter_config.r}{varied}; {share}"
     )
     return adapted, [decision, *decisions]
+
+
+def reads_base(adapter: AdapterConfig) -> bool:
+    """Whether the adapter begins with numbers of the base, which must have their type by then."""
+    begins_with_parts = adapter.init not in ("kaiming", "gaussian", "orthogonal")
+    return bool(adapter.dora or adapter.modules_to_save or adapter.start_from or begins_with_parts)
 
 
 def _refuse_other_shape(adapter: AdapterConfig, options: LoraOptions, chosen: LoraOptions, ids: list[int]) -> None:

@@ -41,7 +41,7 @@ def _floors() -> dict[str, str]:
 FLOORS = _floors()
 """The oldest version of each of `REQUIRED` that this llmtune works with."""
 
-EXTRAS = ("tensorboard",)
+EXTRAS = ("tensorboard", "deepspeed")
 """Optional modules; the extra that installs one has its name."""
 
 LEAST_FREE_BYTES = 5 << 30

@@ -116,6 +116,7 @@ RANGES: dict[str, Range] = {
     "checkpoint.keep_last": Range(minimum=0),
     "tracking.every_steps": _COUNT,
     "distributed.sequence_parallel": _COUNT,
+    "distributed.zero_stage": Range(minimum=1, maximum=3),
     "distributed.timeout_s": Range(above=0),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmtune.config.contradiction import Contradiction
 from llmtune.config.schema import Config
 
-__all__ = ["DISTRIBUTED_CONTRADICTIONS", "SHARDED_OPTIMIZERS", "reason_against_sharding"]
+__all__ = ["DISTRIBUTED_CONTRADICTIONS", "SHARDED_OPTIMIZERS", "reason_against_sharding", "takes_deepspeed"]
 
 SHARDED_OPTIMIZERS = ("adamw", "sgd", "muon")
 """Optimizers that move a weight of which each process holds a part."""
@@ -15,15 +15,33 @@ SHARDED_OBJECTIVES = ("sft", "dpo", "simpo", "orpo", "kto")
 
 
 def _shards(config: Config) -> bool:
-    return config.distributed.strategy == "fsdp"
+    return config.distributed.strategy == "fsdp" or takes_deepspeed(config)
+
+
+def takes_deepspeed(config: Config) -> bool:
+    """Whether several processes would hold the weights by DeepSpeed: named, or by `auto` where its keys are set."""
+    distributed = config.distributed
+    is_named = distributed.deepspeed_config is not None or distributed.zero_stage is not None
+    return distributed.strategy == "deepspeed" or (distributed.strategy == "auto" and is_named)
 
 
 def reason_against_sharding(config: Config) -> str | None:
-    """Give the key because of which the weights of a run cannot be sharded, or None."""
+    """Give the key because of which the weights of a run cannot be divided by its strategy, or by fsdp, or None."""
+    if config.distributed.strategy == "ddp":
+        return None
+    by_deepspeed = takes_deepspeed(config)
+    optimizers = ("adamw",) if by_deepspeed else SHARDED_OPTIMIZERS
     against = {
-        "training.optimizer": config.training.optimizer not in SHARDED_OPTIMIZERS,
-        "model.quantization": config.model.quantization == "8bit",
-        "objective.method": config.objective.method not in SHARDED_OBJECTIVES,
+        "training.optimizer": config.training.optimizer not in optimizers,
+        "model.quantization": config.model.quantization == "8bit"
+        or (by_deepspeed and config.model.quantization != "none"),
+        "training.precision": by_deepspeed and config.training.precision == "fp16",
+        "training.compile": by_deepspeed and config.training.compile,
+        "adapter.modules_to_save": by_deepspeed and bool(config.adapter.modules_to_save),
+        "adapter.train_tokens": by_deepspeed and bool(config.adapter.train_tokens),
+        "adapter.dora": by_deepspeed and config.adapter.dora,
+        "objective.method": config.objective.method not in (("sft",) if by_deepspeed else SHARDED_OBJECTIVES),
+        "distributed.sequence_parallel": by_deepspeed and config.distributed.sequence_parallel > 1,
         "training.step_in_backward": config.training.step_in_backward,
         "tracking.watch": bool(config.tracking.watch),
     }
@@ -42,20 +60,92 @@ DISTRIBUTED_CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `distributed.strategy: deepspeed`, or remove the file",
     ),
     Contradiction(
+        ("distributed.zero_stage", "distributed.strategy"),
+        lambda c, _: c.distributed.zero_stage is not None and not takes_deepspeed(c),
+        "stages are those of DeepSpeed's ZeRO, and the strategy is another",
+        "set `distributed.strategy: deepspeed`, or remove `distributed.zero_stage`",
+    ),
+    Contradiction(
+        ("distributed.offload", "distributed.strategy"),
+        lambda c, _: c.distributed.offload in ("optimizer", "all") and not _shards(c),
+        "every process holds the whole model on its device, and nothing waits on the host",
+        "set `distributed.strategy: fsdp` or `deepspeed`, or `distributed.offload: none`",
+    ),
+    Contradiction(
+        ("distributed.offload", "distributed.strategy"),
+        lambda c, _: c.distributed.offload == "optimizer" and c.distributed.strategy == "fsdp",
+        "fsdp keeps the optimizer's state where the weights are",
+        "set `distributed.offload: all`, or `distributed.strategy: deepspeed`",
+    ),
+    Contradiction(
+        ("distributed.offload", "distributed.zero_stage"),
+        lambda c, _: c.distributed.offload == "all" and c.distributed.zero_stage in (1, 2),
+        "weights wait on the host only where they are divided",
+        "set `distributed.zero_stage: 3`, or `distributed.offload: optimizer`",
+    ),
+    Contradiction(
         ("training.optimizer", "distributed.strategy"),
-        lambda c, _: _shards(c) and c.training.optimizer not in SHARDED_OPTIMIZERS,
+        lambda c, _: takes_deepspeed(c) and c.training.optimizer != "adamw",
+        "DeepSpeed moves flat parts of many weights at once, which only AdamW is the same on",
+        "set `training.optimizer: adamw`, or `distributed.strategy: fsdp`",
+    ),
+    Contradiction(
+        ("model.quantization", "distributed.strategy"),
+        lambda c, _: takes_deepspeed(c) and c.model.quantization != "none",
+        "quantized weights lose their scales in DeepSpeed's parts",
+        "set `distributed.strategy: fsdp` with `model.quantization: 4bit`, or `model.quantization: none`",
+    ),
+    Contradiction(
+        ("training.precision", "distributed.strategy"),
+        lambda c, _: takes_deepspeed(c) and c.training.precision == "fp16",
+        "the loss scale of fp16 and DeepSpeed's clipping do not know of each other",
+        "set `training.precision: bf16`, or `distributed.strategy: fsdp`",
+    ),
+    Contradiction(
+        ("training.compile", "distributed.strategy"),
+        lambda c, _: takes_deepspeed(c) and c.training.compile,
+        "compiled blocks do not gather their weights",
+        "set `training.compile: false`, or `distributed.strategy: fsdp`",
+    ),
+    Contradiction(
+        ("adapter.modules_to_save", "distributed.strategy"),
+        lambda c, _: takes_deepspeed(c) and bool(c.adapter.modules_to_save),
+        "processes wait for each other where DeepSpeed gathers a layer that lies beside its frozen copy",
+        "leave `adapter.modules_to_save` out, or set `distributed.strategy: fsdp`",
+    ),
+    Contradiction(
+        ("adapter.train_tokens", "distributed.strategy"),
+        lambda c, _: takes_deepspeed(c) and bool(c.adapter.train_tokens),
+        "single rows of a table are not trained in DeepSpeed's parts",
+        "leave `adapter.train_tokens` out, or set `distributed.strategy: fsdp`",
+    ),
+    Contradiction(
+        ("adapter.dora", "distributed.strategy"),
+        lambda c, _: takes_deepspeed(c) and c.adapter.dora,
+        "DoRA reads whole weights outside of their layers, which is not tried where DeepSpeed holds them",
+        "set `adapter.dora: false`, or `distributed.strategy: fsdp`",
+    ),
+    Contradiction(
+        ("training.optimizer", "distributed.strategy"),
+        lambda c, _: c.distributed.strategy == "fsdp" and c.training.optimizer not in SHARDED_OPTIMIZERS,
         "this optimizer cannot move weights of which each process holds a part",
         "set `training.optimizer` to adamw, muon or sgd, or `distributed.strategy: ddp`",
     ),
     Contradiction(
         ("model.quantization", "distributed.strategy"),
-        lambda c, _: _shards(c) and c.model.quantization == "8bit",
+        lambda c, _: c.distributed.strategy == "fsdp" and c.model.quantization == "8bit",
         "weights in 8 bits lose their scales when they are sharded",
         "set `model.quantization: 4bit`, or `distributed.strategy: ddp`",
     ),
     Contradiction(
         ("objective.method", "distributed.strategy"),
-        lambda c, _: _shards(c) and c.objective.method not in SHARDED_OBJECTIVES,
+        lambda c, _: takes_deepspeed(c) and c.objective.method != "sft",
+        "the reference of answers that are compared or drawn is not held in DeepSpeed's parts",
+        "set `distributed.strategy: fsdp`, or `ddp` for drawn answers, or `objective.method: sft`",
+    ),
+    Contradiction(
+        ("objective.method", "distributed.strategy"),
+        lambda c, _: c.distributed.strategy == "fsdp" and c.objective.method not in SHARDED_OBJECTIVES,
         "answers are drawn only where every process holds the whole model",
         "set `distributed.strategy: ddp`",
     ),
@@ -73,7 +163,7 @@ DISTRIBUTED_CONTRADICTIONS: tuple[Contradiction, ...] = (
     ),
     Contradiction(
         ("distributed.sequence_parallel", "distributed.strategy"),
-        lambda c, _: _shares_rows(c) and c.distributed.strategy == "deepspeed",
+        lambda c, _: _shares_rows(c) and takes_deepspeed(c),
         "processes share rows only where they hold the weights in ways of llmtune's own",
         "set `distributed.strategy: fsdp`, or `distributed.sequence_parallel: 1`",
     ),

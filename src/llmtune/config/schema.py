@@ -698,8 +698,19 @@ class DistributedConfig:
     """Several processes training one model."""
 
     strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"
-    """How several processes hold the weights: each all of them (`ddp`) or a part of each (`fsdp`). `auto`: `ddp` where
-    the planned memory fits, else `fsdp`. `deepspeed` does not exist in this version.
+    """How several processes hold the weights: each all of them (`ddp`) or a part of each (`fsdp`), or by ZeRO
+    (`deepspeed`, an extra). `auto`: `deepspeed` where `zero_stage` or `deepspeed_config` is set; else `ddp` where the
+    planned memory fits, else `fsdp`.
+    """
+
+    zero_stage: int | None = None
+    """What `deepspeed` divides: the optimizer state (1), gradients too (2), weights too (3). The file's, or 3, when not
+    given.
+    """
+
+    offload: Literal["none", "optimizer", "all"] | None = None
+    """What waits in the memory of the host: the optimizer's state (`deepspeed`), or weights too (`fsdp`, or `deepspeed`
+    with stage 3). The file's, or `none`, when not given.
     """
 
     sequence_parallel: int = 1
@@ -708,7 +719,7 @@ class DistributedConfig:
     """
 
     deepspeed_config: str | None = None
-    """JSON file for DeepSpeed."""
+    """JSON file of DeepSpeed's own settings; what llmtune decides itself must agree with it or be `auto`."""
 
     timeout_s: float = 120.0
     """Seconds after which a silent process counts as lost."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
 from typing import TypeVar
 
 import torch
@@ -18,9 +20,11 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from llmtune.common.decisions import Decision
+from llmtune.config.distributed_checks import takes_deepspeed
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
 from llmtune.engine.choose_device import choose_device
+from llmtune.engine.deepspeed_settings import settings_problems
 from llmtune.engine.rank_messages import RankMessages, lost_ranks_noticed
 from llmtune.engine.rank_watch import watch_ranks
 from llmtune.errors import ConfigError, MachineError, Problem
@@ -294,26 +298,26 @@ def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     return buckets
 
 
-STRATEGIES = ("auto", "ddp", "fsdp")
-"""Ways to share a training between processes that exist: the whole model in each, or a part of every weight."""
-
-WHAT_WORKS = (
-    "use `auto`, `ddp` or `fsdp` and start with `llmtune train --devices N` or `torchrun`; "
-    "a model too large for one device may fit with `adapter.method: lora` and `model.quantization: 4bit`"
-)
+OLDEST_DEEPSPEED = (0, 19, 8)
+"""The first with windows of any number of backward passes (`managed_gradient_accumulation: false`)."""
 
 
 def check_distribution(config: Config) -> None:
-    """Raise ConfigError for a way to share a training that this version does not have."""
-    distributed = config.distributed
-    problems = []
-    if distributed.strategy not in STRATEGIES:
-        name = distributed.strategy
-        problem = f"strategy `{name}` does not exist in this version: every process holds the whole model"
-        problems.append(Problem(problem, "distributed.strategy", WHAT_WORKS))
-    if distributed.deepspeed_config is not None:
-        problem = f"nothing in this version reads the DeepSpeed file `{distributed.deepspeed_config}`"
-        problems.append(Problem(problem, "distributed.deepspeed_config", "remove the key"))
+    """Raise ConfigError where DeepSpeed is asked for and its package or its file does not fit."""
+    if not takes_deepspeed(config):
+        return
+    problems = settings_problems(config)
+    try:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        problem = "the package `deepspeed` is not installed"
+    else:
+        is_old = tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST_DEEPSPEED
+        problem = f"DeepSpeed {version} is too old" if is_old else ""
+    if problem:
+        oldest = ".".join(map(str, OLDEST_DEEPSPEED))
+        fix = f"install it (`pip install 'llmtune[deepspeed]'`, {oldest} or newer), or set `distributed.strategy: fsdp`"
+        problems.insert(0, Problem(problem, "distributed.strategy", fix))
     if problems:
         raise ConfigError.all(problems)
 
@@ -343,7 +347,7 @@ def check_processes(config: Config, environ: Mapping[str, str] = os.environ) -> 
 def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decision]]:
     """The device(s) of this process: one alone, or its place among the processes that a launcher started.
 
-    Raises ConfigError, before any process is waited for, for a way to share a training that this version does not have.
+    Raises ConfigError, before any process is waited for, for a way to share a training that does not work here.
     """
     check_distribution(config)
     check_processes(config)
@@ -352,6 +356,9 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
     devices.share_rows(distributed.sequence_parallel, timeout_s=distributed.timeout_s)
     _, decision = choose_device(no_cuda=options.no_cuda)
     decisions = [decision, *devices.watch_decision()]
+    if devices.world_size == 1 and distributed.strategy in ("fsdp", "deepspeed"):
+        reason = "1 process: no launcher started more, and it holds the whole model"
+        decisions.append(Decision("distributed.strategy", "one process", reason))
     if distributed.strategy == "ddp":
         count = "1 process: no launcher started more" if devices.world_size == 1 else f"{devices.world_size} processes"
         reason = f"{count}; each holds the whole model and takes its share of the sequences of a step"

@@ -43,10 +43,9 @@ from llmtune.kernels.attention import use_attention
 from llmtune.kernels.liger import LIGER
 from llmtune.kernels.linear_cross_entropy import Head, find_head
 from llmtune.kernels.patch_model import NO_LIBRARIES, kernel_libraries, patch_model, undo_patches
-from llmtune.kernels.recompute import checkpointable_blocks
 from llmtune.kernels.tiled_mlp import run_in_tiles
 from llmtune.models.load import ATTENTION_IMPLEMENTATIONS
-from llmtune.models.parameters import base_model_of
+from llmtune.models.parameters import base_model_of, checkpointable_blocks
 
 if TYPE_CHECKING:
     from peft import PeftModel

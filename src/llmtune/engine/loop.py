@@ -19,7 +19,6 @@ from llmtune.engine.choose_device import peak_memory_bytes
 from llmtune.engine.devices import Devices
 from llmtune.engine.objective import Objective
 from llmtune.engine.precision import Precision
-from llmtune.engine.sharding import local_part
 from llmtune.engine.state import TrainingState
 from llmtune.engine.update import Update
 from llmtune.errors import DivergedError
@@ -144,7 +143,7 @@ def train_steps(
             if len(losses) == len(window.micro_batches):
                 update.before_last_backward(losses, rate)
             loss = batch_loss / divisor  # the scale is a second rounding, so only fp16 has it
-            (loss * precision.scale if precision.scale != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
+            update.backward(loss * precision.scale if precision.scale != 1.0 else loss)
 
         loss_sum, grad_norm = _read(losses, update.finish_gradients(), devices)
         mean_loss = loss_sum / divisor
@@ -226,7 +225,7 @@ def _read(losses: list[torch.Tensor], norm: torch.Tensor, devices: Devices) -> t
     else:  # a window with fewer micro-batches than processes
         own_sum = torch.zeros((), dtype=torch.float64, device=devices.device)
     # Both in one tensor: on a CUDA device each `tolist` would wait for the stream.
-    loss_sum, grad_norm = torch.stack([devices.sum_tensor(own_sum), norm.double()]).tolist()
+    loss_sum, grad_norm = torch.stack([devices.sum_tensor(own_sum), norm.double().to(own_sum.device)]).tolist()
     return loss_sum, grad_norm
 
 
@@ -293,11 +292,12 @@ def half_updated(reason: str, rows: Sequence[str], *, step: int) -> DivergedErro
 def non_finite_parameters(parameters: Mapping[str, torch.Tensor], devices: Devices | None = None) -> list[str]:
     """Give the names of parameters, of any shape, that hold a value that is not finite.
 
-    devices: the processes that hold parts of them, each of which must call it and gets the same answer.
+    parameters: what this process holds of each. devices: the processes that hold the other parts, each of which must
+    call it and gets the same answer.
     """
     if not parameters:
         return []
     # One tensor of all answers: on a CUDA device each question by itself would wait for the stream.
-    bad = torch.stack([(~torch.isfinite(local_part(value))).any() for value in parameters.values()]).double()
+    bad = torch.stack([(~torch.isfinite(value)).any() for value in parameters.values()]).double()
     counts = (bad if devices is None else devices.sum_tensor(bad)).tolist()
     return [name for name, count in zip(parameters, counts, strict=True) if count]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import TrainingConfig
+from llmtune.engine.sharded_tensors import full_tensor, shard_like
 from llmtune.errors import ConfigError
 from llmtune.models.quantization import bnb_optimizer
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LR_SCALE",
     "OPTIMIZERS",
+    "AnyOptimizer",
     "Optimizer",
     "OptimizerName",
     "build_optimizer",
@@ -36,6 +38,33 @@ __all__ = [
 OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion", "adafactor", "muon", "sgd"]
 Group = dict[str, Any]
 """A group of parameters as `torch.optim` has it: `params`, `lr`, `weight_decay` and the optimizer's further options."""
+
+
+class AnyOptimizer(Protocol):
+    """What a training asks of its optimizer, whichever way the weights are held."""
+
+    parts: tuple[torch.optim.Optimizer, ...]
+    param_groups: list[Group]
+
+    def step(self) -> None:
+        """Apply the gradients once."""
+        ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients."""
+        ...
+
+    def part_of(self) -> Iterator[tuple[nn.Parameter, torch.optim.Optimizer]]:
+        """Give each parameter with the part that moves it."""
+        ...
+
+    def state_of(self, parameter: nn.Parameter, /) -> Mapping[str, Any]:
+        """Give a parameter's state in full, empty before its first step; each process must call it."""
+        ...
+
+    def set_state(self, parameter: nn.Parameter, state: dict[str, Any], /) -> None:
+        """Replace a parameter's state by one in full."""
+        ...
 
 
 class Optimizer:
@@ -78,6 +107,22 @@ class Optimizer:
     def part_of(self) -> Iterator[tuple[nn.Parameter, torch.optim.Optimizer]]:
         """Give each parameter with the part that moves it."""
         yield from ((parameter, part) for parameter, (part, _) in self._owners.items())
+
+    def state_of(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """Give a parameter's state in full, empty before its first step; sharded tensors are gathered."""
+        state = self._owners[parameter][0].state.get(parameter, {})
+        return {key: full_tensor(value) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+
+    def set_state(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
+        """Replace a parameter's state by one in full, of which a sharded parameter keeps its part."""
+        part = self._owners[parameter][0]
+        # A parameter without saved state (never moved) must not keep that of a step made in between.
+        part.state.pop(parameter, None)
+        if state:
+            part.state[parameter] = {
+                key: shard_like(value, parameter) if isinstance(value, torch.Tensor) else value
+                for key, value in state.items()
+            }
 
 
 LR_SCALE = "lr_scale"

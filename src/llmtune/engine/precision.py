@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from llmtune.common.decisions import Decision
-from llmtune.engine.sharding import full_tensor
+from llmtune.engine.sharded_tensors import full_tensor
 from llmtune.errors import ConfigError
 
 __all__ = ["Precision", "PrecisionName", "choose_precision", "fixed_order_of_sums", "gpu_without_bf16", "without_tf32"]

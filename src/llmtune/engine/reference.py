@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llmtune.data.dataset.micro_batch import MicroBatch
-from llmtune.engine.sharding import local_part
+from llmtune.engine.sharded_tensors import local_part
 
 __all__ = ["FrozenCopy", "LiveReference", "LogProbs", "PrecomputedReference", "Reference"]
 

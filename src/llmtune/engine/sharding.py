@@ -1,5 +1,7 @@
 """How the processes of a run hold its weights: each of them all (`ddp`), or each a part of every weight (`fsdp`).
 
+DeepSpeed is in `zero`, the table of all of them in `strategies`.
+
 With `fsdp` (FSDP2; the scheme: arXiv:2304.11277) a weight exists whole only while its block is computed. The unit
 around all blocks is a module whose forward is any function over the model, so the fast forward, evaluation and
 generation run as they are on weights that are gathered for them. Gradients are summed, never averaged: a window's loss
@@ -11,26 +13,30 @@ evaluation and for answers, and whatever reads a whole tensor is called by all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from llmtune.common.decisions import Decision
 from llmtune.engine.devices import Devices
+from llmtune.engine.optim import AnyOptimizer, Optimizer
+from llmtune.engine.precision import Precision
+from llmtune.engine.sharded_tensors import gather, local_part
+from llmtune.engine.update import StepAfterBackward, Update
 from llmtune.errors import MachineError
-from llmtune.kernels.recompute import checkpointable_blocks
-from llmtune.models.parameters import trained_parameters
+from llmtune.models.parameters import checkpointable_blocks, trained_parameters
 
-__all__ = ["Sharded", "Strategy", "Whole", "full_tensor", "gather", "local_part", "make_strategy", "shard_like"]
+__all__ = ["ComputeRoot", "MakeOptimizer", "Sharded", "Strategy", "Whole"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+MakeOptimizer: TypeAlias = Callable[[torch.device], tuple[Optimizer, list[Decision]]]
+"""Builds the optimizer of the trained weights as they are when it is called, which lie on that device."""
 
 OLDEST_TORCH = (2, 13)
 """The first torch in which a weight that no micro-batch of one process used has a gradient of 0 in the sum."""
@@ -44,8 +50,19 @@ class Strategy(Protocol):
         """Whether weights are in parts, so that all processes run the same number of forward passes."""
         ...
 
-    def shard(self, model: nn.Module, /) -> tuple[Decision, ...]:
-        """Give every process its weights, alike in all; parameters may be other objects from then on."""
+    @property
+    def takes_blocks_as_stored(self) -> bool:
+        """Whether `shard` converts a block's frozen or trained weights when its turn comes."""
+        ...
+
+    def shard(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, /, *, convert_block: Callable[[nn.Module], object]
+    ) -> tuple[AnyOptimizer, tuple[Decision, ...], list[Decision]]:
+        """Give every process its weights, alike in all, and the optimizer of what it holds.
+
+        convert_block: gives the weights of a block their type, where they have that of their files until then.
+        Parameters may be other objects from then on. Returns the optimizer, the choices made here, and its own.
+        """
         ...
 
     def run(self, function: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
@@ -56,8 +73,38 @@ class Strategy(Protocol):
         """Give the context in which a block of the model has all of its weights; each process must enter it."""
         ...
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter], /) -> None:
-        """Complete the gradients of a window: their sum over all processes."""
+    def opened(self, parameters: Iterable[Tensor], /, *, write: bool = False) -> AbstractContextManager[object]:
+        """Give the context in which parameters can be read in full, or, with `write`, be overwritten.
+
+        Each process must enter it, and write the same. A DTensor is its own way to both.
+        """
+        ...
+
+    def shape(self, parameter: Tensor, /) -> torch.Size:
+        """Give the shape of the whole parameter."""
+        ...
+
+    def part(self, parameter: Tensor, /) -> Tensor:
+        """Give what this process holds of a parameter, without a copy."""
+        ...
+
+    def gather(self, tensors: Mapping[str, Tensor], /, *, keep: bool) -> dict[str, Tensor]:
+        """Give tensors in full, those in parts gathered to the CPU one at a time; each process must call it.
+
+        keep: whether this process wants them; without it, it takes part only.
+        """
+        ...
+
+    def make_update(
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: AnyOptimizer,
+        precision: Precision,
+        /,
+        *,
+        max_grad_norm: float | None,
+    ) -> Update:
+        """Make what turns the gradients of a window into one step of the optimizer that `shard` returned."""
         ...
 
 
@@ -65,15 +112,24 @@ class Whole:
     """Every process, or the only one, holds the whole model."""
 
     is_sharded = False
+    takes_blocks_as_stored = False
 
     def __init__(self, devices: Devices) -> None:
         self._devices = devices
 
-    def shard(self, model: nn.Module, /) -> tuple[Decision, ...]:
+    def shard(
+        self,
+        model: nn.Module,
+        make_optimizer: MakeOptimizer,
+        /,
+        *,
+        convert_block: Callable[[nn.Module], object],  # noqa: ARG002 - of the protocol
+    ) -> tuple[Optimizer, tuple[Decision, ...], list[Decision]]:
         """Give every process the trained weights of the main one."""
         # One seed made them alike; now they are, on any mix of devices.
         self._devices.broadcast(trained_parameters(model).values())
-        return ()
+        optimizer, decisions = make_optimizer(self._devices.device)
+        return optimizer, (), decisions
 
     def run(self, function: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Call the function."""
@@ -83,37 +139,71 @@ class Whole:
         """Do nothing: it always has."""
         return nullcontext()
 
-    def sum_gradients(self, parameters: Sequence[nn.Parameter], /) -> None:
-        """Sum the gradients over all processes, after the last backward pass of the window."""
-        self._devices.sync_gradients(parameters)
+    def opened(self, _parameters: Iterable[Tensor], /, *, write: bool = False) -> AbstractContextManager[object]:  # noqa: ARG002 - of the protocol
+        """Do nothing: they always are."""
+        return nullcontext()
+
+    def shape(self, parameter: Tensor, /) -> torch.Size:
+        """Give its shape."""
+        return parameter.shape
+
+    def part(self, parameter: Tensor, /) -> Tensor:
+        """Give all of it."""
+        return parameter
+
+    def gather(self, tensors: Mapping[str, Tensor], /, *, keep: bool) -> dict[str, Tensor]:
+        """Give them as they are."""
+        return gather(tensors, keep=keep)
+
+    def make_update(
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: AnyOptimizer,
+        precision: Precision,
+        /,
+        *,
+        max_grad_norm: float | None,
+    ) -> StepAfterBackward:
+        """Sum the gradients over all processes after the last backward pass of the window."""
+        return StepAfterBackward(
+            parameters, optimizer, precision, self._devices.sync_gradients, max_grad_norm=max_grad_norm
+        )
 
 
 class Sharded:
     """Every process holds an equal part of every weight, of its gradient and of its optimizer state.
 
-    Raises MachineError with an older torch.
+    `on_host`: these parts wait in the memory of the host, and a block's weights come to the device with its turn; the
+    optimizer moves them there. Raises MachineError with an older torch.
     """
 
     is_sharded = True
+    takes_blocks_as_stored = True
 
-    def __init__(self, devices: Devices) -> None:
+    def __init__(self, devices: Devices, *, on_host: bool = False) -> None:
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
         if version < OLDEST_TORCH:
             fix = "install torch 2.13 or newer, or set `distributed.strategy: ddp`"
             raise MachineError(f"torch {torch.__version__} is too old to shard weights", "distributed.strategy", fix)
-        self._devices = devices
-        self._root: _Root | None = None
+        self._devices, self._on_host = devices, on_host
+        self._root: ComputeRoot | None = None
 
-    def shard(self, model: nn.Module) -> tuple[Decision, ...]:
+    def shard(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, /, *, convert_block: Callable[[nn.Module], object]
+    ) -> tuple[Optimizer, tuple[Decision, ...], list[Decision]]:
         """Shard each block as a unit, and what is outside of them (embedding, last norm, head) as one."""
-        mesh = init_device_mesh(self._devices.device.type, (self._devices.world_size,))
+        device = self._devices.device
+        mesh = init_device_mesh(device.type, (self._devices.world_size,))
+        policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if self._on_host else OffloadPolicy()
         blocks = checkpointable_blocks(model)
         # Blocks before the root: a unit takes what no unit inside it has.
         for block in blocks:
-            fully_shard(block, mesh=mesh)
+            # Until now its weights lie in mapped files; only one block at a time is whole in memory.
+            convert_block(block)
+            fully_shard(block, mesh=mesh, offload_policy=policy)
         # Around the model and not the model itself: its forward is then whatever `run` is given.
-        self._root = _Root(model)
-        fully_shard(self._root, mesh=mesh)
+        self._root = ComputeRoot(model)
+        fully_shard(self._root, mesh=mesh, offload_policy=policy)
         for module in self._root.modules():
             if isinstance(module, FSDPModule):
                 # The default is a mean over processes; and of the sums only the plain one exists for gloo.
@@ -122,10 +212,15 @@ class Sharded:
                 # A micro-batch without trained tokens gives the head no gradient, and the others wait for its part.
                 module.set_reduce_scatter_unused_params(True, recurse=False)
         parameters = list(model.parameters())
-        own, everything = (sum(part.numel() for part in parts) for parts in (map(local_part, parameters), parameters))
-        held = f"{self._devices.world_size} processes; this one holds {own:,} of {everything:,} stored numbers"
-        reason = f"{held}, and {len(blocks)} blocks are whole one after the other"
-        return (Decision("distributed.strategy", "fsdp", reason),)
+        held, everything = (sum(part.numel() for part in parts) for parts in (map(local_part, parameters), parameters))
+        text = f"{self._devices.world_size} processes; this one holds {held:,} of {everything:,} stored numbers"
+        reason = f"{text}, and {len(blocks)} blocks are whole one after the other"
+        decisions = [Decision("distributed.strategy", "fsdp", reason)]
+        if self._on_host:
+            reason = "asked for: parts of weights, gradients and optimizer state wait in the host's memory"
+            decisions.append(Decision("distributed.offload", "all", reason))
+        optimizer, own = make_optimizer(torch.device("cpu") if self._on_host else device)
+        return optimizer, tuple(decisions), own
 
     def run(self, function: Callable[P, T], *args: P.args, **named: P.kwargs) -> T:
         """Call the function while the weights outside of the blocks are whole."""
@@ -146,61 +241,42 @@ class Sharded:
         finally:
             block.reshard()
 
-    def sum_gradients(self, _parameters: Sequence[nn.Parameter], /) -> None:
-        """Do nothing: each backward pass has summed them, and kept this process's part."""
+    def opened(self, _parameters: Iterable[Tensor], /, *, write: bool = False) -> AbstractContextManager[object]:  # noqa: ARG002 - of the protocol
+        """Do nothing: a DTensor is read and overwritten as it is."""
+        return nullcontext()
+
+    def shape(self, parameter: Tensor, /) -> torch.Size:
+        """Give its shape, which a DTensor has whole."""
+        return parameter.shape
+
+    def part(self, parameter: Tensor, /) -> Tensor:
+        """Give this process's part."""
+        return local_part(parameter)
+
+    def gather(self, tensors: Mapping[str, Tensor], /, *, keep: bool) -> dict[str, Tensor]:
+        """Gather them one at a time."""
+        return gather(tensors, keep=keep)
+
+    def make_update(
+        self,
+        parameters: Sequence[nn.Parameter],
+        optimizer: AnyOptimizer,
+        precision: Precision,
+        /,
+        *,
+        max_grad_norm: float | None,
+    ) -> StepAfterBackward:
+        """Sum nothing more: each backward pass has summed its gradients, and kept this process's part."""
+        return StepAfterBackward(parameters, optimizer, precision, lambda _: None, max_grad_norm=max_grad_norm)
 
 
-class _Root(nn.Module):
+class ComputeRoot(nn.Module):
+    """The unit around a whole model, whose forward is any function over it."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, function: Callable[..., T], *args: object, **named: object) -> T:
+        """Call the function."""
         return function(*args, **named)
-
-
-def make_strategy(name: str, devices: Devices) -> Strategy:
-    """The strategy of that name; a process alone holds the whole model in any."""
-    return Sharded(devices) if name == "fsdp" and devices.world_size > 1 else Whole(devices)
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Give the tensor in its unsharded shape; each process must call it where it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Give this process's part of a sharded tensor [n, ...] -> [about n / processes, ...], without a copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """Give a full tensor as `like`, of the same shape, is: this process's part of it where that is sharded.
-
-    Every process has the full tensor; nothing is sent.
-    """
-    if not isinstance(like, DTensor) or full.shape != like.shape:
-        return full
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Give tensors of any shape in full, sharded ones gathered to the CPU one at a time; each process must call it.
-
-    keep: whether this process wants them; without it, it takes part and the sharded ones are left out. Two names of one
-    tensor stay one tensor.
-    """
-    gathered: dict[str, Tensor] = {}
-    made: dict[int, Tensor | None] = {}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor):
-            gathered[name] = tensor.detach()
-            continue
-        if id(tensor) not in made:
-            # Every process takes part, also one that keeps nothing: the others would wait for it.
-            whole = full_tensor(tensor.detach())
-            made[id(tensor)] = whole.cpu() if keep else None
-        full = made[id(tensor)]
-        if full is not None:
-            gathered[name] = full
-    return gathered

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from llmtune.engine.devices import Devices
-from llmtune.engine.optim import Optimizer
+from llmtune.engine.optim import AnyOptimizer
 from llmtune.engine.precision import Precision
-from llmtune.engine.sharding import full_tensor, shard_like
 from llmtune.errors import CheckpointError
 
 __all__ = ["Snapshot", "TrainingState", "capture", "capture_rng", "restore", "restore_rng"]
@@ -89,7 +88,7 @@ class Snapshot:
 def capture(
     *,
     parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: Optimizer,
+    optimizer: AnyOptimizer,
     precision: Precision,
     state: TrainingState,
     devices: Devices | None = None,
@@ -114,7 +113,7 @@ def restore(
     snapshot: Snapshot,
     *,
     parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: Optimizer,
+    optimizer: AnyOptimizer,
     precision: Precision,
     state: TrainingState,
     devices: Devices | None = None,
@@ -138,7 +137,7 @@ def restore(
 
 
 def _capture_optimizer(
-    parameters: Mapping[str, torch.nn.Parameter], optimizer: Optimizer
+    parameters: Mapping[str, torch.nn.Parameter], optimizer: AnyOptimizer
 ) -> tuple[dict[str, torch.Tensor], dict[str, _ParameterState]]:
     """Give the optimizer's tensors as `parameter//key`, and the rest of its state by parameter."""
     parts = dict(optimizer.part_of())
@@ -146,11 +145,11 @@ def _capture_optimizer(
     entries: dict[str, _ParameterState] = {}
     for name, parameter in parameters.items():
         entry: _ParameterState = {"rule": type(parts[parameter]).__name__, "values": {}, "places": {}}
-        for key, value in parts[parameter].state.get(parameter, {}).items():
+        for key, value in optimizer.state_of(parameter).items():
             if isinstance(value, torch.Tensor):
                 entry["places"][key] = _device_of(value, parameter)
                 # A copy, because the optimizer goes on to change its tensors while the file is written.
-                tensors[f"{name}//{key}"] = full_tensor(value.detach()).to("cpu", copy=True).contiguous()
+                tensors[f"{name}//{key}"] = value.detach().to("cpu", copy=True).contiguous()
             else:
                 assert value is None or isinstance(value, bool | int | float | str), (
                     f"optimizer state {name}//{key} is a {type(value)}"
@@ -171,7 +170,7 @@ def _restore_optimizer(
     tensors: Mapping[str, torch.Tensor],
     entries: Mapping[str, _ParameterState],
     parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: Optimizer,
+    optimizer: AnyOptimizer,
 ) -> None:
     """Put the state back; nothing is changed before everything has been checked.
 
@@ -210,12 +209,8 @@ def _restore_optimizer(
                 paged: torch.Tensor = part.get_state_buffer(parameter, dtype=saved.dtype)  # type: ignore[attr-defined]
                 state[key] = paged.copy_(saved)
             else:
-                copy = saved.to(parameter.device if device_kind == "parameter" else "cpu", copy=True)
-                state[key] = shard_like(copy, parameter)
-        # A parameter without saved state (never moved) must not keep that of a step made in between.
-        part.state.pop(parameter, None)
-        if state:
-            part.state[parameter] = state
+                state[key] = saved.to(parameter.device if device_kind == "parameter" else "cpu", copy=True)
+        optimizer.set_state(parameter, state)
 
 
 def capture_rng(device: torch.device) -> dict[str, torch.Tensor]:

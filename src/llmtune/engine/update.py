@@ -20,9 +20,8 @@ from transformers import PreTrainedConfig
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
 from llmtune.data.dataset.batches import BatchPlan
-from llmtune.engine.optim import LR_SCALE, Optimizer
+from llmtune.engine.optim import LR_SCALE, AnyOptimizer, Optimizer
 from llmtune.engine.precision import Precision
-from llmtune.engine.sharding import Strategy
 
 __all__ = [
     "StepAfterBackward",
@@ -40,6 +39,10 @@ class Update(Protocol):
     @property
     def has_begun(self) -> bool:
         """Whether this window has moved a weight already, so that it cannot be skipped any more."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of a micro-batch's part of the loss, shape [], to that of the window."""
         ...
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
@@ -66,21 +69,25 @@ class Update(Protocol):
 
 
 class StepAfterBackward:
-    """Sum the gradients over all devices, clip them, and let the optimizer move all weights at once."""
+    """Sum the gradients over all devices (`sum_gradients`), clip them, and move all weights at once."""
 
     def __init__(
         self,
         parameters: Sequence[torch.nn.Parameter],
-        optimizer: Optimizer,
+        optimizer: AnyOptimizer,
         precision: Precision,
-        strategy: Strategy,
+        sum_gradients: Callable[[Sequence[torch.nn.Parameter]], None],
         *,
         max_grad_norm: float | None,
     ) -> None:
-        self._parameters, self._optimizer, self._precision, self._strategy = parameters, optimizer, precision, strategy
-        self._max_grad_norm = max_grad_norm
+        self._parameters, self._optimizer, self._precision = parameters, optimizer, precision
+        self._sum_gradients, self._max_grad_norm = sum_gradients, max_grad_norm
 
     has_begun = False
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run the backward pass of a loss of shape []."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
         """Do nothing: no weight moves before all gradients are summed. `losses` are scalars, shape [] each."""
@@ -91,7 +98,7 @@ class StepAfterBackward:
         Returns the norm before clipping, shape [].
         """
         # Summed before clipping: the norm is that of the whole window.
-        self._strategy.sum_gradients(self._parameters)
+        self._sum_gradients(self._parameters)
         return self._precision.clip(self._parameters, self._max_grad_norm)
 
     def apply(self, rate: float) -> None:
@@ -105,7 +112,7 @@ class StepAfterBackward:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: AnyOptimizer, rate: float) -> None:
     """Give every group of parameters this learning rate, times the group's own factor where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get(LR_SCALE, 1.0)
@@ -187,6 +194,10 @@ class StepInBackward:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._is_finite = True
         self.has_begun = False
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Run the backward pass of a loss of shape []."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
         """Apply every gradient as soon as it is complete, or drop it where a loss is not finite (arXiv:2306.09782).

@@ -24,7 +24,7 @@ from llmtune.common.decisions import Decision
 from llmtune.common.memory_errors import is_out_of_memory
 from llmtune.common.text import readable_bytes
 from llmtune.errors import ModelError
-from llmtune.kernels.recompute import checkpointable_blocks
+from llmtune.models.parameters import checkpointable_blocks
 
 __all__ = ["PAGE_BYTES", "HostStore", "offload_block_inputs", "offload_inputs"]
 

@@ -110,9 +110,14 @@ def head_nll_sum(
     the tensors when None (a plan's fake tensors are all of the CPU). select: the chunks that run. Without rows it is 0,
     joined to the graph. Logits are computed in the type of the hidden states (or autocast's), the rest in float32.
     """
-    if hidden_NE.shape[0] == 0:
-        return hidden_NE.float().sum()
     module = head.module
+    if hidden_NE.shape[0] == 0:
+        # Joined to the head too: processes that sum its gradient wait for that of each of them, zeros here.
+        if type(module) is nn.Linear:  # read as below, because weights in parts are gathered in one order
+            joined = [module.weight[:1], *([] if module.bias is None else [module.bias[:1]])]
+        else:
+            joined = [module(hidden_NE.new_zeros(1, hidden_NE.shape[1]))]
+        return hidden_NE.float().sum() + 0.0 * sum(part.float().sum() for part in joined)
     if type(module) is not nn.Linear:  # exactly: a subclass may compute something else
         return _checkpointed_sum(head, hidden_NE, targets_N, weights_N, select)
     own_type = hidden_NE.device.type

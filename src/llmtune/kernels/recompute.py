@@ -1,4 +1,4 @@
-"""Recomputing instead of storing: how a tensor was made, noted beside it, and the blocks that a model can recompute.
+"""Recomputing instead of storing: how a tensor was made, noted beside it.
 
 The output of a norm and the product of a feed-forward layer are cheap to compute again from what their own backward
 passes save in any case. The fused LoRA layers that take them as inputs, and would save them, look here first. The
@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor
 
-__all__ = ["Recomputation", "checkpointable_blocks", "mark_recomputable", "recomputation_of"]
+__all__ = ["Recomputation", "mark_recomputable", "recomputation_of"]
 
 
 class Recomputation(NamedTuple):
@@ -38,8 +37,3 @@ def mark_recomputable(tensor: Tensor, function: Callable[..., Tensor], *inputs: 
 def recomputation_of(tensor: Tensor) -> Recomputation | None:
     """Return how to compute a tensor of any shape again, or None where that is not noted (arXiv:1604.06174)."""
     return tensor.__dict__.get("_recomputation")
-
-
-def checkpointable_blocks(module: nn.Module) -> list[GradientCheckpointingLayer]:
-    """Return the decoder blocks inside a module, in order: those that transformers can recompute one by one."""
-    return [block for block in module.modules() if isinstance(block, GradientCheckpointingLayer)]

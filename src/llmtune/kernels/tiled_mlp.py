@@ -26,8 +26,7 @@ from llmtune.common.decisions import Decision
 from llmtune.kernels.autograd import Context
 from llmtune.kernels.chunks import SelectChunks, accumulate_float32, every_chunk
 from llmtune.kernels.patching import original_class_name, patch
-from llmtune.kernels.recompute import checkpointable_blocks
-from llmtune.models.parameters import eval_mode
+from llmtune.models.parameters import checkpointable_blocks, eval_mode
 
 __all__ = ["Tiling", "run_in_tiles", "tile_decoder", "tiled_forward", "tokens_of_tile"]
 

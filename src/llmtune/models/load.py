@@ -19,6 +19,7 @@ from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError, ModelError, Problem, in_one_line
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.hub import local_folder, may_ignore_auto_map
+from llmtune.models.parameters import checkpointable_blocks
 from llmtune.models.quantization import disable_cpu_repacking, quantization_config
 from llmtune.models.read_config import quiet_libraries, read_config
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
@@ -60,6 +61,16 @@ class LoadedModel:
     base_digest: str
     """sha256 over its weights as published (see `WeightsReport`)."""
     decisions: tuple[Decision, ...] = ()
+    blocks_dtype: torch.dtype | None = None
+    """The type that the base's weights in decoder blocks are still to be given, where they have that of their files."""
+    trains_base: bool = False
+    """Whether the base's own weights are trained, not an adapter's beside them."""
+
+    def convert_block(self, block: nn.Module) -> None:
+        """Give the base's weights of a block their type, where they do not have it yet."""
+        for weight in block.parameters():
+            if self.blocks_dtype is not None and (self.trains_base or not weight.requires_grad):
+                weight.data = weight.data.to(self.blocks_dtype)
 
 
 def load_model(
@@ -72,10 +83,13 @@ def load_model(
     precision: str,
     seed: int,
     trust_remote_code: bool = False,
+    blocks_as_stored: bool = False,
 ) -> LoadedModel:
     """Load or build the model on `device`; the global random state stays as it was.
 
     precision: `fp32`, `bf16` or `fp16`, the arithmetic of training. seed: of a from-scratch model's weights.
+    blocks_as_stored: leave weights of blocks in the files' type where that can be, so that on a CPU they stay in the
+    mapped files until a block is converted (`LoadedModel.blocks_dtype`).
 
     Raises ModelError for files that are unsafe, missing or unreadable, and for weights that are missing, unexpected, of
     another shape or not finite; ConfigError for a contradiction in the config; MachineError when fetching or the cache
@@ -103,7 +117,12 @@ def load_model(
         options["quantization_config"] = quantization_config(model_config.quantization, dtype)
     # Libraries draw numbers for weights that loading then overwrites.
     with torch.random.fork_rng(devices=[]):
-        model = _load_pretrained(folder, device, model_config.attention, options)
+        model, blocks_dtype = None, None
+        if blocks_as_stored and options.keys().isdisjoint({"quantization_config"}):
+            model = _load_as_stored(folder, device, model_config.attention, options, weights.dtypes)
+            blocks_dtype = dtype if model is not None else None
+        if model is None:
+            model = _load_pretrained(folder, device, model_config.attention, options)
         decisions += resize_for_tokenizer(model, tokenizer)
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         disable_cpu_repacking(model)
@@ -111,7 +130,7 @@ def load_model(
     # An adapter's config will name this as its base.
     model.name_or_path = source.location if source.kind == "hub" else str(folder)
     model.eval()
-    return LoadedModel(model, weights.digest, tuple(decisions))
+    return LoadedModel(model, weights.digest, tuple(decisions), blocks_dtype, trained == "full")
 
 
 def choose_weight_dtype(
@@ -209,6 +228,29 @@ def _from_scratch(
     shape = f"{config.num_hidden_layers} layers x {config.hidden_size}, {config.num_attention_heads} heads"
     reason = f"built from scratch with {count:,} parameters: {shape}; seed {seed}"
     return LoadedModel(model, digest, (Decision("model", source.name, reason),))
+
+
+def _load_as_stored(
+    folder: Path, device: torch.device, attention: str, options: dict[str, Any], stored: frozenset[str]
+) -> PreTrainedModel | None:
+    """Load the model with what is outside of its blocks in the type of `options`, and blocks in that of the files.
+
+    None where that could give other numbers than loading all of it in one type.
+    """
+    if len(stored) != 1 or not stored <= {"float32", "bfloat16", "float16"}:
+        return None
+    model = _load_pretrained(folder, device, attention, options | {"dtype": torch_dtype(*stored)})
+    # Other buffers than those of rotary positions, always float32, are computed in the model's type.
+    if any(buffer.is_floating_point() and not name.endswith("inv_freq") for name, buffer in model.named_buffers()):
+        return None
+    in_blocks = {id(weight) for block in checkpointable_blocks(model) for weight in block.parameters()}
+    if not in_blocks or model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
+        return None
+    for weight in model.parameters():
+        if id(weight) not in in_blocks:
+            weight.data = weight.data.to(options["dtype"])
+    model.config.dtype = options["dtype"]
+    return model
 
 
 def _load_pretrained(folder: Path, device: torch.device, attention: str, options: dict[str, Any]) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llmtune.common.decisions import Decision
 from llmtune.errors import ConfigError, Problem
@@ -18,13 +19,25 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["base_model_of", "count_parameters", "eval_mode", "freeze_all_but", "trained_parameters"]
+__all__ = [
+    "base_model_of",
+    "checkpointable_blocks",
+    "count_parameters",
+    "eval_mode",
+    "freeze_all_but",
+    "trained_parameters",
+]
 
 
 def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """Return the transformers model inside peft's wrapper, or the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
     return cast("PreTrainedModel", model) if get_base_model is None else get_base_model()
+
+
+def checkpointable_blocks(module: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Return the decoder blocks inside a module, in order: those that transformers can recompute one by one."""
+    return [block for block in module.modules() if isinstance(block, GradientCheckpointingLayer)]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,11 +81,17 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     durable.write_json(path, {key: value for key, value in read_json_file(path).items() if key not in traces})
 
 
-def restore_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def restore_weights(
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    shape: Callable[[torch.Tensor], torch.Size] = lambda parameter: parameter.shape,
+    opened: Callable[[torch.Tensor], AbstractContextManager[object]] = lambda _: nullcontext(),
+) -> None:
     """Put trained weights back, bit for bit.
 
-    tensors: by parameter name. Raises CheckpointError unless names, shapes and types are exactly those of the model's
-    trained weights.
+    tensors: by parameter name. shape: gives that of the whole parameter. opened: the context in which one can be
+    overwritten. Raises CheckpointError unless names, shapes and types are exactly those of the model's trained weights.
     """
     parameters = trained_parameters(model)
     problems = [
@@ -97,15 +104,15 @@ def restore_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor])
     ]
     for name in sorted(parameters.keys() & tensors.keys()):
         parameter, saved = parameters[name], tensors[name]
-        if parameter.shape != saved.shape or parameter.dtype != saved.dtype:
+        if shape(parameter) != saved.shape or parameter.dtype != saved.dtype:
             stored = f"{saved.dtype} {tuple(saved.shape)} in the checkpoint"
-            problems.append(Problem(f"`{name}` is {stored}, {parameter.dtype} {tuple(parameter.shape)} here"))
+            problems.append(Problem(f"`{name}` is {stored}, {parameter.dtype} {tuple(shape(parameter))} here"))
     if problems:
         raise CheckpointError.all(
             problem._replace(fix="resume with the config the run was started with") for problem in problems[:6]
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
+    for name, parameter in parameters.items():
+        with opened(parameter), torch.no_grad():
             parameter.copy_(tensors[name])
 
 

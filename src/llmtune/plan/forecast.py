@@ -35,7 +35,7 @@ from llmtune.errors import LlmtuneError
 from llmtune.models.load import choose_weight_dtype
 from llmtune.plan.activation_trace import TRACED_BLOCKS, Gradients, MicroBatchShape, Peaks, extrapolate, trace
 from llmtune.plan.hardware import Target, find_target, precision_on, process_bytes
-from llmtune.plan.memory import MemoryPlan, plan_memory
+from llmtune.plan.memory import MemoryPlan, division_of, plan_memory
 from llmtune.plan.meta_model import (
     ModelShape,
     ModelSizes,
@@ -239,7 +239,7 @@ class Forecaster:
             process_bytes=self.process_bytes,
             file_bytes=self.shape.file_bytes,
             reference_bytes=self.sizes(config).gradient_bytes if _keeps_copy(config) else 0,
-            shards=self.world_size if config.distributed.strategy == "fsdp" else 1,
+            division=division_of(config, self.world_size),
         )
 
     def sizes(self, config: Config) -> ModelSizes:

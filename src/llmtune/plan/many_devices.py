@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 
 from llmtune.common.text import readable_bytes
 from llmtune.config.distributed_checks import reason_against_sharding
+from llmtune.config.schema import Config
 from llmtune.engine.precision import DTYPES
 from llmtune.engine.sequence_parallel import shared_heads
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.meta_model import ModelSizes
 
-__all__ = ["StrategyPlan", "plan_strategies", "strategies_as_dicts", "strategy_lines", "traffic_bytes"]
+__all__ = ["StrategyName", "StrategyPlan", "plan_strategies", "strategies_as_dicts", "strategy_lines", "traffic_bytes"]
+
+StrategyName: TypeAlias = Literal["ddp", "fsdp", "zero-1", "zero-2", "zero-3"]
 
 FORMULAS = {
     "ddp": "2(N-1)/N x gradients",
     "fsdp": "(N-1)/N x (2 x blocks + outside + gradients) x micro-batches",
+    "zero-1": "2(N-1)/N x gradients",
+    "zero-2": "(N-1)/N x gradients x (micro-batches + 1)",
+    "zero-3": "(N-1)/N x (2 x blocks + 2 x outside + gradients) x micro-batches",
 }
 """What a device sends in a step, in words for people; `traffic_bytes` computes it."""
 
@@ -31,7 +37,7 @@ EXCHANGE = " + exchanged"
 class StrategyPlan:
     """One strategy on `devices` equal devices; bytes are of one device."""
 
-    strategy: Literal["ddp", "fsdp"]
+    strategy: StrategyName
     devices: int
     peak_bytes: int
     fits: bool
@@ -52,7 +58,7 @@ class StrategyPlan:
 
 
 def traffic_bytes(
-    strategy: Literal["ddp", "fsdp"],
+    strategy: StrategyName,
     devices: int,
     *,
     gradient_bytes: int,
@@ -63,17 +69,24 @@ def traffic_bytes(
     """Bytes that each of N devices sends in a step, by rings, which send the least (Patarasu and Yuan, 2009).
 
     ddp sums the gradients once a step: 2(N-1)/N of them. fsdp (arXiv:2304.11277), for each micro-batch, gathers the
-    blocks twice and what is outside of them once, and scatters the summed gradients: (N-1)/N of each.
+    blocks twice and what is outside of them once, and scatters the summed gradients: (N-1)/N of each. ZeRO
+    (arXiv:1910.02054) scatters the gradients, once a step (stage 1) or for each micro-batch (2, 3), and gathers the
+    moved weights, as many bytes as their gradients, once a step (1, 2), or all weights twice for each micro-batch (3).
 
     >>> traffic_bytes("ddp", 4, gradient_bytes=100, block_bytes=80, outside_bytes=20, micro_batches=2)
     150
     >>> traffic_bytes("fsdp", 4, gradient_bytes=100, block_bytes=80, outside_bytes=20, micro_batches=2)
     420
+    >>> traffic_bytes("zero-2", 4, gradient_bytes=100, block_bytes=80, outside_bytes=20, micro_batches=2)
+    225
     """
     # What is sent for one round over all devices, times N.
     once = {
         "ddp": 2 * gradient_bytes,
         "fsdp": (2 * block_bytes + outside_bytes + gradient_bytes) * micro_batches,
+        "zero-1": 2 * gradient_bytes,
+        "zero-2": gradient_bytes * (micro_batches + 1),
+        "zero-3": (2 * block_bytes + 2 * outside_bytes + gradient_bytes) * micro_batches,
     }
     return -(-once[strategy] * (devices - 1) // devices)
 
@@ -109,22 +122,24 @@ def _exchanged(forecaster: Forecaster) -> int:
     )
 
 
-def _refused_for(forecaster: Forecaster, strategy: str) -> str | None:
-    config, sharing = forecaster.config, forecaster.config.distributed.sequence_parallel
+def _refused_for(forecaster: Forecaster, chosen: Config) -> str | None:
+    sharing = chosen.distributed.sequence_parallel
     heads = getattr(forecaster.shape.config.get_text_config(), "num_attention_heads", 1)
     if forecaster.world_size % sharing or heads % sharing:
         return "distributed.sequence_parallel"
-    return reason_against_sharding(config) if strategy == "fsdp" else None
+    return reason_against_sharding(chosen)
 
 
 def plan_strategies(forecaster: Forecaster) -> list[StrategyPlan]:
-    """Plan ddp and fsdp on the forecaster's `world_size` devices. Raises any of MODEL_ERRORS as `memory` does."""
+    """Plan every strategy on the forecaster's `world_size` devices. Raises any of MODEL_ERRORS as `memory` does."""
     config, devices = forecaster.config, forecaster.world_size
     sizes, micro_batches = forecaster.sizes(config), len(forecaster.batches(config).groups(1))
     exchanged = _exchanged(forecaster)
     plans = []
-    for strategy in STRATEGIES:
-        chosen = replace(config, distributed=replace(config.distributed, strategy=strategy))
+    for strategy, keys in STRATEGIES.items():
+        offload = config.distributed.offload if config.distributed.offload in OFFLOADS[strategy] else None
+        distributed = replace(config.distributed, deepspeed_config=None, zero_stage=None, offload=offload)
+        chosen = replace(config, distributed=replace(distributed, **keys))
         peak = forecaster.memory(chosen).peak_bytes
         counts = _counts(sizes, micro_batches)
         plans.append(
@@ -136,7 +151,7 @@ def plan_strategies(forecaster: Forecaster) -> list[StrategyPlan]:
                 sent_bytes=traffic_bytes(strategy, devices, **counts) + exchanged,
                 exchanged_bytes=exchanged,
                 formula=FORMULAS[strategy] + (EXCHANGE if exchanged else ""),
-                refused_for=_refused_for(forecaster, strategy),
+                refused_for=_refused_for(forecaster, chosen),
                 **counts,
             )
         )
@@ -161,7 +176,7 @@ def strategy_lines(plans: list[StrategyPlan]) -> list[str]:
         verdict = "fits" if plan.fits else "DOES NOT FIT"
         refused = f"; refused for {plan.refused_for}" if plan.refused_for else ""
         peak, sent = readable_bytes(plan.peak_bytes), readable_bytes(plan.sent_bytes)
-        lines.append(f"  {plan.strategy:<5} {peak:>10}  {verdict}; sends {sent} a step = {plan.formula}{refused}")
+        lines.append(f"  {plan.strategy:<6} {peak:>10}  {verdict}; sends {sent} a step = {plan.formula}{refused}")
     sizes = {"gradients": plan.gradient_bytes, "blocks": plan.block_bytes, "outside": plan.outside_bytes}
     if plan.exchanged_bytes:
         sizes["exchanged"] = plan.exchanged_bytes
@@ -174,4 +189,20 @@ def strategies_as_dicts(plans: list[StrategyPlan]) -> list[dict[str, object]]:
     return [asdict(plan) for plan in plans]
 
 
-STRATEGIES: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp")
+STRATEGIES: dict[StrategyName, dict[str, Any]] = {
+    "ddp": {"strategy": "ddp"},
+    "fsdp": {"strategy": "fsdp"},
+    "zero-1": {"strategy": "deepspeed", "zero_stage": 1},
+    "zero-2": {"strategy": "deepspeed", "zero_stage": 2},
+    "zero-3": {"strategy": "deepspeed", "zero_stage": 3},
+}
+"""Keys of the section `distributed` by which a training takes the strategy; `zero-N` are DeepSpeed's stages."""
+
+OFFLOADS: dict[StrategyName, tuple[str, ...]] = {
+    "ddp": (),
+    "fsdp": ("all",),
+    "zero-1": ("optimizer",),
+    "zero-2": ("optimizer",),
+    "zero-3": ("optimizer", "all"),
+}
+"""Values of `distributed.offload` that each of them has."""

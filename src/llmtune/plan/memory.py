@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llmtune.config.distributed_checks import takes_deepspeed
+from llmtune.config.schema import Config
 from llmtune.engine.allocator import has_expandable_segments
 from llmtune.engine.choose_device import CUDA_CONTEXT_BYTES
+from llmtune.engine.deepspeed_settings import offload_of, zero_stage_of
 from llmtune.plan.activation_trace import Gradients, MicroBatchShape, Peaks
 from llmtune.plan.meta_model import ModelSizes
 
-__all__ = ["MemoryPlan", "optimizer_bytes", "plan_memory"]
+__all__ = ["Division", "MemoryPlan", "division_of", "optimizer_bytes", "plan_memory"]
 
 ALLOCATOR_SHARE = {"cpu": 0.25, "cuda": 0.05}
 """Gaps that the allocator holds, as a part of the tensors that come and go: a micro-batch's, and gradients."""
@@ -29,6 +32,32 @@ fill its place.
 
 
 @dataclass(frozen=True)
+class Division:
+    """Equal parts of the weights, of the gradients and of the optimizer's state, of which a process holds one."""
+
+    weights: int = 1
+    gradients: int = 1
+    state: int = 1
+    copies: bool = False
+    """DeepSpeed's optimizer moves a copy of its part of the trained weights."""
+    offload: str = "none"
+    """What waits in the host's memory: `none`, `optimizer` (the copy and the state), or `all`."""
+
+
+def division_of(config: Config, processes: int) -> Division:
+    """The division by the config's strategy; a process alone holds everything."""
+    if processes == 1:
+        return Division()
+    if takes_deepspeed(config):
+        stage = zero_stage_of(config)
+        weights, gradients, state = (processes if stage >= first else 1 for first in (3, 2, 1))
+        return Division(weights, gradients, state, copies=True, offload=offload_of(config))
+    if config.distributed.strategy == "fsdp":
+        return Division(processes, processes, processes, offload=offload_of(config))
+    return Division()
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """The memory of a training at its worst moment; the parts add up to `peak_bytes`."""
 
@@ -40,7 +69,7 @@ class MemoryPlan:
     """The largest micro-batch of the run."""
     sizes: ModelSizes
     host_bytes: int = 0
-    """Page-locked memory of the host, beside the parts, in which inputs of blocks wait for the backward pass."""
+    """Page-locked memory of the host, beside the parts: inputs of blocks, or what `distributed.offload` puts there."""
 
     @property
     def peak_bytes(self) -> int:
@@ -71,7 +100,7 @@ def plan_memory(
     process_bytes: int,
     file_bytes: int,
     reference_bytes: int = 0,
-    shards: int = 1,
+    division: Division | None = None,
 ) -> MemoryPlan:
     """Add the parts up for every moment of a run and return the moment with the largest sum; all sizes in bytes.
 
@@ -80,26 +109,34 @@ def plan_memory(
 
     kind: `cpu` or `cuda`. thread_caches: the allocator keeps small blocks for each thread. process_bytes: the process
     without a model, which counts for a CPU only. file_bytes: of the weight files. reference_bytes: of a copy
-    of the trained weights that preferences are compared with. shards: processes that each hold an equal part of the
-    weights, gradients and optimizer state, beside what is whole at once (`ModelSizes.unit_bytes`).
+    of the trained weights that preferences are compared with. division: the parts of the weights, gradients and
+    optimizer state that each process holds, beside what is whole at once (`ModelSizes.unit_bytes`).
     """
-    is_cpu = kind == "cpu"
+    is_cpu, division = kind == "cpu", division or Division()
     base = {  # in every moment
         "process": process_bytes if is_cpu else CUDA_CONTEXT_BYTES,
-        "weights": _held(sizes.base_bytes, shards, whole=sizes.unit_bytes),
-        "adapter": _held(sizes.adapter_bytes, shards),
-        "reference": _held(reference_bytes, shards),
+        "weights": _held(sizes.base_bytes, division.weights, whole=sizes.unit_bytes),
+        "adapter": _held(sizes.adapter_bytes, division.weights),
+        "reference": _held(reference_bytes, division.weights),
     }
     state = optimizer_bytes(optimizer, entries=sizes.trained, entry_bytes=sizes.gradient_bytes)
     # A dropped gradient lives until its weight has moved, so the update of one weight holds one of them.
     at_update = sizes.largest_gradient_bytes if gradients == "dropped" else sizes.gradient_bytes
     # Only the worst moment counts: what one moment frees, another may take.
-    own_state, micro_batch = _held(state, shards), _micro_batch_parts(sizes, peaks, gradients, kind, thread_caches)
+    own_state = _held(state + (sizes.gradient_bytes if division.copies else 0), division.state)
+    micro_batch = _micro_batch_parts(sizes, peaks, gradients, kind, thread_caches)
     # A gradient is whole until it is summed.
-    micro_batch["gradients"] = _held(micro_batch["gradients"], shards, whole=min(sizes.unit_bytes, at_update))
+    whole = min(sizes.unit_bytes, at_update)
+    micro_batch["gradients"] = _held(micro_batch["gradients"], division.gradients, whole=whole)
+    on_host = 0
+    if not is_cpu and division.offload != "none":  # a CPU is its own host
+        on_host, own_state = own_state, 0
+        if division.offload == "all":
+            on_host += _held(sizes.base_bytes, division.weights) + _held(sizes.adapter_bytes, division.weights)
+            base |= {"weights": min(sizes.unit_bytes, sizes.base_bytes), "adapter": 0}
     moments = {
         peaks.peak_phase: {"optimizer": own_state, **micro_batch},
-        "update": {"gradients": _held(at_update, shards), "optimizer": own_state},
+        "update": {"gradients": _held(at_update, division.gradients), "optimizer": own_state},
     }
     if is_cpu:
         # A checkpoint is written from a copy, the whole of it by the main process.
@@ -107,12 +144,14 @@ def plan_memory(
         # The files are mapped while their tensors are copied, so both are in memory for a moment, whole.
         moments["loading"] = {"workspace": file_bytes + sizes.base_bytes - base["weights"]}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
-    return MemoryPlan(dict.fromkeys(PARTS, 0) | base | moments[moment], moment, batch, sizes, peaks.host_bytes)
+    return MemoryPlan(
+        dict.fromkeys(PARTS, 0) | base | moments[moment], moment, batch, sizes, peaks.host_bytes + on_host
+    )
 
 
-def _held(size: int, shards: int, *, whole: int = 0) -> int:
+def _held(size: int, parts: int, *, whole: int = 0) -> int:
     """Bytes that a process holds of `size` bytes in equal parts, and of those `whole` at once."""
-    return size if shards == 1 else min(size, -(-size // shards) + whole)
+    return size if parts == 1 else min(size, -(-size // parts) + whole)
 
 
 def _micro_batch_parts(

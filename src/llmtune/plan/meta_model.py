@@ -22,10 +22,9 @@ from llmtune.adapters.target_modules import adapted_layers, block_of, chosen_lay
 from llmtune.config.process_options import Options
 from llmtune.config.schema import AdapterConfig, Config
 from llmtune.errors import LlmtuneError, ModelError, in_one_line
-from llmtune.kernels.recompute import checkpointable_blocks
 from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.load import refuse_foreign_quantization
-from llmtune.models.parameters import base_model_of, freeze_all_but, trained_parameters
+from llmtune.models.parameters import base_model_of, checkpointable_blocks, freeze_all_but, trained_parameters
 from llmtune.models.read_config import quiet_libraries, read_config
 from llmtune.models.scan import refuse_unsafe_folder, weight_files
 from llmtune.models.scratch import build_config

@@ -13,7 +13,7 @@ import torch
 
 from llmtune.common.decisions import Decision
 from llmtune.common.text import readable_bytes
-from llmtune.config.distributed_checks import reason_against_sharding
+from llmtune.config.distributed_checks import reason_against_sharding, takes_deepspeed
 from llmtune.config.dump import config_to_dict
 from llmtune.config.schema import Config, ObjectiveConfig, TrainingConfig
 from llmtune.engine.devices import Devices
@@ -186,8 +186,8 @@ def with_micro_batch(config: Config, size: tuple[int, int], recompute: Recompute
 def resolve_strategy(forecaster: Forecaster, devices: Devices) -> Prepared:
     """The run with `distributed.strategy: auto` resolved, as on the main process; a process alone needs none.
 
-    `fsdp` where the least that every process could hold with `ddp` does not fit its device. Fast paths and rows are the
-    same with both; `ddp` sends less.
+    `deepspeed` where keys of it are set; `fsdp` where the least that every process could hold with `ddp` does not fit
+    its device. Fast paths and rows are the same with all; `ddp` sends less.
     """
     config = forecaster.config
     if config.distributed.strategy != "auto" or devices.world_size == 1:
@@ -197,7 +197,11 @@ def resolve_strategy(forecaster: Forecaster, devices: Devices) -> Prepared:
     return _decided(forecaster.prepared, config, [Decision("distributed.strategy", name, reason)])
 
 
-def _strategy_that_fits(forecaster: Forecaster) -> tuple[Literal["ddp", "fsdp"], str]:
+def _strategy_that_fits(forecaster: Forecaster) -> tuple[Literal["ddp", "fsdp", "deepspeed"], str]:
+    if takes_deepspeed(forecaster.config):
+        named = forecaster.config.distributed.deepspeed_config
+        key = "zero_stage" if named is None else "deepspeed_config"
+        return "deepspeed", f"`distributed.{key}` is set, which is DeepSpeed's"
     config = resolve_rates(forecaster)[0].config
     least = with_micro_batch(config, micro_batches(config.training)[0], _levels(forecaster, config)[-1])
     peak, budget = forecaster.memory(least).peak_bytes, forecaster.target.budget_bytes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -21,27 +22,31 @@ from llmtune.common.text import readable_bytes
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, TrainingConfig
 from llmtune.data.dataset.batches import BatchPlan, Window
-from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.engine.allocator import LEAN_LARGEST_BLOCK, allocator_in_force, bound_kernel_caches, tune_allocator
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine, build_engine
-from llmtune.engine.neftune import Neftune
 from llmtune.engine.objective import Objective, next_token_objective
-from llmtune.engine.optim import Optimizer, build_optimizer, learning_rate_scales, matrices_of_blocks
+from llmtune.engine.optim import AnyOptimizer, Optimizer, build_optimizer, learning_rate_scales, matrices_of_blocks
 from llmtune.engine.own_loss import own_objective
 from llmtune.engine.precision import Precision, PrecisionName, fixed_order_of_sums, without_tf32
 from llmtune.engine.schedule import schedule_of
 from llmtune.engine.sequence_parallel import SharedRows
-from llmtune.engine.sharding import Strategy, make_strategy
-from llmtune.engine.update import StepAfterBackward, StepInBackward, Update, choose_windows
+from llmtune.engine.sharding import Strategy
+from llmtune.engine.strategies import make_strategy
+from llmtune.engine.update import StepInBackward, Update, choose_windows
 from llmtune.engine.utilization import utilization
-from llmtune.errors import UsageError
 from llmtune.evaluation.rewards import Reward
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.parameters import count_parameters, freeze_all_but, trained_parameters
 from llmtune.prepare import Prepared
 from llmtune.runs.checkpoint import LoadedCheckpoint, read_weights
-from llmtune.training.objectives import Objectives, build_objectives, build_policy_gradient
+from llmtune.training.objectives import (
+    Objectives,
+    build_objectives,
+    build_policy_gradient,
+    own_objectives,
+    with_noise,
+)
 from llmtune.training.quantization_error import begin_with_quantization_error
 from llmtune.training.rollouts import Rollouts
 
@@ -77,7 +82,7 @@ class TrainingSetup:
     """
     parameters: dict[str, torch.nn.Parameter]
     """The trained ones, by name."""
-    optimizer: Optimizer
+    optimizer: AnyOptimizer
     update: Update
     """Turns the gradients of a window into one step of the optimizer."""
     precision: Precision
@@ -110,6 +115,10 @@ class TrainingSetup:
             return self.batches.windows(start_step)
         return self.rollouts.windows(self.batches, start_step)
 
+    def held_parts(self) -> dict[str, torch.Tensor]:
+        """What this process holds of each trained parameter."""
+        return {name: self.strategy.part(parameter) for name, parameter in self.parameters.items()}
+
     @property
     def config(self) -> Config:
         """The config of the run, with everything that was left open resolved."""
@@ -138,7 +147,7 @@ def build_setup(
     decisions = _set_up_process(config, devices)
     assert config.training.precision != "auto", "a config is resolved before a model is built"
     precision = Precision(config.training.precision, devices.device)
-    strategy = make_strategy(config.distributed.strategy, devices)
+    strategy = make_strategy(config, devices)
     is_adapted = config.adapter.method != "none"
     loaded = _load(prepared, options, devices, precision, strategy)
     model: PreTrainedModel = loaded.model
@@ -150,15 +159,15 @@ def build_setup(
     elif config.model.train_only:
         decisions.append(freeze_all_but(model, config.model.train_only))
     counts = _count(model)
-    decisions += strategy.shard(model)
+    make_optimizer = partial(_make_optimizer, model, config.training)
+    optimizer, shares, own = strategy.shard(model, make_optimizer, convert_block=loaded.convert_block)
     parameters = trained_parameters(model)
     engine = _make_engine(model, config, devices, precision, strategy)
     model.train()  # dropout and noise are on from here; evaluation switches them off for itself
     objectives = _make_objectives(prepared, options, model, engine, parameters, precision, devices, rewards, loaded)
-    optimizer, optimizer_decisions = _make_optimizer(model, parameters, config.training, devices)
     update, update_decisions = _make_update(list(parameters.values()), optimizer, config.training, precision, strategy)
     batches, window_decisions = _make_windows(prepared, engine, model, parameters, devices)
-    decisions += [*objectives.decisions, *engine.decisions, *optimizer_decisions, *update_decisions, *window_decisions]
+    decisions += [*shares, *objectives.decisions, *engine.decisions, *own, *update_decisions, *window_decisions]
     return TrainingSetup(
         prepared=prepared,
         model=model,
@@ -277,9 +286,9 @@ def _make_objectives(
     loaded: LoadedModel,
 ) -> Objectives:
     if options.loss is not None:
-        return _own_objectives(own_objective(engine, options.loss), model, prepared.config)
+        return own_objectives(own_objective(engine, options.loss), model, prepared.config)
     if prepared.config.objective.method == "sft":
-        noisy = _with_noise(engine.nll_sum, model, prepared.config.training)
+        noisy = with_noise(engine.nll_sum, model, prepared.config.training)
         return Objectives(next_token_objective(noisy), None, [])
     if prepared.config.objective.method == "grpo":
         return build_policy_gradient(
@@ -288,32 +297,11 @@ def _make_objectives(
     return build_objectives(prepared, model, engine, parameters, precision, devices, base_digest=loaded.base_digest)
 
 
-def _own_objectives(own: Objective, model: PreTrainedModel, config: Config) -> Objectives:
-    """Raises UsageError where the config asks for another objective than the usual one, or for rows that are cut."""
-    if config.objective.method != "sft":
-        problem = (
-            f"a loss of your own takes the place of the usual one, and objective.method is {config.objective.method}"
-        )
-        raise UsageError(problem, "Trainer(loss=...)", "set `objective.method: sft`, or leave the loss out")
-    if config.distributed.sequence_parallel > 1:
-        problem = "a loss of your own is given the log-probabilities of whole rows, and processes share them here"
-        raise UsageError(problem, "Trainer(loss=...)", "set `distributed.sequence_parallel: 1`, or leave the loss out")
-    reason = "your function of the log-probabilities of trained tokens; held-out rows have the usual loss"
-    noisy = replace(own, loss_sum=_with_noise(own.loss_sum, model, config.training))
-    return Objectives(noisy, None, [Decision("objective", own.name, reason)])
-
-
-def _with_noise(
-    nll_sum: Callable[[MicroBatch], torch.Tensor], model: PreTrainedModel, training: TrainingConfig
-) -> Callable[[MicroBatch], torch.Tensor]:
-    if training.neftune_alpha is None:
-        return nll_sum
-    return Neftune(nll_sum, model.get_input_embeddings(), training.neftune_alpha)
-
-
 def _make_optimizer(
-    model: PreTrainedModel, parameters: dict[str, torch.nn.Parameter], training: TrainingConfig, devices: Devices
+    model: PreTrainedModel, training: TrainingConfig, device: torch.device
 ) -> tuple[Optimizer, list[Decision]]:
+    """Build the optimizer of the trained weights as they are now, on that device."""
+    parameters = trained_parameters(model)
     assert training.learning_rate is not None
     assert training.weight_decay is not None
     scales, decisions = learning_rate_scales(
@@ -330,7 +318,7 @@ def _make_optimizer(
         weight_decay=training.weight_decay,
         betas=training.betas,
         eps=training.eps,
-        device=devices.device,
+        device=device,
         orthogonal=matrices_of_blocks(model, parameters),
         lr_scales=scales,
     )
@@ -339,13 +327,14 @@ def _make_optimizer(
 
 def _make_update(
     parameters: list[torch.nn.Parameter],
-    optimizer: Optimizer,
+    optimizer: AnyOptimizer,
     training: TrainingConfig,
     precision: Precision,
     strategy: Strategy,
 ) -> tuple[Update, list[Decision]]:
     if not training.step_in_backward:
-        return StepAfterBackward(parameters, optimizer, precision, strategy, max_grad_norm=training.max_grad_norm), []
+        return strategy.make_update(parameters, optimizer, precision, max_grad_norm=training.max_grad_norm), []
+    assert isinstance(optimizer, Optimizer), "one process moves its weights itself"
     sizes = [parameter.nbytes for parameter in parameters]
     total, largest = readable_bytes(sum(sizes)), readable_bytes(max(sizes))
     reason = f"asked for: a gradient goes once it is complete; all are {total}, the largest {largest}"
@@ -369,6 +358,7 @@ def _load(
         precision=precision.name,
         seed=config.run.seed,
         trust_remote_code=options.trust_remote_code,
+        blocks_as_stored=strategy.takes_blocks_as_stored and not attach.reads_base(config.adapter),
     )
     devices.check_alike({"base model": loaded.base_digest})
     return loaded

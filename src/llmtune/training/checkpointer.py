@@ -18,7 +18,7 @@ from llmtune.common.secrets import redacted
 from llmtune.common.text import PrintLine
 from llmtune.config.dump import config_to_yaml
 from llmtune.deploy.usage import Result, adapter_result, usage
-from llmtune.engine.sharding import gather, shard_like
+from llmtune.engine.sharded_tensors import shard_like
 from llmtune.engine.state import Snapshot
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.models import save
@@ -74,14 +74,25 @@ def restore_weights(setup: TrainingSetup, loaded: LoadedCheckpoint) -> None:
     held = _trained_weights(setup)
     tensors = {name: shard_like(full, held[name]) if name in held else full for name, full in tensors.items()}
     if setup.is_adapted:
-        load_adapter_weights(setup.peft_model, loaded.path, tensors)
-    else:
-        save.restore_weights(setup.model, tensors)
+        with setup.strategy.opened(setup.parameters.values(), write=True):
+            load_adapter_weights(setup.peft_model, loaded.path, tensors)
+        return
+    strategy = setup.strategy
+    save.restore_weights(
+        setup.model,
+        tensors,
+        shape=strategy.shape,
+        # One at a time: no process may have to hold all weights of a model that was divided because of its size.
+        opened=lambda parameter: strategy.opened([parameter], write=True),
+    )
 
 
 def _trained_weights(setup: TrainingSetup) -> Mapping[str, torch.Tensor]:
     """The trained weights as a checkpoint names them: by peft's names for an adapter, else by parameter name."""
-    return adapter_state_and_config(setup.peft_model)[0] if setup.is_adapted else setup.parameters
+    if not setup.is_adapted:
+        return setup.parameters
+    with setup.strategy.opened(setup.parameters.values()):
+        return adapter_state_and_config(setup.peft_model)[0]
 
 
 class Checkpointer:
@@ -209,7 +220,7 @@ class Checkpointer:
 
     def _gather_weights(self) -> dict[str, torch.Tensor]:
         """The trained weights as a checkpoint holds them."""
-        return gather(_trained_weights(self._setup), keep=self._setup.devices.is_main)
+        return self._setup.strategy.gather(_trained_weights(self._setup), keep=self._setup.devices.is_main)
 
     def _write_weights(self, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
         if self._setup.is_adapted:
@@ -244,7 +255,9 @@ class Checkpointer:
 
     def _gather_state(self) -> dict[str, torch.Tensor]:
         # The parameters themselves, because only they show which names are one tied weight.
-        return gather(self._setup.model.state_dict(keep_vars=True), keep=self._setup.devices.is_main)
+        return self._setup.strategy.gather(
+            self._setup.model.state_dict(keep_vars=True), keep=self._setup.devices.is_main
+        )
 
     def _prompt_defaults(self) -> PromptDefaults:
         prepared = self._setup.prepared

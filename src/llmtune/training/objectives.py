@@ -1,23 +1,27 @@
-"""Build the objectives of runs that compare answers or learn from rewards, over the training and the held-out rows."""
+"""Build the objectives of a run, over the training and the held-out rows: the less usual ones, and noise."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from llmtune.common.decisions import Decision
+from llmtune.config.schema import Config, TrainingConfig
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.data.example import ExampleSet
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine
+from llmtune.engine.neftune import Neftune
 from llmtune.engine.objective import Objective
 from llmtune.engine.policy_gradient import PolicyGradientObjective
 from llmtune.engine.precision import Precision
 from llmtune.engine.preference import Mismatches, PreferenceObjective, needs_reference
 from llmtune.engine.reference import Reference
+from llmtune.errors import UsageError
 from llmtune.evaluation.rewards import Reward
 from llmtune.models.dropout import switch_off_dropout
 from llmtune.prepare import Prepared
@@ -27,7 +31,7 @@ from llmtune.training.rollouts import Rollouts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Objectives", "build_objectives", "build_policy_gradient"]
+__all__ = ["Objectives", "build_objectives", "build_policy_gradient", "own_objectives", "with_noise"]
 
 
 class Objectives(NamedTuple):
@@ -128,3 +132,30 @@ def _objective(
             equal_counts=engine.equal_counts,
         )
     return PreferenceObjective(config.objective, examples, engine.log_probs, reference, mismatches).as_objective()
+
+
+def own_objectives(own: Objective, model: PreTrainedModel, config: Config) -> Objectives:
+    """Take a loss of the user's own for the training rows.
+
+    Raises UsageError where the config asks for another objective than the usual one, or for rows that are cut.
+    """
+    if config.objective.method != "sft":
+        problem = (
+            f"a loss of your own takes the place of the usual one, and objective.method is {config.objective.method}"
+        )
+        raise UsageError(problem, "Trainer(loss=...)", "set `objective.method: sft`, or leave the loss out")
+    if config.distributed.sequence_parallel > 1:
+        problem = "a loss of your own is given the log-probabilities of whole rows, and processes share them here"
+        raise UsageError(problem, "Trainer(loss=...)", "set `distributed.sequence_parallel: 1`, or leave the loss out")
+    reason = "your function of the log-probabilities of trained tokens; held-out rows have the usual loss"
+    noisy = replace(own, loss_sum=with_noise(own.loss_sum, model, config.training))
+    return Objectives(noisy, None, [Decision("objective", own.name, reason)])
+
+
+def with_noise(
+    nll_sum: Callable[[MicroBatch], torch.Tensor], model: PreTrainedModel, training: TrainingConfig
+) -> Callable[[MicroBatch], torch.Tensor]:
+    """Add noise to the embeddings of training rows where the config asks for it; loss sums have shape []."""
+    if training.neftune_alpha is None:
+        return nll_sum
+    return Neftune(nll_sum, model.get_input_embeddings(), training.neftune_alpha)

@@ -26,7 +26,7 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine
 from llmtune.engine.precision import Precision
 from llmtune.engine.reference import FrozenCopy, LiveReference, LogProbs, PrecomputedReference, Reference
-from llmtune.engine.sharding import full_tensor
+from llmtune.engine.sharded_tensors import full_tensor
 from llmtune.errors import MachineError
 from llmtune.prepare import Prepared
 from llmtune.version import __version__

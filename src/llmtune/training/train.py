@@ -318,7 +318,7 @@ def _prepare_again(
 def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine, screen: Screen | None = None) -> None:
     """Do and print everything that comes before a model is loaded.
 
-    A way to share a model between devices that does not exist yet is planned as one process, and refused with
+    A way to share a model between devices that does not work here is planned as one process, and refused with
     ConfigError after that. Raises ConfigError, UsageError, DataError, ModelError.
     """
     refusal = None

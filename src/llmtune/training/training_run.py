@@ -287,7 +287,7 @@ class TrainingRun:
 
     def _refuse_non_finite_weights(self) -> None:
         """Raise DivergedError where a weight is infinite or NaN: such weights never become best or resumable (P10)."""
-        broken = non_finite_parameters(self.setup.parameters, self.devices)
+        broken = non_finite_parameters(self.setup.held_parts(), self.devices)
         if broken:
             count = f"{len(broken)} weights are no longer finite after step {self.state.step}"
             raise DivergedError(

@@ -27,7 +27,6 @@ from llmtune.engine.neftune import Neftune
 from llmtune.engine.objective import next_token_objective
 from llmtune.engine.optim import build_optimizer, matrices_of_blocks
 from llmtune.engine.precision import Precision
-from llmtune.engine.sharding import Whole
 from llmtune.engine.state import TrainingState
 from llmtune.engine.update import StepAfterBackward, StepInBackward
 from llmtune.models.parameters import trained_parameters
@@ -137,7 +136,7 @@ def train(
     update = (
         StepInBackward(weights, made)
         if in_backward
-        else StepAfterBackward(weights, made, arithmetic, Whole(devices), max_grad_norm=1.0)
+        else StepAfterBackward(weights, made, arithmetic, devices.sync_gradients, max_grad_norm=1.0)
     )
     packs = plan_packs(np.array(LENGTHS), 150, "best_fit", None)
     plan = BatchPlan(
