@@ -265,10 +265,8 @@ TRACKERS: dict[str, TrackerKind] = {
     "mlflow": TrackerKind(
         lambda config: MlflowTracker(config.project, tags=config.tags),
         package="mlflow",
-        requirement="'llmtune[mlflow]'",
+        requirement="mlflow",
     ),
-    "trackio": TrackerKind(
-        lambda config: TrackioTracker(config.project), package="trackio", requirement="'llmtune[trackio]'"
-    ),
+    "trackio": TrackerKind(lambda config: TrackioTracker(config.project), package="trackio", requirement="trackio"),
 }
 """By name in `tracking.trackers`. A new tracker is one row here."""
