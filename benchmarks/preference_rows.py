@@ -210,6 +210,7 @@ def gradient_of(loss: Loss, answers: list[Answers], micro_batch: int, accumulati
             pad_id=0,
             batch_size=micro_batch,
             max_group_tokens=engine.max_group_tokens,
+            equal_counts=engine.equal_counts,
             max_length=MAX_LENGTH,
         )
     objective = PreferenceObjective(settings, examples, engine.log_probs, reference, mismatches)

@@ -36,7 +36,16 @@ class ExampleList:
         return np.array([SIDES.index(one.side) if one.side else -1 for one in self._examples], dtype=np.int8)
 
     @property
+    def labels(self) -> list[str | None]:
+        return [one.label for one in self._examples]
+
+    @property
+    def margins(self) -> npt.NDArray[np.float64]:
+        return np.array([one.margin for one in self._examples], dtype=np.float64)
+
+    @property
     def digest(self) -> str:
         return set_digest(
-            example_digest(example.input_ids, example.weights, example.side) for example in self._examples
+            example_digest(one.input_ids, one.weights, one.side, label=one.label, margin=one.margin)
+            for one in self._examples
         )

@@ -18,8 +18,9 @@ from llmtune.config.document import DEFAULT, Origin
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.paths import config_folder_named
 from llmtune.config.process_options import Options
-from llmtune.config.schema import ArchitectureConfig, Config, DataConfig, EvaluationConfig
+from llmtune.config.schema import ArchitectureConfig, Config, DataConfig
 from llmtune.data.dataset.batches import BatchPlan
+from llmtune.data.dataset.labels import labels_of_rows
 from llmtune.data.dataset.make_dataset import PreparedData, iter_texts, prepare_data
 from llmtune.data.dataset.micro_batch import Layout
 from llmtune.data.dataset.mixture import EpochDraws, plan_epochs
@@ -30,6 +31,7 @@ from llmtune.data.dataset.store import MappedExamples
 from llmtune.data.example import ExampleSet
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.preferences import RECOGNIZED_BY
+from llmtune.engine.preference import for_comparison
 from llmtune.errors import ConfigError, DataError, TokenizerError
 from llmtune.models import catalog
 from llmtune.models.catalog_entry import ModelSource
@@ -80,6 +82,8 @@ class Prepared:
     """The tokenizer was trained on this run's rows, and lives in the run."""
     decisions: tuple[Decision, ...]
     """The choices made so far, with reasons."""
+    labels: tuple[str, ...] = ()
+    """Labels of the units of the head that is trained in the place of the one that predicts tokens."""
 
     @functools.cached_property
     def examples(self) -> ExampleSet:
@@ -137,7 +141,9 @@ def open_tokenizer(
     if folder is not None:
         return load_tokenizer_folder(folder)
     if trains_tokenizer(config, source):
-        return train_tokenizer_for(source, config.model, _texts(config))
+        return train_tokenizer_for(
+            source, config.model, iter_texts(config.data, RECOGNIZED_BY[config.objective.method])
+        )
     return load_tokenizer(
         source, config.model, trust_remote_code=options.trust_remote_code, new_tokens=config.adapter.train_tokens
     )
@@ -300,7 +306,9 @@ def prepare(
     starts from (`fit_start`), unless the run is a stopped one: then its values stand. `progress(done, total,
     rows_per_second)` is called while rows are tokenized. Raises ConfigError, ModelError, TokenizerError or DataError.
     """
-    config, still = _for_comparison(resolved.config)
+    config, still = resolved.config, list[Decision]()
+    if config.objective.method != "sft":
+        config, still = for_comparison(config)
     if not config.data.train:
         raise ConfigError("no training data is named", where="data.train", fix="name a file: `data.train=rows.jsonl`")
     with config_folder_named(resolved):
@@ -324,33 +332,13 @@ def prepare(
     sets = [examples, *([_examples_of(config, data.eval)] if data.eval is not None else [])]
     fitted += _beyond_context(config, context, sets)
     packs, draws = _lay_out(examples, data.train, config.data)
+    labels: tuple[str, ...] = ()
+    if config.objective.method != "sft":
+        labels, said = labels_of_rows(config, data)
+        still += said
     decisions = (*source.decisions, *loaded.decisions, *still, *fitted, *renderer.decisions, *data.decisions)
-    return Prepared(config, source, loaded, renderer, data, packs, draws, trains_tokenizer(config, source), decisions)
-
-
-def _for_comparison(config: Config) -> tuple[Config, list[Decision]]:
-    """The config of a run that compares answers: no dropout, and the best model by a loss that there is."""
-    if config.objective.method == "sft":
-        return config, []
-    chosen = []
-    if config.evaluation.best_by == EvaluationConfig().best_by:
-        draws = config.objective.method == "grpo"
-        metric = "eval_reward" if draws else "eval_loss"
-        config = replace(config, evaluation=replace(config.evaluation, best_by=metric))
-        reason = "the mean reward of held-out prompts" if draws else f"the held-out loss of {config.objective.method}"
-        chosen.append(Decision("evaluation.best_by", metric, reason))
-    reason = "answers are compared with a reference, whose numbers dropout would blur"
-    rates = {
-        "adapter.dropout": config.adapter.dropout,
-        "model.architecture.dropout": config.model.architecture.dropout,
-        "model.architecture.attention_dropout": config.model.architecture.attention_dropout,
-    }
-    shape = replace(config.model.architecture, dropout=0.0, attention_dropout=0.0)
-    if config.model.architecture.dropout or config.model.architecture.attention_dropout:
-        config = replace(config, model=replace(config.model, architecture=shape))
-    config = replace(config, adapter=replace(config.adapter, dropout=0.0))
-    off = [Decision(key, 0.0, f"{reason} (asked for: {rate:g})") for key, rate in rates.items() if rate]
-    return config, [*chosen, *off]
+    new = trains_tokenizer(config, source)
+    return Prepared(config, source, loaded, renderer, data, packs, draws, new, decisions, labels)
 
 
 def _examples_of(config: Config, rows: ExampleSet) -> ExampleSet:
@@ -394,7 +382,3 @@ def _lay_out(examples: ExampleSet, rows: MappedExamples, data: DataConfig) -> tu
     if data.is_mixed:
         return plan_epochs(rows, data)
     return plan_sequences(examples, data.max_length, data.packing, data.shuffle_seed or 0), None
-
-
-def _texts(config: Config) -> Iterator[str]:
-    return iter_texts(config.data, RECOGNIZED_BY[config.objective.method])

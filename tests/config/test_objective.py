@@ -18,11 +18,11 @@ REFUSED = {
     "rows of sft": ("objective.method=dpo data.format=alpaca", "not what this method learns from"),
     "single answers": ("objective.method=simpo data.format=unpaired", "not what this method learns from"),
     "pairs in sft": ("data.format=preference", "supervised fine-tuning compares none"),
-    "a text column": ("objective.method=dpo data.text_column=body", "no answers to compare"),
+    "a text column": ("objective.method=dpo data.text_column=body", "field of a text counts in supervised"),
     "splitting": ("objective.method=dpo data.overlong=split", "cannot be split"),
     "another mask": ("objective.method=dpo data.train_on=all_tokens", "their own tokens are trained"),
     "turn by turn": ("objective.method=dpo data.one_example_per_turn=true", "one prompt and its answers"),
-    "noise": ("objective.method=dpo training.neftune_alpha=5", "differ from its reference"),
+    "noise": ("objective.method=dpo training.neftune_alpha=5", "noise on the embeddings is added in supervised"),
     "a weight": ("objective.method=dpo 'data.train=[{path: a.jsonl, weight: 0.5}]'", "weight of a source"),
     "a mixture": ("objective.method=dpo 'data.train=[{path: a.jsonl, repeat: 2}]'", "mixed by `repeat` and `share`"),
 }

@@ -6,6 +6,7 @@ from llmtune.cli.main import run as command
 from llmtune.data.dataset import parts
 from llmtune.data.dataset.make_dataset import prepare_data, prepare_part
 from llmtune.data.dataset.parts import Part
+from llmtune.data.rows.preferences import RECOGNIZED_BY
 
 
 def chat(question, answer="yes"):
@@ -39,6 +40,25 @@ def test_parts_are_joined_to_the_undivided_set_byte_for_byte(
     assert not list((tmp_path / "shared" / "parts").iterdir())
     found = prepare_data(shared, renderer).decisions
     assert any("tokenized before" in decision.reason for decision in found if decision.key == "data.cache_dir")
+
+
+JUDGED = {
+    "classification": [{"text": "word " * (index % 5 + 1), "label": "abc"[index % 3]} for index in range(12)],
+    "reward": [{"prompt": f"q{i}", "chosen": "good", "rejected": "bad", "margin": i / 8} for i in range(12)],
+}
+
+
+@pytest.mark.parametrize("method", JUDGED)
+def test_labels_and_margins_are_joined_too(write, config, renderer, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(parts, "BLOCK_ROWS", 2)
+    rows, formats = write("rows.jsonl", JUDGED[method]), RECOGNIZED_BY[method]
+    whole, shared = (config(rows, cache_dir=str(tmp_path / name)) for name in ("whole", "shared"))
+    data = prepare_data(whole, renderer, formats=formats).train
+    assert {"abc"[index] for index in range(3)} == {*data.labels} or data.margins.max() == 11 / 8
+    for number in (2, 1):
+        prepare_part(shared, renderer, Part(number, 2), formats=formats)
+    about = [{**stored(tmp_path / name), "manifest.json": b""} for name in ("whole", "shared")]
+    assert about[0] == about[1]
 
 
 def test_a_part_tokenizes_its_rows_alone_and_once(write, config, renderer, monkeypatch):

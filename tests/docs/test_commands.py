@@ -95,7 +95,8 @@ def workplace(tmp_path_factory, tiny_model_folder):
     reward = "def closeness(prompts, completions, answer, **columns):\n"
     reward += "    return [-abs(len(text) - len(right)) for text, right in zip(completions, answer)]\n"
     (folder / "my_reward.py").write_text(reward)
-    for name, rows in (("pairs", pairs), ("labels", labels), ("prompts", prompts)):
+    texts = [{"text": f"number {n}", "label": ("even", "odd")[n % 2]} for n in range(8)]
+    for name, rows in (("pairs", pairs), ("labels", labels), ("prompts", prompts), ("texts", texts)):
         (folder / f"my-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = [
         "model:",
@@ -146,6 +147,8 @@ class Reader:
             "B": "production",
             "COMMAND": "train",
         }
+        if word.endswith("=RUN"):
+            return word.removesuffix("RUN") + self.run
         return fixed.get(word, str(self.model) if word == "smollm2-135m-instruct" else word)
 
     def stop_a_run(self) -> None:

@@ -1,10 +1,13 @@
 """Rewards: the rows of the table, and functions of the user's own by the contract that everyone uses."""
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from llmtune.config.schema import ObjectiveConfig
 from llmtune.errors import ConfigError, UsageError
 from llmtune.evaluation.rewards import REWARDS, AnswerGroup, find_rewards, total_reward
+from llmtune.models.read_config import quiet_libraries
 
 
 def group(*answers, reference=None, columns=None, ids=None):
@@ -128,3 +131,36 @@ def test_rewards_that_cannot_be_used_are_refused_before_anything_is_loaded(rewar
     with pytest.raises((ConfigError, UsageError)) as refusal:
         find_rewards(ObjectiveConfig("grpo"), [text.format(file=reward_file) for text in functions])
     assert problem in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny_model_folder, tiny_tokenizer, tmp_path_factory):
+    """A folder with a reward model of random weights."""
+    folder = tmp_path_factory.mktemp("scores")
+    config = LlamaConfig.from_pretrained(tiny_model_folder, num_labels=1)
+    with quiet_libraries(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_model_scores_prompt_and_answer_as_transformers_does(reward_model, tiny_tokenizer):
+    settings = ObjectiveConfig("grpo", rewards={"model": 0.5}, reward_model=str(reward_model))
+    (reward,) = find_rewards(settings, no_cuda=True)
+    answers = ("the words", "a small system of numbers", "")
+    found = reward.judge(group(*answers, columns={"question": "2 + 2?"}))
+    model = LlamaForSequenceClassification.from_pretrained(reward_model)
+    expected = []
+    for answer in answers:
+        turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": answer}]
+        ids = tiny_tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+        expected.append(model(ids).logits.item())
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert len(set(found)) == 3
+    assert len(reward.code) == 64
+
+
+def test_a_model_that_gives_no_single_score_is_no_reward(tiny_model_folder):
+    with pytest.raises(ConfigError, match="gives text, and a reward is one score"):
+        find_rewards(ObjectiveConfig("grpo", rewards={"model": 1.0}, reward_model=str(tiny_model_folder)), no_cuda=True)

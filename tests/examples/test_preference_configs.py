@@ -13,7 +13,7 @@ EXAMPLES = sorted((ROOT / "examples" / "preferences").glob("*.yaml"))
 
 
 def test_there_is_a_config_for_each_method():
-    assert [path.stem for path in EXAMPLES] == ["dpo", "grpo", "kto", "orpo", "simpo"]
+    assert [path.stem for path in EXAMPLES] == ["classification", "dpo", "grpo", "kto", "orpo", "reward", "simpo"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

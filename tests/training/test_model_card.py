@@ -74,3 +74,17 @@ def test_an_adapter_on_a_model_from_scratch_says_that_its_base_is_stored_nowhere
     assert "None" not in card.partition("## Config")[0]
     assert load_config(str(run.folder / "config.yaml"), environ={}).config.run.seed == 7
     logits_of(run.folder)  # the digest of the base is compared with that of training
+
+
+@pytest.mark.parametrize("adapter", [LORA, ()], ids=["LoRA", "full"])
+def test_the_code_of_the_card_of_a_classifier_gives_its_scores(adapter, config_of, tmp_path):
+    rows = tmp_path / "labels.jsonl"
+    rows.write_text("".join(f'{{"text": "{word} words", "label": "{word}"}}\n' for word in ("a", "b", "c", "a", "b")))
+    words = (*FAST, f"data.train={rows}", "objective.method=classification", "training.max_steps=2", *adapter)
+    run = training.train(config_of(*words)).folder
+    scores = run_code(run / "checkpoints" / "final")
+    with torch.no_grad():
+        own = load_inference_model(str(run), no_cuda=True, may_score=True).model(IDS).logits
+    assert scores.shape == (1, 3)
+    assert scores.abs().max() > 0
+    torch.testing.assert_close(scores, own, rtol=1e-5, atol=1e-6)

@@ -20,7 +20,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from llmtune.config.keys import LEAVES
 from llmtune.config.layers import load_config
@@ -28,6 +31,7 @@ from llmtune.config.process_options import Options
 from llmtune.engine.deepspeed_settings import engine_settings
 from llmtune.engine.devices import open_devices
 from llmtune.errors import LlmtuneError
+from llmtune.models.read_config import quiet_libraries
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.memory import division_of
 from llmtune.plan.resolve_auto import resolve_rates
@@ -43,6 +47,7 @@ FLIPS = yaml.safe_load((Path(__file__).parents[1] / "config" / "flips.yaml").rea
 
 REFUSED = {
     "model.revision",  # a folder has none
+    "objective.reference_revision",
     "data.overlong",
     "data.on_bad_row",
     "training.max_skipped_steps",  # the run of the other value diverges at once
@@ -108,6 +113,17 @@ def world(tmp_path_factory, tiny_tokenizer, tiny_model_folder):
         run = train(load_config(None, overrides=words, environ={}), Options()).folder
     shutil.copytree(run / "checkpoints" / "final", folder / "earlier-adapter")
     shutil.rmtree(folder / "runs")
+    for name, factor in (("earlier-model", 1.0), ("teacher", 1.1)):
+        shutil.copytree(tiny_model_folder, folder / name)
+        tensors = load_file(folder / name / "model.safetensors")
+        scaled = {key: tensor * factor for key, tensor in tensors.items()}
+        save_file(scaled, folder / name / "model.safetensors", {"format": "pt"})
+    config = LlamaConfig.from_pretrained(tiny_model_folder, num_labels=1)
+    for name in ("scores", "other-scores"):
+        with quiet_libraries(), torch.random.fork_rng():
+            torch.manual_seed(len(name))
+            LlamaForSequenceClassification(config).save_pretrained(folder / name)
+        tiny_tokenizer.save_pretrained(folder / name)
     return folder
 
 

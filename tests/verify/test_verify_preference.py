@@ -2,12 +2,16 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
-from llmtune.engine import preference
+from llmtune.data.dataset.store import MappedExamples
+from llmtune.engine import forward, preference, scoring
 from llmtune.engine.preference import PreferenceObjective
 from llmtune.engine.reference import FrozenCopy
 from llmtune.errors import ConfigError
@@ -44,11 +48,12 @@ def failed(tiny_model_folder, tmp_path):
 
 
 METHODS = {
-    "dpo, smoothed": (("objective.label_smoothing=0.2", *LORA), 7),
-    "dpo with sft": (("objective.sft_weight=0.5",), 6),
-    "dpo precomputed": (("objective.loss=hinge", "objective.reference=precomputed"), 6),
-    "orpo": (("objective.method=orpo",), 4),
-    "kto": (("objective.method=kto", "objective.desirable_weight=1.5"), 6),
+    "dpo, smoothed": (("objective.label_smoothing=0.2", *LORA), 11),
+    "dpo with sft": (("objective.sft_weight=0.5",), 9),
+    "dpo precomputed": (("objective.loss=hinge", "objective.reference=precomputed"), 9),
+    "orpo": (("objective.method=orpo",), 7),
+    "kto": (("objective.method=kto", "objective.desirable_weight=1.5"), 9),
+    "reward": (("objective.method=reward", *LORA), 6),
 }
 
 
@@ -109,7 +114,66 @@ def test_smoothing_that_does_nothing_is_found(failed, monkeypatch):
         preference, "dpo_losses", lambda *given, **named: honest(*given, **{**named, "label_smoothing": 0.0})
     )
     claims, _ = failed("objective.label_smoothing=0.2")
-    assert claims == ["exchanging the sides changes the loss by beta times the difference"]
+    assert claims == [
+        "labels smoothed by one half have no gradient before step 1",
+        "exchanging the sides changes the loss by beta times the difference",
+    ]
+
+
+MASKS = {
+    "prompts that are trained": (
+        lambda weights: np.concatenate([np.zeros(1, np.float32), np.ones(len(weights) - 1, np.float32)]),
+        "no token of a prompt is trained",
+    ),
+    "an end that is not trained": (
+        lambda weights: np.where(np.arange(len(weights)) == np.flatnonzero(weights)[-1], 0, weights).astype(np.float32),
+        "the end of an answer is trained",
+    ),
+}
+
+
+@pytest.mark.parametrize(("mutate", "claim"), MASKS.values(), ids=MASKS)
+def test_a_mask_that_is_wrong_is_found(failed, monkeypatch, mutate, claim):
+    honest = MappedExamples.__getitem__
+
+    def masked(self, index):
+        example = honest(self, index)
+        return replace(example, weights=mutate(example.weights))
+
+    monkeypatch.setattr(MappedExamples, "__getitem__", masked)
+    assert claim in failed()[0]
+
+
+def test_log_probabilities_of_other_tokens_are_found(failed, monkeypatch):
+    """After the probe, which takes the plain forward where the flat one computes other losses."""
+    honest = forward.flat_log_probs
+
+    def of_all(model, batch, **named):
+        weights = torch.ones_like(batch.weights)
+        weights[0, batch.segments[:-1].long()] = 0
+        return honest(model, replace(batch, weights=weights), **named)
+
+    monkeypatch.setattr(forward, "flat_log_probs", of_all)
+    assert failed()[0] == ["log-probabilities are sums over the tokens of answers, and over none of prompts"]
+
+
+def test_half_smoothing_that_pulls_is_found(failed, monkeypatch):
+    honest = preference.dpo_losses
+
+    def one_sided(*given, **named):
+        return honest(*given, **{**named, "label_smoothing": min(named["label_smoothing"], 0.4)})
+
+    monkeypatch.setattr(preference, "dpo_losses", one_sided)
+    assert failed()[0] == ["labels smoothed by one half have no gradient before step 1"]
+
+
+def test_scores_of_a_reward_model_that_see_their_neighbours_are_found(failed, monkeypatch):
+    """The token before the one that the head reads, of the whole row: in a flat row that is another document's."""
+    honest = scoring.last_tokens
+    monkeypatch.setattr(
+        scoring, "last_tokens", lambda batch, pad_id: honest(batch, pad_id).roll(1) if batch.segments is not None else 0
+    )
+    assert len(failed("objective.method=reward")[0]) >= 3
 
 
 def test_a_method_that_compares_nothing_is_refused(failed):

@@ -26,7 +26,7 @@ from llmtune.common.decisions import Decision
 from llmtune.config.dump import value_text
 from llmtune.config.schema import AdapterConfig
 from llmtune.errors import AdapterError, Problem
-from llmtune.models.parameters import count_parameters, trained_parameters
+from llmtune.models.parameters import count_parameters, find_score_head, trained_parameters
 from llmtune.models.quantization import import_bitsandbytes_before_peft
 from llmtune.models.read_config import quiet_libraries
 
@@ -72,7 +72,7 @@ def attach_adapter(
     if start is not None:
         _refuse_other_shape(adapter_config, start, chosen, ids)
     options = start or LoraOptions(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if find_score_head(model) is not None else "CAUSAL_LM",
         r=adapter_config.r,
         lora_alpha=adapter_config.alpha,
         lora_dropout=adapter_config.dropout,
@@ -148,7 +148,8 @@ def wrap_with_peft(
 ) -> PeftModel:
     """Return peft's wrapper around the model, with trained weights in float32.
 
-    The global random state, the network and the screen are left alone. model_word, where, fix: words of the error.
+    With the task type `SEQ_CLS` peft saves the head whole. The global random state, the network and the screen are left
+    alone. model_word, where, fix: words of the error.
     Raises AdapterError when the options do not fit the model.
     """
     import_bitsandbytes_before_peft()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 from llmtune.errors import AdapterError, ModelError, Problem
+from llmtune.models.parameters import SCORE_HEADS
 from llmtune.models.scan import read_json_file
 
 __all__ = [
@@ -46,6 +47,8 @@ class BaseRecord(TypedDict, total=False):
     """How its linear layers were held in training."""
     dtype: DtypeName | None
     """Type it was loaded in, and quantized from."""
+    labels: list[str]
+    """Labels of the units of its head, where it gives scores."""
 
 
 class LoraOptions(TypedDict, total=False):
@@ -104,6 +107,9 @@ def read_adapter_config(folder: Path) -> LoraOptions:
     if problems:
         raise AdapterError.all(problems)
     options = {key: value for key, value in content.items() if key in _ALLOWED and key not in _NOT_OPTIONS}
+    if options.get("task_type") == "SEQ_CLS":  # peft names the head itself, each time
+        saved = [name for name in options.get("modules_to_save") or () if name not in SCORE_HEADS]
+        options["modules_to_save"] = saved or None
     return cast("LoraOptions", options)  # every value was checked above
 
 
@@ -112,7 +118,7 @@ def read_base_record(folder: Path) -> BaseRecord:
     path = folder / BASE_RECORD
     content = read_json_file(path) if path.is_file() else {}
     entries = content.items() if isinstance(content, dict) else ()
-    return cast("BaseRecord", {key: value for key, value in entries if isinstance(value, str)})
+    return cast("BaseRecord", {key: value for key, value in entries if isinstance(value, (str, list))})
 
 
 def shape_of(options: LoraOptions) -> dict[str, Any]:
@@ -195,7 +201,7 @@ def _is_plain_init(value: object) -> bool:
 _ALLOWED: dict[str, Callable[[object], bool]] = {
     "peft_type": _is_text,
     "peft_version": _is_text,
-    "task_type": lambda value: value in (None, "CAUSAL_LM"),
+    "task_type": lambda value: value in (None, "CAUSAL_LM", "SEQ_CLS"),
     "base_model_name_or_path": _is_text,
     "revision": _is_text,
     "inference_mode": _is_bool,

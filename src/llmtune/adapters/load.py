@@ -12,6 +12,7 @@ from llmtune.adapters.attach import wrap_with_peft
 from llmtune.adapters.config_file import WEIGHTS_FILE, read_adapter_config, read_base_record
 from llmtune.adapters.write import adapter_state_and_config
 from llmtune.errors import AdapterError, ModelError, Problem
+from llmtune.models.parameters import SCORE_HEADS
 from llmtune.models.read_config import quiet_libraries
 from llmtune.models.weights import inspect_weights, refuse_changed_weights
 
@@ -87,11 +88,18 @@ def read_adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def copy_tensors(adapted: PeftModel, tensors: Mapping[str, torch.Tensor], where: str) -> None:
-    """Copy the file's tensors into the adapter. Raises AdapterError unless names and shapes are the adapter's."""
+def copy_tensors(
+    adapted: PeftModel, tensors: Mapping[str, torch.Tensor], where: str, *, new_head: bool = False
+) -> None:
+    """Copy the file's tensors into the adapter. Raises AdapterError unless names and shapes are the adapter's.
+
+    new_head: a head of scores that the file lacks stays as it is.
+    """
     from peft import set_peft_model_state_dict
 
     expected, _ = adapter_state_and_config(adapted)
+    if new_head and not any(_is_of_head(name) for name in tensors):
+        tensors = {**{name: tensor for name, tensor in expected.items() if _is_of_head(name)}, **tensors}
     problems = [
         Problem(f"the adapter lacks the tensor `{name}`", where)
         for name in sorted(expected.keys() - tensors.keys())[:3]
@@ -110,3 +118,7 @@ def copy_tensors(adapted: PeftModel, tensors: Mapping[str, torch.Tensor], where:
         raise AdapterError.all(problem._replace(fix=fix) for problem in problems)
     with quiet_libraries():
         set_peft_model_state_dict(adapted, dict(tensors))
+
+
+def _is_of_head(name: str) -> bool:
+    return name.split(".")[-2] in SCORE_HEADS

@@ -60,7 +60,11 @@ def start_options(config: Config) -> LoraOptions | None:
     options = read_adapter_config(find_start(config))
     options.pop("base_model_name_or_path", None)  # peft writes that of the model it is put on
     options.pop("revision", None)
-    return {**options, "lora_dropout": config.adapter.dropout, "inference_mode": False}
+    task = "SEQ_CLS" if config.objective.trains_head else "CAUSAL_LM"
+    if options.get("task_type") == "SEQ_CLS" != task:
+        fix = "set objective.method=reward or classification, or name an adapter that was trained to answer"
+        raise AdapterError("the adapter to start from gives scores", where="adapter.start_from", fix=fix)
+    return {**options, "task_type": task, "lora_dropout": config.adapter.dropout, "inference_mode": False}
 
 
 def fit_start(config: Config, origins: Mapping[str, Origin]) -> tuple[Config, list[Decision]]:
@@ -104,5 +108,5 @@ def load_start(adapted: PeftModel, config: Config, *, base_digest: str) -> str:
     folder = find_start(config)
     refuse_other_base(folder, base_digest)
     tensors = read_adapter_tensors(folder)
-    copy_tensors(adapted, tensors, str(folder))
+    copy_tensors(adapted, tensors, str(folder), new_head=config.objective.trains_head)
     return digest_tensors(sorted(tensors.items()))

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from llmtune.adapters.config_file import LoraOptions
 from llmtune.config.schema import AdapterConfig
 from llmtune.errors import AdapterError, Problem
+from llmtune.models.parameters import find_score_head
 from llmtune.models.quantization import import_bitsandbytes_before_peft
 
 if TYPE_CHECKING:
@@ -244,8 +245,8 @@ def _no_match(requested: str, linear: Sequence[str]) -> Problem:
 
 
 def _linear_names(model: PreTrainedModel) -> Iterator[str]:
-    """Yield the full names of the language model's linear layers; output head and other towers are left out."""
-    head = model.get_output_embeddings()
+    """Yield the full names of the language model's linear layers; the head and other towers are left out."""
+    head = model.get_output_embeddings() or find_score_head(model)
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not _OTHER_TOWERS.search(name):
             yield name

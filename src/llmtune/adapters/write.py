@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, cast
 from llmtune import durable
 from llmtune.adapters.config_file import BASE_RECORD, WEIGHTS_FILE, BaseRecord, DtypeName
 from llmtune.adapters.residual_base import TakenPart
-from llmtune.models.parameters import base_model_of
+from llmtune.models.parameters import base_model_of, find_score_head
 from llmtune.models.read_config import quiet_libraries
 from llmtune.models.save import write_generation_config, write_tokenizer
+from llmtune.models.score_head import labels_of
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,8 @@ def write_adapter(
         quantization=None if stored is None else "4bit" if getattr(stored, "load_in_4bit", False) else "8bit",
         dtype=None if base.config.dtype is None else cast("DtypeName", str(base.config.dtype).removeprefix("torch.")),
     )
+    if find_score_head(base) is not None:
+        record["labels"] = [*labels_of({**base.config.to_dict(), "architectures": [type(base).__name__]})]
     durable.write_json(folder / BASE_RECORD, record)
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)

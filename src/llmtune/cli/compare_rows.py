@@ -59,8 +59,9 @@ def compare_rows(run: str, other: str | None, data: list[str] | None, *, as_json
 
     Raises what `evaluate` raises.
     """
-    loaded = open_inference_model(run, no_cuda=no_cuda)
+    loaded = open_inference_model(run, no_cuda=no_cuda, may_score=True)
     rows, settings = held_out_rows(loaded, data, None)
+    scores = bool(loaded.labels)
     first = measure_rows(loaded, loaded.model, settings, rows)
     if other is None:
         names = ("tuned", "base")
@@ -71,7 +72,7 @@ def compare_rows(run: str, other: str | None, data: list[str] | None, *, as_json
         config = loaded.config
         del loaded  # the two need not fit into memory together
         # The same rows, whatever the second one was trained on; by its own tokenizer and template.
-        second_model = replace(open_inference_model(other, no_cuda=no_cuda), config=config)
+        second_model = replace(open_inference_model(other, no_cuda=no_cuda, may_score=True), config=config)
         rows, settings = held_out_rows(second_model, data, None)
         second = measure_rows(second_model, second_model.model, settings, rows)
     if len(first) != len(second):
@@ -80,16 +81,17 @@ def compare_rows(run: str, other: str | None, data: list[str] | None, *, as_json
             "--held-out",
             "compare models of one tokenizer, or name rows with --data that both can take",
         )
+    unit = "nats per trained token" if not scores else "nats per pair or row"
     table = count_wins(first, second)
     if as_json:
         print(json.dumps({"first": names[0], "second": names[1], **table._asdict()}, ensure_ascii=False))
         return
-    _print(names, table)
+    _print(names, table, unit)
 
 
-def _print(names: tuple[str, str], table: WinTable) -> None:
+def _print(names: tuple[str, str], table: WinTable, unit: str) -> None:
     columns = max(map(len, names)) + 2
-    lines = [f"{table.rows:,} held-out rows, nats per trained token, each row once"]
+    lines = [f"{table.rows:,} held-out rows, {unit}, each row once"]
     values = ((table.first_mean, table.first_better), (table.second_mean, table.second_better))
     for name, (mean, wins) in zip(names, values, strict=True):
         share = wins / max(table.rows, 1)

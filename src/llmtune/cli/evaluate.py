@@ -13,6 +13,7 @@ import typer
 
 from llmtune.cli.generate import Model, open_inference_model
 from llmtune.cli.options import Checkpoint, NoCuda, Score, TemplateArgs
+from llmtune.cli.scores import measure_scores, refuse_options, score_losses
 from llmtune.cli.tasks import ChatTemplate, Limit, Tasks, print_tasks, refuse_beside_tasks, run_tasks
 from llmtune.common.text import print_line
 from llmtune.config.layers import load_config
@@ -71,7 +72,11 @@ def evaluate(
     """Measure loss, perplexity and bits per byte on held-out rows, or run benchmarks of lm-eval."""
     if data and config:
         raise UsageError("--data and --config both name rows", "command line", "give one of them")
-    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
+    loaded = open_inference_model(
+        model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args, may_score=True
+    )
+    answering = {"--exact-match": exact_match, "--score": score, "--token-accuracy": token_accuracy, "--tasks": tasks}
+    refuse_options(loaded, answering)
     if tasks:
         refuse_beside_tasks({"--data": data, "--config": config, "--score": score})
         results = run_tasks(loaded, tasks, chat_template=chat_template, batch_size=batch_size, limit=limit)
@@ -79,7 +84,7 @@ def evaluate(
         return
     rows, settings = held_out_rows(loaded, data, config)
     print_line(f"{len(rows)} held-out rows, measured in float32 arithmetic")
-    metrics = measure(loaded.model, loaded.tokenizer, settings, rows, batch_size)
+    metrics = _measure(loaded, settings, rows, batch_size)
     if exact_match or score is not None:
         metrics |= _judge(loaded, rows, score, exact_match=exact_match, max_new_tokens=max_new_tokens, batch=batch_size)
     if token_accuracy:
@@ -98,6 +103,12 @@ def evaluate(
         print(f"{name:{width}} {value:.6g}" if isinstance(value, float) else f"{name:{width}} {value}")
     if exact_match:
         print(f"exactly right: {metrics['eval_exact_answers']} of {metrics['eval_num_answers']}")
+
+
+def _measure(loaded: InferenceModel, settings: Config, rows: HeldOut, batch_size: int) -> dict[str, float]:
+    if loaded.labels:
+        return measure_scores(loaded, settings, rows, batch_size)
+    return measure(loaded.model, loaded.tokenizer, settings, rows, batch_size)
 
 
 def _print_table(metrics: Mapping[str, float]) -> None:
@@ -121,6 +132,8 @@ MEANINGS = {
     "eval_exact_answers": "answers that equal their reference",
     "eval_num_answers": "answers that were counted",
     "eval_score": "mean of the judge",
+    "eval_accuracy": "share of pairs won, or of labels that are right",
+    "eval_macro_f1": "mean of the labels' F1",
 }
 
 
@@ -153,7 +166,7 @@ def _judge(
 def held_out_rows(loaded: InferenceModel, data: list[str] | None, config: str | None) -> tuple[HeldOut, Config]:
     """Return the rows to evaluate on, and the config they were prepared by."""
     from llmtune.data.dataset.make_dataset import prepare_data
-    from llmtune.data.rows.preferences import every_format
+    from llmtune.data.rows.preferences import SCORED_FORMATS, every_format
     from llmtune.models.read_config import context_of
     from llmtune.prepare import fit_max_length, overlong_named
 
@@ -169,14 +182,17 @@ def held_out_rows(loaded: InferenceModel, data: list[str] | None, config: str | 
     settings, fitted = fit_max_length(settings, context, origins)
     for decision in fitted:
         print_line(str(decision))
-    formats = None if settings.objective.method == "sft" else every_format()
+    formats = SCORED_FORMATS if loaded.labels else None if settings.objective.method == "sft" else every_format()
     if data:
         sources = tuple(source for text in data for source in _sources_of(text))
         # Every row counts: nothing is held out, limited or shuffled.
         rows = replace(settings.data, train=sources, eval=(), test_size=0, max_samples=None, shuffle_seed=None)
+        if loaded.labels:  # rows without a label have a score too
+            rows = replace(rows, format="auto")
         try:
             with overlong_named(fitted):
-                return prepare_data(rows, loaded.renderer, formats=formats).train.right_answers(), settings
+                examples = prepare_data(rows, loaded.renderer, formats=formats).train
+                return examples if loaded.labels else examples.right_answers(), settings
         except DataError as error:
             raise DataError.all(_located_at_option(problem) for problem in error.problems) from error
     if not settings.data.train:
@@ -189,7 +205,7 @@ def held_out_rows(loaded: InferenceModel, data: list[str] | None, config: str | 
             "data.eval / data.test_size",
             "name a file with --data, or set data.test_size",
         )
-    return held_out.right_answers(), settings
+    return held_out if loaded.labels else held_out.right_answers(), settings
 
 
 def _sources_of(text: str) -> tuple[SourceConfig, ...]:
@@ -218,7 +234,9 @@ def _located_at_option(problem: Problem) -> Problem:
 def measure_rows(
     loaded: InferenceModel, model: PreTrainedModel | PeftModel, settings: Config, rows: HeldOut
 ) -> npt.NDArray[np.float64]:
-    """Return the loss of each row in float32 arithmetic, nats per trained token, float64 [rows]."""
+    """Return the loss of each row in float32 arithmetic, nats per trained token (per pair or row), float64 [rows]."""
+    if loaded.labels:
+        return score_losses(replace(loaded, model=model), settings, rows)
     from llmtune.engine.forward import build_engine
     from llmtune.engine.precision import Precision
     from llmtune.evaluation.heldout import row_losses

@@ -161,9 +161,16 @@ def chat(
 
 
 def open_inference_model(
-    name: str, *, checkpoint: str | None = None, no_cuda: bool = False, template_args: str | None = None
+    name: str,
+    *,
+    checkpoint: str | None = None,
+    no_cuda: bool = False,
+    template_args: str | None = None,
+    may_score: bool = False,
 ) -> InferenceModel:
     """Load the run, adapter or model of that name, and print its description and what stands around its prompts.
+
+    may_score: whether it may be a model that gives scores and no text.
 
     Raises UsageError for `template_args` that are no arguments of a chat template.
     """
@@ -172,7 +179,12 @@ def open_inference_model(
     from llmtune.evaluation.inference_model import load_inference_model
 
     loaded = load_inference_model(
-        name, checkpoint=checkpoint, offline=is_offline(), no_cuda=no_cuda, template_args=arguments
+        name,
+        checkpoint=checkpoint,
+        offline=is_offline(),
+        no_cuda=no_cuda,
+        template_args=arguments,
+        may_score=may_score,
     )
     print_line(loaded.description)
     if around := loaded.defaults.described():

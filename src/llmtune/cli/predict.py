@@ -21,12 +21,15 @@ from llmtune.cli.generate import (
     read_sampling,
 )
 from llmtune.cli.options import Checkpoint, NoCuda, Score, TemplateArgs
+from llmtune.cli.scores import print_scores, refuse_options
 from llmtune.common.text import print_line
 from llmtune.errors import UsageError
 
 if TYPE_CHECKING:
     from llmtune.cli.evaluate import HeldOut
+    from llmtune.evaluation.inference_model import InferenceModel
     from llmtune.evaluation.predictions import Prediction
+    from llmtune.evaluation.sampling import Sampling
 
 __all__ = ["predict"]
 
@@ -63,16 +66,37 @@ def predict(
     template_args: TemplateArgs = None,
     no_cuda: NoCuda = False,
 ) -> None:
-    """Print one JSON object for each row: prompt, reference, answer, and whether they are exactly equal."""
+    """Print one JSON object for each row: prompt, reference and answer; or its score, or its label."""
     if data and config:
         raise UsageError("--data and --config both name rows", "command line", "give one of them")
-    loaded = open_inference_model(model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
-    from llmtune.evaluation.predictions import predict_answers
+    loaded = open_inference_model(
+        model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args, may_score=True
+    )
+    from llmtune.evaluation.sampling import Sampling
     from llmtune.evaluation.scores import find_score, scores_of
 
+    sampling = read_sampling(repetition_penalty, temperature, top_k, top_p, seed, stop)
+    given = {"--score": score, "--max-new-tokens": max_new_tokens, "--temperature or --stop": sampling != Sampling()}
+    refuse_options(loaded, given)
     judge = find_score(score) if score is not None else None
-    rows, _ = held_out_rows(loaded, data, config)
-    predictions = predict_answers(
+    rows, settings = held_out_rows(loaded, data, config)
+    if loaded.labels:
+        print_scores(loaded, settings, rows, batch_size, only_wrong=only_wrong)
+        return
+    predictions = _answer(loaded, rows, max_new_tokens, sampling, batch_size)
+    scores = scores_of(predictions, judge) if judge is not None else []
+    _print_rows(predictions, scores, only_wrong=only_wrong)
+    if max_new_tokens is not None:
+        _say_longer_references(rows, max_new_tokens)
+    _say_outcome(predictions, scores, skipped=len(rows) - len(predictions))
+
+
+def _answer(
+    loaded: InferenceModel, rows: HeldOut, max_new_tokens: int | None, sampling: Sampling, batch_size: int
+) -> list[Prediction]:
+    from llmtune.evaluation.predictions import predict_answers
+
+    return predict_answers(
         loaded.model,
         loaded.tokenizer,
         rows,
@@ -80,14 +104,9 @@ def predict(
         pad_id=loaded.tokenizer.pad_token_id or 0,
         max_new_tokens=max_new_tokens or 256,
         fits_references=max_new_tokens is None,
-        sampling=read_sampling(repetition_penalty, temperature, top_k, top_p, seed, stop),
+        sampling=sampling,
         batch_size=batch_size,
     )
-    scores = scores_of(predictions, judge) if judge is not None else []
-    _print_rows(predictions, scores, only_wrong=only_wrong)
-    if max_new_tokens is not None:
-        _say_longer_references(rows, max_new_tokens)
-    _say_outcome(predictions, scores, skipped=len(rows) - len(predictions))
 
 
 def _print_rows(predictions: Sequence[Prediction], scores: Sequence[float], *, only_wrong: bool) -> None:

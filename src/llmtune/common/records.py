@@ -19,7 +19,7 @@ def flat_items(values: Mapping[str, object], prefix: str = "") -> list[tuple[str
     return items
 
 
-HIGHER_IS_BETTER = ("_exact_answers", "_score", "_accuracy", "_margin", "_reward")
+HIGHER_IS_BETTER = ("_exact_answers", "_score", "_accuracy", "_margin", "_reward", "_macro_f1")
 """Endings of the metrics of which the highest value is the best; of every other it is the lowest."""
 
 

@@ -110,7 +110,7 @@ LORA_ONLY = {
         ("bias", "lora_bias"),
         Rule(words={"none": {}, "false": {}, "null": {}}, expected="`none`: biases are trained in full tuning only"),
     ),
-    "task_type": only("causal_lm", "llmtune trains causal language models"),
+    "task_type": only("causal_lm", "for a classifier write `objective.method: classification`"),
 }
 _BF16 = Rule(
     words={
@@ -230,8 +230,8 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
     "objective.method": {
         "stage": Rule(
             "objective.method",
-            _METHODS | {"pt": {"objective.method": "sft", "data.format": "text"}},
-            "`sft`, `pt`, `dpo`, `kto` or `grpo`: other stages are not there",
+            _METHODS | {"pt": {"objective.method": "sft", "data.format": "text"}, "rm": {"objective.method": "reward"}},
+            "`sft`, `pt`, `rm`, `dpo`, `kto` or `grpo`: other stages are not there",
         ),
         "rl": Rule(
             "objective.method", _METHODS | _PAIR_LOSSES, "dpo, ipo, simpo, orpo, kto or grpo: others are not there"

@@ -186,7 +186,10 @@ def _distinct(value: tuple[str, ...]) -> str | None:
     return "must name each only once" if len(set(value)) != len(value) else None
 
 
-METRIC_ENDINGS = ("mean_nll", "perplexity", "bits_per_byte", "exact_answers", "score", "accuracy", "margin")
+METRIC_ENDINGS = (
+    "mean_nll", "perplexity", "bits_per_byte", "exact_answers", "score",
+    "accuracy", "margin", "loss", "reward", "macro_f1",
+)  # fmt: skip
 """Last words of the metrics by which a best model can be chosen; between `eval_` and them may stand a data set."""
 
 

@@ -342,12 +342,13 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         lambda c, _: (
             c.objective.method == "sft"
             and bool(
-                {"preference", "unpaired", "prompt"}
+                {"preference", "unpaired", "prompt", "classification"}
                 & {c.data.format, *(one.format for one in (*c.data.train, *c.data.eval))}
             )
         ),
         "rows of this format are for methods that compare answers, and supervised fine-tuning compares none",
-        "set `objective.method` to dpo, simpo, orpo (pairs), kto or grpo (prompts), or another format",
+        "set `objective.method` to dpo, simpo, orpo, reward (pairs), kto, grpo (prompts) or classification, or another "
+        "format",
     ),
 )
 

@@ -11,7 +11,9 @@ SHARDED_OPTIMIZERS = ("adamw", "sgd", "muon")
 """Optimizers that move a weight of which each process holds a part."""
 
 SHARDED_OBJECTIVES = ("sft", "dpo", "simpo", "orpo", "kto")
-"""Objectives for which every process runs the same number of forward passes; drawn answers end when they end."""
+"""Objectives for which every process runs the same number of forward passes: drawn answers end when they end, and a
+new head of scores has been tried whole only.
+"""
 
 
 def _shards(config: Config) -> bool:
@@ -42,6 +44,7 @@ def reason_against_sharding(config: Config) -> str | None:
         "adapter.dora": by_deepspeed and config.adapter.dora,
         "objective.method": config.objective.method not in (("sft",) if by_deepspeed else SHARDED_OBJECTIVES),
         "distributed.sequence_parallel": by_deepspeed and config.distributed.sequence_parallel > 1,
+        "objective.reference": config.objective.reference == "model",
         "training.step_in_backward": config.training.step_in_backward,
         "tracking.watch": bool(config.tracking.watch),
     }
@@ -140,14 +143,20 @@ DISTRIBUTED_CONTRADICTIONS: tuple[Contradiction, ...] = (
     Contradiction(
         ("objective.method", "distributed.strategy"),
         lambda c, _: takes_deepspeed(c) and c.objective.method != "sft",
-        "the reference of answers that are compared or drawn is not held in DeepSpeed's parts",
+        "the reference of answers that are compared or drawn, and a head of scores, are not held in DeepSpeed's parts",
         "set `distributed.strategy: fsdp`, or `ddp` for drawn answers, or `objective.method: sft`",
     ),
     Contradiction(
         ("objective.method", "distributed.strategy"),
         lambda c, _: c.distributed.strategy == "fsdp" and c.objective.method not in SHARDED_OBJECTIVES,
-        "answers are drawn only where every process holds the whole model",
+        "answers are drawn, and rows scored, only where every process holds the whole model",
         "set `distributed.strategy: ddp`",
+    ),
+    Contradiction(
+        ("objective.reference", "distributed.strategy"),
+        lambda c, _: _shards(c) and c.objective.reference == "model",
+        "a second model would lie whole in every process",
+        "set `distributed.strategy: ddp`, or leave `objective.reference` and `objective.reference_model` out",
     ),
     Contradiction(
         ("training.step_in_backward", "distributed.strategy"),

@@ -17,12 +17,15 @@ METHODS_OF: dict[str, tuple[ObjectiveMethod, ...]] = {
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
     "reference": ("dpo", "kto", "grpo"),
+    "reference_model": ("dpo", "kto", "grpo"),
+    "reference_revision": ("dpo", "kto", "grpo"),
     "num_generations": ("grpo",),
     "max_new_tokens": ("grpo",),
     "temperature": ("grpo",),
     "steps_per_generation": ("grpo",),
     "rewards": ("grpo",),
     "reward_pattern": ("grpo",),
+    "reward_model": ("grpo",),
     "scale_rewards": ("grpo",),
     "clip": ("grpo",),
     "clip_high": ("grpo",),
@@ -34,9 +37,13 @@ LOSSES_OF: dict[ObjectiveMethod, tuple[str, ...]] = {
     "kto": ("kto", "apo_zero"),
     "grpo": ("dapo", "grpo", "dr_grpo"),
 }
-FORMATS_OF: dict[ObjectiveMethod, set[str]] = {"kto": {"preference", "unpaired"}, "grpo": {"prompt"}}
+FORMATS_OF: dict[ObjectiveMethod, set[str]] = {
+    "kto": {"preference", "unpaired"},
+    "grpo": {"prompt"},
+    "classification": {"classification"},
+}
 """Formats of rows by method; other methods that compare answers take pairs."""
-REWARDS = ("exact", "contains", "f1", "number", "json_fields", "regex", "length")
+REWARDS = ("exact", "contains", "f1", "number", "json_fields", "regex", "length", "model")
 """Names that `objective.rewards` accepts."""
 ANSWER_RULES = ("last_assistant_message", "last_assistant_turn", "all_assistant_messages")
 
@@ -108,6 +115,18 @@ OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `objective.reference: start` (a frozen copy, which answers as the base does) or `precomputed`",
     ),
     Contradiction(
+        ("objective.reference", "objective.reference_model"),
+        lambda c, _: (c.objective.reference == "model") != (c.objective.reference_model is not None),
+        "a second model is named by `reference_model`, and taken where `reference` is `model`",
+        "set both, or neither",
+    ),
+    Contradiction(
+        ("objective.reference_revision", "objective.reference_model"),
+        lambda c, _: c.objective.reference_revision is not None and c.objective.reference_model is None,
+        "a revision is given of no model",
+        "set `objective.reference_model` too, or remove it",
+    ),
+    Contradiction(
         ("objective.reference", "objective.loss", "objective.method"),
         lambda c, _: (
             c.objective.method == "kto" and c.objective.reference == "precomputed" and c.objective.loss != "apo_zero"
@@ -119,15 +138,16 @@ OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
         ("data.format", "data.train", "data.eval", "objective.method"),
         lambda c, _: _a_format_does_not_fit(c),
         "rows of this format are not what this method learns from",
-        "give pairs (`preference`), to kto also answers with a label (`unpaired`), to grpo a `prompt`",
+        "give pairs (`preference`), to kto also answers with a label (`unpaired`), to grpo a `prompt`, to "
+        "classification rows with a `label` (`classification`)",
     ),
     Contradiction(
         ("data.text_column", "data.train", "data.eval", "objective.method"),
         lambda c, _: (
             _compares(c) and bool(c.data.text_column or any(one.text_column is not None for one in _sources(c)))
         ),
-        "rows with a text column have no answers to compare",
-        "remove `data.text_column`, or set `objective.method: sft`",
+        "the field of a text counts in supervised fine-tuning only",
+        "remove `data.text_column` (to classify that field: `columns: {text: FIELD}` in the source)",
     ),
     Contradiction(
         ("data.overlong", "objective.method"),
@@ -178,6 +198,12 @@ OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set both, or neither",
     ),
     Contradiction(
+        ("objective.reward_model", "objective.rewards"),
+        lambda c, _: _draws(c) and ("model" in c.objective.rewards) != (c.objective.reward_model is not None),
+        "the reward `model` and `reward_model` need each other",
+        "set both, or neither",
+    ),
+    Contradiction(
         ("objective.reference", "objective.method"),
         lambda c, _: _draws(c) and c.objective.reference == "precomputed",
         "the answers of grpo are new in each step, so nothing about them can be precomputed",
@@ -202,6 +228,12 @@ OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
         "remove `evaluation.exact_match` and `evaluation.score`, and give the reward instead",
     ),
     Contradiction(
+        ("evaluation.exact_match", "evaluation.score", "objective.method"),
+        lambda c, _: c.objective.trains_head and (c.evaluation.exact_match or c.evaluation.score is not None),
+        "the model of this method gives scores, and answers nothing",
+        "remove `evaluation.exact_match` and `evaluation.score`",
+    ),
+    Contradiction(
         ("distributed.strategy", "objective.method"),
         lambda c, _: _draws(c) and c.distributed.strategy in ("fsdp", "deepspeed"),
         "answers are drawn from a whole model, and this strategy divides it",
@@ -210,7 +242,7 @@ OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
     Contradiction(
         ("training.neftune_alpha", "objective.method"),
         lambda c, _: _compares(c) and c.training.neftune_alpha is not None,
-        "noise on the embeddings would make the model differ from its reference at once",
+        "noise on the embeddings is added in supervised fine-tuning only",
         "set `training.neftune_alpha: null`",
     ),
 )

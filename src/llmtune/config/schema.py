@@ -236,8 +236,9 @@ TrainOn = Literal[
 ]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 RowFormat = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference", "unpaired", "prompt"
-]
+    "auto", "messages", "sharegpt", "alpaca", "prompt-completion", "text", "preference", "unpaired", "prompt",
+    "classification",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -470,7 +471,7 @@ class TrainingConfig:
 # `objective.*`
 
 
-ObjectiveMethod = Literal["sft", "dpo", "simpo", "orpo", "kto", "grpo"]
+ObjectiveMethod = Literal["sft", "dpo", "simpo", "orpo", "kto", "grpo", "reward", "classification"]
 ObjectiveLoss = Literal["auto", "sigmoid", "ipo", "hinge", "kto", "apo_zero", "dapo", "grpo", "dr_grpo"]
 
 
@@ -480,7 +481,9 @@ class ObjectiveConfig:
 
     method: ObjectiveMethod = "sft"
     """`sft` learns answers; `dpo`, `simpo` and `orpo` learn from pairs of a chosen and a rejected answer, `kto` also
-    from single answers with a label; `grpo` draws answers to prompts and learns from their rewards.
+    from single answers with a label; `grpo` draws answers to prompts and learns from their rewards. `reward` and
+    `classification` train a head that reads the last token: a score, by which the chosen answer of a pair is above the
+    rejected one, or the label of a row.
     """
 
     loss: ObjectiveLoss = "auto"
@@ -527,12 +530,16 @@ class ObjectiveConfig:
 
     rewards: Mapping[str, float] = field(default_factory=dict)
     """Rewards of `grpo` and their weights: `exact`, `contains`, `f1`, `number` and `json_fields` compare with the
-    row's answer, `regex` asks for `reward_pattern`, `length` punishes answers that are nearly too long.
+    row's answer, `regex` asks for `reward_pattern`, `length` punishes answers that are nearly too long, `model` is the
+    score of `reward_model`.
     `--reward FILE.py:FUNCTION` adds one of your own.
     """
 
     reward_pattern: str | None = None
     """Regular expression that an answer holds to earn the reward `regex`."""
+
+    reward_model: str | None = None
+    """Run or folder of a model that was trained with `method: reward`; its score is the reward `model`."""
 
     scale_rewards: bool = True
     """Divide the advantages of a prompt's answers by the standard deviation of their rewards (`grpo`)."""
@@ -546,11 +553,22 @@ class ObjectiveConfig:
     mask_truncated: bool = False
     """Leave answers that reached `max_new_tokens` out of the loss (`grpo`)."""
 
-    reference: Literal["auto", "base", "start", "precomputed"] = "auto"
+    reference: Literal["auto", "base", "start", "precomputed", "model"] = "auto"
     """Model that `dpo`, `kto` and (with `beta`) `grpo` compare with: `base` is the model without its adapter, `start` a
-    frozen copy of what is trained as it was before step 1, `precomputed` the same measured once before step 1. `auto`
-    takes `base` where training begins with a new adapter, else `start`.
+    frozen copy of what is trained as it was before step 1, `precomputed` the same measured once before step 1, `model`
+    that of `reference_model`. `auto` takes `base` where training begins with a new adapter, else `start`.
     """
+
+    reference_model: str | None = None
+    """A second model that answers are compared with, frozen: its tokens must have the same ids."""
+
+    reference_revision: str | None = None
+    """Revision of `reference_model` on the hub."""
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether a head that gives scores is trained in the place of the one that predicts tokens."""
+        return self.method in ("reward", "classification")
 
 
 # `evaluation.*`

@@ -34,9 +34,9 @@ __all__ = [
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning in the wild; chat templates read the first (a few the second)."""
 
-Side = Literal["chosen", "rejected", "desirable", "undesirable", "prompt"]
+Side = Literal["chosen", "rejected", "desirable", "undesirable", "prompt", "labelled"]
 """What a preference says of an answer: the two of a pair, or an answer that is judged by itself. A `prompt` has none
-yet: its answers are drawn in training.
+yet: its answers are drawn in training. A `labelled` row is classified as a whole.
 """
 SIDES: tuple[Side, ...] = get_args(Side)
 """Tables hold a side by its index in this order, and -1 for an example without one."""
@@ -86,6 +86,10 @@ class Conversation:
     """Fields of the row and its messages that nothing reads, described."""
     side: Side | None = None
     """What the row says of its answer, which is then the only trained part."""
+    label: str | None = None
+    """The label of a `labelled` row."""
+    margin: float = 0.0
+    """By how much the chosen side of a pair is to score above the rejected one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,8 @@ class Example:
     weights: npt.NDArray[np.float32]
     side: Side | None = None
     """What a preference says of the answer; None in supervised fine-tuning."""
+    label: str | None = None
+    margin: float = 0.0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -130,18 +136,25 @@ class ExampleSet(Protocol):
 
     @property
     def digest(self) -> str:
-        """sha256 over all ids, weights and sides in order: two sets with the same digest train alike."""
+        """sha256 over all that trains, in order: two sets with the same digest train alike."""
         ...
 
 
 def example_digest(
-    input_ids: npt.NDArray[np.int32], weights: npt.NDArray[np.float32], side: Side | None = None
+    input_ids: npt.NDArray[np.int32],
+    weights: npt.NDArray[np.float32],
+    side: Side | None = None,
+    *,
+    label: str | None = None,
+    margin: float = 0.0,
 ) -> bytes:
-    """16-byte digest of one example: ids int32 [T], weights float32 [T], and the side where it has one."""
+    """16-byte digest of one example: ids int32 [T], weights float32 [T]; side, label and margin where it has them."""
     digest = hashlib.blake2b(digest_size=16, person=(side or "").encode())
     # Little-endian on every machine, so that digests in checkpoints and caches agree.
     digest.update(input_ids.astype("<i4", copy=False).tobytes())
     digest.update(weights.astype("<f4", copy=False).tobytes())
+    if label is not None or margin:
+        digest.update(f"\0{label}\0{margin!r}".encode())
     return digest.digest()
 
 

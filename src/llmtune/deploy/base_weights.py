@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from llmtune.common.dtypes import torch_dtype
 from llmtune.errors import ModelError
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.hub import local_folder, may_ignore_auto_map
-from llmtune.models.read_config import quiet_libraries
+from llmtune.models.parameters import SCORE_HEADS
+from llmtune.models.read_config import auto_class, quiet_libraries
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ __all__ = ["BaseWeights", "meta_model", "open_base_weights", "tied_names", "unqu
 
 @dataclass(frozen=True)
 class _StoredTensor:
-    path: Path
+    path: Path | None
+    """None of a weight that is in no file: all of it is 0."""
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -79,6 +80,11 @@ def open_base_weights(files: Sequence[Path], model: PreTrainedModel) -> BaseWeig
                 weights[name] = tensor
                 break
     tied = set(tied_names(model))
+    # A head of scores is the adapter's own, unless the base had one.
+    dtype = next(iter(weights.values())).dtype if weights else torch.float32
+    for name, tensor in model.state_dict().items():
+        if name not in weights and name.split(".")[0] in SCORE_HEADS:
+            weights[name] = _StoredTensor(None, name, tuple(tensor.shape), dtype)
     missing = [name for name in expected if name not in weights and name not in tied]
     if missing:
         fix = "load the base with transformers and save it with `save_pretrained`, then name that folder with --base"
@@ -95,6 +101,8 @@ def tied_names(model: PreTrainedModel) -> list[str]:
 
 
 def _read(tensor: _StoredTensor) -> Tensor:
+    if tensor.path is None:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
     # Opened for each tensor, so that no mapped page outlives its use.
     with safe_open(tensor.path, framework="pt") as file:
         return file.get_tensor(tensor.name)
@@ -108,11 +116,15 @@ def _stored_tensors(files: Sequence[Path]) -> Iterable[_StoredTensor]:
                 yield _StoredTensor(path, name, tuple(header.get_shape()), torch_dtype(header.get_dtype()))
 
 
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the model of this config on the meta device: classes, names and shapes without any numbers."""
+def meta_model(config: PreTrainedConfig, labels: Sequence[str] = ()) -> PreTrainedModel:
+    """Return the model of this config on the meta device: classes, names and shapes without any numbers.
+
+    labels: of a model that gives scores.
+    """
     # Without numbers a model of 8B parameters takes a few megabytes, and its names and shapes are all that is needed.
     with torch.device("meta"), quiet_libraries():
-        return AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = auto_class(labels).from_config(config)
+        return model
 
 
 def unquantized_folder(source: ModelSource, *, noun: str, fix: str) -> Path:

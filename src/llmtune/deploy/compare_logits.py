@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch.nn import functional
 
 from llmtune.errors import CheckpointError
-from llmtune.models.read_config import quiet_libraries
+from llmtune.models.read_config import auto_class, quiet_libraries
+from llmtune.models.scan import read_json_file
+from llmtune.models.score_head import labels_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,9 +80,16 @@ def probe_prompts(tokenizer: PreTrainedTokenizerFast, rows: int, trained_ids: Se
 
 
 def logits_of(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the logits of each prompt alone, float32 [T, V]: logits_t = head(hidden(ids_0..t)), without a cache."""
+    """Return the logits of each prompt alone, float32 [T, V]: logits_t = head(hidden(ids_0..t)), without a cache.
+
+    Of a model that gives scores those of the last token, [1, L]; a single score s as [s, 0], the logits of winning
+    against a score of 0.
+    """
     with torch.no_grad():
-        return [model(input_ids=torch.tensor([list(prompt)]), use_cache=False).logits[0].float() for prompt in prompts]
+        found = [model(input_ids=torch.tensor([list(prompt)]), use_cache=False).logits.float() for prompt in prompts]
+    if found and found[0].dim() == 2:
+        return [functional.pad(scores, (0, 1)) if scores.shape[1] == 1 else scores for scores in found]
+    return [logits[0] for logits in found]
 
 
 def compare_logits(tuned: Sequence[Tensor], merged: Sequence[Tensor]) -> Difference:
@@ -133,7 +142,8 @@ def reloaded_logits(folder: Path, prompts: Sequence[Sequence[int]]) -> list[Tens
 
     Raises CheckpointError for a missing or unexpected weight.
     """
-    from_pretrained: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+    labels = labels_of(read_json_file(folder / "config.json"))
+    from_pretrained: Callable[..., Any] = auto_class(labels).from_pretrained
     with quiet_libraries():
         model, info = from_pretrained(
             str(folder), dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True

@@ -35,7 +35,7 @@ from llmtune.deploy.model_folder import ModelFolder, open_model_folder, write_mo
 from llmtune.deploy.ollama import modelfile as modelfile_of
 from llmtune.deploy.usage import GGUF_NAME, Result, usage
 from llmtune.errors import ModelError, UsageError
-from llmtune.evaluation.inference_model import find_prompt_defaults, find_tokenizer
+from llmtune.evaluation.inference_model import find_prompt_defaults, find_tokenizer, labels_in
 from llmtune.models.catalog import resolve, resolve_model_argument
 
 __all__ = ["ExportReport", "Format", "check_output", "export"]
@@ -92,6 +92,9 @@ def export(
     adapter = result if result is not None and (result / "adapter_config.json").is_file() else None
     if base is not None and adapter is None:
         raise UsageError("--base is for adapters, and this is a whole model", where="--base", fix="leave it out")
+    if file_format != "safetensors" and result is not None and labels_in(result):
+        fix = "name a folder as --output, which transformers loads as sequence classification"
+        raise UsageError("a GGUF file holds a model that answers, and this one gives scores", str(output), fix)
     durable.prepare_target(output, print_line)  # an export that was killed leaves a folder as large as the model
     named_type = GGUF_TYPES[gguf_type] if gguf_type is not None else None
     if named_type is not None:
@@ -300,7 +303,7 @@ def _compare(
         tolerance=limit_for(source, is_float32=quantized is not None or dtypes == {torch.float32}),
         quantization=quantization,
         notes=notes or [],
-        usage=usage(request.result(model_folder)),
+        usage=[] if model_folder.labels else usage(request.result(model_folder)),
     )
     refuse_if_different(
         report.difference,

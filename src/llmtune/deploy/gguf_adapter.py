@@ -41,6 +41,9 @@ def export_adapter(source: Path, output: Path, *, base: str | None = None, offli
         problem = f"`{output}` is no file to make" if output.suffix.lower() != ".gguf" else f"`{output}` already exists"
         raise UsageError(problem, where="--output", fix="name a new file that ends in .gguf")
     inputs = find_merge_inputs(source, base, offline=offline)
+    if inputs.labels:
+        fix = "merge it (`llmtune merge-lora`): transformers loads the folder as sequence classification"
+        raise AdapterError("the adapter gives scores, and a GGUF file holds what answers", str(output), fix)
     plan = plan_merge(inputs, dtype=None, dequantize=False)
     architecture = refuse_unwritable(plan.config)
     alpha = float(read_adapter_config(inputs.adapter).get("lora_alpha", 8))

@@ -77,7 +77,7 @@ def merge_lora(
     offline: bool = False,
     print_line: PrintLine = silent,
 ) -> MergeReport:
-    """Write `output`, a folder that `AutoModelForCausalLM.from_pretrained` loads, from a run or an adapter.
+    """Write `output`, a folder that transformers' `from_pretrained` loads, from a run or an adapter.
 
     base: another copy of the same base; an adapter trained on a quantized base is then merged into the unquantized
     weights. dtype: float32, bfloat16 or float16; each weight keeps its stored type when None.
@@ -100,7 +100,8 @@ def merge_lora(
         print_line(f"comparing the result with base + adapter on {len(prompts)} prompts")
         # From the files and by plain transformers, as a user will load it.
         merged = reloaded_logits(staging, prompts)
-        served = usage(folder_result(str(output), plan.config, inputs.tokenizer, inputs.defaults))
+        answering = folder_result(str(output), plan.config, inputs.tokenizer, inputs.defaults)
+        served = [] if inputs.labels else usage(answering)
         report = _report(inputs, plan, statistics, prompts, merged, base_digest=base_digest, dtype=dtype, usage=served)
         is_float32 = statistics.dtypes == {torch.float32}
         refuse_if_different(
@@ -179,6 +180,7 @@ def _tuned_logits(
         trained="adapter",
         precision="fp32",
         seed=0,
+        labels=inputs.labels,
     ).model
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -11,7 +11,7 @@ from llmtune.adapters.find import base_name_of, find_adapter, find_base, run_of
 from llmtune.config.layers import load_config
 from llmtune.deploy.base_weights import unquantized_folder
 from llmtune.errors import AdapterError
-from llmtune.evaluation.inference_model import find_prompt_defaults, find_tokenizer
+from llmtune.evaluation.inference_model import find_prompt_defaults, find_tokenizer, labels_in
 from llmtune.models.catalog import resolve
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.save import PromptDefaults
@@ -39,6 +39,8 @@ class MergeInputs:
     tokenizer: PreTrainedTokenizerFast
     defaults: PromptDefaults
     """What training put around each prompt."""
+    labels: tuple[str, ...] = ()
+    """Labels of the units of the adapter's head, where it gives scores."""
 
 
 def find_merge_inputs(source: Path, base: str | None, *, offline: bool = False) -> MergeInputs:
@@ -67,4 +69,5 @@ def find_merge_inputs(source: Path, base: str | None, *, offline: bool = False) 
         loaded_dtype=record.get("dtype") or "float32",
         tokenizer=find_tokenizer(adapter, run or adapter, base_source, config),
         defaults=find_prompt_defaults(adapter, run or adapter, config),
+        labels=labels_in(adapter),
     )

@@ -17,9 +17,11 @@ from llmtune.common.dtypes import torch_dtype
 from llmtune.deploy.base_weights import BaseWeights, meta_model, open_base_weights, tied_names
 from llmtune.deploy.merge_inputs import MergeInputs
 from llmtune.errors import AdapterError
+from llmtune.models.parameters import SCORE_HEADS
 from llmtune.models.quantization import quantize_dequantize, quantized_layers
 from llmtune.models.read_config import read_config
 from llmtune.models.scan import weight_files
+from llmtune.models.score_head import as_scoring
 from llmtune.models.weights import digest_tensors
 
 if TYPE_CHECKING:
@@ -103,24 +105,29 @@ def plan_merge(inputs: MergeInputs, *, dtype: torch.dtype | None, dequantize: bo
     Raises AdapterError when the adapter does not fit the base, ModelError when the base cannot be read.
     """
     config = read_config(inputs.base_folder)
+    if inputs.labels:
+        as_scoring(config, inputs.labels, inputs.tokenizer, str(inputs.base_folder))
     text = config.get_text_config()
     stored_rows = int(text.vocab_size)
     # As in training, which gave the embedding a row for each token of the tokenizer.
     text.vocab_size = rows = max(stored_rows, max(inputs.tokenizer.get_vocab().values()) + 1)
-    model = meta_model(config)
+    model = meta_model(config, inputs.labels)
     base = open_base_weights(weight_files(inputs.base_folder), model)
     embeddings = _embedding_names(model)
     _check_base(base, model, embeddings, stored_rows)
     tensors = read_adapter_tensors(inputs.adapter)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    updates = find_weight_updates(meta_model(config), inputs.adapter, shapes)
+    updates = find_weight_updates(meta_model(config, inputs.labels), inputs.adapter, shapes)
     sources, by_weight, notes = _separate_tied_weights(model, base, updates, tensors)
     # A head that gets values of its own must not be tied again by whoever loads the result.
     if any(name not in base.names for name in sources):
         config.tie_word_embeddings = text.tie_word_embeddings = False
     if rows > stored_rows:
         notes.append(f"{rows - stored_rows} embedding rows are added for the tokens that training added")
-    quantized = quantized_layers(meta_model(config), inputs.quantization) if inputs.quantization else set()
+    quantized: set[str] = set()
+    if inputs.quantization:
+        keeps = SCORE_HEADS if inputs.labels else ()
+        quantized = quantized_layers(meta_model(config, inputs.labels), inputs.quantization, keeps)
     return MergePlan(
         base=base,
         config=config,

@@ -23,6 +23,7 @@ from llmtune.models.model_card import THIS_FOLDER, exported_model_card
 from llmtune.models.read_config import read_config
 from llmtune.models.save import PromptDefaults, read_prompt_defaults
 from llmtune.models.scan import read_json_file, weight_files
+from llmtune.models.score_head import labels_of
 from llmtune.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class ModelFolder:
     tokenizer: PreTrainedTokenizerFast
     defaults: PromptDefaults
     """What training put around each prompt."""
+    labels: tuple[str, ...] = ()
+    """Labels of the units of its head, where it gives scores."""
 
     def dtype(self, name: str, requested: torch.dtype | None) -> torch.dtype:
         """Return the type a weight is written in: `requested` for floating-point weights, else as stored."""
@@ -77,6 +80,7 @@ class ModelFolder:
             trained="full",
             precision="fp32",
             seed=0,
+            labels=self.labels,
         )
         parameters = dict(loaded.model.named_parameters())
         with torch.no_grad():
@@ -118,8 +122,8 @@ def open_model_folder(
         fix = "name the run that trained it, or its folder"
         raise ModelError(f"`{source.name}` is built from scratch and stored nowhere", where="RUN|MODEL", fix=fix)
     folder = unquantized_folder(source, noun="model", fix="name the unquantized model")
-    config = read_config(folder)
-    model = meta_model(config)
+    config, labels = read_config(folder), labels_of(read_json_file(folder / "config.json"))
+    model = meta_model(config, labels)
     weights = open_base_weights(weight_files(folder), model)
     tokenizer = tokenizer or load_tokenizer(source, ModelConfig(name=source.name)).tokenizer
     tied = set(tied_names(model))
@@ -133,11 +137,12 @@ def open_model_folder(
         names,
         tokenizer,
         defaults or read_prompt_defaults(folder),
+        labels,
     )
 
 
 def write_model_folder(model_folder: ModelFolder, output: Path, *, dtype: torch.dtype | None) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads: weights, config, tokenizer and card.
+    """Write a folder that transformers' `from_pretrained` loads: weights, config, tokenizer and card.
 
     dtype: type of every floating-point weight, rounded once; as stored when None. Raises ModelError for a weight that
     does not fit, MachineError when the system refuses to write.
@@ -153,12 +158,13 @@ def write_model_folder(model_folder: ModelFolder, output: Path, *, dtype: torch.
         config=model_folder.config,
         class_name=model_folder.class_name,
         dtypes={tensor.dtype for tensor in described.values() if tensor.is_floating_point()},
-        generation_config_from=(model_folder.folder,),
+        generation_config_from=() if model_folder.labels else (model_folder.folder,),
         tokenizer=model_folder.tokenizer,
         card=exported_model_card(
             source.name if source.kind == "hub" else model_folder.folder.name,
             prompts=model_folder.defaults.described(),
             usage=usage(model_folder.result(THIS_FOLDER)),
+            labels=model_folder.labels,
         ),
         defaults=model_folder.defaults,
     )

@@ -58,13 +58,14 @@ def write_merged(plan: MergePlan, inputs: MergeInputs, folder: Path) -> MergeSta
         config=plan.config,
         class_name=plan.class_name,
         dtypes=statistics.dtypes,
-        generation_config_from=(inputs.adapter, inputs.base_folder),
+        generation_config_from=() if inputs.labels else (inputs.adapter, inputs.base_folder),
         tokenizer=inputs.tokenizer,
         card=merged_model_card(
             adapter=inputs.adapter.name,
             base=inputs.base_name,
             prompts=inputs.defaults.described(),
             usage=usage(folder_result(THIS_FOLDER, plan.config, inputs.tokenizer, inputs.defaults)),
+            labels=inputs.labels,
         ),
         defaults=inputs.defaults,
     )

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from llmtune.engine.objective import (
 )
 from llmtune.engine.precision import Precision
 from llmtune.engine.probe import Probe
+from llmtune.engine.scoring import Scores, flat_scores, plain_scores
 from llmtune.engine.sequence_parallel import SharedRows
 from llmtune.engine.sharding import Strategy, Whole
 from llmtune.errors import ConfigError, ModelError
@@ -45,7 +46,7 @@ from llmtune.kernels.linear_cross_entropy import Head, find_head
 from llmtune.kernels.patch_model import NO_LIBRARIES, kernel_libraries, patch_model, undo_patches
 from llmtune.kernels.tiled_mlp import run_in_tiles
 from llmtune.models.load import ATTENTION_IMPLEMENTATIONS
-from llmtune.models.parameters import base_model_of, checkpointable_blocks
+from llmtune.models.parameters import base_model_of, checkpointable_blocks, find_score_head
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -84,6 +85,9 @@ class Engine:
     the graph likewise.
     """
 
+    scores: Scores
+    """Scores of each example by a model that gives scores, float32 [S, L], joined to the graph likewise."""
+
     layout: Layout
     """`flat` (one row, no padding, `segments` given) or `padded`: how micro-batches must be laid out for `nll_sum`."""
 
@@ -118,11 +122,13 @@ def build_engine(
     shared = (rows.check_heads(base_model_of(model).config),) if rows else ()
     engine = _choose_engine(model, config, device, precision, strategy, rows)
     nll_sum, log_probs, token_log_probs = engine.nll_sum, engine.log_probs, engine.token_log_probs
+    scores = engine.scores
     engine = replace(
         engine,
         nll_sum=lambda batch: strategy.run(nll_sum, batch),
         log_probs=lambda batch: strategy.run(log_probs, batch),
         token_log_probs=lambda batch, temperature: strategy.run(token_log_probs, batch, temperature),
+        scores=lambda batch: strategy.run(scores, batch),
         equal_counts=strategy.is_sharded,
         decisions=(*shared, *engine.decisions),
     )
@@ -159,7 +165,6 @@ def _choose_engine(
     for backend, chosen in product(backends, libraries):
         counts = Counter() if is_compiled else patch_model(base, device.type, chosen)
         head = find_head(base, chosen)
-        assert head is not None
         if chosen != libraries[0] and (counts, head) == tried:
             undo_patches(base)
             continue  # the model has no part with such a kernel
@@ -198,12 +203,13 @@ def _reason_for_plain_engine(model: PreTrainedModel | PeftModel, config: Config)
     if config.training.engine == "plain":
         return "asked for by training.engine"
     base = base_model_of(model)
-    if find_head(base) is None or base.get_decoder() is base:
+    has_head = find_head(base) is not None or find_score_head(base) is not None
+    if not has_head or base.get_decoder() is base:
         return f"{type(base).__name__} has no decoder and output head that can be called apart"
     return None
 
 
-def _patch_decisions(counts: Counter[str], head: Head, device: torch.device) -> tuple[Decision, ...]:
+def _patch_decisions(counts: Counter[str], head: Head | None, device: torch.device) -> tuple[Decision, ...]:
     decisions = []
     if layers := counts["LoRA"]:
         reason = f"{layers} LoRA layers add their update inside the frozen product and keep only their input"
@@ -211,7 +217,7 @@ def _patch_decisions(counts: Counter[str], head: Head, device: torch.device) -> 
     if device.type != "cuda":
         return tuple(decisions)
     reasons = {name: KERNEL_REASONS[name].format(counts[name]) for name in KERNEL_REASONS if counts[name]}
-    if head.in_place:
+    if head is not None and head.in_place:
         reasons["cross-entropy by Liger"] = "the loss writes its gradient over the logits"
     if reasons:
         if LIGER not in kernel_libraries(device.type):
@@ -294,13 +300,15 @@ def group_tokens(shape: PreTrainedConfig) -> int:
 def _flat_engine(
     model: PreTrainedModel | PeftModel,
     backend: str,
-    head: Head,
+    found_head: Head | None,
     device: torch.device,
     part: RowPart,
     attention: str,
     decisions: tuple[Decision, ...],
     failures: Sequence[str],
 ) -> Engine:
+    # None of a model that gives scores, of which nobody asks tokens.
+    head = cast("Head", found_head)
     reason = f"asked for ({attention})" if attention != "auto" else BACKEND_REASONS[backend]
     if failures:
         reason += f"; what is faster failed: {'; '.join(failures)}"
@@ -310,6 +318,7 @@ def _flat_engine(
         token_log_probs=lambda batch, temperature: flat_token_log_probs(
             model, batch, temperature, head=head, device=device
         ),
+        scores=lambda batch: flat_scores(model, batch, device=device),
         layout="flat",
         max_group_tokens=group_tokens(base_model_of(model).config) if device.type == "cpu" else None,
         decisions=(
@@ -336,6 +345,7 @@ def _plain_engine(
         nll_sum=lambda batch: plain_nll_sum(model, batch),
         log_probs=lambda batch: plain_log_probs(model, batch),
         token_log_probs=lambda batch, temperature: plain_token_log_probs(model, batch, temperature),
+        scores=lambda batch: plain_scores(model, batch),
         layout="padded",
         decisions=tuple(all_decisions),
     )

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmtune.config.schema import AdapterConfig, ObjectiveConfig
+from llmtune.common.decisions import Decision
+from llmtune.config.schema import AdapterConfig, Config, EvaluationConfig, ObjectiveConfig
 from llmtune.data.dataset.micro_batch import Layout, MicroBatch, idle_micro_batch, make_micro_batch, split_group
 from llmtune.data.dataset.packing import examples_together
 from llmtune.data.example import SIDES, Example, ExampleSet
@@ -38,6 +39,7 @@ __all__ = [
     "Mismatches",
     "PreferenceObjective",
     "begins_anew",
+    "for_comparison",
     "mismatched_example",
     "needs_reference",
     "resolve_objective",
@@ -66,6 +68,36 @@ def resolve_objective(objective: ObjectiveConfig, *, new_adapter: bool) -> Objec
     if objective.reference == "auto":
         objective = replace(objective, reference="base" if new_adapter else "start")
     return objective
+
+
+def for_comparison(config: Config) -> tuple[Config, list[Decision]]:
+    """Return the config of a run with another objective than answers, and the choices made.
+
+    The best model is chosen by a metric that there is; dropout is off where answers are compared with a reference.
+    """
+    chosen: list[Decision] = []
+    if config.evaluation.best_by == EvaluationConfig().best_by:
+        draws = config.objective.method == "grpo"
+        metric = "eval_reward" if draws else "eval_loss"
+        config = replace(config, evaluation=replace(config.evaluation, best_by=metric))
+        reason = "the mean reward of held-out prompts" if draws else f"the held-out loss of {config.objective.method}"
+        chosen.append(Decision("evaluation.best_by", metric, reason))
+    if config.objective.trains_head:  # nothing is compared with another model, and there are no answers
+        if config.evaluation.prompts:
+            chosen.append(Decision("evaluation.prompts", "not used", "a model that gives scores answers nothing"))
+        return replace(config, evaluation=replace(config.evaluation, prompts=())), chosen
+    reason = "answers are compared with a reference, whose numbers dropout would blur"
+    rates = {
+        "adapter.dropout": config.adapter.dropout,
+        "model.architecture.dropout": config.model.architecture.dropout,
+        "model.architecture.attention_dropout": config.model.architecture.attention_dropout,
+    }
+    shape = replace(config.model.architecture, dropout=0.0, attention_dropout=0.0)
+    if config.model.architecture.dropout or config.model.architecture.attention_dropout:
+        config = replace(config, model=replace(config.model, architecture=shape))
+    config = replace(config, adapter=replace(config.adapter, dropout=0.0))
+    off = [Decision(key, 0.0, f"{reason} (asked for: {rate:g})") for key, rate in rates.items() if rate]
+    return config, [*chosen, *off]
 
 
 def needs_reference(objective: ObjectiveConfig) -> bool:

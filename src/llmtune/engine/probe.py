@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmtune.common.memory_errors import is_out_of_memory
-from llmtune.data.dataset.micro_batch import make_micro_batch
+from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
-from llmtune.engine.objective import WHOLE_ROW, flat_nll_sum, plain_nll_sum
+from llmtune.engine.objective import WHOLE_ROW, flat_nll_sum, plain_nll_sum, weighted_nll_sum
 from llmtune.engine.precision import Precision
 from llmtune.engine.sequence_parallel import SharedRows
 from llmtune.engine.sharding import Strategy
 from llmtune.errors import ModelError, in_one_line
 from llmtune.kernels.attention import BACKENDS, use_attention, use_segment_attention
-from llmtune.kernels.linear_cross_entropy import Head
+from llmtune.kernels.linear_cross_entropy import Head, find_head
 from llmtune.models.parameters import base_model_of, eval_mode
 
 if TYPE_CHECKING:
@@ -104,7 +104,11 @@ class Probe:
         self._model, self._device, self._precision, self._strategy = model, device, precision, strategy
         self._rows = rows
         vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, union-attr]
-        lengths = _lengths(model, device)
+        base, lengths = base_model_of(model), _lengths(model, device)
+        self._plain_nll_sum = plain_nll_sum
+        if find_head(base) is None:
+            self._plain_nll_sum = _hidden_nll_sum
+            vocabulary = min(vocabulary, int(base.config.get_text_config().hidden_size))
         self._documents, self._changed = _documents(vocabulary, lengths, 0), _documents(vocabulary, lengths, 1)
         self._with_gradients = (
             device.type == "cuda" and not strategy.is_sharded and not torch.is_inference_mode_enabled()
@@ -114,8 +118,11 @@ class Probe:
         self.failure = self._caught(self._measure_library)
         """Why the library's own way does not work on such a batch; None where it does."""
 
-    def failure_of(self, backend: str, head: Head) -> str | None:
+    def failure_of(self, backend: str, head: Head | None) -> str | None:
         """Switch the model to a backend and compare, with that head; when that fails, switch back and say why.
+
+        head: None of a model that gives scores. A new head of scores is 0, and would hide every fault: the hidden
+        states themselves are taken for logits.
 
         Raises the error of memory that runs out, which says nothing of the backend.
         """
@@ -124,7 +131,7 @@ class Probe:
 
         def compare() -> str | None:
             use_segment_attention(base, backend, self._rows.attention(BACKENDS[backend]) if self._rows else None)
-            return self._strategy.run(self._compare, head)
+            return self._strategy.run(self._compare, head or Head(nn.Identity()))
 
         failure = self._caught(compare)
         if failure is not None and base.config._attn_implementation != before:
@@ -143,7 +150,7 @@ class Probe:
 
     def _measure_library(self) -> None:
         def plain(examples: Sequence[Example]) -> Tensor:
-            return plain_nll_sum(self._model, make_micro_batch(examples, "padded", 0))
+            return self._plain_nll_sum(self._model, make_micro_batch(examples, "padded", 0))
 
         def measure() -> None:
             with eval_mode(self._model), self._precision.autocast():
@@ -208,6 +215,14 @@ def _difference(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
             where, times = (f" in {name}", ONE_WEIGHT) if name else ("", 1.0)
             return f"its gradient on a probe is {share * times:.2g} of its norm away from the plain backward's{where}"
     return None
+
+
+def _hidden_nll_sum(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """As `plain_nll_sum`, of the hidden states [B, T, E] in the place of logits."""
+    batch = batch.to(next(model.parameters()).device)
+    decoder = base_model_of(model).base_model  # type: ignore[arg-type]
+    hidden = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    return weighted_nll_sum(hidden.last_hidden_state, batch.input_ids, batch.weights)
 
 
 def _compute_dtype(model: PreTrainedModel | PeftModel, device: torch.device) -> torch.dtype:

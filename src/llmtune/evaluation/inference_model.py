@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from llmtune.adapters.config_file import read_base_record
+from llmtune.adapters.config_file import read_adapter_config, read_base_record
 from llmtune.adapters.find import base_name_of, find_base, find_result_named, run_of
-from llmtune.adapters.load import load_adapter
+from llmtune.adapters.load import load_adapter, read_adapter_tensors
 from llmtune.config.layers import load_config
 from llmtune.config.schema import Config, DataConfig, ModelConfig
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.engine.choose_device import choose_device
 from llmtune.engine.precision import choose_precision
-from llmtune.errors import ModelError
+from llmtune.errors import ModelError, UsageError
 from llmtune.models.catalog import resolve, resolve_model_argument
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.load import LoadedModel, load_model
+from llmtune.models.parameters import SCORE_HEADS
 from llmtune.models.save import PromptDefaults, prompt_defaults_of, read_prompt_defaults
 from llmtune.models.scan import read_json_file
+from llmtune.models.score_head import REWARD, labels_of
 from llmtune.models.tokenizer import load_tokenizer, load_tokenizer_folder
 from llmtune.models.weights import load_trained_part
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["InferenceModel", "find_prompt_defaults", "find_tokenizer", "load_inference_model"]
+__all__ = ["InferenceModel", "find_prompt_defaults", "find_tokenizer", "labels_in", "load_inference_model"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class InferenceModel:
     """The base it was tuned from, where that is known."""
     defaults: PromptDefaults = field(default_factory=PromptDefaults)
     """What stands around each prompt."""
+    labels: tuple[str, ...] = ()
+    """Labels of the units of its head, where it gives scores and no text."""
 
     @contextmanager
     def as_before_tuning(self) -> Iterator[PreTrainedModel | PeftModel]:
@@ -68,7 +72,8 @@ class InferenceModel:
                 fix="name the second run or model with --with, or a run that tuned a pretrained model",
             )
         device = next(self.model.parameters()).device
-        yield _load_model(self.base, ModelConfig(name=self.base.name), self.tokenizer, device).model
+        model_config = ModelConfig(name=self.base.name)
+        yield _load_model(self.base, model_config, self.tokenizer, device, labels=self.labels).model
 
 
 def load_inference_model(
@@ -78,11 +83,13 @@ def load_inference_model(
     offline: bool = False,
     no_cuda: bool = False,
     template_args: Mapping[str, object] | None = None,
+    may_score: bool = False,
 ) -> InferenceModel:
     """Load RUN|MODEL: a run, an adapter's or a model's folder, a catalog name, a hub id, or a .gguf file.
 
     Of a run the final model is taken, else the best, else the newest checkpoint; or `checkpoint` (see `find_result`).
-    template_args: arguments of the chat template, before those of its training.
+    template_args: arguments of the chat template, before those of its training. may_score: whether a model that gives
+    scores is loaded, and not refused (UsageError).
     Raises ModelError, AdapterError or TokenizerError for a model that cannot be found or loaded, UsageError for a
     checkpoint that is not there, MachineError when it cannot be fetched.
     """
@@ -92,16 +99,35 @@ def load_inference_model(
     folder = run or Path(name)
     # Without the environment: a run is used as it was trained, whatever this shell sets.
     config = load_config(str(folder / "config.yaml"), environ={}).config if run is not None else None
+    labels = () if result is None else labels_in(result)
+    if labels and not may_score:
+        raise UsageError("this model gives scores and no text", name, f"llmtune predict {name} --data FILE prints them")
     if result is None:
         loaded = _load_published(name, device, offline=offline)
     elif (result / "adapter_config.json").is_file():
-        loaded = _load_adapted(result, folder, config, device, offline=offline)
+        loaded = _load_adapted(result, folder, config, device, offline=offline, labels=labels)
     else:
-        loaded = _load_full(result, folder, config, device, offline=offline)
+        loaded = _load_full(result, folder, config, device, offline=offline, labels=labels)
+    loaded = replace(loaded, labels=labels)
     if not template_args:
         return loaded
     defaults = replace(loaded.defaults, template_args={**loaded.defaults.template_args, **template_args})
     return replace(loaded, defaults=defaults, renderer=_make_renderer(loaded.tokenizer, config, defaults))
+
+
+def labels_in(result: Path) -> tuple[str, ...]:
+    """Labels of the adapter or model in a folder; none of one that gives text. Raises AdapterError or ModelError."""
+    if not (result / "adapter_config.json").is_file():
+        return labels_of(read_json_file(result / "config.json"))
+    if read_adapter_config(result).get("task_type") != "SEQ_CLS":
+        return ()
+    named = read_base_record(result).get("labels")
+    if named:
+        return tuple(named)
+    # Of another program: only the shape of the head says how many units it has.
+    tensors = read_adapter_tensors(result)
+    units = next((len(value) for name, value in tensors.items() if name.split(".")[-2] in SCORE_HEADS), 1)
+    return REWARD if units == 1 else tuple(f"LABEL_{index}" for index in range(units))
 
 
 def _load_published(name: str, device: torch.device, *, offline: bool) -> InferenceModel:
@@ -113,7 +139,7 @@ def _load_published(name: str, device: torch.device, *, offline: bool) -> Infere
 
 
 def _load_adapted(
-    adapter: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool
+    adapter: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool, labels: tuple[str, ...]
 ) -> InferenceModel:
     source, record = find_base(adapter, offline=offline), read_base_record(adapter)
     tokenizer = find_tokenizer(adapter, folder, source, config)
@@ -123,14 +149,20 @@ def _load_adapted(
     if quantization := record.get("quantization"):
         # Quantized from the same numbers as in training, or the adapter would meet another base.
         model_config = replace(model_config, quantization=quantization, dtype=record.get("dtype") or "auto")
-    base = _load_model(source, model_config, tokenizer, device, seed=seed)
+    base = _load_model(source, model_config, tokenizer, device, seed=seed, labels=labels)
     model = load_adapter(base.model, adapter, base_digest=base.base_digest)
     description = f"{base_name_of(adapter)} with the adapter {adapter}"
     return _with_renderer(model, tokenizer, description, source, folder, config, result=adapter)
 
 
 def _load_full(
-    model_folder: Path, folder: Path, config: Config | None, device: torch.device, *, offline: bool
+    model_folder: Path,
+    folder: Path,
+    config: Config | None,
+    device: torch.device,
+    *,
+    offline: bool,
+    labels: tuple[str, ...],
 ) -> InferenceModel:
     source = resolve(str(model_folder), offline=offline)
     base = None if config is None else resolve(config.model.name, config.model.revision, offline=offline)
@@ -138,10 +170,10 @@ def _load_full(
     is_part = config is not None and bool(config.model.train_only) and model_folder.name.startswith("step-")
     if config is not None and base is not None and is_part:
         # A checkpoint holds what is trained; the rest is the base's.
-        model = _load_model(base, config.model, tokenizer, device, seed=config.run.seed).model
+        model = _load_model(base, config.model, tokenizer, device, seed=config.run.seed, labels=labels).model
         load_trained_part(model, model_folder)
     else:
-        model = _load_model(source, ModelConfig(name=str(model_folder)), tokenizer, device).model
+        model = _load_model(source, ModelConfig(name=str(model_folder)), tokenizer, device, labels=labels).model
     return _with_renderer(model, tokenizer, f"the model in {model_folder}", base, folder, config, result=model_folder)
 
 
@@ -169,13 +201,21 @@ def _load_model(
     device: torch.device,
     *,
     seed: int = 0,
+    labels: tuple[str, ...] = (),
 ) -> LoadedModel:
     # float32 on a CPU; a GPU multiplies 16 bits fastest, and nothing here is trained.
     precision = "fp32"
     if device.type != "cpu":
         precision = str(choose_precision(device, has_adapter=True).value)
     return load_model(
-        source, model_config, tokenizer=tokenizer, device=device, trained="adapter", precision=precision, seed=seed
+        source,
+        model_config,
+        tokenizer=tokenizer,
+        device=device,
+        trained="adapter",
+        precision=precision,
+        seed=seed,
+        labels=labels,
     )
 
 

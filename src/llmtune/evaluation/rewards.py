@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmtune.config.schema import ObjectiveConfig
+from llmtune.data.example import Row
 from llmtune.errors import ConfigError, UsageError
+from llmtune.evaluation.reward_model import open_reward_model
 from llmtune.evaluation.scores import SCORES, Score, user_function
 
 __all__ = ["REWARDS", "AnswerGroup", "Reward", "find_rewards", "rewards_digest", "total_reward"]
@@ -49,13 +51,20 @@ class Reward:
     """Gives a number for each answer of a group, higher is better; None for one that it does not judge."""
 
 
-def find_rewards(objective: ObjectiveConfig, functions: Sequence[str] = ()) -> list[Reward]:
+def find_rewards(
+    objective: ObjectiveConfig, functions: Sequence[str] = (), *, no_cuda: bool = False, offline: bool = False
+) -> list[Reward]:
     """Return the rewards of a config and those of `--reward FILE.py:FUNCTION[=WEIGHT]`.
 
     Such a file is run, so its name comes from a command line or a Python caller, never from a config. Raises
     ConfigError where there is no reward at all, UsageError where there is no such file or function.
     """
-    rewards = [Reward(name, weight, "", REWARDS[name](objective)) for name, weight in objective.rewards.items()]
+    rewards = [
+        Reward(name, weight, "", REWARDS[name](objective))
+        if name != MODEL
+        else _model(objective, weight, no_cuda=no_cuda, offline=offline)
+        for name, weight in objective.rewards.items()
+    ]
     for text in functions:
         name, separator, weight = text.rpartition("=")
         try:
@@ -119,6 +128,20 @@ def _own(name: str, weight: float) -> Reward:
         return [None if value is None else float(value) for value in values]
 
     return Reward(short_name, weight, hashlib.sha256(Path(path).read_bytes()).hexdigest(), judge)
+
+
+MODEL = "model"
+"""The reward that a model gives."""
+
+
+def _model(objective: ObjectiveConfig, weight: float, *, no_cuda: bool, offline: bool) -> Reward:
+    """The score of prompt and answer by `objective.reward_model`; its weights count as the reward's code."""
+    scores, digest = open_reward_model(objective, no_cuda=no_cuda, offline=offline)
+
+    def judge(group: AnswerGroup) -> Sequence[float | None]:
+        return scores(Row(group.source, group.columns), group.answers)
+
+    return Reward(MODEL, weight, digest, judge)
 
 
 # --- the rows of the table

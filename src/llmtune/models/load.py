@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -10,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from llmtune.common.decisions import Decision
 from llmtune.common.dtypes import torch_dtype
@@ -19,15 +19,16 @@ from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError, ModelError, Problem, in_one_line
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.hub import local_folder, may_ignore_auto_map
-from llmtune.models.parameters import checkpointable_blocks
+from llmtune.models.parameters import SCORE_HEADS, checkpointable_blocks
 from llmtune.models.quantization import disable_cpu_repacking, quantization_config
-from llmtune.models.read_config import quiet_libraries, read_config
+from llmtune.models.read_config import auto_class, quiet_libraries, read_config
 from llmtune.models.scan import read_json_file, refuse_unsafe_folder, weight_files
+from llmtune.models.score_head import as_scoring, zero_new_head
 from llmtune.models.scratch import build_config, build_model
 from llmtune.models.weights import digest_tensors, inspect_weights, refuse_changed_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = [
     "ADDED_ROWS",
@@ -51,6 +52,9 @@ ADDED_ROWS = "embedding rows"
 """Key of the choice to add rows; its value is the number of all rows."""
 
 LARGEST_FLOAT16 = 65504.0
+
+TOKEN_HEADS = ("lm_head", "embed_out")
+"""Names of the layer that predicts tokens, for which a model that gives scores has no place."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +88,16 @@ def load_model(
     seed: int,
     trust_remote_code: bool = False,
     blocks_as_stored: bool = False,
+    labels: Sequence[str] = (),
 ) -> LoadedModel:
     """Load or build the model on `device`; the global random state stays as it was.
 
     precision: `fp32`, `bf16` or `fp16`, the arithmetic of training. seed: of a from-scratch model's weights.
     blocks_as_stored: leave weights of blocks in the files' type where that can be, so that on a CPU they stay in the
-    mapped files until a block is converted (`LoadedModel.blocks_dtype`).
+    mapped files until a block is converted (`LoadedModel.blocks_dtype`). labels: of a model that gives scores.
 
     Raises ModelError for files that are unsafe, missing or unreadable, and for weights that are missing, unexpected, of
-    another shape or not finite; ConfigError for a contradiction in the config; MachineError when fetching or the cache
-    fails.
+    another shape or not finite; ConfigError for a contradiction in the config; MachineError when fetching fails.
     """
     if model_config.quantization != "none" and trained == "full":
         raise ConfigError(
@@ -102,7 +106,7 @@ def load_model(
             fix="adapter.method=lora (QLoRA), or model.quantization=none",
         )
     if source.kind == "scratch":
-        return _from_scratch(source, model_config, tokenizer=tokenizer, device=device, seed=seed)
+        return _from_scratch(source, model_config, tokenizer=tokenizer, device=device, seed=seed, labels=labels)
     folder = local_folder(source, code=trust_remote_code)
     refuse_unsafe_folder(folder, trust_remote_code=trust_remote_code, ignore_auto_map=may_ignore_auto_map(source))
     refuse_foreign_quantization(folder, trained)
@@ -114,15 +118,17 @@ def load_model(
     )
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if model_config.quantization != "none":
-        options["quantization_config"] = quantization_config(model_config.quantization, dtype)
+        kept = SCORE_HEADS if labels else ()
+        options["quantization_config"] = quantization_config(model_config.quantization, dtype, kept)
+    config = _config_of(folder, labels, tokenizer, trust_remote_code=trust_remote_code)
     # Libraries draw numbers for weights that loading then overwrites.
     with torch.random.fork_rng(devices=[]):
-        model, blocks_dtype = None, None
-        if blocks_as_stored and options.keys().isdisjoint({"quantization_config"}):
-            model = _load_as_stored(folder, device, model_config.attention, options, weights.dtypes)
-            blocks_dtype = dtype if model is not None else None
+        model = None
+        if blocks_as_stored and "quantization_config" not in options:
+            model = _load_as_stored(folder, device, model_config.attention, options, config, labels, weights.dtypes)
+        blocks_dtype = None if model is None else dtype
         if model is None:
-            model = _load_pretrained(folder, device, model_config.attention, options)
+            model = _load_pretrained(folder, device, model_config.attention, options, config, labels)
         decisions += resize_for_tokenizer(model, tokenizer)
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         disable_cpu_repacking(model)
@@ -209,12 +215,16 @@ def _from_scratch(
     tokenizer: PreTrainedTokenizerFast,
     device: torch.device,
     seed: int,
+    labels: Sequence[str],
 ) -> LoadedModel:
     if model_config.quantization != "none":
         raise ConfigError(
             "a model built from scratch cannot be quantized", where="model.quantization", fix="model.quantization=none"
         )
-    model = build_model(build_config(source.entry or source.name, model_config.architecture, tokenizer), seed=seed)
+    config = build_config(source.entry or source.name, model_config.architecture, tokenizer)
+    if labels:
+        as_scoring(config, labels, tokenizer, source.name)
+    model = build_model(config, seed=seed, labels=labels)
     digest = digest_tensors(sorted(model.named_parameters()))
     if model_config.attention in ATTENTION_IMPLEMENTATIONS:
         with quiet_libraries():
@@ -230,8 +240,23 @@ def _from_scratch(
     return LoadedModel(model, digest, (Decision("model", source.name, reason),))
 
 
+def _config_of(
+    folder: Path, labels: Sequence[str], tokenizer: PreTrainedTokenizerFast, *, trust_remote_code: bool
+) -> PreTrainedConfig:
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    if labels:
+        as_scoring(config, labels, tokenizer, str(folder))
+    return config
+
+
 def _load_as_stored(
-    folder: Path, device: torch.device, attention: str, options: dict[str, Any], stored: frozenset[str]
+    folder: Path,
+    device: torch.device,
+    attention: str,
+    options: dict[str, Any],
+    config: PreTrainedConfig,
+    labels: Sequence[str],
+    stored: frozenset[str],
 ) -> PreTrainedModel | None:
     """Load the model with what is outside of its blocks in the type of `options`, and blocks in that of the files.
 
@@ -239,7 +264,9 @@ def _load_as_stored(
     """
     if len(stored) != 1 or not stored <= {"float32", "bfloat16", "float16"}:
         return None
-    model = _load_pretrained(folder, device, attention, options | {"dtype": torch_dtype(*stored)})
+    model = _load_pretrained(
+        folder, device, attention, options | {"dtype": torch_dtype(*stored)}, copy.deepcopy(config), labels
+    )
     # Other buffers than those of rotary positions, always float32, are computed in the model's type.
     if any(buffer.is_floating_point() and not name.endswith("inv_freq") for name, buffer in model.named_buffers()):
         return None
@@ -253,13 +280,19 @@ def _load_as_stored(
     return model
 
 
-def _load_pretrained(folder: Path, device: torch.device, attention: str, options: dict[str, Any]) -> PreTrainedModel:
+def _load_pretrained(
+    folder: Path,
+    device: torch.device,
+    attention: str,
+    options: dict[str, Any],
+    config: PreTrainedConfig,
+    labels: Sequence[str],
+) -> PreTrainedModel:
     where = str(folder)
     # Straight to the device: a copy on the CPU first would take the memory of the model twice.
     if "quantization_config" in options or device.type != "cpu":
         options["device_map"] = {"": device}
-    config = read_config(folder, trust_remote_code=options["trust_remote_code"])
-    from_pretrained: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
+    from_pretrained: Callable[..., Any] = auto_class(labels).from_pretrained
     try:
         with quiet_libraries():
             model, info = from_pretrained(
@@ -290,9 +323,16 @@ def _load_pretrained(folder: Path, device: torch.device, attention: str, options
             "and that its files are complete"
         )
         raise ModelError(f"the model cannot be loaded: {in_one_line(error)}", where=where, fix=fix) from error
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    if labels:
+        is_new = any(name.split(".")[0] in SCORE_HEADS for name in missing)
+        missing = {name for name in missing if name.split(".")[0] not in SCORE_HEADS}
+        unexpected = {name for name in unexpected if name.split(".")[0] not in TOKEN_HEADS}
+        if is_new:
+            zero_new_head(model)
     problems = [
-        *_weight_problems("is missing in the files", info["missing_keys"], where),
-        *_weight_problems("is in the files, and the model has no place for it", info["unexpected_keys"], where),
+        *_weight_problems("is missing in the files", missing, where),
+        *_weight_problems("is in the files, and the model has no place for it", unexpected, where),
         *_weight_problems("has another shape in the files than in the model", info["mismatched_keys"], where),
     ]
     if problems:

@@ -20,13 +20,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "SCORE_HEADS",
     "base_model_of",
     "checkpointable_blocks",
     "count_parameters",
     "eval_mode",
+    "find_score_head",
     "freeze_all_but",
     "trained_parameters",
 ]
+
+SCORE_HEADS = ("score", "classifier")
+"""Names in transformers' models of the layer that gives scores, and those that peft saves whole for `SEQ_CLS`."""
 
 
 def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -38,6 +43,13 @@ def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def checkpointable_blocks(module: nn.Module) -> list[GradientCheckpointingLayer]:
     """Return the decoder blocks inside a module, in order: those that transformers can recompute one by one."""
     return [block for block in module.modules() if isinstance(block, GradientCheckpointingLayer)]
+
+
+def find_score_head(model: PreTrainedModel) -> nn.Module | None:
+    """Return the head of a model that gives scores (peft's wrapper of it, where it has one); None of any other."""
+    if model.get_output_embeddings() is not None:
+        return None
+    return next((head for name in SCORE_HEADS if (head := getattr(model, name, None)) is not None), None)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

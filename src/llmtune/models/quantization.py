@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -100,8 +100,12 @@ def _compile_at_first_call() -> Iterator[None]:
         torch.compile = compile_now
 
 
-def quantization_config(kind: Literal["4bit", "8bit"], compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(
+    kind: Literal["4bit", "8bit"], compute_dtype: torch.dtype, keeps: Sequence[str] = ()
+) -> BitsAndBytesConfig:
     """Return the config that quantizes every linear layer but the head while it is loaded.
+
+    keeps: names of modules that stay as they are, in the place of the head that predicts tokens.
 
     4bit: NF4 with double quantization (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). 8bit: LLM.int8 (Dettmers et al.
     2022, arXiv:2208.07339). compute_dtype: type of the arithmetic with 4-bit weights.
@@ -113,12 +117,13 @@ def quantization_config(kind: Literal["4bit", "8bit"], compute_dtype: torch.dtyp
 
     if kind == "8bit":
         # Columns with values above 6 stay in 16 bits, as in the paper.
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=6.0, llm_int8_skip_modules=list(keeps) or None)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=list(keeps) or None,
     )
 
 
@@ -184,7 +189,7 @@ _OPTIMIZERS = {
 }
 
 
-def quantized_layers(meta_model: nn.Module, kind: Literal["4bit", "8bit"]) -> set[str]:
+def quantized_layers(meta_model: nn.Module, kind: Literal["4bit", "8bit"], keeps: Sequence[str] = ()) -> set[str]:
     """Return the names of the layers that loading with `model.quantization` quantizes; transformers decides them.
 
     meta_model: the unquantized model on the meta device; its layers are replaced. Raises MachineError where
@@ -193,7 +198,7 @@ def quantized_layers(meta_model: nn.Module, kind: Literal["4bit", "8bit"]) -> se
     from transformers.quantizers.auto import AutoHfQuantizer  # as above
 
     with quiet_libraries(), torch.device("meta"):
-        quantizer = AutoHfQuantizer.from_config(quantization_config(kind, torch.float32), pre_quantized=False)
+        quantizer = AutoHfQuantizer.from_config(quantization_config(kind, torch.float32, keeps), pre_quantized=False)
         quantizer.preprocess_model(model=meta_model, device_map={"": "cpu"})
     return {name for name, module in meta_model.named_modules() if is_quantized_linear(module)}
 

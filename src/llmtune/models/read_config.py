@@ -7,11 +7,11 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from llmtune import durable
 from llmtune.errors import ModelError, TokenizerError, in_one_line
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Context",
+    "auto_class",
     "context_of",
     "garbage_collection_paused",
     "quiet_libraries",
@@ -32,6 +33,13 @@ __all__ = [
 
 _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
 _LOGGERS = ("transformers", "peft", "accelerate", "huggingface_hub", "tokenizers", "gguf")
+
+
+def auto_class(labels: Sequence[str]) -> Any:
+    """Return the class of transformers that loads a model with these labels: a causal language model where none."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if labels else AutoModelForCausalLM
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from llmtune import durable
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config, DataConfig
 from llmtune.errors import CheckpointError, ModelError, Problem
-from llmtune.models.parameters import trained_parameters
+from llmtune.models.parameters import find_score_head, trained_parameters
 from llmtune.models.read_config import translate_save_errors
 from llmtune.models.scan import read_json_file
 
@@ -119,7 +119,12 @@ def restore_weights(
 def write_generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, stop_token_ids: Sequence[int], folder: Path
 ) -> None:
-    """Write generation_config.json with every token that ends an answer, so that other programs stop there too."""
+    """Write generation_config.json with every token that ends an answer, so that other programs stop there too.
+
+    A model that gives scores answers nothing, and gets none.
+    """
+    if find_score_head(model) is not None:
+        return
     generation = copy.deepcopy(model.generation_config)
     published = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     candidates = (*stop_token_ids, *published, tokenizer.eos_token_id)

@@ -11,7 +11,7 @@ positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -19,7 +19,8 @@ from llmtune.config.schema import ArchitectureConfig
 from llmtune.errors import ConfigError, ModelError, Problem
 from llmtune.models.catalog import CATALOG
 from llmtune.models.catalog_entry import CatalogEntry
-from llmtune.models.read_config import quiet_libraries
+from llmtune.models.read_config import auto_class, quiet_libraries
+from llmtune.models.score_head import zero_new_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -137,18 +138,19 @@ def build_config(
     return config
 
 
-def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
+def build_model(config: PreTrainedConfig, *, seed: int, labels: Sequence[str] = ()) -> PreTrainedModel:
     """Return a causal LM with fresh float32 weights, which are a function of (config, seed) alone.
+
+    labels: of a model that gives scores, whose head is 0 (see `score_head`).
 
     Matrices are drawn from N(0, 0.02^2), those that write into the residual stream from N(0, 0.02^2 / (2 L)); biases
     are 0, weights of norms 1. The global random state stays as it was.
     """
     import torch  # as above
-    from transformers import AutoModelForCausalLM
 
     with quiet_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = auto_class(labels).from_config(config, dtype=torch.float32)
     model.config.architectures = [type(model).__name__]
     # A generator of its own: the library's initialization has drawn from the global one, and may draw otherwise
     # tomorrow.
@@ -164,6 +166,8 @@ def build_model(config: PreTrainedConfig, *, seed: int) -> PreTrainedModel:
                 weight.zero_()
             else:
                 weight.fill_(1.0)
+    if labels:
+        zero_new_head(model)
     return model
 
 

@@ -26,13 +26,14 @@ from torch.utils._pytree import tree_leaves
 
 from llmtune.engine.forward import attention_ways, checkpoint_blocks
 from llmtune.engine.objective import FlatInputs, flat_forward, weighted_nll_sum
+from llmtune.engine.scoring import scores_of
 from llmtune.kernels.activation_offload import PAGE_BYTES, HostStore, offload_block_inputs
 from llmtune.kernels.attention import segment_mask, tiles_backend, use_segment_attention
 from llmtune.kernels.attention_layout import make_layout
 from llmtune.kernels.linear_cross_entropy import Head, find_head, head_nll_sum, token_nll
 from llmtune.kernels.patch_model import kernel_libraries, patch_model
 from llmtune.kernels.tiled_mlp import run_in_tiles
-from llmtune.models.parameters import base_model_of
+from llmtune.models.parameters import base_model_of, find_score_head
 from llmtune.plan.attention_memory import fake_flex_attention, workspace_bytes
 from llmtune.plan.meta_model import decoder_blocks, to_fake_tensors
 
@@ -265,12 +266,11 @@ def trace(
     _mark_phases(decoder_blocks(model), live)
     # A fake tensor is one of the CPU for either device type: the trace needs no GPU.
     autocast = torch.autocast("cpu", dtype=compute, enabled=compute is not None)
-    run = _flat if batch.layout == "flat" else _padded
     inputs = _inputs(batch, mode)
     head = find_head(base, libraries or ())
     with live:
         with autocast:
-            loss, after_forward = run(model, batch, inputs, live, device_type, head)
+            loss, after_forward = _forward(model, batch, inputs, live, device_type, head)
         loss.backward()  # type: ignore[no-untyped-call]
     phases = {phase: max(0, peak - live.before) for phase, peak in live.phases.items()}
     return Peaks(phases, live.gradients, max(0, after_forward - live.before), live.host_bytes)
@@ -349,7 +349,7 @@ def _inputs(batch: MicroBatchShape, mode: FakeTensorMode) -> _Inputs:
     return _Inputs(ids, ids, weights, rows_N, targets, ends)
 
 
-def _flat(
+def _forward(
     model: PreTrainedModel,
     batch: MicroBatchShape,
     inputs: _Inputs,
@@ -357,13 +357,18 @@ def _flat(
     device_type: str,
     head: Head | None,
 ) -> tuple[torch.Tensor, int]:
-    assert head is not None
+    if batch.layout == "padded":
+        return _padded(model, inputs, live)
+    score_head = find_score_head(base_model_of(model))
     mask = segment_mask(inputs.segments, max(batch.lengths), torch.device("cpu"))
     # Rows and targets are given, because a fake tensor has no values from which the engine could count them.
     flat = FlatInputs(inputs.ids, inputs.positions, mask, inputs.rows, inputs.targets, inputs.weights)
     hidden = flat_forward(model, flat)
     after_forward = live.now
     live.enter("loss")
+    if score_head is not None:
+        return scores_of(score_head, hidden[: len(batch.lengths)]).sum(), after_forward
+    assert head is not None
     weights = inputs.weights[0, : len(inputs.targets)]
     if batch.compares:
         return (token_nll(head, hidden, inputs.targets) * weights).sum(), after_forward
@@ -371,14 +376,7 @@ def _flat(
     return loss, after_forward
 
 
-def _padded(
-    model: PreTrainedModel,
-    _batch: MicroBatchShape,
-    inputs: _Inputs,
-    live: LiveBytes,
-    _device_type: str,
-    _head: Head | None,
-) -> tuple[torch.Tensor, int]:
+def _padded(model: PreTrainedModel, inputs: _Inputs, live: LiveBytes) -> tuple[torch.Tensor, int]:
     """The plain engine's forward; without its padding mask, whose values a fake tensor does not have."""
     after_forward = 0
 
@@ -387,7 +385,12 @@ def _padded(
         after_forward = live.now
         live.enter("loss")
 
-    base_model_of(model).get_output_embeddings().register_forward_pre_hook(at_head)
+    base = base_model_of(model)
+    score_head = find_score_head(base)
+    (score_head or base.get_output_embeddings()).register_forward_pre_hook(at_head)
+    if score_head is not None:
+        hidden = base.base_model(input_ids=inputs.ids, use_cache=False).last_hidden_state
+        return scores_of(score_head, hidden[:, -1]).sum(), after_forward
     logits = model(input_ids=inputs.ids, use_cache=False).logits
     return weighted_nll_sum(logits, inputs.ids, inputs.weights), after_forward
 

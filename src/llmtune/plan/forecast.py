@@ -29,7 +29,6 @@ from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES, has_thread_caches
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import attention_ways, group_tokens
 from llmtune.engine.precision import DTYPES as COMPUTE
-from llmtune.engine.preference import begins_anew, needs_reference, resolve_objective
 from llmtune.engine.update import choose_windows
 from llmtune.errors import LlmtuneError
 from llmtune.models.load import choose_weight_dtype
@@ -44,6 +43,7 @@ from llmtune.plan.meta_model import (
     count_sizes,
     read_shape,
 )
+from llmtune.plan.reference_memory import reference_bytes
 from llmtune.prepare import Prepared
 from llmtune.version import __version__
 
@@ -238,7 +238,9 @@ class Forecaster:
             thread_caches=has_thread_caches(),
             process_bytes=self.process_bytes,
             file_bytes=self.shape.file_bytes,
-            reference_bytes=self.sizes(config).gradient_bytes if _keeps_copy(config) else 0,
+            reference_bytes=reference_bytes(self.prepared, config, self.options, self.precision, self.sizes(config))
+            if config.objective.method != "sft"
+            else 0,
             division=division_of(config, self.world_size),
         )
 
@@ -330,14 +332,6 @@ class Forecaster:
         device = [self.target.kind, self.target.has_bf16, self.precision, model.attention]
         facts = [kind, shape, weights, device, self.prepared.tokenizer.digest, details, __version__, _code_digest()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _keeps_copy(config: Config) -> bool:
-    """Whether answers are compared with a frozen copy of the trained weights."""
-    if config.objective.method == "sft":
-        return False
-    objective = resolve_objective(config.objective, new_adapter=begins_anew(config.adapter))
-    return needs_reference(objective) and objective.reference == "start"
 
 
 def _size(shape: MicroBatchShape) -> tuple[int, int]:

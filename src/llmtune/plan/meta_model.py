@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
 
 from llmtune.adapters import attach
 from llmtune.adapters.start import start_options
@@ -24,9 +23,16 @@ from llmtune.config.schema import AdapterConfig, Config
 from llmtune.errors import LlmtuneError, ModelError, in_one_line
 from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.load import refuse_foreign_quantization
-from llmtune.models.parameters import base_model_of, checkpointable_blocks, freeze_all_but, trained_parameters
-from llmtune.models.read_config import quiet_libraries, read_config
+from llmtune.models.parameters import (
+    base_model_of,
+    checkpointable_blocks,
+    find_score_head,
+    freeze_all_but,
+    trained_parameters,
+)
+from llmtune.models.read_config import auto_class, quiet_libraries, read_config
 from llmtune.models.scan import refuse_unsafe_folder, weight_files
+from llmtune.models.score_head import as_scoring
 from llmtune.models.scratch import build_config
 from llmtune.prepare import Prepared
 
@@ -54,6 +60,8 @@ class ModelShape:
     file_bytes: int
     """Size of the weight files that loading reads; 0 for a scratch model and before a hub model is fetched."""
     trust_remote_code: bool = False
+    labels: tuple[str, ...] = ()
+    """Of a model that gives scores."""
 
     @property
     def blocks(self) -> int:
@@ -96,19 +104,24 @@ def read_shape(prepared: Prepared, options: Options) -> ModelShape:
     """
     config, source, tokenizer = prepared.config, prepared.source, prepared.tokenizer.tokenizer
     if source.kind == "scratch":
-        return ModelShape(build_config(source.entry or source.name, config.model.architecture, tokenizer), 0)
+        model_config = build_config(source.entry or source.name, config.model.architecture, tokenizer)
+        if prepared.labels:
+            as_scoring(model_config, prepared.labels, tokenizer, source.name)
+        return ModelShape(model_config, 0, labels=prepared.labels)
     trust = options.trust_remote_code
     folder = local_folder(source, weights=False, code=trust)
     refuse_unsafe_folder(folder, trust_remote_code=trust, ignore_auto_map=may_ignore_auto_map(source))
     refuse_foreign_quantization(folder, "adapter" if config.adapter.method != "none" else "full")
     model_config = read_config(folder, trust_remote_code=trust)
+    if prepared.labels:
+        as_scoring(model_config, prepared.labels, tokenizer, str(folder))
     text = model_config.get_text_config()
     text.vocab_size = max(text.vocab_size, max(tokenizer.get_vocab().values()) + 1)
     try:
         file_bytes = sum(file.stat().st_size for file in weight_files(folder))
     except LlmtuneError:
         file_bytes = 0  # a hub model that is not fetched yet
-    return ModelShape(model_config, file_bytes, trust)
+    return ModelShape(model_config, file_bytes, trust, prepared.labels)
 
 
 def build_meta_model(
@@ -133,7 +146,7 @@ def build_meta_model(
         _keep_first_blocks(model_config, blocks)
     with quiet_libraries(), torch.device("meta"), torch.random.fork_rng(devices=[]):
         try:
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(shape.labels).from_config(
                 model_config, dtype=dtype, trust_remote_code=shape.trust_remote_code
             )
         except BUILD_ERRORS as error:
@@ -267,8 +280,9 @@ def quantized_bytes(shape: torch.Size, kind: str) -> int:
 
 
 def _quantized_weights(model: PreTrainedModel) -> dict[int, torch.Tensor]:
-    """The weights that loading quantizes, by id: those of every frozen linear layer but the output head."""
-    head = base_model_of(model).get_output_embeddings()
+    """The weights that loading quantizes, by id: those of every frozen linear layer but the head."""
+    base = base_model_of(model)
+    head = base.get_output_embeddings() or getattr(find_score_head(base), "original_module", None)
     layers = [
         module.get_base_layer() if hasattr(module, "get_base_layer") else module
         for name, module in model.named_modules()

@@ -71,13 +71,14 @@ def resolve_rates(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
         # Only from scratch the number of parameters decides, and counting them builds the model without weights.
         parameters = forecaster.sizes(config).parameters if scratch else 0
         adapter = config.adapter.method != "none"
-        compares = config.objective.method != "sft"
+        # A new head begins at 0, far from its best: there a rate of supervised fine-tuning is the usual one.
+        compares = config.objective.method != "sft" and not config.objective.trains_head
         training, rates = choose_rates(
             training, scratch=scratch, adapter=adapter, parameters=parameters, compares=compares
         )
         decisions += rates
     objective = config.objective
-    if objective.method != "sft":
+    if objective.method != "sft" and not objective.trains_head:
         objective, choices = _resolve_objective(config)
         decisions += choices
     return _decided(forecaster.prepared, replace(config, training=training, objective=objective), decisions), decisions

@@ -53,6 +53,8 @@ class Digests(TypedDict):
     renderer: str
     train: str
     heldout: str | None
+    reference: str | None
+    """Of a second model that answers are compared with."""
     batches: str
     rewards: str | None
     """Of the rewards that drawn answers are judged by, the user's own code included."""
@@ -159,6 +161,8 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("config.model.eos_token", Effect.HARMLESS),
     ("config.model.weights_prepack", Effect.HARMLESS),  # a former key; it changed no bit
     ("config.model.*", Effect.SHAPES),
+    ("config.objective.reference_model", Effect.HARMLESS),  # the digest of its weights decides
+    ("config.objective.reference_revision", Effect.HARMLESS),
     ("config.adapter.start_from", Effect.HARMLESS),  # the digest of its weights decides
     ("config.adapter.alpha", Effect.SCHEDULE),
     ("config.adapter.dropout", Effect.SCHEDULE),

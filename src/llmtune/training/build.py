@@ -44,6 +44,7 @@ from llmtune.training.objectives import (
     Objectives,
     build_objectives,
     build_policy_gradient,
+    build_scoring,
     own_objectives,
     with_noise,
 )
@@ -99,6 +100,8 @@ class TrainingSetup:
     """sha256 over the adapter that training started from, where it started from one."""
     taken: TakenPart | None
     """What the adapter's first values took out of the base."""
+    reference_digest: str | None
+    """The same over a second model that answers are compared with."""
     is_adapted: bool
     """Only an adapter is trained; `model` is peft's wrapper."""
     counts: Counts
@@ -150,8 +153,7 @@ def build_setup(
     strategy = make_strategy(config, devices)
     is_adapted = config.adapter.method != "none"
     loaded = _load(prepared, options, devices, precision, strategy)
-    model: PreTrainedModel = loaded.model
-    decisions += loaded.decisions
+    model, decisions = loaded.model, [*decisions, *loaded.decisions]
     start_digest = taken = None
     if is_adapted:
         model, start_digest, taken, adapter_decisions = _attach_adapter(prepared, loaded, devices, saved)
@@ -187,6 +189,7 @@ def build_setup(
         base_digest=loaded.base_digest,
         start_digest=start_digest,
         taken=taken,
+        reference_digest=objectives.reference_digest,
         is_adapted=is_adapted,
         counts=counts,
         decisions=tuple(decisions),
@@ -290,11 +293,16 @@ def _make_objectives(
     if prepared.config.objective.method == "sft":
         noisy = with_noise(engine.nll_sum, model, prepared.config.training)
         return Objectives(next_token_objective(noisy), None, [])
+    if prepared.config.objective.trains_head:
+        return build_scoring(prepared, engine)
     if prepared.config.objective.method == "grpo":
         return build_policy_gradient(
-            prepared, model, engine, parameters, precision, devices, rewards, base_digest=loaded.base_digest
-        )
-    return build_objectives(prepared, model, engine, parameters, precision, devices, base_digest=loaded.base_digest)
+            prepared, model, engine, parameters, precision, devices, rewards,
+            base_digest=loaded.base_digest, offline=options.offline,
+        )  # fmt: skip
+    return build_objectives(
+        prepared, model, engine, parameters, precision, devices, base_digest=loaded.base_digest, offline=options.offline
+    )
 
 
 def _make_optimizer(
@@ -359,6 +367,7 @@ def _load(
         seed=config.run.seed,
         trust_remote_code=options.trust_remote_code,
         blocks_as_stored=strategy.takes_blocks_as_stored and not attach.reads_base(config.adapter),
+        labels=prepared.labels,
     )
     devices.check_alike({"base model": loaded.base_digest})
     return loaded

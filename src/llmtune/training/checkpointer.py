@@ -292,4 +292,5 @@ class Checkpointer:
             config=redacted(config_to_yaml(setup.config)),
             prompts=self._prompt_defaults().described(),
             usage=self._served(base_path, adds_rows=num_rows is not None),
+            labels=setup.prepared.labels,
         )

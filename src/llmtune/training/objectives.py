@@ -20,7 +20,8 @@ from llmtune.engine.objective import Objective
 from llmtune.engine.policy_gradient import PolicyGradientObjective
 from llmtune.engine.precision import Precision
 from llmtune.engine.preference import Mismatches, PreferenceObjective, needs_reference
-from llmtune.engine.reference import Reference
+from llmtune.engine.reference import LogProbs, Reference
+from llmtune.engine.scoring import scoring_objective
 from llmtune.errors import UsageError
 from llmtune.evaluation.rewards import Reward
 from llmtune.models.dropout import switch_off_dropout
@@ -31,7 +32,7 @@ from llmtune.training.rollouts import Rollouts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Objectives", "build_objectives", "build_policy_gradient", "own_objectives", "with_noise"]
+__all__ = ["Objectives", "build_objectives", "build_policy_gradient", "build_scoring", "own_objectives", "with_noise"]
 
 
 class Objectives(NamedTuple):
@@ -43,6 +44,8 @@ class Objectives(NamedTuple):
     decisions: list[Decision]
     rollouts: Rollouts | None = None
     """What draws the answers that training learns from."""
+    reference_digest: str | None = None
+    """sha256 over the weights of a second model that answers are compared with."""
 
 
 def build_objectives(
@@ -54,6 +57,7 @@ def build_objectives(
     devices: Devices,
     *,
     base_digest: str,
+    offline: bool = False,
 ) -> Objectives:
     """Build the objectives of a model as it is before step 1, and switch its dropout off.
 
@@ -63,15 +67,41 @@ def build_objectives(
     decisions = _without_dropout(model)
     sets = [prepared.data.train, *([prepared.data.eval] if prepared.data.eval is not None else [])]
     references: list[Reference | None] = [None] * len(sets)
+    digest: str | None = None
     if config.objective.method in ("dpo", "kto"):
-        made = ReferenceLogProbs(prepared, model, engine, engine.log_probs, parameters, precision, devices, base_digest)
+        made = ReferenceLogProbs(
+            prepared,
+            model,
+            engine,
+            lambda engine: engine.log_probs,
+            parameters,
+            precision,
+            devices,
+            base_digest,
+            offline=offline,
+        )
+        digest = made.digest
         references = [made.of(examples) for examples in sets]
         decisions.append(made.decision)
     objectives = [
         _objective(prepared, examples, engine, precision, reference)
         for examples, reference in zip(sets, references, strict=True)
     ]
-    return Objectives(objectives[0], objectives[1] if len(objectives) > 1 else None, decisions)
+    heldout = objectives[1] if len(objectives) > 1 else None
+    return Objectives(objectives[0], heldout, decisions, reference_digest=digest)
+
+
+def build_scoring(prepared: Prepared, engine: Engine) -> Objectives:
+    """Build the objectives of a run that trains a head that gives scores; dropout stays as the config says."""
+    sets = [prepared.data.train, *([prepared.data.eval] if prepared.data.eval is not None else [])]
+    training, *heldout = (scoring_objective(examples, engine.scores, prepared.labels) for examples in sets)
+    decisions = []
+    pad_id = prepared.tokenizer.tokenizer.pad_token_id
+    if pad_id is not None and pad_id in prepared.renderer.stop_token_ids:
+        token = prepared.tokenizer.tokenizer.convert_ids_to_tokens(pad_id)
+        reason = "it ends rows and is the padding token too, which transformers never reads"
+        decisions.append(Decision("head", f"reads the token before `{token}` at the end", reason))
+    return Objectives(training, heldout[0] if heldout else None, decisions)
 
 
 def build_policy_gradient(
@@ -84,6 +114,7 @@ def build_policy_gradient(
     rewards: Sequence[Reward],
     *,
     base_digest: str,
+    offline: bool = False,
 ) -> Objectives:
     """Build the objective of a run that draws answers, and what draws them; switch the model's dropout off.
 
@@ -92,18 +123,21 @@ def build_policy_gradient(
     settings = prepared.config.objective
     decisions = _without_dropout(model)
 
-    def log_probs(batch: MicroBatch) -> torch.Tensor:
+    def log_probs_of(engine: Engine) -> LogProbs:
         # At the temperature of the draw: that is the policy whose answers have the rewards.
-        return engine.token_log_probs(batch, settings.temperature)
+        return lambda batch: engine.token_log_probs(batch, settings.temperature)
 
     reference: Reference | None = None
+    digest: str | None = None
     if needs_reference(settings):
-        made = ReferenceLogProbs(prepared, model, engine, log_probs, parameters, precision, devices, base_digest)
-        reference = made.of(prepared.data.train)
+        made = ReferenceLogProbs(
+            prepared, model, engine, log_probs_of, parameters, precision, devices, base_digest, offline=offline
+        )
+        reference, digest = made.of(prepared.data.train), made.digest
         decisions.append(made.decision)
     rollouts = Rollouts(prepared, model, engine, precision, devices, rewards)
-    objective = PolicyGradientObjective(settings, rollouts, log_probs, reference, rollouts.reward_names)
-    return Objectives(objective.as_objective(), None, decisions, rollouts)
+    objective = PolicyGradientObjective(settings, rollouts, log_probs_of(engine), reference, rollouts.reward_names)
+    return Objectives(objective.as_objective(), None, decisions, rollouts, digest)
 
 
 def _without_dropout(model: PreTrainedModel) -> list[Decision]:

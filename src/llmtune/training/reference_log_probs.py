@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,13 @@ from llmtune.data.dataset.batches import eval_batches
 from llmtune.data.dataset.packing import examples_together
 from llmtune.data.example import ExampleSet
 from llmtune.engine.devices import Devices
-from llmtune.engine.forward import Engine
+from llmtune.engine.forward import Engine, build_engine
 from llmtune.engine.precision import Precision
 from llmtune.engine.reference import FrozenCopy, LiveReference, LogProbs, PrecomputedReference, Reference
 from llmtune.engine.sharded_tensors import full_tensor
-from llmtune.errors import MachineError
+from llmtune.errors import ConfigError, MachineError
+from llmtune.models.load import load_model
+from llmtune.models.second_model import find_second_model
 from llmtune.prepare import Prepared
 from llmtune.version import __version__
 
@@ -49,15 +52,20 @@ class ReferenceLogProbs:
         prepared: Prepared,
         model: PreTrainedModel,
         engine: Engine,
-        log_probs: LogProbs,
+        log_probs_of: Callable[[Engine], LogProbs],
         parameters: Mapping[str, nn.Parameter],
         precision: Precision,
         devices: Devices,
         base_digest: str,
+        *,
+        offline: bool,
     ) -> None:
         self._prepared, self._engine, self._precision, self._devices = prepared, engine, precision, devices
         self._parameters, self._base_digest = parameters, base_digest
         self._live: LiveReference | None = None
+        self.digest: str | None = None
+        """sha256 over the weights of a second model."""
+        log_probs = log_probs_of(engine)
         kind = prepared.config.objective.reference
         self.decision: Decision
         """What the reference is, and what it costs."""
@@ -70,9 +78,41 @@ class ReferenceLogProbs:
             self._live = LiveReference(log_probs, copy.in_place)
             reason = f"a frozen copy of the trained weights as they are before step 1, {readable_bytes(copy.nbytes)}"
             self.decision = Decision("objective.reference", kind, reason)
+        elif kind == "model":
+            self._live, self.decision = self._second_model(log_probs_of, offline=offline)
         else:
             reason = "log-probabilities of all answers by the model as it is before step 1; no second model"
             self.decision = Decision("objective.reference", kind, reason)
+
+    def _second_model(
+        self, log_probs_of: Callable[[Engine], LogProbs], *, offline: bool
+    ) -> tuple[LiveReference, Decision]:
+        """Load the model that the config names, frozen and with an engine of its own. Raises what loading raises."""
+        config, tokenizer = self._prepared.config, self._prepared.tokenizer.tokenizer
+        source = find_second_model(config.objective, tokenizer, offline=offline)
+        assert source is not None
+        # Nothing is recomputed, quantized or compiled in a model that has no gradients.
+        own = replace(config.model, gradient_checkpointing=False, quantization="none", train_only=())
+        loaded = load_model(
+            source,
+            replace(own, name=source.name),
+            tokenizer=tokenizer,
+            device=self._devices.device,
+            trained="adapter",
+            precision=self._precision.name,
+            seed=config.run.seed,
+        )
+        self._devices.check_alike({"reference model": loaded.base_digest})
+        loaded.model.requires_grad_(requires_grad=False)
+        config = replace(config, model=own, training=replace(config.training, compile=False))
+        engine = build_engine(loaded.model, config=config, device=self._devices.device, precision=self._precision)
+        if engine.layout != self._engine.layout:
+            problem = f"the reference model computes {engine.layout} batches, and the trained one {self._engine.layout}"
+            raise ConfigError(problem, where="objective.reference_model", fix="set training.engine=plain")
+        self.digest = loaded.base_digest
+        size = readable_bytes(sum(weight.nbytes for weight in loaded.model.parameters()))
+        reason = f"`{source.name}`, frozen, {size}; its tokens have the ids of this run"
+        return LiveReference(log_probs_of(engine), nullcontext), Decision("objective.reference", "model", reason)
 
     def of(self, examples: ExampleSet) -> Reference:
         """The reference for these examples; measured, or read from the cache, where it is precomputed."""

@@ -293,6 +293,7 @@ def identity_of(setup: TrainingSetup) -> Identity:
         "digests": {
             "base": setup.base_digest,
             "start": setup.start_digest,
+            "reference": setup.reference_digest,
             "tokenizer": prepared.tokenizer.digest,
             "renderer": prepared.renderer.digest,
             "train": prepared.data.train.digest,

@@ -251,7 +251,9 @@ def _check(resolved: ResolvedConfig, options: Options, *, is_new: bool) -> _Judg
     name, objective = options.score or resolved.config.evaluation.score, resolved.config.objective
     score = find_score(name) if name is not None else None
     if objective.method == "grpo":
-        return _Judges(score, find_rewards(objective, options.rewards))
+        return _Judges(
+            score, find_rewards(objective, options.rewards, no_cuda=options.no_cuda, offline=options.offline)
+        )
     if options.rewards:
         method = f"objective.method is {objective.method}"
         raise UsageError(f"a reward counts only with grpo, and {method}", "--reward", "set `objective.method: grpo`")

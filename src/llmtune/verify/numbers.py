@@ -106,6 +106,10 @@ def _build(
     if config.objective.method == "grpo":
         problem = "the prompts of grpo have no answers before they are drawn, so there are no rows to compare"
         raise ConfigError(problem, where="objective.method", fix="verify it with rows that have answers, as sft")
+    if config.objective.trains_head:
+        problem = f"{config.objective.method} trains a head of scores, and losses of tokens are compared here"
+        fix = "verify the model with rows that have answers, as sft; `llmtune verify preference` takes reward"
+        raise ConfigError(problem, where="objective.method", fix=fix)
     config = in_float32(config)
     prepared = prepare(replace(resolved, config=config), options)
     if config.objective.method != "sft":

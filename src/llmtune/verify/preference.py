@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,16 +16,21 @@ from llmtune.common.text import PrintLine
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.process_options import Options
 from llmtune.config.schema import ObjectiveConfig
+from llmtune.data.dataset.make_dataset import rows_of
 from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.dataset.packing import Indices, examples_together
-from llmtune.data.example import SIDES
+from llmtune.data.dataset.row_result import conversations_of
+from llmtune.data.example import SIDES, Example
+from llmtune.data.rows.row_fields import UnusableRowError
 from llmtune.engine.devices import open_devices
 from llmtune.engine.loop import train_steps
 from llmtune.engine.preference import begins_anew, needs_reference, resolve_objective
 from llmtune.engine.state import TrainingState
 from llmtune.errors import ConfigError, DataError
-from llmtune.prepare import prepare
+from llmtune.models.parameters import base_model_of, find_score_head
+from llmtune.prepare import Prepared, prepare
 from llmtune.training.build import TrainingSetup, build_setup
+from llmtune.training.objectives import build_objectives
 from llmtune.verify.numbers import WindowResult, compare_windows, in_float32, train_window
 from llmtune.verify.result import Verdict
 
@@ -52,6 +58,21 @@ class _Trial(NamedTuple):
     objective: ObjectiveConfig
     groups: tuple[tuple[int, ...], ...]
 
+    @property
+    def head_is_new(self) -> bool:
+        """Whether a head of scores is trained that is still 0."""
+        head = find_score_head(base_model_of(self.setup.model))
+        # The last one is what is trained, where peft keeps the first weights beside it.
+        return head is not None and not bool(list(head.parameters())[-1].any())
+
+    @property
+    def is_sigmoid(self) -> bool:
+        """Whether the loss is the plain -log sigmoid of a difference."""
+        if self.objective.trains_head:
+            return not self.setup.prepared.data.train.margins.any()
+        objective = self.objective
+        return objective.method == "dpo" and objective.loss == "sigmoid" and not objective.sft_weight
+
     def batch(self, groups: Sequence[tuple[int, ...]], *, swapped: bool = False) -> MicroBatch:
         """One micro-batch; swapped: the chosen answer of each pair is its rejected one."""
         rows = [row for group in groups for row in (group[::-1] if swapped else group)]
@@ -74,31 +95,41 @@ class _Trial(NamedTuple):
 
 
 def verify_preference(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine) -> Verdict:
-    """Check the start, the cut, the swap and the reference of the config's own objective.
+    """Check the masks, the start, the cut, the swap and the reference of the config's own objective.
 
     Float32, no dropout. Raises ConfigError for a method that compares no given answers, DataError for too few rows.
     """
     trial = _build(resolved, options, print_line)
-    verdict = Verdict("preference")
-    if not needs_reference(trial.objective):
+    verdict, objective = Verdict("preference"), trial.objective
+    if not objective.trains_head:
+        _check_masks(verdict, trial)
+    if not needs_reference(objective):
         _check_no_reference(verdict, trial)
-    elif trial.objective.reference == "base" and not begins_anew(trial.setup.config.adapter):
-        print_line("objective.reference: base: training begins away from its reference, so its start has no known loss")
+        if trial.head_is_new:
+            _check_start(verdict, trial, "before step 1 all scores are equal")
+    elif objective.reference == "model" or (
+        objective.reference == "base" and not begins_anew(trial.setup.config.adapter)
+    ):
+        begins = "training begins away from its reference, so its start has no known loss"
+        print_line(f"objective.reference: {objective.reference}: {begins}")
     else:
         _check_start(verdict, trial, "before step 1 the loss is that of no difference")
+        if trial.is_sigmoid:
+            _check_smoothing(verdict, trial)
         _check_reference(verdict, trial)
     _move_weights(trial.setup)
     _check_cuts(verdict, trial)
-    if trial.objective.method == "dpo" and trial.objective.loss == "sigmoid" and not trial.objective.sft_weight:
+    if trial.is_sigmoid:
         _check_swap(verdict, trial)
     return verdict
 
 
 def _build(resolved: ResolvedConfig, options: Options, print_line: PrintLine) -> _Trial:
     config = in_float32(resolved.config)
-    if config.objective.method in ("sft", "grpo"):
+    if config.objective.method in ("sft", "grpo", "classification"):
         problem = f"{config.objective.method} compares no answers of the rows"
-        raise ConfigError(problem, where="objective.method", fix="set `objective.method` to dpo, simpo, orpo or kto")
+        fix = "set `objective.method` to dpo, simpo, orpo, kto or reward"
+        raise ConfigError(problem, where="objective.method", fix=fix)
     objective = resolve_objective(config.objective, new_adapter=begins_anew(config.adapter))
     config = replace(config, objective=objective)
     prepared = prepare(replace(resolved, config=config), options)
@@ -128,10 +159,15 @@ def _check_start(verdict: Verdict, trial: _Trial, claim: str) -> None:
 
 
 def _loss_of_no_difference(trial: _Trial, metrics: dict[str, float]) -> float:
-    """Log 2, 1, 1 / (4 beta^2), or half the mean weight of an answer; with the SFT term of the chosen answers."""
+    """Log 2, 1, 1 / (4 beta^2), or half the mean weight of an answer; with the SFT term of the chosen answers.
+
+    Of `reward` the mean of log(1 + exp(margin)).
+    """
     objective, train = trial.objective, trial.setup.prepared.data.train
     assert objective.beta is not None
     rows = [row for group in trial.groups for row in group]
+    if objective.trains_head:
+        return float(np.logaddexp(0.0, train.margins[rows]).mean())
     chosen = [row for row in rows if SIDES[train.sides[row]] in ("chosen", "desirable")]
     if objective.method == "kto":
         weight = len(chosen) * objective.desirable_weight + (len(rows) - len(chosen)) * objective.undesirable_weight
@@ -139,6 +175,82 @@ def _loss_of_no_difference(trial: _Trial, metrics: dict[str, float]) -> float:
     value = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 1 / (4 * objective.beta**2)}[objective.loss]
     tokens = float(np.asarray(train.loss_weights, dtype=np.float64)[chosen].sum())
     return value - objective.sft_weight * metrics["logp_chosen"] * len(chosen) / tokens
+
+
+def _check_masks(verdict: Verdict, trial: _Trial) -> None:
+    """Look at what is trained: the answer with its end, after the prompt that `generate` would be given.
+
+    The log-probability of an answer is then computed once more, from the plain forward's logits: the sum over exactly
+    these tokens, so that no token of the prompt has a gradient.
+    """
+    setup, prompts = trial.setup, _prompts(trial.setup.prepared)
+    stops, ended, apart, same = {*setup.prepared.renderer.stop_token_ids}, 0, 0.0, 0
+    for group in trial.groups:
+        batch = trial.batch([group])
+        examples = [setup.prepared.data.train[row] for row in group]
+        with torch.no_grad():
+            found = setup.engine.log_probs(batch).double().cpu()
+            own = [_answer_log_prob(setup, example) for example in examples]
+        apart = max(apart, *(abs(float(one) - other) / abs(other) for one, other in zip(found, own, strict=True)))
+        trained = [np.flatnonzero(example.weights) for example in examples]
+        ended += sum(int(one.input_ids[places[-1]]) in stops for one, places in zip(examples, trained, strict=True))
+        prompt = prompts[examples[0].source.partition("#")[0]]
+        ends = [len(prompt) <= places[0] for places in trained]
+        same += all(ends) and all(one.input_ids[: len(prompt)].tolist() == prompt for one in examples)
+    rows, answers = len(trial.groups), sum(len(group) for group in trial.groups)
+    measured = f"{same} of {rows} rows begin with the tokens that `generate` would be given"
+    verdict.add("no token of a prompt is trained", measured, same == rows)
+    measured = f"{ended} of {answers} answers end with a trained end-of-turn token"
+    verdict.add("the end of an answer is trained", measured, ended == answers)
+    claim = "log-probabilities are sums over the tokens of answers, and over none of prompts"
+    measured = f"largest relative difference {apart:.1e} (bound {COMPARISON_BOUND:.0e})"
+    verdict.add(claim, measured, apart <= COMPARISON_BOUND)
+
+
+def _prompts(prepared: Prepared) -> dict[str, list[int]]:
+    """The tokens that `generate` would be given for each row, by its source."""
+    data, renderer = prepared.config.data, prepared.renderer
+    detected = [str(one.value) for one in prepared.decisions if one.key == "data.format"]
+    prompts: dict[str, list[int]] = {}
+    for source, row in rows_of(data).items():
+        with suppress(UnusableRowError, DataError):  # of such a row there is no example
+            one = conversations_of(row, detected[0] if detected else data.format)[0]
+            turns = enumerate(one.messages)
+            begin = next(at for at, turn in turns if turn.role in ("assistant", "tool") and turn.weight is None)
+            prompts[source] = (
+                renderer.text_prompt_ids(one.messages[0].content)
+                if one.prompt_is_text
+                else renderer.prompt_ids(one.messages[:begin], one.tools, one.template_args)
+            )
+    return prompts
+
+
+def _answer_log_prob(setup: TrainingSetup, example: Example) -> float:
+    """Give log p = sum over trained tokens t of log softmax(logits[t - 1])[ids[t]], in nats, by the plain forward."""
+    ids = torch.from_numpy(example.input_ids.astype(np.int64))
+    logits = setup.model(input_ids=ids[None].to(setup.devices.device), use_cache=False).logits[0].double().cpu()
+    places = torch.from_numpy(np.flatnonzero(example.weights))
+    return float(logits[places - 1].log_softmax(dim=1)[torch.arange(len(places)), ids[places]].sum())
+
+
+def _check_smoothing(verdict: Verdict, trial: _Trial) -> None:
+    """At step 0 labels smoothed by one half pull both ways alike: the gradient is 0."""
+    setup, settings = trial.setup, replace(trial.objective, label_smoothing=0.5)
+    prepared = replace(setup.prepared, config=replace(setup.config, objective=settings))
+    made = build_objectives(
+        prepared,
+        setup.model,
+        setup.engine,
+        setup.parameters,
+        setup.precision,
+        setup.devices,
+        base_digest=setup.base_digest,
+    )
+    smoothed = trial._replace(setup=replace(setup, objective=made.training), objective=settings)
+    result, _ = smoothed.window([smoothed.batch(trial.groups)])
+    largest = max(float(gradient.abs().max()) for gradient in result.gradients.values())
+    claim = "labels smoothed by one half have no gradient before step 1"
+    verdict.add(claim, f"largest entry {largest:g} (0 exactly)", largest == 0.0)
 
 
 def _check_reference(verdict: Verdict, trial: _Trial) -> None:

@@ -229,7 +229,7 @@ class _Translation:
     def for_method(self, row: Table) -> Table:
         """A data set whose rows have the form that the method learns from: a family of chats may hold pairs."""
         method = self.settings.get("objective.method")
-        wanted = {"dpo": "preference", "orpo": "preference", "simpo": "preference", "kto": "unpaired"}
+        wanted = dict.fromkeys(("dpo", "orpo", "simpo", "reward"), "preference") | {"kto": "unpaired"}
         form = wanted.get(str(method.value)) if method else None
         if form is None:
             return row

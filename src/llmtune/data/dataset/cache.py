@@ -249,4 +249,5 @@ def _store(
         words=words,
         reasons=tuple(Reason._make(fields) for fields in texts["reasons"]),
         warnings=tuple(tuple(RowWarning._make(fields) for fields in warnings) for warnings in texts["notes"]),
+        classes=tuple(texts["classes"]),
     )

@@ -29,14 +29,15 @@ class Group(NamedTuple):
 
 
 def json_line(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return `{"source", "input_ids", "weights", "text"}` as one line, with `side` where the row judges answers.
+    """Return `{"source", "input_ids", "weights", "text"}` as one line, with `side`, `label` and `margin` of the row.
 
     `weights[i]` is the weight of predicting `input_ids[i]`.
     """
     ids = example.input_ids.tolist()
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     line = {"source": example.source, "input_ids": ids, "weights": example.weights.tolist(), "text": text}
-    return json.dumps(line if example.side is None else line | {"side": example.side}, ensure_ascii=False)
+    judged = {"side": example.side, "label": example.label, "margin": example.margin or None}
+    return json.dumps(line | {name: value for name, value in judged.items() if value is not None}, ensure_ascii=False)
 
 
 # --- terminal
@@ -73,7 +74,9 @@ def row_line(example: Example) -> str:
     trained = int((example.weights > 0).sum())
     total = float(example.weights.sum(dtype="float64"))
     by_weight = "" if total == trained else f" ({total:g} by weight)"
-    return f"{printable(example.source)}: {len(example):,} tokens, {trained:,} trained{by_weight}"
+    label = f", label {printable(example.label)}" if example.label is not None else ""
+    margin = f", margin {example.margin:g}" if example.margin else ""
+    return f"{printable(example.source)}: {len(example):,} tokens, {trained:,} trained{by_weight}{label}{margin}"
 
 
 def _pack_line(group: Group) -> str:

@@ -91,6 +91,9 @@ class RowResult(NamedTuple):
     trained_answers: int = 0
     sides: tuple[Side, ...] = ()
     """The side of each of the `pieces`, where the row judges answers."""
+    label: str | None = None
+    margin: float = 0.0
+    """What the row says of all its pieces."""
 
 
 def process_record(
@@ -109,11 +112,13 @@ def process_record(
     try:
         conversations = conversations_of(row, format_name, rules.text_column)
         for conversation in conversations:
-            if conversation.side == "prompt":
+            if conversation.side in ("prompt", "labelled"):
                 continue
             _check_answers(conversation, rules.train_on, answer_field(row.fields, format_name))
         if conversations[0].side == "prompt":
             return _prompt(blank, conversations[0], renderer, rules)
+        if conversations[0].side == "labelled":
+            return _labelled(blank, conversations[0], renderer, rules)
         if conversations[0].side is not None:
             return _judged(blank, conversations, renderer, rules)
         rendered = renderer.render_examples(conversations[0])
@@ -175,7 +180,40 @@ def _judged(blank: RowResult, conversations: Sequence[Conversation], renderer: R
             return result
         results.append(result._replace(pieces=tuple(examples)))
     sides = tuple(conversation.side for conversation in conversations if conversation.side is not None)
-    return _fit_sides(results, sides, renderer, rules)
+    return _fit_sides(results, sides, renderer, rules)._replace(margin=conversations[0].margin)
+
+
+_OF_MASKS = ("unstable", "no-end-of-turn", "joined-token", "weight-ignored")
+"""Warnings about trained parts, of which a row that is classified has none."""
+
+
+def _labelled(blank: RowResult, conversation: Conversation, renderer: Renderer, rules: RowRules) -> RowResult:
+    """The result of a row that is classified: its last token, where the head reads, has the weight.
+
+    Raises DataError.
+    """
+    result, examples = _of_examples(blank, conversation, [renderer.render(conversation)])
+    if result.status == "bad":
+        return result
+    ids, name = examples[0][0], np.frombuffer((conversation.label or "").encode(), "u1")
+    result = result._replace(
+        warnings=tuple(warning for warning in result.warnings if warning.code not in _OF_MASKS),
+        trained_answers=0,
+        label=conversation.label,
+        # The same text under two labels is no repetition.
+        full_digest=_digest(ids, name),
+    )
+    # All of it counts for the cut, which so keeps an end token.
+    result = _fit(result, conversation, [(ids, np.ones(len(ids), np.float32))], renderer, rules)
+    pieces = tuple((ids, _last_alone(ids)) for ids, _ in result.pieces)
+    side: Side = "labelled"
+    return result._replace(pieces=pieces, sides=(side,) * len(pieces))
+
+
+def _last_alone(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    weights = np.zeros(len(ids), dtype=np.float32)
+    weights[1:][-1:] = 1.0
+    return weights
 
 
 def _prompt(blank: RowResult, conversation: Conversation, renderer: Renderer, rules: RowRules) -> RowResult:

@@ -49,14 +49,16 @@ EXAMPLE = np.dtype(
         ("words_end", "<i8"),
         ("tokens", "<i4"),
         ("runs", "<i4"),
-        ("side", "<i8"),
+        ("side", "<i4"),
+        ("label", "<i4"),
+        ("margin", "<f8"),
         ("loss_weight", "<f8"),
         ("digest", "<u8", 2),
     ]
 )
 # The same layouts for `struct`, which packs single rows many times faster than NumPy.
 _ROW_BYTES = struct.Struct("<iqiiiiiiii16s16s")
-_EXAMPLE_BYTES = struct.Struct("<qqiiqd16s")
+_EXAMPLE_BYTES = struct.Struct("<qqiiiidd16s")
 assert (_ROW_BYTES.size, _EXAMPLE_BYTES.size) == (ROW.itemsize, EXAMPLE.itemsize)
 
 
@@ -68,6 +70,7 @@ class Texts(TypedDict):
 
     reasons: list[list[str | bool | None]]
     notes: list[list[list[str]]]
+    classes: list[str]
 
 
 class StoreBuilder:
@@ -80,6 +83,7 @@ class StoreBuilder:
         self._words = 0
         self._reasons: dict[Reason, int] = {}
         self._warnings: dict[tuple[RowWarning, ...], int] = {(): 0}
+        self._labels: dict[str, int] = {}
 
     def add(self, result: RowResult) -> bytes:
         """Add one row and return the words of its examples."""
@@ -89,17 +93,19 @@ class StoreBuilder:
         amounts = (result.tokens, result.tokens_lost, len(result.pieces), result.answers, result.trained_answers)
         self._rows += _ROW_BYTES.pack(*numbers, *amounts, result.row_digest, result.full_digest)
         words = bytearray()
+        label = -1
+        if result.label is not None and result.pieces:
+            label = self._labels.setdefault(result.label, len(self._labels))
         for index, (ids, weights) in enumerate(result.pieces):
             side = result.sides[index] if result.sides else None
             runs = _runs(weights)
             words += ids.astype("<i4", copy=False).tobytes() + runs.tobytes()
             self._words += len(ids) + runs.size
             loss_weight = float(weights.sum(dtype=np.float64))
-            digest = example_digest(ids, weights, side)
+            digest = example_digest(ids, weights, side, label=result.label, margin=result.margin)
             side_number = -1 if side is None else SIDES.index(side)
-            self._examples += _EXAMPLE_BYTES.pack(
-                self._row_count, self._words, len(ids), len(runs), side_number, loss_weight, digest
-            )
+            place = (self._row_count, self._words, len(ids), len(runs))
+            self._examples += _EXAMPLE_BYTES.pack(*place, side_number, label, result.margin, loss_weight, digest)
         self._row_count += 1
         return bytes(words)
 
@@ -112,6 +118,7 @@ class StoreBuilder:
         return {
             "reasons": [list(reason) for reason in self._reasons],
             "notes": [[list(warning) for warning in warnings] for warnings in self._warnings],
+            "classes": list(self._labels),
         }
 
 
@@ -144,6 +151,8 @@ class RowStore:
     words: npt.NDArray[np.int32]
     reasons: tuple[Reason, ...]
     warnings: tuple[tuple[RowWarning, ...], ...]
+    classes: tuple[str, ...] = ()
+    """Labels of the rows, to which the table of examples refers by number."""
     folder: Path | None = None
     """The cache folder; None: in memory."""
     lock: object = None
@@ -176,6 +185,8 @@ class RowStore:
             np.array(self.words[start : start + tokens], dtype=np.int32),
             weights,
             self.side(index),
+            self.label(index),
+            float(entry["margin"]),
         )
 
     def results(self) -> Iterator[RowResult]:
@@ -197,12 +208,19 @@ class RowStore:
                 answers=int(row["answers"]),
                 trained_answers=int(row["trained_answers"]),
                 sides=tuple(example.side for example in examples if example.side is not None),
+                label=examples[0].label if examples else None,
+                margin=examples[0].margin if examples else 0.0,
             )
 
     def side(self, index: int) -> Side | None:
         """The side of one example."""
         number = int(self.examples["side"][index])
         return None if number < 0 else SIDES[number]
+
+    def label(self, index: int) -> str | None:
+        """The label of one example."""
+        number = int(self.examples["label"][index])
+        return None if number < 0 else self.classes[number]
 
     def source_of_example(self, index: int) -> str:
         """The source of an example's row; pieces of a split row add `#1`, `#2` and so on, sides of a pair a name."""
@@ -256,8 +274,18 @@ class MappedExamples:
         return self.store.examples["side"][self.selection].astype(np.int8)
 
     @property
+    def labels(self) -> list[str | None]:
+        """The label of each example, in order."""
+        return [self.store.label(int(index)) for index in self.selection]
+
+    @property
+    def margins(self) -> npt.NDArray[np.float64]:
+        """The margin of each example, float64 [N]."""
+        return self.store.examples["margin"][self.selection].astype(np.float64)
+
+    @property
     def digest(self) -> str:
-        """sha256 over all ids, weights and sides in order."""
+        """sha256 over all that trains, in order."""
         return set_digest(self.digests())
 
     @property
@@ -339,6 +367,16 @@ class JoinedExamples:
         return np.concatenate([part.sides for part in self.parts])
 
     @property
+    def labels(self) -> list[str | None]:
+        """The label of each example, in order."""
+        return [label for part in self.parts for label in part.labels]
+
+    @property
+    def margins(self) -> npt.NDArray[np.float64]:
+        """The margin of each example, float64 [N]."""
+        return np.concatenate([part.margins for part in self.parts])
+
+    @property
     def digest(self) -> str:
-        """sha256 over all ids, weights and sides in order."""
+        """sha256 over all that trains, in order."""
         return set_digest(digest for part in self.parts for digest in part.digests())

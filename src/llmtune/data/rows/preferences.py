@@ -5,6 +5,7 @@
 | `preference` | `chosen` and `rejected` (or `chosen_response`, `rejected_response`), and the prompt |
 | `unpaired` | the fields of another format, and `label` or `kto_tag`: whether the answer is desirable |
 | `prompt` | a prompt; the last answer of a list of messages is left out; every field is given to rewards |
+| `classification` | the fields of another format, or a prompt, and `label`: a name, a number, true or false |
 
 A prompt is `prompt`, `question`, `query` or `input` (text or messages), `instruction` (with `input`, `history`,
 `system`) or `messages` / `conversations`; without one it is what the conversations of both sides have in common. Each
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -40,7 +42,14 @@ from llmtune.data.rows.formats import (
 )
 from llmtune.data.rows.row_fields import null_or_missing, read_messages, wrong_type
 
-__all__ = ["PREFERENCE_FORMATS", "RECOGNIZED_BY", "PreferenceFormat", "every_format", "right_answer"]
+__all__ = [
+    "PREFERENCE_FORMATS",
+    "RECOGNIZED_BY",
+    "SCORED_FORMATS",
+    "PreferenceFormat",
+    "every_format",
+    "right_answer",
+]
 
 SIDE_FIELDS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 """Names of the two sides of a pair."""
@@ -88,8 +97,9 @@ def _parse_preference(row: Row) -> tuple[Conversation, ...]:
         prompt, answers = _split_prompt(prompt, chosen, rejected, names[0])
     if answers[0] == answers[1]:
         raise UnusableRowError(names[1], "the two sides are equal", "write another rejected answer, or delete the row")
+    margin = _read_margin(fields.get("margin"))
     is_text = prompt_name is not None and _is_raw_prompt(fields, prompt_name) and isinstance(chosen, str)
-    read = {*names, prompt_name or "", *_READ_BESIDE}
+    read = {*names, prompt_name or "", "margin", *_READ_BESIDE}
     if prompt_name == "instruction":
         read |= {"input", "history"}
     lists = [value for name in (*names, prompt_name or "") if isinstance(value := fields.get(name), (list, tuple))]
@@ -97,9 +107,23 @@ def _parse_preference(row: Row) -> tuple[Conversation, ...]:
     unused = tuple(describe_unread(fields, read, unread_of_turns(turns)))
     sides: tuple[Side, Side] = ("chosen", "rejected")
     return tuple(
-        _sided(chat_of(row, (*_untrained(prompt), *answer)), side, is_text=is_text, unused=unused)
+        dataclasses.replace(
+            _sided(chat_of(row, (*_untrained(prompt), *answer)), side, is_text=is_text, unused=unused), margin=margin
+        )
         for side, answer in zip(sides, answers, strict=True)
     )
+
+
+def _read_margin(value: object) -> float:
+    if value is None or value == "":
+        return 0.0
+    try:
+        margin = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise wrong_type("margin", "must be a number", value, "write by how much the chosen side is better, or nothing")
+    return margin
 
 
 _READ_BESIDE = (*TOOL_FIELDS, "chat_template_kwargs", *SYSTEM_FIELDS)
@@ -241,6 +265,61 @@ def _recognize_prompt(fields: Fields) -> str | None:
     return None if name is None else f"`{name}`"
 
 
+# --- rows that are classified
+
+
+def _parse_classification(row: Row) -> tuple[Conversation, ...]:
+    return _whole(row, _read_class(row.fields))
+
+
+def _parse_unlabelled(row: Row) -> tuple[Conversation, ...]:
+    return _whole(row, None)
+
+
+def _whole(row: Row, label: str | None) -> tuple[Conversation, ...]:
+    """All of a row but its label, as one conversation or text."""
+    rest = {field: value for field, value in row.fields.items() if field != LABEL_FIELDS[0]}
+    row, format_name = dataclasses.replace(row, fields=rest), looks_like(rest)
+    if format_name is not None:
+        conversation = conversation_of(row, format_name)
+        is_text, unused = conversation.prompt_is_text, conversation.unused
+    else:
+        name = next((name for name in PROMPT_FIELDS if rest.get(name) is not None), None)
+        if name is None:
+            raise UnusableRowError("text", null_or_missing(rest, "text"), "give the row a text, a prompt or messages")
+        is_text, unused = False, tuple(describe_unread(rest, {name, "input", "history", *_READ_BESIDE}))
+        value = rest[name]
+        if isinstance(value, str) and _is_raw_prompt(rest, name):
+            conversation = Conversation(row.source, text=value, loss_weight=row.loss_weight)
+        else:
+            conversation = chat_of(row, _read_prompt(rest, name))
+    return (dataclasses.replace(_sided(conversation, "labelled", is_text=is_text, unused=unused), label=label),)
+
+
+def _read_class(fields: Fields) -> str:
+    """The label as a name: `true` and `false`, a whole number as it is written, or text."""
+    value = fields.get(LABEL_FIELDS[0])
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if value is None or value == "":
+        raise UnusableRowError(LABEL_FIELDS[0], null_or_missing(fields, LABEL_FIELDS[0]), "give the row its label")
+    fix = "a row has one label: give each label that applies a run of its own, with true and false"
+    raise wrong_type(LABEL_FIELDS[0], "must be a name, a whole number, true or false", value, fix)
+
+
+def _recognize_classification(fields: Fields) -> str | None:
+    shown = _recognize_whole(fields)
+    return None if LABEL_FIELDS[0] not in fields or shown is None else f"{shown}, and `{LABEL_FIELDS[0]}`"
+
+
+def _recognize_whole(fields: Fields) -> str | None:
+    return next((shown for row in FORMATS.values() if (shown := row.recognize(fields))), _recognize_prompt(fields))
+
+
 ANSWER_FIELDS = ("answer", "solution", "ground_truth", "target", "completion", "response", "output", "chosen")
 """Names of the right answer beside a prompt; the first with a value counts."""
 
@@ -289,6 +368,8 @@ PREFERENCE_FORMATS: dict[str, PreferenceFormat] = {
     "preference": PreferenceFormat(_parse_preference, _recognize_preference),
     "unpaired": PreferenceFormat(_parse_unpaired, _recognize_unpaired),
     "prompt": PreferenceFormat(_parse_prompt, _recognize_prompt),
+    "classification": PreferenceFormat(_parse_classification, _recognize_classification),
+    "unlabelled": PreferenceFormat(_parse_unlabelled, _recognize_whole),
 }
 """Formats by the name that `data.format` gives them."""
 
@@ -300,5 +381,12 @@ RECOGNIZED_BY: dict[ObjectiveMethod, Mapping[str, Recognize] | None] = {
     "orpo": _PAIRS,
     "kto": {**_PAIRS, "unpaired": _recognize_unpaired},
     "grpo": {"prompt": _recognize_prompt},
+    "reward": _PAIRS,
+    "classification": {"classification": _recognize_classification},
 }
 """The formats of rows that each method of `objective` can learn from; None: those of `FORMATS`."""
+
+SCORED_FORMATS: Mapping[str, Recognize] = {
+    **_PAIRS, "classification": _recognize_classification, "unlabelled": _recognize_whole
+}  # fmt: skip
+"""The formats of rows to which a trained model gives scores."""
