@@ -1,6 +1,6 @@
-"""The losses that compare answers beside TRL's, on the same ids: its numbers are recorded in `golden/trl.json`.
+"""The losses that compare answers beside TRL's, on the same ids: its numbers are recorded in `against_trl.json`.
 
-`python benchmarks/preference_cut.py --write tests/engine/golden/trl.json` writes them, where TRL is installed.
+`python benchmarks/preference_cut.py --write tests/engine/against_trl.json` writes them, where TRL is installed.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-RECORD = json.loads(Path(__file__).with_name("golden").joinpath("trl.json").read_text(encoding="utf-8"))
+RECORD = json.loads(Path(__file__).with_name("against_trl.json").read_text(encoding="utf-8"))
 OTHERWISE = {
     "dpo, label_smoothing 0.2": "the default loss of TRL takes no notice of label_smoothing",
     "orpo": "the first term is over the prompt too, not over the chosen answer alone (arXiv:2403.07691, equation 6)",

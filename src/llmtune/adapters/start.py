@@ -53,10 +53,8 @@ def find_start(config: Config) -> Path:
     return result
 
 
-def start_options(config: Config) -> LoraOptions | None:
-    """Return the options of the adapter that training starts from, as peft takes them; None where it starts anew."""
-    if config.adapter.start_from is None:
-        return None
+def start_options(config: Config) -> LoraOptions:
+    """Return the options of the adapter that training starts from (`adapter.start_from`), as peft takes them."""
     options = read_adapter_config(find_start(config))
     options.pop("base_model_name_or_path", None)  # peft writes that of the model it is put on
     options.pop("revision", None)

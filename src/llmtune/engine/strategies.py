@@ -12,8 +12,8 @@ __all__ = ["make_strategy"]
 
 
 def make_strategy(config: Config, devices: Devices) -> Strategy:
-    """The strategy that the config names; a process alone holds the whole model in any."""
-    return Whole(devices) if devices.world_size == 1 else STRATEGIES[config.distributed.strategy](config, devices)
+    """The strategy that the config names for several processes; one alone holds the whole model in any."""
+    return STRATEGIES[config.distributed.strategy](config, devices)
 
 
 def _zero(config: Config, devices: Devices) -> Strategy:

@@ -12,6 +12,7 @@ histograms, a sum over processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from typing import Protocol
 
 import torch
@@ -85,9 +86,8 @@ class StepAfterBackward:
 
     has_begun = False
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Run the backward pass of a loss of shape []."""
-        loss.backward()  # type: ignore[no-untyped-call]
+    backward = methodcaller("backward")
+    """Run the backward pass of a loss of shape []."""
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
         """Do nothing: no weight moves before all gradients are summed. `losses` are scalars, shape [] each."""
@@ -195,9 +195,8 @@ class StepInBackward:
         self._is_finite = True
         self.has_begun = False
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Run the backward pass of a loss of shape []."""
-        loss.backward()  # type: ignore[no-untyped-call]
+    backward = methodcaller("backward")
+    """Run the backward pass of a loss of shape []."""
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:
         """Apply every gradient as soon as it is complete, or drop it where a loss is not finite (arXiv:2306.09782).

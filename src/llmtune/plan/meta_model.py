@@ -156,7 +156,8 @@ def build_meta_model(
         if layers is not None:
             adapter, start = _adapter_on(model, config.adapter, layers), None
         else:
-            adapter, start = config.adapter, start_options(config)
+            adapter = config.adapter
+            start = start_options(config) if adapter.start_from is not None else None
         if adapter.method != "none":
             model, _ = attach.attach_adapter(model, adapter, seed=0, tokenizer=tokenizer, start=start)
         elif config.model.train_only:
@@ -175,7 +176,7 @@ def adapted_layers_of(shape: ModelShape, config: Config, tokenizer: PreTrainedTo
     if config.adapter.method == "none":
         return []
     model = build_meta_model(shape, config, tokenizer, dtype=torch.float32, layers=())
-    start = start_options(config)
+    start = start_options(config) if config.adapter.start_from is not None else None
     return adapted_layers(model, start or chosen_layers(model, config.adapter))
 
 

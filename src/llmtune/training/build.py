@@ -31,7 +31,7 @@ from llmtune.engine.own_loss import own_objective
 from llmtune.engine.precision import Precision, PrecisionName, fixed_order_of_sums, without_tf32
 from llmtune.engine.schedule import schedule_of
 from llmtune.engine.sequence_parallel import SharedRows
-from llmtune.engine.sharding import Strategy
+from llmtune.engine.sharding import Strategy, Whole
 from llmtune.engine.strategies import make_strategy
 from llmtune.engine.update import StepInBackward, Update, choose_windows
 from llmtune.engine.utilization import utilization
@@ -150,7 +150,7 @@ def build_setup(
     decisions = _set_up_process(config, devices)
     assert config.training.precision != "auto", "a config is resolved before a model is built"
     precision = Precision(config.training.precision, devices.device)
-    strategy = make_strategy(config, devices)
+    strategy = Whole(devices) if devices.world_size == 1 else make_strategy(config, devices)
     is_adapted = config.adapter.method != "none"
     loaded = _load(prepared, options, devices, precision, strategy)
     model, decisions = loaded.model, [*decisions, *loaded.decisions]
@@ -228,7 +228,7 @@ def _attach_adapter(
         seed=config.run.seed,
         tokenizer=prepared.tokenizer.tokenizer,
         used_ids=_control_tokens(prepared),
-        start=start_options(config),
+        start=start_options(config) if config.adapter.start_from is not None else None,
     )
     if config.adapter.start_from is not None:
         start_digest = load_start(adapted, config, base_digest=loaded.base_digest)
@@ -291,8 +291,9 @@ def _make_objectives(
     if options.loss is not None:
         return own_objectives(own_objective(engine, options.loss), model, prepared.config)
     if prepared.config.objective.method == "sft":
-        noisy = with_noise(engine.nll_sum, model, prepared.config.training)
-        return Objectives(next_token_objective(noisy), None, [])
+        training = prepared.config.training
+        nll_sum = engine.nll_sum if training.neftune_alpha is None else with_noise(engine.nll_sum, model, training)
+        return Objectives(next_token_objective(nll_sum), None, [])
     if prepared.config.objective.trains_head:
         return build_scoring(prepared, engine)
     if prepared.config.objective.method == "grpo":
