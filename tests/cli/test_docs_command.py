@@ -14,7 +14,7 @@ def test_every_page_has_a_line_with_its_topic_and_first_sentence(capsys):
     assert run(["docs"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == sorted(path.stem for path in DOCS.glob("*.md"))
-    assert "data          Where rows come from, how they are read, and the fate of each." in lines
+    assert "data             Where rows come from, how they are read, and the fate of each." in lines
     assert all(line.endswith(".") for line in lines)
 
 

@@ -5,6 +5,7 @@ the fields of its data set and on the tiny model's tokenizer: everything but the
 config's own.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def rows_like(folder, row_format, count=40):
 
 
 def test_all_configs_are_here():
-    assert len(EXAMPLES) == 12
+    assert len(EXAMPLES) == 13
     assert len(SHIPPED) == 5
     assert len([*EXAMPLES, *SHIPPED]) >= 16
 
@@ -136,6 +137,10 @@ def test_every_config_dry_runs_as_a_user_types_it(path, tmp_path, tiny_models, c
     small = stand_ins(path, tmp_path, tiny_models)
     code = command(["train", "--config", str(path), "--dry-run", "--no-cuda", "--offline", *small])
     out, err = capsys.readouterr()
+    if path.stem == "eight-gpus-deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        assert code == 2
+        assert "deepspeed" in err
+        return
     assert any(line.startswith("plan ") and "steps" in line for line in out.splitlines()), err
     assert not (tmp_path / "runs").exists()
     assert (code, err) == (0, "")

@@ -108,16 +108,15 @@ def test_nothing_beside_the_file_is_read(source, monkeypatch, tmp_path):
         (tmp_path / name).write_text("damaged")
     seen = []
 
-    def stop(file, tokenizer):
-        seen.append(len(tokenizer))
+    def stop(folder, **options):
+        seen.append(list(Path(folder).iterdir()))
         raise ModelError("far enough")
 
-    monkeypatch.setattr(gguf, "_restore_digit_splitting", stop)
-    read = "transformers.AutoModelForCausalLM.from_pretrained"
-    monkeypatch.setattr(read, lambda folder, **options: seen.append(list(Path(folder).iterdir())))
+    monkeypatch.setattr(gguf, "_restore_digit_splitting", lambda file, tokenizer: seen.append(len(tokenizer)))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", stop)
     with pytest.raises(ModelError, match="far enough"):
         gguf._convert(tmp_path / "model.gguf", tmp_path / "work")
-    assert seen == [[], 49_152]
+    assert seen == [49_152, []]
 
 
 @needs_the_package

@@ -237,7 +237,7 @@ def test_an_adapter_beside_a_model_is_not_joined_to_it_unasked(model_folder, loa
         ({"megatron_core": "evil.module", "megatron_config": {"a": 1}}, "megatron_core.*import"),
         ({"megatron_core": "evil.module"}, "megatron_core.*import"),
         ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING"),
-        ({"task_type": "SEQ_CLS"}, "task_type"),
+        ({"task_type": "FEATURE_EXTRACTION"}, "task_type"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
         ({"r": "8"}, "`r` cannot be"),

@@ -40,7 +40,7 @@ for step in range(start_step + 1, 5):
     tracked.log(step, {"step": step, "train_mean_nll": 2.0 / step, "learning_rate": 1e-4})
 tracked.log(4, {"eval_mean_nll": 0.5})
 tracked.samples(4, [{"prompt": "p", "text": "an answer"}])
-tracked.histograms(4, {"gradients/w": Histogram((1, 2), (0.0, 1.0, 2.0))})
+tracked.histograms(4, {"gradients/w": Histogram((1, 2), (0.0, 1.0, 2.0), 1.5)})
 steps_s = time.perf_counter() - began
 report, = tracked.finish("finished", timeout_s=timeout_s)
 unchanged = state == generators() if state else None

@@ -222,6 +222,7 @@ ELSEWHERE = {
     "tracking.wandb_entity": "test_trackers_are_made_with_what_the_config_says",
     "tracking.wandb_group": "test_trackers_are_made_with_what_the_config_says",
     "tracking.watch": "test_tracking_watch_is_used",
+    "tracking.graph": "test_tracking_graph_is_used",
     "distributed.timeout_s": "test_distributed_timeout_s_is_used",
     "distributed.zero_stage": "test_the_keys_of_several_processes_are_used",
     "distributed.offload": "test_the_keys_of_several_processes_are_used",
@@ -380,6 +381,22 @@ def test_tracking_watch_is_used(here, resolve):
     assert all(name.startswith("gradients/") for name in gradients)
     assert names["all"] == gradients | {name.replace("gradients/", "weights/", 1) for name in gradients}
     assert weights["false"] == weights["gradients"] == weights["all"]
+
+
+def test_tracking_graph_is_used(here, resolve):
+    """TensorBoard gets the model's operations; the weights never notice (N12)."""
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
+    )
+    has_graph, weights = {}, {}
+    for value in ("false", FLIPS["tracking.graph"]["flip"]):
+        result = train(resolve(*beside("tracking.graph"), f"tracking.graph={value}", f"run.name=graph-{value}"))
+        events = accumulator.EventAccumulator(str(result.folder / "tensorboard"))
+        events.Reload()
+        has_graph[value] = events.Tags()["graph"]
+        weights[value] = (result.folder / "checkpoints" / "final" / "model.safetensors").read_bytes()
+    assert has_graph == {"false": False, "true": True}
+    assert weights["false"] == weights["true"]
 
 
 def test_distributed_timeout_s_is_used(resolve, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 from llmtune.cli.main import run as command
 from llmtune.config.schema import Config, DistributedConfig
 from llmtune.errors import UsageError
-from llmtune.training import build
+from llmtune.training import objectives
 from rank_helpers import TwoRanks
 from sharded_runs import FULL, LORA, is_one_run
 from training_helpers import lines_of, small_run
@@ -72,7 +72,7 @@ def test_one_process_shares_its_rows_with_nobody(words, capsys):
 
 def test_a_loss_of_ones_own_is_refused_by_name():
     with pytest.raises(UsageError, match="log-probabilities of whole rows"):
-        build._own_objectives(None, None, Config(distributed=DistributedConfig(sequence_parallel=2)))
+        objectives.own_objectives(None, None, Config(distributed=DistributedConfig(sequence_parallel=2)))
 
 
 GROUPS = {

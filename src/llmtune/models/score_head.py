@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import ModelError
-from llmtune.models.parameters import find_score_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -66,6 +65,8 @@ def zero_new_head(model: PreTrainedModel) -> None:
     All scores are then 0 and the loss is exactly log 2 (log L with L labels); what the head learns comes from the rows
     alone, and no adapter has to undo a random direction.
     """
+    from llmtune.models.parameters import find_score_head  # loads torch, without which models are listed
+
     head = find_score_head(model)
     assert head is not None
     for parameter in head.parameters():
