@@ -44,7 +44,7 @@ def executed(path, kernel, folder):
     its traceback where one fails.
     """
     notebook = nbformat.read(path, as_version=4)
-    for line in (f"%cd -q {folder}", "%reset -f"):
+    for line in ("%reset -f", f"%cd -q {folder}"):  # the folder of the notebook before may be gone
         notebook.cells.insert(0, nbformat.v4.new_code_cell(line))
     client = NotebookClient(notebook, timeout=240, km=kernel)
     client.execute()
