@@ -7,7 +7,7 @@ place of the output head. It reads the last token that is not the padding token,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune.errors import ModelError
 
@@ -42,16 +42,24 @@ def as_scoring(config: PreTrainedConfig, labels: Sequence[str], tokenizer: PreTr
     config.get_text_config().pad_token_id = config.pad_token_id = tokenizer.pad_token_id
 
 
-def labels_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+def labels_of(config: object) -> tuple[str, ...]:
     """Return the labels of the model of a config.json; none where it is no sequence classification.
+
+    The file may hold anything: what is wrong with it is said where the model is read.
 
     >>> labels_of({"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "no", "1": "yes"}})
     ('no', 'yes')
     """
-    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+    architectures = config.get("architectures") if isinstance(config, Mapping) else None
+    if not isinstance(config, Mapping) or not isinstance(architectures, list | tuple):
         return ()
-    names = config.get("id2label") or {}
-    ordered = tuple(str(names[key]) for key in sorted(names, key=int)) or _generic(config.get("num_labels") or 2)
+    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        return ()
+    names, count = config.get("id2label"), config.get("num_labels")
+    if not isinstance(names, Mapping) or not all(str(key).isdecimal() for key in names):
+        names = {}
+    ordered = tuple(str(names[key]) for key in sorted(names, key=int))
+    ordered = ordered or _generic(count if isinstance(count, int) and count > 0 else 2)
     return ordered if len(ordered) > 1 else REWARD
 
 
