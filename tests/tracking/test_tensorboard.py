@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, T5Config
 
+from llmtune.errors import ModelError
 from llmtune.tracking import Histogram, RunInfo
 from llmtune.tracking.model_graph import model_graph
 from llmtune.tracking.tensorboard import TensorBoardTracker
@@ -60,6 +61,11 @@ def test_the_graph_has_two_blocks_and_drawing_it_draws_no_random_number(tmp_path
     names = " ".join(node.name for node in read(tmp_path).Graph().node)
     assert "[1]/LlamaAttention[self_attn]" in names
     assert "[2]/LlamaAttention[self_attn]" not in names
+
+
+def test_a_model_that_cannot_be_traced_is_named():
+    with pytest.raises(ModelError, match="cannot be traced"):
+        model_graph(T5Config())  # no causal language model
 
 
 def test_the_config_its_origins_modules_ledger_and_hyperparameters_come_back(tmp_path):

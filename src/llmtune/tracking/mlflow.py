@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -51,12 +52,12 @@ class MlflowTracker:
             known = self._client.get_experiment_by_name(self._project)
             artifacts = None if server else (folder / "artifacts").as_uri()
             experiment = known.experiment_id if known else self._client.create_experiment(self._project, artifacts)
-            tags = {"llmtune.model": info.model, **dict.fromkeys((*info.tags, *self._tags), "true")}
+            tags = {"llmtune.model": info.model, **{_name(tag): "true" for tag in (*info.tags, *self._tags)}}
             tags |= {"mlflow.note.content": info.notes} if info.notes else {}
             self._run_id = self._client.create_run(experiment, run_name=info.name, tags=tags).info.run_id
             durable.write_text(id_file, self._run_id + "\n")
             values = flat_items({**redacted(info.config), "parameters": info.parameters})
-            params = [mlflow.entities.Param(key, str(value)[:LONGEST_PARAM]) for key, value in values]
+            params = [mlflow.entities.Param(_name(key), str(value)[:LONGEST_PARAM]) for key, value in values]
             for first in range(0, len(params), PARAMS_AT_ONCE):
                 self._client.log_batch(self._run_id, params=params[first : first + PARAMS_AT_ONCE])
             self._client.log_dict(self._run_id, {"origins": dict(info.origins), "rows": dict(info.ledger)}, "run.json")
@@ -89,3 +90,8 @@ class MlflowTracker:
             Metric(key, float(value), now, step) for key, value in values.items() if isinstance(value, int | float)
         ]
         self._client.log_batch(self._run_id, metrics=numbers)
+
+
+def _name(name: str) -> str:
+    """A name as MLflow takes it: it refuses the whole request for a pattern among the keys of a config."""
+    return re.sub(r"[^\w./ -]", "_", name)

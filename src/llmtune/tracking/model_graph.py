@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from llmtune.errors import ModelError, in_one_line
+
 __all__ = ["model_graph"]
 
 BLOCKS, TOKENS = 2, 8
@@ -30,8 +32,17 @@ class _Logits(nn.Module):
 def model_graph(config: PretrainedConfig) -> bytes:
     """Return a serialized GraphDef of a model of this shape with two of its blocks, traced on a few tokens.
 
-    A model of its own is traced, on the CPU: the one that is trained is not touched, nor are its random numbers.
+    A model of its own is traced, on the CPU: the one that is trained is not touched, nor are its random numbers. Raises
+    ModelError for a model that cannot be traced.
     """
+    try:
+        return _traced(config)
+    except Exception as error:
+        problem = f"the model's operations cannot be traced: {in_one_line(error)}"
+        raise ModelError(problem, where="tracking.graph", fix="leave it out") from error
+
+
+def _traced(config: PretrainedConfig) -> bytes:
     from torch.utils.tensorboard._pytorch_graph import graph
 
     small = copy.deepcopy(config)
