@@ -234,8 +234,8 @@ def fit_max_length(
 ) -> tuple[Config, list[Decision]]:
     """Return the config with `data.max_length` within the model's context where it was not given, and that choice.
 
-    A given length above it is refused where the model's positions end there (ConfigError), and named where they are
-    rotary: such a model computes longer rows.
+    A given length above it is named where positions are rotary, because such a model computes longer rows. Raises
+    ConfigError where the model's positions end there.
     """
     given, origin = config.data.max_length, origins.get("data.max_length", DEFAULT)
     if context is None or given <= context.tokens:

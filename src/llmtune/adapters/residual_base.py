@@ -34,7 +34,10 @@ class TakenPart:
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Tensor]) -> TakenPart:
-        """Read it out of the tensors of an adapter that `as_lora` made."""
+        """Read it out of the tensors of an adapter that `as_lora` made, A [2r, in] and B [out, 2r] of each layer.
+
+        A0 = the last r rows of A, B0 = minus the last r columns of B.
+        """
         return cls({name: _halves(name, saved[name])[1] for name in saved if name.endswith((_SAVED_A, _SAVED_B))})
 
     def digest(self) -> str:
@@ -42,7 +45,10 @@ class TakenPart:
         return digest_tensors(sorted(self.tensors.items()))
 
     def as_lora(self, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return A [r, in] and B [out, r] as LoRA for the base as it was: [2r, in] and [out, 2r], the rest as it is."""
+        """Return A [r, in] and B [out, r] as LoRA for the base as it was: [2r, in] and [out, 2r], the rest as it is.
+
+        B A - B0 A0 = [B, -B0] [A; A0] (PiSSA, Meng et al. 2024, arXiv:2404.02948).
+        """
         return {
             name: torch.cat([tensor.cpu(), _signed(name, self.tensors[name])], dim=_dim(name))
             if name in self.tensors
@@ -51,7 +57,10 @@ class TakenPart:
         }
 
     def trained(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the trained half of what `as_lora` made, bit for bit."""
+        """Return the trained half of each [2r, in] and [out, 2r] that `as_lora` made, bit for bit.
+
+        A = the first r rows, B = the first r columns.
+        """
         return {name: _halves(name, tensor)[0] if name in self.tensors else tensor for name, tensor in saved.items()}
 
     def config_as_lora(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,6 +80,8 @@ def take_part(
     adapted: PeftModel, init: str, *, seed: int, saved: Mapping[str, Tensor] | None = None
 ) -> tuple[TakenPart, Decision]:
     """Give every adapted layer the first values that `init` names (see `PARTS`), and take them out of its weight.
+
+    W' = W - scale B0 A0, with W [out, in], A0 [r, in], B0 [out, r] (PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775).
 
     seed: of the random projections of `pissa_niter_N`. saved: tensors of a checkpoint of this run, in which the part
     stands: the same one is taken again, on any machine. Raises AdapterError for a layer that cannot give it.
@@ -142,7 +153,10 @@ def _halves(name: str, saved: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def strongest_part(weight_OI: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The strongest `rank` singular directions, each singular value shared by both: A [r, in], B [out, r]."""
+    """The strongest `rank` singular directions, each singular value shared by both: A [r, in], B [out, r].
+
+    W = U S V^T, A = sqrt(S / scale) V^T and B = U sqrt(S / scale), of the `rank` largest S (PiSSA, arXiv:2404.02948).
+    """
     u_OK, s_K, vt_KI = torch.linalg.svd(weight_OI, full_matrices=False)
     return _shared(u_OK[:, :rank], s_K[:rank], vt_KI[:rank], scale)
 

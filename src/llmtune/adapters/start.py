@@ -54,7 +54,10 @@ def find_start(config: Config) -> Path:
 
 
 def start_options(config: Config) -> LoraOptions:
-    """Return the options of the adapter that training starts from (`adapter.start_from`), as peft takes them."""
+    """Return the options of the adapter that training starts from (`adapter.start_from`), as peft takes them.
+
+    Raises AdapterError where there is no such adapter, or one with a head of scores where answers are trained.
+    """
     options = read_adapter_config(find_start(config))
     options.pop("base_model_name_or_path", None)  # peft writes that of the model it is put on
     options.pop("revision", None)

@@ -36,7 +36,9 @@ class WinTable(NamedTuple):
 
 
 def count_wins(first_R: npt.NDArray[np.float64], second_R: npt.NDArray[np.float64]) -> WinTable:
-    """Return the wins over the rows that have a loss in both, shape [rows] each; the smaller loss wins.
+    """Return the wins over the rows that have a loss in both, nats, shape [rows] each; the smaller loss wins.
+
+    gain = first - second; the first is better where gain < -EQUAL_NATS, the second where gain > EQUAL_NATS.
 
     >>> import numpy as np
     >>> count_wins(np.array([1.0, 2.0, 3.0, np.nan]), np.array([2.0, 1.0, 3.0, 1.0]))

@@ -164,7 +164,7 @@ def _judge(
 
 
 def held_out_rows(loaded: InferenceModel, data: list[str] | None, config: str | None) -> tuple[HeldOut, Config]:
-    """Return the rows to evaluate on, and the config they were prepared by."""
+    """Return the rows to evaluate on, and the config they were prepared by. Raises DataError where there are none."""
     from llmtune.data.dataset.make_dataset import prepare_data
     from llmtune.data.rows.preferences import SCORED_FORMATS, every_format
     from llmtune.models.read_config import context_of
@@ -234,7 +234,10 @@ def _located_at_option(problem: Problem) -> Problem:
 def measure_rows(
     loaded: InferenceModel, model: PreTrainedModel | PeftModel, settings: Config, rows: HeldOut
 ) -> npt.NDArray[np.float64]:
-    """Return the loss of each row in float32 arithmetic, nats per trained token (per pair or row), float64 [rows]."""
+    """Return the loss of each row in float32 arithmetic, nats per trained token (per pair or row), float64 [rows].
+
+    loss = sum_t weight_t (-log p_t) / sum_t weight_t, or that of `score_losses` where the model has a head of scores.
+    """
     if loaded.labels:
         return score_losses(replace(loaded, model=model), settings, rows)
     from llmtune.engine.forward import build_engine

@@ -55,7 +55,10 @@ def measure_scores(loaded: InferenceModel, settings: Config, rows: HeldOut, batc
 
 
 def score_losses(loaded: InferenceModel, settings: Config, rows: HeldOut) -> npt.NDArray[np.float64]:
-    """Return the loss of each pair, or of each row with a label, nats, float64 [pairs or rows]."""
+    """Return the loss of each pair, or of each row with a label, nats, float64 [pairs or rows].
+
+    Of a pair: that of `reward_losses`. Of a row: loss = -log softmax(scores)[label].
+    """
     import numpy as np
     import torch
 

@@ -70,7 +70,10 @@ def _paths(value: object) -> list[str]:
 
 @contextlib.contextmanager
 def config_folder_named(resolved: ResolvedConfig) -> Iterator[None]:
-    """Let an error about a path name the file of that path beside the config file, where there is one."""
+    """Let an error about a path name the file of that path beside the config file, where there is one.
+
+    Raises the LlmtuneError of the body, of the same kind.
+    """
     try:
         yield
     except LlmtuneError as error:

@@ -148,7 +148,10 @@ def example_digest(
     label: str | None = None,
     margin: float = 0.0,
 ) -> bytes:
-    """16-byte digest of one example: ids int32 [T], weights float32 [T]; side, label and margin where it has them."""
+    """16-byte digest of one example: ids int32 [T], weights float32 [T]; side, label and margin where it has them.
+
+    BLAKE2b (RFC 7693, https://www.rfc-editor.org/rfc/rfc7693).
+    """
     digest = hashlib.blake2b(digest_size=16, person=(side or "").encode())
     # Little-endian on every machine, so that digests in checkpoints and caches agree.
     digest.update(input_ids.astype("<i4", copy=False).tobytes())

@@ -92,7 +92,10 @@ class Place(NamedTuple):
     """The weight in the model's order again."""
 
     def round(self, weight: Tensor) -> Tensor:
-        """Return the numbers that a program reads for this weight, of any shape."""
+        """Return the numbers that a program reads for this weight, of any shape.
+
+        rounded = read(kind.round(write(weight))): written in the file's order, rounded there, and put back.
+        """
         return self.read(self.kind.round(self.write(weight)))
 
 

@@ -52,13 +52,19 @@ class GgufType:
         return math.prod(shape) // self.block * self.block_bytes
 
     def encode(self, weight: Tensor) -> npt.NDArray[np.generic]:
-        """Return the bytes of a weight [O, I] or [I], as numbers of one, two or four bytes."""
+        """Return the bytes of a weight [O, I] or [I], as numbers of one, two or four bytes.
+
+        The layouts of blocks are ggml's: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h.
+        """
         values = weight.to(torch.float32).contiguous().numpy()
         encoded: npt.NDArray[np.generic] = gguf.quants.quantize(values, gguf.GGMLQuantizationType[self.name])
         return encoded
 
     def round(self, weight: Tensor) -> Tensor:
-        """Return the numbers that a program reads from the encoded weight, float32 in its shape."""
+        """Return the numbers that a program reads from the encoded weight, float32 in its shape.
+
+        rounded = decode(encode(weight)), by the rules of ggml that the gguf package has in Python.
+        """
         values = gguf.quants.dequantize(self.encode(weight), gguf.GGMLQuantizationType[self.name])
         return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).reshape(weight.shape)
 

@@ -45,7 +45,10 @@ def _escaped(character: str) -> str:
 
 
 def render(template: str, values: Fields) -> str:
-    """Render a template on its values: `System`, and `Messages` with `Role` and `Content` each."""
+    """Render a template on its values: `System`, and `Messages` with `Role` and `Content` each.
+
+    Raises ValueError for an action outside of the part of the language that is understood here.
+    """
     tokens: list[tuple[str, str]] = []
     end = 0
     for match in _ACTION.finditer(template):

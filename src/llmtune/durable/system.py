@@ -121,7 +121,7 @@ def errno_of(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def translate_os_errors(action: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an OSError of the body into a MachineError about `action` at `path`."""
+    """Raise an OSError of the body as a MachineError about `action` at `path`."""
     try:
         yield
     except OSError as error:

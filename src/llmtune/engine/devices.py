@@ -183,7 +183,7 @@ class Devices:
         return value
 
     def sum_of_row(self, value: torch.Tensor) -> torch.Tensor:
-        """Add a tensor of any shape over the processes that share this one's rows."""
+        """Add a tensor of any shape over the processes r that share this one's rows: total = sum_r value_r."""
         if self._row_group is not None:
             value = value.clone()
             with lost_ranks_noticed():

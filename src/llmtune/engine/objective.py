@@ -93,7 +93,7 @@ class Objective:
 def next_token_objective(nll_sum: Callable[[MicroBatch], Tensor]) -> Objective:
     """Make the objective of supervised fine-tuning: the weighted negative log-likelihood of trained tokens.
 
-    nll_sum = sum_n w_n (-log p_n): that sum over a micro-batch, in nats, float32 [].
+    nll_sum = sum_n w_n (-log p_n): that sum over a micro-batch, in nats, float32 of shape [].
     """
     return Objective(nll_sum, "mean_nll", "nats per trained token")
 

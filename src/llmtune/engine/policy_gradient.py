@@ -197,7 +197,11 @@ class PolicyGradientObjective:
         return answer.reward is None or (self._settings.mask_truncated and answer.is_truncated)
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
-        """Sum of the losses of the tokens of a micro-batch, 0-d float32."""
+        """Sum of the losses of the tokens of a micro-batch, float32 of shape [].
+
+        loss = sum_n share_n (loss_n + beta kl_n), with `token_losses`, `kl_estimates` and their papers. share: 0 for a
+        masked answer, else 1, and with `grpo` 1 / (tokens of the answer) (arXiv:2402.03300, equation 3).
+        """
         # The reference first: see `LiveReference`.
         reference_N = self._reference.log_probs(batch) if self._reference is not None else None
         log_probs_N = self._token_log_probs(batch)

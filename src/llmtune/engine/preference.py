@@ -164,7 +164,7 @@ class PreferenceObjective:
         return max(0.0, total / len(window.all_indices))
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
-        """Sum of the losses of a micro-batch, 0-d float32, in which token means of the window count per pair.
+        """Sum of the losses of a micro-batch, float32 of shape [], in which token means of the window count per pair.
 
         loss = sum_s loss(log pi(y_s | x_s), log pi_ref(y_s | x_s)), with the losses of `preference_loss.py` and their
         papers.

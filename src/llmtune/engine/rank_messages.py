@@ -37,7 +37,10 @@ class RankMessages:
         self._count = 0
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """Call `work` on the main process alone; the others wait, get None, and raise the LlmtuneError it raises."""
+        """Call `work` on the main process alone; the others wait and get None.
+
+        Raises the LlmtuneError of `work`, on every process.
+        """
         if self._rank != 0:
             failure = self._receive()
             if failure is not None:
@@ -160,7 +163,7 @@ def _communication_errors_named() -> Iterator[None]:
 
 @contextmanager
 def lost_ranks_noticed() -> Iterator[None]:
-    """Turn what torch raises where a process has died or is silent into RankLostError."""
+    """Raise RankLostError for the RuntimeError of torch where another process has died or is silent."""
     try:
         yield
     # A RuntimeError too, and of this process alone.

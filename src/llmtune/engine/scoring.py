@@ -50,7 +50,7 @@ Scores = Callable[[MicroBatch], Tensor]
 def last_tokens(batch: MicroBatch, pad_id: int | None) -> Tensor:
     """Position of the token of each example that the head reads, int64 [S], in the row that the example lies in.
 
-    It is the last one that is not `pad_id`, and the first where all are, as in transformers.
+    position = max of the t with id_t != pad_id, and the first of the example where there is none, as in transformers.
     """
     ids, segments = batch.input_ids.cpu(), batch.segments
     is_read = torch.ones_like(ids, dtype=torch.bool) if pad_id is None else ids != pad_id
@@ -65,7 +65,7 @@ def last_tokens(batch: MicroBatch, pad_id: int | None) -> Tensor:
 
 
 def flat_scores(model: PreTrainedModel | PeftModel, batch: MicroBatch, *, device: torch.device) -> Tensor:
-    """Scores of the examples of one flat micro-batch, float32 [S, L].
+    """Scores of the examples of one flat micro-batch, float32 [S, L]: scores = W h, h of the example's last token.
 
     The model's attention is by segments, so that documents cannot see each other (promise N5).
     """
@@ -84,7 +84,10 @@ def flat_scores(model: PreTrainedModel | PeftModel, batch: MicroBatch, *, device
 
 
 def plain_scores(model: PreTrainedModel | PeftModel, batch: MicroBatch) -> Tensor:
-    """Scores of the examples of one padded micro-batch by the library's own decoder, float32 [S, L]."""
+    """Scores of the examples of one padded micro-batch by the library's own decoder, float32 [S, L].
+
+    scores = W h, with the last hidden state h of the example's last token.
+    """
     base = base_model_of(model)
     head, device = find_score_head(base), next(model.parameters()).device
     assert head is not None
@@ -156,7 +159,10 @@ class RewardObjective:
         return self._count
 
     def loss_sum(self, batch: MicroBatch) -> Tensor:
-        """Sum of the losses of a micro-batch's pairs (see `reward_losses`), 0-d float32."""
+        """Sum of the losses of a micro-batch's pairs, float32 of shape [].
+
+        loss = sum_p -log sigmoid(s_chosen - s_rejected - margin), as in `reward_losses`.
+        """
         assert batch.sides == ("chosen", "rejected") * (len(batch.sides) // 2)
         assert batch.indices is not None
         scores_S = self._scores(batch)[:, 0]

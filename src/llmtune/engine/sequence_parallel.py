@@ -46,7 +46,7 @@ class SharedRows:
         return Decision("distributed.sequence_parallel", count, reason)
 
     def sum(self, value: Tensor) -> Tensor:
-        """Add a tensor of any shape over the processes that share the rows."""
+        """Add a tensor of any shape over the processes r that share the rows: total = sum_r value_r."""
         return self._devices.sum_of_row(value)
 
     def attention(self, backend: Backend) -> Backend:

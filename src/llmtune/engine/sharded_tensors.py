@@ -11,12 +11,19 @@ __all__ = ["full_tensor", "gather", "local_part", "shard_like"]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Give the tensor in its unsharded shape; each process must call it where it is sharded."""
+    """Give the tensor in its unsharded shape; each process must call it where it is sharded.
+
+    full = [part of process 0; part of process 1; ...], joined on the first dimension (fully sharded data parallel,
+    Zhao et al. 2023, arXiv:2304.11277).
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Give this process's part of a sharded tensor [n, ...] -> [about n / processes, ...], without a copy."""
+    """Give this process's part of a sharded tensor [n, ...] -> [about n / processes, ...], without a copy.
+
+    part = full[rank c : (rank + 1) c] with c = ceil(n / processes), as `torch.chunk` cuts.
+    """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

@@ -74,7 +74,7 @@ class Strategy(Protocol):
         ...
 
     def opened(self, parameters: Iterable[Tensor], /, *, write: bool = False) -> AbstractContextManager[object]:
-        """Give the context in which parameters can be read in full, or, with `write`, be overwritten.
+        """Give the context in which parameters, of any shape, can be read in full, or, with `write`, be overwritten.
 
         Each process must enter it, and write the same. A DTensor is its own way to both.
         """
@@ -85,11 +85,11 @@ class Strategy(Protocol):
         ...
 
     def part(self, parameter: Tensor, /) -> Tensor:
-        """Give what this process holds of a parameter, without a copy."""
+        """Give what this process holds of a parameter [n, ...], without a copy: all, or about n / processes of it."""
         ...
 
     def gather(self, tensors: Mapping[str, Tensor], /, *, keep: bool) -> dict[str, Tensor]:
-        """Give tensors in full, those in parts gathered to the CPU one at a time; each process must call it.
+        """Give tensors in their full shapes, those in parts gathered to the CPU one at a time, on each process at once.
 
         keep: whether this process wants them; without it, it takes part only.
         """
@@ -140,7 +140,7 @@ class Whole:
         return nullcontext()
 
     def opened(self, _parameters: Iterable[Tensor], /, *, write: bool = False) -> AbstractContextManager[object]:  # noqa: ARG002 - of the protocol
-        """Do nothing: they always are."""
+        """Do nothing: parameters, of any shape, always are."""
         return nullcontext()
 
     def shape(self, parameter: Tensor, /) -> torch.Size:
@@ -148,11 +148,11 @@ class Whole:
         return parameter.shape
 
     def part(self, parameter: Tensor, /) -> Tensor:
-        """Give all of it."""
+        """Give all of it, in its shape."""
         return parameter
 
     def gather(self, tensors: Mapping[str, Tensor], /, *, keep: bool) -> dict[str, Tensor]:
-        """Give them as they are."""
+        """Give them as they are, of any shape."""
         return gather(tensors, keep=keep)
 
     def make_update(
@@ -242,7 +242,7 @@ class Sharded:
             block.reshard()
 
     def opened(self, _parameters: Iterable[Tensor], /, *, write: bool = False) -> AbstractContextManager[object]:  # noqa: ARG002 - of the protocol
-        """Do nothing: a DTensor is read and overwritten as it is."""
+        """Do nothing: a DTensor, of any shape, is read and overwritten as it is."""
         return nullcontext()
 
     def shape(self, parameter: Tensor, /) -> torch.Size:
@@ -250,11 +250,11 @@ class Sharded:
         return parameter.shape
 
     def part(self, parameter: Tensor, /) -> Tensor:
-        """Give this process's part."""
+        """Give this process's part, [n, ...] -> [about n / processes, ...]."""
         return local_part(parameter)
 
     def gather(self, tensors: Mapping[str, Tensor], /, *, keep: bool) -> dict[str, Tensor]:
-        """Gather them one at a time."""
+        """Gather them one at a time, each in its full shape."""
         return gather(tensors, keep=keep)
 
     def make_update(

@@ -218,8 +218,8 @@ def capture_rng(device: torch.device) -> dict[str, torch.Tensor]:
 
     Python and NumPy use MT19937 (https://doi.org/10.1145/272991.272995): 624 words and a position.
 
-    Shapes: `python` int64 [626] (version, then words), `numpy` int64 [626] (words, position, whether a normal draw is
-    kept), `normals` float64 [3] (whether Python keeps one, Python's, NumPy's), `torch` and `cuda` uint8.
+    The shapes: `python` int64 [626] (version, then words), `numpy` int64 [626] (words, position, whether a normal draw
+    is kept), `normals` float64 [3] (whether Python keeps one, Python's, NumPy's), `torch` and `cuda` uint8.
     """
     version, words, normal_draw = random.getstate()
     kind, keys, position, has_normal, normal = np.random.get_state(legacy=True)

@@ -43,7 +43,7 @@ class Update(Protocol):
         ...
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of a micro-batch's part of the loss, shape [], to that of the window."""
+        """Add the gradient of a micro-batch's part of the loss, shape [], to the window's: g = g + d loss / d w."""
         ...
 
     def before_last_backward(self, losses: Sequence[torch.Tensor], rate: float) -> None:

@@ -63,7 +63,10 @@ class Zero:
         *,
         convert_block: Callable[[nn.Module], object],  # noqa: ARG002 - of the protocol
     ) -> tuple[ZeroOptimizer, tuple[Decision, ...], list[Decision]]:
-        """Give the model and the optimizer of its trained weights to DeepSpeed's engine."""
+        """Give the model and the optimizer of its trained weights to DeepSpeed's engine.
+
+        Raises MachineError where the engine of an earlier training of this program still holds the processes.
+        """
         # Before the engine divides the weights: then they have their shapes, by which the optimizer groups them.
         optimizer, own = make_optimizer(self._devices.device)
         whole = sum(parameter.numel() for parameter in model.parameters())
@@ -126,7 +129,7 @@ class Zero:
 
     @contextmanager
     def opened(self, parameters: Iterable[Tensor], /, *, write: bool = False) -> Iterator[None]:
-        """Gather the parameters for a while; with `write` they keep what the main process has put there."""
+        """Gather the parameters, of any shape, for a while; with `write` they keep the main process's values."""
         opened = list(parameters)
         with lost_ranks_noticed(), self._deepspeed.zero.GatheredParameters(opened, modifier_rank=0 if write else None):
             yield
@@ -140,14 +143,14 @@ class Zero:
         return torch.Size(parameter.ds_shape) if self._is_divided(parameter) else parameter.shape  # type: ignore[attr-defined]
 
     def part(self, parameter: Tensor, /) -> Tensor:
-        """Give this process's part, flat with stage 3."""
+        """Give this process's part: with stage 3 of flat shape [about numel / processes], else the whole parameter."""
         return parameter.ds_tensor if self._is_divided(parameter) else parameter  # type: ignore[attr-defined, no-any-return]
 
     def _is_divided(self, parameter: Tensor) -> bool:
         return bool(self._deepspeed.runtime.zero.partition_parameters.is_zero_param(parameter))
 
     def gather(self, tensors: Mapping[str, Tensor], /, *, keep: bool) -> dict[str, Tensor]:
-        """Gather them one at a time. Two names of one tensor stay one tensor."""
+        """Gather them one at a time, each in its full shape. Two names of one tensor stay one tensor."""
         made: dict[int, Tensor] = {}
         for tensor in tensors.values():
             if id(tensor) in made:
@@ -184,7 +187,7 @@ class StepOfEngine:
         self.has_begun = False
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss, shape [], to that of the window."""
+        """Add the gradient of a loss, shape [], to that of the window: g = g + sum over processes of d loss / d w."""
         with lost_ranks_noticed():
             # The engine takes the mean over processes.
             self._engine.backward(loss * self._devices.world_size, scale_wrt_gas=False)

@@ -100,7 +100,10 @@ def evaluate_examples(
 def row_losses(
     model: nn.Module, examples: ExampleSet, *, engine: Engine, precision: Precision, pad_id: int
 ) -> npt.NDArray[np.float64]:
-    """Return the loss of each example by itself, nats per trained token, float64 [rows]; NaN for one without any."""
+    """Return the loss of each example by itself, nats per trained token, float64 [rows]; NaN for one without any.
+
+    loss = sum_t weight_t (-log p_t) / sum_t weight_t
+    """
     losses_R = np.full(len(examples), np.nan)
     with eval_mode(model), precision.autocast():
         for batch in eval_batches(examples, batch_size=1, layout=engine.layout, pad_id=pad_id):

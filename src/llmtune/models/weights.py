@@ -98,7 +98,8 @@ def load_trained_part(model: torch.nn.Module, folder: Path) -> None:
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Return the sha256 over (name, type, shape, bytes) of each tensor in the given order, by convention that of names.
 
-    tensors: of any shape and type, on any device; their values are taken in row-major order.
+    tensors: of any shape and type, on any device; their values are taken in row-major order. SHA-256: FIPS 180-4,
+    https://doi.org/10.6028/NIST.FIPS.180-4.
     """
     total = hashlib.sha256()
     for name, tensor in tensors:

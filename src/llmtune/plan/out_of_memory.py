@@ -47,7 +47,7 @@ class Circumstances(NamedTuple):
 
 @contextmanager
 def out_of_memory_refused(forecaster: Forecaster, circumstances: Callable[[], Circumstances]) -> Iterator[None]:
-    """Turn errors of memory that is used up in the body into MachineError with the numbers and up to three changes.
+    """Raise errors of memory that is used up in the body as MachineError with the numbers and up to three changes.
 
     circumstances: called when that happens; it may free memory.
     """

@@ -314,7 +314,7 @@ def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
 
 
 def read_weights(checkpoint: LoadedCheckpoint, name: str) -> dict[str, Tensor]:
-    """Read one of its files of weights. Raises CheckpointError when it was changed since `verify`."""
+    """Read one of its files of weights, in saved shapes. Raises CheckpointError for one changed since `verify`."""
     # The digest is taken of the very bytes that fill the tensors, so nothing can come between check and use.
     return durable.read_tensors(checkpoint.path / name, sha256=checkpoint.manifest["files"][name]["sha256"])[0]
 

@@ -64,7 +64,7 @@ def forecast_disk(
     has_heldout: bool,
     free_bytes: int | None = None,
 ) -> DiskForecast:
-    """Return the disk space that the run of `config` needs; raise MachineError where `run.output_dir` has less.
+    """Return the disk space that the run of `config` needs. Raises MachineError where `run.output_dir` has less.
 
     At the worst moment there are the kept checkpoints and the one being written (`checkpoint.keep_last` + 1, or all of
     them when 0), the best model twice (while it is replaced) and the final one. The error has the numbers and what to

@@ -174,7 +174,7 @@ def create_run(
 
 
 def checked_name(name: str) -> str:
-    """Return `name` if it can be the name of a run's folder; raises UsageError with the reason why it cannot.
+    """Return `name` if it can be the name of a run's folder. Raises UsageError with the reason why it cannot.
 
     Shell syntax is allowed, since a name is never given to a shell. Refused are names that could leave the output
     folder, hide, or disturb a terminal.

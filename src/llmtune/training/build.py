@@ -119,7 +119,7 @@ class TrainingSetup:
         return self.rollouts.windows(self.batches, start_step)
 
     def held_parts(self) -> dict[str, torch.Tensor]:
-        """What this process holds of each trained parameter."""
+        """The part of each trained parameter held by this process: all, or of [n, ...] about [n / processes, ...]."""
         return {name: self.strategy.part(parameter) for name, parameter in self.parameters.items()}
 
     @property

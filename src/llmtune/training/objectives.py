@@ -189,7 +189,10 @@ def own_objectives(own: Objective, model: PreTrainedModel, config: Config) -> Ob
 def with_noise(
     nll_sum: Callable[[MicroBatch], torch.Tensor], model: PreTrainedModel, training: TrainingConfig
 ) -> Callable[[MicroBatch], torch.Tensor]:
-    """Add noise to the embeddings of training rows where the config asks for it; loss sums have shape []."""
+    """Add noise to the embeddings of training rows where the config asks for it; loss sums have shape [].
+
+    x' = x + alpha / sqrt(L D) u, u uniform in [-1, 1] (NEFTune, arXiv:2310.05914).
+    """
     if training.neftune_alpha is None:
         return nll_sum
     return Neftune(nll_sum, model.get_input_embeddings(), training.neftune_alpha)

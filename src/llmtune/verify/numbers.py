@@ -166,9 +166,9 @@ def train_window(
     batches: Iterable[MicroBatch],
     divisor: float | None = None,
 ) -> WindowResult:
-    """Return the mean loss and the gradients of one window, as the training loop computes them.
+    """Return the mean loss of one window and its gradients, in the shapes of the weights, as the training loop does.
 
-    divisor: of the loss; None for the number of trained tokens.
+    loss = sum_b loss_sum(b) / divisor, over the micro-batches b. divisor: None for the number of trained tokens.
     """
     batches = list(batches)
     divisor = divisor or sum(batch.loss_weight for batch in batches)

@@ -160,7 +160,7 @@ def split_group(
 
     `indices`: int64, into `lengths_N`, int64 [N]. Each run of `together` examples (2: pairs) stays in one group, and
     counts as an example. Padded rows are cut in order. A flat row may hold any examples, so its groups are few and
-    even, because each has fixed costs.
+    even, because each has fixed costs. The positions of a padded group are rows times its longest row.
     """
     if max_group_tokens is None or len(indices) == 0:
         return [indices] if len(indices) else []

@@ -40,7 +40,7 @@ class PlannedAnswers:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each prompt with its longest answer, int64 [P G]."""
+        """Tokens of each prompt with its longest answer, int64 [P G]: length = prompt + max_new_tokens."""
         return np.repeat(np.asarray(self.prompts.lengths, np.int64) + self.max_new_tokens, self.num_generations)
 
     @property

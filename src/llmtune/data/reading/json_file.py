@@ -272,7 +272,7 @@ def split_objects(stream: IO[bytes]) -> Iterator[Record]:
 
 
 def split_json_table(stream: IO[bytes]) -> Iterator[Record]:
-    """The rows of a table that is written as one object."""
+    """The rows of a table that is written as one object. Raises DamagedFileError for no table or a huge one."""
     text = without_byte_order_mark(stream.read(MAX_TABLE_BYTES + 1))
     if len(text) > MAX_TABLE_BYTES:
         problem = f"the file is one table, of which {MAX_TABLE_BYTES // 2**20} MiB are read at most"

@@ -130,7 +130,10 @@ def read_weight(value: object, field: str) -> float | None:
 
 
 def read_message_weight(message: Mapping[str, object], field: str) -> float | None:
-    """The weight of a message: 0 where one of its `MARKS` is false, else its `weight`, or 1 where a mark is true."""
+    """The weight of a message: 0 where one of its `MARKS` is false, else its `weight`, or 1 where a mark is true.
+
+    Raises UnusableRowError for a mark that is neither true nor false.
+    """
     weight = read_weight(message.get("weight"), f"{field}.weight")
     for name in MARKS:
         mark = message.get(name)
