@@ -347,7 +347,7 @@ def longest() -> None:
     """The longest row of a LoRA of 1B, blocks recomputed: the plan's answer, then tries around it."""
     import torch
 
-    from llmtune.common.memory_errors import is_out_of_memory
+    from llmtune.common.memory import is_out_of_memory
 
     free = torch.cuda.mem_get_info()[0]
     base = replace(workload_of("tiny" if SMALL else "llama-3.2-1b", 1), checkpointing=True)

@@ -14,7 +14,7 @@ import pytest
 
 import llmtune.data
 from llmtune import durable
-from llmtune.common.folders import cache_folder
+from llmtune.common.environment import cache_folder
 from llmtune.config.schema import SourceConfig
 from llmtune.data.dataset import cache
 from llmtune.data.dataset.make_dataset import prepare_data

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llmtune.engine.devices import Devices
-from llmtune.engine.utilization import PEAK_TFLOPS, flops_per_token, peak_flops_per_second, utilization
+from llmtune.plan.hardware import PEAK_TFLOPS, flops_per_token, peak_flops_per_second, utilization
 
 
 def test_every_listed_device_finds_its_own_rate():

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtune import durable
 from llmtune.cli.failure import message
-from llmtune.common.memory_errors import is_out_of_memory
+from llmtune.common.memory import is_out_of_memory
 from llmtune.common.text import silent
 from llmtune.config.process_options import Options
 from llmtune.errors import MachineError

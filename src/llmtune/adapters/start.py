@@ -17,7 +17,7 @@ from llmtune.adapters.config_file import (
 from llmtune.adapters.find import base_name_of, find_result, named_folder
 from llmtune.adapters.load import copy_tensors, read_adapter_tensors, refuse_other_base
 from llmtune.common.decisions import Decision
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.config.document import DEFAULT, Origin
 from llmtune.config.dump import value_text
 from llmtune.config.keys import value_of

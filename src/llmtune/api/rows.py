@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from llmtune import durable
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.common.text import PrintLine
 from llmtune.config.document import Origin
 from llmtune.config.layers import ResolvedConfig

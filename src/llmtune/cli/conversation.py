@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from llmtune import durable
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.common.text import printable
 from llmtune.data.example import Message
 from llmtune.errors import MachineError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.errors import UsageError
 from llmtune.runs.folder import list_runs
 

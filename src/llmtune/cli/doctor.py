@@ -16,8 +16,7 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.process import check_working_folder
-from llmtune.common.environment import is_offline
-from llmtune.common.folders import cache_folder
+from llmtune.common.environment import cache_folder, is_offline
 from llmtune.common.text import readable_bytes
 from llmtune.errors import LlmtuneError, in_one_line
 from llmtune.runs.disk import free_bytes_at

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from llmtune.common.page_locked import page_locked
+from llmtune.common.memory import page_locked
 from llmtune.common.text import readable_bytes
 from llmtune.engine.choose_device import choose_device, has_nvidia_gpu
 from llmtune.engine.probe import PROBE_ERRORS

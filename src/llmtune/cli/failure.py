@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmtune import durable
-from llmtune.common.folders import state_folder
+from llmtune.common.environment import state_folder
 from llmtune.common.secrets import redacted, redacted_command
 from llmtune.common.text import print_line, printable
 from llmtune.errors import LlmtuneError, Problem

@@ -25,8 +25,7 @@ from llmtune.cli.options import (
     Verbose,
 )
 from llmtune.cli.process import prepare_process
-from llmtune.common.environment import is_offline
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded, is_offline
 from llmtune.common.text import PrintLine, print_line
 from llmtune.config.arguments import FLAGS
 from llmtune.config.layers import ResolvedConfig, load_config

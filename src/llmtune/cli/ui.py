@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from llmtune.cli.options import NoCuda
-from llmtune.common.environment import is_offline
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded, is_offline
 from llmtune.common.text import print_line, printable
 
 __all__ = ["ui"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.common.text import excerpt
 from llmtune.config.keys import value_of
 from llmtune.config.schema import SourceConfig

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.common.text import excerpt
 from llmtune.config import convert
 from llmtune.config.collect import Findings, Setting, collect, nearest_key

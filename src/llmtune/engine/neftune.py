@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from llmtune.common.page_locked import copy_to
+from llmtune.common.memory import copy_to
 from llmtune.data.dataset.micro_batch import MicroBatch
 
 __all__ = ["Neftune", "noise_scale"]

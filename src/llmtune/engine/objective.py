@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from llmtune.common.page_locked import copy_to
+from llmtune.common.memory import copy_to
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.data.dataset.packing import Indices
 from llmtune.engine.devices import Devices

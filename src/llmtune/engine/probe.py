@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmtune.common.memory_errors import is_out_of_memory
+from llmtune.common.memory import is_out_of_memory
 from llmtune.data.dataset.micro_batch import MicroBatch, make_micro_batch
 from llmtune.data.example import Example
 from llmtune.engine.objective import WHOLE_ROW, flat_nll_sum, plain_nll_sum, weighted_nll_sum

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmtune.common.page_locked import copy_to
+from llmtune.common.memory import copy_to
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.data.example import SIDES, ExampleSet
 from llmtune.engine.devices import Devices

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from llmtune.common.decisions import Decision
-from llmtune.common.memory_errors import is_out_of_memory
+from llmtune.common.memory import is_out_of_memory
 from llmtune.common.text import readable_bytes
 from llmtune.errors import ModelError
 from llmtune.models.parameters import checkpointable_blocks

@@ -28,7 +28,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from llmtune.common.page_locked import copy_to
+from llmtune.common.memory import copy_to
 from llmtune.errors import ModelError
 from llmtune.kernels.chunks import SelectChunks, every_chunk
 from llmtune.kernels.tiled_attention import tiled_attention

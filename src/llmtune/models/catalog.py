@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from llmtune.common.decisions import Decision
-from llmtune.common.folders import home_expanded, user_cache_folder
+from llmtune.common.environment import home_expanded, user_cache_folder
 from llmtune.errors import ModelError
 from llmtune.models.catalog_entry import Availability, CatalogEntry, ModelSource, ScratchShape, read_user_catalog
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmtune.common.decisions import Decision
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.config.convert import Mismatch, convert, expected
 from llmtune.config.document import Entry, Origin, Table, Unreadable, parse_yaml, read_text, shown
 from llmtune.config.json_document import parse_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from importlib import resources
 
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.errors import TokenizerError
 
 __all__ = ["find_chat_template", "shipped_chat_templates"]

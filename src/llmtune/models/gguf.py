@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune import durable
-from llmtune.common.folders import cache_folder
+from llmtune.common.environment import cache_folder
 from llmtune.durable.files import stamp_of
 from llmtune.errors import MachineError, ModelError, in_one_line
 from llmtune.models.read_config import quiet_libraries, translate_save_errors

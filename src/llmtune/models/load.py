@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmtune.common.decisions import Decision
 from llmtune.common.dtypes import torch_dtype
-from llmtune.common.memory_errors import is_out_of_memory
+from llmtune.common.memory import is_out_of_memory
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import ConfigError, ModelError, Problem, in_one_line
 from llmtune.models.catalog_entry import ModelSource

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.common.decisions import Decision
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.config.schema import ModelConfig
 from llmtune.errors import MachineError, ModelError, Problem, TokenizerError
 from llmtune.models.catalog import resolve

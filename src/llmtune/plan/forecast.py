@@ -20,7 +20,7 @@ import torch
 
 from llmtune import durable
 from llmtune.adapters.target_modules import block_of
-from llmtune.common.folders import cache_folder
+from llmtune.common.environment import cache_folder
 from llmtune.config.process_options import Options
 from llmtune.config.schema import AdapterConfig, Config
 from llmtune.data.dataset.batches import BatchPlan

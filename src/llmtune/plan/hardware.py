@@ -1,9 +1,10 @@
-"""The device a plan is made for: this machine's own, or one with a name."""
+"""The device a plan is made for, this machine's own or one with a name; and the peak rates of GPUs."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,10 +16,23 @@ from torch import nn
 from llmtune.config.schema import Config
 from llmtune.engine.allocator import release_free_memory
 from llmtune.engine.choose_device import CUDA_CONTEXT_BYTES, choose_device
-from llmtune.engine.precision import choose_precision, gpu_without_bf16
+from llmtune.engine.devices import Devices
+from llmtune.engine.precision import PrecisionName, choose_precision, gpu_without_bf16
 from llmtune.errors import UsageError
 
-__all__ = ["GPUS", "Target", "attainable_bytes", "find_target", "precision_on", "process_bytes", "resident_bytes"]
+__all__ = [
+    "GPUS",
+    "PEAK_TFLOPS",
+    "Target",
+    "attainable_bytes",
+    "find_target",
+    "flops_per_token",
+    "peak_flops_per_second",
+    "precision_on",
+    "process_bytes",
+    "resident_bytes",
+    "utilization",
+]
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -147,3 +161,65 @@ def process_bytes(compute: torch.dtype | None) -> int:
     # Memory that reading rows left free is used again by the steps, so it must not be counted with the process too.
     release_free_memory()
     return resident_bytes()
+
+
+def flops_per_token(total: int, trained: int) -> float:
+    """Give the floating-point operations of one token: 4 per parameter, and 2 more per trained one.
+
+    A multiply-add counts as 2: one forward and one backward for each parameter, one more for each trained parameter.
+    `total`: parameters that take part in matrix multiplications (an embedding that is only looked up does not).
+    Attention between tokens is left out.
+
+    >>> flops_per_token(1000, 1000), flops_per_token(1000, 10)
+    (6000.0, 4020.0)
+    """
+    return 4.0 * total + 2.0 * trained
+
+
+def peak_flops_per_second(device_name: str) -> float | None:
+    """Give a GPU's peak rate by its name, or None where it is not known.
+
+    >>> peak_flops_per_second("NVIDIA H200"), peak_flops_per_second("AMD EPYC")
+    (989000000000000.0, None)
+    """
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
+
+
+def utilization(
+    devices: Devices, precision: PrecisionName, *, total: int, trained: int
+) -> Callable[[float], float] | None:
+    """Give the function from tokens per second (over all devices) to the used share of their peak rate.
+
+    Model FLOPs utilization, MFU = tokens_per_second flops_per_token / peak (arXiv:2204.02311, appendix B).
+    None where no peak is known: a CPU, an unlisted GPU, fp32.
+    """
+    if devices.device.type != "cuda" or precision == "fp32":
+        return None
+    peak = peak_flops_per_second(torch.cuda.get_device_name(devices.device))
+    if peak is None:
+        return None
+    per_token = flops_per_token(total, trained)
+    # The rate is that of all devices together, so their peaks add up.
+    return lambda tokens_per_second: tokens_per_second * per_token / (peak * devices.world_size)
+
+
+PEAK_TFLOPS: dict[str, float] = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "A10G": 70,
+    "A10": 125,
+    "RTX 6000 Ada": 364,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71,
+}
+"""Dense bf16/fp16 matrix rate with fp32 accumulation, 10^12 operations per second, by a part of the device's name; the
+first match counts. From the makers' data sheets, without sparsity."""

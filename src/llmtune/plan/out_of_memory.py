@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from llmtune.common.memory_errors import MEMORY_ERRORS, is_out_of_memory
+from llmtune.common.memory import MEMORY_ERRORS, is_out_of_memory
 from llmtune.common.text import readable_bytes
 from llmtune.engine.allocator import release_free_memory
 from llmtune.engine.probe import MODEL_ERRORS

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from llmtune import durable
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.common.text import printable, readable_bytes
 from llmtune.config.schema import Config
 from llmtune.engine.schedule import interval

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Unpack
 
 from llmtune import durable
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.common.secrets import redacted
 from llmtune.common.text import printable
 from llmtune.errors import CheckpointError, MachineError, UsageError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmtune.common.decisions import Decision
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.common.secrets import redacted
 from llmtune.common.text import printable
 from llmtune.config.dump import config_to_dict

@@ -34,10 +34,10 @@ from llmtune.engine.sequence_parallel import SharedRows
 from llmtune.engine.sharding import Strategy, Whole
 from llmtune.engine.strategies import make_strategy
 from llmtune.engine.update import StepInBackward, Update, choose_windows
-from llmtune.engine.utilization import utilization
 from llmtune.evaluation.rewards import Reward
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.parameters import count_parameters, freeze_all_but, trained_parameters
+from llmtune.plan.hardware import utilization
 from llmtune.prepare import Prepared
 from llmtune.runs.checkpoint import LoadedCheckpoint, read_weights
 from llmtune.training.objectives import (

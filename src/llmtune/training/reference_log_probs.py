@@ -18,7 +18,7 @@ from torch import nn
 
 from llmtune import durable
 from llmtune.common.decisions import Decision
-from llmtune.common.folders import cache_folder, home_expanded
+from llmtune.common.environment import cache_folder, home_expanded
 from llmtune.common.text import readable_bytes
 from llmtune.data.dataset.batches import eval_batches
 from llmtune.data.dataset.packing import examples_together

@@ -15,7 +15,7 @@ import torch
 
 from llmtune import durable
 from llmtune.common.decisions import Decision
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.common.records import flat_items
 from llmtune.common.text import PrintLine, printable
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain

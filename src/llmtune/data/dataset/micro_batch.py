@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llmtune.common.page_locked import copy_to
+from llmtune.common.memory import copy_to
 from llmtune.data.dataset.packing import Indices
 from llmtune.data.example import Example, Side
 

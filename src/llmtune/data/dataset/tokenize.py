@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmtune.common.decisions import Decision
-from llmtune.common.environment import available_cores
-from llmtune.common.folders import cache_folder, home_expanded
+from llmtune.common.environment import available_cores, cache_folder, home_expanded
 from llmtune.config.schema import DataConfig
 from llmtune.data.dataset.cache import cache_key, open_or_build
 from llmtune.data.dataset.ledger import LedgerPart

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from llmtune.common.folders import home_expanded
+from llmtune.common.environment import home_expanded
 from llmtune.common.text import printable
 from llmtune.config.paths import shipped_path
 from llmtune.config.schema import SourceConfig

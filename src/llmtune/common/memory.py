@@ -1,4 +1,7 @@
-"""Tell refused memory from other errors of Python, torch and safetensors."""
+"""Memory that was refused, told from other errors; and copies to a device from page-locked memory.
+
+Only such a copy runs beside the work of a GPU; from pageable memory the program waits for it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import re
 import torch
 from safetensors import SafetensorError
 
-__all__ = ["MEMORY_ERRORS", "is_out_of_memory"]
+__all__ = ["MEMORY_ERRORS", "copy_to", "is_out_of_memory", "page_locked"]
 
 MEMORY_ERRORS = (MemoryError, RuntimeError, OSError, SafetensorError)
 """Types of the errors that refused memory raises; `is_out_of_memory` tells those from others of the same type."""
@@ -35,3 +38,23 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, (RuntimeError, SafetensorError)) and bool(_REFUSAL.search(str(error)))
+
+
+def page_locked(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same numbers in page-locked memory, of the tensor's shape.
+
+    The tensor itself where the system refuses such memory: WSL2 gives 1 to 2 GB to all programs together.
+    """
+    try:
+        return tensor.pin_memory()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return tensor
+
+
+def copy_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of the host to `device`, in its shape, without waiting for it; itself where it is there already."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = page_locked(tensor)
+    return tensor.to(device, non_blocking=True)
