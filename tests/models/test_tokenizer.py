@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from gguf_families import sentencepiece_tokenizer
 from llmtune.config.schema import ArchitectureConfig, ModelConfig
 from llmtune.errors import ConfigError, TokenizerError
 from llmtune.models.catalog import resolve
@@ -92,6 +93,22 @@ def test_a_saved_tokenizer_is_the_same_tokenizer(folder, tmp_path):
         not {"is_local", "local_files_only", "name_or_path"}
         & json.loads((target / "tokenizer_config.json").read_text()).keys()
     )
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_saved_llama_tokenizer_treats_spaces_as_before(tmp_path, legacy):
+    """transformers saves it without `legacy`, by which it puts a space after control tokens too, or does not."""
+    for name in ("given", "saved"):
+        (tmp_path / name).mkdir()
+    sentencepiece_tokenizer(["one two, one three"] * 4).save_pretrained(tmp_path / "given")
+    change(tmp_path / "given", tokenizer_class="LlamaTokenizer", legacy=legacy)
+    given = load_tokenizer_folder(tmp_path / "given")
+    write_tokenizer(given.tokenizer, tmp_path / "saved")
+    saved = load_tokenizer_folder(tmp_path / "saved")
+    assert saved.digest == given.digest
+    ids = given.tokenizer.encode("a</s>b")
+    assert saved.tokenizer.encode("a</s>b") == ids
+    assert given.tokenizer.decode(ids[-2:-1]) == ("" if legacy else "</s>")
 
 
 def test_of_several_templates_the_default_and_the_one_for_tools_are_kept_and_saved(folder, tmp_path):

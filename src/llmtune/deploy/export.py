@@ -250,7 +250,7 @@ def _write_file(request: _Request, path: Path, *, modelfile: Path | None = None)
     durable.make_folder(empty_folder)
     # An empty folder stands for the model's, so that nothing beside the file can make the comparison pass.
     model, tokenizer = read_back(path, model_folder, empty_folder)
-    refuse_other_ids(model_folder.tokenizer, tokenizer, normalizes=vocabulary.normalizes)
+    refuse_other_ids(model_folder.tokenizer, tokenizer, vocabulary)
     prompts = probe_prompts(model_folder.tokenizer, model_folder.rows)
     written = logits_of(model.eval(), prompts)
     del model  # the comparison loads the source
@@ -265,6 +265,11 @@ def _write_file(request: _Request, path: Path, *, modelfile: Path | None = None)
         notes.append(
             "this tokenizer composes its text first (NFC), and llama.cpp does not: "
             "text in decomposed form gets other tokens"
+        )
+    if vocabulary.joins_space:
+        notes.append(
+            "llama.cpp puts a space before a text that begins with one too, and this tokenizer does not: "
+            "such a text has one space more there"
         )
     return _compare(request, model_folder, prompts, written, notes)
 

@@ -164,11 +164,15 @@ def _gguf_names(model_folder: ModelFolder) -> dict[str, str]:
 def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary, model_folder: ModelFolder) -> None:
     """Add the tokenizer, the special ids and the chat template."""
     tokenizer = model_folder.tokenizer
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_tokenizer_model("gpt2" if vocabulary.pre else "llama")
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.kinds)
-    writer.add_token_merges(vocabulary.merges)
+    if vocabulary.pre:
+        writer.add_tokenizer_pre(vocabulary.pre)
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.leads_with_space)
     # llama.cpp stops at both, so an answer ends though the template closes turns with another token than EOS.
     end_of_turn = next((token for token in model_folder.stop_token_ids if token != tokenizer.eos_token_id), None)
     for add, index in (

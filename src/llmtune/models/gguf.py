@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune import durable
 from llmtune.common.environment import cache_folder
+from llmtune.common.text import PrintLine, print_to_stderr
 from llmtune.durable.files import stamp_of
 from llmtune.errors import MachineError, ModelError, in_one_line
 from llmtune.models.read_config import quiet_libraries, translate_save_errors
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["converted_folder", "model_cache_folder", "read_gguf", "read_gguf_tokenizer"]
 
-_FORMAT = 1
+_FORMAT = 2
 """Raise it when a change of this module makes another folder from the same file."""
 
 _DIGIT_BY_DIGIT = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"})
@@ -49,12 +50,18 @@ def model_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     return folder / "models"
 
 
-def converted_folder(gguf: Path, *, weights: bool = True, environ: Mapping[str, str] = os.environ) -> Path:
+def converted_folder(
+    gguf: Path,
+    *,
+    weights: bool = True,
+    environ: Mapping[str, str] = os.environ,
+    print_line: PrintLine = print_to_stderr,
+) -> Path:
     """Return the folder of the converted model: config, safetensors, tokenizer and chat template.
 
     The folder is made on first use. A process compares its bytes with the manifest before their first use and again
     when a file has changed since; a damaged folder is made anew. weights: False leaves the weight files unread, for
-    callers that need only the config or the tokenizer.
+    callers that need only the config or the tokenizer. print_line: is told of a conversion, which takes long.
 
     Raises ModelError when the file cannot be read as a model, MachineError when the cache cannot be written.
     """
@@ -67,6 +74,7 @@ def converted_folder(gguf: Path, *, weights: bool = True, environ: Mapping[str, 
             return folder
         # It can be made again from the GGUF file, so nothing is lost.
         durable.remove_tree(folder)
+    print_line(f"reading {gguf.name} once, which takes a while; it is then kept in {folder.parent}")
     durable.make_folder(folder.parent)
     durable.remove_leftovers(folder.parent)  # of a conversion that was killed
     with durable.commit_folder(folder, manifest={"made_from": gguf.name, "gguf_sha256": digest}) as staging:
@@ -93,7 +101,7 @@ def read_gguf_tokenizer(gguf: Path, empty_folder: Path) -> PreTrainedTokenizerFa
     from transformers import PreTrainedTokenizerFast
 
     tokenizer: PreTrainedTokenizerFast = _read(gguf, empty_folder, PreTrainedTokenizerFast)
-    _restore_digit_splitting(gguf, tokenizer)
+    _restore_splitting(gguf, tokenizer)
     return tokenizer
 
 
@@ -126,25 +134,34 @@ def _convert(gguf: Path, folder: Path) -> None:
     inspect_weights(sorted(folder.glob("*.safetensors")))  # a file with NaN in it is refused, not cached
 
 
-def _restore_digit_splitting(gguf: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Put back the digit-by-digit step of some byte-level tokenizers, which transformers leaves out.
+def _restore_splitting(gguf: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put back what llama.cpp does to text before the merges and transformers leaves out.
 
-    Without it "  7" becomes other tokens than in pretraining.
+    Digits are split one by one, where the file says so: without it "  7" becomes other tokens than in pretraining. With
+    the scores of SentencePiece a space leads a text, and each text after a control token, unless the file says no;
+    transformers puts it before the first alone, and never before a space.
     """
-    from tokenizers import pre_tokenizers
+    from tokenizers import decoders, normalizers, pre_tokenizers
 
-    if _metadata_text(gguf, "tokenizer.ggml.pre") not in _DIGIT_BY_DIGIT:
-        return
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    backend: Any = tokenizer.backend_tokenizer
+    if _metadata_value(gguf, "tokenizer.ggml.pre") in _DIGIT_BY_DIGIT:
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    if _metadata_value(gguf, "tokenizer.ggml.model") == "llama":
+        leads = _metadata_value(gguf, "tokenizer.ggml.add_space_prefix") is not False
+        steps = [normalizers.Prepend("\u2581")] if leads else []
+        backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+        backend.pre_tokenizer = None
+        joined = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence([*joined, decoders.Strip(" ", 1, 0)] if leads else joined)
 
 
-def _metadata_text(gguf: Path, name: str) -> str | None:
-    """Return one text value of a GGUF file's metadata; None when there is none of that name.
+def _metadata_value(gguf: Path, name: str) -> object:
+    """Return one value of a GGUF file's metadata, texts as such; None when there is none of that name.
 
     The layout (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): magic, version, numbers of tensors and of
     entries, the entries. The gguf package would read every value of the file for this, which takes seconds.
@@ -167,7 +184,7 @@ def _metadata_text(gguf: Path, name: str) -> str | None:
             key, kind = file.read(read_number("Q")), read_number("I")
             value = read_value(kind)
             if key == name.encode():
-                return value.decode("utf-8") if isinstance(value, bytes) else None
+                return value.decode("utf-8") if isinstance(value, bytes) else value
     return None
 
 

@@ -78,7 +78,10 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     # How the tokenizer was opened, a path of this machine among it, is no part of it.
     traces = ("is_local", "local_files_only", "name_or_path")
-    durable.write_json(path, {key: value for key, value in read_json_file(path).items() if key not in traces})
+    content = {key: value for key, value in read_json_file(path).items() if key not in traces}
+    # transformers leaves it out, and by it reads the spaces of a Llama tokenizer: without it, other ids.
+    legacy = vars(tokenizer).get("legacy")
+    durable.write_json(path, content if legacy is None else content | {"legacy": legacy})
 
 
 def restore_weights(
