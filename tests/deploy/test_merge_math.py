@@ -122,6 +122,46 @@ def test_a_merge_that_computes_something_else_leaves_no_folder(make, monkeypatch
     assert not [path for path in make.folder.iterdir() if "part" in path.name]
 
 
+class LeftOut:
+    """Merges every matrix but the fifth."""
+
+    count = 0
+
+    def __call__(self, *a, **k):
+        self.count += 1
+        return merge_low_rank(*a, **(k | {"scaling": 0.0} if self.count == 5 else k))
+
+
+def transposed(weight, a, b, **k):
+    square = weight.shape[0] == weight.shape[1]
+    return merge_low_rank(weight, *((b.T.contiguous(), a.T.contiguous()) if square else (a, b)), **k)
+
+
+WRONG = {
+    "scale wrong by 1 %": lambda *a, **k: merge_low_rank(*a, **(k | {"scaling": 1.01 * k["scaling"]})),
+    "alpha / sqrt(r)": lambda *a, **k: merge_low_rank(*a, **(k | {"scaling": 4 * k["scaling"]})),
+    "transposed": transposed,
+}
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 4.0])
+def test_a_merge_in_float32_is_judged_by_what_rounding_does_to_this_model(make, monkeypatch, size):
+    """N8: a right merge is never refused, however strong the adapter; a wrong one always is.
+
+    At size 1 the order of sums moves a logit by 3.7e-4, beyond 1e-5 of the largest one.
+    """
+    from llmtune.deploy import write_merged as write
+    from llmtune.deploy.merge import merge_lora
+    from llmtune.errors import CheckpointError
+
+    adapter = make.adapter(make.base(), r=16, alpha=32.0, size=size)
+    merge_lora(adapter, make.path("merged"))
+    for wrong in (*WRONG.values(), LeftOut()):
+        monkeypatch.setattr(write, "merge_low_rank", wrong)
+        with pytest.raises(CheckpointError, match="is not the tuned one"):
+            merge_lora(adapter, make.path("merged"))
+
+
 PEAK_SCRIPT = """
 import resource, sys
 from pathlib import Path

@@ -20,6 +20,7 @@ from llmtune.config.schema import ModelConfig
 from llmtune.deploy.compare_logits import (
     Difference,
     compare_logits,
+    float32_noise,
     limit_for,
     logits_of,
     probe_prompts,
@@ -141,10 +142,11 @@ def _report(
     usage: list[str],
 ) -> MergeReport:
     is_dequantized = plan.quantization is not None
-    tuned = _tuned_logits(inputs, plan, prompts, dequantized=is_dequantized)
+    is_float32 = statistics.dtypes == {torch.float32}
+    tuned, noise = _tuned_logits(inputs, plan, prompts, dequantized=is_dequantized, with_noise=is_float32)
     other_base = None
     if inputs.quantization is not None:
-        other_base = compare_logits(_tuned_logits(inputs, plan, prompts, dequantized=not is_dequantized), merged)
+        other_base = compare_logits(_tuned_logits(inputs, plan, prompts, dequantized=not is_dequantized)[0], merged)
     return MergeReport(
         adapter=str(inputs.adapter),
         base=inputs.base_name,
@@ -158,7 +160,7 @@ def _report(
         entries_unchanged_by_rounding=statistics.entries_unchanged_by_rounding,
         peak_memory_bytes=statistics.peak_memory_bytes,
         difference=compare_logits(tuned, merged),
-        tolerance=limit_for(tuned, is_float32=statistics.dtypes == {torch.float32}),
+        tolerance=limit_for(tuned, is_float32=is_float32, noise=noise),
         other_base=other_base,
         notes=list(plan.notes),
         usage=usage,
@@ -166,9 +168,9 @@ def _report(
 
 
 def _tuned_logits(
-    inputs: MergeInputs, plan: MergePlan, prompts: list[list[int]], *, dequantized: bool
-) -> list[torch.Tensor]:
-    """Return the logits of base + adapter as peft computes them, float32 [T, V].
+    inputs: MergeInputs, plan: MergePlan, prompts: list[list[int]], *, dequantized: bool, with_noise: bool = False
+) -> tuple[list[torch.Tensor], float]:
+    """Return the logits of base + adapter as peft computes them, float32 [T, V], and their `float32_noise` or 0.
 
     dequantized: with the base as it was held in training, else as it was published.
     """
@@ -188,7 +190,9 @@ def _tuned_logits(
                 parameter.copy_(plan.with_added_rows(name, plan.base.read(name)))
             if dequantized:
                 parameter.copy_(plan.as_held_in_training(name, parameter.data))
-    logits = logits_of(load_adapter(model, inputs.adapter), prompts)
-    del model
+    tuned = load_adapter(model, inputs.adapter)
+    logits = logits_of(tuned, prompts)
+    noise = float32_noise(tuned, prompts, logits) if with_noise else 0.0
+    del model, tuned
     gc.collect()  # peft's wrapper and the model refer to each other; the next model needs the memory
-    return logits
+    return logits, noise
