@@ -73,7 +73,7 @@ COMMANDS: tuple[Command, ...] = (
         "sweep:sweep",
         "Train a run for each of several values of config keys, and compare them.",
         "Train",
-        ("llmtune sweep sweep.yaml", "llmtune sweep sweep.yaml --status"),
+        ("llmtune sweep sweep.yaml", "llmtune sweep sweep.yaml --devices 2", "llmtune sweep sweep.yaml --status"),
     ),
     Command(
         "list-models",

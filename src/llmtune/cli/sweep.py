@@ -15,13 +15,14 @@ from llmtune.cli.failure import report_error
 from llmtune.cli.options import NoCudaInTraining, TrustRemoteCode, Verbose
 from llmtune.cli.process import prepare_process
 from llmtune.cli.runs import print_table
+from llmtune.cli.sweep_devices import train_on_devices
 from llmtune.cli.train import open_training_output
 from llmtune.common.environment import is_offline
 from llmtune.common.records import is_better
-from llmtune.common.text import print_line, printable
+from llmtune.common.text import excerpt, print_line, printable
 from llmtune.config.process_options import Options
 from llmtune.config.sweep import Sweep, SweepRun, load_sweep
-from llmtune.errors import ConfigError, DivergedError, LlmtuneError, Problem, StoppedBySignal
+from llmtune.errors import ConfigError, DivergedError, LlmtuneError, Problem, StoppedBySignal, UsageError
 from llmtune.runs.run_file import read_run_file
 from llmtune.watch.run_data import RunData
 
@@ -50,14 +51,26 @@ def sweep(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A config file with a section `sweep:`.")],
     status: Annotated[bool, typer.Option("--status", help="Print the table as it is now, and train nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    devices: Annotated[
+        int | None, typer.Option("--devices", help="Train so many runs at once, each alone on one device.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="NAME", help="Train this run alone, by its name in the table.")
+    ] = None,
     no_cuda: NoCudaInTraining = False,
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
 ) -> int | None:
     """Train the runs that FILE describes, one after another; the same command goes on where it was stopped."""
     plan = load_sweep(file)
+    if only is not None:
+        plan = _run_named(plan, only)
     failed: dict[str, int] = {}
-    if not status:
+    if devices is not None and not status:
+        _refuse_changed_runs(plan)
+        flags = [*["--no-cuda"] * no_cuda, *["--trust-remote-code"] * trust_remote_code]
+        failed = train_on_devices(plan.runs, devices, ["sweep", file, *flags, "--only"], no_cuda=no_cuda)
+    elif not status:
         prepare_process(trains=True)
         _refuse_changed_runs(plan)
         for number, run in enumerate(plan.runs, 1):
@@ -69,6 +82,14 @@ def sweep(
     _print(mark_best([_row(run, has_failed=run.name in failed) for run in plan.runs]), as_json=as_json)
     # A run that diverged is a result: it says that its values do not work.
     return next((code for code in failed.values() if code != DivergedError.exit_code), None)
+
+
+def _run_named(plan: Sweep, name: str) -> Sweep:
+    runs = tuple(run for run in plan.runs if run.name == name)
+    if not runs:
+        problem = f"the sweep has no run `{excerpt(name)}`"
+        raise UsageError(problem, "--only", f"name one of: {', '.join(run.name for run in plan.runs[:5])}")
+    return Sweep(plan.name, runs)
 
 
 def _refuse_changed_runs(plan: Sweep) -> None:
