@@ -100,7 +100,7 @@ def _print_row(data: PreparedData, row: str, *, as_json: bool) -> None:
 def preview(
     overrides: Overrides = None,
     config: ConfigName = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Rows (or packs) to show.")] = 5,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Rows to show (or packs, and rows of each).")] = 5,
     show_all: Annotated[bool, typer.Option("--all", help="Show every row.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a row: source, input_ids, weights, text.")
@@ -144,7 +144,7 @@ def preview(
         coloured = color == "always" or (color == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
         print_line(legend(color=coloured))
         for group in groups:
-            for line in terminal_text(group, loaded.tokenizer, color=coloured):
+            for line in terminal_text(group, loaded.tokenizer, color=coloured, rows=limit):
                 print(line)
     with overlong_named(fitted):
         raise_problems(data)

@@ -81,6 +81,11 @@ def test_a_pack_is_shown_with_its_borders(tokenizer, example):
     assert "├── rows.jsonl:1: " in text
     assert "├── rows.jsonl:2: " in text
     assert text.endswith("╰──")
+    assert "more" not in text
+    first = "\n".join(terminal_text(Group(rows, number=3, capacity=64), tokenizer, color=False, rows=1))
+    assert first.startswith(text[: text.index("├── rows.jsonl:2")])
+    assert first.endswith("├── and 1 more (--all shows them)\n╰──")
+    assert "rows.jsonl:2" not in first
 
 
 def test_data_cannot_steer_the_terminal_or_the_page(tokenizer, example):

@@ -54,17 +54,25 @@ def legend(*, color: bool) -> str:
     return f"{OPEN}trained{CLOSE}, the rest is not trained; ↵ is a line's end"
 
 
-def terminal_text(group: Group, tokenizer: PreTrainedTokenizerBase, *, color: bool) -> Iterator[str]:
-    """Yield the lines of a group: a heading for each row, its text with the trained parts marked, a pack's borders."""
+def terminal_text(
+    group: Group, tokenizer: PreTrainedTokenizerBase, *, color: bool, rows: int | None = None
+) -> Iterator[str]:
+    """Yield the lines of a group: a heading for each row, its text with the trained parts marked, a pack's borders.
+
+    rows: of a pack, at most so many are shown, and the others counted; all when None.
+    """
+    limit = None if group.number is None else rows
     paint: Callable[[str, str], str] = (lambda code, text: f"{code}{text}{RESET}") if color else (lambda _, text: text)
     if group.number is not None:
         yield f"╭── {_pack_line(group)}"
-    for example in group.examples:
+    for example in group.examples[:limit]:
         edge = "├── " if group.number is not None else ""
         yield edge + paint(DIM, row_line(example))
         body = "".join(_marked(stretch, color=color) for stretch in stretches(example, tokenizer))
         for line in body.split("\n"):
             yield ("│ " if group.number is not None else "") + line
+    if limit is not None and len(group.examples) > limit:
+        yield f"├── and {len(group.examples) - limit:,} more (--all shows them)"
     if group.number is not None:
         yield "╰──"
 
