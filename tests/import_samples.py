@@ -1,4 +1,29 @@
-"""One short config of each toolkit, written for these tests, as (file name, text)."""
+"""One short config of each toolkit, written for these tests, as (file name, text), and how tests import them."""
+
+from llmtune.config.importers.convert import import_source
+from llmtune.config.importers.source import read_sources
+from llmtune.config.keys import value_of
+from llmtune.config.layers import parse_config
+
+
+def imported(folder, text, name="config.yaml", peer=None):
+    """The import of a text that is written to a file."""
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return import_source(read_sources(path)[0], peer)
+
+
+def values(result):
+    """The config that the written YAML loads to, as a lookup by our keys."""
+    config = parse_config(result.yaml).config
+    return lambda key: value_of(config, key)
+
+
+def row_of(result, key):
+    """What became of one key."""
+    (row,) = [row for row in result.keys if row.key == key]
+    return row
+
 
 SAMPLES = {
     "axolotl": (

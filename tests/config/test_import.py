@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from import_samples import SAMPLES
+from import_samples import SAMPLES, imported, row_of, values
 from llmtune.cli.main import run
 from llmtune.config.dump import config_to_yaml
 from llmtune.config.importers.convert import import_source
@@ -18,7 +18,7 @@ from llmtune.config.importers.report import report_lines
 from llmtune.config.importers.rules import Outcome
 from llmtune.config.importers.source import flatten, read_sources
 from llmtune.config.importers.tables import peer_names, peer_of
-from llmtune.config.keys import LEAVES, SOURCE_FIELDS, value_of
+from llmtune.config.keys import LEAVES, SOURCE_FIELDS
 from llmtune.config.layers import parse_config
 from llmtune.errors import ConfigError, UsageError
 
@@ -30,12 +30,6 @@ def _empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def imported(tmp_path, text, name="config.yaml", peer=None):
-    path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
-    return import_source(read_sources(path)[0], peer)
-
-
 def sample(tmp_path, peer, *changes):
     """The import of a sample after text replacements."""
     name, text = SAMPLES[peer]
@@ -45,15 +39,8 @@ def sample(tmp_path, peer, *changes):
     return imported(tmp_path, text, name)
 
 
-def values(result):
-    """The config that the written YAML loads to, as a lookup by our keys."""
-    config = parse_config(result.yaml).config
-    return lambda key: value_of(config, key)
-
-
 def outcome(result, key):
-    (row,) = [row for row in result.keys if row.key == key]
-    return row.outcome
+    return row_of(result, key).outcome
 
 
 def test_there_is_a_sample_and_a_table_for_each_of_the_toolkits():
@@ -475,7 +462,7 @@ def test_a_secret_of_the_file_is_in_no_line(tmp_path):
     assert token not in result.yaml + "\n".join(report_lines(result, 100))
 
 
-@pytest.mark.parametrize("peer", ["axolotl", "llama-factory", "litgpt", "torchtune", "mlx-lm", "nemo", "oumi"])
+@pytest.mark.parametrize("peer", SAMPLES)
 @pytest.mark.parametrize("command", [["config", "validate"], ["train", "--dry-run", "--config"]])
 def test_validate_and_train_name_the_toolkit_and_the_command(tmp_path, capsys, peer, command):
     name, text = SAMPLES[peer]
@@ -485,6 +472,14 @@ def test_validate_and_train_name_the_toolkit_and_the_command(tmp_path, capsys, p
     assert f"this looks like a config of {peer_of(peer).name}" in err
     assert f"`llmtune config import {name} --output FILE`" in err
     assert "unknown key" not in err
+
+
+def test_a_file_of_which_every_key_is_known_here_too_is_noted(tmp_path, capsys):
+    (tmp_path / "sft.yaml").write_text("model_name_or_path: m\ndataset_name: d\nassistant_only_loss: true\nseed: 1\n")
+    assert run(["config", "validate", "sft.yaml"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "this looks like a config of TRL" in said
+    assert "`llmtune config import sft.yaml --output FILE`" in said
 
 
 def test_a_config_of_ours_with_a_typo_is_told_the_key_and_no_toolkit(tmp_path, capsys):

@@ -47,6 +47,8 @@ class Findings:
     failed: set[str] = field(default_factory=set)
     hidden: int = 0
     """Problems beyond `MAX_PROBLEMS`, which are not shown."""
+    toolkit: Problem | None = None
+    """What the named file looks like, where it is another toolkit's and each of its keys is known here too."""
 
     @property
     def is_full(self) -> bool:

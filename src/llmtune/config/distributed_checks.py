@@ -7,6 +7,9 @@ from llmtune.config.schema import Config
 
 __all__ = ["DISTRIBUTED_CONTRADICTIONS", "SHARDED_OPTIMIZERS", "reason_against_sharding", "takes_deepspeed"]
 
+DIVIDED_BY = ("distributed.strategy", "distributed.zero_stage", "distributed.deepspeed_config")
+"""Keys that each ask for DeepSpeed, where the strategy does not name another."""
+
 SHARDED_OPTIMIZERS = ("adamw", "sgd", "muon")
 """Optimizers that move a weight of which each process holds a part."""
 
@@ -87,43 +90,43 @@ DISTRIBUTED_CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `distributed.zero_stage: 3`, or `distributed.offload: optimizer`",
     ),
     Contradiction(
-        ("training.optimizer", "distributed.strategy"),
+        ("training.optimizer", *DIVIDED_BY),
         lambda c, _: takes_deepspeed(c) and c.training.optimizer != "adamw",
         "DeepSpeed moves flat parts of many weights at once, which only AdamW is the same on",
         "set `training.optimizer: adamw`, or `distributed.strategy: fsdp`",
     ),
     Contradiction(
-        ("model.quantization", "distributed.strategy"),
+        ("model.quantization", *DIVIDED_BY),
         lambda c, _: takes_deepspeed(c) and c.model.quantization != "none",
         "quantized weights lose their scales in DeepSpeed's parts",
         "set `distributed.strategy: fsdp` with `model.quantization: 4bit`, or `model.quantization: none`",
     ),
     Contradiction(
-        ("training.precision", "distributed.strategy"),
+        ("training.precision", *DIVIDED_BY),
         lambda c, _: takes_deepspeed(c) and c.training.precision == "fp16",
         "the loss scale of fp16 and DeepSpeed's clipping do not know of each other",
         "set `training.precision: bf16`, or `distributed.strategy: fsdp`",
     ),
     Contradiction(
-        ("training.compile", "distributed.strategy"),
+        ("training.compile", *DIVIDED_BY),
         lambda c, _: takes_deepspeed(c) and c.training.compile,
         "compiled blocks do not gather their weights",
         "set `training.compile: false`, or `distributed.strategy: fsdp`",
     ),
     Contradiction(
-        ("adapter.modules_to_save", "distributed.strategy"),
+        ("adapter.modules_to_save", *DIVIDED_BY),
         lambda c, _: takes_deepspeed(c) and bool(c.adapter.modules_to_save),
         "processes wait for each other where DeepSpeed gathers a layer that lies beside its frozen copy",
         "leave `adapter.modules_to_save` out, or set `distributed.strategy: fsdp`",
     ),
     Contradiction(
-        ("adapter.train_tokens", "distributed.strategy"),
+        ("adapter.train_tokens", *DIVIDED_BY),
         lambda c, _: takes_deepspeed(c) and bool(c.adapter.train_tokens),
         "single rows of a table are not trained in DeepSpeed's parts",
         "leave `adapter.train_tokens` out, or set `distributed.strategy: fsdp`",
     ),
     Contradiction(
-        ("adapter.dora", "distributed.strategy"),
+        ("adapter.dora", *DIVIDED_BY),
         lambda c, _: takes_deepspeed(c) and c.adapter.dora,
         "DoRA reads whole weights outside of their layers, which is not tried where DeepSpeed holds them",
         "set `adapter.dora: false`, or `distributed.strategy: fsdp`",
@@ -141,7 +144,7 @@ DISTRIBUTED_CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `model.quantization: 4bit`, or `distributed.strategy: ddp`",
     ),
     Contradiction(
-        ("objective.method", "distributed.strategy"),
+        ("objective.method", *DIVIDED_BY),
         lambda c, _: takes_deepspeed(c) and c.objective.method != "sft",
         "the reference of answers that are compared or drawn, and a head of scores, are not held in DeepSpeed's parts",
         "set `distributed.strategy: fsdp`, or `ddp` for drawn answers, or `objective.method: sft`",
@@ -171,7 +174,7 @@ DISTRIBUTED_CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `tracking.watch: false`, or `distributed.strategy: ddp`",
     ),
     Contradiction(
-        ("distributed.sequence_parallel", "distributed.strategy"),
+        ("distributed.sequence_parallel", *DIVIDED_BY),
         lambda c, _: _shares_rows(c) and takes_deepspeed(c),
         "processes share rows only where they hold the weights in ways of llmtune's own",
         "set `distributed.strategy: fsdp`, or `distributed.sequence_parallel: 1`",

@@ -31,6 +31,7 @@ from llmtune.config.document import (
     shown,
 )
 from llmtune.config.importers.detect import looks_foreign
+from llmtune.config.importers.source import script_of
 from llmtune.config.importers.tables import peer_of
 from llmtune.config.json_document import parse_json
 from llmtune.config.keys import LEAVES
@@ -144,8 +145,11 @@ def _resolve(layers: Sequence[Mapping[str, Setting]], findings: Findings, name: 
         problems.append(
             Problem(f"and {findings.hidden} more problems", None, "is this a config? It may be a data file")
         )
+    toolkit = findings.toolkit
     if problems:
-        raise ConfigError.all(problems)
+        raise ConfigError.all([*problems, toolkit] if toolkit is not None else problems)
+    if toolkit is not None:
+        findings.note(f"{toolkit.where}: {toolkit.problem}: {toolkit.fix}")
     return ResolvedConfig(config, origins, tuple(findings.notes), name)
 
 
@@ -234,8 +238,10 @@ class _Files:
 
         `chain`: the files that extend this one, the named one first.
         """
+        before = len(self.findings.problems)
         table = self.table(path)
         if table is None:
+            self.name_toolkit(path, script_of(path), before)
             return []
         layers: list[dict[str, Setting]] = []
         for entry in table.entries:
@@ -247,27 +253,28 @@ class _Files:
         # Of the named file alone: nobody would read such a section of a base.
         own = [entry for entry in table.entries if chain or entry.key not in self.apart]
         layers.append(collect(replace(table, entries=tuple(own)), self.findings))
-        if len(self.findings.problems) > before:
-            self.name_toolkit(path, table, before)
+        self.name_toolkit(path, table, before)
         return layers
 
-    def name_toolkit(self, path: Path, table: Table, before: int) -> None:
-        """Replace the problems of a file that is another toolkit's config by one that says so."""
-        found = looks_foreign(table)
+    def name_toolkit(self, path: Path, table: Table | None, before: int) -> None:
+        """Replace the problems of a file that is another toolkit's config by one that says so; else note it."""
+        found = looks_foreign(table) if table is not None else None
         if found is None:
             return
         peer = peer_of(found.peer)
         count = len(self.findings.problems) - before + self.findings.hidden
+        keys = ", ".join(f"`{key}`" for key in found.keys[:3])
+        looks = f"this looks like a config of {peer.name} ({keys})"
+        fix = f"translate it: `llmtune config import {shlex.quote(str(path))} --output FILE`"
+        if not count:
+            self.findings.toolkit = Problem(f"{looks}, whose own defaults are others", show_path(path), fix)
+            return
         del self.findings.problems[before:]
         self.findings.hidden = 0
         # What it would have meant here is not what it means there.
         self.findings.notes.clear()
-        keys = ", ".join(f"`{key}`" for key in found.keys[:3])
-        self.findings.problem(
-            f"this looks like a config of {peer.name} ({keys}): {count} of its keys or values mean nothing here",
-            show_path(path),
-            f"translate it: `llmtune config import {shlex.quote(str(path))} --output FILE`",
-        )
+        said = f"{looks}: {count} of its keys or values mean nothing here"
+        self.findings.problem(said, show_path(path), fix)
 
     def base(self, name: Scalar, path: Path, chain: list[Path]) -> list[dict[str, Setting]]:
         """The layers of one file named in an `extends`.

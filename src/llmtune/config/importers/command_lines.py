@@ -7,11 +7,13 @@ import shlex
 from collections.abc import Iterator
 
 from llmtune.config.document import Entry, Listing, Node, Origin, Scalar, Table
+from llmtune.config.importers.tables import peer_of
 
 __all__ = ["COMMANDS", "command_tables"]
 
 COMMANDS: tuple[tuple[str, str], ...] = (
     (r"(swift|megatron) (sft|pt|rlhf)\b", "ms-swift"),
+    (r"(?:accelerate launch|python[\d.]*|torchrun|deepspeed)\b.*?\b(swift)/cli/(sft|pt|rlhf)\.py\b", "ms-swift"),
     (r"trl (sft|dpo|kto|grpo|reward|rloo)\b", "trl"),
     (r"(?:python[\d.]* -m |python[\d.]* )?mlx_lm[. ](lora)(?:\.py)?\b", "mlx-lm"),
     (r"(?:accelerate launch|python[\d.]*|torchrun|uv run|deepspeed)\b.*?\b([\w-]+)\.py\b", "trl"),
@@ -108,6 +110,8 @@ def _table(words: list[tuple[str, int]], file: str) -> Table | None:
         entries[key] = Entry(key, Scalar(value, True, origin), origin)
     for key, value, at in _options(words, file):
         entries[key] = Entry(key, value, Origin("file", f"{file}:{at}"))
+    if "." in said[: match.end()] and not any(key in peer_of(peer).detect for key in entries):
+        return None  # another program whose file has such a name
     return Table(tuple(entries.values()), Origin("file", f"{file}:{line}"))
 
 
@@ -138,6 +142,6 @@ def _options(words: list[tuple[str, int]], file: str) -> Iterator[tuple[str, Nod
         elif word.endswith(".py"):  # the program that a launcher starts, and no value of the option before it
             yield from finished()
             key = ""
-        elif key:
+        elif key and word != "...":  # in pages, for what else may follow
             values.append(Scalar(word, True, Origin("file", f"{file}:{at}")))
     yield from finished()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmtune.common.secrets import SECRET_NAME, SECRET_SHAPES
@@ -12,6 +13,7 @@ from llmtune.common.text import excerpt
 from llmtune.config import aliases
 from llmtune.config.convert import Mismatch, convert
 from llmtune.config.document import Entry, Listing, Node, Origin, Scalar, Table, shown
+from llmtune.config.importers.answers import count_prompts
 from llmtune.config.importers.arithmetic import Unknown, evaluate
 from llmtune.config.importers.datasets import ALL_RULES, READS_VALUE
 from llmtune.config.importers.detect import detect
@@ -27,6 +29,16 @@ from llmtune.config.translation import Change
 from llmtune.errors import ConfigError, UsageError
 
 __all__ = ["Imported", "KeyReport", "import_source"]
+
+
+HOW = ("distributed.", "tracking.", "model.attention", "training.compile")
+"""Beginnings of keys that change how a step is computed or what is shown, and not what is trained."""
+FORM_OF = dict.fromkeys(("dpo", "orpo", "simpo", "reward"), "preference") | {
+    "kto": "unpaired",
+    "grpo": "prompt",
+    "classification": "classification",
+}
+"""Methods that do not learn answers -> the format of their rows."""
 
 
 @dataclass
@@ -73,10 +85,13 @@ def import_source(source: Source, peer_id: str | None = None) -> Imported:
     translation = _Translation(Context(peer, values, folders), source.file)
     for key, node in values.items():
         translation.take(Given(key, node))
+    # What is learnt decides the form of the rows, and what is said of both decides the rest.
+    translation.fill_in([default for default in peer.defaults if default.key == "objective.method"])
     translation.join_sources()
     translation.fill_in(peer.defaults)
     imported = Imported(peer, keys, translation.rows, translation.settings, rejected=translation.rejected)
-    for setting, outcome, text in unused_settings(imported.settings):
+    count_prompts(imported.settings)
+    for setting, outcome, text in unused_settings(imported.settings, translation.context.text):
         _remove(imported, setting, outcome, text)
     _make_valid(imported, source)
     return imported
@@ -141,7 +156,7 @@ class _Translation:
             if re.search(r"\$\{?\w", plain_text(given.node)):
                 return Result(Outcome.NEEDS, "the value comes from outside the file: write it by hand")
         try:
-            return rule(self.context, given, row)
+            return rule(replace(self.context, prefix=row.prefix), given, row)
         except Mismatch as mismatch:
             return Result(Outcome.NONE, f"it must be {mismatch.expected}")
 
@@ -194,8 +209,8 @@ class _Translation:
         except Mismatch as mismatch:
             report.outcome, report.text = Outcome.NONE, f"`{change.key}` must be {mismatch.expected}"
             return
-        if change.key == "data.template_args" and before is not None:
-            value = {**before.value, **dict(value)}  # type: ignore[call-overload]
+        if before is not None and isinstance(value, Mapping):
+            value = {**before.value, **value}
         elif before is not None and not before.weak and before.value != value:
             report.outcome = Outcome.NONE
             report.text = f"`{before.written}` has set `{change.key}` to another value"
@@ -215,6 +230,9 @@ class _Translation:
                 if "path" in fields:
                     rows.append(_source_table({name: change.value for name, change in fields.items()}))
             if not rows:
+                for report in self.of_source[key]:
+                    report.outcome, report.text = Outcome.NEEDS, f"no rows are named beside it: write `{key}` by hand"
+                    report.ours = tuple(ours for ours in report.ours if not ours.startswith(key))
                 continue
             rows = [self.for_method(row) for row in rows]
             written = self.of_source[key][0]
@@ -229,8 +247,7 @@ class _Translation:
     def for_method(self, row: Table) -> Table:
         """A data set whose rows have the form that the method learns from: a family of chats may hold pairs."""
         method = self.settings.get("objective.method")
-        wanted = dict.fromkeys(("dpo", "orpo", "simpo", "reward"), "preference") | {"kto": "unpaired"}
-        form = wanted.get(str(method.value)) if method else None
+        form = FORM_OF.get(str(method.value)) if method else None
         if form is None:
             return row
         entries = [entry for entry in row.entries if entry.key not in ("format", "train_on")]
@@ -281,7 +298,7 @@ class _Translation:
         key, _, value = word.partition("=")
         if key in self.settings:
             return str(self.settings[key].value).lower() in value.split("|")
-        return (self.context.text(key) or self.context.peer.assume.get(key, "")) in value.split("|")
+        return self.context.assumed(key) in value.split("|")
 
 
 def _default_node(text: str, origin: Origin) -> Node:
@@ -311,11 +328,22 @@ def _source_table(fields: Mapping[str, Node]) -> Table:
 
 
 def _shown(given: Given) -> str:
-    """A value for the report; never one that looks like a secret."""
+    """A value for the report, with a digest where it is cut: two never look alike. None that looks like a secret."""
     text = "null" if _is_empty(given.node) else shown(given.node)
     if SECRET_SHAPES.search(text) or (SECRET_NAME.search(given.key) and not _is_empty(given.node)):
         return "(not shown)"
+    if "..." in text:
+        text = f"{text} (sha256 {hashlib.sha256(_whole(given.node).encode()).hexdigest()[:8]})"
     return text
+
+
+def _whole(node: Node) -> str:
+    """Everything a value holds, as text."""
+    if isinstance(node, Scalar):
+        return repr(node.text)
+    if isinstance(node, Listing):
+        return f"[{', '.join(_whole(item) for item in node.items)}]"
+    return f"{{{', '.join(f'{entry.key!r}: {_whole(entry.value)}' for entry in node.entries)}}}"
 
 
 def _is_empty(node: Node) -> bool:
@@ -337,9 +365,11 @@ def _make_valid(imported: Imported, source: Source) -> None:
             problem = error.problems[0]
             keys = [lines[int(number)] for number in re.findall(r"import\.yaml:(\d+)", problem.where or "")]
             assert keys, f"the import cannot be written: {problem}"
-            # A default gives way to what the file says, and what is said later to what is said first.
-            key = next((key for key in reversed(keys) if imported.settings[key].is_default), keys[-1])
-            _remove(imported, key, Outcome.NONE, problem.problem)
+            # How a step is computed gives way to what it is, a default to what the file says, and what is said later
+            # to what is said first.
+            way = next((key for key in keys if key.startswith(HOW)), None)
+            key = way or next((key for key in reversed(keys) if imported.settings[key].is_default), keys[-1])
+            _remove(imported, key, Outcome.DROPPED if way else Outcome.NONE, problem.problem)
         else:
             return
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from llmtune.config.document import Listing, Node, Origin, Scalar, from_python, shown
 from llmtune.config.importers.rules import RULES, VALUE_RULES, Context, Outcome, Result, Rule, plain_text, words
 from llmtune.config.importers.source import Given
+from llmtune.config.importers.special import SPECIAL_RULES
 from llmtune.config.importers.tables import Row
 from llmtune.config.translation import Change
 
@@ -148,7 +149,7 @@ def train_and_eval_set(context: Context, given: Given, row: Row) -> Result:
     changes = [Change("data.train[].path", given.node)]
     strategy = context.text("eval_strategy") or context.text("evaluation_strategy")
     if strategy in ("steps", "epoch"):
-        split = context.text(row.argument) or context.peer.assume.get(row.argument, "test")
+        split = context.assumed(row.argument) or "test"
         changes += _changes("data.eval[0]", {"path": shown_whole(given.node), "split": split}, given.node.origin)
     return Result(Outcome.KEPT, "", tuple(changes))
 
@@ -220,7 +221,7 @@ DATASET_RULES: dict[str, Rule] = {
     "column": column,
     "roles": roles,
 }
-ALL_RULES: dict[str, Rule] = RULES | DATASET_RULES
+ALL_RULES: dict[str, Rule] = RULES | DATASET_RULES | SPECIAL_RULES
 """Every name that a table may write -> its rule."""
 READS_VALUE = (*VALUE_RULES, *DATASET_RULES.values())
 """Rules that need a value that is already there."""

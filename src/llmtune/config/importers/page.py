@@ -37,7 +37,8 @@ multiply that by the number of devices. Where the file names the devices, the im
 multiply by hand.
 """
 
-SHARED = "Keys of transformers"
+SHARED = {"_transformers": "Keys of transformers", "_grpo": "Keys of TRL's GRPO"}
+"""Tables that others include, and their headings."""
 ENDINGS = {"ms-swift": "sh", "unsloth": "py"}
 """Toolkits whose settings stand in no YAML file."""
 
@@ -45,9 +46,8 @@ ENDINGS = {"ms-swift": "sh", "unsloth": "py"}
 def page() -> str:
     """Return the page as Markdown: one section for each toolkit."""
     peers = sorted((own_table(name) for name in peer_names()), key=lambda peer: peer.name.lower())
-    shared = own_table("_transformers")
     sections = [_section(peer) for peer in peers]
-    sections.append(iter([f"## {SHARED}", "", "Several toolkits read these.", *_keys(shared)]))
+    sections += [_shared(name, heading) for name, heading in SHARED.items()]
     return INTRODUCTION + "".join("\n" + "\n".join(section) + "\n" for section in sections)
 
 
@@ -60,16 +60,36 @@ def _section(peer: Peer) -> Iterator[str]:
     yield ""
     yield f"What {peer.name} does where a file says nothing; of several that fit, the first:"
     yield ""
+    yield from _defaults(peer)
+    yield from _keys(peer)
+    for name, prefix in peer.includes:
+        below = f", below `{prefix}`" if prefix else ""
+        heading = SHARED[name]
+        yield ""
+        yield f"It also reads the [{heading[0].lower()}{heading[1:]}](#{_anchor(heading)}){below}."
+
+
+def _shared(name: str, heading: str) -> Iterator[str]:
+    yield f"## {heading}"
+    yield ""
+    yield "Several toolkits read these."
+    table = own_table(name)
+    if table.defaults:
+        yield ""
+        yield from _defaults(table)
+    yield from _keys(table)
+
+
+def _defaults(peer: Peer) -> Iterator[str]:
     yield "| key here | value | when | from |"
     yield "| --- | --- | --- | --- |"
     for default in peer.defaults:
         cells = (f"`{default.key}`", f"`{default.value}`", f"`{default.when}`" if default.when else "", default.text)
         yield "| " + " | ".join(_cell(cell) for cell in cells) + " |"
-    yield from _keys(peer)
-    for _, prefix in peer.includes:
-        below = f", below `{prefix}`" if prefix else ""
-        yield ""
-        yield f"It also reads the [keys of transformers](#keys-of-transformers){below}."
+
+
+def _anchor(heading: str) -> str:
+    return heading.lower().replace("'", "").replace(" ", "-")
 
 
 def _keys(peer: Peer) -> Iterator[str]:
@@ -113,7 +133,9 @@ def _how(row: Row) -> str:
     if row.rule in ("words", "component", "holds", "adam"):
         words = [part.partition("=")[::2] for part in row.text.split("; ")]
         kept = [
-            f"`{word or 'nothing'}`" for word, value in words if word != "*" and value and not value.startswith("!")
+            f"`{word or 'nothing'}`"
+            for word, value in words
+            if word != "*" and value and not value.startswith(("!", "?"))
         ]
         return f"values: {', '.join(kept[:12])}" + (", ..." if len(kept) > 12 else "") if kept else ""
     return row.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from llmtune.common.text import excerpt, printable
+from llmtune.common.text import printable
 from llmtune.config.dump import plain, value_text
 from llmtune.config.importers.convert import Imported, KeyReport
 from llmtune.config.importers.rules import Outcome
@@ -49,7 +49,7 @@ def report_lines(imported: Imported, width: int) -> Iterator[str]:
 def _line(row: KeyReport) -> str:
     targets = f" -> {', '.join(row.ours)}" if row.ours else ""
     text = f": {row.text}" if row.text else ""
-    return f"{row.where}: {row.key}: {excerpt(row.value)}{targets}{text}"
+    return f"{row.where}: {row.key}: {row.value}{targets}{text}"
 
 
 def _conclusion(imported: Imported) -> str:

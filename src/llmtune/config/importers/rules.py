@@ -3,8 +3,9 @@
 # ruff: noqa: ARG001 - every rule of the table has the same parameters
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -26,7 +27,10 @@ __all__ = [
     "Outcome",
     "Result",
     "Rule",
+    "ignored",
     "is_off",
+    "made",
+    "none",
     "plain_text",
     "words",
     "words_of_row",
@@ -61,18 +65,23 @@ class Context:
     """Every value of the file by its key."""
     folders: tuple[str, ...] = ()
     """Folders in which a file that the config names may lie."""
-    handled: dict[str, Result] = field(default_factory=dict)
-    """What a rule has already decided about other keys than its own."""
+    prefix: str = ""
+    """What stands before the keys of the row's table, where they are read first."""
 
     def text(self, key: str) -> str:
         """The text of a key's value in lower case; empty where it is not set, or no single value."""
-        node = self.values.get(key)
+        node = self.values.get(self.prefix + key) or self.values.get(key)
         return node.text.lower() if isinstance(node, Scalar) and not node.is_null else ""
+
+    def assumed(self, key: str) -> str:
+        """The text of a key's value, or the peer's own default of it."""
+        assume = self.peer.assume
+        return self.text(key) or assume.get(self.prefix + key, assume.get(key, ""))
 
     def lookup(self, key: str) -> float | None:
         """The number under a key, or the peer's own default of it."""
         # Variables of a command line (`NPROC_PER_NODE=4`) have a `$` before their name.
-        for text in (self.text(key), self.text(f"${key}"), self.peer.assume.get(key, "")):
+        for text in (self.text(key), self.text(f"${key}"), self.assumed(key)):
             try:
                 return float(text)
             except ValueError:
@@ -84,6 +93,8 @@ Rule = Callable[[Context, Given, Row], Result]
 
 OFF = ("", "null", "none", "false", "no", "off", "0", "0.0", "-1", "disabled")
 NO_VALUE = "not set"
+REPORTS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""Trackers that other toolkits call by the same name."""
 
 
 def is_off(node: Node) -> bool:
@@ -155,8 +166,9 @@ def words_of_row(row: Row) -> dict[str, str]:
 def words(context: Context, given: Given, row: Row) -> Result:
     """Each word has its translation.
 
-    `word=value` gives the row's own key, `word=key:value+key:value` others, `word=` none, `word=!text` is no
-    equivalent. `*` stands for every other word, which `*=` keeps as it is. A value with `?` behind it gives way.
+    `word=value` gives the row's own key, `word=key:value+key:value` others, `word=` none. `word=!text` is no
+    equivalent, `word=?text` is done by hand. `*` stands for every other word, which `*=` keeps as it is. A value with
+    `?` behind it gives way.
     """
     table = words_of_row(row)
     text = shown(given.node).lower() if is_code(shown(given.node)) else plain_text(given.node)
@@ -166,8 +178,8 @@ def words(context: Context, given: Given, row: Row) -> Result:
     if value is None:
         known = ", ".join(f"`{word}`" for word in table if word != "*")
         return Result(Outcome.NONE, f"`{excerpt(shown(given.node))}` does not exist here (only {known})")
-    if value.startswith("!"):
-        return Result(Outcome.NONE, value[1:])
+    if value.startswith(("!", "?")):
+        return Result(Outcome.NONE if value.startswith("!") else Outcome.NEEDS, value[1:])
     if text not in table and not value:
         return Result(Outcome.KEPT, "", (Change(row.argument, given.node),))
     if not value:
@@ -205,7 +217,9 @@ def positive(context: Context, given: Given, row: Row) -> Result:
         number = float(plain_text(given.node))
     except ValueError:
         number = 1.0
-    return Result(Outcome.DROPPED, "no limit") if number <= 0 else keep(context, given, row)
+    if number <= 0:
+        return Result(Outcome.DROPPED, row.text or "no limit")
+    return keep(context, given, row._replace(text=""))
 
 
 def share(context: Context, given: Given, row: Row) -> Result:
@@ -221,7 +235,7 @@ def only_with(context: Context, given: Given, row: Row) -> Result:
     """A key that acts only where another has a value: `KEY=VALUE TARGET`."""
     condition, _, target = row.argument.partition(" ")
     key, _, value = condition.partition("=")
-    if (context.text(key) or context.peer.assume.get(key, "")) != value:
+    if context.assumed(key) != value:
         return Result(Outcome.IGNORED, row.text or f"nothing reads it without `{key}: {value}`")
     return keep(context, given, row._replace(argument=target, text=""))
 
@@ -233,22 +247,6 @@ def unless(context: Context, given: Given, row: Row) -> Result:
     if node is not None and not is_off(node):
         return Result(Outcome.IGNORED, row.text)
     return keep(context, given, row._replace(argument=target, text=""))
-
-
-def switches(context: Context, given: Given, row: Row) -> Result:
-    """One of several switches that name layers together: the argument lists them as `switch=layers`."""
-    table = dict(part.partition("=")[::2] for part in row.text.split("; "))
-    on = [
-        name
-        for switch, names in table.items()
-        if (context.text(switch) or context.peer.assume.get(switch, "false")) == "true"
-        for name in names.split("+")
-    ]
-    if not on:
-        return Result(Outcome.DROPPED, "off")
-    return Result(
-        Outcome.COMPUTED, "the switches as a list", (Change(row.argument, made(f"[{', '.join(on)}]", given)),)
-    )
 
 
 def last_names(context: Context, given: Given, row: Row) -> Result:
@@ -288,6 +286,24 @@ def template_args(context: Context, given: Given, row: Row) -> Result:
     return Result(Outcome.COMPUTED, "", (Change("data.template_args", Table((entry,), given.node.origin)),))
 
 
+def pattern(context: Context, given: Given, row: Row) -> Result:
+    """One entry of a mapping: what stands behind the row's own name."""
+    name = given.key.removeprefix(row.key.rstrip("*"))
+    if isinstance(given.node, Table) or not name:
+        return Result(Outcome.DROPPED, "off") if is_off(given.node) else keep(context, given, row)
+    table = Table((Entry(name, given.node, given.node.origin),), given.node.origin)
+    return Result(Outcome.KEPT, row.text, (Change(row.argument, table),))
+
+
+def reference(context: Context, given: Given, row: Row) -> Result:
+    """A second model that answers are compared with; the one that training starts from is the reference anyway."""
+    trained = [key for key, found in context.peer.rows.items() if found.argument == "model.name"]
+    if plain_text(given.node) in (context.text(key) for key in trained):
+        return Result(Outcome.DROPPED, "training starts from it, so it is the reference anyway")
+    changes = (Change("objective.reference_model", given.node), Change("objective.reference", made("model", given)))
+    return Result(Outcome.COMPUTED, "", changes)
+
+
 def devices(context: Context, given: Given, row: Row) -> Result:
     """A number of processes: chosen where the command runs; the step of all of them is the arithmetic's."""
     if plain_text(given.node) in ("1", "auto"):
@@ -302,33 +318,15 @@ def holds(context: Context, given: Given, row: Row) -> Result:
     return words(context, Given(given.key, Scalar(word, True, given.node.origin)), row._replace(rule="words"))
 
 
-def declared(context: Context, given: Given, row: Row) -> Result:
-    """A feature that the peer has (the text lists them) and llmtune has not; it reads past any other key."""
-    if given.name.rpartition(".")[2] not in row.text.split():
-        return ignored(context, given, row._replace(text=""))
-    return none(context, given, row._replace(text="a method that does not exist here"))
-
-
-def torchtune_layers(context: Context, given: Given, row: Row) -> Result:
-    """The attention layers that torchtune lists, and those its two switches add."""
-    items = given.node.items if isinstance(given.node, Listing) else ()
-    names = ["o_proj" if shown(item) == "output_proj" else shown(item) for item in items]
-    names += ["gate_proj", "up_proj", "down_proj"] if context.text("model.apply_lora_to_mlp") == "true" else []
-    names += ["lm_head"] if context.text("model.apply_lora_to_output") == "true" else []
-    return Result(
-        Outcome.COMPUTED, "with those of its switches", (Change(row.argument, made(f"[{', '.join(names)}]", given)),)
-    )
-
-
-def mlx_schedule(context: Context, given: Given, row: Row) -> Result:
-    """`[peak, steps, end]`: the peak counts before `learning_rate`, and the end becomes a fraction of it."""
-    numbers = [float(plain_text(item)) for item in given.node.items] if isinstance(given.node, Listing) else []
-    if not numbers:
-        return Result(Outcome.NONE, "the arguments of the schedule are no list of numbers")
-    changes = [Change(row.argument, made(repr(numbers[0]), given))]
-    if len(numbers) > 2:
-        changes.append(Change("training.min_lr_ratio", made(repr(numbers[2] / numbers[0]), given)))
-    return Result(Outcome.COMPUTED, "peak, steps and end of the rate; it falls over all steps here", tuple(changes))
+def trackers(context: Context, given: Given, row: Row) -> Result:
+    """Trackers by name, one or several; one that does not exist here is named, and changes nothing that is trained."""
+    items = given.node.items if isinstance(given.node, Listing) else (given.node,)
+    names = [name for item in items for name in re.split(r"[\s,`\"']+", plain_text(item)) if name not in ("", "none")]
+    known = [name for name in REPORTS if name in names or "all" in names]
+    others = [name for name in names if name not in (*REPORTS, "all", "false", "true")]
+    said = f"{', '.join(others)} is no tracker here; nothing that is trained changes" if others else ""
+    node = made(f"[{', '.join(('console', 'jsonl', *known))}]", given)
+    return Result(Outcome.COMPUTED, said, (Change("tracking.trackers", node),))
 
 
 def each_of(context: Context, given: Given, row: Row) -> Result:
@@ -349,22 +347,24 @@ RULES: dict[str, Rule] = {
     "share": share,
     "only-with": only_with,
     "unless": unless,
-    "switches": switches,
     "last-names": last_names,
     "chat-template": chat_template,
     "template-args": template_args,
+    "pattern": pattern,
+    "reference": reference,
     "devices": devices,
     "each-of": each_of,
+    "trackers": trackers,
     "holds": holds,
-    "declared": declared,
-    "torchtune-layers": torchtune_layers,
-    "mlx-schedule": mlx_schedule,
     "drop": drop,
     "none": none,
     "needs": needs,
     "ignored": ignored,
 }
-"""Name in a table -> rule; `datasets.DATASET_RULES` has those about rows."""
+"""Name in a table -> rule; `DATASET_RULES` has those about rows, `SPECIAL_RULES` those of one toolkit."""
 
-VALUE_RULES = (keep, alias, words, compute, positive, share, only_with, last_names, chat_template, template_args)
+VALUE_RULES = (
+    *(keep, alias, words, compute, positive, share, only_with, last_names, chat_template, template_args, pattern),
+    *(reference, trackers),
+)
 """Rules that read the value, and so cannot read one that is not there yet."""

@@ -23,7 +23,7 @@ from llmtune.config.importers.python_calls import notebook_table, script_table
 from llmtune.config.json_document import parse_json
 from llmtune.errors import ConfigError, Problem
 
-__all__ = ["Given", "Source", "flatten", "read_sources"]
+__all__ = ["Given", "Source", "flatten", "read_sources", "script_of"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,16 @@ def read_sources(path: Path) -> list[Source]:
             "name a YAML or JSON file, a shell script, a Python script or a notebook",
         )
     return sources
+
+
+def script_of(path: Path) -> Table | None:
+    """Return the first command or call that trains in a script, notebook or page; None where there is none."""
+    if path.suffix not in (".ipynb", ".py", ".sh", ".md", ".bash"):
+        return None
+    try:
+        return read_sources(path)[0].table
+    except ConfigError:
+        return None
 
 
 def _sources(path: Path, text: str) -> Iterator[Source]:

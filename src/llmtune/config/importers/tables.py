@@ -35,6 +35,8 @@ class Row(NamedTuple):
     """What the rule needs: mostly one of our keys."""
     text: str = ""
     """A reason, words with their translations, or arithmetic, as the rule reads it."""
+    prefix: str = ""
+    """What stands before the key, and before the keys that its rule names, where the table is included."""
 
 
 class Default(NamedTuple):
@@ -97,7 +99,7 @@ def peer_of(peer_id: str) -> Peer:
         for columns in table_lines(name):
             if columns[0] == "@assume":
                 peer.assume.setdefault(prefix + columns[1], columns[2])
-            elif not columns[0].startswith("@"):
+            elif columns[0] == "@default" or not columns[0].startswith("@"):
                 _read_line(peer, columns, prefix)
     return peer
 
@@ -137,4 +139,4 @@ def _read_line(peer: Peer, columns: list[str], prefix: str) -> None:
     else:
         # Several keys with spaces between them may share one line.
         for key in kind.split(" "):
-            peer.add(Row(prefix + key, *([*rest, "", "", ""])[:3]))
+            peer.add(Row(prefix + key, *([*rest, "", "", ""])[:3], prefix))

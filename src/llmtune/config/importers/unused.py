@@ -20,6 +20,8 @@ class Unused(NamedTuple):
     """Beginnings of our keys."""
     when: Callable[[Settings], bool]
     text: str
+    unless: tuple[str, str] = ("", "off")
+    """A key of the file and its text with which they do something all the same."""
 
 
 def _is(key: str, *values: object) -> Callable[[Settings], bool]:
@@ -76,12 +78,26 @@ UNUSED_WHEN = (
         _is("objective.method", None, "sft"),
         "no answers are compared",
     ),
+    Unused(
+        ("adapter.dropout",),
+        _is("objective.method", "dpo", "kto", "orpo", "simpo"),
+        "TRL, whose trainer it is, switches dropout off where answers are compared (`disable_dropout`)",
+        ("disable_dropout", "false"),
+    ),
+    Unused(
+        ("objective.sft_weight",),
+        _is("objective.method", "kto", "reward", "grpo", "classification"),
+        "only a comparison of pairs has this part",
+    ),
     Unused(("data.packing",), _is("objective.method", "dpo", "kto", "orpo", "simpo"), "pairs are not packed"),
 )
 
 
-def unused_settings(settings: Settings) -> Iterator[tuple[str, Outcome, str]]:
-    """Return each key that does nothing, with what became of it; `adapter.method: none` itself says so and stays."""
+def unused_settings(settings: Settings, text_of: Callable[[str], str]) -> Iterator[tuple[str, Outcome, str]]:
+    """Return each key that does nothing, with what became of it; `adapter.method: none` itself says so and stays.
+
+    `text_of` gives the text under a key of the file.
+    """
     gone: set[str] = set()
     for row in UNUSED_WHEN:
         found = [
@@ -89,6 +105,6 @@ def unused_settings(settings: Settings) -> Iterator[tuple[str, Outcome, str]]:
             for key in settings
             if key.startswith(row.keys) and key not in ("adapter.method", "objective.method") and key not in gone
         ]
-        if found and row.when(settings):
+        if found and row.when(settings) and text_of(row.unless[0]) != row.unless[1]:
             gone.update(found)
             yield from ((key, Outcome.IGNORED, row.text) for key in found)
