@@ -1,5 +1,6 @@
 """What every test shares: no network, a cache of its own, and one tiny chat model."""
 
+import gc
 import ipaddress
 import os
 import signal
@@ -39,6 +40,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)  # stable: the tests of a file stay together
 
 
+def pytest_collection_finish():
+    """Take what was imported out of the garbage collector's sight: a collection would look at a million objects."""
+    import hypothesis  # noqa: F401 - when it is imported it asks who refers to an object, and no frozen one is named
+
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     """Q9: a test that opens a connection to another machine fails."""
@@ -54,9 +62,11 @@ def _no_network(monkeypatch):
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
-    """Caches of the tests go to a folder of their own (unless one is named), shared by their child processes."""
+    """Caches of the tests go to a folder of their own (unless one is named), shared by workers and child processes."""
     if "LLMTUNE_CACHE_DIR" not in os.environ:
-        os.environ["LLMTUNE_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+        folder = tmp_path_factory.getbasetemp()
+        shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+        os.environ["LLMTUNE_CACHE_DIR"] = str(shared / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The rules of the house: ranks of folders, fences around libraries, sizes, and the calls forbidden everywhere (P4)."""
 
 import ast
+import functools
 import importlib.machinery
 import importlib.util
 import re
@@ -22,7 +23,13 @@ def load_script(name):
 
 
 house = load_script("house")
-MODULES = house.read_package(PACKAGE)
+
+
+@functools.cache
+def modules():
+    """Every module of the package, parsed: for seconds, so not when tests are collected."""
+    return house.read_package(PACKAGE)
+
 
 RANKS = {
     "errors": 0,
@@ -61,12 +68,11 @@ LAZY_IMPORTS = {
     "* liger_kernel": "optional package, and it imports triton",
     "* deepspeed": "optional package",
     "engine/strategies.py llmtune": "what only the optional package DeepSpeed needs",
-    "* torch": "light modules answer without torch; flex and variable-length attention exist on some machines only",
+    "* torch": "light modules answer without torch",
     "* transformers": "takes seconds to import, and needs torch",
-    "* peft": "takes seconds to import, and needs torch",
+    "* peft": "takes seconds to import, bitsandbytes with it, and full tuning does without",
     "* datasets": "takes seconds to import; few runs read with it",
     "* pyarrow": "takes long to import; only parquet files need it",
-    "* gguf": "needed only for GGUF files",
     "* lm_eval": "optional package",
     "engine/choose_device.py resource": "does not exist on Windows",
     "durable/tensors.py numpy": "`llmtune runs` and config errors answer without it",
@@ -99,7 +105,7 @@ FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.save", "yaml.load", "os.
 
 def in_folders():
     """(rank's name, module) of every module but the package's own `__init__` and `__main__`."""
-    for module in MODULES:
+    for module in modules():
         name = module.path.split("/")[0].removesuffix(".py")
         if name not in {"__init__", "__main__"}:
             yield name, module
@@ -138,7 +144,7 @@ def test_a_module_imports_only_from_folders_of_smaller_rank():
 
 def test_no_modules_import_each_other_in_a_circle():
     """Also not through imports inside functions."""
-    graph = house.import_graph(MODULES)
+    graph = house.import_graph(modules())
     assert sum(map(len, graph.values())) > 500
     assert house.circles(graph) == []
 
@@ -162,13 +168,15 @@ def test_imports_inside_functions_are_only_those_with_a_reason():
 
 
 def test_few_modules_lie_outside_of_folders():
-    assert len(house.loose_modules(MODULES)) <= 3
+    assert len(house.loose_modules(modules())) <= 3
 
 
 def test_lines_and_types_stay_within_their_limits():
-    long_lines = [place for length, place in house.line_lengths(MODULES) if length > 120]
+    long_lines = [place for length, place in house.line_lengths(modules()) if length > 120]
     assert len(long_lines) <= LIMITS["lines above 120 characters"], long_lines
-    per_thousand = 1000 * sum(map(house.count_any, MODULES)) / sum(lines for lines, _ in house.file_lengths(MODULES))
+    per_thousand = (
+        1000 * sum(map(house.count_any, modules())) / sum(lines for lines, _ in house.file_lengths(modules()))
+    )
     assert per_thousand <= LIMITS["`Any` per 1,000 lines"]
 
 
@@ -232,7 +240,7 @@ def all_but_tests():
 
 
 def test_p4_nothing_unpickles_evaluates_or_goes_through_a_shell():
-    parsed = {PACKAGE / module.path: module.tree for module in MODULES}
+    parsed = {PACKAGE / module.path: module.tree for module in modules()}
     wrong, read = [], 0
     for path in all_but_tests():
         tree = parsed.get(path) or ast.parse(path.read_text(encoding="utf-8"))
@@ -289,7 +297,7 @@ def test_a_file_above_four_hundred_lines_or_a_function_above_sixty_has_a_second_
     def above(limit, lengths):
         return [place for length, place in lengths if length > limit and place not in ONE_SUBJECT]
 
-    files, functions = house.file_lengths(MODULES), house.function_lengths(MODULES)
+    files, functions = house.file_lengths(modules()), house.function_lengths(modules())
     assert len(files) > 150
     assert (above(400, files), above(60, functions)) == ([], [])
     assert above(200, files)

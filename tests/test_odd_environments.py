@@ -95,9 +95,6 @@ TOGETHER = {
         "odd data and runs folders",
         "TMPDIR that is not there",
         "unknown time zone",
-    ),
-    "read-only": (
-        "HOME without write permission",
         "locale C",
         "closed stdin",
         "dumb terminal of 20 columns",

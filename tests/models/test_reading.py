@@ -1,6 +1,7 @@
 """Small files of a model: what a library raises for them is one error, and nothing else is taken for that."""
 
 import gc
+import logging
 
 import pytest
 
@@ -49,6 +50,15 @@ def test_what_says_nothing_of_the_file_stays_what_it_is(raised):
 
     with pytest.raises(raised):
         reading._call_library(read)
+
+
+def test_the_libraries_are_quiet_inside_and_as_they_were_outside():
+    logger = logging.getLogger("gguf.of_a_test")
+    assert logger.isEnabledFor(logging.WARNING)  # which it remembers
+    with reading.quiet_libraries(), reading.quiet_libraries():
+        assert not logger.isEnabledFor(logging.WARNING)
+        assert logger.isEnabledFor(logging.ERROR)
+    assert logger.isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.parametrize("on", [True, False])

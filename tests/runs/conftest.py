@@ -178,7 +178,7 @@ class Story:
         checkpoint.delete_old_checkpoints(self.run, keep_last=1)
         self.save_best(step)
         mark(f"best {step}")
-        self.run.update(last_saved_step=step)
+        self.run.update(step=step)
         mark(f"run.json {step}")
 
 
@@ -356,7 +356,7 @@ class Scene:
             best_step = durable.read_manifest(run.checkpoints / "best")["step"]
             assert newest.step == 2 or "step 2" not in state.promises, "the saved step is gone"
             assert best_step == 2 or "best 2" not in state.promises, "the saved best is gone"
-            assert run.info["last_saved_step"] == 2 or "run.json 2" not in state.promises, "what run.json said is gone"
+            assert run.info["step"] == 2 or "run.json 2" not in state.promises, "what run.json said is gone"
             with durable.AppendLog(run.path / "metrics.jsonl") as log:
                 log.truncate_to(newest.step)
                 assert log.lines == newest.step, "the log lacks a line of a step that was saved"

@@ -414,6 +414,7 @@ def test_distributed_timeout_s_is_used(resolve, monkeypatch):
         yield torch.distributed.HashStore(), 0, 2
 
     monkeypatch.setattr("llmtune.engine.devices.rendezvous", meet)
+    monkeypatch.setattr("llmtune.engine.rank_watch.CONNECT_S", 0.05)  # the other process does not come
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     for overrides in ((), (flipped("distributed.timeout_s"),)):

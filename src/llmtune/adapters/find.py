@@ -63,7 +63,7 @@ def find_result(folder: Path, checkpoint: str | None = None) -> Path | None:
 def find_result_named(name: Path | str, output_dir: Path | str, checkpoint: str | None) -> Path | None:
     """Return the adapter or model of RUN|ADAPTER|MODEL where it is a folder here or a run's name, else None.
 
-    Raises what `find_result` raises, and UsageError for a `checkpoint` of anything but a run.
+    Raises ModelError for a run that has saved nothing yet, UsageError for a checkpoint that is not there.
     """
     folder = named_folder(name, output_dir)
     if folder is not None:

@@ -101,10 +101,10 @@ def _print_report(output: Path, report: TokenizerReport, as_json: bool) -> None:
     print(f"  round trip: {report.texts - failures:,} of {report.texts:,} texts come back exactly")
 
 
-def _with_progress(texts: Iterator[str], every: int = 10_000) -> Iterator[str]:
+def _with_progress(texts: Iterator[str]) -> Iterator[str]:
     """Yield the texts, and print after every 10,000 how many were read."""
     width = shutil.get_terminal_size().columns
     for count, text in enumerate(texts, 1):
-        if count % every == 0:
+        if count % 10_000 == 0:
             print_line(f"{count:,} texts read"[:width])
         yield text

@@ -7,13 +7,13 @@ from pathlib import Path
 __all__ = ["value_in_env_file"]
 
 
-def value_in_env_file(name: str, path: Path = Path(".env")) -> str | None:
+def value_in_env_file(name: str) -> str | None:
     """Return the value of `name` in a file of `NAME=VALUE` lines; None without the file or the name.
 
     `export` before a name and quotes around a value are taken off; nothing else is interpreted.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = Path(".env").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return None
     for line in lines:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import gguf
 import numpy as np
 import torch
 
@@ -72,8 +73,6 @@ def _tensors(plan: MergePlan, alpha: float, *, where: str) -> Iterator[tuple[str
 
 
 def _write(path: Path, architecture: str, name: str, alpha: float, tensors: Tensors) -> None:
-    import gguf
-
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type("adapter")
     writer.add_name(name)
@@ -91,8 +90,6 @@ def _write(path: Path, architecture: str, name: str, alpha: float, tensors: Tens
 
 def _compare(path: Path, tensors: Tensors) -> None:
     """Raise CheckpointError where the file does not hold these numbers."""
-    import gguf
-
     stored = {one.name: one.data for one in gguf.GGUFReader(path).tensors}
     if stored.keys() != tensors.keys() or not all(np.array_equal(stored[name], tensors[name]) for name in tensors):
         raise CheckpointError("what was written is not the adapter", where=str(path), fix="export it again")

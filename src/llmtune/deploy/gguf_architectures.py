@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import gguf
 from torch import Tensor
 
 from llmtune.errors import ModelError
 
 if TYPE_CHECKING:
-    import gguf
     from transformers import PreTrainedConfig
 
 __all__ = [
@@ -270,8 +270,6 @@ def refuse_unwritable(config: PreTrainedConfig) -> GgufArchitecture:
 
 def gguf_name_map(config: PreTrainedConfig) -> gguf.TensorNameMap:
     """Return the map from the names of weights in transformers to those in a file."""
-    import gguf
-
     architecture = refuse_unwritable(config)
     # The package names architectures by number.
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.name)

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmtune.deploy.gguf_architectures import gguf_name_map, refuse_unwritable, refused
 from llmtune.deploy.gguf_types import GGUF_TYPES, GgufType, gguf_type_of
@@ -26,7 +28,6 @@ from llmtune.models.gguf import read_gguf, read_gguf_tokenizer
 from llmtune.models.read_config import quiet_libraries
 
 if TYPE_CHECKING:
-    import gguf
     from transformers import PreTrainedModel
     from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -41,8 +42,6 @@ def write_gguf(model_folder: ModelFolder, path: Path, *, requested: GgufType | N
 
     Raises ModelError and TokenizerError for what a GGUF file cannot express, OSError when the system refuses to write.
     """
-    import gguf
-
     architecture = refuse_unwritable(model_folder.config)
     vocabulary = gguf_vocabulary(model_folder.tokenizer, model_folder.rows)
     main_type = requested or _stored_type(model_folder)
@@ -121,9 +120,6 @@ def read_back(path: Path, model_folder: ModelFolder, empty_folder: Path) -> tupl
 
     empty_folder: see `read_gguf`. Raises ModelError when the file cannot be read as a model.
     """
-    import gguf
-    from transformers import AutoModelForCausalLM
-
     if refuse_unwritable(model_folder.config).reads_back:
         return read_gguf(path, empty_folder)
     tokenizer = read_gguf_tokenizer(path, empty_folder)

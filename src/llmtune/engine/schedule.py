@@ -116,7 +116,7 @@ def warmup_length(total_steps: int, warmup_steps: int | None, warmup_ratio: floa
 def schedule_of(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:
     """Give the learning rate of each update of a run of `total_steps`, from a config whose rate is resolved.
 
-    Raises ConfigError where every one of them is 0, and what `learning_rate_at` raises.
+    Raises ConfigError where every one of them is 0, or the warm-up is longer than the run.
     """
     assert training.learning_rate is not None, "a config is resolved before a run is planned"
     warmup_steps = warmup_length(total_steps, training.warmup_steps, training.warmup_ratio)

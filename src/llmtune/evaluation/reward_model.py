@@ -28,7 +28,8 @@ def open_reward_model(
     """Load `objective.reward_model`; return what scores the answers to a row's prompt, and the sha256 of its weights.
 
     Prompt and answer are written by the reward model's own template and tokenizer, as in its training. Raises
-    ConfigError for a model with more than one score, and what loading raises.
+    ConfigError for a model with more than one score; ModelError, AdapterError or TokenizerError for one that cannot be
+    loaded.
     """
     where = "objective.reward_model"
     if objective.reward_model is None:

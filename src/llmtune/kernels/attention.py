@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from inspect import signature
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -32,9 +34,6 @@ from llmtune.common.memory import copy_to
 from llmtune.errors import ModelError
 from llmtune.kernels.chunks import SelectChunks, every_chunk
 from llmtune.kernels.tiled_attention import tiled_attention
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = [
     "BACKENDS",
@@ -202,8 +201,6 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, params:
 @dropout_by_sdpa
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, params: AttentionParams) -> Tensor:
     """Call torch's variable-length flash attention (torch.nn.attention.varlen, arXiv:2307.08691): CUDA, 16 bits."""
-    from torch.nn.attention.varlen import varlen_attn
-
     if params.softcap is not None:
         raise NotImplementedError("variable-length flash attention has no soft cap on scores")
     cu_seqlens = segments.cu_seqlens.contiguous()  # the mask that carries it is an expanded view
@@ -232,8 +229,6 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, param
 @dropout_by_sdpa
 def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, params: AttentionParams) -> Tensor:
     """Call torch's flex attention (arXiv:2412.05496) with a document mask; compiled on CUDA."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
     total, device = query.shape[2], query.device
     document_T = torch.bucketize(torch.arange(total, device=device), segments.cu_seqlens[1:].contiguous(), right=True)
 
@@ -263,8 +258,6 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, segments: Segments, params:
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
     # Dynamic, or every length of a row would be compiled anew.
     return torch.compile(flex_attention, dynamic=True)  # type: ignore[return-value]
 

@@ -52,7 +52,6 @@ class RunUpdate(TypedDict, total=False):
     state: RunState
     step: int
     total_steps: int
-    last_saved_step: int
     measured_bytes: dict[str, int]
     """Bytes of the parts of memory that can be counted at the end, by their names in the plan."""
 

@@ -51,7 +51,7 @@ def replay(folder: Path, tracker: Tracker, *, model: Path | None = None) -> int:
     """Give a tracker everything that the record of a run holds, and return the number of lines.
 
     `model`: a folder that is sent as well, to a tracker that takes one. Raises CheckpointError where there is no run,
-    MachineError, and what the tracker raises.
+    MachineError where its files cannot be read; errors of the tracker's library pass through.
     """
     info, state = info_of(folder), read_run_file(folder)["state"]
     metrics, samples = (durable.read_lines(folder / f"{name}.jsonl") for name in ("metrics", "samples"))

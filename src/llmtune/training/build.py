@@ -63,7 +63,7 @@ _ROWS_LOOKED_AT = 100
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters, tied ones counted once."""
+    """Numbers of parameters, tied ones counted once; taken before processes divide the weights among them."""
 
     total: int
     trained: int
@@ -160,7 +160,7 @@ def build_setup(
         decisions += adapter_decisions
     elif config.model.train_only:
         decisions.append(freeze_all_but(model, config.model.train_only))
-    counts = _count(model)
+    counts = Counts(count_parameters(model), sum(weight.numel() for weight in trained_parameters(model).values()))
     make_optimizer = partial(_make_optimizer, model, config.training)
     optimizer, shares, own = strategy.shard(model, make_optimizer, convert_block=loaded.convert_block)
     parameters = trained_parameters(model)
@@ -201,11 +201,6 @@ def _make_engine(
 ) -> Engine:
     rows = SharedRows(devices) if devices.row_size > 1 else None
     return build_engine(model, config=config, device=devices.device, precision=precision, strategy=strategy, rows=rows)
-
-
-def _count(model: PreTrainedModel) -> Counts:
-    trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
-    return Counts(count_parameters(model), trained=trained)
 
 
 class _Adapted(NamedTuple):

@@ -87,7 +87,10 @@ class ReferenceLogProbs:
     def _second_model(
         self, log_probs_of: Callable[[Engine], LogProbs], *, offline: bool
     ) -> tuple[LiveReference, Decision]:
-        """Load the model that the config names, frozen and with an engine of its own. Raises what loading raises."""
+        """Load the model that the config names, frozen and with an engine of its own.
+
+        Raises ModelError or TokenizerError for one that cannot be loaded.
+        """
         config, tokenizer = self._prepared.config, self._prepared.tokenizer.tokenizer
         source = find_second_model(config.objective, tokenizer, offline=offline)
         assert source is not None

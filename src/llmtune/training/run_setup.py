@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from llmtune.common.text import PrintLine, printable
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.schema import Config, ModelConfig, SourceConfig
-from llmtune.data.dataset.report import length_summary
-from llmtune.data.example import Example, ExampleSet, stretches
+from llmtune.data.dataset.report import data_excerpt
 from llmtune.engine.devices import Devices
 from llmtune.errors import MachineError
 from llmtune.models import save
@@ -43,12 +42,10 @@ from llmtune.training.checkpointer import find_checkpoint
 from llmtune.training.progress import print_difference, print_length, print_resume
 
 __all__ = [
-    "DATA_FILE",
     "StoppedRun",
     "check_name",
     "compare_identity",
     "create",
-    "data_excerpt",
     "facts_of",
     "identity_of",
     "open_stopped",
@@ -60,6 +57,7 @@ __all__ = [
 
 ORIGINS_FILE = "origins.json"
 LEDGER_FILE = "ledger.jsonl"
+DATA_FILE = "data.json"
 TOKENIZER_FOLDER = "tokenizer"
 SHAPE_KEYS = (
     "model_type",
@@ -235,7 +233,10 @@ def create(
     def fill(folder: Path) -> None:
         durable.write_text(folder / CONFIG_FILE, config_to_yaml(keep_fitted(resolved.config, config)))
         durable.write_json(folder / ORIGINS_FILE, {key: str(origin) for key, origin in resolved.origins.items()})
-        durable.write_json(folder / DATA_FILE, data_excerpt(prepared))
+        durable.write_json(
+            folder / DATA_FILE,
+            data_excerpt(prepared.data, prepared.tokenizer.tokenizer, max_length=config.data.max_length),
+        )
         with durable.AppendLog(folder / LEDGER_FILE) as log:
             for entry in prepared.data.ledger.entries:
                 log.append(entry)
@@ -362,39 +363,3 @@ def run_info(run: RunFolder, config_name: str, setup: TrainingSetup, start_step:
         ledger=run.info.get("data", {}),
         graph=model_graph(setup.model.config) if config.tracking.graph else None,
     )
-
-
-DATA_FILE = "data.json"
-EXAMPLES = 3
-MOST_TOKENS = 700
-"""Tokens of an example that are kept."""
-
-
-def data_excerpt(prepared: Prepared) -> dict[str, Any]:
-    """The lengths of the examples of each side in tokens, and some examples spread over it with their weights.
-
-    A run's rows may be gone or changed by the time someone asks what it was trained on.
-    """
-    sides = {"train": prepared.data.train, "eval": prepared.data.eval}
-    return {name: _side(examples, prepared) for name, examples in sides.items() if examples is not None}
-
-
-def _side(examples: ExampleSet, prepared: Prepared) -> dict[str, Any]:
-    count = len(examples)
-    chosen = sorted({count * place // EXAMPLES for place in range(EXAMPLES)}) if count else []
-    return {
-        "lengths": length_summary(examples.lengths, prepared.config.data.max_length),
-        "examples": [_example(examples[place], prepared) for place in chosen],
-    }
-
-
-def _example(example: Example, prepared: Prepared) -> dict[str, Any]:
-    shown = replace(example, input_ids=example.input_ids[:MOST_TOKENS], weights=example.weights[:MOST_TOKENS])
-    return {
-        "source": example.source,
-        "side": example.side,
-        "tokens": len(example),
-        "trained_tokens": int((example.weights > 0).sum()),
-        "shown_tokens": len(shown),
-        "stretches": [list(stretch) for stretch in stretches(shown, prepared.tokenizer.tokenizer)],
-    }

@@ -80,8 +80,8 @@ def resume(
 ) -> Result:
     """Go on with a run, bit for bit, from its newest valid checkpoint (or `checkpoint`), to its end or a stop.
 
-    `name`: a folder, a name, or None for the newest unfinished run. Raises CheckpointError when nothing can be used,
-    and what `train` raises.
+    `name`: a folder, a name, or None for the newest unfinished run. Raises CheckpointError when nothing can be used;
+    ConfigError, DataError, ModelError, MachineError, DivergedError as `train`; StoppedBySignal after saving.
     """
     with StopRequest() as stop:
         with stop.interrupting():

@@ -13,7 +13,7 @@ from llmtune.watch.braille import DOTS_ACROSS, Plot, Range, range_of
 from llmtune.watch.run_data import RunData
 from llmtune.watch.series import Series
 
-__all__ = ["STYLES", "Chart", "Line", "charts_of", "draw", "letter", "planned_bytes", "short", "short_bytes"]
+__all__ = ["STYLES", "Chart", "Line", "charts_of", "draw", "letter", "short", "short_bytes"]
 
 STYLES = ("cyan", "magenta", "green", "red", "blue")
 """Colours of the runs in turn; each line also ends in the letter of its run where there are several."""
@@ -52,14 +52,6 @@ class Chart:
 def charts_of(runs: Sequence[RunData], smoothing: float) -> list[Chart]:
     """Return loss, gradient norm, learning rate and speed of the runs; memory and its plan behind speed."""
     return [_loss(runs, smoothing), _gradients(runs), _learning_rate(runs), _speed(runs), _memory(runs)]
-
-
-def planned_bytes(run: RunData) -> float | None:
-    """Return the planned peak of memory; None where the run has no plan."""
-    plan = run.info.get("plan")
-    memory = plan.get("memory") if isinstance(plan, dict) else None
-    peak = memory.get("peak_bytes") if isinstance(memory, dict) else None
-    return float(peak) if isinstance(peak, int | float) else None
 
 
 def draw(chart: Chart, columns: int, rows: int) -> Text:
@@ -180,7 +172,7 @@ def _speed(runs: Sequence[RunData]) -> Chart:
 
 def _memory(runs: Sequence[RunData]) -> Chart:
     lines = _lines(runs, "memory_bytes")
-    planned = [(peak, "planned") for run in runs if (peak := planned_bytes(run)) is not None]
+    planned = [(peak, "planned") for run in runs if (peak := run.planned_bytes) is not None]
     beside = f"  ╌ planned {short_bytes(planned[0][0])}" if planned else ""
     return Chart(f"memory {_newest(lines, short_bytes)}{beside}", lines, planned, number=short_bytes)
 

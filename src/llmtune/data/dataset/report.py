@@ -1,4 +1,4 @@
-"""The numbers of `llmtune data report`: the balance of rows, lengths, padding, packing, and each source by itself.
+"""The numbers of `llmtune data report` (rows, lengths, padding, packing, sources), and the excerpt that a run keeps.
 
 Shapes: N examples; lengths are in tokens.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, get_args
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +24,20 @@ from llmtune.data.dataset.packing import (
     seeded_order,
 )
 from llmtune.data.dataset.row_result import STATUSES
-from llmtune.data.example import ExampleSet
+from llmtune.data.example import Example, ExampleSet, stretches
 from llmtune.errors import DataError
 
-__all__ = ["ROWS_LISTED", "data_report", "histogram", "padding_share", "report_lines", "row_report"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["ROWS_LISTED", "data_excerpt", "data_report", "histogram", "padding_share", "report_lines", "row_report"]
 
 ROWS_LISTED = 1000
 """Rows that the report lists one by one; the rest are counted."""
+
+EXAMPLES_KEPT = 3
+TOKENS_KEPT = 700
+"""Of each set and of each example, in the excerpt that a run keeps."""
 
 _LINES_OF_ROWS = 20
 _BAR_CHARACTERS = 40
@@ -54,6 +62,33 @@ def data_report(prepared: PreparedData, config: DataConfig, *, batch_size: int) 
         "decisions": [decision._asdict() for decision in prepared.decisions],
         "rows": rows,
         "rows_not_listed": affected - len(rows),
+    }
+
+
+def data_excerpt(prepared: PreparedData, tokenizer: PreTrainedTokenizerFast, *, max_length: int) -> JsonObject:
+    """The lengths of the examples of each side in tokens, and some examples spread over it with their weights.
+
+    A run's rows may be gone or changed by the time someone asks what it was trained on.
+    """
+
+    def excerpt(examples: ExampleSet) -> JsonObject:
+        chosen = sorted({len(examples) * place // EXAMPLES_KEPT for place in range(EXAMPLES_KEPT)})
+        shown = [_shown(examples[place], tokenizer) for place in chosen if len(examples)]
+        return {"lengths": length_summary(examples.lengths, max_length), "examples": shown}
+
+    sides = {"train": prepared.train, "eval": prepared.eval}
+    return {name: excerpt(examples) for name, examples in sides.items() if examples is not None}
+
+
+def _shown(example: Example, tokenizer: PreTrainedTokenizerFast) -> JsonObject:
+    shown = replace(example, input_ids=example.input_ids[:TOKENS_KEPT], weights=example.weights[:TOKENS_KEPT])
+    return {
+        "source": example.source,
+        "side": example.side,
+        "tokens": len(example),
+        "trained_tokens": int((example.weights > 0).sum()),
+        "shown_tokens": len(shown),
+        "stretches": [list(stretch) for stretch in stretches(shown, tokenizer)],
     }
 
 

@@ -351,9 +351,7 @@ def _hub_dataset(source: SourceConfig, index: int, purpose: Purpose) -> DataFile
 def _dataset_file(
     loaded: Dataset | DatasetDict, label: str, source: SourceConfig, index: int, purpose: Purpose
 ) -> DataFile:
-    import datasets
-
-    if isinstance(loaded, datasets.DatasetDict):
+    if isinstance(loaded, dict):  # a `DatasetDict`
         requested = [source.split] if source.split else SPLITS_OF_PURPOSE[purpose]
         split = next((name for name in requested if name in loaded), None)
         if split is None:

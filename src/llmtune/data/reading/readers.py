@@ -243,26 +243,25 @@ def _parse_cells(source: str, record: Record, loss_weight: float) -> Row | BadRo
 
 
 def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
-    import pyarrow as pa  # takes a second; other kinds of files do without
-    from pyarrow.parquet import ParquetFile
+    from pyarrow import ArrowException, BufferReader, parquet  # takes a second; other kinds of files do without
 
-    file: IO[bytes] | pa.BufferReader = stream
+    file: IO[bytes] | BufferReader = stream
     if not is_seekable(stream):
         # Parquet is read from its end, so a compressed one has to be unpacked into memory.
         data = stream.read(MAX_PACKED_PARQUET_BYTES + 1)
         if len(data) > MAX_PACKED_PARQUET_BYTES:
             problem = f"a compressed parquet file may unpack to {MAX_PACKED_PARQUET_BYTES // 2**20} MiB at most"
             raise DamagedFileError(None, problem, "unpack it first; parquet is compressed inside")
-        file = pa.BufferReader(data)
+        file = BufferReader(data)
     number = -1
     try:
         # In small batches: rows with long texts would fill the memory by the default of 65,536.
-        for batch in ParquetFile(file).iter_batches(batch_size=128):
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=128):
             for fields in batch.to_pylist():
                 number += 1
                 yield Record(number, fields)
     except (
-        pa.ArrowException,
+        ArrowException,
         OSError,
         ValueError,
         OverflowError,

@@ -155,7 +155,7 @@ class Renderer:
     def render_examples(self, conversation: Conversation) -> list[Rendered]:
         """Render the examples of one row: one, or with `one_example_per_turn` one for each turn of the assistant.
 
-        Raises what `render` raises.
+        Raises `DataError` for a row that cannot be rendered.
         """
         if not self._one_example_per_turn or conversation.prompt_is_text or not conversation.messages:
             return [self.render(conversation)]

@@ -11,7 +11,7 @@ from llmtune.watch.report.markup import Markup
 from llmtune.watch.run_data import RunData
 from llmtune.watch.series import Series
 
-__all__ = ["CHARTS", "charts_html", "loss_chart", "planned_peak_bytes", "smoothing_for"]
+__all__ = ["CHARTS", "charts_html", "loss_chart", "smoothing_for"]
 
 UNINTERESTING = ("epoch", "progress", "num_tokens", "num_loss_tokens", "num_sequences", "step_seconds")
 """Numbers of a training line that count up or say the same as another chart."""
@@ -48,21 +48,13 @@ def smoothing_for(points: int) -> float:
     return 0.0 if points < FEWEST_SMOOTHED else min(0.97, round(1 - 10 / points, 2))
 
 
-def planned_peak_bytes(run: RunData) -> float | None:
-    """Memory that the plan foresaw; None where the run has no plan."""
-    plan = run.info.get("plan")
-    memory = plan.get("memory") if isinstance(plan, dict) else None
-    peak = memory.get("peak_bytes") if isinstance(memory, dict) else None
-    return float(peak) if isinstance(peak, int | float) else None
-
-
 def _clip(run: RunData) -> tuple[str, float | None]:
     value = run.flat_config.get("training.max_grad_norm")
     return "clipped above", float(value) if isinstance(value, int | float) and value else None
 
 
 def _planned(run: RunData) -> tuple[str, float | None]:
-    return "planned", planned_peak_bytes(run)
+    return "planned", run.planned_bytes
 
 
 CHARTS: tuple[ChartKind, ...] = (

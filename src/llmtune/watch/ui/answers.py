@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.data.example import Message
 from llmtune.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Chat:
     def answer(self, folder: Path, conversations: Mapping[str, object]) -> dict[str, str]:
         """The next answer of each side to its own conversation: `[{"role": ..., "content": ...}, ...]`.
 
-        Raises UsageError for a conversation of another shape, and what loading a model raises.
+        Raises UsageError for a conversation of another shape; ModelError, AdapterError or TokenizerError for a model
+        that cannot be loaded.
         """
         given = {side: _messages(conversations.get(side)) for side in SIDES}
         # A second question waits: two models at work need not fit into memory.
@@ -56,7 +58,6 @@ class Chat:
         return self._loaded[1]
 
     def _one(self, loaded: InferenceModel, model: PreTrainedModel | PeftModel, messages: list[dict[str, str]]) -> str:
-        from llmtune.data.example import Message
         from llmtune.evaluation.generate import TextPrompt, generate
 
         prompt: Any = [Message(message["role"], message["content"]) for message in messages]
