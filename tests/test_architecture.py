@@ -130,6 +130,19 @@ def test_every_folder_has_a_rank():
     assert all(isinstance(rank, int) for rank in RANKS.values())
 
 
+def test_what_is_imported_from_the_package_exists():
+    """Also inside functions, and also for type checkers: seen without running any of it."""
+    names = {module.name for module in modules()}
+    wrong = [
+        f"{module.path}:{found.line} imports {found.name}"
+        for module in modules()
+        for found in house.imports(module.tree)
+        if found.name.startswith("llmtune.")
+        and not names & {name := found.name.removeprefix("llmtune."), name.rpartition(".")[0]}
+    ]
+    assert wrong == []
+
+
 def test_a_module_imports_only_from_folders_of_smaller_rank():
     wrong = []
     for folder, module in in_folders():
