@@ -124,8 +124,9 @@ def signal_launcher(words, name, number):
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGKILL])
 def test_p8_a_signal_to_the_launcher_saves_once(words, number):
+    """Those that torchrun does not handle end it at once; its processes still agree, by a store of their own."""
     run, said = signal_launcher(words, f"launcher-{number}", number)
     assert len(re.findall(r"stopped by \w+: saved after step", said)) == 1, said
     assert json.loads((run / "run.json").read_text())["state"] == "stopped"

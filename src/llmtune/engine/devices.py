@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from llmtune.common.decisions import Decision
@@ -26,7 +26,7 @@ from llmtune.config.schema import Config
 from llmtune.engine.choose_device import choose_device
 from llmtune.engine.deepspeed_settings import settings_problems
 from llmtune.engine.rank_messages import RankMessages, lost_ranks_noticed
-from llmtune.engine.rank_watch import watch_ranks
+from llmtune.engine.rank_watch import stop_with_launcher, watch_ranks
 from llmtune.errors import ConfigError, MachineError, Problem
 
 __all__ = ["Devices", "check_distribution", "open_devices"]
@@ -105,6 +105,9 @@ class Devices:
                 store = _get_default_store()
             else:
                 store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+                if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                    stop_with_launcher()
+                    store = _store_of_main(PrefixStore(attempt, store), rank, environ["MASTER_ADDR"], timeout)
                 store.set_timeout(timeout)
                 backend = "nccl" if device.type == "cuda" else "gloo"
                 group_store = PrefixStore(f"group/{attempt}", store)
@@ -283,6 +286,19 @@ class Devices:
             dist.destroy_process_group()
         elif self._row_group is not None:
             dist.destroy_process_group(self._row_group)
+
+
+def _store_of_main(launcher: Store, rank: int, address: str, timeout: dt.timedelta) -> Store:
+    """Open the store in the main process that the others find by the launcher's, which may end before they have saved.
+
+    `timeout`: how long they look for it.
+    """
+    name = "port of the main process"
+    port = 0 if rank == 0 else int(launcher.get(name))  # any free one, which the others are told
+    store = dist.TCPStore(address, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+    if rank == 0:
+        launcher.set(name, str(store.port))
+    return store  # type: ignore[no-any-return]
 
 
 def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
