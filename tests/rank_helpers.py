@@ -1,5 +1,7 @@
 """Several processes of one command, as launchers start them, and two machines in network namespaces."""
 
+import ctypes
+import json
 import os
 import shutil
 import socket
@@ -7,6 +9,8 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
+from pathlib import Path
 
 import pytest
 
@@ -32,13 +36,27 @@ def launched(*words, code=0, launcher=LAUNCHER):
     return said
 
 
-def places(address="127.0.0.1"):
-    """The variables by which a launcher tells each of two processes where they meet and who it is."""
+def processes_of(run):
+    """{rank: process id} of the processes that train this run."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode().split("\0")
+            variables = dict(part.split("=", 1) for part in (folder / "environ").read_text().split("\0") if "=" in part)
+        except (OSError, ValueError):
+            continue
+        if f"run.name={run}" in words and "RANK" in variables and "torch.distributed.run" not in words:
+            found[variables["RANK"]] = int(folder.name)
+    return found
+
+
+def places(address="127.0.0.1", count=2):
+    """The variables by which a launcher tells each process where they meet and who it is."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    together = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": port}
-    return [together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    together = {"WORLD_SIZE": str(count), "MASTER_ADDR": address, "MASTER_PORT": port}
+    return [together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def end_of(processes):
@@ -55,6 +73,12 @@ def end_of(processes):
 def in_two_ranks(function):
     """Run `function()` in two forked processes, as a launcher starts them: their exit codes and what each printed."""
     return end_of([Forked(function, environ=environment(**place)) for place in places()])
+
+
+def ordinary_command(words):
+    """A command in a forked process with the warnings of an ordinary one; other packages have some."""
+    warnings.simplefilter("ignore")
+    return command(words)
 
 
 class TwoRanks:
@@ -129,13 +153,30 @@ class TwoMachines:
     def cut(self):
         _ip("-n", self.names[0], "link", "set", self.ends[0], "down")
 
-    def traffic(self):
-        """Bytes that the first machine has sent."""
-        path = f"/sys/class/net/{self.ends[0]}/statistics/tx_bytes"
-        done = subprocess.run(
-            ["ip", "netns", "exec", self.names[0], "cat", path], capture_output=True, text=True, check=True
-        )
-        return int(done.stdout)
+
+def sent_between(function, count):
+    """Run `function()` in so many processes of a network of their own.
+
+    Returns their exit codes, what they printed, and the bytes that they have sent to each other, by its interface.
+    """
+
+    def run():
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "unshare")
+        _ip("link", "set", "lo", "up")
+        codes, said = end_of([Forked(function, environ=environment(**place)) for place in places(count=count)])
+        (line,) = [line for line in Path("/proc/self/net/dev").read_text().splitlines() if "lo:" in line]
+        sent = int(line.partition(":")[2].split()[8])
+        print(json.dumps({"codes": codes, "said": "".join(said), "sent": sent}))
+
+    done = Forked(run)
+    (line,) = done.communicate(timeout=LONGEST_S)[0].splitlines()[-1:]
+    found = json.loads(line)
+    return found["codes"], found["said"], found["sent"]
+
+
+CLONE_NEWNET = 0x40000000
+"""Of sched.h; `os.unshare` has it from Python 3.12 on."""
 
 
 def _ip(*words):

@@ -1,4 +1,7 @@
-"""`scripts/gpu`: what fails, hangs or is killed costs its own rows; the table on the disk is whole at every moment."""
+"""`scripts/gpu` and `benchmarks/many_gpus.py`: what fails, hangs or is killed costs its own rows.
+
+The table on the disk is whole at every moment.
+"""
 
 import os
 import re
@@ -99,3 +102,15 @@ def test_all_stages_run_on_a_pretend_gpu_and_nothing_fails(tmp_path):
     assert done.returncode == 0, done.stdout
     assert "**failed**" not in done.stdout
     assert re.search(r"\| pytest -m gpu \| [6-9] passed", done.stdout), done.stdout
+
+
+@pytest.mark.campaign
+def test_all_stages_for_several_gpus_run_in_cpu_processes_and_nothing_fails(tmp_path):
+    out = tmp_path / "table.md"
+    arguments = ["benchmarks/many_gpus.py", "--pretend", "--minutes", "60", "--out", str(out)]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert {row[0] for row in rows(out.read_text().partition("\n\n")[2])} == {
+        "machine", "rates", "alike", "speed", "ends",
+    }  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "**failed**" not in done.stdout

@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from llmtune.cli.main import run as command
-from rank_helpers import LAUNCHER, LONGEST_S, TwoRanks, environment, launched, wait_for_lines
+from rank_helpers import LAUNCHER, LONGEST_S, TwoRanks, environment, launched, processes_of, wait_for_lines
 from training_helpers import lines_of, small_run, weights_of
 
 OWN = [sys.executable, "-m", "llmtune"]
@@ -83,20 +82,6 @@ def test_a_run_that_diverged_is_not_tried_again(words, whole, capsys):
 def test_a_command_that_could_not_find_its_run_is_refused(words, more, problem, capsys):
     assert command(["train", *words[1], *more]) == 2
     assert problem in capsys.readouterr().err
-
-
-def processes_of(run):
-    """{rank: process id} of the processes that train this run."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().decode().split("\0")
-            variables = dict(part.split("=", 1) for part in (folder / "environ").read_text().split("\0") if "=" in part)
-        except (OSError, ValueError):
-            continue
-        if f"run.name={run}" in words and "RANK" in variables and "torch.distributed.run" not in words:
-            found[variables["RANK"]] = int(folder.name)
-    return found
 
 
 @pytest.mark.campaign
