@@ -35,6 +35,9 @@ CASES = {
 TINY = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}}
 """DeepSpeed keeps small weights whole, so that of a tiny model it would divide nothing."""
 
+OWN = ("-m", "llmtune")
+"""An interpreter of its own: in a forked one a warning of the package's imports would be an error."""
+
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
@@ -176,7 +179,7 @@ def long_words(tiny_model_folder, rows_file, file, tmp_path_factory):
 
 def test_p8_a_signal_to_one_process_saves_once(long_words):
     folder, given = long_words
-    both = TwoRanks("train", *given, "run.name=stopped")
+    both = TwoRanks("train", *given, "run.name=stopped", program=OWN)
     wait_for_lines(folder / "stopped", 4)
     both.processes[1].send_signal(signal.SIGTERM)
     codes, said = both.end()
@@ -187,7 +190,7 @@ def test_p8_a_signal_to_one_process_saves_once(long_words):
 
 def test_p7_a_disk_that_refuses_the_main_process_ends_all(long_words):
     folder, given = long_words
-    both = TwoRanks("train", *given, "run.name=refused")
+    both = TwoRanks("train", *given, "run.name=refused", program=OWN)
     wait_for_lines(folder / "refused", 4)
     (folder / "refused" / "checkpoints").rename(folder / "away")
     (folder / "refused" / "checkpoints").write_text("")

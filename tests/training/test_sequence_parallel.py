@@ -3,14 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from llmtune.cli.main import run as command
 from llmtune.config.schema import Config, DistributedConfig
 from llmtune.errors import UsageError
 from llmtune.training import objectives
 from rank_helpers import TwoRanks
-from sharded_runs import FULL, LORA, is_one_run
-from training_helpers import lines_of, small_run
+from sharded_runs import FULL, LORA, is_one_run, state_of
+from training_helpers import lines_of, small_run, weights_of
 
 SHARED = "distributed.sequence_parallel=2"
 
@@ -77,6 +78,7 @@ def test_a_loss_of_ones_own_is_refused_by_name():
 
 GROUPS = {
     "one group of two": (2, 2, "ddp"),
+    "one group of two, sharded": (2, 2, "fsdp"),
     "two groups of two": (4, 2, "ddp"),
     "two groups of two, sharded": (4, 2, "fsdp"),
     "one group of four, sharded": (4, 4, "fsdp"),  # more than there are key heads
@@ -109,3 +111,28 @@ def test_a_run_whose_rows_are_shared_is_the_run_of_one_process(ranks_of, untied_
         assert all(rank["decisions"]["training.engine"] == "flat" for rank in held)
         assert all(rank["decisions"]["distributed.sequence_parallel"] == str(sharing) for rank in held)
         assert all(rank["decisions"]["distributed.strategy"] == strategy for rank in held if strategy == "fsdp")
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("words", [FULL, LORA], ids=["full", "lora"])
+def test_p2_stopped_and_gone_on_with_shared_rows_is_the_same_bit_for_bit(
+    ranks_of, untied_model_folder, words, strategy
+):
+    """Weights, both moments, random states, and every logged loss."""
+    more = ("checkpoint.every_steps=6", "checkpoint.keep_last=0", "training.max_steps=14")
+    ranks = ranks_of(untied_model_folder, *more, *words)
+    ranks.run(
+        2,
+        ("train", "whole", [SHARED]),
+        ("train", "cut", [SHARED, "training.max_minutes=0.000001"]),
+        ("resume", "cut", ["training.max_minutes=null"]),
+        strategy=strategy,
+    )
+    whole, cut = ranks.folder / "whole", ranks.folder / "cut"
+    assert lines_of(cut) == lines_of(whole)
+    assert weights_of(cut) == weights_of(whole)
+    for name, tensors in state_of(whole, 14).items():
+        here = state_of(cut, 14)[name]
+        assert here.keys() == tensors.keys()
+        assert all(torch.equal(tensor, here[key]) for key, tensor in tensors.items())
