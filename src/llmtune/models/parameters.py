@@ -1,4 +1,4 @@
-"""A model's trained parameters, their number, the model inside peft's wrapper, and its evaluation mode (N12)."""
+"""A model's trained parameters, their number, the model inside peft's wrapper, evaluation mode (N12), and dropout."""
 
 from __future__ import annotations
 
@@ -27,11 +27,15 @@ __all__ = [
     "eval_mode",
     "find_score_head",
     "freeze_all_but",
+    "switch_off_dropout",
     "trained_parameters",
 ]
 
 SCORE_HEADS = ("score", "classifier")
 """Names in transformers' models of the layer that gives scores, and those that peft saves whole for `SEQ_CLS`."""
+
+DROPOUT_RATES = ("attention_dropout", "dropout", "activation_dropout", "hidden_dropout", "dropout_p", "drop")
+"""Attributes in which modules of transformers hold a rate as a number, beside modules of torch."""
 
 
 def base_model_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -110,3 +114,21 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def switch_off_dropout(model: nn.Module) -> int:
+    """Set every rate of dropout in the model to 0, for good; returns how many were above 0.
+
+    Its modules stay in training mode, which recomputation of blocks asks for.
+    """
+    changed = 0
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            changed += module.p > 0
+            module.p = 0.0
+        for name in DROPOUT_RATES:
+            rate = getattr(module, name, None)
+            if isinstance(rate, float) and rate > 0:
+                setattr(module, name, 0.0)
+                changed += 1
+    return changed

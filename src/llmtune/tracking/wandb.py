@@ -25,7 +25,6 @@ import numpy as np
 import psutil
 
 from llmtune import durable
-from llmtune.common.env_file import value_in_env_file
 from llmtune.common.secrets import redacted
 from llmtune.common.text import PrintLine, print_to_stderr
 from llmtune.errors import MachineError
@@ -183,7 +182,7 @@ class WandbTracker:
         self._service = []
 
     def _log_in(self, wandb: ModuleType) -> None:
-        if "WANDB_API_KEY" not in os.environ and (key := value_in_env_file("WANDB_API_KEY")):
+        if "WANDB_API_KEY" not in os.environ and (key := _value_in_env_file("WANDB_API_KEY")):
             # In the environment alone: `wandb.login(key=...)` would write it to the user's netrc.
             os.environ["WANDB_API_KEY"] = key
         mode = self._mode or wandb.setup().settings.mode
@@ -277,3 +276,21 @@ def _run_id(folder: Path) -> str:
     durable.make_folder(path.parent)
     durable.write_text(path, new_id + "\n")
     return new_id
+
+
+def _value_in_env_file(name: str) -> str | None:
+    """Return the value of `name` in the `.env` of the working folder, where people keep keys; None without it.
+
+    `export` before a name and quotes around a value are taken off; nothing else is interpreted.
+    """
+    try:
+        lines = Path(".env").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    for line in lines:
+        key, separator, value = line.strip().removeprefix("export ").partition("=")
+        if separator and key.strip() == name:
+            value = value.strip()
+            is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+            return (value[1:-1] if is_quoted else value) or None
+    return None

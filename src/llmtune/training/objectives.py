@@ -24,7 +24,7 @@ from llmtune.engine.reference import LogProbs, Reference
 from llmtune.engine.scoring import scoring_objective
 from llmtune.errors import UsageError
 from llmtune.evaluation.rewards import Reward
-from llmtune.models.dropout import switch_off_dropout
+from llmtune.models.parameters import switch_off_dropout
 from llmtune.prepare import Prepared
 from llmtune.training.reference_log_probs import ReferenceLogProbs
 from llmtune.training.rollouts import Rollouts
