@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler to b
 
 def run(*arguments: str, card: str = "none", timeout_s: int = 900, **environment: str) -> subprocess.CompletedProcess:
     """Run Python's `arguments` in a process that has a GPU, as far as torch can tell."""
-    paths = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = os.pathsep.join([str(FOLDER), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-m", "pretend", "--card", card, *arguments],
         cwd=ROOT,

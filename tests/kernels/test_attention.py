@@ -81,15 +81,14 @@ def test_the_dense_mask_is_the_definition_of_what_a_query_sees() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
-def test_every_backend_equals_attention_under_the_dense_mask(backend: str, rule: AttentionParams) -> None:
+def test_every_backend_equals_attention_under_the_dense_mask(
+    backend: str, rule: AttentionParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """N15: outputs within 1e-6, gradients within 1e-5 relative, float32."""
     query, key, value = heads(6, seed=1), heads(2, seed=2), heads(2, seed=3)
     segments = Segments(torch.tensor(MARKS, dtype=torch.int32), 580)
-    if backend == "flex":  # flex attention has no backward pass on a CPU
-        with torch.no_grad():
-            inputs = [x.detach() for x in (query, key, value)]
-            assert relative(BACKENDS[backend](*inputs, segments, rule), reference(*inputs, rule)) < 1e-6
-        return
+    # Torch refuses the backward pass on a CPU, where only the uncompiled form has one.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_rows: None)
     found = run(lambda q, k, v: BACKENDS[backend](q, k, v, segments, rule), query, key, value)
     expected = run(lambda q, k, v: reference(q, k, v, rule), query, key, value)
     assert relative(found[0], expected[0]) < 1e-6

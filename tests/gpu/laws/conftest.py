@@ -70,6 +70,8 @@ class Trained:
     waits: Counter[str]
     """Waits of the host in the steps, by place."""
     pageable: Counter[str]
+    peak_bytes: int = 0
+    """The most that tensors held on the device in the steps."""
 
     @property
     def decided(self) -> dict[str, Any]:
@@ -97,13 +99,7 @@ def train(
     precision: str = "bf16",
     lora: bool = True,
     dropout: float = 0.0,
-    recompute: bool | str = False,
-    attention: str = "auto",
-    engine: str = "auto",
-    optimizer: str = "adamw",
-    in_backward: bool = False,
-    neftune_alpha: float | None = None,
-    steps: int = 2,
+    **options: Any,
 ) -> Trained:
     """Train a small random model on `device`, two micro-batches a step; with no steps its engine is built only."""
     torch.manual_seed(0)
@@ -116,7 +112,27 @@ def train(
             for name, weight in model.named_parameters():
                 if "lora_B" in name:
                     weight.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
-    model = model.to(device)
+    return train_model(model.to(device), device, adapter=adapter, precision=precision, **options)
+
+
+def train_model(
+    model: torch.nn.Module,
+    device: torch.device,
+    *,
+    adapter: AdapterConfig,
+    precision: str = "bf16",
+    recompute: bool | str = False,
+    attention: str = "auto",
+    engine: str = "auto",
+    optimizer: str = "adamw",
+    in_backward: bool = False,
+    neftune_alpha: float | None = None,
+    steps: int = 2,
+    lengths: tuple[int, ...] = LENGTHS,
+    pack: int = 150,
+    accumulation: int = 2,
+) -> Trained:
+    """Train a model that is on the device already, on packs of documents of these lengths."""
     arithmetic = Precision(precision, device)
     config = Config(
         model=ModelConfig(gradient_checkpointing=recompute, attention=attention),
@@ -138,12 +154,12 @@ def train(
         if in_backward
         else StepAfterBackward(weights, made, arithmetic, devices.sync_gradients, max_grad_norm=1.0)
     )
-    packs = plan_packs(np.array(LENGTHS), 150, "best_fit", None)
+    packs = plan_packs(np.array(lengths), pack, "best_fit", None)
     plan = BatchPlan(
-        examples(),
+        examples(lengths),
         packs,
         batch_size=1,
-        accumulation=1 if in_backward else 2,
+        accumulation=1 if in_backward else accumulation,
         epochs=1,
         max_steps=steps,
         shuffle_seed=None,
@@ -154,6 +170,7 @@ def train(
         nll_sum = Neftune(nll_sum, model.get_input_embeddings(), neftune_alpha)
     numbers.DEVICE.waits.clear()
     numbers.DEVICE.pageable.clear()
+    numbers.DEVICE.peak = numbers.DEVICE.now  # the steps' own, without the probe's
     results = list(
         train_steps(
             objective=next_token_objective(nll_sum),
@@ -166,7 +183,7 @@ def train(
             max_skipped_steps=0,
         )
     )
-    waits, pageable = Counter(numbers.DEVICE.waits), Counter(numbers.DEVICE.pageable)
+    waits, pageable, peak = Counter(numbers.DEVICE.waits), Counter(numbers.DEVICE.pageable), numbers.DEVICE.peak
     assert len(results) == steps
     return Trained(
         built,
@@ -175,6 +192,7 @@ def train(
         [weight.detach().cpu() for weight in weights],
         waits,
         pageable,
+        peak,
     )
 
 
@@ -184,6 +202,18 @@ def on(card: str = "rtx4090", family: str = "llama", *, pinned_limit: int = 2**6
         return train(torch.device("cpu"), family, **options)
     with numbers.machine(card, pinned_limit):
         return train(torch.device("cuda", 0), family, **options)
+
+
+@pytest.fixture(name="train_model")
+def model_trainer() -> Callable[..., Trained]:
+    """Train a model that the test has put on the device."""
+    return train_model
+
+
+@pytest.fixture
+def make_examples() -> Callable[..., ExampleList]:
+    """The rows that `train_model` trains on."""
+    return examples
 
 
 @pytest.fixture

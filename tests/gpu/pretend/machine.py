@@ -1,6 +1,6 @@
 """A process that has one NVIDIA GPU, as far as `torch.cuda` can tell: its card, memory, streams, and waits of the host.
 
-Import this module before torch. `numbers.py` and `shapes.py` make the tensors of that device.
+Import this module before torch. `numbers.py` makes the tensors of that device.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Device:
     def reset(self, card: Card) -> None:
         """Begin anew as another card."""
         self.card = card
+        self.place = torch.device("cpu")
+        """Where the numbers of its tensors are: the host, or nowhere (`meta`)."""
         self.waits: Counter[str] = Counter()
         """Where the host waited for the device, with how it did."""
         self.pageable: Counter[str] = Counter()

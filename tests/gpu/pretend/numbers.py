@@ -1,4 +1,4 @@
-"""Tensors that say they are on the pretend GPU and compute on the host.
+"""Tensors that say they are on the pretend GPU and compute on the host, or have a shape and no numbers.
 
 Mixing devices is an error as on a GPU. Copies on another stream run late, when something waits for them. Operators
 that only a GPU has (`TWINS`) have a plain form here.
@@ -16,6 +16,7 @@ import torch  # isort: skip
 import torch.nn.attention.varlen  # registers its operators
 from pretend import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 
@@ -51,7 +52,7 @@ class OnCuda(torch.Tensor):
     def tolist(self) -> Any:
         DEVICE.wait("tolist")
         run_pending()
-        return self.elem.tolist()
+        return numbers_of(self.elem).tolist()
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.elem.untyped_storage()
@@ -70,6 +71,11 @@ class OnCuda(torch.Tensor):
 
     def pin_memory(self, *args: object) -> torch.Tensor:
         raise RuntimeError("cannot pin 'torch.cuda.Tensor': only dense CPU tensors can be pinned")
+
+
+def numbers_of(elem: torch.Tensor) -> torch.Tensor:
+    """The numbers as the host gets them: zeros where the device has none."""
+    return torch.zeros_like(elem, device="cpu") if elem.is_meta else elem
 
 
 PENDING: list[tuple[Stream, Callable[[], object]] | None] = []
@@ -207,7 +213,10 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func in WAITING:
             DEVICE.wait(WAITING[func])
             run_pending()
-    result = TWINS.get(func, func)(*host_args, **host_kwargs)
+    if on_device and (func in WAITING or not to_device):  # the host gets numbers
+        host_args = tree_map_only(torch.Tensor, numbers_of, host_args)
+    kernel = func if DEVICE.place.type == "meta" else TWINS.get(func, func)
+    result = kernel(*host_args, **host_kwargs)
     if func in EMPTY and to_device and result.is_floating_point():
         result.fill_(float("nan"))
     if func is aten._to_copy.default and result is host_args[0]:
@@ -223,7 +232,7 @@ def _on_host(value: Any, tensors: list[torch.Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)([_on_host(one, tensors) for one in value])
     if isinstance(value, torch.device) and value.type == "cuda":
-        return torch.device("cpu")
+        return DEVICE.place
     return value
 
 
@@ -278,7 +287,7 @@ def copy(target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torc
 
     def run() -> None:
         with outside_modes():  # it may be called from anywhere
-            to.copy_(read)
+            to.copy_(read if to.is_meta else numbers_of(read))
 
     if non_blocking and not isinstance(DEVICE.stream, ComputingStream) and host.is_pinned():
         PENDING.append((DEVICE.stream, run))
@@ -295,8 +304,8 @@ class Numbers(TorchDispatchMode):
 
 
 @contextmanager
-def machine(card: str = "rtx4090", pinned_limit: int = 2**63) -> Iterator[Device]:
-    """A process with that card, whose tensors have numbers."""
+def machine(card: str = "rtx4090", pinned_limit: int = 2**63, *, has_numbers: bool = True) -> Iterator[Device]:
+    """A process with that card, whose tensors have numbers, or only shapes: then any model fits on the host."""
     PENDING.clear()
     # Register their operators; not earlier, since pytest wants to rewrite what it imports.
     import llmtune.kernels.liger
@@ -307,6 +316,7 @@ def machine(card: str = "rtx4090", pinned_limit: int = 2**63) -> Iterator[Device
     ties = [(torch.nn.Module, "_apply", _keeping_ties(torch.nn.Module._apply))]
     with cuda_of(card, LateStream, pinned_limit) as device, patched(ties):
         device.default_stream = device.stream = ComputingStream()
+        device.place = torch.device("cpu" if has_numbers else "meta")
         torch.__future__.set_overwrite_module_params_on_conversion(
             True
         )  # a wrapper is no tensor that can be swapped in

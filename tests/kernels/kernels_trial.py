@@ -1,20 +1,22 @@
-"""Liger's kernels without a GPU, in a process of its own: `python liger_trial.py interpret|compile`; prints JSON.
+"""A GPU's kernels without a GPU, in a process of its own: `python kernels_trial.py interpret|model|compile`.
 
-`interpret`: the largest difference between each operator and plain torch, relative to its norm, in float32 by Triton's
-interpreter. `compile`: bytes of shared memory of each kernel by compute capability.
+Prints JSON. `interpret` and `model` are in float32, by Triton's interpreter: how far Liger's operators are from plain
+torch, and how far loss and gradient of a small model are from the library's own with each kernel of the table, each way
+of attention, and all of it. `compile`: bytes of shared memory of each kernel by compute capability.
 """
 
 import json
 import os
 import sys
+from functools import partial
 
-if sys.argv[1:] == ["interpret"]:
+if sys.argv[1:] in (["interpret"], ["model"]):
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import torch
 from torch.nn import functional
 
-import llmtune.kernels.liger  # noqa: F401 - defines the operators
+from llmtune.kernels.liger import LIGER
 
 OPS = torch.ops.llmtune
 
@@ -86,6 +88,73 @@ def head():
     return max(apart(one, other) for one, other in zip(found[1], found[0], strict=True))
 
 
+KERNELS = ("SwiGLU by Liger", "rotary positions by Liger", "cross-entropy by Liger", "RMS norm", "LoRA")
+"""Names of the table of patches, and of what the head may take."""
+
+
+def models():
+    """Three documents end to end through a LoRA of two blocks, beside the library's own forward on padded rows."""
+    from unittest import mock
+
+    import numpy as np
+    import transformers
+    from liger_kernel.ops import swiglu as module
+
+    from llmtune.adapters.attach import attach_adapter
+    from llmtune.config.schema import AdapterConfig
+    from llmtune.data.dataset.micro_batch import make_micro_batch
+    from llmtune.data.example import Example
+    from llmtune.engine.objective import flat_nll_sum, plain_nll_sum
+    from llmtune.kernels import patch_model as table
+    from llmtune.kernels.attention import use_attention, use_segment_attention
+    from llmtune.kernels.linear_cross_entropy import find_head
+    from llmtune.models.parameters import base_model_of
+
+    module.float = Scalar
+    # Torch's own formula in the place of its kernel, which only a GPU has.
+    norm = torch.ops.aten._fused_rms_norm_backward.default
+    twins = torch.library.Library("aten", "IMPL")
+    twins.impl(norm, torch._decomp.decomposition_table[norm], "CPU")
+    torch.nn.attention.flex_attention._validate_device = lambda *_rows: None  # uncompiled it has a backward pass here
+    torch.manual_seed(0)
+    shape = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=531, num_hidden_layers=2, pad_token_id=0, **shape)
+    model, _ = attach_adapter(
+        transformers.AutoModelForCausalLM.from_config(config), AdapterConfig(method="lora", r=4, alpha=8.0), seed=0
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    base, random = base_model_of(model), np.random.default_rng(0)
+    documents = []
+    for size in (23, 40, 9):
+        ids, weights = random.integers(3, 531, size).astype(np.int32), np.ones(size, np.float32)
+        weights[0] = 0
+        documents.append(Example(f"{size} tokens", ids, weights))
+
+    def measured(loss):
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        return value.detach(), torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
+
+    expected = measured(lambda: plain_nll_sum(model, make_micro_batch(documents, "padded", 0)))
+    flat, everything = make_micro_batch(documents, "flat", 0), table.PATCHES
+    cases = {name: ((name,), "sdpa") for name in KERNELS}
+    cases |= {f"attention by {name}": ((), name) for name in ("sdpa", "tiles", "flex")}
+    cases["everything"] = KERNELS, "flex"
+    for label, (kernels, attention) in cases.items():
+        with mock.patch.object(table, "PATCHES", [row for row in everything if row.name in kernels]):
+            counts = table.patch_model(base, "cuda", ("torch", LIGER))
+            assert all(counts[row.name] for row in table.PATCHES if row.only_on != "cpu")
+            head = find_head(base, (LIGER,) if "cross-entropy by Liger" in kernels else ())
+            before = use_segment_attention(base, attention)
+            found = measured(partial(flat_nll_sum, model, flat, head=head, device=torch.device("cpu")))
+            use_attention(base, before)
+            table.undo_patches(base)
+        yield label, [apart(one, other) for one, other in zip(found, expected, strict=True)]
+
+
 def interpret():
     torch.manual_seed(0)
     cases = {"swiglu": swiglu, "rotary": rotary, "cross-entropy": cross_entropy, "loss": head}
@@ -148,4 +217,4 @@ def compiled():
 
 
 if __name__ == "__main__":
-    print(json.dumps({"interpret": interpret, "compile": compiled}[sys.argv[1]]()))
+    print(json.dumps({"interpret": interpret, "model": lambda: dict(models()), "compile": compiled}[sys.argv[1]]()))
