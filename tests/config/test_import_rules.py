@@ -29,7 +29,11 @@ def test_grpo_counts_prompts_where_trl_counts_answers(tmp_path):
     of = values(result)
     assert (of("training.batch_size"), of("training.gradient_accumulation_steps")) == (1, 2)
     assert (of("objective.num_generations"), of("objective.steps_per_generation")) == (16, 2)
-    assert "4 x 8 answers / 16 to each prompt = 2 prompts a step" in result.yaml
+    said = "4 x 8 answers / 16 to each prompt = 2 prompts a step"
+    assert said in result.yaml
+    row = row_of(result, "gradient_accumulation_steps")
+    assert (row.outcome, row.text) == (Outcome.COMPUTED, said)
+    assert f"-> training.gradient_accumulation_steps: 2 ({said})" in " ".join(report_lines(result, 400))
     (source,) = of("data.train")
     assert source.format == "prompt"
 
@@ -97,6 +101,13 @@ def test_ms_swift_chooses_its_accumulation_on_each_device(tmp_path, processes, b
     text = f"NPROC_PER_NODE={processes} swift sft --model m --dataset d --per_device_train_batch_size {batch}\n"
     of = values(imported(tmp_path, text, "run.sh"))
     assert of("training.batch_size") * of("training.gradient_accumulation_steps") == rows
+
+
+def test_a_hash_within_a_word_begins_no_comment(tmp_path):
+    text = "swift sft --model m --dataset org/d#500 'org/e#20' --lora_rank 4 # don't\n"
+    of = values(imported(tmp_path, text, "run.sh"))
+    assert [source.max_samples for source in of("data.train")] == [500, 20]
+    assert of("adapter.r") == 4
 
 
 # --- warm-up, schedule, clipping

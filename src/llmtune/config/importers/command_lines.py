@@ -72,7 +72,7 @@ def _logical_lines(lines: list[tuple[str, int]]) -> Iterator[list[tuple[str, int
         text = pending + (line[:-1] if continues else line)
         start = start if pending else number
         try:
-            words += [(word, start) for word in shlex.split(text, comments=True)]
+            words += [(word, start) for word in shlex.split(_without_comment(text))]
             pending = ""
         except ValueError:  # an open quote
             pending = text + "\n" if len(text) < 4000 else ""
@@ -83,6 +83,18 @@ def _logical_lines(lines: list[tuple[str, int]]) -> Iterator[list[tuple[str, int
             words = []
     if words:
         yield words
+
+
+def _without_comment(text: str) -> str:
+    """Leave out what follows a `#` that begins a word outside quotes; in `NAME#500` it begins none."""
+    quote, before = "", " "
+    for place, letter in enumerate(text):
+        if letter == "#" and not quote and before.isspace():
+            return text[:place]
+        if letter in "'\"" and quote in ("", letter) and before != "\\":
+            quote = "" if quote else letter
+        before = letter
+    return text
 
 
 def _table(words: list[tuple[str, int]], file: str) -> Table | None:

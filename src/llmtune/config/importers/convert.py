@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from llmtune.common.secrets import SECRET_NAME, SECRET_SHAPES
 from llmtune.common.text import excerpt
 from llmtune.config import aliases
 from llmtune.config.convert import Mismatch, convert
@@ -17,6 +15,7 @@ from llmtune.config.importers.answers import count_prompts
 from llmtune.config.importers.arithmetic import Unknown, evaluate
 from llmtune.config.importers.datasets import ALL_RULES, READS_VALUE
 from llmtune.config.importers.detect import detect
+from llmtune.config.importers.key_report import KeyReport, shown_value
 from llmtune.config.importers.python_calls import is_code
 from llmtune.config.importers.rules import NO_VALUE, Context, Outcome, Result, plain_text, words_of_row
 from llmtune.config.importers.source import Given, Source, flatten
@@ -28,7 +27,7 @@ from llmtune.config.layers import parse_config
 from llmtune.config.translation import Change
 from llmtune.errors import ConfigError, UsageError
 
-__all__ = ["Imported", "KeyReport", "import_source"]
+__all__ = ["Imported", "import_source"]
 
 
 HOW = ("distributed.", "tracking.", "model.attention", "training.compile")
@@ -39,18 +38,6 @@ FORM_OF = dict.fromkeys(("dpo", "orpo", "simpo", "reward"), "preference") | {
     "classification": "classification",
 }
 """Methods that do not learn answers -> the format of their rows."""
-
-
-@dataclass
-class KeyReport:
-    """What became of one key of the file."""
-
-    key: str
-    value: str
-    where: str
-    outcome: Outcome
-    ours: tuple[str, ...] = ()
-    text: str = ""
 
 
 @dataclass
@@ -90,7 +77,10 @@ def import_source(source: Source, peer_id: str | None = None) -> Imported:
     translation.join_sources()
     translation.fill_in(peer.defaults)
     imported = Imported(peer, keys, translation.rows, translation.settings, rejected=translation.rejected)
-    count_prompts(imported.settings)
+    for key, said in count_prompts(imported.settings).items():
+        for row in imported.keys:
+            if key in row.ours:
+                row.outcome, row.text = Outcome.COMPUTED, said
     for setting, outcome, text in unused_settings(imported.settings, translation.context.text):
         _remove(imported, setting, outcome, text)
     _make_valid(imported, source)
@@ -131,7 +121,7 @@ class _Translation:
         """Read one key by its row, and report what became of it."""
         row = self.context.peer.row(given.name)
         result = self.result(given, row)
-        report = KeyReport(given.key, _shown(given), self.place(given.node), result.outcome, (), result.text)
+        report = KeyReport(given.key, *shown_value(given), self.place(given.node), result.outcome, (), result.text)
         self.rows.append(report)
         for change in result.changes:
             self.apply(change, given, report)
@@ -184,7 +174,7 @@ class _Translation:
             self.betas[index] = (change.value, report)
             self.join_betas(report)
             return
-        self.settle(change, given.key, report)
+        self.settle(change, report)
 
     def join_betas(self, report: KeyReport) -> None:
         """Adam's betas that are given one by one; the other one is the peer's own default."""
@@ -197,9 +187,9 @@ class _Translation:
             self.betas[index][0] if index in self.betas else Scalar(assumed[index], True, origin) for index in (0, 1)
         )
         self.settings.pop("training.betas", None)
-        self.settle(Change("training.betas", Listing(items, origin)), report.key, report)
+        self.settle(Change("training.betas", Listing(items, origin)), report)
 
-    def settle(self, change: Change, key: str, report: KeyReport) -> None:
+    def settle(self, change: Change, report: KeyReport) -> None:
         """Convert one value and keep it; a weak one gives way."""
         before = self.settings.get(change.key)
         if before is not None and change.weak:
@@ -217,7 +207,7 @@ class _Translation:
             return
         report.ours = (*report.ours, change.key)
         said = report.text if report.outcome is Outcome.COMPUTED else ""
-        self.settings[change.key] = Setting(value, self.place(change.value), key, said, change.weak)
+        self.settings[change.key] = Setting(value, self.place(change.value), report.name, said, change.weak)
 
     def join_sources(self) -> None:
         """Put the parts of each data set together; one without a path cannot be read."""
@@ -327,29 +317,6 @@ def _source_table(fields: Mapping[str, Node]) -> Table:
     return Table(tuple(entries), fields["path"].origin)
 
 
-def _shown(given: Given) -> str:
-    """A value for the report, with a digest where it is cut: two never look alike. None that looks like a secret."""
-    text = "null" if _is_empty(given.node) else shown(given.node)
-    if SECRET_SHAPES.search(text) or (SECRET_NAME.search(given.key) and not _is_empty(given.node)):
-        return "(not shown)"
-    if "..." in text:
-        text = f"{text} (sha256 {hashlib.sha256(_whole(given.node).encode()).hexdigest()[:8]})"
-    return text
-
-
-def _whole(node: Node) -> str:
-    """Everything a value holds, as text."""
-    if isinstance(node, Scalar):
-        return repr(node.text)
-    if isinstance(node, Listing):
-        return f"[{', '.join(_whole(item) for item in node.items)}]"
-    return f"{{{', '.join(f'{entry.key!r}: {_whole(entry.value)}' for entry in node.entries)}}}"
-
-
-def _is_empty(node: Node) -> bool:
-    return isinstance(node, Scalar) and node.is_null
-
-
 # --- what our own checks say
 
 
@@ -375,7 +342,7 @@ def _make_valid(imported: Imported, source: Source) -> None:
 
 
 def _unmatched(imported: Imported) -> list[str]:
-    rows = [f"{row.key}: {row.value} ({row.text})" for row in imported.keys if row.outcome is Outcome.NONE]
+    rows = [f"{row.name}: {row.said} ({row.text})" for row in imported.keys if row.outcome is Outcome.NONE]
     return rows + imported.rejected
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from llmtune.common.text import printable
 from llmtune.config.dump import plain, value_text
-from llmtune.config.importers.convert import Imported, KeyReport
+from llmtune.config.importers.convert import Imported
+from llmtune.config.importers.key_report import KeyReport
 from llmtune.config.importers.rules import Outcome
 
 __all__ = ["as_data", "report_lines"]
@@ -34,7 +35,7 @@ def report_lines(imported: Imported, width: int) -> Iterator[str]:
             yield ""
             yield f"{heading} ({len(rows)})"
             for row in rows:
-                yield from _wrapped(_line(row), width, "  ")
+                yield from _wrapped(_line(row, imported), width, "  ")
     defaults = {key: setting for key, setting in imported.settings.items() if setting.is_default}
     if defaults:
         yield ""
@@ -46,17 +47,26 @@ def report_lines(imported: Imported, width: int) -> Iterator[str]:
     yield from _wrapped(_conclusion(imported), width, "")
 
 
-def _line(row: KeyReport) -> str:
-    targets = f" -> {', '.join(row.ours)}" if row.ours else ""
-    text = f": {row.text}" if row.text else ""
-    return f"{row.where}: {row.key}: {row.value}{targets}{text}"
+def _line(row: KeyReport, imported: Imported) -> str:
+    targets = f" -> {', '.join(_target(key, row, imported) for key in row.ours)}" if row.ours else ""
+    text = f" ({row.text})" if row.text and targets else f": {row.text}" if row.text else ""
+    return f"{row.where}: {row.name}: {row.said}{targets}{text}"
+
+
+def _target(key: str, row: KeyReport, imported: Imported) -> str:
+    """One of our keys, with its value where that is another one than the file's."""
+    setting = imported.settings.get(key)
+    if setting is None or setting.item_places or row.outcome is not Outcome.COMPUTED:
+        return key
+    return f"{key}: {value_text(setting.value)}"
 
 
 def _conclusion(imported: Imported) -> str:
     count = sum(row.outcome is Outcome.NONE for row in imported.keys) + len(imported.rejected)
     if not count:
         return "every key has an equivalent, or changes nothing that is trained"
-    return f"{count} of {len(imported.keys)} keys have no equivalent, so this trains something else: exit code 3"
+    have = "thing has" if count == 1 else "things have"
+    return f"{count} {have} no equivalent, so this trains something else: exit code 3"
 
 
 def _wrapped(text: str, width: int, indent: str) -> list[str]:
