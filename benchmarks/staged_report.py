@@ -22,6 +22,9 @@ __all__ = ["findings_of", "run_stages"]
 Finding = dict[str, object]
 """`what` was measured, its `value`, and whether it is `ok`."""
 
+INTERRUPTED = "interrupted"
+"""How a stage ended in which Ctrl-C came; what it had found is kept."""
+
 
 def findings_of(_stage: str, printed: Sequence[str]) -> list[Finding]:
     """Read the findings among the printed lines."""
@@ -66,11 +69,13 @@ def run_stages(
             _write(out, head + _table(found, ended))
             lines = [json.dumps({"stage": name, **one}) for name, rows in found.items() for one in rows]
             _write(out.with_suffix(".jsonl"), "".join(f"{line}\n" for line in lines))
+            if ended[stage].startswith(INTERRUPTED):
+                break
     except KeyboardInterrupt:
         _write(out, head + _table(found, ended))
     print(out.read_text(encoding="utf-8"))
     print(f"also in {out} and {out.with_suffix('.jsonl')}", file=sys.stderr)
-    whole = len(ended) == len(wanted)
+    whole = len(ended) == len(wanted) and not any(how.startswith(INTERRUPTED) for how in ended.values())
     return 0 if whole and all(one["ok"] for rows in found.values() for one in rows) else 1
 
 
@@ -87,6 +92,8 @@ def _run(command: Sequence[str], environment: Mapping[str, str], folder: Path, l
                 how = f"ended with {process.returncode}"
             except subprocess.TimeoutExpired:
                 how = f"stopped after its {limit_s:.0f} s"
+            except KeyboardInterrupt:
+                how = INTERRUPTED
             finally:
                 with suppress(ProcessLookupError):  # with the processes that it has started
                     os.killpg(process.pid, signal.SIGKILL)

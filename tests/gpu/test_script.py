@@ -12,15 +12,17 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PRETENDED = "Pretended: no figure here was measured on a GPU.\n\n"
 HANGING = """#!/bin/sh
 echo 'a library says something'
 echo '{"what": "a rate", "value": "1 | 2", "ok": true}'
 case "$*" in
-  *attention*) echo '{"what": "a product", "value": "no", "ok": false}'; echo 'broken for a reason' >&2; exit 3;;
-  *engine*) exec sleep 60;;
+  *"$FAILING"*) echo '{"what": "a product", "value": "no", "ok": false}'; echo 'broken for a reason' >&2; exit 3;;
+  *"$HANGING"*) sleep 60; sleep 60;;
 esac
 """
 
@@ -32,11 +34,12 @@ def script(tmp_path):
     stub.write_text(HANGING)
     stub.chmod(0o755)
 
-    def start(*arguments):
+    def start(*arguments, hanging="engine", failing="attention", python=stub):
+        stages = {"LLMTUNE_PYTHON": str(python), "HANGING": hanging, "FAILING": failing}
         return subprocess.Popen(
             [sys.executable, "scripts/gpu", "--out", str(out), *arguments],
             cwd=ROOT,
-            env={**os.environ, "LLMTUNE_PYTHON": str(stub)},
+            env={**os.environ, **stages},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -70,23 +73,61 @@ def test_a_stage_that_fails_or_hangs_costs_its_own_rows(script):
     assert len(out.with_suffix(".jsonl").read_text().splitlines()) == 5
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_killed_in_a_stage_it_leaves_a_whole_table(script, sign):
-    start, out = script
-    process = start("machine", "attention", "engine", "speed")
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and "| engine | the stage | running |" not in (
+def end_in(stage, process, out, sign):
+    """Send a signal when a stage runs; returns the rows of the table, and the stage's processes that are left."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and f"| {stage} | the stage | running |" not in (
         out.read_text() if out.exists() else ""
     ):
         time.sleep(0.01)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not psutil.Process(process.pid).children():
+        time.sleep(0.01)
+    time.sleep(0.3)  # so that the stage has begun
+    children = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, sign)
     process.communicate(timeout=20)
-    found = rows(out.read_text())
-    assert [stage for stage, what, _ in found if what == "the stage"] == ["machine", "attention", "engine"]
-    assert found[-1] == ("engine", "the stage", "running")
+    left = psutil.wait_procs(children, timeout=5 if sign == signal.SIGINT else 0)[1]
+    for one in left:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    return rows(out.read_text().removeprefix(PRETENDED)), left
+
+
+STAGES = ("machine", "attention", "engine", "kernels", "speed", "longest", "tests")
+OFTEN = "engine"
+SIGNALS = [signal.SIGKILL, signal.SIGINT]
+
+
+@pytest.mark.parametrize("sign", SIGNALS)
+@pytest.mark.parametrize(
+    "stage", [stage if stage == OFTEN else pytest.param(stage, marks=pytest.mark.campaign) for stage in STAGES]
+)
+def test_killed_in_a_stage_it_leaves_a_whole_table(script, stage, sign):
+    start, out = script
+    process = start(hanging=stage, failing="no stage")
+    found, left = end_in(stage, process, out, sign)
+    assert [name for name, what, _ in found if what == "the stage"] == list(STAGES[: STAGES.index(stage) + 1])
     if sign == signal.SIGKILL:  # then nobody was left to end its stage
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        assert found[-1] == (stage, "the stage", "running")
+        return
+    assert process.returncode == 1
+    assert left == []
+    assert found[-1][2].startswith("interrupted, ")
+    if stage != "tests":
+        assert found[-2] == (stage, "a rate", "1 / 2"), "what the stage had found is kept"
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("sign", SIGNALS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_in_a_stage_on_a_pretend_gpu_it_leaves_a_whole_table_and_on_ctrl_c_no_process(script, stage, sign):
+    start, out = script
+    tests = ["--tests", "tests/kernels/test_swiglu.py"]
+    process = start("--pretend", "--minutes", "60", stage, *tests, python=sys.executable)
+    found, left = end_in(stage, process, out, sign)
+    assert {name for name, *_ in found} == {stage}
+    assert sign == signal.SIGKILL or (left == [] and found[-1][2].startswith("interrupted, "))
 
 
 @pytest.mark.campaign
@@ -96,7 +137,7 @@ def test_all_stages_run_on_a_pretend_gpu_and_nothing_fails(tmp_path):
     tests = ["--tests", "tests/kernels/test_swiglu.py", "tests/kernels/test_attention.py"]
     arguments = ["scripts/gpu", "--pretend", "--minutes", "60", "--out", str(out), *tests]
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert {row[0] for row in rows(out.read_text().partition("\n\n")[2])} == {
+    assert {row[0] for row in rows(out.read_text().removeprefix(PRETENDED))} == {
         "machine", "attention", "engine", "kernels", "speed", "longest", "tests",
     }  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -109,7 +150,7 @@ def test_all_stages_for_several_gpus_run_in_cpu_processes_and_nothing_fails(tmp_
     out = tmp_path / "table.md"
     arguments = ["benchmarks/many_gpus.py", "--pretend", "--minutes", "60", "--out", str(out)]
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    assert {row[0] for row in rows(out.read_text().partition("\n\n")[2])} == {
+    assert {row[0] for row in rows(out.read_text().removeprefix(PRETENDED))} == {
         "machine", "rates", "alike", "speed", "ends",
     }  # fmt: skip
     assert done.returncode == 0, done.stdout
