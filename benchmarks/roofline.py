@@ -3,6 +3,10 @@
 The engine itself runs one micro-batch, forward and backward, on tensors that have a shape and no values. Each operation
 takes the longest of its arithmetic at the card's rate of products, its bytes at the card's bandwidth, and 2 us. Nothing
 waits for the host, so a real card reaches less: most where models are small. The count needs no GPU.
+
+With full tuning one update is added, AdamW's of all weights: a step is this one micro-batch. `--method full` holds the
+weights in float32, `--method masters` in bf16 beside float32 masters (`training.master_weights`). An adapter's update,
+1 GB, is left out.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from workloads import SHAPES
 
 from llmtune.adapters.attach import attach_adapter
 from llmtune.config.schema import AdapterConfig
+from llmtune.engine.masters import make_masters
 from llmtune.kernels.chunks import every_chunk
 from llmtune.kernels.liger import LIGER
 from llmtune.plan import activation_trace
@@ -56,6 +61,12 @@ PASSES = {"cross_entropy_": 2}
 """Times that an operation of several passes reads its inputs: no cache holds a chunk of logits."""
 
 
+UPDATE_BYTES = {"lora": 0, "full": 28, "masters": 34}
+"""Bytes that an update moves for each trained weight: weight, gradient and two moments are read, all but the gradient
+written (AdamW, float32); a master is then read and its bf16 weight written.
+"""
+
+
 @dataclass
 class Count:
     """Seconds, bytes and operations, of products, attention and everything else."""
@@ -85,11 +96,25 @@ class Meter(TorchDispatchMode):
         self.matmul, self.bandwidth = CARDS[card]
         self.lengths = lengths
         self.count = Count()
+        self.is_counting = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._add(func, args, kwargs or {}, result)
+        if self.is_counting:
+            self._add(func, args, kwargs or {}, result)
         return result
+
+    def masters_of(self, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+        """Make the masters of a model, which no step does: not counted."""
+        self.is_counting = False
+        made = make_masters(model)
+        self.is_counting = True
+        return made
+
+    def update(self, num_bytes: float) -> None:
+        """Count an update that moves so many bytes."""
+        self.count.other_s += num_bytes / self.bandwidth
+        self.count.other_bytes += num_bytes
 
     def _add(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         name = func._schema.name.split("::")[1]
@@ -158,10 +183,10 @@ def _work(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> float:
 
 
 def build(shape: str, blocks: int, method: str = "lora") -> Any:
-    """A model without values: in bf16 with a LoRA of rank 16 on all linear layers, or all of it trained, in float32."""
+    """A model without values: in bf16 with a LoRA of rank 16 on all linear layers, or in float32, all of it trained."""
     config = transformers.LlamaConfig(**{**SHAPES[shape], "num_hidden_layers": blocks})
     with torch.device("meta"):
-        if method == "full":
+        if method != "lora":
             return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         return attach_adapter(model, AdapterConfig(method="lora", r=16, alpha=32.0), seed=0)[0]
@@ -182,7 +207,12 @@ def count(
 
     def of_blocks(blocks: int) -> Count:
         model = build(shape, blocks, method)  # not under the meter: no step makes weights
-        with mock.patch.object(activation_trace, "representative_chunks", every_chunk), Meter(card, lengths) as meter:
+        entries = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        with (
+            mock.patch.object(activation_trace, "representative_chunks", every_chunk),
+            Meter(card, lengths) as meter,
+            mock.patch.object(activation_trace, "make_masters", meter.masters_of),
+        ):
             activation_trace.trace(
                 model,
                 batch,
@@ -192,7 +222,9 @@ def count(
                 gradients="single",
                 attention="varlen",
                 libraries=libraries,
+                masters=method == "masters",
             )
+        meter.update(UPDATE_BYTES[method] * entries)
         return meter.count
 
     return of_blocks(TRACED_BLOCKS).line(of_blocks(TRACED_BLOCKS + 1), int(SHAPES[shape]["num_hidden_layers"]))
@@ -207,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--card", nargs="+", choices=sorted(CARDS), default=["h100"])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
-    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--method", choices=tuple(UPDATE_BYTES), default="lora")
     parser.add_argument("--documents", type=int, nargs="+", default=[1024] * 4, help="their tokens")
     parser.add_argument("--recompute", action="store_true", help="blocks are recomputed in the backward pass")
     options = parser.parse_args()

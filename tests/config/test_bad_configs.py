@@ -152,6 +152,29 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
         "training:\n  lr_schedule: constant\n  warmup_steps: 5\n",
         [(2, ("`constant` has no warm-up", "constant_with_warmup"))],
     ),
+    "trained weights that would wait on the host": (
+        "model:\n  offload_weights: true\n  gradient_checkpointing: true\nadapter:\n  method: none\n",
+        [(2, ("only frozen ones can wait on the host", "`model.offload_weights: true`", "set `adapter.method: lora`"))],
+    ),
+    "weights that are gone when the backward pass begins": (
+        "model:\n  offload_weights: true\nadapter:\n  method: lora\n",
+        [(2, ("is computed again when they have come back", "set `model.gradient_checkpointing: true` (or `offload`"))],
+    ),
+    "8-bit weights that would wait on the host": (
+        "model:\n  offload_weights: true\n  gradient_checkpointing: auto\n  quantization: 8bit\n"
+        "adapter:\n  method: lora\n",
+        [(2, ("layers in 8 bits", "set `model.quantization: 4bit`"))],
+    ),
+    "compiled blocks whose weights wait elsewhere": (
+        "model:\n  offload_weights: true\n  gradient_checkpointing: true\nadapter:\n  method: lora\n"
+        "training:\n  compile: true\n",
+        [(2, ("read their weights where they were compiled", "set `training.compile: false`"))],
+    ),
+    "weights that wait on the host and in parts": (
+        "model:\n  offload_weights: true\n  gradient_checkpointing: true\nadapter:\n  method: lora\n"
+        "distributed:\n  strategy: fsdp\n",
+        [(2, ("whole, or in parts of each process", "fsdp has an offload of its own"))],
+    ),
     "compiled blocks whose inputs wait elsewhere": (
         "training:\n  compile: true\nmodel:\n  gradient_checkpointing: offload\n",
         [(2, ("cannot be compiled", "`training.compile: true`", "or `model.gradient_checkpointing: true`"))],

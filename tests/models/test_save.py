@@ -93,7 +93,7 @@ def test_p2_trained_weights_come_back_bit_for_bit(tiny_model_folder, load, lora,
     weights = {name: one.detach().contiguous() for name, one in trained_parameters(model).items()}
     durable.write_tensors(tmp_path / "model.safetensors", weights, {})
     tensors, _ = durable.read_tensors(tmp_path / "model.safetensors")
-    restore_weights(other, tensors)
+    restore_weights(trained_parameters(other), tensors)
     wanted, found = trained_parameters(model), trained_parameters(other)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
@@ -113,7 +113,7 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_changed(tiny_model_f
     before = {name: one.detach().clone() for name, one in trained_parameters(model).items()}
     change(weights, "model.norm.weight")
     with pytest.raises(CheckpointError, match=words):
-        restore_weights(model, weights)
+        restore_weights(trained_parameters(model), weights)
     assert all(torch.equal(one, before[name]) for name, one in trained_parameters(model).items())
 
 

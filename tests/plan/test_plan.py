@@ -2,18 +2,20 @@
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from llmtune.config.distributed_checks import reason_against_masters
 from llmtune.config.layers import load_config
 from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES
 from llmtune.errors import UsageError
 from llmtune.kernels import activation_offload, tiled_mlp
 from llmtune.kernels.activation_offload import PAGE_BYTES
-from llmtune.plan import resolve_auto
+from llmtune.plan import resolve_auto, suggestions
 from llmtune.plan.activation_trace import extrapolate
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.hardware import Target, find_target, process_bytes
@@ -22,9 +24,12 @@ from llmtune.plan.resolve_auto import with_micro_batch
 from llmtune.plan.suggestions import largest_batch, suggest
 from llmtune.plan.summary import as_dict, make_plan, plan_lines
 from llmtune.training.calibration import steps_from_the_start
+from llmtune.training.progress import measured_bytes
 from plan_helpers import OPTIONS, ROOMY, assembled_like, traced
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from training_helpers import LORA
+
+WAITING = ("model.gradient_checkpointing=true", "model.offload_weights=true")
 
 
 def bytes_of(tensors):
@@ -54,6 +59,40 @@ def test_q7_weights_adapter_gradients_and_optimizer_are_counted_to_the_byte(fore
     distinct = {value.data_ptr(): value for value in state}.values()
     planned = optimizer_bytes("adamw", entries=counted.trained, entry_bytes=counted.gradient_bytes)
     assert planned == bytes_of(distinct)
+
+
+def test_q7_weights_in_bf16_beside_float32_masters_are_counted_to_the_byte(forecaster_of):
+    forecaster = forecaster_of("training.precision=bf16", "training.master_weights=true")
+    counted, plan = forecaster.sizes(forecaster.config), forecaster.memory()
+    setup = assembled_like(forecaster)
+    step_once(setup)
+    entries = counted.trained
+    assert counted.base_bytes == measured_bytes(setup)["weights"] == 2 * entries + bytes_of(setup.model.buffers())
+    assert counted.gradient_bytes == bytes_of(setup.parameters.values()) == 4 * entries
+    assert plan.parts["optimizer"] == 12 * entries
+    steps = 4 * len(setup.parameters)  # AdamW's counters
+    assert plan.parts["optimizer"] == measured_bytes(setup)["optimizer"] - steps
+
+
+def test_masters_are_chosen_on_a_gpu_in_bf16_alone(forecaster_of):
+    gpu, old = Target("a GPU", "cuda", 1 << 40), Target("an old GPU", "cuda", 1 << 40, has_bf16=False)
+
+    def chosen(*overrides, target=gpu):
+        return resolve_auto.resolve_rates(forecaster_of(*overrides, target=target))[0].config.training.master_weights
+
+    assert chosen("training.precision=bf16")
+    in_backward = ("training.step_in_backward=true", "training.max_grad_norm=null")
+    for overrides in (("training.precision=fp32",), LORA, ("model.dtype=bfloat16",), in_backward):
+        assert chosen("training.precision=bf16", *overrides) is False
+    assert chosen("training.precision=auto", target=old) is False
+    assert chosen("training.precision=bf16", target=Target("a CPU", "cpu", 1 << 40)) is False
+    forecaster = forecaster_of("training.precision=bf16", "training.master_weights=true", target=gpu)
+    entries = forecaster.sizes(forecaster.config).trained
+    assert chosen("training.precision=bf16", target=Target("a GPU", "cuda", int(18 * entries / 0.96))) is False
+    assert suggestions._without_masters(forecaster.config, forecaster)[0] == "training.master_weights=false"
+    text, changed = suggestions._step_in_backward(forecaster.config, forecaster)
+    assert text == "training.step_in_backward=true training.max_grad_norm=null training.master_weights=false"
+    assert reason_against_masters(changed) == "training.step_in_backward"
 
 
 def test_q7_four_bit_weights_are_counted_as_bitsandbytes_holds_them(forecaster_of):
@@ -311,8 +350,37 @@ def test_offloading_is_advised_where_recomputing_is_not_enough(forecaster_of, lo
     assert not any("offload" in change.overrides for change in enough)
     offloaded = make_plan(forecaster_of(*long_rows, "model.gradient_checkpointing=offload", target=small))
     assert offloaded.fits
-    assert "of page-locked memory of the host, for the inputs of blocks" in "\n".join(plan_lines(offloaded))
+    assert "of page-locked memory of the host, for what is offloaded" in "\n".join(plan_lines(offloaded))
     assert as_dict(offloaded)["memory"]["host_bytes"] == offloaded.memory.host_bytes > 0
+
+
+@pytest.fixture
+def deep(tmp_path, tiny_model_folder):
+    """LoRA on the tiny model with six blocks, which nothing loads."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "deep")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 6, "layer_types": None}))
+    return (*LORA, f"model.name={folder}")
+
+
+def test_offloaded_weights_leave_two_blocks_on_a_gpu_and_are_advised_where_nothing_else_fits(forecaster_of, deep):
+    gpu, recomputed, offload = Target("a GPU", "cuda", 1 << 40), *WAITING
+    resident, offloaded = (forecaster_of(*deep, recomputed, *more, target=gpu) for more in ((), (offload,)))
+    whole, sizes = resident.memory(), offloaded.sizes(offloaded.config)
+    assert 3 * sizes.two_offloaded_bytes == sizes.offloaded_bytes == offloaded.memory().host_bytes
+    assert whole.peak_bytes - offloaded.memory().peak_bytes == 2 * sizes.two_offloaded_bytes
+    small = Target("a small GPU", "cuda", int(offloaded.memory().peak_bytes / 0.95) + 1)
+    advised = {change.overrides: change.fits for change in suggest(forecaster_of(*deep, target=small))}
+    assert advised["model.offload_weights=true model.gradient_checkpointing=true"]
+    assert not any("offload" in change.overrides for change in suggest(forecaster_of(*deep, target=gpu)))
+    auto = forecaster_of(*deep, "model.gradient_checkpointing=auto", offload, target=gpu)
+    assert resolve_auto.fit_to_memory(auto)[0].config.model.gradient_checkpointing is True
+
+
+def test_on_a_cpu_offloaded_weights_take_what_they_took(forecaster_of, deep):
+    offloaded = forecaster_of(*deep, *WAITING).memory()
+    assert offloaded.host_bytes == 0
+    assert offloaded.peak_bytes == forecaster_of(*deep, WAITING[0]).memory().peak_bytes
 
 
 def test_a_run_that_went_on_keeps_what_it_chose(forecaster_of):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from llmtune.common.text import excerpt
 from llmtune.config.contradiction import Contradiction
-from llmtune.config.distributed_checks import DISTRIBUTED_CONTRADICTIONS
+from llmtune.config.distributed_checks import DISTRIBUTED_CONTRADICTIONS, WEIGHT_CONTRADICTIONS
 from llmtune.config.document import Origin
 from llmtune.config.dump import value_text
 from llmtune.config.keys import value_of
@@ -337,6 +337,7 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
         "add `tensorboard` or `wandb` to `tracking.trackers`, or set `tracking.watch: false`",
     ),
     *DISTRIBUTED_CONTRADICTIONS,
+    *WEIGHT_CONTRADICTIONS,
     Contradiction(
         ("data.format", "data.train", "data.eval", "objective.method"),
         lambda c, _: (

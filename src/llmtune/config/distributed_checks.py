@@ -1,11 +1,23 @@
-"""What the section `distributed` contradicts: keys that need whole weights, gradients or rows in one process."""
+"""What contradicts the ways in which weights are held: divided among processes, on the host, or in two types.
+
+Many keys need whole weights, gradients or rows in one process, on its device.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from llmtune.config.contradiction import Contradiction
 from llmtune.config.schema import Config
 
-__all__ = ["DISTRIBUTED_CONTRADICTIONS", "SHARDED_OPTIMIZERS", "reason_against_sharding", "takes_deepspeed"]
+__all__ = [
+    "DISTRIBUTED_CONTRADICTIONS",
+    "SHARDED_OPTIMIZERS",
+    "WEIGHT_CONTRADICTIONS",
+    "reason_against_masters",
+    "reason_against_sharding",
+    "takes_deepspeed",
+]
 
 DIVIDED_BY = ("distributed.strategy", "distributed.zero_stage", "distributed.deepspeed_config")
 """Keys that each ask for DeepSpeed, where the strategy does not name another."""
@@ -40,6 +52,7 @@ def reason_against_sharding(config: Config) -> str | None:
         "training.optimizer": config.training.optimizer not in optimizers,
         "model.quantization": config.model.quantization == "8bit"
         or (by_deepspeed and config.model.quantization != "none"),
+        "model.offload_weights": config.model.offload_weights,
         "training.precision": by_deepspeed and config.training.precision == "fp16",
         "training.compile": by_deepspeed and config.training.compile,
         "adapter.modules_to_save": by_deepspeed and bool(config.adapter.modules_to_save),
@@ -52,6 +65,11 @@ def reason_against_sharding(config: Config) -> str | None:
         "tracking.watch": bool(config.tracking.watch),
     }
     return next((key for key, is_against in against.items() if is_against), None)
+
+
+def reason_against_masters(config: Config) -> str | None:
+    """Give the key because of which a run cannot have float32 masters beside bf16 weights, or None."""
+    return next((key for key, (is_against, _, _) in _AGAINST_MASTERS.items() if is_against(config)), None)
 
 
 def _shares_rows(config: Config) -> bool:
@@ -144,6 +162,12 @@ DISTRIBUTED_CONTRADICTIONS: tuple[Contradiction, ...] = (
         "set `model.quantization: 4bit`, or `distributed.strategy: ddp`",
     ),
     Contradiction(
+        ("model.offload_weights", *DIVIDED_BY),
+        lambda c, _: _shards(c) and c.model.offload_weights,
+        "weights wait on the host in one of two ways: whole, or in parts of each process",
+        "set `model.offload_weights: false` (fsdp has an offload of its own), or `distributed.strategy: ddp`",
+    ),
+    Contradiction(
         ("objective.method", *DIVIDED_BY),
         lambda c, _: takes_deepspeed(c) and c.objective.method != "sft",
         "the reference of answers that are compared or drawn, and a head of scores, are not held in DeepSpeed's parts",
@@ -196,5 +220,75 @@ DISTRIBUTED_CONTRADICTIONS: tuple[Contradiction, ...] = (
         lambda c, _: _shares_rows(c) and c.training.neftune_alpha is not None,
         "noise is drawn for whole rows",
         "remove `training.neftune_alpha`, or set `distributed.sequence_parallel: 1`",
+    ),
+)
+
+_AGAINST_MASTERS: dict[str, tuple[Callable[[Config], bool], str, str]] = {
+    "adapter.method": (
+        lambda c: c.adapter.method != "none",
+        "what an adapter trains is in float32 already",
+        "set `training.master_weights: auto`, or `adapter.method: none`",
+    ),
+    "model.dtype": (
+        lambda c: c.model.dtype not in ("auto", "float32"),
+        "masters begin with the weights as they are published, and these would be rounded",
+        "set `model.dtype: auto`",
+    ),
+    "training.precision": (
+        lambda c: c.training.precision not in ("auto", "bf16"),
+        "the model beside its masters is in bf16, and so is its arithmetic",
+        "set `training.precision: bf16`",
+    ),
+    "training.step_in_backward": (
+        lambda c: c.training.step_in_backward,
+        "a master moves with all others, after the backward pass",
+        "set `training.step_in_backward: false`, or `training.master_weights: false`",
+    ),
+    "objective.method": (
+        lambda c: c.objective.method != "sft",
+        "masters are kept in supervised fine-tuning alone so far",
+        "set `training.master_weights: false`",
+    ),
+    "distributed.strategy": (
+        _shards,
+        "weights that are divided among processes have no masters yet",
+        "set `distributed.strategy: ddp`, or `training.master_weights: false`",
+    ),
+}
+"""Why a run has no masters: (when, problem, fix) by the other key."""
+
+WEIGHT_CONTRADICTIONS: tuple[Contradiction, ...] = (
+    Contradiction(
+        ("model.offload_weights", "adapter.method"),
+        lambda c, _: c.model.offload_weights and c.adapter.method == "none",
+        "weights that are trained move in every step, and only frozen ones can wait on the host",
+        "set `adapter.method: lora`, or `model.offload_weights: false`",
+    ),
+    Contradiction(
+        ("model.offload_weights", "model.gradient_checkpointing"),
+        lambda c, _: c.model.offload_weights and c.model.gradient_checkpointing is False,
+        "a block's weights are gone when its backward pass begins, so it is computed again when they have come back",
+        "set `model.gradient_checkpointing: true` (or `offload`, `auto`), or `model.offload_weights: false`",
+    ),
+    Contradiction(
+        ("model.offload_weights", "model.quantization"),
+        lambda c, _: c.model.offload_weights and c.model.quantization == "8bit",
+        "layers in 8 bits take their weights into a state of their own, where nothing can replace them",
+        "set `model.quantization: 4bit`, which is smaller too, or `model.offload_weights: false`",
+    ),
+    Contradiction(
+        ("model.offload_weights", "training.compile"),
+        lambda c, _: c.model.offload_weights and c.training.compile,
+        "compiled blocks read their weights where they were compiled",
+        "set `training.compile: false`, or `model.offload_weights: false`",
+    ),
+    *(
+        Contradiction(
+            ("training.master_weights", *(DIVIDED_BY if key in DIVIDED_BY else (key,))),
+            lambda c, _, is_against=is_against: c.training.master_weights is True and is_against(c),  # type: ignore[misc]
+            problem,
+            fix,
+        )
+        for key, (is_against, problem, fix) in _AGAINST_MASTERS.items()
     ),
 )

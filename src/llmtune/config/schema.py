@@ -145,6 +145,11 @@ class ModelConfig:
     rows: also keeps what blocks need for it in host memory, and runs feed-forward layers over tiles of tokens. `auto`
     decides by the plan."""
 
+    offload_weights: bool = False
+    """On a GPU, keep the frozen weights of blocks in the memory of the host: two blocks at most are on the device, and
+    the next one comes while one computes. For an adapter on a model that does not fit; blocks must be recomputed
+    (`gradient_checkpointing`)."""
+
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     """Shape of a from-scratch model."""
 
@@ -450,6 +455,10 @@ class TrainingConfig:
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Type of the arithmetic in forward and backward; `auto` takes bf16 where the hardware multiplies it natively."""
+
+    master_weights: bool | Literal["auto"] = "auto"
+    """Full tuning with the model in bf16, and float32 masters of its weights in the optimizer. `auto` does so on a GPU
+    where the arithmetic is bf16; `false` keeps the model in float32."""
 
     compile: bool = False
     """Compile each decoder block with torch.compile."""

@@ -26,20 +26,20 @@ from llmtune.common.text import readable_bytes
 from llmtune.errors import ModelError
 from llmtune.models.parameters import checkpointable_blocks
 
-__all__ = ["PAGE_BYTES", "HostStore", "offload_block_inputs", "offload_inputs"]
+__all__ = ["PAGE_BYTES", "HostStore", "StoredTensor", "offload_block_inputs", "offload_inputs"]
 
 PAGE_BYTES = 1 << 24
 """Size of a page: a power of two, because torch's allocator of page-locked memory rounds up to one."""
 
 
 @dataclass(eq=False)
-class _StoredTensor:
+class StoredTensor:
     """A tensor in a store."""
 
     shape: torch.Size
     dtype: torch.dtype
     pages: tuple[Tensor, ...]
-    previous: Callable[[], _StoredTensor | None]
+    previous: Callable[[], StoredTensor | None]
     """The one put there just before, while it lives: the backward pass needs it next."""
     on_device: Tensor | None = field(default=None, repr=False)
     """The tensor itself, from `put` until its copy is made, and again from when it is fetched until it is taken."""
@@ -58,19 +58,19 @@ class HostStore:
         self._new_page = new_page or self._allocate_page
         self._free: list[Tensor] = []
         self._locks_pages = device.type == "cuda"  # only from page-locked memory does a copy run beside the computation
-        self._in_flight: _StoredTensor | None = None  # the one whose copy may still be under way
-        self._last: Callable[[], _StoredTensor | None] = _no_tensor
+        self._in_flight: StoredTensor | None = None  # the one whose copy may still be under way
+        self._last: Callable[[], StoredTensor | None] = _no_tensor
         self.num_pages = 0
 
-    def put(self, x: Tensor) -> _StoredTensor:
+    def put(self, x: Tensor) -> StoredTensor:
         """Copy a tensor of any shape to the host; its device memory is released when the next one comes.
 
         What `get` returns has the same bits: get(put(x)) = x. The scheme is that of vDNN (arXiv:1602.08124).
         """
         # Two tensors at most are on the device: this one, and the one whose copy it waits for.
-        self._release_in_flight()
+        self.release()
         x = x.detach().contiguous()
-        stored = _StoredTensor(x.shape, x.dtype, self._take_pages(x.nbytes), self._last, x)
+        stored = StoredTensor(x.shape, x.dtype, self._take_pages(x.nbytes), self._last, x)
         # Pages are only ever touched on one stream, so they are free at once.
         weakref.finalize(stored, self._free.extend, stored.pages)
         self._last = weakref.ref(stored)
@@ -79,30 +79,35 @@ class HostStore:
                 page.copy_(part, non_blocking=True)
         return stored
 
-    def get(self, stored: _StoredTensor) -> Tensor:
+    def get(self, stored: StoredTensor) -> Tensor:
         """Return the tensor on its device, in its shape, and start to fetch the one put before it.
 
         A backward pass needs them in reverse order, so that copies run beside it (vDNN, arXiv:1602.08124).
         """
+        x, previous = self.take(stored), stored.previous()
+        if previous is not None:
+            self.fetch(previous)  # while the block that gets `x` computes
+        return x
+
+    def take(self, stored: StoredTensor) -> Tensor:
+        """Return the tensor on its device, in its shape, after its copy (vDNN, arXiv:1602.08124)."""
         if stored.on_device is None:
-            self._fetch(stored)
+            self.fetch(stored)
         self._wait(stored)
         x, stored.on_device, self._in_flight = stored.on_device, None, None
         assert x is not None
-        previous = stored.previous()
-        if previous is not None:
-            self._fetch(previous)  # while the block that gets `x` computes
         return x
 
-    def _fetch(self, stored: _StoredTensor) -> None:
-        self._release_in_flight()
+    def fetch(self, stored: StoredTensor) -> None:
+        """Start to copy a tensor to its device, beside what is computed there."""
+        self.release()
         stored.on_device = stored.pages[0].new_empty(stored.shape, dtype=stored.dtype, device=self._device)
         with self._on_copy_stream(stored):
             for page, part in _parts(stored.pages, stored.on_device):
                 part.copy_(page, non_blocking=True)
 
     @contextmanager
-    def _on_copy_stream(self, stored: _StoredTensor) -> Iterator[None]:
+    def _on_copy_stream(self, stored: StoredTensor) -> Iterator[None]:
         """Run copies on the second stream, after everything that is queued on the first."""
         self._in_flight = stored
         if self._stream is None:
@@ -113,12 +118,12 @@ class HostStore:
             yield
         self._copy_done = self._stream.record_event()
 
-    def _wait(self, stored: _StoredTensor) -> None:
+    def _wait(self, stored: StoredTensor) -> None:
         """Make the computing stream wait for this tensor's copy, if it may still be under way; the host goes on."""
         if self._in_flight is stored and self._copy_done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._copy_done)
 
-    def _release_in_flight(self) -> None:
+    def release(self) -> None:
         """Release the device memory of the tensor that was copied last."""
         if self._in_flight is not None:
             # The allocator reuses memory in the order of the computing stream, so that stream waits for the copy first.
@@ -143,8 +148,8 @@ class HostStore:
             self._locks_pages = False
             locked = readable_bytes(self.num_pages * PAGE_BYTES)
             warnings.warn(
-                f"the system refuses more page-locked memory than {locked} (WSL2 gives 1 to 2 GB): further inputs of "
-                "blocks wait in ordinary memory, and the device waits for each copy of them",
+                f"the system refuses more page-locked memory than {locked} (WSL2 gives 1 to 2 GB): what more is "
+                "offloaded waits in ordinary memory, and the device waits for each copy of it",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -176,13 +181,13 @@ def offload_block_inputs(store: HostStore, base: PreTrainedModel) -> int:
     def checkpoint_in_store(function: Callable[..., object], hidden: Tensor, *others: object) -> object:
         shape, dtype = hidden.shape, hidden.dtype
 
-        def pack(tensor: Tensor) -> Tensor | _StoredTensor:
+        def pack(tensor: Tensor) -> Tensor | StoredTensor:
             # Masks and position embeddings are shared by all blocks, so they stay on the device.
             is_input = tensor.shape == shape and tensor.dtype == dtype
             return store.put(tensor) if is_input else tensor
 
-        def unpack(saved: Tensor | _StoredTensor) -> Tensor:
-            return store.get(saved) if isinstance(saved, _StoredTensor) else saved
+        def unpack(saved: Tensor | StoredTensor) -> Tensor:
+            return store.get(saved) if isinstance(saved, StoredTensor) else saved
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return checkpoint(function, hidden, *others, use_reentrant=False)

@@ -19,7 +19,7 @@ from llmtune import durable
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config, DataConfig
 from llmtune.errors import CheckpointError, ModelError, Problem
-from llmtune.models.parameters import find_score_head, trained_parameters
+from llmtune.models.parameters import find_score_head
 from llmtune.models.read_config import translate_save_errors
 from llmtune.models.scan import read_json_file
 
@@ -85,7 +85,7 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def restore_weights(
-    model: torch.nn.Module,
+    parameters: Mapping[str, torch.nn.Parameter],
     tensors: Mapping[str, torch.Tensor],
     *,
     shape: Callable[[torch.Tensor], torch.Size] = lambda parameter: parameter.shape,
@@ -93,10 +93,10 @@ def restore_weights(
 ) -> None:
     """Put trained weights back, bit for bit.
 
-    tensors: by parameter name. shape: gives that of the whole parameter. opened: the context in which one can be
-    overwritten. Raises CheckpointError unless names, shapes and types are exactly those of the model's trained weights.
+    parameters: the trained ones by name. tensors: likewise. shape: gives that of the whole parameter. opened: the
+    context in which one can be overwritten. Raises CheckpointError unless names, shapes and types are exactly those of
+    the trained weights.
     """
-    parameters = trained_parameters(model)
     problems = [
         Problem(f"the weight `{name}` is missing in the checkpoint")
         for name in sorted(parameters.keys() - tensors.keys())[:3]

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmtune.engine.forward import attention_ways, checkpoint_blocks
+from llmtune.engine.masters import make_masters
 from llmtune.engine.objective import FlatInputs, flat_forward, weighted_nll_sum
 from llmtune.engine.scoring import scores_of
 from llmtune.kernels.activation_offload import PAGE_BYTES, HostStore, offload_block_inputs
@@ -40,15 +42,7 @@ from llmtune.plan.meta_model import decoder_blocks, to_fake_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = [
-    "TRACED_BLOCKS",
-    "Gradients",
-    "MicroBatchShape",
-    "Peaks",
-    "extrapolate",
-    "representative_chunks",
-    "trace",
-]
+__all__ = ["TRACED_BLOCKS", "Gradients", "MicroBatchShape", "Peaks", "extrapolate", "representative_chunks", "trace"]
 
 Chunk = TypeVar("Chunk")
 
@@ -186,8 +180,8 @@ class LiveBytes(TorchDispatchMode):
         self.phase = phase
         self._update_peak()
 
-    def count_gradient(self, weight: torch.Tensor) -> None:
-        """Note that the gradient of a weight, of the weight's shape, is complete and stays."""
+    def count_gradient(self, weight: torch.Tensor, *_of: torch.Tensor) -> None:
+        """Note that the gradient of a weight (or master), of its shape, is complete and stays."""
         self._gradient_bytes += weight.nbytes
 
     @contextmanager
@@ -226,14 +220,15 @@ def trace(
     gradients: Gradients,
     attention: str | None = None,
     libraries: Collection[str] | None = None,
+    masters: bool = False,
 ) -> Peaks:
     """Run a meta model forward and backward on a micro-batch of that shape, and count bytes; the model is used up.
 
     device_type: `cpu` or `cuda`, whose engine is traced. attention: its backend of attention by segments, the first it
     tries when not given. libraries: whose kernels it calls; those of the device that are installed here when not given.
     compute: autocast's type, None for float32 arithmetic. checkpointing: the resolved value of
-    `model.gradient_checkpointing`. Raises any of MODEL_ERRORS for a model that cannot run on fake tensors; of these
-    NotImplementedError also for one that this backend of attention cannot compute.
+    `model.gradient_checkpointing`. masters: that of `training.master_weights`. Raises any of MODEL_ERRORS for a model
+    that cannot run on fake tensors, and of these NotImplementedError for one that `attention` cannot compute.
     """
     make_layout.cache_clear()  # or the masks of tiles would count in the first trace of a shape only
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -250,17 +245,18 @@ def trace(
         # The proof compares values, which fake tensors do not have.
         run_in_tiles(base, probe=False, select=representative_chunks)
     model.train()
-    tensors = [*model.parameters(), *model.buffers()]
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    if gradients == "summed":
-        with mode:
-            for weight in trained:
-                weight.grad = torch.empty_like(weight)
-                tensors.append(weight.grad)
+    with mode:
+        moving = list(make_masters(model).values()) if masters else trained
+        tensors = [*model.parameters(), *model.buffers()]
+        for moved in moving if gradients == "summed" else ():
+            moved.grad = torch.empty_like(moved)
+            tensors.append(moved.grad)
     live = LiveBytes(tensors, on_gpu=device_type == "cuda")
     if gradients != "summed":  # summed ones are among `tensors`, and a sum takes no more
-        for weight in trained:
-            weight.register_post_accumulate_grad_hook(_drop if gradients == "dropped" else live.count_gradient)
+        for weight, moved in zip(trained, moving, strict=True):
+            keep = partial(live.count_gradient, moved)
+            weight.register_post_accumulate_grad_hook(_drop if gradients == "dropped" else keep)
     if checkpointing == "offload" and device_type == "cuda":
         offload_block_inputs(_fake_host_store(live, mode), base)
     _mark_phases(decoder_blocks(model), live)

@@ -293,6 +293,7 @@ class Forecaster:
                 checkpointing=config.model.recomputes and config.model.gradient_checkpointing,
                 gradients=gradients,
                 attention=backend,
+                masters=config.training.master_weights is True,
             )
 
         # A model of so few blocks is traced as it is, in the same time.
@@ -329,7 +330,8 @@ class Forecaster:
         # `_name_or_path` is the folder, which may move without changing the model.
         shape = {key: value for key, value in self.shape.config.to_dict().items() if key != "_name_or_path"}
         weights = [model.dtype, model.quantization, model.train_only, self.prepared.source.kind, asdict(config.adapter)]
-        device = [self.target.kind, self.target.has_bf16, self.precision, model.attention]
+        ways = [model.attention, model.offload_weights, config.training.master_weights]
+        device = [self.target.kind, self.target.has_bf16, self.precision, *ways]
         facts = [kind, shape, weights, device, self.prepared.tokenizer.digest, details, __version__, _code_digest()]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

@@ -39,22 +39,23 @@ class Division:
     gradients: int = 1
     state: int = 1
     copies: bool = False
-    """DeepSpeed's optimizer moves a copy of its part of the trained weights."""
+    """The optimizer moves a copy of the trained weights: DeepSpeed's of its part, or float32 masters."""
     offload: str = "none"
     """What waits in the host's memory: `none`, `optimizer` (the copy and the state), or `all`."""
 
 
 def division_of(config: Config, processes: int) -> Division:
     """The division by the config's strategy; a process alone holds everything."""
+    masters = Division(copies=config.training.master_weights is True)
     if processes == 1:
-        return Division()
+        return masters
     if takes_deepspeed(config):
         stage = zero_stage_of(config)
         weights, gradients, state = (processes if stage >= first else 1 for first in (3, 2, 1))
         return Division(weights, gradients, state, copies=True, offload=offload_of(config))
     if config.distributed.strategy == "fsdp":
         return Division(processes, processes, processes, offload=offload_of(config))
-    return Division()
+    return masters
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ class MemoryPlan:
     """The largest micro-batch of the run."""
     sizes: ModelSizes
     host_bytes: int = 0
-    """Page-locked memory of the host, beside the parts: inputs of blocks, or what `distributed.offload` puts there."""
+    """Page-locked memory of the host, beside the parts: inputs of blocks, their frozen weights, or what
+    `distributed.offload` puts there.
+    """
 
     @property
     def peak_bytes(self) -> int:
@@ -108,9 +111,9 @@ def plan_memory(
     the update weights + optimizer + gradients; saving, on a CPU, weights + twice the optimizer; loading weights + file.
 
     kind: `cpu` or `cuda`. thread_caches: the allocator keeps small blocks for each thread. process_bytes: the process
-    without a model, which counts for a CPU only. file_bytes: of the weight files. reference_bytes: of a copy
-    of the trained weights that preferences are compared with. division: the parts of the weights, gradients and
-    optimizer state that each process holds, beside what is whole at once (`ModelSizes.unit_bytes`).
+    without a model, which counts for a CPU only. file_bytes: of the weight files. reference_bytes: of a copy of the
+    trained weights that preferences are compared with. division: the parts of the weights, gradients and optimizer
+    state that each process holds, beside what is whole at once (`ModelSizes.unit_bytes`).
     """
     is_cpu, division = kind == "cpu", division or Division()
     base = {  # in every moment
@@ -128,8 +131,9 @@ def plan_memory(
     # A gradient is whole until it is summed.
     whole = min(sizes.unit_bytes, at_update)
     micro_batch["gradients"] = _held(micro_batch["gradients"], division.gradients, whole=whole)
-    on_host = 0
-    if not is_cpu and division.offload != "none":  # a CPU is its own host
+    on_host = 0 if is_cpu else sizes.offloaded_bytes  # a CPU is its own host
+    base["weights"] -= on_host and on_host - sizes.two_offloaded_bytes
+    if not is_cpu and division.offload != "none":
         on_host, own_state = own_state, 0
         if division.offload == "all":
             on_host += _held(sizes.base_bytes, division.weights) + _held(sizes.adapter_bytes, division.weights)

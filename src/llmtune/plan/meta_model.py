@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,9 @@ from llmtune.adapters.start import start_options
 from llmtune.adapters.target_modules import adapted_layers, block_of, chosen_layers, ends_with
 from llmtune.config.process_options import Options
 from llmtune.config.schema import AdapterConfig, Config
+from llmtune.engine.masters import make_masters
 from llmtune.errors import LlmtuneError, ModelError, in_one_line
+from llmtune.kernels.weight_offload import is_offloaded, piece_bytes
 from llmtune.models.hub import local_folder, may_ignore_auto_map
 from llmtune.models.load import refuse_foreign_quantization
 from llmtune.models.parameters import (
@@ -82,7 +84,7 @@ class ModelSizes:
     adapter_bytes: int
     """Bytes of what an adapter adds."""
     gradient_bytes: int
-    """Bytes of all gradients: one for each trained weight, in its type."""
+    """Bytes of all gradients: one for each trained weight, in its type, or its master's."""
     largest_gradient_bytes: int
     """Bytes of the largest gradient, usually the embedding's."""
     largest_linear_bytes: int
@@ -95,6 +97,10 @@ class ModelSizes:
     """Bytes of the weights in blocks; quantized ones as they are stored."""
     outside_bytes: int
     """Bytes of the weights outside of the blocks."""
+    offloaded_bytes: int
+    """Bytes of the frozen matrices of blocks, which wait on the host with `model.offload_weights`; 0 without."""
+    two_offloaded_bytes: int
+    """Of these the two largest blocks', which are on the device together."""
 
 
 def read_shape(prepared: Prepared, options: Options) -> ModelShape:
@@ -231,6 +237,9 @@ def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:
     """Count a meta model of all blocks exactly; 4-bit and 8-bit weights by `quantized_bytes`."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    if config.training.master_weights is True:
+        trained = list(make_masters(model).values())
     quantized = _quantized_weights(model) if config.model.quantization != "none" else {}
     part_bytes: Counter[str] = Counter()
     for weight in model.parameters():
@@ -238,9 +247,9 @@ def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:
         is_quantized = id(weight) in quantized
         part_bytes[part] += quantized_bytes(weight.shape, config.model.quantization) if is_quantized else weight.nbytes
     outside, two_blocks = _unit_bytes(model)
+    pieces = _offloaded(model, quantized) if config.model.offload_weights else []
     in_blocks = part_bytes.total() - outside
     part_bytes["base"] += sum(buffer.nbytes for buffer in model.buffers())
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
     return ModelSizes(
         parameters=sum(weight.numel() for weight in model.parameters()),
         trained=sum(weight.numel() for weight in trained),
@@ -252,7 +261,20 @@ def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:
         unit_bytes=outside + two_blocks,
         block_bytes=in_blocks,
         outside_bytes=outside,
+        offloaded_bytes=sum(pieces),
+        two_offloaded_bytes=sum(pieces[-2:]),
     )
+
+
+def _offloaded(model: PreTrainedModel, quantized: Collection[int]) -> list[int]:
+    """Bytes of each block's frozen matrices, ascending; of a 4-bit one its entries and the scales of its blocks."""
+
+    def sizes(weight: torch.Tensor) -> tuple[int, ...]:
+        return (-(-weight.numel() // 2), -(-weight.numel() // 64)) if id(weight) in quantized else (weight.nbytes,)
+
+    blocks = checkpointable_blocks(model)
+    offloaded = ([one for one in block.parameters() if is_offloaded(one)] for block in blocks)
+    return sorted(piece_bytes([size for weight in weights for size in sizes(weight)]) for weights in offloaded)
 
 
 def _unit_bytes(model: PreTrainedModel) -> tuple[int, int]:

@@ -13,15 +13,16 @@ import torch
 
 from llmtune.common.decisions import Decision
 from llmtune.common.text import readable_bytes
-from llmtune.config.distributed_checks import reason_against_sharding, takes_deepspeed
+from llmtune.config.distributed_checks import reason_against_masters, reason_against_sharding, takes_deepspeed
 from llmtune.config.dump import config_to_dict
 from llmtune.config.schema import Config, ObjectiveConfig, TrainingConfig
 from llmtune.engine.devices import Devices
 from llmtune.engine.optim import choose_rates
 from llmtune.engine.precision import PrecisionName, choose_precision
 from llmtune.engine.preference import begins_anew, resolve_objective
+from llmtune.errors import ConfigError
 from llmtune.plan.forecast import Forecaster
-from llmtune.plan.memory import MemoryPlan
+from llmtune.plan.memory import MemoryPlan, optimizer_bytes
 from llmtune.prepare import Prepared
 
 __all__ = ["fit_to_memory", "keep_resolved", "resolve", "resolve_on_all_ranks", "resolve_rates", "resolve_strategy"]
@@ -41,6 +42,7 @@ compiled blocks.
 
 OPEN_VALUES: tuple[tuple[str, str, object], ...] = (
     ("training", "precision", "auto"),
+    ("training", "master_weights", "auto"),
     ("training", "learning_rate", None),
     ("training", "weight_decay", None),
     ("training", "batch_size", "auto"),
@@ -66,6 +68,9 @@ def resolve_rates(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
     if training.precision == "auto":
         training = replace(training, precision=cast("PrecisionName", forecaster.precision))
         decisions.append(_precision_decision(forecaster))
+    if training.master_weights is not False:
+        training, choices = _resolve_masters(forecaster, replace(config, training=training))
+        decisions += choices
     if training.learning_rate is None or training.weight_decay is None:
         scratch = forecaster.prepared.source.kind == "scratch"
         # Only from scratch the number of parameters decides, and counting them builds the model without weights.
@@ -82,6 +87,31 @@ def resolve_rates(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
         objective, choices = _resolve_objective(config)
         decisions += choices
     return _decided(forecaster.prepared, replace(config, training=training, objective=objective), decisions), decisions
+
+
+def _resolve_masters(forecaster: Forecaster, config: Config) -> tuple[TrainingConfig, list[Decision]]:
+    """Hold the model in bf16 beside float32 masters where that is asked for, or `auto` on a GPU in bf16.
+
+    Raises ConfigError where it is asked for and the arithmetic is not bf16.
+    """
+    key, training, against = "training.master_weights", config.training, reason_against_masters(config)
+    if training.master_weights is True and against is not None:
+        problem = f"{key} is true, and the arithmetic here is {training.precision}"
+        raise ConfigError(problem, key, "set `training.precision: bf16`, or `training.master_weights: false`")
+    if training.master_weights is True:
+        return training, []
+    without, chosen = replace(training, master_weights=False), replace(training, master_weights=True)
+    if forecaster.target.kind != "cuda" or against is not None:
+        return without, []
+    sizes = forecaster.sizes(replace(config, training=chosen))
+    state = optimizer_bytes(training.optimizer, entries=sizes.trained, entry_bytes=sizes.gradient_bytes)
+    held = sizes.base_bytes + 2 * sizes.gradient_bytes + state  # bf16 weights are beside what there is without
+    if held > forecaster.target.budget_bytes:
+        return without, [
+            Decision(key, False, f"weights, masters, gradients and state alone are {readable_bytes(held)}")
+        ]
+    reason = "the model is held in bf16, and the optimizer moves float32 masters of its weights"
+    return chosen, [Decision(key, True, reason)]
 
 
 def _resolve_objective(config: Config) -> tuple[ObjectiveConfig, list[Decision]]:
@@ -147,7 +177,8 @@ def _levels(forecaster: Forecaster, config: Config) -> tuple[Recompute, ...]:
     """The levels of recomputation that may be chosen."""
     if config.model.gradient_checkpointing != "auto":
         return (config.model.gradient_checkpointing,)
-    return LEVELS if forecaster.target.kind == "cuda" and not config.training.compile else LEVELS[:2]
+    levels = LEVELS if forecaster.target.kind == "cuda" and not config.training.compile else LEVELS[:2]
+    return levels[1:] if config.model.offload_weights else levels
 
 
 def _last_that_fits(forecaster: Forecaster, candidates: list[Config]) -> tuple[Config, MemoryPlan] | None:

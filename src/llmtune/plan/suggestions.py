@@ -117,6 +117,23 @@ def _offload(config: Config, forecaster: Forecaster) -> tuple[str, Config] | Non
     return "model.gradient_checkpointing=offload", replace(config, model=model)
 
 
+def _offload_weights(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
+    """Only on a GPU where a quantized base does not fit either: all blocks cross the bus twice in a micro-batch."""
+    allowed = config.adapter.method != "none" and not config.training.compile and config.model.quantization != "8bit"
+    if config.model.offload_weights or not allowed or forecaster.target.kind != "cuda" or _shards(config, forecaster):
+        return None
+    model = replace(config.model, gradient_checkpointing=config.model.gradient_checkpointing or True)
+    small = replace(model, quantization="4bit") if _quantize(config, forecaster) else model
+    if forecaster.memory(replace(config, model=small)).peak_bytes <= forecaster.target.budget_bytes:
+        return None
+    recomputed = "" if config.model.recomputes else " model.gradient_checkpointing=true"
+    return f"model.offload_weights=true{recomputed}", replace(config, model=replace(model, offload_weights=True))
+
+
+def _shards(config: Config, forecaster: Forecaster) -> bool:
+    return forecaster.world_size > 1 and config.distributed.strategy != "ddp"
+
+
 def _smaller_batch(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
     size = config.training.batch_size
     if not isinstance(size, int) or size == 1:
@@ -147,14 +164,24 @@ def _step_in_backward(config: Config, forecaster: Forecaster) -> tuple[str, Conf
         return None
     # Clipping needs the norm of all gradients before the first weight moves.
     unclipped = " training.max_grad_norm=null" if training.max_grad_norm is not None else ""
-    changed = replace(training, step_in_backward=True, max_grad_norm=None)
-    return f"training.step_in_backward=true{unclipped}", replace(config, training=changed)
+    # Masters move together, after the backward pass.
+    without = " training.master_weights=false" if training.master_weights is True else ""
+    changed = replace(training, step_in_backward=True, max_grad_norm=None, master_weights=False)
+    return f"training.step_in_backward=true{unclipped}{without}", replace(config, training=changed)
+
+
+def _without_masters(config: Config, _forecaster: Forecaster) -> tuple[str, Config] | None:
+    """Masters take two bytes a weight more than a model in float32, and save half of what blocks keep in float32."""
+    if config.training.master_weights is not True:
+        return None
+    return "training.master_weights=false", replace(config, training=replace(config.training, master_weights=False))
 
 
 def _adapter(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
     if config.adapter.method != "none" or forecaster.prepared.source.kind == "scratch":
         return None
-    return "adapter.method=lora", replace(config, adapter=replace(config.adapter, method="lora"))
+    training = replace(config.training, master_weights=False)  # `auto` for an adapter
+    return "adapter.method=lora", replace(config, adapter=replace(config.adapter, method="lora"), training=training)
 
 
 def _shorter_rows(config: Config, forecaster: Forecaster) -> tuple[str, Config] | None:
@@ -172,14 +199,16 @@ def _shorter_rows(config: Config, forecaster: Forecaster) -> tuple[str, Config] 
 CHANGES: tuple[Change, ...] = (
     _recompute,
     _offload,
+    _offload_weights,
     _smaller_batch,
     _quantize,
     _small_optimizer,
     _step_in_backward,
+    _without_masters,
     _adapter,
     _shorter_rows,
 )
 """In the order in which they are listed."""
 
-SAME_RESULT = (_recompute, _offload, _smaller_batch)
+SAME_RESULT = (_recompute, _offload, _offload_weights, _smaller_batch)
 """Changes that keep the result as it was, but for rounding."""

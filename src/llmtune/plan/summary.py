@@ -153,9 +153,7 @@ def start_facts(plan: Plan) -> list[Fact]:
     peak, budget = readable_bytes(memory.peak_bytes), readable_bytes(plan.budget_bytes)
     facts = [*notes, Fact("memory", f"{peak} planned of {budget} on {plan.device}", memory.parts)]
     if memory.host_bytes:
-        facts.append(
-            Fact("host", f"{readable_bytes(memory.host_bytes)} of page-locked memory for the inputs of blocks")
-        )
+        facts.append(Fact("host", f"{readable_bytes(memory.host_bytes)} of page-locked memory for what is offloaded"))
     if not plan.fits:
         facts.append(Fact("warning:", "by the plan this does not fit; `llmtune plan` says what to change"))
     if plan.seconds is not None:
@@ -205,7 +203,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     lines += [f"  {name:<13}{readable_bytes(count):>10}" for name, count in memory.parts.items() if count]
     if memory.host_bytes:
         host = readable_bytes(memory.host_bytes)
-        lines.append(f"  and {host} of page-locked memory of the host, for the inputs of blocks")
+        lines.append(f"  and {host} of page-locked memory of the host, for what is offloaded")
     lines.append(f"  largest micro-batch: {memory.batch.tokens:,} tokens in {len(memory.batch.lengths)} rows")
     lines.append(f"  {memory.sizes.trained:,} of {memory.sizes.parameters:,} parameters are trained")
     return lines

@@ -148,11 +148,13 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("config.training.compile", Effect.ROUNDING),
     ("config.training.deterministic", Effect.ROUNDING),
     ("config.training.step_in_backward", Effect.ROUNDING),  # the same update; windows may be cut otherwise on a CPU
+    ("config.training.master_weights", Effect.ROUNDING),  # what is saved is float32 with and without
     ("config.training.max_minutes", Effect.HARMLESS),
     ("config.training.max_skipped_steps", Effect.HARMLESS),
     ("config.training.optimizer", Effect.SHAPES),
     ("config.model.attention", Effect.ROUNDING),
     ("config.model.gradient_checkpointing", Effect.ROUNDING),
+    ("config.model.offload_weights", Effect.ROUNDING),  # the same bits, but 4-bit ones are made on the host
     ("config.model.name", Effect.HARMLESS),  # the digest of the base decides: a moved folder is the same model
     ("config.model.revision", Effect.HARMLESS),
     ("config.model.tokenizer", Effect.HARMLESS),  # the digest of the tokenizer decides, which covers its template

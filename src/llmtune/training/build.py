@@ -25,9 +25,9 @@ from llmtune.data.dataset.batches import BatchPlan, Window
 from llmtune.engine.allocator import LEAN_LARGEST_BLOCK, allocator_in_force, bound_kernel_caches, tune_allocator
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine, build_engine
+from llmtune.engine.masters import MasterOptimizer, make_masters
 from llmtune.engine.objective import Objective, next_token_objective
 from llmtune.engine.optim import AnyOptimizer, Optimizer, build_optimizer, learning_rate_scales, matrices_of_blocks
-from llmtune.engine.own_loss import own_objective
 from llmtune.engine.precision import Precision, PrecisionName, fixed_order_of_sums, without_tf32
 from llmtune.engine.schedule import schedule_of
 from llmtune.engine.sequence_parallel import SharedRows
@@ -35,19 +35,13 @@ from llmtune.engine.sharding import Strategy, Whole
 from llmtune.engine.strategies import make_strategy
 from llmtune.engine.update import StepInBackward, Update, choose_windows
 from llmtune.evaluation.rewards import Reward
+from llmtune.kernels.weight_offload import offload_weights
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.parameters import count_parameters, freeze_all_but, trained_parameters
 from llmtune.plan.hardware import utilization
 from llmtune.prepare import Prepared
 from llmtune.runs.checkpoint import LoadedCheckpoint, read_weights
-from llmtune.training.objectives import (
-    Objectives,
-    build_objectives,
-    build_policy_gradient,
-    build_scoring,
-    own_objectives,
-    with_noise,
-)
+from llmtune.training.objectives import Objectives, make_objectives
 from llmtune.training.quantization_error import begin_with_quantization_error
 from llmtune.training.rollouts import Rollouts
 
@@ -82,7 +76,7 @@ class TrainingSetup:
     that compares answers.
     """
     parameters: dict[str, torch.nn.Parameter]
-    """The trained ones, by name."""
+    """The trained ones, by name; masters, where the model holds them rounded."""
     optimizer: AnyOptimizer
     update: Update
     """Turns the gradients of a window into one step of the optimizer."""
@@ -153,20 +147,20 @@ def build_setup(
     strategy = Whole(devices) if devices.world_size == 1 else make_strategy(config, devices)
     is_adapted = config.adapter.method != "none"
     loaded = _load(prepared, options, devices, precision, strategy)
-    model, decisions = loaded.model, [*decisions, *loaded.decisions]
-    start_digest = taken = None
-    if is_adapted:
-        model, start_digest, taken, adapter_decisions = _attach_adapter(prepared, loaded, devices, saved)
-        decisions += adapter_decisions
-    elif config.model.train_only:
-        decisions.append(freeze_all_but(model, config.model.train_only))
+    model, start_digest, taken, choices = _choose_trained(prepared, loaded, devices, saved)
+    decisions += [*loaded.decisions, *choices]
     counts = Counts(count_parameters(model), sum(weight.numel() for weight in trained_parameters(model).values()))
     make_optimizer = partial(_make_optimizer, model, config.training)
     optimizer, shares, own = strategy.shard(model, make_optimizer, convert_block=loaded.convert_block)
-    parameters = trained_parameters(model)
+    parameters = optimizer.masters if isinstance(optimizer, MasterOptimizer) else trained_parameters(model)
     engine = _make_engine(model, config, devices, precision, strategy)
     model.train()  # dropout and noise are on from here; evaluation switches them off for itself
-    objectives = _make_objectives(prepared, options, model, engine, parameters, precision, devices, rewards, loaded)
+    if options.loss is None and (config.objective.method, config.training.neftune_alpha) == ("sft", None):
+        objectives = Objectives(next_token_objective(engine.nll_sum), None, [])
+    else:
+        objectives = make_objectives(
+            prepared, options, model, engine, parameters, precision, devices, rewards, base_digest=loaded.base_digest
+        )
     update, update_decisions = _make_update(list(parameters.values()), optimizer, config.training, precision, strategy)
     batches, window_decisions = _make_windows(prepared, engine, model, parameters, devices)
     decisions += [*shares, *objectives.decisions, *engine.decisions, *own, *update_decisions, *window_decisions]
@@ -203,8 +197,8 @@ def _make_engine(
     return build_engine(model, config=config, device=devices.device, precision=precision, strategy=strategy, rows=rows)
 
 
-class _Adapted(NamedTuple):
-    """The model with its adapter, where the adapter's values come from, and the choices made."""
+class _Trained(NamedTuple):
+    """The model with its adapter, if it has one, where the adapter's values come from, and the choices made."""
 
     model: PreTrainedModel
     start_digest: str | None
@@ -213,10 +207,14 @@ class _Adapted(NamedTuple):
     decisions: list[Decision]
 
 
-def _attach_adapter(
+def _choose_trained(
     prepared: Prepared, loaded: LoadedModel, devices: Devices, saved: LoadedCheckpoint | None
-) -> _Adapted:
+) -> _Trained:
+    """Attach the adapter, or freeze what full tuning leaves out."""
     config, start_digest, taken = prepared.config, None, None
+    if config.adapter.method == "none":
+        patterns = config.model.train_only
+        return _Trained(loaded.model, None, None, [freeze_all_but(loaded.model, patterns)] if patterns else [])
     adapted, decisions = attach.attach_adapter(
         loaded.model,
         config.adapter,
@@ -232,8 +230,10 @@ def _attach_adapter(
         decisions.append(decision)
     elif config.adapter.init == "loftq" and saved is None:  # a saved adapter has what it learned since
         decisions.append(begin_with_quantization_error(adapted, prepared.source))
+    if config.model.offload_weights:
+        decisions.append(offload_weights(adapted, devices.device))
     # peft's wrapper passes on what it does not know.
-    return _Adapted(cast("PreTrainedModel", adapted), start_digest, taken, decisions)
+    return _Trained(cast("PreTrainedModel", adapted), start_digest, taken, decisions)
 
 
 def _take_part(
@@ -272,35 +272,6 @@ def _control_tokens(prepared: Prepared) -> list[int]:
     return sorted(used.intersection(control))
 
 
-def _make_objectives(
-    prepared: Prepared,
-    options: Options,
-    model: PreTrainedModel,
-    engine: Engine,
-    parameters: dict[str, torch.nn.Parameter],
-    precision: Precision,
-    devices: Devices,
-    rewards: Sequence[Reward],
-    loaded: LoadedModel,
-) -> Objectives:
-    if options.loss is not None:
-        return own_objectives(own_objective(engine, options.loss), model, prepared.config)
-    if prepared.config.objective.method == "sft":
-        training = prepared.config.training
-        nll_sum = engine.nll_sum if training.neftune_alpha is None else with_noise(engine.nll_sum, model, training)
-        return Objectives(next_token_objective(nll_sum), None, [])
-    if prepared.config.objective.trains_head:
-        return build_scoring(prepared, engine)
-    if prepared.config.objective.method == "grpo":
-        return build_policy_gradient(
-            prepared, model, engine, parameters, precision, devices, rewards,
-            base_digest=loaded.base_digest, offline=options.offline,
-        )  # fmt: skip
-    return build_objectives(
-        prepared, model, engine, parameters, precision, devices, base_digest=loaded.base_digest, offline=options.offline
-    )
-
-
 def _make_optimizer(
     model: PreTrainedModel, training: TrainingConfig, device: torch.device
 ) -> tuple[Optimizer, list[Decision]]:
@@ -315,6 +286,9 @@ def _make_optimizer(
         embedding_learning_rate=training.embedding_learning_rate,
         loraplus_lr_ratio=training.loraplus_lr_ratio,
     )
+    orthogonal = matrices_of_blocks(model, parameters)  # asked before masters stand for the model's own
+    if training.master_weights is True:
+        parameters = make_masters(model)
     optimizer, optimizer_decisions = build_optimizer(
         training.optimizer,
         parameters,
@@ -323,9 +297,11 @@ def _make_optimizer(
         betas=training.betas,
         eps=training.eps,
         device=device,
-        orthogonal=matrices_of_blocks(model, parameters),
+        orthogonal=orthogonal,
         lr_scales=scales,
     )
+    if training.master_weights is True:
+        optimizer = MasterOptimizer(optimizer, model, parameters)
     return optimizer, [*optimizer_decisions, *decisions]
 
 
@@ -352,7 +328,7 @@ def _load(
     config = prepared.config
     # Weights that will be sharded go to the device part by part, so that it never holds the whole model. Only there are
     # they quantized.
-    on_host = strategy.is_sharded and config.model.quantization == "none"
+    on_host = (strategy.is_sharded and config.model.quantization == "none") or config.model.offload_weights
     loaded = load_model(
         prepared.source,
         config.model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from llmtune.common.secrets import redacted
 from llmtune.common.text import PrintLine
 from llmtune.config.dump import config_to_yaml
 from llmtune.deploy.usage import Result, adapter_result, usage
+from llmtune.engine.masters import MasterOptimizer
 from llmtune.engine.sharded_tensors import shard_like
 from llmtune.engine.state import Snapshot
 from llmtune.errors import CheckpointError, MachineError, Problem
@@ -79,12 +81,14 @@ def restore_weights(setup: TrainingSetup, loaded: LoadedCheckpoint) -> None:
         return
     strategy = setup.strategy
     save.restore_weights(
-        setup.model,
+        setup.parameters,
         tensors,
         shape=strategy.shape,
         # One at a time: no process may have to hold all weights of a model that was divided because of its size.
         opened=lambda parameter: strategy.opened([parameter], write=True),
     )
+    if isinstance(setup.optimizer, MasterOptimizer):
+        setup.optimizer.round_masters()
 
 
 def _trained_weights(setup: TrainingSetup) -> Mapping[str, torch.Tensor]:
@@ -247,7 +251,8 @@ class Checkpointer:
                     setup.peft_model, folder, tensors=tensors, tokenizer=tokenizer, stop_token_ids=stops, **self._base()
                 )
             else:
-                save.write_model(setup.model, tokenizer, folder, state=tensors, stop_token_ids=stops)
+                with self._masters_in_model():
+                    save.write_model(setup.model, tokenizer, folder, state=tensors, stop_token_ids=stops)
             write_prompt_defaults(folder, self._prompt_defaults())
             durable.write_text(folder / "README.md", self._card(metrics, step))
 
@@ -255,9 +260,13 @@ class Checkpointer:
 
     def _gather_state(self) -> dict[str, torch.Tensor]:
         # The parameters themselves, because only they show which names are one tied weight.
-        return self._setup.strategy.gather(
-            self._setup.model.state_dict(keep_vars=True), keep=self._setup.devices.is_main
-        )
+        with self._masters_in_model():
+            state = self._setup.model.state_dict(keep_vars=True)
+            return self._setup.strategy.gather(state, keep=self._setup.devices.is_main)
+
+    def _masters_in_model(self) -> AbstractContextManager[object]:
+        optimizer = self._setup.optimizer
+        return optimizer.in_model() if isinstance(optimizer, MasterOptimizer) else contextlib.nullcontext()
 
     def _prompt_defaults(self) -> PromptDefaults:
         prepared = self._setup.prepared

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from llmtune.common.decisions import Decision
+from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, TrainingConfig
 from llmtune.data.dataset.micro_batch import MicroBatch
 from llmtune.data.example import ExampleSet
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine
 from llmtune.engine.neftune import Neftune
-from llmtune.engine.objective import Objective
+from llmtune.engine.objective import Objective, next_token_objective
+from llmtune.engine.own_loss import own_objective
 from llmtune.engine.policy_gradient import PolicyGradientObjective
 from llmtune.engine.precision import Precision
 from llmtune.engine.preference import Mismatches, PreferenceObjective, needs_reference
@@ -32,7 +35,7 @@ from llmtune.training.rollouts import Rollouts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Objectives", "build_objectives", "build_policy_gradient", "build_scoring", "own_objectives", "with_noise"]
+__all__ = ["Objectives", "build_objectives", "make_objectives", "own_objectives"]
 
 
 class Objectives(NamedTuple):
@@ -46,6 +49,37 @@ class Objectives(NamedTuple):
     """What draws the answers that training learns from."""
     reference_digest: str | None = None
     """sha256 over the weights of a second model that answers are compared with."""
+
+
+def make_objectives(
+    prepared: Prepared,
+    options: Options,
+    model: PreTrainedModel,
+    engine: Engine,
+    parameters: Mapping[str, nn.Parameter],
+    precision: Precision,
+    devices: Devices,
+    rewards: Sequence[Reward],
+    *,
+    base_digest: str,
+) -> Objectives:
+    """Build the objectives that the config names, or the user's own loss, of a model as before step 1.
+
+    All but the usual one: the next token's, without noise.
+    """
+    if options.loss is not None:
+        return own_objectives(own_objective(engine, options.loss), model, prepared.config)
+    if prepared.config.objective.method == "sft":
+        noisy = _with_noise(engine.nll_sum, model, prepared.config.training)
+        return Objectives(next_token_objective(noisy), None, [])
+    if prepared.config.objective.trains_head:
+        return _build_scoring(prepared, engine)
+    build = build_objectives
+    if prepared.config.objective.method == "grpo":
+        build = partial(_build_policy_gradient, rewards=rewards)
+    return build(
+        prepared, model, engine, parameters, precision, devices, base_digest=base_digest, offline=options.offline
+    )
 
 
 def build_objectives(
@@ -91,7 +125,7 @@ def build_objectives(
     return Objectives(objectives[0], heldout, decisions, reference_digest=digest)
 
 
-def build_scoring(prepared: Prepared, engine: Engine) -> Objectives:
+def _build_scoring(prepared: Prepared, engine: Engine) -> Objectives:
     """Build the objectives of a run that trains a head that gives scores; dropout stays as the config says."""
     sets = [prepared.data.train, *([prepared.data.eval] if prepared.data.eval is not None else [])]
     training, *heldout = (scoring_objective(examples, engine.scores, prepared.labels) for examples in sets)
@@ -104,7 +138,7 @@ def build_scoring(prepared: Prepared, engine: Engine) -> Objectives:
     return Objectives(training, heldout[0] if heldout else None, decisions)
 
 
-def build_policy_gradient(
+def _build_policy_gradient(
     prepared: Prepared,
     model: PreTrainedModel,
     engine: Engine,
@@ -182,11 +216,11 @@ def own_objectives(own: Objective, model: PreTrainedModel, config: Config) -> Ob
         problem = "a loss of your own is given the log-probabilities of whole rows, and processes share them here"
         raise UsageError(problem, "Trainer(loss=...)", "set `distributed.sequence_parallel: 1`, or leave the loss out")
     reason = "your function of the log-probabilities of trained tokens; held-out rows have the usual loss"
-    noisy = replace(own, loss_sum=with_noise(own.loss_sum, model, config.training))
+    noisy = replace(own, loss_sum=_with_noise(own.loss_sum, model, config.training))
     return Objectives(noisy, None, [Decision("objective", own.name, reason)])
 
 
-def with_noise(
+def _with_noise(
     nll_sum: Callable[[MicroBatch], torch.Tensor], model: PreTrainedModel, training: TrainingConfig
 ) -> Callable[[MicroBatch], torch.Tensor]:
     """Add noise to the embeddings of training rows where the config asks for it; loss sums have shape [].

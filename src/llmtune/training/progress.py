@@ -18,6 +18,7 @@ from llmtune.common.decisions import Decision
 from llmtune.common.text import Fact, PrintLine, printable
 from llmtune.data.dataset.row_result import STATUSES
 from llmtune.engine.devices import Devices
+from llmtune.engine.masters import MasterOptimizer
 from llmtune.errors import MachineError, Problem
 from llmtune.plan.summary import Plan, comparison_facts, start_facts
 from llmtune.prepare import Prepared
@@ -76,8 +77,9 @@ def measured_bytes(setup: TrainingSetup) -> dict[str, int]:
     weights = _bytes([*setup.model.parameters(), *setup.model.buffers()])
     adapter = _bytes(setup.parameters.values()) if setup.is_adapted else 0
     states = (state for part in setup.optimizer.parts for state in part.state.values())
-    optimizer = _bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
-    return {"weights": weights - adapter, "adapter": adapter, "optimizer": optimizer}
+    masters = setup.parameters.values() if isinstance(setup.optimizer, MasterOptimizer) else ()
+    moments = (value for state in states for value in state.values() if isinstance(value, Tensor))
+    return {"weights": weights - adapter, "adapter": adapter, "optimizer": _bytes(masters) + _bytes(moments)}
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

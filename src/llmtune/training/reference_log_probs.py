@@ -95,7 +95,9 @@ class ReferenceLogProbs:
         source = find_second_model(config.objective, tokenizer, offline=offline)
         assert source is not None
         # Nothing is recomputed, quantized or compiled in a model that has no gradients.
-        own = replace(config.model, gradient_checkpointing=False, quantization="none", train_only=())
+        own = replace(
+            config.model, gradient_checkpointing=False, offload_weights=False, quantization="none", train_only=()
+        )
         loaded = load_model(
             source,
             replace(own, name=source.name),

@@ -23,12 +23,14 @@ from llmtune.data.example import Example
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine, build_engine
 from llmtune.engine.loop import train_steps
+from llmtune.engine.masters import MasterOptimizer, make_masters
 from llmtune.engine.neftune import Neftune
 from llmtune.engine.objective import next_token_objective
 from llmtune.engine.optim import build_optimizer, matrices_of_blocks
 from llmtune.engine.precision import Precision
 from llmtune.engine.state import TrainingState
 from llmtune.engine.update import StepAfterBackward, StepInBackward
+from llmtune.kernels import weight_offload
 from llmtune.models.parameters import trained_parameters
 
 VOCABULARY, LENGTHS = 301, (37, 90, 12, 64, 130, 25, 41, 8)
@@ -46,6 +48,7 @@ SHAPE: dict[str, Any] = {
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE),
+    "deep": lambda: transformers.LlamaConfig(**SHAPE | {"num_hidden_layers": 4}),
     "mistral": lambda: transformers.MistralConfig(**SHAPE, sliding_window=16),
     "qwen2": lambda: transformers.Qwen2Config(**SHAPE),
     "qwen3": lambda: transformers.Qwen3Config(**SHAPE, head_dim=16),
@@ -99,6 +102,7 @@ def train(
     precision: str = "bf16",
     lora: bool = True,
     dropout: float = 0.0,
+    offload_weights: bool = False,
     **options: Any,
 ) -> Trained:
     """Train a small random model on `device`, two micro-batches a step; with no steps its engine is built only."""
@@ -112,7 +116,11 @@ def train(
             for name, weight in model.named_parameters():
                 if "lora_B" in name:
                     weight.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
-    return train_model(model.to(device), device, adapter=adapter, precision=precision, **options)
+    if offload_weights:
+        weight_offload.offload_weights(model, device)
+    else:
+        model = model.to(device)
+    return train_model(model, device, adapter=adapter, precision=precision, **options)
 
 
 def train_model(
@@ -126,6 +134,7 @@ def train_model(
     engine: str = "auto",
     optimizer: str = "adamw",
     in_backward: bool = False,
+    masters: bool = False,
     neftune_alpha: float | None = None,
     steps: int = 2,
     lengths: tuple[int, ...] = LENGTHS,
@@ -133,6 +142,7 @@ def train_model(
     accumulation: int = 2,
 ) -> Trained:
     """Train a model that is on the device already, on packs of documents of these lengths."""
+    rounded = make_masters(model) if masters else {}
     arithmetic = Precision(precision, device)
     config = Config(
         model=ModelConfig(gradient_checkpointing=recompute, attention=attention),
@@ -145,9 +155,12 @@ def train_model(
     if steps == 0:
         return Trained(built, [], [], [], Counter(), Counter())
     model.train()
-    parameters = trained_parameters(model)
+    parameters = rounded or trained_parameters(model)
+    orthogonal = matrices_of_blocks(model, trained_parameters(model))
     rule = {"learning_rate": 1e-3, "weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "device": device}
-    made, _ = build_optimizer(optimizer, parameters, orthogonal=matrices_of_blocks(model, parameters), **rule)
+    made, _ = build_optimizer(optimizer, parameters, orthogonal=orthogonal, **rule)
+    if masters:
+        made = MasterOptimizer(made, model, parameters)
     weights, devices = list(parameters.values()), Devices(device)
     update = (
         StepInBackward(weights, made)
@@ -225,4 +238,5 @@ def train_on() -> Callable[..., Trained]:
 @pytest.fixture(scope="session")
 def undisturbed() -> dict[str, Trained]:
     """Trainings with which others are compared."""
-    return {"gpu": on(), "cpu": on("cpu"), "recomputed": on(recompute=True)}
+    deep = on(family="deep", recompute=True)
+    return {"gpu": on(), "cpu": on("cpu"), "recomputed": on(recompute=True), "deep": deep}

@@ -13,23 +13,25 @@ from torch import nn
 from workloads import SHAPES
 
 from llmtune.adapters.attach import attach_adapter
-from llmtune.config.schema import AdapterConfig, Config, ModelConfig
+from llmtune.config.schema import AdapterConfig, Config, ModelConfig, TrainingConfig
 from llmtune.data.dataset.packing import plan_packs
 from llmtune.models.parameters import base_model_of
 from llmtune.models.quantization import import_bitsandbytes
 from llmtune.plan import memory
 from llmtune.plan.activation_trace import TRACED_BLOCKS, Gradients, MicroBatchShape, Peaks, extrapolate, trace
-from llmtune.plan.memory import MemoryPlan, plan_memory
+from llmtune.plan.memory import MemoryPlan, division_of, plan_memory
 from llmtune.plan.meta_model import count_sizes
 
 LORA = AdapterConfig(method="lora", r=16, alpha=32.0)
 
 
-def build(shape: str, blocks: int | None = None) -> Any:
-    """A bf16 model with a LoRA, without weights."""
+def build(shape: str, blocks: int | None = None, *, full: bool = False) -> Any:
+    """A bf16 model with a LoRA, or one in float32 that is trained in full, without weights."""
     config = transformers.LlamaConfig(**SHAPES[shape])
     config.num_hidden_layers = blocks or config.num_hidden_layers
     with torch.device("meta"):
+        if full:
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         return attach_adapter(model, LORA, seed=0)[0]
 
@@ -76,6 +78,8 @@ class Case(NamedTuple):
     recompute: bool = False
     bits: int = 16
     """Of a frozen weight."""
+    masters: bool = False
+    """Full tuning in bf16 beside float32 masters."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -86,16 +90,21 @@ class Case(NamedTuple):
 def plan_of(case: Case, batch: MicroBatchShape) -> MemoryPlan:
     """The plan of that micro-batch, as the forecast of a run makes it."""
     quantization = "4bit" if case.bits == 4 else "none"
-    config = Config(model=ModelConfig(gradient_checkpointing=case.recompute, quantization=quantization), adapter=LORA)
+    config = Config(
+        model=ModelConfig(gradient_checkpointing=case.recompute, quantization=quantization),
+        adapter=AdapterConfig() if case.masters else LORA,
+        training=TrainingConfig(precision="bf16", master_weights=case.masters),
+    )
     gradients: Gradients = "summed" if case.micro_batches > 1 else "single"
 
     def peaks(blocks: int) -> Peaks:
-        model, options = build(case.shape, blocks), {"checkpointing": case.recompute, "gradients": gradients}
+        model = build(case.shape, blocks, full=case.masters)
+        options = {"checkpointing": case.recompute, "gradients": gradients, "masters": case.masters}
         return trace(model, batch, device_type="cuda", compute=torch.bfloat16, **options)
 
     blocks = SHAPES[case.shape]["num_hidden_layers"]
     return plan_memory(
-        count_sizes(build(case.shape), config),
+        count_sizes(build(case.shape, full=case.masters), config),
         extrapolate(peaks(TRACED_BLOCKS), peaks(TRACED_BLOCKS + 1), blocks),
         batch,
         kind="cuda",
@@ -104,6 +113,7 @@ def plan_of(case: Case, batch: MicroBatchShape) -> MemoryPlan:
         thread_caches=False,
         process_bytes=0,
         file_bytes=0,
+        division=division_of(config, 1),
     )
 
 
@@ -113,13 +123,14 @@ def counted(train_model):
 
     def count(case: Case) -> tuple[int, int]:
         with numbers.machine("h200", has_numbers=False) as device:
-            model = build(case.shape)
+            model = build(case.shape, full=case.masters)
             if case.bits == 4:
                 quantize(model)
             put_on_device(model)
-            weights = device.now
-            options = {"lengths": case.lengths, "pack": sum(case.documents), "accumulation": case.micro_batches}
-            trained = train_model(model, torch.device("cuda", 0), adapter=LORA, recompute=case.recompute, **options)
+            weights = device.now // 2 if case.masters else device.now  # the model's own are rounded later
+            options: dict[str, Any] = {"adapter": AdapterConfig() if case.masters else LORA, "masters": case.masters}
+            options |= {"lengths": case.lengths, "pack": sum(case.documents), "accumulation": case.micro_batches}
+            trained = train_model(model, torch.device("cuda", 0), recompute=case.recompute, **options)
         assert trained.decided["model.attention"] == "varlen"
         return weights, trained.peak_bytes - weights
 
@@ -161,6 +172,14 @@ def test_a_plan_is_what_the_tensors_of_a_training_hold(counted, planned, monkeyp
     assert not hold(case, found, planned(case))
 
 
+def test_it_is_with_float32_masters(counted, planned, monkeypatch):
+    case = Case("tiny", (200, 700, 124), micro_batches=2, masters=True)
+    found = counted(case)
+    assert hold(case, found, planned(case)), (found, planned(case))
+    monkeypatch.setattr(f"{__name__}.division_of", lambda _config, _processes: memory.Division())
+    assert not hold(case, found, planned(case)), "masters are part of it"
+
+
 ONE, FOUR = (4096,), (1024,) * 4
 
 
@@ -175,6 +194,8 @@ ONE, FOUR = (4096,), (1024,) * 4
         Case("llama-3.2-1b", ONE, micro_batches=2),
         Case("llama-3.2-1b", FOUR, recompute=True),
         Case("llama-3.2-1b", FOUR, recompute=True, bits=4),
+        Case("llama-3.2-1b", FOUR, masters=True),
+        Case("llama-3-8b", ONE, micro_batches=2, recompute=True, masters=True),
     ],
     ids=lambda case: f"{case.shape}-{len(case.documents)}-{case.bits}-{case.recompute}",
 )
