@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from llmtune import durable
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.engine import forward
+from llmtune.errors import CheckpointError
 from llmtune.training import train as training
 from llmtune.verify.file_checks import verify_checkpoint, verify_merge
 from llmtune.verify.numbers import verify_batching, verify_packing
@@ -73,6 +75,20 @@ def test_p2_verify_resume_kills_through_the_real_command_line_and_passes(tiny_mo
     given = [f"model.name={tiny_model_folder}", f"data.train={rows_file}", *LORA, "training.batch_size=2"]
     verdict = verify_resume(None, given, tmp_path, steps=6, kills=1, print_line=silent)
     assert verdict.passed, verdict.lines()
+
+
+def test_n13_verify_resume_asks_for_kernels_that_add_in_a_fixed_order(tmp_path, monkeypatch):
+    """Flash attention's backward pass adds in another order each time, and the bytes of two equal runs would differ."""
+    asked = []
+
+    def refuse(arguments):
+        asked.append(arguments)
+        return SimpleNamespace(code=1, error="not here")
+
+    monkeypatch.setattr("llmtune.verify.resumed_run.run_command", refuse)
+    with pytest.raises(CheckpointError, match="not here"):
+        verify_resume(None, [], tmp_path, steps=4, kills=1, print_line=silent)
+    assert "training.deterministic=true" in asked[0]
 
 
 def test_p5_verify_checkpoint_finds_every_damage_and_a_changed_byte(config_of):
