@@ -170,6 +170,117 @@ def test_clipping_is_on_where_it_is_there(tmp_path, peer, text, norm):
     assert values(imported(tmp_path, text + "\n", peer=peer))("training.max_grad_norm") == norm
 
 
+# --- rows, masks, seeds, saving
+
+
+@pytest.mark.parametrize(
+    ("peer", "text", "save", "evaluate"),
+    [
+        ("trl", "dataset_name: d\nsave_strategy: epoch\neval_strategy: epoch", ("every_epochs", 1),
+         ("every_epochs", 1)),
+        ("trl", "dataset_name: d\nsave_steps: 0.2\neval_strategy: steps", ("every_steps", 0.2), ("every_steps", 10)),
+        ("trl", "dataset_name: d\neval_strategy: steps\nlogging_steps: 7", ("every_steps", 500), ("every_steps", 7)),
+        ("llama-factory", "val_size: 0.1\neval_strategy: steps", ("every_steps", 500), ("every_steps", 500)),
+        ("llama-factory", "val_size: 0.1\neval_steps: 50", ("every_steps", 500), ("every_steps", None)),
+        ("axolotl", "val_set_size: 0.1\nsaves_per_epoch: 4\nevals_per_epoch: 2", ("every_epochs", 0.25),
+         ("every_epochs", 0.5)),
+        ("axolotl", "base_model: m", ("every_steps", None), ("every_steps", None)),
+        ("oumi", "training: {save_steps: 0, save_epoch: true}", ("every_epochs", 1), ("every_steps", None)),
+        ("litgpt", "data: {init_args: {val_split_fraction: 0.1}}\neval: {interval: 50}", ("every_steps", 1000),
+         ("every_steps", 50)),
+    ],
+)  # fmt: skip
+def test_saves_and_evaluations_come_as_often_as_there(tmp_path, peer, text, save, evaluate):
+    of = values(imported(tmp_path, text + "\n", peer=peer))
+    assert (of(f"checkpoint.{save[0]}"), of(f"evaluation.{evaluate[0]}")) == (save[1], evaluate[1])
+
+
+@pytest.mark.parametrize(
+    ("peer", "kept"), [("trl", 0), ("llama-factory", 0), ("ms-swift", 0), ("oumi", 0), ("axolotl", 4), ("soup", 3)]
+)
+def test_as_many_checkpoints_are_kept(tmp_path, peer, kept):
+    assert values(imported(tmp_path, "x: 1\n", peer=peer))("checkpoint.keep_last") == kept
+
+
+@pytest.mark.parametrize(
+    ("peer", "text", "seed", "order"),
+    [
+        ("trl", "seed: 7", 7, 7),
+        ("trl", "seed: 7\ndata_seed: 3", 7, 3),
+        ("llama-factory", "seed: 7", 7, 7),
+        ("llama-factory", "seed: 7\ndisable_shuffling: true", 7, None),
+        ("axolotl", "seed: 7\nshuffle_merged_datasets: false", 7, None),
+        ("mlx-lm", "iters: 3", 0, 0),
+        ("oumi", "training: {seed: 9}", 9, 9),
+        ("torchtune", "seed: 5\nshuffle: false", 5, None),  # its sampler has a seed of its own
+        ("unsloth-studio", "training: {random_seed: 3407}", 3407, 3407),
+    ],
+)
+def test_seeds_of_training_and_of_the_order_of_the_rows(tmp_path, peer, text, seed, order):
+    of = values(imported(tmp_path, text + "\n", peer=peer))
+    assert (of("run.seed"), of("data.shuffle_seed")) == (seed, order)
+
+
+ASSISTANT = "all_assistant_messages"
+ROWS_OF_TORCHTUNE = "dataset: {{_component_: torchtune.datasets.{}, source: d{}}}"
+
+
+@pytest.mark.parametrize(
+    ("peer", "text", "form", "trained"),
+    [
+        ("axolotl", "datasets: [{path: d, type: alpaca}]", "alpaca", ASSISTANT),
+        ("axolotl", "datasets: [{path: d, type: alpaca}]\ntrain_on_inputs: true", "alpaca", "all_tokens"),
+        ("axolotl", "datasets: [{path: d, type: completion, field: t}]", "text", "all_tokens"),
+        ("axolotl", "datasets: [{path: d, type: chat_template.default}]", "messages", ASSISTANT),
+        ("llama-factory", "mask_history: true\ndataset: d", None, "last_assistant_turn"),
+        ("llama-factory", "train_on_prompt: true\ndataset: d", None, "all_tokens"),
+        ("llama-factory", "stage: pt\ndataset: d", None, "all_tokens"),
+        ("torchtune", ROWS_OF_TORCHTUNE.format("alpaca_dataset", ""), "alpaca", "all_tokens"),
+        ("torchtune", ROWS_OF_TORCHTUNE.format("alpaca_dataset", ", train_on_input: false"), "alpaca", ASSISTANT),
+        ("torchtune", ROWS_OF_TORCHTUNE.format("chat_dataset", ", conversation_style: openai"), "messages",
+         ASSISTANT),
+        ("litgpt", "data: {class_path: litgpt.data.JSON, init_args: {json_path: d}}", "alpaca", "all_tokens"),
+        ("litgpt", "data: {class_path: litgpt.data.JSON, init_args: {json_path: d, mask_prompt: true}}", "alpaca",
+         ASSISTANT),
+        ("mlx-lm", "data: d\nmask_prompt: true", None, ASSISTANT),
+        ("mlx-lm", "data: d", None, "all_tokens"),
+        ("trl", "dataset_name: d", None, "all_tokens"),
+        ("trl", "dataset_name: d\nassistant_only_loss: true", None, ASSISTANT),
+        ("soup", "data: {train: d, format: chatml, mask_history: true}", "messages", "last_assistant_turn"),
+        ("unsloth-studio", "data: {dataset: d}\ntraining: {train_on_completions: false}", None, "all_tokens"),
+    ],
+)  # fmt: skip
+def test_which_tokens_are_trained_and_in_what_form_rows_are_read(tmp_path, peer, text, form, trained):
+    of = values(imported(tmp_path, text + "\n", peer=peer))
+    (source, *_) = of("data.train")
+    assert (source.path, source.format, source.train_on or of("data.train_on")) == ("d", form, trained)
+
+
+@pytest.mark.parametrize(
+    ("peer", "text", "packing"),
+    [
+        ("axolotl", "sample_packing: true", "first_fit"),
+        ("axolotl", "sample_packing: false", "none"),
+        ("trl", "packing: true", "best_fit"),
+        ("llama-factory", "packing: true", "best_fit"),
+        ("llama-factory", "stage: pt", "best_fit"),
+        ("torchtune", "dataset: {packed: true}\ntokenizer: {max_seq_len: 64}", "greedy"),
+        ("nemo", "packed_sequence: {packed_sequence_size: 0}", "none"),
+        ("nemo", "packed_sequence: {packed_sequence_size: 64}", "best_fit"),
+    ],
+)
+def test_rows_are_packed_where_they_are_there(tmp_path, peer, text, packing):
+    assert values(imported(tmp_path, text + "\n", peer=peer))("data.packing") == packing
+
+
+@pytest.mark.parametrize("order", ["path: json, data_files: x.jsonl", "data_files: x.jsonl, path: json"])
+def test_the_file_is_read_and_not_the_name_of_its_kind(tmp_path, order):
+    result = imported(tmp_path, f"datasets: [{{{order}, type: alpaca}}]\n", peer="axolotl")
+    (source,) = values(result)("data.train")
+    assert source.path == "x.jsonl"
+    assert row_of(result, "datasets[0].path").outcome is Outcome.DROPPED
+
+
 # --- comparing answers
 
 

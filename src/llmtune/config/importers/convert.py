@@ -32,6 +32,8 @@ __all__ = ["Imported", "import_source"]
 
 HOW = ("distributed.", "tracking.", "model.attention", "training.compile")
 """Beginnings of keys that change how a step is computed or what is shown, and not what is trained."""
+LOADERS = ("json", "csv", "parquet", "text", "arrow")
+"""Names for a kind of file where the path of a data set is expected: the file itself is named by another key."""
 FORM_OF = dict.fromkeys(("dpo", "orpo", "simpo", "reward"), "preference") | {
     "kto": "unpaired",
     "grpo": "prompt",
@@ -165,7 +167,10 @@ class _Translation:
         if part:
             place = re.search(r"\[(\d+)\]", given.key)
             index = int(part[2] or (place[1] if place else 0))
-            self.sources.setdefault(part[1], {}).setdefault(index, {}).setdefault(part[3], change)
+            fields = self.sources.setdefault(part[1], {}).setdefault(index, {})
+            before = fields.get(part[3])
+            if before is None or before.weak or plain_text(before.value) in LOADERS:
+                fields[part[3]] = change
             self.of_source.setdefault(part[1], []).append(report)
             report.ours = tuple(dict.fromkeys((*report.ours, f"{part[1]}[].{part[3]}")))
             return
@@ -219,6 +224,9 @@ class _Translation:
                     fields = {"path": trained, **fields}
                 if "path" in fields:
                     rows.append(_source_table({name: change.value for name, change in fields.items()}))
+            for report in self.of_source[key]:
+                if report.value.lower() in LOADERS and not any(shown(row) == report.value for row in rows):
+                    report.outcome, report.text, report.ours = Outcome.DROPPED, "another key names the file", ()
             if not rows:
                 for report in self.of_source[key]:
                     report.outcome, report.text = Outcome.NEEDS, f"no rows are named beside it: write `{key}` by hand"

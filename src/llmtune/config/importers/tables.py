@@ -138,5 +138,6 @@ def _read_line(peer: Peer, columns: list[str], prefix: str) -> None:
         peer.defaults.append(Default(*([*rest, "", "", ""])[:4]))
     else:
         # Several keys with spaces between them may share one line.
+        rule, argument, text = [*rest, "", "", ""][:3]
         for key in kind.split(" "):
-            peer.add(Row(prefix + key, *([*rest, "", "", ""])[:3], prefix))
+            peer.add(Row(prefix + key, rule, argument, text, prefix))
