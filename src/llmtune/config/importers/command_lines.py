@@ -122,8 +122,8 @@ def _table(words: list[tuple[str, int]], file: str) -> Table | None:
         entries[key] = Entry(key, Scalar(value, True, origin), origin)
     for key, value, at in _options(words, file):
         entries[key] = Entry(key, value, Origin("file", f"{file}:{at}"))
-    if "." in said[: match.end()] and not any(key in peer_of(peer).detect for key in entries):
-        return None  # another program whose file has such a name
+    if peer == "trl" and any("." in key for key in entries) and not entries.keys() & peer_of(peer).detect.keys():
+        return None  # another program whose file has such a name: TRL's options have no dots
     return Table(tuple(entries.values()), Origin("file", f"{file}:{line}"))
 
 
