@@ -223,6 +223,15 @@ def test_llama_factory_writes_alpha_as_twice_the_rank_and_looks_rows_up(tmp_path
     assert of("model.gradient_checkpointing") is True
 
 
+@pytest.mark.parametrize(("column", "field"), [("text", None), ("body", "body")])
+def test_llama_factory_pre_trains_on_the_column_of_the_prompt_alone(tmp_path, column, field):
+    (tmp_path / "data").mkdir()
+    info = {"c4": {"file_name": "c4.jsonl", "columns": {"prompt": column}}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    (source,) = values(imported(tmp_path, "stage: pt\nfinetuning_type: lora\ntemplate: x\ndataset: c4\n"))("data.train")
+    assert (source.path, source.format, source.text_column) == ("data/c4.jsonl", "text", field)
+
+
 def test_names_without_a_dataset_info_are_asked_for(tmp_path):
     result = sample(tmp_path, "llama-factory")
     assert outcome(result, "dataset") is Outcome.NEEDS

@@ -55,7 +55,8 @@ def llama_factory_names(context: Context, given: Given, row: Row) -> Result:
     missing = []
     for index, name in enumerate(names):
         entry = info.get(name)
-        fields = _llama_factory_fields(entry, folder) if isinstance(entry, Mapping) else None
+        is_text = context.text("stage") == "pt"
+        fields = _llama_factory_fields(entry, folder, is_text) if isinstance(entry, Mapping) else None
         if fields is None:
             missing.append(name)
             fields = {"path": name}
@@ -88,8 +89,11 @@ _PAIR = {"chosen": "chosen", "rejected": "rejected"}
 _ROLES = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system", "observation_tag": "tool"}
 
 
-def _llama_factory_fields(entry: Mapping[str, object], folder: str) -> dict[str, object] | None:
-    """The keys of one of our sources for an entry of `dataset_info.json`; None where it names no rows."""
+def _llama_factory_fields(entry: Mapping[str, object], folder: str, is_text: bool) -> dict[str, object] | None:
+    """The keys of one of our sources for an entry of `dataset_info.json`; None where it names no rows.
+
+    `is_text`: for pre-training, which reads the prompt's column alone.
+    """
     columns = _texts(entry.get("columns"))
     tags = _texts(entry.get("tags"))
     is_chat = entry.get("formatting", "alpaca") in ("sharegpt", "openai")
@@ -97,6 +101,10 @@ def _llama_factory_fields(entry: Mapping[str, object], folder: str) -> dict[str,
     fields: dict[str, object] = {"path": str(Path(folder, str(path))) if path else entry.get("hf_hub_url")}
     if not fields["path"]:
         return None
+    fields |= {ours: entry[name] for name, ours in (("subset", "config"), ("split", "split")) if name in entry}
+    if is_text:
+        prompt = columns.get("prompt", "instruction")
+        return fields | {"format": "text"} | ({"text_column": prompt} if prompt != "text" else {})
     fields["format"] = "messages" if tags.get("role_tag") == "role" else ("sharegpt" if is_chat else "alpaca")
     named: dict[str, str] = {}
     if is_chat:
@@ -114,7 +122,6 @@ def _llama_factory_fields(entry: Mapping[str, object], folder: str) -> dict[str,
         named |= {"label": columns["kto_tag"]} if columns["kto_tag"] not in ("label", "kto_tag") else {}
     usual = ("messages", "conversations")
     fields["columns"] = {ours: theirs for ours, theirs in named.items() if ours != theirs and theirs not in usual}
-    fields |= {ours: entry[name] for name, ours in (("subset", "config"), ("split", "split")) if name in entry}
     return {name: value for name, value in fields.items() if value}
 
 

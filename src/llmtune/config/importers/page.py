@@ -25,6 +25,7 @@ llmtune config validate here.yaml
 - The report says of every key what became of it: kept, computed, dropped because, did nothing in the other toolkit
   either, needs you, no equivalent.
 - Exit code 0: nothing is without an equivalent. Exit code 3: something is, and the report says what that changes.
+- Where another toolkit's file is given to `config validate` or `train`, they say whose it looks like, and this command.
 
 It reads YAML, JSON, command lines in a shell script or a page (`--number` takes another than the first), and the
 keywords of a training script or a notebook. `--json` prints the config and the report as data.
@@ -34,7 +35,8 @@ tables are those that the import reads.
 
 A step of llmtune has `batch_size` x `gradient_accumulation_steps` rows, however many devices share it. Most toolkits
 multiply that by the number of devices. Where the file names the devices, the import does so too; where it does not,
-multiply by hand.
+multiply by hand. GRPO of TRL, which most of them use, counts drawn answers where llmtune counts prompts: the import
+divides by the answers to each prompt.
 """
 
 SHARED = {"_transformers": "Keys of transformers", "_grpo": "Keys of TRL's GRPO"}
