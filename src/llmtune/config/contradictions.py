@@ -344,7 +344,7 @@ _OF_EVERY_RUN: tuple[Contradiction, ...] = (
             c.objective.method == "sft"
             and bool(
                 {"preference", "unpaired", "prompt", "classification"}
-                & {c.data.format, *(one.format for one in (*c.data.train, *c.data.eval))}
+                & {c.data.format, *(source.format for source in (*c.data.train, *c.data.eval))}
             )
         ),
         "rows of this format are for methods that compare answers, and supervised fine-tuning compares none",

@@ -57,7 +57,7 @@ def _sources(config: Config) -> tuple[SourceConfig, ...]:
 
 
 def _a_format_does_not_fit(config: Config) -> bool:
-    method, names = config.objective.method, {config.data.format, *(one.format for one in _sources(config))}
+    method, names = config.objective.method, {config.data.format, *(source.format for source in _sources(config))}
     names -= {"auto", None}
     return method != "sft" and not names <= FORMATS_OF.get(method, {"preference"})
 
@@ -67,7 +67,7 @@ def _draws(config: Config) -> bool:
 
 
 def _rules(config: Config) -> set[str]:
-    return {config.data.train_on, *(one.train_on for one in _sources(config) if one.train_on is not None)}
+    return {config.data.train_on, *(source.train_on for source in _sources(config) if source.train_on is not None)}
 
 
 _OF_ANOTHER_METHOD: list[Contradiction] = []
@@ -144,7 +144,7 @@ OBJECTIVE_CONTRADICTIONS: tuple[Contradiction, ...] = (
     Contradiction(
         ("data.text_column", "data.train", "data.eval", "objective.method"),
         lambda c, _: (
-            _compares(c) and bool(c.data.text_column or any(one.text_column is not None for one in _sources(c)))
+            _compares(c) and bool(c.data.text_column or any(source.text_column is not None for source in _sources(c)))
         ),
         "the field of a text counts in supervised fine-tuning only",
         "remove `data.text_column` (to classify that field: `columns: {text: FIELD}` in the source)",

@@ -90,6 +90,6 @@ def _write(path: Path, architecture: str, name: str, alpha: float, tensors: Tens
 
 def _compare(path: Path, tensors: Tensors) -> None:
     """Raise CheckpointError where the file does not hold these numbers."""
-    stored = {one.name: one.data for one in gguf.GGUFReader(path).tensors}
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     if stored.keys() != tensors.keys() or not all(np.array_equal(stored[name], tensors[name]) for name in tensors):
         raise CheckpointError("what was written is not the adapter", where=str(path), fix="export it again")

@@ -123,14 +123,14 @@ def read_back(path: Path, model_folder: ModelFolder, empty_folder: Path) -> tupl
     if refuse_unwritable(model_folder.config).reads_back:
         return read_gguf(path, empty_folder)
     tokenizer = read_gguf_tokenizer(path, empty_folder)
-    stored = {one.name: one for one in gguf.GGUFReader(path).tensors}
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     with quiet_libraries():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(model_folder.config, dtype=torch.float32)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for weight, place in places_of(model_folder, GGUF_TYPES["f32"]).items():
-            one = stored[place.name]
-            values = np.array(gguf.quants.dequantize(one.data, one.tensor_type), np.float32)
+            tensor = stored[place.name]
+            values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
             parameters[weight].copy_(place.read(torch.from_numpy(values).reshape(place.shape)))
     return model, tokenizer
 

@@ -97,7 +97,7 @@ def modelfile(
 def modelfile_prompt(text: str, messages: Sequence[tuple[str, str]]) -> str:
     """Return the prompt that Ollama writes with this Modelfile."""
     # Ollama reads it without the characters that are not printed.
-    read = "".join(one for one in text if one.isprintable() or one in "\n\t")
+    read = "".join(character for character in text if character.isprintable() or character in "\n\t")
     found = dict(re.findall(r'^(TEMPLATE|SYSTEM) """(.*?)"""$', read, re.MULTILINE | re.DOTALL))
     system = found.get("SYSTEM")
     if system is not None and all(role != "system" for role, _ in messages):
@@ -154,20 +154,20 @@ def _around(text: str, *words: str) -> list[str]:
     return [*parts, text]
 
 
-def _common_start(one: str, other: str) -> str:
-    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+def _common_start(left: str, right: str) -> str:
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False))
     return "".join(character for character, _ in pairs)
 
 
-def _common_end(one: str, other: str) -> str:
-    return _common_start(one[::-1], other[::-1])[::-1]
+def _common_end(left: str, right: str) -> str:
+    return _common_start(left[::-1], right[::-1])[::-1]
 
 
 def _written(template: str, system: str | None, file: str, stops: Sequence[str]) -> str:
     quotes = '"""'
     lines = [f"FROM ./{file}", f"TEMPLATE {quotes}{template}{quotes}"]
     if system is not None:
-        lost = sorted({f"U+{ord(one):04X}" for one in system if not one.isprintable() and one not in "\n\t"})
+        lost = sorted({f"U+{ord(sign):04X}" for sign in system if not sign.isprintable() and sign not in "\n\t"})
         if lost or quotes in system or not system.strip():
             what = ", ".join(lost) or "three quotation marks, or only spaces"
             raise _refused(f"a Modelfile cannot hold the system prompt of training ({what})")

@@ -84,7 +84,7 @@ def grow_segments() -> None:
 def has_expandable_segments() -> bool:
     """Whether the CUDA allocator of this process grows its segments, or would where `grow_segments` is called."""
     settings = [os.environ[name] for name in CUDA_ALLOCATOR_SETTINGS if name in os.environ]
-    return any("expandable_segments:True" in one for one in settings) if settings else not is_wsl()
+    return any("expandable_segments:True" in setting for setting in settings) if settings else not is_wsl()
 
 
 def is_wsl() -> bool:

@@ -270,7 +270,7 @@ class Checkpointer:
 
     def _prompt_defaults(self) -> PromptDefaults:
         prepared = self._setup.prepared
-        formats = [str(one.value) for one in prepared.decisions if one.key == "data.format"]
+        formats = [str(decision.value) for decision in prepared.decisions if decision.key == "data.format"]
         return prompt_defaults_of(self._setup.config.data, formats)
 
     def _served(self, base_path: str | None, *, adds_rows: bool) -> list[str]:
@@ -285,7 +285,7 @@ class Checkpointer:
     def _card(self, metrics: Mapping[str, Any], step: int) -> str:
         setup, source = self._setup, self._setup.prepared.source
         base = Path(setup.model.config._name_or_path)
-        num_rows = next((one.value for one in setup.decisions if one.key == ADDED_ROWS), None)
+        num_rows = next((decision.value for decision in setup.decisions if decision.key == ADDED_ROWS), None)
         # A folder is written in full: the code in the card is run elsewhere.
         base_path = None if source.kind == "scratch" else str(base.absolute() if base.is_dir() else base)
         return trained_model_card(

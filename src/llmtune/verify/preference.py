@@ -79,7 +79,7 @@ class _Trial(NamedTuple):
         examples = [self.setup.prepared.data.train[row] for row in rows]
         if swapped:
             other = {"chosen": "rejected", "rejected": "chosen"}
-            examples = [replace(one, side=other[one.side]) for one in examples]  # type: ignore[index, arg-type]
+            examples = [replace(example, side=other[example.side]) for example in examples]  # type: ignore[index, arg-type]
         pad_id = self.setup.prepared.tokenizer.tokenizer.pad_token_id or 0
         batch = make_micro_batch(examples, self.setup.engine.layout, pad_id)
         return replace(batch, indices=np.array(rows, dtype=np.int64))
@@ -191,12 +191,14 @@ def _check_masks(verdict: Verdict, trial: _Trial) -> None:
         with torch.no_grad():
             found = setup.engine.log_probs(batch).double().cpu()
             own = [_answer_log_prob(setup, example) for example in examples]
-        apart = max(apart, *(abs(float(one) - other) / abs(other) for one, other in zip(found, own, strict=True)))
+        apart = max(apart, *(abs(float(left) - right) / abs(right) for left, right in zip(found, own, strict=True)))
         trained = [np.flatnonzero(example.weights) for example in examples]
-        ended += sum(int(one.input_ids[places[-1]]) in stops for one, places in zip(examples, trained, strict=True))
+        ended += sum(
+            int(example.input_ids[places[-1]]) in stops for example, places in zip(examples, trained, strict=True)
+        )
         prompt = prompts[examples[0].source.partition("#")[0]]
         ends = [len(prompt) <= places[0] for places in trained]
-        same += all(ends) and all(one.input_ids[: len(prompt)].tolist() == prompt for one in examples)
+        same += all(ends) and all(example.input_ids[: len(prompt)].tolist() == prompt for example in examples)
     rows, answers = len(trial.groups), sum(len(group) for group in trial.groups)
     measured = f"{same} of {rows} rows begin with the tokens that `generate` would be given"
     verdict.add("no token of a prompt is trained", measured, same == rows)
@@ -210,17 +212,17 @@ def _check_masks(verdict: Verdict, trial: _Trial) -> None:
 def _prompts(prepared: Prepared) -> dict[str, list[int]]:
     """The tokens that `generate` would be given for each row, by its source."""
     data, renderer = prepared.config.data, prepared.renderer
-    detected = [str(one.value) for one in prepared.decisions if one.key == "data.format"]
+    detected = [str(decision.value) for decision in prepared.decisions if decision.key == "data.format"]
     prompts: dict[str, list[int]] = {}
     for source, row in rows_of(data).items():
         with suppress(UnusableRowError, DataError):  # of such a row there is no example
-            one = conversations_of(row, detected[0] if detected else data.format)[0]
-            turns = enumerate(one.messages)
+            talk = conversations_of(row, detected[0] if detected else data.format)[0]
+            turns = enumerate(talk.messages)
             begin = next(at for at, turn in turns if turn.role in ("assistant", "tool") and turn.weight is None)
             prompts[source] = (
-                renderer.text_prompt_ids(one.messages[0].content)
-                if one.prompt_is_text
-                else renderer.prompt_ids(one.messages[:begin], one.tools, one.template_args)
+                renderer.text_prompt_ids(talk.messages[0].content)
+                if talk.prompt_is_text
+                else renderer.prompt_ids(talk.messages[:begin], talk.tools, talk.template_args)
             )
     return prompts
 

@@ -122,7 +122,7 @@ def _lines(runs: Sequence[RunData], name: str) -> list[Line]:
 
 
 def _lines_of(series: Sequence[Series], runs: Sequence[RunData]) -> list[Line]:
-    return [Line(one, STYLES[index % len(STYLES)], end_mark=letter(index, runs)) for index, one in enumerate(series)]
+    return [Line(line, STYLES[index % len(STYLES)], end_mark=letter(index, runs)) for index, line in enumerate(series)]
 
 
 def _newest(lines: Sequence[Line], number: Callable[[float], str] = short) -> str:

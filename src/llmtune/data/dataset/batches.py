@@ -298,7 +298,7 @@ def eval_batches(
         ]
 
     groups = groups_of(rank)
-    most = max(len(groups_of(one)) for one in range(world_size)) if equal_counts else len(groups)
+    most = max(len(groups_of(process)) for process in range(world_size)) if equal_counts else len(groups)
     for group in [*groups, *[_NO_ROWS] * (most - len(groups))]:
         yield _build(examples, layout, pad_id, group)
 

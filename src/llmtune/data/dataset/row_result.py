@@ -132,7 +132,7 @@ def process_record(
     result, examples = _of_examples(blank, conversations[0], rendered)
     if result.status == "bad":
         return result
-    return _fit(result, conversations[0], [one for one in examples if one[1].any()], renderer, rules)
+    return _fit(result, conversations[0], [example for example in examples if example[1].any()], renderer, rules)
 
 
 def conversations_of(row: Row, format_name: str, text_column: str | None = None) -> tuple[Conversation, ...]:

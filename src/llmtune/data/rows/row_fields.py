@@ -270,8 +270,8 @@ def _messages_of(turn: object, field: str) -> Iterator[Message]:
         raise wrong_type(field, "a message must be an object", turn, 'write {"role": "user", "content": "..."}')
     pair = turn_pair_of(turn)
     if pair is None:
-        for one in without_blocks(turn):
-            yield _read_message(one, field)
+        for message in without_blocks(turn):
+            yield _read_message(message, field)
         return
     weight = read_message_weight(turn, field)
     question, answer = (read_content(turn[key], f"{field}.{key}") for key in pair)
