@@ -203,7 +203,7 @@ def _gemma3_obstacles(config: PreTrainedConfig) -> Iterator[str]:
         yield from _other(config, name, False, f"{name} of")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         yield from _other(config, name, None, f"{name} of")
-    # The model of 27 B divides by another width, and llama.cpp knows it by its number of layers.
+    # The model of 27 B divides by another width, and llama.cpp recognizes it by its number of layers.
     width = config.hidden_size // config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
     yield from _other(config, "query_pre_attn_scalar", width, "attention scaled by")
     kinds = [

@@ -1,7 +1,7 @@
 """Render the part of Go's template language that `ollama.py` writes, as Ollama does.
 
-Ollama renders a Modelfile's TEMPLATE with Go's text/template (https://pkg.go.dev/text/template). This knows texts,
-quoted strings, fields, `if`, `else if`, `else`, `range` and `eq`; it raises ValueError for anything else.
+Ollama renders a Modelfile's TEMPLATE with Go's text/template (https://pkg.go.dev/text/template). Rendered are
+texts, quoted strings, fields, `if`, `else if`, `else`, `range` and `eq`; anything else is a ValueError.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write a Modelfile, with which Ollama gives the prompts of training: the same token ids, or it is refused.
 
 Ollama renders no chat template of Hugging Face where its own may stand: it compares the template in a GGUF file with
-those it knows, and takes the nearest of its own. So the Modelfile carries a TEMPLATE, learnt from the model's template
+those it has, and takes the nearest of its own. So the Modelfile carries a TEMPLATE, learnt from the model's template
 and compared with it on `CONVERSATIONS`. The format: https://docs.ollama.com/modelfile
 """
 

@@ -184,7 +184,7 @@ MLX_TYPES = frozenset({
     "cohere", "cohere2", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "granite", "llama", "mistral",
     "mixtral", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm",
 })  # fmt: skip
-"""Values of `model_type` that mlx-lm knows, of those that are common here."""
+"""Values of `model_type` that mlx-lm loads, of those that are common here."""
 
 Line = Callable[[Result], "str | None"]
 PROGRAMS: tuple[tuple[str, Kind, Line], ...] = (

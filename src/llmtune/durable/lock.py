@@ -54,7 +54,7 @@ class FileLock:
                 # Written only for the message of others; the lock itself is the system's and ends with the process.
                 call("truncate", self._descriptor, 0)
                 write_fully(self._descriptor, json.dumps({"pid": os.getpid(), "machine": gethostname()}).encode())
-        except BaseException:  # whatever happened, nobody else knows this descriptor
+        except BaseException:  # whatever happened, nothing else can close this descriptor
             os.close(self._descriptor)
             raise
         _held_descriptors.add(self._descriptor)
@@ -108,7 +108,7 @@ class ReadLock:
             # Between open and lock another process may have deleted the folder; its lock would then be on a lost file.
             if not os.path.samestat(os.fstat(descriptor), os.lstat(path)):
                 raise FileNotFoundError(errno.ENOENT, "it was just deleted", os.fspath(path))
-        except BaseException:  # whatever happened, nobody else knows this descriptor
+        except BaseException:  # whatever happened, nothing else can close this descriptor
             os.close(descriptor)
             raise
         _held_descriptors.add(descriptor)

@@ -41,7 +41,7 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Give tensors of any shape in full, sharded ones gathered to the CPU one at a time; each process must call it.
 
-    keep: whether this process wants them; without it, it takes part and the sharded ones are left out. Two names of one
+    keep: whether this process gets them; without it, it takes part and the sharded ones are left out. Two names of one
     tensor stay one tensor.
     """
     gathered: dict[str, Tensor] = {}

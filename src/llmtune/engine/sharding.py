@@ -91,7 +91,7 @@ class Strategy(Protocol):
     def gather(self, tensors: Mapping[str, Tensor], /, *, keep: bool) -> dict[str, Tensor]:
         """Give tensors in their full shapes, those in parts gathered to the CPU one at a time, on each process at once.
 
-        keep: whether this process wants them; without it, it takes part only.
+        keep: whether this process gets them; without it, it takes part only.
         """
         ...
 

@@ -24,7 +24,7 @@ def run_tasks(
     batch_size: int,
     limit: int | None = None,
 ) -> Results:
-    """Return task -> metric -> value of the tasks: names that lm-eval knows, or YAML files of tasks.
+    """Return task -> metric -> value of the tasks: names of lm-eval, or YAML files of tasks.
 
     chat_template: prompts are written as chats, with the system prompt and the template arguments of training. limit:
     documents of each task.

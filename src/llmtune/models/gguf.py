@@ -61,7 +61,7 @@ def converted_folder(
 
     The folder is made on first use. A process compares its bytes with the manifest before their first use and again
     when a file has changed since; a damaged folder is made anew. weights: False leaves the weight files unread, for
-    callers that need only the config or the tokenizer. print_line: is told of a conversion, which takes long.
+    callers that need only the config or the tokenizer. print_line: prints that a model is converted, which takes long.
 
     Raises ModelError when the file cannot be read as a model, MachineError when the cache cannot be written.
     """

@@ -1,6 +1,6 @@
 """What a run says, laid out for a terminal: labelled facts, choices in columns, memory as a bar, commands to copy.
 
-Where there is no terminal the same facts are plain lines (`str` of each), which programs read. Nothing is told by
+Where there is no terminal the same facts are plain lines (`str` of each), which programs read. Nothing is shown by
 colour alone, and every colour is one of the terminal's own, so that it is legible on dark and on light.
 """
 

@@ -344,7 +344,7 @@ def _origins_of(folder: Path) -> dict[str, str]:
 
 
 def run_info(run: RunFolder, config_name: str, setup: TrainingSetup, start_step: int) -> RunInfo:
-    """What trackers are told of the run when it starts."""
+    """The facts of a run that its trackers get when it starts."""
     shape, config = setup.model.config.to_dict(), setup.config
     return RunInfo(
         name=run.name,

@@ -42,10 +42,10 @@ MAX_PACKED_PARQUET_BYTES = 512 * 2**20
 """A compressed parquet file is unpacked in memory, because parquet is read from its end; this is the largest."""
 
 JSON_LINES = 10
-"""Lines of a text file by which it is told from one with a JSON object in each line."""
+"""First lines of a text file that are looked at: where they are JSON objects, it is a file of JSON lines."""
 
 KIND_BYTES = 2**18
-"""Bytes from which the kind of a JSON file is told."""
+"""First bytes of a JSON file, by which its kind is recognized."""
 
 Numbering = Literal["line", "index"]
 
@@ -133,7 +133,7 @@ class _CsvLines:
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NAMED_DELIMITER = re.compile(r'"?sep=(.)"?\s*')
-"""A first line by which Excel is told the delimiter."""
+"""A first line that names the delimiter, for Excel."""
 
 
 def _table_kind(stream: IO[bytes], kind: str) -> str:

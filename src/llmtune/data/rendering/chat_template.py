@@ -37,7 +37,7 @@ _PLAIN_TYPES = {
     "_Namespace": "namespace",
     "_DictMaker": "dict",
 }
-"""What the author of a template knows the types as that stand in for Python's own."""
+"""Types that stand in for Python's own -> their names in the words of a template's author."""
 
 
 class RenderedPrefix(NamedTuple):
