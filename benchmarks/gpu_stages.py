@@ -22,7 +22,6 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -310,34 +309,12 @@ def _speed_case(workload: Workload, way: str, libraries: Sequence[str] | None = 
 
 def planned_bytes(workload: Workload) -> int:
     """Bytes that the plan expects torch to hold for one row a step: weights, adapter, its optimizer, a micro-batch."""
-    import torch
-    import transformers
-    from starting_point import adapter_of
+    import roofline
 
-    from llmtune.adapters.attach import attach_adapter
-    from llmtune.plan.activation_trace import TRACED_BLOCKS, MicroBatchShape, extrapolate, trace
+    from llmtune.kernels.patch_model import kernel_libraries
 
-    shape = SHAPES[str(workload.shape)]
-
-    def build(blocks: int) -> Any:
-        config = transformers.LlamaConfig(**{**shape, "num_hidden_layers": blocks})
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-            return attach_adapter(model, adapter_of(workload), seed=0)[0]
-
-    def peaks(blocks: int) -> Any:
-        batch = MicroBatchShape((workload.longest,), workload.longest - 1, "flat")
-        options = {"device_type": "cuda", "compute": torch.bfloat16, "checkpointing": workload.checkpointing}
-        return trace(build(blocks), batch, gradients="single", attention="varlen", **options)
-
-    layers = int(shape["num_hidden_layers"])
-    whole = build(layers)
-    trained = sum(weight.nbytes for weight in whole.parameters() if weight.requires_grad)
-    linear = sum(weight.numel() for name, weight in whole.named_parameters() if "base_layer" in name)
-    saved = round(linear * (2 - 0.516)) if workload.method == "qlora" else 0  # 4 bits and double-quantized scales
-    weights = sum(weight.nbytes for weight in whole.parameters()) - saved
-    micro_batch = extrapolate(peaks(TRACED_BLOCKS), peaks(TRACED_BLOCKS + 1), layers).peak_bytes
-    return weights + 2 * trained + round(1.05 * micro_batch)
+    options = {"method": workload.method, "recompute": workload.checkpointing, "trained": 1.0}
+    return roofline.planned_bytes(str(workload.shape), [workload.longest], kernel_libraries("cuda"), **options)
 
 
 # ---- longest row ----

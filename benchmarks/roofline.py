@@ -25,14 +25,23 @@ from torch.utils.flop_counter import flop_registry
 from workloads import SHAPES
 
 from llmtune.adapters.attach import attach_adapter
-from llmtune.config.schema import AdapterConfig
+from llmtune.config.schema import AdapterConfig, Config, ModelConfig
+from llmtune.engine.allocator import grow_segments
+from llmtune.engine.choose_device import CUDA_CONTEXT_BYTES
 from llmtune.engine.masters import make_masters
 from llmtune.kernels.chunks import every_chunk
 from llmtune.kernels.liger import LIGER
+from llmtune.kernels.lora import FROZEN_WEIGHTS
+from llmtune.models.quantization import import_bitsandbytes
 from llmtune.plan import activation_trace
-from llmtune.plan.activation_trace import TRACED_BLOCKS, MicroBatchShape
+from llmtune.plan.activation_trace import TRACED_BLOCKS, MicroBatchShape, Peaks, extrapolate
+from llmtune.plan.memory import plan_memory
+from llmtune.plan.meta_model import count_sizes
 
 aten = torch.ops.aten
+import_bitsandbytes()  # its operators
+
+LORA = AdapterConfig(method="lora", r=16, alpha=32.0)
 
 CARDS = {
     "t4": (65e12 * 0.6, 320e9 * 0.8),
@@ -61,7 +70,7 @@ PASSES = {"cross_entropy_": 2}
 """Times that an operation of several passes reads its inputs: no cache holds a chunk of logits."""
 
 
-UPDATE_BYTES = {"lora": 0, "full": 28, "masters": 34}
+UPDATE_BYTES = {"lora": 0, "qlora": 0, "full": 28, "masters": 34}
 """Bytes that an update moves for each trained weight: weight, gradient and two moments are read, all but the gradient
 written (AdamW, float32); a master is then read and its bf16 weight written.
 """
@@ -183,13 +192,59 @@ def _work(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> float:
 
 
 def build(shape: str, blocks: int, method: str = "lora") -> Any:
-    """A model without values: in bf16 with a LoRA of rank 16 on all linear layers, or in float32, all of it trained."""
+    """A model without values: in bf16 with a LoRA of rank 16 on all linear layers, or in float32, all of it trained.
+
+    A model of 4 bits is built of 16: what it holds and how it is read is seen to by `planned_bytes` and `_dequantized`.
+    """
     config = transformers.LlamaConfig(**{**SHAPES[shape], "num_hidden_layers": blocks})
     with torch.device("meta"):
-        if method != "lora":
+        if method not in ("lora", "qlora"):
             return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        return attach_adapter(model, AdapterConfig(method="lora", r=16, alpha=32.0), seed=0)[0]
+        return attach_adapter(model, LORA, seed=0)[0]
+
+
+def _dequantized(layer: torch.nn.Module) -> torch.Tensor:
+    """The weight [N, K] of a layer, made of its 4 bits for each product."""
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    packed = weight.new_empty(weight.numel() // 2, 1, dtype=torch.uint8)
+    scales = weight.new_empty(weight.numel() // 64, dtype=torch.float32)
+    return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, 64, "nf4", weight.shape, weight.dtype)
+
+
+def planned_bytes(
+    shape: str,
+    lengths: Sequence[int],
+    libraries: Collection[str],
+    *,
+    method: str = "lora",
+    recompute: bool = False,
+    trained: float = 0.8,
+) -> int:
+    """Bytes that torch holds at most by the plan of an adapter's step, one micro-batch; the driver's come on top."""
+    batch = MicroBatchShape(tuple(lengths), round(trained * sum(lengths)), "flat")
+    config = Config(model=ModelConfig(quantization="4bit" if method == "qlora" else "none"), adapter=LORA)
+
+    def peaks(blocks: int) -> Peaks:
+        options = {"compute": torch.bfloat16, "attention": "varlen", "libraries": libraries}
+        model = build(shape, blocks, method)
+        return activation_trace.trace(
+            model, batch, device_type="cuda", checkpointing=recompute, gradients="single", **options
+        )
+
+    layers = int(SHAPES[shape]["num_hidden_layers"])
+    plan = plan_memory(
+        count_sizes(build(shape, layers, method), config),
+        extrapolate(peaks(TRACED_BLOCKS), peaks(TRACED_BLOCKS + 1), layers),
+        batch,
+        kind="cuda",
+        optimizer="adamw",
+        gradients="single",
+        thread_caches=False,
+        process_bytes=0,
+        file_bytes=0,
+    )
+    return plan.peak_bytes - plan.parts["process"]
 
 
 def count(
@@ -210,6 +265,7 @@ def count(
         entries = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
         with (
             mock.patch.object(activation_trace, "representative_chunks", every_chunk),
+            mock.patch.dict(FROZEN_WEIGHTS, {"Linear": _dequantized} if method == "qlora" else {}),
             Meter(card, lengths) as meter,
             mock.patch.object(activation_trace, "make_masters", meter.masters_of),
         ):
@@ -246,11 +302,18 @@ def main() -> None:
     tokens = sum(options.documents)
     print(f"{options.method} of {options.shape}, {len(options.documents)} documents, {tokens:,} tokens; ", end="")
     print("counted, not measured\n")
+    rest = {"method": options.method, "recompute": options.recompute}
+    if options.method in ("lora", "qlora"):
+        grow_segments()  # as a training does
+        cells = []
+        for name, libraries in LIBRARIES.items():
+            held = planned_bytes(options.shape, options.documents, libraries, **rest) + CUDA_CONTEXT_BYTES
+            cells.append(f"{held / 1e9:.1f} GB ({name})")
+        print(f"planned on the card, by kernels: {', '.join(cells)}\n")
     print("| card | kernels | products ms | attention ms | other ms | other GB | operations | tokens/s |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for card in options.card:
         for name, libraries in LIBRARIES.items():
-            rest = {"method": options.method, "recompute": options.recompute}
             found = count(card, options.shape, options.documents, libraries, **rest)
             cells = [f"{1e3 * one:.1f}" for one in (found.product_s, found.attention_s, found.other_s)]
             cells += [f"{found.other_bytes / 1e9:.0f}", f"{found.operations:,.0f}", f"{tokens / found.seconds:,.0f}"]
