@@ -47,6 +47,9 @@ NOISE_FACTOR = 8
 KL_TOLERANCE = 1e-3
 """Largest mean divergence of a result rounded to 16 bits, nats."""
 
+PART_ENTRIES = 2_000_000
+"""Entries of a weight that are moved at once."""
+
 PROBES = (
     "The capital of France is Paris, and the capital of Italy is",
     "Write a short poem about the sea.\n\nThe waves",
@@ -110,9 +113,11 @@ def float32_noise(
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
-            up = torch.rand(parameter.shape, generator=generator) < 0.5
-            parameter.copy_(torch.nextafter(parameter, torch.where(up, math.inf, -math.inf)))
+        for parameter in map(torch.atleast_1d, model.parameters()):
+            # A part at a time: the embedding of a large model takes gigabytes.
+            for part in parameter.split(max(1, PART_ENTRIES * len(parameter) // max(1, parameter.numel()))):
+                up = torch.rand(part.shape, generator=generator) < 0.5
+                part.copy_(torch.nextafter(part, torch.where(up, math.inf, -math.inf)))
     return compare_logits(logits, logits_of(model, prompts)).max_abs_logit
 
 
