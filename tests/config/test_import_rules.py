@@ -110,6 +110,13 @@ def test_a_hash_within_a_word_begins_no_comment(tmp_path):
     assert of("adapter.r") == 4
 
 
+def test_mlx_counts_micro_batches_in_all_its_intervals(tmp_path):
+    text = "iters: 1000\ngrad_accumulation_steps: 4\nsteps_per_eval: 100\nsave_every: 50\ndata: d\n"
+    of = values(imported(tmp_path, text, peer="mlx-lm"))
+    keys = ("training.max_steps", "evaluation.every_steps", "checkpoint.every_steps", "tracking.every_steps")
+    assert [of(key) for key in keys] == [250, 25, 13, 3]
+
+
 # --- warm-up, schedule, clipping
 
 
@@ -138,6 +145,7 @@ def test_warm_up_in_steps_or_as_a_fraction(tmp_path, peer, text, steps, ratio):
         ("trl", "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: 0.1}", "cosine", 0.1),
         ("trl", "learning_rate: 1e-4\nlr_scheduler_type: cosine\nlr_scheduler_kwargs: {min_lr: 1e-5}", "cosine", 0.1),
         ("litgpt", "train: {min_lr: 6e-5}\noptimizer: {init_args: {lr: 3e-4}}", "cosine", 0.2),
+        ("litgpt", "checkpoint_dir: m\ntrain: {min_lr: 6e-5}\noptimizer: {init_args: {lr: 3e-4}}", "cosine", 0.0),
         ("nemo", "optimizer: {lr: 1e-5}\nlr_scheduler: {lr_decay_style: linear, min_lr: 1e-6}", "linear", 0.1),
         ("axolotl", "lr_scheduler: cosine\ncosine_min_lr_ratio: 0.25", "cosine", 0.25),
         ("mlx-lm", "lr_schedule: {name: cosine_decay, arguments: [1e-5, 1000, 1e-6]}", "cosine", 0.1),

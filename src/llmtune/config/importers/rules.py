@@ -27,6 +27,7 @@ __all__ = [
     "Outcome",
     "Result",
     "Rule",
+    "compute",
     "ignored",
     "is_off",
     "made",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from llmtune.config.document import Listing, shown
-from llmtune.config.importers.rules import Context, Outcome, Result, Rule, ignored, made, none, plain_text
+from llmtune.config.importers.rules import Context, Outcome, Result, Rule, compute, ignored, made, none, plain_text
 from llmtune.config.importers.source import Given
 from llmtune.config.importers.tables import Row
 from llmtune.config.translation import Change
@@ -55,10 +55,18 @@ def mlx_schedule(context: Context, given: Given, row: Row) -> Result:
     return Result(Outcome.COMPUTED, "peak, steps and end of the rate; it falls over all steps here", tuple(changes))
 
 
+def of_pretraining(context: Context, given: Given, row: Row) -> Result:
+    """As `compute`, where litgpt pre-trains; its fine-tuning, which names a `checkpoint_dir`, reads past the key."""
+    if context.text("checkpoint_dir"):
+        return ignored(context, given, row._replace(text="litgpt's fine-tuning ends at a rate of 0 and reads past it"))
+    return compute(context, given, row)
+
+
 SPECIAL_RULES: dict[str, Rule] = {
     "switches": switches,
     "declared": declared,
     "torchtune-layers": torchtune_layers,
     "mlx-schedule": mlx_schedule,
+    "of-pretraining": of_pretraining,
 }
 """Name in a table -> rule."""
