@@ -289,6 +289,22 @@ def test_the_file_is_read_and_not_the_name_of_its_kind(tmp_path, order):
     assert row_of(result, "datasets[0].path").outcome is Outcome.DROPPED
 
 
+@pytest.mark.parametrize(
+    ("name", "batch", "accumulation", "decay", "optimizer", "warmup"),
+    [("SFTConfig", 4, 2, 0.001, "adamw_8bit", 0.1), ("TrainingArguments", 8, 1, 0.0, "adamw", None)],
+)
+def test_unsloth_has_defaults_of_its_own_in_the_configs_that_it_replaces(
+    tmp_path, name, batch, accumulation, decay, optimizer, warmup
+):
+    text = (
+        "model, t = FastLanguageModel.from_pretrained('org/m')\nmodel = FastLanguageModel.get_peft_model(model, r=8)\n"
+        f"SFTTrainer(model=model, args={name}(output_dir='o', learning_rate=1e-4))\n"
+    )
+    of = values(imported(tmp_path, text, "tune.py"))
+    keys = ("batch_size", "gradient_accumulation_steps", "weight_decay", "optimizer", "warmup_ratio")
+    assert [of(f"training.{key}") for key in keys] == [batch, accumulation, decay, optimizer, warmup]
+
+
 # --- comparing answers
 
 

@@ -16,6 +16,7 @@ SPOKEN = {
     "$command": "the command",
     "$peer": "the program",
     "$trainer": "the trainer's class",
+    "$arguments": "the class of the arguments",
     "$fast_model": "the model's class",
     "$train_on_responses_only": "train_on_responses_only()",
 }

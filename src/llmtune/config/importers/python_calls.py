@@ -93,6 +93,8 @@ def _keywords(tree: ast.Module) -> Iterator[tuple[str, ast.expr, int]]:
             yield "$fast_model", ast.Constant(name), call.lineno
         if name.endswith("Trainer"):
             yield "$trainer", ast.Constant(name), call.lineno
+        if name.endswith(("Config", "Arguments")):
+            yield "$arguments", ast.Constant(name), call.lineno
         if prefix == "train_on_responses_only.":
             yield "$train_on_responses_only", ast.Constant(True), call.lineno
         positions = _POSITIONS.get(prefix, ()) if prefix or name.endswith("from_pretrained") else ()
