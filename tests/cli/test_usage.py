@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from llmtune.cli import failure
-from llmtune.cli.main import COMMANDS, run
+from llmtune.cli.main import COMMANDS, MAY_BE_EMPTY, build, run
 from llmtune.errors import DataError, Problem
 
 
@@ -52,6 +52,9 @@ def test_an_option_of_another_program_is_answered_with_our_key(arguments, words,
         ("production", "did you mean `--config production`?"),
         ("mine.yaml", "did you mean `--config mine.yaml`?"),
         ("nonsense", "write for example `training.batch_size=4`"),
+        ("training.epochs:3", "write `training.epochs=3`"),
+        ("data.train[0]=a.jsonl", "write `data.train=[a.jsonl]`"),
+        ("data.train+=a.jsonl", "write `data.train=[a.jsonl]`"),
     ],
 )
 def test_a_bare_word_is_answered_with_the_name_it_lacks(word, fix, capsys):
@@ -71,6 +74,28 @@ def test_a_value_of_the_wrong_kind_is_said(capsys):
 def test_an_option_without_its_value_names_the_help_of_its_command(capsys):
     assert run(["--offline", "config", "show", "--config"]) == 2
     assert "fix: `llmtune config show --help` shows what it takes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row", COMMANDS, ids=lambda row: row.words)
+def test_an_empty_value_is_refused_by_every_option_that_takes_a_text(row, capsys):
+    """`--from "$RUN"` with no such variable would be the working folder, `--score ""` no score at all."""
+    words = row.words.split()
+    command = build()
+    for word in words:
+        command = command.get_command(None, word)
+    options = [each for each in command.params if each.param_type_name == "option" and not each.is_flag]
+    texts = [each for each in options if each.name not in MAY_BE_EMPTY]
+    for option in texts:
+        for empty in ("", " "):
+            assert run([*words, f"{option.opts[0]}={empty}"]) == 2
+            said = capsys.readouterr().err
+            assert f"`{option.opts[0]}` is empty" in said or f"it is `{empty}`" in said, said
+
+
+@pytest.mark.parametrize("words", ["generate", "resume", "merge-lora", "runs", "report", "dashboard", "init", "docs"])
+def test_an_empty_argument_is_refused(words, capsys):
+    assert run([words, ""]) == 2
+    assert "is empty\n  where: command line\n  fix: give it a value, or leave it out;" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

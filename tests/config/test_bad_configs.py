@@ -262,6 +262,18 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
         "extends:\n  - test\n  - tset\n",
         [(3, ("no preset or file `tset`", "did you mean `test`"))],
     ),
+    "a source without rows": (
+        "data:\n  train: [{path: a, repeat: 0}]\n",
+        [(2, ("`repeat` above 0", "llmtune docs data"))],
+    ),
+    "a format of a source": (
+        "data:\n  train: [{path: a, format: chatml}]\n",
+        [(2, ("a mapping with `format` one of `auto`, ", "not `chatml`", "llmtune docs data"))],
+    ),
+    "a part of a list": (
+        "data:\n  train.0: a.jsonl\n",
+        [(2, ("`data.train.0`", "written as one value: `data.train=["))],
+    ),
     "extends of a mapping": ("extends: {a: b}\n", [(1, ("`extends` must be",))]),
     "extends itself": ("extends: ./bad.yaml\n", [(1, ("names this file itself",))]),
     # nobody let in

@@ -281,6 +281,20 @@ def test_broken_json_is_refused_with_its_line(write, text, line, words):
     assert words in problem.problem
 
 
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "True", "None"])
+def test_a_word_that_json_does_not_know_is_answered_with_those_it_knows(write, value):
+    write("my.json", f'{{"run": {{"seed": {value}}}}}')
+    (problem,) = problems_of("my.json")
+    assert problem.fix == "JSON has numbers, texts in double quotes, true, false and null"
+
+
+def test_a_folder_is_answered_with_the_configs_in_it(write):
+    write("mine/a.yaml", "run: {seed: 1}\n")
+    (problem,) = problems_of("mine")
+    assert problem.problem == "`mine` is a folder, not a config"
+    assert problem.fix == "name a file in it: mine/a.yaml"
+
+
 def test_an_empty_file_is_an_empty_config(write):
     write("my.yaml", "# nothing yet\n")
     write("my.json", "")

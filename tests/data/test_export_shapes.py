@@ -61,6 +61,10 @@ def file(tmp_path):
         ("a.tsv", "prompt,completion\nq,a\nq2,a2\n"),
         ("a.tsv", "\tprompt\tcompletion\n0\tq\ta\n1\tq2\ta2\n"),
         ("a.csv.gz", "\n\nprompt;completion\nq;a\nq2;a2\n"),
+        ("a.csv", 'prompt, completion\nq, a\nq2, "a2"\n'),
+        ("a.csv", "prompt , completion\nq, a\nq2, a2\n"),
+        ("a.txt", "prompt\tcompletion\nq\ta\nq2\ta2\n"),  # a workbook's "text (tab delimited)"
+        ("a.txt", "prompt,completion\nq,a\nq2,a2\n"),
     ],
 )
 def test_a_table_is_read_with_row_numbers_empty_columns_and_other_delimiters(name, text, file):
@@ -74,6 +78,8 @@ def test_a_cell_may_hold_the_delimiter_of_other_tables(file):
     assert fields_of(file("a.csv", "text\na;b\nc;d\n")) == [{"text": "a;b"}, {"text": "c;d"}]
     assert fields_of(file("a.csv", 'text\n"a,b"\n')) == [{"text": "a,b"}]
     assert fields_of(file("a.csv", "prompt,completion\na;b,c;d\n")) == [{"prompt": "a;b", "completion": "c;d"}]
+    assert fields_of(file("a.csv", "question;answer\n1,5+1;2,5\n")) == [{"question": "1,5+1", "answer": "2,5"}]
+    assert fields_of(file("a.csv", "a,b\nq, a\n")) == [{"a": "q", "b": " a"}]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +181,39 @@ def test_commas_and_lines_do_not_decide_what_a_row_is(name, text, file):
 )
 def test_a_bare_list_of_messages_is_a_row(name, text, file):
     assert fields_of(file(name, text)) == [{"messages": CHAT}, {"messages": OTHER}]
+
+
+@pytest.mark.parametrize("text", ["[Chorus]\nla la\n", "prompt, more text\nof a story\n", "[{ a set }]\nof maths\n"])
+def test_a_text_that_begins_like_a_list_or_a_table_stays_text(text, file):
+    assert fields_of(file("a.txt", text)) == [{"text": line} for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_in_a_text_file_is_read_as_json(indent, file):
+    assert fields_of(file("a.txt", json.dumps(PAIRS, indent=indent))) == PAIRS
+    assert fields_of(file("b.txt", json.dumps(CHAT, indent=indent))) == [{"messages": CHAT}]
+
+
+def test_bytes_and_maps_in_parquet_are_texts_and_objects(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    messages = pa.array([[list(turn.items()) for turn in CHAT]], pa.list_(pa.map_(pa.string(), pa.string())))
+    columns = {"messages": messages, "id": pa.array([b"caf\xc3\xa9"]), "image": pa.array([b"\xff\xd8"])}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert fields_of(tmp_path / "a.parquet") == [{"messages": CHAT, "id": "café", "image": b"\xff\xd8"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "fix"),
+    [
+        ('{"prompt": "q", "completion": "a",}', "take out the comma before the bracket that closes"),
+        ('{"messages": [{"role": "user"},]}', "take out the comma before the bracket that closes"),
+        ("{prompt: 'q'}", "JSON wants double quotes around names and texts"),
+        ('{"prompt": q, "a": 1', "give each row as one JSON object on one line"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_said(line, fix, file):
+    bad = rows_of(file("a.jsonl", line + '\n{"text": "b"}\n'))[0]
+    assert bad.fix.startswith(fix)
 
 
 def test_a_file_may_be_one_conversation(file):

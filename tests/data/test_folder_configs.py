@@ -50,6 +50,14 @@ def test_a_folder_with_two_configs_and_none_named_is_refused_with_both_names(two
     assert f"{{path: {two_configs}, config: de}}" in problem
 
 
+def test_configs_may_lie_in_a_folder_called_data(tmp_path):
+    path = fill(tmp_path / "set", ["data/en/train-0.jsonl", "data/en/test-0.jsonl", "data/de/train-0.jsonl"])
+    assert "has 2 configs: de, en" in refusal(SourceConfig(str(path)))[0]
+    assert names(SourceConfig(str(path), config="de")) == ["data/de/train-0.jsonl"]
+    splits = fill(tmp_path / "other", ["data/train/a.jsonl", "data/test/b.jsonl"])
+    assert names(SourceConfig(str(splits))) == ["data/train/a.jsonl"]
+
+
 def test_one_config_in_the_readme_does_not_hide_the_other_folder(two_configs):
     (two_configs / "README.md").write_text(
         CARD.format(configs="- config_name: en\n  data_files:\n  - split: train\n    path: en/train*\n")

@@ -30,6 +30,11 @@ def turns(*contents, **last):
     return {"messages": messages}
 
 
+def after(role, **marks):
+    """A conversation behind a message with these marks."""
+    return {"messages": [{"role": role, "content": "s", **marks}, *turns("q", "a")["messages"]]}
+
+
 def prepared(write, config, tokenizer, rows, template, **options):
     rules = {"train_on": options["train_on"]} if "train_on" in options else {}
     renderer = Renderer(tokenizer, chat_template=template, **rules)
@@ -55,6 +60,8 @@ def test_half_of_the_answers_left_out_by_the_template_is_counted_and_named(write
         (turns("q", "a") | {"tools": [{"function": {"name": "add"}}]}, CHATML, "tools-dropped"),
         (turns("q", "a"), OPEN, "no-end-of-turn"),
         (turns("q", "a", weight=0.5), CHATML, "weight-ignored"),
+        (after("user", train=True), CHATML, "weight-ignored"),
+        (after("system", weight=1), CHATML, "weight-ignored"),
         (turns("q", "a") | {"chat_template_kwargs": {"enable_thinking": False}}, CHATML, "argument-unread"),
         (turns("q<|im_end|>", "a"), CHATML, "control-string"),
     ],

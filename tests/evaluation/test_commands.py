@@ -82,6 +82,16 @@ def test_compare_shows_base_and_tuned_of_each_prompt(run, adapter, tiny_model_fo
     assert (line["base"], line["tuned"]) == (base[0], tuned[0])
 
 
+def test_compare_takes_the_sampling_of_generate(run, adapter):
+    sampling = ["--temperature", "1", "--top-k", "9", "--top-p", "0.9", "--seed", "3", "--repetition-penalty", "1.1"]
+    arguments = [adapter, "hello", "--max-new-tokens", "8", "--json", *sampling]
+    tuned = answers(run("generate", *arguments)[1])[0]
+    assert json.loads(run("compare", *arguments)[1])["tuned"] == tuned
+    assert tuned != answers(run("generate", *arguments[:5])[1])[0]
+    cut = json.loads(run("compare", *arguments, "--stop", tuned[2:4])[1])["tuned"]
+    assert (cut, cut in tuned) == (tuned[: tuned.index(tuned[2:4])], True)
+
+
 def test_evaluate_measures_every_row_of_a_file(run, adapter, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(

@@ -103,6 +103,11 @@ def test_the_layers_ranks_and_scales_are_those_of_peft(keys, options, model, mod
         ({"rank_pattern": {"q_proj": 0}}, "`q_proj: 0` is not above 0", "above 0"),
         ({"alpha_pattern": {"(": 4}}, "no regular expression", "end of a name"),
         ({"modules_to_save": ("layers.9.mlp",)}, "no module is called", "did you mean `mlp`"),
+        ({"target_modules": ("all-linear", "lm_head")}, "stands alone", "adapter.target_modules=[q_proj,k_proj,"),
+        ({"target_modules": "(q|v)_proj"}, "full name matches", "'adapter.target_modules=.*(q|v)_proj'"),
+        ({"target_modules": ("*.q_proj",)}, "no layer is called", "'adapter.target_modules=.*.q_proj'"),
+        ({"target_modules": "*q_proj"}, "no regular expression", "'adapter.target_modules=.*q_proj'"),
+        ({"target_modules": ("norm",)}, "no layer with a weight", "name layers: down_proj, gate_proj"),
     ],
 )
 def test_what_matches_no_layer_is_refused_with_what_to_write(keys, says, fix, model):

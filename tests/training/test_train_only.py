@@ -75,12 +75,20 @@ def test_a_pattern_of_a_tied_head_is_one_of_the_embedding(tiny_model_folder):
     assert decision.reason.startswith("12,800 of ")
 
 
-@pytest.mark.parametrize(("pattern", "says"), [("layers.1", "matches no parameter"), ("(", "is no regular expression")])
-def test_a_pattern_that_matches_nothing_is_refused(pattern, says, config_of):
+@pytest.mark.parametrize(
+    ("pattern", "says", "fix"),
+    [
+        ("layers.1", "matches no parameter", "did you mean 'model.train_only=.*layers.1.*'?"),
+        ("*.norm.weight", "is no regular expression", "did you mean 'model.train_only=.*.norm.weight'?"),
+        ("layers.9", "matches no parameter", "a full name is `model.layers."),
+        ("(", "is no regular expression", "a full name is `model.layers."),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused(pattern, says, fix, config_of):
     with pytest.raises(ConfigError, match=says) as refused:
         training.train(config_of(*FAST, f"model.train_only=['{pattern}']"))
     assert refused.value.problems[0].where == "model.train_only"
-    assert "a full name is `model.layers." in refused.value.problems[0].fix
+    assert fix in refused.value.problems[0].fix
     with pytest.raises(ConfigError, match="freezes the whole model"):
         config_of("adapter.method=lora", "model.train_only=['.*']")
 

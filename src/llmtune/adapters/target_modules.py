@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from llmtune.adapters.config_file import LoraOptions
 from llmtune.config.schema import AdapterConfig
 from llmtune.errors import AdapterError, Problem
-from llmtune.models.parameters import find_score_head
+from llmtune.models.parameters import find_score_head, near_pattern
 from llmtune.models.quantization import import_bitsandbytes_before_peft
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ def resolve_target_modules(model: PreTrainedModel, requested: str | Sequence[str
     if isinstance(requested, str):
         return _checked_pattern(requested, names, linear)
     endings = sorted(requested)
+    if "all-linear" in endings:
+        others = [ending for ending in endings if ending != "all-linear"]
+        together = ",".join(dict.fromkeys([*map(_last_part, linear), *others]))
+        fix = f"name the layers: adapter.target_modules=[{together}]" if others else "write it without brackets"
+        raise AdapterError("`all-linear` stands alone, not in a list", where="adapter.target_modules", fix=fix)
     problems = [_no_match(ending, linear) for ending in endings if not any(ends_with(name, ending) for name in names)]
     if problems or not endings:
         raise AdapterError.all(problems or [Problem("the list is empty", "adapter.target_modules", "use all-linear")])
@@ -111,7 +116,7 @@ def adapted_layers(model: PreTrainedModel, options: LoraOptions) -> list[str]:
         fix = (
             f"let the pattern end with names of layers, such as `.*({names})`"
             if isinstance(requested, str)
-            else f"name the layers in it: {', '.join(inside)}"
+            else f"name {'the layers in it' if inside else 'layers'}: {', '.join(inside or _endings(model))}"
         )
         problem = f"`{written}` matches `{containers[0]}`, a {type(module).__name__}, which is no layer with a weight"
         raise AdapterError(problem, where="adapter.target_modules", fix=fix)
@@ -214,7 +219,7 @@ def _checked_pattern(requested: str, names: Sequence[str], linear: Sequence[str]
         raise AdapterError(
             f"`{requested}` is no regular expression: {error}",
             where="adapter.target_modules",
-            fix="or give a list of names",
+            fix=_near(requested, names) or "or give a list of names",
         ) from error
     if any(pattern.fullmatch(name) for name in names):
         return requested
@@ -226,13 +231,20 @@ def _checked_pattern(requested: str, names: Sequence[str], linear: Sequence[str]
         )
         raise AdapterError(f"no full name matches `{requested}`", where="adapter.target_modules", fix=fix)
     full = next(iter(linear), "model.layers.0.self_attn.q_proj")
-    fix = f"a full name is `{full}`: a pattern begins with `.*`, and a list holds ends of names"
+    fix = _near(requested, linear)
+    fix = fix or f"a full name is `{full}`: a pattern begins with `.*`, and a list holds ends of names"
     raise AdapterError(f"no layer's full name matches `{requested}`", where="adapter.target_modules", fix=fix)
+
+
+def _near(requested: str, names: Sequence[str]) -> str:
+    near = near_pattern("adapter.target_modules", requested, names)
+    return near and f"did you mean {near}?"
 
 
 def _no_match(requested: str, linear: Sequence[str]) -> Problem:
     if _MARKS.search(requested):
-        fix = f"a list holds ends of names; one text is a regular expression: 'adapter.target_modules={requested}'"
+        pattern = near_pattern("adapter.target_modules", requested, linear)
+        fix = f"a list holds ends of names; one text is a regular expression{pattern and f': {pattern}'}"
         return Problem(f"no layer is called `{requested}`", "adapter.target_modules", fix)
     endings = sorted({_last_part(name) for name in linear})
     near = get_close_matches(_last_part(requested), endings, n=2, cutoff=0.4)
@@ -242,6 +254,10 @@ def _no_match(requested: str, linear: Sequence[str]) -> Problem:
         "adapter.target_modules",
         f"{hint}this model has {', '.join(endings)}; or use all-linear",
     )
+
+
+def _endings(model: PreTrainedModel) -> list[str]:
+    return sorted({_last_part(name) for name in _linear_names(model)})
 
 
 def _linear_names(model: PreTrainedModel) -> Iterator[str]:

@@ -9,8 +9,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.compare_rows import compare_rows
-from llmtune.cli.generate import MaxNewTokens, Model, System, open_inference_model, read_prompts
-from llmtune.cli.options import NoCuda, TemplateArgs
+from llmtune.cli.generate import (
+    MaxNewTokens,
+    Model,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+    open_inference_model,
+    read_prompts,
+    read_sampling,
+)
+from llmtune.cli.options import Checkpoint, NoCuda, TemplateArgs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -18,6 +31,7 @@ if TYPE_CHECKING:
 
     from llmtune.evaluation.generate import Answer
     from llmtune.evaluation.inference_model import InferenceModel
+    from llmtune.evaluation.sampling import Sampling
 
 __all__ = ["compare"]
 
@@ -41,8 +55,15 @@ def compare(
     data: Annotated[
         list[str] | None, typer.Option("--data", help="Rows for --held-out instead of the run's; may be given again.")
     ] = None,
+    checkpoint: Checkpoint = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each prompt, or for all rows.")
     ] = False,
@@ -53,23 +74,24 @@ def compare(
     texts = list(prompts or [])
     if held_out or data:
         other = other or (texts.pop(0) if texts and _names_a_model(texts[0]) else None)
-        compare_rows(run, other, data, as_json=as_json, no_cuda=no_cuda)
+        compare_rows(run, other, data, checkpoint=checkpoint, as_json=as_json, no_cuda=no_cuda)
         return
     if other is None and texts and _names_a_model(texts[0]):
         other = texts.pop(0)
-    loaded = open_inference_model(run, no_cuda=no_cuda, template_args=template_args)
+    sampling = read_sampling(repetition_penalty, temperature, top_k, top_p, seed, stop)
+    loaded = open_inference_model(run, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args)
     configured = list(loaded.config.evaluation.prompts) if loaded.config is not None else []
     use_configured = configured and not texts and prompt_file is None
     texts = configured if use_configured else read_prompts(texts, prompt_file)
-    first = _answers(loaded, loaded.model, texts, system, max_new_tokens)
+    first = _answers(loaded, loaded.model, texts, system, max_new_tokens, sampling)
     if other is not None:
         del loaded  # the two need not fit into memory together
         second_model = open_inference_model(other, no_cuda=no_cuda, template_args=template_args)
-        second = _answers(second_model, second_model.model, texts, system, max_new_tokens)
+        second = _answers(second_model, second_model.model, texts, system, max_new_tokens, sampling)
         _show({run: first, other: second} if run != other else {"first": first, "second": second}, as_json=as_json)
         return
     with loaded.as_before_tuning() as model:
-        base = _answers(loaded, model, texts, system, max_new_tokens)
+        base = _answers(loaded, model, texts, system, max_new_tokens, sampling)
     _show({"base": base, "tuned": first}, as_json=as_json)
 
 
@@ -103,9 +125,18 @@ def _answers(
     prompts: list[str],
     system: str | None,
     max_new_tokens: int,
+    sampling: Sampling,
 ) -> list[Answer]:
     from llmtune.evaluation.generate import TextPrompt, generate
 
     as_text = loaded.answers_text and system is None
     texts = [TextPrompt(prompt) if as_text else prompt for prompt in prompts]
-    return generate(model, loaded.tokenizer, loaded.renderer, texts, max_new_tokens=max_new_tokens, system=system)
+    return generate(
+        model,
+        loaded.tokenizer,
+        loaded.renderer,
+        texts,
+        max_new_tokens=max_new_tokens,
+        system=system,
+        sampling=sampling,
+    )

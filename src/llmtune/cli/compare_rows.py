@@ -56,12 +56,14 @@ def count_wins(first_R: npt.NDArray[np.float64], second_R: npt.NDArray[np.float6
     )
 
 
-def compare_rows(run: str, other: str | None, data: list[str] | None, *, as_json: bool, no_cuda: bool) -> None:
+def compare_rows(
+    run: str, other: str | None, data: list[str] | None, *, checkpoint: str | None, as_json: bool, no_cuda: bool
+) -> None:
     """Measure each held-out row with both models (base and tuned without `other`), and print who fits how many better.
 
     Raises UsageError or DataError where no rows can be measured, ModelError for a model that cannot be loaded.
     """
-    loaded = open_inference_model(run, no_cuda=no_cuda, may_score=True)
+    loaded = open_inference_model(run, checkpoint=checkpoint, no_cuda=no_cuda, may_score=True)
     rows, settings = held_out_rows(loaded, data, None)
     scores = bool(loaded.labels)
     first = measure_rows(loaded, loaded.model, settings, rows)

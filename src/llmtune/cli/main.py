@@ -87,19 +87,30 @@ class LazyGroup(TyperGroup):
                 formatter.write_dl(lines)
 
 
-class OnceOnlyCommand(TyperCommand):
-    """A command that refuses an option given twice, of which the parser would drop the first without a word."""
+MAY_BE_EMPTY = ("prompts", "system", "overrides")
+"""Parameters of commands of which an empty text is a value, or has a message of its own."""
+
+
+class StrictCommand(TyperCommand):
+    """A command that refuses what the parser lets pass: options given twice, and values that are empty."""
 
     def parse_args(self, ctx: Click, args: list[str]) -> list[str]:
-        """Parse the arguments. Raises UsageError for a repeated option that takes one value."""
-        # A first parsing only for the order of options, which the result no longer holds.
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        """Parse the arguments. Raises UsageError for a repeated option that takes one value, and for an empty value."""
+        # A first parsing only for the order of options and for empty texts, which the result no longer holds.
+        given, _, order = self.make_parser(ctx).parse_args(args=list(args))
         for parameter in self.params:
             is_single = parameter.param_type_name == "option" and not (
                 parameter.multiple or getattr(parameter, "is_flag", False)
             )
             if is_single and order.count(parameter) > 1:
                 raise UsageError(f"`{parameter.opts[0]}` is given twice", "command line", "give it once")
+            value = given.get(parameter.name)
+            texts = value if isinstance(value, (list, tuple)) else [value]
+            # An empty path would be the working folder, and an empty choice none at all.
+            if parameter.name not in MAY_BE_EMPTY and any(isinstance(text, str) and not text.strip() for text in texts):
+                name = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
+                fix = "give it a value, or leave it out; a variable of the shell may be unset"
+                raise UsageError(f"the value of `{name or parameter.name}` is empty", "command line", fix)
         unparsed: list[str] = super().parse_args(ctx, args)
         return unparsed
 
@@ -135,7 +146,7 @@ def _load(row: Command) -> Click:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     # `\b` keeps the lines as they are.
     examples = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in row.examples)
-    app.command(name=row.words.split()[-1], cls=OnceOnlyCommand, context_settings=_CONTEXT, epilog=examples)(function)
+    app.command(name=row.words.split()[-1], cls=StrictCommand, context_settings=_CONTEXT, epilog=examples)(function)
     command = typer.main.get_command(app)
     names = {option for parameter in command.params for option in parameter.opts}
     for parameter in _switches_everywhere():

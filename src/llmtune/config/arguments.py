@@ -128,6 +128,10 @@ def _written_as(text: str) -> str:
         return f"did you mean `--config {word}`?"
     if "=" not in text and (Path(text).exists() or text.startswith("example:")):
         return f"did you mean `data.train={word}`?"
+    slip = re.fullmatch(r"([\w.]+)(\[\w*\]|\+|:)=?(.*)", text, re.DOTALL)  # as in other programs
+    if slip is not None and slip[1] in LEAVES:
+        is_part = slip[2] != ":" and slip[3] and slip[3][0] not in "[{"
+        return f"write `{slip[1]}={excerpt(f'[{slip[3]}]' if is_part else slip[3])}`"
     return "write for example `training.batch_size=4`"
 
 

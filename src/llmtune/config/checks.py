@@ -140,6 +140,7 @@ def range_problem(key: str, value: object) -> str | None:
 
 
 _SPELLED_FIXES = {
+    **dict.fromkeys(("data.train", "data.eval"), "`llmtune docs data` describes the keys of a source"),
     "training.warmup_steps": "a fraction of all steps is `training.warmup_ratio`",
     "training.max_steps": "leave it out, or set `training.max_steps: null`, to train for `training.epochs`",
     "training.max_grad_norm": "set `training.max_grad_norm: null` to clip nothing",

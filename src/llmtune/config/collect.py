@@ -300,6 +300,8 @@ def nearest_key(key: str) -> str:
     section, _, leaf = key.lower().replace("-", "_").rpartition(".")
     if section in LEAVES and get_origin(LEAVES[section]) is Mapping:
         return f"a mapping is written as one value: `{section}={{{leaf}: ...}}`"
+    if any(key.startswith(f"{name}.") for name in ("data.train", "data.eval")):
+        return f"a list is written as one value: `{key[: key.index('.', 5)]}=[a.jsonl,b.jsonl]`"
     elsewhere = [name for name in LEAVES if name.rpartition(".")[2] == leaf]
     if len(elsewhere) == 1:
         return f"`{leaf}` stands in another section: write `{elsewhere[0]}`"

@@ -172,7 +172,10 @@ def _source(node: Node) -> SourceConfig:
     try:
         values = _convert_each([(entry.value, SOURCE_FIELDS[entry.key]) for entry in known])
     except Mismatch as mismatch:
-        mismatches += [mismatch, *mismatch.others]
+        for each in (mismatch, *mismatch.others):
+            key = next((entry.key for entry in known if entry.value is each.node), None)
+            said = f"a mapping with `{key}` {each.expected}" if key else each.expected
+            mismatches.append(Mismatch(said, each.node, each.fix))
     _raise_all(mismatches)
     fields: dict[str, Any] = dict(zip((entry.key for entry in known), values, strict=True))
     if not fields.get("path"):

@@ -62,6 +62,8 @@ class _Reader:
             fix = "JSON has no comments: take it out, or end the file's name in .yaml and begin comments with #"
         elif shown_text.startswith("'"):
             fix = "JSON wants double quotes"
+        elif re.match(r"[-+]?(NaN|Infinity|None|True|False|[A-Z])", shown_text):
+            fix = "JSON has numbers, texts in double quotes, true, false and null"
         return Unreadable(f"not valid JSON: {reason}, found `{shown_text}`", self.origin(position).where, fix)
 
     def skip(self, position: int) -> int:

@@ -214,8 +214,21 @@ def _find_or_report(name: str, beside: Path | None, where: str, findings: Findin
         hint = f"did you mean `{nearest[0]}`? " if nearest else ""
         hint = next((f"did you mean `{other}`? " for other in _other_endings(name) if other.is_file()), hint)
         fix = f"{hint}the presets are {', '.join(presets)}" if presets else "name a YAML or JSON file"
-        findings.problem(f"no preset or file `{excerpt(name)}`", where, fix)
+        inside = _configs_in(Path(name))
+        if inside is not None:
+            fix = f"name a file in it: {', '.join(inside[:3])}" if inside else fix
+            findings.problem(f"`{excerpt(name)}` is a folder, not a config", where, fix)
+        else:
+            findings.problem(f"no preset or file `{excerpt(name)}`", where, fix)
     return path
+
+
+def _configs_in(folder: Path) -> list[str] | None:
+    """The config files in a folder; None where it is no folder."""
+    try:
+        return sorted(str(path) for path in folder.iterdir() if path.suffix in SUFFIXES)
+    except (OSError, ValueError):  # ValueError: a NUL
+        return None
 
 
 def _other_endings(name: str) -> list[Path]:

@@ -27,6 +27,7 @@ __all__ = [
     "eval_mode",
     "find_score_head",
     "freeze_all_but",
+    "near_pattern",
     "switch_off_dropout",
     "trained_parameters",
 ]
@@ -79,7 +80,12 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> Decision:
             found, problem = set(), f"`{pattern}` is no regular expression: {error}"
         kept |= found
         if not found:
-            fix = f"a full name is `{named[len(named) // 2][0]}`: a pattern matches the whole of it"
+            fix = near_pattern("model.train_only", pattern, [name for name, _ in named])
+            fix = (
+                f"did you mean {fix}?"
+                if fix
+                else f"a full name is `{named[len(named) // 2][0]}`: a pattern matches the whole of it"
+            )
             problems.append(Problem(problem, "model.train_only", fix))
     if problems:
         raise ConfigError.all(problems)
@@ -89,6 +95,26 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> Decision:
     entries, total = sum(map(_entries, trained.values())), count_parameters(model)
     reason = f"{entries:,} of {total:,} parameters are trained ({entries / total:.2%})"
     return Decision("model.train_only", f"{len(trained)} tensors", reason)
+
+
+def near_pattern(key: str, written: str, names: Sequence[str]) -> str:
+    """The setting of `key` with the regular expression that was surely meant by one that matches no full name.
+
+    Tried are the text as it is, a glob's `*` as `.*`, and both with anything before and behind. Empty where none of
+    them matches one of `names`.
+
+    >>> near_pattern("k", "(q|v)_proj", ["layers.0.q_proj", "layers.0.v_proj"])
+    "'k=.*(q|v)_proj'"
+    """
+    # A list of names is no pattern: an ending alone would match far too much.
+    for pattern in (written, re.sub(r"(?<![.\])])\*", ".*", written)):
+        for around in (pattern, f".*{pattern}", f".*{pattern}.*"):
+            try:
+                if any(re.fullmatch(around, name) for name in names):
+                    return f"'{key}={around}'"
+            except re.error:
+                break
+    return ""
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -247,7 +247,7 @@ WAYS_OUT = {
     "no-end-of-turn": "give a template that closes answers with a control token: `model.chat_template=FILE`",
     "argument-unread": "correct the name in `chat_template_kwargs`, or take it out",
     "control-string": "set `data.parse_control_tokens=true` where they are meant as control tokens",
-    "weight-ignored": "set `data.train_on=customized`, or write weights of 0 and 1",
+    "weight-ignored": "set `data.train_on=customized`, by which each message has its own weight",
 }
 """The way out of each warning that changes what is trained."""
 

@@ -13,7 +13,7 @@ import zstandard
 
 from llmtune.data.reading.json_file import CHUNK_BYTES
 
-__all__ = ["COMPRESSIONS", "COMPRESSION_ERRORS", "is_seekable", "open_bytes"]
+__all__ = ["COMPRESSIONS", "COMPRESSION_ERRORS", "is_compressed", "is_seekable", "open_bytes"]
 
 COMPRESSION_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 """Errors of the libraries for compressed bytes that are damaged."""
@@ -74,11 +74,20 @@ def _open_zstd(path: Path) -> IO[bytes]:
 
 COMPRESSIONS: dict[str, Callable[[Path], IO[bytes]]] = {".gz": _open_gzip, ".zst": _open_zstd}
 
+_MAGIC = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
+"""How compressed files begin."""
+
 
 def open_bytes(path: Path) -> IO[bytes]:
     """Open a file for reading, unpacked if its name ends in .gz or .zst."""
     opener = COMPRESSIONS.get(path.suffix.lower())
     return opener(path) if opener else path.open("rb", CHUNK_BYTES)
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file begins as those do that its ending names."""
+    with path.open("rb") as file:
+        return file.read(4).startswith(_MAGIC[path.suffix.lower()])
 
 
 def is_seekable(stream: IO[bytes]) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llmtune.config.schema import SourceConfig
 from llmtune.data.example import Row
 from llmtune.data.reading.columns import renamed
-from llmtune.data.reading.compression import COMPRESSION_ERRORS, COMPRESSIONS, open_bytes
+from llmtune.data.reading.compression import COMPRESSION_ERRORS, COMPRESSIONS, is_compressed, open_bytes
 from llmtune.data.reading.parse import BadRow, DamagedFileError, Record, with_lists
 from llmtune.data.reading.readers import READERS, Numbering, source_name
 from llmtune.errors import DataError
@@ -126,6 +126,11 @@ class DataFile:
         except COMPRESSION_ERRORS as error:
             problem = f"the compressed file is damaged or cut off: {error}"
             fix = "write or download it again; nothing after this place can be read"
+            if self.path is not None and not is_compressed(self.path):
+                problem, fix = (
+                    "the file is not compressed, whatever its name says",
+                    f"take {self.path.suffix} off its name",
+                )
             yield self._damaged(next_number, problem, fix)
         except OSError as error:
             problem = f"the file cannot be read: {error.strerror or error}"
@@ -213,8 +218,10 @@ def way_from_ending(path: Path) -> str:
 
 def foreign_content(head: bytes, kind: str) -> tuple[str, str] | None:
     """What a file of this kind (a key of `READERS`) really holds, by its first bytes, and the fix; None for rows."""
-    if kind in (".parquet", ".txt"):  # parquet says so itself; a text may begin with anything
+    if kind == ".txt" or (kind == ".parquet" and head.startswith(b"PAR1")):  # a text may begin with anything
         return None
+    if kind == ".parquet" and head.lstrip()[:1] in (b"{", b"["):
+        return "JSON", "end its name in .jsonl, or .json for a list"
     return next(((what, fix) for beginning, what, fix in _BEGINNINGS if head.startswith(beginning)), None)
 
 

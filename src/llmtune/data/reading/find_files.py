@@ -167,6 +167,10 @@ def _whole_files_of(source: SourceConfig, index: int, purpose: Purpose) -> list[
         part = part_of_a_file(source.path)
         if part is not None:
             fix = part
+        elif path.is_symlink():
+            fix = f"it is a link to {str(path.readlink())!r}, where there is nothing"
+        elif source.path.startswith("file://"):
+            fix = f"write the path alone: {source.path.removeprefix('file://')}"
         elif _URL.match(source.path):
             fix = "download it and name the file: no address is opened here"
         elif len(names) > 1 and all(kind_of_file(Path(name)) is not None for name in names):

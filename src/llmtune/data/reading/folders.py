@@ -78,13 +78,24 @@ def folder_configs(path: Path) -> tuple[dict[str, Splits], str | None]:
     configs = {card.name: _files_of_card(path, card) for card in cards}
     covered = {file for splits in configs.values() for files in splits.values() for file in files}
     has_own_files = any(file.parent == path for files in folder_splits(path).values() for file in files)
-    for folder in () if has_own_files else sorted(path.iterdir()):
-        if not folder.is_dir() or folder.name.startswith(".") or folder.name in configs or split_of_name(folder):
+    for folder in () if has_own_files else _folders_inside(path):
+        if folder.name.startswith(".") or folder.name in configs or split_of_name(folder):
             continue
         splits = folder_splits(folder)
         if set(splits) - {None} and not covered & {file for files in splits.values() for file in files}:
             configs[folder.name] = splits
     return configs, next((card.name for card in cards if card.is_default), None)
+
+
+def _folders_inside(path: Path) -> list[Path]:
+    """The folders in a folder; in the place of one called `data` those in it that have splits of their own."""
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
+    inner = [
+        folder
+        for folder in sorted(path.glob("data/*"))
+        if folder.is_dir() and not split_of_name(Path(folder.name)) and set(folder_splits(folder)) - {None}
+    ]
+    return [*(folder for folder in folders if folder.name != "data"), *inner] if len(inner) > 1 else folders
 
 
 def splits_of_config(path: Path, name: str | None) -> Splits:
@@ -101,7 +112,7 @@ def splits_of_config(path: Path, name: str | None) -> Splits:
         return configs[name]
     if name == "default" and len(configs) <= 1:  # as `datasets` calls the only one
         return splits_of_config(path, None)
-    inside = {folder.name: folder for folder in sorted(path.iterdir()) if folder.is_dir() and folder_splits(folder)}
+    inside = {folder.name: folder for folder in _folders_inside(path) if folder_splits(folder)}
     if name in inside:
         return folder_splits(inside[name])
     raise UnknownConfigError([*configs, *(key for key in inside if key not in configs)])

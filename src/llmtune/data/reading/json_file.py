@@ -24,6 +24,7 @@ from llmtune.data.reading.parse import (
 
 __all__ = [
     "CHUNK_BYTES",
+    "begins_list_of_objects",
     "json_kind",
     "split_conversation",
     "split_json",
@@ -204,6 +205,17 @@ def json_kind(head: bytes, stream: IO[bytes], kind: str) -> str:
     if _list_inside(head)[0] is None and not is_row and table_rows(whole[0]) is not None:
         return "json table"
     return kind if is_line else ".json"
+
+
+def begins_list_of_objects(text: bytes) -> bool:
+    r"""Whether a text begins as a JSON list whose first element is an object.
+
+    >>> begins_list_of_objects(b'[\n{"text": "a"},'), begins_list_of_objects(b"[Chorus]")
+    (True, False)
+    """
+    text = text.lstrip(_SPACE)
+    element = _value_at_start(text[1:].lstrip(_SPACE)) if text[:1] == b"[" else None
+    return element is not None and isinstance(element[0], dict)
 
 
 def _is_one_row(value: Mapping[str, object]) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "parse_fields",
     "parse_json_row",
     "parse_json_value",
+    "quoted",
     "too_long_row",
     "with_lists",
     "without_byte_order_mark",
@@ -38,6 +39,13 @@ A longer one is nearly always a file without line ends, and would not fit any mo
 """
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_WIDE_ENCODINGS = (
+    ("UTF-32", re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|[^\0]\0\0\0|\0\0\0[^\0]")),
+    ("UTF-16", re.compile(rb"\xff\xfe|\xfe\xff")),
+    ("UTF-16LE", re.compile(rb"[^\0]\0[^\0]\0")),
+    ("UTF-16BE", re.compile(rb"\0[^\0]\0[^\0]")),
+)
+"""Encodings by the first bytes of a file: a byte order mark, or ASCII characters of two or four bytes each."""
 _SHOWN_CHARACTERS = 60
 
 
@@ -127,10 +135,11 @@ def too_long_row(source: str, record: TooLong) -> BadRow:
 
 
 def without_byte_order_mark(start: bytes) -> bytes:
-    """The first bytes of a file without their byte order mark. Raises DamagedFileError for UTF-16."""
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        fix = "save it as UTF-8, for example with `iconv -f UTF-16 -t UTF-8`"
-        raise DamagedFileError(None, "the file is UTF-16, not UTF-8", fix)
+    """The first bytes of a file without their byte order mark. Raises DamagedFileError for UTF-16 and UTF-32."""
+    for name, beginning in _WIDE_ENCODINGS:
+        if beginning.match(start):
+            fix = f"save it as UTF-8, for example with `iconv -f {name} -t UTF-8`"
+            raise DamagedFileError(None, f"the file is {name}, not UTF-8", fix)
     return start.removeprefix(BYTE_ORDER_MARK)
 
 
@@ -205,10 +214,12 @@ def parse_json_value(source: str, record: bytes, *, cut_off: bool = False) -> tu
             fix = "write the file again, or delete its last line"
             return BadRow(source, None, "the last row is cut off in the middle", fix)
         reason = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
-        problem = f"not JSON: {reason} at character {error.pos + 1}: {_excerpt(text, error.pos)}"
+        problem = (
+            f"not JSON: {reason} at character {error.pos + 1}: {quoted(text[max(0, error.pos - 20) : error.pos + 20])}"
+        )
         if error.msg == "Extra data" and text[error.pos :].lstrip()[:1] == "{":
             return BadRow(source, None, problem, "write each row on a line of its own; several stand on this one")
-        return BadRow(source, None, problem, _json_fix(text, cut_off))
+        return BadRow(source, None, problem, _json_fix(text, error.pos, cut_off))
     except _RefusedError as refusal:
         return BadRow(source, refusal.field, refusal.problem, refusal.fix)
     except RecursionError:
@@ -225,7 +236,13 @@ def parse_json_value(source: str, record: bytes, *, cut_off: bool = False) -> tu
     return (value,)
 
 
-def _json_fix(text: str, cut_off: bool) -> str:
+def _json_fix(text: str, position: int, cut_off: bool) -> str:
+    before, after = text[:position].rstrip(), text[position:].lstrip()
+    # Pythons differ in whether the error stands at the comma or behind it.
+    if (f"{before[-1:]}{after[:1]}" if after[:1] != "," else f",{after[1:].lstrip()[:1]}") in (",}", ",]"):
+        return "take out the comma before the bracket that closes"
+    if re.match(r"[A-Za-z_$]", after) and before[-1:] in ("{", ","):
+        return "JSON wants double quotes around names and texts: write rows with a JSON library"
     # The quote that opens a key, and not an apostrophe in its value: that line may be cut off too.
     if re.match(r"\s*[\[{]*\s*'", text):
         return "JSON wants double quotes: write rows with a JSON library, not with str()"
@@ -234,9 +251,10 @@ def _json_fix(text: str, cut_off: bool) -> str:
     return "give each row as one JSON object on one line"
 
 
-def _excerpt(text: str, position: int) -> str:
-    piece = text[max(0, position - 20) : position + 20]
-    return json.dumps(piece, ensure_ascii=False) if piece.isprintable() else json.dumps(piece)
+def quoted(text: str) -> str:
+    """The first characters of a text in quotes, as JSON: letters of every language as they are, others escaped."""
+    piece = text[:_SHOWN_CHARACTERS]
+    return json.dumps(piece, ensure_ascii=not piece.isprintable())
 
 
 def describe_value(value: object) -> str:
@@ -248,7 +266,7 @@ def describe_value(value: object) -> str:
     if isinstance(value, (int, float)):
         return f"the number {str(value)[:_SHOWN_CHARACTERS]}"
     if isinstance(value, str):
-        return f"the text {json.dumps(value[:_SHOWN_CHARACTERS])}"
+        return f"the text {quoted(value)}"
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, dict):

@@ -7,6 +7,7 @@ To add a kind of file, write its two functions and add a row to `READERS`.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import re
@@ -17,6 +18,7 @@ from llmtune.data.example import Row
 from llmtune.data.reading.compression import is_seekable
 from llmtune.data.reading.json_file import (
     CHUNK_BYTES,
+    begins_list_of_objects,
     json_kind,
     split_conversation,
     split_json,
@@ -27,6 +29,7 @@ from llmtune.data.reading.parse import (
     MAX_ROW_BYTES,
     BadRow,
     DamagedFileError,
+    Payload,
     Record,
     TooLong,
     parse_fields,
@@ -43,6 +46,12 @@ MAX_PACKED_PARQUET_BYTES = 512 * 2**20
 
 JSON_LINES = 10
 """First lines of a text file that are looked at: where they are JSON objects, it is a file of JSON lines."""
+
+_COLUMNS = {
+    *("prompt", "completion", "question", "answer", "query", "response"),
+    *("instruction", "input", "output", "context", "system", "text", "messages"),
+}
+"""Names of columns by which a table is known in a text file, as workbooks export it with tabs."""
 
 KIND_BYTES = 2**18
 """First bytes of a JSON file, by which its kind is recognized."""
@@ -83,6 +92,9 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes | TooLong, bool]]:
         number += 1
         if number == 1:
             line = without_byte_order_mark(line)
+            if b"\r" in line.rstrip(b"\r\n") and not line.endswith(b"\n"):
+                fix = "end its lines with a line feed, for example with `tr '\\r' '\\n' < OLD > NEW`"
+                raise DamagedFileError(None, "the lines of the file end with a carriage return alone (\\r)", fix)
         if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
             # Skip to the end of the line in pieces: it may be as long as the file.
             size = len(line)
@@ -146,18 +158,19 @@ def _table_kind(stream: IO[bytes], kind: str) -> str:
     counts = {delimiter: _cells_of_first_rows(lines, delimiter) for delimiter in (",", ";", "\t", "|")}
     own = _DELIMITERS[kind]
     others = [
-        delimiter for delimiter, count in counts.items() if delimiter != own and len(count) == 1 and max(count) > 1
+        delimiter for delimiter, count in counts.items() if delimiter != own and len(set(count)) == 1 and max(count) > 1
     ]
-    return f"table {others[0]}" if counts[own] <= {1} and len(others) == 1 else kind
+    # By the header alone: rows may hold the mark too, as in numbers with a decimal comma.
+    return f"table {others[0]}" if counts[own][:1] in ([], [1]) and len(others) == 1 else kind
 
 
-def _cells_of_first_rows(lines: list[str], delimiter: str) -> set[int]:
+def _cells_of_first_rows(lines: list[str], delimiter: str) -> list[int]:
     """The numbers of cells that the first two rows have under a delimiter; empty where they are no table rows."""
     try:
         rows = itertools.islice((row for row in csv.reader(lines, delimiter=delimiter, strict=True) if row), 2)
-        return {len(row) for row in rows}
+        return [len(row) for row in rows]
     except csv.Error:
-        return set()
+        return []
 
 
 class _Header:
@@ -172,9 +185,9 @@ class _Header:
         self._last = self.width
         while self._last - self._first > 1 and not names[self._last - 1].strip():
             self._last -= 1
-        self.names = names[self._first : self._last]
+        self.names = [name.strip() for name in names[self._first : self._last]]
         for name in self.names:
-            if not name.strip():
+            if not name:
                 raise _unnamed_column(line)
             if self.names.count(name) > 1:
                 fix = "give each column its own name in the first line"
@@ -200,7 +213,11 @@ def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
     # Python's own limit is 128 KiB, which a long document in a cell exceeds.
     csv.field_size_limit(MAX_ROW_BYTES)
     lines = _CsvLines(stream)
-    table = csv.reader(iter(lines), delimiter=delimiter, strict=True)
+    text = iter(lines)
+    first = next(text, "")
+    # A header written `prompt, completion` says that the cells below have that space too.
+    is_spaced = f"{delimiter} " in first
+    table = csv.reader(itertools.chain([first], text), delimiter=delimiter, skipinitialspace=is_spaced, strict=True)
     header: _Header | None = None
     while True:
         start = table.line_num + 1
@@ -257,9 +274,10 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
     try:
         # In small batches: rows with long texts would fill the memory by the default of 65,536.
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=128):
+            others = [field.name for field in batch.schema if re.search("binary|map<", str(field.type))]
             for fields in batch.to_pylist():
                 number += 1
-                yield Record(number, fields)
+                yield Record(number, fields | {name: _plain(fields[name]) for name in others})
     except (
         ArrowException,
         OSError,
@@ -269,6 +287,23 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
         problem = f"not a readable parquet file: {in_one_line(error)}"
         fix = "write the file again; it was cut off or is something else"
         raise DamagedFileError(number + 1 if number >= 0 else None, problem, fix) from None
+
+
+def _plain(value: object) -> object:
+    r"""A cell of parquet with objects in place of maps, and texts in place of bytes, where these are UTF-8.
+
+    >>> _plain([[("role", b"user")]]), _plain(b"\xff")
+    ([{'role': 'user'}], b'\xff')
+    """
+    if isinstance(value, list) and value and isinstance(value[0], tuple):  # a map, as pyarrow gives it
+        value = dict(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    with contextlib.suppress(UnicodeDecodeError):  # Spark and Impala write texts as bytes
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    return value
 
 
 def _parse_mapping(source: str, record: Record, loss_weight: float) -> Row | BadRow:
@@ -288,20 +323,31 @@ def kind_of_content(stream: IO[bytes], kind: str) -> str:
         # The common case: more than one line, of which the first one is a row.
         is_lines = bool(rest.strip()) and isinstance(parse_json_row("", line.rstrip(b"\r"), 1.0), Row)
         return ".jsonl" if is_lines else json_kind(head, stream, kind)
-    if kind == ".txt" and _holds_json_lines(stream):
-        return "json lines"
+    if kind == ".txt":
+        return _kind_of_text(stream)
     return _table_kind(stream, kind) if kind in _DELIMITERS else kind
 
 
-def _holds_json_lines(stream: IO[bytes]) -> bool:
-    """Whether the first lines of a text file are JSON objects, each on a line of its own."""
-    first = list(itertools.islice(_split_lines(stream), JSON_LINES))
-    return bool(first) and all(
-        isinstance(record.payload, bytes)
-        and record.payload.lstrip()[:1] == b"{"
-        and isinstance(parse_json_row("", record.payload, 1.0), Row)
-        for record in first
-    )
+def _kind_of_text(stream: IO[bytes]) -> str:
+    """The kind of a `.txt` file: lines of text, unless its first lines are JSON, or a table of fields known here."""
+    first = [record.payload for record in itertools.islice(_split_lines(stream), JSON_LINES)]
+    if first and all(_is_object(line) for line in first):
+        return "json lines"
+    lines = [line for line in first if isinstance(line, bytes)]
+    if begins_list_of_objects(b"\n".join(lines)):
+        kind = json_kind(b"\n".join(lines).lstrip(), stream, ".json")
+        return "json list" if kind == ".json" else kind
+    header = lines[0].decode("utf-8", "surrogateescape") if lines else ""
+    for delimiter in (",", ";", "\t", "|"):
+        names = [name.strip().strip('"') for name in header.split(delimiter)]
+        if len(names) > 1 and _COLUMNS.issuperset(names):
+            return f"table {delimiter}"
+    return ".txt"
+
+
+def _is_object(line: Payload) -> bool:
+    is_begun = isinstance(line, bytes) and line.lstrip()[:1] == b"{"
+    return is_begun and isinstance(parse_json_row("", line, 1.0), Row)
 
 
 def _table_reader(delimiter: str, shape: str | None = None) -> Reader:
@@ -313,6 +359,7 @@ READERS: dict[str, Reader] = {
     ".ndjson": Reader("line", _split_lines, _parse_json),
     "json lines": Reader("line", _split_lines, _parse_json, "one JSON object a line"),
     ".json": Reader("index", split_json, _parse_json),
+    "json list": Reader("index", split_json, _parse_json, "a JSON list"),
     "json objects": Reader("index", split_objects, _parse_json, "objects one after another"),
     "json table": Reader("index", split_json_table, _parse_mapping, "one table, as pandas and `datasets` write it"),
     "json conversation": Reader("index", split_conversation, _parse_json, "the messages of one conversation"),

@@ -257,6 +257,11 @@ class Renderer:
         if self.train_on == "all_tokens":
             return [(index, 0.0) for index, message in enumerate(messages) if message.weight == 0]
         chosen = SELECTIONS[self.train_on](messages)
+        asked = [index for index, message in enumerate(messages) if message.weight and index not in chosen]
+        if asked:
+            name = f"message {asked[0] + 1} ({messages[asked[0]].role})"
+            text = f"{name} is marked to be trained, and `data.train_on: {self.train_on}` leaves it out"
+            warnings.append(RowWarning("weight-ignored", text))
         return [(index, 1.0) for index in chosen if messages[index].weight != 0]
 
     def _token_range(self, rendering: Rendering, span: Span, *, is_answer: bool) -> tuple[int, int, bool]:

@@ -228,7 +228,12 @@ def _parse_prompt_completion(row: Row) -> Conversation:
         return chat_of(row, messages)
     for name, value in zip(names, (prompt, completion), strict=True):
         if not isinstance(value, (str, list, tuple)):
-            raise wrong_type(name, "must be text or a list of messages", value, "write it as text, in quotes")
+            fix = "write it as text, in quotes"
+            if isinstance(value, (int, float)):
+                fix += f'; or let the source make it one: `columns: {{{name}: "{{{name}}}"}}`'
+            elif isinstance(value, Mapping) and "content" in value:
+                fix = "put the message into a list: [{...}]"
+            raise wrong_type(name, "must be text or a list of messages", value, fix)
     problem = f"`{names[0]}` and `{names[1]}` are of two kinds"
     raise UnusableRowError(names[1], problem, "write both as text or both as lists of messages")
 
@@ -253,6 +258,8 @@ def _parse_text(row: Row, column: str = "text") -> Conversation:
     if value is None:
         names = ", ".join(f"`{name}`" for name in list(row.fields)[:6]) or "no field"
         fix = f"set `data.text_column` to the field that holds the text (the row has {names})"
+        if column in row.fields:
+            fix = "give the row a text, or delete it"
         raise UnusableRowError(column, null_or_missing(row.fields, column), fix)
     text = read_text(value, column)
     if not text:

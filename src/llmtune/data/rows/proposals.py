@@ -51,9 +51,17 @@ def proposed_columns(fields: Mapping[str, object], source: str) -> str:
             return f"say in the source where the messages are: `columns: {{{named}}}`"
     pair = _pair_like(fields)
     if pair is not None:
-        return f"say in the source which they are: `columns: {{question: {pair[0]}, answer: {pair[1]}}}`"
+        named = f"question: {_as_yaml(pair[0])}, answer: {_as_yaml(pair[1])}"
+        return f"say in the source which they are: `columns: {{{named}}}`"
+    texts = [name for name, value in fields.items() if isinstance(value, str)]
+    if len(texts) == 1:
+        return f"say which texts are trained: 'data.text_column={_as_yaml(texts[0])}'"
     header = "check that the first line of the file names its columns, or " if _TABLE_ROW.search(source) else ""
     return f"{header}say in the source which they are (`columns: {{question: ..., answer: ...}}`)"
+
+
+def _as_yaml(name: str) -> str:
+    return name if re.fullmatch(r"\w+([ .-]\w+)*", name) else f'"{name}"'
 
 
 def _pair_like(fields: Mapping[str, object]) -> tuple[str, str] | None:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 
 from llmtune.data.example import REASONING_FIELDS, Message
-from llmtune.data.reading.parse import describe_value
+from llmtune.data.reading.parse import describe_value, quoted
 from llmtune.data.rows.field_names import (
     EXTRA_TEXTS,
     MARKS,
@@ -176,7 +176,7 @@ def read_content(value: object, field: str) -> str:
         elif isinstance(part, Mapping) and part.get("type", "text") in _TEXT_PART_TYPES and "text" in part:
             texts.append(read_text(part["text"], f"{part_field}.text"))
         elif isinstance(part, Mapping) and isinstance(part.get("type"), str):
-            problem = f"a part of type {json.dumps(part['type'][:60])} is not text"
+            problem = f"a part of type {quoted(part['type'])} is not text"
             raise UnusableRowError(part_field, problem, "only text is trained on; take the part out")
         else:
             raise wrong_type(part_field, "must be a part with text", part, 'write {"type": "text", "text": "..."}')
@@ -339,8 +339,8 @@ def _read_speaker(turn: Mapping[str, object], keys: TurnKeys, field: str) -> tup
         fix += f"{kind}s are {', '.join(ROLES)}"
         if value.strip():
             meant = SPEAKER_ROLES[near[0]] if near else "user"
-            fix += f"; or say what it is in the source: `roles: {{{json.dumps(value[:60])}: {meant}}}`"
-        raise UnusableRowError(where, f"unknown {kind} {json.dumps(value[:60])}", fix)
+            fix += f"; or say what it is in the source: `roles: {{{quoted(value)}: {meant}}}`"
+        raise UnusableRowError(where, f"unknown {kind} {quoted(value)}", fix)
     return value.strip().casefold(), role
 
 
