@@ -1,12 +1,13 @@
-"""What a dashboard beside a run costs its steps.
+"""What a dashboard and the page beside a run cost its steps.
 
-    python benchmarks/watching.py [--blocks 20] [--seconds 6]
+    python benchmarks/watching.py [--blocks 12] [--seconds 10]
 
-One run trains `custom-tiny` on all processors; one `llmtune dashboard` of it is open in a pseudo-terminal. The
-dashboard is stopped (SIGSTOP) and continued in turn, for blocks of `seconds`. Each pair of neighbouring blocks gives a
-ratio of median step times; printed are the median ratio with its 95 % interval from a bootstrap over pairs, and the
-processor time that the dashboard itself took while it ran. The load average is printed too: other work widens the
-interval.
+One run trains `custom-tiny` on all processors. One `llmtune dashboard` of it is open in a pseudo-terminal, and one
+`llmtune ui` is asked every two seconds for what its page asks for. Both are stopped (SIGSTOP) and continued in turn, in
+blocks of `seconds`. Each pair of neighbouring blocks gives a ratio of mean step times: the cost of a picture falls on
+few steps, which a median would not show. Printed are the median of these ratios with its 95 % interval from a bootstrap
+over pairs, and the processor time that the two themselves took while they ran. The load average is printed too: other
+work widens the interval. What a browser takes to show the page is not measured.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -44,7 +47,7 @@ def open_dashboard(folder: Path) -> subprocess.Popen[bytes]:
     ours, theirs = pty.openpty()
     environ = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
     process = subprocess.Popen(
-        [*PROGRAM, "dashboard", str(folder)], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL, env=environ
+        [*PROGRAM, "dashboard", str(folder)], stdin=theirs, stdout=theirs, stderr=theirs, env=environ
     )
     os.close(theirs)
 
@@ -59,11 +62,43 @@ def open_dashboard(folder: Path) -> subprocess.Popen[bytes]:
     return process
 
 
+class Page:
+    """`llmtune ui` of a folder, asked as its page asks; between `pause` and `go_on` it is not."""
+
+    def __init__(self, folder: str) -> None:
+        self.process = subprocess.Popen(
+            [*PROGRAM, "ui", folder], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert self.process.stdout is not None
+        self._url = self.process.stdout.readline().strip()
+        self.is_asked = True
+        threading.Thread(target=self._ask_for_ever, daemon=True).start()
+
+    def _ask(self, path: str) -> dict[str, object] | list[dict[str, object]]:
+        address, _, token = self._url.partition("?token=")
+        request = urllib.request.Request(address.rstrip("/") + path, headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            content: dict[str, object] | list[dict[str, object]] = json.loads(answer.read())
+        return content
+
+    def _ask_for_ever(self) -> None:
+        stamp = ""
+        while self.process.poll() is None:
+            if self.is_asked:
+                runs = self._ask("/api/runs")
+                assert isinstance(runs, list)
+                query = urllib.parse.urlencode({"run": runs[0]["name"], "since": stamp})
+                view = self._ask(f"/api/view?{query}")
+                assert isinstance(view, dict)
+                stamp = str(view["stamp"])
+            time.sleep(2)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=10.0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         command = [*PROGRAM, *TRAIN, f"run.output_dir={place}", "checkpoint.every_steps=100000"]
@@ -71,32 +106,41 @@ def main() -> None:
         while not (runs := list_runs(place)) or not (runs[0].step or 0) > 20:
             time.sleep(0.5)
         metrics = runs[0].path / "metrics.jsonl"
-        watcher = open_dashboard(runs[0].path)
-        time.sleep(5)  # its start is not its cost
-        medians: dict[bool, list[float]] = {True: [], False: []}
-        busy_s = 0.0
+        page = Page(place)
+        watchers = {"dashboard": open_dashboard(runs[0].path), "page": page.process}
+        time.sleep(10)  # their start is not their cost
+        means: dict[bool, list[float]] = {True: [], False: []}
+        busy_s = dict.fromkeys(watchers, 0.0)
         try:
             for block in range(2 * arguments.blocks):
-                is_watched = block % 2 == 0
-                watcher.send_signal(signal.SIGCONT if is_watched else signal.SIGSTOP)
-                before, times = len(steps_of(metrics)), psutil.Process(watcher.pid).cpu_times()
+                page.is_asked = is_watched = block % 2 == 0
+                time.sleep(0 if is_watched else 0.5)  # no question is left open
+                for watcher in watchers.values():
+                    watcher.send_signal(signal.SIGCONT if is_watched else signal.SIGSTOP)
+                before = len(steps_of(metrics))
+                times = {name: psutil.Process(watcher.pid).cpu_times() for name, watcher in watchers.items()}
                 time.sleep(arguments.seconds)
-                medians[is_watched].append(statistics.median(steps_of(metrics)[before:]))
-                after = psutil.Process(watcher.pid).cpu_times()
-                busy_s += after.user + after.system - times.user - times.system
+                means[is_watched].append(statistics.fmean(steps_of(metrics)[before:]))
+                for name, watcher in watchers.items():
+                    after = psutil.Process(watcher.pid).cpu_times()
+                    busy_s[name] += after.user + after.system - times[name].user - times[name].system
         finally:
-            watcher.kill()
+            for watcher in watchers.values():
+                watcher.kill()
             training.terminate()
             training.wait()
         steps = len(steps_of(metrics))
-    ratios = [watched / alone for watched, alone in zip(medians[True], medians[False], strict=True)]
+    ratios = [watched / alone for watched, alone in zip(means[True], means[False], strict=True)]
     draw = random.Random(0)
     resampled = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
     low, high = resampled[49], resampled[1949]
-    share = busy_s / (arguments.blocks * arguments.seconds)
-    print(f"load average {os.getloadavg()[0]:.1f}; {steps:,} steps of {statistics.median(medians[False]):.4f} s alone")
-    print(f"step beside a dashboard / alone: {statistics.median(ratios):.4f} (95 %: {low:.4f} to {high:.4f})")
-    print(f"the dashboard takes {share:.2%} of one processor, {share / (os.cpu_count() or 1):.2%} of the machine")
+    print(f"load average {os.getloadavg()[0]:.1f}; {steps:,} steps of {statistics.fmean(means[False]):.4f} s alone")
+    print(
+        f"step beside a dashboard and a page / alone: {statistics.median(ratios):.4f} (95 %: {low:.4f} to {high:.4f})"
+    )
+    for name, seconds in busy_s.items():
+        share = seconds / (arguments.blocks * arguments.seconds)
+        print(f"the {name} takes {share:.2%} of one processor, {share / (os.cpu_count() or 1):.2%} of the machine")
 
 
 if __name__ == "__main__":

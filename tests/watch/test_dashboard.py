@@ -181,7 +181,7 @@ def test_a_log_is_shown_without_a_folder(tmp_path, capsys):
     assert "loss 3.1" in capsys.readouterr().out.replace("loss 3.10", "loss 3.1")
 
 
-def test_a_dashboard_rests_until_it_has_taken_one_percent_of_a_processor(tmp_path, monkeypatch):
+def test_a_dashboard_rests_until_it_has_taken_half_a_percent_of_a_processor(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "a-run", quiet_losses(20))
 
     async def scenario(app, pilot):
@@ -190,9 +190,9 @@ def test_a_dashboard_rests_until_it_has_taken_one_percent_of_a_processor(tmp_pat
         monkeypatch.setattr(dashboard.time, "process_time", lambda: clock["busy"])
         app._busy_s = 4.75
         monkeypatch.setattr(app, "read", lambda: read.append(clock["now"]))
-        for clock["now"] in (1000.0, 1010.0, 1024.9, 1025.1, 1026.0):  # a quarter of a second is 1 % of 25 s
+        for clock["now"] in (1000.0, 1010.0, 1049.9, 1050.1, 1051.0):  # a quarter of a second is 0.5 % of 50 s
             app.read_sparingly()
-        assert read == [1000.0, 1025.1, 1026.0]
+        assert read == [1000.0, 1050.1, 1051.0]
         monkeypatch.undo()
 
     watched([source(folder)], scenario)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmtune.cli.process import yield_to_runs
 from llmtune.common.environment import home_expanded
 from llmtune.errors import UsageError
 from llmtune.runs.folder import list_runs
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from llmtune.watch.run_data import RunData
 
 __all__ = ["dashboard"]
-
-NICENESS = 5
-"""The run goes first where the processors do not suffice for both."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +55,7 @@ def dashboard(
         console = Console(highlight=False, markup=False, emoji=False)
         console.print(frame([source.data for source in sources], console.width))
         return
-    with suppress(OSError):
-        os.nice(NICENESS)
+    yield_to_runs()
     from llmtune.watch.dashboard import Dashboard
 
     Dashboard(sources).run()

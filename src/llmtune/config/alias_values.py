@@ -157,6 +157,9 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         "use_lora": switch("adapter.method", "lora", "none"),
         "use_peft": switch("adapter.method", "lora", "none"),
         "finetuning_type": _ADAPTER,
+        "fine_tune_type": Rule(
+            "adapter.method", _ADAPTER.words | {"dora": {"adapter.method": "lora", "adapter.dora": "true"}}
+        ),
         "adapter": _ADAPTER,
     },
     "model.gradient_checkpointing": {
@@ -219,6 +222,7 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         "completion_only_loss": switch("data.train_on", "all_assistant_messages", "all_tokens"),
         "mask_prompt": switch("data.train_on", "all_assistant_messages", "all_tokens"),
         "mask_history": when_on({"data.train_on": "last_assistant_turn"}),
+        "train_on_responses_only": switch("data.train_on", "all_assistant_messages", "all_tokens"),
         "assistant_only_loss": switch("data.train_on", "all_assistant_messages", "all_tokens"),
     },
     "data.template_args": {name: template_argument(name) for name in ("enable_thinking", "reasoning_effort")},

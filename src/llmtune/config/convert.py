@@ -199,7 +199,7 @@ def _truth(node: Node) -> bool:
 
 def _number(node: Node) -> float:
     text = node.text if isinstance(node, Scalar) else ""
-    if text.endswith("%") and _NUMBER.fullmatch(text[:-1]):
+    if text.endswith("%") and _NUMBER.fullmatch(text[:-1]) and float(text[:-1]) < 100:
         raise Mismatch("a number", node, f"write the fraction: {float(text[:-1]) / 100:g}")
     if not _NUMBER.fullmatch(text):
         raise Mismatch("a number", node)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 from textual import events
 from textual.app import App, ComposeResult
@@ -24,7 +23,7 @@ __all__ = ["Dashboard", "Source"]
 
 SECONDS_BETWEEN_READINGS = 2.0
 
-SHARE_OF_A_PROCESSOR = 0.01
+SHARE_OF_A_PROCESSOR = 0.005
 """What the dashboard takes at most while nobody presses a key: the run beside it needs the processors."""
 
 WEIGHTS = (0.0, 0.6, SMOOTHING, 0.98)
@@ -73,7 +72,8 @@ class Dashboard(App[None]):
         self._shown = "charts"
         self._with_memory = False
         self._smoothing = WEIGHTS.index(SMOOTHING)
-        self._busy_s = 0.0
+        self._busy_s: float | None = None
+        """Processor time at the last reading; None before the second one, as its start is not counted."""
         self._rests_until = 0.0
 
     @property
@@ -92,7 +92,6 @@ class Dashboard(App[None]):
         """Draw, and read again from now on."""
         self.theme = "ansi-dark"
         self.read()
-        self._busy_s = time.process_time()
         self.set_interval(self._seconds, self.read_sparingly)
 
     def on_resize(self, event: events.Resize) -> None:  # noqa: ARG002
@@ -105,7 +104,8 @@ class Dashboard(App[None]):
         if now < self._rests_until:
             return
         # Everything since the last reading: most of the work is done after it, when the screen is drawn.
-        self._rests_until = now + (busy_s - self._busy_s) / SHARE_OF_A_PROCESSOR
+        if self._busy_s is not None:
+            self._rests_until = now + (busy_s - self._busy_s) / SHARE_OF_A_PROCESSOR
         self._busy_s = busy_s
         self.read()
 
@@ -142,13 +142,16 @@ class Dashboard(App[None]):
         self.notify(f"smoothing {WEIGHTS[self._smoothing]:g}", timeout=2)
         self.draw()
 
-    def _charts(self, columns: int, rows: int) -> RenderableType:
+    def _charts(self, columns: int, rows: int) -> Text:
         weight = WEIGHTS[self._smoothing]
         loss, gradients, learning_rate, speed, memory = charts_of(self.runs, weight)
-        grid = Table.grid(padding=(0, 1, 0, 0))
+        lines: list[Text] = []
+        # One text, line by line: a table around the charts takes longer than drawing them does.
         for pair in ((loss, gradients), (learning_rate, memory if self._with_memory else speed)):
-            grid.add_row(*(draw(chart, columns // 2 - 1, rows // 2) for chart in pair))
-        return grid
+            left, right = (draw(chart, columns // 2 - 1, rows // 2).split("\n") for chart in pair)
+            for one, other in zip(left, right, strict=True):
+                lines.append(one.append(" " * (columns // 2 - one.cell_len)).append_text(other))
+        return Text("\n").join(lines)
 
     def _each(self, show: Callable[[RunData], RenderableType]) -> RenderableType:
         if len(self.runs) == 1:

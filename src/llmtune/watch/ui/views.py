@@ -22,7 +22,7 @@ __all__ = ["RunViews", "page", "page_policy"]
 
 MOST_COMPARED = 8
 LEDGER_ROWS = 200
-MOST_OF_TIME = 0.01
+MOST_OF_TIME = 0.005
 """Share of a processor that drawing runs at work may take: the training beside needs it."""
 
 
