@@ -1,6 +1,9 @@
 """MLflow and Trackio, where they are installed: what they were sent is read back; a resumed run is the same run."""
 
 import json
+import re
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -54,6 +57,46 @@ def test_mlflow_holds_config_numbers_and_answers_of_one_run(tmp_path, monkeypatc
     assert json.loads(answers.read_text()) == {"prompt": "2 + 3?", "text": "5"}
     assert len(said) == 2
     assert run.info.run_id in said[1]
+
+
+def test_mlflow_gets_each_name_in_the_form_that_it_takes(tmp_path, monkeypatch):
+    """It refuses a whole request for one name with other characters, a long one, or a second value of one."""
+    taken = {}
+
+    class Client:
+        def __init__(self, address):
+            pass
+
+        def log_batch(self, run_id, *, params=(), metrics=()):
+            for key, value, *_ in (*params, *metrics):
+                assert re.fullmatch(r"[/\w.\- ]{1,250}", key), key
+                assert taken.setdefault(key, value) == value, key
+
+        def create_run(self, experiment, *, run_name, tags):
+            assert all(re.fullmatch(r"[/\w.\- ]{1,250}", tag) for tag in tags)
+            return SimpleNamespace(info=SimpleNamespace(run_id="r"))
+
+        def __getattr__(self, name):
+            return lambda *arguments, **options: None
+
+    entities = ModuleType("mlflow.entities")
+    entities.Metric = entities.Param = lambda *fields: fields
+    module = ModuleType("mlflow")
+    module.MlflowClient, module.entities = Client, entities
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    from llmtune.tracking.mlflow import MlflowTracker
+
+    long = "x" * 300
+    ranks = {"(q|v)_proj": 4, "[q|v]_proj": 8, long: 1, long + "y": 2}
+    tracker = MlflowTracker("mine", tags=("a=b",), print_line=lambda line: None)
+    tracker.start(RunInfo(name="r", folder=tmp_path, total_steps=1, start_step=0, model="m", config={"rank": ranks}))
+    tracker.log(1, {"eval_squad#2_mean_nll": 2.0, "eval_a[1]_mean_nll": 3.0})
+    assert sorted(value for key, value in taken.items() if key.startswith("rank.")) == ["1", "2", "4", "8"]
+    assert {key: taken[key] for key in taken if key.startswith("eval")} == {
+        "eval/squad_2_mean_nll": 2.0,
+        "eval/a_1__mean_nll": 3.0,
+    }
 
 
 def test_trackio_holds_config_and_numbers_of_one_run_and_prints_nothing_on_stdout(tmp_path, monkeypatch, capfd):

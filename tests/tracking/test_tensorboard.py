@@ -1,13 +1,21 @@
 """TensorBoard's event files hold what the run logged."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import LlamaConfig, T5Config
 
+from llmtune.common.records import flat_items
 from llmtune.errors import ModelError
 from llmtune.tracking import Histogram, RunInfo
 from llmtune.tracking.model_graph import model_graph
 from llmtune.tracking.tensorboard import TensorBoardTracker
+from llmtune.tracking.tracker import grouped_name
+from llmtune.training import train as training
+from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 
 accumulator = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
@@ -91,6 +99,40 @@ def test_the_config_its_origins_modules_ledger_and_hyperparameters_come_back(tmp
     values = content["_hparams_/session_start_info"].session_start_info.hparams
     assert values["training.batch_size"].number_value == 2
     assert values["training.optimizer"].string_value == "adamw"
+
+
+def test_everything_that_a_real_run_recorded_comes_back(config_of):  # noqa: F811
+    """Each number of each line of metrics.jsonl, each answer, each key of the config, each histogram."""
+    settings = [
+        "tracking.trackers=[jsonl,tensorboard]",
+        "tracking.watch=gradients",
+        "evaluation.prompts=[numbers,words]",
+    ]
+    folder = training.train(config_of(*settings, "training.max_steps=3", "evaluation.every_steps=2")).folder
+    events = read(folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    sent = {
+        (grouped_name(name), line["step"]): np.float32(value)
+        for line in lines
+        for name, value in line.items()
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    assert {step for _, step in sent} == {0, 1, 2, 3}
+    held = {(tag, event.step): event.value for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    assert {key: held.get(key) for key in sent} == sent
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 6
+    for index, sample in enumerate(samples[-2:]):
+        text = events.Tensors(f"samples/{index}/text_summary")[-1].tensor_proto.string_val[0].decode()
+        assert all(f"    {line}" in text for line in sample["text"].splitlines())
+    info = json.loads((folder / "run.json").read_text())
+    config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    keys = [key for key, _ in flat_items(info["identity"]["config"])]
+    assert len(keys) > 100
+    assert [key for key in keys if f"| {key} |" not in config] == []
+    with safe_open(folder / "checkpoints" / "final" / "model.safetensors", "np") as file:
+        names = {f"gradients/{name}" for name in file.keys()}  # noqa: SIM118 - no mapping
+    assert names <= set(events.Tags()["histograms"])
 
 
 def hyperparameters(events):

@@ -119,6 +119,7 @@ def offline(tmp_path_factory):
         timeout_s=60,
         WANDB_API_KEY="canary0123456789canary0123456789canary012",
         HF_TOKEN="hf_canary0123456789",
+        WANDB_X_STATS_SAMPLING_INTERVAL="0.1",
     )
     return folder, found
 
@@ -150,6 +151,18 @@ def test_an_offline_run_holds_every_step_the_samples_and_the_histograms(offline)
     (table,) = offline[0].glob("wandb/offline-run-*/files/media/table/samples*.json")
     assert json.loads(table.read_text()) == {"columns": ["step", "prompt", "answer"], "data": [[4, "p", "an answer"]]}
     assert any("gradients/w/values" in line for line in history)
+
+
+def test_an_offline_run_holds_wandb_s_own_figures_of_the_machine_and_of_this_process(offline):
+    figures = [
+        {item.key: json.loads(item.value_json) for item in record.stats.item}
+        for record in records_of(offline[0])
+        if record.WhichOneof("record_type") == "stats"
+    ]
+    named = {name: [float(line[name]) for line in figures if name in line] for line in figures for name in line}
+    assert 0 < max(named["memory_percent"]) <= 100
+    assert 50 < max(named["proc.memory.rssMB"]) < 4096  # a Python that imported torch, in MB
+    assert any(name.startswith("cpu") for name in named), sorted(named)
 
 
 def test_no_secret_of_the_environment_reaches_a_tracker_file(offline):

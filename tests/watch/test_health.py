@@ -46,6 +46,12 @@ def test_a_thousand_quiet_steps_give_no_event(seed):
     assert kinds(record(seed=seed)) == []
 
 
+def test_the_loss_of_a_run_that_learns_from_rewards_gives_no_event():
+    lines = rewarded()
+    assert kinds(lines) == []
+    assert "plateau" in kinds([{name: value for name, value in line.items() if name != "reward"} for line in lines])
+
+
 def test_a_task_that_is_learned_fast_is_no_leak():
     """The losses of the README's own job, 80 steps."""
     losses = [1.67, 1.1, 0.64, 0.37, 0.2, 0.11, 0.053, 0.047, 0.1, 0.035, 0.05, 0.022, 0.0077, 0.012, 0.017, 0.013]
@@ -70,6 +76,17 @@ def skipped(reason):
     return [*record(500), {**window, "sources": ["a.jsonl:7"]}, *record()[506:]]
 
 
+def rewarded(**changes):
+    """Lines of a quiet run that learns from rewards: the loss hovers around a value, and says nothing."""
+    draw = random.Random(0)
+    lines = [line for line in record() if "train_mean_nll" in line]
+    for line in lines:
+        del line["train_mean_nll"]
+        line |= {"train_loss": 0.02 + draw.gauss(0, 0.001), "reward": line["step"] / 1000, "with_advantage": 0.6}
+        line |= {name: change(line["step"], line[name]) for name, change in changes.items()}
+    return lines
+
+
 CRAFTED = {
     "non_finite_loss": lambda: skipped("train_mean_nll is nan"),
     "non_finite_gradients": lambda: skipped("grad_norm is inf"),
@@ -82,6 +99,7 @@ CRAFTED = {
     "exploding_gradients": lambda: record(grad_norm=after(300, lambda step, usual: usual * 1.2 ** min(step - 300, 99))),
     "over_fitting": over_fitted,
     "slower": lambda: record(tokens_per_second=after(500, lambda step, usual: usual / 4)),
+    "equal_rewards": lambda: rewarded(with_advantage=after(300, lambda step, usual: 0.0)),
     "low_device_use": lambda: record(mfu=lambda step, usual: 0.01, num_tokens=lambda step, usual: 300),
 }
 

@@ -8,7 +8,10 @@ import pytest
 
 from llmtune.cli.main import main
 from llmtune.training import train as training
+from llmtune.watch.differences import numbers_of
+from llmtune.watch.figures import figures_of
 from llmtune.watch.report.chart import Chart, Line
+from llmtune.watch.report.overview import facts
 from llmtune.watch.report.page import SECTIONS, read_run, report_html
 from llmtune.watch.series import Series
 from report_helpers import HOSTILE, Page, make_run, quiet_losses, write_lines
@@ -171,3 +174,45 @@ def test_figures_of_the_machine_are_drawn_over_seconds_and_constants_are_not(tmp
     page = Page(report_html([read_run(folder)]))
     drawn_over_seconds = {chart["lines"][0]["name"]: chart["unit"] for chart in page.charts if chart["x"] == "seconds"}
     assert drawn_over_seconds == {"cpu use": "percent", "gpus 0 use": "percent", "gpus 0 memory used bytes": "bytes"}
+
+
+def rewarded_run(folder, rewards, heldout):
+    """A run that learns from rewards: training rewards from step 1 on, (step, reward) held out."""
+    run = make_run(folder, quiet_losses(len(rewards)))
+    lines = [{"step": step, "eval_reward": reward} for step, reward in heldout]
+    lines += [{"step": step, "train_loss": 0.01, "reward": reward} for step, reward in enumerate(rewards, 1)]
+    write_lines(run / "metrics.jsonl", lines)
+    return read_run(run)
+
+
+def test_a_run_that_learns_from_rewards_shows_rewards_and_higher_is_better(tmp_path):
+    rewards = [-0.5 + step / 40 for step in range(1, 31)]
+    run = rewarded_run(tmp_path / "up", rewards, [(0, -0.1), (10, 0.2), (30, 0.1)])
+    page = Page(report_html([run]))
+    tiles = {fact.label: fact for fact in facts(run)}
+    assert (tiles["held-out reward"].value, tiles["held-out reward"].detail) == (
+        "0.1",
+        "-0.1 before; best 0.2 at step 10",
+    )
+    assert tiles["training reward"].value == "0.25"
+    assert not any("loss" in label for label in tiles)
+    assert page.charts[0]["lines"][0]["y"] == [pytest.approx(reward, abs=1e-5) for reward in rewards]
+    shown = " ".join(page.texts)
+    assert "Higher is better." in shown
+    assert "Lower is better." not in shown
+    trend = {figure.name: figure for figure in figures_of(run)}
+    assert (trend["reward"].verdict, trend["reward"].is_fine) == ("rising", True)
+    assert trend["held-out reward"].verdict == "best was 0.2 at step 10"
+    worse = rewarded_run(tmp_path / "down", rewards[::-1], [(0, 0.1), (30, -0.1)])
+    assert {figure.name: figure for figure in figures_of(worse)}["reward"].verdict.startswith("falling: a lower")
+    numbers = numbers_of([run, worse])
+    assert numbers["held-out reward, best"] == [0.2, 0.1]
+    assert "held-out loss, best" not in numbers
+
+
+def test_no_number_of_the_axis_of_steps_lies_under_its_name(tmp_path):
+    content = report_html([read_run(make_run(tmp_path / "run", quiet_losses(12)))])
+    places = [float(place) for place in re.findall(r'class="x" style="left:([\d.]+)%', content)]
+    assert len(places) > 10
+    assert max(places) < 84
+    assert content.count('class="xname">step 12<') >= 4

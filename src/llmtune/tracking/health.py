@@ -41,6 +41,8 @@ class History:
     norms: deque[float] = field(default_factory=_recent)
     speeds: deque[float] = field(default_factory=_recent)
     rates: deque[float] = field(default_factory=_recent)
+    advantages: deque[float] = field(default_factory=_recent)
+    """Of runs that learn from rewards: shares of the answers that are better or worse than others to their prompt."""
     utilization: deque[float] = field(default_factory=_recent)
     lines: int = 0
     """Training lines so far."""
@@ -68,8 +70,8 @@ class History:
 
     @property
     def loss(self) -> float | None:
-        """Training loss of the line."""
-        return _number(self.line.get("train_mean_nll", self.line.get("train_loss")))
+        """Training loss of the line; None where rewards are learned from: its course says nothing there."""
+        return None if "reward" in self.line else _number(self.line.get("train_mean_nll", self.line.get("train_loss")))
 
     @property
     def norm(self) -> float | None:
@@ -86,13 +88,13 @@ class History:
             return
         self.lines += 1
         named = {"grad_norm": self.norms, "tokens_per_second": self.speeds}
-        named |= {"learning_rate": self.rates, "mfu": self.utilization}
+        named |= {"learning_rate": self.rates, "mfu": self.utilization, "with_advantage": self.advantages}
         for name, values in named.items():
             if (value := _number(self.line.get(name))) is not None:
                 values.append(value)
         if self.loss is not None:
             self.losses.append(self.loss)
-        if self.lines == FEWEST and self.norms and self.losses:
+        if self.lines == FEWEST and self.norms and self.losses:  # with rewards a gradient of 0 has another cause
             self.first_norm, self.first_loss = median(self.norms), fmean(self.losses)
         if len(self.losses) >= RECENT:
             self.best_loss = min(self.best_loss, fmean(self.recent_losses(RECENT)))
@@ -245,6 +247,15 @@ def _vanishing(now: History) -> str | None:
     return None
 
 
+def _equal_rewards(now: History) -> str | None:
+    newest = list(now.advantages)[-FEWEST:]
+    if len(newest) < FEWEST or any(newest):
+        return None
+    reward = _number(now.line.get("reward"))
+    earned = "" if reward is None else f" ({reward:.4g} on average)"
+    return f"for {FEWEST} lines all answers to a prompt earned the same reward{earned}: nothing is learned from them"
+
+
 def _exploding(now: History) -> str | None:
     norm, norms = now.norm, list(now.norms)
     if norm is None or len(norms) < FEWEST + 2:
@@ -355,6 +366,13 @@ CHECKS: tuple[Check, ...] = (
         "warning",
         _slower,
         "another program may use this machine, or the device throttles: `llmtune gpu-monitor` shows both",
+    ),
+    Check(
+        "equal_rewards",
+        "warning",
+        _equal_rewards,
+        "add a reward that grades (`f1`, `length`, one of your own), draw more answers (objective.num_generations), or "
+        "take prompts that are sometimes answered rightly",
     ),
     Check(
         "low_device_use",

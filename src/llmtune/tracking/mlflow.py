@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmtune import durable
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MlflowTracker"]
 
-PARAMS_AT_ONCE, LONGEST_PARAM = 100, 500
-"""Limits of MLflow's interface for one request, and of its older servers for one value, in characters."""
+PARAMS_AT_ONCE, LONGEST_NAME, LONGEST_PARAM = 100, 250, 500
+"""Limits of MLflow's interface for one request and one name, and of its older servers for one value, in characters."""
 
 
 class MlflowTracker:
@@ -56,8 +56,9 @@ class MlflowTracker:
             tags |= {"mlflow.note.content": info.notes} if info.notes else {}
             self._run_id = self._client.create_run(experiment, run_name=info.name, tags=tags).info.run_id
             durable.write_text(id_file, self._run_id + "\n")
-            values = flat_items({**redacted(info.config), "parameters": info.parameters})
-            params = [mlflow.entities.Param(_name(key), str(value)[:LONGEST_PARAM]) for key, value in values]
+            values = dict(flat_items({**redacted(info.config), "parameters": info.parameters}))
+            names = _names(values)
+            params = [mlflow.entities.Param(names[key], str(value)[:LONGEST_PARAM]) for key, value in values.items()]
             for first in range(0, len(params), PARAMS_AT_ONCE):
                 self._client.log_batch(self._run_id, params=params[first : first + PARAMS_AT_ONCE])
             self._client.log_dict(self._run_id, {"origins": dict(info.origins), "rows": dict(info.ledger)}, "run.json")
@@ -87,11 +88,28 @@ class MlflowTracker:
 
         now = int(time.time() * 1000)
         numbers = [
-            Metric(key, float(value), now, step) for key, value in values.items() if isinstance(value, int | float)
+            Metric(_name(key), float(value), now, step)
+            for key, value in values.items()
+            if isinstance(value, int | float)
         ]
         self._client.log_batch(self._run_id, metrics=numbers)
 
 
 def _name(name: str) -> str:
     """A name as MLflow takes it: it refuses the whole request for a pattern among the keys of a config."""
-    return re.sub(r"[^\w./ -]", "_", name)
+    return re.sub(r"[^\w./ -]", "_", name)[:LONGEST_NAME]
+
+
+def _names(keys: Iterable[str]) -> dict[str, str]:
+    """The name of each key, all different: MLflow refuses a second value of one name.
+
+    >>> _names(["r.q.*", "r.q.+", "r.v"])
+    {'r.q.*': 'r.q._', 'r.q.+': 'r.q._2', 'r.v': 'r.v'}
+    """
+    names: dict[str, str] = {}
+    for key in keys:
+        name, number = _name(key), 2
+        while name in names.values():
+            name, number = f"{_name(key)[: LONGEST_NAME - 3]}{number}", number + 1
+        names[key] = name
+    return names

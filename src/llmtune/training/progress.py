@@ -254,7 +254,7 @@ def print_result(result: Result, print_line: PrintLine, screen: Screen | None = 
     for fact in facts:
         print_line(str(fact))
     if result.state == "finished":
-        print_line(f"try it: llmtune generate {result.folder} 'your question'")
+        print_line(f"try it: {next_commands(result.folder, result.state)[0][1]}")
 
 
 def next_commands(folder: Path, state: str) -> list[tuple[str, str]]:
@@ -268,14 +268,28 @@ def next_commands(folder: Path, state: str) -> list[tuple[str, str]]:
     if state != "finished":
         return [("resume", f"llmtune resume {run}")]
     is_adapter = (folder / "final" / "adapter_config.json").is_file()
-    return [
+    answers = [
         ("ask", f"llmtune generate {run} 'your question'"),
         ("talk", f"llmtune chat {run}"),
         ("compare", f"llmtune compare {run}"),
+    ]
+    scores = [("judge", f"llmtune predict {run} --data rows.jsonl"), ("compare", f"llmtune compare {run} --held-out")]
+    return [
+        *(scores if _gives_scores(folder / "final") else answers),
         ("look", f"llmtune dashboard {run}"),
         ("report", f"llmtune report {run}"),
         *([("merge", f"llmtune merge-lora {run} -o merged")] if is_adapter else []),
     ]
+
+
+def _gives_scores(final: Path) -> bool:
+    """Whether a final model gives scores, and answers nothing."""
+    with suppress(OSError):
+        config = (final / "config.json").read_text(encoding="utf-8", errors="replace")
+        return "ForSequenceClassification" in config
+    with suppress(OSError):
+        return '"SEQ_CLS"' in (final / "adapter_config.json").read_text(encoding="utf-8", errors="replace")
+    return False
 
 
 def eval_facts(evaluations: EvalState) -> list[Fact]:

@@ -146,7 +146,7 @@ def _loss(runs: Sequence[RunData], smoothing: float) -> Chart:
     newest = _newest(
         [Line(line.series, "", end_mark=mark.end_mark) for line, mark in zip(heldout, smooth, strict=True)]
     )
-    title = f"loss {_newest(smooth)}" + (f"  o held-out {newest}" if newest else "")
+    title = f"{runs[0].measured} {_newest(smooth)}" + (f"  o held-out {newest}" if newest else "")
     return Chart(title, [*lines, *smooth, *heldout])
 
 

@@ -37,12 +37,21 @@ def _of(metric: Callable[[RunData], str], number: Callable[[list[float]], float]
     return value
 
 
+def _loss(run: RunData, metric: str) -> str:
+    """The name of a metric that is a loss; empty for that of a run that learns from rewards."""
+    return metric if run.measured == "loss" else ""
+
+
 NUMBERS: dict[str, Callable[[RunData], float | None]] = {
     "steps": lambda run: float(run.step) or None,
-    "training loss, last": _of(lambda run: run.loss_metric, lambda values: values[-1]),
-    "held-out loss, first": _of(lambda run: run.heldout_metric, lambda values: values[0]),
-    "held-out loss, last": _of(lambda run: run.heldout_metric, lambda values: values[-1]),
-    "held-out loss, best": _of(lambda run: run.heldout_metric, min),
+    "training loss, last": _of(lambda run: _loss(run, run.loss_metric), lambda values: values[-1]),
+    "held-out loss, first": _of(lambda run: _loss(run, run.heldout_metric), lambda values: values[0]),
+    "held-out loss, last": _of(lambda run: _loss(run, run.heldout_metric), lambda values: values[-1]),
+    "held-out loss, best": _of(lambda run: _loss(run, run.heldout_metric), min),
+    "training reward, last": _of(lambda _: "reward", lambda values: values[-1]),
+    "held-out reward, first": _of(lambda _: "eval_reward", lambda values: values[0]),
+    "held-out reward, last": _of(lambda _: "eval_reward", lambda values: values[-1]),
+    "held-out reward, best": _of(lambda _: "eval_reward", max),
     "exact answers, last": _of(lambda _: "eval_exact_answers", lambda values: values[-1]),
     "skipped steps": lambda run: float(len(run.skipped)) or None,
     "tokens/s, median": _of(lambda _: "tokens_per_second", median),

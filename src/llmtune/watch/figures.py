@@ -50,24 +50,29 @@ def _loss(run: RunData) -> Figure | None:
     verdict, is_fine = "", True
     if len(loss) >= ENOUGH:
         before, now = (sum(part) / third for part in (loss.values[-2 * third : -third], loss.values[-third:]))
-        share = (before - now) / abs(before) if before else 0.0
-        verdict = "falling" if share > 0.005 else "flat" if share > -0.02 else "rising: a lower learning rate may help"
-        is_fine = share > -0.02
-    return Figure("loss", short(loss.values[-1]), f"{run.loss_unit}; lower is better", verdict, is_fine)
+        gain = (before - now) / abs(before) if before else 0.0
+        better, worse = "falling", "rising"
+        if run.measured == "reward":
+            gain, better, worse = -gain, "rising", "falling"
+        verdict = better if gain > 0.005 else "flat" if gain > -0.02 else f"{worse}: a lower learning rate may help"
+        is_fine = gain > -0.02
+    direction = "lower" if run.measured == "loss" else "higher"
+    return Figure(run.measured, short(loss.values[-1]), f"{run.loss_unit}; {direction} is better", verdict, is_fine)
 
 
 def _heldout(run: RunData) -> Figure | None:
     heldout = run.metrics.get(run.heldout_metric, Series()).finite()
     if not heldout.values:
         return None
-    best = min(range(len(heldout)), key=heldout.values.__getitem__)
+    choose = max if run.measured == "reward" else min
+    best = choose(range(len(heldout)), key=heldout.values.__getitem__)
     later = len(heldout) - 1 - best
     verdict = (
         "the best so far" if later == 0 else f"best was {short(heldout.values[best])} at step {heldout.xs[best]:g}"
     )
     is_fine = later < 2
     verdict += "" if is_fine else "; no better since: it may over-fit"
-    return Figure("held-out loss", short(heldout.values[-1]), "on rows it never trains on", verdict, is_fine)
+    return Figure(f"held-out {run.measured}", short(heldout.values[-1]), "on rows it never trains on", verdict, is_fine)
 
 
 def _gradients(run: RunData) -> Figure | None:

@@ -154,17 +154,28 @@ class RunData:
 
     @property
     def loss_metric(self) -> str:
-        """Name of the training loss."""
+        """Name of the training loss; of a run that learns from rewards, the mean reward (a loss says nothing there)."""
+        if "reward" in self.metrics:
+            return "reward"
         return next((name for name in LOSS_METRICS if name in self.metrics), LOSS_METRICS[0])
+
+    @property
+    def measured(self) -> str:
+        """What training changes: `loss`, or `reward`, which is better higher."""
+        return "reward" if self.loss_metric == "reward" else "loss"
 
     @property
     def loss_unit(self) -> str:
         """Unit of the losses of this run."""
+        if self.measured == "reward":
+            return "mean reward of the drawn answers"
         return "nats per trained token" if self.loss_metric == LOSS_METRICS[0] else "loss of an answer or a pair"
 
     @property
     def heldout_metric(self) -> str:
-        """Name of the held-out loss over all held-out rows."""
+        """Name of the held-out loss (or reward) over all held-out rows."""
+        if self.measured == "reward":
+            return "eval_reward"
         return self.loss_metric.replace("train_", "eval_", 1)
 
     @property

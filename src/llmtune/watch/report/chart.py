@@ -20,6 +20,8 @@ __all__ = ["Chart", "Line", "Mark", "ticks"]
 
 WIDTH = HEIGHT = 1000
 """Size of the SVG's own coordinates."""
+FREE_OF_NAME = 0.84
+"""Part of the axis of steps that its name leaves free, in the narrowest chart."""
 DRAWN_POINTS = 1500
 """Points of a line that are drawn at most; a page is rarely wider than that."""
 KEPT_POINTS = 12_000
@@ -196,8 +198,10 @@ def _labels(frame: _Frame, chart: Chart) -> Markup:
     at_x = ticks(frame.x0, frame.x1, 6)
     if chart.x_name == "step":
         at_x = [value for value in at_x if value == int(value)]
+    # The name of the axis stands at its end, with the last value: a number of a tick there would be under it.
+    at_x = [value for value in at_x if frame.x(value) < FREE_OF_NAME * WIDTH]
     xs = "".join(f'<i class="x" style="left:{frame.x(value) / WIDTH:.2%}">{number(value)}</i>' for value in at_x)
-    return f'{ys}{xs}<i class="xname">{text(chart.x_name)}</i>'
+    return f'{ys}{xs}<i class="xname">{text(chart.x_name)} {number(frame.x1)}</i>'
 
 
 def _legend(lines: Sequence[Line], visible: Sequence[Line], unit: str) -> Markup:

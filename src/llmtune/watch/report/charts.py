@@ -76,6 +76,12 @@ CHARTS: tuple[ChartKind, ...] = (
 """Every chart but the loss, in their order. A new one is one row."""
 
 
+LOSS_NOTES = {
+    "loss": "Lower is better. Held-out loss that rises while training loss falls means the rows are being memorized.",
+    "reward": "Higher is better. Held-out reward that falls while that of training rises means prompts are memorized.",
+}
+
+
 def loss_chart(runs: Sequence[RunData]) -> Chart:
     """Training loss, smoothed, with the held-out points, and a mark at every event and skipped window."""
     several, lines, marks, longest = len(runs) > 1, [], [], 0
@@ -92,11 +98,12 @@ def loss_chart(runs: Sequence[RunData]) -> Chart:
         if not several:
             marks += [Mark(skip.step, f"window skipped after step {skip.step}: {skip.reason}") for skip in run.skipped]
             marks += [Mark(event.step, f"step {event.step}: {event.message}") for event in run.events]
+    measured = runs[0].measured
     return Chart(
-        "Loss",
+        measured.capitalize(),
         lines,
         unit=runs[0].loss_unit,
-        note="Lower is better. Held-out loss that rises while training loss falls means the rows are being memorized.",
+        note=LOSS_NOTES[measured],
         smoothing=smoothing_for(longest),
         marks=marks,
         wide=True,

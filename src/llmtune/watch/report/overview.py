@@ -72,9 +72,10 @@ def facts(run: RunData) -> list[Fact]:
     total, config, tiles = run.total_steps, run.flat_config, []
     for result in results(run)[:1]:
         first, last = result.first[1], result.last[1]
-        change = f"{last / first - 1:+.1%} from {number(first)} before" if first else ""
+        is_loss = run.measured == "loss" and bool(first)  # of a reward, which may be below 0, a share says nothing
+        change = f"{last / first - 1:+.1%} from {number(first)} before" if is_loss else f"{number(first)} before"
         best = f"; best {number(result.best[1])} at step {int(result.best[0]):,}"
-        tiles.append(Fact("held-out loss", number(last), change + (best if result.best[1] != last else "")))
+        tiles.append(Fact(f"held-out {run.measured}", number(last), change + (best if result.best[1] != last else "")))
     exact = run.metrics.get("eval_exact_answers", Series()).finite()
     answers = run.metrics.get("eval_num_answers", Series()).last
     if len(exact) and answers is not None:
@@ -85,7 +86,8 @@ def facts(run: RunData) -> list[Fact]:
         )
     train = run.metrics.get(run.loss_metric, Series()).finite()
     if len(train):
-        tiles.append(Fact("training loss", number(train.values[-1]), f"{number(train.values[0])} at the first step"))
+        before = f"{number(train.values[0])} at the first step"
+        tiles.append(Fact(f"training {run.measured}", number(train.values[-1]), before))
     of = f"of {total:,}" if total is not None else ""
     epochs = config.get("training.epochs")
     tiles.append(
