@@ -11,6 +11,7 @@ from llmtune.training import train as training
 from llmtune.watch.differences import numbers_of
 from llmtune.watch.figures import figures_of
 from llmtune.watch.report.chart import Chart, Line
+from llmtune.watch.report.charts import loss_charts
 from llmtune.watch.report.overview import facts
 from llmtune.watch.report.page import SECTIONS, read_run, report_html
 from llmtune.watch.series import Series
@@ -208,6 +209,21 @@ def test_a_run_that_learns_from_rewards_shows_rewards_and_higher_is_better(tmp_p
     numbers = numbers_of([run, worse])
     assert numbers["held-out reward, best"] == [0.2, 0.1]
     assert "held-out loss, best" not in numbers
+
+
+def test_losses_of_different_units_and_rewards_are_not_drawn_over_each_other(tmp_path):
+    tokens = [read_run(make_run(tmp_path / name, quiet_losses(30))) for name in "ab"]
+    rewarded = rewarded_run(tmp_path / "c", [0.1] * 30, [(0, 0.1), (30, 0.2)])
+    charts = loss_charts([tokens[0], rewarded, tokens[1]])
+    assert [(chart.title, chart.unit) for chart in charts] == [
+        ("Loss", "nats per trained token"),
+        ("Reward", "mean reward of the drawn answers"),
+    ]
+    assert [(line.name, line.colour) for line in charts[0].lines if line.kind == "noisy"] == [
+        ("a: training", 0),
+        ("b: training", 2),
+    ]
+    assert [line.colour for line in charts[1].lines] == [1, 1]
 
 
 def test_no_number_of_the_axis_of_steps_lies_under_its_name(tmp_path):

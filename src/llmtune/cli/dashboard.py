@@ -55,9 +55,9 @@ def dashboard(
         console = Console(highlight=False, markup=False, emoji=False)
         console.print(frame([source.data for source in sources], console.width))
         return
-    yield_to_runs()
     from llmtune.watch.dashboard import Dashboard
 
+    yield_to_runs()  # from here on: its start would take a minute beside a run
     Dashboard(sources).run()
 
 

@@ -54,10 +54,14 @@ def prepare_process(*, trains: bool = False) -> None:
         _import_libraries()
 
 
+NICENESS = 10
+"""Beside a thread that computes, such a process gets a tenth of a processor: a key is still answered at once."""
+
+
 def yield_to_runs() -> None:
-    """Give this process the lowest priority: a run goes first where the processors do not suffice for both."""
+    """Lower the priority of this process: a run goes first where the processors do not suffice for both."""
     with contextlib.suppress(OSError):
-        os.nice(19)
+        os.nice(NICENESS)
 
 
 def _import_libraries() -> None:

@@ -24,10 +24,10 @@ def ui(
 
     Prints the address, which holds a token, on stdout. Ctrl-C ends it.
     """
-    yield_to_runs()
     from llmtune.watch.ui.server import UiServer
 
     with UiServer(home_expanded(folder), port=port, offline=is_offline(), no_cuda=no_cuda) as server:
         print_line(f"the runs in {printable(folder)}; Ctrl-C ends it")
         print(server.url, flush=True)
+        yield_to_runs()
         server.serve_forever(poll_interval=5)  # requests wake it at once

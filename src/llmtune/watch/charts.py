@@ -136,6 +136,8 @@ def _loss(runs: Sequence[RunData], smoothing: float) -> Chart:
     smooth: list[Line] = []
     heldout: list[Line] = []
     for index, run in enumerate(runs):
+        if run.loss_unit != runs[0].loss_unit:
+            continue  # a loss of pairs or a reward over nats per token would be read as one scale
         style, loss = STYLES[index % len(STYLES)], _series(run, run.loss_metric)
         # An average over more steps than a short run has would lag behind it.
         weight = min(smoothing, max(1 - STEPS_OF_A_SHORT_RUN / max(len(loss), 1), 0.0))

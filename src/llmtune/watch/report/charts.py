@@ -11,7 +11,7 @@ from llmtune.watch.report.markup import Markup
 from llmtune.watch.run_data import RunData
 from llmtune.watch.series import Series
 
-__all__ = ["CHARTS", "charts_html", "loss_chart", "smoothing_for"]
+__all__ = ["CHARTS", "charts_html", "loss_charts", "smoothing_for"]
 
 UNINTERESTING = ("epoch", "progress", "num_tokens", "num_loss_tokens", "num_sequences", "step_seconds")
 """Numbers of a training line that count up or say the same as another chart."""
@@ -82,10 +82,16 @@ LOSS_NOTES = {
 }
 
 
-def loss_chart(runs: Sequence[RunData]) -> Chart:
+def loss_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """The losses of the runs, and the rewards of those that learn from them; one chart for each unit."""
+    return [_loss_chart(runs, unit) for unit in dict.fromkeys(run.loss_unit for run in runs)]
+
+
+def _loss_chart(runs: Sequence[RunData], unit: str) -> Chart:
     """Training loss, smoothed, with the held-out points, and a mark at every event and skipped window."""
     several, lines, marks, longest = len(runs) > 1, [], [], 0
-    for place, run in enumerate(runs):
+    drawn = [(place, run) for place, run in enumerate(runs) if run.loss_unit == unit]
+    for place, run in drawn:
         prefix = f"{run.name}: " if several else ""
         train = run.metrics.get(run.loss_metric, Series())
         longest = max(longest, len(train))
@@ -98,11 +104,11 @@ def loss_chart(runs: Sequence[RunData]) -> Chart:
         if not several:
             marks += [Mark(skip.step, f"window skipped after step {skip.step}: {skip.reason}") for skip in run.skipped]
             marks += [Mark(event.step, f"step {event.step}: {event.message}") for event in run.events]
-    measured = runs[0].measured
+    measured = drawn[0][1].measured
     return Chart(
         measured.capitalize(),
         lines,
-        unit=runs[0].loss_unit,
+        unit=unit,
         note=LOSS_NOTES[measured],
         smoothing=smoothing_for(longest),
         marks=marks,
@@ -112,7 +118,7 @@ def loss_chart(runs: Sequence[RunData]) -> Chart:
 
 def charts_html(runs: Sequence[RunData], *, with_values: bool = True) -> Markup:
     """All charts, those without a value left out; `with_values` as in `Chart.html`."""
-    charts = [loss_chart(runs), *(_chart(kind, runs) for kind in CHARTS), *_other_charts(runs), *_system_charts(runs)]
+    charts = [*loss_charts(runs), *(_chart(kind, runs) for kind in CHARTS), *_other_charts(runs), *_system_charts(runs)]
     return "".join(chart.html(with_values=with_values) for chart in charts)
 
 
