@@ -6,8 +6,9 @@ One run trains `custom-tiny` on all processors. One `llmtune dashboard` of it is
 `llmtune ui` is asked every two seconds for what its page asks for. Both are stopped (SIGSTOP) and continued in turn, in
 blocks of `seconds`. Each pair of neighbouring blocks gives a ratio of mean step times: the cost of a picture falls on
 few steps, which a median would not show. Printed are the median of these ratios with its 95 % interval from a bootstrap
-over pairs, and the processor time that the two themselves took while they ran. The load average is printed too: other
-work widens the interval. What a browser takes to show the page is not measured.
+over pairs, the same for the processor time of a step, and the processor time that the two themselves took while they
+ran. The load average is printed too: other work widens the interval of the times, less that of the processor
+times. What a browser takes to show the page is not measured.
 """
 
 from __future__ import annotations
@@ -62,6 +63,20 @@ def open_dashboard(folder: Path) -> subprocess.Popen[bytes]:
     return process
 
 
+def busy_of(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> float:
+    """Processor seconds that a process took so far."""
+    times = psutil.Process(process.pid).cpu_times()
+    return float(times.user + times.system)
+
+
+def median_ratio(watched: list[float], alone: list[float]) -> tuple[float, float, float]:
+    """The median ratio of pairs, and its 95 % interval from a bootstrap over pairs."""
+    ratios = [one / other for one, other in zip(watched, alone, strict=True)]
+    draw = random.Random(0)
+    resampled = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return statistics.median(ratios), resampled[49], resampled[1949]
+
+
 class Page:
     """`llmtune ui` of a folder, asked as its page asks; between `pause` and `go_on` it is not."""
 
@@ -110,6 +125,7 @@ def main() -> None:
         watchers = {"dashboard": open_dashboard(runs[0].path), "page": page.process}
         time.sleep(10)  # their start is not their cost
         means: dict[bool, list[float]] = {True: [], False: []}
+        processor: dict[bool, list[float]] = {True: [], False: []}
         busy_s = dict.fromkeys(watchers, 0.0)
         try:
             for block in range(2 * arguments.blocks):
@@ -117,27 +133,24 @@ def main() -> None:
                 time.sleep(0 if is_watched else 0.5)  # no question is left open
                 for watcher in watchers.values():
                     watcher.send_signal(signal.SIGCONT if is_watched else signal.SIGSTOP)
-                before = len(steps_of(metrics))
-                times = {name: psutil.Process(watcher.pid).cpu_times() for name, watcher in watchers.items()}
+                before, busy_before_s = len(steps_of(metrics)), busy_of(training)
+                watchers_before_s = {name: busy_of(watcher) for name, watcher in watchers.items()}
                 time.sleep(arguments.seconds)
-                means[is_watched].append(statistics.fmean(steps_of(metrics)[before:]))
+                made = steps_of(metrics)[before:]
+                processor[is_watched].append((busy_of(training) - busy_before_s) / len(made))
+                means[is_watched].append(statistics.fmean(made))
                 for name, watcher in watchers.items():
-                    after = psutil.Process(watcher.pid).cpu_times()
-                    busy_s[name] += after.user + after.system - times[name].user - times[name].system
+                    busy_s[name] += busy_of(watcher) - watchers_before_s[name]
         finally:
             for watcher in watchers.values():
                 watcher.kill()
             training.terminate()
             training.wait()
         steps = len(steps_of(metrics))
-    ratios = [watched / alone for watched, alone in zip(means[True], means[False], strict=True)]
-    draw = random.Random(0)
-    resampled = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    low, high = resampled[49], resampled[1949]
     print(f"load average {os.getloadavg()[0]:.1f}; {steps:,} steps of {statistics.fmean(means[False]):.4f} s alone")
-    print(
-        f"step beside a dashboard and a page / alone: {statistics.median(ratios):.4f} (95 %: {low:.4f} to {high:.4f})"
-    )
+    for what, values in (("step", means), ("processor time of a step", processor)):
+        ratio, low, high = median_ratio(values[True], values[False])
+        print(f"{what} beside a dashboard and a page / alone: {ratio:.4f} (95 %: {low:.4f} to {high:.4f})")
     for name, seconds in busy_s.items():
         share = seconds / (arguments.blocks * arguments.seconds)
         print(f"the {name} takes {share:.2%} of one processor, {share / (os.cpu_count() or 1):.2%} of the machine")

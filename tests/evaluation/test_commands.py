@@ -1,6 +1,7 @@
 """The commands that use a result, through the real program."""
 
 import dataclasses
+import io
 import json
 
 import pytest
@@ -112,6 +113,19 @@ def test_evaluate_measures_every_row_of_a_file(run, adapter, tmp_path):
     assert found["eval_bits_per_byte"] > 0
     again = json.loads(run("evaluate", adapter, "--data", rows, "--json", "--batch-size", "1")[1])
     assert again["eval_mean_nll"] == pytest.approx(found["eval_mean_nll"], rel=1e-6)
+
+
+def test_a_turn_beyond_the_context_ends_a_piped_chat_and_not_one_at_a_terminal(run, adapter, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stdin, expected in ((Terminal, 0), (io.StringIO, 3)):
+        monkeypatch.setattr("sys.stdin", stdin("words " * 300 + "\nhello\n"))
+        code, out, err = run("chat", adapter, "--max-new-tokens", "3")
+        assert code == expected
+        assert "the model sees 256" in err
+        assert ("/reset forgets what was said so far" in err) == bool(out.strip()) == (expected == 0)
 
 
 def test_a_chat_keeps_what_was_said_until_reset(run, adapter, monkeypatch):

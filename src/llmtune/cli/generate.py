@@ -16,7 +16,7 @@ from llmtune.cli.process import prepare_process
 from llmtune.common.environment import is_offline
 from llmtune.common.text import print_line
 from llmtune.config.layers import load_config
-from llmtune.errors import ConfigError, UsageError
+from llmtune.errors import ConfigError, DataError, UsageError
 
 if TYPE_CHECKING:
     from llmtune.evaluation.generate import Answer
@@ -145,16 +145,22 @@ def chat(
             print_line(conversation.obey(line))
             continue
         asked = [*conversation.messages, Message("user", line)]
-        (answer,) = answer_all(
-            loaded.model,
-            loaded.tokenizer,
-            loaded.renderer,
-            [asked],
-            max_new_tokens=max_new_tokens,
-            # Another seed for each turn, or the same question would be answered by the same draws.
-            sampling=replace(sampling, seed=seed + len(asked)),
-            show=_show_piece,
-        )
+        try:
+            (answer,) = answer_all(
+                loaded.model,
+                loaded.tokenizer,
+                loaded.renderer,
+                [asked],
+                max_new_tokens=max_new_tokens,
+                # Another seed for each turn, or the same question would be answered by the same draws.
+                sampling=replace(sampling, seed=seed + len(asked)),
+                show=_show_piece,
+            )
+        except DataError as error:  # most often beyond the model's context
+            if not sys.stdin.isatty():
+                raise
+            print_line(f"{error.problems[0].problem}; /reset forgets what was said so far")
+            continue
         conversation.messages = [*asked, Message("assistant", answer.text)]
         print(flush=True)
         _say_cut(answer)
