@@ -28,7 +28,6 @@ def answer(path):
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS", "`git lfs pull`"),
         ("a.csv", b"<!DOCTYPE html><html>", "is a web page", "download the file itself"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS", "`git lfs pull`"),
-        ("a.parquet", b' {"error": "not found"}', "is JSON, whatever its name says", "end its name in .jsonl"),
         ("a.xlsx", b"PK", "is not a kind of file that is read", "save its sheet as CSV"),
         ("a.zip", b"PK", "is not a kind of file that is read", "unpack it"),
         ("a.arrow", b"ARROW1", "is not a kind of file that is read", "`save_to_disk`"),
@@ -86,6 +85,14 @@ def test_lines_that_end_with_a_carriage_return_alone_are_named(ending, tmp_path)
     assert "tr" in row.fix
     path.write_bytes(b'{"text":\r "a"}\r\n{"text": "b"}')
     assert len(list(read_rows((SourceConfig(str(path)),)))) == (1 if ending == "a.csv" else 2)
+
+
+def test_json_under_the_name_of_parquet_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b' {"error": "not found"}')
+    (row,) = read_rows((SourceConfig(str(path)),))
+    assert row.problem == "the file is JSON, whatever its name says"
+    assert row.fix.startswith("end its name in .jsonl")
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])

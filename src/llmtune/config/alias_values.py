@@ -104,6 +104,7 @@ _ADAPTER = Rule(
         "qlora": {"adapter.method": "lora", "model.quantization": "4bit"},
     },
 )
+_DORA = {"adapter.method": "lora", "adapter.dora": "true"}
 _OFFLOADED = when_on({"model.gradient_checkpointing": "offload"})
 LORA_ONLY = {
     **dict.fromkeys(
@@ -157,9 +158,7 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
         "use_lora": switch("adapter.method", "lora", "none"),
         "use_peft": switch("adapter.method", "lora", "none"),
         "finetuning_type": _ADAPTER,
-        "fine_tune_type": Rule(
-            "adapter.method", _ADAPTER.words | {"dora": {"adapter.method": "lora", "adapter.dora": "true"}}
-        ),
+        "fine_tune_type": Rule("adapter.method", {**_ADAPTER.words, "dora": _DORA}),
         "adapter": _ADAPTER,
     },
     "model.gradient_checkpointing": {

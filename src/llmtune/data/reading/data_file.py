@@ -220,8 +220,6 @@ def foreign_content(head: bytes, kind: str) -> tuple[str, str] | None:
     """What a file of this kind (a key of `READERS`) really holds, by its first bytes, and the fix; None for rows."""
     if kind == ".txt" or (kind == ".parquet" and head.startswith(b"PAR1")):  # a text may begin with anything
         return None
-    if kind == ".parquet" and head.lstrip()[:1] in (b"{", b"["):
-        return "JSON", "end its name in .jsonl, or .json for a list"
     return next(((what, fix) for beginning, what, fix in _BEGINNINGS if head.startswith(beginning)), None)
 
 

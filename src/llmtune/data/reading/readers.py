@@ -286,6 +286,8 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
     ) as error:  # ValueError: not UTF-8; Overflow: odd dates
         problem = f"not a readable parquet file: {in_one_line(error)}"
         fix = "write the file again; it was cut off or is something else"
+        if number < 0 and is_seekable(stream) and not stream.seek(0) and stream.read(32).lstrip()[:1] in (b"{", b"["):
+            problem, fix = "the file is JSON, whatever its name says", "end its name in .jsonl, or .json for a list"
         raise DamagedFileError(number + 1 if number >= 0 else None, problem, fix) from None
 
 
@@ -346,8 +348,9 @@ def _kind_of_text(stream: IO[bytes]) -> str:
 
 
 def _is_object(line: Payload) -> bool:
-    is_begun = isinstance(line, bytes) and line.lstrip()[:1] == b"{"
-    return is_begun and isinstance(parse_json_row("", line, 1.0), Row)
+    if not isinstance(line, bytes) or line.lstrip()[:1] != b"{":
+        return False
+    return isinstance(parse_json_row("", line, 1.0), Row)
 
 
 def _table_reader(delimiter: str, shape: str | None = None) -> Reader:
