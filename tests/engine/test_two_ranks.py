@@ -48,6 +48,9 @@ def resume_is_exact(bench, devices):
     }
     snapshot = capture(**parts, devices=devices)
     assert len(snapshot.tensors["rng"]["torch"]) == devices.world_size
+    main_s = capture(**parts, devices=devices, keep=devices.is_main)
+    assert bool(main_s.tensors["optimizer"]) == devices.is_main
+    assert main_s.state == snapshot.state
     second = start()
     torch.manual_seed(0)
     second.model.load_state_dict(first.model.state_dict())

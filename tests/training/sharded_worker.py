@@ -43,14 +43,26 @@ def written_down(build_setup, path):
     return build
 
 
+def kept_by_the_main_one_alone(capture, rank):
+    """`capture`, which fails where another process than the first keeps the whole optimizer state of a save."""
+
+    def checked(**given):
+        snapshot = capture(**given)
+        assert rank == "0" or not snapshot.tensors["optimizer"], "every process holds what one of them writes"
+        return snapshot
+
+    return checked
+
+
 def main(commands, rank, world_size):
     """Run the commands one after the other, and exit with the code of the first that fails."""
     from llmtune.cli.main import run
-    from llmtune.training import train
+    from llmtune.training import train, training_run
 
     forbid_unpickling()
 
     build_setup, code = train.build_setup, 0
+    training_run.capture = kept_by_the_main_one_alone(training_run.capture, rank)
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
     for command in json.loads(commands.read_text()):
         os.environ["MASTER_PORT"] = str(command["port"])

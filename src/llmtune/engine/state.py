@@ -92,14 +92,16 @@ def capture(
     precision: Precision,
     state: TrainingState,
     devices: Devices | None = None,
+    keep: bool = True,
 ) -> Snapshot:
     """Copy optimizer, loss scale, counters, and the random generators of every process (one row each).
 
     `parameters`: the trained ones by name. With several processes each must call it: the generators are gathered, the
-    rest is the same on all.
+    rest is the same on all. `keep`: whether this process wants the optimizer's tensors, which are whole, twice the size
+    of the trained weights with AdamW; without it, it takes part only.
     """
     devices = devices or Devices(precision.device)
-    tensors, scalars = _capture_optimizer(parameters, optimizer)
+    tensors, scalars = _capture_optimizer(parameters, optimizer, keep=keep)
     return Snapshot(
         tensors={
             "optimizer": tensors,
@@ -137,9 +139,9 @@ def restore(
 
 
 def _capture_optimizer(
-    parameters: Mapping[str, torch.nn.Parameter], optimizer: AnyOptimizer
+    parameters: Mapping[str, torch.nn.Parameter], optimizer: AnyOptimizer, *, keep: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, _ParameterState]]:
-    """Give the optimizer's tensors as `parameter//key`, and the rest of its state by parameter."""
+    """Give the optimizer's tensors as `parameter//key`, none without `keep`, and the rest of its state by parameter."""
     parts = dict(optimizer.part_of())
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, _ParameterState] = {}
@@ -148,8 +150,9 @@ def _capture_optimizer(
         for key, value in optimizer.state_of(parameter).items():
             if isinstance(value, torch.Tensor):
                 entry["places"][key] = _device_of(value, parameter)
-                # A copy, because the optimizer goes on to change its tensors while the file is written.
-                tensors[f"{name}//{key}"] = value.detach().to("cpu", copy=True).contiguous()
+                if keep:
+                    # A copy, because the optimizer goes on to change its tensors while the file is written.
+                    tensors[f"{name}//{key}"] = value.detach().to("cpu", copy=True).contiguous()
             else:
                 assert value is None or isinstance(value, bool | int | float | str), (
                     f"optimizer state {name}//{key} is a {type(value)}"

@@ -195,6 +195,7 @@ class TrainingRun:
             precision=self.setup.precision,
             state=self.state,
             devices=self.devices,
+            keep=self.devices.is_main,
         )
         pipeline = {
             "outlook": self.evaluator.state(),
