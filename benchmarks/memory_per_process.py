@@ -1,6 +1,6 @@
 """Peak memory of each process of a training of the real model on a CPU, alone and shared by several.
 
-    python benchmarks/memory_per_process.py [--steps 2] [--only NAME ...]
+    python benchmarks/memory_per_process.py [--steps 1] [--only NAME ...]
 
 Each line is the real command `llmtune train --devices N` on the model that is always available. Counted is memory of
 the process's own (`RssAnon` of its status, twenty times a second), less what it held before it read the model: the
@@ -33,7 +33,7 @@ class Case:
     processes: tuple[int, ...]
 
 
-SHORT, LONG = (40, 60), (600, 640)
+SHORT, LONG = (40, 60), (250, 270)
 FSDP, SHARED = ("distributed.strategy=fsdp",), ("distributed.sequence_parallel={processes}",)
 CASES = (
     Case(Shape("full, ddp", 3, SHORT, FULL), ("distributed.strategy=ddp",), (1, 3)),
@@ -95,7 +95,7 @@ def bare_bytes() -> int:
 def main() -> None:
     """Measure each case, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="parts of names of cases")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
