@@ -5,8 +5,14 @@ import json
 import pytest
 
 from llmtune.cli.main import main
+from llmtune.config.schema import DataConfig, SourceConfig
+from llmtune.data.dataset.make_dataset import prepare_data
+from llmtune.data.example import Conversation, Message
+from llmtune.data.rendering.renderer import Renderer
+from llmtune.data.rows.preferences import RECOGNIZED_BY
 from llmtune.errors import UsageError
-from llmtune.evaluation.predictions import Prediction
+from llmtune.evaluation.judged_rows import judged_rows
+from llmtune.evaluation.predictions import Prediction, split_at_answer
 from llmtune.evaluation.scores import SCORES, find_score
 
 
@@ -71,6 +77,93 @@ def test_only_wrong_answers_are_printed_where_they_are_asked_for(run, rows, tiny
     arguments = ("predict", tiny_model_folder, "--data", rows, "--max-new-tokens", "6")
     wrong = [line for line in lines_of(run(*arguments)[1]) if not line["exact"]]
     assert lines_of(run(*arguments, "--only-wrong")[1]) == wrong
+
+
+def prepared(rows, method, tokenizer, tmp_path):
+    """The examples that training by `method` would make of these rows."""
+    path = tmp_path / "made.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(train=(SourceConfig(str(path)),), max_length=256, cache_dir=str(tmp_path / "cache"))
+    renderer = Renderer(tokenizer, train_on=data.train_on)
+    return prepare_data(data, renderer, formats=RECOGNIZED_BY[method]).train
+
+
+def text_of_side(example, tokenizer):
+    prompt, answer = split_at_answer(example)
+    return example.side, tokenizer.decode(prompt), tokenizer.decode(answer).removesuffix("<|im_end|>")
+
+
+@pytest.mark.parametrize("form", ["messages", "texts"])
+def test_the_wrong_answers_of_a_model_are_printed_as_pairs_to_train_on(
+    form, run, rows, tiny_model_folder, tiny_tokenizer, tmp_path
+):
+    if form == "texts":
+        rows.write_text(
+            '{"prompt": "a ", "completion": "system of words"}\n{"prompt": "b ", "completion": "numbers"}\n'
+        )
+    words = ("predict", tiny_model_folder, "--data", rows, "--max-new-tokens", "6", "--repetition-penalty", "5")
+    answered = lines_of(run(*words)[1])
+    assert not any(line["exact"] for line in answered)
+    code, out, err = run(*words, "--as", "pairs")
+    assert code == 0, err
+    assert f"0 of {len(answered)} answers exactly right\n{len(answered)} pairs made" in err
+    examples = prepared(lines_of(out), "dpo", tiny_tokenizer, tmp_path)
+    assert [text_of_side(examples[index], tiny_tokenizer) for index in range(len(examples))] == [
+        (side, line["prompt"], line[name])
+        for line in answered
+        for side, name in (("chosen", "reference"), ("rejected", "answer"))
+    ]
+
+
+def test_all_answers_of_a_model_are_printed_with_a_label(run, rows, tiny_model_folder, tiny_tokenizer, tmp_path):
+    words = ("predict", tiny_model_folder, "--data", rows, "--max-new-tokens", "6", "--repetition-penalty", "5")
+    answered = lines_of(run(*words)[1])
+    right = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": answered[0]["answer"]}]}
+    rows.write_text(json.dumps(right) + "\n" + "".join(rows.read_text().splitlines(keepends=True)[1:]))
+    path = tmp_path / "labels.jsonl"
+    assert run(*words, "--as", "labels", "--output", path)[:2] == (0, "")
+    made = lines_of(path.read_text())
+    assert "exists already" in run(*words, "--as", "labels", "--output", path)[2]
+    assert [row["label"] for row in made] == [True, False, False]
+    examples = prepared(made, "kto", tiny_tokenizer, tmp_path)
+    assert [text_of_side(examples[index], tiny_tokenizer) for index in range(len(examples))] == [
+        ("desirable" if place == 0 else "undesirable", line["prompt"], line["answer"])
+        for place, line in enumerate(answered)
+    ]
+    assert len(lines_of(run(*words, "--as", "pairs")[1])) == 2
+
+
+def test_an_answer_that_is_more_than_a_text_or_empty_makes_no_row():
+    asked, right = Message("user", "1 + 1?"), Message("assistant", "2", extra={"reasoning_content": "easy"})
+    conversation = Conversation("a:1", messages=(asked, right))
+    with_reasoning = Prediction("a:1", "p", "<think>easy</think>2", "3", 2)
+    assert list(judged_rows([with_reasoning], {"a:1": conversation}, "pairs")) == [None]
+    text_alone = Prediction("a:1", "p", "2", "3", 2)
+    (row,) = judged_rows([text_alone], {"a:1": conversation}, "pairs")
+    assert (row["chosen"], row["rejected"]) == (
+        [{"role": "assistant", "content": "2"}],
+        [{"role": "assistant", "content": "3"}],
+    )
+    assert list(judged_rows([Prediction("a:1", "p", "2", " ", 2)], {"a:1": conversation}, "labels")) == [None]
+
+
+def test_answers_that_make_no_row_are_no_file(run, rows, tiny_model_folder, tmp_path):
+    """Greedy answers of these random weights are line ends."""
+    words = ("--data", rows, "--max-new-tokens", "2", "--as", "pairs", "--output", tmp_path / "pairs.jsonl")
+    code, _, err = run("predict", tiny_model_folder, *words)
+    assert code == 3
+    assert "3 left out: an empty answer" in err
+    assert "draw answers with --temperature 1" in err
+    assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_rows_to_train_on_are_never_made_of_held_out_ones(run, rows, tiny_model_folder):
+    code, _, err = run("predict", tiny_model_folder, "--as", "pairs")
+    assert code == 2
+    assert "give --data ROWS" in err
+    code, _, err = run("predict", tiny_model_folder, "--data", rows, "--as", "pairs", "--only-wrong")
+    assert code == 2
+    assert "leave out --score and --only-wrong" in err
 
 
 def test_the_count_of_evaluate_and_the_marks_of_predict_are_one(run, rows, tiny_model_folder):

@@ -77,6 +77,15 @@ def reward_file(tmp_path):
         "def too_few(**columns):\n    return [1.0]\n"
         "def text(completions, **columns):\n    return ['good'] * len(completions)\n"
         "def nan(completions, **columns):\n    return [float('nan')] * len(completions)\n"
+        "def one_for_all(**columns):\n    return 0.5\n"
+        "def nothing(**columns):\n    pass\n"
+        "def later(completions, **columns):\n    return (1 / 0 for text in completions)\n"
+        "def by_numpy(completions, **columns):\n"
+        "    import numpy\n"
+        "    return numpy.array([len(text) for text in completions], dtype=numpy.float32)\n"
+        "def by_torch(completions, **columns):\n"
+        "    import torch\n"
+        "    return torch.tensor([len(text) for text in completions])\n"
     )
     return path
 
@@ -98,12 +107,22 @@ def test_a_function_is_given_prompts_completions_ids_and_every_column(reward_fil
         ("too_few", "gave 1 numbers for the 2 answers to rows.jsonl:3"),
         ("text", "of an answer to rows.jsonl:3 is 'good'"),
         ("nan", "of an answer to rows.jsonl:3 is nan"),
+        ("one_for_all", "gave 0.5 for the 2 answers to rows.jsonl:3"),
+        ("nothing", "gave None for the 2 answers to rows.jsonl:3"),
+        ("later", "the reward failed on the answers to rows.jsonl:3: ZeroDivisionError"),
     ],
 )
 def test_a_function_that_fails_names_the_row(reward_file, name, problem):
     with pytest.raises(UsageError) as refusal:
         own(reward_file, name, "a", "b")
     assert problem in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["by_numpy", "by_torch"])
+def test_numbers_of_other_libraries_are_numbers(reward_file, name):
+    rewards = own(reward_file, name, "a", "bcd")
+    assert rewards == [1.0, 3.0]
+    assert {type(reward) for reward in rewards} == {float}
 
 
 def test_a_field_that_an_argument_would_hide_is_named(reward_file):

@@ -192,7 +192,7 @@ def held_out_rows(loaded: InferenceModel, data: list[str] | None, config: str | 
         try:
             with overlong_named(fitted):
                 examples = prepare_data(rows, loaded.renderer, formats=formats).train
-                return examples if loaded.labels else examples.right_answers(), settings
+                return examples if loaded.labels else examples.right_answers(), replace(settings, data=rows)
         except DataError as error:
             raise DataError.all(_located_at_option(problem) for problem in error.problems) from error
     if not settings.data.train:

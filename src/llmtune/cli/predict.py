@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from llmtune import durable
 from llmtune.cli.evaluate import held_out_rows
 from llmtune.cli.generate import (
     Model,
@@ -23,15 +25,37 @@ from llmtune.cli.generate import (
 from llmtune.cli.options import Checkpoint, NoCuda, Score, TemplateArgs
 from llmtune.cli.scores import print_scores, refuse_options
 from llmtune.common.text import print_line
-from llmtune.errors import UsageError
+from llmtune.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from llmtune.cli.evaluate import HeldOut
+    from llmtune.config.schema import Config
     from llmtune.evaluation.inference_model import InferenceModel
     from llmtune.evaluation.predictions import Prediction
     from llmtune.evaluation.sampling import Sampling
 
 __all__ = ["predict"]
+
+RowKind = Literal["pairs", "labels"]
+"""Rows of the formats `preference` and `unpaired`, as `evaluation/judged_rows.py` makes them."""
+
+
+OnlyWrong = Annotated[bool, typer.Option("--only-wrong", help="Print only answers that do not equal their reference.")]
+Kind = Annotated[
+    RowKind | None,
+    typer.Option(
+        "--as", help="Print rows to train on: `pairs` of the right answer and a wrong one, or answers with `labels`."
+    ),
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="Write the lines to this file, not to the screen.")
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens", min=1, help="Longest answer, in tokens; 256 or the longest reference when not given."
+    ),
+]
 
 
 def predict(
@@ -45,18 +69,13 @@ def predict(
     ] = None,
     checkpoint: Checkpoint = None,
     score: Score = None,
-    only_wrong: Annotated[
-        bool, typer.Option("--only-wrong", help="Print only answers that do not equal their reference.")
-    ] = False,
+    only_wrong: OnlyWrong = False,
+    kind: Kind = None,
+    output: Output = None,
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Rows at once; a greedy answer does not depend on it.")
     ] = 8,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-new-tokens", min=1, help="Longest answer, in tokens; 256 or the longest reference when not given."
-        ),
-    ] = None,
+    max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -69,6 +88,10 @@ def predict(
     """Print one JSON object for each row: prompt, reference and answer; or its score, or its label."""
     if data and config:
         raise UsageError("--data and --config both name rows", "command line", "give one of them")
+    if kind is not None:
+        _check_kind(data, score, only_wrong=only_wrong)
+    if output is not None and output.exists():
+        raise UsageError(f"`{output}` exists already", "--output", "choose another name, or move it away")
     loaded = open_inference_model(
         model, checkpoint=checkpoint, no_cuda=no_cuda, template_args=template_args, may_score=True
     )
@@ -76,19 +99,38 @@ def predict(
     from llmtune.evaluation.scores import find_score, scores_of
 
     sampling = read_sampling(repetition_penalty, temperature, top_k, top_p, seed, stop)
-    given = {"--score": score, "--max-new-tokens": max_new_tokens, "--temperature or --stop": sampling != Sampling()}
-    refuse_options(loaded, given)
+    given = {"--as": kind, "--output": output, "--score": score, "--max-new-tokens": max_new_tokens}
+    refuse_options(loaded, given | {"--temperature or --stop": sampling != Sampling()})
     judge = find_score(score) if score is not None else None
     rows, settings = held_out_rows(loaded, data, config)
     if loaded.labels:
         print_scores(loaded, settings, rows, batch_size, only_wrong=only_wrong)
         return
     predictions = _answer(loaded, rows, max_new_tokens, sampling, batch_size)
+    if kind is not None:
+        _write(_judged(predictions, settings, kind), output)
+        return
     scores = scores_of(predictions, judge) if judge is not None else []
-    _print_rows(predictions, scores, only_wrong=only_wrong)
+    _write(_lines(predictions, scores, only_wrong=only_wrong), output)
     if max_new_tokens is not None:
         _say_longer_references(rows, max_new_tokens)
     _say_outcome(predictions, scores, skipped=len(rows) - len(predictions))
+
+
+def _check_kind(data: list[str] | None, score: str | None, *, only_wrong: bool) -> None:
+    if not data:  # the rows that a run holds out are what it is measured by
+        raise UsageError("rows to train on are made of rows that --data names", "--as", "give --data ROWS")
+    if score is not None or only_wrong:
+        raise UsageError("a right answer is an exact one here", "--as", "leave out --score and --only-wrong")
+
+
+def _write(lines: Sequence[Mapping[str, object]], output: Path | None) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if output is None:
+        print(text, end="", flush=True)
+    else:
+        durable.write_text(output, text)
+        print_line(f"{len(lines)} lines written to {output}")
 
 
 def _answer(
@@ -109,12 +151,35 @@ def _answer(
     )
 
 
-def _print_rows(predictions: Sequence[Prediction], scores: Sequence[float], *, only_wrong: bool) -> None:
-    for index, prediction in enumerate(predictions):
-        if only_wrong and prediction.is_exact:
-            continue
-        score_of_it = {"score": scores[index]} if scores else {}
-        print(json.dumps(_as_dict(prediction) | score_of_it, ensure_ascii=False), flush=True)
+def _lines(
+    predictions: Sequence[Prediction], scores: Sequence[float], *, only_wrong: bool
+) -> list[Mapping[str, object]]:
+    return [
+        _as_dict(prediction) | ({"score": scores[index]} if scores else {})
+        for index, prediction in enumerate(predictions)
+        if not (only_wrong and prediction.is_exact)
+    ]
+
+
+def _judged(predictions: Sequence[Prediction], settings: Config, kind: RowKind) -> list[dict[str, object]]:
+    from llmtune.data.dataset.make_dataset import iter_conversations
+    from llmtune.data.reading.parse import BadRow
+    from llmtune.data.rows.preferences import every_format
+    from llmtune.evaluation.judged_rows import judged_rows
+
+    formats = None if settings.objective.method == "sft" else every_format()
+    read = iter_conversations(settings.data, formats)
+    conversations = {found[0].source: found[0] for found in read if not isinstance(found, BadRow)}
+    rows = list(judged_rows(predictions, conversations, kind))
+    made = [row for row in rows if row is not None]
+    _say_outcome(predictions, [], skipped=0)
+    print_line(f"{len(made)} {kind} made")
+    if len(made) < len(rows):
+        print_line(f"{len(rows) - len(made)} left out: an empty answer, or a right one that is more than a text")
+    if not made:
+        fix = "give other rows, or draw answers with --temperature 1"
+        raise DataError(f"no answer makes a row of the kind `{kind}`", "--as", fix)
+    return made
 
 
 def _say_outcome(predictions: Sequence[Prediction], scores: Sequence[float], *, skipped: int) -> None:

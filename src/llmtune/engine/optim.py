@@ -376,7 +376,9 @@ def choose_rates(
                 else (FULL_LEARNING_RATE, "usual for full tuning of a pretrained model")
             )
             if compares:
-                rate, why = rate / COMPARISON_DIVISOR, f"{why}, divided by {COMPARISON_DIVISOR}: answers are compared"
+                # Rounded: 2e-5 / 20 is 1.0000000000000002e-06.
+                rate = float(f"{rate / COMPARISON_DIVISOR:g}")
+                why += f", divided by {COMPARISON_DIVISOR}: answers are compared"
         training = replace(training, learning_rate=rate)
         decisions.append(Decision("training.learning_rate", rate, why))
     if training.weight_decay is None:

@@ -127,6 +127,12 @@ class AnswerCounts:
         return self.rewards / (self.judged or 1.0)
 
     @property
+    def means_by_name(self) -> dict[str, float]:
+        """`reward_NAME` of each reward that judged an answer, where there are several."""
+        several = self.by_name if len(self.by_name) > 1 else {}
+        return {f"reward_{name}": mean for name, mean in several.items() if mean is not None}
+
+    @property
     def tokens_per_answer(self) -> float:
         """Mean length, 0 without an answer."""
         return self.tokens / (self.answers or 1.0)
@@ -271,6 +277,4 @@ class PolicyGradientObjective:
         }
         if self._reference is not None:
             line["kl"] = by_token[1] / (seen.tokens or 1.0)
-        if len(self._reward_names) > 1:
-            line |= {f"reward_{name}": value for name, value in seen.by_name.items() if value is not None}
-        return line
+        return line | seen.means_by_name

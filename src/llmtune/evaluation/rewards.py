@@ -6,12 +6,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 from llmtune.config.schema import ObjectiveConfig
 from llmtune.data.example import Row
@@ -114,20 +114,35 @@ def _own(name: str, weight: float) -> Reward:
             problem = f"the field `{hidden[0]}` of {group.source} has the name of what every reward is given"
             raise UsageError(problem, f"--reward {name}", "give the field another name")
         try:
-            values = list(function(**columns, **given))
+            returned = function(**columns, **given)
+            if isinstance(returned, Iterable) and not isinstance(returned, str):
+                returned = list(returned)  # here, because it may compute them only now
         except Exception as error:  # the user's own code may raise anything
             problem = f"the reward failed on the answers to {group.source}: {type(error).__name__}: {error}"
             raise UsageError(problem, f"--reward {name}", "mend the function, then `llmtune resume`") from error
-        if len(values) != count:
-            problem = f"the reward gave {len(values)} numbers for the {count} answers to {group.source}"
-            raise UsageError(problem, f"--reward {name}", "return a number or None for each answer")
-        for value in values:
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-                fix = "return finite numbers, or None for an answer that is not judged"
-                raise UsageError(f"the reward of an answer to {group.source} is {value!r}", f"--reward {name}", fix)
-        return [None if value is None else float(value) for value in values]
+        return _checked(returned, count, group.source, f"--reward {name}")
 
     return Reward(short_name, weight, hashlib.sha256(Path(path).read_bytes()).hexdigest(), judge)
+
+
+def _checked(returned: object, count: int, source: str, where: str) -> list[float | None]:
+    """The numbers that a user's function returned. Raises UsageError unless there is one, or None, for each answer."""
+    fix = "return a list with a finite number for each answer, or None for one that is not judged"
+    if not isinstance(returned, list):
+        raise UsageError(f"the reward gave {returned!r} for the {count} answers to {source}", where, fix)
+    if len(returned) != count:
+        raise UsageError(f"the reward gave {len(returned)} numbers for the {count} answers to {source}", where, fix)
+    numbers: list[float | None] = []
+    for value in returned:
+        try:
+            # Numbers of NumPy and torch too, but no text, which `float` would read.
+            number = None if value is None else float(value) if isinstance(value, SupportsFloat) else math.nan
+        except (TypeError, ValueError):  # an array of several
+            number = math.nan
+        if number is not None and not math.isfinite(number):
+            raise UsageError(f"the reward of an answer to {source} is {value!r}", where, fix)
+        numbers.append(number)
+    return numbers
 
 
 MODEL = "model"

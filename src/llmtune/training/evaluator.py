@@ -114,7 +114,7 @@ class Evaluator:
             )
 
     def _new_state(self) -> EvalState:
-        is_sft = self._setup.heldout_objective is None
+        is_sft = self._config.objective.method == "sft"
         unit = EvalState.loss_unit if is_sft else self._setup.objective.unit
         if self._setup.rollouts is not None:
             unit = "mean reward"

@@ -220,14 +220,12 @@ class Rollouts:
         judged = self._answer(examples, [[0]] * len(examples), temperature=0.0)
         answers = [group.answers[0] for group in judged]
         seen = count_answers(answers, self.reward_names, self._devices)
-        metrics = {
+        return {
             "eval_reward": seen.reward,
             "eval_answer_tokens": seen.tokens_per_answer,
             "eval_num_answers": int(seen.answers),
+            **{f"eval_{name}": mean for name, mean in seen.means_by_name.items()},
         }
-        if len(self._rewards) > 1:
-            metrics |= {f"eval_reward_{name}": value or 0.0 for name, value in seen.by_name.items()}
-        return metrics
 
     # --- checkpoints
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
 from llmtune.data.dataset.make_dataset import PreparedData
+from llmtune.data.example import SIDES
 from llmtune.errors import DataError
 
 __all__ = ["check_labels", "label_names", "labels_of_rows"]
@@ -30,6 +31,9 @@ def labels_of_rows(config: Config, data: PreparedData) -> tuple[tuple[str, ...],
         if data.eval is not None:
             check_labels(data.eval.labels, names, [data.eval[index].source for index in range(len(data.eval))])
         return names, [_balance(data.train.labels, names)]
+    if method == "kto" and len(kinds := set(data.train.sides.tolist())) == 1:
+        kind = SIDES[kinds.pop()]
+        return (), [Decision("label", f"all {kind}", "kto learns from the difference of two kinds: add the other one")]
     if method != "reward" and data.train.margins.any():
         count = int((data.train.margins != 0).sum()) // 2
         return (), [Decision("margin", "not used", f"{count} pairs have one, and only `reward` subtracts it")]

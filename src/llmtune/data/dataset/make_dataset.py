@@ -41,6 +41,7 @@ from llmtune.errors import ConfigError, DataError, Problem
 __all__ = [
     "PreparedData",
     "Progress",
+    "iter_conversations",
     "iter_texts",
     "named_twice",
     "prepare_data",
@@ -184,12 +185,8 @@ def iter_texts(config: DataConfig, formats: Mapping[str, Recognize] | None = Non
 
     Bad rows are skipped. Raises DataError for a source that leads to no file, and at the end where every row was bad.
     """
-    files = find_files(config.train, "train")
-    names, _ = detect_formats(config, files, formats)
     good, bad = 0, list[Problem]()
-    for index, record in read_records(files, config.max_samples):
-        text_column = files[index].source.text_column or config.text_column
-        conversations = _conversations(record, files[index], names[index], text_column)
+    for conversations in iter_conversations(config, formats):
         if isinstance(conversations, BadRow):
             bad += [conversations.as_problem()] if len(bad) < BAD_ROWS_SHOWN else []
             continue
@@ -203,6 +200,20 @@ def iter_texts(config: DataConfig, formats: Mapping[str, Recognize] | None = Non
             yield from (message.content for message in other.messages if message not in first.messages)
     if bad and not good:
         raise DataError.all(bad)
+
+
+def iter_conversations(
+    config: DataConfig, formats: Mapping[str, Recognize] | None = None
+) -> Iterator[tuple[Conversation, ...] | BadRow]:
+    """Yield the conversations of each training row, one for each of its sides, in the order of the files.
+
+    Raises DataError for a source that leads to no file.
+    """
+    files = find_files(config.train, "train")
+    names, _ = detect_formats(config, files, formats)
+    for index, record in read_records(files, config.max_samples):
+        text_column = files[index].source.text_column or config.text_column
+        yield _conversations(record, files[index], names[index], text_column)
 
 
 def rows_of(config: DataConfig) -> dict[str, Row]:
