@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from llmtune.kernels.attention import BACKENDS, AttentionParams, Segments, dense_mask, is_segment_mask, segment_mask
 from llmtune.kernels.attention_layout import Tile, make_layout, plan_tiles
@@ -255,6 +256,23 @@ def test_dropout_is_drawn_by_sdpa_where_a_backend_has_none(backend: str) -> None
     assert not torch.equal(
         found[0], BACKENDS["sdpa"](heads(4), heads(2), heads(2, seed=1), segments, AttentionParams(0.25))
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
+def test_flex_attention_makes_one_mask_of_a_window_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as large as all pairs of tokens, and each layer and its recomputation would make it again."""
+    made = []
+
+    def noted(*args: Any, **named: Any) -> Any:
+        made.append(args)
+        return create_block_mask(*args, **named)
+
+    monkeypatch.setattr("llmtune.kernels.attention.create_block_mask", noted)
+    segments = Segments(torch.tensor([0, 40, 90], dtype=torch.int32), 50)
+    inputs = [heads(count, total=90).detach() for count in (4, 2, 2)]
+    for window in (None, 16, None, 16):
+        BACKENDS["flex"](*inputs, segments, AttentionParams(0.25, window))
+    assert len(made) == 2
 
 
 def test_a_segment_mask_costs_a_few_numbers_and_is_told_from_other_masks() -> None:
