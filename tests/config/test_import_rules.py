@@ -305,6 +305,28 @@ def test_unsloth_has_defaults_of_its_own_in_the_configs_that_it_replaces(
     assert [of(f"training.{key}") for key in keys] == [batch, accumulation, decay, optimizer, warmup]
 
 
+@pytest.mark.parametrize(
+    ("peer", "text", "length", "overlong"),
+    [
+        ("trl", "seed: 1", 1024, "truncate_right"),
+        ("axolotl", "seed: 1", 512, "drop"),
+        ("axolotl", "sequence_len: 64\nexcess_length_strategy: truncate", 64, "truncate_right"),
+        ("llama-factory", "cutoff_len: 64", 64, "truncate_right"),
+        ("ms-swift", "max_length: 64", 64, "drop"),
+        ("ms-swift", "lora_rank: 8", 2048, "error"),  # the model's own length there: no row is lost without a word
+        ("torchtune", "tokenizer: {max_seq_len: 64}", 64, "truncate_right"),
+        ("torchtune", "tokenizer: {max_seq_len: null}", 2048, "error"),
+        ("litgpt", "train: {max_seq_length: 64}", 64, "truncate_right"),
+        ("litgpt", "lora_r: 8", 2048, "error"),
+        ("oumi", "training: {seed: 1}", 2048, "error"),
+        ("nemo", "seed: 1", 2048, "error"),
+    ],
+)
+def test_long_rows_are_cut_or_left_out_as_there(tmp_path, peer, text, length, overlong):
+    of = values(imported(tmp_path, text + "\n", peer=peer))
+    assert (of("data.max_length"), of("data.overlong")) == (length, overlong)
+
+
 # --- comparing answers
 
 
