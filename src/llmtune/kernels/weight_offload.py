@@ -50,7 +50,7 @@ class _Block(NamedTuple):
 
 
 def is_offloaded(weight: Tensor) -> bool:
-    """Whether a weight of a block is one of those that wait on the host: frozen, with two dimensions or more."""
+    """Whether a weight of a block, of any shape, waits on the host: frozen, with two dimensions or more."""
     return not weight.requires_grad and weight.dim() >= 2
 
 
