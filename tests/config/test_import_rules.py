@@ -287,6 +287,8 @@ def test_the_file_is_read_and_not_the_name_of_its_kind(tmp_path, order):
     (source,) = values(result)("data.train")
     assert source.path == "x.jsonl"
     assert row_of(result, "datasets[0].path").outcome is Outcome.DROPPED
+    alone = imported(tmp_path, "datasets: [{path: json, type: alpaca}]\n", peer="axolotl")
+    assert row_of(alone, "datasets[0].path").outcome is Outcome.KEPT
 
 
 @pytest.mark.parametrize(

@@ -224,8 +224,10 @@ class _Translation:
                     fields = {"path": trained, **fields}
                 if "path" in fields:
                     rows.append(_source_table({name: change.value for name, change in fields.items()}))
+            paths = {plain_text(fields["path"].value) for fields in by_index.values() if "path" in fields}
             for report in self.of_source[key]:
-                if report.value.lower() in LOADERS and not any(shown(row) == report.value for row in rows):
+                kind = report.value.lower()
+                if f"{key}[].path" in report.ours and kind in LOADERS and kind not in paths:
                     report.outcome, report.text, report.ours = Outcome.DROPPED, "another key names the file", ()
             if not rows:
                 for report in self.of_source[key]:
