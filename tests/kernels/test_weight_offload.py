@@ -100,12 +100,12 @@ def same(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize(
     ("name", "adapter", "bf16", "recompute"),
     [
-        ("llama", "all", False, True),
+        pytest.param("llama", "all", False, True, marks=pytest.mark.campaign),
         ("llama", "all", True, "offload"),
         ("llama", "some", False, "offload"),
         ("4bit", "all", False, True),
         ("4bit", "some", True, True),
-        ("gemma3", "all", False, True),
+        pytest.param("gemma3", "all", False, True, marks=pytest.mark.campaign),
         ("mixtral", "all", False, True),
         ("gpt2", "all", False, True),
     ],

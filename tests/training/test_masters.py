@@ -1,6 +1,7 @@
 """Full tuning in bf16 beside float32 masters: the sums of a plain loop, saved and resumed in float32."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from llmtune.errors import ConfigError
 from llmtune.models.parameters import trained_parameters
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
-from training_helpers import difference, lines_of, stopped_after, weights_of
+from rank_helpers import launched
+from training_helpers import difference, lines_of, small_run, stopped_after, weights_of
 
 MASTERS = ("training.precision=bf16", "training.master_weights=true", "training.max_steps=4")
 PLAIN = (*MASTERS, "training.engine=plain", "evaluation.before_training=false", "evaluation.every_steps=null")
@@ -122,3 +124,19 @@ def test_masters_in_fp32_arithmetic_are_refused_with_the_fix(config_of):
     with pytest.raises(ConfigError, match="bf16") as refused:
         training.train(config_of("training.master_weights=true"))
     assert "training.precision: bf16" in str(refused.value)
+
+
+@pytest.mark.campaign
+def test_n2_two_processes_sum_the_gradients_of_masters(tiny_model_folder, rows_file, tmp_path):
+    """The losses and masters of one process, but for roundings of bf16."""
+    given = small_run(tiny_model_folder, rows_file, tmp_path, *MASTERS, "training.gradient_accumulation_steps=4")
+    words = [word for word in given if not word.startswith("adapter.")]
+    own = [sys.executable, "-m", "llmtune"]
+    losses, masters = [], []
+    for name, devices in (("alone", ()), ("together", ("--devices", "2"))):
+        launched("train", *devices, *words, f"run.name={name}", launcher=own)
+        losses.append([line["train_mean_nll"] for line in lines_of(tmp_path / name) if "train_mean_nll" in line])
+        masters.append(load_file(tmp_path / name / "checkpoints" / "final" / "model.safetensors"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, weight in masters[0].items():
+        torch.testing.assert_close(masters[1][name], weight, atol=1e-4, rtol=1e-3)

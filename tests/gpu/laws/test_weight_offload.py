@@ -1,5 +1,8 @@
 """Frozen weights that wait in host memory: the bits of resident ones, with copies that arrive late."""
 
+import copy
+import json
+import re
 from contextlib import suppress
 
 import pytest
@@ -10,11 +13,14 @@ from pretend.machine import BLOCK_BYTES
 
 from conftest import FAMILIES
 from llmtune.adapters.attach import attach_adapter
+from llmtune.cli.main import run
 from llmtune.config.schema import AdapterConfig, Config, ModelConfig
 from llmtune.errors import DivergedError
 from llmtune.kernels import activation_offload
 from llmtune.kernels.activation_offload import HostStore
 from llmtune.kernels.weight_offload import offload_weights
+from llmtune.models import load
+from llmtune.models.quantization import disable_cpu_repacking, quantization_config
 from llmtune.plan.meta_model import count_sizes
 
 
@@ -27,7 +33,7 @@ def same(one, other):
     return (one.losses, one.norms) == (other.losses, other.norms) and all(map(torch.equal, one.weights, other.weights))
 
 
-@pytest.mark.parametrize("recompute", [True, "offload"])
+@pytest.mark.parametrize("recompute", [True, pytest.param("offload", marks=pytest.mark.campaign)])
 def test_n15_offloaded_weights_repeat_every_bit_with_copies_that_arrive_late(train_on, undisturbed, recompute):
     trained = train_on(family="deep", recompute=recompute, offload_weights=True)
     assert same(trained, undisturbed["deep"])
@@ -49,8 +55,38 @@ def test_where_page_locked_memory_is_refused_they_wait_in_ordinary_memory(train_
     assert trained.pageable
 
 
-@pytest.mark.parametrize("recompute", [True, "offload"])
-def test_the_card_holds_what_is_planned(recompute):
+@pytest.fixture(scope="module")
+def four_bit(tmp_path_factory):
+    """A model of four blocks in NF4, on the host, where it is quantized."""
+    folder, dtype = tmp_path_factory.mktemp("llama"), torch.bfloat16
+    transformers.AutoModelForCausalLM.from_config(FAMILIES["deep"](), dtype=dtype).save_pretrained(folder)
+    options = {"dtype": dtype, "quantization_config": quantization_config("4bit", dtype)}
+    model = load._load_pretrained(folder, torch.device("cpu"), "auto", options, FAMILIES["deep"](), ())
+    disable_cpu_repacking(model)
+    return model
+
+
+@pytest.mark.parametrize("targets", ["all-linear", pytest.param(("q_proj", "v_proj"), marks=pytest.mark.campaign)])
+def test_n15_weights_in_four_bits_are_computed_with_as_on_the_cpu(train_model, four_bit, monkeypatch, targets):
+    """Packed, with the scales of their blocks; of frozen layers without an adapter too."""
+    adapter = AdapterConfig(method="lora", r=4, target_modules=targets)
+
+    def train(device):
+        model, _ = attach_adapter(copy.deepcopy(four_bit), adapter, seed=0)
+        offload_weights(model, device)
+        return train_model(model, device, adapter=adapter, recompute=True)
+
+    cpu = train(torch.device("cpu"))
+    with numbers.machine():
+        gpu = train(torch.device("cuda", 0))
+    assert gpu.losses == pytest.approx(cpu.losses, rel=1e-3)
+    assert gpu.norms == pytest.approx(cpu.norms, rel=2e-2)
+    monkeypatch.setattr(HostStore, "_wait", lambda _store, _stored: None)
+    with suppress(DivergedError), numbers.machine():
+        assert not same(train(torch.device("cuda", 0)), gpu)
+
+
+def test_the_card_holds_what_is_planned():
     """All but the frozen matrices of blocks, and of these two blocks'."""
     adapter = AdapterConfig(method="lora", r=4)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES["deep"](), dtype=torch.bfloat16)
@@ -66,3 +102,37 @@ def test_the_card_holds_what_is_planned(recompute):
         planned = sizes.base_bytes + sizes.adapter_bytes - sizes.offloaded_bytes + sizes.two_offloaded_bytes
         assert len(blocks) == 4
         assert abs(held - planned) <= tensors * BLOCK_BYTES
+
+
+@pytest.mark.campaign
+def test_a_run_evaluates_answers_stops_and_goes_on_with_offloaded_weights(tmp_path, monkeypatch):
+    """P2, N15: its adapter, its held-out losses and its answers are those of the run with resident weights."""
+    monkeypatch.setenv("LLMTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    words = ["train", "-c", "test", "model.name=custom-nano", "data.max_samples=12", f"run.output_dir={tmp_path}"]
+    words += ["adapter.method=lora", "adapter.r=4", "model.gradient_checkpointing=true", "checkpoint.every_steps=2"]
+    words += [
+        "training.lr_schedule=constant",
+        "training.warmup_ratio=0",
+        "evaluation.every_steps=2",
+        "evaluation.max_new_tokens=4",
+    ]
+    waiting = "model.offload_weights=true"
+    with numbers.machine():
+        for name, steps, *more in (("resident", 4), ("offloaded", 4, waiting), ("stopped", 2, waiting)):
+            assert run([*words, *more, f"run.name={name}", f"training.max_steps={steps}"]) == 0
+        assert run(["resume", str(tmp_path / "stopped"), "--allow-changes", "training.max_steps=4"]) == 0
+    adapters = [
+        (tmp_path / name / "checkpoints" / "final" / "adapter_model.safetensors").read_bytes()
+        for name in ("resident", "offloaded", "stopped")
+    ]
+    assert adapters[0] == adapters[1] == adapters[2]
+    samples, lines = (
+        [(tmp_path / name / file).read_text().splitlines() for name in ("resident", "offloaded")]
+        for file in ("samples.jsonl", "metrics.jsonl")
+    )
+    answers = [[json.loads(line)["text"] for line in one] for one in samples]
+    assert answers[0] == answers[1] != []
+    heldout = [re.findall(r'"eval_mean_nll": ([\d.]+)', "".join(one)) for one in lines]
+    assert heldout[0] == heldout[1] != []
+    said = json.loads((tmp_path / "offloaded" / "run.json").read_text())["decisions"]
+    assert any("page-locked memory of the host" in one["reason"] for one in said)
