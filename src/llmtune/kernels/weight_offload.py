@@ -38,10 +38,10 @@ class _Place(NamedTuple):
     owner: object
     attribute: str
     """`data` of a parameter, or `absmax`, the scales of a 4-bit one."""
-    dtype: torch.dtype
-    shape: torch.Size
     start: int
     """Its first byte in the piece."""
+    blank: Tensor
+    """Of its type and shape, without memory. Whoever reads it outside of the block's turn gets NaN."""
 
 
 class _Block(NamedTuple):
@@ -96,17 +96,18 @@ class WeightStream:
         places: list[_Place] = []
         tensors: list[Tensor] = []
         for owner, attribute, tensor in _tensors_of(block, self._device, held):
-            places.append(
-                _Place(owner, attribute, tensor.dtype, tensor.shape, piece_bytes([one.nbytes for one in tensors]))
-            )
+            start, empty = piece_bytes([one.nbytes for one in tensors]), math.nan if tensor.is_floating_point() else 0
+            blank = torch.full((1,), empty, dtype=tensor.dtype, device=self._device).expand(tensor.shape)
+            places.append(_Place(owner, attribute, start, blank))
             tensors.append(tensor)
         piece = torch.zeros(piece_bytes([one.nbytes for one in tensors]), dtype=torch.uint8)
         for place, tensor in zip(places, tensors, strict=True):
             _part(piece, place).copy_(tensor)
         stored = self._store.put(piece)
         self._store.release()
-        self._leave(_Block(stored, tuple(places)))
-        return _Block(stored, tuple(places))
+        taken = _Block(stored, tuple(places))
+        _leave(taken)
+        return taken
 
     def _enter(self, index: int, *_call: object) -> None:
         """Bring a block's weights, unless they are there, and start to fetch those of the block that comes next."""
@@ -114,7 +115,7 @@ class WeightStream:
         if index == before:
             return
         if before is not None:
-            self._leave(self._blocks[before])  # before others come, so that there are never three
+            _leave(self._blocks[before])  # before others come, so that there are never three
         self._current, block = index, self._blocks[index]
         piece = self._store.take(block.stored)
         for place in block.places:
@@ -138,12 +139,10 @@ class WeightStream:
             following = index + 1 if before is None or before < index or index == 0 else index - 1
         return following if 0 <= following != index else None
 
-    def _leave(self, block: _Block) -> None:
-        for place in block.places:
-            # Of the right shape and without memory. Whoever reads it outside of the block's turn gets NaN.
-            empty = math.nan if place.dtype.is_floating_point else 0
-            blank = torch.full((1,), empty, dtype=place.dtype, device=self._device).expand(place.shape)
-            setattr(place.owner, place.attribute, blank)
+
+def _leave(block: _Block) -> None:
+    for place in block.places:
+        setattr(place.owner, place.attribute, place.blank)
 
 
 def _tensors_of(
@@ -166,8 +165,8 @@ def _tensors_of(
 
 
 def _part(piece: Tensor, place: _Place) -> Tensor:
-    num_bytes = place.shape.numel() * place.dtype.itemsize
-    return piece[place.start : place.start + num_bytes].view(place.dtype).view(place.shape)
+    part = piece[place.start : place.start + place.blank.nbytes]
+    return part.view(place.blank.dtype).view(place.blank.shape)
 
 
 class _Recomputed:
