@@ -91,6 +91,22 @@ def test_p9_the_same_config_on_one_process_is_the_same_run(words, whole):
     assert second["train_mean_nll"] == pytest.approx(first["train_mean_nll"], rel=1e-6)
 
 
+@pytest.mark.campaign
+@pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
+def test_adapters_that_begin_with_a_part_of_the_base_are_the_same_on_two_processes(words, init):
+    folder, given = words
+    quantized = ["model.quantization=4bit"] if init == "loftq" else []
+    options = [*given, *quantized, f"adapter.init={init}", "adapter.dropout=0", "training.max_steps=4"]
+    assert command(["train", *options, f"run.name={init}-alone"]) == 0
+    launched("train", "--devices", "2", *options, f"run.name={init}-both", launcher=[sys.executable, "-m", "llmtune"])
+    alone, both = (
+        [line["train_mean_nll"] for line in lines_of(folder / f"{init}-{who}") if "train_mean_nll" in line]
+        for who in ("alone", "both")
+    )
+    assert len(alone) == 4
+    assert both == pytest.approx(alone, abs=2e-6)
+
+
 def test_processes_that_are_started_otherwise_are_refused_before_the_first_step(words):
     """The keys are named, and the process; the error is printed once."""
     folder, given = words
