@@ -141,7 +141,7 @@ def test_runs_are_listed_viewed_compared_and_searched(server):
     assert json.loads(ask(server, "/api/ledger?run=first&text=nothing")[2])["count"] == 0
 
 
-def test_a_run_at_work_is_drawn_again_only_as_often_as_it_costs_a_hundredth(tmp_path):
+def test_a_run_at_work_is_drawn_again_only_as_often_as_it_costs_half_a_percent(tmp_path):
     run = make_run(tmp_path / "a", quiet_losses(2000))
     (run / "run.json").write_text('{"run_id": "0", "state": "running"}')
     with contextlib.ExitStack() as stack:
