@@ -78,7 +78,7 @@ def test_variable_length_attention_is_given_grouped_heads(monkeypatch):
     """torch's function takes them as they are (`enable_gqa`); it needs a CUDA device, so only what it is called with is
     looked at.
     """
-    from torch.nn.attention import varlen
+    from llmtune.kernels import attention
 
     calls = []
 
@@ -87,7 +87,7 @@ def test_variable_length_attention_is_given_grouped_heads(monkeypatch):
         calls.append((tuple(query.shape), tuple(key.shape), tuple(value.shape), marks[2:], settings))
         return query
 
-    monkeypatch.setattr(varlen, "varlen_attn", recorded)
+    monkeypatch.setattr(attention, "varlen_attn", recorded)
     query, key, value = (torch.zeros(1, heads, 12, 16) for heads in (6, 2, 2))
     segments = Segments(torch.tensor([0, 5, 12], dtype=torch.int32), 7)
     assert BACKENDS["varlen"](query, key, value, segments, AttentionParams(0.25, window=4)).shape == (1, 12, 6, 16)
