@@ -193,6 +193,9 @@ def test_answers_are_judged_at_every_evaluation_and_can_choose_the_best_model(co
     (tmp_path / "mine.py").write_text("def few(prompt, reference, answer):\n    return -len(answer)\n")
     options = Options(score=f"{tmp_path / 'mine.py'}:few")
     settings = (*RISING, "evaluation.best_by=eval_score", "evaluation.max_new_tokens=8")
+    with pytest.raises(ConfigError, match="nothing judges them"):
+        training.train(config_of(*settings), Options())
+    assert not (tmp_path / "runs").exists()
     scores = values(training.train(config_of(*settings), options).folder, "eval_score")
     assert set(scores) == {1, 2}
     built_in = values(training.train(config_of(*RISING, "evaluation.score=f1"), Options()).folder, "eval_score")

@@ -242,14 +242,20 @@ class _Judges(NamedTuple):
 def _check(resolved: ResolvedConfig, options: Options, *, is_new: bool) -> _Judges:
     """Check what needs no model, and return the judges of answers that the command line or the config names.
 
-    Raises ConfigError for a secret in a new run's config and for a run of grpo without a reward, UsageError for a name
-    that no new run can have, or a judge that does not exist.
+    Raises ConfigError for a secret in a new run's config, for a run of grpo without a reward and for a best model by a
+    score without a judge, UsageError for a name that no new run can have, or a judge that does not exist.
     """
     if is_new:
         refuse_secrets(resolved)
         run_setup.check_name(resolved)
     name, objective = options.score or resolved.config.evaluation.score, resolved.config.objective
     score = find_score(name) if name is not None else None
+    if score is None and resolved.config.evaluation.best_by.endswith("_score"):
+        raise ConfigError(
+            "the best model is chosen by the score of its answers, and nothing judges them",
+            where="evaluation.best_by",
+            fix="set `evaluation.score: exact`, or name a function of your own with `--score FILE.py:FUNCTION`",
+        )
     if objective.method == "grpo":
         return _Judges(
             score, find_rewards(objective, options.rewards, no_cuda=options.no_cuda, offline=options.offline)
