@@ -99,7 +99,7 @@ class Bench:
             "data.max_length": tokens,
             "data.test_size": 0,
             "run.output_dir": self.folder / "runs",
-            "run.name": name,
+            "run.name": name.replace(",", "").replace(" ", "-"),
             "training.batch_size": 1,
             "training.gradient_accumulation_steps": self.devices,
             "training.max_steps": steps,
