@@ -74,7 +74,8 @@ def exact_answers(run: Path) -> tuple[int, int]:
 def words_of(method: str, half: Path, seed: int) -> list[str]:
     """The command line of the second training, after `llmtune train`."""
     config = ROOT / "examples" / "preferences" / f"{'dpo' if method == 'made-up' else method}.yaml"
-    words = ["--config", "quickstart" if method == "sft" else str(config), "--from", str(half), f"run.seed={seed}"]
+    words = ["--config", "quickstart" if method == "sft" else str(config), "--from", str(half)]
+    words += [f"run.seed={seed}", f"data.shuffle_seed={seed}"]  # the second is the order of the rows
     kind = ROWS[method]
     if kind is None:
         return words
@@ -90,7 +91,7 @@ def main() -> int:
     """Train the half-trained adapter, and each seed from it; print what each answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=ROWS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where the runs are made")
     options = parser.parse_args()
     folder, gains = options.folder.resolve(), []
