@@ -329,12 +329,14 @@ def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
             else StepAfterBackward(weights, built, precision, Devices(device).sync_gradients, max_grad_norm=None)
         )
         ids = torch.randint(512, (4, 2, 32), generator=torch.Generator().manual_seed(1)).to(device)
-        losses, norms = [], []
+        losses, norms, kept = [], [], 0
         for step, batch in enumerate(ids):
             if step == 1:
                 torch.cuda.reset_peak_memory_stats()  # the first step makes the optimizer's state
+            before = torch.cuda.memory_allocated()
             with precision.autocast():
                 loss = model(batch, labels=batch).loss
+            kept = torch.cuda.memory_allocated() - before
             update.before_last_backward([loss.detach()], 1e-3)
             loss.backward()
             norms.append(float(update.finish_gradients()))
@@ -346,6 +348,7 @@ def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
             norms,
             {name: one.detach().cpu() for name, one in parameters.items()},
             torch.cuda.max_memory_allocated(),
+            kept,
         )
 
     ours, theirs = train(True), train(False)
@@ -354,4 +357,6 @@ def test_on_a_gpu_weights_move_the_same_and_gradients_take_less(optimizer):
     for name, weight in theirs[2].items():
         assert (ours[2][name] - weight).norm() <= 1e-2 * weight.norm(), name
     gradients = sum(weight.nbytes for weight in theirs[2].values())
-    assert theirs[3] - ours[3] > 0.5 * gradients
+    # The one peak is at the end of the backward pass, when all gradients are there. The other is at its begin, when it
+    # holds what the forward pass kept: activations, and autocast's copies of the weights, half as large as gradients.
+    assert theirs[3] - ours[3] > 0.9 * gradients - ours[4] > 0
