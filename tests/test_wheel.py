@@ -80,7 +80,7 @@ def test_presets_pages_and_example_data_travel_inside_the_wheel(wheel):
 def test_the_tables_of_other_toolkits_travel_inside_the_wheel(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     tables = sorted((ROOT / "src/llmtune/config/importers/peers").glob("*.tsv"))
-    assert len(tables) == 14
+    assert len(tables) == 15
     assert {f"llmtune/config/importers/peers/{table.name}" for table in tables} <= inside
 
 

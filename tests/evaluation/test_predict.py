@@ -274,6 +274,7 @@ def test_sampling_options_reach_the_model(run, tiny_model_folder):
     assert json.loads(out) == plain
     assert "no token is drawn at temperature 0, so --top-k and --top-p changes nothing" in err
     assert json.loads(run(*arguments, "--repetition-penalty", "5")[1])["text"] != plain["text"]
+    assert run(*arguments, "--stop", "\n")[0] == 0  # a line end is a value, and no empty one
     stopped = json.loads(run(*arguments, "--stop", plain["text"][3:5])[1])
     assert stopped["stopped_by"] == "stop_text"
     assert stopped["text"] == plain["text"].partition(plain["text"][3:5])[0]

@@ -112,7 +112,7 @@ def test_nothing_beside_the_file_is_read(source, monkeypatch, tmp_path):
         seen.append(list(Path(folder).iterdir()))
         raise ModelError("far enough")
 
-    monkeypatch.setattr(gguf, "_restore_digit_splitting", lambda file, tokenizer: seen.append(len(tokenizer)))
+    monkeypatch.setattr(gguf, "_restore_splitting", lambda file, tokenizer: seen.append(len(tokenizer)))
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", stop)
     with pytest.raises(ModelError, match="far enough"):
         gguf._convert(tmp_path / "model.gguf", tmp_path / "work")

@@ -89,6 +89,8 @@ class LazyGroup(TyperGroup):
 
 MAY_BE_EMPTY = ("prompts", "system", "overrides")
 """Parameters of commands of which an empty text is a value, or has a message of its own."""
+MAY_BE_BLANK = ("stop",)
+"""Parameters of which spaces and line ends are a value."""
 
 
 class StrictCommand(TyperCommand):
@@ -107,7 +109,10 @@ class StrictCommand(TyperCommand):
             value = given.get(parameter.name)
             texts = value if isinstance(value, (list, tuple)) else [value]
             # An empty path would be the working folder, and an empty choice none at all.
-            if parameter.name not in MAY_BE_EMPTY and any(isinstance(text, str) and not text.strip() for text in texts):
+            blank = "" if parameter.name in MAY_BE_BLANK else None  # what is stripped: nothing, or all white space
+            if parameter.name not in MAY_BE_EMPTY and any(
+                isinstance(text, str) and not text.strip(blank) for text in texts
+            ):
                 name = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
                 fix = "give it a value, or leave it out; a variable of the shell may be unset"
                 raise UsageError(f"the value of `{name or parameter.name}` is empty", "command line", fix)

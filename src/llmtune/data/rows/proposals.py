@@ -53,10 +53,10 @@ def proposed_columns(fields: Mapping[str, object], source: str) -> str:
     if pair is not None:
         named = f"question: {_as_yaml(pair[0])}, answer: {_as_yaml(pair[1])}"
         return f"say in the source which they are: `columns: {{{named}}}`"
+    header = "check that the first line of the file names its columns, or " if _TABLE_ROW.search(source) else ""
     texts = [name for name, value in fields.items() if isinstance(value, str)]
     if len(texts) == 1:
-        return f"say which texts are trained: 'data.text_column={_as_yaml(texts[0])}'"
-    header = "check that the first line of the file names its columns, or " if _TABLE_ROW.search(source) else ""
+        return f"{header}say which texts are trained: 'data.text_column={_as_yaml(texts[0])}'"
     return f"{header}say in the source which they are (`columns: {{question: ..., answer: ...}}`)"
 
 
