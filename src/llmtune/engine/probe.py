@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -103,7 +103,8 @@ class Probe:
         """
         self._model, self._device, self._precision, self._strategy = model, device, precision, strategy
         self._rows = rows
-        vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, union-attr]
+        embeddings = cast("Tensor", model.get_input_embeddings().weight)
+        vocabulary = strategy.shape(embeddings)[0]  # a divided weight has no rows of its own between two steps
         base, lengths = base_model_of(model), _lengths(model, device)
         self._plain_nll_sum = plain_nll_sum
         if find_head(base) is None:

@@ -152,9 +152,8 @@ class Zero:
     def gather(self, tensors: Mapping[str, Tensor], /, *, keep: bool) -> dict[str, Tensor]:
         """Gather them one at a time, each in its full shape. Two names of one tensor stay one tensor."""
         made: dict[int, Tensor] = {}
-        for tensor in tensors.values():
-            if id(tensor) in made:
-                continue
+        # Each tensor once on every process, also where nothing is kept: a tied weight has two names.
+        for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
             with self.opened([tensor]):
                 if keep:
                     full = tensor.detach()
