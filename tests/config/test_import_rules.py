@@ -11,6 +11,7 @@ from llmtune.config.importers.report import report_lines
 from llmtune.config.importers.rules import Outcome
 from llmtune.config.importers.source import Source
 from llmtune.config.importers.tables import own_table, peer_names, peer_of
+from llmtune.config.schema import SourceConfig
 
 GRPO = """\
 swift rlhf --rlhf_type grpo --model m --dataset d --per_device_train_batch_size 4 --gradient_accumulation_steps 8 \\
@@ -305,6 +306,18 @@ def test_unsloth_has_defaults_of_its_own_in_the_configs_that_it_replaces(
     of = values(imported(tmp_path, text, "tune.py"))
     keys = ("batch_size", "gradient_accumulation_steps", "weight_decay", "optimizer", "warmup_ratio")
     assert [of(f"training.{key}") for key in keys] == [batch, accumulation, decay, optimizer, warmup]
+
+
+def test_two_data_sets_of_a_script_are_not_mixed_and_the_second_is_named(tmp_path):
+    text = (
+        "model, t = FastLanguageModel.from_pretrained('org/m')\nmodel = FastLanguageModel.get_peft_model(model, r=8)\n"
+        "a = load_dataset('org/a')\nb = load_dataset('org/b', 'main', split='test')\na = load_dataset('org/a')\n"
+        "SFTTrainer(model=model, train_dataset=a, eval_dataset=b)\n"
+    )
+    found = imported(tmp_path, text, "tune.py")
+    assert values(found)("data.train") == (SourceConfig("org/a"),)
+    for name in ("path", "name", "split"):
+        assert row_of(found, f"load_dataset[1].{name}").outcome is Outcome.NEEDS
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+from llmtune.config.importers.python_calls import CODE
 from llmtune.config.importers.tables import Peer, Row, own_table, peer_names
 
 __all__ = ["page"]
@@ -130,16 +131,18 @@ def _target(row: Row) -> str:
 
 def _how(row: Row) -> str:
     """The words or the arithmetic of a row, shortened."""
-    if row.rule == "compute":
+    if row.rule in ("compute", "of-pretraining"):
         return f"`{row.text}`"
+    if row.rule == "positive" and row.text:
+        return f"0 or less: {row.text}"
     if row.rule in ("words", "component", "holds", "adam"):
         words = [part.partition("=")[::2] for part in row.text.split("; ")]
-        kept = [
-            f"`{word or 'nothing'}`"
+        kept = dict.fromkeys(
+            f"`{word.removeprefix(CODE) or 'nothing'}`"
             for word, value in words
             if word != "*" and value and not value.startswith(("!", "?"))
-        ]
-        return f"values: {', '.join(kept[:12])}" + (", ..." if len(kept) > 12 else "") if kept else ""
+        )
+        return f"values: {', '.join([*kept][:12])}" + (", ..." if len(kept) > 12 else "") if kept else ""
     return row.text
 
 

@@ -72,8 +72,9 @@ def _table(trees: list[tuple[ast.Module, str]], file: str) -> Table:
                 value = _value(statement.value, constants)
                 if not (isinstance(value, str) and is_code(value)):
                     constants.setdefault(statement.targets[0].id, value)
+    loaded: list[str] = []
     for tree, place in trees:
-        for key, node, line in _keywords(tree):
+        for key, node, line in _keywords(tree, loaded):
             origin = Origin("file", place.format(line=line))
             value = _value(node, constants)
             # The first call counts: later ones load the model again to try it.
@@ -82,7 +83,8 @@ def _table(trees: list[tuple[ast.Module, str]], file: str) -> Table:
     return Table(tuple(entries.values()) if is_training else (), Origin("file", file))
 
 
-def _keywords(tree: ast.Module) -> Iterator[tuple[str, ast.expr, int]]:
+def _keywords(tree: ast.Module, loaded: list[str]) -> Iterator[tuple[str, ast.expr, int]]:
+    """Each keyword of the calls with its key and line; `loaded` grows by each data set that is loaded."""
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset)):
         name = ast.unparse(call.func)
@@ -98,6 +100,12 @@ def _keywords(tree: ast.Module) -> Iterator[tuple[str, ast.expr, int]]:
         if prefix == "train_on_responses_only.":
             yield "$train_on_responses_only", ast.Constant(True), call.lineno
         positions = _POSITIONS.get(prefix, ()) if prefix or name.endswith("from_pretrained") else ()
+        if prefix == "load_dataset.":
+            # A further data set has keys of its own: the file of one and the split of another are no data set.
+            text = ast.unparse(call)
+            if text not in loaded:
+                loaded.append(text)
+            prefix = f"load_dataset[{loaded.index(text)}]." if text != loaded[0] else prefix
         for keyword, argument in zip(positions, call.args, strict=False):
             yield prefix + keyword, argument, call.lineno
         for item in call.keywords:
