@@ -55,6 +55,7 @@ def test_an_option_of_another_program_is_answered_with_our_key(arguments, words,
         ("training.epochs:3", "write `training.epochs=3`"),
         ("data.train[0]=a.jsonl", "write `data.train=[a.jsonl]`"),
         ("data.train+=a.jsonl", "write `data.train=[a.jsonl]`"),
+        ("training.batch_size+=4", "write `training.batch_size=4`"),
     ],
 )
 def test_a_bare_word_is_answered_with_the_name_it_lacks(word, fix, capsys):

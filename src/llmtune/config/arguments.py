@@ -130,7 +130,8 @@ def _written_as(text: str) -> str:
         return f"did you mean `data.train={word}`?"
     slip = re.fullmatch(r"([\w.]+)(\[\w*\]|\+|:)=?(.*)", text, re.DOTALL)  # as in other programs
     if slip is not None and slip[1] in LEAVES:
-        is_part = slip[2] != ":" and slip[3] and slip[3][0] not in "[{"
+        is_list = "tuple[" in str(LEAVES[slip[1]])
+        is_part = is_list and slip[2] != ":" and slip[3] and slip[3][0] not in "[{"
         return f"write `{slip[1]}={excerpt(f'[{slip[3]}]' if is_part else slip[3])}`"
     return "write for example `training.batch_size=4`"
 
