@@ -165,12 +165,12 @@ def test_lines_of_a_log_that_are_steps_apart_are_placed_by_their_epoch(tmp_path)
     assert source.data.metrics["train_mean_nll"].xs == [10, 20, 30]
 
 
-def test_the_loss_of_a_run_of_another_unit_is_left_out(tmp_path):
+def test_the_loss_of_a_run_of_another_unit_is_left_out_and_its_letter_says_so(tmp_path):
     runs = [RunData(make_run(tmp_path / name, [5.0, 4.0])) for name in "ab"]
     write_lines(
         tmp_path / "b" / "metrics.jsonl", [{"step": step, "reward": 0.25, "train_loss": 0.0} for step in (1, 2)]
     )
     for run in runs:
         run.refresh()
-    assert draw(charts_of(runs, 0.5)[0], 60, 12).plain.startswith("loss A 4\n")
+    assert draw(charts_of(runs, 0.5)[0], 60, 12).plain.startswith("loss A 4  (B: another unit)\n")
     assert draw(charts_of(runs[1:], 0.5)[0], 60, 12).plain.startswith("reward 0.25\n")

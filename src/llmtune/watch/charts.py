@@ -135,9 +135,12 @@ def _loss(runs: Sequence[RunData], smoothing: float) -> Chart:
     lines: list[Line] = []
     smooth: list[Line] = []
     heldout: list[Line] = []
+    others: list[str] = []
     for index, run in enumerate(runs):
         if run.loss_unit != runs[0].loss_unit:
-            continue  # a loss of pairs or a reward over nats per token would be read as one scale
+            # A loss of pairs or a reward over nats per token would be read as one scale.
+            others.append(letter(index, runs))
+            continue
         style, loss = STYLES[index % len(STYLES)], _series(run, run.loss_metric)
         # An average over more steps than a short run has would lag behind it.
         weight = min(smoothing, max(1 - STEPS_OF_A_SHORT_RUN / max(len(loss), 1), 0.0))
@@ -149,6 +152,7 @@ def _loss(runs: Sequence[RunData], smoothing: float) -> Chart:
         [Line(line.series, "", end_mark=mark.end_mark) for line, mark in zip(heldout, smooth, strict=True)]
     )
     title = f"{runs[0].measured} {_newest(smooth)}" + (f"  o held-out {newest}" if newest else "")
+    title += f"  ({', '.join(others)}: another unit)" if others else ""
     return Chart(title, [*lines, *smooth, *heldout])
 
 

@@ -149,8 +149,8 @@ class Dashboard(App[None]):
         # One text, line by line: a table around the charts takes longer than drawing them does.
         for pair in ((loss, gradients), (learning_rate, memory if self._with_memory else speed)):
             left, right = (draw(chart, columns // 2 - 1, rows // 2).split("\n") for chart in pair)
-            for one, other in zip(left, right, strict=True):
-                lines.append(one.append(" " * (columns // 2 - one.cell_len)).append_text(other))
+            for line, beside in zip(left, right, strict=True):
+                lines.append(line.append(" " * (columns // 2 - line.cell_len)).append_text(beside))
         return Text("\n").join(lines)
 
     def _each(self, show: Callable[[RunData], RenderableType]) -> RenderableType:
