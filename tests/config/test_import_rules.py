@@ -308,6 +308,14 @@ def test_unsloth_has_defaults_of_its_own_in_the_configs_that_it_replaces(
     assert [of(f"training.{key}") for key in keys] == [batch, accumulation, decay, optimizer, warmup]
 
 
+def test_axolotls_layers_in_host_memory_are_weights_that_wait_there(tmp_path):
+    lora = "adapter: lora\nlora_r: 8\nlora_alpha: 16\nlayer_offloading: true\n"
+    kept = imported(tmp_path, lora + "gradient_checkpointing: true\n", peer="axolotl")
+    assert values(kept)("model.offload_weights") is True
+    whole = imported(tmp_path, lora + "gradient_checkpointing: false\n", peer="axolotl")
+    assert row_of(whole, "layer_offloading").outcome is Outcome.DROPPED  # and not: this trains something else
+
+
 def test_two_data_sets_of_a_script_are_not_mixed_and_the_second_is_named(tmp_path):
     text = (
         "model, t = FastLanguageModel.from_pretrained('org/m')\nmodel = FastLanguageModel.get_peft_model(model, r=8)\n"

@@ -30,7 +30,7 @@ from llmtune.errors import ConfigError, UsageError
 __all__ = ["Imported", "import_source"]
 
 
-HOW = ("distributed.", "tracking.", "model.attention", "training.compile")
+HOW = ("distributed.", "tracking.", "model.attention", "model.offload_weights", "training.compile")
 """Beginnings of keys that change how a step is computed or what is shown, and not what is trained."""
 LOADERS = ("json", "csv", "parquet", "text", "arrow")
 """Names for a kind of file where the path of a data set is expected: the file itself is named by another key."""
