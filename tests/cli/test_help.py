@@ -1,6 +1,5 @@
 """The help of every command: it fits 80 columns and ends with examples that the program takes; completion of words."""
 
-import json
 import os
 import re
 import shlex
@@ -78,17 +77,8 @@ def test_the_commands_at_the_end_of_a_run_are_taken_by_the_program(tmp_path, is_
     assert all(str(Path("a run")) in line for line in commands)
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("config.json", {"architectures": ["LlamaForSequenceClassification"]}),
-        ("adapter_config.json", {"task_type": "SEQ_CLS"}),
-    ],
-)
-def test_after_a_training_of_scores_nobody_is_told_to_ask_for_text(file, content, tmp_path):
-    (tmp_path / "run" / "final").mkdir(parents=True)
-    (tmp_path / "run" / "final" / file).write_text(json.dumps(content))
-    commands = [line for _, line in next_commands(tmp_path / "run", "finished")]
+def test_after_a_training_of_scores_nobody_is_told_to_ask_for_text(tmp_path):
+    commands = [line for _, line in next_commands(tmp_path / "run", "finished", gives_scores=True)]
     assert not any(word in line for line in commands for word in ("generate", "chat"))
     assert commands[0].startswith("llmtune predict ")
     assert [refusals(line) for line in commands] == [[]] * len(commands)

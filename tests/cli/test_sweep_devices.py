@@ -13,6 +13,7 @@ from llmtune.cli import sweep_devices
 from llmtune.cli.main import run as command
 from llmtune.cli.sweep_devices import train_on_devices
 from llmtune.errors import StoppedBySignal, UsageError
+from training_fixtures import rows_file  # noqa: F401 - a fixture
 from training_helpers import small_run
 
 PROGRAM = """
@@ -70,8 +71,19 @@ def test_a_signal_is_passed_on_and_nothing_more_is_begun(runs_of, tmp_path):
     assert not (tmp_path / "never.began").exists()
 
 
+def test_each_process_has_the_flags_of_the_sweep(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("llmtune.cli.sweep.train_on_devices", lambda _, __, words, **___: given.append(words) or {})
+    file = tmp_path / "s.yaml"
+    file.write_text(f"run: {{output_dir: {tmp_path}}}\nsweep: {{keys: {{training.learning_rate: [0.1, 0.2]}}}}\n")
+    flags = ["--no-cuda", "--trust-remote-code", "--verbose"]
+    assert command(["sweep", str(file), "--devices", "2", *flags]) in (0, None)
+    assert given == [["sweep", str(file), *flags, "--only"]]
+    assert command(["sweep", str(file), "--devices", "2", "--status"]) == 2
+
+
 @pytest.mark.campaign
-def test_a_sweep_on_two_devices_trains_the_runs_of_one(tiny_model_folder, rows_file, tmp_path, capsys):
+def test_a_sweep_on_two_devices_trains_the_runs_of_one(tiny_model_folder, rows_file, tmp_path, capsys):  # noqa: F811
     words = small_run(tiny_model_folder, rows_file, tmp_path / "runs", "training.max_steps=2")
     sections = {}
     for word in words:

@@ -152,6 +152,7 @@ def test_answers_that_make_no_row_are_no_file(run, rows, tiny_model_folder, tmp_
     words = ("--data", rows, "--max-new-tokens", "2", "--as", "pairs", "--output", tmp_path / "pairs.jsonl")
     code, _, err = run("predict", tiny_model_folder, *words)
     assert code == 3
+    assert "3 of 3 references have more than 2 tokens" in err
     assert "3 left out: an empty answer" in err
     assert "draw answers with --temperature 1" in err
     assert not (tmp_path / "pairs.jsonl").exists()

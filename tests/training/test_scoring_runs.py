@@ -15,6 +15,7 @@ from llmtune.errors import DataError, UsageError
 from llmtune.evaluation.inference_model import load_inference_model
 from llmtune.models.read_config import quiet_libraries
 from llmtune.training import train as training
+from llmtune.training.progress import print_result
 from rank_helpers import in_two_ranks
 from training_fixtures import WORDS
 from training_helpers import FOUR_BIT, LORA, lines_of, stopped_after, weights_of
@@ -213,7 +214,10 @@ def test_a_reward_model_begins_with_an_adapter_that_answers(resolve, rows_file):
 
 def test_a_reward_model_begins_at_ln_2_and_answers_nothing(resolve, capsys):
     """One short run: its start, the rows it is measured on, the scores it prints, what it refuses."""
-    run = training.train(resolve("reward", "training.max_steps=2")).folder
+    result, said = training.train(resolve("reward", "training.max_steps=2")), []
+    run = result.folder
+    print_result(result, said.append)
+    assert said[-1] == f"try it: llmtune predict {run} --data rows.jsonl"
     evaluation = lines_of(run)[0]
     assert evaluation["eval_rewards_margin"] == evaluation["eval_accuracy"] == 0.0
     with pytest.raises(UsageError, match="gives scores and no text") as error:
@@ -233,6 +237,9 @@ def test_a_reward_model_begins_at_ln_2_and_answers_nothing(resolve, capsys):
     assert len({line["score"] for line in printed}) > 20
     assert command(["compare", str(run), "--held-out", "--no-cuda"]) == 0
     assert "nats per pair or row" in capsys.readouterr().out
+    for unread in (["a question"], ["--system", "x"], ["--max-new-tokens", "9"], ["--seed", "1"], ["--stop", "x"]):
+        assert command(["compare", str(run), "--held-out", *unread]) == 2
+        assert "nothing is answered" in capsys.readouterr().err
     for words in (["generate", str(run), "hello"], ["export", str(run), "--output", str(run / "model.gguf")]):
         assert command([*words, *(["--no-cuda"] if words[0] == "generate" else [])]) == 2
         assert "gives scores" in capsys.readouterr().err

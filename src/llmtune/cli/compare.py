@@ -24,6 +24,7 @@ from llmtune.cli.generate import (
     read_sampling,
 )
 from llmtune.cli.options import Checkpoint, NoCuda, TemplateArgs
+from llmtune.errors import UsageError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,8 +36,16 @@ if TYPE_CHECKING:
 
 __all__ = ["compare"]
 
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt, or for all rows.")]
+
+ABOUT_ANSWERS = (
+    "prompt_file", "system", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "seed",
+)  # fmt: skip
+"""Parameters that change answers alone."""
+
 
 def compare(
+    context: typer.Context,
     run: Model,
     prompts: Annotated[
         list[str] | None,
@@ -64,9 +73,7 @@ def compare(
     repetition_penalty: RepetitionPenalty = 1.0,
     stop: Stop = None,
     seed: Seed = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object for each prompt, or for all rows.")
-    ] = False,
+    as_json: AsJson = False,
     template_args: TemplateArgs = None,
     no_cuda: NoCuda = False,
 ) -> None:
@@ -74,7 +81,10 @@ def compare(
     texts = list(prompts or [])
     if held_out or data:
         other = other or (texts.pop(0) if texts and _names_a_model(texts[0]) else None)
-        compare_rows(run, other, data, checkpoint=checkpoint, as_json=as_json, no_cuda=no_cuda)
+        _refuse_about_answers(context, texts)
+        compare_rows(
+            run, other, data, checkpoint=checkpoint, template_args=template_args, as_json=as_json, no_cuda=no_cuda
+        )
         return
     if other is None and texts and _names_a_model(texts[0]):
         other = texts.pop(0)
@@ -93,6 +103,16 @@ def compare(
     with loaded.as_before_tuning() as model:
         base = _answers(loaded, model, texts, system, max_new_tokens, sampling)
     _show({"base": base, "tuned": first}, as_json=as_json)
+
+
+def _refuse_about_answers(context: typer.Context, prompts: list[str]) -> None:
+    """Raise UsageError for prompts and for options that only answers depend on."""
+    options = [option for option in context.command.params if option.name in ABOUT_ANSWERS]
+    sources = {option.opts[0]: context.get_parameter_source(str(option.name)) for option in options}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if prompts or given:
+        problem, where = "held-out rows are compared by their loss, and nothing is answered", [*given, "PROMPTS"][0]
+        raise UsageError(problem, where, "leave it out")
 
 
 def _names_a_model(text: str) -> bool:

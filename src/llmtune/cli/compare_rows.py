@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from llmtune.cli.evaluate import held_out_rows, measure_rows
@@ -57,13 +58,21 @@ def count_wins(first_R: npt.NDArray[np.float64], second_R: npt.NDArray[np.float6
 
 
 def compare_rows(
-    run: str, other: str | None, data: list[str] | None, *, checkpoint: str | None, as_json: bool, no_cuda: bool
+    run: str,
+    other: str | None,
+    data: list[str] | None,
+    *,
+    checkpoint: str | None,
+    template_args: str | None,
+    as_json: bool,
+    no_cuda: bool,
 ) -> None:
     """Measure each held-out row with both models (base and tuned without `other`), and print who fits how many better.
 
     Raises UsageError or DataError where no rows can be measured, ModelError for a model that cannot be loaded.
     """
-    loaded = open_inference_model(run, checkpoint=checkpoint, no_cuda=no_cuda, may_score=True)
+    load = partial(open_inference_model, template_args=template_args, no_cuda=no_cuda, may_score=True)
+    loaded = load(run, checkpoint=checkpoint)
     rows, settings = held_out_rows(loaded, data, None)
     scores = bool(loaded.labels)
     first = measure_rows(loaded, loaded.model, settings, rows)
@@ -76,7 +85,7 @@ def compare_rows(
         config = loaded.config
         del loaded  # the two need not fit into memory together
         # The same rows, whatever the second one was trained on; by its own tokenizer and template.
-        second_model = replace(open_inference_model(other, no_cuda=no_cuda, may_score=True), config=config)
+        second_model = replace(load(other), config=config)
         rows, settings = held_out_rows(second_model, data, None)
         second = measure_rows(second_model, second_model.model, settings, rows)
     if len(first) != len(second):

@@ -109,10 +109,9 @@ class StrictCommand(TyperCommand):
             value = given.get(parameter.name)
             texts = value if isinstance(value, (list, tuple)) else [value]
             # An empty path would be the working folder, and an empty choice none at all.
-            blank = "" if parameter.name in MAY_BE_BLANK else None  # what is stripped: nothing, or all white space
-            if parameter.name not in MAY_BE_EMPTY and any(
-                isinstance(text, str) and not text.strip(blank) for text in texts
-            ):
+            blank = [text for text in texts if isinstance(text, str) and not text.strip()]
+            refused = [text for text in blank if not text or parameter.name not in MAY_BE_BLANK]
+            if refused and parameter.name not in MAY_BE_EMPTY:
                 name = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
                 fix = "give it a value, or leave it out; a variable of the shell may be unset"
                 raise UsageError(f"the value of `{name or parameter.name}` is empty", "command line", fix)

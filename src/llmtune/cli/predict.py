@@ -107,14 +107,14 @@ def predict(
         print_scores(loaded, settings, rows, batch_size, only_wrong=only_wrong)
         return
     predictions = _answer(loaded, rows, max_new_tokens, sampling, batch_size)
-    if kind is not None:
-        _write(_judged(predictions, settings, kind), output)
-        return
     scores = scores_of(predictions, judge) if judge is not None else []
-    _write(_lines(predictions, scores, only_wrong=only_wrong), output)
+    if kind is None:
+        _write(_lines(predictions, scores, only_wrong=only_wrong), output)
     if max_new_tokens is not None:
         _say_longer_references(rows, max_new_tokens)
     _say_outcome(predictions, scores, skipped=len(rows) - len(predictions))
+    if kind is not None:
+        _write(_judged(predictions, settings, kind), output)
 
 
 def _check_kind(data: list[str] | None, score: str | None, *, only_wrong: bool) -> None:
@@ -172,7 +172,6 @@ def _judged(predictions: Sequence[Prediction], settings: Config, kind: RowKind) 
     conversations = {found[0].source: found[0] for found in read if not isinstance(found, BadRow)}
     rows = list(judged_rows(predictions, conversations, kind))
     made = [row for row in rows if row is not None]
-    _say_outcome(predictions, [], skipped=0)
     print_line(f"{len(made)} {kind} made")
     if len(made) < len(rows):
         print_line(f"{len(rows) - len(made)} left out: an empty answer, or a right one that is more than a text")

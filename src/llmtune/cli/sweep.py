@@ -62,13 +62,16 @@ def sweep(
     verbose: Verbose = False,
 ) -> int | None:
     """Train the runs that FILE describes, one after another; the same command goes on where it was stopped."""
+    if status and devices is not None:
+        raise UsageError("--status trains nothing", "--devices", "leave out one of them")
     plan = load_sweep(file)
     if only is not None:
         plan = _run_named(plan, only)
     failed: dict[str, int] = {}
-    if devices is not None and not status:
+    if devices is not None:
         _refuse_changed_runs(plan)
-        flags = [*["--no-cuda"] * no_cuda, *["--trust-remote-code"] * trust_remote_code]
+        given = {"--no-cuda": no_cuda, "--trust-remote-code": trust_remote_code, "--verbose": verbose}
+        flags = [flag for flag, is_given in given.items() if is_given]
         failed = train_on_devices(plan.runs, devices, ["sweep", file, *flags, "--only"], no_cuda=no_cuda)
     elif not status:
         prepare_process(trains=True)

@@ -28,10 +28,10 @@ def make_masters(model: nn.Module) -> dict[str, nn.Parameter]:
     w = round(m). Each backward pass adds a weight's gradient to that of its master, in float32. Weights that a
     transformers model keeps in float32 have no master but themselves.
     """
-    kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     masters = {}
     for name, weight in trained_parameters(model).items():
-        if kept and not set(kept).isdisjoint(name.split(".")):
+        if not kept.isdisjoint(name.split(".")):
             masters[name] = weight
             continue
         masters[name] = nn.Parameter(weight.data.float())

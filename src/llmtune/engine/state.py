@@ -97,7 +97,7 @@ def capture(
     """Copy optimizer, loss scale, counters, and the random generators of every process (one row each).
 
     `parameters`: the trained ones by name. With several processes each must call it: the generators are gathered, the
-    rest is the same on all. `keep`: whether this process wants the optimizer's tensors, which are whole, twice the size
+    rest is the same on all. `keep`: whether this process gets the optimizer's tensors, which are whole, twice the size
     of the trained weights with AdamW; without it, it takes part only.
     """
     devices = devices or Devices(precision.device)

@@ -95,12 +95,14 @@ class WeightStream:
         """Copy a block's tensors to pages and take its weights away; `held` gets those that stand for them later."""
         places: list[_Place] = []
         tensors: list[Tensor] = []
+        start = 0
         for owner, attribute, tensor in _tensors_of(block, self._device, held):
-            start, empty = piece_bytes([one.nbytes for one in tensors]), math.nan if tensor.is_floating_point() else 0
+            empty = math.nan if tensor.is_floating_point() else 0
             blank = torch.full((1,), empty, dtype=tensor.dtype, device=self._device).expand(tensor.shape)
             places.append(_Place(owner, attribute, start, blank))
             tensors.append(tensor)
-        piece = torch.zeros(piece_bytes([one.nbytes for one in tensors]), dtype=torch.uint8)
+            start += piece_bytes([tensor.nbytes])
+        piece = torch.zeros(start, dtype=torch.uint8)
         for place, tensor in zip(places, tensors, strict=True):
             _part(piece, place).copy_(tensor)
         stored = self._store.put(piece)

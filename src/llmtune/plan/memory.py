@@ -132,7 +132,7 @@ def plan_memory(
     whole = min(sizes.unit_bytes, at_update)
     micro_batch["gradients"] = _held(micro_batch["gradients"], division.gradients, whole=whole)
     on_host = 0 if is_cpu else sizes.offloaded_bytes  # a CPU is its own host
-    base["weights"] -= on_host and on_host - sizes.two_offloaded_bytes
+    base["weights"] -= max(0, on_host - sizes.two_offloaded_bytes)
     if not is_cpu and division.offload != "none":
         on_host, own_state = own_state, 0
         if division.offload == "all":

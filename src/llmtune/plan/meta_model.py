@@ -273,7 +273,7 @@ def _offloaded(model: PreTrainedModel, quantized: Collection[int]) -> list[int]:
         return (-(-weight.numel() // 2), -(-weight.numel() // 64)) if id(weight) in quantized else (weight.nbytes,)
 
     blocks = checkpointable_blocks(model)
-    offloaded = ([one for one in block.parameters() if is_offloaded(one)] for block in blocks)
+    offloaded = ([weight for weight in block.parameters() if is_offloaded(weight)] for block in blocks)
     return sorted(piece_bytes([size for weight in weights for size in sizes(weight)]) for weights in offloaded)
 
 

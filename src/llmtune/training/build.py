@@ -155,7 +155,7 @@ def build_setup(
     parameters = optimizer.masters if isinstance(optimizer, MasterOptimizer) else trained_parameters(model)
     engine = _make_engine(model, config, devices, precision, strategy)
     model.train()  # dropout and noise are on from here; evaluation switches them off for itself
-    if options.loss is None and (config.objective.method, config.training.neftune_alpha) == ("sft", None):
+    if options.loss is None and (config.objective.method, config.training.neftune_alpha) == ("sft", None):  # most runs
         objectives = Objectives(next_token_objective(engine.nll_sum), None, [])
     else:
         objectives = make_objectives(

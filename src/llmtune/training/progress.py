@@ -20,6 +20,7 @@ from llmtune.data.dataset.row_result import STATUSES
 from llmtune.engine.devices import Devices
 from llmtune.engine.masters import MasterOptimizer
 from llmtune.errors import MachineError, Problem
+from llmtune.models.parameters import base_model_of, find_score_head
 from llmtune.plan.summary import Plan, comparison_facts, start_facts
 from llmtune.prepare import Prepared
 from llmtune.runs.checkpoint import LoadedCheckpoint
@@ -246,19 +247,23 @@ def print_result(result: Result, print_line: PrintLine, screen: Screen | None = 
         facts += comparison_facts(
             result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes
         )
+    gives_scores = find_score_head(base_model_of(result.model)) is not None
+    commands = next_commands(result.folder, result.state, gives_scores=gives_scores)
     if screen is not None:
         screen.title(result.folder.name)
         screen.facts([*facts, Fact("run", printable(result.folder))])
-        screen.commands("next", next_commands(result.folder, result.state))
+        screen.commands("next", commands)
         return
     for fact in facts:
         print_line(str(fact))
     if result.state == "finished":
-        print_line(f"try it: {next_commands(result.folder, result.state)[0][1]}")
+        print_line(f"try it: {commands[0][1]}")
 
 
-def next_commands(folder: Path, state: str) -> list[tuple[str, str]]:
+def next_commands(folder: Path, state: str, *, gives_scores: bool = False) -> list[tuple[str, str]]:
     """Return what to do with a run that ended so: each purpose with a command that can be copied.
+
+    gives_scores: of a model that answers nothing.
 
     >>> next_commands(Path("runs/a b"), "stopped")
     [('resume', "llmtune resume 'runs/a b'")]
@@ -275,21 +280,11 @@ def next_commands(folder: Path, state: str) -> list[tuple[str, str]]:
     ]
     scores = [("judge", f"llmtune predict {run} --data rows.jsonl"), ("compare", f"llmtune compare {run} --held-out")]
     return [
-        *(scores if _gives_scores(folder / "final") else answers),
+        *(scores if gives_scores else answers),
         ("look", f"llmtune dashboard {run}"),
         ("report", f"llmtune report {run}"),
         *([("merge", f"llmtune merge-lora {run} -o merged")] if is_adapter else []),
     ]
-
-
-def _gives_scores(final: Path) -> bool:
-    """Whether a final model gives scores, and answers nothing."""
-    with suppress(OSError):
-        config = (final / "config.json").read_text(encoding="utf-8", errors="replace")
-        return "ForSequenceClassification" in config
-    with suppress(OSError):
-        return '"SEQ_CLS"' in (final / "adapter_config.json").read_text(encoding="utf-8", errors="replace")
-    return False
 
 
 def eval_facts(evaluations: EvalState) -> list[Fact]:
