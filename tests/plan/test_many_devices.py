@@ -13,7 +13,7 @@ from llmtune.common.text import readable_bytes
 from llmtune.engine.devices import Devices
 from llmtune.plan.hardware import SHARE, Target
 from llmtune.plan.many_devices import FORMULAS, plan_strategies, strategy_lines, traffic_bytes
-from llmtune.plan.resolve_auto import resolve_strategy
+from llmtune.plan.resolve_auto import resolve_rates, resolve_strategy
 from plan_helpers import assembled_like
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from training_helpers import LORA
@@ -91,6 +91,18 @@ def test_a_strategy_that_a_training_would_refuse_is_named(forecaster_of):
     assert len(others) == 4
     assert all(line.endswith("refused for training.optimizer") for line in others)
     assert "refused" not in ddp
+
+
+def test_divided_weights_are_planned_in_float32_where_ddp_has_bf16_weights_beside_masters(forecaster_of):
+    def plans(*words):
+        forecaster = forecaster_of("training.precision=bf16", *words, target=H100)
+        return plan_strategies(replace(forecaster.with_prepared(resolve_rates(forecaster)[0]), world_size=8))
+
+    masters, float32 = plans(), plans("training.master_weights=false")
+    assert masters[1:] == float32[1:]
+    assert masters[0].block_bytes == float32[0].block_bytes / 2
+    refused = [plan.refused_for for plan in plans("training.master_weights=true")]
+    assert refused == [None, *["training.master_weights"] * 4]
 
 
 def test_the_command_prints_each_strategy_with_its_formula(tiny_model_folder, rows_file, capsys):  # noqa: F811

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from llmtune.common.text import readable_bytes
-from llmtune.config.distributed_checks import reason_against_sharding
+from llmtune.config.distributed_checks import reason_against_masters, reason_against_sharding
 from llmtune.config.schema import Config
 from llmtune.engine.precision import DTYPES
 from llmtune.engine.sequence_parallel import shared_heads
@@ -127,21 +127,27 @@ def _refused_for(forecaster: Forecaster, chosen: Config) -> str | None:
     heads = getattr(forecaster.shape.config.get_text_config(), "num_attention_heads", 1)
     if forecaster.world_size % sharing or heads % sharing:
         return "distributed.sequence_parallel"
+    was_chosen = any(decision.key == "training.master_weights" for decision in forecaster.prepared.decisions)
+    if chosen.training.master_weights is True and not was_chosen and reason_against_masters(chosen) is not None:
+        return "training.master_weights"
     return reason_against_sharding(chosen)
 
 
 def plan_strategies(forecaster: Forecaster) -> list[StrategyPlan]:
     """Plan every strategy on the forecaster's `world_size` devices. Raises any of MODEL_ERRORS as `memory` does."""
     config, devices = forecaster.config, forecaster.world_size
-    sizes, micro_batches = forecaster.sizes(config), len(forecaster.batches(config).groups(1))
+    micro_batches = len(forecaster.batches(config).groups(1))
     exchanged = _exchanged(forecaster)
     plans = []
     for strategy, keys in STRATEGIES.items():
         offload = config.distributed.offload if config.distributed.offload in OFFLOADS[strategy] else None
         distributed = replace(config.distributed, deepspeed_config=None, zero_stage=None, offload=offload)
         chosen = replace(config, distributed=replace(distributed, **keys))
+        refused_for = _refused_for(forecaster, chosen)
+        if reason_against_masters(chosen) is not None:  # `auto` would keep float32 weights there
+            chosen = replace(chosen, training=replace(chosen.training, master_weights=False))
         peak = forecaster.memory(chosen).peak_bytes
-        counts = _counts(sizes, micro_batches)
+        counts = _counts(forecaster.sizes(chosen), micro_batches)
         plans.append(
             StrategyPlan(
                 strategy=strategy,
@@ -151,7 +157,7 @@ def plan_strategies(forecaster: Forecaster) -> list[StrategyPlan]:
                 sent_bytes=traffic_bytes(strategy, devices, **counts) + exchanged,
                 exchanged_bytes=exchanged,
                 formula=FORMULAS[strategy] + (EXCHANGE if exchanged else ""),
-                refused_for=_refused_for(forecaster, chosen),
+                refused_for=refused_for,
                 **counts,
             )
         )
