@@ -316,6 +316,20 @@ def test_axolotls_layers_in_host_memory_are_weights_that_wait_there(tmp_path):
     assert row_of(whole, "layer_offloading").outcome is Outcome.DROPPED  # and not: this trains something else
 
 
+@pytest.mark.parametrize(
+    ("key", "method"),
+    [
+        ("num_generations: 4", "grpo"),
+        ("reward_funcs: [accuracy_reward]", "grpo"),
+        ("desirable_weight: 1.5", "kto"),
+        ("packing: false", "sft"),
+    ],
+)
+def test_a_config_of_trl_without_its_command_is_of_the_method_that_alone_reads_its_keys(tmp_path, key, method):
+    found = imported(tmp_path, f"model_name_or_path: m\ndataset_name: d\n{key}\n", peer="trl")
+    assert values(found)("objective.method") == method
+
+
 def test_two_data_sets_of_a_script_are_not_mixed_and_the_second_is_named(tmp_path):
     text = (
         "model, t = FastLanguageModel.from_pretrained('org/m')\nmodel = FastLanguageModel.get_peft_model(model, r=8)\n"

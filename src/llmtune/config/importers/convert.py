@@ -289,7 +289,8 @@ class _Translation:
             return (method is not None and method.value == "lora") == (word == "lora")
         if word.startswith(("has:", "no:")):
             kind, _, key = word.partition(":")
-            is_given = key in self.settings or (key in self.context.values and bool(self.context.text(key)))
+            is_given = key in self.settings or isinstance(self.context.values.get(key), Listing)
+            is_given = is_given or bool(self.context.text(key))
             is_given = is_given or any(name.startswith((f"{key}.", f"{key}[")) for name in self.context.values)
             return is_given == (kind == "has")
         key, wrong, value = word.partition("!=")
