@@ -1,10 +1,13 @@
 """What every test shares: no network, a cache of its own, and one tiny chat model."""
 
 import gc
+import importlib.util
+import inspect
 import ipaddress
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -67,6 +70,28 @@ def _own_cache(tmp_path_factory):
         folder = tmp_path_factory.getbasetemp()
         shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
         os.environ["LLMTUNE_CACHE_DIR"] = str(shared / "cache")
+
+
+@pytest.fixture
+def mutant(tmp_path, request):
+    """Build a broken copy of one of our modules: `mutant(module, before, after)` replaces a text that stands in it
+    exactly once.
+    """
+
+    def build(module, before, after):
+        source = inspect.getsource(module)
+        assert source.count(before) == 1, f"{before!r} stands {source.count(before)} times in {module.__name__}"
+        name = f"mutant_{len(sys.modules)}_{module.__name__.rpartition('.')[2]}"
+        path = tmp_path / f"{name}.py"
+        path.write_text(source.replace(before, after))
+        spec = importlib.util.spec_from_file_location(name, path)
+        broken = importlib.util.module_from_spec(spec)
+        sys.modules[name] = broken
+        request.addfinalizer(lambda: sys.modules.pop(name))
+        spec.loader.exec_module(broken)
+        return broken
+
+    return build
 
 
 @pytest.fixture(scope="session")

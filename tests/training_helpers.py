@@ -10,12 +10,14 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 from llmtune.common.text import silent
 from llmtune.config.layers import ResolvedConfig
 from llmtune.config.process_options import Options
 from llmtune.runs.signals import StopRequest
 from llmtune.training.train import open_run
+from llmtune.training.training_run import TrainingRun
 from llmtune.verify.compare_runs import compare_runs
 from llmtune.verify.result import Verdict
 
@@ -62,6 +64,28 @@ def stopped_after(steps: int, resolved: ResolvedConfig, options: Options | None 
             next(made)
         made.close()
     return "" if run.run is None else str(run.run.path)
+
+
+class FirstWindow(NamedTuple):
+    """What a run computes before any update."""
+
+    loss: float
+    metrics: dict[str, float]
+    run: TrainingRun
+    """Closed."""
+
+
+def first_window(resolved: ResolvedConfig) -> FirstWindow:
+    """Compute the loss and the metrics of a run's first window, and leave the run."""
+    with StopRequest() as stop:
+        run = open_run(resolved, Options(), stop, print_line=silent)
+        window, objective = run.setup.batches.window(1), run.setup.objective
+        count = objective.begin_window(window, run.devices)
+        with run.setup.precision.autocast():
+            loss = sum(objective.loss_sum(batch).item() for batch in window.micro_batches) / count
+        found = FirstWindow(loss, objective.measure(run.devices), run)
+        run.close()
+    return found
 
 
 def difference(whole: Path, run: Path) -> str:

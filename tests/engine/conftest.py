@@ -2,9 +2,6 @@
 modules.
 """
 
-import importlib.util
-import inspect
-import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -233,25 +230,3 @@ def bench():
 def _one_thread():
     """Sums of floats depend on the number of threads; the tests use one."""
     assert torch.get_num_threads() == 1
-
-
-@pytest.fixture
-def mutant(tmp_path, request):
-    """Build a broken copy of one of our modules: `mutant(module, before, after)` replaces a text that stands in it
-    exactly once.
-    """
-
-    def build(module, before, after):
-        source = inspect.getsource(module)
-        assert source.count(before) == 1, f"{before!r} stands {source.count(before)} times in {module.__name__}"
-        name = f"mutant_{len(sys.modules)}_{module.__name__.rpartition('.')[2]}"
-        path = tmp_path / f"{name}.py"
-        path.write_text(source.replace(before, after))
-        spec = importlib.util.spec_from_file_location(name, path)
-        broken = importlib.util.module_from_spec(spec)
-        sys.modules[name] = broken
-        request.addfinalizer(lambda: sys.modules.pop(name))
-        spec.loader.exec_module(broken)
-        return broken
-
-    return build

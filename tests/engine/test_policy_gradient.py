@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmtune.config.schema import ObjectiveConfig
 from llmtune.data.dataset.micro_batch import make_micro_batch
 from llmtune.data.example import Example
+from llmtune.engine import policy_gradient
 from llmtune.engine.devices import Devices
 from llmtune.engine.objective import flat_token_log_probs, plain_token_log_probs
 from llmtune.engine.policy_gradient import (
@@ -230,6 +231,24 @@ def test_at_the_policy_that_drew_every_ratio_is_exactly_1():
     assert metrics["clipped"] == 0.0
 
 
+def test_answers_in_another_order_with_their_rewards_change_nothing():
+    """Also across the cut: each group of answers is turned around, and the groups too."""
+    for settings in (resolve_objective(settings, new_adapter=True) for settings in SETTINGS.values()):
+        examples, answers = answers_of_a_window(drawn_by=Table(2))
+        reference = ReferenceTable() if settings.beta else None
+        expected = loss_gradient_and_metrics(settings, [5, 7], examples, answers, reference=reference)
+        found = loss_gradient_and_metrics(settings, [5, 7], examples[::-1], answers[::-1], reference=reference)
+        assert found[0] == pytest.approx(expected[0], abs=1e-6)
+        torch.testing.assert_close(found[1], expected[1], atol=1e-12, rtol=0)
+        assert found[2] == pytest.approx(expected[2], abs=1e-12)
+    rewards = [0.5, 2.0, None, -1.0, 0.25]
+    order = [3, 0, 4, 2, 1]
+    for scale in (True, False):
+        advantages = group_advantages(rewards, scale=scale)
+        turned = group_advantages([rewards[at] for at in order], scale=scale)
+        assert turned == pytest.approx([advantages[at] for at in order], abs=1e-15)
+
+
 def test_an_answer_without_a_reward_has_no_gradient():
     settings = resolve_objective(ObjectiveConfig("grpo", beta=0.3), new_adapter=True)
     examples, answers = answers_of_a_window(drawn_by=Table(2))
@@ -262,3 +281,62 @@ def test_log_probabilities_are_those_at_the_temperature_of_the_draw_in_both_layo
     head = find_head(model)
     found = flat_token_log_probs(model, flat, temperature, head=head, device=torch.device("cpu"))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+MUTANTS = {
+    "the gradient of equal rewards": (
+        test_equal_rewards_give_no_gradient_at_all,
+        "advantages_N = of_tokens([answer.advantage for answer in answers])",
+        "advantages_N = of_tokens([answer.reward or 0.0 for answer in answers])",
+    ),
+    "an order that counts": (
+        test_answers_in_another_order_with_their_rewards_change_nothing,
+        "advantages_N = of_tokens([answer.advantage for answer in answers])",
+        "advantages_N = of_tokens([self._answers[at].advantage for at in range(len(answers))])",
+    ),
+    "a mean of the first answers": (
+        test_answers_in_another_order_with_their_rewards_change_nothing,
+        "mean = float(known.mean())",
+        "mean = float(known[:3].mean())",
+    ),
+    "a ratio that is not 1": (
+        test_at_the_policy_that_drew_every_ratio_is_exactly_1,
+        "return log_probs_N.detach()",
+        "return log_probs_N.detach() - 0.01",
+    ),
+    "None as 0 in the mean": (
+        test_an_answer_without_a_reward_has_no_part_in_the_mean,
+        "[reward for reward in rewards_G if reward is not None]",
+        "[reward or 0.0 for reward in rewards_G]",
+    ),
+    "None that is trained": (
+        test_an_answer_without_a_reward_has_no_gradient,
+        "return answer.reward is None or (",
+        "return (",
+    ),
+    "tokens of the micro-batch": (
+        lambda: test_how_a_window_is_cut_decides_nothing("dapo"),
+        "return (losses_N * of_tokens(shares)).sum()",
+        "return (losses_N * of_tokens(shares)).mean()",
+    ),
+    "the larger of both": (
+        test_losses_are_those_of_the_clipped_surrogate,
+        "-torch.minimum(ratio_N",
+        "-torch.maximum(ratio_N",
+    ),
+    "the other divergence": (
+        test_the_estimate_of_the_kl_divergence_is_never_negative_and_has_the_right_mean,
+        "log_ratio_N = reference_N - log_probs_N",
+        "log_ratio_N = log_probs_N - reference_N",
+    ),
+}
+"""The test of a law, and what breaks it."""
+
+
+@pytest.mark.parametrize(("law", "before", "after"), MUTANTS.values(), ids=MUTANTS)
+def test_a_broken_copy_is_found(mutant, monkeypatch, law, before, after):
+    broken = mutant(policy_gradient, before, after)
+    for name in ("PolicyGradientObjective", "group_advantages", "kl_estimates", "token_losses"):
+        monkeypatch.setitem(globals(), name, getattr(broken, name))
+    with pytest.raises(AssertionError):
+        law()

@@ -144,12 +144,52 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize(("before", "after"), MUTANTS.values(), ids=MUTANTS)
-def test_a_broken_copy_of_the_losses_is_found(pairs, mutant, monkeypatch, before, after):
+def exchange(mutant, monkeypatch, before, after):
+    """Put the functions of a broken copy in the place of ours."""
     broken = mutant(preference_loss, before, after)
     for name in ("dpo_losses", "kto_losses", "log_odds", "log_ratios", "orpo_losses", "simpo_losses"):
         monkeypatch.setitem(globals(), name, getattr(broken, name))
+
+
+@pytest.mark.parametrize(("before", "after"), MUTANTS.values(), ids=MUTANTS)
+def test_a_broken_copy_of_the_losses_is_found(pairs, mutant, monkeypatch, before, after):
+    exchange(mutant, monkeypatch, before, after)
     with pytest.raises(AssertionError):  # noqa: PT012 - one of them finds it
         test_dpo_and_its_forms(pairs)
         test_simpo_and_orpo_compare_means_of_tokens(pairs)
         test_kto_and_apo_zero()
+
+
+LAWS = {
+    "swap": (
+        test_swapping_the_sides_changes_the_loss_by_the_reward_difference,
+        ("losses = -functional.logsigmoid(beta * difference)", "losses = -functional.logsigmoid(difference)"),
+    ),
+    "constant": (
+        lambda pairs: test_what_both_sides_gain_alike_changes_nothing(pairs, "hinge"),
+        ("difference = chosen - rejected\n", "difference = chosen - 0.9 * rejected\n"),
+    ),
+    "start": (
+        lambda pairs: test_a_model_equal_to_its_reference_starts_at_exactly_these_losses(pairs, torch.float32),
+        ("pairs.chosen - pairs.reference_chosen, pairs", "pairs.chosen, pairs"),
+    ),
+    "start in bf16, compared later": (
+        lambda pairs: test_a_model_equal_to_its_reference_starts_at_exactly_these_losses(pairs, torch.bfloat16),
+        (
+            "pairs.chosen - pairs.reference_chosen, pairs.rejected - pairs.reference_rejected",
+            "pairs.chosen - pairs.rejected, pairs.reference_chosen - pairs.reference_rejected * 1.01",
+        ),
+    ),
+    "half smoothing": (
+        lambda _: test_labels_smoothed_by_half_pull_nowhere_at_the_start(),
+        ("- label_smoothing * functional.logsigmoid(-beta", "+ label_smoothing * functional.logsigmoid(-beta"),
+    ),
+}
+"""The test of a law, and what breaks it."""
+
+
+@pytest.mark.parametrize(("law", "change"), LAWS.values(), ids=LAWS)
+def test_a_copy_that_breaks_a_law_is_found(pairs, mutant, monkeypatch, law, change):
+    exchange(mutant, monkeypatch, *change)
+    with pytest.raises(AssertionError):
+        law(pairs)

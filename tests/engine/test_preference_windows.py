@@ -19,6 +19,7 @@ from llmtune.data.example import Example
 from llmtune.engine import preference
 from llmtune.engine.devices import Devices
 from llmtune.engine.preference import Mismatches, mismatched_example, resolve_objective
+from rank_helpers import in_two_ranks
 
 CPU = torch.device("cpu")
 VOCABULARY = 12
@@ -110,18 +111,21 @@ def objective_of(module, settings, examples, *, batch_size=4, layout="padded"):
     return objective, policy
 
 
-def results(name, windows, examples, module=preference, **options):
-    """Loss, gradient and metrics of every window."""
+def results(name, windows, examples, module=preference, devices=None, **options):
+    """Loss, gradient and metrics of every window, over all devices."""
+    devices = devices or Devices(CPU)
     found = []
     for window in windows:
         objective, policy = objective_of(module, OBJECTIVES[name], examples, **options)
-        count = objective.begin_window(window, Devices(CPU))
+        count = objective.begin_window(window, devices)
         loss = 0.0
         for batch in window.micro_batches:
             part = objective.loss_sum(batch)
             (part / count).backward()
             loss += part.item()
-        found.append((loss / count, policy.logits.grad, objective.measure(Devices(CPU))))
+        gradient = policy.logits.grad if policy.logits.grad is not None else torch.zeros_like(policy.logits)
+        (loss,) = devices.sum(loss)
+        found.append((loss / count, devices.sum_tensor(gradient), objective.measure(devices)))
     return found
 
 
@@ -153,6 +157,30 @@ def test_how_a_window_is_cut_decides_nothing(name):
         layout = cut.get("layout", "padded")
         found = results(name, windows_of(examples, **cut), examples, batch_size=cut["batch_size"], layout=layout)
         assert_equal(found, expected)
+
+
+def on_two_ranks(name, module=preference):
+    """What two processes find that share the windows of 9 rows; in the last window the second one has no row."""
+    examples = make_answers(9, paired=name not in UNPAIRED)
+    expected = results(name, windows_of(examples, batch_size=4, accumulation=1), examples)
+
+    def compare():
+        devices = Devices.from_environment(no_cuda=True, timeout_s=60)
+        for size, accumulation in ((4, 1), (2, 2)):
+            windows = windows_of(
+                examples, batch_size=size, accumulation=accumulation, rank=devices.rank, ranks=devices.world_size
+            )
+            assert bool(len(windows[-1].indices)) == devices.is_main
+            assert_equal(results(name, windows, examples, module, devices, batch_size=size), expected)
+        devices.close()
+
+    return in_two_ranks(compare)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_processes_are_one(name):
+    codes, said = on_two_ranks(name)
+    assert codes == [0, 0], said
 
 
 @pytest.mark.parametrize("packing", ["greedy", "best_fit"])
@@ -255,3 +283,27 @@ def test_a_broken_copy_is_found(mutant, monkeypatch, before, after, name):
     found = results(name, windows_of(examples, batch_size=2, accumulation=2), examples, module=broken)
     with pytest.raises(AssertionError):
         assert_equal(found, expected)
+
+
+OF_ONE_PROCESS = {
+    "pairs of one process": (
+        "devices.sum(answers, float(self._loss_weights[chosen].sum()))",
+        "(answers, float(self._loss_weights[chosen].sum()))",
+        "dpo",
+    ),
+    "a reference point of one process": (
+        "float(devices.sum_tensor(torch.stack(ratios).sum()))",
+        "float(torch.stack(ratios).sum())",
+        "kto",
+    ),
+    "metrics of one process": ("devices.sum_tensor(torch.stack([zero", "(torch.stack([zero", "simpo"),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "name"), OF_ONE_PROCESS.values(), ids=OF_ONE_PROCESS)
+def test_a_copy_that_counts_its_own_process_alone_is_found(mutant, monkeypatch, before, after, name):
+    broken = mutant(preference, before, after)
+    monkeypatch.setitem(globals(), "Mismatches", broken.Mismatches)
+    codes, said = on_two_ranks(name, broken)
+    assert codes != [0, 0]
+    assert "AssertionError" in "".join(said) or "ZeroDivisionError" in "".join(said)

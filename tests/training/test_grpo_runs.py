@@ -9,7 +9,10 @@ from llmtune.config.dump import config_to_yaml
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.errors import CheckpointError, ConfigError, UsageError
+from llmtune.evaluation.rewards import AnswerGroup
+from llmtune.training import rollouts
 from llmtune.training import train as training
+from llmtune.training.training_run import TrainingRun
 from llmtune.verify.numbers import verify_batching, verify_packing
 from rank_helpers import in_two_ranks
 from training_fixtures import WORDS
@@ -79,9 +82,10 @@ def test_drawn_answers_and_their_rewards_are_recorded(resolve):
     assert WORDS[1] in samples[0]["prompt"] or any(word in samples[0]["prompt"] for word in WORDS)
 
 
+ROUND = ("objective.steps_per_generation=3", "objective.clip=0.01", "objective.clip_high=0.01")
 KINDS = {
     "one step a round": (),
-    "rounds of three steps": ("objective.steps_per_generation=3", "objective.clip=0.01", "objective.clip_high=0.01"),
+    "rounds of three steps": ROUND,
     "with kl": ("objective.beta=0.1", "objective.steps_per_generation=2"),
 }
 
@@ -89,17 +93,39 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_p2_a_stopped_run_resumes_to_the_same_bytes(resolve, stopped, kind):
     """Also in the middle of a round, whose answers were drawn by weights that are gone."""
-    settings = (*KINDS[kind], "training.max_steps=5", "checkpoint.every_steps=1")
+    whole = whole_run_equal_to_a_stopped_one(resolve, stopped, KINDS[kind])
+    if kind == "rounds of three steps":
+        ratios = [line["clipped"] for line in lines_of(whole) if "clipped" in line]
+        assert ratios[0] == ratios[3] == 0.0
+        assert max(ratios) > 0.0  # from the second step of a round on, the policy has moved
+
+
+def whole_run_equal_to_a_stopped_one(resolve, stopped, settings):
+    settings = (*settings, "training.max_steps=5", "checkpoint.every_steps=1")
     whole = training.train(resolve(*settings, name="whole")).folder
     result = training.resume(stopped(2, *settings))
     assert result.state == "finished"
     assert lines_of(result.folder) == lines_of(whole)
     assert weights_of(result.folder) == weights_of(whole)
     assert (result.folder / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    if kind == "rounds of three steps":
-        ratios = [line["clipped"] for line in lines_of(whole) if "clipped" in line]
-        assert ratios[0] == ratios[3] == 0.0
-        assert max(ratios) > 0.0  # from the second step of a round on, the policy has moved
+    return whole
+
+
+def draws_counted(monkeypatch):
+    """Seeds in the order of the draws: a resumed run begins to count anew."""
+    numbers = iter(range(10**6))
+    monkeypatch.setattr(rollouts, "answer_seed", lambda *_: next(numbers))
+
+
+def answers_not_kept(monkeypatch):
+    monkeypatch.setattr(rollouts.Rollouts, "state", lambda _: {})
+
+
+@pytest.mark.parametrize("break_it", [draws_counted, answers_not_kept])
+def test_a_round_that_is_drawn_otherwise_after_a_stop_is_found(resolve, stopped, monkeypatch, break_it):
+    break_it(monkeypatch)
+    with pytest.raises(AssertionError):
+        whole_run_equal_to_a_stopped_one(resolve, stopped, ROUND)
 
 
 @pytest.mark.campaign
@@ -177,6 +203,25 @@ def test_a_reward_of_ones_own_trains_and_is_needed_to_go_on(resolve, stopped, re
 
 
 def test_a_reward_that_fails_names_the_row_and_leaves_a_run_that_goes_on(resolve, reward_file, prompts_file):
+    a_failing_reward_leaves_a_run_that_goes_on(resolve, reward_file, prompts_file)
+
+
+def without_the_row(monkeypatch):
+    monkeypatch.setattr(rollouts, "AnswerGroup", lambda _, *rest: AnswerGroup("some row", *rest))
+
+
+def nothing_saved(monkeypatch):
+    monkeypatch.setattr(TrainingRun, "_save_before_leaving", lambda *_: None)
+
+
+@pytest.mark.parametrize("break_it", [without_the_row, nothing_saved])
+def test_a_failing_reward_that_costs_the_run_is_found(resolve, reward_file, prompts_file, monkeypatch, break_it):
+    break_it(monkeypatch)
+    with pytest.raises((AssertionError, CheckpointError)):
+        a_failing_reward_leaves_a_run_that_goes_on(resolve, reward_file, prompts_file)
+
+
+def a_failing_reward_leaves_a_run_that_goes_on(resolve, reward_file, prompts_file):
     settings = ("evaluation.before_training=false", "data.test_size=0", "checkpoint.every_steps=100")
     whole = training.train(resolve(*settings, name="whole"), Options(rewards=(f"{reward_file}:vowels",))).folder
     options = Options(rewards=(f"{reward_file}:fails_later",))

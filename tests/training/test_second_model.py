@@ -7,10 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmtune.config.process_options import Options
 from llmtune.errors import TokenizerError
-from llmtune.runs.signals import StopRequest
-from llmtune.training import train as training
+from training_helpers import first_window
 
 LN2 = float(-torch.nn.functional.logsigmoid(torch.zeros(())))
 
@@ -26,8 +24,8 @@ def teacher(tiny_model_folder, tmp_path):
 
 
 @pytest.fixture
-def first_window(config_of, tmp_path):
-    """Loss and metrics of the first window of a run, before any update, and the reference's part of its plan."""
+def compared(config_of, tmp_path):
+    """The first window of a run of one model whose reference is another."""
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(
         "".join(
@@ -36,47 +34,32 @@ def first_window(config_of, tmp_path):
         )
     )
 
-    def first_window(model, reference, *overrides):
-        words = (
-            f"data.train={pairs}",
-            "data.test_size=0",
-            "evaluation.every_steps=null",
-            "objective.method=dpo",
-            f"model.name={model}",
-        )
-        second = ("evaluation.every_steps=null", "objective.reference=model", f"objective.reference_model={reference}")
-        with StopRequest() as stop:
-            resolved = config_of(*words, *second, *overrides)
-            run = training.open_run(resolved, Options(), stop, print_line=lambda _: None)
-            window, objective = run.setup.batches.window(1), run.setup.objective
-            count = objective.begin_window(window, run.devices)
-            loss = sum(objective.loss_sum(batch).item() for batch in window.micro_batches) / count
-            found = loss, objective.measure(run.devices), run.plan.memory.parts["reference"], run.setup
-            run.close()
-        return found
+    def compared(model, reference, *overrides):
+        words = (f"data.train={pairs}", "data.test_size=0", "evaluation.every_steps=null", f"model.name={model}")
+        words += ("objective.method=dpo", "objective.reference=model", f"objective.reference_model={reference}")
+        return first_window(config_of(*words, *overrides))
 
-    return first_window
+    return compared
 
 
-def test_a_model_compared_with_itself_begins_at_ln_2(first_window, tiny_model_folder):
-    loss, metrics, size, setup = first_window(tiny_model_folder, tiny_model_folder)
+def test_a_model_compared_with_itself_begins_at_ln_2(compared, tiny_model_folder):
+    loss, metrics, run = compared(tiny_model_folder, tiny_model_folder)
     assert loss == pytest.approx(LN2, abs=1e-7)
     assert metrics["rewards_margin"] == metrics["rewards_chosen"] == 0.0
-    assert size == sum(weight.nbytes for weight in setup.model.parameters())
-    assert setup.reference_digest == setup.base_digest
+    assert run.plan.memory.parts["reference"] == sum(weight.nbytes for weight in run.setup.model.parameters())
+    assert run.setup.reference_digest == run.setup.base_digest
 
 
-def test_exchanging_the_two_models_turns_every_reward_around(first_window, tiny_model_folder, teacher):
+def test_exchanging_the_two_models_turns_every_reward_around(compared, tiny_model_folder, teacher):
     """The log-ratio of A to B is minus that of B to A: so the reference is the named model and not the trained one."""
-    one = first_window(tiny_model_folder, teacher)
-    other = first_window(teacher, tiny_model_folder, "run.name=other")
-    assert one[3].reference_digest == other[3].base_digest != one[3].base_digest
+    small, large = compared(tiny_model_folder, teacher), compared(teacher, tiny_model_folder, "run.name=other")
+    assert small.run.setup.reference_digest == large.run.setup.base_digest != small.run.setup.base_digest
     for name in ("rewards_chosen", "rewards_rejected", "rewards_margin"):
-        assert one[1][name] == pytest.approx(-other[1][name], rel=1e-4)
-    assert abs(one[1]["rewards_margin"]) > 1e-4
+        assert small.metrics[name] == pytest.approx(-large.metrics[name], rel=1e-4)
+    assert abs(small.metrics["rewards_margin"]) > 1e-4
 
 
-def test_a_model_with_other_ids_is_refused_before_anything_is_loaded(first_window, tiny_model_folder, tmp_path):
+def test_a_model_with_other_ids_is_refused_before_anything_is_loaded(compared, tiny_model_folder, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_model_folder, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -85,4 +68,4 @@ def test_a_model_with_other_ids_is_refused_before_anything_is_loaded(first_windo
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(TokenizerError, match=r"has the id \d+ in this run and the id \d+ there"):
-        first_window(tiny_model_folder, other)
+        compared(tiny_model_folder, other)

@@ -102,7 +102,7 @@ def build_objectives(
     sets = [prepared.data.train, *([prepared.data.eval] if prepared.data.eval is not None else [])]
     references: list[Reference | None] = [None] * len(sets)
     digest: str | None = None
-    if config.objective.method in ("dpo", "kto"):
+    if needs_reference(config.objective):
         made = ReferenceLogProbs(
             prepared,
             model,
