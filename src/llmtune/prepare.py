@@ -26,9 +26,9 @@ from llmtune.data.dataset.micro_batch import Layout
 from llmtune.data.dataset.mixture import EpochDraws, plan_epochs
 from llmtune.data.dataset.packing import Indices, examples_together, plan_sequences
 from llmtune.data.dataset.planned_answers import PlannedAnswers
-from llmtune.data.dataset.row_result import OVERLONG_FIX
+from llmtune.data.dataset.row_result import RAISE_LENGTH, overlong_ways
 from llmtune.data.dataset.store import MappedExamples
-from llmtune.data.example import ExampleSet
+from llmtune.data.example import ExampleSet, Side
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.preferences import RECOGNIZED_BY
 from llmtune.engine.preference import for_comparison
@@ -246,11 +246,13 @@ def fit_max_length(
     if not context.ends:
         reason = f"more than the {context.tokens:,} tokens this model was made for; longer rows mean little to it"
         return config, [Decision("data.max_length", given, reason)]
-    raise _too_long_for_model(f"`data.max_length: {given}` is more", context, origin.where)
+    raise _too_long_for_model(f"`data.max_length: {given}` is more", config, context, origin.where)
 
 
-def _too_long_for_model(problem: str, context: Context, where: str) -> ConfigError:
-    fix = f"set data.max_length={context.tokens} and data.overlong=truncate_right, drop or split"
+def _too_long_for_model(problem: str, config: Config, context: Context, where: str) -> ConfigError:
+    sides: dict[str, Side | None] = {"sft": None, "grpo": "prompt"}
+    ways = overlong_ways(sides.get(config.objective.method, "chosen"))
+    fix = f"set data.max_length={context.tokens}, and data.overlong to {ways}"
     return ConfigError(
         f"{problem} than the {context.tokens:,} tokens this model sees: it has no position for a later one",
         where=where,
@@ -270,9 +272,12 @@ def overlong_named(decisions: Sequence[Decision]) -> Iterator[None]:
         reason = next((decision.reason for decision in decisions if decision.key == "data.max_length"), None)
         if reason is None:
             raise
-        fix = f"{OVERLONG_FIX.removeprefix('raise `data.max_length`, or ')} (the length is {reason})"
+        named = f" (the length is {reason})"
         raise DataError.all(
-            problem._replace(fix=fix) if problem.fix == OVERLONG_FIX else problem for problem in error.problems
+            problem._replace(fix=problem.fix.removeprefix(RAISE_LENGTH) + named)
+            if problem.fix is not None and problem.fix.startswith(RAISE_LENGTH)
+            else problem
+            for problem in error.problems
         ) from error
 
 
@@ -359,7 +364,7 @@ def _beyond_context(config: Config, context: Context | None, sets: Sequence[Exam
     draws, answer = config.objective.method == "grpo", config.objective.max_new_tokens
     if not draws:
         if context.ends:
-            raise _too_long_for_model(f"a row of {longest:,} tokens is longer", context, "data.max_length")
+            raise _too_long_for_model(f"a row of {longest:,} tokens is longer", config, context, "data.max_length")
         return []  # `data.max_length` is named
     told = f"with a prompt of {longest - answer:,} tokens more than the {context.tokens:,} tokens"
     if not context.ends:

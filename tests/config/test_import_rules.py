@@ -321,8 +321,23 @@ def test_axolotls_layers_in_host_memory_are_weights_that_wait_there(tmp_path):
     [
         ("num_generations: 4", "grpo"),
         ("reward_funcs: [accuracy_reward]", "grpo"),
+        ("loss_type: dr_grpo", "grpo"),
+        ("loss_type: bnpo", "grpo"),
         ("desirable_weight: 1.5", "kto"),
+        ("undesirable_weight: 1.5", "kto"),
+        ("loss_type: apo_zero_unpaired", "kto"),
+        ("loss_type: kto\nbeta: 0.2", "kto"),
+        ("loss_type: sigmoid", "dpo"),
+        ("loss_type: [ipo]", "dpo"),
+        ("loss_type: [sigmoid, sft]", "dpo"),
+        ("loss_type: robust", "dpo"),
+        ("beta: 0.05", "dpo"),
+        ("label_smoothing: 0.1", "dpo"),
+        ("precompute_ref_log_probs: true", "dpo"),
         ("packing: false", "sft"),
+        ("loss_type: nll", "sft"),
+        ("loss_type: dft", "sft"),
+        ("label_smoothing_factor: 0.0", "sft"),
     ],
 )
 def test_a_config_of_trl_without_its_command_is_of_the_method_that_alone_reads_its_keys(tmp_path, key, method):

@@ -84,6 +84,21 @@ def test_a_given_length_beyond_the_last_position_is_refused_before_rows_are_read
     assert "data.max_length=64" in problem.fix
 
 
+@pytest.mark.parametrize(
+    ("method", "ways"),
+    [
+        (("sft",), "drop, truncate_right, truncate_left or split"),
+        (("dpo",), "drop, truncate_right or truncate_left"),
+        (("grpo", "objective.rewards={length: 1.0}", "objective.max_new_tokens=8"), "drop"),
+    ],
+)
+def test_what_serves_long_rows_is_that_of_the_method(config_of, learned, method, ways):
+    given = (f"model.name={learned}", "data.max_length=100", f"objective.method={method[0]}", *method[1:])
+    with pytest.raises(ConfigError) as refused:
+        prepare(config_of(*given), Options())
+    assert refused.value.problems[0].fix == f"set data.max_length=64, and data.overlong to {ways}"
+
+
 def test_a_given_length_beyond_rotary_positions_is_named(config_of, tiny_model_folder):
     prepared = prepare(config_of("data.max_length=512"), Options())
     assert prepared.config.data.max_length == 512

@@ -26,19 +26,20 @@ from llmtune.data.rows.preferences import PREFERENCE_FORMATS
 from llmtune.errors import DataError
 
 __all__ = [
-    "OVERLONG_FIX",
+    "RAISE_LENGTH",
     "STATUSES",
     "Reason",
     "RowResult",
     "RowRules",
     "Status",
     "conversations_of",
+    "overlong_ways",
     "process_record",
     "too_long_reason",
 ]
 
-OVERLONG_FIX = "raise `data.max_length`, or set `data.overlong` to drop, truncate_right, truncate_left or split"
-"""What to do about a row that is too long."""
+RAISE_LENGTH = "raise `data.max_length`, or "
+"""Begins what to do about a row that is too long."""
 
 Status = Literal["used", "cut", "dropped", "duplicate", "held_out", "bad"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -237,7 +238,9 @@ def _prompt(blank: RowResult, conversation: Conversation, renderer: Renderer, ru
     )
     if len(ids) <= rules.max_length:
         return result
-    return result._replace(status="dropped", tokens_lost=len(ids), pieces=(), sides=(), reason=too_long_reason(rules))
+    return result._replace(
+        status="dropped", tokens_lost=len(ids), pieces=(), sides=(), reason=too_long_reason(rules, "prompt")
+    )
 
 
 def _fit(
@@ -252,7 +255,7 @@ def _fit(
         return dropped._replace(reason=Reason(f"shorter than `data.min_length` of {rules.min_length} tokens"))
     if not trained:
         return dropped._replace(reason=_untrained_reason(result, rules))
-    too_long = too_long_reason(rules)
+    too_long = too_long_reason(rules, conversation.side)
     lengths = [len(ids) for ids, _ in trained]
     if max(lengths) <= rules.max_length:
         return result._replace(pieces=tuple(trained))
@@ -316,7 +319,7 @@ def _fit_sides(results: Sequence[RowResult], sides: tuple[Side, ...], renderer: 
     too_long = [side for side, (ids, _) in zip(sides, pieces, strict=True) if len(ids) > rules.max_length]
     if not too_long:
         return row
-    reason = too_long_reason(rules)
+    reason = too_long_reason(rules, sides[0])
     if rules.overlong in ("error", "drop"):
         return dropped._replace(reason=reason)
     cut = cut_sides(
@@ -350,9 +353,17 @@ def _untrained_reason(result: RowResult, rules: RowRules) -> Reason:
     return Reason("the row has no trained token", None, fix)
 
 
-def too_long_reason(rules: RowRules) -> Reason:
+def overlong_ways(side: Side | None) -> str:
+    """The values of `data.overlong` that serve rows of a side: prompts are never cut, judged answers never split."""
+    if side == "prompt":
+        return "drop"
+    return "drop, truncate_right, truncate_left or split" if side is None else "drop, truncate_right or truncate_left"
+
+
+def too_long_reason(rules: RowRules, side: Side | None) -> Reason:
     """The reason why a row over `max_length` is not used, where it is not cut."""
-    return Reason(f"longer than `data.max_length` of {rules.max_length} tokens", None, OVERLONG_FIX)
+    fix = f"{RAISE_LENGTH}set `data.overlong` to {overlong_ways(side)}"
+    return Reason(f"longer than `data.max_length` of {rules.max_length} tokens", None, fix)
 
 
 def _check_answers(conversation: Conversation, train_on: TrainOn, last_field: str | None) -> None:

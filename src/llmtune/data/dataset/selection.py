@@ -42,7 +42,8 @@ def row_problems(part: LedgerPart, rules: RowRules, on_bad_row: str) -> list[Pro
     reasons = part.store.reasons
     stopping = {index for index, reason in enumerate(reasons) if reason.whole_file}
     if rules.overlong == "error":
-        stopping |= {index for index, reason in enumerate(reasons) if reason == too_long_reason(rules)}
+        too_long = too_long_reason(rules, side=None).problem
+        stopping |= {index for index, reason in enumerate(reasons) if reason.problem == too_long}
     stops = np.isin(part.store.rows["reason"], list(stopping))
     if on_bad_row == "error":
         stops |= part.statuses == STATUSES.index("bad")
