@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from llmtune.data.dataset.batches import BatchPlan
+from llmtune.data.dataset.packing import examples_together, plan_sequences
 from llmtune.data.example import SIDES, Example, example_digest, set_digest
 
 
@@ -49,3 +51,22 @@ class ExampleList:
             example_digest(one.input_ids, one.weights, one.side, label=one.label, margin=one.margin)
             for one in self._examples
         )
+
+
+def windows_of(examples, *, batch_size, accumulation, layout="padded", packing="none", group=None, rank=0, ranks=1):
+    """The windows of one epoch over examples that belong together, as one process of several is given them."""
+    plan = BatchPlan(
+        examples,
+        plan_sequences(examples, 40, packing, 7),
+        batch_size=batch_size,
+        accumulation=accumulation,
+        epochs=1,
+        max_steps=None,
+        shuffle_seed=3,
+        layout=layout,
+        max_group_tokens=group,
+        together=examples_together(examples),
+        rank=rank,
+        world_size=ranks,
+    )
+    return list(plan.windows())

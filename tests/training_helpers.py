@@ -9,11 +9,12 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from llmtune.common.text import silent
-from llmtune.config.layers import ResolvedConfig
+from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.runs.signals import StopRequest
 from llmtune.training.train import open_run
@@ -39,20 +40,32 @@ def small_run(model: Path, rows: Path, folder: Path, *more: str) -> list[str]:
     return [f"model.name={model}", f"data.train={rows}", f"run.output_dir={folder}", *LORA, *SMALL, *more]
 
 
-def comparing_run(model: Path, rows: Path, folder: Path, *more: str) -> list[str]:
-    """The KEY=VALUE words that short runs which compare or judge answers share, in `folder`; `more` on top."""
-    return [
+def comparing_run(model: Path, rows: Path, folder: Path, *more: str, name: str = "run") -> ResolvedConfig:
+    """The config of a short run that compares or judges answers, in `folder`; `more` KEY=VALUE words on top."""
+    words = [
         f"model.name={model}",
         f"data.train={rows}",
         f"data.cache_dir={folder / 'cache'}",
         "data.num_workers=1",
         f"run.output_dir={folder / 'runs'}",
+        f"run.name={name}",
         "training.batch_size=2",
         "training.learning_rate=0.003",
         "training.precision=fp32",
         "tracking.trackers=[jsonl]",
         *more,
     ]
+    return load_config(None, overrides=words, environ={})
+
+
+def words_as_yaml(words: Sequence[str]) -> str:
+    """KEY=VALUE words as the text of a config file."""
+    sections: dict[str, list[str]] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        section, _, leaf = key.partition(".")
+        sections.setdefault(section, []).append(f"  {leaf}: {value}\n")
+    return "".join(f"{section}:\n{''.join(lines)}" for section, lines in sections.items())
 
 
 def stopped_after(steps: int, resolved: ResolvedConfig, options: Options | None = None) -> str:

@@ -14,7 +14,7 @@ from llmtune.cli.main import run as command
 from llmtune.cli.sweep_devices import train_on_devices
 from llmtune.errors import StoppedBySignal, UsageError
 from training_fixtures import rows_file  # noqa: F401 - a fixture
-from training_helpers import small_run
+from training_helpers import small_run, words_as_yaml
 
 PROGRAM = """
 import os, signal, sys, time
@@ -85,12 +85,7 @@ def test_each_process_has_the_flags_of_the_sweep(tmp_path, monkeypatch):
 @pytest.mark.campaign
 def test_a_sweep_on_two_devices_trains_the_runs_of_one(tiny_model_folder, rows_file, tmp_path, capsys):  # noqa: F811
     words = small_run(tiny_model_folder, rows_file, tmp_path / "runs", "training.max_steps=2")
-    sections = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        section, _, leaf = key.partition(".")
-        sections.setdefault(section, []).append(f"  {leaf}: {value}\n")
-    basis = "".join(f"{section}:\n{''.join(lines)}" for section, lines in sections.items())
+    basis = words_as_yaml(words)
     table = {}
     for name, options in (("one", []), ("two", ["--devices", "2"])):
         (tmp_path / f"{name}.yaml").write_text(f"{basis}sweep: {{keys: {{training.learning_rate: [0.001, 0.05]}}}}\n")

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from example_list import ExampleList
+from example_list import ExampleList, windows_of
 from llmtune.config.schema import ObjectiveConfig
-from llmtune.data.dataset.batches import BatchPlan
-from llmtune.data.dataset.packing import examples_together, plan_sequences
 from llmtune.data.example import Example
 from llmtune.engine import preference
 from llmtune.engine.devices import Devices
@@ -68,24 +66,6 @@ class Table:
             spans = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
             rows = [(batch.input_ids[0, span], batch.weights[0, span]) for span in spans]
         return torch.stack([(table[ids[:-1], ids[1:]] * weights[1:].double()).sum() for ids, weights in rows])
-
-
-def windows_of(examples, *, batch_size, accumulation, layout="padded", packing="none", group=None, rank=0, ranks=1):
-    plan = BatchPlan(
-        examples,
-        plan_sequences(examples, 40, packing, 7),
-        batch_size=batch_size,
-        accumulation=accumulation,
-        epochs=1,
-        max_steps=None,
-        shuffle_seed=3,
-        layout=layout,
-        max_group_tokens=group,
-        together=examples_together(examples),
-        rank=rank,
-        world_size=ranks,
-    )
-    return list(plan.windows())
 
 
 def objective_of(module, settings, examples, *, batch_size=4, layout="padded"):

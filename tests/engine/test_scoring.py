@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from example_list import ExampleList
-from llmtune.data.dataset.batches import BatchPlan
+from example_list import ExampleList, windows_of
 from llmtune.data.dataset.micro_batch import make_micro_batch
-from llmtune.data.dataset.packing import examples_together, plan_sequences
 from llmtune.data.example import Example
 from llmtune.engine import scoring
 from llmtune.engine.devices import Devices
@@ -33,24 +31,6 @@ def make_rows(method, count=11):
             judged = {"margin": margin} if method == "reward" else {"label": label}
             examples.append(Example(f"rows.jsonl:{number + 1}", ids, weights, side, **judged))
     return ExampleList(examples)
-
-
-def windows_of(examples, *, batch_size, accumulation, layout="padded", packing="none", group=None, rank=0, ranks=1):
-    plan = BatchPlan(
-        examples,
-        plan_sequences(examples, 40, packing, 7),
-        batch_size=batch_size,
-        accumulation=accumulation,
-        epochs=1,
-        max_steps=None,
-        shuffle_seed=3,
-        layout=layout,
-        max_group_tokens=group,
-        together=examples_together(examples),
-        rank=rank,
-        world_size=ranks,
-    )
-    return list(plan.windows())
 
 
 def results(method, windows, examples):

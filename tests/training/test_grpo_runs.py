@@ -1,6 +1,7 @@
 """Whole runs of GRPO: they earn more, and a run that was stopped ends as the run that never was."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -30,23 +31,17 @@ def prompts_file(tmp_path_factory):
 @pytest.fixture
 def resolve(tiny_model_folder, prompts_file, tmp_path):
     """The config of a short GRPO run on the prompts; further KEY=VALUE on top."""
-
-    def resolve(*overrides, name="run"):
-        basis = [
-            f"run.name={name}",
-            "data.test_size=2",
-            "data.max_length=128",
-            "objective.method=grpo",
-            "objective.num_generations=4",
-            "objective.max_new_tokens=6",
-            "objective.rewards={regex: 1.0, length: 0.2}",
-            "objective.reward_pattern='[aeiou]'",
-            "training.max_steps=4",
-        ]
-        words = comparing_run(tiny_model_folder, prompts_file, tmp_path, *basis, *overrides)
-        return load_config(None, overrides=words, environ={})
-
-    return resolve
+    basis = (
+        "data.test_size=2",
+        "data.max_length=128",
+        "objective.method=grpo",
+        "objective.num_generations=4",
+        "objective.max_new_tokens=6",
+        "objective.rewards={regex: 1.0, length: 0.2}",
+        "objective.reward_pattern='[aeiou]'",
+        "training.max_steps=4",
+    )
+    return partial(comparing_run, tiny_model_folder, prompts_file, tmp_path, *basis)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import torch
 
 from chat_templates import CHATML
 from llmtune import prepare
-from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.engine import preference, reference
 from llmtune.plan import reference_memory, resolve_auto
@@ -32,9 +31,8 @@ def resolve(tiny_model_folder, pairs_file, tmp_path):
     """The config of a DPO run of two steps on the pairs; further KEY=VALUE on top."""
 
     def resolve(*overrides, model=tiny_model_folder, name="run"):
-        basis = ["data.test_size=0", "objective.method=dpo", "training.max_steps=2", f"run.name={name}"]
-        words = comparing_run(model, pairs_file, tmp_path, *basis, *overrides)
-        return load_config(None, overrides=words, environ={})
+        basis = ("data.test_size=0", "objective.method=dpo", "training.max_steps=2")
+        return comparing_run(model, pairs_file, tmp_path, *basis, *overrides, name=name)
 
     return resolve
 
@@ -49,9 +47,9 @@ def folders(tiny_model_folder, pairs_file, tmp_path_factory):
     (with_dropout / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.5}))
     made = {"the model": tiny_model_folder, "with dropout": with_dropout}
     for name, more in {"adapter": LORA, "4-bit adapter": FOUR_BIT}.items():
-        basis = [f"run.name={name}", "data.test_size=0", "objective.method=orpo", "training.max_steps=3"]
-        words = comparing_run(tiny_model_folder, pairs_file, folder, *basis, *more)
-        run = training.train(load_config(None, overrides=words, environ={}), print_line=lambda _: None).folder
+        basis = ("data.test_size=0", "objective.method=orpo", "training.max_steps=3")
+        config = comparing_run(tiny_model_folder, pairs_file, folder, *basis, *more, name=name)
+        run = training.train(config, print_line=lambda _: None).folder
         made[name] = run / "checkpoints" / "final"
     return made
 

@@ -4,13 +4,13 @@ run that was stopped ends as the run that never was.
 
 import hashlib
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from llmtune.cli.main import run as command
 from llmtune.config.dump import config_to_yaml
-from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
@@ -32,19 +32,9 @@ def labels_file(tmp_path):
 @pytest.fixture
 def resolve(tiny_model_folder, pairs_file, tmp_path):
     """The config of a short DPO run on the pairs; further KEY=VALUE on top."""
-
-    def resolve(*overrides, name="run"):
-        basis = [
-            f"run.name={name}",
-            "data.test_size=4",
-            "objective.method=dpo",
-            "training.gradient_accumulation_steps=2",
-            "training.max_steps=2",
-        ]
-        words = comparing_run(tiny_model_folder, pairs_file, tmp_path, *basis, *overrides)
-        return load_config(None, overrides=words, environ={})
-
-    return resolve
+    steps = ("training.gradient_accumulation_steps=2", "training.max_steps=2")
+    basis = ("data.test_size=4", "objective.method=dpo", *steps)
+    return partial(comparing_run, tiny_model_folder, pairs_file, tmp_path, *basis)
 
 
 @pytest.fixture

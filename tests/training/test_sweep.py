@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llmtune.cli.main import run as command
-from training_helpers import small_run
+from training_helpers import small_run, words_as_yaml
 
 
 @pytest.fixture(scope="module")
@@ -13,13 +13,7 @@ def folder(tiny_model_folder, rows_file, tmp_path_factory):
     """A working folder with a sweep of 2 x 2 runs of 2 steps each."""
     folder = tmp_path_factory.mktemp("sweep")
     words = small_run(tiny_model_folder, rows_file, folder / "runs", "training.max_steps=2")
-    sections = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        section, _, leaf = key.partition(".")
-        sections.setdefault(section, []).append(f"  {leaf}: {value}\n")
-    basis = "".join(f"{section}:\n{''.join(lines)}" for section, lines in sections.items())
-    (folder / "basis.yaml").write_text(basis)
+    (folder / "basis.yaml").write_text(words_as_yaml(words))
     return folder
 
 

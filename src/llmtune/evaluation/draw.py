@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from llmtune.evaluation.generate import contiguous_rows_for_head
+from llmtune.evaluation.generate import contiguous_rows_for_head, padded_on_the_left
 from llmtune.models.parameters import base_model_of, eval_mode
 
 if TYPE_CHECKING:
@@ -163,20 +163,13 @@ class _Decoder:
         """Compute the prompts."""
         self._model = model
         self._takes = inspect.signature(model.forward).parameters
-        self._device = cast("Tensor", model.get_input_embeddings().weight).device
-        longest = max(len(prompt) for prompt in prompts)
-        ids_BT = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
-        mask_BT = torch.zeros((len(prompts), longest), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            # Padding stands on the left, so that every answer begins in the same column.
-            ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-            mask_BT[row, longest - len(prompt) :] = 1
-        self._mask_BT = mask_BT.to(self._device)
+        ids_BT, self._mask_BT = padded_on_the_left(model, prompts, pad_id)
+        self._device = ids_BT.device
         self._cache: Any = None
         self.logits_BV: Tensor
         """Logits of the next token of each row."""
         # A padded position sees nothing; any position number does for it.
-        self._forward(ids_BT.to(self._device), (self._mask_BT.cumsum(1) - 1).clamp_min(0))
+        self._forward(ids_BT, (self._mask_BT.cumsum(1) - 1).clamp_min(0))
 
     def share(self, counts: Sequence[int], *, room: int) -> None:
         """Give each row so many copies of itself, one after the other, and room for so many more tokens."""

@@ -43,6 +43,7 @@ __all__ = [
     "contiguous_rows_for_head",
     "continue_ids",
     "generate",
+    "padded_on_the_left",
 ]
 
 
@@ -223,14 +224,8 @@ def _answer_batch(
     stream: BaseStreamer | None = None,
 ) -> list[list[int]]:
     """Return the ids generated after each prompt, with padding after its stop token."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), config.pad_token_id, dtype=torch.long)
-    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        # Padding stands on the left, so that every answer begins in the same column.
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        mask[row, longest - len(prompt) :] = 1
-    device = cast("Tensor", model.get_input_embeddings().weight).device
+    ids, mask = padded_on_the_left(model, prompts, cast("int", config.pad_token_id))
+    longest = ids.shape[1]
     generate_ids = cast("Callable[..., Tensor]", model.generate)
     further: dict[str, object] = {} if stream is None else {"streamer": stream}
     if sampling.repetition_penalty != 1.0:
@@ -239,8 +234,23 @@ def _answer_batch(
     if sampling.stop:
         assert tokenizer is not None, "texts that end an answer are found in its text"
         further["stopping_criteria"] = [StopTexts(sampling.stop, tokenizer, longest)]
-    output = generate_ids(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, **further)
+    output = generate_ids(input_ids=ids, attention_mask=mask, generation_config=config, **further)
     return output[:, longest:].tolist()
+
+
+def padded_on_the_left(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return the ids of prompts and their attention mask, int64 [P, longest prompt] each, where the model is.
+
+    Padding stands on the left, so that every answer begins in the same column.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, longest - len(prompt) :] = 1
+    device = cast("Tensor", model.get_input_embeddings().weight).device
+    return ids.to(device), mask.to(device)
 
 
 def _until_stop(ids: list[int], stops: set[int]) -> list[int]:

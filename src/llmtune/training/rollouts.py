@@ -160,11 +160,11 @@ class Rollouts:
         group = AnswerGroup(prompt.source, text, texts, ids_of, right_answer(row), row.fields)
         by_name = {reward.name: reward.judge(group) for reward in self._rewards}
         judged = [{name: values[place] for name, values in by_name.items()} for place in range(len(texts))]
-        totals = [total_reward(self._rewards, one) for one in judged]
+        totals = [total_reward(self._rewards, rewards) for rewards in judged]
         advantages = group_advantages(totals, scale=self._objective.scale_rewards)
         answers = [
-            DrawnAnswer(tuple(ids), total, advantage, one, is_truncated=ids[-1] not in stops)
-            for ids, total, advantage, one in zip(ids_of, totals, advantages, judged, strict=True)
+            DrawnAnswer(tuple(ids), total, advantage, rewards, is_truncated=ids[-1] not in stops)
+            for ids, total, advantage, rewards in zip(ids_of, totals, advantages, judged, strict=True)
         ]
         return _Judged(text, texts, answers)
 
