@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "llmtune"
 
@@ -81,7 +83,6 @@ LAZY_IMPORTS = {
     "models/gguf.py llmtune": "loads torch, without which tokenizers are found",
     "* tokenizers": "needed only where a tokenizer is trained",
     "watch/ui/answers.py llmtune": "the page shows runs without torch; only a chat loads a model",
-    "runs/checkpoint.py llmtune": "loads torch, which `llmtune runs` does without",
 }
 """Folder, file, `file package` or `* package` -> why its imports may stand inside functions."""
 FENCES = {
@@ -191,6 +192,30 @@ def test_lines_and_types_stay_within_their_limits():
         1000 * sum(map(house.count_any, modules())) / sum(lines for lines, _ in house.file_lengths(modules()))
     )
     assert per_thousand <= LIMITS["`Any` per 1,000 lines"]
+
+
+def test_numeric_functions_have_shapes_and_raising_ones_name_their_errors():
+    public = list(house.public_functions(modules()))
+    numeric, raising = ([function for function in public if getattr(function, kind)] for kind in ("numeric", "raises"))
+    assert min(len(numeric), len(raising)) > 150
+    assert [function.place for function in numeric if not function.shapes] == []
+    assert [function.place for function in raising if not function.names_its_errors] == []
+
+
+@pytest.mark.parametrize(
+    ("docstring", "has_shapes", "names"),
+    [
+        ("Add.", False, False),
+        ("Add; both [B, T]. Raises MachineError.", True, False),
+        ("Add; both of shape [B, T]. Raises ConfigError.", True, True),
+        ("Add. ConfigError for a negative one.", False, False),
+    ],
+)
+def test_a_docstring_without_shapes_or_errors_is_found(docstring, has_shapes, names):
+    text = f'def add(a: Tensor):\n    """{docstring}"""\n    raise ConfigError.all([])\n'
+    (function,) = house.public_functions([house.Module("engine/add.py", text, ast.parse(text))])
+    assert (function.numeric, function.raises) == (True, True)
+    assert (function.shapes, function.names_its_errors) == (has_shapes, names)
 
 
 def test_the_script_prints_the_figures():

@@ -24,9 +24,9 @@ from llmtune.data.dataset.labels import labels_of_rows
 from llmtune.data.dataset.make_dataset import PreparedData, iter_texts, prepare_data
 from llmtune.data.dataset.micro_batch import Layout
 from llmtune.data.dataset.mixture import EpochDraws, plan_epochs
+from llmtune.data.dataset.overlong import RAISE_LENGTH, overlong_ways
 from llmtune.data.dataset.packing import Indices, examples_together, plan_sequences
 from llmtune.data.dataset.planned_answers import PlannedAnswers
-from llmtune.data.dataset.row_result import RAISE_LENGTH, overlong_ways
 from llmtune.data.dataset.store import MappedExamples
 from llmtune.data.example import ExampleSet, Side
 from llmtune.data.rendering.renderer import Renderer

@@ -104,8 +104,8 @@ class Trainer:
 
         allow_changes: resume even if the config has changed such that it is another training from here on.
         keywords: as for a new trainer, without rows: a run goes on with those it was begun with.
-        Raises ConfigError when the config of the folder cannot be read; the first call of a method raises
-        CheckpointError when no checkpoint can be used.
+        Raises UsageError for rows, ConfigError when the config of the folder cannot be read; the first call of a method
+        raises CheckpointError when no checkpoint can be used.
         """
         # A folder as given wins over the name of a run.
         folder = Path(run) if (Path(run) / "config.yaml").is_file() else Path("runs") / run

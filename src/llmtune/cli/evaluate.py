@@ -164,7 +164,10 @@ def _judge(
 
 
 def held_out_rows(loaded: InferenceModel, data: list[str] | None, config: str | None) -> tuple[HeldOut, Config]:
-    """Return the rows to evaluate on, and the config they were prepared by. Raises DataError where there are none."""
+    """Return the rows to evaluate on, and the config they were prepared by.
+
+    Raises UsageError where no rows are named, DataError where a file has none.
+    """
     from llmtune.data.dataset.make_dataset import prepare_data
     from llmtune.data.rows.preferences import SCORED_FORMATS, every_format
     from llmtune.models.read_config import context_of

@@ -65,7 +65,8 @@ class Zero:
     ) -> tuple[ZeroOptimizer, tuple[Decision, ...], list[Decision]]:
         """Give the model and the optimizer of its trained weights to DeepSpeed's engine.
 
-        Raises MachineError where the engine of an earlier training of this program still holds the processes.
+        Raises MachineError where the engine of an earlier training of this program still holds the processes,
+        ConfigError where DeepSpeed refuses its settings.
         """
         # Before the engine divides the weights: then they have their shapes, by which the optimizer groups them.
         optimizer, own = make_optimizer(self._devices.device)

@@ -82,7 +82,10 @@ def _set_levels(levels: Mapping[str, int]) -> None:
 
 @contextmanager
 def translate_save_errors(folder: Path) -> Iterator[None]:
-    """Let a library write into `folder`, quietly. Raises MachineError when the system refuses, as on a full disk."""
+    """Let a library write into `folder`, quietly.
+
+    Raises MachineError for an OSError of the system, as on a full disk.
+    """
     with quiet_libraries(), durable.translate_os_errors("save", folder):
         try:
             yield

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from llmtune import durable
 from llmtune.common.text import printable
+from llmtune.engine.state import Snapshot
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llmtune.engine.state import Snapshot
 
 __all__ = [
     "CheckpointFolder",
@@ -292,8 +292,6 @@ def load(checkpoint: CheckpointFolder) -> LoadedCheckpoint:
     The digest of each file is compared with the manifest once more, because it may have changed since `verify`. Raises
     CheckpointError when anything differs from what was saved, MachineError when it cannot be read.
     """
-    from llmtune.engine.state import Snapshot  # loads torch, which `llmtune runs` does without
-
     where = printable(checkpoint.path)
     with durable.translate_os_errors("read", checkpoint.path):
         try:

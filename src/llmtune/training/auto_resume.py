@@ -93,7 +93,10 @@ def _find(resolved: ResolvedConfig, options: Options) -> dict[str, Any]:
 
 
 def refuse_another(requested: Mapping[str, Any] | None, config: Config, path: Path) -> None:
-    """Raise ConfigError with each key in which `config` is not what the run in `path` was begun with."""
+    """Raise ConfigError with each key in which `config` is not what the run in `path` was begun with.
+
+    Raises CheckpointError for a run without a record of its command.
+    """
     if requested is None:
         raise CheckpointError(
             "an earlier version of llmtune began this run, without a record of its command",

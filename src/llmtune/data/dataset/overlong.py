@@ -22,9 +22,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from llmtune.data.example import Side
 from llmtune.data.rendering.row_warnings import RowWarning
 
-__all__ = ["OVERLONG", "Cut", "cut_example", "cut_sides"]
+__all__ = ["OVERLONG", "RAISE_LENGTH", "Cut", "cut_example", "cut_sides", "overlong_ways"]
 
 Ids = npt.NDArray[np.int32]
 Weights = npt.NDArray[np.float32]
@@ -154,3 +155,13 @@ OVERLONG: dict[str, Callable[[Ids, Weights, int, Collection[int], int | None], C
     "split": _split,
 }
 """Cutting functions by `data.overlong`."""
+
+RAISE_LENGTH = "raise `data.max_length`, or "
+"""Begins what to do about a row that is too long."""
+
+
+def overlong_ways(side: Side | None) -> str:
+    """The values of `data.overlong` that serve rows of a side: prompts are never cut, judged answers never split."""
+    if side == "prompt":
+        return "drop"
+    return "drop, truncate_right, truncate_left or split" if side is None else "drop, truncate_right or truncate_left"

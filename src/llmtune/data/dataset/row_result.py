@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtune.config.schema import TrainOn
-from llmtune.data.dataset.overlong import cut_example, cut_sides
+from llmtune.data.dataset.overlong import RAISE_LENGTH, cut_example, cut_sides, overlong_ways
 from llmtune.data.example import REASONING_FIELDS, Conversation, Row, Side
 from llmtune.data.reading.data_file import DataFile
 from llmtune.data.reading.parse import BadRow, Record
@@ -26,20 +26,15 @@ from llmtune.data.rows.preferences import PREFERENCE_FORMATS
 from llmtune.errors import DataError
 
 __all__ = [
-    "RAISE_LENGTH",
     "STATUSES",
     "Reason",
     "RowResult",
     "RowRules",
     "Status",
     "conversations_of",
-    "overlong_ways",
     "process_record",
     "too_long_reason",
 ]
-
-RAISE_LENGTH = "raise `data.max_length`, or "
-"""Begins what to do about a row that is too long."""
 
 Status = Literal["used", "cut", "dropped", "duplicate", "held_out", "bad"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -351,13 +346,6 @@ def _untrained_reason(result: RowResult, rules: RowRules) -> Reason:
         return Reason(f"the row has no trained token: {unstable}", None, fix)
     fix = f"check its weights, and that `data.train_on` ({rules.train_on}) is the rule you want"
     return Reason("the row has no trained token", None, fix)
-
-
-def overlong_ways(side: Side | None) -> str:
-    """The values of `data.overlong` that serve rows of a side: prompts are never cut, judged answers never split."""
-    if side == "prompt":
-        return "drop"
-    return "drop, truncate_right, truncate_left or split" if side is None else "drop, truncate_right or truncate_left"
 
 
 def too_long_reason(rules: RowRules, side: Side | None) -> Reason:
