@@ -1,11 +1,12 @@
 """Draw 8 answers to each of 8 prompts by llmtune and by `generate` of transformers, in turn, and print the ratios.
 
-    python benchmarks/drawing.py [--rounds 3] [--answers 8] [--max-new-tokens 64] [--adapter FOLDER]
+    python benchmarks/drawing.py [--rounds 3] [--answers 8] [--max-new-tokens 64] [--adapter FOLDER] [--plain]
 
 The prompts are held-out ones of the record task, the model is smollm2-135m-instruct with a LoRA adapter, as GRPO draws
-through it: a new one, or that of FOLDER. At temperature 0 both must give the same tokens, or the exit code is 1; at
-temperature 1 they draw others, so the rate counts the tokens up to each answer's end. `generate` gets each prompt
-as often as it has answers, in one padded batch.
+through it: a new one, or that of FOLDER. llmtune draws with the kernels that it trains with (`--plain`: without them),
+`generate` with the modules of transformers and peft. At temperature 0 both must give the same tokens, or the exit code
+is 1; at temperature 1 they draw others, so the rate counts the tokens up to each answer's end. `generate` gets each
+prompt as often as it has answers, in one padded batch.
 """
 
 from __future__ import annotations
@@ -139,8 +140,11 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--plain", action="store_true", help="draw without the kernels that training uses")
     options = parser.parse_args()
     prepare_process(trains=True)  # before torch, as the commands do
+    from llmtune.kernels.patch_model import patch_model, undo_patches
+
     task = load(options.adapter)
     print(f"prompts of {min(map(len, task.prompts))} to {max(map(len, task.prompts))} tokens")
     are_same = True
@@ -149,6 +153,10 @@ def main() -> int:
         drawn: dict[str, list[list[int]]] = {}
         for number in range(options.rounds):
             for name, draw in (("llmtune", by_llmtune), ("generate", by_generate)):
+                if name == "llmtune" and not options.plain:
+                    patch_model(task.model, "cpu")
+                else:
+                    undo_patches(task.model)
                 began = time.perf_counter()
                 drawn[name] = draw(task, options.answers, options.max_new_tokens, temperature, number)
                 rates[name].append(sum(map(len, drawn[name])) / (time.perf_counter() - began))

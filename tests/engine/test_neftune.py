@@ -43,6 +43,7 @@ def test_noise_is_uniform_within_alpha_over_the_root_of_the_examples_own_size(be
         bound = ALPHA / math.sqrt(len(noise) * WIDTH)
         assert 0.9 * bound < noise.abs().max() <= bound * 1.0001
         assert abs(noise.mean()) < 0.2 * bound
+        assert noise.std() == pytest.approx(bound / math.sqrt(3), rel=0.15)  # of a uniform number within the bound
     if layout == "padded":
         assert (whole[0, 3:] == 0).all()
 

@@ -122,7 +122,9 @@ def test_half_precision_trains_close_to_single(bench, name):
     """Losses within 1 % over two epochs; weights and optimizer state stay float32."""
     plan = bench.plan(bench.examples(), epochs=2)
     single, half = (bench.training(bench.model(), plan, precision_name=one) for one in ("fp32", name))
-    assert [r.train_mean_nll for r in half.run()] == pytest.approx([r.train_mean_nll for r in single.run()], rel=1e-2)
+    losses, expected = ([result.train_mean_nll for result in training.run()] for training in (half, single))
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert losses != pytest.approx(expected, rel=1e-6), "computed in float32"
     assert {value.dtype for value in half.weights().values()} == {torch.float32}
     assert {tensor.dtype for tensor in half.capture().tensors["optimizer"].values()} == {torch.float32}
 

@@ -158,8 +158,6 @@ def test_clipping_is_that_of_torch_on_the_whole_window(bench):
     """
     limit = 0.5
     plan = bench.plan(bench.examples())
-    raw, clipped = (bench.recorder(dict(bench.model().named_parameters())) for _ in range(2))
-    bench.training(bench.model(), plan)  # the models below share nothing with it
     models = [bench.model(), bench.model()]
     raw, clipped = (bench.recorder(dict(model.named_parameters())) for model in models)
     bench.training(models[0], plan, optimizer=raw, max_grad_norm=None).run()

@@ -8,6 +8,7 @@ from llmtune.cli.main import main
 from llmtune.common.records import is_better
 from llmtune.config.process_options import Options
 from llmtune.errors import ConfigError
+from llmtune.evaluation.scores import SCORES
 from llmtune.runs.checkpoint import save_folder
 from llmtune.training import train as training
 from llmtune.training.evaluator import EvalState
@@ -190,7 +191,14 @@ def test_a_checkpoint_that_is_not_there_is_answered_with_those_that_are(config_o
 
 
 def test_answers_are_judged_at_every_evaluation_and_can_choose_the_best_model(config_of, tmp_path):
-    (tmp_path / "mine.py").write_text("def few(prompt, reference, answer):\n    return -len(answer)\n")
+    seen = tmp_path / "seen.jsonl"
+    (tmp_path / "mine.py").write_text(
+        "import json\n"
+        "def few(prompt, reference, answer):\n"
+        f"    with open({str(seen)!r}, 'a') as file:\n"
+        "        file.write(json.dumps([prompt, reference, answer]) + '\\n')\n"
+        "    return -len(answer)\n"
+    )
     options = Options(score=f"{tmp_path / 'mine.py'}:few")
     settings = (*RISING, "evaluation.best_by=eval_score", "evaluation.max_new_tokens=8")
     with pytest.raises(ConfigError, match="nothing judges them"):
@@ -198,6 +206,10 @@ def test_answers_are_judged_at_every_evaluation_and_can_choose_the_best_model(co
     assert not (tmp_path / "runs").exists()
     scores = values(training.train(config_of(*settings), options).folder, "eval_score")
     assert set(scores) == {1, 2}
+    judged = [json.loads(line) for line in seen.read_text().splitlines()]
+    rounds = [judged[at : at + 4] for at in range(0, len(judged), 4)][-2:]  # four held-out rows
+    assert list(scores.values()) == pytest.approx([-sum(len(row[2]) for row in rows) / 4 for rows in rounds])
     built_in = values(training.train(config_of(*RISING, "evaluation.score=f1"), Options()).folder, "eval_score")
-    assert all(0 <= score <= 1 for score in built_in.values())
+    expected = [sum(SCORES["f1"](*row) for row in rows) / 4 for rows in rounds]
+    assert list(built_in.values()) == pytest.approx(expected)
     assert best_step(tmp_path / "runs" / "run") == max(scores, key=lambda step: (scores[step], -step))

@@ -138,7 +138,8 @@ def test_a_changed_or_shortened_data_file_needs_the_users_word(stopped, rows_fil
 
 
 def test_a_moved_model_is_the_same_model(stopped, tiny_model_folder, tmp_path):
-    resume(stopped, f"model.name={copy_of_model(tiny_model_folder, tmp_path)}")
+    said = resume(stopped, f"model.name={copy_of_model(tiny_model_folder, tmp_path)}")
+    assert "digests" not in said
 
 
 def test_another_base_is_refused_whatever_is_said(stopped, tiny_model_folder, tmp_path):
@@ -178,7 +179,7 @@ def test_another_chat_template_is_another_tokenizer_and_refused(stopped, tiny_to
 def test_a_template_file_that_was_moved_is_the_same_template(stopped, tiny_tokenizer, tmp_path):
     template = tmp_path / "moved.jinja"
     template.write_text(tiny_tokenizer.chat_template)
-    resume(stopped, f"model.chat_template={template}")
+    assert "digests" not in resume(stopped, f"model.chat_template={template}")
 
 
 @pytest.mark.parametrize(

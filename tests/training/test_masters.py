@@ -102,14 +102,22 @@ def test_p2_a_stopped_run_goes_on_bit_for_bit_from_its_masters(config_of, tmp_pa
     assert any(not torch.equal(one, one.bfloat16().float()) for one in saved.values()), "masters, not rounded weights"
 
 
-def test_a_run_may_go_on_without_masters_and_with_them_again(config_of, tmp_path):
+def test_a_run_may_go_on_without_masters_and_with_them_again(config_of, tiny_model_folder, tmp_path):
     """What is saved is float32 either way; only roundings differ."""
-    stopped_after(2, config_of(*MASTERS, "checkpoint.every_steps=1", name="run"))
-    run = str(tmp_path / "runs" / "run")
-    said = []
-    result = training.resume(run, overrides=("training.master_weights=false",), print_line=said.append)
-    assert result.step == 4
+    whole = training.train(config_of(*MASTERS, name="whole"), print_line=lambda _: None).folder
+    stopped_after(1, config_of(*MASTERS, "checkpoint.every_steps=1", name="run"))
+    run, said = tmp_path / "runs" / "run", []
+    without = ("training.master_weights=false", "training.max_minutes=0.000001")  # one step more
+    assert training.resume(str(run), overrides=without, print_line=said.append).step == 2
+    with_them = ("training.master_weights=true", "training.max_minutes=null")
+    assert training.resume(str(run), overrides=with_them, print_line=said.append).step == 4
     assert any("training.master_weights was True, is now False" in line for line in said)
+    final, expected = (load_file(path / "checkpoints" / "final" / "model.safetensors") for path in (run, whole))
+    assert final.keys() == expected.keys()
+    begun = load_file(tiny_model_folder / "model.safetensors")
+    for name, weight in expected.items():
+        assert final[name].dtype == torch.float32
+        assert (final[name] - weight).norm() < 0.1 * (weight - begun[name]).norm()
 
 
 def test_the_default_on_a_cpu_is_float32_as_ever(config_of):

@@ -62,8 +62,9 @@ def test_the_code_of_the_card_gives_the_trained_model(shape, config_of, tmp_path
 def test_a_base_named_by_a_relative_path_is_written_in_full(config_of, tiny_model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_model_folder.parent)
     run = training.train(config_of(*FAST, *LORA, f"model.name={tiny_model_folder.name}")).folder
+    expected = logits_of(run)
     monkeypatch.chdir(tmp_path)
-    run_code(run / "checkpoints" / "final")
+    torch.testing.assert_close(run_code(run / "checkpoints" / "final"), expected, atol=1e-6, rtol=0)
 
 
 def test_an_adapter_on_a_model_from_scratch_says_that_its_base_is_stored_nowhere_and_meets_it_again(config_of):
