@@ -306,7 +306,10 @@ def test_numbers_measured_with_another_one_are_not_read(another, tmp_path, thing
     numbers_of_another_are_not_read(another(thing), tmp_path / "cache" / "reference")
 
 
-@pytest.mark.parametrize("thing", OTHERS)
+@pytest.mark.parametrize(
+    "thing",
+    [pytest.param(thing, marks=pytest.mark.campaign if thing in ("template", "length") else ()) for thing in OTHERS],
+)
 def test_a_key_that_leaves_it_out_is_found(another, tmp_path, mutant, monkeypatch, thing):
     broken = mutant(reference_log_probs, KEY[OTHERS[thing]], "'',\n")
     monkeypatch.setattr(objectives, "ReferenceLogProbs", broken.ReferenceLogProbs)

@@ -100,6 +100,70 @@ def test_kto_learns_from_answers_with_a_label(resolve, labels_file):
     assert lines[0]["num_answers"] == 4
 
 
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def parts(text):
+    return [{"type": "text", "text": text}]
+
+
+PUBLIC = {
+    "dpo_en_demo.json of LLaMA-Factory": (
+        "dpo",
+        lambda at, right, wrong: {
+            "conversations": [{"from": "system", "value": "Be brief."}, human("and?"), {"from": "gpt", "value": "so"},
+                              human(f"words {at}")],
+            "chosen": {"from": "gpt", "value": right},
+            "rejected": {"from": "gpt", "value": wrong},
+        },
+    ),
+    "kto_en_demo.json of LLaMA-Factory": (
+        "kto",
+        lambda at, right, wrong: {
+            "messages": [{"content": f"words {at}", "role": "user"},
+                         {"content": wrong if at % 2 else right, "role": "assistant"}],
+            "label": at % 2 == 0,
+        },
+    ),
+    "a prompt of text beside lists of messages": (
+        "dpo",
+        lambda at, right, wrong: {
+            "prompt": f"words {at}",
+            "chosen": [{"role": "user", "content": f"words {at}"}, {"role": "assistant", "content": right}],
+            "rejected": [{"role": "user", "content": f"words {at}"}, {"role": "assistant", "content": wrong}],
+        },
+    ),
+    "content as lists of parts": (
+        "dpo",
+        lambda at, right, wrong: {
+            "prompt": [{"role": "user", "content": parts(f"words {at}")}],
+            "chosen": [{"role": "assistant", "content": parts(right)}],
+            "rejected": [{"role": "assistant", "content": parts(wrong)}],
+        },
+    ),
+}  # fmt: skip
+"""Method, and a row of the shape of a public file, with a right and a wrong answer."""
+
+
+@pytest.mark.parametrize(("method", "row"), PUBLIC.values(), ids=PUBLIC)
+def test_files_of_public_shapes_are_loaded_shown_and_trained(resolve, tmp_path, capsys, method, row):
+    path = tmp_path / "demo.json"
+    path.write_text(json.dumps([row(at, f"the system {at}", f"numbers {at}") for at in range(8)]))
+    config = resolve(f"data.train={path}", f"objective.method={method}", "data.test_size=0")
+    (tmp_path / "demo.yaml").write_text(config_to_yaml(config.config))
+    assert command(["data", "preview", "--config", str(tmp_path / "demo.yaml"), "--all", "--json"]) in (0, None)
+    shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(shown) == (16 if method == "dpo" else 8)
+    answers = [f"numbers {at}" if method == "kto" and at % 2 else f"the system {at}" for at in range(8)]
+    for answer, line in zip(answers, shown[::2] if method == "dpo" else shown, strict=True):
+        assert answer in line["text"]
+        assert 0 < sum(line["weights"]) < len(line["weights"])
+    steps = [line for line in lines_of(training.train(config).folder) if "train_loss" in line]
+    assert steps[0]["train_loss"] == (LN2 if method == "dpo" else 0.5)
+    assert steps[-1]["train_loss"] < steps[0]["train_loss"]
+
+
 def test_labels_of_one_kind_are_named_and_the_last_loss_has_its_unit(resolve, labels_file):
     labels_file.write_text(labels_file.read_text().replace("false", "true"))
     settings = (f"data.train={labels_file}", "objective.method=kto", "training.max_steps=1", "data.test_size=0")
