@@ -33,7 +33,7 @@ __all__ = [
     "Status",
     "conversations_of",
     "process_record",
-    "too_long_reason",
+    "too_long_problem",
 ]
 
 Status = Literal["used", "cut", "dropped", "duplicate", "held_out", "bad"]
@@ -234,7 +234,7 @@ def _prompt(blank: RowResult, conversation: Conversation, renderer: Renderer, ru
     if len(ids) <= rules.max_length:
         return result
     return result._replace(
-        status="dropped", tokens_lost=len(ids), pieces=(), sides=(), reason=too_long_reason(rules, "prompt")
+        status="dropped", tokens_lost=len(ids), pieces=(), sides=(), reason=_too_long_reason(rules, "prompt")
     )
 
 
@@ -250,10 +250,10 @@ def _fit(
         return dropped._replace(reason=Reason(f"shorter than `data.min_length` of {rules.min_length} tokens"))
     if not trained:
         return dropped._replace(reason=_untrained_reason(result, rules))
-    too_long = too_long_reason(rules, conversation.side)
     lengths = [len(ids) for ids, _ in trained]
     if max(lengths) <= rules.max_length:
         return result._replace(pieces=tuple(trained))
+    too_long = _too_long_reason(rules, conversation.side)
     if rules.overlong == "error" or (rules.overlong == "drop" and min(lengths) > rules.max_length):
         return dropped._replace(reason=too_long)
     pieces: list[Piece] = []
@@ -314,7 +314,7 @@ def _fit_sides(results: Sequence[RowResult], sides: tuple[Side, ...], renderer: 
     too_long = [side for side, (ids, _) in zip(sides, pieces, strict=True) if len(ids) > rules.max_length]
     if not too_long:
         return row
-    reason = too_long_reason(rules, sides[0])
+    reason = _too_long_reason(rules, sides[0])
     if rules.overlong in ("error", "drop"):
         return dropped._replace(reason=reason)
     cut = cut_sides(
@@ -348,10 +348,14 @@ def _untrained_reason(result: RowResult, rules: RowRules) -> Reason:
     return Reason("the row has no trained token", None, fix)
 
 
-def too_long_reason(rules: RowRules, side: Side | None) -> Reason:
+def _too_long_reason(rules: RowRules, side: Side | None) -> Reason:
     """The reason why a row over `max_length` is not used, where it is not cut."""
-    fix = f"{RAISE_LENGTH}set `data.overlong` to {overlong_ways(side)}"
-    return Reason(f"longer than `data.max_length` of {rules.max_length} tokens", None, fix)
+    return Reason(too_long_problem(rules), None, f"{RAISE_LENGTH}set `data.overlong` to {overlong_ways(side)}")
+
+
+def too_long_problem(rules: RowRules) -> str:
+    """What is wrong with a row over `max_length`, whatever serves it."""
+    return f"longer than `data.max_length` of {rules.max_length} tokens"
 
 
 def _check_answers(conversation: Conversation, train_on: TrainOn, last_field: str | None) -> None:

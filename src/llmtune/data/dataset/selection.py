@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from llmtune.common.decisions import Decision
 from llmtune.data.dataset.ledger import LedgerPart
-from llmtune.data.dataset.row_result import STATUSES, Reason, RowRules, too_long_reason
+from llmtune.data.dataset.row_result import STATUSES, Reason, RowRules, too_long_problem
 from llmtune.data.dataset.store import RowStore
 from llmtune.data.reading.data_file import DataFile
 from llmtune.data.rendering.row_warnings import RowWarning
@@ -42,7 +42,7 @@ def row_problems(part: LedgerPart, rules: RowRules, on_bad_row: str) -> list[Pro
     reasons = part.store.reasons
     stopping = {index for index, reason in enumerate(reasons) if reason.whole_file}
     if rules.overlong == "error":
-        too_long = too_long_reason(rules, side=None).problem
+        too_long = too_long_problem(rules)
         stopping |= {index for index, reason in enumerate(reasons) if reason.problem == too_long}
     stops = np.isin(part.store.rows["reason"], list(stopping))
     if on_bad_row == "error":
