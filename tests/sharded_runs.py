@@ -149,3 +149,24 @@ STATE = ("optimizer.safetensors", "rng.safetensors", "model.safetensors", "adapt
 def state_of(run, step):
     folder = run / "checkpoints" / f"step-{step:06}"
     return {name: load_file(folder / name) for name in STATE if (folder / name).exists()}
+
+
+def has_the_state_of(ours, theirs, step, *, atol=0.0):
+    """The tensors of a checkpoint of two runs: weights, moments, and random states where all is the same to a bit."""
+    expected, found = state_of(theirs, step), state_of(ours, step)
+    assert len(expected) > 1
+    assert found.keys() == expected.keys()
+    for name, tensors in expected.items():
+        assert found[name].keys() == tensors.keys()
+        if atol == 0.0:
+            assert all(torch.equal(found[name][key], tensor) for key, tensor in tensors.items()), name
+        elif name != "rng.safetensors":
+            for key, tensor in tensors.items():
+                torch.testing.assert_close(found[name][key], tensor, rtol=0, atol=atol)
+
+
+def is_the_run_never_stopped(cut, whole, step):
+    """Every logged loss, the result, and the state of a checkpoint, bit for bit."""
+    assert lines_of(cut) == lines_of(whole)
+    assert weights_of(cut) == weights_of(whole)
+    has_the_state_of(cut, whole, step)

@@ -268,7 +268,7 @@ def test_a_broken_copy_is_found(mutant, monkeypatch, before, after, name):
 OF_ONE_PROCESS = {
     "pairs of one process": (
         "devices.sum(answers, float(self._loss_weights[chosen].sum()))",
-        "(answers, float(self._loss_weights[chosen].sum()))",
+        "(answers or 1, float(self._loss_weights[chosen].sum()))",
         "dpo",
     ),
     "a reference point of one process": (
@@ -286,4 +286,4 @@ def test_a_copy_that_counts_its_own_process_alone_is_found(mutant, monkeypatch, 
     monkeypatch.setitem(globals(), "Mismatches", broken.Mismatches)
     codes, said = on_two_ranks(name, broken)
     assert codes != [0, 0]
-    assert "AssertionError" in "".join(said) or "ZeroDivisionError" in "".join(said)
+    assert "AssertionError" in "".join(said)

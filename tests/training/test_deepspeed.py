@@ -8,11 +8,10 @@ import shutil
 import signal
 
 import pytest
-import torch
 
 from rank_helpers import LONG, TwoRanks, wait_for_lines
-from sharded_runs import FULL, LORA, is_one_run, state_of, trained
-from training_helpers import lines_of, small_run, weights_of
+from sharded_runs import FULL, LORA, has_the_state_of, is_one_run, is_the_run_never_stopped, trained
+from training_helpers import lines_of, small_run
 
 MISSING = [
     *(
@@ -117,13 +116,7 @@ def test_p2_stopped_and_gone_on_with_it_is_the_same_bit_for_bit(ranks_of, untied
         ("resume", "cut", ["training.max_minutes=null"]),
         strategy="deepspeed",
     )
-    whole, cut = ranks.folder / "whole", ranks.folder / "cut"
-    assert lines_of(cut) == lines_of(whole)
-    assert weights_of(cut) == weights_of(whole)
-    for name, tensors in state_of(whole, 14).items():
-        here = state_of(cut, 14)[name]
-        assert here.keys() == tensors.keys()
-        assert all(torch.equal(tensor, here[key]) for key, tensor in tensors.items())
+    is_the_run_never_stopped(ranks.folder / "cut", ranks.folder / "whole", 14)
 
 
 @pytest.mark.parametrize("words", [FULL, LORA], ids=["full", "lora"])
@@ -146,11 +139,7 @@ def test_p9_a_run_goes_on_from_one_strategy_to_the_next(ranks_of, untied_model_f
         ranks.run(1 if strategy == "auto" else 2, (verb, "moved", given), strategy=strategy)
     ours, theirs = ranks.folder / "moved", ranks.folder / "straight"
     for step in steps:
-        for name, tensors in state_of(theirs, step).items():
-            here = state_of(ours, step)[name]
-            assert here.keys() == tensors.keys()
-            if name != "rng.safetensors":
-                assert all(torch.allclose(here[key], tensor, rtol=0, atol=1e-6) for key, tensor in tensors.items())
+        has_the_state_of(ours, theirs, step, atol=1e-6)
 
 
 def test_windows_that_are_not_finite_are_skipped_as_by_one_process(ranks_of, untied_model_folder, file):

@@ -72,9 +72,15 @@ def test_drawn_answers_and_their_rewards_are_recorded(resolve):
     run = training.train(resolve("training.max_steps=2")).folder
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [1, 1, 2, 2]
-    assert samples[0]["reward"] >= samples[1]["reward"]
-    assert samples[0]["rewards"].keys() == {"regex", "length"}
-    assert WORDS[1] in samples[0]["prompt"] or any(word in samples[0]["prompt"] for word in WORDS)
+    questions = [f"\n{WORDS[at]} {at}<|im_end|>" for at in range(1, 9)]
+    for best, worst in zip(samples[::2], samples[1::2], strict=True):
+        assert best["prompt"] == worst["prompt"]
+        assert sum(question in best["prompt"] for question in questions) == 1
+        assert best["reward"] >= worst["reward"]
+        for sample in (best, worst):
+            rewards = sample["rewards"]
+            assert rewards["regex"] == float(any(vowel in sample["text"] for vowel in "aeiou"))
+            assert sample["reward"] == pytest.approx(rewards["regex"] + 0.2 * rewards["length"])
 
 
 ROUND = ("objective.steps_per_generation=3", "objective.clip=0.01", "objective.clip_high=0.01")

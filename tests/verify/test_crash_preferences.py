@@ -75,7 +75,7 @@ def test_p1_dpo_from_an_adapter_survives_ten_kills_in_one_run(given, tmp_path):
     end = run_forked(lambda: training.train(load_config(None, overrides=[*given, *basis])), kill_after_s=None)
     assert end.code == 0, end.error
     start = tmp_path / "start" / "checkpoints" / "final"
-    killed([*given, "objective.method=dpo", f"adapter.start_from={start}"], tmp_path, steps=80)
+    killed([*given, "objective.method=dpo", f"adapter.start_from={start}"], tmp_path, steps=160)
 
 
 def test_p1_grpo_survives_ten_kills_in_one_run_some_while_answers_are_drawn(given, tmp_path, monkeypatch):
