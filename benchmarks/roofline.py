@@ -227,6 +227,7 @@ def planned_bytes(
 
     def peaks(blocks: int) -> Peaks:
         options = {"compute": torch.bfloat16, "attention": "varlen", "libraries": libraries}
+        options["is_quantized"] = method == "qlora"
         model = build(shape, blocks, method)
         return activation_trace.trace(
             model, batch, device_type="cuda", checkpointing=recompute, gradients="single", **options

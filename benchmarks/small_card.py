@@ -41,7 +41,7 @@ def main() -> None:
         def peaks(count: int, batch: MicroBatchShape = batch) -> Peaks:
             return trace(
                 build(options.shape, count), batch, device_type="cuda", compute=torch.bfloat16, checkpointing="offload",
-                gradients="single", attention="varlen",
+                gradients="single", attention="varlen", is_quantized=True,
             )  # fmt: skip
 
         found = extrapolate(peaks(TRACED_BLOCKS), peaks(TRACED_BLOCKS + 1), blocks)

@@ -31,7 +31,7 @@ def bytes_of_attention(attend, key_heads):
         weight = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
         gradient = torch.zeros(1, TOKENS, HEADS, WIDTH, dtype=torch.bfloat16)
         rows = [torch.zeros(1, TOKENS, heads, WIDTH, dtype=torch.bfloat16) for heads in (HEADS, key_heads, key_heads)]
-    live = LiveBytes([weight, gradient, marks, *rows], on_gpu=True)
+    live = LiveBytes([weight, gradient, marks, *rows], on_gpu=True, widened={})
     with mode, live:
         query, key, value = ((row + weight).transpose(1, 2) for row in rows)
         output = attend(query, key, value, Segments(marks, max(LENGTHS)), AttentionParams(0.125))

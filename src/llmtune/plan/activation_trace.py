@@ -12,7 +12,7 @@ operators as one of 8,000.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +37,7 @@ from llmtune.kernels.patch_model import kernel_libraries, patch_model
 from llmtune.kernels.tiled_mlp import run_in_tiles
 from llmtune.models.parameters import base_model_of, find_score_head
 from llmtune.plan.attention_memory import fake_flex_attention, workspace_bytes
-from llmtune.plan.meta_model import decoder_blocks, to_fake_tensors
+from llmtune.plan.meta_model import decoder_blocks, quantized_weights, to_fake_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,9 +145,11 @@ class Peaks:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of every storage that is alive, once each, while operators run under it."""
 
-    def __init__(self, tensors: Iterable[torch.Tensor], *, on_gpu: bool) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], *, on_gpu: bool, widened: Mapping[int, torch.Tensor]) -> None:
         super().__init__()
         self._on_gpu = on_gpu
+        self._widened = {weight.untyped_storage()._cdata: weight.nbytes for weight in widened.values()}
+        """Bytes of the weights that are held in 4 or 8 bits, and made in full for each product."""
         self._sizes: dict[int, int] = {}
         self.now = 0
         """Bytes alive now."""
@@ -171,8 +173,9 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf)
-        if self._on_gpu:
-            self._update_peak(workspace_bytes(func, args))
+        read = (leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)) if self._widened else ()
+        widened = sum(self._widened.get(tensor.untyped_storage()._cdata, 0) for tensor in read)
+        self._update_peak(widened + (workspace_bytes(func, args) if self._on_gpu else 0))
         return result
 
     def enter(self, phase: str) -> None:
@@ -221,14 +224,15 @@ def trace(
     attention: str | None = None,
     libraries: Collection[str] | None = None,
     masters: bool = False,
+    is_quantized: bool = False,
 ) -> Peaks:
     """Run a meta model forward and backward on a micro-batch of that shape, and count bytes; the model is used up.
 
     device_type: `cpu` or `cuda`, whose engine is traced. attention: its backend of attention by segments, the first it
     tries when not given. libraries: whose kernels it calls; those of the device that are installed here when not given.
     compute: autocast's type, None for float32 arithmetic. checkpointing: the resolved value of
-    `model.gradient_checkpointing`. masters: that of `training.master_weights`. Raises any of MODEL_ERRORS for a model
-    that cannot run on fake tensors, and of these NotImplementedError for one that `attention` cannot compute.
+    `model.gradient_checkpointing`. masters: that of `training.master_weights`. is_quantized: frozen layers have 4 or 8
+    bits. Raises any of MODEL_ERRORS for a model that fails on fake tensors: NotImplementedError where `attention` does.
     """
     make_layout.cache_clear()  # or the masks of tiles would count in the first trace of a shape only
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -252,7 +256,7 @@ def trace(
         for moved in moving if gradients == "summed" else ():
             moved.grad = torch.empty_like(moved)
             tensors.append(moved.grad)
-    live = LiveBytes(tensors, on_gpu=device_type == "cuda")
+    live = LiveBytes(tensors, on_gpu=device_type == "cuda", widened=quantized_weights(model) if is_quantized else {})
     if gradients != "summed":  # summed ones are among `tensors`, and a sum takes no more
         for weight, moved in zip(trained, moving, strict=True):
             keep = partial(live.count_gradient, moved)

@@ -294,6 +294,7 @@ class Forecaster:
                 gradients=gradients,
                 attention=backend,
                 masters=config.training.master_weights is True,
+                is_quantized=config.model.quantization != "none",
             )
 
         # A model of so few blocks is traced as it is, in the same time.

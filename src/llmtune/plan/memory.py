@@ -185,7 +185,7 @@ def _micro_batch_parts(
         "gradients": earlier + made,
         "activations": activations,
         "loss": rest if in_loss else 0,
-        "workspace": (0 if in_loss else rest) + sizes.largest_linear_bytes,
+        "workspace": 0 if in_loss else rest,
         "allocator": round(share * (peaks.peak_bytes + earlier)) + LARGEST_GAPS[kind] * sizes.largest_gradient_bytes,
     }
 

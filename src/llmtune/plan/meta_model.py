@@ -48,6 +48,7 @@ __all__ = [
     "build_meta_model",
     "count_sizes",
     "decoder_blocks",
+    "quantized_weights",
     "read_shape",
     "to_fake_tensors",
 ]
@@ -87,8 +88,6 @@ class ModelSizes:
     """Bytes of all gradients: one for each trained weight, in its type, or its master's."""
     largest_gradient_bytes: int
     """Bytes of the largest gradient, usually the embedding's."""
-    largest_linear_bytes: int
-    """Bytes of the largest quantized weight, dequantized in the type of the arithmetic; 0 when none is quantized."""
     unit_bytes: int
     """Bytes of the weights that are whole at once where weights are sharded: those outside of the blocks, and the two
     largest blocks (the next one is gathered while one is computed).
@@ -240,7 +239,7 @@ def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     if config.training.master_weights is True:
         trained = list(make_masters(model).values())
-    quantized = _quantized_weights(model) if config.model.quantization != "none" else {}
+    quantized = quantized_weights(model) if config.model.quantization != "none" else {}
     part_bytes: Counter[str] = Counter()
     for weight in model.parameters():
         part = "adapter" if weight.requires_grad and config.adapter.method != "none" else "base"
@@ -257,7 +256,6 @@ def count_sizes(model: PreTrainedModel, config: Config) -> ModelSizes:
         adapter_bytes=part_bytes["adapter"],
         gradient_bytes=sum(weight.nbytes for weight in trained),
         largest_gradient_bytes=max((weight.nbytes for weight in trained), default=0),
-        largest_linear_bytes=max((weight.nbytes for weight in quantized.values()), default=0),
         unit_bytes=outside + two_blocks,
         block_bytes=in_blocks,
         outside_bytes=outside,
@@ -302,8 +300,8 @@ def quantized_bytes(shape: torch.Size, kind: str) -> int:
     return -(-entries // 2) + scales + 4 * -(-scales // 256) + 4 * (256 + 16) + 4
 
 
-def _quantized_weights(model: PreTrainedModel) -> dict[int, torch.Tensor]:
-    """The weights that loading quantizes, by id: those of every frozen linear layer but the head."""
+def quantized_weights(model: PreTrainedModel) -> dict[int, torch.Tensor]:
+    """Return the weights that loading quantizes, by id: those of every frozen linear layer but the head."""
     base = base_model_of(model)
     head = base.get_output_embeddings() or getattr(find_score_head(base), "original_module", None)
     layers = [
