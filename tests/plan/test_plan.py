@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES
 from llmtune.errors import UsageError
 from llmtune.kernels import activation_offload, tiled_mlp
 from llmtune.kernels.activation_offload import PAGE_BYTES
-from llmtune.plan import resolve_auto, suggestions
+from llmtune.plan import forecast, resolve_auto, suggestions
 from llmtune.plan.activation_trace import extrapolate
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.hardware import Target, find_target, process_bytes
@@ -87,12 +88,67 @@ def test_masters_are_chosen_on_a_gpu_in_bf16_alone(forecaster_of):
     assert chosen("training.precision=auto", target=old) is False
     assert chosen("training.precision=bf16", target=Target("a CPU", "cpu", 1 << 40)) is False
     forecaster = forecaster_of("training.precision=bf16", "training.master_weights=true", target=gpu)
-    entries = forecaster.sizes(forecaster.config).trained
-    assert chosen("training.precision=bf16", target=Target("a GPU", "cuda", int(18 * entries / 0.96))) is False
     assert suggestions._without_masters(forecaster.config, forecaster)[0] == "training.master_weights=false"
     text, changed = suggestions._step_in_backward(forecaster.config, forecaster)
     assert text == "training.step_in_backward=true training.max_grad_norm=null training.master_weights=false"
     assert reason_against_masters(changed) == "training.step_in_backward"
+
+
+@pytest.mark.parametrize("rows", ["short", "long"])
+def test_masters_are_chosen_where_the_plan_of_a_step_fits_as_well_with_them(rows, forecaster_of):
+    """They take more for each weight, and half of what blocks keep for each token: rows decide which is less."""
+    long = ("training.batch_size=16", "data.packing=best_fit", "data.max_length=256")
+    words = (
+        "training.precision=bf16",
+        "model.gradient_checkpointing=false",
+        *(long if rows == "long" else ("training.batch_size=1",)),
+    )
+    gpu = Target("a GPU", "cuda", 1 << 40)
+    masters, float32 = (
+        forecaster_of(*words, f"training.master_weights={value}", target=gpu).memory().peak_bytes
+        for value in ("true", "false")
+    )
+    assert (masters < float32) == (rows == "long")
+    share = gpu.budget_bytes / gpu.total_bytes
+    for budget, expected in (
+        (min(masters, float32) - 1000, masters < float32),
+        ((masters + float32) // 2, masters < float32),
+        (max(masters, float32) + 1000, True),
+    ):
+        forecaster = forecaster_of(*words, target=Target("a GPU", "cuda", int(budget / share) + 1))
+        prepared, decisions = resolve_auto.resolve_rates(forecaster)
+        assert prepared.config.training.master_weights is expected, budget
+        (decision,) = [one for one in decisions if one.key == "training.master_weights"]
+        assert expected or decision.reason.startswith("planned ")
+
+
+def test_masters_are_not_chosen_where_they_would_cost_recomputation_or_the_model_has_no_plan(
+    forecaster_of, monkeypatch
+):
+    words = ("training.precision=bf16", "model.gradient_checkpointing=auto", "training.batch_size=1")
+    gpu = Target("a GPU", "cuda", 1 << 40)
+    masters, float32 = (
+        forecaster_of(*words, f"training.master_weights={value}", "model.gradient_checkpointing=false", target=gpu)
+        .memory()
+        .peak_bytes
+        for value in ("true", "false")
+    )
+    assert float32 < masters
+    between = int((masters + float32) / 2 * gpu.total_bytes / gpu.budget_bytes)
+    forecaster = forecaster_of(*words, target=Target("a GPU", "cuda", between))
+    recomputed = with_micro_batch(forecaster.config, (1, 2), recompute=True)
+    recomputed = replace(recomputed, training=replace(recomputed.training, master_weights=True))
+    assert forecaster.memory(recomputed).peak_bytes < forecaster.target.budget_bytes
+    prepared, (*_, decision) = resolve_auto.resolve_rates(forecaster)
+    assert prepared.config.training.master_weights is False
+    assert "blocks would be recomputed" in str([decision, *prepared.decisions])
+
+    def without_plan(*_):
+        raise NotImplementedError("an operator without a shape")
+
+    monkeypatch.setattr(forecast, "trace", without_plan)
+    prepared, _ = resolve_auto.resolve_rates(forecaster_of(*words, "training.batch_size=3", target=gpu))
+    assert prepared.config.training.master_weights is False
 
 
 def test_q7_four_bit_weights_are_counted_as_bitsandbytes_holds_them(forecaster_of):

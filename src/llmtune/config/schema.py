@@ -458,7 +458,7 @@ class TrainingConfig:
 
     master_weights: bool | Literal["auto"] = "auto"
     """Full tuning with the model in bf16, and float32 masters of its weights in the optimizer. `auto` does so on a GPU
-    where the arithmetic is bf16; `false` keeps the model in float32."""
+    where the arithmetic is bf16 and the plan fits as well with masters; `false` keeps the model in float32."""
 
     compile: bool = False
     """Compile each decoder block with torch.compile."""

@@ -20,9 +20,10 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.optim import choose_rates
 from llmtune.engine.precision import PrecisionName, choose_precision
 from llmtune.engine.preference import begins_anew, resolve_objective
+from llmtune.engine.probe import MODEL_ERRORS
 from llmtune.errors import ConfigError
 from llmtune.plan.forecast import Forecaster
-from llmtune.plan.memory import MemoryPlan, optimizer_bytes
+from llmtune.plan.memory import MemoryPlan
 from llmtune.prepare import Prepared
 
 __all__ = ["fit_to_memory", "keep_resolved", "resolve", "resolve_on_all_ranks", "resolve_rates", "resolve_strategy"]
@@ -103,15 +104,24 @@ def _resolve_masters(forecaster: Forecaster, config: Config) -> tuple[TrainingCo
     without, chosen = replace(training, master_weights=False), replace(training, master_weights=True)
     if forecaster.target.kind != "cuda" or against is not None:
         return without, []
-    sizes = forecaster.sizes(replace(config, training=chosen))
-    state = optimizer_bytes(training.optimizer, entries=sizes.trained, entry_bytes=sizes.gradient_bytes)
-    held = sizes.base_bytes + 2 * sizes.gradient_bytes + state  # bf16 weights are beside what there is without
-    if held > forecaster.target.budget_bytes:
-        return without, [
-            Decision(key, False, f"weights, masters, gradients and state alone are {readable_bytes(held)}")
-        ]
-    reason = "the model is held in bf16, and the optimizer moves float32 masters of its weights"
-    return chosen, [Decision(key, True, reason)]
+    budget = forecaster.target.budget_bytes
+
+    def cost(variant: TrainingConfig) -> tuple[int, int, int]:
+        """Bytes that are too many, the level of recomputation, and the planned bytes."""
+        planned, memory = _largest_that_fits(forecaster, replace(config, training=variant))
+        return max(0, memory.peak_bytes - budget), LEVELS.index(planned.model.gradient_checkpointing), memory.peak_bytes
+
+    # Masters take more for each weight and less for each token, so which of both fits is asked of the plan.
+    try:
+        masters, float32 = cost(chosen), cost(without)
+    except MODEL_ERRORS:
+        return without, [Decision(key, False, "the model has no plan, and without masters a weight takes less")]
+    if masters[:2] <= float32[:2]:
+        reason = "the model is held in bf16, and the optimizer moves float32 masters of its weights"
+        return chosen, [Decision(key, True, reason)]
+    planned = f"planned {readable_bytes(masters[2])} with masters, {readable_bytes(float32[2])} without"
+    more = "; with them blocks would be recomputed or offloaded" if masters[1] > float32[1] else ""
+    return without, [Decision(key, False, f"{planned}, and {readable_bytes(budget)} may be filled{more}")]
 
 
 def _resolve_objective(config: Config) -> tuple[ObjectiveConfig, list[Decision]]:
@@ -144,7 +154,15 @@ def fit_to_memory(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
     config, decisions = forecaster.config, []
     if "auto" not in (config.training.batch_size, config.model.gradient_checkpointing):
         return forecaster.prepared, []
-    chosen, reason = _largest_that_fits(forecaster, config)
+    chosen, memory = _largest_that_fits(forecaster, config)
+    target, peak = forecaster.target, readable_bytes(memory.peak_bytes)
+    budget = readable_bytes(target.budget_bytes)
+    # The run is not refused: a plan may be wrong, and the message says what it found.
+    reason = (
+        f"planned {peak} of the {budget} that may be filled on {target.name}"
+        if memory.peak_bytes <= target.budget_bytes
+        else f"nothing fits: even so the plan is {peak} and {target.name} has {budget} to fill"
+    )
     if config.training.batch_size == "auto":
         size, count = chosen.training.batch_size, chosen.training.gradient_accumulation_steps
         assert isinstance(size, int)
@@ -155,22 +173,20 @@ def fit_to_memory(forecaster: Forecaster) -> tuple[Prepared, list[Decision]]:
     return _decided(forecaster.prepared, chosen, decisions), decisions
 
 
-def _largest_that_fits(forecaster: Forecaster, config: Config) -> tuple[Config, str]:
-    """The config with the largest micro-batch at the lowest level of recomputation that fits, and the reason."""
+def _largest_that_fits(forecaster: Forecaster, config: Config) -> tuple[Config, MemoryPlan]:
+    """The config with the largest micro-batch at the lowest level of recomputation that fits, and its memory.
+
+    Where nothing fits, the config with the smallest one at the highest level.
+    """
     levels = _levels(forecaster, config)
     # Less recomputation before a larger micro-batch: computing blocks twice costs more than small products do.
-    sizes, target = micro_batches(config.training), forecaster.target
-    budget = readable_bytes(target.budget_bytes)
+    sizes = micro_batches(config.training)
     for recompute in levels:
         candidates = [with_micro_batch(config, size, recompute) for size in sizes]
         if (last := _last_that_fits(forecaster, candidates)) is not None:
-            chosen, memory = last
-            peak = readable_bytes(memory.peak_bytes)
-            return chosen, f"planned {peak} of the {budget} that may be filled on {target.name}"
+            return last
     smallest = with_micro_batch(config, sizes[0], levels[-1])
-    peak = readable_bytes(forecaster.memory(smallest).peak_bytes)
-    # The run is not refused: a plan may be wrong, and the message says what it found.
-    return smallest, f"nothing fits: even so the plan is {peak} and {target.name} has {budget} to fill"
+    return smallest, forecaster.memory(smallest)
 
 
 def _levels(forecaster: Forecaster, config: Config) -> tuple[Recompute, ...]:
