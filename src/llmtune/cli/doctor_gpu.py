@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -114,14 +116,28 @@ def _pinned() -> str:
 
 
 def _compiler() -> GpuFinding:
-    """Triton builds kernels at their first use, with a C compiler and Python's headers."""
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    missing = [] if shutil.which("cc") or shutil.which("gcc") or shutil.which("clang") else ["a C compiler"]
-    missing += [] if headers.is_file() else [f"{headers}"]
-    if not missing:
-        return GpuFinding("triton", "ok", "a C compiler and Python.h are there for kernels built at their first use")
-    fix = "install gcc and python3-dev; only Liger's kernels, flex attention and training.compile need them"
-    return GpuFinding("triton", "warn", f"missing: {', '.join(missing)}", fix)
+    """Triton builds kernels at their first use: find a C compiler and Python's headers as it does, and try them."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    scheme = sysconfig.get_default_scheme()
+    headers = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]  # Debian's own
+    missing = [] if compiler and shutil.which(compiler) else [f"CC={compiler}" if compiler else "a C compiler"]
+    missing += [] if (Path(headers) / "Python.h").is_file() else [f"{headers}/Python.h"]
+    fix = "install gcc and python3-dev (Fedora: python3-devel), or name a compiler in CC; only Liger's kernels, flex "
+    fix += "attention and training.compile need them"
+    if missing:
+        return GpuFinding("triton", "warn", f"missing: {', '.join(missing)}", fix)
+    assert compiler is not None
+    done = subprocess.run(  # noqa: S603 - the compiler that Triton would call
+        [compiler, "-fsyntax-only", "-xc", f"-I{headers}", "-"],
+        input="#include <Python.h>\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
+        return GpuFinding("triton", "warn", f"{compiler} fails on Python.h: {errors[0].strip()}", fix)
+    return GpuFinding("triton", "ok", f"{compiler} compiles Python.h, for kernels that are built at their first use")
 
 
 TRIALS = (
