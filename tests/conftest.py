@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
@@ -30,6 +31,12 @@ for _number, _answer in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal
 
 LONG_FIRST = ("training", "runs", "verify", "examples", "tracking", "deploy", "gpu", "docs", "engine", "plan", "models")
 """Folders whose files take longest."""
+
+
+def pytest_configure(config):
+    """Hide a GPU from all tests but `-m gpu`: they train on the CPU, on every machine."""
+    if not re.search(r"(?<!not )\bgpu\b", config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items):

@@ -216,10 +216,14 @@ PEAK_TFLOPS: dict[str, float] = {
     "L4": 121,
     "A10G": 70,
     "A10": 125,
+    "A6000": 154.8,
     "RTX 6000 Ada": 364,
     "RTX 5090": 209.5,
+    "RTX 5080": 112.6,
     "RTX 4090": 165.2,
+    "RTX 4080": 97.5,
     "RTX 3090": 71,
+    "Tesla T4": 65,
 }
 """Dense bf16/fp16 matrix rate with fp32 accumulation, 10^12 operations per second, by a part of the device's name; the
 first match counts. From the makers' data sheets, without sparsity."""

@@ -2,6 +2,8 @@
 
 import pytest
 
+from llmtune.kernels import attention
+
 
 def rarely(*names):
     """Cases that only the campaign runs."""
@@ -23,6 +25,19 @@ def test_a_model_takes_variable_length_flash_attention_and_nothing_else_is_tried
 @pytest.mark.parametrize("card", AMPERE_AND_LATER)
 def test_every_card_from_ampere_on_takes_it(train_on, card):
     assert train_on(card, steps=1).decided["model.attention"] == "varlen"
+
+
+def test_queries_and_keys_are_given_one_object_of_ends(train_on, monkeypatch):
+    """On Hopper torch 2.15 takes cuDNN's kernel where `cu_seq_q is cu_seq_k` (its `varlen.py`)."""
+    real, alike = attention.varlen_attn, set()
+
+    def noting(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options):
+        alike.add(cu_seq_q is cu_seq_k and max_q == max_k)
+        return real(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+
+    monkeypatch.setattr(attention, "varlen_attn", noting)
+    train_on("h100", steps=1)
+    assert alike == {True}
 
 
 VARIANTS = {

@@ -4,6 +4,8 @@ import pytest
 import torch
 from pretend import numbers, varlen
 
+from llmtune.kernels import attention
+
 
 def test_page_locked_memory_that_is_refused_is_said_and_the_training_goes_on(train_on, undisturbed):
     """WSL2 gives 1 to 2 GB."""
@@ -68,14 +70,15 @@ def test_a_torch_without_grouped_heads_in_varlen_attention_gets_them_repeated(
     monkeypatch,
 ):
     """Torch 2.11 has no `enable_gqa`."""
-    module = torch.nn.attention.varlen
-    real = module.varlen_attn
+    real, heads = attention.varlen_attn, set()
 
     def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        heads.add((query.shape[1], key.shape[1], value.shape[1]))
         return real(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
     expected = undisturbed["gpu"]
-    monkeypatch.setattr(module, "varlen_attn", of_2_11)
+    monkeypatch.setattr(attention, "varlen_attn", of_2_11)
     trained = train_on()
+    assert heads == {(4, 4, 4)}
     assert trained.decided["model.attention"] == "varlen", trained.reasons
     assert trained.losses == pytest.approx(expected.losses, rel=1e-4)
