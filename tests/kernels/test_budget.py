@@ -20,12 +20,17 @@ BUDGETS = {
     ("llama-3.2-1b recomputed", "none"): (99.79, 4145),
     ("llama-3.2-1b recomputed", "torch"): (62.44, 3305),
     ("llama-3.2-1b recomputed", "torch, Liger"): (29.12, 2466),
+    ("llama-3.2-1b masters", "none"): (143.9, 2082),
+    ("llama-3.2-1b masters", "torch"): (111.2, 1356),
+    ("llama-3.2-1b masters", "torch, Liger"): (76.98, 828),
+    ("llama-3-8b masters", "torch, Liger"): (402.9, 1612),
 }
-"""(model, libraries whose kernels run) -> gigabytes and operations beside the products: LoRA on all linear layers, four
-documents of 1,024 tokens.
+"""(model, libraries whose kernels run) -> gigabytes and operations beside the products: LoRA on all linear layers, or
+full tuning in bf16 beside float32 masters with one update of all weights, four documents of 1,024 tokens.
 """
 
 MOST = ("llama-3-8b", "torch, Liger")
+FULL = ("llama-3.2-1b masters", "torch, Liger")
 
 
 @pytest.fixture
@@ -34,15 +39,18 @@ def counted(monkeypatch):
     import roofline
 
     def count(model, libraries):
-        shape, _, recomputed = model.partition(" ")
-        found = roofline.count("h100", shape, [1024] * 4, roofline.LIBRARIES[libraries], recompute=bool(recomputed))
+        shape, _, kind = model.partition(" ")
+        options = {"method": kind} if kind in roofline.UPDATE_BYTES else {"recompute": bool(kind)}
+        found = roofline.count("h100", shape, [1024] * 4, roofline.LIBRARIES[libraries], **options)
         return found.other_bytes / 1e9, found.operations
 
     return count
 
 
 @pytest.mark.parametrize(
-    "case", [case if case == MOST else pytest.param(case, marks=pytest.mark.campaign) for case in BUDGETS], ids=str
+    "case",
+    [case if case in (MOST, FULL) else pytest.param(case, marks=pytest.mark.campaign) for case in BUDGETS],
+    ids=str,
 )
 def test_bytes_and_operations_beside_the_products_stay_within_their_budget(counted, case):
     """A lower count is a new budget too."""
@@ -56,3 +64,9 @@ def test_a_copy_more_in_a_block_is_noticed(counted, monkeypatch):
     gigabytes, operations = counted(*MOST)
     assert gigabytes > 1.01 * BUDGETS[MOST][0]
     assert operations > 1.01 * BUDGETS[MOST][1]
+
+
+def test_weights_rounded_anew_in_a_micro_batch_are_noticed(counted):
+    """The tester is tested: a model held in float32 rounds its weights for every product."""
+    gigabytes, _ = counted("llama-3.2-1b full", FULL[1])
+    assert gigabytes > 1.01 * BUDGETS[FULL][0]

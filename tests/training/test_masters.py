@@ -13,13 +13,15 @@ from llmtune.engine.masters import MasterOptimizer, make_masters
 from llmtune.engine.objective import plain_nll_sum
 from llmtune.engine.optim import Optimizer
 from llmtune.errors import ConfigError
-from llmtune.models.parameters import trained_parameters
+from llmtune.models.parameters import freeze_all_but, trained_parameters
 from llmtune.runs.signals import StopRequest
 from llmtune.training import train as training
 from rank_helpers import launched
 from training_helpers import difference, lines_of, small_run, stopped_after, weights_of
 
 MASTERS = ("training.precision=bf16", "training.master_weights=true", "training.max_steps=4")
+KINDS = {"all weights": (), "some of them": (r"model.train_only=['model\.layers\.1\..*','model\.norm\.weight']",)}
+"""What is trained: weights that are not stay as they are published."""
 PLAIN = (*MASTERS, "training.engine=plain", "evaluation.before_training=false", "evaluation.every_steps=null")
 
 
@@ -29,13 +31,15 @@ def plain_loop(setup):
     As said in the paper (arXiv:1710.03740, section 3.1), with gradients of micro-batches summed in float32.
     """
     model = AutoModelForCausalLM.from_pretrained(setup.model.config._name_or_path, dtype=torch.float32).train()
-    masters = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
+    freeze_all_but(model, setup.config.model.train_only or [".*"])
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    masters = {name: weight.detach().clone().requires_grad_() for name, weight in trained.items()}
     decayed = [one for one in masters.values() if one.ndim >= 2]
     others = [one for one in masters.values() if one.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
     optimizer, losses = torch.optim.AdamW(groups, fused=True), []
     for step, window in enumerate(setup.windows(0)):
-        for name, weight in model.named_parameters():
+        for name, weight in trained.items():
             weight.data = masters[name].detach().to(torch.bfloat16)
         optimizer.zero_grad()
         loss = 0.0
@@ -44,7 +48,7 @@ def plain_loop(setup):
                 nll = plain_nll_sum(model, batch)
             (nll / window.loss_weight).backward()
             loss += nll.item()
-            for name, weight in model.named_parameters():
+            for name, weight in trained.items():
                 before = masters[name].grad
                 masters[name].grad = weight.grad.float() if before is None else before + weight.grad.float()
                 weight.grad = None
@@ -56,10 +60,11 @@ def plain_loop(setup):
     return losses, masters
 
 
-def test_n9_an_update_is_that_of_a_plain_loop_with_float32_masters(config_of):
+@pytest.mark.parametrize("named", KINDS.values(), ids=KINDS)
+def test_n9_an_update_is_that_of_a_plain_loop_with_float32_masters(named, config_of):
     """Bit for bit: masters, the rounded model, and every loss."""
     with StopRequest() as stop:
-        run = training.open_run(config_of(*PLAIN), Options(), stop, print_line=lambda _: None)
+        run = training.open_run(config_of(*PLAIN, *named), Options(), stop, print_line=lambda _: None)
         results = list(run.steps())
     losses, masters = plain_loop(run.setup)
     assert [result.mean_loss for result in results] == pytest.approx(losses, rel=1e-6)
@@ -68,6 +73,9 @@ def test_n9_an_update_is_that_of_a_plain_loop_with_float32_masters(config_of):
     rounded = trained_parameters(run.setup.model)
     assert all(torch.equal(rounded[name], master.to(torch.bfloat16)) for name, master in masters.items())
     assert all(one.grad is None for one in rounded.values())
+    frozen = [weight for weight in run.setup.model.parameters() if not weight.requires_grad]
+    assert bool(frozen) == bool(named)
+    assert {weight.dtype for weight in frozen} <= {torch.float32}, "as they are published: no master has them"
 
 
 def test_steps_that_bf16_cannot_add_are_not_lost():
@@ -85,10 +93,11 @@ def test_steps_that_bf16_cannot_add_are_not_lost():
     assert layer.weight.item() == float(torch.tensor(1 - 60e-4).bfloat16()) != 1.0
 
 
-def test_p2_a_stopped_run_goes_on_bit_for_bit_from_its_masters(config_of, tmp_path):
+@pytest.mark.parametrize("named", KINDS.values(), ids=KINDS)
+def test_p2_a_stopped_run_goes_on_bit_for_bit_from_its_masters(named, config_of, tmp_path, tiny_model_folder):
     """Checkpoints hold the masters, in float32; best and final models do too, and load as such."""
-    whole = training.train(config_of(*MASTERS, "checkpoint.every_steps=2", name="whole")).folder
-    stopped_after(3, config_of(*MASTERS, "checkpoint.every_steps=2", name="stopped"))
+    whole = training.train(config_of(*MASTERS, *named, "checkpoint.every_steps=2", name="whole")).folder
+    stopped_after(3, config_of(*MASTERS, *named, "checkpoint.every_steps=2", name="stopped"))
     stopped = training.resume(str(tmp_path / "runs" / "stopped"), print_line=lambda _: None).folder
     assert difference(whole, stopped) == ""
     assert weights_of(whole) == weights_of(stopped)
@@ -98,7 +107,11 @@ def test_p2_a_stopped_run_goes_on_bit_for_bit_from_its_masters(config_of, tmp_pa
         final = load_file(whole / "checkpoints" / name / "model.safetensors")
         assert {one.dtype for one in (*final.values(), *saved.values())} == {torch.float32}
         assert json.loads((whole / "checkpoints" / name / "config.json").read_text())["dtype"] == "float32"
-    assert all(torch.equal(final[name], saved[name]) for name in final)
+    assert all(torch.equal(final[name], saved[name]) for name in saved)
+    before = load_file(tiny_model_folder / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], final[name])}
+    assert moved == saved.keys()
+    assert (moved == before.keys()) == (not named)
     assert any(not torch.equal(one, one.bfloat16().float()) for one in saved.values()), "masters, not rounded weights"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from llmtune.engine.precision import Precision
 from llmtune.engine.state import TrainingState
 from llmtune.engine.update import StepAfterBackward, StepInBackward
 from llmtune.kernels import weight_offload
-from llmtune.models.parameters import trained_parameters
+from llmtune.models.parameters import freeze_all_but, trained_parameters
 
 VOCABULARY, LENGTHS = 301, (37, 90, 12, 64, 130, 25, 41, 8)
 SHAPE: dict[str, Any] = {
@@ -103,6 +103,7 @@ def train(
     lora: bool = True,
     dropout: float = 0.0,
     offload_weights: bool = False,
+    train_only: Sequence[str] = (),
     **options: Any,
 ) -> Trained:
     """Train a small random model on `device`, two micro-batches a step; with no steps its engine is built only."""
@@ -110,6 +111,8 @@ def train(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision if lora else "fp32"]
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype)
     adapter = AdapterConfig(method="lora", r=4, alpha=8.0, dropout=dropout) if lora else AdapterConfig()
+    if train_only:
+        freeze_all_but(model, train_only)
     if lora:
         model, _ = attach_adapter(model, adapter, seed=0)
         with torch.no_grad():

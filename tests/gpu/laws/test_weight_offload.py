@@ -136,3 +136,46 @@ def test_a_run_evaluates_answers_stops_and_goes_on_with_offloaded_weights(tmp_pa
     assert heldout[0] == heldout[1] != []
     said = json.loads((tmp_path / "offloaded" / "run.json").read_text())["decisions"]
     assert any("page-locked memory of the host" in one["reason"] for one in said)
+
+
+OBJECTIVES = {
+    "dpo": ("objective.method=dpo",),
+    "dpo against its start": ("objective.method=dpo", "objective.reference=start"),
+    "grpo": (
+        "objective.method=grpo",
+        "objective.num_generations=2",
+        "objective.max_new_tokens=4",
+        "objective.rewards={regex: 1.0}",
+        "objective.reward_pattern='[aeiou]'",
+    ),
+}
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_n15_runs_that_compare_or_draw_answers_are_those_with_resident_weights(objective, tmp_path, monkeypatch):
+    """Their forward passes without gradients, without the adapter and token by token go through the same stream."""
+    monkeypatch.setenv("LLMTUNE_CACHE_DIR", str(tmp_path / "cache"))
+    rows = tmp_path / "rows.jsonl"
+    made = [{"prompt": f"what is {n}?", "chosen": f"{n} it is", "rejected": f"no {n * 7}"} for n in range(8)]
+    kept = ("prompt",) if objective == "grpo" else ("prompt", "chosen", "rejected")
+    rows.write_text("".join(json.dumps({name: row[name] for name in kept}) + "\n" for row in made))
+    words = ["train", "-c", "test", "model.name=custom-nano", f"data.train={rows}", f"run.output_dir={tmp_path}"]
+    words += ["adapter.method=lora", "adapter.r=4", "model.gradient_checkpointing=true", "training.max_steps=3"]
+    words += ["data.test_size=2", "evaluation.prompts=[]", *OBJECTIVES[objective]]
+    with numbers.machine():
+        for name, more in (("resident", ()), ("offloaded", ("model.offload_weights=true",))):
+            assert run([*words, *more, f"run.name={name}"]) == 0
+    adapters, lines = zip(
+        *(
+            (
+                (tmp_path / name / "checkpoints" / "final" / "adapter_model.safetensors").read_bytes(),
+                re.findall(r'"(?:eval|train)_loss": ([-\d.e]+)', (tmp_path / name / "metrics.jsonl").read_text()),
+            )
+            for name in ("resident", "offloaded")
+        ),
+        strict=True,
+    )
+    assert adapters[0] == adapters[1]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) >= 3
