@@ -13,7 +13,7 @@ from llmtune.engine import choose_device as devices
 from llmtune.engine.allocator import grow_segments, has_expandable_segments
 from llmtune.engine.choose_device import CUDA_CONTEXT_BYTES, choose_device, peak_memory_bytes
 from llmtune.engine.devices import Devices
-from llmtune.engine.precision import choose_precision
+from llmtune.engine.precision import choose_precision, without_tf32
 from llmtune.errors import MachineError
 from llmtune.plan.hardware import find_target
 from llmtune.training.build import _set_up_process
@@ -81,6 +81,17 @@ def test_a_t4_takes_fp16_for_adapters_and_nothing_takes_emulated_bf16():
         assert not find_target(None).has_bf16
     with numbers.machine("rtx3090"):
         assert choose_precision(device, has_adapter=True).value == "bf16"
+
+
+def test_products_in_fp32_keep_their_bits_and_that_is_said():
+    said = {}
+    for card in ("t4", "rtx3090"):
+        with numbers.machine(card):
+            device = torch.device("cuda", 0)
+            said[card] = [len(without_tf32(device, precision)) for precision in ("fp32", "bf16")]
+    assert said == {"t4": [0, 0], "rtx3090": [1, 0]}, "before Ampere there is no TF32"
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.fixture
