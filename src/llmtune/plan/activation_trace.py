@@ -267,10 +267,9 @@ def trace(
     # A fake tensor is one of the CPU for either device type: the trace needs no GPU.
     autocast = torch.autocast("cpu", dtype=compute, enabled=compute is not None)
     inputs = _inputs(batch, mode)
-    head = find_head(base, libraries or ())
     with live:
         with autocast:
-            loss, after_forward = _forward(model, batch, inputs, live, device_type, head)
+            loss, after_forward = _forward(model, batch, inputs, live, device_type, find_head(base, libraries or ()))
         loss.backward()  # type: ignore[no-untyped-call]
     phases = {phase: max(0, peak - live.before) for phase, peak in live.phases.items()}
     return Peaks(phases, live.gradients, max(0, after_forward - live.before), live.host_bytes)

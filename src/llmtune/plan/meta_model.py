@@ -301,7 +301,7 @@ def quantized_bytes(shape: torch.Size, kind: str) -> int:
 
 
 def quantized_weights(model: PreTrainedModel) -> dict[int, torch.Tensor]:
-    """Return the weights that loading quantizes, by id: those of every frozen linear layer but the head."""
+    """Return the weights [outputs, inputs] that loading quantizes, by id: of every frozen linear layer but the head."""
     base = base_model_of(model)
     head = base.get_output_embeddings() or getattr(find_score_head(base), "original_module", None)
     layers = [
