@@ -287,7 +287,7 @@ step_scheduler: {global_batch_size: 32, local_batch_size: 4, ckpt_every_steps: 1
 dist_env: {backend: nccl}
 rng: {_target_: nemo_automodel.StatefulRNG, seed: 1111}
 model: {_target_: nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained, pretrained_model_name_or_path: org/base-1b}
-peft: {_target_: nemo_automodel.components._peft.lora.PeftConfig, target_modules: ["*.q_proj", "*.v_proj"], dim: 8}
+peft: {_target_: nemo_automodel.components._peft.lora.PeftConfig, target_modules: "*_proj", dim: 8}
 distributed: {strategy: fsdp2, tp_size: 1}
 dataset:
   _target_: nemo_automodel.components.datasets.llm.squad.make_squad_dataset

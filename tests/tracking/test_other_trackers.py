@@ -91,11 +91,13 @@ def test_mlflow_gets_each_name_in_the_form_that_it_takes(tmp_path, monkeypatch):
     ranks = {"(q|v)_proj": 4, "[q|v]_proj": 8, long: 1, long + "y": 2}
     tracker = MlflowTracker("mine", tags=("a=b",), print_line=lambda line: None)
     tracker.start(RunInfo(name="r", folder=tmp_path, total_steps=1, start_step=0, model="m", config={"rank": ranks}))
-    tracker.log(1, {"eval_squad#2_mean_nll": 2.0, "eval_a[1]_mean_nll": 3.0})
+    tracker.log(1, {"eval_squad#2_mean_nll": 2.0, "eval_a[1]_mean_nll": 3.0, "eval_a(1)_mean_nll": 4.0})
+    tracker.log(2, {"eval_a(1)_mean_nll": 4.0, "eval_a[1]_mean_nll": 3.0})
     assert sorted(value for key, value in taken.items() if key.startswith("rank.")) == ["1", "2", "4", "8"]
     assert {key: taken[key] for key in taken if key.startswith("eval")} == {
         "eval/squad_2_mean_nll": 2.0,
         "eval/a_1__mean_nll": 3.0,
+        "eval/a_1__mean_nll2": 4.0,
     }
 
 

@@ -156,16 +156,22 @@ def read_text(path: Path, file: str) -> str:
         ) from error
 
 
-def parse_yaml(text: str, origin_of: Callable[[int], Origin], problems: list[Problem]) -> Node:
+def parse_yaml(
+    text: str,
+    origin_of: Callable[[int], Origin],
+    problems: list[Problem],
+    earlier: list[tuple[str, str, str]] | None = None,
+) -> Node:
     """Turn one YAML document into a tree; `origin_of(line)` returns the origin of a value on that 1-based line.
 
-    Duplicate keys, tags and keys that are not text are added to `problems`; the tree holds the rest.
+    Duplicate keys, tags and keys that are not text are added to `problems`; the tree holds the rest. With `earlier` the
+    last of equal keys counts, as for PyYAML's own loaders, and (key, value, place) of those before it are added there.
 
     Raises:
         Unreadable: the text is not YAML, refers to itself, nests or expands without bound, or holds several documents.
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
-    composer = _Composer(origin_of, problems)
+    composer = _Composer(origin_of, problems, earlier)
     try:
         # Events and not objects: PyYAML's objects know neither their line nor that a key came twice.
         return composer.document(yaml.parse(text, Loader=loader))
@@ -192,9 +198,15 @@ def parse_yaml(text: str, origin_of: Callable[[int], Origin], problems: list[Pro
 class _Composer:
     """Builds the tree from parser events; anchors are shared, never copied, and their expanded size is counted."""
 
-    def __init__(self, origin_of: Callable[[int], Origin], problems: list[Problem]) -> None:
+    def __init__(
+        self,
+        origin_of: Callable[[int], Origin],
+        problems: list[Problem],
+        earlier: list[tuple[str, str, str]] | None,
+    ) -> None:
         self.origin_of = origin_of
         self.problems = problems
+        self.earlier = earlier
         self.anchors: dict[str, Node] = {}
         self.open_anchors: set[str] = set()
         self.values = 0
@@ -288,6 +300,10 @@ class _Composer:
                 self.problems.append(Problem(f"`{shown(key)}` cannot be a key", key.origin.where, "write a name"))
             elif key.plain and key.text == "<<":
                 merged.extend(value.items if isinstance(value, Listing) else [value])
+            elif key.text in entries and self.earlier is not None:
+                before = entries.pop(key.text)
+                self.earlier.append((key.text, shown(before.value), before.origin.where))
+                entries[key.text] = Entry(key.text, value, key.origin)
             elif key.text in entries:
                 first = entries[key.text].origin.where
                 self.problems.append(

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmtune import durable
@@ -34,6 +34,8 @@ class MlflowTracker:
         self._client: MlflowClient
         """From `start` on. MLflow's module-level functions would share one run with the user's own code."""
         self._run_id = ""
+        self._names: dict[str, str] = {}
+        """Name of each metric there. Those of one kind come in one line, so a resumed run names them the same."""
 
     def start(self, info: RunInfo) -> None:
         """Open the run in the experiment of the project's name. Raises MLflow's errors where its server refuses."""
@@ -57,8 +59,10 @@ class MlflowTracker:
             self._run_id = self._client.create_run(experiment, run_name=info.name, tags=tags).info.run_id
             durable.write_text(id_file, self._run_id + "\n")
             values = dict(flat_items({**redacted(info.config), "parameters": info.parameters}))
-            names = _names(values)
-            params = [mlflow.entities.Param(names[key], str(value)[:LONGEST_PARAM]) for key, value in values.items()]
+            names: dict[str, str] = {}
+            params = [
+                mlflow.entities.Param(_name_of(key, names), str(value)[:LONGEST_PARAM]) for key, value in values.items()
+            ]
             for first in range(0, len(params), PARAMS_AT_ONCE):
                 self._client.log_batch(self._run_id, params=params[first : first + PARAMS_AT_ONCE])
             self._client.log_dict(self._run_id, {"origins": dict(info.origins), "rows": dict(info.ledger)}, "run.json")
@@ -88,7 +92,7 @@ class MlflowTracker:
 
         now = int(time.time() * 1000)
         numbers = [
-            Metric(_name(key), float(value), now, step)
+            Metric(_name_of(key, self._names), float(value), now, step)
             for key, value in values.items()
             if isinstance(value, int | float)
         ]
@@ -100,16 +104,16 @@ def _name(name: str) -> str:
     return re.sub(r"[^\w./ -]", "_", name)[:LONGEST_NAME]
 
 
-def _names(keys: Iterable[str]) -> dict[str, str]:
-    """The name of each key, all different: MLflow refuses a second value of one name.
+def _name_of(key: str, names: dict[str, str]) -> str:
+    """The name of a key, which `names` keeps, unlike that of any other key in it: MLflow knows nothing but the name.
 
-    >>> _names(["r.q.*", "r.q.+", "r.v"])
-    {'r.q.*': 'r.q._', 'r.q.+': 'r.q._2', 'r.v': 'r.v'}
+    >>> names: dict[str, str] = {}
+    >>> [_name_of(key, names) for key in ("r.q.*", "r.q.+", "r.v", "r.q.+")]
+    ['r.q._', 'r.q._2', 'r.v', 'r.q._2']
     """
-    names: dict[str, str] = {}
-    for key in keys:
+    if key not in names:
         name, number = _name(key), 2
         while name in names.values():
             name, number = f"{_name(key)[: LONGEST_NAME - 3]}{number}", number + 1
         names[key] = name
-    return names
+    return names[key]

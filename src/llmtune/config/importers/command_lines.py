@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from llmtune.config.document import Entry, Listing, Node, Origin, Scalar, Table
+from llmtune.config.importers.arithmetic import Unknown, evaluate
 from llmtune.config.importers.tables import peer_of
 
 __all__ = ["COMMANDS", "command_tables"]
@@ -14,7 +15,8 @@ __all__ = ["COMMANDS", "command_tables"]
 COMMANDS: tuple[tuple[str, str], ...] = (
     (r"(swift|megatron) (sft|pt|rlhf)\b", "ms-swift"),
     (r"(?:accelerate launch|python[\d.]*|torchrun|deepspeed)\b.*?\b(swift)/cli/(sft|pt|rlhf)\.py\b", "ms-swift"),
-    (r"trl (sft|dpo|kto|grpo|reward|rloo)\b", "trl"),
+    (r"(?:python[\d.]* -m )?trl (sft|dpo|kto|grpo|reward|rloo)\b", "trl"),
+    (r"(?:llamafactory-cli|lmf) (train)\b(?=.* --)", "llama-factory"),
     (r"(?:python[\d.]* -m |python[\d.]* )?mlx_lm[. ](lora)(?:\.py)?\b", "mlx-lm"),
     (r"(?:accelerate launch|python[\d.]*|torchrun|uv run|deepspeed)\b.*?\b([\w-]+)\.py\b", "trl"),
 )
@@ -22,29 +24,54 @@ COMMANDS: tuple[tuple[str, str], ...] = (
 
 _SCRIPTS = re.compile(r"(^|_)(sft|dpo|kto|orpo|cpo|bco|ppo|grpo|rloo|reward|gkd|online_dpo|nash_md|xpo|prm)($|_)")
 _FENCE = re.compile(r"^\s*(```+|~~~+)\s*(\w*)")
-_ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
 _ENDS = {"|", "&&", "||", ";", "&", ">", ">>", "2>&1", "<"}
+_SUBSTITUTION = re.compile(r"\$\([^()]*(?:\([^()]*\)[^()]*)*\)|`[^`]*`")
+"""What the shell would put in its place: `$(expr 16 / 4)`, `$((16 / 4))`."""
+_SUM = re.compile(r"\$\(\(([\w\s+*/()-]+)\)\)|\$\(\s*expr\s([\w\s+*/-]+)\)|`\s*expr\s([\w\s+*/-]+)`")
 
 
 def command_tables(text: str, file: str) -> Iterator[tuple[str, Table]]:
     """Return the place and the options of every command that trains.
 
     `--key value` is an entry; several values are a list, none is `true`. `$command` is the method, `$peer` the toolkit,
-    and variables set before the command (`NPROC_PER_NODE=4`) are entries with a `$` before their name. A variable that
-    the same script sets is replaced by its value.
+    and variables set before the command (`NPROC_PER_NODE=4`) or exported are entries with a `$` before their name. A
+    variable that the same script sets is replaced by its value, and so is arithmetic (`$((16 / 4))`).
     """
     variables: dict[str, str] = {}
-    for words in _logical_lines(_shell_text(text)):
-        setting = [_ASSIGNMENT.fullmatch(word) for word, _ in words]
-        if all(setting):
-            variables.update((match[1], match[2]) for match in setting if match)
+    exported: dict[str, tuple[str, int]] = {}
+    for line in _logical_lines(_shell_text(text)):
+        words = [(_evaluated(word, variables), number) for word, number in line]
+        is_export = words[0][0] == "export"
+        setting = [(_ASSIGNMENT.fullmatch(word), number) for word, number in words[is_export:]]
+        if all(match for match, _ in setting):
+            for match, number in setting:
+                assert match is not None
+                variables[match[1]] = match[2]
+                exported |= {match[1]: (match[2], number)} if is_export else {}
             continue
-        words = [(_VARIABLE.sub(lambda match: variables.get(match[1], match[0]), word), line) for word, line in words]
         ends = next((place for place, (word, _) in enumerate(words) if word in _ENDS), len(words))
-        table = _table(words[:ends], file)
+        table = _table(words[:ends], file, exported)
         if table is not None:
             yield f"{file}:{words[0][1]}", table
+
+
+def _evaluated(word: str, variables: Mapping[str, str]) -> str:
+    """A word with the values of the script's own variables, and the results of its arithmetic, which has no fractions.
+
+    >>> _evaluated("$(expr 16 / $n)", {"n": "4"}), _evaluated("$((16 / n))", {"n": "4"}), _evaluated("$(nproc)", {})
+    ('4', '4', '$(nproc)')
+    """
+
+    def result(match: re.Match[str]) -> str:
+        terms = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), match[1] or match[2] or match[3])
+        try:
+            return str(int(evaluate(terms.strip(), {}.get)[0]))
+        except (Unknown, SyntaxError, KeyError):
+            return match[0]
+
+    return _SUM.sub(result, _VARIABLE.sub(lambda match: variables.get(match[1], match[0]), word))
 
 
 def _shell_text(text: str) -> list[tuple[str, int]]:
@@ -72,7 +99,9 @@ def _logical_lines(lines: list[tuple[str, int]]) -> Iterator[list[tuple[str, int
         text = pending + (line[:-1] if continues else line)
         start = start if pending else number
         try:
-            words += [(word, start) for word in shlex.split(_without_comment(text))]
+            # What stands in `$( )` is one word, whatever blanks it holds.
+            whole = _SUBSTITUTION.sub(lambda match: match[0].replace(" ", "\0"), _without_comment(text))
+            words += [(word.replace("\0", " "), start) for word in shlex.split(whole)]
             pending = ""
         except ValueError:  # an open quote
             pending = text + "\n" if len(text) < 4000 else ""
@@ -97,8 +126,8 @@ def _without_comment(text: str) -> str:
     return text
 
 
-def _table(words: list[tuple[str, int]], file: str) -> Table | None:
-    assigned = []
+def _table(words: list[tuple[str, int]], file: str, exported: Mapping[str, tuple[str, int]]) -> Table | None:
+    assigned = [(f"${name}", value, line) for name, (value, line) in exported.items()]
     while words and (match := _ASSIGNMENT.fullmatch(words[0][0])):
         assigned.append((f"${match[1]}", match[2], words[0][1]))
         words = words[1:]

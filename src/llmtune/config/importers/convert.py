@@ -17,7 +17,7 @@ from llmtune.config.importers.datasets import ALL_RULES, READS_VALUE
 from llmtune.config.importers.detect import detect
 from llmtune.config.importers.key_report import KeyReport, shown_value
 from llmtune.config.importers.python_calls import is_code
-from llmtune.config.importers.rules import NO_VALUE, Context, Outcome, Result, plain_text, words_of_row
+from llmtune.config.importers.rules import NO_VALUE, Context, Outcome, Result, is_off, plain_text, words_of_row
 from llmtune.config.importers.source import Given, Source, flatten
 from llmtune.config.importers.tables import Default, Peer, Row, peer_names, peer_of
 from llmtune.config.importers.unused import unused_settings
@@ -71,7 +71,7 @@ def import_source(source: Source, peer_id: str | None = None) -> Imported:
     peer, keys = _peer(source, peer_id)
     values = {given.key: given.node for given in flatten(source.table)}
     folders = tuple(str(folder) for folder in (Path(), *Path(source.file).resolve().parents))
-    translation = _Translation(Context(peer, values, folders), source.file)
+    translation = _Translation(Context(peer, values, folders), source)
     for key, node in values.items():
         translation.take(Given(key, node))
     # What is learnt decides the form of the rows, and what is said of both decides the rest.
@@ -109,10 +109,13 @@ def _peer(source: Source, peer_id: str | None) -> tuple[Peer, tuple[str, ...]]:
 class _Translation:
     """Collects the settings and the report, key by key."""
 
-    def __init__(self, context: Context, file: str) -> None:
+    def __init__(self, context: Context, source: Source) -> None:
         self.context = context
-        self.file = file
-        self.rows: list[KeyReport] = []
+        self.source = source
+        self.rows = [
+            KeyReport(key, value, "", place, Outcome.IGNORED, (), "it stands again below, and the last one counts")
+            for key, value, place in source.repeated
+        ]
         self.rejected: list[str] = []
         self.settings: dict[str, Setting] = {}
         self.sources: dict[str, dict[int, dict[str, Change]]] = {}
@@ -130,7 +133,7 @@ class _Translation:
 
     def place(self, node: Node) -> str:
         """Where a value stands in the file, for people: its line, or the cell of a notebook."""
-        place = node.origin.where.removeprefix(f"{self.file}:")
+        place = node.origin.where.removeprefix(f"{self.source.file}:")
         return f"line {place}" if place.isdigit() else place
 
     def result(self, given: Given, row: Row | None) -> Result:
@@ -145,7 +148,7 @@ class _Translation:
                 return Result(Outcome.DROPPED, NO_VALUE)
             if is_code(said) and said not in known:
                 return Result(Outcome.NEEDS, "only running the script tells its value: write it by hand")
-            if re.search(r"\$\{?\w", plain_text(given.node)):
+            if re.search(r"\$[{(]*\w", plain_text(given.node)):
                 return Result(Outcome.NEEDS, "the value comes from outside the file: write it by hand")
         try:
             return rule(replace(self.context, prefix=row.prefix), given, row)
@@ -157,8 +160,11 @@ class _Translation:
         name = self.context.peer.name
         if self.context.peer.unknown == "ignored":
             return Result(Outcome.IGNORED, f"{name} has no such key and reads past it")
-        if isinstance(given.node, Scalar) and given.node.is_null:
+        is_empty = isinstance(given.node, Listing | Table) and is_off(given.node)
+        if is_empty or (isinstance(given.node, Scalar) and given.node.is_null):
             return Result(Outcome.DROPPED, NO_VALUE)
+        if given.key in self.source.referenced:
+            return Result(Outcome.DROPPED, f"other keys take it by `${{{given.key}}}`")
         return Result(Outcome.NONE, f"the table of {name} does not have this key")
 
     def apply(self, change: Change, given: Given, report: KeyReport) -> None:
@@ -218,10 +224,11 @@ class _Translation:
         """Put the parts of each data set together; one without a path cannot be read."""
         for key, by_index in self.sources.items():
             rows = []
-            for _, fields in sorted(by_index.items()):
-                trained = self.sources.get("data.train", {}).get(0, {}).get("path")
-                if key == "data.eval" and "path" not in fields and trained is not None:
-                    fields = {"path": trained, **fields}
+            for index, fields in sorted(by_index.items()):
+                trained = self.sources.get("data.train", {}).get(index, {})
+                if key == "data.eval" and "path" not in fields and "path" in trained:
+                    own = ("split", "max_samples", "share")
+                    fields = {name: change for name, change in trained.items() if name not in own} | fields
                 if "path" in fields:
                     rows.append(_source_table({name: change.value for name, change in fields.items()}))
             paths = {plain_text(fields["path"].value) for fields in by_index.values() if "path" in fields}

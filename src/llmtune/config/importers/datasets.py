@@ -26,8 +26,10 @@ def component(context: Context, given: Given, row: Row) -> Result:
     table = dict(part.partition("=")[::2] for part in row.text.split("; "))
     name = next((name for name in spellings if name in table), None)
     if name is None and "*" not in table:
-        said = f"`{shown(given.node)}` is code of {context.peer.name}: write rows of a format of docs/data.md"
-        return Result(Outcome.NONE, said)
+        instead = (
+            ": write rows of a format of docs/data.md" if row.argument.startswith("data.") else ", and has no name here"
+        )
+        return Result(Outcome.NONE, f"`{shown(given.node)}` is code of {context.peer.name}{instead}")
     if name is None and not table["*"]:
         return Result(Outcome.KEPT, "", (Change(row.argument, given.node),))
     node = Scalar(name or "*", True, given.node.origin)
@@ -36,7 +38,7 @@ def component(context: Context, given: Given, row: Row) -> Result:
 
 def adam(context: Context, given: Given, row: Row) -> Result:
     """An optimizer's class; Adam adds its decay to the gradient, so it is AdamW only where the decay is 0."""
-    decay = context.lookup("optimizer.weight_decay")
+    decay = context.lookup("optimizer.weight_decay") or context.lookup("optimizer.init_args.weight_decay")
     if plain_text(given.node).rpartition(".")[2] == "adam" and decay:
         said = f"Adam with decay {decay:g} adds it to the gradient: write `training.optimizer: adamw` to decouple it"
         return Result(Outcome.NONE, said)
@@ -141,10 +143,11 @@ def swift_names(context: Context, given: Given, row: Row) -> Result:
     changes: list[Change] = []
     counted = False
     for index, item in enumerate(items):
+        text, _, count = shown_whole(item).partition("#")
         match = _SWIFT.fullmatch(shown_whole(item))
         fields = {name: text for name, text in match.groupdict().items() if text} if match else {}
-        if Path(shown_whole(item)).suffix:  # a file may hold a colon
-            fields = {"path": shown_whole(item)}
+        if Path(text).suffix:  # a file may hold a colon
+            fields = {"path": text} | ({"max_samples": count} if count.isdigit() else {})
         counted = counted or "max_samples" in fields
         changes += _changes(f"{row.argument}[{index}]", fields, given.node.origin)
     said = "`#N`: the first N rows here, N random ones in ms-swift" if counted else ""
@@ -186,6 +189,38 @@ def folder_of_rows(context: Context, given: Given, row: Row) -> Result:
     return Result(Outcome.COMPUTED, f"its train rows are trained, its {row.argument} rows held out", tuple(changes))
 
 
+def mlx_folder(context: Context, given: Given, row: Row) -> Result:
+    """As `folder`; where `hf_dataset` names rows, mlx-lm does not look here."""
+    if any(key.startswith("hf_dataset") for key in context.values):
+        return Result(Outcome.IGNORED, "the rows of `hf_dataset` count")
+    return folder_of_rows(context, given, row)
+
+
+def mlx_hub_set(context: Context, given: Given, row: Row) -> Result:
+    """A data set of the hub, of which mlx-lm trains and holds out the parts that it gives no other names for."""
+    changes = [Change("data.train[].path", given.node)]
+    for side, split in (("train", "train[:80%]"), ("eval", "train[-10%:]")):
+        changes.append(Change(f"data.{side}[].split", Scalar(split, False, given.node.origin), True))
+    return Result(Outcome.KEPT, "", tuple(changes))
+
+
+def mixer(context: Context, given: Given, row: Row) -> Result:
+    """One entry of the alignment handbook's `dataset_mixer`: a data set, and the share of its rows that is trained."""
+    index = [key for key in context.values if key.startswith("dataset_mixer.")].index(given.key)
+    try:
+        fraction = float(plain_text(given.node))
+    except ValueError:
+        return Result(Outcome.NONE, "it must be a number")
+    named = context.values.get("dataset_splits")
+    splits = [shown_whole(item) for item in named.items] if isinstance(named, Listing) else ["train", "test"]
+    changes: list[Change] = []
+    for split in splits:
+        side, part = ("train", f"[:{100 * fraction:g}%]" if fraction < 1 else "") if "train" in split else ("eval", "")
+        fields = {"path": given.key.removeprefix("dataset_mixer."), "split": split + part}
+        changes += _changes(f"data.{side}[{index}]", fields, given.node.origin)
+    return Result(Outcome.COMPUTED, "", tuple(changes))
+
+
 def column(context: Context, given: Given, row: Row) -> Result:
     """The column that a field of a row is read from; the name that the format looks for anyway is no change."""
     name = row.argument.rpartition(".")[2]
@@ -225,6 +260,9 @@ DATASET_RULES: dict[str, Rule] = {
     "train-and-eval": train_and_eval_set,
     "split-fraction": split_fraction,
     "folder": folder_of_rows,
+    "mlx-folder": mlx_folder,
+    "mlx-hub-set": mlx_hub_set,
+    "mixer": mixer,
     "column": column,
     "roles": roles,
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from llmtune.common.secrets import SECRET_NAME, SECRET_SHAPES
 from llmtune.config.document import Listing, Node, Scalar, shown
+from llmtune.config.importers.python_calls import CODE
 from llmtune.config.importers.rules import Outcome
 from llmtune.config.importers.source import Given
 
@@ -49,7 +50,7 @@ class KeyReport:
 
 def shown_value(given: Given) -> tuple[str, str]:
     """A value for the report, none that looks like a secret, and a digest where it is cut."""
-    text = "null" if _is_null(given.node) else shown(given.node)
+    text = "null" if _is_null(given.node) else shown(given.node).removeprefix(CODE)
     if SECRET_SHAPES.search(text) or (SECRET_NAME.search(given.key) and not _is_null(given.node)):
         return "(not shown)", ""
     digest = hashlib.sha256(_whole(given.node).encode()).hexdigest()[:8]

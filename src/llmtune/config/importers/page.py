@@ -142,7 +142,11 @@ def _how(row: Row) -> str:
             for word, value in words
             if word != "*" and value and not value.startswith(("!", "?"))
         )
-        return f"values: {', '.join([*kept][:12])}" + (", ..." if len(kept) > 12 else "") if kept else ""
+        return (
+            f"values: {', '.join([*kept][:12])}" + (", ..." if len(kept) > 12 or ["*", ""] in map(list, words) else "")
+            if kept
+            else ""
+        )
     return row.text
 
 

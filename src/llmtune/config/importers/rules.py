@@ -76,18 +76,24 @@ class Context:
 
     def assumed(self, key: str) -> str:
         """The text of a key's value, or the peer's own default of it."""
+        return self.text(key) or self.default(key)
+
+    def default(self, key: str) -> str:
+        """The peer's own default of a key; empty where its table does not say it."""
         assume = self.peer.assume
-        return self.text(key) or assume.get(self.prefix + key, assume.get(key, ""))
+        return assume.get(self.prefix + key, assume.get(key, ""))
 
     def lookup(self, key: str) -> float | None:
-        """The number under a key, or the peer's own default of it."""
+        """The number under a key, or the peer's own default of it; None where the file gives something else there."""
         # Variables of a command line (`NPROC_PER_NODE=4`) have a `$` before their name.
-        for text in (self.text(key), self.text(f"${key}"), self.assumed(key)):
-            try:
-                return float(text)
-            except ValueError:
-                continue
-        return None
+        nodes = (self.values.get(name) for name in (self.prefix + key, key, f"${key}"))
+        given = next(
+            (node for node in nodes if node is not None and not (isinstance(node, Scalar) and node.is_null)), None
+        )
+        try:
+            return float(self.default(key) if given is None else plain_text(given))
+        except ValueError:
+            return None
 
 
 Rule = Callable[[Context, Given, Row], Result]
@@ -253,9 +259,16 @@ def unless(context: Context, given: Given, row: Row) -> Result:
 def last_names(context: Context, given: Given, row: Row) -> Result:
     """Names of layers: `self_attn.q_proj` and `*.q_proj` are found by their end."""
     items = given.node.items if isinstance(given.node, Listing) else (given.node,)
-    names = [shown(item).strip("*").rpartition(".")[2] for item in items if isinstance(item, Scalar)]
+    written = [shown(item) for item in items if isinstance(item, Scalar)]
     renamed = {"output_proj": "o_proj", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-    found = [renamed.get(name, name) for name in names]
+    found = [renamed.get(name, name) for name in (name.strip("*").rpartition(".")[2] for name in written)]
+    if not found and row.argument == "adapter.exclude_modules":
+        return Result(Outcome.DROPPED, "off")
+    if any("*" in name.removeprefix("*.") for name in written):  # `*_proj`: an ending is a whole name here
+        parts = (re.escape(name.removeprefix("*.")).replace(r"\*", ".*") for name in written)
+        return Result(
+            Outcome.COMPUTED, "", (Change(row.argument, made("|".join(rf"(.*\.)?{part}" for part in parts), given)),)
+        )
     if found == ["all-linear"] or not found:
         return Result(Outcome.KEPT, "", (Change(row.argument, made("all-linear", given)),))
     return Result(Outcome.COMPUTED, "", (Change(row.argument, made(f"[{', '.join(found)}]", given)),))

@@ -36,6 +36,10 @@ class Source:
     """`config`, `command` or `calls`."""
     place: str
     """Where it begins, for people: the file, or `file:line`."""
+    referenced: frozenset[str] = frozenset()
+    """Keys that others take by `${key}`."""
+    repeated: tuple[tuple[str, str, str], ...] = ()
+    """(key, value, line) of keys that stand again further down in the same table."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,14 @@ def read_sources(path: Path) -> list[Source]:
     except Unreadable as unreadable:
         raise ConfigError(*unreadable.problem) from unreadable
     if not sources:
+        named = re.search(r"[\w./-]+\.(?:yaml|yml|json)\b", text)
         raise ConfigError(
             f"`{path.name}` holds no config, command line or call that trains",
             str(path),
-            "name a YAML or JSON file, a shell script, a Python script or a notebook",
+            f"it names `{named[0]}`: import that file"
+            if named
+            else "name a YAML or JSON file, a script with a command of LLaMA-Factory, TRL, ms-swift or mlx-lm, or a "
+            "script or notebook that calls Unsloth",
         )
     return sources
 
@@ -101,7 +109,7 @@ def _sources(path: Path, text: str) -> Iterator[Source]:
     elif path.suffix in (".sh", ".md", ".bash", ".txt"):
         yield from _commands(file, text)
     else:
-        yield Source(file, _parsed(text, file, path.suffix == ".json"), "config", file)
+        yield _parsed(text, file, path.suffix == ".json")
 
 
 def _commands(file: str, text: str) -> Iterator[Source]:
@@ -109,16 +117,21 @@ def _commands(file: str, text: str) -> Iterator[Source]:
         yield Source(file, table, "command", place)
 
 
-def _parsed(text: str, file: str, is_json: bool) -> Table:
+def _parsed(text: str, file: str, is_json: bool) -> Source:
     problems: list[Problem] = []
+    repeated: list[tuple[str, str, str]] = []
 
     def origin_of(line: int) -> Origin:
         return Origin("file", f"{file}:{line}")
 
-    root = (parse_json if is_json else parse_yaml)(text, origin_of, problems)
+    root = parse_json(text, origin_of, problems) if is_json else parse_yaml(text, origin_of, problems, repeated)
+    if problems:
+        raise Unreadable(problems[0].problem, problems[0].where, problems[0].fix)
     if not isinstance(root, Table):
         raise Unreadable("this is not a mapping of keys", file, "is it a config of another toolkit?")
-    return _interpolated(root)
+    places = [(key, value, f"line {place.rpartition(':')[2]}") for key, value, place in repeated]
+    table, referenced = _interpolated(root, is_json)
+    return Source(file, table, "config", file, referenced, tuple(places))
 
 
 def flatten(node: Node, key: str = "") -> Iterator[Given]:
@@ -136,9 +149,14 @@ def flatten(node: Node, key: str = "") -> Iterator[Given]:
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
-def _interpolated(root: Table) -> Table:
-    """Replace `${key}` by the text of that key, as OmegaConf does for torchtune and oumi."""
+_TRUE, _FALSE = ("yes", "Yes", "YES", "on", "On", "ON"), ("no", "No", "NO", "off", "Off", "OFF")
+"""Truth values of YAML 1.1, which the readers of other toolkits know and ours does not."""
+
+
+def _interpolated(root: Table, is_json: bool) -> tuple[Table, frozenset[str]]:
+    """Replace `${key}` by the text of that key, as OmegaConf does for torchtune and oumi; with the keys so taken."""
     texts = {given.key: given.node.text for given in flatten(root) if isinstance(given.node, Scalar)}
+    referenced = {name for text in texts.values() for name in _REFERENCE.findall(text)}
 
     def text_of(text: str, depth: int = 0) -> str:
         if depth > 5 or "${" not in text:
@@ -147,6 +165,8 @@ def _interpolated(root: Table) -> Table:
 
     def walk(node: Node) -> Node:
         if isinstance(node, Scalar):
+            if node.plain and not is_json and node.text in (*_TRUE, *_FALSE):
+                return replace(node, text="true" if node.text in _TRUE else "false")
             return replace(node, text=text_of(node.text)) if "${" in node.text else node
         if isinstance(node, Listing):
             return Listing(tuple(walk(item) for item in node.items), node.origin, node.size)
@@ -156,4 +176,4 @@ def _interpolated(root: Table) -> Table:
         entries = tuple(Entry(entry.key, walk(entry.value), entry.origin) for entry in table.entries)
         return Table(entries, table.origin, table.size)
 
-    return table_of(root)
+    return table_of(root), frozenset(referenced)

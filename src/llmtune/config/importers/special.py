@@ -51,7 +51,7 @@ def mlx_schedule(context: Context, given: Given, row: Row) -> Result:
         return Result(Outcome.NONE, "the arguments of the schedule are no list of numbers")
     changes = [Change(row.argument, made(repr(numbers[0]), given))]
     if len(numbers) > 2:
-        changes.append(Change("training.min_lr_ratio", made(repr(numbers[2] / numbers[0]), given)))
+        changes.append(Change("training.min_lr_ratio", made(f"{numbers[2] / numbers[0]:.12g}", given)))
     return Result(Outcome.COMPUTED, "peak, steps and end of the rate; it falls over all steps here", tuple(changes))
 
 

