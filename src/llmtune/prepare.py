@@ -386,4 +386,4 @@ def _lay_out(examples: ExampleSet, rows: MappedExamples, data: DataConfig) -> tu
         return examples.packs(), None
     if data.is_mixed:
         return plan_epochs(rows, data)
-    return plan_sequences(examples, data.max_length, data.packing, data.shuffle_seed or 0), None
+    return plan_sequences(examples, data.max_length, data.packing, data.shuffle_seed), None

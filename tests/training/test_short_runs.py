@@ -4,6 +4,7 @@ import pytest
 
 from llmtune.config.process_options import Options
 from llmtune.errors import ConfigError
+from llmtune.prepare import prepare
 from llmtune.training import train as training
 
 ONE_STEP = ("training.max_steps=1",)
@@ -79,3 +80,12 @@ def test_evaluations_and_saves_come_by_parts_of_the_run_and_by_epochs(config_of,
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert saved == evaluated[1:]
     assert sum("eval_mean_nll" in line for line in lines) == len(evaluated)
+
+
+@pytest.mark.parametrize("more", [(), ("data.packing=greedy", "data.max_length=40")])
+def test_without_a_shuffle_seed_a_run_takes_its_rows_in_the_order_of_the_file(config_of, more):
+    words = ("data.shuffle_seed=null", "data.test_size=0", "evaluation.every_steps=null", "training.max_steps=6", *more)
+    batches = prepare(config_of(*words), Options(offline=True)).batch_plan()
+    rows = [name for step in range(1, 7) for name in batches.window(step).row_names()]
+    places = [int(name.rpartition(":")[2]) for name in rows]
+    assert places == list(range(1, len(places) + 1))

@@ -247,6 +247,6 @@ def _groups(examples: ExampleSet, data: DataConfig) -> Iterator[Group]:
             Group([examples[index + side] for side in range(count)]) for index in range(0, len(examples), count)
         )
         return
-    packs = plan_sequences(examples, data.max_length, data.packing, data.shuffle_seed or 0)
+    packs = plan_sequences(examples, data.max_length, data.packing, data.shuffle_seed)
     for number, pack in enumerate(packs, 1):
         yield Group([examples[int(index)] for index in pack], number, data.max_length)

@@ -22,6 +22,9 @@ LONG = 200
 FEWEST = 20
 """Lines before anything can be called unusual."""
 
+NO_RATE = 1e-12
+"""A step of this rate is lost in the rounding of any float32 above 1e-5."""
+
 HealthEvent: TypeAlias = dict[str, object]
 """A line of events.jsonl: step, kind, level, message, advice."""
 
@@ -230,9 +233,10 @@ def _too_low_too_soon(now: History) -> str | None:
 
 def _zero_rate(now: History) -> str | None:
     rate, before = _number(now.line.get("learning_rate")), list(now.rates)[-2:]
-    if rate == 0 and len(before) == 2 and not any(before) and now.progress < 1:
-        return f"the learning rate is 0 since step {now.step - 2}: nothing is learned"
-    return None
+    # A schedule may end at 0; its last tenth says nothing.
+    if rate is None or len(before) < 2 or max(rate, *before) > NO_RATE or now.progress > 0.9:
+        return None
+    return f"the learning rate is {rate:.3g} since step {now.step - 2}, too small to move a weight: nothing is learned"
 
 
 def _vanishing(now: History) -> str | None:
@@ -346,7 +350,8 @@ CHECKS: tuple[Check, ...] = (
         "vanishing_gradients",
         "warning",
         _vanishing,
-        "check what is trained (adapter.target_modules, model.train_only) and the precision; bf16 beats fp16 here",
+        "too high a training.learning_rate drives layers to where nothing moves them; else check what is trained "
+        "(adapter.target_modules, model.train_only) and the precision: bf16 beats fp16 here",
     ),
     Check(
         "exploding_gradients",

@@ -181,7 +181,7 @@ def plan_epochs(examples: MappedExamples, data: DataConfig) -> tuple[list[Indice
     members = repeated(mixture.groups, mixture.counts)
     if members is not None:
         lengths = examples.lengths.reshape(-1, together).sum(axis=1)[members]
-        packs = plan_packs(lengths, together * data.max_length, data.packing, data.shuffle_seed or 0)
+        packs = plan_packs(lengths, together * data.max_length, data.packing, data.shuffle_seed)
         return [sequences[members[pack]].reshape(-1) for pack in packs], None
     assert data.packing == "none", "rows that are drawn anew are not packed: the config is checked"
     return list(sequences), EpochDraws(mixture.groups, mixture.counts, data.shuffle_seed)
