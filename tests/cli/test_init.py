@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 
 import pytest
 
@@ -52,11 +53,16 @@ def make_alpaca(path):
     path.write_text(json.dumps([{"instruction": f"Double {n}", "input": "", "output": str(2 * n)} for n in range(8)]))
 
 
+def make_labels(path):
+    jsonl(path, ({"text": f"number {n}", "label": ("even", "odd")[n % 2]} for n in range(8)))
+
+
 ODD = {
     "rows.csv": (make_csv, "sft"),
     "structs.parquet": (make_parquet, "sft"),
     "pairs.jsonl": (make_pairs, "dpo"),
     "texts": (make_folder, "sft"),
+    "labels.jsonl": (make_labels, "classification"),
     "sharegpt.jsonl": (make_sharegpt, "sft"),
     "alpaca.json": (make_alpaca, "sft"),
 }
@@ -126,3 +132,16 @@ def test_rows_of_no_format_are_refused_as_training_would(tmp_path, tiny_model_fo
     assert run(["init", "odd.jsonl", "--model", str(tiny_model_folder)]) == 3
     assert "`colour`" in capsys.readouterr().err
     assert not (tmp_path / "llmtune.yaml").exists()
+
+
+def test_rows_whose_columns_have_other_names_get_the_command_that_takes_them(tmp_path, tiny_model_folder, capsys):
+    jsonl(
+        tmp_path / "odd.jsonl",
+        ({"talk": [{**turn, "content": f"{turn['content']} {n}"} for turn in CHAT]} for n in range(8)),
+    )
+    assert run(["init", "odd.jsonl", "--model", str(tiny_model_folder)]) == 3
+    said = capsys.readouterr().err
+    command = shlex.split(said.partition("`llmtune ")[2].partition("`")[0])
+    assert command == ["init", "{path: odd.jsonl, columns: {messages: talk}}"]
+    config = init_and_train(command[1], "sft", tiny_model_folder)
+    assert config.data.train[0].columns == {"messages": "talk"}

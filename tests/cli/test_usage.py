@@ -205,3 +205,12 @@ def test_two_configs_and_a_repeated_key_are_said(tmp_path, capsys):
         err = capsys.readouterr().err
         assert "`test` comes last, so it sets `training.epochs` again" in err
         assert "`run.seed` is given twice; the last one wins: `2`" in err
+
+
+@pytest.mark.parametrize("words", [["completion"], ["completion", "powershell"]])
+def test_a_choice_that_is_missing_or_wrong_is_one_line_with_every_choice(capsys, words):
+    assert run(words) == 2
+    error = capsys.readouterr().err.splitlines()[0]
+    assert error.startswith("error: ")
+    assert all(shell in error for shell in ("bash", "zsh", "fish"))
+    assert "Value error" not in error

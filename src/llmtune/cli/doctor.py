@@ -119,7 +119,7 @@ def _devices() -> list[Finding]:
     from llmtune.plan.hardware import attainable_bytes
 
     memory = readable_bytes(attainable_bytes())
-    findings = [Finding("cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory} free")]
+    findings = [Finding("cpu", "ok", f"cores: {os.cpu_count()}, threads: {torch.get_num_threads()}, {memory} free")]
     return [*findings, *(Finding(*finding) for finding in gpu_findings())]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,15 +25,20 @@ __all__ = ["init"]
 
 EXAMPLE = "example:records/train"
 MODEL = "smollm2-135m-instruct"
-METHODS = ("dpo", "kto", "sft")
-"""Tried in this order: rows that judge answers are also rows with answers."""
+METHODS = ("dpo", "kto", "classification", "sft")
+"""Tried in this order: rows that judge answers are also rows with answers, and those with labels also have texts."""
 ROUND_TO = 64
 """Tokens to a multiple of which the longest row is rounded up."""
 
 
 def init(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Your rows: a file, a folder, a glob; rows of ours when not given.")
+        str,
+        typer.Argument(
+            metavar="FILE",
+            help="Your rows: a file, a folder, a glob, or a source as in a config (`{path: FILE, columns: ...}`); rows "
+            "of ours when not given.",
+        ),
     ] = EXAMPLE,
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="Write the config here.")] = Path(
         "llmtune.yaml"
@@ -62,23 +68,38 @@ def init(
 
 def _look(file: str, model: str, *, trust_remote_code: bool) -> tuple[str, Survey]:
     """The first method that these rows are for, and what its examples are like."""
+    from llmtune.data.dataset.make_dataset import raise_problems
+
     refused: DataError | None = None
     for method in METHODS:
-        overrides: dict[str, Any] = {
-            "data.train": [file],
+        overrides = {
+            "data.train": _sources(file),
             "model.name": model,
             "objective.method": method,
             # A cut row still counts as a long one, and the longest decide the length.
             "data.overlong": "truncate_right",
         }
+        texts = [f"{key}={value_text(value)}" for key, value in overrides.items()]
         try:
-            return method, survey(
-                load_config(None, overrides=overrides, environ={}), trust_remote_code=trust_remote_code
-            )
+            found = survey(load_config(None, overrides=texts, environ={}), trust_remote_code=trust_remote_code)
+            if len(found.data.train):
+                return method, found
+            raise_problems(found.data)
         except DataError as error:
             refused = error
     assert refused is not None
+    problem, where, fix = refused.problems[0]
+    named = re.search(r"`(columns: \{.*?\})`", fix or "")
+    if named is not None and len(refused.problems) == 1:
+        refused = DataError(problem, where, f"`llmtune init '{{path: {file}, {named[1]}}}'`, or {fix}")
     raise refused
+
+
+def _sources(file: str) -> tuple[object, ...]:
+    """The value of `data.train` for FILE, which may be a source as it stands in a config."""
+    if not file.startswith("{"):
+        return (file,)
+    return load_config(None, overrides=[f"data.train=[{file}]"], environ={}).config.data.train
 
 
 def _choices(file: str, model: str, method: str, found: Survey, target: Target) -> Iterator[Decision]:
@@ -92,21 +113,24 @@ def _choices(file: str, model: str, method: str, found: Survey, target: Target) 
     yield Decision("model.name", model, "`llmtune list-models` lists others; a folder or a hub id works too")
     yield Decision("adapter.method", "lora", "small matrices beside the frozen model: little memory, a small file")
     yield Decision("adapter.r", 16, "the rank; more for much new to learn")
-    yield Decision("data.train", [file], f"{rows:,} rows of the format {form}")
+    yield Decision("data.train", _sources(file), f"{rows:,} {'row' if rows == 1 else 'rows'} of the format {form}")
     if rows >= 50:
         yield Decision("data.test_size", 0.1, "a tenth of the rows is held out and measured")
     if longest >= limit:
-        cut = "split" if form == "text" else "truncate_right"
-        yield Decision("data.max_length", limit, "the longest rows have more: what happens to each is in the ledger")
-        yield Decision("data.overlong", cut, "")
+        yield Decision("data.max_length", limit, f"{int((lengths >= limit).sum()):,} of the rows are as long or longer")
+        if form == "text":
+            yield Decision("data.overlong", "split", "longer texts become several")
+        else:
+            yield Decision("data.overlong", "truncate_right", "what is longer is cut; `llmtune data report` names it")
     else:
         length = min(-(-longest // ROUND_TO) * ROUND_TO, limit)
         yield Decision("data.max_length", length, f"the longest row has {longest:,} tokens")
     if method == "sft" and len(lengths) and float(lengths.mean()) * 3 < longest:
         yield Decision("data.packing", "best_fit", f"most rows are short: {lengths.mean():.0f} tokens on average")
     if method != "sft":
-        yield Decision("objective.method", method, "rows that judge answers")
-    yield Decision("training.epochs", 3 if rows < 2000 else 1, f"passes over {rows:,} rows")
+        said = "a label to each text" if method == "classification" else "rows that judge answers"
+        yield Decision("objective.method", method, said)
+    yield Decision("training.epochs", 3 if rows < 2000 else 1, f"passes over {rows:,} {'row' if rows == 1 else 'rows'}")
     if on_gpu:
         yield Decision("training.batch_size", "auto", f"as many rows at once as fit on {target.name}")
     else:

@@ -48,7 +48,7 @@ def runs(
 
 
 def _compare(names: list[str], *, as_json: bool) -> None:
-    from llmtune.watch.differences import differing_keys, numbers_of
+    from llmtune.watch.differences import as_in_config, differing_keys, numbers_of
     from llmtune.watch.run_data import RunData
 
     if len(names) < 2:
@@ -61,11 +61,11 @@ def _compare(names: list[str], *, as_json: bool) -> None:
         print(json.dumps({"runs": names, "keys": keys, "numbers": numbers}, ensure_ascii=False))
         return
     rows = [("KEY", *(printable(run.name) for run in found))]
-    rows += [(key, *(printable(json.dumps(value, ensure_ascii=False)) for value in row)) for key, row in keys.items()]
+    rows += [(key, *(printable(as_in_config(key, value)) for value in row)) for key, row in keys.items()]
     if not keys:
         print_line("their configs are equal")
     rows.append(("NUMBER", *("" for _ in found)))
-    rows += [(key, *("-" if value is None else f"{value:,.6g}" for value in row)) for key, row in numbers.items()]
+    rows += [(key, *(_number(value) for value in row)) for key, row in numbers.items()]
     print_table(rows)
 
 
@@ -81,6 +81,10 @@ def _row(run: RunSummary) -> tuple[str, ...]:
     created = run.created.replace("T", " ")[:16]
     train, held_out = _loss(run.train_mean_nll, run.train_loss), _loss(run.eval_mean_nll, run.eval_loss)
     return printable(run.name), run.state, step, train, held_out, created
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if abs(value) >= 1e6 else f"{value:,.6g}"
 
 
 def _loss(*losses: float | None) -> str:

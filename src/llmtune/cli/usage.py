@@ -18,7 +18,8 @@ def usage_error(error: Any, arguments: Sequence[str], commands: Iterable[str]) -
     context, option = getattr(error, "ctx", None), getattr(error, "option_name", None)
     path = context.command_path if context is not None else " ".join(["llmtune", *_command_of(arguments, commands)])
     fix = f"`{path} --help` shows what it takes"
-    problem = error.format_message().rstrip(".")
+    # A list of choices comes on lines of its own, and a converter names its exception.
+    problem = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
     if option and context is not None and "overrides" in {parameter.name for parameter in context.command.params}:
         keys = keys_meant_by(option)
         if keys:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from statistics import median
 from typing import Any
 
+from llmtune.config.dump import value_text
+from llmtune.config.schema import SourceConfig
 from llmtune.watch.run_data import RunData
 from llmtune.watch.series import Series
 
-__all__ = ["differing_keys", "numbers_of"]
+__all__ = ["as_in_config", "differing_keys", "numbers_of"]
 
 NAMES_OF_A_RUN = ("run.name", "run.output_dir", "run.notes")
 """Keys in which runs differ that are the same training."""
@@ -21,6 +24,18 @@ def differing_keys(runs: Sequence[RunData]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for config in configs for key in config if key not in NAMES_OF_A_RUN)
     values = {key: [config.get(key) for config in configs] for key in keys}
     return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+
+
+def as_in_config(key: str, value: Any) -> str:
+    """Return a value of a run's record as it stands in a config: a source of rows without the fields it leaves out.
+
+    >>> as_in_config("data.train", [{"path": "a.jsonl", "weight": 1.0, "share": None}, {"path": "b", "share": 0.5}])
+    '[a.jsonl, {path: b, share: 0.5}]'
+    """
+    if key in ("data.train", "data.eval") and isinstance(value, list):
+        known = {field.name for field in fields(SourceConfig)}
+        value = [SourceConfig(**row) if isinstance(row, dict) and known.issuperset(row) else row for row in value]
+    return value_text(value)
 
 
 def numbers_of(runs: Sequence[RunData]) -> dict[str, list[float | None]]:

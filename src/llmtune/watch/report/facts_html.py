@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmtune.watch.differences import as_in_config
 from llmtune.watch.report.markup import Markup, table, text
 from llmtune.watch.run_data import RunData
 
@@ -70,7 +71,10 @@ def differences_html(runs: Sequence[RunData]) -> Markup:
     rows = [
         [
             f"<code>{text(key)}</code>",
-            *(f"<code>{text(_shown(values[key]), most=300)}</code>" if key in values else "–" for values in of_run),
+            *(
+                f"<code>{text(as_in_config(key, values[key]), most=300)}</code>" if key in values else "–"
+                for values in of_run
+            ),
         ]
         for key in keys
     ]
