@@ -214,3 +214,10 @@ def test_a_choice_that_is_missing_or_wrong_is_one_line_with_every_choice(capsys,
     assert error.startswith("error: ")
     assert all(shell in error for shell in ("bash", "zsh", "fish"))
     assert "Value error" not in error
+
+
+def test_a_key_behind_a_command_that_takes_none_is_sent_to_the_config(capsys):
+    assert run(["sweep", "s.yaml", "training.max_steps=3"]) == 2
+    error = capsys.readouterr().err
+    assert "`llmtune sweep` takes no KEY=VALUE, such as `training.max_steps=3`" in error
+    assert "write it into the config" in error

@@ -83,3 +83,11 @@ def test_an_unfinished_run_goes_on_and_a_diverged_one_is_a_row(folder, capsys):
         ("diverged", 1, False),
         ("finished", 2, True),
     ]
+
+
+def test_a_sweep_without_held_out_rows_says_that_nothing_will_be_compared(folder, capsys):
+    keys = "{data.test_size: [0], adapter.r: [2, 4], evaluation.every_steps: [null]}"
+    said, _ = sweep(folder, capsys, "--status", keys=keys, name="blind")
+    assert "no rows are held out" in said
+    assert "data.test_size: 0.1" in said
+    assert "held out" not in sweep(folder, capsys, "--status")[0]
