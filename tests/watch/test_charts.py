@@ -113,7 +113,7 @@ def test_the_figures_of_a_run_say_what_they_look_like(tmp_path):
     assert figures["held-out loss"].verdict == "the best so far"
     assert figures["memory"].verdict == "125% of the 400.00 MB planned"
     assert not figures["memory"].is_fine
-    assert figures["tokens/s"].verdict == "steady"
+    assert figures["tokens/s"].verdict == "as usual"
 
 
 def test_a_rising_loss_and_overfitting_do_not_look_right(tmp_path):

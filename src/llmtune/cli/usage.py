@@ -27,9 +27,9 @@ def usage_error(error: Any, arguments: Sequence[str], commands: Iterable[str]) -
             problem = f"no option `{option}`"
             edits = " or ".join(f"`{key}={text}`" for key in keys)
             fix = f"write {edits}: every key of the config stands without dashes"
-    edits = [argument for argument in arguments if "=" in argument and argument.partition("=")[0] in LEAVES]
-    if edits and problem.startswith("Got unexpected extra argument"):
-        problem = f"`{path}` takes no KEY=VALUE, such as `{edits[0]}`"
+    settings = [argument for argument in arguments if "=" in argument and argument.partition("=")[0] in LEAVES]
+    if settings and problem.startswith("Got unexpected extra argument"):
+        problem = f"`{path}` takes no KEY=VALUE, such as `{settings[0]}`"
         fix = f"write it into the config; {fix}"
     parameter = getattr(error, "param", None)
     value = _value_after(parameter.opts, arguments) if parameter is not None else None

@@ -58,7 +58,7 @@ def draw(chart: Chart, columns: int, rows: int) -> Text:
     """Return a chart of exactly `rows` lines, none longer than `columns`: a title, the plot, and the axis of steps."""
     columns, rows = max(columns, LEAST_COLUMNS), max(rows, LEAST_ROWS)
     finite = [line.series.finite() for line in chart.lines]
-    title = Text(chart.title[:columns], "bold")
+    title = Text(fitting(chart.title, columns), "bold")
     if not any(len(series) for series in finite):
         return Text("\n").join([title, Text("no values yet", "dim"), *[Text()] * (rows - 2)])
     across = range_of([x for series in finite for x in (series.xs[:1] + series.xs[-1:])])
@@ -87,6 +87,17 @@ def draw(chart: Chart, columns: int, rows: int) -> Text:
             row.append("".join(cell.character for cell in stretch), style)
         lines.append(row)
     return Text("\n").join([*lines, _axis(across, width)])
+
+
+def fitting(title: str, columns: int) -> str:
+    """Return a title without the last of its parts that do not fit: a number that is cut is another number.
+
+    >>> fitting("loss 0.3287  o held-out 0.3384", 28), fitting("loss 0.3287", 8)
+    ('loss 0.3287', 'loss 0.…')
+    """
+    while len(title) > columns and "  " in title:
+        title = title.rpartition("  ")[0]
+    return title if len(title) <= columns else f"{title[: columns - 1]}…"
 
 
 def _is_near(level: float, values: list[float]) -> bool:

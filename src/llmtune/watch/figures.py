@@ -107,7 +107,7 @@ def _speed(run: RunData) -> Figure | None:
     verdict, is_fine = "", True
     if len(speed) >= ENOUGH and usual:
         is_fine = now >= SLOW_SHARE * usual
-        verdict = "steady" if is_fine else f"usually {usual:,.0f}: something else may use this machine"
+        verdict = "as usual" if is_fine else f"usually {usual:,.0f}: something else may use this machine"
     return Figure("tokens/s", f"{speed.values[-1]:,.0f}", "real tokens, no padding", verdict, is_fine)
 
 
