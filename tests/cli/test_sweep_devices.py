@@ -31,7 +31,8 @@ sys.exit(6 if name == "bad" else 0)
 def runs_of(tmp_path, monkeypatch):
     """Runs with these names, in this test's folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):  # the tests' own
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sweep_devices, "PROGRAM", (sys.executable, "-c", PROGRAM))
     monkeypatch.setattr(sweep_devices, "available_cores", lambda: 6)
     return lambda *names: [SimpleNamespace(name=name, path=tmp_path / "runs" / name) for name in names]
