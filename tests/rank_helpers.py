@@ -20,6 +20,8 @@ from training_helpers import Forked, line_count
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "llmtune"]
 LONGEST_S = 180
 LONG = "training.max_steps=100000"
+RECORD = os.environ.get("LLMTUNE_RECORD")
+"""A file that gets one line of JSON for each signal or death, so that campaigns made in parts are counted together."""
 
 
 def environment(**more):
@@ -109,6 +111,13 @@ class TwoRanks:
         return end_of(self.processes)
 
 
+def recorded(**what):
+    """Write down what became of a run, where a record is kept."""
+    if RECORD:
+        with Path(RECORD).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(what) + "\n")
+
+
 def wait_for_lines(run, count):
     deadline = time.monotonic() + LONGEST_S
     while line_count(run / "metrics.jsonl") < count:
@@ -150,8 +159,9 @@ class TwoMachines:
         ]
         return TwoRanks(*words, machines=machines, address="10.77.0.1")
 
-    def cut(self):
-        _ip("-n", self.names[0], "link", "set", self.ends[0], "down")
+    def cut(self, end=0):
+        """Pull the cable out of this machine; nobody is told."""
+        _ip("-n", self.names[end], "link", "set", self.ends[end], "down")
 
 
 def sent_between(function, count):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from llmtune.adapters.start import fit_start
 from llmtune.common.decisions import Decision
@@ -126,24 +126,37 @@ def find_model(config: Config, options: Options) -> ModelSource:
     return catalog.resolve(config.model.name, config.model.revision, offline=options.offline)
 
 
+MadeOnce: TypeAlias = Callable[[Callable[[], LoadedTokenizer]], LoadedTokenizer]
+"""Calls what trains a tokenizer in one process of a run, and gives it to all of them."""
+
+
+def by_itself(train: Callable[[], LoadedTokenizer]) -> LoadedTokenizer:
+    """Train it in this process."""
+    return train()
+
+
 def trains_tokenizer(config: Config, source: ModelSource) -> bool:
     """Whether the run's tokenizer is made from its own rows: a from-scratch model with no tokenizer named."""
     return source.kind == "scratch" and config.model.tokenizer is None
 
 
 def open_tokenizer(
-    config: Config, source: ModelSource, options: Options, *, folder: Path | None = None
+    config: Config,
+    source: ModelSource,
+    options: Options,
+    *,
+    folder: Path | None = None,
+    made_once: MadeOnce = by_itself,
 ) -> LoadedTokenizer:
     """Load the run's tokenizer: from `folder` where it is given, else the model's or the one named in the config.
 
-    From scratch with none named, it is trained on the run's rows.
+    From scratch with none named, it is trained on the run's rows, by way of `made_once`.
     """
     if folder is not None:
         return load_tokenizer_folder(folder)
     if trains_tokenizer(config, source):
-        return train_tokenizer_for(
-            source, config.model, iter_texts(config.data, RECOGNIZED_BY[config.objective.method])
-        )
+        texts = iter_texts(config.data, RECOGNIZED_BY[config.objective.method])
+        return made_once(lambda: train_tokenizer_for(source, config.model, texts))
     return load_tokenizer(
         source, config.model, trust_remote_code=options.trust_remote_code, new_tokens=config.adapter.train_tokens
     )
@@ -302,14 +315,16 @@ def prepare(
     options: Options,
     *,
     tokenizer_folder: Path | None = None,
+    made_once: MadeOnce = by_itself,
     is_stopped: bool = False,
     progress: Callable[[int, int | None, float], None] | None = None,
 ) -> Prepared:
     """Do everything that needs no model: find it, open its tokenizer, turn rows into examples, lay them into packs.
 
     What the config leaves open is fitted to the model (`fit_max_length`, `fit_train_tokens`) and to the adapter it
-    starts from (`fit_start`), unless the run is a stopped one: then its values stand. `progress(done, total,
-    rows_per_second)` is called while rows are tokenized. Raises ConfigError, ModelError, TokenizerError or DataError.
+    starts from (`fit_start`), unless the run is a stopped one: then its values stand. `made_once` lets one of several
+    processes train a tokenizer. `progress(done, total, rows_per_second)` is called while rows are tokenized. Raises
+    ConfigError, ModelError, TokenizerError or DataError.
     """
     config, still = resolved.config, list[Decision]()
     if config.objective.method != "sft":
@@ -321,7 +336,7 @@ def prepare(
         if config.adapter.start_from is not None and not is_stopped:
             config, fitted = fit_start(config, resolved.origins)
         source = find_model(config, options)
-        loaded = open_tokenizer(config, source, options, folder=tokenizer_folder)
+        loaded = open_tokenizer(config, source, options, folder=tokenizer_folder, made_once=made_once)
         renderer = open_renderer(config, loaded)
         model_config = find_model_config(source, trust_remote_code=options.trust_remote_code)
         context = find_context(source, model_config, config.model.architecture)

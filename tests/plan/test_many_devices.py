@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,24 @@ def test_divided_weights_are_planned_in_float32_where_ddp_has_bf16_weights_besid
     assert masters[0].block_bytes == float32[0].block_bytes / 2
     refused = [plan.refused_for for plan in plans("training.master_weights=true")]
     assert refused == [None, *["training.master_weights"] * 4]
+
+
+def test_the_processes_of_a_machine_share_its_free_memory_in_the_plan(
+    tiny_model_folder,
+    rows_file,  # noqa: F811
+    capsys,
+    monkeypatch,
+):
+    free = SimpleNamespace(available=8 * 10**9)
+    monkeypatch.setattr("llmtune.plan.hardware.psutil.virtual_memory", lambda: free)
+    said = {}
+    for count in (1, 4):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
+        assert run(["plan", f"model.name={tiny_model_folder}", f"data.train={rows_file}", "--json"]) == 0
+        said[count] = json.loads(capsys.readouterr().out)
+    assert said[4]["device"] == "this CPU, shared by 4 processes"
+    apart = said[1]["budget_bytes"] - said[4]["budget_bytes"]
+    assert apart == pytest.approx(SHARE["cpu"] * free.available * 3 / 4, rel=0.02)  # the process itself grows a little
 
 
 def test_the_command_prints_each_strategy_with_its_formula(tiny_model_folder, rows_file, capsys):  # noqa: F811

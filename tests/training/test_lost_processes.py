@@ -7,8 +7,8 @@ import time
 import pytest
 
 from llmtune.cli.main import run as command
-from rank_helpers import LONG, TwoMachines, TwoRanks, needs_namespaces, wait_for_lines
-from training_helpers import small_run
+from rank_helpers import LONG, TwoMachines, TwoRanks, needs_namespaces, recorded, wait_for_lines
+from training_helpers import lines_of, small_run, weights_of
 
 SLOW_SAVE = """
 import sys, time
@@ -42,11 +42,11 @@ def words(tiny_model_folder, rows_file, tmp_path_factory):
     return folder, given
 
 
-def start(words, name, *more, **how):
+def start(words, name, *more, steps=4, **how):
     folder, given = words
     both = TwoRanks("train", *given, f"run.name={name}", *more, **how)
     try:
-        wait_for_lines(folder / name, 4)
+        wait_for_lines(folder / name, steps)
     except BaseException:
         for process in both.processes:
             process.kill()
@@ -56,7 +56,7 @@ def start(words, name, *more, **how):
 
 
 def left_alone(both, gone, within_s):
-    """What the survivor said, which must end within this time; the other one is killed then."""
+    """What the survivor said, which must end within this time, and when; the other one is killed then."""
     survivor = both.processes[1 - gone]
     began = time.monotonic()
     try:
@@ -68,24 +68,14 @@ def left_alone(both, gone, within_s):
     assert survivor.returncode == 8, said
     assert took < within_s, said
     assert said.count("error: ") == 1, said
-    return said
+    return said, took
 
 
-@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.campaign)])
-def test_p12_a_killed_process_ends_the_other_within_ten_seconds(words, killed):
-    both = start(words, f"killed-{killed}", LONG)
-    both.processes[killed].kill()
-    said = left_alone(both, killed, 10)
-    assert f"process {killed} ({socket.gethostname()}) died: its connection was closed" in said
-
-
-@pytest.mark.campaign
-@pytest.mark.parametrize("stopped", [0, 1])
-def test_p12_a_process_that_hangs_is_named_after_the_time_out(words, stopped):
-    both = start(words, f"stopped-{stopped}", LONG, "distributed.timeout_s=6")
-    both.processes[stopped].send_signal(signal.SIGSTOP)
-    said = left_alone(both, stopped, 6 + 6)
-    assert f"process {stopped} ({socket.gethostname()}) stopped answering" in said
+def test_p12_a_killed_process_ends_the_other_within_ten_seconds(words):
+    both = start(words, "killed", LONG)
+    both.processes[0].kill()
+    said, _ = left_alone(both, 0, 10)
+    assert f"process 0 ({socket.gethostname()}) died: its connection was closed" in said
 
 
 @pytest.mark.campaign
@@ -114,25 +104,72 @@ def test_p12_a_process_that_hangs_in_a_save_is_named_too(words, where):
     wait_for_lines(folder / where, 20)
     time.sleep(1)
     both.processes[0].send_signal(signal.SIGSTOP)
-    assert "process 0" in left_alone(both, 0, 3 + 6)
+    assert "process 0" in left_alone(both, 0, 3 + 6)[0]
+
+
+STEPS = ("training.max_steps=400", "checkpoint.every_steps=20", "distributed.timeout_s=6")
+
+
+@pytest.fixture(scope="module")
+def whole(words):
+    """A run from which nobody was taken."""
+    folder, given = words
+    codes, said = TwoRanks("train", *given, *STEPS, "run.name=whole").end()
+    assert codes == [0, 0], said
+    return folder / "whole"
+
+
+def goes_on(run, whole, resume, how, took):
+    """The same processes, started again, finish to the same bytes."""
+    step = max(line["step"] for line in lines_of(run))
+    codes, said = resume("resume", str(run)).end()
+    assert codes == [0, 0], said
+    assert weights_of(run) == weights_of(whole)
+    assert lines_of(run) == lines_of(whole)
+    recorded(death=how, step=step, code=8, seconds=round(took, 2))
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("gone", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "number", "within_s", "text"),
+    [
+        ("killed", signal.SIGKILL, 10, "died: its connection was closed"),
+        ("stopped", signal.SIGSTOP, 6 + 6, "stopped answering"),
+    ],
+)
+def test_p12_after_a_process_is_lost_the_run_goes_on_to_the_same_bytes(words, whole, how, number, within_s, text, gone):
+    name = f"{how}-{gone}"
+    both = start(words, name, *STEPS, steps=45)
+    both.processes[gone].send_signal(number)
+    said, took = left_alone(both, gone, within_s)
+    assert f"process {gone} ({socket.gethostname()}) {text}" in said
+    goes_on(words[0] / name, whole, TwoRanks, name, took)
 
 
 @pytest.mark.campaign
 @needs_namespaces
-def test_p12_a_machine_that_vanishes_is_noticed_within_ten_seconds_on_both_sides_and_the_run_goes_on(words):
+@pytest.mark.parametrize("gone", [0, 1])
+@pytest.mark.parametrize("how", ["cut off", "switched off"])
+def test_p12_a_machine_that_vanishes_is_noticed_within_ten_seconds_and_the_run_goes_on_to_the_same_bytes(
+    words, whole, how, gone
+):
+    """The cable is pulled, so that nobody is told; of a machine that is switched off, the process is gone too."""
     folder, given = words
+    run, host, is_on = folder / f"{how}-{gone}", socket.gethostname(), how == "cut off"
     with TwoMachines() as machines:
-        both = machines.start("train", *given, "run.name=cut", LONG)
-        wait_for_lines(folder / "cut", 10)
-        machines.cut()
+        both = machines.start("train", *given, *STEPS, "distributed.timeout_s=60", f"run.name={run.name}")
+        wait_for_lines(run, 45)
+        machines.cut(gone)
+        if not is_on:
+            both.processes[gone].kill()
         began = time.monotonic()
         codes, said = both.end()
         took = time.monotonic() - began
-    assert codes == [8, 8], said
+    left = (0, 1) if is_on else (1 - gone,)
+    assert [codes[rank] for rank in left] == [8] * len(left), said
     assert took < 10 + 2.5, (took, said)  # noticed within ten seconds, and a moment to end by itself
-    host = socket.gethostname()
-    for rank in range(2):
+    for rank in left:
         assert f"the machine of process {1 - rank} ({host}) no longer answers" in said[rank]
     with TwoMachines() as machines:
-        codes, said = machines.start("resume", str(folder / "cut"), "training.max_steps=40", "--allow-changes").end()
-        assert codes == [0, 0], said
+        goes_on(run, whole, machines.start, run.name, took)

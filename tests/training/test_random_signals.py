@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 
 import peft  # noqa: F401 - once here, not in every child
 import pytest
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from rank_helpers import LAUNCHER, LONGEST_S, TwoRanks, environment, processes_of
+from rank_helpers import LAUNCHER, LONGEST_S, TwoRanks, environment, processes_of, recorded
 from training_helpers import line_count, lines_of, small_run, weights_of
 
 pytestmark = pytest.mark.campaign
@@ -63,7 +63,8 @@ def send(number, whom, process, name, chance):
 def life(words, launcher, number, whom, chance, name):
     """Start a run and send it the signal at a moment of its start (one of four) or of its training.
 
-    Returns the exit code, what was printed, and whether a step had been made when the signal was sent.
+    Returns the exit code, what was printed, whether a step had been made when the signal was sent, and the seconds from
+    the signal to the end.
     """
     folder, given = words
     run = folder / name
@@ -80,10 +81,12 @@ def life(words, launcher, number, whom, chance, name):
             time.sleep(0.01)
         time.sleep(chance.uniform(0, TRAINING_S))
     has_begun = line_count(run / "metrics.jsonl") > 0
+    sent = time.monotonic()
     send(number, whom, process, name, chance)
     said = process.communicate(timeout=LONGEST_S)[0]
+    took = time.monotonic() - sent
     assert processes_of(name) == {}, "processes outlive the run"
-    return process.returncode, said, has_begun
+    return process.returncode, said, has_begun, took
 
 
 def allowed_codes(launcher, number, whom):
@@ -99,11 +102,11 @@ def allowed_codes(launcher, number, whom):
 def test_p8_a_signal_at_a_random_moment_loses_nothing(words, whole, launcher, number):
     """Every life but those that end before their first step goes on to the bytes of the run nobody stopped."""
     folder, _ = words
-    ends = Counter()
+    ends = defaultdict(list)
     for count in LIVES:
         chance = random.Random(f"{launcher} {number} {count}")
         whom, name = WHOM[count % len(WHOM)], f"{launcher.strip('-')}-{number}-{count}"
-        code, said, has_begun = life(words, launcher, number, whom, chance, name)
+        code, said, has_begun, took = life(words, launcher, number, whom, chance, name)
         run = folder / name
         info = json.loads((run / "run.json").read_text()) if run.exists() else {"state": "nothing to save"}
         told = (whom, has_begun, code, info, said)
@@ -124,7 +127,11 @@ def test_p8_a_signal_at_a_random_moment_loses_nothing(words, whole, launcher, nu
         if info["state"] in ("finished", "stopped"):
             assert weights_of(run) == weights_of(whole), told
             assert lines_of(run) == lines_of(whole), told
-        ends[info["state"], whom, code] += 1
+        ends[info["state"], whom, code].append(took)
+        recorded(
+            launcher=launcher, signal=signal.Signals(number).name, whom=whom, state=info["state"], code=code,
+            seconds=round(took, 2),
+        )  # fmt: skip
     print(f"\n{launcher} {signal.Signals(number).name}")
     for end, times in sorted(ends.items()):
-        print("  ", *end, times)
+        print("  ", *end, len(times), f"at most {max(times):.1f} s")

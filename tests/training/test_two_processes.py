@@ -3,19 +3,24 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from safetensors.torch import load_file, save_file
 
 from llmtune.cli.main import run as command
+from llmtune.data.dataset import cache
 from llmtune.engine.devices import Devices
 from llmtune.errors import ConfigError, MachineError
-from rank_helpers import LAUNCHER, LONG, LONGEST_S, TwoRanks, environment, launched, wait_for_lines
+from llmtune.models import tokenizer
+from rank_helpers import LAUNCHER, LONG, LONGEST_S, TwoRanks, environment, in_two_ranks, launched, wait_for_lines
 from training_helpers import lines_of, small_run, weights_of
 
 ALONE = "`accelerate launch` was asked for several processes, and has started this one alone"
@@ -110,13 +115,84 @@ def test_adapters_that_begin_with_a_part_of_the_base_are_the_same_on_two_process
 def test_processes_that_are_started_otherwise_are_refused_before_the_first_step(words):
     """The keys are named, and the process; the error is printed once."""
     folder, given = words
-    ranks = TwoRanks("train", *given, "run.name=otherwise", own=((), ("training.learning_rate=0.1", "run.seed=7")))
-    codes, said = ranks.end()
+    other = {"training.learning_rate": 0.1, "run.seed": 7, "data.shuffle_seed": 2, "training.max_steps": 6}
+    here = {"training.learning_rate": 0.01, "run.seed": 42, "data.shuffle_seed": 42, "training.max_steps": 40}
+    own = ((), tuple(f"{key}={value}" for key, value in other.items()))
+    codes, said = TwoRanks("train", *given, "run.name=otherwise", own=own).end()
     assert codes == [ConfigError.exit_code] * 2, said
-    for key, there, here in (("training.learning_rate", 0.1, 0.01), ("run.seed", 7, 42)):
-        text = f"process 1 ({socket.gethostname()}) differs from process 0: {key} is {there} there and {here} here"
+    for key, there in other.items():
+        text = f"process 1 ({socket.gethostname()}) differs from process 0: {key} is {there} there and {here[key]} here"
         assert "".join(said).count(text) == 1, said
     assert not (folder / "otherwise").exists()
+
+
+def fewer_rows(folder):
+    lines = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (folder / "rows.jsonl").write_text("".join(lines[:-1]))
+
+
+def another_template(folder):
+    file = folder / "model" / "chat_template.jinja"
+    file.write_text(file.read_text() + "{# of another version #}")
+
+
+def other_weights(folder):
+    file = folder / "model" / "model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (fewer_rows, "training rows"),
+        pytest.param(another_template, "chat template and masks", marks=pytest.mark.campaign),
+        pytest.param(other_weights, "base model", marks=pytest.mark.campaign),
+    ],
+)
+def test_processes_with_other_files_are_refused_before_the_first_step(
+    tiny_model_folder, rows_file, tmp_path, change, key
+):
+    """The same command, in folders of their own."""
+    for rank in range(2):
+        shutil.copytree(tiny_model_folder, tmp_path / str(rank) / "model")
+        shutil.copy(rows_file, tmp_path / str(rank) / "rows.jsonl")
+    change(tmp_path / "1")
+    given = small_run(Path("./model"), Path("rows.jsonl"), tmp_path / "runs", "run.name=other", "training.max_steps=4")
+
+    def start():
+        os.chdir(tmp_path / os.environ["RANK"])
+        return command(["train", *given])
+
+    codes, said = in_two_ranks(start)
+    assert codes == [ConfigError.exit_code] * 2, said
+    assert "".join(said).count(f"process 1 ({socket.gethostname()}) differs from process 0: {key} is") == 1, said
+    assert not (tmp_path / "runs" / "other").exists()
+
+
+def test_one_process_trains_the_tokenizer_and_tokenizes(rows_file, tmp_path, monkeypatch):
+    """In a cold cache, for a model from scratch; the others wait, and get both."""
+
+    def noted(module, name, *which):
+        real = getattr(module, name)
+
+        def call(*given, **named):
+            with (tmp_path / name).open("a") as file:
+                file.write(" ".join([os.environ["RANK"], *(str(given[index]) for index in which)]) + "\n")
+            return real(*given, **named)
+
+        monkeypatch.setattr(module, name, call)
+
+    noted(tokenizer, "train_tokenizer")
+    noted(cache, "build_set", 1)
+    given = small_run(Path("custom-nano"), rows_file, tmp_path / "runs", "adapter.method=none", "run.name=scratch")
+    more = ("training.max_steps=2", f"data.cache_dir={tmp_path / 'cache'}")
+    codes, said = in_two_ranks(lambda: command(["train", *given, *more]))
+    assert codes == [0, 0], said
+    assert (tmp_path / "train_tokenizer").read_text() == "0\n"
+    keys = [line.split()[1] for line in (tmp_path / "build_set").read_text().splitlines()]
+    assert len(keys) == len(set(keys)) > 0
 
 
 def test_a_wrong_command_is_refused_once(words):
@@ -227,13 +303,15 @@ def test_p8_every_signal_to_any_process_stops_all(words, number, ranks):
 
 
 @pytest.mark.campaign
-def test_minutes_end_all_processes_at_the_same_step(words):
+@pytest.mark.parametrize("time", range(5))
+def test_minutes_end_all_processes_at_the_same_step(words, time):
+    """Each has a clock of its own."""
     folder, given = words
-    both = TwoRanks("train", *given, "run.name=minutes", LONG, "training.max_minutes=0.02")
+    both = TwoRanks("train", *given, f"run.name=minutes-{time}", LONG, f"training.max_minutes={0.01 + time / 300}")
     codes, said = both.end()
     assert codes == [0, 0], said
-    assert "".join(said).count("stopped after 0.02 minutes") == 1
-    assert json.loads((folder / "minutes" / "run.json").read_text())["state"] == "stopped"
+    assert len(re.findall("stopped after 0.0.* minutes", "".join(said))) == 1, said
+    assert json.loads((folder / f"minutes-{time}" / "run.json").read_text())["state"] == "stopped"
 
 
 @pytest.mark.campaign

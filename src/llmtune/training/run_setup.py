@@ -6,9 +6,10 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from llmtune.data.dataset.report import data_excerpt
 from llmtune.engine.devices import Devices
 from llmtune.errors import MachineError
 from llmtune.models import save
+from llmtune.models.tokenizer import LoadedTokenizer, load_tokenizer_folder
 from llmtune.plan.memory import optimizer_bytes
 from llmtune.plan.resolve_auto import OPEN_VALUES
 from llmtune.plan.summary import Plan, as_dict
@@ -51,6 +53,7 @@ __all__ = [
     "open_stopped",
     "run_info",
     "run_name",
+    "trained_once",
     "with_defaults",
 ]
 
@@ -311,6 +314,24 @@ def identity_of(setup: TrainingSetup) -> Identity:
         "threads": torch.get_num_threads(),
         "world_size": setup.devices.world_size,
     }
+
+
+def trained_once(devices: Devices, train: Callable[[], LoadedTokenizer]) -> LoadedTokenizer:
+    """Let the main process train the run's tokenizer, and give it to the others.
+
+    Raises the LlmtuneError that `train` raises, in all.
+    """
+    own = devices.on_main(train)
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        if own is not None:
+            save.write_tokenizer(own.tokenizer, folder)
+        files = devices.from_main({path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()})
+        if own is not None:
+            return own
+        for name, text in files.items():
+            durable.write_text(folder / name, text)
+        return load_tokenizer_folder(folder)
 
 
 def facts_of(prepared: Prepared) -> dict[str, object]:

@@ -280,7 +280,8 @@ def _prepare_and_plan(
     """Read the rows of a new run, resolve what its config leaves open, plan and print it."""
     for note in resolved.notes:
         print_line(note)
-    prepared = prepare(resolved, options, progress=tokenizing_progress(print_line))
+    made_once = functools.partial(run_setup.trained_once, devices)
+    prepared = prepare(resolved, options, made_once=made_once, progress=tokenizing_progress(print_line))
     devices.check_alike(run_setup.facts_of(prepared))
     forecaster = Forecaster.for_this_machine(prepared, options, devices)
     forecaster = forecaster.with_prepared(resolve_strategy(forecaster, devices))
