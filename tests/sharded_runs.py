@@ -16,7 +16,7 @@ from llmtune.cli.main import run as command
 from training_helpers import lines_of, small_run, weights_of
 
 WORKER = Path(__file__).parent / "training" / "sharded_worker.py"
-LONGEST_S = 240
+LONGEST_S = 900
 
 ROWS = ("training.batch_size=1", "training.gradient_accumulation_steps=3", "training.learning_rate=0.001")
 """20 training rows in windows of 3 micro-batches: of two processes one has a row less, of four one has none, and in the

@@ -130,11 +130,6 @@ MadeOnce: TypeAlias = Callable[[Callable[[], LoadedTokenizer]], LoadedTokenizer]
 """Calls what trains a tokenizer in one process of a run, and gives it to all of them."""
 
 
-def by_itself(train: Callable[[], LoadedTokenizer]) -> LoadedTokenizer:
-    """Train it in this process."""
-    return train()
-
-
 def trains_tokenizer(config: Config, source: ModelSource) -> bool:
     """Whether the run's tokenizer is made from its own rows: a from-scratch model with no tokenizer named."""
     return source.kind == "scratch" and config.model.tokenizer is None
@@ -146,7 +141,7 @@ def open_tokenizer(
     options: Options,
     *,
     folder: Path | None = None,
-    made_once: MadeOnce = by_itself,
+    made_once: MadeOnce = lambda train: train(),
 ) -> LoadedTokenizer:
     """Load the run's tokenizer: from `folder` where it is given, else the model's or the one named in the config.
 
@@ -315,7 +310,7 @@ def prepare(
     options: Options,
     *,
     tokenizer_folder: Path | None = None,
-    made_once: MadeOnce = by_itself,
+    made_once: MadeOnce = lambda train: train(),
     is_stopped: bool = False,
     progress: Callable[[int, int | None, float], None] | None = None,
 ) -> Prepared:

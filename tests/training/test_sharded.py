@@ -1,11 +1,18 @@
 """Sharded runs through the real commands: the run is that of one process, whatever is trained (N2, P9)."""
 
+import errno
+import os
+import platform
 import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from llmtune import durable
+from llmtune.cli.main import run as command
+from rank_helpers import in_two_ranks
 from sharded_runs import FULL, LORA, has_the_state_of, is_one_run, is_the_run_never_stopped, trained
+from training_helpers import small_run
 
 CASES = {
     "full": FULL,
@@ -28,6 +35,8 @@ def is_sharded(held, *, engine="flat", fused=True):
         assert rank["decisions"]["training.engine"] == engine
         assert rank["decisions"].get("adapter.engine") == ("fused" if fused else None)
         assert all("DTensor" in kind for kind in rank["kinds"]), rank["kinds"]
+        # Larger ones, gathered and dropped again and again, would leave gaps.
+        assert platform.libc_ver()[0] != "glibc" or rank["decisions"]["process.allocator"].endswith(" up to 4 MiB")
     shares = [rank["shares"] for rank in held]
     for name, (_, whole) in shares[0].items():
         parts = [share[name][0] for share in shares]
@@ -116,3 +125,42 @@ def test_p9_a_run_goes_on_with_other_processes_and_another_strategy(ranks_of, un
     ours, theirs = ranks.folder / "moved", ranks.folder / "straight"
     for step in (4, 8, 12, 16, 20):
         has_the_state_of(ours, theirs, step, atol=1e-6)
+
+
+class Refuses(durable.SystemBackend):
+    """A disk that is full in the middle of a checkpoint's optimizer state: once, or from then on."""
+
+    def __init__(self, *, once):
+        self.refusals, self.writes = 1 if once else 1000, 0
+
+    def call(self, operation, *arguments):
+        if operation == "open":
+            self.writes = 6 if "optimizer.safetensors" in str(arguments[0]) else 1000000
+        elif operation == "write":
+            self.writes -= 1
+            if self.writes <= 0 < self.refusals:
+                self.refusals -= 1
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().call(operation, *arguments)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("once", [True, False])
+def test_p7_a_disk_that_refuses_in_the_middle_of_a_sharded_save_leaves_nobody_waiting(
+    tiny_model_folder, rows_file, tmp_path, once
+):
+    """Tensors are gathered while the file is written; then it is written again, or all processes end."""
+    more = (*FULL, "distributed.strategy=fsdp", "training.max_steps=4", "distributed.timeout_s=30")
+    given = small_run(tiny_model_folder, rows_file, tmp_path, *more)
+
+    def refused():
+        with durable.use_backend(Refuses(once=once)):
+            return command(["train", *given, "run.name=refused"])
+
+    codes, said = in_two_ranks(refused)
+    assert codes == ([0, 0] if once else [6, 6]), said
+    if once:
+        assert in_two_ranks(lambda: command(["train", *given, "run.name=whole"]))[0] == [0, 0]
+        for name in ("optimizer.safetensors", "model.safetensors"):
+            saved = [tmp_path / run / "checkpoints" / "step-000004" / name for run in ("refused", "whole")]
+            assert saved[0].read_bytes() == saved[1].read_bytes()

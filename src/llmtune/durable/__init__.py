@@ -40,7 +40,7 @@ from llmtune.durable.manifest import (
     verify_manifest,
 )
 from llmtune.durable.system import Backend, SystemBackend, errno_of, translate_os_errors, use_backend
-from llmtune.durable.tensors import read_tensors, write_tensors
+from llmtune.durable.tensors import read_tensors, tensor_order, write_tensors
 
 __all__ = [
     "MANIFEST",
@@ -70,6 +70,7 @@ __all__ = [
     "remove_tree",
     "rename",
     "replace_symlink",
+    "tensor_order",
     "translate_os_errors",
     "use_backend",
     "verify_manifest",

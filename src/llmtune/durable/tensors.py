@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     AnyTensor: TypeAlias = torch.Tensor | npt.NDArray[np.generic]
 
-__all__ = ["read_tensors", "write_tensors"]
+__all__ = ["read_tensors", "tensor_order", "write_tensors"]
 
 _TYPES = {short: name for name, short in SAFETENSORS_NAMES.items()}
 _ORDER = {short: index for index, short in enumerate(_TYPES)}
@@ -42,17 +42,32 @@ _MOST_DIMENSIONS = 64  # torch's limit
 _LARGEST_HEADER_BYTES = 100_000_000  # the library refuses more
 
 
+def tensor_order(tensors: Mapping[str, AnyTensor]) -> list[str]:
+    """Give the names of tensors, of any shape, in the order in which a file has them."""
+    return [name for name, *_ in _entries(tensors)]
+
+
+def _entries(tensors: Mapping[str, AnyTensor]) -> list[tuple[str, str, list[int], int]]:
+    entries = [(name, *_describe(name, tensor)) for name, tensor in tensors.items()]
+    entries.sort(key=lambda entry: (_ORDER[entry[1]], entry[0]))  # wide types first keeps every tensor aligned
+    return entries
+
+
 def write_tensors(
-    path: Path | str, tensors: Mapping[str, AnyTensor], metadata: Mapping[str, str] | None = None
+    path: Path | str,
+    tensors: Mapping[str, AnyTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    read: Callable[[str], AnyTensor] | None = None,
 ) -> None:
     """Write torch or NumPy tensors as a safetensors file, completely or not at all (see `write_stream`).
 
     Any shape and any type of the format, bfloat16 among them; tensors on a device are copied to the CPU one at a time.
-    Each tensor is written by itself, also where two share memory. Raises MachineError; TypeError for a type the format
-    does not have.
+    Each tensor is written by itself, also where two share memory. `read` gives the tensor of a name in full when its
+    turn comes (`tensor_order`), where `tensors` has types and shapes alone. Raises MachineError; TypeError for a type
+    the format does not have.
     """
-    entries = [(name, *_describe(name, tensor)) for name, tensor in tensors.items()]
-    entries.sort(key=lambda entry: (_ORDER[entry[1]], entry[0]))  # wide types first keeps every tensor aligned
+    entries = _entries(tensors)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, short, shape, item_bytes in entries:
@@ -65,7 +80,7 @@ def write_tensors(
     def chunks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
         for name, *_ in entries:
-            if data := _bytes_of(tensors[name]):
+            if data := _bytes_of(read(name) if read is not None else tensors[name]):
                 yield data
 
     write_stream(path, chunks())

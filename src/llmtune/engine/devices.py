@@ -207,6 +207,10 @@ class Devices:
         """Call `work` on the main process alone; the others wait, get None, and raise the LlmtuneError it raises."""
         return work() if self.world_size == 1 else self._told().on_main(work)
 
+    def on_main_with_others(self, work: Callable[[Callable[[int], None]], T], share: Callable[[int], None]) -> T | None:
+        """Call `work(ask)` as `on_main` does, where each `ask(number)` lets every process call `share(number)`."""
+        return work(share) if self.world_size == 1 else self._told().on_main_with_others(work, share)
+
     def from_main(self, value: T) -> T:
         """Give the main process's `value`, which must be plain JSON; those of the others do not count."""
         return value if self.world_size == 1 else self._told().from_main(value)

@@ -15,7 +15,7 @@ from torch import nn
 
 from llmtune.common.decisions import Decision
 from llmtune.config.schema import TrainingConfig
-from llmtune.engine.sharded_tensors import full_tensor, shard_like
+from llmtune.engine.sharded_tensors import shard_like
 from llmtune.errors import ConfigError
 from llmtune.models.quantization import bnb_optimizer
 
@@ -59,7 +59,10 @@ class AnyOptimizer(Protocol):
         ...
 
     def state_of(self, parameter: nn.Parameter, /) -> Mapping[str, Any]:
-        """Give a parameter's state in full, empty before its first step; each process must call it."""
+        """Give a parameter's state, empty before its first step; each process must call it.
+
+        It is in full, or in DTensors, which name their full shapes.
+        """
         ...
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Any], /) -> None:
@@ -109,9 +112,8 @@ class Optimizer:
         yield from ((parameter, part) for parameter, (part, _) in self._owners.items())
 
     def state_of(self, parameter: nn.Parameter) -> Mapping[str, Any]:
-        """Give a parameter's state in full, empty before its first step; sharded tensors are gathered."""
-        state = self._owners[parameter][0].state.get(parameter, {})
-        return {key: full_tensor(value) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+        """Give a parameter's state as it is held, empty before its first step."""
+        return dict(self._owners[parameter][0].state.get(parameter, {}))
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Any]) -> None:
         """Replace a parameter's state by one in full, of which a sharded parameter keeps its part."""

@@ -55,6 +55,27 @@ class RankMessages:
         self._send(None)
         return result
 
+    def on_main_with_others(self, work: Callable[[Callable[[int], None]], T], share: Callable[[int], None]) -> T | None:
+        """Call `work(ask)` as `on_main` does; in it, `ask(number)` lets every process call `share(number)`.
+
+        Between two questions the others wait as long as the work takes.
+        """
+
+        def ask(number: int) -> None:
+            self._send(number)
+            share(number)
+
+        def work_to_the_end() -> T:
+            try:
+                return work(ask)
+            finally:
+                self._send(None)
+
+        if self._rank != 0:
+            while (number := self._receive()) is not None:
+                share(number)
+        return self.on_main(work_to_the_end)
+
     def from_main(self, value: T) -> T:
         """Give the main process's `value`, which must be plain JSON; those of the others do not count."""
         if self._rank != 0:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["full_tensor", "gather", "local_part", "shard_like"]
+__all__ = ["GatheredInTurn", "full_tensor", "gather", "is_in_parts", "local_part", "shard_like"]
+
+GATHERED_BYTES = 1 << 26
+"""Bytes of files that are gathered together: one tensor at least, and not a message for each small one."""
+
+Order: TypeAlias = Callable[[Mapping[str, Tensor]], Sequence[str]]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -25,6 +31,11 @@ def local_part(tensor: Tensor) -> Tensor:
     part = full[rank c : (rank + 1) c] with c = ceil(n / processes), as `torch.chunk` cuts.
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_in_parts(tensor: Tensor) -> bool:
+    """Whether each process holds a part of this tensor, of any shape."""
+    return isinstance(tensor, DTensor)
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
@@ -57,3 +68,44 @@ def gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
         if full is not None:
             gathered[name] = full
     return gathered
+
+
+class GatheredInTurn:
+    """Tensors of files, each process holding a part of them, gathered while the main process writes them.
+
+    So nobody holds more than the parts and what is written next. Every process makes one over the same sharded tensors.
+    """
+
+    def __init__(self, files: Mapping[str, Mapping[str, Tensor]], order: Order, *, keep: bool) -> None:
+        """Take the tensors, of any shape, of each file. order: of a file's names. keep: whether this process writes."""
+        self._files, self._keep = files, keep
+        self._turns: list[list[tuple[str, str]]] = []
+        self._turn_of: dict[tuple[str, str], int] = {}
+        self._here: dict[tuple[str, str], Tensor] = {}
+        room = 0
+        for file, tensors in files.items():
+            for name in order(tensors):
+                if isinstance(tensors[name], DTensor):
+                    room -= tensors[name].nbytes
+                    if room < 0 or not self._turns:
+                        self._turns.append([])
+                        room = GATHERED_BYTES - tensors[name].nbytes
+                    self._turns[-1].append((file, name))
+                    self._turn_of[file, name] = len(self._turns) - 1
+
+    def gather(self, turn: int) -> None:
+        """Gather the tensors of this turn; each process must call it."""
+        self._here.clear()  # what a write that failed has left
+        for file, name in self._turns[turn]:
+            full = full_tensor(self._files[file][name].detach())
+            if self._keep:
+                self._here[file, name] = full.cpu()
+
+    def read(self, file: str, name: str, ask: Callable[[int], None]) -> Tensor:
+        """Give a tensor in full; where it is sharded and not here, `ask` lets every process gather its turn."""
+        place = (file, name)
+        if place not in self._turn_of:
+            return self._files[file][name]
+        if place not in self._here:
+            ask(self._turn_of[place])
+        return self._here.pop(place)

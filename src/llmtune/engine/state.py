@@ -17,6 +17,7 @@ import torch
 from llmtune.engine.devices import Devices
 from llmtune.engine.optim import AnyOptimizer
 from llmtune.engine.precision import Precision
+from llmtune.engine.sharded_tensors import is_in_parts
 from llmtune.errors import CheckpointError
 
 __all__ = ["Snapshot", "TrainingState", "capture", "capture_rng", "restore", "restore_rng"]
@@ -80,7 +81,10 @@ class Snapshot:
     """The state of a training at a step boundary."""
 
     tensors: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    """By group (`optimizer`, `rng`), then name; on the CPU, none sharing memory with another."""
+    """By group (`optimizer`, `rng`), then name; on the CPU, none sharing memory with another.
+
+    Those that processes hold in parts (DTensors) are the optimizer's own, good until its next step.
+    """
     state: dict[str, Any] = field(default_factory=dict)
     """A tree of plain values that JSON can hold."""
 
@@ -97,8 +101,8 @@ def capture(
     """Copy optimizer, loss scale, counters, and the random generators of every process (one row each).
 
     `parameters`: the trained ones by name. With several processes each must call it: the generators are gathered, the
-    rest is the same on all. `keep`: whether this process gets the optimizer's tensors, which are whole, twice the size
-    of the trained weights with AdamW; without it, it takes part only.
+    rest is the same on all. `keep`: whether this process gets those of the optimizer's tensors that are whole, twice
+    the size of the trained weights with AdamW; without it, it takes part only.
     """
     devices = devices or Devices(precision.device)
     tensors, scalars = _capture_optimizer(parameters, optimizer, keep=keep)
@@ -141,7 +145,10 @@ def restore(
 def _capture_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], optimizer: AnyOptimizer, *, keep: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, _ParameterState]]:
-    """Give the optimizer's tensors as `parameter//key`, none without `keep`, and the rest of its state by parameter."""
+    """Give the optimizer's tensors as `parameter//key`, and the rest of its state by parameter.
+
+    Without `keep` they are those alone that processes hold in parts.
+    """
     parts = dict(optimizer.part_of())
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, _ParameterState] = {}
@@ -150,7 +157,9 @@ def _capture_optimizer(
         for key, value in optimizer.state_of(parameter).items():
             if isinstance(value, torch.Tensor):
                 entry["places"][key] = _device_of(value, parameter)
-                if keep:
+                if is_in_parts(value):
+                    tensors[f"{name}//{key}"] = value.detach()
+                elif keep:
                     # A copy, because the optimizer goes on to change its tensors while the file is written.
                     tensors[f"{name}//{key}"] = value.detach().to("cpu", copy=True).contiguous()
             else:

@@ -108,7 +108,8 @@ def plan_memory(
     """Add the parts up for every moment of a run and return the moment with the largest sum; all sizes in bytes.
 
     A phase of the micro-batch takes weights + optimizer + gradients + what the trace counted + the allocator's gaps;
-    the update weights + optimizer + gradients; saving, on a CPU, weights + twice the optimizer; loading weights + file.
+    the update weights + optimizer + gradients; saving, on a CPU, weights + twice the optimizer, or with fsdp twice the
+    weights + optimizer; loading weights + file.
 
     kind: `cpu` or `cuda`. thread_caches: the allocator keeps small blocks for each thread. process_bytes: the process
     without a model, which counts for a CPU only. file_bytes: of the weight files. reference_bytes: of a copy of the
@@ -143,8 +144,11 @@ def plan_memory(
         "update": {"gradients": _held(at_update, division.gradients), "optimizer": own_state},
     }
     if is_cpu:
-        # A checkpoint is written from a copy, the whole of it by the main process.
-        moments["saving"] = {"optimizer": own_state, "workspace": state}
+        # A checkpoint is written from a copy, the whole of it by the main process. With fsdp its tensors are gathered
+        # one after the other, and only the weights of the final model are there together.
+        is_fsdp = division.weights > 1 and not division.copies
+        copied = sizes.adapter_bytes or sizes.base_bytes
+        moments["saving"] = {"optimizer": own_state, "workspace": copied if is_fsdp else state}
         # The files are mapped while their tensors are copied, so both are in memory for a moment, whole.
         moments["loading"] = {"workspace": file_bytes + sizes.base_bytes - base["weights"]}
     moment = max(moments, key=lambda name: sum(moments[name].values()))

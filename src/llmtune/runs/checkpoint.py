@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from llmtune import durable
@@ -102,12 +103,15 @@ def save_checkpoint(
     write_weights: Callable[[Path], None],
     snapshot: Snapshot,
     manifest_extra: Mapping[str, object] | None = None,
+    *,
+    read: Mapping[str, Callable[[str], Tensor]] = MappingProxyType({}),
 ) -> Path:
     """Commit the checkpoint of `step` and return its folder; on return it survives a power loss.
 
     `write_weights` writes any files into the folder it is given, `snapshot` becomes state.json and one safetensors file
-    for each group. `manifest_extra` (versions, threads, world_size, digests) goes into the manifest. An older
-    checkpoint of the same step is replaced. Raises MachineError; every earlier checkpoint is then untouched.
+    for each group. `manifest_extra` (versions, threads, world_size, digests) goes into the manifest. `read`: of groups
+    that are held in parts, what gives a tensor in full by its name (see `durable.write_tensors`). An older checkpoint
+    of the same step is replaced. Raises MachineError; every earlier checkpoint is then untouched.
     """
     durable.make_folder(run.checkpoints)
     target = run.checkpoints / checkpoint_name(step)
@@ -125,7 +129,7 @@ def save_checkpoint(
         taken = reserved & {path.name for path in staging.iterdir()}
         assert not taken, f"the weights may not be called {taken}"
         for group, tensors in snapshot.tensors.items():
-            durable.write_tensors(staging / f"{group}.safetensors", tensors)
+            durable.write_tensors(staging / f"{group}.safetensors", tensors, read=read.get(group))
         durable.write_json(staging / STATE_FILE, snapshot.state)
     return target
 

@@ -22,7 +22,13 @@ from llmtune.common.text import readable_bytes
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, TrainingConfig
 from llmtune.data.dataset.batches import BatchPlan, Window
-from llmtune.engine.allocator import LEAN_LARGEST_BLOCK, allocator_in_force, bound_kernel_caches, tune_allocator
+from llmtune.engine.allocator import (
+    LEAN_LARGEST_BLOCK,
+    SHARDED_LARGEST_BLOCK,
+    allocator_in_force,
+    bound_kernel_caches,
+    tune_allocator,
+)
 from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine, build_engine
 from llmtune.engine.masters import MasterOptimizer, make_masters
@@ -141,10 +147,10 @@ def build_setup(
     checkpoint to restore. Seeds the generators from `run.seed`. Raises ModelError, ConfigError, MachineError or others.
     """
     config = prepared.config
-    decisions = _set_up_process(config, devices)
+    strategy = Whole(devices) if devices.world_size == 1 else make_strategy(config, devices)
+    decisions = _set_up_process(config, devices, is_sharded=strategy.is_sharded)
     assert config.training.precision != "auto", "a config is resolved before a model is built"
     precision = Precision(config.training.precision, devices.device)
-    strategy = Whole(devices) if devices.world_size == 1 else make_strategy(config, devices)
     is_adapted = config.adapter.method != "none"
     loaded = _load(prepared, options, devices, precision, strategy)
     model, start_digest, taken, choices = _choose_trained(prepared, loaded, devices, saved)
@@ -246,7 +252,7 @@ def _take_part(
     return taken, decision
 
 
-def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
+def _set_up_process(config: Config, devices: Devices, *, is_sharded: bool) -> list[Decision]:
     """Seed the random generators and bound the memory that torch and the C library keep for later."""
     # Here and not only in the commands, because a program that uses the Python API passes nowhere else.
     bound_kernel_caches()
@@ -258,6 +264,8 @@ def _set_up_process(config: Config, devices: Devices) -> list[Decision]:
     torch.manual_seed(seed)
     decisions = [fixed_order_of_sums(devices.device)] if config.training.deterministic else []
     decisions += without_tf32(devices.device, cast("PrecisionName", config.training.precision))
+    if devices.device.type == "cpu" and is_sharded:
+        return [*decisions, *spinning_in_force(), tune_allocator(largest_block=SHARDED_LARGEST_BLOCK)]
     # Whoever recomputes blocks is short of memory; see LEAN_LARGEST_BLOCK for what it costs others.
     if config.model.recomputes and devices.device.type == "cpu":
         return [*decisions, *spinning_in_force(), tune_allocator(largest_block=LEAN_LARGEST_BLOCK)]

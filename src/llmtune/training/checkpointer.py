@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from llmtune.common.text import PrintLine
 from llmtune.config.dump import config_to_yaml
 from llmtune.deploy.usage import Result, adapter_result, usage
 from llmtune.engine.masters import MasterOptimizer
-from llmtune.engine.sharded_tensors import shard_like
+from llmtune.engine.sharded_tensors import GatheredInTurn, is_in_parts, shard_like
 from llmtune.engine.state import Snapshot
 from llmtune.errors import CheckpointError, MachineError, Problem
 from llmtune.models import save
@@ -38,6 +39,8 @@ __all__ = ["Checkpointer", "find_checkpoint", "restore_weights"]
 
 WEIGHTS_FILE = "model.safetensors"
 BEST, FINAL = "best", "final"
+OPTIMIZER = "optimizer"
+"""The snapshot's group of optimizer state."""
 
 
 def find_checkpoint(run: RunFolder, requested: Path | None) -> tuple[LoadedCheckpoint | None, list[Problem]]:
@@ -139,19 +142,26 @@ class Checkpointer:
 
         A disk that refuses is a warning. The lines of `record` that the checkpoint counts are on the disk before it.
         """
-        weights = self._gather_weights()
+        devices, optimizer = self._setup.devices, snapshot.tensors[OPTIMIZER]
+        is_divided = not self._setup.is_adapted and any(map(is_in_parts, self._setup.parameters.values()))
+        weights = self._setup.parameters if is_divided else self._gather_weights()
+        in_turn = GatheredInTurn(
+            {WEIGHTS_FILE: weights, OPTIMIZER: optimizer}, durable.tensor_order, keep=devices.is_main
+        )
 
-        def commit() -> Path:
+        def commit(ask: Callable[[int], None]) -> Path:
             # First the lines, then the checkpoint that counts them: a crash in between leaves lines to cut, never a
             # gap.
             if record is not None:
                 record.sync()
+            read_weight, read = (partial(in_turn.read, file, ask=ask) for file in (WEIGHTS_FILE, OPTIMIZER))
+            write_weights = partial(self._write_weights, weights, read_weight)
             return checkpoints.save_checkpoint(
-                self._folder, step, lambda folder: self._write_weights(weights, folder), snapshot, self._manifest
+                self._folder, step, write_weights, snapshot, self._manifest, read={OPTIMIZER: read}
             )
 
-        def save_and_delete() -> bool:
-            saved = self._attempts.save(commit)
+        def save_and_delete(ask: Callable[[int], None]) -> bool:
+            saved = self._attempts.save(partial(commit, ask))
             if saved is None:
                 self._print_line(
                     f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}"
@@ -165,9 +175,8 @@ class Checkpointer:
                 self._print_line(f"warning: {warning}")
             return True
 
-        devices = self._setup.devices
         # All processes must agree whether it was saved: they decide by it what to do at the next boundary.
-        return devices.from_main(bool(devices.on_main(save_and_delete)))
+        return devices.from_main(bool(devices.on_main_with_others(save_and_delete, in_turn.gather)))
 
     def save_best(self, metrics: Mapping[str, Any], step: int) -> None:
         """Replace `best/` by the model as it is now."""
@@ -226,11 +235,13 @@ class Checkpointer:
         """The trained weights as a checkpoint holds them."""
         return self._setup.strategy.gather(_trained_weights(self._setup), keep=self._setup.devices.is_main)
 
-    def _write_weights(self, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    def _write_weights(
+        self, weights: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor], folder: Path
+    ) -> None:
         if self._setup.is_adapted:
             write_adapter(self._setup.peft_model, folder, tensors=weights, **self._base())
         else:
-            durable.write_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"})
+            durable.write_tensors(folder / WEIGHTS_FILE, weights, {"format": "pt"}, read=read)
             durable.write_json(folder / "config.json", self._setup.model.config.to_dict())
 
     def _base(self) -> dict[str, Any]:
