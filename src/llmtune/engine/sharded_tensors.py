@@ -102,7 +102,7 @@ class GatheredInTurn:
                 self._here[file, name] = full.cpu()
 
     def read(self, file: str, name: str, ask: Callable[[int], None]) -> Tensor:
-        """Give a tensor in full; where it is sharded and not here, `ask` lets every process gather its turn."""
+        """Give a tensor in its full shape; where it is sharded and not here, `ask` lets all gather its turn."""
         place = (file, name)
         if place not in self._turn_of:
             return self._files[file][name]

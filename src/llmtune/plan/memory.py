@@ -144,17 +144,22 @@ def plan_memory(
         "update": {"gradients": _held(at_update, division.gradients), "optimizer": own_state},
     }
     if is_cpu:
-        # A checkpoint is written from a copy, the whole of it by the main process. With fsdp its tensors are gathered
-        # one after the other, and only the weights of the final model are there together.
-        is_fsdp = division.weights > 1 and not division.copies
-        copied = sizes.adapter_bytes or sizes.base_bytes
-        moments["saving"] = {"optimizer": own_state, "workspace": copied if is_fsdp else state}
+        moments["saving"] = {"optimizer": own_state, "workspace": _copied_at_save(sizes, state, division)}
         # The files are mapped while their tensors are copied, so both are in memory for a moment, whole.
         moments["loading"] = {"workspace": file_bytes + sizes.base_bytes - base["weights"]}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return MemoryPlan(
         dict.fromkeys(PARTS, 0) | base | moments[moment], moment, batch, sizes, peaks.host_bytes + on_host
     )
+
+
+def _copied_at_save(sizes: ModelSizes, state: int, division: Division) -> int:
+    """Bytes of the copy that the main process writes a checkpoint from: of the whole optimizer state.
+
+    With fsdp its tensors are gathered one after the other, and only the weights of the final model are there together.
+    """
+    is_fsdp = division.weights > 1 and not division.copies
+    return (sizes.adapter_bytes or sizes.base_bytes) if is_fsdp else state
 
 
 def _held(size: int, parts: int, *, whole: int = 0) -> int:

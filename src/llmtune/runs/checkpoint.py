@@ -110,8 +110,8 @@ def save_checkpoint(
 
     `write_weights` writes any files into the folder it is given, `snapshot` becomes state.json and one safetensors file
     for each group. `manifest_extra` (versions, threads, world_size, digests) goes into the manifest. `read`: of groups
-    that are held in parts, what gives a tensor in full by its name (see `durable.write_tensors`). An older checkpoint
-    of the same step is replaced. Raises MachineError; every earlier checkpoint is then untouched.
+    that are held in parts, what gives a tensor in its full shape by its name (see `durable.write_tensors`). An older
+    checkpoint of the same step is replaced. Raises MachineError; every earlier checkpoint is then untouched.
     """
     durable.make_folder(run.checkpoints)
     target = run.checkpoints / checkpoint_name(step)
