@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtune.engine import preference
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RECORD = json.loads(Path(__file__).with_name("against_trl.json").read_text(encoding="utf-8"))
 OTHERWISE = {
@@ -42,6 +44,22 @@ def test_loss_and_gradient_are_those_of_trl(rows, name):
     assert float(ours.gradient.double().norm()) == pytest.approx(record["norm"], rel=1e-5)
     assert ours.loss == pytest.approx(record["loss"], rel=1e-4)  # which it logs with few digits
     assert apart < 1e-5
+
+
+SCALED = {
+    "dpo": "dpo_losses",
+    "simpo": "simpo_losses",
+    "orpo, prompts of one token": "orpo_losses",
+    "kto": "kto_losses",
+}
+
+
+@pytest.mark.parametrize(("name", "function"), SCALED.items())
+def test_a_loss_that_is_off_by_a_thousandth_is_found(rows, monkeypatch, name, function):
+    honest = getattr(preference, function)
+    monkeypatch.setattr(preference, function, lambda *given, **named: 1.001 * honest(*given, **named))
+    with pytest.raises(AssertionError):
+        test_loss_and_gradient_are_those_of_trl(rows, name)
 
 
 @pytest.mark.parametrize("name", OTHERWISE)

@@ -209,40 +209,28 @@ class Mutant:
     """Whether the processes end with an error; otherwise they finish, as another run."""
 
 
+EVERYWHERE = {
+    "mean instead of sum": Mutant(mean_of_gradients),
+    "collective of the main process alone": Mutant(sum_on_the_main_one_alone, ends=True),
+}
+QUANTIZED = {"stale quant_state": Mutant(scales_of_another_layer, FOUR_BIT)}
+DIVISOR = {"own tokens as divisor": Mutant(own_tokens)}
+IN_PARTS = {
+    "head without gradient": Mutant(head_without_gradient, ends=True),
+    "unequal counts": Mutant(unequal_counts, ends=True),
+}
+WHOLE = {"head without gradient": Mutant(head_left_out), "missing broadcast": Mutant(without_broadcast, LORA)}
 MUTANTS = {
-    "ddp": {
-        "mean instead of sum": Mutant(mean_of_gradients),
-        "own tokens as divisor": Mutant(own_tokens),
-        "head without gradient": Mutant(head_left_out),
-        "unequal counts": Mutant(unequal_gradients, ends=True),
-        "collective of the main process alone": Mutant(sum_on_the_main_one_alone, ends=True),
-        "missing broadcast": Mutant(without_broadcast, LORA),
-        "stale quant_state": Mutant(scales_of_another_layer, FOUR_BIT),
-    },
-    "fsdp": {
-        "mean instead of sum": Mutant(mean_of_gradients),
-        "own tokens as divisor": Mutant(own_tokens),
-        "head without gradient": Mutant(head_without_gradient, ends=True),
-        "unequal counts": Mutant(unequal_counts, ends=True),
-        "collective of the main process alone": Mutant(sum_on_the_main_one_alone, ends=True),
-        "stale quant_state": Mutant(scales_of_another_layer, FOUR_BIT),
-    },
-    "shared rows": {
-        "mean instead of sum": Mutant(mean_of_gradients),
+    "ddp": EVERYWHERE | QUANTIZED | DIVISOR | WHOLE | {"unequal counts": Mutant(unequal_gradients, ends=True)},
+    "fsdp": EVERYWHERE | QUANTIZED | DIVISOR | IN_PARTS,
+    "shared rows": EVERYWHERE
+    | QUANTIZED
+    | WHOLE
+    | {
         "own tokens as divisor": Mutant(shared_tokens_twice),
-        "head without gradient": Mutant(head_left_out),
         "unequal counts": Mutant(rows_of_its_own, ends=True),
-        "collective of the main process alone": Mutant(sum_on_the_main_one_alone, ends=True),
-        "missing broadcast": Mutant(without_broadcast, LORA),
-        "stale quant_state": Mutant(scales_of_another_layer, FOUR_BIT),
     },
-    "deepspeed": {
-        "mean instead of sum": Mutant(mean_of_gradients),
-        "own tokens as divisor": Mutant(own_tokens),
-        "head without gradient": Mutant(head_without_gradient, ends=True),
-        "unequal counts": Mutant(unequal_counts, ends=True),
-        "collective of the main process alone": Mutant(sum_on_the_main_one_alone, ends=True),
-    },
+    "deepspeed": EVERYWHERE | DIVISOR | IN_PARTS,
     "deepspeed 1": {"missing broadcast": Mutant(without_broadcast_of_deepspeed, LORA)},
 }
 needs = {name: [pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed, g++ and ninja are not here")]
