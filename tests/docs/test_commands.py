@@ -32,6 +32,7 @@ CHECKED_ELSEWHERE = {
     "scripts/test": "run by .ci/run in a fresh environment",
     "scripts/test --all": "the same script with the long campaigns",
     "scripts/lint": "run by .ci/run in a fresh environment",
+    "scripts/pictures terminal FOLDER": "needs tmux, Chromium and ten minutes",
     "scripts/gpu": "needs a GPU",
     "scripts/gpu --pretend": "tests/gpu/test_script.py",
     "scripts/audit": "a part of scripts/lint; tests/test_audit.py",

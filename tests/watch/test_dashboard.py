@@ -196,3 +196,15 @@ def test_a_dashboard_rests_until_it_has_taken_half_a_percent_of_a_processor(tmp_
         monkeypatch.undo()
 
     watched([source(folder)], scenario)
+
+
+def test_a_run_that_is_not_begun_is_found_by_its_name_once_it_is(tmp_path, monkeypatch):
+    from llmtune.cli.dashboard import _sources
+
+    monkeypatch.chdir(tmp_path)
+    (later,) = _sources(["later"], [], "runs")
+    later.refresh()
+    assert later.data.step == 0
+    make_run(tmp_path / "runs" / "later", quiet_losses(20))
+    later.refresh()
+    assert later.data.step == 20

@@ -80,4 +80,6 @@ def _sources(runs: list[str], logs: list[Path], output_dir: str) -> list[Source]
 def _folder(name: str, output_dir: str) -> Path:
     path = Path(home_expanded(name))
     in_output_dir = Path(home_expanded(output_dir)) / name
-    return in_output_dir if not path.is_dir() and in_output_dir.is_dir() else path
+    # A bare name that is no folder yet is that of a run to come.
+    is_name = len(path.parts) == 1 or in_output_dir.is_dir()
+    return in_output_dir if is_name and not path.is_dir() else path
