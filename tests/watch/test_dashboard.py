@@ -198,6 +198,19 @@ def test_a_dashboard_rests_until_it_has_taken_half_a_percent_of_a_processor(tmp_
     watched([source(folder)], scenario)
 
 
+@pytest.mark.parametrize("size", [(80, 24), (104, 32), (60, 20)])
+def test_a_run_that_was_evaluated_and_made_no_step_yet_has_one_chart_with_values(tmp_path, size):
+    """As every run is between its first evaluation and its first step."""
+
+    async def scenario(app, pilot):
+        await pilot.press("m")
+        screen = "\n".join(screen_of(app))
+        assert "o held-out 4" in screen or size[0] < 80
+        assert "no values yet" in screen
+
+    watched([source(make_run(tmp_path / "run", [], heldout=[(0, 4.0)]))], scenario, size)
+
+
 def test_a_run_that_is_not_begun_is_found_by_its_name_once_it_is(tmp_path, monkeypatch):
     from llmtune.cli.dashboard import _sources
 

@@ -148,7 +148,9 @@ class Dashboard(App[None]):
         lines: list[Text] = []
         # One text, line by line: a table around the charts takes longer than drawing them does.
         for pair in ((loss, gradients), (learning_rate, memory if self._with_memory else speed)):
-            left, right = (draw(chart, columns // 2 - 1, rows // 2).split("\n") for chart in pair)
+            # Without `allow_blank` rich would leave out the last line of a chart that has no values yet.
+            texts = (draw(chart, columns // 2 - 1, rows // 2) for chart in pair)
+            left, right = (text.split("\n", allow_blank=True) for text in texts)
             for line, beside in zip(left, right, strict=True):
                 lines.append(line.append(" " * (columns // 2 - line.cell_len)).append_text(beside))
         return Text("\n").join(lines)
