@@ -37,3 +37,11 @@ def test_the_script_copies_what_the_navigation_names():
     copied = next(line for line in (ROOT / "scripts" / "docs").read_text().splitlines() if line.startswith("cp -r "))
     assert {page.split("/")[0] for page in pages_of(PROJECT["nav"])} <= set(copied.split())
     assert copied.split()[-1] == PROJECT["docs_dir"]
+
+
+def test_every_picture_is_small_and_shown_on_a_page():
+    pages = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    pictures = list((ROOT / "docs" / "pictures").iterdir())
+    assert len(pictures) >= 10
+    assert [picture.name for picture in pictures if f"pictures/{picture.name})" not in pages] == []
+    assert [picture.name for picture in pictures if picture.stat().st_size > 200_000] == []
