@@ -5,6 +5,7 @@ import pytest
 from llmtune import Trainer, train
 from llmtune.engine.own_loss import digest_of_code
 from llmtune.errors import CheckpointError, UsageError
+from rank_helpers import in_two_ranks
 from training_helpers import lines_of, weights_of
 
 FEW = ("training.max_steps=2", "checkpoint.every_steps=1", "training.lr_schedule=constant")
@@ -41,6 +42,29 @@ def test_the_usual_loss_as_an_own_function_is_the_usual_training(config_of):
     assert halved[0]["grad_norm"] == pytest.approx(2 * trained[0]["grad_norm"], rel=1e-5)
     assert [line["train_loss"] for line in recut] == pytest.approx([line["train_loss"] for line in halved], rel=1e-5)
     assert any("eval_mean_nll" in line for line in own)
+
+
+def focal(log_probs, weights):
+    return -(weights * (1 - log_probs.exp()) ** 2 * log_probs).sum()
+
+
+def test_two_processes_minimize_an_own_loss_as_one_does(config_of):
+    """Rows of one window differ in length, so that the processes have unequal numbers of trained tokens."""
+    steps = ("training.max_steps=4", "training.lr_schedule=constant", "training.batch_size=4")
+
+    def of_two():
+        train(config_of(*steps, name="two"), loss=focal, print_line=quiet)
+        return 0
+
+    codes, said = in_two_ranks(of_two)
+    assert codes == [0, 0], said
+    one = train(config_of(*steps, name="one"), loss=focal, print_line=quiet).folder
+    for key in ("train_loss", "grad_norm", "eval_mean_nll"):
+        alone, together = (
+            [line[key] for line in lines_of(folder) if key in line] for folder in (one, one.parent / "two")
+        )
+        assert len(alone) >= 2
+        assert together == pytest.approx(alone, rel=2e-6), key
 
 
 def test_a_run_goes_on_with_the_same_loss_alone(config_of):

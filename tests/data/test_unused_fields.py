@@ -5,10 +5,12 @@ import json
 import pytest
 
 from llmtune.cli.main import main
+from llmtune.config.schema import SourceConfig
 from llmtune.data.dataset.make_dataset import prepare_data
 from llmtune.data.example import Message, Row
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.data.rows.formats import UnusableRowError, conversation_of, looks_like
+from llmtune.errors import DataError
 
 
 def conversation(**fields):
@@ -220,6 +222,64 @@ def test_unused_fields_are_counted_once_per_file_and_not_row_by_row(write, confi
         f"{other}: fields not used: `source` (1 row, first b.jsonl:2)",
     ]
     assert ledger.summary()["train"]["notes"]["unused-field"] == 4
+
+
+UNREADABLE = {
+    "NaN": "NaN is not a JSON number",
+    "-Infinity": "-Infinity is not a JSON number",
+    '"a\\ud800"': "half a surrogate pair",
+    '{"x": 1, "x": 2}': "the key stands twice",
+}
+"""Values in JSON that their author cannot have meant."""
+
+
+@pytest.mark.parametrize("value", UNREADABLE)
+def test_a_value_that_cannot_be_read_refuses_the_row_only_where_it_is_used(value, write, config, renderer):
+    """Rows of pandas hold NaN in columns of scores; of a message and below one it is no other."""
+    chat = '{"messages": [{"role": "user", "content": "q"%s}, {"role": "assistant", "content": "%d"%s}]%s}'
+    unused = [
+        chat % ("", 1, "", f', "score": {value}'),
+        chat % (f', "logprob": {value}', 2, "", ""),
+        chat % ("", 3, f', "meta": {{"a": [{value}]}}', f', "id": {value}'),
+    ]
+    used = [
+        chat % ("", 4, "", f', "system": {value}'),
+        chat % ("", 5, f', "tool_calls": [{{"function": {{"name": "f", "arguments": {{"a": {value}}}}}}}]', ""),
+        chat % ("", 6, f', "reasoning_content": {value}', ""),
+        chat % ("", 7, "", f', "tools": [{{"name": "f", "of": [{value}]}}]'),
+        chat % ("", 8, "", f', "chat_template_kwargs": {{"a": {value}}}'),
+        chat % ("", 9, f', "weight": {value}', ""),
+    ]
+    ledger = prepare_data(
+        config(write("a.jsonl", [row.encode() for row in (*unused, *used)]), on_bad_row="skip"), renderer
+    ).ledger
+    counts = ledger.summary()["train"]
+    assert (counts["used"], counts["bad"]) == (len(unused), len(used))
+    (named,) = ledger.unused_fields()
+    assert all(f"`{field}" in named for field in ("score", "logprob", "meta", "id"))
+    reasons = [ledger.parts[0].reason(row).problem for row in range(len(unused), counts["input"])]
+    # In a row of its own an object is of the wrong type already.
+    assert all(UNREADABLE[value] in reason for reason in reasons) or value.startswith("{"), reasons
+
+
+def test_a_byte_that_is_no_utf_8_in_a_column_that_nothing_reads_costs_no_row(tmp_path, config, renderer):
+    (tmp_path / "a.csv").write_bytes(b"prompt,completion,note\na,b,\xff\nc,\xff,d\n")
+    ledger = prepare_data(config(tmp_path / "a.csv", on_bad_row="skip"), renderer).ledger
+    assert {key: ledger.summary()["train"][key] for key in ("used", "bad")} == {"used": 1, "bad": 1}
+
+
+def test_a_column_that_cannot_be_read_is_named_where_a_template_joins_it(write, config, renderer):
+    path = str(write("a.jsonl", [b'{"q": "a", "n": NaN, "answer": "b"}']))
+    with pytest.raises(DataError, match="NaN is not a JSON number"):
+        prepare_data(config(SourceConfig(path, columns={"question": "{q} {n}"})), renderer)
+
+
+@pytest.mark.parametrize("value", ["thinking", True, 3, {"steps": 2}])
+def test_a_field_called_like_reasoning_that_is_no_text_is_named(value):
+    given = conversation(question="q", answer="a", thinking=value)
+    is_text = isinstance(value, str)
+    assert given.messages[1].extra == ({"reasoning_content": value} if is_text else {})
+    assert [name.removeprefix("switch ") for name in given.unused] == ([] if is_text else ["`thinking`"])
 
 
 def test_preview_names_them_and_the_ledger_does_not_list_their_rows(

@@ -6,6 +6,7 @@ from llmtune.config.process_options import Options
 from llmtune.errors import ConfigError
 from llmtune.prepare import prepare
 from llmtune.training import train as training
+from llmtune.training.progress import print_result
 
 ONE_STEP = ("training.max_steps=1",)
 
@@ -40,9 +41,52 @@ def test_ten_rows_in_one_batch_are_one_step(config_of):
         )
 
 
+@pytest.mark.parametrize("rate", ["1e-45", "1e-39"])
+def test_a_rate_that_float32_has_not_is_refused(config_of, rate):
+    for start in (notes, training.train):
+        with pytest.raises(ConfigError, match=f"a learning rate of {rate} is 0 for float32 weights"):
+            start(config_of(f"training.learning_rate={rate}"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("training.learning_rate=1e-20",),
+        ("training.max_grad_norm=1e-30", "training.weight_decay=0"),
+        ("training.eps=1e30", "training.weight_decay=0"),
+        ("training.optimizer=sgd", "training.learning_rate=1e-15", "training.weight_decay=0"),
+    ],
+    ids=" ".join,
+)
+def test_a_training_that_changes_no_weight_says_so_at_its_first_step_and_at_its_end(config_of, settings):
+    lines = []
+    # The embedding has a row of zeros, which any number above 0 moves.
+    settings = (*settings, "model.train_only=[.*q_proj.*, .*norm.*]", "training.max_steps=3", "data.max_samples=12")
+    run = training.train(config_of(*settings), print_line=lines.append)
+    print_result(run, lines.append)
+    said = [line for line in lines if line.startswith("warning")]
+    assert [line.split(":")[1] for line in said] == [
+        " step 1 has changed no weight",
+        " the steps made now have changed no weight",
+    ]
+    assert "a gradient of norm" in run.standstill
+
+
+def test_a_training_that_moves_any_weight_says_no_such_thing(config_of):
+    """The first step of a warm-up has rate 0; LoRA moves its B matrices from 0 by whatever it is told to."""
+    for settings in (("training.warmup_steps=2",), ("adapter.method=lora", "training.learning_rate=1e-8")):
+        lines = []
+        run = training.train(config_of(*settings, "training.max_steps=3"), print_line=lines.append)
+        assert run.standstill is None
+        assert not [line for line in lines if "no weight" in line]
+
+
 @pytest.mark.parametrize(
     ("settings", "note"),
     [
+        (("training.learning_rate=1e-12",), "training.learning_rate of 1e-12 trains next to nothing"),
+        (("training.learning_rate=1e-8", "training.warmup_ratio=1.0"), "never reaches its peak of 1e-08"),
+        (("training.embedding_learning_rate=1e-10",), "training.embedding_learning_rate of 1e-10 trains next to"),
         (("training.warmup_ratio=1.0",), "the learning rate ends at 0.009 and never reaches its peak of 0.01"),
         (("evaluation.every_steps=11",), "nothing is evaluated during training: every 11 steps is more than the 10"),
         (("evaluation.every_steps=null", "evaluation.every_epochs=3"), "every 15 steps is more than the 10"),

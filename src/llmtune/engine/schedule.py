@@ -17,6 +17,8 @@ from llmtune.errors import ConfigError
 
 __all__ = [
     "SCHEDULES",
+    "SMALLEST_RATE",
+    "STILL_RATE",
     "WSD_DECAY_SHARE",
     "Interval",
     "ScheduleName",
@@ -33,6 +35,13 @@ ScheduleName = Literal[
 
 WSD_DECAY_SHARE = Fraction(1, 5)
 """Last part of a `wsd` training in which the rate falls (arXiv:2405.18392 finds a fifth enough)."""
+
+SMALLEST_RATE = 2.0**-126
+"""The smallest number with all the digits of float32: weights have that type, and below it devices compute with 0."""
+
+STILL_RATE = 1e-9
+"""An update is about as large as the rate, and float32 keeps 24 bits: at this rate a weight of 0.017, a usual size in a
+pretrained model, stays as it is."""
 
 POLYNOMIAL_END = 1e-7
 """Learning rate at the end of `polynomial` when none is asked for: the default of `transformers.get_scheduler`."""
@@ -66,7 +75,7 @@ def learning_rate_at(
         raise ConfigError(
             f"warm-up of {warmup_steps} steps in a training of {total_steps}",
             where="training.warmup_steps",
-            fix=f"at most {total_steps}, or train longer",
+            fix=f"at most {total_steps if total_steps > 1 else 0}, or train longer",
         )
     if name == "constant":
         warmup_steps = 0
@@ -116,7 +125,7 @@ def warmup_length(total_steps: int, warmup_steps: int | None, warmup_ratio: floa
 def schedule_of(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:
     """Give the learning rate of each update of a run of `total_steps`, from a config whose rate is resolved.
 
-    Raises ConfigError where every one of them is 0, or the warm-up is longer than the run.
+    Raises ConfigError where every one of them is 0, also to float32, or the warm-up is longer than the run.
     """
     assert training.learning_rate is not None, "a config is resolved before a run is planned"
     warmup_steps = warmup_length(total_steps, training.warmup_steps, training.warmup_ratio)
@@ -128,7 +137,13 @@ def schedule_of(training: TrainingConfig, total_steps: int) -> Callable[[int], f
         min_lr_ratio=training.min_lr_ratio,
         num_cycles=training.num_cycles,
     )
-    if not any(rate(step) > 0 for step in range(total_steps)):  # the first rate above 0 ends the search
+    if not any(rate(step) >= SMALLEST_RATE for step in range(total_steps)):  # the first that is enough ends the search
+        if training.learning_rate < SMALLEST_RATE:
+            raise ConfigError(
+                f"nothing would be trained: a learning rate of {training.learning_rate:g} is 0 for float32 weights",
+                where="training.learning_rate",
+                fix="leave it out for the usual one, or give one such as 2e-5",
+            )
         key = "warmup_ratio" if training.warmup_ratio is not None else "warmup_steps"
         raise ConfigError(
             f"nothing would be trained: the learning rate of every step is 0, because the warm-up of {warmup_steps} "

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from llmtune.common.text import Fact, readable_bytes, readable_duration
+from llmtune.config.schema import TrainingConfig
 from llmtune.engine.probe import MODEL_ERRORS
-from llmtune.engine.schedule import Interval, interval, is_due, schedule_of, warmup_length
+from llmtune.engine.schedule import STILL_RATE, Interval, interval, is_due, schedule_of, warmup_length
 from llmtune.errors import MachineError, in_one_line
 from llmtune.plan.forecast import Forecaster, Steps
 from llmtune.plan.memory import MemoryPlan, optimizer_bytes
@@ -90,7 +91,8 @@ def _length_notes(forecaster: Forecaster) -> list[str]:
     training, evaluation, total = config.training, config.evaluation, batches.total_steps
     rate, peak = schedule_of(training, total), training.learning_rate
     assert peak is not None, "a config is resolved before it is planned"
-    warmup, notes = warmup_length(total, training.warmup_steps, training.warmup_ratio), []
+    warmup = warmup_length(total, training.warmup_steps, training.warmup_ratio)
+    notes = _small_rate_notes(training, largest_rate=rate(min(warmup, total - 1)))
     if warmup >= total:
         notes.append(
             f"the warm-up is all {total:,} steps of this run: the learning rate ends at {rate(total - 1):.3g} "
@@ -123,6 +125,20 @@ def _length_notes(forecaster: Forecaster) -> list[str]:
             f"and the run has {total:,}"
         )
     return notes
+
+
+def _small_rate_notes(training: TrainingConfig, *, largest_rate: float) -> list[str]:
+    """Name each learning rate that leaves float32 weights of a usual size as they are. largest_rate: of all steps."""
+    rates = {
+        "learning_rate": largest_rate,
+        "embedding_learning_rate": training.embedding_learning_rate,
+    }
+    return [
+        f"training.{key} of {rate:.3g} trains next to nothing: an update changes a weight by about that much, "
+        f"and float32 keeps weights above {rate * 2**24:.2g} as they are"
+        for key, rate in rates.items()
+        if rate is not None and rate < STILL_RATE
+    ]
 
 
 def _disk(forecaster: Forecaster, memory: MemoryPlan | None) -> tuple[DiskForecast | None, str | None]:

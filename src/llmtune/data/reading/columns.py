@@ -11,7 +11,7 @@ from llmtune.config.schema import SourceConfig
 from llmtune.config.sources import TURN_COLUMNS, columns_of, is_template
 from llmtune.data.example import Row
 from llmtune.data.reading.dialogue import alternating, messages_of_text
-from llmtune.data.reading.parse import BadRow, parse_json_value
+from llmtune.data.reading.parse import BadRow, Unreadable, parse_json_value
 
 __all__ = ["missing_columns", "renamed"]
 
@@ -91,6 +91,9 @@ def _joined(fields: Fields, template: str) -> object:
     values = {name: _value(fields, name) for name in names}
     if all(value is _MISSING for value in values.values()):
         return _MISSING
+    unreadable = next((value for value in values.values() if isinstance(value, Unreadable)), None)
+    if unreadable is not None:
+        return unreadable
     texts = {name: "" if value is None or value is _MISSING else _as_text(value) for name, value in values.items()}
     joined = "".join(
         literal + ("" if name is None else texts[name]) for literal, name, _, _ in string.Formatter().parse(template)

@@ -5,10 +5,11 @@ No URL, path or name inside a record is ever opened.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from llmtune.data.example import Row
@@ -21,6 +22,7 @@ __all__ = [
     "Payload",
     "Record",
     "TooLong",
+    "Unreadable",
     "describe_value",
     "is_conversation",
     "parse_fields",
@@ -97,35 +99,38 @@ class DamagedFileError(Exception):
         self.number, self.problem, self.fix = number, problem, fix
 
 
-class _RefusedError(Exception):
-    """A JSON value that Python reads but that the file's author cannot have meant."""
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands in a row for a value that its author cannot have meant; an error only where the value is used."""
 
-    def __init__(self, field: str | None, problem: str, fix: str) -> None:
-        super().__init__(problem)
-        self.field, self.problem, self.fix = field, problem, fix
-
-
-def _refuse_constant(name: str) -> None:
-    raise _RefusedError(None, f"{name} is not a JSON number", "write null, or leave the field out")
+    problem: str
+    fix: str
 
 
-def _refuse_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _unreadable_constant(name: str) -> Unreadable:
+    return Unreadable(f"{name} is not a JSON number", "write null, or leave the field out")
+
+
+def _marked_repeated_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         names = [name for name, _ in pairs]
-        name = next(name for name in names if names.count(name) > 1)
-        raise _RefusedError(name, "the key stands twice in one object", "keep one of the two values")
+        repeated = Unreadable("the key stands twice in one object", "keep one of the two values")
+        fields |= {name: repeated for name in fields if names.count(name) > 1}
     return fields
 
 
 # Python reads NaN and keeps the last of two equal keys; both are slips that would go unnoticed.
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
+_DECODER = json.JSONDecoder(parse_constant=_unreadable_constant, object_pairs_hook=_marked_repeated_keys)
 
 
 def parse_fields(source: str, fields: Mapping[str, object], loss_weight: float) -> Row | BadRow:
-    """Make a row of fields that a library has parsed; text that is not valid Unicode is refused."""
-    surrogate = _lone_surrogate(fields)
-    return _surrogate_row(source, *surrogate) if surrogate is not None else Row(source, fields, loss_weight)
+    """Make a row of fields that a library has parsed; text that is not valid Unicode is marked where it stands."""
+    marked = _without_surrogates(source, fields)
+    if isinstance(marked, BadRow):
+        return marked
+    assert isinstance(marked, Mapping)
+    return Row(source, marked, loss_weight)
 
 
 def too_long_row(source: str, record: TooLong) -> BadRow:
@@ -146,14 +151,14 @@ def without_byte_order_mark(start: bytes) -> bytes:
 def parse_json_row(source: str, record: bytes | TooLong, loss_weight: float, *, cut_off: bool = False) -> Row | BadRow:
     """Parse one JSON object, or a bare list of messages; a comma after it is ignored.
 
-    Refused, each with its reason: invalid UTF-8, anything but one object, NaN and Infinity, a repeated key, text with
-    half a surrogate pair, nesting too deep to read, and records longer than `MAX_ROW_BYTES`. `cut_off` marks the last
-    record of a file that has no line end after it; its refusal says so. U+2028 and other Unicode line ends are text
-    like any other.
+    Refused, each with its reason: invalid UTF-8, anything but one object, nesting too deep to read, and records longer
+    than `MAX_ROW_BYTES`. NaN, Infinity, the value of a repeated key and text with half a surrogate pair are
+    `Unreadable`. `cut_off` marks the last record of a file that has no line end after it; its refusal says so. U+2028
+    and other Unicode line ends are text like any other.
 
     >>> parse_json_row("a.jsonl:1", b'{"text": "hi"}', 1.0)
     Row(source='a.jsonl:1', fields={'text': 'hi'}, loss_weight=1.0)
-    >>> parse_json_row("a.jsonl:2", b'{"text": NaN}', 1.0).problem
+    >>> parse_json_row("a.jsonl:2", b'{"text": "hi", "score": NaN}', 1.0).fields["score"].problem
     'NaN is not a JSON number'
     """
     if isinstance(record, TooLong):
@@ -166,6 +171,8 @@ def parse_json_row(source: str, record: bytes | TooLong, loss_weight: float, *, 
     (value,) = parsed
     if is_conversation(value):
         value = {"messages": value}
+    if isinstance(value, Unreadable):
+        return BadRow(source, None, value.problem, value.fix)
     if not isinstance(value, dict):
         fix = "give each row as one JSON object {...}"
         if isinstance(value, str):
@@ -220,8 +227,6 @@ def parse_json_value(source: str, record: bytes, *, cut_off: bool = False) -> tu
         if error.msg == "Extra data" and text[error.pos :].lstrip()[:1] == "{":
             return BadRow(source, None, problem, "write each row on a line of its own; several stand on this one")
         return BadRow(source, None, problem, _json_fix(text, error.pos, cut_off))
-    except _RefusedError as refusal:
-        return BadRow(source, refusal.field, refusal.problem, refusal.fix)
     except RecursionError:
         fix = "a row needs a handful of levels; check how the file was written"
         return BadRow(source, None, "brackets are nested too deep to read", fix)
@@ -230,10 +235,8 @@ def parse_json_value(source: str, record: bytes, *, cut_off: bool = False) -> tu
         return BadRow(source, None, "a number has more digits than can be read", fix)
     # Half a surrogate pair can only come from an escape: UTF-8 itself cannot carry one.
     if b"\\ud" in record or b"\\uD" in record:
-        surrogate = _lone_surrogate(value)
-        if surrogate is not None:
-            return _surrogate_row(source, *surrogate)
-    return (value,)
+        value = _without_surrogates(source, value)
+    return value if isinstance(value, BadRow) else (value,)
 
 
 def _json_fix(text: str, position: int, cut_off: bool) -> str:
@@ -275,33 +278,61 @@ def describe_value(value: object) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _lone_surrogate(fields: object) -> tuple[str | None, int] | None:
-    """Find text with half a surrogate pair: its field's path and the half's code, or None."""
-    pending: list[tuple[str, object]] = [("", fields)]  # a list, not recursion: nesting may be deep
+def _without_surrogates(source: str, value: object) -> object:
+    """The value with `Unreadable` in place of each text with half a surrogate pair; BadRow where a key has one."""
+    surrogate = _lone_surrogate(value)
+    if surrogate is None:
+        return value
+    path, code, is_key = surrogate
+    if not is_key:
+        with contextlib.suppress(RecursionError):
+            return _marked_surrogates(value)
+    problem = _surrogate_problem(code)
+    return BadRow(source, path, problem.problem, problem.fix)
+
+
+def _marked_surrogates(value: object) -> object:
+    if isinstance(value, str):
+        half = next((ord(character) for character in value if "\ud800" <= character <= "\udfff"), None)
+        return value if half is None else _surrogate_problem(half)
+    if isinstance(value, Mapping):
+        return {key: _marked_surrogates(item) for key, item in value.items()}
+    return [_marked_surrogates(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _lone_surrogate(fields: object) -> tuple[str | None, int, bool] | None:
+    """Find text with half a surrogate pair: its path, the half's code, and whether it is a key; or None.
+
+    A key comes before any other.
+    """
+    found = None
+    pending: list[tuple[str, object, bool]] = [("", fields, False)]  # a list, not recursion: nesting may be deep
     while pending:
-        path, value = pending.pop()
+        path, value, is_key = pending.pop()
         if isinstance(value, str):
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError as error:
-                return path or None, ord(value[error.start])
+                if is_key:
+                    return path or None, ord(value[error.start]), True
+                found = found or (path or None, ord(value[error.start]), False)
         elif isinstance(value, Mapping):
             pending.extend(
-                (f"{path}.{_encodable(key)}" if path else _encodable(key), item) for key, item in value.items()
+                (f"{path}.{_encodable(key)}" if path else _encodable(key), item, False) for key, item in value.items()
             )
-            pending.extend((path, key) for key in value)
+            pending.extend((path, key, True) for key in value)
         elif isinstance(value, (list, tuple)):
-            pending.extend((f"{path}[{index}]", item) for index, item in enumerate(value))
-    return None
+            pending.extend((f"{path}[{index}]", item, False) for index, item in enumerate(value))
+    return found
 
 
 def _encodable(key: object) -> str:
     return str(key).encode("utf-8", "replace").decode("utf-8")
 
 
-def _surrogate_row(source: str, field: str | None, code: int) -> BadRow:
+def _surrogate_problem(code: int) -> Unreadable:
     if 0xDC80 <= code <= 0xDCFF:  # how undecodable bytes come out of the csv and txt readers
         problem = f"byte 0x{code - 0xDC00:02x} is not valid UTF-8"
-        return BadRow(source, field, problem, "save the file as UTF-8, for example with iconv")
+        return Unreadable(problem, "save the file as UTF-8, for example with iconv")
     problem = f"half a surrogate pair (\\u{code:04x}) is not a character"
-    return BadRow(source, field, problem, "write characters beyond U+FFFF as they are, or as both halves of their pair")
+    return Unreadable(problem, "write characters beyond U+FFFF as they are, or as both halves of their pair")

@@ -49,6 +49,7 @@ __all__ = [
     "turn_pair_of",
     "unread_of_turns",
     "unused_fields",
+    "without_blocks",
 ]
 
 LIST_FIELDS = ("messages", "conversations", "conversation")
@@ -254,6 +255,55 @@ def renamed_speakers(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
             yield speaker, role
 
 
+# --- blocks
+
+
+_BLOCKS = ("thinking", "tool_use", "tool_result")
+
+
+def without_blocks(turn: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
+    """The turn without the blocks that Anthropic writes into its content; as it is where it has none.
+
+    `text` is content, `thinking` the reasoning of the message, `tool_use` a call of it, and `tool_result` a message of
+    the tool before it. Other blocks stay in the content.
+    """
+    content = turn.get("content")
+    blocks = content if isinstance(content, (list, tuple)) else ()
+    if not any(_type_of(block) in _BLOCKS for block in blocks):
+        yield turn
+        return
+    rest: list[object] = []
+    changed = dict(turn)
+    calls: list[object] = []
+    for block in blocks:
+        kind = _type_of(block)
+        if kind == "tool_result":
+            result = block.get("content")
+            yield {
+                "role": "tool",
+                "content": "" if result is None else result,
+                "tool_call_id": block.get("tool_use_id"),
+            }
+        elif kind == "tool_use":
+            function = {"name": block.get("name"), "arguments": block.get("input") or {}}
+            call = {"type": "function", "id": block.get("id"), "function": function}
+            calls.append({key: value for key, value in call.items() if value is not None})
+        elif kind == "thinking":
+            before, thought = changed.get("thinking"), block.get("thinking") or ""
+            both_are_text = isinstance(before, str) and isinstance(thought, str)
+            changed["thinking"] = f"{before}{thought}" if both_are_text else thought
+        else:
+            rest.append(block)
+    if calls:
+        changed["tool_calls"] = calls
+    if rest or calls or changed.get("thinking"):
+        yield {**changed, "content": rest or None}
+
+
+def _type_of(block: object) -> object:
+    return block.get("type") if isinstance(block, Mapping) else None
+
+
 # --- fields that are not read
 
 
@@ -261,6 +311,8 @@ def unused_fields(fields: Mapping[str, object], format_name: str, text_column: s
     """Describe the fields of a row and of its messages that nothing reads; the switches come first."""
     lists: list[object] = []
     read = {"weight"}
+    # In any other type it is no reasoning, but a switch or a number that goes by the same name.
+    reasoning = {name for name in REASONING_FIELDS if isinstance(fields.get(name), str)}
     if format_name == "text":
         read.add(text_column)
     else:
@@ -270,13 +322,13 @@ def unused_fields(fields: Mapping[str, object], format_name: str, text_column: s
         read.add(name)
         lists = [fields.get(name)]
     elif format_name == "alpaca":
-        read |= {"instruction", "history", *REASONING_FIELDS}
+        read |= {"instruction", "history", *reasoning}
         read |= {first if fields.get(first) is not None else other for first, other in ALPACA_NAMES}
     elif format_name == "prompt-completion":
         pair = pair_of(fields) or ()
         # A list of text parts is a text.
         lists = [fields[name] for name in pair if first_turn(fields[name]).keys() & {"role", "from"}]
-        read |= {*pair, *(() if any(isinstance(value, (list, tuple)) for value in lists) else REASONING_FIELDS)}
+        read |= {*pair, *(() if any(isinstance(value, (list, tuple)) for value in lists) else reasoning)}
         if is_raw_text(fields):
             read -= {*TOOL_FIELDS}  # plain text, without a template that could write them
     turns = [turn for turns in lists if isinstance(turns, (list, tuple)) for turn in turns if isinstance(turn, Mapping)]

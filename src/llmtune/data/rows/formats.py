@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from llmtune.common.decisions import Decision
 from llmtune.data.example import REASONING_FIELDS, Conversation, Message, Row
+from llmtune.data.reading.parse import Unreadable
 from llmtune.data.rows.field_names import (
     ALPACA_NAMES,
     LIST_FIELDS,
@@ -151,9 +152,13 @@ def _system(fields: Fields) -> tuple[Message, ...]:
 
 def _reasoning(fields: Fields) -> dict[str, object]:
     """The reasoning that a row has in a column of its own, as a field of its answer."""
-    texts = (fields.get(name) for name in REASONING_FIELDS)
-    text = next((text for text in texts if isinstance(text, str) and text), None)
-    return {} if text is None else {"reasoning_content": text}
+    for name in REASONING_FIELDS:
+        value = fields.get(name)
+        if isinstance(value, Unreadable):
+            raise wrong_type(name, "must be text", value, "")
+        if isinstance(value, str) and value:
+            return {"reasoning_content": value}
+    return {}
 
 
 # --- alpaca

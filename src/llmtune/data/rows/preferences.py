@@ -40,7 +40,7 @@ from llmtune.data.rows.formats import (
     conversation_of,
     looks_like,
 )
-from llmtune.data.rows.row_fields import null_or_missing, read_messages, wrong_type
+from llmtune.data.rows.row_fields import null_or_missing, read_messages, refuse_unreadable, wrong_type
 
 __all__ = [
     "PREFERENCE_FORMATS",
@@ -252,6 +252,7 @@ def _parse_prompt(row: Row) -> tuple[Conversation, ...]:
     if not messages or messages[-1].role == "assistant":
         raise UnusableRowError(name, "nothing stands before the answer", "give the row a question to answer")
     # No field is unused: rewards are given all of them.
+    refuse_unreadable(fields)
     return (_sided(chat_of(row, messages), "prompt", is_text=_is_raw_prompt(fields, name), unused=()),)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 
 from llmtune.data.example import REASONING_FIELDS, Message
-from llmtune.data.reading.parse import describe_value, quoted
+from llmtune.data.reading.parse import Unreadable, describe_value, quoted
 from llmtune.data.rows.field_names import (
     EXTRA_TEXTS,
     MARKS,
@@ -23,6 +24,7 @@ from llmtune.data.rows.field_names import (
     role_of,
     turn_keys_of,
     turn_pair_of,
+    without_blocks,
 )
 from llmtune.data.rows.proposals import columns_of_turn
 
@@ -38,53 +40,9 @@ __all__ = [
     "read_tool_calls",
     "read_tools",
     "read_weight",
-    "without_blocks",
+    "refuse_unreadable",
     "wrong_type",
 ]
-
-
-_BLOCKS = ("thinking", "tool_use", "tool_result")
-
-
-def without_blocks(turn: Mapping[str, object]) -> Iterator[Mapping[str, object]]:
-    """The turn without the blocks that Anthropic writes into its content; as it is where it has none.
-
-    `text` is content, `thinking` the reasoning of the message, `tool_use` a call of it, and `tool_result` a message of
-    the tool before it. Other blocks stay in the content.
-    """
-    content = turn.get("content")
-    blocks = content if isinstance(content, (list, tuple)) else ()
-    if not any(_type_of(block) in _BLOCKS for block in blocks):
-        yield turn
-        return
-    rest: list[object] = []
-    changed = dict(turn)
-    calls: list[object] = []
-    for block in blocks:
-        kind = _type_of(block)
-        if kind == "tool_result":
-            result = block.get("content")
-            yield {
-                "role": "tool",
-                "content": "" if result is None else result,
-                "tool_call_id": block.get("tool_use_id"),
-            }
-        elif kind == "tool_use":
-            function = {"name": block.get("name"), "arguments": block.get("input") or {}}
-            call = {"type": "function", "id": block.get("id"), "function": function}
-            calls.append({key: value for key, value in call.items() if value is not None})
-        elif kind == "thinking":
-            changed["thinking"] = f"{changed.get('thinking') or ''}{block.get('thinking') or ''}"
-        else:
-            rest.append(block)
-    if calls:
-        changed["tool_calls"] = calls
-    if rest or calls or changed.get("thinking"):
-        yield {**changed, "content": rest or None}
-
-
-def _type_of(block: object) -> object:
-    return block.get("type") if isinstance(block, Mapping) else None
 
 
 _TEMPLATE_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
@@ -101,6 +59,8 @@ class UnusableRowError(Exception):
 
 def wrong_type(field: str, rule: str, value: object, fix: str) -> UnusableRowError:
     """The error for a value that breaks a `rule` such as "must be text"."""
+    if isinstance(value, Unreadable):
+        return UnusableRowError(field, value.problem, value.fix)
     return UnusableRowError(field, f"{rule}, this is {describe_value(value)}", fix)
 
 
@@ -161,7 +121,7 @@ def read_template_args(value: object) -> Mapping[str, object]:
     for name in value:
         if not isinstance(name, str) or name in _TEMPLATE_VARIABLES:
             raise UnusableRowError(f"{field}.{name}", "is no argument that a row can set", "take it out")
-    return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return {name: _without_nulls(item, f"{field}.{name}") for name, item in value.items() if item is not None}
 
 
 def read_content(value: object, field: str) -> str:
@@ -215,7 +175,7 @@ def read_tool_calls(value: object, field: str) -> list[object]:
         if not isinstance(arguments, (str, Mapping, type(None))):
             rule, fix = "must be an object or its JSON text", "write the arguments as an object"
             raise wrong_type(f"{field}[{index}].function.arguments", rule, arguments, fix)
-    return [_without_nulls(call) for call in value]
+    return [_without_nulls(call, f"{field}[{index}]") for index, call in enumerate(value)]
 
 
 def read_tools(fields: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
@@ -234,19 +194,35 @@ def read_tools(fields: Mapping[str, object]) -> tuple[Mapping[str, object], ...]
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
         raise wrong_type(name, "must be a list of tool descriptions", value, "write a list of objects")
-    tools = ({key: _without_nulls(item) for key, item in tool.items() if item is not None} for tool in value)
+    tools = [
+        {key: _without_nulls(item, f"{name}[{index}].{key}") for key, item in tool.items() if item is not None}
+        for index, tool in enumerate(value)
+    ]
     if name == "functions":  # OpenAI's first form had the descriptions bare
-        tools = (tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     return tuple(tools)
 
 
-def _without_nulls(value: object) -> object:
-    """Nested objects without their null fields: columnar files give every object the fields of all others, as null."""
+def _without_nulls(value: object, field: str) -> object:
+    """Nested objects without their null fields: columnar files give every object the fields of all others, as null.
+
+    Raises UnusableRowError for a number that JSON does not have, which a template would write as it is.
+    """
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: _without_nulls(item, f"{field}.{key}") for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
-        return [_without_nulls(item) for item in value]
+        return [_without_nulls(item, f"{field}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UnusableRowError(field, f"{value} is not a JSON number", "write null, or leave the field out")
+    if isinstance(value, Unreadable):
+        raise wrong_type(field, "", value, "")
     return value
+
+
+def refuse_unreadable(fields: Mapping[str, object]) -> None:
+    """Raise UnusableRowError for the first value that cannot be read, of a row whose every field is used."""
+    for name, value in fields.items():
+        _without_nulls(value, name)
 
 
 # --- messages
