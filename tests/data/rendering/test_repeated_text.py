@@ -211,3 +211,46 @@ def test_questions_trained_by_another_rule_end_at_their_own_end_too(tokenizer_fo
     )
     trained = trained_texts(tokenizer_for("chatml"), WEATHER, template(others), "all_user_and_system_messages")
     assert trained == ["Weather in Pisa?<|im_end|>"]
+
+
+SUMMARIES = {
+    "turn": "{{ '<|im_start|>summary\\n' + messages[-1].content + '<|im_end|>\\n' }}",
+    "all": "{{ '<|im_start|>summary\\n' }}{% for m in messages %}{{ m.content }} {% endfor %}{{ '<|im_end|>\\n' }}",
+    "title": "{{ 'Title: ' + messages[-1].content[:4] + '\\n' }}",
+    "thought": "{{ '<|im_start|>thoughts\\n' + ns.thought + '<|im_end|>\\n' }}",
+}
+
+
+@pytest.mark.parametrize("what", SUMMARIES)
+def test_the_last_answer_ends_at_its_own_end_where_a_summary_follows_it(what, tokenizer_for):
+    tail = TAIL.replace("{%- endif -%}", "{%- else -%}" + SUMMARIES[what] + "{%- endif -%}")
+    source = template("{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}", tail=tail)
+    messages = REASONED[:2]
+    assert trained_texts(tokenizer_for("qwen3"), messages, source) == ["<think>because one</think>first<|im_end|>"]
+
+
+def test_a_call_that_a_list_of_calls_names_again_ends_at_its_own_end(tokenizer_for):
+    tail = TAIL.replace("{%- endif -%}", "{%- else -%}{{ 'called: ' + ns.calls | join(', ') }}{%- endif -%}")
+    source = template("{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}", tail=tail)
+    assert trained_texts(tokenizer_for("chatml"), WEATHER[:2], source) == [
+        'call get_weather {"town": "Pisa"}<|im_end|>'
+    ]
+
+
+@pytest.mark.parametrize("thought", ["4", "It is 4.", "other"])
+def test_an_answer_that_stands_in_its_thought_too_is_trained_in_both_turns(thought, tokenizer_for):
+    """As gpt-oss writes them: the thought is a turn of its own, which earlier answers lack."""
+    source = (
+        "{%- for m in messages -%}{%- if m.role == 'assistant' -%}"
+        "{%- if m.reasoning_content is defined and (loop.last or KEPT) -%}"
+        "{{ '<|start|>assistant<|channel|>analysis<|message|>' + m.reasoning_content + '<|end|>' }}{%- endif -%}"
+        "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"
+        "{%- else -%}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif -%}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|start|>assistant' }}{%- endif -%}"
+    )
+    messages = [Message("user", "2 + 2?"), Message("assistant", "4", extra={"reasoning_content": thought})]
+    for kept in ("false", "true"):
+        (trained,) = trained_texts(tokenizer_for("harmony"), messages, source.replace("KEPT", kept))
+        assert trained == (
+            f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
+        )

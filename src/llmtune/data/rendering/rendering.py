@@ -29,6 +29,8 @@ class Rendering:
     """Results of `render` that are known without calling it, by its arguments."""
     render_traced: Callable[[int], str] | None = None
     """`render(count, False)` with the origin of every character, where messages can be traced."""
+    render_followed: Callable[[], str] | None = None
+    """Renders all messages and a question after them, as plain text."""
 
     @functools.cached_property
     def extents(self) -> dict[int, tuple[int, int]]:

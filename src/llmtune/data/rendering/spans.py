@@ -56,17 +56,48 @@ def content_end(rendering: Rendering, index: int, start: int, end_ids: frozenset
           in full    <|assistant|>A<|end|><|user|>...
 
     * The template refuses to render the messages up to this one: the first end of turn is taken.
+
+    The last message has no later turn, but a template may repeat it after its end, in a summary of the conversation,
+    say: see `_before_repetition`.
     """
     stretches = rendering.stretches_of(index)
     text_end = len(rendering.text)
-    if not stretches or index == len(rendering.roles) - 1:
-        return max(start, stretches[-1][1] if stretches else start), text_end
+    if not stretches:
+        return start, text_end
+    if index == len(rendering.roles) - 1:
+        own = _before_repetition(rendering, stretches)
+        repeated = stretches[len(own)][0] if len(own) < len(stretches) else text_end
+        return max(start, own[-1][1]), repeated
     if len(stretches) == 1 and not _turn_ends_between(rendering, index, start, stretches[0][0], end_ids):
         return max(start, stretches[0][1]), text_end  # the common case: one stretch, in its own turn
     limit = _content_limit(rendering, index, start, end_ids)
     stops = [stop for first, stop in stretches if first < limit]
     repeated = next((first for first, _ in stretches if first >= max(limit, start)), text_end)
     return max(start, min(stops[-1], limit) if stops else start), repeated
+
+
+def _before_repetition(rendering: Rendering, stretches: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    """The stretches of the last message without those at the end in which the template repeats it.
+
+    What two turns of a template hold of one message may be both its own (a thought, and the answer), also where they
+    are equal. So a repetition is only what the template does not write there where a question follows, after all that
+    it does write:
+
+        in full     <|assistant|>A<|end|><|summary|>A<|end|>
+        followed    <|assistant|>A<|end|><|user|>...
+    """
+    texts = [rendering.text[start:stop].strip() for start, stop in stretches]
+    splits = [
+        number for number in range(1, len(stretches)) if all(text in "".join(texts[:number]) for text in texts[number:])
+    ]
+    if not splits or rendering.render_followed is None:
+        return stretches
+    try:
+        shared = shared_length(rendering.render_followed(), rendering.text)
+    except TemplateRefusal:
+        return stretches
+    own = (number for number in splits if stretches[number - 1][1] <= shared < stretches[number][0])
+    return stretches[: next(own, len(stretches))]
 
 
 def _turn_ends_between(rendering: Rendering, index: int, start: int, stop: int, end_ids: frozenset[int]) -> bool:

@@ -121,6 +121,7 @@ class TemplateSet:
             lambda count, generate: template.render(fields[:count], tools, arguments, add_generation_prompt=generate),
             prefixes,
             lambda count: render_traced(fields[:count]),
+            lambda: template.render([*fields, _QUESTION], tools, arguments, add_generation_prompt=False),
         )
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools, template_args: Mapping[str, object]) -> list[int]:
@@ -269,6 +270,9 @@ def _template_sources(templates: str | dict[str, str] | list[dict[str, str]] | N
             fix="name the file of the one to use with `model.chat_template=FILE`",
         )
     return {name: source for name, source in templates.items() if name in ("default", "tool_use")}
+
+
+_QUESTION = {"role": "user", "content": "Kupuka"}  # a word that no template contains
 
 
 def _refused(refusal: TemplateRefusal, source: str) -> DataError | TokenizerError:
