@@ -65,10 +65,16 @@ def file(tmp_path):
         ("a.csv", "prompt , completion\nq, a\nq2, a2\n"),
         ("a.txt", "prompt\tcompletion\nq\ta\nq2\ta2\n"),  # a workbook's "text (tab delimited)"
         ("a.txt", "prompt,completion\nq,a\nq2,a2\n"),
+        ("a.csv", "prompt,completion\nq,a,\n,\nq2,a2,, \n,,,\n"),  # what a spreadsheet leaves of deleted cells
     ],
 )
 def test_a_table_is_read_with_row_numbers_empty_columns_and_other_delimiters(name, text, file):
     assert fields_of(file(name, text)) == PAIRS
+
+
+def test_a_line_above_the_header_is_named(file):
+    (first, _) = rows_of(file("a.csv", "# rows of May\nprompt,completion\nq,a\n"))
+    assert first.problem == "the row has 2 cells, the header 1 (`# rows of May`; is that a line above the header?)"
 
 
 def test_a_cell_may_hold_the_delimiter_of_other_tables(file):

@@ -8,8 +8,10 @@ import yaml
 from llmtune.config.schema import SourceConfig
 from llmtune.data.dataset.make_dataset import prepare_data
 from llmtune.data.example import Message, Row
+from llmtune.data.reading.columns import renamed
 from llmtune.data.rows.field_names import SPEAKER_ROLES
-from llmtune.data.rows.formats import conversation_of, detect_format, looks_like
+from llmtune.data.rows.formats import UnusableRowError, conversation_of, detect_format, looks_like
+from llmtune.data.rows.preferences import PREFERENCE_FORMATS, RECOGNIZED_BY
 from llmtune.data.rows.proposals import proposed_columns
 from llmtune.errors import DataError
 from read_rows import read_rows
@@ -223,6 +225,14 @@ def test_lines_of_prose_are_texts_though_the_first_is_json(tmp_path):
             {"turns": [{"author": {"role": role}, "content": {"parts": [role]}} for role in ("user", "assistant")]},
             "{messages: turns, role: author.role, content: content.parts}",
         ),
+        ({"Instruction": "q", "Input": "x", "Output": "a"}, "{instruction: Instruction, input: Input, output: Output}"),
+        (
+            {"Messages": [{"Role": "user", "Content": "q"}, {"Role": "assistant", "Content": "a"}]},
+            "{messages: Messages, role: Role, content: Content}",
+        ),
+        ({"dialog": ["q", "a"]}, "{messages: dialog}"),
+        ({"inputs": "q", "targets": "a", "language": "x"}, "{question: inputs, answer: targets}"),
+        ({"human": "q", "bot": "a"}, "{question: human, answer: bot}"),
     ],
 )
 def test_a_fix_names_the_columns_under_which_the_messages_are_read(fields, columns, write, config, renderer):
@@ -234,13 +244,89 @@ def test_a_fix_names_the_columns_under_which_the_messages_are_read(fields, colum
     assert prepare_data(config(source), renderer).ledger.summary()["train"]["used"] == 1
 
 
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"messages": ["q", "a"]}, "{messages: messages}"),
+        ({"messages": [{"role": "user", "message": "q"}, {"role": "bot", "message": "a"}]}, "{content: message}"),
+        (
+            {"messages": [{"Role": "user", "Content": "q"}, {"Role": "bot", "Content": "a"}]},
+            "{role: Role, content: Content}",
+        ),
+    ],
+)
+def test_a_fix_names_the_keys_under_which_messages_are_read(row, columns, write, config, renderer):
+    path = str(write("a.jsonl", [row]))
+    with pytest.raises(DataError) as refused:
+        prepare_data(config(path), renderer)
+    assert f"`columns: {columns}`" in refused.value.problems[0].fix
+    source = SourceConfig(path, columns=yaml.safe_load(columns))
+    assert prepare_data(config(source), renderer).ledger.summary()["train"]["used"] == 1
+
+
+def nothing(fields):
+    return False
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns"),
+    [
+        (
+            {"question": "q", "response_j": "a", "response_k": "b"},
+            "{prompt: question, chosen: response_j, rejected: response_k}",
+        ),
+        (
+            {"prompt": "q", "preferred": "a", "dispreferred": "b"},
+            "{prompt: prompt, chosen: preferred, rejected: dispreferred}",
+        ),
+        ({"x": "q", "y_w": "a", "y_l": "b"}, "{prompt: x, chosen: y_w, rejected: y_l}"),
+        (
+            {
+                "input": {"messages": CHAT[:1]},
+                "preferred_output": CHAT[1:],
+                "non_preferred_output": [CHAT[1] | {"content": "b"}],
+            },
+            "{prompt: input.messages, chosen: preferred_output, rejected: non_preferred_output}",
+        ),
+        ({"Prompt": "q", "Chosen": "a", "Rejected": "b"}, "{prompt: Prompt, chosen: Chosen, rejected: Rejected}"),
+    ],
+)
+def test_the_better_and_the_worse_answer_are_found_by_their_names(fields, columns):
+    """OpenAI's, Anthropic's and the papers' names of the two sides."""
+    known = RECOGNIZED_BY["dpo"]
+    with pytest.raises(DataError) as refused:
+        detect_format([Row("f:1", fields)], None, known)
+    assert f"`columns: {columns}`" in refused.value.problems[0].fix
+    source = SourceConfig("f", columns=yaml.safe_load(columns))
+    chosen, rejected = PREFERENCE_FORMATS["preference"].parse(renamed(Row("f:1", fields), source))
+    assert [message.content for side in (chosen, rejected) for message in side.messages] == ["q", "a", "q", "b"]
+
+
 def test_rows_that_compare_answers_are_named_as_that():
-    fix = proposed_columns({"prompt": "q", "chosen": "a", "rejected": "b"}, "a.jsonl:1")
+    fix = proposed_columns({"prompt": "q", "chosen": "a", "rejected": "b"}, "a.jsonl:1", nothing)
     assert "`objective.method=dpo`" in fix
     assert "`columns: {prompt: prompt, completion: chosen}`" in fix
-    assert "`columns: {messages: chosen}`" in proposed_columns({"chosen": CHAT, "rejected": CHAT}, "a.jsonl:1")
+    asked = proposed_columns({"instruction": "q", "chosen": "a", "rejected": "b"}, "a.jsonl:1", nothing)
+    assert "`columns: {prompt: instruction, completion: chosen}`" in asked
+    assert "`columns: {messages: chosen}`" in proposed_columns({"chosen": CHAT, "rejected": CHAT}, "a.jsonl:1", nothing)
+    both = proposed_columns({"prompt": "q", "completion": "a", "rating": 5}, "a.jsonl:1", nothing, compares=True)
+    assert "`chosen` and `rejected`" in both
+    assert "columns" not in both
+
+
+def test_a_dialogue_that_two_texts_repeat_is_parted_by_the_source(write, config, renderer):
+    """As hh-rlhf writes it."""
+    row = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
+    with pytest.raises(UnusableRowError) as refused:
+        PREFERENCE_FORMATS["preference"].parse(Row("f:1", row))
+    assert refused.value.fix == "let the source part these dialogues: `columns: {chosen: chosen, rejected: rejected}`"
 
 
 def test_a_table_without_a_header_is_asked_for_one():
-    assert "first line of the file names its columns" in proposed_columns({"What?": "a"}, "a.csv:2")
-    assert "first line" not in proposed_columns({"What?": "a"}, "a.jsonl:2")
+    assert "first line of the file names its columns" in proposed_columns({"What?": "a"}, "a.csv:2", nothing)
+    assert "first line" not in proposed_columns({"What?": "a"}, "a.jsonl:2", nothing)
+
+
+def test_parts_of_a_text_with_a_switch_each_are_named():
+    row = {"segments": [{"label": False, "text": "q"}, {"label": True, "text": "a"}]}
+    assert "`prompt`" in proposed_columns(row, "a.jsonl:1", nothing)

@@ -64,6 +64,8 @@ def test_half_of_the_answers_left_out_by_the_template_is_counted_and_named(write
         (after("system", weight=1), CHATML, "weight-ignored"),
         (turns("q", "a") | {"chat_template_kwargs": {"enable_thinking": False}}, CHATML, "argument-unread"),
         (turns("q<|im_end|>", "a"), CHATML, "control-string"),
+        (turns("q", "nan"), CHATML, "missing-value"),
+        (turns("None", "a"), CHATML, "missing-value"),
     ],
 )
 def test_each_warning_that_changes_what_is_trained_is_named_with_its_way_out(

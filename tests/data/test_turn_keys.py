@@ -187,6 +187,17 @@ def test_a_question_and_its_answer_are_a_users_and_an_assistants_message(names, 
     assert decision.reason == f"the only row has `{names[0]}` and `{names[1]}` (a user's and an assistant's message)"
 
 
+@pytest.mark.parametrize("names", [*NAMES, ("prompt", "completion"), ("instruction", "output")])
+@pytest.mark.parametrize(
+    "history", [[["b", "c"]], [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]]
+)
+def test_the_turns_before_a_question_come_first_under_every_pair_of_names(names, history):
+    given = conversation(**dict(zip(names, "qa", strict=True)), history=history)
+    assert given.messages == (Message("user", "b"), Message("assistant", "c"), USER, ANSWER)
+    assert not given.unused
+    assert not given.prompt_is_text
+
+
 def test_a_prompt_and_its_completion_stay_text_and_that_is_said(tiny_tokenizer):
     given = conversation(prompt="1+1=", completion="2")
     assert given.prompt_is_text

@@ -43,7 +43,7 @@ def trained(tokenizer, given, **options):
 # --- marks on messages
 
 
-@pytest.mark.parametrize("mark", ["train", "loss", "trainable", "training"])
+@pytest.mark.parametrize("mark", ["train", "loss", "trainable", "training", "loss_mask"])
 @pytest.mark.parametrize("value", [False, 0, 0.0])
 def test_a_mark_of_false_takes_the_message_out_of_the_loss_in_every_format(mark, value, tiny_tokenizer):
     for given in (

@@ -245,6 +245,7 @@ WAYS_OUT = {
     "system-unused": "give the rows as messages, or take `data.system` out",
     "tools-dropped": "give a template that writes tools: `model.chat_template=FILE`",
     "no-end-of-turn": "give a template that closes answers with a control token: `model.chat_template=FILE`",
+    "missing-value": "take out the rows that have no value, and write the file again",
     "argument-unread": "correct the name in `chat_template_kwargs`, or take it out",
     "control-string": "set `data.parse_control_tokens=true` where they are meant as control tokens",
     "weight-ignored": "set `data.train_on=customized`, by which each message has its own weight",

@@ -379,9 +379,15 @@ def _check_answers(conversation: Conversation, train_on: TrainOn, last_field: st
             raise UnusableRowError(field, "the answer is empty", fix)
 
 
+_NOTHING = frozenset({"nan", "NaN", "NAN", "<NA>", "NULL", "None"})
+"""What programs write in place of a value that is missing, as `str(float("nan"))` is in Python."""
+
+
 def _conversation_warnings(conversation: Conversation) -> Iterator[RowWarning]:
     for field in conversation.unused:
         yield RowWarning("unused-field", f"{field} is not used")
+    for word in [message.content for message in conversation.messages if message.content in _NOTHING][:1]:
+        yield RowWarning("missing-value", f"a message is `{word}`, which programs write where a value is missing")
     roles = [message.role for message in conversation.messages]
     for role in ("user", "assistant"):
         if any(role == first == second for first, second in itertools.pairwise(roles)):

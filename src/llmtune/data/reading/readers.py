@@ -239,10 +239,13 @@ def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
             # Neither an empty line nor Excel's `sep=;` is a header.
             if cells and not _NAMED_DELIMITER.fullmatch(delimiter.join(cells)):
                 header = _Header(cells, start)
-        elif len(cells) == header.width:
-            yield Record(start, header.row(cells, start))
+        elif len(cells) > 1 and not any(cell.strip() for cell in cells):
+            continue  # a spreadsheet's empty line
+        elif len(cells) == header.width or not any(cell.strip() for cell in cells[header.width :] or ["short"]):
+            yield Record(start, header.row(cells[: header.width], start))
         elif cells:
-            yield Record(start, f"the row has {len(cells)} cells, the header {header.width}")
+            title = f" (`{header.names[0][:60]}`; is that a line above the header?)" if header.width == 1 else ""
+            yield Record(start, f"the row has {len(cells)} cells, the header {header.width}{title}")
 
 
 def _parse_cells(source: str, record: Record, loss_weight: float) -> Row | BadRow:

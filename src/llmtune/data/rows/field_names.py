@@ -78,11 +78,11 @@ RAW_PAIRS = (("prompt", "completion"), ("prompt", "response"))
 ALPACA_NAMES = (("output", "response"), ("input", "context"))
 """Fields of the `alpaca` format that have two names; the first one counts."""
 SYSTEM_FIELDS = ("system", "system_prompt", "system_message", "systemInstruction", "system_instruction")
-CHAT_COLUMNS = (*SYSTEM_FIELDS, *REASONING_FIELDS, "chat_template_kwargs")
+CHAT_COLUMNS = (*SYSTEM_FIELDS, *REASONING_FIELDS, "history", "chat_template_kwargs")
 """Columns beside a prompt and its completion that only a conversation has."""
 TOOL_FIELDS = ("tools", "functions")
 """Fields of a row with descriptions of tools; the second one is OpenAI's first name for them."""
-MARKS = ("train", "trainable", "training", "loss")
+MARKS = ("train", "trainable", "training", "loss", "loss_mask")
 """Switches of a message by which other tools say whether it is trained."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKER_ROLES = {
@@ -328,7 +328,9 @@ def unused_fields(fields: Mapping[str, object], format_name: str, text_column: s
         pair = pair_of(fields) or ()
         # A list of text parts is a text.
         lists = [fields[name] for name in pair if first_turn(fields[name]).keys() & {"role", "from"}]
-        read |= {*pair, *(() if any(isinstance(value, (list, tuple)) for value in lists) else reasoning)}
+        if not any(isinstance(value, (list, tuple)) for value in lists):
+            read |= {"history", *reasoning}
+        read |= {*pair}
         if is_raw_text(fields):
             read -= {*TOOL_FIELDS}  # plain text, without a template that could write them
     turns = [turn for turns in lists if isinstance(turns, (list, tuple)) for turn in turns if isinstance(turn, Mapping)]

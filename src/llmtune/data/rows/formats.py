@@ -5,7 +5,7 @@
 | `messages` | `messages` (or `conversations`): a list of `{"role", "content"}` (or other keys); also `tools` |
 | `sharegpt` | `conversations` (or `messages`): a list of `{"from", "value"}`; also `system`, `tools` |
 | `alpaca` | `instruction` and `output`; also `input`, `system`, `history` |
-| `prompt-completion` | `prompt` and `completion`, or another of `PAIRS`; both texts or both lists of messages |
+| `prompt-completion` | `prompt` and `completion`, or another of `PAIRS`; both texts (also `history`) or both messages |
 | `text` | `text`, or the column named by `data.text_column` |
 """
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from llmtune.common.decisions import Decision
 from llmtune.data.example import REASONING_FIELDS, Conversation, Message, Row
-from llmtune.data.reading.parse import Unreadable
+from llmtune.data.reading.parse import Unreadable, is_conversation
 from llmtune.data.rows.field_names import (
     ALPACA_NAMES,
     LIST_FIELDS,
@@ -61,6 +61,7 @@ __all__ = [
     "conversation_of",
     "detect_format",
     "looks_like",
+    "read_history",
 ]
 
 DETECTION_ROWS = 100
@@ -176,7 +177,7 @@ def _parse_alpaca(row: Row) -> Conversation:
         text = read_text(row.fields[input_name], input_name)
         if text:
             question = f"{question}\n\n{text}" if question else text
-    history = _read_history(row.fields.get("history"))
+    history = read_history(row.fields.get("history"))
     output = read_text(row.fields[output_name], output_name)
     # A weight of the row is that of its output; the answers of its history have none.
     weight = None if row.fields.get("weight") is None else 1.0
@@ -184,9 +185,12 @@ def _parse_alpaca(row: Row) -> Conversation:
     return chat_of(row, (*history, Message("user", question), answer))
 
 
-def _read_history(value: object) -> list[Message]:
-    if value is None:
+def read_history(value: object) -> list[Message]:
+    """The turns before a question: pairs of texts, or messages. Raises UnusableRowError for others."""
+    if value is None or value == "":
         return []
+    if is_conversation(value):
+        return list(read_messages(value, "history"))
     if not isinstance(value, (list, tuple)):
         raise wrong_type("history", "must be a list of pairs", value, 'write [["question", "answer"], ...]')
     messages: list[Message] = []
@@ -217,9 +221,8 @@ def _parse_prompt_completion(row: Row) -> Conversation:
         read_content(value, name) if is_parts(value) else value for name, value in zip(names, values, strict=True)
     )
     if isinstance(prompt, str) and isinstance(completion, str):
-        conversation = chat_of(
-            row, (Message("user", prompt), Message("assistant", completion, None, _reasoning(row.fields)))
-        )
+        answer = Message("assistant", completion, None, _reasoning(row.fields))
+        conversation = chat_of(row, (*read_history(row.fields.get("history")), Message("user", prompt), answer))
         return dataclasses.replace(conversation, prompt_is_text=is_raw_text(row.fields))
     if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
         # The completion alone is trained: weight 0 keeps earlier answers inside the prompt out of the loss.
@@ -320,10 +323,13 @@ def detect_format(
             problem = f"a row is a whole conversation, and here it is one message; it has these fields: {names}"
             fix = 'put the messages of each conversation into one list: {"messages": [{...}, {...}]}'
             raise DataError(problem, first[0].source, fix)
-        fix = (
-            f"{proposed_columns(first[0].fields, first[0].source)}, or rename them to those of a format "
-            f"({', '.join(FORMATS if formats is None else formats)})"
+        proposal = proposed_columns(
+            first[0].fields,
+            first[0].source,
+            lambda fields: _recognized(fields, None, formats) is not None,
+            compares="preference" in (formats or ()),
         )
+        fix = f"{proposal}, or rename them to those of a format ({', '.join(FORMATS if formats is None else formats)})"
         fix += ", or set `data.text_column`" if formats is None else ""
         raise DataError(f"no row has {missing}; the first has these fields: {names}", first[0].source, fix)
     # The most common and not the first: one odd row must not decide for all.

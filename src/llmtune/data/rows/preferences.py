@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from llmtune.config.schema import ObjectiveMethod
 from llmtune.data.example import Conversation, Message, Row, Side
+from llmtune.data.reading.dialogue import messages_of_text
 from llmtune.data.reading.parse import is_conversation
 from llmtune.data.rows.field_names import (
     CHAT_COLUMNS,
@@ -39,6 +40,7 @@ from llmtune.data.rows.formats import (
     chat_of,
     conversation_of,
     looks_like,
+    read_history,
 )
 from llmtune.data.rows.row_fields import null_or_missing, read_messages, refuse_unreadable, wrong_type
 
@@ -89,6 +91,9 @@ def _parse_preference(row: Row) -> tuple[Conversation, ...]:
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             fix = "give the row a prompt: where it ends cannot be told from two texts"
+            if all(messages_of_text(fields[name], {}) for name in names):
+                columns = ", ".join(f"{name}: {name}" for name in names)
+                fix = f"let the source part these dialogues: `columns: {{{columns}}}`"
             raise UnusableRowError("prompt", null_or_missing(fields, "prompt"), fix)
         answers: tuple[Messages, Messages] = ((Message("assistant", chosen),), (Message("assistant", rejected),))
     else:
@@ -100,8 +105,8 @@ def _parse_preference(row: Row) -> tuple[Conversation, ...]:
     margin = _read_margin(fields.get("margin"))
     is_text = prompt_name is not None and _is_raw_prompt(fields, prompt_name) and isinstance(chosen, str)
     read = {*names, prompt_name or "", "margin", *_READ_BESIDE}
-    if prompt_name == "instruction":
-        read |= {"input", "history"}
+    if prompt_name is not None and isinstance(fields[prompt_name], str):
+        read |= {"history", *(["input"] if prompt_name == "instruction" else [])}
     lists = [value for name in (*names, prompt_name or "") if isinstance(value := fields.get(name), (list, tuple))]
     turns = [turn for turns in lists for turn in turns if isinstance(turn, Mapping)]
     unused = tuple(describe_unread(fields, read, unread_of_turns(turns)))
@@ -158,7 +163,7 @@ def _read_prompt(fields: Fields, name: str) -> Messages:
     if name in LIST_FIELDS:
         raise wrong_type(name, "must be a list of messages", value, "write a list, or name the text `prompt`")
     if name != "instruction":
-        return (Message("user", value),)
+        return (*read_history(fields.get("history")), Message("user", value))
     # The fields beside an instruction are those of the format `alpaca`, which reads them.
     asked = {key: fields[key] for key in ("instruction", "input", "history") if key in fields}
     return FORMATS["alpaca"].parse(Row("", {**asked, "output": "."})).messages[:-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from llmtune.data.rows.field_names import SPEAKER_KEYS, TEXT_KEYS, first_turn
 
@@ -13,51 +13,116 @@ _SPEAKER_KEYS = ("speaker", "author", "sender", "participant", "who", "type")
 _TEXT_KEYS = ("parts", "message", "utterance", "body", "say", "response", "msg")
 """Keys of other programs' messages; the first that a message has is proposed."""
 _ASKED = (
-    *("question", "prompt", "instruction", "query", "problem", "input", "user", "human", "request"),
-    *("source", "src", "ask", "q", "message", "article", "document", "text", "title"),
+    *("question", "prompt", "instruction", "query", "problem", "input", "inputs", "user", "human", "request"),
+    *("source", "src", "ask", "q", "message", "article", "document", "text", "sentence", "title", "x"),
 )
 _ANSWERED = (
-    *("answer", "response", "completion", "output", "solution", "assistant", "reply", "gpt"),
-    *("target", "tgt", "a", "label", "summary", "translation", "sql", "code", "body"),
+    *("answer", "response", "completion", "output", "outputs", "solution", "assistant", "bot", "reply", "gpt"),
+    *("target", "targets", "tgt", "a", "label", "summary", "translation", "sql", "code", "body", "y"),
 )
 """Words in the names of columns that often hold what is asked, and what is answered."""
+_WORSE = (
+    *("rejected", "reject", "dispreferred", "non", "negative", "neg", "worse", "worst", "loser", "lose", "losing"),
+    *("bad", "incorrect", "wrong", "l", "k"),
+)
+_BETTER = (
+    *("chosen", "preferred", "accepted", "accept", "positive", "pos", "better", "best", "winner", "win", "winning"),
+    *("good", "correct", "right", "w", "j"),
+)
+"""The same for the worse and the better of two answers; `y_w`, `y_l` and `response_j`, `response_k` are usual."""
 _DEPTH = 3
 """Levels of objects that are searched for a list of messages."""
 _TABLE_ROW = re.compile(r"\.(csv|tsv)(\.gz|\.zst)?:\d+")
 
 
-def proposed_columns(fields: Mapping[str, object], source: str) -> str:
+def proposed_columns(
+    fields: Mapping[str, object], source: str, is_row: Callable[[Mapping[str, object]], bool], *, compares: bool = False
+) -> str:
     """The fix for a row without the fields of a format: where its messages seem to be, or what a table's header is.
 
-    >>> proposed_columns({"body": {"messages": [{"role": "user", "content": "q"}]}}, "a.jsonl:1")
+    is_row: whether fields of these names are those of a format. compares: training compares answers.
+
+    >>> proposed_columns({"body": {"messages": [{"role": "user", "content": "q"}]}}, "a.jsonl:1", lambda fields: False)
     'say in the source where the messages are: `columns: {messages: body.messages}`'
     """
-    if {"chosen", "rejected"} <= fields.keys():
-        is_text = isinstance(fields["chosen"], str)
-        columns = "prompt: prompt, completion: chosen" if is_text else "messages: chosen"
+    own = {name.strip().casefold(): name for name in fields if name != name.strip().casefold()}
+    if own and is_row({**fields, **{name: fields[given] for name, given in own.items()}}):
+        first = next((turn for _, turns in _lists(fields, "", 0) if (turn := first_turn(turns))), {})
+        return f"say in the source which they are: {_columns({**own, **(columns_of_turn(first) or {})})}"
+    sides = _sides_like(fields)
+    if sides is not None:
+        return _proposed_sides(fields, *sides, compares=compares)
+    if compares:
         return (
-            "learn from both answers with `objective.method=dpo`, or say in the source which are trained: "
-            f"`columns: {{{columns}}}`"
+            "give each row a prompt and two answers, `chosen` and `rejected`; or, for kto, one answer and its `label`"
         )
     if "input_ids" in fields:
         return "give the texts or messages themselves: rows are tokenized here, by the tokenizer of the model"
     for path, turns in _lists(fields, "", _DEPTH):
+        if _are_texts(turns):
+            return f"say in the source that its texts take turns: {_columns({'messages': path})}"
         turn = first_turn(turns)
-        if not turn:
-            continue
-        keys = columns_of_turn(turn)
+        if isinstance(turn.get("label"), bool) and isinstance(turn.get("text"), str):
+            return "write the parts that are only read as `prompt`, and the part that is trained as `completion`"
+        keys = columns_of_turn(turn) if turn else None
         if keys is not None:
-            named = ", ".join(f"{field}: {name}" for field, name in {"messages": path, **keys}.items())
-            return f"say in the source where the messages are: `columns: {{{named}}}`"
+            return f"say in the source where the messages are: {_columns({'messages': path, **keys})}"
     pair = _pair_like(fields)
     if pair is not None:
-        named = f"question: {_as_yaml(pair[0])}, answer: {_as_yaml(pair[1])}"
-        return f"say in the source which they are: `columns: {{{named}}}`"
+        return f"say in the source which they are: {_columns({'question': pair[0], 'answer': pair[1]})}"
     header = "check that the first line of the file names its columns, or " if _TABLE_ROW.search(source) else ""
     texts = [name for name, value in fields.items() if isinstance(value, str)]
     if len(texts) == 1:
         return f"{header}say which texts are trained: 'data.text_column={_as_yaml(texts[0])}'"
     return f"{header}say in the source which they are (`columns: {{question: ..., answer: ...}}`)"
+
+
+def _proposed_sides(fields: Mapping[str, object], better: str, worse: str, *, compares: bool) -> str:
+    """The fix for a row with two answers, of which one is better."""
+    rest = {name: value for name, value in fields.items() if name not in (better, worse)}
+    names = [name for name in rest if set(_words(name)) & {*_ASKED}]
+    messages = next(
+        (path for path, turns in _lists(rest, "", _DEPTH) if columns_of_turn(first_turn(turns)) == {}), None
+    )
+    asked = next(
+        (name for word in _ASKED for name in names if word in _words(name) and isinstance(rest[name], str)), None
+    )
+    prompt = {} if (messages or asked) is None else {"prompt": messages or asked}
+    if compares:
+        return f"say in the source which they are: {_columns({**prompt, 'chosen': better, 'rejected': worse})}"
+    is_text = isinstance(fields[better], str)
+    columns = {**prompt, "completion": better} if is_text and prompt else {"messages": better}
+    return (
+        "learn from both answers with `objective.method=dpo`, or say in the source which are trained: "
+        f"{_columns(columns)}"
+    )
+
+
+def _columns(columns: Mapping[str, str]) -> str:
+    return "`columns: {" + ", ".join(f"{field}: {_as_yaml(name)}" for field, name in columns.items()) + "}`"
+
+
+def _are_texts(turns: object) -> bool:
+    return isinstance(turns, (list, tuple)) and len(turns) > 1 and all(isinstance(turn, str) for turn in turns)
+
+
+def _words(name: str) -> list[str]:
+    """The words of a column's name, in lower case: of `inputText`, `input_text` and `Input Text` alike."""
+    return re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(name)).strip().lower())
+
+
+def _sides_like(fields: Mapping[str, object]) -> tuple[str, str] | None:
+    """The names of two columns of one type that look like the better and the worse of two answers."""
+    given = [name for name, value in fields.items() if isinstance(value, (str, list, tuple, Mapping)) and value]
+
+    def first(known: Sequence[str], others: Sequence[str]) -> str | None:
+        return next((name for word in known for name in given if word in _words(name) and name not in others), None)
+
+    worse = first(_WORSE, [])
+    better = first(_BETTER, [name for name in given if set(_words(name)) & {*_WORSE}])
+    if worse is None or better is None or isinstance(fields[worse], str) != isinstance(fields[better], str):
+        return None
+    return better, worse
 
 
 def _as_yaml(name: str) -> str:
@@ -67,12 +132,9 @@ def _as_yaml(name: str) -> str:
 def _pair_like(fields: Mapping[str, object]) -> tuple[str, str] | None:
     """The names of two text columns that look like a question and its answer."""
     texts = [name for name, value in fields.items() if isinstance(value, str) and re.fullmatch(r"[\w. -]+", str(name))]
-    words = {
-        name: re.split(r"[\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", str(name)).strip().lower()) for name in texts
-    }
 
     def first(known: Sequence[str], other: str | None = None) -> str | None:
-        return next((name for word in known for name in texts if word in words[name] and name != other), None)
+        return next((name for word in known for name in texts if word in _words(name) and name != other), None)
 
     answer = first(_ANSWERED)
     question = first(_ASKED, answer)
@@ -81,7 +143,16 @@ def _pair_like(fields: Mapping[str, object]) -> tuple[str, str] | None:
 
 def columns_of_turn(turn: Mapping[str, object]) -> dict[str, str] | None:
     """The `columns` under which a message could be read, {} where it needs none, None where it shows no speaker."""
-    columns: dict[str, str] = {}
+    named = {name: name.strip().casefold() for name in turn}
+    columns = {
+        field: name
+        for field, keys in (("role", SPEAKER_KEYS), ("content", TEXT_KEYS))
+        for name, key in named.items()
+        if key in keys and name != key
+    }
+    if len(columns) == 2:
+        return columns
+    columns = {}
     if not any(turn.get(key) is not None for key in SPEAKER_KEYS):
         speaker = next((key for key in _SPEAKER_KEYS if turn.get(key) is not None), None)
         if speaker is None:

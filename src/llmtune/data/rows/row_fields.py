@@ -243,7 +243,11 @@ def read_messages(value: object, field: str) -> tuple[Message, ...]:
 
 def _messages_of(turn: object, field: str) -> Iterator[Message]:
     if not isinstance(turn, Mapping):
-        raise wrong_type(field, "a message must be an object", turn, 'write {"role": "user", "content": "..."}')
+        fix = 'write {"role": "user", "content": "..."}'
+        if isinstance(turn, str):
+            column = field.partition("[")[0]
+            fix += f"; or let texts take turns, a user's first: `columns: {{messages: {column}}}`"
+        raise wrong_type(field, "a message must be an object", turn, fix)
     pair = turn_pair_of(turn)
     if pair is None:
         for message in without_blocks(turn):
@@ -287,7 +291,11 @@ def _no_text(turn: Mapping[str, object], keys: TurnKeys, field: str) -> Unusable
     if texts:
         problem += f"; the message has {', '.join(f'`{str(name)[:60]}`' for name in texts[:4])}, which are not read"
         longest = max(texts[:4], key=lambda name: len(str(turn[name])))
-        fix = f"rename `{str(longest)[:60]}` to `{keys.text}` if it holds the text, or {fix}"
+        name = str(longest)[:60]
+        fix = (
+            f"rename `{name}` to `{keys.text}` if it holds the text, or say so in the source "
+            f"(`columns: {{content: {name}}}`), or {fix}"
+        )
     return UnusableRowError(f"{field}.{keys.text}", problem, fix)
 
 
