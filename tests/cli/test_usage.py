@@ -63,6 +63,14 @@ def test_a_bare_word_is_answered_with_the_name_it_lacks(word, fix, capsys):
     assert f"error: `{word}` is not KEY=VALUE\n  where: command line\n  fix: {fix}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["[*.q_proj]", "{a", '["x"', "[%x]"])
+def test_a_value_that_is_no_yaml_is_one_problem_of_the_command_line(value, capsys):
+    assert run(["config", "show", f"adapter.target_modules={value}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(("error: not valid YAML: ", "error: character")), said
+    assert f"(`{value}`)\n  where: command line\n  fix: put the whole setting in single quotes" in said
+
+
 def test_a_value_of_the_wrong_kind_is_said(capsys):
     assert run(["train", "--samples", "many"]) == 2
     assert "`many`" in capsys.readouterr().err

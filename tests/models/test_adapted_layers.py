@@ -108,6 +108,15 @@ def test_the_layers_ranks_and_scales_are_those_of_peft(keys, options, model, mod
         ({"target_modules": ("*.q_proj",)}, "no layer is called", "'adapter.target_modules=.*.q_proj'"),
         ({"target_modules": "*q_proj"}, "no regular expression", "'adapter.target_modules=.*q_proj'"),
         ({"target_modules": ("norm",)}, "no layer with a weight", "name layers: down_proj, gate_proj"),
+        ({"target_modules": "q_proj|v_proj"}, "full name matches", "'adapter.target_modules=.*q_proj|.*v_proj'"),
+        (
+            {"target_modules": ".*q_proj|v_proj"},
+            "matches `v_proj`, a part of",
+            "'adapter.target_modules=.*q_proj|.*v_proj'",
+        ),
+        ({"target_modules": ".*q_proj|.*nosuch"}, "matches `.*nosuch`, a part of", "take that part out"),
+        ({"target_modules": "q_proj v_proj"}, "no full name matches", "'adapter.target_modules=[q_proj,v_proj]'"),
+        ({"target_modules": ".*(q|v"}, "no regular expression", "close its brackets"),
     ],
 )
 def test_what_matches_no_layer_is_refused_with_what_to_write(keys, says, fix, model):

@@ -87,6 +87,10 @@ def test_a_training_that_moves_any_weight_says_no_such_thing(config_of):
         (("training.learning_rate=1e-12",), "training.learning_rate of 1e-12 trains next to nothing"),
         (("training.learning_rate=1e-8", "training.warmup_ratio=1.0"), "never reaches its peak of 1e-08"),
         (("training.embedding_learning_rate=1e-10",), "training.embedding_learning_rate of 1e-10 trains next to"),
+        (
+            ("training.lr_schedule=cosine_with_restarts", "training.num_cycles=50"),
+            "training.num_cycles asks for 50 falls of the learning rate, and after the warm-up the run has 10 steps",
+        ),
         (("training.warmup_ratio=1.0",), "the learning rate ends at 0.009 and never reaches its peak of 0.01"),
         (("evaluation.every_steps=11",), "nothing is evaluated during training: every 11 steps is more than the 10"),
         (("evaluation.every_steps=null", "evaluation.every_epochs=3"), "every 15 steps is more than the 10"),

@@ -82,6 +82,8 @@ def test_a_pattern_of_a_tied_head_is_one_of_the_embedding(tiny_model_folder):
         ("*.norm.weight", "is no regular expression", "did you mean 'model.train_only=.*.norm.weight'?"),
         ("layers.9", "matches no parameter", "a full name is `model.layers."),
         ("(", "is no regular expression", "a full name is `model.layers."),
+        (".*q_proj.*|v_proj", "a part of", "did you mean 'model.train_only=.*q_proj.*|.*v_proj.*'?"),
+        ("q_proj|v_proj", "matches no parameter", "did you mean 'model.train_only=.*q_proj.*|.*v_proj.*'?"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_refused(pattern, says, fix, config_of):

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from llmtune.adapters.config_file import LoraOptions
 from llmtune.config.schema import AdapterConfig
 from llmtune.errors import AdapterError, Problem
-from llmtune.models.parameters import find_score_head, near_pattern
+from llmtune.models.parameters import alternatives, find_score_head, near_pattern
 from llmtune.models.quantization import import_bitsandbytes_before_peft
 
 if TYPE_CHECKING:
@@ -219,9 +219,14 @@ def _checked_pattern(requested: str, names: Sequence[str], linear: Sequence[str]
         raise AdapterError(
             f"`{requested}` is no regular expression: {error}",
             where="adapter.target_modules",
-            fix=_near(requested, names) or "or give a list of names",
+            fix=_near(requested, names) or "close its brackets, or give a list of names",
         ) from error
     if any(pattern.fullmatch(name) for name in names):
+        for part in alternatives(requested):
+            if not any(re.fullmatch(part, name) for name in names):
+                problem = f"no layer's full name matches `{part}`, a part of `{requested}`"
+                fix = _near(requested, linear) or "take that part out, or let it begin with `.*`"
+                raise AdapterError(problem, where="adapter.target_modules", fix=fix)
         return requested
     # The usual slip: a list of one name written as that name.
     if any(ends_with(name, requested) for name in names):
@@ -229,6 +234,10 @@ def _checked_pattern(requested: str, names: Sequence[str], linear: Sequence[str]
             "a single string is a regular expression over full names; "
             f"write a list: adapter.target_modules=[{requested}]"
         )
+        raise AdapterError(f"no full name matches `{requested}`", where="adapter.target_modules", fix=fix)
+    listed = re.split(r"[\s;]+", requested.strip())
+    if len(listed) > 1 and all(any(ends_with(name, ending) for name in names) for ending in listed):
+        fix = f"write a list: 'adapter.target_modules=[{','.join(listed)}]'"
         raise AdapterError(f"no full name matches `{requested}`", where="adapter.target_modules", fix=fix)
     full = next(iter(linear), "model.layers.0.self_attn.q_proj")
     fix = _near(requested, linear)

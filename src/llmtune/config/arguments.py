@@ -13,7 +13,6 @@ from llmtune.config.collect import Findings, Setting, collect
 from llmtune.config.document import (
     DEFAULT,
     Entry,
-    Listing,
     Node,
     Origin,
     Scalar,
@@ -52,7 +51,8 @@ def environment_layer(environ: Mapping[str, str], findings: Findings) -> dict[st
             _unused_variable(name, findings)
             continue
         origin = Origin("env", f"env {excerpt(name)}")
-        entries.append(Entry(key.lower().replace("__", "."), _argument(text, origin, findings), origin))
+        node = _argument(text, origin, findings)
+        entries += [Entry(key.lower().replace("__", "."), node, origin)] if node is not None else []
     return collect(Table(tuple(entries), DEFAULT), findings)
 
 
@@ -117,7 +117,9 @@ def override_layer(overrides: Sequence[str] | Mapping[str, object] | Table, find
         key = key.strip()
         if key in entries:
             findings.note(f"command line: `{excerpt(key)}` is given twice; the last one wins: `{excerpt(value)}`")
-        entries[key] = Entry(key, _argument(value, origin, findings), origin)
+        node = _argument(value, origin, findings)
+        if node is not None:
+            entries[key] = Entry(key, node, origin)
     return collect(Table(tuple(entries.values()), DEFAULT), findings)
 
 
@@ -136,13 +138,17 @@ def _written_as(text: str) -> str:
     return "write for example `training.batch_size=4`"
 
 
-def _argument(text: str, origin: Origin, findings: Findings) -> Node:
-    """Read a value of the command line or the environment: lists, mappings and quotes as in YAML, else plain text."""
+def _argument(text: str, origin: Origin, findings: Findings) -> Node | None:
+    """Read a value of the command line or the environment: lists, mappings and quotes as in YAML, else plain text.
+
+    None for a value that begins as YAML and is none, which is a problem.
+    """
     text = text.strip()
     if text[:1] in ("[", "{", '"', "'") and is_text(text):
         try:
             return parse_yaml(text, lambda _: origin, findings.problems)
         except Unreadable as unreadable:
-            findings.problem(*unreadable.problem)
-            return Listing((), origin)
+            fix = "put the whole setting in single quotes, and inside of them each text with marks in double quotes"
+            findings.problem(f"{unreadable.problem.problem} (`{excerpt(text)}`)", origin.where, fix)
+            return None
     return Scalar(text, True, origin)

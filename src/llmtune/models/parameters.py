@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SCORE_HEADS",
+    "alternatives",
     "base_model_of",
     "checkpointable_blocks",
     "count_parameters",
@@ -70,21 +72,25 @@ def freeze_all_but(model: nn.Module, patterns: Sequence[str]) -> Decision:
     """
     # Tied weights under all of their names: a pattern may know the head and not the embedding.
     named = list(model.named_parameters(remove_duplicate=False))
+    names = [name for name, _ in named]
     kept: set[int] = set()
     problems = []
     for pattern in patterns:
         try:
-            found = {id(parameter) for name, parameter in named if re.fullmatch(pattern, name)}
-            problem = f"`{pattern}` matches no parameter"
+            kept |= {id(parameter) for name, parameter in named if re.fullmatch(pattern, name)}
+            lost = next(
+                (part for part in alternatives(pattern) if not any(re.fullmatch(part, name) for name in names)), None
+            )
+            part_of = "" if lost == pattern else f", a part of `{pattern}`,"
+            problem = None if lost is None else f"`{lost}`{part_of} matches no parameter"
         except re.error as error:
-            found, problem = set(), f"`{pattern}` is no regular expression: {error}"
-        kept |= found
-        if not found:
-            fix = near_pattern("model.train_only", pattern, [name for name, _ in named])
+            problem = f"`{pattern}` is no regular expression: {error}"
+        if problem is not None:
+            fix = near_pattern("model.train_only", pattern, names)
             fix = (
                 f"did you mean {fix}?"
                 if fix
-                else f"a full name is `{named[len(named) // 2][0]}`: a pattern matches the whole of it"
+                else f"a full name is `{names[len(names) // 2]}`: a pattern matches the whole of it"
             )
             problems.append(Problem(problem, "model.train_only", fix))
     if problems:
@@ -105,16 +111,33 @@ def near_pattern(key: str, written: str, names: Sequence[str]) -> str:
 
     >>> near_pattern("k", "(q|v)_proj", ["layers.0.q_proj", "layers.0.v_proj"])
     "'k=.*(q|v)_proj'"
+    >>> near_pattern("k", "q_proj|v_proj", ["layers.0.q_proj", "layers.0.v_proj"])
+    "'k=.*q_proj|.*v_proj'"
     """
     # A list of names is no pattern: an ending alone would match far too much.
     for pattern in (written, re.sub(r"(?<![.\])])\*", ".*", written)):
-        for around in (pattern, f".*{pattern}", f".*{pattern}.*"):
+        parts = alternatives(pattern)
+        fronted = [part if part.startswith(".*") else f".*{part}" for part in parts]
+        both = [part if part.endswith(".*") else f"{part}.*" for part in fronted]
+        for around in map("|".join, (parts, fronted, both)):
             try:
-                if any(re.fullmatch(around, name) for name in names):
+                if all(any(re.fullmatch(each, name) for name in names) for each in alternatives(around)):
                     return f"'{key}={around}'"
             except re.error:
                 break
     return ""
+
+
+def alternatives(pattern: str) -> list[str]:
+    """The parts of a regular expression between the `|` that stand outside of all brackets.
+
+    >>> alternatives(".*(q|v)_proj|[|]k"), alternatives("q_proj")
+    (['.*(q|v)_proj', '[|]k'], ['q_proj'])
+    """
+    marks = [mark for mark in re.finditer(r"\\.|\[\^?\]?[^\]]*\]|[()|]", pattern) if mark[0] in "()|"]
+    depths = itertools.accumulate({"(": 1, ")": -1}.get(mark[0], 0) for mark in marks)
+    bars = [mark.start() for mark, depth in zip(marks, depths, strict=True) if mark[0] == "|" and depth == 0]
+    return [pattern[start + 1 : stop] for start, stop in itertools.pairwise([-1, *bars, len(pattern)])]
 
 
 def count_parameters(model: nn.Module) -> int:

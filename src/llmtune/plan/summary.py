@@ -99,6 +99,12 @@ def _length_notes(forecaster: Forecaster) -> list[str]:
             f"and never reaches its peak of {peak:.3g}; set training.warmup_steps or training.warmup_ratio lower"
         )
 
+    if training.lr_schedule == "cosine_with_restarts" and training.num_cycles > total - warmup:
+        notes.append(
+            f"training.num_cycles asks for {training.num_cycles:,} falls of the learning rate, and after the warm-up "
+            f"the run has {total - warmup:,} steps"
+        )
+
     def steps_between(every_steps: float | None, every_epochs: float | None) -> Interval | None:
         spans = {"total_steps": total, "steps_per_epoch": batches.steps_per_epoch}
         return interval(every_steps, every_epochs, **spans)

@@ -35,6 +35,7 @@ Rows = npt.NDArray[np.int64]
 
 _DUPLICATE = "its tokens and weights repeat an earlier row"
 _OVERLAP = "it also stands in the held-out rows"
+_OTHER_ROWS = "give `data.eval` other rows, or leave it out and set `data.test_size`"
 
 
 def row_problems(part: LedgerPart, rules: RowRules, on_bad_row: str) -> list[Problem]:
@@ -104,7 +105,7 @@ def mark_overlap(part: LedgerPart, other: RowStore, other_rows: Rows, on_overlap
         name = other.source(other_row)
         total += 1
         if on_overlap == "drop":
-            part.set_status(row, "dropped", Reason(_OVERLAP), name)
+            part.set_status(row, "dropped", Reason(_OVERLAP, None, _OTHER_ROWS), name)
         elif on_overlap == "keep":
             part.warnings[row] = RowWarning("overlap", f"{_OVERLAP}, {name}")
         elif total <= PROBLEMS_SHOWN:

@@ -91,7 +91,7 @@ def _parse_preference(row: Row) -> tuple[Conversation, ...]:
     if isinstance(chosen, str) and isinstance(rejected, str):
         if prompt is None:
             fix = "give the row a prompt: where it ends cannot be told from two texts"
-            if all(messages_of_text(fields[name], {}) for name in names):
+            if messages_of_text(chosen, {}) and messages_of_text(rejected, {}):
                 columns = ", ".join(f"{name}: {name}" for name in names)
                 fix = f"let the source part these dialogues: `columns: {{{columns}}}`"
             raise UnusableRowError("prompt", null_or_missing(fields, "prompt"), fix)

@@ -87,7 +87,8 @@ def _proposed_sides(fields: Mapping[str, object], better: str, worse: str, *, co
     asked = next(
         (name for word in _ASKED for name in names if word in _words(name) and isinstance(rest[name], str)), None
     )
-    prompt = {} if (messages or asked) is None else {"prompt": messages or asked}
+    name = messages or asked
+    prompt = {} if name is None else {"prompt": name}
     if compares:
         return f"say in the source which they are: {_columns({**prompt, 'chosen': better, 'rejected': worse})}"
     is_text = isinstance(fields[better], str)
