@@ -221,6 +221,18 @@ def test_a_changed_config_is_answered_key_by_key(stopped, override, kind):
     assert key in str(caught.value)
 
 
+def test_a_change_that_was_allowed_once_is_the_run_s_own_when_it_is_stopped_again(stopped):
+    """The run has two steps; asked for four, it is stopped after the third."""
+    resolved, earlier = training.find_run(str(stopped), overrides=["training.max_steps=4"], allow_changes=True)
+    session = training.open_run(resolved, Options(), StopRequest(), print_line=lambda line: None, earlier=earlier)
+    steps = session.steps()
+    assert [next(steps).step, next(steps).step] == [2, 3]
+    steps.close()
+    said = resume(stopped)
+    assert "changed: config" not in said
+    assert [line["step"] for line in lines_of(stopped) if "learning_rate" in line] == [1, 2, 3, 4]
+
+
 def test_a_config_file_that_was_edited_by_hand_is_a_changed_config(stopped):
     config = stopped / "config.yaml"
     text = config.read_text()

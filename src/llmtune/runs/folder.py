@@ -18,6 +18,7 @@ from llmtune.common.environment import home_expanded
 from llmtune.common.secrets import redacted
 from llmtune.common.text import printable
 from llmtune.errors import CheckpointError, MachineError, UsageError
+from llmtune.runs.identity import Identity
 from llmtune.runs.run_file import RESUMABLE, RUN_FILE, RunDetails, RunFile, RunState, RunUpdate, read_run_file
 
 __all__ = [
@@ -93,10 +94,12 @@ class RunFolder:
         """State of the run in run.json."""
         return self._info["state"]
 
-    def update(self, **fields: Unpack[RunUpdate]) -> None:
+    def update(self, identity: Identity | None = None, **fields: Unpack[RunUpdate]) -> None:
         """Replace fields of run.json, durably and without secrets. Raises MachineError."""
         # The file first, then memory: after a refused write both still hold the old state.
         info: RunFile = {**self._info, **redacted(fields)}
+        if identity is not None:
+            info = {**info, "identity": redacted(identity)}
         durable.write_json(self.path / RUN_FILE, info)
         self._info = info
 

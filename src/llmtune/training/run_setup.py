@@ -35,7 +35,7 @@ from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import forecast_disk
 from llmtune.runs.folder import CONFIG_FILE, RunFolder, checked_name, clean_name_part, create_run
-from llmtune.runs.identity import Identity, compare, describe_machine, refuse_changes
+from llmtune.runs.identity import Effect, Identity, compare, describe_machine, refuse_changes
 from llmtune.runs.run_file import RunDetails
 from llmtune.tracking.model_graph import model_graph
 from llmtune.tracking.tracker import RunInfo
@@ -133,13 +133,13 @@ def open_stopped(path: Path, checkpoint: Path | None, devices: Devices, print_li
 
 
 def compare_identity(
-    stopped: StoppedRun, setup: TrainingSetup, requested: Config, *, allow_changes: bool, print_line: PrintLine
+    stopped: StoppedRun, setup: TrainingSetup, resolved: ResolvedConfig, *, allow_changes: bool, print_line: PrintLine
 ) -> None:
-    """Print how the training differs from the one that was stopped.
+    """Print how the training differs from the one that was stopped, and let it be the run's own from here on.
 
-    `requested`: the config before it was resolved. Raises CheckpointError where it no longer fits the checkpoint, or
-    would be another training and that is not allowed.
+    Raises CheckpointError where it no longer fits the checkpoint, or would be another training and that is not allowed.
     """
+    requested = resolved.config
     now = identity_of(setup)
     differences = compare({**stopped.identity, "config": with_open_values(stopped.identity, now, requested)}, now)
     # Before a step is made: another training under the same name would be found out only by its results.
@@ -148,6 +148,10 @@ def compare_identity(
         print_difference(difference, print_line)
     if stopped.loaded is not None:
         print_length(stopped.loaded.step, setup.batches.total_steps, print_line)
+    if stopped.folder is not None and any(difference.effect is Effect.SCHEDULE for difference in allowed):
+        # Stopped once more, it goes on with what was allowed here, and nobody has to say it again.
+        _write_config(stopped.folder.path, resolved, setup)
+        stopped.folder.update(identity=now)
 
 
 def with_open_values(earlier: Identity, now: Identity, requested: Config) -> dict[str, Any]:
@@ -234,8 +238,7 @@ def create(
     )
 
     def fill(folder: Path) -> None:
-        durable.write_text(folder / CONFIG_FILE, config_to_yaml(keep_fitted(resolved.config, config)))
-        durable.write_json(folder / ORIGINS_FILE, {key: str(origin) for key, origin in resolved.origins.items()})
+        _write_config(folder, resolved, setup)
         durable.write_json(
             folder / DATA_FILE,
             data_excerpt(prepared.data, prepared.tokenizer.tokenizer, max_length=config.data.max_length),
@@ -258,6 +261,12 @@ def create(
     taken = "" if run.name == name else f" (there is a run `{printable(name)}` already)"
     print_line(f"run     {printable(run.path)}{taken}")
     return run
+
+
+def _write_config(folder: Path, resolved: ResolvedConfig, setup: TrainingSetup) -> None:
+    """Write config.yaml, which loads back to the config, and origins.json beside it."""
+    durable.write_text(folder / CONFIG_FILE, config_to_yaml(keep_fitted(resolved.config, setup.config)))
+    durable.write_json(folder / ORIGINS_FILE, {key: str(origin) for key, origin in resolved.origins.items()})
 
 
 def _details(

@@ -189,7 +189,7 @@ def open_run(
                     folder = _new_folder(resolved, setup, (*device_decisions, *tracker_decisions), plan, printer)
                 else:
                     folder, allow = stopped.folder, earlier.allow_changes
-                    run_setup.compare_identity(stopped, setup, resolved.config, allow_changes=allow, print_line=printer)
+                    run_setup.compare_identity(stopped, setup, resolved, allow_changes=allow, print_line=printer)
                 # 6. The run, at its first step or at that of its checkpoint.
                 run = TrainingRun(
                     setup,
