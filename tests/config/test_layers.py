@@ -281,6 +281,13 @@ def test_broken_json_is_refused_with_its_line(write, text, line, words):
     assert words in problem.problem
 
 
+def test_a_comma_before_a_closing_bracket_and_another_language_are_named(write):
+    write("my.json", '{"run": {"seed": 1,}}')
+    assert problems_of("my.json")[0].fix == "take out the comma before the bracket that closes"
+    write("my.toml", "[run]\nseed = 1\n")
+    assert problems_of("my.toml")[0].problem == "a config is YAML or JSON, and this is TOML"
+
+
 @pytest.mark.parametrize("value", ["NaN", "-Infinity", "True", "None"])
 def test_a_word_that_json_does_not_know_is_answered_with_those_it_knows(write, value):
     write("my.json", f'{{"run": {{"seed": {value}}}}}')
@@ -381,6 +388,7 @@ def test_an_override_that_is_given_twice_is_noted():
         ("EVERY_STEPS", ["EVALUATION__EVERY_STEPS", "CHECKPOINT__EVERY_STEPS", "TRACKING__EVERY_STEPS"]),
         ("TRAINING_BATCHSIZE", ["TRAINING__BATCH_SIZE"]),
         ("OFLINE", ["OFFLINE"]),
+        ("MODEL", ["MODEL__NAME"]),
     ],
 )
 def test_a_variable_that_is_nearly_a_key_is_refused_with_the_one_that_works(name, meant):

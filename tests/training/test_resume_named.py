@@ -99,6 +99,18 @@ def test_a_model_without_its_optimizer_is_no_place_to_go_on_from(run, program, n
     assert "step-000001, step-000002, step-000003, step-000004" in err
 
 
+def test_a_checkpoint_that_is_not_there_is_named_as_it_was_written(program):
+    code, err = program("train", "--resume-from-checkpoint", "nosuch")
+    assert code == 5
+    assert "there is no folder `nosuch`\n  where: --resume-from-checkpoint" in err
+
+
+def test_a_folder_of_runs_is_answered_with_one_of_them(run, program):
+    code, err = program("generate", run.parent, "hi")
+    assert code == 4
+    assert f"holds runs, no config.json\n  where: RUN|MODEL\n  fix: name one of them, for example {run}" in err
+
+
 @pytest.mark.parametrize(
     "words",
     [("resume", "{}/checkpoints/step-000002"), ("train", "--resume-from-checkpoint", "{}/checkpoints/step-000002")],

@@ -26,12 +26,12 @@ from llmtune.cli.options import (
 )
 from llmtune.cli.process import prepare_process
 from llmtune.common.environment import home_expanded, is_offline
-from llmtune.common.text import PrintLine, print_line
+from llmtune.common.text import PrintLine, print_line, printable
 from llmtune.config.arguments import FLAGS
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import RunConfig
-from llmtune.errors import UsageError
+from llmtune.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from llmtune.tracking.screen import Screen
@@ -245,6 +245,12 @@ def _check_resume(checkpoint: Path | None, beside: Mapping[str, object]) -> None
             "--allow-changes is for a run that goes on",
             where="command line",
             fix="name its checkpoint with --resume-from-checkpoint, or leave it out",
+        )
+    if not checkpoint.exists():
+        raise CheckpointError(
+            f"there is no folder `{printable(checkpoint)}`",
+            where="--resume-from-checkpoint",
+            fix="name a checkpoint of a run, RUN/checkpoints/step-N, or the run itself; `llmtune runs` lists them",
         )
     given = [FLAGS.get(key, f"--{key}") for key, value in beside.items() if value is not None]
     # The flag that other toolkits have; a run goes on with its own config, so most flags beside it are a mistake.

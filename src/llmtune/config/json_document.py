@@ -60,6 +60,8 @@ class _Reader:
         fix = None
         if shown_text.startswith(("//", "/*", "#")):
             fix = "JSON has no comments: take it out, or end the file's name in .yaml and begin comments with #"
+        elif shown_text[:1] in ("}", "]") and self.text[:position].rstrip()[-1:] == ",":
+            fix = "take out the comma before the bracket that closes"
         elif shown_text.startswith("'"):
             fix = "JSON wants double quotes"
         elif re.match(r"[-+]?(NaN|Infinity|None|True|False|[A-Z])", shown_text):

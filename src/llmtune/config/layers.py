@@ -341,7 +341,10 @@ def read_table(text: str, file: str, is_json: bool, findings: Findings) -> Table
     try:
         root = (parse_json if is_json else parse_yaml)(text, origin_of, findings.problems)
     except Unreadable as unreadable:
-        findings.problem(*unreadable.problem)
+        problem, where, fix = unreadable.problem
+        if file.endswith(".toml"):
+            problem, fix = "a config is YAML or JSON, and this is TOML", "write it as YAML, a key for each section"
+        findings.problem(problem, where, fix)
         return None
     if isinstance(root, Scalar) and root.is_null:
         findings.note(f"{file}: the file is empty, so every key has its default")

@@ -186,6 +186,10 @@ def _model_folder(path: Path, name: str) -> Path:
     if ggufs:
         fix = f"name one of them, for example {ggufs[0]}"
         raise ModelError(f"`{name}` holds GGUF files, no config.json", where="model.name", fix=fix)
+    runs = sorted(folder.parent.name for folder in path.glob("*/run.json"))
+    if runs:
+        fix = f"name one of them, for example {path / runs[0]}"
+        raise ModelError(f"`{name}` holds runs, no config.json", where="model.name", fix=fix)
     raise ModelError(
         f"the folder `{name}` has no config.json",
         where="model.name",
