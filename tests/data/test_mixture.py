@@ -222,6 +222,8 @@ def test_a_share_of_no_rows_is_a_problem_of_its_source(two_files, config, render
         prepare_data(data, renderer)
     assert len(caught.value.problems) == 1
     assert survey_data(data, renderer).problems
+    with pytest.raises(DataError, match=r"data.train\[0\]: `share: 0.001` of an epoch of 20 is no row"):
+        prepare_data(config(SourceConfig(small, share=0.001), large), renderer)
     with pytest.raises(DataError, match=r"an epoch would have 200,000 rows"):
         prepare_data(config(SourceConfig(small, share=0.9999), large), renderer)
 

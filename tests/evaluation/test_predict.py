@@ -192,7 +192,7 @@ def test_a_function_of_the_user_judges_each_answer(run, rows, tiny_model_folder,
     ("code", "problem"),
     [
         ("def mine(prompt, reference, answer):\n    return 1 / 0\n", "ZeroDivisionError: division by zero (mine.py:2)"),
-        ("def mine(prompt, reference):\n    return 1\n", "takes 2 positional arguments but 3 were given"),
+        ("def mine(prompt, reference):\n    return 1\n", "too many positional arguments"),
         ("def mine(:\n", "SyntaxError"),
         ("import nothing_of_that_name\n", "No module named 'nothing_of_that_name' (mine.py:1)"),
     ],
@@ -225,10 +225,12 @@ def test_rows_of_other_columns_are_answered_with_the_option_that_reads_them(run,
         ("bleu", "there is no score `bleu`"),
         ("nowhere.py:score", "there is no file `nowhere.py`"),
         ("{}:other", "has no function `other`"),
+        ("{}:of_a_reward", "`of_a_reward` does not take what it is given: "),
     ],
 )
 def test_a_score_that_is_not_there_is_answered_with_those_that_are(name, problem, tmp_path):
-    (tmp_path / "mine.py").write_text("def mine(prompt, reference, answer):\n    return 1\n")
+    of_a_reward = "def of_a_reward(*, prompts, completions):\n    return [1]\n"
+    (tmp_path / "mine.py").write_text(f"def mine(prompt, reference, answer):\n    return 1\n{of_a_reward}")
     with pytest.raises(UsageError, match=problem) as error:
         find_score(name.format(tmp_path / "mine.py"))
     assert error.value.problems[0].fix

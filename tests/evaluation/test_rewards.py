@@ -80,6 +80,7 @@ def reward_file(tmp_path):
         "def one_for_all(**columns):\n    return 0.5\n"
         "def nothing(**columns):\n    pass\n"
         "def later(completions, **columns):\n    return (1 / 0 for text in completions)\n"
+        "def of_a_score(prompt, reference, answer):\n    return 1\n"
         "def by_numpy(completions, **columns):\n"
         "    import numpy\n"
         "    return numpy.array([len(text) for text in completions], dtype=numpy.float32)\n"
@@ -144,6 +145,7 @@ def test_a_weight_stands_behind_the_function(reward_file):
         (("{file}:other",), "has no function `other`"),
         (("{file}:some=much",), "the weight `much` is no number"),
         (("{file}:some", "{file}:some"), "two rewards are called `some`"),
+        (("{file}:of_a_score",), "`of_a_score` does not take what it is given: "),
     ],
 )
 def test_rewards_that_cannot_be_used_are_refused_before_anything_is_loaded(reward_file, functions, problem):

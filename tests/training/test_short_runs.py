@@ -3,7 +3,7 @@
 import pytest
 
 from llmtune.config.process_options import Options
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, UsageError
 from llmtune.prepare import prepare
 from llmtune.training import train as training
 from llmtune.training.progress import print_result
@@ -32,6 +32,13 @@ def test_a_run_of_which_every_rate_is_zero_is_refused_and_its_fix_trains(config_
             start(config_of(*ONE_STEP, setting))
         assert f"set `{fix}`" in error.value.problems[0].fix
     assert training.train(config_of(*ONE_STEP, setting, fix)).metrics["learning_rate"] == 0.01
+
+
+def test_a_dry_run_refuses_a_judge_that_the_run_would_refuse(config_of):
+    with pytest.raises(UsageError, match=r"there is no file `nosuch\.py`"):
+        training.dry_run(config_of(), Options(score="nosuch.py:f", no_cuda=True), print_line=lambda line: None)
+    with pytest.raises(ConfigError, match="none is named"):
+        notes(config_of("objective.method=grpo"))
 
 
 def test_ten_rows_in_one_batch_are_one_step(config_of):

@@ -100,7 +100,12 @@ def _own(name: str, weight: float) -> Reward:
     path, _, short_name = name.rpartition(":")
     if not path:
         raise UsageError(f"`{name}` names no function", "--reward", "write FILE.py:FUNCTION")
-    function = user_function(name, "--reward")
+    form = "it is called by names: `def reward(prompts, completions, completion_ids, **columns)`, each a list"
+    names = ("prompts", "completions", "completion_ids")
+    # What else it asks for is a column of the rows, which are not read yet.
+    function = user_function(
+        name, "--reward", lambda signature: signature.bind_partial(**{key: [] for key in names}), form
+    )
 
     def judge(group: AnswerGroup) -> Sequence[float | None]:
         count = len(group.answers)

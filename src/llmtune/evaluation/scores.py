@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 import re
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -30,16 +31,18 @@ def find_score(name: str) -> Score:
     where there is no such score, file or function.
     """
     if ":" in name:
-        return user_function(name, "--score")
+        form = "give it three texts: `def score(prompt, reference, answer)`"
+        return user_function(name, "--score", lambda signature: signature.bind("", "", ""), form)
     if name not in SCORES:
         raise UsageError(f"there is no score `{name}`", "--score", f"one of {', '.join(SCORES)}, or FILE.py:FUNCTION")
     return SCORES[name]
 
 
-def user_function(name: str, option: str) -> Callable[..., Any]:
+def user_function(name: str, option: str, call: Callable[[inspect.Signature], object], form: str) -> Callable[..., Any]:
     """Run the file of `FILE.py:FUNCTION`, the value of `option`, and return its function.
 
-    Raises UsageError where there is no such file or function.
+    call: binds the arguments that it will be given to its signature. form: the fix where it does not take them. Raises
+    UsageError where there is no such file or function, or one that takes other arguments.
     """
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
@@ -56,6 +59,13 @@ def user_function(name: str, option: str) -> Callable[..., Any]:
     if not callable(found):
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise UsageError(f"`{path}` has no function `{function}`", option, f"it has {known or 'none'}")
+    # Before a model is loaded; a function that Python cannot describe is called as it is.
+    with suppress(ValueError):
+        signature = inspect.signature(found)
+        try:
+            call(signature)
+        except TypeError as error:
+            raise UsageError(f"`{function}` does not take what it is given: {error}", option, form) from error
     return cast("Callable[..., Any]", found)
 
 

@@ -337,7 +337,7 @@ def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine
         refusal = error
         resolved = replace(resolved, config=replace(resolved.config, distributed=DistributedConfig()))
         print_line(f"planned as one process that holds the whole model: {error.problems[0].problem}")
-    run_setup.check_name(resolved)
+    _check(resolved, options, is_new=True)
     devices, device_decisions = open_devices(resolved.config, options)
     _prepare_and_plan(resolved, options, devices, device_decisions, RankPrinter(devices, print_line, screen))
     devices.close()

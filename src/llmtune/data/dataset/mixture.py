@@ -97,10 +97,23 @@ class Mixture(NamedTuple):
 
 
 def mixture_of(examples: MappedExamples, sources: Sequence[SourceConfig]) -> Mixture:
-    """How the examples (a pair of answers is one) are mixed. Raises DataError (see `epoch_counts`)."""
+    """How the examples (a pair of answers is one) are mixed.
+
+    Raises DataError (see `epoch_counts`), also for a source of which its share is not one example.
+    """
     source_of_example = examples.sources[:: examples_together(examples)]
     groups = tuple(np.flatnonzero(source_of_example == place).astype(np.int64) for place in range(len(sources)))
-    return Mixture(groups, tuple(epoch_counts([len(group) for group in groups], sources)))
+    counts = epoch_counts([len(group) for group in groups], sources)
+    unseen = [
+        place for place, (group, count) in enumerate(zip(groups, counts, strict=True)) if len(group) and not count
+    ]
+    if unseen:
+        fix = f"give it a share of at least {1 / sum(counts):.2g}, or take the source out"
+        problem = "`share: {:g}` of an epoch of {:,} is no row"
+        raise DataError.all(
+            Problem(problem.format(sources[place].share, sum(counts)), f"data.train[{place}]", fix) for place in unseen
+        )
+    return Mixture(groups, tuple(counts))
 
 
 def epoch_counts(sizes: Sequence[int], sources: Sequence[SourceConfig]) -> list[int]:
