@@ -200,6 +200,11 @@ def test_json_in_a_text_file_is_read_as_json(indent, file):
     assert fields_of(file("b.txt", json.dumps(CHAT, indent=indent))) == [{"messages": CHAT}]
 
 
+def test_json_lines_under_the_name_of_a_table_are_read(file):
+    lines = '{"prompt": "q", "completion": "a"}\n{"prompt": "q2", "completion": "a2"}\n'
+    assert fields_of(file("a.csv", lines)) == fields_of(file("b.tsv", lines)) == PAIRS
+
+
 def test_bytes_and_maps_in_parquet_are_texts_and_objects(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     messages = pa.array([[list(turn.items()) for turn in CHAT]], pa.list_(pa.map_(pa.string(), pa.string())))
@@ -215,6 +220,8 @@ def test_bytes_and_maps_in_parquet_are_texts_and_objects(tmp_path):
         ('{"messages": [{"role": "user"},]}', "take out the comma before the bracket that closes"),
         ("{prompt: 'q'}", "JSON wants double quotes around names and texts"),
         ('{"prompt": q, "a": 1', "give each row as one JSON object on one line"),
+        ("prompt,completion", "give each row as one JSON object on one line; a table's file ends in .csv or .tsv"),
+        ("{“prompt”: “q”}", "JSON wants straight double quotes"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_said(line, fix, file):

@@ -95,6 +95,27 @@ def test_json_under_the_name_of_parquet_is_named(tmp_path):
     assert row.fix.startswith("end its name in .jsonl")
 
 
+def test_a_table_under_the_name_of_parquet_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_text("prompt,completion\nq,é\n")
+    (row,) = read_rows((SourceConfig(str(path)),))
+    assert (row.problem, row.fix) == (
+        "the file is text, whatever its name says",
+        "end its name in .csv, .tsv or .txt",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "other"),
+    [("rows.jsonl.gz", b"\x28\xb5\x2f\xfdxx", ".zst"), ("rows.jsonl.zst", b"\x1f\x8bxx", ".gz")],
+)
+def test_a_file_that_is_compressed_in_another_way_is_named(name, data, other, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    (row,) = read_rows((SourceConfig(str(tmp_path / name)),))
+    assert row.problem == f"the file is {other} inside, whatever its name says"
+    assert row.fix == f"end its name in {other}"
+
+
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_a_file_that_is_not_compressed_is_told_from_one_that_was_cut_off(ending, tmp_path):
     path = tmp_path / f"rows.jsonl{ending}"

@@ -141,6 +141,16 @@ def test_a_call_is_read_in_each_of_its_forms(call):
     assert not given.unused
 
 
+@pytest.mark.parametrize("name", ["parameters", "args", "input"])
+def test_the_arguments_of_a_call_may_have_another_name(name):
+    calls = [{"function": {"name": "f", name: {"x": 1}}}, {"name": "f", name: '{"x": 1}', "arguments": None}]
+    (given,) = conversation(messages=[{"role": "assistant", "content": None, "tool_calls": calls}]).messages
+    assert given.extra["tool_calls"] == [
+        {"function": {"name": "f", "arguments": {"x": 1}}},
+        {"name": "f", "arguments": '{"x": 1}'},
+    ]
+
+
 def test_functions_are_descriptions_of_tools():
     function = {"name": "get_weather", "parameters": {"type": "object"}}
     turns = [{"role": "user", "content": "q"}]

@@ -1,5 +1,7 @@
 """Arguments of tool calls reach a template in the form it takes: an object, or JSON text."""
 
+from dataclasses import replace
+
 import pytest
 
 from llmtune.data.example import Conversation, Message
@@ -68,6 +70,26 @@ def test_arguments_are_rendered_as_json_whatever_form_the_row_and_the_template_h
 def test_a_template_that_takes_objects_gets_objects(tokenizer_for):
     expected = "get_weathertown=Pisa;<|im_end|>21 degrees.<|im_end|>"
     assert trained(tokenizer_for("chatml"), ITEMS, '{"town": "Pisa"}') == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (JSON, 'call get_weather {"town": "Pisa"}<|im_end|>21 degrees.<|im_end|>'),
+        (JOINED, 'call get_weather {"town": "Pisa"}<|im_end|>21 degrees.<|im_end|>'),
+        ("{{ m.tool_calls[0].name }}", "get_weather<|im_end|>21 degrees.<|im_end|>"),  # as it stands in the row
+    ],
+)
+def test_a_call_without_the_key_function_is_rendered_in_the_form_that_the_template_takes(source, text, tokenizer_for):
+    flat = {"name": "get_weather", "arguments": TOWN}
+    messages = [
+        replace(message, extra={"tool_calls": [flat]}) if message.extra else message
+        for message in conversation(TOWN).messages
+    ]
+    renderer = Renderer(tokenizer_for("chatml"), chat_template=CHATML.replace("CALL", source))
+    rendered = renderer.render(Conversation("rows.jsonl:1", tuple(messages)))
+    pairs = zip(rendered.input_ids, rendered.weights, strict=True)
+    assert tokenizer_for("chatml").decode([token for token, weight in pairs if weight]) == text
 
 
 def test_a_call_without_arguments_is_rendered_by_a_template_that_wants_text(tokenizer_for):

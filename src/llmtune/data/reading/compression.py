@@ -13,7 +13,7 @@ import zstandard
 
 from llmtune.data.reading.json_file import CHUNK_BYTES
 
-__all__ = ["COMPRESSIONS", "COMPRESSION_ERRORS", "is_compressed", "is_seekable", "open_bytes"]
+__all__ = ["COMPRESSIONS", "COMPRESSION_ERRORS", "compression_of", "is_seekable", "open_bytes"]
 
 COMPRESSION_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 """Errors of the libraries for compressed bytes that are damaged."""
@@ -84,10 +84,11 @@ def open_bytes(path: Path) -> IO[bytes]:
     return opener(path) if opener else path.open("rb", CHUNK_BYTES)
 
 
-def is_compressed(path: Path) -> bool:
-    """Whether a file begins as those do that its ending names."""
+def compression_of(path: Path) -> str | None:
+    """The ending that files have which begin as this one does; None for one that is not compressed so."""
     with path.open("rb") as file:
-        return file.read(4).startswith(_MAGIC[path.suffix.lower()])
+        head = file.read(4)
+    return next((ending for ending, magic in _MAGIC.items() if head.startswith(magic)), None)
 
 
 def is_seekable(stream: IO[bytes]) -> bool:

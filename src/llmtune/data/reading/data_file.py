@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from llmtune.config.schema import SourceConfig
 from llmtune.data.example import Row
 from llmtune.data.reading.columns import renamed
-from llmtune.data.reading.compression import COMPRESSION_ERRORS, COMPRESSIONS, is_compressed, open_bytes
+from llmtune.data.reading.compression import COMPRESSION_ERRORS, COMPRESSIONS, compression_of, open_bytes
 from llmtune.data.reading.parse import BadRow, DamagedFileError, Record, with_lists
 from llmtune.data.reading.readers import READERS, Numbering, source_name
 from llmtune.errors import DataError
@@ -126,11 +126,11 @@ class DataFile:
         except COMPRESSION_ERRORS as error:
             problem = f"the compressed file is damaged or cut off: {error}"
             fix = "write or download it again; nothing after this place can be read"
-            if self.path is not None and not is_compressed(self.path):
-                problem, fix = (
-                    "the file is not compressed, whatever its name says",
-                    f"take {self.path.suffix} off its name",
-                )
+            found = compression_of(self.path) if self.path is not None else None
+            if self.path is not None and found != self.path.suffix.lower():
+                is_other = found is not None
+                problem = f"the file is {f'{found} inside' if is_other else 'not compressed'}, whatever its name says"
+                fix = f"end its name in {found}" if is_other else f"take {self.path.suffix} off its name"
             yield self._damaged(next_number, problem, fix)
         except OSError as error:
             problem = f"the file cannot be read: {error.strerror or error}"

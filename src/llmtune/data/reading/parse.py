@@ -249,6 +249,10 @@ def _json_fix(text: str, position: int, cut_off: bool) -> str:
     # The quote that opens a key, and not an apostrophe in its value: that line may be cut off too.
     if re.match(r"\s*[\[{]*\s*'", text):
         return "JSON wants double quotes: write rows with a JSON library, not with str()"
+    if re.search("[“”„«]", text):
+        return 'JSON wants straight double quotes ("), and here are others'
+    if not re.match(r"\s*[\[{\"]", text) and re.search("[,;\t|]", text):
+        return "give each row as one JSON object on one line; a table's file ends in .csv or .tsv, plain text's in .txt"
     if cut_off:
         return "the file ends here without a line end; if it was cut off, write it again or delete its last line"
     return "give each row as one JSON object on one line"

@@ -155,6 +155,8 @@ def _table_kind(stream: IO[bytes], kind: str) -> str:
     lines = text.splitlines(keepends=True)
     if lines and (named := _NAMED_DELIMITER.fullmatch(lines[0])):
         return f"table {named[1]}" if f"table {named[1]}" in READERS else kind
+    if lines and _is_object(lines[0].encode("utf-8", "surrogateescape")):
+        return "json lines"
     counts = {delimiter: _cells_of_first_rows(lines, delimiter) for delimiter in (",", ";", "\t", "|")}
     own = _DELIMITERS[kind]
     others = [
@@ -289,8 +291,13 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
     ) as error:  # ValueError: not UTF-8; Overflow: odd dates
         problem = f"not a readable parquet file: {in_one_line(error)}"
         fix = "write the file again; it was cut off or is something else"
-        if number < 0 and is_seekable(stream) and not stream.seek(0) and stream.read(32).lstrip()[:1] in (b"{", b"["):
+        head = stream.read(2**10) if number < 0 and is_seekable(stream) and not stream.seek(0) else b""
+        if head.lstrip()[:1] in (b"{", b"["):
             problem, fix = "the file is JSON, whatever its name says", "end its name in .jsonl, or .json for a list"
+        elif (
+            head and head.decode("utf-8", "replace").replace("\n", "").replace("\r", "").replace("\t", "").isprintable()
+        ):
+            problem, fix = "the file is text, whatever its name says", "end its name in .csv, .tsv or .txt"
         raise DamagedFileError(number + 1 if number >= 0 else None, problem, fix) from None
 
 

@@ -77,6 +77,34 @@ def _arguments_of(messages: Sequence[Message]) -> list[object]:
 def render_with_arguments(
     messages: Sequence[Message], render: Callable[[list[dict[str, object]]], str]
 ) -> tuple[list[dict[str, object]], str]:
+    """Render messages with their tool calls as the template takes them (see `_render_arguments`).
+
+    Calls are given as they are. Where the template fails on `{"name", "arguments"}`, they stand below `function`.
+    """
+    try:
+        return _render_arguments(messages, render)
+    except TemplateRefusal as refusal:
+        wrapped = [_with_functions(message) for message in messages]
+        if refusal.is_limit or wrapped == list(messages):
+            raise
+        try:
+            return _render_arguments(wrapped, render)
+        except TemplateRefusal:
+            raise refusal from None
+
+
+def _with_functions(message: Message) -> Message:
+    """The message with each of its tool calls in the form with the key `function`."""
+    calls = [
+        {"type": "function", "function": call} if isinstance(call, Mapping) and "function" not in call else call
+        for call in cast("list[object]", message.extra.get("tool_calls") or ())
+    ]
+    return replace(message, extra={**message.extra, "tool_calls": calls}) if calls else message
+
+
+def _render_arguments(
+    messages: Sequence[Message], render: Callable[[list[dict[str, object]]], str]
+) -> tuple[list[dict[str, object]], str]:
     """Render messages with the arguments of their tool calls as the template takes them.
 
     Objects come first. JSON text takes their place where the template fails on objects (it joins them to a text), or

@@ -175,7 +175,19 @@ def read_tool_calls(value: object, field: str) -> list[object]:
         if not isinstance(arguments, (str, Mapping, type(None))):
             rule, fix = "must be an object or its JSON text", "write the arguments as an object"
             raise wrong_type(f"{field}[{index}].function.arguments", rule, arguments, fix)
-    return [_without_nulls(call, f"{field}[{index}]") for index, call in enumerate(value)]
+    return [_without_nulls(_with_arguments(call), f"{field}[{index}]") for index, call in enumerate(value)]
+
+
+def _with_arguments(call: object) -> object:
+    """A call with the key `arguments`, which some programs call `parameters`."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"])}
+    others = [key for key in ("parameters", "args", "input") if isinstance(call.get(key), (str, Mapping))]
+    if call.get("arguments") is not None or not others:
+        return call
+    return {("arguments" if key == others[0] else key): value for key, value in call.items() if key != "arguments"}
 
 
 def read_tools(fields: Mapping[str, object]) -> tuple[Mapping[str, object], ...]:
