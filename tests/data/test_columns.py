@@ -197,6 +197,15 @@ def test_a_row_without_the_column_is_bad_and_the_column_is_named(write, config, 
         prepare_data(config(source), renderer)
 
 
+def test_a_number_is_made_text_by_a_template_over_its_column(write, config, renderer):
+    path = str(write("a.jsonl", [{"q": "Two?", "n": 2}]))
+    with pytest.raises(DataError) as refused:
+        prepare_data(config(SourceConfig(path, columns={"question": "q", "answer": "n"})), renderer)
+    assert refused.value.problems[0].fix.endswith('`columns: {answer: "{n}"}`')
+    source = SourceConfig(path, columns={"question": "q", "answer": "{n}"})
+    assert prepare_data(config(source), renderer).ledger.summary()["train"]["used"] == 1
+
+
 BAD = {
     "{path: a, columns: {promt: q}}": "did you mean `prompt`?",
     "{path: a, columns: {prompt: '{q'}}": "columns: {prompt: '{q'}",

@@ -119,9 +119,9 @@ def process_record(
             return _judged(blank, conversations, renderer, rules)
         rendered = renderer.render_examples(conversations[0])
     except UnusableRowError as error:
-        column = source.columns.get(error.field or "")
+        name, column = error.field, source.columns.get(error.field or "")
         problem = f"{error.problem} (`columns` reads it from {column!r})" if column else error.problem
-        return blank._replace(reason=Reason(problem, error.field, error.fix))
+        return blank._replace(reason=Reason(problem, name, error.fix.replace(f"{{{name}}}", f"{{{column or name}}}")))
     except DataError as error:
         refusal = error.problems[0]
         return blank._replace(reason=Reason(refusal.problem, None, refusal.fix))
@@ -379,8 +379,7 @@ def _check_answers(conversation: Conversation, train_on: TrainOn, last_field: st
             raise UnusableRowError(field, "the answer is empty", fix)
 
 
-_NOTHING = frozenset({"nan", "NaN", "NAN", "<NA>", "NULL", "None"})
-"""What programs write in place of a value that is missing, as `str(float("nan"))` is in Python."""
+_NOTHING = frozenset({"nan", "NaN", "NAN", "<NA>", "NULL", "None"})  # written for a missing value
 
 
 def _conversation_warnings(conversation: Conversation) -> Iterator[RowWarning]:
