@@ -231,6 +231,12 @@ def test_lines_of_prose_are_texts_though_the_first_is_json(tmp_path):
             "{messages: Messages, role: Role, content: Content}",
         ),
         ({"dialog": ["q", "a"]}, "{messages: dialog}"),
+        ({"question": "q", "answers": ["a", "b"]}, "{question: question, answer: answers.0}"),
+        (
+            {"context": "c", "question": "q", "answers": {"text": ["a"], "answer_start": [3]}},
+            '{question: "{context} {question}", answer: answers.text.0}',
+        ),
+        ({"translation": {"en": "q", "fr": "a"}}, "{question: translation.en, answer: translation.fr}"),
         ({"inputs": "q", "targets": "a", "language": "x"}, "{question: inputs, answer: targets}"),
         ({"human": "q", "bot": "a"}, "{question: human, answer: bot}"),
     ],
@@ -325,6 +331,11 @@ def test_a_dialogue_that_two_texts_repeat_is_parted_by_the_source(write, config,
 def test_a_table_without_a_header_is_asked_for_one():
     assert "first line of the file names its columns" in proposed_columns({"What?": "a"}, "a.csv:2", nothing)
     assert "first line" not in proposed_columns({"What?": "a"}, "a.jsonl:2", nothing)
+
+
+def test_choices_are_no_turns():
+    row = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+    assert "messages" not in proposed_columns(row, "a.jsonl:1", nothing)
 
 
 def test_parts_of_a_text_with_a_switch_each_are_named():

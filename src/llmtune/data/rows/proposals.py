@@ -21,6 +21,20 @@ _ANSWERED = (
     *("target", "targets", "tgt", "a", "label", "summary", "translation", "sql", "code", "body", "y"),
 )
 """Words in the names of columns that often hold what is asked, and what is answered."""
+_DIALOGUES = (
+    "dialog",
+    "dialogue",
+    "dialogs",
+    "dialogues",
+    "conversation",
+    "conversations",
+    "turns",
+    "utterances",
+    "chat",
+)
+"""The same for a list of texts that take turns."""
+_ANSWER_LISTS = ("answers", "answer", "responses", "solutions", "targets", "references", "summaries", "completions")
+"""The same for several answers, of which the first is taken."""
 _WORSE = (
     *("rejected", "reject", "dispreferred", "non", "negative", "neg", "worse", "worst", "loser", "lose", "losing"),
     *("bad", "incorrect", "wrong", "l", "k"),
@@ -59,7 +73,7 @@ def proposed_columns(
     if "input_ids" in fields:
         return "give the texts or messages themselves: rows are tokenized here, by the tokenizer of the model"
     for path, turns in _lists(fields, "", _DEPTH):
-        if _are_texts(turns):
+        if _are_texts(turns) and set(_words(path)) & {*_DIALOGUES}:
             return f"say in the source that its texts take turns: {_columns({'messages': path})}"
         turn = first_turn(turns)
         if isinstance(turn.get("label"), bool) and isinstance(turn.get("text"), str):
@@ -67,7 +81,7 @@ def proposed_columns(
         keys = columns_of_turn(turn) if turn else None
         if keys is not None:
             return f"say in the source where the messages are: {_columns({'messages': path, **keys})}"
-    pair = _pair_like(fields)
+    pair = _pair_like(fields) or _pair_inside(fields)
     if pair is not None:
         return f"say in the source which they are: {_columns({'question': pair[0], 'answer': pair[1]})}"
     header = "check that the first line of the file names its columns, or " if _TABLE_ROW.search(source) else ""
@@ -140,6 +154,24 @@ def _pair_like(fields: Mapping[str, object]) -> tuple[str, str] | None:
     answer = first(_ANSWERED)
     question = first(_ASKED, answer)
     return None if question is None or answer is None else (question, answer)
+
+
+def _pair_inside(fields: Mapping[str, object]) -> tuple[str, str] | None:
+    """The columns of a question and the first of its answers, or of the two texts of an only object (a translation)."""
+    texts = [name for name, value in fields.items() if isinstance(value, str)]
+    asked = next((name for word in _ASKED for name in texts if word in _words(name)), None)
+    read = next((name for name in ("context", "passage") if name in texts and name != asked), None)
+    for name in (name for word in _ANSWER_LISTS for name in fields if word in _words(name) and asked is not None):
+        value, path = fields[name], name
+        if isinstance(value, Mapping):
+            value, path = value.get("text"), f"{name}.text"
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], str):
+            return f"{{{read}}} {{{asked}}}" if read is not None else str(asked), f"{path}.0"
+    objects = [(name, value) for name, value in fields.items() if isinstance(value, Mapping)]
+    if len(objects) == 1 and len(objects[0][1]) == 2 and all(isinstance(text, str) for text in objects[0][1].values()):
+        first, second = (f"{objects[0][0]}.{key}" for key in objects[0][1])
+        return first, second
+    return None
 
 
 def columns_of_turn(turn: Mapping[str, object]) -> dict[str, str] | None:
