@@ -32,6 +32,7 @@ from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import RunConfig
 from llmtune.errors import CheckpointError, UsageError
+from llmtune.runs.run_file import RUN_FILE
 
 if TYPE_CHECKING:
     from llmtune.tracking.screen import Screen
@@ -239,18 +240,14 @@ def _start_flags(name: str, output_dir: str | None) -> dict[str, object]:
 
 
 def _check_resume(checkpoint: Path | None, beside: Mapping[str, object]) -> None:
-    """Raise UsageError where nothing is named to go on with, or flags of a new run stand beside it."""
+    """Raise UsageError where nothing is named to go on with, or flags of a new run stand beside it; CheckpointError where
+    the checkpoint is not there.
+    """
     if checkpoint is None:
         raise UsageError(
             "--allow-changes is for a run that goes on",
             where="command line",
             fix="name its checkpoint with --resume-from-checkpoint, or leave it out",
-        )
-    if not checkpoint.exists():
-        raise CheckpointError(
-            f"there is no folder `{printable(checkpoint)}`",
-            where="--resume-from-checkpoint",
-            fix="name a checkpoint of a run, RUN/checkpoints/step-N, or the run itself; `llmtune runs` lists them",
         )
     given = [FLAGS.get(key, f"--{key}") for key, value in beside.items() if value is not None]
     # The flag that other toolkits have; a run goes on with its own config, so most flags beside it are a mistake.
@@ -259,4 +256,11 @@ def _check_resume(checkpoint: Path | None, beside: Mapping[str, object]) -> None
             f"{' and '.join(given)} cannot be given with --resume-from-checkpoint",
             where="command line",
             fix="a run goes on with its own config; override single keys with KEY=VALUE",
+        )
+    # Of a run that is there its checkpoints are listed, by what opens it.
+    if not checkpoint.exists() and not (checkpoint.absolute().parent.parent / RUN_FILE).is_file():
+        raise CheckpointError(
+            f"there is no folder `{printable(checkpoint)}`",
+            where="--resume-from-checkpoint",
+            fix="name a checkpoint of a run, RUN/checkpoints/step-N, or the run itself; `llmtune runs` lists them",
         )
