@@ -240,8 +240,9 @@ def _start_flags(name: str, output_dir: str | None) -> dict[str, object]:
 
 
 def _check_resume(checkpoint: Path | None, beside: Mapping[str, object]) -> None:
-    """Raise UsageError where nothing is named to go on with, or flags of a new run stand beside it; CheckpointError where
-    the checkpoint is not there.
+    """Check what a run that goes on is named by.
+
+    Raises UsageError where nothing is named, or flags of a new run stand beside it, CheckpointError where it is gone.
     """
     if checkpoint is None:
         raise UsageError(

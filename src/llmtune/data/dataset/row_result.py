@@ -20,7 +20,7 @@ from llmtune.data.reading.data_file import DataFile
 from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.rendering.renderer import Rendered, Renderer
 from llmtune.data.rendering.row_warnings import RowWarning
-from llmtune.data.rows.field_names import answer_field
+from llmtune.data.rows.field_names import WORDS_FOR_NOTHING, answer_field
 from llmtune.data.rows.formats import UnusableRowError, conversation_of
 from llmtune.data.rows.preferences import PREFERENCE_FORMATS
 from llmtune.errors import DataError
@@ -379,13 +379,10 @@ def _check_answers(conversation: Conversation, train_on: TrainOn, last_field: st
             raise UnusableRowError(field, "the answer is empty", fix)
 
 
-_NOTHING = frozenset({"nan", "NaN", "NAN", "<NA>", "NULL", "None"})  # written for a missing value
-
-
 def _conversation_warnings(conversation: Conversation) -> Iterator[RowWarning]:
     for field in conversation.unused:
         yield RowWarning("unused-field", f"{field} is not used")
-    for word in [message.content for message in conversation.messages if message.content in _NOTHING][:1]:
+    for word in sorted({message.content for message in conversation.messages} & WORDS_FOR_NOTHING):
         yield RowWarning("missing-value", f"a message is `{word}`, which programs write where a value is missing")
     roles = [message.role for message in conversation.messages]
     for role in ("user", "assistant"):

@@ -80,6 +80,7 @@ def render_with_arguments(
     """Render messages with their tool calls as the template takes them (see `_render_arguments`).
 
     Calls are given as they are. Where the template fails on `{"name", "arguments"}`, they stand below `function`.
+    Raises the `TemplateRefusal` of the calls as they are where neither form can be rendered.
     """
     try:
         return _render_arguments(messages, render)

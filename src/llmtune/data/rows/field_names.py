@@ -33,6 +33,7 @@ __all__ = [
     "SYSTEM_FIELDS",
     "TEXT_KEYS",
     "TOOL_FIELDS",
+    "WORDS_FOR_NOTHING",
     "TurnKeys",
     "answer_field",
     "describe_turn",
@@ -84,6 +85,8 @@ TOOL_FIELDS = ("tools", "functions")
 """Fields of a row with descriptions of tools; the second one is OpenAI's first name for them."""
 MARKS = ("train", "trainable", "training", "loss", "loss_mask")
 """Switches of a message by which other tools say whether it is trained."""
+WORDS_FOR_NOTHING = frozenset({"nan", "NaN", "NAN", "<NA>", "NULL", "None"})
+"""What programs write as a text where a value is missing."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPEAKER_ROLES = {
     "human": "user",
