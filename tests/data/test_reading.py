@@ -137,7 +137,7 @@ def test_one_broken_element_of_a_json_list_does_not_take_the_others_with_it(tmp_
         ("a.jsonl.gz", b"not gzip", "not compressed"),
         ("a.jsonl.zst", zstandard.compress(jsonl(ROWS) * 99)[:-5], "cut off"),
         ("a.jsonl.zst", b"not zstd", "not compressed"),
-        ("a.parquet", b"not parquet", "not a readable parquet file"),
+        ("a.parquet", b"not parquet", "the file is text, whatever its name says"),
         ("a.csv", b"text,text\na,b\n", "names the column 'text' twice"),
         ("a.csv", b"text,\na,b\n", "a column without a name"),
         ("a.csv", b'"text"s,more\na,b\nc,d\n', "the header is not a table row"),
