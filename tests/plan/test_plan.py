@@ -214,7 +214,7 @@ def test_q7_more_gaps_are_planned_where_threads_keep_small_blocks(forecaster_of,
     without = forecaster.memory()
     assert with_caches.moment == without.moment == "loss"
     assert (with_caches.parts["allocator"] - gaps) / (without.parts["allocator"] - gaps) == pytest.approx(
-        35 / 25, rel=1e-3
+        70 / 25, rel=1e-3
     )
     assert with_caches.parts | {"allocator": 0} == without.parts | {"allocator": 0}
     monkeypatch.setenv("GLIBC_TUNABLES", "")
