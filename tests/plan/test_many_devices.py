@@ -114,6 +114,7 @@ def test_the_processes_of_a_machine_share_its_free_memory_in_the_plan(
 ):
     free = SimpleNamespace(available=8 * 10**9)
     monkeypatch.setattr("llmtune.plan.hardware.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("llmtune.plan.hardware.resident_bytes", lambda: 10**9)  # else the first plan makes it grow
     said = {}
     for count in (1, 4):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(count))
@@ -121,7 +122,7 @@ def test_the_processes_of_a_machine_share_its_free_memory_in_the_plan(
         said[count] = json.loads(capsys.readouterr().out)
     assert said[4]["device"] == "this CPU, shared by 4 processes"
     apart = said[1]["budget_bytes"] - said[4]["budget_bytes"]
-    assert apart == pytest.approx(SHARE["cpu"] * free.available * 3 / 4, rel=0.02)  # the process itself grows a little
+    assert apart == pytest.approx(SHARE["cpu"] * free.available * 3 / 4, abs=4)
 
 
 def test_the_command_prints_each_strategy_with_its_formula(tiny_model_folder, rows_file, capsys):  # noqa: F811

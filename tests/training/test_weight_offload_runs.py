@@ -8,7 +8,6 @@ import json
 import pytest
 
 from llmtune.common.decisions import Decision
-from llmtune.config.layers import load_config
 from llmtune.kernels import activation_offload
 from llmtune.kernels.weight_offload import WeightStream
 from llmtune.training import build
@@ -73,8 +72,7 @@ def test_n15_runs_that_compare_or_draw_answers_repeat_every_bit(
     for name in ("resident", "offloaded"):
         streams = offload() if name == "offloaded" else None
         more = (f"run.name={name}", f"model.offload_weights={str(name == 'offloaded').lower()}", *LORA, *KINDS[kind])
-        words = comparing_run(tiny_model_folder, rows, tmp_path, *more)
-        runs.append(training.train(load_config(None, overrides=words, environ={})).folder)
+        runs.append(training.train(comparing_run(tiny_model_folder, rows, tmp_path, *more)).folder)
     assert len(streams) == 1
     assert streams[0].num_bytes > 0
     assert lines_of(runs[0]) == lines_of(runs[1])

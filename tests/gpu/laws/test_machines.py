@@ -107,11 +107,11 @@ def settings_of_torch(monkeypatch):
 def test_n13_deterministic_takes_kernels_of_a_fixed_order_and_changes_no_number(
     train_on, undisturbed, settings_of_torch
 ):
-    on_cpu = _set_up_process(DETERMINISTIC, Devices(torch.device("cpu")))[0]
+    on_cpu = _set_up_process(DETERMINISTIC, Devices(torch.device("cpu")), is_sharded=False)[0]
     assert (on_cpu.key, on_cpu.value) == ("training.deterministic", True)
     assert not torch.are_deterministic_algorithms_enabled(), "sums on a CPU have a fixed order in any case"
     with numbers.machine():
-        on_gpu = _set_up_process(DETERMINISTIC, Devices(torch.device("cuda", 0)))[0]
+        on_gpu = _set_up_process(DETERMINISTIC, Devices(torch.device("cuda", 0)), is_sharded=False)[0]
     assert "fixed order" in on_gpu.reason
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
@@ -121,7 +121,7 @@ def test_n13_deterministic_takes_kernels_of_a_fixed_order_and_changes_no_number(
 
 def test_deterministic_leaves_everything_as_it_was_where_it_is_not_asked_for(settings_of_torch):
     with numbers.machine():
-        decisions = _set_up_process(Config(), Devices(torch.device("cuda", 0)))
+        decisions = _set_up_process(Config(), Devices(torch.device("cuda", 0)), is_sharded=False)
     assert "training.deterministic" not in {decision.key for decision in decisions}
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
