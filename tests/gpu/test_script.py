@@ -5,6 +5,7 @@ The table on the disk is whole at every moment.
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -155,3 +156,21 @@ def test_all_stages_for_several_gpus_run_in_cpu_processes_and_nothing_fails(tmp_
     }  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert "**failed**" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("printed", "wrong"),
+    [
+        (["tests/a.py::t PASSED [ 50%]", "tests/a.py::u PASSED [100%]", "=== 2 passed in 1.00s ==="], []),
+        (["tests/a.py::t[a b] ERROR [ 50%]", "=== 1 error in 1.00s ==="], ["tests/a.py::t[a b]", "pytest -m gpu"]),
+        (["tests/a.py::t FAILED [ 50%]", "tests/a.py::u "], ["tests/a.py::t", "pytest -m gpu"]),
+        (["tests/a.py::t PASSED [ 50%]", "tests/a.py::u "], ["pytest -m gpu"]),
+        (["ERROR tests/a.py - ImportError: no", "=== 3 passed, 1 error in 1.00s ==="], ["tests/a.py", "pytest -m gpu"]),
+        ([], ["pytest -m gpu"]),
+    ],
+    ids=["passed", "error", "failed and stopped", "stopped", "not imported", "nothing printed"],
+)
+def test_tests_are_right_only_where_pytest_came_to_its_end_and_none_failed(printed, wrong):
+    findings = runpy.run_path(str(ROOT / "scripts" / "gpu"))["findings"]
+    rows_of_it = findings("tests", printed)
+    assert [row["value"] if row["what"] == "failed" else row["what"] for row in rows_of_it if not row["ok"]] == wrong
