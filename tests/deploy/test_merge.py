@@ -8,6 +8,7 @@ import torch
 
 from llmtune.deploy.merge import merge_lora
 from llmtune.errors import AdapterError, UsageError
+from llmtune.evaluation.inference_model import load_inference_model
 
 LINEAR = {
     "lora": {},
@@ -152,6 +153,21 @@ def test_an_adapter_of_a_4bit_base_merges_into_that_base_dequantized(make, kind,
     assert float((independent_logits(base, everything(merged), adapter) - ours).abs().max()) > 2 * float(
         (theirs - ours).abs().max()
     )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_of_a_4bit_base_answers_and_is_measured_as_its_merge_is(make, kind, precision):
+    """Commands compute in float32 on a CPU, also with weights that training multiplied in bfloat16."""
+    base = make.base(kind=kind)
+    adapter = make.adapter(base, quantization="4bit", precision=precision)
+    merged = make.path("merged")
+    merge_lora(adapter, merged, dtype="float32")
+    run = load_inference_model(str(adapter), no_cuda=True)
+    with torch.no_grad():
+        theirs = run.model(input_ids=everything(merged)).logits
+    assert theirs.dtype == torch.float32
+    assert float((theirs - independent_logits(merged, everything(merged))).abs().max()) <= 1e-5
 
 
 def test_an_adapter_of_a_4bit_base_merges_into_the_unquantized_one_when_named_and_both_are_compared(make):

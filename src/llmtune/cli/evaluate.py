@@ -83,7 +83,6 @@ def evaluate(
         print_tasks(results, as_json=as_json)
         return
     rows, settings = held_out_rows(loaded, data, config)
-    print_line(f"{len(rows)} held-out rows, measured in float32 arithmetic")
     metrics = _measure(loaded, settings, rows, batch_size)
     if exact_match or score is not None:
         metrics |= _judge(loaded, rows, score, exact_match=exact_match, max_new_tokens=max_new_tokens, batch=batch_size)
@@ -106,6 +105,9 @@ def evaluate(
 
 
 def _measure(loaded: InferenceModel, settings: Config, rows: HeldOut, batch_size: int) -> dict[str, float]:
+    # On a GPU the model is held in the type that this multiplies fastest.
+    arithmetic = str(loaded.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    print_line(f"{len(rows)} held-out rows, measured in {arithmetic} arithmetic")
     if loaded.labels:
         return measure_scores(loaded, settings, rows, batch_size)
     return measure(loaded.model, loaded.tokenizer, settings, rows, batch_size)
@@ -237,8 +239,9 @@ def _located_at_option(problem: Problem) -> Problem:
 def measure_rows(
     loaded: InferenceModel, model: PreTrainedModel | PeftModel, settings: Config, rows: HeldOut
 ) -> npt.NDArray[np.float64]:
-    """Return the loss of each row in float32 arithmetic, nats per trained token (per pair or row), float64 [rows].
+    """Return the loss of each row in the arithmetic of the model's weights, nats per trained token (or pair, or row).
 
+    Float64 of shape [rows]. The weights are float32 on a CPU.
     loss = sum_t weight_t (-log p_t) / sum_t weight_t, or that of `score_losses` where the model has a head of scores.
     """
     if loaded.labels:
@@ -266,7 +269,7 @@ def measure(
     from llmtune.evaluation.heldout import evaluate_examples, trained_bytes
 
     device = next(model.parameters()).device
-    # float32, so that the number is the same on every device as far as sums allow.
+    # No autocast: float32 where the weights are, and then the same on every device as far as sums allow.
     precision = Precision("fp32", device)
     return evaluate_examples(
         model,

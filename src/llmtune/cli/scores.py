@@ -31,7 +31,7 @@ def refuse_options(loaded: InferenceModel, options: Mapping[str, object]) -> Non
 
 
 def measure_scores(loaded: InferenceModel, settings: Config, rows: HeldOut, batch_size: int) -> dict[str, float]:
-    """Return loss, accuracy and more of the rows, which are pairs or have labels, in float32 arithmetic."""
+    """Return loss, accuracy and more of the rows, which are pairs or have labels, without autocast."""
     from llmtune.engine.devices import Devices
     from llmtune.engine.forward import build_engine
     from llmtune.engine.precision import Precision

@@ -23,6 +23,7 @@ from llmtune.models.catalog import resolve, resolve_model_argument
 from llmtune.models.catalog_entry import ModelSource
 from llmtune.models.load import LoadedModel, load_model
 from llmtune.models.parameters import SCORE_HEADS
+from llmtune.models.quantization import widen_to_float32
 from llmtune.models.save import PromptDefaults, prompt_defaults_of, read_prompt_defaults
 from llmtune.models.scan import read_json_file
 from llmtune.models.score_head import REWARD, labels_of
@@ -207,7 +208,7 @@ def _load_model(
     precision = "fp32"
     if device.type != "cpu":
         precision = str(choose_precision(device, has_adapter=True).value)
-    return load_model(
+    loaded = load_model(
         source,
         model_config,
         tokenizer=tokenizer,
@@ -217,6 +218,9 @@ def _load_model(
         seed=seed,
         labels=labels,
     )
+    if precision == "fp32":
+        widen_to_float32(loaded.model)  # a quantized base was loaded in the type of its training
+    return loaded
 
 
 def find_tokenizer(result: Path, folder: Path, base: ModelSource, config: Config | None) -> PreTrainedTokenizerFast:

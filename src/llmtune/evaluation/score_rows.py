@@ -17,7 +17,7 @@ __all__ = ["score_examples"]
 
 
 def score_examples(loaded: InferenceModel, examples: ExampleSet, settings: Config, *, batch_size: int = 8) -> Tensor:
-    """Scores of the examples in float32 arithmetic, float32 [N, L] on the CPU; they do not depend on `batch_size`.
+    """Scores of the examples, computed without autocast, float32 [N, L] on the CPU; they do not depend on `batch_size`.
 
     scores = W h, with the last hidden state h of the example's last token (see `engine/scoring.py`).
     """

@@ -34,6 +34,7 @@ __all__ = [
     "quantization_config",
     "quantize_dequantize",
     "quantized_layers",
+    "widen_to_float32",
 ]
 
 
@@ -135,6 +136,27 @@ def disable_cpu_repacking(model: nn.Module) -> int:
         # Where weights are sharded the parameter is another object, without its scales; the layer keeps them.
         module.quant_state = module.weight.quant_state  # type: ignore[assignment, union-attr]
     return len(layers)
+
+
+def widen_to_float32(model: nn.Module) -> None:
+    """Let a model of which parts are quantized compute in float32, with the numbers that training multiplied.
+
+    All other weights, of any shape, get that type. Quantized ones stay as they are, because quantizing the widened
+    numbers would give others; those of 4 bits are rounded to the type that they were loaded in, then widened.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            # The library's product with float32 inputs leaves that rounding out.
+            module.forward = functools.partial(_multiply_in_float32, module)
+        elif not is_quantized_linear(module):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.float()
+
+
+def _multiply_in_float32(layer: nn.Module, inputs: Tensor) -> Tensor:
+    bias = layer.bias.float() if isinstance(layer.bias, Tensor) else None
+    return nn.functional.linear(inputs.float(), dequantized_weight(layer), bias)
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
