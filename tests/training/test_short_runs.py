@@ -76,7 +76,7 @@ def test_a_training_that_changes_no_weight_says_so_at_its_first_step_and_at_its_
         " step 1 has changed no weight",
         " the steps made now have changed no weight",
     ]
-    assert "a gradient of norm" in run.standstill
+    assert "a gradient of norm" in run.unchanged_reason
 
 
 def test_a_training_that_moves_any_weight_says_no_such_thing(config_of):
@@ -84,7 +84,7 @@ def test_a_training_that_moves_any_weight_says_no_such_thing(config_of):
     for settings in (("training.warmup_steps=2",), ("adapter.method=lora", "training.learning_rate=1e-8")):
         lines = []
         run = training.train(config_of(*settings, "training.max_steps=3"), print_line=lines.append)
-        assert run.standstill is None
+        assert run.unchanged_reason is None
         assert not [line for line in lines if "no weight" in line]
 
 

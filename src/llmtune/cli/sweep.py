@@ -67,9 +67,10 @@ def sweep(
     plan = load_sweep(file)
     if only is not None:
         plan = _run_named(plan, only)
-    blind = [run for run in plan.runs if not (run.resolved.config.data.eval or run.resolved.config.data.test_size)]
-    if blind:
-        metric = blind[0].resolved.config.evaluation.best_by
+    configs = (run.resolved.config for run in plan.runs)
+    config = next((config for config in configs if not (config.data.eval or config.data.test_size)), None)
+    if config is not None:
+        metric = config.evaluation.best_by
         print_line(
             f"note    no rows are held out, so nothing gives `{metric}` to compare by: set `data.test_size: 0.1`"
         )

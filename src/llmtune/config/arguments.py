@@ -79,7 +79,8 @@ def _variables_meant_by(name: str) -> list[str]:
     flat_names = {key.replace(".", "_"): key for key in LEAVES}
     keys = [flat_names[word]] if word in flat_names else [key for key in LEAVES if key.rpartition(".")[2] == word]
     keys = keys or ([aliases.NAMES[word]] if word in aliases.NAMES else [])
-    keys = keys or [key for key in (f"{word}.name",) if key in LEAVES]  # `model`, `run`: the section for its name
+    if not keys and f"{word}.name" in LEAVES:  # `model`, `run`: the section for its name
+        keys = [f"{word}.name"]
     variables = [ENVIRONMENT_PREFIX + key.upper().replace(".", "__") for key in keys]
     if variables:
         return variables

@@ -24,8 +24,8 @@ from llmtune.engine.update import Update
 from llmtune.errors import DivergedError
 
 __all__ = [
-    "Movement",
     "StepResult",
+    "UpdateCheck",
     "describe_rows",
     "half_updated",
     "non_finite_parameters",
@@ -290,8 +290,8 @@ def half_updated(reason: str, rows: Sequence[str], *, step: int) -> DivergedErro
     )
 
 
-class Movement:
-    """Whether training has changed any weight yet: a rate may be too small for float32, a gradient nothing but zeros.
+class UpdateCheck:
+    """Checks that steps change weights: a rate may be too small for float32, a gradient nothing but zeros.
 
     parameters: what this process holds of each, of any shape; looked at twice where the first step moves them. devices:
     the processes that hold the other parts, each of which must make the same calls and gets the same answers.
@@ -300,25 +300,25 @@ class Movement:
     def __init__(self, parameters: Mapping[str, torch.Tensor], devices: Devices) -> None:
         self._parameters, self._devices = parameters, devices
         self._before = _sums_of_bits(parameters)
-        self.standstill: str | None = None
+        self.unchanged_reason: str | None = None
         """Why the steps so far have changed no weight; None where one has, and before a step that was to change one."""
         self._has_moved = False
 
-    def follow(self, result: StepResult) -> None:
+    def check(self, result: StepResult) -> None:
         """Look at the weights after a step; after the first that has changed one it looks at them no more."""
         if self._has_moved or result.skipped or not result.learning_rate:
             return
         (moved,) = self._devices.largest(_sums_of_bits(self._parameters) != self._before)
         self._has_moved = bool(moved)
         if self._has_moved:
-            self.standstill = None
+            self.unchanged_reason = None
         elif result.grad_norm > 0:
-            self.standstill = (
+            self.unchanged_reason = (
                 f"with a learning rate of {result.learning_rate:.3g} and a gradient of norm {result.grad_norm:.3g}, "
                 "training.learning_rate or training.max_grad_norm is too small, or training.eps too large"
             )
-        elif self.standstill is None:
-            self.standstill = "the gradient is 0"
+        elif self.unchanged_reason is None:
+            self.unchanged_reason = "the gradient is 0"
 
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}

@@ -16,9 +16,9 @@ from llmtune.config.schema import TrainingConfig
 from llmtune.errors import ConfigError
 
 __all__ = [
+    "NEGLIGIBLE_RATE",
     "SCHEDULES",
     "SMALLEST_RATE",
-    "STILL_RATE",
     "WSD_DECAY_SHARE",
     "Interval",
     "ScheduleName",
@@ -39,7 +39,7 @@ WSD_DECAY_SHARE = Fraction(1, 5)
 SMALLEST_RATE = 2.0**-126
 """The smallest number with all the digits of float32: weights have that type, and below it devices compute with 0."""
 
-STILL_RATE = 1e-9
+NEGLIGIBLE_RATE = 1e-9
 """An update is about as large as the rate, and float32 keeps 24 bits: at this rate a weight of 0.017, a usual size in a
 pretrained model, stays as it is."""
 

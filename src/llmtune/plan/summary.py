@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from llmtune.common.text import Fact, readable_bytes, readable_duration
 from llmtune.config.schema import TrainingConfig
 from llmtune.engine.probe import MODEL_ERRORS
-from llmtune.engine.schedule import STILL_RATE, Interval, interval, is_due, schedule_of, warmup_length
+from llmtune.engine.schedule import NEGLIGIBLE_RATE, Interval, interval, is_due, schedule_of, warmup_length
 from llmtune.errors import MachineError, in_one_line
 from llmtune.plan.forecast import Forecaster, Steps
 from llmtune.plan.memory import MemoryPlan, optimizer_bytes
@@ -143,7 +143,7 @@ def _small_rate_notes(training: TrainingConfig, *, largest_rate: float) -> list[
         f"training.{key} of {rate:.3g} trains next to nothing: an update changes a weight by about that much, "
         f"and float32 keeps weights above {rate * 2**24:.2g} as they are"
         for key, rate in rates.items()
-        if rate is not None and rate < STILL_RATE
+        if rate is not None and rate < NEGLIGIBLE_RATE
     ]
 
 

@@ -65,7 +65,7 @@ class Result:
     """Updates behind the model in `final/`, which may be the best and not the last; None where there is none."""
     plan: Plan | None = None
     """The plan of this run; None for one that was resumed."""
-    standstill: str | None = None
+    unchanged_reason: str | None = None
     """Why the steps made now have changed no weight; None where they have."""
     seconds: float = 0.0
     """Time spent in steps."""
@@ -245,8 +245,8 @@ def print_result(result: Result, print_line: PrintLine, screen: Screen | None = 
     if result.final_step is not None:
         has_best = (result.folder / "checkpoints" / "best").is_dir()
         facts += final_facts(result.eval_state, final_step=result.final_step, run=result.folder, has_best=has_best)
-    if result.standstill is not None:
-        facts.append(Fact("warning:", f"the steps made now have changed no weight: {result.standstill}"))
+    if result.unchanged_reason is not None:
+        facts.append(Fact("warning:", f"the steps made now have changed no weight: {result.unchanged_reason}"))
     if result.plan is not None:
         facts += comparison_facts(
             result.plan, steps=result.step, seconds=result.seconds, memory_bytes=result.memory_bytes

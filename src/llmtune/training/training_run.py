@@ -18,7 +18,7 @@ from typing import Any
 from llmtune.common.text import PrintLine
 from llmtune.engine.allocator import release_free_memory
 from llmtune.engine.choose_device import peak_memory_bytes
-from llmtune.engine.loop import Movement, StepResult, non_finite_parameters, train_steps
+from llmtune.engine.loop import StepResult, UpdateCheck, non_finite_parameters, train_steps
 from llmtune.engine.schedule import interval, is_due
 from llmtune.engine.state import TrainingState, capture, restore
 from llmtune.errors import DivergedError, MachineError, StoppedBySignal, UsageError
@@ -84,7 +84,7 @@ class TrainingRun:
         """Updates behind the model in `final/`; None while there is none."""
         self._seconds, self._tokens = 0.0, 0
         self._saved_windows = -1
-        self._movement: Movement | None = None
+        self._update_check: UpdateCheck | None = None
 
     def restore(self, loaded: LoadedCheckpoint | None) -> None:
         """Restore the checkpoint's step boundary, or the state before step 1 where nothing was saved."""
@@ -123,7 +123,7 @@ class TrainingRun:
         setup, config = self.setup, self.config
         with self._ending_recorded(), self.devices.errors_printed_once(), self._memory_errors_refused():
             self._begin()
-            self._movement = Movement(setup.held_parts(), self.devices)
+            self._update_check = UpdateCheck(setup.held_parts(), self.devices)
             deadline = time.monotonic() + 60 * (config.training.max_minutes or math.inf)
             outcome: RunState = "finished"
             for result in train_steps(
@@ -138,7 +138,7 @@ class TrainingRun:
                 mfu=setup.mfu,
             ):
                 self._log_step(result)
-                self._follow_movement(result)
+                self._check_update(result)
                 last = self.state.windows == setup.batches.total_steps
                 if self.evaluator.is_due(result.step, last=last) and not result.skipped:
                     self.evaluate(full=last)
@@ -232,7 +232,7 @@ class TrainingRun:
             model=self.setup.model,
             tokenizer=self.prepared.tokenizer.tokenizer,
             plan=self.plan,
-            standstill=self._movement.standstill if self._movement is not None else None,
+            unchanged_reason=self._update_check.unchanged_reason if self._update_check is not None else None,
             seconds=self._seconds,
             tokens=self._tokens,
             memory_bytes=peak_memory_bytes(self.devices.device),
@@ -280,13 +280,13 @@ class TrainingRun:
         if result.skipped:
             self.print_line(f"step {result.step + 1} skipped: {result.reason}; rows: {', '.join(result.sources)}")
 
-    def _follow_movement(self, result: StepResult) -> None:
+    def _check_update(self, result: StepResult) -> None:
         """Say at the first step that was to change weights that it has changed none."""
-        assert self._movement is not None, "weights are followed from the first step on"
-        said = self._movement.standstill
-        self._movement.follow(result)
-        if said is None and self._movement.standstill is not None:
-            self.print_line(f"warning: step {result.step} has changed no weight: {self._movement.standstill}")
+        assert self._update_check is not None, "made before the first step"
+        said = self._update_check.unchanged_reason
+        self._update_check.check(result)
+        if said is None and self._update_check.unchanged_reason is not None:
+            self.print_line(f"warning: step {result.step} has changed no weight: {self._update_check.unchanged_reason}")
 
     def _save_is_due(self, result: StepResult) -> bool:
         batches, checkpoint = self.setup.batches, self.config.checkpoint

@@ -26,7 +26,6 @@ _SCRIPTS = re.compile(r"(^|_)(sft|dpo|kto|orpo|cpo|bco|ppo|grpo|rloo|reward|gkd|
 _FENCE = re.compile(r"^\s*(```+|~~~+)\s*(\w*)")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?")
-_NAMELESS: dict[str, float] = {}
 _ENDS = {"|", "&&", "||", ";", "&", ">", ">>", "2>&1", "<"}
 _SUBSTITUTION = re.compile(r"\$\([^()]*(?:\([^()]*\)[^()]*)*\)|`[^`]*`")
 """What the shell would put in its place: `$(expr 16 / 4)`, `$((16 / 4))`."""
@@ -68,7 +67,7 @@ def _evaluated(word: str, variables: Mapping[str, str]) -> str:
     def result(match: re.Match[str]) -> str:
         terms = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), match[1] or match[2] or match[3])
         try:
-            return str(int(evaluate(terms.strip(), _NAMELESS.get)[0]))
+            return str(int(evaluate(terms.strip(), lambda _: None)[0]))
         except (Unknown, SyntaxError, KeyError):
             return match[0]
 

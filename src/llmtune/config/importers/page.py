@@ -142,11 +142,8 @@ def _how(row: Row) -> str:
             for word, value in words
             if word != "*" and value and not value.startswith(("!", "?"))
         )
-        return (
-            f"values: {', '.join([*kept][:12])}" + (", ..." if len(kept) > 12 or ["*", ""] in map(list, words) else "")
-            if kept
-            else ""
-        )
+        takes_any = ("*", "") in words
+        return f"values: {', '.join([*kept][:12])}" + ", ..." * (takes_any or len(kept) > 12) if kept else ""
     return row.text
 
 

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Literal, NamedTuple
 
+from llmtune.common.text import printable
 from llmtune.data.example import Row
 from llmtune.data.reading.compression import is_seekable
 from llmtune.data.reading.json_file import (
@@ -243,8 +244,8 @@ def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
                 header = _Header(cells, start)
         elif len(cells) > 1 and not any(cell.strip() for cell in cells):
             continue  # a spreadsheet's empty line
-        elif len(cells) == header.width or not any(cell.strip() for cell in cells[header.width :] or ["short"]):
-            yield Record(start, header.row(cells[: header.width], start))
+        elif len(cells) >= header.width and not any(cell.strip() for cell in cells[header.width :]):
+            yield Record(start, header.row(cells[: header.width], start))  # a comma too many ends the line
         elif cells:
             title = f" (`{header.names[0][:60]}`; is that a line above the header?)" if header.width == 1 else ""
             yield Record(start, f"the row has {len(cells)} cells, the header {header.width}{title}")
@@ -294,9 +295,7 @@ def _split_parquet(stream: IO[bytes]) -> Iterator[Record]:
         head = stream.read(2**10) if number < 0 and is_seekable(stream) and not stream.seek(0) else b""
         if head.lstrip()[:1] in (b"{", b"["):
             problem, fix = "the file is JSON, whatever its name says", "end its name in .jsonl, or .json for a list"
-        elif (
-            head and head.decode("utf-8", "replace").replace("\n", "").replace("\r", "").replace("\t", "").isprintable()
-        ):
+        elif head and printable(text := head.decode("utf-8", "replace"), keep="\n\r\t") == text:
             problem, fix = "the file is text, whatever its name says", "end its name in .csv, .tsv or .txt"
         raise DamagedFileError(number + 1 if number >= 0 else None, problem, fix) from None
 

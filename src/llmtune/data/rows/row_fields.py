@@ -227,7 +227,7 @@ def _without_nulls(value: object, field: str) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         raise UnusableRowError(field, f"{value} is not a JSON number", "write null, or leave the field out")
     if isinstance(value, Unreadable):
-        raise wrong_type(field, "", value, "")
+        raise UnusableRowError(field, value.problem, value.fix)
     return value
 
 
