@@ -70,13 +70,13 @@ def machine() -> None:
     """Versions, the card, and the rates of products, memory and link."""
     finding("versions", lambda: ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
     finding("system", lambda: f"{platform.platform()}, {os.cpu_count()} cores")
-    finding("C compiler for Triton", lambda: shutil.which("cc") or shutil.which("gcc") or "none")
     if shutil.which("nvidia-smi"):
         finding("nvidia-smi", _nvidia_smi)
     finding("device", _device)
     finding("product of bf16 matrices", _product_rate)
     finding("memory bandwidth", _bandwidth)
     finding("link to the host, page-locked", _link)
+    finding("llmtune doctor", _doctor)
 
 
 def _version(name: str) -> str:
@@ -101,6 +101,17 @@ def _device() -> str:
     free, total = torch.cuda.mem_get_info()
     capability = "".join(map(str, torch.cuda.get_device_capability()))
     return f"{decision.reason}, sm_{capability}, {free / GB:.1f} of {total / GB:.1f} GB free, CUDA {torch.version.cuda}"
+
+
+def _doctor() -> str:
+    """Say what each kind of work did that a training does there, Triton's compiler included."""
+    from llmtune.cli.doctor_gpu import gpu_findings
+
+    tried = [one for one in gpu_findings() if not one.what.startswith("cuda:")]
+    for one in tried:
+        fix = f"; {one.fix}" if one.state != "ok" else ""
+        say(f"llmtune doctor, {one.what}", f"{one.found}{fix}", ok=one.state != "bad")
+    return f"{sum(one.state == 'ok' for one in tried)} of {len(tried)} kinds of work are right"
 
 
 def _product_rate() -> str:
@@ -295,16 +306,22 @@ def _speed_case(workload: Workload, way: str, libraries: Sequence[str] | None = 
             torch.cuda.set_sync_debug_mode("default")
     seconds = statistics.median(step.seconds for step in rest)
     count = sum("synchroniz" in str(warning.message) for warning in waits) / len(rest)
-    chosen = next(
-        (text for text in training.decisions if text.startswith("model.attention")), "the library's attention"
-    )
     reserved = torch.cuda.max_memory_reserved() / GB
     waited = "waits not counted" if SMALL else f"{count:.1f} waits a step"  # only CUDA itself warns of them
     planned = "" if way == "plain" else f", {planned_bytes(workload) / GB:.2f} GB planned beside the driver's"
     return (
         f"{workload.longest / seconds:,.0f} tokens/s, {reserved:.2f} GB reserved{planned}, {waited}, "
-        f"loss {first[0].loss:.3f} -> {rest[-1].loss:.3f}; {chosen[:60]}"
+        f"loss {first[0].loss:.3f} -> {rest[-1].loss:.3f}; {_attention_of(training.decisions)}"
     )
+
+
+def _attention_of(decisions: Sequence[str]) -> str:
+    """The attention that was chosen, and what was tried before it and failed; of the plain engine why it runs."""
+    if not (chosen := [text for text in decisions if text.startswith("model.attention")]):
+        return next(text for text in decisions if text.startswith("training.engine"))
+    name, _, reason = chosen[0].partition(": ")
+    failed = reason.partition("; what is faster failed: ")[2]
+    return f"{name}, after {failed}" if failed else name
 
 
 def planned_bytes(workload: Workload) -> int:

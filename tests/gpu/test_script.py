@@ -3,6 +3,7 @@
 The table on the disk is whole at every moment.
 """
 
+import argparse
 import os
 import re
 import runpy
@@ -174,3 +175,19 @@ def test_tests_are_right_only_where_pytest_came_to_its_end_and_none_failed(print
     findings = runpy.run_path(str(ROOT / "scripts" / "gpu"))["findings"]
     rows_of_it = findings("tests", printed)
     assert [row["value"] if row["what"] == "failed" else row["what"] for row in rows_of_it if not row["ok"]] == wrong
+
+
+def test_a_stage_of_tests_that_was_stopped_says_in_which():
+    findings = runpy.run_path(str(ROOT / "scripts" / "gpu"))["findings"]
+    printed = ["tests/a.py::t PASSED [ 50%]", "tests/a.py::u[a b] "]
+    assert findings("tests", printed)[-1]["value"] == "1 passed, then stopped in tests/a.py::u[a b]"
+
+
+def test_the_stage_of_tests_takes_every_file_with_a_test_for_a_gpu_and_no_warning_for_a_failure():
+    """A library's deprecation of its own on a GPU ended the whole report."""
+    script = runpy.run_path(str(ROOT / "scripts" / "gpu"))
+    tests = script["files_with_gpu_tests"]()
+    assert {"tests/kernels/test_attention.py", "tests/kernels/test_swiglu.py"} <= set(tests)
+    words = script["command"]("tests", argparse.Namespace(tests=tests, pretend=False))
+    assert words[words.index("pytest") :][3:5] == ["-W", "default"]
+    assert words[-len(tests) :] == tests
