@@ -16,7 +16,7 @@ from llmtune.engine.allocator import FULL_KERNEL_CACHES_BYTES
 from llmtune.errors import UsageError
 from llmtune.kernels import activation_offload, tiled_mlp
 from llmtune.kernels.activation_offload import PAGE_BYTES
-from llmtune.plan import forecast, resolve_auto, suggestions
+from llmtune.plan import forecast, memory, resolve_auto, suggestions
 from llmtune.plan.activation_trace import extrapolate
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.hardware import Target, find_target, process_bytes
@@ -194,9 +194,9 @@ def test_q7_padding_is_counted_only_where_rows_are_padded(forecaster_of):
 
 
 def test_q7_the_parts_add_up_to_the_peak(forecaster_of):
-    memory = forecaster_of(*LORA).memory()
-    assert memory.peak_bytes == sum(memory.parts.values())
-    assert set(memory.parts) == {
+    planned = forecaster_of(*LORA).memory()
+    assert planned.peak_bytes == sum(planned.parts.values())
+    assert set(planned.parts) == {
         "process", "weights", "adapter", "reference", "gradients", "optimizer", "activations", "loss", "workspace",
         "allocator",
     }  # fmt: skip
@@ -220,6 +220,21 @@ def test_q7_more_gaps_are_planned_where_threads_keep_small_blocks(forecaster_of,
     monkeypatch.setenv("GLIBC_TUNABLES", "")
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4")  # no process is started in this test
     assert forecaster.memory().parts == without.parts
+
+
+def test_q7_gaps_are_those_of_what_a_process_of_several_holds_and_not_of_blocks_that_go_back(
+    forecaster_of, monkeypatch
+):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+    forecaster = replace(forecaster_of("adapter.method=none", "distributed.strategy=fsdp"), world_size=4)
+    largest = forecaster.sizes(forecaster.config).largest_gradient_bytes
+    parts = forecaster.memory().parts
+    share = round(0.25 * sum(parts[part] for part in ("gradients", "activations", "loss", "workspace")))
+    assert parts["allocator"] == share + 2 * largest
+    monkeypatch.setattr(memory, "SHARDED_LARGEST_BLOCK", largest - 1)
+    assert forecaster.memory().parts["allocator"] == share
+    alone = replace(forecaster, world_size=1)
+    assert alone.memory().parts["allocator"] > share + 2 * largest, "its heap keeps them"
 
 
 def test_q7_the_process_counts_the_kernels_that_a_run_in_bf16_collects_and_none_in_fp32(forecaster_of):

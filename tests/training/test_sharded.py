@@ -1,6 +1,7 @@
 """Sharded runs through the real commands: the run is that of one process, whatever is trained (N2, P9)."""
 
 import errno
+import json
 import os
 import platform
 import shutil
@@ -58,6 +59,9 @@ def test_two_processes_with_a_half_of_every_weight_are_one(two, case):
     ranks, held = two
     is_one_run(ranks.folder / f"{case}-1", ranks.folder / f"{case}-2")
     is_sharded(held[case], fused=case == "4bit")
+    infos = [json.loads((ranks.folder / f"{case}-{count}" / "run.json").read_text()) for count in (1, 2)]
+    for part, alone in infos[0]["measured_bytes"].items():
+        assert infos[1]["measured_bytes"][part] == pytest.approx(alone / 2, rel=0.1), part
 
 
 @pytest.mark.campaign

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from llmtune.config.distributed_checks import takes_deepspeed
 from llmtune.config.schema import Config
-from llmtune.engine.allocator import has_expandable_segments
+from llmtune.engine.allocator import SHARDED_LARGEST_BLOCK, has_expandable_segments
 from llmtune.engine.choose_device import CUDA_CONTEXT_BYTES
 from llmtune.engine.deepspeed_settings import offload_of, zero_stage_of
 from llmtune.plan.activation_trace import Gradients, MicroBatchShape, Peaks
@@ -129,10 +129,11 @@ def plan_memory(
     at_update = sizes.largest_gradient_bytes if gradients == "dropped" else sizes.gradient_bytes
     # Only the worst moment counts: what one moment frees, another may take.
     own_state = _held(state + (sizes.gradient_bytes if division.copies else 0), division.state)
-    micro_batch = _micro_batch_parts(sizes, peaks, gradients, kind, thread_caches)
+    micro_batch = _micro_batch_parts(sizes, peaks, gradients)
     # A gradient is whole until it is summed.
     whole = min(sizes.unit_bytes, at_update)
     micro_batch["gradients"] = _held(micro_batch["gradients"], division.gradients, whole=whole)
+    micro_batch["allocator"] = _gaps(micro_batch, sizes, kind, division, thread_caches=thread_caches)
     on_host = 0 if is_cpu else sizes.offloaded_bytes  # a CPU is its own host
     base["weights"] -= max(0, on_host - sizes.two_offloaded_bytes)
     if not is_cpu and division.offload != "none":
@@ -168,15 +169,22 @@ def _held(size: int, parts: int, *, whole: int = 0) -> int:
     return size if parts == 1 else min(size, -(-size // parts) + whole)
 
 
-def _micro_batch_parts(
-    sizes: ModelSizes, peaks: Peaks, gradients: Gradients, kind: str, thread_caches: bool
-) -> dict[str, int]:
-    """Bytes by part in the worst phase of the micro-batch, beside weights and optimizer state."""
-    share = ALLOCATOR_SHARE[kind]
+def _gaps(
+    micro_batch: Mapping[str, int], sizes: ModelSizes, kind: str, division: Division, *, thread_caches: bool
+) -> int:
+    """Bytes of gaps that the allocator holds beside the parts of the micro-batch as a process holds them."""
+    share, large = ALLOCATOR_SHARE[kind], LARGEST_GAPS[kind]
     if kind == "cpu" and thread_caches:
         share = SHARE_WITH_THREAD_CACHES
     elif kind == "cuda" and not has_expandable_segments():
         share = SHARE_OF_FIXED_SEGMENTS
+    if kind == "cpu" and division.state > 1 and sizes.largest_gradient_bytes > SHARDED_LARGEST_BLOCK:
+        large = 0  # such a block goes back to the system
+    return round(share * sum(micro_batch.values())) + large * sizes.largest_gradient_bytes
+
+
+def _micro_batch_parts(sizes: ModelSizes, peaks: Peaks, gradients: Gradients) -> dict[str, int]:
+    """Bytes by part in the worst phase of the micro-batch, beside weights, optimizer state and the allocator's gaps."""
     earlier = sizes.gradient_bytes if gradients == "summed" else 0
     # Each line is a straight line of its own (`extrapolate`), so the parts are kept from adding up to more than the
     # peak.
@@ -196,7 +204,6 @@ def _micro_batch_parts(
         "activations": activations,
         "loss": rest if in_loss else 0,
         "workspace": 0 if in_loss else rest,
-        "allocator": round(share * (peaks.peak_bytes + earlier)) + LARGEST_GAPS[kind] * sizes.largest_gradient_bytes,
     }
 
 

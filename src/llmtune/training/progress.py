@@ -19,6 +19,7 @@ from llmtune.common.text import Fact, PrintLine, printable
 from llmtune.data.dataset.row_result import STATUSES
 from llmtune.engine.devices import Devices
 from llmtune.engine.masters import MasterOptimizer
+from llmtune.engine.sharded_tensors import local_part
 from llmtune.errors import MachineError, Problem
 from llmtune.models.parameters import base_model_of, find_score_head
 from llmtune.plan.summary import Plan, comparison_facts, start_facts
@@ -77,11 +78,11 @@ class Result:
 
 def measured_bytes(setup: TrainingSetup) -> dict[str, int]:
     """Bytes of weights, adapter and optimizer state that this process holds, under the plan's names for them."""
-    weights = _bytes([*setup.model.parameters(), *setup.model.buffers()])
-    adapter = _bytes(setup.parameters.values()) if setup.is_adapted else 0
+    weights = _bytes([*map(setup.strategy.part, setup.model.parameters()), *setup.model.buffers()])
+    adapter = _bytes(map(setup.strategy.part, setup.parameters.values())) if setup.is_adapted else 0
     states = (state for part in setup.optimizer.parts for state in part.state.values())
     masters = setup.parameters.values() if isinstance(setup.optimizer, MasterOptimizer) else ()
-    moments = (value for state in states for value in state.values() if isinstance(value, Tensor))
+    moments = (local_part(value) for state in states for value in state.values() if isinstance(value, Tensor))
     return {"weights": weights - adapter, "adapter": adapter, "optimizer": _bytes(masters) + _bytes(moments)}
 
 
