@@ -129,10 +129,7 @@ def plan_memory(
     at_update = sizes.largest_gradient_bytes if gradients == "dropped" else sizes.gradient_bytes
     # Only the worst moment counts: what one moment frees, another may take.
     own_state = _held(state + (sizes.gradient_bytes if division.copies else 0), division.state)
-    micro_batch = _micro_batch_parts(sizes, peaks, gradients)
-    # A gradient is whole until it is summed.
-    whole = min(sizes.unit_bytes, at_update)
-    micro_batch["gradients"] = _held(micro_batch["gradients"], division.gradients, whole=whole)
+    micro_batch = _micro_batch_parts(sizes, peaks, gradients, division)
     micro_batch["allocator"] = _gaps(micro_batch, sizes, kind, division, thread_caches=thread_caches)
     on_host = 0 if is_cpu else sizes.offloaded_bytes  # a CPU is its own host
     base["weights"] -= max(0, on_host - sizes.two_offloaded_bytes)
@@ -183,7 +180,7 @@ def _gaps(
     return round(share * sum(micro_batch.values())) + large * sizes.largest_gradient_bytes
 
 
-def _micro_batch_parts(sizes: ModelSizes, peaks: Peaks, gradients: Gradients) -> dict[str, int]:
+def _micro_batch_parts(sizes: ModelSizes, peaks: Peaks, gradients: Gradients, division: Division) -> dict[str, int]:
     """Bytes by part in the worst phase of the micro-batch, beside weights, optimizer state and the allocator's gaps."""
     earlier = sizes.gradient_bytes if gradients == "summed" else 0
     # Each line is a straight line of its own (`extrapolate`), so the parts are kept from adding up to more than the
@@ -199,8 +196,10 @@ def _micro_batch_parts(sizes: ModelSizes, peaks: Peaks, gradients: Gradients) ->
     activations = min(peaks.activation_bytes, peaks.peak_bytes - made)
     rest = peaks.peak_bytes - made - activations
     in_loss = peaks.peak_phase == "loss"
+    # A gradient is whole until it is summed.
+    whole = min(sizes.unit_bytes, sizes.gradient_bytes)
     return {
-        "gradients": earlier + made,
+        "gradients": _held(earlier + made, division.gradients, whole=whole),
         "activations": activations,
         "loss": rest if in_loss else 0,
         "workspace": 0 if in_loss else rest,
