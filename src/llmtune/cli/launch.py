@@ -11,6 +11,7 @@ from llmtune.cli.process import check_surroundings
 from llmtune.common.environment import available_cores, limit_spinning
 from llmtune.common.text import print_line
 from llmtune.errors import MachineError, RankLostError, UsageError
+from llmtune.runs.signals import deferred_signals
 
 __all__ = ["launch", "launches"]
 
@@ -54,9 +55,10 @@ def launch(devices: int, words: Sequence[str], *, max_restarts: int = 0) -> int:
 
 
 def _launch_once(devices: int, words: Sequence[str]) -> int:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with deferred_signals():  # of torch's imports a few swallow what Ctrl-C raises in them
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # What the launcher says of a signal or a failure stands in the message of the process itself.
     for name in list(logging.root.manager.loggerDict):
