@@ -27,6 +27,7 @@ shown.start(RunInfo(name="a-run", folder=Path("nowhere"), total_steps=4))
 for step in range(1, 5):
     shown.log(step, {"train_mean_nll": 2.451 / step, "learning_rate": 2e-4, "epoch": step / 4, "tokens_per_second": 2345.6})
 shown.log(4, {"eval_mean_nll": 1.25, "eval_perplexity": 3.49, "epoch": 1.0})
+shown.log(4, {"eval_mean_nll": 1.25, "eval_train_mean_nll": 1.5, "eval_best_mean_nll": 1.0})
 shown.samples(4, [{"prompt": "hello", "text": "a\\x1b[31mb"}])
 shown.finish("finished")
 """  # noqa: E501
@@ -108,6 +109,9 @@ def test_a_terminal_shows_a_bar_with_loss_rate_and_time_left():
 def test_a_terminal_shows_evaluations_and_samples_as_rows():
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", run_in_terminal(80))
     assert " held-out  step 4       loss 1.25   perplexity 3.49\r\n" in shown
+    # A held-out file may be named as a number of the run is: train.jsonl.
+    row = "held-out step 4 loss 1.25 (+0.0000) loss of source train 1.5 loss of source best 1"
+    assert row in " ".join(shown.split())
     assert " samples   hello\r\n           → a\\x1b[31mb\r\n" in shown
     assert "{'" not in shown
 

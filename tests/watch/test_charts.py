@@ -1,5 +1,6 @@
 """Lines of braille, cell by cell; charts of exact size; what the figures of a run look like."""
 
+import json
 import math
 
 import pytest
@@ -101,6 +102,24 @@ def test_several_runs_are_told_apart_by_letters_and_not_by_colour_alone(tmp_path
     assert "\n" in text
     plot = text.split("\n", 1)[1]
     assert plot.count("A") == plot.count("B") == 1
+
+
+def test_a_level_that_runs_do_not_share_has_their_letters(tmp_path):
+    folders = [make_run(tmp_path / name, [5.0, 4.0]) for name in "abc"]
+    info = json.loads((folders[2] / "run.json").read_text())
+    info["identity"]["config"]["training"]["max_grad_norm"] = 0.5
+    info["plan"]["memory"]["peak_bytes"] = 900_000_000
+    (folders[2] / "run.json").write_text(json.dumps(info))
+    runs = [RunData(folder) for folder in folders]
+    for run in runs:
+        run.refresh()
+    _, gradients, _, _, memory = charts_of(runs[:2], 0.0)
+    assert gradients.title.endswith("  ╌ clipped at 1")
+    assert memory.title.endswith("  ╌ planned 400 MB")
+    _, gradients, _, _, memory = charts_of(runs, 0.0)
+    assert gradients.title.endswith("  ╌ clipped at A 1, B 1, C 0.5")
+    assert memory.title.endswith("  ╌ planned A 400 MB, B 400 MB, C 900 MB")
+    assert gradients.levels == [(1.0, "clip"), (0.5, "clip")]
 
 
 def test_the_figures_of_a_run_say_what_they_look_like(tmp_path):

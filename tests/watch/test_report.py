@@ -141,6 +141,29 @@ def test_the_command_writes_a_page_with_everything_that_a_real_run_holds(config_
     assert trained.endswith("<|im_end|>")
 
 
+def test_a_heldout_file_named_train_is_told_from_the_training_loss(tmp_path):
+    run = read_run(make_run(tmp_path / "a", [4.0, 3.0], text="train", heldout=[(0, 4.1), (2, 2.6)]))
+    (chart,) = loss_charts([run])
+    assert [line.name for line in chart.lines] == ["training", "held-out", "held-out, source train"]
+    assert "loss of source train" in Page(report_html([run])).texts
+
+
+def test_a_level_names_every_run_that_it_belongs_to(tmp_path):
+    """In the legend of compared runs, where the first run's name alone would say that the others have none."""
+    folders = [make_run(tmp_path / name, [4.0, 3.0], heldout=[(0, 4.1)]) for name in "abc"]
+
+    def levels(*chosen):
+        charts = Page(report_html([read_run(folder) for folder in chosen])).charts
+        return [(line["name"], line["colour"]) for chart in charts for line in chart["lines"] if line["kind"] == "limit"]
+
+    assert levels(folders[0]) == [("clipped above", 7), ("planned", 7)]
+    assert levels(*folders) == [("clipped above", 7), ("planned", 7)]
+    info = json.loads((folders[1] / "run.json").read_text())
+    info["identity"]["config"]["training"]["max_grad_norm"] = 2.0
+    (folders[1] / "run.json").write_text(json.dumps(info))
+    assert levels(*folders) == [("a, c: clipped above", 7), ("b: clipped above", 1), ("planned", 7)]
+
+
 def test_two_runs_are_drawn_over_each_other_with_what_differs_and_who_wins(tmp_path, capsys):
     first = make_run(tmp_path / "runs" / "first", [3.0, 2.0, 1.5], rate=0.001, heldout=[(0, 4.0), (3, 2.0)])
     make_run(tmp_path / "runs" / "second", [3.0, 2.5, 1.0], rate=0.002, heldout=[(0, 4.0), (3, 2.5)])

@@ -121,7 +121,9 @@ def _print_table(metrics: Mapping[str, float]) -> None:
     grid = Table.grid(padding=(0, 2, 0, 0))
     for name, value in metrics.items():
         shown = f"{value:.6g}" if isinstance(value, float) else f"{value:,}"
-        grid.add_row(Text(name, "cyan"), Text(shown, "bold", justify="right"), Text(MEANINGS.get(name, ""), "dim"))
+        of_source = name.endswith("_mean_nll") and name != "eval_mean_nll"
+        meaning = "the same, of the rows of one source" if of_source else MEANINGS.get(name, "")
+        grid.add_row(Text(name, "cyan"), Text(shown, "bold", justify="right"), Text(meaning, "dim"))
     Console(highlight=False, markup=False, emoji=False).print(grid)
 
 

@@ -103,7 +103,9 @@ class ConsoleTracker:
     def _show_evaluation(self, step: int, metrics: Metrics) -> None:
         """Print an evaluation as a row, with the change since the last one."""
         assert self._console is not None
-        row = {f"loss {name}".rstrip(): value for name, value in heldout_losses(metrics).items()}
+        # A bare name would be read as another number: `loss train` of a file train.jsonl as the training loss.
+        losses = heldout_losses(metrics)
+        row = {f"loss of source {printable(name)}" if name else "loss": value for name, value in losses.items()}
         row |= {name: metrics[key] for name, key in OTHER_NUMBERS.items() if metrics.get(key) is not None}
         cells = [f"{name} {_short(value)}" for name, value in row.items()]
         loss = row.get("loss")

@@ -169,9 +169,10 @@ def _loss(runs: Sequence[RunData], smoothing: float) -> Chart:
 
 def _gradients(runs: Sequence[RunData]) -> Chart:
     lines = _lines(runs, "grad_norm")
-    clips = {run.flat_config.get("training.max_grad_norm") for run in runs}
-    levels = [(float(clip), "clip") for clip in clips if isinstance(clip, int | float) and clip > 0]
-    clipped = f"  ╌ clipped at {levels[0][0]:g}" if levels else ""
+    clips = [run.flat_config.get("training.max_grad_norm") for run in runs]
+    values = [float(clip) if isinstance(clip, int | float) and clip > 0 else None for clip in clips]
+    levels = [(value, "clip") for value in dict.fromkeys(values) if value is not None]
+    clipped = _level_words("clipped at", values, runs, "{:g}".format)
     return Chart(f"gradient norm {_newest(lines)}{clipped}", lines, levels)
 
 
@@ -189,9 +190,22 @@ def _speed(runs: Sequence[RunData]) -> Chart:
 
 def _memory(runs: Sequence[RunData]) -> Chart:
     lines = _lines(runs, "memory_bytes")
-    planned = [(peak, "planned") for run in runs if (peak := run.planned_bytes) is not None]
-    beside = f"  ╌ planned {short_bytes(planned[0][0])}" if planned else ""
-    return Chart(f"memory {_newest(lines, short_bytes)}{beside}", lines, planned, number=short_bytes)
+    values = [run.planned_bytes for run in runs]
+    levels = [(value, "planned") for value in dict.fromkeys(values) if value is not None]
+    planned = _level_words("planned", values, runs, short_bytes)
+    return Chart(f"memory {_newest(lines, short_bytes)}{planned}", lines, levels, number=short_bytes)
+
+
+def _level_words(
+    name: str, values: Sequence[float | None], runs: Sequence[RunData], number: Callable[[float], str]
+) -> str:
+    """The end of a title that names a level: once where the runs share it, else for each with its letter."""
+    if all(value is None for value in values):
+        return ""
+    if len(set(values)) == 1 and values[0] is not None:
+        return f"  ╌ {name} {number(values[0])}"
+    own = [f"{letter(index, runs)} {number(value)}" for index, value in enumerate(values) if value is not None]
+    return f"  ╌ {name} {', '.join(own)}"
 
 
 def short_bytes(count: float) -> str:

@@ -21,6 +21,8 @@ CONSTANT_ENDINGS = ("step", "cpu_count", ".index", "_total_bytes", "power_limit_
 FEWEST_SMOOTHED = 20
 """Below so many points a smoothed line says nothing that the points do not."""
 MOST_OTHER_CHARTS = 24
+COLOUR_OF_A_SHARED_LEVEL = 7
+"""Grey: a run has it only where eight are compared."""
 UNITS = {"_bytes": "bytes", "_use": "percent", ".use": "percent"}
 """Endings of names -> the unit of their values."""
 
@@ -35,8 +37,10 @@ class ChartKind:
     unit: str = ""
     kind: Literal["noisy", "plain"] = "noisy"
     from_zero: bool = True
-    limit: Callable[[RunData], tuple[str, float | None]] | None = None
-    """A level that the line is held against: its name and value."""
+    level: str = ""
+    """Name of a level that the line is held against."""
+    limit: Callable[[RunData], float | None] | None = None
+    """Its value in a run."""
 
 
 def smoothing_for(points: int) -> float:
@@ -48,13 +52,9 @@ def smoothing_for(points: int) -> float:
     return 0.0 if points < FEWEST_SMOOTHED else min(0.97, round(1 - 10 / points, 2))
 
 
-def _clip(run: RunData) -> tuple[str, float | None]:
+def _clip(run: RunData) -> float | None:
     value = run.flat_config.get("training.max_grad_norm")
-    return "clipped above", float(value) if isinstance(value, int | float) and value else None
-
-
-def _planned(run: RunData) -> tuple[str, float | None]:
-    return "planned", run.planned_bytes
+    return float(value) if isinstance(value, int | float) and value else None
 
 
 CHARTS: tuple[ChartKind, ...] = (
@@ -62,12 +62,19 @@ CHARTS: tuple[ChartKind, ...] = (
         "Gradient norm",
         "grad_norm",
         "Length of the gradient before clipping. Even is good; spikes are unusual rows, or a learning rate too high.",
+        level="clipped above",
         limit=_clip,
     ),
     ChartKind("Learning rate", "learning_rate", "Size of each update: warm-up, then the schedule.", kind="plain"),
     ChartKind("Speed", "tokens_per_second", "Real tokens a second, padding not counted.", "tokens/s"),
     ChartKind(
-        "Memory", "memory_bytes", "Most memory held so far, and what was planned.", "bytes", "plain", limit=_planned
+        "Memory",
+        "memory_bytes",
+        "Most memory held so far, and what was planned.",
+        "bytes",
+        "plain",
+        level="planned",
+        limit=lambda run: run.planned_bytes,
     ),
     ChartKind(
         "Model FLOPs utilization", "mfu", "Part of the device's peak rate that the model's own work took.", "percent"
@@ -99,7 +106,7 @@ def _loss_chart(runs: Sequence[RunData], unit: str) -> Chart:
         for number, (name, series) in enumerate(run.heldout_sets.items()):
             if several and name:
                 continue  # the table has each data set; here they would hide the lines
-            words = f"{prefix}held-out {name}".rstrip()
+            words = f"{prefix}held-out" + (f", source {name}" if name else "")
             lines.append(Line(words, series, "points", place if several else 1 + number))
         if not several:
             marks += [Mark(skip.step, f"window skipped after step {skip.step}: {skip.reason}") for skip in run.skipped]
@@ -124,18 +131,26 @@ def charts_html(runs: Sequence[RunData], *, with_values: bool = True) -> Markup:
 
 def _chart(kind: ChartKind, runs: Sequence[RunData]) -> Chart:
     several, lines, longest = len(runs) > 1, [], 0
-    drawn: set[float] = set()
+    levels: dict[float, list[int]] = {}
     for place, run in enumerate(runs):
         series = run.metrics.get(kind.metric, Series())
         longest = max(longest, len(series))
         lines.append(Line(run.name if several else kind.title.lower(), series, kind.kind, place))
-        name, value = kind.limit(run) if kind.limit is not None else ("", None)
-        # Runs that share a level share its line.
-        if value is not None and len(series) and value not in drawn:
-            drawn.add(value)
-            ends = Series([series.xs[0], series.xs[-1]], [value, value])
-            lines.append(Line(f"{run.name}: {name}" if several else name, ends, "limit", place if several else 1))
+        level = kind.limit(run) if kind.limit is not None and len(series) else None
+        if level is not None:
+            levels.setdefault(level, []).append(place)
+    lines += [_level_line(kind, value, places, runs) for value, places in levels.items()]
     return Chart(kind.title, lines, kind.unit, kind.note, from_zero=kind.from_zero, smoothing=smoothing_for(longest))
+
+
+def _level_line(kind: ChartKind, value: float, places: Sequence[int], runs: Sequence[RunData]) -> Line:
+    """One line for a level and all the runs, by their places, that it belongs to."""
+    ends = [x for place in places for x in runs[place].metrics[kind.metric].xs]
+    is_shared = len(places) == sum(kind.metric in run.metrics for run in runs)
+    name = kind.level if is_shared else f"{', '.join(runs[place].name for place in places)}: {kind.level}"
+    # The colour of one run would say that it is its own.
+    colour = places[0] if len(places) == 1 and len(runs) > 1 else COLOUR_OF_A_SHARED_LEVEL
+    return Line(name, Series([min(ends), max(ends)], [value, value]), "limit", colour)
 
 
 def _other_charts(runs: Sequence[RunData]) -> list[Chart]:

@@ -33,12 +33,12 @@ def metric_words(metric: str) -> str:
     """The name of a held-out metric for people.
 
     >>> metric_words("eval_mean_nll"), metric_words("eval_cooking_mean_nll")
-    ('loss (nats per token)', 'loss of cooking')
+    ('loss (nats per token)', 'loss of source cooking')
     """
     if metric == "eval_mean_nll":
         return "loss (nats per token)"
     if metric.endswith("_mean_nll"):
-        return f"loss of {metric.removeprefix('eval_').removesuffix('_mean_nll')}"
+        return f"loss of source {metric.removeprefix('eval_').removesuffix('_mean_nll')}"
     return metric.removeprefix("eval_").replace("_", " ")
 
 
