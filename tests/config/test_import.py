@@ -453,6 +453,14 @@ def test_a_file_of_no_toolkit_and_a_toolkit_without_a_table_are_refused(tmp_path
         imported(tmp_path, "echo hello\n", "x.sh")
 
 
+def test_a_vocabulary_with_a_few_words_of_a_toolkit_is_no_config(tmp_path):
+    words = {word: number for number, word in enumerate(["base", "task", "backend", "output", *map(str, range(500))])}
+    with pytest.raises(ConfigError, match="belong to no toolkit"):
+        imported(tmp_path, json.dumps(words), "vocab.json")
+    few = {word: number for word, number in words.items() if number < 50}
+    assert imported(tmp_path, json.dumps(few), "few.json").peer.id == "soup"
+
+
 def test_of_several_command_lines_one_is_taken_and_said(tmp_path, capsys):
     (tmp_path / "x.sh").write_text(
         "trl sft --model_name_or_path a --dataset_name d\ntrl sft --model_name_or_path b --dataset_name d\n"

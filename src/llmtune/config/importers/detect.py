@@ -15,6 +15,9 @@ __all__ = ["Detected", "detect", "looks_foreign"]
 ENOUGH = 6
 """Points from which a file is taken for a peer's: one key that only this peer has, and one that it shares."""
 
+KEYS_FOR_ONE_KNOWN = 100
+"""More keys than this for each known one, and a file is no config: a vocabulary has every word."""
+
 
 class Detected(NamedTuple):
     """A peer, and the keys by which it was recognised."""
@@ -31,7 +34,8 @@ def detect(table: Table) -> Detected | None:
             return Detected(getattr(entry.value, "text", ""), ("the command",), ENOUGH)
     names = _names(table)
     found = sorted((_points(peer, names) for peer in peer_names()), key=lambda found: -found.points)
-    return found[0] if found and found[0].points >= ENOUGH else None
+    is_config = found and found[0].points >= ENOUGH and len(names) <= KEYS_FOR_ONE_KNOWN * len(found[0].keys)
+    return found[0] if is_config else None
 
 
 def looks_foreign(table: Table) -> Detected | None:
