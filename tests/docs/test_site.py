@@ -33,6 +33,15 @@ def test_the_site_needs_nothing_from_another_host():
     assert (ROOT / scripts[0]).is_file()
 
 
+def test_the_pages_follow_the_readers_dark_or_light_setting():
+    """The first palette is the one of a first visit, and one for light alone would be kept when the setting changes."""
+    assert [palette["media"] for palette in PROJECT["theme"]["palette"]] == [
+        "(prefers-color-scheme)",
+        "(prefers-color-scheme: light)",
+        "(prefers-color-scheme: dark)",
+    ]
+
+
 def test_the_script_copies_what_the_navigation_names():
     copied = next(line for line in (ROOT / "scripts" / "docs").read_text().splitlines() if line.startswith("cp -r "))
     assert {page.split("/")[0] for page in pages_of(PROJECT["nav"])} <= set(copied.split())
