@@ -61,7 +61,8 @@ def test_trained_text_is_marked_with_colour_or_with_brackets(tokenizer, example)
     assert "assistant↵\n⟦Hello there⟧⟦<|im_end|>⟧↵" in plain
     assert plain.startswith("rows.jsonl:1: ")
     coloured = "\n".join(terminal_text(group, tokenizer, color=True))
-    assert "\x1b[32mHello there\x1b[0m\x1b[1;32m<|im_end|>\x1b[0m↵" in coloured
+    # 4: underlined, for those to whom green and cyan are one colour.
+    assert "\x1b[4;32mHello there\x1b[0m\x1b[1;4;32m<|im_end|>\x1b[0m↵" in coloured
     assert "\x1b[36m<|im_start|>\x1b[0muser" in coloured
     assert ANSI.sub("", coloured) == plain.replace("⟦", "").replace("⟧", "")
     assert "trained" in legend(color=True)

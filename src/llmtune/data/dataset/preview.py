@@ -42,15 +42,17 @@ def json_line(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
 
 # --- terminal
 
-GREEN, BOLD_GREEN, CYAN, DIM, RESET = "\x1b[32m", "\x1b[1;32m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
+# Underlined as well: green and cyan are one colour to some.
+TRAINED, TRAINED_CONTROL, CONTROL = "\x1b[4;32m", "\x1b[1;4;32m", "\x1b[36m"
+DIM, RESET = "\x1b[2m", "\x1b[0m"
 OPEN, CLOSE = "⟦", "⟧"
 
 
 def legend(*, color: bool) -> str:
     """Explain the colours (or, without them, the brackets) of `terminal_text`."""
     if color:
-        trained = f"{GREEN}trained{RESET}, {BOLD_GREEN}trained control token{RESET}"
-        return f"{trained}, {CYAN}control token{RESET}, not trained; ↵ is a line's end"
+        trained = f"{TRAINED}trained{RESET}, {TRAINED_CONTROL}trained control token{RESET}"
+        return f"{trained}, {CONTROL}control token{RESET}, not trained; ↵ is a line's end"
     return f"{OPEN}trained{CLOSE}, the rest is not trained; ↵ is a line's end"
 
 
@@ -99,7 +101,10 @@ def _marked(stretch: Stretch, *, color: bool) -> str:
     note = f"×{stretch.weight:g} " if stretch.weight not in (0, 1) else ""
     if not color:
         return f"{OPEN}{note}{text}{CLOSE}" if stretch.weight > 0 else text
-    code = (BOLD_GREEN if stretch.is_control else GREEN) if stretch.weight > 0 else CYAN if stretch.is_control else ""
+    if stretch.weight > 0:
+        code = TRAINED_CONTROL if stretch.is_control else TRAINED
+    else:
+        code = CONTROL if stretch.is_control else ""
     # Colour is set anew on each line, because a pager forgets it at a line's end.
     return "\n".join(f"{code}{line}{RESET}" if code and line else line for line in (note + text).split("\n"))
 
