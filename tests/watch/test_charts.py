@@ -1,9 +1,11 @@
 """Lines of braille, cell by cell; charts of exact size; what the figures of a run look like."""
 
+import io
 import json
 import math
 
 import pytest
+from rich.console import Console
 
 from llmtune.watch.braille import Cell, Plot, Range, range_of
 from llmtune.watch.charts import Chart, Line, charts_of, draw
@@ -73,6 +75,17 @@ def test_a_chart_has_exactly_the_size_that_was_asked_for(columns, rows, values):
     lines = draw(Chart("loss " * 50, [line], [(2.0, "clip")]), columns, rows).plain.split("\n")
     assert len(lines) == rows
     assert max(map(len, lines)) <= columns
+
+
+def test_a_line_has_its_own_colour_at_full_strength_and_the_axis_is_dim():
+    console = Console(width=40, color_system="truecolor", force_terminal=True, file=io.StringIO())
+    text = draw(Chart("loss", [Line(Series([1, 9], [2.5, 7.25]), "cyan")]), 40, 6)
+    styles = {}
+    for segment in console.render(text):
+        for character in segment.text.strip():
+            styles.setdefault("line" if "\u2800" < character <= "\u28ff" else character, set()).add(str(segment.style))
+    assert styles["line"] == {"cyan"}
+    assert styles["│"] == styles["┤"] == {"dim"}
 
 
 def test_the_axis_names_the_largest_and_the_smallest_value_and_the_steps():

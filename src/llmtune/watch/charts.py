@@ -81,7 +81,9 @@ def draw(chart: Chart, columns: int, rows: int) -> Text:
     lines = [title]
     for index, cells in enumerate(plot.cells()):
         label = chart.number(up.high) if index == 0 else chart.number(up.low) if index == rows - 3 else ""
-        row = Text(f"{label[: AXIS_COLUMNS - 1]:>{AXIS_COLUMNS - 1}}", "dim").append("┤" if label else "│", "dim")
+        # Appended, as the style of the text itself would make all that follows dim.
+        axis = f"{label[: AXIS_COLUMNS - 1]:>{AXIS_COLUMNS - 1}}{'┤' if label else '│'}"
+        row = Text().append(axis, "dim")
         # A stretch of one style at once: each piece costs the terminal library more than drawing it did.
         for style, stretch in groupby(cells, key=lambda cell: cell.style):
             row.append("".join(cell.character for cell in stretch), style)
