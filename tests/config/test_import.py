@@ -10,6 +10,7 @@ import pytest
 
 from import_samples import SAMPLES, imported, row_of, values
 from llmtune.cli.main import run
+from llmtune.config.alias_refusals import NOT_HERE, UNUSED
 from llmtune.config.dump import config_to_yaml
 from llmtune.config.importers.convert import import_source
 from llmtune.config.importers.datasets import ALL_RULES
@@ -139,6 +140,8 @@ def test_every_row_of_a_table_names_a_rule_and_keys_that_exist(peer):
         ]
         for target in own:
             exists_here(target, peer, row)
+        reason = row.text or UNUSED.get(row.key.rpartition(".")[2]) or NOT_HERE.get(row.key.rpartition(".")[2])
+        assert reason or row.rule not in ("none", "needs", "drop"), f"the report would say no reason: {row}"
     for default in table.defaults:
         assert default.key in LEAVES, default
         assert default.text, default
