@@ -38,10 +38,10 @@ DAMAGES = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     "empty": lambda path: path.write_bytes(b""),
     "removed": lambda path: path.unlink(),
-    "two tensors swapped": lambda path: change(path, lambda all, a, b: {**all, a: all[b], b: all[a]}),
-    "NaN": lambda path: change(path, lambda all, a, b: {**all, a: torch.full_like(all[a], torch.nan)}),
-    "zeros": lambda path: change(path, lambda all, a, b: {name: torch.zeros_like(all[name]) for name in all}),
-    "a tensor left out": lambda path: change(path, lambda all, a, b: {name: all[name] for name in all if name != a}),
+    "two tensors swapped": lambda path: change(path, lambda old, a, b: {**old, a: old[b], b: old[a]}),
+    "NaN": lambda path: change(path, lambda old, a, b: {**old, a: torch.full_like(old[a], torch.nan)}),
+    "zeros": lambda path: change(path, lambda old, a, b: {name: torch.zeros_like(old[name]) for name in old}),
+    "a tensor left out": lambda path: change(path, lambda old, a, b: {name: old[name] for name in old if name != a}),
 }
 COMMANDS = {
     "merge-lora": ("--output", "merged"),

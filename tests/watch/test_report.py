@@ -154,7 +154,8 @@ def test_a_level_names_every_run_that_it_belongs_to(tmp_path):
 
     def levels(*chosen):
         charts = Page(report_html([read_run(folder) for folder in chosen])).charts
-        return [(line["name"], line["colour"]) for chart in charts for line in chart["lines"] if line["kind"] == "limit"]
+        lines = [line for chart in charts for line in chart["lines"] if line["kind"] == "limit"]
+        return [(line["name"], line["colour"]) for line in lines]
 
     assert levels(folders[0]) == [("clipped above", 7), ("planned", 7)]
     assert levels(*folders) == [("clipped above", 7), ("planned", 7)]
