@@ -170,20 +170,25 @@ def test_q8_memory_that_runs_out_while_weights_are_read_is_not_blamed_on_the_mod
     assert_report(report.read_text(), "(?:while the model was loaded|in step 1)")
 
 
+def rows_that_fill(folder, count):
+    """The settings of a step of `count` rows."""
+    rows = folder / "many.jsonl"
+    talk = {"messages": [{"role": "user", "content": "words"}, {"role": "assistant", "content": " ".join(["90"] * 70)}]}
+    rows.write_text((json.dumps(talk) + "\n") * count)
+    return f"data.train={rows}", f"training.batch_size={count}", "data.test_size=0"
+
+
+def test_the_rows_that_are_to_fill_a_device_are_not_refused_before(config_of, tmp_path):  # noqa: F811
+    """They once had five tokens more than `data.max_length`, so that no memory was touched."""
+    trained = training.train(config_of(*LARGE, *rows_that_fill(tmp_path, 4), "training.epochs=1"))
+    assert [line["num_sequences"] for line in lines_of(trained.folder)] == [4]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_q8_a_cuda_device_that_is_full_is_one_message_with_the_device_and_three_edits(config_of, tmp_path):  # noqa: F811
     """A micro-batch of 65,536 rows of this model needs more than any device has."""
-    rows = tmp_path / "many.jsonl"
-    talk = {"messages": [{"role": "user", "content": "words"}, {"role": "assistant", "content": " ".join(["90"] * 70)}]}
-    rows.write_text((json.dumps(talk) + "\n") * 65536)
-    huge = (
-        "model.name=custom-large",
-        f"data.train={rows}",
-        "training.batch_size=65536",
-        "data.test_size=0",
-        "training.precision=bf16",
-    )
+    huge = (*rows_that_fill(tmp_path, 65536), "model.name=custom-large", "training.precision=bf16")
     with pytest.raises(MachineError) as full:
         training.train(config_of(*LARGE, *huge))
     assert full.value.exit_code == 6
