@@ -198,7 +198,7 @@ def test_figures_of_the_machine_are_drawn_over_seconds_and_constants_are_not(tmp
     )
     page = Page(report_html([read_run(folder)]))
     drawn_over_seconds = {chart["lines"][0]["name"]: chart["unit"] for chart in page.charts if chart["x"] == "seconds"}
-    assert drawn_over_seconds == {"cpu use": "percent", "gpus 0 use": "percent", "gpus 0 memory used bytes": "bytes"}
+    assert drawn_over_seconds == {"cpu use": "percent", "gpus 0 use": "percent", "gpus 0 memory used": "bytes"}
 
 
 def rewarded_run(folder, rewards, heldout):

@@ -176,11 +176,11 @@ def _system_charts(runs: Sequence[RunData]) -> list[Chart]:
 def _plain(name: str, values: Sequence[dict[str, Series]], runs: Sequence[RunData], x_name: str) -> Chart:
     several = len(runs) > 1
     is_evaluation = name.startswith("eval_")
-    words = name.removeprefix("eval_").replace("_", " ").replace(".", " ")
+    unit = next((unit for ending, unit in UNITS.items() if name.endswith(ending)), "")
+    words = name.removeprefix("eval_").removesuffix(f"_{unit}").replace("_", " ").replace(".", " ")
     title = f"Held-out {words}" if is_evaluation else words.capitalize()
     lines = [
         Line(run.name if several else words, of_run.get(name, Series()), "points" if is_evaluation else "plain", place)
         for place, (run, of_run) in enumerate(zip(runs, values, strict=True))
     ]
-    unit = next((unit for ending, unit in UNITS.items() if name.endswith(ending)), "")
     return Chart(title, lines, unit, from_zero=bool(unit), x_name=x_name)
