@@ -18,6 +18,13 @@ THINKS_LAST = """{%- for m in messages -%}
 {%- if add_generation_prompt -%}<|im_start|>assistant
 <think>
 {% endif -%}"""
+THOUGHT_OPENS = """{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{{ '<think></think>' if enable_thinking is defined and not enable_thinking else '<think>\\n' }}
+{%- endif -%}"""
 TAIL = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content }}<|im_end|>\n{% endfor %}" + TAIL
 OPEN = "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content + '\\n' }}{% endfor %}" + TAIL
@@ -49,7 +56,7 @@ def test_half_of_the_answers_left_out_by_the_template_is_counted_and_named(write
     (line,) = ledger.training_warnings()
     assert line.startswith("unstable: 8 train rows, such as ")
     assert "a.jsonl:1: message 2 (assistant) is not trained: the prompt for it goes on with" in line
-    assert "fix: make an example of each answer (`data.one_example_per_turn=true`), give another template" in line
+    assert "fix: for earlier answers make an example of each (`data.one_example_per_turn=true`), or train the" in line
     assert "`data.train_on=last_assistant_message`" in line
 
 
@@ -109,6 +116,17 @@ def test_where_no_answer_is_left_the_fix_names_the_template(write, config, tiny_
     template = THINKS_LAST.replace("<think>\n\n</think>\n\n", "")
     with pytest.raises(DataError, match=r"model\.chat_template=FILE"):
         prepared(write, config, tiny_tokenizer, [turns("q", "a")], template)
+
+
+def test_the_way_out_of_a_last_answer_that_is_not_trained_works(write, config, tiny_tokenizer):
+    rows = [turns("q1", "a1", "q2", "a2"), turns("q3", "a3")]
+    with pytest.raises(DataError, match="no row is left to train on") as refused:
+        prepared(write, config, tiny_tokenizer, rows, THOUGHT_OPENS)
+    assert "for last answers turn thinking off where the template can" in str(refused.value)
+    assert "(`data.template_args={enable_thinking: false}`)" in str(refused.value)
+    renderer = Renderer(tiny_tokenizer, chat_template=THOUGHT_OPENS, template_args={"enable_thinking": False})
+    summary = prepare_data(config(write("a.jsonl", rows)), renderer).ledger.summary()["train"]
+    assert (summary["answers"], summary["trained_answers"]) == (3, 3)
 
 
 @pytest.mark.parametrize("command", [["data", "preview", "--json"], ["train", "--dry-run"]])

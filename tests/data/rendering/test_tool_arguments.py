@@ -120,6 +120,7 @@ def test_the_prompt_for_the_answer_after_a_call_in_text_is_a_prefix_of_the_train
     [
         ("{{ m.tool_calls[0].function.arguments + 1 }}", "'dict' and 'int'"),
         ("{{ [] + m.tool_calls[0].function.name }}", 'can only concatenate list (not "str") to list'),
+        ("{{ m.tool_calls[0].function.name.text + '' }}", "'str object' has no attribute 'text'"),
         ("{{ m.tool_calls[0].function.name + {} }}", "'str' and 'dict'"),
         ("{{ m.tool_calls[0].function.name.center('a') }}", "'str' object cannot be interpreted as an integer"),
     ],

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from llmtune.data.dataset.row_result import STATUSES, Reason, Status
 from llmtune.data.dataset.store import RowStore
 from llmtune.data.example import SIDES
-from llmtune.data.rendering.row_warnings import RowWarning
+from llmtune.data.rendering.row_warnings import UNSTABLE_WAYS_OUT, RowWarning
 from llmtune.data.rows.field_names import UNUSED_SHOWN
 
 __all__ = ["REASONS_SHOWN", "Balance", "Ledger", "LedgerEntry", "LedgerPart", "PartSummary"]
@@ -238,8 +238,7 @@ class LedgerPart:
 
 
 WAYS_OUT = {
-    "unstable": "make an example of each answer (`data.one_example_per_turn=true`), give another template "
-    "(`model.chat_template=FILE`), or train the last answers only (`data.train_on=last_assistant_message`)",
+    "unstable": UNSTABLE_WAYS_OUT,
     "reasoning-dropped": "make an example of each answer (`data.one_example_per_turn=true`), give a template that "
     "writes it (`model.chat_template=FILE`), or train the last answers only (`data.train_on=last_assistant_message`)",
     "system-unused": "give the rows as messages, or take `data.system` out",

@@ -19,7 +19,7 @@ from llmtune.data.example import REASONING_FIELDS, Conversation, Row, Side
 from llmtune.data.reading.data_file import DataFile
 from llmtune.data.reading.parse import BadRow, Record
 from llmtune.data.rendering.renderer import Rendered, Renderer
-from llmtune.data.rendering.row_warnings import RowWarning
+from llmtune.data.rendering.row_warnings import UNSTABLE_WAYS_OUT, RowWarning
 from llmtune.data.rows.field_names import WORDS_FOR_NOTHING, answer_field
 from llmtune.data.rows.formats import UnusableRowError, conversation_of
 from llmtune.data.rows.preferences import PREFERENCE_FORMATS
@@ -339,11 +339,7 @@ def _fit_sides(results: Sequence[RowResult], sides: tuple[Side, ...], renderer: 
 def _untrained_reason(result: RowResult, rules: RowRules) -> Reason:
     unstable = next((warning.text for warning in result.warnings if warning.code == "unstable"), None)
     if unstable is not None:
-        fix = (
-            "give a template that renders answers after the prompt it gives (`model.chat_template=FILE`), "
-            "or try `data.one_example_per_turn=true` or `data.train_on=last_assistant_message`"
-        )
-        return Reason(f"the row has no trained token: {unstable}", None, fix)
+        return Reason(f"the row has no trained token: {unstable}", None, UNSTABLE_WAYS_OUT)
     fix = f"check its weights, and that `data.train_on` ({rules.train_on}) is the rule you want"
     return Reason("the row has no trained token", None, fix)
 

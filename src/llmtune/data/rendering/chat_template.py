@@ -157,7 +157,9 @@ class ChatTemplate:
 
 def _in_plain_types(error: BaseException) -> str:
     """The text of an error with the types that its template was written for."""
-    return re.sub(rf"\b({'|'.join(_PLAIN_TYPES)})\b", lambda match: _PLAIN_TYPES[match[1]], str(error))
+    text = re.sub(rf"\b({'|'.join(_PLAIN_TYPES)})\b", lambda match: _PLAIN_TYPES[match[1]], str(error))
+    # Jinja2 writes the module before types that are not Python's own.
+    return re.sub(r"\bllmtune(\.\w+)*\.(?=\w)", "", text)
 
 
 def _does_not_compile(reason: str) -> TokenizerError:

@@ -11,13 +11,24 @@ from llmtune.data.example import REASONING_FIELDS, Conversation
 from llmtune.data.rendering.encoding import Encoded
 from llmtune.data.rendering.rendering import Rendering
 
-__all__ = ["RowWarning", "lost_content", "text_warnings"]
+__all__ = ["UNSTABLE_WAYS_OUT", "RowWarning", "lost_content", "text_warnings"]
 
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 """Names that a template has no reason to escape."""
 
 _THOUGHT_END = "</think>"
 """End of a thought that is written inside an answer; templates cut thoughts out of earlier answers."""
+
+
+UNSTABLE_WAYS_OUT = (
+    "for earlier answers make an example of each (`data.one_example_per_turn=true`), or train the last answers only "
+    "(`data.train_on=last_assistant_message`); for last answers turn thinking off where the template can "
+    "(`data.template_args={enable_thinking: false}`), or give another template (`model.chat_template=FILE`)"
+)
+"""What to do about answers that are not trained because the template gives another prompt for them.
+
+A last answer has the same prompt in an example of its own, so the ways out for earlier answers do nothing for it.
+"""
 
 
 class RowWarning(NamedTuple):
