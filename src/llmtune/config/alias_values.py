@@ -22,7 +22,7 @@ from llmtune.config.translation import (
     words_of,
 )
 
-__all__ = ["LISTS", "LORA_ONLY", "SECTION_VALUES", "TRANSLATIONS_TO", "VALUES"]
+__all__ = ["LISTS", "LORA_ONLY", "MANY_KEYS", "SECTION_VALUES", "TRANSLATIONS_TO", "VALUES"]
 
 _OPTIMIZERS = {
     "adamw_torch": "adamw",
@@ -93,6 +93,7 @@ _METRICS = {
 _NO_LIMIT = {"-1": "null"}
 
 _FULL = {"adapter.method": "none"}
+_DORA = {"adapter.method": "lora", "adapter.dora": "true"}
 _ADAPTER = Rule(
     "adapter.method",
     {
@@ -102,9 +103,9 @@ _ADAPTER = Rule(
         "none": _FULL,
         "lora": {"adapter.method": "lora"},
         "qlora": {"adapter.method": "lora", "model.quantization": "4bit"},
+        "dora": _DORA,
     },
 )
-_DORA = {"adapter.method": "lora", "adapter.dora": "true"}
 _OFFLOADED = when_on({"model.gradient_checkpointing": "offload"})
 LORA_ONLY = {
     **dict.fromkeys(
@@ -157,9 +158,7 @@ TRANSLATIONS_TO: dict[str, dict[str, Translation]] = {
     "adapter.method": {
         "use_lora": switch("adapter.method", "lora", "none"),
         "use_peft": switch("adapter.method", "lora", "none"),
-        "finetuning_type": _ADAPTER,
-        "fine_tune_type": Rule("adapter.method", {**_ADAPTER.words, "dora": _DORA}),
-        "adapter": _ADAPTER,
+        **dict.fromkeys(("finetuning_type", "fine_tune_type", "adapter"), _ADAPTER),
     },
     "model.gradient_checkpointing": {
         # A plain `true` gives way to a request for offloading, which other toolkits write beside it.
@@ -288,6 +287,9 @@ SECTION_VALUES: dict[str, Translation] = {
 }
 """Sections for which a bare value is a well-known short form."""
 
+MANY_KEYS: dict[str, Rule] = {"adapter.method": _ADAPTER}
+"""Our keys of which other toolkits' values set other keys too."""
+
 VALUES: dict[str, dict[str, str]] = {
     "training.precision": _PRECISIONS,
     "training.optimizer": _OPTIMIZERS,
@@ -297,6 +299,7 @@ VALUES: dict[str, dict[str, str]] = {
     "training.neftune_alpha": {"0": "null", "0.0": "null"},
     "data.max_samples": _NO_LIMIT,
     "checkpoint.keep_last": {"null": "0", "-1": "0"},
+    "adapter.method": {"full": "none"},
     "adapter.target_modules": {"all": "all-linear", "all_linear": "all-linear"},
     "model.dtype": _DTYPES,
     "model.attention": _ATTENTION,

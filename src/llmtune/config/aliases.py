@@ -8,7 +8,7 @@ section of that name. The keys of `FLAT_SECTIONS` are read as if they were writt
 from __future__ import annotations
 
 from llmtune.config.alias_names import FLAT_SECTIONS, LORA_SECTIONS, NAMES_OF, SECTION_NAMES
-from llmtune.config.alias_values import LISTS, LORA_ONLY, SECTION_VALUES, TRANSLATIONS_TO, VALUES
+from llmtune.config.alias_values import LISTS, LORA_ONLY, MANY_KEYS, SECTION_VALUES, TRANSLATIONS_TO, VALUES
 from llmtune.config.document import Listing, Node, Scalar
 from llmtune.config.keys import LEAVES, SECTIONS
 from llmtune.config.translation import Rule, Translation, names_in
@@ -17,6 +17,7 @@ __all__ = [
     "NAMES",
     "SECTION_VALUES",
     "TRANSLATED",
+    "many_keys",
     "other_names",
     "own_spelling",
     "section_prefix",
@@ -62,6 +63,13 @@ def own_spelling(key: str, node: Node) -> Node | None:
         return Scalar(spelling, spelling == "null", node.origin)
     names = names_in(node) if key in LISTS else ()
     return Listing(names, node.origin) if names else None
+
+
+def many_keys(key: str, node: Node) -> Rule | None:
+    """Return the rule for a value of one of our keys that sets other keys too in other toolkits, else None."""
+    rule = MANY_KEYS.get(key)
+    is_known = rule is not None and isinstance(node, Scalar) and len(rule.words.get(node.text.lower(), ())) > 1
+    return rule if is_known else None
 
 
 NAMES: dict[str, str] = {

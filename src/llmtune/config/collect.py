@@ -103,7 +103,9 @@ class _Reader:
         value, origin = entry.value, entry.origin
         leaf = key.rpartition(".")[2]
         # The order of these tests decides: a known key is never taken for a secret or another toolkit's.
-        if key in LEAVES:
+        if key in LEAVES and (rule := aliases.many_keys(key, value)) is not None:
+            self.apply(key, rule, value, origin)
+        elif key in LEAVES:
             self.settle(key, key, value, origin)
         elif key in SECTIONS:
             self.section(key, value, origin)
