@@ -6,7 +6,10 @@ import warnings
 import pytest
 import torch
 
+from llmtune.config.schema import Config
 from llmtune.deploy.merge import merge_lora
+from llmtune.engine.forward import build_engine
+from llmtune.engine.precision import Precision
 from llmtune.errors import AdapterError, UsageError
 from llmtune.evaluation.inference_model import load_inference_model
 
@@ -155,15 +158,19 @@ def test_an_adapter_of_a_4bit_base_merges_into_that_base_dequantized(make, kind,
     )
 
 
+@pytest.mark.parametrize("is_measured", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_of_a_4bit_base_answers_and_is_measured_as_its_merge_is(make, kind, precision):
+def test_a_run_of_a_4bit_base_answers_and_is_measured_as_its_merge_is(make, kind, precision, is_measured):
     """Commands compute in float32 on a CPU, also with weights that training multiplied in bfloat16."""
     base = make.base(kind=kind)
     adapter = make.adapter(base, quantization="4bit", precision=precision)
     merged = make.path("merged")
     merge_lora(adapter, merged, dtype="float32")
     run = load_inference_model(str(adapter), no_cuda=True)
+    if is_measured:  # with fused LoRA layers
+        device = torch.device("cpu")
+        build_engine(run.model, config=Config(), device=device, precision=Precision("fp32", device))
     with torch.no_grad():
         theirs = run.model(input_ids=everything(merged)).logits
     assert theirs.dtype == torch.float32

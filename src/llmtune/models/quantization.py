@@ -148,6 +148,7 @@ def widen_to_float32(model: nn.Module) -> None:
         if type(module).__name__ == "Linear4bit":
             # The library's product with float32 inputs leaves that rounding out.
             module.forward = functools.partial(_multiply_in_float32, module)
+            module.compute_dtype = torch.float32  # type: ignore[assignment]  # what fused LoRA layers multiply in
         elif not is_quantized_linear(module):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if tensor.is_floating_point():
