@@ -514,3 +514,40 @@ def test_the_page_for_those_who_switch_is_made_of_the_tables():
     """`python -m llmtune.config.importers.page > docs/switching.md`."""
     assert (ROOT / "docs" / "switching.md").read_text(encoding="utf-8") == page()
     assert all(f"## Coming from {peer_of(peer).name}\n" in page() for peer in SAMPLES)
+
+
+FLAT = """\
+model_name_or_path: custom-nano
+train_file: rows.jsonl
+num_train_epochs: 0.5
+train_on_inputs: false
+use_lora: true
+lora_r: 8
+max_seq_length: 512
+"""
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "load_in_4bit: false",  # counts for Unsloth
+        "per_device_train_batch_size: 2\ngradient_accumulation_steps: 2\nlearning_rate: 1e-4\noutput_dir: out",  # TRL
+        "do_train: true\ncutoff_len: 512",  # LLaMA-Factory
+        "lora_target_linear: true\nsequence_len: 512",  # Axolotl
+        "",
+    ],
+)
+def test_a_flat_file_of_names_that_many_share_is_no_ones_and_loses_no_key(more, tmp_path):
+    with pytest.raises(ConfigError, match="are those of no one toolkit") as refused:
+        imported(tmp_path, FLAT + more)
+    assert "configs take these keys as they are: `llmtune config show --config " in str(refused.value)
+    assert "config.yaml`; or name it with `--from`: axolotl" in str(refused.value)
+    read = parse_config(FLAT + more)
+    assert read.config.data.train[0].path == "rows.jsonl"
+    assert not any("looks like a config of" in note for note in read.notes)
+
+
+def test_a_key_of_another_toolkit_does_not_hide_whose_a_file_is(tmp_path):
+    result = imported(tmp_path, SAMPLES["axolotl"][1] + "train_file: rows.jsonl\n", "lora.yml")
+    assert result.peer.id == "axolotl"
+    assert row_of(result, "train_file").outcome is Outcome.NONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from llmtune.config.document import Entry, Listing, Node, Origin, Scalar, Table,
 from llmtune.config.importers.answers import count_prompts
 from llmtune.config.importers.arithmetic import Unknown, evaluate
 from llmtune.config.importers.datasets import ALL_RULES, READS_VALUE
-from llmtune.config.importers.detect import detect
+from llmtune.config.importers.detect import detect, is_read_here
 from llmtune.config.importers.key_report import KeyReport, shown_value
 from llmtune.config.importers.python_calls import is_code
 from llmtune.config.importers.rules import NO_VALUE, Context, Outcome, Result, is_off, plain_text, words_of_row
@@ -97,12 +98,13 @@ def _peer(source: Source, peer_id: str | None) -> tuple[Peer, tuple[str, ...]]:
         return peer_of(peer_id), ("--from",)
     found = detect(source.table)
     if found is None:
-        listed = ", ".join(peer_names())
-        raise ConfigError(
-            "the keys of this file belong to no toolkit that has a table",
-            source.place,
-            f"name it with `--from`: {listed}",
-        )
+        name_it = f"name it with `--from`: {', '.join(peer_names())}"
+        if is_read_here(source.table):
+            as_is = f"configs take these keys as they are: `llmtune config show --config {shlex.quote(source.place)}`"
+            raise ConfigError(
+                "the keys of this file are those of no one toolkit", source.place, f"{as_is}; or {name_it}"
+            )
+        raise ConfigError("the keys of this file belong to no toolkit that has a table", source.place, name_it)
     return peer_of(found.peer), found.keys
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
+from llmtune.config.aliases import translation_of
 from llmtune.config.document import Entry, Listing, Table
 from llmtune.config.importers.source import flatten
 from llmtune.config.importers.tables import peer_names, peer_of
-from llmtune.config.keys import SECTIONS
+from llmtune.config.keys import LEAVES, SECTIONS
 
-__all__ = ["Detected", "detect", "looks_foreign"]
+__all__ = ["Detected", "detect", "is_read_here", "looks_foreign"]
 
 ENOUGH = 6
 """Points from which a file is taken for a peer's: one key that only this peer has, and one that it shares."""
@@ -20,7 +21,10 @@ KEYS_FOR_ONE_KNOWN = 100
 
 
 class Detected(NamedTuple):
-    """A peer, and the keys by which it was recognised."""
+    """A peer, and the keys by which it was recognised.
+
+    points: those of its keys, less `ENOUGH` for each name of a key that its table lacks and llmtune itself reads.
+    """
 
     peer: str
     keys: tuple[str, ...]
@@ -32,8 +36,8 @@ def detect(table: Table) -> Detected | None:
     for entry in table.entries:
         if entry.key == "$peer":  # a command line names its program
             return Detected(getattr(entry.value, "text", ""), ("the command",), ENOUGH)
-    names = _names(table)
-    found = sorted((_points(peer, names) for peer in peer_names()), key=lambda found: -found.points)
+    given, names = {given.name for given in flatten(table)}, _names(table)
+    found = sorted((_points(peer, given, names) for peer in peer_names()), key=lambda found: -found.points)
     is_config = found and found[0].points >= ENOUGH and len(names) <= KEYS_FOR_ONE_KNOWN * len(found[0].keys)
     return found[0] if is_config else None
 
@@ -47,6 +51,11 @@ def looks_foreign(table: Table) -> Detected | None:
     return found
 
 
+def is_read_here(table: Table) -> bool:
+    """Whether every key of a file is ours, or another name that configs take for one of ours."""
+    return all(given.name in LEAVES or translation_of(given.name) is not None for given in flatten(table))
+
+
 def _names(table: Table) -> set[str]:
     names = {given.name for given in flatten(table)}
     # A section counts by its own name too.
@@ -58,7 +67,11 @@ def _tables(entries: Iterable[Entry]) -> Iterable[str]:
     return (entry.key for entry in entries if isinstance(entry.value, Table | Listing))
 
 
-def _points(peer_id: str, names: Collection[str]) -> Detected:
-    keys = {key: points for key, points in peer_of(peer_id).detect.items() if key in names}
+def _points(peer_id: str, given: Collection[str], names: Collection[str]) -> Detected:
+    peer = peer_of(peer_id)
+    keys = {key: points for key, points in peer.detect.items() if key in names}
     known = tuple(sorted((key for key, points in keys.items() if points > 0), key=lambda key: -keys[key]))
-    return Detected(peer_id, known, sum(keys.values()))
+    points = sum(keys.values())
+    if points >= ENOUGH and len(names) <= KEYS_FOR_ONE_KNOWN * len(known):
+        points -= ENOUGH * sum(translation_of(name) is not None and peer.row(name) is None for name in given)
+    return Detected(peer_id, known, points)
