@@ -239,8 +239,9 @@ class LedgerPart:
 
 WAYS_OUT = {
     "unstable": UNSTABLE_WAYS_OUT,
-    "reasoning-dropped": "make an example of each answer (`data.one_example_per_turn=true`), give a template that "
-    "writes it (`model.chat_template=FILE`), or train the last answers only (`data.train_on=last_assistant_message`)",
+    "reasoning-dropped": "for earlier answers make an example of each (`data.one_example_per_turn=true`), or train the "
+    "last answers only (`data.train_on=last_assistant_message`); for all give a template that writes it "
+    "(`model.chat_template=FILE`)",
     "system-unused": "give the rows as messages, or take `data.system` out",
     "tools-dropped": "give a template that writes tools: `model.chat_template=FILE`",
     "no-end-of-turn": "give a template that closes answers with a control token: `model.chat_template=FILE`",
