@@ -91,6 +91,11 @@ _METRICS = {
     "perplexity": "eval_perplexity",
 }
 _NO_LIMIT = {"-1": "null"}
+_QUANTIZATIONS = {
+    **dict.fromkeys(("4", "nf4", "int4", "4-bit", "bnb-4bit", "bitsandbytes-4bit", "bnb.nf4", "bnb.nf4-dq"), "4bit"),
+    **dict.fromkeys(("8", "int8", "8-bit", "bnb-8bit", "llm.int8", "bnb.int8"), "8bit"),
+    **dict.fromkeys(("false", "no"), "none"),
+}
 
 _FULL = {"adapter.method": "none"}
 _DORA = {"adapter.method": "lora", "adapter.dora": "true"}
@@ -302,6 +307,7 @@ VALUES: dict[str, dict[str, str]] = {
     "adapter.method": {"full": "none"},
     "adapter.target_modules": {"all": "all-linear", "all_linear": "all-linear"},
     "model.dtype": _DTYPES,
+    "model.quantization": _QUANTIZATIONS,
     "model.attention": _ATTENTION,
     "model.gradient_checkpointing": {"unsloth": "offload"},
     "model.chat_template": {"tokenizer_default": "null", "default": "null", "jinja": "null"},
