@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
 
 from llmtune import durable
 from llmtune.errors import ConfigError, ModelError
@@ -251,6 +252,12 @@ def test_a_quantized_base_cannot_be_trained_whole(tiny_model_folder, load, quant
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_attention_asked_for_is_the_one_that_runs(tiny_model_folder, load, attention):
     assert load(tiny_model_folder, attention=attention).model.config._attn_implementation == attention
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="the package is here, so transformers takes it")
+def test_a_run_that_asked_for_flash_attention_loads_where_its_package_is_not(tiny_model_folder, load, tiny_tokenizer):
+    for name in (tiny_model_folder, "custom-nano"):
+        assert load(name, attention="flash", tokenizer=tiny_tokenizer).model.config._attn_implementation == "sdpa"
 
 
 def test_a_padding_token_that_also_ends_turns_is_trained_like_any_other(model_folder, load, tiny_tokenizer):

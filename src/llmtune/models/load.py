@@ -48,6 +48,18 @@ ATTENTION_IMPLEMENTATIONS = {
 }
 """Value of `model.attention` -> transformers' name; `auto` keeps the library's choice, sdpa where a model has it."""
 
+
+def _attention_to_load(attention: str) -> str | None:
+    """Return transformers' name for a value of `model.attention`, None for the library's choice.
+
+    `flash` trains with torch's own kernel and is read on CPUs too, where transformers refuses it without a package.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    name = ATTENTION_IMPLEMENTATIONS.get(attention)
+    return None if name == "flash_attention_2" and not is_flash_attn_2_available() else name
+
+
 ADDED_ROWS = "embedding rows"
 """Key of the choice to add rows; its value is the number of all rows."""
 
@@ -226,9 +238,9 @@ def _from_scratch(
         as_scoring(config, labels, tokenizer, source.name)
     model = build_model(config, seed=seed, labels=labels)
     digest = digest_tensors(sorted(model.named_parameters()))
-    if model_config.attention in ATTENTION_IMPLEMENTATIONS:
+    if (implementation := _attention_to_load(model_config.attention)) is not None:
         with quiet_libraries():
-            model.set_attn_implementation(ATTENTION_IMPLEMENTATIONS[model_config.attention])
+            model.set_attn_implementation(implementation)
     _train_padding_row(model)
     dtype = torch_dtype(model_config.dtype) if model_config.dtype != "auto" else None
     nn.Module.to(model, device=device, dtype=dtype)
@@ -301,7 +313,7 @@ def _load_pretrained(
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
-                attn_implementation=ATTENTION_IMPLEMENTATIONS.get(attention),
+                attn_implementation=_attention_to_load(attention),
                 ignore_mismatched_sizes=True,  # all of them are refused by name below, not the first one by a traceback
                 **options,
             )
