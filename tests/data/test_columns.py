@@ -166,6 +166,33 @@ def test_a_column_that_no_row_has_is_refused_with_the_nearest_one(write, config,
     assert "no row has the column `quesiton`" in first
     assert "did you mean `question`?" in first
     assert "no row has the column `reply.txt`" in second
+    assert "did you mean `reply.text`?" in second
+
+
+def test_columns_inside_objects_are_named_and_proposed_with_dots(write, config, renderer):
+    path = write("a.jsonl", [{"mail": {"subject": "Order", "note": "Where?"}, "reply": {"text": "On its way."}}])
+    with pytest.raises(DataError, match=r"these fields: `mail.subject`, `mail.note`, `reply.text`"):
+        prepare_data(config(path), renderer)
+    path = write("b.jsonl", [{"mail": {"question": "Where?"}, "reply": {"text": "On its way.", "stars": 5}}])
+    with pytest.raises(DataError) as caught:
+        prepare_data(config(path), renderer)
+    assert "`columns: {question: mail.question, answer: reply.text}`" in str(caught.value)
+    named = SourceConfig(str(path), columns={"question": "mail.question", "answer": "reply.text"})
+    assert prepare_data(config(named), renderer).ledger.summary()["train"]["used"] == 1
+
+
+def test_rows_that_hold_their_examples_in_a_list_are_not_called_texts_alone(write, config, renderer):
+    path = write("a.jsonl", [{"title": "T", "paragraphs": [{"context": "c", "qas": [{"question": "q"}]}]}])
+    with pytest.raises(DataError, match="write a row for each object in `paragraphs`, or say which texts are trained"):
+        prepare_data(config(path), renderer)
+
+
+def test_an_answer_that_is_an_object_is_made_text_as_the_fix_says(write, config, renderer):
+    path = write("a.jsonl", [{"prompt": "Who?", "completion": {"name": "Kim", "age": 3}}])
+    with pytest.raises(DataError, match=r'columns: \{completion: "\{completion\}"\}'):
+        prepare_data(config(path), renderer)
+    named = SourceConfig(str(path), columns={"completion": "{completion}"})
+    assert prepare_data(config(named), renderer).ledger.summary()["train"]["used"] == 1
 
 
 def test_keys_that_no_message_has_and_keys_that_a_format_does_not_use_are_refused(write, config, renderer):

@@ -54,7 +54,7 @@ def _attention_to_load(attention: str) -> str | None:
 
     `flash` trains with torch's own kernel and is read on CPUs too, where transformers refuses it without a package.
     """
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
     name = ATTENTION_IMPLEMENTATIONS.get(attention)
     return None if name == "flash_attention_2" and not is_flash_attn_2_available() else name

@@ -13,7 +13,7 @@ from llmtune.data.example import Row
 from llmtune.data.reading.dialogue import alternating, messages_of_text
 from llmtune.data.reading.parse import BadRow, Unreadable, parse_json_value
 
-__all__ = ["missing_columns", "renamed"]
+__all__ = ["leaf_columns", "missing_columns", "renamed"]
 
 REPLACED = "(its place is taken by `columns`)"
 _MESSAGE_FIELDS = ("messages", "conversations", "conversation")
@@ -132,6 +132,19 @@ def _turn(turn: Fields, columns: Mapping[str, str], roles: Mapping[str, str]) ->
     return changed
 
 
+def leaf_columns(fields: Fields, prefix: str = "", depth: int = 2) -> dict[str, object]:
+    """The fields of a row, those of objects in it under their dotted names, `depth` levels deep.
+
+    >>> leaf_columns({"id": 1, "mail": {"body": "Hi", "to": {"name": "Kim"}}})
+    {'id': 1, 'mail.body': 'Hi', 'mail.to.name': 'Kim'}
+    """
+    leaves: dict[str, object] = {}
+    for name, value in fields.items():
+        inside = leaf_columns(value, f"{prefix}{name}.", depth - 1) if isinstance(value, Mapping) and depth else {}
+        leaves |= inside or {f"{prefix}{name}": value}
+    return leaves
+
+
 def missing_columns(rows: Sequence[Row], source: SourceConfig) -> Iterator[tuple[str, str]]:
     """(what is missing, what is there instead) for each column and key of messages that no unrenamed row has."""
     paths = [text for field, text in source.columns.items() if field not in TURN_COLUMNS and not is_template(text)]
@@ -144,7 +157,7 @@ def missing_columns(rows: Sequence[Row], source: SourceConfig) -> Iterator[tuple
         for name in columns_of(text):
             if any(_value(fields, name) is not _MISSING for fields in owners):
                 continue
-            known = list(dict.fromkeys(str(key) for fields in owners for key in fields))
+            known = list(dict.fromkeys(key for fields in owners for key in (*fields, *leaf_columns(fields))))
             near = difflib.get_close_matches(name, known, n=1)
             kind = "keys of messages" if field in TURN_COLUMNS else "columns"
             listed = ", ".join(f"`{key[:60]}`" for key in known[:12]) or "none"

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from llmtune.common.decisions import Decision
 from llmtune.data.example import REASONING_FIELDS, Conversation, Message, Row
+from llmtune.data.reading.columns import leaf_columns
 from llmtune.data.reading.parse import Unreadable, is_conversation
 from llmtune.data.rows.field_names import (
     ALPACA_NAMES,
@@ -237,9 +238,9 @@ def _parse_prompt_completion(row: Row) -> Conversation:
     for name, value in zip(names, (prompt, completion), strict=True):
         if not isinstance(value, (str, list, tuple)):
             fix = "write it as text, in quotes"
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) or (isinstance(value, Mapping) and "content" not in value):
                 fix += f'; or let the source make it one: `columns: {{{name}: "{{{name}}}"}}`'
-            elif isinstance(value, Mapping) and "content" in value:
+            elif isinstance(value, Mapping):
                 fix = "put the message into a list: [{...}]"
             raise wrong_type(name, "must be text or a list of messages", value, fix)
     problem = f"`{names[0]}` and `{names[1]}` are of two kinds"
@@ -317,7 +318,7 @@ def detect_format(
         return last, Decision("data.format", last, "there are no rows to tell it from")
     recognized = [pair for row in first if (pair := _recognized(row.fields, text_column, formats)) is not None]
     if not recognized:
-        names = ", ".join(f"`{name}`" for name in list(first[0].fields)[:8]) or "none"
+        names = ", ".join(f"`{name}`" for name in list(leaf_columns(first[0].fields))[:8]) or "none"
         missing = f"a field `{text_column}`" if text_column else "the fields of a format"
         if {"role", "content"} <= first[0].fields.keys() or {"from", "value"} <= first[0].fields.keys():
             problem = f"a row is a whole conversation, and here it is one message; it has these fields: {names}"

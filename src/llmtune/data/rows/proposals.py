@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from llmtune.data.reading.columns import leaf_columns
 from llmtune.data.rows.field_names import SPEAKER_KEYS, TEXT_KEYS, first_turn
 
 __all__ = ["columns_of_turn", "proposed_columns"]
@@ -81,10 +82,13 @@ def proposed_columns(
         keys = columns_of_turn(turn) if turn else None
         if keys is not None:
             return f"say in the source where the messages are: {_columns({'messages': path, **keys})}"
-    pair = _pair_like(fields) or _pair_inside(fields)
+    pair = _pair_like(fields) or _pair_inside(fields) or _pair_like(leaf_columns(fields))
     if pair is not None:
         return f"say in the source which they are: {_columns({'question': pair[0], 'answer': pair[1]})}"
     header = "check that the first line of the file names its columns, or " if _TABLE_ROW.search(source) else ""
+    inside = next((path for path, turns in _lists(fields, "", _DEPTH) if first_turn(turns)), None)
+    if inside is not None:
+        header += f"write a row for each object in `{inside}`, or "
     texts = [name for name, value in fields.items() if isinstance(value, str)]
     if len(texts) == 1:
         return f"{header}say which texts are trained: 'data.text_column={_as_yaml(texts[0])}'"
