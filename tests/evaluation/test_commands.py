@@ -93,6 +93,32 @@ def test_compare_takes_the_sampling_of_generate(run, adapter):
     assert (cut, cut in tuned) == (tuned[: tuned.index(tuned[2:4])], True)
 
 
+def test_a_prompt_that_looks_like_a_path_is_said_to_be_a_prompt(run, adapter, tmp_path):
+    (tmp_path / "prompts.txt").write_text("hello\n")
+    short = ["--max-new-tokens", "2", "--json"]
+    for prompt in (tmp_path / "prompts.txt", tmp_path / "run-that-is-not-there"):
+        for command in ("generate", "compare"):
+            code, _, err = run(command, adapter, prompt, *short)
+            assert code == 0
+            assert f"note: `{prompt}` is taken as a prompt; a file of prompts is named with --prompt-file" in err
+    for prompt in ("and/or", "hello", "/", "a b/c", "x" * 300 + "/y"):
+        assert "is taken as a prompt" not in run("generate", adapter, prompt, *short)[2]
+
+
+def test_rows_of_a_run_that_are_not_here_have_a_way_out_of_evaluate(run, tmp_path, tiny_model_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "b", "completion": "c"}\n')
+    steps = ("training.max_steps=1", "data.test_size=1", "run.name=r")
+    assert run("train", f"model.name={tiny_model_folder}", "data.train=[a.jsonl]", *steps)[0] == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    code, _, err = run("evaluate", tmp_path / "runs" / "r")
+    assert code == 3
+    assert "there is no file 'a.jsonl'" in err
+    assert "start in the folder of the training, or name rows with --data" in err
+    assert run("evaluate", tmp_path / "runs" / "r", "--data", tmp_path / "a.jsonl")[0] == 0
+
+
 def test_evaluate_measures_every_row_of_a_file(run, adapter, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(

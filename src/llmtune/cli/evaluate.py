@@ -204,8 +204,13 @@ def held_out_rows(loaded: InferenceModel, data: list[str] | None, config: str | 
             raise DataError.all(_located_at_option(problem) for problem in error.problems) from error
     if not settings.data.train:
         raise UsageError("no rows are named", "command line", "name a file with --data, or a config with --config")
-    with overlong_named(fitted):
-        held_out = prepare_data(settings.data, loaded.renderer, formats=formats).eval
+    try:
+        with overlong_named(fitted):
+            held_out = prepare_data(settings.data, loaded.renderer, formats=formats).eval
+    except DataError as error:
+        if config is not None:
+            raise
+        raise DataError.all(_with_other_rows(problem) for problem in error.problems) from error
     if held_out is None or not len(held_out):
         raise DataError(
             "the config holds out no rows",
@@ -223,6 +228,13 @@ def _sources_of(text: str) -> tuple[SourceConfig, ...]:
         return load_config(None, overrides=[f"data.train=[{text}]"], environ={}).config.data.train
     except ConfigError as error:
         raise UsageError.all(problem._replace(where="--data") for problem in error.problems) from error
+
+
+def _with_other_rows(problem: Problem) -> Problem:
+    """A problem with the rows of a run, with the ways out of this command: the paths may be those of another folder."""
+    if problem.where is None or not problem.where.startswith(("data.train", "data.eval")):
+        return problem
+    return problem._replace(fix=f"{problem.fix}: start in the folder of the training, or name rows with --data")
 
 
 def _located_at_option(problem: Problem) -> Problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -228,6 +229,8 @@ def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
     Raises UsageError where there is none.
     """
     texts = list(prompts)
+    for text in filter(_looks_like_a_path, texts):
+        print_line(f"note: `{text}` is taken as a prompt; a file of prompts is named with --prompt-file")
     if prompt_file is not None:
         try:
             texts += [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -244,6 +247,14 @@ def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
             "there is no prompt", "command line", "write it behind the model, name a --prompt-file, or pipe it in"
         )
     return texts
+
+
+def _looks_like_a_path(prompt: str) -> bool:
+    """Whether a prompt of one word is the name of a file, or of something that a folder does not hold."""
+    if len(prompt) > 200 or not re.fullmatch(r"\S+", prompt):
+        return False
+    path = Path(prompt).expanduser()
+    return path.is_file() or ("/" in prompt.strip("/") and path.parent.is_dir())
 
 
 def _read_line() -> str | None:
