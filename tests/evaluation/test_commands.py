@@ -119,6 +119,24 @@ def test_rows_of_a_run_that_are_not_here_have_a_way_out_of_evaluate(run, tmp_pat
     assert run("evaluate", tmp_path / "runs" / "r", "--data", tmp_path / "a.jsonl")[0] == 0
 
 
+def test_evaluate_counts_rows_where_a_row_has_several_examples(run, tmp_path, tiny_model_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turns = [{"role": role, "content": "a b"} for role in ("user", "assistant", "user", "assistant")]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair | {"prompt": name}) + "\n" for name in "abc"))
+    setup = (f"model.name={tiny_model_folder}", "training.max_steps=1", "data.max_length=64")
+    for name, rows, count, more in (
+        ("turns", "a.jsonl", 1, "data.one_example_per_turn=true"),
+        ("reward", "pairs.jsonl", 3, "objective.method=reward"),
+    ):
+        code, _, err = run("train", *setup, f"data.train=[{rows}]", more, f"run.name={name}")
+        assert code == 0, err
+        code, _, err = run("evaluate", tmp_path / "runs" / name, "--data", rows)
+        assert code == 0, err
+        assert f"{count} held-out rows, measured in" in err
+
+
 def test_evaluate_measures_every_row_of_a_file(run, adapter, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(

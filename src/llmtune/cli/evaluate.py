@@ -107,7 +107,7 @@ def evaluate(
 def _measure(loaded: InferenceModel, settings: Config, rows: HeldOut, batch_size: int) -> dict[str, float]:
     # On a GPU the model is held in the type that this multiplies fastest.
     arithmetic = str(loaded.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    print_line(f"{len(rows)} held-out rows, measured in {arithmetic} arithmetic")
+    print_line(f"{rows.row_count} held-out rows, measured in {arithmetic} arithmetic")
     if loaded.labels:
         return measure_scores(loaded, settings, rows, batch_size)
     return measure(loaded.model, loaded.tokenizer, settings, rows, batch_size)

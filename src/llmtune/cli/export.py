@@ -201,7 +201,7 @@ def _measure_unquantized(source: str, checkpoint: str | None, data: list[str] | 
             raise
         print_line(f"the perplexity is not measured: {error.problems[0].problem}; name rows with --data FILE")
         return None
-    print_line(f"measuring the unquantized model on {len(rows)} held-out rows")
+    print_line(f"measuring the unquantized model on {rows.row_count} held-out rows")
     device = next(loaded.model.parameters()).device
     perplexity = measure(loaded.model, loaded.tokenizer, settings, rows, ROWS_AT_ONCE)["eval_perplexity"]
     return _Unquantized(perplexity, rows, settings, loaded.tokenizer, device)
@@ -210,7 +210,7 @@ def _measure_unquantized(source: str, checkpoint: str | None, data: list[str] | 
 def _print_perplexities(path: Path, source: _Unquantized, dtype: str) -> None:
     before, after = source.perplexity, _perplexity_of_file(path, source)
     print_line(
-        f"perplexity of {len(source.rows)} held-out rows: {before:.5g} unquantized, "
+        f"perplexity of {source.rows.row_count} held-out rows: {before:.5g} unquantized, "
         f"{after:.5g} as {dtype} ({100 * (after / before - 1):+.2f} %)"
     )
 

@@ -259,6 +259,11 @@ class MappedExamples:
         return (self[index] for index in range(len(self)))
 
     @property
+    def row_count(self) -> int:
+        """How many rows the examples are of: a row has several where answers are compared, or each turn is one."""
+        return len(np.unique(self.store.examples["row"][self.selection]))
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each example, int64 [N]."""
         return self.store.examples["tokens"][self.selection].astype(np.int64)
@@ -350,6 +355,11 @@ class JoinedExamples:
     def right_answers(self) -> JoinedExamples:
         """The examples without a side, the chosen and the desirable ones."""
         return JoinedExamples([part.right_answers() for part in self.parts])
+
+    @property
+    def row_count(self) -> int:
+        """How many rows the examples are of."""
+        return sum(part.row_count for part in self.parts)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
