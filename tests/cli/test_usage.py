@@ -18,6 +18,8 @@ from llmtune.errors import DataError, Problem
 def _a_folder_of_the_users(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "a-model").mkdir()
+    (tmp_path / "a-model" / "config.json").write_text("{}")
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,8 @@ def test_an_option_of_another_program_is_answered_with_our_key(arguments, words,
     ("word", "fix"),
     [
         ("rows.jsonl", "did you mean `data.train=rows.jsonl`?"),
+        ("a-model", "did you mean `model.name=a-model`?"),
+        ("model.gguf", "did you mean `model.name=model.gguf`?"),
         ("example:conversations", "did you mean `data.train=example:conversations`?"),
         ("production", "did you mean `--config production`?"),
         ("mine.yaml", "did you mean `--config mine.yaml`?"),

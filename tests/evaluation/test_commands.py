@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import re
+import shlex
+import shutil
 
 import pytest
 import torch
@@ -117,6 +120,22 @@ def test_rows_of_a_run_that_are_not_here_have_a_way_out_of_evaluate(run, tmp_pat
     assert "there is no file 'a.jsonl'" in err
     assert "start in the folder of the training, or name rows with --data" in err
     assert run("evaluate", tmp_path / "runs" / "r", "--data", tmp_path / "a.jsonl")[0] == 0
+
+
+def test_an_adapter_whose_base_was_moved_has_a_way_out_of_every_command(run, adapter, tmp_path, tiny_model_folder):
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_model_folder, moved)
+    for path in adapter.glob("*.json"):
+        path.write_text(path.read_text().replace(str(tiny_model_folder), str(tmp_path / "gone")))
+    answered = ("hello", "--max-new-tokens", "2")
+    for command, *rest in (("generate", *answered), ("compare", *answered), ("merge-lora", "--output", "m")):
+        code, _, err = run(command, adapter, *rest)
+        assert code == 4
+        assert "which is not to be found" in err
+        (fix,) = re.findall(r"`llmtune (merge-lora .*)`", err)
+    words = shlex.split(fix.replace("FOLDER", str(moved)).replace("MERGED", str(tmp_path / "merged")))
+    assert run(*words)[0] == 0
+    assert run("generate", tmp_path / "merged", *answered)[0] == 0
 
 
 def test_evaluate_counts_rows_where_a_row_has_several_examples(run, tmp_path, tiny_model_folder, monkeypatch):

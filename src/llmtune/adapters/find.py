@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,6 +153,10 @@ def find_base(adapter: Path, *, offline: bool = False) -> ModelSource:
         except ModelError as error:
             refusal = error
     known = f"`{names[0]}`" if names else "no base at all"
+    # For every command: only those that write a model have --base.
+    merge = f"llmtune merge-lora {shlex.quote(str(adapter))} --base FOLDER --output MERGED"
     raise AdapterError(
-        f"the adapter names {known}, which is not to be found", where=str(adapter), fix="name its base with --base"
+        f"the adapter names {known}, which is not to be found",
+        where=str(adapter),
+        fix=f"put it back, or merge with it where it is now, and use the result: `{merge}`",
     ) from refusal

@@ -234,7 +234,7 @@ def _with_other_rows(problem: Problem) -> Problem:
     """A problem with the rows of a run, with the ways out of this command: the paths may be those of another folder."""
     if problem.where is None or not problem.where.startswith(("data.train", "data.eval")):
         return problem
-    return problem._replace(fix=f"{problem.fix}: start in the folder of the training, or name rows with --data")
+    return problem._replace(fix=f"start in the folder of the training, or name rows with --data; {problem.fix}")
 
 
 def _located_at_option(problem: Problem) -> Problem:

@@ -130,6 +130,8 @@ def _written_as(text: str) -> str:
     word = excerpt(text)
     if text in shipped_presets() or text.endswith((".yaml", ".yml")):
         return f"did you mean `--config {word}`?"
+    if text.endswith(".gguf") or Path(text, "config.json").is_file():
+        return f"did you mean `model.name={word}`?"
     if "=" not in text and (Path(text).exists() or text.startswith("example:")):
         return f"did you mean `data.train={word}`?"
     slip = re.fullmatch(r"([\w.]+)(\[\w*\]|\+|:)=?(.*)", text, re.DOTALL)  # as in other programs
