@@ -117,6 +117,13 @@ def test_several_runs_are_told_apart_by_letters_and_not_by_colour_alone(tmp_path
     assert plot.count("A") == plot.count("B") == 1
 
 
+def test_a_heldout_loss_that_was_measured_once_is_not_called_the_best(tmp_path):
+    run = RunData(make_run(tmp_path / "a", [5.0, 1.0], heldout=[(0, 5.5)]))
+    run.refresh()
+    figures = {figure.name: figure for figure in figures_of(run)}
+    assert figures["held-out loss"].verdict == "measured once, at step 0"
+
+
 def test_a_level_that_runs_do_not_share_has_their_letters(tmp_path):
     folders = [make_run(tmp_path / name, [5.0, 4.0]) for name in "abc"]
     info = json.loads((folders[2] / "run.json").read_text())

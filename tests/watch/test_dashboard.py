@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from llmtune import durable
 from llmtune.cli.dashboard import _Folder
 from llmtune.cli.main import run as run_command
 from llmtune.watch import dashboard
@@ -83,6 +84,21 @@ def test_a_killed_run_is_shown_as_such_with_the_way_on(tmp_path):
         assert "30/100  30%" in text
         assert "it was killed; `llmtune resume` goes on from its newest checkpoint" in text
 
+    watched([source(folder)], scenario)
+
+
+def test_a_run_that_is_killed_while_it_is_watched_is_shown_as_such(tmp_path):
+    """Its end changes no file: nothing but the lock of its folder says it."""
+    folder = with_info(make_run(tmp_path / "a-run", quiet_losses(30)), state="running", total_steps=100)
+
+    async def scenario(app, pilot):
+        assert "a-run running" in "\n".join(screen_of(app))
+        lock.release()
+        app.read()
+        await pilot.pause()
+        assert "a-run interrupted" in "\n".join(screen_of(app))
+
+    lock = durable.FileLock(folder / ".lock", "the run")
     watched([source(folder)], scenario)
 
 

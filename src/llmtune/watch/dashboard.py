@@ -75,6 +75,8 @@ class Dashboard(App[None]):
         self._busy_s: float | None = None
         """Processor time at the last reading; None before the second one, as its start is not counted."""
         self._rests_until = 0.0
+        self._states: list[str] | None = None
+        """Of the runs when they were drawn; None before."""
 
     @property
     def runs(self) -> list[RunData]:
@@ -113,11 +115,13 @@ class Dashboard(App[None]):
         """Read what is new, and draw where anything was."""
         # Every one of them, and not only up to the first that has something new.
         news = [source.refresh() for source in self._sources]
-        if any(news) or not self.query_one("#head", Static).content:
+        # A run that is killed changes no file.
+        if any(news) or [run.state for run in self.runs] != self._states:
             self.draw()
 
     def draw(self) -> None:
         """Draw head and view for the size of the terminal."""
+        self._states = [run.state for run in self.runs]
         columns = self.size.width - 3  # the margins, and the scroll bar
         head = head_lines(self.runs, columns)
         self.query_one("#head", Static).update(head)
