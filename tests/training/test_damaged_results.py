@@ -30,7 +30,10 @@ def flip(path):
 
 def change(path, new):
     tensors = load_file(path)
-    save_file(new(tensors, *sorted(name for name in tensors if "lora_B" in name)[:2]), path)
+    size = path.stat().st_size
+    names = sorted(name for name in tensors if name.endswith("q_proj.lora_B.weight"))
+    save_file(new(tensors, *names[:2]), path, metadata={"format": "pt"})
+    assert path.stat().st_size == size or len(load_file(path)) < len(tensors), "its size would give it away"
 
 
 DAMAGES = {
