@@ -188,7 +188,7 @@ def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(
 ):
     """P1: a killed process leaves nothing that counts; its workers end with it."""
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    path = write("a.jsonl", [chat(f"question {index}", "word " * (index % 60) + "end") for index in range(8000)])
+    path = write("a.jsonl", [chat(f"question {index}", "word " * (index % 60) + "end") for index in range(3000)])
     command = [sys.executable, "-c", KILLED, str(tmp_path / "tokenizer"), str(path), str(tmp_path / "cache")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     while int(process.stdout.readline()) <= 256:

@@ -39,6 +39,7 @@ CHECKED_ELSEWHERE = {
     "scripts/house": "tests/test_architecture.py",
     "scripts/docs": "needs the package index; tests/docs/test_site.py holds its navigation",
     "scripts/lock": "needs the package index; tests/test_audit.py holds what it wrote",
+    "llmtune verify resume": "tests/verify/test_verify.py types it",
     "pip install .": "tests/test_wheel.py builds, installs and uses the wheel",
 }
 """Command -> why it is not run here."""
@@ -171,7 +172,7 @@ def check_script(command: str) -> bool:
     """Whether the command is checked elsewhere (its script must exist) or installs a known extra or tested version."""
     if command in CHECKED_ELSEWHERE:
         script = ROOT / shlex.split(command)[0]
-        assert command.startswith("pip") or os.access(script, os.X_OK), f"{script} cannot be run"
+        assert command.startswith(("llmtune", "pip")) or os.access(script, os.X_OK), f"{script} cannot be run"
         return True
     extra = re.fullmatch(r"pip install '(?:llmtune|\.)\[(\w+)\]'", command)
     if extra:

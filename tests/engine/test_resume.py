@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from case_helpers import few_of
 from llmtune.engine import optim, state
 from llmtune.engine.neftune import Neftune
 from llmtune.engine.state import capture_rng, restore_rng
@@ -60,7 +61,7 @@ def go_on(bench, stops, optimizer="adamw", module=state, **more):
     return losses, weights, snapshot
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", few_of(OPTIMIZERS, ["adamw", "adamw_8bit"]))
 def test_a_run_stopped_anywhere_is_the_run_never_stopped(bench, optimizer):
     """P2: losses, weights, optimizer state, generators and counters, after stops in every epoch and two in a row."""
     losses, weights, snapshot = go_on(bench, [], optimizer)

@@ -126,8 +126,8 @@ def peaks_by(forecaster, backend, compute):
     ("overrides", "has_bf16", "backend", "compute"),
     [
         (("training.precision=bf16",), True, "varlen", torch.bfloat16),
-        (("training.precision=fp16",), False, "flex", torch.float16),
-        (("training.precision=fp32",), True, "flex", None),
+        pytest.param(("training.precision=fp16",), False, "flex", torch.float16, marks=pytest.mark.campaign),
+        pytest.param(("training.precision=fp32",), True, "flex", None, marks=pytest.mark.campaign),
         (("training.precision=bf16", "model.attention=flex"), True, "flex", torch.bfloat16),
         (("training.precision=bf16", "model.attention=sdpa"), True, "sdpa", torch.bfloat16),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from case_helpers import few_of
 from llmtune.kernels import attention_layout, chunks, linear_cross_entropy, tiled_attention, tiled_mlp
 from llmtune.plan import activation_trace
 from llmtune.plan.activation_trace import MicroBatchShape
@@ -48,12 +49,13 @@ long_traced = partial(traced, checkpointing="offload", device_type="cuda", compu
     ("method", "lengths", "options"),
     [
         (LORA[:2], (421,), {}),  # tiles of two sizes, a last chunk of 5 rows
-        (LORA[:2], (448,), {}),
-        (LORA[:2], (250, 20, 130), {"trained_tokens": 301}),
+        pytest.param(LORA[:2], (448,), {}, marks=pytest.mark.campaign),
+        pytest.param(LORA[:2], (250, 20, 130), {"trained_tokens": 301}, marks=pytest.mark.campaign),
         ((), (421,), {}),  # the head is trained: longer chunks and its gradient
-        (LORA[:2], (448,), {"checkpointing": False}),
-        (LORA[:2], (421,), {"device_type": "cpu", "checkpointing": True}),  # runs of queries, with more keys each
-        (LORA[:2], (80, 330, 110), {"device_type": "cpu"}),
+        pytest.param(LORA[:2], (448,), {"checkpointing": False}, marks=pytest.mark.campaign),
+        # Runs of queries, with more keys each.
+        pytest.param(LORA[:2], (421,), {"device_type": "cpu", "checkpointing": True}, marks=pytest.mark.campaign),
+        pytest.param(LORA[:2], (80, 330, 110), {"device_type": "cpu"}, marks=pytest.mark.campaign),
         ((), (300,), {"device_type": "cpu"}),
     ],
 )
@@ -80,7 +82,7 @@ def test_q7_a_shape_traced_again_holds_as_much(forecaster_of):
     assert first == second
 
 
-@pytest.mark.parametrize("method", [LORA[:2], ()])
+@pytest.mark.parametrize("method", [pytest.param(LORA[:2], marks=pytest.mark.campaign), ()])
 def test_q7_a_row_ten_times_as_long_is_planned_by_as_many_operators(forecaster_of, method):
     counts = []
     for tokens in (2_000, 20_000):
@@ -100,7 +102,7 @@ def test_training_runs_every_chunk_and_a_plan_both_ends_and_the_largest_pair():
     assert list(select(range(5))) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("recompute", ["false", "true", "offload"])
+@pytest.mark.parametrize("recompute", few_of(["false", "true", "offload"], ["true"]))
 def test_q7_the_plan_of_many_blocks_is_the_trace_of_all_of_them(forecaster_of, recompute):
     """On a GPU what a block lacks beside another's input would otherwise count once for each block.
 

@@ -217,6 +217,7 @@ def children_of(process):
     return found
 
 
+@pytest.mark.campaign
 def test_p11_wandb_s_own_process_may_die_in_the_middle_of_a_run(runs):
     process = runs.start(*runs.words("dying", "wandb", "tracking.wandb_mode=offline"))
     deadline = time.monotonic() + 120
@@ -230,6 +231,7 @@ def test_p11_wandb_s_own_process_may_die_in_the_middle_of_a_run(runs):
     assert_the_same(runs, "dying", err, "wandb")
 
 
+@pytest.mark.campaign
 def test_p11_folders_no_tracker_can_write_cost_a_resumed_run_one_line_each(runs):
     """What a read-only folder does, without asking the system for one: a file stands where the folder should be."""
     stop = runs.words("blocked", "tensorboard,wandb", "training.max_minutes=1e-6", "tracking.wandb_mode=offline")

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from case_helpers import few_of
 from llmtune.adapters.attach import attach_adapter
 from llmtune.cli.main import main
 from llmtune.config.process_options import Options
@@ -85,7 +86,10 @@ FAST = (
 CASES = [(way, "tied") for way in WAYS] + [(way, "untied") for way in ("grown, LoRA", "grown, embedding saved")]
 
 
-@pytest.mark.parametrize(("way", "tied"), CASES)
+FEW = [("grown, LoRA", "tied"), ("grown, QLoRA", "tied"), ("grown, full", "tied"), ("grown, embedding saved", "untied")]
+
+
+@pytest.mark.parametrize(("way", "tied"), few_of(CASES, FEW))
 def test_a_changed_shape_is_merged_exported_and_evaluated_as_it_was_trained(
     way, tied, config_of, folders, tmp_path, rows_file
 ):

@@ -15,7 +15,7 @@ CHILD = """
 import inspect, json, sys, threading
 from pathlib import Path
 from llmtune.cli.main import main
-import llmtune, torch
+import llmtune, peft, torch, transformers.models.llama.modeling_llama  # here, where nobody watches: it takes a while
 
 package = str(Path(llmtune.__file__).parent)
 entered, depths, importing = set(), [], []

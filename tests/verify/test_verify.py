@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmtune import durable
+from llmtune.cli.main import run as command
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
 from llmtune.engine import forward
@@ -71,10 +72,9 @@ def test_n5_verify_packing_fails_when_packed_rows_see_each_other(resolved, monke
     assert not verdict.passed
 
 
-def test_p2_verify_resume_kills_through_the_real_command_line_and_passes(tiny_model_folder, rows_file, tmp_path):
+def test_p2_verify_resume_kills_through_the_real_command_line_and_passes(tiny_model_folder, rows_file):
     given = [f"model.name={tiny_model_folder}", f"data.train={rows_file}", *LORA, "training.batch_size=2"]
-    verdict = verify_resume(None, given, tmp_path, steps=6, kills=1, print_line=silent)
-    assert verdict.passed, verdict.lines()
+    assert command(["verify", "resume", "--steps", "6", "--kills", "1", *given]) == 0
 
 
 def test_n13_verify_resume_asks_for_kernels_that_add_in_a_fixed_order(tmp_path, monkeypatch):
