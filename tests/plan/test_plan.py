@@ -222,6 +222,18 @@ def test_q7_more_gaps_are_planned_where_threads_keep_small_blocks(forecaster_of,
     assert forecaster.memory().parts == without.parts
 
 
+def test_q7_more_gaps_are_planned_on_a_gpu_whose_allocator_cannot_grow_a_segment(forecaster_of, monkeypatch):
+    forecaster = forecaster_of(target=Target("a GPU", "cuda", 1 << 40))
+
+    def gaps(setting):
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", setting)
+        return forecaster.memory().parts["allocator"]
+
+    growing = gaps("expandable_segments:True")
+    assert growing > 0
+    assert gaps("max_split_size_mb:128") == pytest.approx(5 * growing, rel=1e-3)
+
+
 def test_q7_gaps_are_those_of_what_a_process_of_several_holds_and_not_of_blocks_that_go_back(
     forecaster_of, monkeypatch
 ):
