@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from statistics import fmean
 
 import pytest
 
@@ -122,6 +123,17 @@ def test_the_message_holds_the_numbers_and_the_rows():
     assert "jumped to 12;" in spike["message"]
     (skip,) = HealthMonitor().see_all(CRAFTED["non_finite_loss"]())
     assert "rows: a.jsonl:7" in skip["message"]
+
+
+def test_the_loss_of_a_step_with_few_trained_tokens_may_be_far_off():
+    """As that of the smallest pack of each epoch is."""
+    lines = [line for line in record() if "train_mean_nll" in line]
+    usual = fmean(line["train_mean_nll"] for line in lines[549:599])
+    for few, seen in ((20, []), (60, ["loss_spike"])):
+        for line in lines:
+            line["num_loss_tokens"] = few if line["step"] == 600 else 60
+        lines[599]["train_mean_nll"] = 3.5 * usual
+        assert kinds(lines) == seen
 
 
 def test_what_lasts_is_reported_once_and_again_after_a_quiet_stretch():

@@ -41,6 +41,8 @@ class History:
     """The line itself."""
     losses: deque[float] = field(default_factory=_recent)
     """Training losses, the newest last."""
+    tokens: deque[float] = field(default_factory=_recent)
+    """Trained tokens of the same steps."""
     norms: deque[float] = field(default_factory=_recent)
     speeds: deque[float] = field(default_factory=_recent)
     rates: deque[float] = field(default_factory=_recent)
@@ -90,7 +92,7 @@ class History:
         if self.line.get("skipped"):
             return
         self.lines += 1
-        named = {"grad_norm": self.norms, "tokens_per_second": self.speeds}
+        named = {"grad_norm": self.norms, "tokens_per_second": self.speeds, "num_loss_tokens": self.tokens}
         named |= {"learning_rate": self.rates, "mfu": self.utilization, "with_advantage": self.advantages}
         for name, values in named.items():
             if (value := _number(self.line.get(name))) is not None:
@@ -196,7 +198,10 @@ def _loss_spike(now: History) -> str | None:
         return None
     middle = median(earlier)
     spread = 1.4826 * median(abs(value - middle) for value in earlier)  # a standard deviation that outliers do not move
-    is_far = loss - middle > 8 * (spread + 0.02 * abs(middle)) and loss > max(1.5 * middle, *earlier)
+    tokens = _number(now.line.get("num_loss_tokens"))
+    # The mean of few tokens is far off where a row or two are harder than the others, in every epoch anew.
+    share = min(tokens / median(now.tokens), 1.0) if tokens and now.tokens else 1.0
+    is_far = share * (loss - middle) > 8 * (spread + 0.02 * abs(middle)) and loss > max(1.5 * middle, *earlier)
     return f"the loss jumped to {loss:.4g}; the {len(earlier)} before have a median of {middle:.4g}" if is_far else None
 
 
