@@ -236,6 +236,14 @@ def test_mangled_bytes_never_raise_anything_but_are_rows_or_reasons(tmp_path_fac
         json.dumps(said, ensure_ascii=False, default=lambda marked: marked.problem).encode()
 
 
+def test_a_byte_that_is_no_text_in_a_header_can_be_written_with_its_problem(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'\x80}\n{"": "", "0": ""}\n')
+    (row,) = read(path)
+    assert "(`\\udc80}`; is that a line above the header?)" in row.problem
+    assert row.problem.encode()
+
+
 # --- places
 # -----------------------------------------------------------------------------------------------------------------------  # noqa: E501
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Literal, NamedTuple
 
-from llmtune.common.text import printable
+from llmtune.common.text import excerpt, printable
 from llmtune.data.example import Row
 from llmtune.data.reading.compression import is_seekable
 from llmtune.data.reading.json_file import (
@@ -247,7 +247,7 @@ def _split_table(stream: IO[bytes], delimiter: str) -> Iterator[Record]:
         elif len(cells) >= header.width and not any(cell.strip() for cell in cells[header.width :]):
             yield Record(start, header.row(cells[: header.width], start))  # a comma too many ends the line
         elif cells:
-            title = f" (`{header.names[0][:60]}`; is that a line above the header?)" if header.width == 1 else ""
+            title = f" (`{excerpt(header.names[0])}`; is that a line above the header?)" if header.width == 1 else ""
             yield Record(start, f"the row has {len(cells)} cells, the header {header.width}{title}")
 
 
