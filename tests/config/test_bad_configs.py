@@ -109,7 +109,7 @@ BAD: dict[str, tuple[str, list[tuple[int, tuple[str, ...]]]]] = {
         "tracking:\n  trackers: [console, tensorbord]\n",
         [(2, ("`tracking.trackers`", "`tensorbord`", "did you mean `tensorboard`"))],
     ),
-    "quantization by number": ("model:\n  quantization: 4\n", [(2, ("`model.quantization`", "`4bit`"))]),
+    "quantization by number": ("model:\n  quantization: 5\n", [(2, ("`model.quantization`", "`4bit`"))]),
     "watch true": ("tracking:\n  watch: true\n", [(2, ("`tracking.watch`", "`gradients`"))]),
     # ranges
     "batch of nothing": ("training:\n  batch_size: 0\n", [(2, ("`training.batch_size` must be at least 1", "`0`"))]),
