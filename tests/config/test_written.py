@@ -127,7 +127,7 @@ def replaced(section, names, value):
     return dataclasses.replace(section, **{head: replaced(getattr(section, head), rest, value) if rest else value})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(config=CONFIGS)
 def test_a_config_written_as_yaml_reads_back_equal_here_and_in_other_readers(config):
     """Q3: config.yaml of a run loads to the config of the run, every float to its last bit.

@@ -115,7 +115,7 @@ print(used_after(range(240, 340)) - before)
 def test_ever_new_lengths_of_rows_use_no_more_memory(tiny_model_folder: Path, rows_file: Path, tmp_path: Path) -> None:  # noqa: F811
     """Q7: a longer run needs no more memory, by the command or the API.
 
-    100 new lengths of one product keep 27 MB without the bound.
+    100 new lengths of one product keep 61 MB without the bound, and 1 MB with it (measured with avx512_bf16).
     """
     import torch
 

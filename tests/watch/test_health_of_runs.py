@@ -106,7 +106,8 @@ def test_a_rate_that_rises_far_too_high_makes_the_loss_rise(train):
 
 def test_a_rate_that_rises_without_clipping_makes_the_gradients_explode(train):
     words = ("training.max_steps=200", "training.optimizer=sgd")
-    _, kinds = train(*(word.format(10.0) for word in RISING), *words)
+    code, kinds = train(*(word.format(10.0) for word in RISING), *words)
+    assert code == 7
     assert "exploding_gradients" in kinds
 
 

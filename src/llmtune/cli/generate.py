@@ -250,7 +250,7 @@ def read_prompts(prompts: list[str], prompt_file: Path | None) -> list[str]:
 
 
 def _looks_like_a_path(prompt: str) -> bool:
-    """Whether a prompt of one word is the name of a file, or of something that a folder does not hold."""
+    """Whether a prompt of one word is the path of a file, or a path into a folder that exists."""
     if len(prompt) > 200 or not re.fullmatch(r"\S+", prompt):
         return False
     path = Path(prompt).expanduser()

@@ -67,11 +67,12 @@ def _heldout(run: RunData) -> Figure | None:
     choose = max if run.measured == "reward" else min
     best = choose(range(len(heldout)), key=heldout.values.__getitem__)
     later = len(heldout) - 1 - best
-    verdict = (
-        "the best so far" if later == 0 else f"best was {short(heldout.values[best])} at step {heldout.xs[best]:g}"
-    )
     if len(heldout) == 1:
         verdict = f"measured once, at step {heldout.xs[0]:g}"
+    elif later == 0:
+        verdict = "the best so far"
+    else:
+        verdict = f"best was {short(heldout.values[best])} at step {heldout.xs[best]:g}"
     is_fine = later < 2
     verdict += "" if is_fine else "; no better since: it may over-fit"
     return Figure(f"held-out {run.measured}", short(heldout.values[-1]), "on rows it never trains on", verdict, is_fine)

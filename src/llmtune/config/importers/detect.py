@@ -38,8 +38,7 @@ def detect(table: Table) -> Detected | None:
             return Detected(getattr(entry.value, "text", ""), ("the command",), ENOUGH)
     given, names = {given.name for given in flatten(table)}, _names(table)
     found = sorted((_points(peer, given, names) for peer in peer_names()), key=lambda found: -found.points)
-    is_config = found and found[0].points >= ENOUGH and len(names) <= KEYS_FOR_ONE_KNOWN * len(found[0].keys)
-    return found[0] if is_config else None
+    return found[0] if found and found[0].points >= ENOUGH else None
 
 
 def looks_foreign(table: Table) -> Detected | None:
@@ -71,7 +70,9 @@ def _points(peer_id: str, given: Collection[str], names: Collection[str]) -> Det
     peer = peer_of(peer_id)
     keys = {key: points for key, points in peer.detect.items() if key in names}
     known = tuple(sorted((key for key, points in keys.items() if points > 0), key=lambda key: -keys[key]))
+    if len(names) > KEYS_FOR_ONE_KNOWN * len(known):
+        return Detected(peer_id, known, 0)
     points = sum(keys.values())
-    if points >= ENOUGH and len(names) <= KEYS_FOR_ONE_KNOWN * len(known):
+    if points >= ENOUGH:  # else it is not taken for this peer's anyway
         points -= ENOUGH * sum(translation_of(name) is not None and peer.row(name) is None for name in given)
     return Detected(peer_id, known, points)
