@@ -7,8 +7,14 @@ import pytest
 
 from llmtune.config.layers import load_config
 from llmtune.config.process_options import Options
-from llmtune.engine.deepspeed_settings import engine_settings, offload_of, settings_problems, zero_stage_of
-from llmtune.engine.devices import check_distribution, open_devices
+from llmtune.engine.deepspeed_settings import (
+    check_deepspeed,
+    engine_settings,
+    offload_of,
+    settings_problems,
+    zero_stage_of,
+)
+from llmtune.engine.devices import open_devices
 from llmtune.errors import ConfigError
 
 DEEPSPEED = ("distributed.strategy=deepspeed", "training.precision=fp32", "training.learning_rate=0.001")
@@ -150,9 +156,9 @@ def test_a_package_that_is_missing_or_old_is_refused_before_anything_is_waited_f
     assert "llmtune[deepspeed]" in str(refused.value)
     # A stage is DeepSpeed's, whatever `auto` would have chosen.
     with pytest.raises(ConfigError, match=problem):
-        check_distribution(load_config(None, overrides=["distributed.zero_stage=2"], environ={}).config)
+        open_devices(load_config(None, overrides=["distributed.zero_stage=2"], environ={}).config, Options())
     monkeypatch.setattr(metadata, "version", lambda _name: "0.19.10")
-    check_distribution(config)
+    check_deepspeed(config)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,30 @@
 """P12: a process that dies, a machine that vanishes and a process that hangs end the others with exit code 8."""
 
+import contextlib
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 
 from llmtune.cli.main import run as command
-from rank_helpers import LONG, TwoMachines, TwoRanks, needs_namespaces, recorded, wait_for_lines
-from training_helpers import lines_of, small_run, weights_of
+from rank_helpers import (
+    LONG,
+    TwoMachines,
+    TwoRanks,
+    end_of,
+    environment,
+    needs_namespaces,
+    places,
+    processes_of,
+    recorded,
+    wait_for_lines,
+)
+from training_helpers import Forked, lines_of, small_run, weights_of
 
 SLOW_SAVE = """
 import sys, time
@@ -76,6 +92,67 @@ def test_p12_a_killed_process_ends_the_other_within_ten_seconds(words):
     both.processes[0].kill()
     said, _ = left_alone(both, 0, 10)
     assert f"process 0 ({socket.gethostname()}) died: its connection was closed" in said
+
+
+def test_p8_a_signal_ends_a_process_that_waits_for_the_others(words):
+    """It waits in C++, which runs no handler of Python until the others come."""
+    _, given = words
+    place = places()[0]
+    alone = Forked(lambda: command(["train", *given, "run.name=alone"]), environ=environment(**place))
+    began = time.monotonic()
+    while True:  # the main process listens where they meet
+        with contextlib.suppress(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(place["MASTER_PORT"]))).close()
+            break
+        assert alone.poll() is None
+        assert time.monotonic() - began < 60
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(alone.pid, signal.SIGTERM)
+    began = time.monotonic()
+    codes, said = end_of([alone])
+    assert codes == [143], said
+    assert time.monotonic() - began < 10
+    assert said[0].count("stopped by SIGTERM: there was nothing to save") == 1, said
+
+
+FIRST_ALONE = ("sh", "-c", 'test "$RANK" = 0 && exec "$@"; exec sleep 60', "sh")
+"""Of the processes that a launcher starts the first is the command, and the others never come."""
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "while it waits"])
+def test_p8_a_launcher_that_dies_before_the_processes_have_met_leaves_none(words, number, waits):
+    _, given = words
+    name = f"orphan-{number}-{waits}"
+    train = [sys.executable, "-m", "llmtune", "train", *given, f"run.name={name}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", *FIRST_ALONE]
+    process = subprocess.Popen(
+        [*launcher, *train], env=environment(), stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        began = time.monotonic()
+        while "0" not in (found := processes_of(name)):
+            assert process.poll() is None
+            assert time.monotonic() - began < 60
+            time.sleep(0.05)
+        first = psutil.Process(found["0"])
+        idle = 0
+        while waits and idle < 8:  # it takes no processor time once it waits
+            assert time.monotonic() - began < 100
+            before = sum(first.cpu_times()[:2])
+            time.sleep(0.25)
+            idle = idle + 1 if sum(first.cpu_times()[:2]) == before else 0
+        process.send_signal(number)
+        psutil.wait_procs([first], timeout=40)  # it imports the libraries first
+        assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
+    finally:
+        process.kill()
+        process.wait()
+        for left in processes_of(name).values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
 
 
 @pytest.mark.campaign

@@ -15,6 +15,7 @@ from llmtune.common.environment import limit_spinning
 from llmtune.common.text import excerpt, is_text
 from llmtune.engine.allocator import bound_kernel_caches, grow_segments, tune_allocator
 from llmtune.errors import MachineError, UsageError
+from llmtune.runs.signals import deferred_signals, stop_with_launcher
 
 __all__ = [
     "check_arguments",
@@ -37,6 +38,8 @@ def prepare_process(*, trains: bool = False) -> None:
     need in any case are imported. Not for a merge, whose peak memory is promised. Raises MachineError where the
     libraries cannot work.
     """
+    if trains:
+        stop_with_launcher()
     check_surroundings()
     # Before torch is imported: OpenMP reads its variables when it is loaded.
     limit_spinning()
@@ -72,7 +75,6 @@ def _import_libraries() -> None:
     if LIBRARY in sys.modules:
         return
     from llmtune.models.read_config import garbage_collection_paused
-    from llmtune.runs.signals import deferred_signals
 
     with deferred_signals(), garbage_collection_paused():
         # A signal in the middle of an import would leave half a library behind.

@@ -7,7 +7,9 @@ refused; all others are passed on, and named.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,31 @@ from llmtune.common.decisions import Decision
 from llmtune.config.schema import Config
 from llmtune.errors import ConfigError, Problem
 
-__all__ = ["engine_settings", "offload_of", "settings_problems", "zero_stage_of"]
+__all__ = ["check_deepspeed", "engine_settings", "offload_of", "settings_problems", "zero_stage_of"]
 
 Settings = dict[str, Any]
+
+
+OLDEST_DEEPSPEED = (0, 19, 8)
+"""The first with windows of any number of backward passes (`managed_gradient_accumulation: false`)."""
+
+
+def check_deepspeed(config: Config) -> None:
+    """Raise ConfigError, for a config that takes DeepSpeed, where the package or the file of settings does not fit."""
+    problems = settings_problems(config)
+    try:
+        version = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError:
+        problem = "the package `deepspeed` is not installed"
+    else:
+        is_old = tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST_DEEPSPEED
+        problem = f"DeepSpeed {version} is too old" if is_old else ""
+    if problem:
+        oldest = ".".join(map(str, OLDEST_DEEPSPEED))
+        fix = f"install it (`pip install 'llmtune[deepspeed]'`, {oldest} or newer), or set `distributed.strategy: fsdp`"
+        problems.insert(0, Problem(problem, "distributed.strategy", fix))
+    if problems:
+        raise ConfigError.all(problems)
 
 
 def settings_problems(config: Config) -> list[Problem]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import re
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import metadata
 from typing import TypeVar
 
 import torch
@@ -24,12 +23,12 @@ from llmtune.config.distributed_checks import takes_deepspeed
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
 from llmtune.engine.choose_device import choose_device
-from llmtune.engine.deepspeed_settings import settings_problems
+from llmtune.engine.deepspeed_settings import check_deepspeed
 from llmtune.engine.rank_messages import RankMessages, lost_ranks_noticed
-from llmtune.engine.rank_watch import stop_with_launcher, watch_ranks
-from llmtune.errors import ConfigError, MachineError, Problem
+from llmtune.engine.rank_watch import watch_ranks
+from llmtune.errors import ConfigError, MachineError, RankLostError
 
-__all__ = ["Devices", "check_distribution", "open_devices"]
+__all__ = ["Devices", "open_devices"]
 
 T = TypeVar("T")
 
@@ -104,9 +103,11 @@ class Devices:
             if not owns_group:
                 store = _get_default_store()
             else:
+                is_in_launcher = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+                if is_in_launcher:
+                    _check_launcher(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), timeout_s)
                 store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-                if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-                    stop_with_launcher()
+                if is_in_launcher:
                     store = _store_of_main(PrefixStore(attempt, store), rank, environ["MASTER_ADDR"], timeout)
                 store.set_timeout(timeout)
                 backend = "nccl" if device.type == "cuda" else "gloo"
@@ -292,6 +293,24 @@ class Devices:
             dist.destroy_process_group(self._row_group)
 
 
+def _check_launcher(address: str, port: int, timeout_s: float) -> None:
+    """Raise RankLostError where nobody listens at the store of the (first machine's) launcher.
+
+    It listened before it started any process. Torch would try again until `timeout_s`.
+    """
+    try:
+        socket.create_connection((address, port), min(timeout_s, LONGEST_LOOK_S)).close()
+    except ConnectionRefusedError as error:
+        problem = f"nobody listens at {address}:{port}: the launcher has ended, or a firewall refuses"
+        raise RankLostError(problem, where="distributed", fix="start the run again") from error
+    except OSError:  # a name that is not found yet, or a slow network: torch tries again, and has its own message
+        return
+
+
+LONGEST_LOOK_S = 10.0
+"""A launcher that has died is refused at once; a longer wait is torch's."""
+
+
 def _store_of_main(launcher: Store, rank: int, address: str, timeout: dt.timedelta) -> Store:
     """Open the store in the main process that the others find by the launcher's, which may end before they have saved.
 
@@ -316,30 +335,6 @@ def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
         buckets[-1].append(parameter)
         size += parameter.numel() * parameter.element_size()
     return buckets
-
-
-OLDEST_DEEPSPEED = (0, 19, 8)
-"""The first with windows of any number of backward passes (`managed_gradient_accumulation: false`)."""
-
-
-def check_distribution(config: Config) -> None:
-    """Raise ConfigError where DeepSpeed is asked for and its package or its file does not fit."""
-    if not takes_deepspeed(config):
-        return
-    problems = settings_problems(config)
-    try:
-        version = metadata.version("deepspeed")
-    except metadata.PackageNotFoundError:
-        problem = "the package `deepspeed` is not installed"
-    else:
-        is_old = tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST_DEEPSPEED
-        problem = f"DeepSpeed {version} is too old" if is_old else ""
-    if problem:
-        oldest = ".".join(map(str, OLDEST_DEEPSPEED))
-        fix = f"install it (`pip install 'llmtune[deepspeed]'`, {oldest} or newer), or set `distributed.strategy: fsdp`"
-        problems.insert(0, Problem(problem, "distributed.strategy", fix))
-    if problems:
-        raise ConfigError.all(problems)
 
 
 def check_processes(config: Config, environ: Mapping[str, str] = os.environ) -> None:
@@ -369,7 +364,8 @@ def open_devices(config: Config, options: Options) -> tuple[Devices, list[Decisi
 
     Raises ConfigError, before any process is waited for, for a way to share a training that does not work here.
     """
-    check_distribution(config)
+    if takes_deepspeed(config):
+        check_deepspeed(config)
     check_processes(config)
     distributed = config.distributed
     devices = Devices.from_environment(no_cuda=options.no_cuda, timeout_s=distributed.timeout_s)

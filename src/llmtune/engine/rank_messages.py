@@ -148,7 +148,7 @@ class RankMessages:
                     error.is_reported = self._store.add("reports", 1) > 1
             self._watch.leave(failed=not is_shared)
             raise
-        except Exception:
+        except Exception:  # a bug too is a failure that the other processes are told of
             self._watch.leave(failed=True)
             raise
 

@@ -7,14 +7,11 @@ is taken for a dead one, as a heartbeat sent from Python would do.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import secrets
 import selectors
-import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -25,7 +22,7 @@ from torch.distributed.distributed_c10d import Store
 
 from llmtune.errors import Problem, RankLostError
 
-__all__ = ["RankWatch", "stop_with_launcher", "watch_ranks"]
+__all__ = ["RankWatch", "watch_ranks"]
 
 DEAD_AFTER_S = 8
 """Seconds without an acknowledgement after which a machine is lost."""
@@ -237,19 +234,6 @@ class RankWatch:
     def _close(self) -> None:
         for link in self._links:
             link.close()
-
-
-def stop_with_launcher() -> None:
-    """Ask the kernel (Linux) for SIGTERM when the launcher dies, at which the run stops and is saved as ever.
-
-    SIGKILL ends torch's launcher without a word to the processes that it has started, and so does SIGUSR1.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-PR_SET_PDEATHSIG = 1
-"""Of linux/prctl.h: the signal that a process gets when the thread that started it ends."""
 
 
 def watch_ranks(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -14,7 +16,14 @@ from typing import TypeAlias
 
 from llmtune.errors import StoppedBySignal
 
-__all__ = ["SIGNALS", "StopRequest", "deferred_signals", "signals_as_errors"]
+__all__ = [
+    "SIGNALS",
+    "StopRequest",
+    "deferred_signals",
+    "exit_where_blocked",
+    "signals_as_errors",
+    "stop_with_launcher",
+]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -172,6 +181,58 @@ def signals_as_errors() -> Iterator[None]:
         _reinstall(previous)
     if raised:
         raise raised[0]  # a library swallowed it
+
+
+_HANDLER_S = 1.0
+"""Seconds that Python's own handler of a signal gets: what it raises closes what is open."""
+
+
+@contextlib.contextmanager
+def exit_where_blocked(*, announces: bool = True) -> Iterator[None]:
+    """End this process at a signal that comes while the body waits in C++, which runs no handler of Python.
+
+    For a wait in which nothing is there to save, such as that for other processes. `announces`: say so on stderr.
+    Outside the main thread the wait is as it was.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ended = threading.Event()
+    received, written = socket.socketpair()
+    written.setblocking(False)
+
+    def exit_at_signal() -> None:
+        with received:
+            while numbers := received.recv(1):
+                if numbers[0] in SIGNALS and not ended.wait(_HANDLER_S):
+                    if announces:
+                        _print_line(f"error: stopped by {_name(numbers[0])}: there was nothing to save\n")
+                    os._exit(128 + numbers[0])
+
+    # The system writes the number there at once, wherever the main thread is.
+    previous = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=exit_at_signal, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(previous)
+        written.close()  # at which the thread reads an end
+
+
+def stop_with_launcher() -> None:
+    """Ask the kernel (Linux) for SIGTERM when torch's launcher dies that started this process, one of several.
+
+    SIGKILL ends a launcher without a word to the processes that it has started, and so does SIGUSR1. What the kernel
+    watches is the thread that started this process.
+    """
+    is_one_of_several = os.environ.get("WORLD_SIZE", "1") != "1" and "TORCHELASTIC_RUN_ID" in os.environ
+    if sys.platform == "linux" and is_one_of_several:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h: the signal that a process gets when the thread that started it ends."""
 
 
 def exit_at_once(number: int) -> None:

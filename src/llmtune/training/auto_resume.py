@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmtune.common.decisions import Decision
 from llmtune.common.environment import home_expanded
 from llmtune.common.secrets import redacted
 from llmtune.common.text import printable
@@ -15,19 +14,14 @@ from llmtune.config.dump import config_to_dict
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
-from llmtune.engine.devices import Devices, open_devices
 from llmtune.errors import CheckpointError, ConfigError, DivergedError, Problem
 from llmtune.prepare import find_model
 from llmtune.runs.folder import config_file_of
 from llmtune.runs.identity import compare
 from llmtune.runs.run_file import read_run_file
-from llmtune.training.run_setup import check_name, run_name, with_defaults
+from llmtune.training.run_setup import Joined, check_name, meet_processes, run_name, with_defaults
 
-__all__ = ["Joined", "OwnRun", "find_own_run", "refuse_another"]
-
-
-Joined = tuple[Devices, list[Decision]]
-"""The processes of a command that have met, and what was chosen then."""
+__all__ = ["OwnRun", "find_own_run", "refuse_another"]
 
 
 class OwnRun(NamedTuple):
@@ -61,7 +55,7 @@ def find_own_run(resolved: ResolvedConfig, options: Options) -> OwnRun:
     where that run diverged, because it would again.
     """
     check_name(resolved)
-    joined = open_devices(resolved.config, options)
+    joined = meet_processes(resolved.config, options)
     devices = joined[0]
     with devices.errors_printed_once():
         found = devices.from_main(devices.on_main(lambda: _find(resolved, options)))

@@ -6,10 +6,9 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,12 +20,12 @@ from llmtune.common.records import flat_items
 from llmtune.common.text import PrintLine, printable
 from llmtune.config.dump import config_to_dict, config_to_yaml, plain
 from llmtune.config.layers import ResolvedConfig
+from llmtune.config.process_options import Options
 from llmtune.config.schema import Config, ModelConfig, SourceConfig
 from llmtune.data.dataset.report import data_excerpt
-from llmtune.engine.devices import Devices
+from llmtune.engine.devices import Devices, open_devices
 from llmtune.errors import MachineError
 from llmtune.models import save
-from llmtune.models.tokenizer import LoadedTokenizer, load_tokenizer_folder
 from llmtune.plan.memory import optimizer_bytes
 from llmtune.plan.resolve_auto import OPEN_VALUES
 from llmtune.plan.summary import Plan, as_dict
@@ -37,6 +36,7 @@ from llmtune.runs.disk import forecast_disk
 from llmtune.runs.folder import CONFIG_FILE, RunFolder, checked_name, clean_name_part, create_run
 from llmtune.runs.identity import Effect, Identity, compare, describe_machine, refuse_changes
 from llmtune.runs.run_file import RunDetails
+from llmtune.runs.signals import exit_where_blocked, stop_with_launcher
 from llmtune.tracking.model_graph import model_graph
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.build import TrainingSetup
@@ -44,18 +44,34 @@ from llmtune.training.checkpointer import find_checkpoint
 from llmtune.training.progress import print_difference, print_length, print_resume
 
 __all__ = [
+    "Joined",
     "StoppedRun",
     "check_name",
     "compare_identity",
     "create",
     "facts_of",
     "identity_of",
+    "meet_processes",
     "open_stopped",
     "run_info",
     "run_name",
-    "trained_once",
     "with_defaults",
 ]
+
+Joined = tuple[Devices, list[Decision]]
+"""The processes of a command that have met, and what was chosen then."""
+
+
+def meet_processes(config: Config, options: Options) -> Joined:
+    """Open the devices of this process and meet the others; a signal ends it while it waits for them.
+
+    Raises ConfigError for a way to share a training that does not work here, RankLostError when the others do not come.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return open_devices(config, options)
+    stop_with_launcher()
+    with exit_where_blocked(announces=os.environ.get("RANK", "0") == "0"):
+        return open_devices(config, options)
 
 
 ORIGINS_FILE = "origins.json"
@@ -323,24 +339,6 @@ def identity_of(setup: TrainingSetup) -> Identity:
         "threads": torch.get_num_threads(),
         "world_size": setup.devices.world_size,
     }
-
-
-def trained_once(devices: Devices, train: Callable[[], LoadedTokenizer]) -> LoadedTokenizer:
-    """Let the main process train the run's tokenizer, and give it to the others.
-
-    Raises the LlmtuneError that `train` raises, in all.
-    """
-    own = devices.on_main(train)
-    with TemporaryDirectory() as made:
-        folder = Path(made)
-        if own is not None:
-            save.write_tokenizer(own.tokenizer, folder)
-        files = devices.from_main({path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()})
-        if own is not None:
-            return own
-        for name, text in files.items():
-            durable.write_text(folder / name, text)
-        return load_tokenizer_folder(folder)
 
 
 def facts_of(prepared: Prepared) -> dict[str, object]:

@@ -6,23 +6,29 @@ What is decided at each step boundary is in `training_run`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from llmtune import durable
 from llmtune.adapters.find import run_of
 from llmtune.common.decisions import Decision
 from llmtune.common.secrets import find_secrets
 from llmtune.common.text import PrintLine, silent
+from llmtune.config.distributed_checks import takes_deepspeed
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import DistributedConfig
-from llmtune.engine.devices import Devices, check_distribution, open_devices
+from llmtune.engine.deepspeed_settings import check_deepspeed
+from llmtune.engine.devices import Devices
 from llmtune.errors import ConfigError, Problem, UsageError
 from llmtune.evaluation.rewards import Reward, find_rewards
 from llmtune.evaluation.scores import Score, find_score
+from llmtune.models import save
+from llmtune.models.tokenizer import LoadedTokenizer, load_tokenizer_folder
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
 from llmtune.plan.resolve_auto import keep_resolved, resolve_on_all_ranks, resolve_rates, resolve_strategy
@@ -35,7 +41,7 @@ from llmtune.runs.signals import StopRequest
 from llmtune.tracking.queue import choose_trackers
 from llmtune.tracking.screen import Screen
 from llmtune.training import run_setup
-from llmtune.training.auto_resume import Joined, OwnRun
+from llmtune.training.auto_resume import OwnRun
 from llmtune.training.build import TrainingSetup, build_setup
 from llmtune.training.progress import (
     RankPrinter,
@@ -154,7 +160,7 @@ def open_run(
     print_line: PrintLine,
     earlier: Continuation | None = None,
     screen: Screen | None = None,
-    joined: Joined | None = None,
+    joined: run_setup.Joined | None = None,
 ) -> TrainingRun:
     """Do everything that comes before the first step of a new run, or of one to go on with.
 
@@ -167,7 +173,7 @@ def open_run(
             is_asked = resolved.origins["tracking.trackers"].kind != "default"
             trackers, tracker_decisions = choose_trackers(resolved.config.tracking, explicit=is_asked)
             # 2. The processes meet. What fails from here on is printed by one of them, and all end.
-            devices, device_decisions = joined or open_devices(resolved.config, options)
+            devices, device_decisions = joined or run_setup.meet_processes(resolved.config, options)
             on_failure.callback(devices.close)
             stop.announces = devices.is_main
             printer = RankPrinter(devices, print_line, screen)
@@ -280,7 +286,7 @@ def _prepare_and_plan(
     """Read the rows of a new run, resolve what its config leaves open, plan and print it."""
     for note in resolved.notes:
         print_line(note)
-    made_once = functools.partial(run_setup.trained_once, devices)
+    made_once = functools.partial(_trained_once, devices)
     prepared = prepare(resolved, options, made_once=made_once, progress=tokenizing_progress(print_line))
     devices.check_alike(run_setup.facts_of(prepared))
     forecaster = Forecaster.for_this_machine(prepared, options, devices)
@@ -291,6 +297,24 @@ def _prepare_and_plan(
     if devices.world_size > 1:
         _print_shares(forecaster.batches(forecaster.config).global_batch, devices, print_line)
     return forecaster, plan
+
+
+def _trained_once(devices: Devices, train: Callable[[], LoadedTokenizer]) -> LoadedTokenizer:
+    """Let the main process train the run's tokenizer, and give it to the others.
+
+    Raises the LlmtuneError that `train` raises, in all.
+    """
+    own = devices.on_main(train)
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        if own is not None:
+            save.write_tokenizer(own.tokenizer, folder)
+        files = devices.from_main({path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()})
+        if own is not None:
+            return own
+        for name, text in files.items():
+            durable.write_text(folder / name, text)
+        return load_tokenizer_folder(folder)
 
 
 def _print_shares(sequences: int, devices: Devices, print_line: PrintLine) -> None:
@@ -332,13 +356,14 @@ def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine
     """
     refusal = None
     try:
-        check_distribution(resolved.config)
+        if takes_deepspeed(resolved.config):
+            check_deepspeed(resolved.config)
     except ConfigError as error:
         refusal = error
         resolved = replace(resolved, config=replace(resolved.config, distributed=DistributedConfig()))
         print_line(f"planned as one process that holds the whole model: {error.problems[0].problem}")
     _check(resolved, options, is_new=True)
-    devices, device_decisions = open_devices(resolved.config, options)
+    devices, device_decisions = run_setup.meet_processes(resolved.config, options)
     _prepare_and_plan(resolved, options, devices, device_decisions, RankPrinter(devices, print_line, screen))
     devices.close()
     if refusal is not None:
