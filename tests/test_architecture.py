@@ -80,6 +80,7 @@ LAZY_IMPORTS = {
     "durable/tensors.py numpy": "`llmtune runs` and config errors answer without it",
     "* huggingface_hub": "models are listed and tokenizers found without it",
     "models/score_head.py llmtune": "loads torch, without which models are listed",
+    "models/gguf.py gguf": "loads NumPy, and most models are no such file",
     "models/gguf.py llmtune": "loads torch, without which tokenizers are found",
     "* tokenizers": "needed only where a tokenizer is trained",
     "watch/ui/answers.py llmtune": "the page shows runs without torch; only a chat loads a model",

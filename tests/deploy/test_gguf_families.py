@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import math
 
+import gguf
 import pytest
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from gguf_families import FAMILIES, write_family
 from llmtune.deploy import gguf_architectures
 from llmtune.deploy.export import export
 from llmtune.errors import CheckpointError, ModelError
+from llmtune.models.gguf import read_gguf
 from llmtune.models.tokenizer_training import train_tokenizer
 
 
@@ -46,6 +49,23 @@ def test_a_family_is_read_back_as_its_source_rounded(tmp_path, tokenizer, name):
     quantized = export(str(base), tmp_path / "q8.gguf", gguf_type="q8_0")
     assert quantized.difference.max_abs_logit <= 1e-5  # against the same weights, rounded in memory
     assert 0 < quantized.quantization.mean_kl < 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_n15_a_file_that_is_parsed_once_is_the_model_that_transformers_reads(tmp_path, tokenizer, name, monkeypatch):
+    file = tmp_path / "whole.gguf"
+    export(str(write_family(name, tmp_path / "base", tokenizer)), file)
+    plain = AutoModelForCausalLM.from_pretrained(str(tmp_path), gguf_file=str(file), dtype=torch.float32)
+    opened = []
+    read_fields = gguf.GGUFReader._build_fields
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", lambda *given: opened.append(1) or read_fields(*given))
+    (tmp_path / "empty").mkdir()
+    model, _ = read_gguf(file, tmp_path / "empty")
+    assert len(opened) == 1
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert gguf.GGUFReader is GGUFReader  # the package is as it was
 
 
 def test_gpt2_is_transposed_and_its_positions_are_never_quantized(written):
