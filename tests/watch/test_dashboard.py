@@ -10,7 +10,7 @@ import pytest
 from llmtune import durable
 from llmtune.cli.dashboard import _Folder
 from llmtune.cli.main import run as run_command
-from llmtune.watch import dashboard
+from llmtune.watch import dashboard, pace
 from llmtune.watch.dashboard import Dashboard
 from llmtune.watch.run_data import RunData
 from report_helpers import HOSTILE, make_run, quiet_losses
@@ -197,16 +197,18 @@ def test_a_log_is_shown_without_a_folder(tmp_path, capsys):
     assert "loss 3.1" in capsys.readouterr().out.replace("loss 3.10", "loss 3.1")
 
 
-def test_a_dashboard_rests_until_it_has_taken_half_a_percent_of_a_processor(tmp_path, monkeypatch):
+def test_a_dashboard_rests_until_it_has_taken_an_eighth_of_a_percent_of_the_machine(tmp_path, monkeypatch):
     folder = make_run(tmp_path / "a-run", quiet_losses(20))
 
     async def scenario(app, pilot):
         clock, read = {"now": 1000.0, "busy": 5.0}, []
+        monkeypatch.setattr(pace, "available_cores", lambda: 4)
         monkeypatch.setattr(dashboard.time, "monotonic", lambda: clock["now"])
         monkeypatch.setattr(dashboard.time, "process_time", lambda: clock["busy"])
         app._busy_s = 4.75
         monkeypatch.setattr(app, "read", lambda: read.append(clock["now"]))
-        for clock["now"] in (1000.0, 1010.0, 1049.9, 1050.1, 1051.0):  # a quarter of a second is 0.5 % of 50 s
+        # A quarter of a second is 1/800 of the time of 4 cores in 50 s.
+        for clock["now"] in (1000.0, 1010.0, 1049.9, 1050.1, 1051.0):
             app.read_sparingly()
         assert read == [1000.0, 1050.1, 1051.0]
         monkeypatch.undo()

@@ -17,14 +17,12 @@ from textual.widgets import Footer, Static
 from llmtune.common.text import printable
 from llmtune.watch.charts import charts_of, draw
 from llmtune.watch.frame import SMOOTHING, figure_table, head_lines, message_lines, sample_lines
+from llmtune.watch.pace import rest_after
 from llmtune.watch.run_data import RunData
 
 __all__ = ["Dashboard", "Source"]
 
 SECONDS_BETWEEN_READINGS = 2.0
-
-SHARE_OF_A_PROCESSOR = 0.005
-"""What the dashboard takes at most while nobody presses a key: the run beside it needs the processors."""
 
 WEIGHTS = (0.0, 0.6, SMOOTHING, 0.98)
 """Shares of the past in the smoothed loss, in the order of the key."""
@@ -73,7 +71,7 @@ class Dashboard(App[None]):
         self._with_memory = False
         self._smoothing = WEIGHTS.index(SMOOTHING)
         self._busy_s: float | None = None
-        """Processor time at the last reading; None before the second one, as its start is not counted."""
+        """Processor time at the last reading; None where what follows is not counted: a start, what a key asks for."""
         self._rests_until = 0.0
         self._states: list[str] | None = None
         """Of the runs when they were drawn; None before."""
@@ -98,16 +96,16 @@ class Dashboard(App[None]):
 
     def on_resize(self, event: events.Resize) -> None:  # noqa: ARG002
         """Draw for the new size."""
-        self.draw()
+        self.draw_at_once()
 
     def read_sparingly(self) -> None:
-        """Read, unless that and drawing would take more than a share of a processor."""
+        """Read, unless that and drawing would take too much from the run (see `pace`)."""
         now, busy_s = time.monotonic(), time.process_time()
         if now < self._rests_until:
             return
         # Everything since the last reading: most of the work is done after it, when the screen is drawn.
         if self._busy_s is not None:
-            self._rests_until = now + (busy_s - self._busy_s) / SHARE_OF_A_PROCESSOR
+            self._rests_until = now + rest_after(busy_s - self._busy_s)
         self._busy_s = busy_s
         self.read()
 
@@ -118,6 +116,11 @@ class Dashboard(App[None]):
         # A run that is killed changes no file.
         if any(news) or [run.state for run in self.runs] != self._states:
             self.draw()
+
+    def draw_at_once(self) -> None:
+        """Draw what a key asks for; no rest follows from that."""
+        self._busy_s = None
+        self.draw()
 
     def draw(self) -> None:
         """Draw head and view for the size of the terminal."""
@@ -133,18 +136,18 @@ class Dashboard(App[None]):
         """Show another view, from its top."""
         self._shown = view
         self.query_one("#body", VerticalScroll).scroll_home(animate=False)
-        self.draw()
+        self.draw_at_once()
 
     def action_memory(self) -> None:
         """Show memory instead of speed as the fourth chart, or the other way round."""
         self._with_memory = not self._with_memory
-        self.draw()
+        self.draw_at_once()
 
     def action_smooth(self) -> None:
         """Smooth the loss more, and after the most not at all."""
         self._smoothing = (self._smoothing + 1) % len(WEIGHTS)
         self.notify(f"smoothing {WEIGHTS[self._smoothing]:g}", timeout=2)
-        self.draw()
+        self.draw_at_once()
 
     def _charts(self, columns: int, rows: int) -> Text:
         weight = WEIGHTS[self._smoothing]

@@ -12,6 +12,7 @@ from typing import Any
 
 from llmtune.errors import UsageError
 from llmtune.runs.run_file import RUN_FILE
+from llmtune.watch.pace import rest_after
 from llmtune.watch.report.markup import asset
 from llmtune.watch.report.overview import overview_html, results
 from llmtune.watch.report.page import sections_html, style_sheet
@@ -22,8 +23,6 @@ __all__ = ["RunViews", "page", "page_policy"]
 
 MOST_COMPARED = 8
 LEDGER_ROWS = 200
-MOST_OF_TIME = 0.005
-"""Share of a processor that drawing runs at work may take: the training beside needs it."""
 
 
 class RunViews:
@@ -46,21 +45,23 @@ class RunViews:
     def view(self, names: Sequence[str], *, since: str) -> dict[str, Any]:
         """The overview and sections of some runs as HTML with a stamp; only the stamp where it is still `since`.
 
-        Runs at work are drawn again only as often as takes `MOST_OF_TIME` of a processor. Raises UsageError for a name
-        that is no run of the folder.
+        Runs at work are drawn again only as often as `pace` allows. Raises UsageError for a name that is no run of the
+        folder.
         """
         runs = [self._fresh(name) for name in names[:MOST_COMPARED]]
         # The state is part of it: a run that is killed changes no file.
         stamp = "|".join(f"{run.name}:{self._versions[run.name]}:{run.state}" for run in runs)
         if stamp == since or not runs:
             return {"stamp": stamp}
-        names, started = [run.name for run in runs], time.monotonic()
+        names = [run.name for run in runs]
         is_follow_up = bool(since) and names == self._last_names and any(run.state == "running" for run in runs)
-        if is_follow_up and started < self._next_s:
+        if is_follow_up and time.monotonic() < self._next_s:
             return {"stamp": since}
+        # By the clock: beside a run that takes all processors a drawing takes longer, and is to be rarer.
+        began_s = time.monotonic()
         html = overview_html(runs) + sections_html(runs)
-        ended = time.monotonic()
-        self._last_names, self._next_s = names, ended + (ended - started) / MOST_OF_TIME
+        ended_s = time.monotonic()
+        self._last_names, self._next_s = names, ended_s + rest_after(ended_s - began_s)
         return {"stamp": stamp, "html": html}
 
     def ledger(self, name: str, words: str) -> dict[str, Any]:
