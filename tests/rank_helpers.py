@@ -61,10 +61,10 @@ def places(address="127.0.0.1", count=2):
     return [together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
-def end_of(processes):
+def end_of(processes, *, longest_s=LONGEST_S):
     """Wait for all, and return their exit codes and what each printed."""
     try:
-        said = [process.communicate(timeout=LONGEST_S)[0] for process in processes]
+        said = [process.communicate(timeout=longest_s)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

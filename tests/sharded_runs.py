@@ -2,21 +2,17 @@
 
 import itertools
 import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from llmtune.cli.main import run as command
-from training_helpers import lines_of, small_run, weights_of
-
-WORKER = Path(__file__).parent / "training" / "sharded_worker.py"
-LONGEST_S = 900
+from rank_helpers import end_of
+from sharded_worker import run_commands
+from training_helpers import Forked, lines_of, small_run, weights_of
 
 ROWS = ("training.batch_size=1", "training.gradient_accumulation_steps=3", "training.learning_rate=0.001")
 """20 training rows in windows of 3 micro-batches: of two processes one has a row less, of four one has none, and in the
@@ -57,25 +53,12 @@ class Ranks:
             given += [f"distributed.strategy={strategy}", *words]
             written.append({"name": name, "port": port, "words": [verb, *given]})
         file.write_text(json.dumps(written))
-        paths = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH")]))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "LLMTUNE_OFFLINE": "1", "PYTHONPATH": paths}
         processes = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), str(file), str(rank), str(count)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+            Forked(partial(run_commands, file, str(rank), str(count)), environ={"LLMTUNE_OFFLINE": "1"})
             for rank in range(count)
         ]
-        try:
-            said = [process.communicate(timeout=LONGEST_S)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        assert [process.returncode for process in processes] == [code] * count, "\n".join(said)
+        codes, said = end_of(processes, longest_s=900)
+        assert codes == [code] * count, "\n".join(said)
         self.held = {
             name: [json.loads((jobs / f"{name}-{rank}.json").read_text()) for rank in range(count)]
             for _, name, _ in commands

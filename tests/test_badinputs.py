@@ -21,7 +21,7 @@ import fix_lines
 from llmtune.cli.main import main
 from llmtune.data.rendering.limits import Limits
 from llmtune.data.rendering.renderer import Renderer
-from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_fixtures import _one_thread, _planned_bytes, config_of, rows_file  # noqa: F401
 
 CASES = runner.cases()
 KINDS = {"adapters", "checkpoints", "commands", "configs", "data", "environments", "models", "templates", "tokenizers"}

@@ -17,7 +17,7 @@ from llmtune import durable
 from llmtune.cli.main import main
 from llmtune.errors import MachineError, StoppedBySignal
 from llmtune.training import train as training
-from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_fixtures import _one_thread, _planned_bytes, config_of, rows_file  # noqa: F401
 from training_helpers import LORA, lines_of, weights_of
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from llmtune.config.layers import load_config
+from llmtune.plan.activation_trace import PHASES, Peaks
+from llmtune.plan.forecast import Forecaster
 
 WORDS = tuple("the user asks and the assistant answers a small system of words and numbers".split())
 
@@ -16,6 +18,21 @@ def _one_thread():
     every sum.
     """
     assert torch.get_num_threads() == 1
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _planned_bytes():
+    """Plans with made-up bytes of activations and of the process, in each module that imports this, or whose conftest
+    does. A module with a fixture of this name of its own plans in earnest.
+
+    To count a micro-batch's bytes takes longer than three steps of the tiny model. That they are right, and what a run
+    does with them, is for tests/plan.
+    """
+    peaks = Peaks(dict.fromkeys(PHASES, 1 << 20), dict.fromkeys(PHASES, 0), 1 << 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Forecaster, "peaks", lambda *_: peaks)
+        patch.setattr(Forecaster, "process_bytes", 1 << 20)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pytest
 
 from llmtune.cli.main import run
 from llmtune.config.layers import load_config
+from training_fixtures import _planned_bytes  # noqa: F401
 
 CHAT = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Three."}]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]

@@ -10,6 +10,7 @@ from llmtune.models.catalog import resolve
 from llmtune.models.load import load_model
 from llmtune.models.parameters import trained_parameters
 from llmtune.models.tokenizer import load_tokenizer
+from training_fixtures import _planned_bytes  # noqa: F401
 
 
 def make_base(folder, tokenizer, *, kind="llama", tied=True, dtype=torch.float32, seed=0):

@@ -5,6 +5,7 @@ import torch
 from example_list import ExampleList
 from llmtune.data.example import Example
 from llmtune.data.rendering.renderer import Renderer
+from training_fixtures import _planned_bytes  # noqa: F401
 
 
 @pytest.fixture

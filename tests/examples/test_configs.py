@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from case_helpers import few_of
 from llmtune.cli.main import run as command
 from llmtune.config.layers import load_config
 from llmtune.config.paths import shipped_path
@@ -130,7 +131,10 @@ def stand_ins(path, tmp_path, tiny_models):
     return [*small, "data.max_samples=40"]
 
 
-@pytest.mark.parametrize("path", [*SHIPPED, *EXAMPLES], ids=lambda path: path.stem)
+OFTEN = [path for path in EXAMPLES if path.stem in LOCAL | {"eight-gpus-deepspeed"}]
+
+
+@pytest.mark.parametrize("path", few_of([*SHIPPED, *EXAMPLES], [*SHIPPED, *OFTEN]), ids=lambda path: path.stem)
 def test_every_config_dry_runs_as_a_user_types_it(path, tmp_path, tiny_models, capsys, monkeypatch):
     """All of the config is its own, but for the model's size and, where its data is on a hub, the rows."""
     monkeypatch.chdir(tmp_path)

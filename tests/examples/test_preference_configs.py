@@ -7,6 +7,7 @@ import pytest
 
 from llmtune.config.layers import load_config
 from llmtune.training.train import train
+from training_fixtures import _planned_bytes  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "preferences").glob("*.yaml"))

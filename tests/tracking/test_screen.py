@@ -16,7 +16,7 @@ from llmtune.config.process_options import Options
 from llmtune.tracking.screen import Screen, open_screen, shares
 from llmtune.training import train as training
 from llmtune.training.progress import print_result
-from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_fixtures import _one_thread, _planned_bytes, config_of, rows_file  # noqa: F401
 
 WIDTHS = (60, 80, 120, 200)
 DECISIONS = [

@@ -17,7 +17,7 @@ from llmtune.tracking.tracker import RunInfo
 from llmtune.training import train as training
 from llmtune.watch.machine_view import machine_view
 from llmtune.watch.run_data import RunData
-from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_fixtures import _one_thread, _planned_bytes, config_of, rows_file  # noqa: F401
 from training_helpers import lines_of, weights_of
 
 

@@ -15,7 +15,7 @@ from llmtune.tracking.model_graph import model_graph
 from llmtune.tracking.tensorboard import TensorBoardTracker
 from llmtune.tracking.tracker import grouped_name
 from llmtune.training import train as training
-from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_fixtures import _one_thread, _planned_bytes, config_of, rows_file  # noqa: F401
 
 accumulator = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"

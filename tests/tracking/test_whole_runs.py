@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from llmtune.cli.main import run as command
-from training_fixtures import rows_file  # noqa: F401
+from training_fixtures import _planned_bytes, rows_file  # noqa: F401
 from training_helpers import LORA, Forked, lines_of, weights_of
 
 pytest.importorskip("wandb", reason="wandb is not installed")

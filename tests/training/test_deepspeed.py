@@ -39,6 +39,11 @@ OWN = ("-m", "llmtune")
 """An interpreter of its own: in a forked one a warning of the package's imports would be an error."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _planned_bytes():
+    """Several processes plan in earnest here."""
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("settings") / "ds.json"

@@ -148,14 +148,9 @@ def run_of(world, tmp_path_factory, tiny_model_folder):
 
 @contextlib.contextmanager
 def cache_in(here: Path):
-    """A run that finds its rows in the cache says so; each run here starts with none.
-
-    Only the memory traced for the plan, of which a run says nothing, is shared: a trace costs more than the run.
-    """
+    """A run that finds its rows in the cache says so; each run here starts with none."""
     before = os.environ["LLMTUNE_CACHE_DIR"]
-    (Path(before) / "plan").mkdir(exist_ok=True)
     (here / "user-cache").mkdir()
-    (here / "user-cache" / "plan").symlink_to(Path(before) / "plan")
     os.environ["LLMTUNE_CACHE_DIR"] = str(here / "user-cache")
     try:
         yield

@@ -12,6 +12,11 @@ FOUR_STEPS = ("training.max_steps=4", "checkpoint.every_steps=1", "checkpoint.ke
 QUIET = ("evaluation.every_steps=null",)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _planned_bytes():
+    """These runs plan in earnest."""
+
+
 @pytest.fixture
 def run(config_of):
     return training.train(config_of(*FOUR_STEPS, *QUIET)).folder

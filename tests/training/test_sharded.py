@@ -29,6 +29,11 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _planned_bytes():
+    """Several processes plan in earnest here."""
+
+
 def is_sharded(held, *, engine="flat", fused=True):
     """Every weight is in parts in every process, equal as far as its rows divide, and the fast paths are on."""
     for rank in held:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
+from training_fixtures import _one_thread, _planned_bytes, config_of, rows_file  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from case_helpers import few_of
 from llmtune.data.rendering import chunked_encoding
 from llmtune.data.rendering.chunked_encoding import located_tokens
 
@@ -75,7 +76,7 @@ print(json.dumps([peak() - before, len(text), len(rendered.input_ids)]))
 """
 
 
-@pytest.mark.parametrize("attack", ["", "<|im_end|>"])
+@pytest.mark.parametrize("attack", few_of(["", "<|im_end|>"], ["<|im_end|>"]))
 def test_a_large_row_takes_memory_a_few_times_its_size(attack, tiny_tokenizer, tmp_path):
     """A row of 2 MB, also one that spells control tokens. In one call the tokenizer alone takes 140 times the row."""
     tiny_tokenizer.save_pretrained(tmp_path)

@@ -1,13 +1,13 @@
 """One process of sharded runs: the real commands, in which no pickle can be read, and what it holds written down.
 
-Run as `python sharded_worker.py COMMANDS RANK WORLD_SIZE`. COMMANDS is a JSON file: a list of commands, each with its
-`name`, its `port` for several processes, and its `words`. Beside it, NAME-RANK.json gets what this process holds in it.
+It is forked. `commands` is a JSON file: a list of commands, each with its `name`, its `port` for several processes, and
+its `words`. Beside it, NAME-RANK.json gets what this process holds in it.
 """
 
 import json
 import os
 import sys
-from pathlib import Path
+import warnings
 
 
 def refuse(*_args, **_named):
@@ -60,13 +60,13 @@ def nowhere_whole(capture, rank):
     return checked
 
 
-def main(commands, rank, world_size):
-    """Run the commands one after the other, and exit with the code of the first that fails."""
+def run_commands(commands, rank, world_size):
+    """Run the commands one after the other, and return the code of the first that fails; in a process of its own."""
     from llmtune.cli.main import run
     from llmtune.training import train, training_run
 
+    warnings.simplefilter("ignore")  # as in an ordinary process: torch has some of its own
     forbid_unpickling()
-
     build_setup, code = train.build_setup, 0
     training_run.capture = nowhere_whole(training_run.capture, rank)
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
@@ -76,10 +76,4 @@ def main(commands, rank, world_size):
         code = run(command["words"])
         if code:
             break
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # gloo's threads may abort a process while its interpreter is shutting down
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    return code
