@@ -46,13 +46,14 @@ class RankMessages:
             if failure is not None:
                 raise _error_of_main(failure)
             return None
-        try:
-            with self._watch.working():
+        # Working until it is sent: who finds this process at rest finds its message too.
+        with self._watch.working():
+            try:
                 result = work()
-        except LlmtuneError as error:
-            self._send({"exit_code": error.exit_code, "problems": error.problems})
-            raise
-        self._send(None)
+            except LlmtuneError as error:
+                self._send({"exit_code": error.exit_code, "problems": error.problems})
+                raise
+            self._send(None)
         return result
 
     def on_main_with_others(self, work: Callable[[Callable[[int], None]], T], share: Callable[[int], None]) -> T | None:
@@ -121,13 +122,14 @@ class RankMessages:
 
     def _receive(self) -> Any:
         self._count += 1
+        message = f"message/{self._count}"
         with lost_ranks_noticed(), self._watch.waiting():
             while True:
                 try:
-                    return json.loads(self._store.get(f"message/{self._count}"))
+                    return json.loads(self._store.get(message))
                 except RuntimeError:
                     # A save may take longer than a process may be silent; a stopped process does not answer.
-                    if not self._watch.main_is_working():
+                    if not self._watch.main_is_working() and not self._store.check([message]):
                         raise
 
     @contextmanager

@@ -63,6 +63,8 @@ class RankWatch:
         self._is_lost, self._is_leaving = threading.Event(), threading.Event()
         self._timeout_s = timeout_s
         self._answers: dict[Peer, tuple[float, bool]] = {}
+        self._worked_s: dict[Peer, float] = {}
+        """When a process last answered that it is working."""
         self._has_answer = threading.Condition()
         # Reentrant: a save inside a longer piece of work takes it again.
         self._at_work, self._is_working = threading.RLock(), False
@@ -164,9 +166,10 @@ class RankWatch:
             return
         (began, must_work), now = wait, time.monotonic()
         for link, peer in list(self._links.items()):
-            answered, is_working = self._answers.get(peer, (0.0, False))
-            is_fine = answered >= began and (is_working or not must_work)
-            late_s = now - (max(began, answered) if is_fine else began) - self._timeout_s
+            answered = self._answers.get(peer, (0.0, False))[0]
+            # Not from the first answer that it works no more: what it has sent at the end of its work may come later.
+            alive = self._worked_s.get(peer, 0.0) if must_work else answered
+            late_s = now - max(began, alive) - self._timeout_s
             if late_s > 0:
                 answers = "answers, and does not go on" if answered >= began else SILENT
                 self._lose(f"{peer} {answers}")
@@ -198,7 +201,9 @@ class RankWatch:
             _send(link, {"answer": self._is_working})
         elif "answer" in message:
             with self._has_answer:
-                self._answers[peer] = time.monotonic(), message["answer"]
+                self._answers[peer] = now, is_working = time.monotonic(), message["answer"]
+                if is_working:
+                    self._worked_s[peer] = now
                 self._has_answer.notify_all()
         elif "lost" in message:
             self._lose(message["lost"], is_printed=True)  # by the main process
