@@ -8,9 +8,9 @@ One run trains `custom-tiny` on all processors. One `llmtune dashboard` of it is
 They work seldom: a picture of the dashboard, an answer of the page. The steps that overlap with such a moment are
 compared with the mean of those within `NEIGHBOURS_S` before and after that overlap with none, so that a machine that
 becomes slower or faster in between counts on both sides. What all moments cost together, as a share of the whole time,
-is printed with its 95 % interval from a bootstrap over moments; a step beside two of them counts twice. So is the
-processor time that the two took. The load average is printed too: other work widens the interval. What a browser takes
-to show the page is not measured.
+is printed with its 95 % interval from a bootstrap over moments; a step beside two of them counts twice. What the two do
+at other times is in their processor time alone, which is printed too. So is the load average: other work widens the
+interval. What a browser takes to show the page is not measured.
 """
 
 from __future__ import annotations

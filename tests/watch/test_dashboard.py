@@ -211,6 +211,16 @@ def test_a_dashboard_rests_until_it_has_taken_an_eighth_of_a_percent_of_the_mach
         for clock["now"] in (1000.0, 1010.0, 1049.9, 1050.1, 1051.0):
             app.read_sparingly()
         assert read == [1000.0, 1050.1, 1051.0]
+        clock["busy"] = 60.0  # rests for a minute, and not for 10,000 s
+        app.read_sparingly()
+        for clock["now"] in (1110.9, 1111.1):
+            app.read_sparingly()
+        assert read[3:] == [1051.0, 1111.1]
+        clock["busy"] = 120.0
+        app.draw_at_once()  # as a key does: what that takes is not counted
+        for clock["now"] in (1112.0, 1112.5):
+            app.read_sparingly()
+        assert read[5:] == [1112.0, 1112.5]
         monkeypatch.undo()
 
     watched([source(folder)], scenario)

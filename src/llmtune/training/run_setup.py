@@ -58,22 +58,6 @@ __all__ = [
     "with_defaults",
 ]
 
-Joined = tuple[Devices, list[Decision]]
-"""The processes of a command that have met, and what was chosen then."""
-
-
-def meet_processes(config: Config, options: Options) -> Joined:
-    """Open the devices of this process and meet the others; a signal ends it while it waits for them.
-
-    Raises ConfigError for a way to share a training that does not work here, RankLostError when the others do not come.
-    """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return open_devices(config, options)
-    stop_with_launcher()
-    with exit_where_blocked(announces=os.environ.get("RANK", "0") == "0"):
-        return open_devices(config, options)
-
-
 ORIGINS_FILE = "origins.json"
 LEDGER_FILE = "ledger.jsonl"
 DATA_FILE = "data.json"
@@ -91,6 +75,22 @@ SHAPE_KEYS = (
 """Keys of a transformers config that trackers show."""
 OWN_TO_A_PROCESS = ("data.cache_dir", "data.num_workers")
 """Keys of the config that may differ between the processes of a run: nothing in the run depends on them."""
+
+
+Joined = tuple[Devices, list[Decision]]
+"""The processes of a command that have met, and what was chosen then."""
+
+
+def meet_processes(config: Config, options: Options) -> Joined:
+    """Open the devices of this process and meet the others; a signal ends it while it waits for them.
+
+    Raises ConfigError for a way to share a training that does not work here, RankLostError when the others do not come.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return open_devices(config, options)
+    stop_with_launcher()
+    with exit_where_blocked(announces=os.environ.get("RANK", "0") == "0"):
+        return open_devices(config, options)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 // The page that lives: asks the server for the list and for the chosen runs, and shows what is new.
 const token = new URLSearchParams(location.search).get("token") || "";
-const EVERY_MS = 4000;
+const EVERY_MS = 4000;  // every answer delays the steps of a run on the same cores (benchmarks/watching.py)
 const byId = id => document.getElementById(id);
 let chosen = [], stamp = "", summaries = [], smoothing = null;
 const chats = {};  // run -> { base: [...], tuned: [...] }
