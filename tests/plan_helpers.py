@@ -8,8 +8,11 @@ from llmtune.plan.hardware import Target
 from llmtune.plan.meta_model import build_meta_model
 from llmtune.plan.resolve_auto import resolve_rates
 from llmtune.training.build import build_setup
+from training_helpers import LORA
 
 OPTIONS = Options(no_cuda=True, offline=True)
+FEW_LAYERS = (*LORA[:2], "adapter.target_modules=[q_proj,down_proj]")
+"""LoRA on one layer of attention and one of the feed-forward network: a trace then has fewer operators."""
 ROOMY = Target("a roomy machine", "cpu", 1 << 40, is_local=True)
 
 

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 import pytest
 
-from training_helpers import lines_of, weights_of
+from llmtune.cli.main import run as command
+from training_helpers import Forked, lines_of, weights_of
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="what a process may not do is taken from it in Linux's way")
 NAME = "-a b'\"\n😀 $(touch fired)`;&*?[x]{y}~%s,=:#"
@@ -163,12 +164,16 @@ class Place:
         assert "Traceback" not in out + err
         return out
 
-    def train(self, *more):
+    def training(self, *more):
+        """The words of a short training."""
         keys = {
-            "model.name": "custom-nano", "training.max_steps": 2, "evaluation.every_steps": 1, "evaluation.max_new_tokens": 2,  # noqa: E501
+            "model.name": "custom-nano", "model.architecture.n_layers": 1, "training.max_steps": 2, "evaluation.every_steps": 1, "evaluation.max_new_tokens": 2,  # noqa: E501
             "data.test_size": 2, "data.train": self.odd.data, "run.output_dir": self.odd.runs, "run.name": "r",
         }  # fmt: skip
-        return self.works("train", "--config", "test", *(f"{key}={value}" for key, value in keys.items()), *more)
+        return ("train", "--config", "test", *(f"{key}={value}" for key, value in keys.items()), *more)
+
+    def train(self, *more):
+        return self.works(*self.training(*more))
 
 
 ROWS = "".join(
@@ -182,8 +187,19 @@ ROWS = "".join(
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
+    """What the others are compared with; nothing is odd here, so no new process is needed."""
     place = Place(tmp_path_factory.mktemp("plain"), Odd())
-    place.train()
+
+    def train():
+        environ = place.environ()
+        os.environ.clear()
+        os.environ.update(environ)
+        os.chdir(place.here)
+        return command(list(place.training()))
+
+    child = Forked(train)
+    said, _ = child.communicate(300)
+    assert child.returncode == 0, said
     return place
 
 

@@ -117,6 +117,7 @@ def test_production_trains_a_users_model_on_a_users_file(llmtune, tiny_model_fol
     rows = [{"prompt": f"asks {number}", "completion": "words " * (1 + number % 3)} for number in range(16)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     limits = ("training.max_steps=2", "training.batch_size=2", "training.gradient_accumulation_steps=1")
+    limits += ("evaluation.max_new_tokens=8",)
     out = llmtune(
         "-m",
         "llmtune",

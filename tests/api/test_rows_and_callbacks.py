@@ -50,8 +50,7 @@ def test_rows_in_memory_train_as_the_same_rows_in_a_file(config_of, rows):
         assert entry["source"].startswith(str(result.folder.parent / "rows" / "train-"))
 
 
-def test_a_run_on_rows_in_memory_is_resumed_from_its_folder_alone(config_of, rows):
-    whole = train(config_of(name="whole"), print_line=quiet)
+def test_a_run_on_rows_in_memory_is_resumed_from_its_folder_alone(config_of, rows, whole):
     trainer = Trainer(config_of("data.train=[]", name="left"), train_dataset=rows, print_line=quiet)
     for step in trainer.steps():
         if step.step == 4:
@@ -124,7 +123,7 @@ class Seen:
         self.saves.append((step, folder.name))
 
 
-def test_callbacks_see_every_evaluation_and_save_and_change_nothing(config_of):
+def test_callbacks_see_every_evaluation_and_save_and_change_nothing(config_of, whole):
     import random
 
     class Disturbing:
@@ -135,7 +134,6 @@ def test_callbacks_see_every_evaluation_and_save_and_change_nothing(config_of):
         def on_evaluate(self, step, metrics):
             return {"score": 1}
 
-    whole = train(config_of(name="whole"), print_line=quiet)
     seen, said = Seen(), []
     watched = train(config_of(name="watched"), callbacks=[seen, Disturbing()], print_line=said.append)
     assert weights_of(watched.folder) == weights_of(whole.folder)

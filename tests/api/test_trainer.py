@@ -17,12 +17,6 @@ def quiet(line):
     """Say nothing."""
 
 
-@pytest.fixture
-def whole(config_of):
-    """The run all others are compared with."""
-    return train(config_of(name="whole"), print_line=quiet)
-
-
 def test_a_result_has_the_model_the_tokenizer_the_metrics_and_the_folder(whole):
     assert whole.state == "finished"
     assert whole.folder.is_dir()

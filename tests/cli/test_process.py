@@ -1,11 +1,14 @@
 """What a process that computes sets up first."""
 
+import gc
 import subprocess
 import sys
 
 import pytest
 
 from llmtune.cli.main import main
+from llmtune.cli.process import prepare_process
+from training_helpers import Forked
 
 
 def in_a_new_process(code):
@@ -32,12 +35,17 @@ assert gc.collect() >= 9
 
 
 def test_libraries_that_are_there_already_are_left_to_the_collector():
-    in_a_new_process("""
-import gc, transformers.modeling_layers
-from llmtune.cli.process import prepare_process
-prepare_process(trains=True)
-assert gc.get_freeze_count() == 0
-""")
+    import transformers.modeling_layers  # noqa: F401
+
+    def prepare():
+        assert "transformers.modeling_layers" in sys.modules
+        gc.unfreeze()  # what the tests have frozen
+        prepare_process(trains=True)
+        assert gc.get_freeze_count() == 0
+
+    child = Forked(prepare)
+    printed, _ = child.communicate(60)
+    assert (child.returncode, printed) == (0, "")
 
 
 def test_a_command_that_trains_nothing_imports_what_it_needs_itself():

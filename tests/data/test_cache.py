@@ -17,9 +17,11 @@ from llmtune import durable
 from llmtune.common.environment import cache_folder
 from llmtune.config.schema import SourceConfig
 from llmtune.data.dataset import cache
+from llmtune.data.dataset import workers as workers_module
 from llmtune.data.dataset.make_dataset import prepare_data
 from llmtune.data.rendering.renderer import Renderer
 from llmtune.errors import MachineError
+from training_helpers import Forked
 
 
 def chat(question, answer="yes"):
@@ -169,34 +171,25 @@ def test_the_cache_is_where_the_user_keeps_caches():
     assert cache_folder({}) == Path.home() / ".cache" / "llmtune"
 
 
-KILLED = """
-import sys
-from transformers import PreTrainedTokenizerFast
-from llmtune.config.schema import DataConfig, SourceConfig
-from llmtune.data.dataset import workers
-from llmtune.data.dataset.make_dataset import prepare_data
-from llmtune.data.rendering.renderer import Renderer
-workers.BATCHES_IN_PROCESS = 1
-folder, rows, cache = sys.argv[1:]
-config = DataConfig(train=(SourceConfig(rows),), max_length=512, num_workers=2, cache_dir=cache)
-prepare_data(config, Renderer(PreTrainedTokenizerFast.from_pretrained(folder)), progress=lambda done, total, rate: print(done, flush=True))
-"""  # noqa: E501
-
-
-def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(
-    write, config, renderer, tiny_tokenizer, tmp_path
-):
+def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(write, config, renderer, monkeypatch, tmp_path):
     """P1: a killed process leaves nothing that counts; its workers end with it."""
-    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    path = write("a.jsonl", [chat(f"question {index}", "word " * (index % 60) + "end") for index in range(3000)])
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "tokenizer"), str(path), str(tmp_path / "cache")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    while int(process.stdout.readline()) <= 256:
-        pass
+    path = write("a.jsonl", [chat(f"question {index}", "word " * (index % 60) + "end") for index in range(1500)])
+    monkeypatch.setattr(workers_module, "BATCHES_IN_PROCESS", 1)
+    given = config(path, max_length=512, num_workers=2)
+    in_the_middle = tmp_path / "in the middle"
+
+    def wait_in_the_middle(done, total, rate):
+        if done > 256:
+            in_the_middle.touch()
+            time.sleep(60)
+
+    process = Forked(lambda: prepare_data(given, renderer, progress=wait_in_the_middle) and 0)
+    while not in_the_middle.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.001)
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     process.kill()
     process.wait()
-    process.stdout.close()
     assert len(workers) == 2
     (litter,) = folders(tmp_path)
     assert litter.name.startswith(".")
@@ -204,10 +197,9 @@ def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(
     while any(_alive(pid) for pid in workers):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.05)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    (folder,) = folders(tmp_path)
-    given = config(path, max_length=512, cache_dir=str(tmp_path / "clean"))
     prepare_data(given, renderer)
+    (folder,) = folders(tmp_path)
+    prepare_data(replace(given, num_workers=1, cache_dir=str(tmp_path / "clean")), renderer)
     (clean,) = (tmp_path / "clean" / "rows").iterdir()
     for file in sorted(clean.iterdir()):
         assert file.name == "manifest.json" or (folder / file.name).read_bytes() == file.read_bytes()

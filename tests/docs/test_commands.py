@@ -108,7 +108,7 @@ def workplace(tmp_path_factory, tiny_model_folder):
         "  train: [my-rows.jsonl]",
         "  test_size: 2",
     ]
-    settings = ["training:", "  max_steps: 4", "  batch_size: 2", "tracking:", "  trackers: [jsonl]"]
+    settings = ["training:", "  max_steps: 2", "  batch_size: 2", "tracking:", "  trackers: [jsonl]"]
     (folder / "c.yaml").write_text("\n".join([*config, *settings]) + "\n")
     for peer, (name, text) in SAMPLES.items():  # of docs/switching.md
         (folder / f"{peer}{Path(name).suffix.replace('yml', 'yaml')}").write_text(text)
@@ -165,7 +165,8 @@ class Reader:
 def reader(workplace, tiny_model_folder, capsys, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("XDG_STATE_HOME", str(workplace / "state"))
-    monkeypatch.setenv("LLMTUNE_TRAINING__MAX_STEPS", "4")  # also of configs that a command of the page writes
+    monkeypatch.setenv("LLMTUNE_TRAINING__MAX_STEPS", "2")  # also of configs that a command of the page writes
+    monkeypatch.setenv("LLMTUNE_EVALUATION__MAX_NEW_TOKENS", "8")
     return Reader(workplace, tiny_model_folder, capsys)
 
 

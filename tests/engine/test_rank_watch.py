@@ -18,13 +18,17 @@ def waits(seconds):
     watch = RankWatch(1, {ours: Peer(0, "here")}, timeout_s=TIMEOUT_S)
     works_until = time.monotonic() + WORK_S
 
+    questions = []
+
     def answer_as_main():
-        for _question in theirs.makefile("r"):
+        for question in theirs.makefile("r"):
+            questions.append(question)
             theirs.sendall(json.dumps({"answer": time.monotonic() < works_until}).encode() + b"\n")
 
     threading.Thread(target=answer_as_main, daemon=True).start()
     with watch.waiting():
         time.sleep(seconds)
+    assert seconds / 2 <= len(questions) <= 3 * seconds, "it is asked again at each answer"
     return 8 * watch._is_lost.is_set()
 
 

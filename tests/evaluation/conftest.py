@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,15 @@ def tiny_model(tiny_model_folder):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+
+
+@pytest.fixture(scope="session")
+def short_model_folder(tmp_path_factory, tiny_model_folder):
+    """The tiny model with a context of 96 tokens: an answer that no token stops ends there."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path_factory.mktemp("short") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 96}))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -20,10 +20,11 @@ from llmtune.models.parameters import trained_parameters
 
 
 @pytest.fixture
-def adapter(tmp_path, tiny_model_folder, tiny_tokenizer):
-    """An adapter with random weights, as a run writes it."""
+def adapter(request, tmp_path, tiny_tokenizer):
+    """An adapter with random weights, as a run writes it; of the tiny model, or of the fixture that a test names."""
+    base = str(request.getfixturevalue(getattr(request, "param", "tiny_model_folder")))
     loaded = load_model(
-        resolve(str(tiny_model_folder)), ModelConfig(name=str(tiny_model_folder)), tokenizer=tiny_tokenizer,
+        resolve(base), ModelConfig(name=base), tokenizer=tiny_tokenizer,
         device=torch.device("cpu"), trained="adapter", precision="fp32", seed=0,
     )  # fmt: skip
     adapted, _ = attach.attach_adapter(loaded.model, AdapterConfig(method="lora", r=4), seed=0)
@@ -39,7 +40,7 @@ def adapter(tmp_path, tiny_model_folder, tiny_tokenizer):
         tokenizer=tiny_tokenizer,
         stop_token_ids=(2,),
         base_digest=loaded.base_digest,
-        base_name=str(tiny_model_folder),
+        base_name=base,
     )
     return folder
 
@@ -156,6 +157,7 @@ def test_evaluate_counts_rows_where_a_row_has_several_examples(run, tmp_path, ti
         assert f"{count} held-out rows, measured in" in err
 
 
+@pytest.mark.parametrize("adapter", ["short_model_folder"], indirect=True)
 def test_evaluate_measures_every_row_of_a_file(run, adapter, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(

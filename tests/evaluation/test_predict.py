@@ -167,9 +167,9 @@ def test_rows_to_train_on_are_never_made_of_held_out_ones(run, rows, tiny_model_
     assert "leave out --score and --only-wrong" in err
 
 
-def test_the_count_of_evaluate_and_the_marks_of_predict_are_one(run, rows, tiny_model_folder):
-    marks = [line["exact"] for line in lines_of(run("predict", tiny_model_folder, "--data", rows)[1])]
-    code, out, err = run("evaluate", tiny_model_folder, "--data", rows, "--exact-match", "--score", "exact", "--json")
+def test_the_count_of_evaluate_and_the_marks_of_predict_are_one(run, rows, short_model_folder):
+    marks = [line["exact"] for line in lines_of(run("predict", short_model_folder, "--data", rows)[1])]
+    code, out, err = run("evaluate", short_model_folder, "--data", rows, "--exact-match", "--score", "exact", "--json")
     assert code == 0, err
     found = json.loads(out)
     assert (found["eval_exact_answers"], found["eval_num_answers"]) == (sum(marks), 3)
@@ -199,11 +199,11 @@ def test_a_function_of_the_user_judges_each_answer(run, rows, tiny_model_folder,
 )
 @pytest.mark.parametrize("command", ["predict", "evaluate"])
 def test_a_fault_in_the_code_of_the_user_is_named_as_that(
-    command, code, problem, run, rows, tiny_model_folder, tmp_path
+    command, code, problem, run, rows, short_model_folder, tmp_path
 ):
     (tmp_path / "mine.py").write_text(code)
     more = ("--max-new-tokens", "1") if command == "predict" else ()
-    words = (command, tiny_model_folder, "--data", rows, *more, "--score", f"{tmp_path / 'mine.py'}:mine")
+    words = (command, short_model_folder, "--data", rows, *more, "--score", f"{tmp_path / 'mine.py'}:mine")
     exit_code, _, err = run(*words)
     assert exit_code == 2
     assert problem in err

@@ -91,7 +91,7 @@ def test_a_situation_plans_as_it_is_written(path, tmp_path, tiny_model_folder):
 
 @pytest.fixture(scope="module")
 def tiny_models(tmp_path_factory, tiny_tokenizer):
-    """Random models of 2 layers x 32 in the architectures that the configs name, with a context that holds their
+    """Random models of 1 layer x 32 in the architectures that the configs name, with a context that holds their
     longest rows.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -99,7 +99,7 @@ def tiny_models(tmp_path_factory, tiny_tokenizer):
     shape = {
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
@@ -122,13 +122,13 @@ def stand_ins(path, tmp_path, tiny_models):
     config = load_config(str(path), environ={}).config
     small = [f"data.cache_dir={tmp_path}", "data.num_workers=1"]
     if config.model.name.startswith("custom-"):
-        small.append("model.architecture.vocab_size=400")
+        small += ["model.architecture.vocab_size=400", "model.architecture.n_layers=1"]
     else:
         small.append(f"model.name={tiny_models['qwen3' if config.model.name.startswith('qwen3') else 'llama']}")
     if not config.data.train or not config.data.train[0].path.startswith("example:"):
         small += [f"data.train=[{rows_like(tmp_path, config.data.format)}]", "data.eval=[]", "data.test_size=4"]
         small.append("training.max_steps=100")  # so few rows are one step, and a warm-up of one step trains nothing
-    return [*small, "data.max_samples=40"]
+    return [*small, "data.max_samples=20"]
 
 
 OFTEN = [path for path in EXAMPLES if path.stem in LOCAL | {"eight-gpus-deepspeed"}]

@@ -14,6 +14,18 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.ipynb"))
+HELD_OUT = {
+    "fine-tune-and-compare": {"LLMTUNE_DATA__EVAL": "[{path: 'example:records/heldout', max_samples: 4}]"},
+}
+"""For a notebook whose every held-out row is answered, before the training and after it."""
+MADE_UP_BYTES = """
+from llmtune.plan.activation_trace import PHASES, Peaks
+from llmtune.plan.forecast import Forecaster
+
+Forecaster.peaks = lambda *_: Peaks(dict.fromkeys(PHASES, 1 << 20), dict.fromkeys(PHASES, 0), 1 << 20)
+Forecaster.process_bytes = 1 << 20
+"""
+"""What `_planned_bytes` of training_fixtures.py is for this process."""
 
 
 class ThisPython(AsyncKernelManager):
@@ -44,7 +56,12 @@ def executed(path, kernel, folder):
     its traceback where one fails.
     """
     notebook = nbformat.read(path, as_version=4)
-    for line in ("%reset -f", f"%cd -q {folder}"):  # the folder of the notebook before may be gone
+    first = next(place for place, cell in enumerate(notebook.cells) if cell.cell_type == "code")
+    # The notebook itself is the first to import anything.
+    notebook.cells.insert(first + 1, nbformat.v4.new_code_cell(f"exec({MADE_UP_BYTES!r}, {{}})"))
+    forget = "import os; os.environ.pop('LLMTUNE_DATA__EVAL', None)"
+    few_rows = f"os.environ.update({HELD_OUT.get(path.stem, {})})"
+    for line in ("%reset -f", few_rows, forget, f"%cd -q {folder}"):  # the folder of the notebook before may be gone
         notebook.cells.insert(0, nbformat.v4.new_code_cell(line))
     client = NotebookClient(notebook, timeout=240, km=kernel)
     client.execute()

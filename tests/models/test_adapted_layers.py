@@ -169,7 +169,8 @@ def test_the_plan_of_chosen_layers_is_that_of_the_whole_model(what, model_folder
 
 def test_blocks_below_the_first_adapted_one_keep_nothing(model_folder, rows_file):
     few, all_blocks = (
-        forecaster_of(model_folder, rows_file, *words) for words in (("adapter.layers=2",), ("adapter.layers=8",))
+        forecaster_of(model_folder, rows_file, f"adapter.layers={count}", "adapter.target_modules=[q_proj,down_proj]")
+        for count in (2, 8)
     )
     batch, _ = few.largest_micro_batch(few.config)
     small, large = (each.peaks(each.config, batch, "single").activation_bytes for each in (few, all_blocks))

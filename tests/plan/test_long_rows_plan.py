@@ -11,7 +11,7 @@ from llmtune.kernels import attention_layout, chunks, linear_cross_entropy, tile
 from llmtune.plan import activation_trace
 from llmtune.plan.activation_trace import MicroBatchShape
 from llmtune.plan.hardware import Target
-from plan_helpers import traced
+from plan_helpers import FEW_LAYERS, traced
 from training_fixtures import _one_thread, config_of, rows_file  # noqa: F401
 from training_helpers import LORA
 
@@ -48,7 +48,8 @@ long_traced = partial(traced, checkpointing="offload", device_type="cuda", compu
 @pytest.mark.parametrize(
     ("method", "lengths", "options"),
     [
-        (LORA[:2], (421,), {}),  # tiles of two sizes, a last chunk of 5 rows
+        (FEW_LAYERS, (421,), {}),  # tiles of two sizes, a last chunk of 5 rows
+        pytest.param(LORA[:2], (421,), {}, marks=pytest.mark.campaign),
         pytest.param(LORA[:2], (448,), {}, marks=pytest.mark.campaign),
         pytest.param(LORA[:2], (250, 20, 130), {"trained_tokens": 301}, marks=pytest.mark.campaign),
         ((), (421,), {}),  # the head is trained: longer chunks and its gradient
@@ -77,7 +78,7 @@ def test_q7_the_plan_of_few_pieces_is_the_plan_of_all(forecaster_of, monkeypatch
 
 def test_q7_a_shape_traced_again_holds_as_much(forecaster_of):
     """The masks of a CPU's tiles are made once for a shape, and belong to each trace of it."""
-    forecaster = forecaster_of(*LORA[:2])
+    forecaster = forecaster_of(*FEW_LAYERS)
     first, second = (traced(forecaster, (330,), blocks=1) for _ in range(2))
     assert first == second
 
@@ -108,7 +109,7 @@ def test_q7_the_plan_of_many_blocks_is_the_trace_of_all_of_them(forecaster_of, r
 
     A page of the host is 16 MiB.
     """
-    overrides = (*LORA[:2], "training.precision=bf16", f"model.gradient_checkpointing={recompute}")
+    overrides = (*FEW_LAYERS, "training.precision=bf16", f"model.gradient_checkpointing={recompute}")
     forecaster = forecaster_of(*overrides, target=Target("a GPU", "cuda", 1 << 40))
     forecaster.shape.config.num_hidden_layers = 5
     batch = MicroBatchShape((500,), 400, "flat")

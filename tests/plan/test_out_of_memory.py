@@ -4,6 +4,7 @@ import json
 import re
 import resource
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,10 +32,10 @@ LEFT_MIB = 24
 """Memory that the child may still take once it is limited; a step of this run takes three times as much."""
 
 
-@pytest.fixture
-def rows_file(tmp_path):
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory):
     """64 long conversations, no two alike."""
-    path = tmp_path / "long.jsonl"
+    path = tmp_path_factory.mktemp("rows") / "long.jsonl"
     answers = [" ".join(f"{(index * 7 + position) % 90}" for position in range(60)) for index in range(64)]
     talks = [
         [{"role": "user", "content": f"words {index}"}, {"role": "assistant", "content": text}]
@@ -42,6 +43,27 @@ def rows_file(tmp_path):
     ]
     path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     return path
+
+
+class Finished(NamedTuple):
+    """What a run has left."""
+
+    weights: dict[str, bytes]
+    lines: list[dict]
+
+
+@pytest.fixture(scope="module")
+def runs_made():
+    return []
+
+
+@pytest.fixture
+def uninterrupted(runs_made, config_of):  # noqa: F811
+    """The run that memory sufficed for, made once."""
+    if not runs_made:
+        folder = training.train(config_of(*LARGE, name="uninterrupted")).folder
+        runs_made.append(Finished(weights_of(folder), lines_of(folder)))
+    return runs_made[0]
 
 
 def mapped_bytes():
@@ -71,8 +93,11 @@ def train_limited(config, report, *, limit_after):
         raise
 
 
-def test_q8_memory_that_runs_out_in_a_step_is_one_message_and_the_checkpoint_stands(config_of, tmp_path):  # noqa: F811
-    uninterrupted = training.train(config_of(*LARGE, name="uninterrupted")).folder
+def test_q8_memory_that_runs_out_in_a_step_is_one_message_and_the_checkpoint_stands(
+    config_of,  # noqa: F811
+    uninterrupted,
+    tmp_path,
+):
     report = tmp_path / "report"
     assert in_child(lambda: train_limited(config_of(*LARGE), report, limit_after=2)) == 6
     text = report.read_text()
@@ -88,8 +113,8 @@ def test_q8_memory_that_runs_out_in_a_step_is_one_message_and_the_checkpoint_sta
     assert durable.verify_manifest(run / "checkpoints" / "step-000002") == []
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
     training.resume(str(run))
-    assert weights_of(run) == weights_of(uninterrupted)
-    assert lines_of(run) == lines_of(uninterrupted)
+    assert weights_of(run) == uninterrupted.weights
+    assert lines_of(run) == uninterrupted.lines
 
 
 def load_limited(config, report, *, left_mib, of_the_heap=False):
@@ -131,7 +156,7 @@ def test_q8_memory_that_runs_out_while_a_model_is_built_is_one_message_with_thre
     tmp_path,
 ):
     report = tmp_path / "report"
-    config = config_of(*LARGE, "model.name=custom-small", "model.architecture.n_layers=16")  # 220 MB
+    config = config_of(*LARGE, "model.name=custom-large", "model.architecture.n_layers=2")  # 110 MB
     assert in_child(lambda: load_limited(config, report, left_mib=LEFT_MIB)) == 6
     assert len(assert_report(report.read_text(), "while the model was loaded")) == 3, report.read_text()
     assert list((tmp_path / "runs").glob("*")) == []
@@ -139,11 +164,11 @@ def test_q8_memory_that_runs_out_while_a_model_is_built_is_one_message_with_thre
 
 @pytest.fixture(scope="module")
 def half_folder(tmp_path_factory, tiny_tokenizer):
-    """A model of 43 MB in bfloat16, which takes twice that where it is trained."""
+    """A model of 41 MB in bfloat16, which takes twice that where it is trained."""
     shape = {
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 6,
+        "hidden_size": 768,
+        "intermediate_size": 3400,
+        "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 8,
     }
@@ -205,12 +230,14 @@ def test_q8_a_cuda_device_that_is_full_is_one_message_with_the_device_and_three_
     assert torch.ones(2, device="cuda").sum().item() == 2  # the device goes on
 
 
-def test_an_edit_that_is_named_needs_less_and_gives_the_same_result(config_of, tmp_path):  # noqa: F811
+def test_an_edit_that_is_named_needs_less_and_gives_the_same_result(config_of, uninterrupted):  # noqa: F811
     """N1: what is named first keeps the result but for rounding."""
-    plain = lines_of(training.train(config_of(*LARGE, name="plain")).folder)
     less = ("training.batch_size=1", "training.gradient_accumulation_steps=32")
     changed = lines_of(training.train(config_of(*LARGE, *less, name="less")).folder)
-    losses = [[line["train_mean_nll"] for line in lines if "train_mean_nll" in line] for lines in (plain, changed)]
+    losses = [
+        [line["train_mean_nll"] for line in lines if "train_mean_nll" in line]
+        for lines in (uninterrupted.lines, changed)
+    ]
     assert len(losses[0]) == 4
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 

@@ -28,7 +28,7 @@ info = RunInfo(name="tiny-test-20260101", folder=folder, total_steps=4, start_st
                origins={"training.batch_size": "c.yaml:3"}, ledger={"train": {"used": 7}})
 said, exit_function, hook = [], sys.exit, sys.excepthook
 def generators():
-    if mode != "offline":  # importing torch takes longer than the rest, and one mode shows it
+    if mode != "offline" or start_step:  # importing torch takes longer than the rest, and one run shows it
         return None
     import numpy, torch
     return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()

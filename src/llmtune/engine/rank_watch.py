@@ -30,6 +30,8 @@ LEAVE_S = 2.0
 """Seconds in which the main thread may end by itself after another process was lost."""
 ANSWER_S = 2.0
 """Seconds in which a process that runs answers, however busy it is."""
+ASK_EVERY_S = 0.5
+"""Seconds between two questions to a process that is late: each answer wakes the thread that would ask again."""
 CONNECT_S = 10.0
 LONGEST_HELLO = 1000
 """Bytes of the first line of a process that connects."""
@@ -65,7 +67,7 @@ class RankWatch:
         self._answers: dict[Peer, tuple[float, bool]] = {}
         self._worked_s: dict[Peer, float] = {}
         """When a process last answered that it is working."""
-        self._has_answer = threading.Condition()
+        self._has_answer, self._asked_s = threading.Condition(), 0.0
         # Reentrant: a save inside a longer piece of work takes it again.
         self._at_work, self._is_working = threading.RLock(), False
         self._wait: tuple[float, bool] | None = None
@@ -173,7 +175,8 @@ class RankWatch:
             if late_s > 0:
                 answers = "answers, and does not go on" if answered >= began else SILENT
                 self._lose(f"{peer} {answers}")
-            elif late_s > -2 * ANSWER_S:  # asked in time for the answer to come
+            elif late_s > -2 * ANSWER_S and now >= self._asked_s + ASK_EVERY_S:  # in time for the answer to come
+                self._asked_s = now
                 _send(link, {"question": "working"})
 
     def _read(self, link: socket.socket) -> bool:

@@ -78,9 +78,9 @@ print(json.dumps([peak() - before, len(text), len(rendered.input_ids)]))
 
 @pytest.mark.parametrize("attack", few_of(["", "<|im_end|>"], ["<|im_end|>"]))
 def test_a_large_row_takes_memory_a_few_times_its_size(attack, tiny_tokenizer, tmp_path):
-    """A row of 2 MB, also one that spells control tokens. In one call the tokenizer alone takes 140 times the row."""
+    """A row of 1 MB, also one that spells control tokens. In one call the tokenizer alone takes 140 times the row."""
     tiny_tokenizer.save_pretrained(tmp_path)
-    command = [sys.executable, "-c", MEASURED, str(tmp_path), attack, "2"]
+    command = [sys.executable, "-c", MEASURED, str(tmp_path), attack, "1"]
     answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     taken, size, tokens = json.loads(answer)
     assert tokens > size / 4

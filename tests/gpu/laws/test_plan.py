@@ -10,7 +10,7 @@ import torch
 import transformers
 from pretend import numbers
 from torch import nn
-from workloads import SHAPES
+from workloads import SHAPES as WORKLOADS
 
 from llmtune.adapters.attach import attach_adapter
 from llmtune.config.schema import AdapterConfig, Config, ModelConfig, TrainingConfig
@@ -24,6 +24,9 @@ from llmtune.plan.memory import MemoryPlan, division_of, plan_memory
 from llmtune.plan.meta_model import count_sizes
 
 LORA = AdapterConfig(method="lora", r=16, alpha=32.0)
+
+
+SHAPES = WORKLOADS | {"small": WORKLOADS["tiny"] | {"num_hidden_layers": 4}}
 
 
 def build(shape: str, blocks: int | None = None, *, full: bool = False) -> Any:
@@ -169,7 +172,7 @@ def hold(counted: tuple[int, int], planned: tuple[int, int]) -> bool:
 
 
 def test_a_plan_is_what_the_tensors_of_a_training_hold(counted, planned, monkeypatch):
-    case = Case("tiny", (200, 700, 124), micro_batches=2, recompute=True)
+    case = Case("small", (200, 700, 124), micro_batches=2, recompute=True)
     found = counted(case)
     assert hold(found, planned(case)), (found, planned(case))
     # The tester is tested: an optimizer with one moment of two.
@@ -178,7 +181,7 @@ def test_a_plan_is_what_the_tensors_of_a_training_hold(counted, planned, monkeyp
 
 
 def test_it_is_with_float32_masters(counted, planned, monkeypatch):
-    case = Case("tiny", (200, 700, 124), micro_batches=2, masters=True)
+    case = Case("small", (200, 700, 124), micro_batches=2, masters=True)
     found = counted(case)
     assert hold(found, planned(case)), (found, planned(case))
     monkeypatch.setattr(f"{__name__}.division_of", lambda _config, _processes: memory.Division())
@@ -187,7 +190,7 @@ def test_it_is_with_float32_masters(counted, planned, monkeypatch):
 
 def test_it_is_with_weights_of_4_bits(counted, planned, monkeypatch):
     """They are made in full for each product, beside its result, and not at any other moment."""
-    wide = SHAPES["tiny"] | {"vocab_size": 600, "intermediate_size": 8192, "num_hidden_layers": 4}
+    wide = SHAPES["small"] | {"vocab_size": 600, "intermediate_size": 8192}
     monkeypatch.setitem(SHAPES, "wide", wide)
     case = Case("wide", (20, 70, 12), micro_batches=2, recompute=True, bits=4)
     found = counted(case)
@@ -197,7 +200,7 @@ def test_it_is_with_weights_of_4_bits(counted, planned, monkeypatch):
 
 
 def test_it_is_with_weights_that_wait_on_the_host(counted, planned):
-    case = Case("tiny", (200, 700, 124), recompute=True, offload_weights=True)
+    case = Case("small", (200, 700, 124), recompute=True, offload_weights=True)
     found = counted(case)
     assert hold(found, planned(case)), (found, planned(case))
     assert not hold(found, planned(case._replace(offload_weights=False)))
