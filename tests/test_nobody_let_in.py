@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from canaries import PICKLES, SCRIPTS, plant, run_guarded
-from training_fixtures import _planned_bytes, rows_file  # noqa: F401
+from training_fixtures import rows_file  # noqa: F401
 
 COMMANDS = """
 from llmtune.cli.main import main

@@ -28,11 +28,16 @@ def _planned_bytes():
     To count a micro-batch's bytes takes longer than three steps of the tiny model. That they are right, and what a run
     does with them, is for tests/plan.
     """
-    peaks = Peaks(dict.fromkeys(PHASES, 1 << 20), dict.fromkeys(PHASES, 0), 1 << 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Forecaster, "peaks", lambda *_: peaks)
-        patch.setattr(Forecaster, "process_bytes", 1 << 20)
+        plan_made_up_bytes(patch.setattr)
         yield
+
+
+def plan_made_up_bytes(set_attribute=setattr):
+    """What `_planned_bytes` does to a process; without an argument it stays so."""
+    peaks = Peaks(dict.fromkeys(PHASES, 1 << 20), dict.fromkeys(PHASES, 0), 1 << 20)
+    set_attribute(Forecaster, "peaks", lambda *_: peaks)
+    set_attribute(Forecaster, "process_bytes", 1 << 20)
 
 
 @pytest.fixture(scope="session")

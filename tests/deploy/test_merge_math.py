@@ -10,8 +10,13 @@ import pytest
 import torch
 
 from case_helpers import few_of
+from llmtune import durable
+from llmtune.deploy import model_files
 from llmtune.deploy.compare_logits import compare_logits
+from llmtune.deploy.merge_inputs import find_merge_inputs
 from llmtune.deploy.merge_math import merge_bias, merge_low_rank, round_once
+from llmtune.deploy.merge_plan import plan_merge
+from llmtune.deploy.write_merged import write_merged
 from training_helpers import Forked
 
 
@@ -171,12 +176,6 @@ def test_a_merge_in_float32_is_judged_by_what_rounding_does_to_this_model(make, 
 
 def memory_of_merge(adapter, output):
     """By how many bytes writing a merge raises the peak of this process, which has read all of the base."""
-    from llmtune import durable
-    from llmtune.deploy import model_files
-    from llmtune.deploy.merge_inputs import find_merge_inputs
-    from llmtune.deploy.merge_plan import plan_merge
-    from llmtune.deploy.write_merged import write_merged
-
     model_files.MAX_SHARD_BYTES = 30_000_000
     origin = find_merge_inputs(adapter, None)
     plan = plan_merge(origin, dtype=torch.float32, dequantize=True)

@@ -166,7 +166,7 @@ def reader(workplace, tiny_model_folder, capsys, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("XDG_STATE_HOME", str(workplace / "state"))
     monkeypatch.setenv("LLMTUNE_TRAINING__MAX_STEPS", "2")  # also of configs that a command of the page writes
-    monkeypatch.setenv("LLMTUNE_EVALUATION__MAX_NEW_TOKENS", "8")
+    monkeypatch.setenv("LLMTUNE_EVALUATION__MAX_NEW_TOKENS", "8")  # random weights seldom end an answer
     return Reader(workplace, tiny_model_folder, capsys)
 
 

@@ -18,14 +18,12 @@ HELD_OUT = {
     "fine-tune-and-compare": {"LLMTUNE_DATA__EVAL": "[{path: 'example:records/heldout', max_samples: 4}]"},
 }
 """For a notebook whose every held-out row is answered, before the training and after it."""
-MADE_UP_BYTES = """
-from llmtune.plan.activation_trace import PHASES, Peaks
-from llmtune.plan.forecast import Forecaster
-
-Forecaster.peaks = lambda *_: Peaks(dict.fromkeys(PHASES, 1 << 20), dict.fromkeys(PHASES, 0), 1 << 20)
-Forecaster.process_bytes = 1 << 20
+MADE_UP_BYTES = f"""
+import sys
+sys.path.append({str(Path(__file__).resolve().parents[1])!r})
+from training_fixtures import plan_made_up_bytes
+plan_made_up_bytes()
 """
-"""What `_planned_bytes` of training_fixtures.py is for this process."""
 
 
 class ThisPython(AsyncKernelManager):

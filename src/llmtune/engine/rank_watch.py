@@ -31,7 +31,7 @@ LEAVE_S = 2.0
 ANSWER_S = 2.0
 """Seconds in which a process that runs answers, however busy it is."""
 ASK_EVERY_S = 0.5
-"""Seconds between two questions to a process that is late: each answer wakes the thread that would ask again."""
+"""Seconds between an answer and the next question to a process that is late."""
 CONNECT_S = 10.0
 LONGEST_HELLO = 1000
 """Bytes of the first line of a process that connects."""
@@ -67,7 +67,7 @@ class RankWatch:
         self._answers: dict[Peer, tuple[float, bool]] = {}
         self._worked_s: dict[Peer, float] = {}
         """When a process last answered that it is working."""
-        self._has_answer, self._asked_s = threading.Condition(), 0.0
+        self._has_answer = threading.Condition()
         # Reentrant: a save inside a longer piece of work takes it again.
         self._at_work, self._is_working = threading.RLock(), False
         self._wait: tuple[float, bool] | None = None
@@ -151,32 +151,32 @@ class RankWatch:
             for link in self._links:
                 selector.register(link, selectors.EVENT_READ)
             while self._links:
-                # At least once a second, for `_check_wait`: silence wakes no selector.
-                ready = {key.fd for key, _ in selector.select(1.0)}
+                ready = {key.fd for key, _ in selector.select(ASK_EVERY_S)}
                 for link in [link for link in self._links if link.fileno() in ready]:
                     if not self._read(link):
                         selector.unregister(link)
                         del self._links[link]
-                self._check_wait()
+                # Asks in silence alone: each answer wakes the selector, and both processes would do nothing else.
+                self._check_wait(asks=not ready)
                 if self._is_lost.is_set():
                     self._leave_or_exit()
                     return
 
-    def _check_wait(self) -> None:
-        """Ask the main process for a sign of life where it is waited for, and lose it where there is none in time."""
+    def _check_wait(self, *, asks: bool) -> None:
+        """Lose the main process where it is waited for and shows no sign of life in time; `asks`: ask it for one."""
         if (wait := self._wait) is None:
             return
         (began, must_work), now = wait, time.monotonic()
         for link, peer in list(self._links.items()):
             answered = self._answers.get(peer, (0.0, False))[0]
-            # Not from the first answer that it works no more: what it has sent at the end of its work may come later.
+            # The time-out runs from the last answer that it works: what it sends at the end of its work may be read
+            # after an answer that it no longer does.
             alive = self._worked_s.get(peer, 0.0) if must_work else answered
             late_s = now - max(began, alive) - self._timeout_s
             if late_s > 0:
                 answers = "answers, and does not go on" if answered >= began else SILENT
                 self._lose(f"{peer} {answers}")
-            elif late_s > -2 * ANSWER_S and now >= self._asked_s + ASK_EVERY_S:  # in time for the answer to come
-                self._asked_s = now
+            elif asks and late_s > -2 * ANSWER_S:  # in time for the answer to come
                 _send(link, {"question": "working"})
 
     def _read(self, link: socket.socket) -> bool:

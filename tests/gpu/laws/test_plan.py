@@ -24,8 +24,6 @@ from llmtune.plan.memory import MemoryPlan, division_of, plan_memory
 from llmtune.plan.meta_model import count_sizes
 
 LORA = AdapterConfig(method="lora", r=16, alpha=32.0)
-
-
 SHAPES = WORKLOADS | {"small": WORKLOADS["tiny"] | {"num_hidden_layers": 4}}
 
 
