@@ -1,6 +1,7 @@
 """The folder of a run: names, identity, lock, and finding it again."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -228,6 +229,21 @@ def test_a_data_worker_that_outlives_its_killed_parent_does_not_keep_the_run(tmp
     process.kill()
     process.wait()
     RunFolder.open(path).close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    """Two processes could write one run there."""
+    with create_run(tmp_path, "a") as run:
+        path = run.path
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(MachineError, match=f"cannot lock: .*{errno.errorcode[number]}(?s:.*)must have file locks"):
+        RunFolder.open(path)
+    assert durable.is_locked(path / ".lock")
 
 
 def test_one_process_cannot_open_a_run_twice(tmp_path):

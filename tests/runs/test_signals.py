@@ -11,6 +11,7 @@ import time
 import pytest
 
 from llmtune.errors import StoppedBySignal
+from llmtune.runs import signals
 from llmtune.runs.signals import SIGNALS, StopRequest
 
 
@@ -116,9 +117,23 @@ def test_a_second_signal_leaves_at_once():
     assert time.monotonic() - begin < 15
 
 
-def test_a_signal_that_a_launcher_doubles_is_one_request():
-    """The first of ten within a moment counts; the run still saves."""
-    assert send([signal.SIGTERM] * 10, "stops", pause_s=0.005) == 128 + signal.SIGTERM
+@pytest.mark.parametrize(("count", "pause_s"), [(10, 0.005), (2, 0.4)])
+def test_a_signal_that_a_launcher_doubles_is_one_request(count, pause_s):
+    """The first one counts, whether the others come within a moment or late; the run still saves."""
+    assert send([signal.SIGTERM] * count, "stops", pause_s=pause_s) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize(("later_s", "leaves"), [(4.9, False), (5.0, True)])
+def test_a_second_request_of_a_launcher_is_one_that_comes_much_later(monkeypatch, later_s, leaves):
+    left = []
+    monkeypatch.setattr(signals, "exit_at_once", left.append)
+    with signals.StopRequest() as stop:
+        stop.announces = False
+        now = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(signals.time, "monotonic", lambda: now + 0.01 + later_s)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert left == [signal.SIGTERM] * leaves
 
 
 def test_a_closing_terminal_may_send_its_signal_as_often_as_it_wants():

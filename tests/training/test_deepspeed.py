@@ -91,13 +91,14 @@ def test_tiles_with_deepspeed_are_the_run_of_one_process(ranks_of, untied_model_
     is_divided(held["tiled"], 3, fused=True)
 
 
-def test_four_processes_with_deepspeed_are_one(ranks_of, untied_model_folder, file):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_four_processes_with_deepspeed_are_one(ranks_of, untied_model_folder, file, stage):
     ranks = ranks_of(untied_model_folder)
     cases = {name: CASES[name] for name in ("full", "lora")}
-    held = trained(ranks, 4, cases, "training.max_steps=30", together=words_of(3, file))
+    held = trained(ranks, 4, cases, "training.max_steps=30", together=words_of(stage, file))
     for name in cases:
         is_one_run(ranks.folder / f"{name}-1", ranks.folder / f"{name}-4")
-        is_divided(held[name], 3, fused=name == "lora")
+        is_divided(held[name], stage, fused=name == "lora")
 
 
 @pytest.mark.parametrize("offload", ["optimizer", "all"])

@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
 
 from llmtune.cli.main import run as command
+from llmtune.training import train
 from rank_helpers import (
     LONG,
     TwoMachines,
@@ -115,6 +117,43 @@ def test_p8_a_signal_ends_a_process_that_waits_for_the_others(words):
     assert codes == [143], said
     assert time.monotonic() - began < 10
     assert said[0].count("stopped by SIGTERM: there was nothing to save") == 1, said
+
+
+def in_two_that_prepare(words, name, late, pause):
+    """Train in two processes, of which one calls `pause` before it reads its rows: exit codes and what each printed."""
+    prepare = train.prepare
+
+    def prepare_late(*given, **named):
+        if os.environ["RANK"] == str(late):
+            pause()
+        return prepare(*given, **named)
+
+    def in_one():
+        train.prepare = prepare_late
+        return command(["train", *words[1], f"run.name={name}", "distributed.timeout_s=3", "training.max_steps=2"])
+
+    return [Forked(in_one, environ=environment(**place)) for place in places()]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_p12_a_process_that_starts_later_than_the_time_out_is_waited_for(words, late):
+    """Each machine reads and tokenizes its rows in its own time."""
+    codes, said = end_of(in_two_that_prepare(words, f"late-{late}", late, partial(time.sleep, 7.0)))
+    assert codes == [0, 0], said
+    assert said[0].count("waiting for process 1, which is still at work") == late
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("late", [0, 1])
+def test_p12_a_process_that_is_stopped_while_it_starts_is_lost(words, late):
+    both = in_two_that_prepare(words, f"stopped-{late}", late, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    began = time.monotonic()
+    said = both[1 - late].communicate(60)[0]
+    both[late].kill()
+    both[late].wait()
+    assert both[1 - late].returncode == 8, said
+    assert time.monotonic() - began < 20
+    assert f"process {late} ({socket.gethostname()}) stopped answering" in said
 
 
 FIRST_ALONE = ("sh", "-c", 'test "$RANK" = 0 && exec "$@"; exec sleep 60', "sh")

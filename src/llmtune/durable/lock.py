@@ -15,12 +15,15 @@ from socket import gethostname
 
 from llmtune.common.text import printable
 from llmtune.durable.folders import remove_tree
-from llmtune.durable.system import call, translate_os_errors, write_fully
+from llmtune.durable.system import call, machine_error, translate_os_errors, write_fully
 from llmtune.errors import MachineError
 
 __all__ = ["FileLock", "ReadLock", "delete_unless_locked", "is_locked", "waiting_lock"]
 
 _TIMEOUT_S = 0.5  # `is_locked` in another process takes the lock for a moment
+_NO_LOCKS = (
+    "the file system must have file locks (Lustre: mounted with `-o flock`): have it so, or choose another folder"
+)
 _held_descriptors: set[int] = set()
 
 
@@ -48,7 +51,11 @@ class FileLock:
                 "open", os.fspath(self.path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666
             )
         try:
-            if not _try_lock(self._descriptor, _TIMEOUT_S):
+            try:
+                is_free = _try_lock(self._descriptor, _TIMEOUT_S)
+            except OSError as error:
+                raise machine_error(error, "lock", self.path, fix=_NO_LOCKS) from error
+            if not is_free:
                 raise _in_use(self.path, subject, _owner(self._descriptor))
             with translate_os_errors("lock", self.path):
                 # Written only for the message of others; the lock itself is the system's and ends with the process.
@@ -66,13 +73,18 @@ class FileLock:
 
 
 def is_locked(path: Path | str) -> bool:
-    """Say whether a living process (this one counts) has an exclusive lock on the file `path`."""
+    """Say whether a living process (this one counts) has an exclusive lock on the file `path`.
+
+    True also where the file system has no locks: another machine, on which it has, may hold one.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
         return not _try_lock(descriptor, 0)
+    except OSError:
+        return True
     finally:
         os.close(descriptor)
 

@@ -95,8 +95,8 @@ _FIXES: dict[int, str] = {
 }
 
 
-def machine_error(error: OSError, action: str, path: str | os.PathLike[str]) -> MachineError:
-    """Return `error` as a MachineError with the action, the path, the system's words and the fix.
+def machine_error(error: OSError, action: str, path: str | os.PathLike[str], *, fix: str | None = None) -> MachineError:
+    """Return `error` as a MachineError with the action, the path, the system's words and the fix, by errno if None.
 
     >>> print(machine_error(OSError(28, "No space left on device"), "write", "runs/a/state.json"))
     runs/a/state.json: cannot write: No space left on device (ENOSPC)
@@ -105,7 +105,7 @@ def machine_error(error: OSError, action: str, path: str | os.PathLike[str]) -> 
     number = error.errno or 0
     words = error.strerror or str(error) or "the system gave no reason"
     code = errno.errorcode.get(number, f"errno {number}")
-    fix = _FIXES.get(number, "check that the folder exists, is writable and is on a healthy disk")
+    fix = fix or _FIXES.get(number, "check that the folder exists, is writable and is on a healthy disk")
     return MachineError(f"cannot {action}: {words} ({code})", where=printable(path), fix=fix)
 
 

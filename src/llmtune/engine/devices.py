@@ -224,6 +224,11 @@ class Devices:
         if self.world_size > 1:
             self._told().check_alike(facts)
 
+    def end_start(self) -> None:
+        """Say that this process trains from here on: one that starts is waited for as long as it answers."""
+        if self.world_size > 1:
+            self._told().end_start()
+
     def errors_printed_once(self) -> AbstractContextManager[None]:
         """Let the first process that fails in the body report its error, and mark those of others as reported."""
         return nullcontext() if self.world_size == 1 else self._told().errors_printed_once()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -35,6 +36,10 @@ class RankMessages:
     def __init__(self, rank: int, world_size: int, store: Store, watch: RankWatch) -> None:
         self._rank, self._world_size, self._store, self._watch = rank, world_size, store, watch
         self._count = 0
+
+    def end_start(self) -> None:
+        """Say that this process no longer counts as working because it starts."""
+        self._watch.end_start()
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Call `work` on the main process alone; the others wait and get None.
@@ -100,7 +105,7 @@ class RankMessages:
         problems, expected = [], json.loads(json.dumps(facts))  # JSON makes lists of tuples
         for rank in range(1, self._world_size):
             with lost_ranks_noticed():
-                other = json.loads(self._store.get(f"{place}/{rank}"))
+                other = json.loads(self._get(f"{place}/{rank}", rank))
             found = other["facts"]
             problems += [
                 Problem(
@@ -124,13 +129,25 @@ class RankMessages:
         self._count += 1
         message = f"message/{self._count}"
         with lost_ranks_noticed(), self._watch.waiting():
-            while True:
-                try:
-                    return json.loads(self._store.get(message))
-                except RuntimeError:
-                    # A save may take longer than a process may be silent; a stopped process does not answer.
-                    if not self._watch.main_is_working() and not self._store.check([message]):
-                        raise
+            return json.loads(self._get(message, 0))
+
+    def _get(self, key: str, rank: int) -> bytes:
+        """Read what process `rank` writes, and wait for it as long as that answers that it is working.
+
+        Raises RuntimeError where it does not.
+        """
+        is_said = self._rank != 0  # the main process alone prints
+        while True:
+            try:
+                return self._store.get(key)  # type: ignore[no-any-return]
+            except RuntimeError:
+                # A save, or reading rows, may take longer than a process may be silent; a stopped one does not answer.
+                if not self._watch.is_working(rank) and not self._store.check([key]):
+                    raise
+            if not is_said:
+                with suppress(OSError):  # a closed terminal stops no training
+                    os.write(2, f"waiting for process {rank}, which is still at work\n".encode())
+                is_said = True
 
     @contextmanager
     def errors_printed_once(self) -> Iterator[None]:

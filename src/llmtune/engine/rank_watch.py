@@ -70,6 +70,9 @@ class RankWatch:
         self._has_answer = threading.Condition()
         # Reentrant: a save inside a longer piece of work takes it again.
         self._at_work, self._is_working = threading.RLock(), False
+        self._is_starting = True
+        """Until the first step: rows and weights come in their own time to each machine, so this process counts as
+        working. But nothing is there to save, and it ends at once where another is lost."""
         self._wait: tuple[float, bool] | None = None
         self._received = dict.fromkeys(self._links, b"")
         if self._links:
@@ -87,6 +90,10 @@ class RankWatch:
             finally:
                 self._is_working = was_working
 
+    def end_start(self) -> None:
+        """From here on this process works only in the body of `working`; it was starting before."""
+        self._is_starting = False
+
     @contextmanager
     def waiting(self, *, must_work: bool = True) -> Iterator[None]:
         """End this process where the main one, waited for in the body, no longer answers after the time-out.
@@ -99,9 +106,9 @@ class RankWatch:
         finally:
             self._wait = None
 
-    def main_is_working(self) -> bool:
-        """Whether the main process, asked now, is in the body of `working`."""
-        return any(is_working for _, is_working in self._ask())
+    def is_working(self, rank: int) -> bool:
+        """Whether the process `rank` at the other end, asked now, is starting or in the body of `working`."""
+        return any(peer.rank == rank and is_working for peer, is_working in self._ask())
 
     def name_lost(self, error: RankLostError) -> None:
         """Name in `error` the process that is lost or silent, and leave the report to one of those that notice."""
@@ -201,7 +208,7 @@ class RankWatch:
     def _answer(self, link: socket.socket, peer: Peer, message: Mapping[str, Any]) -> bool:
         """Do what a message asks for, and return whether its sender stays."""
         if "question" in message:
-            _send(link, {"answer": self._is_working})
+            _send(link, {"answer": self._is_working or self._is_starting})
         elif "answer" in message:
             with self._has_answer:
                 self._answers[peer] = now, is_working = time.monotonic(), message["answer"]
@@ -249,10 +256,14 @@ def watch_ranks(
 ) -> tuple[RankWatch, list[int]]:
     """Connect all processes with the main one, and return the watch and the processes that could not be reached.
 
-    `address`: of the main process, as the others know it. The processes without a connection are not watched.
+    `address`: of the main process, as the others know it. The processes without a connection are not watched. The
+    store's time-out is how long the main process waits for the others to come.
     """
     if rank != 0:
+        store.set(f"here/{rank}", "")
         return _connect(store, rank, address, timeout_s), []
+    # nccl lets each process go on at once. One that imports its libraries longer than others is not out of reach.
+    store.wait([f"here/{other}" for other in range(1, world_size)])
     # Any program may connect to an open port; only processes of this run can read the token in the store.
     token, links, missing = secrets.token_hex(16), {}, set(range(1, world_size))
     kind = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}

@@ -30,8 +30,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None
 """What `signal.signal` takes and returns; None for a handler that was not installed by Python."""
 
-# A launcher passes on a signal that the scheduler also sends to each process itself: two within this time are one.
-_ONE_REQUEST_S = 0.25
+# A launcher passes on a signal that the scheduler also sends to each process itself, on a busy machine seconds later:
+# two within this time are one. A person who presses Ctrl-C again does not wait so long.
+_ONE_REQUEST_S, _ONE_INTERRUPT_S = 5.0, 0.25
 _SHOW_CURSOR = b"\x1b[?25h\x1b[0m"
 
 
@@ -111,8 +112,10 @@ class StopRequest:
                 raise self.error()
             if self.announces:
                 _print_line(f"\nllmtune: {_name(number)}: finishing this step and saving; once more to leave at once\n")
-        elif number != signal.SIGHUP and time.monotonic() - self._requested_at_s >= _ONE_REQUEST_S:
-            exit_at_once(number)
+        elif number != signal.SIGHUP:
+            one_request_s = _ONE_INTERRUPT_S if number == signal.SIGINT else _ONE_REQUEST_S
+            if time.monotonic() - self._requested_at_s >= one_request_s:
+                exit_at_once(number)
 
 
 def _is_ignored_hangup(number: signal.Signals) -> bool:

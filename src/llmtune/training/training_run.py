@@ -241,6 +241,7 @@ class TrainingRun:
     def _begin(self) -> None:
         """Start the trackers, and evaluate the untouched model."""
         self.devices.on_main(self._start_recording)
+        self.devices.end_start()
         if self.state.windows == 0 and self.config.evaluation.before_training:
             self.evaluate(full=True)
 
