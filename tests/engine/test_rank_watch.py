@@ -1,6 +1,7 @@
-"""P12: a process that waits for the main one loses it after the time-out, and not while it works or has just worked."""
+"""P12: a process is lost where it is silent, or waited for and at rest, and not while its work takes long."""
 
 import json
+import signal
 import socket
 import threading
 import time
@@ -9,35 +10,66 @@ from functools import partial
 import pytest
 
 from llmtune.engine.rank_messages import RankMessages
-from llmtune.engine.rank_watch import Peer, RankWatch
+from llmtune.engine.rank_watch import ANSWER_S, BUSY, COMPUTES, WAITS, Peer, RankWatch
 from llmtune.errors import MachineError, RankLostError
 from training_helpers import Forked
 
-TIMEOUT_S, WORK_S = 3.0, 4.0
+TIMEOUT_S, WORK_S = 2.0, 3.0
 
 
-def waits(seconds):
-    """Wait so long for a main process that works for WORK_S; 8 where it was lost."""
+def lost_after(seconds, answers, *, waits=True):
+    """Stay, or wait, so long beside a process that `answers(seconds passed)`; 8 where it was lost."""
     ours, theirs = socket.socketpair()
     watch = RankWatch(1, {ours: Peer(0, "here")}, timeout_s=TIMEOUT_S)
-    works_until, questions = time.monotonic() + WORK_S, []
+    began, questions = time.monotonic(), []
 
-    def answer_as_main():
+    def answer():
         for question in theirs.makefile("r"):
             questions.append(question)
-            theirs.sendall(json.dumps({"answer": time.monotonic() < works_until}).encode() + b"\n")
+            if (state := answers(time.monotonic() - began)) is not None:
+                theirs.sendall(json.dumps({"answer": state}).encode() + b"\n")
 
-    threading.Thread(target=answer_as_main, daemon=True).start()
-    with watch.waiting():
+    threading.Thread(target=answer, daemon=True).start()
+    if waits:
+        with watch.waiting():
+            time.sleep(seconds)
+    else:
         time.sleep(seconds)
-    assert seconds / 2 <= len(questions) <= 3 * seconds, "it is asked again at each answer"
+    assert seconds / 4 <= len(questions) <= 3 * seconds, "it is asked again at each answer"
     return 8 * watch._is_lost.is_set()
 
 
-def test_a_main_process_that_has_worked_longer_than_the_time_out_may_take_it_again():
-    """Its message is read some time after it has ended its work."""
-    soon, late = (Forked(partial(waits, WORK_S + seconds)) for seconds in (TIMEOUT_S / 2, TIMEOUT_S + 1.5))
-    assert (soon.wait(60), late.wait(60)) == (0, 8)
+def busy_at_first(passed_s):
+    return BUSY if passed_s < WORK_S else COMPUTES
+
+
+LATE_S = TIMEOUT_S + ANSWER_S + 1.5
+BESIDE = {
+    "just busy": (partial(lost_after, WORK_S + TIMEOUT_S / 2, busy_at_first), 0),
+    "busy long ago": (partial(lost_after, WORK_S + LATE_S, busy_at_first), 8),
+    "at rest": (partial(lost_after, LATE_S, lambda _: COMPUTES), 8),
+    "waits itself": (partial(lost_after, LATE_S, lambda _: WAITS), 0),
+    "at rest, nobody waits": (partial(lost_after, LATE_S, lambda _: COMPUTES, waits=False), 0),
+    "silent, nobody waits": (partial(lost_after, LATE_S, lambda _: None, waits=False), 8),
+}
+
+
+def test_a_process_is_lost_where_it_is_silent_or_waited_for_and_at_rest():
+    """The main one of a run may take the time-out again after its work: its message is read some time later."""
+    children = {name: Forked(function) for name, (function, _) in BESIDE.items()}
+    assert {name: child.wait(60) for name, child in children.items()} == {
+        name: code for name, (_, code) in BESIDE.items()
+    }
+
+
+def test_a_process_that_was_stopped_itself_takes_nobody_for_silent():
+    """As a scheduler suspends all processes of a job."""
+    child = Forked(partial(lost_after, 8.0, lambda _: COMPUTES, waits=False))
+    time.sleep(1)
+    child.send_signal(signal.SIGSTOP)
+    time.sleep(TIMEOUT_S + 1.5)
+    child.send_signal(signal.SIGCONT)
+    assert child.wait(60) == 0
 
 
 class LateStore:
@@ -67,10 +99,11 @@ def test_a_message_that_came_while_the_time_out_ended_is_read():
 def test_the_main_process_works_until_its_message_is_sent():
     """Its answer that it no longer works then means that the message is there."""
     watch, working = RankWatch(0, {}, timeout_s=1), []
+    watch.end_start()
 
     class Store:
         def set(self, _key, _message):
-            working.append(watch._is_working)
+            working.append(watch._state())
 
     messages = RankMessages(0, 2, Store(), watch)
     assert messages.on_main(lambda: 3) == 3
@@ -80,5 +113,5 @@ def test_the_main_process_works_until_its_message_is_sent():
 
     with pytest.raises(MachineError):
         messages.on_main(refuse)
-    assert working == [True, True]
-    assert not watch._is_working
+    assert working == [BUSY, BUSY]
+    assert watch._state() == COMPUTES

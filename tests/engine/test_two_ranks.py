@@ -81,7 +81,7 @@ def decisions_are_the_main_process_s(devices):
         devices.on_main(refuse)
     assert refused.value.exit_code == 6
     assert [problem.problem for problem in refused.value.problems] == ["the disk is full", "and slow"]
-    assert refused.value.is_reported is (None if devices.is_main else True)
+    assert refused.value.is_reported is (None if devices.world_size == 1 else not devices.is_main)
     own = MachineError("each by itself")
     with pytest.raises(MachineError), devices.errors_printed_once():
         raise own

@@ -9,8 +9,8 @@ from __future__ import annotations
 import datetime as dt
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -26,11 +26,15 @@ from llmtune.engine.choose_device import choose_device
 from llmtune.engine.deepspeed_settings import check_deepspeed
 from llmtune.engine.rank_messages import RankMessages, lost_ranks_noticed
 from llmtune.engine.rank_watch import watch_ranks
-from llmtune.errors import ConfigError, MachineError, RankLostError
+from llmtune.errors import ConfigError, MachineError, RankLostError, UsageError
 
 __all__ = ["Devices", "open_devices"]
 
 T = TypeVar("T")
+
+LONGEST_WAITS = 10
+"""Time-outs after which a collective operation ends even where every process answers: they wait for each other, or one
+is in code of the user's that never ends."""
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are sent in buckets of about this size: fewer, larger messages."""
@@ -96,6 +100,7 @@ class Devices:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         rank, timeout = int(environ["RANK"]), dt.timedelta(seconds=timeout_s)
+        longest = LONGEST_WAITS * timeout
         # The store of a launcher outlives the processes that it starts again, with the addresses of the dead.
         attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         with lost_ranks_noticed():
@@ -110,9 +115,10 @@ class Devices:
                 if is_in_launcher:
                     store = _store_of_main(PrefixStore(attempt, store), rank, environ["MASTER_ADDR"], timeout)
                 store.set_timeout(timeout)
+                _wait_for_all(PrefixStore(f"here/{attempt}", store), rank, world_size)
                 backend = "nccl" if device.type == "cuda" else "gloo"
                 group_store = PrefixStore(f"group/{attempt}", store)
-                dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
+                dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=longest)
             store = PrefixStore(f"llmtune/{attempt}", store)
             watch, unwatched = watch_ranks(store, rank, world_size, address=environ["MASTER_ADDR"], timeout_s=timeout_s)
         messages = RankMessages(rank, world_size, store, watch)
@@ -137,9 +143,10 @@ class Devices:
         self.row_size = size
         if size == 1:
             return
+        longest = LONGEST_WAITS * dt.timedelta(seconds=timeout_s)
         with lost_ranks_noticed():
             for first in range(0, self.world_size, size):  # every process takes part in making every group
-                group = dist.new_group(range(first, first + size), timeout=dt.timedelta(seconds=timeout_s))
+                group = dist.new_group(range(first, first + size), timeout=longest)
                 if first <= self.rank < first + size:
                     self._row_group = group
 
@@ -174,7 +181,7 @@ class Devices:
 
     def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> tuple[float, ...]:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        with lost_ranks_noticed():
+        with self._collective():
             dist.all_reduce(total, operation)
             return tuple(total.tolist())  # nccl raises here, where the result is waited for
 
@@ -182,7 +189,7 @@ class Devices:
         """Add a tensor of any shape over all processes, sum_r value_r, on the device and without waiting."""
         if self.world_size > 1:
             value = value.clone()  # the sum is written into its argument
-            with lost_ranks_noticed():
+            with self._collective():
                 dist.all_reduce(value)
         return value
 
@@ -190,7 +197,7 @@ class Devices:
         """Add a tensor of any shape over the processes r that share this one's rows: total = sum_r value_r."""
         if self._row_group is not None:
             value = value.clone()
-            with lost_ranks_noticed():
+            with self._collective():
                 dist.all_reduce(value, group=self._row_group)
         return value
 
@@ -200,7 +207,7 @@ class Devices:
         [row_size, ...] -> [row_size, ...], received[p] = parts_of_p[own]; contiguous. The same map gives the gradient.
         """
         received = torch.empty_like(parts)
-        with lost_ranks_noticed():
+        with self._collective():
             dist.all_to_all_single(received, parts, group=self._row_group)
         return received
 
@@ -224,10 +231,27 @@ class Devices:
         if self.world_size > 1:
             self._told().check_alike(facts)
 
+    def busy(self) -> AbstractContextManager[None]:
+        """Let the others wait for this process as long as the body takes: the user's code, or answers to draw."""
+        return nullcontext() if self._messages is None else self._messages.watch.busy()
+
     def end_start(self) -> None:
-        """Say that this process trains from here on: one that starts is waited for as long as it answers."""
-        if self.world_size > 1:
-            self._told().end_start()
+        """Say that this process trains from here on: one that starts counts as busy."""
+        if self._messages is not None:
+            self._messages.watch.end_start()
+
+    def agree_on_error(self, error: UsageError | None) -> None:
+        """Raise a UsageError in all processes where one of them gives its `error`; its own in that one."""
+        if self.world_size == 1:
+            if error is not None:
+                raise error
+            return
+        (count,) = self.largest(0 if error is None else self.world_size - self.rank)
+        first = self.world_size - int(count)
+        if first < self.world_size:
+            error = error or UsageError(f"process {first} has failed, and says why")
+            error.is_reported = self.rank != first
+            raise error
 
     def errors_printed_once(self) -> AbstractContextManager[None]:
         """Let the first process that fails in the body report its error, and mark those of others as reported."""
@@ -236,6 +260,12 @@ class Devices:
     def _told(self) -> RankMessages:
         assert self._messages is not None, "processes that train together met at a store"
         return self._messages
+
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        """Notice in the body, which waits for all, that another process has died or does not go on."""
+        with lost_ranks_noticed(), nullcontext() if self._messages is None else self._messages.watch.waiting():
+            yield
 
     def sync_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
         """Replace each gradient by its sum over all processes; every process then holds the same bits.
@@ -251,7 +281,7 @@ class Devices:
         present = torch.tensor(
             [parameter.grad is not None for parameter in parameters], dtype=torch.int32, device=self.device
         )
-        with lost_ranks_noticed():
+        with self._collective():
             dist.all_reduce(present)
         somewhere = [parameter for parameter, count in zip(parameters, present.tolist(), strict=True) if count]
         for parameter in somewhere:
@@ -261,7 +291,7 @@ class Devices:
             gradients = [parameter.grad for parameter in bucket if parameter.grad is not None]
             # One message for each bucket: hundreds of small ones would cost their latency each.
             flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            with lost_ranks_noticed():
+            with self._collective():
                 dist.all_reduce(flat)
             parts = flat.split([gradient.numel() for gradient in gradients])
             torch._foreach_copy_(
@@ -271,7 +301,7 @@ class Devices:
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite each tensor with that of the main process, of the same shape."""
         if self.world_size > 1:
-            with lost_ranks_noticed():
+            with self._collective():
                 for tensor in tensors:
                     dist.broadcast(tensor.detach(), src=0)
 
@@ -280,7 +310,7 @@ class Devices:
         if self.world_size == 1:
             return row[None].cpu()
         rows = [torch.empty_like(row, device=self.device) for _ in range(self.world_size)]
-        with lost_ranks_noticed():
+        with self._collective():
             dist.all_gather(rows, row.to(self.device).contiguous())
         return torch.stack(rows).cpu()
 
@@ -327,6 +357,12 @@ def _store_of_main(launcher: Store, rank: int, address: str, timeout: dt.timedel
     if rank == 0:
         launcher.set(name, str(store.port))
     return store  # type: ignore[no-any-return]
+
+
+def _wait_for_all(store: Store, rank: int, world_size: int) -> None:
+    """Wait until every process has come, for the time-out of the store at most."""
+    store.set(str(rank), "")
+    store.wait([str(other) for other in range(world_size)])
 
 
 def _buckets(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

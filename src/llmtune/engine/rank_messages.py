@@ -34,12 +34,9 @@ class RankMessages:
     """
 
     def __init__(self, rank: int, world_size: int, store: Store, watch: RankWatch) -> None:
-        self._rank, self._world_size, self._store, self._watch = rank, world_size, store, watch
+        self._rank, self._world_size, self._store = rank, world_size, store
+        self.watch = watch
         self._count = 0
-
-    def end_start(self) -> None:
-        """Say that this process no longer counts as working because it starts."""
-        self._watch.end_start()
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Call `work` on the main process alone; the others wait and get None.
@@ -52,10 +49,11 @@ class RankMessages:
                 raise _error_of_main(failure)
             return None
         # Working until it is sent: who finds this process at rest finds its message too.
-        with self._watch.working():
+        with self.watch.working():
             try:
                 result = work()
             except LlmtuneError as error:
+                error.is_reported = False  # here, and in no other process: all end with it
                 self._send({"exit_code": error.exit_code, "problems": error.problems})
                 raise
             self._send(None)
@@ -128,21 +126,18 @@ class RankMessages:
     def _receive(self) -> Any:
         self._count += 1
         message = f"message/{self._count}"
-        with lost_ranks_noticed(), self._watch.waiting():
+        with lost_ranks_noticed(), self.watch.waiting():
             return json.loads(self._get(message, 0))
 
     def _get(self, key: str, rank: int) -> bytes:
-        """Read what process `rank` writes, and wait for it as long as that answers that it is working.
-
-        Raises RuntimeError where it does not.
-        """
+        """Read what process `rank` writes, and wait for it as long as it may be awaited. Raises RuntimeError else."""
         is_said = self._rank != 0  # the main process alone prints
         while True:
             try:
                 return self._store.get(key)  # type: ignore[no-any-return]
             except RuntimeError:
                 # A save, or reading rows, may take longer than a process may be silent; a stopped one does not answer.
-                if not self._watch.is_working(rank) and not self._store.check([key]):
+                if not self.watch.may_be_awaited(rank) and not self._store.check([key]):
                     raise
             if not is_said:
                 with suppress(OSError):  # a closed terminal stops no training
@@ -156,19 +151,19 @@ class RankMessages:
             with _communication_errors_named():
                 yield
         except RankLostError as error:
-            self._watch.name_lost(error)
-            self._watch.leave(failed=False)  # it is not the one to blame
+            self.watch.name_lost(error)
+            self.watch.leave(failed=False)  # it is not the one to blame
             raise
         except LlmtuneError as error:
             is_shared = error.is_reported is not None  # all end with it
             if not is_shared:
                 error.is_reported = False  # where the store went with the main process, twice is better than never
-                with suppress(RuntimeError), self._watch.waiting(must_work=False):
+                with suppress(RuntimeError):
                     error.is_reported = self._store.add("reports", 1) > 1
-            self._watch.leave(failed=not is_shared)
+            self.watch.leave(failed=not is_shared)
             raise
         except Exception:  # a bug too is a failure that the other processes are told of
-            self._watch.leave(failed=True)
+            self.watch.leave(failed=True)
             raise
 
     def close(self, *, wait_for_main: bool) -> None:
@@ -180,10 +175,9 @@ class RankMessages:
                     others = [f"left/{rank}" for rank in range(1, self._world_size)]
                     self._store.wait(others, dt.timedelta(seconds=LONGEST_LEAVING_S))
             elif wait_for_main:
-                with self._watch.waiting(must_work=False):
-                    self._store.wait(["closed"])
+                self._store.wait(["closed"])
                 self._store.set(f"left/{self._rank}", "")
-        self._watch.leave(failed=False)
+        self.watch.leave(failed=False)
 
 
 @contextmanager

@@ -1,8 +1,12 @@
-"""Notice within ten seconds that another process of the training, or its machine, has died.
+"""Notice within ten seconds that another process of the training, or its machine, has died, and later that it hangs.
 
 Each process keeps a connection to the main one. The kernel closes that of a process that dies, and ends one whose
 machine no longer acknowledges anything; for a stopped process it goes on acknowledging. So no busy or stopped process
 is taken for a dead one, as a heartbeat sent from Python would do.
+
+A process that hangs is found by questions, which a thread answers however busy its main thread is. A stopped process
+does not answer. One that answers is lost only where others wait for it and it neither waits itself nor says that its
+work may take long: the user's own code, drawing answers, an evaluation and a save take the time they need.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ ANSWER_S = 2.0
 """Seconds in which a process that runs answers, however busy it is."""
 ASK_EVERY_S = 0.5
 """Seconds between an answer and the next question to a process that is late."""
+BUSY, WAITS, COMPUTES = "busy", "waits", "computes"
+"""What a process answers that it does: work that may take long, waiting for others, or a step."""
 CONNECT_S = 10.0
 LONGEST_HELLO = 1000
 """Bytes of the first line of a process that connects."""
@@ -63,17 +69,16 @@ class RankWatch:
         self._rank, self._links, self._prints = rank, dict(links), prints
         self._problem = ""
         self._is_lost, self._is_leaving = threading.Event(), threading.Event()
-        self._timeout_s = timeout_s
-        self._answers: dict[Peer, tuple[float, bool]] = {}
-        self._worked_s: dict[Peer, float] = {}
-        """When a process last answered that it is working."""
+        self._timeout_s, self._ask_before_s = timeout_s, min(2 * ANSWER_S, timeout_s / 2)
+        self._answers: dict[Peer, tuple[float, str]] = {}
+        """When each process last answered, and what."""
+        self._silent_s, self._stalled_s = (dict.fromkeys(self._links.values(), 0.0) for _ in range(2))
+        """Seconds since a process was last heard of, and those of this wait since it last waited or was busy."""
         self._has_answer = threading.Condition()
         # Reentrant: a save inside a longer piece of work takes it again.
-        self._at_work, self._is_working = threading.RLock(), False
-        self._is_starting = True
-        """Until the first step: rows and weights come in their own time to each machine, so this process counts as
-        working. But nothing is there to save, and it ends at once where another is lost."""
-        self._wait: tuple[float, bool] | None = None
+        self._at_work = threading.RLock()
+        # From the start on: rows and weights come in their own time to each machine.
+        self._busy, self._is_starting, self._waits = 0, True, 0
         self._received = dict.fromkeys(self._links, b"")
         if self._links:
             # A data worker that was forked would keep the connections of a dead process open.
@@ -81,34 +86,41 @@ class RankWatch:
             threading.Thread(target=self._run, name="rank watch", daemon=True).start()
 
     @contextmanager
-    def working(self) -> Iterator[None]:
-        """Let others wait for this process as long as the body takes, and do not end it in the body."""
-        with self._at_work:
-            self._is_working, was_working = True, self._is_working
-            try:
-                yield
-            finally:
-                self._is_working = was_working
-
-    def end_start(self) -> None:
-        """From here on this process works only in the body of `working`; it was starting before."""
-        self._is_starting = False
-
-    @contextmanager
-    def waiting(self, *, must_work: bool = True) -> Iterator[None]:
-        """End this process where the main one, waited for in the body, no longer answers after the time-out.
-
-        `must_work`: or answers that it is not working. The body may wait in a library without a time-out of its own.
-        """
-        self._wait = time.monotonic(), must_work
+    def busy(self) -> Iterator[None]:
+        """Let others wait for this process as long as the body takes and it answers."""
+        self._busy += 1
         try:
             yield
         finally:
-            self._wait = None
+            self._busy -= 1
 
-    def is_working(self, rank: int) -> bool:
-        """Whether the process `rank` at the other end, asked now, is starting or in the body of `working`."""
-        return any(peer.rank == rank and is_working for peer, is_working in self._ask())
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Let others wait for this process as long as the body takes, and do not end it in the body."""
+        with self._at_work, self.busy():
+            yield
+
+    def end_start(self) -> None:
+        """From here on this process is busy only in the body of `busy` or `working`; it was starting before."""
+        self._is_starting = False
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """End this process where another, waited for in the body, does not go on for longer than the time-out.
+
+        The body may wait in a library without a time-out of its own.
+        """
+        if self._waits == 0:
+            self._stalled_s = dict.fromkeys(self._stalled_s, 0.0)
+        self._waits += 1
+        try:
+            yield
+        finally:
+            self._waits -= 1
+
+    def may_be_awaited(self, rank: int) -> bool:
+        """Whether the process `rank` at the other end answers now that it is busy, or waits for others itself."""
+        return any(peer.rank == rank and state != COMPUTES for peer, state in self._ask())
 
     def name_lost(self, error: RankLostError) -> None:
         """Name in `error` the process that is lost or silent, and leave the report to one of those that notice."""
@@ -137,54 +149,62 @@ class RankWatch:
             for link in list(self._links):
                 _send(link, {"left": "failed" if failed else "done"})
 
-    def _ask(self) -> list[tuple[Peer, bool]]:
-        """Ask each process at the other end whether it is working; those that answer in time."""
+    def _ask(self) -> list[tuple[Peer, str]]:
+        """Ask each process at the other end what it does; those that answer in time."""
         peers, began = list(self._links.values()), time.monotonic()
         if self._is_lost.is_set():
             return []
         for link in list(self._links):
-            _send(link, {"question": "working"})
+            _send(link, {"question": "state"})
 
-        def new() -> list[tuple[Peer, bool]]:
-            return [(peer, answer) for peer, (at, answer) in self._answers.items() if at >= began]
+        def new() -> list[tuple[Peer, str]]:
+            return [(peer, state) for peer, (at, state) in self._answers.items() if at >= began]
 
         # The thread that reads the answers takes this lock too, and waiting lets go of it.
         with self._has_answer:
             self._has_answer.wait_for(lambda: len(new()) == len(peers), ANSWER_S)
             return new()
 
+    def _state(self) -> str:
+        if self._waits:
+            return WAITS
+        return BUSY if self._busy or self._is_starting else COMPUTES
+
     def _run(self) -> None:
         with selectors.DefaultSelector() as selector:
             for link in self._links:
                 selector.register(link, selectors.EVENT_READ)
+            last = time.monotonic()
             while self._links:
                 ready = {key.fd for key, _ in selector.select(ASK_EVERY_S)}
                 for link in [link for link in self._links if link.fileno() in ready]:
                     if not self._read(link):
                         selector.unregister(link)
                         del self._links[link]
-                # Asks in silence alone: each answer wakes the selector, and both processes would do nothing else.
-                self._check_wait(asks=not ready)
+                now = time.monotonic()
+                # While this process was stopped itself, nobody else was silent.
+                self._check_peers(min(now - last, 2 * ASK_EVERY_S), asks=not ready)
+                last = now
                 if self._is_lost.is_set():
                     self._leave_or_exit()
                     return
 
-    def _check_wait(self, *, asks: bool) -> None:
-        """Lose the main process where it is waited for and shows no sign of life in time; `asks`: ask it for one."""
-        if (wait := self._wait) is None:
-            return
-        (began, must_work), now = wait, time.monotonic()
+    def _check_peers(self, passed_s: float, *, asks: bool) -> None:
+        """Lose a process that does not answer, or is waited for and does not go on, after the time-out.
+
+        `asks`: ask those that are late. Not at each answer: it wakes the selector, and both would do nothing else.
+        """
+        is_waiting = self._waits > 0
         for link, peer in list(self._links.items()):
-            answered = self._answers.get(peer, (0.0, False))[0]
-            # The time-out runs from the last answer that it works: what it sends at the end of its work may be read
-            # after an answer that it no longer does.
-            alive = self._worked_s.get(peer, 0.0) if must_work else answered
-            late_s = now - max(began, alive) - self._timeout_s
-            if late_s > 0:
-                answers = "answers, and does not go on" if answered >= began else SILENT
-                self._lose(f"{peer} {answers}")
-            elif asks and late_s > -2 * ANSWER_S:  # in time for the answer to come
-                _send(link, {"question": "working"})
+            self._silent_s[peer] += passed_s
+            self._stalled_s[peer] += passed_s if is_waiting else 0.0
+            if self._silent_s[peer] > self._timeout_s:
+                self._lose(f"{peer} {SILENT}")
+            # Not before it has said so in this silence: its first answer may be on the way.
+            elif self._stalled_s[peer] > self._timeout_s + ANSWER_S:
+                self._lose(f"{peer} answers, and does not go on")
+            elif asks and max(self._silent_s[peer], self._stalled_s[peer]) > self._timeout_s - self._ask_before_s:
+                _send(link, {"question": "state"})
 
     def _read(self, link: socket.socket) -> bool:
         """Read what has come, and return whether the process at the other end is still there."""
@@ -207,14 +227,15 @@ class RankWatch:
 
     def _answer(self, link: socket.socket, peer: Peer, message: Mapping[str, Any]) -> bool:
         """Do what a message asks for, and return whether its sender stays."""
+        self._silent_s[peer] = 0.0
         if "question" in message:
-            _send(link, {"answer": self._is_working or self._is_starting})
+            _send(link, {"answer": self._state()})
         elif "answer" in message:
             with self._has_answer:
-                self._answers[peer] = now, is_working = time.monotonic(), message["answer"]
-                if is_working:
-                    self._worked_s[peer] = now
+                self._answers[peer] = time.monotonic(), message["answer"]
                 self._has_answer.notify_all()
+            if message["answer"] != COMPUTES:
+                self._stalled_s[peer] = 0.0
         elif "lost" in message:
             self._lose(message["lost"], is_printed=True)  # by the main process
         elif message["left"] == "failed":
@@ -256,14 +277,10 @@ def watch_ranks(
 ) -> tuple[RankWatch, list[int]]:
     """Connect all processes with the main one, and return the watch and the processes that could not be reached.
 
-    `address`: of the main process, as the others know it. The processes without a connection are not watched. The
-    store's time-out is how long the main process waits for the others to come.
+    `address`: of the main process, as the others know it. The processes without a connection are not watched.
     """
     if rank != 0:
-        store.set(f"here/{rank}", "")
         return _connect(store, rank, address, timeout_s), []
-    # nccl lets each process go on at once. One that imports its libraries longer than others is not out of reach.
-    store.wait([f"here/{other}" for other in range(1, world_size)])
     # Any program may connect to an open port; only processes of this run can read the token in the store.
     token, links, missing = secrets.token_hex(16), {}, set(range(1, world_size))
     kind = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}

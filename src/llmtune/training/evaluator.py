@@ -15,10 +15,10 @@ from llmtune.common.records import is_better
 from llmtune.data.example import ExampleSet
 from llmtune.engine.loop import StepResult
 from llmtune.engine.schedule import interval, is_due
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, UsageError
 from llmtune.evaluation.generate import generate
 from llmtune.evaluation.heldout import evaluate_examples, evaluate_objective, trained_bytes
-from llmtune.evaluation.predictions import predict_answers
+from llmtune.evaluation.predictions import Prediction, predict_answers
 from llmtune.evaluation.sampling import Sampling
 from llmtune.evaluation.scores import Score, mean_score
 from llmtune.tracking.jsonl import RunRecord
@@ -157,11 +157,10 @@ class Evaluator:
         is_best = False
         if self._heldout is not None:
             metrics |= self._heldout_loss(self._heldout)
-            # Without an objective of their own, held-out rows have the usual loss, whatever training minimizes.
-            objective = self._setup.heldout_objective
-            usual = "mean_nll" if self._setup.rollouts is None else "reward"
-            self._count_loss(metrics[f"eval_{usual if objective is None else objective.name}"])
             metrics |= self._judged_answers(full=full)
+            # On another kind of device an answer may differ, and the processes must not part over what is best.
+            metrics = self._setup.devices.from_main(metrics)
+            self._count(metrics)
             is_best = self._update_best(step, self._value_of(metrics))
         if metrics:
             self._write(step, {"epoch": epoch, **metrics})
@@ -206,10 +205,19 @@ class Evaluator:
             sets=self._heldout_sets,
         )
 
-    def _count_loss(self, nll: float) -> None:
-        self.eval_state.last_nll = nll
-        if self.eval_state.first_nll is None:
-            self.eval_state.first_nll = nll
+    def _count(self, metrics: Mapping[str, Any]) -> None:
+        """Note the loss and the exact answers of an evaluation."""
+        state = self.eval_state
+        # Without an objective of their own, held-out rows have the usual loss, whatever training minimizes.
+        objective = self._setup.heldout_objective
+        usual = "mean_nll" if self._setup.rollouts is None else "reward"
+        state.last_nll = metrics[f"eval_{usual if objective is None else objective.name}"]
+        if state.first_nll is None:
+            state.first_nll = state.last_nll
+        if "eval_exact_answers" in metrics:
+            state.last_exact, state.num_answers = metrics["eval_exact_answers"], metrics["eval_num_answers"]
+            if state.first_exact is None:
+                state.first_exact = state.last_exact
 
     def _value_of(self, metrics: Mapping[str, Any]) -> float:
         """The metric by which the best model is chosen. Raises ConfigError where this evaluation has no such metric."""
@@ -265,14 +273,25 @@ class Evaluator:
             )
         metrics: dict[str, Any] = {}
         if counts_exact:
-            exact, state = sum(prediction.is_exact for prediction in predictions), self.eval_state
-            state.num_answers, state.last_exact = len(predictions), exact
-            if state.first_exact is None:
-                state.first_exact = exact
+            exact = sum(prediction.is_exact for prediction in predictions)
             metrics |= {"eval_exact_answers": exact, "eval_num_answers": len(predictions)}
         if self._score is not None and predictions:
-            metrics["eval_score"] = mean_score(predictions, self._score)
+            metrics["eval_score"] = self._score_on_main(predictions, self._score)
         return metrics
+
+    def _score_on_main(self, predictions: Sequence[Prediction], score: Score) -> float:
+        """Judge on the main process alone, as a judge may cost money, or say something else each time.
+
+        Raises UsageError, in all processes, where it fails. The others get NaN.
+        """
+        value, error, devices = math.nan, None, self._setup.devices
+        if devices.is_main:
+            try:
+                value = mean_score(predictions, score)
+            except UsageError as caught:
+                error = caught
+        devices.agree_on_error(error)
+        return value
 
     def _write_samples(self, step: int) -> None:
         prepared, config = self._setup.prepared, self._config.evaluation

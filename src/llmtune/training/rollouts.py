@@ -28,6 +28,7 @@ from llmtune.engine.devices import Devices
 from llmtune.engine.forward import Engine
 from llmtune.engine.policy_gradient import DrawnAnswer, count_answers, group_advantages
 from llmtune.engine.precision import Precision
+from llmtune.errors import UsageError
 from llmtune.evaluation.draw import answer_seed, draw_answers
 from llmtune.evaluation.rewards import AnswerGroup, Reward, rewards_digest, total_reward
 from llmtune.models.parameters import eval_mode
@@ -136,8 +137,25 @@ class Rollouts:
     def _answer(
         self, prompts: Sequence[Example], seeds: Sequence[Sequence[int]], *, temperature: float
     ) -> list[_Judged]:
+        """Draw answers to this process's prompts, and judge them.
+
+        Raises UsageError, in all processes, for a reward that fails in one of them.
+        """
+        judged, error = [], None
+        with self._devices.busy():  # one process may have more to draw, or a slower reward
+            drawn = self._draw(prompts, seeds, temperature)
+            try:
+                judged = [self._judge(prompt, ids) for prompt, ids in zip(prompts, drawn, strict=True)]
+            except UsageError as caught:
+                error = caught
+        self._devices.agree_on_error(error)
+        return judged
+
+    def _draw(
+        self, prompts: Sequence[Example], seeds: Sequence[Sequence[int]], temperature: float
+    ) -> list[list[list[int]]]:
         with self._precision.autocast():
-            drawn = draw_answers(
+            return draw_answers(
                 self._model,  # type: ignore[arg-type]
                 [prompt.input_ids.tolist() for prompt in prompts],
                 seeds,
@@ -147,7 +165,6 @@ class Rollouts:
                 temperature=temperature,
                 batch_size=max(DRAWN_AT_ONCE, self._objective.num_generations),
             )
-        return [self._judge(prompt, ids) for prompt, ids in zip(prompts, drawn, strict=True)]
 
     def _judge(self, prompt: Example, ids_of: Sequence[Sequence[int]]) -> _Judged:
         stops, row = set(self._stops), self._rows[prompt.source]

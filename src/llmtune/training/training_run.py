@@ -121,7 +121,12 @@ class TrainingRun:
         saved, resumable run. Raises DivergedError, StoppedBySignal (saved), MachineError, RankLostError.
         """
         setup, config = self.setup, self.config
-        with self._ending_recorded(), self.devices.errors_printed_once(), self._memory_errors_refused():
+        with (
+            self._ending_recorded(),
+            self.devices.errors_printed_once(),
+            self._saved_when_left(),
+            self._memory_errors_refused(),
+        ):
             self._begin()
             self._update_check = UpdateCheck(setup.held_parts(), self.devices)
             deadline = time.monotonic() + 60 * (config.training.max_minutes or math.inf)
@@ -137,36 +142,47 @@ class TrainingRun:
                 max_skipped_steps=config.training.max_skipped_steps,
                 mfu=setup.mfu,
             ):
-                self._log_step(result)
-                self._check_update(result)
-                last = self.state.windows == setup.batches.total_steps
-                if self.evaluator.is_due(result.step, last=last) and not result.skipped:
-                    self.evaluate(full=last)
-                # Asked once: a signal that arrives during this save is answered after the next step.
-                signal_number, late, early = self._agree_on_stopping(deadline)
-                early, late = early and not last, late and not last
-                if early or late or last or signal_number or self._save_is_due(result):
-                    self.save()
-                if signal_number:
-                    raise self._stopped_by(signal_number)
-                yield result
-                if early:
-                    patience = config.evaluation.early_stopping_patience
-                    self.print_line(f"stopped early: no improvement in {patience} evaluations")
-                    break
-                if late:
-                    self.print_line(f"stopped after {config.training.max_minutes} minutes; `llmtune resume` goes on")
-                    outcome = "stopped"
+                self.devices.end_start()
+                with self.devices.busy():  # evaluation, save, and the code of whoever asked for the step
+                    ending = self._end_step(result, deadline)
+                    yield result
+                if ending is not None:
+                    outcome, why = ending
+                    self.print_line(why)
                     break
             self.outcome = outcome
             if outcome == "finished":
                 self._save_final(is_early=self.evaluator.should_stop_early)
             self.checkpointer.raise_if_unsaved()
 
+    def _end_step(self, result: StepResult, deadline: float) -> tuple[RunState, str] | None:
+        """Do what is due at the end of a step; how and why the training ends there, or None where it goes on.
+
+        Raises StoppedBySignal after the save.
+        """
+        self._log_step(result)
+        self._check_update(result)
+        last = self.state.windows == self.setup.batches.total_steps
+        if self.evaluator.is_due(result.step, last=last) and not result.skipped:
+            self.evaluate(full=last)
+        # Asked once: a signal that arrives during this save is answered after the next step.
+        signal_number, late, early = self._agree_on_stopping(deadline)
+        early, late = early and not last, late and not last
+        if early or late or last or signal_number or self._save_is_due(result):
+            self.save()
+        if signal_number:
+            raise self._stopped_by(signal_number)
+        if early:
+            patience = self.config.evaluation.early_stopping_patience
+            return "finished", f"stopped early: no improvement in {patience} evaluations"
+        if late:
+            return "stopped", f"stopped after {self.config.training.max_minutes} minutes; `llmtune resume` goes on"
+        return None
+
     def close(self) -> None:
         """Save and close a run of which no step was asked for; `steps` closes it by itself."""
         with self._ending_recorded():
-            self._save_before_leaving()
+            self._save_before_leaving("stopped")
 
     def evaluate(self, *, full: bool = False) -> dict[str, Any]:
         """Evaluate now, write the metrics, and keep a new best model at once.
@@ -241,7 +257,6 @@ class TrainingRun:
     def _begin(self) -> None:
         """Start the trackers, and evaluate the untouched model."""
         self.devices.on_main(self._start_recording)
-        self.devices.end_start()
         if self.state.windows == 0 and self.config.evaluation.before_training:
             self.evaluate(full=True)
 
@@ -322,20 +337,27 @@ class TrainingRun:
         except StoppedBySignal:
             self.outcome = "stopped"
             raise
-        except (GeneratorExit, UsageError) as reason:  # the caller left the loop, or a reward of the user's own failed
-            self._save_before_leaving("failed" if isinstance(reason, UsageError) else "stopped")
-            raise
         finally:
             self._cleanup()
 
-    def _save_before_leaving(self, outcome: RunState = "stopped") -> None:
-        self.outcome = outcome
+    @contextmanager
+    def _saved_when_left(self) -> Iterator[None]:
+        """Save where the caller leaves the loop in the body, or a reward or score of the user's own fails."""
         try:
-            if self.state.windows:
-                self.save()
-        except DivergedError as error:
-            self.outcome = "diverged"
-            raise self._with_last_checkpoint(error) from error
+            yield
+        except GeneratorExit:
+            self._save_before_leaving("stopped")
+            raise
+        except UsageError as error:
+            # A save needs all processes: not where one has failed alone.
+            if self.devices.world_size == 1 or error.is_reported is not None:
+                self._save_before_leaving("failed")
+            raise
+
+    def _save_before_leaving(self, outcome: RunState) -> None:
+        self.outcome = outcome
+        if self.state.windows:
+            self.save()
 
     def _with_last_checkpoint(self, error: DivergedError) -> DivergedError:
         """The same error with the last good checkpoint in it."""
