@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from llmtune.cli.main import run as command
+from llmtune.engine.devices import Devices
 from llmtune.training import train
 from rank_helpers import (
     LONG,
@@ -154,6 +155,30 @@ def test_p12_a_process_that_is_stopped_while_it_starts_is_lost(words, late):
     assert both[1 - late].returncode == 8, said
     assert time.monotonic() - began < 20
     assert f"process {late} ({socket.gethostname()}) stopped answering" in said
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("late", [0, 1])
+def test_p12_a_process_that_never_ends_its_step_is_lost_though_it_answers(words, late):
+    sync, calls = Devices.sync_gradients, []
+
+    def sync_late(*given):
+        calls.append(given)
+        if os.environ["RANK"] == str(late) and len(calls) == 3:
+            time.sleep(100)
+        sync(*given)
+
+    def in_one():
+        Devices.sync_gradients = sync_late
+        return command(["train", *words[1], f"run.name=endless-{late}", LONG, "distributed.timeout_s=3"])
+
+    began = time.monotonic()
+    codes, said = end_of([Forked(in_one, environ=environment(**place)) for place in places()])
+    assert codes == [8, 8], said
+    assert time.monotonic() - began < 30
+    both = "".join(said)
+    assert both.count("error: ") == both.count(f"process {late} ({socket.gethostname()}) answers, and does not go on")
+    assert both.count("error: ") == 1, said
 
 
 FIRST_ALONE = ("sh", "-c", 'test "$RANK" = 0 && exec "$@"; exec sleep 60', "sh")

@@ -749,7 +749,8 @@ class DistributedConfig:
     """JSON file of DeepSpeed's own settings; what llmtune decides itself must agree with it or be `auto`."""
 
     timeout_s: float = 120.0
-    """Seconds after which a silent process counts as lost."""
+    """Seconds after which a process counts as lost: one that does not answer, or is at rest while others wait for it.
+    One that starts, evaluates, saves or runs code of your own may take longer."""
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ class RankWatch:
             if message["answer"] != COMPUTES:
                 self._stalled_s[peer] = 0.0
         elif "lost" in message:
-            self._lose(message["lost"], is_printed=True)  # by the main process
+            self._lose(message["lost"], is_printed=message["printed"])
         elif message["left"] == "failed":
             self._lose(f"{peer} ended with an error", is_printed=True)  # by itself
         return "left" not in message
@@ -247,10 +247,9 @@ class RankWatch:
             return
         self._problem, self._prints = problem, self._prints and not is_printed
         self._is_lost.set()
-        # The others have no connection between them: the main process tells them.
-        if self._rank == 0:
-            for link in list(self._links):
-                _send(link, {"lost": problem})
+        # The main process tells those that have no connection between them; one that is at rest still answers.
+        for link in list(self._links):
+            _send(link, {"lost": problem, "printed": is_printed or self._prints})
 
     def _leave_or_exit(self) -> None:
         """End this process, unless its main thread does so by itself; never in the middle of a save."""
