@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from llmtune.cli.main import run as command
 from llmtune.config.dump import config_to_yaml
 from rank_helpers import TwoRanks
 from training_fixtures import WORDS
