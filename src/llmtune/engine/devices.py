@@ -24,7 +24,7 @@ from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
 from llmtune.engine.choose_device import choose_device
 from llmtune.engine.deepspeed_settings import check_deepspeed
-from llmtune.engine.rank_messages import RankMessages, lost_ranks_noticed
+from llmtune.engine.rank_messages import FIX_UNLIKE, RankMessages, lost_ranks_noticed
 from llmtune.engine.rank_watch import watch_ranks
 from llmtune.errors import ConfigError, MachineError, RankLostError
 
@@ -216,13 +216,13 @@ class Devices:
         """Give the main process's `value`, which must be plain JSON; those of the others do not count."""
         return value if self.world_size == 1 else self._told().from_main(value)
 
-    def check_alike(self, facts: Mapping[str, object]) -> None:
+    def check_alike(self, facts: Mapping[str, object], *, fix: str = FIX_UNLIKE) -> None:
         """Compare `facts` (plain JSON values) of every process with those of the main one.
 
-        Raises ConfigError on all processes, with each key that differs and the process in which it does.
+        Raises ConfigError on all processes, with each key that differs, the process in which it does, and `fix`.
         """
         if self.world_size > 1:
-            self._told().check_alike(facts)
+            self._told().check_alike(facts, fix=fix)
 
     def end_start(self) -> None:
         """Say that this process trains from here on: one that starts is waited for as long as it answers."""

@@ -17,28 +17,30 @@ from llmtune.adapters.config_file import LoraOptions
 from llmtune.adapters.load import load_adapter_weights
 from llmtune.adapters.write import adapter_state_and_config, write_adapter
 from llmtune.common.secrets import redacted
-from llmtune.common.text import PrintLine
+from llmtune.common.text import PrintLine, printable
 from llmtune.config.dump import config_to_yaml
 from llmtune.deploy.usage import Result, adapter_result, usage
+from llmtune.engine.devices import Devices
 from llmtune.engine.masters import MasterOptimizer
 from llmtune.engine.sharded_tensors import GatheredInTurn, is_in_parts, shard_like
 from llmtune.engine.state import Snapshot
-from llmtune.errors import CheckpointError, MachineError, Problem
+from llmtune.errors import CheckpointError, LlmtuneError, MachineError, Problem, in_one_line
 from llmtune.models import save
 from llmtune.models.load import ADDED_ROWS
 from llmtune.models.model_card import THIS_FOLDER, trained_model_card
 from llmtune.models.save import PromptDefaults, prompt_defaults_of, write_prompt_defaults
 from llmtune.runs import checkpoint as checkpoints
-from llmtune.runs.checkpoint import LoadedCheckpoint
+from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import SaveAttempts
 from llmtune.runs.folder import RunFolder
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.training.build import TrainingSetup
 
-__all__ = ["Checkpointer", "find_checkpoint", "restore_weights"]
+__all__ = ["SHARE_FOLDER", "Checkpointer", "find_checkpoint", "load_in_all", "restore_weights"]
 
 WEIGHTS_FILE = "model.safetensors"
 BEST, FINAL = "best", "final"
+SHARE_FOLDER = "every machine must see the same runs: let `run.output_dir` lie on storage that all of them share"
 OPTIMIZER = "optimizer"
 """The snapshot's group of optimizer state."""
 
@@ -67,6 +69,27 @@ def find_checkpoint(run: RunFolder, requested: Path | None) -> tuple[LoadedCheck
     if problems:
         raise CheckpointError.all(problems)
     return checkpoints.load(checkpoint), []
+
+
+def load_in_all(loaded: LoadedCheckpoint | None, devices: Devices) -> LoadedCheckpoint | None:
+    """Load the checkpoint that the main process has `loaded` in every process; None where there it is None.
+
+    Raises ConfigError in all of them where one finds another checkpoint at that place, or none.
+    """
+    step, name = devices.from_main((loaded.step, str(loaded.path)) if loaded is not None else (0, ""))
+    if not name:
+        return None
+    found = ""
+    # Read once more by each process: the tensors would be far more to send than to read.
+    if not devices.is_main:
+        try:
+            loaded = checkpoints.load(CheckpointFolder(step, Path(name)))
+        except LlmtuneError as error:
+            found = in_one_line(error)
+    # By the digest over all of its files: a machine may have an older copy of the same step.
+    found = loaded.manifest["manifest_sha256"] if loaded is not None else found
+    devices.check_alike({printable(name): found}, fix=SHARE_FOLDER)
+    return loaded
 
 
 def restore_weights(setup: TrainingSetup, loaded: LoadedCheckpoint) -> None:
