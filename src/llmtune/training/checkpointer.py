@@ -138,6 +138,8 @@ class Checkpointer:
         self._attempts = SaveAttempts(lambda: durable.remove_leftovers(self._folder.checkpoints))
         self._manifest = {"threads": torch.get_num_threads(), "world_size": setup.devices.world_size}
         self._resumed_from: int | None = None
+        self.newest: Path | None = None
+        """The newest checkpoint, known in every process; None before the first."""
         self.on_save: Callable[[int, Path], None] | None = None
         """Called with step and folder after each save, in the process that writes; must never raise."""
 
@@ -146,9 +148,9 @@ class Checkpointer:
         assert self._run is not None, "only the main process writes"
         return self._run
 
-    def never_delete(self, step: int) -> None:
-        """Keep the checkpoint of `step`, from which this process has resumed."""
-        self._resumed_from = step
+    def go_on_from(self, loaded: LoadedCheckpoint) -> None:
+        """Keep the checkpoint from which this process has resumed; it is the newest until the next save."""
+        self._resumed_from, self.newest = loaded.step, loaded.path
 
     def leave_later(self, step: int) -> None:
         """Set aside what a training left behind from which the run goes back to `step`."""
@@ -183,23 +185,26 @@ class Checkpointer:
                 self._folder, step, write_weights, snapshot, self._manifest, read={OPTIMIZER: read}
             )
 
-        def save_and_delete(ask: Callable[[int], None]) -> bool:
+        def save_and_delete(ask: Callable[[int], None]) -> str | None:
             saved = self._attempts.save(partial(commit, ask))
             if saved is None:
                 self._print_line(
                     f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}"
                 )
-                return False
+                return None
             self._announce(step, saved)
             protected = {self._resumed_from} if self._resumed_from is not None else set()
             keep_last = self._setup.config.checkpoint.keep_last
             warnings = checkpoints.delete_old_checkpoints(self._folder, keep_last, protected_steps=protected)
             for warning in (*warnings, *checkpoints.delete_replaced(self._folder, step)):
                 self._print_line(f"warning: {warning}")
-            return True
+            return str(saved)
 
-        # All processes must agree whether it was saved: they decide by it what to do at the next boundary.
-        return devices.from_main(bool(devices.on_main_with_others(save_and_delete, in_turn.gather)))
+        # All processes must agree whether it was saved: they decide by it what to do at the next boundary. And where:
+        # the one that fails later says what to go on from.
+        saved = devices.from_main(devices.on_main_with_others(save_and_delete, in_turn.gather))
+        self.newest = self.newest if saved is None else Path(saved)
+        return saved is not None
 
     def save_best(self, metrics: Mapping[str, Any], step: int) -> None:
         """Replace `best/` by the model as it is now."""

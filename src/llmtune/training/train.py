@@ -35,7 +35,7 @@ from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
 from llmtune.plan.resolve_auto import keep_resolved, resolve_on_all_ranks, resolve_rates, resolve_strategy
 from llmtune.plan.summary import Plan, make_plan
 from llmtune.prepare import Prepared, prepare
-from llmtune.runs.checkpoint import checkpoint_named
+from llmtune.runs.checkpoint import LoadedCheckpoint, checkpoint_named
 from llmtune.runs.folder import RunFolder, config_file_of, resolve_run
 from llmtune.runs.run_file import RUN_FILE
 from llmtune.runs.signals import StopRequest
@@ -187,8 +187,8 @@ def open_run(
                     stopped, plan = _open_stopped(earlier, devices, printer, on_failure), None
                     forecaster = _prepare_again(resolved, options, judges, devices, stopped, printer)
                 # 4. The model, which takes the memory.
-                with out_of_memory_refused(forecaster, lambda: _while_loading(forecaster.prepared)):
-                    saved = stopped.loaded if stopped is not None else None
+                saved = stopped.loaded if stopped is not None else None
+                with out_of_memory_refused(forecaster, lambda: _while_loading(forecaster.prepared, saved)):
                     setup = build_setup(forecaster.prepared, options, devices, judges.rewards, saved)
                 # 5. The folder of a new run, last: until here nothing was written.
                 if earlier is None or stopped is None:
@@ -277,8 +277,9 @@ def _check(resolved: ResolvedConfig, options: Options, *, is_new: bool) -> _Judg
     return _Judges(score, [], code)
 
 
-def _while_loading(prepared: Prepared) -> Circumstances:
-    return Circumstances("while the model was loaded", prepared.config.model.name, saved=None)
+def _while_loading(prepared: Prepared, saved: LoadedCheckpoint | None) -> Circumstances:
+    name = None if saved is None else saved.path.name
+    return Circumstances("while the model was loaded", prepared.config.model.name, name)
 
 
 def _prepare_and_plan(
