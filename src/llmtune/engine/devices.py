@@ -57,6 +57,8 @@ class Devices:
         self.device = device
         self._owns_group = owns_group
         self.rank = rank
+        self.is_main = rank == 0
+        """Whether this is the process that writes files and prints."""
         self.world_size = world_size
         self.row_size = 1
         """Processes that share each row (see `share_rows`)."""
@@ -152,11 +154,6 @@ class Devices:
     def readers(self) -> int:
         """Shares into which rows are dealt."""
         return self.world_size // self.row_size
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes files and prints."""
-        return self.rank == 0
 
     def sum(self, *values: float) -> tuple[float, ...]:
         """Add each value over all processes, in float64: sum_r value_r of each process r."""
@@ -285,7 +282,7 @@ class Devices:
         return torch.stack(rows).cpu()
 
     def close(self, *, wait_for_main: bool = False) -> None:
-        """Leave the other processes.
+        """Leave the other processes: from then on this one is alone, and sums nothing.
 
         `wait_for_main`: not before the main process does, because a launcher ends the others as soon as one has ended.
         """
@@ -296,6 +293,8 @@ class Devices:
             dist.destroy_process_group()
         elif self._row_group is not None:
             dist.destroy_process_group(self._row_group)
+        # What it holds whole can still be evaluated, all of it here.
+        self.rank, self.world_size, self.row_size, self._row_group = 0, 1, 1, None
 
 
 def _check_launcher(address: str, port: int, timeout_s: float) -> None:
