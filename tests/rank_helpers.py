@@ -186,7 +186,7 @@ def sent_between(function, count):
 
 
 def sees_elsewhere(path, there):
-    """Let this process alone see the folder `there` at `path` from here on, as a machine without shared storage does."""
+    """Let this process alone see the folder `there` at `path` from here on: its machine shares no storage."""
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
     for words in (("--make-rprivate", "/"), ("--bind", str(there), str(path))):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from llmtune.engine import loop
-from llmtune.engine.loop import describe_rows, non_finite_parameters
 from llmtune.engine.devices import Devices
+from llmtune.engine.loop import describe_rows, non_finite_parameters
 from llmtune.errors import DivergedError
 from rank_helpers import in_two_ranks
 
@@ -66,9 +66,7 @@ def of_two_processes(bench, in_gradient):
     """Every process names what is not finite in any: row 7 is another's in some epochs."""
     devices = Devices.from_environment(no_cuda=True, timeout_s=60)
     training = poisoned(bench, bad=math.nan, in_gradient=in_gradient, devices=devices, max_skipped_steps=4)
-    is_own = [
-        any(POISONED in batch.sources for batch in window.micro_batches) for window in training.plan.windows()
-    ]
+    is_own = [any(POISONED in batch.sources for batch in window.micro_batches) for window in training.plan.windows()]
     blamed = [
         (devices.rank if own else 1 - devices.rank, result)
         for own, result in zip(is_own, training.steps(), strict=True)
