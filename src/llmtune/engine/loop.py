@@ -151,11 +151,7 @@ def train_steps(
         loss_sum, grad_norm = _read(losses, update.finish_gradients(), devices)
         mean_loss = loss_sum / divisor
         reason = _why_not(objective.name, mean_loss, grad_norm)  # the same on every process, before the optimizer moves
-        bad_rows: tuple[str, ...] = ()
-        if reason is not None:
-            # The main process alone writes, and the rows may be another's.
-            bad_rows, where = _of_all_processes(rows_of_non_finite_losses(losses, rows), devices)
-            bad_rows, reason = bad_rows or window.sources, reason + where
+        bad_rows, reason = ((), None) if reason is None else _blame(reason, losses, rows, window, devices)
         if reason is None:
             update.apply(rate)
         elif update.has_begun:
@@ -261,12 +257,15 @@ def rows_of_non_finite_losses(losses: Sequence[torch.Tensor], sources: Sequence[
     )
 
 
-def _of_all_processes(rows: Sequence[str], devices: Devices) -> tuple[tuple[str, ...], str]:
-    """Give the bad rows of all processes, once each, and a text that names the processes that have some.
+def _blame(
+    reason: str, losses: Sequence[torch.Tensor], rows: Sequence[Sequence[str]], window: Window, devices: Devices
+) -> tuple[tuple[str, ...], str]:
+    """Give the rows of a window that is not applied, as `StepResult.sources`, and the reason with the processes named.
 
-    Each process must call it, with its own.
+    losses, rows: of this process, as `rows_of_non_finite_losses` takes them; each process must call it.
     """
-    text = json.dumps(list(rows)).encode()
+    # The main process alone writes, and the rows may be another's.
+    text = json.dumps(rows_of_non_finite_losses(losses, rows)).encode()
     (longest,) = devices.largest(float(len(text)))
     # Padded with spaces, which JSON ignores: processes gather tensors of one shape.
     padded = torch.tensor(list(text.ljust(int(longest))), dtype=torch.uint8)
@@ -274,7 +273,7 @@ def _of_all_processes(rows: Sequence[str], devices: Devices) -> tuple[tuple[str,
     ranks = [str(rank) for rank, own in enumerate(of_each) if own]
     # A device that is broken is the only one with such losses, whatever its rows.
     where = f" (process{'es' * (len(ranks) > 1)} {', '.join(ranks)})" if ranks and devices.world_size > 1 else ""
-    return tuple(dict.fromkeys(itertools.chain(*of_each))), where
+    return tuple(dict.fromkeys(itertools.chain(*of_each))) or window.sources, reason + where
 
 
 def describe_rows(rows: Sequence[str]) -> str:
