@@ -2,6 +2,8 @@
 used (P1, P5).
 """
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -203,6 +205,33 @@ def test_killed_while_tokenizing_and_started_again_gives_the_same_cache(write, c
     (clean,) = (tmp_path / "clean" / "rows").iterdir()
     for file in sorted(clean.iterdir()):
         assert file.name == "manifest.json" or (folder / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_without_file_locks_a_valid_set_is_never_replaced(write, config, renderer, tmp_path, monkeypatch, is_damaged):
+    """Nobody waits there: another process commits the same rows meanwhile, and has them mapped."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    given, others = config(write("a.jsonl", ROWS)), []
+    if is_damaged:
+        words = prepare_data(given, renderer).train.store.folder / "words.i32"
+        words.write_bytes(words.read_bytes()[:-4])
+
+    def meanwhile(*_):
+        if not others:
+            others.append(None)
+            others[0] = prepare_data(given, renderer)
+            others.append(folders(tmp_path)[-1].stat().st_ino)
+
+    prepared = prepare_data(given, renderer, progress=meanwhile)
+    assert others
+    assert prepared.train.digest == others[0].train.digest
+    (folder,) = folders(tmp_path)
+    assert folder.stat().st_ino == others[1]
+    assert durable.verify_manifest(folder) == []
 
 
 def _alive(pid):

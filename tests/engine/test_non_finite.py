@@ -6,16 +6,20 @@ import pytest
 import torch
 
 from llmtune.engine import loop
+from llmtune.engine.devices import Devices
 from llmtune.engine.loop import describe_rows, non_finite_parameters
 from llmtune.errors import DivergedError
+from rank_helpers import in_two_ranks
 
 POISONED = "rows.jsonl:7"
+ALONE = Devices(torch.device("cpu"))
 
 
-def poisoned(bench, *, bad, in_gradient=False, batch_size=2, **more):
+def poisoned(bench, *, bad, in_gradient=False, batch_size=2, devices=ALONE, **more):
     """A training in which any micro-batch with row 7 has a loss (or a gradient) of `bad`."""
-    plan = bench.plan(bench.examples(16), epochs=4, batch_size=batch_size, accumulation=2)
-    training = bench.training(bench.model(), plan, **more)
+    shares = {"world_size": devices.world_size, "rank": devices.rank}
+    plan = bench.plan(bench.examples(16), epochs=4, batch_size=batch_size, accumulation=2, **shares)
+    training = bench.training(bench.model(), plan, devices=devices, **more)
     plain = training.nll_sum
     weight = next(iter(training.parameters.values()))
 
@@ -56,6 +60,31 @@ def test_a_gradient_that_is_not_finite_names_all_rows_of_its_window(bench):
     assert [len(result.sources) for result in skipped] == [4, 4, 4, 4]
     assert all(POISONED in result.sources and result.reason == "grad_norm is nan" for result in skipped)
     assert all(math.isfinite(result.train_mean_nll) for result in skipped)
+
+
+def of_two_processes(bench, in_gradient):
+    """Every process names what is not finite in any: row 7 is another's in some epochs."""
+    devices = Devices.from_environment(no_cuda=True, timeout_s=60)
+    training = poisoned(bench, bad=math.nan, in_gradient=in_gradient, devices=devices, max_skipped_steps=4)
+    is_own = [any(POISONED in batch.sources for batch in window.micro_batches) for window in training.plan.windows()]
+    blamed = [
+        (devices.rank if own else 1 - devices.rank, result)
+        for own, result in zip(is_own, training.steps(), strict=True)
+        if result.skipped
+    ]
+    devices.close()
+    assert {rank for rank, _ in blamed} == {0, 1}
+    for rank, result in blamed:
+        assert POISONED in result.sources
+        assert len(set(result.sources)) == (4 if in_gradient else 2)
+        assert result.reason == ("grad_norm is nan" if in_gradient else f"train_mean_nll is nan (process {rank})")
+
+
+@pytest.mark.parametrize("in_gradient", [False, True])
+def test_the_rows_and_the_process_are_named_whichever_it_is(bench, in_gradient):
+    """P10: the main process writes and prints, and its own rows are not to blame."""
+    codes, said = in_two_ranks(lambda: of_two_processes(bench, in_gradient))
+    assert codes == [0, 0], "\n".join(said)
 
 
 def test_beyond_the_budget_the_training_has_diverged(bench):

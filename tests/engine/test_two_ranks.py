@@ -128,15 +128,18 @@ def train_and_compare(bench, output):
     assert ranks.tolist() == [[rank, 7] for rank in range(devices.world_size)]
     assert devices.sum(1.0, float(devices.rank)) == (devices.world_size, sum(range(devices.world_size)))
     decisions_are_the_main_process_s(devices)
+    place = {"rank": devices.rank, "world_size": devices.world_size}
     devices.close()
-    if devices.world_size > 1:
-        a_group_of_another_program_is_joined_and_left_standing(output, devices)
+    # What is done after the end is done by each process alone; one of them is still the main one.
+    assert (devices.rank, devices.world_size, devices.is_main) == (0, 1, place["rank"] == 0)
+    assert devices.sum(3.0) == (3.0,)
+    if place["world_size"] > 1:
+        a_group_of_another_program_is_joined_and_left_standing(output, place)
 
 
-def a_group_of_another_program_is_joined_and_left_standing(output, devices):
+def a_group_of_another_program_is_joined_and_left_standing(output, place):
     """Ray Train, for one, has made the process group before a training begins."""
     assert not dist.is_initialized()
-    place = {"rank": devices.rank, "world_size": devices.world_size}
     dist.init_process_group("gloo", init_method=f"file://{output}/group", **place)
     joined = Devices.from_environment(no_cuda=True, timeout_s=60)
     assert joined.sum(1.0) == (joined.world_size,)

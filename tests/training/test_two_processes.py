@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file, save_file
@@ -18,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from llmtune.cli.main import run as command
 from llmtune.data.dataset import cache
 from llmtune.engine.devices import Devices
+from llmtune.engine.update import StepAfterBackward
 from llmtune.errors import ConfigError, MachineError
 from llmtune.models import tokenizer
+from llmtune.training import build
 from rank_helpers import LAUNCHER, LONG, LONGEST_S, TwoRanks, environment, in_two_ranks, launched, wait_for_lines
 from training_helpers import lines_of, small_run, weights_of
 
@@ -325,6 +328,40 @@ def test_p7_a_disk_that_refuses_the_main_process_ends_all(words):
     codes, said = both.end()
     assert codes == [6, 6], said
     assert "".join(said).count("error: ") == 1, said
+
+
+def test_q8_a_process_without_memory_names_the_newest_checkpoint_whichever_it_is(
+    tiny_model_folder, rows_file, tmp_path, monkeypatch
+):
+    """After a save of this run, in a resumed one before its first save, and while that loads its model."""
+    more = ("training.max_steps=4", "checkpoint.every_steps=2", "run.name=full")
+    given = small_run(tiny_model_folder, rows_file, tmp_path, *more)
+    saved = tmp_path / "full" / "checkpoints" / "step-000002"
+
+    def used_up(module, name):
+        """What process 1 says, whose memory is used up in this function once the checkpoint is there."""
+        real = getattr(module, name)
+
+        def fails(*given, **named):
+            if os.environ["RANK"] == "1" and saved.exists():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return real(*given, **named)
+
+        monkeypatch.setattr(module, name, fails)
+        start = ["resume", str(tmp_path / "full")] if saved.exists() else ["train", *given]
+        codes, said = in_two_ranks(lambda: command(start))
+        monkeypatch.undo()
+        assert codes[1] == MachineError.exit_code, said
+        return said[1]
+
+    for said, when in (
+        (used_up(StepAfterBackward, "finish_gradients"), "in step 3"),
+        (used_up(StepAfterBackward, "finish_gradients"), "in step 3"),
+        (used_up(build, "load_model"), "while the model was loaded"),
+    ):
+        assert re.search(f"used up {when}: .*; the newest checkpoint is step-000002", said), said
+        assert "fix: go on with `llmtune resume`" in said
+        assert when != "in step 3" or f"where: {tmp_path / 'full'}\n" in said, said
 
 
 @pytest.mark.campaign

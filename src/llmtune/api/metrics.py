@@ -76,9 +76,6 @@ class UserMetrics:
         self.stop: Stop | None = None
         """The newest `Stop` a metric returned."""
 
-    def __len__(self) -> int:
-        return len(self._functions)
-
     def __call__(self, step: StepResult) -> dict[str, PlainValue]:
         """Call every metric with `step` and return their values; random generators are restored."""
         values: dict[str, PlainValue] = {}

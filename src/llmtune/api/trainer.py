@@ -171,10 +171,14 @@ class Trainer:
         """Return the metrics on held-out rows now; empty without such rows.
 
         `eval_mean_nll` (nats per trained token), `eval_perplexity`, `eval_bits_per_byte`, `eval_num_loss_tokens`.
+        Several processes share the rows, and each must call it; after the end each evaluates all rows by itself, and
+        UsageError is raised where it holds a part of the weights.
         """
         with self._handling_signals():
             session = self.session
             if self._ended:
+                shares_rows = session.config.distributed.sequence_parallel > 1
+                self._refuse_parted("evaluate", needs_others=shares_rows or session.setup.strategy.is_sharded)
                 return session.evaluator.evaluate(session.state.step, session.state.epoch, full=False)[1]
             metrics = session.evaluate()
         self._note_heldout()
@@ -188,17 +192,24 @@ class Trainer:
         prompts: questions, or lists of messages; a text to be continued is wrapped in `TextPrompt`.
         temperature: 0 takes the most probable token each time.
         sampling: `top_k`, `top_p`, `repetition_penalty` and `stop`, as fields of `evaluation.sampling.Sampling`.
-        Raises DataError for a prompt that leaves no room in the model's longest sequence.
+        Processes that hold parts of the weights must all ask the same. Raises DataError for a prompt that leaves no
+        room in the model's longest sequence, LlmtuneError where they ask differently, UsageError after their end.
         """
-        session = self.session
+        session, how = self.session, Sampling(temperature=temperature, seed=seed, **sampling)
+        strategy = session.setup.strategy
+        if strategy.is_sharded:
+            self._refuse_parted("generate", needs_others=True)
+            asked = {"what is asked": repr((prompts, max_new_tokens, how))}
+            session.setup.devices.check_alike(asked, fix="ask the same in every process: all compute each answer")
         with session.setup.precision.autocast():
-            return generate(
+            return strategy.run(
+                generate,
                 session.setup.model,
                 session.prepared.tokenizer.tokenizer,
                 session.prepared.renderer,
                 prompts,
                 max_new_tokens=max_new_tokens,
-                sampling=Sampling(temperature=temperature, seed=seed, **sampling),
+                sampling=how,
             )
 
     def result(self) -> Result:
@@ -225,14 +236,11 @@ class Trainer:
                 self._session = self._open()
             has_own_metric = type(self).on_step is not Trainer.on_step
             metrics = [*self._metrics, *([self.on_step] if has_own_metric else [])]
-            self._user_metrics = UserMetrics(
-                metrics, device=self._session.setup.devices.device, print_line=self._print_line
-            )
+            device = self._session.setup.devices.device
+            self._user_metrics = UserMetrics(metrics, device=device, print_line=self._print_line)
             if metrics:
                 self._session.measure = self._user_metrics
-            self._user_callbacks = UserCallbacks(
-                self._callbacks, device=self._session.setup.devices.device, print_line=self._print_line
-            )
+            self._user_callbacks = UserCallbacks(self._callbacks, device=device, print_line=self._print_line)
             if len(self._user_callbacks):
                 self._session.on_evaluate = self._user_callbacks.on_evaluate
                 self._session.checkpointer.on_save = self._user_callbacks.on_save
@@ -290,17 +298,22 @@ class Trainer:
 
     def _must_stop(self) -> bool:
         """Whether a metric or callback of any process returned `Stop`: all processes must stop at the same step."""
-        assert self._user_metrics is not None
-        assert self._user_callbacks is not None
-        if not len(self._user_metrics) and not len(self._user_callbacks):
-            return False
-        stop = self._user_metrics.stop or self._user_callbacks.stop
+        # Asked also where this process has none of them: another one may have, and waits for the answer of all.
+        own = (self._user_metrics, self._user_callbacks)
+        stop = next((user.stop for user in own if user is not None and user.stop is not None), None)
         if not self.session.setup.devices.sum(float(stop is not None))[0]:
             return False
         self.session.print_line(
             f"stopped: {stop.reason if stop else 'asked for by another process'}; `llmtune resume` goes on"
         )
         return True
+
+    def _refuse_parted(self, method: str, *, needs_others: bool) -> None:
+        """Raise UsageError where the run has ended, for what its processes can only compute together."""
+        if self._ended and needs_others:
+            problem = "the processes of this run parted at its end, and none of them can compute alone"
+            fix = f"call it in the loop over `steps`, or `llmtune {method} RUN` afterwards"
+            raise UsageError(problem, f"Trainer.{method}", fix)
 
     def _end(self) -> None:
         self._note_heldout()

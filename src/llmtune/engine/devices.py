@@ -24,7 +24,7 @@ from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
 from llmtune.engine.choose_device import choose_device
 from llmtune.engine.deepspeed_settings import check_deepspeed
-from llmtune.engine.rank_messages import RankMessages, lost_ranks_noticed
+from llmtune.engine.rank_messages import FIX_UNLIKE, RankMessages, lost_ranks_noticed
 from llmtune.engine.rank_watch import watch_ranks
 from llmtune.errors import ConfigError, MachineError, RankLostError, UsageError
 
@@ -61,6 +61,8 @@ class Devices:
         self.device = device
         self._owns_group = owns_group
         self.rank = rank
+        self.is_main = rank == 0
+        """Whether this is the process that writes files and prints."""
         self.world_size = world_size
         self.row_size = 1
         """Processes that share each row (see `share_rows`)."""
@@ -160,11 +162,6 @@ class Devices:
         """Shares into which rows are dealt."""
         return self.world_size // self.row_size
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the process that writes files and prints."""
-        return self.rank == 0
-
     def sum(self, *values: float) -> tuple[float, ...]:
         """Add each value over all processes, in float64: sum_r value_r of each process r."""
         if self.world_size == 1:
@@ -223,13 +220,13 @@ class Devices:
         """Give the main process's `value`, which must be plain JSON; those of the others do not count."""
         return value if self.world_size == 1 else self._told().from_main(value)
 
-    def check_alike(self, facts: Mapping[str, object]) -> None:
+    def check_alike(self, facts: Mapping[str, object], *, fix: str = FIX_UNLIKE) -> None:
         """Compare `facts` (plain JSON values) of every process with those of the main one.
 
-        Raises ConfigError on all processes, with each key that differs and the process in which it does.
+        Raises ConfigError on all processes, with each key that differs, the process in which it does, and `fix`.
         """
         if self.world_size > 1:
-            self._told().check_alike(facts)
+            self._told().check_alike(facts, fix=fix)
 
     def busy(self) -> AbstractContextManager[None]:
         """Let the others wait for this process as long as the body takes: the user's code, or answers to draw."""
@@ -315,7 +312,7 @@ class Devices:
         return torch.stack(rows).cpu()
 
     def close(self, *, wait_for_main: bool = False) -> None:
-        """Leave the other processes.
+        """Leave the other processes: from then on this one is alone, and sums nothing.
 
         `wait_for_main`: not before the main process does, because a launcher ends the others as soon as one has ended.
         """
@@ -326,6 +323,8 @@ class Devices:
             dist.destroy_process_group()
         elif self._row_group is not None:
             dist.destroy_process_group(self._row_group)
+        # What it holds whole can still be evaluated, all of it here.
+        self.rank, self.world_size, self.row_size, self._row_group = 0, 1, 1, None
 
 
 def _check_launcher(address: str, port: int, timeout_s: float) -> None:

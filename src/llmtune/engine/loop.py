@@ -6,6 +6,8 @@ windows consumed, and a checkpoint written there is complete.
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -68,7 +70,7 @@ class StepResult:
     reason: str | None = None
     """Why nothing was applied: the loss or the gradients were not finite."""
     sources: tuple[str, ...] = ()
-    """Rows of a skipped window: those of the micro-batches whose loss is not finite, or else all."""
+    """Rows of a skipped window over all devices: those of the micro-batches whose loss is not finite, or else all."""
     further: Mapping[str, float] = field(default_factory=dict)
     """Further means over the window that the objective measures, by their names in the metrics."""
     mfu: float | None = None
@@ -149,7 +151,7 @@ def train_steps(
         loss_sum, grad_norm = _read(losses, update.finish_gradients(), devices)
         mean_loss = loss_sum / divisor
         reason = _why_not(objective.name, mean_loss, grad_norm)  # the same on every process, before the optimizer moves
-        bad_rows = () if reason is None else rows_of_non_finite_losses(losses, rows) or window.sources
+        bad_rows, reason = ((), None) if reason is None else _blame(reason, losses, rows, window, devices)
         if reason is None:
             update.apply(rate)
         elif update.has_begun:
@@ -253,6 +255,25 @@ def rows_of_non_finite_losses(losses: Sequence[torch.Tensor], sources: Sequence[
     return tuple(
         name for loss, names in zip(losses, sources, strict=True) if not math.isfinite(float(loss)) for name in names
     )
+
+
+def _blame(
+    reason: str, losses: Sequence[torch.Tensor], rows: Sequence[Sequence[str]], window: Window, devices: Devices
+) -> tuple[tuple[str, ...], str]:
+    """Give the rows of a window that is not applied, as `StepResult.sources`, and the reason with the processes named.
+
+    losses, rows: of this process, as `rows_of_non_finite_losses` takes them; each process must call it.
+    """
+    # The main process alone writes, and the rows may be another's.
+    text = json.dumps(rows_of_non_finite_losses(losses, rows)).encode()
+    (longest,) = devices.largest(float(len(text)))
+    # Padded with spaces, which JSON ignores: processes gather tensors of one shape.
+    padded = torch.tensor(list(text.ljust(int(longest))), dtype=torch.uint8)
+    of_each = [json.loads(bytes(row.tolist())) for row in devices.gather_rows(padded)]
+    ranks = [str(rank) for rank, own in enumerate(of_each) if own]
+    # A device that is broken is the only one with such losses, whatever its rows.
+    where = f" (process{'es' * (len(ranks) > 1)} {', '.join(ranks)})" if ranks and devices.world_size > 1 else ""
+    return tuple(dict.fromkeys(itertools.chain(*of_each))) or window.sources, reason + where
 
 
 def describe_rows(rows: Sequence[str]) -> str:

@@ -19,9 +19,11 @@ from torch.distributed.distributed_c10d import Store
 from llmtune.engine.rank_watch import FIX, RankWatch
 from llmtune.errors import ConfigError, LlmtuneError, Problem, RankLostError, in_one_line
 
-__all__ = ["RankMessages", "lost_ranks_noticed"]
+__all__ = ["FIX_UNLIKE", "RankMessages", "lost_ranks_noticed"]
 
 T = TypeVar("T")
+
+FIX_UNLIKE = "start every process with the same command, files, environment and versions"
 
 LONGEST_LEAVING_S = 10
 """Seconds that the main process waits at the end for the others to have read its last message."""
@@ -87,19 +89,19 @@ class RankMessages:
         self._send(value)
         return value
 
-    def check_alike(self, facts: Mapping[str, object]) -> None:
+    def check_alike(self, facts: Mapping[str, object], *, fix: str = FIX_UNLIKE) -> None:
         """Compare `facts` (plain JSON values) of every process with those of the main one.
 
-        Raises ConfigError on all processes, with each key that differs and the process in which it does.
+        Raises ConfigError on all processes, with each key that differs, the process in which it does, and `fix`.
         """
         place = f"facts/{self._count}"
         own = {"facts": dict(facts), "host": socket.gethostname()}
         if self._rank != 0:
             with lost_ranks_noticed():
                 self._store.set(f"{place}/{self._rank}", json.dumps(own))
-        self.on_main(lambda: self._compare_facts(place, own["facts"]))
+        self.on_main(lambda: self._compare_facts(place, own["facts"], fix))
 
-    def _compare_facts(self, place: str, facts: object) -> None:
+    def _compare_facts(self, place: str, facts: object, fix: str) -> None:
         problems, expected = [], json.loads(json.dumps(facts))  # JSON makes lists of tuples
         for rank in range(1, self._world_size):
             with lost_ranks_noticed():
@@ -110,7 +112,7 @@ class RankMessages:
                     f"process {rank} ({other['host']}) differs from process 0: "
                     f"{key} is {found.get(key)!r} there and {expected.get(key)!r} here",
                     "distributed",
-                    "start every process with the same command, files, environment and versions",
+                    fix,
                 )
                 for key in sorted(expected.keys() | found.keys())
                 if found.get(key) != expected.get(key)

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, SupportsFloat
 
 from llmtune.config.schema import ObjectiveConfig
 from llmtune.data.example import Row
 from llmtune.errors import ConfigError, UsageError
 from llmtune.evaluation.reward_model import open_reward_model
-from llmtune.evaluation.scores import SCORES, Score, user_function
+from llmtune.evaluation.scores import SCORES, Score, code_of, user_function
 
 __all__ = ["REWARDS", "AnswerGroup", "Reward", "find_rewards", "rewards_digest", "total_reward"]
 
@@ -127,7 +126,7 @@ def _own(name: str, weight: float) -> Reward:
             raise UsageError(problem, f"--reward {name}", "mend the function, then `llmtune resume`") from error
         return _checked(returned, count, group.source, f"--reward {name}")
 
-    return Reward(short_name, weight, hashlib.sha256(Path(path).read_bytes()).hexdigest(), judge)
+    return Reward(short_name, weight, code_of(name), judge)
 
 
 def _checked(returned: object, count: int, source: str, where: str) -> list[float | None]:

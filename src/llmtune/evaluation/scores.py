@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import math
@@ -18,7 +19,7 @@ from typing import Any, cast
 from llmtune.errors import UsageError, in_one_line
 from llmtune.evaluation.predictions import Prediction
 
-__all__ = ["SCORES", "Score", "find_score", "mean_score", "scores_of", "user_function"]
+__all__ = ["SCORES", "Score", "code_of", "find_score", "mean_score", "scores_of", "user_function"]
 
 Score = Callable[[str, str, str], float]
 """(prompt, reference, answer) -> a number; higher is better."""
@@ -36,6 +37,11 @@ def find_score(name: str) -> Score:
     if name not in SCORES:
         raise UsageError(f"there is no score `{name}`", "--score", f"one of {', '.join(SCORES)}, or FILE.py:FUNCTION")
     return SCORES[name]
+
+
+def code_of(name: str) -> str:
+    """Return the sha256 of the file of `FILE.py:FUNCTION`, which `find_score` or `find_rewards` has found."""
+    return hashlib.sha256(Path(name.rpartition(":")[0]).read_bytes()).hexdigest()
 
 
 def user_function(name: str, option: str, call: Callable[[inspect.Signature], object], form: str) -> Callable[..., Any]:

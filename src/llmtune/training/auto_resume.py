@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,13 @@ from llmtune.config.dump import config_to_dict
 from llmtune.config.layers import ResolvedConfig, load_config
 from llmtune.config.process_options import Options
 from llmtune.config.schema import Config
+from llmtune.engine.devices import Devices
 from llmtune.errors import CheckpointError, ConfigError, DivergedError, Problem
 from llmtune.prepare import find_model
-from llmtune.runs.folder import config_file_of
+from llmtune.runs.folder import CONFIG_FILE, config_file_of
 from llmtune.runs.identity import compare
 from llmtune.runs.run_file import read_run_file
+from llmtune.training.checkpointer import SHARE_FOLDER
 from llmtune.training.run_setup import Joined, check_name, meet_processes, run_name, with_defaults
 
 __all__ = ["OwnRun", "find_own_run", "refuse_another"]
@@ -51,8 +54,8 @@ class OwnRun(NamedTuple):
 def find_own_run(resolved: ResolvedConfig, options: Options) -> OwnRun:
     """Meet the other processes, and find the run that this command began before; the main process decides for all.
 
-    Raises ConfigError where its place is taken by a run with another config, with each key that differs; DivergedError
-    where that run diverged, because it would again.
+    Raises ConfigError where its place is taken by a run with another config, with each key that differs, and where
+    another process does not see its folder; DivergedError where that run diverged, because it would again.
     """
     check_name(resolved)
     joined = meet_processes(resolved.config, options)
@@ -60,11 +63,10 @@ def find_own_run(resolved: ResolvedConfig, options: Options) -> OwnRun:
     with devices.errors_printed_once():
         found = devices.from_main(devices.on_main(lambda: _find(resolved, options)))
         assert found is not None
-    if found["path"] is None:
-        return OwnRun(joined, None, "", 0, resolved)
-    path = Path(found["path"])
-    # Without the environment, as `llmtune resume` reads it: the run goes on as it began.
-    own = load_config(str(config_file_of(path)), environ={})
+        if found["path"] is None:
+            return OwnRun(joined, None, "", 0, resolved)
+        path = Path(found["path"])
+        own = _own_config(path, devices)
     return OwnRun(joined, path, found["state"], found["step"], own)
 
 
@@ -77,6 +79,7 @@ def _find(resolved: ResolvedConfig, options: Options) -> dict[str, Any]:
         return {"path": None}
     info = read_run_file(path)
     refuse_another(info.get("requested"), resolved.config, path)
+    config_file_of(path)  # refused here, by one process for all
     if info["state"] == "diverged":
         raise DivergedError(
             f"{printable(name)} diverged after step {info.get('step')}, and would again",
@@ -84,6 +87,18 @@ def _find(resolved: ResolvedConfig, options: Options) -> dict[str, Any]:
             "begin another run: a lower training.learning_rate and another --name",
         )
     return {"path": str(path), "state": info["state"], "step": info.get("step", 0)}
+
+
+def _own_config(path: Path, devices: Devices) -> ResolvedConfig:
+    """Read the config of the run in `path`. Raises ConfigError in all processes where one has another file there."""
+    file = path / CONFIG_FILE
+    try:
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:  # a machine that does not share the storage of the runs
+        found = str(error.strerror)
+    devices.check_alike({printable(file): found}, fix=SHARE_FOLDER)
+    # Without the environment, as `llmtune resume` reads it: the run goes on as it began.
+    return load_config(str(file), environ={})
 
 
 def refuse_another(requested: Mapping[str, Any] | None, config: Config, path: Path) -> None:

@@ -231,6 +231,7 @@ def _choose_trained(
     )
     if config.adapter.start_from is not None:
         start_digest = load_start(adapted, config, base_digest=loaded.base_digest)
+        devices.check_alike({"adapter that training starts from": start_digest})
     elif config.adapter.takes_from_base:
         taken, decision = _take_part(adapted, config, devices, saved)
         decisions.append(decision)

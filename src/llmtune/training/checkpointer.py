@@ -17,28 +17,30 @@ from llmtune.adapters.config_file import LoraOptions
 from llmtune.adapters.load import load_adapter_weights
 from llmtune.adapters.write import adapter_state_and_config, write_adapter
 from llmtune.common.secrets import redacted
-from llmtune.common.text import PrintLine
+from llmtune.common.text import PrintLine, printable
 from llmtune.config.dump import config_to_yaml
 from llmtune.deploy.usage import Result, adapter_result, usage
+from llmtune.engine.devices import Devices
 from llmtune.engine.masters import MasterOptimizer
 from llmtune.engine.sharded_tensors import GatheredInTurn, is_in_parts, shard_like
 from llmtune.engine.state import Snapshot
-from llmtune.errors import CheckpointError, MachineError, Problem
+from llmtune.errors import CheckpointError, LlmtuneError, MachineError, Problem, in_one_line
 from llmtune.models import save
 from llmtune.models.load import ADDED_ROWS
 from llmtune.models.model_card import THIS_FOLDER, trained_model_card
 from llmtune.models.save import PromptDefaults, prompt_defaults_of, write_prompt_defaults
 from llmtune.runs import checkpoint as checkpoints
-from llmtune.runs.checkpoint import LoadedCheckpoint
+from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
 from llmtune.runs.disk import SaveAttempts
 from llmtune.runs.folder import RunFolder
 from llmtune.tracking.jsonl import RunRecord
 from llmtune.training.build import TrainingSetup
 
-__all__ = ["Checkpointer", "find_checkpoint", "restore_weights"]
+__all__ = ["SHARE_FOLDER", "Checkpointer", "find_checkpoint", "load_in_all", "restore_weights"]
 
 WEIGHTS_FILE = "model.safetensors"
 BEST, FINAL = "best", "final"
+SHARE_FOLDER = "every machine must see the same runs: let `run.output_dir` lie on storage that all of them share"
 OPTIMIZER = "optimizer"
 """The snapshot's group of optimizer state."""
 
@@ -67,6 +69,27 @@ def find_checkpoint(run: RunFolder, requested: Path | None) -> tuple[LoadedCheck
     if problems:
         raise CheckpointError.all(problems)
     return checkpoints.load(checkpoint), []
+
+
+def load_in_all(loaded: LoadedCheckpoint | None, devices: Devices) -> LoadedCheckpoint | None:
+    """Load the checkpoint that the main process has `loaded` in every process; None where there it is None.
+
+    Raises ConfigError in all of them where one finds another checkpoint at that place, or none.
+    """
+    step, name = devices.from_main((loaded.step, str(loaded.path)) if loaded is not None else (0, ""))
+    if not name:
+        return None
+    found = ""
+    # Read once more by each process: the tensors would be far more to send than to read.
+    if not devices.is_main:
+        try:
+            loaded = checkpoints.load(CheckpointFolder(step, Path(name)))
+        except LlmtuneError as error:
+            found = in_one_line(error)
+    # By the digest over all of its files: a machine may have an older copy of the same step.
+    found = loaded.manifest["manifest_sha256"] if loaded is not None else found
+    devices.check_alike({printable(name): found}, fix=SHARE_FOLDER)
+    return loaded
 
 
 def restore_weights(setup: TrainingSetup, loaded: LoadedCheckpoint) -> None:
@@ -115,6 +138,8 @@ class Checkpointer:
         self._attempts = SaveAttempts(lambda: durable.remove_leftovers(self._folder.checkpoints))
         self._manifest = {"threads": torch.get_num_threads(), "world_size": setup.devices.world_size}
         self._resumed_from: int | None = None
+        self.newest: Path | None = None
+        """The newest checkpoint, known in every process; None before the first."""
         self.on_save: Callable[[int, Path], None] | None = None
         """Called with step and folder after each save, in the process that writes; must never raise."""
 
@@ -123,9 +148,9 @@ class Checkpointer:
         assert self._run is not None, "only the main process writes"
         return self._run
 
-    def never_delete(self, step: int) -> None:
-        """Keep the checkpoint of `step`, from which this process has resumed."""
-        self._resumed_from = step
+    def go_on_from(self, loaded: LoadedCheckpoint) -> None:
+        """Keep the checkpoint from which this process has resumed; it is the newest until the next save."""
+        self._resumed_from, self.newest = loaded.step, loaded.path
 
     def leave_later(self, step: int) -> None:
         """Set aside what a training left behind from which the run goes back to `step`."""
@@ -160,23 +185,26 @@ class Checkpointer:
                 self._folder, step, write_weights, snapshot, self._manifest, read={OPTIMIZER: read}
             )
 
-        def save_and_delete(ask: Callable[[int], None]) -> bool:
+        def save_and_delete(ask: Callable[[int], None]) -> str | None:
             saved = self._attempts.save(partial(commit, ask))
             if saved is None:
                 self._print_line(
                     f"warning: the save after step {step} failed, the one before it stands: {self._attempts.failure}"
                 )
-                return False
+                return None
             self._announce(step, saved)
             protected = {self._resumed_from} if self._resumed_from is not None else set()
             keep_last = self._setup.config.checkpoint.keep_last
             warnings = checkpoints.delete_old_checkpoints(self._folder, keep_last, protected_steps=protected)
             for warning in (*warnings, *checkpoints.delete_replaced(self._folder, step)):
                 self._print_line(f"warning: {warning}")
-            return True
+            return str(saved)
 
-        # All processes must agree whether it was saved: they decide by it what to do at the next boundary.
-        return devices.from_main(bool(devices.on_main_with_others(save_and_delete, in_turn.gather)))
+        # All processes must agree whether it was saved: they decide by it what to do at the next boundary. And where:
+        # the one that fails later says what to go on from.
+        saved = devices.from_main(devices.on_main_with_others(save_and_delete, in_turn.gather))
+        self.newest = self.newest if saved is None else Path(saved)
+        return saved is not None
 
     def save_best(self, metrics: Mapping[str, Any], step: int) -> None:
         """Replace `best/` by the model as it is now."""

@@ -31,7 +31,7 @@ from llmtune.plan.resolve_auto import OPEN_VALUES
 from llmtune.plan.summary import Plan, as_dict
 from llmtune.prepare import Prepared, keep_fitted
 from llmtune.runs import checkpoint as checkpoints
-from llmtune.runs.checkpoint import CheckpointFolder, LoadedCheckpoint
+from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.disk import forecast_disk
 from llmtune.runs.folder import CONFIG_FILE, RunFolder, checked_name, clean_name_part, create_run
 from llmtune.runs.identity import Effect, Identity, compare, describe_machine, refuse_changes
@@ -40,7 +40,7 @@ from llmtune.runs.signals import exit_where_blocked, stop_with_launcher
 from llmtune.tracking.model_graph import model_graph
 from llmtune.tracking.tracker import RunInfo
 from llmtune.training.build import TrainingSetup
-from llmtune.training.checkpointer import find_checkpoint
+from llmtune.training.checkpointer import find_checkpoint, load_in_all
 from llmtune.training.progress import print_difference, print_length, print_resume
 
 __all__ = [
@@ -121,7 +121,8 @@ def open_stopped(path: Path, checkpoint: Path | None, devices: Devices, print_li
     """Open the run in `path` at `checkpoint`, or at its newest valid one.
 
     The main process locks the folder, verifies and chooses; the others read what it chose. Raises MachineError where
-    another process has the run, CheckpointError where no checkpoint can be used.
+    another process has the run, CheckpointError where no checkpoint can be used, ConfigError where the processes do not
+    see the same one.
     """
     folder = devices.on_main(lambda: RunFolder.open(path))
     loaded = None
@@ -137,10 +138,7 @@ def open_stopped(path: Path, checkpoint: Path | None, devices: Devices, print_li
         devices.on_main(find)
         identity = devices.from_main(folder.info["identity"] if folder is not None else None)
         assert identity is not None
-        step, name = devices.from_main((loaded.step, str(loaded.path)) if loaded is not None else (0, ""))
-        # Read once more by each process: the tensors would be far more to send than to read.
-        if name and not devices.is_main:
-            loaded = checkpoints.load(CheckpointFolder(step, Path(name)))
+        loaded = load_in_all(loaded, devices)
     except BaseException:  # an interrupt too: the lock must not outlive the attempt
         if folder is not None:
             folder.close()

@@ -24,9 +24,10 @@ from llmtune.config.process_options import Options
 from llmtune.config.schema import DistributedConfig
 from llmtune.engine.deepspeed_settings import check_deepspeed
 from llmtune.engine.devices import Devices
+from llmtune.engine.own_loss import digest_of_code
 from llmtune.errors import ConfigError, Problem, UsageError
-from llmtune.evaluation.rewards import Reward, find_rewards
-from llmtune.evaluation.scores import Score, find_score
+from llmtune.evaluation.rewards import Reward, find_rewards, rewards_digest
+from llmtune.evaluation.scores import Score, code_of, find_score
 from llmtune.models import save
 from llmtune.models.tokenizer import LoadedTokenizer, load_tokenizer_folder
 from llmtune.plan.forecast import Forecaster
@@ -34,7 +35,7 @@ from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
 from llmtune.plan.resolve_auto import keep_resolved, resolve_on_all_ranks, resolve_rates, resolve_strategy
 from llmtune.plan.summary import Plan, make_plan
 from llmtune.prepare import Prepared, prepare
-from llmtune.runs.checkpoint import checkpoint_named
+from llmtune.runs.checkpoint import LoadedCheckpoint, checkpoint_named
 from llmtune.runs.folder import RunFolder, config_file_of, resolve_run
 from llmtune.runs.run_file import RUN_FILE
 from llmtune.runs.signals import StopRequest
@@ -181,13 +182,13 @@ def open_run(
                 # 3. Rows, and what the config leaves open: planned for a new run, as it was for a stopped one.
                 if earlier is None:
                     stopped = None
-                    forecaster, plan = _prepare_and_plan(resolved, options, devices, device_decisions, printer)
+                    forecaster, plan = _prepare_and_plan(resolved, options, judges, devices, device_decisions, printer)
                 else:
                     stopped, plan = _open_stopped(earlier, devices, printer, on_failure), None
-                    forecaster = _prepare_again(resolved, options, devices, stopped, printer)
+                    forecaster = _prepare_again(resolved, options, judges, devices, stopped, printer)
                 # 4. The model, which takes the memory.
-                with out_of_memory_refused(forecaster, lambda: _while_loading(forecaster.prepared)):
-                    saved = stopped.loaded if stopped is not None else None
+                saved = stopped.loaded if stopped is not None else None
+                with out_of_memory_refused(forecaster, lambda: _while_loading(forecaster.prepared, saved)):
                     setup = build_setup(forecaster.prepared, options, devices, judges.rewards, saved)
                 # 5. The folder of a new run, last: until here nothing was written.
                 if earlier is None or stopped is None:
@@ -243,6 +244,8 @@ class _Judges(NamedTuple):
 
     score: Score | None
     rewards: list[Reward]
+    code: dict[str, str | None]
+    """sha256 of the user's own code by what it is for, alike in all processes: content, not paths."""
 
 
 def _check(resolved: ResolvedConfig, options: Options, *, is_new: bool) -> _Judges:
@@ -256,6 +259,9 @@ def _check(resolved: ResolvedConfig, options: Options, *, is_new: bool) -> _Judg
         run_setup.check_name(resolved)
     name, objective = options.score or resolved.config.evaluation.score, resolved.config.objective
     score = find_score(name) if name is not None else None
+    code = {"loss function": None if options.loss is None else digest_of_code(options.loss)}
+    if options.score is not None and ":" in options.score:
+        code["score function"] = f"{options.score.rpartition(':')[2]}: {code_of(options.score)}"
     if score is None and resolved.config.evaluation.best_by.endswith("_score"):
         raise ConfigError(
             "the best model is chosen by the score of its answers, and nothing judges them",
@@ -263,22 +269,23 @@ def _check(resolved: ResolvedConfig, options: Options, *, is_new: bool) -> _Judg
             fix="set `evaluation.score: exact`, or name a function of your own with `--score FILE.py:FUNCTION`",
         )
     if objective.method == "grpo":
-        return _Judges(
-            score, find_rewards(objective, options.rewards, no_cuda=options.no_cuda, offline=options.offline)
-        )
+        rewards = find_rewards(objective, options.rewards, no_cuda=options.no_cuda, offline=options.offline)
+        return _Judges(score, rewards, {**code, "rewards": rewards_digest(rewards)})
     if options.rewards:
         method = f"objective.method is {objective.method}"
         raise UsageError(f"a reward counts only with grpo, and {method}", "--reward", "set `objective.method: grpo`")
-    return _Judges(score, [])
+    return _Judges(score, [], code)
 
 
-def _while_loading(prepared: Prepared) -> Circumstances:
-    return Circumstances("while the model was loaded", prepared.config.model.name, saved=None)
+def _while_loading(prepared: Prepared, saved: LoadedCheckpoint | None) -> Circumstances:
+    name = None if saved is None else saved.path.name
+    return Circumstances("while the model was loaded", prepared.config.model.name, name)
 
 
 def _prepare_and_plan(
     resolved: ResolvedConfig,
     options: Options,
+    judges: _Judges,
     devices: Devices,
     device_decisions: Sequence[Decision],
     print_line: RankPrinter,
@@ -288,7 +295,7 @@ def _prepare_and_plan(
         print_line(note)
     made_once = functools.partial(_trained_once, devices)
     prepared = prepare(resolved, options, made_once=made_once, progress=tokenizing_progress(print_line))
-    devices.check_alike(run_setup.facts_of(prepared))
+    devices.check_alike({**run_setup.facts_of(prepared), **judges.code})
     forecaster = Forecaster.for_this_machine(prepared, options, devices)
     forecaster = forecaster.with_prepared(resolve_strategy(forecaster, devices))
     forecaster = forecaster.with_prepared(resolve_on_all_ranks(forecaster, devices))
@@ -330,6 +337,7 @@ def _print_shares(sequences: int, devices: Devices, print_line: PrintLine) -> No
 def _prepare_again(
     resolved: ResolvedConfig,
     options: Options,
+    judges: _Judges,
     devices: Devices,
     stopped: run_setup.StoppedRun,
     print_line: PrintLine,
@@ -340,7 +348,7 @@ def _prepare_again(
     tokenizer_folder = stopped.own_tokenizer(resolved.config.model)
     progress = tokenizing_progress(print_line)
     prepared = prepare(resolved, options, tokenizer_folder=tokenizer_folder, is_stopped=True, progress=progress)
-    devices.check_alike(run_setup.facts_of(prepared))
+    devices.check_alike({**run_setup.facts_of(prepared), **judges.code})
     prepared = keep_resolved(prepared, stopped.identity["config"])
     forecaster = Forecaster.for_this_machine(prepared, options, devices)
     # Another number of processes may hold the weights in another way.
@@ -362,9 +370,9 @@ def dry_run(resolved: ResolvedConfig, options: Options, *, print_line: PrintLine
         refusal = error
         resolved = replace(resolved, config=replace(resolved.config, distributed=DistributedConfig()))
         print_line(f"planned as one process that holds the whole model: {error.problems[0].problem}")
-    _check(resolved, options, is_new=True)
+    judges = _check(resolved, options, is_new=True)
     devices, device_decisions = run_setup.meet_processes(resolved.config, options)
-    _prepare_and_plan(resolved, options, devices, device_decisions, RankPrinter(devices, print_line, screen))
+    _prepare_and_plan(resolved, options, judges, devices, device_decisions, RankPrinter(devices, print_line, screen))
     devices.close()
     if refusal is not None:
         raise refusal

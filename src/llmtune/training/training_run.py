@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from llmtune.common.text import PrintLine
@@ -26,7 +25,6 @@ from llmtune.evaluation.scores import Score
 from llmtune.plan.forecast import Forecaster
 from llmtune.plan.out_of_memory import Circumstances, out_of_memory_refused
 from llmtune.plan.summary import Plan
-from llmtune.runs import checkpoint as checkpoints
 from llmtune.runs.checkpoint import LoadedCheckpoint
 from llmtune.runs.folder import RunFolder
 from llmtune.runs.run_file import RunState
@@ -110,7 +108,7 @@ class TrainingRun:
         if self.record is not None:
             self.record.rewind(saved["record"])
         # A run gone wrong after a resume can be resumed from there once more.
-        self.checkpointer.never_delete(loaded.step)
+        self.checkpointer.go_on_from(loaded)
         self.checkpointer.leave_later(loaded.step)
         self._saved_windows = self.state.windows
 
@@ -361,23 +359,20 @@ class TrainingRun:
 
     def _with_last_checkpoint(self, error: DivergedError) -> DivergedError:
         """The same error with the last good checkpoint in it."""
-        saved = self._newest_saved()
+        saved = self.checkpointer.newest
         last = f"the last good checkpoint is {saved}" if saved else "no checkpoint was saved before"
         problem, where, fix = error.problems[0]
         named = DivergedError(problem, where, f"{fix}; {last}")
         named.is_reported = not self.devices.is_main  # every process diverges at the same step
         return named
 
-    def _newest_saved(self) -> Path | None:
-        """The folder of the last checkpoint by step; None before the first, and in processes that write nothing."""
-        saved = checkpoints.all_checkpoints(self.run) if self.run is not None else []
-        return saved[-1].path if saved else None
-
     def _memory_errors_refused(self) -> AbstractContextManager[None]:
         def circumstances() -> Circumstances:
             self.setup.optimizer.zero_grad(set_to_none=True)  # the search for a way out takes memory too
-            saved = self._newest_saved()
-            where = str(self.run.path) if self.run is not None else None
+            saved = self.checkpointer.newest
+            # In a process that has no folder of the run to write in, the checkpoint tells where that is.
+            folder = saved.parents[1] if saved else self.run.path if self.run else None
+            where = str(folder) if folder else None
             return Circumstances(f"in step {self.state.step + 1}", where, saved.name if saved else None)
 
         return out_of_memory_refused(self._forecaster, circumstances)

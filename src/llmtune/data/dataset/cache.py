@@ -8,6 +8,7 @@ committed as a unit, and verified before it is used.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ import numpy.typing as npt
 
 from llmtune import durable
 from llmtune.common.decisions import Decision
-from llmtune.common.text import readable_bytes
+from llmtune.common.text import printable, readable_bytes
 from llmtune.config.dump import plain
 from llmtune.config.schema import SourceConfig
 from llmtune.data.dataset.row_result import Reason, RowResult
@@ -119,8 +120,11 @@ def open_or_build(
             if store is not None:
                 return store, decisions
             durable.remove_leftovers(target.parent)  # of a process that was killed while it tokenized
-            build_set(target, key, results())
-            store = _open(target, files, _lock(target))  # pruning deletes only folders that are not locked
+            is_own = build_set(target, key, results())
+            # Pruning deletes only folders that are not locked.
+            store = _open(target, files, _lock(target)) if is_own else _open_cached(target, files, decide)
+            if store is None:
+                raise MachineError("another process has put damaged rows there", printable(target), "start again")
             return store, [*decisions, *_prune(target.parent)]
     except (MachineError, PermissionError) as error:
         if must_be_cached:
@@ -198,14 +202,28 @@ def _prune(parent: Path) -> list[Decision]:
     return [Decision("data.cache_dir", choice, reason)]
 
 
-def build_set(target: Path, key: str, results: Iterable[RowResult]) -> None:
-    """Commit the results of all rows, in their order, as the set in `target`."""
+def build_set(target: Path, key: str, results: Iterable[RowResult]) -> bool:
+    """Commit the results of all rows, in their order, as the set in `target`, in the place of a damaged one.
+
+    Returns False where another process has committed a valid set meanwhile, which stays. Raises MachineError.
+    """
     builder = StoreBuilder()
-    with durable.commit_folder(target, manifest={"kind": "tokenized rows", "key": key}) as staging:
-        durable.write_stream(staging / "words.i32", _words(builder, results))
-        for name, table in builder.tables().items():
-            durable.write_bytes(staging / f"{name}.table", table)
-        durable.write_json(staging / "about.json", builder.texts())
+    manifest = {"kind": "tokenized rows", "key": key}
+    try:
+        # Never in the place of a valid set: on a file system without locks nobody waits, and another process, on
+        # another machine perhaps, has its files mapped. On a network drive deleted files are gone for that one too.
+        with durable.commit_folder(target, manifest=manifest, replace=False) as staging:
+            durable.write_stream(staging / "words.i32", _words(builder, results))
+            for name, table in builder.tables().items():
+                durable.write_bytes(staging / f"{name}.table", table)
+            durable.write_json(staging / "about.json", builder.texts())
+            if os.path.lexists(target) and durable.verify_manifest(target):
+                durable.remove_tree(target)
+    except MachineError as error:
+        if durable.errno_of(error) not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        return False
+    return True
 
 
 def _words(builder: StoreBuilder, results: Iterable[RowResult]) -> Iterator[bytes]:
