@@ -42,6 +42,31 @@ def test_callbacks_and_metrics_of_one_process_do_not_part_them(config_of, tmp_pa
     assert [path.name for path in tmp_path.glob("seen-*")] == [f"seen-{0 if where == 'the first' else 1}"]
 
 
+@pytest.mark.parametrize("how", ["break", "an error"])
+def test_where_one_process_leaves_the_loop_all_stop_at_that_step_saved(config_of, how):
+    """An exception in the loop of one process leaves it too."""
+    config = config_of("training.max_steps=6", "checkpoint.every_steps=100", "distributed.timeout_s=10")
+
+    def program():
+        seen = []
+        try:
+            with Trainer(config, print_line=quiet) as trainer:
+                for step in trainer.steps():
+                    seen.append(step.step)
+                    if step.step == 3 and not is_first():
+                        assert how == "break", "an error"
+                        break
+        except AssertionError:
+            assert not is_first()
+        assert seen == [1, 2, 3]
+        result = trainer.result()
+        assert (result.state, result.step) == ("stopped", 3)
+        if is_first():
+            assert [path.name for path in (result.folder / "checkpoints").iterdir()] == ["step-000003"]
+
+    both_end(program)
+
+
 def test_the_model_is_evaluated_and_asked_after_the_end_by_one_process_or_all(config_of):
     config = config_of("training.max_steps=2", "distributed.timeout_s=10")
 

@@ -109,9 +109,8 @@ class Trainer:
         """
         # A folder as given wins over the name of a run.
         folder = Path(run) if (Path(run) / "config.yaml").is_file() else Path("runs") / run
-        given = [
-            name for name in ("train_dataset", "eval_dataset", "formatting_func") if keywords.get(name) is not None
-        ]
+        rows = ("train_dataset", "eval_dataset", "formatting_func")
+        given = [name for name in rows if keywords.get(name) is not None]
         if given:
             fix = "leave them out: the run's folder names the rows it was begun with"
             raise UsageError(f"a run that goes on takes no {', '.join(given)}", where="Trainer.resume", fix=fix)
@@ -136,11 +135,11 @@ class Trainer:
         """
         if self._ended or self._running() is not None:
             how = "has ended" if self._ended else "is under way"
-            fix = (
-                "go on with `Trainer.resume(trainer.result().folder)`"
-                if self._ended
-                else "leave its loop, or call `close()`, first"
+            again, leave = (
+                "go on with `Trainer.resume(trainer.result().folder)`",
+                "leave its loop, or call `close()`, first",
             )
+            fix = again if self._ended else leave
             raise UsageError(f"this run {how}", where="Trainer.steps", fix=fix)
         self.session  # noqa: B018 - opened here, so that a problem is raised by this call and not by the first `next`
         steps = self._steps()
@@ -283,7 +282,11 @@ class Trainer:
                 self.curve.add(step.metrics())
                 self._note_heldout()
                 display.refresh()
-                yield step
+                try:
+                    yield step
+                except GeneratorExit:
+                    self._must_stop(leaves=True)  # the others stop at this step too
+                    raise
                 if self._must_stop():
                     break
         finally:
@@ -296,13 +299,13 @@ class Trainer:
         self.config = self._rows.into(self.config, self._print_line)
         return training.open_run(self.config, self._options, self._stop, print_line=self._print_line)
 
-    def _must_stop(self) -> bool:
-        """Whether a metric or callback of any process returned `Stop`: all processes must stop at the same step."""
+    def _must_stop(self, *, leaves: bool = False) -> bool:
+        """Whether a metric or callback of any process returned `Stop`, or one `leaves` its loop: all stop alike."""
         # Asked also where this process has none of them: another one may have, and waits for the answer of all.
         own = (self._user_metrics, self._user_callbacks)
         stop = next((user.stop for user in own if user is not None and user.stop is not None), None)
-        if not self.session.setup.devices.sum(float(stop is not None))[0]:
-            return False
+        if not self.session.setup.devices.sum(float(leaves or stop is not None))[0] or leaves:
+            return leaves
         self.session.print_line(
             f"stopped: {stop.reason if stop else 'asked for by another process'}; `llmtune resume` goes on"
         )
